@@ -1,0 +1,77 @@
+"""The structs that travel through a step: Prompt -> Completion -> Group -> TrainBatch. No logic but derived facts.
+
+Token ids are plain int32 numpy arrays on the host until the update; nothing sampled is ever decoded and re-encoded on
+its way to a loss. Lengths, not pad ids, say which tokens are real. Nothing here imports jax: verifier workers read it.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the verifier says of one completion; one per completion, whatever happened."""
+
+    reward: float  # weighted sum of `rewards`
+    rewards: dict[str, float]  # by reward function: "accuracy", "format"; unweighted
+    extracted: str | None  # the final answer as found in the text, None where there is none
+    status: str  # "ok", "unparseable" (no answer found), "timeout" or "error" (both score 0 and are counted)
+    seconds: float = 0.0  # wall time in the worker
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem as the policy sees it."""
+
+    id: str  # of the data set's row, for people
+    index: int  # of the data set's row, from which the randomness of its samples is derived
+    question: str
+    answer: str
+    tokens: np.ndarray  # [L] int32, chat template and generation prompt included
+    columns: dict = field(default_factory=dict)  # the row's other columns
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer: a draft (Stage 1) or a refinement (Stage 2)."""
+
+    stage: str  # "draft" or "refine"
+    sample_id: int  # 0..N-1 or 0..G-1 within its prompt
+    tokens: np.ndarray  # [T] int32, the EOS included where the model ended by itself
+    logprobs: np.ndarray  # [T] float32, of each token under the sampler at the sampling temperature, in nats
+    finished: bool  # ended by an EOS token, not by the length limit
+    text: str = ""  # decoded, for verifier and people only
+    score: Score | None = None  # None until the verifier has answered
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt with its N drafts, the one kept, and the G refinements that share one advantage baseline."""
+
+    prompt: Prompt
+    drafts: tuple[Completion, ...]  # N, may be empty
+    best: int | None  # index into drafts of the draft in q', None where the plain prompt was used
+    context: np.ndarray  # [L'] int32: q' = prompt with the best draft spliced in; the plain prompt where best is None
+    completions: tuple[Completion, ...]  # G, the only ones that carry loss
+
+    @property
+    def rewards(self) -> np.ndarray:  # [G] float32
+        return np.array([completion.score.reward for completion in self.completions], np.float32)
+
+
+class TrainBatch(NamedTuple):
+    """Rows `[context | completion | right padding]`; plain causal attention is exact for every real token.
+
+    A row of padding has context_length = completion_length = 0 and weight 0. Leading axes are [M, R] (micro-batches,
+    rows) on their way into the update and [R] inside it, where they are jax arrays.
+    """
+
+    tokens: np.ndarray  # [R, S] int32
+    context_length: np.ndarray  # [R] int32
+    completion_length: np.ndarray  # [R] int32
+    advantage: np.ndarray  # [R] float32
+    weight: np.ndarray  # [R, T] float32 token weights of the global batch, 0 off the completion
+    old_logprob: np.ndarray  # [R, T] float32 log pi_old, 0 off the completion; read where off-policy
+    sampler_logprob: np.ndarray  # [R, T] float32, for the sampler-trainer mismatch metrics

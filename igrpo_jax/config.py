@@ -1,0 +1,414 @@
+"""Every setting of a run, declared once: its name, type, default and meaning.
+
+`default()` gives the `ml_collections.ConfigDict` that a file in `configs/` edits and the command line overrides;
+`freeze()` checks it and returns the frozen dataclasses that the rest of the package reads. Nothing here imports jax,
+so that a wrong setting is reported before any device is touched. Defaults are the paper's (arXiv 2602.09000, Table S.2).
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The message is one line: the field, its value, and what to do."""
+
+
+@dataclass(frozen=True)
+class BuiltinModel:
+    """Shape of the small decoder that is used where `model.path` is empty."""
+
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    intermediate_size: int = 384
+    max_position_embeddings: int = 1024
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str = ""  # Hugging Face directory or hub id; empty = the built-in character-level decoder
+    dtype: str = "bfloat16"  # compute and rollout dtype: "bfloat16" or "float32"; the master weights are float32
+    builtin: BuiltinModel = field(default_factory=BuiltinModel)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The built-in task: sums of several terms, worked out one step a line."""
+
+    min_terms: int = 3
+    max_terms: int = 5
+    max_operand: int = 9  # operands are 1..max_operand
+    max_total: int = 20  # running totals stay within 0..max_total
+    train_problems: int = 4096
+    test_problems: int = 256
+
+
+@dataclass(frozen=True)
+class Data:
+    train: str = ""  # JSON Lines file or hub id with training problems; empty = the built-in arithmetic task
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    max_prompt_length: int = (
+        1024  # tokens of the question with its chat template; longer prompts are skipped and counted
+    )
+    instruction: str = (
+        "Solve the problem. First reason step by step inside <think> and </think>, then give only the final answer "
+        "inside <answer> and </answer>."
+    )  # put before every question
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Supervised start of the built-in model from a noisy teacher; never runs where `model.path` is set."""
+
+    steps: int = 0  # 0 = off
+    batch_size: int = 128  # examples per step
+    learning_rate: float = 2e-3
+    error_rate: float = 0.1  # chance that the teacher gets one written step wrong
+    draft_fraction: float = 0.5  # share of examples that show a draft in the prompt
+    draft_error_rate: float = 0.5  # chance that one step of a shown draft is wrong
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    loss_type: str = "grpo"  # grpo, dr_grpo, dapo, gspo
+    num_drafts: int = 4  # N, Stage 1 drafts per prompt; 0 = no draft stage (the base algorithm)
+    num_generations: int = 4  # G, trained completions per prompt
+    draft_dropout: float = 0.0  # share of groups that see the plain prompt in Stage 2 (a departure from the paper)
+    beta: float = 0.0  # KL coefficient; 0 keeps no reference model in memory
+    epsilon: float | None = None  # lower clip; None = the objective's own
+    epsilon_high: float | None = None  # upper clip; None = epsilon if that is set, else the objective's own
+    num_iterations: int = 1  # passes over one rollout
+    scale_rewards: str | None = (
+        None  # divide advantages by the std of "group" or "batch", or "none"; None = the objective's own
+    )
+    mask_truncated_completions: bool = False  # completions cut at the length limit carry no loss
+
+
+@dataclass(frozen=True)
+class Refine:
+    template: str = "embed"  # how the draft enters q': "embed" = inside the user turn, after the question
+    max_draft_length: int | None = (
+        None  # tokens of the draft kept in q' (its tail); None = rollout.max_completion_length
+    )
+    instruction: str = (
+        "Below is an earlier draft answer to this problem. Treat it as guidance, not as truth: it may be wrong. Give a "
+        "strictly better final answer: fix its mistakes, fill its gaps, justify each step and be clearer. Do not repeat "
+        "it; where it is wrong, correct it and go on."
+    )  # put between the question and the draft
+
+
+@dataclass(frozen=True)
+class Rollout:
+    max_completion_length: int = 4096  # tokens, of drafts and of refinements, EOS included
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    slots: int = 64  # completions decoded at once
+    steps_per_dispatch: int = 16  # tokens per slot between two looks of the host
+
+
+@dataclass(frozen=True)
+class Rewards:
+    accuracy: float = 1.0  # weight of the accuracy reward
+    format: float = 1.0  # weight of the <think>…</think><answer>…</answer> reward
+    workers: int = 2  # verifier processes
+    timeout: float = 5.0  # seconds one grading may take before its worker is killed
+    max_error_fraction: float = 0.5  # share of gradings per step that may fail or time out before the run stops
+
+
+@dataclass(frozen=True)
+class Learner:
+    tokens_per_microbatch: int = 16384  # padded tokens (rows x length) of one forward and backward pass
+    minibatches: int = 1  # optimizer steps per pass over a rollout
+    remat: str = "full"  # activation checkpointing of each sublayer: "full" or "none"
+    logprob_chunk: int = 256  # completion positions whose logits exist at once
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    learning_rate: float = 1e-6
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup_ratio: float = 0.1  # share of all optimizer steps
+    min_lr_ratio: float = 0.1  # floor of the cosine, as a share of learning_rate
+
+
+@dataclass(frozen=True)
+class Mesh:
+    data: int = 1  # replicas of the weights
+    fsdp: int = -1  # weights and batch sharded; -1 = the rest of the devices
+    tensor: int = 1  # heads, ffn and vocabulary sharded
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int = 50  # steps; the last step is always saved; 0 = only the last
+    keep: int = 3
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    every: int = (
+        0  # steps between single-shot evaluations, also run before the first and after the last step; 0 = never
+    )
+    benchmarks: tuple[str, ...] = ()  # "arithmetic" (built-in) or the stem of a JSON Lines file in data_dir
+    samples: int = 1  # completions per problem
+    limit: int = 0  # first problems of each benchmark; 0 = all
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_completion_length: int | None = None  # None = rollout.max_completion_length
+    data_dir: str = ""  # folder of NAME.jsonl with columns prompt and answer
+
+
+@dataclass(frozen=True)
+class Log:
+    every: int = 1  # steps between console lines
+    samples_every: int = 10  # steps between draft -> refinement samples on the console
+    tensorboard: bool = True
+    profile_steps: tuple[int, ...] = ()  # steps recorded by the JAX profiler into DIR/profile
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    steps: int = 0  # rollouts; 0 = as many as `epochs` needs
+    epochs: float = 1.0  # passes over the training set, where steps = 0
+    prompts_per_step: int = 32
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    warm_start: WarmStart = field(default_factory=WarmStart)
+    algorithm: Algorithm = field(default_factory=Algorithm)
+    refine: Refine = field(default_factory=Refine)
+    rollout: Rollout = field(default_factory=Rollout)
+    rewards: Rewards = field(default_factory=Rewards)
+    learner: Learner = field(default_factory=Learner)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    mesh: Mesh = field(default_factory=Mesh)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    log: Log = field(default_factory=Log)
+
+
+# Fields that may differ between a run and its resume: they change how long it runs and what is seen of it, not what it does.
+MAY_CHANGE_ON_RESUME = ("steps", "log", "evaluation", "checkpoint")
+
+
+def default() -> ml_collections.ConfigDict:
+    """A ConfigDict with every field at its default, for a file in configs/ to edit; `freeze` refuses what it adds."""
+    return _to_config_dict(Config())
+
+
+def freeze(tree: ml_collections.ConfigDict) -> Config:
+    """Checks `tree` and returns it as frozen dataclasses.
+
+    Raises:
+        InputError: a field is unknown, has the wrong type, or a value that no run can use.
+    """
+    config = _from_config_dict(Config, tree, "")
+    _validate(config)
+    return config
+
+
+def field_paths(cls: type = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all fields, for error messages and the configuration reference."""
+    paths = []
+    for name, hint in typing.get_type_hints(cls).items():
+        paths.append(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            paths += field_paths(hint, f"{prefix}{name}.")
+    return paths
+
+
+def check_field(path: str) -> None:
+    """Raises InputError, with the nearest right name, where `path` (dotted) is no field."""
+    known = field_paths()
+    if path not in known:
+        # A right last name in the wrong section ("learning_rate") is as common as a misspelling.
+        by_leaf = [name for name in known if name.rpartition(".")[2] == path.rpartition(".")[2]]
+        near = difflib.get_close_matches(path, by_leaf or known, n=1, cutoff=0.0)
+        raise InputError(f"config.{path}: no such field; the nearest is config.{near[0]}")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict, as written to DIR/config.json."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`name: old -> new` for each field that differs between two `to_dict` results and may not change on resume."""
+    rows = []
+    for name in sorted(old.keys() | new.keys()):
+        if not prefix and name in MAY_CHANGE_ON_RESUME:
+            continue
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            rows += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            rows.append(f"{prefix}{name}: {before!r} -> {after!r}")
+    return rows
+
+
+def _to_config_dict(node: Any) -> ml_collections.ConfigDict:
+    tree = ml_collections.ConfigDict()
+    for name, hint in typing.get_type_hints(type(node)).items():
+        value = getattr(node, name)
+        if dataclasses.is_dataclass(value):
+            value = _to_config_dict(value)
+        elif value is None:
+            value = config_dict.placeholder(_inner_type(hint))
+        tree[name] = value
+    return tree
+
+
+def _from_config_dict(cls: type, tree: Any, prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    for name in tree:
+        if name not in hints:
+            check_field(prefix + name)
+    values = {}
+    for name, hint in hints.items():
+        if name not in tree:
+            raise InputError(f"config.{prefix}{name}: missing; start the config file from igrpo_jax.config.default()")
+        value = tree[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _from_config_dict(hint, value, f"{prefix}{name}.")
+        else:
+            values[name] = _checked(value, hint, prefix + name)
+    return cls(**values)
+
+
+def _inner_type(hint: Any) -> type:
+    """float for `float | None`, tuple for `tuple[str, ...]`."""
+    if isinstance(hint, types.UnionType):
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return typing.get_origin(hint) or hint
+
+
+def _checked(value: Any, hint: Any, path: str) -> Any:
+    if value is None and isinstance(hint, types.UnionType):
+        return None
+    want = _inner_type(hint)
+    if want is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if want is tuple and isinstance(value, (list, tuple)):
+        value, item = tuple(value), typing.get_args(hint)[0]
+        if not all(type(x) is item for x in value):
+            raise InputError(f"config.{path} = {value!r}: each entry must be of type {item.__name__}")
+    if type(value) is not want:
+        raise InputError(f"config.{path} = {value!r}: must be of type {want.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _validate(c: Config) -> None:
+    def need(ok: bool, path: str, fix: str) -> None:
+        if not ok:
+            value = c
+            for part in path.split("."):
+                value = getattr(value, part)
+            raise InputError(f"config.{path} = {value!r}: {fix}")
+
+    def choice(path: str, *allowed: Any) -> None:
+        value = c
+        for part in path.split("."):
+            value = getattr(value, part)
+        need(value in allowed, path, "must be one of " + ", ".join(map(str, allowed)))
+
+    need(c.steps >= 0, "steps", "must be 0 (use epochs) or a number of rollouts")
+    need(c.steps > 0 or c.epochs > 0, "epochs", "must be above 0 where steps = 0")
+    choice("model.dtype", "bfloat16", "float32")
+    choice("algorithm.loss_type", "grpo", "dr_grpo", "dapo", "gspo")
+    choice("algorithm.scale_rewards", None, "group", "batch", "none")
+    choice("refine.template", "embed")
+    choice("learner.remat", "full", "none")
+    need(
+        c.algorithm.num_generations >= 2, "algorithm.num_generations", "a group needs at least 2 completions to compare"
+    )
+    at_least = {
+        0: (
+            "algorithm.num_drafts",
+            "algorithm.beta",
+            "rollout.temperature",
+            "rollout.top_k",
+            "warm_start.steps",
+            "seed",
+        )
+        + ("rewards.accuracy", "rewards.format", "optimizer.learning_rate", "evaluation.every", "evaluation.limit")
+        + ("checkpoint.every", "evaluation.temperature", "optimizer.weight_decay", "log.samples_every"),
+        1: ("prompts_per_step", "data.max_prompt_length", "rollout.max_completion_length", "rollout.slots")
+        + ("rollout.steps_per_dispatch", "rewards.workers", "learner.minibatches", "learner.logprob_chunk")
+        + ("algorithm.num_iterations", "checkpoint.keep", "evaluation.samples", "learner.tokens_per_microbatch")
+        + ("log.every", "mesh.data", "mesh.tensor", "data.arithmetic.train_problems", "data.arithmetic.test_problems"),
+        2: ("data.arithmetic.min_terms",),
+    }
+    for low, paths in at_least.items():
+        for path in paths:
+            if path in ("mesh.data", "mesh.tensor"):
+                continue
+            section, _, name = path.rpartition(".")
+            node = c
+            for part in filter(None, section.split(".")):
+                node = getattr(node, part)
+            need(getattr(node, name) >= low, path, f"must be at least {low}")
+    for path in ("warm_start.error_rate", "warm_start.draft_fraction", "warm_start.draft_error_rate"):
+        need(0 <= getattr(c.warm_start, path.partition(".")[2]) <= 1, path, "must be within 0 and 1")
+    need(0 <= c.algorithm.draft_dropout <= 1, "algorithm.draft_dropout", "must be within 0 and 1")
+    need(0 <= c.rewards.max_error_fraction <= 1, "rewards.max_error_fraction", "must be within 0 and 1")
+    need(0 <= c.optimizer.warmup_ratio <= 1, "optimizer.warmup_ratio", "must be within 0 and 1")
+    need(0 <= c.optimizer.min_lr_ratio <= 1, "optimizer.min_lr_ratio", "must be within 0 and 1")
+    need(0 < c.rollout.top_p <= 1, "rollout.top_p", "must be above 0 and at most 1")
+    need(0 < c.evaluation.top_p <= 1, "evaluation.top_p", "must be above 0 and at most 1")
+    need(c.rewards.timeout > 0, "rewards.timeout", "must be a number of seconds above 0")
+    need(c.rewards.accuracy + c.rewards.format > 0, "rewards.accuracy", "with rewards.format also 0 there is no reward")
+    need(
+        c.optimizer.max_grad_norm > 0,
+        "optimizer.max_grad_norm",
+        "must be above 0 (a large number switches clipping off)",
+    )
+    rows = c.prompts_per_step * c.algorithm.num_generations
+    need(
+        rows % c.learner.minibatches == 0, "learner.minibatches", f"must divide the {rows} trained completions per step"
+    )
+    sizes = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    need(sum(size == -1 for size in sizes) <= 1, "mesh.fsdp", "only one axis may be -1 (the rest of the devices)")
+    for axis, size in zip(("data", "fsdp", "tensor"), sizes, strict=True):
+        need(size == -1 or size >= 1, f"mesh.{axis}", "must be -1 (the rest of the devices) or at least 1")
+    arithmetic = c.data.arithmetic
+    need(
+        arithmetic.max_terms >= arithmetic.min_terms,
+        "data.arithmetic.max_terms",
+        "must be at least data.arithmetic.min_terms",
+    )
+    need(
+        not c.warm_start.steps or not c.model.path,
+        "warm_start.steps",
+        "the supervised start is for the built-in model; set it to 0 with model.path",
+    )
+    need(
+        c.model.path or not c.data.train,
+        "model.path",
+        "data.train needs a model and its tokenizer; the built-in model only knows its own task",
+    )
+    need(
+        c.evaluation.every == 0 or c.evaluation.benchmarks,
+        "evaluation.benchmarks",
+        "name at least one benchmark, or set evaluation.every to 0",
+    )
+    for name in c.evaluation.benchmarks:
+        need(
+            name == "arithmetic" or c.evaluation.data_dir,
+            "evaluation.data_dir",
+            f"must name the folder that holds {name}.jsonl",
+        )
