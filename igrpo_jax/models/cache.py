@@ -1,0 +1,56 @@
+"""What a decoder remembers of the tokens it has read, one entry per sublayer, and the two verbs on it.
+
+`insert` writes the rows of a prefilled prompt into slots; `fork` repeats one prefilled prompt for its samples. The
+sampler uses both to run a prompt once for all its completions.
+
+Legend: B batch or slot, K kv heads, S key positions, H head dim.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from igrpo_jax.models.config import ModelConfig
+from igrpo_jax.sharding import constrain
+
+
+class KV(NamedTuple):
+    """Keys and values of one attention sublayer. [B, K, S, H] decodes 1.3 times faster than [B, S, K, H]."""
+
+    k: jax.Array  # [B, K, S, H]
+    v: jax.Array  # [B, K, S, H]
+
+
+Cache = tuple[KV | None, ...]  # one entry per sublayer, None where it remembers nothing
+
+
+def empty(config: ModelConfig, slots: int, length: int, dtype: jnp.dtype) -> Cache:
+    """A cache of `slots` rows and `length` positions."""
+    shape = (slots, config.num_kv_heads, length, config.head_dim)
+
+    def entry(kind: str) -> KV | None:
+        return KV(*(constrain(jnp.zeros(shape, dtype), *AXES) for _ in "kv")) if kind == "*" else None
+
+    return tuple(entry(kind) for kind in config.pattern)
+
+
+AXES = ("batch", "kv_heads", "time", "head_dim")
+
+
+def append(entry: KV, new: KV, positions: jax.Array) -> KV:
+    """`entry` with one new position per row written in place: new.k [B, K, 1, H] at positions [B]."""
+    rows = jnp.arange(positions.shape[0])
+    return KV(*(old.at[rows, :, positions].set(add[:, :, 0]) for old, add in zip(entry, new, strict=True)))
+
+
+def fork(prefix: Cache, count: int) -> Cache:
+    """`prefix` (one row) repeated to `count` rows."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), prefix)
+
+
+def insert(cache: Cache, rows: Cache, slots: jax.Array) -> Cache:
+    """`cache` with `rows` [n, K, P, H] (P <= S) written to `slots` [n]; a slot past the last drops its row."""
+    return jax.tree.map(
+        lambda old, new: old.at[slots, :, : new.shape[2]].set(new.astype(old.dtype), mode="drop"), cache, rows
+    )

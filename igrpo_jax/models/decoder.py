@@ -1,0 +1,125 @@
+"""One decoder for every family: `x + mixer(norm(x))` for each letter of `ModelConfig.pattern`.
+
+The module is declared with nnx and split once per configuration; the rest of the package holds parameters as a flat
+dict from path ("blocks/0/mixer/q_proj") to array and calls the pure functions below under plain `jax.jit` and
+`jax.grad`. The head is not part of `apply`: logits exist only where somebody asks for them (`logits`, `logprobs`).
+
+Legend: B batch, T query, D model, V vocab.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from igrpo_jax import sharding
+from igrpo_jax.models.cache import Cache
+from igrpo_jax.models.config import ModelConfig
+from igrpo_jax.models.layers import MLP, Attention, RMSNorm
+
+Params = dict[str, jax.Array]
+MIXERS = {"*": Attention, "-": MLP}
+
+
+class Block(nnx.Module):
+    """One sublayer with its norm and residual."""
+
+    def __init__(self, kind: str, c: ModelConfig, rngs: nnx.Rngs):
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mixer = MIXERS[kind](c, rngs)
+
+    def __call__(self, x, positions, entry, read):
+        y, kept = self.mixer(self.norm(x), positions, entry, read)
+        return sharding.constrain(x + y, "batch", "time", "features"), kept
+
+
+class Decoder(nnx.Module):
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        shape = (c.vocab_size, c.hidden_size)
+        # A tied embedding is also the head: with std D**-0.5 its logits start near unit size, and the first norm
+        # makes up for the small embeddings.
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * c.hidden_size**-0.5)
+        self.blocks = nnx.List([Block(kind, c, rngs) for kind in c.pattern])
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if not c.tie_embeddings:
+            self.lm_head = nnx.Param(jax.random.normal(rngs.params(), shape[::-1], jnp.float32) * c.hidden_size**-0.5)
+
+    def __call__(self, tokens, positions, cache, read, remat):
+        run = jax.checkpoint(_run_block, static_argnums=(0, 5)) if remat == "full" else _run_block
+        # Rows looked up in a table whose width is sharded like the batch can't be resharded cheaply: gather the width.
+        table = sharding.constrain(self.embedding[...], "vocab", None)
+        x = sharding.constrain(table[tokens], "batch", "time", "features")
+        kept = []
+        for i, block in enumerate(self.blocks):
+            graph, state = nnx.split(block)
+            x, entry = run(graph, state, x, positions, cache[i] if cache else None, read)
+            kept.append(entry)
+        return self.norm(x), tuple(kept)
+
+
+def _run_block(graph, state, x, positions, entry, read):
+    return nnx.merge(graph, state)(x, positions, entry, read)
+
+
+@functools.lru_cache
+def _split(c: ModelConfig):
+    """The module's static half and its abstract state, built once per configuration without any array."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(c, nnx.Rngs(0))))
+
+
+def _named(state: nnx.State) -> dict:
+    return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by path."""
+    return {path: leaf.shape for path, leaf in _named(_split(c)[1]).items()}
+
+
+def init(c: ModelConfig, key: jax.Array, mesh: jax.sharding.Mesh) -> Params:
+    """Random float32 parameters, born in their shardings."""
+
+    def build(key):
+        return _named(nnx.state(Decoder(c, nnx.Rngs(params=key))))
+
+    return jax.jit(build, out_shardings={path: sharding.param_sharding(mesh, path) for path in shapes(c)})(key)
+
+
+def apply(
+    c: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: Cache | None = None,
+    read: int | None = None,
+    remat: str = "none",
+) -> tuple[jax.Array, Cache]:
+    """Runs the decoder up to its final norm.
+
+    Args:
+        tokens, positions: [B, T] int32. Without `cache`, position t of a row is t: rows start at their first token.
+        cache: decode one token per row (T = 1) against it; `read` (static) positions of it are attended to.
+        remat: "full" recomputes each sublayer in the backward pass, "none" keeps its activations.
+
+    Returns:
+        Hidden states [B, T, D] in the dtype of `params`, and the cache: updated, or of this row alone.
+    """
+    graph, state = _split(c)
+    leaves = [(path, leaf.replace(params["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
+    values = nnx.from_flat_state(leaves)
+    return nnx.merge(graph, values)(tokens, positions, cache, read, remat)
+
+
+def head(c: ModelConfig, params: Params) -> jax.Array:
+    """The output projection [D, V] (the transposed embedding where it is tied)."""
+    return params["embedding"].T if c.tie_embeddings else params["lm_head"]
+
+
+def logits(c: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """[..., D] to [..., V], always accumulated and kept in float32 (sampler and trainer must agree)."""
+    return jnp.einsum("...D,DV->...V", hidden, head(c, params), preferred_element_type=jnp.float32)
+
+
+def cast(params: Params, dtype: str) -> Params:
+    return {path: value.astype(dtype) for path, value in params.items()}

@@ -1,0 +1,82 @@
+"""The sublayers of the decoder as nnx modules: RMSNorm, Attention, MLP. Each mixer maps [B, T, D] to [B, T, D].
+
+Modules compute in the dtype of the parameters they are given; norms and softmax in float32.
+
+Legend: B batch, T query, N heads, K kv heads, H head dim, D model, F ffn.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from igrpo_jax.models import cache as caches
+from igrpo_jax.models.attention import attention, rope
+from igrpo_jax.models.cache import KV
+from igrpo_jax.models.config import ModelConfig
+from igrpo_jax.sharding import constrain
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
+    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normal = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return normal.astype(x.dtype) * self.scale[...]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions and an optional bias on q, k and v."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        d, n, k, h = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        self.q_proj = _normal(rngs, (d, n, h), d)
+        self.k_proj = _normal(rngs, (d, k, h), d)
+        self.v_proj = _normal(rngs, (d, k, h), d)
+        # Residual branches start small: with one draw per sublayer the stream's variance stays near 1 at any depth.
+        self.o_proj = _normal(rngs, (n, h, d), n * h * len(c.pattern))
+        if c.qkv_bias:
+            self.q_bias = nnx.Param(jnp.zeros((n, h), jnp.float32))
+            self.k_bias = nnx.Param(jnp.zeros((k, h), jnp.float32))
+            self.v_bias = nnx.Param(jnp.zeros((k, h), jnp.float32))
+        self.qkv_bias, self.rope_theta = c.qkv_bias, c.rope_theta
+
+    def __call__(self, x: jax.Array, positions: jax.Array, entry: KV | None, read: int | None):
+        """Output [B, T, D] and the keys and values that the caller may keep.
+
+        Without `entry` the row attends to itself and its own [B, K, T, H] come back. With `entry` (T = 1) the token is
+        written at its position, the first `read` positions are attended to, and the whole entry comes back.
+        """
+        q = jnp.einsum("BTD,DNH->BTNH", x, self.q_proj[...])
+        k = jnp.einsum("BTD,DKH->BTKH", x, self.k_proj[...])
+        v = jnp.einsum("BTD,DKH->BTKH", x, self.v_proj[...])
+        if self.qkv_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        q = constrain(rope(q, positions, self.rope_theta), "batch", "time", "heads", "head_dim")
+        k = rope(k, positions, self.rope_theta)
+        own = KV(*(constrain(y.swapaxes(1, 2), *caches.AXES) for y in (k, v)))
+        kept = own if entry is None else caches.append(entry, own, positions[:, 0])
+        mixed = attention(q, kept.k[:, :, :read], kept.v[:, :, :read], positions)
+        return jnp.einsum("BTNH,NHD->BTD", mixed, self.o_proj[...]), kept
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        d, f = c.hidden_size, c.intermediate_size
+        self.gate_proj = _normal(rngs, (d, f), d)
+        self.up_proj = _normal(rngs, (d, f), d)
+        self.down_proj = _normal(rngs, (f, d), f * len(c.pattern))
+
+    def __call__(self, x: jax.Array, positions: jax.Array, entry: None, read: int | None):
+        gate = jnp.einsum("BTD,DF->BTF", x, self.gate_proj[...])
+        up = jnp.einsum("BTD,DF->BTF", x, self.up_proj[...])
+        hidden = constrain(jax.nn.silu(gate) * up, "batch", "time", "ffn")
+        return jnp.einsum("BTF,FD->BTD", hidden, self.down_proj[...]), None

@@ -1,0 +1,130 @@
+"""The mesh, one table from logical axes to mesh axes, and the way from host arrays to global ones and back.
+
+Mesh axes: `data` (replicas), `fsdp` (weights and batch sharded), `tensor` (heads, ffn and vocabulary sharded). The batch
+is split over `data` and `fsdp` together. All axes are Auto: the compiler places the collectives.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from igrpo_jax import config
+from igrpo_jax.config import InputError
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",  # of weights
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "vocab": "tensor",
+    "head_dim": None,
+    "time": None,
+    "features": None,  # of activations: the batch already uses fsdp
+}
+
+# Logical axes of every parameter, by the last part of its path.
+PARAMS = {
+    "embedding": ("vocab", "embed"),
+    "lm_head": ("embed", "vocab"),
+    "q_proj": ("embed", "heads", "head_dim"),
+    "k_proj": ("embed", "kv_heads", "head_dim"),
+    "v_proj": ("embed", "kv_heads", "head_dim"),
+    "o_proj": ("heads", "head_dim", "embed"),
+    "q_bias": ("heads", "head_dim"),
+    "k_bias": ("kv_heads", "head_dim"),
+    "v_bias": ("kv_heads", "head_dim"),
+    "gate_proj": ("embed", "ffn"),
+    "up_proj": ("embed", "ffn"),
+    "down_proj": ("ffn", "embed"),
+    "scale": ("features",),
+}
+
+
+def make_mesh(settings: config.Mesh, devices: list | None = None) -> jax.sharding.Mesh:
+    """Mesh over `devices` (default: all), with the one size of -1 filled in.
+
+    Raises:
+        InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [settings.data, settings.fsdp, settings.tensor]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if len(devices) % fixed:
+        raise InputError(
+            f"config.mesh = {tuple(sizes)} (data, fsdp, tensor): {fixed} does not divide the {len(devices)} devices"
+        )
+    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise InputError(
+            f"config.mesh = {tuple(sizes)} (data, fsdp, tensor): uses {math.prod(sizes)} of {len(devices)} devices; "
+            "set one axis to -1 (the rest of the devices)"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(logical: tuple[str | None, ...]) -> PartitionSpec:
+    """PartitionSpec of an array with these logical axes; two that land on one mesh axis are an error."""
+    axes = [RULES[name] if name else None for name in logical]
+    used = [part for axis in axes if axis for part in ((axis,) if isinstance(axis, str) else axis)]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {logical} put two dimensions on one mesh axis: {axes}")
+    return PartitionSpec(*axes)
+
+
+def param_sharding(mesh: jax.sharding.Mesh, path: str, gathered: bool = False) -> NamedSharding:
+    """Sharding of the parameter at `path`; `gathered` keeps only the tensor axis, as the sampler wants its weights."""
+    partition = spec(PARAMS[path.rpartition("/")[2]])
+    if gathered:
+        partition = PartitionSpec(*(axis if axis == "tensor" else None for axis in partition))
+    return NamedSharding(mesh, partition)
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """`x` with a sharding constraint by logical axes, wherever a mesh is set (also on virtual CPU devices)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(logical))
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
+    """Sharding of an array whose dimension `axis` is the batch."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+    """How many ways the batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def to_global(tree, sharding: NamedSharding):
+    """Global arrays of `sharding` from host arrays that every process holds whole."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index, x=x: np.asarray(x)[index]), tree
+    )
+
+
+def to_host(tree):
+    """Whole numpy arrays of a tree of arrays that this process can address."""
+    return jax.device_get(tree)
+
+
+def check_divides(mesh: jax.sharding.Mesh, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises InputError where a mesh axis does not divide the dimension of a parameter that it shards."""
+    for path, shape in shapes.items():
+        logical = PARAMS[path.rpartition("/")[2]]
+        for name, size in zip(logical, shape, strict=True):
+            axis = RULES[name]
+            if axis and size % mesh.shape[axis]:
+                raise InputError(
+                    f"config.mesh.{axis} = {mesh.shape[axis]}: does not divide the model's {name} dimension of {size} "
+                    f"({path}); choose a divisor of {size}"
+                )
