@@ -1,0 +1,450 @@
+"""What a run says of itself: numbers of a rollout, `metrics.jsonl`, TensorBoard, `samples/*.jsonl` and the console.
+
+`rollout_metrics` is pure numpy over finished groups. `Writer` owns the files and what a resume does to them.
+`Console` is the only place of the package that prints; what the model wrote reaches the terminal stripped of escapes.
+Loss, entropy, timings and the like come from the learner and the loop; nothing here computes them.
+"""
+
+import collections
+import contextlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+from absl import logging
+from rich.text import Text
+
+from igrpo_jax import config as config_lib
+from igrpo_jax.batch import Completion, Group
+
+
+def rollout_metrics(groups: Sequence[Group], config: config_lib.Config) -> dict[str, float]:
+    """Metrics of one rollout, from its scored groups. Keys of a stage that did not run are absent, not zero.
+
+    Trained completions, under TRL's names: `reward`, `reward_std` (mean over groups of the std with ddof = 1),
+    `frac_reward_zero_std`, `rewards/<name>/mean`, `completions/mean_length|min_length|max_length` (tokens, EOS
+    included), `completions/clipped_ratio` (share cut at the length limit).
+
+    Drafts, over groups that have some: `draft/reward` and `draft/accuracy` (means), `draft/best_reward` (mean over
+    groups of the best), `draft/solved_none|some|all` (shares of groups by how many of the N drafts are right),
+    `draft/mean_length`.
+
+    Refinements, over groups whose context holds a draft: `refine/fixed|broken|kept_right|kept_wrong` (accuracy of the
+    best draft against that of each refinement), `refine/gain_vs_best_draft` (reward), `refine/copy_ratio` (see
+    `copy_ratio`), `refine/draft_truncated` (share of kept drafts cut to `refine.max_draft_length`).
+
+    Verifier, over all gradings: `verifier/timeout_frac`, `verifier/error_frac`, `verifier/latency_p99` (seconds).
+
+    "Right" is accuracy = 1. Without an accuracy reward the keys that need one are absent.
+    """
+    completions = [completion for group in groups for completion in group.completions]
+    if not completions:
+        return {}
+    group_rewards = [np.array([c.score.reward for c in group.completions], np.float64) for group in groups]
+    lengths = np.array([len(c.tokens) for c in completions])
+    metrics = {
+        "reward": np.concatenate(group_rewards).mean(),
+        "reward_std": np.mean([rewards.std(ddof=1) for rewards in group_rewards]),
+        "frac_reward_zero_std": np.mean([np.ptp(rewards) == 0 for rewards in group_rewards]),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": np.mean([not c.finished for c in completions]),
+    }
+    for name in sorted({name for c in completions for name in c.score.rewards}):
+        metrics[f"rewards/{name}/mean"] = np.mean([c.score.rewards.get(name, 0.0) for c in completions])
+    with_accuracy = "rewards/accuracy/mean" in metrics
+    metrics |= _draft_metrics([group.drafts for group in groups if group.drafts], with_accuracy)
+    limit = config.refine.max_draft_length
+    limit = config.rollout.max_completion_length if limit is None else limit
+    metrics |= _refine_metrics([group for group in groups if group.best is not None], with_accuracy, limit)
+    scores = [c.score for group in groups for c in (*group.drafts, *group.completions)]
+    metrics["verifier/timeout_frac"] = np.mean([score.status == "timeout" for score in scores])
+    metrics["verifier/error_frac"] = np.mean([score.status == "error" for score in scores])
+    metrics["verifier/latency_p99"] = np.percentile([score.seconds for score in scores], 99)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _draft_metrics(drafts: list[tuple[Completion, ...]], with_accuracy: bool) -> dict[str, float]:
+    if not drafts:
+        return {}
+    every = [draft for group in drafts for draft in group]
+    metrics = {
+        "draft/reward": np.mean([draft.score.reward for draft in every]),
+        "draft/best_reward": np.mean([max(draft.score.reward for draft in group) for group in drafts]),
+        "draft/mean_length": np.mean([len(draft.tokens) for draft in every]),
+    }
+    if with_accuracy:
+        metrics["draft/accuracy"] = np.mean([draft.score.rewards.get("accuracy", 0.0) for draft in every])
+        solved = [np.mean([_right(draft) for draft in group]) for group in drafts]
+        metrics["draft/solved_none"] = np.mean([share == 0 for share in solved])
+        metrics["draft/solved_some"] = np.mean([0 < share < 1 for share in solved])
+        metrics["draft/solved_all"] = np.mean([share == 1 for share in solved])
+    return metrics
+
+
+def _refine_metrics(groups: list[Group], with_accuracy: bool, max_draft_length: int) -> dict[str, float]:
+    if not groups:
+        return {}
+    kept = [group.drafts[group.best] for group in groups]
+    pairs = [(draft, c) for draft, group in zip(kept, groups, strict=True) for c in group.completions]
+    metrics = {
+        "refine/gain_vs_best_draft": np.mean([c.score.reward - draft.score.reward for draft, c in pairs]),
+        "refine/copy_ratio": np.mean([copy_ratio(_content(draft), _content(c)) for draft, c in pairs]),
+        "refine/draft_truncated": np.mean([len(_content(draft)) > max_draft_length for draft in kept]),
+    }
+    if with_accuracy:
+        moves = collections.Counter((_right(draft), _right(c)) for draft, c in pairs)
+        metrics["refine/fixed"] = moves[False, True] / len(pairs)
+        metrics["refine/broken"] = moves[True, False] / len(pairs)
+        metrics["refine/kept_right"] = moves[True, True] / len(pairs)
+        metrics["refine/kept_wrong"] = moves[False, False] / len(pairs)
+    return metrics
+
+
+def copy_ratio(draft: np.ndarray, refinement: np.ndarray) -> float:
+    """Share of a refinement's tokens that it shares with the draft, counted from both ends.
+
+    (common prefix + common suffix of what is left) / length of the refinement: 1 for an identical text, for a draft cut
+    anywhere in one piece, 0 where the first and the last token differ. A lower bound of what a full alignment would
+    find, at the cost of two vector comparisons. An empty refinement counts as a copy of an empty draft only.
+    """
+    if not len(refinement):
+        return float(not len(draft))
+    shorter = min(len(draft), len(refinement))
+    prefix = _agreement(draft[:shorter], refinement[:shorter])
+    left = shorter - prefix
+    suffix = _agreement(draft[::-1][:left], refinement[::-1][:left])
+    return (prefix + suffix) / len(refinement)
+
+
+def _agreement(a: np.ndarray, b: np.ndarray) -> int:
+    """Leading positions at which two arrays of one length agree."""
+    different = np.asarray(a) != np.asarray(b)
+    return int(different.argmax()) if different.any() else len(different)
+
+
+def _content(completion: Completion) -> np.ndarray:
+    return completion.tokens[:-1] if completion.finished else completion.tokens
+
+
+def _right(completion: Completion) -> bool:
+    return completion.score.rewards.get("accuracy", 0.0) >= 1.0
+
+
+class Writer:
+    """Writes `metrics.jsonl`, TensorBoard scalars and `samples/` under `workdir`; only process 0 does, others are idle.
+
+    `resume_step` is the step of the checkpoint that was restored, None where the run starts from nothing. Rows and
+    sample files of later steps are dropped, since the resumed run writes them again; a last line torn by a kill is
+    dropped as well. With None, whatever an earlier start left is dropped.
+
+    Attributes:
+        rows: rows now in `metrics.jsonl`, what a checkpoint stores as the metrics cursor.
+    """
+
+    def __init__(self, workdir: Path, config: config_lib.Config, resume_step: int | None = None):
+        self.rows = 0
+        self._file: TextIO | None = None
+        self._tensorboard = None
+        if jax.process_index() != 0:
+            return
+        workdir = Path(workdir)
+        keep = -math.inf if resume_step is None else resume_step
+        self._path, self._samples = workdir / "metrics.jsonl", workdir / "samples"
+        self._samples.mkdir(parents=True, exist_ok=True)
+        for path in self._samples.iterdir():
+            match = re.fullmatch(r"step_(\d+)\.jsonl(\.tmp)?", path.name)
+            if match and (match[2] or int(match[1]) > keep):
+                path.unlink()
+        rows = _rows_until(self._path, keep)
+        self.rows = len(rows)
+        _write_atomically(self._path, "".join(rows))
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        if config.log.tensorboard:
+            import tensorboardX  # half a second, only where it is wanted
+
+            purge = 0 if resume_step is None else resume_step + 1
+            self._tensorboard = tensorboardX.SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=purge, filename_suffix=f".from{purge}"
+            )
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one row; values are Python, numpy or jax scalars. A non-finite one is written as null and logged."""
+        if self._file is None:
+            return
+        row = {"step": int(step)} | {name: _number(value) for name, value in metrics.items()}
+        bad = [name for name, value in row.items() if value is None]
+        if bad:
+            logging.warning("step %d: %s not finite, written as null", step, ", ".join(bad))
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        self.rows += 1
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._tensorboard.add_scalar(name, value, int(step))
+
+    def samples(self, step: int, groups: Sequence[Group], advantages: np.ndarray) -> None:
+        """Writes `samples/step_000123.jsonl`, one row per draft and completion; `advantages` is [P, G] float32."""
+        if self._file is None:
+            return
+        lines = []
+        for group, group_advantages in zip(groups, np.asarray(advantages), strict=True):
+            lines += [_sample_row(group, draft, None, None) for draft in group.drafts]
+            parent = None if group.best is None else group.drafts[group.best].sample_id
+            for completion, advantage in zip(group.completions, group_advantages, strict=True):
+                lines.append(_sample_row(group, completion, parent, _number(advantage)))
+        _write_atomically(self._samples / f"step_{step:06d}.jsonl", "".join(line + "\n" for line in lines))
+
+    def close(self) -> None:
+        """Flushes and closes; may be called twice."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+
+def _sample_row(group: Group, completion: Completion, parent: int | None, advantage: float | None) -> str:
+    score = completion.score
+    row = {
+        "prompt_id": group.prompt.id,
+        "stage": completion.stage,
+        "sample_id": completion.sample_id,
+        "parent_draft_id": parent,
+        "prompt": group.prompt.question,
+        "text": completion.text,
+        "token_count": len(completion.tokens),
+        "finished": bool(completion.finished),
+        "rewards": None if score is None else {name: _number(value) for name, value in score.rewards.items()},
+        "extracted": None if score is None else score.extracted,
+        "answer": group.prompt.answer,
+        "advantage": advantage,
+    }
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)
+
+
+def _number(value: Any) -> float | None:
+    """A Python float, None where it is not finite."""
+    value = float(np.asarray(value).astype(np.float64).reshape(()))
+    return value if math.isfinite(value) else None
+
+
+def _rows_until(path: Path, last_step: float) -> list[str]:
+    """Whole lines of a metrics file with step <= last_step; anything that is not a whole row is dropped."""
+    if not path.exists():
+        return []
+    kept, torn = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if not line.strip():
+            continue
+        try:
+            step = json.loads(line)["step"]
+            if step <= last_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            torn += 1
+    if torn:
+        logging.warning("%s: dropped %d unreadable line(s), as a killed run leaves them", path, torn)
+    return kept
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    # A lone surrogate in model text becomes \udXXX, which is also how JSON spells it.
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Console:
+    """What a person watching the run sees. On a terminal a live bar under the lines; elsewhere plain lines only.
+
+    Silent on all processes but the first. Lines are plain ASCII of ours plus escaped text of the model, without markup.
+    """
+
+    def __init__(self, file: TextIO | None = None):
+        quiet = jax.process_index() != 0
+        self._out = rich.console.Console(file=file, markup=False, highlight=False, emoji=False, quiet=quiet)
+        self._live = self._out.is_terminal and not self._out.is_dumb_terminal and not quiet
+        self._bar: rich.progress.Progress | None = None
+        self._task: rich.progress.TaskID | None = None
+        self._total = 0
+        self._every = 1
+        self._times: collections.deque[float] = collections.deque(maxlen=20)
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self, total_steps: int, first_step: int = 0, every: int = 1) -> None:
+        """Begins the count of RL steps: `first_step` are already done, a line is printed every `every` steps."""
+        self._total, self._every = total_steps, every
+        if self._live:
+            self._task = self._progress().add_task("step", total=total_steps, completed=first_step)
+
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Reports that `step` steps are done; the line is printed at the log cadence and after the last step."""
+        if "perf/step_time" in metrics:
+            self._times.append(float(metrics["perf/step_time"]))
+        if step % self._every == 0 or step == self._total:
+            self.message(step_line(step, self._total, metrics, self._times))
+        if self._live and self._task is not None:
+            self._progress().update(self._task, completed=step)
+
+    def sample(self, group: Group, advantages: np.ndarray) -> None:
+        """Prints a question, its best draft, its first refinement and the right answer; `advantages` is [G]."""
+        blocks = [("question", group.prompt.question)]
+        if group.best is not None:
+            best = group.drafts[group.best]
+            blocks.append((f"best of {len(group.drafts)} drafts, {_score_text(best)}", best.text))
+        first = group.completions[0]
+        stage = "completion" if group.best is None else "refinement"
+        count = len(group.completions)
+        advantage = f"advantage {float(advantages[0]):+.2f}"
+        blocks.append((f"{stage} 1 of {count}, {_score_text(first)}, {advantage}", first.text))
+        blocks.append(("right answer", group.prompt.answer))
+        for title, text in blocks:
+            self.message(f"--- {title}")
+            self.message(_shorten(text))
+        self.message("---")
+
+    def message(self, text: str) -> None:
+        """Prints `text` as it is, terminal escapes stripped, never wrapped where stdout is no terminal."""
+        encoding = self._out.encoding or "utf-8"
+        safe = plain_text(text).encode(encoding, "replace").decode(encoding)
+        self._out.print(Text(safe), soft_wrap=True)
+
+    def table(self, title: str, rows: Sequence[tuple[str, Any]]) -> None:
+        """Prints two columns, names and values."""
+        if not self._live:
+            width = max((len(plain_text(str(name))) for name, _ in rows), default=0)
+            self.message("\n".join([title] + [f"  {plain_text(str(name)):<{width}}  {value}" for name, value in rows]))
+            return
+        table = rich.table.Table(title=Text(plain_text(title)), title_justify="left", show_header=False)
+        for name, value in rows:
+            table.add_row(Text(plain_text(str(name))), Text(plain_text(str(value))))
+        self._out.print(table)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+        """Shows that something long runs (compiling, warm start, evaluation).
+
+        On a terminal a bar while it lasts and a line with its seconds after it; elsewhere one line at its start.
+        Yields `update(done, note="")`, for a phase that counts to `total`.
+        """
+        if not self._live:
+            self.message(f"{name} ...")
+            yield lambda done, note="": None
+            return
+        start, progress = time.monotonic(), self._progress()
+        task = progress.add_task(plain_text(name), total=total)
+
+        def update(done: int, note: str = "") -> None:
+            progress.update(task, completed=done, description=plain_text(f"{name}  {note}".rstrip()))
+
+        try:
+            yield update
+        finally:
+            progress.remove_task(task)
+        self.message(f"{name}: {time.monotonic() - start:.1f} s")
+
+    def close(self) -> None:
+        """Ends the live bar; may be called twice."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+    def _progress(self) -> rich.progress.Progress:
+        if self._bar is None:
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("{task.description}", markup=False),
+                rich.progress.BarColumn(bar_width=30),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TimeElapsedColumn(),
+                rich.progress.TimeRemainingColumn(),
+                console=self._out,
+                transient=True,
+            )
+            self._bar.start()
+        return self._bar
+
+
+# Parts of a step's line, in order: wording, metric, format. A part without its metric is left out.
+_STEP_LINE = (
+    ("solved", "rewards/accuracy/mean", ".3f"),
+    ("drafts solved", "draft/accuracy", ".3f"),
+    ("reward", "reward", ".3f"),
+    ("entropy", "entropy", ".3f"),
+    ("length", "completions/mean_length", ".0f"),
+    ("draft length", "draft/mean_length", ".0f"),
+    ("loss", "loss", ".3g"),
+)
+
+
+def step_line(step: int, total: int, metrics: Mapping[str, Any], step_times: Sequence[float] = ()) -> str:
+    """One line of a step: the solve rate first, seconds per step and time left (from `step_times`) last."""
+    parts = [f"step {step:>{len(str(total))}}/{total}"]
+    for wording, name, form in _STEP_LINE:
+        if name in metrics:
+            value = _number(metrics[name])
+            parts.append(f"{wording} {'not finite' if value is None else format(value, form)}")
+    if step_times:
+        # The median: the first steps of a run compile.
+        left = round(float(np.median(step_times)) * max(total - step, 0))
+        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
+        parts.append(f"{step_times[-1]:.1f} s/step")
+        parts.append(f"left {hours}:{minutes:02d}:{seconds:02d}")
+    return "  ".join(parts)
+
+
+_ESCAPES = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
+    r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\|\Z)"  # OSC and other strings: titles, links, clipboard
+    r"|\x1b[ -/]*[0-~]"  # the rest
+    # Control characters but tab and newline, characters that turn the writing direction, lone surrogates.
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
+    re.DOTALL,
+)
+
+
+def plain_text(text: str) -> str:
+    """`text` without what a terminal would act on: escape sequences, control and direction characters."""
+    return _ESCAPES.sub("", text.replace("\r\n", "\n"))
+
+
+def _shorten(text: str, limit: int = 2000) -> str:
+    """Head and tail of a long text; the answer is at the end."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 4]}\n[... {len(text) - limit} characters ...]\n{text[-(limit - limit // 4) :]}"
+
+
+def _score_text(completion: Completion) -> str:
+    score = completion.score
+    if score is None:
+        return "not graded"
+    parts = [f"{name} {value:g}" for name, value in sorted(score.rewards.items())]
+    return f"reward {score.reward:g} ({', '.join(parts)})" if parts else f"reward {score.reward:g}"

@@ -1,0 +1,283 @@
+"""Metrics of a rollout, the files a run writes, what a resume does to them, and the console."""
+
+import io
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from igrpo_jax import config as config_lib
+from igrpo_jax import metrics
+from igrpo_jax.batch import Completion, Group, Prompt, Score
+
+
+def completion(stage, sample_id, tokens, accuracy=None, form=0.0, finished=True, text="", status="ok", seconds=0.1):
+    rewards = {"format": form} if accuracy is None else {"accuracy": accuracy, "format": form}
+    score = Score(reward=sum(rewards.values()), rewards=rewards, extracted="7", status=status, seconds=seconds)
+    tokens = np.array(tokens, np.int32)
+    return Completion(stage, sample_id, tokens, np.zeros(len(tokens), np.float32), finished, text, score)
+
+
+def group(drafts, best, completions, question="3 + 4", answer="7", prompt_id="p0"):
+    prompt = Prompt(prompt_id, 0, question, answer, np.array([1, 2], np.int32))
+    return Group(prompt, tuple(drafts), best, prompt.tokens, tuple(completions))
+
+
+@pytest.fixture
+def two_groups():
+    right_best = group(
+        [completion("draft", 0, [5, 6, 9], 1.0, 1.0), completion("draft", 1, [5, 9], 0.0, 1.0)],
+        0,
+        [completion("refine", 0, [5, 6, 9], 1.0, 1.0), completion("refine", 1, [5, 7, 8], 0.0, 0.0, finished=False)],
+    )
+    wrong_best = group(
+        [completion("draft", 0, [4, 4, 4, 4], 0.0, 1.0, finished=False), completion("draft", 1, [4, 9], 0.0, 0.0)],
+        0,
+        [completion("refine", 0, [3, 9], 1.0, 0.0, status="timeout"), completion("refine", 1, [9], 0.0, 1.0)],
+        prompt_id="p1",
+    )
+    return [right_best, wrong_best]
+
+
+def tiny(**overrides):
+    tree = config_lib.default()
+    tree.log.tensorboard = False
+    tree.update_from_flattened_dict(overrides)
+    return config_lib.freeze(tree)
+
+
+def test_rollout_metrics_against_numbers_derived_by_hand(two_groups):
+    got = metrics.rollout_metrics(two_groups, tiny())
+    # Rewards [2, 0] and [1, 1]: the mean is 1; std with ddof = 1 is sqrt(2) and 0 (ddof = 0 would give 1 and 0).
+    assert got["reward"] == 1.0
+    assert got["reward_std"] == pytest.approx(np.sqrt(2) / 2)
+    assert got["frac_reward_zero_std"] == 0.5
+    assert got["rewards/accuracy/mean"] == 0.5 and got["rewards/format/mean"] == 0.5
+    assert got["completions/mean_length"] == (3 + 3 + 2 + 1) / 4
+    assert got["completions/min_length"] == 1 and got["completions/max_length"] == 3
+    assert got["completions/clipped_ratio"] == 0.25
+    # Draft rewards [2, 1] and [1, 0].
+    assert got["draft/reward"] == 1.0 and got["draft/best_reward"] == 1.5 and got["draft/accuracy"] == 0.25
+    assert (got["draft/solved_none"], got["draft/solved_some"], got["draft/solved_all"]) == (0.5, 0.5, 0.0)
+    assert got["draft/mean_length"] == (3 + 2 + 4 + 2) / 4
+    # Right best draft: one refinement right, one wrong. Wrong best draft: one right, one wrong.
+    assert [got[f"refine/{key}"] for key in ("fixed", "broken", "kept_right", "kept_wrong")] == [0.25] * 4
+    # Refinements [2, 0] against the draft's 2, [1, 1] against its 1. The mean of all drafts would give +0.5.
+    assert got["refine/gain_vs_best_draft"] == -0.5
+    # [5 6] copies [5 6]; [5 7 8] shares its first of 3; [3] shares nothing; an empty one is no copy.
+    assert got["refine/copy_ratio"] == pytest.approx((1 + 1 / 3 + 0 + 0) / 4)
+    assert got["refine/draft_truncated"] == 0.0
+    assert got["verifier/timeout_frac"] == 0.125 and got["verifier/error_frac"] == 0.0
+    assert got["verifier/latency_p99"] == pytest.approx(0.1)
+    assert all(type(value) is float for value in got.values())
+
+
+def test_kept_drafts_cut_to_the_limit_are_counted_without_their_eos(two_groups):
+    # Kept drafts: [5 6 EOS] has 2 tokens in q', [4 4 4 4] has 4.
+    for limit, share in ((1, 1.0), (2, 0.5), (3, 0.5), (4, 0.0)):
+        got = metrics.rollout_metrics(two_groups, tiny(**{"refine.max_draft_length": limit}))
+        assert got["refine/draft_truncated"] == share
+
+
+def test_stages_that_did_not_run_have_no_keys(two_groups):
+    base = [group([], None, g.completions) for g in two_groups]
+    got = metrics.rollout_metrics(base, tiny())
+    assert got["reward"] == 1.0
+    assert not [name for name in got if name.startswith(("draft/", "refine/"))]
+    # Draft dropout: drafts were drawn, but one group saw the plain prompt.
+    dropped = [two_groups[0], group(two_groups[1].drafts, None, two_groups[1].completions)]
+    got = metrics.rollout_metrics(dropped, tiny())
+    assert got["draft/solved_none"] == 0.5
+    assert (got["refine/kept_right"], got["refine/broken"], got["refine/fixed"]) == (0.5, 0.5, 0.0)
+    assert metrics.rollout_metrics([], tiny()) == {}
+
+
+def test_no_accuracy_reward_is_no_error():
+    drafts = [completion("draft", 0, [1, 9], form=1.0)]
+    groups = [group(drafts, 0, [completion("refine", i, [1, 9], form=float(i)) for i in range(2)])]
+    got = metrics.rollout_metrics(groups, tiny(**{"rewards.accuracy": 0.0}))
+    assert got["rewards/format/mean"] == 0.5 and got["refine/copy_ratio"] == 1.0
+    assert "rewards/accuracy/mean" not in got and "refine/fixed" not in got and "draft/solved_none" not in got
+
+
+@pytest.mark.parametrize(
+    "draft, refinement, ratio",
+    [
+        ([1, 2, 3, 4], [1, 2, 3, 4], 1.0),
+        ([1, 2, 3, 4], [3, 4], 1.0),  # the tail alone
+        ([1, 2, 3, 4], [1, 4], 1.0),  # one piece cut out
+        ([1, 2, 3, 4], [1, 2, 8, 4], 0.75),  # one token corrected
+        ([1, 2], [1, 2, 1, 2], 0.5),  # no token of the draft counts twice
+        ([1, 1], [1, 1, 1], 2 / 3),
+        ([1, 2], [3, 4], 0.0),
+        ([], [3], 0.0),
+        ([], [], 1.0),
+    ],
+)
+def test_copy_ratio(draft, refinement, ratio):
+    assert metrics.copy_ratio(np.array(draft), np.array(refinement)) == pytest.approx(ratio)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_writer_takes_any_scalar_and_writes_null_for_what_is_not_finite(tmp_path):
+    with metrics.Writer(tmp_path, tiny()) as writer:
+        writer.write(1, {"loss": jnp.float32(0.5), "kl": np.float32(0.25), "reward": 1, "entropy": jnp.bfloat16(2.0)})
+        assert rows_of(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "kl": 0.25, "reward": 1, "entropy": 2}]
+        writer.write(np.int32(2), {"loss": float("nan"), "kl": jnp.inf, "perf/recompiles": np.array([3])})
+        assert writer.rows == 2
+    second = (tmp_path / "metrics.jsonl").read_text().splitlines()[1]
+    assert second == '{"step": 2, "loss": null, "kl": null, "perf/recompiles": 3.0}'
+
+
+def test_sample_rows(tmp_path, two_groups):
+    odd = completion("refine", 0, [3, 9], 1.0, text="\ud800 ∑ \x1b[31m\n</answer>")
+    groups = [two_groups[0], group([], None, [odd, completion("refine", 1, [9], 0.0)])]
+    with metrics.Writer(tmp_path, tiny()) as writer:
+        writer.samples(123, groups, np.array([[0.5, -0.5], [1.0, -1.0]], np.float32))
+    rows = rows_of(tmp_path / "samples" / "step_000123.jsonl")
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_000123.jsonl"]
+    columns = (
+        "prompt_id stage sample_id parent_draft_id prompt text token_count finished rewards extracted answer advantage"
+    )
+    assert all(list(row) == columns.split() for row in rows)
+    assert [row["stage"] for row in rows] == ["draft", "draft", "refine", "refine", "refine", "refine"]
+    assert [row["parent_draft_id"] for row in rows] == [None, None, 0, 0, None, None]
+    assert [row["advantage"] for row in rows] == [None, None, 0.5, -0.5, 1.0, -1.0]
+    assert rows[2]["rewards"] == {"accuracy": 1.0, "format": 1.0} and rows[2]["token_count"] == 3
+    assert rows[3]["finished"] is False and rows[0]["answer"] == "7" and rows[0]["prompt"] == "3 + 4"
+    assert rows[4]["text"] == odd.text
+
+
+def test_resume_drops_what_the_resumed_run_writes_again(tmp_path, two_groups):
+    advantages = np.zeros((2, 2), np.float32)
+    with metrics.Writer(tmp_path, tiny()) as writer:
+        writer.write(0, {"eval/arithmetic/pass@1": 0.5})
+        for step in range(1, 6):
+            writer.write(step, {"loss": step})
+            writer.samples(step, two_groups, advantages)
+    path = tmp_path / "metrics.jsonl"
+    with open(path, "a") as file:
+        file.write('{"step": 3, "lo')  # a row that a kill tore
+    (tmp_path / "samples" / "step_000002.jsonl.tmp").write_text("half a file")
+    with metrics.Writer(tmp_path, tiny(), resume_step=3) as writer:
+        assert writer.rows == 4
+        assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [f"step_00000{i}.jsonl" for i in (1, 2, 3)]
+        writer.write(4, {"loss": 40})
+    assert [(row["step"], row.get("loss")) for row in rows_of(path)] == [(0, None), (1, 1), (2, 2), (3, 3), (4, 40)]
+    with metrics.Writer(tmp_path, tiny()) as writer:  # died before its first checkpoint: everything again
+        assert writer.rows == 0
+    assert path.read_text() == "" and not list((tmp_path / "samples").iterdir())
+
+
+def test_a_whole_last_row_without_its_newline_is_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}')
+    with metrics.Writer(tmp_path, tiny(), resume_step=2) as writer:
+        writer.write(3, {"loss": 3.0})
+    assert [row["step"] for row in rows_of(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_tensorboard_scalars_and_purge_on_resume(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import masked_crc32c
+
+    config = tiny(**{"log.tensorboard": True})
+    with metrics.Writer(tmp_path, config) as writer:
+        writer.write(1, {"loss": jnp.float32(0.5), "kl": float("nan")})
+
+    def events(path):
+        data = path.read_bytes()
+        while data:  # length, its checksum, the event, its checksum
+            size = int.from_bytes(data[:8], "little")
+            assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
+            yield Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    assert [(e.step, v.tag, v.simple_value) for e in events(first) for v in e.summary.value] == [(1, "loss", 0.5)]
+    with metrics.Writer(tmp_path, config, resume_step=7):
+        pass
+    (second,) = set((tmp_path / "tensorboard").iterdir()) - {first}
+    assert [e.step for e in events(second) if e.session_log.status == SessionLog.START] == [8]
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch, two_groups):
+    monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
+    with metrics.Writer(tmp_path, tiny()) as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.samples(1, two_groups, np.zeros((2, 2)))
+    out = io.StringIO()
+    metrics.Console(out).message("hello")
+    assert not list(tmp_path.iterdir()) and out.getvalue() == ""
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+STEP = {"rewards/accuracy/mean": 0.625, "draft/accuracy": 0.5, "reward": 1.5, "loss": float("nan"), "perf/step_time": 2}
+
+
+def test_plain_console_prints_one_unwrapped_line_a_step():
+    out = io.StringIO()
+    with metrics.Console(out) as console:
+        console.start(total_steps=10, first_step=2, every=2)
+        for step in range(3, 6):
+            console.step(step, {**STEP, "completions/mean_length": jnp.float32(100), "draft/mean_length": 90.0})
+        with console.phase("evaluation", total=5) as update:
+            update(3, "half")
+        console.step(10, STEP)
+        console.message("x" * 500)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == (
+        "step  4/10  solved 0.625  drafts solved 0.500  reward 1.500  length 100  draft length 90  loss not finite"
+        "  2.0 s/step  left 0:00:12"
+    )
+    assert lines[1] == "evaluation ..." and lines[2].startswith("step 10/10") and lines[3:] == ["x" * 500]
+    assert "\x1b" not in out.getvalue()
+
+
+def test_terminal_console_has_the_same_lines_and_a_bar(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    out = Terminal()
+    with metrics.Console(out) as console:
+        console.table("Run", [("prompts", 32)])
+        console.start(total_steps=10)
+        with console.phase("warm start", total=5) as update:
+            update(5, "loss 0.1")
+        console.step(1, STEP)
+    text = metrics.plain_text(out.getvalue())
+    assert "step  1/10  solved 0.625  drafts solved 0.500" in text and "warm start: " in text and "prompts" in text
+
+
+def test_model_text_reaches_the_terminal_as_plain_text(two_groups):
+    evil = (
+        "\x1b]0;title\x07\x1b[2J[red]hi[/red] :smile: \x9b31m a\rb \u202ex\ttab\nline \x1bc\x1b]8;;http://x\x1b\\link"
+    )
+    drafts = [completion("draft", 0, [1], 1.0, 1.0, text=evil)]
+    first = [completion("refine", 0, [1], 1.0, text="middle" * 1000 + "END"), completion("refine", 1, [1], 0.0)]
+    out = Terminal()
+    console = metrics.Console(out)
+    console.sample(group(drafts, 0, first, question=evil, answer="\x1b[1m7"), np.array([0.707, -0.707]))
+    text = out.getvalue()
+    assert not set(text) & set("\x1b\x07\x9b\r\u202e")
+    assert "[red]hi[/red] :smile: 31m ab x" in text and "line link" in text
+    assert "best of 1 drafts, reward 2 (accuracy 1, format 1)" in text
+    assert "refinement 1 of 2, reward 1 (accuracy 1, format 0), advantage +0.71" in text
+    assert "characters ...]" in text and "END" in text and text.count("\n") < 60
+    assert "right answer\n7\n" in text
+
+
+def test_a_terminal_that_cannot_show_a_character_is_no_crash():
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding="ascii")
+    metrics.Console(out).message("∑ \ud800 done")
+    out.flush()
+    assert raw.getvalue().decode("ascii").strip() == "?  done"
