@@ -1,0 +1,304 @@
+"""Hugging Face directories: config.json, tokenizer and safetensors, read into our layouts and shardings.
+
+One table per family (`FAMILIES`) pairs each of our parameters with a tensor of the files and says how the two are laid
+out; it reads both ways. Every tensor is used exactly once: a missing, extra or misshapen one is an error that names it.
+Only the slice that a device holds is read, straight from the file into its sharding, so that no process ever holds the
+whole model, and no device a second copy.
+
+A layout is a string of one letter per axis. The file's `(NH)D` and our `DNH` say: take the file's [N*H, D] as [N, H, D]
+and transpose it to [D, N, H].
+
+Legend: N heads, K kv heads, H head dim, D model, F ffn, V vocab.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import ml_dtypes  # noqa: F401  (teaches numpy bfloat16, without which safetensors cannot hand it over)
+import numpy as np
+import safetensors
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from igrpo_jax import sharding
+from igrpo_jax.config import InputError
+from igrpo_jax.models import config, decoder
+from igrpo_jax.models.config import ModelConfig
+from igrpo_jax.models.decoder import Params
+
+Index = tuple[slice, ...]
+
+BYTES = {"F32": 4, "BF16": 2, "F16": 2}  # safetensors' dtypes that are read, and their size
+WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of ours and one tensor of the files."""
+
+    name: str  # of the tensor; {layer} stands for the layer's number
+    stored: str  # the tensor's axes; letters in brackets share one
+    ours: str  # the same letters in the order of our parameter
+
+    @property
+    def axes(self) -> list[str]:
+        """The letters of each stored axis: `(NH)D` gives ["NH", "D"]."""
+        return [letters.strip("()") for letters in re.findall(r"\(\w+\)|\w", self.stored)]
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the tensor that belongs to our parameter of this shape."""
+        size = dict(zip(self.ours, shape, strict=True))
+        return tuple(math.prod(size[letter] for letter in letters) for letters in self.axes)
+
+    def read(self, tensor: Any, shape: tuple[int, ...], index: Index) -> np.ndarray:
+        """Our parameter's `index` as float32, from a tensor that is sliced lazily.
+
+        A shared axis is cut at its first letter: of the others the whole is read, and cut in memory.
+        """
+        size = dict(zip(self.ours, shape, strict=True))
+        cut = {letter: range(*part.indices(size[letter])) for letter, part in zip(self.ours, index, strict=True)}
+        wanted, read_shape = [], []
+        for first, *rest in self.axes:
+            inner = math.prod(size[letter] for letter in rest)
+            wanted.append(slice(cut[first].start * inner, cut[first].stop * inner))
+            read_shape += [len(cut[first]), *(size[letter] for letter in rest)]
+        letters = "".join(self.axes)
+        firsts = {first for first, *_ in self.axes}
+        block = tensor[tuple(wanted)].reshape(read_shape)
+        block = block[tuple(slice(None) if x in firsts else slice(cut[x].start, cut[x].stop) for x in letters)]
+        block = block.transpose([letters.index(letter) for letter in self.ours])
+        return np.ascontiguousarray(block, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The table of a model family."""
+
+    sublayers: int  # letters of the pattern per numbered layer of the files
+    entries: dict[str, Entry]  # by our path, with the letter of a block in place of its number
+
+
+_LAYER = "model.layers.{layer}."
+_ATTENTION, _MLP = _LAYER + "self_attn.", _LAYER + "mlp."
+_DENSE = Family(
+    sublayers=2,
+    entries={
+        "embedding": Entry("model.embed_tokens.weight", "VD", "VD"),
+        "*/norm/scale": Entry(_LAYER + "input_layernorm.weight", "D", "D"),
+        "*/mixer/q_proj": Entry(_ATTENTION + "q_proj.weight", "(NH)D", "DNH"),
+        "*/mixer/k_proj": Entry(_ATTENTION + "k_proj.weight", "(KH)D", "DKH"),
+        "*/mixer/v_proj": Entry(_ATTENTION + "v_proj.weight", "(KH)D", "DKH"),
+        "*/mixer/q_bias": Entry(_ATTENTION + "q_proj.bias", "(NH)", "NH"),
+        "*/mixer/k_bias": Entry(_ATTENTION + "k_proj.bias", "(KH)", "KH"),
+        "*/mixer/v_bias": Entry(_ATTENTION + "v_proj.bias", "(KH)", "KH"),
+        "*/mixer/o_proj": Entry(_ATTENTION + "o_proj.weight", "D(NH)", "NHD"),
+        "-/norm/scale": Entry(_LAYER + "post_attention_layernorm.weight", "D", "D"),
+        "-/mixer/gate_proj": Entry(_MLP + "gate_proj.weight", "FD", "DF"),
+        "-/mixer/up_proj": Entry(_MLP + "up_proj.weight", "FD", "DF"),
+        "-/mixer/down_proj": Entry(_MLP + "down_proj.weight", "DF", "FD"),
+        "norm/scale": Entry("model.norm.weight", "D", "D"),
+        "lm_head": Entry("lm_head.weight", "VD", "DV"),
+    },
+)
+FAMILIES = {"llama": _DENSE, "qwen2": _DENSE}  # by model_type; which biases and heads exist is the ModelConfig's say
+
+
+def table(model_type: str, c: ModelConfig) -> dict[str, Entry]:
+    """The entry of every parameter by its path, layer numbers filled in."""
+    family, result = FAMILIES[model_type], {}
+    for path in decoder.shapes(c):
+        top, _, rest = path.partition("/")
+        if top != "blocks":
+            result[path] = family.entries[path]
+            continue
+        number, _, rest = rest.partition("/")
+        entry = family.entries[f"{c.pattern[int(number)]}/{rest}"]
+        name = entry.name.format(layer=int(number) // family.sublayers)
+        result[path] = Entry(name, entry.stored, entry.ours)
+    return result
+
+
+def resolve(path: str) -> Path:
+    """`path` itself where it is a directory, else the local copy of the hub's repository of that name.
+
+    Raises:
+        InputError: neither is there, or the hub can't be reached.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+        raise _bad(path, "no such directory; give a Hugging Face model directory or a hub id such as owner/name")
+    return _download(path)
+
+
+@functools.cache
+def _download(name: str) -> Path:
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(WANTED)))
+    except Exception as error:  # its errors have no common base: HTTP, validation, offline, file system
+        said = f"{type(error).__name__}: {_first_line(error)}"
+        fix = "give a local directory with config.json, the safetensors files and the tokenizer"
+        raise _bad(name, f"no such directory, and the hub did not give it ({said}); {fix}") from error
+
+
+def load_config(path: str) -> ModelConfig:
+    """ModelConfig of the directory or hub id `path`.
+
+    Raises:
+        InputError: no config.json, or one that the decoder can't follow.
+    """
+    return config.from_hf(_config_json(path), f"config.model.path = {path!r}: config.json")
+
+
+def load_params(path: str, c: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
+    """Float32 parameters of the directory or hub id `path`, each in its sharding on `mesh`.
+
+    Raises:
+        InputError: a mesh that doesn't divide the model; files that are missing, damaged or of another model.
+    """
+    shapes, entries = decoder.shapes(c), table(_config_json(path)["model_type"], c)
+    sharding.check_divides(mesh, shapes)
+    params = {}
+    with contextlib.ExitStack() as stack:
+        tensors = _open(path, stack)
+        _check(path, c, {entry.name: entry.stored_shape(shapes[own]) for own, entry in entries.items()}, tensors)
+        bar = stack.enter_context(_progress())
+        sizes = {own: math.prod(shape) * BYTES[tensors[entries[own].name].get_dtype()] for own, shape in shapes.items()}
+        task = bar.add_task("reading weights", total=sum(sizes.values()))
+        for own, shape in shapes.items():
+            read = functools.partial(entries[own].read, tensors[entries[own].name], shape)
+            params[own] = jax.make_array_from_callback(shape, sharding.param_sharding(mesh, own), read)
+            bar.advance(task, sizes[own])
+    return params
+
+
+def _open(path: str, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Every tensor of the files by name, as a slice that reads nothing yet."""
+    root, tensors = resolve(path), {}
+    if (root / SINGLE).is_file():
+        files = [SINGLE]
+    elif (root / INDEX).is_file():
+        files = sorted(set(_json(path, root / INDEX).get("weight_map", {}).values()))
+    else:
+        raise _bad(path, f"no {SINGLE} and no {INDEX}; only weights in the safetensors format are read")
+    for name in files:
+        if not (root / name).is_file():
+            raise _bad(path, f"{INDEX} names {name}, which is not there; copy or download the directory again")
+        try:
+            opened = stack.enter_context(safetensors.safe_open(root / name, framework="numpy"))
+        except (safetensors.SafetensorError, OSError) as error:
+            fix = "it is damaged or cut short; copy or download it again"
+            raise _bad(path, f"{name} can't be read ({_first_line(error)}); {fix}") from error
+        for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+            if key in tensors:
+                raise _bad(path, f"tensor {key} is in two files; keep one set of weights in the directory")
+            tensors[key] = opened.get_slice(key)
+    return tensors
+
+
+def _check(path: str, c: ModelConfig, expected: dict[str, tuple[int, ...]], tensors: dict[str, Any]) -> None:
+    """Raises InputError unless `tensors` are those expected, each once, in the right shape and a dtype we read."""
+    optional = {"lm_head.weight"} if c.tie_embeddings else set()
+    extra = [x for x in tensors if x not in expected and x not in optional and not x.endswith("rotary_emb.inv_freq")]
+    shape = {name: tuple(tensors[name].get_shape()) for name in expected if name in tensors}
+    other = [f"{name} is {shape[name]}, not {expected[name]}" for name in shape if shape[name] != expected[name]]
+    dtypes = [f"{name} is {tensors[name].get_dtype()}" for name in shape if tensors[name].get_dtype() not in BYTES]
+    fix = "use the config.json that belongs to these weights, or download the directory again"
+    for found, what, advice in (
+        ([name for name in expected if name not in tensors], "missing from the files", fix),
+        (extra, "in the files that the model has no place for", fix),
+        (other, "of another shape than config.json says", fix),
+        (dtypes, "of a dtype that is not read", "save the model in " + ", ".join(BYTES)),
+    ):
+        if found:
+            names = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+            raise _bad(path, f"{len(found)} of {len(expected)} tensors {what}: {names}; {advice}")
+
+
+def load_tokenizer(path: str):
+    """The tokenizer of the directory or hub id `path`, fast or sentencepiece; never runs code from it.
+
+    Raises:
+        InputError: no tokenizer files, or ones that transformers can't read.
+    """
+    from transformers import AutoTokenizer  # seconds to import, and not needed to read weights
+
+    root = resolve(path)
+    try:
+        return AutoTokenizer.from_pretrained(str(root), trust_remote_code=False)
+    except Exception as error:  # whatever a broken file makes the many tokenizer classes raise
+        fix = "the directory needs tokenizer.json, or tokenizer.model with tokenizer_config.json"
+        raise _bad(path, f"the tokenizer can't be read ({_first_line(error)}); {fix}") from error
+
+
+def eos_ids(path: str, tokenizer) -> tuple[int, ...]:
+    """Every token id that ends a completion, sorted: of generation_config.json, config.json, tokenizer and template.
+
+    Raises:
+        InputError: none of them names one.
+    """
+    root, found = resolve(path), {tokenizer.eos_token_id, _end_of_turn(path, tokenizer)}
+    for name in ("generation_config.json", "config.json"):
+        named = _json(path, root / name).get("eos_token_id") if (root / name).is_file() else None
+        found.update(named if isinstance(named, list) else [named])
+    ids = tuple(sorted(x for x in found if x is not None))
+    if not ids:
+        raise _bad(path, "no end-of-sequence token; set eos_token_id in generation_config.json")
+    return ids
+
+
+def _end_of_turn(path: str, tokenizer) -> int | None:
+    """Id of the special token that the chat template puts after an assistant's words, if there is one."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # jinja runs what the template says
+        raise _bad(path, f"the chat template fails ({_first_line(error)}); repair it in the directory") from error
+    after = text.rpartition("answer")[2].lstrip()
+    special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    matches = [content for content in special if content and after.startswith(content)]
+    return special[max(matches, key=len)] if matches else None
+
+
+def _config_json(path: str) -> dict:
+    file = resolve(path) / "config.json"
+    if not file.is_file():
+        raise _bad(path, "no config.json in it; give the directory of a Hugging Face model")
+    return _json(path, file)
+
+
+def _json(path: str, file: Path) -> dict:
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except ValueError as error:  # bad JSON and bad utf-8 both
+        raise _bad(path, f"{file.name} is not JSON ({_first_line(error)}); copy or download it again") from error
+    if not isinstance(value, dict):
+        raise _bad(path, f"{file.name} must hold a JSON object; copy or download it again")
+    return value
+
+
+def _bad(path: str, what: str) -> InputError:
+    return InputError(f"config.model.path = {path!r}: {what}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+
+
+def _progress() -> Progress:
+    """A bar in bytes, on a terminal of the first process only."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    off = not console.is_terminal or jax.process_index() != 0
+    return Progress(*columns, console=console, transient=True, disable=off)
