@@ -1,0 +1,230 @@
+"""Killable worker processes: run a function on items, each under a wall-clock deadline, and never raise.
+
+    submit(args) -> Future[Outcome]; Outcome.status is "ok", "timeout" (worker killed and replaced) or "error"
+
+`pebble.ProcessPool` does the work: one acknowledgement and one result per item, workers killed at the deadline,
+replaced when they die, recycled after a number of items. An item costs about 0.1 ms of scheduling on two cores with two
+workers, so items are sent one by one, each with its own deadline. This module adds what pebble does not do:
+
+- a worker starts cold of accelerators (it must never claim the TPU or GPU of its parent) and with bounded memory;
+- imports happen before the worker asks for its first item, so they are not charged against a deadline;
+- SIGTERM kills at once also while C code runs, and an orphan whose parent was killed kills itself;
+- pebble gives up for good when an idle worker dies (the kernel's out-of-memory killer): a new pool takes its place
+  and the items without a result are sent again, a few times at most.
+
+Workers are spawned, so they import the parent's `__main__` again: a program that uses this pool imports jax inside
+`main()`, behind `if __name__ == "__main__"`. Not here: what is graded (`reward`), order, retries of slow items.
+"""
+
+import importlib
+import itertools
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+import pebble
+from pebble.common import CONSTS
+
+MAX_TASKS = 10_000  # items after which a worker is replaced, against slow leaks in what it runs
+MEMORY_BYTES = 4 << 30  # address space of one worker; an item that wants more ends in MemoryError
+ATTEMPTS = 3  # times an item is sent when the pool itself breaks under it
+_ORPHAN_GRACE = 10.0  # seconds past the deadline after which a worker that nobody killed ends by itself
+
+_BLANK = {
+    "JAX_PLATFORMS": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "ROCR_VISIBLE_DEVICES": "",
+    "HIP_VISIBLE_DEVICES": "",
+    "TPU_VISIBLE_CHIPS": "",
+    "TPU_VISIBLE_DEVICES": "",
+    "TPU_LIBRARY_PATH": "/dev/null",
+    "PJRT_DEVICE": "CPU",
+    # A thread pool of the linear algebra library per worker would eat the address space on machines with many cores.
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one item; one per item, whatever happened."""
+
+    status: str  # "ok", "timeout" or "error"
+    value: Any = None  # of the function, where status is "ok"
+    detail: str = ""  # of the failure, for the log
+    seconds: float = 0.0  # wall time in the worker; of a failure, since the item was sent
+
+
+@dataclass
+class _Item:
+    args: tuple
+    future: Future
+    attempts: int = 0
+    sent: float = 0.0
+
+
+class Pool:
+    """`workers` processes that run `function(*args)`; a context manager, usable from any thread.
+
+    Args:
+        function: importable by name and, like its arguments and results, picklable.
+        workers: number of processes. They start at once and warm up while the caller goes on.
+        timeout: seconds one item may run. The worker is killed within about 0.2 s after, 0.7 s if it ignores SIGTERM.
+        preload: names of modules that a worker imports before its first item; where such a module has a function
+            `warm_up`, it is called.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        workers: int,
+        timeout: float,
+        preload: tuple[str, ...] = (),
+        max_tasks: int = MAX_TASKS,
+        memory_bytes: int = MEMORY_BYTES,
+    ):
+        # Between SIGTERM and SIGKILL pebble looks at no other deadline; its default of 3 s would stall the others.
+        CONSTS.term_timeout = 0.5
+        self._function, self._timeout = function, timeout
+        self._options = {
+            "max_workers": workers,
+            "max_tasks": max_tasks,
+            "initializer": _start_worker,
+            "initargs": (memory_bytes, preload),
+            "context": multiprocessing.get_context("spawn"),
+        }
+        self._lock = threading.RLock()
+        self._numbers = itertools.count()
+        self._unanswered: dict[int, _Item] = {}
+        self._closed = threading.Event()
+        self._pool = self._start()
+        self._watcher = threading.Thread(target=self._watch, name="verifier_pool_watcher", daemon=True)
+        self._watcher.start()
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def submit(self, *args) -> Future:
+        """A future of the Outcome; does not block, and the future never raises."""
+        item = _Item(args, Future())
+        item.future.set_running_or_notify_cancel()  # so that nobody cancels it and waits for a result that never comes
+        with self._lock:
+            number = next(self._numbers)
+            self._unanswered[number] = item
+            if not self._closed.is_set():
+                self._send(number, item)
+        if self._closed.is_set():
+            self._answer(number, Outcome("error", detail="the pool is closed"))
+        return item.future
+
+    def close(self) -> None:
+        """Ends all workers, busy ones too; items without a result get the status "error". Safe to call twice."""
+        with self._lock:
+            if self._closed.is_set():
+                return
+            self._closed.set()
+        self._watcher.join()
+        self._end(self._pool)
+        for number in list(self._unanswered):
+            self._answer(number, Outcome("error", detail="the pool was closed"))
+
+    def _start(self) -> pebble.ProcessPool:
+        pool = pebble.ProcessPool(**self._options)
+        _ = pool.active  # reading it starts the workers
+        return pool
+
+    @staticmethod
+    def _end(pool: pebble.ProcessPool) -> None:
+        pool.stop()
+        pool.join()
+
+    def _send(self, number: int, item: _Item) -> None:
+        item.attempts += 1
+        item.sent = time.monotonic()
+        pool = self._pool
+        call = (self._function, item.args, self._timeout + _ORPHAN_GRACE)
+        try:
+            task = pool.schedule(_run, args=call, timeout=self._timeout)
+        except RuntimeError:  # the pool broke; the watcher sends the item again
+            return
+        task.add_done_callback(lambda done: self._receive(pool, number, item, done))
+
+    def _receive(self, pool: pebble.ProcessPool, number: int, item: _Item, task: Future) -> None:
+        """Called in a thread of pebble's when an item ended, well or badly."""
+        with self._lock:
+            if pool is not self._pool:
+                return  # the item was sent again
+        waited = time.monotonic() - item.sent
+        error = CancelledError() if task.cancelled() else task.exception()
+        if error is None:
+            outcome = task.result()
+        elif isinstance(error, BrokenProcessPool | CancelledError):
+            return  # the watcher sends it again, or `close` answers it
+        elif isinstance(error, TimeoutError):
+            outcome = Outcome("timeout", detail=f"no result within {self._timeout} s", seconds=self._timeout)
+        elif isinstance(error, pebble.ProcessExpired):
+            status = "timeout" if error.exitcode == -signal.SIGALRM else "error"
+            outcome = Outcome(status, detail=f"the worker ended with code {error.exitcode}", seconds=waited)
+        else:  # arguments or a result that cannot be pickled
+            outcome = Outcome("error", detail=f"{type(error).__name__}: {error}"[:500], seconds=waited)
+        self._answer(number, outcome)
+
+    def _answer(self, number: int, outcome: Outcome) -> None:
+        item = self._unanswered.pop(number, None)  # atomic: whoever gets the item is the only one to answer it
+        if item is not None:
+            item.future.set_result(outcome)
+
+    def _watch(self) -> None:
+        """Replaces a broken pool while there is something to do."""
+        while not self._closed.wait(0.2):
+            if not self._unanswered or self._pool.active:
+                continue
+            given_up = []
+            with self._lock:
+                broken, self._pool = self._pool, self._start()
+                for number, item in list(self._unanswered.items()):
+                    if item.attempts < ATTEMPTS:
+                        self._send(number, item)
+                    else:
+                        given_up.append(number)
+            for number in given_up:
+                self._answer(number, Outcome("error", detail=f"the worker pool broke {ATTEMPTS} times"))
+            self._end(broken)
+
+
+def _start_worker(memory_bytes: int, preload: tuple[str, ...]) -> None:
+    """Runs in a new worker before it asks for an item."""
+    os.environ.update(_BLANK)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # pebble installs a Python handler, which does not run while C code does (a power of big integers).
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for name in preload:
+        warm_up = getattr(importlib.import_module(name), "warm_up", None)
+        if warm_up is not None:
+            warm_up()
+
+
+def _run(function: Callable, args: tuple, orphan_after: float) -> Outcome:
+    """Runs in the worker. Failures travel as text: some exceptions cannot be unpickled, which would break the pool."""
+    signal.setitimer(signal.ITIMER_REAL, orphan_after)  # the kernel's own kill, in case the parent is gone
+    start = time.perf_counter()
+    try:
+        outcome = Outcome("ok", function(*args), seconds=time.perf_counter() - start)
+    except BaseException as error:  # SystemExit and MemoryError too: whatever it is, it is this item's failure
+        detail = f"{type(error).__name__}: {error}"[:500]
+        outcome = Outcome("error", detail=detail, seconds=time.perf_counter() - start)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return outcome
