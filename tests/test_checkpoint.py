@@ -1,0 +1,228 @@
+"""Checkpoints come back bit for bit, on any mesh; a killed save is no checkpoint; a folder belongs to one run."""
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from igrpo_jax import checkpoint
+from igrpo_jax import config as config_lib
+
+
+class State(NamedTuple):
+    params: dict[str, jax.Array]
+    opt_state: Any
+    step: jax.Array
+
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.1, 0.0, 10)))
+SPECS = {"embed": PartitionSpec("tensor", "fsdp"), "blocks.0.q": PartitionSpec("fsdp", "tensor")}
+
+
+def mesh_of(*sizes):
+    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def shardings(mesh):
+    """Moments lie like their parameter, everything else is replicated."""
+
+    def of(path, leaf):
+        name = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey)), None)
+        return NamedSharding(mesh, SPECS.get(name, PartitionSpec()))
+
+    return jax.tree_util.tree_map_with_path(of, jax.eval_shape(initial))
+
+
+def initial():
+    keys = jax.random.split(jax.random.key(1), 2)
+    params = {"embed": jax.random.normal(keys[0], (16, 8)), "blocks.0.q": jax.random.normal(keys[1], (8, 4))}
+    params["norm"] = jnp.ones(8)
+    return State(params, OPTIMIZER.init(params), jnp.int32(0))
+
+
+def updated(state):
+    gradients = jax.tree.map(lambda p: jnp.sin(p * 3 + state.step), state.params)
+    updates, opt_state = OPTIMIZER.update(gradients, state.opt_state, state.params)
+    return State(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+
+
+def state_on(mesh, steps=2):
+    state = jax.jit(initial, out_shardings=shardings(mesh))()
+    for _ in range(steps):
+        state = jax.jit(updated, out_shardings=shardings(mesh))(state)
+    return state
+
+
+def abstract_on(mesh):
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(initial),
+        shardings(mesh),
+    )
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+EVERY_STEP = config_lib.Checkpoint(every=1, keep=2)
+
+
+@needs_8
+def test_state_and_meta_come_back_bit_for_bit_on_any_mesh(tmp_path):
+    mesh, meta = mesh_of(2, 2, 2), {"seed": 7, "data": {"epoch": 1, "index": 96}, "rows": 12}
+    state = state_on(mesh)
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
+        assert checkpointer.latest_step() is None
+        assert checkpointer.save(2, state, meta)
+    for other in (mesh, mesh_of(1, 8, 1), mesh_of(4, 1, 2)):
+        with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
+            assert checkpointer.latest_step() == 2
+            restored, restored_meta = checkpointer.restore(abstract_on(other))
+        assert isinstance(restored, State) and restored_meta == meta
+        assert_same_bits(restored, state)
+        assert jax.tree.map(lambda leaf: leaf.sharding, restored) == shardings(other)
+    # And it goes on from there as if nothing had happened.
+    assert_same_bits(state_on(mesh, 3), jax.jit(updated, out_shardings=shardings(other))(restored))
+
+
+@needs_8
+def test_a_save_holds_the_state_of_its_call_though_the_arrays_are_donated(tmp_path):
+    mesh = mesh_of(2, 2, 2)
+    state, expected = state_on(mesh), state_on(mesh)
+    step = jax.jit(updated, out_shardings=shardings(mesh), donate_argnums=0)
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
+        checkpointer.save(2, state, {})
+        for _ in range(3):
+            state = step(state)
+        restored, _ = checkpointer.restore(abstract_on(mesh))
+    assert_same_bits(restored, expected)
+
+
+def test_cadence_force_and_the_newest_k(tmp_path):
+    mesh = mesh_of(1, jax.device_count(), 1)
+    state = state_on(mesh, 0)
+    with checkpoint.Checkpointer(tmp_path, config_lib.Checkpoint(every=2, keep=2)) as checkpointer:
+        assert [checkpointer.save(step, state, {"step": step}) for step in range(1, 7)] == [False, True] * 3
+        assert checkpointer.save(7, state, {"step": 7}, force=True)
+        assert not checkpointer.save(7, state, {"step": 70}, force=True)  # the last step is also a forced one
+        checkpointer.wait()
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6", "7"]
+        assert checkpointer.restore(abstract_on(mesh))[1] == {"step": 7}
+    with checkpoint.Checkpointer(tmp_path / "last", config_lib.Checkpoint(every=0)) as checkpointer:
+        assert not checkpointer.save(50, state, {}) and checkpointer.save(51, state, {}, force=True)
+
+
+def test_a_killed_save_is_ignored_and_its_step_can_be_saved_again(tmp_path):
+    mesh = mesh_of(1, jax.device_count(), 1)
+    state = state_on(mesh, 0)
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
+        checkpointer.save(1, state, {"step": 1})
+    # What SIGKILL leaves in the middle of a save: the step and its items under temporary names.
+    folder = tmp_path / "checkpoints"
+    killed = folder / "2.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "1", killed)
+    (killed / "commit_success.txt").unlink(missing_ok=True)
+    (killed / "state").rename(killed / "state.orbax-checkpoint-tmp")
+    for path in (killed / "state.orbax-checkpoint-tmp" / "d").iterdir():
+        path.write_bytes(b"")
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
+        assert checkpointer.latest_step() == 1 and not killed.exists()
+        assert checkpointer.restore(abstract_on(mesh))[1] == {"step": 1}
+        assert checkpointer.save(2, state, {"step": 2})
+        checkpointer.wait()
+        assert checkpointer.restore(abstract_on(mesh))[1] == {"step": 2}
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_no_checkpoint_and_a_wrong_shape_are_errors(tmp_path):
+    mesh = mesh_of(1, jax.device_count(), 1)
+    abstract = abstract_on(mesh)
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
+        with pytest.raises(config_lib.InputError, match=r"checkpoints: holds no checkpoint; start"):
+            checkpointer.restore(abstract)
+        checkpointer.save(1, state_on(mesh, 0), {})
+        norm = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=abstract.params["norm"].sharding)
+        with pytest.raises(ValueError, match=r"\(4,\).*\(8,\)"):
+            checkpointer.restore(abstract._replace(params=abstract.params | {"norm": norm}))
+
+
+def configured(**overrides):
+    tree = config_lib.default()
+    tree.update_from_flattened_dict(overrides)
+    return config_lib.freeze(tree)
+
+
+def refused(workdir, config, message):
+    with pytest.raises(config_lib.InputError, match=message) as caught:
+        checkpoint.prepare_workdir(workdir, config)
+    assert str(caught.value).startswith(f"--workdir {workdir}: ") and "\n" not in str(caught.value)
+
+
+def test_a_new_folder_then_a_resume_that_may_change_some_fields(tmp_path):
+    workdir = tmp_path / "runs" / "a"
+    config = configured()
+    assert checkpoint.prepare_workdir(workdir, config) is False
+    assert json.loads((workdir / "config.json").read_text()) == config_lib.to_dict(config)
+    longer = configured(**{"steps": 9, "log.every": 5, "checkpoint.keep": 1})
+    assert checkpoint.prepare_workdir(workdir, longer) is True
+    assert json.loads((workdir / "config.json").read_text()) == config_lib.to_dict(longer)
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+
+
+def test_a_run_with_other_settings_is_refused_by_name(tmp_path):
+    checkpoint.prepare_workdir(tmp_path, configured())
+    before = (tmp_path / "config.json").read_bytes()
+    other = configured(**{"seed": 1, "optimizer.learning_rate": 2e-6, "steps": 9})
+    refused(
+        tmp_path,
+        other,
+        r"other settings \(optimizer.learning_rate: 1e-06 -> 2e-06, seed: 0 -> 1\); give another --workdir, or the old",
+    )
+    assert (tmp_path / "config.json").read_bytes() == before and os.listdir(tmp_path) == ["config.json"]
+
+
+def test_foreign_files_and_what_is_no_config_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "thesis").mkdir()
+    refused(tmp_path, configured(), r"holds notes.txt and 1 more but no config.json")
+    assert sorted(os.listdir(tmp_path)) == ["notes.txt", "thesis"]
+    for text in ("{", "[1]", '"x"', "\udcff"):
+        (tmp_path / "config.json").write_text(text, errors="surrogateescape")
+        refused(tmp_path, configured(), r"config.json is not readable")
+
+
+def test_a_file_or_an_unwritable_folder_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    refused(file, configured(), r"cannot be written \(.*\); give a folder that can")
+    refused(file / "below", configured(), r"cannot be written \(Not a directory\)")
+    assert file.read_text() == "mine"
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "replace", full)
+    refused(tmp_path / "new" / "run", configured(), r"cannot be written \(No space left on device\)")
+    assert os.listdir(tmp_path) == ["file"]
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", configured(), r"cannot be written")
+    assert os.listdir(tmp_path / "empty") == []
+
+
+def test_a_config_half_written_by_a_kill_is_no_obstacle(tmp_path):
+    (tmp_path / "config.json.tmp").write_text('{"seed"')
+    assert checkpoint.prepare_workdir(pathlib.Path(tmp_path), configured()) is False
+    assert os.listdir(tmp_path) == ["config.json"]
