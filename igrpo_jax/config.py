@@ -2,11 +2,13 @@
 
 `default()` gives the `ml_collections.ConfigDict` that a file in `configs/` edits and the command line overrides;
 `freeze()` checks it and returns the frozen dataclasses that the rest of the package reads. Nothing here imports jax,
-so that a wrong setting is reported before any device is touched. Defaults are the paper's (arXiv 2602.09000, Table S.2).
+so that a wrong setting is reported before any device is touched. Defaults are the paper's (arXiv 2602.09000, Table
+S.2).
 """
 
 import dataclasses
 import difflib
+import functools
 import json
 import types
 import typing
@@ -103,9 +105,9 @@ class Refine:
     )
     instruction: str = (
         "Below is an earlier draft answer to this problem. Treat it as guidance, not as truth: it may be wrong. Give a "
-        "strictly better final answer: fix its mistakes, fill its gaps, justify each step and be clearer. Do not repeat "
-        "it; where it is wrong, correct it and go on."
-    )  # put between the question and the draft
+        "strictly better final answer: fix its mistakes, fill its gaps, justify each step and be clearer. Do not "
+        "repeat it; where it is wrong, correct it and go on.\n\n<draft>\n{draft}\n</draft>"
+    )  # put after the question; the draft's tokens go where {draft} stands
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ class Config:
     log: Log = field(default_factory=Log)
 
 
-# Fields that may differ between a run and its resume: they change how long it runs and what is seen of it, not what it does.
+# Fields that may differ between a run and its resume: how long it runs and what is seen of it, not what it does.
 MAY_CHANGE_ON_RESUME = ("steps", "log", "evaluation", "checkpoint")
 
 
@@ -313,18 +315,15 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
 
 
 def _validate(c: Config) -> None:
+    def value_of(path: str) -> Any:
+        return functools.reduce(getattr, path.split("."), c)
+
     def need(ok: bool, path: str, fix: str) -> None:
         if not ok:
-            value = c
-            for part in path.split("."):
-                value = getattr(value, part)
-            raise InputError(f"config.{path} = {value!r}: {fix}")
+            raise InputError(f"config.{path} = {value_of(path)!r}: {fix}")
 
     def choice(path: str, *allowed: Any) -> None:
-        value = c
-        for part in path.split("."):
-            value = getattr(value, part)
-        need(value in allowed, path, "must be one of " + ", ".join(map(str, allowed)))
+        need(value_of(path) in allowed, path, "must be one of " + ", ".join(map(str, allowed)))
 
     need(c.steps >= 0, "steps", "must be 0 (use epochs) or a number of rollouts")
     need(c.steps > 0 or c.epochs > 0, "epochs", "must be above 0 where steps = 0")
@@ -337,39 +336,27 @@ def _validate(c: Config) -> None:
         c.algorithm.num_generations >= 2, "algorithm.num_generations", "a group needs at least 2 completions to compare"
     )
     at_least = {
-        0: (
-            "algorithm.num_drafts",
-            "algorithm.beta",
-            "rollout.temperature",
-            "rollout.top_k",
-            "warm_start.steps",
-            "seed",
-        )
-        + ("rewards.accuracy", "rewards.format", "optimizer.learning_rate", "evaluation.every", "evaluation.limit")
-        + ("checkpoint.every", "evaluation.temperature", "optimizer.weight_decay", "log.samples_every"),
-        1: ("prompts_per_step", "data.max_prompt_length", "rollout.max_completion_length", "rollout.slots")
-        + ("rollout.steps_per_dispatch", "rewards.workers", "learner.minibatches", "learner.logprob_chunk")
-        + ("algorithm.num_iterations", "checkpoint.keep", "evaluation.samples", "learner.tokens_per_microbatch")
-        + ("log.every", "mesh.data", "mesh.tensor", "data.arithmetic.train_problems", "data.arithmetic.test_problems"),
-        2: ("data.arithmetic.min_terms",),
+        0: "seed algorithm.num_drafts algorithm.beta rollout.temperature rollout.top_k warm_start.steps rewards.accuracy "
+        "rewards.format optimizer.learning_rate optimizer.weight_decay evaluation.every evaluation.limit "
+        "evaluation.temperature checkpoint.every log.samples_every",
+        1: "prompts_per_step data.max_prompt_length rollout.max_completion_length rollout.slots evaluation.samples "
+        "rollout.steps_per_dispatch rewards.workers learner.minibatches learner.logprob_chunk checkpoint.keep log.every "
+        "learner.tokens_per_microbatch algorithm.num_iterations data.arithmetic.train_problems "
+        "data.arithmetic.test_problems warm_start.batch_size",
+        2: "data.arithmetic.min_terms algorithm.num_generations",
     }
     for low, paths in at_least.items():
-        for path in paths:
-            if path in ("mesh.data", "mesh.tensor"):
-                continue
-            section, _, name = path.rpartition(".")
-            node = c
-            for part in filter(None, section.split(".")):
-                node = getattr(node, part)
-            need(getattr(node, name) >= low, path, f"must be at least {low}")
-    for path in ("warm_start.error_rate", "warm_start.draft_fraction", "warm_start.draft_error_rate"):
-        need(0 <= getattr(c.warm_start, path.partition(".")[2]) <= 1, path, "must be within 0 and 1")
-    need(0 <= c.algorithm.draft_dropout <= 1, "algorithm.draft_dropout", "must be within 0 and 1")
-    need(0 <= c.rewards.max_error_fraction <= 1, "rewards.max_error_fraction", "must be within 0 and 1")
-    need(0 <= c.optimizer.warmup_ratio <= 1, "optimizer.warmup_ratio", "must be within 0 and 1")
-    need(0 <= c.optimizer.min_lr_ratio <= 1, "optimizer.min_lr_ratio", "must be within 0 and 1")
-    need(0 < c.rollout.top_p <= 1, "rollout.top_p", "must be above 0 and at most 1")
-    need(0 < c.evaluation.top_p <= 1, "evaluation.top_p", "must be above 0 and at most 1")
+        for path in paths.split():
+            need(value_of(path) >= low, path, f"must be at least {low}")
+    shares = (
+        "warm_start.error_rate warm_start.draft_fraction warm_start.draft_error_rate algorithm.draft_dropout "
+        "rewards.max_error_fraction optimizer.warmup_ratio optimizer.min_lr_ratio"
+    )
+    for path in shares.split():
+        need(0 <= value_of(path) <= 1, path, "must be within 0 and 1")
+    for path in ("rollout.top_p", "evaluation.top_p"):
+        need(0 < value_of(path) <= 1, path, "must be above 0 and at most 1")
+    need(c.refine.instruction.count("{draft}") == 1, "refine.instruction", "must hold {draft} exactly once")
     need(c.rewards.timeout > 0, "rewards.timeout", "must be a number of seconds above 0")
     need(c.rewards.accuracy + c.rewards.format > 0, "rewards.accuracy", "with rewards.format also 0 there is no reward")
     need(

@@ -1,0 +1,95 @@
+"""Every wording and chat template, in token space: q, and q' = q with a draft inside the user turn.
+
+The chat template is rendered once, with a sentinel where the user's words go; what stands before and after is kept as
+token ids, and a prompt is before + words + after. A draft enters q' as the ids that were sampled (Eq. for q' of
+arXiv 2602.09000: Concat(q, d)); it is never decoded. Questions are encoded as text: a special token written in one
+does not become one.
+"""
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from igrpo_jax import config
+
+SENTINEL = "user words"
+
+
+class Renderer:
+    """Turns questions, and questions with drafts, into token ids.
+
+    Attributes:
+        opened: text that the template already writes for the assistant ("<think>\\n" for R1 templates, usually "").
+            Rewards read it before the completion.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: config.Data,
+        refine: config.Refine,
+        max_draft_length: int,
+        eos_ids: tuple[int, ...],
+    ):
+        self._tokenizer = tokenizer
+        self._instruction = data.instruction
+        self._max_draft_length = max_draft_length
+        self._removed = np.array(sorted({*tokenizer.all_special_ids, *eos_ids}), np.int32)
+        before, after = self._template()
+        self._before, self._after = self._ids(before, special=True), self._ids(after, special=True)
+        self.opened = after[after.rindex("<think>") :] if "<think>" in after else ""
+        lead, tail = refine.instruction.split("{draft}")
+        self._lead, self._tail = "\n\n" + lead, tail
+
+    def _template(self) -> tuple[str, str]:
+        """The text before and after the user's words."""
+        if not self._tokenizer.chat_template:  # a base model
+            return self._tokenizer.bos_token or "", "\n"
+        message = [{"role": "user", "content": SENTINEL}]
+        text = self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        before, _, after = text.partition(SENTINEL)
+        return before, after
+
+    def _ids(self, text: str, special: bool) -> np.ndarray:
+        if not text:
+            return np.zeros((0,), np.int32)
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special)
+        return np.asarray(encoded["input_ids"], np.int32)
+
+    def _words(self, question: str) -> str:
+        return f"{self._instruction}\n\n{question}" if self._instruction else question
+
+    def plain(self, question: str) -> np.ndarray:
+        """q: [L] int32, generation prompt included."""
+        return np.concatenate([self._before, self._ids(self._words(question), special=False), self._after])
+
+    def with_draft(self, question: str, draft: np.ndarray) -> np.ndarray:
+        """q': [L'] int32.
+
+        Args:
+            draft: [T] int32 sampled ids. EOS and other special tokens are taken out, and the tail is kept where it is
+                longer than max_draft_length (the answer stands there).
+        """
+        kept = self.kept_draft(draft)
+        words = self._ids(self._words(question) + self._lead, special=False)
+        tail = self._ids(self._tail, special=False)
+        return np.concatenate([self._before, words, kept, tail, self._after])
+
+    def kept_draft(self, draft: np.ndarray) -> np.ndarray:
+        """The ids of `draft` that q' shows."""
+        clean = draft[~np.isin(draft, self._removed)]
+        return clean[-self._max_draft_length :]
+
+    def cuts(self, draft: np.ndarray) -> bool:
+        """True where q' shows only the tail of `draft`."""
+        return len(draft[~np.isin(draft, self._removed)]) > self._max_draft_length
+
+    @property
+    def draft_overhead(self) -> int:
+        """Most tokens that q' has beyond q: the wording and the longest kept draft."""
+        wording = len(self._ids(self._lead, special=False)) + len(self._ids(self._tail, special=False))
+        # The lead is encoded together with the question, so its tokens may split otherwise than alone.
+        return wording + self._max_draft_length + 8
+
+    def text(self, tokens: np.ndarray) -> str:
+        """What people and verifiers read: special tokens left out."""
+        return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
