@@ -38,6 +38,7 @@ Index = tuple[slice, ...]
 
 BYTES = {"F32": 4, "BF16": 2, "F16": 2}  # safetensors' dtypes that are read, and their size
 WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -227,16 +228,23 @@ def _check(path: str, c: ModelConfig, expected: dict[str, tuple[int, ...]], tens
 def load_tokenizer(path: str):
     """The tokenizer of the directory or hub id `path`, fast or sentencepiece; never runs code from it.
 
+    A tokenizer.json is taken as it stands. AutoTokenizer of transformers 5 goes by config.json's model_type instead: of
+    a qwen2 directory it keeps the vocabulary and puts Qwen's own rules for splitting words in place of the file's.
+
     Raises:
         InputError: no tokenizer files, or ones that transformers can't read.
     """
-    from transformers import AutoTokenizer  # seconds to import, and not needed to read weights
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds to import, and weights don't need it
 
     root = resolve(path)
+    fix = "the directory needs tokenizer.json, or tokenizer.model with tokenizer_config.json"
+    # Without its files some tokenizer classes come up with an empty vocabulary, without a word.
+    if not any(file for pattern in VOCABULARIES for file in root.glob(pattern)):
+        raise _bad(path, f"no tokenizer in it; {fix}")
+    kind = PreTrainedTokenizerFast if (root / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(root), trust_remote_code=False)
+        return kind.from_pretrained(str(root), trust_remote_code=False)
     except Exception as error:  # whatever a broken file makes the many tokenizer classes raise
-        fix = "the directory needs tokenizer.json, or tokenizer.model with tokenizer_config.json"
         raise _bad(path, f"the tokenizer can't be read ({_first_line(error)}); {fix}") from error
 
 
