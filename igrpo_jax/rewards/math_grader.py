@@ -125,6 +125,7 @@ _UNIT = re.compile(
     r"|minutes?|seconds?|kg))(?:\^\{?([23])\}?)?\s*$"
 )
 _IDLE_SPACE = re.compile(r"(?<!\d) | (?!\d)")  # not the one in "1 2"
+_TEXT_UNIT = re.compile(r"(.*[\w)}\]])\s*\\text\{\s*([A-Za-z ]{1,20})\s*\}(\^\{?[23]\}?)?\s*$")
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d{1,3}(?: \d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)"
 _SCIENTIFIC = re.compile(
     rf"({_DECIMAL})(?:[eE]([+-]?\d{{1,3}})|\s*(?:\\times|\\cdot|\*|×)\s*10\s*\^\s*(?:\{{\s*([+-]?\d{{1,3}})\s*\}}|(\d)))?"
@@ -140,8 +141,8 @@ _BASED = re.compile(r"([0-9A-Z]+)_\{?\s*(\d{1,2})\s*\}?")
 def equivalent(prediction: str, gold: str) -> bool:
     """True if the two answers (bare, as `extract` returns them) are mathematically the same.
 
-    Symmetric but for what math-verify makes of an equation against its right-hand side. Anything that cannot be
-    compared (too long, too deep, not parsed) is not equivalent. May be slow on hostile input: run it in `rewards/pool`.
+    Symmetric. Anything that cannot be compared (too long, too deep, not parsed) is not equivalent. May be slow on
+    hostile input: run it in `rewards/pool`.
     """
     if len(prediction) > MAX_ANSWER or len(gold) > MAX_ANSWER:
         return False
@@ -152,7 +153,9 @@ def equivalent(prediction: str, gold: str) -> bool:
         return True
     verdict = _exact(a, b)
     if verdict is None:
-        verdict = _small_enough(a) and _small_enough(b) and _symbolic(a, b)
+        (a, unit_a), (b, unit_b) = _split_unit(a), _split_unit(b)
+        units_agree = not unit_a or not unit_b or unit_a == unit_b
+        verdict = units_agree and _small_enough(a) and _small_enough(b) and _symbolic(a, b)
     return verdict
 
 
@@ -208,6 +211,14 @@ def _exact(a: str, b: str) -> bool | None:
         # One letter is a choice or a symbol, whose case matters; three and fewer may be a product of symbols.
         return word_a == word_b if len(word_a) == 1 else word_a.casefold() == word_b.casefold()
     return None
+
+
+def _split_unit(answer: str) -> tuple[str, str]:
+    """Splits off a trailing `\\text{ cm}^2`, which math-verify cannot read."""
+    match = _TEXT_UNIT.fullmatch(answer)
+    if not match or "\\text" in match[1] or "," in match[1]:
+        return answer, ""
+    return match[1], match[2].strip() + (match[3] or "").strip("^{}")
 
 
 def _is_list(answer: str) -> bool:
@@ -272,6 +283,7 @@ _EXPONENT = re.compile(r"\^\s*\{?\s*[({]*\s*-?(\d+)")
 _FACTORIAL = re.compile(r"(\d+)\s*[)}]*\s*!")
 _BINOMIAL = re.compile(r"\\[dt]?binom|\\Gamma|\\zeta|\\prod|\\sum|\\int")
 _DIGITS = re.compile(r"\d+")
+_DOUBLE = re.compile(r"![\s)}\]]*!|\^\s*\{?[\w.]*\}?\s*\^")  # (9!)!, 9^9^9
 _ASCII = (
     (re.compile(r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"(?<![A-Za-z\\])sqrt\s*(\d+)"), r"\\sqrt{\1}"),
@@ -299,14 +311,13 @@ def _small_enough(answer: str) -> bool:
         and max(sizes, default=0) <= MAX_EXPONENT
         and all(len(d) <= MAX_DIGITS for d in _DIGITS.findall(answer))
         and not _is_tower(answer)
-        and answer.count("!") <= 4
-        and "!!!" not in answer
+        and not _DOUBLE.search(answer)
         and "__" not in answer
     )
 
 
 def _is_tower(answer: str) -> bool:
-    """True for an exponent that has an exponent that has an exponent, braced or bracketed."""
+    """True for exponents three deep, or two deep with a number as the inner base, as in 2^{2^{49}}."""
     stack: list[bool] = []  # of open brackets: does it open an exponent?
     previous = ""
     for character in answer:
@@ -314,7 +325,7 @@ def _is_tower(answer: str) -> bool:
             stack.append(previous == "^")
         elif character in ")}" and stack:
             stack.pop()
-        elif character == "^" and sum(stack) >= 2:
+        elif character == "^" and (sum(stack) >= 2 or (any(stack) and previous.isdigit())):
             return True
         if not character.isspace() and not (character in "({" and previous == "^"):
             previous = character
@@ -345,8 +356,10 @@ def _symbolic(prediction: str, gold: str) -> bool:
                 parsing_timeout=None,
             )
         )
-    if not all(parsed) or not math_verify.verify(*parsed, allow_set_relation_comp=True, timeout_seconds=None):
-        return False
+    # Both ways round: as a prediction (only), 2x+z=1 would do for 1.
+    for one, other in (parsed, reversed(parsed)):
+        if not one or not math_verify.verify(one, other, allow_set_relation_comp=True, timeout_seconds=None):
+            return False
     return _confirmed(parsed[0][0], parsed[1][0])
 
 

@@ -1,0 +1,55 @@
+"""igrpo_jax.rewards.format: exactly one think block, then one answer block."""
+
+import time
+
+import pytest
+
+from igrpo_jax.rewards.format import format_reward
+
+GOOD = [
+    "<think>a</think><answer>b</answer>",
+    " \n<think>\nlong\n\nthought\n</think>\n\n<answer>\n42\n</answer>\n",
+    "<think></think><answer></answer>",
+    "<think>1 < 2 and 3 > 2</think> <answer>$x<3$</answer>",
+]
+BAD = {
+    "": "empty",
+    "42": "no tags",
+    "<think>a</think>": "no answer",
+    "<answer>b</answer>": "no thought",
+    "<think>a</think>b": "answer outside its tags",
+    "a</think><answer>b</answer>": "think opened by the template, but the prefix was forgotten",
+    "<think>a<answer>b</answer>": "think never closed",
+    "<think>a</think><answer>b": "cut off by the length limit",
+    "<think>a</think><answer>b</answer>.": "text after the answer",
+    "So: <think>a</think><answer>b</answer>": "text before",
+    "<think>a</think> so <answer>b</answer>": "text between",
+    "<think>a</think><think>a</think><answer>b</answer>": "two thoughts",
+    "<think>a</think><answer>b</answer><answer>c</answer>": "two answers",
+    "<think><answer>b</answer></think>": "answer inside the thought",
+    "<think>a<answer></think>b</answer>": "blocks that overlap",
+    "<answer>b</answer><think>a</think>": "wrong order",
+    "</think>a<think><answer>b</answer>": "closed before it is opened",
+    "<THINK>a</THINK><ANSWER>b</ANSWER>": "upper case",
+    "<think>a</think></answer>b<answer>": "answer closed before it is opened",
+    "<think>a<think>b</think><answer>c</answer>": "the prefix opened the block and the model opened it again",
+}
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_one_block_of_each(text):
+    assert format_reward(text) == 1.0
+
+
+@pytest.mark.parametrize("text", BAD, ids=BAD.values())
+def test_anything_else(text):
+    assert format_reward(text) == 0.0
+
+
+def test_linear_time():
+    # A pattern such as <think>.*</think>.*<answer>.*</answer> needs minutes on these.
+    start = time.perf_counter()
+    for tag in ("<think>", "</think>", "<think></think>", "<answer>", "<"):
+        assert format_reward(tag * 100_000) == 0.0
+    assert format_reward("<think>" + "a\n " * 300_000 + "</think><answer>b</answer>") == 1.0
+    assert time.perf_counter() - start < 2
