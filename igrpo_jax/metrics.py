@@ -2,7 +2,7 @@
 
 `rollout_metrics` is pure numpy over finished groups. `Writer` owns the files and what a resume does to them.
 `Console` is the only place of the package that prints; what the model wrote reaches the terminal stripped of escapes.
-Loss, entropy, timings and the like come from the learner and the loop; nothing here computes them.
+Loss, entropy, timings and the verifier's health come from those who know them; nothing here computes them.
 """
 
 import collections
@@ -43,8 +43,6 @@ def rollout_metrics(groups: Sequence[Group], config: config_lib.Config) -> dict[
     best draft against that of each refinement), `refine/gain_vs_best_draft` (reward), `refine/copy_ratio` (see
     `copy_ratio`), `refine/draft_truncated` (share of kept drafts cut to `refine.max_draft_length`).
 
-    Verifier, over all gradings: `verifier/timeout_frac`, `verifier/error_frac`, `verifier/latency_p99` (seconds).
-
     "Right" is accuracy = 1. Without an accuracy reward the keys that need one are absent.
     """
     completions = [completion for group in groups for completion in group.completions]
@@ -68,10 +66,6 @@ def rollout_metrics(groups: Sequence[Group], config: config_lib.Config) -> dict[
     limit = config.refine.max_draft_length
     limit = config.rollout.max_completion_length if limit is None else limit
     metrics |= _refine_metrics([group for group in groups if group.best is not None], with_accuracy, limit)
-    scores = [c.score for group in groups for c in (*group.drafts, *group.completions)]
-    metrics["verifier/timeout_frac"] = np.mean([score.status == "timeout" for score in scores])
-    metrics["verifier/error_frac"] = np.mean([score.status == "error" for score in scores])
-    metrics["verifier/latency_p99"] = np.percentile([score.seconds for score in scores], 99)
     return {name: float(value) for name, value in metrics.items()}
 
 
