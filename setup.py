@@ -1,0 +1,59 @@
+"""Package metadata. Reads the version as text, so that installing never imports the package or jax."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+INSTALL_REQUIRES = [
+    "absl-py>=2.1",
+    "datasets>=4.0",
+    "flax>=0.12.8",
+    "huggingface_hub>=1.0",
+    "jax>=0.10.2,<0.13",
+    "jinja2>=3.1",  # chat templates
+    "latex2sympy2_extended>=1.11",
+    "math-verify>=0.9",
+    "ml_collections>=1.0",
+    "ml_dtypes>=0.5",
+    "numpy>=2.0",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.12",
+    "pebble>=5.1",
+    "protobuf>=5.0",  # sentencepiece tokenizers
+    "rich>=13.7",
+    "safetensors>=0.5",
+    "sentencepiece>=0.2",
+    "sympy>=1.13",
+    "tensorboardX>=2.6.2",
+    "tokenizers>=0.22",
+    "transformers>=5.0",
+]
+
+EXTRAS_REQUIRE = {
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
+    "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.17.6,<0.18"],
+    "parity": ["torch==2.13.0"],  # the reference models that the decoder is compared with
+}
+
+
+def version() -> str:
+    text = (ROOT / "igrpo_jax" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1]
+
+
+setup(
+    name="igrpo-jax",
+    version=version(),
+    description="iGRPO reinforcement learning of reasoning models in JAX and Flax",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["igrpo_jax", "igrpo_jax.*"]),
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+)
