@@ -1,6 +1,6 @@
 """The objectives, side by side: each is a record of pure functions, and the loss is one weighted sum for all of them.
 
-    loss = - sum over rows i, tokens t of  w_it * ( min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i) - beta k3_it )
+    loss = - sum over rows i, tokens t of  w_it (min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i) - beta k3_it)
 
 1. Advantages (Eq. 1 of arXiv 2602.09000): rewards of one group, less their mean, over their std.
 2. Token weights w: computed once on all rows of an optimizer step, so that micro-batches simply add.

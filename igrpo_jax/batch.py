@@ -1,4 +1,5 @@
-"""The structs that travel through a step: Prompt -> Completion -> Group -> TrainBatch. No logic but derived facts.
+"""The structs that travel through a step: Prompt -> Completion -> Group -> TrainBatch. No logic but derived facts
+and the length buckets that shapes are rounded up to.
 
 Token ids are plain int32 numpy arrays on the host until the update; nothing sampled is ever decoded and re-encoded on
 its way to a loss. Lengths, not pad ids, say which tokens are real. Nothing here imports jax: verifier workers read it.
@@ -75,3 +76,17 @@ class TrainBatch(NamedTuple):
     weight: np.ndarray  # [R, T] float32 token weights of the global batch, 0 off the completion
     old_logprob: np.ndarray  # [R, T] float32 log pi_old, 0 off the completion; read where off-policy
     sampler_logprob: np.ndarray  # [R, T] float32, for the sampler-trainer mismatch metrics
+
+
+def length_buckets(longest: int, smallest: int) -> tuple[int, ...]:
+    """Doubling lengths from `smallest` (in tokens), the last one `longest`: one compiled program each."""
+    sizes = []
+    while smallest < longest:
+        sizes.append(smallest)
+        smallest *= 2
+    return (*sizes, longest)
+
+
+def pick_bucket(buckets: tuple[int, ...], length: int) -> int:
+    """The smallest bucket that holds `length`."""
+    return next(bucket for bucket in buckets if bucket >= length)

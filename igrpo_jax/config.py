@@ -336,11 +336,12 @@ def _validate(c: Config) -> None:
         c.algorithm.num_generations >= 2, "algorithm.num_generations", "a group needs at least 2 completions to compare"
     )
     at_least = {
-        0: "seed algorithm.num_drafts algorithm.beta rollout.temperature rollout.top_k warm_start.steps rewards.accuracy "
-        "rewards.format optimizer.learning_rate optimizer.weight_decay evaluation.every evaluation.limit "
+        0: "seed algorithm.num_drafts algorithm.beta rollout.temperature rollout.top_k warm_start.steps "
+        "rewards.accuracy rewards.format optimizer.learning_rate optimizer.weight_decay evaluation.every evaluation.limit "
         "evaluation.temperature checkpoint.every log.samples_every",
         1: "prompts_per_step data.max_prompt_length rollout.max_completion_length rollout.slots evaluation.samples "
-        "rollout.steps_per_dispatch rewards.workers learner.minibatches learner.logprob_chunk checkpoint.keep log.every "
+        "rollout.steps_per_dispatch rewards.workers learner.minibatches learner.logprob_chunk checkpoint.keep "
+        "log.every "
         "learner.tokens_per_microbatch algorithm.num_iterations data.arithmetic.train_problems "
         "data.arithmetic.test_problems warm_start.batch_size",
         2: "data.arithmetic.min_terms algorithm.num_generations",

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from igrpo_jax.config import Evaluation, InputError
+from igrpo_jax.config import Config, Evaluation, InputError
+from igrpo_jax.tasks import arithmetic
 
 Table = list[tuple[int, dict[str, Any]]]  # (number, columns) of each row; numbers start at 1, as editors count lines
 
@@ -36,6 +37,29 @@ class Row:
     question: str
     answer: str
     columns: dict[str, Any]  # the columns that are neither question nor answer
+
+
+def training_rows(c: Config) -> list[Row]:
+    """The problems to train on: config.data.train, or the built-in task where that is empty."""
+    if c.data.train:
+        return load_rows(c.data.train, c.data.prompt_column, c.data.answer_column)
+    return _builtin_rows(arithmetic.problems(c.data.arithmetic, c.seed)[0], "train")
+
+
+def evaluation_rows(c: Config) -> dict[str, list[Row]]:
+    """The first config.evaluation.limit problems (0 = all) of each benchmark by its name."""
+    rows = {}
+    for name in c.evaluation.benchmarks:
+        if name == "arithmetic":
+            rows[name] = _builtin_rows(arithmetic.problems(c.data.arithmetic, c.seed)[1], "test")
+        else:
+            rows[name] = benchmark_rows(name, c.evaluation)
+        rows[name] = rows[name][: c.evaluation.limit or None]
+    return rows
+
+
+def _builtin_rows(problems: list[arithmetic.Problem], split: str) -> list[Row]:
+    return [Row(f"{split}-{i}", i, one.question, str(one.answer), {}) for i, one in enumerate(problems)]
 
 
 def load_rows(path: str, prompt_column: str, answer_column: str, field: str = "data.train") -> list[Row]:
@@ -73,7 +97,7 @@ def _rows(path: str, prompt_column: str, answer_column: str, source: str) -> lis
 
 
 def benchmark_rows(name: str, evaluation: Evaluation) -> list[Row]:
-    """The first `evaluation.limit` rows (0 = all) of data_dir/NAME.jsonl, whose columns are `prompt` and `answer`.
+    """The rows of data_dir/NAME.jsonl, whose columns are `prompt` and `answer`.
 
     Raises:
         InputError: no such file (the nearest is named), or one that `load_rows` refuses.
@@ -87,8 +111,7 @@ def benchmark_rows(name: str, evaluation: Evaluation) -> list[Row]:
         near = difflib.get_close_matches(name, there, n=1, cutoff=0.0)
         advice = f"the nearest is {near[0]!r} of {', '.join(there)}" if there else "it holds no .jsonl file at all"
         raise InputError(f"config.evaluation.benchmarks = {name!r}: no {name}.jsonl in {str(folder)!r}; {advice}")
-    rows = _rows(str(file), "prompt", "answer", f"config.evaluation.benchmarks = {name!r}: {file}")
-    return rows[: evaluation.limit or None]
+    return _rows(str(file), "prompt", "answer", f"config.evaluation.benchmarks = {name!r}: {file}")
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:

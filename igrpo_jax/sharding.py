@@ -1,7 +1,7 @@
 """The mesh, one table from logical axes to mesh axes, and the way from host arrays to global ones and back.
 
-Mesh axes: `data` (replicas), `fsdp` (weights and batch sharded), `tensor` (heads, ffn and vocabulary sharded). The batch
-is split over `data` and `fsdp` together. All axes are Auto: the compiler places the collectives.
+Mesh axes: `data` (replicas), `fsdp` (weights and batch sharded), `tensor` (heads, ffn and vocabulary sharded). The
+batch is split over `data` and `fsdp` together. All axes are Auto: the compiler places the collectives.
 """
 
 import math

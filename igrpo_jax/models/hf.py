@@ -160,18 +160,23 @@ def load_config(path: str) -> ModelConfig:
     return config.from_hf(_config_json(path), f"config.model.path = {path!r}: config.json")
 
 
+def check_weights(path: str, c: ModelConfig) -> None:
+    """Raises InputError unless the files hold exactly the tensors of the model; reads headers only."""
+    with contextlib.ExitStack() as stack:
+        _checked(path, c, stack)
+
+
 def load_params(path: str, c: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
     """Float32 parameters of the directory or hub id `path`, each in its sharding on `mesh`.
 
     Raises:
         InputError: a mesh that doesn't divide the model; files that are missing, damaged or of another model.
     """
-    shapes, entries = decoder.shapes(c), table(_config_json(path)["model_type"], c)
+    shapes = decoder.shapes(c)
     sharding.check_divides(mesh, shapes)
     params = {}
     with contextlib.ExitStack() as stack:
-        tensors = _open(path, stack)
-        _check(path, c, {entry.name: entry.stored_shape(shapes[own]) for own, entry in entries.items()}, tensors)
+        entries, tensors = _checked(path, c, stack)
         bar = stack.enter_context(_progress())
         sizes = {own: math.prod(shape) * BYTES[tensors[entries[own].name].get_dtype()] for own, shape in shapes.items()}
         task = bar.add_task("reading weights", total=sum(sizes.values()))
@@ -204,6 +209,14 @@ def _open(path: str, stack: contextlib.ExitStack) -> dict[str, Any]:
                 raise _bad(path, f"tensor {key} is in two files; keep one set of weights in the directory")
             tensors[key] = opened.get_slice(key)
     return tensors
+
+
+def _checked(path: str, c: ModelConfig, stack: contextlib.ExitStack) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """The entry of each parameter, and every tensor of the files, known to fit."""
+    shapes, entries = decoder.shapes(c), table(_config_json(path)["model_type"], c)
+    tensors = _open(path, stack)
+    _check(path, c, {entry.name: entry.stored_shape(shapes[own]) for own, entry in entries.items()}, tensors)
+    return entries, tensors
 
 
 def _check(path: str, c: ModelConfig, expected: dict[str, tuple[int, ...]], tensors: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from igrpo_jax import sharding
+from igrpo_jax.batch import length_buckets, pick_bucket
 from igrpo_jax.config import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
@@ -56,19 +57,6 @@ class Prefix(NamedTuple):
     length: jax.Array  # [W] int32
 
 
-def buckets(longest: int, smallest: int) -> tuple[int, ...]:
-    """Doubling lengths from `smallest`, the last one `longest`."""
-    sizes = []
-    while smallest < longest:
-        sizes.append(smallest)
-        smallest *= 2
-    return (*sizes, longest)
-
-
-def pick(sizes: tuple[int, ...], length: int) -> int:
-    return next(size for size in sizes if size >= length)
-
-
 class Engine:
     """Compiled programs and static sizes; the state itself is passed in and donated.
 
@@ -91,16 +79,16 @@ class Engine:
         shards = sharding.batch_shards(mesh)
         if slots % shards:
             raise InputError(
-                f"config.rollout.slots = {slots}: must be a multiple of mesh.data x mesh.fsdp = {shards}, over which the "
-                "slots are split"
+                f"config.rollout.slots = {slots}: must be a multiple of mesh.data x mesh.fsdp = {shards}, over which "
+                "the slots are split"
             )
         self.c, self.mesh, self.dtype = c, mesh, dtype
         self.slots, self.max_context, self.max_completion = slots, max_context, max_completion
         self.steps_per_dispatch = steps_per_dispatch
         self.prefill_width = shards
         self.length = max_context + max_completion + steps_per_dispatch
-        self.prefill_buckets = buckets(max_context, 32)
-        self.read_buckets = buckets(self.length, 128)
+        self.prefill_buckets = length_buckets(max_context, 32)
+        self.read_buckets = length_buckets(self.length, 128)
         self.eos_ids = frozenset(eos_ids)
         self._eos = jnp.asarray(eos_ids, jnp.int32)
         state = jax.tree.map(lambda _: sharding.batch_sharding(mesh), jax.eval_shape(self._empty))
@@ -143,7 +131,7 @@ class Engine:
 
     def prefill(self, weights: decoder.Params, prompts: list[np.ndarray]) -> Prefix:
         """Runs up to `prefill_width` prompts (each [L] int32, L <= max_context) in one call."""
-        size = pick(self.prefill_buckets, max(len(tokens) for tokens in prompts))
+        size = pick_bucket(self.prefill_buckets, max(len(tokens) for tokens in prompts))
         padded = np.zeros((self.prefill_width, size), np.int32)
         lengths = np.ones((self.prefill_width,), np.int32)
         for row, tokens in enumerate(prompts):

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from igrpo_jax.batch import pick_bucket
 from igrpo_jax.config import InputError
 from igrpo_jax.models import decoder
-from igrpo_jax.sampling.engine import Engine, Prefix, Sampling, pick
+from igrpo_jax.sampling.engine import Engine, Prefix, Sampling
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,31 @@ class _Waiting:
     next_sample: int = 0
 
 
-@dataclass
 class Scheduler:
-    """Feeds one engine. `weights` are the engine's rollout copy of the policy."""
+    """Feeds one engine, whose slots it owns."""
 
-    engine: Engine
-    weights: decoder.Params
-    sampling: Sampling
-    usage: Usage = field(default_factory=Usage)
-
-    def __post_init__(self):
-        self._state = self.engine.empty()
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.usage = Usage()
+        self._weights: decoder.Params = {}
+        self._sampling = Sampling(1.0)
+        self._state = engine.empty()
         self._waiting: deque[_Waiting] = deque()
         self._free: deque[int] = deque(range(self.engine.slots))
         self._running: dict[int, tuple[Request, int]] = {}
         self._counts = np.zeros((self.engine.slots,), np.int64)
         self._positions = np.zeros((self.engine.slots,), np.int64)
+
+    def start(self, params: decoder.Params, sampling: Sampling) -> None:
+        """Begins a phase: a rollout or an evaluation with these master weights. `usage` starts anew.
+
+        The weights are cast and gathered once here; `finish` lets them go before the update donates its own.
+        """
+        assert not self.pending, "the last phase still has samples to draw"
+        self._weights, self._sampling, self.usage = self.engine.weights(params), sampling, Usage()
+
+    def finish(self) -> None:
+        self._weights = {}
 
     def submit(self, request: Request) -> None:
         """Queues a prompt. Raises InputError, before any device work, where it does not fit."""
@@ -106,11 +116,11 @@ class Scheduler:
         spare = max(1, engine.slots // 8)  # refill in batches, while there is something to refill with
         furthest = max(self._positions[slot] for slot in self._running) + engine.steps_per_dispatch
         self._state, steps = engine.decode(
-            self.weights,
+            self._weights,
             self._state,
-            pick(engine.read_buckets, int(furthest) + 1),
+            pick_bucket(engine.read_buckets, int(furthest) + 1),
             max(1, running - spare) if self._waiting else 1,
-            self.sampling,
+            self._sampling,
         )
         active, counts, positions, steps = jax.device_get(
             (self._state.active, self._state.count, self._state.position, steps)
@@ -138,7 +148,7 @@ class Scheduler:
                 request.index,
                 samples,
                 request.limit,
-                self.sampling,
+                self._sampling,
             )
             for slot, sample in zip(slots, samples, strict=True):
                 self._running[slot] = (request, sample)
@@ -149,7 +159,7 @@ class Scheduler:
 
     def _prefill(self) -> None:
         batch = [self._waiting[i] for i in range(min(self.engine.prefill_width, len(self._waiting)))]
-        prefix = self.engine.prefill(self.weights, [item.request.tokens for item in batch])
+        prefix = self.engine.prefill(self._weights, [item.request.tokens for item in batch])
         for row, item in enumerate(batch):
             item.prefix, item.row = prefix, row
             self.usage.prefill_tokens += len(item.request.tokens)

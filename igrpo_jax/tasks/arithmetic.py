@@ -89,7 +89,9 @@ def _problem(settings: config.Arithmetic, rng: np.random.Generator) -> Problem:
     steps = []
     for _ in range(int(rng.integers(settings.min_terms, settings.max_terms + 1)) - 1):
         operand = int(rng.integers(1, settings.max_operand + 1))
-        choices = [c for c, value in (("+", total + operand), ("-", total - operand)) if 0 <= value <= settings.max_total]
+        choices = [
+            c for c, value in (("+", total + operand), ("-", total - operand)) if 0 <= value <= settings.max_total
+        ]
         if not choices:  # neither fits: a smaller operand always does
             operand, choices = 1, ["+" if total < settings.max_total else "-"]
         operator = choices[int(rng.integers(len(choices)))]

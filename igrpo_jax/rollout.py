@@ -1,0 +1,156 @@
+"""The two stages of iGRPO (Algorithm 1 of arXiv 2602.09000), from prompts to groups with rewards. No gradient here.
+
+1. Stage 1: sample N drafts of each prompt from the frozen policy and score them.
+2. Keep the best draft, the first one where several are equally good, and splice it into the prompt: q'.
+3. Stage 2: sample G completions of q' from the same policy and score them with the same reward.
+
+Stages are not separated by a barrier: a prompt goes on to Stage 2 as soon as its own drafts are scored, while others
+still draft. `num_drafts = 0` is the base algorithm through the same code: Stage 2 on the plain prompt.
+Results are ordered by (prompt, sample), never by arrival.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field, replace
+
+import jax
+import numpy as np
+
+from igrpo_jax.batch import Completion, Group, Prompt, Score
+from igrpo_jax.config import Config
+from igrpo_jax.models import decoder
+from igrpo_jax.prompts import Renderer
+from igrpo_jax.rewards.reward import Verifier, check_errors, statistics
+from igrpo_jax.sampling.engine import Sampling
+from igrpo_jax.sampling.scheduler import Request, Sample, Scheduler
+
+STAGES = {"draft": 1, "refine": 2}
+
+
+def stage_key(seed: int, step: int, stage: int) -> np.ndarray:
+    """Key data [2] uint32 of one stage of one step; prompts, samples and positions fold in after it."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), stage)
+    return np.asarray(jax.random.key_data(key))
+
+
+def best_draft(drafts: Sequence[Completion]) -> int:
+    """Index of the draft with the highest reward, the lowest index among equals."""
+    return int(np.argmax([draft.score.reward for draft in drafts]))
+
+
+@dataclass
+class _Work:
+    """One prompt on its way through the stages."""
+
+    prompt: Prompt
+    context: np.ndarray | None = None  # of Stage 2, once it is known
+    best: int | None = None
+    done: dict[str, dict[int, Completion]] = field(default_factory=lambda: {"draft": {}, "refine": {}})
+
+    def ordered(self, stage: str) -> tuple[Completion, ...]:
+        return tuple(self.done[stage][i] for i in sorted(self.done[stage]))
+
+
+class Rollout:
+    """Samples and scores whole steps."""
+
+    def __init__(self, config: Config, renderer: Renderer, scheduler: Scheduler, verifier: Verifier):
+        self._config, self._renderer, self._scheduler, self._verifier = config, renderer, scheduler, verifier
+
+    def collect(self, params: decoder.Params, prompts: Sequence[Prompt], step: int) -> tuple[list[Group], dict]:
+        """One group per prompt, in the order of `prompts`, and the `perf/` and `verifier/` metrics.
+
+        Raises:
+            VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
+        """
+        c = self._config
+        began, settings = time.perf_counter(), c.rollout
+        self._scheduler.start(params, Sampling(settings.temperature, settings.top_p, settings.top_k))
+        keys = {stage: stage_key(c.seed, step, number) for stage, number in STAGES.items()}
+        work = [_Work(prompt) for prompt in prompts]
+        for item in work:
+            drafts = 0 if self._drops_draft(item.prompt, step) else c.algorithm.num_drafts
+            if drafts:
+                self._submit(item, "draft", item.prompt.tokens, drafts, keys)
+            else:
+                self._refine(item, keys)
+
+        def scored(item: _Work) -> None:
+            if item.context is None and len(item.done["draft"]) == c.algorithm.num_drafts:
+                self._refine(item, keys)
+
+        waited = sample_and_score(self._scheduler, self._verifier, self._renderer, scored)
+        groups = [
+            Group(item.prompt, item.ordered("draft"), item.best, item.context, item.ordered("refine")) for item in work
+        ]
+        usage = self._scheduler.usage
+        self._scheduler.finish()
+        scores = [completion.score for group in groups for completion in (*group.drafts, *group.completions)]
+        check_errors(scores, c.rewards.max_error_fraction)
+        return groups, {
+            **statistics(scores),
+            "perf/rollout_time": time.perf_counter() - began,
+            "perf/verify_wait_time": waited,
+            "perf/draft_tokens": sum(len(draft.tokens) for group in groups for draft in group.drafts),
+            "perf/completion_tokens": sum(len(one.tokens) for group in groups for one in group.completions),
+            "perf/slot_utilization": usage.slot_utilization,
+        }
+
+    def _drops_draft(self, prompt: Prompt, step: int) -> bool:
+        rate = self._config.algorithm.draft_dropout
+        return rate > 0 and np.random.default_rng([self._config.seed, step, prompt.index]).random() < rate
+
+    def _refine(self, item: _Work, keys: dict[str, np.ndarray]) -> None:
+        """Starts Stage 2 of a prompt: on q' where it has drafts, on the plain prompt where it has none."""
+        drafts = item.ordered("draft")
+        item.context = item.prompt.tokens
+        if drafts:
+            item.best = best_draft(drafts)
+            item.context = self._renderer.with_draft(item.prompt.question, drafts[item.best].tokens)
+        self._submit(item, "refine", item.context, self._config.algorithm.num_generations, keys)
+
+    def _submit(self, item: _Work, stage: str, tokens: np.ndarray, samples: int, keys: dict[str, np.ndarray]) -> None:
+        limit = self._config.rollout.max_completion_length
+        tag = Target(item.prompt, stage, item.done[stage], item)
+        self._scheduler.submit(Request(tokens, item.prompt.index, samples, keys[stage], limit, tag))
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the scored samples of a request go."""
+
+    prompt: Prompt
+    stage: str
+    into: dict[int, Completion]
+    owner: object = None
+
+
+def sample_and_score(
+    scheduler: Scheduler, verifier: Verifier, renderer: Renderer, scored: Callable[[object], None] = lambda _: None
+) -> float:
+    """Runs until every queued request (tag: Target) is sampled and scored; returns the seconds spent only waiting.
+
+    `scored(owner)` is called after each score and may queue more. The verifier works while the device samples.
+    """
+    waited, grading = 0.0, {}
+    while scheduler.pending or grading:
+        if scheduler.pending:
+            for sample in scheduler.advance():
+                grading |= _grade(sample, verifier, renderer)
+        else:
+            began = time.perf_counter()
+            wait(grading, return_when=FIRST_COMPLETED)
+            waited += time.perf_counter() - began
+        for future in [future for future in grading if future.done()]:
+            target, completion = grading.pop(future)
+            target.into[completion.sample_id] = replace(completion, score=future.result())
+            scored(target.owner)
+    return waited
+
+
+def _grade(sample: Sample, verifier: Verifier, renderer: Renderer) -> dict[Future[Score], tuple[Target, Completion]]:
+    target = sample.request.tag
+    text = renderer.text(sample.tokens)
+    completion = Completion(target.stage, sample.sample_id, sample.tokens, sample.logprobs, sample.finished, text)
+    return {verifier.submit(text, target.prompt.answer, renderer.opened): (target, completion)}

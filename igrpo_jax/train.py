@@ -1,0 +1,305 @@
+"""Algorithm 1 of iGRPO (arXiv 2602.09000) as a run: `train` is the loop, the rest puts it together.
+
+Per step: prompts -> drafts -> verifier -> best draft -> q' -> refinements -> verifier -> advantages -> one update.
+Everything random is derived from (seed, step), so a resumed run goes on as if it had never stopped.
+"""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from igrpo_jax import algorithms, config, data, sharding
+from igrpo_jax.batch import Prompt
+from igrpo_jax.checkpoint import Checkpointer, prepare_workdir
+from igrpo_jax.config import Config, InputError
+from igrpo_jax.evaluation import evaluate, max_completion
+from igrpo_jax.learner import Learner, TrainState
+from igrpo_jax.metrics import Console, Writer, rollout_metrics
+from igrpo_jax.models import decoder
+from igrpo_jax.policy import Policy, open_policy
+from igrpo_jax.prompts import Renderer
+from igrpo_jax.rewards.reward import Verifier
+from igrpo_jax.rollout import Rollout
+from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.scheduler import Scheduler
+from igrpo_jax.tasks import arithmetic
+from igrpo_jax.warm_start import warm_start
+
+
+def train(c: Config, workdir: Path) -> None:
+    """Runs or resumes the training that `c` describes in `workdir`.
+
+    Raises:
+        InputError: something in `c` or what it names is wrong; nothing has been written.
+        VerifierError: the verifier fails too often to be trusted.
+    """
+    task = open_task(c)
+    with Console() as console, jax.set_mesh(task.mesh), Verifier(c.rewards) as verifier:
+        run = start(c, task, workdir, console, verifier)
+        state, first = run.state, run.first_step
+        run.state = None  # the update donates it
+        for step in range(first + 1, task.total_steps + 1):
+            with profiled(c, workdir, step):
+                began = time.perf_counter()
+                groups, sampled = run.rollout.collect(state.params, task.step_prompts(step), step)
+                rewards = np.stack([group.rewards for group in groups])
+                gains = algorithms.advantages(rewards, run.learner.algorithm.scale_rewards)
+                updating = time.perf_counter()
+                state, learned = run.learner.update(state, groups, gains, step)
+                ended = time.perf_counter()
+            times = {"perf/update_time": ended - updating, "perf/step_time": ended - began}
+            run.report(step, groups, gains, {**learned, **rollout_metrics(groups, c), **sampled, **times})
+            if c.evaluation.every and (step % c.evaluation.every == 0 or step == task.total_steps):
+                run.evaluate(state.params, step)
+            run.save(step, state, last=step == task.total_steps)
+        run.close(first)
+
+
+@contextlib.contextmanager
+def profiled(c: Config, workdir: Path, step: int):
+    """Records the JAX profiler's trace of the steps in config.log.profile_steps into workdir/profile."""
+    if step in c.log.profile_steps:
+        with jax.profiler.trace(str(workdir / "profile")):
+            yield
+    else:
+        yield
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is read and checked before anything is written: model, problems, prompts, mesh."""
+
+    config: Config
+    policy: Policy
+    renderer: Renderer
+    mesh: jax.sharding.Mesh
+    prompts: list[Prompt]
+    skipped: int  # training prompts longer than config.data.max_prompt_length
+    benchmarks: dict[str, list[Prompt]]
+    max_context: int  # tokens of the longest q or q'
+    total_steps: int
+
+    def step_prompts(self, step: int) -> list[Prompt]:
+        """The prompts of `step` (from 1): a pure function of it and the seed."""
+        c = self.config
+        return [self.prompts[i] for i in data.step_indices(step - 1, c.prompts_per_step, len(self.prompts), c.seed)]
+
+
+def open_task(c: Config) -> Task:
+    """Reads model files (not weights) and problems, and checks that they fit together."""
+    policy = open_policy(c.model)
+    kept_draft = c.refine.max_draft_length or c.rollout.max_completion_length
+    renderer = Renderer(policy.tokenizer, c.data, c.refine, kept_draft, policy.eos_ids)
+    prompts, skipped = _prompts(data.training_rows(c), renderer, c.data.max_prompt_length)
+    benchmarks = {
+        name: _prompts(rows, renderer, c.data.max_prompt_length)[0] for name, rows in data.evaluation_rows(c).items()
+    }
+    longest = max(len(prompt.tokens) for group in (prompts, *benchmarks.values()) for prompt in group)
+    max_context = longest + (renderer.draft_overhead if c.algorithm.num_drafts else 0)
+    context = policy.model.max_position_embeddings
+    for name, tokens in (
+        ("rollout.max_completion_length", max_context + c.rollout.max_completion_length),
+        ("evaluation.max_completion_length", longest + max_completion(c)),
+    ):
+        if tokens > context:
+            raise InputError(
+                f"config.{name}: prompt, draft and completion may reach {tokens} tokens, the model's context is "
+                f"{context}; lower {name}, data.max_prompt_length or refine.max_draft_length"
+            )
+    mesh = sharding.make_mesh(c.mesh)
+    sharding.check_divides(mesh, decoder.shapes(policy.model))
+    steps = c.steps or max(1, int(c.epochs * len(prompts) / c.prompts_per_step))
+    return Task(c, policy, renderer, mesh, prompts, skipped, benchmarks, max_context, steps)
+
+
+def _prompts(rows: list[data.Row], renderer: Renderer, max_length: int) -> tuple[list[Prompt], int]:
+    kept, skipped = data.fit(rows, renderer.plain, max_length)
+    return [Prompt(row.id, row.index, row.question, row.answer, tokens, row.columns) for row, tokens in kept], skipped
+
+
+class Run:
+    """The living parts of a run, and what happens between two updates."""
+
+    def __init__(self, c: Config, task: Task, workdir: Path, console: Console, verifier: Verifier):
+        self._config, self._task, self._workdir, self._console, self._verifier = c, task, workdir, console, verifier
+        self.scheduler = Scheduler(
+            Engine(
+                task.policy.model,
+                task.mesh,
+                task.policy.eos_ids,
+                slots=c.rollout.slots,
+                max_context=task.max_context,
+                max_completion=max(c.rollout.max_completion_length, max_completion(c)),
+                dtype=c.model.dtype,
+                steps_per_dispatch=c.rollout.steps_per_dispatch,
+            )
+        )
+        self.rollout = Rollout(c, task.renderer, self.scheduler, verifier)
+        self.scores: dict[int, dict[str, float]] = {}  # evaluations by step
+        self.state: TrainState | None = None
+        self.first_step = 0
+
+    def report(self, step: int, groups: list, gains: np.ndarray, metrics: dict[str, float]) -> None:
+        """Files and console of one step."""
+        tokens = metrics["perf/draft_tokens"] + metrics["perf/completion_tokens"]
+        metrics["perf/tokens_per_second"] = tokens / metrics["perf/step_time"]
+        self.writer.write(step, metrics)
+        self.writer.samples(step, groups, gains)
+        self._console.step(step, metrics)
+        if metrics["frac_reward_zero_std"] == 1:
+            self._console.message(f"step {step}: all rewards are equal within every group, so this step learns nothing")
+        if self._config.log.samples_every and step % self._config.log.samples_every == 0:
+            best = max(range(len(groups)), key=lambda i: groups[i].rewards.std())
+            self._console.sample(groups[best], gains[best])
+
+    def evaluate(self, params: decoder.Params, step: int) -> None:
+        """Single-shot evaluation, written under `step` (0 is before the first update)."""
+        out = self._workdir / "evaluations" / f"step_{step:06d}"
+        began = time.perf_counter()
+        with self._console.phase(f"evaluating at step {step}"):
+            parts = (self.scheduler, self._task.renderer, self._verifier)
+            scores = evaluate(self._config, params, self._task.benchmarks, *parts, out)
+        self.scores[step] = scores
+        self.writer.write(step, {**scores, "perf/evaluation_time": time.perf_counter() - began})
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items() if name.endswith("pass@1"))
+        self._console.message(f"step {step}: {shown}")
+
+    def save(self, step: int, state: TrainState, last: bool = False) -> None:
+        c = self._config
+        epoch, index = divmod(step * c.prompts_per_step, len(self._task.prompts))
+        meta = {"step": step, "seed": c.seed, "epoch": epoch, "index": index, "metrics_rows": self.writer.rows}
+        meta["evaluations"] = {str(at): scores for at, scores in self.scores.items()}
+        self.checkpointer.save(step, state, meta, force=last or step == 0)
+
+    def close(self, first: int) -> None:
+        """Waits for files and says what came out of the run and where it is."""
+        with self._console.phase("writing the last checkpoint"):
+            self.checkpointer.close()
+        self.writer.close()
+        self._console.table("Done", _summary(self._workdir, self.scores, first, self._task.total_steps))
+
+
+def start(c: Config, task: Task, workdir: Path, console: Console, verifier: Verifier) -> Run:
+    """Claims `workdir` and brings a run to where its first step can begin: restored, or warm and evaluated."""
+    run = Run(c, task, workdir, console, verifier)
+    claimed = prepare_workdir(workdir, c)
+    run.checkpointer = Checkpointer(workdir, c.checkpoint)
+    latest = run.checkpointer.latest_step() if claimed else None
+    run.writer = Writer(workdir, c, latest)
+    console.table("iGRPO run" if c.algorithm.num_drafts else "Run", plan(c, task, run.scheduler.engine))
+    reference = None
+    params = None
+    if latest is None:
+        params = task.policy.load(task.mesh, c.seed)
+        if c.warm_start.steps:
+            params = _warm(c, task, params, run.writer, console)
+    if c.algorithm.beta > 0:
+        reference = _reference(c, task, workdir, params)
+    run.learner = Learner(
+        c,
+        task.policy.model,
+        task.mesh,
+        max_context=task.max_context,
+        total_steps=task.total_steps,
+        reference=reference,
+    )
+    if latest is None:
+        run.state = run.learner.init(params)
+        if c.evaluation.every:
+            run.evaluate(run.state.params, 0)
+        run.save(0, run.state)
+    else:
+        with console.phase(f"restoring step {latest}"):
+            run.state, meta = run.checkpointer.restore(run.learner.abstract_state())
+        run.first_step = latest
+        run.scores = {int(at): scores for at, scores in meta["evaluations"].items()}
+    console.start(task.total_steps, run.first_step, c.log.every)
+    return run
+
+
+def _warm(c: Config, task: Task, params: decoder.Params, writer: Writer, console: Console) -> decoder.Params:
+    problems, _ = arithmetic.problems(c.data.arithmetic, c.seed)
+    began = time.perf_counter()
+    with console.phase("supervised warm start", c.warm_start.steps) as update:
+
+        def report(step: int, loss: float) -> None:
+            update(step, f"loss {loss:.3f}")
+            if step % max(1, c.warm_start.steps // 20) == 0:
+                writer.write(0, {"warm_start/step": step, "warm_start/loss": loss})
+
+        encode = task.policy.encode_completion
+        params = warm_start(c, task.policy.model, task.mesh, params, problems, task.renderer, encode, report)
+    console.message(f"supervised warm start: {c.warm_start.steps} steps in {time.perf_counter() - began:.0f} s")
+    return params
+
+
+def _reference(c: Config, task: Task, workdir: Path, params: decoder.Params | None) -> decoder.Params:
+    """pi_ref, the policy before the first update, in the compute dtype's float32 master layout.
+
+    A real model is read again from its files; what the built-in one had learned is kept in workdir/reference.
+    """
+    if task.policy.path:
+        return task.policy.load(task.mesh, c.seed)
+    with Checkpointer(workdir / "reference", c.checkpoint) as store:
+        if params is not None:
+            store.save(0, params, {}, force=True)
+        abstract = {
+            path: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding.param_sharding(task.mesh, path))
+            for path, shape in decoder.shapes(task.policy.model).items()
+        }
+        return store.restore(abstract)[0]
+
+
+def plan(c: Config, task: Task, engine: Engine) -> list[tuple[str, object]]:
+    """Rows of the table that is printed before the first step."""
+    model, mesh = task.policy.model, task.mesh
+    completions = c.prompts_per_step * c.algorithm.num_generations
+    width = c.rollout.max_completion_length
+    row = task.max_context + width
+    shards = sharding.batch_shards(mesh)
+    per_micro = max(1, c.learner.tokens_per_microbatch // row // shards) * shards
+    weights = model.num_params / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    bytes_each = 2 if c.model.dtype == "bfloat16" else 4
+    kv = 2 * model.num_kv_heads * model.head_dim * model.pattern.count("*") * bytes_each
+    resident = 16 * weights + 4 * weights * (c.algorithm.beta > 0)  # float32 weights, two moments, gradient
+    rollout = bytes_each * model.num_params / mesh.shape["tensor"] * (bytes_each != 4 or mesh.shape["fsdp"] > 1)
+    rollout += kv * engine.slots * engine.length / (shards * mesh.shape["tensor"])
+    rows = min(per_micro, -(-completions // shards) * shards) / shards
+    saved = len(model.pattern) * (1 if c.learner.remat == "full" else 8)
+    update = rows * row * (saved + 8) * model.hidden_size * bytes_each
+    update += rows * min(c.learner.logprob_chunk, width) * model.vocab_size * 8 / mesh.shape["tensor"]
+    programs = len(engine.prefill_buckets) + len(engine.read_buckets) + 6
+    return [
+        ("model", f"{task.policy.path or 'built-in'}, {model.num_params / 1e6:,.1f} M parameters, {c.model.dtype}"),
+        ("mesh", f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']}"),
+        ("objective", f"{c.algorithm.loss_type}, beta {c.algorithm.beta:g}"),
+        ("training prompts", f"{len(task.prompts):,} ({task.skipped} longer than data.max_prompt_length skipped)"),
+        ("steps", f"{task.total_steps:,} of {c.prompts_per_step} prompts"),
+        ("drafts per step", f"{c.prompts_per_step * c.algorithm.num_drafts:,} (N = {c.algorithm.num_drafts})"),
+        ("refinements per step", f"{completions:,} (G = {c.algorithm.num_generations}), the trained completions"),
+        ("trained tokens per step", f"at most {completions * width:,}"),
+        ("micro-batches per step", f"at most {-(-completions // per_micro)} of {min(per_micro, completions)} rows"),
+        ("compiled programs", f"about {programs}"),
+        ("predicted bytes per device", f"about {_bytes(resident + max(rollout, update))}"),
+    ]
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count > 2**29 else f"{count / 2**20:.0f} MiB"
+
+
+def _summary(workdir: Path, scores: dict[int, dict[str, float]], first: int, total: int) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [("steps", f"{total}" + (f", resumed after {first}" if first else ""))]
+    if len(scores) > 1:
+        before, after = scores[min(scores)], scores[max(scores)]
+        for name in (name for name in after if name.endswith("pass@1")):
+            change = after[name] - before[name]
+            rows.append((name, f"{before[name]:.3f} before, {after[name]:.3f} after ({change:+.3f})"))
+    for what in ("metrics.jsonl", "samples", "evaluations", "tensorboard", "checkpoints", "profile"):
+        if (workdir / what).exists():
+            rows.append((what, workdir / what))
+    return rows

@@ -1,0 +1,95 @@
+"""The supervised start of the built-in model, so that reinforcement learning has something to improve.
+
+Cross-entropy on solutions by a noisy teacher (tasks/arithmetic). Some examples show a draft in the prompt, in the very
+form of Stage 2, so that the model has seen one. Never used with a real model.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from igrpo_jax import sharding
+from igrpo_jax.batch import length_buckets, pick_bucket
+from igrpo_jax.config import Config
+from igrpo_jax.logprobs import completion_logprobs
+from igrpo_jax.models import decoder
+from igrpo_jax.models.config import ModelConfig
+from igrpo_jax.prompts import Renderer
+from igrpo_jax.tasks.arithmetic import Problem, solution
+
+
+def warm_start(
+    c: Config,
+    model: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    params: decoder.Params,
+    problems: Sequence[Problem],
+    renderer: Renderer,
+    encode: Callable[[str], np.ndarray],
+    report: Callable[[int, float], None],
+) -> decoder.Params:
+    """`params` after config.warm_start.steps supervised steps.
+
+    Args:
+        encode: text of a completion to ids [T] int32, EOS included.
+        report: called with (step from 1, mean loss in nats per token).
+    """
+    settings = c.warm_start
+    schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.steps // 10, settings.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.0))
+    rng = np.random.default_rng([c.seed, 0x5757])
+
+    def loss(params, tokens, context, length, width):
+        logprob, _ = completion_logprobs(
+            model,
+            params,
+            tokens,
+            context,
+            width,
+            dtype=c.model.dtype,
+            temperature=1.0,
+            chunk=c.learner.logprob_chunk,
+            remat=c.learner.remat,
+        )
+        mask = jnp.arange(width) < length[:, None]
+        return -jnp.sum(jnp.where(mask, logprob, 0.0)) / jnp.sum(mask)
+
+    def step(params, opt_state, tokens, context, length, width):
+        value, grads = jax.value_and_grad(loss)(params, tokens, context, length, width)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    run = jax.jit(step, static_argnums=5, donate_argnums=(0, 1))
+    opt_state = jax.jit(optimizer.init)(params)
+    for number in range(1, settings.steps + 1):
+        rows = [_example(c, rng, problems, renderer, encode) for _ in range(settings.batch_size)]
+        batch = sharding.to_global(_pad(rows), sharding.batch_sharding(mesh))
+        width = pick_bucket(length_buckets(1 << 20, 16), max(len(target) for _, target in rows))
+        params, opt_state, value = run(params, opt_state, *batch, width)
+        report(number, float(value))
+    return params
+
+
+def _example(
+    c: Config, rng: np.random.Generator, problems, renderer: Renderer, encode
+) -> tuple[np.ndarray, np.ndarray]:
+    """(context, completion) ids of one example."""
+    settings, top = c.warm_start, c.data.arithmetic.max_total
+    problem = problems[int(rng.integers(len(problems)))]
+    context = renderer.plain(problem.question)
+    if c.algorithm.num_drafts and rng.random() < settings.draft_fraction:
+        draft = encode(solution(problem, settings.draft_error_rate, top, rng))
+        context = renderer.with_draft(problem.question, draft)
+    return context, encode(solution(problem, settings.error_rate, top, rng))
+
+
+def _pad(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    size = pick_bucket(length_buckets(1 << 20, 32), max(len(context) + len(target) for context, target in rows))
+    tokens = np.zeros((len(rows), size), np.int32)
+    for row, (context, target) in zip(tokens, rows, strict=True):
+        row[: len(context) + len(target)] = np.concatenate([context, target])
+    lengths = [np.array([len(part[i]) for part in rows], np.int32) for i in (0, 1)]
+    return tokens, *lengths
