@@ -32,6 +32,8 @@ BAD = {
     "</think>a<think><answer>b</answer>": "closed before it is opened",
     "<THINK>a</THINK><ANSWER>b</ANSWER>": "upper case",
     "<think>a</think></answer>b<answer>": "answer closed before it is opened",
+    "<think>a</think><answer><answer>b</answer>": "answer opened twice",
+    "<think>a</think><answer><think>b</answer>": "thought opened in the answer",
     "<think>a<think>b</think><answer>c</answer>": "the prefix opened the block and the model opened it again",
 }
 

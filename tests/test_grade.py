@@ -65,7 +65,10 @@ def test_rows_that_time_out_are_results(tmp_path, monkeypatch):
     monkeypatch.setattr(reward, "Pool", lambda function, *args, **options: Pool(score_or_hang, *args, **options))
     rows = [ROWS[0], {"gold": "4", "prediction": "hang"}, ROWS[1]]
     source, target = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
-    assert grade.main([str(source), str(target), "--workers", "1", "--timeout", "1"]) == 0
+    target.write_text("before")
+    with target.open() as reader:
+        assert grade.main([str(source), str(target), "--workers", "1", "--timeout", "1"]) == 0
+        assert reader.read() == "before"  # replaced by a rename: who reads the old file keeps it whole
     assert [row["status"] for row in read(target)] == ["ok", "timeout", "ok"]
     assert [row["score"] for row in read(target)] == [1.0, 0.0, 1.0]
 

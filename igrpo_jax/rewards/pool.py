@@ -208,7 +208,7 @@ def _start_worker(memory_bytes: int, preload: tuple[str, ...]) -> None:
     os.environ.update(_BLANK)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # pebble installs a Python handler, which does not run while C code does (a power of big integers).
+    # pebble installs a Python handler, which waits for the C call in progress to end.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for name in preload:
