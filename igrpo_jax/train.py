@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from igrpo_jax import algorithms, config, data, sharding
+from igrpo_jax import algorithms, data, sharding
 from igrpo_jax.batch import Prompt
 from igrpo_jax.checkpoint import Checkpointer, prepare_workdir
 from igrpo_jax.config import Config, InputError

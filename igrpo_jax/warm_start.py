@@ -87,7 +87,7 @@ def _example(
 
 
 def _pad(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    size = pick_bucket(length_buckets(1 << 20, 32), max(len(context) + len(target) for context, target in rows))
+    size = pick_bucket(length_buckets(1 << 20, 16), max(len(context) + len(target) for context, target in rows))
     tokens = np.zeros((len(rows), size), np.int32)
     for row, (context, target) in zip(tokens, rows, strict=True):
         row[: len(context) + len(target)] = np.concatenate([context, target])

@@ -6,7 +6,7 @@ order. One `advance` is one dispatch of the device: at most K tokens per slot.
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
