@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from igrpo_jax import data
-from igrpo_jax.config import Evaluation, InputError
+from igrpo_jax.config import Arithmetic, Config, Data, Evaluation, InputError
 
 
 def write(file, rows):
@@ -141,7 +141,12 @@ def test_benchmarks_are_found_by_name_and_cut_to_the_limit(tmp_path):
     write(tmp_path / "gsm8k_test.jsonl", problems(4))
     settings = Evaluation(data_dir=str(tmp_path))
     assert len(data.benchmark_rows("aime24", settings)) == 5
-    assert [row.index for row in data.benchmark_rows("aime24", Evaluation(data_dir=str(tmp_path), limit=2))] == [0, 1]
+    cut = Evaluation(data_dir=str(tmp_path), benchmarks=("aime24", "arithmetic"), limit=2)
+    rows = data.evaluation_rows(Config(evaluation=cut))
+    assert {name: [row.index for row in some] for name, some in rows.items()} == {
+        "aime24": [0, 1],
+        "arithmetic": [0, 1],
+    }
     message = error_of(data.benchmark_rows, "aime_2024", settings)
     assert message.startswith("config.evaluation.benchmarks = 'aime_2024'")
     assert "nearest is 'aime24'" in message
@@ -149,6 +154,16 @@ def test_benchmarks_are_found_by_name_and_cut_to_the_limit(tmp_path):
     assert "config.evaluation.data_dir" in error_of(data.benchmark_rows, "aime24", missing)
     write(tmp_path / "empty.jsonl", [])
     assert "config.evaluation.benchmarks = 'empty'" in error_of(data.benchmark_rows, "empty", settings)
+
+
+def test_training_rows_are_the_file_or_the_built_in_task(tmp_path):
+    file = write(tmp_path / "x.jsonl", [{"q": "1 + 1?", "a": "2"}])
+    settings = Data(train=file, prompt_column="q", answer_column="a")
+    assert [row.question for row in data.training_rows(Config(data=settings))] == ["1 + 1?"]
+    built_in = Config(data=Data(arithmetic=Arithmetic(train_problems=30, test_problems=10)))
+    rows = data.training_rows(built_in)
+    assert [row.index for row in rows] == list(range(30))
+    assert all(int(row.answer) >= 0 for row in rows)
 
 
 def test_an_epoch_is_a_permutation_of_its_seed_and_number():

@@ -339,6 +339,7 @@ def save_tokenizer(path, template, special=WORDS[:6]):
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token="<unk>", eos_token="</s>", additional_special_tokens=extra
     )
+    tokenizer.add_tokens([word for word in WORDS[2:6] if word not in special])  # added tokens, but not special ones
     tokenizer.chat_template = template
     tokenizer.save_pretrained(path)
 
@@ -357,7 +358,7 @@ def test_a_fast_tokenizer_and_its_stops(copy):
     [
         (None, WORDS[:6], (1, 5)),
         (CHATML.replace("im_end", "eot_id"), WORDS[:6], (1, 4, 5)),
-        (CHATML, WORDS[:3], (1, 5)),  # <|im_end|> is a plain word here: a model may write it in its answer
+        (CHATML, WORDS[:3], (1, 5)),  # <|im_end|> is no special token here: a model may write it in its answer
         (CHATML.replace("<|im_end|>", ""), WORDS[:6], (1, 5)),
     ],
 )
