@@ -27,7 +27,7 @@ class Prompt:
     """One problem as the policy sees it."""
 
     id: str  # of the data set's row, for people
-    index: int  # of the data set's row, from which the randomness of its samples is derived
+    index: int  # of the data set's row
     question: str
     answer: str
     tokens: np.ndarray  # [L] int32, chat template and generation prompt included

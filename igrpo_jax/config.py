@@ -337,8 +337,8 @@ def _validate(c: Config) -> None:
     )
     at_least = {
         0: "seed algorithm.num_drafts algorithm.beta rollout.temperature rollout.top_k warm_start.steps "
-        "rewards.accuracy rewards.format optimizer.learning_rate optimizer.weight_decay evaluation.every evaluation.limit "
-        "evaluation.temperature checkpoint.every log.samples_every",
+        "rewards.accuracy rewards.format optimizer.learning_rate optimizer.weight_decay evaluation.every "
+        "evaluation.limit evaluation.temperature checkpoint.every log.samples_every",
         1: "prompts_per_step data.max_prompt_length rollout.max_completion_length rollout.slots evaluation.samples "
         "rollout.steps_per_dispatch rewards.workers learner.minibatches learner.logprob_chunk checkpoint.keep "
         "log.every "

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
 
 from igrpo_jax import algorithms, config, sharding
 from igrpo_jax.algorithms import Loss
@@ -102,9 +101,12 @@ class Learner:
         self.state_sharding = TrainState(params, opt_state, whole, whole)
         self._batch_sharding = sharding.batch_sharding(mesh, axis=1)
         self._update = jax.jit(
-            self._update_program, donate_argnums=0, out_shardings=(self.state_sharding, NamedSharding(mesh, whole.spec))
+            self._update_program,
+            donate_argnums=0,
+            out_shardings=(self.state_sharding, whole),
+            compiler_options=decoder.remat_options(jax.default_backend()) if c.learner.remat == "full" else None,
         )
-        self._score = jax.jit(self._score_program)
+        self._score = jax.jit(self._score_program, out_shardings=whole)
 
     def init(self, params: decoder.Params) -> TrainState:
         """Fresh optimizer state around `params`, which the state takes over."""

@@ -44,6 +44,7 @@ class _Work:
     """One prompt on its way through the stages."""
 
     prompt: Prompt
+    place: int  # in the step; randomness is derived from it, since a short epoch may bring one row twice
     context: np.ndarray | None = None  # of Stage 2, once it is known
     best: int | None = None
     done: dict[str, dict[int, Completion]] = field(default_factory=lambda: {"draft": {}, "refine": {}})
@@ -68,9 +69,9 @@ class Rollout:
         began, settings = time.perf_counter(), c.rollout
         self._scheduler.start(params, Sampling(settings.temperature, settings.top_p, settings.top_k))
         keys = {stage: stage_key(c.seed, step, number) for stage, number in STAGES.items()}
-        work = [_Work(prompt) for prompt in prompts]
+        work = [_Work(prompt, place) for place, prompt in enumerate(prompts)]
         for item in work:
-            drafts = 0 if self._drops_draft(item.prompt, step) else c.algorithm.num_drafts
+            drafts = 0 if self._drops_draft(item.place, step) else c.algorithm.num_drafts
             if drafts:
                 self._submit(item, "draft", item.prompt.tokens, drafts, keys)
             else:
@@ -97,9 +98,9 @@ class Rollout:
             "perf/slot_utilization": usage.slot_utilization,
         }
 
-    def _drops_draft(self, prompt: Prompt, step: int) -> bool:
+    def _drops_draft(self, place: int, step: int) -> bool:
         rate = self._config.algorithm.draft_dropout
-        return rate > 0 and np.random.default_rng([self._config.seed, step, prompt.index]).random() < rate
+        return rate > 0 and np.random.default_rng([self._config.seed, step, place]).random() < rate
 
     def _refine(self, item: _Work, keys: dict[str, np.ndarray]) -> None:
         """Starts Stage 2 of a prompt: on q' where it has drafts, on the plain prompt where it has none."""
@@ -113,7 +114,7 @@ class Rollout:
     def _submit(self, item: _Work, stage: str, tokens: np.ndarray, samples: int, keys: dict[str, np.ndarray]) -> None:
         limit = self._config.rollout.max_completion_length
         tag = Target(item.prompt, stage, item.done[stage], item)
-        self._scheduler.submit(Request(tokens, item.prompt.index, samples, keys[stage], limit, tag))
+        self._scheduler.submit(Request(tokens, item.place, samples, keys[stage], limit, tag))
 
 
 @dataclass(frozen=True)
