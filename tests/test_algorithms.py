@@ -1,0 +1,237 @@
+"""The objectives against numbers derived by hand, each beside the number that a plausible bug would give.
+
+One example serves all: two rows with advantages +1 and -2, and ratios
+
+    row 0, A = +1:  1.5  0.5            (2 tokens)
+    row 1, A = -2:  1.5  0.5  1.1       (3 tokens, L_max = 4)
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from igrpo_jax import algorithms, config
+
+RATIOS = ((1.5, 0.5), (1.5, 0.5, 1.1))
+ADVANTAGE = np.array([1.0, -2.0], np.float32)
+LENGTHS = np.array([2, 3])
+L_MAX = 4
+
+
+def resolved(loss_type, **settings):
+    return algorithms.resolve(config.Algorithm(loss_type=loss_type, **settings))
+
+
+def example(width=3, garbage=0.0):
+    """Log-probs, old log-probs and mask [2, width]; `garbage` stands off the completions."""
+    old, logprob = np.full((2, 2, width), garbage, np.float32)
+    logprob += np.float32(garbage)
+    for row, ratios in enumerate(RATIOS):
+        old[row, : len(ratios)] = -1.0 - row
+        logprob[row, : len(ratios)] = np.log(ratios) - 1.0 - row
+    return logprob, old, np.arange(width) < LENGTHS[:, None]
+
+
+def evaluate(r, width=3, garbage=0.0, reference=None, finished=(True, True)):
+    """Loss record, and the loss's gradient with respect to the log-probs [2, width]."""
+    logprob, old, mask = example(width, garbage)
+    weight = algorithms.token_weights(r, LENGTHS, np.array(finished), L_MAX, width)
+    if reference is not None:
+        reference = logprob + np.pad(np.log(reference), ((0, 0), (0, width - 3)))
+
+    def loss(logprob):
+        record = algorithms.loss(r, logprob, old, reference, ADVANTAGE, weight, mask)
+        return record.loss, record
+
+    (_, record), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logprob))
+    return record, np.asarray(gradient)
+
+
+# Clip at 0.8 and 1.2. min(r A, clip(r) A):   row 0: 1.2, 0.5      row 1: -3, -1.6, -2.2
+# (the clip binds where it lowers the value: at 1.5 for A > 0, at 0.5 for A < 0, nowhere else.)
+# Without the min, row 0: 1.2, 0.8 and row 1: -2.4, -1.6, -2.2.
+LOSSES = {
+    # 1/2 of each row's mean: -(1.7 / 4 - 6.8 / 6). One mean over the tokens would be 1.02, no min 0.5333.
+    "grpo": -(1.7 / 4 - 6.8 / 6),
+    # Over 2 rows x L_max 4: -(1.7 - 6.8) / 8 = 0.6375. Over the longest row, 3, it would be 0.85.
+    "dr_grpo": 5.1 / 8,
+    # 1.28 in the place of 1.2, over 5 tokens: -(1.78 - 6.8) / 5 = 1.004. With 1.2: 1.02.
+    "dapo": 5.02 / 5,
+    # s = sqrt(.75) = .8660 and .825^(1/3) = .9379, clip at .9997: -(.8660 - 2 x .9997) / 2 = 0.5667, each row's tokens
+    # together weighing 1/2. The product of ratios without the mean, .75 and .825, would give 0.6247.
+    "gspo": -(math.sqrt(0.75) - 2 * 0.9997) / 2,
+}
+
+# Eq. 29: d loss / d logprob = -w I A r, with w = 1/4 and 1/6 for GRPO; I = 0 at 1.5 in row 0 and at 0.5 in row 1.
+GRADIENTS = {
+    "grpo": [[0, -0.5 / 4, 0], [3 / 6, 0, 2.2 / 6]],
+    "dr_grpo": [[0, -0.5 / 8, 0], [3 / 8, 0, 2.2 / 8]],
+    "dapo": [[0, -0.5 / 5, 0], [3 / 5, 0, 2.2 / 5]],
+    # d s / d logprob = s / |o|: -(1/2) x .8660 x (1/2) at both tokens of row 0. Row 1 is clipped as a whole.
+    "gspo": [[-math.sqrt(0.75) / 4] * 2 + [0], [0, 0, 0]],
+}
+CLIPPED = {"grpo": 2, "dr_grpo": 2, "dapo": 2, "gspo": 3}
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_loss_and_gradient(loss_type):
+    record, gradient = evaluate(resolved(loss_type))
+    assert float(record.loss) == pytest.approx(LOSSES[loss_type], abs=1e-6)
+    np.testing.assert_allclose(gradient, GRADIENTS[loss_type], atol=1e-6)
+    assert float(record.clipped) == CLIPPED[loss_type]
+    assert float(record.tokens) == 5
+    assert float(record.kl) == 0
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_padding_changes_nothing(loss_type):
+    """Also where the places past a completion hold something; the mean of GSPO must not see it."""
+    near, gradient = evaluate(resolved(loss_type))
+    far, wider = evaluate(resolved(loss_type), width=9, garbage=-3.0)
+    for a, b in zip(near, far, strict=True):
+        assert float(a) == pytest.approx(float(b), abs=1e-6)
+    np.testing.assert_allclose(wider[:, :3], gradient, atol=1e-6)
+    np.testing.assert_array_equal(wider[:, 3:], 0)
+
+
+def test_dapo_clips_the_two_sides_apart():
+    """1 - 0.2 and 1 + 0.28: a ratio of 1.25 keeps its gradient for A > 0, under the symmetric 1.2 it would not."""
+    old = jnp.zeros((1, 4))
+    logprob = jnp.log(jnp.array([[1.25, 1.3, 0.85, 0.75]]))
+    ones = jnp.ones((1, 4))
+
+    def gradient(loss_type, advantage):
+        r = resolved(loss_type)
+        call = lambda x: algorithms.loss(r, x, old, None, jnp.array([advantage]), ones, ones > 0).loss  # noqa: E731
+        return np.asarray(jax.grad(call)(logprob))[0]
+
+    np.testing.assert_allclose(gradient("dapo", 1.0), [-1.25, 0, -0.85, -0.75], atol=1e-6)
+    np.testing.assert_allclose(gradient("grpo", 1.0), [0, 0, -0.85, -0.75], atol=1e-6)
+    np.testing.assert_allclose(gradient("dapo", -1.0), [1.25, 1.3, 0.85, 0], atol=1e-6)
+
+
+RHO = np.array([[2.0, 0.5, 1.0], [1.0, 0.25, 3.0]])  # pi_ref / pi; what stands off row 0 does not count
+# k3 = rho - log rho - 1:  2 -> .306853, .5 -> .193147, 1 -> 0, .25 -> .636294, 3 -> .901388
+K3 = np.array([[0.306853, 0.193147, 0], [0, 0.636294, 0.901388]])
+
+
+def test_kl_adds_k3_and_eq_29():
+    """The gradient per token is -w (I A r + beta (rho - 1)); the estimator -log rho would give -beta in its place."""
+    beta = 0.1
+    plain, before = evaluate(resolved("grpo"))
+    record, gradient = evaluate(resolved("grpo", beta=beta), reference=RHO)
+    assert float(record.kl) == pytest.approx(K3.sum(), abs=1e-5)
+    weight = np.array([[1 / 4, 1 / 4, 0], [1 / 6, 1 / 6, 1 / 6]])
+    assert float(record.loss) == pytest.approx(float(plain.loss) + beta * (weight * K3).sum(), abs=1e-6)
+    # By hand, row 0: -(1/4)(0 + .1), -(1/4)(.5 - .05); row 1: -(1/6)(-3 + 0), -(1/6)(0 - .075), -(1/6)(-2.2 + .2).
+    by_hand = [[-0.025, -0.1125, 0], [0.5, 0.0125, 1 / 3]]
+    np.testing.assert_allclose(gradient, by_hand, atol=1e-6)
+    np.testing.assert_allclose(gradient, before - weight * beta * (RHO - 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_on_policy_the_ratio_is_1_and_the_gradient_is_that_of_reinforce(loss_type):
+    """min(r A, clip(r) A) has a tie at r = 1: its gradient must be A there, not A / 2."""
+    r = resolved(loss_type)
+    logprob, _, mask = example()
+    weight = algorithms.token_weights(r, LENGTHS, np.ones(2, bool), L_MAX, 3)
+
+    def loss(x):
+        record = algorithms.loss(r, x, jax.lax.stop_gradient(x), None, ADVANTAGE, weight, mask)
+        return record.loss, record
+
+    (_, record), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.where(mask, logprob, 0.0))
+    assert float(record.ratio) == 5.0
+    assert float(record.clipped) == 0
+    np.testing.assert_allclose(gradient, -weight * ADVANTAGE[:, None], atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_ratios_beyond_float32_stay_finite(loss_type):
+    r = resolved(loss_type, beta=0.1)
+    logprob, mask = jnp.array([[-1.0, -500.0], [-300.0, -1.0]]), jnp.ones((2, 2), bool)
+    old = reference = logprob[::-1]
+
+    def loss(x):
+        return algorithms.loss(r, x, old, reference, ADVANTAGE, jnp.full((2, 2), 0.25), mask).loss
+
+    value, gradient = jax.value_and_grad(loss)(logprob)
+    assert np.isfinite(float(value)) and np.isfinite(gradient).all()
+
+
+def test_advantages_divide_by_the_sample_deviation():
+    """Of 1 0 0 0: mean .25, std .5 with ddof = 1: .75 / .5001 = 1.49970. With ddof = 0 (.4330) it would be 1.7317."""
+    rewards = np.array([[1, 0, 0, 0]], np.float32)
+    expected = np.array([[0.75, -0.25, -0.25, -0.25]]) / (0.5 + 1e-4)
+    np.testing.assert_allclose(algorithms.advantages(rewards, "group"), expected, rtol=1e-5)
+
+
+def test_scales_of_advantages():
+    """Over both groups: 3 ones among 8, std sqrt(8 x .375 x .625 / 7) = .517549; with ddof = 0 .484123."""
+    rewards = np.array([[1, 0, 0, 0], [1, 1, 0, 0]], np.float32)
+    centred = np.array([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5]])
+    np.testing.assert_allclose(algorithms.advantages(rewards, "none"), centred, rtol=1e-6)
+    np.testing.assert_allclose(algorithms.advantages(rewards, "batch"), centred / 0.517649, rtol=1e-5)
+    group = centred / np.array([[0.5001], [0.577450]])  # the second: sqrt(4 x .25 / 3) + 1e-4
+    np.testing.assert_allclose(algorithms.advantages(rewards, "group"), group, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_have_no_advantage(scale):
+    """Exactly: the mean of seven times 0.7 is not 0.7 in float32, and that rest over 1e-4 would be a signal."""
+    rewards = np.stack([np.full(7, 0.7, np.float32), np.arange(7, dtype=np.float32)])
+    assert (rewards[0] - rewards[0].mean() != 0).all()  # the trap is there
+    result = algorithms.advantages(rewards, scale)
+    np.testing.assert_array_equal(result[0], 0.0)
+    assert result.dtype == np.float32 and (result[1, :3] < 0).all() and (result[1, 4:] > 0).all()
+
+
+# By loss type: weights of a token in rows of 2 and 4 tokens, L_max 4, where both count, and where the second was cut.
+WEIGHTS = {
+    "grpo": ((1 / 4, 1 / 8), (1 / 4, 0)),  # of 2 rows either way: masking a row must not raise the weight of others
+    "dr_grpo": ((1 / 8, 1 / 8), (1 / 8, 0)),
+    "dapo": ((1 / 6, 1 / 6), (1 / 2, 0)),  # the mean is over the tokens that count
+    "gspo": ((1 / 4, 1 / 8), (1 / 4, 0)),
+}
+
+
+@pytest.mark.parametrize("loss_type", WEIGHTS)
+def test_token_weights_and_cut_completions(loss_type):
+    lengths, finished = np.array([2, 4]), np.array([True, False])
+    real = np.arange(6) < lengths[:, None]
+    for masks, expected in zip((False, True), WEIGHTS[loss_type], strict=True):
+        r = resolved(loss_type, mask_truncated_completions=masks)
+        got = algorithms.token_weights(r, lengths, finished, 4, 6)
+        np.testing.assert_allclose(got, np.array(expected)[:, None] * real, rtol=1e-6)
+    nothing = algorithms.token_weights(r, lengths, np.zeros(2, bool), 4, 6)
+    np.testing.assert_array_equal(nothing, 0)  # all cut: no tokens to divide by
+
+
+def test_a_masked_row_has_no_gradient():
+    for loss_type in LOSSES:
+        r = resolved(loss_type, mask_truncated_completions=True)
+        record, gradient = evaluate(r, finished=(True, False))
+        np.testing.assert_array_equal(gradient[1], 0)
+        assert float(record.tokens) == 2
+        assert np.abs(gradient[0]).sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "low", "high", "scale"),
+    [
+        ({"loss_type": "grpo"}, 0.2, 0.2, "group"),
+        ({"loss_type": "dr_grpo"}, 0.2, 0.2, "none"),
+        ({"loss_type": "dr_grpo", "scale_rewards": "group"}, 0.2, 0.2, "group"),
+        ({"loss_type": "dapo"}, 0.2, 0.28, "group"),
+        ({"loss_type": "dapo", "epsilon": 0.1}, 0.1, 0.1, "group"),
+        ({"loss_type": "dapo", "epsilon_high": 0.4}, 0.2, 0.4, "group"),
+        ({"loss_type": "gspo"}, 3e-4, 4e-4, "group"),
+        ({"loss_type": "grpo", "epsilon": 0.0, "scale_rewards": "none"}, 0.0, 0.0, "none"),
+    ],
+)
+def test_the_configuration_overrides_the_objectives_own(settings, low, high, scale):
+    r = algorithms.resolve(config.Algorithm(**settings))
+    assert (r.epsilon, r.epsilon_high, r.scale_rewards) == (low, high, scale)
