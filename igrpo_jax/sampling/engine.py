@@ -108,8 +108,8 @@ class Engine:
 
     def weights(self, params: decoder.Params) -> decoder.Params:
         """The rollout copy of the master weights: cast, and gathered over data and fsdp, once per step."""
-        same = all(x.dtype == self.dtype and x.sharding == self._gathered[path] for path, x in params.items())
-        return params if same else self._cast(params)
+        placed = all(x.sharding.is_equivalent_to(self._gathered[path], x.ndim) for path, x in params.items())
+        return params if placed and all(x.dtype == self.dtype for x in params.values()) else self._cast(params)
 
     def empty(self) -> State:
         return jax.jit(self._empty, out_shardings=self._state_sharding)()
