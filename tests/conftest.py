@@ -6,3 +6,31 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed libtpu would other
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a download
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork and spawn
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A ModelConfig of two layers, and its parameters on the host: all random, biases and scales too."""
+    from igrpo_jax.models import decoder
+    from igrpo_jax.models.config import ModelConfig
+
+    c = ModelConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        pattern="*-*-",
+        rope_theta=1000.0,
+        rms_norm_eps=1e-5,
+        qkv_bias=True,
+        tie_embeddings=False,
+        max_position_embeddings=256,
+    )
+    draw = np.random.default_rng(0).normal
+    params = {path: draw(path.endswith("scale"), 0.2, shape) for path, shape in decoder.shapes(c).items()}
+    return c, {path: value.astype(np.float32) for path, value in params.items()}

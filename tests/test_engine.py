@@ -1,0 +1,227 @@
+"""The engine against the full forward and against transformers; where completions end; what does not fit."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from igrpo_jax import config, sharding
+from igrpo_jax.config import InputError
+from igrpo_jax.models import decoder, hf
+from igrpo_jax.sampling.engine import Engine, Sampling
+from igrpo_jax.sampling.scheduler import Request, Scheduler
+
+EOS = (0, 17, 40)  # 0 is also what prompts are padded with
+KEY = np.array([1, 2], np.uint32)
+LENGTHS = (1, 31, 32, 33, 48)  # prefill buckets are 32, 48, 64, 70: at, below and above an edge
+LIMIT = 24
+
+
+def one_device():
+    return sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+
+
+def put(params, mesh):
+    return {path: jax.device_put(value, sharding.param_sharding(mesh, path)) for path, value in params.items()}
+
+
+def prompt(length):
+    """Random ids, with every EOS somewhere inside where there is room."""
+    tokens = np.random.default_rng(length).integers(0, 64, length, np.int32)
+    tokens[1 : 1 + len(EOS)] = EOS[: max(length - 1, 0)]
+    return tokens
+
+
+def sample(engine, params, requests, sampling):
+    """(index, sample) -> Sample of all requests."""
+    with jax.set_mesh(engine.mesh):
+        scheduler = Scheduler(engine)
+        scheduler.start(params, sampling)
+        for request in requests:
+            scheduler.submit(request)
+        return {(one.request.index, one.sample_id): one for one in scheduler.drain()}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return Engine(
+        tiny[0], one_device(), EOS, slots=6, max_context=70, max_completion=32, dtype="float32", steps_per_dispatch=16
+    )
+
+
+@pytest.fixture(scope="module")
+def params(tiny, engine):
+    return put(tiny[1], engine.mesh)
+
+
+@pytest.fixture(scope="module")
+def requests():
+    return [Request(prompt(length), length, 8, KEY, LIMIT) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def samples(engine, params, requests):
+    return sample(engine, params, requests, Sampling(0.8))
+
+
+@pytest.fixture(scope="module")
+def full_logits(tiny, params):
+    """Logits [T, V] that predict the completion's tokens: of one forward pass without a cache or any bucket."""
+    c = tiny[0]
+
+    @jax.jit
+    def run(tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return decoder.logits(c, params, decoder.apply(c, params, tokens, positions)[0])
+
+    def call(one):
+        before = len(one.request.tokens)
+        row = np.zeros((1, 80), np.int32)
+        row[0, : before + len(one.tokens)] = [*one.request.tokens, *one.tokens]
+        return np.asarray(run(row))[0, before - 1 : before - 1 + len(one.tokens)]
+
+    return call
+
+
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def test_cached_logprobs_equal_the_full_forward(samples, full_logits):
+    """Also at a bucket's edge, with neighbours of other lengths, and with the padding's id inside the prompt."""
+    assert len(samples) == 8 * len(LENGTHS)
+    for one in samples.values():
+        logits = full_logits(one)
+        expected = log_softmax(logits / 0.8)[np.arange(len(one.tokens)), one.tokens]
+        np.testing.assert_allclose(one.logprobs, expected, atol=1e-4, rtol=0)
+        if len(one.tokens) > 2:  # those of temperature 1 are no match
+            assert np.abs(log_softmax(logits)[np.arange(len(one.tokens)), one.tokens] - expected).max() > 1e-2
+
+
+def test_logprobs_are_of_the_unfiltered_softmax(engine, params, full_logits):
+    requests = [Request(prompt(33), 0, 4, KEY, 12)]
+    for one in sample(engine, params, requests, Sampling(0.9, 0.5, 6)).values():
+        logits = full_logits(one) / 0.9
+        expected = log_softmax(logits)[np.arange(len(one.tokens)), one.tokens]
+        np.testing.assert_allclose(one.logprobs, expected, atol=1e-4, rtol=0)
+        rank = (logits > np.take_along_axis(logits, one.tokens[:, None], 1)).sum(axis=1)
+        assert rank.max() < 6
+
+
+def test_a_completion_ends_with_its_first_eos(samples):
+    """Any of the set; it belongs to the completion; those in the prompt end nothing."""
+    ends = set()
+    for one in samples.values():
+        assert 0 < len(one.tokens) == len(one.logprobs) <= LIMIT
+        assert not np.isin(one.tokens[:-1], EOS).any()
+        assert one.finished == (one.tokens[-1] in EOS)
+        assert one.finished or len(one.tokens) == LIMIT
+        ends.add(int(one.tokens[-1]) if one.finished else None)
+    assert ends == {*EOS, None}  # each of them was seen
+
+
+def test_the_limit_cuts_and_changes_nothing_before_it(engine, params, samples):
+    for limit in (1, 5):
+        cut = sample(engine, params, [Request(prompt(n), n, 8, KEY, limit) for n in (1, 32)], Sampling(0.8))
+        assert len(cut) == 16
+        for key, one in cut.items():
+            np.testing.assert_array_equal(one.tokens, samples[key].tokens[:limit])
+            assert one.finished == (len(samples[key].tokens) <= limit and samples[key].finished)
+    assert {len(one.tokens) <= 5 for one in samples.values()} == {True, False}
+
+
+def test_samples_differ_by_sample_prompt_and_key(engine, params, samples):
+    def first(index, key):
+        return sample(engine, params, [Request(prompt(32), index, 2, key, LIMIT)], Sampling(0.8))[index, 0].tokens
+
+    own = samples[32, 0].tokens
+    np.testing.assert_array_equal(first(32, KEY), own)
+    for other in (samples[32, 1].tokens, first(31, KEY), first(32, KEY + np.uint32(1))):
+        assert len(other) != len(own) or (other != own).any()
+
+
+def test_a_prompt_prefilled_with_longer_neighbours_has_the_same_logits(tiny):
+    """Four prompts in one call, against each alone in a call of a smaller bucket."""
+    mesh = sharding.make_mesh(config.Mesh(fsdp=4), jax.devices()[:4])
+    engine = Engine(
+        tiny[0], mesh, EOS, slots=4, max_context=70, max_completion=8, dtype="float32", steps_per_dispatch=4
+    )
+    prompts = [prompt(length) for length in (1, 32, 33, 64)]
+    with jax.set_mesh(mesh):
+        weights = engine.weights(put(tiny[1], mesh))
+        together = engine.prefill(weights, prompts)
+        np.testing.assert_array_equal(together.length, [1, 32, 33, 64])
+        for row, tokens in enumerate(prompts[:2]):
+            alone = engine.prefill(weights, [tokens])
+            np.testing.assert_allclose(alone.logits[0], together.logits[row], atol=1e-5, rtol=0)
+
+
+def test_weights_are_cast_and_gathered_once(tiny):
+    mesh = sharding.make_mesh(config.Mesh(fsdp=2, tensor=2), jax.devices()[:4])
+    sizes = {"slots": 2, "max_context": 8, "max_completion": 8, "steps_per_dispatch": 4}
+    weights = Engine(tiny[0], mesh, EOS, dtype="bfloat16", **sizes).weights(put(tiny[1], mesh))
+    assert {x.dtype for x in weights.values()} == {jnp.dtype(jnp.bfloat16)}
+    # [D, N, H] = (32, 4, 8): whole over fsdp, heads over tensor.
+    assert weights["blocks/0/mixer/q_proj"].addressable_shards[0].data.shape == (32, 2, 8)
+    params = put(tiny[1], one_device())
+    same = Engine(tiny[0], one_device(), EOS, dtype="float32", **sizes).weights(params)
+    assert all(same[path] is params[path] for path in params)  # nothing to do: no copy
+
+
+def test_slots_must_divide_over_the_mesh(tiny):
+    mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
+    with pytest.raises(InputError, match=r"config\.rollout\.slots = 6: must be a multiple of .* = 4"):
+        Engine(tiny[0], mesh, EOS, slots=6, max_context=8, max_completion=8, dtype="float32", steps_per_dispatch=4)
+
+
+def greedy_equals_generate(path, prompts, tokens):
+    """Greedy completions of all prompts side by side, against `generate` on each."""
+    import torch
+    import transformers
+
+    c, mesh = hf.load_config(str(path)), one_device()
+    sizes = {"slots": 2, "max_context": max(map(len, prompts)), "max_completion": tokens, "steps_per_dispatch": 16}
+    engine = Engine(c, mesh, (c.vocab_size,), dtype="float32", **sizes)  # no EOS: all tokens are compared
+    requests = [Request(np.asarray(one, np.int32), i, 1, KEY, tokens) for i, one in enumerate(prompts)]
+    ours = sample(engine, hf.load_params(str(path), c, mesh), requests, Sampling(0.0))
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model.generation_config = transformers.GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=0)
+    for i, one in enumerate(prompts):
+        ids = torch.tensor([list(one)])
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids))[0, len(one) :].numpy()
+        assert len(theirs) == tokens
+        np.testing.assert_array_equal(ours[i, 0].tokens, theirs)
+        assert not ours[i, 0].finished
+    return ours
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
+def test_greedy_equals_generate(tmp_path, kind):
+    import torch
+    import transformers
+
+    shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.normal_(float("norm" in name), 0.3)
+    model.save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    ours = greedy_equals_generate(tmp_path, [rng.integers(0, 96, n) for n in (3, 32, 17)], 64)
+    assert len(np.unique(ours[0, 0].tokens)) > 8  # no short loop, which anything would match
+
+
+@pytest.mark.skipif(
+    "IGRPO_SMOLLM2" not in os.environ, reason="set IGRPO_SMOLLM2 to a directory with SmolLM2-135M-Instruct"
+)
+def test_greedy_equals_generate_on_smollm2():
+    path = os.environ["IGRPO_SMOLLM2"]
+    tokenizer = hf.load_tokenizer(path)
+    questions = ("What is 17 times 23? Think step by step.", "Write one sentence about the sea.")
+    turns = [[{"role": "user", "content": question}] for question in questions]
+    prompts = [tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"] for turn in turns]
+    greedy_equals_generate(path, prompts, 64)
