@@ -44,7 +44,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The built-in task: sums of several terms, worked out one step a line."""
+    """The built-in task: sums of several terms, worked out step by step."""
 
     min_terms: int = 3
     max_terms: int = 5

@@ -65,7 +65,9 @@ def warm_start(
     run = jax.jit(step, static_argnums=5, donate_argnums=(0, 1))
     opt_state = jax.jit(optimizer.init)(params)
     for number in range(1, settings.steps + 1):
-        rows = [_example(c, rng, problems, renderer, encode) for _ in range(settings.batch_size)]
+        # Prompts with a draft are twice as long: a batch is of one kind, so that little of it is padding.
+        shows_draft = c.algorithm.num_drafts > 0 and rng.random() < settings.draft_fraction
+        rows = [_example(c, rng, problems, renderer, encode, shows_draft) for _ in range(settings.batch_size)]
         batch = sharding.to_global(_pad(rows), sharding.batch_sharding(mesh))
         width = pick_bucket(length_buckets(1 << 20, 16), max(len(target) for _, target in rows))
         params, opt_state, value = run(params, opt_state, *batch, width)
@@ -74,13 +76,13 @@ def warm_start(
 
 
 def _example(
-    c: Config, rng: np.random.Generator, problems, renderer: Renderer, encode
+    c: Config, rng: np.random.Generator, problems, renderer: Renderer, encode, shows_draft: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """(context, completion) ids of one example."""
     settings, top = c.warm_start, c.data.arithmetic.max_total
     problem = problems[int(rng.integers(len(problems)))]
     context = renderer.plain(problem.question)
-    if c.algorithm.num_drafts and rng.random() < settings.draft_fraction:
+    if shows_draft:
         draft = encode(solution(problem, settings.draft_error_rate, top, rng))
         context = renderer.with_draft(problem.question, draft)
     return context, encode(solution(problem, settings.error_rate, top, rng))

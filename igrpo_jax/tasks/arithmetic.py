@@ -1,6 +1,7 @@
-"""The built-in task: sums of a few small numbers, worked out one step a line, and the tokenizer of the built-in model.
+"""The built-in task: sums of a few small numbers, worked out step by step, and the tokenizer of the built-in model.
 
-A problem is "7+5-3+8"; a solution is "<think>7+5=12,12-3=9,9+8=17</think><answer>17</answer>". Everything is made from
+A problem is "7+5-3+8"; a solution is the tape of a pocket calculator, each total standing before the next operator, and
+the answer: "<think>7+5=12-3=9+8=17</think><answer>17</answer>". Everything is made from
 a seed: no download. Train and test problems are disjoint.
 
 The teacher of the supervised start is right at most steps and wrong at some; a model that imitates it has the right
@@ -102,12 +103,12 @@ def _problem(settings: config.Arithmetic, rng: np.random.Generator) -> Problem:
 
 def solution(problem: Problem, error_rate: float, max_total: int, rng: np.random.Generator) -> str:
     """A written solution in which each step is wrong with probability `error_rate`; later steps go on from it."""
-    total, lines = problem.first, []
+    total, tape = problem.first, str(problem.first)
     for operator, operand in problem.steps:
         right = total + operand if operator == "+" else total - operand
         result = right
         if rng.random() < error_rate:
             result = int(rng.integers(0, max_total + 1))
-        lines.append(f"{total}{operator}{operand}={result}")
+        tape += f"{operator}{operand}={result}"
         total = result
-    return f"<think>{','.join(lines)}</think><answer>{total}</answer>"
+    return f"<think>{tape}</think><answer>{total}</answer>"
