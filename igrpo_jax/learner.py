@@ -266,7 +266,7 @@ class Learner:
             "sampling/sampling_logp_difference/mean": sums.mismatch / tokens,
             "sampling/sampling_logp_difference/max": sums.worst_mismatch,
             "grad_norm": norm,
-            "learning_rate": self._schedule(state.step),
+            "learning_rate": self._schedule(state.step - state.skipped),  # Adam counts the steps made
             "nonfinite_steps": skipped,
         }
         return TrainState(params, opt_state, state.step + 1, skipped), metrics
