@@ -1,0 +1,164 @@
+"""Chunked log-probs and entropy: equal to full logits in value and gradient, without ever holding them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from igrpo_jax import config, sharding
+from igrpo_jax.logprobs import completion_logprobs, token_logprobs
+from igrpo_jax.models import decoder
+
+R, T, D, V = 3, 10, 8, 29
+
+
+def data(rows=R, time=T, size=D, vocab=V):
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(rows, time, size)).astype(np.float32)
+    head = rng.normal(size=(size, vocab)).astype(np.float32)
+    return hidden, head, rng.integers(0, vocab, (rows, time), np.int32)
+
+
+def naive(hidden, head, targets, temperature):
+    """Over [R, T, V]."""
+    logp = jax.nn.log_softmax(hidden @ head / (temperature or 1.0), axis=-1)
+    return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+
+def value_and_gradients(function):
+    """Log-probs, entropies, and gradients of a weighted sum of the log-probs, with entropy in it to no effect."""
+    weight = np.random.default_rng(1).normal(size=(R, T)).astype(np.float32)
+
+    def loss(hidden, head, targets):
+        logprob, entropy = function(hidden, head, targets)
+        return jnp.sum(weight * logprob), (logprob, entropy)
+
+    (_, values), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*data())
+    return [np.asarray(x) for x in (*values, *gradients)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("chunk", [1, 4, 10, 64])
+def test_equal_to_full_logits(chunk, temperature):
+    """Chunks of 4 leave a rest of T = 10, 64 is more than all; temperature 0 (greedy) is read as 1."""
+    expected = value_and_gradients(lambda *x: naive(*x, temperature))
+    got = value_and_gradients(lambda *x: token_logprobs(*x, temperature, chunk))
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=0)
+    if temperature == 0.7:
+        untempered = value_and_gradients(lambda *x: naive(*x, 1.0))
+        assert all(np.abs(a - b).max() > 0.1 for a, b in zip(got, untempered, strict=True))
+
+
+def test_entropy_carries_no_gradient():
+    hidden, head, targets = data()
+    total = lambda h, w: token_logprobs(h, w, targets, 1.0, 4)[1].sum()  # noqa: E731
+    for gradient in jax.grad(total, argnums=(0, 1))(hidden, head):
+        np.testing.assert_array_equal(gradient, 0.0)
+    exact = lambda h, w: naive(h, w, targets, 1.0)[1].sum()  # noqa: E731
+    assert np.abs(jax.grad(exact)(hidden, head)).max() > 0.1  # what it would be
+
+
+def test_the_head_is_rounded_per_chunk_but_its_gradient_is_float32():
+    """One bf16 sum over all chunks would lose bits: 512 like terms of 1/512 add to .5 or less in bf16."""
+    hidden, head = jnp.ones((1, 512, 1), jnp.bfloat16), jnp.zeros((1, 4))
+    loss = lambda w: token_logprobs(hidden, w, jnp.zeros((1, 512), jnp.int32), 1.0, 1)[0].mean()  # noqa: E731
+    gradient = jax.grad(loss)(head)
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_allclose(gradient, [[0.75, -0.25, -0.25, -0.25]], rtol=1e-5)
+
+
+WIDE = {"rows": 4, "time": 96, "size": 16, "vocab": 1009}  # all logits: 4 x 96 x 1009 x 4 = 1.55 MB
+
+
+def loss_of(function):
+    return lambda hidden, head, targets: jnp.sum(function(hidden, head, targets)[0])
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_all_logits_never_exist(gradient):
+    """In the compiled program, with chunks of 8 of 96: neither in its shapes nor in its memory."""
+
+    def compiled(function):
+        loss = loss_of(function)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)) if gradient else loss).lower(*data(**WIDE)).compile()
+
+    all_logits = 4 * 96 * 1009 * 4
+    chunked = compiled(lambda *x: token_logprobs(*x, 0.7, 8))
+    assert chunked.memory_analysis().temp_size_in_bytes < all_logits / 2
+    held = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\w\d+\[([\d,]+)\]", chunked.as_text())}
+    assert max(np.prod(shape) for shape in held if 1009 in shape) <= 4 * 8 * 1009
+    # The same check sees them where they do exist.
+    full = compiled(lambda *x: naive(*x, 0.7))
+    assert full.memory_analysis().temp_size_in_bytes >= all_logits or not gradient
+    assert re.search(r"f32\[(4,96|384),1009\]", full.as_text())
+
+
+def gathers(compiled):
+    """Sizes of what collectives put together of their parts."""
+    lines = [line for line in compiled.as_text().splitlines() if re.search(r" all-(gather|to-all)(-start)?\(", line)]
+    shapes = [re.findall(r"\w\d+\[([\d,]*)\]", line.split("(")[0]) for line in lines]
+    return [np.prod([int(x) for x in shape.split(",") if x]) for found in shapes for shape in found]
+
+
+def test_a_sharded_vocabulary_is_never_gathered():
+    """Each device holds its half of the logits; only sums over the vocabulary travel."""
+    mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    shape = WIDE | {"vocab": 1008}
+    places = [sharding.batch_sharding(mesh), sharding.param_sharding(mesh, "lm_head"), sharding.batch_sharding(mesh)]
+
+    def compiled(function):
+        args = [jax.device_put(x, place) for x, place in zip(data(**shape), places, strict=True)]
+        program = jax.jit(
+            jax.value_and_grad(loss_of(function), argnums=(0, 1)), out_shardings=(None, tuple(places[:2]))
+        )
+        return program.lower(*args).compile(), args
+
+    with jax.set_mesh(mesh):
+        program, args = compiled(lambda *x: token_logprobs(*x, 0.7, 8))
+        # The largest that may travel: the head's half over fsdp. A chunk's logits of one device are 2 x 8 x 504.
+        assert max(gathers(program), default=0) <= 16 * 504 < 4 * 8 * 1008
+        assert not re.search(r"f32\[[24],8,1008\]", program.as_text())
+        loss, gradients = program(*args)
+        assert max(gathers(compiled(_gathers)[0])) > 16 * 504  # the check can see one
+    expected, wanted = jax.value_and_grad(loss_of(lambda *x: naive(*x, 0.7)), argnums=(0, 1))(*data(**shape))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for a, b in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
+
+
+def _gathers(hidden, head, targets):
+    own = jnp.tanh(sharding.constrain(hidden @ head, "batch", "time", "vocab"))
+    return (jnp.sort(sharding.constrain(own, "batch", "time", None), axis=-1)[..., ::7],)
+
+
+CONTEXTS, COMPLETIONS = np.array([1, 6, 9, 0]), np.array([4, 6, 3, 0])  # the second row is full, the last is padding
+
+
+def completions(c, params, tokens, width, chunk, remat="none"):
+    settings = {"dtype": "float32", "temperature": 0.8, "chunk": chunk, "remat": remat}
+    run = jax.jit(lambda params, tokens: completion_logprobs(c, params, tokens, CONTEXTS, width, **settings))
+    return run(params, tokens)
+
+
+def test_completions_are_scored_where_they_stand(tiny):
+    """Each row against its own forward pass, unpadded; padding id 0 also occurs inside. Extra width changes nothing."""
+    c, params = tiny
+    rng = np.random.default_rng(2)
+    tokens = np.zeros((4, 12), np.int32)
+    for row, n in enumerate(CONTEXTS + COMPLETIONS):
+        tokens[row, :n] = rng.integers(0, 4, n)
+    narrow = completions(c, params, tokens, 6, chunk=4)
+    wide = completions(c, params, np.pad(tokens, ((0, 0), (0, 7)), constant_values=9), 11, chunk=3)
+    alone = jax.jit(lambda own: decoder.apply(c, params, own, jnp.arange(own.shape[1])[None])[0])
+    for row in range(3):
+        start, n = CONTEXTS[row], COMPLETIONS[row]
+        own = tokens[row : row + 1, : start + n]
+        expected = naive(alone(own)[:, start - 1 : -1], params["lm_head"], own[:, start:], 0.8)
+        for got in (narrow, wide):
+            for a, b in zip(got, expected, strict=True):
+                np.testing.assert_allclose(a[row, :n], b[0], atol=1e-5, rtol=0)
+    assert all(np.isfinite(x).all() for x in (*narrow, *wide))  # also where they mean nothing: 0 x NaN is NaN
