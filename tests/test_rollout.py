@@ -1,0 +1,292 @@
+"""The two stages: order, the best draft, what Stage 2 sees, and that nothing depends on who finishes first."""
+
+import threading
+import time
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+
+from igrpo_jax import config, sharding
+from igrpo_jax.batch import Completion, Prompt, Score
+from igrpo_jax.policy import open_policy
+from igrpo_jax.prompts import Renderer
+from igrpo_jax.rewards.reward import Verifier, VerifierError
+from igrpo_jax.rollout import Rollout, best_draft, stage_key
+from igrpo_jax.sampling.engine import Engine, Sampling
+from igrpo_jax.sampling.scheduler import Request, Scheduler
+
+QUESTIONS = ("1+2", "7+5-3", "9", "4-4+8-1", "2+2", "5+5")
+N, G, LENGTH, KEPT = 4, 4, 12, 5
+
+
+def settings(**changes):
+    tree = config.default()
+    tree.update_from_flattened_dict(
+        {
+            "seed": 5,
+            "prompts_per_step": len(QUESTIONS),
+            "model.dtype": "float32",
+            "model.builtin.hidden_size": 32,
+            "model.builtin.num_layers": 2,
+            "model.builtin.num_heads": 4,
+            "model.builtin.intermediate_size": 48,
+            "data.instruction": "",
+            "refine.instruction": "[{draft}]",
+            "refine.max_draft_length": KEPT,
+            "algorithm.num_drafts": N,
+            "algorithm.num_generations": G,
+            "rollout.max_completion_length": LENGTH,
+            "rollout.temperature": 1.5,
+        }
+        | {name.replace("__", "."): value for name, value in changes.items()}
+    )
+    return config.freeze(tree)
+
+
+class StubVerifier:
+    """Rewards 0 to 2 by the text alone, in threads that take their time: the later a text comes, the sooner it ends."""
+
+    def __init__(self, status="ok", delay=0.03):
+        self._pool, self._status, self._delay = ThreadPoolExecutor(32), status, delay
+        self._lock, self.submitted, self.finished, self.prefixes = threading.Lock(), [], [], set()
+
+    def submit(self, text, answer, prefix) -> Future:
+        self.submitted.append((text, answer))
+        self.prefixes.add(prefix)
+        return self._pool.submit(self._grade, text, answer, self._delay * (1 + -len(self.submitted) % 8) / 8)
+
+    def _grade(self, text, answer, delay):
+        time.sleep(delay)
+        with self._lock:
+            self.finished.append((text, answer))
+        return Score(self.reward(text), {"accuracy": self.reward(text)}, text[:1], self._status)
+
+    @staticmethod
+    def reward(text):
+        return float(zlib.crc32(text.encode()) % 3)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return open_policy(settings().model)
+
+
+@pytest.fixture(scope="module")
+def renderer(policy):
+    c = settings()
+    return Renderer(policy.tokenizer, c.data, c.refine, KEPT, policy.eos_ids)
+
+
+@pytest.fixture(scope="module")
+def prompts(renderer):
+    return [Prompt(f"row {i}", 10 + i, q, "0", renderer.plain(q)) for i, q in enumerate(QUESTIONS)]
+
+
+@pytest.fixture(scope="module")
+def schedulers(policy):
+    """By number of slots; each compiled once."""
+    mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+    sizes = {"max_context": 32, "max_completion": LENGTH, "dtype": "float32"}
+    with jax.set_mesh(mesh):
+        return {
+            slots: Scheduler(Engine(policy.model, mesh, policy.eos_ids, slots=slots, steps_per_dispatch=k, **sizes))
+            for slots, k in ((16, 4), (3, 5))
+        }
+
+
+@pytest.fixture(scope="module")
+def params(policy, schedulers):
+    """Of a model that often thinks of stopping, so that completions differ in length."""
+    params = policy.load(schedulers[16].engine.mesh, 0)
+    return params | {"embedding": params["embedding"].at[policy.eos_ids[0]].mul(2)}
+
+
+@pytest.fixture(scope="module")
+def collect(renderer, schedulers, params, prompts):
+    def call(verifier=None, slots=16, step=3, wanted=None, **changes):
+        scheduler = schedulers[slots]
+        with jax.set_mesh(scheduler.engine.mesh):
+            rollout = Rollout(settings(**changes), renderer, scheduler, verifier or StubVerifier())
+            return rollout.collect(params, wanted or prompts, step)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    return StubVerifier()
+
+
+@pytest.fixture(scope="module")
+def rollout(collect, verifier):
+    return collect(verifier)
+
+
+def same(one, other):
+    """Groups equal in everything but floats' last bits."""
+    assert one.prompt == other.prompt or one.prompt.id == other.prompt.id
+    assert one.best == other.best
+    np.testing.assert_array_equal(one.context, other.context)
+    for ours, theirs in ((one.drafts, other.drafts), (one.completions, other.completions)):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a.tokens, b.tokens)
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4, rtol=0)
+            assert (a.stage, a.sample_id, a.finished, a.text) == (b.stage, b.sample_id, b.finished, b.text)
+            assert a.score == b.score
+
+
+def test_groups_and_samples_are_in_order(rollout, verifier, prompts):
+    """By prompt and sample, though verdicts come in another order, and Stage 2 starts of some prompts before others."""
+    groups, _ = rollout
+    assert verifier.finished != verifier.submitted and sorted(verifier.finished) == sorted(verifier.submitted)
+    assert [group.prompt for group in groups] == prompts
+    for group in groups:
+        assert [draft.sample_id for draft in group.drafts] == list(range(N))
+        assert [one.sample_id for one in group.completions] == list(range(G))
+        assert {one.stage for one in group.drafts} == {"draft"} and {one.stage for one in group.completions} == {
+            "refine"
+        }
+        for one in (*group.drafts, *group.completions):
+            assert one.score.reward == StubVerifier.reward(one.text)
+        np.testing.assert_array_equal(group.rewards, [one.score.reward for one in group.completions])
+    texts = [one.text for group in groups for one in (*group.drafts, *group.completions)]
+    assert len(set(texts)) > len(texts) / 2
+    assert verifier.prefixes == {""}
+
+
+def test_the_first_of_the_best_drafts_is_in_the_context(rollout, renderer, policy):
+    groups, _ = rollout
+    before = renderer.plain("")[:1]  # <|user|>
+    ties = 0
+    for group in groups:
+        rewards = [draft.score.reward for draft in group.drafts]
+        assert group.best == rewards.index(max(rewards))
+        ties += rewards.count(max(rewards)) > 1
+        draft = group.drafts[group.best].tokens
+        special = policy.tokenizer.all_special_ids
+        kept = [i for i in draft if i not in special][-KEPT:]
+        ids = lambda text: policy.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+        expected = [*before, *ids(group.prompt.question), *ids("\n\n["), *kept, *ids("]"), *ids("<|assistant|>")]
+        assert list(group.context) == expected
+    assert ties > 0  # two are equally good somewhere, so the rule was needed
+    assert {group.best for group in groups} != {0}
+    lengths = {len(draft.tokens) for group in groups for draft in group.drafts}
+    assert max(lengths) > KEPT  # something was cut
+    assert len({draft.finished for group in groups for draft in group.drafts}) == 2  # and an EOS taken out
+
+
+def test_the_rollout_does_not_depend_on_slots_or_arrival(collect, rollout):
+    groups, _ = collect(StubVerifier(delay=0.0), slots=3)
+    for ours, theirs in zip(rollout[0], groups, strict=True):
+        same(ours, theirs)
+
+
+def test_a_group_does_not_depend_on_the_other_prompts(collect, rollout, prompts):
+    """The third of six is the third of three; its randomness comes of its place in the step."""
+    groups, _ = collect(wanted=prompts[:3])
+    for ours, theirs in zip(rollout[0], groups, strict=False):
+        same(ours, theirs)
+
+
+def test_randomness_comes_of_the_step_the_stage_and_the_place(collect, rollout, prompts):
+    groups, _ = collect(step=4)
+    assert all(
+        (a.drafts[0].text, a.drafts[1].text) != (b.drafts[0].text, b.drafts[1].text)
+        for a, b in zip(groups, rollout[0], strict=True)
+    )
+    twice, _ = collect(wanted=[prompts[0], prompts[0]])  # one row twice in a step is not one group twice
+    assert [d.text for d in twice[0].drafts] != [d.text for d in twice[1].drafts]
+    assert len({stage_key(0, step, stage).tobytes() for step in range(9) for stage in (0, 1, 2)}) == 27
+    assert stage_key(1, 0, 0).tobytes() != stage_key(0, 1, 0).tobytes()
+
+
+def test_without_drafts_it_is_the_base_algorithm(collect, schedulers, params, prompts):
+    """The plain prompt sampled G times, as by the scheduler alone."""
+    groups, metrics = collect(algorithm__num_drafts=0)
+    key = stage_key(5, 3, 2)
+    with jax.set_mesh(schedulers[3].engine.mesh):
+        schedulers[3].start(params, Sampling(1.5))
+        for place, prompt in enumerate(prompts):
+            schedulers[3].submit(Request(prompt.tokens, place, G, key, LENGTH))
+        direct = {(one.request.index, one.sample_id): one for one in schedulers[3].drain()}
+    for place, group in enumerate(groups):
+        assert group.drafts == () and group.best is None
+        np.testing.assert_array_equal(group.context, group.prompt.tokens)
+        for one in group.completions:
+            np.testing.assert_array_equal(one.tokens, direct[place, one.sample_id].tokens)
+            assert one.finished == direct[place, one.sample_id].finished
+    assert metrics["perf/draft_tokens"] == 0
+    assert metrics["perf/completion_tokens"] == sum(len(one.tokens) for one in direct.values())
+
+
+def test_dropping_every_draft_is_the_base_algorithm(collect):
+    base, _ = collect(algorithm__num_drafts=0)
+    dropped, _ = collect(algorithm__draft_dropout=1.0)
+    for ours, theirs in zip(base, dropped, strict=True):
+        same(ours, theirs)
+
+
+def test_dropping_some_drafts_leaves_the_others_alone(collect, rollout):
+    base, _ = collect(algorithm__num_drafts=0)
+    some, _ = collect(algorithm__draft_dropout=0.5)
+    dropped = [not group.drafts for group in some]
+    assert 0 < sum(dropped) < len(some)
+    for gone, group, plain, full in zip(dropped, some, base, rollout[0], strict=True):
+        same(group, plain if gone else full)
+
+
+def test_metrics(rollout):
+    groups, metrics = rollout
+    drafts = [one for group in groups for one in group.drafts]
+    completions = [one for group in groups for one in group.completions]
+    assert metrics["perf/draft_tokens"] == sum(len(one.tokens) for one in drafts)
+    assert metrics["perf/completion_tokens"] == sum(len(one.tokens) for one in completions)
+    assert 0 < metrics["perf/slot_utilization"] <= 1
+    assert 0 <= metrics["perf/verify_wait_time"] < metrics["perf/rollout_time"]
+    assert metrics["verifier/error_frac"] == 0
+
+
+@pytest.mark.parametrize("status", ["error", "timeout"])
+def test_a_verifier_that_fails_stops_the_run(collect, status):
+    wanted = {"algorithm__num_drafts": 0, "rewards__max_error_fraction": 0.5}
+    with pytest.raises(VerifierError, match=r"24 of 24 gradings timed out|24 failed"):
+        collect(StubVerifier(status, delay=0.0), **wanted)
+    groups, metrics = collect(StubVerifier(status, delay=0.0), **wanted | {"rewards__max_error_fraction": 1.0})
+    assert len(groups) == len(QUESTIONS) and metrics[f"verifier/{status}_frac"] == 1
+
+
+def test_with_the_real_verifier(collect, prompts):
+    with Verifier(config.Rewards(workers=1)) as verifier:
+        groups, metrics = collect(verifier, wanted=prompts[:2])
+    scores = [one.score for group in groups for one in (*group.drafts, *group.completions)]
+    assert len(scores) == 2 * (N + G)
+    assert {score.status for score in scores} <= {"ok", "unparseable"}
+    assert all(set(score.rewards) == {"accuracy", "format"} for score in scores)
+    assert metrics["verifier/unparseable_frac"] == sum(score.status == "unparseable" for score in scores) / len(scores)
+
+
+def drafts_with(rewards):
+    none = np.zeros(0)
+    return [Completion("draft", i, none, none, True, score=Score(x, {}, None, "ok")) for i, x in enumerate(rewards)]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "best"), [([0, 2, 1], 1), ([0, 2, 2], 1), ([1, 1, 1], 0), ([-1, -3], 0), ([0.5], 0), ([0, 0, 1e-3], 2)]
+)
+def test_the_best_draft(rewards, best):
+    assert best_draft(drafts_with(rewards)) == best
+
+
+def test_proposition_3_1():
+    """Of N = 4 drafts that are each right with p = .3, the best is right with 1 - .7^4 = .7599.
+
+    5,000 groups: std .006. A draft picked blindly would be right with .3, the best of 3 with .657, of 5 with .832.
+    """
+    rng = np.random.default_rng(0)
+    groups = (rng.random((5000, 4)) < 0.3).astype(float)
+    best = [rewards[best_draft(drafts_with(rewards))] for rewards in groups]
+    assert np.mean(best) == pytest.approx(1 - 0.7**4, abs=0.02)
