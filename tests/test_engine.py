@@ -130,6 +130,10 @@ def test_the_limit_cuts_and_changes_nothing_before_it(engine, params, samples):
             np.testing.assert_array_equal(one.tokens, samples[key].tokens[:limit])
             assert one.finished == (len(samples[key].tokens) <= limit and samples[key].finished)
     assert {len(one.tokens) <= 5 for one in samples.values()} == {True, False}
+    # An EOS that just fits the limit: the completion is finished, not cut.
+    (index, _), whole = next(item for item in samples.items() if item[1].finished and 1 < len(item[1].tokens) < LIMIT)
+    fits = sample(engine, params, [Request(prompt(index), index, 8, KEY, len(whole.tokens))], Sampling(0.8))
+    assert fits[index, whole.sample_id].finished
 
 
 def test_samples_differ_by_sample_prompt_and_key(engine, params, samples):
