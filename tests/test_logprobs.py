@@ -153,11 +153,11 @@ def test_completions_are_scored_where_they_stand(tiny):
         tokens[row, :n] = rng.integers(0, 4, n)
     narrow = completions(c, params, tokens, 6, chunk=4)
     wide = completions(c, params, np.pad(tokens, ((0, 0), (0, 7)), constant_values=9), 11, chunk=3)
-    alone = jax.jit(lambda own: decoder.apply(c, params, own, jnp.arange(own.shape[1])[None])[0])
+    alone = jax.jit(lambda params, own: decoder.apply(c, params, own, jnp.arange(own.shape[1])[None])[0])
     for row in range(3):
         start, n = CONTEXTS[row], COMPLETIONS[row]
         own = tokens[row : row + 1, : start + n]
-        expected = naive(alone(own)[:, start - 1 : -1], params["lm_head"], own[:, start:], 0.8)
+        expected = naive(alone(params, own)[:, start - 1 : -1], params["lm_head"], own[:, start:], 0.8)
         for got in (narrow, wide):
             for a, b in zip(got, expected, strict=True):
                 np.testing.assert_allclose(a[row, :n], b[0], atol=1e-5, rtol=0)
