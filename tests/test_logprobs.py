@@ -40,9 +40,9 @@ def value_and_gradients(function):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
-@pytest.mark.parametrize("chunk", [1, 4, 10, 64])
+@pytest.mark.parametrize("chunk", [1, 3, 10, 64])
 def test_equal_to_full_logits(chunk, temperature):
-    """Chunks of 4 leave a rest of T = 10, 64 is more than all; temperature 0 (greedy) is read as 1."""
+    """Chunks of 3 leave a rest of T = 10, 64 is more than all; temperature 0 (greedy) is read as 1."""
     expected = value_and_gradients(lambda *x: naive(*x, temperature))
     got = value_and_gradients(lambda *x: token_logprobs(*x, temperature, chunk))
     for a, b in zip(got, expected, strict=True):
