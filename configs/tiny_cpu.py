@@ -33,8 +33,9 @@ def get_config():
     c.data.arithmetic.max_terms = 4
     c.data.arithmetic.max_total = 9
 
-    c.warm_start.steps = 200
-    c.warm_start.batch_size = 64
+    c.warm_start.steps = 450
+    c.warm_start.batch_size = 32
+    c.warm_start.learning_rate = 1.5e-3
     c.warm_start.error_rate = 0.2
     c.warm_start.draft_error_rate = 1.0
 

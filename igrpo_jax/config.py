@@ -394,9 +394,11 @@ def _validate(c: Config) -> None:
         "evaluation.benchmarks",
         "name at least one benchmark, or set evaluation.every to 0",
     )
-    for name in c.evaluation.benchmarks:
+    if c.evaluation.every:
+        need(c.rewards.accuracy > 0, "rewards.accuracy", "evaluation counts right answers; give it a weight")
+        files = [name for name in c.evaluation.benchmarks if name != "arithmetic"]
         need(
-            name == "arithmetic" or c.evaluation.data_dir,
+            not files or c.evaluation.data_dir,
             "evaluation.data_dir",
-            f"must name the folder that holds {name}.jsonl",
+            f"must name the folder of {', '.join(files)}.jsonl",
         )

@@ -35,7 +35,7 @@ def parse(argv: list[str]) -> tuple[Config, Path]:
     flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
     try:
         rest = values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # the config file is the user's code and may raise anything
         raise InputError(_flag_error(error)) from error
     if values["help"].value:
         print(f"python -m igrpo_jax.main --config FILE [--workdir DIR] [--config.FIELD=VALUE ...]\n{values}")
@@ -46,7 +46,12 @@ def parse(argv: list[str]) -> tuple[Config, Path]:
     if file is None:
         raise InputError("--config: missing; give a configuration file, for example --config configs/tiny_cpu.py")
     workdir = values["workdir"].value or Path("runs", Path(file).stem)
-    return config.freeze(holder.value), Path(workdir)
+    try:
+        tree = holder.value
+        list(tree)
+    except OSError as error:  # ml_collections keeps what went wrong in the file for the first use of its result
+        raise InputError(f"--config {file}: {_flag_error(error.__cause__ or error)}") from error
+    return config.freeze(tree), Path(workdir)
 
 
 def _check_overrides(argv: list[str]) -> None:
@@ -61,20 +66,21 @@ def _check_overrides(argv: list[str]) -> None:
 
 
 def _config_file(argv: list[str]) -> str | None:
-    for at, argument in enumerate(argv):
+    file = None
+    for at, argument in enumerate(argv):  # the last one counts, as with every flag
         if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
-            return match[1] if match[1] is not None else next(iter(argv[at + 1 :]), None)
-    return None
+            file = match[1] if match[1] is not None else next(iter(argv[at + 1 :]), None)
+    return file
 
 
-def _flag_error(error: Exception) -> str:
-    """One line of what flags or a config file complained about, with the nearest name."""
-    text = str(error)
-    if match := re.search(r"[Kk]ey \"?(\w+)\"? does not exist|'(\w+)'", text):
-        near = re.search(r"Did you mean \"(\w+)\"", text)
-        if near and isinstance(error, (AttributeError, KeyError)):
-            return f"config: {match[1] or match[2]!r} is no field; the nearest is {near[1]!r}"
-    return " ".join(text.split())[:300]
+def _flag_error(error: BaseException) -> str:
+    """One line of what flags or a config file complained about, with the nearest name where a field is unknown."""
+    text = " ".join(str(error).split())
+    near = re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", text)
+    if near:
+        return f"config.{near[2]}: no such field; the nearest is {near[1]}"
+    known = isinstance(error, (flags.Error, ValueError))
+    return (text if known else f"{type(error).__name__}: {text}")[:300]
 
 
 def run(command: Callable[[list[str]], None]) -> None:

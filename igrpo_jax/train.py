@@ -95,9 +95,8 @@ def open_task(c: Config) -> Task:
     kept_draft = c.refine.max_draft_length or c.rollout.max_completion_length
     renderer = Renderer(policy.tokenizer, c.data, c.refine, kept_draft, policy.eos_ids)
     prompts, skipped = _prompts(data.training_rows(c), renderer, c.data.max_prompt_length)
-    benchmarks = {
-        name: _prompts(rows, renderer, c.data.max_prompt_length)[0] for name, rows in data.evaluation_rows(c).items()
-    }
+    held_out = data.evaluation_rows(c) if c.evaluation.every else {}
+    benchmarks = {name: _prompts(rows, renderer, c.data.max_prompt_length)[0] for name, rows in held_out.items()}
     longest = max(len(prompt.tokens) for group in (prompts, *benchmarks.values()) for prompt in group)
     max_context = longest + (renderer.draft_overhead if c.algorithm.num_drafts else 0)
     context = policy.model.max_position_embeddings

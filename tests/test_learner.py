@@ -48,7 +48,8 @@ def make_groups():
             score = Score(float(GAINS[index, i]), {}, None, "ok")
             completions.append(Completion("refine", i, tokens, logprobs, finished, score=score))
         prompt = Prompt(f"{index}", index, "question", "answer", context)
-        groups.append(Group(prompt, (), None, context, tuple(completions)))
+        draft = Completion("draft", 0, context[1:4], np.zeros(3, np.float32), True, score=Score(1.0, {}, None, "ok"))
+        groups.append(Group(prompt, (draft,), 0, context, tuple(completions)))  # drafts are no rows
     return groups
 
 

@@ -39,7 +39,7 @@ class Decoder(nnx.Module):
         shape = (c.vocab_size, c.hidden_size)
         # A tied embedding is also the head: with std D**-0.5 its logits start near unit size, and the first norm
         # makes up for the small embeddings.
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * c.hidden_size**-0.5)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02)
         self.blocks = nnx.List([Block(kind, c, rngs) for kind in c.pattern])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if not c.tie_embeddings:

@@ -20,6 +20,10 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5)
 
 
+def _zeros(shape: tuple[int, ...]) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, jnp.float32))
+
+
 class RMSNorm(nnx.Module):
     def __init__(self, size: int, eps: float):
         self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
@@ -39,12 +43,9 @@ class Attention(nnx.Module):
         self.q_proj = _normal(rngs, (d, n, h), d)
         self.k_proj = _normal(rngs, (d, k, h), d)
         self.v_proj = _normal(rngs, (d, k, h), d)
-        # Residual branches start small: with one draw per sublayer the stream's variance stays near 1 at any depth.
-        self.o_proj = _normal(rngs, (n, h, d), n * h * len(c.pattern))
+        self.o_proj = _zeros((n, h, d))  # a sublayer starts as the identity
         if c.qkv_bias:
-            self.q_bias = nnx.Param(jnp.zeros((n, h), jnp.float32))
-            self.k_bias = nnx.Param(jnp.zeros((k, h), jnp.float32))
-            self.v_bias = nnx.Param(jnp.zeros((k, h), jnp.float32))
+            self.q_bias, self.k_bias, self.v_bias = _zeros((n, h)), _zeros((k, h)), _zeros((k, h))
         self.qkv_bias, self.rope_theta = c.qkv_bias, c.rope_theta
 
     def __call__(self, x: jax.Array, positions: jax.Array, entry: KV | None, read: int | None):
@@ -73,7 +74,7 @@ class MLP(nnx.Module):
         d, f = c.hidden_size, c.intermediate_size
         self.gate_proj = _normal(rngs, (d, f), d)
         self.up_proj = _normal(rngs, (d, f), d)
-        self.down_proj = _normal(rngs, (f, d), f * len(c.pattern))
+        self.down_proj = _zeros((f, d))
 
     def __call__(self, x: jax.Array, positions: jax.Array, entry: None, read: int | None):
         gate = jnp.einsum("BTD,DF->BTF", x, self.gate_proj[...])

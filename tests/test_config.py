@@ -1,0 +1,116 @@
+"""Settings: one declaration each, names that are right or corrected, values that a run can use."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from igrpo_jax import config
+from igrpo_jax.config import InputError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def test_the_defaults_are_the_papers_and_valid():
+    c = config.freeze(config.default())
+    assert c == config.Config()
+    assert (c.algorithm.num_drafts, c.algorithm.num_generations, c.prompts_per_step) == (4, 4, 32)
+    assert (c.optimizer.learning_rate, c.optimizer.min_lr_ratio, c.optimizer.warmup_ratio) == (1e-6, 0.1, 0.1)
+    assert (c.rollout.temperature, c.algorithm.beta) == (0.7, 0.0)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_is_valid(path):
+    tree = load(path)
+    if path.stem == "smollm2_gsm8k_cpu":  # needs what its docstring says is to be given
+        tree.model.path, tree.data.train = "model", "train.jsonl"
+    config.freeze(tree)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("stesp", "steps"),
+        ("algorithm.num_draft", "algorithm.num_drafts"),
+        ("optimiser.learning_rate", "optimizer.learning_rate"),
+        ("learning_rate", "learning_rate"),
+        ("rollout.temprature", "rollout.temperature"),
+    ],
+)
+def test_a_misspelt_field_names_the_nearest(given, nearest):
+    with pytest.raises(InputError, match=rf"config\.{given}: no such field; the nearest is config\.\S*{nearest}$"):
+        config.check_field(given)
+
+
+def test_a_field_that_a_config_file_adds_is_refused():
+    tree = config.default()
+    tree.rollout.temprature = 0.5
+    with pytest.raises(InputError, match=r"config\.rollout\.temprature: no such field; the nearest is .*temperature"):
+        config.freeze(tree)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("steps", -1, "must be 0"),
+        ("algorithm.num_generations", 1, "at least 2"),
+        ("algorithm.loss_type", "ppo", "one of grpo, dr_grpo, dapo, gspo"),
+        ("algorithm.scale_rewards", "std", "one of None, group, batch, none"),
+        ("algorithm.draft_dropout", 1.5, "within 0 and 1"),
+        ("rollout.top_p", 0.0, "above 0"),
+        ("rollout.slots", 0, "at least 1"),
+        ("learner.minibatches", 3, "must divide the 128 trained completions"),
+        ("mesh.data", 0, "-1 .* or at least 1"),
+        ("mesh.data", -1, "only one axis"),
+        ("rewards.timeout", 0.0, "above 0"),
+        ("refine.instruction", "no place for it", "{draft} exactly once"),
+        ("warm_start.steps", 5, None),
+        ("data.train", "x.jsonl", "needs a model"),
+        ("evaluation.every", 10, "name at least one benchmark"),
+        ("model.dtype", "float16", "one of bfloat16, float32"),
+    ],
+)
+def test_a_value_that_no_run_can_use_is_one_line_with_field_value_and_fix(path, value, says):
+    tree = config.default()
+    tree.update_from_flattened_dict({path: value})
+    if says is None:
+        config.freeze(tree)
+        return
+    with pytest.raises(InputError, match=says) as error:
+        config.freeze(tree)
+    assert str(error.value).startswith("config.") and "\n" not in str(error.value)
+
+
+def test_a_benchmark_file_needs_its_folder():
+    tree = config.default()
+    tree.evaluation.benchmarks = ("math500",)
+    config.freeze(tree)  # not read while evaluation is off
+    tree.evaluation.every = 1
+    with pytest.raises(InputError, match=r"config\.evaluation\.data_dir = '': .*math500\.jsonl"):
+        config.freeze(tree)
+
+
+def test_types_are_checked_and_whole_numbers_pass_as_floats():
+    tree = config.default()
+    tree.optimizer.learning_rate = 1
+    assert config.freeze(tree).optimizer.learning_rate == 1.0
+    tree = config.default()
+    tree.evaluation.benchmarks = (1,)
+    with pytest.raises(InputError, match=r"evaluation\.benchmarks = \(1,\): each entry must be of type str"):
+        config.freeze(tree)
+
+
+def test_what_may_change_on_resume_is_no_difference():
+    old = config.to_dict(config.Config())
+    new = config.to_dict(
+        dataclasses.replace(config.Config(), steps=9, seed=3, checkpoint=config.Checkpoint(every=7), log=config.Log(2))
+    )
+    assert config.differences(old, new) == ["seed: 0 -> 3"]

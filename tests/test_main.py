@@ -1,0 +1,151 @@
+"""The command line on bad input: one line that names the field, the value and the fix, exit code 2, nothing written."""
+
+import json
+import sys
+
+import pytest
+
+from igrpo_jax import main, runtime
+from igrpo_jax.tasks import arithmetic
+
+TINY = """
+from igrpo_jax.config import default
+
+def get_config():
+    c = default()
+    c.steps, c.prompts_per_step = 1, 2
+    c.model.dtype = "float32"
+    c.data.max_prompt_length = 256
+    c.rollout.max_completion_length, c.rollout.slots, c.rollout.steps_per_dispatch = 8, 8, 4
+    c.refine.instruction = "{draft}"
+    return c
+"""
+HF = dict(
+    model_type="llama",
+    vocab_size=112,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    eos_token_id=1,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny random Llama with the built-in tokenizer, as a Hugging Face directory."""
+    import transformers
+
+    path = tmp_path_factory.mktemp("model") / "llama"
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**HF)).save_pretrained(path)
+    arithmetic.tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(4)))
+    return path
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Runs the command with these overrides and returns the one line it says; checks all that bad input must not do."""
+    (tmp_path / "tiny.py").write_text(TINY)
+
+    def run(*overrides: str, workdir=None) -> str:
+        where = workdir or tmp_path / "run"
+        before = sorted(tmp_path.rglob("*"))
+        argv = ["main", "--config", str(tmp_path / "tiny.py"), "--workdir", str(where)]
+        monkeypatch.setattr(sys, "argv", argv + [f"--config.{x}" if x[0] != "-" else x for x in overrides])
+        with pytest.raises(SystemExit) as stop:
+            runtime.run(main.main)
+        out = capsys.readouterr()
+        assert stop.value.code == 2
+        assert out.err.startswith("igrpo_jax: error: ") and out.err.count("\n") == 1 and "Traceback" not in out.err
+        assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(path)] == before
+        return out.err
+
+    return run
+
+
+def test_unknown_fields_and_flags(refused):
+    assert "config.rollout.slot: no such field; the nearest is config.rollout.slots" in refused("rollout.slot=3")
+    assert "wrkdir" in refused("--wrkdir=x")
+    assert "config.steps=many" in refused("steps=many")
+    assert "config.algorithm.loss_type = 'ppo': must be one of grpo" in refused("algorithm.loss_type=ppo")
+
+
+def test_a_config_file_that_is_wrong(refused, tmp_path):
+    assert "no such file" in refused("--config=nowhere.py")
+    (tmp_path / "tiny.py").write_text(TINY.replace("return c", "c.stesp = 3\n    return c"))
+    assert "config.stesp: no such field; the nearest is config.steps" in refused()
+    (tmp_path / "tiny.py").write_text(TINY.replace("return c", "c.rolout.slots = 3\n    return c"))
+    assert "config.rolout: no such field; the nearest is rollout" in refused()
+    (tmp_path / "tiny.py").write_text(TINY.replace("return c", "return d"))
+    assert "NameError: name 'd' is not defined" in refused()
+
+
+def test_model_directories(refused, model, tmp_path):
+    assert "config.model.path = '/nowhere/at/all': no such directory" in refused("model.path=/nowhere/at/all")
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refused(f"model.path={tmp_path / 'empty'}")
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in model.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    assert "model_type = 'mamba' is not supported; supported are llama, qwen2" in refused(f"model.path={other}")
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    said = refused(f"model.path={other}")
+    assert "missing from the files" in said and "model.layers.1." in said
+
+
+def test_data_files(refused, model, problems, tmp_path):
+    def says(text: str, *more: str) -> str:
+        problems.write_text(text)
+        return refused(f"model.path={model}", f"data.train={problems}", *more)
+
+    assert "no such file" in refused(f"model.path={model}", f"data.train={tmp_path / 'nowhere.jsonl'}")
+    assert "is empty" in says("")
+    row = {"prompt": "1+1", "answer": "2"}
+    assert "'question'" in says(json.dumps(row), "data.prompt_column=question")
+    rows = [row, row | {"answer": " "}, row, row | {"answer": None}]
+    said = says("\n".join(map(json.dumps, rows)))
+    assert "2 of 4 rows" in said and "2, 4" in said
+    said = says(json.dumps(row | {"prompt": "1+1" * 100}))
+    assert "config.data.max_prompt_length = 256: all 1 prompts are longer" in said
+
+
+def test_lengths_beyond_the_models_context(refused, model, problems):
+    said = refused(f"model.path={model}", f"data.train={problems}", "rollout.max_completion_length=600")
+    assert "config.rollout.max_completion_length" in said and "the model's context is 512" in said
+
+
+def test_meshes_that_do_not_fit(refused, model, problems):
+    assert "3 does not divide the 8 devices" in refused("mesh.tensor=3")
+    assert "uses 2 of 8 devices" in refused("mesh.data=2", "mesh.fsdp=1")
+    real = (f"model.path={model}", f"data.train={problems}")
+    assert "config.mesh.tensor = 8" in refused(*real, "mesh.tensor=8")  # 4 heads
+    assert "config.rollout.slots = 6: must be a multiple" in refused(*real, "rollout.slots=6")
+
+
+def test_workdirs_that_cannot_be_used(refused, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot be written" in refused(workdir=tmp_path / "file" / "run")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("")
+    assert "no config.json of a run" in refused(workdir=tmp_path / "photos")
+
+
+def test_help_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["main", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runtime.run(main.main)
+    assert stop.value.code == 0
+    assert "--workdir" in capsys.readouterr().out
