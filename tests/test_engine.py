@@ -15,7 +15,9 @@ from igrpo_jax.sampling.scheduler import Request, Scheduler
 
 EOS = (0, 17, 40)  # 0 is also what prompts are padded with
 KEY = np.array([1, 2], np.uint32)
-LENGTHS = (1, 31, 32, 33, 48)  # prefill buckets are 32, 48, 64, 70: at, below and above an edge
+# Prefill buckets are 32, 48, 64, 96, 110: at, below and above an edge. The cache of 158 positions is read in buckets of
+# 128 and all; completions of the longest prompt go from the first to the second.
+LENGTHS = (1, 31, 32, 33, 110)
 LIMIT = 24
 
 
@@ -47,7 +49,7 @@ def sample(engine, params, requests, sampling):
 @pytest.fixture(scope="module")
 def engine(tiny):
     return Engine(
-        tiny[0], one_device(), EOS, slots=6, max_context=70, max_completion=32, dtype="float32", steps_per_dispatch=16
+        tiny[0], one_device(), EOS, slots=6, max_context=110, max_completion=32, dtype="float32", steps_per_dispatch=16
     )
 
 
@@ -78,7 +80,7 @@ def full_logits(tiny, params):
 
     def call(one):
         before = len(one.request.tokens)
-        row = np.zeros((1, 80), np.int32)
+        row = np.zeros((1, 136), np.int32)
         row[0, : before + len(one.tokens)] = [*one.request.tokens, *one.tokens]
         return np.asarray(run(row))[0, before - 1 : before - 1 + len(one.tokens)]
 
@@ -92,6 +94,7 @@ def log_softmax(logits):
 def test_cached_logprobs_equal_the_full_forward(samples, full_logits):
     """Also at a bucket's edge, with neighbours of other lengths, and with the padding's id inside the prompt."""
     assert len(samples) == 8 * len(LENGTHS)
+    assert max(len(one.request.tokens) + len(one.tokens) for one in samples.values()) > 130
     for one in samples.values():
         logits = full_logits(one)
         expected = log_softmax(logits / 0.8)[np.arange(len(one.tokens)), one.tokens]

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from igrpo_jax import config
@@ -108,6 +108,7 @@ def r1_like(extra=""):
     vocab = {word: i for i, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<bos>",
@@ -129,6 +130,7 @@ def test_a_template_that_opens_the_reasoning():
     one = renderer(tokenizer, instruction="", refine="draft {draft} y")
     assert one.opened == "<think>\n"
     tail = [vocab[word] for word in ("<Assistant>", "<think>", "\n")]
+    assert tokenizer("x")["input_ids"] == [vocab["<bos>"], vocab["x"]]  # it would add its own
     assert list(one.plain("x")) == [vocab["<bos>"], vocab["<User>"], vocab["x"], *tail]  # one BOS, not two
     assert list(one.with_draft("x", np.array([vocab["x"], vocab["<eos>"]], np.int32)))[-5:] == [
         vocab["x"],
@@ -148,8 +150,8 @@ def test_a_base_model_has_no_template():
 
 def test_the_overhead_of_a_draft_covers_every_prompt(builtin):
     """q' may be that much longer than q: the cache is made for it."""
-    one = renderer(builtin, max_draft_length=6)
-    for length in (0, 5, 6, 30):
+    one = renderer(builtin, max_draft_length=20)
+    for length in (0, 19, 20, 50):
         draft = ids(builtin, "1" * length)
         longer = len(one.with_draft(QUESTION, draft)) - len(one.plain(QUESTION))
         assert longer <= one.draft_overhead
