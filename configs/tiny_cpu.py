@@ -16,7 +16,7 @@ from igrpo_jax.config import default
 
 def get_config():
     c = default()
-    c.steps = 120
+    c.steps = 180
     c.prompts_per_step = 16
 
     c.model.dtype = "float32"
@@ -34,10 +34,6 @@ def get_config():
     c.data.arithmetic.max_total = 9
 
     c.warm_start.steps = 450
-    c.warm_start.batch_size = 32
-    c.warm_start.learning_rate = 1.5e-3
-    c.warm_start.error_rate = 0.2
-    c.warm_start.draft_error_rate = 1.0
 
     c.refine.instruction = "{draft}"
     c.rollout.max_completion_length = 24
@@ -45,7 +41,7 @@ def get_config():
     c.rollout.slots = 128
 
     c.learner.remat = "none"  # small enough to keep all activations
-    c.optimizer.learning_rate = 3e-4
+    c.optimizer.learning_rate = 1.2e-4
     c.optimizer.warmup_ratio = 0.05
 
     c.evaluation.every = 20

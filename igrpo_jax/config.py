@@ -74,11 +74,11 @@ class WarmStart:
     """Supervised start of the built-in model from a noisy teacher; never runs where `model.path` is set."""
 
     steps: int = 0  # 0 = off
-    batch_size: int = 128  # examples per step
-    learning_rate: float = 2e-3
-    error_rate: float = 0.1  # chance that the teacher gets one written step wrong
+    batch_size: int = 32  # examples per step
+    learning_rate: float = 1.5e-3
+    error_rate: float = 0.2  # chance that the result of one of the teacher's steps is random
     draft_fraction: float = 0.5  # share of examples that show a draft in the prompt
-    draft_error_rate: float = 0.5  # chance that one step of a shown draft is wrong
+    draft_error_rate: float = 1.0  # the same for the drafts that are shown; 1 = nothing in them can be trusted
 
 
 @dataclass(frozen=True)
@@ -349,6 +349,8 @@ def _validate(c: Config) -> None:
     for low, paths in at_least.items():
         for path in paths.split():
             need(value_of(path) >= low, path, f"must be at least {low}")
+    for path in ("refine.max_draft_length", "evaluation.max_completion_length"):
+        need(value_of(path) is None or value_of(path) >= 1, path, "must be at least 1, or None")
     shares = (
         "warm_start.error_rate warm_start.draft_fraction warm_start.draft_error_rate algorithm.draft_dropout "
         "rewards.max_error_fraction optimizer.warmup_ratio optimizer.min_lr_ratio"

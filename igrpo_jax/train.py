@@ -16,9 +16,10 @@ from igrpo_jax import algorithms, data, sharding
 from igrpo_jax.batch import Prompt
 from igrpo_jax.checkpoint import Checkpointer, prepare_workdir
 from igrpo_jax.config import Config, InputError
+from igrpo_jax.console import Console
 from igrpo_jax.evaluation import evaluate, max_completion
 from igrpo_jax.learner import Learner, TrainState
-from igrpo_jax.metrics import Console, Writer, rollout_metrics
+from igrpo_jax.metrics import Writer, rollout_metrics
 from igrpo_jax.models import decoder
 from igrpo_jax.policy import Policy, open_policy
 from igrpo_jax.prompts import Renderer
@@ -111,6 +112,12 @@ def open_task(c: Config) -> Task:
             )
     mesh = sharding.make_mesh(c.mesh)
     sharding.check_divides(mesh, decoder.shapes(policy.model))
+    shards = sharding.batch_shards(mesh)
+    if c.warm_start.steps and c.warm_start.batch_size % shards:
+        raise InputError(
+            f"config.warm_start.batch_size = {c.warm_start.batch_size}: must be a multiple of mesh.data x mesh.fsdp = "
+            f"{shards}, over which a batch is split"
+        )
     steps = c.steps or max(1, int(c.epochs * len(prompts) / c.prompts_per_step))
     return Task(c, policy, renderer, mesh, prompts, skipped, benchmarks, max_context, steps)
 

@@ -20,18 +20,18 @@ def get_config():
     c.refine.instruction = "{draft}"
     return c
 """
-HF = dict(
-    model_type="llama",
-    vocab_size=112,
-    hidden_size=32,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    pad_token_id=0,
-    eos_token_id=1,
-)
+HF = {
+    "model_type": "llama",
+    "vocab_size": 112,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
 
 
 @pytest.fixture(scope="module")

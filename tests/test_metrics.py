@@ -1,27 +1,14 @@
-"""Metrics of a rollout, the files a run writes, what a resume does to them, and the console."""
+"""Metrics of a rollout, the files a run writes, and what a resume does to them."""
 
-import io
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import completion, group
 
 from igrpo_jax import config as config_lib
 from igrpo_jax import metrics
-from igrpo_jax.batch import Completion, Group, Prompt, Score
-
-
-def completion(stage, sample_id, tokens, accuracy=None, form=0.0, finished=True, text=""):
-    rewards = {"format": form} if accuracy is None else {"accuracy": accuracy, "format": form}
-    score = Score(reward=sum(rewards.values()), rewards=rewards, extracted="7", status="ok")
-    tokens = np.array(tokens, np.int32)
-    return Completion(stage, sample_id, tokens, np.zeros(len(tokens), np.float32), finished, text, score)
-
-
-def group(drafts, best, completions, question="3 + 4", answer="7", prompt_id="p0"):
-    prompt = Prompt(prompt_id, 0, question, answer, np.array([1, 2], np.int32))
-    return Group(prompt, tuple(drafts), best, prompt.tokens, tuple(completions))
 
 
 @pytest.fixture
@@ -207,75 +194,4 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch, two_groups):
     with metrics.Writer(tmp_path, tiny()) as writer:
         writer.write(1, {"loss": 1.0})
         writer.samples(1, two_groups, np.zeros((2, 2)))
-    out = io.StringIO()
-    metrics.Console(out).message("hello")
-    assert not list(tmp_path.iterdir()) and out.getvalue() == ""
-
-
-class Terminal(io.StringIO):
-    encoding = "utf-8"
-
-    def isatty(self):
-        return True
-
-
-STEP = {"rewards/accuracy/mean": 0.625, "draft/accuracy": 0.5, "reward": 1.5, "loss": float("nan"), "perf/step_time": 2}
-
-
-def test_plain_console_prints_one_unwrapped_line_a_step():
-    out = io.StringIO()
-    with metrics.Console(out) as console:
-        console.start(total_steps=10, first_step=2, every=2)
-        for step in range(3, 6):
-            console.step(step, {**STEP, "completions/mean_length": jnp.float32(100), "draft/mean_length": 90.0})
-        with console.phase("evaluation", total=5) as update:
-            update(3, "half")
-        console.step(10, STEP)
-        console.message("x" * 500)
-    lines = out.getvalue().splitlines()
-    assert lines[0] == (
-        "step  4/10  solved 0.625  drafts solved 0.500  reward 1.500  length 100  draft length 90  loss not finite"
-        "  2.0 s/step  left 0:00:12"
-    )
-    assert lines[1] == "evaluation ..." and lines[2].startswith("step 10/10") and lines[3:] == ["x" * 500]
-    assert "\x1b" not in out.getvalue()
-
-
-def test_terminal_console_has_the_same_lines_and_a_bar(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "200")
-    out = Terminal()
-    with metrics.Console(out) as console:
-        console.table("Run", [("prompts", 32)])
-        console.start(total_steps=10)
-        with console.phase("warm start", total=5) as update:
-            update(5, "loss 0.1")
-        console.step(1, STEP)
-    text = metrics.plain_text(out.getvalue())
-    assert "step  1/10  solved 0.625  drafts solved 0.500" in text and "warm start: " in text and "prompts" in text
-
-
-def test_model_text_reaches_the_terminal_as_plain_text(two_groups):
-    evil = (
-        "\x1b]0;title\x07\x1b[2J[red]hi[/red] :smile: \x9b31m a\rb \u202ex\ttab\nline \x1bc\x1b]8;;http://x\x1b\\link"
-    )
-    drafts = [completion("draft", 0, [1], 1.0, 1.0, text=evil)]
-    first = [completion("refine", 0, [1], 1.0, text="middle" * 1000 + "END"), completion("refine", 1, [1], 0.0)]
-    out = Terminal()
-    console = metrics.Console(out)
-    console.sample(group(drafts, 0, first, question=evil, answer="\x1b[1m7"), np.array([0.707, -0.707]))
-    text = out.getvalue()
-    assert not set(text) & set("\x1b\x07\x9b\r\u202e")
-    assert "[red]hi[/red] :smile: 31m ab x" in text and "line link" in text
-    assert "best of 1 drafts, reward 2 (accuracy 1, format 1)" in text
-    assert "refinement 1 of 2, reward 1 (accuracy 1, format 0), advantage +0.71" in text
-    assert "characters ...]" in text and "END" in text and text.count("\n") < 60
-    assert "right answer\n7\n" in text
-
-
-def test_a_terminal_that_cannot_show_a_character_is_no_crash():
-    raw = io.BytesIO()
-    out = io.TextIOWrapper(raw, encoding="ascii")
-    metrics.Console(out).message("∑ \ud800 done")
-    out.flush()
-    assert raw.getvalue().decode("ascii").strip() == "?  done"
+    assert not list(tmp_path.iterdir())

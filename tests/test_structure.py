@@ -25,7 +25,7 @@ FLOORS = [
         "models/config models/cache models/attention models/layers models/mamba2 models/lora models/decoder models/hf",
     ],
     ["policy", "logprobs", "sampling/draw sampling/engine sampling/scheduler"],
-    ["rollout", "learner warm_start", "metrics checkpoint"],
+    ["rollout", "learner warm_start", "metrics console checkpoint"],
     ["evaluation"],
     ["train"],
     ["runtime main evaluate generate export aot report"],

@@ -37,8 +37,7 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         shape = (c.vocab_size, c.hidden_size)
-        # A tied embedding is also the head: with std D**-0.5 its logits start near unit size, and the first norm
-        # makes up for the small embeddings.
+        # Small: a tied embedding is also the head, and a token's own logit starts at std * D.
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02)
         self.blocks = nnx.List([Block(kind, c, rngs) for kind in c.pattern])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)

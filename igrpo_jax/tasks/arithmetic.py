@@ -86,7 +86,7 @@ def problems(settings: config.Arithmetic, seed: int) -> tuple[list[Problem], lis
 
 
 def _problem(settings: config.Arithmetic, rng: np.random.Generator) -> Problem:
-    total = first = int(rng.integers(1, settings.max_operand + 1))
+    total = first = int(rng.integers(1, min(settings.max_operand, settings.max_total) + 1))
     steps = []
     for _ in range(int(rng.integers(settings.min_terms, settings.max_terms + 1)) - 1):
         operand = int(rng.integers(1, settings.max_operand + 1))
@@ -102,7 +102,8 @@ def _problem(settings: config.Arithmetic, rng: np.random.Generator) -> Problem:
 
 
 def solution(problem: Problem, error_rate: float, max_total: int, rng: np.random.Generator) -> str:
-    """A written solution in which each step is wrong with probability `error_rate`; later steps go on from it."""
+    """A written solution; with probability `error_rate` the result of a step is any total at all, and later steps go on
+    from it."""
     total, tape = problem.first, str(problem.first)
     for operator, operand in problem.steps:
         right = total + operand if operator == "+" else total - operand

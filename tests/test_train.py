@@ -1,0 +1,197 @@
+"""Whole runs of a micro model: what they write, and that a killed and resumed run equals an uninterrupted one."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from igrpo_jax import config, train
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+from igrpo_jax.config import default
+
+def get_config():
+    c = default()
+    c.steps, c.prompts_per_step = 5, 4
+    c.model.dtype = "float32"
+    b = c.model.builtin
+    b.hidden_size, b.num_layers, b.num_heads, b.num_kv_heads, b.intermediate_size = 32, 1, 2, 1, 48
+    c.data.instruction, c.refine.instruction, c.data.max_prompt_length = "", "{draft}", 32
+    c.data.arithmetic.train_problems, c.data.arithmetic.test_problems = 10, 4  # step 3 crosses into the second epoch
+    c.warm_start.steps, c.warm_start.batch_size, c.warm_start.learning_rate = 150, 16, 1e-2
+    c.algorithm.num_drafts, c.algorithm.num_generations = 2, 2
+    c.learner.minibatches = 2
+    c.rollout.max_completion_length, c.rollout.slots, c.rollout.temperature = 24, 8, 0.7
+    c.optimizer.learning_rate = 1e-2
+    c.evaluation.every, c.evaluation.benchmarks = 2, ("arithmetic",)
+    c.checkpoint.every, c.checkpoint.keep = 2, 2
+    c.log.samples_every, c.log.profile_steps = 2, (2,)
+    return c
+"""
+TIMES = ("perf/", "verifier/latency", "eval_time")
+
+
+def settings(**algorithm) -> config.Config:
+    scope: dict = {}
+    exec(CONFIG, scope)  # the text that the subprocess reads as a file
+    tree = scope["get_config"]()
+    tree.algorithm.update(algorithm)
+    return config.freeze(tree)
+
+
+def rows(workdir: Path) -> list[dict]:
+    """metrics.jsonl without what a clock decides."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in lines]
+
+
+def samples(workdir: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted((workdir / "samples").iterdir())}
+
+
+def final_state(workdir: Path, c: config.Config) -> dict[str, np.ndarray]:
+    task = train.open_task(c)
+    with jax.set_mesh(task.mesh), train.Checkpointer(workdir, c.checkpoint) as store:
+        learner = train.Learner(
+            c, task.policy.model, task.mesh, max_context=task.max_context, total_steps=task.total_steps
+        )
+        state, meta = store.restore(learner.abstract_state())
+    assert meta["step"] == c.steps
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def command(tmp_path: Path, workdir: Path, *overrides: str) -> list[str]:
+    (tmp_path / "micro.py").write_text(CONFIG)
+    run = [sys.executable, "-m", "igrpo_jax.main", "--config", str(tmp_path / "micro.py"), "--workdir", str(workdir)]
+    return run + [f"--config.{override}" for override in overrides]
+
+
+def one_device() -> dict[str, str]:
+    """Eight virtual devices are what other tests are for, and slow."""
+    return os.environ | {"XLA_FLAGS": ""}
+
+
+def run(*args) -> str:
+    done = subprocess.run(command(*args), cwd=ROOT, env=one_device(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run, and what it printed."""
+    path = tmp_path_factory.mktemp("whole")
+    return path / "run", run(path, path / "run")
+
+
+def test_a_run_writes_what_the_contract_names(whole):
+    workdir, _ = whole
+    lines = rows(workdir)
+    steps = [row for row in lines if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5]
+    assert all(math.isfinite(row["loss"]) for row in steps)
+    full = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-2])
+    names = """loss reward reward_std rewards/accuracy/mean rewards/format/mean frac_reward_zero_std entropy kl
+    grad_norm completions/mean_length completions/clipped_ratio learning_rate clip_ratio/region_mean
+    sampling/sampling_logp_difference/mean sampling/sampling_logp_difference/max draft/reward draft/best_reward
+    draft/solved_none draft/solved_some draft/solved_all draft/mean_length refine/fixed refine/broken refine/kept_right
+    refine/kept_wrong refine/gain_vs_best_draft refine/copy_ratio verifier/timeout_frac verifier/error_frac
+    verifier/latency_p99 perf/step_time perf/rollout_time perf/update_time perf/verify_wait_time perf/draft_tokens
+    perf/completion_tokens perf/tokens_per_second perf/slot_utilization"""
+    assert not set(names.split()) - set(full), set(names.split()) - set(full)
+    assert [row["step"] for row in lines if "eval/arithmetic/pass@1" in row] == [0, 2, 4, 5]
+    assert any("warm_start/loss" in row for row in lines)
+    assert list(samples(workdir)) == [f"step_{step:06d}.jsonl" for step in range(1, 6)]
+    first = [json.loads(line) for line in samples(workdir)["step_000001.jsonl"].splitlines()]
+    assert len(first) == 4 * (2 + 2)
+    columns = (
+        "prompt_id stage sample_id parent_draft_id prompt text token_count finished rewards extracted answer advantage"
+    )
+    assert set(columns.split()) <= set(first[0])
+    assert json.loads((workdir / "config.json").read_text())["prompts_per_step"] == 4
+    assert (workdir / "tensorboard").is_dir() and (workdir / "checkpoints" / "5").is_dir()
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_run_says_what_it_does_and_where_it_wrote(whole):
+    _, out = whole
+    for words in (
+        "drafts per step             8 (N = 2)",
+        "refinements per step        8 (G = 2)",
+        "predicted bytes per device",
+        "step 1/5  solved",
+        "--- best of 2 drafts",
+        "--- refinement 1 of 2",
+        "before,",
+        "metrics.jsonl",
+    ):
+        assert words in out, words
+
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
+    """SIGKILL after step 3, with checkpoints at 2 and 4: step 3 is run again from the same state.
+
+    Red when the optimizer state, the data position or the keys are not what they were, or when rows are written twice.
+    """
+    workdir, _ = whole
+    assert any(row["grad_norm"] > 0 for row in rows(workdir) if "loss" in row), (
+        "a run that learns nothing shows nothing"
+    )
+    killed = tmp_path / "run"
+    process = subprocess.Popen(
+        command(tmp_path, killed), cwd=ROOT, env=one_device(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 240
+    while not (killed / "samples" / "step_000003.jsonl").exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert "resumed after" in run(tmp_path, killed)
+    assert rows(killed) == rows(workdir)
+    assert samples(killed) == samples(workdir)
+    a, b = final_state(killed, settings()), final_state(workdir, settings())
+    assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def test_a_finished_run_is_not_run_again(whole):
+    workdir, _ = whole
+    before = rows(workdir)
+    assert "resumed after 5" in run(workdir.parent, workdir)
+    assert rows(workdir) == before
+
+
+def test_a_different_configuration_is_refused_by_name(whole):
+    workdir, _ = whole
+    other = dataclasses.replace(settings(), seed=7)
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(config.InputError, match="seed: 0 -> 7"):
+        train.train(other, workdir)
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_beta_keeps_its_reference_over_a_resume(tmp_path):
+    """kl against the policy before the first update; it would start at 0 again if a resume took the policy of then."""
+    run(tmp_path, tmp_path / "run", "algorithm.beta=0.1", "steps=2")
+    run(tmp_path, tmp_path / "run", "algorithm.beta=0.1", "steps=3")
+    kl = [row["kl"] for row in rows(tmp_path / "run") if "kl" in row]
+    assert len(kl) == 3 and kl[2] > 0.5 * kl[1] > 0
+
+
+def test_learning_rate_zero_changes_nothing_but_is_evaluated(tmp_path):
+    run(tmp_path, tmp_path / "run", "optimizer.learning_rate=0", "steps=2")
+    lines = rows(tmp_path / "run")
+    scores = [row["eval/arithmetic/mean_length"] for row in lines if "eval/arithmetic/pass@1" in row]
+    assert len(scores) == 2 and scores[0] == scores[1]
+    assert all(row["ratio/mean"] == 1.0 and row["clip_ratio/region_mean"] == 0 for row in lines if "loss" in row)
