@@ -16,7 +16,7 @@ from igrpo_jax.config import default
 
 def get_config():
     c = default()
-    c.steps = 180
+    c.steps = 240
     c.prompts_per_step = 16
 
     c.model.dtype = "float32"
