@@ -181,12 +181,17 @@ def test_a_different_configuration_is_refused_by_name(whole):
     assert (workdir / "config.json").read_text() == before
 
 
-def test_beta_keeps_its_reference_over_a_resume(tmp_path):
-    """kl against the policy before the first update; it would start at 0 again if a resume took the policy of then."""
-    run(tmp_path, tmp_path / "run", "algorithm.beta=0.1", "steps=2")
-    run(tmp_path, tmp_path / "run", "algorithm.beta=0.1", "steps=3")
-    kl = [row["kl"] for row in rows(tmp_path / "run") if "kl" in row]
-    assert len(kl) == 3 and kl[2] > 0.5 * kl[1] > 0
+def test_a_longer_run_goes_on_from_a_shorter_one_with_the_same_reference(tmp_path):
+    """`steps` may change on resume. With beta > 0, kl shows which policy the reference is: were it the policy at the
+    time of the resume, the kl of step 3 would start again at 0.
+    """
+    constant = ("algorithm.beta=0.1", "optimizer.warmup_ratio=0", "optimizer.min_lr_ratio=1")
+    run(tmp_path, tmp_path / "whole", *constant, "steps=3")
+    run(tmp_path, tmp_path / "part", *constant, "steps=2")
+    run(tmp_path, tmp_path / "part", *constant, "steps=3")
+    whole = [row for row in rows(tmp_path / "whole") if "loss" in row]
+    assert [row for row in rows(tmp_path / "part") if "loss" in row] == whole
+    assert whole[1]["kl"] > 0 and whole[2]["kl"] > 0
 
 
 def test_learning_rate_zero_changes_nothing_but_is_evaluated(tmp_path):
