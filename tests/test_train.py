@@ -152,7 +152,8 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
         command(tmp_path, killed), cwd=ROOT, env=one_device(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     deadline = time.monotonic() + 240
-    while not (killed / "samples" / "step_000003.jsonl").exists():
+    # Saves are asynchronous; that of step 4 waits for that of step 2, so the run can't end before this is true.
+    while not ((killed / "samples" / "step_000003.jsonl").exists() and (killed / "checkpoints" / "2").exists()):
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.01)
