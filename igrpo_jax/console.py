@@ -96,12 +96,17 @@ class Console:
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[..., None]]:
         """Shows that something long runs (compiling, warm start, evaluation).
 
-        On a terminal a bar while it lasts and a line with its seconds after it; elsewhere one line at its start.
-        Yields `update(done, note="")`, for a phase that counts to `total`.
+        On a terminal a bar while it lasts and a line with its seconds after it; elsewhere a line at its start, and one
+        at each quarter of a phase that counts. Yields `update(done, note="")`, for a phase that counts to `total`.
         """
         if not self._live:
             self.message(f"{name} ...")
-            yield lambda done, note="": None
+
+            def quarters(done: int, note: str = "") -> None:
+                if total and 4 * done // total > 4 * (done - 1) // total:
+                    self.message(f"{name} {done}/{total}  {note}".rstrip())
+
+            yield quarters
             return
         start, progress = time.monotonic(), self._progress()
         task = progress.add_task(plain_text(name), total=total)

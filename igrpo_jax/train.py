@@ -39,8 +39,8 @@ def train(c: Config, workdir: Path) -> None:
         VerifierError: the verifier fails too often to be trusted.
     """
     task = open_task(c)
-    with Console() as console, jax.set_mesh(task.mesh), Verifier(c.rewards) as verifier:
-        run = start(c, task, workdir, console, verifier)
+    with contextlib.ExitStack() as stack, jax.set_mesh(task.mesh):
+        run = start(c, task, workdir, stack)
         state, first = run.state, run.first_step
         run.state = None  # the update donates it
         for step in range(first + 1, task.total_steps + 1):
@@ -57,7 +57,7 @@ def train(c: Config, workdir: Path) -> None:
             if c.evaluation.every and (step % c.evaluation.every == 0 or step == task.total_steps):
                 run.evaluate(state.params, step)
             run.save(step, state, last=step == task.total_steps)
-        run.close(first)
+        run.finish(first)
 
 
 @contextlib.contextmanager
@@ -181,24 +181,26 @@ class Run:
         meta["evaluations"] = {str(at): scores for at, scores in self.scores.items()}
         self.checkpointer.save(step, state, meta, force=last or step == 0)
 
-    def close(self, first: int) -> None:
+    def finish(self, first: int) -> None:
         """Waits for files and says what came out of the run and where it is."""
         with self._console.phase("writing the last checkpoint"):
-            self.checkpointer.close()
-        self.writer.close()
+            self.checkpointer.wait()
         self._console.table("Done", _summary(self._workdir, self.scores, first, self._task.total_steps))
 
 
-def start(c: Config, task: Task, workdir: Path, console: Console, verifier: Verifier) -> Run:
-    """Claims `workdir` and brings a run to where its first step can begin: restored, or warm and evaluated."""
+def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> Run:
+    """Claims `workdir` and brings a run to where its first step can begin: restored, or warm and evaluated.
+
+    What must be closed, however the run ends, goes onto `stack`.
+    """
+    console, verifier = stack.enter_context(Console()), stack.enter_context(Verifier(c.rewards))
     run = Run(c, task, workdir, console, verifier)
     claimed = prepare_workdir(workdir, c)
-    run.checkpointer = Checkpointer(workdir, c.checkpoint)
+    run.checkpointer = stack.enter_context(Checkpointer(workdir, c.checkpoint))
     latest = run.checkpointer.latest_step() if claimed else None
-    run.writer = Writer(workdir, c, latest)
+    run.writer = stack.enter_context(Writer(workdir, c, latest))
     console.table("iGRPO run" if c.algorithm.num_drafts else "Run", plan(c, task, run.scheduler.engine))
-    reference = None
-    params = None
+    reference = params = None
     if latest is None:
         params = task.policy.load(task.mesh, c.seed)
         if c.warm_start.steps:
@@ -229,7 +231,6 @@ def start(c: Config, task: Task, workdir: Path, console: Console, verifier: Veri
 
 def _warm(c: Config, task: Task, params: decoder.Params, writer: Writer, console: Console) -> decoder.Params:
     problems, _ = arithmetic.problems(c.data.arithmetic, c.seed)
-    began = time.perf_counter()
     with console.phase("supervised warm start", c.warm_start.steps) as update:
 
         def report(step: int, loss: float) -> None:
@@ -238,9 +239,7 @@ def _warm(c: Config, task: Task, params: decoder.Params, writer: Writer, console
                 writer.write(0, {"warm_start/step": step, "warm_start/loss": loss})
 
         encode = task.policy.encode_completion
-        params = warm_start(c, task.policy.model, task.mesh, params, problems, task.renderer, encode, report)
-    console.message(f"supervised warm start: {c.warm_start.steps} steps in {time.perf_counter() - began:.0f} s")
-    return params
+        return warm_start(c, task.policy.model, task.mesh, params, problems, task.renderer, encode, report)
 
 
 def _reference(c: Config, task: Task, workdir: Path, params: decoder.Params | None) -> decoder.Params:
