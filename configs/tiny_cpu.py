@@ -1,4 +1,4 @@
-"""A whole iGRPO run on a laptop: no download, about four minutes on two cores.
+"""A whole iGRPO run on a laptop: no download, three and a half minutes on two cores.
 
     python -m igrpo_jax.main --config configs/tiny_cpu.py
 
@@ -6,6 +6,10 @@ A 1.2 M parameter decoder with a character-level tokenizer learns sums such as 7
 supervised warm start imitates a teacher that gets every fifth step wrong: the model's likeliest answer is then nearly
 always right, its samples are right about half the time. Two-stage RL (4 drafts, 4 refinements, plain iGRPO as in the
 paper) removes the noise, and the single-shot pass@1 on held-out problems (plain prompt, temperature 1) rises.
+
+Expected: pass@1 0.59 before and 0.97 after 240 steps (seed 0). With optimizer.learning_rate = 0 it stays where it was.
+Shorter runs with other seeds: 0.50 -> 0.85 (seed 1, 180 steps) and 0.54 -> 0.88 (seed 2, 160 steps, rate 1e-4). At three
+times the learning rate the policy commits to wrong answers before it has sampled enough right ones, and gets worse.
 
 The drafts of the warm start carry no information: every step of them is a random digit. A model that has seen useful
 drafts there learns to copy instead of to solve; then all refinements of a group agree and nothing is learned.
@@ -51,5 +55,6 @@ def get_config():
     c.evaluation.top_p = 1.0
 
     c.checkpoint.every = 20
-    c.log.samples_every = 20
+    c.log.every = 5
+    c.log.samples_every = 60
     return c

@@ -156,7 +156,7 @@ class Run:
         self.writer.write(step, metrics)
         self.writer.samples(step, groups, gains)
         self._console.step(step, metrics)
-        if metrics["frac_reward_zero_std"] == 1:
+        if metrics["frac_reward_zero_std"] == 1 and step % self._config.log.every == 0:
             self._console.message(f"step {step}: all rewards are equal within every group, so this step learns nothing")
         if self._config.log.samples_every and step % self._config.log.samples_every == 0:
             best = max(range(len(groups)), key=lambda i: groups[i].rewards.std())
