@@ -88,8 +88,6 @@ class Checkpointer:
 def prepare_workdir(workdir: Path, config: config_lib.Config) -> bool:
     """Makes `workdir`, or recognises the run in it, and writes the resolved configuration to `workdir/config.json`.
 
-    With several processes the first one calls it, and the others go on after it.
-
     Returns:
         True where `workdir` holds a run of this configuration, which is to be resumed.
 

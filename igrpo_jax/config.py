@@ -99,7 +99,9 @@ class Algorithm:
 
 @dataclass(frozen=True)
 class Refine:
-    template: str = "embed"  # how the draft enters q': "embed" = inside the user turn, after the question
+    template: str = (
+        "embed"  # how the draft enters q'; "embed" (inside the user turn, after the question) is the only one
+    )
     max_draft_length: int | None = (
         None  # tokens of the draft kept in q' (its tail); None = rollout.max_completion_length
     )
@@ -327,6 +329,12 @@ def _validate(c: Config) -> None:
 
     need(c.steps >= 0, "steps", "must be 0 (use epochs) or a number of rollouts")
     need(c.steps > 0 or c.epochs > 0, "epochs", "must be above 0 where steps = 0")
+    need(c.seed < 2**31, "seed", "must be below 2**31")
+    for path in ("optimizer.b1", "optimizer.b2"):
+        need(0 <= value_of(path) < 1, path, "must be at least 0 and below 1")
+    for path in ("algorithm.epsilon", "algorithm.epsilon_high"):
+        need(value_of(path) is None or value_of(path) >= 0, path, "must be at least 0, or None")
+    need(c.optimizer.learning_rate < 1e3, "optimizer.learning_rate", "must be a finite, small number")
     choice("model.dtype", "bfloat16", "float32")
     choice("algorithm.loss_type", "grpo", "dr_grpo", "dapo", "gspo")
     choice("algorithm.scale_rewards", None, "group", "batch", "none")
@@ -343,7 +351,8 @@ def _validate(c: Config) -> None:
         "rollout.steps_per_dispatch rewards.workers learner.minibatches learner.logprob_chunk checkpoint.keep "
         "log.every "
         "learner.tokens_per_microbatch algorithm.num_iterations data.arithmetic.train_problems "
-        "data.arithmetic.test_problems warm_start.batch_size",
+        "data.arithmetic.test_problems warm_start.batch_size data.arithmetic.max_operand "
+        "data.arithmetic.max_total model.builtin.num_heads model.builtin.num_kv_heads model.builtin.num_layers",
         2: "data.arithmetic.min_terms algorithm.num_generations",
     }
     for low, paths in at_least.items():

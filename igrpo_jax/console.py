@@ -1,6 +1,6 @@
 """What a person watching a run sees: a progress display with the solve rate first, samples, tables and long phases.
 
-`Console` is the only place of the package that prints; what the model wrote reaches the terminal stripped of escapes.
+`Console` is how a run speaks; what the model wrote reaches the terminal stripped of escapes.
 """
 
 import collections

@@ -33,7 +33,7 @@ class Row:
     """One problem."""
 
     id: str  # the `id` column where there is one, else the row's number
-    index: int  # position among the rows, from 0; the randomness of its samples is derived from it
+    index: int  # position among the rows, from 0
     question: str
     answer: str
     columns: dict[str, Any]  # the columns that are neither question nor answer

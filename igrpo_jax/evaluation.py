@@ -16,7 +16,7 @@ from igrpo_jax.batch import Completion, Prompt
 from igrpo_jax.config import Config
 from igrpo_jax.models import decoder
 from igrpo_jax.prompts import Renderer
-from igrpo_jax.rewards.reward import Verifier
+from igrpo_jax.rewards.reward import Verifier, check_errors
 from igrpo_jax.rollout import Target, sample_and_score, stage_key
 from igrpo_jax.sampling.engine import Sampling
 from igrpo_jax.sampling.scheduler import Request, Scheduler
@@ -43,7 +43,11 @@ def evaluate(
 
     Returns:
         For each benchmark pass@1 (mean accuracy over problems and samples), mean_length (tokens), clipped_ratio (share
-        cut at the length limit) and unparseable_frac (share without a stated answer).
+        cut at the length limit), error_frac (gradings that failed or ran out of time) and unparseable_frac (share
+        without a stated answer).
+
+    Raises:
+        VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
     """
     settings = c.evaluation
     metrics = {}
@@ -58,6 +62,7 @@ def evaluate(
         sample_and_score(scheduler, verifier, renderer)
         scheduler.finish()
         samples = [into[i] for into in answered for i in sorted(into)]
+        check_errors([one.score for one in samples], c.rewards.max_error_fraction)
         metrics |= {f"eval/{name}/{measure}": value for measure, value in _measures(samples).items()}
         if out is not None:
             _write(out / f"{name}.jsonl", prompts, answered)
@@ -69,6 +74,7 @@ def _measures(samples: list[Completion]) -> dict[str, float]:
         "pass@1": float(np.mean([one.score.rewards["accuracy"] for one in samples])),
         "mean_length": float(np.mean([len(one.tokens) for one in samples])),
         "clipped_ratio": float(np.mean([not one.finished for one in samples])),
+        "error_frac": float(np.mean([one.score.status in ("timeout", "error") for one in samples])),
         "unparseable_frac": float(np.mean([one.score.status == "unparseable" for one in samples])),
     }
 

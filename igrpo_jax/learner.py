@@ -6,7 +6,7 @@
 3. With several optimizer steps per rollout, log pi_old is recomputed first, by the function that the loss uses; with
    one it is the policy itself, and its gradient is stopped.
 
-A step whose loss or gradient is not finite changes nothing and is counted.
+A step whose loss, gradient or update is not finite changes nothing and is counted.
 """
 
 from typing import NamedTuple
@@ -65,7 +65,7 @@ class Learner:
     """The jitted update for one model, mesh and objective.
 
     Args:
-        max_context, max_completion: longest rows, in tokens.
+        max_context: tokens of the longest q or q'.
         total_steps: rollouts of the whole run, for the learning rate.
         reference: parameters of pi_ref where beta > 0.
     """
@@ -139,10 +139,10 @@ class Learner:
         for iteration in range(self._iterations):
             order = np.arange(len(rows))
             if self._settings.minibatches > 1:
-                order = np.random.default_rng([self._seed, step, iteration]).permutation(len(rows))
+                order = np.random.default_rng([self._seed, step, iteration, 0x313B]).permutation(len(rows))
             parts = np.split(order, self._settings.minibatches)
             if iteration == 0 and off_policy:
-                old = self._old_logprobs(state, rows, gains)
+                old = self._old_logprobs(state, rows, gains, parts)
             for part in parts:
                 batch = self.pack([rows[i] for i in part], gains.reshape(-1)[part])
                 if off_policy:
@@ -191,12 +191,17 @@ class Learner:
             flat[i, : len(values)] = values
         return batch
 
-    def _old_logprobs(self, state: TrainState, rows: list[tuple], gains: np.ndarray) -> list[np.ndarray]:
-        """log pi_old of each row's completion, [T] float32, by the function that the loss uses."""
-        batch = self.pack(rows, gains.reshape(-1))
-        values = sharding.to_host(self._score(state.params, self._to_device(batch)))
-        values = values.reshape(-1, values.shape[-1])
-        return [values[i, : len(one.tokens)] for i, (_, one) in enumerate(rows)]
+    def _old_logprobs(
+        self, state: TrainState, rows: list[tuple], gains: np.ndarray, parts: list[np.ndarray]
+    ) -> list[np.ndarray]:
+        """log pi_old of each row's completion, [T] float32, by the function and in the shapes that the loss uses."""
+        old: list[np.ndarray] = [np.zeros(0)] * len(rows)
+        for part in parts:
+            batch = self.pack([rows[i] for i in part], gains.reshape(-1)[part])
+            values = sharding.to_host(self._score(state.params, self._to_device(batch)))
+            for i, value in zip(part, values.reshape(-1, values.shape[-1]), strict=False):  # padding rows follow
+                old[i] = value[: len(rows[i][1].tokens)]
+        return old
 
     def _to_device(self, batch: TrainBatch) -> TrainBatch:
         return TrainBatch(*sharding.to_global(batch, self._batch_sharding))
@@ -252,7 +257,7 @@ class Learner:
         norm = optax.global_norm(grads)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(sums.loss.loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(sums.loss.loss) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
         keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)  # noqa: E731
         params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
         skipped = state.skipped + (~finite).astype(jnp.int32)

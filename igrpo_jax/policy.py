@@ -41,7 +41,14 @@ def open_policy(settings: config.Model) -> Policy:
     if settings.path:
         model, tokenizer = hf.load_config(settings.path), hf.load_tokenizer(settings.path)
         hf.check_weights(settings.path, model)
-        return Policy(settings.path, model, tokenizer, hf.eos_ids(settings.path, tokenizer))
+        eos_ids = hf.eos_ids(settings.path, tokenizer)
+        largest = max(*tokenizer.get_vocab().values(), *eos_ids)
+        if largest >= model.vocab_size:
+            raise config.InputError(
+                f"config.model.path = {settings.path!r}: its tokenizer has ids up to {largest}, its weights a "
+                f"vocabulary of {model.vocab_size}; use the weights' own tokenizer, or resize the embeddings"
+            )
+        return Policy(settings.path, model, tokenizer, eos_ids)
     tokenizer = arithmetic.tokenizer()
     padded = -(-len(tokenizer) // 16) * 16  # the vocabulary divides over a tensor axis
     return Policy("", model_config.builtin(settings.builtin, padded), tokenizer, (tokenizer.eos_token_id,))

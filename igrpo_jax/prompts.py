@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from igrpo_jax import config
 
-SENTINEL = "user words"
+SENTINEL = "[[ here go the words of the user ]]"
 
 
 class Renderer:
@@ -46,6 +46,11 @@ class Renderer:
             return self._tokenizer.bos_token or "", "\n"
         message = [{"role": "user", "content": SENTINEL}]
         text = self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        if text.count(SENTINEL) != 1:
+            raise config.InputError(
+                "config.model.path: its chat template does not show the user's message once and unchanged; give the "
+                "model a template that does"
+            )
         before, _, after = text.partition(SENTINEL)
         return before, after
 
@@ -79,10 +84,6 @@ class Renderer:
         clean = draft[~np.isin(draft, self._removed)]
         return clean[-self._max_draft_length :]
 
-    def cuts(self, draft: np.ndarray) -> bool:
-        """True where q' shows only the tail of `draft`."""
-        return len(draft[~np.isin(draft, self._removed)]) > self._max_draft_length
-
     @property
     def draft_overhead(self) -> int:
         """Most tokens that q' has beyond q: the wording and the longest kept draft."""
@@ -92,4 +93,4 @@ class Renderer:
 
     def text(self, tokens: np.ndarray) -> str:
         """What people and verifiers read: special tokens left out."""
-        return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+        return self._tokenizer.decode(tokens[~np.isin(tokens, self._removed)].tolist(), skip_special_tokens=True)

@@ -100,7 +100,7 @@ class Rollout:
 
     def _drops_draft(self, place: int, step: int) -> bool:
         rate = self._config.algorithm.draft_dropout
-        return rate > 0 and np.random.default_rng([self._config.seed, step, place]).random() < rate
+        return rate > 0 and np.random.default_rng([self._config.seed, step, place, 0xD20B]).random() < rate
 
     def _refine(self, item: _Work, keys: dict[str, np.ndarray]) -> None:
         """Starts Stage 2 of a prompt: on q' where it has drafts, on the plain prompt where it has none."""

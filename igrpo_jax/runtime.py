@@ -1,6 +1,6 @@
 """What every command shares: flags to a checked configuration, and errors to one line and an exit code.
 
-Exit codes: 0 done, 1 the run failed, 2 bad input (nothing was written), 130 interrupted. Nothing here imports jax at
+Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted. Nothing here imports jax at
 module level: the verifier's workers import the main module again.
 """
 
@@ -49,6 +49,8 @@ def parse(argv: list[str]) -> tuple[Config, Path]:
     try:
         tree = holder.value
         list(tree)
+    except TypeError as error:
+        raise InputError(f"--config {file}: get_config() must return a ConfigDict, not {tree!r}") from error
     except OSError as error:  # ml_collections keeps what went wrong in the file for the first use of its result
         raise InputError(f"--config {file}: {_flag_error(error.__cause__ or error)}") from error
     return config.freeze(tree), Path(workdir)
@@ -58,7 +60,7 @@ def _check_overrides(argv: list[str]) -> None:
     """Names and the file are checked here first, where the nearest right name can be given."""
     for argument in argv[1:]:
         if match := re.match(r"--?config\.([^=]+)", argument):
-            config.check_field(match[1].removeprefix("no") if match[1] not in config.field_paths() else match[1])
+            config.check_field(match[1])
     file = _config_file(argv)
     if file is not None and not Path(file).is_file():
         near = sorted(str(path) for path in Path("configs").glob("*.py"))
@@ -91,7 +93,7 @@ def run(command: Callable[[list[str]], None]) -> None:
     except InputError as error:
         sys.exit(_say(error, 2))
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted; the same command goes on from the last checkpoint", 130))
+        sys.exit(_say("interrupted; the same command goes on from the last checkpoint, if there is one", 130))
     except Exception as error:
         from igrpo_jax.rewards.reward import VerifierError
 

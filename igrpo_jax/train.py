@@ -5,6 +5,8 @@ Everything random is derived from (seed, step), so a resumed run goes on as if i
 """
 
 import contextlib
+import hashlib
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +46,7 @@ def train(c: Config, workdir: Path) -> None:
         state, first = run.state, run.first_step
         run.state = None  # the update donates it
         for step in range(first + 1, task.total_steps + 1):
-            with profiled(c, workdir, step):
+            with profiled(c, workdir, step), compilations() as compiled:
                 began = time.perf_counter()
                 groups, sampled = run.rollout.collect(state.params, task.step_prompts(step), step)
                 rewards = np.stack([group.rewards for group in groups])
@@ -53,6 +55,7 @@ def train(c: Config, workdir: Path) -> None:
                 state, learned = run.learner.update(state, groups, gains, step)
                 ended = time.perf_counter()
             times = {"perf/update_time": ended - updating, "perf/step_time": ended - began}
+            times["perf/recompiles"] = len(compiled)
             run.report(step, groups, gains, {**learned, **rollout_metrics(groups, c), **sampled, **times})
             if c.evaluation.every and (step % c.evaluation.every == 0 or step == task.total_steps):
                 run.evaluate(state.params, step)
@@ -70,6 +73,22 @@ def profiled(c: Config, workdir: Path, step: int):
         yield
 
 
+@contextlib.contextmanager
+def compilations():
+    """A list that gets an entry for every program that XLA compiles meanwhile."""
+    seen: list[float] = []
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @dataclass(frozen=True)
 class Task:
     """What is read and checked before anything is written: model, problems, prompts, mesh."""
@@ -81,8 +100,16 @@ class Task:
     prompts: list[Prompt]
     skipped: int  # training prompts longer than config.data.max_prompt_length
     benchmarks: dict[str, list[Prompt]]
-    max_context: int  # tokens of the longest q or q'
+    left_out: int  # of the benchmarks' prompts, for the same reason
+    max_context: int  # tokens of the longest q or q' in training
+    longest_evaluated: int  # tokens of the longest benchmark prompt, 0 without benchmarks
     total_steps: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training prompts and answers in their order; a resume needs the same ones."""
+        text = json.dumps([(prompt.tokens.tolist(), prompt.answer) for prompt in self.prompts])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def step_prompts(self, step: int) -> list[Prompt]:
         """The prompts of `step` (from 1): a pure function of it and the seed."""
@@ -97,13 +124,15 @@ def open_task(c: Config) -> Task:
     renderer = Renderer(policy.tokenizer, c.data, c.refine, kept_draft, policy.eos_ids)
     prompts, skipped = _prompts(data.training_rows(c), renderer, c.data.max_prompt_length)
     held_out = data.evaluation_rows(c) if c.evaluation.every else {}
-    benchmarks = {name: _prompts(rows, renderer, c.data.max_prompt_length)[0] for name, rows in held_out.items()}
-    longest = max(len(prompt.tokens) for group in (prompts, *benchmarks.values()) for prompt in group)
-    max_context = longest + (renderer.draft_overhead if c.algorithm.num_drafts else 0)
+    fitting = {name: _prompts(rows, renderer, c.data.max_prompt_length) for name, rows in held_out.items()}
+    benchmarks = {name: kept for name, (kept, _) in fitting.items()}
+    max_context = max(len(prompt.tokens) for prompt in prompts)
+    max_context += renderer.draft_overhead if c.algorithm.num_drafts else 0
+    evaluated = max((len(prompt.tokens) for group in benchmarks.values() for prompt in group), default=0)
     context = policy.model.max_position_embeddings
     for name, tokens in (
         ("rollout.max_completion_length", max_context + c.rollout.max_completion_length),
-        ("evaluation.max_completion_length", longest + max_completion(c)),
+        ("evaluation.max_completion_length", evaluated + max_completion(c) if evaluated else 0),
     ):
         if tokens > context:
             raise InputError(
@@ -119,7 +148,8 @@ def open_task(c: Config) -> Task:
             f"{shards}, over which a batch is split"
         )
     steps = c.steps or max(1, int(c.epochs * len(prompts) / c.prompts_per_step))
-    return Task(c, policy, renderer, mesh, prompts, skipped, benchmarks, max_context, steps)
+    left_out = sum(count for _, count in fitting.values())
+    return Task(c, policy, renderer, mesh, prompts, skipped, benchmarks, left_out, max_context, evaluated, steps)
 
 
 def _prompts(rows: list[data.Row], renderer: Renderer, max_length: int) -> tuple[list[Prompt], int]:
@@ -138,7 +168,7 @@ class Run:
                 task.mesh,
                 task.policy.eos_ids,
                 slots=c.rollout.slots,
-                max_context=task.max_context,
+                max_context=max(task.max_context, task.longest_evaluated),
                 max_completion=max(c.rollout.max_completion_length, max_completion(c)),
                 dtype=c.model.dtype,
                 steps_per_dispatch=c.rollout.steps_per_dispatch,
@@ -157,7 +187,7 @@ class Run:
         self.writer.samples(step, groups, gains)
         self._console.step(step, metrics)
         if metrics["frac_reward_zero_std"] == 1 and step % self._config.log.every == 0:
-            self._console.message(f"step {step}: all rewards are equal within every group, so this step learns nothing")
+            self._console.message(f"step {step}: all rewards are equal within every group: they give no gradient")
         if self._config.log.samples_every and step % self._config.log.samples_every == 0:
             best = max(range(len(groups)), key=lambda i: groups[i].rewards.std())
             self._console.sample(groups[best], gains[best])
@@ -178,6 +208,7 @@ class Run:
         c = self._config
         epoch, index = divmod(step * c.prompts_per_step, len(self._task.prompts))
         meta = {"step": step, "seed": c.seed, "epoch": epoch, "index": index, "metrics_rows": self.writer.rows}
+        meta["data"] = self._task.fingerprint
         meta["evaluations"] = {str(at): scores for at, scores in self.scores.items()}
         self.checkpointer.save(step, state, meta, force=last or step == 0)
 
@@ -198,6 +229,8 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
     claimed = prepare_workdir(workdir, c)
     run.checkpointer = stack.enter_context(Checkpointer(workdir, c.checkpoint))
     latest = run.checkpointer.latest_step() if claimed else None
+    if claimed and latest is None and any((workdir / "samples").glob("step_*.jsonl")):
+        raise InputError(f"--workdir {workdir}: holds samples of a run but no checkpoint of it; give another folder")
     run.writer = stack.enter_context(Writer(workdir, c, latest))
     console.table("iGRPO run" if c.algorithm.num_drafts else "Run", plan(c, task, run.scheduler.engine))
     reference = params = None
@@ -223,8 +256,15 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
     else:
         with console.phase(f"restoring step {latest}"):
             run.state, meta = run.checkpointer.restore(run.learner.abstract_state())
+        if meta["data"] != task.fingerprint:
+            raise InputError(
+                f"config.data.train = {c.data.train!r}: its prompts or answers are not those that the run in {workdir} "
+                "began with; bring them back, or start a new run with another --workdir"
+            )
         run.first_step = latest
         run.scores = {int(at): scores for at, scores in meta["evaluations"].items()}
+        if c.evaluation.every and latest not in run.scores:
+            run.evaluate(run.state.params, latest)
     console.start(task.total_steps, run.first_step, c.log.every)
     return run
 
@@ -243,7 +283,7 @@ def _warm(c: Config, task: Task, params: decoder.Params, writer: Writer, console
 
 
 def _reference(c: Config, task: Task, workdir: Path, params: decoder.Params | None) -> decoder.Params:
-    """pi_ref, the policy before the first update, in the compute dtype's float32 master layout.
+    """pi_ref, the policy before the first update: float32, sharded as the policy is.
 
     A real model is read again from its files; what the built-in one had learned is kept in workdir/reference.
     """
@@ -271,11 +311,13 @@ def plan(c: Config, task: Task, engine: Engine) -> list[tuple[str, object]]:
     bytes_each = 2 if c.model.dtype == "bfloat16" else 4
     kv = 2 * model.num_kv_heads * model.head_dim * model.pattern.count("*") * bytes_each
     resident = 16 * weights + 4 * weights * (c.algorithm.beta > 0)  # float32 weights, two moments, gradient
+    resident += kv * engine.slots * engine.length / (shards * mesh.shape["tensor"])
     rollout = bytes_each * model.num_params / mesh.shape["tensor"] * (bytes_each != 4 or mesh.shape["fsdp"] > 1)
-    rollout += kv * engine.slots * engine.length / (shards * mesh.shape["tensor"])
     rows = min(per_micro, -(-completions // shards) * shards) / shards
+    layers = model.pattern.count("*")
     saved = len(model.pattern) * (1 if c.learner.remat == "full" else 8)
     update = rows * row * (saved + 8) * model.hidden_size * bytes_each
+    update += rows * row**2 * model.num_heads / mesh.shape["tensor"] * 4 * (1 if c.learner.remat == "full" else layers)
     update += rows * min(c.learner.logprob_chunk, width) * model.vocab_size * 8 / mesh.shape["tensor"]
     programs = len(engine.prefill_buckets) + len(engine.read_buckets) + 6
     return [
@@ -283,6 +325,7 @@ def plan(c: Config, task: Task, engine: Engine) -> list[tuple[str, object]]:
         ("mesh", f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']}"),
         ("objective", f"{c.algorithm.loss_type}, beta {c.algorithm.beta:g}"),
         ("training prompts", f"{len(task.prompts):,} ({task.skipped} longer than data.max_prompt_length skipped)"),
+        *([("benchmark prompts skipped", f"{task.left_out} longer than data.max_prompt_length")] * bool(task.left_out)),
         ("steps", f"{task.total_steps:,} of {c.prompts_per_step} prompts"),
         ("drafts per step", f"{c.prompts_per_step * c.algorithm.num_drafts:,} (N = {c.algorithm.num_drafts})"),
         ("refinements per step", f"{completions:,} (G = {c.algorithm.num_generations}), the trained completions"),
@@ -299,11 +342,11 @@ def _bytes(count: float) -> str:
 
 def _summary(workdir: Path, scores: dict[int, dict[str, float]], first: int, total: int) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [("steps", f"{total}" + (f", resumed after {first}" if first else ""))]
-    if len(scores) > 1:
-        before, after = scores[min(scores)], scores[max(scores)]
-        for name in (name for name in after if name.endswith("pass@1")):
-            change = after[name] - before[name]
-            rows.append((name, f"{before[name]:.3f} before, {after[name]:.3f} after ({change:+.3f})"))
+    names = {name for values in scores.values() for name in values if name.endswith("pass@1")}
+    for name in sorted(names):
+        values = [scores[step][name] for step in sorted(scores) if name in scores[step]]
+        change = values[-1] - values[0]
+        rows.append((name, f"{values[0]:.3f} before, {values[-1]:.3f} after ({change:+.3f})"))
     for what in ("metrics.jsonl", "samples", "evaluations", "tensorboard", "checkpoints", "profile"):
         if (workdir / what).exists():
             rows.append((what, workdir / what))

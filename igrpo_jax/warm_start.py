@@ -62,7 +62,8 @@ def warm_start(
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
-    run = jax.jit(step, static_argnums=5, donate_argnums=(0, 1))
+    places = jax.tree.map(lambda x: x.sharding, params)
+    run = jax.jit(step, static_argnums=5, donate_argnums=(0, 1), out_shardings=(places, None, None))
     opt_state = jax.jit(optimizer.init)(params)
     for number in range(1, settings.steps + 1):
         # Prompts with a draft are twice as long: a batch is of one kind, so that little of it is padding.

@@ -88,6 +88,8 @@ def test_a_config_file_that_is_wrong(refused, tmp_path):
     assert "config.rolout: no such field; the nearest is rollout" in refused()
     (tmp_path / "tiny.py").write_text(TINY.replace("return c", "return d"))
     assert "NameError: name 'd' is not defined" in refused()
+    (tmp_path / "tiny.py").write_text(TINY.replace("return c", "pass"))
+    assert "get_config() must return a ConfigDict, not None" in refused()
 
 
 def test_model_directories(refused, model, tmp_path):

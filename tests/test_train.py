@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def test_a_run_writes_what_the_contract_names(whole):
     draft/solved_none draft/solved_some draft/solved_all draft/mean_length refine/fixed refine/broken refine/kept_right
     refine/kept_wrong refine/gain_vs_best_draft refine/copy_ratio verifier/timeout_frac verifier/error_frac
     verifier/latency_p99 perf/step_time perf/rollout_time perf/update_time perf/verify_wait_time perf/draft_tokens
-    perf/completion_tokens perf/tokens_per_second perf/slot_utilization"""
+    perf/completion_tokens perf/tokens_per_second perf/slot_utilization perf/recompiles"""
     assert not set(names.split()) - set(full), set(names.split()) - set(full)
     assert [row["step"] for row in lines if "eval/arithmetic/pass@1" in row] == [0, 2, 4, 5]
     assert any("warm_start/loss" in row for row in lines)
@@ -182,6 +183,15 @@ def test_a_different_configuration_is_refused_by_name(whole):
     assert (workdir / "config.json").read_text() == before
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_overwritten(whole, tmp_path):
+    copy = shutil.copytree(whole[0], tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints")
+    before = rows(copy)
+    done = subprocess.run(command(tmp_path, copy), cwd=ROOT, env=one_device(), capture_output=True, text=True)
+    assert done.returncode == 2 and "holds samples of a run but no checkpoint" in done.stderr
+    assert rows(copy) == before and len(samples(copy)) == 5
+
+
 def test_a_longer_run_goes_on_from_a_shorter_one_with_the_same_reference(tmp_path):
     """`steps` may change on resume. With beta > 0, kl shows which policy the reference is: were it the policy at the
     time of the resume, the kl of step 3 would start again at 0.
@@ -198,6 +208,12 @@ def test_a_longer_run_goes_on_from_a_shorter_one_with_the_same_reference(tmp_pat
 def test_learning_rate_zero_changes_nothing_but_is_evaluated(tmp_path):
     run(tmp_path, tmp_path / "run", "optimizer.learning_rate=0", "steps=2")
     lines = rows(tmp_path / "run")
-    scores = [row["eval/arithmetic/mean_length"] for row in lines if "eval/arithmetic/pass@1" in row]
-    assert len(scores) == 2 and scores[0] == scores[1]
+    first, last = (
+        (tmp_path / "run" / "evaluations" / f"step_{n:06d}" / "arithmetic.jsonl").read_text() for n in (0, 2)
+    )
+    assert first == last  # the same weights give the same answers at any step
+    answers = [json.loads(line) for line in first.splitlines()]
+    (score,) = {row["eval/arithmetic/pass@1"] for row in lines if "eval/arithmetic/pass@1" in row}
+    assert len(answers) == 4 and score == np.mean([row["accuracy"] for row in answers])
+    assert all(row["accuracy"] == (row["extracted"] == row["answer"]) for row in answers)
     assert all(row["ratio/mean"] == 1.0 and row["clip_ratio/region_mean"] == 0 for row in lines if "loss" in row)

@@ -35,10 +35,10 @@ class ModelConfig:
 
 def builtin(shape: BuiltinModel, vocab_size: int) -> ModelConfig:
     """The small decoder for the built-in task."""
-    if shape.hidden_size % shape.num_heads or shape.num_heads % shape.num_kv_heads:
+    if shape.hidden_size % (2 * shape.num_heads) or shape.num_heads % shape.num_kv_heads:
         raise InputError(
-            f"config.model.builtin.num_heads = {shape.num_heads}: must divide hidden_size = {shape.hidden_size} and be "
-            f"a multiple of num_kv_heads = {shape.num_kv_heads}"
+            f"config.model.builtin.num_heads = {shape.num_heads}: must divide hidden_size = {shape.hidden_size} into "
+            f"heads of even width and be a multiple of num_kv_heads = {shape.num_kv_heads}"
         )
     return ModelConfig(
         vocab_size=vocab_size,

@@ -41,11 +41,10 @@ class Sample:
 
 @dataclass
 class Usage:
-    """Device work since the last `take`."""
+    """Device work since the last `start`."""
 
     slot_steps: int = 0  # slots x decode steps
     tokens: int = 0  # drawn by decode steps
-    prefill_tokens: int = 0  # without padding
 
     @property
     def slot_utilization(self) -> float:
@@ -162,7 +161,6 @@ class Scheduler:
         prefix = self.engine.prefill(self._weights, [item.request.tokens for item in batch])
         for row, item in enumerate(batch):
             item.prefix, item.row = prefix, row
-            self.usage.prefill_tokens += len(item.request.tokens)
 
     def _collect(self, slots: list[int]) -> list[Sample]:
         if not slots:
