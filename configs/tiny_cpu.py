@@ -1,4 +1,4 @@
-"""A whole iGRPO run on a laptop: no download, three and a half minutes on two cores.
+"""A whole iGRPO run on a laptop: no download, about three minutes on two cores.
 
     python -m igrpo_jax.main --config configs/tiny_cpu.py
 
