@@ -205,6 +205,11 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     log: Log = field(default_factory=Log)
 
+    @property
+    def draft_limit(self) -> int:
+        """Tokens of a draft that q' keeps."""
+        return self.refine.max_draft_length or self.rollout.max_completion_length
+
 
 # Fields that may differ between a run and its resume: how long it runs and what is seen of it, not what it does.
 MAY_CHANGE_ON_RESUME = ("steps", "log", "evaluation", "checkpoint")

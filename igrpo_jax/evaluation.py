@@ -5,7 +5,6 @@ the same weights are equal and a difference is the model's.
 """
 
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from igrpo_jax.batch import Completion, Prompt
 from igrpo_jax.config import Config
+from igrpo_jax.metrics import write_atomically
 from igrpo_jax.models import decoder
 from igrpo_jax.prompts import Renderer
 from igrpo_jax.rewards.reward import Verifier, check_errors
@@ -96,6 +96,4 @@ def _write(path: Path, prompts: Sequence[Prompt], answered: list[dict[int, Compl
         for prompt, into in zip(prompts, answered, strict=True)
         for i in sorted(into)
     ]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

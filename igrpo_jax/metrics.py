@@ -56,9 +56,8 @@ def rollout_metrics(groups: Sequence[Group], config: config_lib.Config) -> dict[
         metrics[f"rewards/{name}/mean"] = np.mean([c.score.rewards.get(name, 0.0) for c in completions])
     with_accuracy = "rewards/accuracy/mean" in metrics
     metrics |= _draft_metrics([group.drafts for group in groups if group.drafts], with_accuracy)
-    limit = config.refine.max_draft_length
-    limit = config.rollout.max_completion_length if limit is None else limit
-    metrics |= _refine_metrics([group for group in groups if group.best is not None], with_accuracy, limit)
+    refined = [group for group in groups if group.best is not None]
+    metrics |= _refine_metrics(refined, with_accuracy, config.draft_limit)
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -156,7 +155,7 @@ class Writer:
                 path.unlink()
         rows = _rows_until(self._path, keep)
         self.rows = len(rows)
-        _write_atomically(self._path, "".join(rows))
+        write_atomically(self._path, "".join(rows))
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
         if config.log.tensorboard:
             import tensorboardX  # half a second, only where it is wanted
@@ -198,7 +197,7 @@ class Writer:
             parent = None if group.best is None else group.drafts[group.best].sample_id
             for completion, advantage in zip(group.completions, group_advantages, strict=True):
                 lines.append(_sample_row(group, completion, parent, number(advantage)))
-        _write_atomically(self._samples / f"step_{step:06d}.jsonl", "".join(line + "\n" for line in lines))
+        write_atomically(self._samples / f"step_{step:06d}.jsonl", "".join(line + "\n" for line in lines))
 
     def close(self) -> None:
         """Flushes and closes; may be called twice."""
@@ -254,7 +253,8 @@ def _rows_until(path: Path, last_step: float) -> list[str]:
     return kept
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Writes `path` so that a kill leaves either the old file or the whole new one."""
     # A lone surrogate in model text becomes \udXXX, which is also how JSON spells it.
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:

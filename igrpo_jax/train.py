@@ -5,6 +5,7 @@ Everything random is derived from (seed, step), so a resumed run goes on as if i
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import time
@@ -37,7 +38,7 @@ def train(c: Config, workdir: Path) -> None:
     """Runs or resumes the training that `c` describes in `workdir`.
 
     Raises:
-        InputError: something in `c` or what it names is wrong; nothing has been written.
+        InputError: something in `c` or what it names is wrong, or `workdir` holds another run.
         VerifierError: the verifier fails too often to be trusted.
     """
     task = open_task(c)
@@ -105,7 +106,7 @@ class Task:
     longest_evaluated: int  # tokens of the longest benchmark prompt, 0 without benchmarks
     total_steps: int
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Of the training prompts and answers in their order; a resume needs the same ones."""
         text = json.dumps([(prompt.tokens.tolist(), prompt.answer) for prompt in self.prompts])
@@ -120,8 +121,7 @@ class Task:
 def open_task(c: Config) -> Task:
     """Reads model files (not weights) and problems, and checks that they fit together."""
     policy = open_policy(c.model)
-    kept_draft = c.refine.max_draft_length or c.rollout.max_completion_length
-    renderer = Renderer(policy.tokenizer, c.data, c.refine, kept_draft, policy.eos_ids)
+    renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
     prompts, skipped = _prompts(data.training_rows(c), renderer, c.data.max_prompt_length)
     held_out = data.evaluation_rows(c) if c.evaluation.every else {}
     fitting = {name: _prompts(rows, renderer, c.data.max_prompt_length) for name, rows in held_out.items()}
