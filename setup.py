@@ -35,7 +35,8 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
-    "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.17.6,<0.18"],
+    "judge": ["openai>=2.0"],  # the generative judge, rewards.judge
+    "test": ["hypothesis>=6.100", "openai>=2.0", "pytest>=8.0", "ruff>=0.17.6,<0.18"],
     "parity": ["torch==2.13.0"],  # the reference models that the decoder is compared with
 }
 

@@ -38,19 +38,20 @@ def advantages(rewards: np.ndarray, scale: str) -> np.ndarray:
     """Group-relative advantages.
 
     Args:
-        rewards: [P, G] float32.
+        rewards: [P, G] float32; NaN where there is no verdict.
         scale: divide by the std (ddof = 1) of each "group", of the whole "batch", or by nothing ("none").
 
     Returns:
-        [P, G] float32; exactly 0 in groups whose rewards are all equal.
+        [P, G] float32; exactly 0 in groups whose rewards are all equal, and where there is no verdict.
     """
-    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    known = np.ma.masked_invalid(rewards)
+    centred = known - known.mean(axis=1, keepdims=True)
     if scale == "group":
-        centred = centred / (rewards.std(axis=1, ddof=1, keepdims=True) + ADVANTAGE_EPSILON)
+        centred = centred / (known.std(axis=1, ddof=1, keepdims=True) + ADVANTAGE_EPSILON)
     elif scale == "batch":
-        centred = centred / (rewards.std(ddof=1) + ADVANTAGE_EPSILON)
-    equal = (rewards == rewards[:, :1]).all(axis=1, keepdims=True)
-    return np.where(equal, 0.0, centred).astype(np.float32)
+        centred = centred / (known.std(ddof=1) + ADVANTAGE_EPSILON)
+    equal = (known.max(axis=1, keepdims=True) == known.min(axis=1, keepdims=True)).filled(True)
+    return np.where(equal, 0.0, centred.filled(0.0)).astype(np.float32)
 
 
 def _sequence_mean(lengths: np.ndarray, budget: int) -> np.ndarray:

@@ -15,11 +15,30 @@ import numpy as np
 class Score:
     """What the verifier says of one completion; one per completion, whatever happened."""
 
-    reward: float  # weighted sum of `rewards`
-    rewards: dict[str, float]  # by reward function: "accuracy", "format"; unweighted
+    reward: float  # weighted sum of `rewards`; NaN where there is no verdict ("invalid")
+    rewards: dict[str, float]  # by reward function: "accuracy", "format", …; unweighted; NaN where it does not apply
     extracted: str | None  # the final answer as found in the text, None where there is none
-    status: str  # "ok", "unparseable" (no answer found), "timeout" or "error" (both score 0 and are counted)
+    status: str  # see STATUSES
     seconds: float = 0.0  # wall time in the worker
+    detail: str = ""  # why a grading failed
+
+
+# "ok"; "unparseable": no answer found, a verdict like any other; "timeout" and "error": the grading was killed or
+# raised, scores 0 and is counted; "invalid": no verdict, such as a judge that did not reply. A completion without a
+# verdict is not in its group's baseline, has advantage 0 and is never the best draft.
+STATUSES = ("ok", "unparseable", "timeout", "error", "invalid")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A completion as reward functions see it."""
+
+    text: str  # special tokens removed
+    answer: str  # the reference
+    prefix: str = ""  # what the chat template already opened of the reply, such as "<think>"
+    question: str = ""
+    columns: dict = field(default_factory=dict)  # the data set row's other columns
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [T] int32, EOS included
 
 
 @dataclass(frozen=True)

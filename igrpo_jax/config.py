@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -123,9 +124,36 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """A model behind an OpenAI-compatible endpoint that scores answers in [0, 1]."""
+
+    weight: float = 0.0  # of the judge's score in the reward; 0 = no judge
+    model: str = ""  # as the endpoint names it
+    base_url: str = ""  # such as http://localhost:8000/v1; empty = the openai client's own (OPENAI_BASE_URL or OpenAI)
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; the key itself is never stored
+    instruction: str = (
+        "Grade the answer to a mathematics problem. 1 means that the final answer is right and the reasoning is sound, "
+        "0 that the answer is wrong or missing; give partial credit in between for reasoning that comes near."
+    )  # what the judge is told to look at; the form of its reply is added
+    show_reference: bool = True  # put the reference answer before the judge
+    temperature: float | None = 0.0  # None = not sent, for models that refuse any but their own
+    max_tokens: int = 1024  # of the judge's reply, its reasoning included
+    timeout: float = 60.0  # seconds one request may take
+    max_retries: int = 4  # further attempts after a time-out, a rate limit or a broken connection, with back-off
+    concurrency: int = 16  # requests in flight at once
+    budget: int = 0  # requests per step, retries included; what is left over has no verdict; 0 = no limit
+    cache: str = ""  # file of the verdicts, shared by the runs that name it; empty = WORKDIR/judge.sqlite
+
+
+@dataclass(frozen=True)
 class Rewards:
     accuracy: float = 1.0  # weight of the accuracy reward
     format: float = 1.0  # weight of the <think>…</think><answer>…</answer> reward
+    overlong: float = 0.0  # weight of the soft over-long penalty, 0 down to -1 at rollout.max_completion_length
+    overlong_cache: int = 0  # last tokens of that length over which the penalty grows (DAPO's L_cache)
+    custom: str = ""  # "module:function" of a reward of your own; empty = none
+    custom_weight: float = 1.0
+    judge: Judge = field(default_factory=Judge)
     workers: int = 2  # verifier processes
     timeout: float = 5.0  # seconds one grading may take before its worker is killed
     max_error_fraction: float = 0.5  # share of gradings per step that may fail or time out before the run stops
@@ -337,7 +365,7 @@ def _validate(c: Config) -> None:
     need(c.seed < 2**31, "seed", "must be below 2**31")
     for path in ("optimizer.b1", "optimizer.b2"):
         need(0 <= value_of(path) < 1, path, "must be at least 0 and below 1")
-    for path in ("algorithm.epsilon", "algorithm.epsilon_high"):
+    for path in ("algorithm.epsilon", "algorithm.epsilon_high", "rewards.judge.temperature"):
         need(value_of(path) is None or value_of(path) >= 0, path, "must be at least 0, or None")
     need(c.optimizer.learning_rate < 1e3, "optimizer.learning_rate", "must be a finite, small number")
     choice("model.dtype", "bfloat16", "float32")
@@ -350,14 +378,16 @@ def _validate(c: Config) -> None:
     )
     at_least = {
         0: "seed algorithm.num_drafts algorithm.beta rollout.temperature rollout.top_k warm_start.steps "
-        "rewards.accuracy rewards.format optimizer.learning_rate optimizer.weight_decay evaluation.every "
-        "evaluation.limit evaluation.temperature checkpoint.every log.samples_every",
+        "rewards.accuracy rewards.format rewards.overlong rewards.overlong_cache rewards.judge.weight "
+        "rewards.judge.max_retries rewards.judge.budget optimizer.learning_rate "
+        "optimizer.weight_decay evaluation.every evaluation.limit evaluation.temperature checkpoint.every "
+        "log.samples_every",
         1: "prompts_per_step data.max_prompt_length rollout.max_completion_length rollout.slots evaluation.samples "
-        "rollout.steps_per_dispatch rewards.workers learner.minibatches learner.logprob_chunk checkpoint.keep "
-        "log.every "
-        "learner.tokens_per_microbatch algorithm.num_iterations data.arithmetic.train_problems "
-        "data.arithmetic.test_problems warm_start.batch_size data.arithmetic.max_operand "
-        "data.arithmetic.max_total model.builtin.num_heads model.builtin.num_kv_heads model.builtin.num_layers",
+        "rollout.steps_per_dispatch rewards.workers rewards.judge.max_tokens rewards.judge.concurrency "
+        "learner.minibatches learner.logprob_chunk checkpoint.keep log.every learner.tokens_per_microbatch "
+        "algorithm.num_iterations data.arithmetic.train_problems data.arithmetic.test_problems warm_start.batch_size "
+        "data.arithmetic.max_operand data.arithmetic.max_total model.builtin.num_heads model.builtin.num_kv_heads "
+        "model.builtin.num_layers",
         2: "data.arithmetic.min_terms algorithm.num_generations",
     }
     for low, paths in at_least.items():
@@ -374,8 +404,25 @@ def _validate(c: Config) -> None:
     for path in ("rollout.top_p", "evaluation.top_p"):
         need(0 < value_of(path) <= 1, path, "must be above 0 and at most 1")
     need(c.refine.instruction.count("{draft}") == 1, "refine.instruction", "must hold {draft} exactly once")
-    need(c.rewards.timeout > 0, "rewards.timeout", "must be a number of seconds above 0")
-    need(c.rewards.accuracy + c.rewards.format > 0, "rewards.accuracy", "with rewards.format also 0 there is no reward")
+    for path in ("rewards.timeout", "rewards.judge.timeout"):
+        need(value_of(path) > 0, path, "must be a number of seconds above 0")
+    rewards, longest = c.rewards, c.rollout.max_completion_length
+    need(
+        rewards.accuracy + rewards.format + rewards.judge.weight > 0 or (rewards.custom and rewards.custom_weight),
+        "rewards.accuracy",
+        "with rewards.format, rewards.judge.weight and rewards.custom also unused there is no reward",
+    )
+    need(
+        not rewards.overlong or 1 <= rewards.overlong_cache <= longest,
+        "rewards.overlong_cache",
+        f"must be between 1 and rollout.max_completion_length = {longest} where rewards.overlong is used",
+    )
+    need(
+        not rewards.custom or re.fullmatch(r"[\w.]+:\w+", rewards.custom),
+        "rewards.custom",
+        "must be written as module:function",
+    )
+    need(not rewards.judge.weight or rewards.judge.model, "rewards.judge.model", "name the model of the endpoint")
     need(
         c.optimizer.max_grad_norm > 0,
         "optimizer.max_grad_norm",
@@ -411,7 +458,6 @@ def _validate(c: Config) -> None:
         "name at least one benchmark, or set evaluation.every to 0",
     )
     if c.evaluation.every:
-        need(c.rewards.accuracy > 0, "rewards.accuracy", "evaluation counts right answers; give it a weight")
         files = [name for name in c.evaluation.benchmarks if name != "arithmetic"]
         need(
             not files or c.evaluation.data_dir,

@@ -195,5 +195,7 @@ def _score_text(completion: Completion) -> str:
     score = completion.score
     if score is None:
         return "not graded"
+    if score.status == "invalid":
+        return "no verdict"
     parts = [f"{name} {value:g}" for name, value in sorted(score.rewards.items())]
     return f"reward {score.reward:g} ({', '.join(parts)})" if parts else f"reward {score.reward:g}"

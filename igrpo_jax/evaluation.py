@@ -1,4 +1,5 @@
 """Single-shot evaluation on held-out problems: the plain prompt, no draft, no selection, whatever the training was.
+What counts is the accuracy alone, whatever the rewards of training are.
 
 The samples' randomness is derived from (seed, benchmark, problem, sample) and not from the step, so two evaluations of
 the same weights are equal and a difference is the model's.
@@ -59,7 +60,7 @@ def evaluate(
             target = Target(prompt, "eval", into)
             limit = max_completion(c)
             scheduler.submit(Request(prompt.tokens, prompt.index, settings.samples, key, limit, target))
-        sample_and_score(scheduler, verifier, renderer)
+        sample_and_score(scheduler, verifier.check_answer, renderer)
         scheduler.finish()
         samples = [into[i] for into in answered for i in sorted(into)]
         check_errors([one.score for one in samples], c.rewards.max_error_fraction)

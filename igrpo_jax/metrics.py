@@ -36,24 +36,26 @@ def rollout_metrics(groups: Sequence[Group], config: config_lib.Config) -> dict[
     best draft against that of each refinement), `refine/gain_vs_best_draft` (reward), `refine/copy_ratio` (see
     `copy_ratio`), `refine/draft_truncated` (share of kept drafts cut to `refine.max_draft_length`).
 
-    "Right" is accuracy = 1. Without an accuracy reward the keys that need one are absent.
+    "Right" is accuracy = 1. Without an accuracy reward the keys that need one are absent. Completions without a verdict
+    (reward NaN) are left out of means; a mean over none is NaN, which is written as null.
     """
     completions = [completion for group in groups for completion in group.completions]
     if not completions:
         return {}
     group_rewards = [np.array([c.score.reward for c in group.completions], np.float64) for group in groups]
+    known = [rewards[~np.isnan(rewards)] for rewards in group_rewards]
     lengths = np.array([len(c.tokens) for c in completions])
     metrics = {
-        "reward": np.concatenate(group_rewards).mean(),
-        "reward_std": np.mean([rewards.std(ddof=1) for rewards in group_rewards]),
-        "frac_reward_zero_std": np.mean([np.ptp(rewards) == 0 for rewards in group_rewards]),
+        "reward": _mean(np.concatenate(group_rewards)),
+        "reward_std": _mean([rewards.std(ddof=1) if len(rewards) > 1 else 0.0 for rewards in known]),
+        "frac_reward_zero_std": np.mean([len(rewards) < 2 or np.ptp(rewards) == 0 for rewards in known]),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": np.mean([not c.finished for c in completions]),
     }
     for name in sorted({name for c in completions for name in c.score.rewards}):
-        metrics[f"rewards/{name}/mean"] = np.mean([c.score.rewards.get(name, 0.0) for c in completions])
+        metrics[f"rewards/{name}/mean"] = _mean([c.score.rewards.get(name, np.nan) for c in completions])
     with_accuracy = "rewards/accuracy/mean" in metrics
     metrics |= _draft_metrics([group.drafts for group in groups if group.drafts], with_accuracy)
     refined = [group for group in groups if group.best is not None]
@@ -61,13 +63,22 @@ def rollout_metrics(groups: Sequence[Group], config: config_lib.Config) -> dict[
     return {name: float(value) for name, value in metrics.items()}
 
 
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def _best(rewards: Sequence[float]) -> float:
+    return max((reward for reward in rewards if not math.isnan(reward)), default=math.nan)
+
+
 def _draft_metrics(drafts: list[tuple[Completion, ...]], with_accuracy: bool) -> dict[str, float]:
     if not drafts:
         return {}
     every = [draft for group in drafts for draft in group]
     metrics = {
-        "draft/reward": np.mean([draft.score.reward for draft in every]),
-        "draft/best_reward": np.mean([max(draft.score.reward for draft in group) for group in drafts]),
+        "draft/reward": _mean([draft.score.reward for draft in every]),
+        "draft/best_reward": _mean([_best([draft.score.reward for draft in group]) for group in drafts]),
         "draft/mean_length": np.mean([len(draft.tokens) for draft in every]),
     }
     if with_accuracy:
@@ -85,7 +96,7 @@ def _refine_metrics(groups: list[Group], with_accuracy: bool, max_draft_length: 
     kept = [group.drafts[group.best] for group in groups]
     pairs = [(draft, c) for draft, group in zip(kept, groups, strict=True) for c in group.completions]
     metrics = {
-        "refine/gain_vs_best_draft": np.mean([c.score.reward - draft.score.reward for draft, c in pairs]),
+        "refine/gain_vs_best_draft": _mean([c.score.reward - draft.score.reward for draft, c in pairs]),
         "refine/copy_ratio": np.mean([copy_ratio(_content(draft), _content(c)) for draft, c in pairs]),
         "refine/draft_truncated": np.mean([len(_content(draft)) > max_draft_length for draft in kept]),
     }

@@ -17,15 +17,16 @@ from dataclasses import dataclass, field, replace
 import jax
 import numpy as np
 
-from igrpo_jax.batch import Completion, Group, Prompt, Score
+from igrpo_jax.batch import Candidate, Completion, Group, Prompt, Score
 from igrpo_jax.config import Config
 from igrpo_jax.models import decoder
 from igrpo_jax.prompts import Renderer
-from igrpo_jax.rewards.reward import Verifier, check_errors, statistics
+from igrpo_jax.rewards.reward import Verifier, check_errors
 from igrpo_jax.sampling.engine import Sampling
 from igrpo_jax.sampling.scheduler import Request, Sample, Scheduler
 
 STAGES = {"draft": 1, "refine": 2}
+Grade = Callable[[Candidate], Future[Score]]
 
 
 def stage_key(seed: int, step: int, stage: int) -> np.ndarray:
@@ -34,9 +35,10 @@ def stage_key(seed: int, step: int, stage: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(key))
 
 
-def best_draft(drafts: Sequence[Completion]) -> int:
-    """Index of the draft with the highest reward, the lowest index among equals."""
-    return int(np.argmax([draft.score.reward for draft in drafts]))
+def best_draft(drafts: Sequence[Completion]) -> int | None:
+    """Index of the draft with the highest reward, the lowest index among equals; None where none has a verdict."""
+    rewards = np.array([draft.score.reward for draft in drafts])
+    return None if np.isnan(rewards).all() else int(np.nanargmax(rewards))
 
 
 @dataclass
@@ -67,6 +69,7 @@ class Rollout:
         """
         c = self._config
         began, settings = time.perf_counter(), c.rollout
+        self._verifier.start_step()
         self._scheduler.start(params, Sampling(settings.temperature, settings.top_p, settings.top_k))
         keys = {stage: stage_key(c.seed, step, number) for stage, number in STAGES.items()}
         work = [_Work(prompt, place) for place, prompt in enumerate(prompts)]
@@ -81,7 +84,7 @@ class Rollout:
             if item.context is None and len(item.done["draft"]) == c.algorithm.num_drafts:
                 self._refine(item, keys)
 
-        waited = sample_and_score(self._scheduler, self._verifier, self._renderer, scored)
+        waited = sample_and_score(self._scheduler, self._verifier.submit, self._renderer, scored)
         groups = [
             Group(item.prompt, item.ordered("draft"), item.best, item.context, item.ordered("refine")) for item in work
         ]
@@ -90,7 +93,7 @@ class Rollout:
         scores = [completion.score for group in groups for completion in (*group.drafts, *group.completions)]
         check_errors(scores, c.rewards.max_error_fraction)
         return groups, {
-            **statistics(scores),
+            **self._verifier.statistics(scores),
             "perf/rollout_time": time.perf_counter() - began,
             "perf/verify_wait_time": waited,
             "perf/draft_tokens": sum(len(draft.tokens) for group in groups for draft in group.drafts),
@@ -103,11 +106,12 @@ class Rollout:
         return rate > 0 and np.random.default_rng([self._config.seed, step, place, 0xD20B]).random() < rate
 
     def _refine(self, item: _Work, keys: dict[str, np.ndarray]) -> None:
-        """Starts Stage 2 of a prompt: on q' where it has drafts, on the plain prompt where it has none."""
+        """Starts Stage 2 of a prompt: on q' where a draft has a verdict, on the plain prompt where none has."""
         drafts = item.ordered("draft")
         item.context = item.prompt.tokens
         if drafts:
             item.best = best_draft(drafts)
+        if item.best is not None:
             item.context = self._renderer.with_draft(item.prompt.question, drafts[item.best].tokens)
         self._submit(item, "refine", item.context, self._config.algorithm.num_generations, keys)
 
@@ -128,17 +132,19 @@ class Target:
 
 
 def sample_and_score(
-    scheduler: Scheduler, verifier: Verifier, renderer: Renderer, scored: Callable[[object], None] = lambda _: None
+    scheduler: Scheduler, grade: Grade, renderer: Renderer, scored: Callable[[object], None] = lambda _: None
 ) -> float:
     """Runs until every queued request (tag: Target) is sampled and scored; returns the seconds spent only waiting.
 
-    `scored(owner)` is called after each score and may queue more. The verifier works while the device samples.
+    `grade` returns at once and its future never raises. `scored(owner)` is called after each score and may queue more.
+    The verifier works while the device samples.
     """
     waited, grading = 0.0, {}
     while scheduler.pending or grading:
         if scheduler.pending:
             for sample in scheduler.advance():
-                grading |= _grade(sample, verifier, renderer)
+                target, completion, candidate = _completed(sample, renderer)
+                grading[grade(candidate)] = (target, completion)
         else:
             began = time.perf_counter()
             wait(grading, return_when=FIRST_COMPLETED)
@@ -150,8 +156,9 @@ def sample_and_score(
     return waited
 
 
-def _grade(sample: Sample, verifier: Verifier, renderer: Renderer) -> dict[Future[Score], tuple[Target, Completion]]:
+def _completed(sample: Sample, renderer: Renderer) -> tuple[Target, Completion, Candidate]:
     target = sample.request.tag
-    text = renderer.text(sample.tokens)
+    prompt, text = target.prompt, renderer.text(sample.tokens)
     completion = Completion(target.stage, sample.sample_id, sample.tokens, sample.logprobs, sample.finished, text)
-    return {verifier.submit(text, target.prompt.answer, renderer.opened): (target, completion)}
+    candidate = Candidate(text, prompt.answer, renderer.opened, prompt.question, prompt.columns, sample.tokens)
+    return target, completion, candidate

@@ -26,6 +26,7 @@ from igrpo_jax.metrics import Writer, rollout_metrics
 from igrpo_jax.models import decoder
 from igrpo_jax.policy import Policy, open_policy
 from igrpo_jax.prompts import Renderer
+from igrpo_jax.rewards import reward
 from igrpo_jax.rewards.reward import Verifier
 from igrpo_jax.rollout import Rollout
 from igrpo_jax.sampling.engine import Engine
@@ -120,6 +121,7 @@ class Task:
 
 def open_task(c: Config) -> Task:
     """Reads model files (not weights) and problems, and checks that they fit together."""
+    reward.check(c.rewards)
     policy = open_policy(c.model)
     renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
     prompts, skipped = _prompts(data.training_rows(c), renderer, c.data.max_prompt_length)
@@ -189,7 +191,7 @@ class Run:
         if metrics["frac_reward_zero_std"] == 1 and step % self._config.log.every == 0:
             self._console.message(f"step {step}: all rewards are equal within every group: they give no gradient")
         if self._config.log.samples_every and step % self._config.log.samples_every == 0:
-            best = max(range(len(groups)), key=lambda i: groups[i].rewards.std())
+            best = max(range(len(groups)), key=lambda i: np.abs(gains[i]).max())
             self._console.sample(groups[best], gains[best])
 
     def evaluate(self, params: decoder.Params, step: int) -> None:
@@ -224,9 +226,11 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
 
     What must be closed, however the run ends, goes onto `stack`.
     """
-    console, verifier = stack.enter_context(Console()), stack.enter_context(Verifier(c.rewards))
-    run = Run(c, task, workdir, console, verifier)
+    console = stack.enter_context(Console())
     claimed = prepare_workdir(workdir, c)
+    limit, cache = c.rollout.max_completion_length, workdir / "judge.sqlite"
+    verifier = stack.enter_context(Verifier(c.rewards, limit, c.data.answer_column, cache))
+    run = Run(c, task, workdir, console, verifier)
     run.checkpointer = stack.enter_context(Checkpointer(workdir, c.checkpoint))
     latest = run.checkpointer.latest_step() if claimed else None
     if claimed and latest is None and any((workdir / "samples").glob("step_*.jsonl")):

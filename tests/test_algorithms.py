@@ -189,6 +189,19 @@ def test_equal_rewards_have_no_advantage(scale):
     assert result.dtype == np.float32 and (result[1, :3] < 0).all() and (result[1, 4:] > 0).all()
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_completion_without_a_verdict_takes_no_part(scale):
+    """The others of its group are compared as if it were not there; one verdict alone compares with nothing."""
+    nan = np.nan
+    rewards = np.array([[1, nan, 0, 0], [nan, nan, 1, nan], [nan] * 4], np.float32)
+    result = algorithms.advantages(rewards, scale)
+    alone = algorithms.advantages(np.array([[1, 0, 0]], np.float32), scale)
+    assert result[0, 1] == 0 and (result[1:] == 0).all() and result.dtype == np.float32
+    if scale != "batch":
+        np.testing.assert_allclose(result[0, [0, 2, 3]], alone[0], rtol=1e-6)
+    assert np.sign(result[0]).tolist() == [1, 0, -1, -1]
+
+
 # By loss type: weights of a token in rows of 2 and 4 tokens, L_max 4, where both count, and where the second was cut.
 WEIGHTS = {
     "grpo": ((1 / 4, 1 / 8), (1 / 4, 0)),  # of 2 rows either way: masking a row must not raise the weight of others

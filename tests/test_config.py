@@ -75,6 +75,11 @@ def test_a_field_that_a_config_file_adds_is_refused():
         ("warm_start.steps", 5, None),
         ("data.train", "x.jsonl", "needs a model"),
         ("evaluation.every", 10, "name at least one benchmark"),
+        ("rewards.overlong", 0.5, "between 1 and rollout.max_completion_length = 4096"),
+        ("rewards.custom", "my_rewards.py", "written as module:function"),
+        ("rewards.judge.weight", 1.0, "name the model"),
+        ("rewards.judge.concurrency", 0, "at least 1"),
+        ("rewards.judge.timeout", 0.0, "above 0"),
         ("model.dtype", "float16", "one of bfloat16, float32"),
     ],
 )
@@ -87,6 +92,17 @@ def test_a_value_that_no_run_can_use_is_one_line_with_field_value_and_fix(path, 
     with pytest.raises(InputError, match=says) as error:
         config.freeze(tree)
     assert str(error.value).startswith("config.") and "\n" not in str(error.value)
+
+
+def test_there_must_be_some_reward():
+    tree = config.default()
+    tree.rewards.accuracy = tree.rewards.format = 0.0
+    with pytest.raises(InputError, match="no reward"):
+        config.freeze(tree)
+    tree.rewards.custom = "mine:reward"
+    config.freeze(tree)
+    tree.rewards.custom, tree.rewards.judge.weight, tree.rewards.judge.model = "", 1.0, "judge"
+    config.freeze(tree)
 
 
 def test_a_benchmark_file_needs_its_folder():

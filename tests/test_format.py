@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from igrpo_jax.rewards.format import format_reward
+from igrpo_jax.rewards.format import format_reward, overlong_penalty
 
 GOOD = [
     "<think>a</think><answer>b</answer>",
@@ -55,3 +55,10 @@ def test_linear_time():
         assert format_reward(tag * 100_000) == 0.0
     assert format_reward("<think>" + "a\n " * 300_000 + "</think><answer>b</answer>") == 1.0
     assert time.perf_counter() - start < 2
+
+
+def test_overlong_penalty():
+    """L_max 100, L_cache 20 (2503.14476, Eq. 13): nothing up to 80, -1/20 for every token more."""
+    lengths = [1, 80, 81, 90, 99, 100, 120]
+    assert [overlong_penalty(n, 100, 20) for n in lengths] == pytest.approx([0, 0, -0.05, -0.5, -0.95, -1, -1])
+    assert [overlong_penalty(n, 100, 100) for n in (1, 50, 100)] == pytest.approx([-0.01, -0.5, -1])

@@ -54,11 +54,11 @@ def test_the_command(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
 
 
-def score_or_hang(completion, *rest):
+def score_or_hang(candidate, rules):
     """Stands in for the grading function in a worker."""
-    while completion == "hang":
+    while candidate.text == "hang":
         pass
-    return reward.score(completion, *rest)
+    return reward.score(candidate, rules)
 
 
 def test_rows_that_time_out_are_results(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Metrics of a rollout, the files a run writes, and what a resume does to them."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -56,6 +57,24 @@ def test_rollout_metrics_against_numbers_derived_by_hand(two_groups):
     assert got["refine/copy_ratio"] == pytest.approx((1 + 1 / 3 + 0 + 0) / 4)
     assert got["refine/draft_truncated"] == 0.0
     assert all(type(value) is float for value in got.values())
+
+
+def test_completions_without_a_verdict_are_left_out_of_means(two_groups):
+    def unknown(one):
+        score = dataclasses.replace(one.score, reward=np.nan, rewards=one.score.rewards | {"judge": np.nan})
+        return dataclasses.replace(one, score=score)
+
+    right, wrong = two_groups
+    groups = [
+        group([unknown(right.drafts[0]), right.drafts[1]], 1, [right.completions[0], unknown(right.completions[1])]),
+        group([unknown(one) for one in wrong.drafts], None, wrong.completions),
+    ]
+    got = metrics.rollout_metrics(groups, tiny())
+    assert got["reward"] == pytest.approx((2 + 1 + 1) / 3) and got["reward_std"] == 0.0
+    assert got["frac_reward_zero_std"] == 1.0  # one verdict alone compares with nothing
+    assert np.isnan(got["rewards/judge/mean"])  # written as null
+    assert got["draft/reward"] == got["draft/best_reward"] == 1.0
+    assert got["refine/gain_vs_best_draft"] == 1.0
 
 
 def test_kept_drafts_cut_to_the_limit_are_counted_without_their_eos(two_groups):

@@ -1,9 +1,11 @@
 """The two stages: order, the best draft, what Stage 2 sees, and that nothing depends on who finishes first."""
 
+import math
 import threading
 import time
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from igrpo_jax import config, sharding
 from igrpo_jax.batch import Completion, Prompt, Score
 from igrpo_jax.policy import open_policy
 from igrpo_jax.prompts import Renderer
-from igrpo_jax.rewards.reward import Verifier, VerifierError
+from igrpo_jax.rewards.reward import Verifier, VerifierError, statistics
 from igrpo_jax.rollout import Rollout, best_draft, stage_key
 from igrpo_jax.sampling.engine import Engine, Sampling
 from igrpo_jax.sampling.scheduler import Request, Scheduler
@@ -53,9 +55,16 @@ class StubVerifier:
         self._pool, self._status, self._delay = ThreadPoolExecutor(32), status, delay
         self._lock, self.submitted, self.finished, self.prefixes = threading.Lock(), [], [], set()
 
-    def submit(self, text, answer, prefix) -> Future:
+    def start_step(self):
+        pass
+
+    def statistics(self, scores):
+        return statistics(scores)
+
+    def submit(self, candidate) -> Future:
+        text, answer = candidate.text, candidate.answer
         self.submitted.append((text, answer))
-        self.prefixes.add(prefix)
+        self.prefixes.add(candidate.prefix)
         return self._pool.submit(self._grade, text, answer, self._delay * (1 + -len(self.submitted) % 8) / 8)
 
     def _grade(self, text, answer, delay):
@@ -253,10 +262,44 @@ def test_metrics(rollout):
 @pytest.mark.parametrize("status", ["error", "timeout"])
 def test_a_verifier_that_fails_stops_the_run(collect, status):
     wanted = {"algorithm__num_drafts": 0, "rewards__max_error_fraction": 0.5}
-    with pytest.raises(VerifierError, match=r"24 of 24 gradings timed out|24 failed"):
+    with pytest.raises(VerifierError, match=r"of 24 gradings (24 timed out|0 timed out, 24 failed)"):
         collect(StubVerifier(status, delay=0.0), **wanted)
     groups, metrics = collect(StubVerifier(status, delay=0.0), **wanted | {"rewards__max_error_fraction": 1.0})
     assert len(groups) == len(QUESTIONS) and metrics[f"verifier/{status}_frac"] == 1
+
+
+class SilentJudge(StubVerifier):
+    """Has no verdict on any draft."""
+
+    def _grade(self, text, answer, delay):
+        return Score(math.nan, {"judge": math.nan}, None, "invalid", detail="no reply")
+
+
+def test_drafts_without_a_verdict_are_not_shown(collect):
+    wanted = {"rewards__max_error_fraction": 1.0}
+    groups, metrics = collect(SilentJudge(delay=0.0), **wanted)
+    base, _ = collect(SilentJudge(delay=0.0), algorithm__num_drafts=0, **wanted)
+    for group, plain in zip(groups, base, strict=True):
+        assert group.best is None and len(group.drafts) == N
+        np.testing.assert_array_equal(group.context, group.prompt.tokens)
+        assert [one.text for one in group.completions] == [one.text for one in plain.completions]
+    assert metrics["verifier/invalid_frac"] == 1
+
+
+def test_what_a_reward_is_given(collect, prompts):
+    """The row's columns, the question and the very tokens that were sampled."""
+    seen = []
+
+    class Watching(StubVerifier):
+        def submit(self, candidate):
+            seen.append(candidate)
+            return super().submit(candidate)
+
+    rows = [replace(prompts[0], columns={"level": 3})]
+    groups, _ = collect(Watching(), wanted=rows)
+    sampled = {one.tokens.tobytes() for one in (*groups[0].drafts, *groups[0].completions)}
+    assert {candidate.tokens.tobytes() for candidate in seen} == sampled
+    assert {(c.question, c.answer, c.columns["level"]) for c in seen} == {(QUESTIONS[0], "0", 3)}
 
 
 def test_with_the_real_verifier(collect, prompts):
@@ -275,7 +318,11 @@ def drafts_with(rewards):
 
 
 @pytest.mark.parametrize(
-    ("rewards", "best"), [([0, 2, 1], 1), ([0, 2, 2], 1), ([1, 1, 1], 0), ([-1, -3], 0), ([0.5], 0), ([0, 0, 1e-3], 2)]
+    ("rewards", "best"),
+    [
+        *[([0, 2, 1], 1), ([0, 2, 2], 1), ([1, 1, 1], 0), ([-1, -3], 0), ([0.5], 0), ([0, 0, 1e-3], 2)],
+        *[([math.nan, -1, 0], 2), ([0, math.nan], 0), ([math.nan, math.nan], None)],  # NaN: no verdict
+    ],
 )
 def test_the_best_draft(rewards, best):
     assert best_draft(drafts_with(rewards)) == best

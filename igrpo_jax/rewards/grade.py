@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from igrpo_jax import config
-from igrpo_jax.batch import Score
+from igrpo_jax.batch import Candidate, Score
 from igrpo_jax.rewards.reward import Verifier
 
 
@@ -54,7 +54,7 @@ def grade_rows(rows: list[dict], workers: int, timeout: float) -> Iterator[Score
     """A Score per row, in order, through killable workers."""
     settings = config.Rewards(accuracy=1.0, format=0.0, workers=workers, timeout=timeout)
     with Verifier(settings) as verifier:
-        futures = collections.deque(verifier.submit(row["prediction"], row["gold"]) for row in rows)
+        futures = collections.deque(verifier.submit(Candidate(row["prediction"], row["gold"])) for row in rows)
         while futures:
             yield futures.popleft().result()
 
