@@ -27,7 +27,6 @@ def get_config():
     c.rollout.slots = 16
 
     c.learner.tokens_per_microbatch = 3072
-    c.learner.logprob_chunk = 32  # of a vocabulary of 49,152
 
     c.evaluation.benchmarks = ("gsm8k_test",)
     c.checkpoint.every = 10

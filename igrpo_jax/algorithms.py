@@ -126,17 +126,16 @@ def resolve(settings: config.Algorithm) -> Resolved:
     )
 
 
-def token_weights(r: Resolved, lengths: np.ndarray, finished: np.ndarray, budget: int, width: int) -> np.ndarray:
-    """Weights [R, width] float32 of all tokens of one optimizer step; 0 past a row's length.
+def row_weights(r: Resolved, lengths: np.ndarray, finished: np.ndarray, budget: int) -> np.ndarray:
+    """Weight [R] float32 of each token of each row, computed over all rows of one optimizer step.
 
     Args:
-        lengths: [R] int, completion tokens. With mask_truncated rows that were cut count as 0 tokens.
+        lengths: [R] int, completion tokens. With mask_truncated rows that were cut count as 0 tokens and weigh 0.
         finished: [R] bool, ended by EOS.
         budget: L_max, the generation budget in tokens.
     """
     counted = np.where(finished, lengths, 0) if r.mask_truncated else lengths
-    weight = r.objective.row_weight(counted, budget)
-    return (weight[:, None] * (np.arange(width) < counted[:, None])).astype(np.float32)
+    return np.where(counted > 0, r.objective.row_weight(counted, budget), 0.0).astype(np.float32)
 
 
 def loss(
@@ -147,20 +146,24 @@ def loss(
     advantage: jax.Array,
     weight: jax.Array,
     mask: jax.Array,
+    correction: jax.Array | None = None,
 ) -> Loss:
     """The objective on some rows, to be minimised. Its gradient per token is Eq. 29 of the paper.
 
     Args:
         logprob, old, reference: [R, T] float32 log-probs under pi, pi_old and pi_ref (None where beta = 0).
         advantage: [R] float32.
-        weight: [R, T] float32 from `token_weights`; tokens of weight 0 contribute nothing.
+        weight: [R, T] float32 from `row_weights`, 0 off the completion; tokens of weight 0 contribute nothing.
         mask: [R, T] bool, the tokens of each completion.
+        correction: [R, T] float32, importance weights of the tokens against their sampler; None = 1.
     """
     log_ratio = r.objective.log_ratio(logprob, old, mask)
     ratio = jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     gain = advantage[:, None]
     clipped_ratio = jnp.clip(ratio, 1 - r.epsilon, 1 + r.epsilon_high)
     value = jnp.minimum(ratio * gain, clipped_ratio * gain)
+    if correction is not None:
+        value = value * correction
     k3 = jnp.zeros_like(value)
     if reference is not None:
         log_rho = jnp.clip(reference - logprob, -MAX_LOG_RATIO, MAX_LOG_RATIO)

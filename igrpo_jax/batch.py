@@ -82,19 +82,32 @@ class Group:
 
 
 class TrainBatch(NamedTuple):
-    """Rows `[context | completion | right padding]`; plain causal attention is exact for every real token.
+    """A micro-batch: Q contexts, each with G of its completions, which run it once together.
 
-    A row of padding has context_length = completion_length = 0 and weight 0. Leading axes are [M, R] (micro-batches,
-    rows) on their way into the update and [R] inside it, where they are jax arrays.
+    A context is split into all but its last token and that one, whose state predicts the first token of a completion.
+    Padding is on the right; a unit of padding has lengths and weights of 0. Rows of one context never see each other.
     """
 
-    tokens: np.ndarray  # [R, S] int32
-    context_length: np.ndarray  # [R] int32
-    completion_length: np.ndarray  # [R] int32
-    advantage: np.ndarray  # [R] float32
-    weight: np.ndarray  # [R, T] float32 token weights of the global batch, 0 off the completion
-    old_logprob: np.ndarray  # [R, T] float32 log pi_old, 0 off the completion; read where off-policy
-    sampler_logprob: np.ndarray  # [R, T] float32, for the sampler-trainer mismatch metrics
+    prefix: np.ndarray  # [Q, P] int32, the context without its last token
+    prefix_length: np.ndarray  # [Q] int32
+    last: np.ndarray  # [Q] int32
+    completions: np.ndarray  # [Q, G, T] int32
+    length: np.ndarray  # [Q, G] int32, tokens of each completion
+    advantage: np.ndarray  # [Q, G] float32
+    weight: np.ndarray  # [Q, G, T] float32 token weights of the whole optimizer step, 0 off the completion
+    old_logprob: np.ndarray  # [Q, G, T] float32 log pi_old, 0 off the completion; read where off-policy
+    reference_logprob: np.ndarray  # [Q, G, T] float32 log pi_ref, 0 off the completion; read where beta > 0
+    sampler_logprob: np.ndarray  # [Q, G, T] float32, of the sampler that drew the tokens
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(Q, P, G, T)."""
+        return (*self.prefix.shape, *self.completions.shape[1:])
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens that a program of this shape runs."""
+        return self.prefix.size + self.completions.size
 
 
 def length_buckets(longest: int, smallest: int) -> tuple[int, ...]:

@@ -95,6 +95,7 @@ class Algorithm:
     scale_rewards: str | None = (
         None  # divide advantages by the std of "group" or "batch", or "none"; None = the objective's own
     )
+    importance_sampling_cap: float = 0.0  # weigh tokens by min(pi_old / pi_sampler, cap), as TRL does; 0 = off
     mask_truncated_completions: bool = False  # completions cut at the length limit carry no loss
 
 
@@ -161,10 +162,15 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Learner:
-    tokens_per_microbatch: int = 16384  # padded tokens (rows x length) of one forward and backward pass
+    tokens_per_microbatch: int = 16384  # padded tokens of one forward and backward pass on each shard of the batch
+    shared_prefix: bool = True  # run a prompt (with its draft) once for all its completions; False is for comparisons
     minibatches: int = 1  # optimizer steps per pass over a rollout
-    remat: str = "full"  # activation checkpointing of each sublayer: "full" or "none"
-    logprob_chunk: int = 256  # completion positions whose logits exist at once
+    remat: str = "full"  # of each sublayer the backward pass recomputes all ("full"), all but matmuls ("dots"), "none"
+    attention: str = "auto"  # "xla", "chunked", "cudnn" (GPU), "splash" (TPU); "auto" chooses by device, dtype, length
+    offload_reference: bool = False  # keep pi_ref (beta > 0) in host memory between its forward passes
+    logprob_chunk: int | None = (
+        None  # completion positions on each shard of the batch whose logits exist at once; None = 128 MiB of them
+    )
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,8 @@ class Optimizer:
     b2: float = 0.999
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    mu_dtype: str = "float32"  # of the first moment: "float32" or "bfloat16"; the second stays float32, whose
+    # steps of 1 - b2 = 0.001 are below what bfloat16 resolves
     warmup_ratio: float = 0.1  # share of all optimizer steps
     min_lr_ratio: float = 0.1  # floor of the cosine, as a share of learning_rate
 
@@ -372,19 +380,22 @@ def _validate(c: Config) -> None:
     choice("algorithm.loss_type", "grpo", "dr_grpo", "dapo", "gspo")
     choice("algorithm.scale_rewards", None, "group", "batch", "none")
     choice("refine.template", "embed")
-    choice("learner.remat", "full", "none")
+    choice("learner.remat", "full", "dots", "none")
+    choice("learner.attention", "auto", "xla", "chunked", "cudnn", "splash")
+    choice("optimizer.mu_dtype", "float32", "bfloat16")
     need(
         c.algorithm.num_generations >= 2, "algorithm.num_generations", "a group needs at least 2 completions to compare"
     )
     at_least = {
-        0: "seed algorithm.num_drafts algorithm.beta rollout.temperature rollout.top_k warm_start.steps "
+        0: "seed algorithm.num_drafts algorithm.beta algorithm.importance_sampling_cap rollout.temperature "
+        "rollout.top_k warm_start.steps "
         "rewards.accuracy rewards.format rewards.overlong rewards.overlong_cache rewards.judge.weight "
         "rewards.judge.max_retries rewards.judge.budget optimizer.learning_rate "
         "optimizer.weight_decay evaluation.every evaluation.limit evaluation.temperature checkpoint.every "
         "log.samples_every",
         1: "prompts_per_step data.max_prompt_length rollout.max_completion_length rollout.slots evaluation.samples "
         "rollout.steps_per_dispatch rewards.workers rewards.judge.max_tokens rewards.judge.concurrency "
-        "learner.minibatches learner.logprob_chunk checkpoint.keep log.every learner.tokens_per_microbatch "
+        "learner.minibatches checkpoint.keep log.every learner.tokens_per_microbatch "
         "algorithm.num_iterations data.arithmetic.train_problems data.arithmetic.test_problems warm_start.batch_size "
         "data.arithmetic.max_operand data.arithmetic.max_total model.builtin.num_heads model.builtin.num_kv_heads "
         "model.builtin.num_layers",
@@ -393,7 +404,7 @@ def _validate(c: Config) -> None:
     for low, paths in at_least.items():
         for path in paths.split():
             need(value_of(path) >= low, path, f"must be at least {low}")
-    for path in ("refine.max_draft_length", "evaluation.max_completion_length"):
+    for path in ("refine.max_draft_length", "evaluation.max_completion_length", "learner.logprob_chunk"):
         need(value_of(path) is None or value_of(path) >= 1, path, "must be at least 1, or None")
     shares = (
         "warm_start.error_rate warm_start.draft_fraction warm_start.draft_error_rate algorithm.draft_dropout "

@@ -1,14 +1,18 @@
-"""The update: packed rows in, new parameters out, one jitted program.
+"""The update: the groups of a step in, new parameters out.
 
-1. `pack` lays the refinements of a step out as rows [context | completion | padding] and cuts them into micro-batches.
-   Token weights are computed on all rows of an optimizer step, so that micro-batches are plain addition.
-2. `update` scans over micro-batches, adds gradients in float32, and makes one AdamW step on the master weights.
-3. With several optimizer steps per rollout, log pi_old is recomputed first, by the function that the loss uses; with
-   one it is the policy itself, and its gradient is stopped.
+1. `packing` cuts the groups into micro-batches; what the completions of a group share is run once.
+2. `accumulate`, one program per shape of micro-batch, adds gradients and sums in float32. Weights of tokens are those
+   of the whole optimizer step, so that micro-batches simply add.
+3. `apply` makes one AdamW step on the float32 master weights.
+
+With several optimizer steps per rollout, log pi_old is computed first, by the function that the loss uses; with one it
+is the policy itself, and its gradient is stopped. log pi_ref (beta > 0) is computed once per rollout. Groups whose
+advantages are all zero have no gradient where beta = 0: they are only scored, for the entropy.
 
 A step whose loss, gradient or update is not finite changes nothing and is counted.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,10 +22,11 @@ import optax
 
 from igrpo_jax import algorithms, config, sharding
 from igrpo_jax.algorithms import Loss
-from igrpo_jax.batch import Group, TrainBatch, length_buckets, pick_bucket
+from igrpo_jax.batch import Group, TrainBatch
 from igrpo_jax.logprobs import completion_logprobs
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import ModelConfig
+from igrpo_jax.packing import Packer, Shape, Unit
 
 
 class TrainState(NamedTuple):
@@ -34,13 +39,13 @@ class TrainState(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a micro-batch adds up; the update divides."""
+    """What micro-batches add up; all [] float32."""
 
     loss: Loss
-    entropy: jax.Array  # [] float32, over all completion tokens, in nats
-    tokens: jax.Array  # [] float32, completion tokens
-    mismatch: jax.Array  # [] float32, sum of |log pi_old - sampler's|
-    worst_mismatch: jax.Array  # [] float32, the largest of these
+    entropy: jax.Array  # over completion tokens, in nats
+    tokens: jax.Array  # completion tokens
+    mismatch: jax.Array  # sum of |log pi_old - the sampler's|
+    worst_mismatch: jax.Array  # the largest of these
 
 
 def make_optimizer(settings: config.Optimizer, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -57,56 +62,58 @@ def make_optimizer(settings: config.Optimizer, total_steps: int) -> tuple[optax.
     def decays(params: decoder.Params) -> dict[str, bool]:
         return {path: not path.endswith(("scale", "_bias")) for path in params}
 
-    adamw = optax.adamw(schedule, settings.b1, settings.b2, weight_decay=settings.weight_decay, mask=decays)
+    decay, mu_dtype = settings.weight_decay, settings.mu_dtype
+    adamw = optax.adamw(schedule, settings.b1, settings.b2, weight_decay=decay, mask=decays, mu_dtype=mu_dtype)
     return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), adamw), schedule
 
 
+def _float32(shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+
+
 class Learner:
-    """The jitted update for one model, mesh and objective.
+    """The update for one model, mesh and objective.
 
     Args:
         max_context: tokens of the longest q or q'.
         total_steps: rollouts of the whole run, for the learning rate.
-        reference: parameters of pi_ref where beta > 0.
     """
 
     def __init__(
-        self,
-        c: config.Config,
-        model: ModelConfig,
-        mesh: jax.sharding.Mesh,
-        *,
-        max_context: int,
-        total_steps: int,
-        reference: decoder.Params | None = None,
+        self, c: config.Config, model: ModelConfig, mesh: jax.sharding.Mesh, *, max_context: int, total_steps: int
     ):
-        self._model, self._mesh, self._settings, self._rollout, self._seed = model, mesh, c.learner, c.rollout, c.seed
-        self._dtype, self._reference = c.model.dtype, reference
+        self._model, self._settings, self._seed = model, c.learner, c.seed
+        self._dtype, self._temperature = c.model.dtype, c.rollout.temperature
+        self._iterations, self._cap = c.algorithm.num_iterations, c.algorithm.importance_sampling_cap
+        self._reference: decoder.Params | None = None
         self.algorithm = algorithms.resolve(c.algorithm)
-        self._iterations = c.algorithm.num_iterations
         self.updates_per_step = c.learner.minibatches * self._iterations
+        self.packer = Packer(c, self.algorithm, sharding.batch_shards(mesh), max_context)
         self._optimizer, self._schedule = make_optimizer(c.optimizer, total_steps * self.updates_per_step)
-        self._row_buckets = length_buckets(max_context + c.rollout.max_completion_length, 64)
-        self._width_buckets = length_buckets(c.rollout.max_completion_length, 64)
         whole = sharding.replicated(mesh)
         params = {path: sharding.param_sharding(mesh, path) for path in decoder.shapes(model)}
-        abstract = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in decoder.shapes(model).items()}
         opt_state = optax.tree.map_params(
             self._optimizer,
             lambda _, place: place,
-            jax.eval_shape(self._optimizer.init, abstract),
+            jax.eval_shape(self._optimizer.init, _float32(decoder.shapes(model))),
             params,
             transform_non_params=lambda _: whole,
         )
         self.state_sharding = TrainState(params, opt_state, whole, whole)
-        self._batch_sharding = sharding.batch_sharding(mesh, axis=1)
-        self._update = jax.jit(
-            self._update_program,
-            donate_argnums=0,
-            out_shardings=(self.state_sharding, whole),
-            compiler_options=decoder.remat_options(jax.default_backend()) if c.learner.remat == "full" else None,
-        )
-        self._score = jax.jit(self._score_program, out_shardings=whole)
+        self._batch_sharding = sharding.batch_sharding(mesh)
+        options = decoder.remat_options(jax.default_backend()) if c.learner.remat != "none" else None
+        self._jitted = {
+            "accumulate": jax.jit(
+                self._accumulate_program,
+                donate_argnums=(1, 2),
+                out_shardings=(params, whole),
+                compiler_options=options,
+            ),
+            "score": jax.jit(self._logprobs, out_shardings=whole),
+            "apply": jax.jit(self._apply_program, donate_argnums=0, out_shardings=(self.state_sharding, whole)),
+        }
+        self._zeros = jax.jit(self._zeros_program, out_shardings=(params, whole))
+        self._programs: dict[tuple[str, Shape | None], jax.stages.Compiled] = {}
 
     def init(self, params: decoder.Params) -> TrainState:
         """Fresh optimizer state around `params`, which the state takes over."""
@@ -114,9 +121,16 @@ class Learner:
         zero = lambda: sharding.to_global(np.int32(0), self.state_sharding.step)  # noqa: E731
         return TrainState(params, opt_state, zero(), zero())
 
+    def set_reference(self, params: decoder.Params) -> None:
+        """pi_ref, where beta > 0; with learner.offload_reference it waits in host memory."""
+        if self._settings.offload_reference:
+            places = {path: place.with_memory_kind("pinned_host") for path, place in self.state_sharding.params.items()}
+            params = jax.device_put(params, places)
+        self._reference = params
+
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, for a checkpoint to be restored into."""
-        shapes = {path: jax.ShapeDtypeStruct(s, jnp.float32) for path, s in decoder.shapes(self._model).items()}
+        shapes = _float32(decoder.shapes(self._model))
         count = jax.ShapeDtypeStruct((), jnp.int32)
         state = TrainState(shapes, jax.eval_shape(self._optimizer.init, shapes), count, count)
         place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
@@ -128,148 +142,159 @@ class Learner:
         Args:
             groups: P of them, G completions each, ordered.
             gains: [P, G] float32 advantages.
-            step: of the run; with the seed it decides which rows share a minibatch.
+            step: of the run; with the seed it decides which units share a minibatch.
 
         Returns:
             the new state, and the metrics of the update by TRL's names.
         """
-        rows = [(group.context, one) for group in groups for one in group.completions]
-        off_policy = self.updates_per_step > 1
+        units = self.packer.units(groups, gains)
+        minibatches = self._settings.minibatches
+        if self.updates_per_step > 1:
+            for unit, (logprob, _) in zip(units, self._scored(state.params, units), strict=True):
+                unit.old = logprob
+        if self.algorithm.beta > 0:
+            reference = jax.device_put(self._reference, self.state_sharding.params)
+            for unit, (logprob, _) in zip(units, self._scored(reference, units), strict=True):
+                unit.reference = logprob
+            del reference
         metrics = []
         for iteration in range(self._iterations):
-            order = np.arange(len(rows))
-            if self._settings.minibatches > 1:
-                order = np.random.default_rng([self._seed, step, iteration, 0x313B]).permutation(len(rows))
-            parts = np.split(order, self._settings.minibatches)
-            if iteration == 0 and off_policy:
-                old = self._old_logprobs(state, rows, gains, parts)
-            for part in parts:
-                batch = self.pack([rows[i] for i in part], gains.reshape(-1)[part])
-                if off_policy:
-                    batch = self._with_old(batch, [old[i] for i in part])
-                state, sums = self._update(state, self._to_device(batch), self._reference)
-                metrics.append(sums)
-        return state, _mean_metrics(sharding.to_host(metrics))
+            order = np.arange(len(units))
+            if minibatches > 1:
+                order = np.random.default_rng([self._seed, step, iteration, 0x313B]).permutation(len(units))
+            for part in np.split(order, minibatches):
+                state, measured = self._optimizer_step(state, [units[i] for i in part])
+                metrics.append(measured)
+        return state, _mean_metrics(metrics)
 
-    def pack(self, rows: list[tuple], advantage: np.ndarray) -> TrainBatch:
-        """Host arrays [M, R, ...] of one optimizer step; rows of padding have length and weight 0.
+    def draft_mismatch(self, params: decoder.Params, groups: Sequence[Group]) -> dict[str, float]:
+        """How far log-probs of drafts are from the sampler's, over the first drafts that one micro-batch holds.
 
-        Args:
-            rows: (context [L] int32, Completion) each.
-            advantage: [rows] float32.
+        A check of the sampler in Stage 1, whose tokens carry no loss; `params` are those that drafted.
         """
-        lengths = np.array([len(one.tokens) for _, one in rows])
-        size = pick_bucket(self._row_buckets, max(len(context) + len(one.tokens) for context, one in rows))
-        width = pick_bucket(self._width_buckets, int(lengths.max()))
-        finished = np.array([one.finished for _, one in rows])
-        budget = self._rollout.max_completion_length
-        weight = algorithms.token_weights(self.algorithm, lengths, finished, budget, width)
-        shards = sharding.batch_shards(self._mesh)
-        per_micro = max(1, self._settings.tokens_per_microbatch // size // shards) * shards
-        per_micro = min(per_micro, -(-len(rows) // shards) * shards)
-        micros = -(-len(rows) // per_micro)
-        total = micros * per_micro
-        batch = TrainBatch(
-            tokens=np.zeros((total, size), np.int32),
-            context_length=np.zeros((total,), np.int32),
-            completion_length=np.zeros((total,), np.int32),
-            advantage=np.zeros((total,), np.float32),
-            weight=np.zeros((total, width), np.float32),
-            old_logprob=np.zeros((total, width), np.float32),
-            sampler_logprob=np.zeros((total, width), np.float32),
+        units = []
+        for group in groups:
+            for start in range(0, len(group.drafts), self.packer.share):
+                part = group.drafts[start : start + self.packer.share]
+                units.append(Unit(group.prompt.tokens, part, np.zeros(self.packer.share, np.float32)))
+        units = units[: self.packer.largest[0]]
+        gaps = [gap for gap, _ in _rows(units, self._scored(params, units))]
+        if not gaps:
+            return {}
+        gaps = np.concatenate(gaps)
+        return {f"sampling/draft_logp_difference/{name}": float(f(gaps)) for name, f in _OVER.items()}
+
+    def _optimizer_step(self, state: TrainState, units: Sequence[Unit]) -> tuple[TrainState, dict[str, float]]:
+        self.packer.set_weights(units)
+        # Without a KL term what has no advantage has no gradient; it is scored for the metrics alone.
+        idle = [unit for unit in units if self.algorithm.beta == 0 and not unit.advantage.any()]
+        trained = [unit for unit in units if self.algorithm.beta > 0 or unit.advantage.any()]
+        grads, sums = self._zeros()
+        padded = 0
+        for batch, _ in self.packer.micro_batches(trained):
+            program = self._program("accumulate", batch.shape)
+            grads, sums = program(state.params, grads, sums, self._to_device(batch))
+            padded += batch.padded_tokens
+        scored = self._scored(state.params, idle)
+        state, applied = self._program("apply")(state, grads, sums)
+        sums, applied = sharding.to_host((sums, applied))
+        padding = 1 - sum(unit.tokens for unit in trained) / padded if padded else 0.0
+        return state, applied | _metrics(sums, idle, scored) | {"perf/padding_frac": padding}
+
+    def _scored(self, params: decoder.Params, units: Sequence[Unit]) -> list[tuple[list, list]]:
+        """For each unit log-probs and entropies of its completions, [T_i] float32 each, in nats."""
+        found = {}
+        for batch, chosen in self.packer.micro_batches(units):
+            program = self._program("score", batch.shape)
+            logprob, entropy = sharding.to_host(program(params, self._to_device(batch)))
+            for i, unit in enumerate(chosen):
+                sizes = [len(one.tokens) for one in unit.completions]
+                found[id(unit)] = tuple([x[i, j, :n] for j, n in enumerate(sizes)] for x in (logprob, entropy))
+        return [found[id(unit)] for unit in units]
+
+    def _program(self, kind: str, shape: Shape | None = None) -> jax.stages.Compiled:
+        """ "accumulate" or "score" for a shape of micro-batch, or "apply"; compiled the first time."""
+        if (kind, shape) not in self._programs:
+            state, sums = self.abstract_state(), self._abstract_sums()
+            args = {"apply": (state, *sums)}
+            if shape is not None:
+                batch = self._abstract_batch(shape)
+                args = {"accumulate": (state.params, *sums, batch), "score": (state.params, batch)}
+            self._programs[kind, shape] = self._jitted[kind].lower(*args[kind]).compile()
+        return self._programs[kind, shape]
+
+    def predicted_bytes(self) -> int:
+        """Bytes per device that an update of the longest rows needs, state included, by the compiler's own count."""
+        moments = jax.tree.leaves(self.abstract_state().opt_state)
+        kept = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in moments)
+        accumulate, apply = self._program("accumulate", self.packer.largest), self._program("apply")
+        return int(max(_bytes(accumulate) + kept, _bytes(apply)))
+
+    def _abstract_sums(self) -> tuple[decoder.Params, Sums]:
+        whole = self.state_sharding.step
+        sums = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(_nothing))
+        return self.abstract_state().params, sums
+
+    def _abstract_batch(self, shape: Shape) -> TrainBatch:
+        place = self._batch_sharding
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), self.packer.fill([], shape)
         )
-        batch.advantage[: len(rows)], batch.weight[: len(rows)] = advantage, weight
-        for i, (context, one) in enumerate(rows):
-            batch.tokens[i, : len(context) + len(one.tokens)] = np.concatenate([context, one.tokens])
-            batch.context_length[i], batch.completion_length[i] = len(context), len(one.tokens)
-            batch.sampler_logprob[i, : len(one.tokens)] = one.logprobs
-        return TrainBatch(*(x.reshape(micros, per_micro, *x.shape[1:]) for x in batch))
-
-    def _with_old(self, batch: TrainBatch, old: list[np.ndarray]) -> TrainBatch:
-        flat = batch.old_logprob.reshape(-1, batch.old_logprob.shape[-1])
-        for i, values in enumerate(old):
-            flat[i, : len(values)] = values
-        return batch
-
-    def _old_logprobs(
-        self, state: TrainState, rows: list[tuple], gains: np.ndarray, parts: list[np.ndarray]
-    ) -> list[np.ndarray]:
-        """log pi_old of each row's completion, [T] float32, by the function and in the shapes that the loss uses."""
-        old: list[np.ndarray] = [np.zeros(0)] * len(rows)
-        for part in parts:
-            batch = self.pack([rows[i] for i in part], gains.reshape(-1)[part])
-            values = sharding.to_host(self._score(state.params, self._to_device(batch)))
-            for i, value in zip(part, values.reshape(-1, values.shape[-1]), strict=False):  # padding rows follow
-                old[i] = value[: len(rows[i][1].tokens)]
-        return old
 
     def _to_device(self, batch: TrainBatch) -> TrainBatch:
         return TrainBatch(*sharding.to_global(batch, self._batch_sharding))
 
-    def _logprobs(self, params: decoder.Params, micro: TrainBatch) -> tuple[jax.Array, jax.Array]:
+    def _logprobs(self, params: decoder.Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
         return completion_logprobs(
             self._model,
             params,
-            micro.tokens,
-            micro.context_length,
-            micro.weight.shape[-1],
+            batch.prefix,
+            batch.prefix_length,
+            batch.last,
+            batch.completions,
             dtype=self._dtype,
-            temperature=self._rollout.temperature,
+            temperature=self._temperature,
             chunk=self._settings.logprob_chunk,
             remat=self._settings.remat,
         )
 
-    def _score_program(self, params: decoder.Params, batch: TrainBatch) -> jax.Array:
-        return jax.lax.map(lambda micro: self._logprobs(params, micro)[0], batch)
-
-    def loss(self, params: decoder.Params, micro: TrainBatch, reference: decoder.Params | None) -> tuple:
-        """Loss of one micro-batch (its share of the whole batch's) and its Sums."""
-        mask = jnp.arange(micro.weight.shape[-1]) < micro.completion_length[:, None]
-        logprob, entropy = self._logprobs(params, micro)
-        logprob = jnp.where(mask, logprob, 0.0)
-        old = micro.old_logprob if self.updates_per_step > 1 else jax.lax.stop_gradient(logprob)
-        ref = None
-        if self.algorithm.beta > 0:
-            ref = jnp.where(mask, jax.lax.stop_gradient(self._logprobs(reference, micro)[0]), 0.0)
-        parts = algorithms.loss(self.algorithm, logprob, old, ref, micro.advantage, micro.weight, mask)
-        gap = jnp.where(mask, jnp.abs(jax.lax.stop_gradient(old) - micro.sampler_logprob), 0.0)
-        total_entropy = jnp.sum(jnp.where(mask, entropy, 0.0))
-        sums = Sums(parts, total_entropy, jnp.sum(mask, dtype=jnp.float32), jnp.sum(gap), jnp.max(gap))
+    def loss(self, params: decoder.Params, batch: TrainBatch) -> tuple[jax.Array, Sums]:
+        """Loss of one micro-batch (its share of the optimizer step's) and its Sums."""
+        rows = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731  [Q, G, ...] -> [Q * G, ...]
+        mask = jnp.arange(batch.weight.shape[-1]) < rows(batch.length)[:, None]
+        logprob, entropy = (jnp.where(mask, rows(x), 0.0) for x in self._logprobs(params, batch))
+        old = rows(batch.old_logprob) if self.updates_per_step > 1 else jax.lax.stop_gradient(logprob)
+        reference = rows(batch.reference_logprob) if self.algorithm.beta > 0 else None
+        drift = jnp.where(mask, jax.lax.stop_gradient(old) - rows(batch.sampler_logprob), 0.0)
+        correction = jnp.minimum(jnp.exp(jnp.minimum(drift, 20.0)), self._cap) if self._cap else None
+        advantage, weight = rows(batch.advantage), rows(batch.weight)
+        parts = algorithms.loss(self.algorithm, logprob, old, reference, advantage, weight, mask, correction)
+        gap = jnp.abs(drift)
+        sums = Sums(parts, jnp.sum(entropy), jnp.sum(mask, dtype=jnp.float32), jnp.sum(gap), jnp.max(gap))
         return parts.loss, sums
 
-    def gradient(self, params: decoder.Params, batch: TrainBatch, reference: decoder.Params | None) -> tuple:
-        """float32 gradient of a whole batch [M, R, ...] and its Sums, micro-batch by micro-batch."""
+    def _accumulate_program(
+        self, params: decoder.Params, grads: decoder.Params, sums: Sums, batch: TrainBatch
+    ) -> tuple[decoder.Params, Sums]:
+        (_, more), grad = jax.value_and_grad(self.loss, has_aux=True)(params, batch)
+        worst = jnp.maximum(sums.worst_mismatch, more.worst_mismatch)
+        sums = jax.tree.map(jnp.add, sums, more)._replace(worst_mismatch=worst)
+        return jax.tree.map(jnp.add, grads, grad), sums
 
-        def body(carry, micro):
-            grads, sums = carry
-            (_, more), grad = jax.value_and_grad(self.loss, has_aux=True)(params, micro, reference)
-            worst = jnp.maximum(sums.worst_mismatch, more.worst_mismatch)
-            sums = jax.tree.map(jnp.add, sums, more)._replace(worst_mismatch=worst)
-            return (jax.tree.map(jnp.add, grads, grad), sums), None
+    def _zeros_program(self) -> tuple[decoder.Params, Sums]:
+        shapes = decoder.shapes(self._model)
+        return {path: jnp.zeros(shape, jnp.float32) for path, shape in shapes.items()}, _nothing()
 
-        zero = jnp.float32(0)
-        nothing = Sums(Loss(*[zero] * len(Loss._fields)), zero, zero, zero, zero)
-        (grads, sums), _ = jax.lax.scan(body, (jax.tree.map(jnp.zeros_like, params), nothing), batch)
-        return grads, sums
-
-    def _update_program(self, state: TrainState, batch: TrainBatch, reference: decoder.Params | None) -> tuple:
-        grads, sums = self.gradient(state.params, batch, reference)
+    def _apply_program(self, state: TrainState, grads: decoder.Params, sums: Sums) -> tuple[TrainState, dict]:
         norm = optax.global_norm(grads)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(sums.loss.loss) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+        # A finite norm leaves AdamW no way to a step that is not; to look at the step itself would hold all of it.
+        finite = jnp.isfinite(sums.loss.loss) & jnp.isfinite(norm)
         keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)  # noqa: E731
         params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
         skipped = state.skipped + (~finite).astype(jnp.int32)
-        trained, tokens = jnp.maximum(sums.loss.tokens, 1), jnp.maximum(sums.tokens, 1)
         metrics = {
-            "loss": sums.loss.loss,
-            "entropy": sums.entropy / tokens,
-            "kl": sums.loss.kl / trained,
-            "clip_ratio/region_mean": sums.loss.clipped / trained,
-            "ratio/mean": sums.loss.ratio / trained,
-            "sampling/sampling_logp_difference/mean": sums.mismatch / tokens,
-            "sampling/sampling_logp_difference/max": sums.worst_mismatch,
             "grad_norm": norm,
             "learning_rate": self._schedule(state.step - state.skipped),  # Adam counts the steps made
             "nonfinite_steps": skipped,
@@ -277,7 +302,50 @@ class Learner:
         return TrainState(params, opt_state, state.step + 1, skipped), metrics
 
 
-def _mean_metrics(parts: list[dict[str, np.ndarray]]) -> dict[str, float]:
+def _nothing() -> Sums:
+    zero = jnp.float32(0)
+    return Sums(Loss(*[zero] * len(Loss._fields)), zero, zero, zero, zero)
+
+
+def _bytes(program: jax.stages.Compiled) -> int:
+    """Per device: arguments and results, what is donated counted once, and temporaries."""
+    memory = program.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes
+
+
+_OVER = {"mean": np.mean, "max": np.max}
+
+
+def _rows(units: Sequence[Unit], scored: Sequence[tuple[list, list]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """|log pi_old - the sampler's| and entropy [T_i] of every completion of `units`."""
+    return [
+        (np.abs(old - one.logprobs), entropy)
+        for unit, (logprobs, entropies) in zip(units, scored, strict=True)
+        for one, old, entropy in zip(unit.completions, unit.old or logprobs, entropies, strict=True)
+    ]
+
+
+def _metrics(sums: Sums, idle: Sequence[Unit], scored: Sequence[tuple[list, list]]) -> dict[str, float]:
+    """Of one optimizer step: loss and clipping as the program summed them, entropy and mismatch over idle rows too."""
+    rows = _rows(idle, scored)
+    idle_tokens = sum(len(gap) for gap, _ in rows)
+    tokens = max(sums.tokens + idle_tokens, 1)
+    weighing = sum(len(one.tokens) for unit in idle for one, w in zip(unit.completions, unit.weight, strict=True) if w)
+    counted = max(sums.loss.tokens + weighing, 1)
+    return {
+        "loss": sums.loss.loss,
+        "entropy": (sums.entropy + sum(entropy.sum() for _, entropy in rows)) / tokens,
+        "kl": sums.loss.kl / counted,
+        "clip_ratio/region_mean": sums.loss.clipped / counted,
+        "ratio/mean": sums.loss.ratio / sums.loss.tokens if sums.loss.tokens else 1.0,
+        "sampling/sampling_logp_difference/mean": (sums.mismatch + sum(gap.sum() for gap, _ in rows)) / tokens,
+        "sampling/sampling_logp_difference/max": max([sums.worst_mismatch, *(gap.max() for gap, _ in rows)]),
+        "perf/idle_frac": idle_tokens / tokens,
+    }
+
+
+def _mean_metrics(parts: list[dict[str, float]]) -> dict[str, float]:
     """Means over the optimizer steps of a rollout; the largest of a max, the last of a count or rate."""
     last, largest = ("learning_rate", "nonfinite_steps"), ("sampling/sampling_logp_difference/max",)
     merged = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}

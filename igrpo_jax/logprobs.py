@@ -1,8 +1,9 @@
 """Log-probs and entropy of given tokens without ever holding [R, T, V]: a scan over chunks of completion positions.
 
-Each chunk's logits are computed, used and dropped, and computed again in the backward pass (`jax.checkpoint`).
+Each chunk's logits are computed, used and dropped, and computed again in the backward pass, which is written by hand:
+with the logsumexp kept, it needs one exponential and no reduction over the vocabulary.
 
-Legend: R rows, T completion positions, D model, V vocab.
+Legend: R rows, T completion positions, C positions of a chunk, D model, V vocab.
 """
 
 import functools
@@ -10,82 +11,143 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from igrpo_jax import sharding
+from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import ModelConfig
 from igrpo_jax.sharding import constrain
 
+LOGITS_BYTES = 128 << 20  # of a chunk's float32 logits on one device, where no other size is asked for
+
 
 def token_logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float, chunk: int
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    temperature: float,
+    chunk: int | None = None,
+    tied: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob and entropy of the tempered policy softmax(logits / temperature).
 
     Args:
         hidden: [R, T, D], the state that predicts each target.
-        head: [D, V] float32 master weight; cast inside the scan, so that its gradient accumulates in float32.
+        head: [D, V] float32 master weight, or [V, D] where it is `tied` to the embedding (a transposed copy would be as
+            large as the weight). Cast inside the scan, so that its gradient accumulates in float32.
         targets: [R, T] int32.
         temperature: of sampling; 0 (greedy) is read as 1.
-        chunk: positions per row whose logits exist at once.
+        chunk: positions on each shard of the batch whose logits exist at once, at least one per row; None = as many as
+            LOGITS_BYTES hold, so that a larger vocabulary needs no more memory.
 
     Returns:
         logprob [R, T] float32, and entropy [R, T] float32 in nats, without gradient.
     """
     rows, time = targets.shape
-    chunk = min(chunk, time)
-    padded = -time % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, padded), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padded)))
-    temperature = temperature or 1.0
+    mesh = jax.sharding.get_abstract_mesh()
+    shards, parts = (1, 1) if mesh.empty else (sharding.batch_shards(mesh), mesh.shape["tensor"])
+    if chunk is None:
+        chunk = LOGITS_BYTES // (4 * head.shape[0 if tied else 1] // parts)
+    # Even chunks: the rest of a division would be padding that costs as much as real positions.
+    per_row = max(1, chunk // -(-rows // shards))
+    chunks = -(-time // per_row)
+    length = -(-time // chunks)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, chunks * length - time), *[(0, 0)] * (x.ndim - 2)))  # noqa: E731
+    split = lambda x: pad(x).reshape(rows, chunks, length, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
+    found = _chunked(split(hidden), head, split(targets), temperature or 1.0, "VD" if tied else "DV")
+    return tuple(x.swapaxes(0, 1).reshape(rows, -1)[:, :time] for x in found)
 
-    @jax.checkpoint
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _chunked(hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float, axes: str):
+    """logprob and entropy [n, R, C] of n chunks: hidden [n, R, C, D], targets [n, R, C]; `axes` are those of head."""
+    return _forward(hidden, head, targets, temperature, axes)[0]
+
+
+def _logits(hidden: jax.Array, head: jax.Array, temperature: float, axes: str) -> jax.Array:
+    logits = jnp.einsum(f"RCD,{axes}->RCV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return constrain(logits / temperature, "batch", "time", "vocab")
+
+
+def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """[R, C, V] bool. A gather instead would collect logits whose vocabulary is sharded."""
+    return jnp.arange(logits.shape[-1]) == targets[..., None]
+
+
+def _forward(hidden, head, targets, temperature, axes):
     def body(_, xs):
-        h, target = xs  # [R, chunk, D], [R, chunk]
-        logits = jnp.einsum("RTD,DV->RTV", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
-        logits = constrain(logits / temperature, "batch", "time", "vocab")
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        # A one-hot product instead of a gather: with the vocabulary sharded, a gather would collect the logits.
-        picked = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], logits, 0.0), axis=-1)
-        free = jax.lax.stop_gradient(logits)
-        entropy = jax.lax.stop_gradient(lse) - jnp.sum(jax.nn.softmax(free) * free, axis=-1)
-        return None, (picked - lse, entropy)
+        h, target = xs
+        logits = _logits(h, head, temperature, axes)
+        top = jnp.max(logits, axis=-1)
+        weight = jnp.exp(logits - top[..., None])
+        total = jnp.sum(weight, axis=-1)
+        lse = top + jnp.log(total)
+        entropy = lse - jnp.sum(weight * logits, axis=-1) / total
+        picked = jnp.sum(jnp.where(_is_target(logits, target), logits, 0.0), axis=-1)
+        return None, (picked - lse, entropy, lse)
 
-    def split(x):  # [R, T', ...] -> [T' / chunk, R, chunk, ...]
-        return x.reshape(rows, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+    _, (logprob, entropy, lse) = jax.lax.scan(body, None, (hidden, targets))
+    return (logprob, entropy), (hidden, head, targets, lse)
 
-    _, (logprob, entropy) = jax.lax.scan(body, None, (split(hidden), split(targets)))
-    join = lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :time]  # noqa: E731
-    return join(logprob), join(entropy)
+
+def _backward(temperature, axes, kept, gradients):
+    hidden, head, targets, lse = kept
+
+    def body(total, xs):
+        h, target, norm, gradient = xs
+        logits = _logits(h, head, temperature, axes)
+        inner = jnp.where(_is_target(logits, target), 1.0, 0.0) - jnp.exp(logits - norm[..., None])
+        inner = (inner * (gradient / temperature)[..., None]).astype(h.dtype)
+        # Flat: of a product over two axes XLA's CPU compiler transposes a copy of the chunk.
+        flat = inner.reshape(-1, inner.shape[-1])
+        total += jnp.einsum(f"XD,XV->{axes}", h.reshape(-1, h.shape[-1]), flat, preferred_element_type=jnp.float32)
+        return total, jnp.einsum(f"RCV,{axes}->RCD", inner, head.astype(h.dtype))
+
+    total, inner = jax.lax.scan(body, jnp.zeros_like(head), (hidden, targets, lse, gradients[0]))
+    return inner, total, None
+
+
+_chunked.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.named_call, name="completion_logprobs")
 def completion_logprobs(
     c: ModelConfig,
     params: decoder.Params,
-    tokens: jax.Array,
-    context_length: jax.Array,
-    width: int,
+    prefix: jax.Array,
+    prefix_length: jax.Array,
+    last: jax.Array,
+    completions: jax.Array,
     *,
     dtype: str,
     temperature: float,
-    chunk: int,
+    chunk: int | None,
     remat: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropies of the completions of rows `[context | completion | padding]`.
+    """Log-probs and entropies of completions, the G of a context together: what they share runs once.
+
+    The context's last token is the first that a completion's rows run themselves: its state predicts their first token.
+    So a row has as many positions as its completion, and of the prefix only keys and values are needed.
 
     Args:
         params: float32 master weights.
-        tokens: [R, S] int32.
-        context_length: [R] int32; the completion starts there.
-        width: T, positions per row to score; those past a completion's end hold values that mean nothing.
+        prefix: [Q, P] int32, each context without its last token, padded on the right.
+        prefix_length: [Q] int32, real tokens of it; may be 0.
+        last: [Q] int32, each context's last token.
+        completions: [Q, G, T] int32, padded on the right.
 
     Returns:
-        logprob and entropy, [R, T] float32.
+        logprob and entropy, [Q, G, T] float32; past a completion's end they mean nothing.
     """
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = decoder.apply(c, decoder.cast(params, dtype), tokens, positions, remat=remat)
-    at = jnp.minimum(context_length[:, None] + jnp.arange(width), tokens.shape[1] - 1)  # [R, T] of the targets
-    targets = jnp.take_along_axis(tokens, at, axis=1)
-    before = jnp.maximum(at - 1, 0)
-    states = jnp.take_along_axis(hidden, before[..., None], axis=1)
-    states = constrain(states, "batch", "time", "features")
-    return token_logprobs(states, decoder.head(c, params), targets, temperature, chunk)
+    shape = completions.shape
+    weights = decoder.cast(params, dtype)
+    places = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
+    _, cache = decoder.apply(c, weights, prefix, places, remat=remat)
+    firsts = jnp.broadcast_to(last[:, None, None], (*shape[:2], 1))
+    tokens = jnp.concatenate([firsts, completions[..., :-1]], axis=-1)
+    places = jnp.broadcast_to(prefix_length[:, None, None] + jnp.arange(shape[2]), shape)
+    rows = lambda x: x.reshape(-1, shape[2])  # noqa: E731
+    cache = caches.shared(cache, prefix_length)
+    hidden, _ = decoder.apply(c, weights, rows(tokens), rows(places), cache, remat=remat)
+    head = params["embedding" if c.tie_embeddings else "lm_head"]
+    logprob, entropy = token_logprobs(hidden, head, rows(completions), temperature, chunk, c.tie_embeddings)
+    return logprob.reshape(shape), entropy.reshape(shape)

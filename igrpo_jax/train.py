@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -23,7 +23,7 @@ from igrpo_jax.console import Console
 from igrpo_jax.evaluation import evaluate, max_completion
 from igrpo_jax.learner import Learner, TrainState
 from igrpo_jax.metrics import Writer, rollout_metrics
-from igrpo_jax.models import decoder
+from igrpo_jax.models import attention, decoder
 from igrpo_jax.policy import Policy, open_policy
 from igrpo_jax.prompts import Renderer
 from igrpo_jax.rewards import reward
@@ -53,12 +53,13 @@ def train(c: Config, workdir: Path) -> None:
                 groups, sampled = run.rollout.collect(state.params, task.step_prompts(step), step)
                 rewards = np.stack([group.rewards for group in groups])
                 gains = algorithms.advantages(rewards, run.learner.algorithm.scale_rewards)
+                checked = run.learner.draft_mismatch(state.params, groups) if run.shows_samples(step) else {}
                 updating = time.perf_counter()
                 state, learned = run.learner.update(state, groups, gains, step)
                 ended = time.perf_counter()
             times = {"perf/update_time": ended - updating, "perf/step_time": ended - began}
             times["perf/recompiles"] = len(compiled)
-            run.report(step, groups, gains, {**learned, **rollout_metrics(groups, c), **sampled, **times})
+            run.report(step, groups, gains, {**learned, **checked, **rollout_metrics(groups, c), **sampled, **times})
             if c.evaluation.every and (step % c.evaluation.every == 0 or step == task.total_steps):
                 run.evaluate(state.params, step)
             run.save(step, state, last=step == task.total_steps)
@@ -143,6 +144,9 @@ def open_task(c: Config) -> Task:
             )
     mesh = sharding.make_mesh(c.mesh)
     sharding.check_divides(mesh, decoder.shapes(policy.model))
+    longest = max(max_context + c.rollout.max_completion_length, evaluated)
+    implementation = attention.choose(c.learner.attention, mesh, c.model.dtype, policy.model.head_dim, longest)
+    policy = replace(policy, model=replace(policy.model, attention=implementation))
     shards = sharding.batch_shards(mesh)
     if c.warm_start.steps and c.warm_start.batch_size % shards:
         raise InputError(
@@ -190,9 +194,13 @@ class Run:
         self._console.step(step, metrics)
         if metrics["frac_reward_zero_std"] == 1 and step % self._config.log.every == 0:
             self._console.message(f"step {step}: all rewards are equal within every group: they give no gradient")
-        if self._config.log.samples_every and step % self._config.log.samples_every == 0:
+        if self.shows_samples(step):
             best = max(range(len(groups)), key=lambda i: np.abs(gains[i]).max())
             self._console.sample(groups[best], gains[best])
+
+    def shows_samples(self, step: int) -> bool:
+        """Whether `step` is one whose samples are looked at: printed, and their drafts scored by the trainer too."""
+        return self._config.log.samples_every > 0 and step % self._config.log.samples_every == 0
 
     def evaluate(self, params: decoder.Params, step: int) -> None:
         """Single-shot evaluation, written under `step` (0 is before the first update)."""
@@ -236,22 +244,19 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
     if claimed and latest is None and any((workdir / "samples").glob("step_*.jsonl")):
         raise InputError(f"--workdir {workdir}: holds samples of a run but no checkpoint of it; give another folder")
     run.writer = stack.enter_context(Writer(workdir, c, latest))
-    console.table("iGRPO run" if c.algorithm.num_drafts else "Run", plan(c, task, run.scheduler.engine))
-    reference = params = None
+    sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
+    run.learner = Learner(c, task.policy.model, task.mesh, **sizes)
+    with console.phase("compiling the update"):
+        update_bytes = run.learner.predicted_bytes()
+    title = "iGRPO run" if c.algorithm.num_drafts else "Run"
+    console.table(title, plan(c, task, run.scheduler.engine, run.learner, update_bytes))
+    params = None
     if latest is None:
         params = task.policy.load(task.mesh, c.seed)
         if c.warm_start.steps:
             params = _warm(c, task, params, run.writer, console)
     if c.algorithm.beta > 0:
-        reference = _reference(c, task, workdir, params)
-    run.learner = Learner(
-        c,
-        task.policy.model,
-        task.mesh,
-        max_context=task.max_context,
-        total_steps=task.total_steps,
-        reference=reference,
-    )
+        run.learner.set_reference(_reference(c, task, workdir, params))
     if latest is None:
         run.state = run.learner.init(params)
         if c.evaluation.every:
@@ -303,30 +308,22 @@ def _reference(c: Config, task: Task, workdir: Path, params: decoder.Params | No
         return store.restore(abstract)[0]
 
 
-def plan(c: Config, task: Task, engine: Engine) -> list[tuple[str, object]]:
+def plan(c: Config, task: Task, engine: Engine, learner: Learner, update_bytes: int) -> list[tuple[str, object]]:
     """Rows of the table that is printed before the first step."""
     model, mesh = task.policy.model, task.mesh
     completions = c.prompts_per_step * c.algorithm.num_generations
     width = c.rollout.max_completion_length
-    row = task.max_context + width
-    shards = sharding.batch_shards(mesh)
-    per_micro = max(1, c.learner.tokens_per_microbatch // row // shards) * shards
-    weights = model.num_params / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    units, prefix, share, longest = learner.packer.largest
     bytes_each = 2 if c.model.dtype == "bfloat16" else 4
     kv = 2 * model.num_kv_heads * model.head_dim * model.pattern.count("*") * bytes_each
-    resident = 16 * weights + 4 * weights * (c.algorithm.beta > 0)  # float32 weights, two moments, gradient
-    resident += kv * engine.slots * engine.length / (shards * mesh.shape["tensor"])
-    rollout = bytes_each * model.num_params / mesh.shape["tensor"] * (bytes_each != 4 or mesh.shape["fsdp"] > 1)
-    rows = min(per_micro, -(-completions // shards) * shards) / shards
-    layers = model.pattern.count("*")
-    saved = len(model.pattern) * (1 if c.learner.remat == "full" else 8)
-    update = rows * row * (saved + 8) * model.hidden_size * bytes_each
-    update += rows * row**2 * model.num_heads / mesh.shape["tensor"] * 4 * (1 if c.learner.remat == "full" else layers)
-    update += rows * min(c.learner.logprob_chunk, width) * model.vocab_size * 8 / mesh.shape["tensor"]
+    cache = kv * engine.slots * engine.length / (sharding.batch_shards(mesh) * mesh.shape["tensor"])
+    copies = bytes_each * model.num_params / mesh.shape["tensor"] * (bytes_each != 4 or mesh.shape["fsdp"] > 1)
+    resident = 12 * model.num_params / (mesh.shape["fsdp"] * mesh.shape["tensor"])  # weights and two moments
     programs = len(engine.prefill_buckets) + len(engine.read_buckets) + 6
     return [
         ("model", f"{task.policy.path or 'built-in'}, {model.num_params / 1e6:,.1f} M parameters, {c.model.dtype}"),
         ("mesh", f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']}"),
+        ("attention", f"{model.attention} (training and prefill)"),
         ("objective", f"{c.algorithm.loss_type}, beta {c.algorithm.beta:g}"),
         ("training prompts", f"{len(task.prompts):,} ({task.skipped} longer than data.max_prompt_length skipped)"),
         *([("benchmark prompts skipped", f"{task.left_out} longer than data.max_prompt_length")] * bool(task.left_out)),
@@ -334,9 +331,12 @@ def plan(c: Config, task: Task, engine: Engine) -> list[tuple[str, object]]:
         ("drafts per step", f"{c.prompts_per_step * c.algorithm.num_drafts:,} (N = {c.algorithm.num_drafts})"),
         ("refinements per step", f"{completions:,} (G = {c.algorithm.num_generations}), the trained completions"),
         ("trained tokens per step", f"at most {completions * width:,}"),
-        ("micro-batches per step", f"at most {-(-completions // per_micro)} of {min(per_micro, completions)} rows"),
+        ("longest micro-batch", f"{units} x ({prefix} + {share} x {longest}) tokens: {share} completions to a prompt"),
         ("compiled programs", f"about {programs}"),
-        ("predicted bytes per device", f"about {_bytes(resident + max(rollout, update))}"),
+        (
+            "predicted bytes per device",
+            f"update {_bytes(update_bytes)}, rollout about {_bytes(resident + copies + cache)}",
+        ),
     ]
 
 

@@ -42,36 +42,36 @@ def warm_start(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.0))
     rng = np.random.default_rng([c.seed, 0x5757])
 
-    def loss(params, tokens, context, length, width):
+    def loss(params, prefix, prefix_length, last, completions, length):
         logprob, _ = completion_logprobs(
             model,
             params,
-            tokens,
-            context,
-            width,
+            prefix,
+            prefix_length,
+            last,
+            completions,
             dtype=c.model.dtype,
             temperature=1.0,
             chunk=c.learner.logprob_chunk,
             remat=c.learner.remat,
         )
-        mask = jnp.arange(width) < length[:, None]
+        mask = jnp.arange(completions.shape[-1]) < length[..., None]
         return -jnp.sum(jnp.where(mask, logprob, 0.0)) / jnp.sum(mask)
 
-    def step(params, opt_state, tokens, context, length, width):
-        value, grads = jax.value_and_grad(loss)(params, tokens, context, length, width)
+    def step(params, opt_state, batch):
+        value, grads = jax.value_and_grad(loss)(params, *batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
     places = jax.tree.map(lambda x: x.sharding, params)
-    run = jax.jit(step, static_argnums=5, donate_argnums=(0, 1), out_shardings=(places, None, None))
+    run = jax.jit(step, donate_argnums=(0, 1), out_shardings=(places, None, None))
     opt_state = jax.jit(optimizer.init)(params)
     for number in range(1, settings.steps + 1):
         # Prompts with a draft are twice as long: a batch is of one kind, so that little of it is padding.
         shows_draft = c.algorithm.num_drafts > 0 and rng.random() < settings.draft_fraction
         rows = [_example(c, rng, problems, renderer, encode, shows_draft) for _ in range(settings.batch_size)]
         batch = sharding.to_global(_pad(rows), sharding.batch_sharding(mesh))
-        width = pick_bucket(length_buckets(1 << 20, 16), max(len(target) for _, target in rows))
-        params, opt_state, value = run(params, opt_state, *batch, width)
+        params, opt_state, value = run(params, opt_state, batch)
         report(number, float(value))
     return params
 
@@ -89,10 +89,13 @@ def _example(
     return context, encode(solution(problem, settings.error_rate, top, rng))
 
 
-def _pad(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    size = pick_bucket(length_buckets(1 << 20, 16), max(len(context) + len(target) for context, target in rows))
-    tokens = np.zeros((len(rows), size), np.int32)
-    for row, (context, target) in zip(tokens, rows, strict=True):
-        row[: len(context) + len(target)] = np.concatenate([context, target])
-    lengths = [np.array([len(part[i]) for part in rows], np.int32) for i in (0, 1)]
-    return tokens, *lengths
+def _pad(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
+    """Contexts without their last token, their lengths, the last tokens, completions [B, 1, T] and their lengths."""
+    contexts, targets = zip(*rows, strict=True)
+    lengths = np.array([len(context) - 1 for context in contexts], np.int32)
+    sizes = np.array([[len(target)] for target in targets], np.int32)
+    prefix = np.zeros((len(rows), pick_bucket(length_buckets(1 << 20, 16), int(lengths.max()))), np.int32)
+    completions = np.zeros((len(rows), 1, pick_bucket(length_buckets(1 << 20, 16), int(sizes.max()))), np.int32)
+    for i, (context, target) in enumerate(rows):
+        prefix[i, : len(context) - 1], completions[i, 0, : len(target)] = context[:-1], target
+    return prefix, lengths, np.array([context[-1] for context in contexts], np.int32), completions, sizes

@@ -34,3 +34,13 @@ def tiny():
     draw = np.random.default_rng(0).normal
     params = {path: draw(path.endswith("scale"), 0.2, shape) for path, shape in decoder.shapes(c).items()}
     return c, {path: value.astype(np.float32) for path, value in params.items()}
+
+
+@pytest.fixture(scope="module")
+def compile_fast():
+    """Machine code that is not optimised, for modules whose programs run once or twice. The programs stay the same."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -35,10 +35,15 @@ def example(width=3, garbage=0.0):
     return logprob, old, np.arange(width) < LENGTHS[:, None]
 
 
+def token_weights(r, mask, finished):
+    """Of tokens, [2, T]: a row's own at each of its tokens."""
+    return algorithms.row_weights(r, mask.sum(axis=1), finished, L_MAX)[:, None] * mask
+
+
 def evaluate(r, width=3, garbage=0.0, reference=None, finished=(True, True)):
     """Loss record, and the loss's gradient with respect to the log-probs [2, width]."""
     logprob, old, mask = example(width, garbage)
-    weight = algorithms.token_weights(r, LENGTHS, np.array(finished), L_MAX, width)
+    weight = token_weights(r, mask, np.array(finished))
     if reference is not None:
         reference = logprob + np.pad(np.log(reference), ((0, 0), (0, width - 3)))
 
@@ -132,12 +137,28 @@ def test_kl_adds_k3_and_eq_29():
     np.testing.assert_allclose(gradient, before - weight * beta * (RHO - 1), atol=1e-6)
 
 
+def test_a_correction_weighs_the_objective_and_not_the_kl():
+    """Of tokens as drawn from another sampler, by 2 and 0.5: row 0 is 1/4 of 2 x 1.2 + 0.5 x 0.5, row 1 stays."""
+    r = resolved("grpo", beta=0.1)
+    logprob, old, mask = example()
+    reference, weight = logprob + np.log(RHO).astype(np.float32), token_weights(r, mask, np.ones(2, bool))
+    correction = np.array([[2.0, 0.5, 7.0], [1.0, 1.0, 1.0]], np.float32)
+
+    def loss(x):
+        return algorithms.loss(r, x, old, reference, ADVANTAGE, weight, mask, correction).loss
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(logprob))
+    assert float(value) == pytest.approx(-((2.4 + 0.25) / 4 - 6.8 / 6) + 0.1 * (weight * K3).sum(), abs=1e-6)
+    # Row 0: -(1/4)(0 + .1), -(1/4)(.5 x .5 - .05).
+    np.testing.assert_allclose(gradient, [[-0.025, -0.05, 0], [0.5, 0.0125, 1 / 3]], atol=1e-6)
+
+
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_on_policy_the_ratio_is_1_and_the_gradient_is_that_of_reinforce(loss_type):
     """min(r A, clip(r) A) has a tie at r = 1: its gradient must be A there, not A / 2."""
     r = resolved(loss_type)
     logprob, _, mask = example()
-    weight = algorithms.token_weights(r, LENGTHS, np.ones(2, bool), L_MAX, 3)
+    weight = token_weights(r, mask, np.ones(2, bool))
 
     def loss(x):
         record = algorithms.loss(r, x, jax.lax.stop_gradient(x), None, ADVANTAGE, weight, mask)
@@ -214,12 +235,12 @@ WEIGHTS = {
 @pytest.mark.parametrize("loss_type", WEIGHTS)
 def test_token_weights_and_cut_completions(loss_type):
     lengths, finished = np.array([2, 4]), np.array([True, False])
-    real = np.arange(6) < lengths[:, None]
     for masks, expected in zip((False, True), WEIGHTS[loss_type], strict=True):
         r = resolved(loss_type, mask_truncated_completions=masks)
-        got = algorithms.token_weights(r, lengths, finished, 4, 6)
-        np.testing.assert_allclose(got, np.array(expected)[:, None] * real, rtol=1e-6)
-    nothing = algorithms.token_weights(r, lengths, np.zeros(2, bool), 4, 6)
+        got = algorithms.row_weights(r, lengths, finished, 4)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+    nothing = algorithms.row_weights(r, lengths, np.zeros(2, bool), 4)
     np.testing.assert_array_equal(nothing, 0)  # all cut: no tokens to divide by
 
 

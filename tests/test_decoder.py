@@ -13,6 +13,8 @@ from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import ModelConfig, builtin
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 TINY = ModelConfig(
     vocab_size=48,
     hidden_size=24,

@@ -1,5 +1,6 @@
 """Chunked log-probs and entropy: equal to full logits in value and gradient, without ever holding them."""
 
+import itertools
 import re
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from igrpo_jax import config, sharding
 from igrpo_jax.logprobs import completion_logprobs, token_logprobs
 from igrpo_jax.models import decoder
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 R, T, D, V = 3, 10, 8, 29
 
@@ -42,7 +45,7 @@ def value_and_gradients(function):
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 @pytest.mark.parametrize("chunk", [1, 3, 10, 64])
 def test_equal_to_full_logits(chunk, temperature):
-    """Chunks of 3 leave a rest of T = 10, 64 is more than all; temperature 0 (greedy) is read as 1."""
+    """10 positions of 3 rows leave a rest of T = 10, 64 are more than all; temperature 0 (greedy) is read as 1."""
     expected = value_and_gradients(lambda *x: naive(*x, temperature))
     got = value_and_gradients(lambda *x: token_logprobs(*x, temperature, chunk))
     for a, b in zip(got, expected, strict=True):
@@ -80,14 +83,14 @@ def loss_of(function):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_all_logits_never_exist(gradient):
-    """In the compiled program, with chunks of 8 of 96: neither in its shapes nor in its memory."""
+    """In the compiled program, with chunks of 8 of 96 in 4 rows: neither in its shapes nor in its memory."""
 
     def compiled(function):
         loss = loss_of(function)
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)) if gradient else loss).lower(*data(**WIDE)).compile()
 
     all_logits = 4 * 96 * 1009 * 4
-    chunked = compiled(lambda *x: token_logprobs(*x, 0.7, 8))
+    chunked = compiled(lambda *x: token_logprobs(*x, 0.7, 32))
     assert chunked.memory_analysis().temp_size_in_bytes < all_logits / 2
     held = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\w\d+\[([\d,]+)\]", chunked.as_text())}
     assert max(np.prod(shape) for shape in held if 1009 in shape) <= 4 * 8 * 1009
@@ -118,7 +121,7 @@ def test_a_sharded_vocabulary_is_never_gathered():
         return program.lower(*args).compile(), args
 
     with jax.set_mesh(mesh):
-        program, args = compiled(lambda *x: token_logprobs(*x, 0.7, 8))
+        program, args = compiled(lambda *x: token_logprobs(*x, 0.7, 16))
         # The largest that may travel: the head's half over fsdp. A chunk's logits of one device are 2 x 8 x 504.
         assert max(gathers(program), default=0) <= 16 * 504 < 4 * 8 * 1008
         assert not re.search(r"f32\[[24],8,1008\]", program.as_text())
@@ -135,30 +138,71 @@ def _gathers(hidden, head, targets):
     return (jnp.sort(sharding.constrain(own, "batch", "time", None), axis=-1)[..., ::7],)
 
 
-CONTEXTS, COMPLETIONS = np.array([1, 6, 9, 0]), np.array([4, 6, 3, 0])  # the second row is full, the last is padding
+Q, G = 3, 2  # contexts, and completions of each
+CONTEXTS, COMPLETIONS = np.array([6, 1, 9]), np.array([[4, 6], [5, 1], [3, 6]])
 
 
-def completions(c, params, tokens, width, chunk, remat="none"):
-    settings = {"dtype": "float32", "temperature": 0.8, "chunk": chunk, "remat": remat}
-    run = jax.jit(lambda params, tokens: completion_logprobs(c, params, tokens, CONTEXTS, width, **settings))
-    return run(params, tokens)
-
-
-def test_completions_are_scored_where_they_stand(tiny):
-    """Each row against its own forward pass, unpadded; padding id 0 also occurs inside. Extra width changes nothing."""
-    c, params = tiny
+def make_units():
+    """Contexts and completions, padded with what must not matter: a context of one token has no prefix."""
     rng = np.random.default_rng(2)
-    tokens = np.zeros((4, 12), np.int32)
-    for row, n in enumerate(CONTEXTS + COMPLETIONS):
-        tokens[row, :n] = rng.integers(0, 4, n)
-    narrow = completions(c, params, tokens, 6, chunk=4)
-    wide = completions(c, params, np.pad(tokens, ((0, 0), (0, 7)), constant_values=9), 11, chunk=3)
-    alone = jax.jit(lambda params, own: decoder.apply(c, params, own, jnp.arange(own.shape[1])[None])[0])
-    for row in range(3):
-        start, n = CONTEXTS[row], COMPLETIONS[row]
-        own = tokens[row : row + 1, : start + n]
-        expected = naive(alone(params, own)[:, start - 1 : -1], params["lm_head"], own[:, start:], 0.8)
-        for got in (narrow, wide):
-            for a, b in zip(got, expected, strict=True):
-                np.testing.assert_allclose(a[row, :n], b[0], atol=1e-5, rtol=0)
-    assert all(np.isfinite(x).all() for x in (*narrow, *wide))  # also where they mean nothing: 0 x NaN is NaN
+    contexts = [rng.integers(0, 4, n, np.int32) for n in CONTEXTS]
+    completions = rng.integers(0, 64, (Q, G, 6), np.int32)
+    return contexts, completions
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    """Log-probs and entropies [Q, G, T] of `make_units`; its prefixes are padded to `size` with `pad`."""
+    c, params = tiny
+    settings = {"dtype": "float32", "temperature": 0.8, "chunk": 24, "remat": "none"}
+    score = jax.jit(lambda *x: completion_logprobs(c, *x, **settings))
+
+    def call(contexts, completions, size=8, pad=5):
+        prefix = np.full((Q, size), pad, np.int32)
+        for i, context in enumerate(contexts):
+            prefix[i, : len(context) - 1] = context[:-1]
+        lengths, last = np.array([len(x) - 1 for x in contexts], np.int32), np.array([x[-1] for x in contexts])
+        return [np.asarray(x) for x in score(params, prefix, lengths, last, completions)]
+
+    return call
+
+
+def test_completions_are_scored_where_they_stand(tiny, run):
+    """Each after its context and alone, in a forward pass of its own: positions go on where the context ends."""
+    c, params = tiny
+    contexts, completions = make_units()
+    wide = np.pad(completions, ((0, 0), (0, 0), (0, 5)), constant_values=9)
+    got = run(contexts, completions), run(contexts, wide, size=13)
+    rows = np.zeros((Q * G, 15), np.int32)
+    for i, row in enumerate(rows):
+        own = np.concatenate([contexts[i // G], completions[i // G, i % G]])
+        row[: len(own)] = own
+    places = np.broadcast_to(np.arange(15), rows.shape)
+    hidden = jax.jit(lambda params, rows: decoder.apply(c, params, rows, places)[0])(params, rows)
+    expected = naive(hidden[:, :-1], params["lm_head"], rows[:, 1:], 0.8)
+    for i in range(Q * G):
+        start, n = CONTEXTS[i // G] - 1, COMPLETIONS[i // G, i % G]
+        for a, b in itertools.product(range(2), repeat=2):
+            np.testing.assert_allclose(
+                got[a][b][i // G, i % G, :n], expected[b][i, start : start + n], atol=1e-5, rtol=0
+            )
+    assert all(np.isfinite(x).all() for pair in got for x in pair)  # also where they mean nothing: 0 x NaN is NaN
+
+
+def test_completions_of_a_context_do_not_see_each_other(run):
+    """Nor the padding of the prefix, nor what comes later; only the tokens of another context change its own rows."""
+    contexts, completions = make_units()
+    before = run(contexts, completions)
+    for pair in zip(before, run(contexts, completions, pad=60), strict=True):
+        np.testing.assert_array_equal(*pair)
+    changed = completions.copy()
+    changed[0, 1, 2:] = (changed[0, 1, 2:] + 1) % 64
+    for name, old, new in zip(("logprob", "entropy"), before, run(contexts, changed), strict=True):
+        own = np.zeros_like(old, bool)
+        own[0, 1, 2 if name == "logprob" else 3 :] = True  # a token is no input of its own distribution
+        np.testing.assert_array_equal(old[~own], new[~own])
+        assert (old[own] != new[own]).all()
+    changed = [contexts[0], contexts[1], (contexts[2] + 1) % 64]
+    for old, new in zip(before, run(changed, completions), strict=True):
+        np.testing.assert_array_equal(old[:2], new[:2])
+        assert (old[2] != new[2]).all()

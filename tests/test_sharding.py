@@ -11,6 +11,8 @@ from igrpo_jax.config import InputError
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import ModelConfig
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 TINY = ModelConfig(
     vocab_size=48,
     hidden_size=16,

@@ -1,9 +1,10 @@
 """What a decoder remembers of the tokens it has read, one entry per sublayer, and the two verbs on it.
 
 `insert` writes the rows of a prefilled prompt into slots; `fork` repeats one prefilled prompt for its samples. The
-sampler uses both to run a prompt once for all its completions.
+sampler uses both to run a prompt once for all its completions. `shared` is the learner's fork: nothing is repeated, the
+rows that continue a prefix read the one copy, and their gradients add up in it.
 
-Legend: B batch or slot, K kv heads, S key positions, H head dim.
+Legend: B batch or slot, K kv heads, S key positions, H head dim, Q prefixes, P prefix positions.
 """
 
 from typing import NamedTuple
@@ -22,7 +23,15 @@ class KV(NamedTuple):
     v: jax.Array  # [B, K, S, H]
 
 
-Cache = tuple[KV | None, ...]  # one entry per sublayer, None where it remembers nothing
+class Prefix(NamedTuple):
+    """Keys and values that several rows continue: of B rows, row b continues prefix b // (B / Q)."""
+
+    k: jax.Array  # [Q, K, P, H]
+    v: jax.Array  # [Q, K, P, H]
+    length: jax.Array  # [Q] int32, how many of the P positions are real; may be 0
+
+
+Cache = tuple[KV | Prefix | None, ...]  # one entry per sublayer, None where it remembers nothing
 
 
 def empty(config: ModelConfig, slots: int, length: int, dtype: jnp.dtype) -> Cache:
@@ -54,3 +63,8 @@ def insert(cache: Cache, rows: Cache, slots: jax.Array) -> Cache:
     return jax.tree.map(
         lambda old, new: old.at[slots, :, : new.shape[2]].set(new.astype(old.dtype), mode="drop"), cache, rows
     )
+
+
+def shared(cache: Cache, length: jax.Array) -> Cache:
+    """The cache of Q rows of right-padded tokens as prefixes to continue; `length` is [Q] int32."""
+    return tuple(None if entry is None else Prefix(*entry, length) for entry in cache)

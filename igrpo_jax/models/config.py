@@ -23,6 +23,7 @@ class ModelConfig:
     qkv_bias: bool
     tie_embeddings: bool
     max_position_embeddings: int  # tokens of context
+    attention: str = "xla"  # of prefill and training, a key of attention.IMPLEMENTATIONS; `attention.choose` picks it
 
     @property
     def num_params(self) -> int:

@@ -20,6 +20,8 @@ from igrpo_jax.models.layers import MLP, Attention, RMSNorm
 
 Params = dict[str, jax.Array]
 MIXERS = {"*": Attention, "-": MLP}
+# What remat keeps of a sublayer besides its input: nothing, or products with weights (attention scores are no such).
+KEPT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class Block(nnx.Module):
@@ -45,7 +47,9 @@ class Decoder(nnx.Module):
             self.lm_head = nnx.Param(jax.random.normal(rngs.params(), shape[::-1], jnp.float32) * c.hidden_size**-0.5)
 
     def __call__(self, tokens, positions, cache, read, remat):
-        run = jax.checkpoint(_run_block, static_argnums=(0, 5)) if remat == "full" else _run_block
+        run = _run_block
+        if remat != "none":
+            run = jax.checkpoint(_run_block, static_argnums=(0, 5), policy=KEPT[remat])
         # Rows looked up in a table whose width is sharded like the batch can't be resharded cheaply: gather the width.
         table = sharding.constrain(self.embedding[...], "vocab", None)
         x = sharding.constrain(table[tokens], "batch", "time", "features")
@@ -98,8 +102,10 @@ def apply(
 
     Args:
         tokens, positions: [B, T] int32. Without `cache`, position t of a row is t: rows start at their first token.
-        cache: decode one token per row (T = 1) against it; `read` (static) positions of it are attended to.
-        remat: "full" recomputes each sublayer in the backward pass, "none" keeps its activations.
+        cache: either of KV entries, to decode one token per row (T = 1) against its first `read` (static) positions;
+            or of Prefix entries, which the rows continue.
+        remat: what the backward pass recomputes of each sublayer: all ("full"), all but products with weights ("dots"),
+            or nothing ("none").
 
     Returns:
         Hidden states [B, T, D] in the dtype of `params`, and the cache: updated, or of this row alone.
@@ -111,7 +117,7 @@ def apply(
 
 
 def remat_options(platform: str) -> dict[str, str]:
-    """Compiler options for a program that differentiates with remat = "full" on `platform` ("cpu", "gpu", "tpu").
+    """Compiler options for a program that differentiates with remat on `platform` ("cpu", "gpu", "tpu").
 
     jax.checkpoint holds each recomputation back with a barrier. XLA's CPU compiler drops the barriers before it orders
     the program, runs all recomputations at the start, and so needs as much memory as without them: 488 MB against

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from igrpo_jax.models import cache as caches
-from igrpo_jax.models.attention import attention, rope
-from igrpo_jax.models.cache import KV
+from igrpo_jax.models.attention import IMPLEMENTATIONS, cached_attention, rope
+from igrpo_jax.models.cache import KV, Prefix
 from igrpo_jax.models.config import ModelConfig
 from igrpo_jax.sharding import constrain
 
@@ -46,13 +46,14 @@ class Attention(nnx.Module):
         self.o_proj = _zeros((n, h, d))  # a sublayer starts as the identity
         if c.qkv_bias:
             self.q_bias, self.k_bias, self.v_bias = _zeros((n, h)), _zeros((k, h)), _zeros((k, h))
-        self.qkv_bias, self.rope_theta = c.qkv_bias, c.rope_theta
+        self.qkv_bias, self.rope_theta, self.attention = c.qkv_bias, c.rope_theta, c.attention
 
-    def __call__(self, x: jax.Array, positions: jax.Array, entry: KV | None, read: int | None):
+    def __call__(self, x: jax.Array, positions: jax.Array, entry: KV | Prefix | None, read: int | None):
         """Output [B, T, D] and the keys and values that the caller may keep.
 
-        Without `entry` the row attends to itself and its own [B, K, T, H] come back. With `entry` (T = 1) the token is
-        written at its position, the first `read` positions are attended to, and the whole entry comes back.
+        Without `entry` the row attends to itself, with a Prefix to that as well, and its own [B, K, T, H] come back.
+        With a KV (T = 1) the token is written at its position, the first `read` positions are attended to, and the
+        whole entry comes back.
         """
         q = jnp.einsum("BTD,DNH->BTNH", x, self.q_proj[...])
         k = jnp.einsum("BTD,DKH->BTKH", x, self.k_proj[...])
@@ -62,9 +63,12 @@ class Attention(nnx.Module):
         q = constrain(rope(q, positions, self.rope_theta), "batch", "time", "heads", "head_dim")
         k = rope(k, positions, self.rope_theta)
         own = KV(*(constrain(y.swapaxes(1, 2), *caches.AXES) for y in (k, v)))
-        kept = own if entry is None else caches.append(entry, own, positions[:, 0])
-        mixed = attention(q, kept.k[:, :, :read], kept.v[:, :, :read], positions)
-        return jnp.einsum("BTNH,NHD->BTD", mixed, self.o_proj[...]), kept
+        if isinstance(entry, KV):
+            own = caches.append(entry, own, positions[:, 0])
+            mixed = cached_attention(q, own.k[:, :, :read], own.v[:, :, :read], positions)
+        else:
+            mixed = IMPLEMENTATIONS[self.attention](q, *own, entry)
+        return jnp.einsum("BTNH,NHD->BTD", mixed, self.o_proj[...]), own
 
 
 class MLP(nnx.Module):

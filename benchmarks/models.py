@@ -1,0 +1,145 @@
+"""Models and figures that the benchmarks share: shapes by name, random or real weights, memory, the machine."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_QWEN2 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "max_position_embeddings": 131_072}
+_LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
+
+
+def _dense(
+    family: dict, hidden: int, layers: int, heads: int, kv: int, ffn: int, vocab: int, tied: bool, **more
+) -> dict:
+    return family | {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "intermediate_size": ffn,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+        **more,
+    }
+
+
+# config.json of each shape.
+SHAPES = {
+    "qwen2-small": _dense(_QWEN2, 256, 4, 4, 2, 688, 49_152, True),
+    "qwen2-small-150k": _dense(_QWEN2, 256, 4, 4, 2, 688, 151_936, True),
+    "smollm2-135m": _dense(_LLAMA, 576, 30, 9, 3, 1536, 49_152, True, rope_theta=100_000.0),
+    "qwen2-0.5b": _dense(_QWEN2, 896, 24, 14, 2, 4864, 151_936, True),
+    "qwen2-1.5b": _dense(_QWEN2, 1536, 28, 12, 2, 8960, 151_936, False),
+    "qwen2-7b": _dense(_QWEN2, 3584, 28, 28, 4, 18_944, 152_064, False),
+}
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--model", metavar="DIR", help="Hugging Face directory with weights")
+    group.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
+
+
+def raw_config(args: argparse.Namespace) -> dict:
+    """config.json of the model that `args` name."""
+    return json.loads((Path(args.model) / "config.json").read_text()) if args.model else SHAPES[args.shape]
+
+
+def torch_model(args: argparse.Namespace, **options):
+    """The same model in transformers."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    if args.model:
+        return transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, **options)
+    raw = dict(SHAPES[args.shape])
+    config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+
+
+def random_params(model, mesh):
+    """Random float32 parameters in their shardings; every sublayer takes part."""
+    import jax
+
+    from igrpo_jax import sharding
+    from igrpo_jax.models import decoder
+
+    def build(key):
+        shapes = decoder.shapes(model).items()
+        keys = dict(zip((path for path, _ in shapes), jax.random.split(key, len(shapes)), strict=True))
+        return {
+            path: jax.numpy.ones(shape) if path.endswith("scale") else 0.02 * jax.random.normal(keys[path], shape)
+            for path, shape in shapes
+        }
+
+    places = {path: sharding.param_sharding(mesh, path) for path in decoder.shapes(model)}
+    return jax.jit(build, out_shardings=places)(jax.random.key(0))
+
+
+def timed(run: Callable[[], object], steps: int) -> list[float]:
+    """Seconds of each of `steps` calls, after one that does not count."""
+    run()
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def matmul_peak(dtype: str, size: int = 2048) -> float:
+    """FLOP/s of a large square matmul on one device, best of several."""
+    import jax
+    import jax.numpy as jnp
+
+    size = size if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((size, size), dtype)
+    multiply = jax.jit(lambda a, b: a @ b)
+    run = lambda: multiply(x, x).block_until_ready()  # noqa: E731
+    return 2 * size**3 / min(timed(run, 8))
+
+
+class PeakMemory:
+    """Resident memory of this process, in bytes: `now`, and the most since `reset` (Linux)."""
+
+    @staticmethod
+    def reset() -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    @staticmethod
+    def _field(name: str) -> int:
+        return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    def now(self) -> int:
+        return self._field("VmRSS")
+
+    def peak(self) -> int:
+        return self._field("VmHWM")
+
+
+def machine(*packages: str) -> dict:
+    """What a figure depends on besides the code."""
+    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    names = ("jax", "jaxlib", "flax", *packages)
+    return {
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def median(values: list[float]) -> float:
+    return round(statistics.median(values), 4)
+
+
+def finish(figures: dict) -> None:
+    """Prints the one JSON object that every benchmark ends with."""
+    print(json.dumps(figures))

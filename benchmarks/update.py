@@ -1,0 +1,209 @@
+"""The update alone: gradient and AdamW step of one rollout, beside plain torch on the same rows.
+
+    python benchmarks/update.py --shape smollm2-135m --groups 2 --group 8 --prefix 64 --completion 64 --torch eager
+
+Rows are random tokens of fixed lengths with random advantages, on policy, one optimizer step, beta 0. The torch peer is
+a transformers model with SDPA: forward, backward, a norm clip and fused AdamW over the same rows, its head on the
+positions before completion tokens only, no gradient checkpointing. Each runs in a process of its own, one after the
+other. The last line is one JSON object:
+
+    update_seconds        median over --steps updates after one that does not count (which compiles)
+    tokens_per_second     completion tokens over update_seconds
+    mfu                   FLOPs of the model (matmuls and attention, forward + 2 x backward, no recomputation; what the
+                          group shares is counted once where it is run once) per second, over those of a large matmul
+                          measured in the same run
+    peak_memory_bytes     of the largest program with the training state, by the compiler's count; on a GPU or TPU what
+                          the allocator saw
+    extra_memory_bytes    resident memory of the process at its peak, beyond that before a step and the gradients: what
+                          activations and temporaries need (CPU only)
+    padding_fraction      share of the positions run that are padding
+    torch_...             the same of the torch peers, and `ratio`: update_seconds over the best torch peer's
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import models
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models.add_model(parser)
+    parser.add_argument("--groups", type=int, default=2, help="prompts")
+    parser.add_argument("--group", type=int, default=8, help="completions of each")
+    parser.add_argument("--prefix", type=int, default=64, help="tokens of each prompt, with its draft")
+    parser.add_argument("--completion", type=int, default=64, help="tokens of each completion")
+    parser.add_argument("--shared-prefix", choices=("on", "off"), default="on")
+    parser.add_argument("--remat", choices=("full", "dots", "none"), default="none")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--tokens-per-microbatch", type=int, default=1 << 20)
+    parser.add_argument("--logprob-chunk", type=int, default=None, help="positions of a row; default: the package's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--torch", nargs="*", choices=("eager", "compile"), default=[], help="peers to run beside it")
+    parser.add_argument("--peer", choices=("eager", "compile"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def ours(args: argparse.Namespace) -> dict:
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from igrpo_jax import config, sharding
+    from igrpo_jax.batch import Completion, Group, Prompt, Score
+    from igrpo_jax.learner import Learner
+    from igrpo_jax.models import attention, hf
+    from igrpo_jax.models.config import from_hf
+
+    tree = config.default()
+    tree.prompts_per_step, tree.algorithm.num_generations, tree.algorithm.num_drafts = args.groups, args.group, 0
+    tree.rollout.max_completion_length, tree.rollout.temperature = args.completion, 1.0
+    tree.model.dtype, tree.learner.remat, tree.learner.attention = args.dtype, args.remat, args.attention
+    tree.learner.tokens_per_microbatch, tree.learner.shared_prefix = (
+        args.tokens_per_microbatch,
+        args.shared_prefix == "on",
+    )
+    if args.logprob_chunk:
+        tree.learner.logprob_chunk = args.logprob_chunk
+    model = from_hf(models.raw_config(args), args.model or args.shape)
+    mesh = sharding.make_mesh(config.Mesh(fsdp=1), jax.devices()[:1])
+    longest = args.prefix + args.completion
+    chosen = attention.choose(args.attention, mesh, args.dtype, model.head_dim, longest)
+    model = dataclasses.replace(model, attention=chosen)
+    rng = np.random.default_rng(0)
+
+    def completion(i):
+        tokens = rng.integers(17, model.vocab_size, args.completion, np.int32)
+        return Completion(
+            "refine", i, tokens, np.zeros(args.completion, np.float32), True, score=Score(0, {}, None, "ok")
+        )
+
+    groups = []
+    for index in range(args.groups):
+        context = rng.integers(17, model.vocab_size, args.prefix, np.int32)
+        prompt = Prompt(str(index), index, "", "", context)
+        groups.append(Group(prompt, (), None, context, tuple(completion(i) for i in range(args.group))))
+    gains = rng.standard_normal((args.groups, args.group)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        learner = Learner(config.freeze(tree), model, mesh, max_context=args.prefix, total_steps=100)
+        params = hf.load_params(args.model, model, mesh) if args.model else models.random_params(model, mesh)
+        state = [learner.init(params)]
+        del params
+        losses, padding = [], []
+
+        def step():
+            state[0], metrics = learner.update(state[0], groups, gains, 1)
+            jax.block_until_ready(state[0].params)
+            losses.append(metrics["loss"])
+            padding.append(metrics["perf/padding_frac"])
+
+        figures = _measure(step, args, 4 * model.num_params)
+        if jax.default_backend() == "cpu":
+            figures["peak_memory_bytes"] = learner.predicted_bytes()
+        else:
+            figures["peak_memory_bytes"] = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    flops = _flops(model, args)
+    return figures | {
+        "mfu": round(flops / figures["update_seconds"] / models.matmul_peak(args.dtype), 3),
+        "padding_fraction": round(padding[-1], 4),
+        "loss": losses[0],
+        "device": jax.devices()[0].device_kind,
+        "attention": chosen,
+        **models.machine("optax"),
+    }
+
+
+def _measure(step, args: argparse.Namespace, gradient_bytes: int) -> dict:
+    memory = models.PeakMemory()
+    step()
+    memory.reset()
+    before = memory.now()
+    seconds = models.timed(step, args.steps)
+    return {
+        "update_seconds": models.median(seconds),
+        "update_seconds_best": round(min(seconds), 4),
+        "tokens_per_second": round(args.groups * args.group * args.completion / models.median(seconds)),
+        "extra_memory_bytes": memory.peak() - before - gradient_bytes,
+    }
+
+
+def _flops(model, args: argparse.Namespace) -> float:
+    """Forward and backward of one update, multiply-adds as two."""
+    rows, length, prefix = args.groups * args.group, args.completion, args.prefix
+    contexts = args.groups if args.shared_prefix == "on" else rows
+    body = model.num_params - model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    tokens = contexts * prefix + rows * length
+    layers, width = model.pattern.count("*"), model.num_heads * model.head_dim
+    pairs = contexts * prefix**2 / 2 + rows * length * (prefix + length / 2)
+    head = rows * length * model.vocab_size * model.hidden_size
+    return 3 * 2 * (body * tokens + head + 2 * layers * width * pairs)
+
+
+def peer(args: argparse.Namespace) -> dict:
+    """The same rows through a transformers model, written as one would."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(os.cpu_count())
+    model = models.torch_model(args, attn_implementation="sdpa").to(device).train()
+    model.config.use_cache = False
+    forward = torch.compile(model) if args.peer == "compile" else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+    rows = args.groups * args.group
+    generator = torch.Generator().manual_seed(0)
+    contexts = torch.randint(17, model.config.vocab_size, (args.groups, args.prefix), generator=generator)
+    own = torch.randint(17, model.config.vocab_size, (rows, args.completion), generator=generator)
+    tokens = torch.cat([contexts.repeat_interleave(args.group, 0), own], 1).to(device)
+    gains = torch.randn(rows, generator=generator).to(device)
+    at_once = max(1, args.tokens_per_microbatch // (args.prefix + args.completion))
+
+    def step():
+        for i in range(0, rows, at_once):
+            x = tokens[i : i + at_once]
+            logits = forward(input_ids=x, logits_to_keep=args.completion + 1, use_cache=False).logits[:, :-1].float()
+            logprob = torch.log_softmax(logits, -1).gather(-1, x[:, args.prefix :, None])[..., 0]
+            ratio = torch.exp(logprob - logprob.detach())
+            (-(ratio * gains[i : i + at_once, None]).mean(1).sum() / rows).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    figures = _measure(step, args, 4 * sum(p.numel() for p in model.parameters()))
+    if device == "cuda":
+        figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return figures | {"torch": torch.__version__}
+
+
+def main() -> None:
+    args = parse()
+    if args.peer:
+        models.finish(peer(args))
+        return
+    figures = ours(args)
+    print(f"ours: {figures['update_seconds']} s, {figures['extra_memory_bytes'] / 2**20:.0f} MiB extra")
+    peers = {}
+    for name in args.torch:
+        command = [sys.executable, __file__, *sys.argv[1:], "--peer", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        peers[name] = json.loads(done.stdout.splitlines()[-1])
+        extra = peers[name]["extra_memory_bytes"] / 2**20
+        print(f"torch {name}: {peers[name]['update_seconds']} s, {extra:.0f} MiB extra")
+        figures |= {f"torch_{name}_{key}": value for key, value in peers[name].items()}
+    if peers:
+        best = min(peers.values(), key=lambda one: one["update_seconds"])
+        figures["ratio"] = round(figures["update_seconds"] / best["update_seconds"], 3)
+        figures["memory_ratio"] = round(figures["extra_memory_bytes"] / best["extra_memory_bytes"], 3)
+    models.finish(vars(args) | figures)
+
+
+if __name__ == "__main__":
+    main()
