@@ -1,58 +1,29 @@
-"""igrpo_jax.rewards.math_grader: what counts as the stated answer, and when two answers are the same."""
+"""igrpo_jax.rewards.math_grader: when two answers are the same.
+
+SAME and DIFFERENT hold pairs of every kind the conventions speak of; each is tried both ways round.
+"""
 
 import os
+import random
 import subprocess
 import sys
-import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from igrpo_jax.rewards import math_grader
+from igrpo_jax.rewards import math_grader, symbolic
 from igrpo_jax.rewards.math_grader import equivalent, extract, grade
 
-EXTRACTED = [
-    (r"So $x = \boxed{42}$.", "42"),
-    (r"\boxed{1} is wrong, so \boxed{2}", "2"),
-    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed{ \boxed{7} }", "7"),
-    (r"\boxed {3}", "3"),
-    (r"\fbox{3}", "3"),
-    (r"\boxed{1} and then \boxed{never closed", "1"),
-    (r"\boxed{never closed, \boxed{5}", "5"),
-    (r"It is \boxed{4}. I put it in \boxed{}", "4"),
-    (r"\boxed{never closed", None),
-    (r"\boxed{}", None),
-    ("<answer>42</answer>", "42"),
-    ("<answer> \n42\n </answer>", "42"),
-    ("<answer>1</answer> no: <answer>5</answer>", "5"),
-    (r"<answer>$\boxed{4}$</answer>", "4"),
-    (r"\boxed{3} <answer>The answer is 4.</answer>", "4"),
-    ("<think>3 * 4 = 12</think>\n<answer>12.5</answer>", "12.5"),
-    (r"<think>\boxed{42}</think> Hence \boxed{43}.", "43"),
-    (r"<think>\boxed{42}</think> Some other text.", None),  # what is only thought is not stated
-    (r"<think>so \boxed{42}</think>" + "\n", "42"),  # nothing follows: the thought is all there is
-    (r"<think>so \boxed{42}", "42"),
-    (r"so \boxed{1}</think><answer>2</answer>", "2"),  # <think> was opened by the template
-    ("The answer is 42", "42"),
-    ("Therefore, answer is 189.\n\nAnother thought", "189"),
-    ("The answer is 3.5.", "3.5"),
-    ("The answer is 42 because geometry proves it", "42"),
-    ("**Final Answer:** 73", "73"),
-    ("Final Answer: **73**", "73"),
-    ("Answer: 41 was a guess.\nAnswer: 42", "42"),
-    (r"The answer is $\frac{1}{2}$, as shown", r"\frac{1}{2}"),
-    (r"the answer is \(x+1\).", "x+1"),
-    (r"Answer \[ 9 \]", "9"),
-    ("48/2 = 24\n#### 72", "72"),
-    ("#### 1\n#### 1,234\nignored", "1,234"),
-    ("The perimeter is 7", None),
-    ("First compute 6*7.\n42", None),
-    ("I have no idea", None),
-    ("", None),
-]
-
 SAME = [
+    (r"2\cos 36^\circ", r"\frac{1+\sqrt5}{2}"),
+    (r"\{(1,2)\}", "(1,2)"),
+    (r"f^{-1}(x) = \frac{x-3}{2}", r"\frac{x-3}{2}"),
+    (r"\text{\$}5", r"\$5"),
+    ("60 mph", r"60\text{ miles per hour}"),
+    (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", r"\frac{1}{3}\begin{pmatrix} -1 \\ 2 \end{pmatrix}"),
+    ("x^2 + 1 = y", "y = x^2+1"),
+    (r"s^2 \le 8r^2", r"16r^2 \ge 2s^2"),
     ("42", "42"),
     ("-5", "-5"),
     ("+5", "5"),
@@ -62,7 +33,7 @@ SAME = [
     ("7,425,000", "7425000"),
     ("1 000", "1000"),
     (r"1\,234.5", "1234.5"),
-    (r"12{,}345", "12345"),
+    ("12{,}345", "12345"),
     (r"\$32,\! 349", "32349"),
     (r"\$15,\!000", "15000"),
     ("100 dollars", "100"),
@@ -84,7 +55,7 @@ SAME = [
     (r"\text{Evelyn}", "evelyn"),
     ("(C)", "C"),
     (r"90^\circ", "90"),
-    (r"74°", r"74^{\circ}"),
+    ("74°", r"74^{\circ}"),
     (r"15\mbox{ cm}^2", "15"),
     (r"10\text{ cm}", r"10 \text{cm}"),
     ("204_5", "204_{5}"),
@@ -106,13 +77,309 @@ SAME = [
     (r"\begin{bmatrix} 0 & 1 \\ 0 & 2 \end{bmatrix}", r"\begin{pmatrix}0&1\\0&2\end{pmatrix}"),
     (r"\binom{5}{2}", "10"),
     (r"\frac{\pi}{2} \text{ cm}", r"\frac{\pi}{2}"),
+    ("42", "42.0"),
+    ("+7", "7"),
+    ("1,234", "1234"),
+    ("1{,}234{,}567", "1234567"),
+    (r"12\,345", "12345"),
+    ("12 345 678", "12345678"),
+    ("1,234.56", "1234.56"),
+    ("3{,}5", "3.5"),
+    ("0.5", r"\frac12"),
+    (".5", "1/2"),
+    (r"\frac{-1}{2}", r"-\frac12"),
+    (r"-\frac{1}{-2}", "0.5"),
+    (r"\dfrac{3}{4}", "0.75"),
+    (r"\tfrac{10}{4}", "2.5"),
+    (r"\frac{\frac12}{3}", "1/6"),
+    ("3/4", "0.75"),
+    (r"1\frac{3}{4}", r"\frac74"),
+    ("1 3/4", "1.75"),
+    (r"-1\frac{3}{4}", r"-\frac74"),
+    (r"50\%", "0.5"),
+    (r"50\%", "50"),
+    ("50%", r"\frac12"),
+    (r"12.5\%", r"\frac18"),
+    ("12.5 percent", r"12.5\%"),
+    (r"1.2\times10^{-3}", "0.0012"),
+    ("1.2e-3", "0.0012"),
+    ("1.2E-3", r"1.2 \cdot 10^{-3}"),
+    (r"3\times 10^8", "300000000"),
+    ("10^{6}", "1000000"),
+    ("2^{10}", "1024"),
+    ("2^10", "1024"),
+    ("4!", "24"),
+    (r"\frac{7!}{5!}", "42"),
+    (r"\binom{6}{3}", "20"),
+    (r"\dbinom{10}{2}", "45"),
+    (r"\sqrt{16}", "4"),
+    (r"\sqrt{50}", r"5\sqrt2"),
+    (r"\sqrt[3]{27}", "3"),
+    (r"\sqrt[3]{-8}", "-2"),
+    (r"\sqrt{\frac{1}{2}}", r"\frac{\sqrt2}{2}"),
+    (r"\frac{2}{\sqrt3}", r"\frac{2\sqrt3}{3}"),
+    (r"\frac{1}{1+\sqrt2}", r"\sqrt2-1"),
+    ("sqrt(3)/2", r"\frac{\sqrt{3}}{2}"),
+    ("5sqrt(2)", r"5\sqrt{2}"),
+    ("2^{1/2}", r"\sqrt2"),
+    ("8^{2/3}", "4"),
+    ("2^{0.5}", r"\sqrt{2}"),
+    (r"\sqrt{2}\sqrt{3}", r"\sqrt6"),
+    (r"(\sqrt{3}+1)^2", r"4+2\sqrt3"),
+    (r"\pi/2", r"\frac{\pi}{2}"),
+    ("2π", r"2\pi"),
+    (r"\frac{4}{3}\pi r^3", r"\frac{4\pi r^3}{3}"),
+    (r"0.5\pi", r"\frac{\pi}{2}"),
+    ("i^2", "-1"),
+    ("(1+i)^2", "2i"),
+    (r"\frac{1}{i}", "-i"),
+    (r"\frac{1+i}{1-i}", "i"),
+    (r"\sqrt{-4}", "2i"),
+    ("3+4i", "4i+3"),
+    ("|3+4i-3|", "|4i|"),
+    (r"e^{i\pi}", "-1"),
+    (r"e^{\pi i/2}", "i"),
+    (r"e^{2\pi i}", "1"),
+    ("e^0", "1"),
+    (r"\ln e", "1"),
+    (r"\ln e^3", "3"),
+    (r"\log_2 16", "4"),
+    (r"\log_{10} 1000", "3"),
+    (r"\log_3 \frac19", "-2"),
+    (r"\ln 8", r"3\ln 2"),
+    (r"\ln(1/2)", r"-\ln 2"),
+    (r"\sin 30^\circ", r"\frac12"),
+    (r"\cos(60^\circ)", "0.5"),
+    (r"\tan 45^\circ", "1"),
+    (r"\sin\frac{\pi}{3}", r"\frac{\sqrt3}{2}"),
+    (r"\cos 15^\circ", r"\frac{\sqrt6+\sqrt2}{4}"),
+    ("x+1", "1+x"),
+    ("2(x+1)", "2x+2"),
+    ("(x+1)^2", "x^2+2x+1"),
+    ("(x-1)(x+1)", "x^2-1"),
+    (r"\frac{x^2-1}{x-1}", "x+1"),
+    (r"\frac{1}{x}+\frac{1}{y}", r"\frac{x+y}{xy}"),
+    ("x^{-1}", r"\frac1x"),
+    ("x^{1/2}", r"\sqrt{x}"),
+    (r"x\sqrt{x}", "x^{3/2}"),
+    (r"\sqrt{4x}", r"2\sqrt{x}"),
+    ("3xy", "3yx"),
+    ("x_1+x_2", "x_2+x_1"),
+    ("a_{n}", "a_n"),
+    ("x*y", "xy"),
+    ("2*x**2", "2x^2"),
+    (r"\alpha\beta", r"\beta\alpha"),
+    ("e^{2x}", "(e^x)^2"),
+    ("2^{n+1}", r"2\cdot2^n"),
+    ("e^{-t}", r"\frac{1}{e^t}"),
+    (r"\frac{\sin x}{\cos x}", r"\tan x"),
+    (r"\frac{1}{\cos x}", r"\sec x"),
+    (r"\sin(-x)", r"-\sin x"),
+    (r"\sin^2 x", r"(\sin x)^2"),
+    ("(1,2)", "( 1 , 2 )"),
+    ("(1,2)", r"\left(1,2\right)"),
+    ("(0.5, 2)", r"(\frac12, \frac42)"),
+    ("(1,2)", "(1; 2)"),
+    (r"\langle 1,2,3\rangle", r"\begin{pmatrix}1\\2\\3\end{pmatrix}"),
+    (r"\langle 1,2\rangle", "(1,2)"),
+    ("(1,2,3)", r"\begin{pmatrix}1\\2\\3\end{pmatrix}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
+    (r"\begin{pmatrix}1 & 2\\3 & 4\end{pmatrix}", r"\left[\begin{array}{cc}1&2\\3&4\end{array}\right]"),
+    (r"\begin{pmatrix}0.5\\2\end{pmatrix}", r"\begin{pmatrix}\frac12\\2\end{pmatrix}"),
+    ("(x,y)=(1,2)", "(1,2)"),
+    ("x=1,y=2", "(1,2)"),
+    ("y=2, x=1", "(1,2)"),
+    (r"x = 1 \text{ and } y = 2", "(1,2)"),
+    (r"\{1,2\}", r"\{2,1\}"),
+    (r"\{1,2,2\}", r"\{1,2\}"),
+    ("1,2", r"\{2,1\}"),
+    ("1,2", "2,1"),
+    ("1, 2", "2 and 1"),
+    (r"1 \text{ and } 2", "2,1"),
+    ("1 or 2", "1, 2"),
+    ("1,2, and 3", "3,2,1"),
+    ("x=1,x=2", "1,2"),
+    (r"x = 1 \text{ or } x = 2", r"\{1,2\}"),
+    ("x=1 or 2", "1,2"),
+    (r"\pm 2", "2,-2"),
+    (r"\pm 2", "-2,2"),
+    (r"1\pm\sqrt2", r"1+\sqrt2, 1-\sqrt2"),
+    (r"x=1\pm\sqrt2", r"\{1-\sqrt2,1+\sqrt2\}"),
+    (r"\frac{1\pm\sqrt5}{2}", r"\frac{1+\sqrt5}{2},\frac{1-\sqrt5}{2}"),
+    ("(1,2),(3,4)", "(3,4),(1,2)"),
+    (r"\{(1,2),(3,4)\}", "(1,2), (3,4)"),
+    ("[0,1]", r"0\le x\le 1"),
+    ("(0,1)", "0<x<1"),
+    ("[0,1)", r"0\leq x<1"),
+    (r"[3,\infty)", r"x\ge3"),
+    (r"[3,\infty)", "x>=3"),
+    (r"(3,+\infty)", "x>3"),
+    ("x>3", "3<x"),
+    (r"x \in (0,1)", "(0,1)"),
+    (r"x\in[0,1]", r"0 \le x \le 1"),
+    (r"(-\infty,1)\cup(2,\infty)", r"x<1 \text{ or } x>2"),
+    (r"(2,\infty)\cup(-\infty,1)", r"(-\infty,1)\cup(2,\infty)"),
+    (r"x\neq 2", r"(-\infty,2)\cup(2,\infty)"),
+    (r"\mathbb{R}\setminus\{2\}", r"x\ne2"),
+    (r"\mathbb{R}", r"(-\infty,\infty)"),
+    ("all real numbers", r"\mathbb{R}"),
+    ("2x<6", "x<3"),
+    ("-x>-1", "x<1"),
+    (r"\{x \mid x>3\}", r"(3,\infty)"),
+    (r"\{x : 0<x<1\}", "(0,1)"),
+    (r"x>1 \text{ and } x<3", "(1,3)"),
+    (r"[0,1]\cup[1,2]", "[0,2]"),
+    (r"\{0\}\cup(1,2)", r"(1,2)\cup\{0\}"),
+    (r"\sqrt{2}<x<\pi", r"(\sqrt2,\pi)"),
+    ("x=5", "5"),
+    ("5=x", "x=5"),
+    ("AB=7", "7"),
+    ("AB = 7", "AB=7.0"),
+    ("f(x)=x^2", "x^2"),
+    ("f(x)=x^2+1", "f(x)=1+x^2"),
+    ("y=2x+1", "2x+1"),
+    ("y=2x+1", "2x-y+1=0"),
+    ("y-2x-1=0", "y=2x+1"),
+    ("x+y=1", "2x+2y=2"),
+    ("x^2+y^2=4", r"\frac{x^2}{4}+\frac{y^2}{4}=1"),
+    (r"y=\frac1x", "xy=1"),
+    ("a=2b", r"b=\frac{a}{2}"),
+    (r"\angle ABC = 30^\circ", "30"),
+    (r"\text{Area}=5", "5"),
+    (r"P(A) = \frac13", "1/3"),
+    ("S_5 = 31", "31"),
+    (r"10\text{ cm}", "10"),
+    (r"10\text{ cm}", "10 cm"),
+    (r"10\,\mathrm{cm}", r"10 \text{ centimeters}"),
+    ("10 cm", "10"),
+    (r"15\text{ cm}^2", r"15\text{ square centimeters}"),
+    (r"15\text{ sq. cm}", r"15\text{ cm}^2"),
+    (r"15\ \mathrm{cm^2}", r"15\text{ cm}^2"),
+    (r"5\text{ ft}", r"5\text{ feet}"),
+    ("3 hours", r"3\text{ hours}"),
+    ("1 hour", r"1\text{ hr}"),
+    (r"\$5", "5"),
+    (r"\$5.00", "5"),
+    ("$5", "5"),
+    (r"\$1,234.50", "1234.5"),
+    ("5 dollars", r"\$5"),
+    ("5 USD", r"\$5"),
+    (r"80\text{ cents}", "80"),
+    (r"90^{\circ}", "90°"),
+    ("90 degrees", r"90^\circ"),
+    (r"90\text{ degrees}", "90"),
+    ("3:5", "3:5"),
+    ("6:10", "3:5"),
+    ("3:5", r"\frac35"),
+    ("1:2:3", "1 : 2 : 3"),
+    ("3:30 pm", r"3:30\text{ p.m.}"),
+    ("3:30", "3:30 pm"),
+    ("3:30 p.m.", "15:30"),
+    ("101_2", "101_{2}"),
+    ("1010_2", r"1010_{\text{two}}"),
+    ("A", r"\text{A}"),
+    ("(A)", "A"),
+    ("A.", "A"),
+    ("A)", "A"),
+    ("(D) Alina", "D"),
+    ("D) 12", "D"),
+    ("D. 12", "D"),
+    (r"\text{(D)}", "D"),
+    (r"\textbf{(D)}\ 12", "D"),
+    (r"\textbf{(D) } 12", "D"),
+    (r"\textbf{(D)}", "D"),
+    (r"\text{(D) }12", "D"),
+    (r"(D)\ 12", "12"),
+    (r"\text{yes}", "Yes"),
+    (r"\text{Monday}", "monday"),
+    ("even", r"\text{even}"),
+    (r"\text{A, B}", "B, A"),
+    (r"\text{A and B}", "A,B"),
+    (r"\emptyset", r"\varnothing"),
+    (r"\text{no solution}", r"\emptyset"),
+    (r"\{\}", r"\emptyset"),
+    ("no real solutions", r"\text{No solution}"),
+    ("DNE", r"\text{does not exist}"),
+    (r"\text{undefined}", "undefined"),
+    (r"\infty", "infinity"),
+    (r"-\infty", r"- \infty"),
+    (r"+\infty", r"\infty"),
+    (r"0.\overline{3}", r"\frac13"),
+    (r"0.\overline{3}", "1/3"),
+    (r"0.1\overline{6}", r"\frac16"),
+    (r"0.\overline{142857}", "1/7"),
+    (r"0.\bar{3}", r"\frac13"),
+    ("3^{rd}", "3"),
+    ("21st", "21"),
+    (r"\frac{\pi}{6}\text{ radians}", r"\frac\pi6"),
+    ("x^2", "x^{2}"),
+    ("x'", r"x^{\prime}"),
+    (r"5\sqrt{3}\text{ units}", r"5\sqrt3"),
+    (r"\mathrm{e}", "e"),
+    (r"\mathbf{42}", "42"),
+    (r"\text{42}", "42"),
+    (r"\lfloor 3.7\rfloor", "3"),
+    (r"\left|-3\right|", "3"),
+    (r"|2-\sqrt5|", r"\sqrt5-2"),
+    (r"2 \sin x \cos x", r"\sin 2x"),
+    (r"\cos^2 x - \sin^2 x", r"\cos 2x"),
+    (r"\sqrt{3+2\sqrt2}", r"1+\sqrt2"),
+    (r"\arctan 1", r"\frac{\pi}{4}"),
+    (r"\sin^2 x+\cos^2 x", "1"),
+    (r"\frac{1}{2}(e^{at}+e^{-at})", r"\frac{e^{at}+e^{-at}}{2}"),
+    (r"\approx 8.24", "8.24"),
+    (r"x \approx 3.14", "3.14"),
+    (r"\frac{1}{3} \approx 0.33", "1/3"),
+    (r"\boxed{5}", "5"),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),
+    (r"-\sqrt{3}", "-3^{1/2}"),
+    (r"\frac{3\pm\sqrt{5}}{2}", r"\frac{3-\sqrt5}{2}, \frac{3+\sqrt5}{2}"),
+    (r"1 + \sqrt[3]{2}", r"1+2^{\frac13}"),
+    (r"\sqrt[4]{8}", "8^{1/4}"),
+    ("-2^{49}", "-562949953421312"),
+    (r"5(\sqrt3-1)", r"5\sqrt3-5"),
+    ("(-1)^{3}", "-1"),
+    ("(2) (x+2) (x-2)", "2x^2-8"),
+    (r"6, 8\text{, and }10", "6,8,10"),
+    (r"30^\circ, 150^\circ", "150,30"),
+    (r"2+2i,\,-2-2i", "-2-2i, 2+2i"),
+    (r"4\!:\!51\!:\!06 \text{ p.m.}", "4:51:06 PM"),
+    (r"\frac{11}{15}\text{ days}", "11/15"),
+    (r"0.56 = 56\%", "0.56"),
+    (r"0.56 = 56\%", r"56\%"),
+    (r"\$\dfrac23 \approx \$0.67", "2/3"),
+    ("four", "4"),
+    ("9e11", r"9\times10^{11}"),
+    ("-3./2", "-1.5"),
+    (r"x^{\prime}+\frac{r}{V} x-r c=0", r"x' + \frac{rx}{V} = rc"),
+    (r"2.2 \tau", r"\frac{11\tau}{5}"),
+    (r"\frac{37}{4} m", r"\frac{37m}{4}"),
+    ("y=-2x+1", "2x+y-1=0"),
+    ("x=2", "x = 2.0"),
+    ("n = 255", "255"),
+    ("(a+b)(a-b)", "a^2-b^2"),
+    ("a^2+2ab+b^2", "(a+b)^2"),
+    (r"\frac{a}{b}\cdot\frac{b}{a}", "1"),
+    ("3, -1", "x = 3, x = -1"),
 ]
 
 DIFFERENT = [
+    (r"\frac{dy}{dx}", r"\frac{y}{x}"),
+    (r"\frac{d}{dx}x^2", "x"),
+    (r"\infty - \infty", "0"),
+    (r"\frac{\infty}{\infty}", "1"),
+    (r"p \land q", r"p \lor q"),
+    ("a + b = c", "a + b"),
+    (r"5 \pmod 7", "5"),
+    (r"x \to 5", "5"),
+    (r"(1,2) \cap (2,3)", "(1,2)"),
+    ("1.2.3", "1.23"),
+    (r"s^2 \le 8r^2", r"s^2 \ge 8r^2"),
+    (r"s^2 \le 8r^2", "s^2 < 8r^2"),
     ("42", "43"),
     ("3", "-3"),
     ("", "0"),
-    ("0.3333333333", "1/3"),  # a decimal is exact
+    ("0.3333333333", "1/3"),
     ("0.066793", "0.067"),
     ("2.0000001", "2"),
     ("99999999999", "100000000000"),
@@ -122,18 +389,18 @@ DIFFERENT = [
     ("4.5e33", "4.5e32"),
     ("1,2345", "12"),
     ("1 2", "12"),
-    ("1, 1", "1"),  # math-verify: the set {1}, and that is 1
-    ("3m", "3"),  # math-verify: a unit
+    ("1, 1", "1"),
+    ("3m", "3"),
     ("204_5", "204_6"),
     ("528", "52_8"),
     ("52", "52_8"),
-    (r"2\frac{1}{2}", "1"),  # 2 and a half, not 2 times a half
+    (r"2\frac{1}{2}", "1"),
     ("1/0", "2/0"),
     ("D", "B"),
     ("odd", r"\text{oddd}"),
-    ("thorn", "north"),  # the same letters, so the same product of symbols
+    ("thorn", "north"),
     ("x", "X"),
-    (r"\frac{1}{2006!}", r"\frac{1}{2004!}"),  # equal within 6 decimals
+    (r"\frac{1}{2006!}", r"\frac{1}{2004!}"),
     (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"),
     (r"\frac{\sqrt{2}}{10^{9}}", r"\frac{\sqrt{3}}{10^{9}}"),
     ("x+1", "x+2n+1"),
@@ -149,12 +416,213 @@ DIFFERENT = [
     ("3^{2025}", "2^{2025}"),
     ("[]", "2"),
     (r"-\infty", r"\infty"),
+    ("42", "4.2"),
+    ("1,234", "1,235"),
+    ("1,234", "1.234"),
+    ("12 345", "12"),
+    ("0.333", "1/3"),
+    ("0.33333333333333", "1/3"),
+    ("3.14", r"\pi"),
+    ("3.14159265358979", r"\pi"),
+    ("22/7", r"\pi"),
+    ("1.414", r"\sqrt2"),
+    (r"2\frac12", "1"),
+    (r"2\frac12", r"2\frac13"),
+    (r"\frac{1}{2}", r"\frac{2}{1}"),
+    (r"-\frac12", r"\frac12"),
+    (r"50\%", "0.05"),
+    (r"50\%", "5"),
+    (r"0.5\%", "0.5x"),
+    ("1.2e-3", "1.2e3"),
+    ("10^6", "10^5"),
+    ("2^{100}", "2^{101}"),
+    ("2^{100}+1", "2^{100}"),
+    ("10^{30}", "10^{30}+1"),
+    (r"\sqrt2", r"\sqrt3"),
+    (r"\sqrt2+\sqrt3", r"\sqrt5"),
+    (r"\sqrt[3]2", r"\sqrt2"),
+    (r"2\sqrt3", r"3\sqrt2"),
+    (r"\sqrt{2}+10^{-12}", r"\sqrt2"),
+    (r"\pi", "e"),
+    (r"\pi^2", "10"),
+    (r"2\pi", r"\pi"),
+    (r"\pi/6", r"30^\circ"),
+    (r"180^\circ", r"\pi"),
+    ("i", "-i"),
+    ("1+i", "1-i"),
+    (r"e^{i\pi}", "1"),
+    (r"\ln 2", r"\log_2 2"),
+    (r"\log_2 8", r"\log_8 2"),
+    (r"\sin 30", r"\frac12"),
+    (r"\sin 30^\circ", r"\sin 60^\circ"),
+    (r"\sin x", r"\cos x"),
+    (r"\sin 2x", r"2\sin x"),
+    (r"\sin(x+y)", r"\sin x+\sin y"),
+    ("f(x+y)", "f(x)+f(y)"),
+    (r"\sqrt{x+y}", r"\sqrt x+\sqrt y"),
+    (r"\sqrt{x^2}", "-x"),
+    ("(x+y)^2", "x^2+y^2"),
+    ("x+1", "x-1"),
+    ("x+1", "y+1"),
+    ("x_1", "x_2"),
+    ("2x", "x^2"),
+    ("2^x", "x^2"),
+    ("a_n", "a_{n+1}"),
+    (r"\alpha", "a"),
+    ("x", "1"),
+    ("xy", "x+y"),
+    ("e^{x}", "e^{-x}"),
+    ("2^{n}", "2^{n+1}"),
+    ("(-1)^n", "1"),
+    ("(1,2)", "12"),
+    ("(1,2)", "1.2"),
+    ("(1,2)", r"\{1,2\}"),
+    ("(1,2)", "[1,2)"),
+    ("[1,2]", r"\{1,2\}"),
+    ("1,2", "2.1"),
+    ("1,2", "1.2"),
+    ("1,2", "12"),
+    ("1,2", "1"),
+    ("1,2", "1,2,3"),
+    ("1,2,2", "1,1,2"),
+    (r"\{1,2\}", r"\{1,3\}"),
+    (r"\{1,2\}", "1"),
+    ("2", r"\{1,2\}"),
+    ("2", r"1 \text{ or } 2"),
+    ("3", r"3 \text{ or } 4"),
+    ("3 and 4", "3"),
+    (r"\pm 2", "2"),
+    (r"\pm 2", "-2"),
+    (r"1\pm\sqrt2", r"1+\sqrt2"),
+    ("(1,2),(3,4)", "(1,2)"),
+    ("(1,2),(3,4)", "(1,4),(3,2)"),
+    ("[0,1]", "(0,1)"),
+    ("[0,1]", "0<x<1"),
+    ("(0,1)", "0<x<2"),
+    (r"(-\infty,3)", "x>3"),
+    (r"(-\infty,3]", "x<3"),
+    ("x>3", "x<3"),
+    ("x>3", r"x\ge3"),
+    ("x>3", "y>3"),
+    ("x>3", "3"),
+    (r"x\ge 3", "3"),
+    (r"x \ne 3", "3"),
+    (r"x\ne3", "x=3"),
+    (r"(1,2)\cup(3,4)", "(1,2)"),
+    (r"(1,2)\cup(3,4)", "(1,4)"),
+    (r"(-\infty,1)\cup(1,\infty)", r"(-\infty,\infty)"),
+    (r"\mathbb{R}", r"\emptyset"),
+    ("-2<x<7", r"-2\le x\le 7"),
+    ("x=5", "6"),
+    ("x=5", "y=5"),
+    ("x=5", "x=6"),
+    ("x=5", "x>5"),
+    ("x+y=5", "5"),
+    ("x^2=4", "4"),
+    ("x+y=1", "x-y=1"),
+    ("y=2x+1", "y=2x"),
+    ("y=2x", "x=2y"),
+    ("7=11a+c", "11a+c"),
+    (r"10\text{ cm}", r"10\text{ cm}^2"),
+    ("10 cm", "100 mm"),
+    ("10 cm", "1 cm"),
+    (r"80\text{ cents}", r"\$0.80"),
+    ("5 dollars", "5 euros"),
+    ("5 hours", "5 minutes"),
+    ("3m", r"3\text{ m}^2"),
+    (r"\$5", r"\$6"),
+    (r"\$5", r"\$50"),
+    (r"90^\circ", r"90\text{ cm}"),
+    (r"90^\circ", "9"),
+    ("3:5", "5:3"),
+    ("3:5", "35"),
+    ("3:30 pm", "3:30 am"),
+    ("3:30 pm", "3:35 pm"),
+    ("1:20", "2:40"),
+    ("12:00", "1:00"),
+    ("204_5", "204"),
+    ("101_2", "5"),
+    ("A", "B"),
+    ("(A)", "B"),
+    ("(A) Alina", "B"),
+    ("(A) 3", "(A) 4"),
+    ("D. 12", "C"),
+    ("D. 12", "13"),
+    ("a", "A"),
+    ("even", "odd"),
+    ("Monday", "Tuesday"),
+    ("CD", "DC"),
+    ("yes", "no"),
+    (r"\text{A, B}", "A"),
+    (r"\text{A, B}", "A, C"),
+    (r"\emptyset", "0"),
+    (r"\emptyset", r"\{0\}"),
+    ("no solution", "0"),
+    (r"\infty", "1"),
+    ("undefined", "0"),
+    ("undefined", r"\infty"),
+    (r"0.\overline{3}", "0.3"),
+    (r"0.\overline{3}", "0.33"),
+    (r"0.\overline{9}", "0.9"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\\3\end{pmatrix}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "(1,2,3,4)"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", "3"),
+    (r"\langle1,2\rangle", r"\langle2,1\rangle"),
+    ("|x|", "x"),
+    (r"\lfloor 3.7\rfloor", "4"),
+    ("5!", "5"),
+    ("5!!", "120"),
+    (r"\binom52", r"\frac52"),
+    (r"\tan x", r"\cot x"),
+    (r"\sec x", r"\cos x"),
+    (r"\arctan 1", "45"),
+    (r"\arcsin x", r"\sin x"),
+    (r"\sqrt{3+2\sqrt2}", r"\sqrt3+2"),
+    (r"\frac{1}{0}", r"\infty"),
+    ("0/0", "0"),
+    ("()", "0"),
+    (r"\ldots", "3"),
+    (r"1,2,\ldots,n", r"1,3,\ldots,n"),
+    (r"1, 2, 3, \ldots", "1,2,3"),
+    (r"0.333\ldots", "0.333"),
+    (r"3 + \ldots", "3"),
+    (r"\frac{x}{y}", r"\frac{y}{x}"),
+    ("(x-1)^2", "(x+1)^2"),
+    ("x^2+1", "(x+1)^2"),
+    ("-x^2", "(-x)^2"),
+    ("-2^2", "4"),
+    (r"\frac{a+b}{c}", r"a+\frac bc"),
+    (r"1-\frac1e", r"1+\frac1e"),
+    ("2^{2^3}", "64"),
+    (r"x\in\{1,2\}", r"\{1,3\}"),
+    (r"\text{not } 5", "5"),
+    (r"\text{Between 5 and 6}", "5,6"),
+    (r"5 \text{ or more}", "6"),
+    (r"\log 100", r"\ln 100"),
+    ("10x", "10"),
+    ("10^{-3}", "10^3"),
+    (r"\frac{\sqrt3}{2}", r"\frac{\sqrt2}{3}"),
+    ("e", "2.718281828"),
+    (r"\sqrt{10}", "3.1622776601683795"),
+    ("(2x+1)(x-3)", "2x^2-5x+3"),
+    ("x^3", "3x"),
+    (r"\frac{5\pi}{6}", r"\frac{\pi}{6}"),
+    ("y = -2", "x = -2"),
+    ("y=-2", "-x"),
+    ("0.1", "0.10001"),
+    ("0.1+0.2", "0.30000000000000004"),
+    ("999999999999999", "1000000000000000"),
+    (r"5\text{ boxes}", r"6\text{ boxes}"),
+    ("1+2i", "2+i"),
+    ("2i", "2"),
+    (r"k\pi", r"\pi"),
+    (r"n\pi, n \in \mathbb{Z}", r"\pi"),
+    ("x=0", r"\{0, 1\}"),
+    (r"\{0\}", "0, 1"),
+    ("one", "2"),
 ]
-
-
-@pytest.mark.parametrize(("text", "answer"), EXTRACTED)
-def test_extract(text, answer):
-    assert extract(text) == answer
 
 
 @pytest.mark.parametrize(("prediction", "gold"), SAME)
@@ -174,51 +642,64 @@ def test_grade():
     assert grade("<think>\nhm\n</think>\n<answer>1/2</answer>", "0.5") == (1.0, "1/2", "ok")
     assert grade(r"\boxed{7}", "8") == (0.0, "7", "ok")
     assert grade("no statement of 8", "8") == (0.0, None, "unparseable")
-
-
-# Repeated, these make a scanner that looks ahead or back from each of them quadratic.
-HOSTILE = [
-    *(r"\boxed{", "{", "}", "<answer>", "</answer>", "<think>", "</think>", "answer ", "answer is ", "####", "$", "\\"),
-    *("the answer is $", r"\boxed ", "answer:\n", r"\(", "**"),
-]
-
-
-@pytest.mark.parametrize("piece", HOSTILE)
-def test_extract_in_linear_time(piece):
-    start = time.perf_counter()
-    extract(piece * (300_000 // len(piece)))
-    extract("answer" + piece * (300_000 // len(piece)) + "</answer>")
-    assert time.perf_counter() - start < 2  # 0.1 s as a rule
-
-
-def test_only_the_end_of_a_very_long_text_is_read():
-    filler = "x" * math_grader.MAX_TEXT
-    assert extract(r"\boxed{1}" + filler) is None
-    assert extract(filler + r"\boxed{1}") == "1"
+    assert grade(r"\boxed{1} or \boxed{2}", "2") == (0.0, "1 or 2", "ok")  # a guess among two is no answer
+    assert grade(r"\boxed{\frac12} or \boxed{0.5}", "1/2")[0] == 1.0
 
 
 @pytest.mark.parametrize(
-    "prediction",
+    ("prediction", "gold"),
     [
-        r"2^{2^{2^{49}}}",
-        r"5^{\left(5^{\left(5^{\left(5^5\right)}\right)} - 4\right)}",
-        "9**9**9**9",
-        "10^{999999999}",
-        r"\binom{1000000}{500000}",
-        r"\Gamma(1000000)",
-        "1000000!",
-        "((9!)!)!",
-        "9!!!!!!",
-        r"\sum_{k=1}^{1000000000} \frac{1}{k}",
-        "7" * 900,
-        "(" * 500 + "1" + ")" * 500,
-        "x" * 100_000,
-        r"\frac{1}{" * 90 + "1" + "}" * 90,
+        ("3^{2025}", "2^{2025}"),
+        (r"\frac{1}{2004!}", r"\frac{1}{2006!}"),
+        (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5}"),
+        (r"\sqrt{3+2\sqrt2}", r"1+\sqrt3"),  # nested, but another number
+        (r"\sin x", r"\cos x"),
+        (r"\tan x", r"\frac{\sin x}{\cos x}"),
+        (r"e^{i\pi}", "-1"),
+        (r"e^{-2t}+e^{-t}", r"e^{-t}(1+e^{-t})"),
+        ("(x-1)(x+1)", "x^2-1"),
+        ("y=2x+1", "2x-y+1=0"),
+        ("(1,2)", r"\{1,2\}"),
+        ("x < 3", r"(-\infty, 3)"),
+        ("2^{2^{2^{49}}}", "1"),
+        ("10^{999999999}", r"\sqrt{2}"),
+        ("1000000!", r"\sqrt{2}"),
+        (r"\binom{1000000}{500000}", r"\sqrt{2}"),
+        ("7" * 900, r"\sqrt{2}"),
+        ("x" * 100_000, r"\sqrt{2}"),
+        ("some words of prose", r"\sum_{k=1}^{3} k"),
     ],
 )
-def test_what_sympy_would_choke_on_is_refused_before_it(prediction, monkeypatch):
-    monkeypatch.setattr(math_grader, "_symbolic", lambda *_: pytest.fail("it went to sympy"))
-    assert not equivalent(prediction, r"\sqrt{2}")
+def test_decided_without_sympy(prediction, gold, monkeypatch):
+    monkeypatch.setattr(symbolic, "equal", lambda *_: pytest.fail("it went to sympy"))
+    equivalent(prediction, gold)
+    equivalent(gold, prediction)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "verdict"),
+    [
+        (r"\sin 2x", r"2 \sin x \cos x", True),
+        (r"\sqrt{3+2\sqrt2}", r"1+\sqrt2", True),
+        (r"\sum_{k=1}^{3} k", "6", True),
+        (
+            r"\begin{pmatrix} 1 \\ 2 \end{pmatrix} + \begin{pmatrix} 1 \\ 1 \end{pmatrix}",
+            r"\begin{pmatrix}2\\3\end{pmatrix}",
+            True,
+        ),
+        (r"\sum_{k=1}^{3} k", "7", False),
+        (r"F_n = \sum_{k=0}^{n-1} F_k", r"F_n = \sum_{k=0}^{n-2} F_k", False),
+        (r"5 + \ldots", "5", False),
+    ],
+)
+def test_decided_by_sympy(prediction, gold, verdict):
+    assert equivalent(prediction, gold) is verdict
+    assert equivalent(gold, prediction) is verdict
+
+
+def test_too_long_is_refused():
+    assert not equivalent("1" * (math_grader.MAX_ANSWER + 1), "1" * (math_grader.MAX_ANSWER + 1))
+    assert equivalent("1" * math_grader.MAX_ANSWER, "1" * math_grader.MAX_ANSWER)
 
 
 def test_model_text_is_never_run(tmp_path, monkeypatch):
@@ -229,6 +710,7 @@ def test_model_text_is_never_run(tmp_path, monkeypatch):
         "(lambda: open('marker', 'w'))()",
         "[open('marker', 'w') for _ in [0]]",
         "getattr(__import__('pathlib').Path('marker'), 'touch')()",
+        "__import__('os').system('true') or 0",
     ):
         assert not equivalent(text, "0")
         assert grade(rf"\boxed{{{text}}}", "0")[0] == 0.0
@@ -240,3 +722,67 @@ def test_import_is_light():
     code = "import sys, igrpo_jax.rewards.math_grader; print({'sympy', 'math_verify', 'jax'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+# ----------------------------------------------------------------------------------------------------------- fuzz
+
+PIECES = r"""
+\frac \dfrac { } ( ) [ ] \{ \} ^ _ 1 2 12 3.5 0 x y ab word \pi \sqrt + - * / , ; : = < > \le \ne \in \cup \pm \mp
+\text{ and or \infty \% % $ \$ ^\circ ° ! | \sin log e i \begin{pmatrix} \end{pmatrix} & \\ \, \left \right .
+\overline ' π √ ∞ ٣ ² é \boxed{ # ~ e5 1e9 99999 10^ \binom \setminus \mathbb{R} cm dollars (A) pm \langle \rangle
+\approx 1,234 \lfloor \mathrm{ 0.\overline{3} f(x) \cdot \ldots __ ** <answer> </answer> </think> #### answer is
+"""
+LATEX_LIKE = st.lists(st.sampled_from([*PIECES.split(), " ", "\x00", "\ud800"]), max_size=24).map("".join)
+BYTES = st.binary(max_size=60).map(lambda data: data.decode("latin-1"))
+ANYTHING = st.one_of(LATEX_LIKE, BYTES, st.text(max_size=40), st.sampled_from([a for a, _ in SAME]))
+FUZZ = settings(derandomize=True, deadline=None, max_examples=1500, database=None)
+
+
+@FUZZ
+@given(ANYTHING, ANYTHING)
+def test_nothing_escapes(one, other):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(symbolic, "_verified", lambda a, b: a == b)
+        assert extract(one) is None or extract(one)
+        reward, extracted, status = grade(one, other)
+        assert reward in (0.0, 1.0) and status == ("ok" if extracted is not None else "unparseable")
+        assert equivalent(one, other) == equivalent(other, one)
+        # Whatever there is equals itself, even where nobody can read it.
+        assert equivalent(one, one) == (math_grader._read(one) is not None)
+
+
+@settings(FUZZ, max_examples=40)
+@given(LATEX_LIKE.filter(lambda text: len(text) < 60))
+def test_nothing_escapes_from_sympy(text):
+    symbolic.equal(text, "1")
+
+
+def test_no_verdict_depends_on_the_order():
+    rng = random.Random(0)
+    pairs = [*SAME, *DIFFERENT, *((rng.choice(SAME)[0], rng.choice(SAME)[1]) for _ in range(300))]
+    verdicts = {}
+    for seed in range(3):
+        math_grader.clear_cache()
+        random.Random(seed).shuffle(pairs)
+        for pair in pairs + pairs[:50]:  # some from the cache
+            assert verdicts.setdefault(pair, equivalent(*pair)) == equivalent(*pair)
+
+
+@settings(FUZZ, max_examples=300)
+@given(st.integers(-999, 999), st.integers(1, 99), st.integers(-999, 999), st.integers(1, 99))
+def test_fractions_are_decided_exactly(a, b, c, d):
+    written = [rf"\frac{{{a}}}{{{b}}}", f"{a}/{b}", rf"\dfrac{{{3 * a}}}{{{3 * b}}}"]
+    for text in written:
+        assert equivalent(text, rf"\frac{{{c}}}{{{d}}}") == (a * d == b * c)
+        assert equivalent(text, written[0])
+
+
+@settings(FUZZ, max_examples=200)
+@given(st.lists(st.integers(-99, 99), min_size=2, max_size=6), st.randoms(use_true_random=False))
+def test_lists_are_unordered_and_tuples_are_not(numbers, rng):
+    shuffled = rng.sample(numbers, len(numbers))
+    assert equivalent(", ".join(map(str, numbers)), ", ".join(map(str, shuffled)))
+    inside = ", ".join(map(str, numbers)), ", ".join(map(str, shuffled))
+    assert equivalent(*(rf"\{{{text}\}}" for text in inside))
+    assert equivalent(*(f"({text})" for text in inside)) == (numbers == shuffled)
+    assert not equivalent(inside[0], ", ".join(map(str, [*numbers[1:], numbers[0] + 1])))

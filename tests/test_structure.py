@@ -18,14 +18,20 @@ PACKAGE = "igrpo_jax"
 # Floors from the ground up; each holds rows, each row modules in order.
 FLOORS = [
     ["config batch"],
-    ["sharding", "rewards/math_grader rewards/format rewards/pool rewards/judge rewards/reward rewards/grade"],
+    [
+        "sharding",
+        "rewards/exact rewards/functions rewards/tokens rewards/expression rewards/nodes rewards/regions rewards/words "
+        "rewards/answers rewards/symbolic rewards/extraction rewards/math_grader "
+        "rewards/format rewards/pool rewards/judge rewards/reward rewards/grade",
+    ],
     [
         "prompts tasks/arithmetic data",
         "algorithms",
-        "models/config models/cache models/attention models/layers models/mamba2 models/lora models/decoder models/hf",
+        "models/config models/cache models/splash models/attention models/layers models/mamba2 models/lora "
+        "models/decoder models/hf",
     ],
     ["policy", "logprobs", "sampling/draw sampling/engine sampling/scheduler"],
-    ["rollout", "learner warm_start", "metrics console checkpoint"],
+    ["rollout", "packing learner warm_start", "metrics console checkpoint"],
     ["evaluation"],
     ["train"],
     ["runtime main evaluate generate export aot report"],
@@ -178,7 +184,7 @@ def declared_requirements():
 def test_every_import_is_a_declared_requirement():
     # Caught here although another requirement happens to bring it today.
     distributions = {"absl": "absl-py", "orbax": "orbax-checkpoint", "google": "protobuf"}
-    optional = {"libtpu", "tokamax"}
+    optional = {"libtpu", "openai", "tokamax"}
     names = {name.partition(".")[0] for path in FILES.values() for name in imports(path.read_text(encoding="utf-8"))}
     third_party = names - set(sys.stdlib_module_names) - {PACKAGE} - optional
     assert {distributions.get(name, name).lower().replace("_", "-") for name in third_party} <= declared_requirements()

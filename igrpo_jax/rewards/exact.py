@@ -1,0 +1,285 @@
+r"""Exact values: quotients of polynomials in roots of primes, i, π, e and symbols, with an equality that is decided.
+
+A polynomial is a dict {key: Fraction}; a key (power of i, roots, symbols) stands for one product:
+
+    (1, ((2, 1/2), (3, 1/3)), (("x", 2), ("π", 1)))   =   i · 2^(1/2) · 3^(1/3) · x² · π
+
+with i to the power 0 or 1, every prime to a power between 0 and 1, and symbols to rational powers. Such products are
+linearly independent over the rationals (real roots of different radicands are, Besicovitch 1940; π, e and the
+logarithms of primes count as independent, which nobody doubts and nobody has proved), so two polynomials are equal
+only if their dicts are, and P1/Q1 = P2/Q2 if and only if P1·Q2 = P2·Q1: right and wrong answers are both decided
+without a computer algebra system.
+
+What is outside (sines of symbols, roots of sums, …) becomes an opaque symbol named by its argument's own exact form.
+Values with one can still be found equal; that they differ is certain only where their numbers do (`_apart`).
+
+Symbols under a root are read as positive, as in school: √(xy) = √x·√y, but √(x²) is left alone.
+Not here: powers, roots and functions (`functions`); reading text (`expression`). Limits: MAX_TERMS, MAX_BITS; beyond
+them NoValue is raised.
+"""
+
+import cmath
+import math
+import zlib
+from fractions import Fraction
+
+MAX_TERMS = 100  # of a polynomial
+MAX_BITS = 150_000  # of a numerator or denominator; 10000! has 118,458
+
+
+class NoValue(ArithmeticError):
+    """Division by zero, or beyond the limits: equal to nothing but its own text."""
+
+
+class TooManyTerms(NoValue):
+    """Beyond MAX_TERMS."""
+
+
+class Atom(str):
+    """An opaque symbol, named by function and argument: `sin(x)`. A str, so that keys sort and hash as usual."""
+
+    function: str
+    argument: "Value"
+
+
+Key = tuple[int, tuple, tuple]
+Polynomial = dict[Key, Fraction]
+ONE: Key = (0, (), ())
+UNIT: Polynomial = {ONE: Fraction(1)}
+
+
+class Value:
+    """numerator / denominator; `opaque` where it holds a symbol whose algebra is not known here. Immutable."""
+
+    __slots__ = ("denominator", "numerator", "opaque")
+
+    def __init__(self, numerator: Polynomial, denominator: Polynomial = UNIT, opaque: bool = False):
+        if not denominator:
+            raise NoValue("division by zero")
+        if len(denominator) == 1 and denominator is not UNIT:
+            numerator, denominator = _times(numerator, _inverse(denominator)), UNIT
+        self.numerator, self.denominator, self.opaque = numerator, denominator, opaque
+
+    @staticmethod
+    def number(value: int | Fraction) -> "Value":
+        _check_size(Fraction(value))
+        return Value({ONE: Fraction(value)} if value else {})
+
+    @staticmethod
+    def symbol(name: str, opaque: bool = False) -> "Value":
+        return Value({(0, (), ((name, 1),)): Fraction(1)}, opaque=opaque)
+
+    def constant(self) -> Fraction | None:
+        """The value where it is a rational number, else None."""
+        if not self.numerator:
+            return Fraction(0)
+        if self.denominator is UNIT and len(self.numerator) == 1 and ONE in self.numerator:
+            return self.numerator[ONE]
+        return None
+
+    def symbols(self) -> set[str]:
+        """Names of the symbols in it, π and e left out."""
+        names = {name for part in (self.numerator, self.denominator) for key in part for name, _ in key[2]}
+        return names - {"π", "e"}
+
+    def __add__(self, other: "Value") -> "Value":
+        opaque = self.opaque or other.opaque
+        if self.denominator == other.denominator:
+            return Value(_plus(self.numerator, other.numerator), self.denominator, opaque)
+        crossed = _plus(_times(self.numerator, other.denominator), _times(other.numerator, self.denominator))
+        return Value(crossed, _times(self.denominator, other.denominator), opaque)
+
+    def __neg__(self) -> "Value":
+        return Value({key: -c for key, c in self.numerator.items()}, self.denominator, self.opaque)
+
+    def __sub__(self, other: "Value") -> "Value":
+        return self + -other
+
+    def __mul__(self, other: "Value") -> "Value":
+        top, bottom = _times(self.numerator, other.numerator), _times(self.denominator, other.denominator)
+        return Value(top, bottom, self.opaque or other.opaque)
+
+    def __truediv__(self, other: "Value") -> "Value":
+        return self * Value(other.denominator, other.numerator, other.opaque)
+
+    def __str__(self) -> str:
+        """One text per polynomial; equal quotients may have several."""
+        top = "+".join(f"{c}{key}" for key, c in sorted(self.numerator.items()))
+        return top if self.denominator is UNIT else f"{top}/{Value(self.denominator)}"
+
+
+I = Value({(1, (), ()): Fraction(1)})
+PI = Value.symbol("π")
+E = Value.symbol("e")
+
+
+def same(a: Value, b: Value) -> bool | None:
+    """Whether the values are equal; None where that cannot be said here."""
+    if _times(a.numerator, b.denominator) == _times(b.numerator, a.denominator):
+        return True
+    if not (a.opaque or b.opaque):
+        return False
+    return False if _apart(a, b) else None
+
+
+def proportional(a: Value, b: Value) -> Fraction | None:
+    """The rational c ≠ 0 with a = c·b, None where there is none or an opaque symbol is involved."""
+    left, right = _times(a.numerator, b.denominator), _times(b.numerator, a.denominator)
+    if a.opaque or b.opaque or not left or left.keys() != right.keys():
+        return None
+    ratios = {left[key] / right[key] for key in left}
+    return ratios.pop() if len(ratios) == 1 else None
+
+
+def cleared(value: Value) -> Value:
+    """The value times its denominators, negative powers of symbols among them: y - 1/x becomes xy - 1."""
+    lowest: dict[str, int | Fraction] = {}
+    for key in value.numerator:
+        for name, exponent in key[2]:
+            lowest[name] = min(lowest.get(name, 0), exponent)
+    factor = tuple(sorted((name, -exponent) for name, exponent in lowest.items() if exponent))
+    return Value(_times(value.numerator, {(0, (), factor): Fraction(1)}), opaque=value.opaque)
+
+
+# ---------------------------------------------------------------------------------------------------- polynomials
+
+
+def _check_size(value: Fraction) -> None:
+    if value.numerator.bit_length() > MAX_BITS or value.denominator.bit_length() > MAX_BITS:
+        raise NoValue("too many digits")
+
+
+def _plus(p: Polynomial, q: Polynomial) -> Polynomial:
+    total = dict(p)
+    for key, c in q.items():
+        total[key] = total[key] + c if key in total else c
+        if not total[key]:
+            del total[key]
+    if len(total) > MAX_TERMS:
+        raise TooManyTerms("too many terms")
+    return total
+
+
+def _times(p: Polynomial, q: Polynomial) -> Polynomial:
+    if q is UNIT:
+        return p
+    if p is UNIT:
+        return q
+    if len(p) * len(q) > 25 * MAX_TERMS:
+        raise TooManyTerms("too many terms")
+    total: Polynomial = {}
+    for key, c in p.items():
+        for other, d in q.items():
+            product, carried = _merge(key, other)
+            c_d = c * d * carried if carried != 1 else c * d
+            _check_size(c_d)
+            total[product] = total.get(product, 0) + c_d
+    if len(total) > MAX_TERMS:
+        raise TooManyTerms("too many terms")
+    return {key: c for key, c in total.items() if c}
+
+
+def _merge(a: Key, b: Key) -> tuple[Key, int]:
+    """(product of two keys, the integer that falls out of it: i·i = -1, √2·√2 = 2)."""
+    if a == ONE:
+        return b, 1
+    if b == ONE:
+        return a, 1
+    carried = -1 if a[0] and b[0] else 1
+    roots = a[1] or b[1]
+    if a[1] and b[1]:
+        powers = _added(a[1], b[1])
+        for prime, power in powers.items():
+            if power >= 1:
+                carried *= prime
+                powers[prime] = power - 1
+        roots = tuple(sorted(item for item in powers.items() if item[1]))
+    symbols = a[2] or b[2]
+    if a[2] and b[2]:
+        symbols = tuple(sorted(item for item in _added(a[2], b[2]).items() if item[1]))
+    return (a[0] ^ b[0], roots, symbols), carried
+
+
+def _added(a: tuple, b: tuple) -> dict:
+    powers = dict(a)
+    for name, power in b:
+        powers[name] = powers.get(name, 0) + power
+    return powers
+
+
+def _inverse(single: Polynomial) -> Polynomial:
+    """1 / a polynomial of one term."""
+    ((imaginary, roots, symbols), c), *_ = single.items()
+    for prime, _ in roots:
+        c *= prime
+    complement = tuple((prime, 1 - power) for prime, power in roots)
+    return {(imaginary, complement, tuple((name, -power) for name, power in symbols)): (-1 if imaginary else 1) / c}
+
+
+# ------------------------------------------------------------------------------------------------- floating point
+
+
+def approximate(value: Value, point: int = 0) -> complex | None:
+    """The value in floating point, with symbols at the positive numbers of a `point`; None where that fails."""
+    evaluated = _evaluated(value, point)
+    return None if evaluated is None else evaluated[0]
+
+
+def _evaluated(value: Value, point: int) -> tuple[complex, float] | None:
+    """(value, the size of its largest parts, against which rounding errors count)."""
+    try:
+        top, top_scale = _sum(value.numerator, point)
+        bottom, bottom_scale = _sum(value.denominator, point)
+        if abs(bottom) <= 1e-6 * bottom_scale:
+            return None
+        return top / bottom, top_scale / abs(bottom)
+    except (ArithmeticError, ValueError, TypeError):  # overflow, log 0, an unknown function
+        return None
+
+
+def _sum(p: Polynomial, point: int) -> tuple[complex, float]:
+    total, scale = 0j, 0.0
+    for (imaginary, roots, symbols), c in p.items():
+        term = complex(float(c)) * (1j if imaginary else 1)
+        for prime, exponent in roots:
+            term *= prime ** float(exponent)
+        for name, exponent in symbols:
+            term *= _raised(_symbol(name, point), exponent)
+        total, scale = total + term, scale + abs(term)
+    return total, scale
+
+
+def _raised(base: complex, exponent: int | Fraction) -> complex:
+    exponent = Fraction(exponent)
+    if exponent.denominator % 2 and base.imag == 0 and base.real < 0:
+        return complex((-1) ** (exponent.numerator % 2) * (-base.real) ** float(exponent))
+    return base ** float(exponent)
+
+
+def _symbol(name: str, point: int) -> complex:
+    if name in ("π", "e"):
+        return complex(math.pi if name == "π" else math.e)
+    if not isinstance(name, Atom):
+        return complex(0.6 + zlib.crc32(f"{point}{name}".encode()) % 10_007 / 7_000)
+    argument = approximate(name.argument, point)
+    if name.function in ("exp", "pow") and hasattr(name, "base"):
+        return approximate(name.base, point) ** argument
+    if name.function == "pow":
+        return argument
+    if name.function == "abs":
+        return complex(abs(argument))
+    named = {"ln": "log", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(name.function, name.function)
+    if named not in ("log", "sin", "cos", "asin", "acos", "atan", "sinh", "cosh", "tanh"):
+        raise ValueError("no number")
+    if name.function == "log" and point:
+        named = "log10"  # without a base it may be either
+    return getattr(cmath, named)(argument)
+
+
+def _apart(a: Value, b: Value) -> bool:
+    """True where the numbers differ by far more than rounding, at all points."""
+    for point in range(2):
+        one, other = _evaluated(a, point), _evaluated(b, point)
+        if not one or not other or abs(one[0] - other[0]) <= 1e-6 * max(one[1], other[1]):
+            return False
+    return True

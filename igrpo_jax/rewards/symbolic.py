@@ -1,0 +1,124 @@
+r"""The computer algebra behind the grader: math-verify (LaTeX -> sympy), for what exact arithmetic cannot decide.
+
+`equal` is slow (5 to 100 ms, seconds on hostile input) and reached by few pairs. In front of it stand bounds on
+nesting and on the size of numbers, exponents, factorials and sums; behind it a check to 40 relative digits, because
+math-verify rounds to 6 decimals and so takes 1/2004! for 1/2006!.
+
+Not here: time and memory limits (`rewards/pool`), and any evaluation of model text as Python: math-verify's
+plain-expression extractor runs `sympy.parse_expr`, an `eval`, and is never used. sympy is imported at the first use.
+"""
+
+import logging
+import re
+
+MAX_LENGTH = 300  # characters; the longest reference answer of MATH has 159
+MAX_DEPTH = 12  # nested braces and brackets
+MAX_DIGITS = 400  # of one number literal
+MAX_EXPONENT = 10_000  # integer exponents, factorials and binomials beyond this are not expanded
+
+_EXPONENT = re.compile(r"\^\s*\{?\s*[({]*\s*-?(\d+)")
+_FACTORIAL = re.compile(r"(\d+)\s*[)}]*\s*!")
+_BINOMIAL = re.compile(r"\\[dt]?binom|\\Gamma|\\zeta|\\prod|\\sum|\\int")
+_DIGITS = re.compile(r"\d+")
+_DROPPED = re.compile(r"\\[lcv]?dots|['\"]|\\\$|\d\s?_|\.\.")  # what math-verify reads over: 5, \ldots would be 5
+_DOUBLE = re.compile(r"![\s)}\]]*!|\^\s*\{?[\w.]*\}?\s*\^")  # (9!)!, 9^9^9
+
+
+def equal(a: str, b: str) -> bool:
+    """math-verify's verdict on two LaTeX answers; False where one is refused or not parsed. Symmetric."""
+    if not (_acceptable(a) and _acceptable(b)):
+        return False
+    try:
+        return _verified(a, b)
+    except MemoryError:
+        raise
+    except Exception:  # sympy and its parser raise nearly anything on input that is no mathematics
+        return False
+
+
+def warm_up() -> None:
+    """Imports and first-use tables of sympy and its LaTeX parser, which take seconds."""
+    _verified("x+1", "1+x")
+    _verified(r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}")
+
+
+def _acceptable(answer: str) -> bool:
+    """False for what sympy might expand without end (a deadline still stands behind this), or would misread."""
+    depth = deepest = 0
+    for character in answer:
+        if character in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in ")]}":
+            depth -= 1
+    sizes = [int(d[:9]) for d in _EXPONENT.findall(answer) + _FACTORIAL.findall(answer)]
+    if _BINOMIAL.search(answer):
+        sizes += [int(d[:9]) for d in _DIGITS.findall(answer)]
+    return (
+        len(answer) <= MAX_LENGTH
+        and deepest <= MAX_DEPTH
+        and max(sizes, default=0) <= MAX_EXPONENT
+        and all(len(d) <= MAX_DIGITS for d in _DIGITS.findall(answer))
+        and not _is_tower(answer)
+        and not _DOUBLE.search(answer)
+        and not _DROPPED.search(answer)
+        and "__" not in answer
+    )
+
+
+def _is_tower(answer: str) -> bool:
+    """True for exponents three deep, or two deep with a number as the inner base, as in 2^{2^{49}}."""
+    stack: list[bool] = []  # of open brackets: does it open an exponent?
+    previous = ""
+    for character in answer:
+        if character in "({":
+            stack.append(previous == "^")
+        elif character in ")}" and stack:
+            stack.pop()
+        elif character == "^" and (sum(stack) >= 2 or (any(stack) and previous.isdigit())):
+            return True
+        if not character.isspace() and not (character in "({" and previous == "^"):
+            previous = character
+    return False
+
+
+def _verified(a: str, b: str) -> bool:
+    import latex2sympy2_extended  # these import sympy
+    import math_verify
+
+    # It warns once that nothing stops a slow parse; the pool does.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+    # Its own removal of units takes 3m for 3.
+    reading = latex2sympy2_extended.NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
+    )
+    parsed = [
+        math_verify.parse(
+            f"${answer}$",
+            [math_verify.LatexExtractionConfig(normalization_config=reading)],
+            fallback_mode="no_fallback",
+            parsing_timeout=None,
+        )
+        for answer in (a, b)
+    ]
+    # Both ways round: as a prediction (only), 2x+z=1 would do for 1.
+    for one, other in (parsed, reversed(parsed)):
+        if not one or not math_verify.verify(one, other, allow_set_relation_comp=True, timeout_seconds=None):
+            return False
+    return _confirmed(parsed[0][0], parsed[1][0])
+
+
+def _confirmed(a, b) -> bool:
+    """Compares again, to 40 relative digits, two sympy numbers that math-verify found equal within 6 decimals."""
+    import sympy
+
+    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and a.is_number and b.is_number):
+        return True
+    if a.is_Rational and b.is_Rational:
+        return a == b
+    # A decimal among surds carries 15 digits.
+    digits = 12 if a.has(sympy.Float) or b.has(sympy.Float) else 40
+    a, b = a.evalf(digits + 10), b.evalf(digits + 10)
+    scale = max(abs(a), abs(b))
+    return bool(abs(a - b) <= scale * sympy.Float(10) ** -digits)

@@ -1,0 +1,273 @@
+r"""Tokens of LaTeX and plain-text mathematics.
+
+    tokenize(r"\dfrac{1}{2}x") -> [Token("command", "frac", …), …]
+    latex(tokens)              -> one spelling for all ways to write the same tokens
+
+Numbers are one token with their separators read: 1,234 is one number, except inside (), [] and \{\}, where a comma
+separates; so are 1\,234 and 1{,}234, whose comma arrives as SEPARATOR; 3{,}5 is 3.5. Not here: what tokens mean.
+Linear time.
+"""
+
+import re
+from collections.abc import Collection
+from typing import NamedTuple
+
+SEPARATOR = "\x1f"  # stands for a comma that LaTeX marks as no list's: {,} and ,\!
+_FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs asin acos atan"
+FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
+_LETTER_NAMES = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
+    "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell infty odot vartheta"
+)
+GREEK = frozenset(_LETTER_NAMES.split())
+
+
+class Token(NamedTuple):
+    kind: str  # number, letters, command, text, mark
+    text: str  # a number's digits without separators; a command's name; the content of \text{…}; one character
+    spaced: bool  # white space before it
+
+    @property
+    def opens(self) -> bool:
+        return self.text in _OPEN and self.kind in ("mark", "command")
+
+    @property
+    def closes(self) -> bool:
+        return self.text in _CLOSE and self.kind in ("mark", "command")
+
+    def is_in(self, texts: Collection[str]) -> bool:
+        """Whether it is one of these marks, commands, letters or numbers; what stands in \\text{…} is none."""
+        return self.text in texts and self.kind != "text"
+
+
+_UNICODE = str.maketrans(
+    {
+        **dict.fromkeys("−–—‒﹣－", "-"),
+        **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u2005\u200a\u3000", " "),
+        **dict.fromkeys("\u200b\u200c\u200d\ufeff\u2060", None),
+        **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "π": r"\pi ", "∞": r"\infty "},
+        **{"≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm "},
+        **{
+            "√": r"\sqrt ",
+            "°": r"^\circ ",
+            "º": r"^\circ ",
+            "∪": r"\cup ",
+            "∩": r"\cap ",
+            "∈": r"\in ",
+            "∅": r"\emptyset ",
+        },
+        **{
+            "²": "^2",
+            "³": "^3",
+            "½": r"\frac12 ",
+            "¼": r"\frac14 ",
+            "¾": r"\frac34 ",
+            "⅓": r"\frac13 ",
+            "⅔": r"\frac23 ",
+        },
+        **{"⟨": r"\langle ", "⟩": r"\rangle ", "ℝ": r"\mathbb{R}", "′": "'", "’": "'", "“": '"', "”": '"', "，": ","},
+        **{
+            "α": r"\alpha ",
+            "β": r"\beta ",
+            "γ": r"\gamma ",
+            "θ": r"\theta ",
+            "λ": r"\lambda ",
+            "μ": r"\mu ",
+            "ω": r"\omega ",
+        },
+        **{"（": "(", "）": ")", "…": r"\ldots ", "¢": " cents", "％": "%"},
+    }
+)
+_SEPARATED = re.compile(r"(?<=\d)[ ]?(?:\{[ ]?,[ ]?\}|,[ ]?\\!)(?:\\!|[ ])*(?=\d)")
+_MONEY = re.compile(r"\$(?= ?-?[.\d])")
+
+_SAME_AS = {
+    **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
+    **dict.fromkeys(("dbinom", "tbinom"), "binom"),
+    **dict.fromkeys(("le", "leqslant"), "leq"),
+    **dict.fromkeys(("ge", "geqslant"), "geq"),
+    **dict.fromkeys(("neq", "not="), "ne"),
+    **{"lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "lparen": "(", "rparen": ")"},
+    **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
+    **{"lt": "<", "gt": ">", "colon": ":", "ast": "*", "cdot": "*", "times": "*", "div": "/"},
+    **{"degree": "circ", "emptyset": "varnothing", "backslash": "setminus", "varepsilon": "epsilon", "varphi": "phi"},
+}
+_AND_OR = frozenset(("and", "or"))
+_DIGRAPHS = {"<=": "leq", "=<": "leq", ">=": "geq", "!=": "ne", "==": "="}
+_MARKS = frozenset(("<", ">", "[", "]", "(", ")", "|", "*", "/", ":", "\\{", "\\}"))
+_TEXT_NAMES = (
+    "text textbf textit textrm textsf texttt textnormal mbox hbox mathrm mathbf mathit mathsf mathtt rm bf emph "
+    "operatorname textup bm boldsymbol"
+)
+_TEXT_COMMANDS = frozenset(_TEXT_NAMES.split())
+_SPACE = re.compile(
+    r"(?:[\s$~]|\\[,;:!> \t\n]|\\q?quad|\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits"
+    r"|thinspace|enspace|hfill|strut|rm|bf|tiny|small|large|Large|LARGE|huge)(?![A-Za-z])\.?)+"
+)
+_EXPONENT = r"(?:[eE][+-]?\d{1,5}(?![\d.]))?"
+_EXPLICIT = re.compile(rf"\d+{SEPARATOR}\d+(?:{SEPARATOR}\d{{3}})*(?:\.\d+)?")
+_SPACED = re.compile(r"[1-9]\d{0,2}(?:(?:\\[,;: ]|[ ~\u2009])\d{3})+(?:\.\d+)?(?![\d,])")
+_GROUPED = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?!\d|,\d)")
+_NUMBER = re.compile(rf"(?:\d+(?:\.\d+|\.(?=\s?[/*)}}\],eE]|\\(?:overline|bar|dot)))?|\.\d+){_EXPONENT}")
+_LETTERS = re.compile(r"[A-Za-z]+")
+_COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
+_OPEN = frozenset(("(", "[", "{", "\\{", "langle", "begin", "lfloor", "lceil"))
+_CLOSE = frozenset((")", "]", "}", "\\}", "rangle", "end", "rfloor", "rceil"))
+
+
+def tokenize(source: str) -> list[Token]:
+    """Tokens of any text whatever; spacing and sizing commands and `$` go, but for the `$` of money.
+
+    "and" and "or" in all their spellings become marks; `<=` and its like become commands.
+    """
+    if not source.isascii():
+        source = source.translate(_UNICODE)
+    source = _SEPARATED.sub(SEPARATOR, source)
+    if source.replace("\\$", "").count("$") % 2:
+        source = _MONEY.sub(r"\\$", source, count=1)
+    return _joined(_scanned(source))
+
+
+def _joined(tokens: list[Token]) -> list[Token]:
+    """Joins `<` and `=`, and makes marks of the words "and" and "or", a command of the word "in"."""
+    result: list[Token] = []
+    for token in tokens:
+        last = result[-1] if result else None
+        is_word = token.kind == "text" or (token.kind == "letters" and token.spaced)
+        word = token.text.strip(" ,.").casefold() if is_word else ""
+        if word in _AND_OR:
+            result.append(token._replace(kind="mark", text=word))
+        elif word == "in" and token.kind == "letters":
+            result.append(token._replace(kind="command"))
+        elif last and last.kind == token.kind == "mark" and not token.spaced and last.text + token.text in _DIGRAPHS:
+            result[-1] = last._replace(kind="command", text=_DIGRAPHS[last.text + token.text])
+        else:
+            result.append(token)
+    if result and result[-1].kind == "command" and tokens[-1].kind == "letters":
+        result[-1] = tokens[-1]  # 5 in
+    return result
+
+
+def _scanned(source: str) -> list[Token]:
+    tokens: list[Token] = []
+    brackets: list[str] = []
+    at, spaced = 0, False
+    while at < len(source):
+        match = _SPACE.match(source, at)
+        if match:
+            at, spaced = match.end(), True
+            continue
+        start, character = at, source[at]
+        if character.isdecimal() or (character == "." and source[at + 1 : at + 2].isdecimal()):
+            kind, text, at = _number(source, at, bool(brackets) and brackets[-1] != "{")
+        elif character.isascii() and character.isalpha():
+            kind, at = "letters", _LETTERS.match(source, at).end()
+            text = source[start:at]
+        elif character == "\\" and at + 1 < len(source):
+            kind, text, at = _command(source, at)
+        else:
+            kind, text, at = "mark", "," if character == SEPARATOR else character, at + 1
+        tokens.append(Token(kind, text, spaced))
+        if tokens[-1].opens:
+            brackets.append(text)
+        elif tokens[-1].closes and brackets:
+            brackets.pop()
+        spaced = False
+    return tokens
+
+
+def _number(source: str, at: int, in_brackets: bool) -> tuple[str, str, int]:
+    if source[at - 1 : at] not in (",", SEPARATOR) or at < 2 or not source[at - 2].isdecimal():
+        for pattern in (_EXPLICIT, _SPACED) if in_brackets else (_EXPLICIT, _SPACED, _GROUPED):
+            match = pattern.match(source, at)
+            if match:
+                digits = match.group()
+                if pattern is _EXPLICIT and not re.fullmatch(
+                    rf"[1-9]\d{{0,2}}(?:{SEPARATOR}\d{{3}})+(?:\.\d+)?", digits
+                ):
+                    if digits.count(SEPARATOR) > 1 or "." in digits:
+                        break
+                    return "number", digits.replace(SEPARATOR, "."), match.end()
+                return "number", re.sub(r"[^\d.]", "", digits), match.end()
+    match = _NUMBER.match(source, at)
+    return "number", match.group(), match.end()
+
+
+def _command(source: str, at: int) -> tuple[str, str, int]:
+    match = _COMMAND.match(source, at)
+    name, end = match[1], match.end()
+    if name in _TEXT_COMMANDS:
+        opened = end + (len(source[end:]) - len(source[end:].lstrip()))
+        closed = _closing(source, opened) if source[opened : opened + 1] == "{" else None
+        if closed:
+            return "text", source[opened + 1 : closed], closed + 1
+    if name in "{}":
+        return "mark", "\\" + name, end
+    if name in "%$&#_":
+        return "mark", {"$": "\\$", "&": "\\&"}.get(name, name), end
+    name = _SAME_AS.get(name, name)
+    return ("mark" if name in _MARKS else "command"), name, end
+
+
+def _closing(source: str, opened: int) -> int | None:
+    """Where the brace that is open at `opened` closes."""
+    depth = 0
+    for at in range(opened, len(source)):
+        if source[at] in "{}" and source[at - 1] != "\\":
+            depth += 1 if source[at] == "{" else -1
+            if depth == 0:
+                return at
+    return None
+
+
+def is_enclosed(tokens: list[Token]) -> bool:
+    """Whether the first token opens a bracket that the last one closes."""
+    depth = 0
+    for at, token in enumerate(tokens):
+        depth += token.opens - token.closes
+        if depth <= 0:
+            return at == len(tokens) - 1 > 0
+    return False
+
+
+def split(tokens: list[Token], separators: Collection[str]) -> tuple[list[list[Token]], list[str]]:
+    """Cuts tokens at separators outside all brackets: (the parts, the separators between them)."""
+    parts: list[list[Token]] = [[]]
+    found, depth = [], 0
+    for token in tokens:
+        depth += token.opens - token.closes
+        if depth == 0 and token.is_in(separators) and not token.closes:
+            found.append(token.text)
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return parts, found
+
+
+def latex(tokens: list[Token]) -> str:
+    """Tokens as LaTeX again, one spelling for all ways to write them: `sqrt(2)*x` becomes `\\sqrt{2}\\cdot x`."""
+    pieces: list[str] = []
+    closing: list[str] = []  # what each open bracket is closed with
+    previous = Token("mark", "", False)
+    for token in tokens:
+        kind, text = token.kind, token.text
+        if kind == "text":
+            text = f"\\text{{{' '.join(text.split())}}}"
+        elif text in ("(", "[", "{"):
+            braces = text == "(" and previous.is_in(("^", "sqrt"))
+            closing.append("}" if braces else "")
+            text = "{" if braces else text
+        elif text in (")", "]", "}") and closing:
+            text = closing.pop() or text
+        elif kind == "number" and "e" in text.casefold():
+            digits, _, power = text.casefold().partition("e")
+            text = f"{digits}\\cdot 10^{{{int(power)}}}"
+        elif kind == "number" and (previous.is_in(("sqrt",)) or (previous.text == "^" and len(text) > 1)):
+            text = f"{{{text}}}"
+        elif kind == "command" or (kind == "letters" and (text in FUNCTIONS or text == "pi")):
+            text = f"\\{text}" if text in ("begin", "end") else f"\\{text} "
+        elif kind == previous.kind and kind in ("number", "letters"):
+            text = f" {text}"
+        pieces.append("\\cdot " if text == "*" else text)
+        previous = token
+    return "".join(pieces)
