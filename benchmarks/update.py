@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefix", type=int, default=64, help="tokens of each prompt, with its draft")
     parser.add_argument("--completion", type=int, default=64, help="tokens of each completion")
     parser.add_argument("--shared-prefix", choices=("on", "off"), default="on")
-    parser.add_argument("--remat", choices=("full", "dots", "none"), default="none")
+    parser.add_argument("--remat", choices=("full", "dots", "none"), default="full")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--tokens-per-microbatch", type=int, default=1 << 20)
     parser.add_argument("--logprob-chunk", type=int, default=None, help="positions of a row; default: the package's")

@@ -166,8 +166,8 @@ def _prompts(rows: list[data.Row], renderer: Renderer, max_length: int) -> tuple
 class Run:
     """The living parts of a run, and what happens between two updates."""
 
-    def __init__(self, c: Config, task: Task, workdir: Path, console: Console, verifier: Verifier):
-        self._config, self._task, self._workdir, self._console, self._verifier = c, task, workdir, console, verifier
+    def __init__(self, c: Config, task: Task, workdir: Path, console: Console):
+        self._config, self._task, self._workdir, self._console = c, task, workdir, console
         self.scheduler = Scheduler(
             Engine(
                 task.policy.model,
@@ -180,10 +180,16 @@ class Run:
                 steps_per_dispatch=c.rollout.steps_per_dispatch,
             )
         )
-        self.rollout = Rollout(c, task.renderer, self.scheduler, verifier)
         self.scores: dict[int, dict[str, float]] = {}  # evaluations by step
         self.state: TrainState | None = None
         self.first_step = 0
+
+    def open_verifier(self, stack: contextlib.ExitStack) -> None:
+        """Starts the workers, and the judge with its file of verdicts in the workdir."""
+        c = self._config
+        limit, cache = c.rollout.max_completion_length, self._workdir / "judge.sqlite"
+        self._verifier = stack.enter_context(Verifier(c.rewards, limit, c.data.answer_column, cache))
+        self.rollout = Rollout(c, self._task.renderer, self.scheduler, self._verifier)
 
     def report(self, step: int, groups: list, gains: np.ndarray, metrics: dict[str, float]) -> None:
         """Files and console of one step."""
@@ -235,10 +241,9 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
     What must be closed, however the run ends, goes onto `stack`.
     """
     console = stack.enter_context(Console())
+    run = Run(c, task, workdir, console)  # checks slots and mesh, before anything is written
     claimed = prepare_workdir(workdir, c)
-    limit, cache = c.rollout.max_completion_length, workdir / "judge.sqlite"
-    verifier = stack.enter_context(Verifier(c.rewards, limit, c.data.answer_column, cache))
-    run = Run(c, task, workdir, console, verifier)
+    run.open_verifier(stack)
     run.checkpointer = stack.enter_context(Checkpointer(workdir, c.checkpoint))
     latest = run.checkpointer.latest_step() if claimed else None
     if claimed and latest is None and any((workdir / "samples").glob("step_*.jsonl")):

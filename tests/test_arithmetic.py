@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from igrpo_jax import config
+from igrpo_jax.batch import Candidate
 from igrpo_jax.config import InputError
 from igrpo_jax.rewards import reward
 from igrpo_jax.tasks import arithmetic
@@ -15,7 +16,7 @@ from igrpo_jax.tasks.arithmetic import Problem, problems, solution
 SETTINGS = config.Arithmetic(
     min_terms=2, max_terms=4, max_operand=9, max_total=12, train_problems=300, test_problems=50
 )
-WEIGHTS = {"accuracy": 1.0, "format": 1.0}
+BOTH = reward.Rules({"accuracy": 1.0, "format": 1.0})
 
 
 def test_train_and_test_are_disjoint():
@@ -68,9 +69,9 @@ def test_a_teacher_without_errors_scores_full_marks():
     for problem in problems(SETTINGS, seed=0)[1]:
         text = solution(problem, 0.0, 12, rng)
         assert all(steps_right(problem, text))
-        graded = reward.score(text, str(problem.answer), "", WEIGHTS)
+        graded = reward.score(Candidate(text, str(problem.answer)), BOTH)
         assert (graded.reward, graded.status) == (2.0, "ok")
-        assert reward.score(text, str(problem.answer + 1), "", WEIGHTS).rewards == {"accuracy": 0.0, "format": 1.0}
+        assert reward.score(Candidate(text, str(problem.answer + 1)), BOTH).rewards == {"accuracy": 0.0, "format": 1.0}
 
 
 @pytest.mark.parametrize("rate", [0.3, 1.0])
@@ -85,7 +86,7 @@ def test_the_share_of_wrong_steps(rate):
         assert right.mean() > 0.02
     for problem, text in texts[:60]:
         said = int(re.search(r"<answer>(-?\d+)", text).group(1))
-        graded = reward.score(text, str(problem.answer), "", WEIGHTS)
+        graded = reward.score(Candidate(text, str(problem.answer)), BOTH)
         assert graded.rewards == {"accuracy": float(said == problem.answer), "format": 1.0}
         assert graded.extracted == str(said)
 
