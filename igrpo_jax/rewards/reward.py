@@ -270,9 +270,10 @@ def check_errors(scores: Sequence[Score], max_error_fraction: float) -> None:
         return
     count = {status: sum(one.status == status for one in failed) for status in STATUSES}
     detail = next((one.detail for one in failed if one.detail), "")
+    hint = ". A larger config.rewards.timeout helps where the machine is overloaded" if count["timeout"] else ""
     raise VerifierError(
         f"of {len(scores)} gradings {count['timeout']} timed out, {count['error']} failed and {count['invalid']} have "
-        f"no verdict: more than the share of {max_error_fraction} in config.rewards.max_error_fraction. "
-        + (f"The first: {detail}. " if detail else "")
-        + "A larger config.rewards.timeout helps where the machine is overloaded"
+        f"no verdict: more than the share of {max_error_fraction} in config.rewards.max_error_fraction"
+        + (f". The first: {detail}" if detail else "")
+        + hint
     )
