@@ -144,7 +144,7 @@ def make(endpoint, tmp_path):
 
     def make(cache=None, **changes):
         url = f"http://127.0.0.1:{endpoint.server_port}/v1"
-        settings = config.Judge(model="grader", base_url=url, api_key_env="JUDGE_KEY", timeout=5.0)
+        settings = config.Judge(model="grader", base_url=url, api_key_env="JUDGE_KEY", timeout=20.0)
         judges.append(Judge(dataclasses.replace(settings, **changes), cache or tmp_path / "judge.sqlite"))
         return judges[-1]
 
