@@ -122,6 +122,8 @@ class Rollout:
     top_k: int = 0  # 0 = off
     slots: int = 64  # completions decoded at once
     steps_per_dispatch: int = 16  # tokens per slot between two looks of the host
+    dispatches_ahead: int | None = None  # 1 = the device decodes on while the host looks; None = 1, on CPU 0
+    streamed: bool = True  # refine a prompt while others still draft; False waits for all drafts (for comparisons)
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,7 @@ class Config:
     steps: int = 0  # rollouts; 0 = as many as `epochs` needs
     epochs: float = 1.0  # passes over the training set, where steps = 0
     prompts_per_step: int = 32
+    compilation_cache: str = "~/.cache/igrpo_jax"  # folder of compiled programs, shared by all runs; empty = none
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     warm_start: WarmStart = field(default_factory=WarmStart)
@@ -248,7 +251,7 @@ class Config:
 
 
 # Fields that may differ between a run and its resume: how long it runs and what is seen of it, not what it does.
-MAY_CHANGE_ON_RESUME = ("steps", "log", "evaluation", "checkpoint")
+MAY_CHANGE_ON_RESUME = ("steps", "compilation_cache", "log", "evaluation", "checkpoint")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -404,6 +407,7 @@ def _validate(c: Config) -> None:
     for low, paths in at_least.items():
         for path in paths.split():
             need(value_of(path) >= low, path, f"must be at least {low}")
+    choice("rollout.dispatches_ahead", None, 0, 1)
     for path in ("refine.max_draft_length", "evaluation.max_completion_length", "learner.logprob_chunk"):
         need(value_of(path) is None or value_of(path) >= 1, path, "must be at least 1, or None")
     shares = (

@@ -19,8 +19,8 @@ from igrpo_jax.models import decoder
 from igrpo_jax.prompts import Renderer
 from igrpo_jax.rewards.reward import Verifier, check_errors
 from igrpo_jax.rollout import Target, sample_and_score, stage_key
-from igrpo_jax.sampling.engine import Sampling
 from igrpo_jax.sampling.scheduler import Request, Scheduler
+from igrpo_jax.sampling.steps import Sampling
 
 
 def max_completion(c: Config) -> int:

@@ -27,6 +27,7 @@ from igrpo_jax.logprobs import completion_logprobs
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import ModelConfig
 from igrpo_jax.packing import Packer, Shape, Unit
+from igrpo_jax.programs import Key, Programs, program_bytes, tree_bytes
 
 
 class TrainState(NamedTuple):
@@ -113,7 +114,7 @@ class Learner:
             "apply": jax.jit(self._apply_program, donate_argnums=0, out_shardings=(self.state_sharding, whole)),
         }
         self._zeros = jax.jit(self._zeros_program, out_shardings=(params, whole))
-        self._programs: dict[tuple[str, Shape | None], jax.stages.Compiled] = {}
+        self._programs = Programs(self._lower)
 
     def init(self, params: decoder.Params) -> TrainState:
         """Fresh optimizer state around `params`, which the state takes over."""
@@ -192,11 +193,11 @@ class Learner:
         grads, sums = self._zeros()
         padded = 0
         for batch, _ in self.packer.micro_batches(trained):
-            program = self._program("accumulate", batch.shape)
+            program = self._programs["accumulate", batch.shape]
             grads, sums = program(state.params, grads, sums, self._to_device(batch))
             padded += batch.padded_tokens
         scored = self._scored(state.params, idle)
-        state, applied = self._program("apply")(state, grads, sums)
+        state, applied = self._programs[("apply",)](state, grads, sums)
         sums, applied = sharding.to_host((sums, applied))
         padding = 1 - sum(unit.tokens for unit in trained) / padded if padded else 0.0
         return state, applied | _metrics(sums, idle, scored) | {"perf/padding_frac": padding}
@@ -205,30 +206,27 @@ class Learner:
         """For each unit log-probs and entropies of its completions, [T_i] float32 each, in nats."""
         found = {}
         for batch, chosen in self.packer.micro_batches(units):
-            program = self._program("score", batch.shape)
+            program = self._programs["score", batch.shape]
             logprob, entropy = sharding.to_host(program(params, self._to_device(batch)))
             for i, unit in enumerate(chosen):
                 sizes = [len(one.tokens) for one in unit.completions]
                 found[id(unit)] = tuple([x[i, j, :n] for j, n in enumerate(sizes)] for x in (logprob, entropy))
         return [found[id(unit)] for unit in units]
 
-    def _program(self, kind: str, shape: Shape | None = None) -> jax.stages.Compiled:
-        """ "accumulate" or "score" for a shape of micro-batch, or "apply"; compiled the first time."""
-        if (kind, shape) not in self._programs:
-            state, sums = self.abstract_state(), self._abstract_sums()
-            args = {"apply": (state, *sums)}
-            if shape is not None:
-                batch = self._abstract_batch(shape)
-                args = {"accumulate": (state.params, *sums, batch), "score": (state.params, batch)}
-            self._programs[kind, shape] = self._jitted[kind].lower(*args[kind]).compile()
-        return self._programs[kind, shape]
+    def _lower(self, key: Key) -> jax.stages.Lowered:
+        """("accumulate" or "score", shape of micro-batch) or ("apply",), traced."""
+        kind, *shape = key
+        state, sums = self.abstract_state(), self._abstract_sums()
+        if kind == "apply":
+            return self._jitted[kind].lower(state, *sums)
+        batch = self._abstract_batch(*shape)
+        return self._jitted[kind].lower(state.params, *(sums if kind == "accumulate" else ()), batch)
 
     def predicted_bytes(self) -> int:
         """Bytes per device that an update of the longest rows needs, state included, by the compiler's own count."""
-        moments = jax.tree.leaves(self.abstract_state().opt_state)
-        kept = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in moments)
-        accumulate, apply = self._program("accumulate", self.packer.largest), self._program("apply")
-        return int(max(_bytes(accumulate) + kept, _bytes(apply)))
+        kept = tree_bytes(self.abstract_state().opt_state)
+        accumulate, apply = self._programs["accumulate", self.packer.largest], self._programs[("apply",)]
+        return int(max(program_bytes(accumulate) + kept, program_bytes(apply)))
 
     def _abstract_sums(self) -> tuple[decoder.Params, Sums]:
         whole = self.state_sharding.step
@@ -305,13 +303,6 @@ class Learner:
 def _nothing() -> Sums:
     zero = jnp.float32(0)
     return Sums(Loss(*[zero] * len(Loss._fields)), zero, zero, zero, zero)
-
-
-def _bytes(program: jax.stages.Compiled) -> int:
-    """Per device: arguments and results, what is donated counted once, and temporaries."""
-    memory = program.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return held + memory.temp_size_in_bytes
 
 
 _OVER = {"mean": np.mean, "max": np.max}

@@ -5,7 +5,7 @@
 3. Stage 2: sample G completions of q' from the same policy and score them with the same reward.
 
 Stages are not separated by a barrier: a prompt goes on to Stage 2 as soon as its own drafts are scored, while others
-still draft. `num_drafts = 0` is the base algorithm through the same code: Stage 2 on the plain prompt.
+still draft (`rollout.streamed = False` has one, for comparisons). `num_drafts = 0` is the base algorithm through the same code: Stage 2 on the plain prompt.
 Results are ordered by (prompt, sample), never by arrival.
 """
 
@@ -22,8 +22,8 @@ from igrpo_jax.config import Config
 from igrpo_jax.models import decoder
 from igrpo_jax.prompts import Renderer
 from igrpo_jax.rewards.reward import Verifier, check_errors
-from igrpo_jax.sampling.engine import Sampling
 from igrpo_jax.sampling.scheduler import Request, Sample, Scheduler
+from igrpo_jax.sampling.steps import Sampling
 
 STAGES = {"draft": 1, "refine": 2}
 Grade = Callable[[Candidate], Future[Score]]
@@ -80,9 +80,15 @@ class Rollout:
             else:
                 self._refine(item, keys)
 
+        drafting = {item.place for item in work if item.context is None}
+
         def scored(item: _Work) -> None:
-            if item.context is None and len(item.done["draft"]) == c.algorithm.num_drafts:
-                self._refine(item, keys)
+            if item.place not in drafting or len(item.done["draft"]) < c.algorithm.num_drafts:
+                return
+            drafting.remove(item.place)
+            ready = [item] if settings.streamed else [] if drafting else [one for one in work if one.context is None]
+            for one in ready:
+                self._refine(one, keys)
 
         waited = sample_and_score(self._scheduler, self._verifier.submit, self._renderer, scored)
         groups = [
@@ -99,6 +105,7 @@ class Rollout:
             "perf/draft_tokens": sum(len(draft.tokens) for group in groups for draft in group.drafts),
             "perf/completion_tokens": sum(len(one.tokens) for group in groups for one in group.completions),
             "perf/slot_utilization": usage.slot_utilization,
+            "perf/stage_overlap_frac": usage.overlap,
         }
 
     def _drops_draft(self, place: int, step: int) -> bool:
@@ -118,7 +125,7 @@ class Rollout:
     def _submit(self, item: _Work, stage: str, tokens: np.ndarray, samples: int, keys: dict[str, np.ndarray]) -> None:
         limit = self._config.rollout.max_completion_length
         tag = Target(item.prompt, stage, item.done[stage], item)
-        self._scheduler.submit(Request(tokens, item.place, samples, keys[stage], limit, tag))
+        self._scheduler.submit(Request(tokens, item.place, samples, keys[stage], limit, tag, stage))
 
 
 @dataclass(frozen=True)

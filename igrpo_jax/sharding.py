@@ -70,7 +70,7 @@ def make_mesh(settings: config.Mesh, devices: list | None = None) -> jax.shardin
 def spec(logical: tuple[str | None, ...]) -> PartitionSpec:
     """PartitionSpec of an array with these logical axes; two that land on one mesh axis are an error."""
     axes = [RULES[name] if name else None for name in logical]
-    used = [part for axis in axes if axis for part in ((axis,) if isinstance(axis, str) else axis)]
+    used = [part for axis in axes for part in _parts(axis)]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {logical} put two dimensions on one mesh axis: {axes}")
     return PartitionSpec(*axes)
@@ -85,10 +85,19 @@ def param_sharding(mesh: jax.sharding.Mesh, path: str, gathered: bool = False) -
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """`x` with a sharding constraint by logical axes, wherever a mesh is set (also on virtual CPU devices)."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """`x` with a sharding constraint by logical axes, wherever a mesh is set (also on virtual CPU devices).
+
+    Inside `shard_map` the axes that it splits are no longer the compiler's, and are left out.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(logical))
+    axes = tuple(None if _parts(axis) & set(mesh.manual_axes) else axis for axis in spec(logical))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def _parts(axis: str | tuple[str, ...] | None) -> set[str]:
+    return {axis} if isinstance(axis, str) else set(axis or ())
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
@@ -103,6 +112,35 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
     """How many ways the batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The part of `mesh` that this process owns; `mesh` itself where that is all.
+
+    Raises:
+        InputError: a replica of the weights, or an irregular part of the mesh, is spread over processes.
+    """
+    own = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
+    if own.all():
+        return mesh
+    box = np.ix_(*(np.flatnonzero(own.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)))
+    if not own[box].all() or own[box].shape[2] != mesh.shape["tensor"]:
+        raise InputError(
+            f"config.mesh.tensor = {mesh.shape['tensor']}: each process samples with weights of its own, and its "
+            f"{own.sum()} devices hold no whole replica; lower mesh.tensor to a divisor of {own.sum()}"
+        )
+    return jax.sharding.Mesh(mesh.devices[box], mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def local_view(tree: dict[str, jax.Array], places: dict[str, NamedSharding]) -> dict[str, jax.Array]:
+    """Global arrays that are whole on this process as arrays of its own part of the mesh; nothing is copied."""
+
+    def view(x: jax.Array, place: NamedSharding) -> jax.Array:
+        pieces = {piece.device: piece.data for piece in x.addressable_shards}
+        on = [pieces[device] for device in place.mesh.devices.flat]
+        return jax.make_array_from_single_device_arrays(x.shape, place, on)
+
+    return {path: view(x, places[path]) for path, x in tree.items()}
 
 
 def to_global(tree, sharding: NamedSharding):

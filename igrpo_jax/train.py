@@ -25,6 +25,7 @@ from igrpo_jax.learner import Learner, TrainState
 from igrpo_jax.metrics import Writer, rollout_metrics
 from igrpo_jax.models import attention, decoder
 from igrpo_jax.policy import Policy, open_policy
+from igrpo_jax.programs import compilations, tree_bytes, use_disk_cache
 from igrpo_jax.prompts import Renderer
 from igrpo_jax.rewards import reward
 from igrpo_jax.rewards.reward import Verifier
@@ -42,6 +43,7 @@ def train(c: Config, workdir: Path) -> None:
         InputError: something in `c` or what it names is wrong, or `workdir` holds another run.
         VerifierError: the verifier fails too often to be trusted.
     """
+    use_disk_cache(c.compilation_cache)
     task = open_task(c)
     with contextlib.ExitStack() as stack, jax.set_mesh(task.mesh):
         run = start(c, task, workdir, stack)
@@ -59,6 +61,7 @@ def train(c: Config, workdir: Path) -> None:
                 ended = time.perf_counter()
             times = {"perf/update_time": ended - updating, "perf/step_time": ended - began}
             times["perf/recompiles"] = len(compiled)
+            run.warn_of_compiles(step, compiled)
             run.report(step, groups, gains, {**learned, **checked, **rollout_metrics(groups, c), **sampled, **times})
             if c.evaluation.every and (step % c.evaluation.every == 0 or step == task.total_steps):
                 run.evaluate(state.params, step)
@@ -74,22 +77,6 @@ def profiled(c: Config, workdir: Path, step: int):
             yield
     else:
         yield
-
-
-@contextlib.contextmanager
-def compilations():
-    """A list that gets an entry for every program that XLA compiles meanwhile."""
-    seen: list[float] = []
-
-    def listen(event: str, seconds: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @dataclass(frozen=True)
@@ -168,18 +155,19 @@ class Run:
 
     def __init__(self, c: Config, task: Task, workdir: Path, console: Console):
         self._config, self._task, self._workdir, self._console = c, task, workdir, console
-        self.scheduler = Scheduler(
-            Engine(
-                task.policy.model,
-                task.mesh,
-                task.policy.eos_ids,
-                slots=c.rollout.slots,
-                max_context=max(task.max_context, task.longest_evaluated),
-                max_completion=max(c.rollout.max_completion_length, max_completion(c)),
-                dtype=c.model.dtype,
-                steps_per_dispatch=c.rollout.steps_per_dispatch,
-            )
+        engine = Engine(
+            task.policy.model,
+            task.mesh,
+            task.policy.eos_ids,
+            slots=c.rollout.slots,
+            max_context=max(task.max_context, task.longest_evaluated),
+            max_completion=max(c.rollout.max_completion_length, max_completion(c)),
+            dtype=c.model.dtype,
+            steps_per_dispatch=c.rollout.steps_per_dispatch,
         )
+        ahead = c.rollout.dispatches_ahead
+        self.scheduler = Scheduler(engine, (jax.default_backend() != "cpu") if ahead is None else ahead)
+        self._warned: set[str] = set()  # kinds of programs
         self.scores: dict[int, dict[str, float]] = {}  # evaluations by step
         self.state: TrainState | None = None
         self.first_step = 0
@@ -203,6 +191,17 @@ class Run:
         if self.shows_samples(step):
             best = max(range(len(groups)), key=lambda i: np.abs(gains[i]).max())
             self._console.sample(groups[best], gains[best])
+
+    def warn_of_compiles(self, step: int, compiled: list[str]) -> None:
+        """Says which kinds of programs had to be compiled after the first step, once of each."""
+        names = {name.partition(" ")[0]: name for name in reversed(compiled)}
+        new = [name for kind, name in names.items() if kind not in self._warned]
+        if step > self.first_step + 1 and new:
+            self._console.message(
+                f"step {step}: compiled {'; '.join(new)}: shapes not met before. Later ones of the kind are only "
+                "counted, in perf/recompiles"
+            )
+            self._warned |= names.keys()
 
     def shows_samples(self, step: int) -> bool:
         """Whether `step` is one whose samples are looked at: printed, and their drafts scored by the trainer too."""
@@ -251,10 +250,13 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
     run.writer = stack.enter_context(Writer(workdir, c, latest))
     sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
     run.learner = Learner(c, task.policy.model, task.mesh, **sizes)
+    engine = run.scheduler.engine
+    with console.phase("compiling the sampler", len(engine.keys)) as update:
+        engine.compile(update)
     with console.phase("compiling the update"):
-        update_bytes = run.learner.predicted_bytes()
+        run.learner.predicted_bytes()
     title = "iGRPO run" if c.algorithm.num_drafts else "Run"
-    console.table(title, plan(c, task, run.scheduler.engine, run.learner, update_bytes))
+    console.table(title, plan(c, task, engine, run.learner))
     params = None
     if latest is None:
         params = task.policy.load(task.mesh, c.seed)
@@ -313,18 +315,16 @@ def _reference(c: Config, task: Task, workdir: Path, params: decoder.Params | No
         return store.restore(abstract)[0]
 
 
-def plan(c: Config, task: Task, engine: Engine, learner: Learner, update_bytes: int) -> list[tuple[str, object]]:
+def plan(c: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[str, object]]:
     """Rows of the table that is printed before the first step."""
     model, mesh = task.policy.model, task.mesh
     completions = c.prompts_per_step * c.algorithm.num_generations
     width = c.rollout.max_completion_length
     units, prefix, share, longest = learner.packer.largest
-    bytes_each = 2 if c.model.dtype == "bfloat16" else 4
-    kv = 2 * model.num_kv_heads * model.head_dim * model.pattern.count("*") * bytes_each
-    cache = kv * engine.slots * engine.length / (sharding.batch_shards(mesh) * mesh.shape["tensor"])
-    copies = bytes_each * model.num_params / mesh.shape["tensor"] * (bytes_each != 4 or mesh.shape["fsdp"] > 1)
-    resident = 12 * model.num_params / (mesh.shape["fsdp"] * mesh.shape["tensor"])  # weights and two moments
-    programs = len(engine.prefill_buckets) + len(engine.read_buckets) + 6
+    # The training state waits while completions are sampled; its weights may be the very ones that sample.
+    state = learner.abstract_state()
+    same = c.model.dtype == "float32" and mesh.shape["fsdp"] == 1
+    rollout = engine.predicted_bytes() + tree_bytes(state) - same * tree_bytes(state.params)
     return [
         ("model", f"{task.policy.path or 'built-in'}, {model.num_params / 1e6:,.1f} M parameters, {c.model.dtype}"),
         ("mesh", f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']}"),
@@ -337,11 +337,8 @@ def plan(c: Config, task: Task, engine: Engine, learner: Learner, update_bytes: 
         ("refinements per step", f"{completions:,} (G = {c.algorithm.num_generations}), the trained completions"),
         ("trained tokens per step", f"at most {completions * width:,}"),
         ("longest micro-batch", f"{units} x ({prefix} + {share} x {longest}) tokens: {share} completions to a prompt"),
-        ("compiled programs", f"about {programs}"),
-        (
-            "predicted bytes per device",
-            f"update {_bytes(update_bytes)}, rollout about {_bytes(resident + copies + cache)}",
-        ),
+        ("compiled programs", f"{len(engine.keys)} of the sampler, more of the update as lengths come"),
+        ("predicted bytes per device", f"update {_bytes(learner.predicted_bytes())}, rollout {_bytes(rollout)}"),
     ]
 
 

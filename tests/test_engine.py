@@ -10,8 +10,9 @@ import pytest
 from igrpo_jax import config, sharding
 from igrpo_jax.config import InputError
 from igrpo_jax.models import decoder, hf
-from igrpo_jax.sampling.engine import Engine, Sampling
+from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Request, Scheduler
+from igrpo_jax.sampling.steps import Sampling
 
 EOS = (0, 17, 40)  # 0 is also what prompts are padded with
 KEY = np.array([1, 2], np.uint32)

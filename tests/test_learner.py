@@ -94,9 +94,8 @@ def build(tiny):
             programs = shared.setdefault(repr((mesh, sorted(loss.items()), changes.get("learner__remat", "none"))), {})
             own = shared.setdefault(repr((mesh, sorted(optimizer.items()), learner.updates_per_step)), {})
             with jax.set_mesh(mesh):
-                if not own:
-                    own["apply", None] = learner._program("apply")
-                learner._programs = collections.ChainMap(programs, own)
+                own[("apply",)] = own.get(("apply",)) or learner._programs[("apply",)]
+                learner._programs._compiled = collections.ChainMap(programs, own)
                 if learner.algorithm.beta:
                     learner.set_reference(put(tiny[1], mesh))
         return made[key]
@@ -120,7 +119,7 @@ def accumulated(built, params, batch):
     """Gradient and Sums of one micro-batch."""
     learner, mesh = built
     with jax.set_mesh(mesh):
-        program = learner._program("accumulate", batch.shape)
+        program = learner._programs["accumulate", batch.shape]
         return sharding.to_host(program(put(params, mesh), *learner._zeros(), learner._to_device(batch)))
 
 
@@ -413,7 +412,7 @@ def test_only_weights_are_gathered(tiny):
     model, shape = dataclasses.replace(tiny[0], vocab_size=112), (8, 40, 3, 28)
     learner, mesh = make_learner(model, MESHES["2x2x2"], learner__logprob_chunk=42)  # 7 positions of 6 rows
     with jax.set_mesh(mesh):
-        text = learner._program("accumulate", shape).as_text()
+        text = learner._programs["accumulate", shape].as_text()
     weights = set()
     for path, size in decoder.shapes(model).items():
         local = sharding.param_sharding(mesh, path, gathered=True).shard_shape(size)
@@ -439,7 +438,7 @@ def test_remat(build, tiny):
         learner, _ = built = build(learner__remat=remat)
         ((batch, _),) = learner.packer.micro_batches(weighted_units(learner))
         gradient[remat], sums[remat] = accumulated(built, tiny[1], batch)
-        memory[remat] = learner._program("accumulate", WHOLE).memory_analysis().temp_size_in_bytes
+        memory[remat] = learner._programs["accumulate", WHOLE].memory_analysis().temp_size_in_bytes
     for remat in ("dots", "full"):
         assert_close(gradient[remat], gradient["none"], 5e-6)
         assert float(sums[remat].loss.loss) == pytest.approx(float(sums["none"].loss.loss), abs=1e-6)
@@ -663,7 +662,7 @@ def test_a_larger_vocabulary_adds_chunks_of_logits_only(tiny):
         model = dataclasses.replace(tiny[0], vocab_size=size, pattern="*")
         learner, mesh = make_learner(model, learner__logprob_chunk=128)
         with jax.set_mesh(mesh):
-            used.append(learner._program("accumulate", WHOLE).memory_analysis().temp_size_in_bytes)
+            used.append(learner._programs["accumulate", WHOLE].memory_analysis().temp_size_in_bytes)
     assert 0 < used[1] - used[0] < 4000 * 4 * (4 * 128 + 2 * 32)
     assert 4 * 128 + 2 * 32 < 1024
 

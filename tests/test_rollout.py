@@ -17,8 +17,9 @@ from igrpo_jax.policy import open_policy
 from igrpo_jax.prompts import Renderer
 from igrpo_jax.rewards.reward import Verifier, VerifierError, statistics
 from igrpo_jax.rollout import Rollout, best_draft, stage_key
-from igrpo_jax.sampling.engine import Engine, Sampling
+from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Request, Scheduler
+from igrpo_jax.sampling.steps import Sampling
 
 QUESTIONS = ("1+2", "7+5-3", "9", "4-4+8-1", "2+2", "5+5")
 N, G, LENGTH, KEPT = 4, 4, 12, 5

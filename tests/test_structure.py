@@ -19,6 +19,7 @@ PACKAGE = "igrpo_jax"
 FLOORS = [
     ["config batch"],
     [
+        "programs",
         "sharding",
         "rewards/exact rewards/functions rewards/tokens rewards/expression rewards/nodes rewards/regions rewards/words "
         "rewards/answers rewards/symbolic rewards/extraction rewards/math_grader "
@@ -30,7 +31,7 @@ FLOORS = [
         "models/config models/cache models/splash models/attention models/layers models/mamba2 models/lora "
         "models/decoder models/hf",
     ],
-    ["policy", "logprobs", "sampling/draw sampling/engine sampling/scheduler"],
+    ["policy", "logprobs", "sampling/draw sampling/steps sampling/engine sampling/scheduler"],
     ["rollout", "packing learner warm_start", "metrics console checkpoint"],
     ["evaluation"],
     ["train"],

@@ -1,8 +1,10 @@
-"""What a decoder remembers of the tokens it has read, one entry per sublayer, and the two verbs on it.
+"""What a decoder remembers of the tokens it has read, one entry per sublayer, and the verbs on it.
 
 `insert` writes the rows of a prefilled prompt into slots; `fork` repeats one prefilled prompt for its samples. The
 sampler uses both to run a prompt once for all its completions. `shared` is the learner's fork: nothing is repeated, the
-rows that continue a prefix read the one copy, and their gradients add up in it.
+rows that continue a prefix read the one copy, and their gradients add up in it. `extend` joins a prompt that is read in
+pieces. `window` and `restore` take a part of the slots out to decode it, and put it back; `move` carries rows between
+slots.
 
 Legend: B batch or slot, K kv heads, S key positions, H head dim, Q prefixes, P prefix positions.
 """
@@ -32,6 +34,7 @@ class Prefix(NamedTuple):
 
 
 Cache = tuple[KV | Prefix | None, ...]  # one entry per sublayer, None where it remembers nothing
+AXES = ("batch", "kv_heads", "time", "head_dim")
 
 
 def empty(config: ModelConfig, slots: int, length: int, dtype: jnp.dtype) -> Cache:
@@ -44,13 +47,16 @@ def empty(config: ModelConfig, slots: int, length: int, dtype: jnp.dtype) -> Cac
     return tuple(entry(kind) for kind in config.pattern)
 
 
-AXES = ("batch", "kv_heads", "time", "head_dim")
-
-
 def append(entry: KV, new: KV, positions: jax.Array) -> KV:
     """`entry` with one new position per row written in place: new.k [B, K, 1, H] at positions [B]."""
     rows = jnp.arange(positions.shape[0])
     return KV(*(old.at[rows, :, positions].set(add[:, :, 0]) for old, add in zip(entry, new, strict=True)))
+
+
+def extend(cache: Cache, new: Cache, start: jax.Array) -> Cache:
+    """`cache` with the positions of `new`, [B, K, T, H], written in place from `start` [] int32 on."""
+    put = lambda old, add: jax.lax.dynamic_update_slice_in_dim(old, add.astype(old.dtype), start, axis=2)  # noqa: E731
+    return jax.tree.map(put, cache, new)
 
 
 def fork(prefix: Cache, count: int) -> Cache:
@@ -59,10 +65,31 @@ def fork(prefix: Cache, count: int) -> Cache:
 
 
 def insert(cache: Cache, rows: Cache, slots: jax.Array) -> Cache:
-    """`cache` with `rows` [n, K, P, H] (P <= S) written to `slots` [n]; a slot past the last drops its row."""
-    return jax.tree.map(
-        lambda old, new: old.at[slots, :, : new.shape[2]].set(new.astype(old.dtype), mode="drop"), cache, rows
-    )
+    """`cache` with `rows` [n, K, P, H] written to `slots` [n]; a slot past the last drops its row.
+
+    Where P > S, the positions past S (padding) are left out.
+    """
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        size = min(new.shape[2], old.shape[2])
+        return old.at[slots, :, :size].set(new[:, :, :size].astype(old.dtype), mode="drop")
+
+    return jax.tree.map(put, cache, rows)
+
+
+def move(cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
+    """`cache` with the rows `source` [n] also at `target` [n]; a target past the last drops its row."""
+    return jax.tree.map(lambda x: x.at[target].set(x[source], mode="drop"), cache)
+
+
+def window(cache: Cache, rows: int, read: int) -> Cache:
+    """The first `read` positions of the first `rows` slots."""
+    return jax.tree.map(lambda x: x[:rows, :, :read], cache)
+
+
+def restore(cache: Cache, part: Cache) -> Cache:
+    """`cache` with a `window` of it written back in place."""
+    return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, 0, 0)), cache, part)
 
 
 def shared(cache: Cache, length: jax.Array) -> Cache:

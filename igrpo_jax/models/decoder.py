@@ -31,8 +31,8 @@ class Block(nnx.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mixer = MIXERS[kind](c, rngs)
 
-    def __call__(self, x, positions, entry, read):
-        y, kept = self.mixer(self.norm(x), positions, entry, read)
+    def __call__(self, x, positions, entry):
+        y, kept = self.mixer(self.norm(x), positions, entry)
         return sharding.constrain(x + y, "batch", "time", "features"), kept
 
 
@@ -46,23 +46,23 @@ class Decoder(nnx.Module):
         if not c.tie_embeddings:
             self.lm_head = nnx.Param(jax.random.normal(rngs.params(), shape[::-1], jnp.float32) * c.hidden_size**-0.5)
 
-    def __call__(self, tokens, positions, cache, read, remat):
+    def __call__(self, tokens, positions, cache, remat):
         run = _run_block
         if remat != "none":
-            run = jax.checkpoint(_run_block, static_argnums=(0, 5), policy=KEPT[remat])
+            run = jax.checkpoint(_run_block, static_argnums=0, policy=KEPT[remat])
         # Rows looked up in a table whose width is sharded like the batch can't be resharded cheaply: gather the width.
         table = sharding.constrain(self.embedding[...], "vocab", None)
         x = sharding.constrain(table[tokens], "batch", "time", "features")
         kept = []
         for i, block in enumerate(self.blocks):
             graph, state = nnx.split(block)
-            x, entry = run(graph, state, x, positions, cache[i] if cache else None, read)
+            x, entry = run(graph, state, x, positions, cache[i] if cache else None)
             kept.append(entry)
         return self.norm(x), tuple(kept)
 
 
-def _run_block(graph, state, x, positions, entry, read):
-    return nnx.merge(graph, state)(x, positions, entry, read)
+def _run_block(graph, state, x, positions, entry):
+    return nnx.merge(graph, state)(x, positions, entry)
 
 
 @functools.lru_cache
@@ -95,15 +95,14 @@ def apply(
     tokens: jax.Array,
     positions: jax.Array,
     cache: Cache | None = None,
-    read: int | None = None,
     remat: str = "none",
 ) -> tuple[jax.Array, Cache]:
     """Runs the decoder up to its final norm.
 
     Args:
         tokens, positions: [B, T] int32. Without `cache`, position t of a row is t: rows start at their first token.
-        cache: either of KV entries, to decode one token per row (T = 1) against its first `read` (static) positions;
-            or of Prefix entries, which the rows continue.
+        cache: either of KV entries, to decode one token per row (T = 1) against them; or of Prefix entries, which the
+            rows continue.
         remat: what the backward pass recomputes of each sublayer: all ("full"), all but products with weights ("dots"),
             or nothing ("none").
 
@@ -113,7 +112,7 @@ def apply(
     graph, state = _split(c)
     leaves = [(path, leaf.replace(params["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     values = nnx.from_flat_state(leaves)
-    return nnx.merge(graph, values)(tokens, positions, cache, read, remat)
+    return nnx.merge(graph, values)(tokens, positions, cache, remat)
 
 
 def remat_options(platform: str) -> dict[str, str]:

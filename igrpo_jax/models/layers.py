@@ -48,12 +48,11 @@ class Attention(nnx.Module):
             self.q_bias, self.k_bias, self.v_bias = _zeros((n, h)), _zeros((k, h)), _zeros((k, h))
         self.qkv_bias, self.rope_theta, self.attention = c.qkv_bias, c.rope_theta, c.attention
 
-    def __call__(self, x: jax.Array, positions: jax.Array, entry: KV | Prefix | None, read: int | None):
+    def __call__(self, x: jax.Array, positions: jax.Array, entry: KV | Prefix | None):
         """Output [B, T, D] and the keys and values that the caller may keep.
 
         Without `entry` the row attends to itself, with a Prefix to that as well, and its own [B, K, T, H] come back.
-        With a KV (T = 1) the token is written at its position, the first `read` positions are attended to, and the
-        whole entry comes back.
+        With a KV (T = 1) the token is written at its position, and the whole entry comes back.
         """
         q = jnp.einsum("BTD,DNH->BTNH", x, self.q_proj[...])
         k = jnp.einsum("BTD,DKH->BTKH", x, self.k_proj[...])
@@ -65,7 +64,7 @@ class Attention(nnx.Module):
         own = KV(*(constrain(y.swapaxes(1, 2), *caches.AXES) for y in (k, v)))
         if isinstance(entry, KV):
             own = caches.append(entry, own, positions[:, 0])
-            mixed = cached_attention(q, own.k[:, :, :read], own.v[:, :, :read], positions)
+            mixed = cached_attention(q, *own, positions)
         else:
             mixed = IMPLEMENTATIONS[self.attention](q, *own, entry)
         return jnp.einsum("BTNH,NHD->BTD", mixed, self.o_proj[...]), own
@@ -80,7 +79,7 @@ class MLP(nnx.Module):
         self.up_proj = _normal(rngs, (d, f), d)
         self.down_proj = _zeros((f, d))
 
-    def __call__(self, x: jax.Array, positions: jax.Array, entry: None, read: int | None):
+    def __call__(self, x: jax.Array, positions: jax.Array, entry: None):
         gate = jnp.einsum("BTD,DF->BTF", x, self.gate_proj[...])
         up = jnp.einsum("BTD,DF->BTF", x, self.up_proj[...])
         hidden = constrain(jax.nn.silu(gate) * up, "batch", "time", "ffn")

@@ -1,15 +1,12 @@
-"""The device side of sampling: a fixed number of slots and four jitted programs on them.
+"""The sampler's programs: which shapes there are, compiled ahead of time, called with host values.
 
-1. `prefill` runs some prompts and keeps their keys and values and the logits after their last token.
-2. `insert` forks one prefilled prompt to some slots and draws the first token of each.
-3. `decode` draws up to K tokens in every active slot inside one `while_loop`.
-4. `harvest` reads the tokens of finished slots.
-
-Programs are compiled once per length bucket; temperature, top-p, top-k, limits and keys are traced. The key of a token
-is fold_in(fold_in(fold_in(stage key, prompt), sample), position in the completion), so a sample depends on nothing but
-itself: not on its slot, its neighbours, or the schedule. When to call what is `scheduler`'s business.
+Each program of `steps` is compiled once per length bucket; decoding also for fewer slots than all, for the end of a
+rollout, when most are done. Temperature, top-p, top-k, limits and keys are traced. When to call what is `scheduler`'s
+business.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,46 +19,29 @@ from igrpo_jax.batch import length_buckets, pick_bucket
 from igrpo_jax.config import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
-from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import ModelConfig
-from igrpo_jax.sampling.draw import draw
+from igrpo_jax.programs import Key, Programs, tree_bytes
+from igrpo_jax.sampling import steps
+from igrpo_jax.sampling.steps import Fork, Prefix, Sampling, State, Status
 
-
-class Sampling(NamedTuple):
-    """How tokens are drawn; all traced."""
-
-    temperature: float
-    top_p: float = 1.0
-    top_k: int = 0
-
-
-class State(NamedTuple):
-    """All slots. A slot's `token` is its last drawn one, not yet in the cache; it stands at `position`."""
-
-    cache: Cache
-    token: jax.Array  # [B] int32
-    position: jax.Array  # [B] int32
-    count: jax.Array  # [B] int32, tokens drawn so far, `token` included
-    limit: jax.Array  # [B] int32, most tokens to draw
-    key: jax.Array  # [B, 2] uint32, of the sample
-    active: jax.Array  # [B] bool
-    out: jax.Array  # [B, M] int32
-    logprob: jax.Array  # [B, M] float32
-
-
-class Prefix(NamedTuple):
-    """Prefilled prompts."""
-
-    cache: Cache  # entries [W, K, P, H]
-    logits: jax.Array  # [W, V] float32, after each prompt's last token
-    length: jax.Array  # [W] int32
+WIDTH = 8  # slots that one call inserts, moves or harvests; more take several calls
 
 
 class Engine:
     """Compiled programs and static sizes; the state itself is passed in and donated.
 
+    On several processes each has an engine of its own, on its part of the mesh and of the slots, and none waits for
+    another while it samples.
+
     Args:
+        mesh: of the run.
+        slots: completions decoded at once, over all processes.
         max_context: longest prompt in tokens; max_completion: most tokens of a completion (M).
+        steps_per_dispatch: decode steps of one call at most (K).
+        prefill_chunk: tokens of a prompt that are read at once.
+
+    Raises:
+        InputError: the slots don't divide over the mesh, or a replica of the weights spans processes.
     """
 
     def __init__(
@@ -75,156 +55,223 @@ class Engine:
         max_completion: int,
         dtype: str,
         steps_per_dispatch: int,
+        prefill_chunk: int = 2048,
     ):
-        shards = sharding.batch_shards(mesh)
-        if slots % shards:
+        everywhere = sharding.batch_shards(mesh)
+        if slots % everywhere:
             raise InputError(
-                f"config.rollout.slots = {slots}: must be a multiple of mesh.data x mesh.fsdp = {shards}, over which "
-                "the slots are split"
+                f"config.rollout.slots = {slots}: must be a multiple of mesh.data x mesh.fsdp = {everywhere}, over "
+                "which the slots are split"
             )
-        self.c, self.mesh, self.dtype = c, mesh, dtype
-        self.slots, self.max_context, self.max_completion = slots, max_context, max_completion
-        self.steps_per_dispatch = steps_per_dispatch
-        self.prefill_width = shards
-        self.length = max_context + max_completion + steps_per_dispatch
-        self.prefill_buckets = length_buckets(max_context, 32)
+        self.c, self.dtype, self.eos_ids = c, dtype, frozenset(eos_ids)
+        self._global, self.mesh = mesh, sharding.local_mesh(mesh)
+        self.shards = sharding.batch_shards(self.mesh)
+        self.shard_slots = slots // everywhere
+        self.slots = self.shard_slots * self.shards
+        self.max_context, self.max_completion = max_context, max_completion
+        self.length = max_context + max_completion
+        self.steps_per_dispatch, self.prefill_chunk = steps_per_dispatch, prefill_chunk
+        self.prefill_width = self.shards
+        self.prefill_buckets = _prefill_buckets(max_context, prefill_chunk)
         self.read_buckets = length_buckets(self.length, 128)
-        self.eos_ids = frozenset(eos_ids)
+        fewer = (self.shard_slots // 4, self.shard_slots // 2)
+        self.row_buckets = (*(rows for rows in fewer if rows >= 4), self.shard_slots)
         self._eos = jnp.asarray(eos_ids, jnp.int32)
-        state = jax.tree.map(lambda _: sharding.batch_sharding(mesh), jax.eval_shape(self._empty))
-        cache = NamedSharding(mesh, sharding.spec(caches.AXES))
-        self._state_sharding = state._replace(cache=jax.tree.map(lambda _: cache, state.cache))
-        self._gathered = {path: sharding.param_sharding(mesh, path, gathered=True) for path in decoder.shapes(c)}
+        self._split = sharding.batch_sharding(self.mesh)
+        self._whole = sharding.replicated(self.mesh)
+        cache, vocab = (NamedSharding(self.mesh, sharding.spec(axes)) for axes in (caches.AXES, ("batch", "vocab")))
+        build = partial(steps.empty, c, self.slots, self.length, max_completion, dtype)
+        self._state = _placed(jax.eval_shape(build), State(cache, *[self._split] * 8))
+        self._prefix = Prefix(cache, vocab, self._split)  # where its parts are
+        self._gathered = self._places(self._global)
+        self._jitted = self._jit(build)
+        self._programs = Programs(self._lower)
         self._cast = jax.jit(lambda params: decoder.cast(params, dtype), out_shardings=self._gathered)
-        self._prefill = jax.jit(self._prefill_program)
-        self._insert = jax.jit(self._insert_program, donate_argnums=0, out_shardings=self._state_sharding)
-        self._decode = jax.jit(
-            self._decode_program,
-            static_argnames="read",
-            donate_argnums=1,
-            out_shardings=(self._state_sharding, sharding.replicated(mesh)),
-        )
-        self._take = jax.jit(lambda state, slots: (state.out[slots], state.logprob[slots]))
+
+    @property
+    def keys(self) -> list[Key]:
+        """Of all programs that sampling may need."""
+        reads = [("decode", rows, read) for rows in self.row_buckets for read in self.read_buckets]
+        prompts = [(kind, size) for kind in ("prefill", "insert") for size in self.prefill_buckets]
+        return [("empty",), ("harvest",), *[("move",)] * (len(self.row_buckets) > 1), *prompts, *reads]
+
+    def compile(self, report: Callable[[int], None] = lambda done: None) -> None:
+        """Compiles all of them; `report` is given the number done so far."""
+        self._programs.compile(self.keys, report)
+
+    def predicted_bytes(self) -> int:
+        """Bytes on each device while the largest program compiled so far runs, weights and state included."""
+        weights, state = tree_bytes(self._abstract_weights()), tree_bytes(self._state)
+        peak = self._programs.peak_bytes
+        return max(peak({"decode"}), peak({"prefill"}) + state, peak({"insert", "move"}) + weights)
 
     def weights(self, params: decoder.Params) -> decoder.Params:
         """The rollout copy of the master weights: cast, and gathered over data and fsdp, once per step."""
         placed = all(x.sharding.is_equivalent_to(self._gathered[path], x.ndim) for path, x in params.items())
-        return params if placed and all(x.dtype == self.dtype for x in params.values()) else self._cast(params)
+        if not placed or any(x.dtype != self.dtype for x in params.values()):
+            params = self._cast(params)
+        return sharding.local_view(params, self._places(self.mesh)) if self.mesh is not self._global else params
 
     def empty(self) -> State:
-        return jax.jit(self._empty, out_shardings=self._state_sharding)()
+        return self._programs[("empty",)]()
 
-    def _empty(self) -> State:
-        b, m = self.slots, self.max_completion
-        ints = jnp.zeros((b,), jnp.int32)
-        return State(
-            cache=caches.empty(self.c, b, self.length, jnp.dtype(self.dtype)),
-            token=ints,
-            position=ints,
-            count=ints,
-            limit=ints,
-            key=jnp.zeros((b, 2), jnp.uint32),
-            active=jnp.zeros((b,), bool),
-            out=jnp.zeros((b, m), jnp.int32),
-            logprob=jnp.zeros((b, m), jnp.float32),
-        )
-
-    def prefill(self, weights: decoder.Params, prompts: list[np.ndarray]) -> Prefix:
+    def prefill(self, weights: decoder.Params, prompts: Sequence[np.ndarray]) -> Prefix:
         """Runs up to `prefill_width` prompts (each [L] int32, L <= max_context) in one call."""
         size = pick_bucket(self.prefill_buckets, max(len(tokens) for tokens in prompts))
         padded = np.zeros((self.prefill_width, size), np.int32)
         lengths = np.ones((self.prefill_width,), np.int32)
         for row, tokens in enumerate(prompts):
             padded[row, : len(tokens)], lengths[row] = tokens, len(tokens)
-        return self._prefill(weights, padded, lengths)
+        return self._programs["prefill", size](weights, *jax.device_put((padded, lengths), self._split))
 
-    def _prefill_program(self, weights, tokens, lengths) -> Prefix:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, cache = decoder.apply(self.c, weights, tokens, positions)
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return Prefix(cache, decoder.logits(self.c, weights, last), lengths)
-
-    def insert(self, state: State, prefix: Prefix, row: int, slots: list[int], key, prompt, samples, limit, sampling):
+    def insert(
+        self,
+        state: State,
+        prefix: Prefix,
+        row: int,
+        slots: Sequence[int],
+        samples: Sequence[int],
+        *,
+        key: np.ndarray,
+        prompt: int,
+        limits: Sequence[int],
+        sampling: Sampling,
+    ) -> State:
         """Forks prompt `row` of `prefix` to `slots`, one for each of `samples`; returns the state.
 
         Args:
             key: [2] uint32 key data of the step and stage; prompt: int, samples: ints that derive each sample's own.
-            limit: most tokens to draw, at most max_completion.
+            limits: most tokens to draw of each, at most max_completion.
         """
-        width = 1 << (len(slots) - 1).bit_length()  # few widths, few programs; spare rows fall off the end
-        spare = width - len(slots)
-        at = np.array([*slots, *[self.slots] * spare], np.int32)
-        ids = np.array([*samples, *[0] * spare], np.int32)
-        return self._insert(state, prefix, np.int32(row), at, key, np.int32(prompt), ids, np.int32(limit), sampling)
+        program = self._programs["insert", _size(prefix)]
+        for start in range(0, len(slots), WIDTH):
+            at, ids, most = (x[start : start + WIDTH] for x in (slots, samples, limits))
+            at, ids, most = _padded(at, self.slots), _padded(ids, 0), _padded(most, 1)
+            fork = Fork(np.int32(row), at, ids, most, key, np.int32(prompt))
+            state = program(state, prefix, fork, _traced(sampling))
+        return state
 
-    def _insert_program(self, state, prefix, row, slots, key, prompt, samples, limit, sampling) -> State:
-        own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), prefix)
-        base = jax.random.fold_in(jax.random.wrap_key_data(key), prompt)
-        keys = jax.vmap(lambda sample: jax.random.key_data(jax.random.fold_in(base, sample)))(samples)
-        logits = jnp.broadcast_to(own.logits, (len(slots), own.logits.shape[-1]))
-        token, logprob = draw(logits, _position_keys(keys, jnp.zeros_like(samples)), *sampling)
-        put = lambda old, new: old.at[slots].set(new, mode="drop")  # noqa: E731
-        return State(
-            cache=caches.insert(state.cache, caches.fork(own.cache, len(slots)), slots),
-            token=put(state.token, token),
-            position=put(state.position, own.length[0]),
-            count=put(state.count, 1),
-            limit=put(state.limit, limit),
-            key=put(state.key, keys),
-            active=put(state.active, ~jnp.isin(token, self._eos) & (limit > 1)),
-            out=state.out.at[slots, 0].set(token, mode="drop"),
-            logprob=state.logprob.at[slots, 0].set(logprob, mode="drop"),
-        )
-
-    def decode(self, weights, state: State, read: int, min_active: int, sampling: Sampling):
-        """Draws up to K tokens a slot, stopping early when fewer than `min_active` slots are active.
+    def decode(
+        self,
+        weights: decoder.Params,
+        state: State,
+        rows: int,
+        read: int,
+        min_active: Sequence[int],
+        sampling: Sampling,
+    ) -> tuple[State, Status]:
+        """Draws up to K tokens a slot; a shard with fewer than its `min_active` [shards] active slots stops early.
 
         Args:
-            read: cache positions to attend to, from `read_buckets`; at least the largest position + K.
-
-        Returns:
-            the state, and the number of tokens drawn per slot [] int32.
+            rows: slots of each shard to run, from `row_buckets`; those after them must be inactive.
+            read: cache positions to attend to, from `read_buckets`; at least the largest position + K, or `length`.
         """
-        return self._decode(weights, state, np.int32(min_active), sampling, read=read)
+        least = jax.device_put(np.asarray(min_active, np.int32), self._split)
+        return self._programs["decode", rows, read](weights, state, least, _traced(sampling))
 
-    def _decode_program(self, weights, state, min_active, sampling, *, read):
-        rows = jnp.arange(self.slots)
+    def move(self, state: State, pairs: Sequence[tuple[int, int]]) -> State:
+        """Moves active slots to free ones: (from, to), both counted over all shards and of the same one."""
+        of_shard = [[pair for pair in pairs if pair[0] // self.shard_slots == shard] for shard in range(self.shards)]
+        for start in range(0, max(map(len, of_shard)), WIDTH):
+            source = np.zeros((self.shards, WIDTH), np.int32)
+            target = np.full((self.shards, WIDTH), self.shard_slots, np.int32)
+            for shard, own in enumerate(of_shard):
+                for i, (old, new) in enumerate(own[start : start + WIDTH]):
+                    source[shard, i], target[shard, i] = old % self.shard_slots, new % self.shard_slots
+            state = self._programs[("move",)](state, *jax.device_put((source, target), self._split))
+        return state
 
-        def busy(carry):
-            steps, state = carry
-            running = jnp.sum(state.active)
-            return (steps < self.steps_per_dispatch) & (running >= min_active) & (running > 0)
+    def harvest(self, state: State, slots: Sequence[int]) -> list[tuple[jax.Array, jax.Array]]:
+        """Tokens and log-probs [WIDTH, M] of some slots, in pieces, still on the device."""
+        pieces = [_padded(slots[start : start + WIDTH], 0) for start in range(0, len(slots), WIDTH)]
+        return [self._programs[("harvest",)](state, piece) for piece in pieces]
 
-        def step(carry):
-            steps, s = carry
-            hidden, cache = decoder.apply(
-                self.c, weights, s.token[:, None], s.position[:, None], cache=s.cache, read=read
-            )
-            logits = decoder.logits(self.c, weights, hidden[:, 0])
-            token, logprob = draw(logits, _position_keys(s.key, s.count), *sampling)
-            at = jnp.where(s.active, s.count, self.max_completion)  # past the end: dropped
-            more = s.active.astype(jnp.int32)
-            return steps + 1, s._replace(
-                cache=cache,
-                token=jnp.where(s.active, token, s.token),
-                position=s.position + more,
-                count=s.count + more,
-                active=s.active & ~jnp.isin(token, self._eos) & (s.count + 1 < s.limit),
-                out=s.out.at[rows, at].set(token, mode="drop"),
-                logprob=s.logprob.at[rows, at].set(logprob, mode="drop"),
-            )
+    def _jit(self, build) -> dict[str, jax.stages.Wrapped]:
+        c, mesh, eos = self.c, self.mesh, self._eos
+        state = jax.tree.map(lambda x: x.sharding, self._state)
+        reads = partial(steps.decode, c, mesh, eos, steps=self.steps_per_dispatch)
+        return {
+            "empty": jax.jit(_named("empty", build), out_shardings=state),
+            "prefill": jax.jit(
+                _named("prefill", partial(steps.prefill, c, self.prefill_chunk)), out_shardings=self._prefix
+            ),
+            "insert": jax.jit(
+                _named("insert", partial(steps.insert, mesh, eos)), donate_argnums=0, out_shardings=state
+            ),
+            "decode": jax.jit(
+                _named("decode", reads),
+                donate_argnums=1,
+                static_argnames=("rows", "read"),
+                out_shardings=(state, self._split),
+            ),
+            "move": jax.jit(_named("move", partial(steps.move, mesh)), donate_argnums=0, out_shardings=state),
+            "harvest": jax.jit(_named("harvest", steps.harvest), out_shardings=self._whole),
+        }
 
-        steps, state = jax.lax.while_loop(busy, step, (jnp.int32(0), state))
-        return state, steps
+    def _lower(self, key: Key) -> jax.stages.Lowered:
+        """The traced program of `key`, one of `keys`."""
+        kind, *shape = key
+        ints = lambda *size, place=self._whole: jax.ShapeDtypeStruct(size, jnp.int32, sharding=place)  # noqa: E731
+        sampling = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), _traced(Sampling(1.0)))
+        weights = self._abstract_weights()
+        spread = partial(ints, self.shards, place=self._split)
+        static, args = {}, ()
+        if kind == "prefill":
+            args = weights, spread(*shape), spread()
+        elif kind == "insert":
+            prefix = jax.eval_shape(self._jitted["prefill"], weights, spread(*shape), spread())
+            fork = Fork(ints(), *[ints(WIDTH)] * 3, jax.ShapeDtypeStruct((2,), jnp.uint32), ints())
+            args = self._state, _placed(prefix, self._prefix), fork, sampling
+        elif kind == "decode":
+            args, static = (weights, self._state, spread(), sampling), dict(zip(("rows", "read"), shape, strict=True))
+        elif kind == "move":
+            args = self._state, spread(WIDTH), spread(WIDTH)
+        elif kind == "harvest":
+            args = self._state, ints(WIDTH)
+        with jax.set_mesh(self.mesh):
+            return self._jitted[kind].lower(*args, **static)
 
-    def harvest(self, state: State, slots: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and log-probs [len(slots), M] of some slots, on the host."""
-        width = min(1 << (len(slots) - 1).bit_length(), self.slots)
-        at = np.array([*slots, *[0] * (width - len(slots))], np.int32)
-        return tuple(x[: len(slots)] for x in sharding.to_host(self._take(state, at)))
+    def _abstract_weights(self) -> dict[str, jax.ShapeDtypeStruct]:
+        places, dtype = self._places(self.mesh), jnp.dtype(self.dtype)
+        shapes = decoder.shapes(self.c).items()
+        return {path: jax.ShapeDtypeStruct(size, dtype, sharding=places[path]) for path, size in shapes}
+
+    def _places(self, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
+        return {path: sharding.param_sharding(mesh, path, gathered=True) for path in decoder.shapes(self.c)}
 
 
-def _position_keys(keys: jax.Array, counts: jax.Array) -> jax.Array:
-    """Key data [B, 2] of the next token: fold_in(sample key, position in the completion)."""
-    fold = lambda key, n: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), n))  # noqa: E731
-    return jax.vmap(fold)(keys, counts)
+def _prefill_buckets(longest: int, chunk: int) -> tuple[int, ...]:
+    """Lengths up to a chunk, and whole chunks beyond it."""
+    if longest <= chunk:
+        return length_buckets(longest, 32)
+    whole = {-(-size // chunk) * chunk for size in length_buckets(longest, chunk)}
+    return (*length_buckets(chunk, 32), *sorted(whole - {chunk}))
+
+
+def _placed(tree: NamedTuple, places: NamedTuple) -> NamedTuple:
+    """`tree` of shapes with the sharding of each field."""
+    place = lambda where: lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+    return type(tree)(*(jax.tree.map(place(where), part) for part, where in zip(tree, places, strict=True)))
+
+
+def _size(prefix: Prefix) -> int:
+    """P of a Prefix."""
+    return jax.tree.leaves(prefix.cache)[0].shape[2]
+
+
+def _padded(values: Sequence[int], fill: int) -> np.ndarray:
+    return np.array([*values, *[fill] * (WIDTH - len(values))], np.int32)
+
+
+def _traced(sampling: Sampling) -> Sampling:
+    return Sampling(np.float32(sampling.temperature), np.float32(sampling.top_p), np.int32(sampling.top_k))
+
+
+def _named(name: str, function: Callable) -> Callable:
+    """`function` under the name that profiles and warnings show."""
+
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = name
+    return call

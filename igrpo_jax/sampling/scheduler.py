@@ -1,12 +1,14 @@
 """The host side of sampling: a queue of prompts, refilled slots, finished completions as they come.
 
 First in, first out: a prompt is prefilled once when a slot is free for its first sample, and its samples take slots in
-order. One `advance` is one dispatch of the device: at most K tokens per slot.
+order. One `advance` is one dispatch of the device: at most K tokens per slot. The host may stay one dispatch behind, so
+that the device has the next one while the results of the last are looked at.
 """
 
+import heapq
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,7 +17,8 @@ import numpy as np
 from igrpo_jax.batch import pick_bucket
 from igrpo_jax.config import InputError
 from igrpo_jax.models import decoder
-from igrpo_jax.sampling.engine import Engine, Prefix, Sampling
+from igrpo_jax.sampling.engine import WIDTH, Engine
+from igrpo_jax.sampling.steps import Prefix, Sampling, State, Status
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,9 @@ class Request:
     index: int  # of the prompt; with `key` and the sample's number it derives the randomness
     samples: int
     key: np.ndarray  # [2] uint32, key data of the step and stage
-    limit: int  # most tokens of a completion
+    limit: int | np.ndarray  # most tokens of a completion, of all samples or [samples] of each
     tag: Any = None  # the caller's own, handed back with each sample
+    stage: str = ""  # for Usage.overlap
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,24 @@ class Usage:
 
     slot_steps: int = 0  # slots x decode steps
     tokens: int = 0  # drawn by decode steps
+    queued_slot_steps: int = 0  # the same of dispatches with which the queue was not empty
+    queued_tokens: int = 0
+    mixed_slot_steps: int = 0  # slots x decode steps while requests of several stages were running
 
     @property
     def slot_utilization(self) -> float:
+        """Share of slots x steps that drew a token."""
         return self.tokens / self.slot_steps if self.slot_steps else 0.0
+
+    @property
+    def queued_slot_utilization(self) -> float:
+        """The same while there was something to refill slots with."""
+        return self.queued_tokens / self.queued_slot_steps if self.queued_slot_steps else 0.0
+
+    @property
+    def overlap(self) -> float:
+        """Share of the decode steps that several stages had in common."""
+        return self.mixed_slot_steps / self.slot_steps if self.slot_steps else 0.0
 
 
 @dataclass
@@ -59,38 +77,73 @@ class _Waiting:
     next_sample: int = 0
 
 
-class Scheduler:
-    """Feeds one engine, whose slots it owns."""
+@dataclass
+class _Running:
+    """What a slot works on."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    request: Request
+    sample: int
+    since: int  # number of the first dispatch that decodes it in this slot
+    position: int  # as the host last heard of it
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class _Dispatch:
+    number: int
+    status: Status
+    queued: bool  # something waited for a slot
+    mixed: bool  # several stages were running
+
+
+@dataclass
+class _Harvest:
+    """Finished samples whose tokens are on their way to the host."""
+
+    done: list[_Running] = field(default_factory=list)
+    pieces: list[tuple[jax.Array, jax.Array]] = field(default_factory=list)
+
+
+class Scheduler:
+    """Feeds one engine, whose slots it owns.
+
+    Args:
+        ahead: dispatches that the device may be ahead of the host, 0 or 1. With 1 the host's work hides behind the
+            device's; where both share the same cores there is nothing to hide behind.
+    """
+
+    def __init__(self, engine: Engine, ahead: int = 0):
+        self.engine, self.ahead = engine, ahead
         self.usage = Usage()
         self._weights: decoder.Params = {}
         self._sampling = Sampling(1.0)
-        self._state = engine.empty()
+        self._state: State | None = None  # between `start` and `finish`: the cache makes room for the update
         self._waiting: deque[_Waiting] = deque()
-        self._free: deque[int] = deque(range(self.engine.slots))
-        self._running: dict[int, tuple[Request, int]] = {}
-        self._counts = np.zeros((self.engine.slots,), np.int64)
-        self._positions = np.zeros((self.engine.slots,), np.int64)
+        self._free = [list(range(engine.shard_slots)) for _ in range(engine.shards)]  # heaps: the lowest slot first
+        self._running: dict[int, _Running] = {}
+        self._unread: deque[_Dispatch] = deque()
+        self._harvests: deque[_Harvest] = deque()
+        self._dispatched = 0
 
     def start(self, params: decoder.Params, sampling: Sampling) -> None:
         """Begins a phase: a rollout or an evaluation with these master weights. `usage` starts anew.
 
-        The weights are cast and gathered once here; `finish` lets them go before the update donates its own.
+        The weights are cast and gathered once here; `finish` lets them and the cache go, before the update.
         """
         assert not self.pending, "the last phase still has samples to draw"
         self._weights, self._sampling, self.usage = self.engine.weights(params), sampling, Usage()
+        self._state = self.engine.empty()
 
     def finish(self) -> None:
-        self._weights = {}
+        self._weights, self._state = {}, None
 
     def submit(self, request: Request) -> None:
         """Queues a prompt. Raises InputError, before any device work, where it does not fit."""
-        engine = self.engine
-        if not 0 < len(request.tokens) <= engine.max_context or not 0 < request.limit <= engine.max_completion:
+        engine, longest = self.engine, int(np.max(request.limit, initial=0))
+        fits = 0 < len(request.tokens) <= engine.max_context and longest <= engine.max_completion
+        if not fits or np.min(request.limit, initial=1) < 1:
             raise InputError(
-                f"prompt {request.index}: {len(request.tokens)} + {request.limit} tokens do not fit the cache of "
+                f"prompt {request.index}: {len(request.tokens)} + {longest} tokens do not fit the cache of "
                 f"{engine.max_context} + {engine.max_completion}; lower config.data.max_prompt_length, "
                 "config.refine.max_draft_length or config.rollout.max_completion_length"
             )
@@ -99,7 +152,7 @@ class Scheduler:
 
     @property
     def pending(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._running or self._harvests)
 
     def drain(self) -> Iterator[Sample]:
         """All samples of what is queued, as they finish."""
@@ -107,51 +160,45 @@ class Scheduler:
             yield from self.advance()
 
     def advance(self) -> list[Sample]:
-        """Fills free slots, runs one dispatch, and returns the samples that it finished."""
+        """Fills free slots, runs one dispatch, and returns samples that are finished.
+
+        With `ahead` = 1 what comes back is of earlier dispatches; the device has this one to do meanwhile.
+        """
         self._admit()
+        if self._running:
+            self._dispatch()
+            while len(self._unread) > self.ahead:
+                self._harvests.append(self._read(self._unread.popleft()))
         if not self._running:
-            return []
-        engine, running = self.engine, len(self._running)
-        spare = max(1, engine.slots // 8)  # refill in batches, while there is something to refill with
-        furthest = max(self._positions[slot] for slot in self._running) + engine.steps_per_dispatch
-        self._state, steps = engine.decode(
-            self._weights,
-            self._state,
-            pick_bucket(engine.read_buckets, int(furthest) + 1),
-            max(1, running - spare) if self._waiting else 1,
-            self._sampling,
-        )
-        active, counts, positions, steps = jax.device_get(
-            (self._state.active, self._state.count, self._state.position, steps)
-        )
-        self.usage.slot_steps += int(steps) * engine.slots
-        self.usage.tokens += int(sum(counts[slot] - self._counts[slot] for slot in self._running))
-        self._counts, self._positions = counts.astype(np.int64), positions.astype(np.int64)
-        return self._collect([slot for slot in self._running if not active[slot]])
+            self._unread.clear()  # nothing ran in it
+        samples = []
+        while len(self._harvests) > (self.ahead if self._running else 0):
+            samples += self._collect(self._harvests.popleft())
+        return samples
 
     def _admit(self) -> None:
-        while self._free and self._waiting:
+        while self._waiting and any(self._free):
             head = self._waiting[0]
             if head.prefix is None:
                 self._prefill()
             request = head.request
-            count = min(len(self._free), request.samples - head.next_sample)
-            slots = [self._free.popleft() for _ in range(count)]
+            count = min(sum(map(len, self._free)), request.samples - head.next_sample)
+            slots = [self._take_slot() for _ in range(count)]
             samples = range(head.next_sample, head.next_sample + count)
+            limits = np.broadcast_to(request.limit, (request.samples,))[samples]
             self._state = self.engine.insert(
                 self._state,
                 head.prefix,
                 head.row,
                 slots,
-                request.key,
-                request.index,
                 samples,
-                request.limit,
-                self._sampling,
+                key=request.key,
+                prompt=request.index,
+                limits=limits,
+                sampling=self._sampling,
             )
             for slot, sample in zip(slots, samples, strict=True):
-                self._running[slot] = (request, sample)
-                self._counts[slot], self._positions[slot] = 1, len(request.tokens)
+                self._running[slot] = _Running(request, sample, self._dispatched, len(request.tokens))
             head.next_sample += count
             if head.next_sample == request.samples:
                 self._waiting.popleft()
@@ -162,15 +209,81 @@ class Scheduler:
         for row, item in enumerate(batch):
             item.prefix, item.row = prefix, row
 
-    def _collect(self, slots: list[int]) -> list[Sample]:
-        if not slots:
+    def _take_slot(self) -> int:
+        """The lowest free slot of the shard that has most."""
+        shard = max(range(self.engine.shards), key=lambda i: len(self._free[i]))
+        return shard * self.engine.shard_slots + heapq.heappop(self._free[shard])
+
+    def _give_back(self, slot: int) -> None:
+        shard, local = divmod(slot, self.engine.shard_slots)
+        heapq.heappush(self._free[shard], local)
+
+    def _dispatch(self) -> None:
+        engine = self.engine
+        rows = self._compact()
+        busy = [engine.shard_slots - len(free) for free in self._free]
+        # While something waits, slots are refilled a few at a time; later a shard stops where fewer rows would do.
+        spare = max(1, engine.shard_slots // 16)
+        fewer = max((size for size in engine.row_buckets if size < rows), default=0)
+        least = [max(1, n - spare + 1 if self._waiting else fewer + 1 if n > fewer else 1) for n in busy]
+        # Of the dispatches that the host has not read yet it assumes the most.
+        ahead = (len(self._unread) + 1) * engine.steps_per_dispatch
+        furthest = max(running.position for running in self._running.values()) + ahead
+        read = pick_bucket(engine.read_buckets, min(furthest, engine.length))
+        self._state, status = engine.decode(self._weights, self._state, rows, read, least, self._sampling)
+        for x in status:
+            x.copy_to_host_async()
+        mixed = len({running.request.stage for running in self._running.values()}) > 1
+        self._unread.append(_Dispatch(self._dispatched, status, bool(self._waiting), mixed))
+        self._dispatched += 1
+
+    def _compact(self) -> int:
+        """The fewest rows that hold all running slots, after moving those that stand in the way while nothing waits."""
+        engine = self.engine
+        need = max(engine.shard_slots - len(free) for free in self._free)
+        rows = engine.shard_slots if self._waiting else pick_bucket(engine.row_buckets, need)
+        pairs = []
+        for slot in [slot for slot in self._running if slot % engine.shard_slots >= rows]:
+            shard, local = divmod(slot, engine.shard_slots)
+            target = shard * engine.shard_slots + heapq.heappop(self._free[shard])
+            pairs.append((slot, target))
+            heapq.heappush(self._free[shard], local)
+            self._running[target] = self._running.pop(slot)
+            self._running[target].since = self._dispatched
+        if pairs:
+            self._state = engine.move(self._state, pairs)
+        return rows
+
+    def _read(self, dispatch: _Dispatch) -> _Harvest:
+        """Takes notice of a dispatch, and frees the slots of what it finished."""
+        status = jax.device_get(dispatch.status)
+        slot_steps, drawn = int(status.steps.sum()) * self.engine.shard_slots, 0
+        slots = []
+        for slot, running in self._running.items():
+            if running.since > dispatch.number:
+                continue  # what stood in the slot then was another
+            drawn += int(status.count[slot]) - running.count
+            running.count, running.position = int(status.count[slot]), int(status.position[slot])
+            if not status.active[slot]:
+                slots.append(slot)
+        usage = self.usage
+        usage.slot_steps += slot_steps
+        usage.tokens += drawn
+        usage.mixed_slot_steps += slot_steps * dispatch.mixed
+        usage.queued_slot_steps += slot_steps * dispatch.queued
+        usage.queued_tokens += drawn * dispatch.queued
+        harvest = _Harvest([self._running.pop(slot) for slot in slots], self.engine.harvest(self._state, slots))
+        for slot in slots:
+            self._give_back(slot)
+        return harvest
+
+    def _collect(self, harvest: _Harvest) -> list[Sample]:
+        if not harvest.done:
             return []
-        tokens, logprobs = self.engine.harvest(self._state, slots)
-        done = []
-        for slot, ids, values in zip(slots, tokens, logprobs, strict=True):
-            request, sample = self._running.pop(slot)
-            self._free.append(slot)
-            count = int(self._counts[slot])
-            ended = int(ids[count - 1]) in self.engine.eos_ids
-            done.append(Sample(request, sample, ids[:count].copy(), values[:count].copy(), ended))
-        return done
+        pieces = jax.device_get(harvest.pieces)
+        samples = []
+        for i, running in enumerate(harvest.done):
+            tokens, logprobs = (piece[i % WIDTH][: running.count].copy() for piece in pieces[i // WIDTH])
+            finished = int(tokens[-1]) in self.engine.eos_ids
+            samples.append(Sample(running.request, running.sample, tokens, logprobs, finished))
+        return samples
