@@ -1,8 +1,10 @@
 """Models and figures that the benchmarks share: shapes by name, random or real weights, memory, the machine."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 import re
 import statistics
@@ -40,10 +42,10 @@ SHAPES = {
 }
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_mutually_exclusive_group(required=True)
+def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    group = parser.add_mutually_exclusive_group(required=default is None)
     group.add_argument("--model", metavar="DIR", help="Hugging Face directory with weights")
-    group.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
+    group.add_argument("--shape", choices=SHAPES, default=default, help="random weights of this shape")
 
 
 def raw_config(args: argparse.Namespace) -> dict:
@@ -82,6 +84,33 @@ def random_params(model, mesh):
 
     places = {path: sharding.param_sharding(mesh, path) for path in decoder.shapes(model)}
     return jax.jit(build, out_shardings=places)(jax.random.key(0))
+
+
+def with_attention(model, args: argparse.Namespace, mesh, longest: int, requested: str = "auto"):
+    """`model` (a ModelConfig) with the attention that a run would choose for rows of `longest` tokens."""
+    from igrpo_jax.models import attention
+
+    return dataclasses.replace(model, attention=attention.choose(requested, mesh, args.dtype, model.head_dim, longest))
+
+
+def lognormal(rng, shape: tuple[int, ...], mean: float, longest: int):
+    """Completion lengths of that mean (before they are cut) and sigma 1, from 1 to `longest`."""
+    return rng.lognormal(math.log(mean) - 0.5, 1.0, shape).round().clip(1, longest).astype(int)
+
+
+def bandwidth() -> float:
+    """Bytes per second, read and written, of adding 1 to a large array in place; best of several."""
+    import jax
+    import jax.numpy as jnp
+
+    box = [jnp.zeros((1 << 28,), jnp.float32)]
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def run():
+        box[0] = add(box[0])
+        box[0].block_until_ready()
+
+    return 2 * 4 * (1 << 28) / min(timed(run, 8))
 
 
 def timed(run: Callable[[], object], steps: int) -> list[float]:

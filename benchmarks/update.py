@@ -49,15 +49,13 @@ def parse() -> argparse.Namespace:
 
 
 def ours(args: argparse.Namespace) -> dict:
-    import dataclasses
-
     import jax
     import numpy as np
 
     from igrpo_jax import config, sharding
     from igrpo_jax.batch import Completion, Group, Prompt, Score
     from igrpo_jax.learner import Learner
-    from igrpo_jax.models import attention, hf
+    from igrpo_jax.models import hf
     from igrpo_jax.models.config import from_hf
 
     tree = config.default()
@@ -72,9 +70,7 @@ def ours(args: argparse.Namespace) -> dict:
         tree.learner.logprob_chunk = args.logprob_chunk
     model = from_hf(models.raw_config(args), args.model or args.shape)
     mesh = sharding.make_mesh(config.Mesh(fsdp=1), jax.devices()[:1])
-    longest = args.prefix + args.completion
-    chosen = attention.choose(args.attention, mesh, args.dtype, model.head_dim, longest)
-    model = dataclasses.replace(model, attention=chosen)
+    model = models.with_attention(model, args, mesh, args.prefix + args.completion, args.attention)
     rng = np.random.default_rng(0)
 
     def completion(i):
@@ -113,7 +109,7 @@ def ours(args: argparse.Namespace) -> dict:
         "padding_fraction": round(padding[-1], 4),
         "loss": losses[0],
         "device": jax.devices()[0].device_kind,
-        "attention": chosen,
+        "attention": model.attention,
         **models.machine("optax"),
     }
 

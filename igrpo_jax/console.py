@@ -103,7 +103,7 @@ class Console:
             self.message(f"{name} ...")
 
             def quarters(done: int, note: str = "") -> None:
-                if total and 4 * done // total > 4 * (done - 1) // total:
+                if total and done and 4 * done // total > 4 * (done - 1) // total:
                     self.message(f"{name} {done}/{total}  {note}".rstrip())
 
             yield quarters

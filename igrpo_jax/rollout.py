@@ -5,7 +5,8 @@
 3. Stage 2: sample G completions of q' from the same policy and score them with the same reward.
 
 Stages are not separated by a barrier: a prompt goes on to Stage 2 as soon as its own drafts are scored, while others
-still draft (`rollout.streamed = False` has one, for comparisons). `num_drafts = 0` is the base algorithm through the same code: Stage 2 on the plain prompt.
+still draft (`rollout.streamed = False` has one, for comparisons). `num_drafts = 0` is the base algorithm through the
+same code: Stage 2 on the plain prompt.
 Results are ordered by (prompt, sample), never by arrival.
 """
 

@@ -1,6 +1,8 @@
 """The engine against the full forward and against transformers; where completions end; what does not fit."""
 
+import dataclasses
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +166,64 @@ def test_a_prompt_prefilled_with_longer_neighbours_has_the_same_logits(tiny):
         for row, tokens in enumerate(prompts[:2]):
             alone = engine.prefill(weights, [tokens])
             np.testing.assert_allclose(alone.logits[0], together.logits[row], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["xla", "chunked"])
+def test_a_prompt_read_in_pieces_has_the_same_logits_and_cache(tiny, attention):
+    """Pieces of 16: one that just fits, one token more, several with the last one partly empty."""
+    c = dataclasses.replace(tiny[0], attention=attention)
+    mesh = sharding.make_mesh(config.Mesh(fsdp=2), jax.devices()[:2])
+    sizes = {"slots": 2, "max_context": 70, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    whole, pieces = Engine(c, mesh, EOS, **sizes), Engine(c, mesh, EOS, **sizes, prefill_chunk=16)
+    assert pieces.prefill_buckets == (16, 32, 48, 64, 80) and whole.prefill_buckets == (32, 48, 64, 70)
+    weights = whole.weights(put(tiny[1], mesh))
+    for lengths in ((16, 1), (17, 32), (70, 40)):
+        prompts = [prompt(length) for length in lengths]
+        expected, got = (engine.prefill(weights, prompts) for engine in (whole, pieces))
+        np.testing.assert_allclose(got.logits, expected.logits, atol=1e-5, rtol=0)
+        for ours, theirs in zip(jax.tree.leaves(got.cache), jax.tree.leaves(expected.cache), strict=True):
+            for row, length in enumerate(lengths):
+                np.testing.assert_allclose(ours[row, :, :length], theirs[row, :, :length], atol=1e-5, rtol=0)
+    requests = [Request(prompt(70), 0, 2, KEY, 8)]
+    samples = [sample(engine, put(tiny[1], mesh), requests, Sampling(0.8)) for engine in (whole, pieces)]
+    for key, one in samples[0].items():
+        np.testing.assert_array_equal(samples[1][key].tokens, one.tokens)
+
+
+def test_memory_of_a_long_prefill_is_that_of_a_piece(tiny):
+    """What grows with the prompt is the cache that comes out, not the temporaries."""
+    c = dataclasses.replace(tiny[0], attention="chunked", hidden_size=256, intermediate_size=1024)
+    sizes = {"slots": 1, "max_context": 4096, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+
+    def temporaries(chunk):
+        engine = Engine(c, one_device(), EOS, **sizes, prefill_chunk=chunk)
+        return engine._programs["prefill", 4096].memory_analysis().temp_size_in_bytes
+
+    assert temporaries(512) < temporaries(4096) / 3
+
+
+COLLECTIVES = re.compile(r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-[a-z]+)(-start)?[(]")
+OWN_REPLICA = "replica_groups={{0,1},{2,3},{4,5},{6,7}}", "replica_groups=[4,2]<=[8]"  # of 2 devices each
+
+
+def leaves_its_replica(line):
+    pairs = re.search(r"source_target_pairs={([{}0-9,]+)}", line)
+    if pairs:
+        return any(int(a) // 2 != int(b) // 2 for a, b in re.findall(r"{(\d+),(\d+)}", pairs[1]))
+    return not any(groups in line for groups in OWN_REPLICA)
+
+
+def test_decoding_asks_no_other_shard(tiny):
+    """No collective at all; with tensor parallelism only within a replica, but for the trip count all agree on."""
+    sizes = {"slots": 16, "max_context": 20, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    engine = Engine(tiny[0], sharding.make_mesh(config.Mesh(data=2, fsdp=4)), EOS, **sizes)
+    for key in (("decode", 2, 28), ("move",)):
+        assert not COLLECTIVES.search(engine._programs[key].as_text()), key
+    engine = Engine(tiny[0], sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2)), EOS, **sizes)
+    found = [line for line in engine._programs["decode", 4, 28].as_text().splitlines() if COLLECTIVES.search(line)]
+    across = [line for line in found if leaves_its_replica(line)]
+    assert len(found) > len(across) and across
+    assert all(re.search(r"= s32\[\]\S* all-reduce", line) for line in across), across
 
 
 def test_weights_are_cast_and_gathered_once(tiny):

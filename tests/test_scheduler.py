@@ -1,5 +1,12 @@
 """Scheduling: the same samples whatever the slots, dispatches, order, neighbours and mesh; each sample exactly once."""
 
+import dataclasses
+import math
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -34,16 +41,16 @@ def requests():
     ]
 
 
-def start(engine, tiny):
+def start(engine, tiny, ahead=0):
     params = {path: jax.device_put(x, sharding.param_sharding(engine.mesh, path)) for path, x in tiny[1].items()}
-    scheduler = Scheduler(engine)
+    scheduler = Scheduler(engine, ahead)
     scheduler.start(params, SAMPLING)
     return scheduler
 
 
-def sample(engine, tiny, wanted):
+def sample(engine, tiny, wanted, ahead=0):
     with jax.set_mesh(engine.mesh):
-        scheduler = start(engine, tiny)
+        scheduler = start(engine, tiny, ahead)
         for request in wanted:
             scheduler.submit(request)
         return list(scheduler.drain()), scheduler
@@ -91,6 +98,52 @@ def test_samples_do_not_depend_on_slots_or_dispatches(tiny, expected, slots, ste
     check_same(sample(engine, tiny, requests())[0], expected[0])
 
 
+def test_samples_do_not_depend_on_the_host_being_a_dispatch_behind(engine, tiny, expected):
+    samples, scheduler = sample(engine, tiny, requests(), ahead=1)
+    check_same(samples, expected[0])
+    assert scheduler.usage.tokens == expected[1].usage.tokens
+    assert not scheduler.pending and list(scheduler.drain()) == []
+    tiny_engine = make_engine(tiny[0], 4, 3, one_device())  # many dispatches; slots are refilled and moved all the time
+    check_same(sample(tiny_engine, tiny, requests(), ahead=1)[0], expected[0])
+
+
+def test_the_device_has_work_while_the_host_reads(engine, tiny):
+    """With `ahead` the next dispatch is on its way before the first one's results are asked for."""
+    with jax.set_mesh(engine.mesh):
+        scheduler = start(engine, tiny, ahead=1)
+        scheduler.submit(requests()[0])
+        assert scheduler.advance() == [] and len(scheduler._unread) == 1
+        scheduler.advance()
+        assert len(scheduler._unread) == 1  # the second, the first one is read
+        list(scheduler.drain())
+
+
+def test_slots_are_gathered_when_few_are_left(tiny, expected):
+    """A limit for each sample: the one long completion stands in the last slot, and ends in a program of one row."""
+    engine = make_engine(tiny[0], 16, 4, one_device())
+    used = []
+    decode, move = engine.decode, engine.move
+
+    def watched(weights, state, rows, *rest):
+        used.append(rows)
+        return decode(weights, state, rows, *rest)
+
+    moved = []
+    engine.decode, engine.move = watched, lambda state, pairs: moved.extend(pairs) or move(state, pairs)
+    whole = Request(np.arange(20, 28, dtype=np.int32), 5, 16, KEY, 24)
+    plain = {one.sample_id: one.tokens for one in sample(engine, tiny, [whole])[0]}
+    longest = max(plain, key=lambda i: len(plain[i]))
+    limits = np.full(16, 2)
+    limits[longest] = 24
+    request = Request(whole.tokens, 5, 16, KEY, limits)
+    used.clear(), moved.clear()
+    samples, _ = sample(engine, tiny, [request])
+    assert used[0] == 16 and used[-1] == 1 and engine.buckets.keys() == {1, 4, 8, 16}
+    assert not moved if longest == 0 else moved == [(longest, 0)]
+    for one in samples:
+        np.testing.assert_array_equal(one.tokens, plain[one.sample_id][: limits[one.sample_id]])
+
+
 def test_samples_do_not_depend_on_order(engine, tiny, expected):
     check_same(sample(engine, tiny, requests()[::-1])[0], expected[0])
 
@@ -110,9 +163,14 @@ def test_samples_do_not_depend_on_neighbours_or_on_when_they_were_queued(engine,
     check_same(again, [one for one in expected[0] if one.request.index == alone.index])
 
 
-def test_samples_do_not_depend_on_the_mesh(tiny, expected):
-    mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
-    check_same(sample(make_engine(tiny[0], 8, 8, mesh), tiny, requests())[0], expected[0])
+@pytest.mark.parametrize(
+    ("slots", "axes"), [(8, {"data": 2, "fsdp": 2, "tensor": 2}), (16, {"data": 2, "fsdp": 4}), (4, {"tensor": 2})]
+)
+def test_samples_do_not_depend_on_the_mesh(tiny, expected, slots, axes):
+    """Shards of 2, 2 and 4 slots; each of the former stops its dispatches by itself where tensor = 1."""
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | axes
+    mesh = sharding.make_mesh(config.Mesh(**sizes), jax.devices()[: math.prod(sizes.values())])
+    check_same(sample(make_engine(tiny[0], slots, 8, mesh), tiny, requests(), ahead=1)[0], expected[0])
 
 
 def test_usage(engine, expected):
@@ -122,7 +180,21 @@ def test_usage(engine, expected):
     assert usage.tokens == sum(len(one.tokens) - 1 for one in samples)
     assert usage.slot_steps % engine.slots == 0
     assert usage.slot_utilization == usage.tokens / usage.slot_steps
-    assert 0.3 < usage.slot_utilization <= 1
+    assert 0.3 < usage.slot_utilization < usage.queued_slot_utilization <= 1
+    assert usage.overlap == 0
+
+
+def test_overlap_is_the_share_of_steps_with_both_stages(engine, tiny):
+    with jax.set_mesh(engine.mesh):
+        scheduler = start(engine, tiny)
+        first, second = (dataclasses.replace(requests()[i], samples=2) for i in (0, 1))
+        scheduler.submit(dataclasses.replace(first, stage="draft"))
+        list(scheduler.drain())
+        assert scheduler.usage.overlap == 0
+        scheduler.submit(dataclasses.replace(first, stage="draft"))
+        scheduler.submit(dataclasses.replace(second, stage="refine"))
+        list(scheduler.drain())
+        assert 0 < scheduler.usage.overlap < 1
 
 
 @pytest.mark.parametrize(
@@ -152,3 +224,59 @@ def test_a_phase_does_not_begin_in_another(engine, tiny):
     scheduler.submit(requests()[0])
     with pytest.raises(AssertionError):
         scheduler.start({}, SAMPLING)
+
+
+PROCESS = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import numpy as np
+from igrpo_jax import config, sharding
+from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.scheduler import Request, Scheduler
+from igrpo_jax.sampling.steps import Sampling
+
+given = np.load(sys.argv[3], allow_pickle=True)
+c, host = given["c"].item(), given["params"].item()
+mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2))
+params = {path: sharding.to_global(x, sharding.param_sharding(mesh, path)) for path, x in host.items()}
+sizes = {"slots": 8, "max_context": 110, "max_completion": 24, "steps_per_dispatch": 16}
+scheduler = Scheduler(Engine(c, mesh, (0, 17, 40), dtype="float32", **sizes))
+assert scheduler.engine.slots == 4 and scheduler.engine.mesh.size == 2
+scheduler.start(params, Sampling(0.9, 0.95))
+for tokens, index, samples, limit in given["requests"][int(sys.argv[2]) :: 2]:
+    scheduler.submit(Request(tokens, index, samples, np.array([3, 4], np.uint32), limit))
+found = {(one.request.index, one.sample_id): (one.tokens, one.logprobs) for one in scheduler.drain()}
+np.savez(sys.argv[4], found=np.array(found, dtype=object))
+"""
+
+
+def test_two_processes_sample_side_by_side(tiny, expected, tmp_path):
+    """Each on its half of a 2 x 2 mesh, with unequal work and no lockstep: one has 3 of the 5 prompts, in 17 samples."""
+    wanted = [(one.tokens, one.index, one.samples, one.limit) for one in requests()]
+    given = {"c": tiny[0], "params": tiny[1]}
+    np.savez(
+        tmp_path / "given.npz",
+        requests=np.array(wanted, dtype=object),
+        **{k: np.array(v, object) for k, v in given.items()},
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(rank), tmp_path / "given.npz", tmp_path / f"{rank}.npz"],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    found = [np.load(tmp_path / f"{rank}.npz", allow_pickle=True)["found"].item() for rank in (0, 1)]
+    assert not found[0].keys() & found[1].keys() and len(found[0]) + len(found[1]) == len(expected[0])
+    for one in expected[0]:
+        tokens, logprobs = (found[0] | found[1])[one.request.index, one.sample_id]
+        np.testing.assert_array_equal(tokens, one.tokens)
+        np.testing.assert_allclose(logprobs, one.logprobs, atol=1e-4, rtol=0)

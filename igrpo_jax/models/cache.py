@@ -3,8 +3,8 @@
 `insert` writes the rows of a prefilled prompt into slots; `fork` repeats one prefilled prompt for its samples. The
 sampler uses both to run a prompt once for all its completions. `shared` is the learner's fork: nothing is repeated, the
 rows that continue a prefix read the one copy, and their gradients add up in it. `extend` joins a prompt that is read in
-pieces. `window` and `restore` take a part of the slots out to decode it, and put it back; `move` carries rows between
-slots.
+pieces. `window` takes a part of the slots out to decode it, `restore` puts back what it learnt; `move` carries rows
+between slots.
 
 Legend: B batch or slot, K kv heads, S key positions, H head dim, Q prefixes, P prefix positions.
 """
@@ -87,9 +87,24 @@ def window(cache: Cache, rows: int, read: int) -> Cache:
     return jax.tree.map(lambda x: x[:rows, :, :read], cache)
 
 
-def restore(cache: Cache, part: Cache) -> Cache:
-    """`cache` with a `window` of it written back in place."""
-    return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, 0, 0)), cache, part)
+def restore(cache: Cache, part: Cache, start: jax.Array, count: int) -> Cache:
+    """`cache` with what was added to a `window` of it: `count` positions of each row from `start` [rows] int32 on.
+
+    Only these are written, in place: putting the whole window back costs as much as two decode steps.
+    """
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        size = min(count, new.shape[2])
+        first = jnp.minimum(start, new.shape[2] - size)  # at the end of the window a few old ones come along
+        take = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size, axis=1))
+        add = jax.vmap(lambda row, piece, at: jax.lax.dynamic_update_slice_in_dim(row, piece, at, axis=1))
+        rows = new.shape[0]
+        if rows == old.shape[0]:
+            return add(old, take(new, first), first)
+        index = first[:, None] + jnp.arange(size)  # [rows, count]
+        return old.at[jnp.arange(rows)[:, None], :, index].set(take(new, first).swapaxes(1, 2))
+
+    return jax.tree.map(put, cache, part)
 
 
 def shared(cache: Cache, length: jax.Array) -> Cache:

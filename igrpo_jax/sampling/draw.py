@@ -24,16 +24,25 @@ def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.
         token [B] int32, and its log-prob [B] float32 under softmax(logits / temperature), before top-k and top-p (what
         the trainer computes; at temperature 0 that of temperature 1).
     """
-    logits = logits / jnp.where(temperature > 0, temperature, 1.0)
-    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    total = weights.sum(axis=-1)
-    kept = jax.lax.cond(
-        (top_p < 1) | (top_k > 0), lambda w: _keep_top_p(_keep_top_k(w, top_k), top_p), lambda w: w, weights
-    )
+    scale = jnp.where(temperature > 0, temperature, 1.0)
+    top = logits.max(axis=-1, keepdims=True)
+    weigh = lambda x: jnp.exp((x - top) / scale)  # noqa: E731
+
+    # Only what is asked for runs: XLA's argmax and the search for a threshold cost more than all the rest.
+    def plain(logits: jax.Array) -> jax.Array:
+        return _inverse_cdf(weigh(logits), uniform)
+
+    def filtered(logits: jax.Array) -> jax.Array:
+        return _inverse_cdf(_keep_top_p(_keep_top_k(weigh(logits), top_k), top_p), uniform)
+
+    def greedy(logits: jax.Array) -> jax.Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
     uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.wrap_key_data(key)))(keys)
-    token = jnp.where(temperature > 0, _inverse_cdf(kept, uniform), jnp.argmax(logits, axis=-1))
+    way = jnp.where(temperature > 0, ((top_p < 1) | (top_k > 0)).astype(jnp.int32), 2)
+    token = jax.lax.switch(way, (plain, filtered, greedy), logits)
     drawn = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token.astype(jnp.int32), drawn - logits.max(axis=-1) - jnp.log(total)
+    return token, (drawn - top[:, 0]) / scale - jnp.log(weigh(logits).sum(axis=-1))
 
 
 def _inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -48,7 +57,7 @@ def _inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     start = jnp.where(index > 0, jnp.take_along_axis(edges, jnp.maximum(index - 1, 0), axis=-1), 0.0)
     inside = jnp.take_along_axis(blocks, index[..., None], axis=1)[:, 0]  # [B, BLOCK]
     offset = jnp.sum(jnp.cumsum(inside, axis=-1) <= goal - start, axis=-1, keepdims=True)
-    return (index * BLOCK + jnp.minimum(offset, _last(inside > 0)))[:, 0]
+    return (index * BLOCK + jnp.minimum(offset, _last(inside > 0)))[:, 0].astype(jnp.int32)
 
 
 def _last(flags: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ rollout, when most are done. Temperature, top-p, top-k, limits and keys are trac
 business.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -73,9 +74,11 @@ class Engine:
         self.steps_per_dispatch, self.prefill_chunk = steps_per_dispatch, prefill_chunk
         self.prefill_width = self.shards
         self.prefill_buckets = _prefill_buckets(max_context, prefill_chunk)
-        self.read_buckets = length_buckets(self.length, 128)
-        fewer = (self.shard_slots // 4, self.shard_slots // 2)
-        self.row_buckets = (*(rows for rows in fewer if rows >= 4), self.shard_slots)
+        # Of a decode step, by how many slots of a shard it runs: the lengths to read. At the end of a rollout, when few
+        # are left, coarser lengths will do.
+        halves = itertools.takewhile(lambda rows: rows >= 4, (self.shard_slots >> i for i in range(1, 32)))
+        fine, coarse = length_buckets(self.length, 128), _doubled(self.length, 128)
+        self.buckets = dict.fromkeys(sorted({1, *halves}), coarse) | {self.shard_slots: fine}
         self._eos = jnp.asarray(eos_ids, jnp.int32)
         self._split = sharding.batch_sharding(self.mesh)
         self._whole = sharding.replicated(self.mesh)
@@ -91,9 +94,9 @@ class Engine:
     @property
     def keys(self) -> list[Key]:
         """Of all programs that sampling may need."""
-        reads = [("decode", rows, read) for rows in self.row_buckets for read in self.read_buckets]
+        reads = [("decode", rows, read) for rows, sizes in self.buckets.items() for read in sizes]
         prompts = [(kind, size) for kind in ("prefill", "insert") for size in self.prefill_buckets]
-        return [("empty",), ("harvest",), *[("move",)] * (len(self.row_buckets) > 1), *prompts, *reads]
+        return [("empty",), ("harvest",), *[("move",)] * (self.shard_slots > 1), *prompts, *reads]
 
     def compile(self, report: Callable[[int], None] = lambda done: None) -> None:
         """Compiles all of them; `report` is given the number done so far."""
@@ -163,8 +166,8 @@ class Engine:
         """Draws up to K tokens a slot; a shard with fewer than its `min_active` [shards] active slots stops early.
 
         Args:
-            rows: slots of each shard to run, from `row_buckets`; those after them must be inactive.
-            read: cache positions to attend to, from `read_buckets`; at least the largest position + K, or `length`.
+            rows: slots of each shard to run, from `buckets`; those after them must be inactive.
+            read: cache positions to attend to, from `buckets[rows]`; at least the largest position + K, or `length`.
         """
         least = jax.device_put(np.asarray(min_active, np.int32), self._split)
         return self._programs["decode", rows, read](weights, state, least, _traced(sampling))
@@ -238,6 +241,12 @@ class Engine:
 
     def _places(self, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
         return {path: sharding.param_sharding(mesh, path, gathered=True) for path in decoder.shapes(self.c)}
+
+
+def _doubled(longest: int, smallest: int) -> tuple[int, ...]:
+    """Lengths from `smallest`, each twice the one before, the last one `longest`."""
+    sizes = itertools.takewhile(lambda size: size < longest, (smallest << i for i in range(32)))
+    return (*sizes, longest)
 
 
 def _prefill_buckets(longest: int, chunk: int) -> tuple[int, ...]:

@@ -223,13 +223,13 @@ class Scheduler:
         rows = self._compact()
         busy = [engine.shard_slots - len(free) for free in self._free]
         # While something waits, slots are refilled a few at a time; later a shard stops where fewer rows would do.
-        spare = max(1, engine.shard_slots // 16)
-        fewer = max((size for size in engine.row_buckets if size < rows), default=0)
+        spare = max(1, engine.shard_slots // 8)
+        fewer = max((size for size in engine.buckets if size < rows), default=0)
         least = [max(1, n - spare + 1 if self._waiting else fewer + 1 if n > fewer else 1) for n in busy]
         # Of the dispatches that the host has not read yet it assumes the most.
         ahead = (len(self._unread) + 1) * engine.steps_per_dispatch
         furthest = max(running.position for running in self._running.values()) + ahead
-        read = pick_bucket(engine.read_buckets, min(furthest, engine.length))
+        read = pick_bucket(engine.buckets[rows], min(furthest, engine.length))
         self._state, status = engine.decode(self._weights, self._state, rows, read, least, self._sampling)
         for x in status:
             x.copy_to_host_async()
@@ -241,7 +241,7 @@ class Scheduler:
         """The fewest rows that hold all running slots, after moving those that stand in the way while nothing waits."""
         engine = self.engine
         need = max(engine.shard_slots - len(free) for free in self._free)
-        rows = engine.shard_slots if self._waiting else pick_bucket(engine.row_buckets, need)
+        rows = engine.shard_slots if self._waiting else pick_bucket(tuple(engine.buckets), need)
         pairs = []
         for slot in [slot for slot in self._running if slot % engine.shard_slots >= rows]:
             shard, local = divmod(slot, engine.shard_slots)

@@ -220,7 +220,7 @@ def decode(
             lambda carry: carry[1], step, (jnp.int32(0), goes_on(jnp.int32(0), part.active), part)
         )
         small = (old.at[:rows].set(new) for old, new in zip(state[1:], part[1:], strict=True))
-        state = State(caches.restore(state.cache, part.cache), *small)
+        state = State(caches.restore(state.cache, part.cache, state.position[:rows], steps), *small)
         return state, Status(state.active, state.count, state.position, taken[None])
 
     run = _per_shard(mesh, run, (False, True, True, False), (True, True))

@@ -1,0 +1,285 @@
+"""The sampler alone, beside transformers' `generate` on the same work.
+
+    python benchmarks/rollout.py --shape qwen2-small --prompts 8 --samples 8 --peers generate static
+    python benchmarks/rollout.py --shape qwen2-small --lengths lognormal --new-tokens 512 --slots 16
+
+Prompts are random tokens; completions have prescribed lengths (no EOS), drawn at temperature 1.0. Fixed: all of
+--new-tokens. Lognormal: mean --mean-length, sigma 1, at most --new-tokens, one set for each of the seeds 0..--seeds-1.
+Peers run in processes of their own, one after the other. The last line is one JSON object:
+
+    tokens_per_second     completion tokens over seconds of the whole rollout (prefill included), median over --steps
+                          after one that does not count
+    decode_step_seconds   those seconds over decode steps
+    slot_utilization      share of slots x steps that drew a token; `queued_` while something waited for a slot
+    peak_memory_bytes     of the largest program with weights and cache, by the compiler's count; on a GPU or TPU what
+                          the allocator saw
+    roofline_fraction     (weights once a step + cache positions that had to be read) over bandwidth x seconds; the
+                          bandwidth is that of adding 1 to a large array in place, measured in the same run
+    compiles              programs compiled at the start; `recompiles` of those after that
+    peers                 tokens_per_second of each; `speedup`: ours over the best
+    ideal_fraction        (lognormal) time of ideal list scheduling over ours, geometric mean over the seeds: samples
+                          take slots in order, no slot waits, nothing but decode steps of all slots is paid, at the
+                          seconds that a step of this engine takes at each read length
+    static_speedup        (lognormal) seconds of the same engine on static batches over ours
+"""
+
+import argparse
+import heapq
+import json
+import math
+import subprocess
+import sys
+import time
+
+import models
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models.add_model(parser)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=8, help="of each prompt")
+    parser.add_argument("--prompt-len", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--lengths", choices=("fixed", "lognormal"), default="fixed")
+    parser.add_argument("--mean-length", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--slots", type=int, default=0, help="default: all samples at once")
+    parser.add_argument("--steps-per-dispatch", type=int, default=16)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", choices=("generate", "static"), default=[], help="to run beside it")
+    parser.add_argument("--peer", choices=("generate", "static"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+class Bench:
+    """One engine, and prompts to sample."""
+
+    def __init__(self, args: argparse.Namespace):
+        import jax
+        import numpy as np
+
+        from igrpo_jax import config, sharding
+        from igrpo_jax.models import hf
+        from igrpo_jax.models.config import from_hf
+        from igrpo_jax.sampling.engine import Engine
+        from igrpo_jax.sampling.scheduler import Scheduler
+
+        self.args, self.slots = args, args.slots or args.prompts * args.samples
+        self.model = from_hf(models.raw_config(args), args.model or args.shape)
+        self.mesh = sharding.make_mesh(config.Mesh(fsdp=1), jax.devices()[:1])
+        self.model = models.with_attention(self.model, args, self.mesh, args.prompt_len + args.new_tokens)
+        self.engine = Engine(
+            self.model,
+            self.mesh,
+            (self.model.vocab_size,),  # is never drawn
+            slots=self.slots,
+            max_context=args.prompt_len,
+            max_completion=args.new_tokens,
+            dtype=args.dtype,
+            steps_per_dispatch=args.steps_per_dispatch,
+        )
+        with jax.set_mesh(self.mesh):
+            load = hf.load_params if args.model else None
+            self.params = (
+                load(args.model, self.model, self.mesh) if load else models.random_params(self.model, self.mesh)
+            )
+            # As a run whose master weights are elsewhere: only the rollout copy is held here.
+            self.params = self.engine.weights(self.params)
+            self.engine.compile()
+        self.scheduler = Scheduler(self.engine, jax.default_backend() != "cpu")
+        rng = np.random.default_rng(0)
+        self.prompts = rng.integers(17, self.model.vocab_size, (args.prompts, args.prompt_len), np.int32)
+
+    def run(self, lengths, static: bool = False):
+        """Seconds and Usage of sampling completions of `lengths` [prompts, samples]."""
+        import numpy as np
+
+        from igrpo_jax.sampling.scheduler import Request
+        from igrpo_jax.sampling.steps import Sampling
+
+        key = np.array([0, 1], np.uint32)
+        requests = [Request(tokens, i, len(lengths[i]), key, lengths[i]) for i, tokens in enumerate(self.prompts)]
+        groups = [requests]
+        if static:
+            at_once = max(1, self.slots // self.args.samples)
+            groups = [requests[i : i + at_once] for i in range(0, len(requests), at_once)]
+        began, drawn = time.perf_counter(), 0
+        self.scheduler.start(self.params, Sampling(1.0))
+        for group in groups:
+            for request in group:
+                self.scheduler.submit(request)
+            drawn += sum(len(one.tokens) for one in self.scheduler.drain())
+        seconds = time.perf_counter() - began
+        self.scheduler.finish()
+        assert drawn == lengths.sum()
+        return seconds, self.scheduler.usage
+
+    def step_seconds(self) -> dict[int, float]:
+        """Seconds of a decode step of all slots by read length, best of three dispatches each."""
+        import jax
+        import numpy as np
+
+        from igrpo_jax.sampling.steps import Sampling
+
+        engine, found = self.engine, {}
+        state = engine.empty()
+        for start in range(0, self.slots, 8):
+            slots = range(start, min(start + 8, self.slots))
+            prefix = engine.prefill(self.params, [self.prompts[0]])
+            limits = [engine.max_completion] * len(slots)
+            key = np.array([0, 1], np.uint32)
+            state = engine.insert(
+                state, prefix, 0, slots, slots, key=key, prompt=0, limits=limits, sampling=Sampling(1.0)
+            )
+        for read in engine.buckets[self.slots]:
+            seconds = []
+            for _ in range(3):
+                # Copies, since decoding takes the state over; slots stand where they stood.
+                copy = jax.tree.map(lambda x: x + 0, state)._replace(active=state.active | True)
+                jax.block_until_ready(copy)
+                began = time.perf_counter()
+                copy, status = engine.decode(self.params, copy, engine.shard_slots, read, [1], Sampling(1.0))
+                steps = int(jax.device_get(status.steps).sum())
+                seconds.append((time.perf_counter() - began) / steps)
+                del copy
+            found[read] = min(seconds)
+        return found
+
+
+def ours(args: argparse.Namespace) -> dict:
+    import jax
+    import numpy as np
+
+    from igrpo_jax.programs import compilations
+
+    bench = Bench(args)
+    shape = (args.prompts, args.samples)
+    fixed = np.full(shape, args.new_tokens)
+    lengths = [fixed] if args.lengths == "fixed" else [
+        models.lognormal(np.random.default_rng(seed), shape, args.mean_length, args.new_tokens)
+        for seed in range(args.seeds)
+    ]  # fmt: skip
+    with compilations() as before:
+        bench.run(lengths[0])
+    memory = bench.engine.predicted_bytes()
+    with compilations() as after:
+        runs = [[bench.run(one) for _ in range(args.steps)] for one in lengths]
+    medians = [models.median([seconds for seconds, _ in each]) for each in runs]
+    usages = [each[0][1] for each in runs]
+    tokens = sum(int(one.sum()) for one in lengths)
+    steps = sum(usage.slot_steps for usage in usages) / bench.slots
+    read = sum(_bytes_read(bench, args, one) for one in lengths)
+    weights = sum(x.size * x.dtype.itemsize for path, x in bench.params.items())
+    if not bench.model.tie_embeddings:
+        weights -= bench.params["embedding"].size * bench.params["embedding"].dtype.itemsize  # rows of it are looked up
+    bandwidth = models.bandwidth()
+    drawn, slot_steps = (sum(getattr(usage, name) for usage in usages) for name in ("tokens", "slot_steps"))
+    queued, queued_steps = (sum(getattr(u, f"queued_{name}") for u in usages) for name in ("tokens", "slot_steps"))
+    figures = {
+        "tokens_per_second": round(tokens / sum(medians)),
+        "rollout_seconds": medians,
+        "decode_step_seconds": round(sum(medians) / steps, 6),
+        "slot_utilization": round(drawn / slot_steps, 4),
+        "queued_slot_utilization": round(queued / queued_steps, 4) if queued_steps else None,
+        "peak_memory_bytes": memory,
+        "roofline_fraction": round((steps * weights + read) / bandwidth / sum(medians), 4),
+        "bandwidth": round(bandwidth),
+        "compiles": len(bench.engine.keys),
+        "recompiles": len(before) + len(after),
+        "device": jax.devices()[0].device_kind,
+        "slots": bench.slots,
+        **models.machine("numpy"),
+    }
+    if jax.default_backend() != "cpu":
+        figures["peak_memory_bytes"] = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    if args.lengths == "lognormal":
+        cost = bench.step_seconds()
+        ideal = [_ideal(bench, args, one, cost) for one in lengths]
+        fractions = [best / seconds for best, seconds in zip(ideal, medians, strict=True)]
+        static = [models.median([bench.run(one, static=True)[0] for _ in range(args.steps)]) for one in lengths]
+        figures |= {
+            "ideal_seconds": [round(best, 4) for best in ideal],
+            "ideal_fraction": round(math.exp(sum(map(math.log, fractions)) / len(fractions)), 3),
+            "ideal_fractions": [round(fraction, 3) for fraction in fractions],
+            "static_seconds": static,
+            "static_speedup": round(sum(static) / sum(medians), 2),
+            "step_seconds_by_read_length": {read: round(seconds, 5) for read, seconds in cost.items()},
+        }
+    return figures
+
+
+def _bytes_read(bench: Bench, args: argparse.Namespace, lengths) -> int:
+    """Of the cache, by all decode steps: token n of a completion reads prompt_len + n positions."""
+    model, width = bench.model, 2 if args.dtype == "bfloat16" else 4
+    position = 2 * model.num_kv_heads * model.head_dim * model.pattern.count("*") * width
+    return position * int(sum((n - 1) * args.prompt_len + n * (n - 1) // 2 for n in lengths.ravel().tolist()))
+
+
+def _ideal(bench: Bench, args: argparse.Namespace, lengths, cost: dict[int, float]) -> float:
+    """Seconds of list scheduling: the samples in order, each on the slot that is free first; decode steps only."""
+    free = [0] * bench.slots
+    spans = []
+    for n in lengths.ravel().tolist():
+        start = heapq.heappop(free)
+        spans.append((start, start + n - 1))
+        heapq.heappush(free, start + n - 1)
+    seconds, end = 0.0, max(free)
+    for step in range(end):
+        furthest = max(args.prompt_len + step - start + 1 for start, stop in spans if start <= step < stop)
+        seconds += cost[next(read for read in bench.engine.buckets[bench.slots] if read >= furthest)]
+    return seconds
+
+
+def peer(args: argparse.Namespace) -> dict:
+    """`generate` on the same prompts, each repeated for its samples, in one batch; fixed lengths."""
+    import os
+
+    import torch
+
+    torch.set_num_threads(os.cpu_count())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = models.torch_model(args).to(device).eval()
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(17, model.config.vocab_size, (args.prompts, args.prompt_len), generator=generator)
+    prompts = prompts.repeat_interleave(args.samples, 0).to(device)
+    options = {"cache_implementation": "static"} if args.peer == "static" else {}
+    model.generation_config.eos_token_id = None
+
+    @torch.no_grad()
+    def run():
+        out = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            max_new_tokens=args.new_tokens, pad_token_id=0, **options,
+        )  # fmt: skip
+        assert out.shape[1] == args.prompt_len + args.new_tokens
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    seconds = models.median(models.timed(run, args.steps))
+    return {"tokens_per_second": round(args.prompts * args.samples * args.new_tokens / seconds)}
+
+
+def main() -> None:
+    args = parse()
+    if args.peer:
+        models.finish(peer(args))
+        return
+    figures = ours(args)
+    print(f"ours: {figures['tokens_per_second']} tokens/s")
+    peers = {}
+    for name in args.peers:
+        command = [sys.executable, __file__, *sys.argv[1:], "--peer", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        peers[name] = json.loads(done.stdout.splitlines()[-1])["tokens_per_second"]
+        print(f"{name}: {peers[name]} tokens/s")
+    if peers:
+        figures |= {"peers": peers, "speedup": round(figures["tokens_per_second"] / max(peers.values()), 2)}
+    models.finish(vars(args) | figures)
+
+
+if __name__ == "__main__":
+    main()

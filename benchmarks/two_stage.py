@@ -1,0 +1,174 @@
+"""What the draft stage costs: GRPO with N + G samples against iGRPO with N drafts and G refinements, rollout only.
+
+    python benchmarks/two_stage.py
+
+Both draw completions of the same prescribed lengths: lognormal, mean 64, sigma 1, at most 256, one set for each of the
+seeds. iGRPO's first N are the drafts', and refinements see the prompt with the best draft in it. The verifier is the
+real one, on the decimal text of the ids. GRPO and iGRPO take turns. The last line is one JSON object; seconds are sums
+over the seeds of the median over --steps:
+
+    grpo_seconds            GRPO, --slots slots (default prompts x (N + G) / 2)
+    igrpo_seconds           iGRPO, streamed, the same slots
+    igrpo_barrier_seconds   iGRPO that waits for all drafts, the same slots
+    ratio                   igrpo_seconds / grpo_seconds; `barrier_ratio` of the barrier's
+    full_...                the same at prompts x (N + G) slots, where iGRPO has half of them idle
+    ratio_to_best_grpo      igrpo_seconds over GRPO's at the better of the two slot counts
+    stage_overlap_frac, slot_utilization, verify_wait_seconds   of streamed iGRPO, means over the seeds
+"""
+
+import argparse
+import contextlib
+import dataclasses
+
+import models
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models.add_model(made, default="qwen2-small")
+    made.add_argument("--prompts", type=int, default=16)
+    made.add_argument("--drafts", type=int, default=4, help="N")
+    made.add_argument("--generations", type=int, default=4, help="G")
+    made.add_argument("--prompt-len", type=int, default=64)
+    made.add_argument("--new-tokens", type=int, default=256, help="longest completion")
+    made.add_argument("--mean-length", type=int, default=64)
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--slots", type=int, default=0)
+    made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    made.add_argument("--steps", type=int, default=3)
+    return made
+
+
+class TokenRenderer:
+    """Stands in for a tokenizer: q' is the prompt followed by the whole draft."""
+
+    opened = ""
+
+    def __init__(self, prompts):
+        self._prompts = prompts
+
+    def with_draft(self, question: str, draft):
+        import numpy as np
+
+        return np.concatenate([self._prompts[int(question)].tokens, draft])
+
+    def text(self, tokens) -> str:
+        return "<answer>" + " ".join(map(str, tokens.tolist())) + "</answer>"
+
+
+def make_stages(args: argparse.Namespace, drafts: int, generations: int, slots: int, streamed: bool = True):
+    """A Rollout of that many drafts and trained completions a prompt, whose lengths `prescribe` sets."""
+    import jax
+    import numpy as np
+
+    from igrpo_jax import config, sharding
+    from igrpo_jax.batch import Prompt
+    from igrpo_jax.models.config import from_hf
+    from igrpo_jax.rewards.reward import Verifier
+    from igrpo_jax.rollout import Rollout
+    from igrpo_jax.sampling.engine import Engine
+    from igrpo_jax.sampling.scheduler import Scheduler
+
+    class Prescribed(Scheduler):
+        """Completions have the lengths of a table [prompts, N + G], drafts before refinements."""
+
+        table: np.ndarray
+
+        def submit(self, request):
+            first = drafts if request.stage == "refine" else 0
+            limit = self.table[request.index, first : first + request.samples]
+            super().submit(dataclasses.replace(request, limit=limit))
+
+    class Stages:
+        def __init__(self):
+            tree = config.default()
+            tree.prompts_per_step, tree.algorithm.num_drafts = args.prompts, drafts
+            tree.algorithm.num_generations, tree.model.dtype = generations, args.dtype
+            tree.rollout.max_completion_length, tree.rollout.temperature = args.new_tokens, 1.0
+            tree.rollout.slots, tree.rollout.streamed = slots, streamed
+            self.config = config.freeze(tree)
+            self.mesh = sharding.make_mesh(config.Mesh(fsdp=1), jax.devices()[:1])
+            model = from_hf(models.raw_config(args), args.model or args.shape)
+            self.max_context = args.prompt_len + (args.new_tokens if drafts else 0)
+            self.model = models.with_attention(model, args, self.mesh, self.max_context + args.new_tokens)
+            self.engine = Engine(
+                self.model,
+                self.mesh,
+                (model.vocab_size,),  # is never drawn
+                slots=slots,
+                max_context=self.max_context,
+                max_completion=args.new_tokens,
+                dtype=args.dtype,
+                steps_per_dispatch=self.config.rollout.steps_per_dispatch,
+            )
+            with jax.set_mesh(self.mesh):
+                self.engine.compile()
+            self.scheduler = Prescribed(self.engine, jax.default_backend() != "cpu")
+            rng = np.random.default_rng(0)
+            tokens = rng.integers(17, model.vocab_size, (args.prompts, args.prompt_len), np.int32)
+            self.prompts = [Prompt(str(i), i, str(i), "7", row) for i, row in enumerate(tokens)]
+            self._verifier = Verifier(config.Rewards(format=0.0))
+            renderer = TokenRenderer(self.prompts)
+            self._rollout = Rollout(self.config, renderer, self.scheduler, self._verifier)
+            self.close = self._verifier.close
+
+        def collect(self, params, lengths):
+            """Groups and metrics of one rollout with completions of `lengths` [prompts, N + G]."""
+            self.scheduler.table = lengths
+            with jax.set_mesh(self.mesh):
+                return self._rollout.collect(params, self.prompts, 1)
+
+    return contextlib.closing(Stages())
+
+
+def length_sets(args: argparse.Namespace) -> list:
+    import numpy as np
+
+    shape = (args.prompts, args.drafts + args.generations)
+    rngs = map(np.random.default_rng, range(args.seeds))
+    return [models.lognormal(rng, shape, args.mean_length, args.new_tokens) for rng in rngs]
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    full = args.prompts * (args.drafts + args.generations)
+    half = args.slots or full // 2
+    both = args.drafts + args.generations
+    wanted = {
+        "grpo": (0, both, half),
+        "igrpo": (args.drafts, args.generations, half),
+        "igrpo_barrier": (args.drafts, args.generations, half, False),
+        "full_grpo": (0, both, full),
+        "full_igrpo": (args.drafts, args.generations, full),
+        "full_igrpo_barrier": (args.drafts, args.generations, full, False),
+    }
+    with contextlib.ExitStack() as stack:
+        made = {name: stack.enter_context(make_stages(args, *sizes)) for name, sizes in wanted.items()}
+        params = models.random_params(made["grpo"].model, made["grpo"].mesh)
+        seconds = {name: [[] for _ in range(args.seeds)] for name in made}
+        watched = []
+        for again in range(args.steps + 1):  # the first time does not count
+            for seed, lengths in enumerate(length_sets(args)):
+                for name, stages in made.items():
+                    _, metrics = stages.collect(params, lengths)
+                    if again:
+                        seconds[name][seed].append(metrics["perf/rollout_time"])
+                        watched += [metrics] * (name == "igrpo")
+    total = {f"{name}_seconds": round(sum(map(models.median, each)), 4) for name, each in seconds.items()}
+    best = min(total["grpo_seconds"], total["full_grpo_seconds"])
+    mean = lambda name: round(sum(one[name] for one in watched) / len(watched), 4)  # noqa: E731
+    figures = total | {
+        "ratio": round(total["igrpo_seconds"] / total["grpo_seconds"], 3),
+        "barrier_ratio": round(total["igrpo_barrier_seconds"] / total["grpo_seconds"], 3),
+        "full_ratio": round(total["full_igrpo_seconds"] / total["full_grpo_seconds"], 3),
+        "full_barrier_ratio": round(total["full_igrpo_barrier_seconds"] / total["full_grpo_seconds"], 3),
+        "ratio_to_best_grpo": round(total["igrpo_seconds"] / best, 3),
+        "stage_overlap_frac": mean("perf/stage_overlap_frac"),
+        "slot_utilization": mean("perf/slot_utilization"),
+        "verify_wait_seconds": mean("perf/verify_wait_time"),
+    }
+    models.finish(vars(args) | figures | models.machine("numpy"))
+
+
+if __name__ == "__main__":
+    main()
