@@ -101,10 +101,12 @@ def schedulers(policy):
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
     sizes = {"max_context": 32, "max_completion": LENGTH, "dtype": "float32"}
     with jax.set_mesh(mesh):
-        return {
-            slots: Scheduler(Engine(policy.model, mesh, policy.eos_ids, slots=slots, steps_per_dispatch=k, **sizes))
+        engines = {
+            slots: Engine(policy.model, mesh, policy.eos_ids, slots=slots, steps_per_dispatch=k, **sizes)
             for slots, k in ((16, 4), (3, 5))
         }
+    # -3: three slots, the host one dispatch behind
+    return {slots: Scheduler(engine) for slots, engine in engines.items()} | {-3: Scheduler(engines[3], ahead=1)}
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +197,85 @@ def test_the_rollout_does_not_depend_on_slots_or_arrival(collect, rollout):
         same(ours, theirs)
 
 
+def test_the_rollout_does_not_depend_on_streaming(collect, rollout):
+    """With the barrier no refinement is drawn before the last draft is scored; what is drawn is the same."""
+    verifier, at = StubVerifier(), []
+
+    class Watching(StubVerifier):
+        def submit(self, candidate):
+            at.append(len(self.finished))
+            return super().submit(candidate)
+
+    groups, metrics = collect(Watching(), rollout__streamed=False)
+    drafts = len(QUESTIONS) * N
+    assert min(at[drafts:]) >= drafts  # all drafts were scored
+    assert metrics["perf/stage_overlap_frac"] == 0 < rollout[1]["perf/stage_overlap_frac"] < 1
+    for ours, theirs in zip(rollout[0], groups, strict=True):
+        same(ours, theirs)
+    ahead, _ = collect(verifier, slots=-3)
+    for ours, theirs in zip(rollout[0], ahead, strict=True):
+        same(ours, theirs)
+
+
+def test_a_slow_verifier_holds_nothing_up_but_its_own_prompt(collect, rollout, prompts):
+    """One prompt's drafts take long: the others are refined meanwhile, the wait is counted, nothing is lost."""
+
+    class Slow(StubVerifier):
+        def submit(self, candidate):
+            self._delay = 1.0 if candidate.question == prompts[0].question else 0.0
+            return super().submit(candidate)
+
+        def _grade(self, text, answer, delay):
+            if delay:
+                time.sleep(1.0)
+            return super()._grade(text, answer, 0.0)
+
+    slow = Slow()
+    groups, metrics = collect(slow)
+    for ours, theirs in zip(rollout[0], groups, strict=True):
+        same(ours, theirs)
+    assert len(slow.submitted) == len(slow.finished) == len(QUESTIONS) * (N + G)
+    assert metrics["perf/verify_wait_time"] > 1.0  # once for its drafts, once for its refinements, less what overlaps
+    assert metrics["perf/verify_wait_time"] < metrics["perf/rollout_time"]
+
+
+FAULTY = """
+import os, time, zlib
+
+def faulty(prompts, completions, **columns):
+    way = zlib.crc32(completions[0].encode()) % 7
+    if way == 0:
+        os._exit(3)  # the worker dies
+    if way == 1:
+        time.sleep(60)  # hangs: killed at the deadline
+    if way == 2:
+        raise ValueError("broken")
+    time.sleep(0.01 * way)  # out of order
+    return [float(way)]
+"""
+
+
+def test_a_verifier_that_hangs_dies_and_raises(collect, rollout, tmp_path, monkeypatch):
+    """Nothing deadlocks, no sample is lost or scored twice; what has no verdict says why and scores 0."""
+    (tmp_path / "faulty_rewards.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = config.Rewards(accuracy=0.0, format=0.0, custom="faulty_rewards:faulty", workers=2, timeout=0.7)
+    with Verifier(settings) as verifier:
+        groups, metrics = collect(verifier, rewards__max_error_fraction=1.0)
+    plain, _ = rollout
+    for group, other in zip(groups, plain, strict=True):
+        assert [one.sample_id for one in group.drafts] == list(range(N))
+        assert [one.sample_id for one in group.completions] == list(range(G))
+        for one, same_draft in zip(group.drafts, other.drafts, strict=True):
+            np.testing.assert_array_equal(one.tokens, same_draft.tokens)
+        for one in (*group.drafts, *group.completions):
+            way = zlib.crc32(one.text.encode()) % 7
+            expected = {0: ("error", 0), 1: ("timeout", 0), 2: ("error", 0)}.get(way, ("ok", way))
+            assert (one.score.status, one.score.reward) == expected
+        assert group.best == best_draft(group.drafts)
+    assert metrics["verifier/timeout_frac"] > 0 and metrics["verifier/error_frac"] > 0
+
+
 def test_a_group_does_not_depend_on_the_other_prompts(collect, rollout, prompts):
     """The third of six is the third of three; its randomness comes of its place in the step."""
     groups, _ = collect(wanted=prompts[:3])
@@ -256,6 +337,7 @@ def test_metrics(rollout):
     assert metrics["perf/draft_tokens"] == sum(len(one.tokens) for one in drafts)
     assert metrics["perf/completion_tokens"] == sum(len(one.tokens) for one in completions)
     assert 0 < metrics["perf/slot_utilization"] <= 1
+    assert 0 <= metrics["perf/stage_overlap_frac"] <= 1
     assert 0 <= metrics["perf/verify_wait_time"] < metrics["perf/rollout_time"]
     assert metrics["verifier/error_frac"] == 0
 

@@ -253,14 +253,10 @@ np.savez(sys.argv[4], found=np.array(found, dtype=object))
 
 
 def test_two_processes_sample_side_by_side(tiny, expected, tmp_path):
-    """Each on its half of a 2 x 2 mesh, with unequal work and no lockstep: one has 3 of the 5 prompts, in 17 samples."""
+    """Each on its half of a 2 x 2 mesh, with unequal work and no lockstep: one has 3 of the prompts, the other 2."""
     wanted = [(one.tokens, one.index, one.samples, one.limit) for one in requests()]
-    given = {"c": tiny[0], "params": tiny[1]}
-    np.savez(
-        tmp_path / "given.npz",
-        requests=np.array(wanted, dtype=object),
-        **{k: np.array(v, object) for k, v in given.items()},
-    )
+    given = {"c": tiny[0], "params": tiny[1], "requests": wanted}
+    np.savez(tmp_path / "given.npz", **{name: np.array(value, dtype=object) for name, value in given.items()})
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
