@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from igrpo_jax.config import default
 
 def get_config():
     c = default()
-    c.steps, c.prompts_per_step = 5, 4
+    c.steps, c.prompts_per_step, c.compilation_cache = 5, 4, ""
     c.model.dtype = "float32"
     b = c.model.builtin
     b.hidden_size, b.num_layers, b.num_heads, b.num_kv_heads, b.intermediate_size = 32, 1, 2, 1, 48
@@ -74,7 +75,10 @@ def final_state(workdir: Path, c: config.Config) -> dict[str, np.ndarray]:
 def command(tmp_path: Path, workdir: Path, *overrides: str) -> list[str]:
     (tmp_path / "micro.py").write_text(CONFIG)
     run = [sys.executable, "-m", "igrpo_jax.main", "--config", str(tmp_path / "micro.py"), "--workdir", str(workdir)]
-    return run + [f"--config.{override}" for override in overrides]
+    # Compiled programs are shared by the runs of one session, and are not put into the user's own folder.
+    return run + [
+        f"--config.{override}" for override in (f"compilation_cache={tmp_path.parent / 'programs'}", *overrides)
+    ]
 
 
 def one_device() -> dict[str, str]:
@@ -108,7 +112,8 @@ def test_a_run_writes_what_the_contract_names(whole):
     draft/solved_none draft/solved_some draft/solved_all draft/mean_length refine/fixed refine/broken refine/kept_right
     refine/kept_wrong refine/gain_vs_best_draft refine/copy_ratio verifier/timeout_frac verifier/error_frac
     verifier/latency_p99 perf/step_time perf/rollout_time perf/update_time perf/verify_wait_time perf/draft_tokens
-    perf/completion_tokens perf/tokens_per_second perf/slot_utilization perf/recompiles"""
+    perf/completion_tokens perf/tokens_per_second perf/slot_utilization perf/stage_overlap_frac
+    perf/recompiles"""
     assert not set(names.split()) - set(full), set(names.split()) - set(full)
     assert [row["step"] for row in lines if "eval/arithmetic/pass@1" in row] == [0, 2, 4, 5]
     assert any("warm_start/loss" in row for row in lines)
@@ -137,6 +142,23 @@ def test_a_run_says_what_it_does_and_where_it_wrote(whole):
         "metrics.jsonl",
     ):
         assert words in out, words
+
+
+def test_compiling_is_shown_counted_and_warned_of_once(whole):
+    """What the first step compiles is expected; a shape that comes later is named, once of its kind."""
+    workdir, out = whole
+    assert "compiling the sampler" in out and "compiled programs" in out
+    counts = [
+        json.loads(line)["perf/recompiles"]
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+        if '"loss"' in line
+    ]
+    warned = [line for line in out.splitlines() if "shapes not met before" in line]
+    assert sum(counts[1:]) >= len(warned)
+    assert bool(warned) == any(counts[1:])
+    kinds = [part.split()[0] for line in warned for part in line.partition("compiled ")[2].split("; ")]
+    assert len(kinds) == len(set(kinds)) and set(kinds) <= {"accumulate", "score", "apply"}
+    assert not re.search("(decode|prefill|insert|move|harvest) ", " ".join(warned))  # all of these at the start
 
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
