@@ -56,8 +56,10 @@ class TokenRenderer:
         return "<answer>" + " ".join(map(str, tokens.tolist())) + "</answer>"
 
 
-def make_stages(args: argparse.Namespace, drafts: int, generations: int, slots: int, streamed: bool = True):
-    """A Rollout of that many drafts and trained completions a prompt, whose lengths `prescribe` sets."""
+def make_stages(
+    args: argparse.Namespace, drafts: int, generations: int, slots: int, streamed: bool = True, engine=None
+):
+    """A Rollout of that many drafts and trained completions a prompt; `engine` is one of the same sizes to share."""
     import jax
     import numpy as np
 
@@ -91,7 +93,7 @@ def make_stages(args: argparse.Namespace, drafts: int, generations: int, slots: 
             model = from_hf(models.raw_config(args), args.model or args.shape)
             self.max_context = args.prompt_len + (args.new_tokens if drafts else 0)
             self.model = models.with_attention(model, args, self.mesh, self.max_context + args.new_tokens)
-            self.engine = Engine(
+            self.engine = engine or Engine(
                 self.model,
                 self.mesh,
                 (model.vocab_size,),  # is never drawn
@@ -134,16 +136,13 @@ def main() -> None:
     full = args.prompts * (args.drafts + args.generations)
     half = args.slots or full // 2
     both = args.drafts + args.generations
-    wanted = {
-        "grpo": (0, both, half),
-        "igrpo": (args.drafts, args.generations, half),
-        "igrpo_barrier": (args.drafts, args.generations, half, False),
-        "full_grpo": (0, both, full),
-        "full_igrpo": (args.drafts, args.generations, full),
-        "full_igrpo_barrier": (args.drafts, args.generations, full, False),
-    }
     with contextlib.ExitStack() as stack:
-        made = {name: stack.enter_context(make_stages(args, *sizes)) for name, sizes in wanted.items()}
+        made = {}
+        for name, slots in (("", half), ("full_", full)):
+            make = lambda *how: stack.enter_context(make_stages(args, *how))  # noqa: E731
+            made[f"{name}grpo"] = make(0, both, slots)
+            streamed = made[f"{name}igrpo"] = make(args.drafts, args.generations, slots)
+            made[f"{name}igrpo_barrier"] = make(args.drafts, args.generations, slots, False, streamed.engine)
         params = models.random_params(made["grpo"].model, made["grpo"].mesh)
         seconds = {name: [[] for _ in range(args.seeds)] for name in made}
         watched = []

@@ -183,7 +183,15 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert "resumed after" in run(tmp_path, killed)
-    assert rows(killed) == rows(workdir)
+    # When a prompt goes on to its second stage is the verifier's timing, and with it how many slots are decoded side by
+    # side: the sampler's log-probs, which are only measured, may round otherwise. Nothing else may.
+    drift = "sampling/"
+    for mine, theirs in zip(rows(killed), rows(workdir), strict=True):
+        assert {name: x for name, x in mine.items() if drift not in name} == {
+            name: x for name, x in theirs.items() if drift not in name
+        }
+        for name in (name for name in mine if drift in name):
+            assert mine[name] == pytest.approx(theirs[name], abs=1e-5)
     assert samples(killed) == samples(workdir)
     a, b = final_state(killed, settings()), final_state(workdir, settings())
     assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
