@@ -12,6 +12,7 @@ import pytest
 from igrpo_jax import config, sharding
 from igrpo_jax.config import InputError
 from igrpo_jax.models import decoder, hf
+from igrpo_jax.programs import compilations
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Request, Scheduler
 from igrpo_jax.sampling.steps import Sampling
@@ -140,6 +141,18 @@ def test_the_limit_cuts_and_changes_nothing_before_it(engine, params, samples):
     (index, _), whole = next(item for item in samples.items() if item[1].finished and 1 < len(item[1].tokens) < LIMIT)
     fits = sample(engine, params, [Request(prompt(index), index, 8, KEY, len(whole.tokens))], Sampling(0.8))
     assert fits[index, whole.sample_id].finished
+
+
+def test_nothing_that_is_traced_recompiles(engine, params, samples):
+    """All programs are there after `compile`; other temperatures, limits, keys and numbers of samples need no more."""
+    engine.compile()
+    with compilations() as seen:
+        for sampling, limit in ((Sampling(0.0), 7), (Sampling(1.3, 0.9, 5), np.arange(1, 10))):
+            found = sample(
+                engine, params, [Request(prompt(n), n, 9, KEY + np.uint32(n), limit) for n in LENGTHS], sampling
+            )
+            assert len(found) == 9 * len(LENGTHS)
+    assert seen == []
 
 
 def test_samples_differ_by_sample_prompt_and_key(engine, params, samples):
