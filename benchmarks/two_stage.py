@@ -14,6 +14,11 @@ over the seeds of the median over --steps:
     full_...                the same at prompts x (N + G) slots, where iGRPO has half of them idle
     ratio_to_best_grpo      igrpo_seconds over GRPO's at the better of the two slot counts
     stage_overlap_frac, slot_utilization, verify_wait_seconds   of streamed iGRPO, means over the seeds
+    makespan_ratio          decode steps of iGRPO over GRPO's under perfect scheduling, by the lengths alone (each
+                            refinement waits for its prompt's longest draft, and for nothing else), mean over the seeds
+    ideal_ratio             the same in seconds, where a step of so many completions costs what it costs this engine
+                            (measured, interpolated between its numbers of rows; no prefill, no dispatch): what no
+                            schedule can beat
 """
 
 import argparse
@@ -131,6 +136,60 @@ def length_sets(args: argparse.Namespace) -> list:
     return [models.lognormal(rng, shape, args.mean_length, args.new_tokens) for rng in rngs]
 
 
+def step_costs(stages, params, prompt) -> tuple[list[int], list[float]]:
+    """Rows, and seconds of a decode step of so many, best of three dispatches; none cost nothing."""
+    import time
+
+    import jax
+    import numpy as np
+
+    from igrpo_jax.sampling.steps import Sampling
+
+    engine, sampling, costs = stages.engine, Sampling(1.0), {0: 0.0}
+    weights, key = engine.weights(params), np.array([0, 1], np.uint32)
+    for rows, reads in engine.buckets.items():
+        seconds = []
+        for _ in range(3):
+            state, slots = engine.empty(), range(rows)
+            prefix = engine.prefill(weights, [prompt])
+            limits = [engine.max_completion] * rows
+            state = engine.insert(state, prefix, 0, slots, slots, key=key, prompt=0, limits=limits, sampling=sampling)
+            read = next(size for size in reads if size >= len(prompt) + engine.steps_per_dispatch)
+            jax.block_until_ready(state)
+            began = time.perf_counter()
+            state, status = engine.decode(weights, state, rows, read, [1], sampling)
+            steps = int(jax.device_get(status.steps).sum())
+            seconds.append((time.perf_counter() - began) / steps)
+        costs[rows] = min(seconds)
+    return list(costs), list(costs.values())
+
+
+def ideal(args: argparse.Namespace, sets: list, slots: int, costs) -> tuple[float, float]:
+    """Steps and seconds of iGRPO over GRPO's under perfect scheduling, means over the seeds."""
+    import heapq
+
+    import numpy as np
+
+    def active(spans):
+        running = np.zeros(max(end for _, end in spans), int)
+        for start, end in spans:
+            running[start:end] += 1
+        return running
+
+    found = []
+    for lengths in sets:
+        free, plain, staged = [0] * slots, [], []
+        for n in lengths.ravel().tolist():
+            start = heapq.heappop(free)
+            plain.append((start, start + n - 1))
+            heapq.heappush(free, start + n - 1)
+        for drafts, refined in zip(lengths[:, : args.drafts], lengths[:, args.drafts :], strict=True):
+            staged += [(0, n - 1) for n in drafts] + [(drafts.max() - 1, drafts.max() + n - 2) for n in refined]
+        grpo, igrpo = active(plain), active(staged)
+        found.append((len(igrpo) / len(grpo), np.interp(igrpo, *costs).sum() / np.interp(grpo, *costs).sum()))
+    return tuple(round(float(x), 3) for x in np.mean(found, axis=0))
+
+
 def main() -> None:
     args = parser(__doc__).parse_args()
     full = args.prompts * (args.drafts + args.generations)
@@ -153,6 +212,8 @@ def main() -> None:
                     if again:
                         seconds[name][seed].append(metrics["perf/rollout_time"])
                         watched += [metrics] * (name == "igrpo")
+        costs = step_costs(made["grpo"], params, made["grpo"].prompts[0].tokens)
+    makespan, best_possible = ideal(args, length_sets(args), half, costs)
     total = {f"{name}_seconds": round(sum(map(models.median, each)), 4) for name, each in seconds.items()}
     best = min(total["grpo_seconds"], total["full_grpo_seconds"])
     mean = lambda name: round(sum(one[name] for one in watched) / len(watched), 4)  # noqa: E731
@@ -162,6 +223,9 @@ def main() -> None:
         "full_ratio": round(total["full_igrpo_seconds"] / total["full_grpo_seconds"], 3),
         "full_barrier_ratio": round(total["full_igrpo_barrier_seconds"] / total["full_grpo_seconds"], 3),
         "ratio_to_best_grpo": round(total["igrpo_seconds"] / best, 3),
+        "makespan_ratio": makespan,
+        "ideal_ratio": best_possible,
+        "step_seconds_by_rows": {rows: round(cost, 5) for rows, cost in zip(*costs, strict=True)},
         "stage_overlap_frac": mean("perf/stage_overlap_frac"),
         "slot_utilization": mean("perf/slot_utilization"),
         "verify_wait_seconds": mean("perf/verify_wait_time"),
