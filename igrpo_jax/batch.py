@@ -72,13 +72,18 @@ class Group:
 
     prompt: Prompt
     drafts: tuple[Completion, ...]  # N, may be empty
-    best: int | None  # index into drafts of the draft in q', None where the plain prompt was used
+    best: int | None  # index into drafts of the draft in q' (algorithm.draft_selection); None = the plain prompt
     context: np.ndarray  # [L'] int32: q' = prompt with the best draft spliced in; the plain prompt where best is None
-    completions: tuple[Completion, ...]  # G, the only ones that carry loss
+    completions: tuple[Completion, ...]  # G, the only ones that carry loss, but for algorithm.train_drafts
 
     @property
     def rewards(self) -> np.ndarray:  # [G] float32
         return np.array([completion.score.reward for completion in self.completions], np.float32)
+
+    @property
+    def of_drafts(self) -> "Group":
+        """The drafts as a group of their own, on the plain prompt, as algorithm.train_drafts trains on them."""
+        return Group(self.prompt, (), None, self.prompt.tokens, self.drafts)
 
 
 class TrainBatch(NamedTuple):
@@ -95,6 +100,7 @@ class TrainBatch(NamedTuple):
     length: np.ndarray  # [Q, G] int32, tokens of each completion
     advantage: np.ndarray  # [Q, G] float32
     weight: np.ndarray  # [Q, G, T] float32 token weights of the whole optimizer step, 0 off the completion
+    entropy_weight: np.ndarray  # [Q, G] float32, of each token's entropy; read where entropy_coef > 0
     old_logprob: np.ndarray  # [Q, G, T] float32 log pi_old, 0 off the completion; read where off-policy
     reference_logprob: np.ndarray  # [Q, G, T] float32 log pi_ref, 0 off the completion; read where beta > 0
     sampler_logprob: np.ndarray  # [Q, G, T] float32, of the sampler that drew the tokens

@@ -84,13 +84,22 @@ class WarmStart:
 
 @dataclass(frozen=True)
 class Algorithm:
-    loss_type: str = "grpo"  # grpo, dr_grpo, dapo, gspo
+    loss_type: str = "grpo"  # grpo, dr_grpo, dapo, gspo, gspo_token
     num_drafts: int = 4  # N, Stage 1 drafts per prompt; 0 = no draft stage (the base algorithm)
     num_generations: int = 4  # G, trained completions per prompt
-    draft_dropout: float = 0.0  # share of groups that see the plain prompt in Stage 2 (a departure from the paper)
+    # The next four are departures from the paper, off by default.
+    draft_dropout: float = 0.0  # share of groups that see the plain prompt in Stage 2
+    draft_selection: str = "best"  # which draft enters q', of those with a verdict: "best", "random", "worst", "first"
+    draft_early_stop: bool = False  # drafts of a prompt are drawn one by one, until one has the largest possible reward
+    train_drafts: bool = False  # drafts are trained on too: groups of their own on the plain prompt, in the same update
+    max_redraws: int = 0  # fresh prompts in the place of one whose completions all earn the same (DAPO's dynamic
+    # sampling), at most so many for each of prompts_per_step; 0 = off
     beta: float = 0.0  # KL coefficient; 0 keeps no reference model in memory
     epsilon: float | None = None  # lower clip; None = the objective's own
     epsilon_high: float | None = None  # upper clip; None = epsilon if that is set, else the objective's own
+    delta: float | None = None  # dual clip: upper bound of the ratio where the advantage is negative, such as 3.0
+    entropy_coef: float = 0.0  # entropy bonus: this times the mean entropy of the trained tokens, in nats
+    baseline: str = "mean"  # subtracted from rewards: "mean" of the group, or "leave_one_out": of the others (RLOO)
     num_iterations: int = 1  # passes over one rollout
     scale_rewards: str | None = (
         None  # divide advantages by the std of "group" or "batch", or "none"; None = the objective's own
@@ -160,6 +169,11 @@ class Rewards:
     workers: int = 2  # verifier processes
     timeout: float = 5.0  # seconds one grading may take before its worker is killed
     max_error_fraction: float = 0.5  # share of gradings per step that may fail or time out before the run stops
+
+    @property
+    def largest(self) -> float:
+        """The most that a completion can earn, but for a custom reward, whose values have no bound."""
+        return self.accuracy + self.format + self.judge.weight
 
 
 @dataclass(frozen=True)
@@ -243,6 +257,12 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluation: Evaluation = field(default_factory=Evaluation)
     log: Log = field(default_factory=Log)
+
+    @property
+    def trained_completions(self) -> int:
+        """Of a step, where no draft is dropped."""
+        drafts = self.algorithm.num_drafts if self.algorithm.train_drafts else 0
+        return self.prompts_per_step * (self.algorithm.num_generations + drafts)
 
     @property
     def draft_limit(self) -> int:
@@ -380,7 +400,9 @@ def _validate(c: Config) -> None:
         need(value_of(path) is None or value_of(path) >= 0, path, "must be at least 0, or None")
     need(c.optimizer.learning_rate < 1e3, "optimizer.learning_rate", "must be a finite, small number")
     choice("model.dtype", "bfloat16", "float32")
-    choice("algorithm.loss_type", "grpo", "dr_grpo", "dapo", "gspo")
+    choice("algorithm.loss_type", "grpo", "dr_grpo", "dapo", "gspo", "gspo_token")
+    choice("algorithm.draft_selection", "best", "random", "worst", "first")
+    choice("algorithm.baseline", "mean", "leave_one_out")
     choice("algorithm.scale_rewards", None, "group", "batch", "none")
     choice("refine.template", "embed")
     choice("learner.remat", "full", "dots", "none")
@@ -391,6 +413,7 @@ def _validate(c: Config) -> None:
     )
     at_least = {
         0: "seed algorithm.num_drafts algorithm.beta algorithm.importance_sampling_cap rollout.temperature "
+        "algorithm.max_redraws algorithm.entropy_coef "
         "rollout.top_k warm_start.steps "
         "rewards.accuracy rewards.format rewards.overlong rewards.overlong_cache rewards.judge.weight "
         "rewards.judge.max_retries rewards.judge.budget optimizer.learning_rate "
@@ -443,10 +466,28 @@ def _validate(c: Config) -> None:
         "optimizer.max_grad_norm",
         "must be above 0 (a large number switches clipping off)",
     )
-    rows = c.prompts_per_step * c.algorithm.num_generations
+    algorithm = c.algorithm
     need(
-        rows % c.learner.minibatches == 0, "learner.minibatches", f"must divide the {rows} trained completions per step"
+        not algorithm.train_drafts or algorithm.num_drafts != 1,
+        "algorithm.train_drafts",
+        "one draft has no other to be compared with; set algorithm.num_drafts to at least 2",
     )
+    need(
+        not (algorithm.train_drafts and algorithm.draft_early_stop),
+        "algorithm.train_drafts",
+        "drafts that stop at a success are a biased sample of the policy's; set algorithm.draft_early_stop to False",
+    )
+    need(
+        not (algorithm.draft_early_stop and rewards.custom and rewards.custom_weight),
+        "algorithm.draft_early_stop",
+        "the largest possible reward is not known with rewards.custom",
+    )
+    need(algorithm.delta is None or algorithm.delta > 1, "algorithm.delta", "must be above 1 + epsilon_high, or None")
+    # Refinements and drafts are dealt out apart, so that every minibatch has its share of both.
+    counts = [algorithm.num_generations] + [algorithm.num_drafts] * algorithm.train_drafts
+    for rows in [c.prompts_per_step * count for count in counts]:
+        fix = f"must divide the {rows} trained completions of a stage per step"
+        need(rows % c.learner.minibatches == 0, "learner.minibatches", fix)
     sizes = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     need(sum(size == -1 for size in sizes) <= 1, "mesh.fsdp", "only one axis may be -1 (the rest of the devices)")
     for axis, size in zip(("data", "fsdp", "tensor"), sizes, strict=True):

@@ -59,11 +59,11 @@ class Console:
             self._progress().update(self._task, completed=step)
 
     def sample(self, group: Group, advantages: np.ndarray) -> None:
-        """Prints a question, its best draft, its first refinement and the right answer; `advantages` is [G]."""
+        """Prints a question, the draft it was shown, its first refinement and the right answer; `advantages` is [G]."""
         blocks = [("question", group.prompt.question)]
         if group.best is not None:
             best = group.drafts[group.best]
-            blocks.append((f"best of {len(group.drafts)} drafts, {_score_text(best)}", best.text))
+            blocks.append((f"kept of {len(group.drafts)} drafts, {_score_text(best)}", best.text))
         first = group.completions[0]
         stage = "completion" if group.best is None else "refinement"
         count = len(group.completions)

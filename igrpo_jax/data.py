@@ -5,7 +5,8 @@ Every row is checked before a run starts: a blank or missing cell is an error th
 
 The order is a pure function of the seed. Epoch e is the permutation of (seed, e), and rollout s reads the problems
 s*P .. s*P + P-1 of the epochs laid end to end, P being the prompts per step. The position in the data is therefore the
-step alone, and a resumed run goes on where it was without replaying anything.
+step alone, and a resumed run goes on where it was without replaying anything. Redraws (algorithm.max_redraws) do not
+move it: they read an order of their step's own, and what they read comes in its own turn as well.
 
 No grading, no prompts' wording, no tokenizer: `fit` is given the function that encodes a question.
 """
@@ -128,6 +129,19 @@ def step_indices(step: int, per_step: int, count: int, seed: int) -> list[int]:
     epochs, places = np.divmod(np.arange(step * per_step, (step + 1) * per_step), count)
     orders = {epoch: epoch_order(count, seed, epoch) for epoch in set(epochs.tolist())}
     return [int(orders[epoch][place]) for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]
+
+
+def redraw_indices(step: int, redraw: int, per_step: int, count: int, seed: int) -> list[int]:
+    """The rows that redraw 1, 2, … of rollout `step` has for each of its `per_step` places.
+
+    Different ones from redraw to redraw, and none that the rollout reads itself, while there are enough of them; a
+    small data set is begun again. A row does not depend on which places need a redraw.
+    """
+    draws = np.random.Philox(np.random.SeedSequence([seed, step, 0x5EDA])).random_raw(count)
+    order = np.argsort(draws, kind="stable")
+    others = order[~np.isin(order, step_indices(step, per_step, count, seed))]
+    order = others if len(others) else order
+    return [int(order[i % len(order)]) for i in range((redraw - 1) * per_step, redraw * per_step)]
 
 
 def fit(

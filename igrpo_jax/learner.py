@@ -7,7 +7,12 @@
 
 With several optimizer steps per rollout, log pi_old is computed first, by the function that the loss uses; with one it
 is the policy itself, and its gradient is stopped. log pi_ref (beta > 0) is computed once per rollout. Groups whose
-advantages are all zero have no gradient where beta = 0: they are only scored, for the entropy.
+advantages are all zero have no gradient where beta = 0 and no entropy bonus asks for one: they are only scored, for the
+entropy.
+
+With algorithm.train_drafts the drafts of a prompt are a group as well, on the plain prompt, with a baseline of their
+own. They are rows of the same optimizer steps, each minibatch has its share of them, and a row of either kind weighs
+the same. What is measured under TRL's names stays that of the refinements; loss and gradient norm are of all rows.
 
 A step whose loss, gradient or update is not finite changes nothing and is counted.
 """
@@ -86,6 +91,7 @@ class Learner:
         self._model, self._settings, self._seed = model, c.learner, c.seed
         self._dtype, self._temperature = c.model.dtype, c.rollout.temperature
         self._iterations, self._cap = c.algorithm.num_iterations, c.algorithm.importance_sampling_cap
+        self._stages = ("refine", "draft") if c.algorithm.train_drafts else ("refine",)  # whose completions are rows
         self._reference: decoder.Params | None = None
         self.algorithm = algorithms.resolve(c.algorithm)
         self.updates_per_step = c.learner.minibatches * self._iterations
@@ -142,13 +148,15 @@ class Learner:
 
         Args:
             groups: P of them, G completions each, ordered.
-            gains: [P, G] float32 advantages.
+            gains: [P, G] float32 advantages of the completions. Those of drafts, where they are trained on, follow from
+                their rewards.
             step: of the run; with the seed it decides which units share a minibatch.
 
         Returns:
             the new state, and the metrics of the update by TRL's names.
         """
-        units = self.packer.units(groups, gains)
+        parts = [self.packer.units(groups, gains), self._draft_units(groups)]
+        units = [unit for part in parts for unit in part]
         minibatches = self._settings.minibatches
         if self.updates_per_step > 1:
             for unit, (logprob, _) in zip(units, self._scored(state.params, units), strict=True):
@@ -160,13 +168,22 @@ class Learner:
             del reference
         metrics = []
         for iteration in range(self._iterations):
-            order = np.arange(len(units))
-            if minibatches > 1:
-                order = np.random.default_rng([self._seed, step, iteration, 0x313B]).permutation(len(units))
-            for part in np.split(order, minibatches):
-                state, measured = self._optimizer_step(state, [units[i] for i in part])
+            rng = np.random.default_rng([self._seed, step, iteration, 0x313B])
+            orders = [rng.permutation(len(part)) if minibatches > 1 else np.arange(len(part)) for part in parts]
+            for chosen in zip(*(np.array_split(order, minibatches) for order in orders), strict=True):
+                picked = [part[i] for part, places in zip(parts, chosen, strict=True) for i in places]
+                state, measured = self._optimizer_step(state, picked)
                 metrics.append(measured)
         return state, _mean_metrics(metrics)
+
+    def _draft_units(self, groups: Sequence[Group]) -> list[Unit]:
+        """Of the drafts, where they are trained on: none of a group whose draft stage was left out."""
+        drafted = [group.of_drafts for group in groups if "draft" in self._stages and group.drafts]
+        if not drafted:
+            return []
+        rewards = np.stack([group.rewards for group in drafted])
+        r = self.algorithm
+        return self.packer.units(drafted, algorithms.advantages(rewards, r.scale_rewards, r.baseline))
 
     def draft_mismatch(self, params: decoder.Params, groups: Sequence[Group]) -> dict[str, float]:
         """How far log-probs of drafts are from the sampler's, over the first drafts that one micro-batch holds.
@@ -187,15 +204,16 @@ class Learner:
 
     def _optimizer_step(self, state: TrainState, units: Sequence[Unit]) -> tuple[TrainState, dict[str, float]]:
         self.packer.set_weights(units)
-        # Without a KL term what has no advantage has no gradient; it is scored for the metrics alone.
-        idle = [unit for unit in units if self.algorithm.beta == 0 and not unit.advantage.any()]
-        trained = [unit for unit in units if self.algorithm.beta > 0 or unit.advantage.any()]
+        # What only the advantage trains has no gradient without one; it is scored for the metrics alone.
+        idle = [unit for unit in units if self.algorithm.needs_advantage and not unit.advantage.any()]
+        trained = [unit for unit in units if not self.algorithm.needs_advantage or unit.advantage.any()]
         grads, sums = self._zeros()
         padded = 0
-        for batch, _ in self.packer.micro_batches(trained):
-            program = self._programs["accumulate", batch.shape]
-            grads, sums = program(state.params, grads, sums, self._to_device(batch))
-            padded += batch.padded_tokens
+        for stage in self._stages:
+            for batch, _ in self.packer.micro_batches([unit for unit in trained if unit.stage == stage]):
+                program = self._programs["accumulate", batch.shape]
+                grads, sums[stage] = program(state.params, grads, sums[stage], self._to_device(batch))
+                padded += batch.padded_tokens
         scored = self._scored(state.params, idle)
         state, applied = self._programs[("apply",)](state, grads, sums)
         sums, applied = sharding.to_host((sums, applied))
@@ -218,9 +236,10 @@ class Learner:
         kind, *shape = key
         state, sums = self.abstract_state(), self._abstract_sums()
         if kind == "apply":
-            return self._jitted[kind].lower(state, *sums)
+            return self._jitted[kind].lower(state, state.params, sums)
         batch = self._abstract_batch(*shape)
-        return self._jitted[kind].lower(state.params, *(sums if kind == "accumulate" else ()), batch)
+        added = (state.params, sums["refine"]) if kind == "accumulate" else ()
+        return self._jitted[kind].lower(state.params, *added, batch)
 
     def predicted_bytes(self) -> int:
         """Bytes per device that an update of the longest rows needs, state included, by the compiler's own count."""
@@ -228,10 +247,9 @@ class Learner:
         accumulate, apply = self._programs["accumulate", self.packer.largest], self._programs[("apply",)]
         return int(max(program_bytes(accumulate) + kept, program_bytes(apply)))
 
-    def _abstract_sums(self) -> tuple[decoder.Params, Sums]:
-        whole = self.state_sharding.step
-        sums = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(_nothing))
-        return self.abstract_state().params, sums
+    def _abstract_sums(self) -> dict[str, Sums]:
+        whole, sums = self.state_sharding.step, jax.eval_shape(self._no_sums)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), sums)
 
     def _abstract_batch(self, shape: Shape) -> TrainBatch:
         place = self._batch_sharding
@@ -242,7 +260,9 @@ class Learner:
     def _to_device(self, batch: TrainBatch) -> TrainBatch:
         return TrainBatch(*sharding.to_global(batch, self._batch_sharding))
 
-    def _logprobs(self, params: decoder.Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
+    def _logprobs(
+        self, params: decoder.Params, batch: TrainBatch, entropy_gradient: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
         return completion_logprobs(
             self._model,
             params,
@@ -254,19 +274,22 @@ class Learner:
             temperature=self._temperature,
             chunk=self._settings.logprob_chunk,
             remat=self._settings.remat,
+            entropy_gradient=entropy_gradient,
         )
 
     def loss(self, params: decoder.Params, batch: TrainBatch) -> tuple[jax.Array, Sums]:
         """Loss of one micro-batch (its share of the optimizer step's) and its Sums."""
         rows = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731  [Q, G, ...] -> [Q * G, ...]
         mask = jnp.arange(batch.weight.shape[-1]) < rows(batch.length)[:, None]
-        logprob, entropy = (jnp.where(mask, rows(x), 0.0) for x in self._logprobs(params, batch))
+        rewarded = self.algorithm.entropy_coef > 0
+        logprob, entropy = (jnp.where(mask, rows(x), 0.0) for x in self._logprobs(params, batch, rewarded))
         old = rows(batch.old_logprob) if self.updates_per_step > 1 else jax.lax.stop_gradient(logprob)
         reference = rows(batch.reference_logprob) if self.algorithm.beta > 0 else None
         drift = jnp.where(mask, jax.lax.stop_gradient(old) - rows(batch.sampler_logprob), 0.0)
         correction = jnp.minimum(jnp.exp(jnp.minimum(drift, 20.0)), self._cap) if self._cap else None
         advantage, weight = rows(batch.advantage), rows(batch.weight)
-        parts = algorithms.loss(self.algorithm, logprob, old, reference, advantage, weight, mask, correction)
+        bonus = (entropy, rows(batch.entropy_weight)) if rewarded else ()
+        parts = algorithms.loss(self.algorithm, logprob, old, reference, advantage, weight, mask, correction, *bonus)
         gap = jnp.abs(drift)
         sums = Sums(parts, jnp.sum(entropy), jnp.sum(mask, dtype=jnp.float32), jnp.sum(gap), jnp.max(gap))
         return parts.loss, sums
@@ -279,16 +302,21 @@ class Learner:
         sums = jax.tree.map(jnp.add, sums, more)._replace(worst_mismatch=worst)
         return jax.tree.map(jnp.add, grads, grad), sums
 
-    def _zeros_program(self) -> tuple[decoder.Params, Sums]:
-        shapes = decoder.shapes(self._model)
-        return {path: jnp.zeros(shape, jnp.float32) for path, shape in shapes.items()}, _nothing()
+    def _no_sums(self) -> dict[str, Sums]:
+        return {stage: _nothing() for stage in self._stages}
 
-    def _apply_program(self, state: TrainState, grads: decoder.Params, sums: Sums) -> tuple[TrainState, dict]:
+    def _zeros_program(self) -> tuple[decoder.Params, dict[str, Sums]]:
+        shapes = decoder.shapes(self._model)
+        return {path: jnp.zeros(shape, jnp.float32) for path, shape in shapes.items()}, self._no_sums()
+
+    def _apply_program(
+        self, state: TrainState, grads: decoder.Params, sums: dict[str, Sums]
+    ) -> tuple[TrainState, dict]:
         norm = optax.global_norm(grads)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # A finite norm leaves AdamW no way to a step that is not; to look at the step itself would hold all of it.
-        finite = jnp.isfinite(sums.loss.loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(sum(part.loss.loss for part in sums.values())) & jnp.isfinite(norm)
         keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)  # noqa: E731
         params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
         skipped = state.skipped + (~finite).astype(jnp.int32)
@@ -317,15 +345,29 @@ def _rows(units: Sequence[Unit], scored: Sequence[tuple[list, list]]) -> list[tu
     ]
 
 
-def _metrics(sums: Sums, idle: Sequence[Unit], scored: Sequence[tuple[list, list]]) -> dict[str, float]:
-    """Of one optimizer step: loss and clipping as the program summed them, entropy and mismatch over idle rows too."""
+def _metrics(sums: dict[str, Sums], idle: Sequence[Unit], scored: Sequence[tuple[list, list]]) -> dict[str, float]:
+    """Of one optimizer step: the loss of all rows, and what is measured of refinements under TRL's names.
+
+    Of drafts that are trained on it is `draft/entropy`, `draft/kl` and `draft/clip_ratio`, as their counterparts are.
+    """
+    measured = {}
+    for stage, part in sums.items():
+        chosen = [i for i, unit in enumerate(idle) if unit.stage == stage]
+        if chosen or part.tokens or stage == "refine":
+            measured[stage] = _measured(part, [idle[i] for i in chosen], [scored[i] for i in chosen])
+    named = {"entropy": "entropy", "kl": "kl", "clip_ratio/region_mean": "clip_ratio"}
+    drafts = {f"draft/{short}": measured["draft"][name] for name, short in named.items() if "draft" in measured}
+    return measured["refine"] | drafts | {"loss": sum(part.loss.loss for part in sums.values())}
+
+
+def _measured(sums: Sums, idle: Sequence[Unit], scored: Sequence[tuple[list, list]]) -> dict[str, float]:
+    """Of the rows of a stage: clipping as the program summed it, entropy and mismatch over idle rows too."""
     rows = _rows(idle, scored)
     idle_tokens = sum(len(gap) for gap, _ in rows)
     tokens = max(sums.tokens + idle_tokens, 1)
     weighing = sum(len(one.tokens) for unit in idle for one, w in zip(unit.completions, unit.weight, strict=True) if w)
     counted = max(sums.loss.tokens + weighing, 1)
     return {
-        "loss": sums.loss.loss,
         "entropy": (sums.entropy + sum(entropy.sum() for _, entropy in rows)) / tokens,
         "kl": sums.loss.kl / counted,
         "clip_ratio/region_mean": sums.loss.clipped / counted,
@@ -339,6 +381,7 @@ def _metrics(sums: Sums, idle: Sequence[Unit], scored: Sequence[tuple[list, list
 def _mean_metrics(parts: list[dict[str, float]]) -> dict[str, float]:
     """Means over the optimizer steps of a rollout; the largest of a max, the last of a count or rate."""
     last, largest = ("learning_rate", "nonfinite_steps"), ("sampling/sampling_logp_difference/max",)
-    merged = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+    names = dict.fromkeys(name for part in parts for name in part)  # a minibatch may have no drafts
+    merged = {name: float(np.mean([part[name] for part in parts if name in part])) for name in names}
     merged |= {name: float(parts[-1][name]) for name in last}
     return merged | {name: float(max(part[name] for part in parts)) for name in largest}

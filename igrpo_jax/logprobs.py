@@ -27,6 +27,7 @@ def token_logprobs(
     temperature: float,
     chunk: int | None = None,
     tied: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob and entropy of the tempered policy softmax(logits / temperature).
 
@@ -38,9 +39,10 @@ def token_logprobs(
         temperature: of sampling; 0 (greedy) is read as 1.
         chunk: positions on each shard of the batch whose logits exist at once, at least one per row; None = as many as
             LOGITS_BYTES hold, so that a larger vocabulary needs no more memory.
+        entropy_gradient: whether the entropy has its gradient, or none, as where it is only looked at.
 
     Returns:
-        logprob [R, T] float32, and entropy [R, T] float32 in nats, without gradient.
+        logprob [R, T] float32, and entropy [R, T] float32 in nats.
     """
     rows, time = targets.shape
     mesh = jax.sharding.get_abstract_mesh()
@@ -53,14 +55,17 @@ def token_logprobs(
     length = -(-time // chunks)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, chunks * length - time), *[(0, 0)] * (x.ndim - 2)))  # noqa: E731
     split = lambda x: pad(x).reshape(rows, chunks, length, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
-    found = _chunked(split(hidden), head, split(targets), temperature or 1.0, "VD" if tied else "DV")
+    axes = "VD" if tied else "DV"
+    found = _chunked(split(hidden), head, split(targets), temperature or 1.0, axes, entropy_gradient)
     return tuple(x.swapaxes(0, 1).reshape(rows, -1)[:, :time] for x in found)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _chunked(hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float, axes: str):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _chunked(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float, axes: str, entropy_gradient: bool
+):
     """logprob and entropy [n, R, C] of n chunks: hidden [n, R, C, D], targets [n, R, C]; `axes` are those of head."""
-    return _forward(hidden, head, targets, temperature, axes)[0]
+    return _forward(hidden, head, targets, temperature, axes, entropy_gradient)[0]
 
 
 def _logits(hidden: jax.Array, head: jax.Array, temperature: float, axes: str) -> jax.Array:
@@ -73,7 +78,7 @@ def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.arange(logits.shape[-1]) == targets[..., None]
 
 
-def _forward(hidden, head, targets, temperature, axes):
+def _forward(hidden, head, targets, temperature, axes, entropy_gradient):
     def body(_, xs):
         h, target = xs
         logits = _logits(h, head, temperature, axes)
@@ -86,23 +91,32 @@ def _forward(hidden, head, targets, temperature, axes):
         return None, (picked - lse, entropy, lse)
 
     _, (logprob, entropy, lse) = jax.lax.scan(body, None, (hidden, targets))
-    return (logprob, entropy), (hidden, head, targets, lse)
+    return (logprob, entropy), (hidden, head, targets, lse, entropy)
 
 
-def _backward(temperature, axes, kept, gradients):
-    hidden, head, targets, lse = kept
+def _backward(temperature, axes, entropy_gradient, kept, gradients):
+    """d log p / d z = [target] - p, and d H / d z = -p (log p + H), with z the tempered logits."""
+    hidden, head, targets, lse, entropy = kept
+    logprob_gradients, entropy_gradients = gradients
 
     def body(total, xs):
-        h, target, norm, gradient = xs
+        h, target, norm, gradient, *of_entropy = xs
         logits = _logits(h, head, temperature, axes)
-        inner = jnp.where(_is_target(logits, target), 1.0, 0.0) - jnp.exp(logits - norm[..., None])
-        inner = (inner * (gradient / temperature)[..., None]).astype(h.dtype)
+        logp = logits - norm[..., None]
+        probability = jnp.exp(logp)
+        inner = jnp.where(_is_target(logits, target), 1.0, 0.0) - probability
+        inner = inner * (gradient / temperature)[..., None]
+        if entropy_gradient:
+            nats, slope = of_entropy
+            inner -= probability * (logp + nats[..., None]) * (slope / temperature)[..., None]
+        inner = inner.astype(h.dtype)
         # Flat: of a product over two axes XLA's CPU compiler transposes a copy of the chunk.
         flat = inner.reshape(-1, inner.shape[-1])
         total += jnp.einsum(f"XD,XV->{axes}", h.reshape(-1, h.shape[-1]), flat, preferred_element_type=jnp.float32)
         return total, jnp.einsum(f"RCV,{axes}->RCD", inner, head.astype(h.dtype))
 
-    total, inner = jax.lax.scan(body, jnp.zeros_like(head), (hidden, targets, lse, gradients[0]))
+    xs = (hidden, targets, lse, logprob_gradients, *([entropy, entropy_gradients] if entropy_gradient else []))
+    total, inner = jax.lax.scan(body, jnp.zeros_like(head), xs)
     return inner, total, None
 
 
@@ -122,6 +136,7 @@ def completion_logprobs(
     temperature: float,
     chunk: int | None,
     remat: str,
+    entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probs and entropies of completions, the G of a context together: what they share runs once.
 
@@ -149,5 +164,7 @@ def completion_logprobs(
     cache = caches.shared(cache, prefix_length)
     hidden, _ = decoder.apply(c, weights, rows(tokens), rows(places), cache, remat=remat)
     head = params["embedding" if c.tie_embeddings else "lm_head"]
-    logprob, entropy = token_logprobs(hidden, head, rows(completions), temperature, chunk, c.tie_embeddings)
+    logprob, entropy = token_logprobs(
+        hidden, head, rows(completions), temperature, chunk, c.tie_embeddings, entropy_gradient
+    )
     return logprob.reshape(shape), entropy.reshape(shape)

@@ -29,11 +29,12 @@ def rollout_metrics(groups: Sequence[Group], config: config_lib.Config) -> dict[
     included), `completions/clipped_ratio` (share cut at the length limit).
 
     Drafts, over groups that have some: `draft/reward` and `draft/accuracy` (means), `draft/best_reward` (mean over
-    groups of the best), `draft/solved_none|some|all` (shares of groups by how many of the N drafts are right),
+    groups of the best), `draft/kept_reward` (mean of the one that q' shows, which algorithm.draft_selection may choose
+    otherwise), `draft/solved_none|some|all` (shares of groups by how many of the drafts drawn are right),
     `draft/mean_length`.
 
     Refinements, over groups whose context holds a draft: `refine/fixed|broken|kept_right|kept_wrong` (accuracy of the
-    best draft against that of each refinement), `refine/gain_vs_best_draft` (reward), `refine/copy_ratio` (see
+    kept draft against that of each refinement), `refine/gain_vs_best_draft` (reward), `refine/copy_ratio` (see
     `copy_ratio`), `refine/draft_truncated` (share of kept drafts cut to `refine.max_draft_length`).
 
     "Right" is accuracy = 1. Without an accuracy reward the keys that need one are absent. Completions without a verdict
@@ -95,8 +96,11 @@ def _refine_metrics(groups: list[Group], with_accuracy: bool, max_draft_length: 
         return {}
     kept = [group.drafts[group.best] for group in groups]
     pairs = [(draft, c) for draft, group in zip(kept, groups, strict=True) for c in group.completions]
+    best = [_best([draft.score.reward for draft in group.drafts]) for group in groups]
+    gains = [c.score.reward - reward for reward, group in zip(best, groups, strict=True) for c in group.completions]
     metrics = {
-        "refine/gain_vs_best_draft": _mean([c.score.reward - draft.score.reward for draft, c in pairs]),
+        "draft/kept_reward": _mean([draft.score.reward for draft in kept]),
+        "refine/gain_vs_best_draft": _mean(gains),
         "refine/copy_ratio": np.mean([copy_ratio(_content(draft), _content(c)) for draft, c in pairs]),
         "refine/draft_truncated": np.mean([len(_content(draft)) > max_draft_length for draft in kept]),
     }

@@ -30,8 +30,14 @@ class Unit:
     completions: tuple[Completion, ...]  # G
     advantage: np.ndarray  # [G] float32
     weight: np.ndarray | None = None  # [G] float32, of every token of a completion; set per optimizer step
+    entropy_weight: np.ndarray | None = None  # [G] float32, the same of its entropy
     old: list[np.ndarray] | None = None  # log pi_old, [T_i] float32 each; None until scored
     reference: list[np.ndarray] | None = None  # log pi_ref
+
+    @property
+    def stage(self) -> str:
+        """Of its completions: "refine", or "draft" with algorithm.train_drafts."""
+        return self.completions[0].stage
 
     @property
     def longest(self) -> int:
@@ -69,22 +75,22 @@ class Packer:
         self._algorithm, self._shards, self._minibatches = algorithm, shards, c.learner.minibatches
         self._budget, self._limit = c.learner.tokens_per_microbatch, c.rollout.max_completion_length
         self._prefix_sizes, self._completion_sizes = size_buckets(max_context - 1), size_buckets(self._limit)
-        rows = c.prompts_per_step * c.algorithm.num_generations
-        self.share = self._completions_per_unit(c, rows)
-        self._most_units = -(-rows // self.share // self._minibatches // shards) * shards
+        # Completions of a group by stage: refinements, and drafts where they are trained on.
+        sizes = [c.algorithm.num_generations] + [c.algorithm.num_drafts] * c.algorithm.train_drafts
+        sizes = [size for size in sizes if size]
+        rows = [c.prompts_per_step * size for size in sizes]
+        self.share = self._completions_per_unit(sizes, rows) if c.learner.shared_prefix else 1
+        self._most_units = -(-max(rows) // self.share // self._minibatches // shards) * shards
 
-    def _completions_per_unit(self, c: Config, rows: int) -> int:
+    def _completions_per_unit(self, sizes: list[int], rows: list[int]) -> int:
         """The largest share of a group that gives every shard a unit, divides into minibatches and fits the budget."""
-        generations = c.algorithm.num_generations
-        if not c.learner.shared_prefix:
-            return 1
         prefix, width = self._prefix_sizes[-1], self._completion_sizes[-1]
         fitting = [
             share
-            for share in range(2, generations + 1)
-            if generations % share == 0
-            and rows // share % self._minibatches == 0
-            and rows // share // self._minibatches >= self._shards
+            for share in range(2, min(sizes) + 1)
+            if all(size % share == 0 for size in sizes)
+            and all(count // share % self._minibatches == 0 for count in rows)
+            and min(rows) // share // self._minibatches >= self._shards
             and prefix + share * width <= self._budget
         ]
         return max(fitting, default=1)
@@ -95,7 +101,7 @@ class Packer:
         return self._shape(self._prefix_sizes[-1], self._completion_sizes[-1])
 
     def units(self, groups: Sequence[Group], gains: np.ndarray) -> list[Unit]:
-        """All units of a step, in the order of the groups; `gains` is [P, G] float32."""
+        """The units of some groups, in their order; `gains` is [P, G] float32."""
         units = []
         for group, advantage in zip(groups, gains, strict=True):
             for start in range(0, len(group.completions), self.share):
@@ -109,8 +115,10 @@ class Packer:
         lengths = np.array([len(one.tokens) for one in rows])
         finished = np.array([one.finished for one in rows])
         weights = algorithms.row_weights(self._algorithm, lengths, finished, self._limit)
-        for unit, weight in zip(units, weights.reshape(len(units), -1), strict=True):
-            unit.weight = weight
+        entropy_weights = algorithms.entropy_weights(self._algorithm, lengths, finished)
+        for i, unit in enumerate(units):
+            own = slice(i * self.share, (i + 1) * self.share)
+            unit.weight, unit.entropy_weight = weights[own], entropy_weights[own]
 
     def micro_batches(self, units: Sequence[Unit]) -> list[tuple[TrainBatch, list[Unit]]]:
         """Host arrays of each micro-batch with the units in it, in their order there; the longest first."""
@@ -144,6 +152,7 @@ class Packer:
             length=np.zeros((count, share), np.int32),
             advantage=np.zeros((count, share), np.float32),
             weight=wide(),
+            entropy_weight=np.zeros((count, share), np.float32),
             old_logprob=wide(),
             reference_logprob=wide(),
             sampler_logprob=wide(),
@@ -158,6 +167,7 @@ class Packer:
                 batch.sampler_logprob[i, j, :n] = one.logprobs
                 if unit.weight is not None:
                     batch.weight[i, j, :n] = unit.weight[j]
+                    batch.entropy_weight[i, j] = unit.entropy_weight[j]
                 if unit.old is not None:
                     batch.old_logprob[i, j, :n] = unit.old[j]
                 if unit.reference is not None:

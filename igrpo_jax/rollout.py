@@ -7,9 +7,18 @@
 Stages are not separated by a barrier: a prompt goes on to Stage 2 as soon as its own drafts are scored, while others
 still draft (`rollout.streamed = False` has one, for comparisons). `num_drafts = 0` is the base algorithm through the
 same code: Stage 2 on the plain prompt.
-Results are ordered by (prompt, sample), never by arrival.
+
+Departures from the paper, off by default: another draft than the best is kept (`algorithm.draft_selection`), or none
+(`algorithm.draft_dropout`); drafts end at the first one, in the order of their numbers, with the largest possible
+reward (`algorithm.draft_early_stop`); and DAPO's dynamic sampling (2503.14476): where all completions of a prompt earn
+the same, a fresh prompt takes its place, at most `algorithm.max_redraws` times. DAPO draws whole batches and keeps what
+it needs of them; here each place of the step has redraws of its own, and the last one stays.
+
+Results are ordered by (prompt, sample), never by arrival, and nothing in them depends on it: drafts are drawn all at
+once, or each after those of lower numbers are scored; a redraw's prompt and randomness follow from place and number.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -17,7 +26,9 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
+from absl import logging
 
+from igrpo_jax import algorithms
 from igrpo_jax.batch import Candidate, Completion, Group, Prompt, Score
 from igrpo_jax.config import Config
 from igrpo_jax.models import decoder
@@ -36,10 +47,20 @@ def stage_key(seed: int, step: int, stage: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(key))
 
 
-def best_draft(drafts: Sequence[Completion]) -> int | None:
-    """Index of the draft with the highest reward, the lowest index among equals; None where none has a verdict."""
+# Place of the draft to keep among the rewards [K] of those with a verdict; of equals the first.
+_SELECT: dict[str, Callable[[np.ndarray, np.random.Generator], int]] = {
+    "best": lambda rewards, rng: np.argmax(rewards),
+    "worst": lambda rewards, rng: np.argmin(rewards),
+    "first": lambda rewards, rng: 0,
+    "random": lambda rewards, rng: rng.integers(len(rewards)),
+}
+
+
+def select_draft(drafts: Sequence[Completion], selection: str, rng: np.random.Generator) -> int | None:
+    """Index of the draft that q' shows, by algorithm.draft_selection; None where no draft has a verdict."""
     rewards = np.array([draft.score.reward for draft in drafts])
-    return None if np.isnan(rewards).all() else int(np.nanargmax(rewards))
+    (known,) = np.nonzero(~np.isnan(rewards))
+    return int(known[_SELECT[selection](rewards[known], rng)]) if len(known) else None
 
 
 @dataclass
@@ -55,15 +76,116 @@ class _Work:
     def ordered(self, stage: str) -> tuple[Completion, ...]:
         return tuple(self.done[stage][i] for i in sorted(self.done[stage]))
 
+    def group(self) -> Group:
+        return Group(self.prompt, self.ordered("draft"), self.best, self.context, self.ordered("refine"))
+
+
+class _Step:
+    """The prompts of one step: what each does next, once a score has come.
+
+    The n-th redraw of place p, of P places, works as place n * P + p: its randomness is its own.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        renderer: Renderer,
+        scheduler: Scheduler,
+        step: int,
+        prompts: Sequence[Prompt],
+        fresh: Callable[[int], Sequence[Prompt]],
+    ):
+        self._algorithm, self._rollout, self._seed = config.algorithm, config.rollout, config.seed
+        self._largest = config.rewards.largest - 1e-6  # a sum of weights, rounded
+        self._renderer, self._scheduler, self._step = renderer, scheduler, step
+        self._fresh = functools.cache(fresh)
+        self._keys = {stage: stage_key(config.seed, step, number) for stage, number in STAGES.items()}
+        self._drafting: set[int] = set()
+        self.work = [_Work(prompt, place) for place, prompt in enumerate(prompts)]  # the latest of each place
+        self.redrawn: list[Group] = []  # what stood there before
+        for item in self.work:
+            self._begin(item)
+
+    def scored(self, item: _Work) -> None:
+        """Takes notice of a score of `item`: nothing, a further draft, Stage 2, or a redraw follows."""
+        if item.context is None:
+            self._draft_scored(item)
+        elif len(item.done["refine"]) == self._algorithm.num_generations:
+            self._finished(item)
+
+    def _rng(self, item: _Work, tag: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, self._step, item.place, tag])
+
+    def _begin(self, item: _Work) -> None:
+        a = self._algorithm
+        dropped = a.draft_dropout > 0 and self._rng(item, 0xD20B).random() < a.draft_dropout
+        if dropped or not a.num_drafts:
+            self._refine(item)
+        else:
+            self._drafting.add(item.place)
+            self._submit(item, "draft", item.prompt.tokens, 1 if a.draft_early_stop else a.num_drafts)
+
+    def _draft_scored(self, item: _Work) -> None:
+        a, drafts = self._algorithm, item.done["draft"]
+        if len(drafts) < a.num_drafts:
+            if not a.draft_early_stop:
+                return
+            latest = drafts[len(drafts) - 1].score.reward
+            if not latest >= self._largest:  # NaN is no success
+                self._submit(item, "draft", item.prompt.tokens, 1, first=len(drafts))
+                return
+        self._drafting.remove(item.place)
+        ready = [item]
+        if not self._rollout.streamed:
+            ready = [] if self._drafting else [one for one in self.work if one.context is None]
+        for one in ready:
+            self._refine(one)
+
+    def _refine(self, item: _Work) -> None:
+        """Starts Stage 2 of a prompt: on q' where a draft has a verdict, on the plain prompt where none has."""
+        drafts = item.ordered("draft")
+        item.context = item.prompt.tokens
+        if drafts:
+            item.best = select_draft(drafts, self._algorithm.draft_selection, self._rng(item, 0x5E1E))
+        if item.best is not None:
+            item.context = self._renderer.with_draft(item.prompt.question, drafts[item.best].tokens)
+        self._submit(item, "refine", item.context, self._algorithm.num_generations)
+
+    def _finished(self, item: _Work) -> None:
+        number, place = divmod(item.place, len(self.work))
+        if number < self._algorithm.max_redraws and not algorithms.has_signal(item.group().rewards[None])[0]:
+            self.redrawn.append(item.group())
+            self.work[place] = _Work(self._fresh(number + 1)[place], item.place + len(self.work))
+            self._begin(self.work[place])
+
+    def _submit(self, item: _Work, stage: str, tokens: np.ndarray, samples: int, first: int = 0) -> None:
+        limit = self._rollout.max_completion_length
+        tag = Target(item.prompt, stage, item.done[stage], item)
+        self._scheduler.submit(Request(tokens, item.place, samples, self._keys[stage], limit, tag, stage, first))
+
 
 class Rollout:
     """Samples and scores whole steps."""
 
     def __init__(self, config: Config, renderer: Renderer, scheduler: Scheduler, verifier: Verifier):
         self._config, self._renderer, self._scheduler, self._verifier = config, renderer, scheduler, verifier
+        self._warned = False
 
-    def collect(self, params: decoder.Params, prompts: Sequence[Prompt], step: int) -> tuple[list[Group], dict]:
-        """One group per prompt, in the order of `prompts`, and the `perf/` and `verifier/` metrics.
+    def collect(
+        self,
+        params: decoder.Params,
+        prompts: Sequence[Prompt],
+        step: int,
+        fresh: Callable[[int], Sequence[Prompt]] = lambda number: (),
+    ) -> tuple[list[Group], dict]:
+        """One group per prompt, in the order of `prompts`, and the `perf/`, `verifier/` and `redraw/` metrics.
+
+        `redraw/groups` counts the groups that a fresh prompt took the place of, `redraw/exhausted` those that stayed
+        though their rewards are all equal, since `algorithm.max_redraws` of their place were used. What redrawn groups
+        cost is in `perf/draft_tokens` and `perf/completion_tokens`; all other metrics are of the groups that stayed.
+
+        Args:
+            fresh: the prompts of redraw 1, 2, … of this step, one for each place; read where max_redraws > 0.
 
         Raises:
             VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
@@ -72,61 +194,38 @@ class Rollout:
         began, settings = time.perf_counter(), c.rollout
         self._verifier.start_step()
         self._scheduler.start(params, Sampling(settings.temperature, settings.top_p, settings.top_k))
-        keys = {stage: stage_key(c.seed, step, number) for stage, number in STAGES.items()}
-        work = [_Work(prompt, place) for place, prompt in enumerate(prompts)]
-        for item in work:
-            drafts = 0 if self._drops_draft(item.place, step) else c.algorithm.num_drafts
-            if drafts:
-                self._submit(item, "draft", item.prompt.tokens, drafts, keys)
-            else:
-                self._refine(item, keys)
-
-        drafting = {item.place for item in work if item.context is None}
-
-        def scored(item: _Work) -> None:
-            if item.place not in drafting or len(item.done["draft"]) < c.algorithm.num_drafts:
-                return
-            drafting.remove(item.place)
-            ready = [item] if settings.streamed else [] if drafting else [one for one in work if one.context is None]
-            for one in ready:
-                self._refine(one, keys)
-
-        waited = sample_and_score(self._scheduler, self._verifier.submit, self._renderer, scored)
-        groups = [
-            Group(item.prompt, item.ordered("draft"), item.best, item.context, item.ordered("refine")) for item in work
-        ]
+        running = _Step(c, self._renderer, self._scheduler, step, prompts, fresh)
+        waited = sample_and_score(self._scheduler, self._verifier.submit, self._renderer, running.scored)
+        groups = [item.group() for item in running.work]
         usage = self._scheduler.usage
         self._scheduler.finish()
-        scores = [completion.score for group in groups for completion in (*group.drafts, *group.completions)]
+        sampled = [*groups, *running.redrawn]
+        scores = [completion.score for group in sampled for completion in (*group.drafts, *group.completions)]
         check_errors(scores, c.rewards.max_error_fraction)
         return groups, {
             **self._verifier.statistics(scores),
+            **self._redraws(groups, len(running.redrawn)),
             "perf/rollout_time": time.perf_counter() - began,
             "perf/verify_wait_time": waited,
-            "perf/draft_tokens": sum(len(draft.tokens) for group in groups for draft in group.drafts),
-            "perf/completion_tokens": sum(len(one.tokens) for group in groups for one in group.completions),
+            "perf/draft_tokens": sum(len(draft.tokens) for group in sampled for draft in group.drafts),
+            "perf/completion_tokens": sum(len(one.tokens) for group in sampled for one in group.completions),
             "perf/slot_utilization": usage.slot_utilization,
             "perf/stage_overlap_frac": usage.overlap,
         }
 
-    def _drops_draft(self, place: int, step: int) -> bool:
-        rate = self._config.algorithm.draft_dropout
-        return rate > 0 and np.random.default_rng([self._config.seed, step, place, 0xD20B]).random() < rate
-
-    def _refine(self, item: _Work, keys: dict[str, np.ndarray]) -> None:
-        """Starts Stage 2 of a prompt: on q' where a draft has a verdict, on the plain prompt where none has."""
-        drafts = item.ordered("draft")
-        item.context = item.prompt.tokens
-        if drafts:
-            item.best = best_draft(drafts)
-        if item.best is not None:
-            item.context = self._renderer.with_draft(item.prompt.question, drafts[item.best].tokens)
-        self._submit(item, "refine", item.context, self._config.algorithm.num_generations, keys)
-
-    def _submit(self, item: _Work, stage: str, tokens: np.ndarray, samples: int, keys: dict[str, np.ndarray]) -> None:
-        limit = self._config.rollout.max_completion_length
-        tag = Target(item.prompt, stage, item.done[stage], item)
-        self._scheduler.submit(Request(tokens, item.place, samples, keys[stage], limit, tag, stage))
+    def _redraws(self, groups: Sequence[Group], redrawn: int) -> dict[str, int]:
+        most = self._config.algorithm.max_redraws
+        if not most:
+            return {}
+        exhausted = int(np.sum(~algorithms.has_signal(np.stack([group.rewards for group in groups]))))
+        if exhausted and not self._warned:
+            self._warned = True
+            logging.warning(
+                "after %d redraws each, %d of %d groups still have equal rewards and give no gradient; later ones are "
+                "only counted, in redraw/exhausted",
+                *(most, exhausted, len(groups)),
+            )
+        return {"redraw/groups": redrawn, "redraw/exhausted": exhausted}
 
 
 @dataclass(frozen=True)

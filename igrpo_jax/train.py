@@ -52,9 +52,11 @@ def train(c: Config, workdir: Path) -> None:
         for step in range(first + 1, task.total_steps + 1):
             with profiled(c, workdir, step), compilations() as compiled:
                 began = time.perf_counter()
-                groups, sampled = run.rollout.collect(state.params, task.step_prompts(step), step)
+                fresh = functools.partial(task.step_prompts, step)
+                groups, sampled = run.rollout.collect(state.params, fresh(), step, fresh)
                 rewards = np.stack([group.rewards for group in groups])
-                gains = algorithms.advantages(rewards, run.learner.algorithm.scale_rewards)
+                objective = run.learner.algorithm
+                gains = algorithms.advantages(rewards, objective.scale_rewards, objective.baseline)
                 checked = run.learner.draft_mismatch(state.params, groups) if run.shows_samples(step) else {}
                 updating = time.perf_counter()
                 state, learned = run.learner.update(state, groups, gains, step)
@@ -101,10 +103,14 @@ class Task:
         text = json.dumps([(prompt.tokens.tolist(), prompt.answer) for prompt in self.prompts])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def step_prompts(self, step: int) -> list[Prompt]:
-        """The prompts of `step` (from 1): a pure function of it and the seed."""
-        c = self.config
-        return [self.prompts[i] for i in data.step_indices(step - 1, c.prompts_per_step, len(self.prompts), c.seed)]
+    def step_prompts(self, step: int, redraw: int = 0) -> list[Prompt]:
+        """The prompts of `step` (from 1), or those of its redraw 1, 2, …: a pure function of them and the seed."""
+        c, count = self.config, len(self.prompts)
+        if redraw:
+            indices = data.redraw_indices(step - 1, redraw, c.prompts_per_step, count, c.seed)
+        else:
+            indices = data.step_indices(step - 1, c.prompts_per_step, count, c.seed)
+        return [self.prompts[i] for i in indices]
 
 
 def open_task(c: Config) -> Task:
@@ -319,6 +325,7 @@ def plan(c: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[
     """Rows of the table that is printed before the first step."""
     model, mesh = task.policy.model, task.mesh
     completions = c.prompts_per_step * c.algorithm.num_generations
+    also = ", both trained" if c.algorithm.train_drafts else ", the trained completions"
     width = c.rollout.max_completion_length
     units, prefix, share, longest = learner.packer.largest
     # The training state waits while completions are sampled; its weights may be the very ones that sample.
@@ -334,8 +341,8 @@ def plan(c: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[
         *([("benchmark prompts skipped", f"{task.left_out} longer than data.max_prompt_length")] * bool(task.left_out)),
         ("steps", f"{task.total_steps:,} of {c.prompts_per_step} prompts"),
         ("drafts per step", f"{c.prompts_per_step * c.algorithm.num_drafts:,} (N = {c.algorithm.num_drafts})"),
-        ("refinements per step", f"{completions:,} (G = {c.algorithm.num_generations}), the trained completions"),
-        ("trained tokens per step", f"at most {completions * width:,}"),
+        ("refinements per step", f"{completions:,} (G = {c.algorithm.num_generations}){also}"),
+        ("trained tokens per step", f"at most {c.trained_completions * width:,}"),
         ("longest micro-batch", f"{units} x ({prefix} + {share} x {longest}) tokens: {share} completions to a prompt"),
         ("compiled programs", f"{len(engine.keys)} of the sampler, more of the update as lengths come"),
         ("predicted bytes per device", f"update {_bytes(learner.predicted_bytes())}, rollout {_bytes(rollout)}"),

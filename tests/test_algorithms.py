@@ -6,7 +6,9 @@ One example serves all: two rows with advantages +1 and -2, and ratios
     row 1, A = -2:  1.5  0.5  1.1       (3 tokens, L_max = 4)
 """
 
+import collections
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 from igrpo_jax import algorithms, config
+from igrpo_jax.logprobs import token_logprobs
 
 RATIOS = ((1.5, 0.5), (1.5, 0.5, 1.1))
 ADVANTAGE = np.array([1.0, -2.0], np.float32)
@@ -69,6 +72,7 @@ LOSSES = {
     # together weighing 1/2. The product of ratios without the mean, .75 and .825, would give 0.6247.
     "gspo": -(math.sqrt(0.75) - 2 * 0.9997) / 2,
 }
+LOSSES["gspo_token"] = LOSSES["gspo"]  # with one advantage for all tokens of a row they are the same
 
 # Eq. 29: d loss / d logprob = -w I A r, with w = 1/4 and 1/6 for GRPO; I = 0 at 1.5 in row 0 and at 0.5 in row 1.
 GRADIENTS = {
@@ -78,7 +82,8 @@ GRADIENTS = {
     # d s / d logprob = s / |o|: -(1/2) x .8660 x (1/2) at both tokens of row 0. Row 1 is clipped as a whole.
     "gspo": [[-math.sqrt(0.75) / 4] * 2 + [0], [0, 0, 0]],
 }
-CLIPPED = {"grpo": 2, "dr_grpo": 2, "dapo": 2, "gspo": 3}
+GRADIENTS["gspo_token"] = GRADIENTS["gspo"]
+CLIPPED = {"grpo": 2, "dr_grpo": 2, "dapo": 2, "gspo": 3, "gspo_token": 3}
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -183,11 +188,203 @@ def test_ratios_beyond_float32_stay_finite(loss_type):
     assert np.isfinite(float(value)) and np.isfinite(gradient).all()
 
 
+def test_gspo_token_leaves_the_weights_of_tokens_with_their_tokens():
+    """By 2 and 0.5 in row 0, s = sqrt(.75), 1/4 a token: -s / 4 x (2, .5). GSPO gives both the mean, -s / 4 x 1.25."""
+    logprob, old, mask = example()
+    correction = np.array([[2.0, 0.5, 7.0], [1.0, 1.0, 1.0]], np.float32)
+    gradients = {}
+    for loss_type in ("gspo", "gspo_token"):
+        r = resolved(loss_type)
+        weight = token_weights(r, mask, np.ones(2, bool))
+        loss = lambda x: algorithms.loss(r, x, old, None, ADVANTAGE, weight, mask, correction).loss  # noqa: B023, E731
+        gradients[loss_type] = jax.grad(loss)(jnp.asarray(logprob))
+    s = math.sqrt(0.75)
+    np.testing.assert_allclose(gradients["gspo_token"], [[-s / 2, -s / 8, 0], [0, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(gradients["gspo"], [[-s * 1.25 / 4] * 2 + [0], [0, 0, 0]], atol=1e-6)
+
+
+def test_dual_clip_bounds_the_ratio_of_bad_completions():
+    """delta = 1.3: in row 1 -2 x 1.3 in the place of -2 x 1.5, without gradient: -(1.7 / 4 - 6.4 / 6).
+
+    Row 0 keeps its 1.2 at the ratio 1.5; a clip of both sides at 1.2 would give row 1 -2.4 and 6.2 / 6.
+    """
+    record, gradient = evaluate(resolved("grpo", delta=1.3))
+    assert float(record.loss) == pytest.approx(-(1.7 / 4 - 6.4 / 6), abs=1e-6)
+    np.testing.assert_allclose(gradient, [[0, -0.5 / 4, 0], [0, 0, 2.2 / 6]], atol=1e-6)
+    assert float(record.clipped) == 2  # the clip region's, as in TRL
+
+
+def test_dual_clip_stands_above_the_clip():
+    """Of DAPO 1.28: below it the bound would cut what A > 0 gains."""
+    assert resolved("dapo", delta=1.29).delta == 1.29 and resolved("dapo").delta == math.inf
+    for settings in ({"delta": 1.28}, {"delta": 1.5, "epsilon_high": 0.5}):
+        with pytest.raises(config.InputError, match=r"algorithm.delta = [\d.]+: must be above 1 \+ epsilon_high"):
+            resolved("dapo", **settings)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_entropy_bonus_is_a_mean_over_tokens(loss_type, cut):
+    """0.1 x (1 + 2 + 3 + 4 + 6) / 5 off any objective's loss; 0.1 x (1 + 2) / 2 where the second row was cut.
+
+    What stands off row 0, 50, does not count. By GRPO's own weights it would be (1.5 + 13 / 3) / 2.
+    """
+    r = resolved(loss_type, entropy_coef=0.1, mask_truncated_completions=True)
+    logprob, old, mask = example()
+    finished = np.array([True, not cut])
+    weight = token_weights(r, mask, finished)
+    entropy = jnp.array([[1.0, 2.0, 50.0], [3.0, 4.0, 6.0]])
+    per_row = algorithms.entropy_weights(r, LENGTHS, finished)
+    assert per_row.dtype == np.float32
+
+    def loss(entropy):
+        return algorithms.loss(r, logprob, old, None, ADVANTAGE, weight, mask, None, entropy, per_row).loss
+
+    value, gradient = jax.value_and_grad(loss)(entropy)
+    plain, _ = evaluate(r, finished=finished)
+    assert float(value - plain.loss) == pytest.approx(-0.1 * (1.5 if cut else 16 / 5), abs=1e-6)
+    expected = [[-0.05, -0.05, 0], [0, 0, 0]] if cut else [[-0.02, -0.02, 0], [-0.02] * 3]
+    np.testing.assert_allclose(gradient, expected, atol=1e-7)
+    np.testing.assert_array_equal(algorithms.entropy_weights(r, LENGTHS, np.zeros(2, bool)), 0)
+
+
+def test_what_has_a_gradient_without_an_advantage():
+    assert resolved("grpo").needs_advantage and resolved("dapo", delta=3.0).needs_advantage
+    assert not resolved("grpo", beta=1e-4).needs_advantage and not resolved("grpo", entropy_coef=1e-4).needs_advantage
+
+
+# TRL, on the same tensors.
+
+TRL_CASES = {
+    "grpo": ({"loss_type": "grpo"}, {"loss_type": "grpo"}),
+    "dr_grpo": ({"loss_type": "dr_grpo"}, {"loss_type": "dr_grpo"}),
+    "dapo": ({"loss_type": "dapo"}, {"loss_type": "dapo"}),
+    "gspo": ({"loss_type": "gspo"}, {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
+    "kl": ({"loss_type": "grpo", "beta": 0.1}, {"loss_type": "grpo"}),
+    "dual clip": ({"loss_type": "dapo", "delta": 1.4}, {"loss_type": "dapo"}),
+    "entropy": ({"loss_type": "dr_grpo", "entropy_coef": 0.3}, {"loss_type": "dr_grpo"}),
+    "cut": ({"loss_type": "dapo", "mask_truncated_completions": True, "entropy_coef": 0.3}, {"loss_type": "dapo"}),
+    "cut rows": ({"loss_type": "grpo", "mask_truncated_completions": True}, {"loss_type": "grpo"}),
+    "all": (
+        {"loss_type": "dapo", "epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5, "beta": 0.05, "entropy_coef": 0.01},
+        {"loss_type": "dapo"},
+    ),
+    "corrected": ({"loss_type": "grpo", "beta": 0.1}, {"loss_type": "grpo", "use_vllm": True}),
+}
+TRL_L_MAX, TRL_LENGTHS = 8, np.array([7, 1, 4, 7, 3, 6])
+
+
+def trl_tensors():
+    """Logits [R, T, V], targets, log-probs of the other policies [R, T], advantages [R], corrections [R, T]."""
+    rng = np.random.default_rng(4)
+    shape = (len(TRL_LENGTHS), 7)
+    logits = rng.normal(size=(*shape, 11)).astype(np.float32)
+    targets = rng.integers(0, 11, shape, np.int32)
+    logprob = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), targets[..., None], -1)[..., 0]
+    old, reference = (logprob + rng.normal(0, 0.4, shape).astype(np.float32) for _ in range(2))
+    near = logprob + rng.normal(0, 1e-3, shape).astype(np.float32)  # for the clips of sequences
+    correction = rng.uniform(0.5, 2, shape).astype(np.float32)
+    return (
+        logits,
+        targets,
+        {"token": old, "sequence": near},
+        reference,
+        rng.normal(size=6).astype(np.float32),
+        correction,
+    )
+
+
+def loss_by_trl(settings, theirs, finished):
+    """TRL's own `_compute_loss` with a trainer that hands it tensors: loss, gradient of the logits, its metrics."""
+    import torch
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    r = algorithms.resolve(config.Algorithm(**settings))
+    logits, targets, old, reference, advantage, correction = trl_tensors()
+    mask = (np.arange(7) < TRL_LENGTHS[:, None]) & (finished | (not r.mask_truncated))[:, None]
+    leaf = torch.tensor(logits, requires_grad=True)
+    logp = torch.log_softmax(leaf, -1)
+    picked = logp.gather(-1, torch.tensor(targets, dtype=torch.int64)[..., None])[..., 0]
+    entropy = -(logp.exp() * logp).sum(-1)
+    level = theirs.get("importance_sampling_level", "token")
+    accelerator = types.SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x)
+    trainer = types.SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (picked, entropy, None),
+        **{"loss_type": theirs["loss_type"], "importance_sampling_level": level, "max_completion_length": TRL_L_MAX},
+        **{"beta": r.beta, "epsilon_low": r.epsilon, "epsilon_high": r.epsilon_high},
+        **{"entropy_coef": r.entropy_coef, "_entropy_bonus_enabled": r.entropy_coef > 0, "use_adaptive_entropy": False},
+        **{"use_vllm": theirs.get("use_vllm", False), "vllm_importance_sampling_correction": True},
+        **{"aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None},
+        args=types.SimpleNamespace(delta=settings.get("delta"), use_bias_correction_kl=False, steps_per_generation=1),
+        **{"model": types.SimpleNamespace(training=True), "accelerator": accelerator},
+        **{"current_gradient_accumulation_steps": 1, "_metrics": {"train": collections.defaultdict(list)}},
+    )
+    trainer.accelerator.sync_gradients = True
+    ones = torch.ones((len(targets), 1), dtype=torch.int64)
+    inputs = {"prompt_ids": ones, "prompt_mask": ones, "completion_ids": torch.tensor(targets)}
+    inputs |= {"completion_mask": torch.tensor(mask).int(), "num_items_in_batch": torch.tensor(mask.sum())}
+    inputs |= {"advantages": torch.tensor(advantage), "old_per_token_logps": torch.tensor(old[level])}
+    inputs |= {"ref_per_token_logps": torch.tensor(reference), "importance_sampling_ratio": torch.tensor(correction)}
+    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+    loss.backward()
+    return loss.item(), leaf.grad.numpy(), {name: x[0] for name, x in trainer._metrics["train"].items()}
+
+
+@pytest.mark.parametrize("case", TRL_CASES)
+def test_equal_to_trl(case):
+    """Through our log-probs too: with the identity as head, the gradient of the hidden states is that of the logits."""
+    ours, theirs = TRL_CASES[case]
+    finished = np.array([True, True, True, False, True, False])
+    expected, gradient, metrics = loss_by_trl(ours, theirs, finished)
+    r = algorithms.resolve(config.Algorithm(**ours))
+    logits, targets, old, reference, advantage, correction = trl_tensors()
+    old = old[theirs.get("importance_sampling_level", "token")]
+    mask = np.arange(7) < TRL_LENGTHS[:, None]
+    weight = algorithms.row_weights(r, TRL_LENGTHS, finished, TRL_L_MAX)[:, None] * mask
+    of_entropy = algorithms.entropy_weights(r, TRL_LENGTHS, finished)
+
+    def loss(logits):
+        logprob, entropy = token_logprobs(logits, jnp.eye(11), targets, 1.0, 9, entropy_gradient=True)
+        record = algorithms.loss(
+            r,
+            logprob,
+            old,
+            reference if r.beta else None,
+            advantage,
+            weight,
+            mask,
+            correction if theirs.get("use_vllm") else None,
+            entropy if r.entropy_coef else None,
+            of_entropy,
+        )
+        return record.loss, record
+
+    (value, record), got = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logits))
+    assert float(value) == pytest.approx(expected, abs=1e-5)
+    np.testing.assert_allclose(got, gradient, atol=1e-5, rtol=0)
+    assert np.abs(gradient).max() > 0.01
+    if case != "gspo":  # TRL counts its clips by sequence
+        assert float(record.clipped / record.tokens) == pytest.approx(metrics["clip_ratio/region_mean"], abs=1e-6)
+    assert metrics["clip_ratio/region_mean"] > 0.1
+    assert float(record.kl / record.tokens) == pytest.approx(metrics.get("kl", 0), abs=1e-5)
+
+
 def test_advantages_divide_by_the_sample_deviation():
     """Of 1 0 0 0: mean .25, std .5 with ddof = 1: .75 / .5001 = 1.49970. With ddof = 0 (.4330) it would be 1.7317."""
     rewards = np.array([[1, 0, 0, 0]], np.float32)
     expected = np.array([[0.75, -0.25, -0.25, -0.25]]) / (0.5 + 1e-4)
     np.testing.assert_allclose(algorithms.advantages(rewards, "group"), expected, rtol=1e-5)
+
+
+def test_the_baseline_of_the_others():
+    """RLOO: 1 - 0 and 0 - 1/3; of three with a verdict 0 - 1/2. Over the std it is 4/3 times the mean's."""
+    nan = np.nan
+    rewards = np.array([[1, 0, 0, 0], [1, nan, 0, 0], [nan, nan, 1, nan], [2, 2, 2, nan]], np.float32)
+    expected = [[1, -1 / 3, -1 / 3, -1 / 3], [1, 0, -0.5, -0.5], [0] * 4, [0] * 4]
+    np.testing.assert_allclose(algorithms.advantages(rewards, "none", "leave_one_out"), expected, atol=1e-7)
+    scaled = algorithms.advantages(rewards[:1], "group", "leave_one_out")
+    np.testing.assert_allclose(scaled, algorithms.advantages(rewards[:1], "group") * 4 / 3, rtol=1e-6)
+    assert algorithms.has_signal(rewards).tolist() == [True, True, False, False]
 
 
 def test_scales_of_advantages():
@@ -229,6 +426,7 @@ WEIGHTS = {
     "dr_grpo": ((1 / 8, 1 / 8), (1 / 8, 0)),
     "dapo": ((1 / 6, 1 / 6), (1 / 2, 0)),  # the mean is over the tokens that count
     "gspo": ((1 / 4, 1 / 8), (1 / 4, 0)),
+    "gspo_token": ((1 / 4, 1 / 8), (1 / 4, 0)),
 }
 
 

@@ -63,6 +63,11 @@ def test_a_field_that_a_config_file_adds_is_refused():
         ("steps", -1, "must be 0"),
         ("algorithm.num_generations", 1, "at least 2"),
         ("algorithm.loss_type", "ppo", "one of grpo, dr_grpo, dapo, gspo"),
+        ("algorithm.draft_selection", "last", "one of best, random, worst, first"),
+        ("algorithm.baseline", "group", "one of mean, leave_one_out"),
+        ("algorithm.max_redraws", -1, "at least 0"),
+        ("algorithm.entropy_coef", -0.1, "at least 0"),
+        ("algorithm.delta", 1.0, "above 1"),
         ("algorithm.scale_rewards", "std", "one of None, group, batch, none"),
         ("algorithm.draft_dropout", 1.5, "within 0 and 1"),
         ("rollout.top_p", 0.0, "above 0"),
@@ -92,6 +97,33 @@ def test_a_value_that_no_run_can_use_is_one_line_with_field_value_and_fix(path, 
     with pytest.raises(InputError, match=says) as error:
         config.freeze(tree)
     assert str(error.value).startswith("config.") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train_drafts": True, "num_drafts": 1}, "algorithm.train_drafts = True: one draft has no other"),
+        ({"train_drafts": True, "draft_early_stop": True}, "algorithm.train_drafts = True: .* biased"),
+        (
+            {"train_drafts": True, "num_drafts": 5, "num_generations": 8},
+            "minibatches = 64: must divide the 160",
+        ),
+        ({"train_drafts": True, "num_drafts": 0, "num_generations": 8}, None),  # the base algorithm: there are none
+        ({"draft_early_stop": True, "custom": "my:reward"}, "algorithm.draft_early_stop = True: .* not known"),
+        ({"draft_early_stop": True, "custom": ""}, None),
+    ],
+)
+def test_draft_controls_that_do_not_go_together(changes, says):
+    tree = config.default()
+    tree.learner.minibatches = 64
+    tree.algorithm.num_generations = 4
+    tree.rewards.custom = changes.get("custom", "")
+    tree.algorithm.update({name: value for name, value in changes.items() if name != "custom"})
+    if says is None:
+        config.freeze(tree)
+        return
+    with pytest.raises(InputError, match=says):
+        config.freeze(tree)
 
 
 def test_there_must_be_some_reward():

@@ -66,7 +66,7 @@ def test_model_text_reaches_the_terminal_as_plain_text():
     text = out.getvalue()
     assert not set(text) & set("\x1b\x07\x9b\r\u202e")
     assert "[red]hi[/red] :smile: 31m ab x" in text and "line link" in text
-    assert "best of 1 drafts, reward 2 (accuracy 1, format 1)" in text
+    assert "kept of 1 drafts, reward 2 (accuracy 1, format 1)" in text
     assert "refinement 1 of 2, reward 1 (accuracy 1, format 0), advantage +0.71" in text
     assert "characters ...]" in text and "END" in text and text.count("\n") < 60
     assert "right answer\n7\n" in text

@@ -188,6 +188,23 @@ def test_every_row_is_read_once_before_any_is_read_twice():
     assert sorted(read[:10]) == list(range(10))
 
 
+def test_redraws_take_rows_that_the_step_has_not():
+    """3 of 20 rows a step: five redraws read 15 different ones of the other 17, in an order of the step's own."""
+    own = data.step_indices(4, 3, 20, seed=1)
+    draws = [data.redraw_indices(4, redraw, 3, 20, seed=1) for redraw in range(1, 6)]
+    read = [row for rows in draws for row in rows]
+    assert len(set(read)) == 15 and not set(read) & set(own)
+    assert data.redraw_indices(4, 3, 3, 20, seed=1) == draws[2]  # of what it is asked alone
+    assert data.redraw_indices(5, 1, 3, 20, seed=1) != draws[0] != data.redraw_indices(4, 1, 3, 20, seed=2)
+
+
+def test_redraws_of_a_small_data_set_begin_it_again():
+    own = set(data.step_indices(0, 3, 5, seed=0))
+    one, two = (data.redraw_indices(0, redraw, 3, 5, seed=0) for redraw in (1, 2))
+    assert set(one) == set(two) == set(range(5)) - own and one != two
+    assert set(data.redraw_indices(0, 1, 3, 3, seed=0)) == {0, 1, 2}  # there are no others
+
+
 def test_long_prompts_are_skipped_and_counted(tmp_path):
     file = write(tmp_path / "x.jsonl", [{"prompt": "a" * n, "answer": "1"} for n in (3, 5, 4, 9)])
     rows = data.load_rows(file, "prompt", "answer")

@@ -62,3 +62,11 @@ def test_overlong_penalty():
     lengths = [1, 80, 81, 90, 99, 100, 120]
     assert [overlong_penalty(n, 100, 20) for n in lengths] == pytest.approx([0, 0, -0.05, -0.5, -0.95, -1, -1])
     assert [overlong_penalty(n, 100, 100) for n in (1, 50, 100)] == pytest.approx([-0.01, -0.5, -1])
+
+
+def test_overlong_penalty_equals_trl():
+    from trl.rewards import get_soft_overlong_punishment
+
+    theirs = get_soft_overlong_punishment(max_completion_len=50, soft_punish_cache=13)
+    expected = theirs(completion_ids=[[0] * n for n in range(60)])
+    assert [overlong_penalty(n, 50, 13) for n in range(60)] == pytest.approx(expected, abs=1e-12)

@@ -39,6 +39,7 @@ DEFAULTS = {
     "optimizer.max_grad_norm": 1e9,
 }
 GAINS = np.random.default_rng(5).normal(size=(P, G)).astype(np.float32)
+SEVERAL = {"learner__minibatches": 2, "algorithm__num_iterations": 2, "algorithm__beta": 0.1}
 IDLE = GAINS * np.array([1, 0, 1, 1, 0, 1, 0, 1], np.float32)[:, None]  # three groups without a signal
 
 
@@ -86,13 +87,14 @@ def build(tiny):
         key = repr((mesh, sorted(changes.items())))
         if key not in made:
             learner, mesh = made[key] = make_learner(tiny[0], mesh, **changes)
-            loss = {name: x for name, x in changes.items() if name.startswith("algorithm__")}
+            loss = {name: x for name, x in changes.items() if name.startswith("algorithm__") and "drafts" not in name}
             loss["algorithm__num_iterations"] = learner.updates_per_step > 1
             if loss.get("algorithm__loss_type") in ("grpo", "dr_grpo", "dapo"):  # token weights come from the host
                 del loss["algorithm__loss_type"]
             optimizer = {name: x for name, x in changes.items() if name.startswith("optimizer__")}
             programs = shared.setdefault(repr((mesh, sorted(loss.items()), changes.get("learner__remat", "none"))), {})
-            own = shared.setdefault(repr((mesh, sorted(optimizer.items()), learner.updates_per_step)), {})
+            kept = (mesh, sorted(optimizer.items()), learner.updates_per_step, learner._stages)
+            own = shared.setdefault(repr(kept), {})
             with jax.set_mesh(mesh):
                 own[("apply",)] = own.get(("apply",)) or learner._programs[("apply",)]
                 learner._programs._compiled = collections.ChainMap(programs, own)
@@ -120,7 +122,8 @@ def accumulated(built, params, batch):
     learner, mesh = built
     with jax.set_mesh(mesh):
         program = learner._programs["accumulate", batch.shape]
-        return sharding.to_host(program(put(params, mesh), *learner._zeros(), learner._to_device(batch)))
+        grads, sums = learner._zeros()
+        return sharding.to_host(program(put(params, mesh), grads, sums["refine"], learner._to_device(batch)))
 
 
 def weighted_units(learner, gains=GAINS):
@@ -336,6 +339,7 @@ def test_padding_of_any_kind_changes_nothing(build, tiny, base):
         length=more(batch.length, 0),
         advantage=more(batch.advantage, 0, value=5.0),
         weight=more(batch.weight, 0, 5),
+        entropy_weight=more(batch.entropy_weight, 0, value=5.0),
         old_logprob=more(batch.old_logprob, 0, 5, value=-7.0),
         reference_logprob=more(batch.reference_logprob, 0, 5, value=-7.0),
         sampler_logprob=np.where(off, -7.0, more(batch.sampler_logprob, 0, 5)).astype(np.float32),
@@ -514,6 +518,123 @@ def test_drafts_are_compared_to_their_sampler(build, tiny, score_in_full):
     assert found["sampling/draft_logp_difference/max"] == pytest.approx(first.max(), rel=1e-5)
 
 
+# The entropy bonus.
+
+
+def test_the_entropy_bonus(build, tiny):
+    """Loss and gradient against full logits, of groups without an advantage as well: they are not skipped."""
+    tokens, mask = layout()
+    gains, coefficient = IDLE.reshape(-1, 1), 0.7
+
+    def loss(params):
+        logprob, entropy = full_logprobs(tiny[0], params, tokens)
+        policy = jnp.mean(jnp.sum(jnp.exp(logprob - jax.lax.stop_gradient(logprob)) * gains * mask, 1) / mask.sum(1))
+        return -policy - coefficient * jnp.sum(entropy * mask) / mask.sum()
+
+    expected, gradient = jax.jit(jax.value_and_grad(loss))(tiny[1])
+    for changes in ({}, {"learner__tokens_per_microbatch": ONE}):
+        state, metrics = updated(build(algorithm__entropy_coef=coefficient, **changes), tiny[1], gains=IDLE)
+        assert metrics["loss"] == pytest.approx(float(expected), abs=1e-5)
+        assert_close(gradient_of(state), gradient, 1e-5)
+        assert metrics["perf/idle_frac"] == 0
+    plain, _ = updated(build(), tiny[1], gains=IDLE)
+    apart = [np.abs(x - gradient_of(state)[path]).max() / np.abs(x).max() for path, x in gradient_of(plain).items()]
+    assert max(apart) > 0.05
+
+
+# Drafts that are trained on.
+
+N = 2
+
+
+def with_drafts(groups, left_out=()):
+    """Two drafts each, on plain prompts that are not the contexts; the second group has equal rewards."""
+    rng = np.random.default_rng(9)
+    rewards = np.array([[1, 0], [1, 1], [0, 2], [3, 1], [1, 0], [0, 1], [2, 0], [0, 1]], np.float32)
+    result = []
+    for group, own in zip(groups, rewards, strict=True):
+        prompt = dataclasses.replace(group.prompt, tokens=rng.integers(0, 64, rng.integers(1, 12), np.int32))
+        drafts = []
+        for i, reward in enumerate(own):
+            tokens = rng.integers(1, 64, rng.integers(1, MAX_COMPLETION), np.int32)
+            logprobs = np.full(len(tokens), -3, np.float32)
+            drafts.append(Completion("draft", i, tokens, logprobs, True, score=Score(float(reward), {}, None, "ok")))
+        drafts = () if group.prompt.index in left_out else tuple(drafts)
+        result.append(dataclasses.replace(group, prompt=prompt, drafts=drafts))
+    return result
+
+
+def rows_with_drafts(groups):
+    """Tokens [R, ROW] and mask [R, ROW - 1] of refinements, then drafts; advantages of the drafts by hand."""
+    tokens, mask = layout()
+    drafts = [(group.prompt.tokens, one) for group in groups for one in group.drafts]
+    more, marked = np.zeros((len(drafts), ROW), np.int32), np.zeros((len(drafts), ROW - 1), bool)
+    for i, (context, one) in enumerate(drafts):
+        end = len(context) + len(one.tokens)
+        more[i, :end], marked[i, len(context) - 1 : end - 1] = [*context, *one.tokens], True
+    rewards = np.array([[one.score.reward for one in group.drafts] for group in groups if group.drafts])
+    spread = rewards.std(1, ddof=1, keepdims=True)
+    gains = (rewards - rewards.mean(1, keepdims=True)) / (spread + 1e-4)  # equal ones give 0 / 1e-4 = 0
+    return np.concatenate([tokens, more]), np.concatenate([mask, marked]), gains.reshape(-1).astype(np.float32)
+
+
+DRAFTED = {"algorithm__train_drafts": True, "algorithm__num_drafts": N}
+
+
+@pytest.mark.parametrize("left_out", [(), (0, 5)])
+def test_drafts_can_be_rows_too(build, tiny, base, reference_gradient, left_out):
+    """8 x 4 refinements and 8 x 2 drafts in one mean over 48 rows; TRL's names stay those of the refinements.
+
+    The mistakes: a baseline over the six of a prompt, or drafts on q', which both have another gradient.
+    """
+    groups = with_drafts(make_groups(), left_out=left_out)
+    tokens, mask, gains = rows_with_drafts(groups)
+    assert len(tokens) == P * G + (P - len(left_out)) * N
+    loss, expected = reference_gradient(tokens, mask, np.concatenate([GAINS.reshape(-1), gains]))
+    learner, _ = built = build(**DRAFTED)
+    assert learner.packer.share == 2
+    state, metrics = updated(built, tiny[1], groups)
+    assert_close(gradient_of(state), expected, 1e-5)
+    assert metrics["loss"] == pytest.approx(float(loss), abs=1e-6)
+    assert_same_metrics(metrics, base[1], "loss", "grad_norm")
+    _, entropy = full_logprobs(tiny[0], tiny[1], tokens)
+    drafts = np.arange(len(tokens))[:, None] >= P * G
+    assert metrics["draft/entropy"] == pytest.approx(float(np.asarray(entropy)[mask & drafts].mean()), rel=1e-5)
+    assert metrics["draft/kl"] == metrics["draft/clip_ratio"] == 0
+
+
+def test_without_drafts_there_are_none_to_train_on(build, tiny, base):
+    state, metrics = updated(
+        build(algorithm__train_drafts=True), tiny[1], [dataclasses.replace(group, drafts=()) for group in make_groups()]
+    )
+    assert_close(gradient_of(state), gradient_of(base[0]), 5e-6)
+    assert_same_metrics(metrics, base[1])
+    assert not [name for name in metrics if name.startswith("draft/")]
+
+
+def test_every_minibatch_has_its_share_of_drafts(build, tiny, monkeypatch):
+    """2 minibatches x 2 passes: 8 of the 16 units of refinements and 4 of the 8 of drafts each, every one once a pass.
+
+    The groups are dealt out as without drafts.
+    """
+    learner, _ = built = build(**DRAFTED, **SEVERAL, optimizer__learning_rate=1e-2)
+    seen, update = [], learner._optimizer_step
+
+    def spy(state, units):
+        seen.append(list(units))
+        return update(state, units)
+
+    monkeypatch.setattr(learner, "_optimizer_step", spy)
+    _, metrics = updated(built, tiny[1], with_drafts(make_groups()))
+    assert len(seen) == 4
+    for units in seen:
+        assert [unit.stage for unit in units] == ["refine"] * 8 + ["draft"] * 4
+        assert sum(unit.weight.sum() for unit in units) > 0
+    for first, second in (seen[:2], seen[2:]):
+        assert len({id(unit) for unit in (*first, *second)}) == 24
+    assert metrics["draft/kl"] > 0 and np.isfinite(metrics["loss"])
+
+
 # Steps that go wrong.
 
 
@@ -537,8 +658,6 @@ def test_a_step_that_is_not_finite_changes_nothing(build, tiny, base, bad):
 
 
 # Several updates of one rollout.
-
-SEVERAL = {"learner__minibatches": 2, "algorithm__num_iterations": 2, "algorithm__beta": 0.1}
 
 
 def test_several_updates_of_one_rollout(build, tiny, score_in_full, monkeypatch):

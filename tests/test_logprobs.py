@@ -30,13 +30,13 @@ def naive(hidden, head, targets, temperature):
     return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
 
-def value_and_gradients(function):
-    """Log-probs, entropies, and gradients of a weighted sum of the log-probs, with entropy in it to no effect."""
-    weight = np.random.default_rng(1).normal(size=(R, T)).astype(np.float32)
+def value_and_gradients(function, bonus=0.0):
+    """Log-probs, entropies, and gradients of a weighted sum of the log-probs, and of the entropies times `bonus`."""
+    weight, other = np.random.default_rng(1).normal(size=(2, R, T)).astype(np.float32)
 
     def loss(hidden, head, targets):
         logprob, entropy = function(hidden, head, targets)
-        return jnp.sum(weight * logprob), (logprob, entropy)
+        return jnp.sum(weight * logprob + bonus * other * entropy), (logprob, entropy)
 
     (_, values), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*data())
     return [np.asarray(x) for x in (*values, *gradients)]
@@ -56,7 +56,26 @@ def test_equal_to_full_logits(chunk, temperature):
         assert all(np.abs(a - b).max() > 0.1 for a, b in zip(got, untempered, strict=True))
 
 
-def test_entropy_carries_no_gradient():
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_entropy_with_its_gradient(chunk, temperature, tied):
+    """Alone too, where the log-probs have none: d H / d z = -p (log p + H)."""
+
+    def ours(hidden, head, targets):
+        return token_logprobs(hidden, head.T if tied else head, targets, temperature, chunk, tied, True)
+
+    for scale in (0.0, 1.0):
+        both = lambda function: lambda *x: (scale * function(*x)[0], function(*x)[1])  # noqa: B023, E731
+        expected = value_and_gradients(both(lambda *x: naive(*x, temperature)), bonus=1.3)
+        got = value_and_gradients(both(ours), bonus=1.3)
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=3e-5, rtol=0)
+        without = value_and_gradients(both(lambda *x: naive(*x, temperature)))
+        assert all(np.abs(a - b).max() > 0.1 for a, b in zip(got[2:], without[2:], strict=True))
+
+
+def test_entropy_carries_no_gradient_unless_asked_for():
     hidden, head, targets = data()
     total = lambda h, w: token_logprobs(h, w, targets, 1.0, 4)[1].sum()  # noqa: E731
     for gradient in jax.grad(total, argnums=(0, 1))(hidden, head):
@@ -81,16 +100,16 @@ def loss_of(function):
     return lambda hidden, head, targets: jnp.sum(function(hidden, head, targets)[0])
 
 
-@pytest.mark.parametrize("gradient", [False, True])
-def test_all_logits_never_exist(gradient):
+@pytest.mark.parametrize(("gradient", "bonus"), [(False, False), (True, False), (True, True)])
+def test_all_logits_never_exist(gradient, bonus):
     """In the compiled program, with chunks of 8 of 96 in 4 rows: neither in its shapes nor in its memory."""
 
     def compiled(function):
-        loss = loss_of(function)
+        loss = lambda *x: sum(jnp.sum(part) for part in function(*x)[: 1 + bonus])  # noqa: E731
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)) if gradient else loss).lower(*data(**WIDE)).compile()
 
     all_logits = 4 * 96 * 1009 * 4
-    chunked = compiled(lambda *x: token_logprobs(*x, 0.7, 32))
+    chunked = compiled(lambda *x: token_logprobs(*x, 0.7, 32, entropy_gradient=bonus))
     assert chunked.memory_analysis().temp_size_in_bytes < all_logits / 2
     held = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\w\d+\[([\d,]+)\]", chunked.as_text())}
     assert max(np.prod(shape) for shape in held if 1009 in shape) <= 4 * 8 * 1009

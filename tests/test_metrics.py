@@ -49,6 +49,7 @@ def test_rollout_metrics_against_numbers_derived_by_hand(two_groups):
     assert got["draft/reward"] == 1.0 and got["draft/best_reward"] == 1.5 and got["draft/accuracy"] == 0.25
     assert (got["draft/solved_none"], got["draft/solved_some"], got["draft/solved_all"]) == (0.5, 0.5, 0.0)
     assert got["draft/mean_length"] == (3 + 2 + 4 + 2) / 4
+    assert got["draft/kept_reward"] == 1.5
     # Right best draft: one refinement right, one wrong. Wrong best draft: one right, one wrong.
     assert [got[f"refine/{key}"] for key in ("fixed", "broken", "kept_right", "kept_wrong")] == [0.25] * 4
     # Refinements [2, 0] against the draft's 2, [1, 1] against its 1. The mean of all drafts would give +0.5.
@@ -57,6 +58,14 @@ def test_rollout_metrics_against_numbers_derived_by_hand(two_groups):
     assert got["refine/copy_ratio"] == pytest.approx((1 + 1 / 3 + 0 + 0) / 4)
     assert got["refine/draft_truncated"] == 0.0
     assert all(type(value) is float for value in got.values())
+
+
+def test_a_kept_draft_need_not_be_the_best(two_groups):
+    """Shown their second drafts, of rewards 1 and 0, both wrong: all is fixed or kept wrong, the gain as before."""
+    got = metrics.rollout_metrics([dataclasses.replace(group, best=1) for group in two_groups], tiny())
+    assert (got["draft/kept_reward"], got["draft/best_reward"]) == (0.5, 1.5)
+    assert got["refine/gain_vs_best_draft"] == -0.5  # against the kept ones it would be +0.5
+    assert [got[f"refine/{key}"] for key in ("fixed", "broken", "kept_right", "kept_wrong")] == [0.5, 0, 0, 0.5]
 
 
 def test_completions_without_a_verdict_are_left_out_of_means(two_groups):

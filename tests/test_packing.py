@@ -75,6 +75,13 @@ def test_the_sizes_of_programs(longest, sizes):
         (4, 1, {"learner__tokens_per_microbatch": 623}),
         (1, 1, {"learner__tokens_per_microbatch": 176}),
         (1, 1, {"learner__shared_prefix": False}),
+        # With 4 x N drafts as rows too: units of both stages are alike.
+        (4, 1, {"algorithm__train_drafts": True}),  # N = 4
+        (2, 1, {"algorithm__train_drafts": True, "algorithm__num_drafts": 6}),
+        (1, 1, {"algorithm__train_drafts": True, "algorithm__num_drafts": 3}),
+        (2, 1, {"algorithm__train_drafts": True, "learner__minibatches": 8}),  # of 4 drafts each 4 units, not 8
+        (2, 8, {"algorithm__train_drafts": True}),
+        (8, 1, {"algorithm__train_drafts": True, "algorithm__num_drafts": 0}),
     ],
 )
 def test_how_many_completions_share_a_context(share, shards, changes):
@@ -193,6 +200,16 @@ def test_weights_are_those_of_the_units_given():
     np.testing.assert_allclose([unit.weight for unit in units], 1 / 10, rtol=1e-6)
     packer.set_weights(units[1:])
     np.testing.assert_allclose(units[1].weight, 1 / 4, rtol=1e-6)
+
+
+def test_the_entropy_of_every_token_weighs_the_same():
+    """0.2 over 10 tokens, over 6 where the one of 4 is masked; by GRPO's own weights each row would weigh the same."""
+    for masked, expected in ((False, [[0.02, 0.02], [0.02, 0.02]]), (True, [[1 / 30, 0], [1 / 30, 1 / 30]])):
+        changes = {"algorithm__entropy_coef": 0.2, "algorithm__mask_truncated_completions": masked}
+        packer = make_packer(**SMALL, **changes)
+        units = packer.units(small_groups(), np.zeros((2, 2), np.float32))
+        packer.set_weights(units)
+        np.testing.assert_allclose(packer.fill(units, (3, 4, 2, 5)).entropy_weight, [*expected, [0, 0]], rtol=1e-6)
 
 
 def test_a_cut_completion_can_be_masked():

@@ -16,7 +16,7 @@ from igrpo_jax.batch import Completion, Prompt, Score
 from igrpo_jax.policy import open_policy
 from igrpo_jax.prompts import Renderer
 from igrpo_jax.rewards.reward import Verifier, VerifierError, statistics
-from igrpo_jax.rollout import Rollout, best_draft, stage_key
+from igrpo_jax.rollout import Rollout, select_draft, stage_key
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Request, Scheduler
 from igrpo_jax.sampling.steps import Sampling
@@ -118,11 +118,11 @@ def params(policy, schedulers):
 
 @pytest.fixture(scope="module")
 def collect(renderer, schedulers, params, prompts):
-    def call(verifier=None, slots=16, step=3, wanted=None, **changes):
+    def call(verifier=None, slots=16, step=3, wanted=None, fresh=None, **changes):
         scheduler = schedulers[slots]
         with jax.set_mesh(scheduler.engine.mesh):
             rollout = Rollout(settings(**changes), renderer, scheduler, verifier or StubVerifier())
-            return rollout.collect(params, wanted or prompts, step)
+            return rollout.collect(params, wanted or prompts, step, *([fresh] if fresh else []))
 
     return call
 
@@ -272,7 +272,7 @@ def test_a_verifier_that_hangs_dies_and_raises(collect, rollout, tmp_path, monke
             way = zlib.crc32(one.text.encode()) % 7
             expected = {0: ("error", 0), 1: ("timeout", 0), 2: ("error", 0)}.get(way, ("ok", way))
             assert (one.score.status, one.score.reward) == expected
-        assert group.best == best_draft(group.drafts)
+        assert group.best == selected(group.drafts)
     assert metrics["verifier/timeout_frac"] > 0 and metrics["verifier/error_frac"] > 0
 
 
@@ -400,6 +400,10 @@ def drafts_with(rewards):
     return [Completion("draft", i, none, none, True, score=Score(x, {}, None, "ok")) for i, x in enumerate(rewards)]
 
 
+def selected(drafts, selection="best"):
+    return select_draft(drafts, selection, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize(
     ("rewards", "best"),
     [
@@ -408,7 +412,119 @@ def drafts_with(rewards):
     ],
 )
 def test_the_best_draft(rewards, best):
-    assert best_draft(drafts_with(rewards)) == best
+    assert selected(drafts_with(rewards)) == best
+
+
+def test_other_drafts_than_the_best():
+    """Of those with a verdict: the worst, first of equals; the first; any."""
+    drafts = drafts_with([math.nan, 2, 1, 1, 3])
+    assert selected(drafts, "worst") == 2 and selected(drafts, "first") == 1
+    rng = np.random.default_rng(0)
+    counts = np.bincount([select_draft(drafts, "random", rng) for _ in range(4000)], minlength=5)
+    assert counts[0] == 0 and np.abs(counts[1:] - 1000).max() < 120  # std 27
+    for selection in ("worst", "first", "random"):
+        assert selected(drafts_with([math.nan] * 2), selection) is None
+
+
+@pytest.mark.parametrize("selection", ["worst", "first", "random"])
+def test_the_kept_draft_can_be_another(collect, rollout, renderer, selection):
+    """The drafts are the same; what q' shows follows from the seed, the step and the place, not from arrival."""
+    groups, _ = collect(algorithm__draft_selection=selection)
+    again, _ = collect(StubVerifier(delay=0.0), slots=3, algorithm__draft_selection=selection)
+    other, _ = collect(step=4, algorithm__draft_selection=selection)
+    for group, repeated, plain in zip(groups, again, rollout[0], strict=True):
+        same(group, repeated)
+        assert [one.text for one in group.drafts] == [one.text for one in plain.drafts]
+        rewards = [one.score.reward for one in group.drafts]
+        if selection != "random":
+            assert group.best == (rewards.index(min(rewards)) if selection == "worst" else 0)
+        shown = renderer.with_draft(group.prompt.question, group.drafts[group.best].tokens)
+        np.testing.assert_array_equal(group.context, shown)
+    assert [group.best for group in groups] != [group.best for group in rollout[0]]
+    if selection == "random":
+        assert len({group.best for group in groups}) > 1
+        assert [group.best for group in groups] != [group.best for group in other]
+
+
+@pytest.mark.parametrize(("slots", "streamed"), [(16, True), (3, True), (16, False), (-3, True)])
+def test_drafting_can_end_at_the_first_success(collect, rollout, slots, streamed):
+    """2 is the largest reward. The drafts are those drawn without it, up to the first of 2; the rest is as before."""
+    verifier = StubVerifier(delay=0.01)
+    wanted = {"algorithm__draft_early_stop": True, "rollout__streamed": streamed}
+    groups, metrics = collect(verifier, slots=slots, **wanted)
+    drawn = []
+    for group, full in zip(groups, rollout[0], strict=True):
+        rewards = [one.score.reward for one in full.drafts]
+        drawn.append(rewards.index(2) + 1 if 2 in rewards else N)
+        same(group, replace(full, drafts=full.drafts[: drawn[-1]]))
+    assert len(set(drawn)) > 2 and N in drawn  # some end early, some never
+    assert len(verifier.submitted) == sum(drawn) + len(QUESTIONS) * G  # the others were not drawn at all
+    assert metrics["perf/draft_tokens"] < rollout[1]["perf/draft_tokens"]
+
+
+def test_a_draft_without_a_verdict_ends_nothing(collect):
+    wanted = {"rewards__max_error_fraction": 1.0, "algorithm__draft_early_stop": True}
+    groups, _ = collect(SilentJudge(delay=0.0), **wanted)
+    assert all(len(group.drafts) == N and group.best is None for group in groups)
+
+
+class Unsolvable(StubVerifier):
+    """Some questions earn the same whatever the answer; of the others hardly two answers do."""
+
+    def __init__(self, questions, **settings):
+        super().__init__(**settings)
+        self.questions = questions
+
+    def submit(self, candidate):
+        if candidate.question not in self.questions:
+            return super().submit(candidate)
+        self.submitted.append((candidate.text, candidate.answer))
+        return self._pool.submit(lambda: Score(0.0, {"accuracy": 0.0}, None, "ok"))
+
+    @staticmethod
+    def reward(text):
+        return zlib.crc32(text.encode()) % 997 / 997
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_groups_without_a_signal_are_drawn_again(collect, prompts, streamed):
+    """Of places 0 and 3. A redraw brings place 0 a prompt with a signal, place 3 one without, and then one with.
+
+    What comes out does not depend on slots or arrival, and the groups of other places are what they were.
+    """
+    rounds = {1: [prompts[i] for i in (1, 5, 5, 0, 5, 5)], 2: [prompts[i] for i in (0, 0, 0, 4, 0, 0)]}
+    wanted = {"fresh": rounds.get, "algorithm__max_redraws": 3, "rollout__streamed": streamed}
+    unsolvable = {QUESTIONS[0], QUESTIONS[3]}
+    verifier = Unsolvable(unsolvable)
+    before, unwanted = collect(Unsolvable(unsolvable))
+    groups, metrics = collect(verifier, **wanted)
+    again, _ = collect(Unsolvable(unsolvable, delay=0.0), slots=3, **wanted)
+    for ours, theirs in zip(groups, again, strict=True):
+        same(ours, theirs)
+    assert [group.prompt for group in groups] == [prompts[i] for i in (1, 1, 2, 4, 4, 5)]
+    for place in (1, 2, 4, 5):
+        same(groups[place], before[place])
+    for place, twin in ((0, 1), (3, 4)):  # randomness is the redraw's own
+        assert [one.text for one in groups[place].drafts] != [one.text for one in groups[twin].drafts]
+        assert len(set(groups[place].rewards)) > 1
+    assert (metrics["redraw/groups"], metrics["redraw/exhausted"]) == (3, 0)
+    assert len(verifier.submitted) == (len(QUESTIONS) + 3) * (N + G)
+    tokens = sum(len(one.tokens) for group in groups for one in group.completions)
+    assert metrics["perf/completion_tokens"] > tokens  # those thrown away were sampled too
+    assert "redraw/groups" not in unwanted
+
+
+def test_redraws_end_on_an_unsolvable_set(renderer, schedulers, params, prompts, caplog):
+    """Bounded, counted every step, warned of once."""
+    verifier = Unsolvable(set(QUESTIONS), delay=0.0)
+    with jax.set_mesh(schedulers[16].engine.mesh):
+        rollout = Rollout(settings(algorithm__max_redraws=2), renderer, schedulers[16], verifier)
+        for step in (1, 2):
+            groups, metrics = rollout.collect(params, prompts, step, lambda redraw: prompts[redraw:] + prompts[:redraw])
+            assert (metrics["redraw/groups"], metrics["redraw/exhausted"]) == (2 * len(prompts), len(prompts))
+            assert [group.prompt for group in groups] == [*prompts[2:], *prompts[:2]]  # the last redraw stays
+    assert len(verifier.submitted) == 2 * 3 * len(prompts) * (N + G)
+    assert len([one for one in caplog.records if "after 2 redraws each, 6 of 6 groups" in one.getMessage()]) == 1
 
 
 def test_proposition_3_1():
@@ -418,5 +534,5 @@ def test_proposition_3_1():
     """
     rng = np.random.default_rng(0)
     groups = (rng.random((5000, 4)) < 0.3).astype(float)
-    best = [rewards[best_draft(drafts_with(rewards))] for rewards in groups]
+    best = [rewards[selected(drafts_with(rewards))] for rewards in groups]
     assert np.mean(best) == pytest.approx(1 - 0.7**4, abs=0.02)

@@ -148,7 +148,7 @@ def test_a_run_says_what_it_does_and_where_it_wrote(whole):
         "refinements per step        8 (G = 2)",
         "predicted bytes per device",
         "step 1/5  solved",
-        "--- best of 2 drafts",
+        "--- kept of 2 drafts",
         "--- refinement 1 of 2",
         "before,",
         "metrics.jsonl",
@@ -228,15 +228,18 @@ def test_a_run_whose_checkpoints_are_gone_is_not_overwritten(whole, tmp_path):
 
 def test_a_longer_run_goes_on_from_a_shorter_one_with_the_same_reference(tmp_path):
     """`steps` may change on resume. With beta > 0, kl shows which policy the reference is: were it the policy at the
-    time of the resume, the kl of step 3 would start again at 0.
+    time of the resume, the kl of step 3 would start again at 0. The departures from the paper are random too.
     """
     constant = ("algorithm.beta=0.1", "optimizer.warmup_ratio=0", "optimizer.min_lr_ratio=1")
+    constant += ("algorithm.loss_type=gspo_token", "algorithm.entropy_coef=0.01", "algorithm.max_redraws=2")
+    constant += ("algorithm.draft_selection=random", "algorithm.draft_dropout=0.2", "algorithm.train_drafts=True")
     run(tmp_path, tmp_path / "whole", *constant, "steps=3")
     run(tmp_path, tmp_path / "part", *constant, "steps=2")
     run(tmp_path, tmp_path / "part", *constant, "steps=3")
     whole = [row for row in rows(tmp_path / "whole") if "loss" in row]
     check_same_rows([row for row in rows(tmp_path / "part") if "loss" in row], whole)
     assert whole[1]["kl"] > 0 and whole[2]["kl"] > 0
+    assert sum(row["redraw/groups"] for row in whole) > 0 and all(row["draft/entropy"] > 0 for row in whole)
 
 
 def test_learning_rate_zero_changes_nothing_but_is_evaluated(tmp_path):

@@ -32,6 +32,7 @@ class Request:
     limit: int | np.ndarray  # most tokens of a completion, of all samples or [samples] of each
     tag: Any = None  # the caller's own, handed back with each sample
     stage: str = ""  # for Usage.overlap
+    first: int = 0  # number of the first sample
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,9 @@ class Scheduler:
             request = head.request
             count = min(sum(map(len, self._free)), request.samples - head.next_sample)
             slots = [self._take_slot() for _ in range(count)]
-            samples = range(head.next_sample, head.next_sample + count)
-            limits = np.broadcast_to(request.limit, (request.samples,))[samples]
+            own = range(head.next_sample, head.next_sample + count)
+            limits = np.broadcast_to(request.limit, (request.samples,))[own]
+            samples = [request.first + i for i in own]
             self._state = self.engine.insert(
                 self._state,
                 head.prefix,
