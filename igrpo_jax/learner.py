@@ -66,7 +66,7 @@ def make_optimizer(settings: config.Optimizer, total_steps: int) -> tuple[optax.
         return jnp.where(count < warmup, peak * rising, falling)
 
     def decays(params: decoder.Params) -> dict[str, bool]:
-        return {path: not path.endswith(("scale", "_bias")) for path in params}
+        return {path: not path.endswith(("scale", "_bias", "a_log", "skip")) for path in params}
 
     decay, mu_dtype = settings.weight_decay, settings.mu_dtype
     adamw = optax.adamw(schedule, settings.b1, settings.b2, weight_decay=decay, mask=decays, mu_dtype=mu_dtype)

@@ -141,7 +141,8 @@ def completion_logprobs(
     """Log-probs and entropies of completions, the G of a context together: what they share runs once.
 
     The context's last token is the first that a completion's rows run themselves: its state predicts their first token.
-    So a row has as many positions as its completion, and of the prefix only keys and values are needed.
+    So a row has as many positions as its completion, and of the prefix only its cache is needed: keys and
+    values, and the states of Mamba-2 after its last token.
 
     Args:
         params: float32 master weights.
@@ -156,7 +157,7 @@ def completion_logprobs(
     shape = completions.shape
     weights = decoder.cast(params, dtype)
     places = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
-    _, cache = decoder.apply(c, weights, prefix, places, remat=remat)
+    _, cache = decoder.apply(c, weights, prefix, places, length=prefix_length, remat=remat)
     firsts = jnp.broadcast_to(last[:, None, None], (*shape[:2], 1))
     tokens = jnp.concatenate([firsts, completions[..., :-1]], axis=-1)
     places = jnp.broadcast_to(prefix_length[:, None, None] + jnp.arange(shape[2]), shape)

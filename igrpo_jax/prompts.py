@@ -4,6 +4,11 @@ The chat template is rendered once, with a sentinel where the user's words go; w
 token ids, and a prompt is before + words + after. A draft enters q' as the ids that were sampled (Eq. for q' of
 arXiv 2602.09000: Concat(q, d)); it is never decoded. Questions are encoded as text: a special token written in one
 does not become one.
+
+R1 templates open <think> for the assistant and strip the thinking of its earlier turns. A draft is no such turn: it
+stands in the user's words, so all of it is in q', reasoning included, as it was sampled. It begins inside the <think>
+that the template had opened for it, and so shows only the closing tag; of a draft longer than refine.max_draft_length
+the beginning is missing as well. A template that opens nothing (Qwen3, the Nemotrons) shows both tags.
 """
 
 import numpy as np

@@ -23,6 +23,9 @@ RULES = {
     "ffn": "tensor",
     "vocab": "tensor",
     "head_dim": None,
+    "groups": "tensor",  # of Mamba-2
+    "state": None,
+    "width": None,
     "time": None,
     "features": None,  # of activations: the batch already uses fsdp
 }
@@ -42,6 +45,22 @@ PARAMS = {
     "up_proj": ("embed", "ffn"),
     "down_proj": ("ffn", "embed"),
     "scale": ("features",),
+    # Of Mamba-2, beside o_proj; x, z and dt are per head, B and C per group.
+    "x_proj": ("embed", "heads", "head_dim"),
+    "z_proj": ("embed", "heads", "head_dim"),
+    "b_proj": ("embed", "groups", "state"),
+    "c_proj": ("embed", "groups", "state"),
+    "dt_proj": ("embed", "heads"),
+    "x_conv": ("width", "heads", "head_dim"),
+    "b_conv": ("width", "groups", "state"),
+    "c_conv": ("width", "groups", "state"),
+    "x_conv_bias": ("heads", "head_dim"),
+    "b_conv_bias": ("groups", "state"),
+    "c_conv_bias": ("groups", "state"),
+    "dt_bias": ("heads",),
+    "a_log": ("heads",),
+    "skip": ("heads",),
+    "gated_scale": ("heads", "head_dim"),
 }
 
 

@@ -74,8 +74,11 @@ def samples(engine, params, requests):
 
 @pytest.fixture(scope="module")
 def full_logits(tiny, params):
-    """Logits [T, V] that predict the completion's tokens: of one forward pass without a cache or any bucket."""
-    c = tiny[0]
+    return forward_of(tiny[0], params)
+
+
+def forward_of(c, params):
+    """A function to logits [T, V] that predict a sample's tokens: of one forward pass without a cache or any bucket."""
 
     @jax.jit
     def run(tokens):
@@ -213,6 +216,55 @@ def test_memory_of_a_long_prefill_is_that_of_a_piece(tiny):
         return engine._programs["prefill", 4096].memory_analysis().temp_size_in_bytes
 
     assert temporaries(512) < temporaries(4096) / 3
+
+
+def test_a_hybrid_samples_as_its_full_forward(hybrid):
+    """Its states follow the slots: through insertion, refill, moves at the end of a rollout, and prompts in pieces.
+
+    Eight slots and forty samples; decoding runs fewer rows as they run out. Pieces are of 16, chunks of 8.
+    """
+    c, host = hybrid
+    sizes = {"slots": 8, "max_context": 70, "max_completion": LIMIT, "dtype": "float32", "steps_per_dispatch": 4}
+    params, results = put(host, one_device()), []
+    requests = [Request(prompt(length), length, 8, KEY, LIMIT) for length in (1, 16, 17, 33, 70)]
+    full = forward_of(c, params)
+    for chunk in (16, 2048):
+        engine, calls = Engine(c, one_device(), EOS, **sizes, prefill_chunk=chunk), []
+        move, decode = engine.move, engine.decode
+        engine.move = lambda state, pairs, move=move, calls=calls: calls.extend(pairs) or move(state, pairs)
+        engine.decode = lambda *x, decode=decode, calls=calls: calls.append(x[2]) or decode(*x)
+        results.append(sample(engine, params, requests, Sampling(0.8)))
+        assert {1, 8} <= {rows for rows in calls if isinstance(rows, int)}
+        assert any(isinstance(pair, tuple) for pair in calls)
+        for one in results[-1].values():
+            expected = log_softmax(full(one) / 0.8)[np.arange(len(one.tokens)), one.tokens]
+            np.testing.assert_allclose(one.logprobs, expected, atol=1e-4, rtol=0)
+    assert len(results[0]) == 40
+    for key, one in results[0].items():
+        np.testing.assert_array_equal(results[1][key].tokens, one.tokens)
+
+
+def test_a_hybrid_on_a_mesh_samples_the_same(hybrid):
+    c, host = hybrid
+    sizes = {"slots": 4, "max_context": 40, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    requests, results = [Request(prompt(length), length, 4, KEY, 8) for length in (5, 33)], []
+    for mesh in (one_device(), sharding.make_mesh(config.Mesh(data=1, fsdp=2, tensor=2), jax.devices()[:4])):
+        engine = Engine(c, mesh, EOS, **sizes)
+        results.append(sample(engine, put(host, mesh), requests, Sampling(0.8)))
+    for key, one in results[0].items():
+        np.testing.assert_array_equal(results[1][key].tokens, one.tokens)
+    groups = engine._state.cache[0].b  # of 2 shards by 2 of tensor
+    assert groups.sharding.shard_shape(groups.shape) == (2, 3, 1, 8)
+
+
+def test_a_model_without_attention_samples_as_its_full_forward(hybrid):
+    c = dataclasses.replace(hybrid[0], pattern="M-")
+    params = {path: hybrid[1][path] for path in decoder.shapes(c)}
+    params, requests = put(params, one_device()), [Request(prompt(length), length, 2, KEY, 8) for length in (3, 40)]
+    sizes = {"slots": 2, "max_context": 40, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    for one in sample(Engine(c, one_device(), EOS, **sizes), params, requests, Sampling(0.8)).values():
+        expected = log_softmax(forward_of(c, params)(one) / 0.8)[np.arange(len(one.tokens)), one.tokens]
+        np.testing.assert_allclose(one.logprobs, expected, atol=1e-4, rtol=0)
 
 
 COLLECTIVES = re.compile(r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-[a-z]+)(-start)?[(]")

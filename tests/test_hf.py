@@ -1,5 +1,6 @@
 """Hugging Face directories: the same logits as transformers, and one clear line for every directory that is wrong."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import transformers
 from igrpo_jax import config, sharding
 from igrpo_jax.config import InputError
 from igrpo_jax.models import decoder, hf
+from igrpo_jax.models.config import RopeScaling
 
 BASE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 BASE |= {"max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 5}
@@ -190,6 +192,75 @@ def test_only_the_slice_asked_for_is_read(stored, ours, shape):
     np.testing.assert_array_equal(entry.read(tensor, shape, inside), whole[inside])
 
 
+def test_parameters_that_share_a_tensor_lie_one_after_the_other():
+    """Of Nemotron-H's projection: 4 heads of 3 (z, then x), 2 groups of 5 (B, then C), and 4 steps, by 8 inputs."""
+    rows = {"z_proj": (0, 12), "x_proj": (12, 24), "b_proj": (24, 34), "c_proj": (34, 44), "dt_proj": (44, 48)}
+    shapes = {"z_proj": (8, 4, 3), "x_proj": (8, 4, 3), "b_proj": (8, 2, 5), "c_proj": (8, 2, 5), "dt_proj": (8, 4)}
+    tensor = Recorder(np.random.default_rng(0).normal(size=(48, 8)).astype(np.float32))
+    for name, (start, stop) in rows.items():
+        entry = dataclasses.replace(hf.FAMILIES["nemotron_h"].entries[f"M/mixer/{name}"], start=start)
+        tensor.read = 0
+        got = entry.read(tensor, shapes[name], (slice(None),) * len(shapes[name]))
+        np.testing.assert_array_equal(got, tensor.array[start:stop].T.reshape(shapes[name]))
+        assert tensor.read == got.size
+        part = (slice(4, 8), slice(0, 2), *[slice(None)] * (got.ndim - 2))
+        np.testing.assert_array_equal(entry.read(tensor, shapes[name], part), got[part])
+    kernel = Recorder(np.random.default_rng(1).normal(size=(32, 1, 4)).astype(np.float32))
+    entry = dataclasses.replace(hf.FAMILIES["nemotron_h"].entries["M/mixer/b_conv"], start=12)
+    got = entry.read(kernel, (4, 2, 5), (slice(None), slice(1, 2), slice(None)))
+    np.testing.assert_array_equal(got, kernel.array[17:22, 0].T[:, None])
+
+
+@pytest.fixture
+def nemotron(tmp_path):
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "mamba_num_heads": 4, "n_groups": 2}
+    sizes |= {"mamba_head_dim": 8, "ssm_state_size": 16, "chunk_size": 8, "hybrid_override_pattern": "M-*"}
+    shape = {name: value for name, value in BASE.items() if name != "num_hidden_layers"}
+    model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**shape, **sizes))
+    model.save_pretrained(tmp_path / "nemotron")
+    return tmp_path / "nemotron"
+
+
+def test_nemotron_h_of_older_and_newer_files(nemotron):
+    """NVIDIA's config.json has a pattern, that of transformers a list; tensors are called backbone.* or model.*."""
+    new = hf.load_config(str(nemotron))
+    params = hf.load_params(str(nemotron), new, one_device())
+    assert (new.pattern, new.mamba.time_step_limit, new.rope_theta) == ("M-*", (0.0, float("inf")), None)
+    old = {"layers_block_type": ..., "layer_types": ..., "hybrid_override_pattern": "M-*", "time_step_limit": ...}
+    edit_json(nemotron / "config.json", **old, head_dim=..., attention_head_dim=16)
+    assert hf.load_config(str(nemotron)) == new
+    edit_json(nemotron / "config.json", time_step_limit=[0.001, float("inf")])  # Infinity, as Python writes it
+    assert hf.load_config(str(nemotron)).mamba.time_step_limit == (0.001, float("inf"))
+    tensors = safetensors.numpy.load_file(nemotron / "model.safetensors")
+    prefixes = ("backbone.", "model.") if "model.norm_f.weight" not in tensors else ("model.", "backbone.")
+    edit_tensors(nemotron, lambda x: [x.update({k.replace(*prefixes): x.pop(k)}) for k in list(x)])
+    for path, value in hf.load_params(str(nemotron), new, one_device()).items():
+        np.testing.assert_array_equal(value, params[path])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hybrid_override_pattern": "ME*"}, "kind of layer = 'E' is not supported; supported is M (Mamba-2), *"),
+        ({"layers_block_type": ["mamba", "moe", "attention"]}, "kind of layer = 'moe'"),
+        ({"mlp_hidden_act": "silu"}, "mlp_hidden_act = 'silu'"),
+        ({"use_conv_bias": False}, "use_conv_bias = False"),
+        ({"n_groups": 3}, "n_groups = 3"),
+        ({"ssm_state_size": ...}, "has no 'ssm_state_size'; is it the config.json of a nemotron_h model?"),
+        ({"ssm_state_size": 8}, "backbone.layers.0.mixer.in_proj.weight is (132, 32), not (100, 32)"),
+    ],
+)
+def test_a_nemotron_h_that_the_decoder_does_not_have(nemotron, changes, said):
+    edit_json(nemotron / "config.json", layers_block_type=..., layer_types=..., hybrid_override_pattern="M-*")
+    edit_json(nemotron / "config.json", **changes)
+    assert said in load_error(nemotron)
+
+
+def test_a_missing_part_of_a_hybrid_is_named(nemotron):
+    edit_tensors(nemotron, lambda tensors: tensors.pop("backbone.layers.0.mixer.A_log"))
+    assert "missing from the files: backbone.layers.0.mixer.A_log" in load_error(nemotron)
+
+
 def test_both_spellings_of_rope_are_read(copy):
     edit_json(copy / "config.json", **rope(1234.0))
     new = hf.load_config(str(copy))
@@ -199,23 +270,33 @@ def test_both_spellings_of_rope_are_read(copy):
     assert new.rope_theta == 1234.0
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
-        {"rope_parameters": ..., "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-    ],
-)
-def test_llama3_rope_scaling_is_refused(copy, changes):
-    edit_json(copy / "config.json", **changes)
-    assert "rope type = 'llama3' is not supported" in load_error(copy)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+
+
+def test_both_spellings_of_llama3_scaling_are_read(copy):
+    edit_json(copy / "config.json", rope_parameters=LLAMA3 | {"rope_theta": 5e5})
+    new = hf.load_config(str(copy))
+    edit_json(copy / "config.json", rope_parameters=..., rope_theta=5e5, rope_scaling=LLAMA3)
+    assert hf.load_config(str(copy)) == new
+    assert new.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    edit_json(copy / "config.json", rope_scaling={**LLAMA3, "high_freq_factor": 1.0})
+    assert "high_freq_factor = 1.0 is not supported" in load_error(copy)
+    edit_json(copy / "config.json", rope_scaling={"rope_type": "llama3", "factor": 8.0})
+    assert "has no 'original_max_position_embeddings'" in load_error(copy)
+    for key in ("rope_type", "type"):  # the older name of the same
+        edit_json(copy / "config.json", rope_scaling={key: "yarn", "factor": 4.0})
+        assert "rope type = 'yarn' is not supported; supported is default or llama3" in load_error(copy)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "gpt2"}, "model_type = 'gpt2' is not supported; supported are llama, qwen2"),
+        ({"model_type": "gpt2"}, "model_type = 'gpt2' is not supported; supported are llama, qwen2, qwen3, nemotron_h"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = 'sliding_attention'"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True"),
         ({"use_sliding_window": True}, "use_sliding_window = True"),
         ({"intermediate_size": ...}, "has no 'intermediate_size'"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias = True"),

@@ -275,6 +275,28 @@ def test_shared_equals_unshared(build, tiny, base):
     assert_same_metrics(metrics, base[1])
 
 
+def test_a_hybrid_shared_equals_unshared(hybrid):
+    """The states after a context are those that all its completions start from."""
+    states = []
+    for share in (True, False):
+        built = make_learner(hybrid[0], learner__shared_prefix=share, learner__remat="full")
+        state, metrics = updated(built, hybrid[1])
+        states.append(gradient_of(state))
+        states.append(metrics)
+    assert_close(states[0], states[2], 2e-5)
+    assert_same_metrics(states[1], states[3])
+    assert all(np.abs(x).max() > 1e-7 for x in states[0].values())
+
+
+def test_what_does_not_decay(hybrid):
+    """With a gradient of zero, the only update is the decay."""
+    optimizer, _ = make_optimizer(config.Optimizer(learning_rate=1.0, warmup_ratio=0.0, weight_decay=0.1), 10)
+    params = {path: np.ones_like(x) for path, x in hybrid[1].items()}
+    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+    kept = {path.rpartition("/")[2] for path, x in updates.items() if not np.asarray(x).any()}
+    assert kept == {"scale", "gated_scale", "x_conv_bias", "b_conv_bias", "c_conv_bias", "dt_bias", "a_log", "skip"}
+
+
 # With the clips of one, GRPO, Dr. GRPO and DAPO differ in the weights of tokens alone, and share their programs here.
 OBJECTIVES = {
     **{name: {"algorithm__loss_type": name, "algorithm__epsilon_high": 0.28} for name in ("grpo", "dr_grpo", "dapo")},

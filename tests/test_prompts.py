@@ -138,6 +138,25 @@ def test_a_template_that_opens_the_reasoning():
     assert renderer(arithmetic.tokenizer()).opened == ""
 
 
+def test_the_reasoning_of_a_draft_is_kept():
+    """R1 templates cut the assistant's earlier turns at </think>. A draft is in the user's turn, and starts inside."""
+    tokenizer, vocab = r1_like()
+    shown = "{{ m['content'].split('</think>')[-1] if m['role'] == 'assistant' else m['content'] }}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['content'] }}", shown)
+    draft = [vocab[word] for word in ("x", "</think>", "y")]
+    got = renderer(tokenizer, instruction="", refine="draft {draft} y").with_draft("x", np.array(draft, np.int32))
+    after = [vocab[word] for word in ("y", "<Assistant>", "<think>", "\n")]
+    assert list(got)[-8:] == [vocab["draft"], *draft, *after]
+    assert list(got).count(vocab["<think>"]) == 1
+
+
+def test_ids_of_a_padded_vocabulary_are_no_text():
+    """Models have more ids than their tokenizer; a sampled one must not end a run."""
+    tokenizer, vocab = r1_like()
+    one = renderer(tokenizer, instruction="")
+    assert one.text(np.array([vocab["x"], 5000, vocab["y"]])) == one.text(np.array([vocab["x"], vocab["y"]]))
+
+
 def test_a_base_model_has_no_template():
     tokenizer, vocab = r1_like()
     tokenizer.chat_template = None

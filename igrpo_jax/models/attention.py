@@ -14,6 +14,7 @@ Q prefixes, R rows that continue one prefix (B = Q * R), P prefix positions.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from absl import logging
 
 from igrpo_jax.config import InputError
 from igrpo_jax.models.cache import Prefix
+from igrpo_jax.models.config import RopeScaling
 from igrpo_jax.models.splash import splash_attention
 
 NEVER = float(jnp.finfo(jnp.float32).min)  # score of a key that may not be read; -inf would make NaN of 0 * inf
@@ -285,16 +287,22 @@ def choose(requested: str, mesh: jax.sharding.Mesh, dtype: str, head_dim: int, l
     return chosen
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def rope(x: jax.Array, positions: jax.Array, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
     """Rotary embedding, Hugging Face layout (the two halves of a head rotate together), computed in float32.
 
     Args:
         x: [B, T, N, H].
         positions: [B, T] int32.
         theta: base of the frequencies.
+        scaling: how Llama 3 stretches the slow ones, or None.
     """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is not None:
+        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = jnp.clip(kept, 0, 1)
+        frequency *= kept + (1 - kept) / scaling.factor
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency  # [B, T, 1, H/2]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -4,12 +4,36 @@ from dataclasses import dataclass
 
 from igrpo_jax.config import BuiltinModel, InputError
 
-SUPPORTED = ("llama", "qwen2")
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's: by the turns that a frequency makes over the original context, it is kept, slowed down, or between."""
+
+    factor: float  # by which frequencies of few turns are divided
+    low_freq_factor: float  # turns up to which they are divided by all of it
+    high_freq_factor: float  # turns from which on they are kept
+    original_max_position_embeddings: int  # tokens of context before it was extended
+
+
+@dataclass(frozen=True)
+class Mamba:
+    """Shape of the Mamba-2 sublayers."""
+
+    num_heads: int
+    head_dim: int
+    num_groups: int  # heads of a group share what is written to the state (B) and read from it (C)
+    state_size: int  # numbers of state per head and channel
+    conv_size: int  # tokens that the short convolution sees, the token's own included
+    chunk_size: int  # tokens that are worked on at once in prefill and training; changes no result
+    time_step_limit: tuple[float, float]  # the step is clipped to it
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a decoder. `pattern` has one letter per sublayer: `*` attention, `-` MLP; a dense layer is `*-`."""
+    """Shape of a decoder. `pattern` has one letter per sublayer: `*` attention, `-` MLP, `M` Mamba-2.
+
+    A dense layer is `*-`.
+    """
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -18,18 +42,29 @@ class ModelConfig:
     num_kv_heads: int  # K
     head_dim: int  # H
     pattern: str
-    rope_theta: float
+    rope_theta: float | None  # None = attention without positions
     rms_norm_eps: float
     qkv_bias: bool
     tie_embeddings: bool
     max_position_embeddings: int  # tokens of context
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = False  # each head of q and k is normalised before it is rotated
+    mlp: str = "swiglu"  # or "relu2", which has no gate
+    mamba: Mamba | None = None  # where the pattern has an M
     attention: str = "xla"  # of prefill and training, a key of attention.IMPLEMENTATIONS; `attention.choose` picks it
 
     @property
     def num_params(self) -> int:
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         attention += self.qkv_bias * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
-        blocks = {"*": attention, "-": 3 * self.hidden_size * self.intermediate_size}
+        attention += self.qk_norm * 2 * self.head_dim
+        products = {"swiglu": 3, "relu2": 2}[self.mlp]
+        blocks = {"*": attention, "-": products * self.hidden_size * self.intermediate_size}
+        if self.mamba:
+            m = self.mamba
+            inner, states = m.num_heads * m.head_dim, 2 * m.num_groups * m.state_size
+            projections = self.hidden_size * (3 * inner + states + m.num_heads)
+            blocks["M"] = projections + (inner + states) * (m.conv_size + 1) + inner + 3 * m.num_heads
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return embeddings + sum(blocks[kind] + self.hidden_size for kind in self.pattern) + self.hidden_size
 
@@ -61,38 +96,115 @@ def from_hf(raw: dict, source: str) -> ModelConfig:
     """ModelConfig from a parsed config.json. `source` names it in errors.
 
     Raises:
-        InputError: a model_type, activation, rope scaling or window that the decoder does not have; a missing key.
+        InputError: a model_type, activation, rope type, window or kind of layer that the decoder does not have; a
+            missing key.
     """
     kind = raw.get("model_type")
-    if kind not in SUPPORTED:
-        raise InputError(f"{source}: model_type = {kind!r} is not supported; supported are {', '.join(SUPPORTED)}")
-    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
-    rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    refuse(rope_type == "default", source, "rope type", rope_type, "default")
-    refuse(raw.get("hidden_act", "silu") == "silu", source, "hidden_act", raw.get("hidden_act"), "silu")
-    refuse(not raw.get("mlp_bias"), source, "mlp_bias", raw.get("mlp_bias"), "false")
-    refuse(not raw.get("use_sliding_window"), source, "use_sliding_window", raw.get("use_sliding_window"), "false")
-    if kind == "llama":
-        refuse(not raw.get("attention_bias"), source, "attention_bias", raw.get("attention_bias"), "false")
+    if kind not in READERS:
+        raise InputError(f"{source}: model_type = {kind!r} is not supported; supported are {', '.join(READERS)}")
     try:
-        heads = raw["num_attention_heads"]
-        return ModelConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            pattern="*-" * raw["num_hidden_layers"],
-            rope_theta=float(rope["rope_theta"] or 10_000.0),
-            rms_norm_eps=raw["rms_norm_eps"],
-            qkv_bias=kind == "qwen2",
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            max_position_embeddings=raw["max_position_embeddings"],
-        )
+        return READERS[kind](raw, source)
     except KeyError as error:
         raise InputError(f"{source}: has no {error.args[0]!r}; is it the config.json of a {kind} model?") from error
+
+
+def _common(raw: dict) -> dict:
+    """What every family calls by the same name."""
+    heads = raw["num_attention_heads"]
+    return {
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": raw["hidden_size"],
+        "intermediate_size": raw["intermediate_size"],
+        "num_heads": heads,
+        "num_kv_heads": raw.get("num_key_value_heads") or heads,
+        "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "max_position_embeddings": raw["max_position_embeddings"],
+    }
+
+
+def _dense(raw: dict, source: str) -> ModelConfig:
+    """Llama, Qwen2 and Qwen3."""
+    kind = raw["model_type"]
+    _only(raw, source, hidden_act="silu", mlp_bias=False, use_sliding_window=False)
+    windows = "sliding_attention" in (raw.get("layer_types") or ())
+    refuse(not windows, source, "layer_types", "sliding_attention", "full_attention")
+    if kind != "qwen2":  # whose biases are not optional
+        _only(raw, source, attention_bias=False)
+    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
+    rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
+    return ModelConfig(
+        **_common(raw),
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        pattern="*-" * raw["num_hidden_layers"],
+        rope_theta=float(rope.get("rope_theta") or 10_000.0),
+        rope_scaling=_rope_scaling(rope, source),
+        rms_norm_eps=raw["rms_norm_eps"],
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+    )
+
+
+def _rope_scaling(rope: dict, source: str) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    refuse(kind in ("default", "llama3"), source, "rope type", kind, "default or llama3")
+    _only(rope, source, partial_rotary_factor=1.0)
+    if kind == "default":
+        return None
+    context = rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    refuse(high > low, source, "high_freq_factor", high, f"above low_freq_factor = {low}")
+    return RopeScaling(float(rope["factor"]), float(low), float(high), context)
+
+
+# Newer versions of Nemotron-H's config.json have a list of names in place of the pattern.
+_LETTERS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-"}
+
+
+def _nemotron_h(raw: dict, source: str) -> ModelConfig:
+    """Hybrid of Mamba-2, attention without positions, and ungated MLPs; its layers have one sublayer each."""
+    _only(raw, source, mlp_hidden_act="relu2", mamba_hidden_act="silu", use_conv_bias=True, sliding_window=None)
+    _only(raw, source, use_bias=False, mlp_bias=False, attention_bias=False, mamba_proj_bias=False)
+    layers = raw.get("layers_block_type") or raw.get("layer_types") or raw["hybrid_override_pattern"]
+    letters = [_LETTERS.get(name, name) for name in layers]
+    unknown = sorted({*letters} - {*"M*-"})
+    refuse(not unknown, source, "kind of layer", ", ".join(unknown), "M (Mamba-2), * (attention) or - (MLP)")
+    mamba = Mamba(
+        num_heads=raw["mamba_num_heads"],
+        head_dim=raw["mamba_head_dim"],
+        num_groups=raw["n_groups"],
+        state_size=raw["ssm_state_size"],
+        conv_size=raw["conv_kernel"],
+        chunk_size=raw["chunk_size"],
+        # NVIDIA's code clips to this, whether it trains or samples. transformers 5.23 clips to time_step_min in prefill
+        # alone, with which a model would sample from another distribution than it is trained on.
+        time_step_limit=tuple(float(_number(x)) for x in raw.get("time_step_limit") or (0.0, "inf")),
+    )
+    refuse(mamba.num_heads % mamba.num_groups == 0, source, "n_groups", mamba.num_groups, "a divisor of the heads")
+    return ModelConfig(
+        **_common(raw),
+        head_dim=raw.get("head_dim") or raw["attention_head_dim"],
+        pattern="".join(letters),
+        rope_theta=None,
+        rms_norm_eps=raw["layer_norm_epsilon"],
+        qkv_bias=False,
+        mlp="relu2",
+        mamba=mamba,
+    )
+
+
+READERS = {"llama": _dense, "qwen2": _dense, "qwen3": _dense, "nemotron_h": _nemotron_h}  # by model_type
+
+
+def _number(value: float | str | dict) -> float | str:
+    """Infinity is no JSON: some versions of transformers write {"__float__": "Infinity"}."""
+    return value["__float__"] if isinstance(value, dict) else value
+
+
+def _only(raw: dict, source: str, **supported: object) -> None:
+    """Raises InputError where a key of `raw` is set to another value than the one that is supported."""
+    for name, value in supported.items():
+        found = raw.get(name, value)
+        refuse(found == value or (not found and not value), source, name, found, str(value).lower())
 
 
 def refuse(ok: bool, source: str, name: str, value: object, supported: str) -> None:

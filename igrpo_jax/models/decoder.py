@@ -17,9 +17,10 @@ from igrpo_jax import sharding
 from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import ModelConfig
 from igrpo_jax.models.layers import MLP, Attention, RMSNorm
+from igrpo_jax.models.mamba2 import Mamba2
 
 Params = dict[str, jax.Array]
-MIXERS = {"*": Attention, "-": MLP}
+MIXERS = {"*": Attention, "-": MLP, "M": Mamba2}
 # What remat keeps of a sublayer besides its input: nothing, or products with weights (attention scores are no such).
 KEPT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -31,8 +32,8 @@ class Block(nnx.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mixer = MIXERS[kind](c, rngs)
 
-    def __call__(self, x, positions, entry):
-        y, kept = self.mixer(self.norm(x), positions, entry)
+    def __call__(self, x, positions, entry, length):
+        y, kept = self.mixer(self.norm(x), positions, entry, length)
         return sharding.constrain(x + y, "batch", "time", "features"), kept
 
 
@@ -46,7 +47,7 @@ class Decoder(nnx.Module):
         if not c.tie_embeddings:
             self.lm_head = nnx.Param(jax.random.normal(rngs.params(), shape[::-1], jnp.float32) * c.hidden_size**-0.5)
 
-    def __call__(self, tokens, positions, cache, remat):
+    def __call__(self, tokens, positions, cache, length, remat):
         run = _run_block
         if remat != "none":
             run = jax.checkpoint(_run_block, static_argnums=0, policy=KEPT[remat])
@@ -56,13 +57,13 @@ class Decoder(nnx.Module):
         kept = []
         for i, block in enumerate(self.blocks):
             graph, state = nnx.split(block)
-            x, entry = run(graph, state, x, positions, cache[i] if cache else None)
+            x, entry = run(graph, state, x, positions, cache[i] if cache else None, length)
             kept.append(entry)
         return self.norm(x), tuple(kept)
 
 
-def _run_block(graph, state, x, positions, entry):
-    return nnx.merge(graph, state)(x, positions, entry)
+def _run_block(graph, state, x, positions, entry, length):
+    return nnx.merge(graph, state)(x, positions, entry, length)
 
 
 @functools.lru_cache
@@ -95,6 +96,7 @@ def apply(
     tokens: jax.Array,
     positions: jax.Array,
     cache: Cache | None = None,
+    length: jax.Array | None = None,
     remat: str = "none",
 ) -> tuple[jax.Array, Cache]:
     """Runs the decoder up to its final norm.
@@ -102,7 +104,9 @@ def apply(
     Args:
         tokens, positions: [B, T] int32. Without `cache`, position t of a row is t: rows start at their first token.
         cache: either of KV entries, to decode one token per row (T = 1) against them; or of Prefix entries, which the
-            rows continue.
+            rows continue. A Mamba-2 sublayer's entry is its state, for both.
+        length: [B] int32, real tokens of right-padded rows whose cache is wanted; None = all are. The hidden states of
+            real tokens don't depend on it.
         remat: what the backward pass recomputes of each sublayer: all ("full"), all but products with weights ("dots"),
             or nothing ("none").
 
@@ -112,7 +116,7 @@ def apply(
     graph, state = _split(c)
     leaves = [(path, leaf.replace(params["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     values = nnx.from_flat_state(leaves)
-    return nnx.merge(graph, values)(tokens, positions, cache, remat)
+    return nnx.merge(graph, values)(tokens, positions, cache, length, remat)
 
 
 def remat_options(platform: str) -> dict[str, str]:

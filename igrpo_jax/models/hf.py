@@ -1,14 +1,15 @@
 """Hugging Face directories: config.json, tokenizer and safetensors, read into our layouts and shardings.
 
 One table per family (`FAMILIES`) pairs each of our parameters with a tensor of the files and says how the two are laid
-out; it reads both ways. Every tensor is used exactly once: a missing, extra or misshapen one is an error that names it.
+out; it reads both ways. Parameters that name one tensor lie in it one after the other, along its first axis, in the
+order of the table. Every tensor is used exactly once: a missing, extra or misshapen one is an error that names it.
 Only the slice that a device holds is read, straight from the file into its sharding, so that no process ever holds the
 whole model, and no device a second copy.
 
 A layout is a string of one letter per axis. The file's `(NH)D` and our `DNH` say: take the file's [N*H, D] as [N, H, D]
-and transpose it to [D, N, H].
+and transpose it to [D, N, H]. A `1` in the file's is an axis of size 1 that ours has not.
 
-Legend: N heads, K kv heads, H head dim, D model, F ffn, V vocab.
+Legend: N heads, K kv heads, H head dim, D model, F ffn, V vocab; of Mamba-2 G groups, P state, W convolution.
 """
 
 import contextlib
@@ -44,11 +45,12 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of ours and one tensor of the files."""
+    """One parameter of ours and one tensor of the files, or a part of one."""
 
     name: str  # of the tensor; {layer} stands for the layer's number
     stored: str  # the tensor's axes; letters in brackets share one
     ours: str  # the same letters in the order of our parameter
+    start: int = 0  # along the tensor's first axis, of the part that is this parameter's; filled in by `table`
 
     @property
     def axes(self) -> list[str]:
@@ -56,8 +58,8 @@ class Entry:
         return [letters.strip("()") for letters in re.findall(r"\(\w+\)|\w", self.stored)]
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the tensor that belongs to our parameter of this shape."""
-        size = dict(zip(self.ours, shape, strict=True))
+        """Shape of the tensor, or part of one, that belongs to our parameter of this shape."""
+        size = {"1": 1, **dict(zip(self.ours, shape, strict=True))}
         return tuple(math.prod(size[letter] for letter in letters) for letters in self.axes)
 
     def read(self, tensor: Any, shape: tuple[int, ...], index: Index) -> np.ndarray:
@@ -65,18 +67,22 @@ class Entry:
 
         A shared axis is cut at its first letter: of the others the whole is read, and cut in memory.
         """
-        size = dict(zip(self.ours, shape, strict=True))
+        size = {"1": 1, **dict(zip(self.ours, shape, strict=True))}
         cut = {letter: range(*part.indices(size[letter])) for letter, part in zip(self.ours, index, strict=True)}
+        cut["1"] = range(1)
         wanted, read_shape = [], []
         for first, *rest in self.axes:
             inner = math.prod(size[letter] for letter in rest)
             wanted.append(slice(cut[first].start * inner, cut[first].stop * inner))
             read_shape += [len(cut[first]), *(size[letter] for letter in rest)]
+        wanted[0] = slice(self.start + wanted[0].start, self.start + wanted[0].stop)
         letters = "".join(self.axes)
         firsts = {first for first, *_ in self.axes}
         block = tensor[tuple(wanted)].reshape(read_shape)
         block = block[tuple(slice(None) if x in firsts else slice(cut[x].start, cut[x].stop) for x in letters)]
-        block = block.transpose([letters.index(letter) for letter in self.ours])
+        ones = [i for i, letter in enumerate(letters) if letter not in self.ours]
+        block = block.transpose([*ones, *(letters.index(letter) for letter in self.ours)])
+        block = block.reshape(block.shape[len(ones) :])
         return np.ascontiguousarray(block, dtype=np.float32)
 
 
@@ -86,6 +92,7 @@ class Family:
 
     sublayers: int  # letters of the pattern per numbered layer of the files
     entries: dict[str, Entry]  # by our path, with the letter of a block in place of its number
+    prefixes: tuple[str, str] | None = None  # files may name their tensors with the second in place of the first
 
 
 _LAYER = "model.layers.{layer}."
@@ -102,6 +109,8 @@ _DENSE = Family(
         "*/mixer/k_bias": Entry(_ATTENTION + "k_proj.bias", "(KH)", "KH"),
         "*/mixer/v_bias": Entry(_ATTENTION + "v_proj.bias", "(KH)", "KH"),
         "*/mixer/o_proj": Entry(_ATTENTION + "o_proj.weight", "D(NH)", "NHD"),
+        "*/mixer/q_norm/scale": Entry(_ATTENTION + "q_norm.weight", "H", "H"),
+        "*/mixer/k_norm/scale": Entry(_ATTENTION + "k_norm.weight", "H", "H"),
         "-/norm/scale": Entry(_LAYER + "post_attention_layernorm.weight", "D", "D"),
         "-/mixer/gate_proj": Entry(_MLP + "gate_proj.weight", "FD", "DF"),
         "-/mixer/up_proj": Entry(_MLP + "up_proj.weight", "FD", "DF"),
@@ -110,21 +119,74 @@ _DENSE = Family(
         "lm_head": Entry("lm_head.weight", "VD", "DV"),
     },
 )
-FAMILIES = {"llama": _DENSE, "qwen2": _DENSE}  # by model_type; which biases and heads exist is the ModelConfig's say
+_BACKBONE = "backbone.layers.{layer}."
+_MIXER = _BACKBONE + "mixer."
+_NEMOTRON_H = Family(
+    sublayers=1,
+    prefixes=("backbone.", "model."),
+    entries={
+        "embedding": Entry("backbone.embeddings.weight", "VD", "VD"),
+        **{f"{kind}/norm/scale": Entry(_BACKBONE + "norm.weight", "D", "D") for kind in "M*-"},
+        "M/mixer/z_proj": Entry(_MIXER + "in_proj.weight", "(NH)D", "DNH"),
+        "M/mixer/x_proj": Entry(_MIXER + "in_proj.weight", "(NH)D", "DNH"),
+        "M/mixer/b_proj": Entry(_MIXER + "in_proj.weight", "(GP)D", "DGP"),
+        "M/mixer/c_proj": Entry(_MIXER + "in_proj.weight", "(GP)D", "DGP"),
+        "M/mixer/dt_proj": Entry(_MIXER + "in_proj.weight", "ND", "DN"),
+        "M/mixer/x_conv": Entry(_MIXER + "conv1d.weight", "(NH)1W", "WNH"),
+        "M/mixer/b_conv": Entry(_MIXER + "conv1d.weight", "(GP)1W", "WGP"),
+        "M/mixer/c_conv": Entry(_MIXER + "conv1d.weight", "(GP)1W", "WGP"),
+        "M/mixer/x_conv_bias": Entry(_MIXER + "conv1d.bias", "(NH)", "NH"),
+        "M/mixer/b_conv_bias": Entry(_MIXER + "conv1d.bias", "(GP)", "GP"),
+        "M/mixer/c_conv_bias": Entry(_MIXER + "conv1d.bias", "(GP)", "GP"),
+        "M/mixer/dt_bias": Entry(_MIXER + "dt_bias", "N", "N"),
+        "M/mixer/a_log": Entry(_MIXER + "A_log", "N", "N"),
+        "M/mixer/skip": Entry(_MIXER + "D", "N", "N"),
+        "M/mixer/gated_scale": Entry(_MIXER + "norm.weight", "(NH)", "NH"),
+        "M/mixer/o_proj": Entry(_MIXER + "out_proj.weight", "D(NH)", "NHD"),
+        "*/mixer/q_proj": Entry(_MIXER + "q_proj.weight", "(NH)D", "DNH"),
+        "*/mixer/k_proj": Entry(_MIXER + "k_proj.weight", "(KH)D", "DKH"),
+        "*/mixer/v_proj": Entry(_MIXER + "v_proj.weight", "(KH)D", "DKH"),
+        "*/mixer/o_proj": Entry(_MIXER + "o_proj.weight", "D(NH)", "NHD"),
+        "-/mixer/up_proj": Entry(_MIXER + "up_proj.weight", "FD", "DF"),
+        "-/mixer/down_proj": Entry(_MIXER + "down_proj.weight", "DF", "FD"),
+        "norm/scale": Entry("backbone.norm_f.weight", "D", "D"),
+        "lm_head": Entry("lm_head.weight", "VD", "DV"),
+    },
+)
+# By model_type; which biases, norms and heads exist is the ModelConfig's say.
+FAMILIES = {"llama": _DENSE, "qwen2": _DENSE, "qwen3": _DENSE, "nemotron_h": _NEMOTRON_H}
 
 
 def table(model_type: str, c: ModelConfig) -> dict[str, Entry]:
-    """The entry of every parameter by its path, layer numbers filled in."""
-    family, result = FAMILIES[model_type], {}
-    for path in decoder.shapes(c):
-        top, _, rest = path.partition("/")
-        if top != "blocks":
-            result[path] = family.entries[path]
-            continue
-        number, _, rest = rest.partition("/")
-        entry = family.entries[f"{c.pattern[int(number)]}/{rest}"]
-        name = entry.name.format(layer=int(number) // family.sublayers)
-        result[path] = Entry(name, entry.stored, entry.ours)
+    """The entry of every parameter by its path, layer numbers and starts filled in."""
+    family, shapes, result = FAMILIES[model_type], decoder.shapes(c), {}
+    ends: dict[str, int] = {}  # of the parts of each tensor so far, along its first axis
+    order = {key: place for place, key in enumerate(family.entries)}
+    for path in sorted(shapes, key=lambda path: order[_key(c, path)]):
+        entry = family.entries[_key(c, path)]
+        name = entry.name.format(layer=_block(path) // family.sublayers)
+        result[path] = Entry(name, entry.stored, entry.ours, start=ends.get(name, 0))
+        ends[name] = ends.get(name, 0) + entry.stored_shape(shapes[path])[0]
+    return result
+
+
+def _block(path: str) -> int:
+    """Number of the block that holds the parameter; 0 outside of blocks."""
+    match = re.match(r"blocks/(\d+)/", path)
+    return int(match[1]) if match else 0
+
+
+def _key(c: ModelConfig, path: str) -> str:
+    """Of the parameter in Family.entries."""
+    return re.sub(r"^blocks/(\d+)", lambda match: c.pattern[int(match[1])], path)
+
+
+def tensor_shapes(entries: dict[str, Entry], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the files by name, its parts put together."""
+    result: dict[str, tuple[int, ...]] = {}
+    for path, entry in entries.items():
+        first, *rest = entry.stored_shape(shapes[path])
+        result[entry.name] = (max(entry.start + first, result.get(entry.name, (0,))[0]), *rest)
     return result
 
 
@@ -213,9 +275,12 @@ def _open(path: str, stack: contextlib.ExitStack) -> dict[str, Any]:
 
 def _checked(path: str, c: ModelConfig, stack: contextlib.ExitStack) -> tuple[dict[str, Entry], dict[str, Any]]:
     """The entry of each parameter, and every tensor of the files, known to fit."""
-    shapes, entries = decoder.shapes(c), table(_config_json(path)["model_type"], c)
-    tensors = _open(path, stack)
-    _check(path, c, {entry.name: entry.stored_shape(shapes[own]) for own, entry in entries.items()}, tensors)
+    kind = _config_json(path)["model_type"]
+    entries, tensors = table(kind, c), _open(path, stack)
+    if FAMILIES[kind].prefixes:
+        ours, theirs = FAMILIES[kind].prefixes
+        tensors = {re.sub(f"^{re.escape(theirs)}", ours, name): tensor for name, tensor in tensors.items()}
+    _check(path, c, tensor_shapes(entries, decoder.shapes(c)), tensors)
     return entries, tensors
 
 

@@ -1,5 +1,8 @@
 """The sublayers of the decoder as nnx modules: RMSNorm, Attention, MLP. Each mixer maps [B, T, D] to [B, T, D].
 
+A mixer is called with (x, positions, entry, length): `entry` is what the rows continue, `length` [B] how many tokens of
+each row are real, or None = all. Attention needs no length: no real query reads past itself.
+
 Modules compute in the dtype of the parameters they are given; norms and softmax in float32.
 
 Legend: B batch, T query, N heads, K kv heads, H head dim, D model, F ffn.
@@ -16,11 +19,11 @@ from igrpo_jax.models.config import ModelConfig
 from igrpo_jax.sharding import constrain
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5)
 
 
-def _zeros(shape: tuple[int, ...]) -> nnx.Param:
+def zeros(shape: tuple[int, ...]) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape, jnp.float32))
 
 
@@ -36,19 +39,22 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions and an optional bias on q, k and v."""
+    """Grouped-query attention; bias, norm per head and rotary positions as the family has them."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         d, n, k, h = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-        self.q_proj = _normal(rngs, (d, n, h), d)
-        self.k_proj = _normal(rngs, (d, k, h), d)
-        self.v_proj = _normal(rngs, (d, k, h), d)
-        self.o_proj = _zeros((n, h, d))  # a sublayer starts as the identity
+        self.q_proj = normal(rngs, (d, n, h), d)
+        self.k_proj = normal(rngs, (d, k, h), d)
+        self.v_proj = normal(rngs, (d, k, h), d)
+        self.o_proj = zeros((n, h, d))  # a sublayer starts as the identity
         if c.qkv_bias:
-            self.q_bias, self.k_bias, self.v_bias = _zeros((n, h)), _zeros((k, h)), _zeros((k, h))
-        self.qkv_bias, self.rope_theta, self.attention = c.qkv_bias, c.rope_theta, c.attention
+            self.q_bias, self.k_bias, self.v_bias = zeros((n, h)), zeros((k, h)), zeros((k, h))
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(h, c.rms_norm_eps), RMSNorm(h, c.rms_norm_eps)
+        self.qkv_bias, self.qk_norm, self.attention = c.qkv_bias, c.qk_norm, c.attention
+        self.rope_theta, self.rope_scaling = c.rope_theta, c.rope_scaling
 
-    def __call__(self, x: jax.Array, positions: jax.Array, entry: KV | Prefix | None):
+    def __call__(self, x: jax.Array, positions: jax.Array, entry: KV | Prefix | None, length: jax.Array | None):
         """Output [B, T, D] and the keys and values that the caller may keep.
 
         Without `entry` the row attends to itself, with a Prefix to that as well, and its own [B, K, T, H] come back.
@@ -59,8 +65,11 @@ class Attention(nnx.Module):
         v = jnp.einsum("BTD,DKH->BTKH", x, self.v_proj[...])
         if self.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
-        q = constrain(rope(q, positions, self.rope_theta), "batch", "time", "heads", "head_dim")
-        k = rope(k, positions, self.rope_theta)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope_theta is not None:
+            q, k = (rope(y, positions, self.rope_theta, self.rope_scaling) for y in (q, k))
+        q = constrain(q, "batch", "time", "heads", "head_dim")
         own = KV(*(constrain(y.swapaxes(1, 2), *caches.AXES) for y in (k, v)))
         if isinstance(entry, KV):
             own = caches.append(entry, own, positions[:, 0])
@@ -71,16 +80,21 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """swiglu: down(silu(gate(x)) * up(x)); relu2: down(relu(up(x)) ** 2)."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         d, f = c.hidden_size, c.intermediate_size
-        self.gate_proj = _normal(rngs, (d, f), d)
-        self.up_proj = _normal(rngs, (d, f), d)
-        self.down_proj = _zeros((f, d))
+        self.gated = c.mlp == "swiglu"
+        if self.gated:
+            self.gate_proj = normal(rngs, (d, f), d)
+        self.up_proj = normal(rngs, (d, f), d)
+        self.down_proj = zeros((f, d))
 
-    def __call__(self, x: jax.Array, positions: jax.Array, entry: None):
-        gate = jnp.einsum("BTD,DF->BTF", x, self.gate_proj[...])
+    def __call__(self, x: jax.Array, positions: jax.Array, entry: None, length: jax.Array | None):
         up = jnp.einsum("BTD,DF->BTF", x, self.up_proj[...])
-        hidden = constrain(jax.nn.silu(gate) * up, "batch", "time", "ffn")
+        if self.gated:
+            hidden = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x, self.gate_proj[...])) * up
+        else:
+            hidden = jax.nn.relu(up) ** 2
+        hidden = constrain(hidden, "batch", "time", "ffn")
         return jnp.einsum("BTF,FD->BTD", hidden, self.down_proj[...]), None

@@ -82,7 +82,8 @@ class Engine:
         self._eos = jnp.asarray(eos_ids, jnp.int32)
         self._split = sharding.batch_sharding(self.mesh)
         self._whole = sharding.replicated(self.mesh)
-        cache, vocab = (NamedSharding(self.mesh, sharding.spec(axes)) for axes in (caches.AXES, ("batch", "vocab")))
+        cache = caches.shardings(c, self.mesh)
+        vocab = NamedSharding(self.mesh, sharding.spec(("batch", "vocab")))
         build = partial(steps.empty, c, self.slots, self.length, max_completion, dtype)
         self._state = _placed(jax.eval_shape(build), State(cache, *[self._split] * 8))
         self._prefix = Prefix(cache, vocab, self._split)  # where its parts are
@@ -146,7 +147,8 @@ class Engine:
             key: [2] uint32 key data of the step and stage; prompt: int, samples: ints that derive each sample's own.
             limits: most tokens to draw of each, at most max_completion.
         """
-        program = self._programs["insert", _size(prefix)]
+        # A model without attention keeps as much of any prompt: its programs are all the same.
+        program = self._programs["insert", caches.positions(prefix.cache) or self.prefill_buckets[0]]
         for start in range(0, len(slots), WIDTH):
             at, ids, most = (x[start : start + WIDTH] for x in (slots, samples, limits))
             at, ids, most = _padded(at, self.slots), _padded(ids, 0), _padded(most, 1)
@@ -258,14 +260,9 @@ def _prefill_buckets(longest: int, chunk: int) -> tuple[int, ...]:
 
 
 def _placed(tree: NamedTuple, places: NamedTuple) -> NamedTuple:
-    """`tree` of shapes with the sharding of each field."""
-    place = lambda where: lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
-    return type(tree)(*(jax.tree.map(place(where), part) for part, where in zip(tree, places, strict=True)))
-
-
-def _size(prefix: Prefix) -> int:
-    """P of a Prefix."""
-    return jax.tree.leaves(prefix.cache)[0].shape[2]
+    """`tree` of shapes with the sharding of each part."""
+    place = lambda where, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(place, places, tree)
 
 
 def _padded(values: Sequence[int], fill: int) -> np.ndarray:

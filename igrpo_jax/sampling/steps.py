@@ -1,6 +1,6 @@
 """What runs on the device while completions are sampled, as functions that `engine` compiles once per length bucket.
 
-1. `prefill` reads some prompts and keeps their keys and values and the logits after their last token.
+1. `prefill` reads some prompts and keeps their caches and the logits after their last token.
 2. `insert` forks one prefilled prompt to some slots and draws the first token of each.
 3. `decode` draws up to K tokens in every active slot inside one `while_loop`.
 4. `move` gathers the slots that are still active, so that `decode` need not run the others.
@@ -58,7 +58,7 @@ class State(NamedTuple):
 class Prefix(NamedTuple):
     """Prefilled prompts."""
 
-    cache: Cache  # entries [W, K, P, H]
+    cache: Cache  # of W rows and P positions
     logits: jax.Array  # [W, V] float32, after each prompt's last token
     length: jax.Array  # [W] int32
 
@@ -106,7 +106,7 @@ def prefill(c: ModelConfig, chunk: int, weights: decoder.Params, tokens: jax.Arr
     """
     width, size = tokens.shape
     if size <= chunk:
-        hidden, cache = decoder.apply(c, weights, tokens, _positions(0, tokens))
+        hidden, cache = decoder.apply(c, weights, tokens, _positions(0, tokens), length=lengths)
         last = _at(hidden, lengths - 1)
     else:
 
@@ -115,7 +115,8 @@ def prefill(c: ModelConfig, chunk: int, weights: decoder.Params, tokens: jax.Arr
             start = i * chunk
             piece = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
             before = caches.shared(cache, jnp.full((width,), start))
-            hidden, new = decoder.apply(c, weights, piece, _positions(start, piece), before)
+            real = jnp.clip(lengths - start, 0, chunk)
+            hidden, new = decoder.apply(c, weights, piece, _positions(start, piece), before, real)
             end = lengths - 1 - start
             ends_here = (end >= 0) & (end < chunk)
             last = jnp.where(ends_here[:, None], _at(hidden, jnp.clip(end, 0, chunk - 1)), last)
