@@ -8,8 +8,11 @@ columns `prompt` and `answer`. Three steps took 5 minutes and 5.2 GB on two quie
 samples, finite losses, and rewards near zero. A model of this size rarely solves a problem and hardly ever writes the
 tags that the format reward asks for; a step whose groups all have equal rewards says so: they give no gradient.
 
-To evaluate as well (slow on a CPU), give the folder of gsm8k_test.jsonl:
+To evaluate as well (slow on a CPU), in the run or on its own; DATA_DIR holds gsm8k_test.jsonl, else the hub is asked:
     --config.evaluation.every=3 --config.evaluation.data_dir=DATA_DIR --config.evaluation.limit=16
+
+    python -m igrpo_jax.evaluate --config configs/smollm2_gsm8k_cpu.py --model SMOLLM2_DIR --workdir evaluations/x \
+        --config.evaluation.data_dir=DATA_DIR --config.evaluation.limit=64 --samples 2
 """
 
 from igrpo_jax.config import default
@@ -28,7 +31,8 @@ def get_config():
 
     c.learner.tokens_per_microbatch = 3072
 
-    c.evaluation.benchmarks = ("gsm8k_test",)
+    c.evaluation.benchmarks = ("gsm8k",)
+    c.evaluation.samples = 1
     c.checkpoint.every = 10
     c.checkpoint.keep = 1  # 1.6 GB each
     c.log.samples_every = 1

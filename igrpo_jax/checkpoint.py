@@ -8,28 +8,39 @@ may be donated to the next update at once. Which folder a run may use is `prepar
 
 import contextlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from igrpo_jax import config as config_lib
 from igrpo_jax.config import InputError
 
 
 class Checkpointer:
-    """Saves and restores under `workdir/checkpoints`, one folder per step; keeps the newest `settings.keep`.
+    """Saves and restores under `workdir/checkpoints`, one folder per step; keeps the newest `settings.keep`, and the
+    best by `settings.best_metric` where that is set.
 
     Every leaf of a state is a jax.Array on the mesh, scalars too (orbax refuses arrays that live on one host only).
     All processes call every method, with the same arguments.
     """
 
     def __init__(self, workdir: Path, settings: config_lib.Checkpoint):
-        self._every = settings.every
+        self._every, self._best = settings.every, settings.best_metric
         self._path = Path(workdir).absolute() / "checkpoints"
+        keep, score = [policies.LatestN(settings.keep)], lambda metrics: metrics["best"]
+        if self._best:
+            highest = policies.BestN(get_metric_fn=score, n=1)
+            keep.append(highest)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=settings.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            best_fn=score if self._best else None,  # without it metrics are not written
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(self._path, options=options)
 
@@ -39,11 +50,14 @@ class Checkpointer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def save(self, step: int, state: Any, meta: dict[str, Any], force: bool = False) -> bool:
+    def save(
+        self, step: int, state: Any, meta: dict[str, Any], force: bool = False, score: float | None = None
+    ) -> bool:
         """Starts saving where `step` is a multiple of `settings.every`, or at any step with `force`.
 
         Returns before the files are there (see `wait`); waits for the save before it. A step that is already saved is
-        left as it is. An error of the save before it (a full disk) is raised here.
+        left as it is. An error of the save before it (a full disk) is raised here. `score` is what the best is chosen
+        by; a step without one never is the best.
 
         Returns:
             Whether a save was started.
@@ -52,7 +66,8 @@ class Checkpointer:
         if not due or step == self.latest_step():
             return False
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        return self._manager.save(step, args=items, force=True)
+        metrics = {"best": -math.inf if score is None else score} if self._best else None
+        return self._manager.save(step, args=items, metrics=metrics, force=True)
 
     def latest_step(self) -> int | None:
         """The newest step, one still being written included; None where there is none."""
@@ -83,6 +98,36 @@ class Checkpointer:
     def close(self) -> None:
         """Waits for what is being saved, then ends the manager's threads."""
         self._manager.close()
+
+
+def saved_step(workdir: Path, step: int | None = None) -> int:
+    """`step` where the run in `workdir` has a checkpoint of it, its newest where `step` is None.
+
+    Raises:
+        InputError: there is none.
+    """
+    with _reader(workdir) as manager:
+        steps = sorted(manager.all_steps())
+    if not steps or step not in (None, *steps):
+        there = f"those there are: {', '.join(map(str, steps))}" if steps else "start the run again"
+        raise InputError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}; {there}")
+    return steps[-1] if step is None else step
+
+
+def read_params(workdir: Path, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The parameters of a run's checkpoint in the shardings of `abstract`; nothing else is read."""
+    item = {"params": abstract}
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    wanted = ocp.args.Composite(state=ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True))
+    with _reader(workdir) as manager:
+        return manager.restore(step, args=wanted)["state"]["params"]
+
+
+def _reader(workdir: Path) -> ocp.CheckpointManager:
+    path = Path(workdir).absolute() / "checkpoints"
+    if not path.is_dir():
+        raise InputError(f"{workdir}: is not the folder of a run; it has no checkpoints")
+    return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(create=False))
 
 
 def prepare_workdir(workdir: Path, config: config_lib.Config) -> bool:

@@ -57,9 +57,13 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class Data:
-    train: str = ""  # JSON Lines file or hub id with training problems; empty = the built-in arithmetic task
-    prompt_column: str = "prompt"
-    answer_column: str = "answer"
+    train: str = ""  # math, acereason-math, openr1-math-220k, gsm8k; or a file, a folder of files, or a hub id with
+    # training problems; empty = the built-in arithmetic task
+    subset: str = ""  # of a hub id: its "configuration"; empty = the default one
+    split: str = "train"  # of a hub id
+    prompt_column: str = ""  # a dot reaches into nested ones; empty = found by name: prompt, problem, question, input
+    answer_column: str = ""  # empty = found by name: answer, solution, ground_truth, output, reward_model.ground_truth
+    clean: bool = False  # leave out problems without an answer, repeated ones, and those that evaluation asks for too
     max_prompt_length: int = (
         1024  # tokens of the question with its chat template; longer prompts are skipped and counted
     )
@@ -212,7 +216,8 @@ class Mesh:
 @dataclass(frozen=True)
 class Checkpoint:
     every: int = 50  # steps; the last step is always saved; 0 = only the last
-    keep: int = 3
+    keep: int = 3  # of the newest
+    best_metric: str = ""  # such as eval/math500/pass@1: the checkpoint where it was highest is kept too; empty = none
 
 
 @dataclass(frozen=True)
@@ -220,13 +225,17 @@ class Evaluation:
     every: int = (
         0  # steps between single-shot evaluations, also run before the first and after the last step; 0 = never
     )
-    benchmarks: tuple[str, ...] = ()  # "arithmetic" (built-in) or the stem of a JSON Lines file in data_dir
-    samples: int = 1  # completions per problem
+    benchmarks: tuple[str, ...] = ()  # aime24, aime25, math500, amc23, gsm8k, minerva, "arithmetic" (built-in), or the
+    # name of a file in data_dir
+    samples: int | None = None  # completions per problem; None = the paper's: 64 on AIME, 8 on the others, 1 elsewhere
+    rounds: int = 0  # draft -> refine rounds evaluated beside the single shot
+    drafts: int = 4  # of the single-shot samples, or of the round before: the first ones, which one draft is chosen of
     limit: int = 0  # first problems of each benchmark; 0 = all
     temperature: float = 0.6
     top_p: float = 0.95
-    max_completion_length: int | None = None  # None = rollout.max_completion_length
-    data_dir: str = ""  # folder of NAME.jsonl with columns prompt and answer
+    pass_at: tuple[int, ...] = ()  # k of pass@k and maj@k; empty = 1, 2, 4, 8, ... up to the samples
+    max_completion_length: int | None = None  # tokens, cut to the model's context; None = rollout.max_completion_length
+    data_dir: str = ""  # folder of NAME.jsonl (.csv, .json, .parquet), used before the hub
 
 
 @dataclass(frozen=True)
@@ -417,9 +426,9 @@ def _validate(c: Config) -> None:
         "rollout.top_k warm_start.steps "
         "rewards.accuracy rewards.format rewards.overlong rewards.overlong_cache rewards.judge.weight "
         "rewards.judge.max_retries rewards.judge.budget optimizer.learning_rate "
-        "optimizer.weight_decay evaluation.every evaluation.limit evaluation.temperature checkpoint.every "
-        "log.samples_every",
-        1: "prompts_per_step data.max_prompt_length rollout.max_completion_length rollout.slots evaluation.samples "
+        "optimizer.weight_decay evaluation.every evaluation.limit evaluation.temperature evaluation.rounds "
+        "checkpoint.every log.samples_every",
+        1: "prompts_per_step data.max_prompt_length rollout.max_completion_length rollout.slots evaluation.drafts "
         "rollout.steps_per_dispatch rewards.workers rewards.judge.max_tokens rewards.judge.concurrency "
         "learner.minibatches checkpoint.keep log.every learner.tokens_per_microbatch "
         "algorithm.num_iterations data.arithmetic.train_problems data.arithmetic.test_problems warm_start.batch_size "
@@ -431,7 +440,12 @@ def _validate(c: Config) -> None:
         for path in paths.split():
             need(value_of(path) >= low, path, f"must be at least {low}")
     choice("rollout.dispatches_ahead", None, 0, 1)
-    for path in ("refine.max_draft_length", "evaluation.max_completion_length", "learner.logprob_chunk"):
+    for path in (
+        "refine.max_draft_length",
+        "evaluation.max_completion_length",
+        "evaluation.samples",
+        "learner.logprob_chunk",
+    ):
         need(value_of(path) is None or value_of(path) >= 1, path, "must be at least 1, or None")
     shares = (
         "warm_start.error_rate warm_start.draft_fraction warm_start.draft_error_rate algorithm.draft_dropout "
@@ -513,10 +527,9 @@ def _validate(c: Config) -> None:
         "evaluation.benchmarks",
         "name at least one benchmark, or set evaluation.every to 0",
     )
-    if c.evaluation.every:
-        files = [name for name in c.evaluation.benchmarks if name != "arithmetic"]
-        need(
-            not files or c.evaluation.data_dir,
-            "evaluation.data_dir",
-            f"must name the folder of {', '.join(files)}.jsonl",
-        )
+    need(all(k >= 1 for k in c.evaluation.pass_at), "evaluation.pass_at", "each k must be at least 1")
+    need(
+        not c.checkpoint.best_metric or c.evaluation.every,
+        "checkpoint.best_metric",
+        "is a metric of evaluations; set evaluation.every",
+    )

@@ -93,23 +93,26 @@ class Console:
         self._out.print(table)
 
     @contextlib.contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    def phase(self, name: str, total: int | None = None, done: int = 0) -> Iterator[Callable[..., None]]:
         """Shows that something long runs (compiling, warm start, evaluation).
 
         On a terminal a bar while it lasts and a line with its seconds after it; elsewhere a line at its start, and one
-        at each quarter of a phase that counts. Yields `update(done, note="")`, for a phase that counts to `total`.
+        at each quarter of a phase that counts. Yields `update(done, note="")`, for a phase that counts from `done` to
+        `total`.
         """
+        start, first = time.monotonic(), done
         if not self._live:
             self.message(f"{name} ...")
 
             def quarters(done: int, note: str = "") -> None:
                 if total and done and 4 * done // total > 4 * (done - 1) // total:
-                    self.message(f"{name} {done}/{total}  {note}".rstrip())
+                    left = (total - done) * (time.monotonic() - start) / max(done - first, 1)
+                    self.message(f"{name} {done}/{total}  {note}  left {_clock(left)}")
 
             yield quarters
             return
-        start, progress = time.monotonic(), self._progress()
-        task = progress.add_task(plain_text(name), total=total)
+        progress = self._progress()
+        task = progress.add_task(plain_text(name), total=total, completed=done)
 
         def update(done: int, note: str = "") -> None:
             progress.update(task, completed=done, description=plain_text(f"{name}  {note}".rstrip()))
@@ -162,11 +165,15 @@ def step_line(step: int, total: int, metrics: Mapping[str, Any], step_times: Seq
             parts.append(f"{wording} {'not finite' if value is None else format(value, form)}")
     if step_times:
         # The median: the first steps of a run compile.
-        left = round(float(np.median(step_times)) * max(total - step, 0))
-        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
         parts.append(f"{step_times[-1]:.1f} s/step")
-        parts.append(f"left {hours}:{minutes:02d}:{seconds:02d}")
+        parts.append(f"left {_clock(float(np.median(step_times)) * max(total - step, 0))}")
     return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    """h:mm:ss."""
+    left = round(seconds)
+    return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
 
 
 _ESCAPES = re.compile(

@@ -1,32 +1,31 @@
-"""Problems from files and the hub, and the order in which a run reads them.
+"""Problems to train on and to evaluate on, and the order in which a run reads them.
 
-Rows keep the id and the columns they came with; which column is the question and which the answer is the caller's say.
-Every row is checked before a run starts: a blank or missing cell is an error that names the rows.
+Rows keep the id and the columns they came with. Every row is checked before a run starts: a blank or missing cell is an
+error that names the rows. Problems that repeat, or that evaluation asks for too, are counted; `data.clean` leaves them
+out.
 
 The order is a pure function of the seed. Epoch e is the permutation of (seed, e), and rollout s reads the problems
 s*P .. s*P + P-1 of the epochs laid end to end, P being the prompts per step. The position in the data is therefore the
 step alone, and a resumed run goes on where it was without replaying anything. Redraws (algorithm.max_redraws) do not
 move it: they read an order of their step's own, and what they read comes in its own turn as well.
 
-No grading, no prompts' wording, no tokenizer: `fit` is given the function that encodes a question.
+No grading, no prompts' wording, no tokenizer: `fit` is given the function that encodes a question. Files are read by
+`readers`, columns found by `columns`, names looked up in `datasets_table`.
 """
 
-import csv
 import difflib
-import json
-import re
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from igrpo_jax.config import Config, Evaluation, InputError
+from igrpo_jax import columns, filters, readers
+from igrpo_jax.config import Config, Data, Evaluation, InputError
+from igrpo_jax.datasets_table import BENCHMARKS, TRAINING_SETS
+from igrpo_jax.readers import Table
 from igrpo_jax.tasks import arithmetic
-
-Table = list[tuple[int, dict[str, Any]]]  # (number, columns) of each row; numbers start at 1, as editors count lines
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,43 @@ class Row:
     columns: dict[str, Any]  # the columns that are neither question nor answer
 
 
-def training_rows(c: Config) -> list[Row]:
-    """The problems to train on: config.data.train, or the built-in task where that is empty."""
-    if c.data.train:
-        return load_rows(c.data.train, c.data.prompt_column, c.data.answer_column)
-    return _builtin_rows(arithmetic.problems(c.data.arithmetic, c.seed)[0], "train")
+@dataclass(frozen=True)
+class TrainingSet:
+    """The problems to train on, and what was found in them."""
+
+    rows: list[Row]
+    notes: list[tuple[str, str]]  # name and wording, for the table that a run prints
+
+
+def training_set(c: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
+    """config.data.train, or the built-in task where that is empty.
+
+    Args:
+        held_out: the benchmarks of the run, which training problems are compared with.
+    """
+    if not c.data.train:
+        return TrainingSet(_builtin_rows(arithmetic.problems(c.data.arithmetic, c.seed)[0], "train"), [])
+    rows, mapping, unanswered = load_rows(c.data)
+    questions = [row.question for row in rows]
+    twice = filters.repeated(questions)
+    left_out, said = set(twice) if c.data.clean else set(), "left out" if c.data.clean else "kept"
+    notes = [("columns", str(mapping))]
+    if unanswered:
+        notes.append(("problems without an answer", f"{unanswered:,}, left out"))
+    if twice:
+        notes.append(("repeated problems", f"{len(twice):,} of {len(rows):,}, {said}"))
+    for name, others in held_out.items():
+        same = filters.overlapping(questions, [row.question for row in others])
+        left_out |= set(same) if c.data.clean else set()
+        if same:
+            notes.append((f"training problems like {name}'s", f"{len(same):,} of {len(rows):,}, {said}"))
+    kept = [row for place, row in enumerate(rows) if place not in left_out]
+    if not kept:
+        raise InputError(
+            f"config.data.clean = True: leaves none of the {len(rows)} problems of {c.data.train!r}: evaluation asks "
+            "for all of them; train on others"
+        )
+    return TrainingSet(kept, notes)
 
 
 def evaluation_rows(c: Config) -> dict[str, list[Row]]:
@@ -63,56 +94,74 @@ def _builtin_rows(problems: list[arithmetic.Problem], split: str) -> list[Row]:
     return [Row(f"{split}-{i}", i, one.question, str(one.answer), {}) for i, one in enumerate(problems)]
 
 
-def load_rows(path: str, prompt_column: str, answer_column: str, field: str = "data.train") -> list[Row]:
-    """Rows of a .jsonl, .json, .csv or .parquet file, or of the train split of a hub data set.
+def load_rows(settings: Data) -> tuple[list[Row], columns.Mapping, int]:
+    """The rows of config.data.train, which columns they came from, and how many had no answer and were left out.
 
-    Args:
-        path: the file, or a hub id such as owner/name.
-        prompt_column, answer_column: text; a number is accepted as an answer and written out.
-        field: the config field that `path` came from, for errors.
+    `data.train` is a name of TRAINING_SETS, a file or folder, or a hub id. Rows without an answer are left out where
+    `data.clean` is set.
 
     Raises:
         InputError: nothing to read, a line that is no JSON object, a column that is not there, blank cells.
     """
-    return _rows(path, prompt_column, answer_column, f"config.{field} = {path!r}")
+    source = f"config.data.train = {settings.train!r}"
+    preset = None if Path(settings.train).exists() else TRAINING_SETS.get(settings.train)
+    path, subset, split = settings.train, settings.subset, settings.split
+    prompt, answer = settings.prompt_column, settings.answer_column
+    if preset:
+        path, subset, split = preset.id, preset.subset, preset.split
+        prompt, answer = prompt or preset.prompt, answer or preset.answer
+    table = readers.read(path, source, subset, split)
+    _check_not_empty(table, source)
+    mapping = columns.choose(table, prompt, answer, source)
+    unanswered = 0
+    if settings.clean:
+        answered = [row for row in table if not _is_blank(columns.answer, columns.cell(row[1], mapping.answer))]
+        unanswered, table = len(table) - len(answered), answered
+        if not answered:
+            raise InputError(f"{source}: none of its {unanswered} rows has a {mapping.answer!r}; name another column")
+    return _rows(table, mapping, source), mapping, unanswered
 
 
-def _rows(path: str, prompt_column: str, answer_column: str, source: str) -> list[Row]:
-    table = _read(path, source)
-    if not table:
-        raise InputError(f"{source}: is empty; give a file with at least one problem")
-    _check_column(table, prompt_column, source, "data.prompt_column")
-    _check_column(table, answer_column, source, "data.answer_column")
-    _check_cells(table, prompt_column, source, (str,))
-    _check_cells(table, answer_column, source, (str, int, float))
-    return [
-        Row(
-            id=str(number if columns.get("id") is None else columns["id"]),
-            index=index,
-            question=columns[prompt_column],
-            answer=str(columns[answer_column]),
-            columns={name: value for name, value in columns.items() if name not in (prompt_column, answer_column)},
-        )
-        for index, (number, columns) in enumerate(table)
-    ]
-
-
-def benchmark_rows(name: str, evaluation: Evaluation) -> list[Row]:
-    """The rows of data_dir/NAME.jsonl, whose columns are `prompt` and `answer`.
+def benchmark_rows(name: str, settings: Evaluation) -> list[Row]:
+    """The problems of a benchmark: of its file in data_dir (NAME.jsonl, .json, .csv or .parquet), else of the hub.
 
     Raises:
-        InputError: no such file (the nearest is named), or one that `load_rows` refuses.
+        InputError: neither a file nor a name of BENCHMARKS (the nearest is named); a file that can't be used; the hub
+            can't be reached.
     """
-    folder = Path(evaluation.data_dir)
-    if not folder.is_dir():
-        raise InputError(f"config.evaluation.data_dir = {evaluation.data_dir!r}: no such directory")
-    file = folder / f"{name}.jsonl"
-    if not file.is_file():
-        there = sorted(file.stem for file in folder.glob("*.jsonl"))
-        near = difflib.get_close_matches(name, there, n=1, cutoff=0.0)
-        advice = f"the nearest is {near[0]!r} of {', '.join(there)}" if there else "it holds no .jsonl file at all"
-        raise InputError(f"config.evaluation.benchmarks = {name!r}: no {name}.jsonl in {str(folder)!r}; {advice}")
-    return _rows(str(file), "prompt", "answer", f"config.evaluation.benchmarks = {name!r}: {file}")
+    source = f"config.evaluation.benchmarks = {name!r}"
+    known, folder = BENCHMARKS.get(name), Path(settings.data_dir)
+    if settings.data_dir and not folder.is_dir():
+        raise InputError(f"config.evaluation.data_dir = {settings.data_dir!r}: no such directory")
+    files = [file for file in folder.iterdir() if file.suffix in readers.SUFFIXES] if settings.data_dir else []
+    by_stem = {file.stem: file for file in sorted(files)}
+    for stem in (name, *(known.files if known else ())):
+        if stem in by_stem:
+            where = f"{source}: {by_stem[stem]}"
+            return _benchmark(readers.read(str(by_stem[stem]), where), "", "", where)
+    if known is None:
+        there = [*BENCHMARKS, "arithmetic", *by_stem]
+        near = difflib.get_close_matches(name, there, n=1, cutoff=0.0)[0]
+        looked = f"no {name}.jsonl in {str(folder)!r} and no benchmark of that name" if files else "no such benchmark"
+        fix = "" if settings.data_dir else "; config.evaluation.data_dir names a folder of your own NAME.jsonl"
+        raise InputError(f"{source}: {looked}; the nearest is {near!r} of {', '.join(dict.fromkeys(there))}{fix}")
+    fix = f"without the hub, give its folder: config.evaluation.data_dir=FOLDER with {name}.jsonl (prompt, answer)"
+    hub = known.hub
+    return _benchmark(readers.read(hub.id, source, hub.subset, hub.split, fix), hub.prompt, hub.answer, source)
+
+
+def _benchmark(table: Table, prompt: str, answer: str, source: str) -> list[Row]:
+    _check_not_empty(table, source)
+    return _rows(table, columns.choose(table, prompt, answer, source), source)
+
+
+def _rows(table: Table, mapping: columns.Mapping, source: str) -> list[Row]:
+    questions = _cells(table, mapping.prompt, columns.question, source)
+    answers = _cells(table, mapping.answer, columns.answer, source)
+    return [
+        Row(str(number if cells.get("id") is None else cells["id"]), index, question, answer, mapping.rest(cells))
+        for index, ((number, cells), question, answer) in enumerate(zip(table, questions, answers, strict=True))
+    ]
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -145,7 +194,7 @@ def redraw_indices(step: int, redraw: int, per_step: int, count: int, seed: int)
 
 
 def fit(
-    rows: list[Row], encode: Callable[[str], Iterable[int]], max_length: int
+    rows: Sequence[Row], encode: Callable[[str], Iterable[int]], max_length: int
 ) -> tuple[list[tuple[Row, np.ndarray]], int]:
     """The rows whose encoded question has at most `max_length` tokens, with it ([L] int32), and how many were skipped.
 
@@ -162,85 +211,38 @@ def fit(
     return kept, len(rows) - len(kept)
 
 
-def _read(path: str, source: str) -> Table:
-    file, readers = Path(path), {".jsonl": _read_jsonl, ".csv": _read_csv}
-    kinds = {".json": "json", ".parquet": "parquet"}
-    known = (*readers, *kinds)
-    if file.is_file() and file.suffix in known:
-        if file.suffix in readers:
-            return readers[file.suffix](file, source)
-        return _read_datasets(source, kinds[file.suffix], data_files=path)
-    if file.exists():
-        raise InputError(f"{source}: can't be read; give a file that ends in {', '.join(known)}")
-    if file.suffix in known or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
-        raise InputError(f"{source}: no such file; give one that ends in {', '.join(known)}, or a hub id (owner/name)")
-    return _read_datasets(source, path)
+def _check_not_empty(table: Table, source: str) -> None:
+    if not table:
+        raise InputError(f"{source}: is empty; give a file with at least one problem")
 
 
-def _read_jsonl(file: Path, source: str) -> Table:
-    table = []
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                columns = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:  # bad JSON and bad utf-8 both
-                raise InputError(f"{source}: line {number} is not JSON ({error}); give one object a line") from error
-            if not isinstance(columns, dict):
-                raise InputError(f"{source}: line {number} holds no JSON object; give one object a line")
-            table.append((number, columns))
-    return table
-
-
-def _read_csv(file: Path, source: str) -> Table:
-    """Cells stay the text they are: `datasets` would turn the answer 025 into the number 25 and NA into nothing."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+def _is_blank(read: Callable[[Any], str | None], value: Any) -> bool:
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            table = list(enumerate(csv.DictReader(lines), 1))
-    except (csv.Error, ValueError) as error:
-        raise InputError(f"{source}: is not a CSV file in utf-8 ({error}); save it as one") from error
-    for number, columns in table:
-        if None in columns:  # DictReader's key for cells past the header
-            raise InputError(f"{source}: row {number} has more cells than the header; put cells with commas in quotes")
-    return table
+        return read(value) is None
+    except TypeError:
+        return False
 
 
-def _read_datasets(source: str, *args: str, **kwargs: str) -> Table:
-    import datasets  # seconds to import, and JSON Lines don't need it
-
-    try:
-        return list(enumerate(datasets.load_dataset(*args, split="train", **kwargs), 1))
-    except Exception as error:  # arrow, the hub and the builders share no base
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        fix = "give a local file in JSON Lines, or a hub id with a train split"
-        raise InputError(f"{source}: can't be loaded ({type(error).__name__}: {said}); {fix}") from error
-
-
-def _check_column(table: Table, name: str, source: str, setting: str) -> None:
-    there = list(dict.fromkeys(column for _, columns in table for column in columns))
-    if name not in there:
-        near = difflib.get_close_matches(name, there, n=1, cutoff=0.0)
-        advice = f"its columns are {', '.join(there)}; the nearest is {near[0]!r}" if near else "it has none"
-        fix = f" (set config.{setting})" if source.startswith("config.data.") else ""
-        raise InputError(f"{source}: has no column {name!r}; {advice}{fix}")
-
-
-def _check_cells(table: Table, name: str, source: str, types: tuple[type, ...]) -> None:
-    """Raises InputError, naming rows, where the column is blank or no text."""
-    blank, other = [], []
-    for number, columns in table:
-        value = columns.get(name)
-        if value is None or value != value or (isinstance(value, str) and not value.strip()):
-            blank.append(number)
-        elif not isinstance(value, types):
+def _cells(table: Table, name: str, read: Callable[[Any], str | None], source: str) -> list[str]:
+    """The column as text. Raises InputError, naming rows, where it is blank or no text."""
+    values, blank, other, said = [], [], [], ""
+    for number, cells in table:
+        try:
+            values.append(read(columns.cell(cells, name)))
+            if values[-1] is None:
+                blank.append(number)
+        except TypeError as error:
+            said = said or str(error)
             other.append(number)
-    for rows, what, fix in (
-        (blank, f"a blank {name!r}", "fill them in or take them out"),
-        (other, f"a {name!r} that is not text", "write it as a string"),
+    fix = "fill them in or take them out"
+    if source.startswith("config.data.train") and read is columns.answer:
+        fix += ", or set config.data.clean=True"
+    for rows, what, advice in (
+        (blank, f"a blank {name!r}", fix),
+        (other, f"a {name!r} that can't be read ({said})", "write it as a string"),
     ):
         if rows:
             have, word = ("has", "row") if len(rows) == 1 else ("have", "rows")
             named = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-            raise InputError(f"{source}: {len(rows)} of {len(table)} rows {have} {what}: {word} {named}; {fix}")
+            raise InputError(f"{source}: {len(rows)} of {len(table)} rows {have} {what}: {word} {named}; {advice}")
+    return values

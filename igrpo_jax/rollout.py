@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -80,6 +81,16 @@ class _Work:
         return Group(self.prompt, self.ordered("draft"), self.best, self.context, self.ordered("refine"))
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where the scored samples of a request go: into `into`, by their number."""
+
+    prompt: Prompt
+    stage: str
+    into: dict[int, Completion]
+    owner: Any = None  # the caller's own
+
+
 class _Step:
     """The prompts of one step: what each does next, once a score has come.
 
@@ -106,8 +117,9 @@ class _Step:
         for item in self.work:
             self._begin(item)
 
-    def scored(self, item: _Work) -> None:
-        """Takes notice of a score of `item`: nothing, a further draft, Stage 2, or a redraw follows."""
+    def scored(self, target: Target, _: Completion) -> None:
+        """Takes notice of a score of a prompt: nothing, a further draft, Stage 2, or a redraw follows."""
+        item = target.owner
         if item.context is None:
             self._draft_scored(item)
         elif len(item.done["refine"]) == self._algorithm.num_generations:
@@ -228,22 +240,13 @@ class Rollout:
         return {"redraw/groups": redrawn, "redraw/exhausted": exhausted}
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where the scored samples of a request go."""
-
-    prompt: Prompt
-    stage: str
-    into: dict[int, Completion]
-    owner: object = None
-
-
 def sample_and_score(
-    scheduler: Scheduler, grade: Grade, renderer: Renderer, scored: Callable[[object], None] = lambda _: None
+    scheduler: Scheduler, grade: Grade, renderer: Renderer, scored: Callable[[Target, Completion], None]
 ) -> float:
     """Runs until every queued request (tag: Target) is sampled and scored; returns the seconds spent only waiting.
 
-    `grade` returns at once and its future never raises. `scored(owner)` is called after each score and may queue more.
+    `grade` returns at once and its future never raises. `scored(target, completion)` is called after each score and may
+    queue more.
     The verifier works while the device samples.
     """
     waited, grading = 0.0, {}
@@ -258,8 +261,9 @@ def sample_and_score(
             waited += time.perf_counter() - began
         for future in [future for future in grading if future.done()]:
             target, completion = grading.pop(future)
-            target.into[completion.sample_id] = replace(completion, score=future.result())
-            scored(target.owner)
+            completion = replace(completion, score=future.result())
+            target.into[completion.sample_id] = completion
+            scored(target, completion)
     return waited
 
 

@@ -4,11 +4,14 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted. Nothing here
 module level: the verifier's workers import the main module again.
 """
 
+import json
 import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -23,29 +26,111 @@ def parse(argv: list[str]) -> tuple[Config, Path]:
     Raises:
         InputError: an unknown flag or field, a value of the wrong type, a config file that can't be used.
     """
+    usage = "python -m igrpo_jax.main --config FILE [--workdir DIR] [--config.FIELD=VALUE ...]"
+    c, values = _parse(argv, usage, {"workdir": "folder of the run; default runs/NAME of the config file"})
+    file = _last_value(argv, "config")
+    if file is None:
+        raise InputError("--config: missing; give a configuration file, for example --config configs/tiny_cpu.py")
+    return c, Path(values["workdir"] or Path("runs", Path(file).stem))
+
+
+# Flags that stand for a field, in the commands that have them.
+SHORT = {
+    "benchmarks": "evaluation.benchmarks",
+    "samples": "evaluation.samples",
+    "rounds": "evaluation.rounds",
+}
+
+
+def parse_model(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Config, dict[str, str | None]]:
+    """The configuration of a command about the model that --model names, and the values of `texts` and "model".
+
+    Without --config it is that of the run in --model, or the default one. config.model is the run's own where --model
+    is the folder of a run; otherwise config.model.path is --model. The flags of SHORT stand for their fields.
+
+    Args:
+        usage: shown by --help.
+        texts: further flags and what they are for.
+
+    Raises:
+        InputError: as `parse`; a run whose config.json can't be used.
+    """
+    argv = _spelled_out(argv)
+    model = _last_value(argv, "model")
+    run = None
+    if model and Path(model, "checkpoints").is_dir():
+        run = _tree_of_run(Path(model))
+    texts = {"model": "folder of a run, Hugging Face directory or hub id"} | texts
+    c, values = _parse(argv, usage, texts, run or config.default())
+    if run is not None:
+        return replace(c, model=config.freeze(run).model), values
+    return replace(c, model=replace(c.model, path=model or "")), values
+
+
+def number(flag: str, value: str | None) -> int | None:
+    """The whole number that a flag of text gives. Raises InputError where it is none."""
+    if value is None or value.isdecimal():
+        return None if value is None else int(value)
+    raise InputError(f"--{flag} {value}: must be a whole number")
+
+
+def _spelled_out(argv: list[str]) -> list[str]:
+    """`argv` with the flags of SHORT as --config.field=value."""
+    result, rest = [], iter(argv)
+    for argument in rest:
+        match = re.fullmatch(rf"--?({'|'.join(SHORT)})(?:=(.*))?", argument)
+        if not match:
+            result.append(argument)
+            continue
+        value = match[2] if match[2] is not None else next(rest, "")
+        if match[1] == "benchmarks":
+            value = repr(tuple(name.strip() for name in value.split(",") if name.strip()))
+        result.append(f"--config.{SHORT[match[1]]}={value}")
+    return result
+
+
+def _tree_of_run(workdir: Path) -> Any:
+    """The ConfigDict of a run's config.json; what it lacks, because it is of an older version, is as by default."""
+    tree = config.default()
+    try:
+        old = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+        tree.update(old)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"--model {workdir}: its config.json can't be used ({said}); give another folder") from error
+    return tree
+
+
+def _parse(
+    argv: list[str], usage: str, texts: dict[str, str], tree: Any = None
+) -> tuple[Config, dict[str, str | None]]:
+    """The configuration, and the flags `texts` (with what they are for). `tree` is used where there is no --config."""
     _check_overrides(argv)
-    values = flags.FlagValues()
-    # fmt: off
-    holder = config_flags.DEFINE_config_file(
-        "config", None, "Python file whose get_config() edits igrpo_jax.config.default()", flag_values=values,
-        lock_config=False, sys_argv=argv,
-    )
-    # fmt: on
-    flags.DEFINE_string("workdir", None, "folder of the run; default runs/NAME of the config file", flag_values=values)
+    file, values = _last_value(argv, "config"), flags.FlagValues()
+    if file is None and tree is not None:
+        holder = config_flags.DEFINE_config_dict("config", tree, flag_values=values, lock_config=False, sys_argv=argv)
+    else:
+        # fmt: off
+        holder = config_flags.DEFINE_config_file(
+            "config", None, "Python file whose get_config() edits igrpo_jax.config.default()", flag_values=values,
+            lock_config=False, sys_argv=argv,
+        )
+        # fmt: on
+    for name, meaning in texts.items():
+        flags.DEFINE_string(name, None, meaning, flag_values=values)
     flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
     try:
         rest = values(argv)
     except Exception as error:  # the config file is the user's code and may raise anything
         raise InputError(_flag_error(error)) from error
     if values["help"].value:
-        print(f"python -m igrpo_jax.main --config FILE [--workdir DIR] [--config.FIELD=VALUE ...]\n{values}")
+        print(f"{usage}\n{values}")
         raise SystemExit(0)
     if len(rest) > 1:
         raise InputError(f"{rest[1]}: not understood; settings are given as --config.field=value")
-    file = _config_file(argv)
-    if file is None:
-        raise InputError("--config: missing; give a configuration file, for example --config configs/tiny_cpu.py")
-    workdir = values["workdir"].value or Path("runs", Path(file).stem)
+    given = {name: values[name].value for name in texts}
+    if file is None and tree is None:
+        return Config(), given
     try:
         tree = holder.value
         list(tree)
@@ -53,7 +138,7 @@ def parse(argv: list[str]) -> tuple[Config, Path]:
         raise InputError(f"--config {file}: get_config() must return a ConfigDict, not {tree!r}") from error
     except OSError as error:  # ml_collections keeps what went wrong in the file for the first use of its result
         raise InputError(f"--config {file}: {_flag_error(error.__cause__ or error)}") from error
-    return config.freeze(tree), Path(workdir)
+    return config.freeze(tree), given
 
 
 def _check_overrides(argv: list[str]) -> None:
@@ -61,18 +146,18 @@ def _check_overrides(argv: list[str]) -> None:
     for argument in argv[1:]:
         if match := re.match(r"--?config\.([^=]+)", argument):
             config.check_field(match[1])
-    file = _config_file(argv)
+    file = _last_value(argv, "config")
     if file is not None and not Path(file).is_file():
         near = sorted(str(path) for path in Path("configs").glob("*.py"))
         raise InputError(f"--config = {file!r}: no such file" + (f"; there are {', '.join(near)}" if near else ""))
 
 
-def _config_file(argv: list[str]) -> str | None:
-    file = None
+def _last_value(argv: list[str], name: str) -> str | None:
+    value = None
     for at, argument in enumerate(argv):  # the last one counts, as with every flag
-        if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
-            file = match[1] if match[1] is not None else next(iter(argv[at + 1 :]), None)
-    return file
+        if match := re.fullmatch(rf"--?{name}(?:=(.*))?", argument):
+            value = match[1] if match[1] is not None else next(iter(argv[at + 1 :]), None)
+    return value
 
 
 def _flag_error(error: BaseException) -> str:
@@ -93,7 +178,7 @@ def run(command: Callable[[list[str]], None]) -> None:
     except InputError as error:
         sys.exit(_say(error, 2))
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted; the same command goes on from the last checkpoint, if there is one", 130))
+        sys.exit(_say("interrupted; the same command goes on from what was saved, if something was", 130))
     except Exception as error:
         from igrpo_jax.rewards.reward import VerifierError
 

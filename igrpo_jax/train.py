@@ -5,6 +5,7 @@ Everything random is derived from (seed, step), so a resumed run goes on as if i
 """
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import json
@@ -15,12 +16,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from igrpo_jax import algorithms, data, sharding
+from igrpo_jax import algorithms, data, evaluation, sharding
 from igrpo_jax.batch import Prompt
 from igrpo_jax.checkpoint import Checkpointer, prepare_workdir
 from igrpo_jax.config import Config, InputError
 from igrpo_jax.console import Console
-from igrpo_jax.evaluation import evaluate, max_completion
+from igrpo_jax.evaluation import Evaluator
 from igrpo_jax.learner import Learner, TrainState
 from igrpo_jax.metrics import Writer, rollout_metrics
 from igrpo_jax.models import attention, decoder
@@ -91,10 +92,9 @@ class Task:
     mesh: jax.sharding.Mesh
     prompts: list[Prompt]
     skipped: int  # training prompts longer than config.data.max_prompt_length
-    benchmarks: dict[str, list[Prompt]]
-    left_out: int  # of the benchmarks' prompts, for the same reason
+    notes: list[tuple[str, str]]  # what was found in the training set
+    evaluated: evaluation.Plan
     max_context: int  # tokens of the longest q or q' in training
-    longest_evaluated: int  # tokens of the longest benchmark prompt, 0 without benchmarks
     total_steps: int
 
     @functools.cached_property
@@ -118,26 +118,23 @@ def open_task(c: Config) -> Task:
     reward.check(c.rewards)
     policy = open_policy(c.model)
     renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
-    prompts, skipped = _prompts(data.training_rows(c), renderer, c.data.max_prompt_length)
     held_out = data.evaluation_rows(c) if c.evaluation.every else {}
-    fitting = {name: _prompts(rows, renderer, c.data.max_prompt_length) for name, rows in held_out.items()}
-    benchmarks = {name: kept for name, (kept, _) in fitting.items()}
+    training = data.training_set(c, held_out)
+    kept, skipped = data.fit(training.rows, renderer.plain, c.data.max_prompt_length)
+    prompts = [Prompt(row.id, row.index, row.question, row.answer, tokens, row.columns) for row, tokens in kept]
     max_context = max(len(prompt.tokens) for prompt in prompts)
     max_context += renderer.draft_overhead if c.algorithm.num_drafts else 0
-    evaluated = max((len(prompt.tokens) for group in benchmarks.values() for prompt in group), default=0)
-    context = policy.model.max_position_embeddings
-    for name, tokens in (
-        ("rollout.max_completion_length", max_context + c.rollout.max_completion_length),
-        ("evaluation.max_completion_length", evaluated + max_completion(c) if evaluated else 0),
-    ):
-        if tokens > context:
-            raise InputError(
-                f"config.{name}: prompt, draft and completion may reach {tokens} tokens, the model's context is "
-                f"{context}; lower {name}, data.max_prompt_length or refine.max_draft_length"
-            )
+    context, tokens = policy.model.max_position_embeddings, max_context + c.rollout.max_completion_length
+    if tokens > context:
+        raise InputError(
+            f"config.rollout.max_completion_length: prompt, draft and completion may reach {tokens} tokens, the "
+            f"model's context is {context}; lower rollout.max_completion_length, data.max_prompt_length or "
+            "refine.max_draft_length"
+        )
+    evaluated = evaluation.plan(c, held_out, renderer, context)
     mesh = sharding.make_mesh(c.mesh)
     sharding.check_divides(mesh, decoder.shapes(policy.model))
-    longest = max(max_context + c.rollout.max_completion_length, evaluated)
+    longest = max(max_context + c.rollout.max_completion_length, evaluated.max_context)
     implementation = attention.choose(c.learner.attention, mesh, c.model.dtype, policy.model.head_dim, longest)
     policy = replace(policy, model=replace(policy.model, attention=implementation))
     shards = sharding.batch_shards(mesh)
@@ -147,13 +144,7 @@ def open_task(c: Config) -> Task:
             f"{shards}, over which a batch is split"
         )
     steps = c.steps or max(1, int(c.epochs * len(prompts) / c.prompts_per_step))
-    left_out = sum(count for _, count in fitting.values())
-    return Task(c, policy, renderer, mesh, prompts, skipped, benchmarks, left_out, max_context, evaluated, steps)
-
-
-def _prompts(rows: list[data.Row], renderer: Renderer, max_length: int) -> tuple[list[Prompt], int]:
-    kept, skipped = data.fit(rows, renderer.plain, max_length)
-    return [Prompt(row.id, row.index, row.question, row.answer, tokens, row.columns) for row, tokens in kept], skipped
+    return Task(c, policy, renderer, mesh, prompts, skipped, training.notes, evaluated, max_context, steps)
 
 
 class Run:
@@ -166,8 +157,8 @@ class Run:
             task.mesh,
             task.policy.eos_ids,
             slots=c.rollout.slots,
-            max_context=max(task.max_context, task.longest_evaluated),
-            max_completion=max(c.rollout.max_completion_length, max_completion(c)),
+            max_context=max(task.max_context, task.evaluated.max_context),
+            max_completion=max(c.rollout.max_completion_length, task.evaluated.max_completion),
             dtype=c.model.dtype,
             steps_per_dispatch=c.rollout.steps_per_dispatch,
         )
@@ -182,8 +173,10 @@ class Run:
         """Starts the workers, and the judge with its file of verdicts in the workdir."""
         c = self._config
         limit, cache = c.rollout.max_completion_length, self._workdir / "judge.sqlite"
-        self._verifier = stack.enter_context(Verifier(c.rewards, limit, c.data.answer_column, cache))
-        self.rollout = Rollout(c, self._task.renderer, self.scheduler, self._verifier)
+        verifier = stack.enter_context(Verifier(c.rewards, limit, c.data.answer_column or "answer", cache))
+        parts = (self.scheduler, self._task.renderer, verifier)
+        self.rollout = Rollout(c, self._task.renderer, self.scheduler, verifier)
+        self._evaluator = Evaluator(c, self._task.evaluated, *parts, self._console)
 
     def report(self, step: int, groups: list, gains: np.ndarray, metrics: dict[str, float]) -> None:
         """Files and console of one step."""
@@ -217,13 +210,26 @@ class Run:
         """Single-shot evaluation, written under `step` (0 is before the first update)."""
         out = self._workdir / "evaluations" / f"step_{step:06d}"
         began = time.perf_counter()
-        with self._console.phase(f"evaluating at step {step}"):
-            parts = (self.scheduler, self._task.renderer, self._verifier)
-            scores = evaluate(self._config, params, self._task.benchmarks, *parts, out)
+        scores = evaluation.flat(self._evaluator.run(params, out, {"step": step}))
+        self._check_best(scores)
         self.scores[step] = scores
         self.writer.write(step, {**scores, "perf/evaluation_time": time.perf_counter() - began})
         shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items() if name.endswith("pass@1"))
         self._console.message(f"step {step}: {shown}")
+
+    def _check_best(self, scores: dict[str, float]) -> None:
+        name = self._config.checkpoint.best_metric
+        if name and name not in scores:
+            near = difflib.get_close_matches(name, scores, n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"config.checkpoint.best_metric = {name!r}: evaluations write no such metric; the nearest is {near!r}"
+            )
+
+    def is_best(self, step: int) -> bool:
+        """Whether `step` was evaluated, and its config.checkpoint.best_metric is the highest so far."""
+        name = self._config.checkpoint.best_metric
+        known = {at: scores[name] for at, scores in self.scores.items() if name in scores}
+        return step in known and known[step] >= max(known.values())
 
     def save(self, step: int, state: TrainState, last: bool = False) -> None:
         c = self._config
@@ -231,13 +237,19 @@ class Run:
         meta = {"step": step, "seed": c.seed, "epoch": epoch, "index": index, "metrics_rows": self.writer.rows}
         meta["data"] = self._task.fingerprint
         meta["evaluations"] = {str(at): scores for at, scores in self.scores.items()}
-        self.checkpointer.save(step, state, meta, force=last or step == 0)
+        best = self.is_best(step)
+        score = self.scores.get(step, {}).get(c.checkpoint.best_metric)
+        self.checkpointer.save(step, state, meta, force=last or step == 0 or best, score=score)
 
     def finish(self, first: int) -> None:
         """Waits for files and says what came out of the run and where it is."""
         with self._console.phase("writing the last checkpoint"):
             self.checkpointer.wait()
-        self._console.table("Done", _summary(self._workdir, self.scores, first, self._task.total_steps))
+        rows = _summary(self._workdir, self.scores, first, self._task.total_steps)
+        best = [step for step in self.scores if self.is_best(step)]
+        if best:
+            rows.insert(1, ("best checkpoint", f"step {max(best)}, by {self._config.checkpoint.best_metric}"))
+        self._console.table("Done", rows)
 
 
 def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> Run:
@@ -338,7 +350,8 @@ def plan(c: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[
         ("attention", f"{model.attention} (training and prefill)"),
         ("objective", f"{c.algorithm.loss_type}, beta {c.algorithm.beta:g}"),
         ("training prompts", f"{len(task.prompts):,} ({task.skipped} longer than data.max_prompt_length skipped)"),
-        *([("benchmark prompts skipped", f"{task.left_out} longer than data.max_prompt_length")] * bool(task.left_out)),
+        *task.notes,
+        *(("evaluation", note) for note in task.evaluated.notes),
         ("steps", f"{task.total_steps:,} of {c.prompts_per_step} prompts"),
         ("drafts per step", f"{c.prompts_per_step * c.algorithm.num_drafts:,} (N = {c.algorithm.num_drafts})"),
         ("refinements per step", f"{completions:,} (G = {c.algorithm.num_generations}){also}"),

@@ -228,3 +228,39 @@ def test_a_config_half_written_by_a_kill_is_no_obstacle(tmp_path):
     (tmp_path / "config.json.tmp").write_text('{"seed"')
     assert checkpoint.prepare_workdir(pathlib.Path(tmp_path), configured()) is False
     assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+    """Across a restart too, since the metrics are read again from the files; a step without a metric is never best."""
+    settings, mesh = config_lib.Checkpoint(every=1, keep=2, best_metric="m"), mesh_of(1, 8, 1)
+    state = state_on(mesh, 0)
+    scores = [None, 0.3, 0.9, None, 0.2, 0.5]
+    for steps in (range(4), range(4, 6)):
+        with checkpoint.Checkpointer(tmp_path, settings) as store:
+            for step in steps:
+                store.save(
+                    step,
+                    state._replace(step=jax.device_put(jnp.int32(step), state.step.sharding)),
+                    {},
+                    score=scores[step],
+                )
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
+    assert checkpoint.saved_step(tmp_path) == 5 and checkpoint.saved_step(tmp_path, 2) == 2
+    with pytest.raises(config_lib.InputError, match="holds no checkpoint of step 3; those there are: 2, 4, 5"):
+        checkpoint.saved_step(tmp_path, 3)
+    with pytest.raises(config_lib.InputError, match="is not the folder of a run"):
+        checkpoint.saved_step(tmp_path / "none")
+
+
+def test_parameters_alone_are_read_onto_another_mesh(tmp_path):
+    state = state_on(mesh_of(1, 8, 1))
+    with checkpoint.Checkpointer(tmp_path, config_lib.Checkpoint()) as store:
+        store.save(7, state, {}, force=True)
+    mesh = mesh_of(2, 2, 2)
+    abstract = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state.params, shardings(mesh).params
+    )
+    params = checkpoint.read_params(tmp_path, 7, abstract)
+    for name, value in state.params.items():
+        np.testing.assert_array_equal(params[name], value)
+        assert params[name].sharding == abstract[name].sharding

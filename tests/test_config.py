@@ -137,13 +137,13 @@ def test_there_must_be_some_reward():
     config.freeze(tree)
 
 
-def test_a_benchmark_file_needs_its_folder():
+def test_the_best_checkpoint_needs_evaluations():
     tree = config.default()
-    tree.evaluation.benchmarks = ("math500",)
-    config.freeze(tree)  # not read while evaluation is off
-    tree.evaluation.every = 1
-    with pytest.raises(InputError, match=r"config\.evaluation\.data_dir = '': .*math500\.jsonl"):
+    tree.checkpoint.best_metric = "eval/math500/pass@1"
+    with pytest.raises(InputError, match=r"config\.checkpoint\.best_metric = .*: .*set evaluation\.every"):
         config.freeze(tree)
+    tree.evaluation.every, tree.evaluation.benchmarks = 1, ("math500",)
+    config.freeze(tree)
 
 
 def test_types_are_checked_and_whole_numbers_pass_as_floats():

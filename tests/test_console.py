@@ -35,7 +35,7 @@ def test_plain_console_prints_one_unwrapped_line_a_step():
         "step  4/10  solved 0.625  drafts solved 0.500  reward 1.500  length 100  draft length 90  loss not finite"
         "  2.0 s/step  left 0:00:12"
     )
-    assert lines[1:3] == ["evaluation ...", "evaluation 4/8  half"]
+    assert lines[1:3] == ["evaluation ...", "evaluation 4/8  half  left 0:00:00"]
     assert lines[3].startswith("step 10/10") and lines[4:] == ["x" * 500]
     assert "\x1b" not in out.getvalue()
 

@@ -1,12 +1,15 @@
 """Rows, their order, and what is said of files that can't be used."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
-from igrpo_jax import data
+from igrpo_jax import data, filters
 from igrpo_jax.config import Arithmetic, Config, Data, Evaluation, InputError
+from igrpo_jax.datasets_table import BENCHMARKS, TRAINING_SETS
+from igrpo_jax.rewards import math_grader
 
 
 def write(file, rows):
@@ -16,6 +19,10 @@ def write(file, rows):
 
 def problems(count):
     return [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(count)]
+
+
+def load(path, prompt="prompt", answer="answer", **more):
+    return data.load_rows(Data(train=str(path), prompt_column=prompt, answer_column=answer, **more))[0]
 
 
 def error_of(call, *args):
@@ -28,7 +35,7 @@ def error_of(call, *args):
 
 def test_json_lines_keep_ids_columns_and_text(tmp_path):
     rows = [{"id": "a/7", "q": "1+1 = ½·4?", "a": "2", "level": 3}, {"q": "0?", "a": 0, "level": None}]
-    first, second = data.load_rows(write(tmp_path / "x.jsonl", rows), "q", "a")
+    first, second = load(write(tmp_path / "x.jsonl", rows), "q", "a")
     assert first == data.Row("a/7", 0, "1+1 = ½·4?", "2", {"id": "a/7", "level": 3})
     assert second == data.Row("2", 1, "0?", "0", {"level": None})  # answer 0 is not blank; the id is the row's number
 
@@ -36,14 +43,14 @@ def test_json_lines_keep_ids_columns_and_text(tmp_path):
 def test_json_lines_accept_a_byte_order_mark_and_blank_lines(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_bytes('\ufeff{"prompt": "é", "answer": "1"}\n\n{"prompt": "b", "answer": "2"}\n\n'.encode())
-    rows = data.load_rows(str(file), "prompt", "answer")
+    rows = load(str(file), "prompt", "answer")
     assert [(row.id, row.index, row.question) for row in rows] == [("1", 0, "é"), ("3", 1, "b")]
 
 
 def test_csv_cells_stay_text(tmp_path):
     file = tmp_path / "x.csv"
     file.write_text('prompt,answer\n"Sum, of 20 and 5?",025\nSymbol?,NA\n', "utf-8")
-    rows = data.load_rows(str(file), "prompt", "answer")
+    rows = load(str(file), "prompt", "answer")
     assert [(row.question, row.answer) for row in rows] == [("Sum, of 20 and 5?", "025"), ("Symbol?", "NA")]
 
 
@@ -54,18 +61,18 @@ def test_json_and_parquet_go_through_datasets(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_text(json.dumps(problems(3)), "utf-8")
     datasets.Dataset.from_list(problems(3)).to_parquet(str(tmp_path / "x.parquet"))
     for name in ("x.json", "x.parquet"):
-        rows = data.load_rows(str(tmp_path / name), "prompt", "answer")
+        rows = load(str(tmp_path / name), "prompt", "answer")
         assert [(row.index, row.answer) for row in rows] == [(0, "1"), (1, "2"), (2, "3")]
     (tmp_path / "bad.parquet").write_bytes(b"nothing of the sort")
-    assert "can't be loaded" in error_of(data.load_rows, str(tmp_path / "bad.parquet"), "prompt", "answer")
+    assert "can't be loaded" in error_of(load, str(tmp_path / "bad.parquet"), "prompt", "answer")
 
 
 def test_a_missing_file_is_named(tmp_path):
-    message = error_of(data.load_rows, str(tmp_path / "none.jsonl"), "prompt", "answer")
+    message = error_of(load, str(tmp_path / "none.jsonl"), "prompt", "answer")
     assert message.startswith(f"config.data.train = {str(tmp_path / 'none.jsonl')!r}: no such file")
-    assert "no such file" in error_of(data.load_rows, "a/b/c", "prompt", "answer")
+    assert "no such file" in error_of(load, "a/b/c", "prompt", "answer")
     (tmp_path / "x.txt").write_text("x")
-    assert ".jsonl" in error_of(data.load_rows, str(tmp_path / "x.txt"), "prompt", "answer")
+    assert ".jsonl" in error_of(load, str(tmp_path / "x.txt"), "prompt", "answer")
 
 
 def test_a_hub_id_that_can_not_be_had(monkeypatch):
@@ -75,7 +82,7 @@ def test_a_hub_id_that_can_not_be_had(monkeypatch):
         raise ConnectionError("Couldn't reach the hub\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    message = error_of(data.load_rows, "nobody/none-such", "prompt", "answer")
+    message = error_of(load, "nobody/none-such", "prompt", "answer")
     assert message.startswith("config.data.train = 'nobody/none-such': can't be loaded")
     assert "local file" in message
 
@@ -83,7 +90,7 @@ def test_a_hub_id_that_can_not_be_had(monkeypatch):
 @pytest.mark.parametrize("text", ["", "\n\n"])
 def test_an_empty_file(tmp_path, text):
     (tmp_path / "x.jsonl").write_text(text)
-    assert "is empty" in error_of(data.load_rows, str(tmp_path / "x.jsonl"), "prompt", "answer")
+    assert "is empty" in error_of(load, str(tmp_path / "x.jsonl"), "prompt", "answer")
 
 
 @pytest.mark.parametrize(
@@ -96,22 +103,22 @@ def test_an_empty_file(tmp_path, text):
 )
 def test_a_bad_line_is_named(tmp_path, line, said):
     (tmp_path / "x.jsonl").write_bytes(b'{"prompt": "x", "answer": "1"}\n' * 2 + line + b"\n")
-    assert said in error_of(data.load_rows, str(tmp_path / "x.jsonl"), "prompt", "answer")
+    assert said in error_of(load, str(tmp_path / "x.jsonl"), "prompt", "answer")
 
 
 def test_csv_with_an_unquoted_comma(tmp_path):
     (tmp_path / "x.csv").write_text("prompt,answer\na,1\nb, or c,2\n")
-    assert "row 2 has more cells" in error_of(data.load_rows, str(tmp_path / "x.csv"), "prompt", "answer")
+    assert "row 2 has more cells" in error_of(load, str(tmp_path / "x.csv"), "prompt", "answer")
 
 
 def test_a_column_that_is_not_there(tmp_path):
     file = write(tmp_path / "x.jsonl", [{"problem": "x", "answers": "1"}] * 2)
-    message = error_of(data.load_rows, file, "prompt", "answers")
+    message = error_of(load, file, "prompt", "answers")
     assert "no column 'prompt'" in message
     assert "problem, answers" in message
     assert "nearest is 'problem'" in message
     assert "config.data.prompt_column" in message
-    message = error_of(data.load_rows, file, "problem", "answer")
+    message = error_of(load, file, "problem", "answer")
     assert "nearest is 'answers'" in message
     assert "config.data.answer_column" in message
 
@@ -121,47 +128,199 @@ def test_blank_cells_are_counted_and_their_rows_named(tmp_path):
     rows[3]["answer"], rows[16]["answer"] = "", "  \n"
     del rows[59]["answer"]
     file = write(tmp_path / "x.jsonl", rows)
-    message = error_of(data.load_rows, file, "prompt", "answer")
+    message = error_of(load, file, "prompt", "answer")
     assert f"config.data.train = {file!r}: 3 of 100 rows have a blank 'answer': rows 4, 17, 60;" in message
     for i in range(8):
         rows[i]["prompt"] = None
-    message = error_of(data.load_rows, write(tmp_path / "x.jsonl", rows), "prompt", "answer")
+    message = error_of(load, write(tmp_path / "x.jsonl", rows), "prompt", "answer")
     assert "8 of 100 rows have a blank 'prompt': rows 1, 2, 3, 4, 5, ...;" in message
 
 
 def test_cells_that_are_no_text(tmp_path):
     rows = problems(3)
-    rows[1]["prompt"] = [{"role": "user", "content": "x"}]
-    message = error_of(data.load_rows, write(tmp_path / "x.jsonl", rows), "prompt", "answer")
-    assert "1 of 3 rows has a 'prompt' that is not text: row 2;" in message
+    rows[1]["prompt"] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    message = error_of(load, write(tmp_path / "x.jsonl", rows))
+    assert "1 of 3 rows has a 'prompt' that can't be read (messages of the roles user, assistant, where" in message
+    rows[1]["prompt"] = 5
+    assert "that can't be read (not text): row 2;" in error_of(load, write(tmp_path / "x.jsonl", rows))
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "answer", "mapping"),
+    [
+        ({"problem": "Q", "answer": "7"}, "Q", "7", ("problem", "answer")),
+        ({"input": "Q", "output": 27.0}, "Q", "27", ("input", "output")),
+        ({"input": "x", "question": "Q", "ground_truth": 0.5, "solution": "7"}, "Q", "7", ("question", "solution")),
+        ({"question": "Q", "answer": "1 + 1 = <<1+1=2>>2\n#### 1,234"}, "Q", "1234", ("question", "answer")),
+        (
+            {"problem": "Q", "solution": "Thus $\\boxed{1}$, so $\\boxed{\\frac{1}{2}}$."},
+            "Q",
+            "\\frac{1}{2}",
+            ("problem", "solution"),
+        ),
+        (
+            {
+                "data_source": "openai/gsm8k",
+                "prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}],
+                "reward_model": {"style": "rule", "ground_truth": "72"},
+            },
+            "S\n\nQ",
+            "72",
+            ("prompt", "reward_model.ground_truth"),
+        ),
+        ({"prompt": [{"role": "user", "content": "Q"}], "answer": ["3"]}, "Q", "3", ("prompt", "answer")),
+    ],
+)
+def test_columns_are_found_by_their_names(tmp_path, row, question, answer, mapping):
+    """Each is a form that published data sets have. `input` beside `question` loses: the order of names counts."""
+    rows, found, _ = data.load_rows(Data(train=write(tmp_path / "x.jsonl", [row])))
+    assert (rows[0].question, rows[0].answer, (found.prompt, found.answer)) == (question, answer, mapping)
+    assert rows[0].columns == {name: value for name, value in row.items() if name not in mapping}
+    assert mapping[0] in str(found) and mapping[1] in str(found)
+
+
+def test_a_named_column_wins_over_those_found(tmp_path):
+    file = write(tmp_path / "x.jsonl", [{"problem": "P", "question": "Q", "answer": "1", "extra": {"gold": "2"}}])
+    (row,) = load(file, "question", "extra.gold")
+    assert (row.question, row.answer) == ("Q", "2")
+
+
+def test_no_column_of_a_known_name(tmp_path):
+    message = error_of(load, write(tmp_path / "x.jsonl", [{"text": "x", "label": "1"}]), "", "")
+    assert "has no column 'prompt', 'problem', 'question' or 'input'" in message
+    assert "its columns are text, label" in message and "config.data.prompt_column" in message
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+    for name, first in (("b", 2), ("a", 0)):
+        write(tmp_path / f"{name}.jsonl", problems(4)[first : first + 2])
+    assert [(row.id, row.index, row.answer) for row in load(tmp_path)] == [
+        ("1", 0, "1"),
+        ("2", 1, "2"),
+        ("3", 2, "3"),
+        ("4", 3, "4"),
+    ]
+    (tmp_path / "c.csv").write_text("prompt,answer\n")
+    assert "several kinds (.csv, .jsonl)" in error_of(load, tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "holds no file" in error_of(load, tmp_path / "empty")
+
+
+def test_presets_and_hub_ids_ask_the_hub_for_the_right_thing(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((*args, kwargs["split"]))
+        return [{"problem": "Q", "question": "Q", "answer": "1 #### 2", "solution": "\\boxed{2}"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in TRAINING_SETS:
+        assert [(row.question, row.answer) for row in load(name, "", "")] == [("Q", "2")]
+    load("owner/name", "", "", subset="hard", split="test")
+    for name in BENCHMARKS:
+        assert [(row.question, row.answer) for row in data.benchmark_rows(name, Evaluation())] == [("Q", "2")]
+    assert asked[:5] == [
+        ("DigitalLearningGmbH/MATH-lighteval", None, "train"),
+        ("nvidia/AceReason-Math", None, "train"),
+        ("open-r1/OpenR1-Math-220k", "default", "train"),
+        ("openai/gsm8k", "main", "train"),
+        ("owner/name", "hard", "test"),
+    ]
+    assert ("openai/gsm8k", "main", "test") in asked[5:] and ("HuggingFaceH4/aime_2024", None, "train") in asked[5:]
+
+
+def test_a_benchmark_without_the_hub_says_how_to_give_a_file():
+    message = error_of(data.benchmark_rows, "math500", Evaluation())  # the suite is offline
+    assert message.startswith("config.evaluation.benchmarks = 'math500': can't be loaded")
+    assert "config.evaluation.data_dir=FOLDER with math500.jsonl" in message
 
 
 def test_benchmarks_are_found_by_name_and_cut_to_the_limit(tmp_path):
     write(tmp_path / "aime24.jsonl", problems(5))
     write(tmp_path / "gsm8k_test.jsonl", problems(4))
+    write(tmp_path / "my_own.jsonl", [{"question": "1 + 1?", "solution": "\\boxed{2}"}])
     settings = Evaluation(data_dir=str(tmp_path))
     assert len(data.benchmark_rows("aime24", settings)) == 5
+    assert len(data.benchmark_rows("gsm8k", settings)) == len(data.benchmark_rows("gsm8k_test", settings)) == 4
+    assert [row.answer for row in data.benchmark_rows("my_own", settings)] == ["2"]
     cut = Evaluation(data_dir=str(tmp_path), benchmarks=("aime24", "arithmetic"), limit=2)
     rows = data.evaluation_rows(Config(evaluation=cut))
     assert {name: [row.index for row in some] for name, some in rows.items()} == {
         "aime24": [0, 1],
         "arithmetic": [0, 1],
     }
-    message = error_of(data.benchmark_rows, "aime_2024", settings)
-    assert message.startswith("config.evaluation.benchmarks = 'aime_2024'")
-    assert "nearest is 'aime24'" in message
+    message = error_of(data.benchmark_rows, "aime_24", settings)
+    assert message.startswith("config.evaluation.benchmarks = 'aime_24'")
+    assert "nearest is 'aime24'" in message and "my_own" in message
+    assert "config.evaluation.data_dir names a folder" in error_of(data.benchmark_rows, "mine", Evaluation())
     missing = Evaluation(data_dir=str(tmp_path / "none"))
     assert "config.evaluation.data_dir" in error_of(data.benchmark_rows, "aime24", missing)
     write(tmp_path / "empty.jsonl", [])
-    assert "config.evaluation.benchmarks = 'empty'" in error_of(data.benchmark_rows, "empty", settings)
+    message = error_of(data.benchmark_rows, "empty", settings)
+    assert "config.evaluation.benchmarks = 'empty'" in message and "is empty" in message
+
+
+def test_what_is_left_out_of_the_training_set(tmp_path):
+    words = [f"word{i}" for i in range(20)]
+    asked = " ".join(words)
+    rows = [
+        {"prompt": "How many?", "answer": "1"},
+        {"prompt": "how  MANY", "answer": "1"},  # the same words
+        {"prompt": "(Again) " + asked.upper() + ", please.", "answer": "2"},  # all 8 runs of the evaluation problem
+        {"prompt": " ".join(words[3:]), "answer": "2"},  # 5 of its 8 runs
+        {"prompt": " ".join(words[5:]), "answer": "2"},  # 3 of its 8 runs: not half
+        {"prompt": "Without", "answer": " "},
+    ]
+    file = write(tmp_path / "x.jsonl", rows)
+    held_out = {"mine": [data.Row("1", 0, "Other", "0", {}), data.Row("2", 1, asked, "2", {})]}
+    cleaned = data.training_set(Config(data=Data(train=file, clean=True)), held_out)
+    assert [row.index for row in cleaned.rows] == [0, 4]
+    assert cleaned.notes[1:] == [
+        ("problems without an answer", "1, left out"),
+        ("repeated problems", "1 of 5, left out"),
+        ("training problems like mine's", "2 of 5, left out"),
+    ]
+    file = write(tmp_path / "x.jsonl", rows[:5])
+    kept = data.training_set(Config(data=Data(train=file)), held_out)
+    assert len(kept.rows) == 5 and kept.notes[1] == ("repeated problems", "1 of 5, kept")
+    message = error_of(load, write(tmp_path / "x.jsonl", rows))
+    assert "1 of 6 rows has a blank 'answer': row 6; " in message and "config.data.clean=True" in message
+    everything = Config(data=Data(train=write(tmp_path / "y.jsonl", [{"prompt": asked, "answer": "2"}]), clean=True))
+    assert "leaves none of the 1 problems" in error_of(data.training_set, everything, held_out)
+
+
+@pytest.mark.skipif("IGRPO_DATA" not in os.environ, reason="IGRPO_DATA names no folder of the real problems")
+def test_the_real_problems():
+    """Every gold is found and accepted by the grader, and overlaps are those that an independent count found."""
+    folder = os.environ["IGRPO_DATA"]
+    settings = Evaluation(data_dir=folder)
+    held_out = {name: data.benchmark_rows(name, settings) for name in BENCHMARKS}
+    for name, rows in held_out.items():
+        assert len(rows) == BENCHMARKS[name].problems
+        assert len({row.id for row in rows}) == len(rows)
+        for row in rows:
+            assert math_grader.grade(f"So \\boxed{{{row.answer}}}.", row.answer)[0] == 1.0, (name, row.id)
+    questions = []
+    for file, count in (("gsm8k_train", 7473), ("math_train", 7500)):
+        rows = load(f"{folder}/{file}.jsonl", "", "")
+        assert len(rows) == count
+        questions += [row.question for row in rows]
+    asked = {name: [row.question for row in rows] for name, rows in held_out.items()}
+    hit = {name: len(set(filters.overlapping(questions, texts).values())) for name, texts in asked.items()}
+    assert hit == {"aime24": 0, "aime25": 0, "amc23": 0, "minerva": 0, "gsm8k": 1, "math500": 17}
+    assert len(filters.repeated(questions)) == 8
 
 
 def test_training_rows_are_the_file_or_the_built_in_task(tmp_path):
     file = write(tmp_path / "x.jsonl", [{"q": "1 + 1?", "a": "2"}])
     settings = Data(train=file, prompt_column="q", answer_column="a")
-    assert [row.question for row in data.training_rows(Config(data=settings))] == ["1 + 1?"]
+    found = data.training_set(Config(data=settings), {})
+    assert [row.question for row in found.rows] == ["1 + 1?"]
+    assert found.notes == [("columns", "question from 'q', answer from 'a'")]
     built_in = Config(data=Data(arithmetic=Arithmetic(train_problems=30, test_problems=10)))
-    rows = data.training_rows(built_in)
+    rows = data.training_set(built_in, {}).rows
     assert [row.index for row in rows] == list(range(30))
     assert all(int(row.answer) >= 0 for row in rows)
 
@@ -207,7 +366,7 @@ def test_redraws_of_a_small_data_set_begin_it_again():
 
 def test_long_prompts_are_skipped_and_counted(tmp_path):
     file = write(tmp_path / "x.jsonl", [{"prompt": "a" * n, "answer": "1"} for n in (3, 5, 4, 9)])
-    rows = data.load_rows(file, "prompt", "answer")
+    rows = load(file, "prompt", "answer")
     kept, skipped = data.fit(rows, lambda text: [ord(x) for x in text], max_length=4)
     assert skipped == 2
     assert [(row.index, tokens.tolist(), tokens.dtype) for row, tokens in kept] == [

@@ -214,18 +214,18 @@ def test_a_step_of_short_completions_is_graded_in_a_fraction_of_a_second(verifie
     assert time.perf_counter() - start < 0.5
 
 
-def fake_score(candidate, rules):
-    """Stands in for `score` in a worker."""
+def fake_call(function, candidate, rules):
+    """Stands in for what a worker runs."""
     if candidate.text == "hang":
         while True:
             pass
     if candidate.text == "fail":
         raise RuntimeError("a bug in the grader")
-    return score(candidate, rules)
+    return function(candidate, rules)
 
 
 def test_timeouts_and_errors_are_scores(monkeypatch):
-    monkeypatch.setattr(reward, "Pool", lambda function, *args, **options: Pool(fake_score, *args, **options))
+    monkeypatch.setattr(reward, "Pool", lambda function, *args, **options: Pool(fake_call, *args, **options))
     before = set(multiprocessing.active_children())
     with Verifier(config.Rewards(workers=1, timeout=1.0)) as verifier:
         futures = [verifier.submit(Candidate(text, "4")) for text in (RIGHT, "hang", "fail", RIGHT)]

@@ -36,7 +36,7 @@ def get_config():
     c.rollout.max_completion_length, c.rollout.slots, c.rollout.temperature = 24, 8, 0.7
     c.optimizer.learning_rate = 1e-2
     c.evaluation.every, c.evaluation.benchmarks = 2, ("arithmetic",)
-    c.checkpoint.every, c.checkpoint.keep = 2, 2
+    c.checkpoint.every, c.checkpoint.keep, c.checkpoint.best_metric = 2, 2, "eval/arithmetic/pass@1"
     c.log.samples_every, c.log.profile_steps = 2, (2,)
     return c
 """
@@ -199,6 +199,23 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
     assert samples(killed) == samples(workdir)
     a, b = final_state(killed, settings()), final_state(workdir, settings())
     assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def test_the_best_checkpoint_is_kept(whole):
+    """Of the evaluations at 0, 2, 4 and 5 the highest, the latest of equals, beside the newest two."""
+    workdir, _ = whole
+    scores = {row["step"]: row["eval/arithmetic/pass@1"] for row in rows(workdir) if "eval/arithmetic/pass@1" in row}
+    assert list(scores) == [0, 2, 4, 5]
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert {int(path.name) for path in (workdir / "checkpoints").iterdir()} == {4, 5, best}
+    summary = json.loads((workdir / "evaluations" / "step_000004" / "summary.json").read_text())
+    assert summary["benchmarks"]["arithmetic"]["single_shot"]["pass@1"] == scores[4]
+
+
+def test_a_best_metric_that_is_none(tmp_path):
+    wrong = command(tmp_path, tmp_path / "run", "checkpoint.best_metric=eval/arithmetic/pass@9")
+    done = subprocess.run(wrong, cwd=ROOT, env=one_device(), capture_output=True, text=True)
+    assert done.returncode == 2 and "the nearest is 'eval/arithmetic/pass@1'" in done.stderr
 
 
 def test_a_finished_run_is_not_run_again(whole):

@@ -34,7 +34,7 @@ imported only when `symbolic` is first reached.
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from igrpo_jax.rewards import answers, exact, extraction, regions, symbolic, words
 from igrpo_jax.rewards.exact import NoValue, Value
@@ -78,6 +78,27 @@ def grade(text: str, gold: str) -> tuple[float, str | None, str]:
     if extracted is None:
         return 0.0, None, "unparseable"
     return float(equivalent(extracted, gold)), extracted, "ok"
+
+
+def classes(found: Collection[str | None]) -> list[int]:
+    """Numbers from 0 for the answers of one problem, equal where they are equivalent; -1 where there is no answer.
+
+    An answer joins the first class whose first member it is equivalent to. May be slow, as `equivalent` is.
+    """
+    firsts: list[str] = []
+    by_text: dict[str, int] = {}
+
+    def number(answer: str) -> int:
+        for place, first in enumerate(firsts):
+            if equivalent(answer, first):
+                return place
+        firsts.append(answer)
+        return len(firsts) - 1
+
+    for answer in found:
+        if answer is not None and answer not in by_text:
+            by_text[answer] = number(answer)
+    return [-1 if answer is None else by_text[answer] for answer in found]
 
 
 def warm_up() -> None:

@@ -180,7 +180,7 @@ class Verifier:
         if settings.judge.weight:
             self._judge = Judge(settings.judge, Path(settings.judge.cache or cache))
         preload = ("igrpo_jax.rewards.reward", "igrpo_jax.rewards.math_grader")
-        self._pool = Pool(score, settings.workers, settings.timeout, preload=preload)
+        self._pool = Pool(_call, settings.workers, settings.timeout, preload=preload)
 
     def __enter__(self) -> "Verifier":
         return self
@@ -213,6 +213,21 @@ class Verifier:
         """As `submit`, but the accuracy alone, whatever the rewards of training are: what evaluation counts."""
         return self._grade(candidate, Rules({"accuracy": 1.0}))
 
+    def classes(self, found: Sequence[str | None]) -> Future[list[int]]:
+        """`math_grader.classes` of the answers of one problem; by their text alone where that takes too long."""
+        result: Future[list[int]] = Future()
+
+        def settle(done: Future) -> None:
+            outcome = done.result()
+            if outcome.status != "ok":
+                logging.warning("answers are compared by their text alone: %s: %s", outcome.status, outcome.detail)
+            texts = list(dict.fromkeys(found))
+            by_text = [-1 if one is None else texts.index(one) for one in found]
+            result.set_result(outcome.value if outcome.status == "ok" else by_text)
+
+        self._pool.submit(math_grader.classes, list(found)).add_done_callback(settle)
+        return result
+
     def statistics(self, scores: Sequence[Score]) -> dict[str, float]:
         """The `verifier/…` metrics of `scores`, and the `judge/…` metrics since `start_step` where there is a judge."""
         return statistics(scores) | (judge_room.statistics(self._judgements) if self._judge else {})
@@ -225,7 +240,7 @@ class Verifier:
 
     def _grade(self, candidate: Candidate, rules: Rules) -> Future[Score]:
         result: Future[Score] = Future()
-        graded = self._pool.submit(candidate, rules)
+        graded = self._pool.submit(score, candidate, rules)
         graded.add_done_callback(lambda done: result.set_result(_to_score(done.result(), rules)))
         return result
 
@@ -239,6 +254,11 @@ class Verifier:
         status = "ok" if graded.status == "invalid" else graded.status  # the judge's verdict is one
         blended = replace(graded, rewards=rewards, status=status, detail="")
         return _total(blended, self._rules.weights | {"judge": self._judge_weight})
+
+
+def _call(function: Callable, *args: object) -> object:
+    """What a worker runs."""
+    return function(*args)
 
 
 def _to_score(outcome: Outcome, rules: Rules) -> Score:

@@ -23,7 +23,7 @@ from igrpo_jax.sampling.steps import Prefix, Sampling, State, Status
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, sampled `samples` times."""
+    """One prompt, sampled `samples` times, the samples numbered from `first`."""
 
     tokens: np.ndarray  # [L] int32
     index: int  # of the prompt; with `key` and the sample's number it derives the randomness

@@ -1,0 +1,75 @@
+"""Evaluates a model: `python -m igrpo_jax.evaluate --config configs/X.py --model MODEL --benchmarks a,b --workdir OUT`.
+
+MODEL is the folder of a run (its newest checkpoint, or that of --step N), a Hugging Face directory or a hub id.
+--samples K, --rounds R and --benchmarks stand for the fields of `evaluation` of those names; --config may be left out.
+The same command goes on where it was killed, and --compare A,B compares two such OUTs instead.
+
+jax is imported inside `main` only: the verifier's worker processes import this module too.
+"""
+
+import contextlib
+import time
+from pathlib import Path
+
+from igrpo_jax import runtime
+from igrpo_jax.config import Config, InputError
+
+USAGE = (
+    "python -m igrpo_jax.evaluate [--config FILE] --model MODEL --benchmarks a,b [--samples K] [--rounds R] "
+    "--workdir OUT [--config.FIELD=VALUE ...]\npython -m igrpo_jax.evaluate --compare OUT_A,OUT_B"
+)
+FLAGS = {
+    "workdir": "folder of rows and summary",
+    "step": "of a run's checkpoint; default: the newest",
+    "compare": "two folders of evaluations, A,B: prints what B is better by, and nothing is sampled",
+}
+
+
+def main(argv: list[str]) -> None:
+    c, values = runtime.parse_model(argv, USAGE, FLAGS)
+    if values["compare"]:
+        from igrpo_jax.results import compare
+
+        folders = values["compare"].split(",")
+        if len(folders) != 2:
+            raise InputError(f"--compare {values['compare']}: give two folders, A,B")
+        print(compare(*map(Path, folders)), end="")
+        return
+    for flag, fix in (("model", "the folder of a run, a Hugging Face directory or a hub id"), ("workdir", "a folder")):
+        if not values[flag]:
+            raise InputError(f"--{flag}: missing; give {fix}")
+    if not c.evaluation.benchmarks:
+        raise InputError("--benchmarks: missing; name at least one, for example --benchmarks aime24,math500")
+    evaluate(c, values["model"], runtime.number("step", values["step"]), Path(values["workdir"]))
+
+
+def evaluate(c: Config, model: str, step: int | None, out: Path) -> None:
+    """Evaluates, or goes on with, the benchmarks of `c` into `out`, and prints the summary."""
+    from igrpo_jax import data, inference, results
+    from igrpo_jax.console import Console
+
+    rows = data.evaluation_rows(c)
+    with contextlib.ExitStack() as stack:
+        console = stack.enter_context(Console())
+        opened = inference.open_model(c, model, step, rows)
+        settings = {
+            "model": opened.name,
+            "step": opened.step,
+            "dtype": c.model.dtype,
+            "seed": c.seed,
+            "temperature": c.evaluation.temperature,
+            "top_p": c.evaluation.top_p,
+            "max_completion_length": opened.plan.max_completion,
+            "instruction": c.data.instruction,
+            "refine_instruction": c.refine.instruction,
+            "max_draft_length": c.draft_limit,
+        }
+        results.claim(out, settings)
+        evaluator, params = inference.load(opened, console, stack)
+        began = time.perf_counter()
+        summaries = evaluator.run(params, out, settings, resume=True)
+        console.message(f"{results.markdown(summaries)}\n{time.perf_counter() - began:.1f} s; written to {out}")
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,94 @@
+"""Answers questions, to try a model by hand: `python -m igrpo_jax.generate --model MODEL --prompt "What is 7 * 8?"`.
+
+MODEL is the folder of a run, a Hugging Face directory or a hub id. --prompts FILE reads questions from a file: one a
+line of a .txt, or a column of JSON Lines, CSV, JSON or Parquet. --samples K answers each K times; --rounds 1 refines
+as well: of the first `evaluation.drafts` answers the majority's is put into the prompt as a draft. How answers are
+drawn is config.evaluation's temperature, top_p and max_completion_length.
+
+jax is imported inside `main` only: the verifier's worker processes import this module too.
+"""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+from igrpo_jax import runtime
+from igrpo_jax.config import Config, InputError
+
+USAGE = (
+    'python -m igrpo_jax.generate --model MODEL (--prompt "..." | --prompts FILE) [--samples K] [--rounds R] '
+    "[--config.FIELD=VALUE ...]"
+)
+FLAGS = {
+    "prompt": "the question",
+    "prompts": "file of questions: .txt with one a line, .jsonl, .csv, .json or .parquet",
+    "step": "of a run's checkpoint; default: the newest",
+}
+NAME = "prompts"  # of the questions among benchmarks
+
+
+def main(argv: list[str]) -> None:
+    c, values = runtime.parse_model(argv, USAGE, FLAGS)
+    if not values["model"]:
+        raise InputError("--model: missing; give the folder of a run, a Hugging Face directory or a hub id")
+    if bool(values["prompt"]) == bool(values["prompts"]):
+        raise InputError('--prompt: give either --prompt "a question" or --prompts FILE')
+    questions = [values["prompt"]] if values["prompt"] else read(values["prompts"], c.data.prompt_column)
+    generate(c, values["model"], runtime.number("step", values["step"]), questions)
+
+
+def read(path: str, column: str) -> list[str]:
+    """The questions of a file.
+
+    Raises:
+        InputError: no such file, none in it, or no column of questions.
+    """
+    from igrpo_jax import columns, readers
+
+    source, file = f"--prompts {path}", Path(path)
+    if file.suffix == ".txt" and file.is_file():
+        questions = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        table = readers.read(path, source)
+        name = columns.choose_prompt(table, column, source) if table else ""
+        questions = [text for text in (columns.question(columns.cell(cells, name)) for _, cells in table) if text]
+    if not questions:
+        raise InputError(f"{source}: is empty; give a file with at least one question")
+    return questions
+
+
+def generate(c: Config, model: str, step: int | None, questions: list[str]) -> None:
+    """Prints the answers to `questions`."""
+    from igrpo_jax import inference
+    from igrpo_jax.console import Console
+    from igrpo_jax.data import Row
+
+    rows = {NAME: [Row(str(i), i, question, "", {}) for i, question in enumerate(questions)]}
+    c = replace(c, evaluation=replace(c.evaluation, samples=c.evaluation.samples or drafts(c)))
+    with contextlib.ExitStack() as stack:
+        console = stack.enter_context(Console())
+        opened = inference.open_model(c, model, step, rows)
+        evaluator, params = inference.load(opened, console, stack)
+        answers = evaluator.sampled(params, NAME, chains=("vote",))
+        for prompt in opened.plan.prompts[NAME]:
+            console.message(f"=== {prompt.question}")
+            for path in evaluator.paths(prompt, answers):
+                for row in answers.of(prompt.index, path):
+                    console.message(f"--- {title(row)}\n{row['text']}")
+
+
+def title(row: dict) -> str:
+    """What a row of an evaluation is, in a line."""
+    stage = f"round {len(row['drafts'])}, from draft {row['drafts'][-1] + 1}, answer" if row["drafts"] else "answer"
+    found = "states none" if row["extracted"] is None else row["extracted"]
+    cut = "" if row["finished"] else ", cut at the limit"
+    return f"{stage} {row['sample_id'] + 1}: {found} ({row['token_count']} tokens{cut})"
+
+
+def drafts(c: Config) -> int:
+    """Answers to a question where --samples is not given: one, or what a draft is chosen of."""
+    return c.evaluation.drafts if c.evaluation.rounds else 1
+
+
+if __name__ == "__main__":
+    runtime.run(main)

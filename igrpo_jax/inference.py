@@ -1,0 +1,107 @@
+"""A model by its name, ready to answer: what `evaluate` and `generate` share.
+
+The name is the folder of a run (its newest checkpoint, or one of a step), a Hugging Face directory, or a hub id.
+"""
+
+import contextlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from igrpo_jax import config, evaluation, sharding
+from igrpo_jax.checkpoint import read_params, saved_step
+from igrpo_jax.config import Config, InputError
+from igrpo_jax.console import Console
+from igrpo_jax.data import Row
+from igrpo_jax.evaluation import Evaluator, Plan
+from igrpo_jax.models import attention, decoder
+from igrpo_jax.policy import Policy, open_policy
+from igrpo_jax.programs import use_disk_cache
+from igrpo_jax.prompts import Renderer
+from igrpo_jax.rewards.reward import Verifier
+from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and what it is asked: read and checked, without weights and before any device work."""
+
+    config: Config
+    policy: Policy
+    renderer: Renderer
+    plan: Plan
+    mesh: jax.sharding.Mesh
+    run: Path | None  # folder of the run that the model is of
+    step: int | None  # of its checkpoint
+    name: str  # absolute, where the model is a folder
+
+
+def open_model(c: Config, model: str, step: int | None, rows: dict[str, list[Row]]) -> Opened:
+    """Opens the model of this name for some problems.
+
+    Args:
+        c: whose config.model fits `model` (see `runtime.parse_model`).
+        step: of a run's checkpoint, None = the newest.
+        rows: problems by benchmark.
+
+    Raises:
+        InputError: no such model or checkpoint; problems that don't fit its context; a mesh that doesn't divide it.
+    """
+    run = Path(model) if Path(model, "checkpoints").is_dir() else None
+    if step is not None and run is None:
+        raise InputError(f"--step {step}: only the folder of a run has steps, which {model!r} is not; leave it out")
+    step = saved_step(run, step) if run else None
+    policy = open_policy(c.model)
+    renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
+    plan = evaluation.plan(c, rows, renderer, policy.model.max_position_embeddings)
+    mesh = sharding.make_mesh(c.mesh)
+    sharding.check_divides(mesh, decoder.shapes(policy.model))
+    chosen = attention.choose(c.learner.attention, mesh, c.model.dtype, policy.model.head_dim, plan.max_context)
+    policy = replace(policy, model=replace(policy.model, attention=chosen))
+    name = str(Path(model).resolve()) if Path(model).exists() else model
+    return Opened(c, policy, renderer, plan, mesh, run, step, name)
+
+
+def load(opened: Opened, console: Console, stack: contextlib.ExitStack) -> tuple[Evaluator, decoder.Params]:
+    """Reads the weights, compiles the sampler and starts the verifier; what must be closed is put on `stack`."""
+    c, policy, mesh = opened.config, opened.policy, opened.mesh
+    use_disk_cache(c.compilation_cache)
+    stack.enter_context(jax.set_mesh(mesh))
+    for note in opened.plan.notes:
+        console.message(note)
+    with console.phase("reading the weights"):
+        if opened.run is None:
+            params = policy.load(mesh, c.seed)
+        else:
+            abstract = {
+                path: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding.param_sharding(mesh, path))
+                for path, shape in decoder.shapes(policy.model).items()
+            }
+            params = read_params(opened.run, opened.step, abstract)
+    scheduler = _scheduler(c, policy, mesh, opened.plan, console)
+    settings = replace(c.rewards, accuracy=1.0, format=0.0, overlong=0.0, custom="", judge=config.Judge())
+    verifier = stack.enter_context(Verifier(settings))
+    return Evaluator(c, opened.plan, scheduler, opened.renderer, verifier, console), params
+
+
+def _scheduler(c: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan, console: Console) -> Scheduler:
+    """A sampler of no more slots than there are samples."""
+    shards = sharding.batch_shards(mesh)
+    samples = sum(len(prompts) * evaluation.samples(c, name) for name, prompts in plan.prompts.items())
+    engine = Engine(
+        policy.model,
+        mesh,
+        policy.eos_ids,
+        slots=min(c.rollout.slots, -(-samples // shards) * shards),
+        max_context=plan.max_context,
+        max_completion=plan.max_completion,
+        dtype=c.model.dtype,
+        steps_per_dispatch=c.rollout.steps_per_dispatch,
+    )
+    with console.phase("compiling the sampler", len(engine.keys)) as update:
+        engine.compile(update)
+    ahead = c.rollout.dispatches_ahead
+    return Scheduler(engine, (jax.default_backend() != "cpu") if ahead is None else ahead)

@@ -1,0 +1,115 @@
+"""What an evaluation says, as pure functions of its answers. Numpy only.
+
+    pass@k   1 - C(n-c, k) / C(n, k) of a problem with c of n samples right (Chen et al. 2021, arXiv 2107.03374): the
+             chance that k of them, drawn without replacement, hold a right one. pass@1 is the mean accuracy.
+    maj@k    whether the largest class of equal answers is right, the one that came first among equals; the mean over
+             the n // k disjoint runs of k samples, in their order. A sample without an answer has no vote.
+    interval the 2.5 and 97.5 percent points of the mean when the problems are drawn again with replacement: what other
+             problems of the kind would change, not what other samples of these would.
+
+Legend: P problems, K samples of each.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+REDRAWN = 10_000  # times the problems are drawn again for an interval
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The graded samples of one benchmark; every problem has the same number of them."""
+
+    correct: np.ndarray  # [P, K] bool
+    lengths: np.ndarray  # [P, K] int, tokens
+    finished: np.ndarray  # [P, K] bool, ended by an EOS and not by the limit
+    parsed: np.ndarray  # [P, K] bool, an answer was found
+    failed: np.ndarray  # [P, K] bool, the grading timed out or raised
+    classes: np.ndarray  # [P, K] int, equal numbers where a problem's answers are equivalent; -1 without an answer
+
+
+def summary(answers: Answers, ks: Sequence[int] = ()) -> dict[str, float]:
+    """All measures by name; those over no samples (the length of solved ones where none is) are absent.
+
+    Args:
+        ks: the k of pass@k and maj@k, each at most K.
+    """
+    correct, lengths = answers.correct, answers.lengths
+    low, high = interval(correct.mean(axis=1))
+    result = {"pass@1": float(correct.mean()), "pass@1_low": low, "pass@1_high": high}
+    for k in ks:
+        if k > 1:
+            result[f"pass@{k}"] = float(pass_at(correct, k).mean())
+            result[f"maj@{k}"] = float(majority_at(answers.classes, correct, k).mean())
+    result["mean_length"] = float(lengths.mean())
+    for name, mask in (("solved_length", correct), ("unsolved_length", ~correct)):
+        if mask.any():
+            result[name] = float(lengths[mask].mean())
+    result["clipped_ratio"] = float(1 - answers.finished.mean())
+    result["unparseable_frac"] = float(1 - answers.parsed.mean())
+    result["error_frac"] = float(answers.failed.mean())
+    return result
+
+
+def pass_at(correct: np.ndarray, k: int) -> np.ndarray:
+    """The unbiased estimate of pass@k of each problem, [P] float64, from correct [P, K] bool; k is at most K."""
+    samples = correct.shape[1]
+    if not 1 <= k <= samples:
+        raise ValueError(f"k = {k}: must be within 1 and the {samples} samples")
+    all_sets = math.comb(samples, k)
+    return np.array([1 - math.comb(samples - int(right), k) / all_sets for right in correct.sum(axis=1)])
+
+
+def vote(classes: Sequence[int]) -> int | None:
+    """Place of the first answer of the largest class, the class that came first among equals; None without answers."""
+    counts: dict[int, int] = {}
+    for one in classes:
+        if one >= 0:
+            counts[one] = counts.get(one, 0) + 1
+    return list(classes).index(max(counts, key=counts.__getitem__)) if counts else None
+
+
+def majority_at(classes: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
+    """Share of each problem's K // k disjoint runs of k samples whose vote is right, [P] float64."""
+    samples = classes.shape[1]
+    if not 1 <= k <= samples:
+        raise ValueError(f"k = {k}: must be within 1 and the {samples} samples")
+    shares = []
+    for problem, right in zip(classes, correct, strict=True):
+        chosen = [(start, vote(problem[start : start + k].tolist())) for start in range(0, samples - k + 1, k)]
+        shares.append(np.mean([place is not None and right[start + place] for start, place in chosen]))
+    return np.array(shares)
+
+
+def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean of `values` [P] over the problems, by percentiles."""
+    draw = np.random.Generator(np.random.PCG64(seed))
+    values = np.asarray(values, np.float64)
+    means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(REDRAWN)]
+    low, high = np.quantile(means, (0.025, 0.975), method="inverted_cdf")
+    return float(low), float(high)
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
+    """Mean of `second` - `first` ([P] each, of the same problems) and its 95 % interval; drawn again in pairs."""
+    change = np.asarray(second, np.float64) - np.asarray(first, np.float64)
+    return float(change.mean()), *interval(change)
+
+
+def refined(drafts: np.ndarray, correct: np.ndarray) -> dict[str, float]:
+    """What refining did, as shares of all refinements: of wrong and right drafts, made right, wrong, or left so.
+
+    Args:
+        drafts: [P] bool, whether the draft in the prompt is right; correct: [P, K] bool of its refinements.
+    """
+    before = np.broadcast_to(drafts[:, None], correct.shape)
+    parts = {
+        "fixed": ~before & correct,
+        "broken": before & ~correct,
+        "kept_right": before & correct,
+        "kept_wrong": ~before & ~correct,
+    }
+    return {name: float(part.mean()) for name, part in parts.items()}

@@ -1,0 +1,108 @@
+"""Tables from files, folders and the hub: rows as they stand, each with its number. What a column means is `columns`'
+business.
+
+JSON Lines and CSV are read here, so that a bad line is named and a cell stays the text it is; `.json`, `.parquet` and
+hub ids go through `datasets`.
+"""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from igrpo_jax.config import InputError
+
+Table = list[tuple[int, dict[str, Any]]]  # (number, columns) of each row; numbers start at 1, as editors count lines
+
+KINDS = {".json": "json", ".parquet": "parquet"}  # read by `datasets`, by its name of the format
+SUFFIXES = (".jsonl", ".csv", *KINDS)
+FILES = ", ".join(SUFFIXES)
+
+
+def read(path: str, source: str, subset: str = "", split: str = "train", fix: str = "") -> Table:
+    """The rows of a file, of all files of a folder in the order of their names, or of a hub data set.
+
+    Args:
+        path: a file of one of SUFFIXES, a folder of files of one of them, or a hub id such as owner/name.
+        source: what errors begin with: the field and its value.
+        subset, split: of a hub data set.
+        fix: what errors of the hub advise; default: to give a local file.
+
+    Raises:
+        InputError: nothing to read, or something that can't be.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return _read_folder(place, source)
+    if place.is_file() and place.suffix in SUFFIXES:
+        return _read_files([place], source)
+    if place.exists():
+        raise InputError(f"{source}: can't be read; give a file that ends in {FILES}")
+    if place.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+        raise InputError(f"{source}: no such file; give one that ends in {FILES}, or a hub id (owner/name)")
+    fix = fix or f"give a local file in JSON Lines, or a hub id with a split {split!r}"
+    return _read_datasets(source, fix, path, subset or None, split=split)
+
+
+def _read_folder(folder: Path, source: str) -> Table:
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    kinds = sorted({file.suffix for file in files})
+    if not files:
+        raise InputError(f"{source}: holds no file that ends in {FILES}; give a folder of them, or one file")
+    if len(kinds) > 1:
+        raise InputError(f"{source}: holds files of several kinds ({', '.join(kinds)}); give one file, or one kind")
+    return _read_files(files, source)
+
+
+def _read_files(files: list[Path], source: str) -> Table:
+    suffix = files[0].suffix
+    if suffix in KINDS:
+        fix = "give a file in JSON Lines"
+        return _read_datasets(source, fix, KINDS[suffix], data_files=[str(file) for file in files], split="train")
+    reader, table = {".jsonl": _read_jsonl, ".csv": _read_csv}[suffix], []
+    for file in files:
+        where = source if len(files) == 1 else f"{source}: {file.name}"
+        table += reader(file, where)
+    return table if len(files) == 1 else list(enumerate((columns for _, columns in table), 1))
+
+
+def _read_jsonl(file: Path, source: str) -> Table:
+    table = []
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                columns = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:  # bad JSON and bad utf-8 both
+                raise InputError(f"{source}: line {number} is not JSON ({error}); give one object a line") from error
+            if not isinstance(columns, dict):
+                raise InputError(f"{source}: line {number} holds no JSON object; give one object a line")
+            table.append((number, columns))
+    return table
+
+
+def _read_csv(file: Path, source: str) -> Table:
+    """Cells stay the text they are: `datasets` would turn the answer 025 into the number 25 and NA into nothing."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            table = list(enumerate(csv.DictReader(lines), 1))
+    except (csv.Error, ValueError) as error:
+        raise InputError(f"{source}: is not a CSV file in utf-8 ({error}); save it as one") from error
+    for number, columns in table:
+        if None in columns:  # DictReader's key for cells past the header
+            raise InputError(f"{source}: row {number} has more cells than the header; put cells with commas in quotes")
+    return table
+
+
+def _read_datasets(source: str, fix: str, *args: str | None, **kwargs: Any) -> Table:
+    import datasets  # seconds to import, and JSON Lines don't need it
+
+    try:
+        return list(enumerate(datasets.load_dataset(*args, **kwargs), 1))
+    except Exception as error:  # arrow, the hub and the builders share no base
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{source}: can't be loaded ({type(error).__name__}: {said}); {fix}") from error

@@ -1,0 +1,195 @@
+"""The commands `evaluate` and `generate`: what they print and write, and one line for what is wrong."""
+
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from igrpo_jax import config, evaluate, generate, runtime, sharding
+from igrpo_jax.checkpoint import Checkpointer, prepare_workdir
+from igrpo_jax.policy import open_policy
+from igrpo_jax.tasks import arithmetic
+
+HF = {
+    "model_type": "llama",
+    "vocab_size": 112,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+TINY = {
+    "compilation_cache": "",
+    "model.dtype": "float32",
+    "data.instruction": "",
+    "refine.instruction": "{draft}",
+    "refine.max_draft_length": 4,
+    "rollout.slots": 8,
+    "evaluation.max_completion_length": 6,
+}
+
+
+class State(NamedTuple):
+    params: dict
+    step: jax.Array
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, compile_fast):
+    """A tiny random Llama with the built-in tokenizer, as a Hugging Face directory."""
+    import transformers
+
+    path = tmp_path_factory.mktemp("model") / "llama"
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**HF)).save_pretrained(path)
+    arithmetic.tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """The folder of a run with the model's weights in the checkpoint of step 3, and others in that of step 1."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    tree = config.default()
+    tree.update_from_flattened_dict(TINY | {"model.path": str(model)})
+    c = config.freeze(tree)
+    prepare_workdir(workdir, c)
+    mesh = sharding.make_mesh(c.mesh)
+    params = open_policy(c.model).load(mesh, 0)
+    count = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
+    with Checkpointer(workdir, c.checkpoint) as store:
+        store.save(1, State(jax.tree.map(lambda x: x * 0.5, params), count), {}, force=True)
+        store.save(3, State(params, count), {}, force=True)
+    return workdir
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with one benchmark of three problems."""
+    path = tmp_path / "data"
+    path.mkdir()
+    rows = [{"prompt": f"{i}+1", "answer": str(i + 1)} for i in range(3)]
+    (path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command and returns what it printed; `code` is what it must end with."""
+
+    def call(command, *arguments, code=0):
+        overrides = [f"--config.{name}={value}" for name, value in TINY.items()]
+        monkeypatch.setattr(sys, "argv", ["command", *overrides, *map(str, arguments)])
+        if code:
+            with pytest.raises(SystemExit) as stop:
+                runtime.run(command.main)
+            assert stop.value.code == code
+            said = capsys.readouterr().err
+            assert said.startswith("igrpo_jax: error: ") and said.count("\n") == 1 and "Traceback" not in said
+            return said
+        runtime.run(command.main)
+        return capsys.readouterr().out
+
+    return call
+
+
+def texts(out: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in (out / "mine.jsonl").open()]
+
+
+def test_a_run_and_its_weights_elsewhere_answer_alike(call, model, run, folder, tmp_path):
+    """Greedy answers of a checkpoint and of the Hugging Face directory with the same weights."""
+    given = ("--benchmarks", "mine", f"--config.evaluation.data_dir={folder}", "--config.evaluation.temperature=0")
+    said = call(evaluate, "--model", model, "--workdir", tmp_path / "a", "--samples", 2, *given)
+    assert "| mine | 3 | 2 | " in said and f"written to {tmp_path / 'a'}" in said
+    call(evaluate, "--model", run, "--workdir", tmp_path / "b", "--samples=2", *given)
+    call(evaluate, "--model", run, "--step", 1, "--workdir", tmp_path / "c", "--samples=2", *given)
+    one, other, older = (texts(tmp_path / name) for name in "abc")
+    assert one == other != older and len(one) == 6
+    made = json.loads((tmp_path / "b" / "evaluation.json").read_text())
+    assert (made["model"], made["step"], made["temperature"]) == (str(run), 3, 0.0)
+    assert "| mine | 3 | " in call(evaluate, "--compare", f"{tmp_path / 'a'},{tmp_path / 'b'}")
+    said = call(evaluate, "--model", model, "--workdir", tmp_path / "b", *given, code=2)
+    assert "holds an evaluation of another kind (model: " in said
+    said = call(evaluate, "--model", run, "--step", 2, "--workdir", tmp_path / "d", *given, code=2)
+    assert "holds no checkpoint of step 2; those there are: 1, 3" in said
+
+
+def test_generate_answers_and_refines(call, model, tmp_path):
+    said = call(generate, "--model", model, "--prompt", "1+2", "--rounds", 1, "--config.evaluation.drafts=2")
+    assert said.count("=== 1+2") == 1
+    assert [line.split(":")[0] for line in said.splitlines() if line.startswith("---")] == [
+        "--- answer 1",
+        "--- answer 2",
+        "--- round 1, from draft 1, answer 1",
+        "--- round 1, from draft 1, answer 2",
+    ]
+    (tmp_path / "questions.txt").write_text("1+2\n\n3+4\n")
+    said = call(generate, "--model", model, "--prompts", tmp_path / "questions.txt")
+    assert said.count("--- answer 1: ") == 2 and "=== 3+4" in said
+
+
+def test_questions_of_a_file(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"problem": "1+2"}\n{"problem": "3+4"}\n')
+    assert generate.read(str(tmp_path / "x.jsonl"), "") == ["1+2", "3+4"]
+    for text in ("", "\n"):
+        (tmp_path / "x.txt").write_text(text)
+        with pytest.raises(config.InputError, match="is empty"):
+            generate.read(str(tmp_path / "x.txt"), "")
+    with pytest.raises(config.InputError, match="no such file"):
+        generate.read(str(tmp_path / "none.txt"), "")
+
+
+def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
+    out = ("--workdir", tmp_path / "out")
+    data = f"--config.evaluation.data_dir={folder}"
+    assert "--model: missing" in call(evaluate, "--benchmarks", "mine", *out, code=2)
+    assert "--workdir: missing" in call(evaluate, "--model", model, "--benchmarks=mine", code=2)
+    assert "--benchmarks: missing" in call(evaluate, "--model", model, *out, code=2)
+    assert "the nearest is 'mine'" in call(evaluate, "--model", model, "--benchmarks", "mien", data, *out, code=2)
+    said = call(evaluate, "--model", model, "--benchmarks", "aime24", data, *out, code=2)
+    assert "without the hub, give its folder" in said and "aime24.jsonl" in said
+    (folder / "mine.jsonl").write_text("")
+    assert "is empty" in call(evaluate, "--model", model, "--benchmarks", "mine", data, *out, code=2)
+    (folder / "mine.jsonl").write_text('{"text": "1+1", "answer": "2"}\n')
+    said = call(evaluate, "--model", model, "--benchmarks", "mine", data, *out, code=2)
+    assert "has no column 'prompt'" in said and "text, answer" in said
+    (folder / "mine.jsonl").write_text(json.dumps({"prompt": "1+" * 40, "answer": "2"}))
+    said = call(evaluate, "--model", model, "--benchmarks", "mine", data, *out, code=2)
+    assert "model's context of 64 leaves no room" in said
+    said = call(evaluate, "--model", model, "--benchmarks=arithmetic", "--samples", "0", *out, code=2)
+    assert "config.evaluation.samples = 0" in said
+    said = call(evaluate, "--model", tmp_path / "no", "--benchmarks=arithmetic", *out, code=2)
+    assert "config.model.path = " in said and "no such directory" in said
+    said = call(evaluate, "--model", model, "--step=3", "--benchmarks=arithmetic", *out, code=2)
+    assert "only the folder of a run has steps" in said
+    said = call(evaluate, "--model", run, "--step=x", "--benchmarks=arithmetic", *out, code=2)
+    assert "--step x: must be a whole number" in said
+    assert "give two folders" in call(evaluate, "--compare", "a", code=2)
+    assert "is no folder" in call(evaluate, "--compare", "a,b", code=2)
+    assert "config.evaluation.sample: no such field" in call(evaluate, "--config.evaluation.sample=1", code=2)
+    assert "--prompt: give either" in call(generate, "--model", model, code=2)
+    (run / "config.json").write_text('{"seed": "x"}')
+    assert "config.json can't be used" in call(evaluate, "--model", run, "--benchmarks=arithmetic", *out, code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_model_of_a_run_is_the_runs_own(run, tmp_path):
+    (run / "config.json").write_text(json.dumps({"seed": 4, "model": {"dtype": "float32"}, "gone": 1}))
+    with pytest.raises(config.InputError, match=r"config\.gone: no such field"):
+        runtime.parse_model(["x", "--model", str(run)], "", {})
+    (run / "config.json").write_text(json.dumps({"seed": 4, "model": {"dtype": "float32"}}))
+    c, _ = runtime.parse_model(["x", "--model", str(run), "--config.evaluation.samples=3"], "", {})
+    assert (c.seed, c.model.dtype, c.evaluation.samples) == (4, "float32", 3)
+    (tmp_path / "other.py").write_text("from igrpo_jax.config import default as get_config\n")
+    c, _ = runtime.parse_model(["x", "--model", str(run), "--config", str(tmp_path / "other.py")], "", {})
+    assert (c.seed, c.model.dtype) == (0, "float32")
+    c, _ = runtime.parse_model(["x", "--model=owner/name", "--benchmarks", "a, b", "--rounds=2"], "", {})
+    assert (c.model.path, c.evaluation.benchmarks, c.evaluation.rounds) == ("owner/name", ("a", "b"), 2)
