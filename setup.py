@@ -37,7 +37,8 @@ EXTRAS_REQUIRE = {
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     "judge": ["openai>=2.0"],  # the generative judge, rewards.judge
     "test": ["hypothesis>=6.100", "openai>=2.0", "pytest>=8.0", "ruff>=0.17.6,<0.18"],
-    "parity": ["torch==2.13.0", "trl==1.16.0"],  # what the decoder and the objectives are compared with
+    # What decoder, objectives and LoRA are compared with.
+    "parity": ["torch==2.13.0", "trl==1.16.0", "peft>=0.18,<1"],
 }
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run (orbax, asynchronous, atomic) and the claim of one run on its folder.
+"""Checkpoints of a run (orbax, asynchronous, atomic), the claim of one run on its folder, and what others read of it.
 
 A checkpoint is one step folder with two items: `state`, the pytree of arrays, and `meta`, JSON (data position, seed,
 metrics cursor). Orbax writes a step under a temporary name and renames it once every part is there, so a killed save
@@ -100,6 +100,19 @@ class Checkpointer:
         self._manager.close()
 
 
+def read_config(workdir: Path) -> config_lib.Config:
+    """The configuration of the run in `workdir`.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        return config_lib.freeze(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--workdir {workdir}: holds no run (no readable config.json); give a run's folder") from error
+
+
 def saved_step(workdir: Path, step: int | None = None) -> int:
     """`step` where the run in `workdir` has a checkpoint of it, its newest where `step` is None.
 
@@ -115,7 +128,7 @@ def saved_step(workdir: Path, step: int | None = None) -> int:
 
 
 def read_params(workdir: Path, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """The parameters of a run's checkpoint in the shardings of `abstract`; nothing else is read."""
+    """The parameters of a run's checkpoint in the shardings and dtypes of `abstract`; nothing else is read."""
     item = {"params": abstract}
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     wanted = ocp.args.Composite(state=ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True))

@@ -37,10 +37,24 @@ class BuiltinModel:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: they alone are trained, and the model's own weights stay as they are, in model.dtype."""
+
+    rank: int = 0  # of a weight's change; 0 = off, all weights are trained
+    alpha: float = 32.0  # a change is scaled by alpha / rank
+    targets: tuple[str, ...] = ("all-linear",)  # weights to adapt, as "q_proj"; all-linear = all but embedding and head
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / max(self.rank, 1)
+
+
+@dataclass(frozen=True)
 class Model:
     path: str = ""  # Hugging Face directory or hub id; empty = the built-in character-level decoder
-    dtype: str = "bfloat16"  # compute and rollout dtype: "bfloat16" or "float32"; the master weights are float32
+    dtype: str = "bfloat16"  # compute and rollout dtype: "bfloat16" or "float32"; trained weights are float32
     builtin: BuiltinModel = field(default_factory=BuiltinModel)
+    lora: Lora = field(default_factory=Lora)
 
 
 @dataclass(frozen=True)
@@ -218,6 +232,7 @@ class Checkpoint:
     every: int = 50  # steps; the last step is always saved; 0 = only the last
     keep: int = 3  # of the newest
     best_metric: str = ""  # such as eval/math500/pass@1: the checkpoint where it was highest is kept too; empty = none
+    export: bool = False  # write the policy of the last step to WORKDIR/export too, as a Hugging Face directory
 
 
 @dataclass(frozen=True)
@@ -409,6 +424,8 @@ def _validate(c: Config) -> None:
         need(value_of(path) is None or value_of(path) >= 0, path, "must be at least 0, or None")
     need(c.optimizer.learning_rate < 1e3, "optimizer.learning_rate", "must be a finite, small number")
     choice("model.dtype", "bfloat16", "float32")
+    need(c.model.lora.alpha > 0, "model.lora.alpha", "must be above 0")
+    need(c.model.lora.rank == 0 or c.model.lora.targets, "model.lora.targets", "name at least one weight to adapt")
     choice("algorithm.loss_type", "grpo", "dr_grpo", "dapo", "gspo", "gspo_token")
     choice("algorithm.draft_selection", "best", "random", "worst", "first")
     choice("algorithm.baseline", "mean", "leave_one_out")
@@ -423,7 +440,7 @@ def _validate(c: Config) -> None:
     at_least = {
         0: "seed algorithm.num_drafts algorithm.beta algorithm.importance_sampling_cap rollout.temperature "
         "algorithm.max_redraws algorithm.entropy_coef "
-        "rollout.top_k warm_start.steps "
+        "rollout.top_k warm_start.steps model.lora.rank "
         "rewards.accuracy rewards.format rewards.overlong rewards.overlong_cache rewards.judge.weight "
         "rewards.judge.max_retries rewards.judge.budget optimizer.learning_rate "
         "optimizer.weight_decay evaluation.every evaluation.limit evaluation.temperature evaluation.rounds "

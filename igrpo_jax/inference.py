@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from igrpo_jax import config, evaluation, sharding
-from igrpo_jax.checkpoint import read_params, saved_step
+from igrpo_jax import config, evaluation, sharding, weights
+from igrpo_jax.checkpoint import saved_step
 from igrpo_jax.config import Config, InputError
 from igrpo_jax.console import Console
 from igrpo_jax.data import Row
@@ -72,15 +71,10 @@ def load(opened: Opened, console: Console, stack: contextlib.ExitStack) -> tuple
     stack.enter_context(jax.set_mesh(mesh))
     for note in opened.plan.notes:
         console.message(note)
-    with console.phase("reading the weights"):
-        if opened.run is None:
-            params = policy.load(mesh, c.seed)
-        else:
-            abstract = {
-                path: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding.param_sharding(mesh, path))
-                for path, shape in decoder.shapes(policy.model).items()
-            }
-            params = read_params(opened.run, opened.step, abstract)
+    if opened.run is None:
+        params = weights.load(policy, mesh, c.seed, "float32", console)
+    else:
+        params, _ = weights.saved(c, policy, opened.run, mesh, console, opened.step)
     scheduler = _scheduler(c, policy, mesh, opened.plan, console)
     settings = replace(c.rewards, accuracy=1.0, format=0.0, overlong=0.0, custom="", judge=config.Judge())
     verifier = stack.enter_context(Verifier(settings))

@@ -29,7 +29,7 @@ from igrpo_jax import algorithms, config, sharding
 from igrpo_jax.algorithms import Loss
 from igrpo_jax.batch import Group, TrainBatch
 from igrpo_jax.logprobs import completion_logprobs
-from igrpo_jax.models import decoder
+from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import ModelConfig
 from igrpo_jax.packing import Packer, Shape, Unit
 from igrpo_jax.programs import Key, Programs, program_bytes, tree_bytes
@@ -38,7 +38,7 @@ from igrpo_jax.programs import Key, Programs, program_bytes, tree_bytes
 class TrainState(NamedTuple):
     """All that training carries from step to step, on the mesh."""
 
-    params: decoder.Params  # float32 master weights
+    params: decoder.Params  # float32 master weights, with LoRA its adapters alone
     opt_state: optax.OptState
     step: jax.Array  # [] int32, optimizer steps tried
     skipped: jax.Array  # [] int32, of these not finite
@@ -83,6 +83,9 @@ class Learner:
     Args:
         max_context: tokens of the longest q or q'.
         total_steps: rollouts of the whole run, for the learning rate.
+
+    Attributes:
+        abstract_frozen: shapes, dtypes and shardings of the weights that LoRA adapts; without LoRA there are none.
     """
 
     def __init__(
@@ -92,17 +95,25 @@ class Learner:
         self._dtype, self._temperature = c.model.dtype, c.rollout.temperature
         self._iterations, self._cap = c.algorithm.num_iterations, c.algorithm.importance_sampling_cap
         self._stages = ("refine", "draft") if c.algorithm.train_drafts else ("refine",)  # whose completions are rows
+        self._lora = c.model.lora
+        shapes = decoder.shapes(model)
+        self._shapes = lora.shapes(self._lora, shapes) if self._lora.rank else shapes
+        self._frozen: decoder.Params = {}
         self._reference: decoder.Params | None = None
         self.algorithm = algorithms.resolve(c.algorithm)
         self.updates_per_step = c.learner.minibatches * self._iterations
         self.packer = Packer(c, self.algorithm, sharding.batch_shards(mesh), max_context)
         self._optimizer, self._schedule = make_optimizer(c.optimizer, total_steps * self.updates_per_step)
         whole = sharding.replicated(mesh)
-        params = {path: sharding.param_sharding(mesh, path) for path in decoder.shapes(model)}
+        params = {path: sharding.param_sharding(mesh, path) for path in self._shapes}
+        base = {path: sharding.param_sharding(mesh, path) for path in shapes} if self._lora.rank else {}
+        self.abstract_frozen = {
+            path: jax.ShapeDtypeStruct(shapes[path], self._dtype, sharding=place) for path, place in base.items()
+        }
         opt_state = optax.tree.map_params(
             self._optimizer,
             lambda _, place: place,
-            jax.eval_shape(self._optimizer.init, _float32(decoder.shapes(model))),
+            jax.eval_shape(self._optimizer.init, _float32(self._shapes)),
             params,
             transform_non_params=lambda _: whole,
         )
@@ -128,8 +139,16 @@ class Learner:
         zero = lambda: sharding.to_global(np.int32(0), self.state_sharding.step)  # noqa: E731
         return TrainState(params, opt_state, zero(), zero())
 
+    def set_frozen(self, params: decoder.Params) -> None:
+        """With LoRA, the model that is adapted, in model.dtype."""
+        self._frozen = params
+
+    def policy(self, params: decoder.Params) -> decoder.Params:
+        """The policy's parameters, for sampling: those of a state, or adapters with the weights that they adapt."""
+        return lora.attach(self._frozen, params, self._lora.scaling)
+
     def set_reference(self, params: decoder.Params) -> None:
-        """pi_ref, where beta > 0; with learner.offload_reference it waits in host memory."""
+        """pi_ref as a state's params, where beta > 0; with learner.offload_reference it waits in host memory."""
         if self._settings.offload_reference:
             places = {path: place.with_memory_kind("pinned_host") for path, place in self.state_sharding.params.items()}
             params = jax.device_put(params, places)
@@ -137,7 +156,7 @@ class Learner:
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, for a checkpoint to be restored into."""
-        shapes = _float32(decoder.shapes(self._model))
+        shapes = _float32(self._shapes)
         count = jax.ShapeDtypeStruct((), jnp.int32)
         state = TrainState(shapes, jax.eval_shape(self._optimizer.init, shapes), count, count)
         place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
@@ -212,7 +231,8 @@ class Learner:
         for stage in self._stages:
             for batch, _ in self.packer.micro_batches([unit for unit in trained if unit.stage == stage]):
                 program = self._programs["accumulate", batch.shape]
-                grads, sums[stage] = program(state.params, grads, sums[stage], self._to_device(batch))
+                device_batch = self._to_device(batch)
+                grads, sums[stage] = program(state.params, grads, sums[stage], device_batch, self._frozen)
                 padded += batch.padded_tokens
         scored = self._scored(state.params, idle)
         state, applied = self._programs[("apply",)](state, grads, sums)
@@ -225,7 +245,7 @@ class Learner:
         found = {}
         for batch, chosen in self.packer.micro_batches(units):
             program = self._programs["score", batch.shape]
-            logprob, entropy = sharding.to_host(program(params, self._to_device(batch)))
+            logprob, entropy = sharding.to_host(program(params, self._to_device(batch), self._frozen))
             for i, unit in enumerate(chosen):
                 sizes = [len(one.tokens) for one in unit.completions]
                 found[id(unit)] = tuple([x[i, j, :n] for j, n in enumerate(sizes)] for x in (logprob, entropy))
@@ -239,13 +259,13 @@ class Learner:
             return self._jitted[kind].lower(state, state.params, sums)
         batch = self._abstract_batch(*shape)
         added = (state.params, sums["refine"]) if kind == "accumulate" else ()
-        return self._jitted[kind].lower(state.params, *added, batch)
+        return self._jitted[kind].lower(state.params, *added, batch, self.abstract_frozen)
 
     def predicted_bytes(self) -> int:
         """Bytes per device that an update of the longest rows needs, state included, by the compiler's own count."""
         kept = tree_bytes(self.abstract_state().opt_state)
         accumulate, apply = self._programs["accumulate", self.packer.largest], self._programs[("apply",)]
-        return int(max(program_bytes(accumulate) + kept, program_bytes(apply)))
+        return int(max(program_bytes(accumulate) + kept, program_bytes(apply) + tree_bytes(self.abstract_frozen)))
 
     def _abstract_sums(self) -> dict[str, Sums]:
         whole, sums = self.state_sharding.step, jax.eval_shape(self._no_sums)
@@ -261,11 +281,11 @@ class Learner:
         return TrainBatch(*sharding.to_global(batch, self._batch_sharding))
 
     def _logprobs(
-        self, params: decoder.Params, batch: TrainBatch, entropy_gradient: bool = False
+        self, params: decoder.Params, batch: TrainBatch, frozen: decoder.Params, entropy_gradient: bool = False
     ) -> tuple[jax.Array, jax.Array]:
         return completion_logprobs(
             self._model,
-            params,
+            lora.attach(frozen, params, self._lora.scaling),
             batch.prefix,
             batch.prefix_length,
             batch.last,
@@ -277,12 +297,13 @@ class Learner:
             entropy_gradient=entropy_gradient,
         )
 
-    def loss(self, params: decoder.Params, batch: TrainBatch) -> tuple[jax.Array, Sums]:
-        """Loss of one micro-batch (its share of the optimizer step's) and its Sums."""
+    def loss(self, params: decoder.Params, batch: TrainBatch, frozen: decoder.Params) -> tuple[jax.Array, Sums]:
+        """Loss of one micro-batch (its share of the optimizer step's) and its Sums; `frozen` is what LoRA adapts."""
         rows = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731  [Q, G, ...] -> [Q * G, ...]
         mask = jnp.arange(batch.weight.shape[-1]) < rows(batch.length)[:, None]
         rewarded = self.algorithm.entropy_coef > 0
-        logprob, entropy = (jnp.where(mask, rows(x), 0.0) for x in self._logprobs(params, batch, rewarded))
+        found = self._logprobs(params, batch, frozen, rewarded)
+        logprob, entropy = (jnp.where(mask, rows(x), 0.0) for x in found)
         old = rows(batch.old_logprob) if self.updates_per_step > 1 else jax.lax.stop_gradient(logprob)
         reference = rows(batch.reference_logprob) if self.algorithm.beta > 0 else None
         drift = jnp.where(mask, jax.lax.stop_gradient(old) - rows(batch.sampler_logprob), 0.0)
@@ -295,9 +316,9 @@ class Learner:
         return parts.loss, sums
 
     def _accumulate_program(
-        self, params: decoder.Params, grads: decoder.Params, sums: Sums, batch: TrainBatch
+        self, params: decoder.Params, grads: decoder.Params, sums: Sums, batch: TrainBatch, frozen: decoder.Params
     ) -> tuple[decoder.Params, Sums]:
-        (_, more), grad = jax.value_and_grad(self.loss, has_aux=True)(params, batch)
+        (_, more), grad = jax.value_and_grad(self.loss, has_aux=True)(params, batch, frozen)
         worst = jnp.maximum(sums.worst_mismatch, more.worst_mismatch)
         sums = jax.tree.map(jnp.add, sums, more)._replace(worst_mismatch=worst)
         return jax.tree.map(jnp.add, grads, grad), sums
@@ -306,8 +327,7 @@ class Learner:
         return {stage: _nothing() for stage in self._stages}
 
     def _zeros_program(self) -> tuple[decoder.Params, dict[str, Sums]]:
-        shapes = decoder.shapes(self._model)
-        return {path: jnp.zeros(shape, jnp.float32) for path, shape in shapes.items()}, self._no_sums()
+        return {path: jnp.zeros(shape, jnp.float32) for path, shape in self._shapes.items()}, self._no_sums()
 
     def _apply_program(
         self, state: TrainState, grads: decoder.Params, sums: dict[str, Sums]

@@ -34,7 +34,8 @@ def token_logprobs(
     Args:
         hidden: [R, T, D], the state that predicts each target.
         head: [D, V] float32 master weight, or [V, D] where it is `tied` to the embedding (a transposed copy would be as
-            large as the weight). Cast inside the scan, so that its gradient accumulates in float32.
+            large as the weight). Cast inside the scan, so that its gradient accumulates in float32. One that LoRA
+            leaves as it is may be narrower.
         targets: [R, T] int32.
         temperature: of sampling; 0 (greedy) is read as 1.
         chunk: positions on each shard of the batch whose logits exist at once, at least one per row; None = as many as
@@ -116,8 +117,8 @@ def _backward(temperature, axes, entropy_gradient, kept, gradients):
         return total, jnp.einsum(f"RCV,{axes}->RCD", inner, head.astype(h.dtype))
 
     xs = (hidden, targets, lse, logprob_gradients, *([entropy, entropy_gradients] if entropy_gradient else []))
-    total, inner = jax.lax.scan(body, jnp.zeros_like(head), xs)
-    return inner, total, None
+    total, inner = jax.lax.scan(body, jnp.zeros(head.shape, jnp.float32), xs)
+    return inner, total.astype(head.dtype), None
 
 
 _chunked.defvjp(_forward, _backward)
@@ -145,7 +146,7 @@ def completion_logprobs(
     values, and the states of Mamba-2 after its last token.
 
     Args:
-        params: float32 master weights.
+        params: float32 master weights, or those of any dtype, some with a LoRA change.
         prefix: [Q, P] int32, each context without its last token, padded on the right.
         prefix_length: [Q] int32, real tokens of it; may be 0.
         last: [Q] int32, each context's last token.

@@ -95,9 +95,31 @@ def spec(logical: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
+def is_linear(path: str) -> bool:
+    """Whether the parameter at `path` is a sublayer's weight, which maps inputs to outputs, one of them the model's
+    width."""
+    name = path.rpartition("/")[2]
+    return "embed" in PARAMS[name] and name not in ("embedding", "lm_head")
+
+
+def input_axes(path: str) -> int:
+    """How many of the first axes of the weight at `path` are inputs; the others are outputs."""
+    axes = PARAMS[path.rpartition("/")[2]]
+    return 1 if axes[0] == "embed" else len(axes) - 1
+
+
+def logical_axes(path: str) -> tuple[str | None, ...]:
+    """Logical axes of the parameter at `path`; of LoRA's those of its weight's inputs or outputs, and the rank."""
+    weight, _, name = path.rpartition("/")
+    if name not in ("lora_a", "lora_b"):
+        return PARAMS[name]
+    axes, cut = PARAMS[weight.rpartition("/")[2]], input_axes(weight)
+    return (*axes[:cut], None) if name == "lora_a" else (None, *axes[cut:])
+
+
 def param_sharding(mesh: jax.sharding.Mesh, path: str, gathered: bool = False) -> NamedSharding:
     """Sharding of the parameter at `path`; `gathered` keeps only the tensor axis, as the sampler wants its weights."""
-    partition = spec(PARAMS[path.rpartition("/")[2]])
+    partition = spec(logical_axes(path))
     if gathered:
         partition = PartitionSpec(*(axis if axis == "tensor" else None for axis in partition))
     return NamedSharding(mesh, partition)

@@ -9,6 +9,7 @@ import difflib
 import functools
 import hashlib
 import json
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from igrpo_jax import algorithms, data, evaluation, sharding
+from igrpo_jax import algorithms, data, evaluation, sharding, weights
 from igrpo_jax.batch import Prompt
 from igrpo_jax.checkpoint import Checkpointer, prepare_workdir
 from igrpo_jax.config import Config, InputError
@@ -24,7 +25,7 @@ from igrpo_jax.console import Console
 from igrpo_jax.evaluation import Evaluator
 from igrpo_jax.learner import Learner, TrainState
 from igrpo_jax.metrics import Writer, rollout_metrics
-from igrpo_jax.models import attention, decoder
+from igrpo_jax.models import attention, decoder, hf_write
 from igrpo_jax.policy import Policy, open_policy
 from igrpo_jax.programs import compilations, tree_bytes, use_disk_cache
 from igrpo_jax.prompts import Renderer
@@ -53,8 +54,8 @@ def train(c: Config, workdir: Path) -> None:
         for step in range(first + 1, task.total_steps + 1):
             with profiled(c, workdir, step), compilations() as compiled:
                 began = time.perf_counter()
-                fresh = functools.partial(task.step_prompts, step)
-                groups, sampled = run.rollout.collect(state.params, fresh(), step, fresh)
+                params, fresh = run.learner.policy(state.params), functools.partial(task.step_prompts, step)
+                groups, sampled = run.rollout.collect(params, fresh(), step, fresh)
                 rewards = np.stack([group.rewards for group in groups])
                 objective = run.learner.algorithm
                 gains = algorithms.advantages(rewards, objective.scale_rewards, objective.baseline)
@@ -69,7 +70,7 @@ def train(c: Config, workdir: Path) -> None:
             if c.evaluation.every and (step % c.evaluation.every == 0 or step == task.total_steps):
                 run.evaluate(state.params, step)
             run.save(step, state, last=step == task.total_steps)
-        run.finish(first)
+        run.finish(first, state)
 
 
 @contextlib.contextmanager
@@ -210,7 +211,7 @@ class Run:
         """Single-shot evaluation, written under `step` (0 is before the first update)."""
         out = self._workdir / "evaluations" / f"step_{step:06d}"
         began = time.perf_counter()
-        scores = evaluation.flat(self._evaluator.run(params, out, {"step": step}))
+        scores = evaluation.flat(self._evaluator.run(self.learner.policy(params), out, {"step": step}))
         self._check_best(scores)
         self.scores[step] = scores
         self.writer.write(step, {**scores, "perf/evaluation_time": time.perf_counter() - began})
@@ -241,10 +242,17 @@ class Run:
         score = self.scores.get(step, {}).get(c.checkpoint.best_metric)
         self.checkpointer.save(step, state, meta, force=last or step == 0 or best, score=score)
 
-    def finish(self, first: int) -> None:
-        """Waits for files and says what came out of the run and where it is."""
+    def finish(self, first: int, state: TrainState) -> None:
+        """Waits for files, exports where asked, and says what came out of the run and where it is."""
         with self._console.phase("writing the last checkpoint"):
             self.checkpointer.wait()
+        if self._config.checkpoint.export:
+            out = self._workdir / "export"
+            if jax.process_index() == 0:
+                shutil.rmtree(out, ignore_errors=True)  # of the same run when it was shorter
+            size = hf_write.model_bytes(self._task.policy.model)
+            with self._console.phase("exporting (MB)", size >> 20) as update:
+                self._task.policy.save(out, self.learner.policy(state.params), lambda done: update(done >> 20))
         rows = _summary(self._workdir, self.scores, first, self._task.total_steps)
         best = [step for step in self.scores if self.is_best(step)]
         if best:
@@ -276,12 +284,18 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
     title = "iGRPO run" if c.algorithm.num_drafts else "Run"
     console.table(title, plan(c, task, engine, run.learner))
     params = None
-    if latest is None:
-        params = task.policy.load(task.mesh, c.seed)
+    if latest is None and not (c.model.lora.rank and task.policy.path):
+        params = weights.load(task.policy, task.mesh, c.seed, "float32", console)
         if c.warm_start.steps:
             params = _warm(c, task, params, run.writer, console)
+    first = functools.partial(weights.first, c, task.policy, workdir, task.mesh, console=console, params=params)
+    if c.model.lora.rank:
+        run.learner.set_frozen(first(c.model.dtype))
+        params = weights.adapters(c, task.policy, task.mesh)
     if c.algorithm.beta > 0:
-        run.learner.set_reference(_reference(c, task, workdir, params))
+        lora = c.model.lora.rank > 0
+        run.learner.set_reference(weights.adapters(c, task.policy, task.mesh) if lora else first("float32"))
+    del first
     if latest is None:
         run.state = run.learner.init(params)
         if c.evaluation.every:
@@ -316,23 +330,6 @@ def _warm(c: Config, task: Task, params: decoder.Params, writer: Writer, console
         return warm_start(c, task.policy.model, task.mesh, params, problems, task.renderer, encode, report)
 
 
-def _reference(c: Config, task: Task, workdir: Path, params: decoder.Params | None) -> decoder.Params:
-    """pi_ref, the policy before the first update: float32, sharded as the policy is.
-
-    A real model is read again from its files; what the built-in one had learned is kept in workdir/reference.
-    """
-    if task.policy.path:
-        return task.policy.load(task.mesh, c.seed)
-    with Checkpointer(workdir / "reference", c.checkpoint) as store:
-        if params is not None:
-            store.save(0, params, {}, force=True)
-        abstract = {
-            path: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding.param_sharding(task.mesh, path))
-            for path, shape in decoder.shapes(task.policy.model).items()
-        }
-        return store.restore(abstract)[0]
-
-
 def plan(c: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[str, object]]:
     """Rows of the table that is printed before the first step."""
     model, mesh = task.policy.model, task.mesh
@@ -342,12 +339,14 @@ def plan(c: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[
     units, prefix, share, longest = learner.packer.largest
     # The training state waits while completions are sampled; its weights may be the very ones that sample.
     state = learner.abstract_state()
-    same = c.model.dtype == "float32" and mesh.shape["fsdp"] == 1
-    rollout = engine.predicted_bytes() + tree_bytes(state) - same * tree_bytes(state.params)
+    frozen, trained = learner.abstract_frozen, sum(x.size for x in state.params.values())
+    same = c.model.dtype == "float32" and mesh.shape["fsdp"] == 1 and not frozen
+    rollout = engine.predicted_bytes() + tree_bytes((state, frozen)) - same * tree_bytes(state.params)
     return [
         ("model", f"{task.policy.path or 'built-in'}, {model.num_params / 1e6:,.1f} M parameters, {c.model.dtype}"),
         ("mesh", f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']}"),
         ("attention", f"{model.attention} (training and prefill)"),
+        *([("LoRA", f"rank {c.model.lora.rank}, {trained / 1e6:,.2f} M trained parameters")] * bool(frozen)),
         ("objective", f"{c.algorithm.loss_type}, beta {c.algorithm.beta:g}"),
         ("training prompts", f"{len(task.prompts):,} ({task.skipped} longer than data.max_prompt_length skipped)"),
         *task.notes,
@@ -373,7 +372,7 @@ def _summary(workdir: Path, scores: dict[int, dict[str, float]], first: int, tot
         values = [scores[step][name] for step in sorted(scores) if name in scores[step]]
         change = values[-1] - values[0]
         rows.append((name, f"{values[0]:.3f} before, {values[-1]:.3f} after ({change:+.3f})"))
-    for what in ("metrics.jsonl", "samples", "evaluations", "tensorboard", "checkpoints", "profile"):
+    for what in ("metrics.jsonl", "samples", "evaluations", "tensorboard", "checkpoints", "export", "profile"):
         if (workdir / what).exists():
             rows.append((what, workdir / what))
     return rows

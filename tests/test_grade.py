@@ -54,15 +54,15 @@ def test_the_command(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
 
 
-def score_or_hang(candidate, rules):
+def call_or_hang(function, candidate, rules):
     """Stands in for the grading function in a worker."""
     while candidate.text == "hang":
         pass
-    return reward.score(candidate, rules)
+    return function(candidate, rules)
 
 
 def test_rows_that_time_out_are_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(reward, "Pool", lambda function, *args, **options: Pool(score_or_hang, *args, **options))
+    monkeypatch.setattr(reward, "Pool", lambda function, *args, **options: Pool(call_or_hang, *args, **options))
     rows = [ROWS[0], {"gold": "4", "prediction": "hang"}, ROWS[1]]
     source, target = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     target.write_text("before")

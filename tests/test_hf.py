@@ -4,6 +4,9 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import huggingface_hub
 import jax
@@ -15,9 +18,10 @@ import transformers
 
 from igrpo_jax import config, sharding
 from igrpo_jax.config import InputError
-from igrpo_jax.models import decoder, hf
+from igrpo_jax.models import decoder, hf, hf_write
 from igrpo_jax.models.config import RopeScaling
 
+ROOT = Path(__file__).parents[1]
 BASE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 BASE |= {"max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 5}
 
@@ -479,3 +483,85 @@ def test_a_sentencepiece_tokenizer(copy, tmp_path):
     ids = tokenizer("the sum of 3 and 4", add_special_tokens=False)["input_ids"]
     assert ids == sentencepiece.SentencePieceProcessor(str(copy / "tokenizer.model")).encode("the sum of 3 and 4")
     assert tokenizer.decode(ids) == "the sum of 3 and 4"
+
+
+MEMORY = """
+import re, sys
+import jax
+import numpy as np
+from igrpo_jax import config, sharding
+from igrpo_jax.models import hf
+
+def kib(name):
+    return int(re.search(rf"{name}:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+path, fsdp = sys.argv[1], int(sys.argv[2])
+mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=fsdp, tensor=1), jax.devices()[:fsdp])
+jax.block_until_ready(jax.device_put(np.ones((64, 64)), jax.devices()[0]))
+c = hf.load_config(path)
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # VmHWM, the most so far, starts anew
+before = kib("VmRSS")
+params = jax.block_until_ready(hf.load_params(path, c, mesh, sys.argv[3]))
+copy = sum(shard.data.nbytes for x in params.values() for shard in x.addressable_shards)
+print((kib("VmHWM") - before) * 1024 - copy)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_host_memory_of_an_import_is_bounded(tmp_path, monkeypatch, fsdp, dtype):
+    """Beyond the parameters themselves (on a CPU they are host memory too) less than 1.5 times one of three files.
+
+    In float32, for which the bfloat16 of the file is held beside it, less than twice.
+
+    A tensor is about a fifth of a file, as in a 7B. Red where all files stay open, or arrays wait to be put together.
+    """
+    c = decoder.ModelConfig(4096, 1024, 4096, 8, 8, 128, "*-" * 4, 1e4, 1e-5, False, True, 64)
+    mesh = one_device()
+    (tmp_path / "config.json").write_text(json.dumps(hf_write.exported_config("", c)))
+    monkeypatch.setattr(hf_write, "SHARD", "48MB")
+    ones = {
+        path: jax.numpy.ones(shape, "bfloat16", device=sharding.param_sharding(mesh, path))
+        for path, shape in decoder.shapes(c).items()
+    }
+    hf_write.write_tensors(tmp_path, ones, hf.table("llama", c))
+    sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
+    assert len(sizes) >= 3
+    command = [sys.executable, "-c", MEMORY, str(tmp_path), str(fsdp), dtype]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    # float32 out of bfloat16 files needs both at once
+    assert int(done.stdout.split()[-1]) < (2.0 if dtype == "float32" else 1.5) * max(sizes)
+
+
+def test_what_several_devices_hold_is_read_once(saved, monkeypatch):
+    reads, read = [], hf.Entry.read
+
+    def counted(entry, tensor, shape, index, dtype="float32"):
+        block = read(entry, tensor, shape, index, dtype)
+        reads.append(block.size)
+        return block
+
+    monkeypatch.setattr(hf.Entry, "read", counted)
+    c, mesh = hf.load_config(str(saved)), sharding.make_mesh(config.Mesh(data=2, fsdp=4, tensor=1))
+    seen = []
+    params = hf.load_params(str(saved), c, mesh, report=seen.append)
+    assert sum(reads) == c.num_params
+    assert seen == sorted(seen) and seen[-1] == hf.check_weights(str(saved), c) == 4 * c.num_params
+    # Devices that were given the same memory: what is done to one copy must not show in another.
+    name = "blocks/0/mixer/q_proj"
+    before = np.asarray(params[name])
+    spare = hf.load_params(str(saved), c, mesh)[name]
+    doubled = jax.jit(lambda x: x * 2, donate_argnums=0)(spare)
+    for piece in doubled.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(piece.data), 2 * before[piece.index])
+
+
+def test_weights_in_bfloat16(saved):
+    c = hf.load_config(str(saved))
+    wide, narrow = (hf.load_params(str(saved), c, one_device(), dtype) for dtype in ("float32", "bfloat16"))
+    for path, x in narrow.items():
+        assert x.dtype == "bfloat16"
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(wide[path]).astype("bfloat16"))

@@ -123,7 +123,7 @@ def accumulated(built, params, batch):
     with jax.set_mesh(mesh):
         program = learner._programs["accumulate", batch.shape]
         grads, sums = learner._zeros()
-        return sharding.to_host(program(put(params, mesh), grads, sums["refine"], learner._to_device(batch)))
+        return sharding.to_host(program(put(params, mesh), grads, sums["refine"], learner._to_device(batch), {}))
 
 
 def weighted_units(learner, gains=GAINS):

@@ -29,11 +29,11 @@ FLOORS = [
         "prompts tasks/arithmetic readers columns filters datasets_table data",
         "algorithms",
         "models/config models/cache models/splash models/attention models/layers models/mamba2 models/lora "
-        "models/decoder models/hf",
+        "models/decoder models/hf models/hf_write",
     ],
     ["policy", "logprobs", "sampling/draw sampling/steps sampling/engine sampling/scheduler"],
     ["rollout", "packing learner warm_start", "metrics console checkpoint"],
-    ["measures results evaluation inference"],
+    ["weights measures results evaluation inference"],
     ["train"],
     ["runtime main evaluate generate export aot report"],
 ]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from igrpo_jax import sharding
+from igrpo_jax.models import lora
 from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import ModelConfig
 from igrpo_jax.models.layers import MLP, Attention, RMSNorm
@@ -21,8 +22,16 @@ from igrpo_jax.models.mamba2 import Mamba2
 
 Params = dict[str, jax.Array]
 MIXERS = {"*": Attention, "-": MLP, "M": Mamba2}
-# What remat keeps of a sublayer besides its input: nothing, or products with weights (attention scores are no such).
-KEPT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+def _products(primitive, *inputs, **params) -> bool:
+    """Whether it is a product of activations with weights: not attention scores, nor LoRA's of two matrices."""
+    is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params)
+    return is_product and max(x.ndim for x in inputs) > 2
+
+
+# What remat keeps of a sublayer besides its input: nothing, or products with weights.
+KEPT = {"full": None, "dots": _products}
 
 
 class Block(nnx.Module):
@@ -63,6 +72,7 @@ class Decoder(nnx.Module):
 
 
 def _run_block(graph, state, x, positions, entry, length):
+    x, state = lora.merge_after(x, state)
     return nnx.merge(graph, state)(x, positions, entry, length)
 
 
@@ -103,6 +113,7 @@ def apply(
 
     Args:
         tokens, positions: [B, T] int32. Without `cache`, position t of a row is t: rows start at their first token.
+        params: of each path an array, or a weight with its LoRA change (`lora.Adapted`).
         cache: either of KV entries, to decode one token per row (T = 1) against them; or of Prefix entries, which the
             rows continue. A Mamba-2 sublayer's entry is its state, for both.
         length: [B] int32, real tokens of right-padded rows whose cache is wanted; None = all are. The hidden states of

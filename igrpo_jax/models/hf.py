@@ -1,10 +1,10 @@
 """Hugging Face directories: config.json, tokenizer and safetensors, read into our layouts and shardings.
 
 One table per family (`FAMILIES`) pairs each of our parameters with a tensor of the files and says how the two are laid
-out; it reads both ways. Parameters that name one tensor lie in it one after the other, along its first axis, in the
-order of the table. Every tensor is used exactly once: a missing, extra or misshapen one is an error that names it.
-Only the slice that a device holds is read, straight from the file into its sharding, so that no process ever holds the
-whole model, and no device a second copy.
+out; it reads both ways (`hf_write` is the other one). Parameters that name one tensor lie in it one after the other,
+along its first axis, in the order of the table. Every tensor is used exactly once: a missing, extra or misshapen one is
+an error that names it. A process reads only the slices that its devices hold, straight from the file into their
+sharding: no process ever holds the whole model, no device a second copy, and host memory what few tensors need.
 
 A layout is a string of one letter per axis. The file's `(NH)D` and our `DNH` say: take the file's [N*H, D] as [N, H, D]
 and transpose it to [D, N, H]. A `1` in the file's is an axis of size 1 that ours has not.
@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,6 @@ import jax
 import ml_dtypes  # noqa: F401  (teaches numpy bfloat16, without which safetensors cannot hand it over)
 import numpy as np
 import safetensors
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from igrpo_jax import sharding
 from igrpo_jax.config import InputError
@@ -62,8 +61,8 @@ class Entry:
         size = {"1": 1, **dict(zip(self.ours, shape, strict=True))}
         return tuple(math.prod(size[letter] for letter in letters) for letters in self.axes)
 
-    def read(self, tensor: Any, shape: tuple[int, ...], index: Index) -> np.ndarray:
-        """Our parameter's `index` as float32, from a tensor that is sliced lazily.
+    def read(self, tensor: Any, shape: tuple[int, ...], index: Index, dtype: str = "float32") -> np.ndarray:
+        """Our parameter's `index` in `dtype`, from a tensor that is sliced lazily.
 
         A shared axis is cut at its first letter: of the others the whole is read, and cut in memory.
         """
@@ -83,7 +82,23 @@ class Entry:
         ones = [i for i, letter in enumerate(letters) if letter not in self.ours]
         block = block.transpose([*ones, *(letters.index(letter) for letter in self.ours)])
         block = block.reshape(block.shape[len(ones) :])
-        return np.ascontiguousarray(block, dtype=np.float32)
+        return np.ascontiguousarray(block, dtype=np.dtype(dtype))
+
+    def write(self, value: np.ndarray) -> np.ndarray:
+        """The tensor, or the part of one, that belongs to our parameter `value`; undoes `read`."""
+        letters = [letter for letter in "".join(self.axes) if letter in self.ours]
+        tensor = value.transpose([self.ours.index(letter) for letter in letters])
+        return np.ascontiguousarray(tensor.reshape(self.stored_shape(value.shape)))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the files, by their headers."""
+
+    file: Path
+    name: str  # in it
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it
 
 
 @dataclass(frozen=True)
@@ -219,78 +234,148 @@ def load_config(path: str) -> ModelConfig:
     Raises:
         InputError: no config.json, or one that the decoder can't follow.
     """
-    return config.from_hf(_config_json(path), f"config.model.path = {path!r}: config.json")
+    return config.from_hf(config_json(path), f"config.model.path = {path!r}: config.json")
 
 
-def check_weights(path: str, c: ModelConfig) -> None:
-    """Raises InputError unless the files hold exactly the tensors of the model; reads headers only."""
-    with contextlib.ExitStack() as stack:
-        _checked(path, c, stack)
+def check_weights(path: str, c: ModelConfig) -> int:
+    """Bytes that reading the model takes from its files, whose headers alone are read here.
+
+    Raises:
+        InputError: the files don't hold exactly the tensors of the model, or one of them is damaged.
+    """
+    shapes = decoder.shapes(c)
+    return sum(_sizes(shapes, *_checked(path, c)).values())
 
 
-def load_params(path: str, c: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
-    """Float32 parameters of the directory or hub id `path`, each in its sharding on `mesh`.
+def load_params(
+    path: str,
+    c: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    dtype: str = "float32",
+    report: Callable[[int], None] = lambda done: None,
+) -> Params:
+    """Parameters of the directory or hub id `path` in `dtype`, each in its sharding on `mesh`.
+
+    Beyond them a process needs host memory for about two copies of its part of the largest tensor, and for that tensor
+    as it is in the file.
+
+    Args:
+        report: is given the bytes read so far, of those that `check_weights` gives.
 
     Raises:
         InputError: a mesh that doesn't divide the model; files that are missing, damaged or of another model.
     """
     shapes = decoder.shapes(c)
     sharding.check_divides(mesh, shapes)
-    params = {}
-    with contextlib.ExitStack() as stack:
-        entries, tensors = _checked(path, c, stack)
-        bar = stack.enter_context(_progress())
-        sizes = {own: math.prod(shape) * BYTES[tensors[entries[own].name].get_dtype()] for own, shape in shapes.items()}
-        task = bar.add_task("reading weights", total=sum(sizes.values()))
-        for own, shape in shapes.items():
-            read = functools.partial(entries[own].read, tensors[entries[own].name], shape)
-            params[own] = jax.make_array_from_callback(shape, sharding.param_sharding(mesh, own), read)
-            bar.advance(task, sizes[own])
+    return _load(path, shapes, *_checked(path, c), mesh, dtype, report)
+
+
+def load_adapters(path: str, entries: dict[str, Entry], like: Params) -> Params:
+    """LoRA's adapters from the peft directory `path`, in shapes, dtypes and shardings of `like`."""
+    stored = _headers(path, ["adapter_model.safetensors"])
+    first = next(iter(like.values()))
+    shapes = {own: x.shape for own, x in like.items()}
+    return _load(path, shapes, entries, stored, first.sharding.mesh, str(first.dtype), lambda done: None)
+
+
+def _load(
+    path: str,
+    shapes: dict[str, tuple[int, ...]],
+    entries: dict[str, Entry],
+    stored: dict[str, Stored],
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+    report: Callable[[int], None],
+) -> Params:
+    sizes = _sizes(shapes, entries, stored)
+    params, done = {}, 0
+    for own, shape in shapes.items():
+        entry, tensor = entries[own], stored[entries[own].name]
+        # Pages of an open file count as this process's memory once they are read: each tensor opens it anew.
+        with _opened(path, tensor.file) as file:
+            read = functools.partial(entry.read, file.get_slice(tensor.name), shape, dtype=dtype)
+            params[own] = _read_once(read, shape, sharding.param_sharding(mesh, own))
+        done += sizes[own]
+        report(done)
     return params
 
 
-def _open(path: str, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Every tensor of the files by name, as a slice that reads nothing yet."""
-    root, tensors = resolve(path), {}
+def _sizes(shapes: dict, entries: dict[str, Entry], stored: dict[str, Stored]) -> dict[str, int]:
+    """Bytes in the files of each parameter of ours."""
+    return {own: math.prod(shape) * BYTES[stored[entries[own].name].dtype] for own, shape in shapes.items()}
+
+
+def _read_once(
+    read: Callable[[Index], np.ndarray], shape: tuple[int, ...], place: jax.sharding.NamedSharding
+) -> jax.Array:
+    """The array of `shape` whose parts `read` gives; what several devices hold is read once."""
+    blocks = {}
+
+    def block(index: Index) -> np.ndarray:
+        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        if key not in blocks:
+            blocks[key] = read(index)
+        return blocks[key]
+
+    # Copies to the device run in the background: without the wait those of many tensors would be under way at once.
+    return jax.block_until_ready(jax.make_array_from_callback(shape, place, block))
+
+
+@contextlib.contextmanager
+def _opened(path: str, file: Path) -> Iterator[Any]:
+    """A safetensors file of the model at `path`."""
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            yield opened
+    except (safetensors.SafetensorError, OSError) as error:
+        fix = "it is damaged or cut short; copy or download it again"
+        raise _bad(path, f"{file.name} can't be read ({_first_line(error)}); {fix}") from error
+
+
+def _stored(path: str) -> dict[str, Stored]:
+    """Every tensor of the files by name."""
+    root = resolve(path)
     if (root / SINGLE).is_file():
         files = [SINGLE]
     elif (root / INDEX).is_file():
         files = sorted(set(_json(path, root / INDEX).get("weight_map", {}).values()))
     else:
         raise _bad(path, f"no {SINGLE} and no {INDEX}; only weights in the safetensors format are read")
+    return _headers(path, files)
+
+
+def _headers(path: str, files: list[str]) -> dict[str, Stored]:
+    root, tensors = resolve(path), {}
     for name in files:
         if not (root / name).is_file():
             raise _bad(path, f"{INDEX} names {name}, which is not there; copy or download the directory again")
-        try:
-            opened = stack.enter_context(safetensors.safe_open(root / name, framework="numpy"))
-        except (safetensors.SafetensorError, OSError) as error:
-            fix = "it is damaged or cut short; copy or download it again"
-            raise _bad(path, f"{name} can't be read ({_first_line(error)}); {fix}") from error
-        for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
-            if key in tensors:
-                raise _bad(path, f"tensor {key} is in two files; keep one set of weights in the directory")
-            tensors[key] = opened.get_slice(key)
+        with _opened(path, root / name) as opened:
+            for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+                if key in tensors:
+                    raise _bad(path, f"tensor {key} is in two files; keep one set of weights in the directory")
+                header = opened.get_slice(key)
+                tensors[key] = Stored(root / name, key, tuple(header.get_shape()), header.get_dtype())
     return tensors
 
 
-def _checked(path: str, c: ModelConfig, stack: contextlib.ExitStack) -> tuple[dict[str, Entry], dict[str, Any]]:
+def _checked(path: str, c: ModelConfig) -> tuple[dict[str, Entry], dict[str, Stored]]:
     """The entry of each parameter, and every tensor of the files, known to fit."""
-    kind = _config_json(path)["model_type"]
-    entries, tensors = table(kind, c), _open(path, stack)
+    kind = config_json(path)["model_type"]
+    entries, stored = table(kind, c), _stored(path)
     if FAMILIES[kind].prefixes:
         ours, theirs = FAMILIES[kind].prefixes
-        tensors = {re.sub(f"^{re.escape(theirs)}", ours, name): tensor for name, tensor in tensors.items()}
-    _check(path, c, tensor_shapes(entries, decoder.shapes(c)), tensors)
-    return entries, tensors
+        stored = {re.sub(f"^{re.escape(theirs)}", ours, name): tensor for name, tensor in stored.items()}
+    _check(path, c, tensor_shapes(entries, decoder.shapes(c)), stored)
+    return entries, stored
 
 
-def _check(path: str, c: ModelConfig, expected: dict[str, tuple[int, ...]], tensors: dict[str, Any]) -> None:
+def _check(path: str, c: ModelConfig, expected: dict[str, tuple[int, ...]], tensors: dict[str, Stored]) -> None:
     """Raises InputError unless `tensors` are those expected, each once, in the right shape and a dtype we read."""
     optional = {"lm_head.weight"} if c.tie_embeddings else set()
     extra = [x for x in tensors if x not in expected and x not in optional and not x.endswith("rotary_emb.inv_freq")]
-    shape = {name: tuple(tensors[name].get_shape()) for name in expected if name in tensors}
+    shape = {name: tensors[name].shape for name in expected if name in tensors}
     other = [f"{name} is {shape[name]}, not {expected[name]}" for name in shape if shape[name] != expected[name]]
-    dtypes = [f"{name} is {tensors[name].get_dtype()}" for name in shape if tensors[name].get_dtype() not in BYTES]
+    dtypes = [f"{name} is {tensors[name].dtype}" for name in shape if tensors[name].dtype not in BYTES]
     fix = "use the config.json that belongs to these weights, or download the directory again"
     for found, what, advice in (
         ([name for name in expected if name not in tensors], "missing from the files", fix),
@@ -357,7 +442,8 @@ def _end_of_turn(path: str, tokenizer) -> int | None:
     return special[max(matches, key=len)] if matches else None
 
 
-def _config_json(path: str) -> dict:
+def config_json(path: str) -> dict:
+    """The config.json of the directory or hub id `path`, parsed."""
     file = resolve(path) / "config.json"
     if not file.is_file():
         raise _bad(path, "no config.json in it; give the directory of a Hugging Face model")
@@ -380,11 +466,3 @@ def _bad(path: str, what: str) -> InputError:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
-
-
-def _progress() -> Progress:
-    """A bar in bytes, on a terminal of the first process only."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    off = not console.is_terminal or jax.process_index() != 0
-    return Progress(*columns, console=console, transient=True, disable=off)

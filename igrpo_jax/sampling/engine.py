@@ -19,7 +19,7 @@ from igrpo_jax import sharding
 from igrpo_jax.batch import length_buckets, pick_bucket
 from igrpo_jax.config import InputError
 from igrpo_jax.models import cache as caches
-from igrpo_jax.models import decoder
+from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import ModelConfig
 from igrpo_jax.programs import Key, Programs, tree_bytes
 from igrpo_jax.sampling import steps
@@ -90,7 +90,7 @@ class Engine:
         self._gathered = self._places(self._global)
         self._jitted = self._jit(build)
         self._programs = Programs(self._lower)
-        self._cast = jax.jit(lambda params: decoder.cast(params, dtype), out_shardings=self._gathered)
+        self._cast = jax.jit(lambda params: lora.merge(decoder.cast(params, dtype)), out_shardings=self._gathered)
 
     @property
     def keys(self) -> list[Key]:
@@ -110,9 +110,14 @@ class Engine:
         return max(peak({"decode"}), peak({"prefill"}) + state, peak({"insert", "move"}) + weights)
 
     def weights(self, params: decoder.Params) -> decoder.Params:
-        """The rollout copy of the master weights: cast, and gathered over data and fsdp, once per step."""
-        placed = all(x.sharding.is_equivalent_to(self._gathered[path], x.ndim) for path, x in params.items())
-        if not placed or any(x.dtype != self.dtype for x in params.values()):
+        """The rollout copy of the policy's parameters: LoRA's changes merged, cast, and gathered over data and fsdp,
+        once per step."""
+        ready = lambda path, x: (  # noqa: E731
+            isinstance(x, jax.Array)
+            and x.dtype == self.dtype
+            and x.sharding.is_equivalent_to(self._gathered[path], x.ndim)
+        )
+        if not all(ready(path, x) for path, x in params.items()):
             params = self._cast(params)
         return sharding.local_view(params, self._places(self.mesh)) if self.mesh is not self._global else params
 

@@ -1,0 +1,68 @@
+"""`python -m igrpo_jax.export --workdir DIR --out HF_DIR [--step N] [--adapter]`: a checkpoint as a Hugging Face
+directory, in bfloat16, that `transformers` loads; with --adapter a LoRA run's adapters alone, as `peft` loads them.
+
+Runs on the CPU, whatever the run is on: a training may be using the accelerator. Needs memory for the model in bfloat16
+twice over, since what was written is read back and compared.
+"""
+
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from igrpo_jax import checkpoint, runtime, sharding, weights
+from igrpo_jax.config import InputError, Mesh
+from igrpo_jax.console import Console
+from igrpo_jax.models import hf_write
+from igrpo_jax.policy import open_policy
+
+
+def main(argv: list[str]) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_string("out", None, "folder to write; a new one", flag_values=values)
+    flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", flag_values=values)
+    flags.DEFINE_bool("adapter", False, "write LoRA's adapters alone, for peft", flag_values=values)
+    flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
+    try:
+        rest = values(argv)
+    except flags.Error as error:
+        raise InputError(" ".join(str(error).split())) from error
+    if values.help:
+        print(f"{__doc__}\n{values}")
+        return
+    if len(rest) > 1:
+        raise InputError(f"{rest[1]}: not understood; settings are given as --out=HF_DIR")
+    for name in ("workdir", "out"):
+        if not values[name].value:
+            raise InputError(f"--{name}: missing; give --workdir DIR --out HF_DIR")
+    jax.config.update("jax_platforms", "cpu")
+    export(Path(values.workdir), Path(values.out), values.step, values.adapter)
+
+
+def export(workdir: Path, out: Path, step: int | None = None, adapter: bool = False) -> None:
+    """Writes the policy of a checkpoint of the run in `workdir`, the newest or that of `step`, to `out`.
+
+    Raises:
+        InputError: no such run or checkpoint; `out` is there already; `adapter` without LoRA.
+    """
+    c = checkpoint.read_config(workdir)
+    if adapter and not c.model.lora.rank:
+        raise InputError(
+            f"--adapter: the run in {workdir} trained all weights (config.model.lora.rank = 0); leave it out"
+        )
+    hf_write.check_free(out)
+    policy = open_policy(c.model)
+    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    with Console() as console, jax.set_mesh(mesh):
+        params, step = weights.saved(c, policy, workdir, mesh, console, step)
+        if adapter:
+            policy.save_adapter(out, c.model.lora, params)
+        else:
+            with console.phase("writing weights (MB)", hf_write.model_bytes(policy.model) >> 20) as update:
+                policy.save(out, params, lambda done: update(done >> 20))
+        console.message(f"step {step} is in {out}; read back, it gives the same logits")
+
+
+if __name__ == "__main__":
+    runtime.run(main)

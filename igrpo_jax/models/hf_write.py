@@ -1,0 +1,214 @@
+"""Hugging Face directories, written: safetensors in shards with their index, the small files beside them.
+
+The tables of `hf` say which tensor a parameter is and how it is laid out; here they are read the other way. Host memory
+is what one file needs. A directory is made under a temporary name and appears under its own when it is whole.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import numpy as np
+import safetensors.numpy
+from jax.experimental import multihost_utils
+
+from igrpo_jax import config, sharding
+from igrpo_jax.config import InputError
+from igrpo_jax.models import decoder, hf
+from igrpo_jax.models.config import ModelConfig
+from igrpo_jax.models.decoder import Params
+from igrpo_jax.models.hf import Entry
+
+SHARD = "5GB"  # most of one file, as transformers has it
+TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    *hf.VOCABULARIES,
+    "merges.txt",
+)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place once the block has ended well, and goes where it has not.
+
+    An empty folder `out` is replaced.
+
+    Raises:
+        InputError: `out` is there and not empty, or can't be written.
+    """
+    out = out.resolve()
+    check_free(out)
+    first = jax.process_index() == 0
+    temporary = out.with_name(f".{out.name}.partial")  # left behind only by a process that was killed
+    try:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        multihost_utils.sync_global_devices("the folder is there")
+        yield temporary
+        multihost_utils.sync_global_devices("the folder is whole")
+        if first:
+            temporary.replace(out)
+    except (OSError, safetensors.SafetensorError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise _bad(out, f"can't be written ({said})", "give a folder that can") from error
+    finally:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(out: Path) -> None:
+    """Raises InputError where `out` is a file or holds anything."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise _bad(out, "is there already", "give a new folder")
+
+
+def write_tensors(
+    folder: Path,
+    params: Params,
+    entries: Mapping[str, Entry],
+    stem: str = "model",
+    dtype: str = "bfloat16",
+    report: Callable[[int], None] = lambda done: None,
+) -> None:
+    """`params` in `dtype` as STEM.safetensors, or as numbered files with STEM.safetensors.index.json.
+
+    Args:
+        entries: of every parameter. Those that share a tensor lie in it one after the other, in their order here.
+        report: is given the bytes written so far.
+    """
+    sharers: dict[str, list[str]] = {}
+    for own, entry in entries.items():
+        sharers.setdefault(entry.name, []).append(own)
+    width = np.dtype(dtype).itemsize
+    sizes = {name: width * sum(math.prod(params[own].shape) for own in owns) for name, owns in sharers.items()}
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        sizes, get_storage_size=lambda size: size, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=SHARD
+    )
+    # The whole parameter everywhere: on several processes none holds all of it otherwise.
+    mesh = next(iter(params.values())).sharding.mesh
+    gather = jax.jit(lambda x: x.astype(dtype), out_shardings=sharding.replicated(mesh))
+    done = 0
+    for file, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            parts = [entries[own].write(sharding.to_host(gather(params[own]))) for own in sharers[name]]
+            tensors[name] = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            done += sizes[name]
+            report(done)
+        if jax.process_index() == 0:
+            safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors' own is the owner's alone
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def model_bytes(c: ModelConfig) -> int:
+    """Of the files of an export, headers left out."""
+    return 2 * sum(math.prod(shape) for shape in decoder.shapes(c).values())
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    if jax.process_index() == 0:
+        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(path: str, folder: Path) -> None:
+    """The tokenizer's files and the chat template of the directory or hub id `path`, byte for byte."""
+    for pattern in TOKENIZER:
+        for file in hf.resolve(path).glob(pattern):
+            if jax.process_index() == 0 and file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def exported_config(path: str, c: ModelConfig) -> dict[str, Any]:
+    """config.json of an export: that of the model at `path` but for the dtype and for code that isn't copied.
+
+    The built-in model ("") is a Llama.
+    """
+    raw = hf.config_json(path) if path else _llama(c)
+    dtype = "torch_dtype" if "torch_dtype" in raw else "dtype"
+    return {key: value for key, value in raw.items() if key != "auto_map"} | {dtype: "bfloat16"}
+
+
+def _llama(c: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "num_hidden_layers": c.pattern.count("*"),
+        "hidden_act": "silu",
+        "rope_theta": c.rope_theta,
+        "rms_norm_eps": c.rms_norm_eps,
+        "tie_word_embeddings": c.tie_embeddings,
+        "max_position_embeddings": c.max_position_embeddings,
+    }
+
+
+def generation_config(path: str, eos_ids: tuple[int, ...]) -> dict[str, Any]:
+    """generation_config.json of the model at `path` ("" = none), which ends where the policy learned to end."""
+    file = hf.resolve(path) / "generation_config.json" if path else None
+    raw = json.loads(file.read_text("utf-8")) if file and file.is_file() else {}
+    return raw | {"eos_token_id": list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]}
+
+
+def adapter_entries(entries: Mapping[str, Entry], adapters: Params) -> dict[str, Entry]:
+    """The tensors of peft's adapter file: [R, inputs] and [outputs, R] where the weight is [outputs, inputs].
+
+    Raises:
+        InputError: adapters of weights that are parts of one tensor.
+    """
+    names = [entry.name for entry in entries.values()]
+    found = {}
+    for path in adapters:
+        own, _, factor = path.rpartition("/")
+        entry, cut = entries[own], sharding.input_axes(own)
+        if names.count(entry.name) > 1:
+            raise InputError(
+                f"config.model.lora.targets: {own} is a part of {entry.name}, for which peft has no "
+                "adapter of its own; export the merged model instead"
+            )
+        inputs, outputs = entry.ours[:cut], entry.ours[cut:]
+        name = f"base_model.model.{entry.name.removesuffix('.weight')}."
+        found[path] = (
+            Entry(f"{name}lora_A.weight", f"R({inputs})", f"{inputs}R")
+            if factor == "lora_a"
+            else Entry(f"{name}lora_B.weight", f"({outputs})R", f"R{outputs}")
+        )
+    return found
+
+
+def adapter_config(settings: config.Lora, base: str, entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """adapter_config.json for adapters with these `entries` of the model at `base`."""
+    targets = sorted({entry.name.split(".")[-3] for entry in entries.values()})
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def _bad(out: Path, what: str, fix: str) -> InputError:
+    return InputError(f"{out}: {what}; {fix}")

@@ -1,0 +1,123 @@
+"""LoRA (arXiv 2106.09685): of some weights W only a low-rank change is trained, and W itself never changes.
+
+    W' = W + (alpha / rank) A B,    A: inputs of W -> rank,    B: rank -> outputs of W
+
+The sum runs, in the trainer as in the sampler, and not x W + (x A) B: the weights that sample are then, rounding
+included, those that are trained, as they are without LoRA. The trainer makes the sum inside each rematted sublayer, so
+that one sublayer's exists at a time; the sampler once per step. A starts random and B at zero: the policy starts as the
+base, bit for bit, and adapters as they start are the reference model.
+
+Paths: "blocks/0/mixer/q_proj/lora_a" and "…/lora_b" belong to "blocks/0/mixer/q_proj".
+
+Legend: R rank.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from igrpo_jax import config, sharding
+from igrpo_jax.config import InputError
+
+Shapes = dict[str, tuple[int, ...]]
+
+ALL = "all-linear"  # peft's name for every weight but embedding and head
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapted:
+    """A weight and its change, in the place of their sum."""
+
+    weight: jax.Array  # [inputs..., outputs...]
+    a: jax.Array  # [inputs..., R] float32
+    b: jax.Array  # [R, outputs...] float32
+    scaling: float = field(metadata={"static": True})
+
+    def astype(self, dtype: str) -> "Adapted":
+        """With the weight, and so the sum, in `dtype`."""
+        return replace(self, weight=self.weight.astype(dtype))
+
+    def merged(self) -> jax.Array:
+        """The sum: made in float32, rounded once."""
+        rank = self.b.shape[0]
+        # As two matrices: `decoder.KEPT` knows the product by it.
+        change = jnp.dot(self.a.reshape(-1, rank), self.b.reshape(rank, -1)).reshape(self.weight.shape)
+        return (self.weight.astype(jnp.float32) + self.scaling * change).astype(self.weight.dtype)
+
+
+def adapted(settings: config.Lora, shapes: Shapes) -> list[str]:
+    """Paths of the weights that `settings.targets` names, of a model with parameters of these `shapes`.
+
+    Raises:
+        InputError: a target that is no weight of the model.
+    """
+    able = {path: path.rpartition("/")[2] for path in shapes if sharding.is_linear(path)}
+    names = sorted(set(able.values()))
+    for target in settings.targets:
+        if target != ALL and target not in names:
+            raise InputError(
+                f"config.model.lora.targets = {settings.targets!r}: {target!r} matches no weight of the model; there "
+                f"are {', '.join(names)}, and {ALL} for all of them"
+            )
+    return [path for path, name in able.items() if name in settings.targets or ALL in settings.targets]
+
+
+def shapes(settings: config.Lora, base: Shapes) -> Shapes:
+    """Shapes of the adapters of a model with parameters of shapes `base`."""
+    found = {}
+    for path in adapted(settings, base):
+        cut = sharding.input_axes(path)
+        found[f"{path}/lora_a"] = (*base[path][:cut], settings.rank)
+        found[f"{path}/lora_b"] = (settings.rank, *base[path][cut:])
+    return found
+
+
+def init(settings: config.Lora, base: Shapes, key: jax.Array, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """Fresh float32 adapters in their shardings: A uniform within 1 / sqrt(inputs) of 0, as in peft, and B zero."""
+    sizes = shapes(settings, base)
+
+    def build(key: jax.Array) -> dict[str, jax.Array]:
+        found = {}
+        for i, (path, shape) in enumerate(sizes.items()):
+            if path.endswith("lora_b"):
+                found[path] = jnp.zeros(shape, jnp.float32)
+                continue
+            bound = math.prod(shape[:-1]) ** -0.5
+            found[path] = jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32, -bound, bound)
+        return found
+
+    return jax.jit(build, out_shardings={path: sharding.param_sharding(mesh, path) for path in sizes})(key)
+
+
+def attach(frozen: dict[str, jax.Array], trained: dict[str, jax.Array], scaling: float) -> dict:
+    """The policy's parameters: what is frozen, what is trained, and an Adapted for each weight with adapters.
+
+    With nothing frozen, `trained` as it is.
+    """
+    params = frozen | {path: x for path, x in trained.items() if not path.endswith(("/lora_a", "/lora_b"))}
+    for path in [path.removesuffix("/lora_a") for path in trained if path.endswith("/lora_a")]:
+        params[path] = Adapted(frozen[path], trained[f"{path}/lora_a"], trained[f"{path}/lora_b"], scaling)
+    return params
+
+
+def merge(tree):
+    """`tree` with the sum in the place of every Adapted."""
+    return jax.tree.map(lambda x: x.merged() if _is_adapted(x) else x, tree, is_leaf=_is_adapted)
+
+
+def merge_after(x: jax.Array, tree) -> tuple[jax.Array, Any]:
+    """`x`, and `tree` merged no earlier than `x` is there.
+
+    Sums don't depend on activations: without the barrier XLA makes those of all sublayers before the first one runs.
+    """
+    if any(map(_is_adapted, jax.tree.leaves(tree, is_leaf=_is_adapted))):
+        x, tree = jax.lax.optimization_barrier((x, tree))
+    return x, merge(tree)
+
+
+def _is_adapted(x) -> bool:
+    return isinstance(x, Adapted)

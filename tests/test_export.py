@@ -1,0 +1,193 @@
+"""Whole runs with LoRA and their exports: exact on resume, and what is exported is the policy of the checkpoint."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import test_hf
+import transformers
+from test_hf_write import is_gone, tensors_of
+from test_train import check_same_rows, final_state, rows, run, samples
+
+from igrpo_jax import checkpoint, config, export, weights
+from igrpo_jax.config import InputError
+from igrpo_jax.console import Console
+from igrpo_jax.models import decoder, lora
+from igrpo_jax.policy import open_policy
+
+LORA = ("model.lora.rank=2", "model.lora.targets=('q_proj','o_proj','up_proj')", "algorithm.beta=0.05")
+CONSTANT = (
+    "optimizer.warmup_ratio=0",
+    "optimizer.min_lr_ratio=1",
+    "evaluation.every=0",
+    "checkpoint.best_metric=",
+    "checkpoint.every=1",
+)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A LoRA run of the built-in model after its warm start, one optimizer step a rollout, exported at its end."""
+    path = tmp_path_factory.mktemp("adapted")
+    run(
+        path,
+        path / "run",
+        *LORA,
+        *CONSTANT,
+        "steps=3",
+        "checkpoint.export=True",
+        "checkpoint.keep=9",
+        "learner.minibatches=1",
+    )
+    return path / "run"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of all weights, exported at its end: a model directory too, for runs with model.path."""
+    path = tmp_path_factory.mktemp("trained")
+    run(path, path / "run", *CONSTANT, "steps=2", "checkpoint.export=True")
+    return path / "run"
+
+
+def state_of(workdir):
+    return final_state(workdir, checkpoint.read_config(workdir))
+
+
+def test_only_adapters_are_trained_and_saved(adapted):
+    state = state_of(adapted)
+    params = {name for name in state if name.startswith(".params")}
+    assert len(params) == 2 * 3 and all("lora_" in name for name in params)  # three weights of the one layer
+    assert all("lora_" in name for name, x in state.items() if x.ndim)
+    b = [x for name, x in state.items() if name.startswith(".params") and "lora_b" in name]
+    assert all(np.abs(x).max() > 0 for x in b)
+    lines = [row for row in rows(adapted) if "loss" in row]
+    assert len(lines) == 3 and lines[0]["kl"] == 0 < lines[-1]["kl"]
+    assert all(np.isfinite(row["reward"]) and np.isfinite(row["loss"]) for row in lines)
+
+
+def test_a_resumed_lora_run_equals_an_uninterrupted_one(adapted, tmp_path):
+    """Base, reference and adapters are what they were; red where the base of the resume is not the warm start's."""
+    more = (*LORA, *CONSTANT, "checkpoint.keep=9", "learner.minibatches=1")
+    run(tmp_path, tmp_path / "run", *more, "steps=2")
+    assert "resumed after 2" in run(tmp_path, tmp_path / "run", *more, "steps=3")
+    assert samples(tmp_path / "run") == samples(adapted)
+    check_same_rows(rows(tmp_path / "run"), rows(adapted))
+    a, b = state_of(tmp_path / "run"), state_of(adapted)
+    assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def test_the_command_writes_what_the_end_of_the_run_wrote(adapted, trained, tmp_path, capsys):
+    for workdir in (adapted, trained):
+        out = tmp_path / workdir.parent.name
+        export.main(["export", f"--workdir={workdir}", f"--out={out}"])
+        assert f"is in {out}; read back" in capsys.readouterr().out
+        assert tensors_of(out) == tensors_of(workdir / "export")
+        for file in (workdir / "export").glob("*.json"):
+            assert (out / file.name).read_bytes() == file.read_bytes()
+    # The adapters are in it, and another step is another policy.
+    export.main(["export", f"--workdir={adapted}", f"--out={tmp_path / 'start'}", "--step=0"])
+    start, end = tensors_of(tmp_path / "start"), tensors_of(adapted / "export")
+    changed = {name.split(".")[-2] for name in end if start[name] != end[name]}
+    assert changed == {"q_proj", "o_proj", "up_proj"}
+
+
+def test_the_export_is_the_policy_of_the_checkpoint(trained):
+    state = state_of(trained)
+    one = open_policy(config.Model(path=str(trained / "export")))
+    for path, x in one.load(test_hf.one_device(), 0, "bfloat16").items():
+        assert (np.asarray(x) == state[f".params['{path}']"].astype("bfloat16")).all(), path
+    model = transformers.AutoModelForCausalLM.from_pretrained(trained / "export")
+    assert model.generation_config.eos_token_id == one.eos_ids[0]
+
+
+def test_adapters_alone(adapted, trained, tmp_path):
+    export.main(["export", f"--workdir={adapted}", f"--out={tmp_path / 'peft'}", "--adapter"])
+    told = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert told["target_modules"] == ["o_proj", "q_proj", "up_proj"] and (told["r"], told["lora_alpha"]) == (2, 32.0)
+    assert len(tensors_of(tmp_path / "peft")) == 6
+    message = test_hf.error_of(export.export, trained, tmp_path / "none", None, True)
+    assert message.startswith("--adapter: the run in") and is_gone(tmp_path / "none")
+
+
+def test_lora_on_a_model_of_files(trained, tmp_path):
+    """The base is read from the files, sharded, in model.dtype, and is not in the checkpoint."""
+    more = (*LORA, *CONSTANT, f"model.path={trained / 'export'}", "warm_start.steps=0", "steps=2")
+    run(tmp_path, tmp_path / "run", *more)
+    assert all("lora_" in name for name, x in state_of(tmp_path / "run").items() if x.ndim)
+    assert not (tmp_path / "run" / "reference").exists()
+    c = checkpoint.read_config(tmp_path / "run")
+    policy, mesh = open_policy(c.model), test_hf.one_device()
+    params, step = weights.saved(c, policy, tmp_path / "run", mesh, Console())
+    assert step == 2 and sum(isinstance(x, lora.Adapted) for x in params.values()) == 3
+    base = policy.load(mesh, 0, c.model.dtype)
+    for path, x in params.items():
+        assert (np.asarray(getattr(x, "weight", x)) == np.asarray(base[path])).all()
+    export.export(tmp_path / "run", tmp_path / "out")
+    ours = jax.jit(lambda x: decoder.cast(lora.merge(x), "bfloat16"))(params)
+    for path, x in open_policy(config.Model(path=str(tmp_path / "out"))).load(mesh, 0, "bfloat16").items():
+        assert (np.asarray(x) == np.asarray(ours[path])).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--out=x"], "--workdir: missing"),
+        (["--workdir=x"], "--out: missing"),
+        (["--workdir=none-such", "--out=x"], "--workdir none-such: holds no run"),
+        (["--workdri=x"], "workdri"),
+        (["--step=last"], "step"),
+        (["run", "--out=x"], "run: not understood"),
+    ],
+)
+def test_flags_that_can_not_be_followed(flags, said):
+    assert said in test_hf.error_of(export.main, ["export", *flags])
+
+
+def test_checkpoints_and_folders_that_can_not_be_used(trained, tmp_path):
+    message = test_hf.error_of(export.export, trained, tmp_path / "out", 7)
+    assert message == f"{trained}: holds no checkpoint of step 7; those there are: 1, 2"
+    assert "is there already" in test_hf.error_of(export.export, trained, trained / "samples")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_bytes((trained / "config.json").read_bytes())
+    assert "has no checkpoints" in test_hf.error_of(export.export, tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    with pytest.raises(InputError, match="holds no run"):
+        checkpoint.read_config(tmp_path)
+
+
+@pytest.mark.skipif(
+    "IGRPO_SMOLLM2" not in os.environ, reason="set IGRPO_SMOLLM2 to a directory with SmolLM2-135M-Instruct"
+)
+def test_lora_on_smollm2(tmp_path):
+    """Two steps of iGRPO with rewards that differ within a group, so that there is something to learn from."""
+    more = (*LORA, *CONSTANT, f"model.path={os.environ['IGRPO_SMOLLM2']}", "warm_start.steps=0", "steps=2")
+    short = (
+        "prompts_per_step=2",
+        "rollout.max_completion_length=16",
+        "learner.minibatches=1",
+        "data.max_prompt_length=96",
+    )
+    custom = ("rewards.custom=test_export:letters", "rewards.custom_weight=1.0")
+    run(tmp_path, tmp_path / "run", *more, *short, *custom)
+    lines = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert len(lines) == 2 and all(np.isfinite(row["reward"]) and row["grad_norm"] > 0 for row in lines)
+    assert lines[1]["kl"] > 0
+    assert all("lora_" in name for name, x in state_of(tmp_path / "run").items() if x.ndim)
+    export.export(tmp_path / "run", tmp_path / "out")
+    before, after = tensors_of_smollm2(), tensors_of(tmp_path / "out")
+    changed = {name.split(".")[-2] for name in after if after[name][1] != before[name][1]}
+    assert changed == {"q_proj", "o_proj", "up_proj"}
+
+
+def tensors_of_smollm2():
+    from pathlib import Path
+
+    return tensors_of(Path(os.environ["IGRPO_SMOLLM2"]))
+
+
+def letters(prompts, completions, answer, **columns):
+    """A reward that differs from sample to sample."""
+    return [len(set(str(completion))) / 100 for completion in completions]
