@@ -104,8 +104,12 @@ class Console:
         if not self._live:
             self.message(f"{name} ...")
 
+            said = 4 * done // total if total else 0
+
             def quarters(done: int, note: str = "") -> None:
-                if total and done and 4 * done // total > 4 * (done - 1) // total:
+                nonlocal said
+                if total and 4 * done // total > said:
+                    said = 4 * done // total
                     left = (total - done) * (time.monotonic() - start) / max(done - first, 1)
                     self.message(f"{name} {done}/{total}  {note}  left {_clock(left)}")
 

@@ -1,7 +1,8 @@
 """Which training problems should not be trained on: repetitions, and those that evaluation asks for too.
 
-Texts are compared by their words: runs of letters and digits, without case. A training problem overlaps an evaluation
-problem where it holds at least half of that one's runs of 13 words (of its only run, where it is shorter).
+A training problem overlaps an evaluation problem where it holds at least half of that one's runs of 13 words: runs of
+letters and digits, without case. Shorter texts are compared whole, and with their signs: 7 + 5 is not 7 - 5, and so are
+repetitions.
 """
 
 import re
@@ -12,14 +13,14 @@ RUN = 13  # words
 
 
 def repeated(questions: Sequence[str]) -> set[int]:
-    """Places of the questions whose words are those of an earlier one."""
+    """Places of the questions that are an earlier one, but for case, spaces and punctuation."""
     seen: set[tuple[str, ...]] = set()
     places = set()
     for place, text in enumerate(questions):
-        words = _words(text)
-        if words in seen:
+        signs = _signs(text)
+        if signs in seen:
             places.add(place)
-        seen.add(words)
+        seen.add(signs)
     return places
 
 
@@ -44,8 +45,13 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[^\W_]+", text.casefold()))
 
 
+def _signs(text: str) -> tuple[str, ...]:
+    """Words and the single signs of mathematics between them, without case."""
+    return tuple(re.findall(r"[^\W_]+|[^\w\s.,;:?!'\"]|_", text.casefold()))
+
+
 def _runs(text: str) -> set[tuple[str, ...]]:
     words = _words(text)
-    if not words:
-        return set()
-    return {words[i : i + RUN] for i in range(max(1, len(words) - RUN + 1))}
+    if len(words) < RUN:
+        return {_signs(text)} - {()}
+    return {words[i : i + RUN] for i in range(len(words) - RUN + 1)}

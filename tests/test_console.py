@@ -26,8 +26,9 @@ def test_plain_console_prints_one_unwrapped_line_a_step():
         for step in range(3, 6):
             shown.step(step, {**STEP, "completions/mean_length": jnp.float32(100), "draft/mean_length": 90.0})
         with shown.phase("evaluation", total=8) as update:
-            update(3, "no quarter")
-            update(4, "half")
+            update(1, "no quarter")
+            update(5, "half")
+            update(5, "said")
         shown.step(10, STEP)
         shown.message("x" * 500)
     lines = out.getvalue().splitlines()
@@ -35,7 +36,7 @@ def test_plain_console_prints_one_unwrapped_line_a_step():
         "step  4/10  solved 0.625  drafts solved 0.500  reward 1.500  length 100  draft length 90  loss not finite"
         "  2.0 s/step  left 0:00:12"
     )
-    assert lines[1:3] == ["evaluation ...", "evaluation 4/8  half  left 0:00:00"]
+    assert lines[1:3] == ["evaluation ...", "evaluation 5/8  half  left 0:00:00"]
     assert lines[3].startswith("step 10/10") and lines[4:] == ["x" * 500]
     assert "\x1b" not in out.getvalue()
 

@@ -272,21 +272,24 @@ def test_what_is_left_out_of_the_training_set(tmp_path):
         {"prompt": " ".join(words[3:]), "answer": "2"},  # 5 of its 8 runs
         {"prompt": " ".join(words[5:]), "answer": "2"},  # 3 of its 8 runs: not half
         {"prompt": "Without", "answer": " "},
+        {"prompt": "7 + 5 - 3", "answer": "9"},
+        {"prompt": "7 - 5 + 3", "answer": "5"},  # the same words, and another problem
     ]
     file = write(tmp_path / "x.jsonl", rows)
     held_out = {"mine": [data.Row("1", 0, "Other", "0", {}), data.Row("2", 1, asked, "2", {})]}
+    held_out["mine"].append(data.Row("3", 2, "7 - 5 - 3", "-1", {}))
     cleaned = data.training_set(Config(data=Data(train=file, clean=True)), held_out)
-    assert [row.index for row in cleaned.rows] == [0, 4]
+    assert [row.index for row in cleaned.rows] == [0, 4, 6, 7]
     assert cleaned.notes[1:] == [
         ("problems without an answer", "1, left out"),
-        ("repeated problems", "1 of 5, left out"),
-        ("training problems like mine's", "2 of 5, left out"),
+        ("repeated problems", "1 of 7, left out"),
+        ("training problems like mine's", "2 of 7, left out"),
     ]
     file = write(tmp_path / "x.jsonl", rows[:5])
     kept = data.training_set(Config(data=Data(train=file)), held_out)
     assert len(kept.rows) == 5 and kept.notes[1] == ("repeated problems", "1 of 5, kept")
     message = error_of(load, write(tmp_path / "x.jsonl", rows))
-    assert "1 of 6 rows has a blank 'answer': row 6; " in message and "config.data.clean=True" in message
+    assert "1 of 8 rows has a blank 'answer': row 6; " in message and "config.data.clean=True" in message
     everything = Config(data=Data(train=write(tmp_path / "y.jsonl", [{"prompt": asked, "answer": "2"}]), clean=True))
     assert "leaves none of the 1 problems" in error_of(data.training_set, everything, held_out)
 
@@ -310,7 +313,7 @@ def test_the_real_problems():
     asked = {name: [row.question for row in rows] for name, rows in held_out.items()}
     hit = {name: len(set(filters.overlapping(questions, texts).values())) for name, texts in asked.items()}
     assert hit == {"aime24": 0, "aime25": 0, "amc23": 0, "minerva": 0, "gsm8k": 1, "math500": 17}
-    assert len(filters.repeated(questions)) == 8
+    assert len(filters.repeated(questions)) == 2  # 5 more have the same words and other signs
 
 
 def test_training_rows_are_the_file_or_the_built_in_task(tmp_path):

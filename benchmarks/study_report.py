@@ -1,0 +1,213 @@
+"""Tables and plots of a study from its results, for matched_budget.py: results.json, tables.md, GROUP.png."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import study_runs
+from study_runs import MOVES, interval
+
+from igrpo_jax.metrics import write_atomically
+
+Results = dict[str, Any]
+Arm = dict[str, Any]
+
+
+def write(out: Path, results: Results) -> None:
+    """All files of the report, each whole or not at all."""
+    write_atomically(out / "results.json", json.dumps(results, indent=None, default=str) + "\n")
+    write_atomically(out / "tables.md", tables(results))
+    for group, names in results["groups"].items():
+        plot(out / f"{group}.png", {name: results["arms"][name] for name in _with_reference(results, names)})
+
+
+def last_line(results: Results) -> str:
+    """One JSON object: of every arm the means over its seeds."""
+    arms = {}
+    for name, arm in results["arms"].items():
+        runs = arm["seeds"].values()
+        arms[name] = {key: round(interval([run[key] for run in runs])[0], 4) for key in ("before", "after", "area")}
+        arms[name]["seeds"] = len(runs)
+        pairs = _pairs(results, name)
+        if pairs:
+            mean, width = interval([run["after"] - other["after"] for run, other in pairs])
+            arms[name] |= {"against": arm["against"], "difference": round(mean, 4), "half_width": _or_none(width)}
+    return json.dumps({"setting": results["setting"], "steps": results["steps"], "arms": arms})
+
+
+def _or_none(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def _with_reference(results: Results, names: Sequence[str]) -> list[str]:
+    """The arms of a group after those outside it that they are compared with."""
+    others = dict.fromkeys(results["arms"][name]["against"] for name in names)
+    return [name for name in others if name and name not in names and name in results["arms"]] + list(names)
+
+
+def _pairs(results: Results, name: str) -> list[tuple[dict, dict]]:
+    """(run, run of the arm it is compared with) of the seeds that both have."""
+    arm = results["arms"][name]
+    other = results["arms"].get(arm["against"], {"seeds": {}})["seeds"]
+    return [(run, other[seed]) for seed, run in arm["seeds"].items() if seed in other]
+
+
+def tables(results: Results) -> str:
+    """Every group's tables as Markdown, one after the other."""
+    parts = []
+    for group, names in results["groups"].items():
+        arms = {name: results["arms"][name] for name in _with_reference(results, names)}
+        parts += [f"## {group}", _learning(arms), _differences(results, names), _dynamics(arms), _drafts(arms)]
+        parts.append(_cost(arms))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+Column = tuple[str, Callable[[dict], float | None], str]  # heading, what is read of a run, format
+
+
+def _share(name: str) -> Callable[[dict], float | None]:
+    return lambda run: None if name not in run else 100 * run[name]
+
+
+def _table(arms: dict[str, Arm], columns: Sequence[Column], with_interval: bool = True) -> str:
+    lines = ["| arm | seeds | " + " | ".join(heading for heading, _, _ in columns) + " |"]
+    lines.append("|---" * (len(columns) + 2) + "|")
+    for name, arm in arms.items():
+        cells = []
+        for _, read, form in columns:
+            values = [value for value in map(read, arm["seeds"].values()) if value is not None]
+            cells.append(_cell(values, form, with_interval) if values else "")
+        lines.append(f"| {name} | {len(arm['seeds'])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float], form: str, with_interval: bool, sign: str = "") -> str:
+    mean, width = interval(values)
+    text = format(mean, sign + form)
+    return f"{text} ± {format(width, form)}" if with_interval and math.isfinite(width) else text
+
+
+def _learning(arms: dict[str, Arm]) -> str:
+    columns: list[Column] = [
+        ("pass@1 before", _share("before"), ".1f"),
+        ("pass@1 after", _share("after"), ".1f"),
+        ("area", _share("area"), ".1f"),
+        ("answer length before", lambda run: run["length_before"], ".1f"),
+        ("answer length after", lambda run: run["length"], ".1f"),
+    ]
+    return "Single shot, in percent; area is the mean height of the pass@1 curve.\n\n" + _table(arms, columns)
+
+
+def _differences(results: Results, names: Sequence[str]) -> str:
+    lines = [
+        "Differences of pairs, in percentage points: at the end, of the area, where both have spent as many tokens.",
+        "",
+        "| arm | against | pairs | pass@1 | area | at equal sampled tokens | at equal trained tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        pairs = _pairs(results, name)
+        if not pairs:
+            continue
+        cells = [name, results["arms"][name]["against"], str(len(pairs))]
+        for key in ("after", "area"):
+            cells.append(_cell([100 * (run[key] - other[key]) for run, other in pairs], ".1f", True, "+"))
+        for axis in ("sampled", "trained"):
+            each = [study_runs.at_equal(axis, run, other) for run, other in pairs]
+            cells.append(_cell([100 * (first - second) for first, second in each], ".1f", True, "+"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 4 else ""
+
+
+def _dynamics(arms: dict[str, Arm]) -> str:
+    columns: list[Column] = [
+        *((f"entropy at {k} %", lambda run, k=k: run[f"entropy_{k}"], ".3f") for k in (10, 30, 100)),
+        ("equal groups", _share("zero_variance"), ".0f"),
+        ("where the draft was right", _share("zero_variance_right_draft"), ".0f"),
+        ("where it was wrong", _share("zero_variance_wrong_draft"), ".0f"),
+    ]
+    title = "Entropy in nats per token; groups whose rewards are all equal and give no gradient, in percent.\n\n"
+    return title + _table(arms, columns)
+
+
+def _drafts(arms: dict[str, Arm]) -> str:
+    shown = {name: arm for name, arm in arms.items() if any("fixed" in run for run in arm["seeds"].values())}
+    if not shown:
+        return ""
+    columns: list[Column] = [(name.replace("_", " "), _share(name), ".1f") for name in MOVES]
+    columns += [("copied", _share("copy_ratio"), ".0f"), ("copied at the end", _share("copy_ratio_end"), ".0f")]
+    title = "What refinements made of the draft they were shown, in percent of refinements; tokens shared with it.\n\n"
+    return title + _table(shown, columns, with_interval=False)
+
+
+def _cost(arms: dict[str, Arm]) -> str:
+    columns: list[Column] = [
+        ("completions", lambda run: run["completions"], ",.0f"),
+        ("sampled tokens", lambda run: run["sampled_tokens"], ",.0f"),
+        ("trained tokens", lambda run: run["trained_tokens"], ",.0f"),
+        ("seconds", lambda run: run["seconds"], ".0f"),
+        ("of them rollout", lambda run: run["rollout_seconds"], ".0f"),
+        ("update", lambda run: run["update_seconds"], ".0f"),
+    ]
+    return "What a run cost (seconds of all steps, compilation included).\n\n" + _table(arms, columns, False)
+
+
+PANELS = (  # title, series
+    ("reward of trained completions", "reward"),
+    ("entropy (nats per token)", "entropy"),
+    ("groups with equal rewards", "zero_variance"),
+    ("tokens copied from the draft", "copy_ratio"),
+)
+
+
+def plot(path: Path, arms: dict[str, Arm]) -> None:
+    """pass@1 by step and by trained tokens, and the series by step: means over seeds, bands of 95 %."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 3, figsize=(13.5, 7), layout="constrained")
+    panels = axes.ravel()
+    for name, arm in arms.items():
+        runs = list(arm["seeds"].values())
+        curves = [run["curve"] for run in runs]
+        values = [interval(points) for points in zip(*(curve["pass@1"] for curve in curves), strict=True)]
+        mean, width = (np.array(part) for part in zip(*values, strict=True))
+        _line(panels[0], curves[0]["step"], mean, width, name)
+        trained = np.mean([curve["trained"] for curve in curves], axis=0) / 1e3
+        _line(panels[1], trained, mean, width, name)
+        for panel, (_, series) in zip(panels[2:], PANELS, strict=True):
+            if series in runs[0]["series"]:
+                mean_, width_ = study_runs.band(runs, series)
+                steps = np.arange(1, len(mean_) + 1)
+                _line(panel, *_smooth(steps, mean_, width_), name)
+    panels[0].set_title("single-shot pass@1, by step")
+    panels[1].set_title("single-shot pass@1, by thousands of trained tokens")
+    for panel, (title, _) in zip(panels[2:], PANELS, strict=True):
+        panel.set_title(title + ", by step")
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=90)
+    pyplot.close(figure)
+    temporary.replace(path)
+
+
+def _line(panel, x, mean: np.ndarray, width: np.ndarray, name: str) -> None:
+    (drawn,) = panel.plot(x, mean, label=name, linewidth=1.6)
+    if np.isfinite(width).all():
+        panel.fill_between(x, mean - width, mean + width, alpha=0.15, color=drawn.get_color(), linewidth=0)
+
+
+def _smooth(steps: np.ndarray, mean: np.ndarray, width: np.ndarray, over: int = 5) -> tuple[np.ndarray, ...]:
+    """Means of so many steps at a time, for the eye; shorter runs as they are."""
+    count = len(steps) // over
+    if count < 4:
+        return steps, mean, width
+    cut = lambda x: x[: count * over].reshape(count, over).mean(axis=1)  # noqa: E731
+    return cut(steps), cut(mean), cut(width)
