@@ -279,7 +279,7 @@ def test_what_is_left_out_of_the_training_set(tmp_path):
     held_out = {"mine": [data.Row("1", 0, "Other", "0", {}), data.Row("2", 1, asked, "2", {})]}
     held_out["mine"].append(data.Row("3", 2, "7 - 5 - 3", "-1", {}))
     cleaned = data.training_set(Config(data=Data(train=file, clean=True)), held_out)
-    assert [row.index for row in cleaned.rows] == [0, 4, 6, 7]
+    assert [row.index for row in cleaned.rows] == [0, 4, 5, 6]
     assert cleaned.notes[1:] == [
         ("problems without an answer", "1, left out"),
         ("repeated problems", "1 of 7, left out"),
