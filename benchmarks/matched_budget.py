@@ -36,6 +36,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -116,15 +117,17 @@ class Study:
     benchmark: str
     settings: dict[str, Any]  # of all runs
     steps: int
+    pretrained: str = ""  # the model that all runs start from, in the place of the supervised starts
 
     def run(self, arm: str, seed: int) -> Path:
         return self.out / "runs" / arm / f"seed_{seed}"
 
     def model(self, start: str) -> Path:
-        return self.out / "starts" / start / "model"
+        return Path(self.pretrained or self.out / "starts" / start / "model")
 
     def command(self, arm: Arm, seed: int) -> list[str]:
-        settings = self.settings | arm.settings | {"seed": seed, "steps": self.steps}
+        own = {"model.path": self.model(arm.start), "seed": seed, "steps": self.steps}
+        settings = self.settings | arm.settings | own
         return main_command(self.config, self.run(arm.name, seed), settings)
 
 
@@ -181,23 +184,51 @@ def arithmetic(args: argparse.Namespace) -> Study:
         lines = [{"id": f"{name}-{i}", "prompt": one.question, "answer": str(one.answer)} for i, one in enumerate(rows)]
         write_atomically(data / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     settings = {
-        "model.path": "",
         "warm_start.steps": 0,
         "data.train": data / "train.jsonl",
         "evaluation.data_dir": data,
         "evaluation.benchmarks": "('held_out',)",
     }
     study = Study(args.out, file, "held_out", settings, args.steps or tree.steps)
-    for name in {arm.start for group in args.groups for arm in ARMS[group]}:
-        if not study.model(name).exists():
-            print(f"{name}: supervised start ({tree.warm_start.steps} steps) ...", flush=True)
-            folder = study.model(name).parent
-            # One step at rate 0: its checkpoint of step 0 is the start.
-            once = STARTS[name] | {"steps": 1, "optimizer.learning_rate": 0.0, "evaluation.every": 0}
-            call(main_command(file, folder / "run", once), folder / "log.txt")
-            export = ["--workdir", str(folder / "run"), "--step", "0", "--out", str(study.model(name))]
-            call([sys.executable, "-m", "igrpo_jax.export", *export], folder / "log.txt")
+    needed = {arm.start for group in args.groups for arm in ARMS[group]}
+    missing = sorted(name for name in needed if not study.model(name).exists())
+    if missing:
+        print(f"supervised starts: {', '.join(missing)} ({tree.warm_start.steps} steps each) ...", flush=True)
+    in_parallel(args.jobs, lambda name, cores: make_start(study, name, cores), missing)
     return study
+
+
+def make_start(study: Study, name: str, cores: list[int] | None) -> None:
+    """Exports what the supervised start has learned: the checkpoint of step 0 of a run of one step at rate 0."""
+    folder = study.model(name).parent
+    once = STARTS[name] | {"steps": 1, "optimizer.learning_rate": 0.0, "evaluation.every": 0}
+    call(main_command(study.config, folder / "run", once), folder / "log.txt", cores)
+    export = ["--workdir", str(folder / "run"), "--step", "0", "--out", str(study.model(name))]
+    call([sys.executable, "-m", "igrpo_jax.export", *export], folder / "log.txt", cores)
+
+
+def in_parallel(jobs: int, work: Callable[[Any, list[int] | None], None], items: Sequence[Any]) -> None:
+    """`work(item, cores)` of all items, `jobs` at a time, each with cores of its own; the first error ends it."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    places = queue.SimpleQueue()
+    for job in range(jobs):
+        places.put(cores[job::jobs] if jobs > 1 else None)
+
+    def one(item: Any) -> None:
+        place = places.get()
+        try:
+            work(item, place)
+        finally:
+            places.put(place)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(one, item) for item in items]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def seeds_of(args: argparse.Namespace, group: str) -> int:
@@ -213,21 +244,12 @@ def run_all(args: argparse.Namespace, study: Study) -> None:
         if not study_runs.finished(study.run(arm.name, seed), study.steps, study.benchmark)
     ]
     print(f"{len(wanted)} runs of {study.steps} steps, {len(wanted) - len(missing)} of them there", flush=True)
-    began, lock, places = time.monotonic(), threading.Lock(), queue.SimpleQueue()
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    for job in range(args.jobs):
-        places.put(cores[job :: args.jobs] if args.jobs > 1 else None)
-    done = 0
+    began, lock, done = time.monotonic(), threading.Lock(), 0
 
-    def one(seed: int, arm: Arm) -> None:
+    def one(item: tuple[int, Arm], cores: list[int] | None) -> None:
         nonlocal done
-        place, start = places.get(), time.monotonic()
-        try:
-            settings = study.settings | {"model.path": args.model or study.model(arm.start)}
-            ours = dataclasses.replace(study, settings=settings)
-            call(ours.command(arm, seed), study.out / "logs" / f"{arm.name}_{seed}.txt", place)
-        finally:
-            places.put(place)
+        (seed, arm), start = item, time.monotonic()
+        call(study.command(arm, seed), study.out / "logs" / f"{arm.name}_{seed}.txt", cores)
         with lock:
             done += 1
             left = (len(missing) - done) * (time.monotonic() - began) / done
@@ -239,14 +261,7 @@ def run_all(args: argparse.Namespace, study: Study) -> None:
             )
             report(args, study)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(one, seed, arm) for seed, arm in missing]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    in_parallel(args.jobs, one, missing)
 
 
 def report(args: argparse.Namespace, study: Study) -> dict[str, Any]:

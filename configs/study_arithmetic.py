@@ -51,7 +51,6 @@ def get_config():
     c.evaluation.top_p = 1.0
 
     c.checkpoint.every = 0  # a run of the study takes a minute or two
-    c.checkpoint.keep = 1
     c.log.every = 10
     c.log.samples_every = 0
     c.log.tensorboard = False
