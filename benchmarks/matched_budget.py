@@ -22,10 +22,13 @@ them from the runs that are there. Intervals are 95 %, Student's t over the seed
 line is one JSON object: `arms` with pass@1 before and after, `area` (mean height of the curve), and the difference to
 the arm that each is compared with.
 
-The setting smollm2 trains SmolLM2-135M-Instruct on easy problems of MATH of which it solves some (see study_smollm2).
+The setting smollm2 starts every run from --model, and trains it on those of the --screen shortest problems of GSM8K
+that it solves sometimes, on which it is evaluated too (other samples): a model that never succeeds learns nothing.
+Flags --config.FIELD=VALUE are given to every run.
 """
 
 import argparse
+import collections
 import dataclasses
 import fcntl
 import json
@@ -43,7 +46,6 @@ from typing import Any, TextIO
 
 import study_report
 import study_runs
-import study_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,6 +119,7 @@ class Study:
     benchmark: str
     settings: dict[str, Any]  # of all runs
     steps: int
+    flags: list[str]  # for every run
     pretrained: str = ""  # the model that all runs start from, in the place of the supervised starts
 
     def run(self, arm: str, seed: int) -> Path:
@@ -128,7 +131,7 @@ class Study:
     def command(self, arm: Arm, seed: int) -> list[str]:
         own = {"model.path": self.model(arm.start), "seed": seed, "steps": self.steps}
         settings = self.settings | arm.settings | own
-        return main_command(self.config, self.run(arm.name, seed), settings)
+        return main_command(self.config, self.run(arm.name, seed), settings) + self.flags
 
 
 def read_config(file: Path) -> Any:
@@ -189,7 +192,7 @@ def arithmetic(args: argparse.Namespace) -> Study:
         "evaluation.data_dir": data,
         "evaluation.benchmarks": "('held_out',)",
     }
-    study = Study(args.out, file, "held_out", settings, args.steps or tree.steps)
+    study = Study(args.out, file, "held_out", settings, args.steps or tree.steps, args.flags)
     needed = {arm.start for group in args.groups for arm in ARMS[group]}
     missing = sorted(name for name in needed if not study.model(name).exists())
     if missing:
@@ -198,11 +201,38 @@ def arithmetic(args: argparse.Namespace) -> Study:
     return study
 
 
+def pretrained(args: argparse.Namespace) -> Study:
+    """The model that is given, and the problems that it solves sometimes."""
+    from igrpo_jax.metrics import write_atomically
+
+    file, data, samples = ROOT / "configs" / "study_smollm2.py", args.out / "data", 4
+    tree = read_config(file)
+    data.mkdir(parents=True, exist_ok=True)
+    settings = {"data.train": data / "solved.jsonl", "evaluation.data_dir": data}
+    settings["evaluation.benchmarks"] = "('solved',)"
+    study = Study(args.out, file, "solved", settings, args.steps or tree.steps, args.flags, args.model)
+    if not (data / "solved.jsonl").exists():
+        problems = study_runs.read_rows(args.data / "gsm8k_train.jsonl")
+        problems = sorted(problems, key=lambda row: len(row["solution"]))[: args.screen]
+        write_atomically(data / "screened.jsonl", "".join(json.dumps(row) + "\n" for row in problems))
+        print(f"asking the model {len(problems)} problems, {samples} times each ...", flush=True)
+        command = [sys.executable, "-m", "igrpo_jax.evaluate", "--config", str(file), "--model", args.model]
+        command += ["--benchmarks", "screened", "--samples", str(samples), "--workdir", str(args.out / "screen")]
+        call([*command, f"--config.evaluation.data_dir={data}", *args.flags], args.out / "screen.txt")
+        right: collections.Counter[str] = collections.Counter()
+        for row in study_runs.read_rows(args.out / "screen" / "screened.jsonl"):
+            right[row["prompt_id"]] += int(row["accuracy"])
+        kept = [row for row in problems if 0 < right[row["id"]] < samples]
+        print(f"it solves {len(kept)} of them sometimes", flush=True)
+        write_atomically(data / "solved.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+    return study
+
+
 def make_start(study: Study, name: str, cores: list[int] | None) -> None:
     """Exports what the supervised start has learned: the checkpoint of step 0 of a run of one step at rate 0."""
     folder = study.model(name).parent
     once = STARTS[name] | {"steps": 1, "optimizer.learning_rate": 0.0, "evaluation.every": 0}
-    call(main_command(study.config, folder / "run", once), folder / "log.txt", cores)
+    call(main_command(study.config, folder / "run", once) + study.flags, folder / "log.txt", cores)
     export = ["--workdir", str(folder / "run"), "--step", "0", "--out", str(study.model(name))]
     call([sys.executable, "-m", "igrpo_jax.export", *export], folder / "log.txt", cores)
 
@@ -290,9 +320,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="default: the configuration's")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--model", default="", help="smollm2: Hugging Face directory or hub id")
-    parser.add_argument("--data", type=Path, help="smollm2: folder of math_train.jsonl (id, prompt, answer, level)")
+    parser.add_argument("--data", type=Path, help="smollm2: folder of gsm8k_train.jsonl (id, prompt, answer, solution)")
+    parser.add_argument("--screen", type=int, default=400, help="smollm2: problems that the model is asked first")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
-    args = parser.parse_args()
+    args, args.flags = parser.parse_known_args()
+    wrong = [flag for flag in args.flags if not flag.startswith("--config.")]
+    if wrong:
+        parser.error(f"unrecognized: {' '.join(wrong)}")
     args.out = args.out.absolute()
     args.groups = list(ARMS) if args.groups == "all" else args.groups.split(",")
     unknown = [group for group in args.groups if group not in ARMS]
@@ -300,7 +334,7 @@ def main() -> None:
         parser.error(f"--groups {','.join(unknown)}: there are {', '.join(ARMS)}")
     if args.setting == "smollm2" and not (args.model and args.data):
         parser.error("--setting smollm2 needs --model and --data")
-    study = Study(*study_smollm2.prepare(args)) if args.setting == "smollm2" else arithmetic(args)
+    study = pretrained(args) if args.setting == "smollm2" else arithmetic(args)
     if not args.report_only:
         run_all(args, study)
     print(study_report.last_line(report(args, study)))

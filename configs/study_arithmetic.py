@@ -4,7 +4,7 @@
 
 A 0.6 M parameter decoder that learns sums of three to five numbers, step by step, from a teacher that gets every fourth
 step wrong: its samples are right about a third of the time. One such start is made and exported, and every run begins
-from it, for 80 steps of 16 prompts with 8 completions each. Two minibatches to a rollout, so that ratios differ from 1
+from it, for 60 steps of 16 prompts with 8 completions each. Two minibatches to a rollout, so that ratios differ from 1
 and the objectives from one another.
 """
 
@@ -13,7 +13,7 @@ from igrpo_jax.config import default
 
 def get_config():
     c = default()
-    c.steps = 80
+    c.steps = 60
     c.prompts_per_step = 16
 
     c.model.dtype = "float32"

@@ -1,1 +1,0 @@
-"""The part of matched_budget.py that is about SmolLM2 (placeholder)."""
