@@ -32,11 +32,14 @@ INSTALL_REQUIRES = [
     "transformers>=5.0",
 ]
 
+STUDY = ["matplotlib>=3.9", "scipy>=1.13"]  # plots and intervals of benchmarks/matched_budget.py
+
 EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     "judge": ["openai>=2.0"],  # the generative judge, rewards.judge
-    "test": ["hypothesis>=6.100", "openai>=2.0", "pytest>=8.0", "ruff>=0.17.6,<0.18"],
+    "study": STUDY,
+    "test": ["hypothesis>=6.100", "openai>=2.0", "pytest>=8.0", "ruff>=0.17.6,<0.18", *STUDY],
     # What decoder, objectives and LoRA are compared with.
     "parity": ["torch==2.13.0", "trl==1.16.0", "peft>=0.18,<1"],
 }

@@ -244,21 +244,22 @@ def in_parallel(jobs: int, work: Callable[[Any, list[int] | None], None], items:
     for job in range(jobs):
         places.put(cores[job::jobs] if jobs > 1 else None)
 
+    failed = threading.Event()
+
     def one(item: Any) -> None:
         place = places.get()
         try:
-            work(item, place)
+            if not failed.is_set():
+                work(item, place)
+        except BaseException:
+            failed.set()
+            raise
         finally:
             places.put(place)
 
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(one, item) for item in items]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for future in [pool.submit(one, item) for item in items]:
+            future.result()
 
 
 def seeds_of(args: argparse.Namespace, group: str) -> int:

@@ -6,6 +6,7 @@ number in docs/study.md that no file of the study holds.
 """
 
 import argparse
+import importlib
 import json
 import math
 import re
@@ -14,14 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from igrpo_jax import config
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import matched_budget
-import study_report
-import study_runs
-
-from igrpo_jax import config
+matched_budget, study_report, study_runs = map(
+    importlib.import_module, ("matched_budget", "study_report", "study_runs")
+)
 
 
 def sample(stage, number, advantage=None, parent=None, accuracy=0.0):
@@ -35,7 +35,7 @@ def write_run(folder, drafts=True, trains_drafts=False, gain=0.1):
     (folder / "config.json").write_text(json.dumps({"algorithm": {"train_drafts": trains_drafts}}))
     rows = [{"step": 0, "eval/x/pass@1": 0.2, "eval/x/mean_length": 9.0}]
     for step in (1, 2):
-        row = {name: 0.1 * step for name in study_runs.SERIES.values()}
+        row = dict.fromkeys(study_runs.SERIES.values(), 0.1 * step)
         row |= {"step": step, "loss": 0.0, "perf/step_time": 2.0, "perf/rollout_time": 0.5, "perf/update_time": 1.5}
         row |= {"perf/draft_tokens": 100 * drafts, "perf/completion_tokens": 10, "completions/clipped_ratio": 0.0}
         row |= {f"refine/{move}": 0.25 for move in study_runs.MOVES} if drafts else {}
