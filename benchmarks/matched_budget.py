@@ -155,9 +155,7 @@ def call(command: list[str], log: Path, cores: list[int] | None = None) -> None:
         _lock(file)
         pin = (lambda: os.sched_setaffinity(0, cores)) if cores and hasattr(os, "sched_setaffinity") else None
         environment = os.environ | {"PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"}
-        code = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=pin, env=environment
-        ).returncode
+        code = subprocess.run(command, stdout=file, stderr=file, preexec_fn=pin, env=environment).returncode
     if code:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise SystemExit(f"{' '.join(command)}\nended with exit code {code}; the end of {log}:\n{tail}")
@@ -243,7 +241,6 @@ def in_parallel(jobs: int, work: Callable[[Any, list[int] | None], None], items:
     places = queue.SimpleQueue()
     for job in range(jobs):
         places.put(cores[job::jobs] if jobs > 1 else None)
-
     failed = threading.Event()
 
     def one(item: Any) -> None:

@@ -4,6 +4,7 @@ Used by matched_budget.py. Nothing here runs or samples anything.
 """
 
 import collections
+import functools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -44,6 +45,7 @@ def finished(run: Path, steps: int, benchmark: str) -> bool:
     return any(row["step"] == steps and f"eval/{benchmark}/pass@1" in row for row in rows)
 
 
+@functools.cache  # a study reads its finished runs after each further one
 def figures(run: Path, benchmark: str) -> dict[str, Any]:
     """What the study reports of a finished run; shares are of 1, entropy is in nats per token, lengths in tokens.
 
