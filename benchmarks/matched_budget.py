@@ -148,7 +148,7 @@ def call(command: list[str], log: Path, cores: list[int] | None = None) -> None:
     """Runs a command with its output in `log`, which is locked as long as it runs.
 
     Raises:
-        SystemExit: it failed, or an earlier study's process still has the log.
+        SystemExit: it failed; the message has the end of its output.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
@@ -162,13 +162,12 @@ def call(command: list[str], log: Path, cores: list[int] | None = None) -> None:
 
 
 def _lock(log: TextIO) -> None:
-    """Children inherit the lock, and keep it should this process be killed."""
-    for _ in range(30):
-        try:
-            return fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            time.sleep(0.5)  # helpers of the run before may take a moment to end
-    raise SystemExit(f"{log.name}: its run still goes on, begun by another study; wait for it or end it")
+    """Waits until no other process has `log`. Children inherit the lock and keep it, should this process be killed."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        print(f"waiting for the run of another study that writes {log.name} ...", flush=True)
+        fcntl.flock(log, fcntl.LOCK_EX)
 
 
 def arithmetic(args: argparse.Namespace) -> Study:

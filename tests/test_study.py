@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -140,16 +141,16 @@ def test_a_killed_study_goes_on(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "main.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_two_studies_do_not_share_a_run(tmp_path, monkeypatch):
+def test_runs_of_a_killed_study_are_waited_for(tmp_path, capsys):
+    """A child outlives the study that began it; another process in the same folder would tear its files."""
     log = tmp_path / "log.txt"
-    monkeypatch.setattr(matched_budget.time, "sleep", lambda seconds: None)
     with open(log, "a") as other:
         matched_budget._lock(other)
-        with pytest.raises(SystemExit, match="still goes on"):
-            matched_budget.call([sys.executable, "-c", "pass"], log)
-    matched_budget.call([sys.executable, "-c", "print('said')"], log)
-    assert log.read_text() == "said\n"
-    with pytest.raises(SystemExit, match=r"exit code 3(.|\n)*said"):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1); print('first')"], stdout=other)
+    matched_budget.call([sys.executable, "-c", "print('second')"], log)
+    assert log.read_text() == "first\nsecond\n" and child.wait() == 0
+    assert "waiting for the run of another study" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"exit code 3(.|\n)*second"):
         matched_budget.call([sys.executable, "-c", "raise SystemExit(3)"], log)
 
 
