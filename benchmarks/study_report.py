@@ -172,19 +172,16 @@ def plot(path: Path, arms: dict[str, Arm]) -> None:
 
     figure, axes = pyplot.subplots(2, 3, figsize=(13.5, 7), layout="constrained")
     panels = axes.ravel()
-    for name, arm in arms.items():
-        runs = list(arm["seeds"].values())
+    for number, (name, arm) in enumerate(arms.items()):
+        runs, look = list(arm["seeds"].values()), {"label": name, "color": f"C{number}"}
         curves = [run["curve"] for run in runs]
-        values = [interval(points) for points in zip(*(curve["pass@1"] for curve in curves), strict=True)]
-        mean, width = (np.array(part) for part in zip(*values, strict=True))
-        _line(panels[0], curves[0]["step"], mean, width, name)
-        trained = np.mean([curve["trained"] for curve in curves], axis=0) / 1e3
-        _line(panels[1], trained, mean, width, name)
+        heights = [curve["pass@1"] for curve in curves]
+        _line(panels[0], curves[0]["step"], heights, look)
+        _line(panels[1], np.mean([curve["trained"] for curve in curves], axis=0) / 1e3, heights, look)
         for panel, (_, series) in zip(panels[2:], PANELS, strict=True):
             if series in runs[0]["series"]:
-                mean_, width_ = study_runs.band(runs, series)
-                steps = np.arange(1, len(mean_) + 1)
-                _line(panel, *_smooth(steps, mean_, width_), name)
+                each = [_smooth(run["series"][series]) for run in runs]
+                _line(panel, each[0][0], [values for _, values in each], look)
     panels[0].set_title("single-shot pass@1, by step")
     panels[1].set_title("single-shot pass@1, by thousands of trained tokens")
     for panel, (title, _) in zip(panels[2:], PANELS, strict=True):
@@ -198,16 +195,17 @@ def plot(path: Path, arms: dict[str, Arm]) -> None:
     temporary.replace(path)
 
 
-def _line(panel, x, mean: np.ndarray, width: np.ndarray, name: str) -> None:
-    (drawn,) = panel.plot(x, mean, label=name, linewidth=1.6)
+def _line(panel, x: Sequence[float], each: Sequence[Sequence[float]], look: dict[str, str]) -> None:
+    """Mean of the runs' values [runs, points], and their band."""
+    mean, width = (np.array(part) for part in zip(*map(interval, zip(*each, strict=True)), strict=True))
+    panel.plot(x, mean, linewidth=1.6, **look)
     if np.isfinite(width).all():
-        panel.fill_between(x, mean - width, mean + width, alpha=0.15, color=drawn.get_color(), linewidth=0)
+        panel.fill_between(x, mean - width, mean + width, alpha=0.15, color=look["color"], linewidth=0)
 
 
-def _smooth(steps: np.ndarray, mean: np.ndarray, width: np.ndarray, over: int = 5) -> tuple[np.ndarray, ...]:
-    """Means of so many steps at a time, for the eye; shorter runs as they are."""
-    count = len(steps) // over
-    if count < 4:
-        return steps, mean, width
-    cut = lambda x: x[: count * over].reshape(count, over).mean(axis=1)  # noqa: E731
-    return cut(steps), cut(mean), cut(width)
+def _smooth(values: Sequence[float], over: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, means of so many steps at a time), for the eye; of short runs all steps."""
+    over = over if len(values) >= 4 * over else 1
+    count = len(values) // over
+    cut = lambda x: np.reshape(x[: count * over], (count, over)).mean(axis=1)  # noqa: E731
+    return cut(range(1, len(values) + 1)), cut(values)

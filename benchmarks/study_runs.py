@@ -7,7 +7,7 @@ import collections
 import functools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,12 +178,6 @@ def at_equal(axis: str, run: dict[str, Any], other: dict[str, Any]) -> tuple[flo
     most = min(run["curve"][axis][-1], other["curve"][axis][-1])
     first, second = (float(np.interp(most, one["curve"][axis], one["curve"]["pass@1"])) for one in (run, other))
     return first, second
-
-
-def band(runs: Iterable[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and half width over the runs of a series, [steps] each."""
-    each = [interval(values) for values in zip(*(run["series"][name] for run in runs), strict=True)]
-    return np.array([mean for mean, _ in each]), np.array([width for _, width in each])
 
 
 def _rounded(value: float) -> float:
