@@ -103,23 +103,25 @@ def _learning(arms: dict[str, Arm]) -> str:
 
 def _differences(results: Results, names: Sequence[str]) -> str:
     lines = [
-        "Differences of pairs, in percentage points: at the end, of the area, where both have spent as many tokens.",
+        "Differences of pairs: single-shot pass@1 in percentage points (at the end, of the area, and where both have",
+        "sampled or trained on as many tokens), and entropy in nats (at the end, and where both have trained on as many).",
         "",
-        "| arm | against | pairs | pass@1 | area | at equal sampled tokens | at equal trained tokens |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | against | pairs | pass@1 | area | at equal sampled | at equal trained | entropy | at equal trained |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in names:
         pairs = _pairs(results, name)
         if not pairs:
             continue
         cells = [name, results["arms"][name]["against"], str(len(pairs))]
-        for key in ("after", "area"):
-            cells.append(_cell([100 * (run[key] - other[key]) for run, other in pairs], ".1f", True, "+"))
-        for axis in ("sampled", "trained"):
-            each = [study_runs.at_equal(axis, run, other) for run, other in pairs]
-            cells.append(_cell([100 * (first - second) for first, second in each], ".1f", True, "+"))
+        gaps = [[(run[key], other[key]) for run, other in pairs] for key in ("after", "area")]
+        gaps += [[study_runs.at_equal(axis, *pair) for pair in pairs] for axis in ("sampled", "trained")]
+        cells += [_cell([100 * (first - second) for first, second in gap], ".1f", True, "+") for gap in gaps]
+        gaps = [[(run["entropy_100"], other["entropy_100"]) for run, other in pairs]]
+        gaps += [[study_runs.entropies_at_equal(*pair) for pair in pairs]]
+        cells += [_cell([first - second for first, second in gap], ".3f", True, "+") for gap in gaps]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) if len(lines) > 4 else ""
+    return "\n".join(lines) if len(lines) > 5 else ""
 
 
 def _dynamics(arms: dict[str, Arm]) -> str:
@@ -174,6 +176,7 @@ def plot(path: Path, arms: dict[str, Arm]) -> None:
     panels = axes.ravel()
     for number, (name, arm) in enumerate(arms.items()):
         runs, look = list(arm["seeds"].values()), {"label": name, "color": f"C{number}"}
+        look["alpha"] = 0.18 if len(arms) < 4 else 0.07  # of bands: many of them hide the lines
         curves = [run["curve"] for run in runs]
         heights = [curve["pass@1"] for curve in curves]
         _line(panels[0], curves[0]["step"], heights, look)
@@ -195,12 +198,13 @@ def plot(path: Path, arms: dict[str, Arm]) -> None:
     temporary.replace(path)
 
 
-def _line(panel, x: Sequence[float], each: Sequence[Sequence[float]], look: dict[str, str]) -> None:
-    """Mean of the runs' values [runs, points], and their band."""
+def _line(panel, x: Sequence[float], each: Sequence[Sequence[float]], look: dict[str, Any]) -> None:
+    """Mean of the runs' values [runs, points], none of them negative, and their band."""
     mean, width = (np.array(part) for part in zip(*map(interval, zip(*each, strict=True)), strict=True))
-    panel.plot(x, mean, linewidth=1.6, **look)
+    panel.plot(x, mean, linewidth=1.6, label=look["label"], color=look["color"])
     if np.isfinite(width).all():
-        panel.fill_between(x, mean - width, mean + width, alpha=0.15, color=look["color"], linewidth=0)
+        low = np.maximum(mean - width, 0)
+        panel.fill_between(x, low, mean + width, alpha=look["alpha"], color=look["color"], linewidth=0)
 
 
 def _smooth(values: Sequence[float], over: int = 5) -> tuple[np.ndarray, np.ndarray]:

@@ -153,7 +153,7 @@ def _moves(steps: Sequence[dict]) -> dict[str, list[float]]:
     return {name: [row[f"refine/{name}"] for row in steps] for name in MOVES if f"refine/{name}" in steps[0]}
 
 
-def _ending(values: Sequence[float], percent: int) -> float:
+def _ending(values: Sequence[float], percent: float) -> float:
     """Mean of the 5 values that end at this place of the run."""
     end = max(5, round(len(values) * percent / 100))
     return float(np.mean(values[end - 5 : end]))
@@ -177,6 +177,17 @@ def at_equal(axis: str, run: dict[str, Any], other: dict[str, Any]) -> tuple[flo
     """pass@1 of two runs where both have spent as much as the one that spent less in all; `axis` is of the curve."""
     most = min(run["curve"][axis][-1], other["curve"][axis][-1])
     first, second = (float(np.interp(most, one["curve"][axis], one["curve"]["pass@1"])) for one in (run, other))
+    return first, second
+
+
+def entropies_at_equal(run: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """Entropy of two runs where both have trained on as many tokens as the one that trained on less in all."""
+    most = min(one["curve"]["trained"][-1] for one in (run, other))
+    percent = [100 * np.interp(most, one["curve"]["trained"], one["curve"]["step"]) for one in (run, other)]
+    first, second = (
+        _ending(one["series"]["entropy"], at / one["curve"]["step"][-1])
+        for one, at in zip((run, other), percent, strict=True)
+    )
     return first, second
 
 

@@ -97,6 +97,14 @@ def test_runs_are_compared_where_they_have_spent_as_much():
     assert study_runs.at_equal("trained", long, short) == (pytest.approx(0.4), 0.5)
 
 
+def test_entropies_are_compared_where_runs_have_trained_as_much():
+    """The short run's last 5 steps against the long one's 5 to 9: it had trained on as much after step 9 of 10."""
+    short = {"curve": {"trained": [0, 90], "step": [0, 10]}, "series": {"entropy": [*range(10)]}}
+    long = {"curve": {"trained": [0, 100], "step": [0, 10]}, "series": {"entropy": [*range(10, 20)]}}
+    assert study_runs.entropies_at_equal(short, long) == (7, 16)
+    assert study_runs.entropies_at_equal(long, short) == (16, 7)
+
+
 def test_arms_sample_as_much_as_what_they_are_compared_with():
     arms = {arm.name: arm for group in matched_budget.ARMS.values() for arm in group}
     assert len(arms) == sum(map(len, matched_budget.ARMS.values()))  # names are folders
