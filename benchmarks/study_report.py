@@ -104,7 +104,7 @@ def _learning(arms: dict[str, Arm]) -> str:
 def _differences(results: Results, names: Sequence[str]) -> str:
     lines = [
         "Differences of pairs: single-shot pass@1 in percentage points (at the end, of the area, and where both have",
-        "sampled or trained on as many tokens) and entropy in nats (at the end, and where both have trained on as many).",
+        "sampled or trained on as many tokens) and entropy in nats (at the end, and where both trained on as many).",
         "",
         "| arm | against | pairs | pass@1 | area | at equal sampled | at equal trained | entropy | at equal trained |",
         "|---|---|---|---|---|---|---|---|---|",
