@@ -141,6 +141,7 @@ def _drafts(arms: dict[str, Arm]) -> str:
         return ""
     columns: list[Column] = [(name.replace("_", " "), _share(name), ".1f") for name in MOVES]
     columns += [("copied", _share("copy_ratio"), ".0f"), ("copied at the end", _share("copy_ratio_end"), ".0f")]
+    columns += [("same answer", _share("same_answer"), ".0f")]
     title = "What refinements made of the draft they were shown, in percent of refinements; tokens shared with it.\n\n"
     return title + _table(shown, columns, with_interval=False)
 

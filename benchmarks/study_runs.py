@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from igrpo_jax.metrics import same_answer
+
 # Kept by step, for the plots: name here -> name in metrics.jsonl.
 SERIES = {
     "reward": "reward",
@@ -97,6 +99,7 @@ def figures(run: Path, benchmark: str) -> dict[str, Any]:
         **{name: float(np.mean(values)) for name, values in _moves(steps).items()},
     }
     if "copy_ratio" in series:
+        result["same_answer"] = float(np.mean([one.same_answer for one in groups if one.same_answer is not None]))
         result["copy_ratio"] = float(np.mean(series["copy_ratio"]))
         result["copy_ratio_end"] = _ending(series["copy_ratio"], 100)
     return {name: _rounded(value) for name, value in result.items()} | {"curve": curve, "series": series}
@@ -109,6 +112,7 @@ class GroupRow:
     step: int
     sampled: int  # drafts and completions
     draft_right: bool | None  # None where no draft was shown
+    same_answer: float | None  # share of completions that state the draft's answer; None where no draft was shown
     equal: bool  # all rewards of the trained completions are the same: their advantages are 0
 
 
@@ -129,7 +133,9 @@ def _group(step: int, rows: Sequence[dict]) -> GroupRow:
     parent = trained[0]["parent_draft_id"]
     drafts = {row["sample_id"]: row for row in rows if row["stage"] == "draft"}
     right = None if parent is None else drafts[parent]["rewards"]["accuracy"] >= 1
-    return GroupRow(step, len(rows), right, equal=not any(row["advantage"] for row in trained))
+    same = None if parent is None else [same_answer(drafts[parent]["extracted"], row["extracted"]) for row in trained]
+    share = None if same is None else float(np.mean(same))
+    return GroupRow(step, len(rows), right, share, equal=not any(row["advantage"] for row in trained))
 
 
 def zero_variance(groups: Sequence[GroupRow]) -> dict[str, float]:

@@ -35,7 +35,8 @@ def rollout_metrics(groups: Sequence[Group], config: config_lib.Config) -> dict[
 
     Refinements, over groups whose context holds a draft: `refine/fixed|broken|kept_right|kept_wrong` (accuracy of the
     kept draft against that of each refinement), `refine/gain_vs_best_draft` (reward), `refine/copy_ratio` (see
-    `copy_ratio`), `refine/draft_truncated` (share of kept drafts cut to `refine.max_draft_length`).
+    `copy_ratio`), `refine/same_answer` (share that state the kept draft's answer, in the same characters, by whatever
+    reasoning), `refine/draft_truncated` (share of kept drafts cut to `refine.max_draft_length`).
 
     "Right" is accuracy = 1. Without an accuracy reward the keys that need one are absent. Completions without a verdict
     (reward NaN) are left out of means; a mean over none is NaN, which is written as null.
@@ -105,6 +106,7 @@ def _refine_metrics(groups: list[Group], with_accuracy: bool, max_draft_length: 
         "refine/draft_truncated": np.mean([len(_content(draft)) > max_draft_length for draft in kept]),
     }
     if with_accuracy:
+        metrics["refine/same_answer"] = np.mean([same_answer(d.score.extracted, c.score.extracted) for d, c in pairs])
         moves = collections.Counter((_right(draft), _right(c)) for draft, c in pairs)
         metrics["refine/fixed"] = moves[False, True] / len(pairs)
         metrics["refine/broken"] = moves[True, False] / len(pairs)
@@ -127,6 +129,11 @@ def copy_ratio(draft: np.ndarray, refinement: np.ndarray) -> float:
     left = shorter - prefix
     suffix = _agreement(draft[::-1][:left], refinement[::-1][:left])
     return (prefix + suffix) / len(refinement)
+
+
+def same_answer(draft: str | None, refinement: str | None) -> bool:
+    """Whether both texts state an answer, and the same one."""
+    return draft is not None and draft == refinement
 
 
 def _agreement(a: np.ndarray, b: np.ndarray) -> int:

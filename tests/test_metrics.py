@@ -60,6 +60,19 @@ def test_rollout_metrics_against_numbers_derived_by_hand(two_groups):
     assert all(type(value) is float for value in got.values())
 
 
+def test_an_answer_may_be_the_drafts_though_its_words_are_not(two_groups):
+    """Shown 7: one of two says so too. Shown no answer: one that states none either is no copy."""
+    stated = lambda c, answer: dataclasses.replace(c, score=dataclasses.replace(c.score, extracted=answer))  # noqa: E731
+    first, second = two_groups
+    first = dataclasses.replace(first, completions=(first.completions[0], stated(first.completions[1], "8")))
+    second = dataclasses.replace(
+        second,
+        drafts=(stated(second.drafts[0], None), second.drafts[1]),
+        completions=(stated(second.completions[0], None), second.completions[1]),
+    )
+    assert metrics.rollout_metrics([first, second], tiny())["refine/same_answer"] == 0.25
+
+
 def test_a_kept_draft_need_not_be_the_best(two_groups):
     """Shown their second drafts, of rewards 1 and 0, both wrong: all is fixed or kept wrong, the gain as before."""
     got = metrics.rollout_metrics([dataclasses.replace(group, best=1) for group in two_groups], tiny())

@@ -27,7 +27,10 @@ matched_budget, study_report, study_runs = map(
 
 def sample(stage, number, advantage=None, parent=None, accuracy=0.0):
     row = {"prompt_id": "0", "stage": stage, "sample_id": number, "parent_draft_id": parent, "advantage": advantage}
-    return row | {"rewards": {"accuracy": accuracy, "format": 1.0}}
+    return row | {
+        "rewards": {"accuracy": accuracy, "format": 1.0},
+        "extracted": "7" if stage == "draft" else str(number),
+    }
 
 
 def write_run(folder, drafts=True, trains_drafts=False, gain=0.1):
@@ -43,7 +46,7 @@ def write_run(folder, drafts=True, trains_drafts=False, gain=0.1):
         rows += [row, {"step": step, "eval/x/pass@1": 0.2 + gain * step, "eval/x/mean_length": 9.0 + step}]
         right = [sample("draft", 0), sample("draft", 1, accuracy=1.0)]
         wrong = [sample("draft", 0), sample("draft", 1)]
-        equal = [sample("refine", 0, 0.0, 1 if drafts else None), sample("refine", 1, 0.0, 1 if drafts else None)]
+        equal = [sample("refine", 0, 0.0, 1 if drafts else None), sample("refine", 7, 0.0, 1 if drafts else None)]
         differ = [sample("refine", 0, -0.7, 0 if drafts else None), sample("refine", 1, 0.7, 0 if drafts else None)]
         samples = [*right * drafts, *equal, *wrong * drafts, *differ]
         lines = "".join(json.dumps(one) + "\n" for one in samples)
@@ -62,6 +65,7 @@ def test_the_numbers_of_a_run(tmp_path):
     assert (run["sampled_tokens"], run["trained_tokens"], run["completions"]) == (220, 20, 16)
     assert run["curve"]["sampled"] == [0, 110, 220] and run["curve"]["completions"] == [0, 8, 16]
     assert run["seconds"] == 4.0 and run["fixed"] == 0.25
+    assert run["same_answer"] == 0.25  # of the two refinements of one of two groups
 
 
 def test_drafts_that_are_trained_on_count_as_trained(tmp_path):
