@@ -64,6 +64,7 @@ def evaluate(args: argparse.Namespace, names: list[str], workdir: Path, temperat
     command = [sys.executable, "-m", "igrpo_jax.evaluate", "--config", str(CONFIG), "--model", args.model]
     command += ["--benchmarks", ",".join(names), "--samples", str(args.samples), "--workdir", str(workdir)]
     command += [f"--config.evaluation.temperature={temperature}", f"--config.evaluation.data_dir={args.out / 'data'}"]
+    command.append("--config.evaluation.max_completion_length=96")
     subprocess.run([*command, *args.flags], check=True, cwd=ROOT)
 
 

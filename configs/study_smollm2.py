@@ -15,14 +15,14 @@ from igrpo_jax.config import default
 
 def get_config():
     c = default()
-    c.steps = 12
+    c.steps = 6
     c.prompts_per_step = 8
 
     c.model.dtype = "float32"  # bfloat16 is slower on XLA's CPU
     c.data.instruction = "Solve the problem. Think briefly, then end with the final answer as \\boxed{answer}."
     c.data.max_prompt_length = 256
-    c.refine.max_draft_length = 96
-    c.rollout.max_completion_length = 96
+    c.refine.max_draft_length = 128
+    c.rollout.max_completion_length = 128
     c.rollout.temperature = 0.7
     c.rollout.slots = 32
 
@@ -32,9 +32,9 @@ def get_config():
     c.learner.tokens_per_microbatch = 3072
     c.optimizer.learning_rate = 1e-5
 
-    c.evaluation.every = 6
+    c.evaluation.every = 3
     c.evaluation.benchmarks = ("gsm8k",)
-    c.evaluation.samples = 4
+    c.evaluation.samples = 8
     c.evaluation.temperature = 0.7
     c.evaluation.top_p = 1.0
 
