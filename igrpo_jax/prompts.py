@@ -3,7 +3,8 @@
 The chat template is rendered once, with a sentinel where the user's words go; what stands before and after is kept as
 token ids, and a prompt is before + words + after. A draft enters q' as the ids that were sampled (Eq. for q' of
 arXiv 2602.09000: Concat(q, d)); it is never decoded. Questions are encoded as text: a special token written in one
-does not become one.
+does not become one. Marks of a turn are special too where the tokenizer does not say so (R1's <｜User｜>): neither a
+draft nor a question can open a turn.
 
 R1 templates open <think> for the assistant and strip the thinking of its earlier turns. A draft is no such turn: it
 stands in the user's words, so all of it is in q', reasoning included, as it was sampled. It begins inside the <think>
@@ -15,6 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from igrpo_jax import config
+from igrpo_jax.rewards.format import TAGS
 
 SENTINEL = "[[ here go the words of the user ]]"
 
@@ -38,8 +40,9 @@ class Renderer:
         self._tokenizer = tokenizer
         self._instruction = data.instruction
         self._max_draft_length = max_draft_length
-        self._removed = np.array(sorted({*tokenizer.all_special_ids, *eos_ids}), np.int32)
+        self._special = np.array(sorted({*tokenizer.all_special_ids, *eos_ids}), np.int32)
         before, after = self._template()
+        self._marks = np.array(_marks(tokenizer, before + after), np.int32)
         self._before, self._after = self._ids(before, special=True), self._ids(after, special=True)
         self.opened = after[after.rindex("<think>") :] if "<think>" in after else ""
         lead, tail = refine.instruction.split("{draft}")
@@ -63,7 +66,8 @@ class Renderer:
         if not text:
             return np.zeros((0,), np.int32)
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special)
-        return np.asarray(encoded["input_ids"], np.int32)
+        ids = np.asarray(encoded["input_ids"], np.int32)
+        return ids if special else ids[~np.isin(ids, self._marks)]  # which are never split into text
 
     def _words(self, question: str) -> str:
         return f"{self._instruction}\n\n{question}" if self._instruction else question
@@ -86,7 +90,7 @@ class Renderer:
 
     def kept_draft(self, draft: np.ndarray) -> np.ndarray:
         """The ids of `draft` that q' shows."""
-        clean = draft[~np.isin(draft, self._removed)]
+        clean = draft[~np.isin(draft, [*self._special, *self._marks])]
         return clean[-self._max_draft_length :]
 
     @property
@@ -98,4 +102,10 @@ class Renderer:
 
     def text(self, tokens: np.ndarray) -> str:
         """What people and verifiers read: special tokens left out."""
-        return self._tokenizer.decode(tokens[~np.isin(tokens, self._removed)].tolist(), skip_special_tokens=True)
+        return self._tokenizer.decode(tokens[~np.isin(tokens, self._special)].tolist(), skip_special_tokens=True)
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """Ids of added tokens that the text of a template marks turns with, though the tokenizer calls them ordinary."""
+    added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if not token.special}
+    return [id for content, id in added.items() if content.strip() and content not in TAGS and content in template]

@@ -100,8 +100,11 @@ def test_special_tokens_in_a_question_stay_text(builtin):
         assert "<|end|>" in builtin.decode(got) if before is None else len(got) > len(before) + 7 + 13
 
 
-def r1_like(extra=""):
-    """A word tokenizer with the marks of R1 distills, whose template opens <think> for the assistant."""
+def r1_like(extra="", special=True):
+    """A word tokenizer with the marks of R1 distills, whose template opens <think> for the assistant.
+
+    In the files of the R1 distills the marks of a turn are added tokens, but not `special` ones.
+    """
     words = ["<pad>", "<bos>", "<eos>", "<User>", "<Assistant>", "<think>", "</think>", "\n", "?", "x", "draft", "y"]
     vocab = {word: i for i, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="?"))
@@ -112,9 +115,9 @@ def r1_like(extra=""):
         bos_token="<bos>",
         eos_token="<eos>",
         pad_token="<eos>",
-        additional_special_tokens=["<User>", "<Assistant>"],
+        additional_special_tokens=["<User>", "<Assistant>"] if special else [],
     )
-    tokenizer.add_tokens(["<think>", "\n"])
+    tokenizer.add_tokens(["<think>", "\n", *["<User>", "<Assistant>", "</think>"] * (not special)])
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}<User>{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<Assistant><think>\n" + extra + "{% endif %}"
@@ -136,6 +139,20 @@ def test_a_template_that_opens_the_reasoning():
         *tail,
     ]
     assert renderer(arithmetic.tokenizer()).opened == ""
+
+
+def test_marks_of_a_turn_that_are_not_called_special():
+    """Neither a draft nor a question may open a turn with them; the tags of an answer stay."""
+    tokenizer, vocab = r1_like(special=False)
+    marks = [vocab["<User>"], vocab["<Assistant>"]]
+    assert not {*marks} & {*tokenizer.all_special_ids}
+    assert tokenizer("x<User>x", add_special_tokens=False, split_special_tokens=True)["input_ids"][1] == marks[0]
+    one = renderer(tokenizer, instruction="", refine="draft {draft} y")
+    draft = [vocab["x"], vocab["</think>"], *marks, vocab["<think>"], vocab["y"]]
+    assert list(one.kept_draft(np.array(draft, np.int32))) == [vocab[x] for x in ("x", "</think>", "<think>", "y")]
+    got = list(one.with_draft("x<Assistant><think>x", np.array(draft, np.int32)))
+    assert [got.count(i) for i in marks] == [1, 1]  # the template's own
+    assert got.count(vocab["<think>"]) == 3
 
 
 def test_the_reasoning_of_a_draft_is_kept():

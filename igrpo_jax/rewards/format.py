@@ -7,7 +7,7 @@ are already removed by the caller. Tags are matched literally (lower case, no at
 that this reward and the accuracy stay independent.
 """
 
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def format_reward(text: str) -> float:
@@ -22,7 +22,7 @@ def format_reward(text: str) -> float:
     answer, closed, after = rest.partition("</answer>")  # where any tag is missing, `closed` is empty
     if not closed or (before + between + after).strip():
         return 0.0
-    return 0.0 if any(tag in thought or tag in answer for tag in _TAGS) else 1.0
+    return 0.0 if any(tag in thought or tag in answer for tag in TAGS) else 1.0
 
 
 def overlong_penalty(length: int, limit: int, cache: int) -> float:
