@@ -63,7 +63,7 @@ def unclipped(model):
 def reference(kind, settings):
     """A random model in which no parameter has a value that hides a mistake (biases 0, scales 1)."""
     torch.manual_seed(0)
-    settings = getattr(transformers, f"{kind}Config")(**SIZES, **settings)
+    settings = getattr(transformers, f"{kind}Config")(**SIZES | settings)
     model = unclipped(getattr(transformers, f"{kind}ForCausalLM")(settings).eval())
     with torch.no_grad():
         for name, value in model.named_parameters():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import test_families
 import test_hf
 import torch
 import transformers
@@ -42,12 +43,19 @@ def original(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("case", test_hf.CASES)
+FAMILIES = ("llama3", "qwen3", "qwen3-tied", "hybrid", "hybrid-groups-of-one-head")
+
+
+@pytest.mark.parametrize("case", [*test_hf.CASES, *FAMILIES])
 def test_import_export_import_is_the_identity(tmp_path, case):
     """Of every family; in bfloat16, to which other dtypes are rounded as transformers would."""
-    arguments, dtype, shard = test_hf.CASES[case]
     path, out = tmp_path / "original", tmp_path / "out"
-    test_hf.reference(*arguments).to(dtype).save_pretrained(path, max_shard_size=shard)
+    if case in FAMILIES:
+        model, shard = test_families.reference(*test_families.CASES[case]).to(torch.bfloat16), "20KB"
+    else:
+        arguments, dtype, shard = test_hf.CASES[case]
+        model = test_hf.reference(*arguments).to(dtype)
+    model.save_pretrained(path, max_shard_size=shard)
     test_hf.save_tokenizer(path, test_hf.CHATML)
     one, mesh = open_policy(path), test_hf.one_device()
     seen = []
@@ -66,6 +74,27 @@ def test_import_export_import_is_the_identity(tmp_path, case):
     np.testing.assert_array_equal(
         test_hf.logits_of_reference(model, test_hf.TOKENS), test_hf.logits_of_reference(reread, test_hf.TOKENS)
     )
+
+
+def test_a_nemotron_h_is_written_as_backbone(tmp_path):
+    """As in NVIDIA's files and code, and as transformers writes it, which reads model.* too; NVIDIA's code does not."""
+    path, out, again = (tmp_path / name for name in ("original", "out", "again"))
+    test_families.reference(*test_families.CASES["hybrid"]).to(torch.bfloat16).save_pretrained(path)
+    test_hf.save_tokenizer(path, None)
+    theirs = tensors_of(path)
+    assert "backbone.embeddings.weight" in theirs
+    test_hf.edit_tensors(path, lambda x: [x.update({k.replace("backbone.", "model."): x.pop(k)}) for k in list(x)])
+    assert "model.embeddings.weight" in tensors_of(path)
+    for source, target in ((path, out), (out, again)):
+        one = open_policy(source)
+        one.save(target, one.load(test_hf.one_device(), 0))
+        assert tensors_of(target) == theirs
+    logits = []
+    for folder in (path, out):
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not found["missing_keys"] and not found["unexpected_keys"]
+        logits.append(test_hf.logits_of_reference(model.float(), test_hf.TOKENS))
+    np.testing.assert_array_equal(*logits)
 
 
 def test_everything_beside_the_weights_is_the_originals(original, tmp_path):
