@@ -514,9 +514,8 @@ print((kib("VmHWM") - before) * 1024 - copy)
 def test_host_memory_of_an_import_is_bounded(tmp_path, monkeypatch, fsdp, dtype):
     """Beyond the parameters themselves (on a CPU they are host memory too) less than 1.5 times one of three files.
 
-    In float32, for which the bfloat16 of the file is held beside it, less than twice.
-
-    A tensor is about a fifth of a file, as in a 7B. Red where all files stay open, or arrays wait to be put together.
+    A tensor is about a fifth of a file, as in a 7B. Red where all files stay open. Here tensors are small enough for
+    malloc to keep some 60 MB of what is freed; those of a 7B are not, and nor are these with its threshold fixed.
     """
     c = decoder.ModelConfig(4096, 1024, 4096, 8, 8, 128, "*-" * 4, 1e4, 1e-5, False, True, 64)
     mesh = one_device()
@@ -530,10 +529,10 @@ def test_host_memory_of_an_import_is_bounded(tmp_path, monkeypatch, fsdp, dtype)
     sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
     assert len(sizes) >= 3
     command = [sys.executable, "-c", MEMORY, str(tmp_path), str(fsdp), dtype]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    # float32 out of bfloat16 files needs both at once
-    assert int(done.stdout.split()[-1]) < (2.0 if dtype == "float32" else 1.5) * max(sizes)
+    assert int(done.stdout.split()[-1]) < 1.5 * max(sizes)
 
 
 def test_what_several_devices_hold_is_read_once(saved, monkeypatch):
