@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from igrpo_jax.config import InputError
 from igrpo_jax.console import Console
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.policy import open_policy
+from igrpo_jax.tasks import arithmetic
 
 LORA = ("model.lora.rank=2", "model.lora.targets=('q_proj','o_proj','up_proj')", "algorithm.beta=0.05")
 CONSTANT = (
@@ -158,36 +160,99 @@ def test_checkpoints_and_folders_that_can_not_be_used(trained, tmp_path):
         checkpoint.read_config(tmp_path)
 
 
+LETTERS = """
+def letters(prompts, completions, **columns):
+    return [len(set(completions[0])) / 100]
+"""
+SHORT = (
+    *CONSTANT,
+    "steps=2",
+    "warm_start.steps=0",
+    "prompts_per_step=2",
+    "rollout.max_completion_length=16",
+    "learner.minibatches=1",
+    "data.max_prompt_length=96",
+    "rewards.custom=of_letters:letters",
+)
+
+
+@pytest.fixture
+def letters(tmp_path, monkeypatch):
+    """A reward that differs within a group, of answers of a model that solves nothing: there is something to learn."""
+    (tmp_path / "of_letters.py").write_text(LETTERS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def check_steps(workdir):
+    """Both stages ran, everything measured is a number, and there was a gradient in every step."""
+    lines = [row for row in rows(workdir) if "loss" in row]
+    assert [row["step"] for row in lines] == [1, 2]
+    for row in lines:
+        assert all(
+            np.isfinite(row[name]) for name in ("reward", "loss", "entropy", "draft/reward", "refine/copy_ratio")
+        )
+        assert row["grad_norm"] > 0 and row["reward"] > 0
+    for name, text in samples(workdir).items():
+        stages = {json.loads(line)["stage"] for line in text.splitlines()}
+        assert len(stages) == 2, name
+    return lines
+
+
 @pytest.mark.skipif(
     "IGRPO_SMOLLM2" not in os.environ, reason="set IGRPO_SMOLLM2 to a directory with SmolLM2-135M-Instruct"
 )
-def test_lora_on_smollm2(tmp_path):
-    """Two steps of iGRPO with rewards that differ within a group, so that there is something to learn from."""
-    more = (*LORA, *CONSTANT, f"model.path={os.environ['IGRPO_SMOLLM2']}", "warm_start.steps=0", "steps=2")
-    short = (
-        "prompts_per_step=2",
-        "rollout.max_completion_length=16",
-        "learner.minibatches=1",
-        "data.max_prompt_length=96",
-    )
-    custom = ("rewards.custom=test_export:letters", "rewards.custom_weight=1.0")
-    run(tmp_path, tmp_path / "run", *more, *short, *custom)
-    lines = [row for row in rows(tmp_path / "run") if "loss" in row]
-    assert len(lines) == 2 and all(np.isfinite(row["reward"]) and row["grad_norm"] > 0 for row in lines)
-    assert lines[1]["kl"] > 0
+def test_lora_on_smollm2(tmp_path, letters):
+    run(tmp_path, tmp_path / "run", *LORA, *SHORT, f"model.path={os.environ['IGRPO_SMOLLM2']}")
+    lines = check_steps(tmp_path / "run")
+    assert lines[0]["kl"] == 0 < lines[1]["kl"]
     assert all("lora_" in name for name, x in state_of(tmp_path / "run").items() if x.ndim)
     export.export(tmp_path / "run", tmp_path / "out")
-    before, after = tensors_of_smollm2(), tensors_of(tmp_path / "out")
+    before, after = tensors_of(Path(os.environ["IGRPO_SMOLLM2"])), tensors_of(tmp_path / "out")
     changed = {name.split(".")[-2] for name in after if after[name][1] != before[name][1]}
     assert changed == {"q_proj", "o_proj", "up_proj"}
 
 
-def tensors_of_smollm2():
-    from pathlib import Path
+@pytest.fixture(scope="module")
+def hybrid_files(tmp_path_factory):
+    """A random Nemotron-H of all three kinds of sublayers, whose tokenizer has no chat template."""
+    import test_families
+    import torch
 
-    return tensors_of(Path(os.environ["IGRPO_SMOLLM2"]))
+    path = tmp_path_factory.mktemp("hybrid") / "model"
+    kind, sizes = test_families.hybrid("M*-")
+    tokenizer = arithmetic.tokenizer()
+    sizes |= {"vocab_size": -(-len(tokenizer) // 16) * 16, "eos_token_id": tokenizer.eos_token_id}
+    sizes |= {"max_position_embeddings": 512}
+    test_families.reference(kind, sizes).to(torch.bfloat16).save_pretrained(path)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(path)
+    return path
 
 
-def letters(prompts, completions, answer, **columns):
-    """A reward that differs from sample to sample."""
-    return [len(set(str(completion))) / 100 for completion in completions]
+def test_steps_of_a_nemotron_h(hybrid_files, tmp_path, letters):
+    """All weights of a base model: drafts, refinements, update, export; every tensor of it has learned."""
+    run(tmp_path, tmp_path / "run", *SHORT, f"model.path={hybrid_files}", "checkpoint.export=True")
+    check_steps(tmp_path / "run")
+    first = json.loads(samples(tmp_path / "run")["step_000001.jsonl"].splitlines()[0])
+    assert "<|" not in first["prompt"]  # no turns
+    before, after = tensors_of(hybrid_files), tensors_of(tmp_path / "run" / "export")
+    assert before.keys() == after.keys()
+    # To bfloat16 some steps are too small for a parameter, not for all of a tensor.
+    same = {name for name in after if after[name][1] == before[name][1]}
+    assert not same, same
+
+
+def test_lora_on_a_nemotron_h(hybrid_files, tmp_path, letters):
+    """Adapters of all its linear layers; in the files those of Mamba's z, x, B, C and dt are one tensor."""
+    more = ("model.lora.rank=2", "algorithm.beta=0.05", f"model.path={hybrid_files}")
+    run(tmp_path, tmp_path / "run", *SHORT, *more)
+    lines = check_steps(tmp_path / "run")
+    assert lines[0]["kl"] == 0 < lines[1]["kl"]
+    assert all("lora_" in name for name, x in state_of(tmp_path / "run").items() if x.ndim)
+    export.export(tmp_path / "run", tmp_path / "out")
+    before, after = tensors_of(hybrid_files), tensors_of(tmp_path / "out")
+    changed = {name.split(".")[-2] for name in after if after[name][1] != before[name][1]}
+    assert changed == {"in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
+    message = test_hf.error_of(export.export, tmp_path / "run", tmp_path / "peft", None, True)
+    assert "is a part of backbone.layers.0.mixer.in_proj.weight" in message and is_gone(tmp_path / "peft")
