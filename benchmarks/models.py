@@ -38,6 +38,7 @@ SHAPES = {
     "smollm2-135m": _dense(_LLAMA, 576, 30, 9, 3, 1536, 49_152, True, rope_theta=100_000.0),
     "qwen2-0.5b": _dense(_QWEN2, 896, 24, 14, 2, 4864, 151_936, True),
     "qwen2-1.5b": _dense(_QWEN2, 1536, 28, 12, 2, 8960, 151_936, False),
+    "qwen2-3b": _dense(_QWEN2, 2048, 36, 16, 2, 11_008, 151_936, True),
     "qwen2-7b": _dense(_QWEN2, 3584, 28, 28, 4, 18_944, 152_064, False),
 }
 

@@ -176,7 +176,10 @@ class Recorder:
 @pytest.mark.parametrize(
     ("stored", "ours", "shape"), [("(NH)D", "DNH", (6, 4, 8)), ("D(NH)", "NHD", (4, 8, 6)), ("FD", "DF", (6, 10))]
 )
-def test_only_the_slice_asked_for_is_read(stored, ours, shape):
+@pytest.mark.parametrize("piece", [1, 11, 1000])
+def test_only_the_slice_asked_for_is_read(monkeypatch, piece, stored, ours, shape):
+    """In one piece, row by row, or in pieces the last of which is not whole."""
+    monkeypatch.setattr(hf, "PIECE", piece)
     entry = hf.Entry("x", stored, ours)
     stored_shape = entry.stored_shape(shape)
     tensor = Recorder(np.arange(np.prod(stored_shape), dtype=np.float16).reshape(stored_shape))
@@ -196,8 +199,10 @@ def test_only_the_slice_asked_for_is_read(stored, ours, shape):
     np.testing.assert_array_equal(entry.read(tensor, shape, inside), whole[inside])
 
 
-def test_parameters_that_share_a_tensor_lie_one_after_the_other():
+@pytest.mark.parametrize("piece", [25, 1000])
+def test_parameters_that_share_a_tensor_lie_one_after_the_other(monkeypatch, piece):
     """Of Nemotron-H's projection: 4 heads of 3 (z, then x), 2 groups of 5 (B, then C), and 4 steps, by 8 inputs."""
+    monkeypatch.setattr(hf, "PIECE", piece)
     rows = {"z_proj": (0, 12), "x_proj": (12, 24), "b_proj": (24, 34), "c_proj": (34, 44), "dt_proj": (44, 48)}
     shapes = {"z_proj": (8, 4, 3), "x_proj": (8, 4, 3), "b_proj": (8, 2, 5), "c_proj": (8, 2, 5), "dt_proj": (8, 4)}
     tensor = Recorder(np.random.default_rng(0).normal(size=(48, 8)).astype(np.float32))

@@ -39,6 +39,7 @@ Index = tuple[slice, ...]
 BYTES = {"F32": 4, "BF16": 2, "F16": 2}  # safetensors' dtypes that are read, and their size
 WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json")
+PIECE = 1 << 20  # numbers that are read at once: copied and turned within the processor's cache
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -62,13 +63,23 @@ class Entry:
         return tuple(math.prod(size[letter] for letter in letters) for letters in self.axes)
 
     def read(self, tensor: Any, shape: tuple[int, ...], index: Index, dtype: str = "float32") -> np.ndarray:
-        """Our parameter's `index` in `dtype`, from a tensor that is sliced lazily.
+        """Our parameter's `index` in `dtype`, from a tensor that is sliced lazily, a piece of its rows at a time."""
+        parts = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+        found = np.empty([len(part) for part in parts], np.dtype(dtype))
+        axis = self.ours.index(self.axes[0][0])
+        rows, step = parts[axis], max(1, PIECE * len(parts[axis]) // max(1, found.size))
+        for at in range(0, len(rows), step):
+            parts[axis] = rows[at : at + step]
+            found[(slice(None),) * axis + (slice(at, at + step),)] = self._block(tensor, shape, parts)
+        return found
+
+    def _block(self, tensor: Any, shape: tuple[int, ...], parts: list[range]) -> np.ndarray:
+        """Of our parameter what `parts` say of each axis, in the tensor's dtype.
 
         A shared axis is cut at its first letter: of the others the whole is read, and cut in memory.
         """
         size = {"1": 1, **dict(zip(self.ours, shape, strict=True))}
-        cut = {letter: range(*part.indices(size[letter])) for letter, part in zip(self.ours, index, strict=True)}
-        cut["1"] = range(1)
+        cut = {"1": range(1), **dict(zip(self.ours, parts, strict=True))}
         wanted, read_shape = [], []
         for first, *rest in self.axes:
             inner = math.prod(size[letter] for letter in rest)
@@ -81,8 +92,7 @@ class Entry:
         block = block[tuple(slice(None) if x in firsts else slice(cut[x].start, cut[x].stop) for x in letters)]
         ones = [i for i, letter in enumerate(letters) if letter not in self.ours]
         block = block.transpose([*ones, *(letters.index(letter) for letter in self.ours)])
-        block = block.reshape(block.shape[len(ones) :])
-        return np.ascontiguousarray(block, dtype=np.dtype(dtype))
+        return block.reshape(block.shape[len(ones) :])
 
     def write(self, value: np.ndarray) -> np.ndarray:
         """The tensor, or the part of one, that belongs to our parameter `value`; undoes `read`."""
@@ -256,7 +266,7 @@ def load_params(
 ) -> Params:
     """Parameters of the directory or hub id `path` in `dtype`, each in its sharding on `mesh`.
 
-    Beyond them a process needs host memory for about two copies of its part of the largest tensor, and for that tensor
+    Beyond them a process needs host memory for a copy of its part of the largest tensor in `dtype`, and for that tensor
     as it is in the file.
 
     Args:
