@@ -255,4 +255,6 @@ def test_lora_on_a_nemotron_h(hybrid_files, tmp_path, letters):
     changed = {name.split(".")[-2] for name in after if after[name][1] != before[name][1]}
     assert changed == {"in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
     message = test_hf.error_of(export.export, tmp_path / "run", tmp_path / "peft", None, True)
-    assert "is a part of backbone.layers.0.mixer.in_proj.weight" in message and is_gone(tmp_path / "peft")
+    assert "in the files backbone.layers.0.mixer.in_proj.weight or a part of it" in message and is_gone(
+        tmp_path / "peft"
+    )

@@ -193,23 +193,38 @@ def test_memory_is_that_of_adapters_and_one_sublayer(tiny):
         assert moments < 0.1 * weights < weights < needs - temporary - moments < 1.1 * weights
 
 
-def test_peft_loads_the_adapters_and_gives_our_logits(tmp_path):
+# Of a Nemotron-H what peft takes: no part of Mamba-2's in_proj, nor its out_proj, which is an o_proj here.
+WHOLE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(("family", "targets"), [("qwen2", ("all-linear",)), ("nemotron_h", WHOLE)])
+def test_peft_loads_the_adapters_and_gives_our_logits(tmp_path, family, targets):
     peft = pytest.importorskip("peft")
+    import test_families
     import test_hf
     import transformers
 
     from igrpo_jax import policy
 
     path, out = tmp_path / "model", tmp_path / "adapter"
-    test_hf.reference("qwen2", 4, 2).save_pretrained(path)
+    if family == "qwen2":
+        test_hf.reference("qwen2", 4, 2).save_pretrained(path)
+    else:
+        test_families.reference(*test_families.CASES["hybrid"]).save_pretrained(path)
     test_hf.save_tokenizer(path, test_hf.CHATML)
     one, mesh = policy.open_policy(config.Model(path=str(path), dtype="float32")), test_hf.one_device()
-    settings = config.Lora(rank=3, alpha=6.0)
+    settings = config.Lora(rank=3, alpha=6.0, targets=targets)
     adapters = put(adapters_like(settings, one.model), mesh)
     params = lora.attach(one.load(mesh, 0), adapters, settings.scaling)
     one.save_adapter(out, settings, params)
+    if family == "nemotron_h":
+        both = config.Lora(rank=3, targets=("o_proj",))
+        params_of_both = lora.attach(one.load(mesh, 0), put(adapters_like(both, one.model), mesh), both.scaling)
+        with pytest.raises(InputError, match=r"peft takes no adapter for blocks/0/mixer/o_proj, .*out_proj\.weight"):
+            one.save_adapter(tmp_path / "refused", both, params_of_both)
     assert sorted(file.name for file in out.glob("adapter*")) == ["adapter_config.json", "adapter_model.safetensors"]
-    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(path), out).eval()
+    base = test_families.unclipped(transformers.AutoModelForCausalLM.from_pretrained(path))
+    model = peft.PeftModel.from_pretrained(base, out).eval()
     theirs = test_hf.logits_of_reference(model, test_hf.TOKENS)
     places = np.broadcast_to(np.arange(test_hf.TOKENS.shape[1], dtype=np.int32), test_hf.TOKENS.shape)
 

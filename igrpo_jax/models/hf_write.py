@@ -171,17 +171,17 @@ def adapter_entries(entries: Mapping[str, Entry], adapters: Params) -> dict[str,
     """The tensors of peft's adapter file: [R, inputs] and [outputs, R] where the weight is [outputs, inputs].
 
     Raises:
-        InputError: adapters of weights that are parts of one tensor.
+        InputError: adapters of weights that are parts of one tensor, or of Mamba-2's output, which peft refuses.
     """
     names = [entry.name for entry in entries.values()]
     found = {}
     for path in adapters:
         own, _, factor = path.rpartition("/")
         entry, cut = entries[own], sharding.input_axes(own)
-        if names.count(entry.name) > 1:
+        if names.count(entry.name) > 1 or entry.name.endswith(".out_proj.weight"):
             raise InputError(
-                f"config.model.lora.targets: {own} is a part of {entry.name}, for which peft has no "
-                "adapter of its own; export the merged model instead"
+                f"config.model.lora.targets: peft takes no adapter for {own}, in the files {entry.name} or a part of "
+                "it; export the merged model instead"
             )
         inputs, outputs = entry.ours[:cut], entry.ours[cut:]
         name = f"base_model.model.{entry.name.removesuffix('.weight')}."
