@@ -117,7 +117,9 @@ class Family:
 
     sublayers: int  # letters of the pattern per numbered layer of the files
     entries: dict[str, Entry]  # by our path, with the letter of a block in place of its number
-    prefixes: tuple[str, str] | None = None  # files may name their tensors with the second in place of the first
+    # Files may name their tensors with the second in place of the first. Exports have the first: NVIDIA's own code
+    # reads no other, and transformers reads both and writes the first.
+    prefixes: tuple[str, str] | None = None
 
 
 _LAYER = "model.layers.{layer}."
