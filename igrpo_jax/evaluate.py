@@ -59,7 +59,7 @@ def evaluate(c: Config, model: str, step: int | None, out: Path) -> None:
             "seed": c.seed,
             "temperature": c.evaluation.temperature,
             "top_p": c.evaluation.top_p,
-            "max_completion_length": opened.plan.max_completion,
+            "max_completion_length": opened.plan.wanted,
             "instruction": c.data.instruction,
             "refine_instruction": c.refine.instruction,
             "max_draft_length": c.draft_limit,

@@ -47,16 +47,28 @@ class Plan:
     """What is asked, and in how many tokens."""
 
     prompts: dict[str, list[Prompt]]  # by benchmark
+    context: int  # tokens the model can read
     max_context: int  # tokens of the longest prompt, with a draft in it where there are rounds
-    max_completion: int  # tokens of a completion
-    wanted: int  # the same before it was cut to the model's context
+    max_completion: int  # tokens of the longest completion that any prompt has room for
+    wanted: int  # tokens that a completion may have where the model's context allows it
+
+    @property
+    def length(self) -> int:
+        """Most tokens of a prompt and its completion."""
+        return min(self.max_context + self.max_completion, self.context)
+
+    def limit(self, tokens: np.ndarray) -> int:
+        """Most tokens of a completion of this prompt: up to the model's context, whatever else is asked beside it."""
+        return min(self.wanted, self.context - len(tokens))
 
     @property
     def notes(self) -> list[str]:
-        if self.max_completion == self.wanted:
+        shortest = self.context - self.max_context
+        if shortest >= self.wanted:
             return []
         return [
-            f"completions are cut to {self.max_completion} tokens, not {self.wanted}: there the model's context ends"
+            f"completions end with the model's context of {self.context} tokens, at {shortest} tokens after the "
+            f"longest prompt, not at {self.wanted}"
         ]
 
 
@@ -80,8 +92,9 @@ def plan(c: Config, rows: dict[str, list[Row]], renderer: Renderer, context: int
 
     prompts = {name: [prompt(row) for row in some] for name, some in rows.items()}
     every = [(len(prompt.tokens), name, prompt.id) for name, some in prompts.items() for prompt in some]
+    wanted = c.evaluation.max_completion_length or c.rollout.max_completion_length
     if not every:
-        return Plan(prompts, 0, 0, 0)
+        return Plan(prompts, context, 0, 0, wanted)
     longest, name, problem = max(every)
     longest += renderer.draft_overhead if c.evaluation.rounds else 0
     if longest >= context:
@@ -90,8 +103,7 @@ def plan(c: Config, rows: dict[str, list[Row]], renderer: Renderer, context: int
             f"config.evaluation.benchmarks: problem {problem} of {name} has {longest} tokens{drafts}, and the model's "
             f"context of {context} leaves no room for an answer; use a model with a longer one, or leave it out"
         )
-    wanted = c.evaluation.max_completion_length or c.rollout.max_completion_length
-    return Plan(prompts, longest, min(wanted, context - longest), wanted)
+    return Plan(prompts, context, longest, min(wanted, context - min(every)[0]), wanted)
 
 
 class Evaluator:
@@ -99,7 +111,7 @@ class Evaluator:
 
     Args:
         plan: of config.evaluation.
-        scheduler: whose engine holds `plan.max_context` + `plan.max_completion` tokens.
+        scheduler: whose engine holds prompts and completions of the `plan`.
 
     Several processes split the problems.
     """
@@ -233,7 +245,7 @@ class Evaluator:
             for prompt, drafts, tokens, first, count in missing:
                 key = stage_key(self._config.seed, zlib.crc32(name.encode()), len(drafts))
                 target = Target(prompt, "eval", {}, drafts)
-                limit = self.plan.max_completion
+                limit = self.plan.limit(tokens)
                 self._scheduler.submit(Request(tokens, prompt.index, count, key, limit, target, first=first))
             sample_and_score(self._scheduler, self._verifier.check_answer, self._renderer, scored)
             self._scheduler.finish()

@@ -92,6 +92,7 @@ def _scheduler(c: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan, c
         slots=min(c.rollout.slots, -(-samples // shards) * shards),
         max_context=plan.max_context,
         max_completion=plan.max_completion,
+        length=plan.length,
         dtype=c.model.dtype,
         steps_per_dispatch=c.rollout.steps_per_dispatch,
     )

@@ -160,6 +160,7 @@ class Run:
             slots=c.rollout.slots,
             max_context=max(task.max_context, task.evaluated.max_context),
             max_completion=max(c.rollout.max_completion_length, task.evaluated.max_completion),
+            length=max(task.max_context + c.rollout.max_completion_length, task.evaluated.length),
             dtype=c.model.dtype,
             steps_per_dispatch=c.rollout.steps_per_dispatch,
         )

@@ -92,11 +92,11 @@ def params(policy, schedulers):
 
 @pytest.fixture
 def evaluator(policy, schedulers):
-    def make(slots=8, stop_after=None, rows=None, **changes):
+    def make(slots=8, stop_after=None, rows=None, context=100, **changes):
         c = settings(**changes)
         scheduler = Scheduler(schedulers[slots].engine)
         renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
-        plan = evaluation.plan(c, rows or ROWS, renderer, 100)
+        plan = evaluation.plan(c, rows or ROWS, renderer, context)
         return Evaluator(c, plan, scheduler, renderer, StubVerifier(stop_after), Console())
 
     return make
@@ -151,6 +151,15 @@ def test_a_sample_depends_on_seed_benchmark_problem_and_number_alone(evaluator, 
     for other in (evaluator(seed=6), evaluator(rows={"other": ROWS["small"]})):
         (name,) = other.plan.prompts
         assert answers(other.sampled(params, name)) != whole
+
+
+def test_where_the_context_ends_a_sample_depends_on_its_own_prompt_alone(evaluator, params, policy):
+    """A limit that all prompts share would cut the short ones where the longest ends, and by what is asked beside."""
+    context = len(evaluator().plan.prompts["small"][3].tokens) + 3
+    whole = evaluator(context=context).sampled(params, "small")
+    assert max(row["token_count"] for row in whole.of(9)) == 3 < max(row["token_count"] for row in whole.of(6)) <= 8
+    alone = answers(evaluator(context=context, rows={"small": ROWS["small"][:1]}).sampled(params, "small"))
+    assert alone.items() <= answers(whole).items()
 
 
 def test_more_samples_keep_the_first_ones(evaluator, params, tmp_path):
@@ -257,7 +266,9 @@ def test_the_plan_fits_the_models_context(policy):
     plan = evaluation.plan(c, ROWS, renderer, longest + LENGTH)
     assert (plan.max_context, plan.max_completion, plan.notes) == (longest, LENGTH, [])
     cut = evaluation.plan(c, ROWS, renderer, longest + 3)
-    assert cut.max_completion == 3 and "cut to 3 tokens, not 8" in cut.notes[0]
+    assert (cut.max_completion, cut.length) == (LENGTH, longest + 3)
+    assert f"context of {longest + 3} tokens, at 3 tokens after the longest prompt, not at {LENGTH}" in cut.notes[0]
+    assert [cut.limit(prompt.tokens) for prompt in cut.prompts["small"]] == [7, 5, 8, 3, 7]
     with pytest.raises(InputError, match=f"problem row 3 of small has {longest} tokens, and the model's context"):
         evaluation.plan(c, ROWS, renderer, longest)
     refining = settings(evaluation__rounds=1)

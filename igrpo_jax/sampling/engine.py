@@ -37,7 +37,8 @@ class Engine:
     Args:
         mesh: of the run.
         slots: completions decoded at once, over all processes.
-        max_context: longest prompt in tokens; max_completion: most tokens of a completion (M).
+        max_context: longest prompt in tokens; max_completion: most tokens of a completion (M); length: most tokens of
+            the two together, None = their sum.
         steps_per_dispatch: decode steps of one call at most (K).
         prefill_chunk: tokens of a prompt that are read at once.
 
@@ -54,6 +55,7 @@ class Engine:
         slots: int,
         max_context: int,
         max_completion: int,
+        length: int | None = None,
         dtype: str,
         steps_per_dispatch: int,
         prefill_chunk: int = 2048,
@@ -70,7 +72,7 @@ class Engine:
         self.shard_slots = slots // everywhere
         self.slots = self.shard_slots * self.shards
         self.max_context, self.max_completion = max_context, max_completion
-        self.length = max_context + max_completion
+        self.length = length or max_context + max_completion
         self.steps_per_dispatch, self.prefill_chunk = steps_per_dispatch, prefill_chunk
         self.prefill_width = self.shards
         self.prefill_buckets = _prefill_buckets(max_context, prefill_chunk)

@@ -142,11 +142,12 @@ class Scheduler:
         """Queues a prompt. Raises InputError, before any device work, where it does not fit."""
         engine, longest = self.engine, int(np.max(request.limit, initial=0))
         fits = 0 < len(request.tokens) <= engine.max_context and longest <= engine.max_completion
+        fits = fits and len(request.tokens) + longest <= engine.length
         if not fits or np.min(request.limit, initial=1) < 1:
             raise InputError(
                 f"prompt {request.index}: {len(request.tokens)} + {longest} tokens do not fit the cache of "
-                f"{engine.max_context} + {engine.max_completion}; lower config.data.max_prompt_length, "
-                "config.refine.max_draft_length or config.rollout.max_completion_length"
+                f"{engine.max_context} + {engine.max_completion}, together {engine.length}; lower "
+                "config.data.max_prompt_length, config.refine.max_draft_length or config.rollout.max_completion_length"
             )
         if request.samples > 0:
             self._waiting.append(_Waiting(request))
