@@ -74,7 +74,7 @@ class Data:
     train: str = ""  # math, acereason-math, openr1-math-220k, gsm8k; or a file, a folder of files, or a hub id with
     # training problems; empty = the built-in arithmetic task
     subset: str = ""  # of a hub id: its "configuration"; empty = the default one
-    split: str = "train"  # of a hub id
+    split: str = "train"  # of a hub id, or of a folder whose files are named after splits
     prompt_column: str = ""  # a dot reaches into nested ones; empty = found by name: prompt, problem, question, input
     answer_column: str = ""  # empty = found by name: answer, solution, ground_truth, output, reward_model.ground_truth
     clean: bool = False  # leave out problems without an answer, repeated ones, and those that evaluation asks for too

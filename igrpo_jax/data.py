@@ -79,15 +79,19 @@ def training_set(c: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
 
 
 def evaluation_rows(c: Config) -> dict[str, list[Row]]:
-    """The first config.evaluation.limit problems (0 = all) of each benchmark by its name."""
+    """The problems of each benchmark of config.evaluation by its name; config.evaluation.limit is `asked`'s."""
     rows = {}
     for name in c.evaluation.benchmarks:
         if name == "arithmetic":
             rows[name] = _builtin_rows(arithmetic.problems(c.data.arithmetic, c.seed)[1], "test")
         else:
             rows[name] = benchmark_rows(name, c.evaluation)
-        rows[name] = rows[name][: c.evaluation.limit or None]
     return rows
+
+
+def asked(rows: dict[str, list[Row]], limit: int) -> dict[str, list[Row]]:
+    """The first `limit` problems of each benchmark, 0 = all."""
+    return {name: some[: limit or None] for name, some in rows.items()}
 
 
 def _builtin_rows(problems: list[arithmetic.Problem], split: str) -> list[Row]:

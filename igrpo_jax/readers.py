@@ -7,6 +7,7 @@ hub ids go through `datasets`.
 
 import csv
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -19,15 +20,20 @@ Table = list[tuple[int, dict[str, Any]]]  # (number, columns) of each row; numbe
 KINDS = {".json": "json", ".parquet": "parquet"}  # read by `datasets`, by its name of the format
 SUFFIXES = (".jsonl", ".csv", *KINDS)
 FILES = ", ".join(SUFFIXES)
+SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}  # words in names of files
 
 
 def read(path: str, source: str, subset: str = "", split: str = "train", fix: str = "") -> Table:
-    """The rows of a file, of all files of a folder in the order of their names, or of a hub data set.
+    """The rows of a file, of the files of a folder in the order of their names, or of a hub data set.
+
+    Where a word in the name of one of a folder's files is a split (gsm8k_test.jsonl, train-00000-of-00002.parquet),
+    those of `split` are read and no others.
 
     Args:
         path: a file of one of SUFFIXES, a folder of files of one of them, or a hub id such as owner/name.
         source: what errors begin with: the field and its value.
-        subset, split: of a hub data set.
+        subset: of a hub data set.
+        split: of a hub data set, or of a folder's files.
         fix: what errors of the hub advise; default: to give a local file.
 
     Raises:
@@ -35,7 +41,7 @@ def read(path: str, source: str, subset: str = "", split: str = "train", fix: st
     """
     place = Path(path)
     if place.is_dir():
-        return _read_folder(place, source)
+        return _read_folder(place, source, split)
     if place.is_file() and place.suffix in SUFFIXES:
         return _read_files([place], source)
     if place.exists():
@@ -46,11 +52,19 @@ def read(path: str, source: str, subset: str = "", split: str = "train", fix: st
     return _read_datasets(source, fix, path, subset or None, split=split)
 
 
-def _read_folder(folder: Path, source: str) -> Table:
+def _read_folder(folder: Path, source: str, split: str) -> Table:
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
-    kinds = sorted({file.suffix for file in files})
     if not files:
         raise InputError(f"{source}: holds no file that ends in {FILES}; give a folder of them, or one file")
+    splits = {file: SPLITS.intersection(re.split("[^a-z]+", file.stem.lower())) for file in files}
+    if there := set().union(*splits.values()):
+        files = [file for file in files if split in splits[file]]
+        if not files:
+            raise InputError(
+                f"{source}: has files of {', '.join(sorted(there))}, and none of the split {split!r}; set "
+                "config.data.split, or give one file"
+            )
+    kinds = sorted({file.suffix for file in files})
     if len(kinds) > 1:
         raise InputError(f"{source}: holds files of several kinds ({', '.join(kinds)}); give one file, or one kind")
     return _read_files(files, source)
@@ -101,6 +115,8 @@ def _read_csv(file: Path, source: str) -> Table:
 def _read_datasets(source: str, fix: str, *args: str | None, **kwargs: Any) -> Table:
     import datasets  # seconds to import, and JSON Lines don't need it
 
+    # Each attempt to reach the hub would be a warning of its own; what came of them is said below.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         return list(enumerate(datasets.load_dataset(*args, **kwargs), 1))
     except Exception as error:  # arrow, the hub and the builders share no base

@@ -119,7 +119,7 @@ def open_task(c: Config) -> Task:
     reward.check(c.rewards)
     policy = open_policy(c.model)
     renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
-    held_out = data.evaluation_rows(c) if c.evaluation.every else {}
+    held_out = data.evaluation_rows(c) if c.evaluation.every or c.data.clean else {}
     training = data.training_set(c, held_out)
     kept, skipped = data.fit(training.rows, renderer.plain, c.data.max_prompt_length)
     prompts = [Prompt(row.id, row.index, row.question, row.answer, tokens, row.columns) for row, tokens in kept]
@@ -132,7 +132,8 @@ def open_task(c: Config) -> Task:
             f"model's context is {context}; lower rollout.max_completion_length, data.max_prompt_length or "
             "refine.max_draft_length"
         )
-    evaluated = evaluation.plan(c, held_out, renderer, context)
+    asked = data.asked(held_out, c.evaluation.limit) if c.evaluation.every else {}
+    evaluated = evaluation.plan(c, asked, renderer, context)
     mesh = sharding.make_mesh(c.mesh)
     sharding.check_divides(mesh, decoder.shapes(policy.model))
     longest = max(max_context + c.rollout.max_completion_length, evaluated.max_context)

@@ -1,6 +1,7 @@
 """Rows, their order, and what is said of files that can't be used."""
 
 import json
+import logging
 import os
 
 import numpy as np
@@ -75,16 +76,18 @@ def test_a_missing_file_is_named(tmp_path):
     assert ".jsonl" in error_of(load, str(tmp_path / "x.txt"), "prompt", "answer")
 
 
-def test_a_hub_id_that_can_not_be_had(monkeypatch):
+def test_a_hub_id_that_can_not_be_had(monkeypatch, caplog):
+    """One line, without those of the hub's own retries before it."""
     import datasets
 
     def offline(*args, **kwargs):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
         raise ConnectionError("Couldn't reach the hub\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     message = error_of(load, "nobody/none-such", "prompt", "answer")
     assert message.startswith("config.data.train = 'nobody/none-such': can't be loaded")
-    assert "local file" in message
+    assert "local file" in message and not caplog.records
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])
@@ -206,6 +209,17 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     assert "holds no file" in error_of(load, tmp_path / "empty")
 
 
+def test_of_a_folder_whose_files_are_named_after_splits_one_is_read(tmp_path):
+    """As a data set's folder on the hub has them; red where its test problems would be trained on."""
+    files = {"train-00001-of-2": 2, "train-00000-of-2": 0, "gsm8k_Test": 4, "notes": 6}
+    for name, first in files.items():
+        write(tmp_path / f"{name}.jsonl", problems(8)[first : first + 2])
+    assert [row.answer for row in load(tmp_path)] == ["1", "2", "3", "4"]
+    assert [row.answer for row in load(tmp_path, split="test")] == ["5", "6"]
+    message = error_of(lambda: load(tmp_path, split="dev"))
+    assert "has files of test, train, and none of the split 'dev'; set config.data.split" in message
+
+
 def test_presets_and_hub_ids_ask_the_hub_for_the_right_thing(monkeypatch):
     import datasets
 
@@ -245,8 +259,8 @@ def test_benchmarks_are_found_by_name_and_cut_to_the_limit(tmp_path):
     assert len(data.benchmark_rows("aime24", settings)) == 5
     assert len(data.benchmark_rows("gsm8k", settings)) == len(data.benchmark_rows("gsm8k_test", settings)) == 4
     assert [row.answer for row in data.benchmark_rows("my_own", settings)] == ["2"]
-    cut = Evaluation(data_dir=str(tmp_path), benchmarks=("aime24", "arithmetic"), limit=2)
-    rows = data.evaluation_rows(Config(evaluation=cut))
+    both = Evaluation(data_dir=str(tmp_path), benchmarks=("aime24", "arithmetic"))
+    rows = data.asked(data.evaluation_rows(Config(evaluation=both)), 2)
     assert {name: [row.index for row in some] for name, some in rows.items()} == {
         "aime24": [0, 1],
         "arithmetic": [0, 1],

@@ -201,6 +201,22 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
     assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
+def test_clean_compares_with_all_that_evaluation_may_ask(tmp_path):
+    """Also where the run itself never evaluates, or only a few of the problems."""
+    words = " ".join(f"word{i}" for i in range(20))
+    for name, questions in {"train": ["1+1", words], "mine": ["2+2", words]}.items():
+        lines = [json.dumps({"prompt": question, "answer": "2"}) for question in questions]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    c = settings()  # the built-in model has never seen a data set, which `freeze` would say
+    c = dataclasses.replace(c, data=dataclasses.replace(c.data, train=str(tmp_path / "train.jsonl"), clean=True))
+    for every, asked in ((0, {}), (1, {"mine": ["2+2"]})):
+        held_out = {"every": every, "benchmarks": ("mine",), "data_dir": str(tmp_path), "limit": 1}
+        task = train.open_task(dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, **held_out)))
+        assert [prompt.question for prompt in task.prompts] == ["1+1"]
+        assert ("training problems like mine's", "1 of 2, left out") in task.notes
+        assert {name: [one.question for one in some] for name, some in task.evaluated.prompts.items()} == asked
+
+
 def test_the_best_checkpoint_is_kept(whole):
     """Of the evaluations at 0, 2, 4 and 5 the highest, the latest of equals, beside the newest two."""
     workdir, _ = whole
