@@ -157,9 +157,10 @@ def write_summary(folder: Path, head: dict[str, Any], benchmarks: dict[str, dict
 def markdown(benchmarks: dict[str, dict[str, Any]]) -> str:
     """Tables of summaries, in percent: the single shot, and what the rounds of draft -> refine made of it."""
     lines = [
-        "Single shot, in percent; intervals are 95 %, by bootstrap over problems.",
+        "Single shot, in percent and tokens; intervals are 95 %, by bootstrap over problems.",
         "",
-        "| benchmark | problems | samples | pass@1 | interval | pass@k | maj@k | length | cut | no answer |",
+        "| benchmark | problems | samples | pass@1 | interval | pass@k | maj@k | length (right, wrong) "
+        "| cut | no answer |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, one in benchmarks.items():
@@ -169,7 +170,9 @@ def markdown(benchmarks: dict[str, dict[str, Any]]) -> str:
         for measure in ("pass", "maj"):
             ks = sorted(int(key.partition("@")[2]) for key in shot if re.fullmatch(rf"{measure}@(?!1$)\d+", key))
             cells.append(f"{_percent(shot[f'{measure}@{ks[-1]}'])} (k = {ks[-1]})" if ks else "")
-        cells += [f"{shot['mean_length']:.0f}", _percent(shot["clipped_ratio"]), _percent(shot["unparseable_frac"])]
+        lengths = [f"{shot[x]:.0f}" if x in shot else "-" for x in ("solved_length", "unsolved_length")]
+        cells.append(f"{shot['mean_length']:.0f} ({', '.join(lengths)})")
+        cells += [_percent(shot["clipped_ratio"]), _percent(shot["unparseable_frac"])]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if any(one["rounds"] for one in benchmarks.values()):
         lines += [

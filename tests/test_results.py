@@ -92,11 +92,18 @@ def test_two_folders_compared(tmp_path):
 
 def test_the_summary_keeps_other_benchmarks_of_the_folder(tmp_path):
     shot = {"pass@1": 0.5, "pass@1_low": 0.25, "pass@1_high": 0.75, "mean_length": 9.4, "clipped_ratio": 0.0}
-    shot |= {"unparseable_frac": 0.125, "pass@2": 0.6, "pass@4": 0.7, "maj@2": 0.5, "maj@4": 0.55}
+    shot |= {
+        "unparseable_frac": 0.125,
+        "pass@2": 0.6,
+        "pass@4": 0.7,
+        "maj@2": 0.5,
+        "maj@4": 0.55,
+        "unsolved_length": 9.6,
+    }
     one = {"problems": 4, "samples": 4, "single_shot": shot, "rounds": []}
     results.write_summary(tmp_path, {"seed": 0}, {"b": one})
     results.write_summary(tmp_path, {"seed": 0}, {"a": one})
     found = json.loads((tmp_path / "summary.json").read_text())
     assert found == {"seed": 0, "benchmarks": {"a": one, "b": one}}
-    line = "| a | 4 | 4 | 50.00 | 25.00 to 75.00 | 70.00 (k = 4) | 55.00 (k = 4) | 9 | 0.00 | 12.50 |"
+    line = "| a | 4 | 4 | 50.00 | 25.00 to 75.00 | 70.00 (k = 4) | 55.00 (k = 4) | 9 (-, 10) | 0.00 | 12.50 |"
     assert line in (tmp_path / "summary.md").read_text()
