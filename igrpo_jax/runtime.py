@@ -34,11 +34,11 @@ def parse(argv: list[str]) -> tuple[Config, Path]:
     return c, Path(values["workdir"] or Path("runs", Path(file).stem))
 
 
-# Flags that stand for a field, in the commands that have them.
+# Flags that stand for a field, in the commands that have them: the field, and what the flag is for.
 SHORT = {
-    "benchmarks": "evaluation.benchmarks",
-    "samples": "evaluation.samples",
-    "rounds": "evaluation.rounds",
+    "benchmarks": ("evaluation.benchmarks", "names with commas between them"),
+    "samples": ("evaluation.samples", "answers to each problem; default: of a benchmark as many as in the paper"),
+    "rounds": ("evaluation.rounds", "of draft -> refine, beside the single shot; default 0"),
 }
 
 
@@ -60,7 +60,8 @@ def parse_model(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Con
     run = None
     if model and Path(model, "checkpoints").is_dir():
         run = _tree_of_run(Path(model))
-    texts = {"model": "folder of a run, Hugging Face directory or hub id"} | texts
+    short = {name: meaning for name, (_, meaning) in SHORT.items()}
+    texts = {"model": "folder of a run, Hugging Face directory or hub id"} | short | texts
     c, values = _parse(argv, usage, texts, run or config.default())
     if run is not None:
         return replace(c, model=config.freeze(run).model), values
@@ -85,7 +86,7 @@ def _spelled_out(argv: list[str]) -> list[str]:
         value = match[2] if match[2] is not None else next(rest, "")
         if match[1] == "benchmarks":
             value = repr(tuple(name.strip() for name in value.split(",") if name.strip()))
-        result.append(f"--config.{SHORT[match[1]]}={value}")
+        result.append(f"--config.{SHORT[match[1]][0]}={value}")
     return result
 
 
@@ -124,7 +125,9 @@ def _parse(
     except Exception as error:  # the config file is the user's code and may raise anything
         raise InputError(_flag_error(error)) from error
     if values["help"].value:
-        print(f"{usage}\n{values}")
+        meanings = {"config": "Python file whose get_config() edits igrpo_jax.config.default()"} | texts
+        meanings["config.FIELD"] = "any setting of igrpo_jax/config.py, over that of the file"
+        print(usage, "", *(f"  --{name:<14}{meaning}" for name, meaning in meanings.items()), sep="\n")
         raise SystemExit(0)
     if len(rest) > 1:
         raise InputError(f"{rest[1]}: not understood; settings are given as --config.field=value")
