@@ -10,9 +10,13 @@ jax is imported inside `main` only: the verifier's worker processes import this 
 import contextlib
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from igrpo_jax import runtime
 from igrpo_jax.config import Config, InputError
+
+if TYPE_CHECKING:
+    from igrpo_jax.inference import Opened
 
 USAGE = (
     "python -m igrpo_jax.evaluate [--config FILE] --model MODEL --benchmarks a,b [--samples K] [--rounds R] "
@@ -45,10 +49,12 @@ def main(argv: list[str]) -> None:
 
 def evaluate(c: Config, model: str, step: int | None, out: Path) -> None:
     """Evaluates, or goes on with, the benchmarks of `c` into `out`, and prints the summary."""
-    from igrpo_jax import data, inference, results
+    import jax
+
+    from igrpo_jax import data, evaluation, inference, results
     from igrpo_jax.console import Console
 
-    rows = data.evaluation_rows(c)
+    rows = data.asked(data.evaluation_rows(c), c.evaluation.limit)
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
         opened = inference.open_model(c, model, step, rows)
@@ -64,11 +70,34 @@ def evaluate(c: Config, model: str, step: int | None, out: Path) -> None:
             "refine_instruction": c.refine.instruction,
             "max_draft_length": c.draft_limit,
         }
-        results.claim(out, settings)
+        if jax.process_index() == 0:
+            results.claim(out, settings)
+        evaluation.wait_for_all()
+        console.table("Evaluation", plan(opened))
         evaluator, params = inference.load(opened, console, stack)
         began = time.perf_counter()
         summaries = evaluator.run(params, out, settings, resume=True)
         console.message(f"{results.markdown(summaries)}\n{time.perf_counter() - began:.1f} s; written to {out}")
+
+
+def plan(opened: "Opened") -> list[tuple[str, object]]:
+    """Rows of the table that is printed before the first answer."""
+    from igrpo_jax import evaluation
+
+    c, e, asked = opened.config, opened.config.evaluation, opened.plan
+    rounds = f"{e.rounds} of draft -> refine, each from one of {e.drafts} answers" if e.rounds else "none"
+    step = "" if opened.step is None else f", step {opened.step}"
+    size = f"{opened.policy.model.num_params / 1e6:,.1f} M parameters"
+    return [
+        ("model", f"{opened.name}{step}, {size}, {c.model.dtype}"),
+        *(
+            (name, f"{len(some):,} problems, {evaluation.samples(c, name)} answers each")
+            for name, some in asked.prompts.items()
+        ),
+        ("answers", f"temperature {e.temperature:g}, top-p {e.top_p:g}, up to {asked.wanted:,} tokens"),
+        *(("note", note) for note in asked.notes),
+        ("rounds", rounds),
+    ]
 
 
 if __name__ == "__main__":

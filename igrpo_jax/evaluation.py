@@ -100,8 +100,8 @@ def plan(c: Config, rows: dict[str, list[Row]], renderer: Renderer, context: int
     if longest >= context:
         drafts = " with a draft (at most config.refine.max_draft_length)" if c.evaluation.rounds else ""
         raise InputError(
-            f"config.evaluation.benchmarks: problem {problem} of {name} has {longest} tokens{drafts}, and the model's "
-            f"context of {context} leaves no room for an answer; use a model with a longer one, or leave it out"
+            f"problem {problem} of {name} has {longest} tokens{drafts}, and the model's context of {context} leaves no "
+            "room for an answer; use a model with a longer one, or leave it out"
         )
     return Plan(prompts, context, longest, min(wanted, context - min(every)[0]), wanted)
 
@@ -164,7 +164,7 @@ class Evaluator:
         if out is not None and not resume:
             if self._process == 0:
                 results.clear(out, name)
-            self._wait_for_all()
+            wait_for_all()
         rows = Rows(out, name, self._process if self._processes > 1 else None)
         self._check(name, rows)
         mine = prompts[self._process :: self._processes]
@@ -178,9 +178,9 @@ class Evaluator:
             self._sample(params, name, list(asked.values()), rows, f"round {number}")
         rows.close()
         if out is not None:
-            self._wait_for_all()
+            wait_for_all()
             rows.reload()
-            self._wait_for_all()
+            wait_for_all()
             if self._process == 0:
                 rows.join()
         return rows
@@ -239,7 +239,7 @@ class Evaluator:
                 rows.add(_row(target, completion, settings.rounds > 0))
                 scores.append(completion.score)
                 right, done = right + completion.score.rewards["accuracy"], done + 1
-                update(done, f"pass@1 {right / done:.3f}")
+                update(done, f"accuracy {right / done:.3f}")
 
             self._scheduler.start(params, Sampling(settings.temperature, settings.top_p))
             for prompt, drafts, tokens, first, count in missing:
@@ -299,9 +299,11 @@ class Evaluator:
                     "written without rounds, and its rows lack the tokens of the drafts; give another --workdir"
                 )
 
-    def _wait_for_all(self) -> None:
-        if self._processes > 1:
-            multihost_utils.sync_global_devices("evaluation")
+
+def wait_for_all() -> None:
+    """Returns when every process has come here: what one has written, the others may read from then on."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("evaluation")
 
 
 def flat(summaries: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -68,6 +68,8 @@ def generate(c: Config, model: str, step: int | None, questions: list[str]) -> N
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
         opened = inference.open_model(c, model, step, rows)
+        for note in opened.plan.notes:
+            console.message(note)
         evaluator, params = inference.load(opened, console, stack)
         answers = evaluator.sampled(params, NAME, chains=("vote",))
         for prompt in opened.plan.prompts[NAME]:

@@ -1,6 +1,7 @@
 """A model by its name, ready to answer: what `evaluate` and `generate` share.
 
-The name is the folder of a run (its newest checkpoint, or one of a step), a Hugging Face directory, or a hub id.
+The name is the folder of a run (its newest checkpoint, or one of a step), a Hugging Face directory, or a hub id. Of a
+run the weights are those that its export holds, in bfloat16, so that both give the same answers.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from igrpo_jax.console import Console
 from igrpo_jax.data import Row
 from igrpo_jax.evaluation import Evaluator, Plan
 from igrpo_jax.models import attention, decoder
-from igrpo_jax.policy import Policy, open_policy
+from igrpo_jax.policy import Policy, open_policy, written
 from igrpo_jax.programs import use_disk_cache
 from igrpo_jax.prompts import Renderer
 from igrpo_jax.rewards.reward import Verifier
@@ -69,12 +70,10 @@ def load(opened: Opened, console: Console, stack: contextlib.ExitStack) -> tuple
     c, policy, mesh = opened.config, opened.policy, opened.mesh
     use_disk_cache(c.compilation_cache)
     stack.enter_context(jax.set_mesh(mesh))
-    for note in opened.plan.notes:
-        console.message(note)
     if opened.run is None:
         params = weights.load(policy, mesh, c.seed, "float32", console)
     else:
-        params, _ = weights.saved(c, policy, opened.run, mesh, console, opened.step)
+        params = written(weights.saved(c, policy, opened.run, mesh, console, opened.step)[0])
     scheduler = _scheduler(c, policy, mesh, opened.plan, console)
     settings = replace(c.rewards, accuracy=1.0, format=0.0, overlong=0.0, custom="", judge=config.Judge())
     verifier = stack.enter_context(Verifier(settings))
@@ -98,5 +97,6 @@ def _scheduler(c: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan, c
     )
     with console.phase("compiling the sampler", len(engine.keys)) as update:
         engine.compile(update)
+    console.message(f"{engine.slots} answers at once take {engine.predicted_bytes() / 2**30:.2f} GiB on each device")
     ahead = c.rollout.dispatches_ahead
     return Scheduler(engine, (jax.default_backend() != "cpu") if ahead is None else ahead)

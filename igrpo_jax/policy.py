@@ -50,17 +50,16 @@ class Policy:
             InputError: `out` is there already or can't be written.
             RuntimeError: the weights give other logits once they are read back, or ones that are not finite.
         """
-        mesh = jax.tree.leaves(params)[0].sharding.mesh
-        places = {path: sharding.param_sharding(mesh, path) for path in params}
-        params = jax.jit(lambda x: decoder.cast(lora.merge(x), "bfloat16"), out_shardings=places)(params)
+        params = written(params)
         with hf_write.new_folder(out) as folder:
             raw = hf_write.exported_config(self.path, self.model)
             hf_write.write_json(folder / "config.json", raw)
             hf_write.write_json(folder / "generation_config.json", hf_write.generation_config(self.path, self.eos_ids))
             self._write_tokenizer(folder)
             hf_write.write_tensors(folder, params, hf.table(raw["model_type"], self.model), report=report)
-            written, model = _probe(self.model, params), hf.load_config(str(folder))
-            _check_equal(out, written, _probe(model, hf.load_params(str(folder), model, mesh, "bfloat16")))
+            before, model = _probe(self.model, params), hf.load_config(str(folder))
+            mesh = jax.tree.leaves(params)[0].sharding.mesh
+            _check_equal(out, before, _probe(model, hf.load_params(str(folder), model, mesh, "bfloat16")))
 
     def save_adapter(self, out: Path, settings: config.Lora, params: decoder.Params) -> None:
         """Writes the adapters of `params` in float32 as a directory for peft, and reads it back as `save` does."""
@@ -82,6 +81,13 @@ class Policy:
             hf_write.copy_tokenizer(self.path, folder)
         elif jax.process_index() == 0:
             self.tokenizer.save_pretrained(folder)
+
+
+def written(params: decoder.Params) -> decoder.Params:
+    """`params` as `Policy.save` writes them: LoRA's changes merged, in bfloat16."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    places = {path: sharding.param_sharding(mesh, path) for path in params}
+    return jax.jit(lambda x: decoder.cast(lora.merge(x), "bfloat16"), out_shardings=places)(params)
 
 
 def open_policy(settings: config.Model) -> Policy:

@@ -1,6 +1,9 @@
 """The commands `evaluate` and `generate`: what they print and write, and one line for what is wrong."""
 
 import json
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from igrpo_jax import config, evaluate, generate, runtime, sharding
+from igrpo_jax import config, evaluate, export, generate, runtime, sharding, weights
 from igrpo_jax.checkpoint import Checkpointer, prepare_workdir
 from igrpo_jax.policy import open_policy
 from igrpo_jax.tasks import arithmetic
@@ -42,13 +45,21 @@ class State(NamedTuple):
     step: jax.Array
 
 
+def configured(**changes):
+    tree = config.default()
+    tree.update_from_flattened_dict(TINY | changes)
+    return config.freeze(tree)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, compile_fast):
-    """A tiny random Llama with the built-in tokenizer, as a Hugging Face directory."""
+    """A tiny random Llama in bfloat16 with the built-in tokenizer, as a Hugging Face directory."""
+    import torch
     import transformers
 
     path = tmp_path_factory.mktemp("model") / "llama"
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**HF)).save_pretrained(path)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**HF)).to(torch.bfloat16).save_pretrained(path)
     arithmetic.tokenizer().save_pretrained(path)
     return path
 
@@ -57,15 +68,13 @@ def model(tmp_path_factory, compile_fast):
 def run(model, tmp_path_factory):
     """The folder of a run with the model's weights in the checkpoint of step 3, and others in that of step 1."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    tree = config.default()
-    tree.update_from_flattened_dict(TINY | {"model.path": str(model)})
-    c = config.freeze(tree)
+    c = configured(**{"model.path": str(model)})
     prepare_workdir(workdir, c)
     mesh = sharding.make_mesh(c.mesh)
     params = open_policy(c.model).load(mesh, 0)
     count = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
     with Checkpointer(workdir, c.checkpoint) as store:
-        store.save(1, State(jax.tree.map(lambda x: x * 0.5, params), count), {}, force=True)
+        store.save(1, State(params | {"lm_head": -params["lm_head"]}, count), {}, force=True)
         store.save(3, State(params, count), {}, force=True)
     return workdir
 
@@ -122,6 +131,73 @@ def test_a_run_and_its_weights_elsewhere_answer_alike(call, model, run, folder, 
     assert "holds no checkpoint of step 2; those there are: 1, 3" in said
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_run_and_its_export_answer_alike(call, model, rank, tmp_path):
+    """A checkpoint of float32 weights, or of LoRA's, and the bfloat16 directory made of it, at temperature 0 and at 1:
+    red where the checkpoint's own weights are asked, which answers drawn at random tell from the rounded ones.
+    """
+    c = configured(**{"model.path": str(model), "model.lora.rank": rank})
+    prepare_workdir(tmp_path / "run", c)
+    policy, mesh = open_policy(c.model), sharding.make_mesh(c.mesh)
+    trained = weights.adapters(c, policy, mesh) if rank else policy.load(mesh, 0)
+    trained = {path: x + 0.1 * jax.random.normal(jax.random.key(0), x.shape) for path, x in trained.items()}
+    count = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
+    with Checkpointer(tmp_path / "run", c.checkpoint) as store:
+        store.save(1, State(trained, count), {}, force=True)
+    export.export(tmp_path / "run", tmp_path / "export")
+    rows = [{"prompt": f"{i}+{j}", "answer": "1"} for i in range(5) for j in range(5)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--benchmarks=mine", f"--config.evaluation.data_dir={tmp_path}"]
+    for degrees in (0, 1):
+        more = ["--config.evaluation.max_completion_length=20", f"--config.evaluation.temperature={degrees}"]
+        for name in ("run", "export"):
+            call(evaluate, "--model", tmp_path / name, "--workdir", tmp_path / f"{name} {degrees}", *given, *more)
+        assert texts(tmp_path / f"run {degrees}") == texts(tmp_path / f"export {degrees}")
+    assert len(set(texts(tmp_path / "run 1"))) > 20
+
+
+PROCESS = """
+import sys
+import jax
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    from igrpo_jax import evaluate
+    evaluate.main(["evaluate", *sys.argv[3:]])
+"""
+
+
+def test_two_processes_split_the_problems_and_end_with_the_files_of_one(call, model, folder, tmp_path):
+    """Rounds included: each refines its own problems, and the summary is of all. Killed rows of both are taken up."""
+    given = ["--model", model, "--benchmarks=mine", "--samples=2", "--rounds=1", "--config.evaluation.drafts=2"]
+    given += [f"--config.evaluation.data_dir={folder}"]
+    call(evaluate, *given, "--workdir", tmp_path / "one")
+    names = ("evaluation.json", "mine.jsonl", "summary.json", "summary.md")
+    whole = {name: (tmp_path / "one" / name).read_text() for name in names}
+    lines, out = whole["mine.jsonl"].splitlines(keepends=True), tmp_path / "two"
+    out.mkdir()
+    (out / "evaluation.json").write_text(whole["evaluation.json"])
+    (out / "mine.process-1.jsonl").write_text(lines[0] + lines[-1][:30])  # of a problem that process 0 has now
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    (tmp_path / "process.py").write_text(PROCESS)
+    given += [f"--config.{name}={value}" for name, value in TINY.items()]
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    running = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "process.py", address, str(rank), *map(str, given), "--workdir", out],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=600)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert "| mine | 3 | 2 | " in said[0] and "mine" not in said[1]
+    assert {path.name: path.read_text() for path in out.iterdir()} == whole
+
+
 def test_generate_answers_and_refines(call, model, tmp_path):
     said = call(generate, "--model", model, "--prompt", "1+2", "--rounds", 1, "--config.evaluation.drafts=2")
     assert said.count("=== 1+2") == 1
@@ -174,11 +250,21 @@ def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
     assert "--step x: must be a whole number" in said
     assert "give two folders" in call(evaluate, "--compare", "a", code=2)
     assert "is no folder" in call(evaluate, "--compare", "a,b", code=2)
+    assert "Did you mean: benchmarks" in call(evaluate, "--benchmark", "mine", code=2)
     assert "config.evaluation.sample: no such field" in call(evaluate, "--config.evaluation.sample=1", code=2)
     assert "--prompt: give either" in call(generate, "--model", model, code=2)
     (run / "config.json").write_text('{"seed": "x"}')
     assert "config.json can't be used" in call(evaluate, "--model", run, "--benchmarks=arithmetic", *out, code=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_help_names_the_flags_that_stand_for_fields(capsys):
+    with pytest.raises(SystemExit) as stop:
+        runtime.parse_model(["evaluate", "--help"], evaluate.USAGE, evaluate.FLAGS)
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and len(said.splitlines()) < 20
+    for flag in ("benchmarks", "samples", "rounds", "model", "workdir", "compare"):
+        assert f"  --{flag} " in said
 
 
 def test_the_model_of_a_run_is_the_runs_own(run, tmp_path):

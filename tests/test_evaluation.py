@@ -237,12 +237,12 @@ def test_the_draft_is_in_the_prompt_as_it_was_sampled(evaluator, params, monkeyp
         assert one.index == other.index and (one.key != other.key).any()
 
 
-def test_processes_split_the_problems(evaluator, params, tmp_path, monkeypatch):
+def test_processes_split_the_problems(evaluator, params, tmp_path):
+    """In turn, here; `test_evaluate` has two that run side by side."""
     whole = evaluator(evaluation__rounds=1).run(params, tmp_path / "whole")
     parts = [evaluator(evaluation__rounds=1) for _ in range(2)]
     for number, part in enumerate(parts):
         part._process, part._processes = number, 2
-    monkeypatch.setattr(evaluation.multihost_utils, "sync_global_devices", lambda name: None)
     parts[1].sampled(params, "small", tmp_path / "parts", resume=True)
     assert {json.loads(line)["index"] for line in (tmp_path / "parts" / "small.process-1.jsonl").open()} == {3, 9}
     assert parts[0].run(params, tmp_path / "parts", resume=True) == whole
