@@ -24,6 +24,10 @@ class InputError(Exception):
     """Something the user gave is wrong. The message is one line: the field, its value, and what to do."""
 
 
+class RunError(Exception):
+    """A run or a command cannot go on, through no fault of its settings. The message is one line: what, and the fix."""
+
+
 @dataclass(frozen=True)
 class BuiltinModel:
     """Shape of the small decoder that is used where `model.path` is empty."""
@@ -199,6 +203,8 @@ class Learner:
     tokens_per_microbatch: int = 16384  # padded tokens of one forward and backward pass on each shard of the batch
     shared_prefix: bool = True  # run a prompt (with its draft) once for all its completions; False is for comparisons
     minibatches: int = 1  # optimizer steps per pass over a rollout
+    max_nonfinite_steps: int = 5  # steps in a row whose loss or gradient is not finite before the run stops; each
+    # changes nothing and leaves its batch in WORKDIR/nonfinite
     remat: str = "full"  # of each sublayer the backward pass recomputes all ("full"), all but matmuls ("dots"), "none"
     attention: str = "auto"  # "xla", "chunked", "cudnn" (GPU), "splash" (TPU); "auto" chooses by device, dtype, length
     offload_reference: bool = False  # keep pi_ref (beta > 0) in host memory between its forward passes
@@ -233,6 +239,16 @@ class Checkpoint:
     keep: int = 3  # of the newest
     best_metric: str = ""  # such as eval/math500/pass@1: the checkpoint where it was highest is kept too; empty = none
     export: bool = False  # write the policy of the last step to WORKDIR/export too, as a Hugging Face directory
+    preemption_grace: float = 25.0  # seconds after SIGTERM by which the run has saved and ended, saved or not
+
+
+@dataclass(frozen=True)
+class Watchdog:
+    """Seconds without progress after which a wait is named in the log, with the stacks of all threads; 0 = never."""
+
+    verifier: float = 300.0  # for the next verdict
+    dispatch: float = 1800.0  # for one call of the sampler or the learner, with what it must compile
+    checkpoint: float = 1800.0  # for a checkpoint to be written or read
 
 
 @dataclass(frozen=True)
@@ -279,6 +295,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     mesh: Mesh = field(default_factory=Mesh)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    watchdog: Watchdog = field(default_factory=Watchdog)
     evaluation: Evaluation = field(default_factory=Evaluation)
     log: Log = field(default_factory=Log)
 
@@ -295,7 +312,7 @@ class Config:
 
 
 # Fields that may differ between a run and its resume: how long it runs and what is seen of it, not what it does.
-MAY_CHANGE_ON_RESUME = ("steps", "compilation_cache", "log", "evaluation", "checkpoint")
+MAY_CHANGE_ON_RESUME = ("steps", "compilation_cache", "log", "evaluation", "checkpoint", "watchdog")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -444,10 +461,10 @@ def _validate(c: Config) -> None:
         "rewards.accuracy rewards.format rewards.overlong rewards.overlong_cache rewards.judge.weight "
         "rewards.judge.max_retries rewards.judge.budget optimizer.learning_rate "
         "optimizer.weight_decay evaluation.every evaluation.limit evaluation.temperature evaluation.rounds "
-        "checkpoint.every log.samples_every",
+        "checkpoint.every log.samples_every watchdog.verifier watchdog.dispatch watchdog.checkpoint",
         1: "prompts_per_step data.max_prompt_length rollout.max_completion_length rollout.slots evaluation.drafts "
         "rollout.steps_per_dispatch rewards.workers rewards.judge.max_tokens rewards.judge.concurrency "
-        "learner.minibatches checkpoint.keep log.every learner.tokens_per_microbatch "
+        "learner.minibatches learner.max_nonfinite_steps checkpoint.keep log.every learner.tokens_per_microbatch "
         "algorithm.num_iterations data.arithmetic.train_problems data.arithmetic.test_problems warm_start.batch_size "
         "data.arithmetic.max_operand data.arithmetic.max_total model.builtin.num_heads model.builtin.num_kv_heads "
         "model.builtin.num_layers",
@@ -473,7 +490,7 @@ def _validate(c: Config) -> None:
     for path in ("rollout.top_p", "evaluation.top_p"):
         need(0 < value_of(path) <= 1, path, "must be above 0 and at most 1")
     need(c.refine.instruction.count("{draft}") == 1, "refine.instruction", "must hold {draft} exactly once")
-    for path in ("rewards.timeout", "rewards.judge.timeout"):
+    for path in ("rewards.timeout", "rewards.judge.timeout", "checkpoint.preemption_grace"):
         need(value_of(path) > 0, path, "must be a number of seconds above 0")
     rewards, longest = c.rewards, c.rollout.max_completion_length
     need(

@@ -5,11 +5,12 @@ Loss, entropy, timings and the verifier's health come from those who know them; 
 """
 
 import collections
+import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +20,7 @@ from absl import logging
 
 from igrpo_jax import config as config_lib
 from igrpo_jax.batch import Completion, Group
+from igrpo_jax.config import RunError
 
 
 def rollout_metrics(groups: Sequence[Group], config: config_lib.Config) -> dict[str, float]:
@@ -201,8 +203,9 @@ class Writer:
         bad = [name for name, value in row.items() if value is None]
         if bad:
             logging.warning("step %d: %s not finite, written as null", step, ", ".join(bad))
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
         self.rows += 1
         if self._tensorboard is not None:
             for name, value in row.items():
@@ -213,27 +216,52 @@ class Writer:
         """Writes `samples/step_000123.jsonl`, one row per draft and completion; `advantages` is [P, G] float32."""
         if self._file is None:
             return
-        lines = []
-        for group, group_advantages in zip(groups, np.asarray(advantages), strict=True):
-            lines += [_sample_row(group, draft, None, None) for draft in group.drafts]
-            parent = None if group.best is None else group.drafts[group.best].sample_id
-            for completion, advantage in zip(group.completions, group_advantages, strict=True):
-                lines.append(_sample_row(group, completion, parent, number(advantage)))
-        write_atomically(self._samples / f"step_{step:06d}.jsonl", "".join(line + "\n" for line in lines))
+        write_rows(self._samples / f"step_{step:06d}.jsonl", (row for row, _, _ in _sample_rows(groups, advantages)))
+
+    def nonfinite(self, step: int, groups: Sequence[Group], advantages: np.ndarray) -> None:
+        """Writes the batch of a step that was skipped to `nonfinite/step_000123.jsonl`: rows as of `samples`, with the
+        tokens of context and completion and the sampler's log-probs (null where not finite)."""
+        if self._file is None:
+            return
+        rows = []
+        for row, group, completion in _sample_rows(groups, advantages):
+            context = group.prompt.tokens if completion.stage == "draft" else group.context
+            row |= {"context": context.tolist(), "tokens": completion.tokens.tolist()}
+            rows.append(row | {"logprobs": [number(value) for value in completion.logprobs]})
+        folder = self._samples.with_name("nonfinite")
+        folder.mkdir(exist_ok=True)
+        write_rows(folder / f"step_{step:06d}.jsonl", rows)
+
+    def sync(self) -> None:
+        """Returns when the rows so far are on disk: a checkpoint that counts on them may follow."""
+        if self._file is not None:
+            with writing(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flushes and closes; may be called twice."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with writing(self._path):
+                file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
 
 
-def _sample_row(group: Group, completion: Completion, parent: int | None, advantage: float | None) -> str:
+def _sample_rows(groups: Sequence[Group], advantages: np.ndarray) -> Iterator[tuple[dict, Group, Completion]]:
+    """Rows of drafts and completions, each with what it is of."""
+    for group, group_advantages in zip(groups, np.asarray(advantages), strict=True):
+        for draft in group.drafts:
+            yield _sample_row(group, draft, None, None), group, draft
+        parent = None if group.best is None else group.drafts[group.best].sample_id
+        for completion, advantage in zip(group.completions, group_advantages, strict=True):
+            yield _sample_row(group, completion, parent, number(advantage)), group, completion
+
+
+def _sample_row(group: Group, completion: Completion, parent: int | None, advantage: float | None) -> dict[str, Any]:
     score = completion.score
-    row = {
+    return {
         "prompt_id": group.prompt.id,
         "stage": completion.stage,
         "sample_id": completion.sample_id,
@@ -247,7 +275,6 @@ def _sample_row(group: Group, completion: Completion, parent: int | None, advant
         "answer": group.prompt.answer,
         "advantage": advantage,
     }
-    return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
 def number(value: Any) -> float | None:
@@ -275,12 +302,37 @@ def _rows_until(path: Path, last_step: float) -> list[str]:
     return kept
 
 
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes JSON lines, whole or not at all."""
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk, or one that cannot be written any more, in one line.
+
+    Raises:
+        RunError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror or error}); make it possible and run the same command again"
+        ) from error
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Writes `path` so that a kill leaves either the old file or the whole new one."""
+    """Writes `path` so that a kill leaves either the old file or the whole new one.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     # A lone surrogate in model text becomes \udXXX, which is also how JSON spells it.
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)

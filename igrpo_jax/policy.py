@@ -48,7 +48,7 @@ class Policy:
 
         Raises:
             InputError: `out` is there already or can't be written.
-            RuntimeError: the weights give other logits once they are read back, or ones that are not finite.
+            config.RunError: the weights give other logits once they are read back, or ones that are not finite.
         """
         params = written(params)
         with hf_write.new_folder(out) as folder:
@@ -130,9 +130,9 @@ def _probe(model: ModelConfig, params: decoder.Params) -> np.ndarray:
 
 def _check_equal(out: Path, written: np.ndarray, reread: np.ndarray) -> None:
     if not np.isfinite(written).all():
-        raise RuntimeError(f"{out}: not written: the policy's logits are not finite; export an earlier --step")
+        raise config.RunError(f"{out}: not written: the policy's logits are not finite; export an earlier --step")
     gap, scale = float(np.abs(written - reread).max()), float(np.abs(written).max())
     if not gap <= 1e-3 * scale:
-        raise RuntimeError(
+        raise config.RunError(
             f"{out}: not written: read back, its logits are {gap:g} away (of {scale:g}); is the disk sound?"
         )

@@ -17,7 +17,7 @@ import numpy as np
 
 from igrpo_jax import measures
 from igrpo_jax.config import InputError
-from igrpo_jax.metrics import write_atomically
+from igrpo_jax.metrics import write_atomically, writing
 
 Key = tuple[int, tuple[int, ...], int]  # problem, drafts on the way to the sample's prompt, number of the sample
 
@@ -63,8 +63,9 @@ class Rows:
         """Keeps a row, and writes it at once."""
         self._rows[key_of(row)] = row
         if self._file is not None:
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._file.flush()
+            with writing(Path(self._file.name)):
+                self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._file.flush()
 
     def reload(self) -> None:
         """Reads the rows of all processes."""

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from igrpo_jax import algorithms
+from igrpo_jax import algorithms, preemption, watchdog
 from igrpo_jax.batch import Candidate, Completion, Group, Prompt, Score
 from igrpo_jax.config import Config
 from igrpo_jax.models import decoder
@@ -201,6 +201,7 @@ class Rollout:
 
         Raises:
             VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
+        Preempted: the machine is about to be taken away.
         """
         c = self._config
         began, settings = time.perf_counter(), c.rollout
@@ -251,13 +252,18 @@ def sample_and_score(
     """
     waited, grading = 0.0, {}
     while scheduler.pending or grading:
+        preemption.check()
         if scheduler.pending:
-            for sample in scheduler.advance():
+            with watchdog.phase("dispatch"):
+                samples = scheduler.advance()
+            for sample in samples:
                 target, completion, candidate = _completed(sample, renderer)
                 grading[grade(candidate)] = (target, completion)
         else:
             began = time.perf_counter()
-            wait(grading, return_when=FIRST_COMPLETED)
+            with watchdog.phase("verifier", f"{len(grading)} verdicts to come"):
+                while not wait(grading, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                    preemption.check()
             waited += time.perf_counter() - began
         for future in [future for future in grading if future.done()]:
             target, completion = grading.pop(future)

@@ -1,13 +1,14 @@
 """What every command shares: flags to a checked configuration, and errors to one line and an exit code.
 
-Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted. Nothing here imports jax at
-module level: the verifier's workers import the main module again.
+Exit codes: 0 done, 1 the run failed, 2 bad input, 75 preempted (the same command goes on), 130 interrupted. Nothing
+here imports jax at module level: the verifier's workers import the main module again.
 """
 
 import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from igrpo_jax import config
-from igrpo_jax.config import Config, InputError
+from igrpo_jax import config, preemption, watchdog
+from igrpo_jax.config import Config, InputError, RunError
 
 
 def parse(argv: list[str]) -> tuple[Config, Path]:
@@ -174,20 +175,48 @@ def _flag_error(error: BaseException) -> str:
 
 
 def run(command: Callable[[list[str]], None]) -> None:
-    """Runs `command(sys.argv)` and ends the process: errors of the user's making are one line, without a traceback."""
+    """Runs `command(sys.argv)` and ends the process: what needs no traceback is one line, everything else ends in one.
+
+    What JAX raises is shown whole, then named with the phase it came in and what to change.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         command(sys.argv)
     except InputError as error:
         sys.exit(_say(error, 2))
+    except RunError as error:
+        sys.exit(_say(error, 1))
+    except preemption.Preempted as error:
+        sys.exit(_say(f"{error}; the same command goes on from there", preemption.EXIT_CODE))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted; the same command goes on from what was saved, if something was", 130))
     except Exception as error:
-        from igrpo_jax.rewards.reward import VerifierError
-
-        if not isinstance(error, VerifierError):
+        if type(error).__name__ != "JaxRuntimeError":  # jax.errors', which is not imported before it is needed
             raise
-        sys.exit(_say(error, 1))
+        traceback.print_exc()
+        sys.exit(_say(_device_error(str(error)), 1))
+
+
+# What to lower where memory does not suffice, by the phase that needs it.
+_SMALLER = {
+    "rollout": "rollout.slots, rollout.max_completion_length or refine.max_draft_length",
+    "update": "learner.tokens_per_microbatch or learner.logprob_chunk, or set learner.remat to full",
+    "evaluation": "rollout.slots or evaluation.max_completion_length",
+    "start": "rollout.slots and learner.tokens_per_microbatch",
+}
+
+
+def _device_error(text: str) -> str:
+    """One line of what JAX raised: the phase with its shapes, and what to change."""
+    phase = watchdog.current() or "no phase of a run"
+    said = " ".join(text.partition("\n")[0].split())[:300]
+    if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+        return f"JAX failed in {phase}: {said}"
+    smaller = next((what for name, what in _SMALLER.items() if name in phase), "the sizes of what runs")
+    return (
+        f"out of device memory in {phase}: lower {smaller}; more devices on mesh.fsdp or mesh.tensor hold smaller "
+        f"parts of the weights ({said})"
+    )
 
 
 def _say(message: object, code: int) -> int:

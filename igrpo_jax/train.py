@@ -17,16 +17,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from igrpo_jax import algorithms, data, evaluation, sharding, weights
+from igrpo_jax import algorithms, data, evaluation, preemption, sharding, watchdog, weights
 from igrpo_jax.batch import Prompt
-from igrpo_jax.checkpoint import Checkpointer, prepare_workdir
-from igrpo_jax.config import Config, InputError
+from igrpo_jax.checkpoint import Checkpointer, locked, prepare_workdir
+from igrpo_jax.config import Config, InputError, RunError
 from igrpo_jax.console import Console
 from igrpo_jax.evaluation import Evaluator
 from igrpo_jax.learner import Learner, TrainState
 from igrpo_jax.metrics import Writer, rollout_metrics
 from igrpo_jax.models import attention, decoder, hf_write
 from igrpo_jax.policy import Policy, open_policy
+from igrpo_jax.preemption import Preempted
 from igrpo_jax.programs import compilations, tree_bytes, use_disk_cache
 from igrpo_jax.prompts import Renderer
 from igrpo_jax.rewards import reward
@@ -43,34 +44,51 @@ def train(c: Config, workdir: Path) -> None:
 
     Raises:
         InputError: something in `c` or what it names is wrong, or `workdir` holds another run.
-        VerifierError: the verifier fails too often to be trusted.
+        RunError: the run cannot go on: a full disk, too many verifier failures or steps that are not finite.
+        Preempted: SIGTERM came, and what can be resumed is saved.
     """
     use_disk_cache(c.compilation_cache)
     task = open_task(c)
     with contextlib.ExitStack() as stack, jax.set_mesh(task.mesh):
-        run = start(c, task, workdir, stack)
-        state, first = run.state, run.first_step
-        run.state = None  # the update donates it
-        for step in range(first + 1, task.total_steps + 1):
-            with profiled(c, workdir, step), compilations() as compiled:
-                began = time.perf_counter()
-                params, fresh = run.learner.policy(state.params), functools.partial(task.step_prompts, step)
-                groups, sampled = run.rollout.collect(params, fresh(), step, fresh)
-                rewards = np.stack([group.rewards for group in groups])
-                objective = run.learner.algorithm
-                gains = algorithms.advantages(rewards, objective.scale_rewards, objective.baseline)
-                checked = run.learner.draft_mismatch(state.params, groups) if run.shows_samples(step) else {}
-                updating = time.perf_counter()
-                state, learned = run.learner.update(state, groups, gains, step)
-                ended = time.perf_counter()
-            times = {"perf/update_time": ended - updating, "perf/step_time": ended - began}
-            times["perf/recompiles"] = len(compiled)
-            run.warn_of_compiles(step, compiled)
-            run.report(step, groups, gains, {**learned, **checked, **rollout_metrics(groups, c), **sampled, **times})
-            if c.evaluation.every and (step % c.evaluation.every == 0 or step == task.total_steps):
-                run.evaluate(state.params, step)
-            run.save(step, state, last=step == task.total_steps)
+        stack.enter_context(watchdog.watching(c.watchdog))
+        stack.enter_context(preemption.noticed(c.checkpoint.preemption_grace))
+        with watchdog.phase("start"):
+            run = start(c, task, workdir, stack)
+        first, done = run.first_step, run.first_step
+        state, run.state = run.state, None  # the update donates it
+        try:
+            for step in range(first + 1, task.total_steps + 1):
+                run.stop_if_preempted(done)
+                state, results = one_step(run, task, state, step)
+                run.report(step, *results)
+                done = step
+                if run.evaluation_due(step):
+                    run.evaluate(state.params, step)
+                run.save(step, state)
+        except Preempted:
+            run.leave(done, state)
         run.finish(first, state)
+
+
+def one_step(run: "Run", task: "Task", state: TrainState, step: int) -> tuple[TrainState, tuple]:
+    """One pass of Algorithm 1's loop: the new state, and for `Run.report` groups, advantages [P, G] and metrics."""
+    c, learner, name = run.config, run.learner, f"step {step}"
+    with profiled(c, run.workdir, step), compilations() as compiled:
+        began = time.perf_counter()
+        with watchdog.phase("rollout", name):
+            params, fresh = learner.policy(state.params), functools.partial(task.step_prompts, step)
+            groups, sampled = run.rollout.collect(params, fresh(), step, fresh)
+        rewards = np.stack([group.rewards for group in groups])
+        gains = algorithms.advantages(rewards, learner.algorithm.scale_rewards, learner.algorithm.baseline)
+        with watchdog.phase("update", name):
+            checked = learner.draft_mismatch(state.params, groups) if run.shows_samples(step) else {}
+            updating = time.perf_counter()
+            state, learned = learner.update(state, groups, gains, step)
+            ended = time.perf_counter()
+    times = {"perf/update_time": ended - updating, "perf/step_time": ended - began}
+    times["perf/recompiles"] = len(compiled)
+    run.warn_of_compiles(step, compiled)
+    return state, (groups, gains, {**learned, **checked, **rollout_metrics(groups, c), **sampled, **times})
 
 
 @contextlib.contextmanager
@@ -153,7 +171,8 @@ class Run:
     """The living parts of a run, and what happens between two updates."""
 
     def __init__(self, c: Config, task: Task, workdir: Path, console: Console):
-        self._config, self._task, self._workdir, self._console = c, task, workdir, console
+        self.config, self.workdir = c, workdir
+        self._task, self._console = task, console
         engine = Engine(
             task.policy.model,
             task.mesh,
@@ -171,11 +190,13 @@ class Run:
         self.scores: dict[int, dict[str, float]] = {}  # evaluations by step
         self.state: TrainState | None = None
         self.first_step = 0
+        self._skipped = 0  # optimizer steps that were not finite
+        self._bad_steps = 0  # the same of steps, in a row
 
     def open_verifier(self, stack: contextlib.ExitStack) -> None:
         """Starts the workers, and the judge with its file of verdicts in the workdir."""
-        c = self._config
-        limit, cache = c.rollout.max_completion_length, self._workdir / "judge.sqlite"
+        c = self.config
+        limit, cache = c.rollout.max_completion_length, self.workdir / "judge.sqlite"
         verifier = stack.enter_context(Verifier(c.rewards, limit, c.data.answer_column or "answer", cache))
         parts = (self.scheduler, self._task.renderer, verifier)
         self.rollout = Rollout(c, self._task.renderer, self.scheduler, verifier)
@@ -187,12 +208,30 @@ class Run:
         metrics["perf/tokens_per_second"] = tokens / metrics["perf/step_time"]
         self.writer.write(step, metrics)
         self.writer.samples(step, groups, gains)
+        self._check_finite(step, groups, gains, metrics)
         self._console.step(step, metrics)
-        if metrics["frac_reward_zero_std"] == 1 and step % self._config.log.every == 0:
+        if metrics["frac_reward_zero_std"] == 1 and step % self.config.log.every == 0:
             self._console.message(f"step {step}: all rewards are equal within every group: they give no gradient")
         if self.shows_samples(step):
             best = max(range(len(groups)), key=lambda i: np.abs(gains[i]).max())
             self._console.sample(groups[best], gains[best])
+
+    def _check_finite(self, step: int, groups: list, gains: np.ndarray, metrics: dict[str, float]) -> None:
+        """Keeps the batch of a step that was skipped. Raises RunError after too many in a row."""
+        skipped = round(metrics["nonfinite_steps"])
+        bad, self._skipped = skipped > self._skipped, skipped
+        self._bad_steps = self._bad_steps + 1 if bad else 0
+        if not bad:
+            return
+        self.writer.nonfinite(step, groups, gains)
+        kept = self.workdir / "nonfinite" / f"step_{step:06d}.jsonl"
+        self._console.message(f"step {step}: loss or gradient is not finite: nothing changed; its batch is in {kept}")
+        if self._bad_steps >= self.config.learner.max_nonfinite_steps:
+            raise RunError(
+                f"steps {step - self._bad_steps + 1} to {step}: loss or gradient was not finite, "
+                f"config.learner.max_nonfinite_steps = {self._bad_steps} times in a row (batches in {kept.parent}); "
+                "lower optimizer.learning_rate in a new run, or see whether the model's own weights are sound"
+            )
 
     def warn_of_compiles(self, step: int, compiled: list[str]) -> None:
         """Says which kinds of programs had to be compiled after the first step, once of each."""
@@ -205,15 +244,20 @@ class Run:
             )
             self._warned |= names.keys()
 
+    def evaluation_due(self, step: int) -> bool:
+        every = self.config.evaluation.every
+        return every > 0 and (step % every == 0 or step == self._task.total_steps)
+
     def shows_samples(self, step: int) -> bool:
         """Whether `step` is one whose samples are looked at: printed, and their drafts scored by the trainer too."""
-        return self._config.log.samples_every > 0 and step % self._config.log.samples_every == 0
+        return self.config.log.samples_every > 0 and step % self.config.log.samples_every == 0
 
     def evaluate(self, params: decoder.Params, step: int) -> None:
         """Single-shot evaluation, written under `step` (0 is before the first update)."""
-        out = self._workdir / "evaluations" / f"step_{step:06d}"
+        out = self.workdir / "evaluations" / f"step_{step:06d}"
         began = time.perf_counter()
-        scores = evaluation.flat(self._evaluator.run(self.learner.policy(params), out, {"step": step}))
+        with watchdog.phase("evaluation", f"step {step}"):
+            scores = evaluation.flat(self._evaluator.run(self.learner.policy(params), out, {"step": step}))
         self._check_best(scores)
         self.scores[step] = scores
         self.writer.write(step, {**scores, "perf/evaluation_time": time.perf_counter() - began})
@@ -221,7 +265,7 @@ class Run:
         self._console.message(f"step {step}: {shown}")
 
     def _check_best(self, scores: dict[str, float]) -> None:
-        name = self._config.checkpoint.best_metric
+        name = self.config.checkpoint.best_metric
         if name and name not in scores:
             near = difflib.get_close_matches(name, scores, n=1, cutoff=0.0)[0]
             raise InputError(
@@ -230,35 +274,65 @@ class Run:
 
     def is_best(self, step: int) -> bool:
         """Whether `step` was evaluated, and its config.checkpoint.best_metric is the highest so far."""
-        name = self._config.checkpoint.best_metric
+        name = self.config.checkpoint.best_metric
         known = {at: scores[name] for at, scores in self.scores.items() if name in scores}
         return step in known and known[step] >= max(known.values())
 
-    def save(self, step: int, state: TrainState, last: bool = False) -> None:
-        c = self._config
+    def save(self, step: int, state: TrainState, force: bool = False) -> None:
+        """Saves where it is due, or at any step with `force`."""
+        c = self.config
+        self.writer.sync()
         epoch, index = divmod(step * c.prompts_per_step, len(self._task.prompts))
         meta = {"step": step, "seed": c.seed, "epoch": epoch, "index": index, "metrics_rows": self.writer.rows}
-        meta["data"] = self._task.fingerprint
+        meta |= {"data": self._task.fingerprint, "bad_steps": self._bad_steps}
         meta["evaluations"] = {str(at): scores for at, scores in self.scores.items()}
-        best = self.is_best(step)
+        force = force or step in (0, self._task.total_steps) or self.is_best(step)
         score = self.scores.get(step, {}).get(c.checkpoint.best_metric)
-        self.checkpointer.save(step, state, meta, force=last or step == 0 or best, score=score)
+        self.checkpointer.save(step, state, meta, force=force, score=score)
+
+    def restore(self) -> None:
+        """Goes back to the newest checkpoint that is sound.
+
+        Raises:
+            InputError: the training set is not that of the run.
+        """
+        c = self.config
+        self.first_step, self.state, meta = self.checkpointer.restore(self.learner.abstract_state())
+        if meta["data"] != self._task.fingerprint:
+            raise InputError(
+                f"config.data.train = {c.data.train!r}: its prompts or answers are not those that the run in "
+                f"{self.workdir} began with; bring them back, or start a new run with another --workdir"
+            )
+        self.scores = {int(at): scores for at, scores in meta["evaluations"].items()}
+        self._bad_steps, self._skipped = meta["bad_steps"], int(self.state.skipped)
+
+    def stop_if_preempted(self, step: int) -> None:
+        """Raises Preempted after a notice; of several processes all do so after the same step."""
+        preemption.check()
+        if self.checkpointer.reached_preemption(step):
+            raise Preempted
+
+    def leave(self, step: int, state: TrainState) -> None:
+        """Saves what is done, and ends the run: raises Preempted with the words for it."""
+        self.save(step, state, force=True)
+        self.checkpointer.wait()
+        raise Preempted(f"preempted: step {step} of {self._task.total_steps} is saved in {self.workdir}")
 
     def finish(self, first: int, state: TrainState) -> None:
         """Waits for files, exports where asked, and says what came out of the run and where it is."""
         with self._console.phase("writing the last checkpoint"):
             self.checkpointer.wait()
-        if self._config.checkpoint.export:
-            out = self._workdir / "export"
+        if self.config.checkpoint.export:
+            out = self.workdir / "export"
             if jax.process_index() == 0:
                 shutil.rmtree(out, ignore_errors=True)  # of the same run when it was shorter
             size = hf_write.model_bytes(self._task.policy.model)
             with self._console.phase("exporting (MB)", size >> 20) as update:
                 self._task.policy.save(out, self.learner.policy(state.params), lambda done: update(done >> 20))
-        rows = _summary(self._workdir, self.scores, first, self._task.total_steps)
+        rows = _summary(self.workdir, self.scores, first, self._task.total_steps)
         best = [step for step in self.scores if self.is_best(step)]
         if best:
-            rows.insert(1, ("best checkpoint", f"step {max(best)}, by {self._config.checkpoint.best_metric}"))
+            rows.insert(1, ("best checkpoint", f"step {max(best)}, by {self.config.checkpoint.best_metric}"))
         self._console.table("Done", rows)
 
 
@@ -270,12 +344,12 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
     console = stack.enter_context(Console())
     run = Run(c, task, workdir, console)  # checks slots and mesh, before anything is written
     claimed = prepare_workdir(workdir, c)
+    stack.enter_context(locked(workdir))
     run.open_verifier(stack)
     run.checkpointer = stack.enter_context(Checkpointer(workdir, c.checkpoint))
     latest = run.checkpointer.latest_step() if claimed else None
     if claimed and latest is None and any((workdir / "samples").glob("step_*.jsonl")):
         raise InputError(f"--workdir {workdir}: holds samples of a run but no checkpoint of it; give another folder")
-    run.writer = stack.enter_context(Writer(workdir, c, latest))
     sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
     run.learner = Learner(c, task.policy.model, task.mesh, **sizes)
     engine = run.scheduler.engine
@@ -285,6 +359,11 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
         run.learner.predicted_bytes()
     title = "iGRPO run" if c.algorithm.num_drafts else "Run"
     console.table(title, plan(c, task, engine, run.learner))
+    if latest is not None:
+        with console.phase(f"restoring step {latest}"):
+            run.restore()
+    # What the steps after the checkpoint left behind is dropped here: they are run again.
+    run.writer = stack.enter_context(Writer(workdir, c, None if latest is None else run.first_step))
     params = None
     if latest is None and not (c.model.lora.rank and task.policy.path):
         params = weights.load(task.policy, task.mesh, c.seed, "float32", console)
@@ -303,18 +382,8 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
         if c.evaluation.every:
             run.evaluate(run.state.params, 0)
         run.save(0, run.state)
-    else:
-        with console.phase(f"restoring step {latest}"):
-            run.state, meta = run.checkpointer.restore(run.learner.abstract_state())
-        if meta["data"] != task.fingerprint:
-            raise InputError(
-                f"config.data.train = {c.data.train!r}: its prompts or answers are not those that the run in {workdir} "
-                "began with; bring them back, or start a new run with another --workdir"
-            )
-        run.first_step = latest
-        run.scores = {int(at): scores for at, scores in meta["evaluations"].items()}
-        if c.evaluation.every and latest not in run.scores:
-            run.evaluate(run.state.params, latest)
+    elif run.evaluation_due(run.first_step) and run.first_step not in run.scores:
+        run.evaluate(run.state.params, run.first_step)
     console.start(task.total_steps, run.first_step, c.log.every)
     return run
 

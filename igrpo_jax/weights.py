@@ -40,7 +40,8 @@ def first(
     with Checkpointer(workdir / "reference", c.checkpoint) as store:
         if params is not None:
             store.save(0, params, {}, force=True)
-        return store.restore(_abstract(decoder.shapes(policy.model), mesh, dtype))[0]
+        _, params, _ = store.restore(_abstract(decoder.shapes(policy.model), mesh, "float32"))
+    return decoder.cast(params, dtype)
 
 
 def adapters(c: Config, policy: Policy, mesh: jax.sharding.Mesh) -> decoder.Params:

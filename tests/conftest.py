@@ -73,3 +73,12 @@ def compile_fast():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """An uninterrupted run of `runs.CONFIG`, and what it printed. Not to be written to."""
+    import runs
+
+    path = tmp_path_factory.mktemp("whole")
+    return path / "run", runs.run(path, path / "run")

@@ -90,8 +90,8 @@ def test_state_and_meta_come_back_bit_for_bit_on_any_mesh(tmp_path):
     for other in (mesh, mesh_of(1, 8, 1), mesh_of(4, 1, 2)):
         with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
             assert checkpointer.latest_step() == 2
-            restored, restored_meta = checkpointer.restore(abstract_on(other))
-        assert isinstance(restored, State) and restored_meta == meta
+            step, restored, restored_meta = checkpointer.restore(abstract_on(other))
+        assert step == 2 and isinstance(restored, State) and restored_meta == meta
         assert_same_bits(restored, state)
         assert jax.tree.map(lambda leaf: leaf.sharding, restored) == shardings(other)
     # And it goes on from there as if nothing had happened.
@@ -107,7 +107,7 @@ def test_a_save_holds_the_state_of_its_call_though_the_arrays_are_donated(tmp_pa
         checkpointer.save(2, state, {})
         for _ in range(3):
             state = step(state)
-        restored, _ = checkpointer.restore(abstract_on(mesh))
+        _, restored, _ = checkpointer.restore(abstract_on(mesh))
     assert_same_bits(restored, expected)
 
 
@@ -120,7 +120,7 @@ def test_cadence_force_and_the_newest_k(tmp_path):
         assert not checkpointer.save(7, state, {"step": 70}, force=True)  # the last step is also a forced one
         checkpointer.wait()
         assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6", "7"]
-        assert checkpointer.restore(abstract_on(mesh))[1] == {"step": 7}
+        assert checkpointer.restore(abstract_on(mesh))[2] == {"step": 7}
     with checkpoint.Checkpointer(tmp_path / "last", config_lib.Checkpoint(every=0)) as checkpointer:
         assert not checkpointer.save(50, state, {}) and checkpointer.save(51, state, {}, force=True)
 
@@ -141,10 +141,10 @@ def test_a_killed_save_is_ignored_and_its_step_can_be_saved_again(tmp_path):
     shutil.copytree(killed, folder / "5.orbax-checkpoint-tmp")
     with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
         assert checkpointer.latest_step() == 1
-        assert checkpointer.restore(abstract_on(mesh))[1] == {"step": 1}
+        assert checkpointer.restore(abstract_on(mesh))[2] == {"step": 1}
         assert checkpointer.save(2, state, {"step": 2})
         checkpointer.wait()
-        assert checkpointer.restore(abstract_on(mesh))[1] == {"step": 2}
+        assert checkpointer.restore(abstract_on(mesh))[2] == {"step": 2}
     # Orbax removes leftovers in a thread and waits for it before the first save.
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
 
@@ -157,7 +157,7 @@ def test_no_checkpoint_and_a_wrong_shape_are_errors(tmp_path):
             checkpointer.restore(abstract)
         checkpointer.save(1, state_on(mesh, 0), {})
         norm = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=abstract.params["norm"].sharding)
-        with pytest.raises(ValueError, match=r"\(4,\).*\(8,\)"):
+        with pytest.raises(config_lib.RunError, match=r"no checkpoint can be read; step 1: ValueError.*\(4,\).*\(8,\)"):
             checkpointer.restore(abstract._replace(params=abstract.params | {"norm": norm}))
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import test_hf
 import transformers
+from runs import check_same_rows, final_state, rows, run, samples
 from test_hf_write import is_gone, tensors_of
-from test_train import check_same_rows, final_state, rows, run, samples
 
 from igrpo_jax import checkpoint, config, export, weights
 from igrpo_jax.config import InputError

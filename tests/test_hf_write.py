@@ -211,9 +211,9 @@ def test_what_does_not_read_back_is_no_export(original, tmp_path, monkeypatch, d
     if damage == "none":
         params["norm/scale"] = params["norm/scale"] * np.nan
     kind, said = {
-        "transposed": (RuntimeError, "read back"),
+        "transposed": (config.RunError, "read back"),
         "cut": (InputError, "can't be read"),
-        "none": (RuntimeError, "not finite"),
+        "none": (config.RunError, "not finite"),
     }[damage]
     with pytest.raises(kind, match=said):
         one.save(out, params)

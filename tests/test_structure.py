@@ -17,7 +17,7 @@ PACKAGE = "igrpo_jax"
 
 # Floors from the ground up; each holds rows, each row modules in order.
 FLOORS = [
-    ["config batch"],
+    ["config batch preemption watchdog"],
     [
         "programs",
         "sharding",
@@ -47,7 +47,7 @@ PLACES = {
 # Libraries that import jax; importing one is importing it.
 IMPORT_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "einshape", "distrax", "rlax"}
 # Importing these must leave jax alone: workers are spawned with them, and bad input is reported before any device work.
-WITHOUT_JAX = ("config", "batch", "main", "evaluate", "generate")
+WITHOUT_JAX = ("config", "batch", "preemption", "watchdog", "main", "evaluate", "generate")
 
 
 def allowed(importer, imported):

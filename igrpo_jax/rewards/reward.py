@@ -41,7 +41,7 @@ from igrpo_jax.rewards.judge import Judge, Judgement
 from igrpo_jax.rewards.pool import Outcome, Pool
 
 
-class VerifierError(Exception):
+class VerifierError(config.RunError):
     """So many gradings failed that training on the rest would teach the wrong thing."""
 
 
