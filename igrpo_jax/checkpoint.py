@@ -137,7 +137,7 @@ class Checkpointer:
         need, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(self._path).free
         if need > free:
             raise RunError(
-                f"{self._path}: a checkpoint takes {need / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free"
+                f"{self._path}: a checkpoint takes {need / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free"
                 f"{self._last_good()}"
             )
         items = ocp.args.Composite(

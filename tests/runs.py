@@ -37,11 +37,11 @@ def get_config():
 TIMES = ("perf/", "verifier/latency", "eval_time")
 
 
-def settings(**algorithm) -> config.Config:
+def settings(**fields) -> config.Config:
     scope: dict = {}
     exec(CONFIG, scope)  # the text that the subprocess reads as a file
     tree = scope["get_config"]()
-    tree.algorithm.update(algorithm)
+    tree.update(fields)
     return config.freeze(tree)
 
 
@@ -96,3 +96,12 @@ def run(*args) -> str:
     done = subprocess.run(command(*args), cwd=ROOT, env=one_device(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def faulty(inject: str, *args, timeout: int = 300) -> subprocess.CompletedProcess:
+    """A run as `run` starts it, after the statements `inject`, which see `train`, `os` and `signal`."""
+    _, _, name, *arguments = command(*args)
+    program = f"import os, signal, sys\nfrom igrpo_jax import main, runtime, train\n{inject}\n"
+    program += f"sys.argv = {[name, *arguments]!r}\nruntime.run(main.main)\n"
+    start = [sys.executable, "-c", program]
+    return subprocess.run(start, cwd=ROOT, env=one_device(), capture_output=True, text=True, timeout=timeout)

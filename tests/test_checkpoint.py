@@ -264,3 +264,111 @@ def test_parameters_alone_are_read_onto_another_mesh(tmp_path):
     for name, value in state.params.items():
         np.testing.assert_array_equal(params[name], value)
         assert params[name].sharding == abstract[name].sharding
+
+
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def data_of(folder):
+    """The file that holds the arrays."""
+    return max((folder / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
+
+
+DAMAGE = {
+    "one bit": lambda folder: flipped(data_of(folder)),
+    "a file cut short": lambda folder: os.truncate(data_of(folder), data_of(folder).stat().st_size // 2),
+    "a file is gone": lambda folder: data_of(folder).unlink(),
+    "half a meta": lambda folder: (folder / "meta" / "metadata").write_text('{"step":'),
+    "empty": lambda folder: [shutil.rmtree(path) for path in folder.iterdir() if path.is_dir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, damage, caplog):
+    mesh = mesh_of(1, jax.device_count(), 1)
+    states = {step: state_on(mesh, step) for step in (1, 2)}
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
+        for step, state in states.items():
+            store.save(step, state, {"step": step})
+    damage(tmp_path / "checkpoints" / "2")
+    with pytest.raises(config_lib.InputError, match="its checkpoint of step 2 can't be used"):
+        checkpoint.read_params(tmp_path, 2, abstract_on(mesh).params)
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
+        step, state, meta = store.restore(abstract_on(mesh))
+        assert (step, meta) == (1, {"step": 1})
+        assert_same_bits(state, states[1])
+        assert "checkpoint of step 2 skipped, moved to damaged_checkpoints" in caplog.text
+        assert os.listdir(tmp_path / "damaged_checkpoints") == ["2.1"]
+        assert store.latest_step() == 1 and store.save(2, states[2], {"step": 2})
+        assert store.restore(abstract_on(mesh))[0] == 2
+
+
+def test_where_none_can_be_used_all_stay(tmp_path):
+    mesh = mesh_of(1, jax.device_count(), 1)
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
+        for step in (1, 2):
+            store.save(step, state_on(mesh, 0), {})
+    for step in ("1", "2"):
+        flipped(data_of(tmp_path / "checkpoints" / step))
+    store = checkpoint.Checkpointer(tmp_path, EVERY_STEP)
+    with store, pytest.raises(config_lib.RunError, match="no checkpoint can be read; step 2: "):
+        store.restore(abstract_on(mesh))
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+
+
+def test_checksums_see_every_change_and_no_sharding():
+    meshes = mesh_of(2, 2, 2), mesh_of(1, 8, 1)
+    state = state_on(meshes[0])
+    sums, bad = checkpoint.fingerprint(state)
+    assert bad == [] and checkpoint.fingerprint(jax.device_put(state, shardings(meshes[1])))[0] == sums
+    values = np.asarray(state.params["embed"])
+    for change in (
+        values.T.reshape(values.shape),
+        values[::-1],
+        np.nextafter(values, 9),
+        np.where(values == values.max(), 0, values),
+    ):
+        params = state.params | {"embed": jax.device_put(np.ascontiguousarray(change), state.params["embed"].sharding)}
+        other = checkpoint.fingerprint(state._replace(params=params))[0]
+        assert [name for name in sums if sums[name] != other[name]] == ["params.embed"]
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    mesh = mesh_of(1, jax.device_count(), 1)
+    state = state_on(mesh, 1)
+    spoilt = state.params | {"norm": state.params["norm"].at[3].set(np.nan)}
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
+        store.save(1, state, {})
+        with pytest.raises(
+            config_lib.RunError, match=r"step 2: not saved, params\.norm of the training state is not finite.*step 1"
+        ):
+            store.save(2, state._replace(params=spoilt), {})
+        assert store.restore(abstract_on(mesh))[0] == 1
+
+
+def test_a_save_that_was_not_written_whole_is_an_error(tmp_path, monkeypatch):
+    """Names, shapes and dtypes of what is in the files are compared with those of the state."""
+    mesh = mesh_of(1, jax.device_count(), 1)
+    state = state_on(mesh, 1)
+    store = checkpoint.Checkpointer(tmp_path, EVERY_STEP)
+    store.save(1, state, {})
+    store.wait()
+    store.save(2, state, {})
+    store._writing[1]["params.more"] = ((3,), np.dtype("float32"))
+    with pytest.raises(
+        config_lib.RunError,
+        match=r"step 2 could not be written .params\.more is None in the files, not .*goes on from step 1",
+    ):
+        store.wait()
+    store.close()
+
+
+def test_one_run_at_a_time(tmp_path):
+    refusal = pytest.raises(config_lib.InputError, match=f"a run is under way there .process {os.getpid()} on ")
+    with checkpoint.locked(tmp_path), refusal, checkpoint.locked(tmp_path):
+        pass
+    with checkpoint.locked(tmp_path):
+        pass

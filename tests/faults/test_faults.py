@@ -1,0 +1,205 @@
+"""What may happen to a run for days, made to happen: what the user sees, and that at most the step in flight is lost.
+
+All but two of the runs here go on from a copy of a finished run of five steps, to the seventh. docs/reliability.md has
+the table of these and of the faults that other tests make.
+"""
+
+import json
+import shutil
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+from runs import check_same_rows, faulty, final_state, rows, samples
+
+
+def copy_of(whole, target: Path) -> Path:
+    return shutil.copytree(whole[0], target, ignore=shutil.ignore_patterns("profile", "tensorboard"))
+
+
+@pytest.fixture(scope="module")
+def longer(whole, tmp_path_factory):
+    """The run when nothing happens."""
+    path = tmp_path_factory.mktemp("longer")
+    runs.run(path, copy_of(whole, path / "run"), "steps=7")
+    return path / "run"
+
+
+def check_equal(workdir: Path, other: Path) -> None:
+    check_same_rows(rows(workdir), rows(other))
+    assert samples(workdir) == samples(other)
+    seven = runs.settings(steps=7)
+    a, b = final_state(workdir, seven), final_state(other, seven)
+    assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+CLOCK = """
+import time
+now, calls = time.time, []
+time.time = lambda: now() - 3600 * len(calls) + (calls.append(0) or 0)
+"""
+WORKERS = """
+import multiprocessing
+submit, killed = train.Verifier.submit, []
+def kill(self, candidate):
+    future = submit(self, candidate)
+    if not killed:
+        killed.extend(multiprocessing.active_children())
+        for child in killed:
+            child.kill()
+        print("killed", len(killed))
+    return future
+train.Verifier.submit = kill
+"""
+
+
+@pytest.mark.parametrize("inject", [CLOCK, WORKERS], ids=["the clock goes back", "verifier workers are killed"])
+def test_nothing_is_lost_when(whole, longer, tmp_path, inject):
+    done = faulty(inject, tmp_path, copy_of(whole, tmp_path / "run"), "steps=7")
+    assert done.returncode == 0, done.stderr
+    assert inject == CLOCK or "killed 2" in done.stdout
+    check_equal(tmp_path / "run", longer)
+
+
+def test_sigterm_in_a_rollout_drops_its_step_alone(whole, longer, tmp_path):
+    """The notice comes when the first completion of step 7 is to be graded; step 6 is done and not yet saved."""
+    inject = """
+submit, calls = train.Verifier.submit, []
+def graded(self, candidate):
+    calls.append(0)
+    if len(calls) == 4 * (2 + 2) + 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return submit(self, candidate)
+train.Verifier.submit = graded
+"""
+    workdir = copy_of(whole, tmp_path / "run")
+    done = faulty(inject, tmp_path, workdir, "steps=7", "checkpoint.every=0", "evaluation.every=20")
+    assert done.returncode == 75, done.stderr
+    assert "SIGTERM: saving, then ending" in done.stderr
+    assert f"preempted: step 6 of 7 is saved in {workdir}; the same command goes on from there" in done.stderr
+    assert [row["step"] for row in rows(workdir) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert "resumed after 6" in runs.run(tmp_path, workdir, "steps=7")
+    check_equal(workdir, longer)
+
+
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run(whole, tmp_path):
+    inject = """
+advantages = train.algorithms.advantages
+train.algorithms.advantages = lambda *args: advantages(*args) + float("nan")
+"""
+    workdir = copy_of(whole, tmp_path / "run")
+    done = faulty(inject, tmp_path, workdir, "steps=20", "checkpoint.every=1")
+    assert done.returncode == 1, done.stderr
+    assert (
+        "steps 6 to 10: loss or gradient was not finite, config.learner.max_nonfinite_steps = 5 times in a row"
+        in done.stderr
+    )
+    kept = sorted(path.name for path in (workdir / "nonfinite").iterdir())
+    assert kept == [f"step_{step:06d}.jsonl" for step in range(6, 11)]
+    batch = [json.loads(line) for line in (workdir / "nonfinite" / "step_000006.jsonl").read_text().splitlines()]
+    sampled = [json.loads(line) for line in samples(workdir)["step_000006.jsonl"].splitlines()]
+    assert [{name: row[name] for name in sampled[0]} for row in batch] == sampled
+    assert all(len(row["tokens"]) == len(row["logprobs"]) == row["token_count"] and row["context"] for row in batch)
+    last = [row for row in rows(workdir) if "loss" in row][-1]
+    assert last["nonfinite_steps"] == 5 * 2 and last["grad_norm"] is None  # two minibatches
+    before, after = final_state(whole[0], runs.settings()), final_state(workdir, runs.settings(steps=9))
+    for name in before:
+        assert (before[name] == after[name]).all() or name in (".step", ".skipped"), name
+
+
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(whole, tmp_path):
+    """One bit of the newest is flipped. The step after the older one is run again, and gives what it gave."""
+    workdir = copy_of(whole, tmp_path / "run")
+    largest = max((workdir / "checkpoints" / "5" / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    done = faulty("", tmp_path, workdir)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint of step 5 skipped, moved to damaged_checkpoints: " in done.stderr
+    assert "resumed after 4" in done.stdout
+    assert [path.name for path in (workdir / "damaged_checkpoints").iterdir()] == ["5.1"]
+    check_same_rows(rows(workdir), rows(whole[0]))
+    assert samples(workdir) == samples(whole[0])
+    a, b = final_state(workdir, runs.settings()), final_state(whole[0], runs.settings())
+    assert all((a[name] == b[name]).all() for name in b)
+
+
+@contextmanager
+def disk(path: Path, kibibytes: int):
+    """A small file system of its own."""
+    path.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "none", path], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"mounting a small disk takes a superuser: {made.stderr.decode().strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+def used(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*"))
+
+
+def test_a_full_or_unwritable_disk_ends_the_run_and_keeps_the_last_checkpoint(whole, longer, tmp_path):
+    with disk(tmp_path / "disk", 4096) as path:
+        workdir = copy_of(whole, path / "run")
+        room = shutil.disk_usage(path).free
+        (path / "others").write_bytes(bytes(room - used(workdir / "checkpoints" / "5") // 2))
+        done = faulty("", tmp_path, workdir, "steps=7", "log.tensorboard=False")
+        assert done.returncode == 1, done.stderr
+        assert "a checkpoint takes " in done.stderr and "MiB are free; make it possible and run" in done.stderr
+        assert "goes on from step 5" in done.stderr
+        (path / "others").write_bytes(bytes(shutil.disk_usage(path).free + (path / "others").stat().st_size - 4096))
+        done = faulty("", tmp_path, workdir, "steps=7", "log.tensorboard=False")
+        assert done.returncode == 1, done.stderr
+        assert "cannot be written (No space left on device)" in done.stderr
+        subprocess.run(["mount", "-o", "remount,ro", path], check=True)
+        done = faulty("", tmp_path, workdir, "steps=7", "log.tensorboard=False")
+        assert done.returncode == 2, done.stderr
+        assert f"--workdir {workdir}: cannot be written (Read-only file system); give a folder that can" in done.stderr
+        subprocess.run(["mount", "-o", "remount,rw", path], check=True)
+        (path / "others").unlink()
+        runs.run(tmp_path, workdir, "steps=7", "log.tensorboard=False")
+        check_equal(workdir, longer)
+
+
+HANGING = "import time\n\ndef hangs(completions, **columns):\n    time.sleep(60)\n"
+FRESH = ("warm_start.steps=0", "evaluation.every=0", "checkpoint.best_metric=''", "log.tensorboard=False")
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (
+            ("rewards.custom=hanging:hangs", "rewards.timeout=0.5"),
+            "of 16 gradings 16 timed out, 0 failed and 0 have no verdict",
+        ),
+        (
+            tuple(
+                f"rewards.judge.{x}" for x in ("weight=1", "model=m", "base_url=http://127.0.0.1:9/v1", "max_retries=0")
+            ),
+            "of 16 gradings 0 timed out, 0 failed and 16 have no verdict",
+        ),
+    ],
+    ids=["the verifier hangs", "the judge is down"],
+)
+def test_a_run_without_rewards_ends_when(tmp_path, monkeypatch, overrides, words):
+    (tmp_path / "hanging.py").write_text(HANGING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("OPENAI_API_KEY", "a-secret")
+    done = faulty("", tmp_path, tmp_path / "run", *FRESH, *overrides)
+    assert done.returncode == 1, done.stderr
+    assert words in done.stderr and "config.rewards.max_error_fraction" in done.stderr
+    assert "a-secret" not in done.stdout + done.stderr
+    assert not any(b"a-secret" in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+
+
+def test_final_states_differ_when_they_should(whole, longer):
+    """What these tests compare can differ."""
+    a, b = final_state(whole[0], runs.settings()), final_state(longer, runs.settings(steps=7))
+    assert any(np.any(a[name] != b[name]) for name in a)
