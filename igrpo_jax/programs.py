@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from igrpo_jax import watchdog
+
 Key = tuple[Any, ...]  # what kind of program, then its shape
 _asked_for: ContextVar[str] = ContextVar("asked for", default="")  # key of the program that is being compiled
 
@@ -34,8 +36,9 @@ class Programs:
         self._lower, self._compiled = lower, {}
 
     def __getitem__(self, key: Key) -> jax.stages.Compiled:
+        watchdog.running(_text(key))
         if key not in self._compiled:
-            token = _asked_for.set(" ".join(map(str, key)))
+            token = _asked_for.set(_text(key))
             try:
                 self._compiled[key] = self._lower(key).compile()
             finally:
@@ -50,12 +53,17 @@ class Programs:
             # Tracing is Python and stays in this thread; XLA's compiler runs beside it.
             futures = {pool.submit(self._lower(key).compile): key for key in missing}
             for done, future in enumerate(as_completed(futures), len(keys) - len(missing) + 1):
+                watchdog.running(_text(futures[future]))
                 self._compiled[futures[future]] = future.result()
                 report(done)
 
     def peak_bytes(self, kinds: Collection[str]) -> int:
         """Bytes on each device of the largest program so far whose key begins with one of `kinds`."""
         return max((program_bytes(made) for key, made in self._compiled.items() if key[0] in kinds), default=0)
+
+
+def _text(key: Key) -> str:
+    return " ".join(map(str, key))
 
 
 def program_bytes(program: jax.stages.Compiled) -> int:

@@ -39,6 +39,7 @@ class _Phase:
 
 _phases: list[_Phase] = []  # of the main thread, outermost first
 _budgets: dict[str, float] = {}
+_program = ""
 
 
 @contextlib.contextmanager
@@ -61,15 +62,23 @@ def beat() -> None:
         here.since, here.limit = time.monotonic(), here.budget
 
 
+def running(program: str) -> None:
+    """Says which compiled program was asked for last, by kind and shape."""
+    global _program
+    _program = program
+
+
 def current() -> str:
-    """The phases that the main thread is in, such as "rollout (step 12), verifier"; empty outside of all."""
-    return ", ".join(map(str, _phases))
+    """Where the main thread is, as "rollout (step 12), dispatch, last program decode 64 256"; "" outside of all."""
+    here = ", ".join(map(str, _phases))
+    return f"{here}, last program {_program}" if here and _program else here
 
 
 @contextlib.contextmanager
 def watching(budgets: config.Watchdog) -> Iterator[None]:
     """Looks at the phases from a thread while it lasts."""
     _phases.clear()
+    running("")
     _budgets.update(vars(budgets))
     done = threading.Event()
     look = min([_LOOK, *(budget / 4 for budget in _budgets.values() if budget)])

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from igrpo_jax import config, sharding, train
+from igrpo_jax import algorithms, config, sharding, train
 from igrpo_jax.batch import Completion, Group, Prompt, Score
 from igrpo_jax.learner import Learner, make_optimizer
 from igrpo_jax.models import decoder
@@ -677,6 +677,45 @@ def test_a_step_that_is_not_finite_changes_nothing(build, tiny, base, bad):
         np.testing.assert_array_equal(state.params[path], x)
     assert metrics["learning_rate"] == expected["learning_rate"] < 1e-3
     assert (int(state.step), int(state.skipped), metrics["nonfinite_steps"]) == (3, 1, 1)
+
+
+def test_a_batch_that_was_cut_whole_changes_nothing(build, tiny):
+    """No completion ended, and those that did not carry no loss: a new optimizer has nothing to go on with."""
+    cut = [
+        dataclasses.replace(
+            group, completions=tuple(dataclasses.replace(one, finished=False) for one in group.completions)
+        )
+        for group in make_groups()
+    ]
+    state, metrics = updated(build(algorithm__mask_truncated_completions=True), tiny[1], cut)
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["nonfinite_steps"] == 0
+    assert all(np.isfinite(value) for value in metrics.values())
+    for path, value in tiny[1].items():
+        np.testing.assert_array_equal(state.params[path], value)
+
+
+def test_completions_without_a_token_and_groups_without_a_verdict_change_nothing(build, tiny):
+    """Their gradient is none, and the rest of the batch learns what it learned, but for its share of all rows."""
+    groups, gains = make_groups(), GAINS.copy()
+    empty = Completion(
+        "refine", 0, np.zeros(0, np.int32), np.zeros(0, np.float32), True, score=Score(1.0, {}, None, "ok")
+    )
+    groups[2] = dataclasses.replace(groups[2], completions=(empty,) * G)
+    groups[3] = dataclasses.replace(
+        groups[3],
+        completions=tuple(
+            dataclasses.replace(one, score=Score(np.nan, {}, None, "invalid")) for one in groups[3].completions
+        ),
+    )
+    gains[3] = algorithms.advantages(groups[3].rewards[None], "group")[0]
+    built = build(**OBJECTIVES["dr_grpo"])
+    state, metrics = updated(built, tiny[1], groups, gains=gains)
+    assert all(np.isfinite(value) for value in metrics.values())
+    gains[2] = 0
+    assert (gains[3] == 0).all()
+    other, _ = updated(built, tiny[1], make_groups(), gains=gains)
+    for path in tiny[1]:
+        np.testing.assert_allclose(state.params[path], other.params[path], atol=1e-6, rtol=0)
 
 
 # Several updates of one rollout.

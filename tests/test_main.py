@@ -3,9 +3,10 @@
 import json
 import sys
 
+import jax
 import pytest
 
-from igrpo_jax import main, runtime
+from igrpo_jax import config, main, preemption, runtime, watchdog
 from igrpo_jax.tasks import arithmetic
 
 TINY = """
@@ -151,3 +152,44 @@ def test_help_is_printed(monkeypatch, capsys):
         runtime.run(main.main)
     assert stop.value.code == 0
     assert "--workdir" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (
+            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore",
+            "out of device memory in update (step 3), last program accumulate 8 64 4 32: lower "
+            "learner.tokens_per_microbatch or learner.logprob_chunk",
+        ),
+        (
+            "INTERNAL: the compiler gave up\nmore",
+            "JAX failed in update (step 3), last program accumulate 8 64 4 32: INTERNAL: the compiler gave up",
+        ),
+    ],
+)
+def test_what_jax_raises_is_named_with_its_phase_and_shapes(monkeypatch, capsys, text, words):
+    def command(_):
+        with watchdog.watching(config.Watchdog()), watchdog.phase("update", "step 3"):
+            watchdog.running("accumulate 8 64 4 32")
+            raise jax.errors.JaxRuntimeError(text)
+
+    with pytest.raises(SystemExit) as stop:
+        runtime.run(command)
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and "Traceback" in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("igrpo_jax: error: ") and words in last
+
+
+@pytest.mark.parametrize(
+    "error, code", [(config.RunError("the disk is full"), 1), (preemption.Preempted("step 3 is saved"), 75)]
+)
+def test_exit_codes(capsys, error, code):
+    def command(_):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        runtime.run(command)
+    err = capsys.readouterr().err
+    assert stop.value.code == code and err.startswith(f"igrpo_jax: error: {error}") and err.count("\n") == 1

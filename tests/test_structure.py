@@ -272,3 +272,17 @@ def test_private_names_are_recognised():
         "homework/w",
     ]
     assert not any(PRIVATE.search(text) for text in innocent)
+
+
+def test_nothing_from_outside_is_run():
+    """No code of a model, a dataset or a checkpoint: no pickle, no eval, and no remote code of tokenizers."""
+    for room, path in FILES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not imports(path.read_text(encoding="utf-8")) & {"pickle", "dill", "marshal", "shelve", "torch"}, room
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+            assert not (isinstance(call.func, ast.Name) and name in ("eval", "exec", "compile")), room
+            if name in ("from_pretrained", "load_dataset"):
+                given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+                assert given.get("trust_remote_code", "False") == "False", room
+                assert name == "load_dataset" or "trust_remote_code" in given, room

@@ -1,0 +1,146 @@
+"""One run killed again and again at random moments, and what it came to, beside the same run left alone.
+
+    python benchmarks/soak.py --out OUT                  # 30 times SIGKILL, configs/tiny_cpu.py cut to 40 steps
+    python benchmarks/soak.py --out OUT --kills 60 --signals KILL,TERM --seed 1
+
+The run is started, killed after a random time, and started again until it has been killed --kills times; then it is
+left to end. The times are drawn so that every part of a run is hit: start, warm start, evaluation, rollout, update and
+the writing of checkpoints. A run that ends before its number of kills is up is a failure of the benchmark (exit 1), and
+so is any difference from the clean run. The last line is one JSON object:
+
+    kills                 by signal, and `phases`: the last line that the console had printed at each
+    clean_seconds, soaked_seconds
+    steps_run_again       steps whose results were dropped by a resume, over all kills
+    different             names of what differs from the clean run: rows of metrics.jsonl (clocks apart), files of
+                          samples, evaluations, arrays of the last checkpoint. Empty is what is hoped for
+    logprob_difference    largest difference of the `sampling/` metrics: how many slots are decoded side by side depends
+                          on the verifier's timing, and with it how sums round
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SHORT = ("steps=40", "warm_start.steps=40", "evaluation.every=10", "evaluation.limit=16", "checkpoint.every=3")
+CLOCKS = ("perf/", "verifier/latency")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="new folder")
+    parser.add_argument("--config", default="configs/tiny_cpu.py")
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--signals", default="KILL", help="KILL, TERM or both, taken in turn")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    return parser.parse_args()
+
+
+def command(args: argparse.Namespace, workdir: Path) -> list[str]:
+    run = [sys.executable, "-m", "igrpo_jax.main", "--config", args.config, "--workdir", str(workdir)]
+    return run + [f"--config.{override}" for override in (*SHORT, f"compilation_cache={args.out / 'programs'}")]
+
+
+def last_step(workdir: Path) -> int:
+    samples = workdir / "samples"
+    steps = [int(path.stem[5:]) for path in samples.glob("step_*.jsonl")] if samples.exists() else []
+    return max(steps, default=0)
+
+
+def soak(args: argparse.Namespace, workdir: Path, start_seconds: float) -> dict:
+    """Kills the run args.kills times and lets it end."""
+    rng, kills, phases, again = random.Random(args.seed), collections.Counter(), collections.Counter(), 0
+    names, log = args.signals.split(","), args.out / "soaked.log"
+    while True:
+        number = kills.total()
+        before = last_step(workdir)
+        with log.open("a") as out:
+            process = subprocess.Popen(command(args, workdir), cwd=ROOT, stdout=out, stderr=out)
+        # Mostly after the start, where something is to be lost; one in four within it.
+        wait = rng.uniform(0, start_seconds) if rng.random() < 0.25 else start_seconds * rng.uniform(1, 2)
+        try:
+            code = process.wait(wait if number < args.kills else None)
+        except subprocess.TimeoutExpired:
+            name = names[number % len(names)]
+            process.send_signal(signal.Signals[f"SIG{name}"])
+            code = process.wait()
+            if code not in (-signal.SIGKILL, -signal.SIGTERM, 75):
+                sys.exit(f"killed with {name} it ended with {code}; see {log}")
+            kills[name] += 1
+            phases[log.read_text(errors="replace").strip().rpartition("\n")[2][:60]] += 1
+            print(f"kill {number + 1} ({name}) after {wait:.1f} s, at step {last_step(workdir)}", flush=True)
+            again += max(before - resumed_from(log), 0)
+            continue
+        if code:
+            sys.exit(f"it ended with {code} by itself; see {log}")
+        if number < args.kills:
+            sys.exit(f"it ended after {number} kills; give it more steps, or take fewer kills")
+        return {"kills": dict(kills), "phases": dict(phases), "steps_run_again": again}
+
+
+def resumed_from(log: Path) -> int:
+    """The step that the last start went back to; 0 where it began anew."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("restoring step ")]
+    return int(lines[-1].split()[2]) if lines else 0
+
+
+def differences(soaked: Path, clean: Path) -> tuple[list[str], float]:
+    """Names of what differs, and the largest difference of the sampler's log-probs."""
+    found, gap = [], 0.0
+    mine, theirs = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (soaked, clean))
+    if len(mine) != len(theirs):
+        found.append(f"metrics.jsonl has {len(mine)} rows, not {len(theirs)}")
+    for a, b in zip(mine, theirs, strict=False):
+        for name in sorted(a.keys() | b.keys()):
+            if name.startswith("sampling/"):
+                gap = max(gap, abs(a[name] - b[name]))
+            elif not name.startswith(CLOCKS) and a.get(name) != b.get(name):
+                found.append(f"{name} of step {a['step']}")
+    for folder in ("samples", "evaluations"):
+        files = {path.relative_to(run) for run in (soaked, clean) for path in (run / folder).rglob("*.jsonl")}
+        for name in sorted(files):
+            a, b = soaked / name, clean / name
+            if not (a.exists() and b.exists() and a.read_bytes() == b.read_bytes()):
+                found.append(str(name))
+    a, b = (checksums(run) for run in (soaked, clean))
+    found += [f"checkpoint: {name}" for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    return found, gap
+
+
+def checksums(run: Path) -> dict[str, int]:
+    """Of all arrays of the last checkpoint, as they were saved: parameters, both moments, counts."""
+    newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    return json.loads((newest / "meta" / "metadata").read_text())["checksums"]
+
+
+def main() -> None:
+    args = parse()
+    args.out.mkdir(parents=True)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    clean, soaked = args.out / "clean", args.out / "soaked"
+    began = time.monotonic()
+    with (args.out / "clean.log").open("w") as out:
+        subprocess.run(command(args, clean), cwd=ROOT, stdout=out, stderr=out, check=True)
+    ended = time.monotonic()
+    clean_seconds = ended - began
+    # How long a start takes with compiled programs on disk: what a resume of the finished run takes.
+    with (args.out / "clean.log").open("a") as out:
+        subprocess.run(command(args, clean), cwd=ROOT, stdout=out, stderr=out, check=True)
+    start_seconds = time.monotonic() - ended
+    began = time.monotonic()
+    result = soak(args, soaked, start_seconds)
+    different, gap = differences(soaked, clean)
+    result |= {"clean_seconds": round(clean_seconds, 1), "soaked_seconds": round(time.monotonic() - began, 1)}
+    print(json.dumps(result | {"different": different, "logprob_difference": gap}))
+    sys.exit(bool(different))
+
+
+if __name__ == "__main__":
+    main()
