@@ -154,10 +154,22 @@ def test_a_full_or_unwritable_disk_ends_the_run_and_keeps_the_last_checkpoint(wh
         assert done.returncode == 1, done.stderr
         assert "a checkpoint takes " in done.stderr and "MiB are free; make it possible and run" in done.stderr
         assert "goes on from step 5" in done.stderr
-        (path / "others").write_bytes(bytes(shutil.disk_usage(path).free + (path / "others").stat().st_size - 4096))
-        done = faulty("", tmp_path, workdir, "steps=7", "log.tensorboard=False")
+        fill = f"""
+report = train.Run.report
+def full(self, *args):
+    with open({str(path / "others")!r}, "ab", buffering=0) as file:
+        while True:
+            try:
+                file.write(bytes(512))
+            except OSError:
+                break
+    report(self, *args)
+train.Run.report = full
+"""
+        (path / "others").unlink()
+        done = faulty(fill, tmp_path, workdir, "steps=7", "log.tensorboard=False")
         assert done.returncode == 1, done.stderr
-        assert "cannot be written (No space left on device)" in done.stderr
+        assert "step_000006.jsonl: cannot be written (No space left on device); make it possible" in done.stderr
         subprocess.run(["mount", "-o", "remount,ro", path], check=True)
         done = faulty("", tmp_path, workdir, "steps=7", "log.tensorboard=False")
         assert done.returncode == 2, done.stderr
@@ -169,7 +181,7 @@ def test_a_full_or_unwritable_disk_ends_the_run_and_keeps_the_last_checkpoint(wh
 
 
 HANGING = "import time\n\ndef hangs(completions, **columns):\n    time.sleep(60)\n"
-FRESH = ("warm_start.steps=0", "evaluation.every=0", "checkpoint.best_metric=''", "log.tensorboard=False")
+FRESH = ("warm_start.steps=0", "evaluation.every=0", "checkpoint.best_metric=", "log.tensorboard=False")
 
 
 @pytest.mark.parametrize(
