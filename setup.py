@@ -33,13 +33,23 @@ INSTALL_REQUIRES = [
 ]
 
 STUDY = ["matplotlib>=3.9", "scipy>=1.13"]  # plots and intervals of benchmarks/matched_budget.py
+NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]  # what runs notebooks/colab_tpu.ipynb in tests
 
 EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     "judge": ["openai>=2.0"],  # the generative judge, rewards.judge
     "study": STUDY,
-    "test": ["hypothesis>=6.100", "openai>=2.0", "pytest>=8.0", "ruff>=0.17.6,<0.18", *STUDY],
+    "wandb": ["wandb>=0.19"],  # log.trackers
+    "test": [
+        "hypothesis>=6.100",
+        "ipykernel>=6.29",
+        "nbclient>=0.10",
+        "openai>=2.0",
+        "pytest>=8.0",
+        "ruff>=0.17.6,<0.18",
+        *STUDY,
+    ],
     # What decoder, objectives and LoRA are compared with.
     "parity": ["torch==2.13.0", "trl==1.16.0", "peft>=0.18,<1"],
 }

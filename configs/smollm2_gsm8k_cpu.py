@@ -6,7 +6,7 @@
 SMOLLM2_DIR is a Hugging Face directory (or the hub id HuggingFaceTB/SmolLM2-135M-Instruct), gsm8k_train.jsonl has the
 columns `prompt` and `answer`. Three steps took 5 minutes and 5.2 GB on two quiet cores. What to expect: readable
 samples, finite losses, and rewards near zero. A model of this size rarely solves a problem and hardly ever writes the
-tags that the format reward asks for; a step whose groups all have equal rewards says so: they give no gradient.
+tags that the format reward asks for. Groups whose rewards are all equal give no gradient: an alert says so.
 
 To evaluate as well (slow on a CPU), in the run or on its own; DATA_DIR holds gsm8k_test.jsonl, else the hub is asked:
     --config.evaluation.every=3 --config.evaluation.data_dir=DATA_DIR --config.evaluation.limit=16

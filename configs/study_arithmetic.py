@@ -53,5 +53,5 @@ def get_config():
     c.checkpoint.every = 0  # a run of the study takes a minute or two
     c.log.every = 10
     c.log.samples_every = 0
-    c.log.tensorboard = False
+    c.log.trackers = ()
     return c

@@ -41,5 +41,5 @@ def get_config():
     c.checkpoint.every = 0
     c.checkpoint.keep = 1
     c.log.samples_every = 0
-    c.log.tensorboard = False
+    c.log.trackers = ()
     return c

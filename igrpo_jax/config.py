@@ -273,7 +273,7 @@ class Evaluation:
 class Log:
     every: int = 1  # steps between console lines
     samples_every: int = 10  # steps between draft -> refinement samples on the console
-    tensorboard: bool = True
+    trackers: tuple[str, ...] = ("tensorboard",)  # where metrics.jsonl goes too: "tensorboard", "wandb"
     profile_steps: tuple[int, ...] = ()  # steps recorded by the JAX profiler into DIR/profile
 
 
@@ -561,6 +561,10 @@ def _validate(c: Config) -> None:
         "evaluation.benchmarks",
         "name at least one benchmark, or set evaluation.every to 0",
     )
+    known = ("tensorboard", "wandb")
+    fix = "each must be one of " + ", ".join(known) + ", once"
+    need(set(c.log.trackers) <= set(known), "log.trackers", fix)
+    need(len(set(c.log.trackers)) == len(c.log.trackers), "log.trackers", fix)
     need(all(k >= 1 for k in c.evaluation.pass_at), "evaluation.pass_at", "each k must be at least 1")
     need(
         not c.checkpoint.best_metric or c.evaluation.every,

@@ -1,6 +1,12 @@
-"""What a person watching a run sees: a progress display with the solve rate first, samples, tables and long phases.
+"""What a person watching a run sees: a live display with the solve rate first, samples, tables and long phases.
 
-`Console` is how a run speaks; what the model wrote reaches the terminal stripped of escapes.
+`Console` is how a run speaks; what the model wrote reaches the terminal stripped of escapes. On a terminal:
+
+    solved   0.531   drafts 0.484   fixed 0.052   broken 0.213   copied 0.55   reward 1.531   entropy 0.21
+    step     37/240  [=====                       ]  1.9 s/step, 0:01:12 so far, left 0:06:40
+    time     rollout 1.1 s   update 0.7 s   waiting for the verifier 0.0 s   1,234 tokens/s
+    best     eval/arithmetic/pass@1 0.730 at step 20; now 0.710 at step 40
+    alert    zero variance: in over 80 % of the groups all completions earn the same, which gives no gradient
 """
 
 import collections
@@ -13,29 +19,47 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 import rich.console
+import rich.live
 import rich.progress
+import rich.progress_bar
 import rich.table
 from rich.text import Text
 
+from igrpo_jax.alerts import WATCHED, Row, alerts
 from igrpo_jax.batch import Completion, Group
 from igrpo_jax.metrics import number
 
+REMEMBERED = 50  # steps that the time left is estimated from
+
 
 class Console:
-    """What a person watching the run sees. On a terminal a live bar under the lines; elsewhere plain lines only.
+    """What a person watching the run sees. On a terminal a live display under the lines; elsewhere plain lines only.
 
     Silent on all processes but the first. Lines are plain ASCII of ours plus escaped text of the model, without markup.
     """
 
-    def __init__(self, file: TextIO | None = None):
+    def __init__(self, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         quiet = jax.process_index() != 0
         self._out = rich.console.Console(file=file, markup=False, highlight=False, emoji=False, quiet=quiet)
-        self._live = self._out.is_terminal and not self._out.is_dumb_terminal and not quiet
-        self._bar: rich.progress.Progress | None = None
-        self._task: rich.progress.TaskID | None = None
-        self._total = 0
-        self._every = 1
-        self._times: collections.deque[float] = collections.deque(maxlen=20)
+        self._is_live = self._out.is_terminal and not self._out.is_dumb_terminal and not quiet
+        self._live: rich.live.Live | None = None
+        self._phases = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}", markup=False),
+            rich.progress.BarColumn(bar_width=30),
+            rich.progress.TextColumn("{task.fields[count]}", markup=False),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=self._out,
+        )
+        self._clock = clock
+        self._total, self._every, self._done = 0, 1, 0
+        self._began = self._last = 0.0  # on the clock
+        self._seconds: collections.deque[float] = collections.deque(maxlen=REMEMBERED)  # from one step to the next
+        self._row: Row = {}
+        self._history: list[Row] = []
+        self._evaluations: dict[int, Mapping[str, float]] = {}
+        self._alerts: list[str] = []  # now
+        self._said: list[str] = []  # of these, printed
 
     def __enter__(self) -> "Console":
         return self
@@ -43,20 +67,54 @@ class Console:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def start(self, total_steps: int, first_step: int = 0, every: int = 1) -> None:
-        """Begins the count of RL steps: `first_step` are already done, a line is printed every `every` steps."""
-        self._total, self._every = total_steps, every
-        if self._live:
-            self._task = self._progress().add_task("step", total=total_steps, completed=first_step)
+    def start(
+        self,
+        total_steps: int,
+        first_step: int = 0,
+        every: int = 1,
+        history: Sequence[Row] = (),
+        evaluations: Mapping[int, Mapping[str, float]] | None = None,
+    ) -> None:
+        """Begins the count of RL steps: `first_step` are already done, a line is printed every `every` steps.
+
+        Args:
+            history: metrics of the steps done, for alerts.
+            evaluations: scores by step, of those done.
+        """
+        self._total, self._every, self._done = total_steps, every, first_step
+        self._history = [_watched(row) for row in history]
+        self._evaluations |= evaluations or {}
+        self._began = self._last = self._clock()
+        self._show()
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Reports that `step` steps are done; the line is printed at the log cadence and after the last step."""
-        if "perf/step_time" in metrics:
-            self._times.append(float(metrics["perf/step_time"]))
+        """Reports that `step` steps are done; the line is printed at the log cadence and after the last step.
+
+        An alert is printed when it begins, at the log cadence too, and again when it comes back.
+        """
+        now = self._clock()
+        # What is between two steps counts: evaluations, checkpoints. The first step compiles.
+        if self._row:
+            self._seconds.append(now - self._last)
+        self._last, self._done = now, step
+        self._row = {name: number(value) for name, value in metrics.items()}
+        watched = _watched(self._row)
+        self._alerts = alerts(watched, self._history)
+        self._history.append(watched)
         if step % self._every == 0 or step == self._total:
-            self.message(step_line(step, self._total, metrics, self._times))
-        if self._live and self._task is not None:
-            self._progress().update(self._task, completed=step)
+            self.message(step_line(step, self._total, self._row, self._left()))
+            for alert in self._alerts:
+                if alert not in self._said:
+                    self.message(f"step {step}: alert: {alert}")
+            self._said = self._alerts
+        self._show()
+
+    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        """Reports single-shot scores, beside the best so far."""
+        self._evaluations[step] = scores
+        for line in best_lines(self._evaluations):
+            self.message(f"step {step}: {line}")
+        self._show()
 
     def sample(self, group: Group, advantages: np.ndarray) -> None:
         """Prints a question, the draft it was shown, its first refinement and the right answer; `advantages` is [G]."""
@@ -83,7 +141,7 @@ class Console:
 
     def table(self, title: str, rows: Sequence[tuple[str, Any]]) -> None:
         """Prints two columns, names and values."""
-        if not self._live:
+        if not self._is_live:
             width = max((len(plain_text(str(name))) for name, _ in rows), default=0)
             self.message("\n".join([title] + [f"  {plain_text(str(name)):<{width}}  {value}" for name, value in rows]))
             return
@@ -100,8 +158,8 @@ class Console:
         at each quarter of a phase that counts. Yields `update(done, note="")`, for a phase that counts from `done` to
         `total`.
         """
-        start, first = time.monotonic(), done
-        if not self._live:
+        start, first = self._clock(), done
+        if not self._is_live:
             self.message(f"{name} ...")
 
             said = 4 * done // total if total else 0
@@ -110,46 +168,83 @@ class Console:
                 nonlocal said
                 if total and 4 * done // total > said:
                     said = 4 * done // total
-                    left = (total - done) * (time.monotonic() - start) / max(done - first, 1)
-                    self.message(f"{name} {done}/{total}  {note}  left {_clock(left)}")
+                    left = (total - done) * (self._clock() - start) / max(done - first, 1)
+                    self.message(f"{name} {done}/{total}  {note}  left {_hours(left)}")
 
             yield quarters
             return
-        progress = self._progress()
-        task = progress.add_task(plain_text(name), total=total, completed=done)
+        count = lambda done: f"{done:,}/{total:,}" if total else ""  # noqa: E731
+        task = self._phases.add_task(plain_text(name), total=total, completed=done, count=count(done))
+        self._show()
 
         def update(done: int, note: str = "") -> None:
-            progress.update(task, completed=done, description=plain_text(f"{name}  {note}".rstrip()))
+            text = plain_text(f"{name}  {note}".rstrip())
+            self._phases.update(task, completed=done, description=text, count=count(done))
 
         try:
             yield update
         finally:
-            progress.remove_task(task)
-        self.message(f"{name}: {time.monotonic() - start:.1f} s")
+            self._phases.remove_task(task)
+        self.message(f"{name}: {self._clock() - start:.1f} s")
 
     def close(self) -> None:
-        """Ends the live bar; may be called twice."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = self._task = None
+        """Ends the live display; may be called twice."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
-    def _progress(self) -> rich.progress.Progress:
-        if self._bar is None:
-            self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("{task.description}", markup=False),
-                rich.progress.BarColumn(bar_width=30),
-                rich.progress.MofNCompleteColumn(),
-                rich.progress.TimeElapsedColumn(),
-                rich.progress.TimeRemainingColumn(),
-                console=self._out,
-                transient=True,
-            )
-            self._bar.start()
-        return self._bar
+    def _left(self) -> float | None:
+        """Seconds to the last step, evaluations in between included; None before the first step."""
+        known = self._seconds or [self._row.get("perf/step_time")]
+        return None if None in known else float(np.mean(known)) * max(self._total - self._done, 0)
+
+    def _show(self) -> None:
+        if self._is_live and self._live is None:
+            self._live = rich.live.Live(get_renderable=self._display, console=self._out, transient=True)
+            self._live.start()
+
+    def _display(self) -> rich.console.RenderableType:
+        """What stands under the lines, drawn several times a second by a thread of rich's."""
+        parts: list[rich.console.RenderableType] = []
+        if self._total:
+            parts.append(self._status())
+        if self._phases.tasks:
+            parts.append(self._phases.get_renderable())
+        return rich.console.Group(*parts)
+
+    def _status(self) -> rich.table.Table:
+        grid = rich.table.Table.grid(padding=(0, 2), expand=True)
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        if solved := values_text(self._row, _SOLVED):
+            grid.add_row("solved", Text(solved, style="bold green"))
+        grid.add_row("step", self._progress())
+        if times := values_text(self._row, _TIME):
+            grid.add_row("time", Text(times))
+        for line in best_lines(self._evaluations):
+            grid.add_row("best", Text(line))
+        for alert in self._alerts:
+            grid.add_row("alert", Text(alert, style="bold yellow"))
+        return grid
+
+    def _progress(self) -> rich.table.Table:
+        left, elapsed = self._left(), self._clock() - self._began
+        text = f"{_hours(elapsed)} so far" + ("" if left is None else f", left {_hours(left)}")
+        if "perf/step_time" in self._row:
+            text = f"{self._row['perf/step_time'] or 0:.1f} s/step, {text}"
+        bar = rich.progress_bar.ProgressBar(self._total, self._done, width=30)
+        grid = rich.table.Table.grid(padding=(0, 2))
+        grid.add_row(Text(f"{self._done}/{self._total}"), bar, Text(text, no_wrap=True, overflow="ellipsis"))
+        return grid
 
 
-# Parts of a step's line, in order: wording, metric, format. A part without its metric is left out.
-_STEP_LINE = (
+def _watched(row: Row) -> Row:
+    return {name: row[name] for name in WATCHED if name in row}
+
+
+# Parts of a text, in order: wording, metric, format. A part without its metric is left out.
+Parts = Sequence[tuple[str, str, str]]
+_STEP_LINE: Parts = (
     ("solved", "rewards/accuracy/mean", ".3f"),
     ("drafts solved", "draft/accuracy", ".3f"),
     ("reward", "reward", ".3f"),
@@ -158,26 +253,61 @@ _STEP_LINE = (
     ("draft length", "draft/mean_length", ".0f"),
     ("loss", "loss", ".3g"),
 )
+_SOLVED: Parts = (
+    ("", "rewards/accuracy/mean", ".3f"),
+    ("drafts", "draft/accuracy", ".3f"),
+    ("fixed", "refine/fixed", ".3f"),
+    ("broken", "refine/broken", ".3f"),
+    ("copied", "refine/copy_ratio", ".2f"),
+    ("reward", "reward", ".3f"),
+    ("entropy", "entropy", ".3f"),
+    ("length", "completions/mean_length", ".0f"),
+)
+_TIME: Parts = (
+    ("rollout", "perf/rollout_time", ".1f"),
+    ("update", "perf/update_time", ".1f"),
+    ("waiting for the verifier", "perf/verify_wait_time", ".1f"),
+    ("tokens/s", "perf/tokens_per_second", ",.0f"),
+    ("slots in use", "perf/slot_utilization", ".0%"),
+)
 
 
-def step_line(step: int, total: int, metrics: Mapping[str, Any], step_times: Sequence[float] = ()) -> str:
-    """One line of a step: the solve rate first, seconds per step and time left (from `step_times`) last."""
-    parts = [f"step {step:>{len(str(total))}}/{total}"]
-    for wording, name, form in _STEP_LINE:
-        if name in metrics:
-            value = number(metrics[name])
-            parts.append(f"{wording} {'not finite' if value is None else format(value, form)}")
-    if step_times:
-        # The median: the first steps of a run compile.
-        parts.append(f"{step_times[-1]:.1f} s/step")
-        parts.append(f"left {_clock(float(np.median(step_times)) * max(total - step, 0))}")
-    return "  ".join(parts)
+def values_text(row: Row, parts: Parts) -> str:
+    """The parts of a row with two spaces between them."""
+    found = []
+    for wording, name, form in parts:
+        if name in row:
+            value = "not finite" if row[name] is None else format(row[name], form)
+            found.append(f"{wording} {value}".strip())
+    return "  ".join(found)
 
 
-def _clock(seconds: float) -> str:
+def step_line(step: int, total: int, row: Row, left: float | None) -> str:
+    """One line of a step: the solve rate first, seconds of the step and time left last."""
+    parts = [f"step {step:>{len(str(total))}}/{total}", values_text(row, _STEP_LINE)]
+    if row.get("perf/step_time") is not None:
+        parts.append(f"{row['perf/step_time']:.1f} s/step")
+    if left is not None:
+        parts.append(f"left {_hours(left)}")
+    return "  ".join(part for part in parts if part)
+
+
+def best_lines(evaluations: Mapping[int, Mapping[str, float]]) -> list[str]:
+    """For each benchmark the highest single-shot pass@1 so far, the latest of equals, and the newest one."""
+    names = {name for scores in evaluations.values() for name in scores if re.fullmatch(r"eval/[^/]+/pass@1", name)}
+    lines = []
+    for name in sorted(names):
+        known = {step: scores[name] for step, scores in evaluations.items() if name in scores}
+        best, newest = max(known, key=lambda step: (known[step], step)), max(known)
+        line = f"{name} {known[best]:.3f} at step {best}"
+        lines.append(line if best == newest else f"{line}; now {known[newest]:.3f} at step {newest}")
+    return lines
+
+
+def _hours(seconds: float) -> str:
     """h:mm:ss."""
-    left = round(seconds)
-    return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 _ESCAPES = re.compile(

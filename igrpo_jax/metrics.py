@@ -1,4 +1,4 @@
-"""What a run leaves in files: the numbers of a rollout, `metrics.jsonl`, TensorBoard and `samples/*.jsonl`.
+"""What a run leaves in files: the numbers of a rollout, `metrics.jsonl` (and trackers), and `samples/*.jsonl`.
 
 `rollout_metrics` is pure numpy over finished groups. `Writer` owns the files and what a resume does to them.
 Loss, entropy, timings and the verifier's health come from those who know them; nothing here computes them.
@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 
 from igrpo_jax import config as config_lib
+from igrpo_jax import trackers
 from igrpo_jax.batch import Completion, Group
 from igrpo_jax.config import RunError
 
@@ -153,7 +154,7 @@ def _right(completion: Completion) -> bool:
 
 
 class Writer:
-    """Writes `metrics.jsonl`, TensorBoard scalars and `samples/` under `workdir`; only process 0 does, others are idle.
+    """Writes `metrics.jsonl`, `samples/` and what trackers keep under `workdir`; only process 0 does, others are idle.
 
     `resume_step` is the step of the checkpoint that was restored, None where the run starts from nothing. Rows and
     sample files of later steps are dropped, since the resumed run writes them again; a last line torn by a kill is
@@ -161,12 +162,13 @@ class Writer:
 
     Attributes:
         rows: rows now in `metrics.jsonl`, what a checkpoint stores as the metrics cursor.
+        history: the rows of RL steps that a resumed run found there.
     """
 
     def __init__(self, workdir: Path, config: config_lib.Config, resume_step: int | None = None):
-        self.rows = 0
+        self.rows, self.history = 0, []
         self._file: TextIO | None = None
-        self._tensorboard = None
+        self._trackers: list[trackers.Tracker] = []
         if jax.process_index() != 0:
             return
         workdir = Path(workdir)
@@ -179,15 +181,10 @@ class Writer:
                 path.unlink()
         rows = _rows_until(self._path, keep)
         self.rows = len(rows)
+        self.history = [row for row in map(json.loads, rows) if "loss" in row]
         write_atomically(self._path, "".join(rows))
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
-        if config.log.tensorboard:
-            import tensorboardX  # half a second, only where it is wanted
-
-            purge = 0 if resume_step is None else resume_step + 1
-            self._tensorboard = tensorboardX.SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=purge, filename_suffix=f".from{purge}"
-            )
+        self._trackers = trackers.open_trackers(workdir, config, resume_step)
 
     def __enter__(self) -> "Writer":
         return self
@@ -206,11 +203,9 @@ class Writer:
         with writing(self._path):
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
+        for tracker in self._trackers:
+            tracker.write(self.rows, row)
         self.rows += 1
-        if self._tensorboard is not None:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self._tensorboard.add_scalar(name, value, int(step))
 
     def samples(self, step: int, groups: Sequence[Group], advantages: np.ndarray) -> None:
         """Writes `samples/step_000123.jsonl`, one row per draft and completion; `advantages` is [P, G] float32."""
@@ -244,9 +239,8 @@ class Writer:
             file, self._file = self._file, None
             with writing(self._path):
                 file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        while self._trackers:
+            self._trackers.pop().close()
 
 
 def _sample_rows(groups: Sequence[Group], advantages: np.ndarray) -> Iterator[tuple[dict, Group, Completion]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from igrpo_jax import algorithms, data, evaluation, preemption, sharding, watchdog, weights
+from igrpo_jax import algorithms, data, evaluation, preemption, sharding, trackers, watchdog, weights
 from igrpo_jax.batch import Prompt
 from igrpo_jax.checkpoint import Checkpointer, locked, prepare_workdir
 from igrpo_jax.config import Config, InputError, RunError
@@ -135,6 +135,7 @@ class Task:
 def open_task(c: Config) -> Task:
     """Reads model files (not weights) and problems, and checks that they fit together."""
     reward.check(c.rewards)
+    trackers.check(c.log)
     policy = open_policy(c.model)
     renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
     held_out = data.evaluation_rows(c) if c.evaluation.every or c.data.clean else {}
@@ -210,8 +211,6 @@ class Run:
         self.writer.samples(step, groups, gains)
         self._check_finite(step, groups, gains, metrics)
         self._console.step(step, metrics)
-        if metrics["frac_reward_zero_std"] == 1 and step % self.config.log.every == 0:
-            self._console.message(f"step {step}: all rewards are equal within every group: they give no gradient")
         if self.shows_samples(step):
             best = max(range(len(groups)), key=lambda i: np.abs(gains[i]).max())
             self._console.sample(groups[best], gains[best])
@@ -261,8 +260,7 @@ class Run:
         self._check_best(scores)
         self.scores[step] = scores
         self.writer.write(step, {**scores, "perf/evaluation_time": time.perf_counter() - began})
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items() if name.endswith("pass@1"))
-        self._console.message(f"step {step}: {shown}")
+        self._console.evaluation(step, scores)
 
     def _check_best(self, scores: dict[str, float]) -> None:
         name = self.config.checkpoint.best_metric
@@ -384,7 +382,7 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
         run.save(0, run.state)
     elif run.evaluation_due(run.first_step) and run.first_step not in run.scores:
         run.evaluate(run.state.params, run.first_step)
-    console.start(task.total_steps, run.first_step, c.log.every)
+    console.start(task.total_steps, run.first_step, c.log.every, run.writer.history, run.scores)
     return run
 
 

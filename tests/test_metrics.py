@@ -30,7 +30,7 @@ def two_groups():
 
 def tiny(**overrides):
     tree = config_lib.default()
-    tree.log.tensorboard = False
+    tree.log.trackers = ()
     tree.update_from_flattened_dict(overrides)
     return config_lib.freeze(tree)
 
@@ -210,7 +210,7 @@ def test_tensorboard_scalars_and_purge_on_resume(tmp_path):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.record_writer import masked_crc32c
 
-    config = tiny(**{"log.tensorboard": True})
+    config = tiny(**{"log.trackers": ("tensorboard",)})
     with metrics.Writer(tmp_path, config) as writer:
         writer.write(1, {"loss": jnp.float32(0.5), "kl": float("nan")})
 

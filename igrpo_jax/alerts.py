@@ -1,0 +1,119 @@
+"""What in the numbers of a run should worry the person who watches it: one table of limits, and a pure function.
+
+A limit is compared with the mean of the last RECENT steps, so that one odd step of few prompts says nothing and what
+lasts is said from the first step on. Each alert is a fixed sentence that begins with its name; docs/troubleshooting.md
+has a section for each name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Row = Mapping[str, float | None]  # metrics of a step by name; None where a value is not finite
+
+RECENT = 5  # steps
+
+
+def _mean(rows: Sequence[Row], *names: str) -> float | None:
+    """Mean over rows of the sum of `names`; None where no row has all of them."""
+    sums = [sum(row[name] for name in names) for row in rows if all(row.get(name) is not None for name in names)]
+    return float(np.mean(sums)) if sums else None
+
+
+def _recent(*names: str) -> Callable[[Sequence[Row]], float | None]:
+    return lambda rows: _mean(rows[-RECENT:], *names)
+
+
+def _all_zero(rows: Sequence[Row]) -> float | None:
+    """Share of the recent steps in which every completion earned 0."""
+    known = [row for row in rows[-RECENT:] if row.get("reward") is not None]
+    zero = [row["reward"] == 0 and row.get("frac_reward_zero_std") == 1 for row in known]
+    return float(np.mean(zero)) if zero else None
+
+
+def _entropy_lost(rows: Sequence[Row]) -> float | None:
+    """Share of the first steps' entropy that is gone."""
+    first, now = _mean(rows[:RECENT], "entropy"), _mean(rows[-RECENT:], "entropy")
+    return 1 - now / first if first and now is not None and len(rows) > RECENT else None
+
+
+def _still_compiling(rows: Sequence[Row]) -> float | None:
+    """Share of the recent steps that compiled something, once the lengths of the first ones are known."""
+    if len(rows) <= 2 * RECENT:
+        return None
+    return float(np.mean([(row.get("perf/recompiles") or 0) > 0 for row in rows[-RECENT:]]))
+
+
+def _skipped(rows: Sequence[Row]) -> float | None:
+    """Updates skipped in the recent steps; the metric counts those of the whole run."""
+    counts = [row["nonfinite_steps"] for row in rows[-RECENT - 1 :] if row.get("nonfinite_steps") is not None]
+    return counts[-1] - counts[0] if len(counts) > 1 else None
+
+
+class Limit(NamedTuple):
+    name: str
+    measure: Callable[[Sequence[Row]], float | None]  # of all rows, the newest last; None = not known
+    most: float  # a measure above it is an alert
+    says: str
+
+
+LIMITS = (
+    Limit("zero reward", _all_zero, 0.99, "every completion earns 0; nothing can be learned from that"),
+    Limit(
+        "truncation",
+        _recent("completions/clipped_ratio"),
+        0.5,
+        "over half of the completions are cut at rollout.max_completion_length",
+    ),
+    Limit(
+        "unparseable",
+        _recent("verifier/unparseable_frac"),
+        0.3,
+        "over 30 % of drafts and completions state no answer that could be graded",
+    ),
+    Limit(
+        "zero variance",
+        _recent("frac_reward_zero_std"),
+        0.8,
+        "in over 80 % of the groups all completions earn the same, which gives no gradient",
+    ),
+    Limit("entropy collapse", _entropy_lost, 0.9, "entropy is below a tenth of what it was at the start"),
+    Limit("copying", _recent("refine/copy_ratio"), 0.9, "over 90 % of a refinement's tokens repeat the draft"),
+    Limit(
+        "verifier errors",
+        _recent("verifier/error_frac", "verifier/timeout_frac"),
+        0.01,
+        "over 1 % of the gradings fail or time out",
+    ),
+    Limit("recompiles", _still_compiling, 0.5, "most steps still compile programs, which takes their time"),
+    Limit("not finite", _skipped, 0, "updates are skipped because loss or gradient is not finite"),
+)
+WATCHED = (
+    "reward",
+    "entropy",
+    "frac_reward_zero_std",
+    "completions/clipped_ratio",
+    "refine/copy_ratio",
+    "verifier/unparseable_frac",
+    "verifier/error_frac",
+    "verifier/timeout_frac",
+    "perf/recompiles",
+    "nonfinite_steps",
+)  # all that is read of a row
+
+
+def alerts(metrics: Mapping[str, Any], history: Sequence[Row] = ()) -> list[str]:
+    """What is wrong at a step, in the order of LIMITS, as "name: sentence"; empty where nothing is.
+
+    Args:
+        metrics: of the step, numbers or None by name; only those in WATCHED are read, and none of them must be there.
+        history: the steps before it, oldest first.
+    """
+    rows = [*history, metrics]
+    found = []
+    for limit in LIMITS:
+        measure = limit.measure(rows)
+        if measure is not None and measure > limit.most:
+            found.append(f"{limit.name}: {limit.says}")
+    return found
