@@ -1,8 +1,7 @@
 """What in the numbers of a run should worry the person who watches it: one table of limits, and a pure function.
 
 A limit is compared with the mean of the last RECENT steps, so that one odd step of few prompts says nothing and what
-lasts is said from the first step on. Each alert is a fixed sentence that begins with its name; docs/troubleshooting.md
-has a section for each name.
+lasts is said from the first step on. Each alert begins with its name; docs/troubleshooting.md has a section for each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -55,39 +54,39 @@ class Limit(NamedTuple):
     name: str
     measure: Callable[[Sequence[Row]], float | None]  # of all rows, the newest last; None = not known
     most: float  # a measure above it is an alert
-    says: str
+    says: str  # {} is the measure
 
 
 LIMITS = (
-    Limit("zero reward", _all_zero, 0.99, "every completion earns 0; nothing can be learned from that"),
+    Limit("zero reward", _all_zero, 0.99, "every completion earns 0, and nothing can be learned from that"),
     Limit(
         "truncation",
         _recent("completions/clipped_ratio"),
         0.5,
-        "over half of the completions are cut at rollout.max_completion_length",
+        "{:.0%} of the completions are cut at rollout.max_completion_length",
     ),
     Limit(
         "unparseable",
         _recent("verifier/unparseable_frac"),
         0.3,
-        "over 30 % of drafts and completions state no answer that could be graded",
+        "{:.0%} of drafts and completions state no answer that could be graded",
     ),
     Limit(
         "zero variance",
         _recent("frac_reward_zero_std"),
         0.8,
-        "in over 80 % of the groups all completions earn the same, which gives no gradient",
+        "in {:.0%} of the groups all completions earn the same, which gives no gradient",
     ),
-    Limit("entropy collapse", _entropy_lost, 0.9, "entropy is below a tenth of what it was at the start"),
-    Limit("copying", _recent("refine/copy_ratio"), 0.9, "over 90 % of a refinement's tokens repeat the draft"),
+    Limit("entropy collapse", _entropy_lost, 0.9, "{:.0%} of the entropy at the start is gone; samples hardly differ"),
+    Limit("copying", _recent("refine/copy_ratio"), 0.9, "{:.0%} of a refinement's tokens repeat the draft"),
     Limit(
         "verifier errors",
         _recent("verifier/error_frac", "verifier/timeout_frac"),
         0.01,
-        "over 1 % of the gradings fail or time out",
+        "{:.1%} of the gradings fail or time out",
     ),
-    Limit("recompiles", _still_compiling, 0.5, "most steps still compile programs, which takes their time"),
-    Limit("not finite", _skipped, 0, "updates are skipped because loss or gradient is not finite"),
+    Limit("recompiles", _still_compiling, 0.5, "{:.0%} of the steps still compile programs, which takes their time"),
+    Limit("not finite", _skipped, 0, "{:.0f} updates were skipped, because loss or gradient was not finite"),
 )
 WATCHED = (
     "reward",
@@ -115,5 +114,5 @@ def alerts(metrics: Mapping[str, Any], history: Sequence[Row] = ()) -> list[str]
     for limit in LIMITS:
         measure = limit.measure(rows)
         if measure is not None and measure > limit.most:
-            found.append(f"{limit.name}: {limit.says}")
+            found.append(f"{limit.name}: {limit.says.format(measure)}")
     return found

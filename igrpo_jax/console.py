@@ -6,7 +6,7 @@
     step     37/240  [=====                       ]  1.9 s/step, 0:01:12 so far, left 0:06:40
     time     rollout 1.1 s   update 0.7 s   waiting for the verifier 0.0 s   1,234 tokens/s
     best     eval/arithmetic/pass@1 0.730 at step 20; now 0.710 at step 40
-    alert    zero variance: in over 80 % of the groups all completions earn the same, which gives no gradient
+    alert    zero variance: in 87% of the groups all completions earn the same, which gives no gradient
 """
 
 import collections
@@ -59,7 +59,7 @@ class Console:
         self._history: list[Row] = []
         self._evaluations: dict[int, Mapping[str, float]] = {}
         self._alerts: list[str] = []  # now
-        self._said: list[str] = []  # of these, printed
+        self._said: set[str] = set()  # names of those printed
 
     def __enter__(self) -> "Console":
         return self
@@ -103,10 +103,11 @@ class Console:
         self._history.append(watched)
         if step % self._every == 0 or step == self._total:
             self.message(step_line(step, self._total, self._row, self._left()))
-            for alert in self._alerts:
-                if alert not in self._said:
+            named = {alert.partition(":")[0]: alert for alert in self._alerts}
+            for name, alert in named.items():
+                if name not in self._said:
                     self.message(f"step {step}: alert: {alert}")
-            self._said = self._alerts
+            self._said = set(named)
         self._show()
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:

@@ -114,7 +114,7 @@ def test_the_display_shows_solve_rate_phases_best_evaluation_and_alerts(monkeypa
     assert "41/240" in lines[1] and "2.0 s/step, 1:02:03 so far, left 0:06:38" in lines[1]
     assert lines[2].split(maxsplit=1)[1] == "rollout 1.2  update 0.7  waiting for the verifier 0.0"
     assert lines[3].split(maxsplit=1)[1] == "eval/a/pass@1 0.700 at step 20; now 0.600 at step 40"
-    assert "truncation: over half" in lines[4] and max(map(len, lines)) <= 100
+    assert "truncation: 90% of the completions are cut" in lines[4] and max(map(len, lines)) <= 100
 
 
 def test_a_narrow_terminal_cuts_lines_and_never_wraps_them(monkeypatch):
