@@ -32,12 +32,12 @@ class RunError(Exception):
 class BuiltinModel:
     """Shape of the small decoder that is used where `model.path` is empty."""
 
-    hidden_size: int = 128
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    intermediate_size: int = 384
-    max_position_embeddings: int = 1024
+    hidden_size: int = 128  # of the residual stream
+    num_layers: int = 4  # of attention and MLP each
+    num_heads: int = 4  # query heads of hidden_size / num_heads each
+    num_kv_heads: int = 2  # key and value heads, shared by query heads
+    intermediate_size: int = 384  # of the MLP
+    max_position_embeddings: int = 1024  # context in tokens: prompt, draft and completion together
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Model:
 class Arithmetic:
     """The built-in task: sums of several terms, worked out step by step."""
 
-    min_terms: int = 3
-    max_terms: int = 5
+    min_terms: int = 3  # fewest numbers of a sum
+    max_terms: int = 5  # most
     max_operand: int = 9  # operands are 1..max_operand
     max_total: int = 20  # running totals stay within 0..max_total
-    train_problems: int = 4096
-    test_problems: int = 256
+    train_problems: int = 4096  # to train on
+    test_problems: int = 256  # of the benchmark "arithmetic", none of them in training
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class WarmStart:
 
     steps: int = 0  # 0 = off
     batch_size: int = 32  # examples per step
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1.5e-3  # peak, after a tenth of the steps; then a cosine to 0
     error_rate: float = 0.2  # chance that the result of one of the teacher's steps is random
     draft_fraction: float = 0.5  # share of examples that show a draft in the prompt
     draft_error_rate: float = 1.0  # the same for the drafts that are shown; 1 = nothing in them can be trusted
@@ -148,9 +148,9 @@ class Refine:
 @dataclass(frozen=True)
 class Rollout:
     max_completion_length: int = 4096  # tokens, of drafts and of refinements, EOS included
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0  # 0 = off
+    temperature: float = 0.7  # of drafts and refinements; the trainer's log-probs are at it too
+    top_p: float = 1.0  # nucleus of which tokens are drawn; below 1 the trainer, which sees all, is another policy
+    top_k: int = 0  # most likely tokens of which one is drawn, the same holds; 0 = off
     slots: int = 64  # completions decoded at once
     steps_per_dispatch: int = 16  # tokens per slot between two looks of the host
     dispatches_ahead: int | None = None  # 1 = the device decodes on while the host looks; None = 1, on CPU 0
@@ -186,7 +186,7 @@ class Rewards:
     overlong: float = 0.0  # weight of the soft over-long penalty, 0 down to -1 at rollout.max_completion_length
     overlong_cache: int = 0  # last tokens of that length over which the penalty grows (DAPO's L_cache)
     custom: str = ""  # "module:function" of a reward of your own; empty = none
-    custom_weight: float = 1.0
+    custom_weight: float = 1.0  # of that reward
     judge: Judge = field(default_factory=Judge)
     workers: int = 2  # verifier processes
     timeout: float = 5.0  # seconds one grading may take before its worker is killed
@@ -215,11 +215,11 @@ class Learner:
 
 @dataclass(frozen=True)
 class Optimizer:
-    learning_rate: float = 1e-6
-    b1: float = 0.9
-    b2: float = 0.999
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    learning_rate: float = 1e-6  # peak
+    b1: float = 0.9  # decay of AdamW's first moment
+    b2: float = 0.999  # of the second
+    weight_decay: float = 0.0  # decoupled; none on biases and norms
+    max_grad_norm: float = 1.0  # a larger gradient, of all parameters together, is scaled down to this norm
     mu_dtype: str = "float32"  # of the first moment: "float32" or "bfloat16"; the second stays float32, whose
     # steps of 1 - b2 = 0.001 are below what bfloat16 resolves
     warmup_ratio: float = 0.1  # share of all optimizer steps
@@ -262,8 +262,8 @@ class Evaluation:
     rounds: int = 0  # draft -> refine rounds evaluated beside the single shot
     drafts: int = 4  # of the single-shot samples, or of the round before: the first ones, which one draft is chosen of
     limit: int = 0  # first problems of each benchmark; 0 = all
-    temperature: float = 0.6
-    top_p: float = 0.95
+    temperature: float = 0.6  # of evaluation's answers; training's is rollout.temperature
+    top_p: float = 0.95  # nucleus of which tokens are drawn
     pass_at: tuple[int, ...] = ()  # k of pass@k and maj@k; empty = 1, 2, 4, 8, ... up to the samples
     max_completion_length: int | None = None  # tokens, cut to the model's context; None = rollout.max_completion_length
     data_dir: str = ""  # folder of NAME.jsonl (.csv, .json, .parquet), used before the hub
@@ -279,10 +279,10 @@ class Log:
 
 @dataclass(frozen=True)
 class Config:
-    seed: int = 0
+    seed: int = 0  # of the order of problems and of all that is sampled
     steps: int = 0  # rollouts; 0 = as many as `epochs` needs
     epochs: float = 1.0  # passes over the training set, where steps = 0
-    prompts_per_step: int = 32
+    prompts_per_step: int = 32  # problems of a rollout, each with its drafts and refinements
     compilation_cache: str = "~/.cache/igrpo_jax"  # folder of compiled programs, shared by all runs; empty = none
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

@@ -5,7 +5,7 @@
     solved   0.531   drafts 0.484   fixed 0.052   broken 0.213   copied 0.55   reward 1.531   entropy 0.21
     step     37/240  [=====                       ]  1.9 s/step, 0:01:12 so far, left 0:06:40
     time     rollout 1.1 s   update 0.7 s   waiting for the verifier 0.0 s   1,234 tokens/s
-    best     eval/arithmetic/pass@1 0.730 at step 20; now 0.710 at step 40
+    eval     arithmetic/pass@1 0.710 at step 40, best 0.730 at step 20
     alert    zero variance: in 87% of the groups all completions earn the same, which gives no gradient
 """
 
@@ -113,8 +113,8 @@ class Console:
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Reports single-shot scores, beside the best so far."""
         self._evaluations[step] = scores
-        for line in best_lines(self._evaluations):
-            self.message(f"step {step}: {line}")
+        for line in evaluation_lines(self._evaluations):
+            self.message(line)
         self._show()
 
     def sample(self, group: Group, advantages: np.ndarray) -> None:
@@ -222,8 +222,8 @@ class Console:
         grid.add_row("step", self._progress())
         if times := values_text(self._row, _TIME):
             grid.add_row("time", Text(times))
-        for line in best_lines(self._evaluations):
-            grid.add_row("best", Text(line))
+        for line in evaluation_lines(self._evaluations):
+            grid.add_row("eval", Text(line.removeprefix("eval/")))
         for alert in self._alerts:
             grid.add_row("alert", Text(alert, style="bold yellow"))
         return grid
@@ -252,7 +252,6 @@ _STEP_LINE: Parts = (
     ("entropy", "entropy", ".3f"),
     ("length", "completions/mean_length", ".0f"),
     ("draft length", "draft/mean_length", ".0f"),
-    ("loss", "loss", ".3g"),
 )
 _SOLVED: Parts = (
     ("", "rewards/accuracy/mean", ".3f"),
@@ -293,15 +292,15 @@ def step_line(step: int, total: int, row: Row, left: float | None) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def best_lines(evaluations: Mapping[int, Mapping[str, float]]) -> list[str]:
-    """For each benchmark the highest single-shot pass@1 so far, the latest of equals, and the newest one."""
+def evaluation_lines(evaluations: Mapping[int, Mapping[str, float]]) -> list[str]:
+    """For each benchmark the newest single-shot pass@1, and the highest so far, the latest of equals."""
     names = {name for scores in evaluations.values() for name in scores if re.fullmatch(r"eval/[^/]+/pass@1", name)}
     lines = []
     for name in sorted(names):
         known = {step: scores[name] for step, scores in evaluations.items() if name in scores}
         best, newest = max(known, key=lambda step: (known[step], step)), max(known)
-        line = f"{name} {known[best]:.3f} at step {best}"
-        lines.append(line if best == newest else f"{line}; now {known[newest]:.3f} at step {newest}")
+        beside = f"best {known[best]:.3f} at step {best}" if best != newest else "the best so far"
+        lines.append(f"{name} {known[newest]:.3f} at step {newest}" + f", {beside}" * (len(known) > 1))
     return lines
 
 

@@ -17,7 +17,7 @@ class Terminal(io.StringIO):
         return True
 
 
-STEP = {"rewards/accuracy/mean": 0.625, "draft/accuracy": 0.5, "reward": 1.5, "loss": float("nan"), "perf/step_time": 2}
+STEP = {"rewards/accuracy/mean": 0.625, "draft/accuracy": 0.5, "reward": float("nan"), "perf/step_time": 2}
 
 
 class Clock:
@@ -60,7 +60,7 @@ def test_plain_console_prints_one_unwrapped_line_a_step():
     lines = out.getvalue().splitlines()
     # Two seconds in the step, three from one step to the next.
     assert lines[0] == (
-        "step  4/10  solved 0.625  drafts solved 0.500  reward 1.500  length 100  draft length 90  loss not finite"
+        "step  4/10  solved 0.625  drafts solved 0.500  reward not finite  length 100  draft length 90"
         "  2.0 s/step  left 0:00:18"
     )
     assert lines[1:3] == ["evaluation ...", "evaluation 5/8  half  left 0:00:00"]
@@ -103,17 +103,17 @@ def test_the_display_shows_solve_rate_phases_best_evaluation_and_alerts(monkeypa
     times = {"perf/rollout_time": 1.2, "perf/update_time": 0.7, "perf/verify_wait_time": 0.0}
     with shown:
         shown.start(total_steps=240, first_step=20, evaluations={0: {"eval/a/pass@1": 0.5, "eval/a/maj@2": 0.9}})
-        assert [line.split()[0] for line in drawn(shown)] == ["step", "best"]  # nothing else is known yet
+        assert [line.split()[0] for line in drawn(shown)] == ["step", "eval"]  # nothing else is known yet
         shown.evaluation(20, {"eval/a/pass@1": 0.7, "eval/a/refine_1/pass@1": 0.8})
         shown.evaluation(40, {"eval/a/pass@1": 0.6})
         clock.now += 3723
         shown.step(41, STEP | times | {"completions/clipped_ratio": 0.9, "refine/fixed": 0.125})
         lines = drawn(shown)
-    assert [line.split()[0] for line in lines] == ["solved", "step", "time", "best", "alert"]
-    assert lines[0].split(maxsplit=1)[1] == "0.625  drafts 0.500  fixed 0.125  reward 1.500"
+    assert [line.split()[0] for line in lines] == ["solved", "step", "time", "eval", "alert"]
+    assert lines[0].split(maxsplit=1)[1] == "0.625  drafts 0.500  fixed 0.125  reward not finite"
     assert "41/240" in lines[1] and "2.0 s/step, 1:02:03 so far, left 0:06:38" in lines[1]
     assert lines[2].split(maxsplit=1)[1] == "rollout 1.2  update 0.7  waiting for the verifier 0.0"
-    assert lines[3].split(maxsplit=1)[1] == "eval/a/pass@1 0.700 at step 20; now 0.600 at step 40"
+    assert lines[3].split(maxsplit=1)[1] == "a/pass@1 0.600 at step 40, best 0.700 at step 20"
     assert "truncation: 90% of the completions are cut" in lines[4] and max(map(len, lines)) <= 100
 
 
@@ -146,11 +146,13 @@ def test_evaluations_are_printed_beside_the_best_so_far():
     with console.Console(out) as shown:
         for step, score in ((0, 0.5), (20, 0.7), (40, 0.7), (60, 0.6)):
             shown.evaluation(step, {"eval/a/pass@1": score, "eval/b/pass@1": score / 2, "eval/a/mean_length": 9.0})
-    assert out.getvalue().splitlines()[4:] == [
-        "step 40: eval/a/pass@1 0.700 at step 40",
-        "step 40: eval/b/pass@1 0.350 at step 40",
-        "step 60: eval/a/pass@1 0.700 at step 40; now 0.600 at step 60",
-        "step 60: eval/b/pass@1 0.350 at step 40; now 0.300 at step 60",
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "eval/a/pass@1 0.500 at step 0"
+    assert lines[4:] == [
+        "eval/a/pass@1 0.700 at step 40, the best so far",
+        "eval/b/pass@1 0.350 at step 40, the best so far",
+        "eval/a/pass@1 0.600 at step 60, best 0.700 at step 40",
+        "eval/b/pass@1 0.300 at step 60, best 0.350 at step 40",
     ]
 
 
