@@ -78,7 +78,6 @@ LIMITS = (
         "in {:.0%} of the groups all completions earn the same, which gives no gradient",
     ),
     Limit("entropy collapse", _entropy_lost, 0.9, "{:.0%} of the entropy at the start is gone; samples hardly differ"),
-    Limit("copying", _recent("refine/copy_ratio"), 0.9, "{:.0%} of a refinement's tokens repeat the draft"),
     Limit(
         "verifier errors",
         _recent("verifier/error_frac", "verifier/timeout_frac"),
@@ -93,7 +92,6 @@ WATCHED = (
     "entropy",
     "frac_reward_zero_std",
     "completions/clipped_ratio",
-    "refine/copy_ratio",
     "verifier/unparseable_frac",
     "verifier/error_frac",
     "verifier/timeout_frac",

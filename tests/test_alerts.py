@@ -9,7 +9,6 @@ QUIET = {
     "entropy": 0.4,
     "frac_reward_zero_std": 0.3,
     "completions/clipped_ratio": 0.1,
-    "refine/copy_ratio": 0.4,
     "verifier/unparseable_frac": 0.05,
     "verifier/error_frac": 0.0,
     "verifier/timeout_frac": 0.0,
@@ -32,7 +31,6 @@ def steps(count, **changes):
         ("truncation", {"completions/clipped_ratio": 0.5}, {"completions/clipped_ratio": 0.51}),
         ("unparseable", {"verifier/unparseable_frac": 0.3}, {"verifier/unparseable_frac": 0.31}),
         ("zero variance", {"frac_reward_zero_std": 0.8}, {"frac_reward_zero_std": 0.81}),
-        ("copying", {"refine/copy_ratio": 0.9}, {"refine/copy_ratio": 0.91}),
         (
             "verifier errors",
             {"verifier/error_frac": 0.01},
@@ -90,7 +88,7 @@ def test_skipped_updates_are_an_alert_while_they_happen():
 
 
 def test_alerts_come_in_the_order_of_the_table():
-    bad = QUIET | {"refine/copy_ratio": 1.0, "frac_reward_zero_std": 1.0, "reward": 0.0, "verifier/error_frac": 0.5}
-    assert names(bad) == ["zero reward", "zero variance", "copying", "verifier errors"]
+    bad = QUIET | {"frac_reward_zero_std": 1.0, "reward": 0.0, "verifier/error_frac": 0.5}
+    assert names(bad) == ["zero reward", "zero variance", "verifier errors"]
     assert room.alerts(bad)[1].startswith("zero variance: in 100% of the groups ")
     assert all(len(alert) <= 110 and alert.isascii() for alert in room.alerts(bad))
