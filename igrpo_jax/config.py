@@ -104,6 +104,9 @@ class WarmStart:
     draft_error_rate: float = 1.0  # the same for the drafts that are shown; 1 = nothing in them can be trusted
 
 
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "gspo_token")  # those of algorithms.OBJECTIVES
+
+
 @dataclass(frozen=True)
 class Algorithm:
     loss_type: str = "grpo"  # grpo, dr_grpo, dapo, gspo, gspo_token
@@ -443,7 +446,7 @@ def _validate(c: Config) -> None:
     choice("model.dtype", "bfloat16", "float32")
     need(c.model.lora.alpha > 0, "model.lora.alpha", "must be above 0")
     need(c.model.lora.rank == 0 or c.model.lora.targets, "model.lora.targets", "name at least one weight to adapt")
-    choice("algorithm.loss_type", "grpo", "dr_grpo", "dapo", "gspo", "gspo_token")
+    choice("algorithm.loss_type", *LOSS_TYPES)
     choice("algorithm.draft_selection", "best", "random", "worst", "first")
     choice("algorithm.baseline", "mean", "leave_one_out")
     choice("algorithm.scale_rewards", None, "group", "batch", "none")
