@@ -41,7 +41,8 @@ class Console:
     def __init__(self, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         quiet = jax.process_index() != 0
         self._out = rich.console.Console(file=file, markup=False, highlight=False, emoji=False, quiet=quiet)
-        self._is_live = self._out.is_terminal and not self._out.is_dumb_terminal and not quiet
+        # Asked of the stream: FORCE_COLOR, which notebooks and CI set, makes everything a terminal to rich.
+        self._is_live = self._out.file.isatty() and not self._out.is_dumb_terminal and not quiet
         self._live: rich.live.Live | None = None
         self._phases = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}", markup=False),
@@ -223,7 +224,7 @@ class Console:
         if times := values_text(self._row, _TIME):
             grid.add_row("time", Text(times))
         for line in evaluation_lines(self._evaluations):
-            grid.add_row("eval", Text(line.removeprefix("eval/")))
+            grid.add_row("eval", Text(plain_text(line.removeprefix("eval/"))))
         for alert in self._alerts:
             grid.add_row("alert", Text(alert, style="bold yellow"))
         return grid

@@ -68,6 +68,19 @@ def test_plain_console_prints_one_unwrapped_line_a_step():
     assert "\x1b" not in out.getvalue()
 
 
+def test_a_stream_that_only_wants_colours_is_no_terminal(monkeypatch):
+    """Jupyter and CI services set FORCE_COLOR: a display would be drawn again and again into their logs."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = io.StringIO()
+    with console.Console(out) as shown:
+        shown.start(total_steps=2)
+        with shown.phase("evaluation", total=2) as update:
+            update(2)
+        shown.step(1, STEP)
+        shown.table("Done", [("steps", 1)])
+    assert "\x1b" not in out.getvalue() and len(out.getvalue().splitlines()) == 5
+
+
 def test_the_time_left_holds_what_is_between_steps_and_no_compiling():
     """The first step takes 60 s, as compiling does; then 2 s each and an evaluation of 8 s after every second one."""
     out, clock = io.StringIO(), Clock()
@@ -172,6 +185,18 @@ def test_model_text_reaches_the_terminal_as_plain_text():
     assert "refinement 1 of 2, reward 1 (accuracy 1, format 0), advantage +0.71" in text
     assert "characters ...]" in text and "END" in text and text.count("\n") < 60
     assert "right answer\n7\n" in text
+
+
+def test_names_of_a_users_files_are_plain_text_in_the_display(monkeypatch):
+    shown, _ = on_terminal(monkeypatch)
+    with shown:
+        shown.start(total_steps=2)
+        shown.evaluation(0, {"eval/[red]\x1b]0;title\x07a\x1b[2J/pass@1": 0.5})
+        with shown.phase("\x1b[2J[b]evil", total=2) as update:
+            update(1, "\x1b]8;;http://x\x1b\\note")
+            lines = drawn(shown)
+    assert not set("".join(lines)) & set("\x1b\x07")
+    assert "[red]a/pass@1 0.500" in lines[1] and lines[2].startswith("[b]evil  note")
 
 
 def test_a_terminal_that_cannot_show_a_character_is_no_crash():

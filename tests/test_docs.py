@@ -1,0 +1,297 @@
+"""Docs against the code: every setting, metric, alert and module has its line, links lead somewhere, examples work, and
+the notebook runs from top to bottom."""
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_structure import FILES, FLOORS
+
+from igrpo_jax import alerts, algorithms, config
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "RESULTS.md", *DOCS.rglob("*.md")])
+
+
+def page(name):
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def module(name):
+    """A script of docs/, imported."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+# The configuration reference.
+
+
+def test_the_configuration_reference_is_what_config_py_says():
+    assert page("configuration.md") == module("configuration").reference(), "run python docs/configuration.py"
+
+
+def test_every_setting_has_a_line_with_a_meaning():
+    rows = [line.strip("| ").split(" | ") for line in page("configuration.md").splitlines() if line.startswith("| `")]
+    meanings = {cells[0].strip("`"): cells[-1] for cells in rows if len(cells) == 4}
+    paths = config.field_paths()
+    leaves = [path for path in paths if not any(other.startswith(path + ".") for other in paths)]
+    assert sorted(meanings) == sorted(leaves)
+    assert [name for name, meaning in meanings.items() if not meaning.strip()] == []
+
+
+# The metrics reference.
+
+PATTERN = r"<\w+>"  # what stands for any part of a name, in the reference
+NAMESPACES = "rewards completions draft refine redraw clip_ratio ratio sampling verifier judge perf warm_start eval"
+
+
+def documented():
+    """Names of the metrics reference, as written there."""
+    return re.findall(r"^\| `([^`]+)` \|", page("metrics.md"), re.MULTILINE)
+
+
+def has_a_line(name, names):
+    """Whether `name` is one of the reference's; parts of it that only a run decides are "<>"."""
+
+    def same(written):
+        pattern = "".join(
+            r"[^/]+" if re.fullmatch(PATTERN, part) else re.escape(part)
+            for part in re.split(f"({PATTERN})", written.replace("/<measure>", "/<any>"))
+        )
+        concrete = re.fullmatch(pattern, name)
+        parts = re.split("<>", name)
+        return concrete or (len(parts) > 1 and re.fullmatch(".+".join(map(re.escape, parts)), written))
+
+    return any(same(written) for written in names)
+
+
+def emitted(source):
+    """Metric names that a module's source spells out: constants, and f-strings with "<>" where a value goes in."""
+    tree, names = ast.parse(source), set()
+    docs = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(getattr(node, "body", None), list) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs | inner:
+            names.add(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            names.add("".join(part.value if isinstance(part, ast.Constant) else "<>" for part in node.values))
+    shape = re.compile(rf"({'|'.join(NAMESPACES.split())})/[\w<>@/]+")
+    return {name for name in names if shape.fullmatch(name)}
+
+
+def spelt_out():
+    found = set()
+    for room, path in FILES.items():
+        found |= {name for name in emitted(path.read_text(encoding="utf-8")) if name not in FILES}
+    return found
+
+
+def test_every_metric_that_the_code_spells_out_has_a_line():
+    names, found = documented(), spelt_out()
+    assert len(found) > 50  # the search itself works
+    assert sorted(name for name in found if not has_a_line(name, names)) == []
+
+
+def test_every_metric_of_a_run_has_a_line(notebook):
+    """All rows of the notebook's run: supervised start, evaluations, steps with drafts."""
+    workdir, _ = notebook
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = {name for row in rows for name in row} - {"step"}
+    assert {"loss", "warm_start/loss", "eval/arithmetic/pass@1", "draft/accuracy", "refine/fixed"} <= found
+    assert sorted(name for name in found if not has_a_line(name, documented())) == []
+
+
+def test_the_reference_has_no_line_twice_and_none_of_what_is_gone(notebook):
+    names = documented()
+    assert len(names) == len(set(names))
+    workdir, _ = notebook
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = spelt_out() | {name for row in rows for name in row}
+    sources = "".join(path.read_text(encoding="utf-8") for path in FILES.values())
+    stale = [
+        name
+        for name in names
+        if not any(has_a_line(one, [name]) for one in found)
+        # What several f-strings put together: its last part must be somewhere.
+        and f'"{re.sub(PATTERN, "", name).rpartition("/")[2]}' not in sources
+    ]
+    assert stale == []
+
+
+def test_a_metric_without_a_line_is_seen():
+    names = documented()
+    assert emitted('m["perf/new_time"] = 1\nf"draft/{x}_new"\n"perf/in a sentence"') == {
+        "perf/new_time",
+        "draft/<>_new",
+    }
+    for known in (
+        "perf/step_time",
+        "rewards/my_function/mean",
+        "eval/my_set/pass@16",
+        "draft/<>",
+        "eval/<>/refine_1/fixed",
+    ):
+        assert has_a_line(known, names), known
+    for unknown in ("perf/new_time", "draft/<>_new", "rewards/a/b/mean", "eval/x/new", "new", "loss/new"):
+        assert not has_a_line(unknown, names), unknown
+    assert emitted('def f():\n    """perf/new_time"""') == set()
+
+
+# The other pages.
+
+
+def headings(text):
+    """Anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        file, _, anchor = target.partition("#")
+        found = path.parent / file if file else path
+        if not found.exists() or (anchor and anchor not in headings(found.read_text(encoding="utf-8"))):
+            broken.append(target)
+    return broken
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    assert broken_links(path) == []
+
+
+def test_a_link_that_leads_nowhere_is_seen(tmp_path):
+    (tmp_path / "a.md").write_text(
+        "[a](b.md) [b](a.md#here) [c](a.md#there) [d](https://x.org/y)\n```\n[e](no)\n```\n## Here"
+    )
+    assert broken_links(tmp_path / "a.md") == ["b.md", "a.md#there"]
+
+
+def test_every_page_is_reached_from_the_index():
+    linked = re.findall(r"\]\(([^)#]+)", page("README.md"))
+    assert {path.name for path in DOCS.glob("*.md")} - {"README.md"} <= set(linked)
+
+
+def test_every_alert_has_its_section():
+    titles = re.findall(r"^### (.+)$", page("troubleshooting.md"), re.MULTILINE)
+    assert titles == [limit.name for limit in alerts.LIMITS]
+
+
+def test_the_architecture_names_every_module_on_its_floor():
+    rows = re.findall(r"^\| (\d) \| (.+?) \|", page("architecture.md"), re.MULTILINE)
+    written = [(int(floor), room) for floor, cell in rows for room in re.findall(r"`([\w/]+)`", cell)]
+    there = [
+        (floor, room) for floor, some in enumerate(FLOORS) for row in some for room in row.split() if room in FILES
+    ]
+    assert written == there
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_settings_and_commands_in_pages_are_real(path):
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"--config\.([\w.]+)=", text):
+        config.check_field(name)
+    sections = "|".join(sorted({name.partition(".")[0] for name in config.field_paths() if "." in name}))
+    for name in re.findall(rf"`(?:config\.)?((?:{sections})(?:\.\w+)+)(?:=[^`]*)?`", text):
+        if not name.endswith((".py", ".md", ".jsonl", ".json")):
+            config.check_field(name)
+    for name in re.findall(r"python -m igrpo_jax\.([\w.]+)", text):
+        assert name.replace(".", "/") in FILES, name
+
+
+def test_the_objective_in_ten_lines_works(monkeypatch):
+    """LUSPO as the page writes it, at the number derived by hand, and accepted by the configuration.
+
+    Rows of 1 and 3 tokens with advantages 1 and -1, at a ratio of 1: each row's mean over its tokens is -A, times its
+    length over the 2 rows: (-1 * 1 + 1 * 3) / 2 = 1. GSPO, which does not multiply, gives (-1 + 1) / 2 = 0.
+    """
+    (block,) = re.findall(r"```python\n(.*?)```", page("architecture.md"), re.DOTALL)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    monkeypatch.setattr(algorithms, "OBJECTIVES", dict(algorithms.OBJECTIVES))
+    exec(block, vars(algorithms))
+    monkeypatch.setattr(config, "LOSS_TYPES", (*config.LOSS_TYPES, "luspo"))
+    losses = {}
+    for name in ("luspo", "gspo"):
+        tree = config.default()
+        tree.algorithm.loss_type = name
+        chosen = algorithms.resolve(config.freeze(tree).algorithm)
+        lengths, mask = np.array([1, 3]), np.arange(3) < np.array([[1], [3]])
+        weight = np.where(mask, algorithms.row_weights(chosen, lengths, np.ones(2, bool), 8)[:, None], 0.0)
+        logprob = jnp.full((2, 3), -0.5)
+        losses[name] = algorithms.loss(chosen, logprob, logprob, None, jnp.array([1.0, -1.0]), weight, mask).loss
+    assert losses["luspo"] == pytest.approx(1.0) and losses["gspo"] == pytest.approx(0.0, abs=1e-6)
+    vars(algorithms).pop("_sequence_sum")
+
+
+def test_the_objectives_are_those_the_configuration_knows():
+    assert tuple(algorithms.OBJECTIVES) == config.LOSS_TYPES
+    rows = re.findall(r"^\| `(\w+)` \|", page("igrpo.md"), re.MULTILINE)
+    assert tuple(rows) == config.LOSS_TYPES
+
+
+def test_the_readme_is_short_and_holds_the_test_command_once():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 200
+    assert lines.count('pip install -e ".[test,parity]" && pytest') == 1
+    assert "docs/README.md" in "\n".join(lines)
+
+
+# The notebook.
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+    """The folder of the notebook's run, and its cells with what they put out; executed on a CPU, in a folder of its own."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    folder = tmp_path_factory.mktemp("notebook")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    book = nbformat.read(ROOT / "notebooks" / "colab_tpu.ipynb", as_version=4)
+    nbformat.validate(book)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"}.items():
+            patch.setenv(name, value)
+        client = nbclient.NotebookClient(
+            book, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}
+        )
+        client.execute()  # a cell that fails raises, with what it said
+    return folder / "runs" / "colab", {cell.id: cell.outputs for cell in book.cells if cell.cell_type == "code"}
+
+
+def test_the_notebook_runs_from_top_to_bottom(notebook):
+    workdir, outputs = notebook
+    printed = {name: "".join(one.get("text", "") for one in some) for name, some in outputs.items()}
+    assert "(cpu)" in printed["device-code"]
+    assert "step 3/3  solved" in printed["train-code"] and "predicted bytes per device" in printed["train-code"]
+    assert any("image/png" in one.get("data", {}) for one in outputs["curves-code"])
+    assert "draft 0 {'accuracy'" in printed["samples-code"]
+    assert "gives the same logits" in printed["export-code"]
+    assert (workdir.parent / "colab_hf" / "model.safetensors").exists()
+
+
+def test_the_notebook_is_kept_without_outputs_and_names_settings_that_exist():
+    book = json.loads((ROOT / "notebooks" / "colab_tpu.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    text = "".join("".join(cell["source"]) for cell in book["cells"])
+    for file in re.findall(r'"(configs/\w+\.py)"', text):
+        assert (ROOT / file).exists(), file
+    assert sys.version_info >= (3, 11)
