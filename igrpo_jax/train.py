@@ -441,7 +441,7 @@ def _summary(workdir: Path, scores: dict[int, dict[str, float]], first: int, tot
         values = [scores[step][name] for step in sorted(scores) if name in scores[step]]
         change = values[-1] - values[0]
         rows.append((name, f"{values[0]:.3f} before, {values[-1]:.3f} after ({change:+.3f})"))
-    for what in ("metrics.jsonl", "samples", "evaluations", "tensorboard", "checkpoints", "export", "profile"):
+    for what in ("metrics.jsonl", "samples", "evaluations", "tensorboard", "wandb", "checkpoints", "export", "profile"):
         if (workdir / what).exists():
             rows.append((what, workdir / what))
     return rows
