@@ -265,7 +265,7 @@ def notebook(tmp_path_factory):
     nbformat.validate(book)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"}.items():
+        for name, value in {"PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}.items():
             patch.setenv(name, value)
         client = nbclient.NotebookClient(
             book, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}
