@@ -29,8 +29,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers as policies
 
+from igrpo_jax import cluster, sharding, watchdog
 from igrpo_jax import config as config_lib
-from igrpo_jax import sharding, watchdog
 from igrpo_jax.config import InputError, RunError
 
 DAMAGED = "damaged_checkpoints"  # folder in a workdir: those that a resume could not use
@@ -176,6 +176,11 @@ class Checkpointer:
                     state, meta = self._read(step, abstract_state)
                 break
             except Exception as error:  # what orbax raises depends on which byte of which file is wrong
+                if jax.process_count() > 1 and not isinstance(error, Damaged):  # the others may have read theirs
+                    raise RunError(
+                        f"{self._path / str(step)}: can't be read ({' '.join(str(error).split())[:300]}); move it away, "
+                        "and the same command goes on from the checkpoint before"
+                    ) from error
                 failed[step] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         else:
             raise RunError(f"{self._path}: no checkpoint can be read; step {steps[0]}: {failed[steps[0]]}")
@@ -192,16 +197,14 @@ class Checkpointer:
         return restored["state"], meta
 
     def _set_aside(self, step: int) -> None:
-        if jax.process_index() == 0:
+        def move() -> None:
             folder = self._path.parent / DAMAGED
             folder.mkdir(exist_ok=True)
             free = (folder / f"{step}.{number}" for number in itertools.count(1))
             shutil.move(self._path / str(step), next(path for path in free if not path.exists()))
-        self._manager.reload()
 
-    def reached_preemption(self, step: int) -> bool:
-        """Whether some process was told that its machine will be taken away, and `step` is where all of them stop."""
-        return self._manager.reached_preemption(step)
+        cluster.from_first(move)
+        self._manager.reload()
 
     def wait(self) -> None:
         """Returns when every started save is on disk and whole.

@@ -237,6 +237,14 @@ class Mesh:
 
 
 @dataclass(frozen=True)
+class Cluster:
+    """Several processes that run together."""
+
+    start_timeout: float = 300.0  # seconds in which all of them must have come
+    silence: float = 30.0  # seconds without a sign of life after which a process counts as lost and the others end
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     every: int = 50  # steps; the last step is always saved; 0 = only the last
     keep: int = 3  # of the newest
@@ -297,6 +305,7 @@ class Config:
     learner: Learner = field(default_factory=Learner)
     optimizer: Optimizer = field(default_factory=Optimizer)
     mesh: Mesh = field(default_factory=Mesh)
+    cluster: Cluster = field(default_factory=Cluster)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     watchdog: Watchdog = field(default_factory=Watchdog)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -315,7 +324,7 @@ class Config:
 
 
 # Fields that may differ between a run and its resume: how long it runs and what is seen of it, not what it does.
-MAY_CHANGE_ON_RESUME = ("steps", "compilation_cache", "log", "evaluation", "checkpoint", "watchdog")
+MAY_CHANGE_ON_RESUME = ("steps", "compilation_cache", "cluster", "log", "evaluation", "checkpoint", "watchdog")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -493,7 +502,8 @@ def _validate(c: Config) -> None:
     for path in ("rollout.top_p", "evaluation.top_p"):
         need(0 < value_of(path) <= 1, path, "must be above 0 and at most 1")
     need(c.refine.instruction.count("{draft}") == 1, "refine.instruction", "must hold {draft} exactly once")
-    for path in ("rewards.timeout", "rewards.judge.timeout", "checkpoint.preemption_grace"):
+    seconds = "rewards.timeout rewards.judge.timeout checkpoint.preemption_grace cluster.start_timeout cluster.silence"
+    for path in seconds.split():
         need(value_of(path) > 0, path, "must be a number of seconds above 0")
     rewards, longest = c.rewards, c.rollout.max_completion_length
     need(

@@ -44,7 +44,11 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--{flag}: missing; give {fix}")
     if not c.evaluation.benchmarks:
         raise InputError("--benchmarks: missing; name at least one, for example --benchmarks aime24,math500")
-    evaluate(c, values["model"], runtime.number("step", values["step"]), Path(values["workdir"]))
+    step = runtime.number("step", values["step"])
+    from igrpo_jax import cluster
+
+    with cluster.joined(c.cluster, runtime.address(argv)):
+        evaluate(c, values["model"], step, Path(values["workdir"]))
 
 
 def evaluate(c: Config, model: str, step: int | None, out: Path) -> None:

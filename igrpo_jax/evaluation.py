@@ -15,6 +15,9 @@ difference is the model's, and a killed one resumes to the same numbers (in floa
 sample may turn a near tie).
 """
 
+import functools
+import hashlib
+import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,13 +28,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from igrpo_jax import measures, results
+from igrpo_jax import cluster, measures, preemption, results
 from igrpo_jax.batch import Completion, Prompt
 from igrpo_jax.config import Config, InputError
 from igrpo_jax.console import Console
 from igrpo_jax.data import Row
 from igrpo_jax.datasets_table import samples_of
 from igrpo_jax.models import decoder
+from igrpo_jax.preemption import Preempted
 from igrpo_jax.prompts import Renderer
 from igrpo_jax.results import Rows
 from igrpo_jax.rewards.reward import Verifier, check_errors
@@ -60,6 +64,12 @@ class Plan:
     def limit(self, tokens: np.ndarray) -> int:
         """Most tokens of a completion of this prompt: up to the model's context, whatever else is asked beside it."""
         return min(self.wanted, self.context - len(tokens))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all problems: prompts and answers in their order."""
+        facts = {name: [(one.tokens.tolist(), one.answer) for one in some] for name, some in self.prompts.items()}
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @property
     def notes(self) -> list[str]:
@@ -146,7 +156,9 @@ class Evaluator:
         """
         summaries = {}
         for name in self.plan.prompts:
-            summaries[name] = self.summary(name, self.sampled(params, name, out, resume))
+            rows = self.sampled(params, name, out, resume)
+            # Of one process: a vote that takes too long for the verifier ends otherwise, and others decide by it.
+            summaries[name] = cluster.from_first(functools.partial(self.summary, name, rows))
             if out is not None and self._process == 0:
                 results.write_summary(out, head or {}, summaries)
         return summaries
@@ -168,6 +180,28 @@ class Evaluator:
         rows = Rows(out, name, self._process if self._processes > 1 else None)
         self._check(name, rows)
         mine = prompts[self._process :: self._processes]
+        try:
+            self._sample_all(params, name, mine, rows, chains)
+        except Preempted:
+            pass  # all leave together
+        rows.close()
+        if cluster.any_of(preemption.noted()):
+            raise Preempted
+        if out is None:
+            for part in cluster.gather(json.dumps(list(rows.values())).encode()):
+                rows.take(json.loads(part))
+        else:
+            wait_for_all()
+            rows.reload()
+            wait_for_all()
+            if self._process == 0:
+                rows.join()
+        return rows
+
+    def _sample_all(
+        self, params: decoder.Params, name: str, mine: Sequence[Prompt], rows: Rows, chains: Sequence[str]
+    ) -> None:
+        """The single shot of some problems, and the rounds."""
         self._sample(params, name, [(prompt, (), prompt.tokens) for prompt in mine], rows, "single shot")
         for number in range(1, self._config.evaluation.rounds + 1):
             asked = {}
@@ -176,14 +210,6 @@ class Evaluator:
                     draft = np.array(rows.of(prompt.index, drafts[:-1])[drafts[-1]]["tokens"], np.int32)
                     asked[prompt.index, drafts] = (prompt, drafts, self._renderer.with_draft(prompt.question, draft))
             self._sample(params, name, list(asked.values()), rows, f"round {number}")
-        rows.close()
-        if out is not None:
-            wait_for_all()
-            rows.reload()
-            wait_for_all()
-            if self._process == 0:
-                rows.join()
-        return rows
 
     def paths(self, prompt: Prompt, rows: Rows) -> list[tuple[int, ...]]:
         """The plain prompt and those of the rounds, in the chain that votes."""

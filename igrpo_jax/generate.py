@@ -34,7 +34,11 @@ def main(argv: list[str]) -> None:
     if bool(values["prompt"]) == bool(values["prompts"]):
         raise InputError('--prompt: give either --prompt "a question" or --prompts FILE')
     questions = [values["prompt"]] if values["prompt"] else read(values["prompts"], c.data.prompt_column)
-    generate(c, values["model"], runtime.number("step", values["step"]), questions)
+    step = runtime.number("step", values["step"])
+    from igrpo_jax import cluster
+
+    with cluster.joined(c.cluster, runtime.address(argv)):
+        generate(c, values["model"], step, questions)
 
 
 def read(path: str, column: str) -> list[str]:

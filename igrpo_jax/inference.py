@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from igrpo_jax import config, evaluation, sharding, weights
+from igrpo_jax import cluster, config, evaluation, sharding, weights
 from igrpo_jax.checkpoint import saved_step
 from igrpo_jax.config import Config, InputError
 from igrpo_jax.console import Console
@@ -61,6 +61,7 @@ def open_model(c: Config, model: str, step: int | None, rows: dict[str, list[Row
     sharding.check_divides(mesh, decoder.shapes(policy.model))
     chosen = attention.choose(c.learner.attention, mesh, c.model.dtype, policy.model.head_dim, plan.max_context)
     policy = replace(policy, model=replace(policy.model, attention=chosen))
+    cluster.check_same({"config": config.to_dict(c), "model": model, "step": step, "problems": plan.fingerprint})
     name = str(Path(model).resolve()) if Path(model).exists() else model
     return Opened(c, policy, renderer, plan, mesh, run, step, name)
 

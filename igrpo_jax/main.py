@@ -1,5 +1,8 @@
 """`python -m igrpo_jax.main --config configs/X.py [--workdir DIR] [--config.field=value ...]`: trains, or resumes.
 
+On several machines the same command runs on each; outside of Slurm and TPU pods with --coordinator HOST:PORT of the
+first, --processes N and --process I.
+
 jax is imported inside `main` only: the verifier's worker processes import this module too.
 """
 
@@ -8,9 +11,11 @@ from igrpo_jax import runtime
 
 def main(argv: list[str]) -> None:
     config, workdir = runtime.parse(argv)
+    from igrpo_jax import cluster
     from igrpo_jax.train import train
 
-    train(config, workdir)
+    with cluster.joined(config.cluster, runtime.address(argv)):
+        train(config, workdir)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 A rollout is left between two calls of the sampler and its step is dropped, an update is finished. Where the run has
 not ended `grace` seconds after the notice it ends all the same: the checkpoint before it is what a resume goes on from.
+Of several processes each hears of the others' notice (`cluster`), and all leave at the same place.
 """
 
 import contextlib
@@ -17,16 +18,35 @@ from collections.abc import Iterator
 EXIT_CODE = 75  # EX_TEMPFAIL: the same command goes on from where this one was
 
 _notice = threading.Event()
+_timers: list[threading.Timer] = []  # what ends the process after the grace
 
 
 class Preempted(Exception):
     """The machine is about to be taken away; what could be saved is saved."""
 
+    def __init__(self, text: str = "preempted before there was anything new to save"):
+        super().__init__(text)
+
+
+def noted() -> bool:
+    """Whether the notice has come."""
+    return _notice.is_set()
+
 
 def check() -> None:
     """Raises Preempted if the notice has come."""
-    if _notice.is_set():
-        raise Preempted("preempted before there was anything new to save")
+    if noted():
+        raise Preempted
+
+
+def notice(source: str) -> None:
+    """Takes note of the notice that `source` gave; any after the first changes nothing."""
+    if noted() or not _timers:
+        return
+    _notice.set()
+    with contextlib.suppress(RuntimeError):  # a signal came in between and started it
+        _timers[0].start()
+    os.write(2, f"igrpo_jax: {source}: saving, then ending; a second one changes nothing\n".encode())
 
 
 @contextlib.contextmanager
@@ -41,19 +61,14 @@ def noticed(grace: float) -> Iterator[None]:
         return
     timer = threading.Timer(grace, _give_up, [grace])
     timer.daemon = True
-
-    def notice(*_: object) -> None:
-        if not _notice.is_set():
-            _notice.set()
-            timer.start()
-            os.write(2, b"igrpo_jax: SIGTERM: saving, then ending; a second one changes nothing\n")
-
     _notice.clear()
-    before = signal.signal(signal.SIGTERM, notice)
+    _timers[:] = [timer]
+    before = signal.signal(signal.SIGTERM, lambda *_: notice("SIGTERM"))
     try:
         yield
     finally:
         timer.cancel()
+        _timers.clear()
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 

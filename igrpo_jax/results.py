@@ -67,10 +67,14 @@ class Rows:
                 self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 self._file.flush()
 
+    def take(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Keeps rows of other processes, in memory."""
+        self._rows |= {key_of(row): row for row in rows}
+
     def reload(self) -> None:
         """Reads the rows of all processes."""
         for path in _paths(self._folder, self._name):
-            self._rows |= {key_of(row): row for row in _read(path)}
+            self.take(_read(path))
 
     def close(self) -> None:
         if self._file is not None:

@@ -16,6 +16,8 @@ it needs of them; here each place of the step has redraws of its own, and the la
 
 Results are ordered by (prompt, sample), never by arrival, and nothing in them depends on it: drafts are drawn all at
 once, or each after those of lower numbers are scored; a redraw's prompt and randomness follow from place and number.
+Nor do they depend on how many processes there are: each works on some places of the step, and `exchange` puts them
+together.
 """
 
 import functools
@@ -29,13 +31,15 @@ import jax
 import numpy as np
 from absl import logging
 
-from igrpo_jax import algorithms, preemption, watchdog
+from igrpo_jax import algorithms, exchange, preemption, watchdog
 from igrpo_jax.batch import Candidate, Completion, Group, Prompt, Score
 from igrpo_jax.config import Config
+from igrpo_jax.exchange import Share
 from igrpo_jax.models import decoder
+from igrpo_jax.preemption import Preempted
 from igrpo_jax.prompts import Renderer
 from igrpo_jax.rewards.reward import Verifier, check_errors
-from igrpo_jax.sampling.scheduler import Request, Sample, Scheduler
+from igrpo_jax.sampling.scheduler import Request, Sample, Scheduler, Usage
 from igrpo_jax.sampling.steps import Sampling
 
 STAGES = {"draft": 1, "refine": 2}
@@ -92,7 +96,7 @@ class Target:
 
 
 class _Step:
-    """The prompts of one step: what each does next, once a score has come.
+    """This process's prompts of one step: what each does next, once a score has come.
 
     The n-th redraw of place p, of P places, works as place n * P + p: its randomness is its own.
     """
@@ -103,18 +107,18 @@ class _Step:
         renderer: Renderer,
         scheduler: Scheduler,
         step: int,
-        prompts: Sequence[Prompt],
-        fresh: Callable[[int], Sequence[Prompt]],
+        prompts: exchange.Prompts,
     ):
         self._algorithm, self._rollout, self._seed = config.algorithm, config.rollout, config.seed
         self._largest = config.rewards.largest - 1e-6  # a sum of weights, rounded
         self._renderer, self._scheduler, self._step = renderer, scheduler, step
-        self._fresh = functools.cache(fresh)
+        self._prompts, self._count = prompts, len(prompts(0))
         self._keys = {stage: stage_key(config.seed, step, number) for stage, number in STAGES.items()}
         self._drafting: set[int] = set()
-        self.work = [_Work(prompt, place) for place, prompt in enumerate(prompts)]  # the latest of each place
+        # The latest of each place.
+        self.work = {place: _Work(prompts(0)[place], place) for place in exchange.places(self._count)}
         self.redrawn: list[Group] = []  # what stood there before
-        for item in self.work:
+        for item in self.work.values():
             self._begin(item)
 
     def scored(self, target: Target, _: Completion) -> None:
@@ -149,7 +153,7 @@ class _Step:
         self._drafting.remove(item.place)
         ready = [item]
         if not self._rollout.streamed:
-            ready = [] if self._drafting else [one for one in self.work if one.context is None]
+            ready = [] if self._drafting else [one for one in self.work.values() if one.context is None]
         for one in ready:
             self._refine(one)
 
@@ -164,10 +168,10 @@ class _Step:
         self._submit(item, "refine", item.context, self._algorithm.num_generations)
 
     def _finished(self, item: _Work) -> None:
-        number, place = divmod(item.place, len(self.work))
+        number, place = divmod(item.place, self._count)
         if number < self._algorithm.max_redraws and not algorithms.has_signal(item.group().rewards[None])[0]:
             self.redrawn.append(item.group())
-            self.work[place] = _Work(self._fresh(number + 1)[place], item.place + len(self.work))
+            self.work[place] = _Work(self._prompts(number + 1)[place], item.place + self._count)
             self._begin(self.work[place])
 
     def _submit(self, item: _Work, stage: str, tokens: np.ndarray, samples: int, first: int = 0) -> None:
@@ -196,35 +200,66 @@ class Rollout:
         though their rewards are all equal, since `algorithm.max_redraws` of their place were used. What redrawn groups
         cost is in `perf/draft_tokens` and `perf/completion_tokens`; all other metrics are of the groups that stayed.
 
+        Every process returns the same groups, and the same metrics but for `perf/rollout_time`: sums of tokens, shares
+        of the slots of all, the longest `perf/verify_wait_time`. `perf/process_idle_frac` is the share of the rollout
+        that the processes, on average, waited for the slowest.
+
         Args:
             fresh: the prompts of redraw 1, 2, … of this step, one for each place; read where max_redraws > 0.
 
         Raises:
             VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
+            Preempted: a process was told to leave.
         Preempted: the machine is about to be taken away.
         """
         c = self._config
         began, settings = time.perf_counter(), c.rollout
+        redraw = functools.cache(fresh)
+        known = lambda number: redraw(number) if number else prompts  # noqa: E731
         self._verifier.start_step()
         self._scheduler.start(params, Sampling(settings.temperature, settings.top_p, settings.top_k))
-        running = _Step(c, self._renderer, self._scheduler, step, prompts, fresh)
-        waited = sample_and_score(self._scheduler, self._verifier.submit, self._renderer, running.scored)
-        groups = [item.group() for item in running.work]
-        usage = self._scheduler.usage
-        self._scheduler.finish()
-        sampled = [*groups, *running.redrawn]
-        scores = [completion.score for group in sampled for completion in (*group.drafts, *group.completions)]
+        running = _Step(c, self._renderer, self._scheduler, step, known)
+        try:
+            waited = sample_and_score(self._scheduler, self._verifier.submit, self._renderer, running.scored)
+            mine = self._share(running, time.perf_counter() - began, waited)
+            self._scheduler.finish()
+        except Preempted:
+            mine = None
+        with watchdog.phase("exchange"):
+            shares = exchange.everywhere(mine, known)
+        placed = {place % len(prompts): group for share in shares for place, group in share.groups.items()}
+        groups = [placed[place] for place in range(len(prompts))]
+        scores = [score for share in shares for score in share.scores] + _scores(groups)
         check_errors(scores, c.rewards.max_error_fraction)
+        usage = sum((share.usage for share in shares), Usage())
+        seconds = [share.seconds for share in shares]
+        judgements = [judgement for share in shares for judgement in share.judgements]
         return groups, {
-            **self._verifier.statistics(scores),
-            **self._redraws(groups, len(running.redrawn)),
+            **self._verifier.statistics(scores, judgements),
+            **self._redraws(groups, sum(share.redrawn for share in shares)),
             "perf/rollout_time": time.perf_counter() - began,
-            "perf/verify_wait_time": waited,
-            "perf/draft_tokens": sum(len(draft.tokens) for group in sampled for draft in group.drafts),
-            "perf/completion_tokens": sum(len(one.tokens) for group in sampled for one in group.completions),
+            "perf/verify_wait_time": max(share.waited for share in shares),
+            "perf/process_idle_frac": 1 - float(np.mean(seconds)) / max(seconds),
+            "perf/draft_tokens": sum(share.draft_tokens for share in shares),
+            "perf/completion_tokens": sum(share.completion_tokens for share in shares),
             "perf/slot_utilization": usage.slot_utilization,
             "perf/stage_overlap_frac": usage.overlap,
         }
+
+    def _share(self, running: _Step, seconds: float, waited: float) -> Share:
+        groups = {item.place: item.group() for item in running.work.values()}
+        sampled = [*groups.values(), *running.redrawn]
+        return Share(
+            groups=groups,
+            redrawn=len(running.redrawn),
+            scores=_scores(running.redrawn),
+            draft_tokens=sum(len(draft.tokens) for group in sampled for draft in group.drafts),
+            completion_tokens=sum(len(one.tokens) for group in sampled for one in group.completions),
+            judgements=self._verifier.judgements,
+            usage=self._scheduler.usage,
+            seconds=seconds,
+            waited=waited,
+        )
 
     def _redraws(self, groups: Sequence[Group], redrawn: int) -> dict[str, int]:
         most = self._config.algorithm.max_redraws
@@ -239,6 +274,10 @@ class Rollout:
                 *(most, exhausted, len(groups)),
             )
         return {"redraw/groups": redrawn, "redraw/exhausted": exhausted}
+
+
+def _scores(groups: Sequence[Group]) -> list[Score]:
+    return [one.score for group in groups for one in (*group.drafts, *group.completions)]
 
 
 def sample_and_score(

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -28,11 +28,40 @@ def parse(argv: list[str]) -> tuple[Config, Path]:
         InputError: an unknown flag or field, a value of the wrong type, a config file that can't be used.
     """
     usage = "python -m igrpo_jax.main --config FILE [--workdir DIR] [--config.FIELD=VALUE ...]"
-    c, values = _parse(argv, usage, {"workdir": "folder of the run; default runs/NAME of the config file"})
+    c, values = _parse(argv, usage, {"workdir": "folder of the run; default runs/NAME of the config file"} | CLUSTER)
     file = _last_value(argv, "config")
     if file is None:
         raise InputError("--config: missing; give a configuration file, for example --config configs/tiny_cpu.py")
     return c, Path(values["workdir"] or Path("runs", Path(file).stem))
+
+
+# Flags of a process among several; none of them on Slurm, with Open MPI and on TPU pods, which say it themselves.
+CLUSTER = {
+    "coordinator": "HOST:PORT of process 0, where several processes meet",
+    "processes": "how many there are",
+    "process": "number of this one, from 0",
+}
+
+
+def address(argv: list[str]) -> dict[str, Any]:
+    """What the flags of CLUSTER say, as jax.distributed.initialize names it; empty without them.
+
+    Raises:
+        InputError: one of them is missing or makes no sense.
+    """
+    values = {name: _last_value(argv, name) for name in CLUSTER}
+    if not any(values.values()):
+        return {}
+    for name, value in values.items():
+        if value is None:
+            raise InputError(f"--{name}: missing; --coordinator, --processes and --process belong together")
+    where = values["coordinator"]
+    count, own = (number(name, values[name]) for name in ("processes", "process"))
+    if not re.fullmatch(r".+:\d+", where):
+        raise InputError(f"--coordinator {where}: must be HOST:PORT, an address of process 0 and a port free there")
+    if not own < count:
+        raise InputError(f"--process {own}: must be below --processes = {count}; they are counted from 0")
+    return {"coordinator_address": where, "num_processes": count, "process_id": own}
 
 
 # Flags that stand for a field, in the commands that have them: the field, and what the flag is for.
@@ -62,7 +91,7 @@ def parse_model(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Con
     if model and Path(model, "checkpoints").is_dir():
         run = _tree_of_run(Path(model))
     short = {name: meaning for name, (_, meaning) in SHORT.items()}
-    texts = {"model": "folder of a run, Hugging Face directory or hub id"} | short | texts
+    texts = {"model": "folder of a run, Hugging Face directory or hub id"} | short | texts | CLUSTER
     c, values = _parse(argv, usage, texts, run or config.default())
     if run is not None:
         return replace(c, model=config.freeze(run).model), values
@@ -183,18 +212,26 @@ def run(command: Callable[[list[str]], None]) -> None:
     try:
         command(sys.argv)
     except InputError as error:
-        sys.exit(_say(error, 2))
+        _leave(_say(error, 2))
     except RunError as error:
-        sys.exit(_say(error, 1))
+        _leave(_say(error, 1))
     except preemption.Preempted as error:
-        sys.exit(_say(f"{error}; the same command goes on from there", preemption.EXIT_CODE))
+        _leave(_say(f"{error}; the same command goes on from there", preemption.EXIT_CODE))
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted; the same command goes on from what was saved, if something was", 130))
+        _leave(_say("interrupted; the same command goes on from what was saved, if something was", 130))
     except Exception as error:
-        if type(error).__name__ != "JaxRuntimeError":  # jax.errors', which is not imported before it is needed
-            raise
         traceback.print_exc()
-        sys.exit(_say(_device_error(str(error)), 1))
+        of_jax = type(error).__name__ == "JaxRuntimeError"  # jax.errors', which is not imported before it is needed
+        _leave(_say(_device_error(str(error)), 1) if of_jax else 1)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process; one of several at once, since JAX's exit handlers wait for the others, who do not come."""
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 # What to lower where memory does not suffice, by the phase that needs it.

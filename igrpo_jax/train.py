@@ -17,10 +17,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from igrpo_jax import algorithms, data, evaluation, preemption, sharding, trackers, watchdog, weights
+from igrpo_jax import algorithms, cluster, data, evaluation, preemption, sharding, trackers, watchdog, weights
 from igrpo_jax.batch import Prompt
 from igrpo_jax.checkpoint import Checkpointer, locked, prepare_workdir
-from igrpo_jax.config import Config, InputError, RunError
+from igrpo_jax.config import Config, InputError, RunError, to_dict
 from igrpo_jax.console import Console
 from igrpo_jax.evaluation import Evaluator
 from igrpo_jax.learner import Learner, TrainState
@@ -49,6 +49,8 @@ def train(c: Config, workdir: Path) -> None:
     """
     use_disk_cache(c.compilation_cache)
     task = open_task(c)
+    problems = {"training problems": task.fingerprint, "evaluation problems": task.evaluated.fingerprint}
+    cluster.check_same({"config": to_dict(c), **problems})
     with contextlib.ExitStack() as stack, jax.set_mesh(task.mesh):
         stack.enter_context(watchdog.watching(c.watchdog))
         stack.enter_context(preemption.noticed(c.checkpoint.preemption_grace))
@@ -197,8 +199,14 @@ class Run:
     def open_verifier(self, stack: contextlib.ExitStack) -> None:
         """Starts the workers, and the judge with its file of verdicts in the workdir."""
         c = self.config
-        limit, cache = c.rollout.max_completion_length, self.workdir / "judge.sqlite"
-        verifier = stack.enter_context(Verifier(c.rewards, limit, c.data.answer_column or "answer", cache))
+        limit, judge = c.rollout.max_completion_length, c.rewards.judge
+        # Of several processes each has a file of its own, for SQLite can't lock one across machines; its budget is a
+        # part of that of all.
+        own = jax.process_index()
+        cache = self.workdir / (f"judge.process-{own}.sqlite" if own else "judge.sqlite")
+        judge = replace(judge, budget=judge.budget and max(1, judge.budget // jax.process_count()))
+        settings = replace(c.rewards, judge=judge)
+        verifier = stack.enter_context(Verifier(settings, limit, c.data.answer_column or "answer", cache))
         parts = (self.scheduler, self._task.renderer, verifier)
         self.rollout = Rollout(c, self._task.renderer, self.scheduler, verifier)
         self._evaluator = Evaluator(c, self._task.evaluated, *parts, self._console)
@@ -306,8 +314,7 @@ class Run:
 
     def stop_if_preempted(self, step: int) -> None:
         """Raises Preempted after a notice; of several processes all do so after the same step."""
-        preemption.check()
-        if self.checkpointer.reached_preemption(step):
+        if cluster.any_of(preemption.noted()):
             raise Preempted
 
     def leave(self, step: int, state: TrainState) -> None:
@@ -322,8 +329,8 @@ class Run:
             self.checkpointer.wait()
         if self.config.checkpoint.export:
             out = self.workdir / "export"
-            if jax.process_index() == 0:
-                shutil.rmtree(out, ignore_errors=True)  # of the same run when it was shorter
+            # Of the same run when it was shorter.
+            cluster.from_first(functools.partial(shutil.rmtree, out, ignore_errors=True))
             size = hf_write.model_bytes(self._task.policy.model)
             with self._console.phase("exporting (MB)", size >> 20) as update:
                 self._task.policy.save(out, self.learner.policy(state.params), lambda done: update(done >> 20))
@@ -341,11 +348,13 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
     """
     console = stack.enter_context(Console())
     run = Run(c, task, workdir, console)  # checks slots and mesh, before anything is written
-    claimed = prepare_workdir(workdir, c)
+    claimed = cluster.from_first(functools.partial(prepare_workdir, workdir, c))
+    if not (workdir / "config.json").is_file():
+        raise InputError(f"--workdir {workdir}: process 0 made it, here it is not; give a folder that all hosts share")
     stack.enter_context(locked(workdir))
     run.open_verifier(stack)
     run.checkpointer = stack.enter_context(Checkpointer(workdir, c.checkpoint))
-    latest = run.checkpointer.latest_step() if claimed else None
+    latest = cluster.from_first(lambda: run.checkpointer.latest_step() if claimed else None)
     if claimed and latest is None and any((workdir / "samples").glob("step_*.jsonl")):
         raise InputError(f"--workdir {workdir}: holds samples of a run but no checkpoint of it; give another folder")
     sizes = {"max_context": task.max_context, "total_steps": task.total_steps}

@@ -172,7 +172,7 @@ def test_the_judge_is_blended_and_no_verdict_is_never_zero(monkeypatch):
         assert not futures[0].done()  # its judge has not replied, and its place is kept
         judge.release()
         first = futures[0].result(timeout=60)
-        metrics = verifier.statistics([first, second, third])
+        metrics = verifier.statistics([first, second, third], verifier.judgements)
         checked = verifier.check_answer(Candidate(RIGHT, "4")).result(timeout=60)
         judge._first = (Future(), None)
     assert judge.asked == [("q", "4", "<" + RIGHT)] * 3 and judge.steps == 1

@@ -21,6 +21,7 @@ FLOORS = [
     [
         "programs",
         "sharding",
+        "cluster",
         "rewards/exact rewards/functions rewards/tokens rewards/expression rewards/nodes rewards/regions rewards/words "
         "rewards/answers rewards/symbolic rewards/extraction rewards/math_grader "
         "rewards/format rewards/pool rewards/judge rewards/reward rewards/grade",
@@ -32,7 +33,7 @@ FLOORS = [
         "models/decoder models/hf models/hf_write",
     ],
     ["policy", "logprobs", "sampling/draw sampling/steps sampling/engine sampling/scheduler"],
-    ["rollout", "packing learner warm_start", "trackers metrics alerts console checkpoint"],
+    ["exchange rollout", "packing learner warm_start", "trackers metrics alerts console checkpoint"],
     ["weights measures results evaluation inference"],
     ["train"],
     ["runtime main evaluate generate export aot report"],

@@ -228,9 +228,14 @@ class Verifier:
         self._pool.submit(math_grader.classes, list(found)).add_done_callback(settle)
         return result
 
-    def statistics(self, scores: Sequence[Score]) -> dict[str, float]:
-        """The `verifier/…` metrics of `scores`, and the `judge/…` metrics since `start_step` where there is a judge."""
-        return statistics(scores) | (judge_room.statistics(self._judgements) if self._judge else {})
+    @property
+    def judgements(self) -> list[Judgement]:
+        """Of what was submitted since `start_step`; none without a judge."""
+        return self._judgements
+
+    def statistics(self, scores: Sequence[Score], judgements: Sequence[Judgement]) -> dict[str, float]:
+        """The `verifier/…` metrics of `scores`, and the `judge/…` metrics of `judgements` where there is a judge."""
+        return statistics(scores) | (judge_room.statistics(judgements) if self._judge else {})
 
     def close(self) -> None:
         """Ends workers and requests; gradings without a result end with the status "error" or "invalid"."""

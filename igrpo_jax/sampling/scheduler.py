@@ -54,6 +54,10 @@ class Usage:
     queued_tokens: int = 0
     mixed_slot_steps: int = 0  # slots x decode steps while requests of several stages were running
 
+    def __add__(self, other: "Usage") -> "Usage":
+        """Of both together."""
+        return Usage(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+
     @property
     def slot_utilization(self) -> float:
         """Share of slots x steps that drew a token."""
