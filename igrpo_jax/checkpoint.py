@@ -176,12 +176,12 @@ class Checkpointer:
                     state, meta = self._read(step, abstract_state)
                 break
             except Exception as error:  # what orbax raises depends on which byte of which file is wrong
+                failed[step] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
                 if jax.process_count() > 1 and not isinstance(error, Damaged):  # the others may have read theirs
                     raise RunError(
-                        f"{self._path / str(step)}: can't be read ({' '.join(str(error).split())[:300]}); move it away, "
-                        "and the same command goes on from the checkpoint before"
+                        f"{self._path / str(step)}: can't be read ({failed[step]}); move it away, and the same command "
+                        "goes on from the checkpoint before"
                     ) from error
-                failed[step] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         else:
             raise RunError(f"{self._path}: no checkpoint can be read; step {steps[0]}: {failed[steps[0]]}")
         for bad, reason in failed.items():

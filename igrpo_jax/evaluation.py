@@ -15,6 +15,7 @@ difference is the model's, and a killed one resumes to the same numbers (in floa
 sample may turn a near tie).
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -180,10 +181,8 @@ class Evaluator:
         rows = Rows(out, name, self._process if self._processes > 1 else None)
         self._check(name, rows)
         mine = prompts[self._process :: self._processes]
-        try:
+        with contextlib.suppress(Preempted):  # all leave together
             self._sample_all(params, name, mine, rows, chains)
-        except Preempted:
-            pass  # all leave together
         rows.close()
         if cluster.any_of(preemption.noted()):
             raise Preempted
