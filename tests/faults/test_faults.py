@@ -150,7 +150,7 @@ def test_a_full_or_unwritable_disk_ends_the_run_and_keeps_the_last_checkpoint(wh
         workdir = copy_of(whole, path / "run")
         room = shutil.disk_usage(path).free
         (path / "others").write_bytes(bytes(room - used(workdir / "checkpoints" / "5") // 2))
-        done = faulty("", tmp_path, workdir, "steps=7", "log.tensorboard=False")
+        done = faulty("", tmp_path, workdir, "steps=7", "log.trackers=()")
         assert done.returncode == 1, done.stderr
         assert "a checkpoint takes " in done.stderr and "MiB are free; make it possible and run" in done.stderr
         assert "goes on from step 5" in done.stderr
@@ -167,21 +167,21 @@ def full(self, *args):
 train.Run.report = full
 """
         (path / "others").unlink()
-        done = faulty(fill, tmp_path, workdir, "steps=7", "log.tensorboard=False")
+        done = faulty(fill, tmp_path, workdir, "steps=7", "log.trackers=()")
         assert done.returncode == 1, done.stderr
         assert "step_000006.jsonl: cannot be written (No space left on device); make it possible" in done.stderr
         subprocess.run(["mount", "-o", "remount,ro", path], check=True)
-        done = faulty("", tmp_path, workdir, "steps=7", "log.tensorboard=False")
+        done = faulty("", tmp_path, workdir, "steps=7", "log.trackers=()")
         assert done.returncode == 2, done.stderr
         assert f"--workdir {workdir}: cannot be written (Read-only file system); give a folder that can" in done.stderr
         subprocess.run(["mount", "-o", "remount,rw", path], check=True)
         (path / "others").unlink()
-        runs.run(tmp_path, workdir, "steps=7", "log.tensorboard=False")
+        runs.run(tmp_path, workdir, "steps=7", "log.trackers=()")
         check_equal(workdir, longer)
 
 
 HANGING = "import time\n\ndef hangs(completions, **columns):\n    time.sleep(60)\n"
-FRESH = ("warm_start.steps=0", "evaluation.every=0", "checkpoint.best_metric=", "log.tensorboard=False")
+FRESH = ("warm_start.steps=0", "evaluation.every=0", "checkpoint.best_metric=", "log.trackers=()")
 
 
 @pytest.mark.parametrize(
