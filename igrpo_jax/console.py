@@ -217,7 +217,7 @@ class Console:
     def _status(self) -> rich.table.Table:
         grid = rich.table.Table.grid(padding=(0, 2), expand=True)
         grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        grid.add_column(no_wrap=True, ratio=1)
         if solved := values_text(self._row, _SOLVED):
             grid.add_row("solved", Text(solved, style="bold green"))
         grid.add_row("step", self._progress())

@@ -69,6 +69,8 @@ def test_entropy_is_compared_with_the_start_of_the_run():
     """0.4 at first: below 0.04 in the mean of the last five."""
     assert names(QUIET | {"entropy": 0.039}, steps(5) + steps(4, entropy=0.039)) == ["entropy collapse"]
     assert names(QUIET | {"entropy": 0.041}, steps(5) + steps(4, entropy=0.041)) == []
+    slow = [*steps(5), *steps(5, entropy=0.08), *steps(4, entropy=0.03)]
+    assert names(QUIET | {"entropy": 0.03}, slow) == ["entropy collapse"]
     assert names(QUIET | {"entropy": 0.001}, steps(4)) == []  # nothing to compare with yet
     assert names(QUIET | {"entropy": 0.01}, steps(40, entropy=0.01)) == []  # a policy that was sure from the start
 
