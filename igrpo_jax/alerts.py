@@ -58,34 +58,34 @@ class Limit(NamedTuple):
 
 
 LIMITS = (
-    Limit("zero reward", _all_zero, 0.99, "every completion earns 0, and nothing can be learned from that"),
+    Limit("zero reward", _all_zero, 0.99, "every completion earns 0"),
     Limit(
         "truncation",
         _recent("completions/clipped_ratio"),
         0.5,
-        "{:.0%} of the completions are cut at rollout.max_completion_length",
+        "{:.0%} of completions are cut at rollout.max_completion_length",
     ),
     Limit(
         "unparseable",
         _recent("verifier/unparseable_frac"),
         0.3,
-        "{:.0%} of drafts and completions state no answer that could be graded",
+        "{:.0%} of samples state no answer that could be graded",
     ),
     Limit(
         "zero variance",
         _recent("frac_reward_zero_std"),
         0.8,
-        "in {:.0%} of the groups all completions earn the same, which gives no gradient",
+        "{:.0%} of groups have equal rewards and give no gradient",
     ),
-    Limit("entropy collapse", _entropy_lost, 0.9, "{:.0%} of the entropy at the start is gone; samples hardly differ"),
+    Limit("entropy collapse", _entropy_lost, 0.9, "{:.0%} of the entropy at the start is gone"),
     Limit(
         "verifier errors",
         _recent("verifier/error_frac", "verifier/timeout_frac"),
         0.01,
-        "{:.1%} of the gradings fail or time out",
+        "{:.1%} of gradings fail or time out",
     ),
-    Limit("recompiles", _still_compiling, 0.5, "{:.0%} of the steps still compile programs, which takes their time"),
-    Limit("not finite", _skipped, 0, "{:.0f} updates were skipped, because loss or gradient was not finite"),
+    Limit("recompiles", _still_compiling, 0.5, "{:.0%} of steps still compile programs"),
+    Limit("not finite", _skipped, 0, "{:.0f} updates were skipped: loss or gradient was not finite"),
 )
 WATCHED = (
     "reward",

@@ -3,10 +3,10 @@
 `Console` is how a run speaks; what the model wrote reaches the terminal stripped of escapes. On a terminal:
 
     solved   0.531   drafts 0.484   fixed 0.052   broken 0.213   copied 0.55   reward 1.531   entropy 0.21
-    step     37/240  [=====                       ]  1.9 s/step, 0:01:12 so far, left 0:06:40
+    step     37/240  [===                 ]  left 0:06:40, 1.9 s/step, 0:01:12 so far
     time     rollout 1.1 s   update 0.7 s   waiting for the verifier 0.0 s   1,234 tokens/s
     eval     arithmetic/pass@1 0.710 at step 40, best 0.730 at step 20
-    alert    zero variance: in 87% of the groups all completions earn the same, which gives no gradient
+    alert    zero variance: 87% of groups have equal rewards and give no gradient
 """
 
 import collections
@@ -231,10 +231,11 @@ class Console:
 
     def _progress(self) -> rich.table.Table:
         left, elapsed = self._left(), self._clock() - self._began
-        text = f"{_hours(elapsed)} so far" + ("" if left is None else f", left {_hours(left)}")
-        if "perf/step_time" in self._row:
-            text = f"{self._row['perf/step_time'] or 0:.1f} s/step, {text}"
-        bar = rich.progress_bar.ProgressBar(self._total, self._done, width=30)
+        parts = [] if left is None else [f"left {_hours(left)}"]
+        if self._row.get("perf/step_time") is not None:
+            parts.append(f"{self._row['perf/step_time']:.1f} s/step")
+        text = ", ".join([*parts, f"{_hours(elapsed)} so far"])
+        bar = rich.progress_bar.ProgressBar(self._total, self._done, width=20)
         grid = rich.table.Table.grid(padding=(0, 2))
         grid.add_row(Text(f"{self._done}/{self._total}"), bar, Text(text, no_wrap=True, overflow="ellipsis"))
         return grid

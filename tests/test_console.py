@@ -124,10 +124,10 @@ def test_the_display_shows_solve_rate_phases_best_evaluation_and_alerts(monkeypa
         lines = drawn(shown)
     assert [line.split()[0] for line in lines] == ["solved", "step", "time", "eval", "alert"]
     assert lines[0].split(maxsplit=1)[1] == "0.625  drafts 0.500  fixed 0.125  reward not finite"
-    assert "41/240" in lines[1] and "2.0 s/step, 1:02:03 so far, left 0:06:38" in lines[1]
+    assert "41/240" in lines[1] and "left 0:06:38, 2.0 s/step, 1:02:03 so far" in lines[1]
     assert lines[2].split(maxsplit=1)[1] == "rollout 1.2  update 0.7  waiting for the verifier 0.0"
     assert lines[3].split(maxsplit=1)[1] == "a/pass@1 0.600 at step 40, best 0.700 at step 20"
-    assert "truncation: 90% of the completions are cut" in lines[4] and max(map(len, lines)) <= 100
+    assert "truncation: 90% of completions are cut" in lines[4] and max(map(len, lines)) <= 100
 
 
 def test_a_narrow_terminal_cuts_lines_and_never_wraps_them(monkeypatch):
