@@ -220,10 +220,11 @@ class _Watch:
     def __init__(self, silence: float):
         self._silence, self._client = silence, distributed.global_state.client
         self._process, self._processes = jax.process_index(), jax.process_count()
-        now = time.monotonic()
-        self._heard = {i: (f"process {i}", "", now) for i in range(self._processes)}  # name, phase, when last
+        self._clock = 0.0  # seconds that `_look` has seen pass; while this process stands still it hears nobody
+        self._heard = {i: (f"process {i}", "", 0.0) for i in range(self._processes)}  # name, phase, when last
         self._numbers = dict.fromkeys(self._heard, -1)  # of the last signs of life
-        self._done, self._failing, self._ending = threading.Event(), threading.Event(), threading.Lock()
+        self._done, self._failing, self._over = (threading.Event() for _ in range(3))
+        self._ending = threading.Lock()
         self._before = _on_abort(_SLEEP)
         self._threads = [threading.Thread(target=f, name=f.__name__, daemon=True) for f in (self._beat, self._look)]
         for thread in self._threads:
@@ -244,7 +245,8 @@ class _Watch:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}".removesuffix(": ")
         if _may_follow(error):
             _say(f"{said}; looking whether another process has ended")
-            time.sleep(1.5 * self._silence)  # `_look` ends this process if so
+            if self._over.wait(1.5 * self._silence):
+                self._threads[1].join()  # which ends this process
         self._failing.set()
         where = watchdog.current() and f" in {watchdog.current()}"
         self._publish(self._process, f"process {self._process} ({socket.gethostname()}) failed{where}: {said}")
@@ -279,7 +281,7 @@ class _Watch:
                     if record["number"] != self._numbers[process]:
                         self._numbers[process] = record["number"]
                         name = f"process {process} ({record['host']})"
-                        self._heard[process] = (name, record["phase"], time.monotonic())
+                        self._heard[process] = (name, record["phase"], self._clock)
                         if record["preempted"]:
                             preemption.notice(f"SIGTERM of {name}")
             self._done.wait(_LOOK)
@@ -298,18 +300,18 @@ class _Watch:
                 self._follow(over)
                 return
             now = time.monotonic()
-            if now - last > self._silence / 3:  # this process stood still, and could not hear anybody
-                self._heard = {i: (name, where, now) for i, (name, where, _) in self._heard.items()}
-            last = now
-            for process, (name, _, heard) in list(self._heard.items()):
-                if process != self._process and now - heard > self._silence:
-                    text = f"{name} has not been heard of for {now - heard:.0f} s; {self._was_in(process)}"
+            self._clock, last = self._clock + min(now - last, 2 * _LOOK), now
+            for process, (name, _, heard) in self._heard.items():
+                silent = self._clock - heard
+                if process != self._process and silent > self._silence:
+                    text = f"{name} has not been heard of for {silent:.0f} s; {self._was_in(process)}"
                     if process == 0:  # nothing reaches the others without it
                         self._end(text)
                     self._publish(process, text)
 
     def _follow(self, over: Mapping[str, Any]) -> None:
         """Ends this process too, unless it is about to end by itself: an error of all is told by each."""
+        self._over.set()
         self._notice(over["culprit"])
         if not self._failing.wait(2 * _LOOK):
             self._end(over["text"])
