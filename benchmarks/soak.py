@@ -1,15 +1,18 @@
 """One run killed again and again at random moments, and what it came to, beside the same run left alone.
 
-    python benchmarks/soak.py --out OUT                  # 30 times SIGKILL, configs/tiny_cpu.py cut to 40 steps
-    python benchmarks/soak.py --out OUT --kills 60 --signals KILL,TERM --seed 1
+    python benchmarks/soak.py --out OUT                  # 30 times SIGKILL, configs/tiny_cpu.py with 8 prompts a step
+    python benchmarks/soak.py --out OUT --kills 30 --signals KILL,TERM --seed 1
+    python benchmarks/soak.py --out OUT --processes 2 --kills 10
 
 The run is started, killed after a random time, and started again until it has been killed --kills times; then it is
 left to end. The times are drawn so that every part of a run is hit: start, warm start, evaluation, rollout, update and
 the writing of checkpoints. A run that ends before its number of kills is up is a failure of the benchmark (exit 1), and
-so is any difference from the clean run. The last line is one JSON object:
+so is any difference from the clean run. Of several processes one is killed, drawn at random, and the others must end by
+themselves within a minute. The last line is one JSON object:
 
     kills                 by signal, and `phases`: the last line that the console had printed at each
     clean_seconds, soaked_seconds
+    end_seconds           longest time from a signal to the end of all processes
     steps_run_again       steps whose results were dropped by a resume, over all kills
     different             names of what differs from the clean run: rows of metrics.jsonl (clocks apart), files of
                           samples, evaluations, arrays of the last checkpoint. Empty is what is hoped for
@@ -23,13 +26,15 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SHORT = ("steps=40", "warm_start.steps=40", "evaluation.every=10", "evaluation.limit=16", "checkpoint.every=3")
+SHORT = ("steps=240", "prompts_per_step=8", "warm_start.steps=40", "evaluation.every=20", "evaluation.limit=16")
+SHORT += ("checkpoint.every=3", "log.every=1")
 CLOCKS = ("perf/", "verifier/latency")
 
 
@@ -38,14 +43,35 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="new folder")
     parser.add_argument("--config", default="configs/tiny_cpu.py")
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--processes", type=int, default=1, help="of the run, with one device each")
     parser.add_argument("--signals", default="KILL", help="KILL, TERM or both, taken in turn")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     return parser.parse_args()
 
 
-def command(args: argparse.Namespace, workdir: Path) -> list[str]:
+def started(args: argparse.Namespace, workdir: Path, log: Path) -> list[subprocess.Popen]:
+    """The processes of a run; what the first one says is added to `log`."""
     run = [sys.executable, "-m", "igrpo_jax.main", "--config", args.config, "--workdir", str(workdir)]
-    return run + [f"--config.{override}" for override in (*SHORT, f"compilation_cache={args.out / 'programs'}")]
+    run += [f"--config.{override}" for override in (*SHORT, f"compilation_cache={args.out / 'programs'}")]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for own in range(args.processes):
+        flags = ["--coordinator", f"localhost:{port}", "--processes", str(args.processes), "--process", str(own)]
+        with (log if own == 0 else log.with_suffix(f".{own}.log")).open("a") as out:
+            alone = args.processes == 1
+            processes.append(subprocess.Popen(run + flags * (not alone), cwd=ROOT, stdout=out, stderr=out))
+    return processes
+
+
+def finished(args: argparse.Namespace, workdir: Path, log: Path) -> float:
+    """Runs to the end, in so many seconds."""
+    began = time.monotonic()
+    codes = [process.wait() for process in started(args, workdir, log)]
+    if any(codes):
+        sys.exit(f"it ended with {codes} by itself; see {log}")
+    return time.monotonic() - began
 
 
 def last_step(workdir: Path) -> int:
@@ -57,32 +83,37 @@ def last_step(workdir: Path) -> int:
 def soak(args: argparse.Namespace, workdir: Path, start_seconds: float) -> dict:
     """Kills the run args.kills times and lets it end."""
     rng, kills, phases, again = random.Random(args.seed), collections.Counter(), collections.Counter(), 0
+    slowest = 0.0
     names, log = args.signals.split(","), args.out / "soaked.log"
     while True:
         number = kills.total()
         before = last_step(workdir)
-        with log.open("a") as out:
-            process = subprocess.Popen(command(args, workdir), cwd=ROOT, stdout=out, stderr=out)
+        processes = started(args, workdir, log)
+        process = rng.choice(processes)
         # Mostly after the start, where something is to be lost; one in four within it.
-        wait = rng.uniform(0, start_seconds) if rng.random() < 0.25 else start_seconds * rng.uniform(1, 2)
+        wait = rng.uniform(0, start_seconds) if rng.random() < 0.25 else start_seconds * rng.uniform(1, 1.6)
         try:
-            code = process.wait(wait if number < args.kills else None)
+            process.wait(wait if number < args.kills else None)
         except subprocess.TimeoutExpired:
             name = names[number % len(names)]
             process.send_signal(signal.Signals[f"SIG{name}"])
-            code = process.wait()
-            if code not in (-signal.SIGKILL, -signal.SIGTERM, 75):
-                sys.exit(f"killed with {name} it ended with {code}; see {log}")
+            signalled = time.monotonic()
+            codes = [one.wait() for one in processes]
+            slowest = max(slowest, time.monotonic() - signalled)
+            if 0 in codes or slowest > 60:
+                sys.exit(f"killed with {name} it ended with {codes} after {slowest:.0f} s; see {log}")
             kills[name] += 1
             phases[log.read_text(errors="replace").strip().rpartition("\n")[2][:60]] += 1
             print(f"kill {number + 1} ({name}) after {wait:.1f} s, at step {last_step(workdir)}", flush=True)
             again += max(before - resumed_from(log), 0)
             continue
-        if code:
-            sys.exit(f"it ended with {code} by itself; see {log}")
+        codes = [one.wait() for one in processes]
+        if any(codes):
+            sys.exit(f"it ended with {codes} by itself; see {log}")
         if number < args.kills:
             sys.exit(f"it ended after {number} kills; give it more steps, or take fewer kills")
-        return {"kills": dict(kills), "phases": dict(phases), "steps_run_again": again}
+        times = {"steps_run_again": again, "end_seconds": round(slowest, 1)}
+        return {"kills": dict(kills), "phases": dict(phases), **times}
 
 
 def resumed_from(log: Path) -> int:
@@ -125,15 +156,9 @@ def main() -> None:
     args.out.mkdir(parents=True)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     clean, soaked = args.out / "clean", args.out / "soaked"
-    began = time.monotonic()
-    with (args.out / "clean.log").open("w") as out:
-        subprocess.run(command(args, clean), cwd=ROOT, stdout=out, stderr=out, check=True)
-    ended = time.monotonic()
-    clean_seconds = ended - began
+    clean_seconds = finished(args, clean, args.out / "clean.log")
     # How long a start takes with compiled programs on disk: what a resume of the finished run takes.
-    with (args.out / "clean.log").open("a") as out:
-        subprocess.run(command(args, clean), cwd=ROOT, stdout=out, stderr=out, check=True)
-    start_seconds = time.monotonic() - ended
+    start_seconds = finished(args, clean, args.out / "clean.log")
     began = time.monotonic()
     result = soak(args, soaked, start_seconds)
     different, gap = differences(soaked, clean)
