@@ -265,6 +265,8 @@ def _sample_row(group: Group, completion: Completion, parent: int | None, advant
         "token_count": len(completion.tokens),
         "finished": bool(completion.finished),
         "rewards": None if score is None else {name: number(value) for name, value in score.rewards.items()},
+        "reward": None if score is None else number(score.reward),
+        "status": None if score is None else score.status,
         "extracted": None if score is None else score.extracted,
         "answer": group.prompt.answer,
         "advantage": advantage,

@@ -167,13 +167,15 @@ def test_sample_rows(tmp_path, two_groups):
     rows = rows_of(tmp_path / "samples" / "step_000123.jsonl")
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_000123.jsonl"]
     columns = (
-        "prompt_id stage sample_id parent_draft_id prompt text token_count finished rewards extracted answer advantage"
+        "prompt_id stage sample_id parent_draft_id prompt text token_count finished rewards reward status extracted "
+        "answer advantage"
     )
     assert all(list(row) == columns.split() for row in rows)
     assert [row["stage"] for row in rows] == ["draft", "draft", "refine", "refine", "refine", "refine"]
     assert [row["parent_draft_id"] for row in rows] == [None, None, 0, 0, None, None]
     assert [row["advantage"] for row in rows] == [None, None, 0.5, -0.5, 1.0, -1.0]
     assert rows[2]["rewards"] == {"accuracy": 1.0, "format": 1.0} and rows[2]["token_count"] == 3
+    assert [row["reward"] for row in rows] == [2.0, 1.0, 2.0, 0.0, 1.0, 0.0] and rows[0]["status"] == "ok"
     assert rows[3]["finished"] is False and rows[0]["answer"] == "7" and rows[0]["prompt"] == "3 + 4"
     assert rows[4]["text"] == odd.text
 
