@@ -10,6 +10,7 @@ Several processes write files of their own (NAME.process-3.jsonl), which the fir
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -198,18 +199,25 @@ def markdown(benchmarks: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compare(first: Path, second: Path) -> str:
-    """A Markdown table of what `second` is better by, single shot, on the problems that both folders hold.
+@dataclass(frozen=True)
+class Paired:
+    """The single shot of two evaluations on the problems of a benchmark that both hold; shares, not percent."""
+
+    problems: int
+    left_out: int  # problems in one of them only
+    first: float  # pass@1
+    second: float
+    change: float  # second - first, with its 95 % interval
+    low: float
+    high: float
+
+
+def paired(first: Path, second: Path) -> dict[str, Paired]:
+    """What `second` is better by on each benchmark that both folders hold, problem by problem.
 
     Raises:
         InputError: a folder holds no rows, or the two have no problem in common.
     """
-    lines = [
-        f"Single-shot pass@1 in percent: A = {first}, B = {second}; problems are compared in pairs.",
-        "",
-        "| benchmark | problems | A | B | B - A | 95 % interval |",
-        "|---|---|---|---|---|---|",
-    ]
     ours, theirs = _accuracies(first), _accuracies(second)
     names = [name for name in ours if name in theirs]
     if not names:
@@ -217,16 +225,29 @@ def compare(first: Path, second: Path) -> str:
             f"--compare {first},{second}: no benchmark is in both ({', '.join(ours)}; {', '.join(theirs)}); give "
             "folders that hold the NAME.jsonl of the same benchmark"
         )
+    found = {}
     for name in names:
         common = [problem for problem in ours[name] if problem in theirs[name]]
         if not common:
             raise InputError(f"--compare {first},{second}: no problem of {name} is in both; give the same problems")
         a, b = (np.array([one[name][problem] for problem in common]) for one in (ours, theirs))
-        change, low, high = measures.difference(a, b)
         left_out = len(ours[name].keys() | theirs[name].keys()) - len(common)
-        count = f"{len(common)}" + (f" ({left_out} in one only)" if left_out else "")
-        cells = [name, count, _percent(a.mean()), _percent(b.mean()), f"{100 * change:+.2f}"]
-        lines.append("| " + " | ".join([*cells, f"{100 * low:+.2f} to {100 * high:+.2f}"]) + " |")
+        found[name] = Paired(len(common), left_out, float(a.mean()), float(b.mean()), *measures.difference(a, b))
+    return found
+
+
+def compare(first: Path, second: Path) -> str:
+    """`paired` as a Markdown table; raises as it does."""
+    lines = [
+        f"Single-shot pass@1 in percent: A = {first}, B = {second}; problems are compared in pairs.",
+        "",
+        "| benchmark | problems | A | B | B - A | 95 % interval |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, one in paired(first, second).items():
+        count = f"{one.problems}" + (f" ({one.left_out} in one only)" if one.left_out else "")
+        cells = [name, count, _percent(one.first), _percent(one.second), f"{100 * one.change:+.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{100 * one.low:+.2f} to {100 * one.high:+.2f}"]) + " |")
     return "\n".join(lines) + "\n"
 
 
