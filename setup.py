@@ -32,13 +32,15 @@ INSTALL_REQUIRES = [
     "transformers>=5.0",
 ]
 
-STUDY = ["matplotlib>=3.9", "scipy>=1.13"]  # plots and intervals of benchmarks/matched_budget.py
+REPORT = ["matplotlib>=3.9"]  # plots of igrpo_jax.report
+STUDY = [*REPORT, "scipy>=1.13"]  # plots and intervals of benchmarks/matched_budget.py
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]  # what runs notebooks/colab_tpu.ipynb in tests
 
 EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     "judge": ["openai>=2.0"],  # the generative judge, rewards.judge
+    "report": REPORT,
     "study": STUDY,
     "wandb": ["wandb>=0.19"],  # log.trackers
     "test": [
@@ -69,6 +71,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["igrpo_jax", "igrpo_jax.*"]),
+    package_data={"igrpo_jax.reporting": ["templates/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
 )

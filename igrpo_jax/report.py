@@ -1,0 +1,45 @@
+"""`python -m igrpo_jax.report --workdir DIR [--workdir OTHER ...] [--out DIR/report]`: a run's curves and samples as
+pages that open without a server.
+
+Works on a run that is going on or has crashed; the same command writes the report anew. Several runs are drawn over
+each other. Needs matplotlib (pip install "igrpo-jax[report]"), no accelerator, and touches none.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from igrpo_jax import runtime
+from igrpo_jax.config import InputError
+from igrpo_jax.console import plain_text
+from igrpo_jax.reporting import pages
+
+
+def main(argv: list[str]) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_multi_string("workdir", None, "folder of a run; may be given several times", flag_values=values)
+    flags.DEFINE_string("out", None, "folder to write; default report in the first --workdir", flag_values=values)
+    flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
+    try:
+        rest = values(argv)
+    except flags.Error as error:
+        raise InputError(" ".join(str(error).split())) from error
+    if values.help:
+        print(f"{__doc__}\n{values}")
+        return
+    if len(rest) > 1:
+        raise InputError(f"{rest[1]}: not understood; settings are given as --workdir=DIR")
+    if not values.workdir:
+        raise InputError("--workdir: missing; give the folder of a run")
+    folders = [Path(folder) for folder in values.workdir]
+    out = Path(values.out) if values.out else folders[0] / "report"
+    for one in pages.build(folders, out):
+        verdict = one.summary.verdict
+        print(plain_text(f"{one.name}: {verdict.answer}. {'; '.join(verdict.reasons)}."))
+        for text in (*one.summary.alerts, *one.notes):
+            print(plain_text(f"  {text}"))
+    print(f"written to {out / 'index.html'}")
+
+
+if __name__ == "__main__":
+    runtime.run(main)
