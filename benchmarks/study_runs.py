@@ -16,6 +16,8 @@ import numpy as np
 from scipy import stats
 
 from igrpo_jax.metrics import same_answer
+from igrpo_jax.reporting.runs import whole_rows
+from igrpo_jax.reporting.samples import groups as groups_of
 
 # Kept by step, for the plots: name here -> name in metrics.jsonl.
 SERIES = {
@@ -32,13 +34,7 @@ MOVES = ("fixed", "broken", "kept_right", "kept_wrong")
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a JSON Lines file; none where there is no file. A line torn by a kill is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    return [row for row in whole_rows(path) if row is not None]
 
 
 def finished(run: Path, steps: int, benchmark: str) -> bool:
@@ -117,15 +113,9 @@ class GroupRow:
 
 
 def read_groups(run: Path, step: int) -> list[GroupRow]:
-    """The groups of one step, from samples/step_N.jsonl, where each group's drafts stand before its completions."""
-    groups: list[list[dict]] = []
-    for row in read_rows(run / "samples" / f"step_{step:06d}.jsonl"):
-        drafted = bool(groups) and groups[-1][-1]["stage"] == "draft"
-        begins = row["sample_id"] == 0 and (row["stage"] == "draft" or not drafted)
-        if begins:
-            groups.append([])
-        groups[-1].append(row)
-    return [_group(step, rows) for rows in groups]
+    """The groups of one step, from samples/step_N.jsonl."""
+    rows = read_rows(run / "samples" / f"step_{step:06d}.jsonl")
+    return [_group(step, some) for some in groups_of(rows)]
 
 
 def _group(step: int, rows: Sequence[dict]) -> GroupRow:
