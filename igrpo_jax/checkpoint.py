@@ -1,4 +1,4 @@
-"""Checkpoints of a run (orbax, asynchronous, atomic), the claim of one run on its folder, and what others read of it.
+"""Checkpoints of a run (orbax, asynchronous, atomic), and what others read of them.
 
 A checkpoint is one step folder with two items: `state`, the pytree of arrays, and `meta`, JSON (data position, seed,
 metrics cursor, a checksum of every array). Orbax writes a step under a temporary name and renames it once every part is
@@ -6,18 +6,13 @@ there, so a killed save leaves nothing that a restore could take for a checkpoin
 `save` returns: the arrays may be donated to the next update at once.
 
 What is saved is finite, what was written is looked at again (names, shapes, dtypes), and what is read must have the
-checksums that it had when it was saved: a flipped bit is noticed, wherever it flipped. Which folder a run may use is
-`prepare_workdir`'s question.
+checksums that it had when it was saved: a flipped bit is noticed, wherever it flipped.
 """
 
 import contextlib
-import fcntl
 import functools
 import itertools
-import json
 import math
-import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -249,19 +244,6 @@ class Checkpointer:
         return f"; make it possible and run the same command again, which goes on from step {max(steps)}"
 
 
-def read_config(workdir: Path) -> config_lib.Config:
-    """The configuration of the run in `workdir`.
-
-    Raises:
-        InputError: there is none.
-    """
-    path = Path(workdir) / "config.json"
-    try:
-        return config_lib.freeze(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"--workdir {workdir}: holds no run (no readable config.json); give a run's folder") from error
-
-
 def saved_step(workdir: Path, step: int | None = None) -> int:
     """`step` where the run in `workdir` has a checkpoint of it, its newest where `step` is None.
 
@@ -323,83 +305,3 @@ def _reader(workdir: Path) -> ocp.CheckpointManager:
     if not path.is_dir():
         raise InputError(f"{workdir}: is not the folder of a run; it has no checkpoints")
     return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(create=False))
-
-
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of `workdir` while it lasts; the system ends it with the process, however that ends.
-
-    Raises:
-        InputError: a run is under way there.
-    """
-    if jax.process_index() != 0:
-        yield
-        return
-    with open(Path(workdir) / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(
-                f"--workdir {workdir}: a run is under way there ({file.read().strip() or 'of another process'}); wait "
-                "for its end, or give another folder"
-            ) from None
-        except OSError as error:  # a file system without locks
-            logging.warning("%s: cannot be locked (%s); don't start a second run there", workdir, error.strerror)
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        yield
-
-
-def prepare_workdir(workdir: Path, config: config_lib.Config) -> bool:
-    """Makes `workdir`, or recognises the run in it, and writes the resolved configuration to `workdir/config.json`.
-
-    Returns:
-        True where `workdir` holds a run of this configuration, which is to be resumed.
-
-    Raises:
-        InputError: `workdir` holds a run of another configuration or files that are no run's, or cannot be written.
-            Nothing is left behind.
-    """
-    workdir = Path(workdir)
-    path, temporary = workdir / "config.json", workdir / "config.json.tmp"
-    settings = config_lib.to_dict(config)
-    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        resumes = path.exists()
-        if resumes:
-            _check_same_run(path, settings)
-        elif foreign := sorted({entry.name for entry in workdir.iterdir()} - {temporary.name}):
-            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-            raise InputError(
-                f"--workdir {workdir}: holds {foreign[0]}{more} but no config.json of a run; "
-                "give an empty or new folder"
-            )
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        for undo in (temporary.unlink, *(folder.rmdir for folder in made)):
-            with contextlib.suppress(OSError):
-                undo()
-        raise InputError(
-            f"--workdir {workdir}: cannot be written ({error.strerror or error}); give a folder that can"
-        ) from error
-    return resumes
-
-
-def _check_same_run(path: Path, settings: dict[str, Any]) -> None:
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        changed = config_lib.differences(old, settings)
-    except (ValueError, AttributeError):
-        raise InputError(
-            f"--workdir {path.parent}: config.json is not readable as a run's; give another folder"
-        ) from None
-    if changed:
-        raise InputError(
-            f"--workdir {path.parent}: holds a run with other settings ({', '.join(changed)}); give another --workdir, "
-            "or the old values"
-        )

@@ -10,11 +10,12 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from igrpo_jax import checkpoint, runtime, sharding, weights
+from igrpo_jax import runtime, sharding, weights
 from igrpo_jax.config import InputError, Mesh
 from igrpo_jax.console import Console
 from igrpo_jax.models import hf_write
 from igrpo_jax.policy import open_policy
+from igrpo_jax.workdir import read_config
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +47,7 @@ def export(workdir: Path, out: Path, step: int | None = None, adapter: bool = Fa
     Raises:
         InputError: no such run or checkpoint; `out` is there already; `adapter` without LoRA.
     """
-    c = checkpoint.read_config(workdir)
+    c = read_config(workdir)
     if adapter and not c.model.lora.rank:
         raise InputError(
             f"--adapter: the run in {workdir} trained all weights (config.model.lora.rank = 0); leave it out"

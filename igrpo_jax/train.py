@@ -19,7 +19,7 @@ import numpy as np
 
 from igrpo_jax import algorithms, cluster, data, evaluation, preemption, sharding, trackers, watchdog, weights
 from igrpo_jax.batch import Prompt
-from igrpo_jax.checkpoint import Checkpointer, locked, prepare_workdir
+from igrpo_jax.checkpoint import Checkpointer
 from igrpo_jax.config import Config, InputError, RunError, to_dict
 from igrpo_jax.console import Console
 from igrpo_jax.evaluation import Evaluator
@@ -37,6 +37,7 @@ from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.tasks import arithmetic
 from igrpo_jax.warm_start import warm_start
+from igrpo_jax.workdir import locked, prepare_workdir
 
 
 def train(c: Config, workdir: Path) -> None:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import pytest
 
 from igrpo_jax import config, evaluate, export, generate, runtime, sharding, weights
-from igrpo_jax.checkpoint import Checkpointer, prepare_workdir
+from igrpo_jax.checkpoint import Checkpointer
 from igrpo_jax.policy import open_policy
 from igrpo_jax.tasks import arithmetic
+from igrpo_jax.workdir import prepare_workdir
 
 HF = {
     "model_type": "llama",

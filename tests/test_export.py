@@ -12,12 +12,13 @@ import transformers
 from runs import check_same_rows, final_state, rows, run, samples
 from test_hf_write import is_gone, tensors_of
 
-from igrpo_jax import checkpoint, config, export, weights
+from igrpo_jax import config, export, weights
 from igrpo_jax.config import InputError
 from igrpo_jax.console import Console
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.policy import open_policy
 from igrpo_jax.tasks import arithmetic
+from igrpo_jax.workdir import read_config
 
 LORA = ("model.lora.rank=2", "model.lora.targets=('q_proj','o_proj','up_proj')", "algorithm.beta=0.05")
 CONSTANT = (
@@ -55,7 +56,7 @@ def trained(tmp_path_factory):
 
 
 def state_of(workdir):
-    return final_state(workdir, checkpoint.read_config(workdir))
+    return final_state(workdir, read_config(workdir))
 
 
 def test_only_adapters_are_trained_and_saved(adapted):
@@ -120,7 +121,7 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
     run(tmp_path, tmp_path / "run", *more)
     assert all("lora_" in name for name, x in state_of(tmp_path / "run").items() if x.ndim)
     assert not (tmp_path / "run" / "reference").exists()
-    c = checkpoint.read_config(tmp_path / "run")
+    c = read_config(tmp_path / "run")
     policy, mesh = open_policy(c.model), test_hf.one_device()
     params, step = weights.saved(c, policy, tmp_path / "run", mesh, Console())
     assert step == 2 and sum(isinstance(x, lora.Adapted) for x in params.values()) == 3
@@ -157,7 +158,7 @@ def test_checkpoints_and_folders_that_can_not_be_used(trained, tmp_path):
     assert "has no checkpoints" in test_hf.error_of(export.export, tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "run" / "checkpoints").exists()
     with pytest.raises(InputError, match="holds no run"):
-        checkpoint.read_config(tmp_path)
+        read_config(tmp_path)
 
 
 LETTERS = """

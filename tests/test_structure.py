@@ -33,7 +33,7 @@ FLOORS = [
         "models/decoder models/hf models/hf_write",
     ],
     ["policy", "logprobs", "sampling/draw sampling/steps sampling/engine sampling/scheduler"],
-    ["exchange rollout", "packing learner warm_start", "trackers metrics alerts console checkpoint"],
+    ["exchange rollout", "packing learner warm_start", "trackers metrics alerts console workdir checkpoint"],
     ["weights measures results evaluation inference"],
     ["train", "reporting/runs reporting/samples reporting/summary reporting/panels reporting/figures reporting/pages"],
     ["runtime main evaluate generate export aot report"],
