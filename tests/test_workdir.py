@@ -1,4 +1,4 @@
-"""A folder belongs to one run: it is claimed by its settings, locked while the run lasts, and left as it was otherwise."""
+"""A folder belongs to one run: claimed by its settings, locked while the run lasts, left as it was otherwise."""
 
 import json
 import os
