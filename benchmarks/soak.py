@@ -22,6 +22,7 @@ themselves within a minute. The last line is one JSON object:
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -33,7 +34,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SHORT = ("steps=240", "prompts_per_step=8", "warm_start.steps=40", "evaluation.every=20", "evaluation.limit=16")
+SHORT = ("steps=180", "prompts_per_step=8", "warm_start.steps=40", "evaluation.every=20", "evaluation.limit=16")
 SHORT += ("checkpoint.every=3", "log.every=1")
 CLOCKS = ("perf/", "verifier/latency")
 
@@ -90,11 +91,7 @@ def soak(args: argparse.Namespace, workdir: Path, start_seconds: float) -> dict:
         before = last_step(workdir)
         processes = started(args, workdir, log)
         process = rng.choice(processes)
-        # Mostly after the start, where something is to be lost; one in four within it.
-        wait = rng.uniform(0, start_seconds) if rng.random() < 0.25 else start_seconds * rng.uniform(1, 1.6)
-        try:
-            process.wait(wait if number < args.kills else None)
-        except subprocess.TimeoutExpired:
+        if number < args.kills and waited(process, workdir, before, start_seconds, rng):
             name = names[number % len(names)]
             process.send_signal(signal.Signals[f"SIG{name}"])
             signalled = time.monotonic()
@@ -104,7 +101,7 @@ def soak(args: argparse.Namespace, workdir: Path, start_seconds: float) -> dict:
                 sys.exit(f"killed with {name} it ended with {codes} after {slowest:.0f} s; see {log}")
             kills[name] += 1
             phases[log.read_text(errors="replace").strip().rpartition("\n")[2][:60]] += 1
-            print(f"kill {number + 1} ({name}) after {wait:.1f} s, at step {last_step(workdir)}", flush=True)
+            print(f"kill {number + 1} ({name}) after step {last_step(workdir)}", flush=True)
             again += max(before - resumed_from(log), 0)
             continue
         codes = [one.wait() for one in processes]
@@ -114,6 +111,23 @@ def soak(args: argparse.Namespace, workdir: Path, start_seconds: float) -> dict:
             sys.exit(f"it ended after {number} kills; give it more steps, or take fewer kills")
         times = {"steps_run_again": again, "end_seconds": round(slowest, 1)}
         return {"kills": dict(kills), "phases": dict(phases), **times}
+
+
+def waited(process: subprocess.Popen, workdir: Path, before: int, start_seconds: float, rng: random.Random) -> bool:
+    """Waits for a random moment; False where the run has ended first.
+
+    One in four is in the first seconds, while it starts. The others are some steps after those that were there, where
+    the step in flight and those since the last checkpoint are to be lost.
+    """
+    moment = rng.uniform(0, start_seconds)
+    steps, more = (0, moment) if rng.random() < 0.25 else (rng.randint(1, 8), rng.uniform(0, 1.5))
+    while steps and last_step(workdir) < before + steps:
+        if process.poll() is not None:
+            return False
+        time.sleep(0.02)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(more)
+    return process.poll() is None
 
 
 def resumed_from(log: Path) -> int:
