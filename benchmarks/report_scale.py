@@ -46,7 +46,7 @@ def write_run(
         {
             "steps": steps,
             "prompts_per_step": prompts,
-            "log.tensorboard": False,
+            "log.trackers": (),
             "evaluation.every": evaluate,
             "evaluation.benchmarks": ("made_up",),
             "algorithm.num_drafts": drafts,

@@ -322,7 +322,7 @@ def test_panels_of_several_runs(made_runs):
     both = [read(folder) for folder in made_runs]
     found = by_file(both)
     _, _, texts = drawn(found["solve_rate"], both)
-    assert texts == ["trained", "best draft", "drafts", "two_stage", "base"]
+    assert texts == ["trained", "best draft", "drafts", "two_stage", "base"]  # from below
     axes, _, _ = drawn(found["time"], both)  # one line a run, no parts on each other
     assert len([line for line in axes.lines if len(line.get_xdata())]) == 2
     base = by_file(both[1:])
@@ -330,12 +330,24 @@ def test_panels_of_several_runs(made_runs):
     assert [line.label for line in base["solve_rate"].lines] == ["completions"]
 
 
+def test_names_are_no_mathematics_to_matplotlib(tmp_path):
+    names = ("$\\frac{a$", "_hidden", "x" * 200)
+    some = [
+        write(tmp_path / name, [{"step": i, "loss": 0, f"eval/{name}/pass@1": 0.5} for i in (0, 1)]) for name in names
+    ]
+    for panel in by_file(runs.read(some)).values():
+        figure = figures.draw(panel, runs.read(some))
+        figure.canvas.draw()
+        texts = [text.get_text().strip() for legend in figure.legends for text in legend.get_texts()]
+        assert texts == ["$\\frac{a$", "_hidden", "x" * figures.LABEL]
+
+
 def test_what_leaves_the_plot_is_said(tmp_path):
     rows = [{"step": i, "loss": 0, "grad_norm": 90.0 if i == 7 else 1.0} for i in range(1, 41)]
     run = read(write(tmp_path / "run", rows, {"optimizer": {"max_grad_norm": 1.5}}))
     axes, lines, texts = drawn(by_file([run])["gradient_norm"], [run])
     assert axes.get_ylim() == (0, 1.6) and "peak 90" in axes.get_title(loc="right")
-    assert "limit 1.5" in texts and lines["limit 1.5"].get_ydata() == [1.5, 1.5]
+    assert texts == ["gradient", "limit 1.5"] and lines["limit 1.5"].get_ydata() == [1.5, 1.5]
 
 
 def test_long_runs_are_smoothed_and_say_so(tmp_path):

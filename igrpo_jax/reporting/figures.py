@@ -103,7 +103,7 @@ def draw(panel: Panel, runs: Sequence[Run], theme: str = "light") -> "Figure":
     cut = _cut(axes, panel, heights)
     if len(runs) == 1:
         _limit(axes, panel, runs[0], colours)
-    _dress(figure, axes, panel, colours, cut, over)
+    _dress(figure, axes, panel, colours, cut, over, len(runs) if len(runs) > 1 else 0)
     return figure
 
 
@@ -158,7 +158,8 @@ def _overlay(axes: "Axes", panel: Panel, runs: Sequence[Run], colours: dict[str,
     heights = []
     for number, run in enumerate(runs):
         colour = colours[RUNS[number % len(RUNS)]]
-        axes.plot([], [], color=colour, linewidth=3, label=run.name)
+        # A label that begins with an underscore is none to matplotlib.
+        axes.plot([], [], color=colour, linewidth=3, label=f" {run.name}" if run.name.startswith("_") else run.name)
         for place, line in enumerate(panel.lines):
             dash = DASHES[place % len(DASHES)]
             heights.append(_line(axes, panel, line, run, over, False, color=colour, linestyle=dash))
@@ -190,13 +191,16 @@ def _limit(axes: "Axes", panel: Panel, run: Run, colours: dict[str, str]) -> Non
         axes.set_ylim(top=max(top, 1.05 * limit))
 
 
-def _dress(figure: "Figure", axes: "Axes", panel: Panel, colours: dict[str, str], cut: str, over: int) -> None:
-    """Titles, ticks, legend."""
+def _dress(
+    figure: "Figure", axes: "Axes", panel: Panel, colours: dict[str, str], cut: str, over: int, several: int
+) -> None:
+    """Titles, ticks, legend; the first `several` of its entries are runs."""
     from matplotlib.ticker import MaxNLocator
 
     ink, muted = colours["ink"], colours["muted"]
     means = over > 1 and not any(line.band for line in panel.lines)
-    axes.set_title(panel.title, loc="left", fontsize=12, fontweight="bold", color=ink, pad=8)
+    look = {"fontsize": 12, "fontweight": "bold", "color": ink, "parse_math": False}  # names may hold dollar signs
+    axes.set_title(panel.title, loc="left", pad=8, **look)
     axes.set_title(panel.unit + cut, loc="right", fontsize=SMALL, color=muted, pad=8)
     axes.set_xlabel(f"step (means of {over} steps)" if means else "step", fontsize=SMALL, color=muted)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -210,9 +214,8 @@ def _dress(figure: "Figure", axes: "Axes", panel: Panel, colours: dict[str, str]
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) == 1:
         handles, labels = [], []
-    kinds = len(panel.lines) if len(handles) > len(panel.lines) else 0  # after the runs, where there are several
     rows = 0
-    for some in (slice(len(handles) - kinds, None), slice(0, len(handles) - kinds)):  # from below
+    for some in (slice(several, None), slice(several)):  # from below: kinds of lines, then runs
         rows += _legend(figure, handles[some], [label[:LABEL] for label in labels[some]], rows, ink)
     figure.subplots_adjust(left=0.105, right=0.97, top=0.87, bottom=0.2 + ROW * max(rows, 1))
 
@@ -225,5 +228,7 @@ def _legend(figure: "Figure", handles: list, labels: list[str], row: int, ink: s
     if sum(map(len, labels)) + GAP * columns > LABEL:
         columns = max(1, min(columns, LABEL // (max(map(len, labels)) + GAP)))
     look = {"fontsize": SMALL, "frameon": False, "labelcolor": ink, "handlelength": 1.4, "columnspacing": 1.2}
-    figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, ROW * row), ncols=columns, **look)
+    legend = figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, ROW * row), ncols=columns, **look)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return math.ceil(len(labels) / columns)

@@ -4,6 +4,7 @@ A line's role is whose numbers it shows (drafts, best draft, trained completions
 wherever it appears, plots and pages alike.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -96,7 +97,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "there is nothing left to learn from.",
             (
                 Line("tokens copied", "trained", ("refine/copy_ratio",)),
-                Line("same answer", "best", ("refine/same_answer",)),
+                Line("same answer", "good", ("refine/same_answer",)),
             ),
             100,
         ),
@@ -109,7 +110,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             (
                 Line("all right", "calm", ("samples/equal_right",)),
                 Line("all wrong", "idle", ("samples/equal_wrong",)),
-                Line("alike otherwise", "best", ("samples/equal_mixed",)),
+                Line("alike otherwise", "muted", ("samples/equal_mixed",)),
             ),
             100,
             stacked=True,
@@ -145,7 +146,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "Completions cut at the length limit, drafts cut to fit the prompt, and samples without a readable answer.",
             (
                 Line("refinements cut", "trained", ("completions/clipped_ratio",)),
-                Line("drafts cut", "best", ("refine/draft_truncated",)),
+                Line("drafts cut", "draft", ("refine/draft_truncated",)),
                 Line("no answer", "bad", ("verifier/unparseable_frac",)),
             ),
             100,
@@ -178,13 +179,13 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "seconds",
             "Waiting is time in which there was nothing to sample and the verifier was not done.",
             (
-                Line("sampling", "trained", ("perf/rollout_time",), ("perf/verify_wait_time",)),
+                Line("sampling", "calm", ("perf/rollout_time",), ("perf/verify_wait_time",)),
                 Line("waiting for verifier", "bad", ("perf/verify_wait_time",)),
-                Line("update", "draft", ("perf/update_time",)),
+                Line("update", "good", ("perf/update_time",)),
                 Line("rest", "idle", ("perf/step_time",), ("perf/rollout_time", "perf/update_time")),
             ),
             stacked=True,
-            compared=(Line("whole step", "trained", ("perf/step_time",)),),
+            compared=(Line("whole step", "good", ("perf/step_time",)),),
             cut=True,
         ),
         Panel(
@@ -193,8 +194,8 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "%",
             "In use: slots × decode steps that drew a token. Overlap: decode steps that drew drafts and refinements.",
             (
-                Line("in use", "trained", ("perf/slot_utilization",)),
-                Line("stages overlap", "draft", ("perf/stage_overlap_frac",)),
+                Line("in use", "good", ("perf/slot_utilization",)),
+                Line("stages overlap", "muted", ("perf/stage_overlap_frac",)),
             ),
             100,
         ),
@@ -204,13 +205,17 @@ PANELS: dict[str, tuple[Panel, ...]] = {
 
 def evaluation(name: str) -> Panel:
     """The single shot on a benchmark, and what a round of draft -> refine makes of it where that was asked."""
-    lines = []
-    for label, role, stage in (("single shot", "single", ""), ("after a round of refining", "trained", "refine_1/")):
-        low, high = (f"eval/{name}/{stage}pass@1_{end}" for end in ("low", "high"))
-        lines.append(Line(label, role, (f"eval/{name}/{stage}pass@1",), band=(low, high)))
-    file = "evaluation_" + "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in name)
+    lines = [
+        _with_interval("single shot", "single", f"eval/{name}/pass@1"),
+        _with_interval("after a round of refining", "trained", f"eval/{name}/refine_1/pass@1"),
+    ]
+    file = "evaluation_" + re.sub(r"[^A-Za-z0-9.-]", "_", name)
     caption = "Held-out problems, plain prompt, no draft: what was learned. Bands are 95 % intervals over problems."
     return Panel(file, f"Single shot: {name}", "pass@1, %", caption, tuple(lines), 100)
+
+
+def _with_interval(label: str, role: str, metric: str) -> Line:
+    return Line(label, role, (metric,), band=(f"{metric}_low", f"{metric}_high"))
 
 
 def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
