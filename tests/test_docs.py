@@ -70,7 +70,7 @@ def has_a_line(name, names):
         )
         concrete = re.fullmatch(pattern, name)
         parts = re.split("<>", name)
-        return concrete or (len(parts) > 1 and re.fullmatch(".+".join(map(re.escape, parts)), written))
+        return concrete or (len(parts) > 1 and re.fullmatch(".*".join(map(re.escape, parts)), written))
 
     return any(same(written) for written in names)
 
