@@ -30,6 +30,7 @@ from igrpo_jax.batch import Completion, Group
 from igrpo_jax.metrics import number
 
 REMEMBERED = 50  # steps that the time left is estimated from
+SILENT = 5.0  # seconds of a phase before its quarters are worth a line
 
 
 class Console:
@@ -157,7 +158,7 @@ class Console:
         """Shows that something long runs (compiling, warm start, evaluation).
 
         On a terminal a bar while it lasts and a line with its seconds after it; elsewhere a line at its start, and one
-        at each quarter of a phase that counts. Yields `update(done, note="")`, for a phase that counts from `done` to
+        at each quarter of a phase that counts and takes longer than SILENT seconds. Yields `update(done, note="")`, for a phase that counts from `done` to
         `total`.
         """
         start, first = self._clock(), done
@@ -169,9 +170,10 @@ class Console:
             def quarters(done: int, note: str = "") -> None:
                 nonlocal said
                 if total and 4 * done // total > said:
-                    said = 4 * done // total
-                    left = (total - done) * (self._clock() - start) / max(done - first, 1)
-                    self.message(f"{name} {done}/{total}  {note}  left {_hours(left)}")
+                    said, passed = 4 * done // total, self._clock() - start
+                    left = (total - done) * passed / max(done - first, 1)
+                    if passed > SILENT:
+                        self.message(f"{name} {done}/{total}  {note}  left {_hours(left)}")
 
             yield quarters
             return

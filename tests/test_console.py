@@ -52,7 +52,9 @@ def test_plain_console_prints_one_unwrapped_line_a_step():
             clock.now += 3
             shown.step(step, {**STEP, "completions/mean_length": length, "draft/mean_length": 90.0})
         with shown.phase("evaluation", total=8) as update:
-            update(1, "no quarter")
+            update(2, "too soon")
+            clock.now += 10
+            update(3, "no quarter")
             update(5, "half")
             update(5, "said")
         shown.step(10, STEP)
@@ -63,7 +65,7 @@ def test_plain_console_prints_one_unwrapped_line_a_step():
         "step  4/10  solved 0.625  drafts solved 0.500  reward not finite  length 100  draft length 90"
         "  2.0 s/step  left 0:00:18"
     )
-    assert lines[1:3] == ["evaluation ...", "evaluation 5/8  half  left 0:00:00"]
+    assert lines[1:3] == ["evaluation ...", "evaluation 5/8  half  left 0:00:06"]
     assert lines[3].startswith("step 10/10") and lines[4:] == ["x" * 500]
     assert "\x1b" not in out.getvalue()
 
@@ -78,7 +80,7 @@ def test_a_stream_that_only_wants_colours_is_no_terminal(monkeypatch):
             update(2)
         shown.step(1, STEP)
         shown.table("Done", [("steps", 1)])
-    assert "\x1b" not in out.getvalue() and len(out.getvalue().splitlines()) == 5
+    assert "\x1b" not in out.getvalue() and len(out.getvalue().splitlines()) == 4
 
 
 def test_the_time_left_holds_what_is_between_steps_and_no_compiling():
