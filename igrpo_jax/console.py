@@ -158,8 +158,8 @@ class Console:
         """Shows that something long runs (compiling, warm start, evaluation).
 
         On a terminal a bar while it lasts and a line with its seconds after it; elsewhere a line at its start, and one
-        at each quarter of a phase that counts and takes longer than SILENT seconds. Yields `update(done, note="")`, for a phase that counts from `done` to
-        `total`.
+        at each quarter of a phase that counts and takes longer than SILENT seconds. Yields `update(done, note="")`, for
+        a phase that counts from `done` to `total`.
         """
         start, first = self._clock(), done
         if not self._is_live:
