@@ -49,6 +49,7 @@ EXTRAS_REQUIRE = {
         "nbclient>=0.10",
         "openai>=2.0",
         "pytest>=8.0",
+        "pytest-xdist>=3.6",
         "ruff>=0.17.6,<0.18",
         *STUDY,
     ],
