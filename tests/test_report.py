@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import fnmatch
 import importlib
+import io
 import json
 import re
 import sys
@@ -337,7 +338,7 @@ def test_names_are_no_mathematics_to_matplotlib(tmp_path):
     ]
     for panel in by_file(runs.read(some)).values():
         figure = figures.draw(panel, runs.read(some))
-        figure.canvas.draw()
+        figure.savefig(io.BytesIO())
         texts = [text.get_text().strip() for legend in figure.legends for text in legend.get_texts()]
         assert texts == ["$\\frac{a$", "_hidden", "x" * figures.LABEL]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import chromium
 import pytest
 
-from igrpo_jax.reporting import pages, samples
+from igrpo_jax.reporting import figures, pages, samples
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -265,6 +265,27 @@ def test_differences(page, out):
     assert diff("x", "x") == [["=", "x"]] and diff("", "") == [] and diff("", "x") == [["+", "x"]]
     words = [" ".join(f"{letter}{i}" for i in range(2000)) for letter in "ab"]
     assert diff(*words) is None and diff(words[0], words[0] + " end")[-1] == ["+", " end"]
+
+
+def test_several_runs(page, tmp_path, monkeypatch, out):
+    monkeypatch.setattr(figures, "write", lambda *_: {})
+    made = [tmp_path / ("a" * 30), tmp_path / "base"]
+    report_scale.write_run(made[0], 2, 3, words=5, evaluate=1)
+    report_scale.write_run(made[1], 3, 2, drafts=0, words=5)
+    folder = out / "two"  # where requests are allowed
+    pages.build(made, folder)
+    page.look(390, 844)
+    page.open((folder / "index.html").as_uri())
+    page.wait("document.readyState === 'complete' && document.querySelector('table')")
+    assert page.run("document.documentElement.scrollWidth") <= 390
+    names = page.run("[...document.querySelectorAll('thead th')].map(one => one.textContent)")
+    assert names == ["", *(run.name for run in made)]
+    open_samples(page, folder)
+    assert heads(page) == [f"step 2 · problem-{i}" for i in range(3)]
+    act(page, "at('run').value = 1; at('run').onchange()")
+    assert heads(page) == [f"step 3 · problem-{i}" for i in range(2)]
+    assert "drafts:" not in page.run("at('prompts').textContent")
+    assert page.run("document.querySelector('h3').textContent") == "Completions"
 
 
 def test_data_that_is_gone_is_said(browser, out, tmp_path):

@@ -8,6 +8,7 @@
 const PROMPTS = 6; // on a page
 const LONGEST = 20000; // characters of a text that are shown before one asks for the rest
 const KEPT_PARTS = 24; // data files held in memory
+const MARKED = 500; // places that a search marks on a page
 const FARTHEST = 1500; // words to take out and put in, past which two texts are not aligned
 const MOST_WORDS = 40000; // of a text that is aligned
 
@@ -297,7 +298,7 @@ function mark() {
   const walker = document.createTreeWalker(at("prompts"), NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const words = walker.currentNode.data.toLowerCase();
-    for (let from = words.indexOf(query); from >= 0; from = words.indexOf(query, from + query.length)) {
+    for (let from = words.indexOf(query); from >= 0 && ranges.length < MARKED; from = words.indexOf(query, from + query.length)) {
       const range = new Range();
       range.setStart(walker.currentNode, Math.min(from, walker.currentNode.length));
       range.setEnd(walker.currentNode, Math.min(from + query.length, walker.currentNode.length));
