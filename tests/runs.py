@@ -41,7 +41,7 @@ def settings(**fields) -> config.Config:
     scope: dict = {}
     exec(CONFIG, scope)  # the text that the subprocess reads as a file
     tree = scope["get_config"]()
-    tree.update(fields)
+    tree.update_from_flattened_dict(fields)
     return config.freeze(tree)
 
 

@@ -22,8 +22,7 @@ import pytest
 import runs
 import safetensors.numpy
 
-from igrpo_jax import config, rollout, train
-from igrpo_jax.preemption import Preempted
+from igrpo_jax import rollout, train
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="compares with one process of eight devices")
 
@@ -33,15 +32,21 @@ def graded(prompts, completions, **columns):
 """
 SETTINGS = {
     "seed": 3,
+    "steps": 4,
     "prompts_per_step": 5,  # three for one process, two for the other
-    "warm_start.steps": 2,
-    "algorithm.beta": 0.1,
+    "warm_start.steps": 0,
+    "data.arithmetic.min_terms": 2,
+    "data.arithmetic.max_terms": 2,
+    "rollout.max_completion_length": 12,  # one length of prompts, one of completions: few programs
+    "learner.minibatches": 1,
     "algorithm.max_redraws": 1,
     "rewards.custom": "some_reward:graded",
     "optimizer.learning_rate": 1e-3,
     "evaluation.every": 4,
     "checkpoint.every": 1,
+    "checkpoint.keep": 9,
     "checkpoint.best_metric": "",
+    "log.samples_every": 0,
     "log.profile_steps": (),
     "log.tensorboard": False,
 }
@@ -52,7 +57,7 @@ from igrpo_jax import rollout
 submit = rollout._Step._submit
 def uneven(self, item, *args, **kwargs):
     whole = self._rollout
-    if self._step == 2 and item.place % 2:
+    if self._step == 2 and item.place % 5 % 2:
         self._rollout = dataclasses.replace(whole, max_completion_length=2)
     submit(self, item, *args, **kwargs)
     self._rollout = whole
@@ -131,94 +136,85 @@ def folder(tmp_path_factory):
 def two(folder):
     """Two processes up to a notice in step 4, which only the second gets."""
     inject = {0: UNEVEN, 1: UNEVEN + NOTICE}
-    return folder / "two", run(folder, folder / "two", 2, inject, slurm=True, steps=1000)
+    return folder / "two", run(folder, folder / "two", 2, inject, slurm=True)
 
 
 @pytest.fixture(scope="module")
 def four(folder, two):
     """Four processes that take up the run of the two, and end it."""
     shutil.copytree(two[0], folder / "four")
-    return folder / "four", run(folder, folder / "four", 4, {}, slurm=False, steps=4, **{"checkpoint.export": True})
-
-
-def settings(**fields) -> config.Config:
-    return runs.settings(**{name.replace("__", "."): value for name, value in fields.items()})
+    return folder / "four", run(folder, folder / "four", 4, {}, slurm=False, **{"checkpoint.export": True})
 
 
 @pytest.fixture(scope="module")
-def alone(folder, compile_fast):
-    """The folders of one process that does the same: up to the notice, and to the end."""
+def one(folder, compile_fast):
+    """One process that runs to the end."""
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((rollout._Step, "_submit"), (train.Verifier, "submit")):
-            patch.setattr(owner, name, getattr(owner, name))  # so that it is put back
-        exec(UNEVEN + NOTICE, {})
-        with pytest.raises(Preempted, match="step 3 of 1000 is saved"):
-            train.train(runs.settings(**SETTINGS, steps=1000), folder / "alone")
-    shutil.copytree(folder / "alone", folder / "whole")
-    train.train(runs.settings(**SETTINGS, steps=4, **{"checkpoint.export": True}), folder / "whole")
-    return folder / "alone", folder / "whole"
+        patch.setattr(rollout._Step, "_submit", rollout._Step._submit)  # so that it is put back
+        exec(UNEVEN, {})
+        train.train(runs.settings(**SETTINGS, **{"checkpoint.export": True}), folder / "one")
+    return folder / "one"
 
 
-def check_close(mine: Path, theirs: Path) -> None:
+def check_close(mine: list[dict], theirs: list[dict]) -> None:
     """Rows of metrics but for the last digits: sums over devices have another order between processes."""
-    for row, other in zip(runs.rows(mine), runs.rows(theirs), strict=True):
+    for row, other in zip(mine, theirs, strict=True):
         assert row.keys() == other.keys()
         for name, value in row.items():
             assert value == pytest.approx(other[name], rel=1e-4, abs=1e-5), (row["step"], name)
 
 
-def test_two_processes_are_as_one(two, alone):
-    """Metrics, samples and what is saved, with a reference model, redraws, and lengths that differ widely."""
+def test_two_processes_are_as_one(two, one):
+    """Metrics and samples, with redraws and lengths that differ widely; and a notice to one of them ends both."""
     workdir, processes = two
     assert [code for code, _ in processes] == [75, 75], processes
-    assert "SIGTERM: saving" in processes[1][1] and "SIGTERM of process 1 (" in processes[0][1]
-    assert all("preempted: step 3 of 1000 is saved" in said for _, said in processes)
-    check_close(workdir, alone[0])
-    assert runs.samples(workdir) == runs.samples(alone[0])
-    steps = [row for row in runs.rows(workdir) if "loss" in row]
+    assert all("preempted: step 3 of 4 is saved" in said for _, said in processes)
+    rows = runs.rows(workdir)
+    check_close(rows, [row for row in runs.rows(one) if row["step"] < 4])
+    steps = [row for row in rows if "loss" in row]
     assert len(steps) == 3 and all(row["grad_norm"] > 0 for row in steps)
     assert sum(row["redraw/groups"] for row in steps) > 0
-    second = [json.loads(line) for line in runs.samples(workdir)["step_000002.jsonl"].splitlines()]
-    lengths = [[row["token_count"] for row in second if row["prompt_id"] == name] for name in prompts_of(second)]
-    assert max(map(max, lengths[1::2])) == 2 and max(map(max, lengths[::2])) == 24
+    samples, whole = runs.samples(workdir), runs.samples(one)
+    assert len(samples) == 3 and samples.items() <= whole.items()
+    prompts = {}
+    for row in map(json.loads, samples["step_000002.jsonl"].splitlines()):
+        prompts.setdefault(row["prompt_id"], []).append(row["token_count"])
+    longest = [max(lengths) for lengths in prompts.values()]
+    assert max(longest[1::2]) == 2 and max(longest[::2]) == 12
 
 
-def prompts_of(rows: list[dict]) -> list[str]:
-    return list(dict.fromkeys(row["prompt_id"] for row in rows))
-
-
-def test_one_process_restores_what_two_saved(two, alone):
-    three = runs.settings(**SETTINGS, steps=3)
-    a, b = (runs.final_state(workdir, three) for workdir in (two[0], alone[0]))
+def test_one_process_restores_what_two_saved(two, one, folder):
+    shutil.copytree(one, folder / "three", ignore=shutil.ignore_patterns("4"))
+    three = runs.settings(**SETTINGS | {"steps": 3})
+    a, b = (runs.final_state(workdir, three) for workdir in (two[0], folder / "three"))
     assert a.keys() == b.keys() and any("mu" in name for name in a)
     for name in a:
         np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-def test_four_processes_go_on_from_what_two_saved(four, alone):
+def test_four_processes_go_on_from_what_two_saved(four, one):
     workdir, processes = four
     assert [code for code, _ in processes] == [0] * 4, processes
     assert "Done" in processes[0][1] and "step 4" not in processes[3][1]
-    check_close(workdir, alone[1])
-    assert runs.samples(workdir) == runs.samples(alone[1])
-    step = Path("evaluations", "step_000004")
-    assert [file.read_text() for file in sorted((workdir / step).iterdir())] == [
-        file.read_text() for file in sorted((alone[1] / step).iterdir())
-    ]
-    exported = [safetensors.numpy.load_file(one / "export" / "model.safetensors") for one in (workdir, alone[1])]
+    check_close(runs.rows(workdir), runs.rows(one))
+    assert runs.samples(workdir) == runs.samples(one)
+    evaluated = [sorted((folder / "evaluations" / "step_000004").iterdir()) for folder in (workdir, one)]
+    assert len(evaluated[0]) == 3
+    assert [file.read_text() for file in evaluated[0]] == [file.read_text() for file in evaluated[1]]
+    exported = [safetensors.numpy.load_file(folder / "export" / "model.safetensors") for folder in (workdir, one)]
     for name, tensor in exported[0].items():
-        one, other = (x.astype(np.float32) for x in (tensor, exported[1][name]))
-        np.testing.assert_allclose(one, other, rtol=2**-6, atol=1e-5, err_msg=name)  # in bfloat16
+        mine, theirs = (x.astype(np.float32) for x in (tensor, exported[1][name]))
+        np.testing.assert_allclose(mine, theirs, rtol=2**-6, atol=1e-5, err_msg=name)  # in bfloat16
 
 
 DRIVER = """
 import os, signal, sys, time
 import jax
-from igrpo_jax import cluster, config, runtime, watchdog
+from igrpo_jax import cluster, config, preemption, runtime, watchdog
 
 def main(argv):
     address, own = runtime.address(argv), int(argv[-1])
-    with cluster.joined(config.Cluster(start_timeout=60, silence=6), address):
+    with cluster.joined(config.Cluster(start_timeout=START, silence=6), address):
         {body}
 runtime.run(main)
 """
@@ -246,14 +242,22 @@ KILLED = """
                 time.sleep(600)
             cluster.gather(b"")
 """
-LATE = """
+OTHERS = """
         cluster.check_same({"seed": own})
+"""
+NOTICED = """
+        with preemption.noticed(60):
+            if own:
+                os.kill(os.getpid(), signal.SIGTERM)
+            while True:
+                preemption.check()
+                time.sleep(0.1)
 """
 
 
-def driven(body: str, count: int, of: int | None = None) -> list[subprocess.Popen]:
+def driven(body: str, count: int, of: int | None = None, start_timeout: int = 60) -> list[subprocess.Popen]:
     """`count` of `of` processes that only run `body`."""
-    port, program = free_port(), DRIVER.replace("{body}", body.strip())
+    port, program = free_port(), DRIVER.replace("{body}", body.strip()).replace("START", f"{start_timeout}")
     flags = ["--coordinator", f"localhost:{port}", "--processes", of or count, "--process"]
     return [started(program, [*flags, own], environment(8)) for own in range(count)]
 
@@ -261,20 +265,14 @@ def driven(body: str, count: int, of: int | None = None) -> list[subprocess.Pope
 @pytest.fixture(scope="module")
 def failures():
     """What several small groups of processes said, all at the same time."""
-    bodies = {"error": (AGREE, 2), "facts": (LATE, 2)}
+    bodies = {"error": (AGREE, 2), "facts": (OTHERS, 2), "notice": (NOTICED, 2)}
     bodies |= {"first": (KILLED.replace("VICTIM", "0"), 2), "second": (KILLED.replace("VICTIM", "1"), 3)}
     groups = {name: driven(*body) for name, body in bodies.items()}
-    groups["alone"] = [
-        started(DRIVER.replace("{body}", "pass").replace("=60", "=3"), ARGUMENTS_ALONE(), environment(8))
-    ]
+    groups["alone"] = driven("pass", 1, of=2, start_timeout=3)
     began = time.monotonic()
     found = {name: ended(processes) for name, processes in groups.items()}
     assert time.monotonic() - began < 60
     return found
-
-
-def ARGUMENTS_ALONE() -> list:
-    return ["--coordinator", f"localhost:{free_port()}", "--processes", 2, "--process", 0]
 
 
 def test_an_error_of_one_ends_all_with_its_message(failures):
@@ -288,6 +286,11 @@ def test_an_error_of_one_ends_all_with_its_message(failures):
 def test_other_facts_are_told_by_all(failures):
     for code, said in failures["facts"]:
         assert code == 2 and "error: seed: process 1 (" in said and "start every process with the same command" in said
+
+
+def test_a_notice_to_one_is_one_to_all(failures):
+    assert [code for code, _ in failures["notice"]] == [75, 75]
+    assert "igrpo_jax: SIGTERM of process 1 (" in failures["notice"][0][1]
 
 
 @pytest.mark.parametrize("name, victim", [("first", 0), ("second", 1)])
