@@ -250,6 +250,19 @@ def test_processes_split_the_problems(evaluator, params, tmp_path):
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["small.jsonl", "summary.json", "summary.md"]
 
 
+def test_without_a_folder_processes_send_each_other_their_rows(evaluator, params, monkeypatch):
+    """As `generate` needs them: the first one prints all answers."""
+    whole = evaluator(evaluation__rounds=1).sampled(params, "small", chains=("vote",))
+    parts = [evaluator(evaluation__rounds=1) for _ in range(2)]
+    sent = []
+    monkeypatch.setattr(evaluation.cluster, "gather", lambda data: (sent.append(data), sent)[1])
+    monkeypatch.setattr(evaluation.cluster, "any_of", bool)
+    for number, part in enumerate(parts):
+        part._process, part._processes = number, 2
+    assert len(list(parts[1].sampled(params, "small", chains=("vote",)).values())) < len(list(whole.values()))
+    assert answers(parts[0].sampled(params, "small", chains=("vote",))) == answers(whole)
+
+
 def test_rows_of_other_problems_or_without_tokens_are_refused(evaluator, params, tmp_path):
     evaluator().run(params, tmp_path)
     other = {"small": [replace(row, question=row.question + "+1") for row in ROWS["small"]]}

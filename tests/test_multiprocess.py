@@ -164,6 +164,12 @@ def check_close(mine: list[dict], theirs: list[dict]) -> None:
             assert value == pytest.approx(other[name], rel=1e-4, abs=1e-5), (row["step"], name)
 
 
+def tokens_of(workdir: Path) -> list[tuple[float, float]]:
+    """Drafts' and refinements' of each step, those of redrawn groups included."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["perf/draft_tokens"], row["perf/completion_tokens"]) for row in rows if "loss" in row]
+
+
 def test_two_processes_are_as_one(two, one):
     """Metrics and samples, with redraws and lengths that differ widely; and a notice to one of them ends both."""
     workdir, processes = two
@@ -171,6 +177,7 @@ def test_two_processes_are_as_one(two, one):
     assert all("preempted: step 3 of 4 is saved" in said for _, said in processes)
     rows = runs.rows(workdir)
     check_close(rows, [row for row in runs.rows(one) if row["step"] < 4])
+    assert tokens_of(workdir) == tokens_of(one)[:3]
     steps = [row for row in rows if "loss" in row]
     assert len(steps) == 3 and all(row["grad_norm"] > 0 for row in steps)
     assert sum(row["redraw/groups"] for row in steps) > 0
