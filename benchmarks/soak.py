@@ -10,7 +10,7 @@ the writing of checkpoints. A run that ends before its number of kills is up is 
 so is any difference from the clean run. Of several processes one is killed, drawn at random, and the others must end by
 themselves within a minute. The last line is one JSON object:
 
-    kills                 by signal, and `phases`: the last line that the console had printed at each
+    kills                 by signal, and `phases`: how the last line began that the console had printed
     clean_seconds, soaked_seconds
     end_seconds           longest time from a signal to the end of all processes
     steps_run_again       steps whose results were dropped by a resume, over all kills
@@ -26,6 +26,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -100,7 +101,7 @@ def soak(args: argparse.Namespace, workdir: Path, start_seconds: float) -> dict:
             if 0 in codes or slowest > 60:
                 sys.exit(f"killed with {name} it ended with {codes} after {slowest:.0f} s; see {log}")
             kills[name] += 1
-            phases[log.read_text(errors="replace").strip().rpartition("\n")[2][:60]] += 1
+            phases[re.split(r"\s*\d|:", log.read_text(errors="replace").strip().rpartition("\n")[2])[0]] += 1
             print(f"kill {number + 1} ({name}) after step {last_step(workdir)}", flush=True)
             again += max(before - resumed_from(log), 0)
             continue
