@@ -65,6 +65,7 @@ def evaluate(c: Config, model: str, step: int | None, out: Path) -> None:
         settings = {
             "model": opened.name,
             "step": opened.step,
+            "weights_written": opened.weights_written,
             "dtype": c.model.dtype,
             "seed": c.seed,
             "temperature": c.evaluation.temperature,

@@ -6,6 +6,7 @@ run the weights are those that its export holds, in bfloat16, so that both give 
 
 import contextlib
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from igrpo_jax.config import Config, InputError
 from igrpo_jax.console import Console
 from igrpo_jax.data import Row
 from igrpo_jax.evaluation import Evaluator, Plan
-from igrpo_jax.models import attention, decoder
+from igrpo_jax.models import attention, decoder, hf
 from igrpo_jax.policy import Policy, open_policy, written
 from igrpo_jax.programs import use_disk_cache
 from igrpo_jax.prompts import Renderer
@@ -37,6 +38,7 @@ class Opened:
     run: Path | None  # folder of the run that the model is of
     step: int | None  # of its checkpoint
     name: str  # absolute, where the model is a folder
+    weights_written: str  # when, in UTC: others at the same place are another model
 
 
 def open_model(c: Config, model: str, step: int | None, rows: dict[str, list[Row]]) -> Opened:
@@ -63,7 +65,10 @@ def open_model(c: Config, model: str, step: int | None, rows: dict[str, list[Row
     policy = replace(policy, model=replace(policy.model, attention=chosen))
     cluster.check_same({"config": config.to_dict(c), "model": model, "step": step, "problems": plan.fingerprint})
     name = str(Path(model).resolve()) if Path(model).exists() else model
-    return Opened(c, policy, renderer, plan, mesh, run, step, name)
+    files = [run / "checkpoints" / str(step)] if run else hf.weight_files(model)
+    newest = max(file.stat().st_mtime for file in files)
+    when = datetime.fromtimestamp(newest, UTC).isoformat(sep=" ", timespec="milliseconds")
+    return Opened(c, policy, renderer, plan, mesh, run, step, name, when)
 
 
 def load(opened: Opened, console: Console, stack: contextlib.ExitStack) -> tuple[Evaluator, decoder.Params]:

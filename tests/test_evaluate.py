@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -128,6 +129,11 @@ def test_a_run_and_its_weights_elsewhere_answer_alike(call, model, run, folder, 
     assert "| mine | 3 | " in call(evaluate, "--compare", f"{tmp_path / 'a'},{tmp_path / 'b'}")
     said = call(evaluate, "--model", model, "--workdir", tmp_path / "b", *given, code=2)
     assert "holds an evaluation of another kind (model: " in said
+    copy = shutil.copytree(model, tmp_path / "copy")
+    call(evaluate, "--model", copy, "--workdir", tmp_path / "e", "--samples=2", *given)
+    os.utime(copy / "model.safetensors")  # as other weights would, written to the same place
+    said = call(evaluate, "--model", copy, "--workdir", tmp_path / "e", "--samples=2", *given, code=2)
+    assert "holds an evaluation of another kind (weights_written: '" in said
     said = call(evaluate, "--model", run, "--step", 2, "--workdir", tmp_path / "d", *given, code=2)
     assert "holds no checkpoint of step 2; those there are: 1, 3" in said
 

@@ -259,6 +259,11 @@ def check_weights(path: str, c: ModelConfig) -> int:
     return sum(_sizes(shapes, *_checked(path, c)).values())
 
 
+def weight_files(path: str) -> list[Path]:
+    """The files that hold the weights."""
+    return sorted({stored.file for stored in _stored(path).values()})
+
+
 def load_params(
     path: str,
     c: ModelConfig,
