@@ -48,7 +48,7 @@ SETTINGS = {
     "checkpoint.best_metric": "",
     "log.samples_every": 0,
     "log.profile_steps": (),
-    "log.tensorboard": False,
+    "log.trackers": (),
 }
 # In step 2 what process 1 of two samples ends after two tokens: a process that waited for another would wait for ever.
 UNEVEN = """
