@@ -2,15 +2,14 @@
 
     python -m igrpo_jax.main --config configs/colab_tpu.py --workdir runs/colab
 
-The frozen weights are bfloat16, so are the sampler's, with the adapters merged: 3.1 GB each. The rest is the cache of the
-slots (28 KiB a token) and the update's activations. `python -m igrpo_jax.aot --config configs/colab_tpu.py --topology
-v5e:1x1` counts them without a TPU; none was at hand to run it on.
+The frozen weights are bfloat16, so are the sampler's, with the adapters merged: 3.1 GB each. The rest is the cache of
+the slots (28 KiB a token) and the update's activations. No TPU was at hand to run it on.
 
 All weights of a 0.5B model fit as well: --config.model.path=Qwen/Qwen2.5-0.5B-Instruct --config.model.lora.rank=0
 --config.optimizer.learning_rate=1e-6.
 
-Each step is 16 problems, with 4 drafts and 4 refinements of up to 512 tokens; the single shot is measured on 64 held-out
-problems before the first step and every 20 steps.
+Each step is 16 problems, with 4 drafts and 4 refinements of up to 512 tokens; the single shot is measured on 64
+held-out problems before the first step and every 20 steps.
 """
 
 from igrpo_jax.config import default
