@@ -73,6 +73,11 @@ def program_bytes(program: jax.stages.Compiled) -> int:
     return kept + memory.temp_size_in_bytes
 
 
+def device_bytes() -> int | None:
+    """What JAX may use of the memory of a device; None where it does not say, as on a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def tree_bytes(tree: Any) -> int:
     """Bytes on each device of arrays, or of shapes with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

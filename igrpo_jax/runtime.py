@@ -234,22 +234,13 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-# What to lower where memory does not suffice, by the phase that needs it.
-_SMALLER = {
-    "rollout": "rollout.slots, rollout.max_completion_length or refine.max_draft_length",
-    "update": "learner.tokens_per_microbatch or learner.logprob_chunk, or set learner.remat to full",
-    "evaluation": "rollout.slots or evaluation.max_completion_length",
-    "start": "rollout.slots and learner.tokens_per_microbatch",
-}
-
-
 def _device_error(text: str) -> str:
     """One line of what JAX raised: the phase with its shapes, and what to change."""
     phase = watchdog.current() or "no phase of a run"
     said = " ".join(text.partition("\n")[0].split())[:300]
     if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
         return f"JAX failed in {phase}: {said}"
-    smaller = next((what for name, what in _SMALLER.items() if name in phase), "the sizes of what runs")
+    smaller = next((what for name, what in watchdog.SMALLER.items() if name in phase), "the sizes of what runs")
     return (
         f"out of device memory in {phase}: lower {smaller}; more devices on mesh.fsdp or mesh.tensor hold smaller "
         f"parts of the weights ({said})"

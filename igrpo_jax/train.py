@@ -28,7 +28,7 @@ from igrpo_jax.metrics import Writer, rollout_metrics
 from igrpo_jax.models import attention, decoder, hf_write
 from igrpo_jax.policy import Policy, open_policy
 from igrpo_jax.preemption import Preempted
-from igrpo_jax.programs import compilations, tree_bytes, use_disk_cache
+from igrpo_jax.programs import compilations, device_bytes, tree_bytes, use_disk_cache
 from igrpo_jax.prompts import Renderer
 from igrpo_jax.rewards import reward
 from igrpo_jax.rewards.reward import Verifier
@@ -416,11 +416,9 @@ def plan(c: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[
     also = ", both trained" if c.algorithm.train_drafts else ", the trained completions"
     width = c.rollout.max_completion_length
     units, prefix, share, longest = learner.packer.largest
-    # The training state waits while completions are sampled; its weights may be the very ones that sample.
-    state = learner.abstract_state()
-    frozen, trained = learner.abstract_frozen, sum(x.size for x in state.params.values())
-    same = c.model.dtype == "float32" and mesh.shape["fsdp"] == 1 and not frozen
-    rollout = engine.predicted_bytes() + tree_bytes((state, frozen)) - same * tree_bytes(state.params)
+    frozen, trained = learner.abstract_frozen, sum(x.size for x in learner.abstract_state().params.values())
+    needs, there = predicted_bytes(c, task, engine, learner), device_bytes()
+    predicted = ", ".join(f"{phase} {_bytes(need)}" for phase, need in needs.items())
     return [
         ("model", f"{task.policy.path or 'built-in'}, {model.num_params / 1e6:,.1f} M parameters, {c.model.dtype}"),
         ("mesh", f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']}"),
@@ -436,8 +434,22 @@ def plan(c: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[
         ("trained tokens per step", f"at most {c.trained_completions * width:,}"),
         ("longest micro-batch", f"{units} x ({prefix} + {share} x {longest}) tokens: {share} completions to a prompt"),
         ("compiled programs", f"{len(engine.keys)} of the sampler, more of the update as lengths come"),
-        ("predicted bytes per device", f"update {_bytes(learner.predicted_bytes())}, rollout {_bytes(rollout)}"),
+        ("predicted bytes per device", predicted + (f", of {_bytes(there)}" if there else "")),
+        *(
+            ("does not fit", f"{phase}: lower {watchdog.SMALLER[phase]}, or use more devices")
+            for phase, need in needs.items()
+            if there and need > there
+        ),
     ]
+
+
+def predicted_bytes(c: Config, task: Task, engine: Engine, learner: Learner) -> dict[str, int]:
+    """Bytes that update and rollout need on each device, by the compiler's own count."""
+    # The training state waits while completions are sampled; its weights may be the very ones that sample.
+    state, frozen = learner.abstract_state(), learner.abstract_frozen
+    same = c.model.dtype == "float32" and task.mesh.shape["fsdp"] == 1 and not frozen
+    rollout = engine.predicted_bytes() + tree_bytes((state, frozen)) - same * tree_bytes(state.params)
+    return {"update": learner.predicted_bytes(), "rollout": rollout}
 
 
 def _bytes(count: float) -> str:

@@ -22,6 +22,14 @@ from absl import logging
 
 from igrpo_jax import config
 
+# What to lower where memory does not suffice, by the phase that needs it.
+SMALLER = {
+    "rollout": "rollout.slots, rollout.max_completion_length or refine.max_draft_length",
+    "update": "learner.tokens_per_microbatch or learner.logprob_chunk, or set learner.remat to full",
+    "evaluation": "rollout.slots or evaluation.max_completion_length",
+    "start": "rollout.slots and learner.tokens_per_microbatch",
+}
+
 _LOOK = 1.0  # seconds between two looks, at most
 
 

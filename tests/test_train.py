@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from runs import ROOT, check_same_rows, command, final_state, one_device, rows, run, samples, settings
 
-from igrpo_jax import config, train
+from igrpo_jax import config, train, watchdog
 
 
 def test_a_run_writes_what_the_contract_names(whole):
@@ -193,3 +193,26 @@ def test_learning_rate_zero_changes_nothing_but_is_evaluated(tmp_path):
     assert len(answers) == 4 and score == np.mean([row["accuracy"] for row in answers])
     assert all(row["accuracy"] == (row["extracted"] == row["answer"]) for row in answers)
     assert all(row["ratio/mean"] == 1.0 and row["clip_ratio/region_mean"] == 0 for row in lines if "loss" in row)
+
+
+def test_what_does_not_fit_is_said_before_weights_are_read(monkeypatch):
+    """By the phase that needs more than a device has, with what to lower."""
+    task = train.open_task(settings())
+    needs = {"update": 3 << 30, "rollout": 1 << 30}
+    monkeypatch.setattr(train, "predicted_bytes", lambda *_: needs)
+    learner = train.Learner(task.config, task.policy.model, task.mesh, max_context=task.max_context, total_steps=5)
+    engine = type("Engine", (), {"keys": []})()
+    for there, expected in ((None, ["update 3.00 GiB, rollout 1.00 GiB"]), (2 << 30, None)):
+        monkeypatch.setattr(train, "device_bytes", lambda there=there: there)
+        said = [
+            str(value)
+            for name, value in train.plan(task.config, task, engine, learner)
+            if "fit" in name or "bytes" in name
+        ]
+        assert said == (
+            expected
+            or [
+                "update 3.00 GiB, rollout 1.00 GiB, of 2.00 GiB",
+                f"update: lower {watchdog.SMALLER['update']}, or use more devices",
+            ]
+        )
