@@ -38,8 +38,12 @@ def check_equal(workdir: Path, other: Path) -> None:
 
 CLOCK = """
 import time
-now, calls = time.time, []
-time.time = lambda: now() - 3600 * len(calls) + (calls.append(0) or 0)
+now, hours, report = time.time, [], train.Run.report
+time.time = lambda: now() - 3600 * len(hours)
+def back(self, *args):
+    hours.append(0)
+    report(self, *args)
+train.Run.report = back
 """
 WORKERS = """
 import multiprocessing
