@@ -29,7 +29,7 @@ import numpy as np
 import study_runs
 
 from igrpo_jax import config, measures
-from igrpo_jax.metrics import copy_ratio, write_atomically
+from igrpo_jax.metrics import copy_ratio, write_atomically, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "study_smollm2.py"
@@ -109,7 +109,7 @@ def main() -> None:
     kinds = prompts(problems)
     (args.out / "data").mkdir(parents=True, exist_ok=True)
     for name, rows in kinds.items():
-        write_atomically(args.out / "data" / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(args.out / "data" / f"{name}.jsonl", rows)
     hot = ["plain", "right", "wrong"]
     temperature = config.Rollout().temperature
     evaluate(args, list(kinds), args.out / "evaluations", temperature)

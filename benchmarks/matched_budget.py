@@ -31,7 +31,6 @@ import argparse
 import collections
 import dataclasses
 import fcntl
-import json
 import os
 import queue
 import runpy
@@ -173,7 +172,7 @@ def _lock(log: TextIO) -> None:
 def arithmetic(args: argparse.Namespace) -> Study:
     """The problems as files, and the supervised starts that the chosen groups need."""
     from igrpo_jax import config
-    from igrpo_jax.metrics import write_atomically
+    from igrpo_jax.metrics import write_rows
     from igrpo_jax.tasks.arithmetic import problems
 
     file = ROOT / "configs" / "study_arithmetic.py"
@@ -182,7 +181,7 @@ def arithmetic(args: argparse.Namespace) -> Study:
     data.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("train", "held_out"), problems(config.freeze(tree).data.arithmetic, tree.seed), strict=True):
         lines = [{"id": f"{name}-{i}", "prompt": one.question, "answer": str(one.answer)} for i, one in enumerate(rows)]
-        write_atomically(data / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_rows(data / f"{name}.jsonl", lines)
     settings = {
         "warm_start.steps": 0,
         "data.train": data / "train.jsonl",
@@ -200,7 +199,7 @@ def arithmetic(args: argparse.Namespace) -> Study:
 
 def pretrained(args: argparse.Namespace) -> Study:
     """The model that is given, and the problems that it solves sometimes."""
-    from igrpo_jax.metrics import write_atomically
+    from igrpo_jax.metrics import write_rows
 
     file, data, samples = ROOT / "configs" / "study_smollm2.py", args.out / "data", 4
     tree = read_config(file)
@@ -211,7 +210,7 @@ def pretrained(args: argparse.Namespace) -> Study:
     if not (data / "solved.jsonl").exists():
         problems = study_runs.read_rows(args.data / "gsm8k_train.jsonl")
         problems = sorted(problems, key=lambda row: len(row["solution"]))[: args.screen]
-        write_atomically(data / "screened.jsonl", "".join(json.dumps(row) + "\n" for row in problems))
+        write_rows(data / "screened.jsonl", problems)
         print(f"asking the model {len(problems)} problems, {samples} times each ...", flush=True)
         command = [sys.executable, "-m", "igrpo_jax.evaluate", "--config", str(file), "--model", args.model]
         command += ["--benchmarks", "screened", "--samples", str(samples), "--workdir", str(args.out / "screen")]
@@ -221,7 +220,7 @@ def pretrained(args: argparse.Namespace) -> Study:
             right[row["prompt_id"]] += int(row["accuracy"])
         kept = [row for row in problems if 0 < right[row["id"]] < samples]
         print(f"it solves {len(kept)} of them sometimes", flush=True)
-        write_atomically(data / "solved.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        write_rows(data / "solved.jsonl", kept)
     return study
 
 

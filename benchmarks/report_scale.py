@@ -21,7 +21,7 @@ import numpy as np
 
 from igrpo_jax import config as config_lib
 from igrpo_jax.batch import Completion, Group, Prompt, Score
-from igrpo_jax.metrics import Writer, rollout_metrics, write_atomically
+from igrpo_jax.metrics import Writer, rollout_metrics, write_atomically, write_rows
 
 TEXT = (
     "we have to find the number of all such pairs so let $x = \\frac{a}{b}$ and note that it is even , hence by parity "
@@ -126,7 +126,7 @@ def _evaluate(rng: np.random.Generator, writer: Writer, folder: Path, step: int,
         rows.append(row | {"accuracy": float(one)})
     out = folder / "evaluations" / f"step_{step:06d}"
     out.mkdir(parents=True)
-    write_atomically(out / "made_up.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(out / "made_up.jsonl", rows)
     share = float(right.mean())
     width = 1.96 * (share * (1 - share) / PROBLEMS) ** 0.5
     names = {"pass@1": share, "pass@1_low": share - width, "pass@1_high": share + width}

@@ -54,6 +54,10 @@ def _checksum(where: jax.sharding.NamedSharding) -> Callable[[jax.Array], tuple[
     return jax.jit(program, out_shardings=where)
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 def _named(tree: Any) -> dict[str, Any]:
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
@@ -171,7 +175,7 @@ class Checkpointer:
                     state, meta = self._read(step, abstract_state)
                 break
             except Exception as error:  # what orbax raises depends on which byte of which file is wrong
-                failed[step] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+                failed[step] = _one_line(error)
                 if jax.process_count() > 1 and not isinstance(error, Damaged):  # the others may have read theirs
                     raise RunError(
                         f"{self._path / str(step)}: can't be read ({failed[step]}); move it away, and the same command "
@@ -281,9 +285,8 @@ def read_params(workdir: Path, step: int, abstract: dict[str, jax.ShapeDtypeStru
                 _check(read, sums, "params.")
                 params |= {path: x.astype(abstract[path].dtype) for path, x in read.items()}
         except Exception as error:  # what orbax raises depends on which byte of which file is wrong
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise InputError(
-                f"{workdir}: its checkpoint of step {step} can't be used ({said}); give another --step"
+                f"{workdir}: its checkpoint of step {step} can't be used ({_one_line(error)}); give another --step"
             ) from error
     return params
 

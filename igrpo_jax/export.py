@@ -24,16 +24,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("out", None, "folder to write; a new one", flag_values=values)
     flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", flag_values=values)
     flags.DEFINE_bool("adapter", False, "write LoRA's adapters alone, for peft", flag_values=values)
-    flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
-    try:
-        rest = values(argv)
-    except flags.Error as error:
-        raise InputError(" ".join(str(error).split())) from error
-    if values.help:
-        print(f"{__doc__}\n{values}")
-        return
-    if len(rest) > 1:
-        raise InputError(f"{rest[1]}: not understood; settings are given as --out=HF_DIR")
+    runtime.read_flags(argv, values, __doc__, "--out=HF_DIR")
     for name in ("workdir", "out"):
         if not values[name].value:
             raise InputError(f"--{name}: missing; give --workdir DIR --out HF_DIR")

@@ -11,7 +11,6 @@ Of several processes each hears of the others' notice (`cluster`), and all leave
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -74,5 +73,5 @@ def noticed(grace: float) -> Iterator[None]:
 
 def _give_up(grace: float) -> None:
     text = f"igrpo_jax: not saved within config.checkpoint.preemption_grace = {grace:g} s of SIGTERM; the same command "
-    os.write(sys.__stderr__.fileno(), (text + "goes on from the checkpoint before\n").encode())
+    os.write(2, (text + "goes on from the checkpoint before\n").encode())
     os._exit(EXIT_CODE)

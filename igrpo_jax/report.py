@@ -19,16 +19,7 @@ def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_multi_string("workdir", None, "folder of a run; may be given several times", flag_values=values)
     flags.DEFINE_string("out", None, "folder to write; default report in the first --workdir", flag_values=values)
-    flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
-    try:
-        rest = values(argv)
-    except flags.Error as error:
-        raise InputError(" ".join(str(error).split())) from error
-    if values.help:
-        print(f"{__doc__}\n{values}")
-        return
-    if len(rest) > 1:
-        raise InputError(f"{rest[1]}: not understood; settings are given as --workdir=DIR")
+    runtime.read_flags(argv, values, __doc__, "--workdir=DIR")
     if not values.workdir:
         raise InputError("--workdir: missing; give the folder of a run")
     folders = [Path(folder) for folder in values.workdir]

@@ -18,7 +18,7 @@ import numpy as np
 
 from igrpo_jax import measures
 from igrpo_jax.config import InputError
-from igrpo_jax.metrics import write_atomically, writing
+from igrpo_jax.metrics import write_atomically, write_rows, writing
 
 Key = tuple[int, tuple[int, ...], int]  # problem, drafts on the way to the sample's prompt, number of the sample
 
@@ -43,7 +43,7 @@ class Rows:
         self.reload()
         path = folder / (f"{name}.jsonl" if process is None else f"{name}.process-{process}.jsonl")
         # A kill leaves half a line at the end; what is appended to it would be lost with it.
-        write_atomically(path, _lines(_read(path)))
+        write_rows(path, _read(path))
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def get(self, key: Key) -> dict[str, Any] | None:
@@ -87,7 +87,7 @@ class Rows:
         if self._folder is None:
             return
         self.close()
-        write_atomically(self._folder / f"{self._name}.jsonl", _lines(self._rows[key] for key in sorted(self._rows)))
+        write_rows(self._folder / f"{self._name}.jsonl", (self._rows[key] for key in sorted(self._rows)))
         for path in _paths(self._folder, self._name)[1:]:
             path.unlink()
 
@@ -116,10 +116,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             continue
     return rows
-
-
-def _lines(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:

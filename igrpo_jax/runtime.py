@@ -98,6 +98,24 @@ def parse_model(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Con
     return replace(c, model=replace(c.model, path=model or "")), values
 
 
+def read_flags(argv: list[str], values: flags.FlagValues, text: str, example: str) -> None:
+    """Reads the flags `values` of a command that has no configuration; --help prints `text` and the flags, and ends.
+
+    Raises:
+        InputError: an unknown flag, a value of the wrong type, or something that is none, where `example` is shown.
+    """
+    flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
+    try:
+        rest = values(argv)
+    except flags.Error as error:
+        raise InputError(" ".join(str(error).split())) from error
+    if values.help:
+        print(f"{text}\n{values}")
+        raise SystemExit(0)
+    if len(rest) > 1:
+        raise InputError(f"{rest[1]}: not understood; settings are given as {example}")
+
+
 def number(flag: str, value: str | None) -> int | None:
     """The whole number that a flag of text gives. Raises InputError where it is none."""
     if value is None or value.isdecimal():

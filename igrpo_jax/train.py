@@ -61,7 +61,7 @@ def train(c: Config, workdir: Path) -> None:
         state, run.state = run.state, None  # the update donates it
         try:
             for step in range(first + 1, task.total_steps + 1):
-                run.stop_if_preempted(done)
+                run.stop_if_preempted()
                 state, results = one_step(run, task, state, step)
                 run.report(step, *results)
                 done = step
@@ -313,7 +313,7 @@ class Run:
         self.scores = {int(at): scores for at, scores in meta["evaluations"].items()}
         self._bad_steps, self._skipped = meta["bad_steps"], int(self.state.skipped)
 
-    def stop_if_preempted(self, step: int) -> None:
+    def stop_if_preempted(self) -> None:
         """Raises Preempted after a notice; of several processes all do so after the same step."""
         if cluster.any_of(preemption.noted()):
             raise Preempted
