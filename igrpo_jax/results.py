@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from igrpo_jax import measures
-from igrpo_jax.config import InputError
+from igrpo_jax.config import InputError, RunError
 from igrpo_jax.metrics import write_atomically, write_rows, writing
 
 Key = tuple[int, tuple[int, ...], int]  # problem, drafts on the way to the sample's prompt, number of the sample
@@ -141,7 +141,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
                 f"--workdir {folder}: holds {foreign[0]} but no evaluation.json; give an empty or new folder"
             )
         write_atomically(path, json.dumps(settings, indent=2) + "\n")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, RunError, ValueError, AttributeError) as error:
         raise InputError(f"--workdir {folder}: cannot be used ({error}); give another folder") from error
 
 

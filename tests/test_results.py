@@ -1,6 +1,7 @@
 """The folder of an evaluation: rows that survive a kill, one kind of evaluation a folder, two folders compared."""
 
 import json
+import os
 
 import pytest
 
@@ -60,6 +61,15 @@ def test_a_folder_is_of_one_kind_of_evaluation(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot be used"):
         results.claim(tmp_path / "file", {})
+
+
+def test_a_folder_that_cannot_be_written_is_bad_input(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(InputError, match=r"cannot be used .*Read-only file system.*; give another folder"):
+        results.claim(tmp_path / "out", {"model": "a"})
 
 
 def folder(path, accuracies, name="b"):
