@@ -258,7 +258,7 @@ class Watchdog:
     """Seconds without progress after which a wait is named in the log, with the stacks of all threads; 0 = never."""
 
     verifier: float = 300.0  # for the next verdict
-    dispatch: float = 1800.0  # for one call of the sampler or the learner, with what it must compile
+    dispatch: float = 1800.0  # for one call of the sampler, or for one update, with what they must compile
     checkpoint: float = 1800.0  # for a checkpoint to be written or read
 
 

@@ -83,7 +83,7 @@ def one_step(run: "Run", task: "Task", state: TrainState, step: int) -> tuple[Tr
             groups, sampled = run.rollout.collect(params, fresh(), step, fresh)
         rewards = np.stack([group.rewards for group in groups])
         gains = algorithms.advantages(rewards, learner.algorithm.scale_rewards, learner.algorithm.baseline)
-        with watchdog.phase("update", name):
+        with watchdog.phase("update", name), watchdog.phase("dispatch"):
             checked = learner.draft_mismatch(state.params, groups) if run.shows_samples(step) else {}
             updating = time.perf_counter()
             state, learned = learner.update(state, groups, gains, step)

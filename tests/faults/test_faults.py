@@ -60,11 +60,25 @@ train.Verifier.submit = kill
 """
 
 
-@pytest.mark.parametrize("inject", [CLOCK, WORKERS], ids=["the clock goes back", "verifier workers are killed"])
-def test_nothing_is_lost_when(whole, longer, tmp_path, inject):
-    done = faulty(inject, tmp_path, copy_of(whole, tmp_path / "run"), "steps=7")
+SLOW = """
+import time
+update = train.Learner.update
+def slow(self, *args):
+    time.sleep(3)
+    return update(self, *args)
+train.Learner.update = slow
+"""
+
+
+@pytest.mark.parametrize(
+    "inject, shown",
+    [(CLOCK, ""), (WORKERS, "killed 2"), (SLOW, "watchdog: update (step 6), dispatch")],
+    ids=["the clock goes back", "verifier workers are killed", "an update hangs for a while"],
+)
+def test_nothing_is_lost_when(whole, longer, tmp_path, inject, shown):
+    done = faulty(inject, tmp_path, copy_of(whole, tmp_path / "run"), "steps=7", "watchdog.dispatch=1")
     assert done.returncode == 0, done.stderr
-    assert inject == CLOCK or "killed 2" in done.stdout
+    assert shown in done.stdout + done.stderr
     check_equal(tmp_path / "run", longer)
 
 
