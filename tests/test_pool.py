@@ -6,6 +6,7 @@ Workers import this file, so it must not import jax.
 import itertools
 import multiprocessing
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -41,6 +42,12 @@ def work(kind, value=None):
         time.sleep(1000)
     if kind == "exit":
         os._exit(3)
+    if kind == "killed":  # from outside, as many times as the file `value` has lines
+        path, counts = pathlib.Path(value), pathlib.Path(value).read_text().splitlines()
+        if counts:
+            path.write_text("\n".join(counts[1:]))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "done"
     if kind == "sys_exit":
         sys.exit(3)
     if kind == "segfault":
@@ -123,6 +130,16 @@ def test_a_failure_is_an_error_of_its_item_only(pool, kind, value, detail):
     assert [i for i, outcome in enumerate(outcomes) if outcome.status == "error"] == [5, 12]
     assert Counter(outcome.status for outcome in outcomes) == {"ok": 28, "error": 2}
     assert detail in outcomes[5].detail
+
+
+@pytest.mark.parametrize("times, status", [(1, "ok"), (2, "ok"), (3, "error")])
+def test_an_item_whose_worker_is_killed_is_sent_again(pool, tmp_path, times, status):
+    """Twice: the kernel kills whom it likes when memory is short, and the item need not be at fault."""
+    path = tmp_path / "kills"
+    path.write_text("\n".join("x" * times))
+    outcomes = settle([pool.submit("killed", str(path)), *(pool.submit("echo", i) for i in range(10))])
+    assert [outcome.value for outcome in outcomes[1:]] == list(range(10))
+    assert outcomes[0].status == status and outcomes[0].value == ("done" if status == "ok" else None)
 
 
 def test_arguments_that_cannot_be_pickled(pool):

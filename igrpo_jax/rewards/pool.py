@@ -9,8 +9,10 @@ workers, so items are sent one by one, each with its own deadline. This module a
 - a worker starts cold of accelerators (it must never claim the TPU or GPU of its parent) and with bounded memory;
 - imports happen before the worker asks for its first item, so they are not charged against a deadline;
 - SIGTERM kills at once also while C code runs, and an orphan whose parent was killed kills itself;
-- pebble gives up for good when an idle worker dies (the kernel's out-of-memory killer): a new pool takes its place
-  and the items without a result are sent again, a few times at most.
+- an item whose worker is killed (by the kernel's out-of-memory killer) is sent again, a few times at most: the item
+  need not be at fault;
+- pebble gives up for good when an idle worker dies: a new pool takes its place, and the items without a result are
+  sent again.
 
 Workers are spawned, so they import the parent's `__main__` again: a program that uses this pool imports jax inside
 `main()`, behind `if __name__ == "__main__"`. Not here: what is graded (`reward`), order, retries of slow items.
@@ -35,7 +37,7 @@ from pebble.common import CONSTS
 
 MAX_TASKS = 10_000  # items after which a worker is replaced, against slow leaks in what it runs
 MEMORY_BYTES = 4 << 30  # address space of one worker; an item that wants more ends in MemoryError
-ATTEMPTS = 3  # times an item is sent when the pool itself breaks under it
+ATTEMPTS = 3  # times an item is sent when the worker that has it is killed, or the pool itself breaks
 _ORPHAN_GRACE = 10.0  # seconds past the deadline after which a worker that nobody killed ends by itself
 
 _BLANK = {
@@ -175,10 +177,20 @@ class Pool:
             outcome = Outcome("timeout", detail=f"no result within {self._timeout} s", seconds=self._timeout)
         elif isinstance(error, pebble.ProcessExpired):
             status = "timeout" if error.exitcode == -signal.SIGALRM else "error"
+            if error.exitcode == -signal.SIGKILL and self._send_again(number, item):
+                return  # killed from outside, as the kernel does when memory is short
             outcome = Outcome(status, detail=f"the worker ended with code {error.exitcode}", seconds=waited)
         else:  # arguments or a result that cannot be pickled
             outcome = Outcome("error", detail=f"{type(error).__name__}: {error}"[:500], seconds=waited)
         self._answer(number, outcome)
+
+    def _send_again(self, number: int, item: _Item) -> bool:
+        """Sends an item whose worker died once more; False where it has had its attempts, or the pool is closed."""
+        with self._lock:
+            if item.attempts >= ATTEMPTS or self._closed.is_set():
+                return False
+            self._send(number, item)
+            return True
 
     def _answer(self, number: int, outcome: Outcome) -> None:
         item = self._unanswered.pop(number, None)  # atomic: whoever gets the item is the only one to answer it
