@@ -226,16 +226,21 @@ class _Watch:
         self._done, self._failing, self._over = (threading.Event() for _ in range(3))
         self._ending = threading.Lock()
         self._before = _on_abort(_SLEEP)
-        self._threads = [threading.Thread(target=f, name=f.__name__, daemon=True) for f in (self._beat, self._look)]
+        what = (self._beat, self._look, self._listen)
+        self._threads = [threading.Thread(target=f, name=f.__name__, daemon=True) for f in what]
         for thread in self._threads:
             thread.start()
 
     def wait_for_end(self) -> None:
-        """Returns when all processes have come here."""
+        """Returns when all processes have come here, and none takes the end of another for a failure any more."""
         self._client.wait_at_barrier("igrpo_jax/end", _FOREVER)
+        self._done.set()
+        self._client.wait_at_barrier("igrpo_jax/done", _FOREVER)
 
     def close(self) -> None:
         self._done.set()
+        if self._process == 0:
+            self._publish(0, "")  # unless there is something to say already: nobody listens any more
         for thread in self._threads:
             thread.join(2 * _LOOK)  # of a process 0 that is gone nothing comes back
         _on_abort(self._before)
@@ -246,7 +251,7 @@ class _Watch:
         if _may_follow(error):
             _say(f"{said}; looking whether another process has ended")
             if self._over.wait(1.5 * self._silence):
-                self._threads[1].join()  # which ends this process
+                self._threads[-1].join()  # which ends this process
         self._failing.set()
         where = watchdog.current() and f" in {watchdog.current()}"
         self._publish(self._process, f"process {self._process} ({socket.gethostname()}) failed{where}: {said}")
@@ -287,18 +292,9 @@ class _Watch:
             self._done.wait(_LOOK)
 
     def _look(self) -> None:
-        """Ends this process when another has failed or is missing."""
+        """Ends this process, or all, when another has been silent for too long."""
         last = time.monotonic()
-        while not self._done.is_set():
-            try:
-                over = json.loads(self._client.blocking_key_value_get(_OVER, round(1000 * _LOOK)))
-            except RuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error) and not self._done.is_set():
-                    self._end(f"{self._heard[0][0]} has ended or cannot be reached; {self._was_in(0)}")
-                over = None
-            if over:
-                self._follow(over)
-                return
+        while not self._done.wait(_LOOK):
             now = time.monotonic()
             self._clock, last = self._clock + min(now - last, 2 * _LOOK), now
             for process, (name, _, heard) in self._heard.items():
@@ -308,6 +304,23 @@ class _Watch:
                     if process == 0:  # nothing reaches the others without it
                         self._end(text)
                     self._publish(process, text)
+
+    def _listen(self) -> None:
+        """Ends this process when another has failed, or process 0 is gone.
+
+        It always has a request at process 0, since only one that is there already fails at once: a new one waits.
+        """
+        over = None
+        while over is None:
+            try:
+                over = json.loads(self._client.blocking_key_value_get(_OVER, _FOREVER))
+            except RuntimeError as error:
+                if self._done.is_set():
+                    return
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    self._end(f"{self._heard[0][0]} has ended or cannot be reached; {self._was_in(0)}")
+        if not self._done.is_set():
+            self._follow(over)
 
     def _follow(self, over: Mapping[str, Any]) -> None:
         """Ends this process too, unless it is about to end by itself: an error of all is told by each."""

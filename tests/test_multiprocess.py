@@ -248,7 +248,7 @@ KILLED = """
             if own == 2:
                 time.sleep(600)
             if VICTIM == 0:  # and no thread of Python's gets to run before JAX aborts
-                sys.setswitchinterval(0.5)
+                sys.setswitchinterval(0.2)
                 while True:
                     pass
             cluster.gather(b"")
