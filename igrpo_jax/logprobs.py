@@ -3,19 +3,28 @@
 Each chunk's logits are computed, used and dropped, and computed again in the backward pass, which is written by hand:
 with the logsumexp kept, it needs one exponential and no reduction over the vocabulary.
 
+Each shard of the batch runs its own loop: the head is gathered once before it, and its gradient, summed over the chunks
+in float32, is summed over the shards once after it. The compiler, left alone, does both in every chunk.
+
 Legend: R rows, T completion positions, C positions of a chunk, D model, V vocab.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from igrpo_jax import sharding
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import ModelConfig
 from igrpo_jax.sharding import constrain
+
+BATCH = sharding.RULES["batch"]
+# How arrays lie over the shards of the batch: [n, R, ...] by rows, [shards, ...] a part of a sum each, or in one piece.
+ROWS, PARTS, WHOLE = PartitionSpec(None, BATCH), PartitionSpec(BATCH), PartitionSpec()
 
 LOGITS_BYTES = 128 << 20  # of a chunk's float32 logits on one device, where no other size is asked for
 
@@ -34,8 +43,7 @@ def token_logprobs(
     Args:
         hidden: [R, T, D], the state that predicts each target.
         head: [D, V] float32 master weight, or [V, D] where it is `tied` to the embedding (a transposed copy would be as
-            large as the weight). Cast inside the scan, so that its gradient accumulates in float32. One that LoRA
-            leaves as it is may be narrower.
+            large as the weight). Its gradient accumulates in float32. One that LoRA leaves as it is may be narrower.
         targets: [R, T] int32.
         temperature: of sampling; 0 (greedy) is read as 1.
         chunk: positions on each shard of the batch whose logits exist at once, at least one per row; None = as many as
@@ -70,7 +78,7 @@ def _chunked(
 
 
 def _logits(hidden: jax.Array, head: jax.Array, temperature: float, axes: str) -> jax.Array:
-    logits = jnp.einsum(f"RCD,{axes}->RCV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum(f"RCD,{axes}->RCV", hidden, head, preferred_element_type=jnp.float32)
     return constrain(logits / temperature, "batch", "time", "vocab")
 
 
@@ -79,19 +87,38 @@ def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.arange(logits.shape[-1]) == targets[..., None]
 
 
-def _forward(hidden, head, targets, temperature, axes, entropy_gradient):
-    def body(_, xs):
-        h, target = xs
-        logits = _logits(h, head, temperature, axes)
-        top = jnp.max(logits, axis=-1)
-        weight = jnp.exp(logits - top[..., None])
-        total = jnp.sum(weight, axis=-1)
-        lse = top + jnp.log(total)
-        entropy = lse - jnp.sum(weight * logits, axis=-1) / total
-        picked = jnp.sum(jnp.where(_is_target(logits, target), logits, 0.0), axis=-1)
-        return None, (picked - lse, entropy, lse)
+def _per_shard(run: Callable, places: tuple, results: tuple) -> Callable:
+    """`run` on every shard of the batch by itself, its arguments and results split as `places` and `results` say."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return run
+    # check_vma: partial sums are not told apart from what is equal on all shards.
+    return jax.shard_map(run, in_specs=places, out_specs=results, axis_names=set(BATCH), check_vma=False)
 
-    _, (logprob, entropy, lse) = jax.lax.scan(body, None, (hidden, targets))
+
+def _split(head: jax.Array, axes: str, embed: str | None = None) -> jax.Array:
+    """A head, or its gradient, whose vocabulary is sharded, and with `embed` its width."""
+    return constrain(head, *("vocab" if axis == "V" else embed for axis in axes))
+
+
+def _forward(hidden, head, targets, temperature, axes, entropy_gradient):
+    def run(head, *xs):
+        head = _split(head, axes)
+
+        def body(_, xs):
+            h, target = xs
+            logits = _logits(h, head, temperature, axes)
+            top = jnp.max(logits, axis=-1)
+            weight = jnp.exp(logits - top[..., None])
+            total = jnp.sum(weight, axis=-1)
+            lse = top + jnp.log(total)
+            entropy = lse - jnp.sum(weight * logits, axis=-1) / total
+            picked = jnp.sum(jnp.where(_is_target(logits, target), logits, 0.0), axis=-1)
+            return None, (picked - lse, entropy, lse)
+
+        return jax.lax.scan(body, None, xs)[1]
+
+    run = _per_shard(run, (WHOLE, ROWS, ROWS), (ROWS,) * 3)
+    logprob, entropy, lse = run(head.astype(hidden.dtype), hidden, targets)
     return (logprob, entropy), (hidden, head, targets, lse, entropy)
 
 
@@ -100,25 +127,32 @@ def _backward(temperature, axes, entropy_gradient, kept, gradients):
     hidden, head, targets, lse, entropy = kept
     logprob_gradients, entropy_gradients = gradients
 
-    def body(total, xs):
-        h, target, norm, gradient, *of_entropy = xs
-        logits = _logits(h, head, temperature, axes)
-        logp = logits - norm[..., None]
-        probability = jnp.exp(logp)
-        inner = jnp.where(_is_target(logits, target), 1.0, 0.0) - probability
-        inner = inner * (gradient / temperature)[..., None]
-        if entropy_gradient:
-            nats, slope = of_entropy
-            inner -= probability * (logp + nats[..., None]) * (slope / temperature)[..., None]
-        inner = inner.astype(h.dtype)
-        # Flat: of a product over two axes XLA's CPU compiler transposes a copy of the chunk.
-        flat = inner.reshape(-1, inner.shape[-1])
-        total += jnp.einsum(f"XD,XV->{axes}", h.reshape(-1, h.shape[-1]), flat, preferred_element_type=jnp.float32)
-        return total, jnp.einsum(f"RCV,{axes}->RCD", inner, head.astype(h.dtype))
+    def run(head, *xs):
+        head = _split(head, axes)
+
+        def body(total, xs):
+            h, target, norm, gradient, *of_entropy = xs
+            logits = _logits(h, head, temperature, axes)
+            logp = logits - norm[..., None]
+            probability = jnp.exp(logp)
+            inner = jnp.where(_is_target(logits, target), 1.0, 0.0) - probability
+            inner = inner * (gradient / temperature)[..., None]
+            if entropy_gradient:
+                nats, slope = of_entropy
+                inner -= probability * (logp + nats[..., None]) * (slope / temperature)[..., None]
+            inner = inner.astype(h.dtype)
+            # Flat: of a product over two axes XLA's CPU compiler transposes a copy of the chunk.
+            flat = inner.reshape(-1, inner.shape[-1])
+            total += jnp.einsum(f"XD,XV->{axes}", h.reshape(-1, h.shape[-1]), flat, preferred_element_type=jnp.float32)
+            return _split(total, axes), jnp.einsum(f"RCV,{axes}->RCD", inner, head)
+
+        total, inner = jax.lax.scan(body, _split(jnp.zeros(head.shape, jnp.float32), axes), xs)
+        return total[None], inner
 
     xs = (hidden, targets, lse, logprob_gradients, *([entropy, entropy_gradients] if entropy_gradient else []))
-    total, inner = jax.lax.scan(body, jnp.zeros(head.shape, jnp.float32), xs)
-    return inner, total.astype(head.dtype), None
+    run = _per_shard(run, (WHOLE, *[ROWS] * len(xs)), (PARTS, ROWS))
+    totals, inner = run(head.astype(hidden.dtype), *xs)
+    return inner, _split(totals.sum(axis=0), axes, "embed").astype(head.dtype), None
 
 
 _chunked.defvjp(_forward, _backward)
