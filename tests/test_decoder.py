@@ -1,6 +1,7 @@
 """The decoder: cached decode equals the full forward, padding changes nothing, remat changes memory alone."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,57 @@ def test_remat_saves_memory_and_changes_no_gradient():
         scale = np.abs(none[path]).max()
         assert scale > 0, path
         np.testing.assert_allclose(full[path], none[path], atol=1e-5 * scale, rtol=0, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pieces"),
+    [
+        ("*-" * 28, [(2, 28)]),
+        ("M-*M", [(1, 1)] * 4),
+        ("M-M-*-*-", [(2, 2), (2, 2)]),
+        ("M-M-M-M*-" + "M-M-M-M-M*-" * 3 + "M-M-M-M-M-", [(11, 4), (2, 4)]),  # Nemotron-H-8B
+    ],
+)
+def test_what_repeats(pattern, pieces):
+    assert decoder.stretches(pattern) == pieces
+    cut, at = [], 0
+    for width, times in pieces:
+        cut.append(pattern[at : at + width] * times)
+        at += width * times
+    assert "".join(cut) == pattern
+
+
+def test_weights_that_nothing_has_cast_are_not_stacked():
+    assert decoder._pieces("*-*-", jnp.bfloat16, "full") == [(2, 2)]
+    assert decoder._pieces("*-*-", jnp.bfloat16, "none") == decoder._pieces("*-*-", jnp.float32, "full") == [(4, 1)]
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_a_loop_is_its_sublayers_one_after_the_other(hybrid, remat, monkeypatch):
+    """Of rows and of those that continue them: hidden states, caches and gradients; of two different stretches."""
+    c = dataclasses.replace(hybrid[0], pattern="M-M-*-*-")
+    params, length = random_params(c), jnp.array([3, 5])
+    tokens, places = tokens_and_positions(2, 5)
+    more, _ = tokens_and_positions(4, 6)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(params, remat):
+        def loss(params):
+            first, cache = decoder.apply(c, params, tokens, places, length=length, remat=remat)
+            at = jnp.repeat(length, 2)[:, None] + jnp.arange(6)
+            rows, last = decoder.apply(c, params, more, at, caches.shared(cache, length), remat=remat)
+            return jnp.mean(jnp.sin(rows) ** 2), (first, rows, cache, last)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    plain = run(params, remat)
+    monkeypatch.setattr(decoder, "_pieces", lambda kinds, dtype, remat: decoder.stretches(kinds))
+    run.clear_cache()
+    looped = run(params, remat)
+    assert jax.tree.structure(plain) == jax.tree.structure(looped)
+    for (path, x), y in zip(jax.tree.leaves_with_path(plain), jax.tree.leaves(looped), strict=True):
+        assert np.abs(x).max() > 0 or "lm_head" in str(path)
+        np.testing.assert_allclose(y, x, atol=1e-5 * np.abs(x).max(), rtol=0, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -410,6 +410,14 @@ def test_a_mesh_equals_one_device(build, tiny, base, mesh):
     assert kept.addressable_shards[0].data.shape == local
 
 
+def test_a_loop_over_sublayers_on_a_mesh(tiny, base, monkeypatch):
+    """The stacked weights and their gradients lie over fsdp and tensor as each of them does. Not only in bfloat16."""
+    monkeypatch.setattr(decoder, "_pieces", lambda kinds, dtype, remat: decoder.stretches(kinds))
+    state, metrics = updated(make_learner(tiny[0], MESHES["2x2x2"], learner__remat="full"), tiny[1])
+    assert_close(gradient_of(state), gradient_of(base[0]), 1e-5)
+    assert_same_metrics(metrics, base[1])
+
+
 def test_groups_are_split_where_shards_would_have_none(build, tiny, reference_gradient):
     """4 groups of 4 on 8 shards: each runs half a group."""
     learner, _ = built = build(MESHES["8x1x1"], prompts_per_step=4)
@@ -430,13 +438,16 @@ def gathered(text):
     return {tuple(sorted(int(x) for x in shape.split(",") if x and x != "1")) for shape in shapes}
 
 
-def test_only_weights_are_gathered(tiny):
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_only_weights_are_gathered(tiny, remat):
     """The constraints hold on virtual devices too: weights travel over fsdp, and of activations only sums.
 
     Sizes of which none is another: 112 words (56 a shard), units of 3 rows of 28 tokens after 40, 2 of them a shard.
     """
     model, shape = dataclasses.replace(tiny[0], vocab_size=112), (8, 40, 3, 28)
-    learner, mesh = make_learner(model, MESHES["2x2x2"], learner__logprob_chunk=42)  # 7 positions of 6 rows
+    changes = {"learner__logprob_chunk": 42, "learner__remat": remat}  # 7 positions of 6 rows
+    changes |= {"model__dtype": "bfloat16"} if remat == "full" else {}  # sublayers as a loop
+    learner, mesh = make_learner(model, MESHES["2x2x2"], **changes)
     with jax.set_mesh(mesh):
         text = learner._programs["accumulate", shape].as_text()
     weights = set()

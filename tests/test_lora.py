@@ -121,6 +121,14 @@ def test_adapters_get_the_gradient_of_the_chain_rule(tiny, chain_rule, changes):
     assert len(moments) == 2 * len(expected)
 
 
+def test_a_loop_over_adapted_sublayers(tiny, chain_rule, monkeypatch):
+    """On a mesh. Not only in bfloat16, where it is used."""
+    adapters, expected, _ = chain_rule
+    monkeypatch.setattr(decoder, "_pieces", lambda kinds, dtype, remat: decoder.stretches(kinds))
+    state, _ = updated(lora_learner(tiny, mesh=MESHES["sharded"], learner__remat="full"), adapters)
+    assert_close(gradient_of(state), expected, 2e-4)
+
+
 def test_a_base_in_bfloat16_is_adapted_too(tiny, chain_rule):
     """Its head and embedding are narrow as well, and get no gradient; the adapters' has the direction it should."""
     adapters, expected, _ = chain_rule

@@ -38,6 +38,7 @@ class Block(nnx.Module):
     """One sublayer with its norm and residual."""
 
     def __init__(self, kind: str, c: ModelConfig, rngs: nnx.Rngs):
+        self.kind = kind
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mixer = MIXERS[kind](c, rngs)
 
@@ -57,18 +58,83 @@ class Decoder(nnx.Module):
             self.lm_head = nnx.Param(jax.random.normal(rngs.params(), shape[::-1], jnp.float32) * c.hidden_size**-0.5)
 
     def __call__(self, tokens, positions, cache, length, remat):
-        run = _run_block
-        if remat != "none":
-            run = jax.checkpoint(_run_block, static_argnums=0, policy=KEPT[remat])
         # Rows looked up in a table whose width is sharded like the batch can't be resharded cheaply: gather the width.
         table = sharding.constrain(self.embedding[...], "vocab", None)
         x = sharding.constrain(table[tokens], "batch", "time", "features")
+        blocks = [nnx.split(block) for block in self.blocks]
+        kinds = "".join(block.kind for block in self.blocks)
         kept = []
-        for i, block in enumerate(self.blocks):
-            graph, state = nnx.split(block)
-            x, entry = run(graph, state, x, positions, cache[i] if cache else None, length)
-            kept.append(entry)
+        for width, times in _pieces(kinds, x.dtype, remat):
+            at = len(kept)
+            graphs = [graph for graph, _ in blocks[at : at + width]]
+            states = [state for _, state in blocks[at : at + width * times]]
+            entries = cache[at : at + width * times] if cache else [None] * (width * times)
+            run = _run_block if times == 1 else _run_placed
+            if remat != "none":
+                run = jax.checkpoint(run, static_argnums=0, policy=KEPT[remat])
+            group = functools.partial(_run_group, run, graphs, positions, length)
+            x, more = group(x, (states, entries)) if times == 1 else _loop(group, width, x, states, entries)
+            kept += more
         return self.norm(x), tuple(kept)
+
+
+def _pieces(kinds: str, dtype: jnp.dtype, remat: str) -> list[tuple[int, int]]:
+    """What runs as a loop: `stretches`, or all sublayers in a row.
+
+    Stacked, weights are there twice. In a narrower dtype than float32 they are a copy already, made for this call; but
+    for LoRA's frozen ones, of which the update then needs a copy.
+    """
+    return stretches(kinds) if dtype != jnp.float32 and remat != "none" else [(len(kinds), 1)]
+
+
+def stretches(pattern: str) -> list[tuple[int, int]]:
+    """`pattern` cut into pieces that repeat: of each how many sublayers it has, and how many times it comes in a row.
+
+    A loop over what repeats is compiled once. It also bounds memory: of sublayers in a row XLA's TPU compiler leaves
+    the gradients of all weights to the end, and keeps until then what each is a product of.
+    """
+    found, at = [], 0
+    while at < len(pattern):
+        best = (1, 1)
+        for width in range(1, (len(pattern) - at) // 2 + 1):
+            unit, times = pattern[at : at + width], 1
+            while pattern.startswith(unit, at + width * times):
+                times += 1
+            if times > 1 and width * times > best[0] * best[1]:
+                best = (width, times)
+        found.append(best)
+        at += best[0] * best[1]
+    return found
+
+
+def _loop(group, width: int, x: jax.Array, states: list, entries: list) -> tuple[jax.Array, list]:
+    """`group` over groups of `width` sublayers that are alike, as a loop over their stacked weights."""
+
+    def stacked(parts: list) -> list:  # one tree for each sublayer of a group
+        return [jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts[i::width]) for i in range(width)]
+
+    x, kept = jax.lax.scan(group, x, (stacked(states), stacked(entries)))
+    times = len(states) // width
+    return x, [jax.tree.map(lambda leaf, i=i: leaf[i], kept[j]) for i in range(times) for j in range(width)]
+
+
+def _run_group(run, graphs, positions, length, x, part):
+    """Some sublayers one after the other by `run`; `part` holds their states and their entries of the cache."""
+    kept = []
+    for graph, state, entry in zip(graphs, *part, strict=True):
+        x, new = run(graph, state, x, positions, entry, length)
+        kept.append(new)
+    return x, kept
+
+
+def _run_placed(graph, state, x, positions, entry, length):
+    """Of a loop, where the compiler would not know where weights lie, and so their gradients."""
+
+    def placed(path: tuple, weight: nnx.Variable) -> nnx.Variable:
+        place = lambda x, name: sharding.constrain(x, *sharding.logical_axes(name))  # noqa: E731
+        return weight.replace(lora.each(place, "/".join(map(str, path)), weight.get_value()))
+
+    return _run_block(graph, nnx.map_state(placed, state), x, positions, entry, length)
 
 
 def _run_block(graph, state, x, positions, entry, length):

@@ -13,6 +13,7 @@ Legend: R rank.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,6 +118,14 @@ def merge_after(x: jax.Array, tree) -> tuple[jax.Array, Any]:
     if any(map(_is_adapted, jax.tree.leaves(tree, is_leaf=_is_adapted))):
         x, tree = jax.lax.optimization_barrier((x, tree))
     return x, merge(tree)
+
+
+def each(apply: Callable[[jax.Array, str], jax.Array], path: str, weight: jax.Array | Adapted) -> jax.Array | Adapted:
+    """`apply` to the weight at `path` and to the two matrices of its change, where it has one, with their paths."""
+    if not _is_adapted(weight):
+        return apply(weight, path)
+    a, b = apply(weight.a, f"{path}/lora_a"), apply(weight.b, f"{path}/lora_b")
+    return replace(weight, weight=apply(weight.weight, path), a=a, b=b)
 
 
 def _is_adapted(x) -> bool:
