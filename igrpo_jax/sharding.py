@@ -8,6 +8,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from igrpo_jax import config
@@ -67,6 +68,9 @@ PARAMS = {
 def make_mesh(settings: config.Mesh, devices: list | None = None) -> jax.sharding.Mesh:
     """Mesh over `devices` (default: all), with the one size of -1 filled in.
 
+    Neighbours in the mesh are neighbours in the torus of a TPU slice. Where that would tear the part of a process to
+    pieces, which samples on its own devices, the devices of a process stay together instead.
+
     Raises:
         InputError: the sizes do not multiply to the number of devices.
     """
@@ -83,7 +87,36 @@ def make_mesh(settings: config.Mesh, devices: list | None = None) -> jax.shardin
             f"config.mesh = {tuple(sizes)} (data, fsdp, tensor): uses {math.prod(sizes)} of {len(devices)} devices; "
             "set one axis to -1 (the rest of the devices)"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return jax.sharding.Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(sizes: list[int], devices: list) -> np.ndarray:
+    """`devices` as an array of these sizes (data, fsdp, tensor)."""
+    whole = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    owners = _owners(whole)
+    processes, each = np.unique(owners, return_counts=True)
+    data, fsdp, tensor = sizes
+    if all(_box(owners == process) for process in processes) or set(each % tensor) != {0} or len(set(each)) != 1:
+        return whole
+    inner_fsdp = math.gcd(fsdp, each[0] // tensor)
+    inner_data = each[0] // tensor // inner_fsdp
+    if data % inner_data:
+        return whole
+    inner, outer = (inner_data, inner_fsdp, tensor), (data // inner_data, fsdp // inner_fsdp, 1)
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, process_is_granule=True, allow_split_physical_axes=True
+    )
+
+
+def _owners(devices: np.ndarray) -> np.ndarray:
+    """Index of the process of each device."""
+    return np.vectorize(lambda device: device.process_index)(devices)
+
+
+def _box(own: np.ndarray) -> tuple[np.ndarray, ...] | None:
+    """Index of the part of a mesh where `own` [data, fsdp, tensor] is true; None where that is not whole replicas."""
+    box = np.ix_(*(np.flatnonzero(own.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)))
+    return box if own[box].all() and own[box].shape[2] == own.shape[2] else None
 
 
 def spec(logical: tuple[str | None, ...]) -> PartitionSpec:
@@ -161,11 +194,11 @@ def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
     Raises:
         InputError: a replica of the weights, or an irregular part of the mesh, is spread over processes.
     """
-    own = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
+    own = _owners(mesh.devices) == jax.process_index()
     if own.all():
         return mesh
-    box = np.ix_(*(np.flatnonzero(own.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)))
-    if not own[box].all() or own[box].shape[2] != mesh.shape["tensor"]:
+    box = _box(own)
+    if box is None:
         raise InputError(
             f"config.mesh.tensor = {mesh.shape['tensor']}: each process samples with weights of its own, and its "
             f"{own.sum()} devices hold no whole replica; lower mesh.tensor to a divisor of {own.sum()}"
