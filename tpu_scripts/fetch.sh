@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Brings the folder of a run and its logs here: metrics, samples, evaluations, and with --checkpoints its checkpoints
+# and export too. From a bucket it needs no slice, else a living one (--name, --zone).
+#
+#   tpu_scripts/fetch.sh --shared gs://BUCKET --run RUN [--checkpoints] [--to DIR]
+#   tpu_scripts/fetch.sh --shared HOST:/EXPORT --run RUN --name NAME --zone ZONE [--checkpoints] [--to DIR]
+#
+set -euo pipefail
+# shellcheck source=tpu_scripts/slice.sh
+source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
+
+FLAG[name]=-
+FLAG[zone]=-
+FLAG[to]=runs
+MEANS[to]="folder here that gets the folders RUN and RUN.logs"
+SWITCH[checkpoints]=""
+MEANS[checkpoints]="with checkpoints and export"
+parse_flags name zone project shared run to checkpoints -- "$@"
+run=${FLAG[run]} to=${FLAG[to]}
+if [[ ${FLAG[shared]} == gs://* ]]; then
+  run mkdir -p "$to/$run" "$to/$run.logs"
+  copy=(gcloud storage rsync --recursive)
+  [[ ${FLAG[project]} == - ]] || copy+=("--project=${FLAG[project]}")
+  run "${copy[@]}" "${FLAG[shared]}/runs/$run.logs" "$to/$run.logs"
+  [[ ${SWITCH[checkpoints]} ]] || copy+=('--exclude=^(checkpoints|export|reference)/')
+  run "${copy[@]}" "${FLAG[shared]}/runs/$run" "$to/$run"
+else
+  [[ ${FLAG[name]} != - && ${FLAG[zone]} != - ]] ||
+    die "--name, --zone: missing; ${FLAG[shared]} is read through a worker"
+  left_out="--exclude=$run/checkpoints --exclude=$run/export --exclude=$run/reference"
+  [[ ! ${SWITCH[checkpoints]} ]] || left_out=""
+  run mkdir -p "$to"
+  on 0 "tar -czf run.tar.gz $left_out -C shared/runs $run $run.logs"
+  tpus tpu-vm scp "${FLAG[name]}:run.tar.gz" "$to/$run.tar.gz" --worker=0
+  run "${GCLOUD[@]}"
+  run tar -xzf "$to/$run.tar.gz" -C "$to"
+  run rm "$to/$run.tar.gz"
+fi

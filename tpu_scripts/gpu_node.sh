@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Trains on all GPUs of this machine, in one process: the arguments are those of igrpo_jax.main.
+#
+#   tpu_scripts/gpu_node.sh --config configs/gpu_h100.py --workdir runs/h100
+#
+# With --dry-run as the first argument it prints the environment and the command only. A run that was told to stop ends
+# with 75; the same command goes on with it. What the settings are and where they are from: docs/scaling.md.
+#
+set -euo pipefail
+# shellcheck source=tpu_scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  head_of_script && exit 0
+elif [[ ${1:-} == --dry-run ]]; then
+  SWITCH[dry-run]=yes
+  shift
+fi
+(($#)) || die "give the arguments of igrpo_jax.main, such as --config configs/gpu_h100.py"
+gpu_environment
+[[ ! ${SWITCH[dry-run]} ]] || { run python -m igrpo_jax.main "$@" && exit; }
+exec python -m igrpo_jax.main "$@" # in place of this shell, so that signals reach it

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# What the other scripts have each worker do, from its home folder; not for people.
+#
+#   on_worker.sh setup SHARED      environment, and the shared folder mounted as `shared`
+#   on_worker.sh start RUN ARGS... `run` in a tmux session RUN, once the last one of that name is over
+#   on_worker.sh run RUN ARGS...   the trainer; keeps what it says and how it ended in logs/RUN
+#   on_worker.sh status RUN        its exit code, "running", or "absent"
+#   on_worker.sh follow RUN        what it says, as it comes, under the worker's number
+set -Eeuo pipefail
+
+setup() {
+  [[ ! -f environment ]] || chmod 600 environment
+  # The images' own Python is older than the package needs; uv brings one.
+  python3 -m pip install --quiet --user uv
+  [[ -d venv ]] || .local/bin/uv venv --quiet --python 3.12 venv
+  .local/bin/uv pip install --quiet --python venv/bin/python -e 'igrpo_jax[tpu,judge,wandb]'
+  mkdir -p shared
+  mountpoint -q shared || mount_shared "$1"
+  mkdir -p shared/runs
+}
+
+# mount_shared HOST:/EXPORT or gs://BUCKET. In a bucket folders are renamed in one step, as checkpoints need it, only
+# with a hierarchical namespace. Caches would hide what other workers write, and a file that is streamed is not in the
+# bucket after an fsync.
+mount_shared() {
+  case $1 in
+    gs://*)
+      command -v gcsfuse >/dev/null || install_gcsfuse
+      gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
+        --enable-streaming-writes=false "${1#gs://}" shared
+      ;;
+    *)
+      apt_get install nfs-common
+      sudo mount -t nfs "$1" shared
+      [[ -w shared ]] || sudo chown "$(id -un)" shared
+      ;;
+  esac
+}
+
+install_gcsfuse() {
+  local key=/usr/share/keyrings/cloud.google.asc
+  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null
+  echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  apt_get update
+  apt_get install gcsfuse
+}
+
+# A machine that has just been started is still updating itself, and holds apt's lock.
+apt_get() {
+  sudo DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -qq -y "$@" >/dev/null
+}
+
+# A worker whose part of a run has ended may wait a little for the others to end theirs.
+start() {
+  local patience=120
+  mountpoint -q shared || { echo "on_worker.sh: error: $(hostname): no shared folder; run setup.sh" >&2 && exit 1; }
+  while tmux has-session -t "=$1" 2>/dev/null; do
+    ((patience-- > 0)) || { echo "on_worker.sh: error: $(hostname): run $1 is still going on" >&2 && exit 1; }
+    sleep 1
+  done
+  rm -f "logs/$1/exit_code"
+  tmux new-session -d -s "$1" bash igrpo_jax/tpu_scripts/on_worker.sh run "$@"
+}
+
+run() {
+  local name=$1 status=0 keeper
+  shift
+  mkdir -p "logs/$name"
+  trap '' HUP # of a tmux that is ended first when the machine is taken away
+  trap : TERM # the trainer gets it too, and saves; how it ended is still to be written
+  if [[ -f environment ]]; then
+    set -a
+    # shellcheck disable=SC1091 # the user's
+    source ./environment
+    set +a
+  fi
+  while sleep 60; do keep "$name"; done >/dev/null 2>&1 &
+  keeper=$!
+  (cd igrpo_jax && exec ../venv/bin/python -m igrpo_jax.main "$@") 2>&1 |
+    (trap '' TERM && exec tee -a "logs/$name/log.txt") || status=${PIPESTATUS[0]}
+  kill "$keeper" 2>/dev/null || true
+  keep "$name" || echo "on_worker.sh: the log could not be copied to the shared folder" >&2
+  echo "$status" >"logs/$name/exit_code"
+}
+
+# What a run says, where it outlives the machine. A new slice has other host names.
+keep() {
+  mkdir -p "shared/runs/$1.logs" && cp "logs/$1/log.txt" "shared/runs/$1.logs/$(hostname).txt"
+}
+
+status() {
+  if [[ -f logs/$1/exit_code ]]; then
+    cat "logs/$1/exit_code"
+  elif tmux has-session -t "=$1" 2>/dev/null; then
+    echo running
+  else
+    echo absent
+  fi
+}
+
+follow() {
+  local worker
+  worker=$(curl -fs -H 'Metadata-Flavor: Google' \
+    http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number || hostname)
+  tail -n 50 -F "logs/$1/log.txt" | sed -u "s/^/[$worker] /"
+}
+
+case ${1-} in
+  setup | start | run | status | follow) ;;
+  *) sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0" && exit 2 ;;
+esac
+cd ~
+trap 'echo "on_worker.sh: error: $(hostname): $BASH_COMMAND" >&2' ERR
+"$@"

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Keeps a run going until it is done, whatever is there when it begins: asks for the slice where there is none, sets up,
+# launches, and looks after the run. Where the slice was taken back (its request is SUSPENDED or FAILED) it deletes it,
+# asks for a new one and launches the same command; where the run ended with 75 (preempted) it launches it again.
+#
+#   tpu_scripts/resume.sh --name NAME --zone ZONE --topology v5p:2x2x2 --spot --shared HOST:/EXPORT --run RUN \
+#       -- --config configs/tpu_v5p.py --config.steps=100
+#
+# Run it where it can stay, in tmux on a machine that is not the slice; it may be ended and started again at any time.
+# Its exit code is 0 when the run is done, and 1 when it failed for another reason than a preemption or --restarts are
+# used up. The slice stays: delete.sh gives it back.
+#
+set -euo pipefail
+# shellcheck source=tpu_scripts/slice.sh
+source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
+
+PREEMPTED=75 # exit code of igrpo_jax.main
+FLAG[restarts]=100
+FORM[restarts]='^[0-9]+$'
+MEANS[restarts]="how often to start again before giving up: a whole number"
+parse_flags name zone project topology spot shared environment run poll restarts -- "$@"
+check_arguments "${REST[@]}"
+
+attempts=0
+launched="" # by this script on all workers, or found under way
+failed=""   # exit code of the run at the last look
+
+# attempt WHY: counts, and gives up where it is too often.
+attempt() {
+  ((attempts++ <= FLAG[restarts])) || fail "$1; --restarts ${FLAG[restarts]} are used up"
+  echo "$1: attempt $attempts of $((FLAG[restarts] + 1))"
+}
+
+launch() {
+  launched="" failed=""
+  launch_run "${REST[@]}" && launched=yes
+}
+
+renew_slice() {
+  launched=""
+  create_slice && await_slice && setup_slice && launch
+}
+
+# slice_state: READY, or what the request or the slice is instead.
+slice_state() {
+  local state
+  state=$(request_state)
+  if [[ $state == ACTIVE ]]; then
+    tpus tpu-vm describe "${FLAG[name]}" "--format=value(state)"
+    state=$("${GCLOUD[@]}") || state=UNKNOWN
+  fi
+  echo "$state"
+}
+
+# Exit code of the run on worker 0; "running", "absent", or "unknown" where the worker does not answer.
+run_state() {
+  local said
+  said=$(on 0 "$ON_WORKER status ${FLAG[run]} || echo absent") || said=unknown
+  echo "${said##*$'\n'}"
+}
+
+look_after_run() {
+  local status
+  status=$(run_state)
+  case $status in
+    running) ((attempts)) || launched=yes ;;
+    unknown) echo "worker 0 does not answer; looking again in ${FLAG[poll]} s" ;;
+    *)
+      if [[ ! $launched ]]; then
+        attempt "slice ${FLAG[name]} is there, run ${FLAG[run]} is not under way"
+        setup_slice && launch
+      elif [[ $status == 0 ]]; then
+        echo "run ${FLAG[run]} is done: fetch.sh brings its results, delete.sh gives the slice back"
+        exit 0
+      elif [[ $status == "$PREEMPTED" || $status == absent ]]; then
+        attempt "run ${FLAG[run]} was preempted ($status)"
+        launch
+      elif [[ $status == "$failed" ]]; then
+        fail "run ${FLAG[run]} failed with exit code $status; why: logs.sh, or fetch.sh"
+      else # another worker may have been taken away, and the cloud does not say so yet
+        failed=$status
+      fi
+      ;;
+  esac
+}
+
+if [[ ${SWITCH[dry-run]} ]]; then
+  echo "# what it does after a preemption:"
+  tpus queued-resources describe "${FLAG[name]}" "--format=value(state.state)"
+  run "${GCLOUD[@]}"
+  delete_slice
+  renew_slice
+  run_state
+  exit 0
+fi
+while true; do
+  state=$(slice_state)
+  case $state in
+    READY) look_after_run || true ;;
+    SUSPENDED | FAILED | PREEMPTED | TERMINATED)
+      attempt "slice ${FLAG[name]} is $state, and is replaced"
+      if delete_slice; then renew_slice || true; fi
+      ;;
+    GONE)
+      attempt "there is no slice ${FLAG[name]}, and it is asked for"
+      renew_slice || true
+      ;;
+    *) echo "slice ${FLAG[name]} is $state; looking again in ${FLAG[poll]} s" ;;
+  esac
+  sleep "${FLAG[poll]}"
+done
