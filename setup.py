@@ -39,6 +39,7 @@ NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]  # what runs notebooks/colab_tp
 EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
+    "aot": ["libtpu"],  # the compiler of TPUs, for igrpo_jax.aot on a machine without one
     "judge": ["openai>=2.0"],  # the generative judge, rewards.judge
     "report": REPORT,
     "study": STUDY,
@@ -46,6 +47,7 @@ EXTRAS_REQUIRE = {
     "test": [
         "hypothesis>=6.100",
         "ipykernel>=6.29",
+        "libtpu",
         "nbclient>=0.10",
         "openai>=2.0",
         "pytest>=8.0",

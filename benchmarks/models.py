@@ -12,34 +12,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from igrpo_jax.models.shapes import SHAPES as PUBLIC
+from igrpo_jax.models.shapes import dense
+
 _QWEN2 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "max_position_embeddings": 131_072}
-_LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
-
-
-def _dense(
-    family: dict, hidden: int, layers: int, heads: int, kv: int, ffn: int, vocab: int, tied: bool, **more
-) -> dict:
-    return family | {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "intermediate_size": ffn,
-        "vocab_size": vocab,
-        "tie_word_embeddings": tied,
-        **more,
-    }
-
 
 # config.json of each shape.
 SHAPES = {
-    "qwen2-small": _dense(_QWEN2, 256, 4, 4, 2, 688, 49_152, True),
-    "qwen2-small-150k": _dense(_QWEN2, 256, 4, 4, 2, 688, 151_936, True),
-    "smollm2-135m": _dense(_LLAMA, 576, 30, 9, 3, 1536, 49_152, True, rope_theta=100_000.0),
-    "qwen2-0.5b": _dense(_QWEN2, 896, 24, 14, 2, 4864, 151_936, True),
-    "qwen2-1.5b": _dense(_QWEN2, 1536, 28, 12, 2, 8960, 151_936, False),
-    "qwen2-3b": _dense(_QWEN2, 2048, 36, 16, 2, 11_008, 151_936, True),
-    "qwen2-7b": _dense(_QWEN2, 3584, 28, 28, 4, 18_944, 152_064, False),
+    "qwen2-small": dense(_QWEN2, 256, 4, 4, 2, 688, 49_152, True),
+    "qwen2-small-150k": dense(_QWEN2, 256, 4, 4, 2, 688, 151_936, True),
+    "qwen2-3b": dense(_QWEN2, 2048, 36, 16, 2, 11_008, 151_936, True),
+    "smollm2-135m": PUBLIC["HuggingFaceTB/SmolLM2-135M-Instruct"],
+    "qwen2-0.5b": PUBLIC["Qwen/Qwen2.5-0.5B-Instruct"],
+    "qwen2-1.5b": PUBLIC["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"],
+    "qwen2-7b": PUBLIC["deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"],
 }
 
 

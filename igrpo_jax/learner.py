@@ -119,7 +119,8 @@ class Learner:
         )
         self.state_sharding = TrainState(params, opt_state, whole, whole)
         self._batch_sharding = sharding.batch_sharding(mesh)
-        options = decoder.remat_options(jax.default_backend()) if c.learner.remat != "none" else None
+        platform = mesh.devices.flat[0].platform  # it may be another than the default: that of a topology
+        options = decoder.remat_options(platform) if c.learner.remat != "none" else None
         self._jitted = {
             "accumulate": jax.jit(
                 self._accumulate_program,
@@ -131,7 +132,7 @@ class Learner:
             "apply": jax.jit(self._apply_program, donate_argnums=0, out_shardings=(self.state_sharding, whole)),
         }
         self._zeros = jax.jit(self._zeros_program, out_shardings=(params, whole))
-        self._programs = Programs(self._lower)
+        self._programs = Programs(self.lower)
 
     def init(self, params: decoder.Params) -> TrainState:
         """Fresh optimizer state around `params`, which the state takes over."""
@@ -146,6 +147,10 @@ class Learner:
     def policy(self, params: decoder.Params) -> decoder.Params:
         """The policy's parameters, for sampling: those of a state, or adapters with the weights that they adapt."""
         return lora.attach(self._frozen, params, self._lora.scaling)
+
+    def abstract_policy(self) -> decoder.Params:
+        """Shapes, dtypes and shardings of what `policy` returns."""
+        return lora.attach(self.abstract_frozen, self.abstract_state().params, self._lora.scaling)
 
     def set_reference(self, params: decoder.Params) -> None:
         """pi_ref as a state's params, where beta > 0; with learner.offload_reference it waits in host memory."""
@@ -251,8 +256,8 @@ class Learner:
                 found[id(unit)] = tuple([x[i, j, :n] for j, n in enumerate(sizes)] for x in (logprob, entropy))
         return [found[id(unit)] for unit in units]
 
-    def _lower(self, key: Key) -> jax.stages.Lowered:
-        """("accumulate" or "score", shape of micro-batch) or ("apply",), traced."""
+    def lower(self, key: Key) -> jax.stages.Lowered:
+        """The traced program of `key`: ("accumulate" or "score", shape of micro-batch) or ("apply",)."""
         kind, *shape = key
         state, sums = self.abstract_state(), self._abstract_sums()
         if kind == "apply":
@@ -261,11 +266,30 @@ class Learner:
         added = (state.params, sums["refine"]) if kind == "accumulate" else ()
         return self._jitted[kind].lower(state.params, *added, batch, self.abstract_frozen)
 
+    @property
+    def beside(self) -> dict[str, int]:
+        """Bytes on each device of what training keeps there that is no argument of a program of that kind."""
+        state = self.abstract_state()
+        params, moments = tree_bytes(state.params), tree_bytes(state.opt_state)
+        reference = params if self.algorithm.beta > 0 and not self._settings.offload_reference else 0
+        return {
+            "accumulate": moments + reference,
+            "score": moments + params + reference,  # the gradient, which is as large as what is trained
+            "apply": tree_bytes(self.abstract_frozen) + reference,
+        }
+
+    @property
+    def resting_bytes(self) -> int:
+        """Bytes on each device of all that training keeps there while completions are sampled."""
+        return tree_bytes((self.abstract_state().params, self.abstract_frozen)) + self.beside["accumulate"]
+
     def predicted_bytes(self) -> int:
         """Bytes per device that an update of the longest rows needs, state included, by the compiler's own count."""
-        kept = tree_bytes(self.abstract_state().opt_state)
-        accumulate, apply = self._programs["accumulate", self.packer.largest], self._programs[("apply",)]
-        return int(max(program_bytes(accumulate) + kept, program_bytes(apply) + tree_bytes(self.abstract_frozen)))
+        programs = {
+            "accumulate": self._programs["accumulate", self.packer.largest],
+            "apply": self._programs[("apply",)],
+        }
+        return max(program_bytes(program) + self.beside[kind] for kind, program in programs.items())
 
     def _abstract_sums(self) -> dict[str, Sums]:
         whole, sums = self.state_sharding.step, jax.eval_shape(self._no_sums)

@@ -100,6 +100,16 @@ class Packer:
         """The shape of a micro-batch of the longest contexts and completions, for predictions."""
         return self._shape(self._prefix_sizes[-1], self._completion_sizes[-1])
 
+    @property
+    def shapes(self) -> list[Shape]:
+        """Those that micro-batches may have."""
+        return [self._shape(prefix, width) for prefix in self._prefix_sizes for width in self._completion_sizes]
+
+    @property
+    def fullest(self) -> Shape:
+        """The shape of a micro-batch with most padded tokens, whose activations take most memory."""
+        return max(self.shapes, key=lambda shape: (shape[0] * (shape[1] + shape[2] * shape[3]), shape == self.largest))
+
     def units(self, groups: Sequence[Group], gains: np.ndarray) -> list[Unit]:
         """The units of some groups, in their order; `gains` is [P, G] float32."""
         units = []

@@ -12,6 +12,8 @@ that the template had opened for it, and so shows only the closing tag; of a dra
 the beginning is missing as well. A template that opens nothing (Qwen3, the Nemotrons) shows both tags.
 """
 
+import re
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -103,6 +105,12 @@ class Renderer:
     def text(self, tokens: np.ndarray) -> str:
         """What people and verifiers read: special tokens left out."""
         return self._tokenizer.decode(tokens[~np.isin(tokens, self._special)].tolist(), skip_special_tokens=True)
+
+
+def most_overhead(refine: config.Refine, max_draft_length: int) -> int:
+    """`Renderer.draft_overhead` where no tokenizer is at hand: of the wording a token for each word or mark."""
+    wording = re.findall(r"\w+|[^\w\s]|\n+", "\n\n" + refine.instruction.replace("{draft}", ""))
+    return len(wording) + max_draft_length + 8
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:

@@ -1,7 +1,7 @@
 """What every command shares: flags to a checked configuration, and errors to one line and an exit code.
 
-Exit codes: 0 done, 1 the run failed, 2 bad input, 75 preempted (the same command goes on), 130 interrupted. Nothing
-here imports jax at module level: the verifier's workers import the main module again.
+Exit codes: 0 done, 1 the run failed, 2 bad input, 3 does not fit (aot), 75 preempted (the same command goes on), 130
+interrupted. Nothing here imports jax at module level: the verifier's workers import the main module again.
 """
 
 import json
@@ -28,11 +28,21 @@ def parse(argv: list[str]) -> tuple[Config, Path]:
         InputError: an unknown flag or field, a value of the wrong type, a config file that can't be used.
     """
     usage = "python -m igrpo_jax.main --config FILE [--workdir DIR] [--config.FIELD=VALUE ...]"
-    c, values = _parse(argv, usage, {"workdir": "folder of the run; default runs/NAME of the config file"} | CLUSTER)
-    file = _last_value(argv, "config")
-    if file is None:
+    texts = {"workdir": "folder of the run; default runs/NAME of the config file"} | CLUSTER
+    c, values = parse_config(argv, usage, texts)
+    return c, Path(values["workdir"] or Path("runs", Path(_last_value(argv, "config")).stem))
+
+
+def parse_config(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Config, dict[str, str | None]]:
+    """The configuration of a command line with --config FILE, and the values of the flags `texts` (what they are for).
+
+    Raises:
+        InputError: as `parse`.
+    """
+    c, values = _parse(argv, usage, texts)
+    if _last_value(argv, "config") is None:
         raise InputError("--config: missing; give a configuration file, for example --config configs/tiny_cpu.py")
-    return c, Path(values["workdir"] or Path("runs", Path(file).stem))
+    return c, values
 
 
 # Flags of a process among several; none of them on Slurm, with Open MPI and on TPU pods, which say it themselves.

@@ -26,6 +26,7 @@ from igrpo_jax.evaluation import Evaluator
 from igrpo_jax.learner import Learner, TrainState
 from igrpo_jax.metrics import Writer, rollout_metrics
 from igrpo_jax.models import attention, decoder, hf_write
+from igrpo_jax.models.config import ModelConfig
 from igrpo_jax.policy import Policy, open_policy
 from igrpo_jax.preemption import Preempted
 from igrpo_jax.programs import compilations, device_bytes, tree_bytes, use_disk_cache
@@ -147,20 +148,12 @@ def open_task(c: Config) -> Task:
     prompts = [Prompt(row.id, row.index, row.question, row.answer, tokens, row.columns) for row, tokens in kept]
     max_context = max(len(prompt.tokens) for prompt in prompts)
     max_context += renderer.draft_overhead if c.algorithm.num_drafts else 0
-    context, tokens = policy.model.max_position_embeddings, max_context + c.rollout.max_completion_length
-    if tokens > context:
-        raise InputError(
-            f"config.rollout.max_completion_length: prompt, draft and completion may reach {tokens} tokens, the "
-            f"model's context is {context}; lower rollout.max_completion_length, data.max_prompt_length or "
-            "refine.max_draft_length"
-        )
+    context = policy.model.max_position_embeddings
+    check_context(c, context, max_context)
     asked = data.asked(held_out, c.evaluation.limit) if c.evaluation.every else {}
     evaluated = evaluation.plan(c, asked, renderer, context)
     mesh = sharding.make_mesh(c.mesh)
-    sharding.check_divides(mesh, decoder.shapes(policy.model))
-    longest = max(max_context + c.rollout.max_completion_length, evaluated.max_context)
-    implementation = attention.choose(c.learner.attention, mesh, c.model.dtype, policy.model.head_dim, longest)
-    policy = replace(policy, model=replace(policy.model, attention=implementation))
+    policy = replace(policy, model=fitted(c, policy.model, mesh, max_context, evaluated))
     shards = sharding.batch_shards(mesh)
     if c.warm_start.steps and c.warm_start.batch_size % shards:
         raise InputError(
@@ -171,23 +164,57 @@ def open_task(c: Config) -> Task:
     return Task(c, policy, renderer, mesh, prompts, skipped, training.notes, evaluated, max_context, steps)
 
 
+def check_context(c: Config, context: int, max_context: int) -> None:
+    """Raises InputError where the longest q or q', of `max_context` tokens, and a completion exceed the model's."""
+    tokens = max_context + c.rollout.max_completion_length
+    if tokens > context:
+        raise InputError(
+            f"config.rollout.max_completion_length: prompt, draft and completion may reach {tokens} tokens, the "
+            f"model's context is {context}; lower rollout.max_completion_length, data.max_prompt_length or "
+            "refine.max_draft_length"
+        )
+
+
+def fitted(
+    c: Config, model: ModelConfig, mesh: jax.sharding.Mesh, max_context: int, evaluated: evaluation.Plan
+) -> ModelConfig:
+    """`model` with the attention of a run on `mesh`. Raises InputError where the mesh does not divide it."""
+    sharding.check_divides(mesh, decoder.shapes(model))
+    longest = max(max_context + c.rollout.max_completion_length, evaluated.max_context)
+    chosen = attention.choose(c.learner.attention, mesh, c.model.dtype, model.head_dim, longest)
+    return replace(model, attention=chosen)
+
+
+def sampler(
+    c: Config,
+    model: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    eos_ids: tuple[int, ...],
+    max_context: int,
+    evaluated: evaluation.Plan,
+) -> Engine:
+    """The engine of a run, large enough for training and for what is evaluated in it."""
+    return Engine(
+        model,
+        mesh,
+        eos_ids,
+        slots=c.rollout.slots,
+        max_context=max(max_context, evaluated.max_context),
+        max_completion=max(c.rollout.max_completion_length, evaluated.max_completion),
+        length=max(max_context + c.rollout.max_completion_length, evaluated.length),
+        dtype=c.model.dtype,
+        steps_per_dispatch=c.rollout.steps_per_dispatch,
+    )
+
+
 class Run:
     """The living parts of a run, and what happens between two updates."""
 
     def __init__(self, c: Config, task: Task, workdir: Path, console: Console):
         self.config, self.workdir = c, workdir
         self._task, self._console = task, console
-        engine = Engine(
-            task.policy.model,
-            task.mesh,
-            task.policy.eos_ids,
-            slots=c.rollout.slots,
-            max_context=max(task.max_context, task.evaluated.max_context),
-            max_completion=max(c.rollout.max_completion_length, task.evaluated.max_completion),
-            length=max(task.max_context + c.rollout.max_completion_length, task.evaluated.length),
-            dtype=c.model.dtype,
-            steps_per_dispatch=c.rollout.steps_per_dispatch,
-        )
+        policy = task.policy
+        engine = sampler(c, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated)
         ahead = c.rollout.dispatches_ahead
         self.scheduler = Scheduler(engine, (jax.default_backend() != "cpu") if ahead is None else ahead)
         self._warned: set[str] = set()  # kinds of programs
@@ -445,11 +472,17 @@ def plan(c: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[
 
 def predicted_bytes(c: Config, task: Task, engine: Engine, learner: Learner) -> dict[str, int]:
     """Bytes that update and rollout need on each device, by the compiler's own count."""
-    # The training state waits while completions are sampled; its weights may be the very ones that sample.
-    state, frozen = learner.abstract_state(), learner.abstract_frozen
-    same = c.model.dtype == "float32" and task.mesh.shape["fsdp"] == 1 and not frozen
-    rollout = engine.predicted_bytes() + tree_bytes((state, frozen)) - same * tree_bytes(state.params)
+    rollout = engine.predicted_bytes() + resting_bytes(c, task.mesh, learner)
     return {"update": learner.predicted_bytes(), "rollout": rollout}
+
+
+def resting_bytes(c: Config, mesh: jax.sharding.Mesh, learner: Learner) -> int:
+    """Bytes on each device of what waits there while completions are sampled, but for the weights that sample.
+
+    In float32 and in one piece the trained weights are these.
+    """
+    same = c.model.dtype == "float32" and mesh.shape["fsdp"] == 1 and not c.model.lora.rank
+    return learner.resting_bytes - same * tree_bytes(learner.abstract_state().params)
 
 
 def _bytes(count: float) -> str:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from igrpo_jax import config
 from igrpo_jax.models import hf
-from igrpo_jax.prompts import Renderer
+from igrpo_jax.prompts import Renderer, most_overhead
 from igrpo_jax.tasks import arithmetic
 
 QUESTION = "7+5-3"
@@ -52,6 +52,18 @@ def test_the_draft_stands_inside_the_user_turn(builtin):
     got = renderer(builtin).with_draft(QUESTION, draft)
     np.testing.assert_array_equal(got, template_of(builtin, words))
     assert builtin.eos_token_id not in got
+
+
+def test_the_wording_without_a_tokenizer():
+    """Two line ends, a mark or a word are a token each, and eight are to spare."""
+    assert most_overhead(config.Refine(instruction="A draft:\n{draft}\nImprove."), 50) == 7 + 50 + 8
+
+
+@pytest.mark.skipif("IGRPO_SMOLLM2" not in os.environ, reason="IGRPO_SMOLLM2 names no folder with the real tokenizer")
+def test_the_wording_of_the_paper_is_as_long_as_guessed():
+    tokenizer = AutoTokenizer.from_pretrained(os.environ["IGRPO_SMOLLM2"])
+    counted = Renderer(tokenizer, config.Data(), config.Refine(), 50, (2,)).draft_overhead
+    assert abs(counted - most_overhead(config.Refine(), 50)) <= 8
 
 
 def test_a_draft_is_never_encoded_again():

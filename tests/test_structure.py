@@ -17,9 +17,10 @@ PACKAGE = "igrpo_jax"
 
 # Floors from the ground up; each holds rows, each row modules in order.
 FLOORS = [
-    ["config batch preemption watchdog"],
+    ["config batch preemption watchdog chips"],
     [
         "programs",
+        "collectives",
         "sharding",
         "cluster",
         "rewards/exact rewards/functions rewards/tokens rewards/expression rewards/nodes rewards/regions rewards/words "
@@ -29,13 +30,16 @@ FLOORS = [
     [
         "prompts tasks/arithmetic readers columns filters datasets_table data",
         "algorithms",
-        "models/config models/cache models/splash models/attention models/layers models/mamba2 models/lora "
-        "models/decoder models/hf models/hf_write",
+        "models/shapes models/config models/cache models/splash models/attention models/layers models/mamba2 "
+        "models/lora models/decoder models/hf models/hf_write",
     ],
-    ["policy", "logprobs", "sampling/draw sampling/steps sampling/engine sampling/scheduler"],
+    ["policy", "logprobs costs", "sampling/draw sampling/steps sampling/engine sampling/scheduler"],
     ["exchange rollout", "packing learner warm_start", "trackers metrics alerts console workdir checkpoint"],
     ["weights measures results evaluation inference"],
-    ["train", "reporting/runs reporting/samples reporting/summary reporting/panels reporting/figures reporting/pages"],
+    [
+        "train footprint",
+        "reporting/runs reporting/samples reporting/summary reporting/panels reporting/figures reporting/pages",
+    ],
     ["runtime main evaluate generate export aot report"],
 ]
 PLACES = {
@@ -48,7 +52,7 @@ PLACES = {
 # Libraries that import jax; importing one is importing it.
 IMPORT_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "einshape", "distrax", "rlax"}
 # Importing these must leave jax alone: workers are spawned with them, and bad input is reported before any device work.
-WITHOUT_JAX = ("config", "batch", "preemption", "watchdog", "main", "evaluate", "generate")
+WITHOUT_JAX = ("config", "batch", "preemption", "watchdog", "chips", "main", "evaluate", "generate", "aot")
 
 
 def allowed(importer, imported):

@@ -5,6 +5,7 @@ rollout, when most are done. Temperature, top-p, top-k, limits and keys are trac
 business.
 """
 
+import collections
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -81,7 +82,7 @@ class Engine:
         halves = itertools.takewhile(lambda rows: rows >= 4, (self.shard_slots >> i for i in range(1, 32)))
         fine, coarse = length_buckets(self.length, 128), _doubled(self.length, 128)
         self.buckets = dict.fromkeys(sorted({1, *halves}), coarse) | {self.shard_slots: fine}
-        self._eos = jnp.asarray(eos_ids, jnp.int32)
+        self._eos = np.asarray(eos_ids, np.int32)
         self._split = sharding.batch_sharding(self.mesh)
         self._whole = sharding.replicated(self.mesh)
         cache = caches.shardings(c, self.mesh)
@@ -91,7 +92,7 @@ class Engine:
         self._prefix = Prefix(cache, vocab, self._split)  # where its parts are
         self._gathered = self._places(self._global)
         self._jitted = self._jit(build)
-        self._programs = Programs(self._lower)
+        self._programs = Programs(self.lower)
         self._cast = jax.jit(lambda params: lora.merge(decoder.cast(params, dtype)), out_shardings=self._gathered)
 
     @property
@@ -101,15 +102,44 @@ class Engine:
         prompts = [(kind, size) for kind in ("prefill", "insert") for size in self.prefill_buckets]
         return [("empty",), ("harvest",), *[("move",)] * (self.shard_slots > 1), *prompts, *reads]
 
+    @property
+    def largest(self) -> list[Key]:
+        """Of each kind of program the one that needs most memory, for predictions.
+
+        Of decoding these are two: reading the whole cache, and reading as much of it as is copied first.
+        """
+        alone = [key for key in self.keys if len(key) == 1]
+        prompts = [(kind, self.prefill_buckets[-1]) for kind in ("prefill", "insert")]
+        reads = [("decode", self.shard_slots, read) for read in self.buckets[self.shard_slots][-2:]]
+        return [*alone, *prompts, *reads]
+
+    @property
+    def counts(self) -> collections.Counter[str]:
+        """How many programs of each kind sampling may need."""
+        return collections.Counter(key[0] for key in self.keys)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the rollout copy of the weights, on each device."""
+        return tree_bytes(self._abstract_weights())
+
+    @property
+    def state_bytes(self) -> int:
+        """Of all slots, on each device."""
+        return tree_bytes(self._state)
+
+    def lower_weights(self, params: decoder.Params) -> jax.stages.Lowered:
+        """The traced program of `weights`, for shapes of a policy's parameters."""
+        return self._cast.lower(params)
+
     def compile(self, report: Callable[[int], None] = lambda done: None) -> None:
         """Compiles all of them; `report` is given the number done so far."""
         self._programs.compile(self.keys, report)
 
     def predicted_bytes(self) -> int:
         """Bytes on each device while the largest program compiled so far runs, weights and state included."""
-        weights, state = tree_bytes(self._abstract_weights()), tree_bytes(self._state)
         peak = self._programs.peak_bytes
-        return max(peak({"decode"}), peak({"prefill"}) + state, peak({"insert", "move"}) + weights)
+        return max(peak({"decode"}), peak({"prefill"}) + self.state_bytes, peak({"insert", "move"}) + self.weight_bytes)
 
     def weights(self, params: decoder.Params) -> decoder.Params:
         """The rollout copy of the policy's parameters: LoRA's changes merged, cast, and gathered over data and fsdp,
@@ -220,7 +250,7 @@ class Engine:
             "harvest": jax.jit(_named("harvest", steps.harvest), out_shardings=self._whole),
         }
 
-    def _lower(self, key: Key) -> jax.stages.Lowered:
+    def lower(self, key: Key) -> jax.stages.Lowered:
         """The traced program of `key`, one of `keys`."""
         kind, *shape = key
         ints = lambda *size, place=self._whole: jax.ShapeDtypeStruct(size, jnp.int32, sharding=place)  # noqa: E731
@@ -231,7 +261,8 @@ class Engine:
         if kind == "prefill":
             args = weights, spread(*shape), spread()
         elif kind == "insert":
-            prefix = jax.eval_shape(self._jitted["prefill"], weights, spread(*shape), spread())
+            with jax.set_mesh(self.mesh):
+                prefix = jax.eval_shape(self._jitted["prefill"], weights, spread(*shape), spread())
             fork = Fork(ints(), *[ints(WIDTH)] * 3, jax.ShapeDtypeStruct((2,), jnp.uint32), ints())
             args = self._state, _placed(prefix, self._prefix), fork, sampling
         elif kind == "decode":

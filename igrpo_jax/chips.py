@@ -1,0 +1,41 @@
+"""Published figures of accelerators, for rooflines: what no program can do better than.
+
+TPUs: docs.cloud.google.com/tpu/docs/v5e, v5p and v6e. What a program may use of the memory is less than the published
+16, 95 and 32 GB: the compiler says so where a program does not fit. H100: NVIDIA's data sheet of the SXM5 (dense
+bfloat16).
+"""
+
+from dataclasses import dataclass
+
+from igrpo_jax.config import InputError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Chip:
+    name: str
+    hbm_bytes: float  # that a program may use
+    flops: float  # per second, bfloat16
+    bandwidth: float  # of its memory, bytes per second
+    links: float  # bytes per second that it can receive from others of its slice or node, over all links
+
+
+# By jax.Device.device_kind. Published link bandwidths count both directions.
+CHIPS = {
+    "TPU v5 lite": Chip("v5e", 15.75 * GIB, 197e12, 819e9, 400e9 / 2),
+    "TPU v5": Chip("v5p", 95.74 * GIB, 459e12, 2765e9, 1200e9 / 2),
+    "TPU v6 lite": Chip("v6e", 31.25 * GIB, 918e12, 1638e9, 800e9 / 2),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 79.1 * GIB, 989e12, 3350e9, 900e9 / 2),
+}
+
+
+def of(device_kind: str) -> Chip:
+    """Raises InputError where the figures of such a device are not known."""
+    if device_kind not in CHIPS:
+        known = ", ".join(chip.name for chip in CHIPS.values())
+        raise InputError(
+            f"--topology: no published figures of {device_kind!r} are known here, only of {known}; give the --topology "
+            "of one of these, such as v5p:2x2x2"
+        )
+    return CHIPS[device_kind]

@@ -1,0 +1,113 @@
+"""What devices send one another in a compiled program, read from its text.
+
+Each collective is counted as often as it runs: those in the body of a loop times its trips, where the text says them (a
+count from 0 to a constant), else once. Bytes are those that one device receives if no byte comes twice: of n devices
+and a result of B bytes, an all-gather (n - 1) / n B, an all-reduce twice that, a reduce-scatter (n - 1) B.
+"""
+
+import collections
+import math
+import re
+from dataclasses import dataclass
+
+KINDS = ["all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"]
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)$")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+_TRIPS = re.compile(r"known_trip_count\D*(\d+)")
+_CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
+_CONSTANT = re.compile(r"^\s*%?(\S+) = [su]32\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"^\s*ROOT %?\S+ = pred\[\]\S* compare\(%?\S+, %?(\S+)\), direction=LT")
+# TPUs add and scatter in one fusion, an all-reduce inside of it.
+_SCATTERS = "all-reduce-scatter"
+
+
+@dataclass
+class Traffic:
+    count: float = 0.0
+    bytes: float = 0.0  # that one device receives
+
+    def add(self, other: "Traffic", times: float) -> None:
+        self.count += other.count * times
+        self.bytes += other.bytes * times
+
+
+def collectives(text: str, devices: int) -> dict[str, Traffic]:
+    """By kind, of a compiled program (`jax.stages.Compiled.as_text`) on that many devices; kinds it has none of are
+    left out."""
+    own: dict[str, dict[str, Traffic]] = collections.defaultdict(lambda: collections.defaultdict(Traffic))
+    called: dict[str, list[tuple[str, float | str]]] = collections.defaultdict(list)  # trips, or the loop's condition
+    constants: dict[str, float] = {}
+    bounds: dict[str, float] = {}  # of counts, by condition
+    entry, name = "", ""
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            name = match[1]
+            entry = name if line.startswith("ENTRY") else entry
+        elif match := _COLLECTIVE.match(line):
+            kind = "reduce-scatter" if name.startswith(_SCATTERS) else match[2]
+            size = _group(match[4], devices)
+            received = _received(match[2], _bytes(match[1]), size, started=bool(match[3]))
+            if size > 1:
+                own[name][kind].add(Traffic(1, received / 2 if kind != match[2] else received), 1)
+        elif match := _CONSTANT.match(line):
+            constants[match[1]] = float(match[2])
+        elif match := _BELOW.match(line):
+            bounds[name] = constants.get(match[1], 1.0)
+        else:
+            trips, condition = _TRIPS.search(line), _CONDITION.search(line)
+            inner = [*_CALLED.findall(line), *re.findall(r"[\w.-]+", " ".join(_BRANCHES.findall(line)))]
+            times = float(trips[1]) if trips else condition[1] if condition else 1.0
+            called[name] += [(other, times) for other in inner]
+
+    found: dict[str, Traffic] = collections.defaultdict(Traffic)
+
+    def visit(name: str, times: float) -> None:
+        for kind, traffic in own[name].items():
+            found[kind].add(traffic, times)
+        for other, trips in called[name]:
+            visit(other, times * (bounds.get(trips, 1.0) if isinstance(trips, str) else trips))
+
+    visit(entry, 1.0)
+    return dict(found)
+
+
+def _bytes(shape: str) -> int:
+    """Of all arrays of an HLO shape, tuples included: "(bf16[2,3]{1,0}, f32[])" has 16."""
+    return sum(
+        _width(dtype) * math.prod(map(int, filter(None, sizes.split(",")))) for dtype, sizes in _ARRAY.findall(shape)
+    )
+
+
+def _width(dtype: str) -> int:
+    """Bytes of one number: its bits are the first number in the name."""
+    return 1 if dtype == "pred" else max(int(re.search(r"\d+", dtype)[0]) // 8, 1)
+
+
+def _group(rest: str, devices: int) -> int:
+    """How many devices take part together."""
+    if match := re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]<=", rest):
+        return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[([^]]*)\] ?\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return match[1].count(",") + 1
+    return 2 if "source_target_pairs=" in rest else devices
+
+
+def _received(kind: str, size: int, group: int, started: bool) -> float:
+    """Bytes that a device receives of a collective with a result of `size` bytes.
+
+    The result of one that is only started holds its operands too.
+    """
+    if started and kind in ("all-gather", "collective-permute", "reduce-scatter"):
+        share = {"all-gather": group, "collective-permute": 1, "reduce-scatter": 1 / group}[kind]
+        size = size * share / (share + 1)
+    part = size * (group - 1) / group
+    return {"all-gather": part, "all-to-all": part, "all-reduce": 2 * part, "reduce-scatter": part * group}.get(
+        kind, size
+    )
