@@ -25,7 +25,7 @@ def get_config():
     c.prompts_per_step = 16
     c.rollout.max_completion_length = 512
     c.rollout.temperature = 1.0
-    c.rollout.slots = 64
+    c.rollout.slots = 48
     c.learner.tokens_per_microbatch = 4096
     c.optimizer.learning_rate = 2e-5  # adapters take more than all weights would
     c.evaluation.every = 20

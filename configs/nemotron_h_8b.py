@@ -1,6 +1,6 @@
 """Nemotron-H-8B-Base-8K, a hybrid of Mamba-2 and attention, on MATH, as in the paper.
 
-    python -m igrpo_jax.main --config configs/nemotron_h_8b_base.py --workdir runs/nemotron_h_8b_base \
+    python -m igrpo_jax.main --config configs/nemotron_h_8b.py --workdir runs/nemotron_h_8b \
         --config.data.train=math_train.jsonl
 
 math_train.jsonl has the columns `prompt` and `answer` (the paper: the 7,500 problems of MATH's train split). A base

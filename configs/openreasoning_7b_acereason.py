@@ -1,6 +1,6 @@
 """OpenReasoning-Nemotron-7B on AceReason-Math, as in the paper.
 
-    python -m igrpo_jax.main --config configs/openreasoning_nemotron_7b.py --workdir runs/openreasoning_nemotron_7b
+    python -m igrpo_jax.main --config configs/openreasoning_7b_acereason.py --workdir runs/openreasoning_7b_acereason
 
 The data comes from the hub. Every other setting is the paper's, and the default: 32 prompts a step, 4 drafts and 4
 refinements of up to 4,096 tokens. Paper, after training: AIME24 85.6, AIME25 79.6. The model thinks at length:
