@@ -25,8 +25,8 @@ def get_config():
     c.prompts_per_step = 16
     c.rollout.max_completion_length = 512
     c.rollout.temperature = 1.0
-    c.rollout.slots = 48
-    c.learner.tokens_per_microbatch = 4096
+    c.rollout.slots = 32
+    c.learner.tokens_per_microbatch = 2560  # a problem with two of its refinements
     c.optimizer.learning_rate = 2e-5  # adapters take more than all weights would
     c.evaluation.every = 20
     c.evaluation.benchmarks = ("gsm8k",)
