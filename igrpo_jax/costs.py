@@ -149,8 +149,8 @@ class Costs:
         return max(1.0, positions / chunk)
 
     def _logits(self, positions: float) -> Cost:
-        """One product with the head, whose float32 weight each chunk reads anew; logits are written and read."""
-        moved = 4 * self._head * self._chunks(positions) + 8 * self._model.vocab_size * positions
+        """One product with the head, whose weight each chunk reads anew; logits are written and read."""
+        moved = self._bytes * self._head * self._chunks(positions) + 8 * self._model.vocab_size * positions
         return Cost(2 * self._head * positions / self._tensor, moved / self._tensor)
 
 

@@ -218,11 +218,12 @@ def _program(found: Footprint, key: Key) -> Program:
 
 def _beside(found: Footprint, kind: str) -> int:
     """Bytes on each device that are no argument of a program of this kind, but wait there while it runs."""
-    if kind in found.learner.beside:
-        return found.learner.beside[kind]
+    beside = found.learner.beside
+    if kind in beside:
+        return beside[kind]
     resting = train.resting_bytes(found.config, found.mesh, found.learner)
     return {
-        "weights": found.learner.beside["accumulate"],
+        "weights": beside["accumulate"],
         "prefill": resting + found.engine.state_bytes,
         "decode": resting,
     }.get(kind, resting + found.engine.weight_bytes)

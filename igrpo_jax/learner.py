@@ -285,11 +285,9 @@ class Learner:
 
     def predicted_bytes(self) -> int:
         """Bytes per device that an update of the longest rows needs, state included, by the compiler's own count."""
-        programs = {
-            "accumulate": self._programs["accumulate", self.packer.largest],
-            "apply": self._programs[("apply",)],
-        }
-        return max(program_bytes(program) + self.beside[kind] for kind, program in programs.items())
+        accumulate, apply = self._programs["accumulate", self.packer.largest], self._programs[("apply",)]
+        beside = self.beside
+        return max(program_bytes(accumulate) + beside["accumulate"], program_bytes(apply) + beside["apply"])
 
     def _abstract_sums(self) -> dict[str, Sums]:
         whole, sums = self.state_sharding.step, jax.eval_shape(self._no_sums)

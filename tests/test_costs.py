@@ -91,6 +91,16 @@ def test_an_update_is_forward_and_backward_and_with_remat_forward_again(tiny):
     assert full("accumulate", shape).flops == pytest.approx(4 * forward + 4 * head)
 
 
+def test_a_narrow_head_is_read_narrow(tiny):
+    """Once for each chunk, as `logprobs` does, which casts it before: 3 chunks of 64 positions."""
+    chunked = {"learner__logprob_chunk": 64}
+    wide = Costs(settings(**chunked), tiny[0], one_device(), 8)
+    narrow = Costs(settings(model__dtype="bfloat16", **chunked), tiny[0], one_device(), 8)
+    logits = 8 * 64 * 192  # of both in float32
+    read = [costs._logits(192).bytes - logits for costs in (wide, narrow)]
+    assert read == [3 * 32 * 64 * 4, 3 * 32 * 64 * 2]
+
+
 def test_a_mesh_splits_work_and_bytes(tiny):
     one = Costs(settings(), tiny[0], one_device(), 8)
     mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))

@@ -84,7 +84,7 @@ def test_entropy_carries_no_gradient_unless_asked_for():
     assert np.abs(jax.grad(exact)(hidden, head)).max() > 0.1  # what it would be
 
 
-def test_the_head_is_rounded_per_chunk_but_its_gradient_is_float32():
+def test_the_head_is_rounded_but_its_gradient_is_float32():
     """One bf16 sum over all chunks would lose bits: 512 like terms of 1/512 add to .5 or less in bf16."""
     hidden, head = jnp.ones((1, 512, 1), jnp.bfloat16), jnp.zeros((1, 4))
     loss = lambda w: token_logprobs(hidden, w, jnp.zeros((1, 512), jnp.int32), 1.0, 1)[0].mean()  # noqa: E731
