@@ -5,10 +5,12 @@
 A run is made up (by default 1,000 steps of 16 prompts with 4 drafts and 4 refinements each, 128,000 samples of about
 1,200 characters) with the same writer that training has, then the command is run in a process of its own. The last line
 is one JSON object: `seconds` of the command, imports included; `peak_mib`, its largest resident memory; `samples`;
-`input_mib` and `output_mib`, the sizes of the samples and of the report.
+`input_mib` and `output_mib`, the sizes of the samples and of the report; `open_seconds` from asking a headless Chromium
+for the page of samples to its first step being shown (null where there is no Chromium).
 """
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -133,6 +135,19 @@ def _evaluate(rng: np.random.Generator, writer: Writer, folder: Path, step: int,
     writer.write(step, {f"eval/made_up/{name}": value for name, value in names.items()})
 
 
+def _opened(out: Path, temporary: Path) -> float | None:
+    """Seconds until the page of samples shows a step."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    chromium = importlib.import_module("chromium")
+    if chromium.browser() is None:
+        return None
+    with chromium.opened(temporary / "profile") as page:
+        began = time.perf_counter()
+        page.open((out / "samples.html").as_uri())
+        page.wait("document.readyState === 'complete' && document.querySelector('.prompt > header')")
+        return round(time.perf_counter() - began, 2)
+
+
 def _mib(folder: Path) -> float:
     return round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20, 1)
 
@@ -156,6 +171,7 @@ def main() -> None:
             raise SystemExit(f"the command ended with status {process.returncode}")
         samples = given.steps * given.prompts * (given.drafts + given.completions)
         sizes = {"samples": samples, "input_mib": _mib(run / "samples"), "output_mib": _mib(out)}
+        sizes["open_seconds"] = _opened(out, Path(temporary))
     print(json.dumps({"seconds": round(seconds, 1), "peak_mib": used.ru_maxrss // 1024} | sizes))
 
 

@@ -102,12 +102,16 @@ def watching(budgets: config.Watchdog) -> Iterator[None]:
 
 def _watch(done: threading.Event, look: float) -> None:
     while not done.wait(look):
-        here = _phases[-1:]  # a copy: the main thread goes on
-        if here and here[0].budget:
-            waited = time.monotonic() - here[0].since
-            if waited > here[0].limit:
-                here[0].limit = 2 * waited
-                _name(here[0], waited)
+        _look()
+
+
+def _look() -> None:
+    here = _phases[-1:]  # a copy: the main thread goes on
+    if here and here[0].budget:
+        waited = time.monotonic() - here[0].since
+        if waited > here[0].limit:
+            here[0].limit = 2 * waited
+            _name(here[0], waited)
 
 
 def _name(slow: _Phase, waited: float) -> None:

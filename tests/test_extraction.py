@@ -105,10 +105,10 @@ HOSTILE = [
 
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_extract_in_linear_time(piece):
-    start = time.perf_counter()
+    start = time.thread_time()
     extract(piece * (300_000 // len(piece)))
     extract("answer" + piece * (300_000 // len(piece)) + "</answer>")
-    assert time.perf_counter() - start < 2  # 0.1 s as a rule
+    assert time.thread_time() - start < 2  # 0.1 s as a rule
 
 
 def test_only_the_end_of_a_very_long_text_is_read():

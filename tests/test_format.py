@@ -50,11 +50,11 @@ def test_anything_else(text):
 
 def test_linear_time():
     # A pattern such as <think>.*</think>.*<answer>.*</answer> needs minutes on these.
-    start = time.perf_counter()
+    start = time.thread_time()
     for tag in ("<think>", "</think>", "<think></think>", "<answer>", "<"):
         assert format_reward(tag * 100_000) == 0.0
     assert format_reward("<think>" + "a\n " * 300_000 + "</think><answer>b</answer>") == 1.0
-    assert time.perf_counter() - start < 2
+    assert time.thread_time() - start < 2
 
 
 def test_overlong_penalty():

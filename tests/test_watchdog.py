@@ -7,7 +7,28 @@ import pytest
 
 from igrpo_jax import config, watchdog
 
-BUDGETS = config.Watchdog(verifier=0.2, dispatch=0.2, checkpoint=0)
+BUDGETS = config.Watchdog(verifier=20, dispatch=20, checkpoint=0)
+
+
+class Clock:
+    """In place of the module `time`: it stands still but for `pass_`, after which the watchdog looks."""
+
+    def __init__(self):
+        self._now = 1000.0
+
+    def monotonic(self):
+        return self._now
+
+    def pass_(self, seconds):
+        self._now += seconds
+        watchdog._look()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(watchdog, "time", clock)
+    return clock
 
 
 def named(caplog) -> list[tuple[str, str]]:
@@ -16,32 +37,40 @@ def named(caplog) -> list[tuple[str, str]]:
 
 
 def test_a_hanging_phase_is_named_with_the_stacks(capfd, caplog):
-    with watchdog.watching(BUDGETS), watchdog.phase("rollout", "step 3"), watchdog.phase("verifier", "2 to come"):
-        time.sleep(0.5)
+    budgets = config.Watchdog(verifier=0.05, dispatch=0, checkpoint=0)
+    with watchdog.watching(budgets), watchdog.phase("rollout", "step 3"), watchdog.phase("verifier", "2 to come"):
+        end = time.monotonic() + 60
+        while not named(caplog) and time.monotonic() < end:
+            time.sleep(0.01)
     assert ("rollout (step 3), verifier (2 to come)", "config.watchdog.verifier") in named(caplog)
     assert "test_a_hanging_phase_is_named_with_the_stacks" in capfd.readouterr().err  # the stack of the main thread
 
 
-def test_it_is_named_again_when_the_wait_has_doubled(caplog):
+def test_it_is_named_again_when_the_wait_has_doubled(caplog, clock):
     with watchdog.watching(BUDGETS), watchdog.phase("dispatch"):
-        time.sleep(1.2)  # at 0.2, about 0.45, about 0.95
-    assert named(caplog) in ([("dispatch", "config.watchdog.dispatch")] * n for n in (2, 3))
+        for seconds, times in ((19, 0), (2, 1), (20, 1), (2, 2), (42, 2), (2, 3)):  # at 21, 43 and 87 s
+            clock.pass_(seconds)
+            assert named(caplog) == [("dispatch", "config.watchdog.dispatch")] * times
+        watchdog.beat()
+        clock.pass_(19)
+        assert len(named(caplog)) == 3
+        clock.pass_(2)
+        assert len(named(caplog)) == 4
 
 
-def test_progress_and_phases_without_a_budget_are_not(caplog):
+def test_progress_and_phases_without_a_budget_are_not(caplog, clock):
     with watchdog.watching(BUDGETS):
         with watchdog.phase("rollout"):
             for _ in range(8):
                 with watchdog.phase("verifier"):
-                    time.sleep(0.05)
+                    clock.pass_(15)
         with watchdog.phase("dispatch"):
             for _ in range(8):
-                time.sleep(0.05)
+                clock.pass_(15)
                 watchdog.beat()
-        with watchdog.phase("checkpoint"):  # 0: never
-            time.sleep(0.3)
-        with watchdog.phase("update"):
-            time.sleep(0.3)
+        for name in ("checkpoint", "update"):  # a budget of 0, and none
+            with watchdog.phase(name):
+                clock.pass_(1000)
     assert named(caplog) == []
 
 
