@@ -272,6 +272,7 @@ _TIME: Parts = (
     ("update", "perf/update_time", ".1f"),
     ("waiting for the verifier", "perf/verify_wait_time", ".1f"),
     ("tokens/s", "perf/tokens_per_second", ",.0f"),
+    ("MFU of updates", "perf/mfu", ".0%"),
     ("slots in use", "perf/slot_utilization", ".0%"),
 )
 

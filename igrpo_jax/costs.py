@@ -8,6 +8,7 @@ Legend: D model, V vocab, N heads, K kv heads, H head dim, G groups, P state; of
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -36,10 +37,10 @@ class Costs:
     """Of the programs of a run `c` with `model` on `mesh`, by the keys of `learner` and `sampling/engine`.
 
     Args:
-        width: slots that a call of "insert", "move" or "harvest" works on.
+        width: slots that a call of "insert", "move" or "harvest" works on, where these are asked for.
     """
 
-    def __init__(self, c: Config, model: ModelConfig, mesh: jax.sharding.Mesh, width: int):
+    def __init__(self, c: Config, model: ModelConfig, mesh: jax.sharding.Mesh, width: int = 0):
         self._c, self._model, self._width = c, model, width
         self._shards, self._tensor = sharding.batch_shards(mesh), mesh.shape["tensor"]
         self._bytes = jnp.dtype(c.model.dtype).itemsize
@@ -73,6 +74,16 @@ class Costs:
 
     def __call__(self, kind: str, *shape) -> Cost:
         return getattr(self, f"_{kind}")(*shape)
+
+    def useful(self, context: int, lengths: Sequence[int], passes: float) -> float:
+        """FLOPs of `passes` forward passes over completions of `lengths` tokens that share a context of `context`.
+
+        As model FLOPs utilization counts them (PaLM, 2204.02311, appendix B): of all devices together, without padding
+        and without what is computed once more to save memory.
+        """
+        prefix, tokens = context - 1, sum(lengths)
+        pairs = prefix**2 / 2 + sum(length * (prefix + length / 2) for length in lengths)
+        return passes * self._tensor * (self._run(prefix + tokens, pairs) + self._logits(tokens)).flops
 
     def _accumulate(self, shape: tuple[int, int, int, int]) -> Cost:
         """Forward, backward (twice as much), with full remat forward once more; gradients added in float32."""

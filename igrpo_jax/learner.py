@@ -28,6 +28,7 @@ import optax
 from igrpo_jax import algorithms, config, sharding
 from igrpo_jax.algorithms import Loss
 from igrpo_jax.batch import Group, TrainBatch
+from igrpo_jax.costs import Costs
 from igrpo_jax.logprobs import completion_logprobs
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import ModelConfig
@@ -91,7 +92,7 @@ class Learner:
     def __init__(
         self, c: config.Config, model: ModelConfig, mesh: jax.sharding.Mesh, *, max_context: int, total_steps: int
     ):
-        self._model, self._settings, self._seed = model, c.learner, c.seed
+        self._model, self._settings, self._seed, self._costs = model, c.learner, c.seed, Costs(c, model, mesh)
         self._dtype, self._temperature = c.model.dtype, c.rollout.temperature
         self._iterations, self._cap = c.algorithm.num_iterations, c.algorithm.importance_sampling_cap
         self._stages = ("refine", "draft") if c.algorithm.train_drafts else ("refine",)  # whose completions are rows
@@ -190,7 +191,7 @@ class Learner:
             for unit, (logprob, _) in zip(units, self._scored(reference, units), strict=True):
                 unit.reference = logprob
             del reference
-        metrics = []
+        metrics, flops = [], self._model_flops(units)
         for iteration in range(self._iterations):
             rng = np.random.default_rng([self._seed, step, iteration, 0x313B])
             orders = [rng.permutation(len(part)) if minibatches > 1 else np.arange(len(part)) for part in parts]
@@ -198,7 +199,24 @@ class Learner:
                 picked = [part[i] for part, places in zip(parts, chosen, strict=True) for i in places]
                 state, measured = self._optimizer_step(state, picked)
                 metrics.append(measured)
-        return state, _mean_metrics(metrics)
+        return state, _mean_metrics(metrics) | {"perf/update_flops": flops}
+
+    def _trains(self, unit: Unit) -> bool:
+        """Whether it has a gradient: what only the advantage trains has none without one."""
+        return not self.algorithm.needs_advantage or bool(unit.advantage.any())
+
+    def _model_flops(self, units: Sequence[Unit]) -> float:
+        """What an update of `units` asks for; a backward pass is two forward ones, one where the base is frozen."""
+        before = (self.updates_per_step > 1) + (self.algorithm.beta > 0)  # passes for log pi_old and log pi_ref
+        backward = 1 if self._lora.rank else 2
+        return sum(
+            self._costs.useful(
+                len(unit.context),
+                [len(one.tokens) for one in unit.completions],
+                before + self._iterations * (1 + backward * self._trains(unit)),
+            )
+            for unit in units
+        )
 
     def _draft_units(self, groups: Sequence[Group]) -> list[Unit]:
         """Of the drafts, where they are trained on: none of a group whose draft stage was left out."""
@@ -228,9 +246,8 @@ class Learner:
 
     def _optimizer_step(self, state: TrainState, units: Sequence[Unit]) -> tuple[TrainState, dict[str, float]]:
         self.packer.set_weights(units)
-        # What only the advantage trains has no gradient without one; it is scored for the metrics alone.
-        idle = [unit for unit in units if self.algorithm.needs_advantage and not unit.advantage.any()]
-        trained = [unit for unit in units if not self.algorithm.needs_advantage or unit.advantage.any()]
+        idle = [unit for unit in units if not self._trains(unit)]  # scored for the metrics alone
+        trained = [unit for unit in units if self._trains(unit)]
         grads, sums = self._zeros()
         padded = 0
         for stage in self._stages:

@@ -11,13 +11,14 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from igrpo_jax import algorithms, cluster, data, evaluation, preemption, sharding, trackers, watchdog, weights
+from igrpo_jax import algorithms, chips, cluster, data, evaluation, preemption, sharding, trackers, watchdog, weights
 from igrpo_jax.batch import Prompt
 from igrpo_jax.checkpoint import Checkpointer
 from igrpo_jax.config import Config, InputError, RunError, to_dict
@@ -93,6 +94,14 @@ def one_step(run: "Run", task: "Task", state: TrainState, step: int) -> tuple[Tr
     times["perf/recompiles"] = len(compiled)
     run.warn_of_compiles(step, compiled)
     return state, (groups, gains, {**learned, **checked, **rollout_metrics(groups, c), **sampled, **times})
+
+
+def utilization(metrics: Mapping[str, float], devices: Sequence[jax.Device]) -> dict[str, float]:
+    """Share of the devices' published peak that an update made use of; nothing where the peak is not known."""
+    chip = chips.CHIPS.get(devices[0].device_kind)
+    if chip is None:
+        return {}
+    return {"perf/mfu": metrics["perf/update_flops"] / (metrics["perf/update_time"] * chip.flops * len(devices))}
 
 
 @contextlib.contextmanager
@@ -243,6 +252,7 @@ class Run:
         """Files and console of one step."""
         tokens = metrics["perf/draft_tokens"] + metrics["perf/completion_tokens"]
         metrics["perf/tokens_per_second"] = tokens / metrics["perf/step_time"]
+        metrics |= utilization(metrics, self._task.mesh.devices.flat)
         self.writer.write(step, metrics)
         self.writer.samples(step, groups, gains)
         self._check_finite(step, groups, gains, metrics)

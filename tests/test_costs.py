@@ -101,6 +101,20 @@ def test_a_narrow_head_is_read_narrow(tiny):
     assert read == [3 * 32 * 64 * 4, 3 * 32 * 64 * 2]
 
 
+@pytest.mark.parametrize("name", ["tiny", "hybrid"])
+def test_useful_work_is_that_of_programs_without_padding(name, request):
+    c = request.getfixturevalue(name)[0]
+    one = Costs(settings(learner__remat="none"), c, one_device())
+    four = Costs(settings(), c, sharding.make_mesh(config.Mesh(fsdp=2, tensor=2), jax.devices()[:4]))
+    shape = (1, 16, 3, 32)
+    assert one.useful(17, [32] * 3, 1) == pytest.approx(one("score", shape).flops)
+    assert four.useful(17, [32] * 3, 1) == pytest.approx(one("score", shape).flops)  # of all devices
+    head = 2 * c.hidden_size * c.vocab_size * 3 * 32
+    assert one.useful(17, [32] * 3, 3) == pytest.approx(one("accumulate", shape).flops - head)  # recomputed logits
+    # A padded row costs the program more, and asks for no more.
+    assert one.useful(17, [32, 5, 1], 1) < one.useful(17, [32, 32, 1], 1) < one("score", shape).flops
+
+
 def test_a_mesh_splits_work_and_bytes(tiny):
     one = Costs(settings(), tiny[0], one_device(), 8)
     mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))

@@ -145,7 +145,7 @@ def assert_close(got, expected, relative):
 
 def assert_same_metrics(got, expected, *but):
     """All but what says how the work was cut."""
-    for name in expected.keys() - {"perf/padding_frac", *but}:
+    for name in expected.keys() - {"perf/padding_frac", "perf/update_flops", *but}:
         assert got[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
 
 
@@ -498,6 +498,11 @@ def test_groups_without_a_signal_are_only_scored(build, tiny):
     units = build()[0].packer.units(make_groups(), IDLE)
     share = sum(size(unit) for unit, skip in zip(units, idle, strict=True) if skip) / sum(map(size, units))
     assert metrics["perf/idle_frac"] == pytest.approx(share) and others["perf/idle_frac"] == 0
+    work = [
+        build()[0]._costs.useful(len(unit.context), [len(one.tokens) for one in unit.completions], 1) for unit in units
+    ]
+    assert others["perf/update_flops"] == pytest.approx(3 * sum(work))
+    assert metrics["perf/update_flops"] == pytest.approx(np.dot(np.where(idle, 1, 3), work))
     run = sum(unit.tokens for unit, skip in zip(units, idle, strict=True) if not skip)
     assert metrics["perf/padding_frac"] == pytest.approx(1 - run / (8 * 32 + 32 * 32))
 
@@ -510,6 +515,9 @@ def test_groups_without_a_signal_off_policy(build, tiny):
     built = build(algorithm__num_iterations=2, **OBJECTIVES["dapo"])
     _, metrics = updated(built, tiny[1], gains=IDLE)
     _, others = updated(built, tiny[1], gains=np.where(IDLE == 0, np.float32(1e-30), IDLE))
+    # Log pi_old, then forward and backward twice.
+    once = updated(build(), tiny[1])[1]["perf/update_flops"] / 3
+    assert others["perf/update_flops"] == pytest.approx(7 * once) and metrics["perf/update_flops"] < 7 * once
     assert metrics["entropy"] == pytest.approx(others["entropy"], rel=1e-4)
     assert metrics["clip_ratio/region_mean"] == pytest.approx(others["clip_ratio/region_mean"], abs=0.02)
     for name in ("mean", "max"):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_a_run_writes_what_the_contract_names(whole):
     refine/kept_wrong refine/gain_vs_best_draft refine/copy_ratio verifier/timeout_frac verifier/error_frac
     verifier/latency_p99 perf/step_time perf/rollout_time perf/update_time perf/verify_wait_time perf/draft_tokens
     perf/completion_tokens perf/tokens_per_second perf/slot_utilization perf/stage_overlap_frac
-    perf/recompiles"""
+    perf/recompiles perf/update_flops"""
     assert not set(names.split()) - set(full), set(names.split()) - set(full)
     assert [row["step"] for row in lines if "eval/arithmetic/pass@1" in row] == [0, 2, 4, 5]
     assert any("warm_start/loss" in row for row in lines)
@@ -45,6 +46,14 @@ def test_a_run_writes_what_the_contract_names(whole):
     assert json.loads((workdir / "config.json").read_text())["prompts_per_step"] == 4
     assert (workdir / "tensorboard").is_dir() and (workdir / "checkpoints" / "5").is_dir()
     assert list((workdir / "profile").rglob("*.xplane.pb"))
+
+
+def test_utilization_is_of_the_peak_of_all_devices():
+    """2 PFLOP in 4 s are 0.5 PFLOP/s, of two H100 with 0.989 each."""
+    metrics = {"perf/update_flops": 2e15, "perf/update_time": 4.0}
+    cards = [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 2
+    assert train.utilization(metrics, cards) == {"perf/mfu": pytest.approx(0.5 / (2 * 0.989))}
+    assert train.utilization(metrics, [SimpleNamespace(device_kind="cpu")]) == {}
 
 
 def test_a_run_says_what_it_does_and_where_it_wrote(whole):
