@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from igrpo_jax import runtime
+from igrpo_jax.chips import size
 from igrpo_jax.config import Config, InputError
 
 if TYPE_CHECKING:
@@ -207,11 +208,6 @@ def _figures(found: "Footprint", one: "Program") -> dict[str, Any]:
         "bound": bound,
         "collectives": {kind: {"count": x.count, "bytes": x.bytes} for kind, x in one.sent.items()},
     }
-
-
-def size(count: float) -> str:
-    """Bytes as people read them."""
-    return f"{count / 2**30:.2f} GiB" if count >= 1 << 27 else f"{count / 2**20:.1f} MiB"
 
 
 if __name__ == "__main__":

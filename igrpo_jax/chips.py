@@ -30,6 +30,11 @@ CHIPS = {
 }
 
 
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    return f"{count / GIB:.2f} GiB" if count >= 1 << 27 else f"{count / 2**20:.1f} MiB"
+
+
 def of(device_kind: str) -> Chip:
     """Raises InputError where the figures of such a device are not known."""
     if device_kind not in CHIPS:

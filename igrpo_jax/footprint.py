@@ -20,7 +20,7 @@ from pathlib import Path
 
 import jax
 
-from igrpo_jax import chips, config, evaluation, sharding, train
+from igrpo_jax import chips, config, evaluation, overview, sharding
 from igrpo_jax.chips import Chip
 from igrpo_jax.collectives import Traffic, collectives
 from igrpo_jax.config import Config, InputError
@@ -33,6 +33,7 @@ from igrpo_jax.policy import open_policy
 from igrpo_jax.programs import Key
 from igrpo_jax.prompts import most_overhead
 from igrpo_jax.sampling.engine import WIDTH, Engine
+from igrpo_jax.task import check_context, fitted, sampler
 
 THREADS = 2  # programs compiled at once; each takes gigabytes of the host's memory
 
@@ -168,15 +169,15 @@ def prepare(c: Config, devices: list) -> Footprint:
     model = describe(c.model)
     context, drafted = model.max_position_embeddings, most_overhead(c.refine, c.draft_limit)
     max_context = c.data.max_prompt_length + (drafted if c.algorithm.num_drafts else 0)
-    train.check_context(c, context, max_context)
+    check_context(c, context, max_context)
     wanted = c.evaluation.max_completion_length or c.rollout.max_completion_length
     evaluated = evaluation.Plan({}, context, 0, 0, wanted)
     if c.evaluation.every:
         longest = c.data.max_prompt_length + (drafted if c.evaluation.rounds else 0)
         evaluated = replace(evaluated, max_context=longest, max_completion=min(wanted, context - 1))
     mesh = sharding.make_mesh(c.mesh, devices)
-    model = train.fitted(c, model, mesh, max_context, evaluated)
-    engine = train.sampler(c, model, mesh, (model.vocab_size - 1,), max_context, evaluated)
+    model = fitted(c, model, mesh, max_context, evaluated)
+    engine = sampler(c, model, mesh, (model.vocab_size - 1,), max_context, evaluated)
     learner = Learner(c, model, mesh, max_context=max_context, total_steps=c.steps or 1)
     chip = chips.of(devices[0].device_kind)
     return Footprint(c, chip, mesh, model, learner, engine, Costs(c, model, mesh, WIDTH), max_context)
@@ -221,7 +222,7 @@ def _beside(found: Footprint, kind: str) -> int:
     beside = found.learner.beside
     if kind in beside:
         return beside[kind]
-    resting = train.resting_bytes(found.config, found.mesh, found.learner)
+    resting = overview.resting_bytes(found.config, found.mesh, found.learner)
     return {
         "weights": beside["accumulate"],
         "prefill": resting + found.engine.state_bytes,

@@ -7,36 +7,29 @@ Everything random is derived from (seed, step), so a resumed run goes on as if i
 import contextlib
 import difflib
 import functools
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from igrpo_jax import algorithms, chips, cluster, data, evaluation, preemption, sharding, trackers, watchdog, weights
-from igrpo_jax.batch import Prompt
+from igrpo_jax import algorithms, chips, cluster, evaluation, overview, preemption, watchdog, weights
 from igrpo_jax.checkpoint import Checkpointer
 from igrpo_jax.config import Config, InputError, RunError, to_dict
 from igrpo_jax.console import Console
 from igrpo_jax.evaluation import Evaluator
 from igrpo_jax.learner import Learner, TrainState
 from igrpo_jax.metrics import Writer, rollout_metrics
-from igrpo_jax.models import attention, decoder, hf_write
-from igrpo_jax.models.config import ModelConfig
-from igrpo_jax.policy import Policy, open_policy
+from igrpo_jax.models import decoder, hf_write
 from igrpo_jax.preemption import Preempted
-from igrpo_jax.programs import compilations, device_bytes, tree_bytes, use_disk_cache
-from igrpo_jax.prompts import Renderer
-from igrpo_jax.rewards import reward
+from igrpo_jax.programs import compilations, use_disk_cache
 from igrpo_jax.rewards.reward import Verifier
 from igrpo_jax.rollout import Rollout
-from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
+from igrpo_jax.task import Task, open_task, sampler
 from igrpo_jax.tasks import arithmetic
 from igrpo_jax.warm_start import warm_start
 from igrpo_jax.workdir import locked, prepare_workdir
@@ -75,7 +68,7 @@ def train(c: Config, workdir: Path) -> None:
         run.finish(first, state)
 
 
-def one_step(run: "Run", task: "Task", state: TrainState, step: int) -> tuple[TrainState, tuple]:
+def one_step(run: "Run", task: Task, state: TrainState, step: int) -> tuple[TrainState, tuple]:
     """One pass of Algorithm 1's loop: the new state, and for `Run.report` groups, advantages [P, G] and metrics."""
     c, learner, name = run.config, run.learner, f"step {step}"
     with profiled(c, run.workdir, step), compilations() as compiled:
@@ -112,108 +105,6 @@ def profiled(c: Config, workdir: Path, step: int):
             yield
     else:
         yield
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is read and checked before anything is written: model, problems, prompts, mesh."""
-
-    config: Config
-    policy: Policy
-    renderer: Renderer
-    mesh: jax.sharding.Mesh
-    prompts: list[Prompt]
-    skipped: int  # training prompts longer than config.data.max_prompt_length
-    notes: list[tuple[str, str]]  # what was found in the training set
-    evaluated: evaluation.Plan
-    max_context: int  # tokens of the longest q or q' in training
-    total_steps: int
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Of the training prompts and answers in their order; a resume needs the same ones."""
-        text = json.dumps([(prompt.tokens.tolist(), prompt.answer) for prompt in self.prompts])
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def step_prompts(self, step: int, redraw: int = 0) -> list[Prompt]:
-        """The prompts of `step` (from 1), or those of its redraw 1, 2, …: a pure function of them and the seed."""
-        c, count = self.config, len(self.prompts)
-        if redraw:
-            indices = data.redraw_indices(step - 1, redraw, c.prompts_per_step, count, c.seed)
-        else:
-            indices = data.step_indices(step - 1, c.prompts_per_step, count, c.seed)
-        return [self.prompts[i] for i in indices]
-
-
-def open_task(c: Config) -> Task:
-    """Reads model files (not weights) and problems, and checks that they fit together."""
-    reward.check(c.rewards)
-    trackers.check(c.log)
-    policy = open_policy(c.model)
-    renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
-    held_out = data.evaluation_rows(c) if c.evaluation.every or c.data.clean else {}
-    training = data.training_set(c, held_out)
-    kept, skipped = data.fit(training.rows, renderer.plain, c.data.max_prompt_length)
-    prompts = [Prompt(row.id, row.index, row.question, row.answer, tokens, row.columns) for row, tokens in kept]
-    max_context = max(len(prompt.tokens) for prompt in prompts)
-    max_context += renderer.draft_overhead if c.algorithm.num_drafts else 0
-    context = policy.model.max_position_embeddings
-    check_context(c, context, max_context)
-    asked = data.asked(held_out, c.evaluation.limit) if c.evaluation.every else {}
-    evaluated = evaluation.plan(c, asked, renderer, context)
-    mesh = sharding.make_mesh(c.mesh)
-    policy = replace(policy, model=fitted(c, policy.model, mesh, max_context, evaluated))
-    shards = sharding.batch_shards(mesh)
-    if c.warm_start.steps and c.warm_start.batch_size % shards:
-        raise InputError(
-            f"config.warm_start.batch_size = {c.warm_start.batch_size}: must be a multiple of mesh.data x mesh.fsdp = "
-            f"{shards}, over which a batch is split"
-        )
-    steps = c.steps or max(1, int(c.epochs * len(prompts) / c.prompts_per_step))
-    return Task(c, policy, renderer, mesh, prompts, skipped, training.notes, evaluated, max_context, steps)
-
-
-def check_context(c: Config, context: int, max_context: int) -> None:
-    """Raises InputError where the longest q or q', of `max_context` tokens, and a completion exceed the model's."""
-    tokens = max_context + c.rollout.max_completion_length
-    if tokens > context:
-        raise InputError(
-            f"config.rollout.max_completion_length: prompt, draft and completion may reach {tokens} tokens, the "
-            f"model's context is {context}; lower rollout.max_completion_length, data.max_prompt_length or "
-            "refine.max_draft_length"
-        )
-
-
-def fitted(
-    c: Config, model: ModelConfig, mesh: jax.sharding.Mesh, max_context: int, evaluated: evaluation.Plan
-) -> ModelConfig:
-    """`model` with the attention of a run on `mesh`. Raises InputError where the mesh does not divide it."""
-    sharding.check_divides(mesh, decoder.shapes(model))
-    longest = max(max_context + c.rollout.max_completion_length, evaluated.max_context)
-    chosen = attention.choose(c.learner.attention, mesh, c.model.dtype, model.head_dim, longest)
-    return replace(model, attention=chosen)
-
-
-def sampler(
-    c: Config,
-    model: ModelConfig,
-    mesh: jax.sharding.Mesh,
-    eos_ids: tuple[int, ...],
-    max_context: int,
-    evaluated: evaluation.Plan,
-) -> Engine:
-    """The engine of a run, large enough for training and for what is evaluated in it."""
-    return Engine(
-        model,
-        mesh,
-        eos_ids,
-        slots=c.rollout.slots,
-        max_context=max(max_context, evaluated.max_context),
-        max_completion=max(c.rollout.max_completion_length, evaluated.max_completion),
-        length=max(max_context + c.rollout.max_completion_length, evaluated.length),
-        dtype=c.model.dtype,
-        steps_per_dispatch=c.rollout.steps_per_dispatch,
-    )
 
 
 class Run:
@@ -372,7 +263,7 @@ class Run:
             size = hf_write.model_bytes(self._task.policy.model)
             with self._console.phase("exporting (MB)", size >> 20) as update:
                 self._task.policy.save(out, self.learner.policy(state.params), lambda done: update(done >> 20))
-        rows = _summary(self.workdir, self.scores, first, self._task.total_steps)
+        rows = overview.after(self.workdir, self.scores, first, self._task.total_steps)
         best = [step for step in self.scores if self.is_best(step)]
         if best:
             rows.insert(1, ("best checkpoint", f"step {max(best)}, by {self.config.checkpoint.best_metric}"))
@@ -403,7 +294,7 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
     with console.phase("compiling the update"):
         run.learner.predicted_bytes()
     title = "iGRPO run" if c.algorithm.num_drafts else "Run"
-    console.table(title, plan(c, task, engine, run.learner))
+    console.table(title, overview.before(c, task, engine, run.learner))
     if latest is not None:
         with console.phase(f"restoring step {latest}"):
             run.restore()
@@ -444,69 +335,3 @@ def _warm(c: Config, task: Task, params: decoder.Params, writer: Writer, console
 
         encode = task.policy.encode_completion
         return warm_start(c, task.policy.model, task.mesh, params, problems, task.renderer, encode, report)
-
-
-def plan(c: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[str, object]]:
-    """Rows of the table that is printed before the first step."""
-    model, mesh = task.policy.model, task.mesh
-    completions = c.prompts_per_step * c.algorithm.num_generations
-    also = ", both trained" if c.algorithm.train_drafts else ", the trained completions"
-    width = c.rollout.max_completion_length
-    units, prefix, share, longest = learner.packer.largest
-    frozen, trained = learner.abstract_frozen, sum(x.size for x in learner.abstract_state().params.values())
-    needs, there = predicted_bytes(c, task, engine, learner), device_bytes()
-    predicted = ", ".join(f"{phase} {_bytes(need)}" for phase, need in needs.items())
-    return [
-        ("model", f"{task.policy.path or 'built-in'}, {model.num_params / 1e6:,.1f} M parameters, {c.model.dtype}"),
-        ("mesh", f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']}"),
-        ("attention", f"{model.attention} (training and prefill)"),
-        *([("LoRA", f"rank {c.model.lora.rank}, {trained / 1e6:,.2f} M trained parameters")] * bool(frozen)),
-        ("objective", f"{c.algorithm.loss_type}, beta {c.algorithm.beta:g}"),
-        ("training prompts", f"{len(task.prompts):,} ({task.skipped} longer than data.max_prompt_length skipped)"),
-        *task.notes,
-        *(("evaluation", note) for note in task.evaluated.notes),
-        ("steps", f"{task.total_steps:,} of {c.prompts_per_step} prompts"),
-        ("drafts per step", f"{c.prompts_per_step * c.algorithm.num_drafts:,} (N = {c.algorithm.num_drafts})"),
-        ("refinements per step", f"{completions:,} (G = {c.algorithm.num_generations}){also}"),
-        ("trained tokens per step", f"at most {c.trained_completions * width:,}"),
-        ("longest micro-batch", f"{units} x ({prefix} + {share} x {longest}) tokens: {share} completions to a prompt"),
-        ("compiled programs", f"{len(engine.keys)} of the sampler, more of the update as lengths come"),
-        ("predicted bytes per device", predicted + (f", of {_bytes(there)}" if there else "")),
-        *(
-            ("does not fit", f"{phase}: lower {watchdog.SMALLER[phase]}, or use more devices")
-            for phase, need in needs.items()
-            if there and need > there
-        ),
-    ]
-
-
-def predicted_bytes(c: Config, task: Task, engine: Engine, learner: Learner) -> dict[str, int]:
-    """Bytes that update and rollout need on each device, by the compiler's own count."""
-    rollout = engine.predicted_bytes() + resting_bytes(c, task.mesh, learner)
-    return {"update": learner.predicted_bytes(), "rollout": rollout}
-
-
-def resting_bytes(c: Config, mesh: jax.sharding.Mesh, learner: Learner) -> int:
-    """Bytes on each device of what waits there while completions are sampled, but for the weights that sample.
-
-    In float32 and in one piece the trained weights are these.
-    """
-    same = c.model.dtype == "float32" and mesh.shape["fsdp"] == 1 and not c.model.lora.rank
-    return learner.resting_bytes - same * tree_bytes(learner.abstract_state().params)
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count > 2**29 else f"{count / 2**20:.0f} MiB"
-
-
-def _summary(workdir: Path, scores: dict[int, dict[str, float]], first: int, total: int) -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = [("steps", f"{total}" + (f", resumed after {first}" if first else ""))]
-    names = {name for values in scores.values() for name in values if name.endswith("pass@1")}
-    for name in sorted(names):
-        values = [scores[step][name] for step in sorted(scores) if name in scores[step]]
-        change = values[-1] - values[0]
-        rows.append((name, f"{values[0]:.3f} before, {values[-1]:.3f} after ({change:+.3f})"))
-    for what in ("metrics.jsonl", "samples", "evaluations", "tensorboard", "wandb", "checkpoints", "export", "profile"):
-        if (workdir / what).exists():
-            rows.append((what, workdir / what))
-    return rows

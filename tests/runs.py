@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from igrpo_jax import config, train
+from igrpo_jax.task import open_task
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -68,7 +69,7 @@ def samples(workdir: Path) -> dict[str, str]:
 
 
 def final_state(workdir: Path, c: config.Config) -> dict[str, np.ndarray]:
-    task = train.open_task(c)
+    task = open_task(c)
     with jax.set_mesh(task.mesh), train.Checkpointer(workdir, c.checkpoint) as store:
         learner = train.Learner(
             c, task.policy.model, task.mesh, max_context=task.max_context, total_steps=task.total_steps

@@ -37,7 +37,7 @@ FLOORS = [
     ["exchange rollout", "packing learner warm_start", "trackers metrics alerts console workdir checkpoint"],
     ["weights measures results evaluation inference"],
     [
-        "train footprint",
+        "task overview train footprint",
         "reporting/runs reporting/samples reporting/summary reporting/panels reporting/figures reporting/pages",
     ],
     ["runtime main evaluate generate export aot report"],

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from runs import ROOT, check_same_rows, command, final_state, one_device, rows, run, samples, settings
 
-from igrpo_jax import config, train, watchdog
+from igrpo_jax import config, overview, train, watchdog
+from igrpo_jax.task import open_task
 
 
 def test_a_run_writes_what_the_contract_names(whole):
@@ -126,7 +127,7 @@ def test_clean_compares_with_all_that_evaluation_may_ask(tmp_path):
     c = dataclasses.replace(c, data=dataclasses.replace(c.data, train=str(tmp_path / "train.jsonl"), clean=True))
     for every, asked in ((0, {}), (1, {"mine": ["2+2"]})):
         held_out = {"every": every, "benchmarks": ("mine",), "data_dir": str(tmp_path), "limit": 1}
-        task = train.open_task(dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, **held_out)))
+        task = open_task(dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, **held_out)))
         assert [prompt.question for prompt in task.prompts] == ["1+1"]
         assert ("training problems like mine's", "1 of 2, left out") in task.notes
         assert {name: [one.question for one in some] for name, some in task.evaluated.prompts.items()} == asked
@@ -206,16 +207,16 @@ def test_learning_rate_zero_changes_nothing_but_is_evaluated(tmp_path):
 
 def test_what_does_not_fit_is_said_before_weights_are_read(monkeypatch):
     """By the phase that needs more than a device has, with what to lower."""
-    task = train.open_task(settings())
+    task = open_task(settings())
     needs = {"update": 3 << 30, "rollout": 1 << 30}
-    monkeypatch.setattr(train, "predicted_bytes", lambda *_: needs)
+    monkeypatch.setattr(overview, "predicted_bytes", lambda *_: needs)
     learner = train.Learner(task.config, task.policy.model, task.mesh, max_context=task.max_context, total_steps=5)
     engine = type("Engine", (), {"keys": []})()
     for there, expected in ((None, ["update 3.00 GiB, rollout 1.00 GiB"]), (2 << 30, None)):
-        monkeypatch.setattr(train, "device_bytes", lambda there=there: there)
+        monkeypatch.setattr(overview, "device_bytes", lambda there=there: there)
         said = [
             str(value)
-            for name, value in train.plan(task.config, task, engine, learner)
+            for name, value in overview.before(task.config, task, engine, learner)
             if "fit" in name or "bytes" in name
         ]
         assert said == (
