@@ -184,7 +184,8 @@ class Writer:
         self.history = [row for row in map(json.loads, rows) if "loss" in row]
         write_atomically(self._path, "".join(rows))
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
-        self._trackers = trackers.open_trackers(workdir, config, resume_step)
+        with writing(workdir):
+            self._trackers = trackers.open_trackers(workdir, config, resume_step)
 
     def __enter__(self) -> "Writer":
         return self
@@ -203,8 +204,8 @@ class Writer:
         with writing(self._path):
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
-        for tracker in self._trackers:
-            tracker.write(self.rows, row)
+            for tracker in self._trackers:
+                tracker.write(self.rows, row)
         self.rows += 1
 
     def samples(self, step: int, groups: Sequence[Group], advantages: np.ndarray) -> None:
@@ -234,13 +235,13 @@ class Writer:
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flushes and closes; may be called twice."""
+        """Flushes and closes all, also where one of them cannot be; may be called twice."""
         if self._file is not None:
-            file, self._file = self._file, None
-            with writing(self._path):
-                file.close()
-        while self._trackers:
-            self._trackers.pop().close()
+            closing = [self._file, *self._trackers]
+            self._file, self._trackers = None, []
+            with writing(self._path), contextlib.ExitStack() as stack:
+                for one in closing:
+                    stack.callback(one.close)
 
 
 def _sample_rows(groups: Sequence[Group], advantages: np.ndarray) -> Iterator[tuple[dict, Group, Completion]]:

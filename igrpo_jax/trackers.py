@@ -7,6 +7,7 @@ replaces what was there (TensorBoard) or is left out (wandb, which keeps what it
 import importlib.util
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -19,29 +20,40 @@ Row = Mapping[str, float | None]  # with "step"; None where a value is not finit
 
 class Tracker(Protocol):
     def write(self, number: int, row: Row) -> None:
-        """Takes row `number` of metrics.jsonl, counted from 0."""
+        """Takes row `number` of metrics.jsonl, counted from 0. May raise OSError."""
 
     def close(self) -> None:
         """Hands everything on; no write comes after it."""
 
 
 class TensorBoard:
-    """Scalars in `workdir/tensorboard`."""
+    """Scalars in `workdir/tensorboard`.
+
+    Not by a SummaryWriter: its thread ends where the disk is full, and whoever then adds to its queue waits for ever.
+    """
 
     def __init__(self, workdir: Path, config: config_lib.Config, resume_step: int | None):
-        import tensorboardX  # half a second, only where it is wanted
+        from tensorboardX.event_file_writer import EventsWriter  # half a second, only where it is wanted
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
 
-        purge = 0 if resume_step is None else resume_step + 1
-        folder = str(workdir / "tensorboard")
-        self._writer = tensorboardX.SummaryWriter(folder, purge_step=purge, filename_suffix=f".from{purge}")
+        folder, purge = workdir / "tensorboard", 0 if resume_step is None else resume_step + 1
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar = Event, scalar
+        self._events = EventsWriter(str(folder / "events"), f".from{purge}")
+        # From here on what an earlier start wrote of these steps is not shown.
+        start = Event(step=purge, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
+        self._events.write_event(start)
 
     def write(self, number: int, row: Row) -> None:
+        step, now = int(row["step"]), time.time()
         for name, value in row.items():
             if name != "step" and value is not None:
-                self._writer.add_scalar(name, value, int(row["step"]))
+                self._events.write_event(self._event(step=step, wall_time=now, summary=self._scalar(name, value)))
+        self._events.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._events.close()
 
 
 class WandB:
