@@ -7,13 +7,15 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from absl import logging
 
 from igrpo_jax import config as config_lib
 from igrpo_jax.config import InputError
+
+LOCK = ".lock"  # in a workdir: held while a run is under way
 
 
 def prepare_workdir(workdir: Path, config: config_lib.Config) -> bool:
@@ -23,8 +25,8 @@ def prepare_workdir(workdir: Path, config: config_lib.Config) -> bool:
         True where `workdir` holds a run of this configuration, which is to be resumed.
 
     Raises:
-        InputError: `workdir` holds a run of another configuration or files that are no run's, or cannot be written.
-            Nothing is left behind.
+        InputError: `workdir` holds a run of another configuration, one that is under way, or files that are no run's,
+            or cannot be written. Nothing is left behind.
     """
     workdir = Path(workdir)
     path, temporary = workdir / "config.json", workdir / "config.json.tmp"
@@ -35,6 +37,7 @@ def prepare_workdir(workdir: Path, config: config_lib.Config) -> bool:
         resumes = path.exists()
         if resumes:
             _check_same_run(path, settings)
+            _check_free(workdir)
         elif foreign := sorted({entry.name for entry in workdir.iterdir()} - {temporary.name}):
             more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             raise InputError(
@@ -68,6 +71,25 @@ def _check_same_run(path: Path, settings: dict[str, Any]) -> None:
         )
 
 
+def _check_free(workdir: Path) -> None:
+    """Raises InputError where a run is under way, whose config.json must stay as it is."""
+    with contextlib.suppress(FileNotFoundError), open(workdir / LOCK, "r+", encoding="utf-8") as file:
+        _lock(file, workdir)
+
+
+def _lock(file: TextIO, workdir: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise InputError(
+            f"--workdir {workdir}: a run is under way there ({file.read().strip() or 'of another process'}); wait "
+            "for its end, or give another folder"
+        ) from None
+    except OSError as error:  # a file system without locks
+        logging.warning("%s: cannot be locked (%s); don't start a second run there", workdir, error.strerror)
+
+
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
     """Keeps other runs out of `workdir` while it lasts; the system ends it with the process, however that ends.
@@ -78,17 +100,8 @@ def locked(workdir: Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    with open(Path(workdir) / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(
-                f"--workdir {workdir}: a run is under way there ({file.read().strip() or 'of another process'}); wait "
-                "for its end, or give another folder"
-            ) from None
-        except OSError as error:  # a file system without locks
-            logging.warning("%s: cannot be locked (%s); don't start a second run there", workdir, error.strerror)
+    with open(Path(workdir) / LOCK, "a+", encoding="utf-8") as file:
+        _lock(file, workdir)
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {platform.node()}\n")

@@ -85,3 +85,12 @@ def test_one_run_at_a_time(tmp_path):
         pass
     with workdirs.locked(tmp_path):
         pass
+
+
+def test_a_run_under_way_keeps_its_config(tmp_path):
+    config, longer = configured(), configured(steps=9)
+    workdirs.prepare_workdir(tmp_path, config)
+    with workdirs.locked(tmp_path):
+        refused(tmp_path, longer, f"a run is under way there .process {os.getpid()} on ")
+        assert json.loads((tmp_path / "config.json").read_text()) == config_lib.to_dict(config)
+    assert workdirs.prepare_workdir(tmp_path, longer) is True
