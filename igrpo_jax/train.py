@@ -44,12 +44,13 @@ def train(c: Config, workdir: Path) -> None:
         Preempted: SIGTERM came, and what can be resumed is saved.
     """
     use_disk_cache(c.compilation_cache)
-    task = open_task(c)
-    problems = {"training problems": task.fingerprint, "evaluation problems": task.evaluated.fingerprint}
-    cluster.check_same({"config": to_dict(c), **problems})
-    with contextlib.ExitStack() as stack, jax.set_mesh(task.mesh):
-        stack.enter_context(watchdog.watching(c.watchdog))
+    with contextlib.ExitStack() as stack:
         stack.enter_context(preemption.noticed(c.checkpoint.preemption_grace))
+        task = open_task(c)
+        problems = {"training problems": task.fingerprint, "evaluation problems": task.evaluated.fingerprint}
+        cluster.check_same({"config": to_dict(c), **problems})
+        stack.enter_context(jax.set_mesh(task.mesh))
+        stack.enter_context(watchdog.watching(c.watchdog))
         with watchdog.phase("start"):
             run = start(c, task, workdir, stack)
         first, done = run.first_step, run.first_step
@@ -144,6 +145,8 @@ class Run:
         tokens = metrics["perf/draft_tokens"] + metrics["perf/completion_tokens"]
         metrics["perf/tokens_per_second"] = tokens / metrics["perf/step_time"]
         metrics |= utilization(metrics, self._task.mesh.devices.flat)
+        if step == 1:
+            self.checkpointer.wait()  # of step 0: a folder with samples and without a checkpoint is taken for damaged
         self.writer.write(step, metrics)
         self.writer.samples(step, groups, gains)
         self._check_finite(step, groups, gains, metrics)

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import ROOT, check_same_rows, command, final_state, one_device, rows, run, samples, settings
+from runs import ROOT, check_same_rows, command, faulty, final_state, one_device, rows, run, samples, settings
 
-from igrpo_jax import config, overview, train, watchdog
+from igrpo_jax import config, overview, preemption, train, watchdog
 from igrpo_jax.task import open_task
 
 
@@ -115,6 +115,44 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
     assert samples(killed) == samples(workdir)
     a, b = final_state(killed, settings()), final_state(workdir, settings())
     assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def test_no_samples_before_the_first_checkpoint_is_whole(tmp_path):
+    """Of a large model it takes longer than a step. A kill in between would leave samples of a run and no checkpoint,
+    which is refused."""
+    inject = """
+import time
+rename, report = os.rename, train.Run.report
+def slow(*args):
+    time.sleep(3 * ("orbax-checkpoint-tmp" in str(args[0])))
+    return rename(*args)
+def killed(self, *args):
+    report(self, *args)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.rename, train.Run.report = slow, killed
+"""
+    short = ("warm_start.steps=0", "evaluation.every=0", "checkpoint.best_metric=", "log.profile_steps=()", "steps=1")
+    assert faulty(inject, tmp_path, tmp_path / "run", *short).returncode == -signal.SIGKILL
+    assert list(samples(tmp_path / "run")) == ["step_000001.jsonl"]
+    assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
+
+
+def test_sigterm_while_data_is_read_is_a_notice_too(monkeypatch, tmp_path):
+    def reads(c):
+        os.kill(os.getpid(), signal.SIGTERM)
+        preemption.check()
+
+    def nobody(*_):
+        raise AssertionError("SIGTERM ends the process")
+
+    monkeypatch.setattr(train, "open_task", reads)
+    before = signal.signal(signal.SIGTERM, nobody)
+    try:
+        with pytest.raises(preemption.Preempted):
+            train.train(settings(compilation_cache=""), tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "run").exists()
 
 
 def test_clean_compares_with_all_that_evaluation_may_ask(tmp_path):
