@@ -522,6 +522,11 @@ def _validate(c: Config) -> None:
         "must be written as module:function",
     )
     need(not rewards.judge.weight or rewards.judge.model, "rewards.judge.model", "name the model of the endpoint")
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", rewards.judge.api_key_env):  # likely the key: not repeated, not written
+        raise InputError(
+            "config.rewards.judge.api_key_env: must be the name of an environment variable in capitals, such as "
+            "OPENAI_API_KEY, and not the key itself; export the key in it"
+        )
     need(
         c.optimizer.max_grad_norm > 0,
         "optimizer.max_grad_norm",

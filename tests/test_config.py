@@ -126,6 +126,15 @@ def test_draft_controls_that_do_not_go_together(changes, says):
         config.freeze(tree)
 
 
+@pytest.mark.parametrize("key", ["sk-proj-abc123", "gsk_abc123", ""])
+def test_a_key_in_the_place_of_its_variable_is_refused_and_not_repeated(key):
+    tree = config.default()
+    tree.rewards.judge.api_key_env = key
+    with pytest.raises(InputError, match="must be the name of an environment variable") as error:
+        config.freeze(tree)
+    assert not key or key not in str(error.value)
+
+
 def test_there_must_be_some_reward():
     tree = config.default()
     tree.rewards.accuracy = tree.rewards.format = 0.0
