@@ -225,7 +225,8 @@ class Writer:
             row |= {"context": context.tolist(), "tokens": completion.tokens.tolist()}
             rows.append(row | {"logprobs": [number(value) for value in completion.logprobs]})
         folder = self._samples.with_name("nonfinite")
-        folder.mkdir(exist_ok=True)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         write_rows(folder / f"step_{step:06d}.jsonl", rows)
 
     def sync(self) -> None:

@@ -4,13 +4,16 @@ A tracker is opened for a workdir by process 0 and takes rows as they are writte
 replaces what was there (TensorBoard) or is left out (wandb, which keeps what it has been given).
 """
 
+import contextlib
 import importlib.util
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
+
+from absl import logging
 
 from igrpo_jax import config as config_lib
 from igrpo_jax.config import InputError
@@ -60,7 +63,7 @@ class WandB:
     """One run of Weights & Biases for a workdir, however often it is resumed: its id is in `workdir/wandb/run_id`.
 
     Account, project and mode are wandb's own: `wandb login`, WANDB_PROJECT, WANDB_MODE=offline. What is printed is not
-    sent: it holds the problems and the model's text.
+    sent: it holds the problems and the model's text. A wandb that fails later (its service was killed) ends no run.
     """
 
     def __init__(self, workdir: Path, config: config_lib.Config, resume_step: int | None):
@@ -93,11 +96,21 @@ class WandB:
         self._run.define_metric("warm_start/*", step_metric="warm_start/step")
 
     def write(self, number: int, row: Row) -> None:
-        if number >= self._run.step:  # wandb takes no row twice, and would say so of each
-            self._run.log({name: value for name, value in row.items() if value is not None}, step=number)
+        with self._spared():
+            if number >= self._run.step:  # wandb takes no row twice, and would say so of each
+                self._run.log({name: value for name, value in row.items() if value is not None}, step=number)
 
     def close(self) -> None:
-        self._run.finish()
+        with self._spared():
+            self._run.finish()
+
+    @contextlib.contextmanager
+    def _spared(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of a program of its own, whose end shows as one of many
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            logging.log_every_n(logging.WARNING, "wandb lacks a row that metrics.jsonl has (%s)", 100, said)
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}

@@ -10,6 +10,7 @@ from builders import completion, group
 
 from igrpo_jax import config as config_lib
 from igrpo_jax import metrics
+from igrpo_jax.config import RunError
 
 
 @pytest.fixture
@@ -230,6 +231,13 @@ def test_tensorboard_scalars_and_purge_on_resume(tmp_path):
         pass
     (second,) = set((tmp_path / "tensorboard").iterdir()) - {first}
     assert [e.step for e in events(second) if e.session_log.status == SessionLog.START] == [8]
+
+
+def test_a_batch_that_cannot_be_kept_is_one_line(tmp_path, two_groups):
+    with metrics.Writer(tmp_path, tiny()) as writer:
+        (tmp_path / "nonfinite").write_text("in the way")
+        with pytest.raises(RunError, match=r"nonfinite: cannot be written \(File exists\)"):
+            writer.nonfinite(1, two_groups, np.zeros((2, 2), np.float32))
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch, two_groups):

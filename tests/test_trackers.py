@@ -113,6 +113,22 @@ def test_wandb_that_cannot_start_is_one_line(tmp_path, fake, config, monkeypatch
     assert "\n" not in str(error.value)
 
 
+def test_a_wandb_that_fails_later_ends_no_run(tmp_path, fake, config, monkeypatch, caplog):
+    """Its service is a process that may be killed; what its client then raises is often an OSError."""
+
+    def gone(*_, **__):
+        raise ConnectionResetError("Connection lost")
+
+    with metrics.Writer(tmp_path, config) as writer:
+        writer.write(0, {"loss": 1.0})
+        wandb_run = type(writer._trackers[0]._run)
+        monkeypatch.setattr(wandb_run, "log", gone)
+        monkeypatch.setattr(wandb_run, "finish", gone)
+        writer.write(1, {"loss": 2.0})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "wandb lacks a row that metrics.jsonl has (ConnectionResetError: Connection lost)" in caplog.text
+
+
 def test_wandb_that_is_not_installed(tmp_path, config, monkeypatch):
     """A folder of that name, as a run's, is what Python takes for a package without a file."""
     (tmp_path / "wandb").mkdir()
