@@ -324,7 +324,14 @@ class Config:
 
 
 # Fields that may differ between a run and its resume: how long it runs and what is seen of it, not what it does.
-MAY_CHANGE_ON_RESUME = ("steps", "compilation_cache", "cluster", "log", "evaluation", "checkpoint", "watchdog")
+MAY_CHANGE_ON_RESUME = (
+    *("steps", "compilation_cache", "cluster", "log", "evaluation", "checkpoint", "watchdog"),
+    # What a run that ended for want of memory, of time or of a judge has to change to go on. Results stay the same but
+    # for how sums round, and for gradings that had no verdict.
+    *("rollout.slots", "learner.tokens_per_microbatch", "learner.logprob_chunk", "learner.remat", "learner.attention"),
+    *("learner.offload_reference", "rewards.workers", "rewards.timeout", "rewards.max_error_fraction"),
+    *(f"rewards.judge.{name}" for name in ("base_url", "api_key_env", "timeout", "max_retries", "concurrency")),
+)
 
 
 def default() -> ml_collections.ConfigDict:
@@ -372,7 +379,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     """`name: old -> new` for each field that differs between two `to_dict` results and may not change on resume."""
     rows = []
     for name in sorted(old.keys() | new.keys()):
-        if not prefix and name in MAY_CHANGE_ON_RESUME:
+        if prefix + name in MAY_CHANGE_ON_RESUME:
             continue
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):

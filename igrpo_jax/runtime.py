@@ -267,7 +267,10 @@ def _device_error(text: str) -> str:
     phase = watchdog.current() or "no phase of a run"
     said = " ".join(text.partition("\n")[0].split())[:300]
     if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
-        return f"JAX failed in {phase}: {said}"
+        return (
+            f"JAX failed in {phase}: {said}; if it comes again where a program is compiled, try learner.attention = "
+            "xla, or another version of jax"
+        )
     smaller = next((what for name, what in watchdog.SMALLER.items() if name in phase), "the sizes of what runs")
     return (
         f"out of device memory in {phase}: lower {smaller}; more devices on mesh.fsdp or mesh.tensor hold smaller "

@@ -122,6 +122,7 @@ class Run:
         self.scores: dict[int, dict[str, float]] = {}  # evaluations by step
         self.state: TrainState | None = None
         self.first_step = 0
+        self.expected_rows = 0  # of metrics.jsonl, by the checkpoint that was restored
         self._skipped = 0  # optimizer steps that were not finite
         self._bad_steps = 0  # the same of steps, in a row
 
@@ -243,6 +244,7 @@ class Run:
             )
         self.scores = {int(at): scores for at, scores in meta["evaluations"].items()}
         self._bad_steps, self._skipped = meta["bad_steps"], int(self.state.skipped)
+        self.expected_rows = meta["metrics_rows"]
 
     def stop_if_preempted(self) -> None:
         """Raises Preempted after a notice; of several processes all do so after the same step."""
@@ -303,6 +305,11 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
             run.restore()
     # What the steps after the checkpoint left behind is dropped here: they are run again.
     run.writer = stack.enter_context(Writer(workdir, c, None if latest is None else run.first_step))
+    if run.writer.rows < run.expected_rows:
+        console.message(
+            f"metrics.jsonl has {run.writer.rows} rows up to step {run.first_step}, the checkpoint counted "
+            f"{run.expected_rows}: rows were lost, and stay so"
+        )
     params = None
     if latest is None and not (c.model.lora.rank and task.policy.path):
         params = weights.load(task.policy, task.mesh, c.seed, "float32", console)

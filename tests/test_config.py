@@ -171,3 +171,9 @@ def test_what_may_change_on_resume_is_no_difference():
         dataclasses.replace(config.Config(), steps=9, seed=3, checkpoint=config.Checkpoint(every=7), log=config.Log(2))
     )
     assert config.differences(old, new) == ["seed: 0 -> 3"]
+    assert config.differences({"steps": 1, "x": {"steps": 1}}, {"steps": 2, "x": {"steps": 2}}) == ["x.steps: 1 -> 2"]
+
+
+def test_what_may_change_on_resume_is_a_field():
+    sections = {field.name for field in dataclasses.fields(config.Config)}
+    assert set(config.MAY_CHANGE_ON_RESUME) <= {*config.field_paths(), *sections}
