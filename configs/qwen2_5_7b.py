@@ -1,9 +1,8 @@
 """Qwen2.5-7B-Instruct on MATH; with model.path any Qwen2.5.
 
-    python -m igrpo_jax.main --config configs/qwen2_5_7b.py --workdir runs/qwen2_5_7b \
-        --config.data.train=math_train.jsonl
+    python -m igrpo_jax.main --config configs/qwen2_5_7b.py --workdir runs/qwen2_5_7b
 
-math_train.jsonl has the columns `prompt` and `answer` (the paper: the 7,500 problems of MATH's train split). Every
+The problems are MATH's train split from the hub, 7,500 as in the paper; --config.data.train=FILE takes others. Every
 other setting is the paper's, and the default: 32 prompts a step, 4 drafts and 4 refinements of up to 4,096 tokens. The
 paper has no run of it. Qwen2.5-Math has a context of 4,096 tokens: lower data.max_prompt_length,
 refine.max_draft_length and rollout.max_completion_length to fit it.
@@ -18,5 +17,5 @@ from igrpo_jax.config import default
 def get_config():
     c = default()
     c.model.path = "Qwen/Qwen2.5-7B-Instruct"
-    c.data.train = "math_train.jsonl"
+    c.data.train = "math"
     return c

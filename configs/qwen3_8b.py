@@ -1,9 +1,8 @@
 """Qwen3-8B on MATH; with model.path any dense Qwen3.
 
-    python -m igrpo_jax.main --config configs/qwen3_8b.py --workdir runs/qwen3_8b \
-        --config.data.train=math_train.jsonl
+    python -m igrpo_jax.main --config configs/qwen3_8b.py --workdir runs/qwen3_8b
 
-math_train.jsonl has the columns `prompt` and `answer` (the paper: the 7,500 problems of MATH's train split). Every
+The problems are MATH's train split from the hub, 7,500 as in the paper; --config.data.train=FILE takes others. Every
 other setting is the paper's, and the default: 32 prompts a step, 4 drafts and 4 refinements of up to 4,096 tokens. The
 paper has no run of it. The chat template leaves thinking on, and it is the model that opens <think>.
 
@@ -17,5 +16,5 @@ from igrpo_jax.config import default
 def get_config():
     c = default()
     c.model.path = "Qwen/Qwen3-8B"
-    c.data.train = "math_train.jsonl"
+    c.data.train = "math"
     return c

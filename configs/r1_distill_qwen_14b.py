@@ -1,9 +1,8 @@
 """DeepSeek-R1-Distill-Qwen-14B on MATH, as in the paper.
 
-    python -m igrpo_jax.main --config configs/r1_distill_qwen_14b.py --workdir runs/r1_distill_qwen_14b \
-        --config.data.train=math_train.jsonl
+    python -m igrpo_jax.main --config configs/r1_distill_qwen_14b.py --workdir runs/r1_distill_qwen_14b
 
-math_train.jsonl has the columns `prompt` and `answer` (the paper: the 7,500 problems of MATH's train split). Every
+The problems are MATH's train split from the hub, 7,500 as in the paper; --config.data.train=FILE takes others. Every
 other setting is the paper's, and the default: 32 prompts a step, 4 drafts and 4 refinements of up to 4,096 tokens.
 
 The chat template opens <think> for the model, so that a completion starts inside it; rewards read the opened tag and
@@ -20,7 +19,7 @@ from igrpo_jax.config import default
 def get_config():
     c = default()
     c.model.path = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"
-    c.data.train = "math_train.jsonl"
+    c.data.train = "math"
     c.rollout.slots = 32
     c.mesh.tensor = 2
     return c

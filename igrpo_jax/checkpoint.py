@@ -257,7 +257,7 @@ def saved_step(workdir: Path, step: int | None = None) -> int:
     with _reader(workdir) as manager:
         steps = sorted(manager.all_steps())
     if not steps or step not in (None, *steps):
-        there = f"those there are: {', '.join(map(str, steps))}" if steps else "start the run again"
+        there = f"those there are: {', '.join(map(str, steps))}" if steps else "wait for the first one (of step 0)"
         raise InputError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}; {there}")
     return steps[-1] if step is None else step
 

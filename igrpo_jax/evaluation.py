@@ -107,7 +107,7 @@ def plan(c: Config, rows: dict[str, list[Row]], renderer: Renderer, context: int
     if not every:
         return Plan(prompts, context, 0, 0, wanted)
     longest, name, problem = max(every)
-    longest += renderer.draft_overhead if c.evaluation.rounds else 0
+    longest += renderer.draft_overhead(wanted) if c.evaluation.rounds else 0
     if longest >= context:
         drafts = " with a draft (at most config.refine.max_draft_length)" if c.evaluation.rounds else ""
         raise InputError(

@@ -167,12 +167,14 @@ def prepare(c: Config, devices: list) -> Footprint:
         InputError: devices of unknown figures; what a run would refuse too.
     """
     model = describe(c.model)
-    context, drafted = model.max_position_embeddings, most_overhead(c.refine, c.draft_limit)
+    context = model.max_position_embeddings
+    drafted = most_overhead(c.refine, min(c.draft_limit, c.rollout.max_completion_length))
     max_context = c.data.max_prompt_length + (drafted if c.algorithm.num_drafts else 0)
     check_context(c, context, max_context)
     wanted = c.evaluation.max_completion_length or c.rollout.max_completion_length
     evaluated = evaluation.Plan({}, context, 0, 0, wanted)
     if c.evaluation.every:
+        drafted = most_overhead(c.refine, min(c.draft_limit, wanted))
         longest = c.data.max_prompt_length + (drafted if c.evaluation.rounds else 0)
         evaluated = replace(evaluated, max_context=longest, max_completion=min(wanted, context - 1))
     mesh = sharding.make_mesh(c.mesh, devices)

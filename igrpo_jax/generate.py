@@ -45,17 +45,28 @@ def read(path: str, column: str) -> list[str]:
     """The questions of a file.
 
     Raises:
-        InputError: no such file, none in it, or no column of questions.
+        InputError: no such file, none in it, no column of questions, or something else in that.
     """
     from igrpo_jax import columns, readers
 
-    source, file = f"--prompts {path}", Path(path)
+    source, file, questions = f"--prompts {path}", Path(path), []
     if file.suffix == ".txt" and file.is_file():
-        questions = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            text = file.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise InputError(f"{source}: is not text in utf-8 ({error}); save it as that") from error
+        questions = [line.strip() for line in text.splitlines() if line.strip()]
     else:
         table = readers.read(path, source)
         name = columns.choose_prompt(table, column, source) if table else ""
-        questions = [text for text in (columns.question(columns.cell(cells, name)) for _, cells in table) if text]
+        for number, cells in table:
+            try:
+                questions.append(columns.question(columns.cell(cells, name)))
+            except TypeError as error:
+                raise InputError(
+                    f"{source}: row {number}: its {name!r} can't be read ({error}); write it as a string"
+                ) from error
+    questions = [question for question in questions if question]
     if not questions:
         raise InputError(f"{source}: is empty; give a file with at least one question")
     return questions

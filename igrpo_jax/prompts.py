@@ -95,12 +95,11 @@ class Renderer:
         clean = draft[~np.isin(draft, [*self._special, *self._marks])]
         return clean[-self._max_draft_length :]
 
-    @property
-    def draft_overhead(self) -> int:
-        """Most tokens that q' has beyond q: the wording and the longest kept draft."""
+    def draft_overhead(self, longest: int) -> int:
+        """Most tokens that q' has beyond q: the wording and what is kept of a draft of at most `longest` tokens."""
         wording = len(self._ids(self._lead, special=False)) + len(self._ids(self._tail, special=False))
         # The lead is encoded together with the question, so its tokens may split otherwise than alone.
-        return wording + self._max_draft_length + 8
+        return wording + min(longest, self._max_draft_length) + 8
 
     def text(self, tokens: np.ndarray) -> str:
         """What people and verifiers read: special tokens left out."""

@@ -63,7 +63,7 @@ def open_task(c: Config) -> Task:
     kept, skipped = data.fit(training.rows, renderer.plain, c.data.max_prompt_length)
     prompts = [Prompt(row.id, row.index, row.question, row.answer, tokens, row.columns) for row, tokens in kept]
     max_context = max(len(prompt.tokens) for prompt in prompts)
-    max_context += renderer.draft_overhead if c.algorithm.num_drafts else 0
+    max_context += renderer.draft_overhead(c.rollout.max_completion_length) if c.algorithm.num_drafts else 0
     context = policy.model.max_position_embeddings
     check_context(c, context, max_context)
     asked = data.asked(held_out, c.evaluation.limit) if c.evaluation.every else {}

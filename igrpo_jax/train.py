@@ -281,7 +281,10 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
     What must be closed, however the run ends, goes onto `stack`.
     """
     console = stack.enter_context(Console())
-    run = Run(c, task, workdir, console)  # checks slots and mesh, before anything is written
+    # These two check slots, mesh, the objective's settings and LoRA's targets, before anything is written.
+    run = Run(c, task, workdir, console)
+    sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
+    run.learner = Learner(c, task.policy.model, task.mesh, **sizes)
     claimed = cluster.from_first(functools.partial(prepare_workdir, workdir, c))
     if not (workdir / "config.json").is_file():
         raise InputError(f"--workdir {workdir}: process 0 made it, here it is not; give a folder that all hosts share")
@@ -291,8 +294,6 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
     latest = cluster.from_first(lambda: run.checkpointer.latest_step() if claimed else None)
     if claimed and latest is None and any((workdir / "samples").glob("step_*.jsonl")):
         raise InputError(f"--workdir {workdir}: holds samples of a run but no checkpoint of it; give another folder")
-    sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
-    run.learner = Learner(c, task.policy.model, task.mesh, **sizes)
     engine = run.scheduler.engine
     with console.phase("compiling the sampler", len(engine.keys)) as update:
         engine.compile(update)

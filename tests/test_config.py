@@ -8,6 +8,7 @@ import pytest
 
 from igrpo_jax import config
 from igrpo_jax.config import InputError
+from igrpo_jax.datasets_table import TRAINING_SETS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -31,8 +32,10 @@ def test_the_defaults_are_the_papers_and_valid():
 def test_every_config_file_is_valid(path):
     tree = load(path)
     if path.stem == "smollm2_gsm8k_cpu":  # needs what its docstring says is to be given
-        tree.model.path, tree.data.train = "model", "train.jsonl"
-    config.freeze(tree)
+        tree.model.path, tree.data.train = "model", "gsm8k"
+    c = config.freeze(tree)
+    # A hub id or a name that is known: a file would be one that nobody has.
+    assert c.data.train in ("", *TRAINING_SETS) or c.data.train.count("/") == 1
 
 
 @pytest.mark.parametrize(

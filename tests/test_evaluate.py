@@ -228,6 +228,13 @@ def test_questions_of_a_file(tmp_path):
             generate.read(str(tmp_path / "x.txt"), "")
     with pytest.raises(config.InputError, match="no such file"):
         generate.read(str(tmp_path / "none.txt"), "")
+    (tmp_path / "x.txt").write_bytes(b"1+\xff")
+    with pytest.raises(config.InputError, match="is not text in utf-8"):
+        generate.read(str(tmp_path / "x.txt"), "")
+    for row in ({"prompt": 5}, {"prompt": [{"role": "assistant", "content": "2"}]}):
+        (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "1+2"}) + "\n" + json.dumps(row))
+        with pytest.raises(config.InputError, match="row 2: its 'prompt' can't be read"):
+            generate.read(str(tmp_path / "x.jsonl"), "")
 
 
 def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
@@ -251,6 +258,9 @@ def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
     assert "config.evaluation.samples = 0" in said
     said = call(evaluate, "--model", tmp_path / "no", "--benchmarks=arithmetic", *out, code=2)
     assert "config.model.path = " in said and "no such directory" in said
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    shutil.copy(run / "config.json", tmp_path / "begun")
+    assert "wait for the first one" in call(generate, "--model", tmp_path / "begun", "--prompt=1+1", code=2)
     said = call(evaluate, "--model", model, "--step=3", "--benchmarks=arithmetic", *out, code=2)
     assert "only the folder of a run has steps" in said
     said = call(evaluate, "--model", run, "--step=x", "--benchmarks=arithmetic", *out, code=2)

@@ -285,7 +285,10 @@ def test_the_plan_fits_the_models_context(policy):
     with pytest.raises(InputError, match=f"problem row 3 of small has {longest} tokens, and the model's context"):
         evaluation.plan(c, ROWS, renderer, longest)
     refining = settings(evaluation__rounds=1)
-    assert evaluation.plan(refining, ROWS, renderer, 500).max_context == longest + renderer.draft_overhead
+    short = evaluation.plan(refining, ROWS, renderer, 500).max_context
+    assert short == longest + renderer.draft_overhead(4)
+    keeps_all = Renderer(policy.tokenizer, c.data, c.refine, 400, policy.eos_ids)
+    assert evaluation.plan(refining, ROWS, keeps_all, 500).max_context == short - 4 + LENGTH  # of a draft
     assert evaluation.plan(c, {}, renderer, 10).max_completion == 0  # makes no cache larger
 
 

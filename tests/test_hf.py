@@ -373,6 +373,9 @@ def test_an_index_that_names_a_file_that_is_not_there(tmp_path):
     gone = sorted(tmp_path.glob("*.safetensors"))[1]
     gone.unlink()
     assert f"names {gone.name}, which is not there" in load_error(tmp_path)
+    for index in ({}, {"weight_map": []}, {"weight_map": {"x": 1}}):
+        (tmp_path / hf.INDEX).write_text(json.dumps(index))
+        assert "has no weight_map from tensors to files" in load_error(tmp_path)
 
 
 def test_one_tensor_in_two_files(tmp_path):

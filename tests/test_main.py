@@ -138,6 +138,11 @@ def test_meshes_that_do_not_fit(refused, model, problems):
     assert "config.rollout.slots = 6: must be a multiple" in refused(*real, "rollout.slots=6")
 
 
+def test_settings_that_the_objective_and_lora_can_not_follow(refused):
+    assert "must be above 1 + epsilon_high" in refused("algorithm.delta=1.1")
+    assert "'q_prj' matches no weight" in refused("model.lora.rank=2", "model.lora.targets=('q_prj',)")
+
+
 def test_workdirs_that_cannot_be_used(refused, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert "cannot be written" in refused(workdir=tmp_path / "file" / "run")

@@ -62,7 +62,7 @@ def test_the_wording_without_a_tokenizer():
 @pytest.mark.skipif("IGRPO_SMOLLM2" not in os.environ, reason="IGRPO_SMOLLM2 names no folder with the real tokenizer")
 def test_the_wording_of_the_paper_is_as_long_as_guessed():
     tokenizer = AutoTokenizer.from_pretrained(os.environ["IGRPO_SMOLLM2"])
-    counted = Renderer(tokenizer, config.Data(), config.Refine(), 50, (2,)).draft_overhead
+    counted = Renderer(tokenizer, config.Data(), config.Refine(), 50, (2,)).draft_overhead(50)
     assert abs(counted - most_overhead(config.Refine(), 50)) <= 8
 
 
@@ -200,8 +200,8 @@ def test_the_overhead_of_a_draft_covers_every_prompt(builtin):
     for length in (0, 19, 20, 50):
         draft = ids(builtin, "1" * length)
         longer = len(one.with_draft(QUESTION, draft)) - len(one.plain(QUESTION))
-        assert longer <= one.draft_overhead
-    assert one.draft_overhead - longer <= 8
+        assert longer <= one.draft_overhead(length)
+        assert one.draft_overhead(length) - longer <= 8
 
 
 def test_text_leaves_special_tokens_out_and_keeps_the_tags(builtin):

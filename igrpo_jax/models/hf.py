@@ -355,7 +355,10 @@ def _stored(path: str) -> dict[str, Stored]:
     if (root / SINGLE).is_file():
         files = [SINGLE]
     elif (root / INDEX).is_file():
-        files = sorted(set(_json(path, root / INDEX).get("weight_map", {}).values()))
+        places = _json(path, root / INDEX).get("weight_map")
+        if not (isinstance(places, dict) and places and all(isinstance(name, str) for name in places.values())):
+            raise _bad(path, f"{INDEX} has no weight_map from tensors to files; copy or download it again")
+        files = sorted(set(places.values()))
     else:
         raise _bad(path, f"no {SINGLE} and no {INDEX}; only weights in the safetensors format are read")
     return _headers(path, files)
