@@ -5,6 +5,7 @@ Not here: weights (`weights`), and what lives while a run goes on (`train`).
 
 import functools
 import hashlib
+import importlib.util
 import json
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ import jax
 
 from igrpo_jax import data, evaluation, sharding, trackers
 from igrpo_jax.batch import Prompt
-from igrpo_jax.config import Config, InputError
+from igrpo_jax.config import Config, InputError, Log
 from igrpo_jax.models import attention, decoder
 from igrpo_jax.models.config import ModelConfig
 from igrpo_jax.policy import Policy, open_policy
@@ -56,6 +57,7 @@ def open_task(c: Config) -> Task:
     """Reads model files (not weights) and problems, and checks that they fit together."""
     reward.check(c.rewards)
     trackers.check(c.log)
+    check_profiler(c.log)
     policy = open_policy(c.model)
     renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
     held_out = data.evaluation_rows(c) if c.evaluation.every or c.data.clean else {}
@@ -78,6 +80,17 @@ def open_task(c: Config) -> Task:
         )
     steps = c.steps or max(1, int(c.epochs * len(prompts) / c.prompts_per_step))
     return Task(c, policy, renderer, mesh, prompts, skipped, training.notes, evaluated, max_context, steps)
+
+
+def check_profiler(settings: Log) -> None:
+    """Raises InputError where JAX's profiler would end the process: it asks libtpu's, which crashes without a TPU."""
+    if not settings.profile_steps or jax.config.jax_platforms or jax.default_backend() == "tpu":
+        return
+    if importlib.util.find_spec("libtpu"):
+        raise InputError(
+            f"config.log.profile_steps = {settings.profile_steps}: libtpu is installed and there is no TPU, where "
+            "JAX's profiler crashes; export JAX_PLATFORMS=cpu, or cuda, or profile no step"
+        )
 
 
 def check_context(c: Config, context: int, max_context: int) -> None:

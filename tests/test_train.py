@@ -1,6 +1,8 @@
 """Whole runs of a micro model: what they write, and that a killed and resumed run equals an uninterrupted one."""
 
+import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 from runs import ROOT, check_same_rows, command, faulty, final_state, one_device, rows, run, samples, settings
 
-from igrpo_jax import config, overview, preemption, train, watchdog
+from igrpo_jax import config, overview, preemption, task, train, watchdog
 from igrpo_jax.task import open_task
 
 
@@ -55,6 +57,15 @@ def test_utilization_is_of_the_peak_of_all_devices():
     cards = [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 2
     assert train.utilization(metrics, cards) == {"perf/mfu": pytest.approx(0.5 / (2 * 0.989))}
     assert train.utilization(metrics, [SimpleNamespace(device_kind="cpu")]) == {}
+
+
+def test_a_profiler_that_would_crash_is_refused(monkeypatch):
+    """JAX's, where libtpu is installed and looked for, and there is no TPU."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu")
+    for platforms, steps, refused in ((None, (2,), True), ("cpu", (2,), False), (None, (), False)):
+        monkeypatch.setattr(task.jax, "config", SimpleNamespace(jax_platforms=platforms))
+        with pytest.raises(config.InputError, match="JAX_PLATFORMS=cpu") if refused else contextlib.nullcontext():
+            task.check_profiler(config.Log(profile_steps=steps))
 
 
 def test_a_run_says_what_it_does_and_where_it_wrote(whole):
