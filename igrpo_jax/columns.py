@@ -129,6 +129,7 @@ def _column(there: list[str], wanted: str, known: tuple[str, ...], source: str, 
             return name
     near = difflib.get_close_matches(wanted or known[0], there, n=1, cutoff=0.0)
     advice = f"its columns are {', '.join(there)}; the nearest is {near[0]!r}" if near else "it has none"
-    fix = f" (set config.data.{setting})" if source.startswith("config.data.") else ""
+    benchmark = source.startswith("config.evaluation.")
+    fix = "rename a column of the file" if benchmark else f"config.data.{setting} names another"
     what = f"column {wanted!r}" if wanted else f"column {', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
-    raise InputError(f"{source}: has no {what}; {advice}{fix}")
+    raise InputError(f"{source}: has no {what}; {advice} ({fix})")

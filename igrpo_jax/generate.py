@@ -50,7 +50,9 @@ def read(path: str, column: str) -> list[str]:
     from igrpo_jax import columns, readers
 
     source, file, questions = f"--prompts {path}", Path(path), []
-    if file.suffix == ".txt" and file.is_file():
+    if file.suffix == ".txt":
+        if not file.is_file():
+            raise InputError(f"{source}: no such file; give one of questions, a line each")
         try:
             text = file.read_text(encoding="utf-8")
         except ValueError as error:

@@ -226,8 +226,9 @@ def test_questions_of_a_file(tmp_path):
         (tmp_path / "x.txt").write_text(text)
         with pytest.raises(config.InputError, match="is empty"):
             generate.read(str(tmp_path / "x.txt"), "")
-    with pytest.raises(config.InputError, match="no such file"):
-        generate.read(str(tmp_path / "none.txt"), "")
+    for name, words in (("none.txt", "no such file; give one of questions"), ("none.jsonl", "no such file")):
+        with pytest.raises(config.InputError, match=words):
+            generate.read(str(tmp_path / name), "")
     (tmp_path / "x.txt").write_bytes(b"1+\xff")
     with pytest.raises(config.InputError, match="is not text in utf-8"):
         generate.read(str(tmp_path / "x.txt"), "")
@@ -250,7 +251,7 @@ def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
     assert "is empty" in call(evaluate, "--model", model, "--benchmarks", "mine", data, *out, code=2)
     (folder / "mine.jsonl").write_text('{"text": "1+1", "answer": "2"}\n')
     said = call(evaluate, "--model", model, "--benchmarks", "mine", data, *out, code=2)
-    assert "has no column 'prompt'" in said and "text, answer" in said
+    assert "has no column 'prompt'" in said and "text, answer" in said and "rename a column" in said
     (folder / "mine.jsonl").write_text(json.dumps({"prompt": "1+" * 40, "answer": "2"}))
     said = call(evaluate, "--model", model, "--benchmarks", "mine", data, *out, code=2)
     assert "model's context of 64 leaves no room" in said

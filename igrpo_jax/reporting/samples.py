@@ -56,6 +56,8 @@ def write(run: Run, folder: Path) -> Written:
             notes.append(f"samples of step {step} cannot be read ({error.strerror})")
             continue
         readable = [row for row in rows if row is not None and _is_sample(row)]
+        if not rows:
+            notes.append(f"samples of step {step}: the file is empty")
         if len(readable) < len(rows):
             lost = counted(len(rows) - len(readable), "line")
             notes.append(f"samples of step {step}: {lost} left out that are no whole row; the step may lack samples")
