@@ -32,14 +32,15 @@ INSTALL_REQUIRES = [
     "transformers>=5.0",
 ]
 
+# With libtpu, of the version that belongs to jax: for igrpo_jax.aot on a machine without a TPU too.
+TPU = ["jax[tpu]>=0.10.2,<0.13"]
 REPORT = ["matplotlib>=3.9"]  # plots of igrpo_jax.report
 STUDY = [*REPORT, "scipy>=1.13"]  # plots and intervals of benchmarks/matched_budget.py
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]  # what runs notebooks/colab_tpu.ipynb in tests
 
 EXTRAS_REQUIRE = {
-    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "tpu": TPU,
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
-    "aot": ["libtpu"],  # the compiler of TPUs, for igrpo_jax.aot on a machine without one
     "judge": ["openai>=2.0"],  # the generative judge, rewards.judge
     "report": REPORT,
     "study": STUDY,
@@ -47,13 +48,13 @@ EXTRAS_REQUIRE = {
     "test": [
         "hypothesis>=6.100",
         "ipykernel>=6.29",
-        "libtpu",
         "nbclient>=0.10",
         "openai>=2.0",
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "ruff>=0.17.6,<0.18",
         *STUDY,
+        *TPU,
     ],
     # What decoder, objectives and LoRA are compared with.
     "parity": ["torch==2.13.0", "trl==1.16.0", "peft>=0.18,<1"],

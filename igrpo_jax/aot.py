@@ -69,7 +69,7 @@ def topology(name: str | None) -> list:
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
-        fix = 'pip install "igrpo-jax[aot]"'
+        fix = 'pip install "igrpo-jax[tpu]"'
         raise InputError(f"--topology {name}: needs the compiler of TPUs, libtpu; {fix}") from error
     import jax
     from jax.experimental import topologies

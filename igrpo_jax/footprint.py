@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -245,6 +246,18 @@ def _compile(program: Program, lowered: jax.stages.Lowered, devices: int, report
         program.arguments, program.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         program.output = memory.output_size_in_bytes - memory.alias_size_in_bytes
         program.code = memory.generated_code_size_in_bytes
-        program.sent = collectives(compiled.as_text(), devices)
+        program.sent = collectives(_text(compiled), devices)
     program.seconds = time.perf_counter() - began
     report(program)
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    """The compiled text. Raises InputError where jaxlib cannot read what another libtpu than its own wrote."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"libtpu {metadata.version('libtpu')} writes programs that jaxlib {metadata.version('jaxlib')} cannot read "
+            f"({str(error).splitlines()[0][:200]}); install the two that belong together: "
+            f'pip install "jax[tpu]=={metadata.version("jax")}"'
+        ) from error

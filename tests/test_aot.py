@@ -195,6 +195,17 @@ def test_bad_input(file, argv, said):
         aot.main(["aot", "--config", file, *argv])
 
 
+def test_a_libtpu_of_another_jax_is_named():
+    """The newest compiles some programs in words that an older jaxlib does not know."""
+
+    class Compiled:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: async-update should have 1 operands but sees 3\nmore")
+
+    with pytest.raises(InputError, match=r"libtpu [\d.]+ writes .* cannot read .*sees 3\).* \"jax\[tpu\]==\d"):
+        footprint._text(Compiled())
+
+
 def test_a_public_model_is_described_without_a_download():
     tree = config.default()
     tree.model.path = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
