@@ -47,12 +47,11 @@ EXTRAS_REQUIRE = {
     "wandb": ["wandb>=0.19"],  # log.trackers
     "test": [
         "hypothesis>=6.100",
-        "ipykernel>=6.29",
-        "nbclient>=0.10",
         "openai>=2.0",
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "ruff>=0.17.6,<0.18",
+        *NOTEBOOK,
         *STUDY,
         *TPU,
     ],

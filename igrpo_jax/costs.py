@@ -82,8 +82,8 @@ class Costs:
         and without what is computed once more to save memory.
         """
         prefix, tokens = context - 1, sum(lengths)
-        pairs = prefix**2 / 2 + sum(length * (prefix + length / 2) for length in lengths)
-        return passes * self._tensor * (self._run(prefix + tokens, pairs) + self._logits(tokens)).flops
+        run = self._run(prefix + tokens, _pairs(prefix, lengths))
+        return passes * self._tensor * (run + self._logits(tokens)).flops
 
     def _accumulate(self, shape: tuple[int, int, int, int]) -> Cost:
         """Forward, backward (twice as much), with full remat forward once more; gradients added in float32."""
@@ -137,8 +137,7 @@ class Costs:
         units, prefix, share, width = shape
         units /= self._shards
         positions = units * share * width
-        pairs = units * prefix**2 / 2 + positions * (prefix + width / 2)
-        return self._run(units * prefix + positions, pairs), positions
+        return self._run(units * prefix + positions, units * _pairs(prefix, [width] * share)), positions
 
     def _run(self, tokens: float, pairs: float) -> Cost:
         """All sublayers once over `tokens`, of which `pairs` of query and key attend."""
@@ -163,6 +162,11 @@ class Costs:
         """One product with the head, whose weight each chunk reads anew; logits are written and read."""
         moved = self._bytes * self._head * self._chunks(positions) + 8 * self._model.vocab_size * positions
         return Cost(2 * self._head * positions / self._tensor, moved / self._tensor)
+
+
+def _pairs(prefix: int, lengths: Sequence[int]) -> float:
+    """Query and key that attend, of a prefix and of completions that share it."""
+    return prefix**2 / 2 + sum(length * (prefix + length / 2) for length in lengths)
 
 
 def _inputs(path: str, shape: tuple[int, ...]) -> int:

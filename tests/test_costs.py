@@ -101,6 +101,15 @@ def test_a_narrow_head_is_read_narrow(tiny):
     assert read == [3 * 32 * 64 * 4, 3 * 32 * 64 * 2]
 
 
+def test_useful_work_by_hand(tiny):
+    """A prefix of 16 tokens once, and completions of 32 and 8, which see it and half of themselves."""
+    costs = Costs(settings(), tiny[0], one_device())
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    pairs = 16 * 8 + 32 * (16 + 16) + 8 * (16 + 4)
+    assert costs.useful(17, [32, 8], 1) == 2 * weights * 56 + 4 * 2 * 4 * 8 * pairs + 2 * 32 * 64 * 40
+    assert costs.useful(17, [32, 8], 3) == 3 * costs.useful(17, [32, 8], 1)
+
+
 @pytest.mark.parametrize("name", ["tiny", "hybrid"])
 def test_useful_work_is_that_of_programs_without_padding(name, request):
     c = request.getfixturevalue(name)[0]
