@@ -74,7 +74,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["igrpo_jax", "igrpo_jax.*"]),
-    package_data={"igrpo_jax.reporting": ["templates/*"]},
+    package_data={"igrpo_jax.report": ["templates/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
 )

@@ -28,12 +28,13 @@ from pathlib import Path
 import numpy as np
 import study_runs
 
-from igrpo_jax import config, measures
-from igrpo_jax.metrics import copy_ratio, write_atomically, write_rows
+from igrpo_jax import config
+from igrpo_jax.evaluation import measures
+from igrpo_jax.outputs.metrics import copy_ratio, write_atomically, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "study_smollm2.py"
-WORDINGS = {"": config.Refine().instruction, "_bare": "Draft:\n{draft}"}
+WORDINGS = {"": config.RefineConfig().instruction, "_bare": "Draft:\n{draft}"}
 
 
 def prompts(problems: list[dict]) -> dict[str, list[dict]]:
@@ -111,7 +112,7 @@ def main() -> None:
     for name, rows in kinds.items():
         write_rows(args.out / "data" / f"{name}.jsonl", rows)
     hot = ["plain", "right", "wrong"]
-    temperature = config.Rollout().temperature
+    temperature = config.RolloutConfig().temperature
     evaluate(args, list(kinds), args.out / "evaluations", temperature)
     evaluate(args, hot, args.out / "hot", 2 * temperature)
     results = {}

@@ -58,7 +58,7 @@ def random_params(model, mesh):
     """Random float32 parameters in their shardings; every sublayer takes part."""
     import jax
 
-    from igrpo_jax import sharding
+    from igrpo_jax.distributed import sharding
     from igrpo_jax.models import decoder
 
     def build(key):
@@ -74,7 +74,7 @@ def random_params(model, mesh):
 
 
 def with_attention(model, args: argparse.Namespace, mesh, longest: int, requested: str = "auto"):
-    """`model` (a ModelConfig) with the attention that a run would choose for rows of `longest` tokens."""
+    """`model` (a DecoderConfig) with the attention that a run would choose for rows of `longest` tokens."""
     from igrpo_jax.models import attention
 
     return dataclasses.replace(model, attention=attention.choose(requested, mesh, args.dtype, model.head_dim, longest))
@@ -119,7 +119,7 @@ def matmul_peak(dtype: str, size: int = 2048) -> float:
     size = size if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
     multiply = jax.jit(lambda a, b: a @ b)
-    run = lambda: multiply(x, x).block_until_ready()  # noqa: E731
+    run = lambda: multiply(x, x).block_until_ready()
     return 2 * size**3 / min(timed(run, 8))
 
 

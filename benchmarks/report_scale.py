@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from igrpo_jax import config as config_lib
-from igrpo_jax.batch import Completion, Group, Prompt, Score
-from igrpo_jax.metrics import Writer, rollout_metrics, write_atomically, write_rows
+from igrpo_jax.outputs.metrics import Writer, rollout_metrics, write_atomically, write_rows
+from igrpo_jax.records import Completion, Group, Prompt, Score
 
 TEXT = (
     "we have to find the number of all such pairs so let $x = \\frac{a}{b}$ and note that it is even , hence by parity "

@@ -60,15 +60,16 @@ class Bench:
         import jax
         import numpy as np
 
-        from igrpo_jax import config, sharding
-        from igrpo_jax.models import hf
+        from igrpo_jax import config
+        from igrpo_jax.distributed import sharding
+        from igrpo_jax.models import hf_read
         from igrpo_jax.models.config import from_hf
         from igrpo_jax.sampling.engine import Engine
         from igrpo_jax.sampling.scheduler import Scheduler
 
         self.args, self.slots = args, args.slots or args.prompts * args.samples
         self.model = from_hf(models.raw_config(args), args.model or args.shape)
-        self.mesh = sharding.make_mesh(config.Mesh(fsdp=1), jax.devices()[:1])
+        self.mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
         self.model = models.with_attention(self.model, args, self.mesh, args.prompt_len + args.new_tokens)
         self.engine = Engine(
             self.model,
@@ -81,7 +82,7 @@ class Bench:
             steps_per_dispatch=args.steps_per_dispatch,
         )
         with jax.set_mesh(self.mesh):
-            load = hf.load_params if args.model else None
+            load = hf_read.load_params if args.model else None
             self.params = (
                 load(args.model, self.model, self.mesh) if load else models.random_params(self.model, self.mesh)
             )
@@ -152,7 +153,7 @@ def ours(args: argparse.Namespace) -> dict:
     import jax
     import numpy as np
 
-    from igrpo_jax.programs import compilations
+    from igrpo_jax.distributed.programs import compilations
 
     bench = Bench(args)
     shape = (args.prompts, args.samples)

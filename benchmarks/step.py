@@ -26,7 +26,7 @@ class Step:
     def __init__(self, args, stages):
         import jax
 
-        from igrpo_jax.learner import Learner
+        from igrpo_jax.learning.learner import Learner
 
         self._stages = stages
         with jax.set_mesh(stages.mesh):
@@ -36,7 +36,7 @@ class Step:
             self._state = self._learner.init(models.random_params(stages.model, stages.mesh))
 
     def peak_bytes(self) -> int:
-        from igrpo_jax.programs import tree_bytes
+        from igrpo_jax.distributed.programs import tree_bytes
 
         moments = tree_bytes(self._learner.abstract_state().opt_state)
         return max(self._learner.predicted_bytes(), self._stages.engine.predicted_bytes() + moments)

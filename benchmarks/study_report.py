@@ -10,7 +10,7 @@ import numpy as np
 import study_runs
 from study_runs import MOVES, interval
 
-from igrpo_jax.metrics import write_atomically
+from igrpo_jax.outputs.metrics import write_atomically
 
 Results = dict[str, Any]
 Arm = dict[str, Any]
@@ -212,5 +212,5 @@ def _smooth(values: Sequence[float], over: int = 5) -> tuple[np.ndarray, np.ndar
     """(steps, means of so many steps at a time), for the eye; of short runs all steps."""
     over = over if len(values) >= 4 * over else 1
     count = len(values) // over
-    cut = lambda x: np.reshape(x[: count * over], (count, over)).mean(axis=1)  # noqa: E731
+    cut = lambda x: np.reshape(x[: count * over], (count, over)).mean(axis=1)
     return cut(range(1, len(values) + 1)), cut(values)

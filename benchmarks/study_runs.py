@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from igrpo_jax.metrics import same_answer
-from igrpo_jax.reporting.runs import whole_rows
-from igrpo_jax.reporting.samples import groups as groups_of
+from igrpo_jax.outputs.metrics import same_answer
+from igrpo_jax.report.runs import whole_rows
+from igrpo_jax.report.samples import groups as groups_of
 
 # Kept by step, for the plots: name here -> name in metrics.jsonl.
 SERIES = {

@@ -68,11 +68,12 @@ def make_stages(
     import jax
     import numpy as np
 
-    from igrpo_jax import config, sharding
-    from igrpo_jax.batch import Prompt
+    from igrpo_jax import config
+    from igrpo_jax.distributed import sharding
+    from igrpo_jax.learning.rollout import Rollout
     from igrpo_jax.models.config import from_hf
-    from igrpo_jax.rewards.reward import Verifier
-    from igrpo_jax.rollout import Rollout
+    from igrpo_jax.records import Prompt
+    from igrpo_jax.rewards.verifier import Verifier
     from igrpo_jax.sampling.engine import Engine
     from igrpo_jax.sampling.scheduler import Scheduler
 
@@ -94,7 +95,7 @@ def make_stages(
             tree.rollout.max_completion_length, tree.rollout.temperature = args.new_tokens, 1.0
             tree.rollout.slots, tree.rollout.streamed = slots, streamed
             self.config = config.freeze(tree)
-            self.mesh = sharding.make_mesh(config.Mesh(fsdp=1), jax.devices()[:1])
+            self.mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
             model = from_hf(models.raw_config(args), args.model or args.shape)
             self.max_context = args.prompt_len + (args.new_tokens if drafts else 0)
             self.model = models.with_attention(model, args, self.mesh, self.max_context + args.new_tokens)
@@ -114,7 +115,7 @@ def make_stages(
             rng = np.random.default_rng(0)
             tokens = rng.integers(17, model.vocab_size, (args.prompts, args.prompt_len), np.int32)
             self.prompts = [Prompt(str(i), i, str(i), "7", row) for i, row in enumerate(tokens)]
-            self._verifier = Verifier(config.Rewards(format=0.0))
+            self._verifier = Verifier(config.RewardsConfig(format=0.0))
             renderer = TokenRenderer(self.prompts)
             self._rollout = Rollout(self.config, renderer, self.scheduler, self._verifier)
             self.close = self._verifier.close
@@ -198,7 +199,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         made = {}
         for name, slots in (("", half), ("full_", full)):
-            make = lambda *how: stack.enter_context(make_stages(args, *how))  # noqa: E731
+            make = lambda *how: stack.enter_context(make_stages(args, *how))
             made[f"{name}grpo"] = make(0, both, slots)
             streamed = made[f"{name}igrpo"] = make(args.drafts, args.generations, slots)
             made[f"{name}igrpo_barrier"] = make(args.drafts, args.generations, slots, False, streamed.engine)
@@ -216,7 +217,7 @@ def main() -> None:
     makespan, best_possible = ideal(args, length_sets(args), half, costs)
     total = {f"{name}_seconds": round(sum(map(models.median, each)), 4) for name, each in seconds.items()}
     best = min(total["grpo_seconds"], total["full_grpo_seconds"])
-    mean = lambda name: round(sum(one[name] for one in watched) / len(watched), 4)  # noqa: E731
+    mean = lambda name: round(sum(one[name] for one in watched) / len(watched), 4)
     figures = total | {
         "ratio": round(total["igrpo_seconds"] / total["grpo_seconds"], 3),
         "barrier_ratio": round(total["igrpo_barrier_seconds"] / total["grpo_seconds"], 3),

@@ -52,11 +52,12 @@ def ours(args: argparse.Namespace) -> dict:
     import jax
     import numpy as np
 
-    from igrpo_jax import config, sharding
-    from igrpo_jax.batch import Completion, Group, Prompt, Score
-    from igrpo_jax.learner import Learner
-    from igrpo_jax.models import hf
+    from igrpo_jax import config
+    from igrpo_jax.distributed import sharding
+    from igrpo_jax.learning.learner import Learner
+    from igrpo_jax.models import hf_read
     from igrpo_jax.models.config import from_hf
+    from igrpo_jax.records import Completion, Group, Prompt, Score
 
     tree = config.default()
     tree.prompts_per_step, tree.algorithm.num_generations, tree.algorithm.num_drafts = args.groups, args.group, 0
@@ -69,7 +70,7 @@ def ours(args: argparse.Namespace) -> dict:
     if args.logprob_chunk:
         tree.learner.logprob_chunk = args.logprob_chunk
     model = from_hf(models.raw_config(args), args.model or args.shape)
-    mesh = sharding.make_mesh(config.Mesh(fsdp=1), jax.devices()[:1])
+    mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
     model = models.with_attention(model, args, mesh, args.prefix + args.completion, args.attention)
     rng = np.random.default_rng(0)
 
@@ -87,7 +88,7 @@ def ours(args: argparse.Namespace) -> dict:
     gains = rng.standard_normal((args.groups, args.group)).astype(np.float32)
     with jax.set_mesh(mesh):
         learner = Learner(config.freeze(tree), model, mesh, max_context=args.prefix, total_steps=100)
-        params = hf.load_params(args.model, model, mesh) if args.model else models.random_params(model, mesh)
+        params = hf_read.load_params(args.model, model, mesh) if args.model else models.random_params(model, mesh)
         state = [learner.init(params)]
         del params
         losses, padding = [], []

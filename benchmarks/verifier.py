@@ -5,7 +5,7 @@ reference answer three completions are written: the answer itself, another right
 decimal, other spacing, dollar signs, another order of a list, …) and a wrong one (the answer of another row). They are
 shuffled with a fixed seed and the first N graded:
 
-- worker: `math_grader.grade` in this process, one core, caches cleared. A row's answers are mostly new to the process.
+- worker: `grader.grade` in this process, one core, caches cleared. A row's answers are mostly new to the process.
 - pool: the same rows through `rewards.reward.Verifier`, from the first submit to the last result, workers warm.
 - math-verify: `math_verify.parse` and `verify` as its README has them, LaTeX and plain expressions, without its time
   limits, on the same texts and reference answers; on a subsample of --baseline-rows, because it is slow.
@@ -84,7 +84,7 @@ def rewritten(gold: str, rng: random.Random) -> str:
 
 def write_rows(golds: list[str], count: int) -> list[tuple[str, str, bool]]:
     """(completion, reference, whether it is right), `count` of them."""
-    from igrpo_jax.rewards import math_grader
+    from igrpo_jax.rewards.mathematics import grader
 
     rng = random.Random(SEED)
     shells = ["So the answer is $\\boxed{%s}$.", "<think>\nWe try.\n</think>\n<answer>%s</answer>", "\\[\\boxed{%s}\\]"]
@@ -92,7 +92,7 @@ def write_rows(golds: list[str], count: int) -> list[tuple[str, str, bool]]:
     for gold in rng.sample(golds, min(len(golds), count)):
         wrong = rng.choice(golds)
         rows += [(gold, gold, True), (rewritten(gold, rng), gold, True)]
-        if not math_grader.equivalent(wrong, gold):
+        if not grader.equivalent(wrong, gold):
             rows.append((wrong, gold, False))
     rng.shuffle(rows)
     return [(rng.choice(shells).replace("%s", answer), gold, right) for answer, gold, right in rows[:count]]
@@ -102,17 +102,17 @@ def write_rows(golds: list[str], count: int) -> list[tuple[str, str, bool]]:
 
 
 def measure_worker(rows: list) -> dict:
-    from igrpo_jax.rewards import math_grader, symbolic
+    from igrpo_jax.rewards.mathematics import grader, symbolic
 
     asked = []
     equal = symbolic.equal
     symbolic.equal = lambda a, b: asked.append((a, b)) or equal(a, b)
-    math_grader.warm_up()
+    grader.warm_up()
     fallbacks = agreed = 0
     disagreed = []
     for text, gold, right in rows:
         asked.clear()
-        verdict = math_grader.grade(text, gold)[0] == 1.0
+        verdict = grader.grade(text, gold)[0] == 1.0
         fallbacks += bool(asked)
         agreed += verdict == right
         if verdict != right:
@@ -120,10 +120,10 @@ def measure_worker(rows: list) -> dict:
     symbolic.equal = equal
     rates = []
     for _ in range(3):
-        math_grader.clear_cache()
+        grader.clear_cache()
         start = time.perf_counter()
         for text, gold, _ in rows:
-            math_grader.grade(text, gold)
+            grader.grade(text, gold)
         rates.append(len(rows) / (time.perf_counter() - start))
     for text, gold, right in disagreed[:5]:
         print(f"  disagrees: {text!r} against {gold!r}, written as {'right' if right else 'wrong'}")
@@ -137,10 +137,10 @@ def measure_worker(rows: list) -> dict:
 def start_verifier(workers: int, timeout: float):
     """A Verifier whose workers are warm."""
     from igrpo_jax import config
-    from igrpo_jax.batch import Candidate
-    from igrpo_jax.rewards.reward import Verifier
+    from igrpo_jax.records import Candidate
+    from igrpo_jax.rewards.verifier import Verifier
 
-    verifier = Verifier(config.Rewards(accuracy=1.0, format=0.0, workers=workers, timeout=timeout))
+    verifier = Verifier(config.RewardsConfig(accuracy=1.0, format=0.0, workers=workers, timeout=timeout))
     end = time.monotonic() + WARM_UP_SECONDS
     while len(workers_of(os.getpid())) < workers and time.monotonic() < end:
         time.sleep(0.1)
@@ -150,7 +150,7 @@ def start_verifier(workers: int, timeout: float):
 
 
 def measure_pool(rows: list, workers: int) -> dict:
-    from igrpo_jax.batch import Candidate
+    from igrpo_jax.records import Candidate
 
     rates = []
     with start_verifier(workers, timeout=30.0) as verifier:
@@ -230,7 +230,7 @@ def mixed_cases(golds: list[str], count: int) -> list[tuple[str, str]]:
 
 
 def measure_mixed(golds: list[str], count: int, workers: int, timeout: float) -> dict:
-    from igrpo_jax.batch import Candidate, Score
+    from igrpo_jax.records import Candidate, Score
 
     cases = mixed_cases(golds, count)
     parent = os.getpid()
@@ -251,10 +251,10 @@ def measure_mixed(golds: list[str], count: int, workers: int, timeout: float) ->
             memory.append((resident(parent), max((resident(pid) for pid in workers_of(parent)), default=0)))
     time.sleep(1.0)
     # An ordinary case has the verdict of this process, so the results are in order.
-    from igrpo_jax.rewards import math_grader
+    from igrpo_jax.rewards.mathematics import grader
 
     plain = [at for at, (text, _) in enumerate(cases) if re.fullmatch(r"\\boxed\{-?\d+\}", text)]
-    ordered = all(scores[at].reward == math_grader.grade(*cases[at])[0] for at in plain if scores[at].status == "ok")
+    ordered = all(scores[at].reward == grader.grade(*cases[at])[0] for at in plain if scores[at].status == "ok")
     return {
         "mixed_cases": count,
         "mixed_timeout": timeout,

@@ -7,7 +7,7 @@ other setting is the paper's, and the default: 32 prompts a step, 4 drafts and 4
 Paper, after training: AIME24 56.3, AIME25 40.2, MATH500 93.8 (before: 54.4, 38.6, 92.8).
 
 The chat template opens <think> for the model, so that a completion starts inside it; rewards read the opened tag and
-the completion together. A draft's reasoning is part of q' as it was sampled (see igrpo_jax/prompts.py).
+the completion together. A draft's reasoning is part of q' as it was sampled (see igrpo_jax/data/prompts.py).
 
 Memory, by arithmetic and not measured: weights, gradient and both moments take 122 GB over all devices, the sampler's
 bfloat16 copy 15 GB on each, and a slot 0.52 GB. For 8 devices of 80 GB.

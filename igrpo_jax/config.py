@@ -29,7 +29,7 @@ class RunError(Exception):
 
 
 @dataclass(frozen=True)
-class BuiltinModel:
+class BuiltinModelConfig:
     """Shape of the small decoder that is used where `model.path` is empty."""
 
     hidden_size: int = 128  # of the residual stream
@@ -41,7 +41,7 @@ class BuiltinModel:
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraConfig:
     """Low-rank adapters: they alone are trained, and the model's own weights stay as they are, in model.dtype."""
 
     rank: int = 0  # of a weight's change; 0 = off, all weights are trained
@@ -54,15 +54,15 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelConfig:
     path: str = ""  # Hugging Face directory or hub id; empty = the built-in character-level decoder
     dtype: str = "bfloat16"  # compute and rollout dtype: "bfloat16" or "float32"; trained weights are float32
-    builtin: BuiltinModel = field(default_factory=BuiltinModel)
-    lora: Lora = field(default_factory=Lora)
+    builtin: BuiltinModelConfig = field(default_factory=BuiltinModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class ArithmeticConfig:
     """The built-in task: sums of several terms, worked out step by step."""
 
     min_terms: int = 3  # fewest numbers of a sum
@@ -74,7 +74,7 @@ class Arithmetic:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     train: str = ""  # math, acereason-math, openr1-math-220k, gsm8k; or a file, a folder of files, or a hub id with
     # training problems; empty = the built-in arithmetic task
     subset: str = ""  # of a hub id: its "configuration"; empty = the default one
@@ -89,11 +89,11 @@ class Data:
         "Solve the problem. First reason step by step inside <think> and </think>, then give only the final answer "
         "inside <answer> and </answer>."
     )  # put before every question
-    arithmetic: Arithmetic = field(default_factory=Arithmetic)
+    arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
 
 
 @dataclass(frozen=True)
-class WarmStart:
+class WarmStartConfig:
     """Supervised start of the built-in model from a noisy teacher; never runs where `model.path` is set."""
 
     steps: int = 0  # 0 = off
@@ -108,7 +108,7 @@ LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "gspo_token")  # those of algor
 
 
 @dataclass(frozen=True)
-class Algorithm:
+class AlgorithmConfig:
     loss_type: str = "grpo"  # grpo, dr_grpo, dapo, gspo, gspo_token
     num_drafts: int = 4  # N, Stage 1 drafts per prompt; 0 = no draft stage (the base algorithm)
     num_generations: int = 4  # G, trained completions per prompt
@@ -134,7 +134,7 @@ class Algorithm:
 
 
 @dataclass(frozen=True)
-class Refine:
+class RefineConfig:
     template: str = (
         "embed"  # how the draft enters q'; "embed" (inside the user turn, after the question) is the only one
     )
@@ -149,7 +149,7 @@ class Refine:
 
 
 @dataclass(frozen=True)
-class Rollout:
+class RolloutConfig:
     max_completion_length: int = 4096  # tokens, of drafts and of refinements, EOS included
     temperature: float = 0.7  # of drafts and refinements; the trainer's log-probs are at it too
     top_p: float = 1.0  # nucleus of which tokens are drawn; below 1 the trainer, which sees all, is another policy
@@ -161,7 +161,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Judge:
+class JudgeConfig:
     """A model behind an OpenAI-compatible endpoint that scores answers in [0, 1]."""
 
     weight: float = 0.0  # of the judge's score in the reward; 0 = no judge
@@ -183,14 +183,14 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Rewards:
+class RewardsConfig:
     accuracy: float = 1.0  # weight of the accuracy reward
     format: float = 1.0  # weight of the <think>…</think><answer>…</answer> reward
     overlong: float = 0.0  # weight of the soft over-long penalty, 0 down to -1 at rollout.max_completion_length
     overlong_cache: int = 0  # last tokens of that length over which the penalty grows (DAPO's L_cache)
     custom: str = ""  # "module:function" of a reward of your own; empty = none
     custom_weight: float = 1.0  # of that reward
-    judge: Judge = field(default_factory=Judge)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     workers: int = 2  # verifier processes
     timeout: float = 5.0  # seconds one grading may take before its worker is killed
     max_error_fraction: float = 0.5  # share of gradings per step that may fail or time out before the run stops
@@ -202,7 +202,7 @@ class Rewards:
 
 
 @dataclass(frozen=True)
-class Learner:
+class LearnerConfig:
     tokens_per_microbatch: int = 16384  # padded tokens of one forward and backward pass on each shard of the batch
     shared_prefix: bool = True  # run a prompt (with its draft) once for all its completions; False is for comparisons
     minibatches: int = 1  # optimizer steps per pass over a rollout
@@ -217,7 +217,7 @@ class Learner:
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class OptimizerConfig:
     learning_rate: float = 1e-6  # peak
     b1: float = 0.9  # decay of AdamW's first moment
     b2: float = 0.999  # of the second
@@ -230,14 +230,14 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class Mesh:
+class MeshConfig:
     data: int = 1  # replicas of the weights
     fsdp: int = -1  # weights and batch sharded; -1 = the rest of the devices
     tensor: int = 1  # heads, ffn and vocabulary sharded
 
 
 @dataclass(frozen=True)
-class Cluster:
+class ClusterConfig:
     """Several processes that run together."""
 
     start_timeout: float = 300.0  # seconds in which all of them must have come
@@ -245,7 +245,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointConfig:
     every: int = 50  # steps; the last step is always saved; 0 = only the last
     keep: int = 3  # of the newest
     best_metric: str = ""  # such as eval/math500/pass@1: the checkpoint where it was highest is kept too; empty = none
@@ -254,7 +254,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Watchdog:
+class WatchdogConfig:
     """Seconds without progress after which a wait is named in the log, with the stacks of all threads; 0 = never."""
 
     verifier: float = 300.0  # for the next verdict
@@ -263,7 +263,7 @@ class Watchdog:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationConfig:
     every: int = (
         0  # steps between single-shot evaluations, also run before the first and after the last step; 0 = never
     )
@@ -281,7 +281,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Log:
+class LogConfig:
     every: int = 1  # steps between console lines
     samples_every: int = 10  # steps between draft -> refinement samples on the console
     trackers: tuple[str, ...] = ("tensorboard",)  # where metrics.jsonl goes too: "tensorboard", "wandb"
@@ -295,21 +295,21 @@ class Config:
     epochs: float = 1.0  # passes over the training set, where steps = 0
     prompts_per_step: int = 32  # problems of a rollout, each with its drafts and refinements
     compilation_cache: str = "~/.cache/igrpo_jax"  # folder of compiled programs, shared by all runs; empty = none
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    warm_start: WarmStart = field(default_factory=WarmStart)
-    algorithm: Algorithm = field(default_factory=Algorithm)
-    refine: Refine = field(default_factory=Refine)
-    rollout: Rollout = field(default_factory=Rollout)
-    rewards: Rewards = field(default_factory=Rewards)
-    learner: Learner = field(default_factory=Learner)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    mesh: Mesh = field(default_factory=Mesh)
-    cluster: Cluster = field(default_factory=Cluster)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    watchdog: Watchdog = field(default_factory=Watchdog)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    log: Log = field(default_factory=Log)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     @property
     def trained_completions(self) -> int:
@@ -440,9 +440,9 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     return value
 
 
-def _validate(c: Config) -> None:
+def _validate(config: Config) -> None:
     def value_of(path: str) -> Any:
-        return functools.reduce(getattr, path.split("."), c)
+        return functools.reduce(getattr, path.split("."), config)
 
     def need(ok: bool, path: str, fix: str) -> None:
         if not ok:
@@ -451,17 +451,21 @@ def _validate(c: Config) -> None:
     def choice(path: str, *allowed: Any) -> None:
         need(value_of(path) in allowed, path, "must be one of " + ", ".join(map(str, allowed)))
 
-    need(c.steps >= 0, "steps", "must be 0 (use epochs) or a number of rollouts")
-    need(c.steps > 0 or c.epochs > 0, "epochs", "must be above 0 where steps = 0")
-    need(c.seed < 2**31, "seed", "must be below 2**31")
+    need(config.steps >= 0, "steps", "must be 0 (use epochs) or a number of rollouts")
+    need(config.steps > 0 or config.epochs > 0, "epochs", "must be above 0 where steps = 0")
+    need(config.seed < 2**31, "seed", "must be below 2**31")
     for path in ("optimizer.b1", "optimizer.b2"):
         need(0 <= value_of(path) < 1, path, "must be at least 0 and below 1")
     for path in ("algorithm.epsilon", "algorithm.epsilon_high", "rewards.judge.temperature"):
         need(value_of(path) is None or value_of(path) >= 0, path, "must be at least 0, or None")
-    need(c.optimizer.learning_rate < 1e3, "optimizer.learning_rate", "must be a finite, small number")
+    need(config.optimizer.learning_rate < 1e3, "optimizer.learning_rate", "must be a finite, small number")
     choice("model.dtype", "bfloat16", "float32")
-    need(c.model.lora.alpha > 0, "model.lora.alpha", "must be above 0")
-    need(c.model.lora.rank == 0 or c.model.lora.targets, "model.lora.targets", "name at least one weight to adapt")
+    need(config.model.lora.alpha > 0, "model.lora.alpha", "must be above 0")
+    need(
+        config.model.lora.rank == 0 or config.model.lora.targets,
+        "model.lora.targets",
+        "name at least one weight to adapt",
+    )
     choice("algorithm.loss_type", *LOSS_TYPES)
     choice("algorithm.draft_selection", "best", "random", "worst", "first")
     choice("algorithm.baseline", "mean", "leave_one_out")
@@ -471,7 +475,9 @@ def _validate(c: Config) -> None:
     choice("learner.attention", "auto", "xla", "chunked", "cudnn", "splash")
     choice("optimizer.mu_dtype", "float32", "bfloat16")
     need(
-        c.algorithm.num_generations >= 2, "algorithm.num_generations", "a group needs at least 2 completions to compare"
+        config.algorithm.num_generations >= 2,
+        "algorithm.num_generations",
+        "a group needs at least 2 completions to compare",
     )
     at_least = {
         0: "seed algorithm.num_drafts algorithm.beta algorithm.importance_sampling_cap rollout.temperature "
@@ -508,11 +514,11 @@ def _validate(c: Config) -> None:
         need(0 <= value_of(path) <= 1, path, "must be within 0 and 1")
     for path in ("rollout.top_p", "evaluation.top_p"):
         need(0 < value_of(path) <= 1, path, "must be above 0 and at most 1")
-    need(c.refine.instruction.count("{draft}") == 1, "refine.instruction", "must hold {draft} exactly once")
+    need(config.refine.instruction.count("{draft}") == 1, "refine.instruction", "must hold {draft} exactly once")
     seconds = "rewards.timeout rewards.judge.timeout checkpoint.preemption_grace cluster.start_timeout cluster.silence"
     for path in seconds.split():
         need(value_of(path) > 0, path, "must be a number of seconds above 0")
-    rewards, longest = c.rewards, c.rollout.max_completion_length
+    rewards, longest = config.rewards, config.rollout.max_completion_length
     need(
         rewards.accuracy + rewards.format + rewards.judge.weight > 0 or (rewards.custom and rewards.custom_weight),
         "rewards.accuracy",
@@ -535,11 +541,11 @@ def _validate(c: Config) -> None:
             "OPENAI_API_KEY, and not the key itself; export the key in it"
         )
     need(
-        c.optimizer.max_grad_norm > 0,
+        config.optimizer.max_grad_norm > 0,
         "optimizer.max_grad_norm",
         "must be above 0 (a large number switches clipping off)",
     )
-    algorithm = c.algorithm
+    algorithm = config.algorithm
     need(
         not algorithm.train_drafts or algorithm.num_drafts != 1,
         "algorithm.train_drafts",
@@ -558,41 +564,41 @@ def _validate(c: Config) -> None:
     need(algorithm.delta is None or algorithm.delta > 1, "algorithm.delta", "must be above 1 + epsilon_high, or None")
     # Refinements and drafts are dealt out apart, so that every minibatch has its share of both.
     counts = [algorithm.num_generations] + [algorithm.num_drafts] * algorithm.train_drafts
-    for rows in [c.prompts_per_step * count for count in counts]:
+    for rows in [config.prompts_per_step * count for count in counts]:
         fix = f"must divide the {rows} trained completions of a stage per step"
-        need(rows % c.learner.minibatches == 0, "learner.minibatches", fix)
-    sizes = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+        need(rows % config.learner.minibatches == 0, "learner.minibatches", fix)
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     need(sum(size == -1 for size in sizes) <= 1, "mesh.fsdp", "only one axis may be -1 (the rest of the devices)")
     for axis, size in zip(("data", "fsdp", "tensor"), sizes, strict=True):
         need(size == -1 or size >= 1, f"mesh.{axis}", "must be -1 (the rest of the devices) or at least 1")
-    arithmetic = c.data.arithmetic
+    arithmetic = config.data.arithmetic
     need(
         arithmetic.max_terms >= arithmetic.min_terms,
         "data.arithmetic.max_terms",
         "must be at least data.arithmetic.min_terms",
     )
     need(
-        not c.warm_start.steps or not c.model.path,
+        not config.warm_start.steps or not config.model.path,
         "warm_start.steps",
         "the supervised start is for the built-in model; set it to 0 with model.path",
     )
     need(
-        c.model.path or not c.data.train,
+        config.model.path or not config.data.train,
         "model.path",
         "data.train needs a model and its tokenizer; the built-in model only knows its own task",
     )
     need(
-        c.evaluation.every == 0 or c.evaluation.benchmarks,
+        config.evaluation.every == 0 or config.evaluation.benchmarks,
         "evaluation.benchmarks",
         "name at least one benchmark, or set evaluation.every to 0",
     )
     known = ("tensorboard", "wandb")
     fix = "each must be one of " + ", ".join(known) + ", once"
-    need(set(c.log.trackers) <= set(known), "log.trackers", fix)
-    need(len(set(c.log.trackers)) == len(c.log.trackers), "log.trackers", fix)
-    need(all(k >= 1 for k in c.evaluation.pass_at), "evaluation.pass_at", "each k must be at least 1")
+    need(set(config.log.trackers) <= set(known), "log.trackers", fix)
+    need(len(set(config.log.trackers)) == len(config.log.trackers), "log.trackers", fix)
+    need(all(k >= 1 for k in config.evaluation.pass_at), "evaluation.pass_at", "each k must be at least 1")
     need(
-        not c.checkpoint.best_metric or c.evaluation.every,
+        not config.checkpoint.best_metric or config.evaluation.every,
         "checkpoint.best_metric",
         "is a metric of evaluations; set evaluation.every",
     )

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from igrpo_jax import runtime
+from igrpo_jax import cli
 from igrpo_jax.config import Config, InputError
 
 if TYPE_CHECKING:
-    from igrpo_jax.inference import Opened
+    from igrpo_jax.evaluation.inference import Opened
 
 USAGE = (
     "python -m igrpo_jax.evaluate [--config FILE] --model MODEL --benchmarks a,b [--samples K] [--rounds R] "
@@ -30,9 +30,9 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> None:
-    c, values = runtime.parse_model(argv, USAGE, FLAGS)
+    config, values = cli.parse_model(argv, USAGE, FLAGS)
     if values["compare"]:
-        from igrpo_jax.results import compare
+        from igrpo_jax.evaluation.results import compare
 
         folders = values["compare"].split(",")
         if len(folders) != 2:
@@ -42,42 +42,43 @@ def main(argv: list[str]) -> None:
     for flag, fix in (("model", "the folder of a run, a Hugging Face directory or a hub id"), ("workdir", "a folder")):
         if not values[flag]:
             raise InputError(f"--{flag}: missing; give {fix}")
-    if not c.evaluation.benchmarks:
+    if not config.evaluation.benchmarks:
         raise InputError("--benchmarks: missing; name at least one, for example --benchmarks aime24,math500")
-    step = runtime.number("step", values["step"])
-    from igrpo_jax import cluster
+    step = cli.number("step", values["step"])
+    from igrpo_jax.distributed import cluster
 
-    with cluster.joined(c.cluster, runtime.address(argv)):
-        evaluate(c, values["model"], step, Path(values["workdir"]))
+    with cluster.joined(config.cluster, cli.address(argv)):
+        evaluate(config, values["model"], step, Path(values["workdir"]))
 
 
-def evaluate(c: Config, model: str, step: int | None, out: Path) -> None:
+def evaluate(config: Config, model: str, step: int | None, out: Path) -> None:
     """Evaluates, or goes on with, the benchmarks of `c` into `out`, and prints the summary."""
     import jax
 
-    from igrpo_jax import data, evaluation, inference, results
-    from igrpo_jax.console import Console
+    from igrpo_jax.data import problems
+    from igrpo_jax.evaluation import evaluator, inference, results
+    from igrpo_jax.outputs.console import Console
 
-    rows = data.asked(data.evaluation_rows(c), c.evaluation.limit)
+    rows = problems.asked(problems.evaluation_rows(config), config.evaluation.limit)
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
-        opened = inference.open_model(c, model, step, rows)
+        opened = inference.open_model(config, model, step, rows)
         settings = {
             "model": opened.name,
             "step": opened.step,
             "weights_written": opened.weights_written,
-            "dtype": c.model.dtype,
-            "seed": c.seed,
-            "temperature": c.evaluation.temperature,
-            "top_p": c.evaluation.top_p,
+            "dtype": config.model.dtype,
+            "seed": config.seed,
+            "temperature": config.evaluation.temperature,
+            "top_p": config.evaluation.top_p,
             "max_completion_length": opened.plan.wanted,
-            "instruction": c.data.instruction,
-            "refine_instruction": c.refine.instruction,
-            "max_draft_length": c.draft_limit,
+            "instruction": config.data.instruction,
+            "refine_instruction": config.refine.instruction,
+            "max_draft_length": config.draft_limit,
         }
         if jax.process_index() == 0:
             results.claim(out, settings)
-        evaluation.wait_for_all()
+        evaluator.wait_for_all()
         console.table("Evaluation", plan(opened))
         evaluator, params = inference.load(opened, console, stack)
         began = time.perf_counter()
@@ -87,16 +88,16 @@ def evaluate(c: Config, model: str, step: int | None, out: Path) -> None:
 
 def plan(opened: "Opened") -> list[tuple[str, object]]:
     """Rows of the table that is printed before the first answer."""
-    from igrpo_jax import evaluation
+    from igrpo_jax.evaluation import evaluator
 
-    c, e, asked = opened.config, opened.config.evaluation, opened.plan
+    config, e, asked = opened.config, opened.config.evaluation, opened.plan
     rounds = f"{e.rounds} of draft -> refine, each from one of {e.drafts} answers" if e.rounds else "none"
     step = "" if opened.step is None else f", step {opened.step}"
     size = f"{opened.policy.model.num_params / 1e6:,.1f} M parameters"
     return [
-        ("model", f"{opened.name}{step}, {size}, {c.model.dtype}"),
+        ("model", f"{opened.name}{step}, {size}, {config.model.dtype}"),
         *(
-            (name, f"{len(some):,} problems, {evaluation.samples(c, name)} answers each")
+            (name, f"{len(some):,} problems, {evaluator.samples(config, name)} answers each")
             for name, some in asked.prompts.items()
         ),
         ("answers", f"temperature {e.temperature:g}, top-p {e.top_p:g}, up to {asked.wanted:,} tokens"),
@@ -106,4 +107,4 @@ def plan(opened: "Opened") -> list[tuple[str, object]]:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

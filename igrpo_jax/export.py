@@ -10,12 +10,14 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from igrpo_jax import runtime, sharding, weights
-from igrpo_jax.config import InputError, Mesh
-from igrpo_jax.console import Console
+from igrpo_jax import cli
+from igrpo_jax.config import InputError, MeshConfig
+from igrpo_jax.distributed import sharding
 from igrpo_jax.models import hf_write
-from igrpo_jax.policy import open_policy
-from igrpo_jax.workdir import read_config
+from igrpo_jax.models.policy import open_policy
+from igrpo_jax.outputs import weights
+from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.workdir import read_config
 
 
 def main(argv: list[str]) -> None:
@@ -24,7 +26,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("out", None, "folder to write; a new one", flag_values=values)
     flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", flag_values=values)
     flags.DEFINE_bool("adapter", False, "write LoRA's adapters alone, for peft", flag_values=values)
-    runtime.read_flags(argv, values, __doc__, "--out=HF_DIR")
+    cli.read_flags(argv, values, __doc__, "--out=HF_DIR")
     for name in ("workdir", "out"):
         if not values[name].value:
             raise InputError(f"--{name}: missing; give --workdir DIR --out HF_DIR")
@@ -38,18 +40,18 @@ def export(workdir: Path, out: Path, step: int | None = None, adapter: bool = Fa
     Raises:
         InputError: no such run or checkpoint; `out` is there already; `adapter` without LoRA.
     """
-    c = read_config(workdir)
-    if adapter and not c.model.lora.rank:
+    config = read_config(workdir)
+    if adapter and not config.model.lora.rank:
         raise InputError(
             f"--adapter: the run in {workdir} trained all weights (config.model.lora.rank = 0); leave it out"
         )
     hf_write.check_free(out)
-    policy = open_policy(c.model)
-    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    policy = open_policy(config.model)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with Console() as console, jax.set_mesh(mesh):
-        params, step = weights.saved(c, policy, workdir, mesh, console, step)
+        params, step = weights.saved(config, policy, workdir, mesh, console, step)
         if adapter:
-            policy.save_adapter(out, c.model.lora, params)
+            policy.save_adapter(out, config.model.lora, params)
         else:
             with console.phase("writing weights (MB)", hf_write.model_bytes(policy.model) >> 20) as update:
                 policy.save(out, params, lambda done: update(done >> 20))
@@ -57,4 +59,4 @@ def export(workdir: Path, out: Path, step: int | None = None, adapter: bool = Fa
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

@@ -12,7 +12,7 @@ import contextlib
 from dataclasses import replace
 from pathlib import Path
 
-from igrpo_jax import runtime
+from igrpo_jax import cli
 from igrpo_jax.config import Config, InputError
 
 USAGE = (
@@ -28,17 +28,17 @@ NAME = "prompts"  # of the questions among benchmarks
 
 
 def main(argv: list[str]) -> None:
-    c, values = runtime.parse_model(argv, USAGE, FLAGS)
+    config, values = cli.parse_model(argv, USAGE, FLAGS)
     if not values["model"]:
         raise InputError("--model: missing; give the folder of a run, a Hugging Face directory or a hub id")
     if bool(values["prompt"]) == bool(values["prompts"]):
         raise InputError('--prompt: give either --prompt "a question" or --prompts FILE')
-    questions = [values["prompt"]] if values["prompt"] else read(values["prompts"], c.data.prompt_column)
-    step = runtime.number("step", values["step"])
-    from igrpo_jax import cluster
+    questions = [values["prompt"]] if values["prompt"] else read(values["prompts"], config.data.prompt_column)
+    step = cli.number("step", values["step"])
+    from igrpo_jax.distributed import cluster
 
-    with cluster.joined(c.cluster, runtime.address(argv)):
-        generate(c, values["model"], step, questions)
+    with cluster.joined(config.cluster, cli.address(argv)):
+        generate(config, values["model"], step, questions)
 
 
 def read(path: str, column: str) -> list[str]:
@@ -47,7 +47,7 @@ def read(path: str, column: str) -> list[str]:
     Raises:
         InputError: no such file, none in it, no column of questions, or something else in that.
     """
-    from igrpo_jax import columns, readers
+    from igrpo_jax.data import columns, readers
 
     source, file, questions = f"--prompts {path}", Path(path), []
     if file.suffix == ".txt":
@@ -74,17 +74,17 @@ def read(path: str, column: str) -> list[str]:
     return questions
 
 
-def generate(c: Config, model: str, step: int | None, questions: list[str]) -> None:
+def generate(config: Config, model: str, step: int | None, questions: list[str]) -> None:
     """Prints the answers to `questions`."""
-    from igrpo_jax import inference
-    from igrpo_jax.console import Console
-    from igrpo_jax.data import Row
+    from igrpo_jax.data.problems import Row
+    from igrpo_jax.evaluation import inference
+    from igrpo_jax.outputs.console import Console
 
     rows = {NAME: [Row(str(i), i, question, "", {}) for i, question in enumerate(questions)]}
-    c = replace(c, evaluation=replace(c.evaluation, samples=c.evaluation.samples or drafts(c)))
+    config = replace(config, evaluation=replace(config.evaluation, samples=config.evaluation.samples or drafts(config)))
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
-        opened = inference.open_model(c, model, step, rows)
+        opened = inference.open_model(config, model, step, rows)
         for note in opened.plan.notes:
             console.message(note)
         evaluator, params = inference.load(opened, console, stack)
@@ -104,10 +104,10 @@ def title(row: dict) -> str:
     return f"{stage} {row['sample_id'] + 1}: {found} ({row['token_count']} tokens{cut})"
 
 
-def drafts(c: Config) -> int:
+def drafts(config: Config) -> int:
     """Answers to a question where --samples is not given: one, or what a draft is chosen of."""
-    return c.evaluation.drafts if c.evaluation.rounds else 1
+    return config.evaluation.drafts if config.evaluation.rounds else 1
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

@@ -6,17 +6,17 @@ first, --processes N and --process I.
 jax is imported inside `main` only: the verifier's worker processes import this module too.
 """
 
-from igrpo_jax import runtime
+from igrpo_jax import cli
 
 
 def main(argv: list[str]) -> None:
-    config, workdir = runtime.parse(argv)
-    from igrpo_jax import cluster
+    config, workdir = cli.parse(argv)
+    from igrpo_jax.distributed import cluster
     from igrpo_jax.train import train
 
-    with cluster.joined(config.cluster, runtime.address(argv)):
+    with cluster.joined(config.cluster, cli.address(argv)):
         train(config, workdir)
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

@@ -16,26 +16,30 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from igrpo_jax import algorithms, chips, cluster, evaluation, overview, preemption, watchdog, weights
-from igrpo_jax.checkpoint import Checkpointer
 from igrpo_jax.config import Config, InputError, RunError, to_dict
-from igrpo_jax.console import Console
-from igrpo_jax.evaluation import Evaluator
-from igrpo_jax.learner import Learner, TrainState
-from igrpo_jax.metrics import Writer, rollout_metrics
+from igrpo_jax.data import arithmetic
+from igrpo_jax.distributed import chips, cluster, preemption, watchdog
+from igrpo_jax.distributed.preemption import Preempted
+from igrpo_jax.distributed.programs import compilations, use_disk_cache
+from igrpo_jax.evaluation import evaluator
+from igrpo_jax.evaluation.evaluator import Evaluator
+from igrpo_jax.learning import objectives
+from igrpo_jax.learning.learner import Learner, TrainState
+from igrpo_jax.learning.rollout import Rollout
+from igrpo_jax.learning.warm_start import warm_start
 from igrpo_jax.models import decoder, hf_write
-from igrpo_jax.preemption import Preempted
-from igrpo_jax.programs import compilations, use_disk_cache
-from igrpo_jax.rewards.reward import Verifier
-from igrpo_jax.rollout import Rollout
+from igrpo_jax.outputs import weights
+from igrpo_jax.outputs.checkpoint import Checkpointer
+from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.metrics import Writer, rollout_metrics
+from igrpo_jax.outputs.workdir import locked, prepare_workdir
+from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.scheduler import Scheduler
-from igrpo_jax.task import Task, open_task, sampler
-from igrpo_jax.tasks import arithmetic
-from igrpo_jax.warm_start import warm_start
-from igrpo_jax.workdir import locked, prepare_workdir
+from igrpo_jax.session import overview
+from igrpo_jax.session.task import Task, open_task, sampler
 
 
-def train(c: Config, workdir: Path) -> None:
+def train(config: Config, workdir: Path) -> None:
     """Runs or resumes the training that `c` describes in `workdir`.
 
     Raises:
@@ -43,16 +47,16 @@ def train(c: Config, workdir: Path) -> None:
         RunError: the run cannot go on: a full disk, too many verifier failures or steps that are not finite.
         Preempted: SIGTERM came, and what can be resumed is saved.
     """
-    use_disk_cache(c.compilation_cache)
+    use_disk_cache(config.compilation_cache)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(preemption.noticed(c.checkpoint.preemption_grace))
-        task = open_task(c)
+        stack.enter_context(preemption.noticed(config.checkpoint.preemption_grace))
+        task = open_task(config)
         problems = {"training problems": task.fingerprint, "evaluation problems": task.evaluated.fingerprint}
-        cluster.check_same({"config": to_dict(c), **problems})
+        cluster.check_same({"config": to_dict(config), **problems})
         stack.enter_context(jax.set_mesh(task.mesh))
-        stack.enter_context(watchdog.watching(c.watchdog))
+        stack.enter_context(watchdog.watching(config.watchdog))
         with watchdog.phase("start"):
-            run = start(c, task, workdir, stack)
+            run = start(config, task, workdir, stack)
         first, done = run.first_step, run.first_step
         state, run.state = run.state, None  # the update donates it
         try:
@@ -71,23 +75,23 @@ def train(c: Config, workdir: Path) -> None:
 
 def one_step(run: "Run", task: Task, state: TrainState, step: int) -> tuple[TrainState, tuple]:
     """One pass of Algorithm 1's loop: the new state, and for `Run.report` groups, advantages [P, G] and metrics."""
-    c, learner, name = run.config, run.learner, f"step {step}"
-    with profiled(c, run.workdir, step), compilations() as compiled:
+    config, learner, name = run.config, run.learner, f"step {step}"
+    with profiled(config, run.workdir, step), compilations() as compiled:
         began = time.perf_counter()
         with watchdog.phase("rollout", name):
             params, fresh = learner.policy(state.params), functools.partial(task.step_prompts, step)
             groups, sampled = run.rollout.collect(params, fresh(), step, fresh)
         rewards = np.stack([group.rewards for group in groups])
-        gains = algorithms.advantages(rewards, learner.algorithm.scale_rewards, learner.algorithm.baseline)
+        advantages = objectives.group_advantages(rewards, learner.algorithm.scale_rewards, learner.algorithm.baseline)
         with watchdog.phase("update", name), watchdog.phase("dispatch"):
             checked = learner.draft_mismatch(state.params, groups) if run.shows_samples(step) else {}
             updating = time.perf_counter()
-            state, learned = learner.update(state, groups, gains, step)
+            state, learned = learner.update(state, groups, advantages, step)
             ended = time.perf_counter()
     times = {"perf/update_time": ended - updating, "perf/step_time": ended - began}
     times["perf/recompiles"] = len(compiled)
     run.warn_of_compiles(step, compiled)
-    return state, (groups, gains, {**learned, **checked, **rollout_metrics(groups, c), **sampled, **times})
+    return state, (groups, advantages, {**learned, **checked, **rollout_metrics(groups, config), **sampled, **times})
 
 
 def utilization(metrics: Mapping[str, float], devices: Sequence[jax.Device]) -> dict[str, float]:
@@ -99,9 +103,9 @@ def utilization(metrics: Mapping[str, float], devices: Sequence[jax.Device]) -> 
 
 
 @contextlib.contextmanager
-def profiled(c: Config, workdir: Path, step: int):
+def profiled(config: Config, workdir: Path, step: int):
     """Records the JAX profiler's trace of the steps in config.log.profile_steps into workdir/profile."""
-    if step in c.log.profile_steps:
+    if step in config.log.profile_steps:
         with jax.profiler.trace(str(workdir / "profile")):
             yield
     else:
@@ -111,12 +115,12 @@ def profiled(c: Config, workdir: Path, step: int):
 class Run:
     """The living parts of a run, and what happens between two updates."""
 
-    def __init__(self, c: Config, task: Task, workdir: Path, console: Console):
-        self.config, self.workdir = c, workdir
+    def __init__(self, config: Config, task: Task, workdir: Path, console: Console):
+        self.config, self.workdir = config, workdir
         self._task, self._console = task, console
         policy = task.policy
-        engine = sampler(c, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated)
-        ahead = c.rollout.dispatches_ahead
+        engine = sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated)
+        ahead = config.rollout.dispatches_ahead
         self.scheduler = Scheduler(engine, (jax.default_backend() != "cpu") if ahead is None else ahead)
         self._warned: set[str] = set()  # kinds of programs
         self.scores: dict[int, dict[str, float]] = {}  # evaluations by step
@@ -128,20 +132,20 @@ class Run:
 
     def open_verifier(self, stack: contextlib.ExitStack) -> None:
         """Starts the workers, and the judge with its file of verdicts in the workdir."""
-        c = self.config
-        limit, judge = c.rollout.max_completion_length, c.rewards.judge
+        config = self.config
+        limit, judge = config.rollout.max_completion_length, config.rewards.judge
         # Of several processes each has a file of its own, for SQLite can't lock one across machines; its budget is a
         # part of that of all.
         own = jax.process_index()
         cache = self.workdir / (f"judge.process-{own}.sqlite" if own else "judge.sqlite")
         judge = replace(judge, budget=judge.budget and max(1, judge.budget // jax.process_count()))
-        settings = replace(c.rewards, judge=judge)
-        verifier = stack.enter_context(Verifier(settings, limit, c.data.answer_column or "answer", cache))
+        settings = replace(config.rewards, judge=judge)
+        verifier = stack.enter_context(Verifier(settings, limit, config.data.answer_column or "answer", cache))
         parts = (self.scheduler, self._task.renderer, verifier)
-        self.rollout = Rollout(c, self._task.renderer, self.scheduler, verifier)
-        self._evaluator = Evaluator(c, self._task.evaluated, *parts, self._console)
+        self.rollout = Rollout(config, self._task.renderer, self.scheduler, verifier)
+        self._evaluator = Evaluator(config, self._task.evaluated, *parts, self._console)
 
-    def report(self, step: int, groups: list, gains: np.ndarray, metrics: dict[str, float]) -> None:
+    def report(self, step: int, groups: list, advantages: np.ndarray, metrics: dict[str, float]) -> None:
         """Files and console of one step."""
         tokens = metrics["perf/draft_tokens"] + metrics["perf/completion_tokens"]
         metrics["perf/tokens_per_second"] = tokens / metrics["perf/step_time"]
@@ -149,21 +153,21 @@ class Run:
         if step == 1:
             self.checkpointer.wait()  # of step 0: a folder with samples and without a checkpoint is taken for damaged
         self.writer.write(step, metrics)
-        self.writer.samples(step, groups, gains)
-        self._check_finite(step, groups, gains, metrics)
+        self.writer.samples(step, groups, advantages)
+        self._check_finite(step, groups, advantages, metrics)
         self._console.step(step, metrics)
         if self.shows_samples(step):
-            best = max(range(len(groups)), key=lambda i: np.abs(gains[i]).max())
-            self._console.sample(groups[best], gains[best])
+            best = max(range(len(groups)), key=lambda i: np.abs(advantages[i]).max())
+            self._console.sample(groups[best], advantages[best])
 
-    def _check_finite(self, step: int, groups: list, gains: np.ndarray, metrics: dict[str, float]) -> None:
+    def _check_finite(self, step: int, groups: list, advantages: np.ndarray, metrics: dict[str, float]) -> None:
         """Keeps the batch of a step that was skipped. Raises RunError after too many in a row."""
         skipped = round(metrics["nonfinite_steps"])
         bad, self._skipped = skipped > self._skipped, skipped
         self._bad_steps = self._bad_steps + 1 if bad else 0
         if not bad:
             return
-        self.writer.nonfinite(step, groups, gains)
+        self.writer.nonfinite(step, groups, advantages)
         kept = self.workdir / "nonfinite" / f"step_{step:06d}.jsonl"
         self._console.message(f"step {step}: loss or gradient is not finite: nothing changed; its batch is in {kept}")
         if self._bad_steps >= self.config.learner.max_nonfinite_steps:
@@ -197,7 +201,7 @@ class Run:
         out = self.workdir / "evaluations" / f"step_{step:06d}"
         began = time.perf_counter()
         with watchdog.phase("evaluation", f"step {step}"):
-            scores = evaluation.flat(self._evaluator.run(self.learner.policy(params), out, {"step": step}))
+            scores = evaluator.flat(self._evaluator.run(self.learner.policy(params), out, {"step": step}))
         self._check_best(scores)
         self.scores[step] = scores
         self.writer.write(step, {**scores, "perf/evaluation_time": time.perf_counter() - began})
@@ -219,14 +223,14 @@ class Run:
 
     def save(self, step: int, state: TrainState, force: bool = False) -> None:
         """Saves where it is due, or at any step with `force`."""
-        c = self.config
+        config = self.config
         self.writer.sync()
-        epoch, index = divmod(step * c.prompts_per_step, len(self._task.prompts))
-        meta = {"step": step, "seed": c.seed, "epoch": epoch, "index": index, "metrics_rows": self.writer.rows}
+        epoch, index = divmod(step * config.prompts_per_step, len(self._task.prompts))
+        meta = {"step": step, "seed": config.seed, "epoch": epoch, "index": index, "metrics_rows": self.writer.rows}
         meta |= {"data": self._task.fingerprint, "bad_steps": self._bad_steps}
         meta["evaluations"] = {str(at): scores for at, scores in self.scores.items()}
         force = force or step in (0, self._task.total_steps) or self.is_best(step)
-        score = self.scores.get(step, {}).get(c.checkpoint.best_metric)
+        score = self.scores.get(step, {}).get(config.checkpoint.best_metric)
         self.checkpointer.save(step, state, meta, force=force, score=score)
 
     def restore(self) -> None:
@@ -235,11 +239,11 @@ class Run:
         Raises:
             InputError: the training set is not that of the run.
         """
-        c = self.config
+        config = self.config
         self.first_step, self.state, meta = self.checkpointer.restore(self.learner.abstract_state())
         if meta["data"] != self._task.fingerprint:
             raise InputError(
-                f"config.data.train = {c.data.train!r}: its prompts or answers are not those that the run in "
+                f"config.data.train = {config.data.train!r}: its prompts or answers are not those that the run in "
                 f"{self.workdir} began with; bring them back, or start a new run with another --workdir"
             )
         self.scores = {int(at): scores for at, scores in meta["evaluations"].items()}
@@ -275,22 +279,22 @@ class Run:
         self._console.table("Done", rows)
 
 
-def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> Run:
+def start(config: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> Run:
     """Claims `workdir` and brings a run to where its first step can begin: restored, or warm and evaluated.
 
     What must be closed, however the run ends, goes onto `stack`.
     """
     console = stack.enter_context(Console())
     # These two check slots, mesh, the objective's settings and LoRA's targets, before anything is written.
-    run = Run(c, task, workdir, console)
+    run = Run(config, task, workdir, console)
     sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
-    run.learner = Learner(c, task.policy.model, task.mesh, **sizes)
-    claimed = cluster.from_first(functools.partial(prepare_workdir, workdir, c))
+    run.learner = Learner(config, task.policy.model, task.mesh, **sizes)
+    claimed = cluster.from_first(functools.partial(prepare_workdir, workdir, config))
     if not (workdir / "config.json").is_file():
         raise InputError(f"--workdir {workdir}: process 0 made it, here it is not; give a folder that all hosts share")
     stack.enter_context(locked(workdir))
     run.open_verifier(stack)
-    run.checkpointer = stack.enter_context(Checkpointer(workdir, c.checkpoint))
+    run.checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = cluster.from_first(lambda: run.checkpointer.latest_step() if claimed else None)
     if claimed and latest is None and any((workdir / "samples").glob("step_*.jsonl")):
         raise InputError(f"--workdir {workdir}: holds samples of a run but no checkpoint of it; give another folder")
@@ -299,50 +303,50 @@ def start(c: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> 
         engine.compile(update)
     with console.phase("compiling the update"):
         run.learner.predicted_bytes()
-    title = "iGRPO run" if c.algorithm.num_drafts else "Run"
-    console.table(title, overview.before(c, task, engine, run.learner))
+    title = "iGRPO run" if config.algorithm.num_drafts else "Run"
+    console.table(title, overview.before(config, task, engine, run.learner))
     if latest is not None:
         with console.phase(f"restoring step {latest}"):
             run.restore()
     # What the steps after the checkpoint left behind is dropped here: they are run again.
-    run.writer = stack.enter_context(Writer(workdir, c, None if latest is None else run.first_step))
+    run.writer = stack.enter_context(Writer(workdir, config, None if latest is None else run.first_step))
     if run.writer.rows < run.expected_rows:
         console.message(
             f"metrics.jsonl has {run.writer.rows} rows up to step {run.first_step}, the checkpoint counted "
             f"{run.expected_rows}: rows were lost, and stay so"
         )
     params = None
-    if latest is None and not (c.model.lora.rank and task.policy.path):
-        params = weights.load(task.policy, task.mesh, c.seed, "float32", console)
-        if c.warm_start.steps:
-            params = _warm(c, task, params, run.writer, console)
-    first = functools.partial(weights.first, c, task.policy, workdir, task.mesh, console=console, params=params)
-    if c.model.lora.rank:
-        run.learner.set_frozen(first(c.model.dtype))
-        params = weights.adapters(c, task.policy, task.mesh)
-    if c.algorithm.beta > 0:
-        lora = c.model.lora.rank > 0
-        run.learner.set_reference(weights.adapters(c, task.policy, task.mesh) if lora else first("float32"))
+    if latest is None and not (config.model.lora.rank and task.policy.path):
+        params = weights.load(task.policy, task.mesh, config.seed, "float32", console)
+        if config.warm_start.steps:
+            params = _warm(config, task, params, run.writer, console)
+    first = functools.partial(weights.first, config, task.policy, workdir, task.mesh, console=console, params=params)
+    if config.model.lora.rank:
+        run.learner.set_frozen(first(config.model.dtype))
+        params = weights.adapters(config, task.policy, task.mesh)
+    if config.algorithm.beta > 0:
+        lora = config.model.lora.rank > 0
+        run.learner.set_reference(weights.adapters(config, task.policy, task.mesh) if lora else first("float32"))
     del first
     if latest is None:
         run.state = run.learner.init(params)
-        if c.evaluation.every:
+        if config.evaluation.every:
             run.evaluate(run.state.params, 0)
         run.save(0, run.state)
     elif run.evaluation_due(run.first_step) and run.first_step not in run.scores:
         run.evaluate(run.state.params, run.first_step)
-    console.start(task.total_steps, run.first_step, c.log.every, run.writer.history, run.scores)
+    console.start(task.total_steps, run.first_step, config.log.every, run.writer.history, run.scores)
     return run
 
 
-def _warm(c: Config, task: Task, params: decoder.Params, writer: Writer, console: Console) -> decoder.Params:
-    problems, _ = arithmetic.problems(c.data.arithmetic, c.seed)
-    with console.phase("supervised warm start", c.warm_start.steps) as update:
+def _warm(config: Config, task: Task, params: decoder.Params, writer: Writer, console: Console) -> decoder.Params:
+    problems, _ = arithmetic.problems(config.data.arithmetic, config.seed)
+    with console.phase("supervised warm start", config.warm_start.steps) as update:
 
         def report(step: int, loss: float) -> None:
             update(step, f"loss {loss:.3f}")
-            if step % max(1, c.warm_start.steps // 20) == 0:
+            if step % max(1, config.warm_start.steps // 20) == 0:
                 writer.write(0, {"warm_start/step": step, "warm_start/loss": loss})
 
         encode = task.policy.encode_completion
-        return warm_start(c, task.policy.model, task.mesh, params, problems, task.renderer, encode, report)
+        return warm_start(config, task.policy.model, task.mesh, params, problems, task.renderer, encode, report)

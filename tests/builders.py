@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from igrpo_jax.batch import Completion, Group, Prompt, Score
+from igrpo_jax.records import Completion, Group, Prompt, Score
 
 
 def completion(stage, sample_id, tokens, accuracy=None, form=0.0, finished=True, text=""):

@@ -14,10 +14,10 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A ModelConfig of two layers, and its parameters on the host: all random, biases and scales too."""
-    from igrpo_jax.models.config import ModelConfig
+    """A DecoderConfig of two layers, and its parameters on the host: all random, biases and scales too."""
+    from igrpo_jax.models.config import DecoderConfig
 
-    c = ModelConfig(
+    c = DecoderConfig(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
@@ -37,9 +37,9 @@ def tiny():
 @pytest.fixture(scope="session")
 def hybrid():
     """As `tiny`, of Mamba-2, attention without positions, and MLPs without a gate."""
-    from igrpo_jax.models.config import Mamba, ModelConfig
+    from igrpo_jax.models.config import DecoderConfig, MambaConfig
 
-    c = ModelConfig(
+    c = DecoderConfig(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
@@ -53,7 +53,9 @@ def hybrid():
         tie_embeddings=False,
         max_position_embeddings=256,
         mlp="relu2",
-        mamba=Mamba(4, 8, num_groups=2, state_size=8, conv_size=4, chunk_size=8, time_step_limit=(0.0, float("inf"))),
+        mamba=MambaConfig(
+            4, 8, num_groups=2, state_size=8, conv_size=4, chunk_size=8, time_step_limit=(0.0, float("inf"))
+        ),
     )
     return c, _random(c)
 
@@ -78,8 +80,8 @@ def compile_fast():
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """An uninterrupted run of `runs.CONFIG`, and what it printed. Not to be written to."""
-    import runs
+    """An uninterrupted run of `whole_runs.CONFIG`, and what it printed. Not to be written to."""
+    import whole_runs
 
     path = tmp_path_factory.mktemp("whole")
-    return path / "run", runs.run(path, path / "run")
+    return path / "run", whole_runs.run(path, path / "run")

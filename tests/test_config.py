@@ -8,7 +8,7 @@ import pytest
 
 from igrpo_jax import config
 from igrpo_jax.config import InputError
-from igrpo_jax.datasets_table import TRAINING_SETS
+from igrpo_jax.data.catalog import TRAINING_SETS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -171,7 +171,9 @@ def test_types_are_checked_and_whole_numbers_pass_as_floats():
 def test_what_may_change_on_resume_is_no_difference():
     old = config.to_dict(config.Config())
     new = config.to_dict(
-        dataclasses.replace(config.Config(), steps=9, seed=3, checkpoint=config.Checkpoint(every=7), log=config.Log(2))
+        dataclasses.replace(
+            config.Config(), steps=9, seed=3, checkpoint=config.CheckpointConfig(every=7), log=config.LogConfig(2)
+        )
     )
     assert config.differences(old, new) == ["seed: 0 -> 3"]
     assert config.differences({"steps": 1, "x": {"steps": 1}}, {"steps": 2, "x": {"steps": 2}}) == ["x.steps: 1 -> 2"]

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from test_structure import FILES, FLOORS
 
-from igrpo_jax import alerts, algorithms, config
+from igrpo_jax import config
+from igrpo_jax.learning import objectives
+from igrpo_jax.outputs import alerts
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -223,24 +225,24 @@ def test_the_objective_in_ten_lines_works(monkeypatch):
     """
     (block,) = re.findall(r"```python\n(.*?)```", page("architecture.md"), re.DOTALL)
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
-    monkeypatch.setattr(algorithms, "OBJECTIVES", dict(algorithms.OBJECTIVES))
-    exec(block, vars(algorithms))
+    monkeypatch.setattr(objectives, "OBJECTIVES", dict(objectives.OBJECTIVES))
+    exec(block, vars(objectives))
     monkeypatch.setattr(config, "LOSS_TYPES", (*config.LOSS_TYPES, "luspo"))
     losses = {}
     for name in ("luspo", "gspo"):
         tree = config.default()
         tree.algorithm.loss_type = name
-        chosen = algorithms.resolve(config.freeze(tree).algorithm)
+        chosen = objectives.resolve(config.freeze(tree).algorithm)
         lengths, mask = np.array([1, 3]), np.arange(3) < np.array([[1], [3]])
-        weight = np.where(mask, algorithms.row_weights(chosen, lengths, np.ones(2, bool), 8)[:, None], 0.0)
+        weight = np.where(mask, objectives.row_weights(chosen, lengths, np.ones(2, bool), 8)[:, None], 0.0)
         logprob = jnp.full((2, 3), -0.5)
-        losses[name] = algorithms.loss(chosen, logprob, logprob, None, jnp.array([1.0, -1.0]), weight, mask).loss
+        losses[name] = objectives.loss(chosen, logprob, logprob, None, jnp.array([1.0, -1.0]), weight, mask).loss
     assert losses["luspo"] == pytest.approx(1.0) and losses["gspo"] == pytest.approx(0.0, abs=1e-6)
-    vars(algorithms).pop("_sequence_sum")
+    vars(objectives).pop("_sequence_sum")
 
 
 def test_the_objectives_are_those_the_configuration_knows():
-    assert tuple(algorithms.OBJECTIVES) == config.LOSS_TYPES
+    assert tuple(objectives.OBJECTIVES) == config.LOSS_TYPES
     rows = re.findall(r"^\| `(\w+)` \|", page("igrpo.md"), re.MULTILINE)
     assert tuple(rows) == ("loss_type", *config.LOSS_TYPES)
 

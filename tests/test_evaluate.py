@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from igrpo_jax import config, evaluate, export, generate, runtime, sharding, weights
-from igrpo_jax.checkpoint import Checkpointer
-from igrpo_jax.policy import open_policy
-from igrpo_jax.tasks import arithmetic
-from igrpo_jax.workdir import prepare_workdir
+from igrpo_jax import cli, config, evaluate, export, generate
+from igrpo_jax.data import arithmetic
+from igrpo_jax.distributed import sharding
+from igrpo_jax.models.policy import open_policy
+from igrpo_jax.outputs import weights
+from igrpo_jax.outputs.checkpoint import Checkpointer
+from igrpo_jax.outputs.workdir import prepare_workdir
 
 HF = {
     "model_type": "llama",
@@ -100,12 +102,12 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["command", *overrides, *map(str, arguments)])
         if code:
             with pytest.raises(SystemExit) as stop:
-                runtime.run(command.main)
+                cli.run(command.main)
             assert stop.value.code == code
             said = capsys.readouterr().err
             assert said.startswith("igrpo_jax: error: ") and said.count("\n") == 1 and "Traceback" not in said
             return said
-        runtime.run(command.main)
+        cli.run(command.main)
         return capsys.readouterr().out
 
     return call
@@ -278,7 +280,7 @@ def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
 
 def test_help_names_the_flags_that_stand_for_fields(capsys):
     with pytest.raises(SystemExit) as stop:
-        runtime.parse_model(["evaluate", "--help"], evaluate.USAGE, evaluate.FLAGS)
+        cli.parse_model(["evaluate", "--help"], evaluate.USAGE, evaluate.FLAGS)
     said = capsys.readouterr().out
     assert stop.value.code == 0 and len(said.splitlines()) < 20
     for flag in ("benchmarks", "samples", "rounds", "model", "workdir", "compare"):
@@ -288,12 +290,12 @@ def test_help_names_the_flags_that_stand_for_fields(capsys):
 def test_the_model_of_a_run_is_the_runs_own(run, tmp_path):
     (run / "config.json").write_text(json.dumps({"seed": 4, "model": {"dtype": "float32"}, "gone": 1}))
     with pytest.raises(config.InputError, match=r"config\.gone: no such field"):
-        runtime.parse_model(["x", "--model", str(run)], "", {})
+        cli.parse_model(["x", "--model", str(run)], "", {})
     (run / "config.json").write_text(json.dumps({"seed": 4, "model": {"dtype": "float32"}}))
-    c, _ = runtime.parse_model(["x", "--model", str(run), "--config.evaluation.samples=3"], "", {})
+    c, _ = cli.parse_model(["x", "--model", str(run), "--config.evaluation.samples=3"], "", {})
     assert (c.seed, c.model.dtype, c.evaluation.samples) == (4, "float32", 3)
     (tmp_path / "other.py").write_text("from igrpo_jax.config import default as get_config\n")
-    c, _ = runtime.parse_model(["x", "--model", str(run), "--config", str(tmp_path / "other.py")], "", {})
+    c, _ = cli.parse_model(["x", "--model", str(run), "--config", str(tmp_path / "other.py")], "", {})
     assert (c.seed, c.model.dtype) == (0, "float32")
-    c, _ = runtime.parse_model(["x", "--model=owner/name", "--benchmarks", "a, b", "--rounds=2"], "", {})
+    c, _ = cli.parse_model(["x", "--model=owner/name", "--benchmarks", "a, b", "--rounds=2"], "", {})
     assert (c.model.path, c.evaluation.benchmarks, c.evaluation.rounds) == ("owner/name", ("a", "b"), 2)

@@ -7,18 +7,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import test_hf
+import test_hf_read
 import transformers
-from runs import check_same_rows, final_state, rows, run, samples
 from test_hf_write import is_gone, tensors_of
+from whole_runs import check_same_rows, final_state, rows, run, samples
 
-from igrpo_jax import config, export, weights
+from igrpo_jax import config, export
 from igrpo_jax.config import InputError
-from igrpo_jax.console import Console
+from igrpo_jax.data import arithmetic
 from igrpo_jax.models import decoder, lora
-from igrpo_jax.policy import open_policy
-from igrpo_jax.tasks import arithmetic
-from igrpo_jax.workdir import read_config
+from igrpo_jax.models.policy import open_policy
+from igrpo_jax.outputs import weights
+from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.workdir import read_config
 
 LORA = ("model.lora.rank=2", "model.lora.targets=('q_proj','o_proj','up_proj')", "algorithm.beta=0.05")
 CONSTANT = (
@@ -99,8 +100,8 @@ def test_the_command_writes_what_the_end_of_the_run_wrote(adapted, trained, tmp_
 
 def test_the_export_is_the_policy_of_the_checkpoint(trained):
     state = state_of(trained)
-    one = open_policy(config.Model(path=str(trained / "export")))
-    for path, x in one.load(test_hf.one_device(), 0, "bfloat16").items():
+    one = open_policy(config.ModelConfig(path=str(trained / "export")))
+    for path, x in one.load(test_hf_read.one_device(), 0, "bfloat16").items():
         assert (np.asarray(x) == state[f".params['{path}']"].astype("bfloat16")).all(), path
     model = transformers.AutoModelForCausalLM.from_pretrained(trained / "export")
     assert model.generation_config.eos_token_id == one.eos_ids[0]
@@ -111,7 +112,7 @@ def test_adapters_alone(adapted, trained, tmp_path):
     told = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert told["target_modules"] == ["o_proj", "q_proj", "up_proj"] and (told["r"], told["lora_alpha"]) == (2, 32.0)
     assert len(tensors_of(tmp_path / "peft")) == 6
-    message = test_hf.error_of(export.export, trained, tmp_path / "none", None, True)
+    message = test_hf_read.error_of(export.export, trained, tmp_path / "none", None, True)
     assert message.startswith("--adapter: the run in") and is_gone(tmp_path / "none")
 
 
@@ -122,7 +123,7 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
     assert all("lora_" in name for name, x in state_of(tmp_path / "run").items() if x.ndim)
     assert not (tmp_path / "run" / "reference").exists()
     c = read_config(tmp_path / "run")
-    policy, mesh = open_policy(c.model), test_hf.one_device()
+    policy, mesh = open_policy(c.model), test_hf_read.one_device()
     params, step = weights.saved(c, policy, tmp_path / "run", mesh, Console())
     assert step == 2 and sum(isinstance(x, lora.Adapted) for x in params.values()) == 3
     base = policy.load(mesh, 0, c.model.dtype)
@@ -130,7 +131,7 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
         assert (np.asarray(getattr(x, "weight", x)) == np.asarray(base[path])).all()
     export.export(tmp_path / "run", tmp_path / "out")
     ours = jax.jit(lambda x: decoder.cast(lora.merge(x), "bfloat16"))(params)
-    for path, x in open_policy(config.Model(path=str(tmp_path / "out"))).load(mesh, 0, "bfloat16").items():
+    for path, x in open_policy(config.ModelConfig(path=str(tmp_path / "out"))).load(mesh, 0, "bfloat16").items():
         assert (np.asarray(x) == np.asarray(ours[path])).all()
 
 
@@ -146,16 +147,16 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
     ],
 )
 def test_flags_that_can_not_be_followed(flags, said):
-    assert said in test_hf.error_of(export.main, ["export", *flags])
+    assert said in test_hf_read.error_of(export.main, ["export", *flags])
 
 
 def test_checkpoints_and_folders_that_can_not_be_used(trained, tmp_path):
-    message = test_hf.error_of(export.export, trained, tmp_path / "out", 7)
+    message = test_hf_read.error_of(export.export, trained, tmp_path / "out", 7)
     assert message == f"{trained}: holds no checkpoint of step 7; those there are: 1, 2"
-    assert "is there already" in test_hf.error_of(export.export, trained, trained / "samples")
+    assert "is there already" in test_hf_read.error_of(export.export, trained, trained / "samples")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_bytes((trained / "config.json").read_bytes())
-    assert "has no checkpoints" in test_hf.error_of(export.export, tmp_path / "run", tmp_path / "out")
+    assert "has no checkpoints" in test_hf_read.error_of(export.export, tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "run" / "checkpoints").exists()
     with pytest.raises(InputError, match="holds no run"):
         read_config(tmp_path)
@@ -255,7 +256,7 @@ def test_lora_on_a_nemotron_h(hybrid_files, tmp_path, letters):
     before, after = tensors_of(hybrid_files), tensors_of(tmp_path / "out")
     changed = {name.split(".")[-2] for name in after if after[name][1] != before[name][1]}
     assert changed == {"in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
-    message = test_hf.error_of(export.export, tmp_path / "run", tmp_path / "peft", None, True)
+    message = test_hf_read.error_of(export.export, tmp_path / "run", tmp_path / "peft", None, True)
     assert "in the files backbone.layers.0.mixer.in_proj.weight or a part of it" in message and is_gone(
         tmp_path / "peft"
     )

@@ -6,8 +6,9 @@ import sys
 import jax
 import pytest
 
-from igrpo_jax import config, main, preemption, runtime, watchdog
-from igrpo_jax.tasks import arithmetic
+from igrpo_jax import cli, config, main
+from igrpo_jax.data import arithmetic
+from igrpo_jax.distributed import preemption, watchdog
 
 TINY = """
 from igrpo_jax.config import default
@@ -64,7 +65,7 @@ def refused(tmp_path, monkeypatch, capsys):
         argv = ["main", "--config", str(tmp_path / "tiny.py"), "--workdir", str(where)]
         monkeypatch.setattr(sys, "argv", argv + [f"--config.{x}" if x[0] != "-" else x for x in overrides])
         with pytest.raises(SystemExit) as stop:
-            runtime.run(main.main)
+            cli.run(main.main)
         out = capsys.readouterr()
         assert stop.value.code == 2
         assert out.err.startswith("igrpo_jax: error: ") and out.err.count("\n") == 1 and "Traceback" not in out.err
@@ -154,7 +155,7 @@ def test_workdirs_that_cannot_be_used(refused, tmp_path):
 def test_help_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main", "--help"])
     with pytest.raises(SystemExit) as stop:
-        runtime.run(main.main)
+        cli.run(main.main)
     assert stop.value.code == 0
     assert "--workdir" in capsys.readouterr().out
 
@@ -175,12 +176,12 @@ def test_help_is_printed(monkeypatch, capsys):
 )
 def test_what_jax_raises_is_named_with_its_phase_and_shapes(monkeypatch, capsys, text, words):
     def command(_):
-        with watchdog.watching(config.Watchdog()), watchdog.phase("update", "step 3"):
+        with watchdog.watching(config.WatchdogConfig()), watchdog.phase("update", "step 3"):
             watchdog.running("accumulate 8 64 4 32")
             raise jax.errors.JaxRuntimeError(text)
 
     with pytest.raises(SystemExit) as stop:
-        runtime.run(command)
+        cli.run(command)
     err = capsys.readouterr().err
     assert stop.value.code == 1 and "Traceback" in err
     last = err.strip().splitlines()[-1]
@@ -195,6 +196,6 @@ def test_exit_codes(capsys, error, code):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        runtime.run(command)
+        cli.run(command)
     err = capsys.readouterr().err
     assert stop.value.code == code and err.startswith(f"igrpo_jax: error: {error}") and err.count("\n") == 1

@@ -15,10 +15,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import ROOT, check_same_rows, command, faulty, final_state, one_device, rows, run, samples, settings
+from whole_runs import ROOT, check_same_rows, command, faulty, final_state, one_device, rows, run, samples, settings
 
-from igrpo_jax import config, overview, preemption, task, train, watchdog
-from igrpo_jax.task import open_task
+from igrpo_jax import config, train
+from igrpo_jax.distributed import preemption, watchdog
+from igrpo_jax.session import overview, task
+from igrpo_jax.session.task import open_task
 
 
 def test_a_run_writes_what_the_contract_names(whole):
@@ -65,7 +67,7 @@ def test_a_profiler_that_would_crash_is_refused(monkeypatch):
     for platforms, steps, refused in ((None, (2,), True), ("cpu", (2,), False), (None, (), False)):
         monkeypatch.setattr(task.jax, "config", SimpleNamespace(jax_platforms=platforms))
         with pytest.raises(config.InputError, match="JAX_PLATFORMS=cpu") if refused else contextlib.nullcontext():
-            task.check_profiler(config.Log(profile_steps=steps))
+            task.check_profiler(config.LogConfig(profile_steps=steps))
 
 
 def test_a_run_says_what_it_does_and_where_it_wrote(whole):

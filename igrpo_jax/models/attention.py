@@ -242,7 +242,7 @@ def cudnn_attention(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=prefix is None, implementation=implementation)
 
 
-# What ModelConfig.attention may name; "splash_interpret" is the TPU's kernel, run step by step for tests elsewhere.
+# What DecoderConfig.attention may name; "splash_interpret" is the TPU's kernel, run step by step for tests elsewhere.
 IMPLEMENTATIONS = {
     "xla": xla_attention,
     "chunked": chunked_attention,

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from igrpo_jax.models.config import ModelConfig
-from igrpo_jax.sharding import constrain, spec
+from igrpo_jax.distributed.sharding import constrain, spec
+from igrpo_jax.models.config import DecoderConfig
 
 
 class KV(NamedTuple):
@@ -61,7 +61,7 @@ MAMBA_AXES = MambaState(
 )
 
 
-def empty(config: ModelConfig, slots: int, length: int, dtype: jnp.dtype) -> Cache:
+def empty(config: DecoderConfig, slots: int, length: int, dtype: jnp.dtype) -> Cache:
     """A cache of `slots` rows and `length` positions."""
     shape = (slots, config.num_kv_heads, length, config.head_dim)
 
@@ -73,7 +73,7 @@ def empty(config: ModelConfig, slots: int, length: int, dtype: jnp.dtype) -> Cac
     return tuple(entry(kind) for kind in config.pattern)
 
 
-def empty_state(config: ModelConfig, rows: int, dtype: jnp.dtype) -> MambaState:
+def empty_state(config: DecoderConfig, rows: int, dtype: jnp.dtype) -> MambaState:
     """Of `rows` rows that have read nothing."""
     m = config.mamba
     heads, groups = (m.num_heads, m.head_dim), (m.num_groups, m.state_size)
@@ -82,10 +82,10 @@ def empty_state(config: ModelConfig, rows: int, dtype: jnp.dtype) -> MambaState:
     return MambaState(*(constrain(x, *axes) for x, axes in zip(zeros, MAMBA_AXES, strict=True)))
 
 
-def shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> Cache:
+def shardings(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Cache:
     """A NamedSharding in the place of each array of a cache."""
     axes = {"*": KV(AXES, AXES), "M": MAMBA_AXES}
-    place = lambda entry: type(entry)(*(NamedSharding(mesh, spec(x)) for x in entry))  # noqa: E731
+    place = lambda entry: type(entry)(*(NamedSharding(mesh, spec(x)) for x in entry))
     return tuple(place(axes[kind]) if kind in axes else None for kind in config.pattern)
 
 
@@ -102,7 +102,7 @@ def append(entry: KV, new: KV, positions: jax.Array) -> KV:
 
 def extend(cache: Cache, new: Cache, start: jax.Array) -> Cache:
     """`cache` with the positions of `new`, [B, K, T, H], written in place from `start` [] int32 on."""
-    put = lambda old, add: jax.lax.dynamic_update_slice_in_dim(old, add.astype(old.dtype), start, axis=2)  # noqa: E731
+    put = lambda old, add: jax.lax.dynamic_update_slice_in_dim(old, add.astype(old.dtype), start, axis=2)
     return _map(put, lambda old, later: later.astype(old.dtype), cache, new)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from igrpo_jax.config import BuiltinModel, InputError
+from igrpo_jax.config import BuiltinModelConfig, InputError
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class Mamba:
+class MambaConfig:
     """Shape of the Mamba-2 sublayers."""
 
     num_heads: int
@@ -29,7 +29,7 @@ class Mamba:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class DecoderConfig:
     """Shape of a decoder. `pattern` has one letter per sublayer: `*` attention, `-` MLP, `M` Mamba-2.
 
     A dense layer is `*-`.
@@ -50,7 +50,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     qk_norm: bool = False  # each head of q and k is normalised before it is rotated
     mlp: str = "swiglu"  # or "relu2", which has no gate
-    mamba: Mamba | None = None  # where the pattern has an M
+    mamba: MambaConfig | None = None  # where the pattern has an M
     attention: str = "xla"  # of prefill and training, a key of attention.IMPLEMENTATIONS; `attention.choose` picks it
 
     @property
@@ -69,14 +69,14 @@ class ModelConfig:
         return embeddings + sum(blocks[kind] + self.hidden_size for kind in self.pattern) + self.hidden_size
 
 
-def builtin(shape: BuiltinModel, vocab_size: int) -> ModelConfig:
+def builtin(shape: BuiltinModelConfig, vocab_size: int) -> DecoderConfig:
     """The small decoder for the built-in task."""
     if shape.hidden_size % (2 * shape.num_heads) or shape.num_heads % shape.num_kv_heads:
         raise InputError(
             f"config.model.builtin.num_heads = {shape.num_heads}: must divide hidden_size = {shape.hidden_size} into "
             f"heads of even width and be a multiple of num_kv_heads = {shape.num_kv_heads}"
         )
-    return ModelConfig(
+    return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -92,8 +92,8 @@ def builtin(shape: BuiltinModel, vocab_size: int) -> ModelConfig:
     )
 
 
-def from_hf(raw: dict, source: str) -> ModelConfig:
-    """ModelConfig from a parsed config.json. `source` names it in errors.
+def from_hf(raw: dict, source: str) -> DecoderConfig:
+    """DecoderConfig from a parsed config.json. `source` names it in errors.
 
     Raises:
         InputError: a model_type, activation, rope type, window or kind of layer that the decoder does not have; a
@@ -122,7 +122,7 @@ def _common(raw: dict) -> dict:
     }
 
 
-def _dense(raw: dict, source: str) -> ModelConfig:
+def _dense(raw: dict, source: str) -> DecoderConfig:
     """Llama, Qwen2 and Qwen3."""
     kind = raw["model_type"]
     _only(raw, source, hidden_act="silu", mlp_bias=False, use_sliding_window=False)
@@ -132,7 +132,7 @@ def _dense(raw: dict, source: str) -> ModelConfig:
         _only(raw, source, attention_bias=False)
     # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
     rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
-    return ModelConfig(
+    return DecoderConfig(
         **_common(raw),
         head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
         pattern="*-" * raw["num_hidden_layers"],
@@ -160,7 +160,7 @@ def _rope_scaling(rope: dict, source: str) -> RopeScaling | None:
 _LETTERS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-"}
 
 
-def _nemotron_h(raw: dict, source: str) -> ModelConfig:
+def _nemotron_h(raw: dict, source: str) -> DecoderConfig:
     """Hybrid of Mamba-2, attention without positions, and ungated MLPs; its layers have one sublayer each."""
     _only(raw, source, mlp_hidden_act="relu2", mamba_hidden_act="silu", use_conv_bias=True, sliding_window=None)
     _only(raw, source, use_bias=False, mlp_bias=False, attention_bias=False, mamba_proj_bias=False)
@@ -168,7 +168,7 @@ def _nemotron_h(raw: dict, source: str) -> ModelConfig:
     letters = [_LETTERS.get(name, name) for name in layers]
     unknown = sorted({*letters} - {*"M*-"})
     refuse(not unknown, source, "kind of layer", ", ".join(unknown), "M (Mamba-2), * (attention) or - (MLP)")
-    mamba = Mamba(
+    mamba = MambaConfig(
         num_heads=raw["mamba_num_heads"],
         head_dim=raw["mamba_head_dim"],
         num_groups=raw["n_groups"],
@@ -180,7 +180,7 @@ def _nemotron_h(raw: dict, source: str) -> ModelConfig:
         time_step_limit=tuple(float(_number(x)) for x in raw.get("time_step_limit") or (0.0, "inf")),
     )
     refuse(mamba.num_heads % mamba.num_groups == 0, source, "n_groups", mamba.num_groups, "a divisor of the heads")
-    return ModelConfig(
+    return DecoderConfig(
         **_common(raw),
         head_dim=raw.get("head_dim") or raw["attention_head_dim"],
         pattern="".join(letters),

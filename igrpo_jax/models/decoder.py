@@ -1,4 +1,4 @@
-"""One decoder for every family: `x + mixer(norm(x))` for each letter of `ModelConfig.pattern`.
+"""One decoder for every family: `x + mixer(norm(x))` for each letter of `DecoderConfig.pattern`.
 
 The module is declared with nnx and split once per configuration; the rest of the package holds parameters as a flat
 dict from path ("blocks/0/mixer/q_proj") to array and calls the pure functions below under plain `jax.jit` and
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from igrpo_jax import sharding
+from igrpo_jax.distributed import sharding
 from igrpo_jax.models import lora
 from igrpo_jax.models.cache import Cache
-from igrpo_jax.models.config import ModelConfig
+from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.layers import MLP, Attention, RMSNorm
 from igrpo_jax.models.mamba2 import Mamba2
 
@@ -37,10 +37,10 @@ KEPT = {"full": None, "dots": _products}
 class Block(nnx.Module):
     """One sublayer with its norm and residual."""
 
-    def __init__(self, kind: str, c: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, kind: str, cfg: DecoderConfig, rngs: nnx.Rngs):
         self.kind = kind
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mixer = MIXERS[kind](c, rngs)
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mixer = MIXERS[kind](cfg, rngs)
 
     def __call__(self, x, positions, entry, length):
         y, kept = self.mixer(self.norm(x), positions, entry, length)
@@ -48,14 +48,14 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        shape = (c.vocab_size, c.hidden_size)
+    def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs):
+        shape = (cfg.vocab_size, cfg.hidden_size)
         # Small: a tied embedding is also the head, and a token's own logit starts at std * D.
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02)
-        self.blocks = nnx.List([Block(kind, c, rngs) for kind in c.pattern])
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        if not c.tie_embeddings:
-            self.lm_head = nnx.Param(jax.random.normal(rngs.params(), shape[::-1], jnp.float32) * c.hidden_size**-0.5)
+        self.blocks = nnx.List([Block(kind, cfg, rngs) for kind in cfg.pattern])
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        if not cfg.tie_embeddings:
+            self.lm_head = nnx.Param(jax.random.normal(rngs.params(), shape[::-1], jnp.float32) * cfg.hidden_size**-0.5)
 
     def __call__(self, tokens, positions, cache, length, remat):
         # Rows looked up in a table whose width is sharded like the batch can't be resharded cheaply: gather the width.
@@ -131,7 +131,7 @@ def _run_placed(graph, state, x, positions, entry, length):
     """Of a loop, where the compiler would not know where weights lie, and so their gradients."""
 
     def placed(path: tuple, weight: nnx.Variable) -> nnx.Variable:
-        place = lambda x, name: sharding.constrain(x, *sharding.logical_axes(name))  # noqa: E731
+        place = lambda x, name: sharding.constrain(x, *sharding.logical_axes(name))
         return weight.replace(lora.each(place, "/".join(map(str, path)), weight.get_value()))
 
     return _run_block(graph, nnx.map_state(placed, state), x, positions, entry, length)
@@ -143,31 +143,31 @@ def _run_block(graph, state, x, positions, entry, length):
 
 
 @functools.lru_cache
-def _split(c: ModelConfig):
+def _split(cfg: DecoderConfig):
     """The module's static half and its abstract state, built once per configuration without any array."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(c, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Decoder(cfg, nnx.Rngs(0))))
 
 
 def _named(state: nnx.State) -> dict:
     return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
-def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+def shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by path."""
-    return {path: leaf.shape for path, leaf in _named(_split(c)[1]).items()}
+    return {path: leaf.shape for path, leaf in _named(_split(cfg)[1]).items()}
 
 
-def init(c: ModelConfig, key: jax.Array, mesh: jax.sharding.Mesh) -> Params:
+def init(cfg: DecoderConfig, key: jax.Array, mesh: jax.sharding.Mesh) -> Params:
     """Random float32 parameters, born in their shardings."""
 
     def build(key):
-        return _named(nnx.state(Decoder(c, nnx.Rngs(params=key))))
+        return _named(nnx.state(Decoder(cfg, nnx.Rngs(params=key))))
 
-    return jax.jit(build, out_shardings={path: sharding.param_sharding(mesh, path) for path in shapes(c)})(key)
+    return jax.jit(build, out_shardings={path: sharding.param_sharding(mesh, path) for path in shapes(cfg)})(key)
 
 
 def apply(
-    c: ModelConfig,
+    cfg: DecoderConfig,
     params: Params,
     tokens: jax.Array,
     positions: jax.Array,
@@ -190,7 +190,7 @@ def apply(
     Returns:
         Hidden states [B, T, D] in the dtype of `params`, and the cache: updated, or of this row alone.
     """
-    graph, state = _split(c)
+    graph, state = _split(cfg)
     leaves = [(path, leaf.replace(params["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     values = nnx.from_flat_state(leaves)
     return nnx.merge(graph, values)(tokens, positions, cache, length, remat)
@@ -206,14 +206,14 @@ def remat_options(platform: str) -> dict[str, str]:
     return {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else {}
 
 
-def head(c: ModelConfig, params: Params) -> jax.Array:
+def head(cfg: DecoderConfig, params: Params) -> jax.Array:
     """The output projection [D, V] (the transposed embedding where it is tied)."""
-    return params["embedding"].T if c.tie_embeddings else params["lm_head"]
+    return params["embedding"].T if cfg.tie_embeddings else params["lm_head"]
 
 
-def logits(c: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+def logits(cfg: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """[..., D] to [..., V], always accumulated and kept in float32 (sampler and trainer must agree)."""
-    return jnp.einsum("...D,DV->...V", hidden, head(c, params), preferred_element_type=jnp.float32)
+    return jnp.einsum("...D,DV->...V", hidden, head(cfg, params), preferred_element_type=jnp.float32)
 
 
 def cast(params: Params, dtype: str) -> Params:

@@ -18,12 +18,12 @@ import numpy as np
 import safetensors.numpy
 from jax.experimental import multihost_utils
 
-from igrpo_jax import config, sharding
-from igrpo_jax.config import InputError
-from igrpo_jax.models import decoder, hf
-from igrpo_jax.models.config import ModelConfig
+from igrpo_jax.config import InputError, LoraConfig
+from igrpo_jax.distributed import sharding
+from igrpo_jax.models import decoder, hf_read
+from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.decoder import Params
-from igrpo_jax.models.hf import Entry
+from igrpo_jax.models.hf_read import Entry
 
 SHARD = "5GB"  # most of one file, as transformers has it
 TOKENIZER = (
@@ -31,7 +31,7 @@ TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
-    *hf.VOCABULARIES,
+    *hf_read.VOCABULARIES,
     "merges.txt",
 )
 
@@ -113,9 +113,9 @@ def write_tensors(
         write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
-def model_bytes(c: ModelConfig) -> int:
+def model_bytes(cfg: DecoderConfig) -> int:
     """Of the files of an export, headers left out."""
-    return 2 * sum(math.prod(shape) for shape in decoder.shapes(c).values())
+    return 2 * sum(math.prod(shape) for shape in decoder.shapes(cfg).values())
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
@@ -126,43 +126,43 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 def copy_tokenizer(path: str, folder: Path) -> None:
     """The tokenizer's files and the chat template of the directory or hub id `path`, byte for byte."""
     for pattern in TOKENIZER:
-        for file in hf.resolve(path).glob(pattern):
+        for file in hf_read.resolve(path).glob(pattern):
             if jax.process_index() == 0 and file.is_file():
                 shutil.copyfile(file, folder / file.name)
 
 
-def exported_config(path: str, c: ModelConfig) -> dict[str, Any]:
+def exported_config(path: str, cfg: DecoderConfig) -> dict[str, Any]:
     """config.json of an export: that of the model at `path` but for the dtype and for code that isn't copied.
 
     The built-in model ("") is a Llama.
     """
-    raw = hf.config_json(path) if path else _llama(c)
+    raw = hf_read.config_json(path) if path else _llama(cfg)
     dtype = "torch_dtype" if "torch_dtype" in raw else "dtype"
     return {key: value for key, value in raw.items() if key != "auto_map"} | {dtype: "bfloat16"}
 
 
-def _llama(c: ModelConfig) -> dict[str, Any]:
+def _llama(cfg: DecoderConfig) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "num_hidden_layers": c.pattern.count("*"),
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.intermediate_size,
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "num_hidden_layers": cfg.pattern.count("*"),
         "hidden_act": "silu",
-        "rope_theta": c.rope_theta,
-        "rms_norm_eps": c.rms_norm_eps,
-        "tie_word_embeddings": c.tie_embeddings,
-        "max_position_embeddings": c.max_position_embeddings,
+        "rope_theta": cfg.rope_theta,
+        "rms_norm_eps": cfg.rms_norm_eps,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "max_position_embeddings": cfg.max_position_embeddings,
     }
 
 
 def generation_config(path: str, eos_ids: tuple[int, ...]) -> dict[str, Any]:
     """generation_config.json of the model at `path` ("" = none), which ends where the policy learned to end."""
-    file = hf.resolve(path) / "generation_config.json" if path else None
+    file = hf_read.resolve(path) / "generation_config.json" if path else None
     raw = json.loads(file.read_text("utf-8")) if file and file.is_file() else {}
     return raw | {"eos_token_id": list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]}
 
@@ -193,7 +193,7 @@ def adapter_entries(entries: Mapping[str, Entry], adapters: Params) -> dict[str,
     return found
 
 
-def adapter_config(settings: config.Lora, base: str, entries: Mapping[str, Entry]) -> dict[str, Any]:
+def adapter_config(settings: LoraConfig, base: str, entries: Mapping[str, Entry]) -> dict[str, Any]:
     """adapter_config.json for adapters with these `entries` of the model at `base`."""
     targets = sorted({entry.name.split(".")[-3] for entry in entries.values()})
     return {

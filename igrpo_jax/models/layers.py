@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from igrpo_jax.distributed.sharding import constrain
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.attention import IMPLEMENTATIONS, cached_attention, rope
 from igrpo_jax.models.cache import KV, Prefix
-from igrpo_jax.models.config import ModelConfig
-from igrpo_jax.sharding import constrain
+from igrpo_jax.models.config import DecoderConfig
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
@@ -41,18 +41,18 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention; bias, norm per head and rotary positions as the family has them."""
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        d, n, k, h = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+    def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs):
+        d, n, k, h = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         self.q_proj = normal(rngs, (d, n, h), d)
         self.k_proj = normal(rngs, (d, k, h), d)
         self.v_proj = normal(rngs, (d, k, h), d)
         self.o_proj = zeros((n, h, d))  # a sublayer starts as the identity
-        if c.qkv_bias:
+        if cfg.qkv_bias:
             self.q_bias, self.k_bias, self.v_bias = zeros((n, h)), zeros((k, h)), zeros((k, h))
-        if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(h, c.rms_norm_eps), RMSNorm(h, c.rms_norm_eps)
-        self.qkv_bias, self.qk_norm, self.attention = c.qkv_bias, c.qk_norm, c.attention
-        self.rope_theta, self.rope_scaling = c.rope_theta, c.rope_scaling
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(h, cfg.rms_norm_eps), RMSNorm(h, cfg.rms_norm_eps)
+        self.qkv_bias, self.qk_norm, self.attention = cfg.qkv_bias, cfg.qk_norm, cfg.attention
+        self.rope_theta, self.rope_scaling = cfg.rope_theta, cfg.rope_scaling
 
     def __call__(self, x: jax.Array, positions: jax.Array, entry: KV | Prefix | None, length: jax.Array | None):
         """Output [B, T, D] and the keys and values that the caller may keep.
@@ -82,9 +82,9 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """swiglu: down(silu(gate(x)) * up(x)); relu2: down(relu(up(x)) ** 2)."""
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        d, f = c.hidden_size, c.intermediate_size
-        self.gated = c.mlp == "swiglu"
+    def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs):
+        d, f = cfg.hidden_size, cfg.intermediate_size
+        self.gated = cfg.mlp == "swiglu"
         if self.gated:
             self.gate_proj = normal(rngs, (d, f), d)
         self.up_proj = normal(rngs, (d, f), d)

@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from igrpo_jax import config, sharding
-from igrpo_jax.config import InputError
+from igrpo_jax.config import InputError, LoraConfig
+from igrpo_jax.distributed import sharding
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -50,7 +50,7 @@ class Adapted:
         return (self.weight.astype(jnp.float32) + self.scaling * change).astype(self.weight.dtype)
 
 
-def adapted(settings: config.Lora, shapes: Shapes) -> list[str]:
+def adapted(settings: LoraConfig, shapes: Shapes) -> list[str]:
     """Paths of the weights that `settings.targets` names, of a model with parameters of these `shapes`.
 
     Raises:
@@ -67,7 +67,7 @@ def adapted(settings: config.Lora, shapes: Shapes) -> list[str]:
     return [path for path, name in able.items() if name in settings.targets or ALL in settings.targets]
 
 
-def shapes(settings: config.Lora, base: Shapes) -> Shapes:
+def shapes(settings: LoraConfig, base: Shapes) -> Shapes:
     """Shapes of the adapters of a model with parameters of shapes `base`."""
     found = {}
     for path in adapted(settings, base):
@@ -77,7 +77,7 @@ def shapes(settings: config.Lora, base: Shapes) -> Shapes:
     return found
 
 
-def init(settings: config.Lora, base: Shapes, key: jax.Array, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+def init(settings: LoraConfig, base: Shapes, key: jax.Array, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Fresh float32 adapters in their shardings: A uniform within 1 / sqrt(inputs) of 0, as in peft, and B zero."""
     sizes = shapes(settings, base)
 

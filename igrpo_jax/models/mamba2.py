@@ -20,16 +20,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from igrpo_jax.distributed.sharding import constrain
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.cache import MambaState
-from igrpo_jax.models.config import ModelConfig
+from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.layers import normal, zeros
-from igrpo_jax.sharding import constrain
 
 
 class Mamba2(nnx.Module):
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        m, d = c.mamba, c.hidden_size
+    def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs):
+        m, d = cfg.mamba, cfg.hidden_size
         heads, groups = (m.num_heads, m.head_dim), (m.num_groups, m.state_size)
         self.x_proj, self.z_proj = normal(rngs, (d, *heads), d), normal(rngs, (d, *heads), d)
         self.b_proj, self.c_proj = normal(rngs, (d, *groups), d), normal(rngs, (d, *groups), d)
@@ -45,7 +45,7 @@ class Mamba2(nnx.Module):
         self.skip = nnx.Param(jnp.ones((m.num_heads,), jnp.float32))
         self.gated_scale = nnx.Param(jnp.ones(heads, jnp.float32))
         self.o_proj = zeros((*heads, d))  # a sublayer starts as the identity
-        self.config, self.eps = c, c.rms_norm_eps
+        self.config, self.eps = cfg, cfg.rms_norm_eps
 
     def __call__(self, x: jax.Array, positions: jax.Array, entry: MambaState | None, length: jax.Array | None):
         """Output [B, T, D] and the state after each row's `length` tokens.

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as library
 
+from igrpo_jax.distributed.sharding import spec
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.cache import Prefix
-from igrpo_jax.sharding import spec
 
 LANES = 128  # of a TPU's vector registers; the kernel works on multiples
 BLOCKS = (512, 384, 256)  # sizes of a block of a longer sequence: smaller ones leave the matrix unit idle
@@ -44,7 +44,7 @@ def _on_one_device(q, k, v, prefix, interpret):
         k, v = jnp.concatenate([old_k, k], axis=2), jnp.concatenate([old_v, v], axis=2)
     queries, block_q = _padded(time)
     keys, block_kv = _padded(before + time)
-    widen = lambda x, size: jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0)))  # noqa: E731
+    widen = lambda x, size: jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0)))
     q, k, v = widen(q.swapaxes(1, 2) * head_dim**-0.5, queries), widen(k, keys), widen(v, keys)
     kernel = _kernel(heads, queries, keys, before, block_q, block_kv, interpret)
     if prefix is None:

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from igrpo_jax import config
-from igrpo_jax.batch import Candidate, Score
-from igrpo_jax.rewards.reward import Verifier
+from igrpo_jax.config import InputError, RewardsConfig
+from igrpo_jax.records import Candidate, Score
+from igrpo_jax.rewards.verifier import Verifier
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -30,7 +30,7 @@ def read_rows(path: Path) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise config.InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -38,21 +38,21 @@ def read_rows(path: Path) -> list[dict]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise config.InputError(f"{path}, row {number}: not valid JSON ({error})") from error
+            raise InputError(f"{path}, row {number}: not valid JSON ({error})") from error
         if not isinstance(row, dict):
-            raise config.InputError(f"{path}, row {number}: must be an object, not {type(row).__name__}")
+            raise InputError(f"{path}, row {number}: must be an object, not {type(row).__name__}")
         for column in ("gold", "prediction"):
             if column not in row:
-                raise config.InputError(f'{path}, row {number}: has no column "{column}"; it has {sorted(row)}')
+                raise InputError(f'{path}, row {number}: has no column "{column}"; it has {sorted(row)}')
             if not isinstance(row[column], str):
-                raise config.InputError(f'{path}, row {number}: "{column}" = {row[column]!r}: must be a string')
+                raise InputError(f'{path}, row {number}: "{column}" = {row[column]!r}: must be a string')
         rows.append(row)
     return rows
 
 
 def grade_rows(rows: list[dict], workers: int, timeout: float) -> Iterator[Score]:
     """A Score per row, in order, through killable workers."""
-    settings = config.Rewards(accuracy=1.0, format=0.0, workers=workers, timeout=timeout)
+    settings = RewardsConfig(accuracy=1.0, format=0.0, workers=workers, timeout=timeout)
     with Verifier(settings) as verifier:
         futures = collections.deque(verifier.submit(Candidate(row["prediction"], row["gold"])) for row in rows)
         while futures:
@@ -71,7 +71,7 @@ def run(source: Path, target: Path, workers: int, timeout: float) -> None:
                 out.write(json.dumps(row | verdict | {"seconds": round(score.seconds, 6)}, ensure_ascii=False) + "\n")
         temporary.replace(target)
     except OSError as error:
-        raise config.InputError(f"{target}: cannot be written: {error.strerror}") from error
+        raise InputError(f"{target}: cannot be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -95,9 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.workers < 1 or not options.timeout > 0:
-            raise config.InputError("--workers must be at least 1 and --timeout above 0")
+            raise InputError("--workers must be at least 1 and --timeout above 0")
         run(options.source, options.target, options.workers, options.timeout)
-    except config.InputError as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -38,7 +38,7 @@ from typing import Any
 
 from absl import logging
 
-from igrpo_jax import config
+from igrpo_jax.config import InputError, JudgeConfig
 
 MAX_CHARACTERS = 40_000  # of a completion that the judge is shown; of a longer one the end, where the answer stands
 BACKOFF = 1.0  # seconds before the second attempt, doubled before each further one; up to half as long again at random
@@ -81,7 +81,7 @@ class Judge:
         InputError: no openai client, no key, a wrong address, or a cache that cannot be used.
     """
 
-    def __init__(self, settings: config.Judge, cache: Path):
+    def __init__(self, settings: JudgeConfig, cache: Path):
         self._settings = settings
         self._client, self._secret = connect(settings)
         # OpenAI's newer models refuse the old name, other servers do not know the new one.
@@ -260,7 +260,7 @@ class _Cache:
             self._connection.execute("SELECT key, score FROM verdicts LIMIT 1").fetchone()
             self._connection.execute("PRAGMA busy_timeout=200")  # ms; the loop stands still meanwhile
         except (OSError, sqlite3.Error) as error:
-            raise config.InputError(
+            raise InputError(
                 f"config.rewards.judge.cache = {str(path)!r}: cannot be used as the file of verdicts ({error}); "
                 "move it away, or name another"
             ) from error
@@ -296,7 +296,7 @@ class _Cache:
         self._connection.close()
 
 
-def render(settings: config.Judge, question: str, answer: str, completion: str) -> list[dict[str, str]]:
+def render(settings: JudgeConfig, question: str, answer: str, completion: str) -> list[dict[str, str]]:
     """The messages that the judge is sent: the same texts always give the same ones."""
     if len(completion) > MAX_CHARACTERS:
         left_out = len(completion) - MAX_CHARACTERS
@@ -358,7 +358,7 @@ def statistics(judgements: Sequence[Judgement]) -> dict[str, float]:
     }
 
 
-def connect(settings: config.Judge) -> tuple[Any, str]:
+def connect(settings: JudgeConfig) -> tuple[Any, str]:
     """The client; and the key to keep out of the log, where servers quote it in their complaints ("" = no secret).
 
     Raises:
@@ -367,16 +367,16 @@ def connect(settings: config.Judge) -> tuple[Any, str]:
     try:
         import openai
     except ImportError as error:
-        raise config.InputError(
+        raise InputError(
             f"config.rewards.judge.weight = {settings.weight}: the judge needs the openai client; "
             'pip install "igrpo-jax[judge]"'
         ) from error
     url = settings.base_url or os.environ.get("OPENAI_BASE_URL", "")
     if url and not url.startswith(("http://", "https://")):
-        raise config.InputError(f"config.rewards.judge.base_url = {url!r}: must start with http:// or https://")
+        raise InputError(f"config.rewards.judge.base_url = {url!r}: must start with http:// or https://")
     key = os.environ.get(settings.api_key_env, "").strip()
     if not key and not url:
-        raise config.InputError(
+        raise InputError(
             f"config.rewards.judge.api_key_env = {settings.api_key_env!r}: no such environment variable; export the "
             "key in it, or set config.rewards.judge.base_url to a server that asks for none"
         )

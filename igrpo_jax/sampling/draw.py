@@ -26,7 +26,7 @@ def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.
     """
     scale = jnp.where(temperature > 0, temperature, 1.0)
     top = logits.max(axis=-1, keepdims=True)
-    weigh = lambda x: jnp.exp((x - top) / scale)  # noqa: E731
+    weigh = lambda x: jnp.exp((x - top) / scale)
 
     # Only what is asked for runs: XLA's argmax and the search for a threshold cost more than all the rest.
     def plain(logits: jax.Array) -> jax.Array:
@@ -66,13 +66,13 @@ def _last(flags: jax.Array) -> jax.Array:
 
 
 def _keep_top_k(weights: jax.Array, top_k: jax.Array) -> jax.Array:
-    enough = lambda keep: jnp.sum(keep, axis=-1) >= top_k  # noqa: E731
+    enough = lambda keep: jnp.sum(keep, axis=-1) >= top_k
     return jnp.where(top_k > 0, _keep_smallest_set(weights, enough), weights)
 
 
 def _keep_top_p(weights: jax.Array, top_p: jax.Array) -> jax.Array:
     goal = top_p * weights.sum(axis=-1)
-    enough = lambda keep: jnp.sum(jnp.where(keep, weights, 0.0), axis=-1) >= goal  # noqa: E731
+    enough = lambda keep: jnp.sum(jnp.where(keep, weights, 0.0), axis=-1) >= goal
     return jnp.where(top_p < 1, _keep_smallest_set(weights, enough), weights)
 
 

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from igrpo_jax import sharding
-from igrpo_jax.batch import length_buckets, pick_bucket
 from igrpo_jax.config import InputError
+from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.programs import Key, Programs, tree_bytes
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder, lora
-from igrpo_jax.models.config import ModelConfig
-from igrpo_jax.programs import Key, Programs, tree_bytes
+from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.records import length_buckets, pick_bucket
 from igrpo_jax.sampling import steps
 from igrpo_jax.sampling.steps import Fork, Prefix, Sampling, State, Status
 
@@ -49,7 +49,7 @@ class Engine:
 
     def __init__(
         self,
-        c: ModelConfig,
+        cfg: DecoderConfig,
         mesh: jax.sharding.Mesh,
         eos_ids: tuple[int, ...],
         *,
@@ -67,7 +67,7 @@ class Engine:
                 f"config.rollout.slots = {slots}: must be a multiple of mesh.data x mesh.fsdp = {everywhere}, over "
                 "which the slots are split"
             )
-        self.c, self.dtype, self.eos_ids = c, dtype, frozenset(eos_ids)
+        self.cfg, self.dtype, self.eos_ids = cfg, dtype, frozenset(eos_ids)
         self._global, self.mesh = mesh, sharding.local_mesh(mesh)
         self.shards = sharding.batch_shards(self.mesh)
         self.shard_slots = slots // everywhere
@@ -85,9 +85,9 @@ class Engine:
         self._eos = np.asarray(eos_ids, np.int32)
         self._split = sharding.batch_sharding(self.mesh)
         self._whole = sharding.replicated(self.mesh)
-        cache = caches.shardings(c, self.mesh)
+        cache = caches.shardings(cfg, self.mesh)
         vocab = NamedSharding(self.mesh, sharding.spec(("batch", "vocab")))
-        build = partial(steps.empty, c, self.slots, self.length, max_completion, dtype)
+        build = partial(steps.empty, cfg, self.slots, self.length, max_completion, dtype)
         self._state = _placed(jax.eval_shape(build), State(cache, *[self._split] * 8))
         self._prefix = Prefix(cache, vocab, self._split)  # where its parts are
         self._gathered = self._places(self._global)
@@ -144,7 +144,7 @@ class Engine:
     def weights(self, params: decoder.Params) -> decoder.Params:
         """The rollout copy of the policy's parameters: LoRA's changes merged, cast, and gathered over data and fsdp,
         once per step."""
-        ready = lambda path, x: (  # noqa: E731
+        ready = lambda path, x: (
             isinstance(x, jax.Array)
             and x.dtype == self.dtype
             and x.sharding.is_equivalent_to(self._gathered[path], x.ndim)
@@ -229,13 +229,13 @@ class Engine:
         return [self._programs[("harvest",)](state, piece) for piece in pieces]
 
     def _jit(self, build) -> dict[str, jax.stages.Wrapped]:
-        c, mesh, eos = self.c, self.mesh, self._eos
+        cfg, mesh, eos = self.cfg, self.mesh, self._eos
         state = jax.tree.map(lambda x: x.sharding, self._state)
-        reads = partial(steps.decode, c, mesh, eos, steps=self.steps_per_dispatch)
+        reads = partial(steps.decode, cfg, mesh, eos, steps=self.steps_per_dispatch)
         return {
             "empty": jax.jit(_named("empty", build), out_shardings=state),
             "prefill": jax.jit(
-                _named("prefill", partial(steps.prefill, c, self.prefill_chunk)), out_shardings=self._prefix
+                _named("prefill", partial(steps.prefill, cfg, self.prefill_chunk)), out_shardings=self._prefix
             ),
             "insert": jax.jit(
                 _named("insert", partial(steps.insert, mesh, eos)), donate_argnums=0, out_shardings=state
@@ -253,7 +253,7 @@ class Engine:
     def lower(self, key: Key) -> jax.stages.Lowered:
         """The traced program of `key`, one of `keys`."""
         kind, *shape = key
-        ints = lambda *size, place=self._whole: jax.ShapeDtypeStruct(size, jnp.int32, sharding=place)  # noqa: E731
+        ints = lambda *size, place=self._whole: jax.ShapeDtypeStruct(size, jnp.int32, sharding=place)
         sampling = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), _traced(Sampling(1.0)))
         weights = self._abstract_weights()
         spread = partial(ints, self.shards, place=self._split)
@@ -276,11 +276,11 @@ class Engine:
 
     def _abstract_weights(self) -> dict[str, jax.ShapeDtypeStruct]:
         places, dtype = self._places(self.mesh), jnp.dtype(self.dtype)
-        shapes = decoder.shapes(self.c).items()
+        shapes = decoder.shapes(self.cfg).items()
         return {path: jax.ShapeDtypeStruct(size, dtype, sharding=places[path]) for path, size in shapes}
 
     def _places(self, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
-        return {path: sharding.param_sharding(mesh, path, gathered=True) for path in decoder.shapes(self.c)}
+        return {path: sharding.param_sharding(mesh, path, gathered=True) for path in decoder.shapes(self.cfg)}
 
 
 def _doubled(longest: int, smallest: int) -> tuple[int, ...]:
@@ -303,7 +303,7 @@ def _prefill_buckets(longest: int, chunk: int) -> tuple[int, ...]:
 
 def _placed(tree: NamedTuple, places: NamedTuple) -> NamedTuple:
     """`tree` of shapes with the sharding of each part."""
-    place = lambda where, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+    place = lambda where, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     return jax.tree.map(place, places, tree)
 
 

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from igrpo_jax import sharding
+from igrpo_jax.distributed import sharding
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.cache import Cache
-from igrpo_jax.models.config import ModelConfig
+from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.sampling.draw import draw
 
 BATCH = sharding.RULES["batch"]
@@ -83,11 +83,11 @@ class Status(NamedTuple):
     steps: jax.Array  # [shards] int32, decode steps that were run
 
 
-def empty(c: ModelConfig, slots: int, length: int, max_completion: int, dtype: str) -> State:
+def empty(cfg: DecoderConfig, slots: int, length: int, max_completion: int, dtype: str) -> State:
     """`slots` free slots with a cache of `length` positions."""
     ints = jnp.zeros((slots,), jnp.int32)
     return State(
-        cache=caches.empty(c, slots, length, jnp.dtype(dtype)),
+        cache=caches.empty(cfg, slots, length, jnp.dtype(dtype)),
         token=ints,
         position=ints,
         count=ints,
@@ -99,14 +99,14 @@ def empty(c: ModelConfig, slots: int, length: int, max_completion: int, dtype: s
     )
 
 
-def prefill(c: ModelConfig, chunk: int, weights: decoder.Params, tokens: jax.Array, lengths: jax.Array) -> Prefix:
+def prefill(cfg: DecoderConfig, chunk: int, weights: decoder.Params, tokens: jax.Array, lengths: jax.Array) -> Prefix:
     """Reads right-padded prompts, tokens [W, P] of `lengths` [W], at most `chunk` positions at a time.
 
     P is at most `chunk` or a multiple of it. Memory beyond the result does not grow with P, but for the attention's.
     """
     width, size = tokens.shape
     if size <= chunk:
-        hidden, cache = decoder.apply(c, weights, tokens, _positions(0, tokens), length=lengths)
+        hidden, cache = decoder.apply(cfg, weights, tokens, _positions(0, tokens), length=lengths)
         last = _at(hidden, lengths - 1)
     else:
 
@@ -116,16 +116,16 @@ def prefill(c: ModelConfig, chunk: int, weights: decoder.Params, tokens: jax.Arr
             piece = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
             before = caches.shared(cache, jnp.full((width,), start))
             real = jnp.clip(lengths - start, 0, chunk)
-            hidden, new = decoder.apply(c, weights, piece, _positions(start, piece), before, real)
+            hidden, new = decoder.apply(cfg, weights, piece, _positions(start, piece), before, real)
             end = lengths - 1 - start
             ends_here = (end >= 0) & (end < chunk)
             last = jnp.where(ends_here[:, None], _at(hidden, jnp.clip(end, 0, chunk - 1)), last)
             return caches.extend(cache, new, start), last
 
         dtype = weights["embedding"].dtype
-        carry = caches.empty(c, width, size, dtype), jnp.zeros((width, c.hidden_size), dtype)
+        carry = caches.empty(cfg, width, size, dtype), jnp.zeros((width, cfg.hidden_size), dtype)
         cache, last = jax.lax.fori_loop(0, (lengths.max() + chunk - 1) // chunk, read, carry)
-    return Prefix(cache, decoder.logits(c, weights, last), lengths)
+    return Prefix(cache, decoder.logits(cfg, weights, last), lengths)
 
 
 def _positions(start: jax.Array | int, tokens: jax.Array) -> jax.Array:
@@ -169,7 +169,7 @@ def insert(
 
 
 def decode(
-    c: ModelConfig,
+    cfg: DecoderConfig,
     mesh: jax.sharding.Mesh,
     eos: jax.Array,
     weights: decoder.Params,
@@ -200,8 +200,8 @@ def decode(
 
         def step(carry):
             taken, _, s = carry
-            hidden, cache = decoder.apply(c, weights, s.token[:, None], s.position[:, None], s.cache)
-            token, logprob = draw(decoder.logits(c, weights, hidden[:, 0]), _position_keys(s.key, s.count), *sampling)
+            hidden, cache = decoder.apply(cfg, weights, s.token[:, None], s.position[:, None], s.cache)
+            token, logprob = draw(decoder.logits(cfg, weights, hidden[:, 0]), _position_keys(s.key, s.count), *sampling)
             at = jnp.where(s.active, s.count, longest)  # past the end: dropped
             more = s.active.astype(jnp.int32)
             active = s.active & ~jnp.isin(token, eos) & (s.count + 1 < s.limit)
@@ -249,7 +249,7 @@ def harvest(state: State, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _per_shard(mesh: jax.sharding.Mesh, run, split_in: tuple[bool, ...], split_out):
     """`run` on every shard of the batch by itself; arguments are split by their first dimension, or whole."""
-    place = lambda split: PartitionSpec(BATCH) if split else PartitionSpec()  # noqa: E731
+    place = lambda split: PartitionSpec(BATCH) if split else PartitionSpec()
     return jax.shard_map(
         run,
         mesh=mesh,
@@ -262,5 +262,5 @@ def _per_shard(mesh: jax.sharding.Mesh, run, split_in: tuple[bool, ...], split_o
 
 def _position_keys(keys: jax.Array, counts: jax.Array) -> jax.Array:
     """Key data [B, 2] of the next token: fold_in(sample key, position in the completion)."""
-    fold = lambda key, n: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), n))  # noqa: E731
+    fold = lambda key, n: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), n))
     return jax.vmap(fold)(keys, counts)

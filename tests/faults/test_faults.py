@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
-from runs import check_same_rows, faulty, final_state, rows, samples
+import whole_runs
+from whole_runs import check_same_rows, faulty, final_state, rows, samples
 
 
 def copy_of(whole, target: Path) -> Path:
@@ -24,14 +24,14 @@ def copy_of(whole, target: Path) -> Path:
 def longer(whole, tmp_path_factory):
     """The run when nothing happens."""
     path = tmp_path_factory.mktemp("longer")
-    runs.run(path, copy_of(whole, path / "run"), "steps=7")
+    whole_runs.run(path, copy_of(whole, path / "run"), "steps=7")
     return path / "run"
 
 
 def check_equal(workdir: Path, other: Path) -> None:
     check_same_rows(rows(workdir), rows(other))
     assert samples(workdir) == samples(other)
-    seven = runs.settings(steps=7)
+    seven = whole_runs.settings(steps=7)
     a, b = final_state(workdir, seven), final_state(other, seven)
     assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
@@ -99,14 +99,14 @@ train.Verifier.submit = graded
     assert "SIGTERM: saving, then ending" in done.stderr
     assert f"preempted: step 6 of 7 is saved in {workdir}; the same command goes on from there" in done.stderr
     assert [row["step"] for row in rows(workdir) if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    assert "resumed after 6" in runs.run(tmp_path, workdir, "steps=7")
+    assert "resumed after 6" in whole_runs.run(tmp_path, workdir, "steps=7")
     check_equal(workdir, longer)
 
 
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(whole, tmp_path):
     inject = """
-advantages = train.algorithms.advantages
-train.algorithms.advantages = lambda *args: advantages(*args) + float("nan")
+advantages = train.objectives.group_advantages
+train.objectives.group_advantages = lambda *args: advantages(*args) + float("nan")
 """
     workdir = copy_of(whole, tmp_path / "run")
     done = faulty(inject, tmp_path, workdir, "steps=20", "checkpoint.every=1")
@@ -123,7 +123,7 @@ train.algorithms.advantages = lambda *args: advantages(*args) + float("nan")
     assert all(len(row["tokens"]) == len(row["logprobs"]) == row["token_count"] and row["context"] for row in batch)
     last = [row for row in rows(workdir) if "loss" in row][-1]
     assert last["nonfinite_steps"] == 5 * 2 and last["grad_norm"] is None  # two minibatches
-    before, after = final_state(whole[0], runs.settings()), final_state(workdir, runs.settings(steps=9))
+    before, after = final_state(whole[0], whole_runs.settings()), final_state(workdir, whole_runs.settings(steps=9))
     for name in before:
         assert (before[name] == after[name]).all() or name in (".step", ".skipped"), name
 
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(whole, tmp_path):
     assert [path.name for path in (workdir / "damaged_checkpoints").iterdir()] == ["5.1"]
     check_same_rows(rows(workdir), rows(whole[0]))
     assert samples(workdir) == samples(whole[0])
-    a, b = final_state(workdir, runs.settings()), final_state(whole[0], runs.settings())
+    a, b = final_state(workdir, whole_runs.settings()), final_state(whole[0], whole_runs.settings())
     assert all((a[name] == b[name]).all() for name in b)
 
 
@@ -195,7 +195,7 @@ train.Run.report = full
         assert f"--workdir {workdir}: cannot be written (Read-only file system); give a folder that can" in done.stderr
         subprocess.run(["mount", "-o", "remount,rw", path], check=True)
         (path / "others").unlink()
-        runs.run(tmp_path, workdir, "steps=7", "log.trackers=()")
+        whole_runs.run(tmp_path, workdir, "steps=7", "log.trackers=()")
         check_equal(workdir, longer)
 
 
@@ -232,5 +232,5 @@ def test_a_run_without_rewards_ends_when(tmp_path, monkeypatch, overrides, words
 
 def test_final_states_differ_when_they_should(whole, longer):
     """What these tests compare can differ."""
-    a, b = final_state(whole[0], runs.settings()), final_state(longer, runs.settings(steps=7))
+    a, b = final_state(whole[0], whole_runs.settings()), final_state(longer, whole_runs.settings(steps=7))
     assert any(np.any(a[name] != b[name]) for name in a)

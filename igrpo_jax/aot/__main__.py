@@ -1,0 +1,215 @@
+"""Will a configuration fit, and what bounds it, without the hardware:
+
+    python -m igrpo_jax.aot --config configs/tpu_v5p.py --topology v5p:2x2x2
+
+builds the programs of a run for that slice of TPUs with their own compiler, libtpu; without --topology for the devices
+at hand. Out come a table of them, then "fits", or "does not fit" with what to change, and one JSON object as the last
+line. Exit code 0 where it fits, 3 where it does not. How bytes and seconds are found is in `footprint` and `costs`.
+
+What this cannot show: how near to its published peaks a chip comes, what its links deliver, how long the host takes.
+"""
+
+import json
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from igrpo_jax import cli
+from igrpo_jax.config import Config, InputError
+from igrpo_jax.distributed.chips import size
+
+if TYPE_CHECKING:
+    from igrpo_jax.aot.footprint import Footprint, Program
+
+USAGE = "python -m igrpo_jax.aot --config FILE [--topology v5p:2x2x2] [--config.FIELD=VALUE ...]"
+FLAGS = {"topology": "slice of TPUs to build for, such as v5e:1x1 or v5p:2x2x2; default: the devices at hand"}
+DOES_NOT_FIT = 3  # exit code
+# Chips of a host where they are not 2 x 2: slices of v5e and v6e that are one host.
+HOSTS = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}
+
+# Columns of the table of programs.
+COLUMNS = (
+    *("program", "compiled in", "arguments", "temporaries", "output", "beside", "total", "of HBM"),
+    *("TFLOP", "GB moved", "GB received", "least ms", "bound"),
+)
+
+
+def main(argv: list[str]) -> None:
+    config, given = cli.parse_config(argv, USAGE, FLAGS)
+    devices = topology(given["topology"])
+    from igrpo_jax.aot import footprint
+    from igrpo_jax.distributed import programs
+
+    if not given["topology"]:
+        programs.use_disk_cache(config.compilation_cache)  # where a run on these devices finds what was compiled
+    began = time.perf_counter()
+    found = footprint.prepare(config, devices)
+    print("\n".join(head(found)), flush=True)
+    footprint.build(found, lambda one: print(f"  {one.name}: compiled in {one.seconds:.1f} s", flush=True))
+    print("\n".join(["", *table(found), "", *step_lines(found), "", *verdict(found)]))
+    figures = {"topology": given["topology"] or found.chip.name} | summary(found)
+    print(json.dumps(figures | {"seconds": round(time.perf_counter() - began, 1)}))
+    if not found.fits:
+        raise SystemExit(DOES_NOT_FIT)
+
+
+def topology(name: str | None) -> list:
+    """The devices of a slice that need not be there; those at hand without a name.
+
+    Raises:
+        InputError: libtpu is not installed, or knows no such slice.
+    """
+    if name is None:
+        import jax
+
+        return jax.devices()
+    # None of these chips is here: libtpu would look for them, ask the cloud what machine this is (any answer will do),
+    # and let nobody else on this machine compile meanwhile.
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-16"}
+    os.environ.update(quiet | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        fix = 'pip install "igrpo-jax[tpu]"'
+        raise InputError(f"--topology {name}: needs the compiler of TPUs, libtpu; {fix}") from error
+    import jax
+    from jax.experimental import topologies
+
+    try:
+        host = {"chips_per_host_bounds": HOSTS[layout]} if (layout := name.rpartition(":")[2]) in HOSTS else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **host).devices)
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        said = str(error).splitlines()[0][:200]
+        raise InputError(f"--topology {name}: {said}; give a slice such as v5e:1x1, v6e:2x4 or v5p:2x2x2") from error
+
+
+def head(found: "Footprint") -> list[str]:
+    """What is built, and for what."""
+    config, mesh, engine = found.config, found.mesh, found.engine
+    processes = len({device.process_index for device in mesh.devices.flat})
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    name, size_of_model = config.model.path or "the built-in model", f"{found.model.num_params / 1e9:.2f} B parameters"
+    return [
+        f"{name}, {size_of_model}, {config.model.dtype}; "
+        f"{mesh.size} x {found.chip.name} in {processes} process{'es' * (processes > 1)} ({sizes})",
+        f"contexts of up to {found.max_context:,} tokens, completions of {config.rollout.max_completion_length:,}, "
+        f"attention {found.model.attention}; {engine.shard_slots} slots and {size(engine.state_bytes)} of cache on "
+        "each device",
+    ]
+
+
+def table(found: "Footprint") -> list[str]:
+    """One line for each program, then one for each of its kinds of collectives."""
+    rows = [COLUMNS, *(_row(found, one) for one in found.programs)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    lines += ["", f"machine code of all programs: {size(found.code)}, part of the shares of HBM; collectives:"]
+    for one in found.programs:
+        kinds = [f"{x.count:g} {kind} ({x.bytes / 1e9:.3g} GB)" for kind, x in sorted(one.sent.items())]
+        lines.append(f"  {one.name}: {', '.join(kinds) or 'none'}")
+    return lines
+
+
+def _row(found: "Footprint", one: "Program") -> list[str]:
+    seconds, bound = found.least(one.cost, one.received)
+    parts = (one.arguments, one.temporaries, one.output, one.beside, one.total)
+    sizes = ["-"] * len(parts) if one.refused else [*map(size, parts)]
+    share = "too much" if one.refused else f"{(one.total + found.code) / found.chip.hbm_bytes:.1%}"
+    figures = [one.cost.flops / 1e12, one.cost.bytes / 1e9, one.received / 1e9, seconds * 1e3]
+    return [one.name, f"{one.seconds:.1f} s", *sizes, share, *(f"{x:.3g}" for x in figures), bound]
+
+
+def step_lines(found: "Footprint") -> list[str]:
+    """The least time of the longest step, and of its parts."""
+    parts = found.step()
+    total = sum(seconds for seconds, _ in parts.values())
+    longest = found.config.rollout.max_completion_length
+    title = f"a step in which every completion takes {longest:,} tokens cannot take less than {total:.3g} s:"
+    return [title, *(f"  {name:<24}{seconds:10.3g} s  {bound}" for name, (seconds, bound) in parts.items())]
+
+
+def verdict(found: "Footprint") -> list[str]:
+    """Whether it fits, and where it does not, settings to change."""
+    one, there = found.fullest, size(found.chip.hbm_bytes)
+    if found.fits:
+        return [f"fits: {found.share:.1%} of {there} at its fullest, in {one.name}"]
+    if one.refused:
+        need = f"{one.name} alone is more than the compiler allows ({one.refused[:200]})"
+    else:
+        need = f"{one.name} needs {size(one.total + found.code)} of {there}"
+    return [f"does not fit: {need}. Settings to change:", *(f"  {line}" for line in advice(found))]
+
+
+def advice(found: "Footprint") -> list[str]:
+    """Settings that lower what the fullest moment needs, with their values now."""
+    config, one, sizes = found.config, found.fullest, found.mesh.shape
+    lines = []
+    if one.kind in ("accumulate", "score"):
+        lines = _of_update(config)
+    elif one.kind not in ("apply", "weights"):
+        lines = _of_rollout(config, found)
+    if sizes["data"] > 1:
+        lines.append(f"mesh.fsdp = {sizes['fsdp']}: a larger one, in the place of mesh.data, splits the training state")
+    else:
+        lines.append(f"a larger slice: mesh.fsdp = {sizes['fsdp']} then splits the training state further")
+    if config.optimizer.mu_dtype == "float32" and not config.model.lora.rank:
+        lines.append("optimizer.mu_dtype = float32: bfloat16")
+    if config.algorithm.beta > 0 and not config.learner.offload_reference:
+        lines.append("learner.offload_reference = False: True")
+    if not config.model.lora.rank:
+        lines.append("model.lora.rank = 0: 16, which trains adapters alone")
+    return lines
+
+
+def _of_update(config: Config) -> list[str]:
+    lines = [f"learner.tokens_per_microbatch = {config.learner.tokens_per_microbatch}: lower it"]
+    if config.learner.remat != "full":
+        lines.append(f"learner.remat = {config.learner.remat}: full")
+    return lines
+
+
+def _of_rollout(config: Config, found: "Footprint") -> list[str]:
+    engine, one = found.engine, found.fullest
+    slot = engine.length * found.costs.token_bytes + found.costs.state_bytes
+    shards = found.mesh.shape["data"] * found.mesh.shape["fsdp"]
+    over = one.total + found.code - found.chip.hbm_bytes
+    most = 0 if one.refused else int(engine.shard_slots - over / slot) * shards
+    advice = f"at most about {most}" if most > 0 else "fewer"
+    lines = [f"rollout.slots = {config.rollout.slots}: {advice} ({size(slot)} each)"]
+    lines.append(f"rollout.max_completion_length = {config.rollout.max_completion_length}: lower it")
+    if config.algorithm.num_drafts:
+        lines.append(f"refine.max_draft_length = {config.draft_limit}: lower it")
+    lines.append(f"mesh.tensor = {found.mesh.shape['tensor']}: a larger one, which splits weights and cache")
+    return lines
+
+
+def summary(found: "Footprint") -> dict[str, Any]:
+    """The figures of the table as they go into the JSON object."""
+    return {
+        "fits": found.fits,
+        "devices": found.mesh.size,
+        "mesh": dict(found.mesh.shape),
+        "hbm_bytes": found.chip.hbm_bytes,
+        "share": round(found.share, 4),
+        "fullest": found.fullest.name,
+        "code": found.code,
+        "least_step_seconds": {name: seconds for name, (seconds, _) in found.step().items()},
+        "programs": [_figures(found, one) for one in found.programs],
+    }
+
+
+def _figures(found: "Footprint", one: "Program") -> dict[str, Any]:
+    names = ("name", "kind", "arguments", "temporaries", "output", "beside", "total", "code", "received", "refused")
+    seconds, bound = found.least(one.cost, one.received)
+    return {name: getattr(one, name) for name in names} | {
+        "compile_seconds": round(one.seconds, 2),
+        "flops": one.cost.flops,
+        "bytes_moved": one.cost.bytes,
+        "least_seconds": seconds,
+        "bound": bound,
+        "collectives": {kind: {"count": x.count, "bytes": x.bytes} for kind, x in one.sent.items()},
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,115 @@
+"""The built-in task: sums of a few small numbers, worked out step by step, and the tokenizer of the built-in model.
+
+A problem is "7+5-3+8"; a solution is the tape of a pocket calculator, each total standing before the next operator, and
+the answer: "<think>7+5=12-3=9+8=17</think><answer>17</answer>". Everything is made from
+a seed: no download. Train and test problems are disjoint.
+
+The teacher of the supervised start is right at most steps and wrong at some; a model that imitates it has the right
+answer as its mode and noise around it, which is what reinforcement learning can sharpen.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from igrpo_jax.config import ArithmeticConfig, InputError
+
+PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character and newline; the four tags are one token each."""
+    characters = ["\n", *map(chr, range(32, 127))]
+    vocab = {token: i for i, token in enumerate([PAD, END, USER, ASSISTANT, *TAGS, "<|unknown|>", *characters])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<|unknown|>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token="<|unknown|>",
+        additional_special_tokens=[USER, ASSISTANT],
+        clean_up_tokenization_spaces=False,
+    )
+    fast.add_tokens(list(TAGS))
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`first` and then, for each step, an operator and an operand."""
+
+    first: int
+    steps: tuple[tuple[str, int], ...]
+
+    @property
+    def question(self) -> str:
+        return f"{self.first}" + "".join(f"{operator}{operand}" for operator, operand in self.steps)
+
+    @property
+    def answer(self) -> int:
+        total = self.first
+        for operator, operand in self.steps:
+            total += operand if operator == "+" else -operand
+        return total
+
+
+def problems(settings: ArithmeticConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Train and test problems, all different.
+
+    Raises:
+        InputError: there are not that many different problems of this size.
+    """
+    rng = np.random.default_rng([seed, 0xA217])
+    wanted = settings.train_problems + settings.test_problems
+    found: dict[Problem, None] = {}
+    for _ in range(50 * wanted):
+        if len(found) == wanted:
+            break
+        found.setdefault(_problem(settings, rng))
+    if len(found) < wanted:
+        raise InputError(
+            f"config.data.arithmetic.train_problems = {settings.train_problems}: found only {len(found)} different "
+            f"problems for train and test; ask for fewer or raise max_terms or max_operand"
+        )
+    every = list(found)
+    return every[settings.test_problems :], every[: settings.test_problems]
+
+
+def _problem(settings: ArithmeticConfig, rng: np.random.Generator) -> Problem:
+    total = first = int(rng.integers(1, min(settings.max_operand, settings.max_total) + 1))
+    steps = []
+    for _ in range(int(rng.integers(settings.min_terms, settings.max_terms + 1)) - 1):
+        operand = int(rng.integers(1, settings.max_operand + 1))
+        choices = [
+            c for c, value in (("+", total + operand), ("-", total - operand)) if 0 <= value <= settings.max_total
+        ]
+        if not choices:  # neither fits: a smaller operand always does
+            operand, choices = 1, ["+" if total < settings.max_total else "-"]
+        operator = choices[int(rng.integers(len(choices)))]
+        total += operand if operator == "+" else -operand
+        steps.append((operator, operand))
+    return Problem(first, tuple(steps))
+
+
+def solution(problem: Problem, error_rate: float, max_total: int, rng: np.random.Generator) -> str:
+    """A written solution; with probability `error_rate` the result of a step is any total at all, and later steps go on
+    from it."""
+    total, tape = problem.first, str(problem.first)
+    for operator, operand in problem.steps:
+        right = total + operand if operator == "+" else total - operand
+        result = right
+        if rng.random() < error_rate:
+            result = int(rng.integers(0, max_total + 1))
+        tape += f"{operator}{operand}={result}"
+        total = result
+    return f"<think>{tape}</think><answer>{total}</answer>"

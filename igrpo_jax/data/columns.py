@@ -1,0 +1,135 @@
+"""Which columns of a table are the question and the answer, and what a cell of them says.
+
+A column is found by name, in this order: `prompt`, `problem`, `question`, `input`; `answer`, `solution`,
+`ground_truth`, `output`, and then verl's nested `reward_model.ground_truth`. A name with a dot reaches into a nested
+column. A question may be a list of chat messages. Of an answer that is a worked solution the final answer is kept:
+what follows GSM8K's `####`, or the last `\\boxed{…}`.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from igrpo_jax.config import InputError
+from igrpo_jax.data.readers import Table
+from igrpo_jax.rewards.mathematics import extraction
+
+PROMPTS = ("prompt", "problem", "question", "input")
+ANSWERS = ("answer", "solution", "ground_truth", "output", "reward_model.ground_truth")
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """The columns that are read."""
+
+    prompt: str
+    answer: str
+
+    def __str__(self) -> str:
+        return f"question from {self.prompt!r}, answer from {self.answer!r}"
+
+    def rest(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """The other columns; a nested one stays whole."""
+        return {name: value for name, value in columns.items() if name not in (self.prompt, self.answer)}
+
+
+def choose(table: Table, prompt: str, answer: str, source: str) -> Mapping:
+    """The columns of a table that has rows. `prompt` and `answer` are the user's choice, empty = find them by name.
+
+    Raises:
+        InputError: there is no such column; its message lists those there are.
+    """
+    found = choose_prompt(table, prompt, source)
+    return Mapping(found, _column(_names(table), answer, ANSWERS, source, "answer_column"))
+
+
+def choose_prompt(table: Table, prompt: str, source: str) -> str:
+    """The column of the questions alone, as `choose` finds it."""
+    return _column(_names(table), prompt, PROMPTS, source, "prompt_column")
+
+
+def cell(columns: dict[str, Any], name: str) -> Any:
+    """The value of a column, None where the row lacks it; a dot reaches into a nested one."""
+    if name in columns:
+        return columns[name]
+    outer, dot, inner = name.partition(".")
+    nested = columns.get(outer) if dot else None
+    return cell(nested, inner) if isinstance(nested, dict) else None
+
+
+def question(value: Any) -> str | None:
+    """The text of a question: a string, or one user message with at most a system message, which stands before it.
+
+    Returns:
+        None where it is blank.
+
+    Raises:
+        TypeError: it is anything else.
+    """
+    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        roles = [one.get("role") for one in value]
+        if roles not in (["user"], ["system", "user"]):
+            raise TypeError(f"messages of the roles {', '.join(map(str, roles))}, where one of a user is read")
+        parts = [one.get("content") for one in value]
+        if not all(isinstance(part, str) for part in parts):
+            raise TypeError("a message whose content is not text")
+        value = "\n\n".join(part for part in parts if part.strip())
+    if value is None or value != value:
+        return None
+    if not isinstance(value, str):
+        raise TypeError("not text")
+    return value if value.strip() else None
+
+
+def answer(value: Any) -> str | None:
+    """The reference answer: of a worked solution its final answer, of a number its text (27.0 is 27).
+
+    Returns:
+        None where it is blank.
+
+    Raises:
+        TypeError: it is no text and no number.
+    """
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None or value != value:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int | float):
+        return str(value)
+    if not isinstance(value, str):
+        raise TypeError("not text")
+    if "####" in value:
+        value = value.rpartition("####")[2].strip().split("\n", 1)[0]
+        value = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", value)
+    elif re.search(r"\\(boxed|fbox)\b", value):
+        value = extraction.last_box(value) or value
+    return value.strip() or None
+
+
+def _names(table: Table) -> list[str]:
+    """Names of the columns in order, those of nested ones after them."""
+    top = dict.fromkeys(name for _, columns in table for name in columns)
+    nested = dict.fromkeys(
+        f"{name}.{inner}"
+        for _, columns in table
+        for name, value in columns.items()
+        if isinstance(value, dict)
+        for inner in value
+    )
+    return [*top, *nested]
+
+
+def _column(there: list[str], wanted: str, known: tuple[str, ...], source: str, setting: str) -> str:
+    found = [wanted] if wanted else list(known)
+    for name in found:
+        if name in there:
+            return name
+    near = difflib.get_close_matches(wanted or known[0], there, n=1, cutoff=0.0)
+    advice = f"its columns are {', '.join(there)}; the nearest is {near[0]!r}" if near else "it has none"
+    benchmark = source.startswith("config.evaluation.")
+    fix = "rename a column of the file" if benchmark else f"config.data.{setting} names another"
+    what = f"column {wanted!r}" if wanted else f"column {', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+    raise InputError(f"{source}: has no {what}; {advice} ({fix})")

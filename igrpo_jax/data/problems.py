@@ -1,0 +1,251 @@
+"""Problems to train on and to evaluate on, and the order in which a run reads them.
+
+Rows keep the id and the columns they came with. Every row is checked before a run starts: a blank or missing cell is an
+error that names the rows. Problems that repeat, or that evaluation asks for too, are counted; `data.clean` leaves them
+out.
+
+The order is a pure function of the seed. Epoch e is the permutation of (seed, e), and rollout s reads the problems
+s*P .. s*P + P-1 of the epochs laid end to end, P being the prompts per step. The position in the data is therefore the
+step alone, and a resumed run goes on where it was without replaying anything. Redraws (algorithm.max_redraws) do not
+move it: they read an order of their step's own, and what they read comes in its own turn as well.
+
+No grading, no prompts' wording, no tokenizer: `fit` is given the function that encodes a question. Files are read by
+`readers`, columns found by `columns`, names looked up in `datasets_table`.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from igrpo_jax.config import Config, DataConfig, EvaluationConfig, InputError
+from igrpo_jax.data import arithmetic, columns, overlap, readers
+from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS
+from igrpo_jax.data.readers import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One problem."""
+
+    id: str  # the `id` column where there is one, else the row's number
+    index: int  # position among the rows, from 0
+    question: str
+    answer: str
+    columns: dict[str, Any]  # the columns that are neither question nor answer
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The problems to train on, and what was found in them."""
+
+    rows: list[Row]
+    notes: list[tuple[str, str]]  # name and wording, for the table that a run prints
+
+
+def training_set(config: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
+    """config.data.train, or the built-in task where that is empty.
+
+    Args:
+        held_out: the benchmarks of the run, which training problems are compared with.
+    """
+    if not config.data.train:
+        return TrainingSet(_builtin_rows(arithmetic.problems(config.data.arithmetic, config.seed)[0], "train"), [])
+    rows, mapping, unanswered = load_rows(config.data)
+    questions = [row.question for row in rows]
+    twice = overlap.repeated(questions)
+    left_out, said = set(twice) if config.data.clean else set(), "left out" if config.data.clean else "kept"
+    notes = [("columns", str(mapping))]
+    if unanswered:
+        notes.append(("problems without an answer", f"{unanswered:,}, left out"))
+    if twice:
+        notes.append(("repeated problems", f"{len(twice):,} of {len(rows):,}, {said}"))
+    for name, others in held_out.items():
+        same = overlap.overlapping(questions, [row.question for row in others])
+        left_out |= set(same) if config.data.clean else set()
+        if same:
+            notes.append((f"training problems like {name}'s", f"{len(same):,} of {len(rows):,}, {said}"))
+    kept = [row for place, row in enumerate(rows) if place not in left_out]
+    if not kept:
+        raise InputError(
+            f"config.data.clean = True: leaves none of the {len(rows)} problems of {config.data.train!r}: evaluation "
+            "asks for all of them; train on others"
+        )
+    return TrainingSet(kept, notes)
+
+
+def evaluation_rows(config: Config) -> dict[str, list[Row]]:
+    """The problems of each benchmark of config.evaluation by its name; config.evaluation.limit is `asked`'s."""
+    rows = {}
+    for name in config.evaluation.benchmarks:
+        if name == "arithmetic":
+            rows[name] = _builtin_rows(arithmetic.problems(config.data.arithmetic, config.seed)[1], "test")
+        else:
+            rows[name] = benchmark_rows(name, config.evaluation)
+    return rows
+
+
+def asked(rows: dict[str, list[Row]], limit: int) -> dict[str, list[Row]]:
+    """The first `limit` problems of each benchmark, 0 = all."""
+    return {name: some[: limit or None] for name, some in rows.items()}
+
+
+def _builtin_rows(problems: list[arithmetic.Problem], split: str) -> list[Row]:
+    return [Row(f"{split}-{i}", i, one.question, str(one.answer), {}) for i, one in enumerate(problems)]
+
+
+def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, int]:
+    """The rows of config.data.train, which columns they came from, and how many had no answer and were left out.
+
+    `data.train` is a name of TRAINING_SETS, a file or folder, or a hub id. Rows without an answer are left out where
+    `data.clean` is set.
+
+    Raises:
+        InputError: nothing to read, a line that is no JSON object, a column that is not there, blank cells.
+    """
+    source = f"config.data.train = {settings.train!r}"
+    preset = None if Path(settings.train).exists() else TRAINING_SETS.get(settings.train)
+    path, subset, split = settings.train, settings.subset, settings.split
+    prompt, answer = settings.prompt_column, settings.answer_column
+    if preset:
+        path, subset, split = preset.id, preset.subset, preset.split
+        prompt, answer = prompt or preset.prompt, answer or preset.answer
+    table = readers.read(path, source, subset, split)
+    _check_not_empty(table, source)
+    mapping = columns.choose(table, prompt, answer, source)
+    unanswered = 0
+    if settings.clean:
+        answered = [row for row in table if not _is_blank(columns.answer, columns.cell(row[1], mapping.answer))]
+        unanswered, table = len(table) - len(answered), answered
+        if not answered:
+            raise InputError(f"{source}: none of its {unanswered} rows has a {mapping.answer!r}; name another column")
+    return _rows(table, mapping, source), mapping, unanswered
+
+
+def benchmark_rows(name: str, settings: EvaluationConfig) -> list[Row]:
+    """The problems of a benchmark: of its file in data_dir (NAME.jsonl, .json, .csv or .parquet), else of the hub.
+
+    Raises:
+        InputError: neither a file nor a name of BENCHMARKS (the nearest is named); a file that can't be used; the hub
+            can't be reached.
+    """
+    source = f"config.evaluation.benchmarks = {name!r}"
+    known, folder = BENCHMARKS.get(name), Path(settings.data_dir)
+    if settings.data_dir and not folder.is_dir():
+        raise InputError(f"config.evaluation.data_dir = {settings.data_dir!r}: no such directory")
+    files = [file for file in folder.iterdir() if file.suffix in readers.SUFFIXES] if settings.data_dir else []
+    by_stem = {file.stem: file for file in sorted(files)}
+    for stem in (name, *(known.files if known else ())):
+        if stem in by_stem:
+            where = f"{source}: {by_stem[stem]}"
+            return _benchmark(readers.read(str(by_stem[stem]), where), "", "", where)
+    if known is None:
+        there = [*BENCHMARKS, "arithmetic", *by_stem]
+        near = difflib.get_close_matches(name, there, n=1, cutoff=0.0)[0]
+        looked = f"no {name}.jsonl in {str(folder)!r} and no benchmark of that name" if files else "no such benchmark"
+        fix = "" if settings.data_dir else "; config.evaluation.data_dir names a folder of your own NAME.jsonl"
+        raise InputError(f"{source}: {looked}; the nearest is {near!r} of {', '.join(dict.fromkeys(there))}{fix}")
+    fix = f"without the hub, give its folder: config.evaluation.data_dir=FOLDER with {name}.jsonl (prompt, answer)"
+    hub = known.hub
+    return _benchmark(readers.read(hub.id, source, hub.subset, hub.split, fix), hub.prompt, hub.answer, source)
+
+
+def _benchmark(table: Table, prompt: str, answer: str, source: str) -> list[Row]:
+    _check_not_empty(table, source)
+    return _rows(table, columns.choose(table, prompt, answer, source), source)
+
+
+def _rows(table: Table, mapping: columns.Mapping, source: str) -> list[Row]:
+    questions = _cells(table, mapping.prompt, columns.question, source)
+    answers = _cells(table, mapping.answer, columns.answer, source)
+    return [
+        Row(str(number if cells.get("id") is None else cells["id"]), index, question, answer, mapping.rest(cells))
+        for index, ((number, cells), question, answer) in enumerate(zip(table, questions, answers, strict=True))
+    ]
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of 0..count-1 in which `epoch` reads the rows, [count] int64.
+
+    Sorts raw draws of a bit generator: numpy promises that their stream never changes, but not that of `permutation`.
+    """
+    draws = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(draws, kind="stable")
+
+
+def step_indices(step: int, per_step: int, count: int, seed: int) -> list[int]:
+    """The `per_step` rows of rollout `step` (from 0). One that straddles two epochs takes from both."""
+    epochs, places = np.divmod(np.arange(step * per_step, (step + 1) * per_step), count)
+    orders = {epoch: epoch_order(count, seed, epoch) for epoch in set(epochs.tolist())}
+    return [int(orders[epoch][place]) for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]
+
+
+def redraw_indices(step: int, redraw: int, per_step: int, count: int, seed: int) -> list[int]:
+    """The rows that redraw 1, 2, … of rollout `step` has for each of its `per_step` places.
+
+    Different ones from redraw to redraw, and none that the rollout reads itself, while there are enough of them; a
+    small data set is begun again. A row does not depend on which places need a redraw.
+    """
+    draws = np.random.Philox(np.random.SeedSequence([seed, step, 0x5EDA])).random_raw(count)
+    order = np.argsort(draws, kind="stable")
+    others = order[~np.isin(order, step_indices(step, per_step, count, seed))]
+    order = others if len(others) else order
+    return [int(order[i % len(order)]) for i in range((redraw - 1) * per_step, redraw * per_step)]
+
+
+def fit(
+    rows: Sequence[Row], encode: Callable[[str], Iterable[int]], max_length: int
+) -> tuple[list[tuple[Row, np.ndarray]], int]:
+    """The rows whose encoded question has at most `max_length` tokens, with it ([L] int32), and how many were skipped.
+
+    Raises:
+        InputError: all of them are longer.
+    """
+    encoded = [(row, np.asarray(encode(row.question), np.int32)) for row in rows]
+    kept = [(row, tokens) for row, tokens in encoded if len(tokens) <= max_length]
+    if not kept:
+        raise InputError(
+            f"config.data.max_prompt_length = {max_length}: all {len(rows)} prompts are longer; the shortest has "
+            f"{min(len(tokens) for _, tokens in encoded)} tokens, raise it to at least that"
+        )
+    return kept, len(rows) - len(kept)
+
+
+def _check_not_empty(table: Table, source: str) -> None:
+    if not table:
+        raise InputError(f"{source}: is empty; give a file with at least one problem")
+
+
+def _is_blank(read: Callable[[Any], str | None], value: Any) -> bool:
+    try:
+        return read(value) is None
+    except TypeError:
+        return False
+
+
+def _cells(table: Table, name: str, read: Callable[[Any], str | None], source: str) -> list[str]:
+    """The column as text. Raises InputError, naming rows, where it is blank or no text."""
+    values, blank, other, said = [], [], [], ""
+    for number, cells in table:
+        try:
+            values.append(read(columns.cell(cells, name)))
+            if values[-1] is None:
+                blank.append(number)
+        except TypeError as error:
+            said = said or str(error)
+            other.append(number)
+    fix = "fill them in or take them out"
+    if source.startswith("config.data.train") and read is columns.answer:
+        fix += ", or set config.data.clean=True"
+    for rows, what, advice in (
+        (blank, f"a blank {name!r}", fix),
+        (other, f"a {name!r} that can't be read ({said})", "write it as a string"),
+    ):
+        if rows:
+            have, word = ("has", "row") if len(rows) == 1 else ("have", "rows")
+            named = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+            raise InputError(f"{source}: {len(rows)} of {len(table)} rows {have} {what}: {word} {named}; {advice}")
+    return values

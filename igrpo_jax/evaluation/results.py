@@ -1,0 +1,266 @@
+"""The folder of an evaluation: rows as they come, what they were made with, the summary, and two folders compared.
+
+    NAME.jsonl       one row per sample of benchmark NAME: appended while it runs, put in order when it is complete
+    evaluation.json  model and settings, so that another command with the same --workdir goes on and never mixes
+    summary.json, summary.md   the measures of every benchmark in the folder; no timings, so that they compare
+
+Several processes write files of their own (NAME.process-3.jsonl), which the first joins at the end.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from igrpo_jax.config import InputError, RunError
+from igrpo_jax.evaluation import measures
+from igrpo_jax.outputs.metrics import write_atomically, write_rows, writing
+
+Key = tuple[int, tuple[int, ...], int]  # problem, drafts on the way to the sample's prompt, number of the sample
+
+
+def key_of(row: dict[str, Any]) -> Key:
+    return row["index"], tuple(row["drafts"]), row["sample_id"]
+
+
+class Rows:
+    """The rows of one benchmark, in memory and, where there is a folder, in its file; those there are taken up.
+
+    Args:
+        folder: None keeps them in memory only.
+        process: number of this process, None where there is only one.
+    """
+
+    def __init__(self, folder: Path | None, name: str, process: int | None = None):
+        self._folder, self._name, self._rows, self._file = folder, name, {}, None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.reload()
+        path = folder / (f"{name}.jsonl" if process is None else f"{name}.process-{process}.jsonl")
+        # A kill leaves half a line at the end; what is appended to it would be lost with it.
+        write_rows(path, _read(path))
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
+
+    def get(self, key: Key) -> dict[str, Any] | None:
+        return self._rows.get(key)
+
+    def values(self) -> Iterable[dict[str, Any]]:
+        return self._rows.values()
+
+    def of(self, index: int, drafts: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+        """The samples of a problem's prompt with these drafts on the way to it, in order."""
+        found, sample = [], 0
+        while (index, drafts, sample) in self._rows:
+            found.append(self._rows[index, drafts, sample])
+            sample += 1
+        return found
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keeps a row, and writes it at once."""
+        self._rows[key_of(row)] = row
+        if self._file is not None:
+            with writing(Path(self._file.name)):
+                self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._file.flush()
+
+    def take(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Keeps rows of other processes, in memory."""
+        self._rows |= {key_of(row): row for row in rows}
+
+    def reload(self) -> None:
+        """Reads the rows of all processes."""
+        for path in _paths(self._folder, self._name):
+            self.take(_read(path))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def join(self) -> None:
+        """Puts all rows in order into NAME.jsonl, its only file from then on."""
+        if self._folder is None:
+            return
+        self.close()
+        write_rows(self._folder / f"{self._name}.jsonl", (self._rows[key] for key in sorted(self._rows)))
+        for path in _paths(self._folder, self._name)[1:]:
+            path.unlink()
+
+
+def clear(folder: Path, name: str) -> None:
+    """Removes the rows of a benchmark."""
+    for path in _paths(folder, name) if folder.exists() else ():
+        path.unlink(missing_ok=True)
+
+
+def _paths(folder: Path, name: str) -> list[Path]:
+    """The joined file first, whether it is there or not, then those of processes."""
+    part = re.compile(re.escape(name) + r"\.process-\d+\.jsonl")
+    parts = sorted(path for path in folder.iterdir() if part.fullmatch(path.name))
+    return [folder / f"{name}.jsonl", *parts]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Whole rows of a file; a line that is none, as a kill leaves it, is dropped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+        try:
+            row = json.loads(line)
+            key_of(row)
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return rows
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes `folder` the one of an evaluation with these settings, or recognises it as such.
+
+    Raises:
+        InputError: it holds an evaluation with other settings, other files, or cannot be written.
+    """
+    path = folder / "evaluation.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            old = json.loads(path.read_text(encoding="utf-8"))
+            names = [name for name in settings if old.get(name) != settings[name]]
+            if names:
+                changed = ", ".join(f"{name}: {old.get(name)!r} -> {settings[name]!r}" for name in names)
+                raise InputError(
+                    f"--workdir {folder}: holds an evaluation of another kind ({changed}); give another --workdir, "
+                    "or the old values"
+                )
+        elif foreign := sorted(entry.name for entry in folder.iterdir()):
+            raise InputError(
+                f"--workdir {folder}: holds {foreign[0]} but no evaluation.json; give an empty or new folder"
+            )
+        write_atomically(path, json.dumps(settings, indent=2) + "\n")
+    except (OSError, RunError, ValueError, AttributeError) as error:
+        raise InputError(f"--workdir {folder}: cannot be used ({error}); give another folder") from error
+
+
+def write_summary(folder: Path, head: dict[str, Any], benchmarks: dict[str, dict[str, Any]]) -> str:
+    """Writes summary.json and summary.md, with what the folder knew of other benchmarks; returns the Markdown."""
+    path = folder / "summary.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["benchmarks"] if path.exists() else {}
+    every = dict(sorted((before | benchmarks).items()))
+    write_atomically(path, json.dumps(head | {"benchmarks": every}, indent=2) + "\n")
+    text = markdown(every)
+    write_atomically(folder / "summary.md", text)
+    return text
+
+
+def markdown(benchmarks: dict[str, dict[str, Any]]) -> str:
+    """Tables of summaries, in percent: the single shot, and what the rounds of draft -> refine made of it."""
+    lines = [
+        "Single shot, in percent and tokens; intervals are 95 %, by bootstrap over problems.",
+        "",
+        "| benchmark | problems | samples | pass@1 | interval | pass@k | maj@k | length (right, wrong) "
+        "| cut | no answer |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, one in benchmarks.items():
+        shot, k = one["single_shot"], one["samples"]
+        cells = [name, one["problems"], k, _percent(shot["pass@1"])]
+        cells.append(f"{_percent(shot['pass@1_low'])} to {_percent(shot['pass@1_high'])}")
+        for measure in ("pass", "maj"):
+            ks = sorted(int(key.partition("@")[2]) for key in shot if re.fullmatch(rf"{measure}@(?!1$)\d+", key))
+            cells.append(f"{_percent(shot[f'{measure}@{ks[-1]}'])} (k = {ks[-1]})" if ks else "")
+        lengths = [f"{shot[x]:.0f}" if x in shot else "-" for x in ("solved_length", "unsolved_length")]
+        cells.append(f"{shot['mean_length']:.0f} ({', '.join(lengths)})")
+        cells += [_percent(shot["clipped_ratio"]), _percent(shot["unparseable_frac"])]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if any(one["rounds"] for one in benchmarks.values()):
+        lines += [
+            "",
+            "Draft -> refine, in percent. The draft is chosen by majority vote; by oracle, which knows the answer, for "
+            "comparison only.",
+            "",
+            "| benchmark | round | draft by | right | pass@1 | interval | fixed | broken | kept right | kept wrong |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+    for name, one in benchmarks.items():
+        for number, chains in enumerate(one["rounds"], 1):
+            for chain, values in chains.items():
+                shares = [_percent(values[x]) for x in ("draft_accuracy", "pass@1")]
+                shares.append(f"{_percent(values['pass@1_low'])} to {_percent(values['pass@1_high'])}")
+                shares += [_percent(values[x]) for x in ("fixed", "broken", "kept_right", "kept_wrong")]
+                lines.append("| " + " | ".join([name, str(number), chain, *shares]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The single shot of two evaluations on the problems of a benchmark that both hold; shares, not percent."""
+
+    problems: int
+    left_out: int  # problems in one of them only
+    first: float  # pass@1
+    second: float
+    change: float  # second - first, with its 95 % interval
+    low: float
+    high: float
+
+
+def paired(first: Path, second: Path) -> dict[str, Paired]:
+    """What `second` is better by on each benchmark that both folders hold, problem by problem.
+
+    Raises:
+        InputError: a folder holds no rows, or the two have no problem in common.
+    """
+    ours, theirs = _accuracies(first), _accuracies(second)
+    names = [name for name in ours if name in theirs]
+    if not names:
+        raise InputError(
+            f"--compare {first},{second}: no benchmark is in both ({', '.join(ours)}; {', '.join(theirs)}); give "
+            "folders that hold the NAME.jsonl of the same benchmark"
+        )
+    found = {}
+    for name in names:
+        common = [problem for problem in ours[name] if problem in theirs[name]]
+        if not common:
+            raise InputError(f"--compare {first},{second}: no problem of {name} is in both; give the same problems")
+        a, b = (np.array([one[name][problem] for problem in common]) for one in (ours, theirs))
+        left_out = len(ours[name].keys() | theirs[name].keys()) - len(common)
+        found[name] = Paired(len(common), left_out, float(a.mean()), float(b.mean()), *measures.difference(a, b))
+    return found
+
+
+def compare(first: Path, second: Path) -> str:
+    """`paired` as a Markdown table; raises as it does."""
+    lines = [
+        f"Single-shot pass@1 in percent: A = {first}, B = {second}; problems are compared in pairs.",
+        "",
+        "| benchmark | problems | A | B | B - A | 95 % interval |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, one in paired(first, second).items():
+        count = f"{one.problems}" + (f" ({one.left_out} in one only)" if one.left_out else "")
+        cells = [name, count, _percent(one.first), _percent(one.second), f"{100 * one.change:+.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{100 * one.low:+.2f} to {100 * one.high:+.2f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _accuracies(folder: Path) -> dict[str, dict[tuple[str, str], float]]:
+    """By benchmark, and by (id, question), the mean accuracy of the single-shot samples."""
+    if not folder.is_dir():
+        raise InputError(f"--compare: {str(folder)!r} is no folder; give two folders of evaluations, A,B")
+    found: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for row in _read(path):
+            if not row["drafts"]:
+                problems = found.setdefault(path.name.partition(".")[0], {})
+                problems.setdefault((row["prompt_id"], row["prompt"]), []).append(row["accuracy"])
+    if not found:
+        raise InputError(f"--compare: {str(folder)!r} holds no rows of an evaluation; give the --workdir of one")
+    return {name: {key: float(np.mean(values)) for key, values in rows.items()} for name, rows in found.items()}
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}"

@@ -1,0 +1,101 @@
+"""The supervised start of the built-in model, so that reinforcement learning has something to improve.
+
+Cross-entropy on solutions by a noisy teacher (tasks/arithmetic). Some examples show a draft in the prompt, in the very
+form of Stage 2, so that the model has seen one. Never used with a real model.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from igrpo_jax.config import Config
+from igrpo_jax.data.arithmetic import Problem, solution
+from igrpo_jax.data.prompts import Renderer
+from igrpo_jax.distributed import sharding
+from igrpo_jax.models import decoder
+from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.models.logprobs import completion_logprobs
+from igrpo_jax.records import length_buckets, pick_bucket
+
+
+def warm_start(
+    config: Config,
+    model: DecoderConfig,
+    mesh: jax.sharding.Mesh,
+    params: decoder.Params,
+    problems: Sequence[Problem],
+    renderer: Renderer,
+    encode: Callable[[str], np.ndarray],
+    report: Callable[[int, float], None],
+) -> decoder.Params:
+    """`params` after config.warm_start.steps supervised steps.
+
+    Args:
+        encode: text of a completion to ids [T] int32, EOS included.
+        report: called with (step from 1, mean loss in nats per token).
+    """
+    settings = config.warm_start
+    schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.steps // 10, settings.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.0))
+    rng = np.random.default_rng([config.seed, 0x5757])
+
+    def loss(params, prefix, prefix_length, last, completions, length):
+        logprob, _ = completion_logprobs(
+            model,
+            params,
+            prefix,
+            prefix_length,
+            last,
+            completions,
+            dtype=config.model.dtype,
+            temperature=1.0,
+            chunk=config.learner.logprob_chunk,
+            remat=config.learner.remat,
+        )
+        mask = jnp.arange(completions.shape[-1]) < length[..., None]
+        return -jnp.sum(jnp.where(mask, logprob, 0.0)) / jnp.sum(mask)
+
+    def step(params, opt_state, batch):
+        value, grads = jax.value_and_grad(loss)(params, *batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    places = jax.tree.map(lambda x: x.sharding, params)
+    run = jax.jit(step, donate_argnums=(0, 1), out_shardings=(places, None, None))
+    opt_state = jax.jit(optimizer.init)(params)
+    for number in range(1, settings.steps + 1):
+        # Prompts with a draft are twice as long: a batch is of one kind, so that little of it is padding.
+        shows_draft = config.algorithm.num_drafts > 0 and rng.random() < settings.draft_fraction
+        rows = [_example(config, rng, problems, renderer, encode, shows_draft) for _ in range(settings.batch_size)]
+        batch = sharding.to_global(_pad(rows), sharding.batch_sharding(mesh))
+        params, opt_state, value = run(params, opt_state, batch)
+        report(number, float(value))
+    return params
+
+
+def _example(
+    config: Config, rng: np.random.Generator, problems, renderer: Renderer, encode, shows_draft: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(context, completion) ids of one example."""
+    settings, top = config.warm_start, config.data.arithmetic.max_total
+    problem = problems[int(rng.integers(len(problems)))]
+    context = renderer.plain(problem.question)
+    if shows_draft:
+        draft = encode(solution(problem, settings.draft_error_rate, top, rng))
+        context = renderer.with_draft(problem.question, draft)
+    return context, encode(solution(problem, settings.error_rate, top, rng))
+
+
+def _pad(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
+    """Contexts without their last token, their lengths, the last tokens, completions [B, 1, T] and their lengths."""
+    contexts, targets = zip(*rows, strict=True)
+    lengths = np.array([len(context) - 1 for context in contexts], np.int32)
+    sizes = np.array([[len(target)] for target in targets], np.int32)
+    prefix = np.zeros((len(rows), pick_bucket(length_buckets(1 << 20, 16), int(lengths.max()))), np.int32)
+    completions = np.zeros((len(rows), 1, pick_bucket(length_buckets(1 << 20, 16), int(sizes.max()))), np.int32)
+    for i, (context, target) in enumerate(rows):
+        prefix[i, : len(context) - 1], completions[i, 0, : len(target)] = context[:-1], target
+    return prefix, lengths, np.array([context[-1] for context in contexts], np.int32), completions, sizes

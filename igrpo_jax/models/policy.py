@@ -1,0 +1,137 @@
+"""The model a run starts from: its shape, tokenizer, EOS set and weights, from Hugging Face files or built in; and the
+way back, to a Hugging Face directory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from igrpo_jax.config import InputError, LoraConfig, ModelConfig, RunError
+from igrpo_jax.data import arithmetic
+from igrpo_jax.distributed import sharding
+from igrpo_jax.models import config as model_config
+from igrpo_jax.models import decoder, hf_read, hf_write, lora
+from igrpo_jax.models.config import DecoderConfig
+
+Report = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Policy:
+    path: str  # empty = the built-in model
+    model: DecoderConfig
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+    file_bytes: int = 0  # that `load` reads
+
+    def load(
+        self, mesh: jax.sharding.Mesh, seed: int, dtype: str = "float32", report: Report = lambda done: None
+    ) -> decoder.Params:
+        """Weights in their shardings; random ones, from the seed, for the built-in model.
+
+        `report` is given the bytes read so far.
+        """
+        if self.path:
+            return hf_read.load_params(self.path, self.model, mesh, dtype, report)
+        return decoder.cast(decoder.init(self.model, jax.random.key(seed), mesh), dtype)
+
+    def encode_completion(self, text: str) -> np.ndarray:
+        """[T] int32 ids of `text` with an EOS."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return np.array([*ids, self.tokenizer.eos_token_id], np.int32)
+
+    def save(self, out: Path, params: decoder.Params, report: Report = lambda done: None) -> None:
+        """Writes `params` (LoRA's changes merged) in bfloat16 with all that belongs to them as the Hugging Face
+        directory `out`, and reads it back before it gets that name.
+
+        Raises:
+            InputError: `out` is there already or can't be written.
+            config.RunError: the weights give other logits once they are read back, or ones that are not finite.
+        """
+        params = written(params)
+        with hf_write.new_folder(out) as folder:
+            raw = hf_write.exported_config(self.path, self.model)
+            hf_write.write_json(folder / "config.json", raw)
+            hf_write.write_json(folder / "generation_config.json", hf_write.generation_config(self.path, self.eos_ids))
+            self._write_tokenizer(folder)
+            hf_write.write_tensors(folder, params, hf_read.table(raw["model_type"], self.model), report=report)
+            before, model = _probe(self.model, params), hf_read.load_config(str(folder))
+            mesh = jax.tree.leaves(params)[0].sharding.mesh
+            _check_equal(out, before, _probe(model, hf_read.load_params(str(folder), model, mesh, "bfloat16")))
+
+    def save_adapter(self, out: Path, settings: LoraConfig, params: decoder.Params) -> None:
+        """Writes the adapters of `params` in float32 as a directory for peft, and reads it back as `save` does."""
+        changed = {path: x for path, x in params.items() if isinstance(x, lora.Adapted)}
+        adapters = {f"{path}/lora_a": x.a for path, x in changed.items()}
+        adapters |= {f"{path}/lora_b": x.b for path, x in changed.items()}
+        model_type = hf_write.exported_config(self.path, self.model)["model_type"]
+        entries = hf_write.adapter_entries(hf_read.table(model_type, self.model), adapters)
+        with hf_write.new_folder(out) as folder:
+            hf_write.write_json(folder / "adapter_config.json", hf_write.adapter_config(settings, self.path, entries))
+            self._write_tokenizer(folder)
+            hf_write.write_tensors(folder, adapters, entries, "adapter_model", "float32")
+            again = hf_read.load_adapters(str(folder), entries, adapters)
+            reread = lora.attach({path: x.weight for path, x in changed.items()}, again, settings.scaling)
+            _check_equal(out, _probe(self.model, params), _probe(self.model, params | reread))
+
+    def _write_tokenizer(self, folder: Path) -> None:
+        if self.path:
+            hf_write.copy_tokenizer(self.path, folder)
+        elif jax.process_index() == 0:
+            self.tokenizer.save_pretrained(folder)
+
+
+def written(params: decoder.Params) -> decoder.Params:
+    """`params` as `Policy.save` writes them: LoRA's changes merged, in bfloat16."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    places = {path: sharding.param_sharding(mesh, path) for path in params}
+    return jax.jit(lambda x: decoder.cast(lora.merge(x), "bfloat16"), out_shardings=places)(params)
+
+
+def open_policy(settings: ModelConfig) -> Policy:
+    """Reads what describes the model and checks its files, without reading the weights.
+
+    Raises:
+        InputError: no such model, one of a kind that is not supported, or tensors that do not fit it.
+    """
+    if settings.path:
+        model, tokenizer = hf_read.load_config(settings.path), hf_read.load_tokenizer(settings.path)
+        size = hf_read.check_weights(settings.path, model)
+        eos_ids = hf_read.eos_ids(settings.path, tokenizer)
+        largest = max(*tokenizer.get_vocab().values(), *eos_ids)
+        if largest >= model.vocab_size:
+            raise InputError(
+                f"config.model.path = {settings.path!r}: its tokenizer has ids up to {largest}, its weights a "
+                f"vocabulary of {model.vocab_size}; use the weights' own tokenizer, or resize the embeddings"
+            )
+        return Policy(settings.path, model, tokenizer, eos_ids, size)
+    tokenizer = arithmetic.tokenizer()
+    padded = -(-len(tokenizer) // 16) * 16  # the vocabulary divides over a tensor axis
+    return Policy("", model_config.builtin(settings.builtin, padded), tokenizer, (tokenizer.eos_token_id,))
+
+
+def _probe(model: DecoderConfig, params: decoder.Params) -> np.ndarray:
+    """Logits [B, 8, V] float32 of a few tokens from all over the vocabulary."""
+    model = replace(model, attention="xla")  # others want longer rows
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    shape = (sharding.batch_shards(mesh), 8)
+    tokens = (np.arange(np.prod(shape), dtype=np.int64) * 7919 % model.vocab_size).astype(np.int32).reshape(shape)
+    places = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+
+    def logits(params: decoder.Params, tokens: jax.Array, places: jax.Array) -> jax.Array:
+        return decoder.logits(model, params, decoder.apply(model, params, tokens, places)[0])
+
+    with jax.set_mesh(mesh):
+        run = jax.jit(logits, out_shardings=sharding.replicated(mesh))
+        return sharding.to_host(run(params, *sharding.to_global((tokens, places), sharding.batch_sharding(mesh))))
+
+
+def _check_equal(out: Path, written: np.ndarray, reread: np.ndarray) -> None:
+    if not np.isfinite(written).all():
+        raise RunError(f"{out}: not written: the policy's logits are not finite; export an earlier --step")
+    gap, scale = float(np.abs(written - reread).max()), float(np.abs(written).max())
+    if not gap <= 1e-3 * scale:
+        raise RunError(f"{out}: not written: read back, its logits are {gap:g} away (of {scale:g}); is the disk sound?")

@@ -1,0 +1,309 @@
+"""Checkpoints of a run (orbax, asynchronous, atomic), and what others read of them.
+
+A checkpoint is one step folder with two items: `state`, the pytree of arrays, and `meta`, JSON (data position, seed,
+metrics cursor, a checksum of every array). Orbax writes a step under a temporary name and renames it once every part is
+there, so a killed save leaves nothing that a restore could take for a checkpoint. Device to host is copied before
+`save` returns: the arrays may be donated to the next update at once.
+
+What is saved is finite, what was written is looked at again (names, shapes, dtypes), and what is read must have the
+checksums that it had when it was saved: a flipped bit is noticed, wherever it flipped.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint import checkpoint_managers as policies
+
+from igrpo_jax.config import CheckpointConfig, InputError, RunError
+from igrpo_jax.distributed import cluster, sharding, watchdog
+
+DAMAGED = "damaged_checkpoints"  # folder in a workdir: those that a resume could not use
+_READ_AT_ONCE = 2 << 30  # bytes of parameters, over all devices, that `read_params` checks in one go
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was saved; the message says where."""
+
+
+@functools.cache
+def _checksum(where: jax.sharding.NamedSharding) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """Of an array: a [] uint32 that any change of one element changes, and whether all of it is finite.
+
+    The sum of the elements' bits, each times an odd number of its place, modulo 2**32: an integer sum has no order, so
+    that it is the same on every mesh.
+    """
+
+    def program(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32), jnp.all(jnp.isfinite(x))
+
+    return jax.jit(program, out_shardings=where)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+
+
+def fingerprint(tree: Any) -> tuple[dict[str, int], list[str]]:
+    """Checksums of a tree's arrays by path, and the paths of those that hold a number that is not finite."""
+    sums, bad = {}, []
+    for name, x in _named(tree).items():
+        # One at a time: too many collectives in flight at once deadlock XLA's CPU devices.
+        value, finite = jax.device_get(_checksum(sharding.replicated(x.sharding.mesh))(x))
+        sums[name] = int(value)
+        bad += [name] * (not finite)
+    return sums, bad
+
+
+def _check(tree: Any, expected: dict[str, int], prefix: str = "") -> None:
+    """Raises Damaged where an array of `tree` has another checksum than it was saved with."""
+    wrong = [name for name, value in fingerprint(tree)[0].items() if expected.get(prefix + name) != value]
+    if wrong:
+        raise Damaged(f"{prefix}{wrong[0]} is not as it was saved")
+
+
+class Checkpointer:
+    """Saves and restores under `workdir/checkpoints`, one folder per step; keeps the newest `settings.keep`, and the
+    best by `settings.best_metric` where that is set.
+
+    Every leaf of a state is a jax.Array on the mesh, scalars too (orbax refuses arrays that live on one host only).
+    All processes call every method, with the same arguments.
+    """
+
+    def __init__(self, workdir: Path, settings: CheckpointConfig):
+        self._every, self._best = settings.every, settings.best_metric
+        self._path = Path(workdir).absolute() / "checkpoints"
+        keep, score = [policies.LatestN(settings.keep)], lambda metrics: metrics["best"]
+        if self._best:
+            highest = policies.BestN(get_metric_fn=score, n=1)
+            keep.append(highest)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            best_fn=score if self._best else None,  # without it metrics are not written
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager(self._path, options=options)
+        self._writing: tuple[int, dict] | None = None  # step and what its files must hold
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(
+        self, step: int, state: Any, meta: dict[str, Any], force: bool = False, score: float | None = None
+    ) -> bool:
+        """Starts saving where `step` is a multiple of `settings.every`, or at any step with `force`.
+
+        Returns before the files are there (see `wait`); waits for the save before it. A step that is already saved is
+        left as it is. `score` is what the best is chosen by; a step without one never is the best.
+
+        Returns:
+            Whether a save was started.
+
+        Raises:
+            RunError: the state is not finite, the disk lacks the space, or the save before this one failed. What was
+                saved before stays as it is.
+        """
+        due = force or (self._every > 0 and step % self._every == 0)
+        if not due or step == self.latest_step():
+            return False
+        self.wait()
+        sums, bad = fingerprint(state)
+        if bad:
+            raise RunError(f"step {step}: not saved, {bad[0]} of the training state is not finite{self._last_good()}")
+        need, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(self._path).free
+        if need > free:
+            raise RunError(
+                f"{self._path}: a checkpoint takes {need / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free"
+                f"{self._last_good()}"
+            )
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta | {"checksums": sums})
+        )
+        metrics = {"best": -math.inf if score is None else score} if self._best else None
+        self._writing = step, {name: (x.shape, x.dtype) for name, x in _named(state).items()}
+        with self._errors(step), watchdog.phase("checkpoint", f"writing step {step}"):
+            return self._manager.save(step, args=items, metrics=metrics, force=True)
+
+    def latest_step(self) -> int | None:
+        """The newest step, one still being written included; None where there is none."""
+        return self._manager.latest_step()
+
+    def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
+        """Step, state and meta of the newest checkpoint that is as it was saved.
+
+        Newer ones that are not are moved to `workdir/damaged_checkpoints`, with a warning. Where none can be used, all
+        stay where they are.
+
+        `abstract_state` is a state with jax.ShapeDtypeStruct leaves; each array is read straight into the sharding of
+        its leaf, which may be of another mesh than the one it was saved from.
+
+        Raises:
+            InputError: there is no checkpoint.
+            RunError: none can be used.
+        """
+        self.wait()
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
+            raise InputError(f"{self._path}: holds no checkpoint; start the run again or give the --workdir of a run")
+        failed: dict[int, str] = {}
+        for step in steps:
+            try:
+                with watchdog.phase("checkpoint", f"reading step {step}"):
+                    state, meta = self._read(step, abstract_state)
+                break
+            except Exception as error:  # what orbax raises depends on which byte of which file is wrong
+                failed[step] = _one_line(error)
+                if jax.process_count() > 1 and not isinstance(error, Damaged):  # the others may have read theirs
+                    raise RunError(
+                        f"{self._path / str(step)}: can't be read ({failed[step]}); move it away, and the same command "
+                        "goes on from the checkpoint before"
+                    ) from error
+        else:
+            raise RunError(f"{self._path}: no checkpoint can be read; step {steps[0]}: {failed[steps[0]]}")
+        for bad, reason in failed.items():
+            self._set_aside(bad)
+            logging.warning("checkpoint of step %d skipped, moved to %s: %s", bad, DAMAGED, reason)
+        return step, state, meta
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        meta = dict(restored["meta"])
+        _check(restored["state"], meta.pop("checksums"))
+        return restored["state"], meta
+
+    def _set_aside(self, step: int) -> None:
+        def move() -> None:
+            folder = self._path.parent / DAMAGED
+            folder.mkdir(exist_ok=True)
+            free = (folder / f"{step}.{number}" for number in itertools.count(1))
+            shutil.move(self._path / str(step), next(path for path in free if not path.exists()))
+
+        cluster.from_first(move)
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Returns when every started save is on disk and whole.
+
+        Raises:
+            RunError: one failed.
+        """
+        if self._writing is None:
+            return
+        step, expected = self._writing
+        with self._errors(step), watchdog.phase("checkpoint", f"writing step {step}"):
+            self._manager.wait_until_finished()
+            written = _named(self._manager.item_metadata(step)["state"].tree)
+            written = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in written.items()}
+            if written != expected:
+                wrong = next(name for name in written | expected if written.get(name) != expected.get(name))
+                raise Damaged(f"{wrong} is {written.get(wrong)} in the files, not {expected.get(wrong)}")
+        self._writing = None
+
+    def close(self) -> None:
+        """Waits for what is being saved, then ends the manager's threads."""
+        try:
+            self.wait()
+        finally:
+            with self._errors(self.latest_step()):
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _errors(self, step: int | None) -> Iterator[None]:
+        """Whatever goes wrong with a save, in one line with what is left."""
+        try:
+            yield
+        except Exception as error:
+            self._writing = None
+            said = " ".join(str(error).split())[:300] or type(error).__name__
+            raise RunError(f"{self._path}: step {step} could not be written ({said}){self._last_good(step)}") from error
+
+    def _last_good(self, but: int | None = None) -> str:
+        steps = [step for step in self._manager.all_steps() if step != but]
+        if not steps:
+            return "; no step was saved before"
+        return f"; make it possible and run the same command again, which goes on from step {max(steps)}"
+
+
+def saved_step(workdir: Path, step: int | None = None) -> int:
+    """`step` where the run in `workdir` has a checkpoint of it, its newest where `step` is None.
+
+    Raises:
+        InputError: there is none.
+    """
+    with _reader(workdir) as manager:
+        steps = sorted(manager.all_steps())
+    if not steps or step not in (None, *steps):
+        there = f"those there are: {', '.join(map(str, steps))}" if steps else "wait for the first one (of step 0)"
+        raise InputError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}; {there}")
+    return steps[-1] if step is None else step
+
+
+def read_params(workdir: Path, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The parameters of a run's checkpoint in the shardings and dtypes of `abstract`; nothing else is read.
+
+    They are read and checked as they were saved, in float32, a part at a time.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
+    params: dict[str, jax.Array] = {}
+    with _reader(workdir) as manager:
+        try:
+            sums = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]["checksums"]
+            for part in _parts(abstract):
+                saved = {
+                    path: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for path, x in part.items()
+                }
+                item = {"params": saved}
+                how = ocp.checkpoint_utils.construct_restore_args(item)
+                state = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
+                read = manager.restore(step, args=ocp.args.Composite(state=state))["state"]["params"]
+                _check(read, sums, "params.")
+                params |= {path: x.astype(abstract[path].dtype) for path, x in read.items()}
+        except Exception as error:  # what orbax raises depends on which byte of which file is wrong
+            raise InputError(
+                f"{workdir}: its checkpoint of step {step} can't be used ({_one_line(error)}); give another --step"
+            ) from error
+    return params
+
+
+def _parts(abstract: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+    """`abstract` in parts of _READ_AT_ONCE bytes or one array."""
+    part, size = {}, 0
+    for path, x in abstract.items():
+        if part and size + 4 * x.size > _READ_AT_ONCE:
+            yield part
+            part, size = {}, 0
+        part[path] = x
+        size += 4 * x.size
+    yield part
+
+
+def _reader(workdir: Path) -> ocp.CheckpointManager:
+    path = Path(workdir).absolute() / "checkpoints"
+    if not path.is_dir():
+        raise InputError(f"{workdir}: is not the folder of a run; it has no checkpoints")
+    return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(create=False))

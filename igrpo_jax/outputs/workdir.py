@@ -1,0 +1,121 @@
+"""Which folder a run may use: `prepare_workdir` claims it, `locked` keeps a second run out, `read_config` reads it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+from absl import logging
+
+from igrpo_jax.config import Config, InputError, differences, freeze, to_dict
+
+LOCK = ".lock"  # in a workdir: held while a run is under way
+
+
+def prepare_workdir(workdir: Path, config: Config) -> bool:
+    """Makes `workdir`, or recognises the run in it, and writes the resolved configuration to `workdir/config.json`.
+
+    Returns:
+        True where `workdir` holds a run of this configuration, which is to be resumed.
+
+    Raises:
+        InputError: `workdir` holds a run of another configuration, one that is under way, or files that are no run's,
+            or cannot be written. Nothing is left behind.
+    """
+    workdir = Path(workdir)
+    path, temporary = workdir / "config.json", workdir / "config.json.tmp"
+    settings = to_dict(config)
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        resumes = path.exists()
+        if resumes:
+            _check_same_run(path, settings)
+            _check_free(workdir)
+        elif foreign := sorted({entry.name for entry in workdir.iterdir()} - {temporary.name}):
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            raise InputError(
+                f"--workdir {workdir}: holds {foreign[0]}{more} but no config.json of a run; "
+                "give an empty or new folder"
+            )
+        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        for undo in (temporary.unlink, *(folder.rmdir for folder in made)):
+            with contextlib.suppress(OSError):
+                undo()
+        raise InputError(
+            f"--workdir {workdir}: cannot be written ({error.strerror or error}); give a folder that can"
+        ) from error
+    return resumes
+
+
+def _check_same_run(path: Path, settings: dict[str, Any]) -> None:
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        changed = differences(old, settings)
+    except (ValueError, AttributeError):
+        raise InputError(
+            f"--workdir {path.parent}: config.json is not readable as a run's; give another folder"
+        ) from None
+    if changed:
+        raise InputError(
+            f"--workdir {path.parent}: holds a run with other settings ({', '.join(changed)}); give another --workdir, "
+            "or the old values"
+        )
+
+
+def _check_free(workdir: Path) -> None:
+    """Raises InputError where a run is under way, whose config.json must stay as it is."""
+    with contextlib.suppress(FileNotFoundError), open(workdir / LOCK, "r+", encoding="utf-8") as file:
+        _lock(file, workdir)
+
+
+def _lock(file: TextIO, workdir: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise InputError(
+            f"--workdir {workdir}: a run is under way there ({file.read().strip() or 'of another process'}); wait "
+            "for its end, or give another folder"
+        ) from None
+    except OSError as error:  # a file system without locks
+        logging.warning("%s: cannot be locked (%s); don't start a second run there", workdir, error.strerror)
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of `workdir` while it lasts; the system ends it with the process, however that ends.
+
+    Raises:
+        InputError: a run is under way there.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with open(Path(workdir) / LOCK, "a+", encoding="utf-8") as file:
+        _lock(file, workdir)
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
+def read_config(workdir: Path) -> Config:
+    """The configuration of the run in `workdir`.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        return freeze(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--workdir {workdir}: holds no run (no readable config.json); give a run's folder") from error

@@ -1,0 +1,36 @@
+"""`python -m igrpo_jax.report --workdir DIR [--workdir OTHER ...] [--out DIR/report]`: a run's curves and samples as
+pages that open without a server.
+
+Works on a run that is going on or has crashed; the same command writes the report anew. Several runs are drawn over
+each other. Needs matplotlib (pip install "igrpo-jax[report]"), no accelerator, and touches none.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from igrpo_jax import cli
+from igrpo_jax.config import InputError
+from igrpo_jax.outputs.console import plain_text
+from igrpo_jax.report import pages
+
+
+def main(argv: list[str]) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_multi_string("workdir", None, "folder of a run; may be given several times", flag_values=values)
+    flags.DEFINE_string("out", None, "folder to write; default report in the first --workdir", flag_values=values)
+    cli.read_flags(argv, values, __doc__, "--workdir=DIR")
+    if not values.workdir:
+        raise InputError("--workdir: missing; give the folder of a run")
+    folders = [Path(folder) for folder in values.workdir]
+    out = Path(values.out) if values.out else folders[0] / "report"
+    for one in pages.build(folders, out):
+        verdict = one.summary.verdict
+        print(plain_text(f"{one.name}: {verdict.answer}. {'; '.join(verdict.reasons)}."))
+        for text in (*one.summary.alerts, *one.notes):
+            print(plain_text(f"  {text}"))
+    print(f"written to {out / 'index.html'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

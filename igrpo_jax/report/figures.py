@@ -1,0 +1,234 @@
+"""Draws the panels of a report with matplotlib into PNG files, each light and dark.
+
+With one run a panel's lines have the colours of their roles; with several, colours are runs and the kinds of lines are
+dashes. What is smoothed says so under its axis.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from igrpo_jax.config import InputError
+from igrpo_jax.report.panels import Line, Panel, panels
+from igrpo_jax.report.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# By theme; roles are the same on the page (style.css).
+COLOURS = {
+    "light": {
+        "paper": "#ffffff",
+        "ink": "#1f2328",
+        "muted": "#656d76",
+        "grid": "#e4e7eb",
+        "draft": "#d99a1c",
+        "best": "#c2410c",
+        "trained": "#2563eb",
+        "single": "#0f8b6d",
+        "good": "#0d9488",
+        "calm": "#a7d8cf",
+        "bad": "#dc4a26",
+        "idle": "#cfd4da",
+    },
+    "dark": {
+        "paper": "#171b21",
+        "ink": "#e6e9ee",
+        "muted": "#98a2ae",
+        "grid": "#2c323b",
+        "draft": "#e8b84f",
+        "best": "#fb8b4f",
+        "trained": "#6ea8fe",
+        "single": "#3fcf9f",
+        "good": "#2fb7a8",
+        "calm": "#29635e",
+        "bad": "#f0714e",
+        "idle": "#454d58",
+    },
+}
+RUNS = ("trained", "best", "single", "draft", "bad", "calm", "muted")  # roles whose colours tell runs apart
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
+SMOOTHED = 30  # points that a smoothed line is made of, about: the running mean is over a thirtieth of the steps
+WIDTH, HEIGHT, DPI = 4.8, 3.1, 160  # inches; three abreast on a laptop, one on a phone
+SMALL = 9.5  # points, of all text but the title
+ROW = 0.08  # of a legend, as a share of the height
+LABEL, GAP = 60, 5  # characters that stand side by side, and those that an entry's sign takes
+
+
+def write(runs: Sequence[Run], folder: Path) -> dict[str, list[Panel]]:
+    """Writes PANEL.png and PANEL.dark.png of every panel that has data, and returns the panels by section.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    require()
+    folder.mkdir(parents=True, exist_ok=True)
+    every = panels(runs)
+    for panel in (panel for some in every.values() for panel in some):
+        for theme in COLOURS:
+            path = folder / (f"{panel.file}.png" if theme == "light" else f"{panel.file}.dark.png")
+            figure = draw(panel, runs, theme)
+            figure.savefig(path, dpi=DPI, facecolor=figure.get_facecolor())
+    return every
+
+
+def require() -> None:
+    """Raises InputError where matplotlib is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise InputError("report: plots need matplotlib; pip install 'igrpo-jax[report]'") from error
+
+
+def draw(panel: Panel, runs: Sequence[Run], theme: str = "light") -> "Figure":
+    """The plot of a panel of `panels(runs)`."""
+    from matplotlib.figure import Figure
+
+    colours = COLOURS[theme]
+    figure = Figure((WIDTH, HEIGHT), facecolor=colours["paper"])
+    axes = figure.add_subplot(facecolor=colours["paper"])
+    over = smoothing(runs)
+    if panel.stacked:
+        heights = _stack(axes, panel, runs[0], colours, over)
+    elif len(runs) == 1:
+        looks = [{"color": colours[line.role], "label": line.label} for line in panel.lines]
+        drawn = [_line(axes, panel, line, runs[0], over, **look) for line, look in zip(panel.lines, looks, strict=True)]
+        heights = np.concatenate(drawn)
+    else:
+        heights = _overlay(axes, panel, runs, colours, over)
+    cut = _cut(axes, panel, heights)
+    if len(runs) == 1:
+        _limit(axes, panel, runs[0], colours)
+    _dress(figure, axes, panel, colours, cut, over, len(runs) if len(runs) > 1 else 0)
+    return figure
+
+
+def smoothing(runs: Sequence[Run]) -> int:
+    """Steps of the running mean, an odd number, the same for all runs of a plot."""
+    return max((len(run.steps) for run in runs), default=0) // SMOOTHED // 2 * 2 + 1
+
+
+def smooth(values: np.ndarray, over: int) -> np.ndarray:
+    """Centred running means of `values` [S] over an odd number of points; at the ends over those that there are."""
+    kernel = np.ones(min(over, (len(values) - 1) // 2 * 2 + 1))
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def _line(axes: "Axes", panel: Panel, line: Line, run: Run, over: int, faint: bool = True, **look) -> np.ndarray:
+    """Draws a line and returns its values [S], none where the run lacks it."""
+    curve = line.of(run)
+    values = panel.scale * curve.values
+    if not curve:
+        return values
+    if line.band:  # evaluations are few, and have an interval instead of a running mean
+        axes.plot(curve.steps, values, marker="o", markersize=3.5, linewidth=1.6, **look)
+        low, high = (run.metrics.get(name, {}) for name in line.band)
+        ends = [[panel.scale * part.get(step, np.nan) for step in curve.steps.tolist()] for part in (low, high)]
+        axes.fill_between(curve.steps, *ends, color=look["color"], alpha=0.18, linewidth=0)
+        return values
+    if over > 1 and faint:
+        axes.plot(curve.steps, values, linewidth=0.7, alpha=0.28, color=look["color"])
+    marker = "o" if len(values) == 1 else ""
+    axes.plot(curve.steps, smooth(values, over), linewidth=1.7, marker=marker, markersize=3.5, **look)
+    return values
+
+
+def _stack(axes: "Axes", panel: Panel, run: Run, colours: dict[str, str], over: int) -> np.ndarray:
+    """Draws the parts on each other and returns the heights of all together, [S]."""
+    curves = [line.of(run) for line in panel.lines]
+    steps = sorted(set(curves[0].steps.tolist()).intersection(*(curve.steps.tolist() for curve in curves)))
+    parts = [np.maximum(panel.scale * curve.values[np.isin(curve.steps, steps)], 0) for curve in curves]
+    looks = [{"color": colours[line.role], "label": line.label} for line in panel.lines]
+    bottom = np.zeros(len(steps))
+    for part, look in zip([smooth(part, over) for part in parts], looks, strict=True):
+        if len(steps) == 1:  # an area over one step has no width
+            axes.bar(steps, part, bottom=bottom, width=0.5, **look)
+        else:
+            axes.fill_between(steps, bottom, bottom + part, linewidth=0, **look)
+        bottom = bottom + part
+    return np.sum(parts, axis=0)
+
+
+def _overlay(axes: "Axes", panel: Panel, runs: Sequence[Run], colours: dict[str, str], over: int) -> np.ndarray:
+    """Draws all runs: colours are runs, dashes are kinds of lines; the legend has both. Returns all values."""
+    heights = []
+    for number, run in enumerate(runs):
+        colour = colours[RUNS[number % len(RUNS)]]
+        # A label that begins with an underscore is none to matplotlib.
+        axes.plot([], [], color=colour, linewidth=3, label=f" {run.name}" if run.name.startswith("_") else run.name)
+        for place, line in enumerate(panel.lines):
+            dash = DASHES[place % len(DASHES)]
+            heights.append(_line(axes, panel, line, run, over, False, color=colour, linestyle=dash))
+    for place, line in enumerate(panel.lines if len(panel.lines) > 1 else ()):
+        axes.plot([], [], color=colours["muted"], linestyle=DASHES[place % len(DASHES)], label=line.label)
+    return np.concatenate(heights)
+
+
+def _cut(axes: "Axes", panel: Panel, heights: np.ndarray) -> str:
+    """Sets the height of the plot; returns what to say where a few values are above it."""
+    top = axes.get_ylim()[1]
+    if panel.scale == 100:
+        axes.set_ylim(0, min(top, 102) if heights.any() else 100)
+        return ""
+    most = 1.6 * np.quantile(heights, 0.95)
+    if panel.cut and 0 < most < heights.max():
+        axes.set_ylim(0, most)
+        return f"; peak {heights.max():.3g}"
+    axes.set_ylim(min(0, heights.min()), top)
+    return ""
+
+
+def _limit(axes: "Axes", panel: Panel, run: Run, colours: dict[str, str]) -> None:
+    """Draws a setting that the values come near to."""
+    limit, top = run.setting(panel.limit) if panel.limit else None, axes.get_ylim()[1]
+    if isinstance(limit, int | float) and limit <= 1.5 * top:
+        look = {"color": colours["muted"], "linewidth": 1, "linestyle": DASHES[1]}
+        axes.axhline(limit, label=f"limit {limit:g}", **look)
+        axes.set_ylim(top=max(top, 1.05 * limit))
+
+
+def _dress(
+    figure: "Figure", axes: "Axes", panel: Panel, colours: dict[str, str], cut: str, over: int, several: int
+) -> None:
+    """Titles, ticks, legend; the first `several` of its entries are runs."""
+    from matplotlib.ticker import MaxNLocator
+
+    ink, muted = colours["ink"], colours["muted"]
+    means = over > 1 and not any(line.band for line in panel.lines)
+    look = {"fontsize": 12, "fontweight": "bold", "color": ink, "parse_math": False}  # names may hold dollar signs
+    axes.set_title(panel.title, loc="left", pad=8, **look)
+    axes.set_title(panel.unit + cut, loc="right", fontsize=SMALL, color=muted, pad=8)
+    axes.set_xlabel(f"step (means of {over} steps)" if means else "step", fontsize=SMALL, color=muted)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.tick_params(colors=muted, labelsize=SMALL, length=0)
+    axes.grid(color=colours["grid"], linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.01)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    if len(handles) == 1:
+        handles, labels = [], []
+    rows = 0
+    for some in (slice(several, None), slice(several)):  # from below: kinds of lines, then runs
+        rows += _legend(figure, handles[some], [label[:LABEL] for label in labels[some]], rows, ink)
+    figure.subplots_adjust(left=0.105, right=0.97, top=0.87, bottom=0.2 + ROW * max(rows, 1))
+
+
+def _legend(figure: "Figure", handles: list, labels: list[str], row: int, ink: str) -> int:
+    """Puts a legend on a row of the figure's foot, counted from below; returns how many rows it takes."""
+    if not handles:
+        return 0
+    columns = len(labels)
+    if sum(map(len, labels)) + GAP * columns > LABEL:
+        columns = max(1, min(columns, LABEL // (max(map(len, labels)) + GAP)))
+    look = {"fontsize": SMALL, "frameon": False, "labelcolor": ink, "handlelength": 1.4, "columnspacing": 1.2}
+    legend = figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, ROW * row), ncols=columns, **look)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return math.ceil(len(labels) / columns)

@@ -1,0 +1,245 @@
+"""What a report plots: one table of panels, each with its lines, and which of them have data in the runs at hand.
+
+A line's role is whose numbers it shows (drafts, best draft, trained completions, single shot); it has one colour
+wherever it appears, plots and pages alike.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from igrpo_jax.report.runs import Curve, Run
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is drawn: a sum of metrics, in the colour of its role."""
+
+    label: str
+    role: str  # of figures.COLOURS
+    metrics: tuple[str, ...]
+    less: tuple[str, ...] = ()  # subtracted from the sum
+    band: tuple[str, str] | None = None  # metrics of the lower and upper end of an interval
+
+    def of(self, run: Run) -> Curve:
+        return run.curve(*self.metrics, less=self.less)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot."""
+
+    file: str  # name without .png
+    title: str
+    unit: str
+    caption: str  # how to read it, on the page
+    lines: tuple[Line, ...]
+    scale: float = 1.0  # values are multiplied by it: 100 for percent
+    stacked: bool = False  # lines are parts of a whole, where one run is shown
+    compared: tuple[Line, ...] = ()  # drawn instead of stacked parts where there are several runs, or no parts
+    limit: str = ""  # a setting drawn as a dashed line, where one run is shown and comes near it
+    cut: bool = False  # the highest few values may leave the plot, which then says so
+
+
+LEARNING, REFINING, HEALTH, TIME = "Is it learning?", "What refining does", "Health of the update", "Time"
+
+PANELS: dict[str, tuple[Panel, ...]] = {
+    LEARNING: (
+        Panel(
+            "solve_rate",
+            "Solve rate in training",
+            "% of answers",
+            "Right answers on the step's training prompts. Best draft: prompts of which at least one draft is right. "
+            "Refinements that see a right draft have an easier task than a single shot.",
+            (
+                Line("refinements", "trained", ("rewards/accuracy/mean",)),
+                Line("best draft", "best", ("draft/solved_some", "draft/solved_all")),
+                Line("drafts", "draft", ("draft/accuracy",)),
+            ),
+            100,
+        ),
+        Panel(
+            "reward",
+            "Reward",
+            "weighted sum",
+            "Means over the step. Refinements are worth their draft stage where they earn more than the best draft.",
+            (
+                Line("refinements", "trained", ("reward",)),
+                Line("best draft", "best", ("draft/best_reward",)),
+                Line("drafts", "draft", ("draft/reward",)),
+            ),
+        ),
+    ),
+    REFINING: (
+        Panel(
+            "moves",
+            "Draft → refinement",
+            "% of refinements",
+            "What became of the draft that a refinement was shown. Fixed should outweigh broken; all kept is copying.",
+            (
+                Line("kept right", "calm", ("refine/kept_right",)),
+                Line("fixed", "good", ("refine/fixed",)),
+                Line("broken", "bad", ("refine/broken",)),
+                Line("kept wrong", "idle", ("refine/kept_wrong",)),
+            ),
+            100,
+            stacked=True,
+            compared=(
+                Line("fixed", "good", ("refine/fixed",)),
+                Line("broken", "bad", ("refine/broken",)),
+            ),
+        ),
+        Panel(
+            "copying",
+            "Copying",
+            "%",
+            "Tokens that a refinement shares with its draft, and refinements that state the draft's answer. Near 100 % "
+            "there is nothing left to learn from.",
+            (
+                Line("tokens copied", "trained", ("refine/copy_ratio",)),
+                Line("same answer", "good", ("refine/same_answer",)),
+            ),
+            100,
+        ),
+        Panel(
+            "zero_variance",
+            "Groups without a gradient",
+            "% of prompts",
+            "All trained completions of the prompt earned the same: all right (too easy, or a copied right draft), all "
+            "wrong (too hard), or alike otherwise.",
+            (
+                Line("all right", "calm", ("samples/equal_right",)),
+                Line("all wrong", "idle", ("samples/equal_wrong",)),
+                Line("alike otherwise", "muted", ("samples/equal_mixed",)),
+            ),
+            100,
+            stacked=True,
+            compared=(Line("equal rewards", "trained", ("frac_reward_zero_std",)),),
+        ),
+    ),
+    HEALTH: (
+        Panel(
+            "entropy",
+            "Entropy",
+            "nats per token",
+            "Of the policy at the sampled tokens. A fall to nothing means that samples no longer differ.",
+            (
+                Line("refinements", "trained", ("entropy",)),
+                Line("drafts", "draft", ("draft/entropy",)),
+            ),
+        ),
+        Panel(
+            "lengths",
+            "Length",
+            "tokens",
+            "Mean length of completions, end token included.",
+            (
+                Line("refinements", "trained", ("completions/mean_length",)),
+                Line("drafts", "draft", ("draft/mean_length",)),
+            ),
+            limit="rollout.max_completion_length",
+        ),
+        Panel(
+            "truncated",
+            "Cut and unparseable",
+            "%",
+            "Completions cut at the length limit, drafts cut to fit the prompt, and samples without a readable answer.",
+            (
+                Line("refinements cut", "trained", ("completions/clipped_ratio",)),
+                Line("drafts cut", "draft", ("refine/draft_truncated",)),
+                Line("no answer", "bad", ("verifier/unparseable_frac",)),
+            ),
+            100,
+        ),
+        Panel(
+            "clip_fraction",
+            "Clip fraction",
+            "% of tokens",
+            "Tokens whose ratio was clipped. Always 0 with one optimizer step per rollout.",
+            (
+                Line("refinements", "trained", ("clip_ratio/region_mean",)),
+                Line("drafts", "draft", ("draft/clip_ratio",)),
+            ),
+            100,
+        ),
+        Panel(
+            "gradient_norm",
+            "Gradient norm",
+            "before clipping",
+            "Spikes are single steps; a steady climb is a learning rate that is too high.",
+            (Line("gradient", "trained", ("grad_norm",)),),
+            limit="optimizer.max_grad_norm",
+            cut=True,
+        ),
+    ),
+    TIME: (
+        Panel(
+            "time",
+            "Time of a step",
+            "seconds",
+            "Waiting is time in which there was nothing to sample and the verifier was not done.",
+            (
+                Line("sampling", "calm", ("perf/rollout_time",), ("perf/verify_wait_time",)),
+                Line("waiting for verifier", "bad", ("perf/verify_wait_time",)),
+                Line("update", "good", ("perf/update_time",)),
+                Line("rest", "idle", ("perf/step_time",), ("perf/rollout_time", "perf/update_time")),
+            ),
+            stacked=True,
+            compared=(Line("whole step", "good", ("perf/step_time",)),),
+            cut=True,
+        ),
+        Panel(
+            "slots",
+            "Sampler's slots",
+            "%",
+            "In use: slots × decode steps that drew a token. Overlap: decode steps that drew drafts and refinements.",
+            (
+                Line("in use", "good", ("perf/slot_utilization",)),
+                Line("stages overlap", "muted", ("perf/stage_overlap_frac",)),
+            ),
+            100,
+        ),
+    ),
+}
+
+
+def evaluation(name: str) -> Panel:
+    """The single shot on a benchmark, and what a round of draft -> refine makes of it where that was asked."""
+    lines = [
+        _with_interval("single shot", "single", f"eval/{name}/pass@1"),
+        _with_interval("after a round of refining", "trained", f"eval/{name}/refine_1/pass@1"),
+    ]
+    file = "evaluation_" + re.sub(r"[^A-Za-z0-9.-]", "_", name)
+    caption = "Held-out problems, plain prompt, no draft: what was learned. Bands are 95 % intervals over problems."
+    return Panel(file, f"Single shot: {name}", "pass@1, %", caption, tuple(lines), 100)
+
+
+def _with_interval(label: str, role: str, metric: str) -> Line:
+    return Line(label, role, (metric,), band=(f"{metric}_low", f"{metric}_high"))
+
+
+def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
+    """The panels that have data in any run, by section; the solve rate first."""
+    names = sorted({name for run in runs for name in run.benchmarks})
+    found = {}
+    for section, some in PANELS.items():
+        every = [some[0], *map(evaluation, names), *some[1:]] if section == LEARNING else list(some)
+        every = [_fitted(panel, runs) for panel in every]
+        found[section] = [panel for panel in every if panel.lines]
+    return {section: some for section, some in found.items() if some}
+
+
+def trained(runs: Sequence[Run]) -> str:
+    """What the trained completions of these runs are called."""
+    refine = [bool(run.curve("refine/copy_ratio")) for run in runs]
+    return "refinements" if all(refine) else "trained" if any(refine) else "completions"
+
+
+def _fitted(panel: Panel, runs: Sequence[Run]) -> Panel:
+    """The panel with the lines that it can draw of these runs."""
+    lines, stacked = panel.lines, panel.stacked and len(runs) == 1
+    if panel.compared and (not stacked or not all(line.of(runs[0]) for line in lines)):
+        lines, stacked = panel.compared, False
+    lines = tuple(line for line in lines if any(line.of(run) for run in runs))
+    lines = tuple(replace(line, label=line.label.replace("refinements", trained(runs))) for line in lines)
+    return replace(panel, lines=lines, stacked=stacked)

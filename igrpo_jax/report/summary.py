@@ -1,0 +1,178 @@
+"""What a report says of a run in words and numbers: is it learning, what changed, what should worry.
+
+The answer rests on single-shot evaluations of held-out problems alone, compared problem by problem. The solve rate of
+training is shown first but proves less: refinements see a draft, and what is drawn for a step differs from the next.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from igrpo_jax.config import InputError
+from igrpo_jax.evaluation import results
+from igrpo_jax.outputs.alerts import WATCHED, alerts
+from igrpo_jax.report.runs import Curve, Run, counted
+
+ENDS = 0.1  # share of a run's steps at either end whose means are compared
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An answer to "is it learning?"."""
+
+    answer: str  # one word or two
+    tone: str  # "good", "bad" or "open"
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One number at the beginning and at the end of a run, as text."""
+
+    name: str
+    role: str  # whose colour it has: "single", "draft", "best", "trained", or "" for none
+    first: str
+    last: str
+    difference: str
+    tone: str  # "good", "bad", or "" where neither way is better
+
+
+@dataclass(frozen=True)
+class Summary:
+    facts: list[str]
+    verdict: Verdict
+    changes: list[Change]
+    over: str  # what first and last mean
+    alerts: list[str]
+
+
+def summary(run: Run, who: str) -> Summary:
+    """Everything that is said of a run; `who` is what trained completions are called."""
+    width = ends(run.steps)
+    over = f"means of the first and of the last {counted(width, 'step')}; single shot: first and last evaluation"
+    return Summary(_facts(run), verdict(run), _changes(run, who), over, worries(run))
+
+
+def ends(steps: Sequence[int]) -> int:
+    """Steps whose mean stands for the beginning, or for the end, of a run."""
+    return max(1, math.ceil(ENDS * len(steps)))
+
+
+def verdict(run: Run) -> Verdict:
+    """Whether single-shot evaluations show learning, between the first and the last of each benchmark."""
+    tones, reasons = [], []
+    spans = {name: run.curve(f"eval/{name}/pass@1").steps[[0, -1]].tolist() for name in run.benchmarks}
+    pairs = {(first, last): _paired(run.folder / "evaluations", first, last) for first, last in spans.values()}
+    for name, (first, last) in spans.items():
+        if first == last:
+            reasons.append(f"There is one evaluation of {name} only, at step {first}; a second one will tell")
+            continue
+        tone, reason = _compared(run, name, first, last, pairs[first, last].get(name))
+        tones.append(tone)
+        reasons.append(reason)
+    if not spans:
+        why = "its evaluation.every is 0" if run.setting("evaluation.every") == 0 else "no evaluation is finished yet"
+        reasons.append(f"Single-shot answers to held-out problems were not measured ({why})")
+    if not tones:
+        return Verdict("Not known", "open", reasons)
+    if {"good", "bad"} <= set(tones):
+        return Verdict("Mixed", "open", reasons)
+    tone = max(tones, key=("open", "good", "bad").index)
+    return Verdict({"good": "Learning", "bad": "Getting worse", "open": "Not shown"}[tone], tone, reasons)
+
+
+def _compared(run: Run, name: str, first: int, last: int, pair: results.Paired | None) -> tuple[str, str]:
+    """(tone, sentence) of two evaluations of a benchmark: in pairs where their rows are there, else by intervals."""
+
+    def at(step: int, measure: str) -> float:
+        return run.metrics.get(f"eval/{name}/{measure}", {}).get(step, math.nan)
+
+    before, after = at(first, "pass@1"), at(last, "pass@1")
+    change = f"Single-shot pass@1 on {name} went from {before:.1%} (step {first}) to {after:.1%} (step {last})"
+    if pair is not None:
+        interval = f"95 % interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
+        change += f": {100 * pair.change:+.1f} points, {interval}, {pair.problems:,} problems in pairs"
+        risen, fallen, doubt = pair.low > 0, pair.high < 0, "that includes no change"
+    else:
+        risen = at(last, "pass@1_low") > at(first, "pass@1_high")
+        fallen = at(last, "pass@1_high") < at(first, "pass@1_low")
+        doubt = "their 95 % intervals overlap, or are missing"
+    if risen or fallen:
+        return ("good" if risen else "bad"), change
+    return "open", f"{change}; {doubt}"
+
+
+def _paired(folder: Path, first: int, last: int) -> dict[str, results.Paired]:
+    """By benchmark; empty where the rows of an evaluation are missing or torn."""
+    try:
+        return results.paired(*(folder / f"step_{step:06d}" for step in (first, last)))
+    except (InputError, KeyError, TypeError, OSError):
+        return {}
+
+
+def worries(run: Run) -> list[str]:
+    """The alerts of the last step, as the console of the run has them, and what was not finite."""
+    rows = [{name: run.metrics[name].get(step) for name in WATCHED if name in run.metrics} for step in run.steps]
+    found = alerts(rows[-1], rows[:-1]) if rows else []
+    for name in ("loss", "grad_norm", "reward", "entropy"):
+        if steps := run.nulls.get(name):
+            found.append(f"{name}: not finite at {counted(len(steps), 'step')}, first at step {steps[0]}")
+    return found
+
+
+def _ends(curve: Curve, width: int) -> tuple[float, float]:
+    """Means of the first and of the last values."""
+    return float(np.mean(curve.values[:width])), float(np.mean(curve.values[-width:]))
+
+
+def _changes(run: Run, who: str) -> list[Change]:
+    width = ends(run.steps)
+    rows = [(f"single shot, {name}", "single", run.curve(f"eval/{name}/pass@1"), 1, "%") for name in run.benchmarks]
+    rows += [
+        (f"solve rate, {who}", "trained", run.curve("rewards/accuracy/mean"), width, "%"),
+        ("solve rate, best draft", "best", run.curve("draft/solved_some", "draft/solved_all"), width, "%"),
+        ("solve rate, drafts", "draft", run.curve("draft/accuracy"), width, "%"),
+        ("reward", "trained", run.curve("reward"), width, ".2f"),
+        (f"length, {who}", "", run.curve("completions/mean_length"), width, ",.1f"),
+        ("entropy, nats/token", "", run.curve("entropy"), width, ".3f"),
+    ]
+    changes = []
+    for name, role, curve, over, form in rows:
+        if not curve:
+            continue
+        first, last = _ends(curve, over)
+        tone = "" if not role or first == last else "good" if last > first else "bad"
+        if form == "%":
+            texts = f"{first:.1%}", f"{last:.1%}", f"{100 * (last - first):+.1f}"
+        else:
+            texts = format(first, form), format(last, form), format(last - first, f"+{form}")
+        changes.append(Change(name, role, *texts, tone))
+    return changes
+
+
+def _facts(run: Run) -> list[str]:
+    planned, done = run.setting("steps"), run.steps[-1] if run.steps else 0
+    facts = [f"step {done:,} of {planned:,}" if planned else f"step {done:,}"]
+    if run.config:
+        model = run.setting("model.path") or "built-in model"
+        facts.insert(0, f"{model}, {run.setting('model.dtype')}")
+        drafts, refined = run.setting("algorithm.num_drafts"), run.setting("algorithm.num_generations")
+        what = f"{drafts} drafts, {refined} refinements" if drafts else f"{refined} completions, no drafts"
+        facts.append(f"{run.setting('algorithm.loss_type')}, {what}")
+        facts.append(f"{run.setting('prompts_per_step')} prompts a step")
+    if seconds := run.curve("perf/step_time"):
+        facts.append(f"{np.median(seconds.values):.3g} s a step, {_duration(seconds.values.sum())} of steps in all")
+    path = run.folder / "metrics.jsonl"
+    if path.exists():
+        facts.append(f"last row {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}")
+    return facts
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,354 @@
+r"""What an answer is made of: a number with a unit, a tuple, a list, an interval, a matrix, an equation, words, …
+
+    read(r"x \in [0, \frac12)")  -> Named("x", Sequence("[)", (Leaf 0, Leaf 1/2)))
+    read("1 < x < 3")            -> Region("x", ((1, False, 3, False),))
+
+Every node carries `text`, one spelling for all ways to write the same tokens, which is LaTeX. An expression that cannot
+be read is a Leaf without a value; prose is Words. Nothing is an error, and an empty answer is None.
+
+Not here: when two answers are the same (`grader`); expressions (`expression`). Limits: MAX_PARTS.
+"""
+
+import itertools
+import re
+from dataclasses import replace
+from fractions import Fraction
+
+from igrpo_jax.rewards.mathematics import exact, expression, regions, words
+from igrpo_jax.rewards.mathematics.exact import NoValue, Value
+from igrpo_jax.rewards.mathematics.expression import Unreadable
+from igrpo_jax.rewards.mathematics.nodes import (
+    Based,
+    Choice,
+    Leaf,
+    Matrix,
+    Named,
+    Node,
+    Ratio,
+    Region,
+    Relation,
+    Sequence,
+    Words,
+)
+from igrpo_jax.rewards.mathematics.tokens import Token, is_enclosed, latex, split, tokenize
+
+MAX_PARTS = 200  # elements of a list; a longer one is a Leaf without a value
+_MAX_NESTED = 6  # lists in tuples in sets in …
+
+
+_GROUPS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+")
+_EDGES = frozenset((".", ",", ";", "\\", '"', "`"))
+_BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
+
+
+def read(answer: str) -> Node | None:
+    """The structure of a bare answer; None of an empty one. Never raises."""
+    answer = answer.strip().strip("*")
+    tokens = tokenize(answer)
+    while tokens and tokens[-1].is_in(_EDGES):
+        tokens.pop()
+    while tokens and tokens[0].is_in(_EDGES):
+        tokens.pop(0)
+    if not tokens:
+        return None
+    try:
+        node = _read(tokens, 0)
+    except NoValue:
+        return Leaf(latex(tokens), None, hopeless=True)
+    if isinstance(node, Leaf) and node.value is not None and _GROUPS.fullmatch(answer.strip("$ ")):
+        node = replace(node, listed=_listed(answer.strip("$ ")))
+    return node
+
+
+_RELATIONS = frozenset(("=", "<", ">", "leq", "geq", "ne", "in", "approx", "simeq", "sim"))
+
+
+def _read(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
+    """Reads tokens (at least one) that may be a list."""
+    text = latex(tokens)
+    if nested > _MAX_NESTED:
+        return Leaf(text, None, hopeless=True)
+    if len(tokens) == 1 and tokens[0].kind == "text":
+        inner = tokenize(tokens[0].text)
+        return _read(inner, nested + 1, from_text=True) if inner else Words(text, "")
+    choice = _choice(tokens, nested)
+    if choice:
+        return choice
+    parts, found = split(tokens, {",", ";", "and", "or"})
+    parts = [part for part in parts if part]
+    if len(parts) > MAX_PARTS or not parts:
+        return Leaf(text, None, hopeless=True)
+    items = _items(parts, nested, from_text)
+    if len(items) == 1:
+        return items[0]
+    joined = None
+    if set(found) == {"or"} and any(isinstance(item, Region) for item in items):
+        joined = regions.united(text, items)
+    elif set(found) == {"and"}:
+        joined = regions.intersected(text, items)
+    if joined:
+        return joined
+    if {";", "and", "or"} & set(found) and "," in found:
+        groups = _systems(tokens, nested)
+        items = groups or items
+    return Sequence(text, "or" if set(found) == {"or"} else "list", tuple(items))
+
+
+def _items(parts: list[list[Token]], nested: int, from_text: bool = False) -> list[Node]:
+    items: list[Node] = []
+    for part in parts:
+        items += [_read_one(variant, nested, from_text) for variant in _signs(part)]
+    return items
+
+
+def _systems(tokens: list[Token], nested: int) -> list[Node]:
+    """`p=5,q=2; p=7,q=2`: a list of points, each with named coordinates. Empty where it is none."""
+    groups = []
+    for group in split(tokens, {";", "and", "or"})[0]:
+        items = _items([part for part in split(group, {","})[0] if part], nested)
+        if len({item.name for item in items if isinstance(item, Named)}) < max(len(items), 2):
+            return []
+        groups.append(Sequence(latex(group), "list", tuple(items)))
+    return groups if len({len(group.items) for group in groups}) == 1 else []
+
+
+def _signs(tokens: list[Token]) -> list[list[Token]]:
+    """The readings of ±: each on its own, except that ∓ is the other sign of ±."""
+    places = [at for at, token in enumerate(tokens) if token.kind == "command" and token.text in ("pm", "mp")]
+    if not places or len(places) > 3:
+        return [tokens]
+    tied = any(tokens[at].text == "mp" for at in places)
+    readings = []
+    for signs in [(s,) * len(places) for s in "+-"] if tied else itertools.product("+-", repeat=len(places)):
+        reading = list(tokens)
+        for at, sign in zip(places, signs, strict=True):
+            flipped = tokens[at].text == "mp"
+            reading[at] = tokens[at]._replace(kind="mark", text="+-"[(sign == "-") ^ flipped])
+        readings.append(reading)
+    return readings
+
+
+def _choice(tokens: list[Token], nested: int) -> Node | None:
+    """`(D) Alina`, `D) 12`, `\\textbf{(D)}\\ 12`; and `D)`, `D.` as the letter alone."""
+    if tokens[0].kind == "text":
+        label = re.fullmatch(r"\s*\(?([A-J])[).:]+\s*", tokens[0].text)
+        letter, rest = (label[1], tokens[1:]) if label else ("", [])
+    else:
+        texts = [token.text for token in tokens[:3]]
+        opened = texts[0] == "("
+        letter = texts[opened] if len(texts) > opened + 1 and texts[opened + 1] in (")", ".") else ""
+        rest = tokens[2 + opened :]
+        if texts[1:2] == ["."] and rest and not rest[0].spaced:
+            return None
+    if len(letter) != 1 or letter not in "ABCDEFGHIJ" or (tokens[0].text == "(" and not rest):
+        return None
+    alone = Leaf(letter, Value.symbol(letter))
+    if not rest:
+        return alone
+    if rest[0].text in words.OPERATORS or not (
+        rest[0].spaced or rest[0].kind in ("text", "letters") or tokens[0].kind == "text"
+    ):
+        return None
+    return Choice(latex(tokens), alone, _read(rest, nested + 1))
+
+
+def _read_one(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
+    """Reads tokens that are no list."""
+    if nested > _MAX_NESTED:
+        return Leaf(latex(tokens), None, hopeless=True)
+    sides, signs = split(tokens, _RELATIONS)
+    if signs and all(sides):
+        return _relation(tokens, sides, signs, nested)
+    if signs == ["approx"] and sides[1]:  # ≈ 8.24
+        return _read_one(sides[1], nested)
+    pieces, _ = split(tokens, {"cup"})
+    if len(pieces) > 1 and all(pieces):
+        united = regions.united(latex(tokens), [_read_one(piece, nested + 1) for piece in pieces])
+        return united or Leaf(latex(tokens), None)
+    pieces, _ = split(tokens, {"setminus"})
+    if len(pieces) == 2 and all(pieces):
+        rest = regions.without(latex(tokens), *(_read_one(piece, nested + 1) for piece in pieces))
+        return rest or Leaf(latex(tokens), None)
+    for reader in (_bracketed, _matrix, _based, _ratio):
+        node = reader(tokens, nested)
+        if node:
+            return node
+    return _leaf(tokens, from_text)
+
+
+def _bracketed(tokens: list[Token], nested: int) -> Node | None:
+    """Tuples, sets, vectors, intervals; parentheses around anything."""
+    opening, closing = tokens[0].text, tokens[-1].text
+    if not is_enclosed(tokens) or opening + closing not in _BRACKETS:
+        return None
+    content = tokens[1:-1]
+    text = latex(tokens)
+    if opening == "\\{":
+        return _set(text, content, nested)
+    if not content:
+        return Words(text, text)
+    parts = split(content, {",", ";"})[0]
+    if len(parts) == 1 and opening + closing in ("()", "[]", "{}"):
+        return _read(content, nested + 1)
+    if not all(parts) or len(parts) > MAX_PARTS:
+        return Leaf(text, None)
+    brackets = "()" if opening == "langle" else opening + closing
+    return Sequence(text, brackets, tuple(_read(part, nested + 1) for part in parts))
+
+
+def _set(text: str, content: list[Token], nested: int) -> Node:
+    if not content:
+        return Words(text, words.EMPTY)
+    halves, bars = split(content, {"|", ":"})
+    if len(bars) == 1 and all(halves):
+        condition = _read(halves[1], nested + 1)
+        if isinstance(condition, Region):
+            return condition
+    node = _read(content, nested + 1)
+    items = node.items if isinstance(node, Sequence) and node.kind in ("list", "or") else (node,)
+    return Sequence(text, "set", tuple(items))
+
+
+def _matrix(tokens: list[Token], nested: int) -> Node | None:
+    texts = [token.text for token in tokens]
+    if texts[0] != "begin" or texts[-4:-2] != ["end", "{"] or len(texts) < 9:
+        return None
+    name = texts[2]
+    if name not in ("pmatrix", "bmatrix", "matrix", "Bmatrix", "array", "smallmatrix") or texts.count("begin") > 1:
+        return None
+    body = tokens[4:-4]
+    if name == "array" and body and body[0].text == "{":
+        while body and body.pop(0).text != "}":
+            pass
+    rows = []
+    for row in split([token for token in body if token.text != "hline"], {"\\"})[0]:
+        if row:
+            cells = split(row, {"&"})[0]
+            if not all(cells):
+                return Leaf(latex(tokens), None)
+            rows.append(tuple(_read(cell, nested + 1) for cell in cells))
+    if not rows or len({len(row) for row in rows}) > 1:
+        return Leaf(latex(tokens), None)
+    return Matrix(latex(tokens), tuple(rows))
+
+
+def _based(tokens: list[Token], _: int) -> Node | None:
+    compact = "".join(token.text for token in tokens)
+    match = re.fullmatch(r"(-?)([0-9A-Z]*[0-9][0-9A-Z]*)_\{?(\d{1,2}|[a-z]{3,7})\}?", compact)
+    if not match:
+        return None
+    base = int(match[3]) if match[3].isdigit() else words.NUMBER_WORDS.get(match[3], 0)
+    try:
+        if base < 2:
+            raise ValueError
+        return Based(latex(tokens), int(match[1] + match[2], base))
+    except ValueError:  # a digit that the base does not have, or no base
+        return Words(latex(tokens), compact)
+
+
+def _ratio(tokens: list[Token], nested: int) -> Node | None:
+    parts, found = split(tokens, {":"})
+    if not found or not all(parts):
+        return None
+    last, unit = parts[-1], ""
+    while len(last) > 1 and (last[-1].kind in ("letters", "text") or last[-1].text == "."):
+        unit = last.pop().text + unit
+    leaves = tuple(_leaf(part) for part in parts)
+    return Ratio(latex(tokens), leaves, words.unit_name(unit))
+
+
+# ---------------------------------------------------------------------------------------------- relations, regions
+
+
+def _relation(tokens: list[Token], sides: list[list[Token]], signs: list[str], nested: int) -> Node:
+    text = latex(tokens)
+    if signs[0] == "in":
+        if not words.is_name(sides[0], []):
+            return Words(text, text)
+        value = _read(tokens[len(sides[0]) + 1 :], nested + 1)
+        name = latex(sides[0])
+        if isinstance(value, Sequence) and value.kind[0] in "([":
+            value = regions.region_of(value) or value
+        return Region(text, name, value.pieces) if isinstance(value, Region) else Named(text, name, value, None)
+    if signs[-1] in ("approx", "simeq", "sim") or signs[0] in ("approx", "simeq", "sim"):
+        kept = sides[1:] if words.is_name(sides[0], sides[1]) else sides[:1]
+        return _read_one(kept[0], nested + 1)
+    if set(signs) == {"="}:
+        return _equation(text, tokens, sides, nested)
+    parts = []
+    for left, sign, right in zip(sides[:-1], signs, sides[1:], strict=True):
+        if sign in (">", "geq"):
+            left, sign, right = right, "<" if sign == ">" else "leq", left
+        parts.append(regions.inequality(text, _difference(left, right), sign))
+    return parts[0] if len(parts) == 1 else regions.intersected(text, parts) or Leaf(text, None)
+
+
+def _equation(text: str, tokens: list[Token], sides: list[list[Token]], nested: int) -> Node:
+    left, right = sides[0], sides[-1]
+    difference = None
+    if len(sides) == 2:
+        difference = _difference(left, right)
+    if words.is_name(left, right):
+        rest = tokens[len(left) + 1 :]
+        return Named(text, latex(left), _read_one(rest, nested + 1), difference)
+    is_constant = not any(token.kind == "letters" for token in left)
+    if len(sides) == 2 and is_constant and words.is_name(right, left):
+        return Named(text, latex(right), _read_one(left, nested + 1), difference)
+    values = [_leaf(side) for side in sides]
+    constant = all(isinstance(leaf, Leaf) and leaf.value is not None and not leaf.value.symbols() for leaf in values)
+    if constant and all(_agree(values[0], leaf) for leaf in values):
+        return values[0]
+    return Relation(text, "=", difference)
+
+
+def _agree(a: Leaf, b: Leaf) -> bool:
+    scale = {(True, False): 100, (False, True): Fraction(1, 100)}.get((a.percent, b.percent), 1)
+    return bool(exact.same(a.value, Value.number(scale) * b.value))
+
+
+def _difference(left: list[Token], right: list[Token]) -> Value | None:
+    try:
+        return _side(left) - _side(right)
+    except (Unreadable, NoValue):
+        return None
+
+
+def _side(tokens: list[Token]) -> Value:
+    """The value of one side of a relation; g(x) alone is one symbol."""
+    if words.is_applied(tokens) and tokens[0].text in words.FUNCTION_LETTERS:
+        return Value.symbol(latex(tokens))
+    return expression.value_of(tokens)
+
+
+# --------------------------------------------------------------------------------------------------------- leaves
+
+
+def _leaf(tokens: list[Token], from_text: bool = False) -> Node:
+    """An expression with its unit; prose where it reads like prose."""
+    text = latex(tokens)
+    phrase = words.words_of(tokens, from_text)
+    if phrase in words.REALS:
+        return Region(text, "", regions.EVERYTHING)
+    if phrase is not None:
+        return Words(text, phrase)
+    core, unit, percent = words.without_unit(tokens)
+    if not core:
+        return Words(text, text)
+    parser = expression.Parser(core)
+    try:
+        value = parser.whole()
+    except NoValue:
+        return Leaf(text, None, unit, percent, hopeless=True)
+    except Unreadable:
+        named = [at for at, token in enumerate(core) if token.text in ("begin", "end")]
+        if any(words.is_prose(token) for at, token in enumerate(core) if at - 2 not in named):
+            return Words(text, " ".join(token.text for token in tokens).casefold())
+        return Leaf(latex(core), None, unit, percent)
+    unit = unit or ("degree" if parser.degrees else "")
+    return Leaf(latex(core), value, unit, percent)
+
+
+def _listed(digits: str) -> Node:
+    """The other reading of 1,234, written without any space: the elements of a list."""
+    groups = digits.split(",")
+    return Sequence(digits, "list", tuple(Leaf(group, Value.number(int(group))) for group in groups))

@@ -1,0 +1,275 @@
+"""Powers, roots, exponentials, logarithms and trigonometric functions of exact values.
+
+Exact where the result is in the ring of `exact`: roots of rationals and of products, e^(iπ/6), 2^(n-1), ln 8 = 3·ln 2,
+the sine of multiples of 15°. Anything else becomes an opaque symbol with a canonical argument: sin(-x) = -sin(x),
+tan(x) = sin(x)/cos(x), √(4x+4) = 2·√(x+1). All functions raise NoValue beyond the limits of `exact`, MAX_EXPONENT.
+"""
+
+import functools
+import math
+from fractions import Fraction
+
+from igrpo_jax.rewards.mathematics import exact
+from igrpo_jax.rewards.mathematics.exact import ONE, PI, UNIT, Atom, E, I, NoValue, Polynomial, TooManyTerms, Value
+
+MAX_EXPONENT = 10_000  # of integer powers; also the largest n of n! and of binomials
+_MAX_DIVISOR = 60_000  # trial division ends here: 1.5 ms at worst
+
+
+class _NotFactored(NoValue):
+    pass
+
+
+# ------------------------------------------------------------------------------------------------ powers and roots
+
+
+@functools.lru_cache(maxsize=4096)
+def factors(n: int) -> tuple[tuple[int, int], ...]:
+    """Prime factors of n ≥ 1 with their powers. Raises _NotFactored where trial division does not get there."""
+    found, divisor = [], 2
+    while divisor * divisor <= n and divisor < _MAX_DIVISOR:
+        power = 0
+        while n % divisor == 0:
+            n //= divisor
+            power += 1
+        if power:
+            found.append((divisor, power))
+        divisor += 1 if divisor == 2 else 2
+    if divisor * divisor <= n:
+        root = math.isqrt(n)
+        if root * root != n or root > _MAX_DIVISOR**2:
+            raise _NotFactored("too large to factor")
+        found.append((root, 2))
+    elif n > 1:
+        found.append((n, 1))
+    return tuple(found)
+
+
+def power(base: Value, exponent: Value) -> Value:
+    """base ** exponent. Raises NoValue."""
+    constant = exponent.constant()
+    if constant is None:
+        return _exponential(base, exponent)
+    if constant.denominator != 1:
+        return power(root(base, constant.denominator), Value.number(constant.numerator))
+    n = int(constant)
+    if abs(n) > MAX_EXPONENT:
+        raise NoValue("exponent too large")
+    if n < 0:
+        return power(Value(base.denominator, base.numerator, base.opaque), Value.number(-n))
+    for c in base.numerator.values() if len(base.numerator) == 1 else ():
+        if max(c.numerator.bit_length(), c.denominator.bit_length()) * n > exact.MAX_BITS:
+            raise NoValue("too many digits")
+    try:
+        result = Value.number(1)
+        for bit in bin(n)[2:]:
+            result = result * result
+            if bit == "1":
+                result = result * base
+        return result
+    except TooManyTerms:
+        return _named("pow", base, Fraction(n))
+
+
+def root(value: Value, degree: int) -> Value:
+    """The real root where there is one (∛-8 = -2), else the principal one. Raises NoValue."""
+    if value.denominator is not UNIT:
+        top = root(Value(value.numerator, opaque=value.opaque), degree)
+        return top / root(Value(value.denominator, opaque=value.opaque), degree)
+    if len(value.numerator) != 1:
+        if not value.numerator:
+            return value
+        content = _content(value.numerator)
+        rest = Value({key: c / content for key, c in value.numerator.items()}, opaque=value.opaque)
+        return root(Value.number(content), degree) * _named("pow", rest, Fraction(1, degree))
+    ((imaginary, roots, symbols), c), *_ = value.numerator.items()
+    if imaginary or (c < 0 and degree % 2 == 0 and degree != 2):
+        return _named("pow", value, Fraction(1, degree))
+    if any(_loses_sign(name, power, degree) for name, power in symbols):
+        return _named("pow", value, Fraction(1, degree))
+    result = Value(
+        {(0, (), tuple((name, Fraction(p) / degree) for name, p in symbols)): Fraction(1)}, opaque=value.opaque
+    )
+    if c < 0:
+        result = result * (I if degree == 2 else Value.number(-1))
+    powers = {prime: Fraction(p) for prime, p in roots}
+    try:
+        for number, sign in ((abs(c.numerator), 1), (c.denominator, -1)):
+            for prime, p in _factored(number, degree):
+                powers[prime] = powers.get(prime, Fraction(0)) + sign * p
+    except _NotFactored:
+        return _named("pow", value, Fraction(1, degree))
+    for prime, p in powers.items():
+        whole, part = divmod(p / degree, 1)
+        key = (0, ((prime, part),) if part else (), ())
+        result = result * Value({key: Fraction(prime) ** int(whole)})
+    return result
+
+
+def _factored(number: int, degree: int) -> tuple[tuple[int, int], ...]:
+    """Factors of `number`, which need not be found where it is a power of that degree, as 10^40 of degree 2."""
+    if number.bit_length() > 64 and degree == 2 and math.isqrt(number) ** 2 == number:
+        return ((math.isqrt(number), 2),)
+    return factors(number)
+
+
+def _loses_sign(name: str, exponent: int | Fraction, degree: int) -> bool:
+    """√(x²) is |x|, not x; √x, √(x³) and ∛(x³) are what they seem, and π is positive."""
+    even = degree % 2 == 0 and Fraction(exponent).numerator % 2 == 0
+    return even and name not in ("π", "e") and getattr(name, "function", "") != "exp"
+
+
+def _content(p: Polynomial) -> Fraction:
+    """The positive rational that divides a polynomial's coefficients."""
+    return Fraction(math.gcd(*(c.numerator for c in p.values())), math.lcm(*(c.denominator for c in p.values())))
+
+
+def _named(function: str, argument: Value, exponent: int | Fraction = 1, opaque: bool = True) -> Value:
+    name = Atom(f"{function}({argument})")
+    name.function, name.argument = function, argument
+    return Value({(0, (), ((name, exponent),)): Fraction(1)}, opaque=opaque)
+
+
+def application(function: str, argument: Value, opaque: bool = False) -> Value:
+    """An unknown function's value, as f(2)."""
+    return _named(function, argument, opaque=opaque or argument.opaque or argument.denominator is not UNIT)
+
+
+def _exponential(base: Value, exponent: Value) -> Value:
+    """base ** exponent for an exponent that is no rational number: 2^(n-1) = 2^n/2, e^(-2t) = (e^t)^-2, e^(iπ) = -1."""
+    opaque = base.opaque or exponent.opaque
+    constant = base.constant()
+    is_e = base.numerator == E.numerator and base.denominator is UNIT
+    if exponent.denominator is not UNIT or not (is_e or (constant is not None and constant > 0)):
+        return _pair("pow", base, exponent)
+    bases = [(E, 1)] if is_e else []
+    if not is_e:
+        try:
+            bases = [(Value.number(p), k) for p, k in factors(constant.numerator)]
+            bases += [(Value.number(p), -k) for p, k in factors(constant.denominator)]
+        except _NotFactored:
+            return _pair("pow", base, exponent)
+    result = Value.number(1)
+    for key, c in exponent.numerator.items():
+        if key == ONE:
+            result = result * power(base, Value.number(c))
+        elif is_e and key == (1, (), (("π", 1),)):
+            result = result * (cosine(Value.number(c) * PI) + I * cosine(Value.number(Fraction(1, 2) - c) * PI))
+        else:
+            # Numbers such as 2^√2 or e^π may be related in ways unknown here; functions such as 2^n are not.
+            free = any(name not in ("π", "e") for name, _ in key[2])
+            for prime, k in bases:
+                term = _pair("exp", prime, Value({key: Fraction(1)}), c * k, opaque=opaque or not free)
+                result = result * term
+    return result
+
+
+def _pair(function: str, base: Value, argument: Value, exponent: int | Fraction = 1, opaque: bool = True) -> Value:
+    name = Atom(f"{function}({base};{argument})")
+    name.function, name.argument, name.base = function, argument, base
+    return Value({(0, (), ((name, exponent),)): Fraction(1)}, opaque=opaque)
+
+
+# ------------------------------------------------------------------------------------------------------- functions
+
+# angle / π -> its cosine, as (coefficient, radicand) pairs
+_COSINES = {
+    Fraction(0): ((1, 1),),
+    Fraction(1, 12): ((Fraction(1, 4), 6), (Fraction(1, 4), 2)),
+    Fraction(1, 6): ((Fraction(1, 2), 3),),
+    Fraction(1, 5): ((Fraction(1, 4), 5), (Fraction(1, 4), 1)),
+    Fraction(1, 4): ((Fraction(1, 2), 2),),
+    Fraction(1, 3): ((Fraction(1, 2), 1),),
+    Fraction(2, 5): ((Fraction(1, 4), 5), (Fraction(-1, 4), 1)),
+    Fraction(5, 12): ((Fraction(1, 4), 6), (Fraction(-1, 4), 2)),
+    Fraction(1, 2): (),
+}
+
+
+def cosine(angle: Value) -> Value:
+    """cos of an angle in radians; exact for multiples of 15°, and 36° and 72°."""
+    turns = _in_pi(angle)
+    if turns is None:
+        return _named("cos", _unsigned(angle)[0])
+    turns = abs(turns) % 2
+    turns = 2 - turns if turns > 1 else turns
+    if turns > Fraction(1, 2):
+        return -cosine(Value.number(1 - turns) * PI)
+    if turns not in _COSINES:
+        return _named("cos", Value.number(turns) * PI)
+    result = Value.number(0)
+    for c, radicand in _COSINES[turns]:
+        result = result + Value.number(c) * root(Value.number(radicand), 2)
+    return result
+
+
+def sine(angle: Value) -> Value:
+    """sin of an angle in radians; exact for multiples of 15°, and 18° and 54°."""
+    turns = _in_pi(angle)
+    if turns is not None:
+        return cosine(Value.number(Fraction(1, 2) - turns) * PI)
+    angle, sign = _unsigned(angle)
+    return Value.number(sign) * _named("sin", angle)
+
+
+def logarithm(value: Value, function: str = "ln") -> Value:
+    """Logarithm of a positive rational or a power of e; of anything else an opaque symbol."""
+    constant = value.constant()
+    if constant is not None and constant > 0:
+        result = Value.number(0)
+        try:
+            primes = [*factors(constant.numerator), *((prime, -k) for prime, k in factors(constant.denominator))]
+        except _NotFactored:
+            return _named(function, value)
+        for prime, k in primes:
+            # `log` without a base is 10's to some and e's to others.
+            result = result + Value.number(k) * _named(function, Value.number(prime), opaque=function != "ln")
+        return result
+    if function == "ln" and value.denominator is UNIT and len(value.numerator) == 1:
+        ((imaginary, roots, symbols), c), *_ = value.numerator.items()
+        if not imaginary and not roots and c == 1 and len(symbols) == 1 and symbols[0][0] == "e":
+            return Value.number(symbols[0][1])
+    return _named(function, value)
+
+
+def function(name: str, argument: Value) -> Value:
+    """The value of a function known by name: sin, cos, …, arctan, sinh, …, ln, log, exp, abs, sqrt."""
+    if name in ("sin", "csc"):
+        return sine(argument) if name == "sin" else Value.number(1) / sine(argument)
+    if name in ("cos", "sec"):
+        return cosine(argument) if name == "cos" else Value.number(1) / cosine(argument)
+    if name in ("tan", "cot"):
+        top, bottom = sine(argument), cosine(argument)
+        return top / bottom if name == "tan" else bottom / top
+    if name in ("ln", "log"):
+        return logarithm(argument, name)
+    if name == "exp":
+        return power(E, argument)
+    if name == "sqrt":
+        return root(argument, 2)
+    if name == "abs":
+        return _absolute(argument)
+    return _named(name, argument)
+
+
+def _absolute(value: Value) -> Value:
+    constant = value.constant()
+    if constant is not None:
+        return Value.number(abs(constant))
+    if not value.opaque and not value.symbols():
+        number = exact.approximate(value)
+        if number is not None and number.imag == 0 and abs(number.real) > 1e-6:
+            return value if number.real > 0 else -value
+    return _named("abs", _unsigned(value)[0])
+
+
+def _in_pi(angle: Value) -> Fraction | None:
+    """angle / π where that is rational."""
+    return (angle / PI).constant()
+
+
+def _unsigned(value: Value) -> tuple[Value, int]:
+    """(value or its negative, the sign), so that x-1 and 1-x come out as one."""
+    if value.numerator and value.numerator[min(value.numerator)] < 0:
+        return -value, -1
+    return value, 1

@@ -1,0 +1,141 @@
+"""Sets of real numbers: intervals, their unions, and the inequalities that describe them.
+
+Endpoints are exact; only their order is taken from floating point. Not here: reading them from text (`answers`).
+"""
+
+import itertools
+
+from igrpo_jax.rewards.mathematics import exact
+from igrpo_jax.rewards.mathematics.exact import Value
+from igrpo_jax.rewards.mathematics.nodes import Leaf, Named, Node, Region, Relation, Sequence
+
+_INFINITY = float("inf")
+EVERYTHING = ((None, False, None, False),)
+
+
+def inequality(text: str, difference: Value | None, sign: str) -> Node:
+    """`difference` < 0, ≤ 0 or ≠ 0: a Region where it is linear in its one symbol, else a Relation."""
+    relation = Relation(text, sign, difference)
+    names = difference.symbols() if difference is not None else ()
+    if len(names) != 1 or difference.denominator is not exact.UNIT:
+        return relation
+    (name,) = names
+    slope, rest = {}, {}
+    for key, c in difference.numerator.items():
+        if any(symbol == name for symbol, _ in key[2]):
+            if (name, 1) not in key[2]:
+                return relation
+            slope[key[0], key[1], tuple(item for item in key[2] if item[0] != name)] = c
+        else:
+            rest[key] = c
+    slope_value = Value(slope)
+    steepness = exact.approximate(slope_value)
+    bound = -Value(rest) / slope_value
+    if not is_real(bound) or steepness is None or steepness.imag:
+        return relation
+    closed = sign == "leq"
+    if sign == "ne":
+        return Region(text, name, ((None, False, bound, False), (bound, False, None, False)))
+    return Region(
+        text, name, ((None, False, bound, closed),) if steepness.real > 0 else ((bound, closed, None, False),)
+    )
+
+
+def is_real(value: Value) -> bool:
+    """Whether it is a real number (and no symbol)."""
+    if value.symbols():
+        return False
+    number = exact.approximate(value)
+    return number is not None and abs(number.imag) <= 1e-12 * abs(number.real)
+
+
+def region_of(node: Node) -> Region | None:
+    """An interval, or a set of real points, as a Region; None of what is neither."""
+    if isinstance(node, Region):
+        return node
+    if isinstance(node, Named) and isinstance(node.value, Region | Sequence):
+        region = region_of(node.value)
+        return region and Region(node.text, node.name, region.pieces)
+    if not isinstance(node, Sequence):
+        return None
+    ends = [item.value if isinstance(item, Leaf) and not item.unit else None for item in node.items]
+    if any(end is None for end in ends):
+        return None
+    if node.kind == "set":
+        pieces = tuple((end, True, end, True) for end in ends)
+        return _region(node.text, "", pieces) if all(is_real(end) for end in ends) else None
+    if node.kind[0] not in "([" or len(ends) != 2:
+        return None
+    low, high = (_infinite(end) for end in ends)
+    if low == 1 or high == -1:
+        return None
+    if (not low and not is_real(ends[0])) or (not high and not is_real(ends[1])):
+        return None
+    piece = (None if low else ends[0], node.kind[0] == "[", None if high else ends[1], node.kind[1] == "]")
+    return _region(node.text, "", (piece,))
+
+
+def _infinite(value: Value) -> int:
+    """1 for ∞, -1 for -∞, else 0."""
+    if value.symbols() != {"∞"}:
+        return 0
+    return -1 if str(value).startswith("-") else 1
+
+
+def _place(value: Value | None, infinite: float) -> float:
+    return infinite if value is None else exact.approximate(value).real
+
+
+def _region(text: str, name: str, pieces: tuple) -> Region:
+    """Sorts the pieces and joins those that touch."""
+    joined: list[tuple] = []
+    for piece in sorted(pieces, key=lambda p: (_place(p[0], -_INFINITY), _place(p[2], _INFINITY))):
+        if joined:
+            low, low_closed, high, high_closed = joined[-1]
+            gap = _place(piece[0], -_INFINITY) - _place(high, _INFINITY)
+            touching = high is not None and piece[0] is not None and exact.same(high, piece[0]) is True
+            if (touching and (high_closed or piece[1])) or (not touching and gap < 0):
+                further = _place(piece[2], _INFINITY) - _place(high, _INFINITY) > 0 or (
+                    high is not None and piece[2] is not None and exact.same(high, piece[2]) is True and piece[3]
+                )
+                first_closed = low_closed or (low is not None and piece[1] and exact.same(low, piece[0]) is True)
+                joined[-1] = (low, first_closed, *(piece[2:] if further else (high, high_closed)))
+                continue
+        joined.append(piece)
+    return Region(text, name, tuple(joined))
+
+
+def united(text: str, nodes: list[Node]) -> Region | None:
+    regions = [region_of(node) for node in nodes]
+    if not all(regions) or len({region.name for region in regions} - {""}) > 1:
+        return None
+    pieces = tuple(piece for region in regions for piece in region.pieces)
+    return _region(text, max(region.name for region in regions), pieces)
+
+
+def intersected(text: str, nodes: list[Node]) -> Region | None:
+    """The intersection of half-lines and intervals in one symbol."""
+    if not all(isinstance(node, Region) and len(node.pieces) == 1 for node in nodes):
+        return None
+    if len({node.name for node in nodes}) != 1:
+        return None
+    low = high = (None, False)
+    for node in nodes:
+        piece = node.pieces[0]
+        if piece[0] is not None and (low[0] is None or _place(piece[0], 0) > _place(low[0], 0)):
+            low = piece[:2]
+        if piece[2] is not None and (high[0] is None or _place(piece[2], 0) < _place(high[0], 0)):
+            high = piece[2:]
+    if None not in (low[0], high[0]) and _place(low[0], 0) > _place(high[0], 0):
+        return None
+    return Region(text, nodes[0].name, ((*low, *high),))
+
+
+def without(text: str, whole: Node, points: Node) -> Region | None:
+    """All real numbers but some; None of other differences."""
+    whole, is_set = region_of(whole), isinstance(points, Sequence) and points.kind == "set"
+    points = region_of(points)
+    if not (whole and points and is_set) or whole.pieces != EVERYTHING:
+        return None
+    ends = [None, *(piece[0] for piece in points.pieces), None]
+    return Region(text, "", tuple((low, False, high, False) for low, high in itertools.pairwise(ends)))

@@ -1,0 +1,82 @@
+"""The tables at a run's beginning and end: what it will do and need of its devices, and what came of it."""
+
+from pathlib import Path
+
+import jax
+
+from igrpo_jax.config import Config
+from igrpo_jax.distributed import watchdog
+from igrpo_jax.distributed.chips import size
+from igrpo_jax.distributed.programs import device_bytes, tree_bytes
+from igrpo_jax.learning.learner import Learner
+from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.session.task import Task
+
+
+def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[str, object]]:
+    """Rows of the table that is printed before the first step."""
+    model, mesh = task.policy.model, task.mesh
+    completions = config.prompts_per_step * config.algorithm.num_generations
+    also = ", both trained" if config.algorithm.train_drafts else ", the trained completions"
+    width = config.rollout.max_completion_length
+    units, prefix, share, longest = learner.packer.largest
+    frozen, trained = learner.abstract_frozen, sum(x.size for x in learner.abstract_state().params.values())
+    needs, there = predicted_bytes(config, task, engine, learner), device_bytes()
+    predicted = ", ".join(f"{phase} {size(need)}" for phase, need in needs.items())
+    return [
+        (
+            "model",
+            f"{task.policy.path or 'built-in'}, {model.num_params / 1e6:,.1f} M parameters, {config.model.dtype}",
+        ),
+        ("mesh", f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']}"),
+        ("attention", f"{model.attention} (training and prefill)"),
+        *([("LoRA", f"rank {config.model.lora.rank}, {trained / 1e6:,.2f} M trained parameters")] * bool(frozen)),
+        ("objective", f"{config.algorithm.loss_type}, beta {config.algorithm.beta:g}"),
+        ("training prompts", f"{len(task.prompts):,} ({task.skipped} longer than data.max_prompt_length skipped)"),
+        *task.notes,
+        *(("evaluation", note) for note in task.evaluated.notes),
+        ("steps", f"{task.total_steps:,} of {config.prompts_per_step} prompts"),
+        (
+            "drafts per step",
+            f"{config.prompts_per_step * config.algorithm.num_drafts:,} (N = {config.algorithm.num_drafts})",
+        ),
+        ("refinements per step", f"{completions:,} (G = {config.algorithm.num_generations}){also}"),
+        ("trained tokens per step", f"at most {config.trained_completions * width:,}"),
+        ("longest micro-batch", f"{units} x ({prefix} + {share} x {longest}) tokens: {share} completions to a prompt"),
+        ("compiled programs", f"{len(engine.keys)} of the sampler, more of the update as lengths come"),
+        ("predicted bytes per device", predicted + (f", of {size(there)}" if there else "")),
+        *(
+            ("does not fit", f"{phase}: lower {watchdog.SMALLER[phase]}, or use more devices")
+            for phase, need in needs.items()
+            if there and need > there
+        ),
+    ]
+
+
+def predicted_bytes(config: Config, task: Task, engine: Engine, learner: Learner) -> dict[str, int]:
+    """Bytes that update and rollout need on each device, by the compiler's own count."""
+    rollout = engine.predicted_bytes() + resting_bytes(config, task.mesh, learner)
+    return {"update": learner.predicted_bytes(), "rollout": rollout}
+
+
+def resting_bytes(config: Config, mesh: jax.sharding.Mesh, learner: Learner) -> int:
+    """Bytes on each device of what waits there while completions are sampled, but for the weights that sample.
+
+    In float32 and in one piece the trained weights are these.
+    """
+    same = config.model.dtype == "float32" and mesh.shape["fsdp"] == 1 and not config.model.lora.rank
+    return learner.resting_bytes - same * tree_bytes(learner.abstract_state().params)
+
+
+def after(workdir: Path, scores: dict[int, dict[str, float]], first: int, total: int) -> list[tuple[str, object]]:
+    """Rows of the table at a run's end; `scores` of its evaluations by step, `first` the step it was resumed after."""
+    rows: list[tuple[str, object]] = [("steps", f"{total}" + (f", resumed after {first}" if first else ""))]
+    names = {name for values in scores.values() for name in values if name.endswith("pass@1")}
+    for name in sorted(names):
+        values = [scores[step][name] for step in sorted(scores) if name in scores[step]]
+        change = values[-1] - values[0]
+        rows.append((name, f"{values[0]:.3f} before, {values[-1]:.3f} after ({change:+.3f})"))
+    for what in ("metrics.jsonl", "samples", "evaluations", "tensorboard", "wandb", "checkpoints", "export", "profile"):
+        if (workdir / what).exists():
+            rows.append((what, workdir / what))
+    return rows

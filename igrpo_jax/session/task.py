@@ -1,0 +1,139 @@
+"""What a run is made of, read and checked before anything is written: model files, problems, prompts, mesh.
+
+Not here: weights (`weights`), and what lives while a run goes on (`train`).
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass, replace
+
+import jax
+
+from igrpo_jax.config import Config, InputError, LogConfig
+from igrpo_jax.data import problems
+from igrpo_jax.data.prompts import Renderer
+from igrpo_jax.distributed import sharding
+from igrpo_jax.evaluation import evaluator
+from igrpo_jax.models import attention, decoder
+from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.models.policy import Policy, open_policy
+from igrpo_jax.outputs import trackers
+from igrpo_jax.records import Prompt
+from igrpo_jax.rewards import verifier
+from igrpo_jax.sampling.engine import Engine
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is read and checked before anything is written: model, problems, prompts, mesh."""
+
+    config: Config
+    policy: Policy
+    renderer: Renderer
+    mesh: jax.sharding.Mesh
+    prompts: list[Prompt]
+    skipped: int  # training prompts longer than config.data.max_prompt_length
+    notes: list[tuple[str, str]]  # what was found in the training set
+    evaluated: evaluator.Plan
+    max_context: int  # tokens of the longest q or q' in training
+    total_steps: int
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the training prompts and answers in their order; a resume needs the same ones."""
+        text = json.dumps([(prompt.tokens.tolist(), prompt.answer) for prompt in self.prompts])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def step_prompts(self, step: int, redraw: int = 0) -> list[Prompt]:
+        """The prompts of `step` (from 1), or those of its redraw 1, 2, …: a pure function of them and the seed."""
+        config, count = self.config, len(self.prompts)
+        if redraw:
+            indices = problems.redraw_indices(step - 1, redraw, config.prompts_per_step, count, config.seed)
+        else:
+            indices = problems.step_indices(step - 1, config.prompts_per_step, count, config.seed)
+        return [self.prompts[i] for i in indices]
+
+
+def open_task(config: Config) -> Task:
+    """Reads model files (not weights) and problems, and checks that they fit together."""
+    verifier.check(config.rewards)
+    trackers.check(config.log)
+    check_profiler(config.log)
+    policy = open_policy(config.model)
+    renderer = Renderer(policy.tokenizer, config.data, config.refine, config.draft_limit, policy.eos_ids)
+    held_out = problems.evaluation_rows(config) if config.evaluation.every or config.data.clean else {}
+    training = problems.training_set(config, held_out)
+    kept, skipped = problems.fit(training.rows, renderer.plain, config.data.max_prompt_length)
+    prompts = [Prompt(row.id, row.index, row.question, row.answer, tokens, row.columns) for row, tokens in kept]
+    max_context = max(len(prompt.tokens) for prompt in prompts)
+    max_context += renderer.draft_overhead(config.rollout.max_completion_length) if config.algorithm.num_drafts else 0
+    context = policy.model.max_position_embeddings
+    check_context(config, context, max_context)
+    asked = problems.asked(held_out, config.evaluation.limit) if config.evaluation.every else {}
+    evaluated = evaluator.plan(config, asked, renderer, context)
+    mesh = sharding.make_mesh(config.mesh)
+    policy = replace(policy, model=fitted(config, policy.model, mesh, max_context, evaluated))
+    shards = sharding.batch_shards(mesh)
+    if config.warm_start.steps and config.warm_start.batch_size % shards:
+        raise InputError(
+            f"config.warm_start.batch_size = {config.warm_start.batch_size}: must be a multiple of mesh.data x "
+            f"mesh.fsdp = {shards}, over which a batch is split"
+        )
+    steps = config.steps or max(1, int(config.epochs * len(prompts) / config.prompts_per_step))
+    return Task(config, policy, renderer, mesh, prompts, skipped, training.notes, evaluated, max_context, steps)
+
+
+def check_profiler(settings: LogConfig) -> None:
+    """Raises InputError where JAX's profiler would end the process: it asks libtpu's, which crashes without a TPU."""
+    if not settings.profile_steps or jax.config.jax_platforms or jax.default_backend() == "tpu":
+        return
+    if importlib.util.find_spec("libtpu"):
+        raise InputError(
+            f"config.log.profile_steps = {settings.profile_steps}: libtpu is installed and there is no TPU, where "
+            "JAX's profiler crashes; export JAX_PLATFORMS=cpu, or cuda, or profile no step"
+        )
+
+
+def check_context(config: Config, context: int, max_context: int) -> None:
+    """Raises InputError where the longest q or q', of `max_context` tokens, and a completion exceed the model's."""
+    tokens = max_context + config.rollout.max_completion_length
+    if tokens > context:
+        raise InputError(
+            f"config.rollout.max_completion_length: prompt, draft and completion may reach {tokens} tokens, the "
+            f"model's context is {context}; lower rollout.max_completion_length, data.max_prompt_length or "
+            "refine.max_draft_length"
+        )
+
+
+def fitted(
+    config: Config, model: DecoderConfig, mesh: jax.sharding.Mesh, max_context: int, evaluated: evaluator.Plan
+) -> DecoderConfig:
+    """`model` with the attention of a run on `mesh`. Raises InputError where the mesh does not divide it."""
+    sharding.check_divides(mesh, decoder.shapes(model))
+    longest = max(max_context + config.rollout.max_completion_length, evaluated.max_context)
+    chosen = attention.choose(config.learner.attention, mesh, config.model.dtype, model.head_dim, longest)
+    return replace(model, attention=chosen)
+
+
+def sampler(
+    config: Config,
+    model: DecoderConfig,
+    mesh: jax.sharding.Mesh,
+    eos_ids: tuple[int, ...],
+    max_context: int,
+    evaluated: evaluator.Plan,
+) -> Engine:
+    """The engine of a run, large enough for training and for what is evaluated in it."""
+    return Engine(
+        model,
+        mesh,
+        eos_ids,
+        slots=config.rollout.slots,
+        max_context=max(max_context, evaluated.max_context),
+        max_completion=max(config.rollout.max_completion_length, evaluated.max_completion),
+        length=max(max_context + config.rollout.max_completion_length, evaluated.length),
+        dtype=config.model.dtype,
+        steps_per_dispatch=config.rollout.steps_per_dispatch,
+    )

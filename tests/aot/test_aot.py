@@ -1,0 +1,234 @@
+"""What a run needs of a slice of TPUs, by their own compiler: no chip is here, nor needed.
+
+A small model on four chips, two of which share the weights: its programs are compiled once for all tests, and one that
+cannot fit again.
+"""
+
+import dataclasses
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import whole_runs
+
+from igrpo_jax import config
+from igrpo_jax.aot import __main__ as aot
+from igrpo_jax.aot import footprint
+from igrpo_jax.config import InputError
+from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.programs import tree_bytes
+from igrpo_jax.models import decoder
+
+pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
+
+START = "--config.warm_start.steps=0"
+SETTINGS = {
+    "model.dtype": "bfloat16",
+    "model.builtin.num_layers": 1,
+    "model.builtin.hidden_size": 256,
+    "model.builtin.num_heads": 2,
+    "model.builtin.num_kv_heads": 2,
+    "model.builtin.intermediate_size": 512,
+    "mesh.tensor": 2,
+    "rollout.slots": 32,
+    "learner.minibatches": 1,
+    "evaluation.every": 0,
+    "checkpoint.best_metric": "",
+}
+COLD = [("empty",), ("prefill", 64)]
+COMMAND = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """As it was: libtpu is told by variables that no chip is here."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("aot") / "config.py"
+    path.write_text(whole_runs.CONFIG)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def found():
+    described = footprint.describe(whole_runs.settings(**SETTINGS).model)
+    with pytest.MonkeyPatch.context() as patch:  # logits are larger than what is drawn from them
+        patch.setattr(footprint, "describe", lambda settings: dataclasses.replace(described, vocab_size=4096))
+        made = footprint.prepare(whole_runs.settings(**SETTINGS), aot.topology("v5e:2x2"))
+    footprint.build(made)
+    return made
+
+
+def one(found, kind):
+    return max((one for one in found.programs if one.kind == kind), key=lambda one: one.total)
+
+
+def test_every_kind_of_program_is_built(found):
+    kinds = [one.kind for one in found.programs]
+    assert set(kinds) == {"accumulate", "score", "apply", "weights", *(key[0] for key in found.engine.keys)}
+    assert all(one.seconds > 0 and not one.refused and one.code > 0 for one in found.programs)
+    assert found.model.attention == "splash" and found.fits
+
+
+def test_arguments_are_what_the_parts_say(found):
+    """The compiler's bytes, which pad to whole tiles, against shapes and shardings."""
+    state, engine = found.learner.abstract_state(), found.engine
+    params, moments = tree_bytes(state.params), tree_bytes(state.opt_state)
+    expected = {
+        "apply": 2 * params + moments,  # the gradient too
+        "weights": params,
+        "decode": engine.weight_bytes + engine.state_bytes,
+    }
+    assert {kind: one(found, kind).arguments for kind in expected} == pytest.approx(expected, rel=0.15)
+
+
+def test_what_waits_beside_a_program(found):
+    """The training state while completions are sampled, the moments during a backward pass, and never twice."""
+    state = found.learner.abstract_state()
+    params, moments = tree_bytes(state.params), tree_bytes(state.opt_state)
+    assert one(found, "accumulate").beside == one(found, "weights").beside == moments
+    assert one(found, "score").beside == moments + params
+    assert one(found, "apply").beside == 0
+    assert one(found, "prefill").beside == params + moments + found.engine.state_bytes
+    assert one(found, "decode").beside == params + moments + one(found, "prefill").output
+    assert one(found, "insert").beside == params + moments + found.engine.weight_bytes
+
+
+def test_a_reference_waits_too():
+    devices = jax.devices()[:1]
+    mesh = sharding.make_mesh(config.MeshConfig(), devices)
+    params = {}
+    for beta in (0.0, 0.1):
+        c = whole_runs.settings(**SETTINGS | {"mesh.tensor": 1, "algorithm.beta": beta})
+        model = footprint.describe(c.model)
+        learner = footprint.Learner(c, model, mesh, max_context=64, total_steps=1)
+        params[beta] = learner.beside
+    size = tree_bytes(learner.abstract_state().params)
+    assert all(params[0.1][kind] == params[0.0][kind] + size for kind in params[0.0])
+
+
+def test_weights_are_gathered_once_for_sampling_and_neither_cache_nor_logits_in_decoding(found):
+    engine, decode, weights = found.engine, one(found, "decode"), one(found, "weights")
+    assert weights.sent["all-gather"].bytes > 0.99 * engine.weight_bytes / 2  # of what fsdp splits
+    cache = engine.state_bytes / engine.shard_slots  # of one slot
+    logits = 4 * engine.shard_slots * found.model.vocab_size
+    assert decode.sent.pop("all-reduce").count  # partial sums of the two chips that share the weights
+    assert all(traffic.bytes < min(cache, logits) / 4 for traffic in decode.sent.values()), decode.sent
+
+
+def test_the_command(found, file, monkeypatch, capsys):
+    monkeypatch.setattr(footprint, "prepare", lambda c, devices: found)
+    monkeypatch.setattr(footprint, "build", lambda made, report: [report(one) for one in made.programs])
+    aot.main(["aot", "--config", file, "--topology", "v5e:2x2", *COMMAND])
+    said = capsys.readouterr().out.splitlines()
+    figures = json.loads(said[-1])
+    assert figures["fits"] and figures["devices"] == 4 and figures["topology"] == "v5e:2x2"
+    assert said[-2].startswith("fits: ") and f"in {figures['fullest']}" in said[-2]
+    assert len(figures["programs"]) == len(found.programs) == sum(": compiled in" in line for line in said)
+
+
+def test_a_chip_that_is_too_small(found):
+    """What to change depends on which program is the fullest."""
+    small = dataclasses.replace(found, chip=dataclasses.replace(found.chip, hbm_bytes=1 << 20))
+    assert not small.fits
+    said = aot.verdict(small)
+    assert said[0].startswith(f"does not fit: {small.fullest.name} needs") and len(said) > 3
+    for kind, field in (("accumulate", "learner.tokens_per_microbatch"), ("decode", "rollout.slots")):
+        fullest = dataclasses.replace(small, programs=[one(found, kind)])
+        assert any(field in line for line in aot.advice(fullest))
+        named = [line.partition(" ")[0] for line in aot.advice(fullest)]
+        for name in filter(lambda name: "." in name, named):
+            config.check_field(name)
+
+
+def test_a_cache_that_is_too_large(file, monkeypatch, capsys):
+    """4 million slots, by the compiler itself; of the programs only those that need little to compile."""
+    monkeypatch.setattr(
+        footprint.Engine, "largest", property(lambda engine: [*COLD, ("decode", engine.shard_slots, engine.length)])
+    )
+    build = footprint.Learner.lower
+    monkeypatch.setattr(footprint.Learner, "lower", lambda learner, key: build(learner, ("apply",)))
+    with pytest.raises(SystemExit) as ended:
+        aot.main(["aot", "--config", file, "--topology", "v5e:2x2", *COMMAND, "--config.rollout.slots=4194304"])
+    said = capsys.readouterr().out.splitlines()
+    assert ended.value.code == aot.DOES_NOT_FIT == 3
+    assert not json.loads(said[-1])["fits"]
+    assert any(line.startswith("does not fit: empty") for line in said)
+    assert any("rollout.slots = 4194304: at most" in line or "rollout.slots = 4194304: fewer" in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v5p:4x4x4", "v5e:2x4"])
+@pytest.mark.parametrize("sizes", [(1, -1, 1), (1, -1, 2), (1, -1, 4), (2, -1, 2), (-1, 4, 1)])
+def test_a_process_has_whole_replicas(name, sizes):
+    """JAX's own arrangement follows the torus, tears processes to pieces, and refuses some of these."""
+    devices = aot.topology(name)
+    mesh = sharding.make_mesh(config.MeshConfig(*sizes), devices)
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    for process in np.unique(owners):
+        places = [np.unique(axis) for axis in np.nonzero(owners == process)]
+        assert (owners[np.ix_(*places)] == process).all()
+        assert len(places[2]) == mesh.shape["tensor"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--topology", "v9:2x2"], "--topology v9:2x2: "),
+        (["--topology", "v5e:3x5"], "--topology v5e:3x5: "),
+        ([], "--topology: no published figures of 'cpu'"),
+        (
+            ["--topology", "v5e:2x2", "--config.model.path=nobody/nothing", START],
+            "config.model.path = 'nobody/nothing'",
+        ),
+        (["--topology", "v5e:2x2", "--config.mesh.tensor=3"], "config.mesh"),
+    ],
+)
+def test_bad_input(file, argv, said):
+    with pytest.raises(InputError, match=said.replace("(", "\\(")):
+        aot.main(["aot", "--config", file, *argv])
+
+
+def test_a_libtpu_of_another_jax_is_named():
+    """The newest compiles some programs in words that an older jaxlib does not know."""
+
+    class Compiled:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: async-update should have 1 operands but sees 3\nmore")
+
+    with pytest.raises(InputError, match=r"libtpu [\d.]+ writes .* cannot read .*sees 3\).* \"jax\[tpu\]==\d"):
+        footprint._text(Compiled())
+
+
+def test_a_public_model_is_described_without_a_download():
+    tree = config.default()
+    tree.model.path = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
+    described = footprint.describe(config.freeze(tree).model)
+    assert described.num_params == pytest.approx(7.62e9, rel=0.01)
+
+
+def test_gradients_of_weights_are_not_left_to_the_end():
+    """What they are products of would wait for them: of each of 6 layers 4,096 tokens x 2,048, three times."""
+    device = jax.sharding.SingleDeviceSharding(aot.topology("v5e:2x2")[0])
+    c = config.BuiltinModelConfig(hidden_size=128, num_layers=6, num_heads=1, num_kv_heads=1, intermediate_size=2048)
+    model = footprint.describe(config.ModelConfig(builtin=c))
+    put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+    params = {path: put(shape, jnp.bfloat16) for path, shape in decoder.shapes(model).items()}
+    tokens = put((32, 128), jnp.int32)
+
+    def loss(params, tokens):
+        places = jnp.broadcast_to(jnp.arange(128), tokens.shape)
+        return decoder.apply(model, params, tokens, places, remat="full")[0].astype(jnp.float32).sum()
+
+    memory = jax.jit(jax.grad(loss)).lower(params, tokens).compile().memory_analysis()
+    layer = 32 * 128 * 2048 * 2  # bytes of one such
+    assert memory.temp_size_in_bytes < 6 * layer

@@ -1,0 +1,398 @@
+"""Rows, their order, and what is said of files that can't be used."""
+
+import json
+import logging
+import os
+
+import numpy as np
+import pytest
+
+from igrpo_jax.config import ArithmeticConfig, Config, DataConfig, EvaluationConfig, InputError
+from igrpo_jax.data import overlap, problems
+from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS
+from igrpo_jax.rewards.mathematics import grader
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(file)
+
+
+def sums(count):
+    return [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(count)]
+
+
+def load(path, prompt="prompt", answer="answer", **more):
+    return problems.load_rows(DataConfig(train=str(path), prompt_column=prompt, answer_column=answer, **more))[0]
+
+
+def error_of(call, *args):
+    with pytest.raises(InputError) as caught:
+        call(*args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_json_lines_keep_ids_columns_and_text(tmp_path):
+    rows = [{"id": "a/7", "q": "1+1 = ½·4?", "a": "2", "level": 3}, {"q": "0?", "a": 0, "level": None}]
+    first, second = load(write(tmp_path / "x.jsonl", rows), "q", "a")
+    assert first == problems.Row("a/7", 0, "1+1 = ½·4?", "2", {"id": "a/7", "level": 3})
+    assert second == problems.Row(
+        "2", 1, "0?", "0", {"level": None}
+    )  # answer 0 is not blank; the id is the row's number
+
+
+def test_json_lines_accept_a_byte_order_mark_and_blank_lines(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes('\ufeff{"prompt": "é", "answer": "1"}\n\n{"prompt": "b", "answer": "2"}\n\n'.encode())
+    rows = load(str(file), "prompt", "answer")
+    assert [(row.id, row.index, row.question) for row in rows] == [("1", 0, "é"), ("3", 1, "b")]
+
+
+def test_csv_cells_stay_text(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text('prompt,answer\n"Sum, of 20 and 5?",025\nSymbol?,NA\n', "utf-8")
+    rows = load(str(file), "prompt", "answer")
+    assert [(row.question, row.answer) for row in rows] == [("Sum, of 20 and 5?", "025"), ("Symbol?", "NA")]
+
+
+def test_json_and_parquet_go_through_datasets(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "x.json").write_text(json.dumps(sums(3)), "utf-8")
+    datasets.Dataset.from_list(sums(3)).to_parquet(str(tmp_path / "x.parquet"))
+    for name in ("x.json", "x.parquet"):
+        rows = load(str(tmp_path / name), "prompt", "answer")
+        assert [(row.index, row.answer) for row in rows] == [(0, "1"), (1, "2"), (2, "3")]
+    (tmp_path / "bad.parquet").write_bytes(b"nothing of the sort")
+    assert "can't be loaded" in error_of(load, str(tmp_path / "bad.parquet"), "prompt", "answer")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    message = error_of(load, str(tmp_path / "none.jsonl"), "prompt", "answer")
+    assert message.startswith(f"config.data.train = {str(tmp_path / 'none.jsonl')!r}: no such file")
+    assert "no such file" in error_of(load, "a/b/c", "prompt", "answer")
+    (tmp_path / "x.txt").write_text("x")
+    assert ".jsonl" in error_of(load, str(tmp_path / "x.txt"), "prompt", "answer")
+
+
+def test_a_hub_id_that_can_not_be_had(monkeypatch, caplog):
+    """One line, without those of the hub's own retries before it."""
+    import datasets
+
+    def offline(*args, **kwargs):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("Couldn't reach the hub\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    message = error_of(load, "nobody/none-such", "prompt", "answer")
+    assert message.startswith("config.data.train = 'nobody/none-such': can't be loaded")
+    assert "local file" in message and not caplog.records
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_an_empty_file(tmp_path, text):
+    (tmp_path / "x.jsonl").write_text(text)
+    assert "is empty" in error_of(load, str(tmp_path / "x.jsonl"), "prompt", "answer")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"prompt": "x", "answer"', "line 3 is not JSON"),
+        (b'{"prompt": "\xff", "answer": "1"}', "line 3 is not JSON"),
+        (b'["x", "1"]', "line 3 holds no JSON object"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, said):
+    (tmp_path / "x.jsonl").write_bytes(b'{"prompt": "x", "answer": "1"}\n' * 2 + line + b"\n")
+    assert said in error_of(load, str(tmp_path / "x.jsonl"), "prompt", "answer")
+
+
+def test_csv_with_an_unquoted_comma(tmp_path):
+    (tmp_path / "x.csv").write_text("prompt,answer\na,1\nb, or c,2\n")
+    assert "row 2 has more cells" in error_of(load, str(tmp_path / "x.csv"), "prompt", "answer")
+
+
+def test_a_column_that_is_not_there(tmp_path):
+    file = write(tmp_path / "x.jsonl", [{"problem": "x", "answers": "1"}] * 2)
+    message = error_of(load, file, "prompt", "answers")
+    assert "no column 'prompt'" in message
+    assert "problem, answers" in message
+    assert "nearest is 'problem'" in message
+    assert "config.data.prompt_column" in message
+    message = error_of(load, file, "problem", "answer")
+    assert "nearest is 'answers'" in message
+    assert "config.data.answer_column" in message
+
+
+def test_blank_cells_are_counted_and_their_rows_named(tmp_path):
+    rows = sums(100)
+    rows[3]["answer"], rows[16]["answer"] = "", "  \n"
+    del rows[59]["answer"]
+    file = write(tmp_path / "x.jsonl", rows)
+    message = error_of(load, file, "prompt", "answer")
+    assert f"config.data.train = {file!r}: 3 of 100 rows have a blank 'answer': rows 4, 17, 60;" in message
+    for i in range(8):
+        rows[i]["prompt"] = None
+    message = error_of(load, write(tmp_path / "x.jsonl", rows), "prompt", "answer")
+    assert "8 of 100 rows have a blank 'prompt': rows 1, 2, 3, 4, 5, ...;" in message
+
+
+def test_cells_that_are_no_text(tmp_path):
+    rows = sums(3)
+    rows[1]["prompt"] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    message = error_of(load, write(tmp_path / "x.jsonl", rows))
+    assert "1 of 3 rows has a 'prompt' that can't be read (messages of the roles user, assistant, where" in message
+    rows[1]["prompt"] = 5
+    assert "that can't be read (not text): row 2;" in error_of(load, write(tmp_path / "x.jsonl", rows))
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "answer", "mapping"),
+    [
+        ({"problem": "Q", "answer": "7"}, "Q", "7", ("problem", "answer")),
+        ({"input": "Q", "output": 27.0}, "Q", "27", ("input", "output")),
+        ({"input": "x", "question": "Q", "ground_truth": 0.5, "solution": "7"}, "Q", "7", ("question", "solution")),
+        ({"question": "Q", "answer": "1 + 1 = <<1+1=2>>2\n#### 1,234"}, "Q", "1234", ("question", "answer")),
+        (
+            {"problem": "Q", "solution": "Thus $\\boxed{1}$, so $\\boxed{\\frac{1}{2}}$."},
+            "Q",
+            "\\frac{1}{2}",
+            ("problem", "solution"),
+        ),
+        (
+            {
+                "data_source": "openai/gsm8k",
+                "prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}],
+                "reward_model": {"style": "rule", "ground_truth": "72"},
+            },
+            "S\n\nQ",
+            "72",
+            ("prompt", "reward_model.ground_truth"),
+        ),
+        ({"prompt": [{"role": "user", "content": "Q"}], "answer": ["3"]}, "Q", "3", ("prompt", "answer")),
+    ],
+)
+def test_columns_are_found_by_their_names(tmp_path, row, question, answer, mapping):
+    """Each is a form that published data sets have. `input` beside `question` loses: the order of names counts."""
+    rows, found, _ = problems.load_rows(DataConfig(train=write(tmp_path / "x.jsonl", [row])))
+    assert (rows[0].question, rows[0].answer, (found.prompt, found.answer)) == (question, answer, mapping)
+    assert rows[0].columns == {name: value for name, value in row.items() if name not in mapping}
+    assert mapping[0] in str(found) and mapping[1] in str(found)
+
+
+def test_a_named_column_wins_over_those_found(tmp_path):
+    file = write(tmp_path / "x.jsonl", [{"problem": "P", "question": "Q", "answer": "1", "extra": {"gold": "2"}}])
+    (row,) = load(file, "question", "extra.gold")
+    assert (row.question, row.answer) == ("Q", "2")
+
+
+def test_no_column_of_a_known_name(tmp_path):
+    message = error_of(load, write(tmp_path / "x.jsonl", [{"text": "x", "label": "1"}]), "", "")
+    assert "has no column 'prompt', 'problem', 'question' or 'input'" in message
+    assert "its columns are text, label" in message and "config.data.prompt_column" in message
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+    for name, first in (("b", 2), ("a", 0)):
+        write(tmp_path / f"{name}.jsonl", sums(4)[first : first + 2])
+    assert [(row.id, row.index, row.answer) for row in load(tmp_path)] == [
+        ("1", 0, "1"),
+        ("2", 1, "2"),
+        ("3", 2, "3"),
+        ("4", 3, "4"),
+    ]
+    (tmp_path / "c.csv").write_text("prompt,answer\n")
+    assert "several kinds (.csv, .jsonl)" in error_of(load, tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "holds no file" in error_of(load, tmp_path / "empty")
+
+
+def test_of_a_folder_whose_files_are_named_after_splits_one_is_read(tmp_path):
+    """As a data set's folder on the hub has them; red where its test problems would be trained on."""
+    files = {"train-00001-of-2": 2, "train-00000-of-2": 0, "gsm8k_Test": 4, "notes": 6}
+    for name, first in files.items():
+        write(tmp_path / f"{name}.jsonl", sums(8)[first : first + 2])
+    assert [row.answer for row in load(tmp_path)] == ["1", "2", "3", "4"]
+    assert [row.answer for row in load(tmp_path, split="test")] == ["5", "6"]
+    message = error_of(lambda: load(tmp_path, split="dev"))
+    assert "has files of test, train, and none of the split 'dev'; set config.data.split" in message
+
+
+def test_presets_and_hub_ids_ask_the_hub_for_the_right_thing(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((*args, kwargs["split"]))
+        return [{"problem": "Q", "question": "Q", "answer": "1 #### 2", "solution": "\\boxed{2}"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in TRAINING_SETS:
+        assert [(row.question, row.answer) for row in load(name, "", "")] == [("Q", "2")]
+    load("owner/name", "", "", subset="hard", split="test")
+    for name in BENCHMARKS:
+        assert [(row.question, row.answer) for row in problems.benchmark_rows(name, EvaluationConfig())] == [("Q", "2")]
+    assert asked[:5] == [
+        ("DigitalLearningGmbH/MATH-lighteval", None, "train"),
+        ("nvidia/AceReason-Math", None, "train"),
+        ("open-r1/OpenR1-Math-220k", "default", "train"),
+        ("openai/gsm8k", "main", "train"),
+        ("owner/name", "hard", "test"),
+    ]
+    assert ("openai/gsm8k", "main", "test") in asked[5:] and ("HuggingFaceH4/aime_2024", None, "train") in asked[5:]
+
+
+def test_a_benchmark_without_the_hub_says_how_to_give_a_file():
+    message = error_of(problems.benchmark_rows, "math500", EvaluationConfig())  # the suite is offline
+    assert message.startswith("config.evaluation.benchmarks = 'math500': can't be loaded")
+    assert "config.evaluation.data_dir=FOLDER with math500.jsonl" in message
+
+
+def test_benchmarks_are_found_by_name_and_cut_to_the_limit(tmp_path):
+    write(tmp_path / "aime24.jsonl", sums(5))
+    write(tmp_path / "gsm8k_test.jsonl", sums(4))
+    write(tmp_path / "my_own.jsonl", [{"question": "1 + 1?", "solution": "\\boxed{2}"}])
+    settings = EvaluationConfig(data_dir=str(tmp_path))
+    assert len(problems.benchmark_rows("aime24", settings)) == 5
+    assert len(problems.benchmark_rows("gsm8k", settings)) == len(problems.benchmark_rows("gsm8k_test", settings)) == 4
+    assert [row.answer for row in problems.benchmark_rows("my_own", settings)] == ["2"]
+    both = EvaluationConfig(data_dir=str(tmp_path), benchmarks=("aime24", "arithmetic"))
+    rows = problems.asked(problems.evaluation_rows(Config(evaluation=both)), 2)
+    assert {name: [row.index for row in some] for name, some in rows.items()} == {
+        "aime24": [0, 1],
+        "arithmetic": [0, 1],
+    }
+    message = error_of(problems.benchmark_rows, "aime_24", settings)
+    assert message.startswith("config.evaluation.benchmarks = 'aime_24'")
+    assert "nearest is 'aime24'" in message and "my_own" in message
+    assert "config.evaluation.data_dir names a folder" in error_of(problems.benchmark_rows, "mine", EvaluationConfig())
+    missing = EvaluationConfig(data_dir=str(tmp_path / "none"))
+    assert "config.evaluation.data_dir" in error_of(problems.benchmark_rows, "aime24", missing)
+    write(tmp_path / "empty.jsonl", [])
+    message = error_of(problems.benchmark_rows, "empty", settings)
+    assert "config.evaluation.benchmarks = 'empty'" in message and "is empty" in message
+
+
+def test_what_is_left_out_of_the_training_set(tmp_path):
+    words = [f"word{i}" for i in range(20)]
+    asked = " ".join(words)
+    rows = [
+        {"prompt": "How many?", "answer": "1"},
+        {"prompt": "how  MANY", "answer": "1"},  # the same words
+        {"prompt": "(Again) " + asked.upper() + ", please.", "answer": "2"},  # all 8 runs of the evaluation problem
+        {"prompt": " ".join(words[3:]), "answer": "2"},  # 5 of its 8 runs
+        {"prompt": " ".join(words[5:]), "answer": "2"},  # 3 of its 8 runs: not half
+        {"prompt": "Without", "answer": " "},
+        {"prompt": "7 + 5 - 3", "answer": "9"},
+        {"prompt": "7 - 5 + 3", "answer": "5"},  # the same words, and another problem
+    ]
+    file = write(tmp_path / "x.jsonl", rows)
+    held_out = {"mine": [problems.Row("1", 0, "Other", "0", {}), problems.Row("2", 1, asked, "2", {})]}
+    held_out["mine"].append(problems.Row("3", 2, "7 - 5 - 3", "-1", {}))
+    cleaned = problems.training_set(Config(data=DataConfig(train=file, clean=True)), held_out)
+    assert [row.index for row in cleaned.rows] == [0, 4, 5, 6]
+    assert cleaned.notes[1:] == [
+        ("problems without an answer", "1, left out"),
+        ("repeated problems", "1 of 7, left out"),
+        ("training problems like mine's", "2 of 7, left out"),
+    ]
+    file = write(tmp_path / "x.jsonl", rows[:5])
+    kept = problems.training_set(Config(data=DataConfig(train=file)), held_out)
+    assert len(kept.rows) == 5 and kept.notes[1] == ("repeated problems", "1 of 5, kept")
+    message = error_of(load, write(tmp_path / "x.jsonl", rows))
+    assert "1 of 8 rows has a blank 'answer': row 6; " in message and "config.data.clean=True" in message
+    everything = Config(
+        data=DataConfig(train=write(tmp_path / "y.jsonl", [{"prompt": asked, "answer": "2"}]), clean=True)
+    )
+    assert "leaves none of the 1 problems" in error_of(problems.training_set, everything, held_out)
+
+
+@pytest.mark.skipif("IGRPO_DATA" not in os.environ, reason="IGRPO_DATA names no folder of the real problems")
+def test_the_real_problems():
+    """Every gold is found and accepted by the grader, and overlaps are those that an independent count found."""
+    folder = os.environ["IGRPO_DATA"]
+    settings = EvaluationConfig(data_dir=folder)
+    held_out = {name: problems.benchmark_rows(name, settings) for name in BENCHMARKS}
+    for name, rows in held_out.items():
+        assert len(rows) == BENCHMARKS[name].problems
+        assert len({row.id for row in rows}) == len(rows)
+        for row in rows:
+            assert grader.grade(f"So \\boxed{{{row.answer}}}.", row.answer)[0] == 1.0, (name, row.id)
+    questions = []
+    for file, count in (("gsm8k_train", 7473), ("math_train", 7500)):
+        rows = load(f"{folder}/{file}.jsonl", "", "")
+        assert len(rows) == count
+        questions += [row.question for row in rows]
+    asked = {name: [row.question for row in rows] for name, rows in held_out.items()}
+    hit = {name: len(set(overlap.overlapping(questions, texts).values())) for name, texts in asked.items()}
+    assert hit == {"aime24": 0, "aime25": 0, "amc23": 0, "minerva": 0, "gsm8k": 1, "math500": 17}
+    assert len(overlap.repeated(questions)) == 2  # 5 more have the same words and other signs
+
+
+def test_training_rows_are_the_file_or_the_built_in_task(tmp_path):
+    file = write(tmp_path / "x.jsonl", [{"q": "1 + 1?", "a": "2"}])
+    settings = DataConfig(train=file, prompt_column="q", answer_column="a")
+    found = problems.training_set(Config(data=settings), {})
+    assert [row.question for row in found.rows] == ["1 + 1?"]
+    assert found.notes == [("columns", "question from 'q', answer from 'a'")]
+    built_in = Config(data=DataConfig(arithmetic=ArithmeticConfig(train_problems=30, test_problems=10)))
+    rows = problems.training_set(built_in, {}).rows
+    assert [row.index for row in rows] == list(range(30))
+    assert all(int(row.answer) >= 0 for row in rows)
+
+
+def test_an_epoch_is_a_permutation_of_its_seed_and_number():
+    orders = {(seed, epoch): problems.epoch_order(50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)}
+    assert all(sorted(order) == list(range(50)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == 4
+    assert orders[0, 1] == problems.epoch_order(50, 0, 1).tolist()
+    # The very numbers: a run that is resumed under another numpy must go on in the same order.
+    assert problems.epoch_order(8, 7, 2).tolist() == [0, 3, 5, 1, 4, 2, 6, 7]
+
+
+def test_steps_are_slices_of_the_epochs_laid_end_to_end():
+    epochs = np.concatenate([problems.epoch_order(7, 3, epoch) for epoch in range(4)]).tolist()
+    for step in range(9):  # 27 of 28 places, three per step: steps 2, 4 and 6 straddle two epochs
+        assert problems.step_indices(step, 3, 7, seed=3) == epochs[3 * step : 3 * step + 3]
+    assert problems.step_indices(0, 28, 7, seed=3) == epochs  # a step may even be longer than an epoch
+
+
+def test_every_row_is_read_once_before_any_is_read_twice():
+    read = [index for step in range(5) for index in problems.step_indices(step, 4, 10, seed=0)]
+    assert sorted(read) == sorted(list(range(10)) * 2)
+    assert sorted(read[:10]) == list(range(10))
+
+
+def test_redraws_take_rows_that_the_step_has_not():
+    """3 of 20 rows a step: five redraws read 15 different ones of the other 17, in an order of the step's own."""
+    own = problems.step_indices(4, 3, 20, seed=1)
+    draws = [problems.redraw_indices(4, redraw, 3, 20, seed=1) for redraw in range(1, 6)]
+    read = [row for rows in draws for row in rows]
+    assert len(set(read)) == 15 and not set(read) & set(own)
+    assert problems.redraw_indices(4, 3, 3, 20, seed=1) == draws[2]  # of what it is asked alone
+    assert problems.redraw_indices(5, 1, 3, 20, seed=1) != draws[0] != problems.redraw_indices(4, 1, 3, 20, seed=2)
+
+
+def test_redraws_of_a_small_data_set_begin_it_again():
+    own = set(problems.step_indices(0, 3, 5, seed=0))
+    one, two = (problems.redraw_indices(0, redraw, 3, 5, seed=0) for redraw in (1, 2))
+    assert set(one) == set(two) == set(range(5)) - own and one != two
+    assert set(problems.redraw_indices(0, 1, 3, 3, seed=0)) == {0, 1, 2}  # there are no others
+
+
+def test_long_prompts_are_skipped_and_counted(tmp_path):
+    file = write(tmp_path / "x.jsonl", [{"prompt": "a" * n, "answer": "1"} for n in (3, 5, 4, 9)])
+    rows = load(file, "prompt", "answer")
+    kept, skipped = problems.fit(rows, lambda text: [ord(x) for x in text], max_length=4)
+    assert skipped == 2
+    assert [(row.index, tokens.tolist(), tokens.dtype) for row, tokens in kept] == [
+        (0, [97] * 3, np.int32),
+        (2, [97] * 4, np.int32),
+    ]
+    message = error_of(problems.fit, rows, lambda text: [0] * len(text), 2)
+    assert message.startswith("config.data.max_prompt_length = 2: all 4 prompts are longer; the shortest has 3 tokens")

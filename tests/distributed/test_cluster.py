@@ -1,0 +1,101 @@
+"""How processes are found and what may follow from another's end; `test_multiprocess` has several that really run."""
+
+import jax
+import pytest
+
+from igrpo_jax import cli
+from igrpo_jax.config import ClusterConfig, InputError, RunError
+from igrpo_jax.distributed import cluster
+
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_NODELIST": "node[003-004]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_TASKS_PER_NODE", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def job(**more):
+        for name, value in (SLURM | more).items():
+            monkeypatch.setenv(name, value)
+        return cluster._detected()
+
+    return job
+
+
+def test_a_process_alone_meets_nobody(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", None)
+    one = {"coordinator_address": "localhost:1", "num_processes": 1, "process_id": 0}
+    for address in ({}, one):
+        with cluster.joined(ClusterConfig(), address):
+            assert cluster.gather(b"x") == [b"x"] and cluster.from_first(lambda: (1,)) == (1,)
+            cluster.check_same({"x": 1})
+
+
+def test_slurm_is_found_and_a_task_alone_on_its_node_takes_all_gpus(slurm):
+    assert slurm(SLURM_NTASKS="1") is None
+    assert slurm() == {}
+    assert slurm(SLURM_STEP_TASKS_PER_NODE="1(x2)", SLURM_GPUS_ON_NODE="8") == {"local_device_ids": list(range(8))}
+    assert slurm(CUDA_VISIBLE_DEVICES="4,5") == {"local_device_ids": [0, 1]}
+    assert slurm(SLURM_STEP_TASKS_PER_NODE="8(x2)") == {}
+
+
+def test_a_metadata_server_that_does_not_answer_is_no_pod(monkeypatch, caplog):
+    def fails():
+        raise OSError("no route")
+
+    monkeypatch.setattr(cluster.clusters.GceTpuCluster, "is_env_present", fails)
+    assert cluster._detected() is None
+    assert "runs alone: it could not be asked whether this machine is part of a pod: no route" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--coordinator h:1 --process 0", "--processes: missing"),
+        ("--process=0", "--coordinator: missing"),
+        ("--coordinator h --processes 2 --process 0", "--coordinator h: must be HOST:PORT"),
+        ("--coordinator h:1 --processes 2 --process 2", "--process 2: must be below --processes = 2"),
+        ("--coordinator h:1 --processes two --process 0", "--processes two: must be a whole number"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, expected):
+    with pytest.raises(InputError, match=expected):
+        cli.address(["main", *flags.split()])
+
+
+def test_flags_are_jaxs_arguments():
+    flags = ["--coordinator", "h:1", "--processes=2", "--process", "1"]
+    assert cli.address(["main", *flags]) == {"coordinator_address": "h:1", "num_processes": 2, "process_id": 1}
+    assert cli.address(["main", "--config", "x"]) == {}
+    cli.parse(["main", "--config", "configs/tiny_cpu.py", *flags])
+    cli.parse_model(["main", "--model", "x", *flags], "", {})
+
+
+def wrapped(cause):
+    try:
+        try:
+            raise cause
+        except Exception as error:
+            raise RunError("step 3 could not be written") from error
+    except RunError as error:
+        return error
+
+
+def test_which_errors_may_follow_from_anothers_end():
+    """One that does not is told at once; one that does would blame the wrong process."""
+    gloo = "UNKNOWN: Gloo AllGather failed: Connection closed by peer"
+    for error in (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), ValueError(gloo)):
+        assert cluster._may_follow(error) and cluster._may_follow(wrapped(error))
+    full, memory = (
+        OSError(28, "No space left on device"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    )
+    for error in (InputError("--model: missing"), full, wrapped(full), memory, wrapped(memory), ValueError("x: y")):
+        assert not cluster._may_follow(error)

@@ -1,0 +1,328 @@
+"""Several processes train together: as one would, on any number of them, and none waits for ever for one that is gone.
+
+All is on one machine, with gloo between the processes: numbers, deadlocks and checkpoints are covered, neither NCCL nor
+TPU links, nor how a real cluster is found. One run of two processes is ended by a notice of preemption, and four go on
+with it; one process with as many devices does the same here.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import whole_runs
+
+from igrpo_jax import train
+from igrpo_jax.learning import rollout
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="compares with one process of eight devices")
+
+REWARD = """
+def graded(prompts, completions, **columns):
+    return [len(text) * 7919 % 5 / 4 for text in completions]
+"""
+SETTINGS = {
+    "seed": 3,
+    "steps": 4,
+    "prompts_per_step": 5,  # three for one process, two for the other
+    "warm_start.steps": 0,
+    "data.arithmetic.min_terms": 2,
+    "data.arithmetic.max_terms": 2,
+    "rollout.max_completion_length": 12,  # one length of prompts, one of completions: few programs
+    "learner.minibatches": 1,
+    "algorithm.max_redraws": 1,
+    "rewards.custom": "some_reward:graded",
+    "optimizer.learning_rate": 1e-3,
+    "evaluation.every": 4,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 9,
+    "checkpoint.best_metric": "",
+    "log.samples_every": 0,
+    "log.profile_steps": (),
+    "log.trackers": (),
+}
+# In step 2 what process 1 of two samples ends after two tokens: a process that waited for another would wait for ever.
+UNEVEN = """
+import dataclasses
+from igrpo_jax import rollout
+submit = rollout._Step._submit
+def uneven(self, item, *args, **kwargs):
+    whole = self._rollout
+    if self._step == 2 and item.place % 5 % 2:
+        self._rollout = dataclasses.replace(whole, max_completion_length=2)
+    submit(self, item, *args, **kwargs)
+    self._rollout = whole
+rollout._Step._submit = uneven
+"""
+NOTICE = """
+import os, signal
+from igrpo_jax import train, watchdog
+begin = train.Verifier.submit
+def graded(self, candidate):
+    if "rollout (step 4)" in watchdog.current():
+        os.kill(os.getpid(), signal.SIGTERM)
+    return begin(self, candidate)
+train.Verifier.submit = graded
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def environment(count: int, **more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(whole_runs.ROOT), *sys.path])
+    devices = f"--xla_force_host_platform_device_count={8 // count}"
+    common = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices, "PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return os.environ | common | more
+
+
+def started(program: str, arguments: list, env: dict[str, str]) -> subprocess.Popen:
+    start = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(
+        start,
+        cwd=whole_runs.ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+
+
+def ended(processes: list[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str]]:
+    """Exit codes and what was said."""
+    with contextlib.ExitStack() as stack:
+        for process in processes:
+            stack.callback(process.kill)
+        said = [process.communicate(timeout=timeout)[0] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+def run(folder: Path, workdir: Path, count: int, inject: dict[int, str], slurm: bool, **fields) -> list:
+    """A run of `count` processes that have eight devices together; `inject` are statements for some of them."""
+    overrides = [f"{name}={value}" for name, value in (SETTINGS | fields).items()]
+    _, _, name, *arguments = whole_runs.command(folder, workdir, *overrides)
+    port, processes = free_port(), []
+    for own in range(count):
+        if slurm:  # JAX finds the port by the job's number
+            job = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": f"{count}"}
+            job |= {"SLURM_PROCID": f"{own}", "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": f"{port}"}
+            env, flags = environment(count, **job), []
+        else:
+            env = environment(count)
+            flags = ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process", str(own)]
+        program = f"import sys\n{inject.get(own, '')}\nfrom igrpo_jax import cli, main\n"
+        program += f"sys.argv[0] = {name!r}\ncli.run(main.main)\n"
+        processes.append(started(program, arguments + flags, env))
+    return ended(processes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("several")
+    (path / "some_reward.py").write_text(REWARD)
+    sys.path.insert(0, str(path))  # of the processes too
+    yield path
+    sys.path.remove(str(path))
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """Two processes up to a notice in step 4, which only the second gets."""
+    inject = {0: UNEVEN, 1: UNEVEN + NOTICE}
+    return folder / "two", run(folder, folder / "two", 2, inject, slurm=True)
+
+
+@pytest.fixture(scope="module")
+def four(folder, two):
+    """Four processes that take up the run of the two, and end it."""
+    shutil.copytree(two[0], folder / "four")
+    return folder / "four", run(folder, folder / "four", 4, {}, slurm=False, **{"checkpoint.export": True})
+
+
+@pytest.fixture(scope="module")
+def one(folder, compile_fast):
+    """One process that runs to the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout._Step, "_submit", rollout._Step._submit)  # so that it is put back
+        exec(UNEVEN, {})
+        train.train(whole_runs.settings(**SETTINGS, **{"checkpoint.export": True}), folder / "one")
+    return folder / "one"
+
+
+def check_close(mine: list[dict], theirs: list[dict]) -> None:
+    """Rows of metrics but for the last digits: sums over devices have another order between processes."""
+    for row, other in zip(mine, theirs, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            assert value == pytest.approx(other[name], rel=1e-4, abs=1e-5), (row["step"], name)
+
+
+def tokens_of(workdir: Path) -> list[tuple[float, float]]:
+    """Drafts' and refinements' of each step, those of redrawn groups included."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["perf/draft_tokens"], row["perf/completion_tokens"]) for row in rows if "loss" in row]
+
+
+def test_two_processes_are_as_one(two, one):
+    """Metrics and samples, with redraws and lengths that differ widely; and a notice to one of them ends both."""
+    workdir, processes = two
+    assert [code for code, _ in processes] == [75, 75], processes
+    assert all("preempted: step 3 of 4 is saved" in said for _, said in processes)
+    rows = whole_runs.rows(workdir)
+    check_close(rows, [row for row in whole_runs.rows(one) if row["step"] < 4])
+    assert tokens_of(workdir) == tokens_of(one)[:3]
+    steps = [row for row in rows if "loss" in row]
+    assert len(steps) == 3 and all(row["grad_norm"] > 0 for row in steps)
+    assert sum(row["redraw/groups"] for row in steps) > 0
+    samples, whole = whole_runs.samples(workdir), whole_runs.samples(one)
+    assert len(samples) == 3 and samples.items() <= whole.items()
+    prompts = {}
+    for row in map(json.loads, samples["step_000002.jsonl"].splitlines()):
+        prompts.setdefault(row["prompt_id"], []).append(row["token_count"])
+    longest = [max(lengths) for lengths in prompts.values()]
+    assert max(longest[1::2]) == 2 and max(longest[::2]) == 12
+
+
+def test_one_process_restores_what_two_saved(two, one, folder):
+    shutil.copytree(one, folder / "three", ignore=shutil.ignore_patterns("4"))
+    three = whole_runs.settings(**SETTINGS | {"steps": 3})
+    a, b = (whole_runs.final_state(workdir, three) for workdir in (two[0], folder / "three"))
+    assert a.keys() == b.keys() and any("mu" in name for name in a)
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_four_processes_go_on_from_what_two_saved(four, one):
+    workdir, processes = four
+    assert [code for code, _ in processes] == [0] * 4, processes
+    assert "Done" in processes[0][1] and "step 4" not in processes[3][1]
+    check_close(whole_runs.rows(workdir), whole_runs.rows(one))
+    assert whole_runs.samples(workdir) == whole_runs.samples(one)
+    evaluated = [sorted((folder / "evaluations" / "step_000004").iterdir()) for folder in (workdir, one)]
+    assert len(evaluated[0]) == 3
+    assert [file.read_text() for file in evaluated[0]] == [file.read_text() for file in evaluated[1]]
+    exported = [safetensors.numpy.load_file(folder / "export" / "model.safetensors") for folder in (workdir, one)]
+    for name, tensor in exported[0].items():
+        mine, theirs = (x.astype(np.float32) for x in (tensor, exported[1][name]))
+        np.testing.assert_allclose(mine, theirs, rtol=2**-6, atol=1e-5, err_msg=name)  # in bfloat16
+
+
+DRIVER = """
+import os, signal, sys, time
+import jax
+from igrpo_jax import cli, config
+from igrpo_jax.distributed import cluster, preemption, watchdog
+
+def main(argv):
+    address, own = cli.address(argv), int(argv[-1])
+    with cluster.joined(config.Cluster(start_timeout=START, silence=6), address):
+        {body}
+cli.run(main)
+"""
+AGREE = """
+        cluster.check_same({"config": {"seed": 1}})
+        assert cluster.gather(b"x" * own * 600_000) == [b"x" * i * 600_000 for i in range(2)]
+        assert cluster.from_first(lambda: [own, "first"]) == [0, "first"]
+        assert cluster.any_of(own == 1) and not cluster.any_of(False)
+        try:
+            cluster.check_same({"config": {"seed": 1, "optimizer": {"b1": own}}})
+        except config.InputError as error:
+            print(error)
+        with watchdog.phase("update", "step 7"):
+            if own:
+                raise config.RunError("the disk is full")
+            cluster.gather(b"")
+"""
+KILLED = """
+        with watchdog.phase("rollout", f"step {own}"):
+            cluster.gather(b"")
+            time.sleep(2)  # all have heard of it
+            if own == VICTIM:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if own == 2:
+                time.sleep(600)
+            if VICTIM == 0:  # and no thread of Python's gets to run before JAX aborts
+                sys.setswitchinterval(0.2)
+                while True:
+                    pass
+            cluster.gather(b"")
+"""
+OTHERS = """
+        cluster.check_same({"seed": own})
+"""
+NOTICED = """
+        with preemption.noticed(60):
+            if own:
+                os.kill(os.getpid(), signal.SIGTERM)
+            while True:
+                preemption.check()
+                time.sleep(0.1)
+"""
+
+
+def driven(body: str, count: int, of: int | None = None, start_timeout: int = 60) -> list[subprocess.Popen]:
+    """`count` of `of` processes that only run `body`."""
+    port, program = free_port(), DRIVER.replace("{body}", body.strip()).replace("START", f"{start_timeout}")
+    flags = ["--coordinator", f"localhost:{port}", "--processes", of or count, "--process"]
+    return [started(program, [*flags, own], environment(8)) for own in range(count)]
+
+
+@pytest.fixture(scope="module")
+def failures():
+    """What several small groups of processes said, all at the same time."""
+    bodies = {"error": (AGREE, 2), "facts": (OTHERS, 2), "notice": (NOTICED, 2)}
+    bodies |= {"first": (KILLED.replace("VICTIM", "0"), 2), "second": (KILLED.replace("VICTIM", "1"), 3)}
+    groups = {name: driven(*body) for name, body in bodies.items()}
+    groups["alone"] = driven("pass", 1, of=2, start_timeout=3)
+    began = time.monotonic()
+    found = {name: ended(processes) for name, processes in groups.items()}
+    assert time.monotonic() - began < 60
+    return found
+
+
+def test_an_error_of_one_ends_all_with_its_message(failures):
+    (first, said), (second, told) = failures["error"]
+    assert (first, second) == (1, 1)
+    assert "error: process 1 (" in said and ") failed in update (step 7): RunError: the disk is full" in said
+    assert told.endswith("igrpo_jax: error: the disk is full\n")
+    assert all("config.optimizer.b1: process 1 (" in text and ") has 1, process 0 (" in text for text in (said, told))
+
+
+def test_other_facts_are_told_by_all(failures):
+    for code, said in failures["facts"]:
+        assert code == 2 and "error: seed: process 1 (" in said and "start every process with the same command" in said
+
+
+def test_a_notice_to_one_is_one_to_all(failures):
+    assert [code for code, _ in failures["notice"]] == [75, 75]
+    assert "igrpo_jax: SIGTERM of process 1 (" in failures["notice"][0][1]
+
+
+@pytest.mark.parametrize("name, victim", [("first", 0), ("second", 1)])
+def test_a_killed_process_is_named_by_the_others(failures, name, victim):
+    processes = failures[name]
+    assert processes[victim][0] == -signal.SIGKILL
+    for own, (code, said) in enumerate(processes):
+        if own != victim:
+            assert code == 1, said
+            last = said.strip().splitlines()[-1]
+            assert f"error: process {victim} (" in last and f"it was in rollout (step {victim})" in last
+
+
+def test_a_process_that_waits_in_vain_says_so(failures):
+    ((code, said),) = failures["alone"]
+    assert code == 1 and "process 0 of 2: not all processes have come to localhost:" in said

@@ -1,0 +1,50 @@
+"""SIGTERM is a notice: noticed at the next check; and the end after the grace, whatever the process does."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from igrpo_jax.distributed import preemption
+
+
+def test_the_notice_is_seen_at_the_next_check_and_the_handler_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with preemption.noticed(60):
+        preemption.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # the second changes nothing
+        with pytest.raises(preemption.Preempted):
+            preemption.check()
+    assert signal.getsignal(signal.SIGTERM) == before
+    with preemption.noticed(60):
+        preemption.check()  # of a later run in the same process
+
+
+def test_in_another_thread_nothing_changes():
+    seen = []
+
+    def run():
+        with preemption.noticed(60):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_a_run_that_cannot_save_in_time_ends():
+    program = """
+import os, signal, time
+from igrpo_jax import preemption
+with preemption.noticed(0.3):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(600)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 75
+    assert "not saved within config.checkpoint.preemption_grace = 0.3 s of SIGTERM" in done.stderr

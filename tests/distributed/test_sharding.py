@@ -1,0 +1,165 @@
+"""The mesh and the axis table: parameters lie where the table says, and where they lie changes no number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from igrpo_jax import config
+from igrpo_jax.config import InputError
+from igrpo_jax.distributed import sharding
+from igrpo_jax.models import decoder
+from igrpo_jax.models.config import DecoderConfig
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+TINY = DecoderConfig(
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=40,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    pattern="*-",
+    rope_theta=1000.0,
+    rms_norm_eps=1e-5,
+    qkv_bias=True,
+    tie_embeddings=False,
+    max_position_embeddings=64,
+)
+
+
+def cube():
+    return sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def one_device():
+    return sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+
+
+def test_the_suite_has_eight_devices():
+    assert len(jax.devices()) >= 8, "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [((1, -1, 1), (1, 8, 1)), ((-1, 2, 2), (2, 2, 2)), ((2, 1, -1), (2, 1, 4)), ((1, 4, 2), (1, 4, 2))],
+)
+def test_minus_one_is_the_rest_of_the_devices(sizes, expected):
+    mesh = sharding.make_mesh(config.MeshConfig(*sizes), jax.devices()[:8])
+    assert tuple(mesh.shape[axis] for axis in sharding.AXES) == expected
+    assert sharding.batch_shards(mesh) == expected[0] * expected[1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((3, -1, 1), "(3, -1, 1) (data, fsdp, tensor): 3 does not divide the 8 devices"),
+        ((1, 16, 1), "16 does not divide the 8 devices"),
+        ((1, 2, 2), "uses 4 of 8 devices; set one axis to -1"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_devices(sizes, said):
+    with pytest.raises(InputError) as caught:
+        sharding.make_mesh(config.MeshConfig(*sizes), jax.devices()[:8])
+    assert str(caught.value).startswith("config.mesh = ")
+    assert said in str(caught.value)
+
+
+def test_two_logical_axes_on_one_mesh_axis_are_an_error():
+    for logical in (("heads", "ffn"), ("batch", "embed"), ("embed", "time", "embed")):
+        with pytest.raises(ValueError, match="two dimensions on one mesh axis"):
+            sharding.spec(logical)
+    assert sharding.spec(("batch", "time", "heads", None)) == PartitionSpec(("data", "fsdp"), None, "tensor", None)
+
+
+def test_parameters_lie_where_the_table_says():
+    """By hand, of the sizes of TINY: embed 16 over fsdp = 2; heads 4, kv heads 2, ffn 40, vocab 48 over tensor = 2."""
+    params = decoder.init(TINY, jax.random.key(0), cube())
+    shards = {
+        "embedding": (24, 8),
+        "lm_head": (8, 24),
+        "norm/scale": (16,),
+        "blocks/0/norm/scale": (16,),
+        "blocks/0/mixer/q_proj": (8, 2, 8),
+        "blocks/0/mixer/k_proj": (8, 1, 8),
+        "blocks/0/mixer/v_proj": (8, 1, 8),
+        "blocks/0/mixer/o_proj": (2, 8, 8),
+        "blocks/0/mixer/q_bias": (2, 8),
+        "blocks/0/mixer/k_bias": (1, 8),
+        "blocks/0/mixer/v_bias": (1, 8),
+        "blocks/1/norm/scale": (16,),
+        "blocks/1/mixer/gate_proj": (8, 20),
+        "blocks/1/mixer/up_proj": (8, 20),
+        "blocks/1/mixer/down_proj": (20, 8),
+    }
+    for path, shape in shards.items():
+        assert {shard.data.shape for shard in params[path].addressable_shards} == {shape}, path
+    assert set(params) == set(shards)
+
+
+def test_gathered_weights_keep_the_tensor_axis_only():
+    shapes = decoder.shapes(TINY)
+    local = {p: sharding.param_sharding(cube(), p, gathered=True).shard_shape(shape) for p, shape in shapes.items()}
+    assert local["blocks/0/mixer/q_proj"] == (16, 2, 8)
+    assert local["blocks/1/mixer/down_proj"] == (20, 16)
+
+
+def test_logits_and_gradients_of_a_2x2x2_mesh_equal_those_of_one_device():
+    tokens = np.random.default_rng(0).integers(0, 48, (8, 10), np.int32)
+    positions = np.broadcast_to(np.arange(10, dtype=np.int32), tokens.shape)
+    draw = np.random.default_rng(1).normal
+    host = {path: draw(0.3, 0.3, shape).astype(np.float32) for path, shape in decoder.shapes(TINY).items()}
+
+    def loss(params, tokens, positions):
+        logits = decoder.logits(TINY, params, decoder.apply(TINY, params, tokens, positions, remat="full")[0])
+        return jnp.mean(logits**2), logits
+
+    def run(mesh):
+        params = {path: sharding.to_global(x, sharding.param_sharding(mesh, path)) for path, x in host.items()}
+        batch = sharding.to_global((tokens, positions), sharding.batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            out = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, *batch)
+        return sharding.to_host(out)
+
+    (one_loss, one_logits), one = run(one_device())
+    (cube_loss, cube_logits), many = run(cube())
+    np.testing.assert_allclose(cube_logits, one_logits, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(cube_loss, one_loss, rtol=1e-5)
+    for path in one:
+        np.testing.assert_allclose(many[path], one[path], atol=1e-5 * np.abs(one[path]).max(), rtol=0, err_msg=path)
+
+
+def test_constrain_holds_on_virtual_devices_and_is_idle_without_a_mesh():
+    x = np.zeros((8, 3, 4), np.float32)
+    assert sharding.constrain(x, "batch", "time", "heads") is x
+    with jax.set_mesh(cube()):
+        y = jax.jit(lambda x: sharding.constrain(x, "batch", "time", "heads"))(x)
+    assert y.addressable_shards[0].data.shape == (2, 3, 2)
+
+
+def test_host_arrays_go_to_the_mesh_and_come_back():
+    mesh = cube()
+    tree = {"a": np.arange(48).reshape(2, 8, 3), "b": np.ones((2, 4), np.int32)}
+    there = sharding.to_global(tree, sharding.batch_sharding(mesh, axis=1))
+    assert there["a"].addressable_shards[0].data.shape == (2, 2, 3)
+    back = sharding.to_host(there)
+    for name in tree:
+        np.testing.assert_array_equal(back[name], tree[name])
+    assert sharding.to_global(np.float32(1), sharding.replicated(mesh)).sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((1, 1, 8), "config.mesh.tensor = 8: does not divide the model's "),
+        ((2, 1, 4), "config.mesh.tensor = 4: does not divide the model's kv_heads dimension of 2"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model(sizes, said):
+    mesh = sharding.make_mesh(config.MeshConfig(*sizes), jax.devices()[:8])
+    with pytest.raises(InputError) as caught:
+        sharding.check_divides(mesh, decoder.shapes(TINY))
+    assert said in str(caught.value)
+    sharding.check_divides(cube(), decoder.shapes(TINY))

@@ -1,0 +1,307 @@
+"""Evaluation in small: the same numbers after a kill, rounds of drafts, and that a sample depends on itself alone."""
+
+import json
+from concurrent.futures import Future
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from igrpo_jax import config
+from igrpo_jax.config import InputError
+from igrpo_jax.data.problems import Row
+from igrpo_jax.data.prompts import Renderer
+from igrpo_jax.distributed import sharding
+from igrpo_jax.evaluation import evaluator as evaluator_module
+from igrpo_jax.evaluation import results
+from igrpo_jax.evaluation.evaluator import Evaluator
+from igrpo_jax.models.policy import open_policy
+from igrpo_jax.outputs.console import Console
+from igrpo_jax.records import Score
+from igrpo_jax.rewards.mathematics import grader
+from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.scheduler import Scheduler
+
+QUESTIONS = ("1+2", "7+5-3", "9", "4-4+8-1", "2+2")
+SAMPLES, LENGTH = 5, 8
+ROWS = {"small": [Row(f"row {i}", 3 * i, question, "y", {}) for i, question in enumerate(QUESTIONS)]}
+
+
+def settings(**changes):
+    tree = config.default()
+    tree.update_from_flattened_dict(
+        {
+            "seed": 5,
+            "model.dtype": "float32",
+            "model.builtin.hidden_size": 32,
+            "model.builtin.num_layers": 1,
+            "model.builtin.num_heads": 4,
+            "model.builtin.intermediate_size": 48,
+            "data.instruction": "",
+            "refine.instruction": "[{draft}]",
+            "refine.max_draft_length": 4,
+            "rollout.max_completion_length": LENGTH,
+            "evaluation.temperature": 1.5,
+            "evaluation.top_p": 1.0,
+            "evaluation.samples": SAMPLES,
+            "evaluation.drafts": 3,
+        }
+        | {name.replace("__", "."): value for name, value in changes.items()}
+    )
+    return config.freeze(tree)
+
+
+class StubVerifier:
+    """The answer is the first character that is drawn; letters are right answers, capitals of them equal to them."""
+
+    def __init__(self, stop_after=None):
+        self.left = stop_after
+
+    def check_answer(self, candidate) -> Future:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        found, done = (candidate.text[:1].strip() or None), Future()
+        right = float(found is not None and found.isalpha())
+        done.set_result(Score(right, {"accuracy": right}, found, "unparseable" if found is None else "ok"))
+        return done
+
+    def classes(self, found) -> Future:
+        done = Future()
+        texts = [None if one is None else one.casefold() for one in found]
+        done.set_result([-1 if one is None else texts.index(one) for one in texts])
+        return done
+
+
+@pytest.fixture(scope="module")
+def policy(compile_fast):
+    return open_policy(settings().model)
+
+
+@pytest.fixture(scope="module")
+def schedulers(policy):
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    sizes = {"max_context": 32, "max_completion": LENGTH, "dtype": "float32", "steps_per_dispatch": 4}
+    return {n: Scheduler(Engine(policy.model, mesh, policy.eos_ids, slots=n, **sizes)) for n in (8, 3)}
+
+
+@pytest.fixture(scope="module")
+def params(policy, schedulers):
+    params = policy.load(schedulers[8].engine.mesh, 0)
+    return params | {"embedding": params["embedding"].at[policy.eos_ids[0]].mul(2)}
+
+
+@pytest.fixture
+def evaluator(policy, schedulers):
+    def make(slots=8, stop_after=None, rows=None, context=100, **changes):
+        c = settings(**changes)
+        scheduler = Scheduler(schedulers[slots].engine)
+        renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
+        plan = evaluator_module.plan(c, rows or ROWS, renderer, context)
+        return Evaluator(c, plan, scheduler, renderer, StubVerifier(stop_after), Console())
+
+    return make
+
+
+def lines(folder):
+    return (folder / "small.jsonl").read_text().splitlines()
+
+
+def answers(rows):
+    return {results.key_of(row): row["text"] for row in rows.values()}
+
+
+def test_rows_summary_and_metrics(evaluator, params, tmp_path):
+    summaries = evaluator().run(params, tmp_path, {"step": 3})
+    rows = [json.loads(line) for line in lines(tmp_path)]
+    assert [(row["index"], row["sample_id"]) for row in rows] == [(3 * i, k) for i in range(5) for k in range(SAMPLES)]
+    right = np.array([row["accuracy"] for row in rows]).reshape(5, SAMPLES)
+    assert 0 < right.mean() < 1 and len({row["text"] for row in rows}) > 10
+    one = summaries["small"]
+    assert (one["problems"], one["samples"], one["rounds"]) == (5, SAMPLES, [])
+    assert one["single_shot"]["pass@1"] == right.mean()
+    assert one["single_shot"]["pass@5"] == right.max(axis=1).mean()
+    assert {f"{x}@{k}" for x in ("pass", "maj") for k in (2, 4, 5)} <= one["single_shot"].keys()
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"step": 3, "benchmarks": summaries}
+    assert f"| small | 5 | {SAMPLES} | {100 * right.mean():.2f} |" in (tmp_path / "summary.md").read_text()
+    assert evaluator_module.flat(summaries)["eval/small/pass@1"] == right.mean()
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 13, 30, 60])
+def test_a_killed_evaluation_resumes_to_the_same_files(evaluator, params, tmp_path, stop_after):
+    """Stopped in the single shot or in a round, and the last line torn: red if a sample knew what ran before it."""
+    whole = evaluator(evaluation__rounds=2).run(params, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        evaluator(stop_after=stop_after, evaluation__rounds=2).run(params, tmp_path / "cut", resume=True)
+    written = lines(tmp_path / "cut")
+    assert len(written) <= stop_after < len(lines(tmp_path / "whole"))
+    if written:
+        (tmp_path / "cut" / "small.jsonl").write_text("\n".join([*written[:-1], written[-1][:40]]))
+    resumed = evaluator(slots=3, evaluation__rounds=2).run(params, tmp_path / "cut", resume=True)
+    assert resumed == whole
+    for name in ("small.jsonl", "summary.json", "summary.md"):
+        assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_a_sample_depends_on_seed_benchmark_problem_and_number_alone(evaluator, params):
+    """Not on slots, on the other problems, on how many samples there are, or on which of them are there already."""
+    whole = answers(evaluator().sampled(params, "small"))
+    fewer = {"small": ROWS["small"][3:1:-1]}
+    some = answers(evaluator(slots=3, rows=fewer, evaluation__samples=3).sampled(params, "small"))
+    assert len(some) == 6 and some.items() <= whole.items()
+    for other in (evaluator(seed=6), evaluator(rows={"other": ROWS["small"]})):
+        (name,) = other.plan.prompts
+        assert answers(other.sampled(params, name)) != whole
+
+
+def test_where_the_context_ends_a_sample_depends_on_its_own_prompt_alone(evaluator, params, policy):
+    """A limit that all prompts share would cut the short ones where the longest ends, and by what is asked beside."""
+    context = len(evaluator().plan.prompts["small"][3].tokens) + 3
+    whole = evaluator(context=context).sampled(params, "small")
+    assert max(row["token_count"] for row in whole.of(9)) == 3 < max(row["token_count"] for row in whole.of(6)) <= 8
+    alone = answers(evaluator(context=context, rows={"small": ROWS["small"][:1]}).sampled(params, "small"))
+    assert alone.items() <= answers(whole).items()
+
+
+def test_more_samples_keep_the_first_ones(evaluator, params, tmp_path):
+    whole = evaluator().run(params, tmp_path / "whole")
+    evaluator(evaluation__samples=2).run(params, tmp_path / "more")
+    kept = lines(tmp_path / "more")
+    file = tmp_path / "more" / "small.jsonl"
+    file.write_text("".join(f"{line}\n" for i, line in enumerate(kept) if i != 2))  # a gap at a first sample
+    assert evaluator().run(params, tmp_path / "more", resume=True) == whole
+    assert lines(tmp_path / "more") == lines(tmp_path / "whole")
+    fewer = evaluator(evaluation__samples=2).run(params, tmp_path / "more", resume=True)["small"]
+    assert fewer["samples"] == 2 and "pass@5" not in fewer["single_shot"]
+
+
+def test_without_resume_old_rows_are_gone(evaluator, params, tmp_path):
+    evaluator().run(params, tmp_path)
+    before = lines(tmp_path)
+    (tmp_path / "small.jsonl").write_text(before[0].replace('"accuracy": ', '"accuracy": 7') + "\n")
+    (tmp_path / "small.process-1.jsonl").write_text(before[3].replace('"accuracy": ', '"accuracy": 7') + "\n")
+    evaluator().run(params, tmp_path)
+    assert lines(tmp_path) == before and not list(tmp_path.glob("*process*"))
+
+
+def test_rounds_choose_a_draft_without_and_with_the_answer(evaluator, params, policy, tmp_path):
+    made = evaluator(evaluation__rounds=2)
+    one = made.run(params, tmp_path)["small"]
+    rows = {results.key_of(row): row for row in map(json.loads, lines(tmp_path))}
+    votes, oracles = [], []
+    for row in ROWS["small"]:
+        drafts = [rows[row.index, (), i] for i in range(3)]
+        found = [draft["extracted"] and draft["extracted"].casefold() for draft in drafts]
+        counted = [x for x in found if x is not None]
+        votes.append(found.index(max(counted, key=lambda x: (counted.count(x), -counted.index(x)))) if counted else 0)
+        oracles.append(next((i for i in range(3) if drafts[i]["accuracy"]), 0))
+    assert votes != oracles  # so the two can be told apart
+    first = one["rounds"][0]
+    for chain, chosen in (("vote", votes), ("oracle", oracles)):
+        right = [rows[row.index, (), d]["accuracy"] for row, d in zip(ROWS["small"], chosen, strict=True)]
+        after = [
+            [rows[row.index, (d,), k]["accuracy"] for k in range(SAMPLES)]
+            for row, d in zip(ROWS["small"], chosen, strict=True)
+        ]
+        assert first[chain]["draft_accuracy"] == np.mean(right)
+        assert first[chain]["pass@1"] == np.mean(after)
+        assert first[chain]["fixed"] == pytest.approx(
+            np.mean([[(1 - r) * a for a in some] for r, some in zip(right, after, strict=True)])
+        )
+        assert sum(first[chain][x] for x in ("fixed", "broken", "kept_right", "kept_wrong")) == pytest.approx(1)
+    assert first["oracle"]["draft_accuracy"] > first["vote"]["draft_accuracy"]
+    # Where both choose the same draft its samples are drawn once, and nothing else is drawn.
+    assert {key[:2] for key in rows if len(key[1]) == 1} == {
+        (row.index, (d,)) for chosen in (votes, oracles) for row, d in zip(ROWS["small"], chosen, strict=True)
+    }
+    assert len(one["rounds"]) == 2 and {len(key[1]) for key in rows} == {0, 1, 2}
+    # The single shot is what it is without rounds.
+    assert evaluator().run(params, tmp_path / "plain")["small"]["single_shot"] == one["single_shot"]
+    text = (tmp_path / "summary.md").read_text()
+    assert "| small | 1 | vote | " in text and "| small | 2 | oracle | " in text
+    assert "eval/small/refine_1/fixed" in evaluator_module.flat({"small": one})
+    assert "eval/small/refine_2_oracle/pass@1" in evaluator_module.flat({"small": one})
+
+
+def test_the_draft_is_in_the_prompt_as_it_was_sampled(evaluator, params, monkeypatch):
+    made = evaluator(evaluation__rounds=1)
+    asked = []
+    submit = Scheduler.submit
+    monkeypatch.setattr(Scheduler, "submit", lambda self, request: (asked.append(request), submit(self, request))[1])
+    rows = made.sampled(params, "small", chains=("vote",))
+    plain, refined = asked[: len(QUESTIONS)], asked[len(QUESTIONS) :]
+    assert len(refined) == len(QUESTIONS)
+    for one, other in zip(plain, refined, strict=True):
+        draft = rows.of(one.index)[other.tag.owner[0]]
+        expected = made._renderer.with_draft(one.tag.prompt.question, np.array(draft["tokens"], np.int32))
+        np.testing.assert_array_equal(other.tokens, expected)
+        assert one.index == other.index and (one.key != other.key).any()
+
+
+def test_processes_split_the_problems(evaluator, params, tmp_path):
+    """In turn, here; `test_evaluate` has two that run side by side."""
+    whole = evaluator(evaluation__rounds=1).run(params, tmp_path / "whole")
+    parts = [evaluator(evaluation__rounds=1) for _ in range(2)]
+    for number, part in enumerate(parts):
+        part._process, part._processes = number, 2
+    parts[1].sampled(params, "small", tmp_path / "parts", resume=True)
+    assert {json.loads(line)["index"] for line in (tmp_path / "parts" / "small.process-1.jsonl").open()} == {3, 9}
+    assert parts[0].run(params, tmp_path / "parts", resume=True) == whole
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["small.jsonl", "summary.json", "summary.md"]
+
+
+def test_without_a_folder_processes_send_each_other_their_rows(evaluator, params, monkeypatch):
+    """As `generate` needs them: the first one prints all answers."""
+    whole = evaluator(evaluation__rounds=1).sampled(params, "small", chains=("vote",))
+    parts = [evaluator(evaluation__rounds=1) for _ in range(2)]
+    sent = []
+    monkeypatch.setattr(evaluator_module.cluster, "gather", lambda data: (sent.append(data), sent)[1])
+    monkeypatch.setattr(evaluator_module.cluster, "any_of", bool)
+    for number, part in enumerate(parts):
+        part._process, part._processes = number, 2
+    assert len(list(parts[1].sampled(params, "small", chains=("vote",)).values())) < len(list(whole.values()))
+    assert answers(parts[0].sampled(params, "small", chains=("vote",))) == answers(whole)
+
+
+def test_rows_of_other_problems_or_without_tokens_are_refused(evaluator, params, tmp_path):
+    evaluator().run(params, tmp_path)
+    other = {"small": [replace(row, question=row.question + "+1") for row in ROWS["small"]]}
+    with pytest.raises(InputError, match="answers other problems than small has now"):
+        evaluator(rows=other).run(params, tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"config\.evaluation\.rounds = 1: .*written without rounds"):
+        evaluator(evaluation__rounds=1).run(params, tmp_path, resume=True)
+
+
+def test_the_plan_fits_the_models_context(policy):
+    c = settings()
+    renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
+    longest = max(len(renderer.plain(question)) for question in QUESTIONS)
+    plan = evaluator_module.plan(c, ROWS, renderer, longest + LENGTH)
+    assert (plan.max_context, plan.max_completion, plan.notes) == (longest, LENGTH, [])
+    cut = evaluator_module.plan(c, ROWS, renderer, longest + 3)
+    assert (cut.max_completion, cut.length) == (LENGTH, longest + 3)
+    assert f"context of {longest + 3} tokens, at 3 tokens after the longest prompt, not at {LENGTH}" in cut.notes[0]
+    assert [cut.limit(prompt.tokens) for prompt in cut.prompts["small"]] == [7, 5, 8, 3, 7]
+    with pytest.raises(InputError, match=f"problem row 3 of small has {longest} tokens, and the model's context"):
+        evaluator_module.plan(c, ROWS, renderer, longest)
+    refining = settings(evaluation__rounds=1)
+    short = evaluator_module.plan(refining, ROWS, renderer, 500).max_context
+    assert short == longest + renderer.draft_overhead(4)
+    keeps_all = Renderer(policy.tokenizer, c.data, c.refine, 400, policy.eos_ids)
+    assert evaluator_module.plan(refining, ROWS, keeps_all, 500).max_context == short - 4 + LENGTH  # of a draft
+    assert evaluator_module.plan(c, {}, renderer, 10).max_completion == 0  # makes no cache larger
+
+
+def test_samples_are_the_papers_where_none_are_given():
+    c = config.Config()
+    assert [evaluator_module.samples(c, name) for name in ("aime24", "aime25", "math500", "mine")] == [64, 64, 8, 1]
+    assert evaluator_module.samples(settings(), "aime24") == SAMPLES
+
+
+def test_classes_of_answers():
+    """By what they mean: 1/2 is 0.5 and \\frac12; a string comparison would make four classes of the first four."""
+    found = ["1/2", "0.5", None, "\\frac{1}{2}", "50\\%", "2", "2.0", "x", None]
+    assert grader.classes(found) == [0, 0, -1, 0, 0, 1, 1, 2, -1]

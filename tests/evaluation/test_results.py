@@ -1,0 +1,119 @@
+"""The folder of an evaluation: rows that survive a kill, one kind of evaluation a folder, two folders compared."""
+
+import json
+import os
+
+import pytest
+
+from igrpo_jax.config import InputError
+from igrpo_jax.evaluation import results
+from igrpo_jax.evaluation.results import Rows
+
+
+def row(index, sample, accuracy=1.0, drafts=(), **more):
+    base = {"prompt_id": f"p{index}", "index": index, "drafts": list(drafts), "sample_id": sample, "prompt": "q"}
+    return base | {"accuracy": accuracy, "text": "∑\u2028\ud800"} | more
+
+
+def test_rows_are_written_as_they_come_and_ordered_at_the_end(tmp_path):
+    rows = Rows(tmp_path, "b")
+    for key in ((2, 0), (0, 1), (0, 0)):
+        rows.add(row(*key))
+        assert json.loads((tmp_path / "b.jsonl").read_text().split("\n")[-2])["index"] == key[0]
+    rows.add(row(0, 0, drafts=(1,)))
+    rows.join()
+    order = [results.key_of(json.loads(line)) for line in (tmp_path / "b.jsonl").read_text().split("\n")[:-1]]
+    assert order == [(0, (), 0), (0, (), 1), (0, (1,), 0), (2, (), 0)]
+    assert [one["sample_id"] for one in rows.of(0)] == [0, 1] and rows.of(0, (1,)) and not rows.of(2, (1,))
+
+
+def test_a_torn_line_does_not_take_the_next_one_with_it(tmp_path):
+    rows = Rows(tmp_path, "b")
+    rows.add(row(0, 0))
+    rows.close()
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write('{"index": 1, "drafts": [], "sam')
+    rows = Rows(tmp_path, "b")
+    rows.add(row(2, 0))
+    rows.close()
+    again = Rows(tmp_path, "b")
+    assert [one["index"] for one in again.values()] == [0, 2]
+
+
+def test_a_name_is_no_pattern(tmp_path):
+    for name in ("aime24", "aime24x"):
+        rows = Rows(tmp_path, name, process=0)
+        rows.add(row(0, 0))
+        rows.close()
+    results.clear(tmp_path, "aime24")
+    assert [path.name for path in tmp_path.iterdir() if path.stat().st_size] == ["aime24x.process-0.jsonl"]
+
+
+def test_a_folder_is_of_one_kind_of_evaluation(tmp_path):
+    results.claim(tmp_path / "out", {"model": "a", "seed": 0})
+    results.claim(tmp_path / "out", {"model": "a", "seed": 0})
+    with pytest.raises(InputError, match="holds an evaluation of another kind \\(model: 'a' -> 'b'\\)"):
+        results.claim(tmp_path / "out", {"model": "b", "seed": 0})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match=r"holds notes.txt but no evaluation\.json"):
+        results.claim(tmp_path / "other", {})
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be used"):
+        results.claim(tmp_path / "file", {})
+
+
+def test_a_folder_that_cannot_be_written_is_bad_input(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(InputError, match=r"cannot be used .*Read-only file system.*; give another folder"):
+        results.claim(tmp_path / "out", {"model": "a"})
+
+
+def folder(path, accuracies, name="b"):
+    rows = Rows(path, name)
+    for index, samples in accuracies.items():
+        for i, accuracy in enumerate(samples):
+            rows.add(row(index, i, accuracy))
+            rows.add(row(index, i, 0.0, drafts=(0,)))  # a refinement does not count
+    rows.close()
+    return path
+
+
+def test_two_folders_compared(tmp_path):
+    first = folder(tmp_path / "a", {0: [0, 0], 1: [1, 0], 2: [1, 1]})
+    second = folder(tmp_path / "b", {0: [1, 0, 1, 0], 1: [1, 1, 1, 1], 3: [0]})
+    text = results.compare(first, second)
+    # Problems 0 and 1 are in both: 0 -> 0.5 and 0.5 -> 1.
+    assert "| b | 2 (2 in one only) | 25.00 | 75.00 | +50.00 | +50.00 to +50.00 |" in text
+    with pytest.raises(InputError, match="no problem of b is in both"):
+        results.compare(first, folder(tmp_path / "c", {7: [1]}))
+    with pytest.raises(InputError, match="no benchmark is in both"):
+        results.compare(first, folder(tmp_path / "d", {0: [1]}, "other"))
+    for wrong in ("none", "d/other.jsonl"):
+        with pytest.raises(InputError, match="is no folder"):
+            results.compare(first, tmp_path / wrong)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no rows"):
+        results.compare(tmp_path / "empty", first)
+
+
+def test_the_summary_keeps_other_benchmarks_of_the_folder(tmp_path):
+    shot = {"pass@1": 0.5, "pass@1_low": 0.25, "pass@1_high": 0.75, "mean_length": 9.4, "clipped_ratio": 0.0}
+    shot |= {
+        "unparseable_frac": 0.125,
+        "pass@2": 0.6,
+        "pass@4": 0.7,
+        "maj@2": 0.5,
+        "maj@4": 0.55,
+        "unsolved_length": 9.6,
+    }
+    one = {"problems": 4, "samples": 4, "single_shot": shot, "rounds": []}
+    results.write_summary(tmp_path, {"seed": 0}, {"b": one})
+    results.write_summary(tmp_path, {"seed": 0}, {"a": one})
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found == {"seed": 0, "benchmarks": {"a": one, "b": one}}
+    line = "| a | 4 | 4 | 50.00 | 25.00 to 75.00 | 70.00 (k = 4) | 55.00 (k = 4) | 9 (-, 10) | 0.00 | 12.50 |"
+    assert line in (tmp_path / "summary.md").read_text()

@@ -1,0 +1,107 @@
+"""What travels between processes arrives as it was, and groups are in their places, whoever made them."""
+
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from igrpo_jax.distributed.preemption import Preempted
+from igrpo_jax.learning import exchange
+from igrpo_jax.learning.exchange import ProcessRollout, decode, encode, everywhere, places
+from igrpo_jax.records import Completion, Group, Prompt, Score
+from igrpo_jax.rewards.judge import Judgement
+from igrpo_jax.sampling.scheduler import Usage
+
+# Of a step with three places, and of its first redraw.
+PROMPTS = [
+    [Prompt(f"{n}.{i}", i, "1+2", "3", np.array([n, i], np.int32), {"x": {1}}) for i in range(3)] for n in (0, 1)
+]
+
+
+def completion(stage, number, length, **score):
+    draw = np.random.default_rng([number, length])
+    tokens = draw.integers(0, 1 << 17, length, dtype=np.int32)
+    logprobs = draw.normal(size=length).astype(np.float32)
+    graded = Score(**{"reward": 0.1 + 0.2, "rewards": {"accuracy": 1.0}, "extracted": "3", "status": "ok"} | score)
+    return Completion(stage, number, tokens, logprobs, length > 2, "é\ud800 \x1b[1m</answer>", graded)
+
+
+def share():
+    drafts = tuple(completion("draft", i, length) for i, length in enumerate((1, 3)))
+    unknown = {
+        "reward": math.nan,
+        "rewards": {"judge": math.nan},
+        "extracted": None,
+        "status": "invalid",
+        "detail": "é",
+    }
+    refined = (completion("refine", 0, 5), completion("refine", 1, 2, **unknown))
+    context = np.arange(7, dtype=np.int32)
+    groups = {
+        2: Group(PROMPTS[0][2], drafts, 1, context, refined),
+        3: Group(PROMPTS[1][0], (), None, PROMPTS[1][0].tokens, refined),  # the first place, redrawn once
+    }
+    scores = [one.score for one in refined]
+    judged = [Judgement(None, "no answer", requests=3, seconds=0.5), Judgement(0.25, cached=True)]
+    return ProcessRollout(groups, 2, scores, 11, 12, judged, Usage(1, 2, 3, 4, 5), 1.5, 0.25)
+
+
+def check_same(one, other):
+    """Field by field: arrays by dtype and values, NaN equal to NaN."""
+    assert type(one) is type(other)
+    if hasattr(one, "__dataclass_fields__"):
+        for field in fields(one):
+            check_same(getattr(one, field.name), getattr(other, field.name))
+    elif isinstance(one, np.ndarray):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for name in one:
+            check_same(one[name], other[name])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for mine, theirs in zip(one, other, strict=True):
+            check_same(mine, theirs)
+    else:
+        assert one == other or (one != one and other != other)
+
+
+def test_a_share_arrives_as_it_was():
+    sent = share()
+    received = decode(encode(sent), PROMPTS.__getitem__)
+    check_same(received, sent)
+    assert received.groups[2].prompt is PROMPTS[0][2] and received.groups[3].prompt is PROMPTS[1][0]
+    nothing = replace(sent, groups={}, scores=[], judgements=[])
+    check_same(decode(encode(nothing), PROMPTS.__getitem__), nothing)
+
+
+def test_one_process_sends_nothing(monkeypatch):
+    monkeypatch.setattr(exchange.cluster, "gather", None)
+    mine = share()
+    assert everywhere(mine, PROMPTS.__getitem__)[0] is mine
+    assert list(places(3)) == [0, 1, 2]
+    with pytest.raises(Preempted):
+        everywhere(None, PROMPTS.__getitem__)
+
+
+def test_of_several_processes_each_has_places_of_its_own(monkeypatch):
+    monkeypatch.setattr(exchange.jax, "process_count", lambda: 2)
+    taken = []
+    for own in range(2):
+        monkeypatch.setattr(exchange.jax, "process_index", lambda own=own: own)
+        taken.append(list(places(5)))
+    assert taken == [[0, 2, 4], [1, 3]]
+
+
+def test_where_one_process_was_told_to_leave_all_leave(monkeypatch):
+    monkeypatch.setattr(exchange.jax, "process_count", lambda: 2)
+    other = [encode(share())]
+    monkeypatch.setattr(exchange.cluster, "gather", lambda data: [data, *other])
+    assert len(everywhere(share(), PROMPTS.__getitem__)) == 2
+    with pytest.raises(Preempted):
+        everywhere(None, PROMPTS.__getitem__)
+    other[:] = [b""]
+    with pytest.raises(Preempted):
+        everywhere(share(), PROMPTS.__getitem__)

@@ -1,0 +1,901 @@
+"""The update: equal to a plain GRPO step on full logits, whatever is shared, packed, padded, recomputed or sharded.
+
+The padding id 0 is also the EOS of every finished completion, and stands inside prompts; one context is a single token,
+so that its completions have no prefix. A gradient is read off Adam's first moment after one update from a fresh state,
+so that it has been through all of `update`.
+"""
+
+import collections
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from igrpo_jax import config, train
+from igrpo_jax.distributed import sharding
+from igrpo_jax.learning import objectives
+from igrpo_jax.learning.learner import Learner, make_optimizer
+from igrpo_jax.models import decoder
+from igrpo_jax.records import Completion, Group, Prompt, Score
+
+TEMPERATURE, MAX_CONTEXT, MAX_COMPLETION = 0.9, 20, 18
+CONTEXTS = (18, 1, 20, 19, 17, 5, 18, 20)  # three prefixes of up to 16 positions, five of more
+P, G = len(CONTEXTS), 4
+ROW = MAX_CONTEXT + MAX_COMPLETION
+WHOLE = (P, 32, G, 32)  # the shape that holds every unit
+DEFAULTS = {
+    "prompts_per_step": P,
+    "model.dtype": "float32",
+    "algorithm.num_drafts": 0,
+    "algorithm.num_generations": G,
+    "rollout.temperature": TEMPERATURE,
+    "rollout.max_completion_length": MAX_COMPLETION,
+    "learner.remat": "none",
+    "learner.logprob_chunk": 200,  # 6 positions of 32 rows
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.warmup_ratio": 0.0,
+    "optimizer.max_grad_norm": 1e9,
+}
+ADVANTAGES = np.random.default_rng(5).normal(size=(P, G)).astype(np.float32)
+SEVERAL = {"learner__minibatches": 2, "algorithm__num_iterations": 2, "algorithm__beta": 0.1}
+IDLE = ADVANTAGES * np.array([1, 0, 1, 1, 0, 1, 0, 1], np.float32)[:, None]  # three groups without a signal
+
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+
+def make_groups(seed=0, longest=MAX_COMPLETION):
+    rng = np.random.default_rng(seed)
+    groups = []
+    for index, length in enumerate(CONTEXTS):
+        context = rng.integers(0, 64, length, np.int32)
+        context[2:3] = 0
+        completions = []
+        for i, size in enumerate(rng.permutation([1, longest, *rng.integers(2, longest, G - 2)])):
+            finished = size < longest
+            tokens = rng.integers(1, 64, size, np.int32)
+            tokens[-1] = 0 if finished else tokens[-1]
+            logprobs = rng.normal(-3, 1, size).astype(np.float32)
+            score = Score(float(ADVANTAGES[index, i]), {}, None, "ok")
+            completions.append(Completion("refine", i, tokens, logprobs, bool(finished), score=score))
+        prompt = Prompt(f"{index}", index, "question", "answer", context)
+        draft = Completion("draft", 0, context[1:4], np.zeros(3, np.float32), True, score=Score(1.0, {}, None, "ok"))
+        groups.append(Group(prompt, (draft,), 0, context, tuple(completions)))  # drafts are no rows
+    return groups
+
+
+def rows_of(groups):
+    return [(group.context, one) for group in groups for one in group.completions]
+
+
+def make_learner(model, mesh=None, **changes):
+    """With its mesh: one device where none is given."""
+    tree = config.default()
+    tree.update_from_flattened_dict(DEFAULTS | {name.replace("__", "."): x for name, x in changes.items()})
+    mesh = sharding.make_mesh(mesh or config.MeshConfig(), None if mesh else jax.devices()[:1])
+    return Learner(config.freeze(tree), model, mesh, max_context=MAX_CONTEXT, total_steps=10), mesh
+
+
+@pytest.fixture(scope="module")
+def build(tiny):
+    """Learners by their settings, each made once. Compiling is what costs: programs that are alike are shared."""
+    made, shared = {}, {}
+
+    def call(mesh=None, **changes):
+        key = repr((mesh, sorted(changes.items())))
+        if key not in made:
+            learner, mesh = made[key] = make_learner(tiny[0], mesh, **changes)
+            loss = {name: x for name, x in changes.items() if name.startswith("algorithm__") and "drafts" not in name}
+            loss["algorithm__num_iterations"] = learner.updates_per_step > 1
+            if loss.get("algorithm__loss_type") in ("grpo", "dr_grpo", "dapo"):  # token weights come from the host
+                del loss["algorithm__loss_type"]
+            optimizer = {name: x for name, x in changes.items() if name.startswith("optimizer__")}
+            programs = shared.setdefault(repr((mesh, sorted(loss.items()), changes.get("learner__remat", "none"))), {})
+            kept = (mesh, sorted(optimizer.items()), learner.updates_per_step, learner._stages)
+            own = shared.setdefault(repr(kept), {})
+            with jax.set_mesh(mesh):
+                own[("apply",)] = own.get(("apply",)) or learner._programs[("apply",)]
+                learner._programs._compiled = collections.ChainMap(programs, own)
+                if learner.algorithm.beta:
+                    learner.set_reference(put(tiny[1], mesh))
+        return made[key]
+
+    return call
+
+
+def put(params, mesh):
+    return {path: jax.device_put(x, sharding.param_sharding(mesh, path)) for path, x in params.items()}
+
+
+def updated(built, params, groups=None, advantages=ADVANTAGES, state=None):
+    """State and metrics after one rollout's updates, from a fresh state unless one is given."""
+    learner, mesh = built
+    with jax.set_mesh(mesh):
+        state = learner.init(put(params, mesh)) if state is None else state
+        return learner.update(state, groups or make_groups(), advantages, 1)
+
+
+def accumulated(built, params, batch):
+    """Gradient and Sums of one micro-batch."""
+    learner, mesh = built
+    with jax.set_mesh(mesh):
+        program = learner._programs["accumulate", batch.shape]
+        grads, sums = learner._zeros()
+        return sharding.to_host(program(put(params, mesh), grads, sums["refine"], learner._to_device(batch), {}))
+
+
+def weighted_units(learner, advantages=ADVANTAGES):
+    units = learner.packer.units(make_groups(), advantages)
+    learner.packer.set_weights(units)
+    return units
+
+
+def gradient_of(state):
+    first_moment = optax.tree_utils.tree_get(state.opt_state, "mu")  # (1 - b1) g
+    return {path: np.asarray(x, np.float32) / np.float32(1 - 0.9) for path, x in first_moment.items()}
+
+
+def assert_close(got, expected, relative):
+    for path, x in expected.items():
+        scale = np.abs(x).max()
+        np.testing.assert_allclose(got[path], x, atol=relative * scale, rtol=0, err_msg=path)
+
+
+def assert_same_metrics(got, expected, *but):
+    """All but what says how the work was cut."""
+    for name in expected.keys() - {"perf/padding_frac", "perf/update_flops", *but}:
+        assert got[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+
+
+def layout():
+    """Rows by hand: tokens [R, ROW], and the mask [R, ROW - 1] of the positions whose next token is a completion's."""
+    tokens, mask = np.zeros((P * G, ROW), np.int32), np.zeros((P * G, ROW - 1), bool)
+    for i, (context, one) in enumerate(rows_of(make_groups())):
+        tokens[i, : len(context)] = context
+        tokens[i, len(context) : len(context) + len(one.tokens)] = one.tokens
+        mask[i, len(context) - 1 : len(context) + len(one.tokens) - 1] = True
+    return tokens, mask
+
+
+def full_logprobs(c, params, tokens):
+    """Log-probs of tokens 1.. [R, S - 1], and entropies, over full logits [R, S, V]."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    logits = decoder.logits(c, params, decoder.apply(c, params, tokens, positions)[0])[:, :-1] / TEMPERATURE
+    logp = jax.nn.log_softmax(logits)
+    return jnp.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0], -jnp.sum(jnp.exp(logp) * logp, -1)
+
+
+@pytest.fixture(scope="module")
+def score_in_full(tiny):
+    """Log-probs and entropies [R, ROW - 1] of the rows of `layout`, for any parameters."""
+    run = jax.jit(lambda params: full_logprobs(tiny[0], params, layout()[0]))
+    return lambda params: [np.asarray(x) for x in run(params)]
+
+
+@pytest.fixture(scope="module")
+def reference_gradient(tiny):
+    """Of GRPO on policy, for any mask [R, ROW - 1], advantages [R], and factors of the tokens [R, ROW - 1]."""
+
+    @jax.jit
+    def run(tokens, mask, advantage, factor=1.0):
+        def loss(params):
+            logprob, _ = full_logprobs(tiny[0], params, tokens)
+            ratio = jnp.exp(logprob - jax.lax.stop_gradient(logprob))
+            a = advantage[:, None]
+            value = jnp.minimum(ratio * a, jnp.clip(ratio, 0.8, 1.2) * a) * factor
+            return -jnp.mean(jnp.sum(value * mask, axis=1) / jnp.sum(mask, axis=1))
+
+        return jax.value_and_grad(loss)(tiny[1])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def base(build, tiny):
+    """All rows as one micro-batch on one device."""
+    return updated(build(), tiny[1])
+
+
+# The algorithm.
+
+
+def test_the_base_algorithm_is_a_plain_grpo_step(build, tiny, reference_gradient):
+    """num_drafts = 0, from rewards to new parameters, against GRPO, a norm clip and AdamW written out."""
+    groups, (tokens, mask) = make_groups(), layout()
+    rewards = np.stack([group.rewards for group in groups])
+    advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
+    loss, gradient = reference_gradient(tokens, mask, advantages.reshape(-1))
+    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in gradient.values()))
+    settings = {"optimizer__max_grad_norm": 0.5, "optimizer__weight_decay": 0.1}
+    state, metrics = updated(build(**settings), tiny[1], groups, advantages)
+    assert metrics["loss"] == pytest.approx(float(loss), abs=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert norm > 0.6  # so that the clip is seen below
+    clipped = {path: np.asarray(g) * 0.5 / norm for path, g in gradient.items()}
+    assert_close(gradient_of(state), clipped, 1e-5)
+    for path, old in tiny[1].items():
+        g = clipped[path]
+        decay = 0.0 if path.endswith(("scale", "bias")) else 0.1
+        new = old - 1e-3 * (g / (np.abs(g) + 1e-8) + decay * old)
+        # Adam's first step is the sign of the gradient: where that is rounding, any step within the rate is right.
+        sure = (np.abs(g) > 1e-4 * np.abs(g).max()) | (g == 0)
+        assert sure.mean() > 0.95
+        np.testing.assert_allclose(np.asarray(state.params[path])[sure], new[sure], atol=2e-6, rtol=0, err_msg=path)
+        assert np.abs(np.asarray(state.params[path]) - new).max() < 2.1e-3
+
+
+def test_only_completions_carry_loss(base, reference_gradient):
+    """Prompt tokens not, the EOS yes, though it is the padding id. The two plausible mistakes are far away."""
+    tokens, mask = layout()
+    _, expected = reference_gradient(tokens, mask, ADVANTAGES.reshape(-1))
+    got = gradient_of(base[0])
+    assert_close(got, expected, 1e-5)
+    with_prompt = np.cumsum(mask[:, ::-1], axis=1)[:, ::-1] > 0
+    single = mask.sum(axis=1, keepdims=True) == 1  # one token, which is the EOS
+    without_eos = mask & ((tokens[:, 1:] != 0) | single)
+    for wrong in (with_prompt, without_eos):
+        _, far = reference_gradient(tokens, wrong, ADVANTAGES.reshape(-1))
+        assert max(np.abs(got[path] - far[path]).max() / np.abs(far[path]).max() for path in got) > 0.05
+
+
+def test_metrics(base, score_in_full, tiny):
+    mask = layout()[1]
+    logprob, entropy = score_in_full(tiny[1])
+    sampler = np.concatenate([one.logprobs for _, one in rows_of(make_groups())])
+    gap = np.abs(logprob[mask] - sampler)
+    metrics = base[1]
+    assert metrics["entropy"] == pytest.approx(entropy[mask].mean(), rel=1e-5)  # a mean over tokens
+    assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(gap.mean(), rel=1e-5)
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(gap.max(), rel=1e-5)
+    assert metrics["ratio/mean"] == 1.0  # exactly: with one update per rollout pi_old is the policy
+    assert metrics["clip_ratio/region_mean"] == metrics["kl"] == metrics["nonfinite_steps"] == 0
+    assert metrics["learning_rate"] == pytest.approx(1e-3)
+    # Contexts without their last tokens, and completions, against P x 32 + P x G x 32.
+    tokens = sum(CONTEXTS) - P + sum(len(one.tokens) for _, one in rows_of(make_groups()))
+    assert metrics["perf/padding_frac"] == pytest.approx(1 - tokens / (8 * 32 + 32 * 32))
+    assert metrics["perf/idle_frac"] == 0
+
+
+# Shared prefixes.
+
+
+def test_a_group_runs_its_context_once(build):
+    """One unit of four completions per group; where nothing is shared, four units of one."""
+    for share, shape in ((True, WHOLE), (False, (P * G, 32, 1, 32))):
+        packer = build(learner__shared_prefix=share)[0].packer
+        ((batch, _),) = packer.micro_batches(packer.units(make_groups(), ADVANTAGES))
+        assert batch.shape == shape
+
+
+def test_shared_equals_unshared(build, tiny, base):
+    state, metrics = updated(build(learner__shared_prefix=False), tiny[1])
+    assert_close(gradient_of(state), gradient_of(base[0]), 1e-5)
+    assert_same_metrics(metrics, base[1])
+
+
+def test_a_hybrid_shared_equals_unshared(hybrid):
+    """The states after a context are those that all its completions start from."""
+    states = []
+    for share in (True, False):
+        built = make_learner(hybrid[0], learner__shared_prefix=share, learner__remat="full")
+        state, metrics = updated(built, hybrid[1])
+        states.append(gradient_of(state))
+        states.append(metrics)
+    assert_close(states[0], states[2], 2e-5)
+    assert_same_metrics(states[1], states[3])
+    assert all(np.abs(x).max() > 1e-7 for x in states[0].values())
+
+
+def test_what_does_not_decay(hybrid):
+    """With a gradient of zero, the only update is the decay."""
+    optimizer, _ = make_optimizer(config.OptimizerConfig(learning_rate=1.0, warmup_ratio=0.0, weight_decay=0.1), 10)
+    params = {path: np.ones_like(x) for path, x in hybrid[1].items()}
+    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+    kept = {path.rpartition("/")[2] for path, x in updates.items() if not np.asarray(x).any()}
+    assert kept == {"scale", "gated_scale", "x_conv_bias", "b_conv_bias", "c_conv_bias", "dt_bias", "a_log", "skip"}
+
+
+# With the clips of one, GRPO, Dr. GRPO and DAPO differ in the weights of tokens alone, and share their programs here.
+OBJECTIVES = {
+    **{name: {"algorithm__loss_type": name, "algorithm__epsilon_high": 0.28} for name in ("grpo", "dr_grpo", "dapo")},
+    "gspo": {"algorithm__loss_type": "gspo"},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_shared_equals_unshared_off_policy(build, tiny, score_in_full, objective):
+    """With a log pi_old that is a little off the policy's, so that tokens are clipped on both sides."""
+    rng, mask = np.random.default_rng(3), layout()[1]
+    near = 1e-3 if objective == "gspo" else 0.5
+    old = [row[real] + near * rng.normal() for row, real in zip(score_in_full(tiny[1])[0], mask, strict=True)]
+    results = []
+    for share in (True, False):
+        built = build(learner__shared_prefix=share, algorithm__num_iterations=2, **OBJECTIVES[objective])
+        packer = built[0].packer
+        units = weighted_units(built[0])
+        for i, unit in enumerate(units):
+            unit.old = old[i * packer.share : (i + 1) * packer.share]
+        ((batch, _),) = packer.micro_batches(units)
+        results.append(accumulated(built, tiny[1], batch))
+    (shared, sums), (alone, others) = results
+    assert_close(shared, alone, 1e-5)
+    assert 0.1 < sums.loss.clipped / sums.loss.tokens < 0.9
+    for got, expected in zip(jax.tree.leaves(sums), jax.tree.leaves(others), strict=True):
+        assert got == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+# Cutting into micro-batches.
+
+
+ONE = 32 + G * 32  # tokens of the longest unit
+
+
+def test_micro_batches_add_up(build, tiny, base):
+    """Sorted by length and cut to one unit or two, of all sizes.
+
+    A mean per micro-batch would weigh the rows of each differently.
+    """
+    learner, _ = built = build(learner__tokens_per_microbatch=ONE)
+    batches = learner.packer.micro_batches(learner.packer.units(make_groups(), ADVANTAGES))
+    assert len(batches) > 4 and len({batch.shape for batch, _ in batches}) > 1
+    state, metrics = updated(built, tiny[1])
+    assert_close(gradient_of(state), gradient_of(base[0]), 5e-6)
+    assert_same_metrics(metrics, base[1])
+
+
+def test_padding_of_any_kind_changes_nothing(build, tiny, base):
+    """Longer prefixes, wider completions and more units, and garbage wherever no token stands."""
+    learner, _ = build()
+    ((batch, _),) = learner.packer.micro_batches(weighted_units(learner))
+    more = lambda x, *places, value=0: np.pad(x, ((0, 2), *((0, n) for n in places)), constant_values=value)
+    prefix, completions = more(batch.prefix, 7, value=62), more(batch.completions, 0, 5, value=61)
+    off_prefix = np.arange(prefix.shape[1]) >= more(batch.prefix_length)[:, None]
+    off = np.arange(completions.shape[2]) >= more(batch.length, 0)[..., None]
+    padded = batch._replace(
+        prefix=np.where(off_prefix, 63, prefix),
+        prefix_length=more(batch.prefix_length),
+        last=more(batch.last, value=60),
+        completions=np.where(off, 59, completions),
+        length=more(batch.length, 0),
+        advantage=more(batch.advantage, 0, value=5.0),
+        weight=more(batch.weight, 0, 5),
+        entropy_weight=more(batch.entropy_weight, 0, value=5.0),
+        old_logprob=more(batch.old_logprob, 0, 5, value=-7.0),
+        reference_logprob=more(batch.reference_logprob, 0, 5, value=-7.0),
+        sampler_logprob=np.where(off, -7.0, more(batch.sampler_logprob, 0, 5)).astype(np.float32),
+    )
+    gradient, sums = accumulated(build(), tiny[1], padded)
+    assert_close(gradient, gradient_of(base[0]), 5e-6)
+    tokens = sum(len(one.tokens) for _, one in rows_of(make_groups()))
+    assert sums.tokens == sums.loss.tokens == tokens
+    assert float(sums.loss.loss) == pytest.approx(base[1]["loss"], abs=1e-6)
+    assert float(sums.entropy) / tokens == pytest.approx(base[1]["entropy"], rel=1e-5)
+    name = "sampling/sampling_logp_difference"
+    assert float(sums.mismatch) / tokens == pytest.approx(base[1][f"{name}/mean"], rel=1e-5)
+    assert float(sums.worst_mismatch) == pytest.approx(base[1][f"{name}/max"], rel=1e-5)
+
+
+def test_lengths_that_vary_compile_no_more_than_the_sizes(build, tiny):
+    """2 prefix sizes x 2 completion sizes; once all have been seen nothing compiles any more."""
+    learner, mesh = built = build(learner__tokens_per_microbatch=ONE)
+    steps = [make_groups(seed, longest=5 + seed) for seed in range(8)]
+    units = [learner.packer.units(groups, IDLE) for groups in steps]
+    assert len({batch.shape for own in units for batch, _ in learner.packer.micro_batches(own)}) <= 2 * 2
+    with jax.set_mesh(mesh):
+        state = learner.init(put(tiny[1], mesh))
+    for _ in range(2):
+        with train.compilations() as compiled:
+            for groups in steps:
+                state, _ = updated(built, tiny[1], groups, IDLE, state)
+    assert compiled == []
+
+
+# Meshes.
+
+MESHES = {"2x2x2": config.MeshConfig(2, 2, 2), "1x4x2": config.MeshConfig(1, 4, 2), "8x1x1": config.MeshConfig(8, 1, 1)}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_mesh_equals_one_device(build, tiny, base, mesh):
+    """Whole groups on each shard of the batch: one or two."""
+    learner, _ = built = build(MESHES[mesh])
+    assert learner.packer.share == G
+    state, metrics = updated(built, tiny[1])
+    assert_close(gradient_of(state), gradient_of(base[0]), 1e-5)
+    assert_same_metrics(metrics, base[1])
+    kept = state.params["blocks/0/mixer/q_proj"]  # still in its place: [D, N, H] = (32, 4, 8) over fsdp and tensor
+    local = {"2x2x2": (16, 2, 8), "1x4x2": (8, 2, 8), "8x1x1": (32, 4, 8)}[mesh]
+    assert kept.addressable_shards[0].data.shape == local
+
+
+def test_a_loop_over_sublayers_on_a_mesh(tiny, base, monkeypatch):
+    """The stacked weights and their gradients lie over fsdp and tensor as each of them does. Not only in bfloat16."""
+    monkeypatch.setattr(decoder, "_pieces", lambda kinds, dtype, remat: decoder.stretches(kinds))
+    state, metrics = updated(make_learner(tiny[0], MESHES["2x2x2"], learner__remat="full"), tiny[1])
+    assert_close(gradient_of(state), gradient_of(base[0]), 1e-5)
+    assert_same_metrics(metrics, base[1])
+
+
+def test_groups_are_split_where_shards_would_have_none(build, tiny, reference_gradient):
+    """4 groups of 4 on 8 shards: each runs half a group."""
+    learner, _ = built = build(MESHES["8x1x1"], prompts_per_step=4)
+    ((batch, _),) = learner.packer.micro_batches(learner.packer.units(make_groups()[:4], ADVANTAGES[:4]))
+    assert batch.shape == (8, 32, 2, 32)
+    state, metrics = updated(built, tiny[1], make_groups()[:4], ADVANTAGES[:4])
+    tokens, mask = layout()
+    advantages = np.where(np.arange(P)[:, None] < 4, ADVANTAGES, 0).reshape(-1)
+    loss, expected = reference_gradient(tokens, mask, 2 * advantages)  # a mean over 16 rows and not 32
+    assert_close(gradient_of(state), expected, 1e-5)
+    assert metrics["loss"] == pytest.approx(float(loss), abs=1e-6)
+
+
+def gathered(text):
+    """Shapes that collectives put together of their parts, each with its sizes sorted, without those of 1."""
+    lines = [line for line in text.splitlines() if re.search(r" all-(gather|to-all)(-start)?\(", line)]
+    shapes = [shape for line in lines for shape in re.findall(r"\w\d+\[([\d,]*)\]", line.split("(")[0])]
+    return {tuple(sorted(int(x) for x in shape.split(",") if x and x != "1")) for shape in shapes}
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_only_weights_are_gathered(tiny, remat):
+    """The constraints hold on virtual devices too: weights travel over fsdp, and of activations only sums.
+
+    Sizes of which none is another: 112 words (56 a shard), units of 3 rows of 28 tokens after 40, 2 of them a shard.
+    """
+    model, shape = dataclasses.replace(tiny[0], vocab_size=112), (8, 40, 3, 28)
+    changes = {"learner__logprob_chunk": 42, "learner__remat": remat}  # 7 positions of 6 rows
+    changes |= {"model__dtype": "bfloat16"} if remat == "full" else {}  # sublayers as a loop
+    learner, mesh = make_learner(model, MESHES["2x2x2"], **changes)
+    with jax.set_mesh(mesh):
+        text = learner._programs["accumulate", shape].as_text()
+    weights = set()
+    for path, size in decoder.shapes(model).items():
+        local = sharding.param_sharding(mesh, path, gathered=True).shard_shape(size)
+        weights.add(tuple(sorted(x for x in local if x != 1)))
+    assert gathered(text) and gathered(text) <= weights
+    # Each device has the logits of its own rows and words only, and keys of its own heads.
+    positions = {int(x) * int(y) for x, y in re.findall(r"f32\[(\d+),(\d+),56\]", text)}
+    assert max(positions) == 42
+    assert not re.search(r"\[(\d+,)+112\]|\[112,(\d+,)+", text.replace("[32,112]", "").replace("[112,32]", ""))
+    assert re.search(r"f32\[2,1,40,8\]", text) and not re.search(r"f32\[(\d+,)?2,2,40,8\]", text)
+
+
+# What the backward pass recomputes.
+
+
+def test_remat(build, tiny):
+    """The compiler may undo a recomputation that was asked for: hence its memory, which here is scores for the most.
+
+    They are [32, 4, 32, 64] float32, 1 MB a layer, and several copies of them are kept.
+    """
+    memory, gradient, sums = {}, {}, {}
+    for remat in ("none", "dots", "full"):
+        learner, _ = built = build(learner__remat=remat)
+        ((batch, _),) = learner.packer.micro_batches(weighted_units(learner))
+        gradient[remat], sums[remat] = accumulated(built, tiny[1], batch)
+        memory[remat] = learner._programs["accumulate", WHOLE].memory_analysis().temp_size_in_bytes
+    for remat in ("dots", "full"):
+        assert_close(gradient[remat], gradient["none"], 5e-6)
+        assert float(sums[remat].loss.loss) == pytest.approx(float(sums["none"].loss.loss), abs=1e-6)
+    assert all(np.abs(g).max() > 0 for g in gradient["none"].values())
+    assert memory["full"] < memory["dots"] < memory["none"], memory
+    assert memory["full"] < 0.6 * memory["none"], memory
+
+
+# Groups without a signal.
+
+
+def test_groups_without_a_signal_are_only_scored(build, tiny):
+    """Three of eight. A gain of 1e-30 has no gradient either, but is run."""
+    state, metrics = updated(build(), tiny[1], advantages=IDLE)
+    expected, others = updated(build(), tiny[1], advantages=np.where(IDLE == 0, np.float32(1e-30), IDLE))
+    assert_close(gradient_of(state), gradient_of(expected), 5e-6)
+    assert_same_metrics(metrics, others, "perf/idle_frac")
+    size = lambda unit: sum(len(one.tokens) for one in unit.completions)
+    idle = [not gain.any() for gain in IDLE]
+    units = build()[0].packer.units(make_groups(), IDLE)
+    share = sum(size(unit) for unit, skip in zip(units, idle, strict=True) if skip) / sum(map(size, units))
+    assert metrics["perf/idle_frac"] == pytest.approx(share) and others["perf/idle_frac"] == 0
+    work = [
+        build()[0]._costs.useful(len(unit.context), [len(one.tokens) for one in unit.completions], 1) for unit in units
+    ]
+    assert others["perf/update_flops"] == pytest.approx(3 * sum(work))
+    assert metrics["perf/update_flops"] == pytest.approx(np.dot(np.where(idle, 1, 3), work))
+    run = sum(unit.tokens for unit, skip in zip(units, idle, strict=True) if not skip)
+    assert metrics["perf/padding_frac"] == pytest.approx(1 - run / (8 * 32 + 32 * 32))
+
+
+def test_groups_without_a_signal_off_policy(build, tiny):
+    """Log pi_old is what all tokens of a rollout compare to their sampler, in the second pass too.
+
+    The two runs are a rounding apart, which Adam's second step magnifies.
+    """
+    built = build(algorithm__num_iterations=2, **OBJECTIVES["dapo"])
+    _, metrics = updated(built, tiny[1], advantages=IDLE)
+    _, others = updated(built, tiny[1], advantages=np.where(IDLE == 0, np.float32(1e-30), IDLE))
+    # Log pi_old, then forward and backward twice.
+    once = updated(build(), tiny[1])[1]["perf/update_flops"] / 3
+    assert others["perf/update_flops"] == pytest.approx(7 * once) and metrics["perf/update_flops"] < 7 * once
+    assert metrics["entropy"] == pytest.approx(others["entropy"], rel=1e-4)
+    assert metrics["clip_ratio/region_mean"] == pytest.approx(others["clip_ratio/region_mean"], abs=0.02)
+    for name in ("mean", "max"):
+        name = f"sampling/sampling_logp_difference/{name}"
+        assert metrics[name] == pytest.approx(others[name], rel=1e-6), name
+
+
+def test_a_step_without_any_signal_goes_on(build, tiny, base):
+    """Adam's momentum moves the parameters: 0.9 m / (1 - 0.9^2) over the root of 0.999 v / (1 - 0.999^2)."""
+    state, _ = updated(build(), tiny[1])
+    before = jax.tree.map(np.array, state)
+    state, metrics = updated(build(), tiny[1], advantages=np.zeros_like(ADVANTAGES), state=state)
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["nonfinite_steps"] == metrics["perf/padding_frac"] == 0
+    assert metrics["perf/idle_frac"] == metrics["ratio/mean"] == 1
+    assert (int(state.step), int(state.skipped)) == (2, 0)
+    mu, nu = (optax.tree_utils.tree_get(before.opt_state, name)["lm_head"] for name in ("mu", "nu"))
+    step = (0.9 * mu / (1 - 0.9**2)) / (np.sqrt(0.999 * nu / (1 - 0.999**2)) + 1e-8)
+    expected = before.params["lm_head"] - metrics["learning_rate"] * step
+    np.testing.assert_allclose(state.params["lm_head"], expected, atol=1e-6, rtol=0)
+    assert np.abs(step).max() > 0.5
+
+
+def test_drafts_are_compared_to_their_sampler(build, tiny, score_in_full):
+    """The first that a micro-batch holds, 8 units: of 6 drafts to a prompt those of four. Here they are refinements."""
+    groups, mask = make_groups(), layout()[1]
+    drafted = [dataclasses.replace(group, drafts=(*group.completions, *group.completions[:2])) for group in groups]
+    logprob, first = score_in_full(tiny[1])[0], []
+    for i, group in enumerate(drafted[:4]):
+        for j, one in enumerate(group.drafts):
+            row = i * G + j % G
+            first.append(np.abs(logprob[row][mask[row]] - one.logprobs))
+    learner, mesh = build()
+    with jax.set_mesh(mesh):
+        found = learner.draft_mismatch(put(tiny[1], mesh), drafted)
+        assert learner.draft_mismatch(put(tiny[1], mesh), [dataclasses.replace(groups[0], drafts=())]) == {}
+    first = np.concatenate(first)
+    assert found["sampling/draft_logp_difference/mean"] == pytest.approx(first.mean(), rel=1e-5)
+    assert found["sampling/draft_logp_difference/max"] == pytest.approx(first.max(), rel=1e-5)
+
+
+# The entropy bonus.
+
+
+def test_the_entropy_bonus(build, tiny):
+    """Loss and gradient against full logits, of groups without an advantage as well: they are not skipped."""
+    tokens, mask = layout()
+    advantages, coefficient = IDLE.reshape(-1, 1), 0.7
+
+    def loss(params):
+        logprob, entropy = full_logprobs(tiny[0], params, tokens)
+        policy = jnp.mean(
+            jnp.sum(jnp.exp(logprob - jax.lax.stop_gradient(logprob)) * advantages * mask, 1) / mask.sum(1)
+        )
+        return -policy - coefficient * jnp.sum(entropy * mask) / mask.sum()
+
+    expected, gradient = jax.jit(jax.value_and_grad(loss))(tiny[1])
+    for changes in ({}, {"learner__tokens_per_microbatch": ONE}):
+        state, metrics = updated(build(algorithm__entropy_coef=coefficient, **changes), tiny[1], advantages=IDLE)
+        assert metrics["loss"] == pytest.approx(float(expected), abs=1e-5)
+        assert_close(gradient_of(state), gradient, 1e-5)
+        assert metrics["perf/idle_frac"] == 0
+    plain, _ = updated(build(), tiny[1], advantages=IDLE)
+    apart = [np.abs(x - gradient_of(state)[path]).max() / np.abs(x).max() for path, x in gradient_of(plain).items()]
+    assert max(apart) > 0.05
+
+
+# Drafts that are trained on.
+
+N = 2
+
+
+def with_drafts(groups, left_out=()):
+    """Two drafts each, on plain prompts that are not the contexts; the second group has equal rewards."""
+    rng = np.random.default_rng(9)
+    rewards = np.array([[1, 0], [1, 1], [0, 2], [3, 1], [1, 0], [0, 1], [2, 0], [0, 1]], np.float32)
+    result = []
+    for group, own in zip(groups, rewards, strict=True):
+        prompt = dataclasses.replace(group.prompt, tokens=rng.integers(0, 64, rng.integers(1, 12), np.int32))
+        drafts = []
+        for i, reward in enumerate(own):
+            tokens = rng.integers(1, 64, rng.integers(1, MAX_COMPLETION), np.int32)
+            logprobs = np.full(len(tokens), -3, np.float32)
+            drafts.append(Completion("draft", i, tokens, logprobs, True, score=Score(float(reward), {}, None, "ok")))
+        drafts = () if group.prompt.index in left_out else tuple(drafts)
+        result.append(dataclasses.replace(group, prompt=prompt, drafts=drafts))
+    return result
+
+
+def rows_with_drafts(groups):
+    """Tokens [R, ROW] and mask [R, ROW - 1] of refinements, then drafts; advantages of the drafts by hand."""
+    tokens, mask = layout()
+    drafts = [(group.prompt.tokens, one) for group in groups for one in group.drafts]
+    more, marked = np.zeros((len(drafts), ROW), np.int32), np.zeros((len(drafts), ROW - 1), bool)
+    for i, (context, one) in enumerate(drafts):
+        end = len(context) + len(one.tokens)
+        more[i, :end], marked[i, len(context) - 1 : end - 1] = [*context, *one.tokens], True
+    rewards = np.array([[one.score.reward for one in group.drafts] for group in groups if group.drafts])
+    spread = rewards.std(1, ddof=1, keepdims=True)
+    advantages = (rewards - rewards.mean(1, keepdims=True)) / (spread + 1e-4)  # equal ones give 0 / 1e-4 = 0
+    return np.concatenate([tokens, more]), np.concatenate([mask, marked]), advantages.reshape(-1).astype(np.float32)
+
+
+DRAFTED = {"algorithm__train_drafts": True, "algorithm__num_drafts": N}
+
+
+@pytest.mark.parametrize("left_out", [(), (0, 5)])
+def test_drafts_can_be_rows_too(build, tiny, base, reference_gradient, left_out):
+    """8 x 4 refinements and 8 x 2 drafts in one mean over 48 rows; TRL's names stay those of the refinements.
+
+    The mistakes: a baseline over the six of a prompt, or drafts on q', which both have another gradient.
+    """
+    groups = with_drafts(make_groups(), left_out=left_out)
+    tokens, mask, advantages = rows_with_drafts(groups)
+    assert len(tokens) == P * G + (P - len(left_out)) * N
+    loss, expected = reference_gradient(tokens, mask, np.concatenate([ADVANTAGES.reshape(-1), advantages]))
+    learner, _ = built = build(**DRAFTED)
+    assert learner.packer.share == 2
+    state, metrics = updated(built, tiny[1], groups)
+    assert_close(gradient_of(state), expected, 1e-5)
+    assert metrics["loss"] == pytest.approx(float(loss), abs=1e-6)
+    assert_same_metrics(metrics, base[1], "loss", "grad_norm")
+    _, entropy = full_logprobs(tiny[0], tiny[1], tokens)
+    drafts = np.arange(len(tokens))[:, None] >= P * G
+    assert metrics["draft/entropy"] == pytest.approx(float(np.asarray(entropy)[mask & drafts].mean()), rel=1e-5)
+    assert metrics["draft/kl"] == metrics["draft/clip_ratio"] == 0
+
+
+def test_without_drafts_there_are_none_to_train_on(build, tiny, base):
+    state, metrics = updated(
+        build(algorithm__train_drafts=True), tiny[1], [dataclasses.replace(group, drafts=()) for group in make_groups()]
+    )
+    assert_close(gradient_of(state), gradient_of(base[0]), 5e-6)
+    assert_same_metrics(metrics, base[1])
+    assert not [name for name in metrics if name.startswith("draft/")]
+
+
+def test_every_minibatch_has_its_share_of_drafts(build, tiny, monkeypatch):
+    """2 minibatches x 2 passes: 8 of the 16 units of refinements and 4 of the 8 of drafts each, every one once a pass.
+
+    The groups are dealt out as without drafts.
+    """
+    learner, _ = built = build(**DRAFTED, **SEVERAL, optimizer__learning_rate=1e-2)
+    seen, update = [], learner._optimizer_step
+
+    def spy(state, units):
+        seen.append(list(units))
+        return update(state, units)
+
+    monkeypatch.setattr(learner, "_optimizer_step", spy)
+    _, metrics = updated(built, tiny[1], with_drafts(make_groups()))
+    assert len(seen) == 4
+    for units in seen:
+        assert [unit.stage for unit in units] == ["refine"] * 8 + ["draft"] * 4
+        assert sum(unit.weight.sum() for unit in units) > 0
+    for first, second in (seen[:2], seen[2:]):
+        assert len({id(unit) for unit in (*first, *second)}) == 24
+    assert metrics["draft/kl"] > 0 and np.isfinite(metrics["loss"])
+
+
+# Steps that go wrong.
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing(build, tiny, base, bad):
+    advantages = ADVANTAGES.copy()
+    advantages[1, 0] = bad
+    state, _ = updated(build(), tiny[1])
+    before = jax.tree.map(np.array, state)
+    state, metrics = updated(build(), tiny[1], advantages=advantages, state=state)
+    for old, new in zip(*map(jax.tree.leaves, (before[:2], state[:2])), strict=True):
+        np.testing.assert_array_equal(old, new)  # parameters and both moments, bit for bit
+    assert (int(state.step), int(state.skipped), metrics["nonfinite_steps"]) == (2, 1, 1)
+    # The next one goes on as if it had not been, its learning rate too.
+    state, metrics = updated(build(), tiny[1], state=state)
+    straight, expected = updated(build(), tiny[1], state=updated(build(), tiny[1])[0])
+    for path, x in straight.params.items():
+        np.testing.assert_array_equal(state.params[path], x)
+    assert metrics["learning_rate"] == expected["learning_rate"] < 1e-3
+    assert (int(state.step), int(state.skipped), metrics["nonfinite_steps"]) == (3, 1, 1)
+
+
+def test_a_batch_that_was_cut_whole_changes_nothing(build, tiny):
+    """No completion ended, and those that did not carry no loss: a new optimizer has nothing to go on with."""
+    cut = [
+        dataclasses.replace(
+            group, completions=tuple(dataclasses.replace(one, finished=False) for one in group.completions)
+        )
+        for group in make_groups()
+    ]
+    state, metrics = updated(build(algorithm__mask_truncated_completions=True), tiny[1], cut)
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["nonfinite_steps"] == 0
+    assert all(np.isfinite(value) for value in metrics.values())
+    for path, value in tiny[1].items():
+        np.testing.assert_array_equal(state.params[path], value)
+
+
+def test_completions_without_a_token_and_groups_without_a_verdict_change_nothing(build, tiny):
+    """Their gradient is none, and the rest of the batch learns what it learned, but for its share of all rows."""
+    groups, advantages = make_groups(), ADVANTAGES.copy()
+    empty = Completion(
+        "refine", 0, np.zeros(0, np.int32), np.zeros(0, np.float32), True, score=Score(1.0, {}, None, "ok")
+    )
+    groups[2] = dataclasses.replace(groups[2], completions=(empty,) * G)
+    groups[3] = dataclasses.replace(
+        groups[3],
+        completions=tuple(
+            dataclasses.replace(one, score=Score(np.nan, {}, None, "invalid")) for one in groups[3].completions
+        ),
+    )
+    advantages[3] = objectives.group_advantages(groups[3].rewards[None], "group")[0]
+    built = build(**OBJECTIVES["dr_grpo"])
+    state, metrics = updated(built, tiny[1], groups, advantages=advantages)
+    assert all(np.isfinite(value) for value in metrics.values())
+    advantages[2] = 0
+    assert (advantages[3] == 0).all()
+    other, _ = updated(built, tiny[1], make_groups(), advantages=advantages)
+    for path in tiny[1]:
+        np.testing.assert_allclose(state.params[path], other.params[path], atol=1e-6, rtol=0)
+
+
+# Several updates of one rollout.
+
+
+def test_several_updates_of_one_rollout(build, tiny, score_in_full, monkeypatch):
+    """2 minibatches x 2 passes with beta > 0: old log-probs and the reference are those of the first parameters.
+
+    Groups without a signal have a KL term, so they are run.
+    """
+    params, mask = tiny[1], layout()[1]
+    learner, _ = built = build(**SEVERAL, optimizer__learning_rate=1e-2)
+    assert learner.packer.share == G
+    seen, update = [], learner._optimizer_step
+
+    def spy(state, units):
+        before = {path: np.array(x) for path, x in state.params.items()}
+        state, metrics = update(state, units)
+        seen.append((before, list(units), metrics))
+        return state, metrics
+
+    monkeypatch.setattr(learner, "_optimizer_step", spy)
+    _, means = updated(built, params, advantages=IDLE)
+    assert len(seen) == 4 == learner.updates_per_step
+    assert means["perf/idle_frac"] == 0
+
+    first = seen[0][2]
+    assert first["ratio/mean"] == pytest.approx(1, abs=1e-6)
+    assert first["kl"] == pytest.approx(0, abs=1e-9)
+    contexts = [group.context.tolist() for group in make_groups()]
+    starting = score_in_full(params)[0]
+    orders = []
+    for number, (before, units, metrics) in enumerate(seen):
+        current, terms, k3s, ratios, outside = score_in_full(before)[0], [], [], [], []
+        order = [contexts.index(unit.context.tolist()) for unit in units]
+        orders += order
+        for index, unit in zip(order, units, strict=True):
+            for i, gain in enumerate(unit.advantage):
+                row = index * G + i
+                assert gain == IDLE[index, i]
+                old, now = starting[row][mask[row]], current[row][mask[row]]
+                np.testing.assert_allclose(unit.old[i], old, atol=1e-5, rtol=0)
+                np.testing.assert_allclose(unit.reference[i], old, atol=1e-5, rtol=0)
+                ratio, rho = np.exp(now - old), np.exp(old - now)
+                k3 = rho - np.log(rho) - 1
+                terms.append(np.mean(np.minimum(ratio * gain, np.clip(ratio, 0.8, 1.2) * gain) - 0.1 * k3))
+                k3s, ratios = [*k3s, *k3], [*ratios, *ratio]
+                outside += list((ratio > 1.2) & (gain > 0) | (ratio < 0.8) & (gain < 0))
+        assert metrics["loss"] == pytest.approx(-np.mean(terms), abs=2e-5)  # over the rows of the minibatch
+        assert metrics["kl"] == pytest.approx(np.mean(k3s), rel=1e-3, abs=1e-7)
+        assert metrics["ratio/mean"] == pytest.approx(np.mean(ratios), rel=1e-5)
+        assert metrics["clip_ratio/region_mean"] == pytest.approx(np.mean(outside), abs=1e-6)
+        if number:
+            assert np.abs(np.array(ratios) - 1).max() > 0.01 and metrics["kl"] > 1e-5
+    assert means["kl"] == pytest.approx(np.mean([metrics["kl"] for *_, metrics in seen]), rel=1e-6)
+    # Every group once a pass, in an order of the pass's own.
+    assert sorted(orders[:P]) == sorted(orders[P:]) == list(range(P)) and orders[:P] != orders[P:]
+
+
+def test_without_a_learning_rate_nothing_happens(build, tiny):
+    """4 updates by one policy: the ratio tells whether what scores and what trains agree."""
+    state, metrics = updated(build(**SEVERAL, optimizer__learning_rate=0.0), tiny[1])
+    assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-6)
+    assert metrics["clip_ratio/region_mean"] == 0
+    assert metrics["kl"] == pytest.approx(0, abs=1e-9)
+    assert metrics["grad_norm"] > 0.1
+    for path, x in tiny[1].items():
+        np.testing.assert_array_equal(state.params[path], x)
+
+
+def test_the_reference_can_wait_in_host_memory(build, tiny):
+    settings = SEVERAL | {"optimizer__learning_rate": 1e-2}
+    learner, _ = built = build(**settings, learner__offload_reference=True)
+    kinds = {x.sharding.memory_kind for x in learner._reference.values()}
+    assert kinds == {"pinned_host"}
+    assert updated(built, tiny[1])[1] == updated(build(**settings), tiny[1])[1]
+
+
+def test_tokens_can_be_weighed_against_their_sampler(build, tiny, score_in_full, reference_gradient):
+    """By min(pi / sampler, cap), which binds for many tokens and not for all."""
+    tokens, mask = layout()
+    sampler = np.zeros(mask.shape, np.float32)
+    sampler[mask] = np.concatenate([one.logprobs for _, one in rows_of(make_groups())])
+    apart = np.exp(np.where(mask, score_in_full(tiny[1])[0] - sampler, 0))
+    assert 0.1 < (apart[mask] > 0.3).mean() < 0.9
+    loss, expected = reference_gradient(tokens, mask, ADVANTAGES.reshape(-1), np.minimum(apart, 0.3))
+    state, metrics = updated(build(algorithm__importance_sampling_cap=0.3), tiny[1])
+    assert_close(gradient_of(state), expected, 1e-5)
+    assert metrics["loss"] == pytest.approx(float(loss), abs=1e-6)
+
+
+# The optimizer.
+
+
+def test_the_first_moment_in_bfloat16(build, tiny):
+    """Two updates: the second one reads the rounded moment, whose 8 bits are 1 in 256."""
+    states = {}
+    for dtype in ("float32", "bfloat16"):
+        built = build(optimizer__mu_dtype=dtype)
+        states[dtype], _ = updated(built, tiny[1], advantages=-ADVANTAGES, state=updated(built, tiny[1])[0])
+        mu, nu = (optax.tree_utils.tree_get(states[dtype].opt_state, name) for name in ("mu", "nu"))
+        assert {x.dtype for x in mu.values()} == {jnp.dtype(dtype)} and {x.dtype for x in nu.values()} == {
+            jnp.dtype(jnp.float32)
+        }
+    apart = [np.abs(x - states["bfloat16"].params[path]).max() for path, x in states["float32"].params.items()]
+    assert 0 < max(apart) < 0.02 * 1e-3
+
+
+def test_predicted_bytes(build, tiny):
+    """Weights, two moments and the gradient at the least; more with larger micro-batches, less on more devices."""
+    params = sum(x.size for x in tiny[1].values())
+    whole = build()[0].predicted_bytes()
+    assert whole > 16 * params
+    assert 16 * params < build(learner__tokens_per_microbatch=ONE)[0].predicted_bytes() < whole
+    learner, mesh = build(MESHES["2x2x2"])
+    with jax.set_mesh(mesh):
+        assert 16 * params / 4 < learner.predicted_bytes() < whole / 4
+
+
+def test_a_larger_vocabulary_adds_chunks_of_logits_only(tiny):
+    """A word more costs the gradient of the head, [D], and three times a chunk's 128 of 1,024 positions."""
+    used = []
+    for size in (2000, 6000):
+        model = dataclasses.replace(tiny[0], vocab_size=size, pattern="*")
+        learner, mesh = make_learner(model, learner__logprob_chunk=128)
+        with jax.set_mesh(mesh):
+            used.append(learner._programs["accumulate", WHOLE].memory_analysis().temp_size_in_bytes)
+    assert 0 < used[1] - used[0] < 4000 * 4 * (4 * 128 + 2 * 32)
+    assert 4 * 128 + 2 * 32 < 1024
+
+
+def test_the_learning_rate():
+    """Peak 1e-3, 10 steps, of which 2 rise: half, all, then a cosine to a tenth: at step 6 halfway, 5.5e-4."""
+    settings = config.OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.2, min_lr_ratio=0.1)
+    _, schedule = make_optimizer(settings, 10)
+    expected = {0: 5e-4, 1: 1e-3, 2: 1e-3, 4: 1e-4 + 9e-4 * (2 + np.sqrt(2)) / 4, 6: 5.5e-4, 10: 1e-4, 99: 1e-4}
+    for step, rate in expected.items():
+        assert float(schedule(jnp.int32(step))) == pytest.approx(rate, rel=1e-5), step
+    flat = make_optimizer(config.OptimizerConfig(learning_rate=2e-3, warmup_ratio=0.0, min_lr_ratio=1.0), 10)[1]
+    assert {float(flat(jnp.int32(step))) for step in range(12)} == {np.float32(2e-3)}
+    one = make_optimizer(config.OptimizerConfig(learning_rate=2e-3, warmup_ratio=1.0), 1)[1]
+    assert float(one(jnp.int32(0))) == pytest.approx(2e-3)  # a run of one step learns at the peak
+
+
+def test_the_schedule_is_what_the_optimizer_uses():
+    """Adam moves a lone parameter by the learning rate while its gradient stays the same."""
+    settings = config.OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.5, min_lr_ratio=0.1, weight_decay=0.0)
+    optimizer, schedule = make_optimizer(settings, 4)
+    params = {"q_proj": jnp.ones((1,))}
+    state = optimizer.init(params)
+    for step in range(5):
+        updates, state = optimizer.update({"q_proj": jnp.full((1,), 0.3)}, state, params)
+        assert float(updates["q_proj"][0]) == pytest.approx(-float(schedule(jnp.int32(step))), rel=1e-4)
+
+
+def test_the_schedule_counts_every_optimizer_step(build):
+    """10 rollouts of 2 x 2 updates: the floor is reached at 40 and not at 10."""
+    learner, _ = build(**SEVERAL, optimizer__learning_rate=1e-2)
+    assert float(learner._schedule(jnp.int32(10))) > 8e-3
+    assert float(learner._schedule(jnp.int32(40))) == pytest.approx(1e-3, rel=1e-5)

@@ -1,0 +1,543 @@
+"""The two stages: order, the best draft, what Stage 2 sees, and that nothing depends on who finishes first."""
+
+import math
+import threading
+import time
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from igrpo_jax import config
+from igrpo_jax.data.prompts import Renderer
+from igrpo_jax.distributed import sharding
+from igrpo_jax.learning.rollout import Rollout, select_draft, stage_key
+from igrpo_jax.models.policy import open_policy
+from igrpo_jax.records import Completion, Prompt, Score
+from igrpo_jax.rewards.verifier import Verifier, VerifierError, statistics
+from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.scheduler import Request, Scheduler
+from igrpo_jax.sampling.steps import Sampling
+
+QUESTIONS = ("1+2", "7+5-3", "9", "4-4+8-1", "2+2", "5+5")
+N, G, LENGTH, KEPT = 4, 4, 12, 5
+
+
+def settings(**changes):
+    tree = config.default()
+    tree.update_from_flattened_dict(
+        {
+            "seed": 5,
+            "prompts_per_step": len(QUESTIONS),
+            "model.dtype": "float32",
+            "model.builtin.hidden_size": 32,
+            "model.builtin.num_layers": 2,
+            "model.builtin.num_heads": 4,
+            "model.builtin.intermediate_size": 48,
+            "data.instruction": "",
+            "refine.instruction": "[{draft}]",
+            "refine.max_draft_length": KEPT,
+            "algorithm.num_drafts": N,
+            "algorithm.num_generations": G,
+            "rollout.max_completion_length": LENGTH,
+            "rollout.temperature": 1.5,
+        }
+        | {name.replace("__", "."): value for name, value in changes.items()}
+    )
+    return config.freeze(tree)
+
+
+class StubVerifier:
+    """Rewards 0 to 2 by the text alone, in threads that take their time: the later a text comes, the sooner it ends."""
+
+    def __init__(self, status="ok", delay=0.03):
+        self._pool, self._status, self._delay = ThreadPoolExecutor(32), status, delay
+        self._lock, self.submitted, self.finished, self.prefixes = threading.Lock(), [], [], set()
+
+    def start_step(self):
+        pass
+
+    judgements = ()
+
+    def statistics(self, scores, judgements):
+        return statistics(scores)
+
+    def submit(self, candidate) -> Future:
+        text, answer = candidate.text, candidate.answer
+        self.submitted.append((text, answer))
+        self.prefixes.add(candidate.prefix)
+        return self._pool.submit(self._grade, text, answer, self._delay * (1 + -len(self.submitted) % 8) / 8)
+
+    def _grade(self, text, answer, delay):
+        time.sleep(delay)
+        with self._lock:
+            self.finished.append((text, answer))
+        return Score(self.reward(text), {"accuracy": self.reward(text)}, text[:1], self._status)
+
+    @staticmethod
+    def reward(text):
+        return float(zlib.crc32(text.encode()) % 3)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return open_policy(settings().model)
+
+
+@pytest.fixture(scope="module")
+def renderer(policy):
+    c = settings()
+    return Renderer(policy.tokenizer, c.data, c.refine, KEPT, policy.eos_ids)
+
+
+@pytest.fixture(scope="module")
+def prompts(renderer):
+    return [Prompt(f"row {i}", 10 + i, q, "0", renderer.plain(q)) for i, q in enumerate(QUESTIONS)]
+
+
+@pytest.fixture(scope="module")
+def schedulers(policy):
+    """By number of slots; each compiled once."""
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    sizes = {"max_context": 32, "max_completion": LENGTH, "dtype": "float32"}
+    with jax.set_mesh(mesh):
+        engines = {
+            slots: Engine(policy.model, mesh, policy.eos_ids, slots=slots, steps_per_dispatch=k, **sizes)
+            for slots, k in ((16, 4), (3, 5))
+        }
+    # -3: three slots, the host one dispatch behind
+    return {slots: Scheduler(engine) for slots, engine in engines.items()} | {-3: Scheduler(engines[3], ahead=1)}
+
+
+@pytest.fixture(scope="module")
+def params(policy, schedulers):
+    """Of a model that often thinks of stopping, so that completions differ in length."""
+    params = policy.load(schedulers[16].engine.mesh, 0)
+    return params | {"embedding": params["embedding"].at[policy.eos_ids[0]].mul(2)}
+
+
+@pytest.fixture(scope="module")
+def collect(renderer, schedulers, params, prompts):
+    def call(verifier=None, slots=16, step=3, wanted=None, fresh=None, **changes):
+        scheduler = schedulers[slots]
+        with jax.set_mesh(scheduler.engine.mesh):
+            rollout = Rollout(settings(**changes), renderer, scheduler, verifier or StubVerifier())
+            return rollout.collect(params, wanted or prompts, step, *([fresh] if fresh else []))
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    return StubVerifier()
+
+
+@pytest.fixture(scope="module")
+def rollout(collect, verifier):
+    return collect(verifier)
+
+
+def same(one, other):
+    """Groups equal in everything but floats' last bits."""
+    assert one.prompt.id == other.prompt.id
+    assert one.best == other.best
+    np.testing.assert_array_equal(one.context, other.context)
+    for ours, theirs in ((one.drafts, other.drafts), (one.completions, other.completions)):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a.tokens, b.tokens)
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4, rtol=0)
+            assert (a.stage, a.sample_id, a.finished, a.text) == (b.stage, b.sample_id, b.finished, b.text)
+            assert a.score == b.score
+
+
+def test_groups_and_samples_are_in_order(rollout, verifier, prompts):
+    """By prompt and sample, though verdicts come in another order, and Stage 2 starts of some prompts before others."""
+    groups, _ = rollout
+    assert verifier.finished != verifier.submitted and sorted(verifier.finished) == sorted(verifier.submitted)
+    assert [group.prompt for group in groups] == prompts
+    for group in groups:
+        assert [draft.sample_id for draft in group.drafts] == list(range(N))
+        assert [one.sample_id for one in group.completions] == list(range(G))
+        assert {one.stage for one in group.drafts} == {"draft"} and {one.stage for one in group.completions} == {
+            "refine"
+        }
+        for one in (*group.drafts, *group.completions):
+            assert one.score.reward == StubVerifier.reward(one.text)
+        np.testing.assert_array_equal(group.rewards, [one.score.reward for one in group.completions])
+    texts = [one.text for group in groups for one in (*group.drafts, *group.completions)]
+    assert len(set(texts)) > len(texts) / 2
+    assert verifier.prefixes == {""}
+
+
+def test_the_first_of_the_best_drafts_is_in_the_context(rollout, renderer, policy):
+    groups, _ = rollout
+    before = renderer.plain("")[:1]  # <|user|>
+    ties = 0
+    for group in groups:
+        rewards = [draft.score.reward for draft in group.drafts]
+        assert group.best == rewards.index(max(rewards))
+        ties += rewards.count(max(rewards)) > 1
+        draft = group.drafts[group.best].tokens
+        special = policy.tokenizer.all_special_ids
+        kept = [i for i in draft if i not in special][-KEPT:]
+        ids = lambda text: policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+        expected = [*before, *ids(group.prompt.question), *ids("\n\n["), *kept, *ids("]"), *ids("<|assistant|>")]
+        assert list(group.context) == expected
+    assert ties > 0  # two are equally good somewhere, so the rule was needed
+    assert {group.best for group in groups} != {0}
+    lengths = {len(draft.tokens) for group in groups for draft in group.drafts}
+    assert max(lengths) > KEPT  # something was cut
+    assert len({draft.finished for group in groups for draft in group.drafts}) == 2  # and an EOS taken out
+
+
+def test_the_rollout_does_not_depend_on_slots_or_arrival(collect, rollout):
+    groups, _ = collect(StubVerifier(delay=0.0), slots=3)
+    for ours, theirs in zip(rollout[0], groups, strict=True):
+        same(ours, theirs)
+
+
+def test_the_rollout_does_not_depend_on_streaming(collect, rollout):
+    """With the barrier no refinement is drawn before the last draft is scored; what is drawn is the same."""
+    verifier, at = StubVerifier(), []
+
+    class Watching(StubVerifier):
+        def submit(self, candidate):
+            at.append(len(self.finished))
+            return super().submit(candidate)
+
+    groups, metrics = collect(Watching(), rollout__streamed=False)
+    drafts = len(QUESTIONS) * N
+    assert min(at[drafts:]) >= drafts  # all drafts were scored
+    assert metrics["perf/stage_overlap_frac"] == 0 < rollout[1]["perf/stage_overlap_frac"] < 1
+    for ours, theirs in zip(rollout[0], groups, strict=True):
+        same(ours, theirs)
+    ahead, _ = collect(verifier, slots=-3)
+    for ours, theirs in zip(rollout[0], ahead, strict=True):
+        same(ours, theirs)
+
+
+def test_a_slow_verifier_holds_nothing_up_but_its_own_prompt(collect, rollout, prompts):
+    """One prompt's drafts take long: the others are refined meanwhile, the wait is counted, nothing is lost."""
+
+    others = threading.Event()  # all that the other prompts have to sample was
+
+    class Slow(StubVerifier):
+        def submit(self, candidate):
+            self._delay = 1.0 if candidate.question == prompts[0].question else 0.0
+            if len(self.submitted) + 1 == (len(QUESTIONS) - 1) * (N + G) + N:
+                others.set()
+            return super().submit(candidate)
+
+        def _grade(self, text, answer, delay):
+            assert not delay or others.wait(60)
+            return super()._grade(text, answer, 0.5 if delay else 0.0)
+
+    slow = Slow()
+    groups, metrics = collect(slow)
+    for ours, theirs in zip(rollout[0], groups, strict=True):
+        same(ours, theirs)
+    assert len(slow.submitted) == len(slow.finished) == len(QUESTIONS) * (N + G)
+    assert 0 < metrics["perf/verify_wait_time"] < metrics["perf/rollout_time"]
+
+
+FAULTY = """
+import os, time, zlib
+
+def faulty(prompts, completions, **columns):
+    way = zlib.crc32(completions[0].encode()) % 7
+    if way == 0:
+        os._exit(3)  # the worker dies
+    if way == 1:
+        time.sleep(60)  # hangs: killed at the deadline
+    if way == 2:
+        raise ValueError("broken")
+    time.sleep(0.01 * way)  # out of order
+    return [float(way)]
+"""
+
+
+def test_a_verifier_that_hangs_dies_and_raises(collect, rollout, tmp_path, monkeypatch):
+    """Nothing deadlocks, no sample is lost or scored twice; what has no verdict says why and scores 0."""
+    (tmp_path / "faulty_rewards.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = config.RewardsConfig(accuracy=0.0, format=0.0, custom="faulty_rewards:faulty", workers=2, timeout=3.0)
+    with Verifier(settings) as verifier:
+        groups, metrics = collect(verifier, rewards__max_error_fraction=1.0)
+    plain, _ = rollout
+    for group, other in zip(groups, plain, strict=True):
+        assert [one.sample_id for one in group.drafts] == list(range(N))
+        assert [one.sample_id for one in group.completions] == list(range(G))
+        for one, same_draft in zip(group.drafts, other.drafts, strict=True):
+            np.testing.assert_array_equal(one.tokens, same_draft.tokens)
+        for one in (*group.drafts, *group.completions):
+            way = zlib.crc32(one.text.encode()) % 7
+            expected = {0: ("error", 0), 1: ("timeout", 0), 2: ("error", 0)}.get(way, ("ok", way))
+            assert (one.score.status, one.score.reward) == expected
+        assert group.best == selected(group.drafts)
+    assert metrics["verifier/timeout_frac"] > 0 and metrics["verifier/error_frac"] > 0
+
+
+def test_a_group_does_not_depend_on_the_other_prompts(collect, rollout, prompts):
+    """The third of six is the third of three; its randomness comes of its place in the step."""
+    groups, _ = collect(wanted=prompts[:3])
+    for ours, theirs in zip(rollout[0], groups, strict=False):
+        same(ours, theirs)
+
+
+def test_randomness_comes_of_the_step_the_stage_and_the_place(collect, rollout, prompts):
+    groups, _ = collect(step=4)
+    assert all(
+        (a.drafts[0].text, a.drafts[1].text) != (b.drafts[0].text, b.drafts[1].text)
+        for a, b in zip(groups, rollout[0], strict=True)
+    )
+    twice, _ = collect(wanted=[prompts[0], prompts[0]])  # one row twice in a step is not one group twice
+    assert [d.text for d in twice[0].drafts] != [d.text for d in twice[1].drafts]
+    assert len({stage_key(0, step, stage).tobytes() for step in range(9) for stage in (0, 1, 2)}) == 27
+    assert stage_key(1, 0, 0).tobytes() != stage_key(0, 1, 0).tobytes()
+
+
+def test_without_drafts_it_is_the_base_algorithm(collect, schedulers, params, prompts):
+    """The plain prompt sampled G times, as by the scheduler alone."""
+    groups, metrics = collect(algorithm__num_drafts=0)
+    key = stage_key(5, 3, 2)
+    with jax.set_mesh(schedulers[3].engine.mesh):
+        schedulers[3].start(params, Sampling(1.5))
+        for place, prompt in enumerate(prompts):
+            schedulers[3].submit(Request(prompt.tokens, place, G, key, LENGTH))
+        direct = {(one.request.index, one.sample_id): one for one in schedulers[3].drain()}
+    for place, group in enumerate(groups):
+        assert group.drafts == () and group.best is None
+        np.testing.assert_array_equal(group.context, group.prompt.tokens)
+        for one in group.completions:
+            np.testing.assert_array_equal(one.tokens, direct[place, one.sample_id].tokens)
+            assert one.finished == direct[place, one.sample_id].finished
+    assert metrics["perf/draft_tokens"] == 0
+    assert metrics["perf/completion_tokens"] == sum(len(one.tokens) for one in direct.values())
+
+
+def test_dropping_every_draft_is_the_base_algorithm(collect):
+    base, _ = collect(algorithm__num_drafts=0)
+    dropped, _ = collect(algorithm__draft_dropout=1.0)
+    for ours, theirs in zip(base, dropped, strict=True):
+        same(ours, theirs)
+
+
+def test_dropping_some_drafts_leaves_the_others_alone(collect, rollout):
+    base, _ = collect(algorithm__num_drafts=0)
+    some, _ = collect(algorithm__draft_dropout=0.5)
+    dropped = [not group.drafts for group in some]
+    assert 0 < sum(dropped) < len(some)
+    for gone, group, plain, full in zip(dropped, some, base, rollout[0], strict=True):
+        same(group, plain if gone else full)
+
+
+def test_metrics(rollout):
+    groups, metrics = rollout
+    drafts = [one for group in groups for one in group.drafts]
+    completions = [one for group in groups for one in group.completions]
+    assert metrics["perf/draft_tokens"] == sum(len(one.tokens) for one in drafts)
+    assert metrics["perf/completion_tokens"] == sum(len(one.tokens) for one in completions)
+    assert 0 < metrics["perf/slot_utilization"] <= 1
+    assert 0 <= metrics["perf/stage_overlap_frac"] <= 1
+    assert 0 <= metrics["perf/verify_wait_time"] < metrics["perf/rollout_time"]
+    assert metrics["verifier/error_frac"] == 0
+
+
+@pytest.mark.parametrize("status", ["error", "timeout"])
+def test_a_verifier_that_fails_stops_the_run(collect, status):
+    wanted = {"algorithm__num_drafts": 0, "rewards__max_error_fraction": 0.5}
+    with pytest.raises(VerifierError, match=r"of 24 gradings (24 timed out|0 timed out, 24 failed)"):
+        collect(StubVerifier(status, delay=0.0), **wanted)
+    groups, metrics = collect(StubVerifier(status, delay=0.0), **wanted | {"rewards__max_error_fraction": 1.0})
+    assert len(groups) == len(QUESTIONS) and metrics[f"verifier/{status}_frac"] == 1
+
+
+class SilentJudge(StubVerifier):
+    """Has no verdict on any draft."""
+
+    def _grade(self, text, answer, delay):
+        return Score(math.nan, {"judge": math.nan}, None, "invalid", detail="no reply")
+
+
+def test_drafts_without_a_verdict_are_not_shown(collect):
+    wanted = {"rewards__max_error_fraction": 1.0}
+    groups, metrics = collect(SilentJudge(delay=0.0), **wanted)
+    base, _ = collect(SilentJudge(delay=0.0), algorithm__num_drafts=0, **wanted)
+    for group, plain in zip(groups, base, strict=True):
+        assert group.best is None and len(group.drafts) == N
+        np.testing.assert_array_equal(group.context, group.prompt.tokens)
+        assert [one.text for one in group.completions] == [one.text for one in plain.completions]
+    assert metrics["verifier/invalid_frac"] == 1
+
+
+def test_what_a_reward_is_given(collect, prompts):
+    """The row's columns, the question and the very tokens that were sampled."""
+    seen = []
+
+    class Watching(StubVerifier):
+        def submit(self, candidate):
+            seen.append(candidate)
+            return super().submit(candidate)
+
+    rows = [replace(prompts[0], columns={"level": 3})]
+    groups, _ = collect(Watching(), wanted=rows)
+    sampled = {one.tokens.tobytes() for one in (*groups[0].drafts, *groups[0].completions)}
+    assert {candidate.tokens.tobytes() for candidate in seen} == sampled
+    assert {(c.question, c.answer, c.columns["level"]) for c in seen} == {(QUESTIONS[0], "0", 3)}
+
+
+def test_with_the_real_verifier(collect, prompts):
+    with Verifier(config.RewardsConfig(workers=1)) as verifier:
+        groups, metrics = collect(verifier, wanted=prompts[:2])
+    scores = [one.score for group in groups for one in (*group.drafts, *group.completions)]
+    assert len(scores) == 2 * (N + G)
+    assert {score.status for score in scores} <= {"ok", "unparseable"}
+    assert all(set(score.rewards) == {"accuracy", "format"} for score in scores)
+    assert metrics["verifier/unparseable_frac"] == sum(score.status == "unparseable" for score in scores) / len(scores)
+
+
+def drafts_with(rewards):
+    none = np.zeros(0)
+    return [Completion("draft", i, none, none, True, score=Score(x, {}, None, "ok")) for i, x in enumerate(rewards)]
+
+
+def selected(drafts, selection="best"):
+    return select_draft(drafts, selection, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("rewards", "best"),
+    [
+        *[([0, 2, 1], 1), ([0, 2, 2], 1), ([1, 1, 1], 0), ([-1, -3], 0), ([0.5], 0), ([0, 0, 1e-3], 2)],
+        *[([math.nan, -1, 0], 2), ([0, math.nan], 0), ([math.nan, math.nan], None)],  # NaN: no verdict
+    ],
+)
+def test_the_best_draft(rewards, best):
+    assert selected(drafts_with(rewards)) == best
+
+
+def test_other_drafts_than_the_best():
+    """Of those with a verdict: the worst, first of equals; the first; any."""
+    drafts = drafts_with([math.nan, 2, 1, 1, 3])
+    assert selected(drafts, "worst") == 2 and selected(drafts, "first") == 1
+    rng = np.random.default_rng(0)
+    counts = np.bincount([select_draft(drafts, "random", rng) for _ in range(4000)], minlength=5)
+    assert counts[0] == 0 and np.abs(counts[1:] - 1000).max() < 120  # std 27
+    for selection in ("worst", "first", "random"):
+        assert selected(drafts_with([math.nan] * 2), selection) is None
+
+
+@pytest.mark.parametrize("selection", ["worst", "first", "random"])
+def test_the_kept_draft_can_be_another(collect, rollout, renderer, selection):
+    """The drafts are the same; what q' shows follows from the seed, the step and the place, not from arrival."""
+    groups, _ = collect(algorithm__draft_selection=selection)
+    again, _ = collect(StubVerifier(delay=0.0), slots=3, algorithm__draft_selection=selection)
+    other, _ = collect(step=4, algorithm__draft_selection=selection)
+    for group, repeated, plain in zip(groups, again, rollout[0], strict=True):
+        same(group, repeated)
+        assert [one.text for one in group.drafts] == [one.text for one in plain.drafts]
+        rewards = [one.score.reward for one in group.drafts]
+        if selection != "random":
+            assert group.best == (rewards.index(min(rewards)) if selection == "worst" else 0)
+        shown = renderer.with_draft(group.prompt.question, group.drafts[group.best].tokens)
+        np.testing.assert_array_equal(group.context, shown)
+    assert [group.best for group in groups] != [group.best for group in rollout[0]]
+    if selection == "random":
+        assert len({group.best for group in groups}) > 1
+        assert [group.best for group in groups] != [group.best for group in other]
+
+
+@pytest.mark.parametrize(("slots", "streamed"), [(16, True), (3, True), (16, False), (-3, True)])
+def test_drafting_can_end_at_the_first_success(collect, rollout, slots, streamed):
+    """2 is the largest reward. The drafts are those drawn without it, up to the first of 2; the rest is as before."""
+    verifier = StubVerifier(delay=0.01)
+    wanted = {"algorithm__draft_early_stop": True, "rollout__streamed": streamed}
+    groups, metrics = collect(verifier, slots=slots, **wanted)
+    drawn = []
+    for group, full in zip(groups, rollout[0], strict=True):
+        rewards = [one.score.reward for one in full.drafts]
+        drawn.append(rewards.index(2) + 1 if 2 in rewards else N)
+        same(group, replace(full, drafts=full.drafts[: drawn[-1]]))
+    assert len(set(drawn)) > 2 and N in drawn  # some end early, some never
+    assert len(verifier.submitted) == sum(drawn) + len(QUESTIONS) * G  # the others were not drawn at all
+    assert metrics["perf/draft_tokens"] < rollout[1]["perf/draft_tokens"]
+
+
+def test_a_draft_without_a_verdict_ends_nothing(collect):
+    wanted = {"rewards__max_error_fraction": 1.0, "algorithm__draft_early_stop": True}
+    groups, _ = collect(SilentJudge(delay=0.0), **wanted)
+    assert all(len(group.drafts) == N and group.best is None for group in groups)
+
+
+class Unsolvable(StubVerifier):
+    """Some questions earn the same whatever the answer; of the others hardly two answers do."""
+
+    def __init__(self, questions, **settings):
+        super().__init__(**settings)
+        self.questions = questions
+
+    def submit(self, candidate):
+        if candidate.question not in self.questions:
+            return super().submit(candidate)
+        self.submitted.append((candidate.text, candidate.answer))
+        return self._pool.submit(lambda: Score(0.0, {"accuracy": 0.0}, None, "ok"))
+
+    @staticmethod
+    def reward(text):
+        return zlib.crc32(text.encode()) % 997 / 997
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_groups_without_a_signal_are_drawn_again(collect, prompts, streamed):
+    """Of places 0 and 3. A redraw brings place 0 a prompt with a signal, place 3 one without, and then one with.
+
+    What comes out does not depend on slots or arrival, and the groups of other places are what they were.
+    """
+    rounds = {1: [prompts[i] for i in (1, 5, 5, 0, 5, 5)], 2: [prompts[i] for i in (0, 0, 0, 4, 0, 0)]}
+    wanted = {"fresh": rounds.get, "algorithm__max_redraws": 3, "rollout__streamed": streamed}
+    unsolvable = {QUESTIONS[0], QUESTIONS[3]}
+    verifier = Unsolvable(unsolvable)
+    before, unwanted = collect(Unsolvable(unsolvable))
+    groups, metrics = collect(verifier, **wanted)
+    again, _ = collect(Unsolvable(unsolvable, delay=0.0), slots=3, **wanted)
+    for ours, theirs in zip(groups, again, strict=True):
+        same(ours, theirs)
+    assert [group.prompt for group in groups] == [prompts[i] for i in (1, 1, 2, 4, 4, 5)]
+    for place in (1, 2, 4, 5):
+        same(groups[place], before[place])
+    for place, twin in ((0, 1), (3, 4)):  # randomness is the redraw's own
+        assert [one.text for one in groups[place].drafts] != [one.text for one in groups[twin].drafts]
+        assert len(set(groups[place].rewards)) > 1
+    assert (metrics["redraw/groups"], metrics["redraw/exhausted"]) == (3, 0)
+    assert len(verifier.submitted) == (len(QUESTIONS) + 3) * (N + G)
+    tokens = sum(len(one.tokens) for group in groups for one in group.completions)
+    assert metrics["perf/completion_tokens"] > tokens  # those thrown away were sampled too
+    assert "redraw/groups" not in unwanted
+
+
+def test_redraws_end_on_an_unsolvable_set(renderer, schedulers, params, prompts, caplog):
+    """Bounded, counted every step, warned of once."""
+    verifier = Unsolvable(set(QUESTIONS), delay=0.0)
+    with jax.set_mesh(schedulers[16].engine.mesh):
+        rollout = Rollout(settings(algorithm__max_redraws=2), renderer, schedulers[16], verifier)
+        for step in (1, 2):
+            groups, metrics = rollout.collect(params, prompts, step, lambda redraw: prompts[redraw:] + prompts[:redraw])
+            assert (metrics["redraw/groups"], metrics["redraw/exhausted"]) == (2 * len(prompts), len(prompts))
+            assert [group.prompt for group in groups] == [*prompts[2:], *prompts[:2]]  # the last redraw stays
+    assert len(verifier.submitted) == 2 * 3 * len(prompts) * (N + G)
+    assert len([one for one in caplog.records if "after 2 redraws each, 6 of 6 groups" in one.getMessage()]) == 1
+
+
+def test_proposition_3_1():
+    """Of N = 4 drafts that are each right with p = .3, the best is right with 1 - .7^4 = .7599.
+
+    5,000 groups: std .006. A draft picked blindly would be right with .3, the best of 3 with .657, of 5 with .832.
+    """
+    rng = np.random.default_rng(0)
+    groups = (rng.random((5000, 4)) < 0.3).astype(float)
+    best = [rewards[selected(drafts_with(rewards))] for rewards in groups]
+    assert np.mean(best) == pytest.approx(1 - 0.7**4, abs=0.02)

@@ -1,0 +1,155 @@
+"""FLOPs and bytes by formula, against counts by hand and against what XLA counts of programs without loops."""
+
+import dataclasses
+import runpy
+
+import jax
+import jax.numpy as jnp
+import pytest
+import whole_runs
+
+from igrpo_jax import config
+from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.programs import tree_bytes
+from igrpo_jax.models import cache as caches
+from igrpo_jax.models import decoder
+from igrpo_jax.models.config import from_hf
+from igrpo_jax.models.costs import Cost, Costs
+from igrpo_jax.models.shapes import SHAPES
+
+# Parameters in billions as the models' authors count them.
+PUBLISHED = {
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1.78,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7.62,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": 14.77,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": 8.03,
+    "nvidia/OpenReasoning-Nemotron-7B": 7.62,
+    "nvidia/OpenMath-Nemotron-7B": 7.62,
+    "nvidia/OpenMath-Nemotron-14B": 14.77,
+    "Qwen/Qwen2.5-0.5B-Instruct": 0.49,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1.54,
+    "Qwen/Qwen2.5-7B-Instruct": 7.62,
+    "Qwen/Qwen3-8B": 8.19,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 0.135,
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1.71,
+    "nvidia/Nemotron-H-8B-Base-8K": 8.10,
+}
+
+
+def test_public_models_have_as_many_parameters_as_published():
+    found = {name: from_hf(raw, name).num_params / 1e9 for name, raw in SHAPES.items()}
+    assert found == pytest.approx(PUBLISHED, rel=0.01)
+
+
+@pytest.mark.parametrize("file", sorted((whole_runs.ROOT / "configs").glob("*.py")), ids=lambda file: file.stem)
+def test_the_model_of_every_configuration_is_known(file):
+    scope = runpy.run_path(str(file))
+    path = scope["get_config"]().model.path
+    assert not path or path in SHAPES
+
+
+def settings(**changes):
+    tree = config.default()
+    tree.model.dtype = "float32"
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        setattr(getattr(tree, section), field, value)
+    return config.freeze(tree)
+
+
+def one_device():
+    return sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+
+
+def test_a_decode_step_by_hand(tiny):
+    """3 rows that read 10 positions. A layer: q 32x32, k, v 32x16, o 32x32, three of 32x48; two layers; head 32x64."""
+    costs = Costs(settings(), tiny[0], one_device(), width=8)
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 32 * 64
+    attention = 2 * (32 + 32) * 10 * 2  # scores and sums over 4 heads of 8, two layers, multiply-adds
+    logits, cache = 3 * 4 * 3 * 64, 3 * 10 * 2 * 2 * 2 * 8 * 4
+    assert costs("decode", 3, 10) == Cost(3 * (2 * weights + attention), 4 * weights + logits + cache)
+
+
+def test_a_forward_pass_is_what_xla_counts(tiny):
+    """But for norms, rotations and softmax, which the formula leaves out, and half of the scores, which are masked."""
+    c, params = dataclasses.replace(tiny[0], intermediate_size=512, hidden_size=128, num_heads=16), None
+    shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in decoder.shapes(c).items()}
+    tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    run = jax.jit(lambda params, tokens: decoder.apply(c, params, tokens, jnp.arange(64)[None])[0])
+    counted = run.lower(shapes, tokens).compile().cost_analysis()["flops"]
+    costs = Costs(settings(), c, one_device(), width=8)
+    masked = 2 * 2 * 16 * 8 * 64**2 / 2 * 2
+    found = costs("prefill", 64).flops - 2 * 64 * 128 + masked  # the head runs at one position
+    assert params is None and 0.9 < found / counted < 1.02
+
+
+def test_an_update_is_forward_and_backward_and_with_remat_forward_again(tiny):
+    shape = (2, 16, 3, 32)
+    plain, full = (Costs(settings(learner__remat=remat), tiny[0], one_device(), 8) for remat in ("none", "full"))
+    head = 2 * 32 * 64 * 2 * 3 * 32
+    forward = plain("score", shape).flops - head
+    assert plain("accumulate", shape).flops == pytest.approx(3 * forward + 4 * head)
+    assert full("accumulate", shape).flops == pytest.approx(4 * forward + 4 * head)
+
+
+def test_a_narrow_head_is_read_narrow(tiny):
+    """Once for each chunk, as `logprobs` does, which casts it before: 3 chunks of 64 positions."""
+    chunked = {"learner__logprob_chunk": 64}
+    wide = Costs(settings(**chunked), tiny[0], one_device(), 8)
+    narrow = Costs(settings(model__dtype="bfloat16", **chunked), tiny[0], one_device(), 8)
+    logits = 8 * 64 * 192  # of both in float32
+    read = [costs._logits(192).bytes - logits for costs in (wide, narrow)]
+    assert read == [3 * 32 * 64 * 4, 3 * 32 * 64 * 2]
+
+
+def test_useful_work_by_hand(tiny):
+    """A prefix of 16 tokens once, and completions of 32 and 8, which see it and half of themselves."""
+    costs = Costs(settings(), tiny[0], one_device())
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    pairs = 16 * 8 + 32 * (16 + 16) + 8 * (16 + 4)
+    assert costs.useful(17, [32, 8], 1) == 2 * weights * 56 + 4 * 2 * 4 * 8 * pairs + 2 * 32 * 64 * 40
+    assert costs.useful(17, [32, 8], 3) == 3 * costs.useful(17, [32, 8], 1)
+
+
+@pytest.mark.parametrize("name", ["tiny", "hybrid"])
+def test_useful_work_is_that_of_programs_without_padding(name, request):
+    c = request.getfixturevalue(name)[0]
+    one = Costs(settings(learner__remat="none"), c, one_device())
+    four = Costs(settings(), c, sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]))
+    shape = (1, 16, 3, 32)
+    assert one.useful(17, [32] * 3, 1) == pytest.approx(one("score", shape).flops)
+    assert four.useful(17, [32] * 3, 1) == pytest.approx(one("score", shape).flops)  # of all devices
+    head = 2 * c.hidden_size * c.vocab_size * 3 * 32
+    assert one.useful(17, [32] * 3, 3) == pytest.approx(one("accumulate", shape).flops - head)  # recomputed logits
+    # A padded row costs the program more, and asks for no more.
+    assert one.useful(17, [32, 5, 1], 1) < one.useful(17, [32, 32, 1], 1) < one("score", shape).flops
+
+
+def test_a_mesh_splits_work_and_bytes(tiny):
+    one = Costs(settings(), tiny[0], one_device(), 8)
+    mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
+    eight = Costs(settings(), tiny[0], mesh, 8)
+    shape = (4, 16, 3, 32)
+    assert eight("accumulate", shape).flops == pytest.approx(one("accumulate", shape).flops / 8)
+    assert eight("apply").bytes == one("apply").bytes / 4  # replicas over data make the same step
+    assert eight("decode", 4, 16).flops == one("decode", 4, 16).flops / 2
+    assert eight.token_bytes == one.token_bytes / 2
+
+
+@pytest.mark.parametrize("name", ["tiny", "hybrid"])
+def test_bytes_of_a_slot_are_those_of_the_cache(name, request):
+    c = request.getfixturevalue(name)[0]
+    costs = Costs(settings(), c, one_device(), 8)
+    places = caches.shardings(c, one_device())
+    cache = jax.eval_shape(lambda: caches.empty(c, 5, 24, jnp.float32))
+    put = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), cache, places)
+    assert tree_bytes(put) == 5 * (24 * costs.token_bytes + costs.state_bytes)
+
+
+def test_lora_moves_less_in_the_optimizer(tiny):
+    tree = config.default()
+    tree.model.lora.rank = 4
+    lora = Costs(config.freeze(tree), tiny[0], one_device(), 8)
+    whole = Costs(settings(), tiny[0], one_device(), 8)
+    assert 0 < lora("apply").bytes < whole("apply").bytes / 2
+    assert lora("accumulate", (1, 16, 2, 16)).flops == whole("accumulate", (1, 16, 2, 16)).flops

@@ -1,0 +1,249 @@
+"""Exports: what was read comes back bit for bit, transformers loads it, and a bad one never gets its name."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import test_families
+import test_hf_read
+import torch
+import transformers
+
+from igrpo_jax import config
+from igrpo_jax.config import InputError
+from igrpo_jax.distributed import sharding
+from igrpo_jax.models import decoder, hf_read, hf_write, policy
+
+
+def open_policy(path):
+    return policy.open_policy(config.ModelConfig(path=str(path)))
+
+
+def tensors_of(path):
+    """Every tensor of a directory by name: its bytes in bfloat16, and what the file says its dtype is."""
+    found = {}
+    for file in path.glob("*.safetensors"):
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                tensor = opened.get_tensor(name)
+                found[name] = (tensor.shape, tensor.astype("bfloat16").tobytes(), opened.get_slice(name).get_dtype())
+    return found
+
+
+@pytest.fixture
+def original(tmp_path):
+    """A model directory with a tokenizer, in bfloat16."""
+    path = tmp_path / "original"
+    test_hf_read.reference("qwen2", 4, 2).to(torch.bfloat16).save_pretrained(path)
+    test_hf_read.save_tokenizer(path, test_hf_read.CHATML)
+    return path
+
+
+FAMILIES = ("llama3", "qwen3", "qwen3-tied", "hybrid", "hybrid-groups-of-one-head")
+
+
+@pytest.mark.parametrize("case", [*test_hf_read.CASES, *FAMILIES])
+def test_import_export_import_is_the_identity(tmp_path, case):
+    """Of every family; in bfloat16, to which other dtypes are rounded as transformers would."""
+    path, out = tmp_path / "original", tmp_path / "out"
+    if case in FAMILIES:
+        model, shard = test_families.reference(*test_families.CASES[case]).to(torch.bfloat16), "20KB"
+    else:
+        arguments, dtype, shard = test_hf_read.CASES[case]
+        model = test_hf_read.reference(*arguments).to(dtype)
+    model.save_pretrained(path, max_shard_size=shard)
+    test_hf_read.save_tokenizer(path, test_hf_read.CHATML)
+    one, mesh = open_policy(path), test_hf_read.one_device()
+    seen = []
+    one.save(out, one.load(mesh, 0), seen.append)
+    assert seen[-1] == hf_write.model_bytes(one.model) == sum(len(x) for _, x, _ in tensors_of(out).values())
+    expected = tensors_of(path)
+    if one.model.tie_embeddings:
+        expected.pop("lm_head.weight", None)
+    assert {name: (*x[:2], "BF16") for name, x in expected.items()} == tensors_of(out)
+    assert open_policy(out).model == one.model
+    again = open_policy(out).load(mesh, 0, "bfloat16")
+    for name, x in one.load(mesh, 0, "bfloat16").items():
+        assert (np.asarray(x) == np.asarray(again[name])).all() and again[name].dtype == "bfloat16"
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    reread = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).float()
+    np.testing.assert_array_equal(
+        test_hf_read.logits_of_reference(model, test_hf_read.TOKENS),
+        test_hf_read.logits_of_reference(reread, test_hf_read.TOKENS),
+    )
+
+
+def test_a_nemotron_h_is_written_as_backbone(tmp_path):
+    """As in NVIDIA's files and code, and as transformers writes it, which reads model.* too; NVIDIA's code does not."""
+    path, out, again = (tmp_path / name for name in ("original", "out", "again"))
+    test_families.reference(*test_families.CASES["hybrid"]).to(torch.bfloat16).save_pretrained(path)
+    test_hf_read.save_tokenizer(path, None)
+    theirs = tensors_of(path)
+    assert "backbone.embeddings.weight" in theirs
+    test_hf_read.edit_tensors(path, lambda x: [x.update({k.replace("backbone.", "model."): x.pop(k)}) for k in list(x)])
+    assert "model.embeddings.weight" in tensors_of(path)
+    for source, target in ((path, out), (out, again)):
+        one = open_policy(source)
+        one.save(target, one.load(test_hf_read.one_device(), 0))
+        assert tensors_of(target) == theirs
+    logits = []
+    for folder in (path, out):
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not found["missing_keys"] and not found["unexpected_keys"]
+        logits.append(test_hf_read.logits_of_reference(model.float(), test_hf_read.TOKENS))
+    np.testing.assert_array_equal(*logits)
+
+
+def test_everything_beside_the_weights_is_the_originals(original, tmp_path):
+    """But for the dtype, for code that is not copied, and for the ids at which the policy learned to stop."""
+    out = tmp_path / "out"
+    test_hf_read.edit_json(original / "config.json", auto_map={"AutoConfig": "code.Config"}, torch_dtype="float32")
+    (original / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "temperature": 0.6}))
+    (original / "chat_template.jinja").write_text(test_hf_read.CHATML)
+    (original / "pytorch_model.bin.index.json").write_text("{}")
+    one = open_policy(original)
+    one.save(out, one.load(test_hf_read.one_device(), 0))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (original / name).read_bytes()
+    before, after = (json.loads((path / "config.json").read_text()) for path in (original, out))
+    assert before.pop("auto_map")
+    assert before | {"torch_dtype": "bfloat16"} == after
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [1, 3, 5], "temperature": 0.6}
+    assert not list(out.glob("*.index.json"))
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+    turns = [{"role": "user", "content": "x"}]
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(path) for path in (original, out)]
+    assert len({str(x.apply_chat_template(turns, add_generation_prompt=True)) for x in tokenizers}) == 1
+
+
+def test_shards_and_their_index(original, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(hf_write, "SHARD", "20KB")
+    one = open_policy(original)
+    one.save(out, one.load(test_hf_read.one_device(), 0))
+    files = sorted(out.glob("model-*.safetensors"))
+    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, 1 + len(files))]
+    assert [file.name for file in files] == names
+    assert len(files) > 2 and all(file.stat().st_size < 24_000 for file in files)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors_of(out).keys() == tensors_of(original).keys()
+    assert index["metadata"]["total_size"] == hf_write.model_bytes(one.model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    assert tensors_of(out) == tensors_of(original)
+
+
+def test_a_sharded_policy_is_exported_as_one(original, tmp_path):
+    one, mesh = open_policy(original), sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        one.save(tmp_path / "out", one.load(mesh, 0))
+    assert tensors_of(tmp_path / "out") == tensors_of(original)
+
+
+def test_the_builtin_model_is_exported_as_a_llama(tmp_path):
+    shape = config.BuiltinModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48)
+    builtin, mesh, out = (
+        policy.open_policy(config.ModelConfig(builtin=shape)),
+        test_hf_read.one_device(),
+        tmp_path / "out",
+    )
+    draw = np.random.default_rng(0).normal
+    sizes = decoder.shapes(builtin.model).items()
+    params = {
+        path: jax.device_put(
+            draw(path.endswith("scale"), 0.3, size).astype("bfloat16"), sharding.param_sharding(mesh, path)
+        )
+        for path, size in sizes
+    }
+    builtin.save(out, params)
+    again = open_policy(out)
+    assert (again.model, again.eos_ids) == (builtin.model, builtin.eos_ids)
+    theirs, auto = (
+        transformers.AutoModelForCausalLM.from_pretrained(out),
+        transformers.AutoTokenizer.from_pretrained(out),
+    )
+    text = "7+5-3"
+    for tokenizer in (again.tokenizer, auto):
+        for special in (True, False):
+            assert tokenizer(text, add_special_tokens=special) == builtin.tokenizer(text, add_special_tokens=special)
+        turns = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+        assert ids == builtin.tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    ours = test_hf_read.logits_of(out, test_hf_read.TOKENS)
+    np.testing.assert_allclose(
+        ours, test_hf_read.logits_of_reference(theirs.float(), test_hf_read.TOKENS), atol=1e-4, rtol=0
+    )
+    assert theirs.generation_config.eos_token_id == builtin.eos_ids[0]
+
+
+def is_gone(folder):
+    return not folder.exists() and not list(folder.parent.glob(f".{folder.name}*"))
+
+
+def test_a_folder_that_can_not_be_used(original, tmp_path):
+    one = open_policy(original)
+    params = one.load(test_hf_read.one_device(), 0)
+    message = test_hf_read.error_of(one.save, original, params)
+    assert message == f"{original}: is there already; give a new folder"
+    (tmp_path / "file").write_text("")
+    assert "is there already" in test_hf_read.error_of(one.save, tmp_path / "file", params)
+    message = test_hf_read.error_of(one.save, tmp_path / "file" / "out", params)
+    assert "can't be written (Not a directory)" in message
+    (tmp_path / "out").mkdir()
+    (tmp_path / ".out.partial").mkdir()  # of an export that was killed
+    (tmp_path / ".out.partial" / "old").write_text("")
+    one.save(tmp_path / "out", params)
+    assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "old").exists()
+
+
+@pytest.mark.parametrize("damage", ["transposed", "cut", "none"])
+def test_what_does_not_read_back_is_no_export(original, tmp_path, monkeypatch, damage):
+    out, write = tmp_path / "out", safetensors.numpy.save_file
+
+    def damaged(tensors, file, metadata):
+        if damage == "transposed":
+            name = "model.layers.0.self_attn.q_proj.weight"
+            tensors[name] = np.ascontiguousarray(tensors[name].T)
+        write(tensors, file, metadata)
+        if damage == "cut":
+            os.truncate(file, 20_000)
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", damaged)
+    one = open_policy(original)
+    params = one.load(test_hf_read.one_device(), 0)
+    if damage == "none":
+        params["norm/scale"] = params["norm/scale"] * np.nan
+    kind, said = {
+        "transposed": (config.RunError, "read back"),
+        "cut": (InputError, "can't be read"),
+        "none": (config.RunError, "not finite"),
+    }[damage]
+    with pytest.raises(kind, match=said):
+        one.save(out, params)
+    assert is_gone(out)
+
+
+@pytest.mark.skipif(
+    "IGRPO_SMOLLM2" not in os.environ, reason="set IGRPO_SMOLLM2 to a directory with SmolLM2-135M-Instruct"
+)
+def test_smollm2_writes_the_same_text_after_an_export(tmp_path):
+    path, out = os.environ["IGRPO_SMOLLM2"], tmp_path / "out"
+    one = open_policy(path)
+    one.save(out, one.load(test_hf_read.one_device(), 0))
+    texts = []
+    for folder in (path, out):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        turns = [
+            {"role": "user", "content": "Natalia sold 48 clips in April and half as many in May. How many in all?"}
+        ]
+        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+        texts.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]))
+    assert texts[0] == texts[1] and len(texts[0]) > 50
+    assert hf_read.load_config(str(out)) == dataclasses.replace(hf_read.load_config(path))

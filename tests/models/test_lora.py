@@ -1,0 +1,254 @@
+"""LoRA: only adapters are trained, by the gradient that the chain rule gives, and sampler and trainer use one sum."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_learner import GAINS, assert_close, gradient_of, make_groups, make_learner, put, updated
+
+from igrpo_jax import config
+from igrpo_jax.config import InputError
+from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.programs import tree_bytes
+from igrpo_jax.models import decoder, lora
+from igrpo_jax.sampling.engine import Engine
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+MESHES = {"one": None, "sharded": config.MeshConfig(data=2, fsdp=2, tensor=2)}
+ON = {"model__lora__rank": 3, "model__lora__alpha": 6.0}
+
+
+def adapters_like(settings, c, seed=1):
+    """Random on both sides: with B = 0 half of the mistakes don't show."""
+    draw = np.random.default_rng(seed).normal
+    return {path: draw(0, 0.2, x).astype(np.float32) for path, x in lora.shapes(settings, decoder.shapes(c)).items()}
+
+
+def by_hand(base, adapters, scaling):
+    """W + scaling A B in numpy, for the tiny model's names."""
+    merged = dict(base)
+    for path in {path.rpartition("/")[0] for path in adapters}:
+        a, b = adapters[f"{path}/lora_a"], adapters[f"{path}/lora_b"]
+        merged[path] = base[path] + scaling * np.tensordot(a, b, axes=1)
+    return merged
+
+
+def test_shapes_by_hand(tiny):
+    c = tiny[0]
+    found = lora.shapes(config.LoraConfig(rank=3, targets=("q_proj", "o_proj", "down_proj")), decoder.shapes(c))
+    assert found["blocks/2/mixer/q_proj/lora_a"] == (32, 3)
+    assert found["blocks/2/mixer/q_proj/lora_b"] == (3, 4, 8)
+    assert found["blocks/2/mixer/o_proj/lora_a"] == (4, 8, 3)
+    assert found["blocks/2/mixer/o_proj/lora_b"] == (3, 32)
+    assert found["blocks/3/mixer/down_proj/lora_a"] == (48, 3)
+    assert len(found) == 2 * 3 * 2
+    every = lora.adapted(config.LoraConfig(rank=3), decoder.shapes(c))
+    names = {path.rpartition("/")[2] for path in every}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("target", ["q_porj", "embedding", "lm_head", "q_bias", "scale", "self_attn.q_proj"])
+def test_a_target_that_matches_nothing(tiny, target):
+    with pytest.raises(InputError) as caught:
+        lora.shapes(config.LoraConfig(rank=3, targets=("v_proj", target)), decoder.shapes(tiny[0]))
+    message = str(caught.value)
+    assert message.startswith("config.model.lora.targets = ('v_proj', ") and "\n" not in message
+    assert f"{target!r} matches no weight of the model; there are down_proj, gate_proj, k_proj, o_proj" in message
+
+
+@pytest.mark.parametrize("changes", [{"rank": -1}, {"alpha": 0.0}, {"targets": ()}])
+def test_settings_that_no_run_can_use(changes):
+    tree = config.default()
+    tree.model.lora.update({"rank": 4} | changes)
+    with pytest.raises(InputError, match=rf"config\.model\.lora\.{next(iter(changes))}"):
+        config.freeze(tree)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fresh_policy_is_the_base_bit_for_bit(tiny, dtype):
+    c, base = tiny
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    frozen = decoder.cast(put(base, mesh), dtype)
+    fresh = lora.init(config.LoraConfig(rank=3), decoder.shapes(c), jax.random.key(0), mesh)
+    merged = jax.jit(lora.merge)(lora.attach(frozen, fresh, 2.0))
+    assert merged.keys() == frozen.keys()
+    for path, x in merged.items():
+        assert x.dtype == dtype and (np.asarray(x) == np.asarray(frozen[path])).all(), path
+    a = np.asarray(fresh["blocks/0/mixer/o_proj/lora_a"])
+    assert 0.9 * 32**-0.5 < np.abs(a).max() <= 32**-0.5  # o_proj has 4 heads of 8 as inputs
+    assert not (a == np.asarray(fresh["blocks/2/mixer/o_proj/lora_a"])).any()
+
+
+def lora_learner(tiny, mesh=None, base=None, **changes):
+    learner, mesh = make_learner(tiny[0], mesh, **ON, **changes)
+    learner.set_frozen(decoder.cast(put(tiny[1], mesh), changes.get("model__dtype", "float32")))
+    return learner, mesh
+
+
+@pytest.fixture(scope="module")
+def chain_rule(tiny):
+    """Adapters, and their gradient from that of the whole weights W', by a learner that trains those:
+    dA = scaling dW' B^T and dB = scaling A^T dW'.
+    """
+    settings = config.LoraConfig(rank=3, alpha=6.0)
+    adapters = adapters_like(settings, tiny[0])
+    state, metrics = updated(make_learner(tiny[0]), by_hand(tiny[1], adapters, 2.0))
+    whole = gradient_of(state)
+    expected = {}
+    for path in lora.adapted(settings, decoder.shapes(tiny[0])):
+        a, b, w = adapters[f"{path}/lora_a"], adapters[f"{path}/lora_b"], whole[path]
+        cut = a.ndim - 1
+        expected[f"{path}/lora_a"] = 2.0 * np.tensordot(w, b, axes=(range(cut, w.ndim), range(1, b.ndim)))
+        expected[f"{path}/lora_b"] = 2.0 * np.tensordot(a, w, axes=(range(cut), range(cut)))
+    return adapters, expected, metrics
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"learner__remat": "full"}, {"learner__remat": "dots"}, {"mesh": MESHES["sharded"]}]
+)
+def test_adapters_get_the_gradient_of_the_chain_rule(tiny, chain_rule, changes):
+    adapters, expected, metrics = chain_rule
+    built = lora_learner(tiny, **changes)
+    state, measured = updated(built, adapters)
+    assert state.params.keys() == expected.keys()
+    assert_close(gradient_of(state), expected, 2e-4)
+    assert measured["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+    assert measured["entropy"] == pytest.approx(metrics["entropy"], rel=1e-4)
+    for path, x in built[0]._frozen.items():
+        assert (np.asarray(x) == tiny[1][path]).all(), path  # neither donated nor changed
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert len(moments) == 2 * len(expected)
+
+
+def test_a_loop_over_adapted_sublayers(tiny, chain_rule, monkeypatch):
+    """On a mesh. Not only in bfloat16, where it is used."""
+    adapters, expected, _ = chain_rule
+    monkeypatch.setattr(decoder, "_pieces", lambda kinds, dtype, remat: decoder.stretches(kinds))
+    state, _ = updated(lora_learner(tiny, mesh=MESHES["sharded"], learner__remat="full"), adapters)
+    assert_close(gradient_of(state), expected, 2e-4)
+
+
+def test_a_base_in_bfloat16_is_adapted_too(tiny, chain_rule):
+    """Its head and embedding are narrow as well, and get no gradient; the adapters' has the direction it should."""
+    adapters, expected, _ = chain_rule
+    state, measured = updated(lora_learner(tiny, model__dtype="bfloat16"), adapters)
+    found = gradient_of(state)
+    assert found.keys() == expected.keys() and measured["grad_norm"] > 0
+    assert all(x.dtype == jnp.float32 for x in state.params.values())
+    flat = lambda tree: np.concatenate([tree[path].ravel() for path in sorted(expected)])
+    a, b = flat(found), flat(expected)
+    assert a @ b > 0.99 * np.linalg.norm(a) * np.linalg.norm(b)
+
+
+def test_the_reference_is_the_base(tiny):
+    """With B = 0 the policy is its own reference: kl is 0 until the adapters have learned."""
+    learner, mesh = lora_learner(tiny, algorithm__beta=0.1, optimizer__learning_rate=1e-2)
+    settings = config.LoraConfig(rank=3, alpha=6.0)
+    with jax.set_mesh(mesh):
+        fresh = lambda: lora.init(settings, decoder.shapes(tiny[0]), jax.random.key(0), mesh)
+        learner.set_reference(fresh())
+        state, first = learner.update(learner.init(fresh()), make_groups(), GAINS, 1)
+        state, second = learner.update(state, make_groups(), GAINS, 2)
+    assert first["kl"] == 0 and second["kl"] > 1e-6
+    assert tree_bytes(learner._reference) < 0.6 * tree_bytes(learner._frozen)  # tiny is not much wider than rank 3
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_sampler_draws_from_the_trainers_sum(tiny, mesh):
+    """In bfloat16 both round the same sum: the weights are equal bit for bit, and log-probs but for the programs."""
+    learner, mesh = lora_learner(tiny, MESHES[mesh], model__dtype="bfloat16")
+    engine = Engine(
+        tiny[0], mesh, (0,), slots=8, max_context=20, max_completion=18, dtype="bfloat16", steps_per_dispatch=4
+    )
+    adapters = adapters_like(config.LoraConfig(rank=3, alpha=6.0), tiny[0])
+    with jax.set_mesh(mesh):
+        weights = engine.weights(learner.policy(put(adapters, mesh)))
+    base = {path: np.asarray(jnp.asarray(x, "bfloat16"), np.float32) for path, x in tiny[1].items()}
+    for path, x in by_hand(base, adapters, 2.0).items():
+        assert weights[path].dtype == "bfloat16" and weights[path].shape == x.shape
+        assert weights[path].sharding.is_equivalent_to(sharding.param_sharding(mesh, path, gathered=True), x.ndim)
+        # Half a unit in the last place of bfloat16, and what float32 leaves open between two of them.
+        np.testing.assert_allclose(np.asarray(weights[path], np.float32), x, rtol=2**-8, atol=1e-6, err_msg=path)
+        inside = jax.jit(lora.merge)(learner.policy(put(adapters, mesh))[path])
+        assert (np.asarray(inside) == np.asarray(weights[path])).mean() > 0.999
+
+
+def test_factors_lie_as_their_weight_does():
+    mesh = sharding.make_mesh(MESHES["sharded"])
+    spec = lambda path: tuple(sharding.param_sharding(mesh, path).spec)
+    assert spec("blocks/0/mixer/q_proj/lora_a") == ("fsdp", None)
+    assert spec("blocks/0/mixer/q_proj/lora_b") == (None, "tensor", None)
+    assert spec("blocks/0/mixer/o_proj/lora_a") == ("tensor", None, None)
+    assert spec("blocks/1/mixer/down_proj/lora_b") == (None, "fsdp")
+
+
+def test_memory_is_that_of_adapters_and_one_sublayer(tiny):
+    """Of wider layers, so that weights are what counts: moments, gradients and master weights of adapters only, and
+    with remat one sublayer's sum at a time. Red where all are summed first, or where "dots" keeps the product A B.
+    """
+    c = dataclasses.replace(tiny[0], hidden_size=256, intermediate_size=1024, head_dim=64, pattern="*-" * 6)
+    weights = sum(4 * np.prod(shape) for shape in decoder.shapes(c).values())  # 24 MB, and 3 MB in a sublayer at most
+    for remat in ("full", "dots"):
+        learner, mesh = make_learner(
+            c, prompts_per_step=8, learner__tokens_per_microbatch=64, learner__remat=remat, **ON
+        )
+        with jax.set_mesh(mesh):
+            program = learner._programs["accumulate", learner.packer.largest]
+            needs, temporary = learner.predicted_bytes(), program.memory_analysis().temp_size_in_bytes
+        assert temporary < 0.6 * weights, remat
+        moments = tree_bytes(learner.abstract_state().opt_state)
+        assert moments < 0.1 * weights < weights < needs - temporary - moments < 1.1 * weights
+
+
+# Of a Nemotron-H what peft takes: no part of Mamba-2's in_proj, nor its out_proj, which is an o_proj here.
+WHOLE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(("family", "targets"), [("qwen2", ("all-linear",)), ("nemotron_h", WHOLE)])
+def test_peft_loads_the_adapters_and_gives_our_logits(tmp_path, family, targets):
+    peft = pytest.importorskip("peft")
+    import test_families
+    import test_hf_read
+    import transformers
+
+    from igrpo_jax.models import policy
+
+    path, out = tmp_path / "model", tmp_path / "adapter"
+    if family == "qwen2":
+        test_hf_read.reference("qwen2", 4, 2).save_pretrained(path)
+    else:
+        test_families.reference(*test_families.CASES["hybrid"]).save_pretrained(path)
+    test_hf_read.save_tokenizer(path, test_hf_read.CHATML)
+    one, mesh = policy.open_policy(config.ModelConfig(path=str(path), dtype="float32")), test_hf_read.one_device()
+    settings = config.LoraConfig(rank=3, alpha=6.0, targets=targets)
+    adapters = put(adapters_like(settings, one.model), mesh)
+    params = lora.attach(one.load(mesh, 0), adapters, settings.scaling)
+    one.save_adapter(out, settings, params)
+    if family == "nemotron_h":
+        both = config.LoraConfig(rank=3, targets=("o_proj",))
+        params_of_both = lora.attach(one.load(mesh, 0), put(adapters_like(both, one.model), mesh), both.scaling)
+        with pytest.raises(InputError, match=r"peft takes no adapter for blocks/0/mixer/o_proj, .*out_proj\.weight"):
+            one.save_adapter(tmp_path / "refused", both, params_of_both)
+    assert sorted(file.name for file in out.glob("adapter*")) == ["adapter_config.json", "adapter_model.safetensors"]
+    base = test_families.unclipped(transformers.AutoModelForCausalLM.from_pretrained(path))
+    model = peft.PeftModel.from_pretrained(base, out).eval()
+    theirs = test_hf_read.logits_of_reference(model, test_hf_read.TOKENS)
+    places = np.broadcast_to(np.arange(test_hf_read.TOKENS.shape[1], dtype=np.int32), test_hf_read.TOKENS.shape)
+
+    def logits(params):
+        return decoder.logits(one.model, params, decoder.apply(one.model, params, test_hf_read.TOKENS, places)[0])
+
+    ours = np.asarray(jax.jit(logits)(params))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    assert np.abs(ours - test_hf_read.logits_of(path, test_hf_read.TOKENS)).max() > 0.1
+    # What is merged is what transformers runs without peft.
+    one.save(tmp_path / "merged", params)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float()
+    unloaded = model.merge_and_unload()
+    for (name, x), (other, y) in zip(
+        sorted(merged.state_dict().items()), sorted(unloaded.state_dict().items()), strict=True
+    ):
+        assert name == other
+        np.testing.assert_allclose(x.numpy(), y.numpy(), rtol=2**-7, atol=1e-5, err_msg=name)

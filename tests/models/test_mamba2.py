@@ -1,0 +1,244 @@
+"""Mamba-2: chunks equal the recurrence, padding and pieces change nothing, and a cache of states obeys its verbs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from igrpo_jax import config
+from igrpo_jax.distributed import sharding
+from igrpo_jax.models import cache as caches
+from igrpo_jax.models import decoder, mamba2
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+B, N, G, H, P = 2, 4, 2, 3, 5
+
+
+def data(time, seed=0, groups=G):
+    rng = np.random.default_rng(seed)
+    x, state = rng.normal(size=(B, time, N, H)), rng.normal(size=(B, N, H, P))
+    dt = np.log1p(np.exp(rng.normal(-1, 2, (B, time, N))))
+    b, c = rng.normal(size=(2, B, time, groups, P))
+    return [np.asarray(y, np.float32) for y in (x, dt, -np.exp(rng.normal(size=N)), b, c, state)]
+
+
+def recurrence(x, dt, a, b, c, state):
+    """Token by token and head by head, in float64."""
+    x, dt, a, b, c, state = (np.array(y, np.float64) for y in (x, dt, a, b, c, state))
+    y = np.zeros(x.shape)
+    for row, t, n in np.ndindex(x.shape[:3]):
+        group = n // (x.shape[2] // b.shape[2])
+        state[row, n] *= np.exp(dt[row, t, n] * a[n])
+        state[row, n] += dt[row, t, n] * np.outer(x[row, t, n], b[row, t, group])
+        y[row, t, n] = state[row, n] @ c[row, t, group]
+    return y, state
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("time", [1, 3, 4, 5, 8, 11])
+def test_chunks_equal_the_recurrence(time, groups):
+    """From a state that is not empty; the last chunk of 4 is whole, has one position, or all but one."""
+    inputs = data(time, groups=groups)
+    for got, expected in zip(mamba2.scan(*inputs, chunk=4), recurrence(*inputs), strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
+    if time == 1:
+        for got, expected in zip(mamba2.step(*inputs), recurrence(*inputs), strict=True):
+            np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
+
+
+def test_gradients_do_not_depend_on_the_chunk():
+    inputs = data(11)
+    weight, last = np.random.default_rng(1).normal(size=(B, 11, N, H)), np.random.default_rng(2).normal(size=(N, H, P))
+
+    def gradient(chunk):
+        def loss(*inputs):
+            y, state = mamba2.scan(*inputs, chunk=chunk)
+            return jnp.sum(y * weight) + jnp.sum(state * last)
+
+        return jax.jit(jax.grad(loss, argnums=range(6)))(*inputs)
+
+    for one, whole in zip(gradient(1), gradient(11), strict=True):
+        np.testing.assert_allclose(one, whole, atol=1e-5 * np.abs(whole).max(), rtol=0)
+    for four, whole in zip(gradient(4), gradient(11), strict=True):
+        np.testing.assert_allclose(four, whole, atol=1e-5 * np.abs(whole).max(), rtol=0)
+
+
+def test_strong_decay_gives_no_nan():
+    """Between distant positions exp(difference) above the diagonal would be infinite."""
+    inputs = data(8)
+    inputs[1][:] = 50.0
+    loss = lambda *x: jnp.sum(mamba2.scan(*x, chunk=8)[0] ** 2)
+    assert all(np.isfinite(x).all() for x in jax.grad(loss, argnums=range(6))(*inputs))
+
+
+def run(c, params, tokens, start=0, cache=None, length=None):
+    places = start + np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return jax.jit(lambda *x: decoder.apply(c, *x))(params, tokens, places, cache, length)
+
+
+TOKENS = np.random.default_rng(0).integers(0, 64, (3, 21), np.int32)
+
+
+def states(cache):
+    return [entry for entry in cache if isinstance(entry, caches.MambaState)]
+
+
+def assert_same(got, expected, atol=1e-5):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol, rtol=0)
+
+
+def test_padding_enters_no_state(hybrid):
+    """The state of a padded row is that of its tokens alone; a row of none has read nothing."""
+    c, params = hybrid
+    length = np.array([21, 6, 0], np.int32)
+    hidden, cache = run(c, params, TOKENS, length=length)
+    whole = run(c, params, TOKENS)
+    np.testing.assert_allclose(hidden[1, :6], whole[0][1, :6], atol=1e-5, rtol=0)
+    assert_same(jax.tree.map(lambda x: x[0], states(cache)), jax.tree.map(lambda x: x[0], states(whole[1])))
+    alone = run(c, params, TOKENS[1:2, :6])[1]
+    assert_same(jax.tree.map(lambda x: x[1], states(cache)), jax.tree.map(lambda x: x[0], states(alone)))
+    assert all(not np.asarray(x)[2].any() for x in jax.tree.leaves(states(cache)))
+    pairs = zip(states(cache), states(whole[1]), strict=True)
+    assert all(np.abs(a.state[1] - b.state[1]).max() > 0.01 for a, b in pairs)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 8, 13])
+def test_two_pieces_equal_one(hybrid, cut):
+    c, params = hybrid
+    hidden, cache = run(c, params, TOKENS)
+    _, first = run(c, params, TOKENS[:, :cut])
+    before = caches.shared(first, np.full((3,), cut, np.int32))
+    later, second = run(c, params, TOKENS[:, cut:], cut, before)
+    np.testing.assert_allclose(later, hidden[:, cut:], atol=2e-5, rtol=0)
+    assert_same(states(second), states(cache))
+    # And into one cache, as a prompt is read in pieces.
+    joined = caches.extend(caches.extend(caches.empty(c, 3, 21, jnp.float32), first, 0), second, cut)
+    assert_same(joined, cache)
+
+
+def test_rows_that_continue_one_prefix(hybrid):
+    """Values and gradients of three rows of two prefixes, one of them padded, against rows of their own."""
+    c, params = hybrid
+    length = np.array([9, 4], np.int32)
+    prefix, rows = TOKENS[:2, :9], np.random.default_rng(3).integers(0, 64, (6, 7), np.int32)
+    weight = np.random.default_rng(4).normal(size=(6, 7, c.hidden_size)).astype(np.float32)
+    places = np.broadcast_to(np.arange(9, dtype=np.int32), prefix.shape)
+    onward = np.repeat(length, 3)[:, None] + np.arange(7, dtype=np.int32)
+
+    def together(params):
+        _, cache = decoder.apply(c, params, prefix, places, length=length, remat="full")
+        hidden, _ = decoder.apply(c, params, rows, onward, caches.shared(cache, length), remat="full")
+        return jnp.sum(hidden * weight), hidden
+
+    whole = np.zeros((6, 16), np.int32)
+    for i in range(6):
+        start = length[i // 3]
+        whole[i, :start], whole[i, start : start + 7] = prefix[i // 3, :start], rows[i]
+
+    def alone(params):
+        hidden, _ = decoder.apply(c, params, whole, np.broadcast_to(np.arange(16, dtype=np.int32), whole.shape))
+        hidden = jnp.take_along_axis(hidden, onward[..., None], axis=1)
+        return jnp.sum(hidden * weight), hidden
+
+    (_, hidden), gradients = jax.jit(jax.value_and_grad(together, has_aux=True))(params)
+    (_, expected), wanted = jax.jit(jax.value_and_grad(alone, has_aux=True))(params)
+    np.testing.assert_allclose(hidden, expected, atol=2e-5, rtol=0)
+    for path, x in wanted.items():
+        np.testing.assert_allclose(gradients[path], x, atol=2e-5 * np.abs(x).max(), rtol=0, err_msg=path)
+
+
+def random_cache(c, rows, length, seed):
+    draw = np.random.default_rng(seed).normal
+    return jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), x.dtype), caches.empty(c, rows, length, jnp.float32))
+
+
+def test_the_verbs_take_whole_states(hybrid):
+    c = hybrid[0]
+    cache, rows = random_cache(c, 4, 10, 0), random_cache(c, 3, 6, 1)
+    inserted = caches.insert(cache, rows, np.array([2, 4, 0]))  # four slots: the second row has none
+    moved = caches.move(cache, np.array([3, 1]), np.array([1, 4]))
+    part = caches.window(cache, 2, 4)
+    later = jax.tree.map(lambda x: x + 1, part)
+    restored = caches.restore(cache, later, np.array([0, 1]), 2)
+    forked = caches.fork(jax.tree.map(lambda x: x[:1], rows), 3)
+    for i, kind in enumerate(c.pattern):
+        if kind != "M":
+            continue
+        for old, new, put, away, seen, back, many in zip(
+            *(x[i] for x in (cache, rows, inserted, moved, part, restored, forked)), strict=True
+        ):
+            np.testing.assert_array_equal(put, np.stack([new[2], old[1], new[0], old[3]]))
+            np.testing.assert_array_equal(away, np.stack([old[0], old[3], old[2], old[3]]))
+            np.testing.assert_array_equal(seen, old[:2])
+            np.testing.assert_array_equal(back, np.concatenate([old[:2] + 1, old[2:]]))
+            np.testing.assert_array_equal(many, np.repeat(new[:1], 3, axis=0))
+    assert caches.positions(cache) == 10
+    assert caches.positions(states(cache)) is None
+
+
+def test_a_state_is_float32_in_bfloat16(hybrid):
+    c, params = hybrid
+    half = decoder.cast(params, "bfloat16")
+    hidden, cache = run(c, half, TOKENS)
+    assert hidden.dtype == jnp.bfloat16
+    for entry in states(cache):
+        assert (entry.state.dtype, entry.x.dtype) == (jnp.float32, jnp.bfloat16)
+        assert len(np.unique(entry.state.astype(jnp.bfloat16))) < len(np.unique(entry.state))
+    for entry in states(caches.empty(c, 2, 8, jnp.bfloat16)):
+        assert (entry.state.dtype, entry.x.dtype) == (jnp.float32, jnp.bfloat16)
+    assert np.abs(hidden.astype(jnp.float32) - run(c, params, TOKENS)[0]).mean() < 0.03
+
+
+def test_a_step_is_clipped_to_its_limit(hybrid):
+    """With both limits alike every step is as long as that."""
+    c, params = hybrid
+    fixed = dataclasses.replace(c, mamba=dataclasses.replace(c.mamba, time_step_limit=(0.3, 0.3)))
+    other = {path: x + (path.endswith("dt_bias") and 1.0) for path, x in params.items()}
+    np.testing.assert_array_equal(run(fixed, params, TOKENS)[0], run(fixed, other, TOKENS)[0])
+    assert np.abs(run(c, params, TOKENS)[0] - run(c, other, TOKENS)[0]).max() > 0.01
+
+
+def test_the_count_of_parameters_is_that_of_the_arrays(hybrid):
+    shapes = decoder.shapes(hybrid[0])
+    assert hybrid[0].num_params == sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def test_a_new_model_starts_with_finite_gradients(hybrid):
+    params = decoder.init(hybrid[0], jax.random.key(0), sharding.make_mesh(config.MeshConfig(), jax.devices()[:1]))
+    loss = lambda params: jnp.mean(decoder.apply(hybrid[0], params, TOKENS, TOKENS * 0)[0] ** 4)
+    gradient = jax.jit(jax.grad(loss))(params)
+    assert all(np.isfinite(x).all() for x in gradient.values())
+    assert np.abs(gradient["blocks/0/mixer/o_proj"]).max() > 0  # zero itself, and what the rest is reached through
+
+
+def test_a_mesh_changes_nothing(hybrid):
+    """Heads and groups over `tensor`: values and gradients of two prefixes that two rows each continue."""
+    c, params = hybrid
+    prefix, rows = TOKENS[:2, :9], np.random.default_rng(3).integers(0, 64, (4, 7), np.int32)
+    length = np.array([9, 4], np.int32)
+
+    def loss(params, prefix, rows, length):
+        places = jnp.broadcast_to(jnp.arange(9), prefix.shape)
+        _, cache = decoder.apply(c, params, prefix, places, length=length)
+        onward = jnp.repeat(length, 2)[:, None] + jnp.arange(7)
+        hidden, _ = decoder.apply(c, params, rows, onward, caches.shared(cache, length), remat="full")
+        return jnp.mean(hidden**2 * jnp.arange(c.hidden_size)), hidden
+
+    def run_on(mesh):
+        placed = {path: sharding.to_global(x, sharding.param_sharding(mesh, path)) for path, x in params.items()}
+        batch = sharding.to_global((prefix, rows, length), sharding.batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            return sharding.to_host(jax.jit(jax.value_and_grad(loss, has_aux=True))(placed, *batch))
+
+    (_, expected), wanted = run_on(sharding.make_mesh(config.MeshConfig(), jax.devices()[:1]))
+    mesh = sharding.make_mesh(config.MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    (_, hidden), gradients = run_on(mesh)
+    assert sharding.param_sharding(mesh, "blocks/0/mixer/b_proj").shard_shape((32, 2, 8)) == (16, 1, 8)
+    np.testing.assert_allclose(hidden, expected, atol=2e-5, rtol=0)
+    for path, x in wanted.items():
+        np.testing.assert_allclose(gradients[path], x, atol=2e-5 * np.abs(x).max(), rtol=0, err_msg=path)

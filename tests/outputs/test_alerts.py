@@ -1,0 +1,97 @@
+"""Alerts: each limit from both of its sides, and what it takes for them to be sure."""
+
+import pytest
+
+from igrpo_jax.outputs import alerts as room
+
+QUIET = {
+    "reward": 1.2,
+    "entropy": 0.4,
+    "frac_reward_zero_std": 0.3,
+    "completions/clipped_ratio": 0.1,
+    "verifier/unparseable_frac": 0.05,
+    "verifier/error_frac": 0.0,
+    "verifier/timeout_frac": 0.0,
+    "perf/recompiles": 0.0,
+    "nonfinite_steps": 0.0,
+}
+
+
+def names(metrics, history=()):
+    return [alert.partition(":")[0] for alert in room.alerts(metrics, history)]
+
+
+def steps(count, **changes):
+    return [QUIET | changes for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    "name, below, above",
+    [
+        ("truncation", {"completions/clipped_ratio": 0.5}, {"completions/clipped_ratio": 0.51}),
+        ("unparseable", {"verifier/unparseable_frac": 0.3}, {"verifier/unparseable_frac": 0.31}),
+        ("zero variance", {"frac_reward_zero_std": 0.8}, {"frac_reward_zero_std": 0.81}),
+        (
+            "verifier errors",
+            {"verifier/error_frac": 0.01},
+            dict.fromkeys(("verifier/error_frac", "verifier/timeout_frac"), 0.006),
+        ),
+        ("zero reward", {"reward": 0.0, "frac_reward_zero_std": 0.9}, {"reward": 0.0, "frac_reward_zero_std": 1.0}),
+    ],
+)
+def test_each_limit_from_both_sides_at_the_first_step(name, below, above):
+    assert name not in names(QUIET | below)
+    assert name in names(QUIET | above)
+
+
+def test_a_quiet_run_has_none_and_no_metric_must_be_there():
+    assert names(QUIET, steps(40)) == []
+    assert names({}) == names({}, [{}] * 40) == []
+    assert names(dict.fromkeys(QUIET), [dict.fromkeys(QUIET)] * 40) == []  # not finite, as rows have it
+    assert set(QUIET) == set(room.WATCHED)
+
+
+def test_one_odd_step_is_no_alert_and_two_quiet_ones_end_none():
+    """The mean of five steps: 0.1 four times and 1 once is 0.28, not above a half; a half is reached with three."""
+    odd = QUIET | {"completions/clipped_ratio": 1.0}
+    assert names(odd, steps(4)) == []
+    assert names(odd, [*steps(2), odd, odd]) == ["truncation"]
+    assert names(QUIET, [odd] * 4) == ["truncation"] and names(QUIET, [*[odd] * 4, *steps(3)]) == []
+
+
+def test_all_rewards_zero_needs_every_step():
+    zero = QUIET | {"reward": 0.0, "frac_reward_zero_std": 1.0}
+    assert "zero reward" in names(zero, [zero] * 9)
+    assert "zero reward" not in names(zero, [*[zero] * 9, QUIET, zero])
+
+
+def test_entropy_is_compared_with_the_start_of_the_run():
+    """0.4 at first: below 0.04 in the mean of the last five."""
+    assert names(QUIET | {"entropy": 0.039}, steps(5) + steps(4, entropy=0.039)) == ["entropy collapse"]
+    assert names(QUIET | {"entropy": 0.041}, steps(5) + steps(4, entropy=0.041)) == []
+    slow = [*steps(5), *steps(5, entropy=0.08), *steps(4, entropy=0.03)]
+    assert names(QUIET | {"entropy": 0.03}, slow) == ["entropy collapse"]
+    assert names(QUIET | {"entropy": 0.001}, steps(4)) == []  # nothing to compare with yet
+    assert names(QUIET | {"entropy": 0.01}, steps(40, entropy=0.01)) == []  # a policy that was sure from the start
+
+
+def test_compiling_is_expected_at_the_start_and_after_a_resume():
+    busy = QUIET | {"perf/recompiles": 2.0}
+    assert names(busy, [busy] * 9) == []
+    assert names(busy, [busy] * 10) == ["recompiles"]
+    assert names(busy, steps(40)) == names(busy, [*steps(40), busy]) == []
+    assert names(busy, [*steps(40), busy, busy]) == ["recompiles"]
+
+
+def test_skipped_updates_are_an_alert_while_they_happen():
+    skipped = QUIET | {"nonfinite_steps": 1.0}
+    assert names(skipped, steps(3)) == ["not finite"]
+    assert names(skipped, [*steps(3), *[skipped] * 5]) == []  # one, six steps ago
+
+
+def test_alerts_come_in_the_order_of_the_table():
+    bad = QUIET | {"frac_reward_zero_std": 1.0, "reward": 0.0, "verifier/error_frac": 0.5}
+    assert names(bad) == ["zero reward", "zero variance", "verifier errors"]
+    assert room.alerts(bad)[1].startswith("zero variance: 100% of groups ")
+    # Beside its label an alert fits a terminal of 80 columns.
+    assert all(len(f"{limit.name}: {limit.says.format(1.0)}") <= 72 and limit.says.isascii() for limit in room.LIMITS)

@@ -1,0 +1,302 @@
+"""Checkpoints come back bit for bit, on any mesh; a killed save is no checkpoint; a folder belongs to one run."""
+
+import os
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from igrpo_jax import config as config_lib
+from igrpo_jax.outputs import checkpoint
+
+
+class State(NamedTuple):
+    params: dict[str, jax.Array]
+    opt_state: Any
+    step: jax.Array
+
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.1, 0.0, 10)))
+SPECS = {"embed": PartitionSpec("tensor", "fsdp"), "blocks.0.q": PartitionSpec("fsdp", "tensor")}
+
+
+def mesh_of(*sizes):
+    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def shardings(mesh):
+    """Moments lie like their parameter, everything else is replicated."""
+
+    def of(path, leaf):
+        name = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey)), None)
+        return NamedSharding(mesh, SPECS.get(name, PartitionSpec()))
+
+    return jax.tree_util.tree_map_with_path(of, jax.eval_shape(initial))
+
+
+def initial():
+    keys = jax.random.split(jax.random.key(1), 2)
+    params = {"embed": jax.random.normal(keys[0], (16, 8)), "blocks.0.q": jax.random.normal(keys[1], (8, 4))}
+    params["norm"] = jnp.ones(8)
+    return State(params, OPTIMIZER.init(params), jnp.int32(0))
+
+
+def updated(state):
+    gradients = jax.tree.map(lambda p: jnp.sin(p * 3 + state.step), state.params)
+    updates, opt_state = OPTIMIZER.update(gradients, state.opt_state, state.params)
+    return State(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+
+
+def state_on(mesh, steps=2):
+    state = jax.jit(initial, out_shardings=shardings(mesh))()
+    for _ in range(steps):
+        state = jax.jit(updated, out_shardings=shardings(mesh))(state)
+    return state
+
+
+def abstract_on(mesh):
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(initial),
+        shardings(mesh),
+    )
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+EVERY_STEP = config_lib.CheckpointConfig(every=1, keep=2)
+
+
+@needs_8
+def test_state_and_meta_come_back_bit_for_bit_on_any_mesh(tmp_path):
+    mesh, meta = mesh_of(2, 2, 2), {"seed": 7, "data": {"epoch": 1, "index": 96}, "rows": 12}
+    state = state_on(mesh)
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
+        assert checkpointer.latest_step() is None
+        assert checkpointer.save(2, state, meta)
+    for other in (mesh, mesh_of(1, 8, 1), mesh_of(4, 1, 2)):
+        with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
+            assert checkpointer.latest_step() == 2
+            step, restored, restored_meta = checkpointer.restore(abstract_on(other))
+        assert step == 2 and isinstance(restored, State) and restored_meta == meta
+        assert_same_bits(restored, state)
+        assert jax.tree.map(lambda leaf: leaf.sharding, restored) == shardings(other)
+    # And it goes on from there as if nothing had happened.
+    assert_same_bits(state_on(mesh, 3), jax.jit(updated, out_shardings=shardings(other))(restored))
+
+
+@needs_8
+def test_a_save_holds_the_state_of_its_call_though_the_arrays_are_donated(tmp_path):
+    mesh = mesh_of(2, 2, 2)
+    state, expected = state_on(mesh), state_on(mesh)
+    step = jax.jit(updated, out_shardings=shardings(mesh), donate_argnums=0)
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
+        checkpointer.save(2, state, {})
+        for _ in range(3):
+            state = step(state)
+        _, restored, _ = checkpointer.restore(abstract_on(mesh))
+    assert_same_bits(restored, expected)
+
+
+def test_cadence_force_and_the_newest_k(tmp_path):
+    mesh = mesh_of(1, jax.device_count(), 1)
+    state = state_on(mesh, 0)
+    with checkpoint.Checkpointer(tmp_path, config_lib.CheckpointConfig(every=2, keep=2)) as checkpointer:
+        assert [checkpointer.save(step, state, {"step": step}) for step in range(1, 7)] == [False, True] * 3
+        assert checkpointer.save(7, state, {"step": 7}, force=True)
+        assert not checkpointer.save(7, state, {"step": 70}, force=True)  # the last step is also a forced one
+        checkpointer.wait()
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6", "7"]
+        assert checkpointer.restore(abstract_on(mesh))[2] == {"step": 7}
+    with checkpoint.Checkpointer(tmp_path / "last", config_lib.CheckpointConfig(every=0)) as checkpointer:
+        assert not checkpointer.save(50, state, {}) and checkpointer.save(51, state, {}, force=True)
+
+
+def test_a_killed_save_is_ignored_and_its_step_can_be_saved_again(tmp_path):
+    mesh = mesh_of(1, jax.device_count(), 1)
+    state = state_on(mesh, 0)
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
+        checkpointer.save(1, state, {"step": 1})
+    # What SIGKILL leaves in the middle of a save: the step and its items under temporary names.
+    folder = tmp_path / "checkpoints"
+    killed = folder / "2.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "1", killed)
+    (killed / "commit_success.txt").unlink(missing_ok=True)
+    (killed / "state").rename(killed / "state.orbax-checkpoint-tmp")
+    for path in (killed / "state.orbax-checkpoint-tmp" / "d").iterdir():
+        path.write_bytes(b"")
+    shutil.copytree(killed, folder / "5.orbax-checkpoint-tmp")
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
+        assert checkpointer.latest_step() == 1
+        assert checkpointer.restore(abstract_on(mesh))[2] == {"step": 1}
+        assert checkpointer.save(2, state, {"step": 2})
+        checkpointer.wait()
+        assert checkpointer.restore(abstract_on(mesh))[2] == {"step": 2}
+    # Orbax removes leftovers in a thread and waits for it before the first save.
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_no_checkpoint_and_a_wrong_shape_are_errors(tmp_path):
+    mesh = mesh_of(1, jax.device_count(), 1)
+    abstract = abstract_on(mesh)
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
+        with pytest.raises(config_lib.InputError, match=r"checkpoints: holds no checkpoint; start"):
+            checkpointer.restore(abstract)
+        checkpointer.save(1, state_on(mesh, 0), {})
+        norm = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=abstract.params["norm"].sharding)
+        with pytest.raises(config_lib.RunError, match=r"no checkpoint can be read; step 1: ValueError.*\(4,\).*\(8,\)"):
+            checkpointer.restore(abstract._replace(params=abstract.params | {"norm": norm}))
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+    """Across a restart too, since the metrics are read again from the files; a step without a metric is never best."""
+    settings, mesh = config_lib.CheckpointConfig(every=1, keep=2, best_metric="m"), mesh_of(1, 8, 1)
+    state = state_on(mesh, 0)
+    scores = [None, 0.3, 0.9, None, 0.2, 0.5]
+    for steps in (range(4), range(4, 6)):
+        with checkpoint.Checkpointer(tmp_path, settings) as store:
+            for step in steps:
+                store.save(
+                    step,
+                    state._replace(step=jax.device_put(jnp.int32(step), state.step.sharding)),
+                    {},
+                    score=scores[step],
+                )
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
+    assert checkpoint.saved_step(tmp_path) == 5 and checkpoint.saved_step(tmp_path, 2) == 2
+    with pytest.raises(config_lib.InputError, match="holds no checkpoint of step 3; those there are: 2, 4, 5"):
+        checkpoint.saved_step(tmp_path, 3)
+    with pytest.raises(config_lib.InputError, match="is not the folder of a run"):
+        checkpoint.saved_step(tmp_path / "none")
+
+
+def test_parameters_alone_are_read_onto_another_mesh(tmp_path):
+    state = state_on(mesh_of(1, 8, 1))
+    with checkpoint.Checkpointer(tmp_path, config_lib.CheckpointConfig()) as store:
+        store.save(7, state, {}, force=True)
+    mesh = mesh_of(2, 2, 2)
+    abstract = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state.params, shardings(mesh).params
+    )
+    params = checkpoint.read_params(tmp_path, 7, abstract)
+    for name, value in state.params.items():
+        np.testing.assert_array_equal(params[name], value)
+        assert params[name].sharding == abstract[name].sharding
+
+
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def data_of(folder):
+    """The file that holds the arrays."""
+    return max((folder / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
+
+
+def swapped(folder):
+    """Whole files, with the numbers of another step: only checksums tell."""
+    shutil.rmtree(folder / "state")
+    shutil.copytree(folder.with_name("1") / "state", folder / "state")
+
+
+DAMAGE = {
+    "other numbers": swapped,
+    "one bit": lambda folder: flipped(data_of(folder)),
+    "a file cut short": lambda folder: os.truncate(data_of(folder), data_of(folder).stat().st_size // 2),
+    "a file is gone": lambda folder: data_of(folder).unlink(),
+    "half a meta": lambda folder: (folder / "meta" / "metadata").write_text('{"step":'),
+    "empty": lambda folder: [shutil.rmtree(path) for path in folder.iterdir() if path.is_dir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, damage, caplog):
+    mesh = mesh_of(1, jax.device_count(), 1)
+    states = {step: state_on(mesh, step) for step in (1, 2)}
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
+        for step, state in states.items():
+            store.save(step, state, {"step": step})
+    damage(tmp_path / "checkpoints" / "2")
+    with pytest.raises(config_lib.InputError, match="its checkpoint of step 2 can't be used"):
+        checkpoint.read_params(tmp_path, 2, abstract_on(mesh).params)
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
+        step, state, meta = store.restore(abstract_on(mesh))
+        assert (step, meta) == (1, {"step": 1})
+        assert_same_bits(state, states[1])
+        assert "checkpoint of step 2 skipped, moved to damaged_checkpoints" in caplog.text
+        assert os.listdir(tmp_path / "damaged_checkpoints") == ["2.1"]
+        assert store.latest_step() == 1 and store.save(2, states[2], {"step": 2})
+        assert store.restore(abstract_on(mesh))[0] == 2
+
+
+def test_where_none_can_be_used_all_stay(tmp_path):
+    mesh = mesh_of(1, jax.device_count(), 1)
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
+        for step in (1, 2):
+            store.save(step, state_on(mesh, 0), {})
+    for step in ("1", "2"):
+        flipped(data_of(tmp_path / "checkpoints" / step))
+    store = checkpoint.Checkpointer(tmp_path, EVERY_STEP)
+    with store, pytest.raises(config_lib.RunError, match="no checkpoint can be read; step 2: "):
+        store.restore(abstract_on(mesh))
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+
+
+def test_checksums_see_every_change_and_no_sharding():
+    meshes = mesh_of(2, 2, 2), mesh_of(1, 8, 1)
+    state = state_on(meshes[0])
+    sums, bad = checkpoint.fingerprint(state)
+    assert bad == [] and checkpoint.fingerprint(jax.device_put(state, shardings(meshes[1])))[0] == sums
+    values = np.asarray(state.params["embed"])
+    for change in (
+        values.T.reshape(values.shape),
+        values[::-1],
+        np.nextafter(values, 9),
+        np.where(values == values.max(), 0, values),
+    ):
+        params = state.params | {"embed": jax.device_put(np.ascontiguousarray(change), state.params["embed"].sharding)}
+        other = checkpoint.fingerprint(state._replace(params=params))[0]
+        assert [name for name in sums if sums[name] != other[name]] == ["params.embed"]
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    mesh = mesh_of(1, jax.device_count(), 1)
+    state = state_on(mesh, 1)
+    spoilt = state.params | {"norm": state.params["norm"].at[3].set(np.nan)}
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
+        store.save(1, state, {})
+        with pytest.raises(
+            config_lib.RunError, match=r"step 2: not saved, params\.norm of the training state is not finite.*step 1"
+        ):
+            store.save(2, state._replace(params=spoilt), {})
+        assert store.restore(abstract_on(mesh))[0] == 1
+
+
+def test_a_save_that_was_not_written_whole_is_an_error(tmp_path, monkeypatch):
+    """Names, shapes and dtypes of what is in the files are compared with those of the state."""
+    mesh = mesh_of(1, jax.device_count(), 1)
+    state = state_on(mesh, 1)
+    store = checkpoint.Checkpointer(tmp_path, EVERY_STEP)
+    store.save(1, state, {})
+    store.wait()
+    store.save(2, state, {})
+    store._writing[1]["params.more"] = ((3,), np.dtype("float32"))
+    with pytest.raises(
+        config_lib.RunError,
+        match=r"step 2 could not be written .params\.more is None in the files, not .*goes on from step 1",
+    ):
+        store.wait()
+    store.close()

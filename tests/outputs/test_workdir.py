@@ -1,0 +1,96 @@
+"""A folder belongs to one run: claimed by its settings, locked while the run lasts, left as it was otherwise."""
+
+import json
+import os
+import pathlib
+
+import pytest
+
+from igrpo_jax import config as config_lib
+from igrpo_jax.outputs import workdir as workdirs
+
+
+def configured(**overrides):
+    tree = config_lib.default()
+    tree.update_from_flattened_dict(overrides)
+    return config_lib.freeze(tree)
+
+
+def refused(workdir, config, message):
+    with pytest.raises(config_lib.InputError, match=message) as caught:
+        workdirs.prepare_workdir(workdir, config)
+    assert str(caught.value).startswith(f"--workdir {workdir}: ") and "\n" not in str(caught.value)
+
+
+def test_a_new_folder_then_a_resume_that_may_change_some_fields(tmp_path):
+    workdir = tmp_path / "runs" / "a"
+    config = configured()
+    assert workdirs.prepare_workdir(workdir, config) is False
+    assert json.loads((workdir / "config.json").read_text()) == config_lib.to_dict(config)
+    longer = configured(**{"steps": 9, "log.every": 5, "checkpoint.keep": 1})
+    assert workdirs.prepare_workdir(workdir, longer) is True
+    assert json.loads((workdir / "config.json").read_text()) == config_lib.to_dict(longer)
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+
+
+def test_a_run_with_other_settings_is_refused_by_name(tmp_path):
+    workdirs.prepare_workdir(tmp_path, configured())
+    before = (tmp_path / "config.json").read_bytes()
+    other = configured(**{"seed": 1, "optimizer.learning_rate": 2e-6, "steps": 9})
+    refused(
+        tmp_path,
+        other,
+        r"other settings \(optimizer.learning_rate: 1e-06 -> 2e-06, seed: 0 -> 1\); give another --workdir, or the old",
+    )
+    assert (tmp_path / "config.json").read_bytes() == before and os.listdir(tmp_path) == ["config.json"]
+
+
+def test_foreign_files_and_what_is_no_config_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "thesis").mkdir()
+    refused(tmp_path, configured(), r"holds notes.txt and 1 more but no config.json")
+    assert sorted(os.listdir(tmp_path)) == ["notes.txt", "thesis"]
+    for text in ("{", "[1]", '"x"', "\udcff"):
+        (tmp_path / "config.json").write_text(text, errors="surrogateescape")
+        refused(tmp_path, configured(), r"config.json is not readable")
+
+
+def test_a_file_or_an_unwritable_folder_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    refused(file, configured(), r"cannot be written \(.*\); give a folder that can")
+    refused(file / "below", configured(), r"cannot be written \(Not a directory\)")
+    assert file.read_text() == "mine"
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(workdirs.os, "replace", full)
+    refused(tmp_path / "new" / "run", configured(), r"cannot be written \(No space left on device\)")
+    assert os.listdir(tmp_path) == ["file"]
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", configured(), r"cannot be written")
+    assert os.listdir(tmp_path / "empty") == []
+
+
+def test_a_config_half_written_by_a_kill_is_no_obstacle(tmp_path):
+    (tmp_path / "config.json.tmp").write_text('{"seed"')
+    assert workdirs.prepare_workdir(pathlib.Path(tmp_path), configured()) is False
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_one_run_at_a_time(tmp_path):
+    refusal = pytest.raises(config_lib.InputError, match=f"a run is under way there .process {os.getpid()} on ")
+    with workdirs.locked(tmp_path), refusal, workdirs.locked(tmp_path):
+        pass
+    with workdirs.locked(tmp_path):
+        pass
+
+
+def test_a_run_under_way_keeps_its_config(tmp_path):
+    config, longer = configured(), configured(steps=9)
+    workdirs.prepare_workdir(tmp_path, config)
+    with workdirs.locked(tmp_path):
+        refused(tmp_path, longer, f"a run is under way there .process {os.getpid()} on ")
+        assert json.loads((tmp_path / "config.json").read_text()) == config_lib.to_dict(config)
+    assert workdirs.prepare_workdir(tmp_path, longer) is True

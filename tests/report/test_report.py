@@ -1,0 +1,486 @@
+"""What a report says of a run, without a browser: reading torn files, flags of samples, the verdict, plots, pages.
+
+What these tests catch: a crashed run that yields no report or one that hides what it lacks, a prompt's samples dealt to
+the wrong prompt, a verdict of "learning" without evidence, numbers drawn at another scale or step than they have, text
+of a run that a page takes for markup, and an --out that deletes somebody's files.
+"""
+
+import ast
+import dataclasses
+import fnmatch
+import importlib
+import io
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from igrpo_jax import cli
+from igrpo_jax.config import InputError
+from igrpo_jax.report import __main__ as report
+from igrpo_jax.report import figures, pages, panels, runs, samples, summary
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+report_scale = importlib.import_module("report_scale")
+
+
+def write(folder, rows=(), config=None, steps=None):
+    """A run's folder from rows of metrics, settings, and rows of samples by step."""
+    (folder / "samples").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    for step, some in (steps or {}).items():
+        (folder / "samples" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    return folder
+
+
+def read(folder):
+    (run,) = runs.read([folder])
+    return run
+
+
+def sample(stage, number, text="x", right=None, prompt="p0", parent=None, **fields):
+    rewards = {} if right is None else {"accuracy": float(right), "format": 1.0}
+    row = {"prompt_id": prompt, "stage": stage, "sample_id": number, "parent_draft_id": parent, "prompt": "1 + 1"}
+    row |= {"text": text, "token_count": 3, "finished": True, "rewards": rewards, "reward": 1.0, "status": "ok"}
+    return row | {"extracted": "2", "answer": "2", "advantage": None if stage == "draft" else 0.5} | fields
+
+
+# Reading
+
+
+def test_curves_are_sums_and_differences_over_the_steps_that_have_all_parts(tmp_path):
+    rows = [{"step": 0, "eval/a/pass@1": 0.5}, {"step": 1, "loss": 1, "a": 1.0, "b": 2.0, "c": 4}]
+    rows.append({"step": 2, "loss": 1, "a": 3})
+    run = read(write(tmp_path / "run", rows, {}))
+    assert run.steps == [1, 2] and run.benchmarks == ["a"]
+    assert run.curve("a").values.tolist() == [1, 3] and run.curve("a").steps.tolist() == [1, 2]
+    both = run.curve("a", "b", less=("c",))
+    assert (both.steps.tolist(), both.values.tolist()) == ([1], [-1])
+    assert not run.curve("none") and not run.curve("a", less=("none",))
+
+
+def test_a_crashed_run_says_what_is_missing(tmp_path):
+    folder = write(tmp_path / "run", [{"step": 1, "loss": 0.5, "reward": None}, {"step": 5, "loss": 0.5}])
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 5, "loss": 1, "x\xff": 2}\n')  # no UTF-8, but a row
+        file.write(b'\xff\xfe\n[1]\n{"loss": 1}\n{"step": 6, "lo')
+    run = read(folder)
+    assert run.steps == [1, 5] and run.nulls == {"reward": [1]} and run.metrics["x\ufffd"] == {5: 2}
+    said = "\n".join(run.notes)
+    assert "config.json is missing" in said
+    assert "4 lines left out" in said  # bytes, a list, a row without a step, and the torn one
+    assert "samples are missing of 2 steps: 1, 5" in said and "no row of 3 steps: 2 to 4" in said
+    assert "reward: not finite at 1 step, first at step 1" in summary.worries(run)
+    (folder / "config.json").write_text('{"ste')
+    (folder / "metrics.jsonl").unlink()
+    said = "\n".join(read(folder).notes)
+    assert "config.json cannot be read" in said and "metrics.jsonl is missing" in said and "no training step" in said
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path):
+    run = write(tmp_path / "a" / "run", [], {})
+    other = write(tmp_path / "b" / "run", [], {})
+    with pytest.raises(InputError, match="no such folder"):
+        runs.read([tmp_path / "none"])
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        runs.read([tmp_path])
+    with pytest.raises(InputError, match="given twice"):
+        runs.read([run, other, run / ".." / "run"])
+    assert [one.name for one in runs.read([run, other])] == ["a/run", "b/run"]
+
+
+# Samples
+
+
+def test_samples_are_dealt_to_prompts_by_their_order():
+    """The same problem may come twice in a step, and a step may lack drafts, completions or its end."""
+    twice = [sample("draft", 0), sample("draft", 1), sample("refine", 0), sample("refine", 1)] * 2
+    assert [len(group) for group in samples.groups(twice)] == [4, 4]
+    plain = [sample("refine", i) for i in (0, 1)] * 2
+    assert [len(group) for group in samples.groups(plain)] == [2, 2]
+    other = [sample("draft", 0), sample("draft", 1, prompt="p1"), sample("refine", 0, prompt="p1")]
+    assert [len(group) for group in samples.groups(other)] == [1, 2]
+
+
+def data(path):
+    """The argument of a data file's call."""
+    text = path.read_text(encoding="ascii")
+    assert text.endswith(")\n")
+    return json.loads(text[text.index(",") + 1 if text.startswith("samplesLoaded") else text.index("(") + 1 : -2])
+
+
+def written(tmp_path, rows, **config):
+    run = read(write(tmp_path / "run", [{"step": 3, "loss": 0.0}], config, {3: rows}))
+    return samples.write(run, tmp_path / "0"), tmp_path / "0" / "000003_0.js"
+
+
+def test_flags_compare_a_refinement_with_the_draft_it_was_shown(tmp_path):
+    words = "one two three four five six seven eight nine ten"
+    rows = [
+        sample("draft", 0, words, right=True, finished=False),
+        sample("draft", 1, words, right=False, extracted=None, status="unparseable"),
+        sample("refine", 0, words, right=True, parent=1),  # a copy by its words, though its verdict differs
+        sample("refine", 1, "something else", right=False, parent=1, status="timeout"),
+        sample("draft", 0, words, right=True, prompt="p1"),
+        sample("refine", 0, "something else", right=False, prompt="p1", parent=0),
+        sample("refine", 1, words.replace("five", "5"), right=True, prompt="p1", parent=0),
+        sample("refine", 0, words, right=True, prompt="p2", parent=7),  # its draft is not there
+    ]
+    found, path = written(tmp_path, rows)
+    first, second, third = data(path)
+    names = lambda one: [name for place, name in enumerate(samples.FLAGS) if one["flags"] >> place & 1]
+    assert [names(one) for one in first["drafts"]] == [["truncated"], ["unparseable"]]
+    assert [names(one) for one in first["completions"]] == [["fixed", "copied"], []]
+    assert [names(one) for one in second["completions"]] == [["broken"], ["copied"]]  # 44 of 48 characters
+    assert names(third["completions"][0]) == [] and third["kept"] is None
+    assert (first["kept"], first["completions"][1]["status"], first["answer"]) == (1, "timeout", "2")
+    assert found.index == [{"step": 3, "parts": [3], "flags": [1 + 4 + 8 + 16, 2 + 4, 0]}]
+    assert dict(found.counts[3].flagged) == {"fixed": 1, "copied": 2, "truncated": 1, "unparseable": 1, "broken": 1}
+
+
+def test_samples_of_before_the_status_was_written(tmp_path):
+    row = sample("refine", 0, extracted=None)
+    del row["status"], row["reward"]
+    _, path = written(tmp_path, [row])
+    (one,) = data(path)[0]["completions"]
+    assert one["flags"] == 1 << samples.FLAGS.index("unparseable")
+    assert (one["status"], one["reward"], one["right"]) == (None, None, None)
+
+
+def test_groups_without_a_gradient_are_split_by_what_they_are(tmp_path):
+    kinds = {"p0": (1, 1), "p1": (0, 0), "p2": (0, 1), "p3": (1, 1)}
+    advantages = {"p0": 0.0, "p1": 0.0, "p2": 0.0, "p3": 0.3}
+    rows = [
+        sample("refine", i, right=right, prompt=name, advantage=advantages[name])
+        for name, both in kinds.items()
+        for i, right in enumerate(both)
+    ]
+    rows += [sample("refine", 0, right=True, prompt="p4", advantage=None)]  # torn, or without a verdict
+    found, _ = written(tmp_path, rows)
+    assert dict(found.counts[3].equal) == {"right": 1, "wrong": 1, "mixed": 1} and found.counts[3].prompts == 5
+
+
+def test_large_steps_come_in_parts_and_torn_ones_are_said(tmp_path, monkeypatch):
+    rows = [sample("refine", 0, "y" * 400, prompt=f"p{i}") for i in range(5)]
+    monkeypatch.setattr(samples, "PART_BYTES", 1500)  # three prompts of some 700
+    found, _ = written(tmp_path, [*rows, {"prompt_id": "p9"}])
+    assert found.index[0]["parts"] == [3, 2]
+    parts = [data(tmp_path / "0" / f"000003_{place}.js") for place in (0, 1)]
+    assert [one["id"] for part in parts for one in part] == ["p0", "p1", "p2", "p3", "p4"]
+    assert found.notes == ["samples of step 3: 1 line left out that are no whole row; the step may lack samples"]
+    found, _ = written(tmp_path / "empty", [])
+    assert found.notes == ["samples of step 3: the file is empty"]
+
+
+HOSTILE = "</script><script>alert(1)</script>\u2028\ud800 \x1b[31m\u202e ]]> `${x}` \\ \" ' \x00 __proto__"
+
+
+def test_data_files_are_ascii_and_give_the_text_back(tmp_path):
+    rows = [sample("refine", 0, HOSTILE, prompt=HOSTILE, rewards={"__proto__": 1.0, HOSTILE: None}, answer=HOSTILE)]
+    _, path = written(tmp_path, rows)
+    (group,) = data(path)
+    one = group["completions"][0]
+    assert (one["text"], group["id"], group["answer"]) == (HOSTILE, HOSTILE, HOSTILE)
+    assert sorted(map(tuple, one["rewards"])) == [(HOSTILE, None), ("__proto__", 1.0)]
+
+
+# Summary
+
+
+def evaluated(*shares, width=0.02, name="b"):
+    keys = lambda share: {"pass@1": share, "pass@1_low": share - width, "pass@1_high": share + width}
+    return [
+        {"step": 10 * at} | {f"eval/{name}/{key}": value for key, value in keys(share).items()}
+        for at, share in enumerate(shares)
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows, answer",
+    [
+        ([], "Not known"),
+        (evaluated(0.5), "Not known"),
+        (evaluated(0.5, 0.9), "Learning"),
+        (evaluated(0.5, 0.9, 0.51), "Not shown"),  # the last counts, not the best
+        (evaluated(0.5, 0.3), "Getting worse"),
+        (evaluated(0.5, 0.3) + evaluated(0.5, 0.9, name="c"), "Mixed"),
+        (evaluated(0.5, 0.51) + evaluated(0.5, 0.9, name="c"), "Learning"),
+        ([{"step": 0, "eval/b/pass@1": 0.1}, {"step": 1, "eval/b/pass@1": 0.9}], "Not shown"),  # no intervals
+        (
+            [{"step": i, "loss": 0, "rewards/accuracy/mean": i / 9} for i in range(10)],
+            "Not known",
+        ),
+    ],
+)
+def test_the_verdict_rests_on_single_shot_evaluations(tmp_path, rows, answer):
+    verdict = summary.verdict(read(write(tmp_path / "run", rows, {"evaluation": {"every": 0}})))
+    assert verdict.answer == answer
+    if not rows:
+        assert "evaluation.every is 0" in verdict.reasons[0]
+
+
+def write_evaluation(folder, step, right):
+    """The rows of a single shot at 40 problems, of which those in `right` are right."""
+    out = folder / "evaluations" / f"step_{step:06d}"
+    out.mkdir(parents=True, exist_ok=True)
+    row = {"drafts": [], "sample_id": 0, "prompt": "q"}
+    lines = [row | {"prompt_id": str(i), "index": i, "accuracy": float(i in right)} for i in range(40)]
+    (out / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_problems_are_compared_in_pairs_where_their_rows_are_there(tmp_path):
+    folder = write(tmp_path / "run", evaluated(0.4, 0.6, width=0.15), {})
+    # 8 become right and none wrong: the intervals of the two overlap, in pairs it is beyond doubt.
+    write_evaluation(folder, 0, range(16))
+    write_evaluation(folder, 10, range(24))
+    verdict = summary.verdict(read(folder))
+    assert verdict.answer == "Learning" and "+20.0 points" in verdict.reasons[0] and "40 problems" in verdict.reasons[0]
+    write_evaluation(folder, 10, range(6, 24))  # 8 become right and 6 wrong
+    verdict = summary.verdict(read(folder))
+    assert verdict.answer == "Not shown" and "+5.0 points" in verdict.reasons[0]
+    (folder / "evaluations" / "step_000010" / "b.jsonl").write_text('{"index": 0}\n{"ind')
+    verdict = summary.verdict(read(folder))
+    assert verdict.answer == "Not shown" and "intervals overlap" in verdict.reasons[0]
+
+
+def test_changes_compare_means_of_both_ends(tmp_path):
+    numbers = range(1, 21)
+    rows = [{"step": i, "loss": 0, "reward": i, "entropy": i**-2, "rewards/accuracy/mean": 0.25} for i in numbers]
+    found = summary.summary(read(write(tmp_path / "run", rows, {"steps": 30})), "completions")
+    changes = {change.name: change for change in found.changes}
+    assert (changes["reward"].first, changes["reward"].last, changes["reward"].difference) == (
+        "1.50",
+        "19.50",
+        "+18.00",
+    )
+    assert changes["reward"].tone == "good" and changes["entropy, nats/token"].tone == ""
+    assert changes["solve rate, completions"].difference == "+0.0" and changes["solve rate, completions"].tone == ""
+    assert "2 steps" in found.over and "step 20 of 30" in found.facts
+    assert any(alert.startswith("entropy collapse") for alert in found.alerts)
+
+
+# Plots
+
+
+def test_running_means():
+    values = np.array([1.0, 2.0, 6.0, 4.0])
+    assert figures.smooth(values, 1).tolist() == values.tolist()
+    assert figures.smooth(values, 3).tolist() == [1.5, 3, 4, 5]
+    assert figures.smooth(values, 9).tolist() == [1.5, 3, 4, 5]  # no more points than there are
+    assert figures.smooth(values[:1], 5).tolist() == [1]
+
+
+def made_up(folder, **sizes):
+    report_scale.write_run(folder, **{"steps": 6, "prompts": 3, "words": 20, "evaluate": 3} | sizes)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made_runs(tmp_path_factory):
+    """A run with drafts and one without."""
+    folder = tmp_path_factory.mktemp("made")
+    return made_up(folder / "two_stage"), made_up(folder / "base", drafts=0, steps=4)
+
+
+def drawn(panel, some):
+    figure = figures.draw(panel, some)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+    texts = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    return axes, lines, texts
+
+
+def by_file(some):
+    return {panel.file: panel for section in panels.panels(some).values() for panel in section}
+
+
+def test_panels_of_one_run(made_runs):
+    run = read(made_runs[0])
+    found = by_file([run])
+    assert list(found)[:3] == ["solve_rate", "evaluation_made_up", "reward"]
+    others = "moves copying zero_variance entropy lengths truncated clip_fraction gradient_norm time slots"
+    assert list(found)[3:] == others.split()
+    axes, lines, texts = drawn(found["solve_rate"], [run])
+    assert texts == ["refinements", "best draft", "drafts"]
+    accuracy = run.curve("rewards/accuracy/mean")
+    assert lines["refinements"].get_ydata().tolist() == (100 * accuracy.values).tolist()
+    assert lines["refinements"].get_xdata().tolist() == accuracy.steps.tolist() == [1, 2, 3, 4, 5, 6]
+    assert lines["refinements"].get_color() == figures.COLOURS["light"]["trained"] and axes.get_ylim()[0] == 0
+    axes, lines, _ = drawn(found["evaluation_made_up"], [run])
+    assert lines["single shot"].get_xdata().tolist() == [0, 3, 6]
+    low = 100 * np.array([run.metrics["eval/made_up/pass@1_low"][step] for step in (0, 3, 6)])
+    assert low.min() == pytest.approx(axes.collections[0].get_paths()[0].vertices[:, 1].min())
+    assert found["moves"].stacked and not found["zero_variance"].stacked  # no samples were counted here
+    assert drawn(found["moves"], [run])[0].get_ylim()[1] <= 102
+
+
+def test_panels_of_several_runs(made_runs):
+    both = [read(folder) for folder in made_runs]
+    found = by_file(both)
+    _, _, texts = drawn(found["solve_rate"], both)
+    assert texts == ["trained", "best draft", "drafts", "two_stage", "base"]  # from below
+    axes, _, _ = drawn(found["time"], both)  # one line a run, no parts on each other
+    assert len([line for line in axes.lines if len(line.get_xdata())]) == 2
+    base = by_file(both[1:])
+    assert "moves" not in base and "copying" not in base
+    assert [line.label for line in base["solve_rate"].lines] == ["completions"]
+
+
+def test_names_are_no_mathematics_to_matplotlib(tmp_path):
+    names = ("$\\frac{a$", "_hidden", "x" * 200)
+    some = [
+        write(tmp_path / name, [{"step": i, "loss": 0, f"eval/{name}/pass@1": 0.5} for i in (0, 1)]) for name in names
+    ]
+    for panel in by_file(runs.read(some)).values():
+        figure = figures.draw(panel, runs.read(some))
+        figure.savefig(io.BytesIO())
+        texts = [text.get_text().strip() for legend in figure.legends for text in legend.get_texts()]
+        assert texts == ["$\\frac{a$", "_hidden", "x" * figures.LABEL]
+
+
+def test_what_leaves_the_plot_is_said(tmp_path):
+    rows = [{"step": i, "loss": 0, "grad_norm": 90.0 if i == 7 else 1.0} for i in range(1, 41)]
+    run = read(write(tmp_path / "run", rows, {"optimizer": {"max_grad_norm": 1.5}}))
+    axes, lines, texts = drawn(by_file([run])["gradient_norm"], [run])
+    assert axes.get_ylim() == (0, 1.6) and "peak 90" in axes.get_title(loc="right")
+    assert texts == ["gradient", "limit 1.5"] and lines["limit 1.5"].get_ydata() == [1.5, 1.5]
+
+
+def test_long_runs_are_smoothed_and_say_so(tmp_path):
+    rows = [{"step": i, "loss": 0, "entropy": i % 2} for i in range(1, 301)]
+    run = read(write(tmp_path / "run", rows))
+    axes, lines, _ = drawn(by_file([run])["entropy"], [run])
+    assert axes.get_xlabel() == "step (means of 11 steps)"
+    assert np.ptp(lines["completions"].get_ydata()[20:-20]) < 0.1 < np.ptp(axes.lines[0].get_ydata())
+
+
+def test_colours_of_the_page_are_those_of_the_plots():
+    style = (ROOT / "igrpo_jax" / "report" / "templates" / "style.css").read_text()
+    light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in style.split("@media", 2)[:2])
+    for theme, declared in (("light", light), ("dark", dark)):
+        colours = figures.COLOURS[theme]
+        for role in ("paper", "ink", "muted", "draft", "best", "trained", "single"):
+            assert declared[role] == colours[role], (theme, role)
+        for place, role in enumerate(figures.RUNS):
+            assert declared[f"run-{place}"] == colours[role], (theme, place)
+
+
+# Pages
+
+
+class Page(HTMLParser):
+    """What a page refers to, its tags, and its text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.tags, self.text = [], [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "srcset", "href")]
+        assert not [name for name, _ in attributes if name.startswith("on") or name == "style"]
+
+    def handle_data(self, text):
+        self.text += text
+
+
+def test_a_report_is_whole_and_names_nothing_outside(made_runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("a report must leave the accelerator to the run"))
+    monkeypatch.setattr(jax, "process_index", jax.devices)
+    out = tmp_path / "report"
+    report.main(["report", "--workdir", str(made_runs[0]), f"--out={out}"])
+    assert "two_stage: " in capsys.readouterr().out
+    for name in ("index.html", "samples.html"):
+        for link in Page(out / name).links:
+            assert link == "data:," or (out / link.partition("#")[0]).is_file(), link
+    index = Page(out / "index.html")
+    assert "step 6 of 6" in index.text and "Single-shot pass@1 on made_up" in index.text
+    assert index.tags.count("img") == len(list((out / "plots").glob("*.dark.png"))) == 13
+    steps = data(out / "data" / "index.js")["runs"][0]["steps"]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6] and all(sum(step["parts"]) == 3 for step in steps)
+
+    # Written again, of a shorter run: nothing of the earlier one stays.
+    monkeypatch.setattr(figures, "COLOURS", {"light": figures.COLOURS["light"]})
+    short = write(tmp_path / "short", [{"step": 1, "loss": 0, "reward": 1}], {"steps": 9}, {1: [sample("refine", 0)]})
+    (short / "samples" / "step_000002.jsonl").write_text('{"prompt_id": "p0", "sta')
+    pages.build([short], out)
+    assert {path.name for path in (out / "data" / "0").iterdir()} == {"000001_0.js"}
+    assert {path.name for path in (out / "plots").iterdir()} == {"reward.png", "zero_variance.png"}
+    assert "samples of step 2: 1 line left out" in Page(out / "index.html").text
+
+
+def test_a_run_that_has_just_begun(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"steps": 3}')
+    (shown,) = pages.build([tmp_path / "run"], tmp_path / "out")
+    assert shown.summary.verdict.answer == "Not known" and "step 0 of 3" in shown.summary.facts
+    text = Page(tmp_path / "out" / "index.html").text
+    assert "nothing to plot yet" in text and "no training step is finished yet" in text
+
+
+def test_names_of_a_run_are_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "write", lambda *_: {})
+    name = "<img src=x onerror=alert(1)>"
+    folder = write(tmp_path / name, [{"step": 1, "loss": 0, f"eval/{name}/pass@1": 1.0}], {"model": {"path": name}})
+    pages.build([folder], tmp_path / "out")
+    index = Page(tmp_path / "out" / "index.html")
+    assert "img" not in index.tags and index.text.count(name) >= 4
+
+
+def test_out_must_be_ones_own(tmp_path, monkeypatch):
+    run = write(tmp_path / "run", [], {})
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "index.html").write_text("precious")
+    refused = {theirs: "holds index.html but no report", run: "but no report", run / "config.json": "cannot be written"}
+    for out, message in refused.items():
+        with pytest.raises(InputError, match=message):
+            pages.build([run], out)
+    assert (theirs / "index.html").read_text() == "precious" and (run / "metrics.jsonl").exists()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"pip install 'igrpo-jax\[report\]'"):
+        pages.build([run], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "--workdir: missing"),
+        (["--workdir", "none"], "no such folder"),
+        (["--worksdir=x"], "worksdir"),
+        (["x"], "not understood"),
+    ],
+)
+def test_wrong_flags_are_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report", *flags])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(report.main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def test_an_installed_package_has_the_templates():
+    calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.keyword)]
+    (shipped,) = [ast.literal_eval(node.value) for node in calls if node.arg == "package_data"]
+    folder = ROOT / "igrpo_jax" / "report"
+    for path in (folder / "templates").iterdir():
+        name = path.relative_to(folder).as_posix()
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in shipped["igrpo_jax.report"]), name
+
+
+def test_a_run_is_not_changed_by_what_is_counted_in_it(made_runs):
+    run = read(made_runs[0])
+    before = dict(run.metrics)
+    counted = pages._with_counts(run, samples.Written([], {1: samples.Counts(4, samples.Counter(right=1))}, ["x"]))
+    assert counted.metrics["samples/equal_right"] == {1: 0.25} and run.metrics == before
+    assert dataclasses.replace(counted, metrics=before, notes=run.notes) == run

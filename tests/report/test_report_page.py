@@ -1,0 +1,300 @@
+"""The pages of a report in headless Chromium: what a person sees, clicks and is safe from.
+
+What these tests catch: an error in the page's script, anything asked of the network, a filter, a page or a search that
+shows other prompts than it says, a difference between draft and refinement that is not one, and model text that is
+taken for markup, a link or a terminal's escapes.
+"""
+
+import importlib
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import chromium
+import pytest
+
+from igrpo_jax.report import figures, pages, samples
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+report_scale = importlib.import_module("report_scale")
+
+pytestmark = pytest.mark.skipif(chromium.browser() is None, reason="no Chromium (Debian: apt-get install chromium)")
+
+STEPS, PROMPTS = 79, 16  # with 4 drafts and 4 refinements each 10,112 samples
+HOSTILE = (
+    "</script><script>window.hacked = 1</script>",
+    "</style><style>body { display: none }</style><img src=x onerror='window.hacked = 1'>",
+    "<a href='javascript:window.hacked = 1' onclick='window.hacked = 1'>link</a> javascript:window.hacked=1",
+    "\x1b]0;title\x07\x1b[31mred\x1b[0m \u202egnp.exe \x00",
+    "lone \ud800 surrogate, {{ 7 * 7 }} ${7 * 7} `${window.hacked = 1}` __proto__ \\u003cscript\\u003e",
+    "A" * 1_000_000,
+    "$$\\frac{a}{b}$$ \\href{javascript:window.hacked=1}{x} \\(x^2\\)",
+)
+
+
+def write_hostile_step(folder, step):
+    """A step in which every text is hostile, in bytes that are not all UTF-8."""
+    lines = []
+    for place, text in enumerate(HOSTILE):
+        row = dict.fromkeys(("prompt_id", "prompt", "text", "answer", "extracted", "status"), text)
+        row |= {"finished": True, "token_count": 3, "rewards": {"accuracy": 1.0, text[:80]: 1.0}, "reward": 2.0}
+        draft = {"stage": "draft", "sample_id": 0, "parent_draft_id": None, "advantage": None}
+        done = {"stage": "refine", "sample_id": place, "parent_draft_id": 0, "advantage": 0.5, "text": f"other {text}"}
+        lines += [json.dumps(row | draft), json.dumps(row | done)]
+    data = "\n".join(lines).encode() + b"\n"
+    assert b'"link' not in data and b"link" in data
+    (folder / "samples" / f"step_{step:06d}.jsonl").write_bytes(data.replace(b"link", b"li\xffnk"))
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "loss": 0.0, "eval/<img src=x onerror=alert(1)>/pass@1": 0.5}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    run = folder / "<b>run<b>"
+    report_scale.write_run(run, STEPS, PROMPTS, words=40, evaluate=20)
+    write_hostile_step(run, STEPS + 1)
+    pages.build([run], folder / "report")
+    return folder / "report"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium.opened(tmp_path_factory.mktemp("browser") / "profile") as page:
+        yield page
+
+
+@pytest.fixture
+def page(browser, out):
+    """The browser, on nothing yet; at the end nothing may have gone wrong or out."""
+    browser.errors.clear()
+    browser.requests.clear()
+    browser.look(1280, 900)
+    browser.open("about:blank")
+    yield browser
+    assert browser.errors == []
+    assert [url for url in browser.requests if not url.startswith((out.as_uri() + "/", "data:,", "about:"))] == []
+
+
+SETTLED = "document.readyState === 'complete' && document.body.dataset.shown == turn"
+
+
+def open_samples(page, out, view=""):
+    page.open("about:blank")  # with another fragment alone it would stay where it is
+    page.open((out / "samples.html").as_uri() + view)
+    page.wait(f"location.href !== 'about:blank' && {SETTLED}")
+
+
+def act(page, script):
+    page.run(script)
+    page.wait(SETTLED)
+
+
+def click(page, selector):
+    act(page, f"document.querySelector({json.dumps(selector)}).click()")
+
+
+def heads(page):
+    return page.run("[...document.querySelectorAll('.prompt > header > b')].map(b => b.textContent)")
+
+
+def count(page):
+    return page.run("document.getElementById('count').textContent")
+
+
+def test_the_report_opens(page, out, tmp_path):
+    for width, dark in ((1280, False), (390, True)):
+        page.look(width, 900, dark)
+        page.open("about:blank")
+        page.open((out / "index.html").as_uri())
+        page.wait("document.images.length && [...document.images].every(one => one.complete && one.naturalWidth)")
+        assert page.run("[...document.images].every(one => one.currentSrc.endsWith('.dark.png'))") is dark
+        assert page.run("document.documentElement.scrollWidth") <= width
+        page.screenshot(tmp_path / "report.png")
+        assert (tmp_path / "report.png").stat().st_size > 20_000
+    assert "<b>run<b>" in page.run("document.title") and page.run("document.querySelector('b b')") is None
+    assert "<img src=x onerror=alert(1)> only" in page.run("document.body.innerText")
+    # What it links to is the last step, hostile as it is: its copies of the draft.
+    page.run("document.querySelector('.links a[href*=\"flags=copied\"]').click()")
+    page.wait(f"location.pathname.endsWith('samples.html') && {SETTLED}")
+    assert page.run("view.flags") == ["copied"] and heads(page)[0].startswith(f"step {STEPS + 1} ·")
+
+
+def test_of_ten_thousand_samples_a_page_loads_a_step(page, out):
+    open_samples(page, out, "#run=0&step=79")
+    there = page.run("steps().reduce((sum, step) => sum + step.flags.length, 0)")
+    assert there == STEPS * PROMPTS + len(HOSTILE) and there * 8 > 10_000
+    assert len(heads(page)) == 6
+    # Not the data of every step: how long that takes is in benchmarks/report_scale.py.
+    asked = [Path(unquote(urlparse(url).path)) for url in page.requests if url.startswith("file:")]
+    whole = sum(path.stat().st_size for path in out.rglob("*.js"))
+    assert len(asked) < 10 and 0 < sum(path.stat().st_size for path in asked) < whole / 10
+
+
+def test_pages_and_steps(page, out):
+    open_samples(page, out, "#step=79")
+    assert count(page) == "16 prompts"
+    seen = heads(page)
+    for expected in (6, 4):
+        click(page, ".pager button:last-child")
+        seen += heads(page)
+        assert len(heads(page)) == expected
+    assert seen == [f"step 79 · problem-{i}" for i in range(16)]
+    assert page.run("document.querySelector('.pager button:last-child').disabled")
+    click(page, "#previous")
+    assert heads(page)[0] == "step 78 · problem-0"
+    act(page, "at('step').value = 5; at('step').onchange()")
+    assert heads(page)[0] == "step 5 · problem-0" and "step=5" in page.run("location.hash")
+    click(page, "#next")
+    assert heads(page)[0] == "step 6 · problem-0"
+    click(page, "#every")
+    assert count(page) == f"{STEPS * PROMPTS + len(HOSTILE):,} prompts" and heads(page)[0] == "step 1 · problem-0"
+    page.screenshot(out.parent / "samples.png")
+    assert (out.parent / "samples.png").stat().st_size > 20_000
+
+
+def test_filters_show_what_they_say(page, out):
+    open_samples(page, out, "#step=40")
+    every = page.run("steps().map(step => step.flags)")
+    for place, name in enumerate(samples.FLAGS):
+        there = [flags for flags in every[39] if flags >> place & 1]
+        click(page, f"button[name={name}]")
+        assert count(page).split()[0] == str(len(there)), name
+        cards = f"[...document.querySelectorAll('.prompt')].map(one => one.querySelectorAll('.chip.{name}').length)"
+        assert len(page.run(cards)) == min(len(there), 6) and all(page.run(cards)), name
+        assert page.run(f"document.querySelector('button[name={name}]').textContent") == f"{name} {len(there)}"
+        click(page, f"button[name={name}]")
+    both = [flags for step in every for flags in step if flags & 1 and flags & 8]  # of all steps, fixed and truncated
+    act(page, "change({ flags: ['fixed', 'truncated'], every: true })")
+    assert count(page).split()[0] == f"{len(both):,}" and both
+
+
+def test_search(page, out):
+    open_samples(page, out, "#step=40")
+    text = (out / "data" / "0" / "000040_0.js").read_text()
+    groups = json.loads(text[text.index(",") + 1 : -2])
+    word = max((word for one in groups for word in one["drafts"][0]["text"].split()), key=len)
+    holding = [one["id"] for one in groups if any(word in x["text"] for x in one["drafts"] + one["completions"])]
+    act(page, f"at('query').value = {json.dumps(word.upper())}; at('query').onchange()")
+    assert heads(page) == [f"step 40 · {name}" for name in holding][:6] and count(page).split()[0] == str(len(holding))
+    assert page.run("CSS.highlights.get('found').size") > 0
+    act(page, "change({ query: 'other $$', every: true })")  # through the data of all steps
+    assert count(page) == "1 prompt" and heads(page)[0].startswith(f"step {STEPS + 1} · $$")
+    act(page, "change({ query: 'aaaaaaaa' })")  # in capitals there
+    assert count(page) == "1 prompt"
+    act(page, "change({ query: 'nowhere to be found' })")
+    assert heads(page) == [] and "No prompt" in page.run("at('prompts').textContent")
+
+
+def test_a_prompt_shows_drafts_choice_refinements_and_verdicts(page, out):
+    text = (out / "data" / "0" / "000040_0.js").read_text()
+    groups = json.loads(text[text.index(",") + 1 : -2])
+    place, group = next((i, one) for i, one in enumerate(groups) if one["kept"])  # not the first draft
+    open_samples(page, out, f"#step=40&page={place // 6 + 1}")
+    one = f"document.querySelectorAll('.prompt')[{place % 6}]"
+    card = page.run(f"{one}.textContent")
+    assert group["question"] in card and f"gold answer: {group['answer']}" in card
+    assert page.run(f"{one}.querySelectorAll('.sample').length") == 8
+    chosen = page.run(f"{one}.querySelector('.chip.kept').closest('.sample').textContent")
+    kept = group["drafts"][group["kept"]]
+    assert chosen.startswith(f"draft {group['kept']}★ chosen") and kept["text"] in chosen
+    assert f"Refinements of draft {group['kept']}" in card
+    first, refined = page.run(f"{one}.querySelector('.refinements .sample').textContent"), group["completions"][0]
+    for part in (f"answers {refined['extracted']}", "accuracy ", "advantage ", f"{refined['tokens']:.0f} tokens"):
+        assert part in first
+    old = f"[...{one}.querySelector('.refinements .sample pre').childNodes].filter(n => n.tagName !== 'INS')"
+    new = old.replace("INS", "DEL")
+    assert page.run(f"{old}.map(n => n.textContent).join('')") == kept["text"]
+    assert page.run(f"{new}.map(n => n.textContent).join('')") == refined["text"]
+    click(page, "#diff")
+    assert page.run(f"{one}.querySelector('.refinements .sample pre').textContent") == refined["text"]
+    assert page.run("document.querySelector('ins, del')") is None
+    # Other drafts are closed, and filled when they are opened.
+    assert page.run(f"{one}.querySelector('.sample:not([open])').childElementCount") == 1
+    page.run(f"{one}.querySelector('.sample:not([open]) > summary').click()")
+    page.wait(f"{one}.querySelector('.sample pre').textContent.length > 10")
+
+
+def test_hostile_text_is_inert(page, out):
+    seen = ""
+    for number in (1, 2):
+        open_samples(page, out, f"#step={STEPS + 1}&page={number}")
+        page.run("for (const one of document.querySelectorAll('details')) one.open = true")
+        seen += page.run("at('prompts').textContent")
+        assert page.run("at('prompts').querySelectorAll('a, img, script, style, iframe, object, link').length") == 0
+        names = page.run("[...at('prompts').querySelectorAll('*')].flatMap(one => one.getAttributeNames())")
+        assert set(names) <= {"class", "open", "type"}
+        assert page.run("document.scripts.length") == 2 and page.run("document.documentElement.scrollWidth") <= 1280
+    assert page.run("window.hacked") is None and page.run("getComputedStyle(document.body).display") == "block"
+    for text in (HOSTILE[0], HOSTILE[1], HOSTILE[6], HOSTILE[2].replace("link", "li\ufffdnk"), "{{ 7 * 7 }} ${7 * 7}"):
+        assert f"other {text}" in seen or text in seen
+    for text in ("⟨U+001B⟩[31mred", "⟨U+202E⟩gnp", "lone ⟨U+D800⟩ surrogate", "⟨U+0000⟩"):
+        assert text in seen
+    assert not set(seen) & {"\x1b", "\x00", "\u202e"}
+    # A megabyte without a space is cut, and there on demand.
+    assert "show 980,000 more characters" in seen and "A" * 21_000 not in seen
+    page.look(390, 844)
+    open_samples(page, out, f"#step={STEPS + 1}&query=AAAA")
+    click(page, "#diff")
+    page.run("document.querySelectorAll('pre button').forEach(one => one.click())")
+    assert (
+        page.run("Math.max(...[...document.querySelectorAll('pre')].map(one => one.textContent.length))") >= 1_000_000
+    )
+    assert page.run("document.documentElement.scrollWidth") <= 390
+
+
+def test_differences(page, out):
+    """Both texts can be read off them, they are as few as can be, and texts too far apart are told from others."""
+    open_samples(page, out)
+    draw = random.Random(0)
+    words = ["a", "b ", "c\n", "1", "+", "\\frac", "é"]
+    texts = ["".join(draw.choices(words, k=draw.randrange(30))) for _ in range(300)]
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    for (a, b), changes in zip(pairs, page.run(f"{json.dumps(pairs)}.map(([a, b]) => differences(a, b))"), strict=True):
+        assert "".join(text for kind, text in changes if kind in "=-") == a
+        assert "".join(text for kind, text in changes if kind in "=+") == b
+        kinds = [kind for kind, _ in changes]
+        assert not [1 for one, other in itertools.pairwise(kinds) if one == other]
+    diff = lambda a, b: page.run(f"differences({json.dumps(a)}, {json.dumps(b)})")
+    assert diff("7-3=5+1", "7-3=4+1") == [["=", "7-3="], ["-", "5"], ["+", "4"], ["=", "+1"]]
+    phrase = [["=", "so it "], ["-", "is big"], ["+", "was very old"], ["=", " news"]]
+    assert diff("so it is big news", "so it was very old news") == phrase
+    assert diff("x", "x") == [["=", "x"]] and diff("", "") == [] and diff("", "x") == [["+", "x"]]
+    words = [" ".join(f"{letter}{i}" for i in range(2000)) for letter in "ab"]
+    assert diff(*words) is None and diff(words[0], words[0] + " end")[-1] == ["+", " end"]
+
+
+def test_several_runs(page, tmp_path, monkeypatch, out):
+    monkeypatch.setattr(figures, "write", lambda *_: {})
+    made = [tmp_path / ("a" * 30), tmp_path / "base"]
+    report_scale.write_run(made[0], 2, 3, words=5, evaluate=1)
+    report_scale.write_run(made[1], 3, 2, drafts=0, words=5)
+    folder = out / "two"  # where requests are allowed
+    pages.build(made, folder)
+    page.look(390, 844)
+    page.open((folder / "index.html").as_uri())
+    page.wait("document.readyState === 'complete' && document.querySelector('table')")
+    assert page.run("document.documentElement.scrollWidth") <= 390
+    names = page.run("[...document.querySelectorAll('thead th')].map(one => one.textContent)")
+    assert names == ["", *(run.name for run in made)]
+    open_samples(page, folder)
+    assert heads(page) == [f"step 2 · problem-{i}" for i in range(3)]
+    act(page, "at('run').value = 1; at('run').onchange()")
+    assert heads(page) == [f"step 3 · problem-{i}" for i in range(2)]
+    assert "drafts:" not in page.run("at('prompts').textContent")
+    assert page.run("document.querySelector('h3').textContent") == "Completions"
+
+
+def test_data_that_is_gone_is_said(browser, out, tmp_path):
+    path = out / "data" / "0" / "000007_0.js"
+    content = path.read_text()
+    path.unlink()
+    browser.open("about:blank")
+    browser.open((out / "samples.html").as_uri() + "#step=7")
+    browser.wait("document.querySelector('.lost')")
+    assert "data/0/000007_0.js cannot be read" in browser.run("document.querySelector('.lost').textContent")
+    path.write_text(content)

@@ -1,0 +1,117 @@
+"""igrpo_jax.rewards.mathematics.extraction: where a completion states its answer."""
+
+import time
+
+import pytest
+
+from igrpo_jax.rewards.mathematics import extraction
+from igrpo_jax.rewards.mathematics.extraction import extract
+
+EXTRACTED = [
+    (r"So $x = \boxed{42}$.", "42"),
+    (r"\boxed{1} is wrong, so \boxed{2}", "2"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{ \boxed{7} }", "7"),
+    (r"\boxed {3}", "3"),
+    (r"\fbox{3}", "3"),
+    (r"\boxed{1} and then \boxed{never closed", "1"),
+    (r"\boxed{never closed, \boxed{5}", "5"),
+    (r"It is \boxed{4}. I put it in \boxed{}", "4"),
+    (r"\boxed{never closed", None),
+    (r"\boxed{}", None),
+    ("<answer>42</answer>", "42"),
+    ("<answer> \n42\n </answer>", "42"),
+    ("<answer>1</answer> no: <answer>5</answer>", "5"),
+    (r"<answer>$\boxed{4}$</answer>", "4"),
+    (r"\boxed{3} <answer>The answer is 4.</answer>", "4"),
+    ("<think>3 * 4 = 12</think>\n<answer>12.5</answer>", "12.5"),
+    (r"<think>\boxed{42}</think> Hence \boxed{43}.", "43"),
+    (r"<think>\boxed{42}</think> Some other text.", None),  # what is only thought is not stated
+    (r"<think>so \boxed{42}</think>" + "\n", "42"),  # nothing follows: the thought is all there is
+    (r"<think>so \boxed{42}", "42"),
+    (r"so \boxed{1}</think><answer>2</answer>", "2"),  # <think> was opened by the template
+    ("The answer is 42", "42"),
+    ("Therefore, answer is 189.\n\nAnother thought", "189"),
+    ("The answer is 3.5.", "3.5"),
+    ("The answer is 42 because geometry proves it", "42"),
+    ("**Final Answer:** 73", "73"),
+    ("Final Answer: **73**", "73"),
+    ("Answer: 41 was a guess.\nAnswer: 42", "42"),
+    (r"The answer is $\frac{1}{2}$, as shown", r"\frac{1}{2}"),
+    (r"the answer is \(x+1\).", "x+1"),
+    (r"Answer \[ 9 \]", "9"),
+    ("48/2 = 24\n#### 72", "72"),
+    ("#### 1\n#### 1,234\nignored", "1,234"),
+    ("The perimeter is 7", None),
+    ("First compute 6*7.\n42", None),
+    ("I have no idea", None),
+    ("", None),
+    # Boxes that state one answer together, and boxes that do not.
+    (r"the points $\boxed{(-2,18)}$ and $\boxed{(8,38)}$.", "(-2,18) and (8,38)"),
+    (r"$k = \boxed{5}$ or $k = \boxed{-3}$.", "5 or -3"),
+    (r"$$\boxed{(2, 2)} \quad \text{and} \quad \boxed{(6, 2)}$$", "(2, 2) and (6, 2)"),
+    (r"\boxed{1},\boxed{2},\boxed{3}", "1, 2, 3"),
+    (r"\boxed{10} and then \boxed{42}", "42"),
+    (r"Earlier \boxed{1/3}, later \boxed{2/3}", "2/3"),
+    (r"\boxed{9} \boxed{9} \boxed{42}", "42"),
+    (r"\boxed{1} and \boxed{2}. Finally \boxed{3}", "3"),
+    (r"\boxed{1} and" + " " * 100 + r"\boxed{2}", "2"),
+    # A box without braces counts at the end of a formula.
+    (r"it follows that $x = \boxed 9$.", "9"),
+    (r"\(\boxed42\)", "42"),
+    (r"\boxed{42}. As asked, I marked it with \boxed", "42"),
+    (r"\boxed{42}, with \boxed 2 times", "42"),
+    (r"escaped twice: \\boxed{\\frac{\\pi}{2}}", r"\frac{\pi}{2}"),
+    (r"\boxed{42<|im_end|>}<|im_end|>", "42"),
+    (r"so the answer is $\boxed{}$.", None),
+    # Statements.
+    ("The answer is clearly $7$.", "7"),
+    ("The answer is not $7$.", "not $7$"),
+    ("Final Answer: The largest $n$ is 34.", "34"),
+    ("The answer is 3 $\\pi$.", "3 $\\pi$"),
+    ("The answer is $x=3$ or $x=4$.", "$x=3$ or $x=4$"),
+    ("The answer: D, it cannot be A", "D"),
+    ("Is the answer 5?", None),
+]
+
+
+@pytest.mark.parametrize(("text", "answer"), EXTRACTED)
+def test_extract(text, answer):
+    assert extract(text) == answer
+
+
+# Repeated, these make a scanner that looks ahead or back from each of them quadratic.
+HOSTILE = [
+    *(
+        r"\boxed{",
+        r"\boxed{1} and ",
+        r"\boxed 1",
+        "{",
+        "}",
+        "<answer>",
+        "</answer>",
+        "<think>",
+        "</think>",
+        "answer ",
+        "answer is ",
+        "####",
+        "$",
+        "\\",
+    ),
+    *("the answer is $", r"\boxed ", "answer:\n", r"\(", "**"),
+]
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_extract_in_linear_time(piece):
+    start = time.thread_time()
+    extract(piece * (300_000 // len(piece)))
+    extract("answer" + piece * (300_000 // len(piece)) + "</answer>")
+    assert time.thread_time() - start < 2  # 0.1 s as a rule
+
+
+def test_only_the_end_of_a_very_long_text_is_read():
+    filler = "x" * extraction.MAX_TEXT
+    assert extract(r"\boxed{1}" + filler) is None
+    assert extract(filler + r"\boxed{1}") == "1"

@@ -1,0 +1,247 @@
+"""igrpo_jax.rewards.pool: deadlines that hold whatever an item does, one outcome per item, nothing left behind.
+
+Workers import this file, so it must not import jax.
+"""
+
+import itertools
+import multiprocessing
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from pebble.common import CONSTS
+
+from igrpo_jax.rewards.pool import Pool
+
+TIMEOUT = 3.0  # long enough for what is quick to be so on a busy machine
+SLACK = 20.0  # seconds past the deadline; benchmarks/verifier.py measures how prompt it is
+
+
+def work(kind, value=None):
+    """What one item does; by name, so that items can be mixed."""
+    if kind == "echo":
+        return value
+    if kind == "pid":
+        return os.getpid()
+    if kind == "loop":
+        while True:
+            pass
+    if kind == "hang_in_c":  # one endless C call: Python-level signal handlers do not run during it
+        return sum(itertools.repeat(0))
+    if kind == "ignore_sigterm":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(1000)
+    if kind == "exit":
+        os._exit(3)
+    if kind == "killed":  # from outside, as many times as the file `value` has lines
+        path, counts = pathlib.Path(value), pathlib.Path(value).read_text().splitlines()
+        if counts:
+            path.write_text("\n".join(counts[1:]))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "done"
+    if kind == "sys_exit":
+        sys.exit(3)
+    if kind == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if kind == "raise":
+        raise ValueError(value)
+    if kind == "raise_unpicklable":
+        raise _NeedsTwo(1, 2)
+    if kind == "return_unpicklable":
+        return lambda: value
+    if kind == "memory":
+        return len(bytearray(value))
+    if kind == "environment":
+        return {name: os.environ.get(name) for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS")}
+    if kind == "modules":
+        return sorted(name for name in sys.modules if re.fullmatch(r"jax(lib)?|flax|sympy|wave", name))
+    raise AssertionError(kind)
+
+
+class _NeedsTwo(Exception):
+    """Pickles, but does not unpickle: an exception of this kind breaks a naive pool."""
+
+    def __init__(self, a, b):
+        super().__init__("needs two")
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with Pool(work, workers=2, timeout=TIMEOUT, preload=("wave",)) as pool:
+        yield pool
+
+
+def settle(futures, within=30.0):
+    end = time.monotonic() + within
+    return [future.result(timeout=max(end - time.monotonic(), 0.01)) for future in futures]
+
+
+def test_values_in_order_once_each(pool):
+    outcomes = settle([pool.submit("echo", i) for i in range(500)])
+    assert [outcome.value for outcome in outcomes] == list(range(500))
+    assert {outcome.status for outcome in outcomes} == {"ok"}
+
+
+@pytest.mark.parametrize("kind", ["loop", "hang_in_c", "ignore_sigterm"])
+def test_killed_at_the_deadline_while_others_go_on(pool, kind, monkeypatch):
+    if kind != "ignore_sigterm":
+        monkeypatch.setattr(CONSTS, "term_timeout", 30)  # SIGTERM must do; there is no waiting for SIGKILL
+    settle([pool.submit("echo", 1) for _ in range(4)])  # both workers are up
+    start = time.monotonic()
+    stuck = pool.submit(kind)
+    others = settle([pool.submit("echo", i) for i in range(30)])
+    assert not stuck.done(), "the other worker should have done all of these meanwhile"
+    assert [outcome.value for outcome in others] == list(range(30))
+    outcome = stuck.result(timeout=TIMEOUT + SLACK)
+    assert outcome.status == "timeout"
+    assert TIMEOUT <= time.monotonic() - start < TIMEOUT + SLACK
+    # Both workers of a pool may hang at once; new ones take their place.
+    assert [o.status for o in settle([pool.submit(kind), pool.submit(kind), pool.submit("echo")])] == [
+        "timeout",
+        "timeout",
+        "ok",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "detail"),
+    [
+        ("exit", None, "code 3"),
+        ("segfault", None, "code -11"),
+        ("sys_exit", None, "SystemExit"),
+        ("raise", "what went wrong", "what went wrong"),
+        ("raise_unpicklable", None, "needs two"),
+        ("return_unpicklable", None, "code 1"),  # it ends the worker
+        ("memory", 5 << 30, "MemoryError"),
+    ],
+)
+def test_a_failure_is_an_error_of_its_item_only(pool, kind, value, detail):
+    futures = [pool.submit(kind, value) if i in (5, 12) else pool.submit("echo", i) for i in range(30)]
+    outcomes = settle(futures)
+    assert [i for i, outcome in enumerate(outcomes) if outcome.status == "error"] == [5, 12]
+    assert Counter(outcome.status for outcome in outcomes) == {"ok": 28, "error": 2}
+    assert detail in outcomes[5].detail
+
+
+@pytest.mark.parametrize("times, status", [(1, "ok"), (2, "ok"), (3, "error")])
+def test_an_item_whose_worker_is_killed_is_sent_again(pool, tmp_path, times, status):
+    """Twice: the kernel kills whom it likes when memory is short, and the item need not be at fault."""
+    path = tmp_path / "kills"
+    path.write_text("\n".join("x" * times))
+    outcomes = settle([pool.submit("killed", str(path)), *(pool.submit("echo", i) for i in range(10))])
+    assert [outcome.value for outcome in outcomes[1:]] == list(range(10))
+    assert outcomes[0].status == status and outcomes[0].value == ("done" if status == "ok" else None)
+
+
+def test_arguments_that_cannot_be_pickled(pool):
+    outcome = settle([pool.submit("echo", threading.Lock())])[0]
+    assert outcome.status == "error"
+    assert "pickle" in outcome.detail
+
+
+def test_an_idle_worker_that_dies_does_not_break_the_pool(pool):
+    # As the kernel's out-of-memory killer does it. pebble by itself refuses all items from then on.
+    victim = settle([pool.submit("pid")])[0].value
+    os.kill(victim, signal.SIGKILL)
+    time.sleep(0.5)
+    outcomes = settle([pool.submit("echo", i) for i in range(20)])
+    assert [outcome.value for outcome in outcomes] == list(range(20))
+
+
+def test_environment_and_modules_of_a_worker(pool):
+    environment, modules = settle([pool.submit("environment"), pool.submit("modules")])
+    assert environment.value == {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TPU_VISIBLE_CHIPS": ""}
+    assert modules.value == ["wave"]  # preloaded; no jax, no sympy
+
+
+def test_from_many_threads(pool):
+    results = {}
+
+    def submit(thread):
+        results[thread] = [outcome.value for outcome in settle([pool.submit("echo", (thread, i)) for i in range(50)])]
+
+    threads = [threading.Thread(target=submit, args=(thread,)) for thread in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {thread: [(thread, i) for i in range(50)] for thread in range(8)}
+
+
+def test_the_clock_starts_after_the_imports(tmp_path, monkeypatch):
+    (tmp_path / "slow_to_import.py").write_text(
+        "import time\ntime.sleep(2.0)\ndef warm_up():\n    time.sleep(2.0)\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with Pool(work, workers=1, timeout=TIMEOUT, preload=("slow_to_import",)) as pool:
+        assert settle([pool.submit("echo", 1)])[0].status == "ok"
+
+
+def test_workers_are_recycled_and_no_item_is_lost():
+    with Pool(work, workers=1, timeout=5, max_tasks=5) as pool:
+        outcomes = settle([pool.submit("pid") for _ in range(12)])
+    assert {outcome.status for outcome in outcomes} == {"ok"}
+    assert sorted(Counter(outcome.value for outcome in outcomes).values()) == [2, 5, 5]
+
+
+def test_close_with_work_left_leaves_no_process_and_answers_every_item():
+    before = set(multiprocessing.active_children())
+    pool = Pool(work, workers=2, timeout=60)
+    settle([pool.submit("echo", 1)])
+    # More than a pipe holds, so that the thread that feeds the workers is blocked when the pool is closed.
+    futures = [pool.submit(kind) for kind in ("hang_in_c", "ignore_sigterm")]
+    time.sleep(0.3)
+    futures += [pool.submit("echo", "x" * 100_000) for _ in range(20)]
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    start = time.monotonic()
+    pool.close()
+    pool.close()
+    assert time.monotonic() - start < 30  # the two that hang would go on for 60
+    assert {outcome.status for outcome in settle(futures, within=1)} == {"error"}
+    assert settle([pool.submit("echo", 1)], within=1)[0].status == "error"
+    assert set(multiprocessing.active_children()) <= before
+    for worker in workers:
+        assert not Path(f"/proc/{worker.pid}").exists()
+
+
+def test_a_program_that_imports_jax_in_main_has_workers_without_it(tmp_path):
+    # Spawned workers import the parent's __main__ again. `jax` here is a stand-in that only leaves its name behind.
+    (tmp_path / "jax.py").write_text("", encoding="utf-8")
+    (tmp_path / "program.py").write_text(
+        textwrap.dedent("""
+            import sys
+            from igrpo_jax.rewards.pool import Pool
+
+            def has_jax():
+                return "jax" in sys.modules
+
+            def main():
+                import jax
+                with Pool(has_jax, workers=1, timeout=5) as pool:
+                    print(has_jax(), pool.submit().result().value)
+
+            if __name__ == "__main__":
+                main()
+        """),
+        encoding="utf-8",
+    )
+    package_root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "program"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{package_root}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["True", "False"], done.stderr

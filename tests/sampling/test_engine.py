@@ -1,0 +1,361 @@
+"""The engine against the full forward and against transformers; where completions end; what does not fit."""
+
+import dataclasses
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from igrpo_jax import config
+from igrpo_jax.config import InputError
+from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.programs import compilations
+from igrpo_jax.models import decoder, hf_read
+from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.scheduler import Request, Scheduler
+from igrpo_jax.sampling.steps import Sampling
+
+EOS = (0, 17, 40)  # 0 is also what prompts are padded with
+KEY = np.array([1, 2], np.uint32)
+# Prefill buckets are 32, 48, 64, 96, 110: at, below and above an edge. The cache of 158 positions is read in buckets of
+# 128 and all; completions of the longest prompt go from the first to the second.
+LENGTHS = (1, 31, 32, 33, 110)
+LIMIT = 24
+
+
+def one_device():
+    return sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+
+
+def put(params, mesh):
+    return {path: jax.device_put(value, sharding.param_sharding(mesh, path)) for path, value in params.items()}
+
+
+def prompt(length):
+    """Random ids, with every EOS somewhere inside where there is room."""
+    tokens = np.random.default_rng(length).integers(0, 64, length, np.int32)
+    tokens[1 : 1 + len(EOS)] = EOS[: max(length - 1, 0)]
+    return tokens
+
+
+def sample(engine, params, requests, sampling):
+    """(index, sample) -> Sample of all requests."""
+    with jax.set_mesh(engine.mesh):
+        scheduler = Scheduler(engine)
+        scheduler.start(params, sampling)
+        for request in requests:
+            scheduler.submit(request)
+        return {(one.request.index, one.sample_id): one for one in scheduler.drain()}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return Engine(
+        tiny[0], one_device(), EOS, slots=6, max_context=110, max_completion=32, dtype="float32", steps_per_dispatch=16
+    )
+
+
+@pytest.fixture(scope="module")
+def params(tiny, engine):
+    return put(tiny[1], engine.mesh)
+
+
+@pytest.fixture(scope="module")
+def requests():
+    return [Request(prompt(length), length, 8, KEY, LIMIT) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def samples(engine, params, requests):
+    return sample(engine, params, requests, Sampling(0.8))
+
+
+@pytest.fixture(scope="module")
+def full_logits(tiny, params):
+    return forward_of(tiny[0], params)
+
+
+def forward_of(c, params):
+    """A function to logits [T, V] that predict a sample's tokens: of one forward pass without a cache or any bucket."""
+
+    @jax.jit
+    def run(tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return decoder.logits(c, params, decoder.apply(c, params, tokens, positions)[0])
+
+    def call(one):
+        before = len(one.request.tokens)
+        row = np.zeros((1, 136), np.int32)
+        row[0, : before + len(one.tokens)] = [*one.request.tokens, *one.tokens]
+        return np.asarray(run(row))[0, before - 1 : before - 1 + len(one.tokens)]
+
+    return call
+
+
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def test_cached_logprobs_equal_the_full_forward(samples, full_logits):
+    """Also at a bucket's edge, with neighbours of other lengths, and with the padding's id inside the prompt."""
+    assert len(samples) == 8 * len(LENGTHS)
+    assert max(len(one.request.tokens) + len(one.tokens) for one in samples.values()) > 130
+    for one in samples.values():
+        logits = full_logits(one)
+        expected = log_softmax(logits / 0.8)[np.arange(len(one.tokens)), one.tokens]
+        np.testing.assert_allclose(one.logprobs, expected, atol=1e-4, rtol=0)
+        if len(one.tokens) > 2:  # those of temperature 1 are no match
+            assert np.abs(log_softmax(logits)[np.arange(len(one.tokens)), one.tokens] - expected).max() > 1e-2
+
+
+def test_logprobs_are_of_the_unfiltered_softmax(engine, params, full_logits):
+    requests = [Request(prompt(33), 0, 4, KEY, 12)]
+    for one in sample(engine, params, requests, Sampling(0.9, 0.5, 6)).values():
+        logits = full_logits(one) / 0.9
+        expected = log_softmax(logits)[np.arange(len(one.tokens)), one.tokens]
+        np.testing.assert_allclose(one.logprobs, expected, atol=1e-4, rtol=0)
+        rank = (logits > np.take_along_axis(logits, one.tokens[:, None], 1)).sum(axis=1)
+        assert rank.max() < 6
+
+
+def test_a_completion_ends_with_its_first_eos(samples):
+    """Any of the set; it belongs to the completion; those in the prompt end nothing."""
+    ends = set()
+    for one in samples.values():
+        assert 0 < len(one.tokens) == len(one.logprobs) <= LIMIT
+        assert not np.isin(one.tokens[:-1], EOS).any()
+        assert one.finished == (one.tokens[-1] in EOS)
+        assert one.finished or len(one.tokens) == LIMIT
+        ends.add(int(one.tokens[-1]) if one.finished else None)
+    assert ends == {*EOS, None}  # each of them was seen
+
+
+def test_the_limit_cuts_and_changes_nothing_before_it(engine, params, samples):
+    for limit in (1, 5):
+        cut = sample(engine, params, [Request(prompt(n), n, 8, KEY, limit) for n in (1, 32)], Sampling(0.8))
+        assert len(cut) == 16
+        for key, one in cut.items():
+            np.testing.assert_array_equal(one.tokens, samples[key].tokens[:limit])
+            assert one.finished == (len(samples[key].tokens) <= limit and samples[key].finished)
+    assert {len(one.tokens) <= 5 for one in samples.values()} == {True, False}
+    # An EOS that just fits the limit: the completion is finished, not cut.
+    (index, _), whole = next(item for item in samples.items() if item[1].finished and 1 < len(item[1].tokens) < LIMIT)
+    fits = sample(engine, params, [Request(prompt(index), index, 8, KEY, len(whole.tokens))], Sampling(0.8))
+    assert fits[index, whole.sample_id].finished
+
+
+def test_nothing_that_is_traced_recompiles(engine, params, samples):
+    """All programs are there after `compile`; other temperatures, limits, keys and numbers of samples need no more."""
+    engine.compile()
+    with compilations() as seen:
+        for sampling, limit in ((Sampling(0.0), 7), (Sampling(1.3, 0.9, 5), np.arange(1, 10))):
+            found = sample(
+                engine, params, [Request(prompt(n), n, 9, KEY + np.uint32(n), limit) for n in LENGTHS], sampling
+            )
+            assert len(found) == 9 * len(LENGTHS)
+    assert seen == []
+
+
+def test_samples_differ_by_sample_prompt_and_key(engine, params, samples):
+    def first(index, key):
+        return sample(engine, params, [Request(prompt(32), index, 2, key, LIMIT)], Sampling(0.8))[index, 0].tokens
+
+    own = samples[32, 0].tokens
+    np.testing.assert_array_equal(first(32, KEY), own)
+    for other in (samples[32, 1].tokens, first(31, KEY), first(32, KEY + np.uint32(1))):
+        assert len(other) != len(own) or (other != own).any()
+
+
+def test_a_prompt_prefilled_with_longer_neighbours_has_the_same_logits(tiny):
+    """Four prompts in one call, against each alone in a call of a smaller bucket."""
+    mesh = sharding.make_mesh(config.MeshConfig(fsdp=4), jax.devices()[:4])
+    engine = Engine(
+        tiny[0], mesh, EOS, slots=4, max_context=70, max_completion=8, dtype="float32", steps_per_dispatch=4
+    )
+    prompts = [prompt(length) for length in (1, 32, 33, 64)]
+    with jax.set_mesh(mesh):
+        weights = engine.weights(put(tiny[1], mesh))
+        together = engine.prefill(weights, prompts)
+        np.testing.assert_array_equal(together.length, [1, 32, 33, 64])
+        for row, tokens in enumerate(prompts[:2]):
+            alone = engine.prefill(weights, [tokens])
+            np.testing.assert_allclose(alone.logits[0], together.logits[row], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["xla", "chunked"])
+def test_a_prompt_read_in_pieces_has_the_same_logits_and_cache(tiny, attention):
+    """Pieces of 16: one that just fits, one token more, several with the last one partly empty."""
+    c = dataclasses.replace(tiny[0], attention=attention)
+    mesh = sharding.make_mesh(config.MeshConfig(fsdp=2), jax.devices()[:2])
+    sizes = {"slots": 2, "max_context": 70, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    whole, pieces = Engine(c, mesh, EOS, **sizes), Engine(c, mesh, EOS, **sizes, prefill_chunk=16)
+    assert pieces.prefill_buckets == (16, 32, 48, 64, 80) and whole.prefill_buckets == (32, 48, 64, 70)
+    weights = whole.weights(put(tiny[1], mesh))
+    for lengths in ((16, 1), (17, 32), (70, 40)):
+        prompts = [prompt(length) for length in lengths]
+        expected, got = (engine.prefill(weights, prompts) for engine in (whole, pieces))
+        np.testing.assert_allclose(got.logits, expected.logits, atol=1e-5, rtol=0)
+        for ours, theirs in zip(jax.tree.leaves(got.cache), jax.tree.leaves(expected.cache), strict=True):
+            for row, length in enumerate(lengths):
+                np.testing.assert_allclose(ours[row, :, :length], theirs[row, :, :length], atol=1e-5, rtol=0)
+    requests = [Request(prompt(70), 0, 2, KEY, 8)]
+    samples = [sample(engine, put(tiny[1], mesh), requests, Sampling(0.8)) for engine in (whole, pieces)]
+    for key, one in samples[0].items():
+        np.testing.assert_array_equal(samples[1][key].tokens, one.tokens)
+
+
+def test_memory_of_a_long_prefill_is_that_of_a_piece(tiny):
+    """What grows with the prompt is the cache that comes out, not the temporaries."""
+    c = dataclasses.replace(tiny[0], attention="chunked", hidden_size=256, intermediate_size=1024)
+    sizes = {"slots": 1, "max_context": 4096, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+
+    def temporaries(chunk):
+        engine = Engine(c, one_device(), EOS, **sizes, prefill_chunk=chunk)
+        return engine._programs["prefill", 4096].memory_analysis().temp_size_in_bytes
+
+    assert temporaries(512) < temporaries(4096) / 3
+
+
+def test_a_hybrid_samples_as_its_full_forward(hybrid):
+    """Its states follow the slots: through insertion, refill, moves at the end of a rollout, and prompts in pieces.
+
+    Eight slots and forty samples; decoding runs fewer rows as they run out. Pieces are of 16, chunks of 8.
+    """
+    c, host = hybrid
+    sizes = {"slots": 8, "max_context": 70, "max_completion": LIMIT, "dtype": "float32", "steps_per_dispatch": 4}
+    params, results = put(host, one_device()), []
+    requests = [Request(prompt(length), length, 8, KEY, LIMIT) for length in (1, 16, 17, 33, 70)]
+    full = forward_of(c, params)
+    for chunk in (16, 2048):
+        engine, calls = Engine(c, one_device(), EOS, **sizes, prefill_chunk=chunk), []
+        move, decode = engine.move, engine.decode
+        engine.move = lambda state, pairs, move=move, calls=calls: calls.extend(pairs) or move(state, pairs)
+        engine.decode = lambda *x, decode=decode, calls=calls: calls.append(x[2]) or decode(*x)
+        results.append(sample(engine, params, requests, Sampling(0.8)))
+        assert {1, 8} <= {rows for rows in calls if isinstance(rows, int)}
+        assert any(isinstance(pair, tuple) for pair in calls)
+        for one in results[-1].values():
+            expected = log_softmax(full(one) / 0.8)[np.arange(len(one.tokens)), one.tokens]
+            np.testing.assert_allclose(one.logprobs, expected, atol=1e-4, rtol=0)
+    assert len(results[0]) == 40
+    for key, one in results[0].items():
+        np.testing.assert_array_equal(results[1][key].tokens, one.tokens)
+
+
+def test_a_hybrid_on_a_mesh_samples_the_same(hybrid):
+    c, host = hybrid
+    sizes = {"slots": 4, "max_context": 40, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    requests, results = [Request(prompt(length), length, 4, KEY, 8) for length in (5, 33)], []
+    for mesh in (one_device(), sharding.make_mesh(config.MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])):
+        engine = Engine(c, mesh, EOS, **sizes)
+        results.append(sample(engine, put(host, mesh), requests, Sampling(0.8)))
+    for key, one in results[0].items():
+        np.testing.assert_array_equal(results[1][key].tokens, one.tokens)
+    groups = engine._state.cache[0].b  # of 2 shards by 2 of tensor
+    assert groups.sharding.shard_shape(groups.shape) == (2, 3, 1, 8)
+
+
+def test_a_model_without_attention_samples_as_its_full_forward(hybrid):
+    c = dataclasses.replace(hybrid[0], pattern="M-")
+    params = {path: hybrid[1][path] for path in decoder.shapes(c)}
+    params, requests = put(params, one_device()), [Request(prompt(length), length, 2, KEY, 8) for length in (3, 40)]
+    sizes = {"slots": 2, "max_context": 40, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    for one in sample(Engine(c, one_device(), EOS, **sizes), params, requests, Sampling(0.8)).values():
+        expected = log_softmax(forward_of(c, params)(one) / 0.8)[np.arange(len(one.tokens)), one.tokens]
+        np.testing.assert_allclose(one.logprobs, expected, atol=1e-4, rtol=0)
+
+
+COLLECTIVES = re.compile(r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-[a-z]+)(-start)?[(]")
+OWN_REPLICA = "replica_groups={{0,1},{2,3},{4,5},{6,7}}", "replica_groups=[4,2]<=[8]"  # of 2 devices each
+
+
+def leaves_its_replica(line):
+    pairs = re.search(r"source_target_pairs={([{}0-9,]+)}", line)
+    if pairs:
+        return any(int(a) // 2 != int(b) // 2 for a, b in re.findall(r"{(\d+),(\d+)}", pairs[1]))
+    return not any(groups in line for groups in OWN_REPLICA)
+
+
+def test_decoding_asks_no_other_shard(tiny):
+    """No collective at all; with tensor parallelism only within a replica, but for the trip count all agree on."""
+    sizes = {"slots": 16, "max_context": 20, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    engine = Engine(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=4)), EOS, **sizes)
+    for key in (("decode", 2, 28), ("move",)):
+        assert not COLLECTIVES.search(engine._programs[key].as_text()), key
+    engine = Engine(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2)), EOS, **sizes)
+    found = [line for line in engine._programs["decode", 4, 28].as_text().splitlines() if COLLECTIVES.search(line)]
+    across = [line for line in found if leaves_its_replica(line)]
+    assert len(found) > len(across) and across
+    assert all(re.search(r"= s32\[\]\S* all-reduce", line) for line in across), across
+
+
+def test_weights_are_cast_and_gathered_once(tiny):
+    mesh = sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    sizes = {"slots": 2, "max_context": 8, "max_completion": 8, "steps_per_dispatch": 4}
+    weights = Engine(tiny[0], mesh, EOS, dtype="bfloat16", **sizes).weights(put(tiny[1], mesh))
+    assert {x.dtype for x in weights.values()} == {jnp.dtype(jnp.bfloat16)}
+    # [D, N, H] = (32, 4, 8): whole over fsdp, heads over tensor.
+    assert weights["blocks/0/mixer/q_proj"].addressable_shards[0].data.shape == (32, 2, 8)
+    params = put(tiny[1], one_device())
+    same = Engine(tiny[0], one_device(), EOS, dtype="float32", **sizes).weights(params)
+    assert all(same[path] is params[path] for path in params)  # nothing to do: no copy
+
+
+def test_slots_must_divide_over_the_mesh(tiny):
+    mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
+    with pytest.raises(InputError, match=r"config\.rollout\.slots = 6: must be a multiple of .* = 4"):
+        Engine(tiny[0], mesh, EOS, slots=6, max_context=8, max_completion=8, dtype="float32", steps_per_dispatch=4)
+
+
+def greedy_equals_generate(path, prompts, tokens):
+    """Greedy completions of all prompts side by side, against `generate` on each."""
+    import torch
+    import transformers
+
+    c, mesh = hf_read.load_config(str(path)), one_device()
+    sizes = {"slots": 2, "max_context": max(map(len, prompts)), "max_completion": tokens, "steps_per_dispatch": 16}
+    engine = Engine(c, mesh, (c.vocab_size,), dtype="float32", **sizes)  # no EOS: all tokens are compared
+    requests = [Request(np.asarray(one, np.int32), i, 1, KEY, tokens) for i, one in enumerate(prompts)]
+    ours = sample(engine, hf_read.load_params(str(path), c, mesh), requests, Sampling(0.0))
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model.generation_config = transformers.GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=0)
+    for i, one in enumerate(prompts):
+        ids = torch.tensor([list(one)])
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids))[0, len(one) :].numpy()
+        assert len(theirs) == tokens
+        np.testing.assert_array_equal(ours[i, 0].tokens, theirs)
+        assert not ours[i, 0].finished
+    return ours
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
+def test_greedy_equals_generate(tmp_path, kind):
+    import torch
+    import transformers
+
+    shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.normal_(float("norm" in name), 0.3)
+    model.save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    ours = greedy_equals_generate(tmp_path, [rng.integers(0, 96, n) for n in (3, 32, 17)], 64)
+    assert len(np.unique(ours[0, 0].tokens)) > 8  # no short loop, which anything would match
+
+
+@pytest.mark.skipif(
+    "IGRPO_SMOLLM2" not in os.environ, reason="set IGRPO_SMOLLM2 to a directory with SmolLM2-135M-Instruct"
+)
+def test_greedy_equals_generate_on_smollm2():
+    path = os.environ["IGRPO_SMOLLM2"]
+    tokenizer = hf_read.load_tokenizer(path)
+    questions = ("What is 17 times 23? Think step by step.", "Write one sentence about the sea.")
+    turns = [[{"role": "user", "content": question}] for question in questions]
+    prompts = [tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"] for turn in turns]
+    greedy_equals_generate(path, prompts, 64)

@@ -1,0 +1,279 @@
+"""Scheduling: the same samples whatever the slots, dispatches, order, neighbours and mesh; each sample exactly once."""
+
+import dataclasses
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from igrpo_jax import config
+from igrpo_jax.config import InputError
+from igrpo_jax.distributed import sharding
+from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.scheduler import Request, Scheduler
+from igrpo_jax.sampling.steps import Sampling
+
+EOS = (0, 17, 40)
+KEY = np.array([3, 4], np.uint32)
+SAMPLING = Sampling(0.9, 0.95)
+
+
+def make_engine(c, slots, steps_per_dispatch, mesh):
+    sizes = {"slots": slots, "max_context": 110, "max_completion": 24, "steps_per_dispatch": steps_per_dispatch}
+    return Engine(c, mesh, EOS, dtype="float32", **sizes)
+
+
+def requests():
+    """More samples than slots, prompts on both sides of a bucket's edge, and limits of their own.
+
+    A cache of 110 + 24 positions and more is read in buckets of 128 and all: the longest prompt crosses from one to
+    the other while it is sampled.
+    """
+    rng = np.random.default_rng(0)
+    shape = {32: (5, 24), 33: (1, 24), 110: (4, 24), 7: (11, 9), 1: (2, 1)}
+    return [
+        Request(rng.integers(0, 64, length, np.int32), index, samples, KEY, limit, tag=f"tag {index}")
+        for index, (length, (samples, limit)) in enumerate(shape.items())
+    ]
+
+
+def start(engine, tiny, ahead=0):
+    params = {path: jax.device_put(x, sharding.param_sharding(engine.mesh, path)) for path, x in tiny[1].items()}
+    scheduler = Scheduler(engine, ahead)
+    scheduler.start(params, SAMPLING)
+    return scheduler
+
+
+def sample(engine, tiny, wanted, ahead=0):
+    with jax.set_mesh(engine.mesh):
+        scheduler = start(engine, tiny, ahead)
+        for request in wanted:
+            scheduler.submit(request)
+        return list(scheduler.drain()), scheduler
+
+
+def one_device():
+    return sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return make_engine(tiny[0], 8, 16, one_device())
+
+
+@pytest.fixture(scope="module")
+def expected(engine, tiny):
+    return sample(engine, tiny, requests())
+
+
+def check_same(samples, expected):
+    """Token ids are equal; log-probs up to the rounding of attention over more or fewer cache positions."""
+    assert len(samples) == len(expected)
+    by_id = {(one.request.index, one.sample_id): one for one in samples}
+    for one in expected:
+        other = by_id[one.request.index, one.sample_id]
+        np.testing.assert_array_equal(other.tokens, one.tokens)
+        np.testing.assert_allclose(other.logprobs, one.logprobs, atol=1e-4, rtol=0)
+        assert other.finished == one.finished
+
+
+def test_each_sample_comes_once_with_its_tag(expected):
+    samples, _ = expected
+    ids = [(one.request.index, one.sample_id) for one in samples]
+    assert sorted(ids) == [(request.index, i) for request in requests() for i in range(request.samples)]
+    assert all(one.request.tag == f"tag {one.request.index}" for one in samples)
+    assert ids != sorted(ids)  # as they finish: not in order
+    assert {len(one.tokens) for one in samples if one.request.index == 4} == {1}
+    assert max(len(one.tokens) for one in samples if one.request.index == 3) == 9
+    assert any(not one.finished for one in samples) and any(one.finished for one in samples)
+
+
+@pytest.mark.parametrize(("slots", "steps_per_dispatch"), [(1, 16), (3, 5), (8, 1)])
+def test_samples_do_not_depend_on_slots_or_dispatches(tiny, expected, slots, steps_per_dispatch):
+    engine = make_engine(tiny[0], slots, steps_per_dispatch, one_device())
+    check_same(sample(engine, tiny, requests())[0], expected[0])
+
+
+def test_samples_do_not_depend_on_the_host_being_a_dispatch_behind(engine, tiny, expected):
+    samples, scheduler = sample(engine, tiny, requests(), ahead=1)
+    check_same(samples, expected[0])
+    assert scheduler.usage.tokens == expected[1].usage.tokens
+    assert not scheduler.pending and list(scheduler.drain()) == []
+    tiny_engine = make_engine(tiny[0], 4, 3, one_device())  # many dispatches; slots are refilled and moved all the time
+    check_same(sample(tiny_engine, tiny, requests(), ahead=1)[0], expected[0])
+
+
+def test_the_device_has_work_while_the_host_reads(engine, tiny):
+    """With `ahead` the next dispatch is on its way before the first one's results are asked for."""
+    with jax.set_mesh(engine.mesh):
+        scheduler = start(engine, tiny, ahead=1)
+        scheduler.submit(requests()[0])
+        assert scheduler.advance() == [] and len(scheduler._unread) == 1
+        scheduler.advance()
+        assert len(scheduler._unread) == 1  # the second, the first one is read
+        list(scheduler.drain())
+
+
+def test_slots_are_gathered_when_few_are_left(tiny, expected):
+    """A limit for each sample: the one long completion stands in the last slot, and ends in a program of one row."""
+    engine = make_engine(tiny[0], 16, 4, one_device())
+    used = []
+    decode, move = engine.decode, engine.move
+
+    def watched(weights, state, rows, *rest):
+        used.append(rows)
+        return decode(weights, state, rows, *rest)
+
+    moved = []
+    engine.decode, engine.move = watched, lambda state, pairs: moved.extend(pairs) or move(state, pairs)
+    whole = Request(np.arange(20, 28, dtype=np.int32), 5, 16, KEY, 24)
+    plain = {one.sample_id: one.tokens for one in sample(engine, tiny, [whole])[0]}
+    longest = max(plain, key=lambda i: len(plain[i]))
+    limits = np.full(16, 2)
+    limits[longest] = 24
+    request = Request(whole.tokens, 5, 16, KEY, limits)
+    used.clear(), moved.clear()
+    samples, _ = sample(engine, tiny, [request])
+    assert used[0] == 16 and used[-1] == 1 and engine.buckets.keys() == {1, 4, 8, 16}
+    assert not moved if longest == 0 else moved == [(longest, 0)]
+    for one in samples:
+        np.testing.assert_array_equal(one.tokens, plain[one.sample_id][: limits[one.sample_id]])
+
+
+def test_samples_do_not_depend_on_order(engine, tiny, expected):
+    check_same(sample(engine, tiny, requests()[::-1])[0], expected[0])
+
+
+def test_samples_do_not_depend_on_neighbours_or_on_when_they_were_queued(engine, tiny, expected):
+    """Each prompt is submitted while the one before it is being sampled, into slots that others have used."""
+    with jax.set_mesh(engine.mesh):
+        scheduler, samples = start(engine, tiny), []
+        for request in requests():
+            scheduler.submit(request)
+            samples += scheduler.advance()
+        samples += scheduler.drain()
+        alone = requests()[2]
+        scheduler.submit(alone)
+        again = list(scheduler.drain())
+    check_same(samples, expected[0])
+    check_same(again, [one for one in expected[0] if one.request.index == alone.index])
+
+
+@pytest.mark.parametrize(
+    ("slots", "axes"), [(8, {"data": 2, "fsdp": 2, "tensor": 2}), (16, {"data": 2, "fsdp": 4}), (4, {"tensor": 2})]
+)
+def test_samples_do_not_depend_on_the_mesh(tiny, expected, slots, axes):
+    """Shards of 2, 2 and 4 slots; each of the former stops its dispatches by itself where tensor = 1."""
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | axes
+    mesh = sharding.make_mesh(config.MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
+    check_same(sample(make_engine(tiny[0], slots, 8, mesh), tiny, requests(), ahead=1)[0], expected[0])
+
+
+def test_usage(engine, expected):
+    """A prompt is prefilled once, not once a sample; the first token of a sample comes of its prompt's last logits."""
+    samples, scheduler = expected
+    usage = scheduler.usage
+    assert usage.tokens == sum(len(one.tokens) - 1 for one in samples)
+    assert usage.slot_steps % engine.slots == 0
+    assert usage.slot_utilization == usage.tokens / usage.slot_steps
+    assert 0.3 < usage.slot_utilization < usage.queued_slot_utilization <= 1
+    assert usage.overlap == 0
+
+
+def test_overlap_is_the_share_of_steps_with_both_stages(engine, tiny):
+    with jax.set_mesh(engine.mesh):
+        scheduler = start(engine, tiny)
+        first, second = (dataclasses.replace(requests()[i], samples=2) for i in (0, 1))
+        scheduler.submit(dataclasses.replace(first, stage="draft"))
+        list(scheduler.drain())
+        assert scheduler.usage.overlap == 0
+        scheduler.submit(dataclasses.replace(first, stage="draft"))
+        scheduler.submit(dataclasses.replace(second, stage="refine"))
+        list(scheduler.drain())
+        assert 0 < scheduler.usage.overlap < 1
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "said"), [(111, 24, "111 + 24"), (0, 24, "0 + 24"), (110, 25, "110 + 25"), (5, 0, "5 + 0")]
+)
+def test_a_request_that_does_not_fit(engine, length, limit, said):
+    scheduler = Scheduler(engine)
+    with pytest.raises(InputError) as caught:
+        scheduler.submit(Request(np.zeros(length, np.int32), 6, 1, KEY, limit))
+    message = str(caught.value)
+    assert message.startswith(f"prompt 6: {said} tokens do not fit the cache of 110 + 24")
+    for field in ("data.max_prompt_length", "refine.max_draft_length", "rollout.max_completion_length"):
+        assert f"config.{field}" in message
+    assert not scheduler.pending
+
+
+def test_no_samples_are_no_work(engine, tiny):
+    scheduler = Scheduler(engine)
+    scheduler.submit(Request(np.zeros(3, np.int32), 0, 0, KEY, 4))
+    assert not scheduler.pending
+    assert list(scheduler.drain()) == scheduler.advance() == []
+
+
+def test_a_phase_does_not_begin_in_another(engine, tiny):
+    """Its weights would change in the middle of a sample."""
+    scheduler = start(engine, tiny)
+    scheduler.submit(requests()[0])
+    with pytest.raises(AssertionError):
+        scheduler.start({}, SAMPLING)
+
+
+PROCESS = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import numpy as np
+from igrpo_jax import config, sharding
+from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.scheduler import Request, Scheduler
+from igrpo_jax.sampling.steps import Sampling
+
+given = np.load(sys.argv[3], allow_pickle=True)
+c, host = given["c"].item(), given["params"].item()
+mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2))
+params = {path: sharding.to_global(x, sharding.param_sharding(mesh, path)) for path, x in host.items()}
+sizes = {"slots": 8, "max_context": 110, "max_completion": 24, "steps_per_dispatch": 16}
+scheduler = Scheduler(Engine(c, mesh, (0, 17, 40), dtype="float32", **sizes))
+assert scheduler.engine.slots == 4 and scheduler.engine.mesh.size == 2
+scheduler.start(params, Sampling(0.9, 0.95))
+for tokens, index, samples, limit in given["requests"][int(sys.argv[2]) :: 2]:
+    scheduler.submit(Request(tokens, index, samples, np.array([3, 4], np.uint32), limit))
+found = {(one.request.index, one.sample_id): (one.tokens, one.logprobs) for one in scheduler.drain()}
+np.savez(sys.argv[4], found=np.array(found, dtype=object))
+"""
+
+
+def test_two_processes_sample_side_by_side(tiny, expected, tmp_path):
+    """Each on its half of a 2 x 2 mesh, with unequal work and no lockstep: one has 3 of the prompts, the other 2."""
+    wanted = [(one.tokens, one.index, one.samples, one.limit) for one in requests()]
+    given = {"c": tiny[0], "params": tiny[1], "requests": wanted}
+    np.savez(tmp_path / "given.npz", **{name: np.array(value, dtype=object) for name, value in given.items()})
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(rank), tmp_path / "given.npz", tmp_path / f"{rank}.npz"],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    found = [np.load(tmp_path / f"{rank}.npz", allow_pickle=True)["found"].item() for rank in (0, 1)]
+    assert not found[0].keys() & found[1].keys() and len(found[0]) + len(found[1]) == len(expected[0])
+    for one in expected[0]:
+        tokens, logprobs = (found[0] | found[1])[one.request.index, one.sample_id]
+        np.testing.assert_array_equal(tokens, one.tokens)
+        np.testing.assert_allclose(logprobs, one.logprobs, atol=1e-4, rtol=0)

@@ -1,0 +1,108 @@
+"""Whole runs of a micro model, in processes of their own: how to start one, and what to compare of two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from igrpo_jax import config, train
+from igrpo_jax.session.task import open_task
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+from igrpo_jax.config import default
+
+def get_config():
+    c = default()
+    c.steps, c.prompts_per_step, c.compilation_cache = 5, 4, ""
+    c.model.dtype = "float32"
+    b = c.model.builtin
+    b.hidden_size, b.num_layers, b.num_heads, b.num_kv_heads, b.intermediate_size = 32, 1, 2, 1, 48
+    c.data.instruction, c.refine.instruction, c.data.max_prompt_length = "", "{draft}", 32
+    c.data.arithmetic.train_problems, c.data.arithmetic.test_problems = 10, 4  # step 3 crosses into the second epoch
+    c.warm_start.steps, c.warm_start.batch_size, c.warm_start.learning_rate = 150, 16, 1e-2
+    c.algorithm.num_drafts, c.algorithm.num_generations = 2, 2
+    c.learner.minibatches = 2
+    c.rollout.max_completion_length, c.rollout.slots, c.rollout.temperature = 24, 8, 0.7
+    c.optimizer.learning_rate = 1e-2
+    c.evaluation.every, c.evaluation.benchmarks = 2, ("arithmetic",)
+    c.checkpoint.every, c.checkpoint.keep, c.checkpoint.best_metric = 2, 2, "eval/arithmetic/pass@1"
+    c.log.samples_every, c.log.profile_steps = 2, (2,)
+    return c
+"""
+TIMES = ("perf/", "verifier/latency", "eval_time")
+
+
+def settings(**fields) -> config.Config:
+    scope: dict = {}
+    exec(CONFIG, scope)  # the text that the subprocess reads as a file
+    tree = scope["get_config"]()
+    tree.update_from_flattened_dict(fields)
+    return config.freeze(tree)
+
+
+def rows(workdir: Path) -> list[dict]:
+    """metrics.jsonl without what a clock decides."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in lines]
+
+
+def check_same_rows(mine: list[dict], theirs: list[dict]) -> None:
+    """Bit for bit, but for the sampler's log-probs, which are only measured: when a prompt goes on to its second stage
+    is the verifier's timing, and with it how many slots are decoded side by side and how sums round."""
+    assert len(mine) == len(theirs)
+    for row, other in zip(mine, theirs, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            assert value == (pytest.approx(other[name], abs=1e-5) if name.startswith("sampling/") else other[name]), (
+                name
+            )
+
+
+def samples(workdir: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted((workdir / "samples").iterdir())}
+
+
+def final_state(workdir: Path, c: config.Config) -> dict[str, np.ndarray]:
+    task = open_task(c)
+    with jax.set_mesh(task.mesh), train.Checkpointer(workdir, c.checkpoint) as store:
+        learner = train.Learner(
+            c, task.policy.model, task.mesh, max_context=task.max_context, total_steps=task.total_steps
+        )
+        step, state, meta = store.restore(learner.abstract_state())
+    assert meta["step"] == step == c.steps
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def command(tmp_path: Path, workdir: Path, *overrides: str) -> list[str]:
+    (tmp_path / "micro.py").write_text(CONFIG)
+    run = [sys.executable, "-m", "igrpo_jax.main", "--config", str(tmp_path / "micro.py"), "--workdir", str(workdir)]
+    # Compiled programs are shared by the runs of one session, and are not put into the user's own folder.
+    return run + [
+        f"--config.{override}" for override in (f"compilation_cache={tmp_path.parent / 'programs'}", *overrides)
+    ]
+
+
+def one_device() -> dict[str, str]:
+    """Eight virtual devices are what other tests are for, and slow."""
+    return os.environ | {"XLA_FLAGS": ""}
+
+
+def run(*args) -> str:
+    done = subprocess.run(command(*args), cwd=ROOT, env=one_device(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def faulty(inject: str, *args, timeout: int = 300) -> subprocess.CompletedProcess:
+    """A run as `run` starts it, after the statements `inject`, which see `train`, `os` and `signal`."""
+    _, _, name, *arguments = command(*args)
+    program = f"import os, signal, sys\nfrom igrpo_jax import cli, main, train\n{inject}\n"
+    program += f"sys.argv = {[name, *arguments]!r}\ncli.run(main.main)\n"
+    start = [sys.executable, "-c", program]
+    return subprocess.run(start, cwd=ROOT, env=one_device(), capture_output=True, text=True, timeout=timeout)
