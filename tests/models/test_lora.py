@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_learner import GAINS, assert_close, gradient_of, make_groups, make_learner, put, updated
+from test_learner import ADVANTAGES, assert_close, gradient_of, make_groups, make_learner, put, updated
 
 from igrpo_jax import config
 from igrpo_jax.config import InputError
@@ -149,8 +149,8 @@ def test_the_reference_is_the_base(tiny):
     with jax.set_mesh(mesh):
         fresh = lambda: lora.init(settings, decoder.shapes(tiny[0]), jax.random.key(0), mesh)
         learner.set_reference(fresh())
-        state, first = learner.update(learner.init(fresh()), make_groups(), GAINS, 1)
-        state, second = learner.update(state, make_groups(), GAINS, 2)
+        state, first = learner.update(learner.init(fresh()), make_groups(), ADVANTAGES, 1)
+        state, second = learner.update(state, make_groups(), ADVANTAGES, 2)
     assert first["kl"] == 0 and second["kl"] > 1e-6
     assert tree_bytes(learner._reference) < 0.6 * tree_bytes(learner._frozen)  # tiny is not much wider than rank 3
 
