@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from igrpo_jax.config import Config, InputError, RunError, check_field, default, freeze
+from igrpo_jax.config import Config, check_field, default, freeze
 from igrpo_jax.distributed import preemption, watchdog
+from igrpo_jax.errors import InputError, RunError, one_line
 
 
 def parse(argv: list[str]) -> tuple[Config, Path]:
@@ -118,7 +119,7 @@ def read_flags(argv: list[str], values: flags.FlagValues, text: str, example: st
     try:
         rest = values(argv)
     except flags.Error as error:
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(one_line(error)) from error
     if values.help:
         print(f"{text}\n{values}")
         raise SystemExit(0)
@@ -155,7 +156,7 @@ def _tree_of_run(workdir: Path) -> Any:
         old = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         tree.update(old)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        said = " ".join(str(error).split())
+        said = one_line(error)
         raise InputError(f"--model {workdir}: its config.json can't be used ({said}); give another folder") from error
     return tree
 
@@ -223,7 +224,7 @@ def _last_value(argv: list[str], name: str) -> str | None:
 
 def _flag_error(error: BaseException) -> str:
     """One line of what flags or a config file complained about, with the nearest name where a field is unknown."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     near = re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", text)
     if near:
         return f"config.{near[2]}: no such field; the nearest is {near[1]}"

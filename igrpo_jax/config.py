@@ -19,13 +19,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-
-class InputError(Exception):
-    """Something the user gave is wrong. The message is one line: the field, its value, and what to do."""
-
-
-class RunError(Exception):
-    """A run or a command cannot go on, through no fault of its settings. The message is one line: what, and the fix."""
+from igrpo_jax.errors import InputError
 
 
 @dataclass(frozen=True)

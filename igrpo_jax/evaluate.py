@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from igrpo_jax import cli
-from igrpo_jax.config import Config, InputError
+from igrpo_jax.config import Config
+from igrpo_jax.errors import InputError
 
 if TYPE_CHECKING:
     from igrpo_jax.evaluation.inference import Opened

@@ -11,8 +11,9 @@ import jax
 from absl import flags
 
 from igrpo_jax import cli
-from igrpo_jax.config import InputError, MeshConfig
+from igrpo_jax.config import MeshConfig
 from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import hf_write
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs import weights

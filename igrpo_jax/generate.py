@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from igrpo_jax import cli
-from igrpo_jax.config import Config, InputError
+from igrpo_jax.config import Config
+from igrpo_jax.errors import InputError
 
 USAGE = (
     'python -m igrpo_jax.generate --model MODEL (--prompt "..." | --prompts FILE) [--samples K] [--rounds R] '

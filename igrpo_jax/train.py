@@ -16,11 +16,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from igrpo_jax.config import Config, InputError, RunError, to_dict
+from igrpo_jax.config import Config, to_dict
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import chips, cluster, preemption, watchdog
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import compilations, use_disk_cache
+from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.evaluation import evaluator
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.learning import objectives

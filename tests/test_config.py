@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from igrpo_jax import config
-from igrpo_jax.config import InputError
 from igrpo_jax.data.catalog import TRAINING_SETS
+from igrpo_jax.errors import InputError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 

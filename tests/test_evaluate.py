@@ -16,6 +16,7 @@ import pytest
 from igrpo_jax import cli, config, evaluate, export, generate
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
@@ -226,17 +227,17 @@ def test_questions_of_a_file(tmp_path):
     assert generate.read(str(tmp_path / "x.jsonl"), "") == ["1+2", "3+4"]
     for text in ("", "\n"):
         (tmp_path / "x.txt").write_text(text)
-        with pytest.raises(config.InputError, match="is empty"):
+        with pytest.raises(InputError, match="is empty"):
             generate.read(str(tmp_path / "x.txt"), "")
     for name, words in (("none.txt", "no such file; give one of questions"), ("none.jsonl", "no such file")):
-        with pytest.raises(config.InputError, match=words):
+        with pytest.raises(InputError, match=words):
             generate.read(str(tmp_path / name), "")
     (tmp_path / "x.txt").write_bytes(b"1+\xff")
-    with pytest.raises(config.InputError, match="is not text in utf-8"):
+    with pytest.raises(InputError, match="is not text in utf-8"):
         generate.read(str(tmp_path / "x.txt"), "")
     for row in ({"prompt": 5}, {"prompt": [{"role": "assistant", "content": "2"}]}):
         (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "1+2"}) + "\n" + json.dumps(row))
-        with pytest.raises(config.InputError, match="row 2: its 'prompt' can't be read"):
+        with pytest.raises(InputError, match="row 2: its 'prompt' can't be read"):
             generate.read(str(tmp_path / "x.jsonl"), "")
 
 
@@ -289,7 +290,7 @@ def test_help_names_the_flags_that_stand_for_fields(capsys):
 
 def test_the_model_of_a_run_is_the_runs_own(run, tmp_path):
     (run / "config.json").write_text(json.dumps({"seed": 4, "model": {"dtype": "float32"}, "gone": 1}))
-    with pytest.raises(config.InputError, match=r"config\.gone: no such field"):
+    with pytest.raises(InputError, match=r"config\.gone: no such field"):
         cli.parse_model(["x", "--model", str(run)], "", {})
     (run / "config.json").write_text(json.dumps({"seed": 4, "model": {"dtype": "float32"}}))
     c, _ = cli.parse_model(["x", "--model", str(run), "--config.evaluation.samples=3"], "", {})

@@ -13,8 +13,8 @@ from test_hf_write import is_gone, tensors_of
 from whole_runs import check_same_rows, final_state, rows, run, samples
 
 from igrpo_jax import config, export
-from igrpo_jax.config import InputError
 from igrpo_jax.data import arithmetic
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs import weights

@@ -9,6 +9,7 @@ import pytest
 from igrpo_jax import cli, config, main
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import preemption, watchdog
+from igrpo_jax.errors import RunError
 
 TINY = """
 from igrpo_jax.config import default
@@ -189,7 +190,7 @@ def test_what_jax_raises_is_named_with_its_phase_and_shapes(monkeypatch, capsys,
 
 
 @pytest.mark.parametrize(
-    "error, code", [(config.RunError("the disk is full"), 1), (preemption.Preempted("step 3 is saved"), 75)]
+    "error, code", [(RunError("the disk is full"), 1), (preemption.Preempted("step 3 is saved"), 75)]
 )
 def test_exit_codes(capsys, error, code):
     def command(_):

@@ -19,6 +19,7 @@ from whole_runs import ROOT, check_same_rows, command, faulty, final_state, one_
 
 from igrpo_jax import config, train
 from igrpo_jax.distributed import preemption, watchdog
+from igrpo_jax.errors import InputError
 from igrpo_jax.session import overview, task
 from igrpo_jax.session.task import open_task
 
@@ -66,7 +67,7 @@ def test_a_profiler_that_would_crash_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu")
     for platforms, steps, refused in ((None, (2,), True), ("cpu", (2,), False), (None, (), False)):
         monkeypatch.setattr(task.jax, "config", SimpleNamespace(jax_platforms=platforms))
-        with pytest.raises(config.InputError, match="JAX_PLATFORMS=cpu") if refused else contextlib.nullcontext():
+        with pytest.raises(InputError, match="JAX_PLATFORMS=cpu") if refused else contextlib.nullcontext():
             task.check_profiler(config.LogConfig(profile_steps=steps))
 
 
@@ -215,7 +216,7 @@ def test_a_different_configuration_is_refused_by_name(whole):
     workdir, _ = whole
     other = dataclasses.replace(settings(), seed=7)
     before = (workdir / "config.json").read_text()
-    with pytest.raises(config.InputError, match="seed: 0 -> 7"):
+    with pytest.raises(InputError, match="seed: 0 -> 7"):
         train.train(other, workdir)
     assert (workdir / "config.json").read_text() == before
 

@@ -15,8 +15,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from igrpo_jax import cli
-from igrpo_jax.config import Config, InputError
+from igrpo_jax.config import Config
 from igrpo_jax.distributed.chips import size
+from igrpo_jax.errors import InputError
 
 if TYPE_CHECKING:
     from igrpo_jax.aot.footprint import Footprint, Program

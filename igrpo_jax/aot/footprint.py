@@ -22,11 +22,12 @@ from pathlib import Path
 import jax
 
 from igrpo_jax.aot.collectives import Traffic, collectives
-from igrpo_jax.config import Config, InputError, ModelConfig
+from igrpo_jax.config import Config, ModelConfig
 from igrpo_jax.data.prompts import most_overhead
 from igrpo_jax.distributed import chips, sharding
 from igrpo_jax.distributed.chips import Chip
 from igrpo_jax.distributed.programs import Key
+from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import evaluator
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.models import hf_read

@@ -14,7 +14,8 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from igrpo_jax.config import ArithmeticConfig, InputError
+from igrpo_jax.config import ArithmeticConfig
+from igrpo_jax.errors import InputError
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")

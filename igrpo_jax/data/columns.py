@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from igrpo_jax.config import InputError
 from igrpo_jax.data.readers import Table
+from igrpo_jax.errors import InputError
 from igrpo_jax.rewards.mathematics import extraction
 
 PROMPTS = ("prompt", "problem", "question", "input")

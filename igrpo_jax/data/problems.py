@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from igrpo_jax.config import Config, DataConfig, EvaluationConfig, InputError
+from igrpo_jax.config import Config, DataConfig, EvaluationConfig
 from igrpo_jax.data import arithmetic, columns, overlap, readers
 from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS
 from igrpo_jax.data.readers import Table
+from igrpo_jax.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import re
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from igrpo_jax.config import DataConfig, InputError, RefineConfig
+from igrpo_jax.config import DataConfig, RefineConfig
+from igrpo_jax.errors import InputError
 from igrpo_jax.rewards.format import TAGS
 
 SENTINEL = "[[ here go the words of the user ]]"

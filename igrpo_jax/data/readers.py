@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from igrpo_jax.config import InputError
+from igrpo_jax.errors import InputError
 
 Table = list[tuple[int, dict[str, Any]]]  # (number, columns) of each row; numbers start at 1, as editors count lines
 

@@ -7,7 +7,7 @@ bfloat16).
 
 from dataclasses import dataclass
 
-from igrpo_jax.config import InputError
+from igrpo_jax.errors import InputError
 
 GIB = 1 << 30
 

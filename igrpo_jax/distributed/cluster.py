@@ -41,8 +41,9 @@ from jax._src import clusters, distributed  # there is no public way to ask what
 from jax.experimental import multihost_utils
 
 import igrpo_jax
-from igrpo_jax.config import ClusterConfig, InputError
+from igrpo_jax.config import ClusterConfig
 from igrpo_jax.distributed import preemption, watchdog
+from igrpo_jax.errors import InputError, one_line
 
 Value = TypeVar("Value")
 
@@ -247,7 +248,7 @@ class _Watch:
 
     def fail(self, error: BaseException) -> None:
         """Tells the others why this process ends. Does not return where another process is the reason."""
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}".removesuffix(": ")
+        said = f"{type(error).__name__}: {one_line(error)[:500]}".removesuffix(": ")
         if _may_follow(error):
             _say(f"{said}; looking whether another process has ended")
             if self._over.wait(1.5 * self._silence):

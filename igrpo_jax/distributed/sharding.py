@@ -11,7 +11,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from igrpo_jax.config import InputError, MeshConfig
+from igrpo_jax.config import MeshConfig
+from igrpo_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 

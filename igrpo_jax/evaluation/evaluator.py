@@ -29,12 +29,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from igrpo_jax.config import Config, InputError
+from igrpo_jax.config import Config
 from igrpo_jax.data.catalog import samples_of
 from igrpo_jax.data.problems import Row
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import cluster, preemption
 from igrpo_jax.distributed.preemption import Preempted
+from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import measures, results
 from igrpo_jax.evaluation.results import Rows
 from igrpo_jax.learning.rollout import Target, sample_and_score, stage_key

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import jax
 
-from igrpo_jax.config import Config, InputError, JudgeConfig, to_dict
+from igrpo_jax.config import Config, JudgeConfig, to_dict
 from igrpo_jax.data.problems import Row
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import cluster, sharding
 from igrpo_jax.distributed.programs import use_disk_cache
+from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import evaluator
 from igrpo_jax.evaluation.evaluator import Evaluator, Plan
 from igrpo_jax.models import attention, decoder, hf_read

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from igrpo_jax.config import InputError, RunError
+from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.evaluation import measures
 from igrpo_jax.outputs.metrics import write_atomically, write_rows, writing
 

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from igrpo_jax.config import AlgorithmConfig, InputError
+from igrpo_jax.config import AlgorithmConfig
+from igrpo_jax.errors import InputError
 
 ADVANTAGE_EPSILON = 1e-4  # delta of Eq. 1, TRL's value
 MAX_LOG_RATIO = 20.0  # exp of more is noise, and inf * 0 is NaN

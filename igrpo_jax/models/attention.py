@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from igrpo_jax.config import InputError
+from igrpo_jax.errors import InputError
 from igrpo_jax.models.cache import Prefix
 from igrpo_jax.models.config import RopeScaling
 from igrpo_jax.models.splash import splash_attention

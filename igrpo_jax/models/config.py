@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from igrpo_jax.config import BuiltinModelConfig, InputError
+from igrpo_jax.config import BuiltinModelConfig
+from igrpo_jax.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ import ml_dtypes  # noqa: F401  (teaches numpy bfloat16, without which safetenso
 import numpy as np
 import safetensors
 
-from igrpo_jax.config import InputError
 from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import config, decoder
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.decoder import Params

@@ -18,8 +18,9 @@ import numpy as np
 import safetensors.numpy
 from jax.experimental import multihost_utils
 
-from igrpo_jax.config import InputError, LoraConfig
+from igrpo_jax.config import LoraConfig
 from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, hf_read
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.decoder import Params

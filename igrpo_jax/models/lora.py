@@ -20,8 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from igrpo_jax.config import InputError, LoraConfig
+from igrpo_jax.config import LoraConfig
 from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from igrpo_jax.config import InputError, LoraConfig, ModelConfig, RunError
+from igrpo_jax.config import LoraConfig, ModelConfig
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.models import config as model_config
 from igrpo_jax.models import decoder, hf_read, hf_write, lora
 from igrpo_jax.models.config import DecoderConfig
@@ -49,7 +50,7 @@ class Policy:
 
         Raises:
             InputError: `out` is there already or can't be written.
-            config.RunError: the weights give other logits once they are read back, or ones that are not finite.
+            RunError: the weights give other logits once they are read back, or ones that are not finite.
         """
         params = written(params)
         with hf_write.new_folder(out) as folder:

@@ -24,8 +24,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers as policies
 
-from igrpo_jax.config import CheckpointConfig, InputError, RunError
+from igrpo_jax.config import CheckpointConfig
 from igrpo_jax.distributed import cluster, sharding, watchdog
+from igrpo_jax.errors import InputError, RunError, one_line
 
 DAMAGED = "damaged_checkpoints"  # folder in a workdir: those that a resume could not use
 _READ_AT_ONCE = 2 << 30  # bytes of parameters, over all devices, that `read_params` checks in one go
@@ -53,8 +54,9 @@ def _checksum(where: jax.sharding.NamedSharding) -> Callable[[jax.Array], tuple[
     return jax.jit(program, out_shardings=where)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def _named_error(error: Exception) -> str:
+    """Returns the kind of an error and its message as one line of at most 300 characters."""
+    return one_line(f"{type(error).__name__}: {error}")[:300]
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -174,7 +176,7 @@ class Checkpointer:
                     state, meta = self._read(step, abstract_state)
                 break
             except Exception as error:  # what orbax raises depends on which byte of which file is wrong
-                failed[step] = _one_line(error)
+                failed[step] = _named_error(error)
                 if jax.process_count() > 1 and not isinstance(error, Damaged):  # the others may have read theirs
                     raise RunError(
                         f"{self._path / str(step)}: can't be read ({failed[step]}); move it away, and the same command "
@@ -237,7 +239,7 @@ class Checkpointer:
             yield
         except Exception as error:
             self._writing = None
-            said = " ".join(str(error).split())[:300] or type(error).__name__
+            said = one_line(error)[:300] or type(error).__name__
             raise RunError(f"{self._path}: step {step} could not be written ({said}){self._last_good(step)}") from error
 
     def _last_good(self, but: int | None = None) -> str:
@@ -285,7 +287,7 @@ def read_params(workdir: Path, step: int, abstract: dict[str, jax.ShapeDtypeStru
                 params |= {path: x.astype(abstract[path].dtype) for path, x in read.items()}
         except Exception as error:  # what orbax raises depends on which byte of which file is wrong
             raise InputError(
-                f"{workdir}: its checkpoint of step {step} can't be used ({_one_line(error)}); give another --step"
+                f"{workdir}: its checkpoint of step {step} can't be used ({_named_error(error)}); give another --step"
             ) from error
     return params
 

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from igrpo_jax.config import Config, RunError
+from igrpo_jax.config import Config
+from igrpo_jax.errors import RunError
 from igrpo_jax.outputs import trackers
 from igrpo_jax.records import Completion, Group
 

@@ -15,7 +15,8 @@ from typing import Protocol
 
 from absl import logging
 
-from igrpo_jax.config import Config, InputError, LogConfig, to_dict
+from igrpo_jax.config import Config, LogConfig, to_dict
+from igrpo_jax.errors import InputError, one_line
 
 Row = Mapping[str, float | None]  # with "step"; None where a value is not finite
 
@@ -84,7 +85,7 @@ class WandB:
                 settings=wandb.Settings(console="off"),
             )
         except wandb.Error as error:
-            said = " ".join(str(error).split())
+            said = one_line(error)
             raise InputError(
                 f"config.log.trackers = {config.log.trackers!r}: wandb cannot start ({said}); log in with "
                 "`wandb login`, set WANDB_MODE=offline, or leave wandb out"
@@ -108,7 +109,7 @@ class WandB:
         try:
             yield
         except Exception as error:  # of a program of its own, whose end shows as one of many
-            said = " ".join(f"{type(error).__name__}: {error}".split())
+            said = one_line(f"{type(error).__name__}: {error}")
             logging.log_every_n(logging.WARNING, "wandb lacks a row that metrics.jsonl has (%s)", 100, said)
 
 

@@ -12,7 +12,8 @@ from typing import Any, TextIO
 import jax
 from absl import logging
 
-from igrpo_jax.config import Config, InputError, differences, freeze, to_dict
+from igrpo_jax.config import Config, differences, freeze, to_dict
+from igrpo_jax.errors import InputError
 
 LOCK = ".lock"  # in a workdir: held while a run is under way
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 
 from igrpo_jax import cli
-from igrpo_jax.config import InputError
+from igrpo_jax.errors import InputError
 from igrpo_jax.outputs.console import plain_text
 from igrpo_jax.report import pages
 

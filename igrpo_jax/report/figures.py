@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from igrpo_jax.config import InputError
+from igrpo_jax.errors import InputError
 from igrpo_jax.report.panels import Line, Panel, panels
 from igrpo_jax.report.runs import Run
 

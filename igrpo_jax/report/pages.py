@@ -17,7 +17,7 @@ from pathlib import Path
 import jinja2
 
 from igrpo_jax import __version__
-from igrpo_jax.config import InputError
+from igrpo_jax.errors import InputError
 from igrpo_jax.outputs.metrics import write_atomically
 from igrpo_jax.report import figures, panels, runs, samples, summary
 from igrpo_jax.report.runs import Run

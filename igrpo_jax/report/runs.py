@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from igrpo_jax.config import InputError
+from igrpo_jax.errors import InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
     except FileNotFoundError:
         notes.append("config.json is missing, so settings are not shown")
     except (OSError, ValueError, RecursionError) as error:
-        notes.append(f"config.json cannot be read ({' '.join(str(error).split())})")
+        notes.append(f"config.json cannot be read ({one_line(error)})")
     return {}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from igrpo_jax.config import InputError
+from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import results
 from igrpo_jax.outputs.alerts import WATCHED, alerts
 from igrpo_jax.report.runs import Curve, Run, counted

@@ -16,7 +16,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from igrpo_jax.config import InputError, RewardsConfig
+from igrpo_jax.config import RewardsConfig
+from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate, Score
 from igrpo_jax.rewards.verifier import Verifier
 

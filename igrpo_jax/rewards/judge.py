@@ -38,7 +38,8 @@ from typing import Any
 
 from absl import logging
 
-from igrpo_jax.config import InputError, JudgeConfig
+from igrpo_jax.config import JudgeConfig
+from igrpo_jax.errors import InputError
 
 MAX_CHARACTERS = 40_000  # of a completion that the judge is shown; of a longer one the end, where the answer stands
 BACKOFF = 1.0  # seconds before the second attempt, doubled before each further one; up to half as long again at random

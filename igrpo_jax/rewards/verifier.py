@@ -32,7 +32,8 @@ from pathlib import Path
 
 from absl import logging
 
-from igrpo_jax.config import InputError, RewardsConfig, RunError
+from igrpo_jax.config import RewardsConfig
+from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.records import STATUSES, Candidate, Score
 from igrpo_jax.rewards import format as format_room
 from igrpo_jax.rewards import judge as judge_room

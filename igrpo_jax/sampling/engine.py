@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from igrpo_jax.config import InputError
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import Key, Programs, tree_bytes
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from igrpo_jax.config import InputError
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
 from igrpo_jax.records import pick_bucket
 from igrpo_jax.sampling.engine import WIDTH, Engine

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from igrpo_jax.config import Config, InputError, LogConfig
+from igrpo_jax.config import Config, LogConfig
 from igrpo_jax.data import problems
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import evaluator
 from igrpo_jax.models import attention, decoder
 from igrpo_jax.models.config import DecoderConfig

@@ -17,9 +17,9 @@ import whole_runs
 from igrpo_jax import config
 from igrpo_jax.aot import __main__ as aot
 from igrpo_jax.aot import footprint
-from igrpo_jax.config import InputError
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import tree_bytes
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
 
 pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")

@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from igrpo_jax import config
-from igrpo_jax.config import InputError
 from igrpo_jax.data import arithmetic
 from igrpo_jax.data.arithmetic import Problem, problems, solution
+from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate
 from igrpo_jax.rewards import verifier
 

@@ -7,9 +7,10 @@ import os
 import numpy as np
 import pytest
 
-from igrpo_jax.config import ArithmeticConfig, Config, DataConfig, EvaluationConfig, InputError
+from igrpo_jax.config import ArithmeticConfig, Config, DataConfig, EvaluationConfig
 from igrpo_jax.data import overlap, problems
 from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS
+from igrpo_jax.errors import InputError
 from igrpo_jax.rewards.mathematics import grader
 
 

@@ -4,8 +4,9 @@ import jax
 import pytest
 
 from igrpo_jax import cli
-from igrpo_jax.config import ClusterConfig, InputError, RunError
+from igrpo_jax.config import ClusterConfig
 from igrpo_jax.distributed import cluster
+from igrpo_jax.errors import InputError, RunError
 
 SLURM = {
     "SLURM_JOB_ID": "77",

@@ -226,6 +226,7 @@ import os, signal, sys, time
 import jax
 from igrpo_jax import cli, config
 from igrpo_jax.distributed import cluster, preemption, watchdog
+from igrpo_jax.errors import InputError, RunError
 
 def main(argv):
     address, own = cli.address(argv), int(argv[-1])
@@ -240,11 +241,11 @@ AGREE = """
         assert cluster.any_of(own == 1) and not cluster.any_of(False)
         try:
             cluster.check_same({"config": {"seed": 1, "optimizer": {"b1": own}}})
-        except config.InputError as error:
+        except InputError as error:
             print(error)
         with watchdog.phase("update", "step 7"):
             if own:
-                raise config.RunError("the disk is full")
+                raise RunError("the disk is full")
             cluster.gather(b"")
 """
 KILLED = """

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from igrpo_jax import config
-from igrpo_jax.config import InputError
 from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from igrpo_jax import config
-from igrpo_jax.config import InputError
 from igrpo_jax.data.problems import Row
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import evaluator as evaluator_module
 from igrpo_jax.evaluation import results
 from igrpo_jax.evaluation.evaluator import Evaluator

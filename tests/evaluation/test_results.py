@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from igrpo_jax.config import InputError
+from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import results
 from igrpo_jax.evaluation.results import Rows
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from igrpo_jax import config
+from igrpo_jax.errors import InputError
 from igrpo_jax.learning import objectives
 from igrpo_jax.models.logprobs import token_logprobs
 
@@ -219,7 +220,7 @@ def test_dual_clip_stands_above_the_clip():
     """Of DAPO 1.28: below it the bound would cut what A > 0 gains."""
     assert resolved("dapo", delta=1.29).delta == 1.29 and resolved("dapo").delta == math.inf
     for settings in ({"delta": 1.28}, {"delta": 1.5, "epsilon_high": 0.5}):
-        with pytest.raises(config.InputError, match=r"algorithm.delta = [\d.]+: must be above 1 \+ epsilon_high"):
+        with pytest.raises(InputError, match=r"algorithm.delta = [\d.]+: must be above 1 \+ epsilon_high"):
             resolved("dapo", **settings)
 
 

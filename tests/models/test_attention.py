@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from igrpo_jax import config
-from igrpo_jax.config import InputError
 from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import attention, decoder, splash
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.cache import Prefix

@@ -17,8 +17,8 @@ import torch
 import transformers
 
 from igrpo_jax import config
-from igrpo_jax.config import InputError
 from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, hf_read, hf_write
 from igrpo_jax.models.config import RopeScaling
 

@@ -15,8 +15,8 @@ import torch
 import transformers
 
 from igrpo_jax import config
-from igrpo_jax.config import InputError
 from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.models import decoder, hf_read, hf_write, policy
 
 
@@ -219,9 +219,9 @@ def test_what_does_not_read_back_is_no_export(original, tmp_path, monkeypatch, d
     if damage == "none":
         params["norm/scale"] = params["norm/scale"] * np.nan
     kind, said = {
-        "transposed": (config.RunError, "read back"),
+        "transposed": (RunError, "read back"),
         "cut": (InputError, "can't be read"),
-        "none": (config.RunError, "not finite"),
+        "none": (RunError, "not finite"),
     }[damage]
     with pytest.raises(kind, match=said):
         one.save(out, params)

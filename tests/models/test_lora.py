@@ -9,9 +9,9 @@ import pytest
 from test_learner import ADVANTAGES, assert_close, gradient_of, make_groups, make_learner, put, updated
 
 from igrpo_jax import config
-from igrpo_jax.config import InputError
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import tree_bytes
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.sampling.engine import Engine
 

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from igrpo_jax import config as config_lib
+from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.outputs import checkpoint
 
 
@@ -151,11 +152,11 @@ def test_no_checkpoint_and_a_wrong_shape_are_errors(tmp_path):
     mesh = mesh_of(1, jax.device_count(), 1)
     abstract = abstract_on(mesh)
     with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as checkpointer:
-        with pytest.raises(config_lib.InputError, match=r"checkpoints: holds no checkpoint; start"):
+        with pytest.raises(InputError, match=r"checkpoints: holds no checkpoint; start"):
             checkpointer.restore(abstract)
         checkpointer.save(1, state_on(mesh, 0), {})
         norm = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=abstract.params["norm"].sharding)
-        with pytest.raises(config_lib.RunError, match=r"no checkpoint can be read; step 1: ValueError.*\(4,\).*\(8,\)"):
+        with pytest.raises(RunError, match=r"no checkpoint can be read; step 1: ValueError.*\(4,\).*\(8,\)"):
             checkpointer.restore(abstract._replace(params=abstract.params | {"norm": norm}))
 
 
@@ -175,9 +176,9 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
                 )
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
     assert checkpoint.saved_step(tmp_path) == 5 and checkpoint.saved_step(tmp_path, 2) == 2
-    with pytest.raises(config_lib.InputError, match="holds no checkpoint of step 3; those there are: 2, 4, 5"):
+    with pytest.raises(InputError, match="holds no checkpoint of step 3; those there are: 2, 4, 5"):
         checkpoint.saved_step(tmp_path, 3)
-    with pytest.raises(config_lib.InputError, match="is not the folder of a run"):
+    with pytest.raises(InputError, match="is not the folder of a run"):
         checkpoint.saved_step(tmp_path / "none")
 
 
@@ -230,7 +231,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
         for step, state in states.items():
             store.save(step, state, {"step": step})
     damage(tmp_path / "checkpoints" / "2")
-    with pytest.raises(config_lib.InputError, match="its checkpoint of step 2 can't be used"):
+    with pytest.raises(InputError, match="its checkpoint of step 2 can't be used"):
         checkpoint.read_params(tmp_path, 2, abstract_on(mesh).params)
     with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
         step, state, meta = store.restore(abstract_on(mesh))
@@ -250,7 +251,7 @@ def test_where_none_can_be_used_all_stay(tmp_path):
     for step in ("1", "2"):
         flipped(data_of(tmp_path / "checkpoints" / step))
     store = checkpoint.Checkpointer(tmp_path, EVERY_STEP)
-    with store, pytest.raises(config_lib.RunError, match="no checkpoint can be read; step 2: "):
+    with store, pytest.raises(RunError, match="no checkpoint can be read; step 2: "):
         store.restore(abstract_on(mesh))
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
 
@@ -279,7 +280,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
         store.save(1, state, {})
         with pytest.raises(
-            config_lib.RunError, match=r"step 2: not saved, params\.norm of the training state is not finite.*step 1"
+            RunError, match=r"step 2: not saved, params\.norm of the training state is not finite.*step 1"
         ):
             store.save(2, state._replace(params=spoilt), {})
         assert store.restore(abstract_on(mesh))[0] == 1
@@ -295,7 +296,7 @@ def test_a_save_that_was_not_written_whole_is_an_error(tmp_path, monkeypatch):
     store.save(2, state, {})
     store._writing[1]["params.more"] = ((3,), np.dtype("float32"))
     with pytest.raises(
-        config_lib.RunError,
+        RunError,
         match=r"step 2 could not be written .params\.more is None in the files, not .*goes on from step 1",
     ):
         store.wait()

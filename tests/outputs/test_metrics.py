@@ -9,7 +9,7 @@ import pytest
 from builders import completion, group
 
 from igrpo_jax import config as config_lib
-from igrpo_jax.config import RunError
+from igrpo_jax.errors import RunError
 from igrpo_jax.outputs import metrics
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from igrpo_jax import config as config_lib
-from igrpo_jax.config import InputError
+from igrpo_jax.errors import InputError
 from igrpo_jax.outputs import metrics, trackers
 
 # What is used of wandb, keeping what it was given in a file; a run's step goes on where the server's copy ended.

@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from igrpo_jax import config as config_lib
+from igrpo_jax.errors import InputError
 from igrpo_jax.outputs import workdir as workdirs
 
 
@@ -17,7 +18,7 @@ def configured(**overrides):
 
 
 def refused(workdir, config, message):
-    with pytest.raises(config_lib.InputError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         workdirs.prepare_workdir(workdir, config)
     assert str(caught.value).startswith(f"--workdir {workdir}: ") and "\n" not in str(caught.value)
 
@@ -80,7 +81,7 @@ def test_a_config_half_written_by_a_kill_is_no_obstacle(tmp_path):
 
 
 def test_one_run_at_a_time(tmp_path):
-    refusal = pytest.raises(config_lib.InputError, match=f"a run is under way there .process {os.getpid()} on ")
+    refusal = pytest.raises(InputError, match=f"a run is under way there .process {os.getpid()} on ")
     with workdirs.locked(tmp_path), refusal, workdirs.locked(tmp_path):
         pass
     with workdirs.locked(tmp_path):

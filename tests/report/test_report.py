@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from igrpo_jax import cli
-from igrpo_jax.config import InputError
+from igrpo_jax.errors import InputError
 from igrpo_jax.report import __main__ as report
 from igrpo_jax.report import figures, pages, panels, runs, samples, summary
 

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from igrpo_jax import config
+from igrpo_jax.errors import InputError
 from igrpo_jax.rewards import judge as room
 from igrpo_jax.rewards.judge import Judge, Judgement, parse_score, render, statistics
 
@@ -428,7 +429,7 @@ def test_a_cache_that_cannot_be_used(tmp_path, make, monkeypatch, kind):
     else:
         holder = sqlite3.connect(path, isolation_level=None)
         holder.execute("CREATE TABLE verdicts (answer INTEGER)" if kind == "foreign" else "BEGIN EXCLUSIVE")
-    with pytest.raises(config.InputError, match=r"config.rewards.judge.cache = '.*verdicts'"):
+    with pytest.raises(InputError, match=r"config.rewards.judge.cache = '.*verdicts'"):
         make(cache=path)
     if holder:
         holder.close()
@@ -579,13 +580,13 @@ def test_a_future_cannot_be_cancelled(endpoint, make):
 
 def test_without_the_client(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(config.InputError, match=re.escape('pip install "igrpo-jax[judge]"')):
+    with pytest.raises(InputError, match=re.escape('pip install "igrpo-jax[judge]"')):
         make()
 
 
 def test_without_a_key(endpoint, make, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-someone-else")
-    with pytest.raises(config.InputError, match=r"config.rewards.judge.api_key_env = 'NO_SUCH_KEY'"):
+    with pytest.raises(InputError, match=r"config.rewards.judge.api_key_env = 'NO_SUCH_KEY'"):
         make(base_url="", api_key_env="NO_SUCH_KEY")
     assert ask(make(api_key_env="NO_SUCH_KEY")).score == 0.5
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{endpoint.server_port}/v1")
@@ -594,7 +595,7 @@ def test_without_a_key(endpoint, make, monkeypatch):
 
 
 def test_an_address_that_is_none(make):
-    with pytest.raises(config.InputError, match=r"config.rewards.judge.base_url = 'localhost:8000'"):
+    with pytest.raises(InputError, match=r"config.rewards.judge.base_url = 'localhost:8000'"):
         make(base_url="localhost:8000")
 
 

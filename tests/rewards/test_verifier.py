@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from igrpo_jax import config
+from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate, Score
 from igrpo_jax.rewards import verifier as verifier_module
 from igrpo_jax.rewards.judge import Judgement
@@ -128,7 +129,7 @@ def test_nothing_but_none_is_no_verdict():
     ],
 )
 def test_a_custom_reward_that_cannot_be_used(path, message):
-    with pytest.raises(config.InputError, match=rf"config\.rewards\.custom = '{path}'.*{message}"):
+    with pytest.raises(InputError, match=rf"config\.rewards\.custom = '{path}'.*{message}"):
         rules_of(config.RewardsConfig(custom=path))
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from igrpo_jax import config
-from igrpo_jax.config import InputError
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import compilations
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, hf_read
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Request, Scheduler

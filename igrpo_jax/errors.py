@@ -1,0 +1,14 @@
+"""The errors that a command reports as one line: wrong input, and a run that cannot go on."""
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The message is one line: the field, its value, and what to do."""
+
+
+class RunError(Exception):
+    """A run or a command cannot go on, through no fault of its settings. The message is one line: what, and the fix."""
+
+
+def one_line(message: object) -> str:
+    """Returns an error, or any other text, as one line: every run of white space becomes one blank."""
+    return " ".join(str(message).split())
