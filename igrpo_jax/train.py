@@ -5,7 +5,6 @@ Everything random is derived from (seed, step), so a resumed run goes on as if i
 """
 
 import contextlib
-import difflib
 import functools
 import shutil
 import time
@@ -203,18 +202,9 @@ class Run:
         began = time.perf_counter()
         with watchdog.phase("evaluation", f"step {step}"):
             scores = evaluator.flat(self._evaluator.run(self.learner.policy(params), out, {"step": step}))
-        self._check_best(scores)
         self.scores[step] = scores
         self.writer.write(step, {**scores, "perf/evaluation_time": time.perf_counter() - began})
         self._console.evaluation(step, scores)
-
-    def _check_best(self, scores: dict[str, float]) -> None:
-        name = self.config.checkpoint.best_metric
-        if name and name not in scores:
-            near = difflib.get_close_matches(name, scores, n=1, cutoff=0.0)[0]
-            raise InputError(
-                f"config.checkpoint.best_metric = {name!r}: evaluations write no such metric; the nearest is {near!r}"
-            )
 
     def is_best(self, step: int) -> bool:
         """Whether `step` was evaluated, and its config.checkpoint.best_metric is the highest so far."""

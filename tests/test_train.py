@@ -20,6 +20,7 @@ from whole_runs import ROOT, check_same_rows, command, faulty, final_state, one_
 from igrpo_jax import config, train
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import InputError
+from igrpo_jax.evaluation import evaluator
 from igrpo_jax.session import overview, task
 from igrpo_jax.session.task import open_task
 
@@ -200,6 +201,15 @@ def test_a_best_metric_that_is_none(tmp_path):
     wrong = command(tmp_path, tmp_path / "run", "checkpoint.best_metric=eval/arithmetic/pass@9")
     done = subprocess.run(wrong, cwd=ROOT, env=one_device(), capture_output=True, text=True)
     assert done.returncode == 2 and "the nearest is 'eval/arithmetic/pass@1'" in done.stderr
+    assert not (tmp_path / "run").exists() and "compiling" not in done.stdout
+
+
+def test_a_run_evaluates_what_a_best_metric_may_name(whole):
+    task = open_task(settings())
+    known = set(evaluator.metric_names(task.config, task.evaluated))
+    for row in rows(whole[0]):
+        written = {name for name in row if name.startswith("eval/")}
+        assert written <= known and (not written or known - written <= {"eval/arithmetic/solved_length"})
 
 
 def test_a_finished_run_is_not_run_again(whole, tmp_path):

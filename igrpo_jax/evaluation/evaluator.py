@@ -220,8 +220,7 @@ class Evaluator:
     def summary(self, name: str, rows: Rows) -> dict[str, Any]:
         """The measures of a benchmark's rows: `problems`, `samples`, `single_shot` and, for each round, both chains."""
         prompts, count = self.plan.prompts[name], samples(self._config, name)
-        ks = self._config.evaluation.pass_at or _doubled(count)
-        ks = [k for k in ks if k <= count]
+        ks = _ks(self._config, name)
         plain = self._answers(prompts, [()] * len(prompts), rows, count)
         rounds = []
         for number in range(1, self._config.evaluation.rounds + 1):
@@ -343,6 +342,28 @@ def flat(summaries: dict[str, dict[str, Any]]) -> dict[str, float]:
                 stage = f"refine_{number}" + ("_oracle" if chain == "oracle" else "")
                 metrics |= {f"eval/{name}/{stage}/{measure}": value for measure, value in values.items()}
     return metrics
+
+
+def metric_names(config: Config, plan: Plan) -> list[str]:
+    """Returns the names of all metrics that an evaluation of `plan` can write, as `flat` names them.
+
+    `solved_length` and `unsolved_length` are written only where an evaluation has answers of that kind.
+    """
+    names = []
+    for benchmark in plan.prompts:
+        measured = measures.summary_names(_ks(config, benchmark))
+        names += [f"eval/{benchmark}/{name}" for name in measured]
+        for number in range(1, config.evaluation.rounds + 1):
+            for stage in (f"refine_{number}", f"refine_{number}_oracle"):
+                of_round = [*measured, "draft_accuracy", *measures.REFINED]
+                names += [f"eval/{benchmark}/{stage}/{name}" for name in of_round]
+    return names
+
+
+def _ks(config: Config, name: str) -> list[int]:
+    """Returns the k of pass@k and maj@k of a benchmark, none above its samples."""
+    count = samples(config, name)
+    return [k for k in config.evaluation.pass_at or _doubled(count) if k <= count]
 
 
 def _row(target: Target, completion: Completion, with_tokens: bool) -> dict[str, Any]:

@@ -54,6 +54,13 @@ def summary(answers: Answers, ks: Sequence[int] = ()) -> dict[str, float]:
     return result
 
 
+def summary_names(ks: Sequence[int]) -> list[str]:
+    """Returns the names of all measures that `summary` can give for these `ks`."""
+    at = [f"{measure}@{k}" for k in ks if k > 1 for measure in ("pass", "maj")]
+    lengths = ("mean_length", "solved_length", "unsolved_length")
+    return ["pass@1", "pass@1_low", "pass@1_high", *at, *lengths, "clipped_ratio", "unparseable_frac", "error_frac"]
+
+
 def pass_at(correct: np.ndarray, k: int) -> np.ndarray:
     """The unbiased estimate of pass@k of each problem, [P] float64, from correct [P, K] bool; k is at most K."""
     samples = correct.shape[1]
@@ -99,6 +106,9 @@ def difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float, flo
     return float(change.mean()), *interval(change)
 
 
+REFINED = ("fixed", "broken", "kept_right", "kept_wrong")  # names of what `refined` returns
+
+
 def refined(drafts: np.ndarray, correct: np.ndarray) -> dict[str, float]:
     """What refining did, as shares of all refinements: of wrong and right drafts, made right, wrong, or left so.
 
@@ -106,10 +116,5 @@ def refined(drafts: np.ndarray, correct: np.ndarray) -> dict[str, float]:
         drafts: [P] bool, whether the draft in the prompt is right; correct: [P, K] bool of its refinements.
     """
     before = np.broadcast_to(drafts[:, None], correct.shape)
-    parts = {
-        "fixed": ~before & correct,
-        "broken": before & ~correct,
-        "kept_right": before & correct,
-        "kept_wrong": ~before & ~correct,
-    }
-    return {name: float(part.mean()) for name, part in parts.items()}
+    parts = (~before & correct, before & ~correct, before & correct, ~before & ~correct)
+    return {name: float(part.mean()) for name, part in zip(REFINED, parts, strict=True)}

@@ -3,6 +3,7 @@
 Not here: weights (`weights`), and what lives while a run goes on (`train`).
 """
 
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -74,6 +75,7 @@ def open_task(config: Config) -> Task:
     check_context(config, context, max_context)
     asked = problems.asked(held_out, config.evaluation.limit) if config.evaluation.every else {}
     evaluated = evaluator.plan(config, asked, renderer, context)
+    check_best_metric(config, evaluated)
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, model=fitted(config, policy.model, mesh, max_context, evaluated))
     shards = sharding.batch_shards(mesh)
@@ -94,6 +96,17 @@ def check_profiler(settings: LogConfig) -> None:
         raise InputError(
             f"config.log.profile_steps = {settings.profile_steps}: libtpu is installed and there is no TPU, where "
             "JAX's profiler crashes; export JAX_PLATFORMS=cpu, or cuda, or profile no step"
+        )
+
+
+def check_best_metric(config: Config, evaluated: evaluator.Plan) -> None:
+    """Raises InputError, with the nearest right name, where no evaluation writes config.checkpoint.best_metric."""
+    name = config.checkpoint.best_metric
+    names = evaluator.metric_names(config, evaluated)
+    if name and name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        raise InputError(
+            f"config.checkpoint.best_metric = {name!r}: evaluations write no such metric; the nearest is {near!r}"
         )
 
 

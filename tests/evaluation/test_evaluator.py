@@ -129,6 +129,16 @@ def test_rows_summary_and_metrics(evaluator, params, tmp_path):
     assert evaluator_module.flat(summaries)["eval/small/pass@1"] == right.mean()
 
 
+@pytest.mark.parametrize("changes", [{}, {"evaluation__rounds": 2}, {"evaluation__pass_at": (3, 9)}])
+def test_the_names_of_the_metrics_are_known_before_an_evaluation(evaluator, params, changes):
+    """A best_metric is checked against these names; a name that is missing here would refuse a run that is right."""
+    made, other = evaluator(**changes), {"other": ROWS["small"][:2]}
+    written = evaluator_module.flat(made.run(params))
+    assert evaluator_module.metric_names(settings(**changes), made.plan) == list(written)
+    both = evaluator(rows=ROWS | other, **changes).plan
+    assert len(evaluator_module.metric_names(settings(**changes), both)) == 2 * len(written)
+
+
 @pytest.mark.parametrize("stop_after", [0, 1, 13, 30, 60])
 def test_a_killed_evaluation_resumes_to_the_same_files(evaluator, params, tmp_path, stop_after):
     """Stopped in the single shot or in a round, and the last line torn: red if a sample knew what ran before it."""
