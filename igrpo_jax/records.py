@@ -1,5 +1,4 @@
-"""The structs that travel through a step: Prompt -> Completion -> Group -> TrainBatch. No logic but derived facts
-and the length buckets that shapes are rounded up to.
+"""The structs that travel through a step: Prompt -> Completion -> Group -> TrainBatch. No logic but derived facts.
 
 Token ids are plain int32 numpy arrays on the host until the update; nothing sampled is ever decoded and re-encoded on
 its way to a loss. Lengths, not pad ids, say which tokens are real. Nothing here imports jax: verifier workers read it.
@@ -114,21 +113,3 @@ class TrainBatch(NamedTuple):
     def padded_tokens(self) -> int:
         """Tokens that a program of this shape runs."""
         return self.prefix.size + self.completions.size
-
-
-def length_buckets(longest: int, smallest: int) -> tuple[int, ...]:
-    """Lengths in tokens from `smallest`, each 1.5 or 1.33 times the one before, the last one `longest`.
-
-    One compiled program each where it is used; at most a third of a row is padding. For example 64 up to 200:
-    64, 96, 128, 192, 200.
-    """
-    sizes = []
-    while smallest < longest:
-        sizes += [smallest, smallest + smallest // 2]
-        smallest *= 2
-    return (*(size for size in sizes if size < longest), longest)
-
-
-def pick_bucket(buckets: tuple[int, ...], length: int) -> int:
-    """The smallest bucket that holds `length`."""
-    return next(bucket for bucket in buckets if bucket >= length)

@@ -100,3 +100,21 @@ def compilations() -> Iterator[list[str]]:
         yield seen
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def length_buckets(longest: int, smallest: int) -> tuple[int, ...]:
+    """Returns lengths in tokens from `smallest`, each 1.5 or 1.33 times the one before, the last one `longest`.
+
+    A program is compiled for each of them that is used, and at most a third of a row is padding. For example 64 up to
+    200: 64, 96, 128, 192, 200.
+    """
+    sizes = []
+    while smallest < longest:
+        sizes += [smallest, smallest + smallest // 2]
+        smallest *= 2
+    return (*(size for size in sizes if size < longest), longest)
+
+
+def pick_bucket(buckets: tuple[int, ...], length: int) -> int:
+    """Returns the smallest bucket that holds `length`."""
+    return next(bucket for bucket in buckets if bucket >= length)

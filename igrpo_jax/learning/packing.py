@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from igrpo_jax.config import Config
+from igrpo_jax.distributed.programs import pick_bucket
 from igrpo_jax.learning import objectives
-from igrpo_jax.records import Completion, Group, TrainBatch, pick_bucket
+from igrpo_jax.records import Completion, Group, TrainBatch
 
 Shape = tuple[int, int, int, int]  # Q units, P prefix positions, G completions of a unit, T completion positions
 

@@ -15,10 +15,10 @@ from igrpo_jax.config import Config
 from igrpo_jax.data.arithmetic import Problem, solution
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.programs import length_buckets, pick_bucket
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.logprobs import completion_logprobs
-from igrpo_jax.records import length_buckets, pick_bucket
 
 
 def warm_start(

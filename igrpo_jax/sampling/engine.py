@@ -17,14 +17,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from igrpo_jax.distributed import sharding
-from igrpo_jax.distributed.programs import Key, Programs, tree_bytes
+from igrpo_jax.distributed.programs import Key, Programs, length_buckets, pick_bucket, tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig
-from igrpo_jax.records import length_buckets, pick_bucket
 from igrpo_jax.sampling import steps
-from igrpo_jax.sampling.steps import Fork, Prefix, Sampling, State, Status
+from igrpo_jax.sampling.steps import Fork, PrefilledPrompts, Sampling, State, Status
 
 WIDTH = 8  # slots that one call inserts, moves or harvests; more take several calls
 
@@ -89,7 +88,7 @@ class Engine:
         vocab = NamedSharding(self.mesh, sharding.spec(("batch", "vocab")))
         build = partial(steps.empty, cfg, self.slots, self.length, max_completion, dtype)
         self._state = _placed(jax.eval_shape(build), State(cache, *[self._split] * 8))
-        self._prefix = Prefix(cache, vocab, self._split)  # where its parts are
+        self._prefix = PrefilledPrompts(cache, vocab, self._split)  # where its parts are
         self._gathered = self._places(self._global)
         self._jitted = self._jit(build)
         self._programs = Programs(self.lower)
@@ -156,7 +155,7 @@ class Engine:
     def empty(self) -> State:
         return self._programs[("empty",)]()
 
-    def prefill(self, weights: decoder.Params, prompts: Sequence[np.ndarray]) -> Prefix:
+    def prefill(self, weights: decoder.Params, prompts: Sequence[np.ndarray]) -> PrefilledPrompts:
         """Runs up to `prefill_width` prompts (each [L] int32, L <= max_context) in one call."""
         size = pick_bucket(self.prefill_buckets, max(len(tokens) for tokens in prompts))
         padded = np.zeros((self.prefill_width, size), np.int32)
@@ -168,7 +167,7 @@ class Engine:
     def insert(
         self,
         state: State,
-        prefix: Prefix,
+        prefix: PrefilledPrompts,
         row: int,
         slots: Sequence[int],
         samples: Sequence[int],

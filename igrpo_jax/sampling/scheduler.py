@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from igrpo_jax.distributed.programs import pick_bucket
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
-from igrpo_jax.records import pick_bucket
 from igrpo_jax.sampling.engine import WIDTH, Engine
-from igrpo_jax.sampling.steps import Prefix, Sampling, State, Status
+from igrpo_jax.sampling.steps import PrefilledPrompts, Sampling, State, Status
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Usage:
 @dataclass
 class _Waiting:
     request: Request
-    prefix: Prefix | None = None
+    prefix: PrefilledPrompts | None = None
     row: int = 0
     next_sample: int = 0
 

@@ -55,7 +55,7 @@ class State(NamedTuple):
     logprob: jax.Array  # [B, M] float32
 
 
-class Prefix(NamedTuple):
+class PrefilledPrompts(NamedTuple):
     """Prefilled prompts."""
 
     cache: Cache  # of W rows and P positions
@@ -66,7 +66,7 @@ class Prefix(NamedTuple):
 class Fork(NamedTuple):
     """Samples of one prefilled prompt, and the slots they take."""
 
-    row: np.ndarray  # [] int32, of the Prefix
+    row: np.ndarray  # [] int32, of the PrefilledPrompts
     slots: np.ndarray  # [W] int32; one past the last is no slot
     samples: np.ndarray  # [W] int32
     limits: np.ndarray  # [W] int32, most tokens to draw
@@ -99,7 +99,9 @@ def empty(cfg: DecoderConfig, slots: int, length: int, max_completion: int, dtyp
     )
 
 
-def prefill(cfg: DecoderConfig, chunk: int, weights: decoder.Params, tokens: jax.Array, lengths: jax.Array) -> Prefix:
+def prefill(
+    cfg: DecoderConfig, chunk: int, weights: decoder.Params, tokens: jax.Array, lengths: jax.Array
+) -> PrefilledPrompts:
     """Reads right-padded prompts, tokens [W, P] of `lengths` [W], at most `chunk` positions at a time.
 
     P is at most `chunk` or a multiple of it. Memory beyond the result does not grow with P, but for the attention's.
@@ -125,7 +127,7 @@ def prefill(cfg: DecoderConfig, chunk: int, weights: decoder.Params, tokens: jax
         dtype = weights["embedding"].dtype
         carry = caches.empty(cfg, width, size, dtype), jnp.zeros((width, cfg.hidden_size), dtype)
         cache, last = jax.lax.fori_loop(0, (lengths.max() + chunk - 1) // chunk, read, carry)
-    return Prefix(cache, decoder.logits(cfg, weights, last), lengths)
+    return PrefilledPrompts(cache, decoder.logits(cfg, weights, last), lengths)
 
 
 def _positions(start: jax.Array | int, tokens: jax.Array) -> jax.Array:
@@ -138,7 +140,7 @@ def _at(hidden: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def insert(
-    mesh: jax.sharding.Mesh, eos: jax.Array, state: State, prefix: Prefix, fork: Fork, sampling: Sampling
+    mesh: jax.sharding.Mesh, eos: jax.Array, state: State, prefix: PrefilledPrompts, fork: Fork, sampling: Sampling
 ) -> State:
     """Forks one prompt of `prefix` to slots and draws their first tokens."""
     own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, fork.row, 1), prefix)
