@@ -21,7 +21,9 @@ from igrpo_jax import config, train
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import evaluator
-from igrpo_jax.session import overview, task
+from igrpo_jax.learning.learner import Learner
+from igrpo_jax.session import opening, overview, task
+from igrpo_jax.session.run import utilization
 from igrpo_jax.session.task import open_task
 
 
@@ -59,8 +61,8 @@ def test_utilization_is_of_the_peak_of_all_devices():
     """2 PFLOP in 4 s are 0.5 PFLOP/s, of two H100 with 0.989 each."""
     metrics = {"perf/update_flops": 2e15, "perf/update_time": 4.0}
     cards = [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 2
-    assert train.utilization(metrics, cards) == {"perf/mfu": pytest.approx(0.5 / (2 * 0.989))}
-    assert train.utilization(metrics, [SimpleNamespace(device_kind="cpu")]) == {}
+    assert utilization(metrics, cards) == {"perf/mfu": pytest.approx(0.5 / (2 * 0.989))}
+    assert utilization(metrics, [SimpleNamespace(device_kind="cpu")]) == {}
 
 
 def test_a_profiler_that_would_crash_is_refused(monkeypatch):
@@ -137,14 +139,14 @@ def test_no_samples_before_the_first_checkpoint_is_whole(tmp_path):
     which is refused."""
     inject = """
 import time
-rename, report = os.rename, train.Run.report
+rename, report = os.rename, Run.report
 def slow(*args):
     time.sleep(3 * ("orbax-checkpoint-tmp" in str(args[0])))
     return rename(*args)
 def killed(self, *args):
     report(self, *args)
     os.kill(os.getpid(), signal.SIGKILL)
-os.rename, train.Run.report = slow, killed
+os.rename, Run.report = slow, killed
 """
     short = ("warm_start.steps=0", "evaluation.every=0", "checkpoint.best_metric=", "log.profile_steps=()", "steps=1")
     assert faulty(inject, tmp_path, tmp_path / "run", *short).returncode == -signal.SIGKILL
@@ -160,7 +162,7 @@ def test_sigterm_while_data_is_read_is_a_notice_too(monkeypatch, tmp_path):
     def nobody(*_):
         raise AssertionError("SIGTERM ends the process")
 
-    monkeypatch.setattr(train, "open_task", reads)
+    monkeypatch.setattr(opening, "open_task", reads)
     before = signal.signal(signal.SIGTERM, nobody)
     try:
         with pytest.raises(preemption.Preempted):
@@ -275,7 +277,7 @@ def test_what_does_not_fit_is_said_before_weights_are_read(monkeypatch):
     task = open_task(settings())
     needs = {"update": 3 << 30, "rollout": 1 << 30}
     monkeypatch.setattr(overview, "predicted_bytes", lambda *_: needs)
-    learner = train.Learner(task.config, task.policy.model, task.mesh, max_context=task.max_context, total_steps=5)
+    learner = Learner(task.config, task.policy.model, task.mesh, max_context=task.max_context, total_steps=5)
     engine = type("Engine", (), {"keys": []})()
     for there, expected in ((None, ["update 3.00 GiB, rollout 1.00 GiB"]), (2 << 30, None)):
         monkeypatch.setattr(overview, "device_bytes", lambda there=there: there)

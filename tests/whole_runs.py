@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from igrpo_jax import config, train
+from igrpo_jax import config
+from igrpo_jax.learning.learner import Learner
+from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.session.task import open_task
 
 ROOT = Path(__file__).parents[1]
@@ -70,10 +72,8 @@ def samples(workdir: Path) -> dict[str, str]:
 
 def final_state(workdir: Path, c: config.Config) -> dict[str, np.ndarray]:
     task = open_task(c)
-    with jax.set_mesh(task.mesh), train.Checkpointer(workdir, c.checkpoint) as store:
-        learner = train.Learner(
-            c, task.policy.model, task.mesh, max_context=task.max_context, total_steps=task.total_steps
-        )
+    with jax.set_mesh(task.mesh), Checkpointer(workdir, c.checkpoint) as store:
+        learner = Learner(c, task.policy.model, task.mesh, max_context=task.max_context, total_steps=task.total_steps)
         step, state, meta = store.restore(learner.abstract_state())
     assert meta["step"] == step == c.steps
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
@@ -99,10 +99,21 @@ def run(*args) -> str:
     return done.stdout
 
 
+# What the statements of `faulty` see.
+SEEN = """
+import os, signal, sys
+from igrpo_jax import cli, main
+from igrpo_jax.learning import objectives
+from igrpo_jax.learning.learner import Learner
+from igrpo_jax.rewards.verifier import Verifier
+from igrpo_jax.session.run import Run
+"""
+
+
 def faulty(inject: str, *args, timeout: int = 300) -> subprocess.CompletedProcess:
-    """A run as `run` starts it, after the statements `inject`, which see `train`, `os` and `signal`."""
+    """A run as `run` starts it, after the statements `inject`, which see the names of SEEN."""
     _, _, name, *arguments = command(*args)
-    program = f"import os, signal, sys\nfrom igrpo_jax import cli, main, train\n{inject}\n"
+    program = f"{SEEN}{inject}\n"
     program += f"sys.argv = {[name, *arguments]!r}\ncli.run(main.main)\n"
     start = [sys.executable, "-c", program]
     return subprocess.run(start, cwd=ROOT, env=one_device(), capture_output=True, text=True, timeout=timeout)

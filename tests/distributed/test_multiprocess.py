@@ -54,7 +54,7 @@ SETTINGS = {
 # In step 2 what process 1 of two samples ends after two tokens: a process that waited for another would wait for ever.
 UNEVEN = """
 import dataclasses
-from igrpo_jax import rollout
+from igrpo_jax.learning import rollout
 submit = rollout._Step._submit
 def uneven(self, item, *args, **kwargs):
     whole = self._rollout
@@ -66,13 +66,14 @@ rollout._Step._submit = uneven
 """
 NOTICE = """
 import os, signal
-from igrpo_jax import train, watchdog
-begin = train.Verifier.submit
+from igrpo_jax.distributed import watchdog
+from igrpo_jax.rewards.verifier import Verifier
+begin = Verifier.submit
 def graded(self, candidate):
     if "rollout (step 4)" in watchdog.current():
         os.kill(os.getpid(), signal.SIGTERM)
     return begin(self, candidate)
-train.Verifier.submit = graded
+Verifier.submit = graded
 """
 
 
@@ -230,7 +231,7 @@ from igrpo_jax.errors import InputError, RunError
 
 def main(argv):
     address, own = cli.address(argv), int(argv[-1])
-    with cluster.joined(config.Cluster(start_timeout=START, silence=6), address):
+    with cluster.joined(config.ClusterConfig(start_timeout=START, silence=6), address):
         {body}
 cli.run(main)
 """

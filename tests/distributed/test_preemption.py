@@ -40,7 +40,7 @@ def test_in_another_thread_nothing_changes():
 def test_a_run_that_cannot_save_in_time_ends():
     program = """
 import os, signal, time
-from igrpo_jax import preemption
+from igrpo_jax.distributed import preemption
 with preemption.noticed(0.3):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(600)

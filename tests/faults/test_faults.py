@@ -38,16 +38,16 @@ def check_equal(workdir: Path, other: Path) -> None:
 
 CLOCK = """
 import time
-now, hours, report = time.time, [], train.Run.report
+now, hours, report = time.time, [], Run.report
 time.time = lambda: now() - 3600 * len(hours)
 def back(self, *args):
     hours.append(0)
     report(self, *args)
-train.Run.report = back
+Run.report = back
 """
 WORKERS = """
 import multiprocessing
-submit, killed = train.Verifier.submit, []
+submit, killed = Verifier.submit, []
 def kill(self, candidate):
     future = submit(self, candidate)
     if not killed:
@@ -56,17 +56,17 @@ def kill(self, candidate):
             child.kill()
         print("killed", len(killed))
     return future
-train.Verifier.submit = kill
+Verifier.submit = kill
 """
 
 
 SLOW = """
 import time
-update = train.Learner.update
+update = Learner.update
 def slow(self, *args):
     time.sleep(3)
     return update(self, *args)
-train.Learner.update = slow
+Learner.update = slow
 """
 
 
@@ -85,13 +85,13 @@ def test_nothing_is_lost_when(whole, longer, tmp_path, inject, shown):
 def test_sigterm_in_a_rollout_drops_its_step_alone(whole, longer, tmp_path):
     """The notice comes when the first completion of step 7 is to be graded; step 6 is done and not yet saved."""
     inject = """
-submit, calls = train.Verifier.submit, []
+submit, calls = Verifier.submit, []
 def graded(self, candidate):
     calls.append(0)
     if len(calls) == 4 * (2 + 2) + 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return submit(self, candidate)
-train.Verifier.submit = graded
+Verifier.submit = graded
 """
     workdir = copy_of(whole, tmp_path / "run")
     done = faulty(inject, tmp_path, workdir, "steps=7", "checkpoint.every=0", "evaluation.every=20")
@@ -105,8 +105,8 @@ train.Verifier.submit = graded
 
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(whole, tmp_path):
     inject = """
-advantages = train.objectives.group_advantages
-train.objectives.group_advantages = lambda *args: advantages(*args) + float("nan")
+advantages = objectives.group_advantages
+objectives.group_advantages = lambda *args: advantages(*args) + float("nan")
 """
     workdir = copy_of(whole, tmp_path / "run")
     done = faulty(inject, tmp_path, workdir, "steps=20", "checkpoint.every=1")
@@ -173,7 +173,7 @@ def test_a_full_or_unwritable_disk_ends_the_run_and_keeps_the_last_checkpoint(wh
         assert "a checkpoint takes " in done.stderr and "MiB are free; make it possible and run" in done.stderr
         assert "goes on from step 5" in done.stderr
         fill = f"""
-report = train.Run.report
+report = Run.report
 def full(self, *args):
     with open({str(path / "others")!r}, "ab", buffering=0) as file:
         while True:
@@ -182,7 +182,7 @@ def full(self, *args):
             except OSError:
                 break
     report(self, *args)
-train.Run.report = full
+Run.report = full
 """
         (path / "others").unlink()
         done = faulty(fill, tmp_path, workdir, "steps=7")  # with TensorBoard, whose own writer would wait for ever

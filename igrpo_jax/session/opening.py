@@ -1,0 +1,229 @@
+"""Opens a run: from a configuration to where the first step can begin, restored, or warm and evaluated.
+
+1. All that is given is read and checked, by every process in the same way; nothing is written yet.
+2. The folder is claimed, and what must be closed is opened: verifier, checkpoints, metrics.
+3. Sampler and update are compiled, and the table of what the run will do is printed.
+4. The state comes from the newest checkpoint, or from the model's weights and a warm start.
+"""
+
+import contextlib
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from igrpo_jax.config import Config, to_dict
+from igrpo_jax.data import arithmetic
+from igrpo_jax.distributed import cluster, watchdog
+from igrpo_jax.errors import InputError
+from igrpo_jax.evaluation.evaluator import Evaluator
+from igrpo_jax.learning.learner import Learner, TrainState
+from igrpo_jax.learning.rollout import Rollout
+from igrpo_jax.learning.warm_start import warm_start
+from igrpo_jax.models import decoder
+from igrpo_jax.outputs import weights
+from igrpo_jax.outputs.checkpoint import Checkpointer
+from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.metrics import Writer
+from igrpo_jax.outputs.workdir import locked, prepare_workdir
+from igrpo_jax.rewards.verifier import Verifier
+from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.scheduler import Scheduler
+from igrpo_jax.session import overview
+from igrpo_jax.session.progress import Progress
+from igrpo_jax.session.run import Run
+from igrpo_jax.session.task import Task, open_task, sampler
+
+
+def open_run(config: Config, workdir: Path, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
+    """Opens the run that `config` describes in `workdir`; returns it with the state that its next step begins with.
+
+    Args:
+        stack: gets what must be closed, however the run ends.
+
+    Raises:
+        InputError: something in `config` or what it names is wrong, or `workdir` holds another run.
+        RunError: no checkpoint can be read; a full disk.
+        Preempted: SIGTERM came meanwhile.
+    """
+    task = open_task(config)
+    problems = {"training problems": task.fingerprint, "evaluation problems": task.evaluated.fingerprint}
+    cluster.check_same({"config": to_dict(config), **problems})
+    stack.enter_context(jax.set_mesh(task.mesh))
+    stack.enter_context(watchdog.watching(config.watchdog))
+    with watchdog.phase("start"):
+        return _start(config, task, workdir, stack)
+
+
+def _start(config: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
+    """Claims `workdir`, puts the parts together, and brings them to where the first step can begin."""
+    console = stack.enter_context(Console())
+    # These two check slots, mesh, the objective's settings and LoRA's targets, before anything is written.
+    scheduler = _open_scheduler(config, task)
+    sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
+    learner = Learner(config, task.policy.model, task.mesh, **sizes)
+    resumes = _claim(workdir, config, stack)
+    verifier = stack.enter_context(_verifier(config, workdir))
+    checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
+    latest = _latest_step(workdir, checkpointer, resumes)
+    _compile(config, task, scheduler.engine, learner, console)
+    if latest is None:
+        first_step, progress = 0, Progress()
+        writer = stack.enter_context(Writer(workdir, config))
+        state = _first_state(config, task, workdir, learner, writer, console)
+    else:
+        with console.phase(f"restoring step {latest}"):
+            first_step, state, meta = checkpointer.restore(learner.abstract_state())
+            _check_data(config, task, workdir, meta["data"])
+        progress = Progress.from_meta(meta, int(state.skipped))
+        # What the steps after the checkpoint left behind is dropped here: they are run again.
+        writer = stack.enter_context(Writer(workdir, config, first_step))
+        _tell_lost_rows(writer.rows, meta["metrics_rows"], first_step, console)
+        _set_fixed_weights(config, task, workdir, learner, console)
+    run = Run(
+        config=config,
+        workdir=workdir,
+        task=task,
+        learner=learner,
+        rollout=Rollout(config, task.renderer, scheduler, verifier),
+        evaluator=Evaluator(config, task.evaluated, scheduler, task.renderer, verifier, console),
+        writer=writer,
+        checkpointer=checkpointer,
+        console=console,
+        first_step=first_step,
+        progress=progress,
+    )
+    _evaluate_start(run, state, is_new=latest is None)
+    console.start(task.total_steps, first_step, config.log.every, writer.history, progress.scores)
+    return run, state
+
+
+def _open_scheduler(config: Config, task: Task) -> Scheduler:
+    """Returns the sampler's queue, which training and evaluation share."""
+    policy, ahead = task.policy, config.rollout.dispatches_ahead
+    engine = sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated)
+    return Scheduler(engine, (jax.default_backend() != "cpu") if ahead is None else ahead)
+
+
+def _claim(workdir: Path, config: Config, stack: contextlib.ExitStack) -> bool:
+    """Claims `workdir` for this run alone; returns whether it holds a run of this configuration already.
+
+    Raises:
+        InputError: it holds another run, or files that are no run's; it cannot be written; it is not the same folder
+            on all processes.
+    """
+    resumes = cluster.from_first(functools.partial(prepare_workdir, workdir, config))
+    if not (workdir / "config.json").is_file():
+        raise InputError(f"--workdir {workdir}: process 0 made it, here it is not; give a folder that all hosts share")
+    stack.enter_context(locked(workdir))
+    return resumes
+
+
+def _verifier(config: Config, workdir: Path) -> Verifier:
+    """Returns the verifier, whose judge keeps its verdicts in `workdir`; entering it starts the workers."""
+    # SQLite can't lock a file across machines: each process has a file of its own, and its part of the judge's budget.
+    process, judge = jax.process_index(), config.rewards.judge
+    cache = workdir / (f"judge.process-{process}.sqlite" if process else "judge.sqlite")
+    judge = replace(judge, budget=judge.budget and max(1, judge.budget // jax.process_count()))
+    limit, answer_column = config.rollout.max_completion_length, config.data.answer_column or "answer"
+    return Verifier(replace(config.rewards, judge=judge), limit, answer_column, cache)
+
+
+def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> int | None:
+    """Returns the step of the newest checkpoint, None for a new run.
+
+    Raises:
+        InputError: a run was here before, and its checkpoints are gone.
+    """
+    latest = cluster.from_first(lambda: checkpointer.latest_step() if resumes else None)
+    if resumes and latest is None and any((workdir / "samples").glob("step_*.jsonl")):
+        raise InputError(f"--workdir {workdir}: holds samples of a run but no checkpoint of it; give another folder")
+    return latest
+
+
+def _compile(config: Config, task: Task, engine: Engine, learner: Learner, console: Console) -> None:
+    """Compiles all programs of the sampler and the largest of the update, and prints what the run will do and need."""
+    with console.phase("compiling the sampler", len(engine.keys)) as update:
+        engine.compile(update)
+    with console.phase("compiling the update"):
+        learner.predicted_bytes()
+    title = "iGRPO run" if config.algorithm.num_drafts else "Run"
+    console.table(title, overview.before(config, task, engine, learner))
+
+
+def _check_data(config: Config, task: Task, workdir: Path, fingerprint: str) -> None:
+    """Raises InputError where the training set is not the one that the run began with."""
+    if fingerprint != task.fingerprint:
+        raise InputError(
+            f"config.data.train = {config.data.train!r}: its prompts or answers are not those that the run in "
+            f"{workdir} began with; bring them back, or start a new run with another --workdir"
+        )
+
+
+def _tell_lost_rows(rows: int, expected: int, step: int, console: Console) -> None:
+    """Says where metrics.jsonl has fewer rows than the checkpoint of `step` counted."""
+    if rows < expected:
+        console.message(
+            f"metrics.jsonl has {rows} rows up to step {step}, the checkpoint counted {expected}: rows were lost, and "
+            "stay so"
+        )
+
+
+def _first_state(
+    config: Config, task: Task, workdir: Path, learner: Learner, writer: Writer, console: Console
+) -> TrainState:
+    """Returns the state before the first update of a new run, and gives the learner the weights that stay fixed."""
+    params, lora = None, config.model.lora.rank > 0
+    if not (lora and task.policy.path):  # LoRA on a real model reads it once, as the weights that stay fixed
+        params = weights.load(task.policy, task.mesh, config.seed, "float32", console)
+        if config.warm_start.steps:
+            params = _warm(config, task, params, writer, console)
+    _set_fixed_weights(config, task, workdir, learner, console, params)
+    return learner.init(weights.adapters(config, task.policy, task.mesh) if lora else params)
+
+
+def _set_fixed_weights(
+    config: Config,
+    task: Task,
+    workdir: Path,
+    learner: Learner,
+    console: Console,
+    params: decoder.Params | None = None,
+) -> None:
+    """Gives the learner the weights that no update changes: those that LoRA adapts, and those of the reference.
+
+    Args:
+        params: what a new run starts from; None where it is read again, from the model's files or workdir/reference.
+    """
+    first = functools.partial(weights.first, config, task.policy, workdir, task.mesh, console=console, params=params)
+    lora = config.model.lora.rank > 0
+    if lora:
+        learner.set_frozen(first(config.model.dtype))
+    if config.algorithm.beta > 0:
+        learner.set_reference(weights.adapters(config, task.policy, task.mesh) if lora else first("float32"))
+
+
+def _warm(config: Config, task: Task, params: decoder.Params, writer: Writer, console: Console) -> decoder.Params:
+    """Returns `params` after the supervised warm start on arithmetic."""
+    problems, _ = arithmetic.problems(config.data.arithmetic, config.seed)
+    with console.phase("supervised warm start", config.warm_start.steps) as update:
+
+        def report(step: int, loss: float) -> None:
+            update(step, f"loss {loss:.3f}")
+            if step % max(1, config.warm_start.steps // 20) == 0:
+                writer.write(0, {"warm_start/step": step, "warm_start/loss": loss})
+
+        encode = task.policy.encode_completion
+        return warm_start(config, task.policy.model, task.mesh, params, problems, task.renderer, encode, report)
+
+
+def _evaluate_start(run: Run, state: TrainState, is_new: bool) -> None:
+    """Evaluates and saves a new run before its first step; makes up for an evaluation that a resumed one lacks."""
+    step = run.first_step
+    if is_new:
+        if run.config.evaluation.every:
+            run.evaluate(state.params, step)
+        run.save(step, state)
+    elif run.evaluation_due(step) and step not in run.progress.scores:
+        run.evaluate(state.params, step)

@@ -1,0 +1,193 @@
+"""The living parts of a run, and what happens between two updates: report, check, evaluate, save; and the run's end."""
+
+import functools
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import jax
+import numpy as np
+
+from igrpo_jax.config import Config
+from igrpo_jax.distributed import chips, cluster, preemption, watchdog
+from igrpo_jax.distributed.preemption import Preempted
+from igrpo_jax.errors import RunError
+from igrpo_jax.evaluation import evaluator
+from igrpo_jax.evaluation.evaluator import Evaluator
+from igrpo_jax.learning.learner import Learner, TrainState
+from igrpo_jax.learning.rollout import Rollout
+from igrpo_jax.models import decoder, hf_write
+from igrpo_jax.outputs.checkpoint import Checkpointer
+from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.metrics import Writer
+from igrpo_jax.records import Group
+from igrpo_jax.session import overview
+from igrpo_jax.session.progress import Progress
+from igrpo_jax.session.task import Task
+
+
+class StepResult(NamedTuple):
+    """What one step of Algorithm 1 gives: P groups of G completions, and the state after its update."""
+
+    state: TrainState
+    groups: list[Group]  # [P]
+    advantages: np.ndarray  # [P, G] float32
+    metrics: dict[str, float]
+    compiled: list[str]  # programs that were compiled meanwhile, as "kind shape"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The living parts of a run; `progress` alone changes from step to step. All processes call every method."""
+
+    config: Config
+    workdir: Path
+    task: Task
+    learner: Learner
+    rollout: Rollout
+    evaluator: Evaluator
+    writer: Writer
+    checkpointer: Checkpointer
+    console: Console
+    first_step: int  # the step that the run goes on from; 0 is before the first update
+    progress: Progress
+
+    def report(self, step: int, result: StepResult) -> None:
+        """Writes the files of a step, and prints what it did.
+
+        Raises:
+            RunError: as `_check_finite`; a file cannot be written.
+        """
+        groups, advantages = result.groups, result.advantages
+        metrics = result.metrics | throughput(result.metrics, list(self.task.mesh.devices.flat))
+        self._warn_of_compiles(step, result.compiled)
+        if step == 1:
+            self.checkpointer.wait()  # of step 0: a folder with samples and without a checkpoint is taken for damaged
+        self.writer.write(step, metrics)
+        self.writer.samples(step, groups, advantages)
+        self._check_finite(step, result)
+        self.console.step(step, metrics)
+        if self.shows_samples(step):
+            best = max(range(len(groups)), key=lambda i: np.abs(advantages[i]).max())
+            self.console.sample(groups[best], advantages[best])
+
+    def _warn_of_compiles(self, step: int, compiled: Sequence[str]) -> None:
+        """Names the programs that were compiled after the first step, the first one of each kind."""
+        if step == self.first_step + 1:
+            return  # all that it needs is compiled in it
+        if new := self.progress.first_of_their_kind(compiled):
+            self.console.message(
+                f"step {step}: compiled {'; '.join(new)}: shapes not met before. Later ones of the kind are only "
+                "counted, in perf/recompiles"
+            )
+
+    def _check_finite(self, step: int, result: StepResult) -> None:
+        """Writes the batch of a step whose update was skipped.
+
+        Raises:
+            RunError: config.learner.max_nonfinite_steps steps in a row had such an update.
+        """
+        if not self.progress.count_nonfinite(round(result.metrics["nonfinite_steps"])):
+            return
+        self.writer.nonfinite(step, result.groups, result.advantages)
+        kept = self.workdir / "nonfinite" / f"step_{step:06d}.jsonl"
+        self.console.message(f"step {step}: loss or gradient is not finite: nothing changed; its batch is in {kept}")
+        in_a_row = self.progress.nonfinite_steps
+        if in_a_row >= self.config.learner.max_nonfinite_steps:
+            raise RunError(
+                f"steps {step - in_a_row + 1} to {step}: loss or gradient was not finite, "
+                f"config.learner.max_nonfinite_steps = {in_a_row} times in a row (batches in {kept.parent}); "
+                "lower optimizer.learning_rate in a new run, or see whether the model's own weights are sound"
+            )
+
+    def shows_samples(self, step: int) -> bool:
+        """Returns whether samples of `step` are printed, and the trainer scores their drafts too."""
+        return self.config.log.samples_every > 0 and step % self.config.log.samples_every == 0
+
+    def evaluation_due(self, step: int) -> bool:
+        """Returns whether `step` ends with an evaluation; the last step does wherever there are any."""
+        every = self.config.evaluation.every
+        return every > 0 and (step % every == 0 or step == self.task.total_steps)
+
+    def evaluate(self, params: decoder.Params, step: int) -> None:
+        """Evaluates the policy after `step`, and writes its scores under that step.
+
+        Raises:
+            Preempted: SIGTERM came meanwhile.
+            VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
+        """
+        out = self.workdir / "evaluations" / f"step_{step:06d}"
+        began = time.perf_counter()
+        with watchdog.phase("evaluation", f"step {step}"):
+            scores = evaluator.flat(self.evaluator.run(self.learner.policy(params), out, {"step": step}))
+        self.progress.scores[step] = scores
+        self.writer.write(step, {**scores, "perf/evaluation_time": time.perf_counter() - began})
+        self.console.evaluation(step, scores)
+
+    def save(self, step: int, state: TrainState, force: bool = False) -> None:
+        """Saves a checkpoint where one is due, or at any step with `force`.
+
+        It is due at multiples of config.checkpoint.every, before the first step, after the last, and where
+        config.checkpoint.best_metric is the highest so far.
+
+        Raises:
+            RunError: see `Checkpointer.save`.
+        """
+        config, best_metric = self.config, self.config.checkpoint.best_metric
+        self.writer.sync()
+        epoch, index = divmod(step * config.prompts_per_step, len(self.task.prompts))
+        meta = {"step": step, "seed": config.seed, "epoch": epoch, "index": index, "metrics_rows": self.writer.rows}
+        meta |= {"data": self.task.fingerprint} | self.progress.meta()
+        force = force or step in (0, self.task.total_steps) or self.progress.is_best(step, best_metric)
+        score = self.progress.scores.get(step, {}).get(best_metric)
+        self.checkpointer.save(step, state, meta, force=force, score=score)
+
+    def stop_if_preempted(self) -> None:
+        """Raises Preempted where any process has had a notice, so that all leave after the same step."""
+        if cluster.any_of(preemption.noted()):
+            raise Preempted
+
+    def leave(self, step: int, state: TrainState) -> NoReturn:
+        """Saves the state after `step`, and raises Preempted with a message that says so."""
+        self.save(step, state, force=True)
+        self.checkpointer.wait()
+        raise Preempted(f"preempted: step {step} of {self.task.total_steps} is saved in {self.workdir}")
+
+    def finish(self, state: TrainState) -> None:
+        """Waits for the last checkpoint, exports where asked, and prints what came of the run and where it is."""
+        with self.console.phase("writing the last checkpoint"):
+            self.checkpointer.wait()
+        if self.config.checkpoint.export:
+            self._export(state)
+        rows = overview.after(self.workdir, self.progress.scores, self.first_step, self.task.total_steps)
+        best_metric = self.config.checkpoint.best_metric
+        best = self.progress.best_step(best_metric)
+        if best is not None:
+            rows.insert(1, ("best checkpoint", f"step {best}, by {best_metric}"))
+        self.console.table("Done", rows)
+
+    def _export(self, state: TrainState) -> None:
+        """Writes the policy as a Hugging Face directory to workdir/export."""
+        out = self.workdir / "export"
+        # A run that ended earlier with fewer steps may have left one.
+        cluster.from_first(functools.partial(shutil.rmtree, out, ignore_errors=True))
+        size = hf_write.model_bytes(self.task.policy.model)
+        with self.console.phase("exporting (MB)", size >> 20) as update:
+            self.task.policy.save(out, self.learner.policy(state.params), lambda done: update(done >> 20))
+
+
+def throughput(metrics: Mapping[str, float], devices: Sequence[jax.Device]) -> dict[str, float]:
+    """Returns the tokens per second of a step, and `perf/mfu` where the peak of the devices is known."""
+    tokens = metrics["perf/draft_tokens"] + metrics["perf/completion_tokens"]
+    return {"perf/tokens_per_second": tokens / metrics["perf/step_time"]} | utilization(metrics, devices)
+
+
+def utilization(metrics: Mapping[str, float], devices: Sequence[jax.Device]) -> dict[str, float]:
+    """Returns the part of the devices' published peak that an update made use of; nothing where it is not known."""
+    chip = chips.CHIPS.get(devices[0].device_kind)
+    if chip is None:
+        return {}
+    return {"perf/mfu": metrics["perf/update_flops"] / (metrics["perf/update_time"] * chip.flops * len(devices))}
