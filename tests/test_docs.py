@@ -195,13 +195,10 @@ def test_every_alert_has_its_section():
     assert titles == [limit.name for limit in alerts.LIMITS]
 
 
-def test_the_architecture_names_every_module_on_its_floor():
-    rows = re.findall(r"^\| (\d) \| (.+?) \|", page("architecture.md"), re.MULTILINE)
-    written = [(int(floor), room) for floor, cell in rows for room in re.findall(r"`([\w/]+)`", cell)]
-    there = [
-        (floor, room) for floor, some in enumerate(FLOORS) for row in some for room in row.split() if room in FILES
-    ]
-    assert written == there
+def test_the_architecture_has_the_floors_of_the_imports():
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", page("architecture.md"), re.MULTILINE)
+    written = [(int(floor), re.findall(r"`(\w+)", cell)) for floor, cell in rows]
+    assert written == list(enumerate(FLOORS))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -249,7 +246,7 @@ def test_the_objectives_are_those_the_configuration_knows():
 
 def test_the_readme_is_short_and_holds_the_test_command_once():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 200
+    assert len(lines) <= 120
     assert lines.count('pip install -e ".[test,parity]" && pytest') == 1
     assert "docs/README.md" in "\n".join(lines)
 
