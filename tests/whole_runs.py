@@ -82,10 +82,7 @@ def final_state(workdir: Path, c: config.Config) -> dict[str, np.ndarray]:
 def command(tmp_path: Path, workdir: Path, *overrides: str) -> list[str]:
     (tmp_path / "micro.py").write_text(CONFIG)
     run = [sys.executable, "-m", "igrpo_jax.main", "--config", str(tmp_path / "micro.py"), "--workdir", str(workdir)]
-    # Compiled programs are shared by the runs of one session, and are not put into the user's own folder.
-    return run + [
-        f"--config.{override}" for override in (f"compilation_cache={tmp_path.parent / 'programs'}", *overrides)
-    ]
+    return run + [f"--config.{override}" for override in overrides]
 
 
 def one_device() -> dict[str, str]:
