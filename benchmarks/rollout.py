@@ -89,7 +89,7 @@ class Bench:
             # As a run whose master weights are elsewhere: only the rollout copy is held here.
             self.params = self.engine.weights(self.params)
             self.engine.compile()
-        self.scheduler = Scheduler(self.engine, jax.default_backend() != "cpu")
+        self.scheduler = Scheduler(self.engine)
         rng = np.random.default_rng(0)
         self.prompts = rng.integers(17, self.model.vocab_size, (args.prompts, args.prompt_len), np.int32)
 

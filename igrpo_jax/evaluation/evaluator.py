@@ -38,12 +38,12 @@ from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import measures, results
 from igrpo_jax.evaluation.results import Rows
-from igrpo_jax.learning.rollout import Target, sample_and_score, stage_key
 from igrpo_jax.models import decoder
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.records import Completion, Prompt
 from igrpo_jax.rewards.verifier import Verifier, check_errors
 from igrpo_jax.sampling.scheduler import Request, Scheduler
+from igrpo_jax.sampling.scoring import sample_and_score, stage_key
 from igrpo_jax.sampling.steps import Sampling
 
 CHAINS = ("vote", "oracle")  # ways to choose a draft
@@ -260,9 +260,9 @@ class Evaluator:
         right, done, scores = sum(before), len(before), []
         with self._console.phase(f"{name}, {what}", len(asked) * len(numbers), done) as update:
 
-            def scored(target: Target, completion: Completion) -> None:
+            def scored(prompt: Prompt, drafts: tuple[int, ...], completion: Completion) -> None:
                 nonlocal right, done
-                rows.add(_row(target, completion, settings.rounds > 0))
+                rows.add(_row(prompt, drafts, completion, settings.rounds > 0))
                 scores.append(completion.score)
                 right, done = right + completion.score.rewards["accuracy"], done + 1
                 update(done, f"accuracy {right / done:.3f}")
@@ -270,10 +270,19 @@ class Evaluator:
             self._scheduler.start(params, Sampling(settings.temperature, settings.top_p))
             for prompt, drafts, tokens, first, count in missing:
                 key = stage_key(self._config.seed, zlib.crc32(name.encode()), len(drafts))
-                target = Target(prompt, "eval", {}, drafts)
-                limit = self.plan.limit(tokens)
-                self._scheduler.submit(Request(tokens, prompt.index, count, key, limit, target, first=first))
-            sample_and_score(self._scheduler, self._verifier.check_answer, self._renderer, scored)
+                request = Request(
+                    tokens=tokens,
+                    index=prompt.index,
+                    samples=count,
+                    key=key,
+                    limit=self.plan.limit(tokens),
+                    stage="eval",
+                    first=first,
+                    prompt=prompt,
+                    scored=functools.partial(scored, prompt, drafts),
+                )
+                self._scheduler.submit(request)
+            sample_and_score(self._scheduler, self._verifier.check_answer, self._renderer)
             self._scheduler.finish()
         check_errors(scores, self._config.rewards.max_error_fraction)
 
@@ -366,13 +375,13 @@ def _ks(config: Config, name: str) -> list[int]:
     return [k for k in config.evaluation.pass_at or _doubled(count) if k <= count]
 
 
-def _row(target: Target, completion: Completion, with_tokens: bool) -> dict[str, Any]:
-    """A row of NAME.jsonl; `tokens` are kept where a later round reads the sample as a draft."""
-    prompt, score = target.prompt, completion.score
+def _row(prompt: Prompt, drafts: tuple[int, ...], completion: Completion, with_tokens: bool) -> dict[str, Any]:
+    """Returns a row of NAME.jsonl; `tokens` are kept where a later round reads the sample as a draft."""
+    score = completion.score
     row = {
         "prompt_id": prompt.id,
         "index": prompt.index,
-        "drafts": list(target.owner),
+        "drafts": list(drafts),
         "sample_id": completion.sample_id,
         "prompt": prompt.question,
         "text": completion.text,

@@ -109,5 +109,4 @@ def _scheduler(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Pl
     with console.phase("compiling the sampler", len(engine.keys)) as update:
         engine.compile(update)
     console.message(f"{engine.slots} answers at once take {engine.predicted_bytes() / 2**30:.2f} GiB on each device")
-    ahead = config.rollout.dispatches_ahead
-    return Scheduler(engine, (jax.default_backend() != "cpu") if ahead is None else ahead)
+    return Scheduler(engine, config.rollout.dispatches_ahead)

@@ -7,9 +7,8 @@ that the device has the next one while the results of the last are looked at.
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from igrpo_jax.distributed.programs import pick_bucket
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
+from igrpo_jax.records import Completion, Prompt
 from igrpo_jax.sampling.engine import WIDTH, Engine
 from igrpo_jax.sampling.steps import PrefilledPrompts, Sampling, State, Status
 
@@ -30,13 +30,17 @@ class Request:
     samples: int
     key: np.ndarray  # [2] uint32, key data of the step and stage
     limit: int | np.ndarray  # most tokens of a completion, of all samples or [samples] of each
-    tag: Any = None  # the caller's own, handed back with each sample
-    stage: str = ""  # for Usage.overlap
+    stage: str = ""  # of the completions; Usage.overlap counts the steps in which several stages run
     first: int = 0  # number of the first sample
+    # Where the samples are scored (see `scoring`): the problem, and what is called with each scored completion.
+    prompt: Prompt | None = None
+    scored: Callable[[Completion], None] | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
+    """One drawn completion, not scored yet."""
+
     request: Request
     sample_id: int
     tokens: np.ndarray  # [T] int32, EOS included
@@ -55,27 +59,29 @@ class Usage:
     mixed_slot_steps: int = 0  # slots x decode steps while requests of several stages were running
 
     def __add__(self, other: "Usage") -> "Usage":
-        """Of both together."""
+        """Returns the work of both together."""
         return Usage(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     @property
     def slot_utilization(self) -> float:
-        """Share of slots x steps that drew a token."""
+        """Fraction of slots x steps that drew a token."""
         return self.tokens / self.slot_steps if self.slot_steps else 0.0
 
     @property
     def queued_slot_utilization(self) -> float:
-        """The same while there was something to refill slots with."""
+        """The same fraction over the dispatches during which the queue was not empty."""
         return self.queued_tokens / self.queued_slot_steps if self.queued_slot_steps else 0.0
 
     @property
     def overlap(self) -> float:
-        """Share of the decode steps that several stages had in common."""
+        """Fraction of the decode steps in which several stages were running."""
         return self.mixed_slot_steps / self.slot_steps if self.slot_steps else 0.0
 
 
 @dataclass
 class _Waiting:
+    """A request in the queue, and which of its samples is next to take a slot."""
+
     request: Request
     prefix: PrefilledPrompts | None = None
     row: int = 0
@@ -89,12 +95,14 @@ class _Running:
     request: Request
     sample: int
     since: int  # number of the first dispatch that decodes it in this slot
-    position: int  # as the host last heard of it
+    position: int  # when the host last read it
     count: int = 1
 
 
 @dataclass(frozen=True)
 class _Dispatch:
+    """A dispatch of the device whose results the host has not read yet."""
+
     number: int
     status: Status
     queued: bool  # something waited for a slot
@@ -114,11 +122,13 @@ class Scheduler:
 
     Args:
         ahead: dispatches that the device may be ahead of the host, 0 or 1. With 1 the host's work hides behind the
-            device's; where both share the same cores there is nothing to hide behind.
+            device's; where both share the same cores there is nothing to hide behind. None means 1 on an accelerator
+            and 0 on the CPU.
     """
 
-    def __init__(self, engine: Engine, ahead: int = 0):
-        self.engine, self.ahead = engine, ahead
+    def __init__(self, engine: Engine, ahead: int | None = None):
+        self.engine = engine
+        self.ahead = int(jax.default_backend() != "cpu") if ahead is None else ahead
         self.usage = Usage()
         self._weights: decoder.Params = {}
         self._sampling = Sampling(1.0)
@@ -136,11 +146,15 @@ class Scheduler:
         The weights are cast and gathered once here; `finish` lets them and the cache go, before the update.
         """
         assert not self.pending, "the last phase still has samples to draw"
-        self._weights, self._sampling, self.usage = self.engine.weights(params), sampling, Usage()
+        self._weights = self.engine.weights(params)
+        self._sampling = sampling
+        self.usage = Usage()
         self._state = self.engine.empty()
 
     def finish(self) -> None:
-        self._weights, self._state = {}, None
+        """Ends the phase: lets the weights and the cache go."""
+        self._weights = {}
+        self._state = None
 
     def submit(self, request: Request) -> None:
         """Queues a prompt. Raises InputError, before any device work, where it does not fit."""
@@ -161,7 +175,7 @@ class Scheduler:
         return bool(self._waiting or self._running or self._harvests)
 
     def drain(self) -> Iterator[Sample]:
-        """All samples of what is queued, as they finish."""
+        """Yields all samples of what is queued, as they finish."""
         while self.pending:
             yield from self.advance()
 
@@ -217,7 +231,7 @@ class Scheduler:
             item.prefix, item.row = prefix, row
 
     def _take_slot(self) -> int:
-        """The lowest free slot of the shard that has most."""
+        """Returns the lowest free slot of the shard that has the most free ones."""
         shard = max(range(self.engine.shards), key=lambda i: len(self._free[i]))
         return shard * self.engine.shard_slots + heapq.heappop(self._free[shard])
 
@@ -233,7 +247,7 @@ class Scheduler:
         spare = max(1, engine.shard_slots // 8)
         fewer = max((size for size in engine.buckets if size < rows), default=0)
         least = [max(1, n - spare + 1 if self._waiting else fewer + 1 if n > fewer else 1) for n in busy]
-        # Of the dispatches that the host has not read yet it assumes the most.
+        # The host assumes that the dispatches that it has not read yet drew as many tokens as they could.
         ahead = (len(self._unread) + 1) * engine.steps_per_dispatch
         furthest = max(running.position for running in self._running.values()) + ahead
         read = pick_bucket(engine.buckets[rows], min(furthest, engine.length))
@@ -245,7 +259,7 @@ class Scheduler:
         self._dispatched += 1
 
     def _compact(self) -> int:
-        """The fewest rows that hold all running slots, after moving those that stand in the way while nothing waits."""
+        """Returns the fewest rows that hold all running slots; while nothing waits, slots beyond them move down."""
         engine = self.engine
         need = max(engine.shard_slots - len(free) for free in self._free)
         rows = engine.shard_slots if self._waiting else pick_bucket(tuple(engine.buckets), need)
@@ -262,13 +276,13 @@ class Scheduler:
         return rows
 
     def _read(self, dispatch: _Dispatch) -> _Harvest:
-        """Takes notice of a dispatch, and frees the slots of what it finished."""
+        """Reads the results of a dispatch, and frees the slots of the samples that it finished."""
         status = jax.device_get(dispatch.status)
         slot_steps, drawn = int(status.steps.sum()) * self.engine.shard_slots, 0
         slots = []
         for slot, running in self._running.items():
             if running.since > dispatch.number:
-                continue  # what stood in the slot then was another
+                continue  # another sample was in the slot at that time
             drawn += int(status.count[slot]) - running.count
             running.count, running.position = int(status.count[slot]), int(status.position[slot])
             if not status.active[slot]:

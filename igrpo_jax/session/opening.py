@@ -101,9 +101,9 @@ def _start(config: Config, task: Task, workdir: Path, stack: contextlib.ExitStac
 
 def _open_scheduler(config: Config, task: Task) -> Scheduler:
     """Returns the sampler's queue, which training and evaluation share."""
-    policy, ahead = task.policy, config.rollout.dispatches_ahead
+    policy = task.policy
     engine = sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated)
-    return Scheduler(engine, (jax.default_backend() != "cpu") if ahead is None else ahead)
+    return Scheduler(engine, config.rollout.dispatches_ahead)
 
 
 def _claim(workdir: Path, config: Config, stack: contextlib.ExitStack) -> bool:

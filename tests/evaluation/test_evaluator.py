@@ -244,8 +244,9 @@ def test_the_draft_is_in_the_prompt_as_it_was_sampled(evaluator, params, monkeyp
     plain, refined = asked[: len(QUESTIONS)], asked[len(QUESTIONS) :]
     assert len(refined) == len(QUESTIONS)
     for one, other in zip(plain, refined, strict=True):
-        draft = rows.of(one.index)[other.tag.owner[0]]
-        expected = made._renderer.with_draft(one.tag.prompt.question, np.array(draft["tokens"], np.int32))
+        (path,) = {key[1] for key in map(results.key_of, rows.values()) if key[0] == other.index and key[1]}
+        draft = rows.of(one.index)[path[0]]
+        expected = made._renderer.with_draft(one.prompt.question, np.array(draft["tokens"], np.int32))
         np.testing.assert_array_equal(other.tokens, expected)
         assert one.index == other.index and (one.key != other.key).any()
 

@@ -14,12 +14,13 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
-from igrpo_jax.learning.rollout import Rollout, select_draft, stage_key
+from igrpo_jax.learning.rollout import Rollout, select_draft
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.records import Completion, Prompt, Score
 from igrpo_jax.rewards.verifier import Verifier, VerifierError, statistics
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Request, Scheduler
+from igrpo_jax.sampling.scoring import stage_key
 from igrpo_jax.sampling.steps import Sampling
 
 QUESTIONS = ("1+2", "7+5-3", "9", "4-4+8-1", "2+2", "5+5")

@@ -14,6 +14,7 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
+from igrpo_jax.records import Prompt
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Request, Scheduler
 from igrpo_jax.sampling.steps import Sampling
@@ -36,9 +37,10 @@ def requests():
     """
     rng = np.random.default_rng(0)
     shape = {32: (5, 24), 33: (1, 24), 110: (4, 24), 7: (11, 9), 1: (2, 1)}
+    tokens = [rng.integers(0, 64, length, np.int32) for length in shape]
     return [
-        Request(rng.integers(0, 64, length, np.int32), index, samples, KEY, limit, tag=f"tag {index}")
-        for index, (length, (samples, limit)) in enumerate(shape.items())
+        Request(ids, index, samples, KEY, limit, prompt=Prompt(f"row {index}", index, "", "", ids))
+        for index, (ids, (samples, limit)) in enumerate(zip(tokens, shape.values(), strict=True))
     ]
 
 
@@ -82,11 +84,11 @@ def check_same(samples, expected):
         assert other.finished == one.finished
 
 
-def test_each_sample_comes_once_with_its_tag(expected):
+def test_each_sample_comes_once_with_its_request(expected):
     samples, _ = expected
     ids = [(one.request.index, one.sample_id) for one in samples]
     assert sorted(ids) == [(request.index, i) for request in requests() for i in range(request.samples)]
-    assert all(one.request.tag == f"tag {one.request.index}" for one in samples)
+    assert all(sample.request.prompt.id == f"row {sample.request.index}" for sample in samples)
     assert ids != sorted(ids)  # as they finish: not in order
     assert {len(one.tokens) for one in samples if one.request.index == 4} == {1}
     assert max(len(one.tokens) for one in samples if one.request.index == 3) == 9

@@ -1,0 +1,75 @@
+"""Samples and scores queued requests at the same time. The rollout and the evaluation share it.
+
+1. The caller submits requests that carry their problem (`prompt`) and a callback (`scored`) to the scheduler.
+2. `sample_and_score` runs the scheduler, and gives each sample to the verifier as soon as it is drawn.
+3. Once a score is there, the callback of its request gets the completion with it, and may submit further requests.
+
+The verifier works while the device samples. Scores come in any order; no result may depend on it.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from igrpo_jax.data.prompts import Renderer
+from igrpo_jax.distributed import preemption, watchdog
+from igrpo_jax.records import Candidate, Completion, Score
+from igrpo_jax.sampling.scheduler import Request, Sample, Scheduler
+
+Grade = Callable[[Candidate], Future[Score]]
+
+
+def stage_key(seed: int, step: int, stage: int) -> np.ndarray:
+    """Returns the key data [2] uint32 of one stage of one step; prompts, samples and positions fold in after it."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), stage)
+    return np.asarray(jax.random.key_data(key))
+
+
+def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: Renderer) -> float:
+    """Runs until every queued request is sampled and scored, those included that callbacks submit meanwhile.
+
+    Args:
+        scheduler: started; all its requests have a `prompt` and a `scored`.
+        grade: returns at once; its future never raises.
+
+    Returns:
+        Seconds in which nothing was left to sample and only the verifier was waited for.
+
+    Raises:
+        Preempted: the machine is about to be taken away.
+    """
+    waited = 0.0
+    grading: dict[Future[Score], tuple[Request, Completion]] = {}
+    while scheduler.pending or grading:
+        preemption.check()
+        if scheduler.pending:
+            with watchdog.phase("dispatch"):
+                samples = scheduler.advance()
+            for sample in samples:
+                completion, candidate = _completed(sample, renderer)
+                grading[grade(candidate)] = (sample.request, completion)
+        else:
+            began = time.perf_counter()
+            with watchdog.phase("verifier", f"{len(grading)} verdicts to come"):
+                while not wait(grading, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                    preemption.check()
+            waited += time.perf_counter() - began
+        for future in [future for future in grading if future.done()]:
+            request, completion = grading.pop(future)
+            assert request.scored is not None, "a request whose samples are scored has a callback"
+            request.scored(replace(completion, score=future.result()))
+    return waited
+
+
+def _completed(sample: Sample, renderer: Renderer) -> tuple[Completion, Candidate]:
+    """Returns a sample as a completion that waits for its score, and as reward functions see it."""
+    request, text = sample.request, renderer.text(sample.tokens)
+    completion = Completion(request.stage, sample.sample_id, sample.tokens, sample.logprobs, sample.finished, text)
+    prompt = request.prompt
+    assert prompt is not None, "a request whose samples are scored has a problem"
+    candidate = Candidate(text, prompt.answer, renderer.opened, prompt.question, prompt.columns, sample.tokens)
+    return completion, candidate
