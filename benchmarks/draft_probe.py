@@ -30,7 +30,8 @@ import study_runs
 
 from igrpo_jax import config
 from igrpo_jax.evaluation import measures
-from igrpo_jax.outputs.metrics import copy_ratio, write_atomically, write_rows
+from igrpo_jax.outputs.files import write_atomically, write_rows
+from igrpo_jax.outputs.metrics import copy_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "study_smollm2.py"

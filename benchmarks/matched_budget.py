@@ -173,7 +173,7 @@ def arithmetic(args: argparse.Namespace) -> Study:
     """The problems as files, and the supervised starts that the chosen groups need."""
     from igrpo_jax import config
     from igrpo_jax.data.arithmetic import problems
-    from igrpo_jax.outputs.metrics import write_rows
+    from igrpo_jax.outputs.files import write_rows
 
     file = ROOT / "configs" / "study_arithmetic.py"
     tree = read_config(file)
@@ -199,7 +199,7 @@ def arithmetic(args: argparse.Namespace) -> Study:
 
 def pretrained(args: argparse.Namespace) -> Study:
     """The model that is given, and the problems that it solves sometimes."""
-    from igrpo_jax.outputs.metrics import write_rows
+    from igrpo_jax.outputs.files import write_rows
 
     file, data, samples = ROOT / "configs" / "study_smollm2.py", args.out / "data", 4
     tree = read_config(file)

@@ -22,7 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from igrpo_jax import config as config_lib
-from igrpo_jax.outputs.metrics import Writer, rollout_metrics, write_atomically, write_rows
+from igrpo_jax.outputs.files import write_atomically, write_rows
+from igrpo_jax.outputs.metrics import rollout_metrics
+from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Completion, Group, Prompt, Score
 
 TEXT = (

@@ -10,7 +10,7 @@ import numpy as np
 import study_runs
 from study_runs import MOVES, interval
 
-from igrpo_jax.outputs.metrics import write_atomically
+from igrpo_jax.outputs.files import write_atomically
 
 Results = dict[str, Any]
 Arm = dict[str, Any]

@@ -18,7 +18,7 @@ import numpy as np
 
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.evaluation import measures
-from igrpo_jax.outputs.metrics import write_atomically, write_rows, writing
+from igrpo_jax.outputs.files import write_atomically, write_rows, writing
 
 Key = tuple[int, tuple[int, ...], int]  # problem, drafts on the way to the sample's prompt, number of the sample
 

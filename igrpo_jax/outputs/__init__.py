@@ -1,4 +1,4 @@
-"""What a run leaves behind and says: files, checkpoints, metrics, trackers and the console.
+"""What a run writes and prints: files, checkpoints, metrics, trackers and the console.
 
-In order: workdir, checkpoint, weights, trackers, metrics, alerts, console.
+In order: files, workdir, checkpoint, trackers, metrics, writer, alerts, lines, console, weights.
 """

@@ -1,6 +1,7 @@
-"""What a person watching a run sees: a live display with the solve rate first, samples, tables and long phases.
+"""What a person who watches a run sees: a live display with the solve rate first, samples, tables and long phases.
 
-`Console` is how a run speaks; what the model wrote reaches the terminal stripped of escapes. On a terminal:
+All that a run prints goes through `Console`, which strips terminal escapes from what the model wrote. On a terminal it
+shows:
 
     solved   0.531   drafts 0.484   fixed 0.052   broken 0.213   copied 0.55   reward 1.531   entropy 0.21
     step     37/240  [===                 ]  left 0:06:40, 1.9 s/step, 0:01:12 so far
@@ -11,7 +12,6 @@
 
 import collections
 import contextlib
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
@@ -25,24 +25,28 @@ import rich.progress_bar
 import rich.table
 from rich.text import Text
 
+from igrpo_jax.outputs import lines
 from igrpo_jax.outputs.alerts import WATCHED, Row, alerts
-from igrpo_jax.outputs.metrics import number
-from igrpo_jax.records import Completion, Group
+from igrpo_jax.outputs.files import number
+from igrpo_jax.outputs.lines import hours, plain_text
+from igrpo_jax.records import Group
 
-REMEMBERED = 50  # steps that the time left is estimated from
-SILENT = 5.0  # seconds of a phase before its quarters are worth a line
+REMEMBERED = 50  # steps from which the time left is estimated
+SILENT = 5.0  # seconds that a phase runs before its quarters are printed
 
 
 class Console:
-    """What a person watching the run sees. On a terminal a live display under the lines; elsewhere plain lines only.
+    """Prints the progress of a run: on a terminal a live display under the lines, elsewhere plain lines only.
 
-    Silent on all processes but the first. Lines are plain ASCII of ours plus escaped text of the model, without markup.
+    Only the first process prints. The console's own words are plain ASCII. Text of the model is printed without
+    escapes, and nothing is read as markup.
     """
 
     def __init__(self, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         quiet = jax.process_index() != 0
         self._out = rich.console.Console(file=file, markup=False, highlight=False, emoji=False, quiet=quiet)
-        # Asked of the stream: FORCE_COLOR, which notebooks and CI set, makes everything a terminal to rich.
+        # The stream itself is asked, because rich takes every stream for a terminal where FORCE_COLOR is set, as it is
+        # in notebooks and CI.
         self._is_live = self._out.file.isatty() and not self._out.is_dumb_terminal and not quiet
         self._live: rich.live.Live | None = None
         self._phases = rich.progress.Progress(
@@ -54,14 +58,17 @@ class Console:
             console=self._out,
         )
         self._clock = clock
-        self._total, self._every, self._done = 0, 1, 0
-        self._began = self._last = 0.0  # on the clock
+        self._total = 0  # RL steps of the run
+        self._every = 1  # steps from one line to the next
+        self._done = 0  # RL steps that are done
+        self._began = 0.0  # reading of the clock when the count began
+        self._last = 0.0  # reading of the clock at the end of the last step
         self._seconds: collections.deque[float] = collections.deque(maxlen=REMEMBERED)  # from one step to the next
         self._row: Row = {}
         self._history: list[Row] = []
         self._evaluations: dict[int, Mapping[str, float]] = {}
-        self._alerts: list[str] = []  # now
-        self._said: set[str] = set()  # names of those printed
+        self._alerts: list[str] = []  # alerts of the last step
+        self._announced: set[str] = set()  # names of the alerts that hold and are printed already
 
     def __enter__(self) -> "Console":
         return self
@@ -77,73 +84,75 @@ class Console:
         history: Sequence[Row] = (),
         evaluations: Mapping[int, Mapping[str, float]] | None = None,
     ) -> None:
-        """Begins the count of RL steps: `first_step` are already done, a line is printed every `every` steps.
+        """Begins the count of RL steps.
 
         Args:
-            history: metrics of the steps done, for alerts.
-            evaluations: scores by step, of those done.
+            total_steps: steps of the run.
+            first_step: steps that are already done.
+            every: steps from one printed line to the next.
+            history: metrics of the steps that are done, which alerts need.
+            evaluations: scores of the evaluations that are done, by step.
         """
-        self._total, self._every, self._done = total_steps, every, first_step
+        self._total = total_steps
+        self._every = every
+        self._done = first_step
         self._history = [_watched(row) for row in history]
         self._evaluations |= evaluations or {}
-        self._began = self._last = self._clock()
+        self._began = self._clock()
+        self._last = self._began
         self._show()
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Reports that `step` steps are done; the line is printed at the log cadence and after the last step.
+        """Reports that `step` steps are done; a line is printed every `every` steps and after the last step.
 
-        An alert is printed when it begins, at the log cadence too, and again when it comes back.
+        An alert is printed with such a line when it begins, and again when it comes back.
         """
         now = self._clock()
-        # What is between two steps counts: evaluations, checkpoints. The first step compiles.
+        # The time between two steps counts, with its evaluations and checkpoints. The first step is left out because it
+        # compiles.
         if self._row:
             self._seconds.append(now - self._last)
-        self._last, self._done = now, step
+        self._last = now
+        self._done = step
         self._row = {name: number(value) for name, value in metrics.items()}
         watched = _watched(self._row)
         self._alerts = alerts(watched, self._history)
         self._history.append(watched)
         if step % self._every == 0 or step == self._total:
-            self.message(step_line(step, self._total, self._row, self._left()))
+            self.message(lines.step_line(step, self._total, self._row, self._left()))
             named = {alert.partition(":")[0]: alert for alert in self._alerts}
             for name, alert in named.items():
-                if name not in self._said:
+                if name not in self._announced:
                     self.message(f"step {step}: alert: {alert}")
-            self._said = set(named)
+            self._announced = set(named)
         self._show()
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
-        """Reports single-shot scores, beside the best so far."""
+        """Prints the single-shot scores of `step` beside the best so far."""
         self._evaluations[step] = scores
-        for line in evaluation_lines(self._evaluations):
+        for line in lines.evaluation_lines(self._evaluations):
             self.message(line)
         self._show()
 
     def sample(self, group: Group, advantages: np.ndarray) -> None:
-        """Prints a question, the draft it was shown, its first refinement and the right answer; `advantages` is [G]."""
-        blocks = [("question", group.prompt.question)]
-        if group.best is not None:
-            best = group.drafts[group.best]
-            blocks.append((f"kept of {len(group.drafts)} drafts, {_score_text(best)}", best.text))
-        first = group.completions[0]
-        stage = "completion" if group.best is None else "refinement"
-        count = len(group.completions)
-        advantage = f"advantage {float(advantages[0]):+.2f}"
-        blocks.append((f"{stage} 1 of {count}, {_score_text(first)}, {advantage}", first.text))
-        blocks.append(("right answer", group.prompt.answer))
-        for title, text in blocks:
+        """Prints a question, the draft in its prompt, its first refinement and the right answer.
+
+        Args:
+            advantages: [G] float32, the advantages of the group's completions.
+        """
+        for title, text in lines.sample_blocks(group, float(advantages[0])):
             self.message(f"--- {title}")
-            self.message(_shorten(text))
+            self.message(text)
         self.message("---")
 
     def message(self, text: str) -> None:
-        """Prints `text` as it is, terminal escapes stripped, never wrapped where stdout is no terminal."""
+        """Prints `text` without its terminal escapes; where stdout is no terminal it is never wrapped."""
         encoding = self._out.encoding or "utf-8"
         safe = plain_text(text).encode(encoding, "replace").decode(encoding)
         self._out.print(Text(safe), soft_wrap=True)
 
     def table(self, title: str, rows: Sequence[tuple[str, Any]]) -> None:
-        """Prints two columns, names and values."""
+        """Prints a title and two columns, names and values."""
         if not self._is_live:
             width = max((len(plain_text(str(name))) for name, _ in rows), default=0)
             self.message("\n".join([title] + [f"  {plain_text(str(name)):<{width}}  {value}" for name, value in rows]))
@@ -157,25 +166,20 @@ class Console:
     def phase(self, name: str, total: int | None = None, done: int = 0) -> Iterator[Callable[..., None]]:
         """Shows that something long runs (compiling, warm start, evaluation).
 
-        On a terminal a bar while it lasts and a line with its seconds after it; elsewhere a line at its start, and one
-        at each quarter of a phase that counts and takes longer than SILENT seconds. Yields `update(done, note="")`, for
-        a phase that counts from `done` to `total`.
+        On a terminal there is a bar while it lasts, and a line with its seconds after it. Elsewhere there is a line at
+        its start, and one at each quarter of a phase that counts and takes longer than SILENT seconds.
+
+        Args:
+            total: what the phase counts to; None where it does not count.
+            done: what it counts from.
+
+        Yields:
+            `update(done, note="")`, which the phase calls as it counts.
         """
-        start, first = self._clock(), done
+        start = self._clock()
         if not self._is_live:
             self.message(f"{name} ...")
-
-            said = 4 * done // total if total else 0
-
-            def quarters(done: int, note: str = "") -> None:
-                nonlocal said
-                if total and 4 * done // total > said:
-                    said, passed = 4 * done // total, self._clock() - start
-                    left = (total - done) * passed / max(done - first, 1)
-                    if passed > SILENT:
-                        self.message(f"{name} {done}/{total}  {note}  left {_hours(left)}")
-
-            yield quarters
+            yield self._quarters(name, total, done)
             return
         count = lambda done: f"{done:,}/{total:,}" if total else ""
         task = self._phases.add_task(plain_text(name), total=total, completed=done, count=count(done))
@@ -191,14 +195,30 @@ class Console:
             self._phases.remove_task(task)
         self.message(f"{name}: {self._clock() - start:.1f} s")
 
+    def _quarters(self, name: str, total: int | None, first: int) -> Callable[..., None]:
+        """Returns `update(done, note="")`, which prints a line at each quarter of the way from 0 to `total`."""
+        start = self._clock()
+        printed = 4 * first // total if total else 0
+
+        def update(done: int, note: str = "") -> None:
+            nonlocal printed
+            if total and 4 * done // total > printed:
+                printed = 4 * done // total
+                passed = self._clock() - start
+                left = (total - done) * passed / max(done - first, 1)
+                if passed > SILENT:
+                    self.message(f"{name} {done}/{total}  {note}  left {hours(left)}")
+
+        return update
+
     def close(self) -> None:
-        """Ends the live display; may be called twice."""
+        """Ends the live display. It may be called twice."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def _left(self) -> float | None:
-        """Seconds to the last step, evaluations in between included; None before the first step."""
+        """Returns the seconds to the last step, with the evaluations in between; None before the first step."""
         known = self._seconds or [self._row.get("perf/step_time")]
         return None if None in known else float(np.mean(known)) * max(self._total - self._done, 0)
 
@@ -208,7 +228,7 @@ class Console:
             self._live.start()
 
     def _display(self) -> rich.console.RenderableType:
-        """What stands under the lines, drawn several times a second by a thread of rich's."""
+        """Returns what stands under the lines; a thread of rich draws it several times a second."""
         parts: list[rich.console.RenderableType] = []
         if self._total:
             parts.append(self._status())
@@ -220,12 +240,12 @@ class Console:
         grid = rich.table.Table.grid(padding=(0, 2), expand=True)
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(no_wrap=True, ratio=1)
-        if solved := values_text(self._row, _SOLVED):
+        if solved := lines.values_text(self._row, lines.SOLVED):
             grid.add_row("solved", Text(solved, style="bold green"))
         grid.add_row("step", self._progress())
-        if times := values_text(self._row, _TIME):
+        if times := lines.values_text(self._row, lines.TIME):
             grid.add_row("time", Text(times))
-        for line in evaluation_lines(self._evaluations):
+        for line in lines.evaluation_lines(self._evaluations):
             grid.add_row("eval", Text(plain_text(line.removeprefix("eval/"))))
         for alert in self._alerts:
             grid.add_row("alert", Text(alert, style="bold yellow"))
@@ -233,10 +253,10 @@ class Console:
 
     def _progress(self) -> rich.table.Table:
         left, elapsed = self._left(), self._clock() - self._began
-        parts = [] if left is None else [f"left {_hours(left)}"]
+        parts = [] if left is None else [f"left {hours(left)}"]
         if self._row.get("perf/step_time") is not None:
             parts.append(f"{self._row['perf/step_time']:.1f} s/step")
-        text = ", ".join([*parts, f"{_hours(elapsed)} so far"])
+        text = ", ".join([*parts, f"{hours(elapsed)} so far"])
         bar = rich.progress_bar.ProgressBar(self._total, self._done, width=20)
         grid = rich.table.Table.grid(padding=(0, 2))
         grid.add_row(Text(f"{self._done}/{self._total}"), bar, Text(text, no_wrap=True, overflow="ellipsis"))
@@ -245,103 +265,3 @@ class Console:
 
 def _watched(row: Row) -> Row:
     return {name: row[name] for name in WATCHED if name in row}
-
-
-# Parts of a text, in order: wording, metric, format. A part without its metric is left out.
-Parts = Sequence[tuple[str, str, str]]
-_STEP_LINE: Parts = (
-    ("solved", "rewards/accuracy/mean", ".3f"),
-    ("drafts solved", "draft/accuracy", ".3f"),
-    ("reward", "reward", ".3f"),
-    ("entropy", "entropy", ".3f"),
-    ("length", "completions/mean_length", ".0f"),
-    ("draft length", "draft/mean_length", ".0f"),
-)
-_SOLVED: Parts = (
-    ("", "rewards/accuracy/mean", ".3f"),
-    ("drafts", "draft/accuracy", ".3f"),
-    ("fixed", "refine/fixed", ".3f"),
-    ("broken", "refine/broken", ".3f"),
-    ("copied", "refine/copy_ratio", ".2f"),
-    ("reward", "reward", ".3f"),
-    ("entropy", "entropy", ".3f"),
-    ("length", "completions/mean_length", ".0f"),
-)
-_TIME: Parts = (
-    ("rollout", "perf/rollout_time", ".1f"),
-    ("update", "perf/update_time", ".1f"),
-    ("waiting for the verifier", "perf/verify_wait_time", ".1f"),
-    ("tokens/s", "perf/tokens_per_second", ",.0f"),
-    ("MFU of updates", "perf/mfu", ".0%"),
-    ("slots in use", "perf/slot_utilization", ".0%"),
-)
-
-
-def values_text(row: Row, parts: Parts) -> str:
-    """The parts of a row with two spaces between them."""
-    found = []
-    for wording, name, form in parts:
-        if name in row:
-            value = "not finite" if row[name] is None else format(row[name], form)
-            found.append(f"{wording} {value}".strip())
-    return "  ".join(found)
-
-
-def step_line(step: int, total: int, row: Row, left: float | None) -> str:
-    """One line of a step: the solve rate first, seconds of the step and time left last."""
-    parts = [f"step {step:>{len(str(total))}}/{total}", values_text(row, _STEP_LINE)]
-    if row.get("perf/step_time") is not None:
-        parts.append(f"{row['perf/step_time']:.1f} s/step")
-    if left is not None:
-        parts.append(f"left {_hours(left)}")
-    return "  ".join(part for part in parts if part)
-
-
-def evaluation_lines(evaluations: Mapping[int, Mapping[str, float]]) -> list[str]:
-    """For each benchmark the newest single-shot pass@1, and the highest so far, the latest of equals."""
-    names = {name for scores in evaluations.values() for name in scores if re.fullmatch(r"eval/[^/]+/pass@1", name)}
-    lines = []
-    for name in sorted(names):
-        known = {step: scores[name] for step, scores in evaluations.items() if name in scores}
-        best, newest = max(known, key=lambda step: (known[step], step)), max(known)
-        beside = f"best {known[best]:.3f} at step {best}" if best != newest else "the best so far"
-        lines.append(f"{name} {known[newest]:.3f} at step {newest}" + f", {beside}" * (len(known) > 1))
-    return lines
-
-
-def _hours(seconds: float) -> str:
-    """h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
-_ESCAPES = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
-    r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\|\Z)"  # OSC and other strings: titles, links, clipboard
-    r"|\x1b[ -/]*[0-~]"  # the rest
-    # Control characters but tab and newline, characters that turn the writing direction, lone surrogates.
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
-    re.DOTALL,
-)
-
-
-def plain_text(text: str) -> str:
-    """`text` without what a terminal would act on: escape sequences, control and direction characters."""
-    return _ESCAPES.sub("", text.replace("\r\n", "\n"))
-
-
-def _shorten(text: str, limit: int = 2000) -> str:
-    """Head and tail of a long text; the answer is at the end."""
-    if len(text) <= limit:
-        return text
-    return f"{text[: limit // 4]}\n[... {len(text) - limit} characters ...]\n{text[-(limit - limit // 4) :]}"
-
-
-def _score_text(completion: Completion) -> str:
-    score = completion.score
-    if score is None:
-        return "not graded"
-    if score.status == "invalid":
-        return "no verdict"
-    parts = [f"{name} {value:g}" for name, value in sorted(score.rewards.items())]
-    return f"reward {score.reward:g} ({', '.join(parts)})" if parts else f"reward {score.reward:g}"

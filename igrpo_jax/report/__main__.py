@@ -11,7 +11,7 @@ from absl import flags
 
 from igrpo_jax import cli
 from igrpo_jax.errors import InputError
-from igrpo_jax.outputs.console import plain_text
+from igrpo_jax.outputs.lines import plain_text
 from igrpo_jax.report import pages
 
 

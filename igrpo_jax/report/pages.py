@@ -18,7 +18,7 @@ import jinja2
 
 from igrpo_jax import __version__
 from igrpo_jax.errors import InputError
-from igrpo_jax.outputs.metrics import write_atomically
+from igrpo_jax.outputs.files import write_atomically
 from igrpo_jax.report import figures, panels, runs, samples, summary
 from igrpo_jax.report.runs import Run
 

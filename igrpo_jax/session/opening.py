@@ -25,8 +25,8 @@ from igrpo_jax.models import decoder
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.outputs.metrics import Writer
 from igrpo_jax.outputs.workdir import locked, prepare_workdir
+from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler

@@ -22,7 +22,7 @@ from igrpo_jax.learning.rollout import Rollout
 from igrpo_jax.models import decoder, hf_write
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.outputs.metrics import Writer
+from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Group
 from igrpo_jax.session import overview
 from igrpo_jax.session.progress import Progress

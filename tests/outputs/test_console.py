@@ -7,7 +7,7 @@ import numpy as np
 import rich.console
 from builders import completion, group
 
-from igrpo_jax.outputs import console
+from igrpo_jax.outputs import console, lines
 
 
 class Terminal(io.StringIO):
@@ -109,7 +109,7 @@ def test_terminal_console_has_the_same_lines_and_a_display(monkeypatch):
             update(5, "loss 0.1")
             assert any("warm start  loss 0.1" in line and "5/5" in line for line in drawn(shown))
         shown.step(1, STEP)
-    text = console.plain_text(out.getvalue())
+    text = lines.plain_text(out.getvalue())
     assert "step  1/10  solved 0.625  drafts solved 0.500" in text and "warm start: " in text and "prompts" in text
 
 

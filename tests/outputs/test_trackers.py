@@ -8,7 +8,8 @@ import pytest
 
 from igrpo_jax import config as config_lib
 from igrpo_jax.errors import InputError
-from igrpo_jax.outputs import metrics, trackers
+from igrpo_jax.outputs import trackers
+from igrpo_jax.outputs.writer import Writer
 
 # What is used of wandb, keeping what it was given in a file; a run's step goes on where the server's copy ended.
 FAKE = """
@@ -76,7 +77,7 @@ def known(workdir):
 
 def test_wandb_is_given_every_row_with_the_step_as_its_axis(tmp_path, fake, config):
     workdir = tmp_path / "my_run"
-    with metrics.Writer(workdir, config) as writer:
+    with Writer(workdir, config) as writer:
         writer.write(0, {"warm_start/step": 20, "warm_start/loss": 1.0})
         writer.write(0, {"eval/arithmetic/pass@1": 0.5})
         writer.write(1, {"loss": 0.25, "kl": float("nan")})
@@ -91,17 +92,17 @@ def test_wandb_is_given_every_row_with_the_step_as_its_axis(tmp_path, fake, conf
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run_without_a_row_twice(tmp_path, fake, config):
     """Killed after step 3, resumed from step 1: wandb has rows 0 to 3, and is given row 4 next."""
-    with metrics.Writer(tmp_path / "run", config) as writer:
+    with Writer(tmp_path / "run", config) as writer:
         for step in range(4):
             writer.write(step, {"loss": step})
     first = (tmp_path / "run" / "wandb" / "run_id").read_text()
-    with metrics.Writer(tmp_path / "run", config, resume_step=1) as writer:
+    with Writer(tmp_path / "run", config, resume_step=1) as writer:
         assert [row["step"] for row in writer.history] == [0, 1]
         for step in range(2, 6):
             writer.write(step, {"loss": step})
     assert (tmp_path / "run" / "wandb" / "run_id").read_text() == first
     assert known(tmp_path / "run")["rows"] == [[step, {"step": step, "loss": step}] for step in range(6)]
-    with metrics.Writer(tmp_path / "run", config):  # from nothing: another run
+    with Writer(tmp_path / "run", config):  # from nothing: another run
         pass
     assert (tmp_path / "run" / "wandb" / "run_id").read_text() != first
 
@@ -109,7 +110,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_without_a_row_twice(tmp_pat
 def test_wandb_that_cannot_start_is_one_line(tmp_path, fake, config, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(InputError, match=r"wandb cannot start \(api_key not configured .*WANDB_MODE=offline") as error:
-        metrics.Writer(tmp_path, config)
+        Writer(tmp_path, config)
     assert "\n" not in str(error.value)
 
 
@@ -119,7 +120,7 @@ def test_a_wandb_that_fails_later_ends_no_run(tmp_path, fake, config, monkeypatc
     def gone(*_, **__):
         raise ConnectionResetError("Connection lost")
 
-    with metrics.Writer(tmp_path, config) as writer:
+    with Writer(tmp_path, config) as writer:
         writer.write(0, {"loss": 1.0})
         wandb_run = type(writer._trackers[0]._run)
         monkeypatch.setattr(wandb_run, "log", gone)

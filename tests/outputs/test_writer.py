@@ -1,0 +1,113 @@
+"""The files that a run writes step by step, and what a resume does to them."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import completion, group, run_config
+
+from igrpo_jax.errors import RunError
+from igrpo_jax.outputs import writer as writers
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_writer_takes_any_scalar_and_writes_null_for_what_is_not_finite(tmp_path):
+    with writers.Writer(tmp_path, run_config()) as writer:
+        writer.write(1, {"loss": jnp.float32(0.5), "kl": np.float32(0.25), "reward": 1, "entropy": jnp.bfloat16(2.0)})
+        assert rows_of(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "kl": 0.25, "reward": 1, "entropy": 2}]
+        writer.write(np.int32(2), {"loss": float("nan"), "kl": jnp.inf, "perf/recompiles": np.array([3])})
+        assert writer.rows == 2
+    second = (tmp_path / "metrics.jsonl").read_text().splitlines()[1]
+    assert second == '{"step": 2, "loss": null, "kl": null, "perf/recompiles": 3.0}'
+
+
+def test_sample_rows(tmp_path, two_groups):
+    odd = completion("refine", 0, [3, 9], 1.0, text="\ud800 ∑ \x1b[31m\n</answer>")
+    groups = [two_groups[0], group([], None, [odd, completion("refine", 1, [9], 0.0)])]
+    with writers.Writer(tmp_path, run_config()) as writer:
+        writer.samples(123, groups, np.array([[0.5, -0.5], [1.0, -1.0]], np.float32))
+    rows = rows_of(tmp_path / "samples" / "step_000123.jsonl")
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_000123.jsonl"]
+    columns = (
+        "prompt_id stage sample_id parent_draft_id prompt text token_count finished rewards reward status extracted "
+        "answer advantage"
+    )
+    assert all(list(row) == columns.split() for row in rows)
+    assert [row["stage"] for row in rows] == ["draft", "draft", "refine", "refine", "refine", "refine"]
+    assert [row["parent_draft_id"] for row in rows] == [None, None, 0, 0, None, None]
+    assert [row["advantage"] for row in rows] == [None, None, 0.5, -0.5, 1.0, -1.0]
+    assert rows[2]["rewards"] == {"accuracy": 1.0, "format": 1.0} and rows[2]["token_count"] == 3
+    assert [row["reward"] for row in rows] == [2.0, 1.0, 2.0, 0.0, 1.0, 0.0] and rows[0]["status"] == "ok"
+    assert rows[3]["finished"] is False and rows[0]["answer"] == "7" and rows[0]["prompt"] == "3 + 4"
+    assert rows[4]["text"] == odd.text
+
+
+def test_resume_drops_what_the_resumed_run_writes_again(tmp_path, two_groups):
+    advantages = np.zeros((2, 2), np.float32)
+    with writers.Writer(tmp_path, run_config()) as writer:
+        writer.write(0, {"eval/arithmetic/pass@1": 0.5})
+        for step in range(1, 6):
+            writer.write(step, {"loss": step})
+            writer.samples(step, two_groups, advantages)
+    path = tmp_path / "metrics.jsonl"
+    with open(path, "a") as file:
+        file.write('{"step": 3, "lo')  # a row that a kill tore
+    (tmp_path / "samples" / "step_000002.jsonl.tmp").write_text("half a file")
+    with writers.Writer(tmp_path, run_config(), resume_step=3) as writer:
+        assert writer.rows == 4
+        assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [f"step_00000{i}.jsonl" for i in (1, 2, 3)]
+        writer.write(4, {"loss": 40})
+    assert [(row["step"], row.get("loss")) for row in rows_of(path)] == [(0, None), (1, 1), (2, 2), (3, 3), (4, 40)]
+    with writers.Writer(tmp_path, run_config()) as writer:  # died before its first checkpoint: everything again
+        assert writer.rows == 0
+    assert path.read_text() == "" and not list((tmp_path / "samples").iterdir())
+
+
+def test_a_whole_last_row_without_its_newline_is_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}')
+    with writers.Writer(tmp_path, run_config(), resume_step=2) as writer:
+        writer.write(3, {"loss": 3.0})
+    assert [row["step"] for row in rows_of(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_tensorboard_scalars_and_purge_on_resume(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import masked_crc32c
+
+    config = run_config(**{"log.trackers": ("tensorboard",)})
+    with writers.Writer(tmp_path, config) as writer:
+        writer.write(1, {"loss": jnp.float32(0.5), "kl": float("nan")})
+
+    def events(path):
+        data = path.read_bytes()
+        while data:  # length, its checksum, the event, its checksum
+            size = int.from_bytes(data[:8], "little")
+            assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
+            yield Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    assert [(e.step, v.tag, v.simple_value) for e in events(first) for v in e.summary.value] == [(1, "loss", 0.5)]
+    with writers.Writer(tmp_path, config, resume_step=7):
+        pass
+    (second,) = set((tmp_path / "tensorboard").iterdir()) - {first}
+    assert [e.step for e in events(second) if e.session_log.status == SessionLog.START] == [8]
+
+
+def test_a_batch_that_cannot_be_kept_is_one_line(tmp_path, two_groups):
+    with writers.Writer(tmp_path, run_config()) as writer:
+        (tmp_path / "nonfinite").write_text("in the way")
+        with pytest.raises(RunError, match=r"nonfinite: cannot be written \(File exists\)"):
+            writer.nonfinite(1, two_groups, np.zeros((2, 2), np.float32))
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch, two_groups):
+    monkeypatch.setattr(writers.jax, "process_index", lambda: 1)
+    with writers.Writer(tmp_path, run_config()) as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.samples(1, two_groups, np.zeros((2, 2)))
+    assert not list(tmp_path.iterdir())
