@@ -180,6 +180,7 @@ def test_clean_compares_with_all_that_evaluation_may_ask(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     c = settings()  # the built-in model has never seen a data set, which `freeze` would say
     c = dataclasses.replace(c, data=dataclasses.replace(c.data, train=str(tmp_path / "train.jsonl"), clean=True))
+    c = dataclasses.replace(c, checkpoint=dataclasses.replace(c.checkpoint, best_metric=""))
     for every, asked in ((0, {}), (1, {"mine": ["2+2"]})):
         held_out = {"every": every, "benchmarks": ("mine",), "data_dir": str(tmp_path), "limit": 1}
         task = open_task(dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, **held_out)))
@@ -204,6 +205,12 @@ def test_a_best_metric_that_is_none(tmp_path):
     done = subprocess.run(wrong, cwd=ROOT, env=one_device(), capture_output=True, text=True)
     assert done.returncode == 2 and "the nearest is 'eval/arithmetic/pass@1'" in done.stderr
     assert not (tmp_path / "run").exists() and "compiling" not in done.stdout
+
+
+def test_a_best_metric_without_benchmarks():
+    nothing = settings(**{"evaluation.benchmarks": ()})
+    with pytest.raises(InputError, match=r"best_metric = 'eval/arithmetic/pass@1': .*; name a benchmark in evaluation"):
+        open_task(nothing)
 
 
 def test_a_run_evaluates_what_a_best_metric_may_name(whole):

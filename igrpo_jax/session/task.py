@@ -104,10 +104,9 @@ def check_best_metric(config: Config, evaluated: evaluator.Plan) -> None:
     name = config.checkpoint.best_metric
     names = evaluator.metric_names(config, evaluated)
     if name and name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-        raise InputError(
-            f"config.checkpoint.best_metric = {name!r}: evaluations write no such metric; the nearest is {near!r}"
-        )
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        fix = f"the nearest is {near[0]!r}" if near else "name a benchmark in evaluation.benchmarks"
+        raise InputError(f"config.checkpoint.best_metric = {name!r}: evaluations write no such metric; {fix}")
 
 
 def check_context(config: Config, context: int, max_context: int) -> None:
