@@ -208,7 +208,8 @@ def test_a_best_metric_that_is_none(tmp_path):
 
 
 def test_a_best_metric_without_benchmarks():
-    nothing = settings(**{"evaluation.benchmarks": ()})
+    c = settings()
+    nothing = dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, benchmarks=()))
     with pytest.raises(InputError, match=r"best_metric = 'eval/arithmetic/pass@1': .*; name a benchmark in evaluation"):
         open_task(nothing)
 
