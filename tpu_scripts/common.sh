@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# What the scripts beside this file share: flags, running (or only printing) commands, GPU settings. Sourced, never run.
+# What the scripts of this folder share: flags, running or printing commands, GPU settings. It is sourced, never run.
 
-# Flags with a value that a script may take: defaults ("" = has to be given, - = none), the form, and what they are.
+# Flags with a value that a script may take: the default ("" = required, - = no value), the form, and the meaning.
 declare -A FLAG=([name]="" [zone]="" [project]=- [topology]="" [shared]="" [run]=igrpo [environment]=- [poll]=30)
 declare -A FORM=(
   [name]='^[a-z][a-z0-9-]*$'
@@ -24,9 +24,9 @@ declare -A MEANS=(
   [dry-run]="print the commands only"
 )
 declare -A SWITCH=([spot]="" [dry-run]="") # flags without a value
-REST=()                                    # what follows --
+REST=()                                    # the arguments after --
 
-# die MESSAGE: for bad input. fail MESSAGE: for what went wrong with good input.
+# die MESSAGE ends after bad input. fail MESSAGE ends after an error with good input.
 die() {
   echo "${0##*/}: error: $*" >&2
   exit 2
@@ -37,7 +37,7 @@ fail() {
   exit 1
 }
 
-# parse_flags FLAG_OF_THIS_SCRIPT... -- ARGUMENTS: fills FLAG, SWITCH and REST.
+# parse_flags FLAG_OF_THIS_SCRIPT... -- ARGUMENTS fills FLAG, SWITCH and REST.
 parse_flags() {
   local allowed=() name
   while [[ $1 != -- ]]; do
@@ -78,7 +78,7 @@ check_flag() {
   [[ $1 != environment || -r ${FLAG[$1]} ]] || die "--environment ${FLAG[$1]}: no such file, or it cannot be read"
 }
 
-# usage FLAGS...: what stands at the head of the script, and its flags.
+# usage FLAGS... prints the comment at the head of the script, and its flags.
 usage() {
   local name default
   head_of_script
@@ -93,7 +93,7 @@ head_of_script() {
   sed -n '2,/^[^#]/ { /^#SBATCH/d; s/^# \{0,1\}//p }' "$0"
 }
 
-# run COMMAND...: runs it, or with --dry-run prints it as it could be typed.
+# run COMMAND... runs the command, or with --dry-run prints it as it could be typed.
 run() {
   if [[ ${SWITCH[dry-run]} ]]; then
     printf '%q ' "$@"
@@ -103,11 +103,11 @@ run() {
   fi
 }
 
-# gpu_environment: XLA's settings for GPUs (docs/scaling.md says where they are from); what is set stays.
+# gpu_environment sets XLA's settings for GPUs (docs/scaling.md has their sources) and keeps those that are set.
 gpu_environment() {
   local name
   : "${XLA_CLIENT_MEM_FRACTION:=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}}"
-  unset XLA_PYTHON_CLIENT_MEM_FRACTION # the old name: JAX refuses both together
+  unset XLA_PYTHON_CLIENT_MEM_FRACTION # the old name: JAX refuses to start with both
   : "${XLA_FLAGS:=--xla_gpu_enable_latency_hiding_scheduler=true}"
   for name in XLA_CLIENT_MEM_FRACTION XLA_FLAGS; do
     export "${name?}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Asks for a slice of TPUs (a queued resource) and waits until it is there; then sets up all of its workers.
+# Requests a slice of TPUs (a queued resource), waits until it exists, and sets up all of its workers.
 #
 #   tpu_scripts/create.sh --name NAME --zone ZONE --topology v5p:2x2x2 --shared HOST:/EXPORT [--spot] [--dry-run]
 #

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Gives a slice back, and its request: what is on the workers' disks is lost, the shared folder stays. Asks first.
+# Deletes a slice and its request, after asking. The workers' disks are lost; the shared folder stays.
 #
 #   tpu_scripts/delete.sh --name NAME --zone ZONE [--yes]
 #

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Brings the folder of a run and its logs here: metrics, samples, evaluations, and with --checkpoints its checkpoints
-# and export too. From a bucket it needs no slice, else a living one (--name, --zone).
+# Copies the folder of a run and its logs to this machine: metrics, samples and evaluations; with --checkpoints also its
+# checkpoints and export. It needs a running slice (--name, --zone), except when it copies from a bucket.
 #
 #   tpu_scripts/fetch.sh --shared gs://BUCKET --run RUN [--checkpoints] [--to DIR]
 #   tpu_scripts/fetch.sh --shared HOST:/EXPORT --run RUN --name NAME --zone ZONE [--checkpoints] [--to DIR]

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on all GPUs of this machine, in one process: the arguments are those of igrpo_jax.main.
+# Trains on all GPUs of this machine in one process. The arguments are those of igrpo_jax.main.
 #
 #   tpu_scripts/gpu_node.sh --config configs/gpu_h100.py --workdir runs/h100
 #
-# With --dry-run as the first argument it prints the environment and the command only. A run that was told to stop ends
-# with 75; the same command goes on with it. What the settings are and where they are from: docs/scaling.md.
+# With --dry-run as the first argument it only prints the environment and the command. A run that gets SIGTERM saves and
+# ends with 75; the same command resumes it. docs/scaling.md explains the settings and names their sources.
 #
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh

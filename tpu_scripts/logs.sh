@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Follows what a run says on all workers, each line under the number of its worker; Ctrl-C ends the following alone.
+# Follows the output of a run on all workers; each line begins with the number of its worker. Ctrl-C ends only this
+# command, not the run.
 #
 #   tpu_scripts/logs.sh --name NAME --zone ZONE --run RUN
 #

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What the other scripts have each worker do, from its home folder; not for people.
+# The commands that the other scripts run on each worker, in its home folder. Do not run it by hand.
 #
-#   on_worker.sh setup SHARED      environment, and the shared folder mounted as `shared`
-#   on_worker.sh start RUN ARGS... `run` in a tmux session RUN, once the last one of that name is over
-#   on_worker.sh run RUN ARGS...   the trainer; keeps what it says and how it ended in logs/RUN
-#   on_worker.sh status RUN        its exit code, "running", or "absent"
-#   on_worker.sh follow RUN        what it says, as it comes, under the worker's number
+#   on_worker.sh setup SHARED      installs the environment, and mounts the shared folder as `shared`
+#   on_worker.sh start RUN ARGS... starts `run` in a tmux session RUN, once the last session of that name is over
+#   on_worker.sh run RUN ARGS...   runs the trainer; keeps its output and its exit code in logs/RUN
+#   on_worker.sh status RUN        prints its exit code, "running", or "absent"
+#   on_worker.sh follow RUN        prints its output as it comes, with the worker's number
 set -Eeuo pipefail
 
 setup() {
@@ -19,9 +19,9 @@ setup() {
   mkdir -p shared/runs
 }
 
-# mount_shared HOST:/EXPORT or gs://BUCKET. In a bucket folders are renamed in one step, as checkpoints need it, only
-# with a hierarchical namespace. Caches would hide what other workers write, and a file that is streamed is not in the
-# bucket after an fsync.
+# mount_shared HOST:/EXPORT or gs://BUCKET. Checkpoints need folders to be renamed in one step, which a bucket does only
+# with a hierarchical namespace. Caches would hide the writes of other workers, and a streamed file is not in the bucket
+# after an fsync.
 mount_shared() {
   case $1 in
     gs://*)
@@ -46,12 +46,12 @@ install_gcsfuse() {
   apt_get install gcsfuse
 }
 
-# A machine that has just been started is still updating itself, and holds apt's lock.
+# A machine that has just started is still updating itself and holds apt's lock.
 apt_get() {
   sudo DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -qq -y "$@" >/dev/null
 }
 
-# A worker whose part of a run has ended may wait a little for the others to end theirs.
+# A worker whose part of a run has ended may have to wait until the others have ended too.
 start() {
   local patience=120
   mountpoint -q shared || { echo "on_worker.sh: error: $(hostname): no shared folder; run setup.sh" >&2 && exit 1; }
@@ -67,11 +67,11 @@ run() {
   local name=$1 status=0 keeper
   shift
   mkdir -p "logs/$name"
-  trap '' HUP # of a tmux that is ended first when the machine is taken away
-  trap : TERM # the trainer gets it too, and saves; how it ended is still to be written
+  trap '' HUP # tmux sends it when it is ended first, as the machine is taken away
+  trap : TERM # the trainer gets it too, and saves; its exit code must still be written
   if [[ -f environment ]]; then
     set -a
-    # shellcheck disable=SC1091 # the user's
+    # shellcheck disable=SC1091 # the file is the user's
     source ./environment
     set +a
   fi
@@ -84,7 +84,7 @@ run() {
   echo "$status" >"logs/$name/exit_code"
 }
 
-# What a run says, where it outlives the machine. A new slice has other host names.
+# Copies the output of a run to where it outlives the machine. A new slice has other host names.
 keep() {
   mkdir -p "shared/runs/$1.logs" && cp "logs/$1/log.txt" "shared/runs/$1.logs/$(hostname).txt"
 }

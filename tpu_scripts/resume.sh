@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Keeps a run going until it is done, whatever is there when it begins: asks for the slice where there is none, sets up,
-# launches, and looks after the run. Where the slice was taken back (its request is SUSPENDED or FAILED) it deletes it,
-# asks for a new one and launches the same command; where the run ended with 75 (preempted) it launches it again.
+# Keeps a run going until it is done, from any state: it requests the slice if there is none, sets it up, launches the
+# run and watches it. If the slice was taken back (its request is SUSPENDED or FAILED), it deletes the slice, requests a
+# new one and launches the same command. If the run ended with 75 (preempted), it launches the run again.
 #
 #   tpu_scripts/resume.sh --name NAME --zone ZONE --topology v5p:2x2x2 --spot --shared HOST:/EXPORT --run RUN \
 #       -- --config configs/tpu_v5p.py --config.steps=100
 #
-# Run it where it can stay, in tmux on a machine that is not the slice; it may be ended and started again at any time.
-# Its exit code is 0 when the run is done, and 1 when it failed for another reason than a preemption or --restarts are
-# used up. The slice stays: delete.sh gives it back.
+# Run it in tmux on a machine that stays up and is not part of the slice. You can stop and restart it at any time.
+# It ends with 0 when the run is done, and with 1 when the run failed for a reason other than preemption or --restarts
+# are used up. The slice stays until delete.sh deletes it.
 #
 set -euo pipefail
 # shellcheck source=tpu_scripts/slice.sh
@@ -22,10 +22,10 @@ parse_flags name zone project topology spot shared environment run poll restarts
 check_arguments "${REST[@]}"
 
 attempts=0
-launched="" # by this script on all workers, or found under way
-failed=""   # exit code of the run at the last look
+launched="" # by this script on all workers, or found running
+failed=""   # exit code of the run at the last check
 
-# attempt WHY: counts, and gives up where it is too often.
+# attempt WHY counts the attempts, and gives up after too many.
 attempt() {
   ((attempts++ <= FLAG[restarts])) || fail "$1; --restarts ${FLAG[restarts]} are used up"
   echo "$1: attempt $attempts of $((FLAG[restarts] + 1))"
@@ -41,7 +41,7 @@ renew_slice() {
   create_slice && await_slice && setup_slice && launch
 }
 
-# slice_state: READY, or what the request or the slice is instead.
+# slice_state prints READY, or the other state that the request or the slice is in.
 slice_state() {
   local state
   state=$(request_state)
@@ -52,7 +52,7 @@ slice_state() {
   echo "$state"
 }
 
-# Exit code of the run on worker 0; "running", "absent", or "unknown" where the worker does not answer.
+# run_state prints the exit code of the run on worker 0, "running", "absent", or "unknown" if there is no answer.
 run_state() {
   local said
   said=$(on 0 "$ON_WORKER status ${FLAG[run]} || echo absent") || said=unknown
@@ -77,7 +77,7 @@ look_after_run() {
         launch
       elif [[ $status == "$failed" ]]; then
         fail "run ${FLAG[run]} failed with exit code $status; why: logs.sh, or fetch.sh"
-      else # another worker may have been taken away, and the cloud does not say so yet
+      else # another worker may have been taken away, which the cloud does not report yet
         failed=$status
       fi
       ;;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Brings this checkout, as it is now, what it needs and the shared folder to all workers of a slice; again after every
-# change and after a reboot, but not while a run is under way.
+# Installs this checkout, as it is now, on all workers of a slice and mounts the shared folder there. Run it after every
+# change and after a reboot, but not during a run.
 #
 #   tpu_scripts/setup.sh --name NAME --zone ZONE --shared HOST:/EXPORT [--environment FILE] [--dry-run]
 #

@@ -1,30 +1,30 @@
 # shellcheck shell=bash
-# The steps that a slice of TPUs goes through: asked for, awaited, set up, launched on, deleted. Sourced, never run.
+# The steps of a slice of TPUs: request it, wait for it, set it up, launch on it, delete it. It is sourced, never run.
 #
-# gcloud is the only tool that reaches the cloud, so that a stub on PATH can stand in (tests/test_tpu_scripts.py).
+# Only gcloud reaches the cloud, so a stub on PATH can replace it in tests (tests/test_tpu_scripts.py).
 
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# tpus COMMAND...: gcloud's words for this zone and project, into GCLOUD.
+# tpus COMMAND... puts the gcloud command line for this zone and project into GCLOUD.
 tpus() {
   GCLOUD=(gcloud compute tpus "$@" "--zone=${FLAG[zone]}" --quiet)
   [[ ${FLAG[project]} == - ]] || GCLOUD+=("--project=${FLAG[project]}")
 }
 
-# on WORKERS COMMAND: runs a line of shell on one worker, or on all.
+# on WORKERS COMMAND runs a line of shell on one worker, or on all.
 on() {
   tpus tpu-vm ssh "${FLAG[name]}" "--worker=$1" "--command=$2"
   run "${GCLOUD[@]}"
 }
 
-# to_all FILE NAME: copies a file to the home of every worker.
+# to_all FILE NAME copies a file to the home folder of every worker.
 to_all() {
   tpus tpu-vm scp "$1" "${FLAG[name]}:$2" --worker=all
   run "${GCLOUD[@]}"
 }
 
-# accelerator TOPOLOGY: its name among gcloud's accelerator types. Those of v4 and v5p count cores, two to a chip.
+# accelerator TOPOLOGY prints gcloud's accelerator type. Types of v4 and v5p count cores, two per chip.
 accelerator() {
   local sizes=${1#*:} chips
   chips=$((${sizes//x/*}))
@@ -36,7 +36,7 @@ accelerator() {
   esac
 }
 
-# runtime TOPOLOGY: the image of its VMs (https://docs.cloud.google.com/tpu/docs/runtimes).
+# runtime TOPOLOGY prints the image of its VMs (https://docs.cloud.google.com/tpu/docs/runtimes).
 runtime() {
   case ${1%%:*} in
     v4) echo tpu-ubuntu2204-base ;;
@@ -46,7 +46,7 @@ runtime() {
   esac
 }
 
-# The steps of a slice. Each says what is wrong and returns 1 where it fails; the caller may end or try again.
+# The steps of a slice. A step that fails prints the reason and returns 1; the caller may end or try again.
 
 create_slice() {
   tpus queued-resources create "${FLAG[name]}" "--node-id=${FLAG[name]}" \
@@ -58,7 +58,7 @@ create_slice() {
   }
 }
 
-# request_state: ACTIVE, SUSPENDED, ...; GONE where there is no such request, UNKNOWN where gcloud cannot tell.
+# request_state prints ACTIVE, SUSPENDED, ...; GONE if there is no such request, UNKNOWN if gcloud cannot tell.
 request_state() {
   local errors state
   tpus queued-resources describe "${FLAG[name]}" "--format=value(state.state)"
@@ -74,7 +74,7 @@ request_state() {
   rm "$errors"
 }
 
-# await_slice: until the request is granted, which may take days; what is FAILED or SUSPENDED never will be.
+# await_slice waits until the request is granted, which may take days. A FAILED or SUSPENDED request never is.
 await_slice() {
   local state
   tpus queued-resources describe "${FLAG[name]}" "--format=value(state.state)"
@@ -93,8 +93,8 @@ await_slice() {
   done
 }
 
-# The checkout $0 as it is now, with what is not committed and without what git ignores, into the archive $1.
-# shellcheck disable=SC2016 # expanded by the bash that runs it
+# Packs the checkout $0 into the archive $1, with uncommitted files and without the files that git ignores.
+# shellcheck disable=SC2016 # the bash that runs this expands it
 PACK='cd "$0" && git ls-files -z --cached --others --exclude-standard |
   while IFS= read -r -d "" file; do [[ ! -e $file ]] || printf "%s\0" "$file"; done |
   tar --null --files-from=- -czf "$1"'
@@ -102,7 +102,7 @@ PACK='cd "$0" && git ls-files -z --cached --others --exclude-standard |
 UNPACK="rm -rf igrpo_jax && mkdir igrpo_jax && tar -xzf igrpo_jax.tar.gz -C igrpo_jax"
 ON_WORKER="bash igrpo_jax/tpu_scripts/on_worker.sh"
 
-# setup_slice: this checkout, its environment and the shared folder, on all workers.
+# setup_slice puts this checkout, its environment and the shared folder on all workers.
 setup_slice() {
   local root folder=. done=""
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -119,7 +119,7 @@ setup_slice() {
   [[ $done ]]
 }
 
-# check_arguments ARGUMENTS_OF_MAIN...: before anything is asked for.
+# check_arguments ARGUMENTS_OF_MAIN... checks them before anything is requested.
 check_arguments() {
   local word
   (($#)) || die "give the arguments of igrpo_jax.main after --, such as -- --config configs/tpu_v5p.py"
@@ -128,7 +128,7 @@ check_arguments() {
   done
 }
 
-# launch_run ARGUMENTS_OF_MAIN...: starts the run on all workers, each in a tmux session of its own.
+# launch_run ARGUMENTS_OF_MAIN... starts the run on all workers, each in its own tmux session.
 launch_run() {
   local run=${FLAG[run]}
   on all "$ON_WORKER start $(printf '%q ' "$run" "$@" --workdir "../shared/runs/$run")" || {
