@@ -17,7 +17,7 @@ from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from igrpo_jax.evaluation.inference import Opened
+    from igrpo_jax.evaluation.inference import EvaluationTask
 
 USAGE = (
     "python -m igrpo_jax.evaluate [--config FILE] --model MODEL --benchmarks a,b [--samples K] [--rounds R] "
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate(config: Config, model: str, step: int | None, out: Path) -> None:
-    """Evaluates, or goes on with, the benchmarks of `c` into `out`, and prints the summary."""
+    """Evaluates the benchmarks of `config` into `out`, or goes on where `out` ends, and prints the summary."""
     import jax
 
     from igrpo_jax.data import problems
@@ -63,16 +63,16 @@ def evaluate(config: Config, model: str, step: int | None, out: Path) -> None:
     rows = problems.asked(problems.evaluation_rows(config), config.evaluation.limit)
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
-        opened = inference.open_model(config, model, step, rows)
+        task = inference.open_evaluation(config, model, step, rows)
         settings = {
-            "model": opened.name,
-            "step": opened.step,
-            "weights_written": opened.weights_written,
+            "model": task.name,
+            "step": task.step,
+            "weights_written": task.weights_written,
             "dtype": config.model.dtype,
             "seed": config.seed,
             "temperature": config.evaluation.temperature,
             "top_p": config.evaluation.top_p,
-            "max_completion_length": opened.plan.wanted,
+            "max_completion_length": task.plan.wanted,
             "instruction": config.data.instruction,
             "refine_instruction": config.refine.instruction,
             "max_draft_length": config.draft_limit,
@@ -80,29 +80,31 @@ def evaluate(config: Config, model: str, step: int | None, out: Path) -> None:
         if jax.process_index() == 0:
             results.claim(out, settings)
         evaluator.wait_for_all()
-        console.table("Evaluation", plan(opened))
-        evaluator, params = inference.load(opened, console, stack)
+        console.table("Evaluation", overview(task))
+        benchmarks, params = inference.load(task, console, stack)
         began = time.perf_counter()
-        summaries = evaluator.run(params, out, settings, resume=True)
+        summaries = benchmarks.run(params, out, settings, resume=True)
         console.message(f"{results.markdown(summaries)}\n{time.perf_counter() - began:.1f} s; written to {out}")
 
 
-def plan(opened: "Opened") -> list[tuple[str, object]]:
-    """Rows of the table that is printed before the first answer."""
-    from igrpo_jax.evaluation import evaluator
+def overview(task: "EvaluationTask") -> list[tuple[str, object]]:
+    """Returns the rows of the table that is printed before the first answer."""
+    from igrpo_jax.evaluation.planning import samples_per_problem
 
-    config, e, asked = opened.config, opened.config.evaluation, opened.plan
-    rounds = f"{e.rounds} of draft -> refine, each from one of {e.drafts} answers" if e.rounds else "none"
-    step = "" if opened.step is None else f", step {opened.step}"
-    size = f"{opened.policy.model.num_params / 1e6:,.1f} M parameters"
+    config, settings, plan = task.config, task.config.evaluation, task.plan
+    rounds = "none"
+    if settings.rounds:
+        rounds = f"{settings.rounds} of draft -> refine, each from one of {settings.drafts} answers"
+    step = "" if task.step is None else f", step {task.step}"
+    size = f"{task.policy.model.num_params / 1e6:,.1f} M parameters"
     return [
-        ("model", f"{opened.name}{step}, {size}, {config.model.dtype}"),
+        ("model", f"{task.name}{step}, {size}, {config.model.dtype}"),
         *(
-            (name, f"{len(some):,} problems, {evaluator.samples(config, name)} answers each")
-            for name, some in asked.prompts.items()
+            (name, f"{len(prompts):,} problems, {samples_per_problem(config, name)} answers each")
+            for name, prompts in plan.prompts.items()
         ),
-        ("answers", f"temperature {e.temperature:g}, top-p {e.top_p:g}, up to {asked.wanted:,} tokens"),
-        *(("note", note) for note in asked.notes),
+        ("answers", f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, up to {plan.wanted:,} tokens"),
+        *(("note", note) for note in plan.notes),
         ("rounds", rounds),
     ]
 

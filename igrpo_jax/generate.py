@@ -85,12 +85,12 @@ def generate(config: Config, model: str, step: int | None, questions: list[str])
     config = replace(config, evaluation=replace(config.evaluation, samples=config.evaluation.samples or drafts(config)))
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
-        opened = inference.open_model(config, model, step, rows)
-        for note in opened.plan.notes:
+        task = inference.open_evaluation(config, model, step, rows)
+        for note in task.plan.notes:
             console.message(note)
-        evaluator, params = inference.load(opened, console, stack)
+        evaluator, params = inference.load(task, console, stack)
         answers = evaluator.sampled(params, NAME, chains=("vote",))
-        for prompt in opened.plan.prompts[NAME]:
+        for prompt in task.plan.prompts[NAME]:
             console.message(f"=== {prompt.question}")
             for path in evaluator.paths(prompt, answers):
                 for row in answers.of(prompt.index, path):

@@ -20,7 +20,7 @@ from whole_runs import ROOT, check_same_rows, command, faulty, final_state, one_
 from igrpo_jax import config, train
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import InputError
-from igrpo_jax.evaluation import evaluator
+from igrpo_jax.evaluation import planning
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.session import opening, overview, task
 from igrpo_jax.session.run import utilization
@@ -216,7 +216,7 @@ def test_a_best_metric_without_benchmarks():
 
 def test_a_run_evaluates_what_a_best_metric_may_name(whole):
     task = open_task(settings())
-    known = set(evaluator.metric_names(task.config, task.evaluated))
+    known = set(planning.metric_names(task.config, task.evaluated))
     for row in rows(whole[0]):
         written = {name for name in row if name.startswith("eval/")}
         assert written <= known and (not written or known - written <= {"eval/arithmetic/solved_length"})

@@ -28,7 +28,7 @@ from igrpo_jax.distributed import chips, sharding
 from igrpo_jax.distributed.chips import Chip
 from igrpo_jax.distributed.programs import Key
 from igrpo_jax.errors import InputError
-from igrpo_jax.evaluation import evaluator
+from igrpo_jax.evaluation import planning
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.models import hf_read
 from igrpo_jax.models.config import DecoderConfig, from_hf
@@ -176,7 +176,7 @@ def prepare(config: Config, devices: list) -> Footprint:
     max_context = config.data.max_prompt_length + (drafted if config.algorithm.num_drafts else 0)
     check_context(config, context, max_context)
     wanted = config.evaluation.max_completion_length or config.rollout.max_completion_length
-    evaluated = evaluator.Plan({}, context, 0, 0, wanted)
+    evaluated = planning.Plan({}, context, 0, 0, wanted)
     if config.evaluation.every:
         drafted = most_overhead(config.refine, min(config.draft_limit, wanted))
         longest = config.data.max_prompt_length + (drafted if config.evaluation.rounds else 0)

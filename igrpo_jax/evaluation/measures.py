@@ -1,11 +1,11 @@
-"""What an evaluation says, as pure functions of its answers. Numpy only.
+"""The measures of an evaluation, as pure functions of its graded answers. Numpy only.
 
     pass@k   1 - C(n-c, k) / C(n, k) of a problem with c of n samples right (Chen et al. 2021, arXiv 2107.03374): the
-             chance that k of them, drawn without replacement, hold a right one. pass@1 is the mean accuracy.
+             chance that at least one of k of them, drawn without replacement, is right. pass@1 is the mean accuracy.
     maj@k    whether the largest class of equal answers is right, the one that came first among equals; the mean over
-             the n // k disjoint runs of k samples, in their order. A sample without an answer has no vote.
-    interval the 2.5 and 97.5 percent points of the mean when the problems are drawn again with replacement: what other
-             problems of the kind would change, not what other samples of these would.
+             the n // k disjoint runs of k samples, in order. A sample without an answer has no vote.
+    interval the 2.5 and 97.5 percent points of the mean when the problems are drawn again with replacement: it shows
+             how much other problems of the same kind would change it, not how much other samples of these would.
 
 Legend: P problems, K samples of each.
 """
@@ -32,7 +32,7 @@ class Answers:
 
 
 def summary(answers: Answers, ks: Sequence[int] = ()) -> dict[str, float]:
-    """All measures by name; those over no samples (the length of solved ones where none is) are absent.
+    """Returns all measures by name; those of no samples (the length of solved ones where none is) are absent.
 
     Args:
         ks: the k of pass@k and maj@k, each at most K.
@@ -62,7 +62,11 @@ def summary_names(ks: Sequence[int]) -> list[str]:
 
 
 def pass_at(correct: np.ndarray, k: int) -> np.ndarray:
-    """The unbiased estimate of pass@k of each problem, [P] float64, from correct [P, K] bool; k is at most K."""
+    """Returns the unbiased estimate of pass@k of each problem, [P] float64, from correct [P, K] bool; k is at most K.
+
+    Raises:
+        ValueError: k is not within 1 and K.
+    """
     samples = correct.shape[1]
     if not 1 <= k <= samples:
         raise ValueError(f"k = {k}: must be within 1 and the {samples} samples")
@@ -71,28 +75,35 @@ def pass_at(correct: np.ndarray, k: int) -> np.ndarray:
 
 
 def vote(classes: Sequence[int]) -> int | None:
-    """Place of the first answer of the largest class, the class that came first among equals; None without answers."""
+    """Returns the index of the first answer of the largest class, of equally large ones the class that came first.
+
+    Returns None without answers.
+    """
     counts: dict[int, int] = {}
-    for one in classes:
-        if one >= 0:
-            counts[one] = counts.get(one, 0) + 1
+    for number in classes:
+        if number >= 0:
+            counts[number] = counts.get(number, 0) + 1
     return list(classes).index(max(counts, key=counts.__getitem__)) if counts else None
 
 
 def majority_at(classes: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
-    """Share of each problem's K // k disjoint runs of k samples whose vote is right, [P] float64."""
+    """Returns the fraction of each problem's K // k disjoint runs of k samples whose vote is right, [P] float64.
+
+    Raises:
+        ValueError: k is not within 1 and K.
+    """
     samples = classes.shape[1]
     if not 1 <= k <= samples:
         raise ValueError(f"k = {k}: must be within 1 and the {samples} samples")
-    shares = []
+    fractions = []
     for problem, right in zip(classes, correct, strict=True):
         chosen = [(start, vote(problem[start : start + k].tolist())) for start in range(0, samples - k + 1, k)]
-        shares.append(np.mean([place is not None and right[start + place] for start, place in chosen]))
-    return np.array(shares)
+        fractions.append(np.mean([index is not None and right[start + index] for start, index in chosen]))
+    return np.array(fractions)
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of `values` [P] over the problems, by percentiles."""
+    """Returns the 95 % bootstrap interval of the mean of `values` [P] over the problems, by percentiles."""
     draw = np.random.Generator(np.random.PCG64(seed))
     values = np.asarray(values, np.float64)
     means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(REDRAWN)]
@@ -101,7 +112,10 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
-    """Mean of `second` - `first` ([P] each, of the same problems) and its 95 % interval; drawn again in pairs."""
+    """Returns the mean of `second` - `first` ([P] each, of the same problems) and its 95 % interval.
+
+    Both values of a problem are drawn again together.
+    """
     change = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     return float(change.mean()), *interval(change)
 
@@ -110,7 +124,7 @@ REFINED = ("fixed", "broken", "kept_right", "kept_wrong")  # names of what `refi
 
 
 def refined(drafts: np.ndarray, correct: np.ndarray) -> dict[str, float]:
-    """What refining did, as shares of all refinements: of wrong and right drafts, made right, wrong, or left so.
+    """Returns what refining did, as fractions of all refinements: drafts that were wrong or right, and are so after it.
 
     Args:
         drafts: [P] bool, whether the draft in the prompt is right; correct: [P, K] bool of its refinements.

@@ -1,8 +1,8 @@
-"""The folder of an evaluation: rows as they come, what they were made with, the summary, and two folders compared.
+"""The folder of an evaluation: its rows, its model and settings, its summary; and how two folders compare.
 
     NAME.jsonl       one row per sample of benchmark NAME: appended while it runs, put in order when it is complete
-    evaluation.json  model and settings, so that another command with the same --workdir goes on and never mixes
-    summary.json, summary.md   the measures of every benchmark in the folder; no timings, so that they compare
+    evaluation.json  model and settings, so that another command with the same --workdir goes on, or is refused
+    summary.json, summary.md   the measures of every benchmark in the folder; no timings, so that files can be compared
 
 Several processes write files of their own (NAME.process-3.jsonl), which the first joins at the end.
 """
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -24,11 +24,12 @@ Key = tuple[int, tuple[int, ...], int]  # problem, drafts on the way to the samp
 
 
 def key_of(row: dict[str, Any]) -> Key:
+    """Returns what a row is found by."""
     return row["index"], tuple(row["drafts"]), row["sample_id"]
 
 
 class Rows:
-    """The rows of one benchmark, in memory and, where there is a folder, in its file; those there are taken up.
+    """The rows of one benchmark, in memory and, where there is a folder, in its file; rows of that file are kept.
 
     Args:
         folder: None keeps them in memory only.
@@ -36,7 +37,10 @@ class Rows:
     """
 
     def __init__(self, folder: Path | None, name: str, process: int | None = None):
-        self._folder, self._name, self._rows, self._file = folder, name, {}, None
+        self._folder = folder
+        self._name = name
+        self._rows: dict[Key, dict[str, Any]] = {}
+        self._file: TextIO | None = None
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,12 +57,11 @@ class Rows:
         return self._rows.values()
 
     def of(self, index: int, drafts: tuple[int, ...] = ()) -> list[dict[str, Any]]:
-        """The samples of a problem's prompt with these drafts on the way to it, in order."""
-        found, sample = [], 0
-        while (index, drafts, sample) in self._rows:
-            found.append(self._rows[index, drafts, sample])
-            sample += 1
-        return found
+        """Returns the samples of a problem's prompt with these drafts on the way to it, in order, up to a gap."""
+        samples: list[dict[str, Any]] = []
+        while (index, drafts, len(samples)) in self._rows:
+            samples.append(self._rows[index, drafts, len(samples)])
+        return samples
 
     def add(self, row: dict[str, Any]) -> None:
         """Keeps a row, and writes it at once."""
@@ -99,14 +102,14 @@ def clear(folder: Path, name: str) -> None:
 
 
 def _paths(folder: Path, name: str) -> list[Path]:
-    """The joined file first, whether it is there or not, then those of processes."""
+    """Returns the joined file first, whether it exists or not, then the files of processes."""
     part = re.compile(re.escape(name) + r"\.process-\d+\.jsonl")
     parts = sorted(path for path in folder.iterdir() if part.fullmatch(path.name))
     return [folder / f"{name}.jsonl", *parts]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Whole rows of a file; a line that is none, as a kill leaves it, is dropped."""
+    """Returns the complete rows of a file; a broken line, as a kill leaves it, is dropped."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
         try:
@@ -119,7 +122,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes `folder` the one of an evaluation with these settings, or recognises it as such.
+    """Makes `folder` the folder of an evaluation with these settings, or checks that it is that already.
 
     Raises:
         InputError: it holds an evaluation with other settings, other files, or cannot be written.
@@ -146,7 +149,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def write_summary(folder: Path, head: dict[str, Any], benchmarks: dict[str, dict[str, Any]]) -> str:
-    """Writes summary.json and summary.md, with what the folder knew of other benchmarks; returns the Markdown."""
+    """Writes summary.json and summary.md, with the folder's earlier other benchmarks; returns the Markdown."""
     path = folder / "summary.json"
     before = json.loads(path.read_text(encoding="utf-8"))["benchmarks"] if path.exists() else {}
     every = dict(sorted((before | benchmarks).items()))
@@ -157,7 +160,15 @@ def write_summary(folder: Path, head: dict[str, Any], benchmarks: dict[str, dict
 
 
 def markdown(benchmarks: dict[str, dict[str, Any]]) -> str:
-    """Tables of summaries, in percent: the single shot, and what the rounds of draft -> refine made of it."""
+    """Returns tables of summaries, in percent: the single shot, and the rounds of draft -> refine."""
+    lines = _single_shot(benchmarks)
+    if any(summary["rounds"] for summary in benchmarks.values()):
+        lines += _rounds(benchmarks)
+    return "\n".join(lines) + "\n"
+
+
+def _single_shot(benchmarks: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns the lines of the table of the single shot."""
     lines = [
         "Single shot, in percent and tokens; intervals are 95 %, by bootstrap over problems.",
         "",
@@ -165,9 +176,9 @@ def markdown(benchmarks: dict[str, dict[str, Any]]) -> str:
         "| cut | no answer |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, one in benchmarks.items():
-        shot, k = one["single_shot"], one["samples"]
-        cells = [name, one["problems"], k, _percent(shot["pass@1"])]
+    for name, summary in benchmarks.items():
+        shot, samples = summary["single_shot"], summary["samples"]
+        cells = [name, summary["problems"], samples, _percent(shot["pass@1"])]
         cells.append(f"{_percent(shot['pass@1_low'])} to {_percent(shot['pass@1_high'])}")
         for measure in ("pass", "maj"):
             ks = sorted(int(key.partition("@")[2]) for key in shot if re.fullmatch(rf"{measure}@(?!1$)\d+", key))
@@ -176,28 +187,32 @@ def markdown(benchmarks: dict[str, dict[str, Any]]) -> str:
         cells.append(f"{shot['mean_length']:.0f} ({', '.join(lengths)})")
         cells += [_percent(shot["clipped_ratio"]), _percent(shot["unparseable_frac"])]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    if any(one["rounds"] for one in benchmarks.values()):
-        lines += [
-            "",
-            "Draft -> refine, in percent. The draft is chosen by majority vote; by oracle, which knows the answer, for "
-            "comparison only.",
-            "",
-            "| benchmark | round | draft by | right | pass@1 | interval | fixed | broken | kept right | kept wrong |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-    for name, one in benchmarks.items():
-        for number, chains in enumerate(one["rounds"], 1):
+    return lines
+
+
+def _rounds(benchmarks: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns the lines of the table of the rounds."""
+    lines = [
+        "",
+        "Draft -> refine, in percent. The draft is chosen by majority vote; by oracle, which knows the answer, for "
+        "comparison only.",
+        "",
+        "| benchmark | round | draft by | right | pass@1 | interval | fixed | broken | kept right | kept wrong |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, summary in benchmarks.items():
+        for number, chains in enumerate(summary["rounds"], 1):
             for chain, values in chains.items():
-                shares = [_percent(values[x]) for x in ("draft_accuracy", "pass@1")]
-                shares.append(f"{_percent(values['pass@1_low'])} to {_percent(values['pass@1_high'])}")
-                shares += [_percent(values[x]) for x in ("fixed", "broken", "kept_right", "kept_wrong")]
-                lines.append("| " + " | ".join([name, str(number), chain, *shares]) + " |")
-    return "\n".join(lines) + "\n"
+                cells = [_percent(values[x]) for x in ("draft_accuracy", "pass@1")]
+                cells.append(f"{_percent(values['pass@1_low'])} to {_percent(values['pass@1_high'])}")
+                cells += [_percent(values[x]) for x in ("fixed", "broken", "kept_right", "kept_wrong")]
+                lines.append("| " + " | ".join([name, str(number), chain, *cells]) + " |")
+    return lines
 
 
 @dataclass(frozen=True)
 class Paired:
-    """The single shot of two evaluations on the problems of a benchmark that both hold; shares, not percent."""
+    """The single shot of two evaluations on the problems of a benchmark that both hold; fractions, not percent."""
 
     problems: int
     left_out: int  # problems in one of them only
@@ -209,58 +224,58 @@ class Paired:
 
 
 def paired(first: Path, second: Path) -> dict[str, Paired]:
-    """What `second` is better by on each benchmark that both folders hold, problem by problem.
+    """Returns by how much `second` is better on each benchmark that both folders hold, compared problem by problem.
 
     Raises:
         InputError: a folder holds no rows, or the two have no problem in common.
     """
-    ours, theirs = _accuracies(first), _accuracies(second)
-    names = [name for name in ours if name in theirs]
+    firsts, seconds = _accuracies(first), _accuracies(second)
+    names = [name for name in firsts if name in seconds]
     if not names:
         raise InputError(
-            f"--compare {first},{second}: no benchmark is in both ({', '.join(ours)}; {', '.join(theirs)}); give "
+            f"--compare {first},{second}: no benchmark is in both ({', '.join(firsts)}; {', '.join(seconds)}); give "
             "folders that hold the NAME.jsonl of the same benchmark"
         )
-    found = {}
+    differences = {}
     for name in names:
-        common = [problem for problem in ours[name] if problem in theirs[name]]
+        common = [problem for problem in firsts[name] if problem in seconds[name]]
         if not common:
             raise InputError(f"--compare {first},{second}: no problem of {name} is in both; give the same problems")
-        a, b = (np.array([one[name][problem] for problem in common]) for one in (ours, theirs))
-        left_out = len(ours[name].keys() | theirs[name].keys()) - len(common)
-        found[name] = Paired(len(common), left_out, float(a.mean()), float(b.mean()), *measures.difference(a, b))
-    return found
+        a, b = (np.array([accuracies[name][problem] for problem in common]) for accuracies in (firsts, seconds))
+        left_out = len(firsts[name].keys() | seconds[name].keys()) - len(common)
+        differences[name] = Paired(len(common), left_out, float(a.mean()), float(b.mean()), *measures.difference(a, b))
+    return differences
 
 
 def compare(first: Path, second: Path) -> str:
-    """`paired` as a Markdown table; raises as it does."""
+    """Returns `paired` as a Markdown table; raises as it does."""
     lines = [
         f"Single-shot pass@1 in percent: A = {first}, B = {second}; problems are compared in pairs.",
         "",
         "| benchmark | problems | A | B | B - A | 95 % interval |",
         "|---|---|---|---|---|---|",
     ]
-    for name, one in paired(first, second).items():
-        count = f"{one.problems}" + (f" ({one.left_out} in one only)" if one.left_out else "")
-        cells = [name, count, _percent(one.first), _percent(one.second), f"{100 * one.change:+.2f}"]
-        lines.append("| " + " | ".join([*cells, f"{100 * one.low:+.2f} to {100 * one.high:+.2f}"]) + " |")
+    for name, pair in paired(first, second).items():
+        count = f"{pair.problems}" + (f" ({pair.left_out} in one only)" if pair.left_out else "")
+        cells = [name, count, _percent(pair.first), _percent(pair.second), f"{100 * pair.change:+.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{100 * pair.low:+.2f} to {100 * pair.high:+.2f}"]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _accuracies(folder: Path) -> dict[str, dict[tuple[str, str], float]]:
-    """By benchmark, and by (id, question), the mean accuracy of the single-shot samples."""
+    """Returns by benchmark, and by (id, question), the mean accuracy of the single-shot samples."""
     if not folder.is_dir():
         raise InputError(f"--compare: {str(folder)!r} is no folder; give two folders of evaluations, A,B")
-    found: dict[str, dict[tuple[str, str], list[float]]] = {}
+    samples: dict[str, dict[tuple[str, str], list[float]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for row in _read(path):
             if not row["drafts"]:
-                problems = found.setdefault(path.name.partition(".")[0], {})
+                problems = samples.setdefault(path.name.partition(".")[0], {})
                 problems.setdefault((row["prompt_id"], row["prompt"]), []).append(row["accuracy"])
-    if not found:
+    if not samples:
         raise InputError(f"--compare: {str(folder)!r} holds no rows of an evaluation; give the --workdir of one")
-    return {name: {key: float(np.mean(values)) for key, values in rows.items()} for name, rows in found.items()}
+    return {name: {key: float(np.mean(values)) for key, values in rows.items()} for name, rows in samples.items()}
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f}"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}"

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from igrpo_jax.config import LoraConfig, ModelConfig
+from igrpo_jax.config import Config, LoraConfig, ModelConfig
 from igrpo_jax.data import arithmetic
+from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError, RunError
+from igrpo_jax.models import attention, decoder, hf_read, hf_write, lora
 from igrpo_jax.models import config as model_config
-from igrpo_jax.models import decoder, hf_read, hf_write, lora
 from igrpo_jax.models.config import DecoderConfig
 
 Report = Callable[[int], None]
@@ -112,6 +113,27 @@ def open_policy(settings: ModelConfig) -> Policy:
     tokenizer = arithmetic.tokenizer()
     padded = -(-len(tokenizer) // 16) * 16  # the vocabulary divides over a tensor axis
     return Policy("", model_config.builtin(settings.builtin, padded), tokenizer, (tokenizer.eos_token_id,))
+
+
+def open_model(config: Config) -> tuple[Policy, Renderer]:
+    """Returns the policy of config.model and the renderer of its prompts; reads no weights.
+
+    Raises:
+        InputError: as `open_policy`.
+    """
+    policy = open_policy(config.model)
+    return policy, Renderer(policy.tokenizer, config.data, config.refine, config.draft_limit, policy.eos_ids)
+
+
+def fit_to_mesh(config: Config, model: DecoderConfig, mesh: jax.sharding.Mesh, longest: int) -> DecoderConfig:
+    """Returns `model` with the attention (config.learner.attention) for rows of up to `longest` tokens on `mesh`.
+
+    Raises:
+        InputError: the mesh does not divide the model; an attention that can't run there.
+    """
+    sharding.check_divides(mesh, decoder.shapes(model))
+    chosen = attention.choose(config.learner.attention, mesh, config.model.dtype, model.head_dim, longest)
+    return replace(model, attention=chosen)
 
 
 def _probe(model: DecoderConfig, params: decoder.Params) -> np.ndarray:

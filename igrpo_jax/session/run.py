@@ -15,7 +15,7 @@ from igrpo_jax.config import Config
 from igrpo_jax.distributed import chips, cluster, preemption, watchdog
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.errors import RunError
-from igrpo_jax.evaluation import evaluator
+from igrpo_jax.evaluation import summaries
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.learning.learner import Learner, TrainState
 from igrpo_jax.learning.rollout import Rollout
@@ -122,7 +122,7 @@ class Run:
         out = self.workdir / "evaluations" / f"step_{step:06d}"
         began = time.perf_counter()
         with watchdog.phase("evaluation", f"step {step}"):
-            scores = evaluator.flat(self.evaluator.run(self.learner.policy(params), out, {"step": step}))
+            scores = summaries.flat(self.evaluator.run(self.learner.policy(params), out, {"step": step}))
         self.progress.scores[step] = scores
         self.writer.write(step, {**scores, "perf/evaluation_time": time.perf_counter() - began})
         self.console.evaluation(step, scores)

@@ -17,10 +17,9 @@ from igrpo_jax.data import problems
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
-from igrpo_jax.evaluation import evaluator
-from igrpo_jax.models import attention, decoder
+from igrpo_jax.evaluation import planning
 from igrpo_jax.models.config import DecoderConfig
-from igrpo_jax.models.policy import Policy, open_policy
+from igrpo_jax.models.policy import Policy, fit_to_mesh, open_model
 from igrpo_jax.outputs import trackers
 from igrpo_jax.records import Prompt
 from igrpo_jax.rewards import verifier
@@ -38,7 +37,7 @@ class Task:
     prompts: list[Prompt]
     skipped: int  # training prompts longer than config.data.max_prompt_length
     notes: list[tuple[str, str]]  # what was found in the training set
-    evaluated: evaluator.Plan
+    evaluated: planning.Plan
     max_context: int  # tokens of the longest q or q' in training
     total_steps: int
 
@@ -63,8 +62,7 @@ def open_task(config: Config) -> Task:
     verifier.check(config.rewards)
     trackers.check(config.log)
     check_profiler(config.log)
-    policy = open_policy(config.model)
-    renderer = Renderer(policy.tokenizer, config.data, config.refine, config.draft_limit, policy.eos_ids)
+    policy, renderer = open_model(config)
     held_out = problems.evaluation_rows(config) if config.evaluation.every or config.data.clean else {}
     training = problems.training_set(config, held_out)
     kept, skipped = problems.fit(training.rows, renderer.plain, config.data.max_prompt_length)
@@ -74,7 +72,7 @@ def open_task(config: Config) -> Task:
     context = policy.model.max_position_embeddings
     check_context(config, context, max_context)
     asked = problems.asked(held_out, config.evaluation.limit) if config.evaluation.every else {}
-    evaluated = evaluator.plan(config, asked, renderer, context)
+    evaluated = planning.make_plan(config, asked, renderer, context)
     check_best_metric(config, evaluated)
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, model=fitted(config, policy.model, mesh, max_context, evaluated))
@@ -99,10 +97,10 @@ def check_profiler(settings: LogConfig) -> None:
         )
 
 
-def check_best_metric(config: Config, evaluated: evaluator.Plan) -> None:
+def check_best_metric(config: Config, evaluated: planning.Plan) -> None:
     """Raises InputError, with the nearest right name, where no evaluation writes config.checkpoint.best_metric."""
     name = config.checkpoint.best_metric
-    names = evaluator.metric_names(config, evaluated)
+    names = planning.metric_names(config, evaluated)
     if name and name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
         fix = f"the nearest is {near[0]!r}" if near else "name a benchmark in evaluation.benchmarks"
@@ -121,13 +119,11 @@ def check_context(config: Config, context: int, max_context: int) -> None:
 
 
 def fitted(
-    config: Config, model: DecoderConfig, mesh: jax.sharding.Mesh, max_context: int, evaluated: evaluator.Plan
+    config: Config, model: DecoderConfig, mesh: jax.sharding.Mesh, max_context: int, evaluated: planning.Plan
 ) -> DecoderConfig:
-    """`model` with the attention of a run on `mesh`. Raises InputError where the mesh does not divide it."""
-    sharding.check_divides(mesh, decoder.shapes(model))
+    """Returns `model` with the attention of a run on `mesh`; raises InputError where the mesh does not divide it."""
     longest = max(max_context + config.rollout.max_completion_length, evaluated.max_context)
-    chosen = attention.choose(config.learner.attention, mesh, config.model.dtype, model.head_dim, longest)
-    return replace(model, attention=chosen)
+    return fit_to_mesh(config, model, mesh, longest)
 
 
 def sampler(
@@ -136,7 +132,7 @@ def sampler(
     mesh: jax.sharding.Mesh,
     eos_ids: tuple[int, ...],
     max_context: int,
-    evaluated: evaluator.Plan,
+    evaluated: planning.Plan,
 ) -> Engine:
     """The engine of a run, large enough for training and for what is evaluated in it."""
     return Engine(

@@ -11,10 +11,9 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.data.problems import Row
 from igrpo_jax.data.prompts import Renderer
-from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed import cluster, sharding
 from igrpo_jax.errors import InputError
-from igrpo_jax.evaluation import evaluator as evaluator_module
-from igrpo_jax.evaluation import results
+from igrpo_jax.evaluation import planning, results, summaries
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
@@ -99,7 +98,7 @@ def evaluator(policy, schedulers):
         c = settings(**changes)
         scheduler = Scheduler(schedulers[slots].engine)
         renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
-        plan = evaluator_module.plan(c, rows or ROWS, renderer, context)
+        plan = planning.make_plan(c, rows or ROWS, renderer, context)
         return Evaluator(c, plan, scheduler, renderer, StubVerifier(stop_after), Console())
 
     return make
@@ -114,29 +113,29 @@ def answers(rows):
 
 
 def test_rows_summary_and_metrics(evaluator, params, tmp_path):
-    summaries = evaluator().run(params, tmp_path, {"step": 3})
+    written = evaluator().run(params, tmp_path, {"step": 3})
     rows = [json.loads(line) for line in lines(tmp_path)]
     assert [(row["index"], row["sample_id"]) for row in rows] == [(3 * i, k) for i in range(5) for k in range(SAMPLES)]
     right = np.array([row["accuracy"] for row in rows]).reshape(5, SAMPLES)
     assert 0 < right.mean() < 1 and len({row["text"] for row in rows}) > 10
-    one = summaries["small"]
+    one = written["small"]
     assert (one["problems"], one["samples"], one["rounds"]) == (5, SAMPLES, [])
     assert one["single_shot"]["pass@1"] == right.mean()
     assert one["single_shot"]["pass@5"] == right.max(axis=1).mean()
     assert {f"{x}@{k}" for x in ("pass", "maj") for k in (2, 4, 5)} <= one["single_shot"].keys()
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"step": 3, "benchmarks": summaries}
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"step": 3, "benchmarks": written}
     assert f"| small | 5 | {SAMPLES} | {100 * right.mean():.2f} |" in (tmp_path / "summary.md").read_text()
-    assert evaluator_module.flat(summaries)["eval/small/pass@1"] == right.mean()
+    assert summaries.flat(written)["eval/small/pass@1"] == right.mean()
 
 
 @pytest.mark.parametrize("changes", [{}, {"evaluation__rounds": 2}, {"evaluation__pass_at": (3, 9)}])
 def test_the_names_of_the_metrics_are_known_before_an_evaluation(evaluator, params, changes):
     """A best_metric is checked against these names; a name that is missing here would refuse a run that is right."""
     made, other = evaluator(**changes), {"other": ROWS["small"][:2]}
-    written = evaluator_module.flat(made.run(params))
-    assert evaluator_module.metric_names(settings(**changes), made.plan) == list(written)
+    written = summaries.flat(made.run(params))
+    assert planning.metric_names(settings(**changes), made.plan) == list(written)
     both = evaluator(rows=ROWS | other, **changes).plan
-    assert len(evaluator_module.metric_names(settings(**changes), both)) == 2 * len(written)
+    assert len(planning.metric_names(settings(**changes), both)) == 2 * len(written)
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 13, 30, 60])
@@ -231,8 +230,8 @@ def test_rounds_choose_a_draft_without_and_with_the_answer(evaluator, params, po
     assert evaluator().run(params, tmp_path / "plain")["small"]["single_shot"] == one["single_shot"]
     text = (tmp_path / "summary.md").read_text()
     assert "| small | 1 | vote | " in text and "| small | 2 | oracle | " in text
-    assert "eval/small/refine_1/fixed" in evaluator_module.flat({"small": one})
-    assert "eval/small/refine_2_oracle/pass@1" in evaluator_module.flat({"small": one})
+    assert "eval/small/refine_1/fixed" in summaries.flat({"small": one})
+    assert "eval/small/refine_2_oracle/pass@1" in summaries.flat({"small": one})
 
 
 def test_the_draft_is_in_the_prompt_as_it_was_sampled(evaluator, params, monkeypatch):
@@ -269,8 +268,8 @@ def test_without_a_folder_processes_send_each_other_their_rows(evaluator, params
     whole = evaluator(evaluation__rounds=1).sampled(params, "small", chains=("vote",))
     parts = [evaluator(evaluation__rounds=1) for _ in range(2)]
     sent = []
-    monkeypatch.setattr(evaluator_module.cluster, "gather", lambda data: (sent.append(data), sent)[1])
-    monkeypatch.setattr(evaluator_module.cluster, "any_of", bool)
+    monkeypatch.setattr(cluster, "gather", lambda data: (sent.append(data), sent)[1])
+    monkeypatch.setattr(cluster, "any_of", bool)
     for number, part in enumerate(parts):
         part._process, part._processes = number, 2
     assert len(list(parts[1].sampled(params, "small", chains=("vote",)).values())) < len(list(whole.values()))
@@ -290,26 +289,26 @@ def test_the_plan_fits_the_models_context(policy):
     c = settings()
     renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
     longest = max(len(renderer.plain(question)) for question in QUESTIONS)
-    plan = evaluator_module.plan(c, ROWS, renderer, longest + LENGTH)
+    plan = planning.make_plan(c, ROWS, renderer, longest + LENGTH)
     assert (plan.max_context, plan.max_completion, plan.notes) == (longest, LENGTH, [])
-    cut = evaluator_module.plan(c, ROWS, renderer, longest + 3)
+    cut = planning.make_plan(c, ROWS, renderer, longest + 3)
     assert (cut.max_completion, cut.length) == (LENGTH, longest + 3)
     assert f"context of {longest + 3} tokens, at 3 tokens after the longest prompt, not at {LENGTH}" in cut.notes[0]
     assert [cut.limit(prompt.tokens) for prompt in cut.prompts["small"]] == [7, 5, 8, 3, 7]
     with pytest.raises(InputError, match=f"problem row 3 of small has {longest} tokens, and the model's context"):
-        evaluator_module.plan(c, ROWS, renderer, longest)
+        planning.make_plan(c, ROWS, renderer, longest)
     refining = settings(evaluation__rounds=1)
-    short = evaluator_module.plan(refining, ROWS, renderer, 500).max_context
+    short = planning.make_plan(refining, ROWS, renderer, 500).max_context
     assert short == longest + renderer.draft_overhead(4)
     keeps_all = Renderer(policy.tokenizer, c.data, c.refine, 400, policy.eos_ids)
-    assert evaluator_module.plan(refining, ROWS, keeps_all, 500).max_context == short - 4 + LENGTH  # of a draft
-    assert evaluator_module.plan(c, {}, renderer, 10).max_completion == 0  # makes no cache larger
+    assert planning.make_plan(refining, ROWS, keeps_all, 500).max_context == short - 4 + LENGTH  # of a draft
+    assert planning.make_plan(c, {}, renderer, 10).max_completion == 0  # makes no cache larger
 
 
 def test_samples_are_the_papers_where_none_are_given():
     c = config.Config()
-    assert [evaluator_module.samples(c, name) for name in ("aime24", "aime25", "math500", "mine")] == [64, 64, 8, 1]
-    assert evaluator_module.samples(settings(), "aime24") == SAMPLES
+    assert [planning.samples_per_problem(c, name) for name in ("aime24", "aime25", "math500", "mine")] == [64, 64, 8, 1]
+    assert planning.samples_per_problem(settings(), "aime24") == SAMPLES
 
 
 def test_classes_of_answers():

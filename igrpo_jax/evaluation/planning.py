@@ -1,0 +1,126 @@
+"""What an evaluation asks, before any device work: the prompts of each benchmark, in how many tokens, how often.
+
+Also the names of the metrics that such an evaluation writes, so that a setting that names one can be checked early.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+from igrpo_jax.config import Config
+from igrpo_jax.data.catalog import samples_of
+from igrpo_jax.data.problems import Row
+from igrpo_jax.data.prompts import Renderer
+from igrpo_jax.errors import InputError
+from igrpo_jax.evaluation import measures
+from igrpo_jax.records import Prompt
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prompts of an evaluation, and the lengths in tokens that a sampler needs for them."""
+
+    prompts: dict[str, list[Prompt]]  # by benchmark
+    context: int  # tokens the model can read
+    max_context: int  # tokens of the longest prompt, with a draft in it where there are rounds
+    max_completion: int  # tokens of the longest completion that any prompt leaves space for
+    wanted: int  # tokens that a completion may have where the model's context allows it
+
+    @property
+    def length(self) -> int:
+        """Most tokens of a prompt and its completion."""
+        return min(self.max_context + self.max_completion, self.context)
+
+    def limit(self, tokens: np.ndarray) -> int:
+        """Returns the most tokens of a completion of this prompt [L]: up to the model's context.
+
+        It does not depend on the other prompts, so that a sample depends on its own prompt alone.
+        """
+        return min(self.wanted, self.context - len(tokens))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all prompts and answers in their order."""
+        facts = {
+            name: [(prompt.tokens.tolist(), prompt.answer) for prompt in prompts]
+            for name, prompts in self.prompts.items()
+        }
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know before the first answer."""
+        shortest = self.context - self.max_context
+        if shortest >= self.wanted:
+            return []
+        return [
+            f"completions end with the model's context of {self.context} tokens, at {shortest} tokens after the "
+            f"longest prompt, not at {self.wanted}"
+        ]
+
+
+def make_plan(config: Config, rows: dict[str, list[Row]], renderer: Renderer, context: int) -> Plan:
+    """Returns the plan with the prompts of all problems; none is left out.
+
+    Args:
+        rows: problems by benchmark.
+        context: tokens the model can read.
+
+    Raises:
+        InputError: a prompt leaves no space for an answer in the model's context.
+    """
+    prompts = {
+        name: [
+            Prompt(row.id, row.index, row.question, row.answer, renderer.plain(row.question), row.columns)
+            for row in benchmark
+        ]
+        for name, benchmark in rows.items()
+    }
+    lengths = [(len(prompt.tokens), name, prompt.id) for name, some in prompts.items() for prompt in some]
+    wanted = config.evaluation.max_completion_length or config.rollout.max_completion_length
+    if not lengths:
+        return Plan(prompts, context, 0, 0, wanted)
+    longest, name, problem = max(lengths)
+    longest += renderer.draft_overhead(wanted) if config.evaluation.rounds else 0
+    if longest >= context:
+        drafts = " with a draft (at most config.refine.max_draft_length)" if config.evaluation.rounds else ""
+        raise InputError(
+            f"problem {problem} of {name} has {longest} tokens{drafts}, and the model's context of {context} leaves no "
+            "room for an answer; use a model with a longer one, or leave it out"
+        )
+    return Plan(prompts, context, longest, min(wanted, context - min(lengths)[0]), wanted)
+
+
+def samples_per_problem(config: Config, name: str) -> int:
+    """Returns the number of completions per problem of a benchmark."""
+    return config.evaluation.samples or samples_of(name)
+
+
+def reported_ks(config: Config, name: str) -> list[int]:
+    """Returns the k of pass@k and maj@k of a benchmark, none above its samples."""
+    count = samples_per_problem(config, name)
+    return [k for k in config.evaluation.pass_at or _doubled(count) if k <= count]
+
+
+def metric_names(config: Config, plan: Plan) -> list[str]:
+    """Returns the names of all metrics that an evaluation of `plan` can write, as `summaries.flat` names them.
+
+    `solved_length` and `unsolved_length` are written only where an evaluation has answers of that kind.
+    """
+    names = []
+    for benchmark in plan.prompts:
+        measured = measures.summary_names(reported_ks(config, benchmark))
+        names += [f"eval/{benchmark}/{name}" for name in measured]
+        for number in range(1, config.evaluation.rounds + 1):
+            for stage in (f"refine_{number}", f"refine_{number}_oracle"):
+                of_round = [*measured, "draft_accuracy", *measures.REFINED]
+                names += [f"eval/{benchmark}/{stage}/{name}" for name in of_round]
+    return names
+
+
+def _doubled(samples: int) -> list[int]:
+    """Returns 1, 2, 4, ... up to `samples`, which is always the last."""
+    powers = [1 << i for i in range(samples.bit_length())]
+    return powers if powers[-1] == samples else [*powers, samples]

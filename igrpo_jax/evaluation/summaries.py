@@ -1,0 +1,106 @@
+"""What the rows of a benchmark say: which drafts the rounds of refinement start from, and the measures of all samples.
+
+Of the first `evaluation.drafts` samples of a prompt one is chosen as the draft of the next round, in two chains: by
+majority vote of their answers (the first of the largest class), and, to show what choosing is worth, by an oracle that
+knows the answer (the first right one).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from igrpo_jax.config import Config
+from igrpo_jax.evaluation import measures
+from igrpo_jax.evaluation.planning import Plan, reported_ks, samples_per_problem
+from igrpo_jax.evaluation.results import Rows
+from igrpo_jax.records import Prompt
+from igrpo_jax.rewards.verifier import Verifier
+
+CHAINS = ("vote", "oracle")  # ways to choose a draft
+
+
+class Summaries:
+    """Reads the rows of an evaluation; the verifier says which answers are equal."""
+
+    def __init__(self, config: Config, plan: Plan, verifier: Verifier):
+        self._config = config
+        self._plan = plan
+        self._verifier = verifier
+        # Classes of equal answers by the answers: a vote must not differ the second time.
+        self._known_classes: dict[tuple[str | None, ...], list[int]] = {}
+
+    def chosen(self, prompts: Sequence[Prompt], rows: Rows, chain: str, number: int) -> list[tuple[int, ...]]:
+        """Returns for each problem the drafts on the way to its prompt of round `number`, in the chain of this name."""
+        paths: list[tuple[int, ...]] = [()] * len(prompts)
+        for _ in range(number):
+            drafts = [
+                rows.of(prompt.index, path)[: self._config.evaluation.drafts]
+                for prompt, path in zip(prompts, paths, strict=True)
+            ]
+            if chain == "oracle":
+                best = [next((i for i, row in enumerate(some) if row["accuracy"] == 1), 0) for some in drafts]
+            else:
+                best = [measures.vote(classes) or 0 for classes in self._classes(drafts)]
+            paths = [(*path, draft) for path, draft in zip(paths, best, strict=True)]
+        return paths
+
+    def summary(self, name: str, rows: Rows) -> dict[str, Any]:
+        """Returns `problems`, `samples`, and the measures `single_shot` and, for each round and chain, `rounds`."""
+        prompts, count = self._plan.prompts[name], samples_per_problem(self._config, name)
+        ks = reported_ks(self._config, name)
+        plain = self._answers(prompts, [()] * len(prompts), rows, count)
+        rounds = []
+        for number in range(1, self._config.evaluation.rounds + 1):
+            chains = {}
+            for chain in CHAINS:
+                paths = self.chosen(prompts, rows, chain, number)
+                answers = self._answers(prompts, paths, rows, count)
+                draft = [
+                    rows.of(prompt.index, path[:-1])[path[-1]]["accuracy"] == 1
+                    for prompt, path in zip(prompts, paths, strict=True)
+                ]
+                chains[chain] = measures.summary(answers, ks) | {"draft_accuracy": float(np.mean(draft))}
+                chains[chain] |= measures.refined(np.array(draft), answers.correct)
+            rounds.append(chains)
+        return {
+            "problems": len(prompts),
+            "samples": count,
+            "single_shot": measures.summary(plain, ks),
+            "rounds": rounds,
+        }
+
+    def _answers(
+        self, prompts: Sequence[Prompt], paths: Sequence[tuple[int, ...]], rows: Rows, count: int
+    ) -> measures.Answers:
+        samples = [rows.of(prompt.index, path)[:count] for prompt, path in zip(prompts, paths, strict=True)]
+        grid = lambda read: np.array([[read(row) for row in of_problem] for of_problem in samples])
+        return measures.Answers(
+            correct=grid(lambda row: row["accuracy"] == 1),
+            lengths=grid(lambda row: row["token_count"]),
+            finished=grid(lambda row: row["finished"]),
+            parsed=grid(lambda row: row["extracted"] is not None),
+            failed=grid(lambda row: row["status"] in ("timeout", "error")),
+            classes=np.array(self._classes(samples)),
+        )
+
+    def _classes(self, samples: list[list[dict[str, Any]]]) -> list[list[int]]:
+        """Returns the numbers of the classes of equal answers, for each problem's rows."""
+        keys = [tuple(row["extracted"] for row in of_problem) for of_problem in samples]
+        new = [key for key in dict.fromkeys(keys) if key not in self._known_classes]
+        futures = {key: self._verifier.classes(key) for key in new}
+        self._known_classes |= {key: future.result() for key, future in futures.items()}
+        return [self._known_classes[key] for key in keys]
+
+
+def flat(summaries: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Returns the metrics of a run: `eval/NAME/pass@1` and so on, of rounds `eval/NAME/refine_1/…` for the vote and
+    `eval/NAME/refine_1_oracle/…` for the oracle."""
+    metrics = {}
+    for name, summary in summaries.items():
+        metrics |= {f"eval/{name}/{measure}": value for measure, value in summary["single_shot"].items()}
+        for number, chains in enumerate(summary["rounds"], 1):
+            for chain, values in chains.items():
+                stage = f"refine_{number}" + ("_oracle" if chain == "oracle" else "")
+                metrics |= {f"eval/{name}/{stage}/{measure}": value for measure, value in values.items()}
+    return metrics
