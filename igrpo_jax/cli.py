@@ -101,6 +101,11 @@ def parse_model(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Con
     run = None
     if model and Path(model, "checkpoints").is_dir():
         run = _tree_of_run(Path(model))
+    elif model and _is_run(Path(model)):
+        raise InputError(
+            f"--model {model}: is the folder of a run that has no checkpoint yet; wait for the first one (of step 0), "
+            f"or start the run again with --workdir {model}"
+        )
     short = {name: meaning for name, (_, meaning) in SHORT.items()}
     texts = {"model": "folder of a run, Hugging Face directory or hub id"} | short | texts | CLUSTER
     config, values = _parse(argv, usage, texts, run or default())
@@ -147,6 +152,15 @@ def _spelled_out(argv: list[str]) -> list[str]:
             value = repr(tuple(name.strip() for name in value.split(",") if name.strip()))
         result.append(f"--config.{SHORT[match[1]][0]}={value}")
     return result
+
+
+def _is_run(folder: Path) -> bool:
+    """Returns whether the config.json of `folder` is a run's and not that of a Hugging Face model."""
+    try:
+        keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(keys, dict) and {"algorithm", "rollout", "checkpoint"} <= keys.keys()
 
 
 def _tree_of_run(workdir: Path) -> Any:

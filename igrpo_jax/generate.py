@@ -43,10 +43,10 @@ def main(argv: list[str]) -> None:
 
 
 def read(path: str, column: str) -> list[str]:
-    """The questions of a file.
+    """Returns the questions of a file; blank lines and rows are left out.
 
     Raises:
-        InputError: no such file, none in it, no column of questions, or something else in that.
+        InputError: no such file, no question in it, no column of questions, or a cell that is no text.
     """
     from igrpo_jax.data import columns, readers
 
@@ -61,22 +61,17 @@ def read(path: str, column: str) -> list[str]:
         questions = [line.strip() for line in text.splitlines() if line.strip()]
     else:
         table = readers.read(path, source)
-        name = columns.choose_prompt(table, column, source) if table else ""
-        for number, cells in table:
-            try:
-                questions.append(columns.question(columns.cell(cells, name)))
-            except TypeError as error:
-                raise InputError(
-                    f"{source}: row {number}: its {name!r} can't be read ({error}); write it as a string"
-                ) from error
-    questions = [question for question in questions if question]
+        if table:
+            name = columns.choose_prompt(table, column, source)
+            asked = [row for row in table if not columns.is_blank(columns.question, columns.cell(row[1], name))]
+            questions = columns.texts(asked, name, columns.question, source)
     if not questions:
         raise InputError(f"{source}: is empty; give a file with at least one question")
     return questions
 
 
 def generate(config: Config, model: str, step: int | None, questions: list[str]) -> None:
-    """Prints the answers to `questions`."""
+    """Prints the model's answers to `questions`."""
     from igrpo_jax.data.problems import Row
     from igrpo_jax.evaluation import inference
     from igrpo_jax.outputs.console import Console
@@ -98,15 +93,15 @@ def generate(config: Config, model: str, step: int | None, questions: list[str])
 
 
 def title(row: dict) -> str:
-    """What a row of an evaluation is, in a line."""
+    """Returns the line above an answer: its round, number, final answer and length."""
     stage = f"round {len(row['drafts'])}, from draft {row['drafts'][-1] + 1}, answer" if row["drafts"] else "answer"
-    found = "states none" if row["extracted"] is None else row["extracted"]
+    answer = "states none" if row["extracted"] is None else row["extracted"]
     cut = "" if row["finished"] else ", cut at the limit"
-    return f"{stage} {row['sample_id'] + 1}: {found} ({row['token_count']} tokens{cut})"
+    return f"{stage} {row['sample_id'] + 1}: {answer} ({row['token_count']} tokens{cut})"
 
 
 def drafts(config: Config) -> int:
-    """Answers to a question where --samples is not given: one, or what a draft is chosen of."""
+    """Returns the answers per question where --samples is not given: one, or as many as a draft is chosen from."""
     return config.evaluation.drafts if config.evaluation.rounds else 1
 
 

@@ -237,7 +237,9 @@ def test_questions_of_a_file(tmp_path):
         generate.read(str(tmp_path / "x.txt"), "")
     for row in ({"prompt": 5}, {"prompt": [{"role": "assistant", "content": "2"}]}):
         (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "1+2"}) + "\n" + json.dumps(row))
-        with pytest.raises(InputError, match="row 2: its 'prompt' can't be read"):
+        with pytest.raises(
+            InputError, match=r"1 of 2 rows has a 'prompt' that can't be read \(.*\): row 2; write it as a string"
+        ):
             generate.read(str(tmp_path / "x.jsonl"), "")
 
 
@@ -265,6 +267,10 @@ def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
     shutil.copy(run / "config.json", tmp_path / "begun")
     assert "wait for the first one" in call(generate, "--model", tmp_path / "begun", "--prompt=1+1", code=2)
+    (tmp_path / "begun" / "checkpoints").rmdir()
+    for command, flag in ((generate, "--prompt=1+1"), (evaluate, "--benchmarks=arithmetic")):
+        said = call(command, "--model", tmp_path / "begun", flag, *(out if command is evaluate else ()), code=2)
+        assert "has no checkpoint yet; wait for the first one (of step 0)" in said
     said = call(evaluate, "--model", model, "--step=3", "--benchmarks=arithmetic", *out, code=2)
     assert "only the folder of a run has steps" in said
     said = call(evaluate, "--model", run, "--step=x", "--benchmarks=arithmetic", *out, code=2)

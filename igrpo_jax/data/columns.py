@@ -8,6 +8,7 @@ what follows GSM8K's `####`, or the last `\\boxed{…}`.
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,43 @@ def answer(value: Any) -> str | None:
     elif re.search(r"\\(boxed|fbox)\b", value):
         value = extraction.last_box(value) or value
     return value.strip() or None
+
+
+def is_blank(read: Callable[[Any], str | None], value: Any) -> bool:
+    """Returns whether `read`, which is `question` or `answer`, finds nothing in a cell."""
+    try:
+        return read(value) is None
+    except TypeError:
+        return False
+
+
+def texts(table: Table, name: str, read: Callable[[Any], str | None], source: str) -> list[str]:
+    """Returns a column as text, each cell as `read` (`question` or `answer`) gives it.
+
+    Raises:
+        InputError: some cells are blank or no text; its message names their rows.
+    """
+    values, blank, other, reason = [], [], [], ""
+    for number, cells in table:
+        try:
+            values.append(read(cell(cells, name)))
+            if values[-1] is None:
+                blank.append(number)
+        except TypeError as error:
+            reason = reason or str(error)
+            other.append(number)
+    fix = "fill them in or take them out"
+    if source.startswith("config.data.train") and read is answer:
+        fix += ", or set config.data.clean=True"
+    for rows, what, advice in (
+        (blank, f"a blank {name!r}", fix),
+        (other, f"a {name!r} that can't be read ({reason})", "write it as a string"),
+    ):
+        if rows:
+            have, word = ("has", "row") if len(rows) == 1 else ("have", "rows")
+            named = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+            raise InputError(f"{source}: {len(rows)} of {len(table)} rows {have} {what}: {word} {named}; {advice}")
+    return values
 
 
 def _names(table: Table) -> list[str]:

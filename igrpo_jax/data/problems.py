@@ -119,7 +119,7 @@ def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, int]:
     mapping = columns.choose(table, prompt, answer, source)
     unanswered = 0
     if settings.clean:
-        answered = [row for row in table if not _is_blank(columns.answer, columns.cell(row[1], mapping.answer))]
+        answered = [row for row in table if not columns.is_blank(columns.answer, columns.cell(row[1], mapping.answer))]
         unanswered, table = len(table) - len(answered), answered
         if not answered:
             raise InputError(f"{source}: none of its {unanswered} rows has a {mapping.answer!r}; name another column")
@@ -160,8 +160,8 @@ def _benchmark(table: Table, prompt: str, answer: str, source: str) -> list[Row]
 
 
 def _rows(table: Table, mapping: columns.Mapping, source: str) -> list[Row]:
-    questions = _cells(table, mapping.prompt, columns.question, source)
-    answers = _cells(table, mapping.answer, columns.answer, source)
+    questions = columns.texts(table, mapping.prompt, columns.question, source)
+    answers = columns.texts(table, mapping.answer, columns.answer, source)
     return [
         Row(str(number if cells.get("id") is None else cells["id"]), index, question, answer, mapping.rest(cells))
         for index, ((number, cells), question, answer) in enumerate(zip(table, questions, answers, strict=True))
@@ -218,35 +218,3 @@ def fit(
 def _check_not_empty(table: Table, source: str) -> None:
     if not table:
         raise InputError(f"{source}: is empty; give a file with at least one problem")
-
-
-def _is_blank(read: Callable[[Any], str | None], value: Any) -> bool:
-    try:
-        return read(value) is None
-    except TypeError:
-        return False
-
-
-def _cells(table: Table, name: str, read: Callable[[Any], str | None], source: str) -> list[str]:
-    """The column as text. Raises InputError, naming rows, where it is blank or no text."""
-    values, blank, other, said = [], [], [], ""
-    for number, cells in table:
-        try:
-            values.append(read(columns.cell(cells, name)))
-            if values[-1] is None:
-                blank.append(number)
-        except TypeError as error:
-            said = said or str(error)
-            other.append(number)
-    fix = "fill them in or take them out"
-    if source.startswith("config.data.train") and read is columns.answer:
-        fix += ", or set config.data.clean=True"
-    for rows, what, advice in (
-        (blank, f"a blank {name!r}", fix),
-        (other, f"a {name!r} that can't be read ({said})", "write it as a string"),
-    ):
-        if rows:
-            have, word = ("has", "row") if len(rows) == 1 else ("have", "rows")
-            named = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-            raise InputError(f"{source}: {len(rows)} of {len(table)} rows {have} {what}: {word} {named}; {advice}")
-    return values

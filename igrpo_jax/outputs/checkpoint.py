@@ -307,5 +307,7 @@ def _parts(abstract: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.
 def _reader(workdir: Path) -> ocp.CheckpointManager:
     path = Path(workdir).absolute() / "checkpoints"
     if not path.is_dir():
-        raise InputError(f"{workdir}: is not the folder of a run; it has no checkpoints")
+        raise InputError(
+            f"{workdir}: has no checkpoints: it is not the folder of a run, or its first one is not written yet"
+        )
     return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(create=False))
