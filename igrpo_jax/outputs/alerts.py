@@ -1,7 +1,8 @@
-"""What in the numbers of a run should worry the person who watches it: one table of limits, and a pure function.
+"""Alerts: numbers of a run that should worry the person who watches it, from one table of limits.
 
-A limit is compared with the mean of the last RECENT steps, so that one odd step of few prompts says nothing and what
-lasts is said from the first step on. Each alert begins with its name; docs/troubleshooting.md has a section for each.
+A limit is compared with the mean of the last RECENT steps, so that one odd step with few prompts raises no alert, while
+a state that lasts raises one from the first step on. Each alert begins with its name, and docs/troubleshooting.md has a
+section for each name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,46 +16,49 @@ RECENT = 5  # steps
 
 
 def _mean(rows: Sequence[Row], *names: str) -> float | None:
-    """Mean over rows of the sum of `names`; None where no row has all of them."""
+    """Returns the mean over rows of the sum of `names`; None where no row has all of them."""
     sums = [sum(row[name] for name in names) for row in rows if all(row.get(name) is not None for name in names)]
     return float(np.mean(sums)) if sums else None
 
 
 def _recent(*names: str) -> Callable[[Sequence[Row]], float | None]:
+    """Returns a measure: the mean over the recent steps of the sum of `names`."""
     return lambda rows: _mean(rows[-RECENT:], *names)
 
 
 def _all_zero(rows: Sequence[Row]) -> float | None:
-    """Share of the recent steps in which every completion earned 0."""
+    """Returns the fraction of the recent steps in which every completion earned 0."""
     known = [row for row in rows[-RECENT:] if row.get("reward") is not None]
     zero = [row["reward"] == 0 and row.get("frac_reward_zero_std") == 1 for row in known]
     return float(np.mean(zero)) if zero else None
 
 
 def _entropy_lost(rows: Sequence[Row]) -> float | None:
-    """Share of the first steps' entropy that is gone."""
+    """Returns the fraction of the first steps' entropy that is gone."""
     first, now = _mean(rows[:RECENT], "entropy"), _mean(rows[-RECENT:], "entropy")
     return 1 - now / first if first and now is not None and len(rows) > RECENT else None
 
 
 def _still_compiling(rows: Sequence[Row]) -> float | None:
-    """Share of the recent steps that compiled something, once the lengths of the first ones are known."""
+    """Returns the fraction of the recent steps that compiled a program; None in the first steps, which must compile."""
     if len(rows) <= 2 * RECENT:
         return None
     return float(np.mean([(row.get("perf/recompiles") or 0) > 0 for row in rows[-RECENT:]]))
 
 
 def _skipped(rows: Sequence[Row]) -> float | None:
-    """Updates skipped in the recent steps; the metric counts those of the whole run."""
+    """Returns how many updates were skipped in the recent steps; the metric counts those since the run's start."""
     counts = [row["nonfinite_steps"] for row in rows[-RECENT - 1 :] if row.get("nonfinite_steps") is not None]
     return counts[-1] - counts[0] if len(counts) > 1 else None
 
 
 class Limit(NamedTuple):
+    """A measure of a run, the highest value that raises no alert, and the alert's text."""
+
     name: str
-    measure: Callable[[Sequence[Row]], float | None]  # of all rows, the newest last; None = not known
-    most: float  # a measure above it is an alert
-    says: str  # {} is the measure
+    measure: Callable[[Sequence[Row]], float | None]  # takes all rows, the newest last; returns None where not known
+    most: float  # a measure above it raises the alert
+    message: str  # {} stands for the measure
 
 
 LIMITS = (
@@ -97,20 +101,21 @@ WATCHED = (
     "verifier/timeout_frac",
     "perf/recompiles",
     "nonfinite_steps",
-)  # all that is read of a row
+)  # names of all metrics that the measures read
 
 
 def alerts(metrics: Mapping[str, Any], history: Sequence[Row] = ()) -> list[str]:
-    """What is wrong at a step, in the order of LIMITS, as "name: sentence"; empty where nothing is.
+    """Returns the alerts at a step as "name: message", in the order of LIMITS.
 
     Args:
-        metrics: of the step, numbers or None by name; only those in WATCHED are read, and none of them must be there.
-        history: the steps before it, oldest first.
+        metrics: the step's numbers by name, None where one is not finite. Only the names in WATCHED are read, and any
+            of them may be missing.
+        history: the metrics of the steps before it, the oldest first.
     """
     rows = [*history, metrics]
-    found = []
+    messages = []
     for limit in LIMITS:
         measure = limit.measure(rows)
         if measure is not None and measure > limit.most:
-            found.append(f"{limit.name}: {limit.says.format(measure)}")
-    return found
+            messages.append(f"{limit.name}: {limit.message.format(measure)}")
+    return messages

@@ -1,20 +1,19 @@
 """Checkpoints of a run (orbax, asynchronous, atomic), and what others read of them.
 
-A checkpoint is one step folder with two items: `state`, the pytree of arrays, and `meta`, JSON (data position, seed,
-metrics cursor, a checksum of every array). Orbax writes a step under a temporary name and renames it once every part is
-there, so a killed save leaves nothing that a restore could take for a checkpoint. Device to host is copied before
-`save` returns: the arrays may be donated to the next update at once.
+A checkpoint is one folder per step with two items: `state`, the pytree of arrays, and `meta`, JSON (data position,
+seed, metrics cursor, a checksum of every array). Orbax writes a step under a temporary name and renames it once every
+part is there, so a killed save leaves nothing that a restore could take for a checkpoint. `save` returns after the
+arrays are copied from the devices to the host, so they may be donated to the next update at once.
 
-What is saved is finite, what was written is looked at again (names, shapes, dtypes), and what is read must have the
-checksums that it had when it was saved: a flipped bit is noticed, wherever it flipped.
+A state is saved only if it is finite. Names, shapes and dtypes of what was written are compared with it. Arrays that
+are read must have the checksums with which they were saved, so a flipped bit is noticed wherever it flipped.
 """
 
 import contextlib
-import functools
 import itertools
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +24,12 @@ from absl import logging
 from orbax.checkpoint import checkpoint_managers as policies
 
 from igrpo_jax.config import CheckpointConfig
-from igrpo_jax.distributed import cluster, sharding, watchdog
+from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.errors import InputError, RunError, one_line
+from igrpo_jax.outputs.checksums import Damaged, check, fingerprint, named_leaves
 
-DAMAGED = "damaged_checkpoints"  # folder in a workdir: those that a resume could not use
-_READ_AT_ONCE = 2 << 30  # bytes of parameters, over all devices, that `read_params` checks in one go
-
-
-class Damaged(Exception):
-    """A checkpoint is not what was saved; the message says where."""
-
-
-@functools.cache
-def _checksum(where: jax.sharding.NamedSharding) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """Of an array: a [] uint32 that any change of one element changes, and whether all of it is finite.
-
-    The sum of the elements' bits, each times an odd number of its place, modulo 2**32: an integer sum has no order, so
-    that it is the same on every mesh.
-    """
-
-    def program(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-        place = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32), jnp.all(jnp.isfinite(x))
-
-    return jax.jit(program, out_shardings=where)
+DAMAGED = "damaged_checkpoints"  # folder in a workdir for checkpoints that a resume could not use
+_READ_AT_ONCE = 2 << 30  # bytes of parameters, over all devices, that `read_params` reads and checks at a time
 
 
 def _named_error(error: Exception) -> str:
@@ -59,52 +37,30 @@ def _named_error(error: Exception) -> str:
     return one_line(f"{type(error).__name__}: {error}")[:300]
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
-
-
-def fingerprint(tree: Any) -> tuple[dict[str, int], list[str]]:
-    """Checksums of a tree's arrays by path, and the paths of those that hold a number that is not finite."""
-    sums, bad = {}, []
-    for name, x in _named(tree).items():
-        # One at a time: too many collectives in flight at once deadlock XLA's CPU devices.
-        value, finite = jax.device_get(_checksum(sharding.replicated(x.sharding.mesh))(x))
-        sums[name] = int(value)
-        bad += [name] * (not finite)
-    return sums, bad
-
-
-def _check(tree: Any, expected: dict[str, int], prefix: str = "") -> None:
-    """Raises Damaged where an array of `tree` has another checksum than it was saved with."""
-    wrong = [name for name, value in fingerprint(tree)[0].items() if expected.get(prefix + name) != value]
-    if wrong:
-        raise Damaged(f"{prefix}{wrong[0]} is not as it was saved")
-
-
 class Checkpointer:
-    """Saves and restores under `workdir/checkpoints`, one folder per step; keeps the newest `settings.keep`, and the
-    best by `settings.best_metric` where that is set.
+    """Saves and restores checkpoints under `workdir/checkpoints`, in one folder per step.
 
-    Every leaf of a state is a jax.Array on the mesh, scalars too (orbax refuses arrays that live on one host only).
-    All processes call every method, with the same arguments.
+    It keeps the newest `settings.keep` checkpoints, and the best by `settings.best_metric` where that is set. Every
+    leaf of a state is a jax.Array on the mesh, scalars too, because orbax refuses arrays that live on one host only.
+    All processes call every method with the same arguments.
     """
 
     def __init__(self, workdir: Path, settings: CheckpointConfig):
-        self._every, self._best = settings.every, settings.best_metric
+        self._every = settings.every
+        self._has_best = bool(settings.best_metric)
         self._path = Path(workdir).absolute() / "checkpoints"
-        keep, score = [policies.LatestN(settings.keep)], lambda metrics: metrics["best"]
-        if self._best:
-            highest = policies.BestN(get_metric_fn=score, n=1)
-            keep.append(highest)
+        keep = [policies.LatestN(settings.keep)]
+        score = lambda metrics: metrics["best"]
+        if self._has_best:
+            keep.append(policies.BestN(get_metric_fn=score, n=1))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            best_fn=score if self._best else None,  # without it metrics are not written
+            best_fn=score if self._has_best else None,  # orbax writes no metrics without it
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(self._path, options=options)
-        self._writing: tuple[int, dict] | None = None  # step and what its files must hold
+        self._writing: tuple[int, dict] | None = None  # the step, and shapes and dtypes that its files must hold
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -115,17 +71,20 @@ class Checkpointer:
     def save(
         self, step: int, state: Any, meta: dict[str, Any], force: bool = False, score: float | None = None
     ) -> bool:
-        """Starts saving where `step` is a multiple of `settings.every`, or at any step with `force`.
+        """Starts to save `state` where `step` is a multiple of `settings.every`, or at any step with `force`.
 
-        Returns before the files are there (see `wait`); waits for the save before it. A step that is already saved is
-        left as it is. `score` is what the best is chosen by; a step without one never is the best.
+        Waits for the save before it, and returns before its own files are written (see `wait`). A step that is already
+        saved is left as it is.
+
+        Args:
+            score: the value by which the best checkpoint is chosen; a step without a score never is the best.
 
         Returns:
             Whether a save was started.
 
         Raises:
-            RunError: the state is not finite, the disk lacks the space, or the save before this one failed. What was
-                saved before stays as it is.
+            RunError: the state is not finite, the disk lacks the space, or the save before this one failed. Earlier
+                checkpoints stay as they are.
         """
         due = force or (self._every > 0 and step % self._every == 0)
         if not due or step == self.latest_step():
@@ -143,27 +102,28 @@ class Checkpointer:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta | {"checksums": sums})
         )
-        metrics = {"best": -math.inf if score is None else score} if self._best else None
-        self._writing = step, {name: (x.shape, x.dtype) for name, x in _named(state).items()}
+        metrics = {"best": -math.inf if score is None else score} if self._has_best else None
+        self._writing = step, {name: (x.shape, x.dtype) for name, x in named_leaves(state).items()}
         with self._errors(step), watchdog.phase("checkpoint", f"writing step {step}"):
             return self._manager.save(step, args=items, metrics=metrics, force=True)
 
     def latest_step(self) -> int | None:
-        """The newest step, one still being written included; None where there is none."""
+        """Returns the newest step, which may still be being written; None where there is none."""
         return self._manager.latest_step()
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
-        """Step, state and meta of the newest checkpoint that is as it was saved.
+        """Returns step, state and meta of the newest checkpoint that is as it was saved.
 
-        Newer ones that are not are moved to `workdir/damaged_checkpoints`, with a warning. Where none can be used, all
-        stay where they are.
+        Newer checkpoints that are damaged are moved to `workdir/damaged_checkpoints`, with a warning. Where none can be
+        used, all stay where they are.
 
-        `abstract_state` is a state with jax.ShapeDtypeStruct leaves; each array is read straight into the sharding of
-        its leaf, which may be of another mesh than the one it was saved from.
+        Args:
+            abstract_state: a state with jax.ShapeDtypeStruct leaves. Each array is read straight into the sharding of
+                its leaf, whose mesh may differ from the mesh on which the array was saved.
 
         Raises:
             InputError: there is no checkpoint.
-            RunError: none can be used.
+            RunError: no checkpoint can be used.
         """
         self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -177,7 +137,9 @@ class Checkpointer:
                 break
             except Exception as error:  # what orbax raises depends on which byte of which file is wrong
                 failed[step] = _named_error(error)
-                if jax.process_count() > 1 and not isinstance(error, Damaged):  # the others may have read theirs
+                if jax.process_count() > 1 and not isinstance(
+                    error, Damaged
+                ):  # the other processes may have read theirs
                     raise RunError(
                         f"{self._path / str(step)}: can't be read ({failed[step]}); move it away, and the same command "
                         "goes on from the checkpoint before"
@@ -193,7 +155,7 @@ class Checkpointer:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         meta = dict(restored["meta"])
-        _check(restored["state"], meta.pop("checksums"))
+        check(restored["state"], meta.pop("checksums"))
         return restored["state"], meta
 
     def _set_aside(self, step: int) -> None:
@@ -207,17 +169,17 @@ class Checkpointer:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Returns when every started save is on disk and whole.
+        """Returns when every save that was started is complete on disk.
 
         Raises:
-            RunError: one failed.
+            RunError: a save failed.
         """
         if self._writing is None:
             return
         step, expected = self._writing
         with self._errors(step), watchdog.phase("checkpoint", f"writing step {step}"):
             self._manager.wait_until_finished()
-            written = _named(self._manager.item_metadata(step)["state"].tree)
+            written = named_leaves(self._manager.item_metadata(step)["state"].tree)
             written = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in written.items()}
             if written != expected:
                 wrong = next(name for name in written | expected if written.get(name) != expected.get(name))
@@ -225,7 +187,7 @@ class Checkpointer:
         self._writing = None
 
     def close(self) -> None:
-        """Waits for what is being saved, then ends the manager's threads."""
+        """Waits for the save under way, then ends the manager's threads."""
         try:
             self.wait()
         finally:
@@ -234,39 +196,42 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _errors(self, step: int | None) -> Iterator[None]:
-        """Whatever goes wrong with a save, in one line with what is left."""
+        """Turns any error of a save into a RunError that names the step and the newest checkpoint that is left."""
         try:
             yield
         except Exception as error:
             self._writing = None
-            said = one_line(error)[:300] or type(error).__name__
-            raise RunError(f"{self._path}: step {step} could not be written ({said}){self._last_good(step)}") from error
+            cause = one_line(error)[:300] or type(error).__name__
+            raise RunError(
+                f"{self._path}: step {step} could not be written ({cause}){self._last_good(step)}"
+            ) from error
 
-    def _last_good(self, but: int | None = None) -> str:
-        steps = [step for step in self._manager.all_steps() if step != but]
+    def _last_good(self, failed: int | None = None) -> str:
+        """Returns the end of an error message: the newest step that is saved, other than the one that failed."""
+        steps = [step for step in self._manager.all_steps() if step != failed]
         if not steps:
             return "; no step was saved before"
         return f"; make it possible and run the same command again, which goes on from step {max(steps)}"
 
 
 def saved_step(workdir: Path, step: int | None = None) -> int:
-    """`step` where the run in `workdir` has a checkpoint of it, its newest where `step` is None.
+    """Returns `step` where the run in `workdir` has a checkpoint of it, and its newest step where `step` is None.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such checkpoint.
     """
     with _reader(workdir) as manager:
         steps = sorted(manager.all_steps())
     if not steps or step not in (None, *steps):
-        there = f"those there are: {', '.join(map(str, steps))}" if steps else "wait for the first one (of step 0)"
-        raise InputError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}; {there}")
+        fix = f"those there are: {', '.join(map(str, steps))}" if steps else "wait for the first one (of step 0)"
+        raise InputError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}; {fix}")
     return steps[-1] if step is None else step
 
 
 def read_params(workdir: Path, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """The parameters of a run's checkpoint in the shardings and dtypes of `abstract`; nothing else is read.
+    """Reads the parameters of a run's checkpoint, and nothing else, in the shardings and dtypes of `abstract`.
 
-    They are read and checked as they were saved, in float32, a part at a time.
+    They are read and checked in float32, in which they were saved, a part at a time.
 
     Raises:
         InputError: the checkpoint is damaged.
@@ -283,7 +248,7 @@ def read_params(workdir: Path, step: int, abstract: dict[str, jax.ShapeDtypeStru
                 how = ocp.checkpoint_utils.construct_restore_args(item)
                 state = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
                 read = manager.restore(step, args=ocp.args.Composite(state=state))["state"]["params"]
-                _check(read, sums, "params.")
+                check(read, sums, "params.")
                 params |= {path: x.astype(abstract[path].dtype) for path, x in read.items()}
         except Exception as error:  # what orbax raises depends on which byte of which file is wrong
             raise InputError(
@@ -293,7 +258,7 @@ def read_params(workdir: Path, step: int, abstract: dict[str, jax.ShapeDtypeStru
 
 
 def _parts(abstract: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
-    """`abstract` in parts of _READ_AT_ONCE bytes or one array."""
+    """Yields `abstract` in parts of at most _READ_AT_ONCE bytes, or of one array that is larger."""
     part, size = {}, 0
     for path, x in abstract.items():
         if part and size + 4 * x.size > _READ_AT_ONCE:
@@ -305,6 +270,7 @@ def _parts(abstract: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.
 
 
 def _reader(workdir: Path) -> ocp.CheckpointManager:
+    """Returns a manager that reads the checkpoints of the run in `workdir`, and writes nothing."""
     path = Path(workdir).absolute() / "checkpoints"
     if not path.is_dir():
         raise InputError(

@@ -1,7 +1,6 @@
-"""What a run leaves in files: the numbers of a rollout, `metrics.jsonl` (and trackers), and `samples/*.jsonl`.
+"""The metrics of a rollout, computed with numpy from its scored groups: rewards, lengths, and what refining does.
 
-`rollout_metrics` is pure numpy over finished groups. `Writer` owns the files and what a resume does to them.
-Loss, entropy, timings and the verifier's health come from those who know them; nothing here computes them.
+Loss, entropy, timings and the health of the verifier are measured elsewhere, by the code that has them.
 """
 
 import collections
@@ -15,24 +14,25 @@ from igrpo_jax.records import Completion, Group
 
 
 def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]:
-    """Metrics of one rollout, from its scored groups. Keys of a stage that did not run are absent, not zero.
+    """Returns the metrics of one rollout by name. Those of a stage that did not run are absent, not zero.
 
-    Trained completions, under TRL's names: `reward`, `reward_std` (mean over groups of the std with ddof = 1),
+    The trained completions have TRL's names: `reward`, `reward_std` (mean over groups of the std with ddof = 1),
     `frac_reward_zero_std`, `rewards/<name>/mean`, `completions/mean_length|min_length|max_length` (tokens, EOS
-    included), `completions/clipped_ratio` (share cut at the length limit).
+    included), `completions/clipped_ratio` (fraction that was cut at the length limit).
 
-    Drafts, over groups that have some: `draft/reward` and `draft/accuracy` (means), `draft/best_reward` (mean over
-    groups of the best), `draft/kept_reward` (mean of the one that q' shows, which algorithm.draft_selection may choose
-    otherwise), `draft/solved_none|some|all` (shares of groups by how many of the drafts drawn are right),
-    `draft/mean_length`.
+    The metrics of drafts are over the groups that have drafts: `draft/reward` and `draft/accuracy` (means),
+    `draft/best_reward` (mean over groups of the best draft), `draft/kept_reward` (mean of the draft that q' shows,
+    which algorithm.draft_selection may choose otherwise), `draft/solved_none|some|all` (fractions of groups by how many
+    of their drafts are right), `draft/mean_length`.
 
-    Refinements, over groups whose context holds a draft: `refine/fixed|broken|kept_right|kept_wrong` (accuracy of the
-    kept draft against that of each refinement), `refine/gain_vs_best_draft` (reward), `refine/copy_ratio` (see
-    `copy_ratio`), `refine/same_answer` (share that state the kept draft's answer, in the same characters, by whatever
-    reasoning), `refine/draft_truncated` (share of kept drafts cut to `refine.max_draft_length`).
+    The metrics of refinements are over the groups whose context holds a draft, the kept draft:
+    `refine/fixed|broken|kept_right|kept_wrong` (accuracy of the kept draft against that of each refinement),
+    `refine/gain_vs_best_draft` (reward of a refinement minus that of the group's best draft), `refine/copy_ratio` (see
+    `copy_ratio`), `refine/same_answer` (fraction that states the kept draft's answer in the same characters, whatever
+    the reasoning), `refine/draft_truncated` (fraction of kept drafts that were cut to `refine.max_draft_length`).
 
-    "Right" is accuracy = 1. Without an accuracy reward the keys that need one are absent. Completions without a verdict
-    (reward NaN) are left out of means; a mean over none is NaN, which is written as null.
+    "Right" is accuracy = 1. Without an accuracy reward the metrics that need one are absent. Completions without a
+    verdict (reward NaN) are left out of means; a mean over no value is NaN, which is written as null.
     """
     completions = [completion for group in groups for completion in group.completions]
     if not completions:
@@ -63,15 +63,18 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
 
 
 def _mean(values: Sequence[float]) -> float:
+    """Returns the mean of the values that are not NaN; NaN where there is none."""
     known = [value for value in values if not math.isnan(value)]
     return float(np.mean(known)) if known else math.nan
 
 
 def _best(rewards: Sequence[float]) -> float:
+    """Returns the highest reward that is not NaN; NaN where there is none."""
     return max((reward for reward in rewards if not math.isnan(reward)), default=math.nan)
 
 
 def _draft_metrics(drafts: list[tuple[Completion, ...]], with_accuracy: bool) -> dict[str, float]:
+    """Returns the metrics of the drafts, which are given by group."""
     if not drafts:
         return {}
     every = [draft for group in drafts for draft in group]
@@ -83,26 +86,27 @@ def _draft_metrics(drafts: list[tuple[Completion, ...]], with_accuracy: bool) ->
     if with_accuracy:
         metrics["draft/accuracy"] = np.mean([draft.score.rewards.get("accuracy", 0.0) for draft in every])
         solved = [np.mean([_right(draft) for draft in group]) for group in drafts]
-        metrics["draft/solved_none"] = np.mean([share == 0 for share in solved])
-        metrics["draft/solved_some"] = np.mean([0 < share < 1 for share in solved])
-        metrics["draft/solved_all"] = np.mean([share == 1 for share in solved])
+        metrics["draft/solved_none"] = np.mean([fraction == 0 for fraction in solved])
+        metrics["draft/solved_some"] = np.mean([0 < fraction < 1 for fraction in solved])
+        metrics["draft/solved_all"] = np.mean([fraction == 1 for fraction in solved])
     return metrics
 
 
 def _refine_metrics(groups: list[Group], with_accuracy: bool, max_draft_length: int) -> dict[str, float]:
+    """Returns the metrics of the refinements of `groups`, whose contexts all hold a draft."""
     if not groups:
         return {}
     kept = [group.drafts[group.best] for group in groups]
     pairs = [(draft, completion) for draft, group in zip(kept, groups, strict=True) for completion in group.completions]
-    best = [_best([draft.score.reward for draft in group.drafts]) for group in groups]
-    gains = [
-        completion.score.reward - reward
-        for reward, group in zip(best, groups, strict=True)
+    best_rewards = [_best([draft.score.reward for draft in group.drafts]) for group in groups]
+    gain_vs_best_draft = [
+        completion.score.reward - best_reward
+        for best_reward, group in zip(best_rewards, groups, strict=True)
         for completion in group.completions
     ]
     metrics = {
         "draft/kept_reward": _mean([draft.score.reward for draft in kept]),
-        "refine/gain_vs_best_draft": _mean(gains),
+        "refine/gain_vs_best_draft": _mean(gain_vs_best_draft),
         "refine/copy_ratio": np.mean(
             [copy_ratio(_content(draft), _content(completion)) for draft, completion in pairs]
         ),
@@ -110,7 +114,7 @@ def _refine_metrics(groups: list[Group], with_accuracy: bool, max_draft_length: 
     }
     if with_accuracy:
         metrics["refine/same_answer"] = np.mean(
-            [same_answer(d.score.extracted, completion.score.extracted) for d, completion in pairs]
+            [same_answer(draft.score.extracted, completion.score.extracted) for draft, completion in pairs]
         )
         moves = collections.Counter((_right(draft), _right(completion)) for draft, completion in pairs)
         metrics["refine/fixed"] = moves[False, True] / len(pairs)
@@ -121,11 +125,15 @@ def _refine_metrics(groups: list[Group], with_accuracy: bool, max_draft_length: 
 
 
 def copy_ratio(draft: np.ndarray, refinement: np.ndarray) -> float:
-    """Share of a refinement's tokens that it shares with the draft, counted from both ends.
+    """Returns the fraction of a refinement's tokens that it has in common with the draft, counted from both ends.
 
-    (common prefix + common suffix of what is left) / length of the refinement: 1 for an identical text, for a draft cut
-    anywhere in one piece, 0 where the first and the last token differ. A lower bound of what a full alignment would
-    find, at the cost of two vector comparisons. An empty refinement counts as a copy of an empty draft only.
+    It is (common prefix + common suffix of what is left) / length of the refinement: 1 for an identical text and for a
+    draft from which one piece was cut out, 0 where both the first and the last token differ. It is a lower bound of
+    what a full alignment would find, at the cost of two vector comparisons. An empty refinement counts as a copy of an
+    empty draft only.
+
+    Args:
+        draft, refinement: [tokens], of any integer dtype.
     """
     if not len(refinement):
         return float(not len(draft))
@@ -137,19 +145,21 @@ def copy_ratio(draft: np.ndarray, refinement: np.ndarray) -> float:
 
 
 def same_answer(draft: str | None, refinement: str | None) -> bool:
-    """Whether both texts state an answer, and the same one."""
+    """Returns whether both texts state an answer, and the answers are the same characters; None states none."""
     return draft is not None and draft == refinement
 
 
 def _agreement(a: np.ndarray, b: np.ndarray) -> int:
-    """Leading positions at which two arrays of one length agree."""
+    """Returns at how many leading positions two arrays of one length agree."""
     different = np.asarray(a) != np.asarray(b)
     return int(different.argmax()) if different.any() else len(different)
 
 
 def _content(completion: Completion) -> np.ndarray:
+    """Returns the tokens of a completion without its EOS."""
     return completion.tokens[:-1] if completion.finished else completion.tokens
 
 
 def _right(completion: Completion) -> bool:
+    """Returns whether the completion's answer is right."""
     return completion.score.rewards.get("accuracy", 0.0) >= 1.0

@@ -1,7 +1,7 @@
 """Where a run's rows go beside `metrics.jsonl`: TensorBoard and Weights & Biases, by the names in config.log.trackers.
 
-A tracker is opened for a workdir by process 0 and takes rows as they are written. What a resumed run writes again
-replaces what was there (TensorBoard) or is left out (wandb, which keeps what it has been given).
+Process 0 opens a tracker for a workdir and hands it each row as it is written. Rows that a resumed run writes again
+replace the earlier ones in TensorBoard, and are left out for wandb, which keeps the rows that it has been given.
 """
 
 import contextlib
@@ -23,28 +23,35 @@ Row = Mapping[str, float | None]  # with "step"; None where a value is not finit
 
 class Tracker(Protocol):
     def write(self, number: int, row: Row) -> None:
-        """Takes row `number` of metrics.jsonl, counted from 0. May raise OSError."""
+        """Takes row `number` of metrics.jsonl, counted from 0.
+
+        Raises:
+            OSError: the row cannot be written.
+        """
 
     def close(self) -> None:
-        """Hands everything on; no write comes after it."""
+        """Flushes all rows. `write` is not called afterwards."""
 
 
 class TensorBoard:
-    """Scalars in `workdir/tensorboard`.
+    """Writes scalars to `workdir/tensorboard`.
 
-    Not by a SummaryWriter: its thread ends where the disk is full, and whoever then adds to its queue waits for ever.
+    It does not use a SummaryWriter, whose thread ends where the disk is full: whoever then adds to its queue waits for
+    ever.
     """
 
     def __init__(self, workdir: Path, config: Config, resume_step: int | None):
-        from tensorboardX.event_file_writer import EventsWriter  # half a second, only where it is wanted
+        from tensorboardX.event_file_writer import EventsWriter  # this import takes half a second
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar
 
-        folder, purge = workdir / "tensorboard", 0 if resume_step is None else resume_step + 1
+        folder = workdir / "tensorboard"
         folder.mkdir(exist_ok=True)
-        self._event, self._scalar = Event, scalar
+        purge = 0 if resume_step is None else resume_step + 1
+        self._event = Event
+        self._scalar = scalar
         self._events = EventsWriter(str(folder / "events"), f".from{purge}")
-        # From here on what an earlier start wrote of these steps is not shown.
+        # After this event TensorBoard does not show what an earlier start wrote for step `purge` and later ones.
         start = Event(step=purge, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
         self._events.write_event(start)
 
@@ -60,19 +67,20 @@ class TensorBoard:
 
 
 class WandB:
-    """One run of Weights & Biases for a workdir, however often it is resumed: its id is in `workdir/wandb/run_id`.
+    """Sends rows to one run of Weights & Biases per workdir, also when the workdir's run is resumed.
 
-    Account, project and mode are wandb's own: `wandb login`, WANDB_PROJECT, WANDB_MODE=offline. What is printed is not
-    sent: it holds the problems and the model's text. A wandb that fails later (its service was killed) ends no run.
+    The id of that run is in `workdir/wandb/run_id`. Account, project and mode are wandb's own settings: `wandb login`,
+    WANDB_PROJECT, WANDB_MODE=offline. The printed lines are not sent, because they hold the problems and the model's
+    text. Where wandb fails later, for example because its service was killed, the training run goes on.
     """
 
     def __init__(self, workdir: Path, config: Config, resume_step: int | None):
         import wandb
 
-        kept = workdir / "wandb" / "run_id"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        resumes = resume_step is not None and kept.exists()
-        run_id = kept.read_text(encoding="utf-8").strip() if resumes else secrets.token_hex(8)
+        id_file = workdir / "wandb" / "run_id"
+        id_file.parent.mkdir(parents=True, exist_ok=True)
+        resumes = resume_step is not None and id_file.exists()
+        run_id = id_file.read_text(encoding="utf-8").strip() if resumes else secrets.token_hex(8)
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "igrpo_jax"),
@@ -81,36 +89,37 @@ class WandB:
                 resume="allow",
                 dir=str(workdir),
                 config=to_dict(config),
-                allow_val_change=True,  # of what may change on resume
+                allow_val_change=True,  # some settings may change on resume
                 settings=wandb.Settings(console="off"),
             )
         except wandb.Error as error:
-            said = one_line(error)
             raise InputError(
-                f"config.log.trackers = {config.log.trackers!r}: wandb cannot start ({said}); log in with "
+                f"config.log.trackers = {config.log.trackers!r}: wandb cannot start ({one_line(error)}); log in with "
                 "`wandb login`, set WANDB_MODE=offline, or leave wandb out"
             ) from error
-        kept.write_text(run_id + "\n", encoding="utf-8")
-        # Rows are numbered as in metrics.jsonl, because several of them may be of one step; plots are over the step.
+        id_file.write_text(run_id + "\n", encoding="utf-8")
+        # Rows have the numbers that they have in metrics.jsonl, because several rows may belong to one step. Plots have
+        # the step as their axis.
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("warm_start/*", step_metric="warm_start/step")
 
     def write(self, number: int, row: Row) -> None:
-        with self._spared():
-            if number >= self._run.step:  # wandb takes no row twice, and would say so of each
+        with self._ignoring_errors():
+            if number >= self._run.step:  # wandb takes no row twice, and would warn about each
                 self._run.log({name: value for name, value in row.items() if value is not None}, step=number)
 
     def close(self) -> None:
-        with self._spared():
+        with self._ignoring_errors():
             self._run.finish()
 
     @contextlib.contextmanager
-    def _spared(self) -> Iterator[None]:
+    def _ignoring_errors(self) -> Iterator[None]:
+        """Turns every error of wandb into a warning, so that it ends no training run."""
         try:
             yield
-        except Exception as error:  # of a program of its own, whose end shows as one of many
-            said = one_line(f"{type(error).__name__}: {error}")
-            logging.log_every_n(logging.WARNING, "wandb lacks a row that metrics.jsonl has (%s)", 100, said)
+        except Exception as error:  # wandb's service is a process of its own; its end shows as many kinds of error
+            cause = one_line(f"{type(error).__name__}: {error}")
+            logging.log_every_n(logging.WARNING, "wandb lacks a row that metrics.jsonl has (%s)", 100, cause)
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
@@ -120,8 +129,8 @@ def check(settings: LogConfig) -> None:
     """Raises InputError where a tracker of config.log.trackers is not installed."""
     if "wandb" not in settings.trackers:
         return
-    found = importlib.util.find_spec("wandb")
-    if found is None or found.origin is None:  # a folder called wandb, such as that of a run, is no package
+    module = importlib.util.find_spec("wandb")
+    if module is None or module.origin is None:  # a folder called wandb, such as that in a workdir, is no package
         raise InputError(
             f"config.log.trackers = {settings.trackers!r}: wandb is not installed; "
             'pip install "igrpo-jax[wandb]", or leave it out'
@@ -129,5 +138,9 @@ def check(settings: LogConfig) -> None:
 
 
 def open_trackers(workdir: Path, config: Config, resume_step: int | None) -> list[Tracker]:
-    """The trackers of config.log.trackers; `resume_step` is the step that the run goes on from, None from nothing."""
+    """Opens the trackers of config.log.trackers.
+
+    Args:
+        resume_step: the step from which the run goes on; None where it starts from nothing.
+    """
     return [TRACKERS[name](workdir, config, resume_step) for name in config.log.trackers]

@@ -1,4 +1,4 @@
-"""The weights of a run: those it starts from, those that LoRA adapts, and those that one of its checkpoints holds."""
+"""The weights of a run: those with which it starts, those that LoRA adapts, and those of one of its checkpoints."""
 
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,11 @@ from igrpo_jax.outputs.console import Console
 
 
 def load(policy: Policy, mesh: jax.sharding.Mesh, seed: int, dtype: str, console: Console) -> decoder.Params:
-    """Weights of the model that a run is given; of a real one with a bar in bytes."""
+    """Loads the weights of the model that a run is given, in `dtype`, each in its sharding of `mesh`.
+
+    While the files of a Hugging Face model are read, the console shows a bar that counts bytes. The built-in model gets
+    random weights from `seed`.
+    """
     if not policy.path:
         return policy.load(mesh, seed, dtype)
     with console.phase("reading weights (MB)", policy.file_bytes >> 20) as update:
@@ -30,10 +34,14 @@ def first(
     console: Console,
     params: decoder.Params | None = None,
 ) -> decoder.Params:
-    """The policy before the first update, in `dtype`, sharded as it is trained: pi_ref, and what LoRA adapts.
+    """Returns the policy before the first update: it is pi_ref, and it is what LoRA adapts.
 
-    A real model is read again from its files; what the built-in one had learned, `params`, is kept in
+    A Hugging Face model is read again from its files. The built-in model, which its warm start has trained, is kept in
     workdir/reference.
+
+    Args:
+        dtype: the dtype of the result; its shardings are those of training.
+        params: the built-in model after its warm start, float32, to be kept; None to read what was kept.
     """
     if policy.path:
         return load(policy, mesh, config.seed, dtype, console)
@@ -45,16 +53,22 @@ def first(
 
 
 def adapters(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> decoder.Params:
-    """Those that a LoRA run starts with. They change nothing yet: with them the policy is pi_ref."""
+    """Returns the adapters with which a LoRA run starts. They change nothing yet: with them the policy is pi_ref."""
     return lora.init(config.model.lora, decoder.shapes(policy.model), jax.random.key(config.seed), mesh)
 
 
 def saved(
     config: Config, policy: Policy, workdir: Path, mesh: jax.sharding.Mesh, console: Console, step: int | None = None
 ) -> tuple[decoder.Params, int]:
-    """The policy of a checkpoint of the run `c` in `workdir`, the newest or that of `step`, and its step.
+    """Reads the policy of a checkpoint of the run in `workdir`. The run may be under way.
 
-    In bfloat16; with LoRA adapters in float32 on weights in model.dtype. The run may be under way.
+    Args:
+        config: the configuration of that run.
+        step: the step of the checkpoint; None for the newest.
+
+    Returns:
+        The parameters, and the step of the checkpoint. The parameters are bfloat16; those of a LoRA run are adapters in
+        float32 on weights in model.dtype.
 
     Raises:
         InputError: there is no such checkpoint.
@@ -68,5 +82,6 @@ def saved(
 
 
 def _abstract(shapes: dict[str, tuple[int, ...]], mesh: jax.sharding.Mesh, dtype: str) -> dict:
-    place = partial(sharding.param_sharding, mesh)
-    return {path: jax.ShapeDtypeStruct(shape, dtype, sharding=place(path)) for path, shape in shapes.items()}
+    """Returns abstract arrays of these shapes, each with the sharding of its parameter."""
+    of_path = partial(sharding.param_sharding, mesh)
+    return {path: jax.ShapeDtypeStruct(shape, dtype, sharding=of_path(path)) for path, shape in shapes.items()}

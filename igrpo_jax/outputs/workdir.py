@@ -1,4 +1,4 @@
-"""Which folder a run may use: `prepare_workdir` claims it, `locked` keeps a second run out, `read_config` reads it."""
+"""A run's folder: `prepare_workdir` claims it, `locked` keeps a second run out, `read_config` reads its settings."""
 
 import contextlib
 import fcntl
@@ -14,8 +14,9 @@ from absl import logging
 
 from igrpo_jax.config import Config, differences, freeze, to_dict
 from igrpo_jax.errors import InputError
+from igrpo_jax.outputs.files import replace_text
 
-LOCK = ".lock"  # in a workdir: held while a run is under way
+LOCK = ".lock"  # file in a workdir that is locked while a run is under way
 
 
 def prepare_workdir(workdir: Path, config: Config) -> bool:
@@ -25,11 +26,12 @@ def prepare_workdir(workdir: Path, config: Config) -> bool:
         True where `workdir` holds a run of this configuration, which is to be resumed.
 
     Raises:
-        InputError: `workdir` holds a run of another configuration, one that is under way, or files that are no run's,
-            or cannot be written. Nothing is left behind.
+        InputError: `workdir` holds a run of another configuration, a run that is under way, or files that belong to no
+            run; or it cannot be written. Nothing is left behind.
     """
     workdir = Path(workdir)
-    path, temporary = workdir / "config.json", workdir / "config.json.tmp"
+    path = workdir / "config.json"
+    temporary = workdir / "config.json.tmp"  # of replace_text
     settings = to_dict(config)
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
@@ -44,8 +46,7 @@ def prepare_workdir(workdir: Path, config: Config) -> bool:
                 f"--workdir {workdir}: holds {foreign[0]}{more} but no config.json of a run; "
                 "give an empty or new folder"
             )
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(path, json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         for undo in (temporary.unlink, *(folder.rmdir for folder in made)):
             with contextlib.suppress(OSError):
@@ -72,12 +73,17 @@ def _check_same_run(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _check_free(workdir: Path) -> None:
-    """Raises InputError where a run is under way, whose config.json must stay as it is."""
+    """Raises InputError where a run is under way in `workdir`: its config.json must stay as it is."""
     with contextlib.suppress(FileNotFoundError), open(workdir / LOCK, "r+", encoding="utf-8") as file:
         _lock(file, workdir)
 
 
 def _lock(file: TextIO, workdir: Path) -> None:
+    """Locks the lock file of `workdir`, or warns where the file system has no locks.
+
+    Raises:
+        InputError: another process holds the lock.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -92,7 +98,7 @@ def _lock(file: TextIO, workdir: Path) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of `workdir` while it lasts; the system ends it with the process, however that ends.
+    """Keeps other runs out of `workdir` inside the `with` block. The system frees the lock when the process ends.
 
     Raises:
         InputError: a run is under way there.
@@ -110,10 +116,10 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def read_config(workdir: Path) -> Config:
-    """The configuration of the run in `workdir`.
+    """Returns the configuration of the run in `workdir`.
 
     Raises:
-        InputError: there is none.
+        InputError: `workdir` holds no readable config.json.
     """
     path = Path(workdir) / "config.json"
     try:

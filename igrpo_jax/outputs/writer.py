@@ -23,26 +23,29 @@ from igrpo_jax.records import Completion, Group
 
 
 class Writer:
-    """Writes `metrics.jsonl`, `samples/` and what trackers keep under `workdir`; only process 0 does, others are idle.
+    """Writes `metrics.jsonl`, `samples/` and the files of trackers under `workdir`; only process 0 writes.
 
-    `resume_step` is the step of the checkpoint that was restored, None where the run starts from nothing. Rows and
-    sample files of later steps are dropped, since the resumed run writes them again; a last line torn by a kill is
-    dropped as well. With None, whatever an earlier start left is dropped.
+    Args:
+        resume_step: the step of the checkpoint that was restored; None where the run starts from nothing. Rows and
+            sample files of later steps are dropped, because the resumed run writes them again. With None, all that an
+            earlier start left is dropped. A line that a kill tore is dropped as well.
 
     Attributes:
-        rows: rows now in `metrics.jsonl`, what a checkpoint stores as the metrics cursor.
-        history: the rows of RL steps that a resumed run found there.
+        rows: how many rows `metrics.jsonl` has now, which a checkpoint stores as the metrics cursor.
+        history: the rows of RL steps that `metrics.jsonl` had when it was opened.
     """
 
     def __init__(self, workdir: Path, config: Config, resume_step: int | None = None):
-        self.rows, self.history = 0, []
+        self.rows = 0
+        self.history: list[dict[str, Any]] = []
         self._file: TextIO | None = None
         self._trackers: list[trackers.Tracker] = []
         if jax.process_index() != 0:
             return
         workdir = Path(workdir)
         keep = -math.inf if resume_step is None else resume_step
-        self._path, self._samples = workdir / "metrics.jsonl", workdir / "samples"
+        self._path = workdir / "metrics.jsonl"
+        self._samples = workdir / "samples"
         self._samples.mkdir(parents=True, exist_ok=True)
         for path in self._samples.iterdir():
             match = re.fullmatch(r"step_(\d+)\.jsonl(\.tmp)?", path.name)
@@ -63,7 +66,15 @@ class Writer:
         self.close()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one row; values are Python, numpy or jax scalars. A non-finite one is written as null and logged."""
+        """Appends a row to `metrics.jsonl` and hands it to the trackers.
+
+        Args:
+            metrics: Python, numpy or jax scalars by name. A value that is not finite is written as null, with a
+                warning.
+
+        Raises:
+            RunError: the row cannot be written.
+        """
         if self._file is None:
             return
         row = {"step": int(step)} | {name: number(value) for name, value in metrics.items()}
@@ -78,14 +89,30 @@ class Writer:
         self.rows += 1
 
     def samples(self, step: int, groups: Sequence[Group], advantages: np.ndarray) -> None:
-        """Writes `samples/step_000123.jsonl`, one row per draft and completion; `advantages` is [P, G] float32."""
+        """Writes `samples/step_000123.jsonl`, with one row per draft and completion.
+
+        Args:
+            advantages: [P, G] float32, of P groups with G completions.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
         if self._file is None:
             return
         write_rows(self._samples / f"step_{step:06d}.jsonl", (row for row, _, _ in _sample_rows(groups, advantages)))
 
     def nonfinite(self, step: int, groups: Sequence[Group], advantages: np.ndarray) -> None:
-        """Writes the batch of a step that was skipped to `nonfinite/step_000123.jsonl`: rows as of `samples`, with the
-        tokens of context and completion and the sampler's log-probs (null where not finite)."""
+        """Writes the batch of a step whose update was skipped to `nonfinite/step_000123.jsonl`.
+
+        The rows are those of `samples`, each with the tokens of its context, its own tokens and the sampler's log-probs
+        (null where they are not finite).
+
+        Args:
+            advantages: [P, G] float32, of P groups with G completions.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
         if self._file is None:
             return
         rows = []
@@ -99,23 +126,24 @@ class Writer:
         write_rows(folder / f"step_{step:06d}.jsonl", rows)
 
     def sync(self) -> None:
-        """Returns when the rows so far are on disk: a checkpoint that counts on them may follow."""
+        """Returns when the rows so far are on disk, so that a checkpoint that counts on them may follow."""
         if self._file is not None:
             with writing(self._path):
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flushes and closes all, also where one of them cannot be; may be called twice."""
+        """Closes the file and the trackers, each also where closing another fails. It may be called twice."""
         if self._file is not None:
             closing = [self._file, *self._trackers]
-            self._file, self._trackers = None, []
+            self._file = None
+            self._trackers = []
             with writing(self._path), contextlib.ExitStack() as stack:
-                for one in closing:
-                    stack.callback(one.close)
+                for output in closing:
+                    stack.callback(output.close)
 
 
 def _sample_rows(groups: Sequence[Group], advantages: np.ndarray) -> Iterator[tuple[dict, Group, Completion]]:
-    """Rows of drafts and completions, each with what it is of."""
+    """Yields a row for each draft and each completion, with its group and the completion itself."""
     for group, group_advantages in zip(groups, np.asarray(advantages), strict=True):
         for draft in group.drafts:
             yield _sample_row(group, draft, None, None), group, draft
@@ -125,6 +153,7 @@ def _sample_rows(groups: Sequence[Group], advantages: np.ndarray) -> Iterator[tu
 
 
 def _sample_row(group: Group, completion: Completion, parent: int | None, advantage: float | None) -> dict[str, Any]:
+    """Returns the row of a draft or completion; `parent` is the sample_id of the draft in its context."""
     score = completion.score
     return {
         "prompt_id": group.prompt.id,
@@ -145,10 +174,11 @@ def _sample_row(group: Group, completion: Completion, parent: int | None, advant
 
 
 def _rows_until(path: Path, last_step: float) -> list[str]:
-    """Whole lines of a metrics file with step <= last_step; anything that is not a whole row is dropped."""
+    """Returns the lines of a metrics file with step <= last_step; a line that is not a complete row is dropped."""
     if not path.exists():
         return []
-    kept, torn = [], 0
+    kept = []
+    torn = 0
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         if not line.strip():
             continue

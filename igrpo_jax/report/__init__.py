@@ -1,4 +1,4 @@
-"""The page of a run: `python -m igrpo_jax.report`.
+"""The pages that show a run: `python -m igrpo_jax.report`.
 
 In order: runs, samples, summary, panels, figures, pages, __main__.
 """

@@ -1,8 +1,8 @@
 """`python -m igrpo_jax.report --workdir DIR [--workdir OTHER ...] [--out DIR/report]`: a run's curves and samples as
 pages that open without a server.
 
-Works on a run that is going on or has crashed; the same command writes the report anew. Several runs are drawn over
-each other. Needs matplotlib (pip install "igrpo-jax[report]"), no accelerator, and touches none.
+It also works on a run that is going on or has crashed; the same command writes the report anew. Several runs are drawn
+over each other. It needs matplotlib (pip install "igrpo-jax[report]"), and neither needs nor touches an accelerator.
 """
 
 from pathlib import Path
@@ -24,10 +24,10 @@ def main(argv: list[str]) -> None:
         raise InputError("--workdir: missing; give the folder of a run")
     folders = [Path(folder) for folder in values.workdir]
     out = Path(values.out) if values.out else folders[0] / "report"
-    for one in pages.build(folders, out):
-        verdict = one.summary.verdict
-        print(plain_text(f"{one.name}: {verdict.answer}. {'; '.join(verdict.reasons)}."))
-        for text in (*one.summary.alerts, *one.notes):
+    for shown in pages.build(folders, out):
+        verdict = shown.summary.verdict
+        print(plain_text(f"{shown.name}: {verdict.answer}. {'; '.join(verdict.reasons)}."))
+        for text in (*shown.summary.alerts, *shown.notes):
             print(plain_text(f"  {text}"))
     print(f"written to {out / 'index.html'}")
 

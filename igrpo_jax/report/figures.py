@@ -1,9 +1,10 @@
-"""Draws the panels of a report with matplotlib into PNG files, each light and dark.
+"""Draws the panels of a report with matplotlib into PNG files, each in a light and a dark theme.
 
-With one run a panel's lines have the colours of their roles; with several, colours are runs and the kinds of lines are
-dashes. What is smoothed says so under its axis.
+With one run, the lines of a panel have the colours of their roles. With several runs, a colour stands for a run and a
+dash pattern for a kind of line. The label of the x axis says over how many steps a line is smoothed.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +14,13 @@ import numpy as np
 
 from igrpo_jax.errors import InputError
 from igrpo_jax.report.panels import Line, Panel, panels
-from igrpo_jax.report.runs import Run
+from igrpo_jax.report.runs import RecordedRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# By theme; roles are the same on the page (style.css).
+# The colours of the roles by theme, the same as on the page (style.css).
 COLOURS = {
     "light": {
         "paper": "#ffffff",
@@ -50,30 +51,35 @@ COLOURS = {
         "idle": "#454d58",
     },
 }
-RUNS = ("trained", "best", "single", "draft", "bad", "calm", "muted")  # roles whose colours tell runs apart
+RUNS = ("trained", "best", "single", "draft", "bad", "calm", "muted")  # roles whose colours tell several runs apart
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
-SMOOTHED = 30  # points that a smoothed line is made of, about: the running mean is over a thirtieth of the steps
-WIDTH, HEIGHT, DPI = 4.8, 3.1, 160  # inches; three abreast on a laptop, one on a phone
-SMALL = 9.5  # points, of all text but the title
-ROW = 0.08  # of a legend, as a share of the height
-LABEL, GAP = 60, 5  # characters that stand side by side, and those that an entry's sign takes
+SMOOTHED = 30  # the running mean of a line is over about a thirtieth of the steps
+WIDTH, HEIGHT, DPI = (
+    4.8,
+    3.1,
+    160,
+)  # inches, inches and dots per inch; a laptop shows three plots side by side, a phone one
+SMALL = 9.5  # size in points of all text but the title
+ROW = 0.08  # height of a row of the legend, as a fraction of the height of the figure
+LABEL = 60  # characters that fit side by side in a row of the legend
+GAP = 5  # characters that the sign of an entry takes
 
 
-def write(runs: Sequence[Run], folder: Path) -> dict[str, list[Panel]]:
-    """Writes PANEL.png and PANEL.dark.png of every panel that has data, and returns the panels by section.
+def write(runs: Sequence[RecordedRun], folder: Path) -> dict[str, list[Panel]]:
+    """Writes PANEL.png and PANEL.dark.png for every panel that has data, and returns these panels by section.
 
     Raises:
         InputError: matplotlib is missing.
     """
     require()
     folder.mkdir(parents=True, exist_ok=True)
-    every = panels(runs)
-    for panel in (panel for some in every.values() for panel in some):
+    sections = panels(runs)
+    for panel in itertools.chain.from_iterable(sections.values()):
         for theme in COLOURS:
             path = folder / (f"{panel.file}.png" if theme == "light" else f"{panel.file}.dark.png")
             figure = draw(panel, runs, theme)
             figure.savefig(path, dpi=DPI, facecolor=figure.get_facecolor())
-    return every
+    return sections
 
 
 def require() -> None:
@@ -84,8 +90,8 @@ def require() -> None:
         raise InputError("report: plots need matplotlib; pip install 'igrpo-jax[report]'") from error
 
 
-def draw(panel: Panel, runs: Sequence[Run], theme: str = "light") -> "Figure":
-    """The plot of a panel of `panels(runs)`."""
+def draw(panel: Panel, runs: Sequence[RecordedRun], theme: str = "light") -> "Figure":
+    """Returns the plot of one panel of `panels(runs)`."""
     from matplotlib.figure import Figure
 
     colours = COLOURS[theme]
@@ -107,19 +113,25 @@ def draw(panel: Panel, runs: Sequence[Run], theme: str = "light") -> "Figure":
     return figure
 
 
-def smoothing(runs: Sequence[Run]) -> int:
-    """Steps of the running mean, an odd number, the same for all runs of a plot."""
+def smoothing(runs: Sequence[RecordedRun]) -> int:
+    """Returns the steps of the running mean: an odd number, the same for all runs of a plot."""
     return max((len(run.steps) for run in runs), default=0) // SMOOTHED // 2 * 2 + 1
 
 
 def smooth(values: np.ndarray, over: int) -> np.ndarray:
-    """Centred running means of `values` [S] over an odd number of points; at the ends over those that there are."""
+    """Returns centred running means [S] float64 of `values` [S]; near the ends they are over the points that exist.
+
+    Args:
+        over: points of a mean, an odd number; fewer are taken where there are fewer.
+    """
     kernel = np.ones(min(over, (len(values) - 1) // 2 * 2 + 1))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def _line(axes: "Axes", panel: Panel, line: Line, run: Run, over: int, faint: bool = True, **look) -> np.ndarray:
-    """Draws a line and returns its values [S], none where the run lacks it."""
+def _line(
+    axes: "Axes", panel: Panel, line: Line, run: RecordedRun, over: int, faint: bool = True, **look
+) -> np.ndarray:
+    """Draws a line and returns its values [S], an empty array where the run lacks it."""
     curve = line.of(run)
     values = panel.scale * curve.values
     if not curve:
@@ -137,8 +149,8 @@ def _line(axes: "Axes", panel: Panel, line: Line, run: Run, over: int, faint: bo
     return values
 
 
-def _stack(axes: "Axes", panel: Panel, run: Run, colours: dict[str, str], over: int) -> np.ndarray:
-    """Draws the parts on each other and returns the heights of all together, [S]."""
+def _stack(axes: "Axes", panel: Panel, run: RecordedRun, colours: dict[str, str], over: int) -> np.ndarray:
+    """Draws the lines as stacked areas and returns the heights of the stack, [S]."""
     curves = [line.of(run) for line in panel.lines]
     steps = sorted(set(curves[0].steps.tolist()).intersection(*(curve.steps.tolist() for curve in curves)))
     parts = [np.maximum(panel.scale * curve.values[np.isin(curve.steps, steps)], 0) for curve in curves]
@@ -153,23 +165,26 @@ def _stack(axes: "Axes", panel: Panel, run: Run, colours: dict[str, str], over: 
     return np.sum(parts, axis=0)
 
 
-def _overlay(axes: "Axes", panel: Panel, runs: Sequence[Run], colours: dict[str, str], over: int) -> np.ndarray:
-    """Draws all runs: colours are runs, dashes are kinds of lines; the legend has both. Returns all values."""
+def _overlay(axes: "Axes", panel: Panel, runs: Sequence[RecordedRun], colours: dict[str, str], over: int) -> np.ndarray:
+    """Draws all runs over each other and returns all their values.
+
+    A colour stands for a run and a dash pattern for a kind of line. The legend explains both.
+    """
     heights = []
     for number, run in enumerate(runs):
         colour = colours[RUNS[number % len(RUNS)]]
-        # A label that begins with an underscore is none to matplotlib.
+        # matplotlib leaves a label out that begins with an underscore.
         axes.plot([], [], color=colour, linewidth=3, label=f" {run.name}" if run.name.startswith("_") else run.name)
-        for place, line in enumerate(panel.lines):
-            dash = DASHES[place % len(DASHES)]
+        for kind, line in enumerate(panel.lines):
+            dash = DASHES[kind % len(DASHES)]
             heights.append(_line(axes, panel, line, run, over, False, color=colour, linestyle=dash))
-    for place, line in enumerate(panel.lines if len(panel.lines) > 1 else ()):
-        axes.plot([], [], color=colours["muted"], linestyle=DASHES[place % len(DASHES)], label=line.label)
+    for kind, line in enumerate(panel.lines if len(panel.lines) > 1 else ()):
+        axes.plot([], [], color=colours["muted"], linestyle=DASHES[kind % len(DASHES)], label=line.label)
     return np.concatenate(heights)
 
 
 def _cut(axes: "Axes", panel: Panel, heights: np.ndarray) -> str:
-    """Sets the height of the plot; returns what to say where a few values are above it."""
+    """Sets the top of the y axis; returns the text that names the peak where a few values are above it, else ""."""
     top = axes.get_ylim()[1]
     if panel.scale == 100:
         axes.set_ylim(0, min(top, 102) if heights.any() else 100)
@@ -182,8 +197,8 @@ def _cut(axes: "Axes", panel: Panel, heights: np.ndarray) -> str:
     return ""
 
 
-def _limit(axes: "Axes", panel: Panel, run: Run, colours: dict[str, str]) -> None:
-    """Draws a setting that the values come near to."""
+def _limit(axes: "Axes", panel: Panel, run: RecordedRun, colours: dict[str, str]) -> None:
+    """Draws a setting as a horizontal line where the values come near it."""
     limit, top = run.setting(panel.limit) if panel.limit else None, axes.get_ylim()[1]
     if isinstance(limit, int | float) and limit <= 1.5 * top:
         look = {"color": colours["muted"], "linewidth": 1, "linestyle": DASHES[1]}
@@ -194,12 +209,17 @@ def _limit(axes: "Axes", panel: Panel, run: Run, colours: dict[str, str]) -> Non
 def _dress(
     figure: "Figure", axes: "Axes", panel: Panel, colours: dict[str, str], cut: str, over: int, several: int
 ) -> None:
-    """Titles, ticks, legend; the first `several` of its entries are runs."""
+    """Adds titles, ticks and a legend, whose first `several` entries are runs."""
     from matplotlib.ticker import MaxNLocator
 
     ink, muted = colours["ink"], colours["muted"]
     means = over > 1 and not any(line.band for line in panel.lines)
-    look = {"fontsize": 12, "fontweight": "bold", "color": ink, "parse_math": False}  # names may hold dollar signs
+    look = {
+        "fontsize": 12,
+        "fontweight": "bold",
+        "color": ink,
+        "parse_math": False,
+    }  # names may hold dollar signs, which are no formulas
     axes.set_title(panel.title, loc="left", pad=8, **look)
     axes.set_title(panel.unit + cut, loc="right", fontsize=SMALL, color=muted, pad=8)
     axes.set_xlabel(f"step (means of {over} steps)" if means else "step", fontsize=SMALL, color=muted)
@@ -215,13 +235,13 @@ def _dress(
     if len(handles) == 1:
         handles, labels = [], []
     rows = 0
-    for some in (slice(several, None), slice(several)):  # from below: kinds of lines, then runs
-        rows += _legend(figure, handles[some], [label[:LABEL] for label in labels[some]], rows, ink)
+    for entries in (slice(several, None), slice(several)):  # from below: kinds of lines, then runs
+        rows += _legend(figure, handles[entries], [label[:LABEL] for label in labels[entries]], rows, ink)
     figure.subplots_adjust(left=0.105, right=0.97, top=0.87, bottom=0.2 + ROW * max(rows, 1))
 
 
 def _legend(figure: "Figure", handles: list, labels: list[str], row: int, ink: str) -> int:
-    """Puts a legend on a row of the figure's foot, counted from below; returns how many rows it takes."""
+    """Puts a legend at the foot of the figure, on `row` counted from below, and returns how many rows it takes."""
     if not handles:
         return 0
     columns = len(labels)

@@ -1,10 +1,10 @@
-"""A report as files: plots, sample data and the two pages that show them, all in one folder that needs no server.
+"""Writes a report: plots, sample data and the two pages that show them, all in one folder that needs no server.
 
     index.html         the summary of every run, and the plots
-    samples.html       the samples, shown by samples.js from data/
-    igrpo_report.json  what it is a report of; tells a later command that the folder is its own
+    samples.html       the samples, which samples.js shows from data/
+    igrpo_report.json  the runs of the report; it tells a later command that the folder holds a report
 
-Templates escape all they are given. The pages allow no script and no style but their own files, and no request.
+Templates escape every value. The pages allow no scripts and no styles but those in their own files, and no requests.
 """
 
 import json
@@ -20,9 +20,9 @@ from igrpo_jax import __version__
 from igrpo_jax.errors import InputError
 from igrpo_jax.outputs.files import write_atomically
 from igrpo_jax.report import figures, panels, runs, samples, summary
-from igrpo_jax.report.runs import Run
+from igrpo_jax.report.runs import RecordedRun
 
-# A file's origin is no origin to some browsers, so 'self' alone would not let a page opened as a file load its own.
+# Some browsers give a file no origin, so 'self' alone would not let a page that is opened as a file load its files.
 POLICY = (
     "default-src 'none'; script-src 'self' file:; style-src 'self' file:; img-src 'self' file: data:; "
     "base-uri 'none'; form-action 'none'"
@@ -33,85 +33,89 @@ OWN = ("index.html", "samples.html", "samples.js", "style.css", "plots", "data")
 
 @dataclass(frozen=True)
 class Shown:
-    """What index.html shows of a run."""
+    """The parts of a run that index.html shows."""
 
     name: str
     folder: Path
     summary: summary.Summary
     notes: list[str]
-    last_step: int | None  # with samples
-    flagged: list[
-        tuple[str, int]
-    ]  # of that step: names of samples.FLAGS with how many prompts have a sample of the kind
+    last_step: int | None  # last step with samples
+    flagged: list[tuple[str, int]]  # names of samples.FLAGS, and how many prompts of the last step have such a sample
 
 
 def build(folders: Sequence[Path], out: Path) -> list[Shown]:
-    """Writes the report of the runs in `folders` into `out`, in the place of an earlier one.
+    """Writes the report of the runs in `folders` into `out`, where it replaces an earlier report.
 
     Raises:
         InputError: a folder holds no run; `out` holds something else or cannot be written; matplotlib is missing.
     """
     figures.require()
-    found = runs.read(list(folders))
+    recorded = runs.read(list(folders))
     try:
-        _claim(out, found)
-        written = [samples.write(run, out / "data" / str(place)) for place, run in enumerate(found)]
-        index = {run.name: one.index for run, one in zip(found, written, strict=True)}
+        _claim(out, recorded)
+        written = [samples.write(run, out / "data" / str(number)) for number, run in enumerate(recorded)]
+        index = {run.name: sampled.index for run, sampled in zip(recorded, written, strict=True)}
         samples.write_index(out / "data" / "index.js", index)
-        counted = [_with_counts(run, one) for run, one in zip(found, written, strict=True)]
+        counted = [_with_counts(run, sampled) for run, sampled in zip(recorded, written, strict=True)]
         sections = figures.write(counted, out / "plots")
-        who = panels.trained(counted)
-        shown = [_shown(run, one, who) for run, one in zip(counted, written, strict=True)]
-        _write_pages(out, shown, sections, any(one.index for one in written))
+        trained = panels.trained(counted)
+        shown = [_shown(run, sampled, trained) for run, sampled in zip(counted, written, strict=True)]
+        _write_pages(out, shown, sections, any(sampled.index for sampled in written))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error}); give another folder") from error
     return shown
 
 
-def _claim(out: Path, found: Sequence[Run]) -> None:
-    """Makes `out` an empty folder of ours: what an earlier report wrote goes, anything else is refused."""
-    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if there and MARK not in there:
-        raise InputError(f"--out {out}: holds {there[0]} but no report; give an empty or new folder")
+def _claim(out: Path, recorded: Sequence[RecordedRun]) -> None:
+    """Makes the folder `out`, or removes an earlier report from it.
+
+    Raises:
+        InputError: `out` holds files but no report.
+    """
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if names and MARK not in names:
+        raise InputError(f"--out {out}: holds {names[0]} but no report; give an empty or new folder")
     out.mkdir(parents=True, exist_ok=True)
     for name in OWN:
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    about = {"version": __version__, "runs": {run.name: str(run.folder) for run in found}}
+    about = {"version": __version__, "runs": {run.name: str(run.folder) for run in recorded}}
     write_atomically(out / MARK, json.dumps(about, indent=2) + "\n")
 
 
-def _with_counts(run: Run, written: samples.Written) -> Run:
-    """The run with what was counted in its samples as metrics, as shares of a step's prompts."""
-    counts = {step: one for step, one in written.counts.items() if one.prompts}
+def _with_counts(run: RecordedRun, written: samples.Written) -> RecordedRun:
+    """Returns the run with the counts of its samples as further metrics, in fractions of a step's prompts."""
+    counts = {step: count for step, count in written.counts.items() if count.prompts}
     metrics = {}
     for kind in ("right", "wrong", "mixed"):
-        metrics[f"samples/equal_{kind}"] = {step: one.equal[kind] / one.prompts for step, one in counts.items()}
+        metrics[f"samples/equal_{kind}"] = {step: count.equal[kind] / count.prompts for step, count in counts.items()}
     return replace(run, metrics=run.metrics | metrics, notes=[*run.notes, *written.notes])
 
 
-def _shown(run: Run, written: samples.Written, who: str) -> Shown:
+def _shown(run: RecordedRun, written: samples.Written, trained: str) -> Shown:
+    """Returns the parts of a run that index.html shows; `trained` is the name of the trained completions."""
     last = written.index[-1]["step"] if written.index else None
     flagged = written.counts[last].flagged if written.index else {}
     listed = [(name, flagged[name]) for name in samples.FLAGS if name in flagged]
-    return Shown(run.name, run.folder, summary.summary(run, who), run.notes, last, listed)
+    return Shown(run.name, run.folder, summary.summary(run, trained), run.notes, last, listed)
 
 
 def _compared(shown: Sequence[Shown]) -> dict[str, list[summary.Change | None]]:
-    """By name of a change, that of every run; empty where there is one run."""
+    """Returns by name the change of every run, None where a run lacks it; empty where there is only one run."""
     if len(shown) == 1:
         return {}
-    found = [{change.name: change for change in one.summary.changes} for one in shown]
-    names = dict.fromkeys(name for changes in found for name in changes)
-    return {name: [changes.get(name) for changes in found] for name in names}
+    by_run = [{change.name: change for change in run.summary.changes} for run in shown]
+    names = dict.fromkeys(name for changes in by_run for name in changes)
+    return {name: [changes.get(name) for changes in by_run] for name in names}
 
 
 def _write_pages(out: Path, shown: Sequence[Shown], sections: dict[str, list], has_samples: bool) -> None:
+    """Writes the two pages and the files that they load."""
     loader = jinja2.PackageLoader("igrpo_jax.report")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     for name in ("style.css", "samples.js"):
         write_atomically(out / name, loader.get_source(environment, name)[0])
-    title = " · ".join(one.name for one in shown)
+    title = " · ".join(run.name for run in shown)
     width, height = (round(inches * figures.DPI) for inches in (figures.WIDTH, figures.HEIGHT))
     values = {
         "policy": POLICY,
@@ -126,5 +130,5 @@ def _write_pages(out: Path, shown: Sequence[Shown], sections: dict[str, list], h
         "width": width,
         "height": height,
     }
-    for name in ("samples.html", "index.html"):  # index.html last: when it is there, all that it names is
+    for name in ("samples.html", "index.html"):  # index.html comes last, after all files that it names
         write_atomically(out / name, environment.get_template(name).render(values))

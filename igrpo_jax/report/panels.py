@@ -1,27 +1,28 @@
-"""What a report plots: one table of panels, each with its lines, and which of them have data in the runs at hand.
+"""The panels of a report: one table of plots with their lines, and the choice of those that have data.
 
-A line's role is whose numbers it shows (drafts, best draft, trained completions, single shot); it has one colour
-wherever it appears, plots and pages alike.
+The role of a line says whose numbers it shows (drafts, best draft, trained completions, single shot). A role has the
+same colour in all plots and pages.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from igrpo_jax.report.runs import Curve, Run
+from igrpo_jax.report.runs import Curve, RecordedRun
 
 
 @dataclass(frozen=True)
 class Line:
-    """What is drawn: a sum of metrics, in the colour of its role."""
+    """A sum of metrics, drawn in the colour of its role."""
 
     label: str
-    role: str  # of figures.COLOURS
+    role: str  # a key of figures.COLOURS[theme]
     metrics: tuple[str, ...]
-    less: tuple[str, ...] = ()  # subtracted from the sum
+    less: tuple[str, ...] = ()  # metrics that are subtracted from the sum
     band: tuple[str, str] | None = None  # metrics of the lower and upper end of an interval
 
-    def of(self, run: Run) -> Curve:
+    def of(self, run: RecordedRun) -> Curve:
+        """Returns the values of the line in a run, empty where the run lacks a metric."""
         return run.curve(*self.metrics, less=self.less)
 
 
@@ -34,11 +35,11 @@ class Panel:
     unit: str
     caption: str  # how to read it, on the page
     lines: tuple[Line, ...]
-    scale: float = 1.0  # values are multiplied by it: 100 for percent
+    scale: float = 1.0  # factor of the values: 100 for percent
     stacked: bool = False  # lines are parts of a whole, where one run is shown
-    compared: tuple[Line, ...] = ()  # drawn instead of stacked parts where there are several runs, or no parts
-    limit: str = ""  # a setting drawn as a dashed line, where one run is shown and comes near it
-    cut: bool = False  # the highest few values may leave the plot, which then says so
+    compared: tuple[Line, ...] = ()  # drawn instead of `lines` where there are several runs, or where a part is missing
+    limit: str = ""  # a setting that is drawn as a dashed line where the only run comes near it
+    cut: bool = False  # whether the highest few values may leave the plot, which then names the peak
 
 
 LEARNING, REFINING, HEALTH, TIME = "Is it learning?", "What refining does", "Health of the update", "Time"
@@ -204,7 +205,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
 
 
 def evaluation(name: str) -> Panel:
-    """The single shot on a benchmark, and what a round of draft -> refine makes of it where that was asked."""
+    """Returns the panel of a benchmark: single-shot pass@1, and pass@1 after a round of refining where measured."""
     lines = [
         _with_interval("single shot", "single", f"eval/{name}/pass@1"),
         _with_interval("after a round of refining", "trained", f"eval/{name}/refine_1/pass@1"),
@@ -218,25 +219,25 @@ def _with_interval(label: str, role: str, metric: str) -> Line:
     return Line(label, role, (metric,), band=(f"{metric}_low", f"{metric}_high"))
 
 
-def panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
-    """The panels that have data in any run, by section; the solve rate first."""
+def panels(runs: Sequence[RecordedRun]) -> dict[str, list[Panel]]:
+    """Returns by section the panels that have data in at least one run. The solve rate comes first."""
     names = sorted({name for run in runs for name in run.benchmarks})
-    found = {}
-    for section, some in PANELS.items():
-        every = [some[0], *map(evaluation, names), *some[1:]] if section == LEARNING else list(some)
-        every = [_fitted(panel, runs) for panel in every]
-        found[section] = [panel for panel in every if panel.lines]
-    return {section: some for section, some in found.items() if some}
+    sections = {}
+    for section, table in PANELS.items():
+        candidates = [table[0], *map(evaluation, names), *table[1:]] if section == LEARNING else list(table)
+        fitted = [_fitted(panel, runs) for panel in candidates]
+        sections[section] = [panel for panel in fitted if panel.lines]
+    return {section: with_data for section, with_data in sections.items() if with_data}
 
 
-def trained(runs: Sequence[Run]) -> str:
-    """What the trained completions of these runs are called."""
+def trained(runs: Sequence[RecordedRun]) -> str:
+    """Returns the name of trained completions: "refinements", "completions", or "trained" where the runs have both."""
     refine = [bool(run.curve("refine/copy_ratio")) for run in runs]
     return "refinements" if all(refine) else "trained" if any(refine) else "completions"
 
 
-def _fitted(panel: Panel, runs: Sequence[Run]) -> Panel:
-    """The panel with the lines that it can draw of these runs."""
+def _fitted(panel: Panel, runs: Sequence[RecordedRun]) -> Panel:
+    """Returns the panel with the lines for which these runs have data."""
     lines, stacked = panel.lines, panel.stacked and len(runs) == 1
     if panel.compared and (not stacked or not all(line.of(runs[0]) for line in lines)):
         lines, stacked = panel.compared, False

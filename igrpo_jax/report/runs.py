@@ -1,7 +1,7 @@
-"""A run's folder as a report reads it: settings, curves, sample files, and what of these is missing or torn.
+"""Reads the folder of a run for a report: settings, curves and sample files, and notes on what is missing or torn.
 
-A run may still be going on, or have crashed in the middle of a line. Nothing here raises for what such a run leaves; it
-becomes a note that the report shows.
+A run may still be going on, or may have crashed in the middle of a line. Nothing here raises an error for files that
+such a run leaves; they become notes that the report shows.
 """
 
 import json
@@ -19,7 +19,7 @@ from igrpo_jax.errors import InputError, one_line
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric over the steps that have it."""
+    """The values of a metric at the steps that have it."""
 
     steps: np.ndarray  # [S] int, rising
     values: np.ndarray  # [S] float64, finite
@@ -29,25 +29,30 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Run:
-    name: str  # of the folder, made unique where several runs are shown
+class RecordedRun:
+    """The contents of a run's folder."""
+
+    name: str  # name of the folder, made unique where several runs are shown
     folder: Path
-    config: dict[str, Any]  # config.json; empty where there is none
-    steps: list[int]  # RL steps with a row, rising
-    metrics: dict[str, dict[int, float]]  # by name, then by step; what is null in the file is absent
-    nulls: dict[str, list[int]]  # by name the steps at which it was not finite
-    samples: dict[int, Path]  # by step, rising
-    notes: list[str]  # what is missing or was left out, for people
+    config: dict[str, Any]  # the contents of config.json; empty where there is none
+    steps: list[int]  # RL steps that have a row, rising
+    metrics: dict[str, dict[int, float]]  # values by name, then by step; a null in the file is absent here
+    nulls: dict[str, list[int]]  # by name the steps at which the metric was not finite
+    samples: dict[int, Path]  # files of samples by step, rising
+    notes: list[str]  # sentences on what is missing or was left out
 
     def curve(self, *names: str, less: Sequence[str] = ()) -> Curve:
-        """The sum of metrics, `less` others, over the steps that have them all; empty where the run lacks one."""
-        plus, minus = ([self.metrics.get(name, {}) for name in some] for some in (names, less))
+        """Returns the sum of the metrics `names` minus the metrics `less`, at the steps that have them all.
+
+        The curve is empty where the run lacks one of the metrics.
+        """
+        plus, minus = ([self.metrics.get(name, {}) for name in wanted] for wanted in (names, less))
         steps = sorted(set(plus[0]).intersection(*plus[1:], *minus))
         values = [sum(part[step] for part in plus) - sum(part[step] for part in minus) for step in steps]
         return Curve(np.array(steps, int), np.array(values, float))
 
     def setting(self, path: str) -> Any:
-        """A field of config.json by its dotted name, None where it is not there."""
+        """Returns a field of config.json by its dotted name, None where it is missing."""
         value: Any = self.config
         for name in path.split("."):
             value = value.get(name) if isinstance(value, dict) else None
@@ -55,16 +60,16 @@ class Run:
 
     @property
     def benchmarks(self) -> list[str]:
-        """Names of those that were evaluated, in alphabetical order."""
-        found = [re.fullmatch(r"eval/([^/]+)/pass@1", name) for name in self.metrics]
-        return sorted(match[1] for match in found if match)
+        """Returns the names of the benchmarks that were evaluated, in alphabetical order."""
+        matches = [re.fullmatch(r"eval/([^/]+)/pass@1", name) for name in self.metrics]
+        return sorted(match[1] for match in matches if match)
 
 
-def read(folders: list[Path]) -> list[Run]:
-    """The runs in `folders`, in this order, with names that differ.
+def read(folders: list[Path]) -> list[RecordedRun]:
+    """Returns the runs in `folders`, in this order, with names that differ.
 
     Raises:
-        InputError: a folder is none, holds no run, or is given twice.
+        InputError: a folder does not exist, holds no run, or is given twice.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -85,7 +90,7 @@ def read(folders: list[Path]) -> list[Run]:
     return [_read(folder, name) for folder, name in zip(resolved, names, strict=True)]
 
 
-def _read(folder: Path, name: str) -> Run:
+def _read(folder: Path, name: str) -> RecordedRun:
     notes: list[str] = []
     config = _config(folder / "config.json", notes)
     steps: set[int] = set()
@@ -118,13 +123,13 @@ def _read(folder: Path, name: str) -> Run:
     skipped = sorted(set(range(min(steps), max(steps))) - steps) if steps else []
     if skipped:
         notes.append(f"metrics.jsonl has no row of {counted(len(skipped), 'step')}: {_ranges(skipped)}")
-    return Run(name, folder, config, sorted(steps), metrics, nulls, samples, notes)
+    return RecordedRun(name, folder, config, sorted(steps), metrics, nulls, samples, notes)
 
 
 def whole_rows(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The rows of a JSON Lines file, None in the place of a line that is no JSON object; none where there is no file.
+    """Yields the rows of a JSON Lines file, and None for each line that is no JSON object.
 
-    Bytes that are no UTF-8 are read as U+FFFD.
+    Yields nothing where there is no file. Bytes that are no UTF-8 are read as U+FFFD.
     """
     if not path.exists():
         return
@@ -140,7 +145,7 @@ def whole_rows(path: Path) -> Iterator[dict[str, Any] | None]:
 
 
 def number(value: Any) -> float | None:
-    """A value of a row as a finite float, None where it is anything else."""
+    """Returns a value of a row as a finite float, None where it is anything else."""
     try:
         known = float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:
@@ -149,11 +154,12 @@ def number(value: Any) -> float | None:
 
 
 def counted(count: int, thing: str) -> str:
-    """For example "1 step" and "3 steps"."""
+    """Returns a count with its noun, for example "1 step" or "3 steps"."""
     return f"{count:,} {thing}" + ("s" if count != 1 else "")
 
 
 def _config(path: Path, notes: list[str]) -> dict[str, Any]:
+    """Returns the contents of config.json; where they cannot be read, adds a note and returns an empty dict."""
     try:
         config = json.loads(path.read_text(encoding="utf-8", errors="replace"))
         if isinstance(config, dict):
@@ -167,16 +173,17 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _samples(folder: Path) -> dict[int, Path]:
-    found = {}
+    """Returns the files of samples in `folder` by step, rising."""
+    files = {}
     for path in folder.glob("step_*.jsonl") if folder.is_dir() else ():
-        number = path.stem.removeprefix("step_")
-        if number.isdecimal():
-            found[int(number)] = path
-    return dict(sorted(found.items()))
+        step = path.stem.removeprefix("step_")
+        if step.isdecimal():
+            files[int(step)] = path
+    return dict(sorted(files.items()))
 
 
 def _ranges(steps: list[int], most: int = 4) -> str:
-    """For example "3, 7 to 9"; the first few ranges of rising numbers."""
+    """Returns the first `most` ranges of rising numbers as text, for example "3, 7 to 9"."""
     ranges: list[list[int]] = []
     for step in steps:
         if ranges and step == ranges[-1][1] + 1:

@@ -1,10 +1,10 @@
-"""The samples of a run as data files that the sample page loads one at a time, and what is counted on the way.
+"""Writes the samples of a run as data files that the sample page loads one at a time, and counts them on the way.
 
-    data/index.js          of every run and step: its parts, and for every prompt which FLAGS its samples have
+    data/index.js          the parts of every run and step, and for every prompt the FLAGS that its samples have
     data/RUN/STEP_PART.js  some prompts of a step with their drafts and refinements, about PART_BYTES of text
 
-A page opened as a file may not fetch, but may load scripts, so each file is one call with JSON as its argument; JSON in
-ASCII is JavaScript. Everything that stands in it is data to the page, which inserts it as text.
+A page that is opened as a file may not fetch data but may load scripts. So each file is one function call with JSON as
+its argument; JSON in ASCII is JavaScript. The page inserts all of it as text.
 """
 
 import json
@@ -17,42 +17,45 @@ from typing import Any
 import numpy as np
 
 from igrpo_jax.outputs.metrics import copy_ratio
-from igrpo_jax.report.runs import Run, counted, number, whole_rows
+from igrpo_jax.report.runs import RecordedRun, counted, number, whole_rows
 
 Row = dict[str, Any]
 
-PART_BYTES = 1 << 20  # of text in a data file, about: a part is read whole to show one prompt of it
-COPIED = 0.9  # share of its characters from which a refinement counts as a copy of the draft
-# What a sample can be filtered by; a sample's flags are a sum of 1 << place, a prompt's those of any of its samples.
+PART_BYTES = 1 << 20  # about the bytes of text in a data file; the page reads all of it to show one prompt
+COPIED = 0.9  # a refinement counts as a copy where it has this fraction of its characters in common with its draft
+# The kinds by which samples can be filtered. The flags of a sample are the sum of 1 << (index of its kind); a prompt
+# has every flag that one of its samples has.
 FLAGS = ("fixed", "broken", "copied", "truncated", "unparseable")
 
 
 @dataclass
 class Counts:
-    """Prompts of one step."""
+    """Counts of the prompts of one step."""
 
-    prompts: int = 0
-    equal: Counter[str] = field(default_factory=Counter)  # whose completions all earned the same: right, wrong, mixed
-    flagged: Counter[str] = field(default_factory=Counter)  # that have a sample with this flag
+    prompts: int = 0  # all
+    equal: Counter[str] = field(default_factory=Counter)  # those with equal rewards, by "right", "wrong", "mixed"
+    flagged: Counter[str] = field(default_factory=Counter)  # those that have a sample with a flag, by flag
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was found in the samples of a run."""
+    """What was written and counted of the samples of a run."""
 
-    index: list[Row]  # of every step, for data/index.js
+    index: list[Row]  # one entry per step, for data/index.js
     counts: dict[int, Counts]  # by step
-    notes: list[str]  # what could not be read
+    notes: list[str]  # sentences on what could not be read
 
 
-def write(run: Run, folder: Path) -> Written:
-    """Writes the data files of a run into `folder`, which is made."""
+def write(run: RecordedRun, folder: Path) -> Written:
+    """Makes `folder` and writes the data files of a run into it."""
     folder.mkdir(parents=True)
-    index, every, notes = [], {}, []
+    index: list[Row] = []
+    counts_by_step: dict[int, Counts] = {}
+    notes: list[str] = []
     for step, path in run.samples.items():
         try:
             rows = list(whole_rows(path))
-        except OSError as error:  # a resumed run may take it away under our hands
+        except OSError as error:  # a resumed run may remove it at any moment
             notes.append(f"samples of step {step} cannot be read ({error.strerror})")
             continue
         readable = [row for row in rows if row is not None and _is_sample(row)]
@@ -64,52 +67,60 @@ def write(run: Run, folder: Path) -> Written:
         counts, prompts = Counts(), [_prompt(rows) for rows in groups(readable)]
         flags = [_count(prompt, counts) for prompt in prompts]
         parts = _parts([json.dumps(prompt) for prompt in prompts])
-        for place, part in enumerate(parts):
-            name = f"{step:06d}_{place}"
+        for part_number, part in enumerate(parts):
+            name = f"{step:06d}_{part_number}"
             call = f'samplesLoaded("{folder.name}/{name}",[{",".join(part)}])\n'
             (folder / f"{name}.js").write_text(call, encoding="ascii")
         index.append({"step": step, "parts": [len(part) for part in parts], "flags": flags})
-        every[step] = counts
-    return Written(index, every, notes)
+        counts_by_step[step] = counts
+    return Written(index, counts_by_step, notes)
 
 
 def write_index(path: Path, runs: dict[str, list[Row]]) -> None:
-    """Writes data/index.js of the runs by name; the folder of the n-th is data/n."""
+    """Writes data/index.js.
+
+    Args:
+        runs: the `Written.index` of every run by its name; the data of run n (from 0) is in data/n.
+    """
     listed = [{"name": name, "steps": steps} for name, steps in runs.items()]
     text = json.dumps({"flags": FLAGS, "copied": COPIED, "runs": listed}, separators=(",", ":"))
     path.write_text(f"samplesIndex({text})\n", encoding="ascii")
 
 
 def groups(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of a step by prompt; a prompt's drafts stand before its completions, each in order of sample_id."""
-    found: list[list[Row]] = []
+    """Splits the rows of a step into one list per prompt.
+
+    Drafts of a prompt stand before its completions, and both are in the order of sample_id.
+    """
+    prompts: list[list[Row]] = []
     for row in rows:
-        last = found[-1][-1] if found else None
+        last = prompts[-1][-1] if prompts else None
         goes_on = last is not None and last["prompt_id"] == row["prompt_id"]
         if goes_on and last["stage"] == row["stage"]:
             goes_on = last["sample_id"] < row["sample_id"]
         elif goes_on:
             goes_on = row["stage"] != "draft"
         if goes_on:
-            found[-1].append(row)
+            prompts[-1].append(row)
         else:
-            found.append([row])
-    return found
+            prompts.append([row])
+    return prompts
 
 
 def is_right(row: Row) -> bool | None:
-    """Whether a sample's answer is right; None where there is no accuracy reward."""
+    """Returns whether the answer of a sample is right; None where there is no accuracy reward."""
     accuracy = row["rewards"].get("accuracy")
     return None if accuracy is None else accuracy >= 1
 
 
 def _is_sample(row: Row) -> bool:
+    """Returns whether a row has the fields without which it cannot be shown."""
     names = all(isinstance(row.get(name), str) for name in ("prompt_id", "stage", "prompt", "text"))
     return names and type(row.get("sample_id")) is int
 
 
 def _prompt(rows: list[Row]) -> Row:
-    """A group as the page reads it: the question once, then its drafts and completions."""
+    """Returns a group as the page reads it: the question once, then its drafts and completions."""
     first = rows[0]
     for row in rows:
         rewards = row.get("rewards")
@@ -129,7 +140,10 @@ def _prompt(rows: list[Row]) -> Row:
 
 
 def _sample(row: Row, shown: Row | None) -> Row:
-    """What the page shows of a sample; `shown` is the draft in its prompt. Rewards are pairs: names are not ours."""
+    """Returns a sample as the page reads it; `shown` is the draft in its prompt.
+
+    Rewards are pairs and not an object, because users choose their names.
+    """
     return {
         "sample": row["sample_id"],
         "text": row["text"],
@@ -137,7 +151,7 @@ def _sample(row: Row, shown: Row | None) -> Row:
         "rewards": sorted(row["rewards"].items()),
         "reward": number(row.get("reward")),
         "right": is_right(row),
-        "status": _text(row.get("status")),  # not in the samples of runs before it was written
+        "status": _text(row.get("status")),  # samples of old runs lack it
         "extracted": _text(row.get("extracted")),
         "advantage": number(row.get("advantage")),
         "flags": sum(1 << FLAGS.index(name) for name in _flags(row, shown)),
@@ -145,6 +159,7 @@ def _sample(row: Row, shown: Row | None) -> Row:
 
 
 def _flags(row: Row, shown: Row | None) -> Iterable[str]:
+    """Yields the names of the sample's flags; `shown` is the draft in its prompt."""
     if shown is not None:
         before, after = is_right(shown), is_right(row)
         if before is not None and after is not None and before != after:
@@ -153,24 +168,24 @@ def _flags(row: Row, shown: Row | None) -> Iterable[str]:
             yield "copied"
     if row.get("finished") is False:
         yield "truncated"
-    # An older run has no status; there only the missing answer tells.
+    # Samples of old runs have no status; there a missing answer is the only sign.
     if row.get("status") == "unparseable" or ("status" not in row and row.get("extracted") is None):
         yield "unparseable"
 
 
 def _copied(draft: str, refinement: str) -> float:
-    """`metrics.copy_ratio` over characters, since samples hold no tokens."""
+    """Returns `metrics.copy_ratio` over characters, because samples hold no tokens."""
     characters = [text.encode("utf-32-le", "surrogatepass") for text in (draft, refinement)]
     return copy_ratio(*(np.frombuffer(part, "<u4") for part in characters))
 
 
 def _count(prompt: Row, counts: Counts) -> int:
-    """Counts a prompt, and returns its flags."""
+    """Adds a prompt to `counts`, and returns its flags."""
     flags = 0
     for sample in (*prompt["drafts"], *prompt["completions"]):
         flags |= sample["flags"]
     counts.prompts += 1
-    counts.flagged.update(name for place, name in enumerate(FLAGS) if flags >> place & 1)
+    counts.flagged.update(name for bit, name in enumerate(FLAGS) if flags >> bit & 1)
     trained = [sample for sample in prompt["completions"] if sample["advantage"] is not None]
     if trained and not any(sample["advantage"] for sample in trained):
         kinds = {sample["right"] for sample in trained}
@@ -179,7 +194,7 @@ def _count(prompt: Row, counts: Counts) -> int:
 
 
 def _parts(texts: list[str]) -> list[list[str]]:
-    """Prompts in order, so many to a part that it reaches PART_BYTES."""
+    """Splits the texts of prompts, in order, into parts of at least PART_BYTES; the last part may be smaller."""
     parts: list[list[str]] = []
     size = PART_BYTES
     for text in texts:

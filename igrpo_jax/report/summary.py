@@ -1,7 +1,7 @@
-"""What a report says of a run in words and numbers: is it learning, what changed, what should worry.
+"""The summary of a run in a report: whether it is learning, what changed, and what should worry.
 
-The answer rests on single-shot evaluations of held-out problems alone, compared problem by problem. The solve rate of
-training is shown first but proves less: refinements see a draft, and what is drawn for a step differs from the next.
+The verdict rests only on single-shot evaluations of held-out problems, which are compared problem by problem. The solve
+rate of training is shown first but proves less: refinements see a draft, and each step has other prompts.
 """
 
 import math
@@ -15,14 +15,14 @@ import numpy as np
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import results
 from igrpo_jax.outputs.alerts import WATCHED, alerts
-from igrpo_jax.report.runs import Curve, Run, counted
+from igrpo_jax.report.runs import Curve, RecordedRun, counted
 
-ENDS = 0.1  # share of a run's steps at either end whose means are compared
+ENDS = 0.1  # fraction of a run's steps at either end whose means are compared
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """An answer to "is it learning?"."""
+    """The answer to "is it learning?", with its reasons."""
 
     answer: str  # one word or two
     tone: str  # "good", "bad" or "open"
@@ -31,39 +31,41 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Change:
-    """One number at the beginning and at the end of a run, as text."""
+    """A number at the beginning and at the end of a run, as text."""
 
     name: str
-    role: str  # whose colour it has: "single", "draft", "best", "trained", or "" for none
+    role: str  # the role whose colour it has: "single", "draft", "best", "trained", or "" for none
     first: str
     last: str
     difference: str
-    tone: str  # "good", "bad", or "" where neither way is better
+    tone: str  # "good", "bad", or "" where neither direction is better
 
 
 @dataclass(frozen=True)
 class Summary:
+    """All that a report states about a run in words."""
+
     facts: list[str]
     verdict: Verdict
     changes: list[Change]
-    over: str  # what first and last mean
+    over: str  # over which steps the first and the last numbers are means
     alerts: list[str]
 
 
-def summary(run: Run, who: str) -> Summary:
-    """Everything that is said of a run; `who` is what trained completions are called."""
+def summary(run: RecordedRun, trained: str) -> Summary:
+    """Returns the summary of a run; `trained` is the name of its trained completions."""
     width = ends(run.steps)
     over = f"means of the first and of the last {counted(width, 'step')}; single shot: first and last evaluation"
-    return Summary(_facts(run), verdict(run), _changes(run, who), over, worries(run))
+    return Summary(_facts(run), verdict(run), _changes(run, trained), over, worries(run))
 
 
 def ends(steps: Sequence[int]) -> int:
-    """Steps whose mean stands for the beginning, or for the end, of a run."""
+    """Returns over how many steps the means at the beginning and at the end of a run are taken."""
     return max(1, math.ceil(ENDS * len(steps)))
 
 
-def verdict(run: Run) -> Verdict:
-    """Whether single-shot evaluations show learning, between the first and the last of each benchmark."""
+def verdict(run: RecordedRun) -> Verdict:
+    """Compares the first and the last single-shot evaluation of each benchmark, and says whether they show learning."""
     tones, reasons = [], []
     spans = {name: run.curve(f"eval/{name}/pass@1").steps[[0, -1]].tolist() for name in run.benchmarks}
     pairs = {(first, last): _paired(run.folder / "evaluations", first, last) for first, last in spans.values()}
@@ -85,8 +87,11 @@ def verdict(run: Run) -> Verdict:
     return Verdict({"good": "Learning", "bad": "Getting worse", "open": "Not shown"}[tone], tone, reasons)
 
 
-def _compared(run: Run, name: str, first: int, last: int, pair: results.Paired | None) -> tuple[str, str]:
-    """(tone, sentence) of two evaluations of a benchmark: in pairs where their rows are there, else by intervals."""
+def _compared(run: RecordedRun, name: str, first: int, last: int, pair: results.Paired | None) -> tuple[str, str]:
+    """Returns the tone of a benchmark's change between two evaluations, and a sentence about it.
+
+    Problems are compared in pairs where the rows of both evaluations can be read, else by the intervals of the means.
+    """
 
     def at(step: int, measure: str) -> float:
         return run.metrics.get(f"eval/{name}/{measure}", {}).get(step, math.nan)
@@ -107,37 +112,38 @@ def _compared(run: Run, name: str, first: int, last: int, pair: results.Paired |
 
 
 def _paired(folder: Path, first: int, last: int) -> dict[str, results.Paired]:
-    """By benchmark; empty where the rows of an evaluation are missing or torn."""
+    """Returns the paired comparison by benchmark; empty where the rows of an evaluation are missing or torn."""
     try:
         return results.paired(*(folder / f"step_{step:06d}" for step in (first, last)))
     except (InputError, KeyError, TypeError, OSError):
         return {}
 
 
-def worries(run: Run) -> list[str]:
-    """The alerts of the last step, as the console of the run has them, and what was not finite."""
+def worries(run: RecordedRun) -> list[str]:
+    """Returns the alerts of the last step, the same as those of the console, and the metrics that were not finite."""
     rows = [{name: run.metrics[name].get(step) for name in WATCHED if name in run.metrics} for step in run.steps]
-    found = alerts(rows[-1], rows[:-1]) if rows else []
+    messages = alerts(rows[-1], rows[:-1]) if rows else []
     for name in ("loss", "grad_norm", "reward", "entropy"):
         if steps := run.nulls.get(name):
-            found.append(f"{name}: not finite at {counted(len(steps), 'step')}, first at step {steps[0]}")
-    return found
+            messages.append(f"{name}: not finite at {counted(len(steps), 'step')}, first at step {steps[0]}")
+    return messages
 
 
 def _ends(curve: Curve, width: int) -> tuple[float, float]:
-    """Means of the first and of the last values."""
+    """Returns the means of the first and of the last `width` values."""
     return float(np.mean(curve.values[:width])), float(np.mean(curve.values[-width:]))
 
 
-def _changes(run: Run, who: str) -> list[Change]:
+def _changes(run: RecordedRun, trained: str) -> list[Change]:
+    """Returns the changes of the run's most important numbers."""
     width = ends(run.steps)
     rows = [(f"single shot, {name}", "single", run.curve(f"eval/{name}/pass@1"), 1, "%") for name in run.benchmarks]
     rows += [
-        (f"solve rate, {who}", "trained", run.curve("rewards/accuracy/mean"), width, "%"),
+        (f"solve rate, {trained}", "trained", run.curve("rewards/accuracy/mean"), width, "%"),
         ("solve rate, best draft", "best", run.curve("draft/solved_some", "draft/solved_all"), width, "%"),
         ("solve rate, drafts", "draft", run.curve("draft/accuracy"), width, "%"),
         ("reward", "trained", run.curve("reward"), width, ".2f"),
-        (f"length, {who}", "", run.curve("completions/mean_length"), width, ",.1f"),
+        (f"length, {trained}", "", run.curve("completions/mean_length"), width, ",.1f"),
         ("entropy, nats/token", "", run.curve("entropy"), width, ".3f"),
     ]
     changes = []
@@ -154,15 +160,16 @@ def _changes(run: Run, who: str) -> list[Change]:
     return changes
 
 
-def _facts(run: Run) -> list[str]:
+def _facts(run: RecordedRun) -> list[str]:
+    """Returns short texts about the model, the algorithm, the steps and the time of a run."""
     planned, done = run.setting("steps"), run.steps[-1] if run.steps else 0
     facts = [f"step {done:,} of {planned:,}" if planned else f"step {done:,}"]
     if run.config:
         model = run.setting("model.path") or "built-in model"
         facts.insert(0, f"{model}, {run.setting('model.dtype')}")
         drafts, refined = run.setting("algorithm.num_drafts"), run.setting("algorithm.num_generations")
-        what = f"{drafts} drafts, {refined} refinements" if drafts else f"{refined} completions, no drafts"
-        facts.append(f"{run.setting('algorithm.loss_type')}, {what}")
+        counts = f"{drafts} drafts, {refined} refinements" if drafts else f"{refined} completions, no drafts"
+        facts.append(f"{run.setting('algorithm.loss_type')}, {counts}")
         facts.append(f"{run.setting('prompts_per_step')} prompts a step")
     if seconds := run.curve("perf/step_time"):
         facts.append(f"{np.median(seconds.values):.3g} s a step, {_duration(seconds.values.sum())} of steps in all")

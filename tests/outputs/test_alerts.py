@@ -2,7 +2,7 @@
 
 import pytest
 
-from igrpo_jax.outputs import alerts as room
+from igrpo_jax.outputs import alerts as alerting
 
 QUIET = {
     "reward": 1.2,
@@ -18,7 +18,7 @@ QUIET = {
 
 
 def names(metrics, history=()):
-    return [alert.partition(":")[0] for alert in room.alerts(metrics, history)]
+    return [alert.partition(":")[0] for alert in alerting.alerts(metrics, history)]
 
 
 def steps(count, **changes):
@@ -48,7 +48,7 @@ def test_a_quiet_run_has_none_and_no_metric_must_be_there():
     assert names(QUIET, steps(40)) == []
     assert names({}) == names({}, [{}] * 40) == []
     assert names(dict.fromkeys(QUIET), [dict.fromkeys(QUIET)] * 40) == []  # not finite, as rows have it
-    assert set(QUIET) == set(room.WATCHED)
+    assert set(QUIET) == set(alerting.WATCHED)
 
 
 def test_one_odd_step_is_no_alert_and_two_quiet_ones_end_none():
@@ -92,6 +92,8 @@ def test_skipped_updates_are_an_alert_while_they_happen():
 def test_alerts_come_in_the_order_of_the_table():
     bad = QUIET | {"frac_reward_zero_std": 1.0, "reward": 0.0, "verifier/error_frac": 0.5}
     assert names(bad) == ["zero reward", "zero variance", "verifier errors"]
-    assert room.alerts(bad)[1].startswith("zero variance: 100% of groups ")
+    assert alerting.alerts(bad)[1].startswith("zero variance: 100% of groups ")
     # Beside its label an alert fits a terminal of 80 columns.
-    assert all(len(f"{limit.name}: {limit.says.format(1.0)}") <= 72 and limit.says.isascii() for limit in room.LIMITS)
+    assert all(
+        len(f"{limit.name}: {limit.message.format(1.0)}") <= 72 and limit.message.isascii() for limit in alerting.LIMITS
+    )

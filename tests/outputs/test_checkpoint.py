@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from igrpo_jax import config as config_lib
 from igrpo_jax.errors import InputError, RunError
-from igrpo_jax.outputs import checkpoint
+from igrpo_jax.outputs import checkpoint, checksums
 
 
 class State(NamedTuple):
@@ -259,8 +259,8 @@ def test_where_none_can_be_used_all_stay(tmp_path):
 def test_checksums_see_every_change_and_no_sharding():
     meshes = mesh_of(2, 2, 2), mesh_of(1, 8, 1)
     state = state_on(meshes[0])
-    sums, bad = checkpoint.fingerprint(state)
-    assert bad == [] and checkpoint.fingerprint(jax.device_put(state, shardings(meshes[1])))[0] == sums
+    sums, bad = checksums.fingerprint(state)
+    assert bad == [] and checksums.fingerprint(jax.device_put(state, shardings(meshes[1])))[0] == sums
     values = np.asarray(state.params["embed"])
     for change in (
         values.T.reshape(values.shape),
@@ -269,7 +269,7 @@ def test_checksums_see_every_change_and_no_sharding():
         np.where(values == values.max(), 0, values),
     ):
         params = state.params | {"embed": jax.device_put(np.ascontiguousarray(change), state.params["embed"].sharding)}
-        other = checkpoint.fingerprint(state._replace(params=params))[0]
+        other = checksums.fingerprint(state._replace(params=params))[0]
         assert [name for name in sums if sums[name] != other[name]] == ["params.embed"]
 
 
