@@ -17,7 +17,6 @@ if PROGRAMS:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-import numpy as np
 import pytest
 
 
@@ -30,57 +29,19 @@ def pytest_unconfigure():
 @pytest.fixture(scope="session")
 def tiny():
     """A DecoderConfig of two layers, and its parameters on the host: all random, biases and scales too."""
-    from igrpo_jax.models.config import DecoderConfig
+    import tiny_models
 
-    c = DecoderConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        pattern="*-*-",
-        rope_theta=1000.0,
-        rms_norm_eps=1e-5,
-        qkv_bias=True,
-        tie_embeddings=False,
-        max_position_embeddings=256,
-    )
-    return c, _random(c)
+    cfg = tiny_models.tiny_config()
+    return cfg, tiny_models.random_params(cfg)
 
 
 @pytest.fixture(scope="session")
 def hybrid():
     """As `tiny`, of Mamba-2, attention without positions, and MLPs without a gate."""
-    from igrpo_jax.models.config import DecoderConfig, MambaConfig
+    import tiny_models
 
-    c = DecoderConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        pattern="M-*M",
-        rope_theta=None,
-        rms_norm_eps=1e-5,
-        qkv_bias=False,
-        tie_embeddings=False,
-        max_position_embeddings=256,
-        mlp="relu2",
-        mamba=MambaConfig(
-            4, 8, num_groups=2, state_size=8, conv_size=4, chunk_size=8, time_step_limit=(0.0, float("inf"))
-        ),
-    )
-    return c, _random(c)
-
-
-def _random(c):
-    from igrpo_jax.models import decoder
-
-    draw = np.random.default_rng(0).normal
-    params = {path: draw(path.endswith("scale"), 0.2, shape) for path, shape in decoder.shapes(c).items()}
-    return {path: value.astype(np.float32) for path, value in params.items()}
+    cfg = tiny_models.hybrid_config()
+    return cfg, tiny_models.random_params(cfg)
 
 
 @pytest.fixture(scope="module")

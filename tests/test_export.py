@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import test_hf_read
 import transformers
-from test_hf_write import is_gone, tensors_of
+from model_files import error_of, is_gone, tensors_of
+from tiny_models import one_device
 from whole_runs import check_same_rows, final_state, rows, run, samples
 
 from igrpo_jax import config, export
@@ -101,7 +101,7 @@ def test_the_command_writes_what_the_end_of_the_run_wrote(adapted, trained, tmp_
 def test_the_export_is_the_policy_of_the_checkpoint(trained):
     state = state_of(trained)
     one = open_policy(config.ModelConfig(path=str(trained / "export")))
-    for path, x in one.load(test_hf_read.one_device(), 0, "bfloat16").items():
+    for path, x in one.load(one_device(), 0, "bfloat16").items():
         assert (np.asarray(x) == state[f".params['{path}']"].astype("bfloat16")).all(), path
     model = transformers.AutoModelForCausalLM.from_pretrained(trained / "export")
     assert model.generation_config.eos_token_id == one.eos_ids[0]
@@ -112,7 +112,7 @@ def test_adapters_alone(adapted, trained, tmp_path):
     told = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert told["target_modules"] == ["o_proj", "q_proj", "up_proj"] and (told["r"], told["lora_alpha"]) == (2, 32.0)
     assert len(tensors_of(tmp_path / "peft")) == 6
-    message = test_hf_read.error_of(export.export, trained, tmp_path / "none", None, True)
+    message = error_of(export.export, trained, tmp_path / "none", None, True)
     assert message.startswith("--adapter: the run in") and is_gone(tmp_path / "none")
 
 
@@ -123,7 +123,7 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
     assert all("lora_" in name for name, x in state_of(tmp_path / "run").items() if x.ndim)
     assert not (tmp_path / "run" / "reference").exists()
     c = read_config(tmp_path / "run")
-    policy, mesh = open_policy(c.model), test_hf_read.one_device()
+    policy, mesh = open_policy(c.model), one_device()
     params, step = weights.saved(c, policy, tmp_path / "run", mesh, Console())
     assert step == 2 and sum(isinstance(x, lora.Adapted) for x in params.values()) == 3
     base = policy.load(mesh, 0, c.model.dtype)
@@ -147,16 +147,16 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
     ],
 )
 def test_flags_that_can_not_be_followed(flags, said):
-    assert said in test_hf_read.error_of(export.main, ["export", *flags])
+    assert said in error_of(export.main, ["export", *flags])
 
 
 def test_checkpoints_and_folders_that_can_not_be_used(trained, tmp_path):
-    message = test_hf_read.error_of(export.export, trained, tmp_path / "out", 7)
+    message = error_of(export.export, trained, tmp_path / "out", 7)
     assert message == f"{trained}: holds no checkpoint of step 7; those there are: 1, 2"
-    assert "is there already" in test_hf_read.error_of(export.export, trained, trained / "samples")
+    assert "is there already" in error_of(export.export, trained, trained / "samples")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_bytes((trained / "config.json").read_bytes())
-    assert "has no checkpoints" in test_hf_read.error_of(export.export, tmp_path / "run", tmp_path / "out")
+    assert "has no checkpoints" in error_of(export.export, tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "run" / "checkpoints").exists()
     with pytest.raises(InputError, match="holds no run"):
         read_config(tmp_path)
@@ -218,15 +218,14 @@ def test_lora_on_smollm2(tmp_path, letters):
 @pytest.fixture(scope="module")
 def hybrid_files(tmp_path_factory):
     """A random Nemotron-H of all three kinds of sublayers, whose tokenizer has no chat template."""
-    import test_families
-    import torch
+    import hf_models
 
     path = tmp_path_factory.mktemp("hybrid") / "model"
-    kind, sizes = test_families.hybrid("M*-")
+    kind, sizes = hf_models.hybrid("M*-")
     tokenizer = arithmetic.tokenizer()
     sizes |= {"vocab_size": -(-len(tokenizer) // 16) * 16, "eos_token_id": tokenizer.eos_token_id}
     sizes |= {"max_position_embeddings": 512}
-    test_families.reference(kind, sizes).to(torch.bfloat16).save_pretrained(path)
+    hf_models.family_model(kind, sizes).to(hf_models.torch.bfloat16).save_pretrained(path)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(path)
     return path
@@ -256,7 +255,7 @@ def test_lora_on_a_nemotron_h(hybrid_files, tmp_path, letters):
     before, after = tensors_of(hybrid_files), tensors_of(tmp_path / "out")
     changed = {name.split(".")[-2] for name in after if after[name][1] != before[name][1]}
     assert changed == {"in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
-    message = test_hf_read.error_of(export.export, tmp_path / "run", tmp_path / "peft", None, True)
+    message = error_of(export.export, tmp_path / "run", tmp_path / "peft", None, True)
     assert "in the files backbone.layers.0.mixer.in_proj.weight or a part of it" in message and is_gone(
         tmp_path / "peft"
     )

@@ -5,37 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from tiny_models import one_device, tiny_config
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
-from igrpo_jax.models.config import DecoderConfig
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
-TINY = DecoderConfig(
-    vocab_size=48,
-    hidden_size=16,
-    intermediate_size=40,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    pattern="*-",
-    rope_theta=1000.0,
-    rms_norm_eps=1e-5,
-    qkv_bias=True,
-    tie_embeddings=False,
-    max_position_embeddings=64,
-)
+TINY = tiny_config(vocab_size=48, hidden_size=16, intermediate_size=40, pattern="*-", max_position_embeddings=64)
 
 
 def cube():
     return sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
-
-
-def one_device():
-    return sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
 
 
 def test_the_suite_has_eight_devices():

@@ -14,33 +14,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from learner_cases import (
+    ADVANTAGES,
+    CONTEXTS,
+    MAX_COMPLETION,
+    ROW,
+    TEMPERATURE,
+    WHOLE,
+    G,
+    P,
+    assert_close,
+    gradient_of,
+    make_groups,
+    make_learner,
+    put,
+    updated,
+)
 
 from igrpo_jax import config, train
 from igrpo_jax.distributed import sharding
 from igrpo_jax.learning import objectives
-from igrpo_jax.learning.learner import Learner, make_optimizer
+from igrpo_jax.learning.learner import make_optimizer
 from igrpo_jax.models import decoder
-from igrpo_jax.records import Completion, Group, Prompt, Score
+from igrpo_jax.records import Completion, Score
 
-TEMPERATURE, MAX_CONTEXT, MAX_COMPLETION = 0.9, 20, 18
-CONTEXTS = (18, 1, 20, 19, 17, 5, 18, 20)  # three prefixes of up to 16 positions, five of more
-P, G = len(CONTEXTS), 4
-ROW = MAX_CONTEXT + MAX_COMPLETION
-WHOLE = (P, 32, G, 32)  # the shape that holds every unit
-DEFAULTS = {
-    "prompts_per_step": P,
-    "model.dtype": "float32",
-    "algorithm.num_drafts": 0,
-    "algorithm.num_generations": G,
-    "rollout.temperature": TEMPERATURE,
-    "rollout.max_completion_length": MAX_COMPLETION,
-    "learner.remat": "none",
-    "learner.logprob_chunk": 200,  # 6 positions of 32 rows
-    "optimizer.learning_rate": 1e-3,
-    "optimizer.warmup_ratio": 0.0,
-    "optimizer.max_grad_norm": 1e9,
-}
-ADVANTAGES = np.random.default_rng(5).normal(size=(P, G)).astype(np.float32)
 SEVERAL = {"learner__minibatches": 2, "algorithm__num_iterations": 2, "algorithm__beta": 0.1}
 IDLE = ADVANTAGES * np.array([1, 0, 1, 1, 0, 1, 0, 1], np.float32)[:, None]  # three groups without a signal
 
@@ -48,36 +45,8 @@ IDLE = ADVANTAGES * np.array([1, 0, 1, 1, 0, 1, 0, 1], np.float32)[:, None]  # t
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
-def make_groups(seed=0, longest=MAX_COMPLETION):
-    rng = np.random.default_rng(seed)
-    groups = []
-    for index, length in enumerate(CONTEXTS):
-        context = rng.integers(0, 64, length, np.int32)
-        context[2:3] = 0
-        completions = []
-        for i, size in enumerate(rng.permutation([1, longest, *rng.integers(2, longest, G - 2)])):
-            finished = size < longest
-            tokens = rng.integers(1, 64, size, np.int32)
-            tokens[-1] = 0 if finished else tokens[-1]
-            logprobs = rng.normal(-3, 1, size).astype(np.float32)
-            score = Score(float(ADVANTAGES[index, i]), {}, None, "ok")
-            completions.append(Completion("refine", i, tokens, logprobs, bool(finished), score=score))
-        prompt = Prompt(f"{index}", index, "question", "answer", context)
-        draft = Completion("draft", 0, context[1:4], np.zeros(3, np.float32), True, score=Score(1.0, {}, None, "ok"))
-        groups.append(Group(prompt, (draft,), 0, context, tuple(completions)))  # drafts are no rows
-    return groups
-
-
 def rows_of(groups):
     return [(group.context, one) for group in groups for one in group.completions]
-
-
-def make_learner(model, mesh=None, **changes):
-    """With its mesh: one device where none is given."""
-    tree = config.default()
-    tree.update_from_flattened_dict(DEFAULTS | {name.replace("__", "."): x for name, x in changes.items()})
-    mesh = sharding.make_mesh(mesh or config.MeshConfig(), None if mesh else jax.devices()[:1])
-    return Learner(config.freeze(tree), model, mesh, max_context=MAX_CONTEXT, total_steps=10), mesh
 
 
 @pytest.fixture(scope="module")
@@ -107,18 +76,6 @@ def build(tiny):
     return call
 
 
-def put(params, mesh):
-    return {path: jax.device_put(x, sharding.param_sharding(mesh, path)) for path, x in params.items()}
-
-
-def updated(built, params, groups=None, advantages=ADVANTAGES, state=None):
-    """State and metrics after one rollout's updates, from a fresh state unless one is given."""
-    learner, mesh = built
-    with jax.set_mesh(mesh):
-        state = learner.init(put(params, mesh)) if state is None else state
-        return learner.update(state, groups or make_groups(), advantages, 1)
-
-
 def accumulated(built, params, batch):
     """Gradient and Sums of one micro-batch."""
     learner, mesh = built
@@ -132,17 +89,6 @@ def weighted_units(learner, advantages=ADVANTAGES):
     units = learner.packer.units(make_groups(), advantages)
     learner.packer.set_weights(units)
     return units
-
-
-def gradient_of(state):
-    first_moment = optax.tree_utils.tree_get(state.opt_state, "mu")  # (1 - b1) g
-    return {path: np.asarray(x, np.float32) / np.float32(1 - 0.9) for path, x in first_moment.items()}
-
-
-def assert_close(got, expected, relative):
-    for path, x in expected.items():
-        scale = np.abs(x).max()
-        np.testing.assert_allclose(got[path], x, atol=relative * scale, rtol=0, err_msg=path)
 
 
 def assert_same_metrics(got, expected, *but):

@@ -7,37 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
-from igrpo_jax.models.config import DecoderConfig, builtin
+from igrpo_jax.models.config import builtin
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
-TINY = DecoderConfig(
-    vocab_size=48,
-    hidden_size=24,
-    intermediate_size=40,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=8,
-    pattern="*-*-",
-    rope_theta=1000.0,
-    rms_norm_eps=1e-5,
-    qkv_bias=True,
-    tie_embeddings=False,
-    max_position_embeddings=64,
+TINY = tiny_models.tiny_config(
+    vocab_size=48, hidden_size=24, intermediate_size=40, num_heads=6, max_position_embeddings=64
 )
 
 
-def random_params(c, seed=0):
-    """Every parameter random, biases and scales too; numpy draws them without compiling anything."""
-    draw = np.random.default_rng(seed).normal
-    params = {path: draw(path.endswith("scale"), 0.2, shape) for path, shape in decoder.shapes(c).items()}
-    return {path: jnp.asarray(value, jnp.float32) for path, value in params.items()}
+def random_params(cfg):
+    return jax.tree.map(jnp.asarray, tiny_models.random_params(cfg))
 
 
 def tokens_and_positions(rows, length, seed=0):

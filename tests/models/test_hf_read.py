@@ -13,80 +13,24 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
-import transformers
+from hf_models import BASE, DENSE, TOKENS, dense_model, logits_of, logits_of_reference, rope, torch, transformers
+from model_files import CHATML, WORDS, edit_json, edit_tensors, error_of, save_tokenizer
+from tiny_models import one_device, tiny_config
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
-from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, hf_read, hf_write
 from igrpo_jax.models.config import RopeScaling
 
 ROOT = Path(__file__).parents[2]
-BASE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-BASE |= {"max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 5}
 
 
-def rope(theta):
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
-
-
-def reference(kind, heads, kv_heads, tied=False, eps=1e-5, theta=10_000.0, **more):
-    """A random transformers model in which no parameter has a value that hides a mistake (biases 0, scales 1)."""
-    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}
-    settings = BASE | shape | {"rms_norm_eps": eps} | rope(theta) | more
-    classes = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    }
-    torch.manual_seed(0)
-    model = classes[kind][1](classes[kind][0](**settings)).eval()
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            value.normal_(0, 0.3)
-            if "norm" in name:
-                value.add_(1)
-    return model
-
-
-def one_device():
-    return sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-
-
-def logits_of(path, tokens, mesh=None):
-    mesh = mesh or one_device()
-    c = hf_read.load_config(str(path))
-    params = hf_read.load_params(str(path), c, mesh)
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-
-    def forward(params, tokens, positions):
-        return decoder.logits(c, params, decoder.apply(c, params, tokens, positions)[0])
-
-    with jax.set_mesh(mesh):
-        return np.asarray(jax.jit(forward)(params, tokens, positions))
-
-
-def logits_of_reference(model, tokens):
-    with torch.no_grad():
-        return model(torch.tensor(tokens).long()).logits.numpy()
-
-
-TOKENS = np.random.default_rng(0).integers(0, 96, (4, 13), np.int32)
-CASES = {
-    "llama": (("llama", 4, 2), torch.float32, "5GB"),
-    "llama-tied-mqa-wide-heads": (("llama", 8, 1, True, 1e-6, 500_000.0), torch.bfloat16, "5GB"),
-    "llama-sharded": (("llama", 4, 4, False, 1e-3, 100_000.0), torch.bfloat16, "20KB"),
-    "qwen2": (("qwen2", 8, 2, False, 1e-6, 1_000_000.0), torch.float16, "5GB"),
-    "qwen2-tied-sharded": (("qwen2", 4, 1, True, 1e-6, 500.0), torch.float32, "20KB"),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", DENSE)
 def test_logits_equal_transformers(tmp_path, case):
     """With eps, theta, head ratio and head size that differ from case to case, none can be a constant of ours."""
-    arguments, dtype, shard = CASES[case]
+    arguments, dtype, shard = DENSE[case]
     more = {"head_dim": 16} if "wide" in case else {}
-    model = reference(*arguments, **more).to(dtype)
+    model = dense_model(*arguments, **more).to(dtype)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     # Read back, for `to(dtype)` also rounded buffers that are in no file.
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -112,33 +56,13 @@ def test_logits_of_smollm2_equal_transformers():
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("qwen2")
-    reference("qwen2", 4, 2).save_pretrained(path)
+    dense_model("qwen2", 4, 2).save_pretrained(path)
     return path
 
 
 @pytest.fixture
 def copy(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "model")
-
-
-def edit_json(file, **changes):
-    raw = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({name: value for name, value in raw.items() if value is not ...}))
-
-
-def edit_tensors(path, change):
-    """Rewrites the weights with `change` applied to the dict of tensors."""
-    tensors = safetensors.numpy.load_file(path / "model.safetensors")
-    change(tensors)
-    safetensors.numpy.save_file(tensors, path / "model.safetensors")
-
-
-def error_of(call, *args):
-    with pytest.raises(InputError) as caught:
-        call(*args)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def load_error(path):
@@ -152,9 +76,9 @@ def load_error(path):
 
 def test_weights_are_float32_in_the_shardings_of_the_table(saved):
     mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
-    c = hf_read.load_config(str(saved))
-    params = hf_read.load_params(str(saved), c, mesh)
-    assert {path: value.shape for path, value in params.items()} == decoder.shapes(c)
+    cfg = hf_read.load_config(str(saved))
+    params = hf_read.load_params(str(saved), cfg, mesh)
+    assert {path: value.shape for path, value in params.items()} == decoder.shapes(cfg)
     for path, value in params.items():
         assert value.dtype == np.float32
         assert value.sharding == sharding.param_sharding(mesh, path)
@@ -370,7 +294,7 @@ def test_weights_cut_short(copy, keep):
 
 
 def test_an_index_that_names_a_file_that_is_not_there(tmp_path):
-    reference("llama", 4, 2).save_pretrained(tmp_path, max_shard_size="20KB")
+    dense_model("llama", 4, 2).save_pretrained(tmp_path, max_shard_size="20KB")
     gone = sorted(tmp_path.glob("*.safetensors"))[1]
     gone.unlink()
     assert f"names {gone.name}, which is not there" in load_error(tmp_path)
@@ -380,7 +304,7 @@ def test_an_index_that_names_a_file_that_is_not_there(tmp_path):
 
 
 def test_one_tensor_in_two_files(tmp_path):
-    reference("llama", 4, 2).save_pretrained(tmp_path, max_shard_size="20KB")
+    dense_model("llama", 4, 2).save_pretrained(tmp_path, max_shard_size="20KB")
     first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
     shutil.copy(first, second)
     assert "is in two files" in load_error(tmp_path)
@@ -414,28 +338,6 @@ def test_a_mesh_that_does_not_divide_the_heads(copy):
     message = error_of(hf_read.load_params, str(copy), hf_read.load_config(str(copy)), mesh)
     assert message.startswith("config.mesh.tensor = 8")
     assert "heads" in message
-
-
-WORDS = ["<unk>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<pad>", "x", "answer"]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def save_tokenizer(path, template, special=WORDS[:6]):
-    import tokenizers
-
-    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
-    raw = tokenizers.Tokenizer(model)
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    extra = [word for word in special if word not in ("<unk>", "</s>")]
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="<unk>", eos_token="</s>", additional_special_tokens=extra
-    )
-    tokenizer.add_tokens([word for word in WORDS[2:6] if word not in special])  # added tokens, but not special ones
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(path)
 
 
 def test_a_fast_tokenizer_and_its_stops(copy):
@@ -498,20 +400,21 @@ MEMORY = """
 import re, sys
 import jax
 import numpy as np
-from igrpo_jax import config, sharding
-from igrpo_jax.models import hf
+from igrpo_jax import config
+from igrpo_jax.distributed import sharding
+from igrpo_jax.models import hf_read
 
 def kib(name):
     return int(re.search(rf"{name}:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 path, fsdp = sys.argv[1], int(sys.argv[2])
-mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=fsdp, tensor=1), jax.devices()[:fsdp])
+mesh = sharding.make_mesh(config.MeshConfig(data=1, fsdp=fsdp, tensor=1), jax.devices()[:fsdp])
 jax.block_until_ready(jax.device_put(np.ones((64, 64)), jax.devices()[0]))
-c = hf.load_config(path)
+cfg = hf_read.load_config(path)
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # VmHWM, the most so far, starts anew
 before = kib("VmRSS")
-params = jax.block_until_ready(hf.load_params(path, c, mesh, sys.argv[3]))
+params = jax.block_until_ready(hf_read.load_params(path, cfg, mesh, sys.argv[3]))
 copy = sum(shard.data.nbytes for x in params.values() for shard in x.addressable_shards)
 print((kib("VmHWM") - before) * 1024 - copy)
 """
@@ -526,15 +429,27 @@ def test_host_memory_of_an_import_is_bounded(tmp_path, monkeypatch, fsdp, dtype)
     A tensor is about a fifth of a file, as in a 7B. Red where all files stay open. Here tensors are small enough for
     malloc to keep some 60 MB of what is freed; those of a 7B are not, and nor are these with its threshold fixed.
     """
-    c = decoder.DecoderConfig(4096, 1024, 4096, 8, 8, 128, "*-" * 4, 1e4, 1e-5, False, True, 64)
+    cfg = tiny_config(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=128,
+        pattern="*-" * 4,
+        rope_theta=1e4,
+        qkv_bias=False,
+        tie_embeddings=True,
+        max_position_embeddings=64,
+    )
     mesh = one_device()
-    (tmp_path / "config.json").write_text(json.dumps(hf_write.exported_config("", c)))
+    (tmp_path / "config.json").write_text(json.dumps(hf_write.exported_config("", cfg)))
     monkeypatch.setattr(hf_write, "SHARD", "48MB")
     ones = {
         path: jax.numpy.ones(shape, "bfloat16", device=sharding.param_sharding(mesh, path))
-        for path, shape in decoder.shapes(c).items()
+        for path, shape in decoder.shapes(cfg).items()
     }
-    hf_write.write_tensors(tmp_path, ones, hf_read.table("llama", c))
+    hf_write.write_tensors(tmp_path, ones, hf_read.table("llama", cfg))
     sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
     assert len(sizes) >= 3
     command = [sys.executable, "-c", MEMORY, str(tmp_path), str(fsdp), dtype]
@@ -553,23 +468,23 @@ def test_what_several_devices_hold_is_read_once(saved, monkeypatch):
         return block
 
     monkeypatch.setattr(hf_read.Entry, "read", counted)
-    c, mesh = hf_read.load_config(str(saved)), sharding.make_mesh(config.MeshConfig(data=2, fsdp=4, tensor=1))
+    cfg, mesh = hf_read.load_config(str(saved)), sharding.make_mesh(config.MeshConfig(data=2, fsdp=4, tensor=1))
     seen = []
-    params = hf_read.load_params(str(saved), c, mesh, report=seen.append)
-    assert sum(reads) == c.num_params
-    assert seen == sorted(seen) and seen[-1] == hf_read.check_weights(str(saved), c) == 4 * c.num_params
+    params = hf_read.load_params(str(saved), cfg, mesh, report=seen.append)
+    assert sum(reads) == cfg.num_params
+    assert seen == sorted(seen) and seen[-1] == hf_read.check_weights(str(saved), cfg) == 4 * cfg.num_params
     # Devices that were given the same memory: what is done to one copy must not show in another.
     name = "blocks/0/mixer/q_proj"
     before = np.asarray(params[name])
-    spare = hf_read.load_params(str(saved), c, mesh)[name]
+    spare = hf_read.load_params(str(saved), cfg, mesh)[name]
     doubled = jax.jit(lambda x: x * 2, donate_argnums=0)(spare)
     for piece in doubled.addressable_shards:
         np.testing.assert_array_equal(np.asarray(piece.data), 2 * before[piece.index])
 
 
 def test_weights_in_bfloat16(saved):
-    c = hf_read.load_config(str(saved))
-    wide, narrow = (hf_read.load_params(str(saved), c, one_device(), dtype) for dtype in ("float32", "bfloat16"))
+    cfg = hf_read.load_config(str(saved))
+    wide, narrow = (hf_read.load_params(str(saved), cfg, one_device(), dtype) for dtype in ("float32", "bfloat16"))
     for path, x in narrow.items():
         assert x.dtype == "bfloat16"
         np.testing.assert_array_equal(np.asarray(x), np.asarray(wide[path]).astype("bfloat16"))

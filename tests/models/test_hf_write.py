@@ -9,10 +9,19 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-import test_families
-import test_hf_read
-import torch
-import transformers
+from hf_models import (
+    DENSE,
+    FAMILIES,
+    TOKENS,
+    dense_model,
+    family_model,
+    logits_of,
+    logits_of_reference,
+    torch,
+    transformers,
+)
+from model_files import CHATML, edit_json, edit_tensors, error_of, is_gone, save_tokenizer, tensors_of
+from tiny_models import one_device
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
@@ -24,41 +33,30 @@ def open_policy(path):
     return policy.open_policy(config.ModelConfig(path=str(path)))
 
 
-def tensors_of(path):
-    """Every tensor of a directory by name: its bytes in bfloat16, and what the file says its dtype is."""
-    found = {}
-    for file in path.glob("*.safetensors"):
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                tensor = opened.get_tensor(name)
-                found[name] = (tensor.shape, tensor.astype("bfloat16").tobytes(), opened.get_slice(name).get_dtype())
-    return found
-
-
 @pytest.fixture
 def original(tmp_path):
     """A model directory with a tokenizer, in bfloat16."""
     path = tmp_path / "original"
-    test_hf_read.reference("qwen2", 4, 2).to(torch.bfloat16).save_pretrained(path)
-    test_hf_read.save_tokenizer(path, test_hf_read.CHATML)
+    dense_model("qwen2", 4, 2).to(torch.bfloat16).save_pretrained(path)
+    save_tokenizer(path, CHATML)
     return path
 
 
-FAMILIES = ("llama3", "qwen3", "qwen3-tied", "hybrid", "hybrid-groups-of-one-head")
+OTHER_FAMILIES = ("llama3", "qwen3", "qwen3-tied", "hybrid", "hybrid-groups-of-one-head")
 
 
-@pytest.mark.parametrize("case", [*test_hf_read.CASES, *FAMILIES])
+@pytest.mark.parametrize("case", [*DENSE, *OTHER_FAMILIES])
 def test_import_export_import_is_the_identity(tmp_path, case):
     """Of every family; in bfloat16, to which other dtypes are rounded as transformers would."""
     path, out = tmp_path / "original", tmp_path / "out"
-    if case in FAMILIES:
-        model, shard = test_families.reference(*test_families.CASES[case]).to(torch.bfloat16), "20KB"
+    if case in OTHER_FAMILIES:
+        model, shard = family_model(*FAMILIES[case]).to(torch.bfloat16), "20KB"
     else:
-        arguments, dtype, shard = test_hf_read.CASES[case]
-        model = test_hf_read.reference(*arguments).to(dtype)
+        arguments, dtype, shard = DENSE[case]
+        model = dense_model(*arguments).to(dtype)
     model.save_pretrained(path, max_shard_size=shard)
-    test_hf_read.save_tokenizer(path, test_hf_read.CHATML)
-    one, mesh = open_policy(path), test_hf_read.one_device()
+    save_tokenizer(path, CHATML)
+    one, mesh = open_policy(path), one_device()
     seen = []
     one.save(out, one.load(mesh, 0), seen.append)
     assert seen[-1] == hf_write.model_bytes(one.model) == sum(len(x) for _, x, _ in tensors_of(out).values())
@@ -73,41 +71,41 @@ def test_import_export_import_is_the_identity(tmp_path, case):
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     reread = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).float()
     np.testing.assert_array_equal(
-        test_hf_read.logits_of_reference(model, test_hf_read.TOKENS),
-        test_hf_read.logits_of_reference(reread, test_hf_read.TOKENS),
+        logits_of_reference(model, TOKENS),
+        logits_of_reference(reread, TOKENS),
     )
 
 
 def test_a_nemotron_h_is_written_as_backbone(tmp_path):
     """As in NVIDIA's files and code, and as transformers writes it, which reads model.* too; NVIDIA's code does not."""
     path, out, again = (tmp_path / name for name in ("original", "out", "again"))
-    test_families.reference(*test_families.CASES["hybrid"]).to(torch.bfloat16).save_pretrained(path)
-    test_hf_read.save_tokenizer(path, None)
+    family_model(*FAMILIES["hybrid"]).to(torch.bfloat16).save_pretrained(path)
+    save_tokenizer(path, None)
     theirs = tensors_of(path)
     assert "backbone.embeddings.weight" in theirs
-    test_hf_read.edit_tensors(path, lambda x: [x.update({k.replace("backbone.", "model."): x.pop(k)}) for k in list(x)])
+    edit_tensors(path, lambda x: [x.update({k.replace("backbone.", "model."): x.pop(k)}) for k in list(x)])
     assert "model.embeddings.weight" in tensors_of(path)
     for source, target in ((path, out), (out, again)):
         one = open_policy(source)
-        one.save(target, one.load(test_hf_read.one_device(), 0))
+        one.save(target, one.load(one_device(), 0))
         assert tensors_of(target) == theirs
     logits = []
     for folder in (path, out):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not found["missing_keys"] and not found["unexpected_keys"]
-        logits.append(test_hf_read.logits_of_reference(model.float(), test_hf_read.TOKENS))
+        logits.append(logits_of_reference(model.float(), TOKENS))
     np.testing.assert_array_equal(*logits)
 
 
 def test_everything_beside_the_weights_is_the_originals(original, tmp_path):
     """But for the dtype, for code that is not copied, and for the ids at which the policy learned to stop."""
     out = tmp_path / "out"
-    test_hf_read.edit_json(original / "config.json", auto_map={"AutoConfig": "code.Config"}, torch_dtype="float32")
+    edit_json(original / "config.json", auto_map={"AutoConfig": "code.Config"}, torch_dtype="float32")
     (original / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "temperature": 0.6}))
-    (original / "chat_template.jinja").write_text(test_hf_read.CHATML)
+    (original / "chat_template.jinja").write_text(CHATML)
     (original / "pytorch_model.bin.index.json").write_text("{}")
     one = open_policy(original)
-    one.save(out, one.load(test_hf_read.one_device(), 0))
+    one.save(out, one.load(one_device(), 0))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (original / name).read_bytes()
     before, after = (json.loads((path / "config.json").read_text()) for path in (original, out))
@@ -125,7 +123,7 @@ def test_shards_and_their_index(original, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(hf_write, "SHARD", "20KB")
     one = open_policy(original)
-    one.save(out, one.load(test_hf_read.one_device(), 0))
+    one.save(out, one.load(one_device(), 0))
     files = sorted(out.glob("model-*.safetensors"))
     names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, 1 + len(files))]
     assert [file.name for file in files] == names
@@ -149,7 +147,7 @@ def test_the_builtin_model_is_exported_as_a_llama(tmp_path):
     shape = config.BuiltinModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48)
     builtin, mesh, out = (
         policy.open_policy(config.ModelConfig(builtin=shape)),
-        test_hf_read.one_device(),
+        one_device(),
         tmp_path / "out",
     )
     draw = np.random.default_rng(0).normal
@@ -174,25 +172,19 @@ def test_the_builtin_model_is_exported_as_a_llama(tmp_path):
         turns = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
         assert ids == builtin.tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-    ours = test_hf_read.logits_of(out, test_hf_read.TOKENS)
-    np.testing.assert_allclose(
-        ours, test_hf_read.logits_of_reference(theirs.float(), test_hf_read.TOKENS), atol=1e-4, rtol=0
-    )
+    ours = logits_of(out, TOKENS)
+    np.testing.assert_allclose(ours, logits_of_reference(theirs.float(), TOKENS), atol=1e-4, rtol=0)
     assert theirs.generation_config.eos_token_id == builtin.eos_ids[0]
-
-
-def is_gone(folder):
-    return not folder.exists() and not list(folder.parent.glob(f".{folder.name}*"))
 
 
 def test_a_folder_that_can_not_be_used(original, tmp_path):
     one = open_policy(original)
-    params = one.load(test_hf_read.one_device(), 0)
-    message = test_hf_read.error_of(one.save, original, params)
+    params = one.load(one_device(), 0)
+    message = error_of(one.save, original, params)
     assert message == f"{original}: is there already; give a new folder"
     (tmp_path / "file").write_text("")
-    assert "is there already" in test_hf_read.error_of(one.save, tmp_path / "file", params)
-    message = test_hf_read.error_of(one.save, tmp_path / "file" / "out", params)
+    assert "is there already" in error_of(one.save, tmp_path / "file", params)
+    message = error_of(one.save, tmp_path / "file" / "out", params)
     assert "can't be written (Not a directory)" in message
     (tmp_path / "out").mkdir()
     (tmp_path / ".out.partial").mkdir()  # of an export that was killed
@@ -215,7 +207,7 @@ def test_what_does_not_read_back_is_no_export(original, tmp_path, monkeypatch, d
 
     monkeypatch.setattr(safetensors.numpy, "save_file", damaged)
     one = open_policy(original)
-    params = one.load(test_hf_read.one_device(), 0)
+    params = one.load(one_device(), 0)
     if damage == "none":
         params["norm/scale"] = params["norm/scale"] * np.nan
     kind, said = {
@@ -234,7 +226,7 @@ def test_what_does_not_read_back_is_no_export(original, tmp_path, monkeypatch, d
 def test_smollm2_writes_the_same_text_after_an_export(tmp_path):
     path, out = os.environ["IGRPO_SMOLLM2"], tmp_path / "out"
     one = open_policy(path)
-    one.save(out, one.load(test_hf_read.one_device(), 0))
+    one.save(out, one.load(one_device(), 0))
     texts = []
     for folder in (path, out):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_learner import ADVANTAGES, assert_close, gradient_of, make_groups, make_learner, put, updated
+from learner_cases import ADVANTAGES, assert_close, gradient_of, make_groups, make_learner, put, updated
+from model_files import CHATML, save_tokenizer
+from tiny_models import one_device
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
@@ -209,19 +211,17 @@ WHOLE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 @pytest.mark.parametrize(("family", "targets"), [("qwen2", ("all-linear",)), ("nemotron_h", WHOLE)])
 def test_peft_loads_the_adapters_and_gives_our_logits(tmp_path, family, targets):
     peft = pytest.importorskip("peft")
-    import test_families
-    import test_hf_read
-    import transformers
+    import hf_models
 
     from igrpo_jax.models import policy
 
     path, out = tmp_path / "model", tmp_path / "adapter"
     if family == "qwen2":
-        test_hf_read.reference("qwen2", 4, 2).save_pretrained(path)
+        hf_models.dense_model("qwen2", 4, 2).save_pretrained(path)
     else:
-        test_families.reference(*test_families.CASES["hybrid"]).save_pretrained(path)
-    test_hf_read.save_tokenizer(path, test_hf_read.CHATML)
-    one, mesh = policy.open_policy(config.ModelConfig(path=str(path), dtype="float32")), test_hf_read.one_device()
+        hf_models.family_model(*hf_models.FAMILIES["hybrid"]).save_pretrained(path)
+    save_tokenizer(path, CHATML)
+    one, mesh = policy.open_policy(config.ModelConfig(path=str(path), dtype="float32")), one_device()
     settings = config.LoraConfig(rank=3, alpha=6.0, targets=targets)
     adapters = put(adapters_like(settings, one.model), mesh)
     params = lora.attach(one.load(mesh, 0), adapters, settings.scaling)
@@ -232,20 +232,20 @@ def test_peft_loads_the_adapters_and_gives_our_logits(tmp_path, family, targets)
         with pytest.raises(InputError, match=r"peft takes no adapter for blocks/0/mixer/o_proj, .*out_proj\.weight"):
             one.save_adapter(tmp_path / "refused", both, params_of_both)
     assert sorted(file.name for file in out.glob("adapter*")) == ["adapter_config.json", "adapter_model.safetensors"]
-    base = test_families.unclipped(transformers.AutoModelForCausalLM.from_pretrained(path))
+    base = hf_models.unclipped(hf_models.transformers.AutoModelForCausalLM.from_pretrained(path))
     model = peft.PeftModel.from_pretrained(base, out).eval()
-    theirs = test_hf_read.logits_of_reference(model, test_hf_read.TOKENS)
-    places = np.broadcast_to(np.arange(test_hf_read.TOKENS.shape[1], dtype=np.int32), test_hf_read.TOKENS.shape)
+    theirs = hf_models.logits_of_reference(model, hf_models.TOKENS)
+    places = np.broadcast_to(np.arange(hf_models.TOKENS.shape[1], dtype=np.int32), hf_models.TOKENS.shape)
 
     def logits(params):
-        return decoder.logits(one.model, params, decoder.apply(one.model, params, test_hf_read.TOKENS, places)[0])
+        return decoder.logits(one.model, params, decoder.apply(one.model, params, hf_models.TOKENS, places)[0])
 
     ours = np.asarray(jax.jit(logits)(params))
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
-    assert np.abs(ours - test_hf_read.logits_of(path, test_hf_read.TOKENS)).max() > 0.1
+    assert np.abs(ours - hf_models.logits_of(path, hf_models.TOKENS)).max() > 0.1
     # What is merged is what transformers runs without peft.
     one.save(tmp_path / "merged", params)
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float()
+    merged = hf_models.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float()
     unloaded = model.merge_and_unload()
     for (name, x), (other, y) in zip(
         sorted(merged.state_dict().items()), sorted(unloaded.state_dict().items()), strict=True

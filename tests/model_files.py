@@ -1,0 +1,70 @@
+"""Model directories in tests: their tensors, tokenizers and JSON files, and the errors of those that are wrong."""
+
+import json
+
+import pytest
+import safetensors
+import safetensors.numpy
+import tokenizers
+import transformers
+
+from igrpo_jax.errors import InputError
+
+WORDS = ["<unk>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<pad>", "x", "answer"]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_tokenizer(path, template, special=WORDS[:6]):
+    """Writes a tokenizer of WORDS with a chat template; those in `special` are special tokens."""
+
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    raw = tokenizers.Tokenizer(model)
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    extra = [word for word in special if word not in ("<unk>", "</s>")]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", eos_token="</s>", additional_special_tokens=extra
+    )
+    tokenizer.add_tokens([word for word in WORDS[2:6] if word not in special])  # added tokens, but not special ones
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(path)
+
+
+def edit_json(file, **changes):
+    """Rewrites a JSON file with `changes`; `...` removes a key."""
+    raw = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in raw.items() if value is not ...}))
+
+
+def edit_tensors(path, change):
+    """Rewrites the weights with `change` applied to the dict of tensors."""
+    tensors = safetensors.numpy.load_file(path / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path / "model.safetensors")
+
+
+def error_of(call, *args):
+    """The message, one line, of the InputError that `call` raises."""
+    with pytest.raises(InputError) as caught:
+        call(*args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def tensors_of(path):
+    """Every tensor of a directory by name: its bytes in bfloat16, and what the file says its dtype is."""
+    tensors = {}
+    for file in path.glob("*.safetensors"):
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                tensor = opened.get_tensor(name)
+                tensors[name] = (tensor.shape, tensor.astype("bfloat16").tobytes(), opened.get_slice(name).get_dtype())
+    return tensors
+
+
+def is_gone(folder):
+    """Whether neither the folder nor a temporary one of it is there."""
+    return not folder.exists() and not list(folder.parent.glob(f".{folder.name}*"))
