@@ -43,11 +43,11 @@ def write(folder: Path, raw: dict, shard: str) -> None:
     import numpy as np
     import safetensors.numpy
 
-    from igrpo_jax.models import decoder, hf_read
+    from igrpo_jax.models import decoder, hf_read, hf_tables
     from igrpo_jax.models.config import from_hf
 
     model = from_hf(raw, "the shape")
-    shapes = hf_read.tensor_shapes(hf_read.table(raw["model_type"], model), decoder.shapes(model))
+    shapes = hf_tables.tensor_shapes(hf_tables.table(raw["model_type"], model), decoder.shapes(model))
     split = huggingface_hub.split_state_dict_into_shards_factory(
         shapes,
         get_storage_size=lambda shape: 2 * math.prod(shape),
@@ -68,9 +68,9 @@ def measure(args: argparse.Namespace) -> dict:
 
     from igrpo_jax import config
     from igrpo_jax.distributed import sharding
-    from igrpo_jax.models import hf_read
+    from igrpo_jax.models import hf_files, hf_read
 
-    model = hf_read.load_config(args.model)
+    model = hf_files.load_config(args.model)
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
     jax.block_until_ready(jax.numpy.ones((64, 64), device=jax.devices()[0]))  # what the first array takes once
     memory = models.PeakMemory()
@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace) -> dict:
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
     size = sum(x.nbytes for x in params.values())
     extra = memory.peak() - before - (size if jax.default_backend() == "cpu" else 0)
-    files = [file.stat().st_size for file in hf_read.resolve(args.model).glob("*.safetensors")]
+    files = [file.stat().st_size for file in hf_files.resolve(args.model).glob("*.safetensors")]
     return {
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu_seconds, 2),

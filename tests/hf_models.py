@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny_models import one_device
 
-from igrpo_jax.models import decoder, hf_read
+from igrpo_jax.models import decoder, hf_files, hf_read
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -39,7 +39,7 @@ def dense_model(kind, heads, kv_heads, tied=False, eps=1e-5, theta=10_000.0, **m
 def logits_of(path, tokens, mesh=None):
     """Logits of the directory `path` as we read it, on one device unless a mesh is given."""
     mesh = mesh or one_device()
-    cfg = hf_read.load_config(str(path))
+    cfg = hf_files.load_config(str(path))
     params = hf_read.load_params(str(path), cfg, mesh)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
 

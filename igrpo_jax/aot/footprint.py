@@ -30,7 +30,7 @@ from igrpo_jax.distributed.programs import Key
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import planning
 from igrpo_jax.learning.learner import Learner
-from igrpo_jax.models import hf_read
+from igrpo_jax.models import hf_files
 from igrpo_jax.models.config import DecoderConfig, from_hf
 from igrpo_jax.models.costs import Cost, Costs
 from igrpo_jax.models.policy import open_policy
@@ -155,7 +155,7 @@ def describe(settings: ModelConfig) -> DecoderConfig:
     if not path:
         return open_policy(settings).model
     if Path(path).is_dir():
-        return hf_read.load_config(path)
+        return hf_files.load_config(path)
     if path not in SHAPES:
         raise InputError(
             f"config.model.path = {path!r}: no such directory, and not among the models whose shape is known without a "

@@ -1,7 +1,7 @@
 """Hugging Face directories, written: safetensors in shards with their index, the small files beside them.
 
-The tables of `hf` say which tensor a parameter is and how it is laid out; here they are read the other way. Host memory
-is what one file needs. A directory is made under a temporary name and appears under its own when it is whole.
+`hf_tables` says which tensor holds which parameter and how both are laid out. Host memory needs to hold one file. A
+directory is written under a temporary name and gets its own name once it is complete.
 """
 
 import contextlib
@@ -21,30 +21,30 @@ from jax.experimental import multihost_utils
 from igrpo_jax.config import LoraConfig
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import decoder, hf_read
+from igrpo_jax.models import decoder, hf_files
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.decoder import Params
-from igrpo_jax.models.hf_read import Entry
+from igrpo_jax.models.hf_tables import Entry
 
-SHARD = "5GB"  # most of one file, as transformers has it
+SHARD = "5GB"  # the most that one file holds; transformers has the same default
 TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
-    *hf_read.VOCABULARIES,
+    *hf_files.VOCABULARIES,
     "merges.txt",
 )
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place once the block has ended well, and goes where it has not.
+    """Yields a temporary folder beside `out`, renames it to `out` when the block succeeds and removes it when it fails.
 
-    An empty folder `out` is replaced.
+    Replaces an empty folder `out`.
 
     Raises:
-        InputError: `out` is there and not empty, or can't be written.
+        InputError: `out` exists and is not empty, or can't be written.
     """
     out = out.resolve()
     check_free(out)
@@ -54,14 +54,14 @@ def new_folder(out: Path) -> Iterator[Path]:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        multihost_utils.sync_global_devices("the folder is there")
+        multihost_utils.sync_global_devices("the folder exists")
         yield temporary
-        multihost_utils.sync_global_devices("the folder is whole")
+        multihost_utils.sync_global_devices("the folder is complete")
         if first:
             temporary.replace(out)
     except (OSError, safetensors.SafetensorError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise _bad(out, f"can't be written ({said})", "give a folder that can") from error
+        reason = getattr(error, "strerror", None) or error
+        raise _out_error(out, f"can't be written ({reason})", "give a folder that can") from error
     finally:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -70,7 +70,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 def check_free(out: Path) -> None:
     """Raises InputError where `out` is a file or holds anything."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise _bad(out, "is there already", "give a new folder")
+        raise _out_error(out, "is there already", "give a new folder")
 
 
 def write_tensors(
@@ -79,13 +79,13 @@ def write_tensors(
     entries: Mapping[str, Entry],
     stem: str = "model",
     dtype: str = "bfloat16",
-    report: Callable[[int], None] = lambda done: None,
+    report: Callable[[int], None] = lambda bytes_written: None,
 ) -> None:
-    """`params` in `dtype` as STEM.safetensors, or as numbered files with STEM.safetensors.index.json.
+    """Writes `params` in `dtype` as STEM.safetensors, or as numbered files with STEM.safetensors.index.json.
 
     Args:
-        entries: of every parameter. Those that share a tensor lie in it one after the other, in their order here.
-        report: is given the bytes written so far.
+        entries: the entry of every parameter. Those that share a tensor lie in it one after the other, in this order.
+        report: receives the bytes written so far.
     """
     sharers: dict[str, list[str]] = {}
     for own, entry in entries.items():
@@ -95,54 +95,57 @@ def write_tensors(
     split = huggingface_hub.split_state_dict_into_shards_factory(
         sizes, get_storage_size=lambda size: size, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=SHARD
     )
-    # The whole parameter everywhere: on several processes none holds all of it otherwise.
+    # Every process needs the complete parameter, and with several processes none holds all of it.
     mesh = next(iter(params.values())).sharding.mesh
     gather = jax.jit(lambda x: x.astype(dtype), out_shardings=sharding.replicated(mesh))
-    done = 0
+    bytes_written = 0
     for file, names in split.filename_to_tensors.items():
         tensors = {}
         for name in names:
             parts = [entries[own].write(sharding.to_host(gather(params[own]))) for own in sharers[name]]
             tensors[name] = np.concatenate(parts) if len(parts) > 1 else parts[0]
-            done += sizes[name]
-            report(done)
+            bytes_written += sizes[name]
+            report(bytes_written)
         if jax.process_index() == 0:
             safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors' own is the owner's alone
+            (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read it
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
 def model_bytes(cfg: DecoderConfig) -> int:
-    """Of the files of an export, headers left out."""
+    """Returns the bytes of the files of an export, without their headers."""
     return 2 * sum(math.prod(shape) for shape in decoder.shapes(cfg).values())
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Writes `value` as JSON, on the first process alone."""
     if jax.process_index() == 0:
         file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_tokenizer(path: str, folder: Path) -> None:
-    """The tokenizer's files and the chat template of the directory or hub id `path`, byte for byte."""
+    """Copies the tokenizer's files and the chat template of the directory or hub id `path`, byte for byte."""
     for pattern in TOKENIZER:
-        for file in hf_read.resolve(path).glob(pattern):
+        for file in hf_files.resolve(path).glob(pattern):
             if jax.process_index() == 0 and file.is_file():
                 shutil.copyfile(file, folder / file.name)
 
 
 def exported_config(path: str, cfg: DecoderConfig) -> dict[str, Any]:
-    """config.json of an export: that of the model at `path` but for the dtype and for code that isn't copied.
+    """Returns the config.json of an export.
 
-    The built-in model ("") is a Llama.
+    It is that of the model at `path`, except for the dtype and for references to code, which is not copied. The
+    built-in model ("") is exported as a Llama.
     """
-    raw = hf_read.config_json(path) if path else _llama(cfg)
+    raw = hf_files.config_json(path) if path else _llama(cfg)
     dtype = "torch_dtype" if "torch_dtype" in raw else "dtype"
     return {key: value for key, value in raw.items() if key != "auto_map"} | {dtype: "bfloat16"}
 
 
 def _llama(cfg: DecoderConfig) -> dict[str, Any]:
+    """Returns config.json of the built-in model."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -162,20 +165,21 @@ def _llama(cfg: DecoderConfig) -> dict[str, Any]:
 
 
 def generation_config(path: str, eos_ids: tuple[int, ...]) -> dict[str, Any]:
-    """generation_config.json of the model at `path` ("" = none), which ends where the policy learned to end."""
-    file = hf_read.resolve(path) / "generation_config.json" if path else None
+    """Returns generation_config.json of the model at `path` ("" = none), with the EOS ids that the policy learned."""
+    file = hf_files.resolve(path) / "generation_config.json" if path else None
     raw = json.loads(file.read_text("utf-8")) if file and file.is_file() else {}
     return raw | {"eos_token_id": list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]}
 
 
 def adapter_entries(entries: Mapping[str, Entry], adapters: Params) -> dict[str, Entry]:
-    """The tensors of peft's adapter file: [R, inputs] and [outputs, R] where the weight is [outputs, inputs].
+    """Returns the entries of peft's adapter file: [R, inputs] and [outputs, R] where the weight is [outputs, inputs].
 
     Raises:
-        InputError: adapters of weights that are parts of one tensor, or of Mamba-2's output, which peft refuses.
+        InputError: adapters of weights that are parts of one tensor, or of Mamba-2's output projection, which peft
+            refuses.
     """
     names = [entry.name for entry in entries.values()]
-    found = {}
+    result = {}
     for path in adapters:
         own, _, factor = path.rpartition("/")
         entry, cut = entries[own], sharding.input_axes(own)
@@ -186,16 +190,16 @@ def adapter_entries(entries: Mapping[str, Entry], adapters: Params) -> dict[str,
             )
         inputs, outputs = entry.ours[:cut], entry.ours[cut:]
         name = f"base_model.model.{entry.name.removesuffix('.weight')}."
-        found[path] = (
+        result[path] = (
             Entry(f"{name}lora_A.weight", f"R({inputs})", f"{inputs}R")
             if factor == "lora_a"
             else Entry(f"{name}lora_B.weight", f"({outputs})R", f"R{outputs}")
         )
-    return found
+    return result
 
 
 def adapter_config(settings: LoraConfig, base: str, entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """adapter_config.json for adapters with these `entries` of the model at `base`."""
+    """Returns adapter_config.json for adapters with these `entries` of the model at `base`."""
     targets = sorted({entry.name.split(".")[-3] for entry in entries.values()})
     return {
         "peft_type": "LORA",
@@ -211,5 +215,5 @@ def adapter_config(settings: LoraConfig, base: str, entries: Mapping[str, Entry]
     }
 
 
-def _bad(out: Path, what: str, fix: str) -> InputError:
+def _out_error(out: Path, what: str, fix: str) -> InputError:
     return InputError(f"{out}: {what}; {fix}")

@@ -14,7 +14,7 @@ from igrpo_jax.data import arithmetic
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError, RunError
-from igrpo_jax.models import attention, decoder, hf_read, hf_write, lora
+from igrpo_jax.models import attention, decoder, hf_files, hf_read, hf_tables, hf_write, lora
 from igrpo_jax.models import config as model_config
 from igrpo_jax.models.config import DecoderConfig
 
@@ -59,8 +59,8 @@ class Policy:
             hf_write.write_json(folder / "config.json", raw)
             hf_write.write_json(folder / "generation_config.json", hf_write.generation_config(self.path, self.eos_ids))
             self._write_tokenizer(folder)
-            hf_write.write_tensors(folder, params, hf_read.table(raw["model_type"], self.model), report=report)
-            before, model = _probe(self.model, params), hf_read.load_config(str(folder))
+            hf_write.write_tensors(folder, params, hf_tables.table(raw["model_type"], self.model), report=report)
+            before, model = _probe(self.model, params), hf_files.load_config(str(folder))
             mesh = jax.tree.leaves(params)[0].sharding.mesh
             _check_equal(out, before, _probe(model, hf_read.load_params(str(folder), model, mesh, "bfloat16")))
 
@@ -70,7 +70,7 @@ class Policy:
         adapters = {f"{path}/lora_a": x.a for path, x in changed.items()}
         adapters |= {f"{path}/lora_b": x.b for path, x in changed.items()}
         model_type = hf_write.exported_config(self.path, self.model)["model_type"]
-        entries = hf_write.adapter_entries(hf_read.table(model_type, self.model), adapters)
+        entries = hf_write.adapter_entries(hf_tables.table(model_type, self.model), adapters)
         with hf_write.new_folder(out) as folder:
             hf_write.write_json(folder / "adapter_config.json", hf_write.adapter_config(settings, self.path, entries))
             self._write_tokenizer(folder)
@@ -100,9 +100,9 @@ def open_policy(settings: ModelConfig) -> Policy:
         InputError: no such model, one of a kind that is not supported, or tensors that do not fit it.
     """
     if settings.path:
-        model, tokenizer = hf_read.load_config(settings.path), hf_read.load_tokenizer(settings.path)
+        model, tokenizer = hf_files.load_config(settings.path), hf_files.load_tokenizer(settings.path)
         size = hf_read.check_weights(settings.path, model)
-        eos_ids = hf_read.eos_ids(settings.path, tokenizer)
+        eos_ids = hf_files.eos_ids(settings.path, tokenizer)
         largest = max(*tokenizer.get_vocab().values(), *eos_ids)
         if largest >= model.vocab_size:
             raise InputError(

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from igrpo_jax import config
 from igrpo_jax.data import arithmetic
 from igrpo_jax.data.prompts import Renderer, most_overhead
-from igrpo_jax.models import hf_read
+from igrpo_jax.models import hf_files
 
 QUESTION = "7+5-3"
 
@@ -226,7 +226,7 @@ def sentencepiece_tokenizer(tmp_path_factory):
     )
     (folder / "config.json").write_text('{"model_type": "llama"}')
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}')
-    tokenizer = hf_read.load_tokenizer(str(folder))
+    tokenizer = hf_files.load_tokenizer(str(folder))
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
     return tokenizer
 
@@ -252,8 +252,8 @@ def test_sentencepiece(sentencepiece_tokenizer):
 )
 def test_smollm2():
     path = os.environ["IGRPO_SMOLLM2"]
-    tokenizer = hf_read.load_tokenizer(path)
-    one = renderer(tokenizer, eos_ids=hf_read.eos_ids(path, tokenizer))
+    tokenizer = hf_files.load_tokenizer(path)
+    one = renderer(tokenizer, eos_ids=hf_files.eos_ids(path, tokenizer))
     for question in ("What is 17 times 23?", "  Two\n\nlines, 12,345 and \\frac{1}{2} é ", QUESTION):
         np.testing.assert_array_equal(one.plain(question), template_of(tokenizer, f"Add up.\n\n{question}"))
     draft = ids(tokenizer, "<think>17 times 20 is 340</think><|im_end|>")

@@ -13,7 +13,7 @@ from hf_models import FAMILIES, family_model, torch
 from tiny_models import one_device
 
 from igrpo_jax.models import cache as caches
-from igrpo_jax.models import decoder, hf_read
+from igrpo_jax.models import decoder, hf_files, hf_read
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -26,7 +26,7 @@ def family(request, tmp_path_factory):
     model = family_model(*FAMILIES[request.param])
     path = tmp_path_factory.mktemp("model")
     model.save_pretrained(path)
-    cfg = hf_read.load_config(str(path))
+    cfg = hf_files.load_config(str(path))
     return model, cfg, hf_read.load_params(str(path), cfg, one_device())
 
 

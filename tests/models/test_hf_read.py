@@ -19,7 +19,7 @@ from tiny_models import one_device, tiny_config
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
-from igrpo_jax.models import decoder, hf_read, hf_write
+from igrpo_jax.models import decoder, hf_files, hf_read, hf_tables, hf_write
 from igrpo_jax.models.config import RopeScaling
 
 ROOT = Path(__file__).parents[2]
@@ -44,13 +44,13 @@ def test_logits_equal_transformers(tmp_path, case):
 )
 def test_logits_of_smollm2_equal_transformers():
     path = os.environ["IGRPO_SMOLLM2"]
-    tokenizer = hf_read.load_tokenizer(path)
+    tokenizer = hf_files.load_tokenizer(path)
     turns = [{"role": "user", "content": "Natalia sold 48 clips in April and half as many in May. How many in all?"}]
     tokens = np.array([tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]], np.int32)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     difference = np.abs(logits_of(path, tokens) - logits_of_reference(model, tokens)).max()
     assert difference < 1e-3
-    assert hf_read.eos_ids(path, tokenizer) == (2,)
+    assert hf_files.eos_ids(path, tokenizer) == (2,)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def copy(saved, tmp_path):
 
 def load_error(path):
     def load():
-        hf_read.load_params(str(path), hf_read.load_config(str(path)), one_device())
+        hf_read.load_params(str(path), hf_files.load_config(str(path)), one_device())
 
     message = error_of(load)
     assert message.startswith(f"config.model.path = {str(path)!r}: ")
@@ -76,7 +76,7 @@ def load_error(path):
 
 def test_weights_are_float32_in_the_shardings_of_the_table(saved):
     mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
-    cfg = hf_read.load_config(str(saved))
+    cfg = hf_files.load_config(str(saved))
     params = hf_read.load_params(str(saved), cfg, mesh)
     assert {path: value.shape for path, value in params.items()} == decoder.shapes(cfg)
     for path, value in params.items():
@@ -104,8 +104,8 @@ class Recorder:
 @pytest.mark.parametrize("piece", [1, 11, 1000])
 def test_only_the_slice_asked_for_is_read(monkeypatch, piece, stored, ours, shape):
     """In one piece, row by row, or in pieces the last of which is not whole."""
-    monkeypatch.setattr(hf_read, "PIECE", piece)
-    entry = hf_read.Entry("x", stored, ours)
+    monkeypatch.setattr(hf_tables, "PIECE", piece)
+    entry = hf_tables.Entry("x", stored, ours)
     stored_shape = entry.stored_shape(shape)
     tensor = Recorder(np.arange(np.prod(stored_shape), dtype=np.float16).reshape(stored_shape))
     whole = entry.read(tensor, shape, (slice(None),) * len(shape))
@@ -127,12 +127,12 @@ def test_only_the_slice_asked_for_is_read(monkeypatch, piece, stored, ours, shap
 @pytest.mark.parametrize("piece", [25, 1000])
 def test_parameters_that_share_a_tensor_lie_one_after_the_other(monkeypatch, piece):
     """Of Nemotron-H's projection: 4 heads of 3 (z, then x), 2 groups of 5 (B, then C), and 4 steps, by 8 inputs."""
-    monkeypatch.setattr(hf_read, "PIECE", piece)
+    monkeypatch.setattr(hf_tables, "PIECE", piece)
     rows = {"z_proj": (0, 12), "x_proj": (12, 24), "b_proj": (24, 34), "c_proj": (34, 44), "dt_proj": (44, 48)}
     shapes = {"z_proj": (8, 4, 3), "x_proj": (8, 4, 3), "b_proj": (8, 2, 5), "c_proj": (8, 2, 5), "dt_proj": (8, 4)}
     tensor = Recorder(np.random.default_rng(0).normal(size=(48, 8)).astype(np.float32))
     for name, (start, stop) in rows.items():
-        entry = dataclasses.replace(hf_read.FAMILIES["nemotron_h"].entries[f"M/mixer/{name}"], start=start)
+        entry = dataclasses.replace(hf_tables.FAMILIES["nemotron_h"].entries[f"M/mixer/{name}"], start=start)
         tensor.read = 0
         got = entry.read(tensor, shapes[name], (slice(None),) * len(shapes[name]))
         np.testing.assert_array_equal(got, tensor.array[start:stop].T.reshape(shapes[name]))
@@ -140,7 +140,7 @@ def test_parameters_that_share_a_tensor_lie_one_after_the_other(monkeypatch, pie
         part = (slice(4, 8), slice(0, 2), *[slice(None)] * (got.ndim - 2))
         np.testing.assert_array_equal(entry.read(tensor, shapes[name], part), got[part])
     kernel = Recorder(np.random.default_rng(1).normal(size=(32, 1, 4)).astype(np.float32))
-    entry = dataclasses.replace(hf_read.FAMILIES["nemotron_h"].entries["M/mixer/b_conv"], start=12)
+    entry = dataclasses.replace(hf_tables.FAMILIES["nemotron_h"].entries["M/mixer/b_conv"], start=12)
     got = entry.read(kernel, (4, 2, 5), (slice(None), slice(1, 2), slice(None)))
     np.testing.assert_array_equal(got, kernel.array[17:22, 0].T[:, None])
 
@@ -157,14 +157,14 @@ def nemotron(tmp_path):
 
 def test_nemotron_h_of_older_and_newer_files(nemotron):
     """NVIDIA's config.json has a pattern, that of transformers a list; tensors are called backbone.* or model.*."""
-    new = hf_read.load_config(str(nemotron))
+    new = hf_files.load_config(str(nemotron))
     params = hf_read.load_params(str(nemotron), new, one_device())
     assert (new.pattern, new.mamba.time_step_limit, new.rope_theta) == ("M-*", (0.0, float("inf")), None)
     old = {"layers_block_type": ..., "layer_types": ..., "hybrid_override_pattern": "M-*", "time_step_limit": ...}
     edit_json(nemotron / "config.json", **old, head_dim=..., attention_head_dim=16)
-    assert hf_read.load_config(str(nemotron)) == new
+    assert hf_files.load_config(str(nemotron)) == new
     edit_json(nemotron / "config.json", time_step_limit=[0.001, float("inf")])  # Infinity, as Python writes it
-    assert hf_read.load_config(str(nemotron)).mamba.time_step_limit == (0.001, float("inf"))
+    assert hf_files.load_config(str(nemotron)).mamba.time_step_limit == (0.001, float("inf"))
     tensors = safetensors.numpy.load_file(nemotron / "model.safetensors")
     prefixes = ("backbone.", "model.") if "model.norm_f.weight" not in tensors else ("model.", "backbone.")
     edit_tensors(nemotron, lambda x: [x.update({k.replace(*prefixes): x.pop(k)}) for k in list(x)])
@@ -197,9 +197,9 @@ def test_a_missing_part_of_a_hybrid_is_named(nemotron):
 
 def test_both_spellings_of_rope_are_read(copy):
     edit_json(copy / "config.json", **rope(1234.0))
-    new = hf_read.load_config(str(copy))
+    new = hf_files.load_config(str(copy))
     edit_json(copy / "config.json", rope_parameters=..., rope_theta=1234.0, rope_scaling=None)
-    old = hf_read.load_config(str(copy))
+    old = hf_files.load_config(str(copy))
     assert new == old
     assert new.rope_theta == 1234.0
 
@@ -210,9 +210,9 @@ LLAMA3 |= {"original_max_position_embeddings": 8192}
 
 def test_both_spellings_of_llama3_scaling_are_read(copy):
     edit_json(copy / "config.json", rope_parameters=LLAMA3 | {"rope_theta": 5e5})
-    new = hf_read.load_config(str(copy))
+    new = hf_files.load_config(str(copy))
     edit_json(copy / "config.json", rope_parameters=..., rope_theta=5e5, rope_scaling=LLAMA3)
-    assert hf_read.load_config(str(copy)) == new
+    assert hf_files.load_config(str(copy)) == new
     assert new.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
     edit_json(copy / "config.json", rope_scaling={**LLAMA3, "high_freq_factor": 1.0})
     assert "high_freq_factor = 1.0 is not supported" in load_error(copy)
@@ -255,10 +255,10 @@ def test_a_tied_model_may_carry_its_head(copy):
 
 def test_a_directory_that_is_not_there_or_empty(tmp_path):
     missing = str(tmp_path / "none")
-    assert error_of(hf_read.load_config, missing).startswith(f"config.model.path = {missing!r}: no such directory")
-    assert "no config.json" in error_of(hf_read.load_config, str(tmp_path))
+    assert error_of(hf_files.load_config, missing).startswith(f"config.model.path = {missing!r}: no such directory")
+    assert "no config.json" in error_of(hf_files.load_config, str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    assert "config.json is not JSON" in error_of(hf_read.load_config, str(tmp_path))
+    assert "config.json is not JSON" in error_of(hf_files.load_config, str(tmp_path))
 
 
 def test_a_hub_id_that_can_not_be_had(monkeypatch):
@@ -268,14 +268,14 @@ def test_a_hub_id_that_can_not_be_had(monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot reach the hub\nand a second line")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    message = error_of(hf_read.resolve, "nobody/none-such")
+    message = error_of(hf_files.resolve, "nobody/none-such")
     assert message.startswith("config.model.path = 'nobody/none-such': no such directory, and the hub")
     assert "give a local directory" in message
 
 
 def test_a_hub_id_becomes_its_snapshot(monkeypatch, saved):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(saved))
-    assert hf_read.load_config("somebody/qwen2-tiny") == hf_read.load_config(str(saved))
+    assert hf_files.load_config("somebody/qwen2-tiny") == hf_files.load_config(str(saved))
 
 
 def test_no_weights(copy):
@@ -335,18 +335,18 @@ def test_a_dtype_that_is_not_read(copy):
 
 def test_a_mesh_that_does_not_divide_the_heads(copy):
     mesh = sharding.make_mesh(config.MeshConfig(data=1, fsdp=1, tensor=-1))
-    message = error_of(hf_read.load_params, str(copy), hf_read.load_config(str(copy)), mesh)
+    message = error_of(hf_read.load_params, str(copy), hf_files.load_config(str(copy)), mesh)
     assert message.startswith("config.mesh.tensor = 8")
     assert "heads" in message
 
 
 def test_a_fast_tokenizer_and_its_stops(copy):
     save_tokenizer(copy, CHATML)
-    tokenizer = hf_read.load_tokenizer(str(copy))
+    tokenizer = hf_files.load_tokenizer(str(copy))
     assert tokenizer("x answer")["input_ids"] == [6, 7]
     # config.json says 5, the tokenizer </s> = 1, the template <|im_end|> = 3.
     edit_json(copy / "generation_config.json", eos_token_id=[4, 5])
-    assert hf_read.eos_ids(str(copy), tokenizer) == (1, 3, 4, 5)
+    assert hf_files.eos_ids(str(copy), tokenizer) == (1, 3, 4, 5)
 
 
 @pytest.mark.parametrize(
@@ -361,21 +361,21 @@ def test_a_fast_tokenizer_and_its_stops(copy):
 def test_the_end_of_turn_is_the_special_token_after_an_answer(copy, template, special, found):
     (copy / "generation_config.json").unlink()
     save_tokenizer(copy, template, special)
-    assert hf_read.eos_ids(str(copy), hf_read.load_tokenizer(str(copy))) == found
+    assert hf_files.eos_ids(str(copy), hf_files.load_tokenizer(str(copy))) == found
 
 
 def test_tokenizers_that_can_not_be_used(copy):
-    assert "no tokenizer in it" in error_of(hf_read.load_tokenizer, str(copy))
+    assert "no tokenizer in it" in error_of(hf_files.load_tokenizer, str(copy))
     (copy / "tokenizer.json").write_text("{}")
-    assert "the tokenizer can't be read" in error_of(hf_read.load_tokenizer, str(copy))
+    assert "the tokenizer can't be read" in error_of(hf_files.load_tokenizer, str(copy))
     save_tokenizer(copy, "{{ raise_exception('no such role') }}")
-    message = error_of(hf_read.eos_ids, str(copy), hf_read.load_tokenizer(str(copy)))
+    message = error_of(hf_files.eos_ids, str(copy), hf_files.load_tokenizer(str(copy)))
     assert "the chat template fails (no such role)" in message
-    tokenizer = hf_read.load_tokenizer(str(copy))
+    tokenizer = hf_files.load_tokenizer(str(copy))
     tokenizer.eos_token = tokenizer.chat_template = None
     for name in ("config.json", "generation_config.json"):
         edit_json(copy / name, eos_token_id=...)
-    assert "no end-of-sequence token" in error_of(hf_read.eos_ids, str(copy), tokenizer)
+    assert "no end-of-sequence token" in error_of(hf_files.eos_ids, str(copy), tokenizer)
 
 
 def test_a_sentencepiece_tokenizer(copy, tmp_path):
@@ -390,7 +390,7 @@ def test_a_sentencepiece_tokenizer(copy, tmp_path):
     edit_json(copy / "config.json", model_type="llama")
     (copy / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     (copy / "tokenizer.vocab").unlink()
-    tokenizer = hf_read.load_tokenizer(str(copy))
+    tokenizer = hf_files.load_tokenizer(str(copy))
     ids = tokenizer("the sum of 3 and 4", add_special_tokens=False)["input_ids"]
     assert ids == sentencepiece.SentencePieceProcessor(str(copy / "tokenizer.model")).encode("the sum of 3 and 4")
     assert tokenizer.decode(ids) == "the sum of 3 and 4"
@@ -402,7 +402,7 @@ import jax
 import numpy as np
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
-from igrpo_jax.models import hf_read
+from igrpo_jax.models import hf_files, hf_read, hf_tables
 
 def kib(name):
     return int(re.search(rf"{name}:\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -410,7 +410,7 @@ def kib(name):
 path, fsdp = sys.argv[1], int(sys.argv[2])
 mesh = sharding.make_mesh(config.MeshConfig(data=1, fsdp=fsdp, tensor=1), jax.devices()[:fsdp])
 jax.block_until_ready(jax.device_put(np.ones((64, 64)), jax.devices()[0]))
-cfg = hf_read.load_config(path)
+cfg = hf_files.load_config(path)
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # VmHWM, the most so far, starts anew
 before = kib("VmRSS")
@@ -449,7 +449,7 @@ def test_host_memory_of_an_import_is_bounded(tmp_path, monkeypatch, fsdp, dtype)
         path: jax.numpy.ones(shape, "bfloat16", device=sharding.param_sharding(mesh, path))
         for path, shape in decoder.shapes(cfg).items()
     }
-    hf_write.write_tensors(tmp_path, ones, hf_read.table("llama", cfg))
+    hf_write.write_tensors(tmp_path, ones, hf_tables.table("llama", cfg))
     sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
     assert len(sizes) >= 3
     command = [sys.executable, "-c", MEMORY, str(tmp_path), str(fsdp), dtype]
@@ -460,15 +460,15 @@ def test_host_memory_of_an_import_is_bounded(tmp_path, monkeypatch, fsdp, dtype)
 
 
 def test_what_several_devices_hold_is_read_once(saved, monkeypatch):
-    reads, read = [], hf_read.Entry.read
+    reads, read = [], hf_tables.Entry.read
 
     def counted(entry, tensor, shape, index, dtype="float32"):
         block = read(entry, tensor, shape, index, dtype)
         reads.append(block.size)
         return block
 
-    monkeypatch.setattr(hf_read.Entry, "read", counted)
-    cfg, mesh = hf_read.load_config(str(saved)), sharding.make_mesh(config.MeshConfig(data=2, fsdp=4, tensor=1))
+    monkeypatch.setattr(hf_tables.Entry, "read", counted)
+    cfg, mesh = hf_files.load_config(str(saved)), sharding.make_mesh(config.MeshConfig(data=2, fsdp=4, tensor=1))
     seen = []
     params = hf_read.load_params(str(saved), cfg, mesh, report=seen.append)
     assert sum(reads) == cfg.num_params
@@ -483,7 +483,7 @@ def test_what_several_devices_hold_is_read_once(saved, monkeypatch):
 
 
 def test_weights_in_bfloat16(saved):
-    cfg = hf_read.load_config(str(saved))
+    cfg = hf_files.load_config(str(saved))
     wide, narrow = (hf_read.load_params(str(saved), cfg, one_device(), dtype) for dtype in ("float32", "bfloat16"))
     for path, x in narrow.items():
         assert x.dtype == "bfloat16"

@@ -26,7 +26,7 @@ from tiny_models import one_device
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError, RunError
-from igrpo_jax.models import decoder, hf_read, hf_write, policy
+from igrpo_jax.models import decoder, hf_files, hf_write, policy
 
 
 def open_policy(path):
@@ -238,4 +238,4 @@ def test_smollm2_writes_the_same_text_after_an_export(tmp_path):
         ids = model.generate(**inputs, max_new_tokens=48, do_sample=False)
         texts.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]))
     assert texts[0] == texts[1] and len(texts[0]) > 50
-    assert hf_read.load_config(str(out)) == dataclasses.replace(hf_read.load_config(path))
+    assert hf_files.load_config(str(out)) == dataclasses.replace(hf_files.load_config(path))

@@ -13,7 +13,7 @@ from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import compilations
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import decoder, hf_read
+from igrpo_jax.models import decoder, hf_files, hf_read
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Request, Scheduler
 from igrpo_jax.sampling.steps import Sampling
@@ -315,7 +315,7 @@ def greedy_equals_generate(path, prompts, tokens):
     import torch
     import transformers
 
-    c, mesh = hf_read.load_config(str(path)), one_device()
+    c, mesh = hf_files.load_config(str(path)), one_device()
     sizes = {"slots": 2, "max_context": max(map(len, prompts)), "max_completion": tokens, "steps_per_dispatch": 16}
     engine = Engine(c, mesh, (c.vocab_size,), dtype="float32", **sizes)  # no EOS: all tokens are compared
     requests = [Request(np.asarray(one, np.int32), i, 1, KEY, tokens) for i, one in enumerate(prompts)]
@@ -354,7 +354,7 @@ def test_greedy_equals_generate(tmp_path, kind):
 )
 def test_greedy_equals_generate_on_smollm2():
     path = os.environ["IGRPO_SMOLLM2"]
-    tokenizer = hf_read.load_tokenizer(path)
+    tokenizer = hf_files.load_tokenizer(path)
     questions = ("What is 17 times 23? Think step by step.", "Write one sentence about the sea.")
     turns = [[{"role": "user", "content": question}] for question in questions]
     prompts = [tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"] for turn in turns]
