@@ -1,9 +1,9 @@
-"""Rewards of a completion's form: how it is laid out, and how long it is. They say nothing of whether it is right.
+"""Rewards for the form of a completion: its layout and its length. They do not depend on whether it is right.
 
-The format reward: is the text one `<think>` block followed by one `<answer>` block, and nothing else?
+The format reward asks whether the text is one `<think>` block followed by one `<answer>` block and nothing else.
 
-It reads generation prefix + completion, because templates of R1 distills open `<think>` in the prompt. Special tokens
-are already removed by the caller. Tags are matched literally (lower case, no attributes); an empty block counts, so
+It reads generation prefix + completion, because the templates of R1 distills open `<think>` in the prompt. The caller
+has already removed special tokens. Tags are matched literally (lower case, no attributes). An empty block counts, so
 that this reward and the accuracy stay independent.
 """
 
@@ -11,26 +11,29 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def format_reward(text: str) -> float:
-    """1.0 if `text` is exactly `<think>…</think>` `<answer>…</answer>` with only whitespace around, else 0.0.
+    """Returns 1.0 if `text` is exactly `<think>…</think>` `<answer>…</answer>` with only whitespace
+    around, else 0.0.
 
-    Each tag must occur once: a second block, or a tag quoted inside a block, leaves it open which one is the answer.
-    Linear in the length of `text`: finding of fixed strings, no regular expression.
+    Each tag must occur once: with a second block, or a tag quoted inside a block, it is unclear which is the answer.
+    Takes linear time in the length of `text`: it searches for fixed strings and uses no regular expression.
     """
     before, _, rest = text.partition("<think>")
     thought, _, rest = rest.partition("</think>")
     between, _, rest = rest.partition("<answer>")
-    answer, closed, after = rest.partition("</answer>")  # where any tag is missing, `closed` is empty
+    answer, closed, after = rest.partition("</answer>")  # `closed` is empty if any tag is missing
     if not closed or (before + between + after).strip():
         return 0.0
     return 0.0 if any(tag in thought or tag in answer for tag in TAGS) else 1.0
 
 
 def overlong_penalty(length: int, limit: int, cache: int) -> float:
-    """The soft over-long penalty of DAPO (2503.14476, Eq. 13): 0 up to `limit - cache`, then linearly to -1 at `limit`.
+    """Returns the soft over-long penalty of DAPO (arXiv 2503.14476, Eq. 13).
+
+    It is 0 up to `limit - cache` and then falls linearly to -1 at `limit`.
 
     Args:
-        length: tokens of the completion, EOS included.
-        limit: L_max, the most tokens a completion may have.
+        length: tokens of the completion, including EOS.
+        limit: L_max, the most tokens that a completion may have.
         cache: L_cache, the last tokens over which the penalty grows; at least 1.
     """
     return -min(max(length - (limit - cache), 0) / cache, 1.0)

@@ -3,9 +3,9 @@
 IN has one JSON object per line with the strings `gold` (the reference answer) and `prediction` (the whole text of a
 completion); OUT has the same rows, in order, with `score` (1 or 0), `extracted` (the answer found, or null), `status`
 ("ok", "unparseable", "timeout", "error") and `seconds` added. Rows that time out are results, not failures: the exit
-code is 0. Wrong input ends with one line on stderr and exit code 2, and OUT is written whole or not at all.
+code is 0. Wrong input ends with one line on stderr and exit code 2. OUT is written completely or not at all.
 
-Not here: the format reward, which judges how a text is laid out and not whether its answer is right.
+Not here: the format reward, which judges the layout of a text and not its answer.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from igrpo_jax.rewards.verifier import Verifier
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON Lines file; blank lines are skipped.
+    """Returns the rows of a JSON Lines file, without blank lines.
 
     Raises:
-        InputError: the file cannot be read, a line is no JSON object, or a column is missing or no string.
+        InputError: the file cannot be read, a line is not a JSON object, or a column is missing or not a string.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -52,7 +52,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def grade_rows(rows: list[dict], workers: int, timeout: float) -> Iterator[Score]:
-    """A Score per row, in order, through killable workers."""
+    """Yields a Score per row, in order. Killable workers compute them."""
     settings = RewardsConfig(accuracy=1.0, format=0.0, workers=workers, timeout=timeout)
     with Verifier(settings) as verifier:
         futures = collections.deque(verifier.submit(Candidate(row["prediction"], row["gold"])) for row in rows)
@@ -61,9 +61,9 @@ def grade_rows(rows: list[dict], workers: int, timeout: float) -> Iterator[Score
 
 
 def run(source: Path, target: Path, workers: int, timeout: float) -> None:
-    """Grades `source` into `target`. Raises InputError as `read_rows` does, and where `target` cannot be written."""
+    """Grades `source` into `target`. Raises InputError as `read_rows` does, or where `target` cannot be written."""
     rows = read_rows(source)
-    # In the target's folder, because a rename does not cross file systems.
+    # The temporary file is in the target's folder because a rename does not cross file systems.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as out:
@@ -85,7 +85,7 @@ def _progress(scores: Iterator[Score], total: int) -> Iterator[Score]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m igrpo_jax.rewards.grade", description="Grade predictions against reference answers."
     )

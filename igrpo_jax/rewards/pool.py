@@ -1,21 +1,21 @@
-"""Killable worker processes: run a function on items, each under a wall-clock deadline, and never raise.
+"""Killable worker processes that run a function on items. Each item has a wall-clock deadline, and no future raises.
 
     submit(args) -> Future[Outcome]; Outcome.status is "ok", "timeout" (worker killed and replaced) or "error"
 
-`pebble.ProcessPool` does the work: one acknowledgement and one result per item, workers killed at the deadline,
-replaced when they die, recycled after a number of items. An item costs about 0.1 ms of scheduling on two cores with two
-workers, so items are sent one by one, each with its own deadline. This module adds what pebble does not do:
+`pebble.ProcessPool` does the work: it sends one acknowledgement and one result per item, kills workers at the deadline,
+replaces those that die, and recycles them after a number of items. An item costs about 0.1 ms of scheduling on two
+cores with two workers, so items are sent one by one, each with its own deadline. This module adds what pebble lacks:
 
-- a worker starts cold of accelerators (it must never claim the TPU or GPU of its parent) and with bounded memory;
-- imports happen before the worker asks for its first item, so they are not charged against a deadline;
-- SIGTERM kills at once also while C code runs, and an orphan whose parent was killed kills itself;
-- an item whose worker is killed (by the kernel's out-of-memory killer) is sent again, a few times at most: the item
-  need not be at fault;
-- pebble gives up for good when an idle worker dies: a new pool takes its place, and the items without a result are
-  sent again.
+- A worker starts with all accelerators hidden, because it must never claim the TPU or GPU of its parent, and with
+  bounded memory.
+- A worker imports its modules before it asks for its first item, so imports do not count against a deadline.
+- SIGTERM kills a worker at once even while C code runs, and a worker whose parent was killed ends itself.
+- An item whose worker is killed (by the kernel's out-of-memory killer) is sent again, a few times at most, because the
+  item may not be at fault.
+- pebble stops for good when an idle worker dies. A new pool then replaces it and gets the items without a result.
 
-Workers are spawned, so they import the parent's `__main__` again: a program that uses this pool imports jax inside
-`main()`, behind `if __name__ == "__main__"`. Not here: what is graded (`reward`), order, retries of slow items.
+Workers are spawned, so they import the parent's `__main__` again: a program that uses this pool must import jax inside
+`main()`, behind `if __name__ == "__main__"`. Not here: what is graded (`verifier`), order, retries of slow items.
 """
 
 import importlib
@@ -37,8 +37,8 @@ from pebble.common import CONSTS
 
 MAX_TASKS = 10_000  # items after which a worker is replaced, against slow leaks in what it runs
 MEMORY_BYTES = 4 << 30  # address space of one worker; an item that wants more ends in MemoryError
-ATTEMPTS = 3  # times an item is sent when the worker that has it is killed, or the pool itself breaks
-_ORPHAN_GRACE = 10.0  # seconds past the deadline after which a worker that nobody killed ends by itself
+ATTEMPTS = 3  # times an item is sent at most, where its worker is killed or the pool itself breaks
+_ORPHAN_GRACE = 10.0  # seconds past the deadline after which a worker that nobody killed ends itself
 
 _BLANK = {
     "JAX_PLATFORMS": "cpu",
@@ -57,12 +57,12 @@ _BLANK = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one item; one per item, whatever happened."""
+    """The result of one item. Every item gets exactly one, whatever happens."""
 
     status: str  # "ok", "timeout" or "error"
-    value: Any = None  # of the function, where status is "ok"
-    detail: str = ""  # of the failure, for the log
-    seconds: float = 0.0  # wall time in the worker; of a failure, since the item was sent
+    value: Any = None  # what the function returned, where status is "ok"
+    detail: str = ""  # describes the failure, for the log
+    seconds: float = 0.0  # wall time in the worker; for a failure, since the item was sent
 
 
 @dataclass
@@ -79,9 +79,10 @@ class Pool:
     Args:
         function: importable by name and, like its arguments and results, picklable.
         workers: number of processes. They start at once and warm up while the caller goes on.
-        timeout: seconds one item may run. The worker is killed within about 0.2 s after, 0.7 s if it ignores SIGTERM.
-        preload: names of modules that a worker imports before its first item; where such a module has a function
-            `warm_up`, it is called.
+        timeout: seconds that one item may run. The worker is killed within about 0.2 s after that, or 0.7 s if it
+            ignores SIGTERM.
+        preload: names of modules that a worker imports before its first item. Where such a module has a function
+            `warm_up`, the worker calls it.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class Pool:
         max_tasks: int = MAX_TASKS,
         memory_bytes: int = MEMORY_BYTES,
     ):
-        # Between SIGTERM and SIGKILL pebble looks at no other deadline; its default of 3 s would stall the others.
+        # Between SIGTERM and SIGKILL pebble checks no other deadline; its default of 3 s would delay the others.
         CONSTS.term_timeout = 0.5
-        self._function, self._timeout = function, timeout
+        self._function = function
+        self._timeout = timeout
         self._options = {
             "max_workers": workers,
             "max_tasks": max_tasks,
@@ -118,9 +120,9 @@ class Pool:
         self.close()
 
     def submit(self, *args) -> Future:
-        """A future of the Outcome; does not block, and the future never raises."""
+        """Returns a future of the Outcome. Does not block; the future never raises."""
         item = _Item(args, Future())
-        item.future.set_running_or_notify_cancel()  # so that nobody cancels it and waits for a result that never comes
+        item.future.set_running_or_notify_cancel()  # so that nobody can cancel it and then wait for ever
         with self._lock:
             number = next(self._numbers)
             self._unanswered[number] = item
@@ -131,7 +133,7 @@ class Pool:
         return item.future
 
     def close(self) -> None:
-        """Ends all workers, busy ones too; items without a result get the status "error". Safe to call twice."""
+        """Ends all workers, including busy ones. Items without a result get the status "error". Safe to call twice."""
         with self._lock:
             if self._closed.is_set():
                 return
@@ -163,7 +165,7 @@ class Pool:
         task.add_done_callback(lambda done: self._receive(pool, number, item, done))
 
     def _receive(self, pool: pebble.ProcessPool, number: int, item: _Item, task: Future) -> None:
-        """Called in a thread of pebble's when an item ended, well or badly."""
+        """Answers an item or sends it again. pebble calls this in a thread of its own when an item ends in any way."""
         with self._lock:
             if pool is not self._pool:
                 return  # the item was sent again
@@ -185,7 +187,7 @@ class Pool:
         self._answer(number, outcome)
 
     def _send_again(self, number: int, item: _Item) -> bool:
-        """Sends an item whose worker died once more; False where it has had its attempts, or the pool is closed."""
+        """Sends an item whose worker died again. Returns False where no attempt is left or the pool is closed."""
         with self._lock:
             if item.attempts >= ATTEMPTS or self._closed.is_set():
                 return False
@@ -193,12 +195,12 @@ class Pool:
             return True
 
     def _answer(self, number: int, outcome: Outcome) -> None:
-        item = self._unanswered.pop(number, None)  # atomic: whoever gets the item is the only one to answer it
+        item = self._unanswered.pop(number, None)  # atomic: only the call that gets the item answers it
         if item is not None:
             item.future.set_result(outcome)
 
     def _watch(self) -> None:
-        """Replaces a broken pool while there is something to do."""
+        """Replaces a broken pool while items wait for a result."""
         while not self._closed.wait(0.2):
             if not self._unanswered or self._pool.active:
                 continue
@@ -216,7 +218,7 @@ class Pool:
 
 
 def _start_worker(memory_bytes: int, preload: tuple[str, ...]) -> None:
-    """Runs in a new worker before it asks for an item."""
+    """Prepares a new worker, before it asks for an item."""
     os.environ.update(_BLANK)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -230,12 +232,15 @@ def _start_worker(memory_bytes: int, preload: tuple[str, ...]) -> None:
 
 
 def _run(function: Callable, args: tuple, orphan_after: float) -> Outcome:
-    """Runs in the worker. Failures travel as text: some exceptions cannot be unpickled, which would break the pool."""
-    signal.setitimer(signal.ITIMER_REAL, orphan_after)  # the kernel's own kill, in case the parent is gone
+    """Calls the function, in the worker.
+
+    Failures are returned as text: some exceptions cannot be unpickled, which would break the pool.
+    """
+    signal.setitimer(signal.ITIMER_REAL, orphan_after)  # the kernel kills this process, in case the parent is gone
     start = time.perf_counter()
     try:
         outcome = Outcome("ok", function(*args), seconds=time.perf_counter() - start)
-    except BaseException as error:  # SystemExit and MemoryError too: whatever it is, it is this item's failure
+    except BaseException as error:  # SystemExit and MemoryError too: whatever it is, only this item fails
         detail = f"{type(error).__name__}: {error}"[:500]
         outcome = Outcome("error", detail=detail, seconds=time.perf_counter() - start)
     signal.setitimer(signal.ITIMER_REAL, 0)

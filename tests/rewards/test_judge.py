@@ -17,8 +17,10 @@ import pytest
 
 from igrpo_jax import config
 from igrpo_jax.errors import InputError
-from igrpo_jax.rewards import judge as room
-from igrpo_jax.rewards.judge import Judge, Judgement, parse_score, render, statistics
+from igrpo_jax.rewards import judge as judge_module
+from igrpo_jax.rewards import judge_messages, verdicts
+from igrpo_jax.rewards.judge import Judge, Judgement, statistics
+from igrpo_jax.rewards.judge_messages import parse_score, render
 
 KEY = "sk-a-secret-0123456789"
 
@@ -135,7 +137,7 @@ def surroundings(monkeypatch):
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    monkeypatch.setattr(room, "BACKOFF", 0.01)
+    monkeypatch.setattr(judge_module, "BACKOFF", 0.01)
 
 
 @pytest.fixture
@@ -229,7 +231,7 @@ def test_permanent_refusals_are_not_repeated(endpoint, make, code):
 
 def test_the_key_is_kept_out_of_what_is_said(endpoint, make, monkeypatch):
     logged = []
-    monkeypatch.setattr(room.logging, "log_every_n", lambda *args: logged.append(str(args)))
+    monkeypatch.setattr(judge_module.logging, "log_every_n", lambda *args: logged.append(str(args)))
     endpoint.script = [status(401, body=json.dumps({"error": {"message": f"bad key {KEY}" + "x" * 999}}).encode())]
     judgement = ask(make())
     assert "bad key ***" in judgement.detail and len(judgement.detail) <= 300
@@ -251,15 +253,15 @@ def test_who_asks_for_too_long_a_wait_is_left_alone(endpoint, make):
 
 def test_retry_after():
     soon = email.utils.formatdate(time.time() + 30, usegmt=True)
-    assert 25 < room._retry_after({"retry-after": soon}) < 31
+    assert 25 < judge_module._retry_after({"retry-after": soon}) < 31
     past = email.utils.formatdate(time.time() - 30, usegmt=True)
     values = {"1.5": 1.5, "0": 0, "-3": 0, "nan": 0, "soon": 0, "": 0, past: 0, "inf": float("inf")}
-    assert {value: room._retry_after({"retry-after": value}) for value in values} == values
-    assert room._retry_after({}) == 0
+    assert {value: judge_module._retry_after({"retry-after": value}) for value in values} == values
+    assert judge_module._retry_after({}) == 0
 
 
 def test_waits_grow(endpoint, make, monkeypatch):
-    monkeypatch.setattr(room, "BACKOFF", 0.1)
+    monkeypatch.setattr(judge_module, "BACKOFF", 0.1)
     endpoint.script = [status(500)] * 3 + [say(1.0)]
     assert ask(make()).requests == 4
     gaps = [later - earlier for earlier, later in itertools.pairwise(endpoint.times)]
@@ -269,7 +271,7 @@ def test_waits_grow(endpoint, make, monkeypatch):
 
 def test_an_unforeseen_failure_is_no_verdict(make, monkeypatch):
     judge = make()
-    monkeypatch.setattr(room, "parse_score", lambda reply: 1 / 0)
+    monkeypatch.setattr(judge_module, "parse_score", lambda reply: 1 / 0)
     assert ask(judge).detail == "ZeroDivisionError: division by zero"
 
 
@@ -407,7 +409,7 @@ def test_only_verdicts_are_kept(endpoint, make):
 def test_several_open_one_cache_at_once(tmp_path):
     for attempt in range(20):
         with ThreadPoolExecutor(8) as threads:
-            caches = list(threads.map(lambda _, n=attempt: room._Cache(tmp_path / f"{n}.sqlite"), range(8)))
+            caches = list(threads.map(lambda _, n=attempt: verdicts.Verdicts(tmp_path / f"{n}.sqlite"), range(8)))
         for number, cache in enumerate(caches):
             cache.put(str(number), number / 8)
         assert [caches[-1].get(str(number)) for number in range(8)] == [number / 8 for number in range(8)]
@@ -417,7 +419,7 @@ def test_several_open_one_cache_at_once(tmp_path):
 
 @pytest.mark.parametrize("kind", ["garbage", "folder", "foreign", "locked", "below a file"])
 def test_a_cache_that_cannot_be_used(tmp_path, make, monkeypatch, kind):
-    monkeypatch.setattr(room, "OPEN_TIMEOUT", 0.1)
+    monkeypatch.setattr(verdicts, "OPEN_TIMEOUT", 0.1)
     path, holder = tmp_path / "verdicts", None
     if kind == "garbage":
         path.write_bytes(b"not a database, by any means" * 100)
@@ -437,7 +439,7 @@ def test_a_cache_that_cannot_be_used(tmp_path, make, monkeypatch, kind):
 
 def test_a_cache_that_breaks_in_mid_run_is_done_without(tmp_path, endpoint, make, monkeypatch):
     logged = []
-    monkeypatch.setattr(room.logging, "log_every_n", lambda level, text, *_: logged.append(text))
+    monkeypatch.setattr(judge_module.logging, "log_every_n", lambda level, text, *_: logged.append(text))
     path = tmp_path / "verdicts"
     judge, holder = make(cache=path), sqlite3.connect(path, isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
@@ -547,14 +549,14 @@ def test_any_text_can_be_sent(endpoint, make):
 
 
 def test_of_a_long_completion_the_end_is_shown():
-    text = "a" * 10 + "b" * room.MAX_CHARACTERS
+    text = "a" * 10 + "b" * judge_messages.MAX_CHARACTERS
     part = boundaries(render(config.JudgeConfig(), "q", "a", text))[2][2]
-    assert part == "[10 characters left out]\n" + "b" * room.MAX_CHARACTERS + "\n"
+    assert part == "[10 characters left out]\n" + "b" * judge_messages.MAX_CHARACTERS + "\n"
     assert boundaries(render(config.JudgeConfig(), "q", "a", text[10:]))[2][2] == text[10:] + "\n"
 
 
 def test_close_is_prompt_and_answers_all(endpoint, make, monkeypatch):
-    monkeypatch.setattr(room, "BACKOFF", 60.0)
+    monkeypatch.setattr(judge_module, "BACKOFF", 60.0)
     endpoint.script = [status(500), say(1.0, after=60), drip, say(1.0, after=60)]
     judge = make(concurrency=3, timeout=60.0)
     futures = [judge.submit("2+2?", "4", str(number % 6)) for number in range(8)]
