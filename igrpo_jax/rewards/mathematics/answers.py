@@ -3,28 +3,25 @@ r"""What an answer is made of: a number with a unit, a tuple, a list, an interva
     read(r"x \in [0, \frac12)")  -> Named("x", Sequence("[)", (Leaf 0, Leaf 1/2)))
     read("1 < x < 3")            -> Region("x", ((1, False, 3, False),))
 
-Every node carries `text`, one spelling for all ways to write the same tokens, which is LaTeX. An expression that cannot
-be read is a Leaf without a value; prose is Words. Nothing is an error, and an empty answer is None.
+Every node has a `text`, which is LaTeX with one spelling for all ways to write the same tokens. An expression that
+cannot be read is a Leaf without a value; prose is Words. Nothing raises an error, and an empty answer is None.
 
-Not here: when two answers are the same (`grader`); expressions (`expression`). Limits: MAX_PARTS.
+Not here: when two answers are equal (`comparison`); answers that hold no others (`leaves`); expressions (`expression`).
+Limit: MAX_PARTS.
 """
 
 import itertools
 import re
 from dataclasses import replace
-from fractions import Fraction
 
-from igrpo_jax.rewards.mathematics import exact, expression, regions, words
+from igrpo_jax.rewards.mathematics import leaves, regions, words
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
-from igrpo_jax.rewards.mathematics.expression import Unreadable
 from igrpo_jax.rewards.mathematics.nodes import (
-    Based,
     Choice,
     Leaf,
     Matrix,
     Named,
     Node,
-    Ratio,
     Region,
     Relation,
     Sequence,
@@ -32,9 +29,8 @@ from igrpo_jax.rewards.mathematics.nodes import (
 )
 from igrpo_jax.rewards.mathematics.tokens import Token, is_enclosed, latex, split, tokenize
 
-MAX_PARTS = 200  # elements of a list; a longer one is a Leaf without a value
-_MAX_NESTED = 6  # lists in tuples in sets in …
-
+MAX_PARTS = 200  # elements of a list; a longer list is a Leaf without a value
+_MAX_NESTED = 6  # levels of lists in tuples in sets …
 
 _GROUPS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+")
 _EDGES = frozenset((".", ",", ";", "\\", '"', "`"))
@@ -42,7 +38,7 @@ _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
 
 
 def read(answer: str) -> Node | None:
-    """The structure of a bare answer; None of an empty one. Never raises."""
+    """Returns the structure of a bare answer, None for an empty one. Never raises."""
     answer = answer.strip().strip("*")
     tokens = tokenize(answer)
     while tokens and tokens[-1].is_in(_EDGES):
@@ -56,7 +52,7 @@ def read(answer: str) -> Node | None:
     except NoValue:
         return Leaf(latex(tokens), None, hopeless=True)
     if isinstance(node, Leaf) and node.value is not None and _GROUPS.fullmatch(answer.strip("$ ")):
-        node = replace(node, listed=_listed(answer.strip("$ ")))
+        node = replace(node, listed=leaves.listed(answer.strip("$ ")))
     return node
 
 
@@ -74,7 +70,7 @@ def _read(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
     choice = _choice(tokens, nested)
     if choice:
         return choice
-    parts, found = split(tokens, {",", ";", "and", "or"})
+    parts, separators = split(tokens, {",", ";", "and", "or"})
     parts = [part for part in parts if part]
     if len(parts) > MAX_PARTS or not parts:
         return Leaf(text, None, hopeless=True)
@@ -82,27 +78,28 @@ def _read(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
     if len(items) == 1:
         return items[0]
     joined = None
-    if set(found) == {"or"} and any(isinstance(item, Region) for item in items):
+    if set(separators) == {"or"} and any(isinstance(item, Region) for item in items):
         joined = regions.united(text, items)
-    elif set(found) == {"and"}:
+    elif set(separators) == {"and"}:
         joined = regions.intersected(text, items)
     if joined:
         return joined
-    if {";", "and", "or"} & set(found) and "," in found:
+    if {";", "and", "or"} & set(separators) and "," in separators:
         groups = _systems(tokens, nested)
         items = groups or items
-    return Sequence(text, "or" if set(found) == {"or"} else "list", tuple(items))
+    return Sequence(text, "or" if set(separators) == {"or"} else "list", tuple(items))
 
 
 def _items(parts: list[list[Token]], nested: int, from_text: bool = False) -> list[Node]:
+    """Reads the elements of a list; one with ± has several readings."""
     items: list[Node] = []
     for part in parts:
-        items += [_read_one(variant, nested, from_text) for variant in _signs(part)]
+        items += [_read_unlisted(variant, nested, from_text) for variant in _signs(part)]
     return items
 
 
 def _systems(tokens: list[Token], nested: int) -> list[Node]:
-    """`p=5,q=2; p=7,q=2`: a list of points, each with named coordinates. Empty where it is none."""
+    """Reads `p=5,q=2; p=7,q=2`, a list of points with named coordinates. Returns an empty list for anything else."""
     groups = []
     for group in split(tokens, {";", "and", "or"})[0]:
         items = _items([part for part in split(group, {","})[0] if part], nested)
@@ -113,7 +110,7 @@ def _systems(tokens: list[Token], nested: int) -> list[Node]:
 
 
 def _signs(tokens: list[Token]) -> list[list[Token]]:
-    """The readings of ±: each on its own, except that ∓ is the other sign of ±."""
+    """Returns the readings of ±. Each ± has its own sign; with ∓ among them, ∓ has the opposite sign of every ±."""
     places = [at for at, token in enumerate(tokens) if token.kind == "command" and token.text in ("pm", "mp")]
     if not places or len(places) > 3:
         return [tokens]
@@ -129,7 +126,7 @@ def _signs(tokens: list[Token]) -> list[list[Token]]:
 
 
 def _choice(tokens: list[Token], nested: int) -> Node | None:
-    """`(D) Alina`, `D) 12`, `\\textbf{(D)}\\ 12`; and `D)`, `D.` as the letter alone."""
+    """Reads `(D) Alina`, `D) 12` or `\\textbf{(D)}\\ 12`, and `D)` or `D.` as the letter alone."""
     if tokens[0].kind == "text":
         label = re.fullmatch(r"\s*\(?([A-J])[).:]+\s*", tokens[0].text)
         letter, rest = (label[1], tokens[1:]) if label else ("", [])
@@ -152,32 +149,32 @@ def _choice(tokens: list[Token], nested: int) -> Node | None:
     return Choice(latex(tokens), alone, _read(rest, nested + 1))
 
 
-def _read_one(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
-    """Reads tokens that are no list."""
+def _read_unlisted(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
+    """Reads tokens that are not a list."""
     if nested > _MAX_NESTED:
         return Leaf(latex(tokens), None, hopeless=True)
     sides, signs = split(tokens, _RELATIONS)
     if signs and all(sides):
         return _relation(tokens, sides, signs, nested)
     if signs == ["approx"] and sides[1]:  # ≈ 8.24
-        return _read_one(sides[1], nested)
+        return _read_unlisted(sides[1], nested)
     pieces, _ = split(tokens, {"cup"})
     if len(pieces) > 1 and all(pieces):
-        united = regions.united(latex(tokens), [_read_one(piece, nested + 1) for piece in pieces])
+        united = regions.united(latex(tokens), [_read_unlisted(piece, nested + 1) for piece in pieces])
         return united or Leaf(latex(tokens), None)
     pieces, _ = split(tokens, {"setminus"})
     if len(pieces) == 2 and all(pieces):
-        rest = regions.without(latex(tokens), *(_read_one(piece, nested + 1) for piece in pieces))
-        return rest or Leaf(latex(tokens), None)
-    for reader in (_bracketed, _matrix, _based, _ratio):
+        difference = regions.without(latex(tokens), *(_read_unlisted(piece, nested + 1) for piece in pieces))
+        return difference or Leaf(latex(tokens), None)
+    for reader in (_bracketed, _matrix, leaves.based, leaves.ratio):
         node = reader(tokens, nested)
         if node:
             return node
-    return _leaf(tokens, from_text)
+    return leaves.leaf(tokens, from_text)
 
 
 def _bracketed(tokens: list[Token], nested: int) -> Node | None:
-    """Tuples, sets, vectors, intervals; parentheses around anything."""
+    """Reads a tuple, set, vector or interval, or parentheses around anything."""
     opening, closing = tokens[0].text, tokens[-1].text
     if not is_enclosed(tokens) or opening + closing not in _BRACKETS:
         return None
@@ -197,6 +194,7 @@ def _bracketed(tokens: list[Token], nested: int) -> Node | None:
 
 
 def _set(text: str, content: list[Token], nested: int) -> Node:
+    """Reads the content of \\{…\\}."""
     if not content:
         return Words(text, words.EMPTY)
     halves, bars = split(content, {"|", ":"})
@@ -210,6 +208,7 @@ def _set(text: str, content: list[Token], nested: int) -> Node:
 
 
 def _matrix(tokens: list[Token], nested: int) -> Node | None:
+    """Reads a matrix. Returns None for anything else."""
     texts = [token.text for token in tokens]
     if texts[0] != "begin" or texts[-4:-2] != ["end", "{"] or len(texts) < 9:
         return None
@@ -232,35 +231,11 @@ def _matrix(tokens: list[Token], nested: int) -> Node | None:
     return Matrix(latex(tokens), tuple(rows))
 
 
-def _based(tokens: list[Token], _: int) -> Node | None:
-    compact = "".join(token.text for token in tokens)
-    match = re.fullmatch(r"(-?)([0-9A-Z]*[0-9][0-9A-Z]*)_\{?(\d{1,2}|[a-z]{3,7})\}?", compact)
-    if not match:
-        return None
-    base = int(match[3]) if match[3].isdigit() else words.NUMBER_WORDS.get(match[3], 0)
-    try:
-        if base < 2:
-            raise ValueError
-        return Based(latex(tokens), int(match[1] + match[2], base))
-    except ValueError:  # a digit that the base does not have, or no base
-        return Words(latex(tokens), compact)
-
-
-def _ratio(tokens: list[Token], nested: int) -> Node | None:
-    parts, found = split(tokens, {":"})
-    if not found or not all(parts):
-        return None
-    last, unit = parts[-1], ""
-    while len(last) > 1 and (last[-1].kind in ("letters", "text") or last[-1].text == "."):
-        unit = last.pop().text + unit
-    leaves = tuple(_leaf(part) for part in parts)
-    return Ratio(latex(tokens), leaves, words.unit_name(unit))
-
-
 # ---------------------------------------------------------------------------------------------- relations, regions
 
 
 def _relation(tokens: list[Token], sides: list[list[Token]], signs: list[str], nested: int) -> Node:
+    """Reads an equation, inequality, approximation or membership."""
     text = latex(tokens)
     if signs[0] == "in":
         if not words.is_name(sides[0], []):
@@ -272,83 +247,28 @@ def _relation(tokens: list[Token], sides: list[list[Token]], signs: list[str], n
         return Region(text, name, value.pieces) if isinstance(value, Region) else Named(text, name, value, None)
     if signs[-1] in ("approx", "simeq", "sim") or signs[0] in ("approx", "simeq", "sim"):
         kept = sides[1:] if words.is_name(sides[0], sides[1]) else sides[:1]
-        return _read_one(kept[0], nested + 1)
+        return _read_unlisted(kept[0], nested + 1)
     if set(signs) == {"="}:
         return _equation(text, tokens, sides, nested)
     parts = []
     for left, sign, right in zip(sides[:-1], signs, sides[1:], strict=True):
         if sign in (">", "geq"):
             left, sign, right = right, "<" if sign == ">" else "leq", left
-        parts.append(regions.inequality(text, _difference(left, right), sign))
+        parts.append(regions.inequality(text, leaves.difference(left, right), sign))
     return parts[0] if len(parts) == 1 else regions.intersected(text, parts) or Leaf(text, None)
 
 
 def _equation(text: str, tokens: list[Token], sides: list[list[Token]], nested: int) -> Node:
     left, right = sides[0], sides[-1]
-    difference = None
-    if len(sides) == 2:
-        difference = _difference(left, right)
+    difference = leaves.difference(left, right) if len(sides) == 2 else None
     if words.is_name(left, right):
         rest = tokens[len(left) + 1 :]
-        return Named(text, latex(left), _read_one(rest, nested + 1), difference)
+        return Named(text, latex(left), _read_unlisted(rest, nested + 1), difference)
     is_constant = not any(token.kind == "letters" for token in left)
     if len(sides) == 2 and is_constant and words.is_name(right, left):
-        return Named(text, latex(right), _read_one(left, nested + 1), difference)
-    values = [_leaf(side) for side in sides]
+        return Named(text, latex(right), _read_unlisted(left, nested + 1), difference)
+    values = [leaves.leaf(side) for side in sides]
     constant = all(isinstance(leaf, Leaf) and leaf.value is not None and not leaf.value.symbols() for leaf in values)
-    if constant and all(_agree(values[0], leaf) for leaf in values):
+    if constant and all(leaves.agree(values[0], leaf) for leaf in values):
         return values[0]
     return Relation(text, "=", difference)
-
-
-def _agree(a: Leaf, b: Leaf) -> bool:
-    scale = {(True, False): 100, (False, True): Fraction(1, 100)}.get((a.percent, b.percent), 1)
-    return bool(exact.same(a.value, Value.number(scale) * b.value))
-
-
-def _difference(left: list[Token], right: list[Token]) -> Value | None:
-    try:
-        return _side(left) - _side(right)
-    except (Unreadable, NoValue):
-        return None
-
-
-def _side(tokens: list[Token]) -> Value:
-    """The value of one side of a relation; g(x) alone is one symbol."""
-    if words.is_applied(tokens) and tokens[0].text in words.FUNCTION_LETTERS:
-        return Value.symbol(latex(tokens))
-    return expression.value_of(tokens)
-
-
-# --------------------------------------------------------------------------------------------------------- leaves
-
-
-def _leaf(tokens: list[Token], from_text: bool = False) -> Node:
-    """An expression with its unit; prose where it reads like prose."""
-    text = latex(tokens)
-    phrase = words.words_of(tokens, from_text)
-    if phrase in words.REALS:
-        return Region(text, "", regions.EVERYTHING)
-    if phrase is not None:
-        return Words(text, phrase)
-    core, unit, percent = words.without_unit(tokens)
-    if not core:
-        return Words(text, text)
-    parser = expression.Parser(core)
-    try:
-        value = parser.whole()
-    except NoValue:
-        return Leaf(text, None, unit, percent, hopeless=True)
-    except Unreadable:
-        named = [at for at, token in enumerate(core) if token.text in ("begin", "end")]
-        if any(words.is_prose(token) for at, token in enumerate(core) if at - 2 not in named):
-            return Words(text, " ".join(token.text for token in tokens).casefold())
-        return Leaf(latex(core), None, unit, percent)
-    unit = unit or ("degree" if parser.degrees else "")
-    return Leaf(latex(core), value, unit, percent)
-
-
-def _listed(digits: str) -> Node:
-    """The other reading of 1,234, written without any space: the elements of a list."""
-    groups = digits.split(",")
-    return Sequence(digits, "list", tuple(Leaf(group, Value.number(int(group))) for group in groups))

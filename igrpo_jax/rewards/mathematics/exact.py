@@ -1,4 +1,4 @@
-r"""Exact values: quotients of polynomials in roots of primes, i, π, e and symbols, with an equality that is decided.
+r"""Exact values: quotients of polynomials in roots of primes, i, π, e and symbols, whose equality is decidable.
 
 A polynomial is a dict {key: Fraction}; a key (power of i, roots, symbols) stands for one product:
 
@@ -6,16 +6,16 @@ A polynomial is a dict {key: Fraction}; a key (power of i, roots, symbols) stand
 
 with i to the power 0 or 1, every prime to a power between 0 and 1, and symbols to rational powers. Such products are
 linearly independent over the rationals (real roots of different radicands are, Besicovitch 1940; π, e and the
-logarithms of primes count as independent, which nobody doubts and nobody has proved), so two polynomials are equal
-only if their dicts are, and P1/Q1 = P2/Q2 if and only if P1·Q2 = P2·Q1: right and wrong answers are both decided
-without a computer algebra system.
+logarithms of primes count as independent, which nobody doubts and nobody has proved). So two polynomials are equal only
+if their dicts are, and P1/Q1 = P2/Q2 if and only if P1·Q2 = P2·Q1. Right and wrong answers are both decided without a
+computer algebra system.
 
-What is outside (sines of symbols, roots of sums, …) becomes an opaque symbol named by its argument's own exact form.
-Values with one can still be found equal; that they differ is certain only where their numbers do (`_apart`).
+Anything else (sines of symbols, roots of sums, …) becomes an opaque symbol, named by the exact form of its argument.
+Two values with opaque symbols can be found equal. They are known to differ only where their numbers do (`_apart`).
 
-Symbols under a root are read as positive, as in school: √(xy) = √x·√y, but √(x²) is left alone.
-Not here: powers, roots and functions (`functions`); reading text (`expression`). Limits: MAX_TERMS, MAX_BITS; beyond
-them NoValue is raised.
+Symbols under a root are read as positive, as in school: √(xy) = √x·√y, but √(x²) stays as it is.
+Not here: powers, roots and functions (`functions`); reading text (`expression`). Beyond the limits MAX_TERMS and
+MAX_BITS, NoValue is raised.
 """
 
 import cmath
@@ -28,11 +28,11 @@ MAX_BITS = 150_000  # of a numerator or denominator; 10000! has 118,458
 
 
 class NoValue(ArithmeticError):
-    """Division by zero, or beyond the limits: equal to nothing but its own text."""
+    """Division by zero, or a value beyond the limits. It equals only its own text."""
 
 
 class TooManyTerms(NoValue):
-    """Beyond MAX_TERMS."""
+    """A polynomial with more than MAX_TERMS terms."""
 
 
 class Atom(str):
@@ -49,7 +49,7 @@ UNIT: Polynomial = {ONE: Fraction(1)}
 
 
 class Value:
-    """numerator / denominator; `opaque` where it holds a symbol whose algebra is not known here. Immutable."""
+    """numerator / denominator. `opaque` marks a value that holds a symbol with unknown algebra. Immutable."""
 
     __slots__ = ("denominator", "numerator", "opaque")
 
@@ -62,15 +62,17 @@ class Value:
 
     @staticmethod
     def number(value: int | Fraction) -> "Value":
+        """Returns a rational number."""
         _check_size(Fraction(value))
         return Value({ONE: Fraction(value)} if value else {})
 
     @staticmethod
     def symbol(name: str, opaque: bool = False) -> "Value":
+        """Returns a symbol."""
         return Value({(0, (), ((name, 1),)): Fraction(1)}, opaque=opaque)
 
     def constant(self) -> Fraction | None:
-        """The value where it is a rational number, else None."""
+        """Returns the value where it is a rational number, else None."""
         if not self.numerator:
             return Fraction(0)
         if self.denominator is UNIT and len(self.numerator) == 1 and ONE in self.numerator:
@@ -78,7 +80,7 @@ class Value:
         return None
 
     def symbols(self) -> set[str]:
-        """Names of the symbols in it, π and e left out."""
+        """Returns the names of its symbols, without π and e."""
         names = {name for part in (self.numerator, self.denominator) for key in part for name, _ in key[2]}
         return names - {"π", "e"}
 
@@ -103,7 +105,7 @@ class Value:
         return self * Value(other.denominator, other.numerator, other.opaque)
 
     def __str__(self) -> str:
-        """One text per polynomial; equal quotients may have several."""
+        """Returns one text per polynomial. Equal quotients may have several."""
         top = "+".join(f"{c}{key}" for key, c in sorted(self.numerator.items()))
         return top if self.denominator is UNIT else f"{top}/{Value(self.denominator)}"
 
@@ -114,7 +116,7 @@ E = Value.symbol("e")
 
 
 def same(a: Value, b: Value) -> bool | None:
-    """Whether the values are equal; None where that cannot be said here."""
+    """Returns whether the values are equal, None where that cannot be decided here."""
     if _times(a.numerator, b.denominator) == _times(b.numerator, a.denominator):
         return True
     if not (a.opaque or b.opaque):
@@ -123,7 +125,7 @@ def same(a: Value, b: Value) -> bool | None:
 
 
 def proportional(a: Value, b: Value) -> Fraction | None:
-    """The rational c ≠ 0 with a = c·b, None where there is none or an opaque symbol is involved."""
+    """Returns the rational c ≠ 0 with a = c·b, None where there is none or an opaque symbol is involved."""
     left, right = _times(a.numerator, b.denominator), _times(b.numerator, a.denominator)
     if a.opaque or b.opaque or not left or left.keys() != right.keys():
         return None
@@ -132,7 +134,7 @@ def proportional(a: Value, b: Value) -> Fraction | None:
 
 
 def cleared(value: Value) -> Value:
-    """The value times its denominators, negative powers of symbols among them: y - 1/x becomes xy - 1."""
+    """Returns the value times its denominators, including negative powers of symbols: y - 1/x becomes xy - 1."""
     lowest: dict[str, int | Fraction] = {}
     for key in value.numerator:
         for name, exponent in key[2]:
@@ -180,7 +182,7 @@ def _times(p: Polynomial, q: Polynomial) -> Polynomial:
 
 
 def _merge(a: Key, b: Key) -> tuple[Key, int]:
-    """(product of two keys, the integer that falls out of it: i·i = -1, √2·√2 = 2)."""
+    """Returns (product of two keys, the integer factor that results from it: i·i = -1, √2·√2 = 2)."""
     if a == ONE:
         return b, 1
     if b == ONE:
@@ -208,7 +210,7 @@ def _added(a: tuple, b: tuple) -> dict:
 
 
 def _inverse(single: Polynomial) -> Polynomial:
-    """1 / a polynomial of one term."""
+    """Returns 1 / a polynomial of one term."""
     ((imaginary, roots, symbols), c), *_ = single.items()
     for prime, _ in roots:
         c *= prime
@@ -220,13 +222,13 @@ def _inverse(single: Polynomial) -> Polynomial:
 
 
 def approximate(value: Value, point: int = 0) -> complex | None:
-    """The value in floating point, with symbols at the positive numbers of a `point`; None where that fails."""
+    """Returns the value in floating point, None where that fails. `point` selects positive numbers for the symbols."""
     evaluated = _evaluated(value, point)
     return None if evaluated is None else evaluated[0]
 
 
 def _evaluated(value: Value, point: int) -> tuple[complex, float] | None:
-    """(value, the size of its largest parts, against which rounding errors count)."""
+    """Returns (value, the size of its largest parts, to which rounding errors are relative)."""
     try:
         top, top_scale = _sum(value.numerator, point)
         bottom, bottom_scale = _sum(value.denominator, point)
@@ -272,14 +274,14 @@ def _symbol(name: str, point: int) -> complex:
     if named not in ("log", "sin", "cos", "asin", "acos", "atan", "sinh", "cosh", "tanh"):
         raise ValueError("no number")
     if name.function == "log" and point:
-        named = "log10"  # without a base it may be either
+        named = "log10"  # without a base it may be ln or log10
     return getattr(cmath, named)(argument)
 
 
 def _apart(a: Value, b: Value) -> bool:
-    """True where the numbers differ by far more than rounding, at all points."""
+    """Returns True where the numbers differ by far more than rounding at all points."""
     for point in range(2):
-        one, other = _evaluated(a, point), _evaluated(b, point)
-        if not one or not other or abs(one[0] - other[0]) <= 1e-6 * max(one[1], other[1]):
+        first, second = _evaluated(a, point), _evaluated(b, point)
+        if not first or not second or abs(first[0] - second[0]) <= 1e-6 * max(first[1], second[1]):
             return False
     return True

@@ -1,90 +1,60 @@
-r"""LaTeX and plain-text mathematics, read to exact values: tokens, and a recursive-descent parser of expressions.
+r"""Reads expressions in LaTeX and plain text to exact values: a recursive-descent parser of tokens.
 
     tokenize(r"\dfrac{1}{2}x") -> [Token("command", "frac", …), …]
     value_of(tokens)           -> exact.Value
 
-An expression is read as written by hand: juxtaposition is a product, but 2\frac12 and "2 1/2" are mixed numbers; a
-run of letters is a product of one-letter symbols unless it is a name such as `sqrt` or `pi`; `x_1` and `\lambda_{red}`
-are one symbol; `i` and `e` are the numbers; 1,234 is one number, except inside (), [] and \{\}, where a comma
-separates; 3{,}5 is 3.5; 4.5e33 is 4.5·10^33; 0.\overline{3} is 1/3; \log without a base is left undecided.
+Expressions are read as people write them. Juxtaposition is a product, but 2\frac12 and "2 1/2" are mixed numbers. A run
+of letters is a product of one-letter symbols unless it is a name such as `sqrt` or `pi`; `x_1` and `\lambda_{red}` are
+one symbol; `i` and `e` are the numbers. 1,234 is one number, except inside (), [] and \{\}, where a comma separates;
+3{,}5 is 3.5; 4.5e33 is 4.5·10^33; 0.\overline{3} is 1/3. \log without a base is left undecided.
 
-Not here: answers that are no single expression (`answers`); arithmetic (`exact`). Nothing is ever evaluated as
-Python. Linear time, but for the arithmetic. Limits: MAX_DEPTH.
+Not here: answers that are no single expression (`answers`); arithmetic (`exact`). Nothing is ever evaluated as Python.
+Takes linear time, apart from the arithmetic. Limit: MAX_DEPTH.
 """
 
 import math
-from fractions import Fraction
 
-from igrpo_jax.rewards.mathematics import exact, functions
+from igrpo_jax.rewards.mathematics import exact, functions, numerals
+from igrpo_jax.rewards.mathematics.cursor import Cursor, Unreadable
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
 from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Token, tokenize
 
-MAX_DEPTH = 30  # nested brackets, roots, fractions, …
-
-
-class Unreadable(ValueError):
-    """The text is no expression of the kind read here."""
+MAX_DEPTH = 30  # of nested brackets, roots, fractions, …
 
 
 _LONG_NAMES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _ACCENT_NAMES = "vec hat bar overline dot ddot tilde overrightarrow widehat mathcal mathbb underline"
 _ACCENTS = frozenset(_ACCENT_NAMES.split())
 _INFINITIES = frozenset(("infty", "infinity", "inf"))
-_REPEATING = frozenset(("overline", "bar", "dot", "dots"))
 
 
 def value_of(tokens: list[Token]) -> Value:
-    """The exact value of an expression. Raises Unreadable, or NoValue (division by zero, beyond the limits)."""
-    return Parser(tokens).whole()
+    """Returns the exact value of an expression. Raises Unreadable, or NoValue (division by zero, beyond the limits)."""
+    return Parser(tokens).parse()
 
 
 class Parser:
-    """One expression; `degrees` tells afterwards whether a degree sign stood outside a function's argument."""
+    """Parses one expression. Afterwards `degrees` tells whether a degree sign stood outside a function's argument."""
 
     def __init__(self, tokens: list[Token]):
-        self._tokens = list(tokens)
-        self._at = 0
+        self._cursor = Cursor(tokens)
         self._depth = 0
         self._in_angle = False
         self.degrees = False
 
-    def whole(self) -> Value:
-        if len(self._tokens) > 2 and any(token.is_in(_INFINITIES) for token in self._tokens):
+    def parse(self) -> Value:
+        """Returns the value of all tokens together. Raises Unreadable or NoValue."""
+        if len(self._cursor.tokens) > 2 and any(token.is_in(_INFINITIES) for token in self._cursor.tokens):
             raise NoValue("arithmetic with infinity")
         value = self._sum()
-        if self._at < len(self._tokens):
+        if self._cursor.at < len(self._cursor.tokens):
             raise Unreadable
         return value
 
-    def _peek(self, ahead: int = 0) -> str:
-        at = self._at + ahead
-        return self._tokens[at].text if at < len(self._tokens) and self._tokens[at].kind != "text" else ""
-
-    def _kind(self, ahead: int = 0) -> str:
-        at = self._at + ahead
-        return self._tokens[at].kind if at < len(self._tokens) else ""
-
-    def _take(self, text: str) -> bool:
-        found = self._peek() == text and bool(text)
-        self._at += found
-        return found
-
-    def _need(self, text: str) -> None:
-        if not self._take(text):
-            raise Unreadable
-
-    def _split_token(self, length: int) -> None:
-        """Cuts the current token in two, after `length` characters where it has more."""
-        token = self._tokens[self._at]
-        if len(token.text) <= length:
-            return
-        rest = token._replace(text=token.text[length:], spaced=False)
-        self._tokens[self._at : self._at + 1] = [token._replace(text=token.text[:length]), rest]
-
     def _sum(self) -> Value:
         total = self._product()
-        while self._peek() in ("+", "-"):
-            minus = self._take("-") or not self._take("+")
+        while self._cursor.peek() in ("+", "-"):
+            minus = self._cursor.take("-") or not self._cursor.take("+")
             term = self._product()
             total = total - term if minus else total + term
         return total
@@ -92,10 +62,10 @@ class Parser:
     def _product(self) -> Value:
         value = self._signed()
         while True:
-            if self._peek() == "*" and self._peek(1) != "*":
-                self._take("*")
+            if self._cursor.peek() == "*" and self._cursor.peek(1) != "*":
+                self._cursor.take("*")
                 value = value * self._signed()
-            elif self._take("/"):
+            elif self._cursor.take("/"):
                 value = value / self._signed()
             elif self._starts_factor():
                 value = value * self._factor()
@@ -103,72 +73,65 @@ class Parser:
                 return value
 
     def _starts_factor(self) -> bool:
-        kind, text = self._kind(), self._peek()
+        kind, text = self._cursor.kind(), self._cursor.peek()
         if kind == "number":
-            return False  # 1 2 is not 2, and 28_9 no product
+            return False  # 1 2 is not the product 2, and 28_9 is none
         if kind == "command":
-            return not self._tokens[self._at].closes
+            return not self._cursor.tokens[self._cursor.at].closes
         return kind in ("letters", "text") or text in ("(", "[", "{")
 
     def _signed(self) -> Value:
         negative = False
-        while self._peek() in ("+", "-"):
-            negative ^= self._take("-") or not self._take("+")
+        while self._cursor.peek() in ("+", "-"):
+            negative ^= self._cursor.take("-") or not self._cursor.take("+")
         value = self._factor()
         return -value if negative else value
 
     def _factor(self) -> Value:
-        """A primary with what follows it: power, factorial, degree sign, prime."""
+        """Reads a primary and what follows it: power, factorial, degree sign, prime."""
         value = self._primary()
         while True:
-            if self._take("!"):
+            if self._cursor.take("!"):
                 n = value.constant()
-                if self._peek() == "!" or n is None or n.denominator != 1 or n < 0:
+                if self._cursor.peek() == "!" or n is None or n.denominator != 1 or n < 0:
                     raise Unreadable
                 if n > functions.MAX_EXPONENT:
                     raise NoValue("factorial too large")
                 value = Value.number(math.factorial(int(n)))
-            elif self._peek() == "^" or (self._peek() == "*" and self._peek(1) == "*"):
-                self._at += 1 if self._peek() == "^" else 2
+            elif self._cursor.peek() == "^" or (self._cursor.peek() == "*" and self._cursor.peek(1) == "*"):
+                self._cursor.at += 1 if self._cursor.peek() == "^" else 2
                 if self._degree_sign():
                     value = value * exact.PI / Value.number(180) if self._in_angle else value
                 else:
                     value = functions.power(value, self._exponent())
-                    if self._peek() == "^":
-                        raise Unreadable  # 2^3^2 is 2^(3^2) to some, (2^3)^2 to others
+                    if self._cursor.peek() == "^":
+                        raise Unreadable  # some read 2^3^2 as 2^(3^2), others as (2^3)^2
             else:
                 return value
 
     def _degree_sign(self) -> bool:
-        """Takes `\\circ` or `{\\circ}` after `^`."""
-        braced = self._peek() == "{" and self._peek(1) == "circ" and self._peek(2) == "}"
-        if not braced and self._peek() != "circ":
+        """Reads `\\circ` or `{\\circ}` after `^`; returns whether it was there."""
+        braced = self._cursor.peek() == "{" and self._cursor.peek(1) == "circ" and self._cursor.peek(2) == "}"
+        if not braced and self._cursor.peek() != "circ":
             return False
-        self._at += 3 if braced else 1
+        self._cursor.at += 3 if braced else 1
         self.degrees |= not self._in_angle
         return True
 
     def _exponent(self) -> Value:
-        if self._peek() == "{":
+        if self._cursor.peek() == "{":
             return self._group("}")
-        negative = self._take("-")
-        letters = self._peek() if self._kind() == "letters" else ""
+        negative = self._cursor.take("-")
+        letters = self._cursor.peek() if self._cursor.kind() == "letters" else ""
         if len(letters) > 1 and letters.casefold() not in FUNCTIONS | {"pi"}:
-            self._split_token(1)
-        value = self._bare_number() or self._primary()
+            self._cursor.split_token(1)
+        value = numerals.bare_number(self._cursor) or self._primary()
         return -value if negative else value
 
-    def _bare_number(self) -> Value | None:
-        """A whole number token without braces, as in x^10; what follows it is none of its business."""
-        if self._kind() != "number":
-            return None
-        self._at += 1
-        return Value.number(_decimal(self._tokens[self._at - 1].text))
-
     def _group(self, closing: str) -> Value:
-        self._at += 1
+        self._cursor.at += 1
         value = self._sum()
-        self._need(closing)
+        self._cursor.need(closing)
         return value
 
     def _primary(self) -> Value:
@@ -180,9 +143,9 @@ class Parser:
         return value
 
     def _opened(self) -> Value:
-        kind, text = self._kind(), self._peek()
+        kind, text = self._cursor.kind(), self._cursor.peek()
         if kind == "number":
-            return self._number()
+            return numerals.number(self._cursor)
         if kind == "letters":
             return self._letters()
         if kind == "command":
@@ -198,118 +161,79 @@ class Parser:
             return functions.function("abs", value)
         raise Unreadable
 
-    def _number(self) -> Value:
-        text = self._tokens[self._at].text
-        self._at += 1
-        if "." in text and self._kind() == "command" and self._peek() in _REPEATING and self._peek(1) == "{":
-            digits = self._peek(2)
-            if digits.isdecimal() and self._peek(3) == "}":
-                self._at += 4
-                return Value.number(
-                    _decimal(text) + Fraction(int(digits), 10 ** _places(text) * (10 ** len(digits) - 1))
-                )
-        value = _decimal(text)
-        if text.isdecimal():
-            value += self._mixed()
-        return Value.number(value)
-
-    def _mixed(self) -> Fraction:
-        """The fraction of a mixed number, 0 where there is none: proper, of plain integers."""
-        top = bottom = ""
-        texts = [self._peek(ahead) for ahead in range(7)]
-        if texts[0] == "frac":
-            if texts[1] == "{" and texts[3] == "}":
-                top, length = texts[2], 4
-            else:
-                top, length = texts[1][:1], 2
-                if len(texts[1]) == 2:
-                    top, bottom = texts[1]
-            if not bottom and texts[length : length + 1] == ["{"] and self._peek(length + 2) == "}":
-                bottom, length = self._peek(length + 1), length + 3
-            elif not bottom:
-                bottom, length = self._peek(length), length + 1
-                if len(bottom) > 1:
-                    return Fraction(0)
-        elif texts[1] == "/" and self._kind() == "number" and self._tokens[self._at].spaced:
-            top, bottom, length = texts[0], texts[2], 3
-        if not (top.isdecimal() and bottom.isdecimal()) or int(top) >= int(bottom):
-            return Fraction(0)
-        if self._peek(length) in ("^", "!"):
-            return Fraction(0)
-        self._at += length
-        return Fraction(int(top), int(bottom))
-
     def _letters(self) -> Value:
-        text = self._peek()
-        if text in ("np", "math", "sympy") and self._peek(1) == "." and self._kind(2) == "letters":
-            self._at += 2
-            text = self._peek()
+        text = self._cursor.peek()
+        if text in ("np", "math", "sympy") and self._cursor.peek(1) == "." and self._cursor.kind(2) == "letters":
+            self._cursor.at += 2
+            text = self._cursor.peek()
         if text.casefold() in FUNCTIONS:
-            self._at += 1
+            self._cursor.at += 1
             return self._function(text.casefold())
         if text.casefold() in ("pi", "infinity", "infty", "inf") or text in GREEK:
-            self._at += 1
+            self._cursor.at += 1
             return exact.PI if text.casefold() == "pi" else self._symbol(text if text in GREEK else "infty")
         if len(text) > 1:
-            self._split_token(1)
-        self._at += 1
+            self._cursor.split_token(1)
+        self._cursor.at += 1
         return self._symbol(text[0])
 
     def _symbol(self, name: str) -> Value:
-        """A symbol with the subscript and primes that follow it; f(…) as the application of a function."""
-        if self._take("_"):
+        """Reads the subscript and primes that follow a symbol; f(…) is the application of a function."""
+        if self._cursor.take("_"):
             name += "_" + self._subscript()
-        while self._take("'") or self._prime():
+        while self._cursor.take("'") or self._prime():
             name += "'"
         if name == "infty":
             name = "∞"
         if name in ("i", "e"):
             return exact.I if name == "i" else exact.E
-        if self._peek() == "(" and (name == "f" or (self._kind(1) == "number" and self._peek(2) == ")")):
-            # Not the product: f(x+y), I(0). Of other letters than f it may be one, as in r(2).
-            return functions.application(name, self._group(")"), opaque=name != "f")
+        if self._cursor.peek() == "(":
+            of_number = self._cursor.kind(1) == "number" and self._cursor.peek(2) == ")"
+            if name == "f" or of_number:
+                # f(x+y) and I(0) are not products. Letters other than f may stand for one, as in r(2): opaque.
+                return functions.application(name, self._group(")"), opaque=name != "f")
         return Value.symbol(name)
 
     def _prime(self) -> bool:
-        if self._peek() != "^":
+        if self._cursor.peek() != "^":
             return False
-        if self._peek(1) == "prime":
-            self._at += 2
+        if self._cursor.peek(1) == "prime":
+            self._cursor.at += 2
             return True
-        if self._peek(1) == "{" and self._peek(2) == "prime" and self._peek(3) == "}":
-            self._at += 4
+        if self._cursor.peek(1) == "{" and self._cursor.peek(2) == "prime" and self._cursor.peek(3) == "}":
+            self._cursor.at += 4
             return True
         return False
 
     def _subscript(self) -> str:
-        if self._take("{"):
+        if self._cursor.take("{"):
             content = []
-            while self._peek() != "}":
-                if self._at >= len(self._tokens) or self._peek() == "{":
+            while self._cursor.peek() != "}":
+                if self._cursor.at >= len(self._cursor.tokens) or self._cursor.peek() == "{":
                     raise Unreadable
-                content.append(self._tokens[self._at].text.replace(" ", ""))
-                self._at += 1
-            self._at += 1
+                content.append(self._cursor.tokens[self._cursor.at].text.replace(" ", ""))
+                self._cursor.at += 1
+            self._cursor.at += 1
             return "".join(content)
-        if self._kind() == "letters" and len(self._peek()) > 1:
-            self._split_token(1)
-        if self._kind() not in ("number", "letters", "command"):
+        if self._cursor.kind() == "letters" and len(self._cursor.peek()) > 1:
+            self._cursor.split_token(1)
+        if self._cursor.kind() not in ("number", "letters", "command"):
             raise Unreadable
-        self._at += 1
-        return self._tokens[self._at - 1].text
+        self._cursor.at += 1
+        return self._cursor.tokens[self._cursor.at - 1].text
 
     def _text(self) -> Value:
-        """\\mathrm{e}, \\text{2/3}, \\operatorname{arcsin}: read as if the command were not there."""
-        inner = tokenize(self._tokens[self._at].text)
+        """Reads \\mathrm{e}, \\text{2/3} or \\operatorname{arcsin} as if the command were not there."""
+        inner = tokenize(self._cursor.tokens[self._cursor.at].text)
         is_function = len(inner) == 1 and inner[0].text.casefold() in FUNCTIONS
         if not is_function and (len(inner) > 4 or any(t.kind == "letters" and len(t.text) > 1 for t in inner)):
             raise Unreadable
-        self._tokens[self._at : self._at + 1] = inner
+        self._cursor.tokens[self._cursor.at : self._cursor.at + 1] = inner
         return self._primary()
 
     def _command(self) -> Value:
-        name = self._peek()
-        self._at += 1
+        name = self._cursor.peek()
+        self._cursor.at += 1
         if name == "frac":
             if self._is_derivative():
                 raise Unreadable
@@ -333,22 +257,23 @@ class Parser:
             return Value.number(math.comb(int(n), int(k)))
         if name in ("lfloor", "lceil"):
             value = self._sum().constant()
-            self._need("r" + name[1:])
+            self._cursor.need("r" + name[1:])
             if value is None:
                 raise Unreadable
             return Value.number(math.floor(value) if name == "lfloor" else math.ceil(value))
-        if name in ("triangle", "angle") and self._kind() == "letters":
-            self._at += 1
-            return Value.symbol(f"{name} {self._tokens[self._at - 1].text}")
-        if name in _ACCENTS and self._peek() == "{" and self._kind(1) == "letters" and self._peek(2) == "}":
-            accented = self._peek(1)
-            self._at += 3
+        if name in ("triangle", "angle") and self._cursor.kind() == "letters":
+            self._cursor.at += 1
+            return Value.symbol(f"{name} {self._cursor.tokens[self._cursor.at - 1].text}")
+        braced = self._cursor.peek() == "{" and self._cursor.kind(1) == "letters" and self._cursor.peek(2) == "}"
+        if name in _ACCENTS and braced:
+            accented = self._cursor.peek(1)
+            self._cursor.at += 3
             return self._symbol(f"{name} {accented}")
         raise Unreadable
 
     def _is_derivative(self) -> bool:
-        """dy/dx is no quotient: after `\\frac` come {d… and }{d…, the latter with more than the d."""
-        rest = self._tokens[self._at :]
+        """Returns whether `\\frac` is a derivative such as dy/dx: {d… }{d…, where the latter has more than the d."""
+        rest = self._cursor.tokens[self._cursor.at :]
         closed = next((at for at, token in enumerate(rest) if token.text == "}"), 0)
         below = rest[closed + 1 : closed + 4]
         above = rest[1:2]
@@ -359,45 +284,45 @@ class Parser:
         )
 
     def _argument(self) -> Value:
-        """A macro's argument: a group, or one digit, letter or command."""
-        if self._peek() == "{":
+        """Reads a macro's argument: a group, or one digit, letter or command."""
+        if self._cursor.peek() == "{":
             return self._group("}")
-        if self._kind() == "letters" or (self._kind() == "number" and self._peek().isdecimal()):
-            self._split_token(1)
-        number = self._bare_number()
+        if self._cursor.kind() == "letters" or (self._cursor.kind() == "number" and self._cursor.peek().isdecimal()):
+            self._cursor.split_token(1)
+        number = numerals.bare_number(self._cursor)
         if number:
             return number
-        if self._kind() == "letters":
-            self._at += 1
-            letter = self._tokens[self._at - 1].text
+        if self._cursor.kind() == "letters":
+            self._cursor.at += 1
+            letter = self._cursor.tokens[self._cursor.at - 1].text
             return {"i": exact.I, "e": exact.E}.get(letter) or Value.symbol(letter)
-        if self._kind() == "command":
+        if self._cursor.kind() == "command":
             return self._primary()
         raise Unreadable
 
     def _root(self) -> Value:
         degree = 2
-        if self._peek() == "[":
+        if self._cursor.peek() == "[":
             constant = self._group("]").constant()
             if constant is None or constant.denominator != 1 or not 2 <= constant <= 100:
                 raise Unreadable
             degree = int(constant)
-        if self._peek() == "(":
+        if self._cursor.peek() == "(":
             return functions.root(self._group(")"), degree)
-        # \sqrt10 means the root of 10, whatever TeX makes of it.
-        return functions.root(self._bare_number() or self._argument(), degree)
+        # \sqrt10 means the root of 10, although TeX reads it as the root of 1 before a 0.
+        return functions.root(numerals.bare_number(self._cursor) or self._argument(), degree)
 
     def _function(self, name: str) -> Value:
         name = _LONG_NAMES.get(name, name)
         if name == "sqrt":
             return self._root()
         exponent = base = None
-        while self._peek() in ("^", "_"):
-            if self._take("^"):
+        while self._cursor.peek() in ("^", "_"):
+            if self._cursor.take("^"):
                 exponent = self._exponent()
             else:
-                self._at += 1
-                base = self._bare_number() or self._argument()
+                self._cursor.at += 1
+                base = numerals.bare_number(self._cursor) or self._argument()
         outer, self._in_angle = self._in_angle, name in ("sin", "cos", "tan", "cot", "sec", "csc")
         argument = self._angle()
         self._in_angle = outer
@@ -412,34 +337,19 @@ class Parser:
         return value if exponent is None else functions.power(value, exponent)
 
     def _angle(self) -> Value:
-        """A function's argument: a bracketed one alone, else the product up to the next function, sign or bracket."""
-        if self._peek() in ("(", "{", "[", "|"):
+        """Reads a function's argument: one in brackets, else the product up to the next function, sign or bracket."""
+        if self._cursor.peek() in ("(", "{", "[", "|"):
             value = self._primary()
-            if self._in_angle and self._peek() == "^" and self._peek(1) in ("circ", "{"):
-                mark = self._at
-                self._at += 1
+            if self._in_angle and self._cursor.peek() == "^" and self._cursor.peek(1) in ("circ", "{"):
+                mark = self._cursor.at
+                self._cursor.at += 1
                 if self._degree_sign():
                     return value * exact.PI / Value.number(180)
-                self._at = mark
+                self._cursor.at = mark
             return value
         value = self._signed()
-        while self._starts_factor() and self._peek() not in ("(", "[") and self._kind() != "text":
-            if self._peek().casefold() in FUNCTIONS:
+        while self._starts_factor() and self._cursor.peek() not in ("(", "[") and self._cursor.kind() != "text":
+            if self._cursor.peek().casefold() in FUNCTIONS:
                 break
             value = value * self._factor()
         return value
-
-
-def _decimal(text: str) -> Fraction:
-    """The exact value of a number token."""
-    digits, _, exponent = text.casefold().partition("e")
-    if exponent:
-        power = int(exponent)
-        if abs(power) > functions.MAX_EXPONENT:
-            raise NoValue("exponent too large")
-        return Fraction(digits) * Fraction(10) ** power
-    return Fraction(digits)
-
-
-def _places(text: str) -> int:
-    return len(text.partition(".")[2])

@@ -1,8 +1,9 @@
 """Powers, roots, exponentials, logarithms and trigonometric functions of exact values.
 
-Exact where the result is in the ring of `exact`: roots of rationals and of products, e^(iπ/6), 2^(n-1), ln 8 = 3·ln 2,
-the sine of multiples of 15°. Anything else becomes an opaque symbol with a canonical argument: sin(-x) = -sin(x),
-tan(x) = sin(x)/cos(x), √(4x+4) = 2·√(x+1). All functions raise NoValue beyond the limits of `exact`, MAX_EXPONENT.
+A result is exact where it is in the ring of `exact`: roots of rationals and of products, e^(iπ/6), 2^(n-1),
+ln 8 = 3·ln 2, the sine of multiples of 15°. Anything else becomes an opaque symbol with a canonical argument:
+sin(-x) = -sin(x), tan(x) = sin(x)/cos(x), √(4x+4) = 2·√(x+1). All functions raise NoValue beyond MAX_EXPONENT and the
+limits of `exact`.
 """
 
 import functools
@@ -13,11 +14,11 @@ from igrpo_jax.rewards.mathematics import exact
 from igrpo_jax.rewards.mathematics.exact import ONE, PI, UNIT, Atom, E, I, NoValue, Polynomial, TooManyTerms, Value
 
 MAX_EXPONENT = 10_000  # of integer powers; also the largest n of n! and of binomials
-_MAX_DIVISOR = 60_000  # trial division ends here: 1.5 ms at worst
+_MAX_DIVISOR = 60_000  # where trial division ends, after at most 1.5 ms
 
 
 class _NotFactored(NoValue):
-    pass
+    """A number too large to factor."""
 
 
 # ------------------------------------------------------------------------------------------------ powers and roots
@@ -25,28 +26,28 @@ class _NotFactored(NoValue):
 
 @functools.lru_cache(maxsize=4096)
 def factors(n: int) -> tuple[tuple[int, int], ...]:
-    """Prime factors of n ≥ 1 with their powers. Raises _NotFactored where trial division does not get there."""
-    found, divisor = [], 2
+    """Returns the prime factors of n ≥ 1 with their powers. Raises _NotFactored where trial division fails."""
+    primes, divisor = [], 2
     while divisor * divisor <= n and divisor < _MAX_DIVISOR:
         power = 0
         while n % divisor == 0:
             n //= divisor
             power += 1
         if power:
-            found.append((divisor, power))
+            primes.append((divisor, power))
         divisor += 1 if divisor == 2 else 2
     if divisor * divisor <= n:
         root = math.isqrt(n)
         if root * root != n or root > _MAX_DIVISOR**2:
             raise _NotFactored("too large to factor")
-        found.append((root, 2))
+        primes.append((root, 2))
     elif n > 1:
-        found.append((n, 1))
-    return tuple(found)
+        primes.append((n, 1))
+    return tuple(primes)
 
 
 def power(base: Value, exponent: Value) -> Value:
-    """base ** exponent. Raises NoValue."""
+    """Returns base ** exponent. Raises NoValue."""
     constant = exponent.constant()
     if constant is None:
         return _exponential(base, exponent)
@@ -72,7 +73,7 @@ def power(base: Value, exponent: Value) -> Value:
 
 
 def root(value: Value, degree: int) -> Value:
-    """The real root where there is one (∛-8 = -2), else the principal one. Raises NoValue."""
+    """Returns the real root where there is one (∛-8 = -2), else the principal root. Raises NoValue."""
     if value.denominator is not UNIT:
         top = root(Value(value.numerator, opaque=value.opaque), degree)
         return top / root(Value(value.denominator, opaque=value.opaque), degree)
@@ -100,27 +101,27 @@ def root(value: Value, degree: int) -> Value:
     except _NotFactored:
         return _named("pow", value, Fraction(1, degree))
     for prime, p in powers.items():
-        whole, part = divmod(p / degree, 1)
-        key = (0, ((prime, part),) if part else (), ())
-        result = result * Value({key: Fraction(prime) ** int(whole)})
+        integer, rest = divmod(p / degree, 1)
+        key = (0, ((prime, rest),) if rest else (), ())
+        result = result * Value({key: Fraction(prime) ** int(integer)})
     return result
 
 
 def _factored(number: int, degree: int) -> tuple[tuple[int, int], ...]:
-    """Factors of `number`, which need not be found where it is a power of that degree, as 10^40 of degree 2."""
+    """Returns factors of `number`. A large square, such as 10^40 for degree 2, need not be factored into primes."""
     if number.bit_length() > 64 and degree == 2 and math.isqrt(number) ** 2 == number:
         return ((math.isqrt(number), 2),)
     return factors(number)
 
 
 def _loses_sign(name: str, exponent: int | Fraction, degree: int) -> bool:
-    """√(x²) is |x|, not x; √x, √(x³) and ∛(x³) are what they seem, and π is positive."""
+    """Returns whether a root loses the sign of a symbol: √(x²) is |x|, not x. √x, √(x³), ∛(x³) and √(π²) do not."""
     even = degree % 2 == 0 and Fraction(exponent).numerator % 2 == 0
     return even and name not in ("π", "e") and getattr(name, "function", "") != "exp"
 
 
 def _content(p: Polynomial) -> Fraction:
-    """The positive rational that divides a polynomial's coefficients."""
+    """Returns the positive rational that divides a polynomial's coefficients."""
     return Fraction(math.gcd(*(c.numerator for c in p.values())), math.lcm(*(c.denominator for c in p.values())))
 
 
@@ -131,12 +132,15 @@ def _named(function: str, argument: Value, exponent: int | Fraction = 1, opaque:
 
 
 def application(function: str, argument: Value, opaque: bool = False) -> Value:
-    """An unknown function's value, as f(2)."""
+    """Returns the value of an unknown function, as f(2)."""
     return _named(function, argument, opaque=opaque or argument.opaque or argument.denominator is not UNIT)
 
 
 def _exponential(base: Value, exponent: Value) -> Value:
-    """base ** exponent for an exponent that is no rational number: 2^(n-1) = 2^n/2, e^(-2t) = (e^t)^-2, e^(iπ) = -1."""
+    """Returns base ** exponent for an exponent that is not a rational number.
+
+    2^(n-1) = 2^n/2, e^(-2t) = (e^t)^-2, e^(iπ) = -1.
+    """
     opaque = base.opaque or exponent.opaque
     constant = base.constant()
     is_e = base.numerator == E.numerator and base.denominator is UNIT
@@ -156,7 +160,7 @@ def _exponential(base: Value, exponent: Value) -> Value:
         elif is_e and key == (1, (), (("π", 1),)):
             result = result * (cosine(Value.number(c) * PI) + I * cosine(Value.number(Fraction(1, 2) - c) * PI))
         else:
-            # Numbers such as 2^√2 or e^π may be related in ways unknown here; functions such as 2^n are not.
+            # Numbers such as 2^√2 and e^π may be related in unknown ways; functions such as 2^n are not.
             free = any(name not in ("π", "e") for name, _ in key[2])
             for prime, k in bases:
                 term = _pair("exp", prime, Value({key: Fraction(1)}), c * k, opaque=opaque or not free)
@@ -187,7 +191,7 @@ _COSINES = {
 
 
 def cosine(angle: Value) -> Value:
-    """cos of an angle in radians; exact for multiples of 15°, and 36° and 72°."""
+    """Returns the cosine of an angle in radians, exact for multiples of 15°, and 36° and 72°."""
     turns = _in_pi(angle)
     if turns is None:
         return _named("cos", _unsigned(angle)[0])
@@ -204,7 +208,7 @@ def cosine(angle: Value) -> Value:
 
 
 def sine(angle: Value) -> Value:
-    """sin of an angle in radians; exact for multiples of 15°, and 18° and 54°."""
+    """Returns the sine of an angle in radians, exact for multiples of 15°, and 18° and 54°."""
     turns = _in_pi(angle)
     if turns is not None:
         return cosine(Value.number(Fraction(1, 2) - turns) * PI)
@@ -213,7 +217,7 @@ def sine(angle: Value) -> Value:
 
 
 def logarithm(value: Value, function: str = "ln") -> Value:
-    """Logarithm of a positive rational or a power of e; of anything else an opaque symbol."""
+    """Returns the logarithm of a positive rational or a power of e, for anything else an opaque symbol."""
     constant = value.constant()
     if constant is not None and constant > 0:
         result = Value.number(0)
@@ -222,7 +226,7 @@ def logarithm(value: Value, function: str = "ln") -> Value:
         except _NotFactored:
             return _named(function, value)
         for prime, k in primes:
-            # `log` without a base is 10's to some and e's to others.
+            # Some read `log` without a base as base 10, others as base e.
             result = result + Value.number(k) * _named(function, Value.number(prime), opaque=function != "ln")
         return result
     if function == "ln" and value.denominator is UNIT and len(value.numerator) == 1:
@@ -233,7 +237,7 @@ def logarithm(value: Value, function: str = "ln") -> Value:
 
 
 def function(name: str, argument: Value) -> Value:
-    """The value of a function known by name: sin, cos, …, arctan, sinh, …, ln, log, exp, abs, sqrt."""
+    """Returns the value of a function that is known by name: sin, cos, …, arctan, sinh, …, ln, log, exp, abs, sqrt."""
     if name in ("sin", "csc"):
         return sine(argument) if name == "sin" else Value.number(1) / sine(argument)
     if name in ("cos", "sec"):
@@ -253,6 +257,7 @@ def function(name: str, argument: Value) -> Value:
 
 
 def _absolute(value: Value) -> Value:
+    """Returns |value|."""
     constant = value.constant()
     if constant is not None:
         return Value.number(abs(constant))
@@ -264,12 +269,12 @@ def _absolute(value: Value) -> Value:
 
 
 def _in_pi(angle: Value) -> Fraction | None:
-    """angle / π where that is rational."""
+    """Returns angle / π where that is rational, else None."""
     return (angle / PI).constant()
 
 
 def _unsigned(value: Value) -> tuple[Value, int]:
-    """(value or its negative, the sign), so that x-1 and 1-x come out as one."""
+    """Returns (value or its negative, the sign), so that x-1 and 1-x have the same form."""
     if value.numerator and value.numerator[min(value.numerator)] < 0:
         return -value, -1
     return value, 1

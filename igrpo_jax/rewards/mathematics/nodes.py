@@ -1,7 +1,7 @@
 r"""What an answer can be made of: a number with a unit, a tuple, a list, an interval, a matrix, an equation, words, …
 
-Every node carries `text`, one spelling for all ways to write the same answer, which is LaTeX. Not here: reading
-(`answers`), comparing (`grader`).
+Every node has a `text`, which is LaTeX with one spelling for all ways to write the same answer. Not here: reading
+(`answers`, `leaves`), comparing (`comparison`).
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from igrpo_jax.rewards.mathematics.exact import Value
 
 @dataclass(frozen=True)
 class Node:
+    """Any part of an answer."""
+
     text: str
 
 
@@ -21,12 +23,14 @@ class Leaf(Node):
     value: Value | None  # None: not read, or without a value
     unit: str = ""
     percent: bool = False
-    hopeless: bool = False  # division by zero or beyond the limits: nobody shall try it again
+    hopeless: bool = False  # division by zero or beyond the limits, so that nothing else tries to read it
     listed: "Node | None" = None  # 1,234 may also be the list 1, 234
 
 
 @dataclass(frozen=True)
 class Words(Node):
+    """Words alone, without case."""
+
     words: str
 
 
@@ -49,7 +53,7 @@ class Named(Node):
 
 @dataclass(frozen=True)
 class Relation(Node):
-    """left - right = 0, or (for "<" and "<=") right - left > 0 or ≥ 0."""
+    """left - right = 0 or ≠ 0, or (for "<" and "leq") left - right < 0 or ≤ 0."""
 
     sign: str
     difference: Value | None
@@ -57,7 +61,7 @@ class Relation(Node):
 
 @dataclass(frozen=True)
 class Sequence(Node):
-    """kind: "list" and "or" (bare, with commas or "or"), "set", or the two brackets of a tuple, as "[)"."""
+    """Several answers. `kind` is "list" or "or" (bare, with commas or "or"), "set", or a tuple's brackets, as "[)"."""
 
     kind: str
     items: tuple[Node, ...]
@@ -65,7 +69,7 @@ class Sequence(Node):
 
 @dataclass(frozen=True)
 class Region(Node):
-    """A set of real numbers: pieces (low, whether closed, high, whether closed), None for infinity; sorted, apart."""
+    """A set of real numbers: sorted, disjoint pieces (low, whether closed, high, whether closed); None = infinity."""
 
     name: str
     pieces: tuple
@@ -73,12 +77,14 @@ class Region(Node):
 
 @dataclass(frozen=True)
 class Matrix(Node):
+    """A matrix by its rows."""
+
     rows: tuple[tuple[Node, ...], ...]
 
 
 @dataclass(frozen=True)
 class Ratio(Node):
-    """`3:5`, and times of day."""
+    """A ratio such as `3:5`, or a time of day."""
 
     parts: tuple[Node, ...]
     unit: str
@@ -86,6 +92,6 @@ class Ratio(Node):
 
 @dataclass(frozen=True)
 class Based(Node):
-    """Digits in a base, `204_5`."""
+    """Digits in a base, as `204_5`."""
 
     number: int

@@ -1,6 +1,6 @@
 """Sets of real numbers: intervals, their unions, and the inequalities that describe them.
 
-Endpoints are exact; only their order is taken from floating point. Not here: reading them from text (`answers`).
+Endpoints are exact; only their order comes from floating point. Not here: reading them from text (`answers`).
 """
 
 import itertools
@@ -14,7 +14,7 @@ EVERYTHING = ((None, False, None, False),)
 
 
 def inequality(text: str, difference: Value | None, sign: str) -> Node:
-    """`difference` < 0, ≤ 0 or ≠ 0: a Region where it is linear in its one symbol, else a Relation."""
+    """Returns `difference` < 0, ≤ 0 or ≠ 0 as a Region where it is linear in its only symbol, else as a Relation."""
     relation = Relation(text, sign, difference)
     names = difference.symbols() if difference is not None else ()
     if len(names) != 1 or difference.denominator is not exact.UNIT:
@@ -42,7 +42,7 @@ def inequality(text: str, difference: Value | None, sign: str) -> Node:
 
 
 def is_real(value: Value) -> bool:
-    """Whether it is a real number (and no symbol)."""
+    """Returns whether the value is a real number without symbols."""
     if value.symbols():
         return False
     number = exact.approximate(value)
@@ -50,7 +50,7 @@ def is_real(value: Value) -> bool:
 
 
 def region_of(node: Node) -> Region | None:
-    """An interval, or a set of real points, as a Region; None of what is neither."""
+    """Returns an interval or a set of real points as a Region, None for anything else."""
     if isinstance(node, Region):
         return node
     if isinstance(node, Named) and isinstance(node.value, Region | Sequence):
@@ -76,26 +76,27 @@ def region_of(node: Node) -> Region | None:
 
 
 def _infinite(value: Value) -> int:
-    """1 for ∞, -1 for -∞, else 0."""
+    """Returns 1 for ∞, -1 for -∞, else 0."""
     if value.symbols() != {"∞"}:
         return 0
     return -1 if str(value).startswith("-") else 1
 
 
-def _place(value: Value | None, infinite: float) -> float:
+def _number(value: Value | None, infinite: float) -> float:
+    """Returns the end of a piece in floating point; `infinite` stands for None."""
     return infinite if value is None else exact.approximate(value).real
 
 
 def _region(text: str, name: str, pieces: tuple) -> Region:
-    """Sorts the pieces and joins those that touch."""
+    """Returns the Region of pieces, sorted, after joining those that touch."""
     joined: list[tuple] = []
-    for piece in sorted(pieces, key=lambda p: (_place(p[0], -_INFINITY), _place(p[2], _INFINITY))):
+    for piece in sorted(pieces, key=lambda p: (_number(p[0], -_INFINITY), _number(p[2], _INFINITY))):
         if joined:
             low, low_closed, high, high_closed = joined[-1]
-            gap = _place(piece[0], -_INFINITY) - _place(high, _INFINITY)
+            gap = _number(piece[0], -_INFINITY) - _number(high, _INFINITY)
             touching = high is not None and piece[0] is not None and exact.same(high, piece[0]) is True
             if (touching and (high_closed or piece[1])) or (not touching and gap < 0):
-                further = _place(piece[2], _INFINITY) - _place(high, _INFINITY) > 0 or (
+                further = _number(piece[2], _INFINITY) - _number(high, _INFINITY) > 0 or (
                     high is not None and piece[2] is not None and exact.same(high, piece[2]) is True and piece[3]
                 )
                 first_closed = low_closed or (low is not None and piece[1] and exact.same(low, piece[0]) is True)
@@ -106,6 +107,7 @@ def _region(text: str, name: str, pieces: tuple) -> Region:
 
 
 def united(text: str, nodes: list[Node]) -> Region | None:
+    """Returns the union of sets of real numbers in one symbol, None where a node is no such set."""
     regions = [region_of(node) for node in nodes]
     if not all(regions) or len({region.name for region in regions} - {""}) > 1:
         return None
@@ -114,7 +116,7 @@ def united(text: str, nodes: list[Node]) -> Region | None:
 
 
 def intersected(text: str, nodes: list[Node]) -> Region | None:
-    """The intersection of half-lines and intervals in one symbol."""
+    """Returns the intersection of half-lines and intervals in one symbol; None if it is empty or a node is neither."""
     if not all(isinstance(node, Region) and len(node.pieces) == 1 for node in nodes):
         return None
     if len({node.name for node in nodes}) != 1:
@@ -122,20 +124,20 @@ def intersected(text: str, nodes: list[Node]) -> Region | None:
     low = high = (None, False)
     for node in nodes:
         piece = node.pieces[0]
-        if piece[0] is not None and (low[0] is None or _place(piece[0], 0) > _place(low[0], 0)):
+        if piece[0] is not None and (low[0] is None or _number(piece[0], 0) > _number(low[0], 0)):
             low = piece[:2]
-        if piece[2] is not None and (high[0] is None or _place(piece[2], 0) < _place(high[0], 0)):
+        if piece[2] is not None and (high[0] is None or _number(piece[2], 0) < _number(high[0], 0)):
             high = piece[2:]
-    if None not in (low[0], high[0]) and _place(low[0], 0) > _place(high[0], 0):
+    if None not in (low[0], high[0]) and _number(low[0], 0) > _number(high[0], 0):
         return None
     return Region(text, nodes[0].name, ((*low, *high),))
 
 
-def without(text: str, whole: Node, points: Node) -> Region | None:
-    """All real numbers but some; None of other differences."""
-    whole, is_set = region_of(whole), isinstance(points, Sequence) and points.kind == "set"
-    points = region_of(points)
-    if not (whole and points and is_set) or whole.pieces != EVERYTHING:
+def without(text: str, base: Node, points: Node) -> Region | None:
+    """Returns all real numbers except some points, None for other differences."""
+    is_set = isinstance(points, Sequence) and points.kind == "set"
+    base_region, removed = region_of(base), region_of(points)
+    if not (base_region and removed and is_set) or base_region.pieces != EVERYTHING:
         return None
-    ends = [None, *(piece[0] for piece in points.pieces), None]
+    ends = [None, *(piece[0] for piece in removed.pieces), None]
     return Region(text, "", tuple((low, False, high, False) for low, high in itertools.pairwise(ends)))

@@ -1,11 +1,11 @@
-r"""The computer algebra behind the grader: math-verify (LaTeX -> sympy), for what exact arithmetic cannot decide.
+r"""Computer algebra with math-verify (LaTeX -> sympy), for the pairs that exact arithmetic cannot decide.
 
-`equal` is slow (5 to 100 ms, seconds on hostile input) and reached by few pairs. In front of it stand bounds on
-nesting and on the size of numbers, exponents, factorials and sums; behind it a check to 40 relative digits, because
-math-verify rounds to 6 decimals and so takes 1/2004! for 1/2006!.
+`equal` is slow (5 to 100 ms, seconds on hostile input) and few pairs reach it. Before it runs, bounds apply to nesting
+and to the size of numbers, exponents, factorials and sums. Afterwards a check to 40 relative digits follows, because
+math-verify rounds to 6 decimals and would take 1/2004! for 1/2006!.
 
-Not here: time and memory limits (`rewards/pool`), and any evaluation of model text as Python: math-verify's
-plain-expression extractor runs `sympy.parse_expr`, an `eval`, and is never used. sympy is imported at the first use.
+Not here: limits on time and memory (`rewards/pool`). Model text is never evaluated as Python: math-verify's extractor
+of plain expressions runs `sympy.parse_expr`, an `eval`, and is never used. sympy is imported at the first use.
 """
 
 import logging
@@ -20,30 +20,30 @@ _EXPONENT = re.compile(r"\^\s*\{?\s*[({]*\s*-?(\d+)")
 _FACTORIAL = re.compile(r"(\d+)\s*[)}]*\s*!")
 _BINOMIAL = re.compile(r"\\[dt]?binom|\\Gamma|\\zeta|\\prod|\\sum|\\int")
 _DIGITS = re.compile(r"\d+")
-_DROPPED = re.compile(r"\\[lcv]?dots|['\"]|\\\$|\d\s?_|\.\.")  # what math-verify reads over: 5, \ldots would be 5
+_DROPPED = re.compile(r"\\[lcv]?dots|['\"]|\\\$|\d\s?_|\.\.")  # what math-verify ignores: 5, \ldots would be 5
 _DOUBLE = re.compile(r"![\s)}\]]*!|\^\s*\{?[\w.]*\}?\s*\^")  # (9!)!, 9^9^9
 
 
 def equal(a: str, b: str) -> bool:
-    """math-verify's verdict on two LaTeX answers; False where one is refused or not parsed. Symmetric."""
+    """Returns math-verify's verdict on two LaTeX answers; False where one is refused or not parsed. Symmetric."""
     if not (_acceptable(a) and _acceptable(b)):
         return False
     try:
         return _verified(a, b)
     except MemoryError:
         raise
-    except Exception:  # sympy and its parser raise nearly anything on input that is no mathematics
+    except Exception:  # sympy and its parser raise nearly anything on input that is not mathematics
         return False
 
 
 def warm_up() -> None:
-    """Imports and first-use tables of sympy and its LaTeX parser, which take seconds."""
+    """Prepares the imports and tables of sympy and its LaTeX parser, which take seconds."""
     _verified("x+1", "1+x")
     _verified(r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}")
 
 
 def _acceptable(answer: str) -> bool:
-    """False for what sympy might expand without end (a deadline still stands behind this), or would misread."""
+    """Returns False for text that sympy would misread or might expand without end. A deadline applies all the same."""
     depth = deepest = 0
     for character in answer:
         if character in "([{":
@@ -67,7 +67,7 @@ def _acceptable(answer: str) -> bool:
 
 
 def _is_tower(answer: str) -> bool:
-    """True for exponents three deep, or two deep with a number as the inner base, as in 2^{2^{49}}."""
+    """Returns True for exponents three deep, or two deep with a number as the inner base, as in 2^{2^{49}}."""
     stack: list[bool] = []  # of open brackets: does it open an exponent?
     previous = ""
     for character in answer:
@@ -83,13 +83,14 @@ def _is_tower(answer: str) -> bool:
 
 
 def _verified(a: str, b: str) -> bool:
+    """Returns whether math-verify finds the answers equal in both directions, and the check of digits agrees."""
     import latex2sympy2_extended  # these import sympy
     import math_verify
 
-    # It warns once that nothing stops a slow parse; the pool does.
+    # It warns once that nothing stops a slow parse. The pool does.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-    # Its own removal of units takes 3m for 3.
+    # Its own removal of units would read 3m as 3.
     reading = latex2sympy2_extended.NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
     )
@@ -102,22 +103,22 @@ def _verified(a: str, b: str) -> bool:
         )
         for answer in (a, b)
     ]
-    # Both ways round: as a prediction (only), 2x+z=1 would do for 1.
-    for one, other in (parsed, reversed(parsed)):
-        if not one or not math_verify.verify(one, other, allow_set_relation_comp=True, timeout_seconds=None):
+    # In both directions: as a prediction, 2x+z=1 would pass for 1.
+    for gold, prediction in (parsed, reversed(parsed)):
+        if not gold or not math_verify.verify(gold, prediction, allow_set_relation_comp=True, timeout_seconds=None):
             return False
     return _confirmed(parsed[0][0], parsed[1][0])
 
 
 def _confirmed(a, b) -> bool:
-    """Compares again, to 40 relative digits, two sympy numbers that math-verify found equal within 6 decimals."""
+    """Compares two sympy numbers, which math-verify found equal within 6 decimals, again to 40 relative digits."""
     import sympy
 
     if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and a.is_number and b.is_number):
         return True
     if a.is_Rational and b.is_Rational:
         return a == b
-    # A decimal among surds carries 15 digits.
+    # A decimal among surds has only 15 digits.
     digits = 12 if a.has(sympy.Float) or b.has(sympy.Float) else 40
     a, b = a.evalf(digits + 10), b.evalf(digits + 10)
     scale = max(abs(a), abs(b))

@@ -3,16 +3,16 @@ r"""Tokens of LaTeX and plain-text mathematics.
     tokenize(r"\dfrac{1}{2}x") -> [Token("command", "frac", …), …]
     latex(tokens)              -> one spelling for all ways to write the same tokens
 
-Numbers are one token with their separators read: 1,234 is one number, except inside (), [] and \{\}, where a comma
-separates; so are 1\,234 and 1{,}234, whose comma arrives as SEPARATOR; 3{,}5 is 3.5. Not here: what tokens mean.
-Linear time.
+A number is one token, whose separators are removed: 1,234 is one number, except inside (), [] and \{\}, where a comma
+separates. 1\,234 and 1{,}234, whose comma is replaced by SEPARATOR, are one number too, and 3{,}5 is 3.5. Not here:
+what tokens mean. Takes linear time.
 """
 
 import re
 from collections.abc import Collection
 from typing import NamedTuple
 
-SEPARATOR = "\x1f"  # stands for a comma that LaTeX marks as no list's: {,} and ,\!
+SEPARATOR = "\x1f"  # stands for a comma that LaTeX marks as part of a number: {,} and ,\!
 _FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs asin acos atan"
 FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _LETTER_NAMES = (
@@ -23,9 +23,11 @@ GREEK = frozenset(_LETTER_NAMES.split())
 
 
 class Token(NamedTuple):
+    """One token of a text."""
+
     kind: str  # number, letters, command, text, mark
     text: str  # a number's digits without separators; a command's name; the content of \text{…}; one character
-    spaced: bool  # white space before it
+    spaced: bool  # whether white space precedes it
 
     @property
     def opens(self) -> bool:
@@ -36,7 +38,7 @@ class Token(NamedTuple):
         return self.text in _CLOSE and self.kind in ("mark", "command")
 
     def is_in(self, texts: Collection[str]) -> bool:
-        """Whether it is one of these marks, commands, letters or numbers; what stands in \\text{…} is none."""
+        """Returns whether it is one of these marks, commands, letters or numbers, and not a \\text{…}."""
         return self.text in texts and self.kind != "text"
 
 
@@ -116,9 +118,9 @@ _CLOSE = frozenset((")", "]", "}", "\\}", "rangle", "end", "rfloor", "rceil"))
 
 
 def tokenize(source: str) -> list[Token]:
-    """Tokens of any text whatever; spacing and sizing commands and `$` go, but for the `$` of money.
+    """Returns the tokens of any text. Drops spacing and sizing commands, and `$` except for money.
 
-    "and" and "or" in all their spellings become marks; `<=` and its like become commands.
+    "and" and "or" in all their spellings become marks; `<=` and similar signs become commands.
     """
     if not source.isascii():
         source = source.translate(_UNICODE)
@@ -129,7 +131,7 @@ def tokenize(source: str) -> list[Token]:
 
 
 def _joined(tokens: list[Token]) -> list[Token]:
-    """Joins `<` and `=`, and makes marks of the words "and" and "or", a command of the word "in"."""
+    """Joins `<` and `=`, turns the words "and" and "or" into marks and the word "in" into a command."""
     result: list[Token] = []
     for token in tokens:
         last = result[-1] if result else None
@@ -144,11 +146,12 @@ def _joined(tokens: list[Token]) -> list[Token]:
         else:
             result.append(token)
     if result and result[-1].kind == "command" and tokens[-1].kind == "letters":
-        result[-1] = tokens[-1]  # 5 in
+        result[-1] = tokens[-1]  # the unit in 5 in
     return result
 
 
 def _scanned(source: str) -> list[Token]:
+    """Returns the tokens as they stand in the text."""
     tokens: list[Token] = []
     brackets: list[str] = []
     at, spaced = 0, False
@@ -177,6 +180,7 @@ def _scanned(source: str) -> list[Token]:
 
 
 def _number(source: str, at: int, in_brackets: bool) -> tuple[str, str, int]:
+    """Returns (kind, text, end) of the number that begins at `at`."""
     if source[at - 1 : at] not in (",", SEPARATOR) or at < 2 or not source[at - 2].isdecimal():
         for pattern in (_EXPLICIT, _SPACED) if in_brackets else (_EXPLICIT, _SPACED, _GROUPED):
             match = pattern.match(source, at)
@@ -194,6 +198,7 @@ def _number(source: str, at: int, in_brackets: bool) -> tuple[str, str, int]:
 
 
 def _command(source: str, at: int) -> tuple[str, str, int]:
+    """Returns (kind, text, end) of the command that begins at `at`."""
     match = _COMMAND.match(source, at)
     name, end = match[1], match.end()
     if name in _TEXT_COMMANDS:
@@ -210,7 +215,7 @@ def _command(source: str, at: int) -> tuple[str, str, int]:
 
 
 def _closing(source: str, opened: int) -> int | None:
-    """Where the brace that is open at `opened` closes."""
+    """Returns where the brace that opens at `opened` closes, None where it does not."""
     depth = 0
     for at in range(opened, len(source)):
         if source[at] in "{}" and source[at - 1] != "\\":
@@ -221,7 +226,7 @@ def _closing(source: str, opened: int) -> int | None:
 
 
 def is_enclosed(tokens: list[Token]) -> bool:
-    """Whether the first token opens a bracket that the last one closes."""
+    """Returns whether the first token opens a bracket that the last one closes."""
     depth = 0
     for at, token in enumerate(tokens):
         depth += token.opens - token.closes
@@ -231,21 +236,21 @@ def is_enclosed(tokens: list[Token]) -> bool:
 
 
 def split(tokens: list[Token], separators: Collection[str]) -> tuple[list[list[Token]], list[str]]:
-    """Cuts tokens at separators outside all brackets: (the parts, the separators between them)."""
+    """Cuts tokens at separators outside all brackets. Returns (the parts, the separators between them)."""
     parts: list[list[Token]] = [[]]
-    found, depth = [], 0
+    between, depth = [], 0
     for token in tokens:
         depth += token.opens - token.closes
         if depth == 0 and token.is_in(separators) and not token.closes:
-            found.append(token.text)
+            between.append(token.text)
             parts.append([])
         else:
             parts[-1].append(token)
-    return parts, found
+    return parts, between
 
 
 def latex(tokens: list[Token]) -> str:
-    """Tokens as LaTeX again, one spelling for all ways to write them: `sqrt(2)*x` becomes `\\sqrt{2}\\cdot x`."""
+    """Returns tokens as LaTeX, with one spelling for all ways to write them: `sqrt(2)*x` is `\\sqrt{2}\\cdot x`."""
     pieces: list[str] = []
     closing: list[str] = []  # what each open bracket is closed with
     previous = Token("mark", "", False)

@@ -63,14 +63,14 @@ _CURRENCIES = {"\\$": "dollar", "€": "euro", "£": "pound sterling", "¥": "ye
 _RESTRICTING = (
     "is are was were not no nor if when more less fewer most least than about between to except other mod modulo"
 )
-_NO_UNITS = frozenset(_RESTRICTING.split())  # words after a number that change what is said
+_NO_UNITS = frozenset(_RESTRICTING.split())  # words after a number that change its meaning
 _ORDINALS = frozenset(("st", "nd", "rd", "th"))
 _SYMBOLS = "m s g h J N W V L K C F T A Hz"
 _SHORT_UNITS = frozenset(_SYMBOLS.split())
 
 
 def unit_name(text: str) -> str:
-    """One spelling of a unit: `Square Centimeters` and `cm^2` are `cm^2`; words that are no unit lose a plural s."""
+    """Returns one spelling of a unit: `Square Centimeters` and `cm^2` are `cm^2`. Other words lose a plural s."""
     words, power = [], ""
     for word in re.findall(r"[^\W\d_]+|\d+|/", re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text.casefold())):
         if word.isdigit() and words:
@@ -85,6 +85,7 @@ def unit_name(text: str) -> str:
 
 
 def is_prose(token: Token) -> bool:
+    """Returns whether a token is a word and not mathematics."""
     if token.kind == "text":
         return bool(re.search(r"[A-Za-z]{2}", token.text)) and token.text.strip() not in FUNCTIONS
     known = token.text.casefold() in FUNCTIONS or token.text in GREEK
@@ -92,7 +93,7 @@ def is_prose(token: Token) -> bool:
 
 
 def words_of(tokens: list[Token], from_text: bool) -> str | None:
-    """The words of an answer that is words alone; None of mathematics."""
+    """Returns the words of an answer that consists of words, None for mathematics."""
     if len(tokens) == 1 and tokens[0].text == "varnothing":
         return EMPTY
     if len(tokens) == 4 and tokens[0].text == "mathbb" and tokens[2].text == "R":
@@ -119,7 +120,7 @@ def words_of(tokens: list[Token], from_text: bool) -> str | None:
 
 
 def without_unit(tokens: list[Token]) -> tuple[list[Token], str, bool]:
-    """(the expression, its unit, whether in percent)."""
+    """Returns (the expression, its unit, whether it is in percent)."""
     core, currency = _without_currency(tokens)
     texts = [token.text for token in core]
     if texts[-1:] == ["%"]:
@@ -141,15 +142,16 @@ def without_unit(tokens: list[Token]) -> tuple[list[Token], str, bool]:
 
 
 def _without_currency(tokens: list[Token]) -> tuple[list[Token], str]:
+    """Returns (the tokens without signs of money, the currency or "")."""
     signs = [token.text.strip() for token in tokens if token.kind in ("mark", "text")]
-    found = [_CURRENCIES[sign] for sign in signs if sign in _CURRENCIES]
-    if not found:
+    currencies = [_CURRENCIES[sign] for sign in signs if sign in _CURRENCIES]
+    if not currencies:
         return tokens, ""
-    return [token for token in tokens if token.text.strip() not in _CURRENCIES], found[0]
+    return [token for token in tokens if token.text.strip() not in _CURRENCIES], currencies[0]
 
 
 def _start_of_unit(tokens: list[Token], end: int) -> int:
-    """Where the words begin that end at `end`: any after a number, known units and \\text after anything."""
+    """Returns where the unit that ends at `end` begins: any words after a number, known units and \\text elsewhere."""
     start, known = end, True
     while start > 1 and not tokens[start - 2].is_in(OPERATORS):
         token = tokens[start - 1]
@@ -164,12 +166,12 @@ def _start_of_unit(tokens: list[Token], end: int) -> int:
                 break
             known = False
         start -= 1
-    said = {word for token in tokens[start:end] for word in re.findall("[a-z]+", token.text.casefold())}
-    return end if said & _NO_UNITS or not (known or tokens[start - 1].kind == "number") else start
+    unit_words = {word for token in tokens[start:end] for word in re.findall("[a-z]+", token.text.casefold())}
+    return end if unit_words & _NO_UNITS or not (known or tokens[start - 1].kind == "number") else start
 
 
 def _without_ordinal(tokens: list[Token]) -> list[Token]:
-    """3^{rd} and 3^\\text{rd} as 3."""
+    """Returns 3^{rd} and 3^\\text{rd} as 3."""
     texts = [token.text.strip() for token in tokens]
     if len(texts) > 2 and texts[-2] == "^" and texts[-1] in _ORDINALS:
         return tokens[:-2]
@@ -183,20 +185,20 @@ _NAMED_BY = frozenset(_NAMING.split()) | frozenset(("(", ")", "[", "]", "{", "}"
 
 
 def is_applied(tokens: list[Token]) -> bool:
-    """Whether it looks like f(x) or f^{-1}(x)."""
+    """Returns whether the tokens look like f(x) or f^{-1}(x)."""
     if [token.text for token in tokens[1:6]] == ["^", "{", "-", "1", "}"]:  # an inverse function
         tokens = [tokens[0], *tokens[6:]]
     return len(tokens) > 3 and tokens[0].kind == "letters" and tokens[1].text == "(" and tokens[-1].text == ")"
 
 
 def is_name(tokens: list[Token], value: list[Token]) -> bool:
-    """Whether the left side of an equation only names what the right side is: x, a_3, AB, |AB|, f(x), (p, q), Area."""
+    """Returns whether the left side of an equation only names the right side: x, a_3, AB, |AB|, f(x), (p, q), Area."""
     applied = is_applied(tokens)
     if applied and tokens[0].text not in FUNCTION_LETTERS and any(token.is_in(OPERATORS) for token in tokens):
         return False  # x(x+1) is a product
     for at, token in enumerate(tokens):
         if token.is_in(("'",)) and (tokens[at - 1].kind != "letters" or tokens[-1].kind == "letters"):
-            return False  # a quotation mark, no prime
+            return False  # a quotation mark and not a prime
     named = tokens[:1] if applied else _without_subscripts(tokens)
     texts = {token.text for token in named}
     if not all(_may_name(token) for token in named) or ("^" in texts and not texts & {"circ", "prime"}):

@@ -3,8 +3,9 @@
 import pytest
 
 from igrpo_jax.rewards.mathematics import expression
+from igrpo_jax.rewards.mathematics.cursor import Unreadable
 from igrpo_jax.rewards.mathematics.exact import NoValue, same
-from igrpo_jax.rewards.mathematics.expression import Unreadable, value_of
+from igrpo_jax.rewards.mathematics.expression import value_of
 from igrpo_jax.rewards.mathematics.tokens import tokenize
 
 SAME = [

@@ -1,0 +1,285 @@
+"""When two answers, read into their structure (`nodes`), are equal.
+
+Structures are compared part by part: a tuple with a tuple, an interval with an inequality, never a set with a point.
+Expressions are compared by their exact values (`exact`), and by `symbolic` where those cannot decide. The conventions
+are listed in `grader`.
+"""
+
+import re
+from collections.abc import Iterable
+
+from igrpo_jax.rewards.mathematics import exact, regions, symbolic, words
+from igrpo_jax.rewards.mathematics.exact import Value
+from igrpo_jax.rewards.mathematics.nodes import (
+    Based,
+    Choice,
+    Leaf,
+    Matrix,
+    Named,
+    Node,
+    Ratio,
+    Region,
+    Relation,
+    Sequence,
+    Words,
+)
+
+
+def same_answer(a: Node, b: Node) -> bool:
+    """Returns whether two structures are equal. Symmetric. May raise NoValue."""
+    if a.text == b.text and type(a) is type(b):
+        return not isinstance(a, Leaf) or _units_agree(a, b)
+    if _RANKS[type(a)] > _RANKS[type(b)]:
+        a, b = b, a
+    return _COMPARISONS[type(a)](a, b)
+
+
+# ------------------------------------------------------------------------------------------------------------ leaves
+
+
+def _same_leaf(a: Leaf, b: Node) -> bool:
+    if not isinstance(b, Leaf) or a.hopeless or b.hopeless or not _units_agree(a, b):
+        return False
+    if a.value is None or b.value is None:
+        return symbolic.equal(a.text, b.text)
+    if a.percent == b.percent:
+        return _same_value(a, b.value, b)
+    percent, plain = (a, b) if a.percent else (b, a)
+    hundredth = Value.number(100) * plain.value
+    return _same_value(percent, plain.value, plain) or exact.same(percent.value, hundredth) is True
+
+
+def _same_value(a: Leaf, value: Value, b: Leaf) -> bool:
+    verdict = exact.same(a.value, value)
+    return symbolic.equal(a.text, b.text) if verdict is None else verdict
+
+
+def _units_agree(a: Leaf, b: Leaf) -> bool:
+    units = [leaf.unit or ("%" if leaf.percent else "") for leaf in (a, b)]
+    return "" in units or units[0] == units[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- words
+
+
+def _same_words(a: Words, b: Node) -> bool:
+    if isinstance(b, Words):
+        return a.words == b.words
+    if isinstance(b, Leaf) and b.value is not None:
+        number = words.NUMBER_WORDS.get(a.words)
+        if number is not None:
+            return b.value.constant() == number
+        return bool(re.fullmatch(r"[A-Za-z]+", b.text)) and a.words == b.text.casefold()
+    return False
+
+
+def _same_choice(a: Choice, b: Node) -> bool:
+    if isinstance(b, Choice):
+        return same_answer(a.letter, b.letter) and same_answer(a.content, b.content)
+    return same_answer(a.letter, b) or same_answer(a.content, b)
+
+
+# --------------------------------------------------------------------------------------------- equations and regions
+
+
+def _same_named(a: Named, b: Node) -> bool:
+    if isinstance(b, Named):
+        if a.name == b.name and same_answer(a.value, b.value):
+            return True
+        return a.equation is not None and b.equation is not None and _same_equation(a.equation, b.equation)
+    if isinstance(b, Relation):
+        return b.sign == "=" and None not in (a.equation, b.difference) and _same_equation(a.equation, b.difference)
+    if isinstance(b, Region) and b.name not in ("", a.name):
+        return False
+    return same_answer(a.value, b)
+
+
+def _same_relation(a: Relation, b: Node) -> bool:
+    if isinstance(b, Leaf):
+        return False
+    if not isinstance(b, Relation) or a.sign != b.sign:
+        return False
+    if a.difference is None or b.difference is None:
+        return symbolic.equal(a.text, b.text)
+    if a.sign in ("=", "ne"):
+        return _same_equation(a.difference, b.difference)
+    scale = exact.proportional(a.difference, b.difference)
+    return scale is not None and scale > 0
+
+
+def _same_equation(a: Value, b: Value) -> bool:
+    """Returns whether a = 0 and b = 0 are the same equation: one is a multiple of the other, denominators aside."""
+    if exact.proportional(a, b) is not None:
+        return True
+    return exact.proportional(exact.cleared(a), exact.cleared(b)) is not None
+
+
+def _same_region(a: Region, b: Node) -> bool:
+    other = regions.region_of(b)
+    if other is None or (a.name and other.name and a.name != other.name) or len(a.pieces) != len(other.pieces):
+        return False
+    for piece, match in zip(a.pieces, other.pieces, strict=True):
+        if piece[1] != match[1] or piece[3] != match[3]:
+            return False
+        for end, other_end in ((piece[0], match[0]), (piece[2], match[2])):
+            if (end is None) != (other_end is None) or (end is not None and exact.same(end, other_end) is not True):
+                return False
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------- sequences
+
+
+def _same_sequence(a: Sequence, b: Node) -> bool:
+    if isinstance(b, Sequence):
+        return _same_sequences(a, b)
+    if a.kind == "or" and all(same_answer(a.items[0], item) for item in a.items[1:]):
+        return same_answer(a.items[0], b)  # one value in several notations
+    if isinstance(b, Matrix):
+        return _is_ordered(a) and len(_vector(b)) == len(a.items) and all(map(same_answer, a.items, _vector(b)))
+    if isinstance(b, Leaf):
+        if b.listed is not None and _same_sequences(a, b.listed):
+            return True
+        if a.kind == "set" and len(a.items) == 1:
+            return same_answer(a.items[0], b)
+        return b.value is None and not b.hopeless and symbolic.equal(a.text, b.text)
+    return False
+
+
+def _same_sequences(a: Sequence, b: Sequence) -> bool:
+    if _is_ordered(a) and _is_ordered(b):
+        return (a.kind == b.kind or len(a.items) > 2) and _in_order(a.items, b.items)
+    if _is_ordered(b):
+        a, b = b, a
+    if _is_ordered(a) and b.kind == "set" and len(b.items) == 1 and isinstance(b.items[0], Sequence):
+        return same_answer(a, b.items[0])  # the set of one solution (1, 2)
+    if _is_ordered(a):
+        return a.kind == "()" and b.kind == "list" and _in_order(a.items, _by_name(b.items))
+    if {a.kind, b.kind} != {"set"}:
+        named = [len({item.name for item in side.items if isinstance(item, Named)}) for side in (a, b)]
+        if (named[0] == len(a.items) and not named[1]) or (named[1] == len(b.items) and not named[0]):
+            return _in_order(a.items, b.items)
+    return _matched(_distinct(a, b), _distinct(b, a))
+
+
+def _is_ordered(sequence: Sequence) -> bool:
+    return sequence.kind[0] in "(["
+
+
+def _in_order(a: Iterable[Node], b: Iterable[Node]) -> bool:
+    a, b = tuple(a), tuple(b)
+    return len(a) == len(b) and all(map(same_answer, a, b))
+
+
+def _by_name(items: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Returns named items in the order of their names: `y = 2, x = 1` is the point (1, 2)."""
+    if all(isinstance(item, Named) for item in items) and len({item.name for item in items}) == len(items):
+        return tuple(sorted(items, key=lambda item: item.name))
+    return items
+
+
+def _distinct(sequence: Sequence, other: Sequence) -> list[Node]:
+    """Returns the elements, each once in a set or a list of points. A list of numbers keeps its repetitions."""
+    points = all(isinstance(item, Sequence) for item in sequence.items)
+    if "set" not in (sequence.kind, other.kind) and not points:
+        return list(sequence.items)
+    kept: list[Node] = []
+    for item in sequence.items:
+        if not any(same_answer(item, other) for other in kept):
+            kept.append(item)
+    return kept
+
+
+def _matched(a: list[Node], b: list[Node]) -> bool:
+    """Returns whether each element of one list can be paired with an equal element of the other."""
+    if len(a) != len(b):
+        return False
+    rest = list(b)
+    for item in a:
+        for at, other in enumerate(rest):
+            if same_answer(item, other):
+                del rest[at]
+                break
+        else:
+            return False
+    return True
+
+
+def _same_matrix(a: Matrix, b: Node) -> bool:
+    if isinstance(b, Matrix):
+        return len(a.rows) == len(b.rows) and all(map(_in_order, a.rows, b.rows))
+    return isinstance(b, Leaf) and b.value is None and not b.hopeless and symbolic.equal(a.text, b.text)
+
+
+def _vector(matrix: Matrix) -> tuple[Node, ...]:
+    """Returns the elements of a single row or column, and nothing for any other matrix."""
+    if len(matrix.rows) == 1:
+        return matrix.rows[0]
+    return tuple(row[0] for row in matrix.rows) if len(matrix.rows[0]) == 1 else ()
+
+
+def _same_ratio(a: Ratio, b: Node) -> bool:
+    if isinstance(b, Ratio):
+        if {a.unit, b.unit} & {"am", "pm"}:
+            return _same_time(a, b)
+        if a.unit and b.unit and a.unit != b.unit:
+            return False
+        if _in_order(a.parts, b.parts):
+            return True
+        if _TIME.fullmatch(a.text) and _TIME.fullmatch(b.text):
+            return False  # 1:20 is not 2:40
+        first, second = _quotient(a), _quotient(b)
+        return first is not None and second is not None and exact.same(first, second) is True
+    quotient = _quotient(a)
+    return (
+        isinstance(b, Leaf)
+        and not b.unit
+        and not b.percent
+        and None not in (quotient, b.value)
+        and exact.same(quotient, b.value) is True
+    )
+
+
+_TIME = re.compile(r"\d?\d:[0-5]\d")
+
+
+def _same_time(a: Ratio, b: Ratio) -> bool:
+    """Returns whether two times are equal: 3:30 p.m. is 15:30, and it is 3:30 where the other time names no half."""
+    hours = []
+    for time, other in ((a, b), (b, a)):
+        hour = time.parts[0].value.constant() if isinstance(time.parts[0], Leaf) and time.parts[0].value else None
+        if hour is None:
+            return False
+        plain = not other.unit and isinstance(other.parts[0], Leaf) and same_answer(time.parts[0], other.parts[0])
+        hours.append(hour % 12 + 12 * (time.unit == "pm") if time.unit and not plain else hour)
+    return hours[0] == hours[1] and _in_order(a.parts[1:], b.parts[1:])
+
+
+def _quotient(ratio: Ratio) -> Value | None:
+    """Returns a:b as a/b, None for three parts."""
+    if len(ratio.parts) != 2 or ratio.unit:
+        return None
+    first, second = (part.value if isinstance(part, Leaf) else None for part in ratio.parts)
+    if first is None or second is None or not second.numerator:
+        return None
+    return first / second
+
+
+def _same_based(a: Based, b: Node) -> bool:
+    return isinstance(b, Based) and a.number == b.number
+
+
+# Two nodes are compared by the function of the one whose type stands first here.
+_COMPARISONS = {
+    Choice: _same_choice,
+    Named: _same_named,
+    Relation: _same_relation,
+    Region: _same_region,
+    Sequence: _same_sequence,
+    Matrix: _same_matrix,
+    Ratio: _same_ratio,
+    Based: _same_based,
+    Words: _same_words,
+    Leaf: _same_leaf,
+}
+_RANKS = {kind: rank for rank, kind in enumerate(_COMPARISONS)}

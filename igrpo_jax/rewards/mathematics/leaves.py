@@ -1,0 +1,88 @@
+"""Answers that hold no other answers: an expression with its unit, words, digits in a base, a ratio."""
+
+import re
+from fractions import Fraction
+
+from igrpo_jax.rewards.mathematics import exact, expression, regions, words
+from igrpo_jax.rewards.mathematics.cursor import Unreadable
+from igrpo_jax.rewards.mathematics.exact import NoValue, Value
+from igrpo_jax.rewards.mathematics.nodes import Based, Leaf, Node, Ratio, Region, Sequence, Words
+from igrpo_jax.rewards.mathematics.tokens import Token, latex, split
+
+
+def based(tokens: list[Token], _: int) -> Node | None:
+    """Reads digits in a base, as 204_5. Returns None for anything else."""
+    compact = "".join(token.text for token in tokens)
+    match = re.fullmatch(r"(-?)([0-9A-Z]*[0-9][0-9A-Z]*)_\{?(\d{1,2}|[a-z]{3,7})\}?", compact)
+    if not match:
+        return None
+    base = int(match[3]) if match[3].isdigit() else words.NUMBER_WORDS.get(match[3], 0)
+    try:
+        if base < 2:
+            raise ValueError
+        return Based(latex(tokens), int(match[1] + match[2], base))
+    except ValueError:  # a digit that the base lacks, or not a base
+        return Words(latex(tokens), compact)
+
+
+def ratio(tokens: list[Token], _: int) -> Node | None:
+    """Reads a ratio such as 3:5, or a time of day. Returns None for anything else."""
+    parts, colons = split(tokens, {":"})
+    if not colons or not all(parts):
+        return None
+    last, unit = parts[-1], ""
+    while len(last) > 1 and (last[-1].kind in ("letters", "text") or last[-1].text == "."):
+        unit = last.pop().text + unit
+    return Ratio(latex(tokens), tuple(leaf(part) for part in parts), words.unit_name(unit))
+
+
+def leaf(tokens: list[Token], from_text: bool = False) -> Node:
+    """Reads an expression with its unit, or words where the text is prose."""
+    text = latex(tokens)
+    phrase = words.words_of(tokens, from_text)
+    if phrase in words.REALS:
+        return Region(text, "", regions.EVERYTHING)
+    if phrase is not None:
+        return Words(text, phrase)
+    core, unit, percent = words.without_unit(tokens)
+    if not core:
+        return Words(text, text)
+    parser = expression.Parser(core)
+    try:
+        value = parser.parse()
+    except NoValue:
+        return Leaf(text, None, unit, percent, hopeless=True)
+    except Unreadable:
+        named = [at for at, token in enumerate(core) if token.text in ("begin", "end")]
+        if any(words.is_prose(token) for at, token in enumerate(core) if at - 2 not in named):
+            return Words(text, " ".join(token.text for token in tokens).casefold())
+        return Leaf(latex(core), None, unit, percent)
+    unit = unit or ("degree" if parser.degrees else "")
+    return Leaf(latex(core), value, unit, percent)
+
+
+def listed(digits: str) -> Node:
+    """Returns the other reading of 1,234, written without any space: the elements of a list."""
+    groups = digits.split(",")
+    return Sequence(digits, "list", tuple(Leaf(group, Value.number(int(group))) for group in groups))
+
+
+def agree(a: Leaf, b: Leaf) -> bool:
+    """Returns whether two values are equal, one of them possibly in percent."""
+    scale = {(True, False): 100, (False, True): Fraction(1, 100)}.get((a.percent, b.percent), 1)
+    return bool(exact.same(a.value, Value.number(scale) * b.value))
+
+
+def difference(left: list[Token], right: list[Token]) -> Value | None:
+    """Returns left side minus right side, None where one of them has no value."""
+    try:
+        return _side(left) - _side(right)
+    except (Unreadable, NoValue):
+        return None
+
+
+def _side(tokens: list[Token]) -> Value:
+    """Returns the value of one side of a relation. g(x) alone is one symbol."""
+    if words.is_applied(tokens) and tokens[0].text in words.FUNCTION_LETTERS:
+        return Value.symbol(latex(tokens))
+    return expression.value_of(tokens)
