@@ -101,5 +101,5 @@ def test_no_value(source):
 def test_degrees_are_reported():
     for source, outside in ((r"90^\circ", True), ("90°", True), (r"\sin 90^\circ", False), ("90", False)):
         parser = expression.Parser(tokenize(source))
-        parser.whole()
+        parser.parse()
         assert parser.degrees is outside
