@@ -1,4 +1,8 @@
-"""Every setting of a run, declared once: its name, type, default and meaning.
+"""Every setting of a run, declared once: its name, type, default, what values it may have, and its meaning.
+
+In this order: the sections, each before the section that holds it and the whole `Config` last; what may change on
+resume; how a configuration is made and checked; and the rules between fields. A rule about one field stands beside its
+type. The comment above a field is its meaning in docs/configuration.md, which `python docs/configuration.py` writes.
 
 `default()` gives the `ml_collections.ConfigDict` that a file in `configs/` edits and the command line overrides;
 `freeze()` checks it and returns the frozen dataclasses that the rest of the package reads. Nothing here imports jax,
@@ -7,50 +11,65 @@ S.2).
 """
 
 import dataclasses
-import difflib
-import functools
 import json
-import re
-import types
-import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import ml_collections
-from ml_collections import config_dict
 
-from igrpo_jax.errors import InputError
+from igrpo_jax import schema
+from igrpo_jax.schema import Above, AtLeast, AtMost, Below, Between, Choice, Each, HoldsOnce, Matches
+
+Seconds = Annotated[float, Above(0, "a number of seconds above 0")]
+AxisSize = Annotated[int, AtLeast(1, "-1 (the rest of the devices) or at least 1", also=-1)]
+# The keys of OBJECTIVES in learning/objectives.py, which this module cannot import; a test compares the two.
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "gspo_token")
 
 
 @dataclass(frozen=True)
 class BuiltinModelConfig:
     """Shape of the small decoder that is used where `model.path` is empty."""
 
-    hidden_size: int = 128  # of the residual stream
-    num_layers: int = 4  # of attention and MLP each
-    num_heads: int = 4  # query heads of hidden_size / num_heads each
-    num_kv_heads: int = 2  # key and value heads, shared by query heads
-    intermediate_size: int = 384  # of the MLP
-    max_position_embeddings: int = 1024  # context in tokens: prompt, draft and completion together
+    # Width of the residual stream.
+    hidden_size: int = 128
+    # Number of layers, each of which is an attention and an MLP.
+    num_layers: Annotated[int, AtLeast(1)] = 4
+    # Number of query heads, each hidden_size / num_heads wide.
+    num_heads: Annotated[int, AtLeast(1)] = 4
+    # Number of key and value heads, which the query heads share.
+    num_kv_heads: Annotated[int, AtLeast(1)] = 2
+    # Width of the MLP.
+    intermediate_size: int = 384
+    # Context in tokens: prompt, draft and completion together.
+    max_position_embeddings: int = 1024
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters: they alone are trained, and the model's own weights stay as they are, in model.dtype."""
+    """Low-rank adapters. They alone are trained; the model's own weights stay as they are, in `model.dtype`."""
 
-    rank: int = 0  # of a weight's change; 0 = off, all weights are trained
-    alpha: float = 32.0  # a change is scaled by alpha / rank
-    targets: tuple[str, ...] = ("all-linear",)  # weights to adapt, as "q_proj"; all-linear = all but embedding and head
+    # Rank of a weight's change; 0 trains all weights, without adapters.
+    rank: Annotated[int, AtLeast(0)] = 0
+    # Scale of a weight's change, which is multiplied by alpha / rank.
+    alpha: Annotated[float, Above(0)] = 32.0
+    # Weights to adapt, such as "q_proj"; "all-linear" stands for all weights but the embedding and the head.
+    targets: tuple[str, ...] = ("all-linear",)
 
     @property
     def scaling(self) -> float:
+        """The factor of a weight's change."""
         return self.alpha / max(self.rank, 1)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    path: str = ""  # Hugging Face directory or hub id; empty = the built-in character-level decoder
-    dtype: str = "bfloat16"  # compute and rollout dtype: "bfloat16" or "float32"; trained weights are float32
+    """The policy, and the reference model that it starts as."""
+
+    # Hugging Face directory or hub id; empty for the built-in character-level decoder.
+    path: str = ""
+    # Dtype of computation and of rollouts; weights that are trained are float32.
+    dtype: Annotated[str, Choice("bfloat16", "float32")] = "bfloat16"
     builtin: BuiltinModelConfig = field(default_factory=BuiltinModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -59,30 +78,46 @@ class ModelConfig:
 class ArithmeticConfig:
     """The built-in task: sums of several terms, worked out step by step."""
 
-    min_terms: int = 3  # fewest numbers of a sum
-    max_terms: int = 5  # most
-    max_operand: int = 9  # operands are 1..max_operand
-    max_total: int = 20  # running totals stay within 0..max_total
-    train_problems: int = 4096  # to train on
-    test_problems: int = 256  # of the benchmark "arithmetic", none of them in training
+    # Smallest number of terms in a sum.
+    min_terms: Annotated[int, AtLeast(2)] = 3
+    # Largest number of terms in a sum.
+    max_terms: int = 5
+    # Operands are between 1 and this number.
+    max_operand: Annotated[int, AtLeast(1)] = 9
+    # Running totals stay between 0 and this number.
+    max_total: Annotated[int, AtLeast(1)] = 20
+    # Number of problems to train on.
+    train_problems: Annotated[int, AtLeast(1)] = 4096
+    # Number of problems in the benchmark "arithmetic"; none of them is trained on.
+    test_problems: Annotated[int, AtLeast(1)] = 256
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = ""  # math, acereason-math, openr1-math-220k, gsm8k; or a file, a folder of files, or a hub id with
-    # training problems; empty = the built-in arithmetic task
-    subset: str = ""  # of a hub id: its "configuration"; empty = the default one
-    split: str = "train"  # of a hub id, or of a folder whose files are named after splits
-    prompt_column: str = ""  # a dot reaches into nested ones; empty = found by name: prompt, problem, question, input
-    answer_column: str = ""  # empty = found by name: answer, solution, ground_truth, output, reward_model.ground_truth
-    clean: bool = False  # leave out problems without an answer, repeated ones, and those that evaluation asks for too
-    max_prompt_length: int = (
-        1024  # tokens of the question with its chat template; longer prompts are skipped and counted
-    )
+    """The problems to train on, and how they are put to the model."""
+
+    # Training problems: math, acereason-math, openr1-math-220k or gsm8k; a file, a folder of files, or a hub id; empty
+    # for the built-in arithmetic task.
+    train: str = ""
+    # Subset of a hub id, which the hub also calls its "configuration"; empty for the default subset.
+    subset: str = ""
+    # Split of a hub id, or of a folder whose files are named after splits.
+    split: str = "train"
+    # Column of the question, in which a dot reaches into nested columns; empty finds it by name: prompt, problem,
+    # question, input.
+    prompt_column: str = ""
+    # Column of the answer, in which a dot reaches into nested columns; empty finds it by name: answer, solution,
+    # ground_truth, output, reward_model.ground_truth.
+    answer_column: str = ""
+    # Whether to leave out problems without an answer, repeated problems, and problems that evaluation asks too.
+    clean: bool = False
+    # Longest question with its chat template, in tokens; problems with longer ones are skipped and counted.
+    max_prompt_length: Annotated[int, AtLeast(1)] = 1024
+    # Text that is put before every question.
     instruction: str = (
         "Solve the problem. First reason step by step inside <think> and </think>, then give only the final answer "
         "inside <answer> and </answer>."
-    )  # put before every question
+    )
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
 
 
@@ -90,104 +125,175 @@ class DataConfig:
 class WarmStartConfig:
     """Supervised start of the built-in model from a noisy teacher; never runs where `model.path` is set."""
 
-    steps: int = 0  # 0 = off
-    batch_size: int = 32  # examples per step
-    learning_rate: float = 1.5e-3  # peak, after a tenth of the steps; then a cosine to 0
-    error_rate: float = 0.2  # chance that the result of one of the teacher's steps is random
-    draft_fraction: float = 0.5  # share of examples that show a draft in the prompt
-    draft_error_rate: float = 1.0  # the same for the drafts that are shown; 1 = nothing in them can be trusted
-
-
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "gspo_token")  # those of algorithms.OBJECTIVES
+    # Number of supervised steps; 0 for no warm start.
+    steps: Annotated[int, AtLeast(0)] = 0
+    # Number of examples per step.
+    batch_size: Annotated[int, AtLeast(1)] = 32
+    # Peak learning rate, reached after a tenth of the steps; a cosine then takes it to 0.
+    learning_rate: float = 1.5e-3
+    # Probability that the teacher writes a random result for a step of its solution.
+    error_rate: Annotated[float, Between(0, 1)] = 0.2
+    # Fraction of examples that show a draft in the prompt.
+    draft_fraction: Annotated[float, Between(0, 1)] = 0.5
+    # Probability of a random result for a step of a draft that is shown; at 1 nothing in a draft can be trusted.
+    draft_error_rate: Annotated[float, Between(0, 1)] = 1.0
 
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    loss_type: str = "grpo"  # grpo, dr_grpo, dapo, gspo, gspo_token
-    num_drafts: int = 4  # N, Stage 1 drafts per prompt; 0 = no draft stage (the base algorithm)
-    num_generations: int = 4  # G, trained completions per prompt
-    # The next four are departures from the paper, off by default.
-    draft_dropout: float = 0.0  # share of groups that see the plain prompt in Stage 2
-    draft_selection: str = "best"  # which draft enters q', of those with a verdict: "best", "random", "worst", "first"
-    draft_early_stop: bool = False  # drafts of a prompt are drawn one by one, until one has the largest possible reward
-    train_drafts: bool = False  # drafts are trained on too: groups of their own on the plain prompt, in the same update
-    max_redraws: int = 0  # fresh prompts in the place of one whose completions all earn the same (DAPO's dynamic
-    # sampling), at most so many for each of prompts_per_step; 0 = off
-    beta: float = 0.0  # KL coefficient; 0 keeps no reference model in memory
-    epsilon: float | None = None  # lower clip; None = the objective's own
-    epsilon_high: float | None = None  # upper clip; None = epsilon if that is set, else the objective's own
-    delta: float | None = None  # dual clip: upper bound of the ratio where the advantage is negative, such as 3.0
-    entropy_coef: float = 0.0  # entropy bonus: this times the mean entropy of the trained tokens, in nats
-    baseline: str = "mean"  # subtracted from rewards: "mean" of the group, or "leave_one_out": of the others (RLOO)
-    num_iterations: int = 1  # passes over one rollout
-    scale_rewards: str | None = (
-        None  # divide advantages by the std of "group" or "batch", or "none"; None = the objective's own
-    )
-    importance_sampling_cap: float = 0.0  # weigh tokens by min(pi_old / pi_sampler, cap), as TRL does; 0 = off
-    mask_truncated_completions: bool = False  # completions cut at the length limit carry no loss
+    """The objective and the draft stage. The defaults are the paper's; docs/igrpo.md has the equations."""
+
+    # Objective of the update.
+    loss_type: Annotated[str, Choice(*LOSS_TYPES)] = "grpo"
+    # Number of Stage 1 drafts per prompt, N in the paper; 0 for no draft stage, which is the base algorithm.
+    num_drafts: Annotated[int, AtLeast(0)] = 4
+    # Number of completions per prompt that are trained on, G in the paper.
+    num_generations: Annotated[int, AtLeast(2, "at least 2: a group's completions are compared")] = 4
+    # Fraction of groups that see the plain prompt in Stage 2. Above 0 it departs from the paper.
+    draft_dropout: Annotated[float, Between(0, 1)] = 0.0
+    # Which of the drafts that have a verdict enters q'. All but "best" depart from the paper.
+    draft_selection: Annotated[str, Choice("best", "random", "worst", "first")] = "best"
+    # Whether the drafts of a prompt are drawn one after another, until one has the largest possible reward. This
+    # departs from the paper.
+    draft_early_stop: bool = False
+    # Whether drafts are trained on too, as groups of their own on the plain prompt, in the same update. This departs
+    # from the paper.
+    train_drafts: bool = False
+    # How often, for each of prompts_per_step, a fresh prompt replaces one whose completions all earn the same (DAPO's
+    # dynamic sampling); 0 for never.
+    max_redraws: Annotated[int, AtLeast(0)] = 0
+    # Coefficient of the KL penalty; 0 keeps no reference model in memory.
+    beta: Annotated[float, AtLeast(0)] = 0.0
+    # Lower clip: the ratio is clipped at 1 - epsilon. None for the objective's own.
+    epsilon: Annotated[float | None, AtLeast(0)] = None
+    # Upper clip: the ratio is clipped at 1 + epsilon_high. None for epsilon where that is set, else for the
+    # objective's own.
+    epsilon_high: Annotated[float | None, AtLeast(0)] = None
+    # Upper bound of the ratio where the advantage is negative, such as 3.0 (dual clip); None for no bound.
+    delta: Annotated[float | None, Above(1, "above 1 + epsilon_high")] = None
+    # Coefficient of the entropy bonus, which is the mean entropy of the trained tokens in nats.
+    entropy_coef: Annotated[float, AtLeast(0)] = 0.0
+    # What is subtracted from a reward: the "mean" of its group, or that of the group's other rewards ("leave_one_out",
+    # RLOO).
+    baseline: Annotated[str, Choice("mean", "leave_one_out")] = "mean"
+    # Number of passes over one rollout.
+    num_iterations: Annotated[int, AtLeast(1)] = 1
+    # Advantages are divided by the standard deviation of the "group" or the "batch", or by nothing ("none"); None for
+    # the objective's own.
+    scale_rewards: Annotated[str | None, Choice(None, "group", "batch", "none")] = None
+    # Tokens are weighted by min(pi_old / pi_sampler, cap), as TRL does; 0 for no weights.
+    importance_sampling_cap: Annotated[float, AtLeast(0)] = 0.0
+    # Whether completions that were cut at the length limit carry no loss.
+    mask_truncated_completions: bool = False
 
 
 @dataclass(frozen=True)
 class RefineConfig:
-    template: str = (
-        "embed"  # how the draft enters q'; "embed" (inside the user turn, after the question) is the only one
-    )
-    max_draft_length: int | None = (
-        None  # tokens of the draft kept in q' (its tail); None = rollout.max_completion_length
-    )
-    instruction: str = (
+    """The augmented prompt q' of Stage 2: how the question and its draft are put to the model."""
+
+    # How the draft enters q': "embed" puts it inside the user turn, after the question.
+    template: Annotated[str, Choice("embed")] = "embed"
+    # Number of tokens of the draft that q' keeps, from its end; None for rollout.max_completion_length.
+    max_draft_length: Annotated[int | None, AtLeast(1)] = None
+    # Text that is put after the question; the draft's tokens replace {draft}.
+    instruction: Annotated[str, HoldsOnce("{draft}")] = (
         "Below is an earlier draft answer to this problem. Treat it as guidance, not as truth: it may be wrong. Give a "
         "strictly better final answer: fix its mistakes, fill its gaps, justify each step and be clearer. Do not "
         "repeat it; where it is wrong, correct it and go on.\n\n<draft>\n{draft}\n</draft>"
-    )  # put after the question; the draft's tokens go where {draft} stands
+    )
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    max_completion_length: int = 4096  # tokens, of drafts and of refinements, EOS included
-    temperature: float = 0.7  # of drafts and refinements; the trainer's log-probs are at it too
-    top_p: float = 1.0  # nucleus of which tokens are drawn; below 1 the trainer, which sees all, is another policy
-    top_k: int = 0  # most likely tokens of which one is drawn, the same holds; 0 = off
-    slots: int = 64  # completions decoded at once
-    steps_per_dispatch: int = 16  # tokens per slot between two looks of the host
-    dispatches_ahead: int | None = None  # 1 = the device decodes on while the host looks; None = 1, on CPU 0
-    streamed: bool = True  # refine a prompt while others still draft; False waits for all drafts (for comparisons)
+    """How drafts and refinements are sampled."""
+
+    # Longest draft or refinement, in tokens, EOS included.
+    max_completion_length: Annotated[int, AtLeast(1)] = 4096
+    # Temperature of drafts and refinements; the trainer's log-probs are taken at it too.
+    temperature: Annotated[float, AtLeast(0)] = 0.7
+    # Probability mass of the nucleus that tokens are drawn from. Below 1 the sampler draws from another distribution
+    # than the trainer, which sees all tokens.
+    top_p: Annotated[float, Above(0), AtMost(1)] = 1.0
+    # Number of most likely tokens that a token is drawn from; 0 for all. Above 0 the sampler draws from another
+    # distribution than the trainer, which sees all tokens.
+    top_k: Annotated[int, AtLeast(0)] = 0
+    # Number of completions that are decoded at once.
+    slots: Annotated[int, AtLeast(1)] = 64
+    # Number of tokens that each slot decodes before the host looks at them.
+    steps_per_dispatch: Annotated[int, AtLeast(1)] = 16
+    # With 1 the device decodes on while the host looks, with 0 it waits; None for 0 on CPU and 1 elsewhere.
+    dispatches_ahead: Annotated[int | None, Choice(None, 0, 1)] = None
+    # Whether a prompt is refined while others still draft; False waits for all drafts, for comparisons.
+    streamed: bool = True
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
     """A model behind an OpenAI-compatible endpoint that scores answers in [0, 1]."""
 
-    weight: float = 0.0  # of the judge's score in the reward; 0 = no judge
-    model: str = ""  # as the endpoint names it
-    base_url: str = ""  # such as http://localhost:8000/v1; empty = the openai client's own (OPENAI_BASE_URL or OpenAI)
-    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; the key itself is never stored
+    # Weight of the judge's score in the reward; 0 for no judge.
+    weight: Annotated[float, AtLeast(0)] = 0.0
+    # Name of the model at the endpoint.
+    model: str = ""
+    # Address of the endpoint, such as http://localhost:8000/v1; empty for the openai client's own (OPENAI_BASE_URL or
+    # OpenAI).
+    base_url: str = ""
+    # Environment variable that holds the key; the key itself is never stored.
+    api_key_env: Annotated[
+        str,
+        Matches(
+            r"[A-Z_][A-Z0-9_]*",
+            "the name of an environment variable in capitals, such as OPENAI_API_KEY, and not the key itself; export "
+            "the key in it",
+            secret=True,  # what is no name is likely the key
+        ),
+    ] = "OPENAI_API_KEY"
+    # What the judge is told to look at; the form of its reply is added.
     instruction: str = (
         "Grade the answer to a mathematics problem. 1 means that the final answer is right and the reasoning is sound, "
         "0 that the answer is wrong or missing; give partial credit in between for reasoning that comes near."
-    )  # what the judge is told to look at; the form of its reply is added
-    show_reference: bool = True  # put the reference answer before the judge
-    temperature: float | None = 0.0  # None = not sent, for models that refuse any but their own
-    max_tokens: int = 1024  # of the judge's reply, its reasoning included
-    timeout: float = 60.0  # seconds one request may take
-    max_retries: int = 4  # further attempts after a time-out, a rate limit or a broken connection, with back-off
-    concurrency: int = 16  # requests in flight at once
-    budget: int = 0  # requests per step, retries included; what is left over has no verdict; 0 = no limit
-    cache: str = ""  # file of the verdicts, shared by the runs that name it; empty = WORKDIR/judge.sqlite
+    )
+    # Whether the judge sees the reference answer.
+    show_reference: bool = True
+    # Temperature of the judge; None sends none, for models that refuse any but their own.
+    temperature: Annotated[float | None, AtLeast(0)] = 0.0
+    # Longest reply of the judge in tokens, its reasoning included.
+    max_tokens: Annotated[int, AtLeast(1)] = 1024
+    # Longest time that one request may take, in seconds.
+    timeout: Seconds = 60.0
+    # Number of further attempts, with back-off, after a time-out, a rate limit or a broken connection.
+    max_retries: Annotated[int, AtLeast(0)] = 4
+    # Number of requests in flight at once.
+    concurrency: Annotated[int, AtLeast(1)] = 16
+    # Number of requests per step, retries included; what is left over has no verdict. 0 for no limit.
+    budget: Annotated[int, AtLeast(0)] = 0
+    # File of the verdicts, shared by the runs that name it; empty for WORKDIR/judge.sqlite.
+    cache: str = ""
 
 
 @dataclass(frozen=True)
 class RewardsConfig:
-    accuracy: float = 1.0  # weight of the accuracy reward
-    format: float = 1.0  # weight of the <think>…</think><answer>…</answer> reward
-    overlong: float = 0.0  # weight of the soft over-long penalty, 0 down to -1 at rollout.max_completion_length
-    overlong_cache: int = 0  # last tokens of that length over which the penalty grows (DAPO's L_cache)
-    custom: str = ""  # "module:function" of a reward of your own; empty = none
-    custom_weight: float = 1.0  # of that reward
+    """What a completion earns: a weighted sum of rewards, computed by processes beside the run."""
+
+    # Weight of the accuracy reward.
+    accuracy: Annotated[float, AtLeast(0)] = 1.0
+    # Weight of the reward for the form <think>…</think><answer>…</answer>.
+    format: Annotated[float, AtLeast(0)] = 1.0
+    # Weight of the soft over-long penalty, which falls from 0 to -1 at rollout.max_completion_length.
+    overlong: Annotated[float, AtLeast(0)] = 0.0
+    # Number of last tokens before that length over which the over-long penalty grows, DAPO's L_cache.
+    overlong_cache: Annotated[int, AtLeast(0)] = 0
+    # A reward of your own, written as "module:function"; empty for none.
+    custom: Annotated[str, Matches(r"([\w.]+:\w+)?", "written as module:function")] = ""
+    # Weight of the reward of your own.
+    custom_weight: float = 1.0
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-    workers: int = 2  # verifier processes
-    timeout: float = 5.0  # seconds one grading may take before its worker is killed
-    max_error_fraction: float = 0.5  # share of gradings per step that may fail or time out before the run stops
+    # Number of verifier processes.
+    workers: Annotated[int, AtLeast(1)] = 2
+    # Time that one grading may take before its worker is killed, in seconds.
+    timeout: Seconds = 5.0
+    # Fraction of a step's gradings that may fail or time out before the run stops.
+    max_error_fraction: Annotated[float, Between(0, 1)] = 0.5
 
     @property
     def largest(self) -> float:
@@ -197,98 +303,160 @@ class RewardsConfig:
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    tokens_per_microbatch: int = 16384  # padded tokens of one forward and backward pass on each shard of the batch
-    shared_prefix: bool = True  # run a prompt (with its draft) once for all its completions; False is for comparisons
-    minibatches: int = 1  # optimizer steps per pass over a rollout
-    max_nonfinite_steps: int = 5  # steps in a row whose loss or gradient is not finite before the run stops; each
-    # changes nothing and leaves its batch in WORKDIR/nonfinite
-    remat: str = "full"  # of each sublayer the backward pass recomputes all ("full"), all but matmuls ("dots"), "none"
-    attention: str = "auto"  # "xla", "chunked", "cudnn" (GPU), "splash" (TPU); "auto" chooses by device, dtype, length
-    offload_reference: bool = False  # keep pi_ref (beta > 0) in host memory between its forward passes
-    logprob_chunk: int | None = (
-        None  # completion positions on each shard of the batch whose logits exist at once; None = 128 MiB of them
-    )
+    """How an update is computed, and what it may cost in memory."""
+
+    # Number of padded tokens of one forward and backward pass on each shard of the batch.
+    tokens_per_microbatch: Annotated[int, AtLeast(1)] = 16384
+    # Whether a prompt, with its draft, is run once for all its completions; False is for comparisons.
+    shared_prefix: bool = True
+    # Number of optimizer steps per pass over a rollout.
+    minibatches: Annotated[int, AtLeast(1)] = 1
+    # Number of steps in a row with a loss or gradient that is not finite before the run stops; each changes nothing
+    # and leaves its batch in WORKDIR/nonfinite.
+    max_nonfinite_steps: Annotated[int, AtLeast(1)] = 5
+    # What the backward pass recomputes of each sublayer: all ("full"), all but matrix products ("dots"), or nothing.
+    remat: Annotated[str, Choice("full", "dots", "none")] = "full"
+    # Kernel of attention: "cudnn" is for GPUs and "splash" for TPUs; "auto" chooses by device, dtype and length.
+    attention: Annotated[str, Choice("auto", "xla", "chunked", "cudnn", "splash")] = "auto"
+    # Whether the reference model (beta > 0) stays in host memory between its forward passes.
+    offload_reference: bool = False
+    # Number of completion positions on each shard of the batch whose logits exist at once; None for 128 MiB of them.
+    logprob_chunk: Annotated[int | None, AtLeast(1)] = None
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: float = 1e-6  # peak
-    b1: float = 0.9  # decay of AdamW's first moment
-    b2: float = 0.999  # of the second
-    weight_decay: float = 0.0  # decoupled; none on biases and norms
-    max_grad_norm: float = 1.0  # a larger gradient, of all parameters together, is scaled down to this norm
-    mu_dtype: str = "float32"  # of the first moment: "float32" or "bfloat16"; the second stays float32, whose
-    # steps of 1 - b2 = 0.001 are below what bfloat16 resolves
-    warmup_ratio: float = 0.1  # share of all optimizer steps
-    min_lr_ratio: float = 0.1  # floor of the cosine, as a share of learning_rate
+    """AdamW with linear warm-up and cosine decay."""
+
+    # Peak learning rate.
+    learning_rate: Annotated[float, AtLeast(0), Below(1000)] = 1e-6
+    # Decay of AdamW's first moment.
+    b1: Annotated[float, AtLeast(0), Below(1)] = 0.9
+    # Decay of AdamW's second moment.
+    b2: Annotated[float, AtLeast(0), Below(1)] = 0.999
+    # Decoupled weight decay; biases and norms have none.
+    weight_decay: Annotated[float, AtLeast(0)] = 0.0
+    # Largest norm of the gradient of all parameters together; a larger gradient is scaled down to it.
+    max_grad_norm: Annotated[float, Above(0, "above 0 (a large number switches clipping off)")] = 1.0
+    # Dtype of the first moment. The second moment stays float32, because its steps of 1 - b2 = 0.001 are below what
+    # bfloat16 resolves.
+    mu_dtype: Annotated[str, Choice("float32", "bfloat16")] = "float32"
+    # Fraction of all optimizer steps over which the learning rate rises to its peak.
+    warmup_ratio: Annotated[float, Between(0, 1)] = 0.1
+    # Where the cosine decay of the learning rate ends, as a fraction of the peak.
+    min_lr_ratio: Annotated[float, Between(0, 1)] = 0.1
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    data: int = 1  # replicas of the weights
-    fsdp: int = -1  # weights and batch sharded; -1 = the rest of the devices
-    tensor: int = 1  # heads, ffn and vocabulary sharded
+    """The axes of the device mesh. At most one may be -1, which stands for the rest of the devices."""
+
+    # Number of replicas of the weights.
+    data: AxisSize = 1
+    # Number of parts that the weights and the batch are sharded into.
+    fsdp: AxisSize = -1
+    # Number of parts that heads, MLP and vocabulary are sharded into.
+    tensor: AxisSize = 1
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
     """Several processes that run together."""
 
-    start_timeout: float = 300.0  # seconds in which all of them must have come
-    silence: float = 30.0  # seconds without a sign of life after which a process counts as lost and the others end
+    # Time in which all processes must have come, in seconds.
+    start_timeout: Seconds = 300.0
+    # Time without a sign of life after which a process counts as lost and the others end, in seconds.
+    silence: Seconds = 30.0
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 50  # steps; the last step is always saved; 0 = only the last
-    keep: int = 3  # of the newest
-    best_metric: str = ""  # such as eval/math500/pass@1: the checkpoint where it was highest is kept too; empty = none
-    export: bool = False  # write the policy of the last step to WORKDIR/export too, as a Hugging Face directory
-    preemption_grace: float = 25.0  # seconds after SIGTERM by which the run has saved and ended, saved or not
+    """When a run is saved, what is kept of it, and what happens at SIGTERM."""
+
+    # Number of steps between checkpoints; 0 saves the last step only, which is always saved.
+    every: Annotated[int, AtLeast(0)] = 50
+    # Number of newest checkpoints that are kept.
+    keep: Annotated[int, AtLeast(1)] = 3
+    # A metric such as eval/math500/pass@1: the checkpoint where it was highest is kept too; empty for none.
+    best_metric: str = ""
+    # Whether the policy of the last step is also written to WORKDIR/export, as a Hugging Face directory.
+    export: bool = False
+    # Time after SIGTERM within which the run has ended, whether it could save or not, in seconds.
+    preemption_grace: Seconds = 25.0
 
 
 @dataclass(frozen=True)
 class WatchdogConfig:
     """Seconds without progress after which a wait is named in the log, with the stacks of all threads; 0 = never."""
 
-    verifier: float = 300.0  # for the next verdict
-    dispatch: float = 1800.0  # for one call of the sampler, or for one update, with what they must compile
-    checkpoint: float = 1800.0  # for a checkpoint to be written or read
+    # Seconds of waiting for the next verdict.
+    verifier: Annotated[float, AtLeast(0)] = 300.0
+    # Seconds of waiting for one call of the sampler or for one update, with what they must compile.
+    dispatch: Annotated[float, AtLeast(0)] = 1800.0
+    # Seconds of waiting for a checkpoint to be written or read.
+    checkpoint: Annotated[float, AtLeast(0)] = 1800.0
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    every: int = (
-        0  # steps between single-shot evaluations, also run before the first and after the last step; 0 = never
-    )
-    benchmarks: tuple[str, ...] = ()  # aime24, aime25, math500, amc23, gsm8k, minerva, "arithmetic" (built-in), or the
-    # name of a file in data_dir
-    samples: int | None = None  # completions per problem; None = the paper's: 64 on AIME, 8 on the others, 1 elsewhere
-    rounds: int = 0  # draft -> refine rounds evaluated beside the single shot
-    drafts: int = 4  # of the single-shot samples, or of the round before: the first ones, which one draft is chosen of
-    limit: int = 0  # first problems of each benchmark; 0 = all
-    temperature: float = 0.6  # of evaluation's answers; training's is rollout.temperature
-    top_p: float = 0.95  # nucleus of which tokens are drawn
-    pass_at: tuple[int, ...] = ()  # k of pass@k and maj@k; empty = 1, 2, 4, 8, ... up to the samples
-    max_completion_length: int | None = None  # tokens, cut to the model's context; None = rollout.max_completion_length
-    data_dir: str = ""  # folder of NAME.jsonl (.csv, .json, .parquet), used before the hub
+    """Benchmarks, asked with the plain prompt (the single shot) and, where wanted, with rounds of draft and refine."""
+
+    # Number of steps between single-shot evaluations, which also run before the first and after the last step; 0 for
+    # never.
+    every: Annotated[int, AtLeast(0)] = 0
+    # Names of benchmarks: aime24, aime25, math500, amc23, gsm8k, minerva, the built-in "arithmetic", or the name of a
+    # file in data_dir.
+    benchmarks: tuple[str, ...] = ()
+    # Number of completions per problem; None for the paper's: 64 on AIME and 8 on its other benchmarks, and for 1 on
+    # any other.
+    samples: Annotated[int | None, AtLeast(1)] = None
+    # Number of draft -> refine rounds that are evaluated beside the single shot.
+    rounds: Annotated[int, AtLeast(0)] = 0
+    # Number of samples among which a round chooses its draft: the first ones of the round before, or of the single
+    # shot.
+    drafts: Annotated[int, AtLeast(1)] = 4
+    # Number of problems asked of each benchmark, from its start; 0 for all.
+    limit: Annotated[int, AtLeast(0)] = 0
+    # Temperature of evaluation's completions; that of training is rollout.temperature.
+    temperature: Annotated[float, AtLeast(0)] = 0.6
+    # Probability mass of the nucleus that evaluation's tokens are drawn from.
+    top_p: Annotated[float, Above(0), AtMost(1)] = 0.95
+    # Values of k in pass@k and maj@k; empty for 1, 2, 4, 8, ... up to the number of samples.
+    pass_at: Annotated[tuple[int, ...], Each(AtLeast(1))] = ()
+    # Longest completion in tokens, cut to the model's context; None for rollout.max_completion_length.
+    max_completion_length: Annotated[int | None, AtLeast(1)] = None
+    # Folder of NAME.jsonl (or .csv, .json, .parquet) files of benchmarks, which are used before the hub.
+    data_dir: str = ""
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    every: int = 1  # steps between console lines
-    samples_every: int = 10  # steps between draft -> refinement samples on the console
-    trackers: tuple[str, ...] = ("tensorboard",)  # where metrics.jsonl goes too: "tensorboard", "wandb"
-    profile_steps: tuple[int, ...] = ()  # steps recorded by the JAX profiler into DIR/profile
+    """What is seen of a run while it goes on."""
+
+    # Number of steps between lines on the console.
+    every: Annotated[int, AtLeast(1)] = 1
+    # Number of steps between samples of a draft and its refinement on the console; 0 for none.
+    samples_every: Annotated[int, AtLeast(0)] = 10
+    # Where the rows of metrics.jsonl are sent too.
+    trackers: Annotated[tuple[str, ...], Each(Choice("tensorboard", "wandb"), once=True)] = ("tensorboard",)
+    # Steps that the JAX profiler records into WORKDIR/profile.
+    profile_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Config:
-    seed: int = 0  # of the order of problems and of all that is sampled
-    steps: int = 0  # rollouts; 0 = as many as `epochs` needs
-    epochs: float = 1.0  # passes over the training set, where steps = 0
-    prompts_per_step: int = 32  # problems of a rollout, each with its drafts and refinements
-    compilation_cache: str = "~/.cache/igrpo_jax"  # folder of compiled programs, shared by all runs; empty = none
+    """All settings of a run."""
+
+    # Seed of the order of problems and of all that is sampled.
+    seed: Annotated[int, AtLeast(0), Below(2**31, "below 2**31")] = 0
+    # Number of rollouts; 0 for as many as `epochs` needs.
+    steps: Annotated[int, AtLeast(0, "0 (use epochs) or a number of rollouts")] = 0
+    # Number of passes over the training set, where steps = 0.
+    epochs: float = 1.0
+    # Number of problems in a rollout, each with its drafts and refinements.
+    prompts_per_step: Annotated[int, AtLeast(1)] = 32
+    # Folder of compiled programs, shared by all runs; empty for none.
+    compilation_cache: str = "~/.cache/igrpo_jax"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
@@ -307,21 +475,22 @@ class Config:
 
     @property
     def trained_completions(self) -> int:
-        """Of a step, where no draft is dropped."""
+        """Number of completions that a step trains on, where no draft is dropped."""
         drafts = self.algorithm.num_drafts if self.algorithm.train_drafts else 0
         return self.prompts_per_step * (self.algorithm.num_generations + drafts)
 
     @property
     def draft_limit(self) -> int:
-        """Tokens of a draft that q' keeps."""
+        """Number of tokens of a draft that q' keeps."""
         return self.refine.max_draft_length or self.rollout.max_completion_length
 
 
-# Fields that may differ between a run and its resume: how long it runs and what is seen of it, not what it does.
+# Fields and sections that may differ between a run and its resume: how long it runs and what is seen of it, not what
+# it does.
 MAY_CHANGE_ON_RESUME = (
     *("steps", "compilation_cache", "cluster", "log", "evaluation", "checkpoint", "watchdog"),
-    # What a run that ended for want of memory, of time or of a judge has to change to go on. Results stay the same but
-    # for how sums round, and for gradings that had no verdict.
+    # A run that ended for want of memory, of time or of a judge has to change these to go on. Results stay the same,
+    # except for how sums are rounded and for gradings that had no verdict.
     *("rollout.slots", "learner.tokens_per_microbatch", "learner.logprob_chunk", "learner.remat", "learner.attention"),
     *("learner.offload_reference", "rewards.workers", "rewards.timeout", "rewards.max_error_fraction"),
     *(f"rewards.judge.{name}" for name in ("base_url", "api_key_env", "timeout", "max_retries", "concurrency")),
@@ -329,8 +498,8 @@ MAY_CHANGE_ON_RESUME = (
 
 
 def default() -> ml_collections.ConfigDict:
-    """A ConfigDict with every field at its default, for a file in configs/ to edit; `freeze` refuses what it adds."""
-    return _to_config_dict(Config())
+    """Returns a ConfigDict with every field at its default, for a file in configs/ to edit."""
+    return schema.to_config_dict(Config())
 
 
 def freeze(tree: ml_collections.ConfigDict) -> Config:
@@ -339,43 +508,33 @@ def freeze(tree: ml_collections.ConfigDict) -> Config:
     Raises:
         InputError: a field is unknown, has the wrong type, or a value that no run can use.
     """
-    config = _from_config_dict(Config, tree, "")
+    config = schema.from_config_dict(Config, tree)
     _validate(config)
     return config
 
 
-def field_paths(cls: type = Config, prefix: str = "") -> list[str]:
-    """Dotted names of all fields, for error messages and the configuration reference."""
-    paths = []
-    for name, hint in typing.get_type_hints(cls).items():
-        paths.append(prefix + name)
-        if dataclasses.is_dataclass(hint):
-            paths += field_paths(hint, f"{prefix}{name}.")
-    return paths
-
-
 def check_field(path: str) -> None:
-    """Raises InputError, with the nearest right name, where `path` (dotted) is no field."""
-    known = field_paths()
-    if path not in known:
-        # A right last name in the wrong section ("learning_rate") is as common as a misspelling.
-        by_leaf = [name for name in known if name.rpartition(".")[2] == path.rpartition(".")[2]]
-        near = difflib.get_close_matches(path, by_leaf or known, n=1, cutoff=0.0)
-        raise InputError(f"config.{path}: no such field; the nearest is config.{near[0]}")
+    """Checks that `path` (dotted) is a field.
+
+    Raises:
+        InputError: there is no such field; the message gives the nearest name.
+    """
+    schema.check_path(Config, path)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dict, as written to DIR/config.json."""
+    """Returns a plain nested dict, as written to DIR/config.json."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`name: old -> new` for each field that differs between two `to_dict` results and may not change on resume."""
+    """Compares two results of `to_dict`, and returns `name: old -> new` for each change that a resume must not have."""
     rows = []
     for name in sorted(old.keys() | new.keys()):
         if prefix + name in MAY_CHANGE_ON_RESUME:
             continue
-        before, after = old.get(name), new.get(name)
+        before = old.get(name)
+        after = new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
             rows += differences(before, after, f"{prefix}{name}.")
         elif before != after:
@@ -383,216 +542,75 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return rows
 
 
-def _to_config_dict(node: Any) -> ml_collections.ConfigDict:
-    tree = ml_collections.ConfigDict()
-    for name, hint in typing.get_type_hints(type(node)).items():
-        value = getattr(node, name)
-        if dataclasses.is_dataclass(value):
-            value = _to_config_dict(value)
-        elif value is None:
-            value = config_dict.placeholder(_inner_type(hint))
-        tree[name] = value
-    return tree
-
-
-def _from_config_dict(cls: type, tree: Any, prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    for name in tree:
-        if name not in hints:
-            check_field(prefix + name)
-    values = {}
-    for name, hint in hints.items():
-        if name not in tree:
-            raise InputError(f"config.{prefix}{name}: missing; start the config file from igrpo_jax.config.default()")
-        value = tree[name]
-        if dataclasses.is_dataclass(hint):
-            values[name] = _from_config_dict(hint, value, f"{prefix}{name}.")
-        else:
-            values[name] = _checked(value, hint, prefix + name)
-    return cls(**values)
-
-
-def _inner_type(hint: Any) -> type:
-    """float for `float | None`, tuple for `tuple[str, ...]`."""
-    if isinstance(hint, types.UnionType):
-        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    return typing.get_origin(hint) or hint
-
-
-def _checked(value: Any, hint: Any, path: str) -> Any:
-    if value is None and isinstance(hint, types.UnionType):
-        return None
-    want = _inner_type(hint)
-    if want is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if want is tuple and isinstance(value, (list, tuple)):
-        value, item = tuple(value), typing.get_args(hint)[0]
-        if not all(type(x) is item for x in value):
-            raise InputError(f"config.{path} = {value!r}: each entry must be of type {item.__name__}")
-    if type(value) is not want:
-        raise InputError(f"config.{path} = {value!r}: must be of type {want.__name__}, not {type(value).__name__}")
-    return value
-
-
 def _validate(config: Config) -> None:
-    def value_of(path: str) -> Any:
-        return functools.reduce(getattr, path.split("."), config)
+    """Checks the rules between fields, which name the field that is easiest to change and the fix.
 
-    def need(ok: bool, path: str, fix: str) -> None:
-        if not ok:
-            raise InputError(f"config.{path} = {value_of(path)!r}: {fix}")
+    Raises:
+        InputError: a rule is broken.
+    """
+    for problems in (_sources, _rewards, _drafts, _batch_and_mesh, _evaluation):
+        for path, fix in problems(config):
+            raise schema.refusal(path, schema.value_at(config, path), fix)
 
-    def choice(path: str, *allowed: Any) -> None:
-        need(value_of(path) in allowed, path, "must be one of " + ", ".join(map(str, allowed)))
 
-    need(config.steps >= 0, "steps", "must be 0 (use epochs) or a number of rollouts")
-    need(config.steps > 0 or config.epochs > 0, "epochs", "must be above 0 where steps = 0")
-    need(config.seed < 2**31, "seed", "must be below 2**31")
-    for path in ("optimizer.b1", "optimizer.b2"):
-        need(0 <= value_of(path) < 1, path, "must be at least 0 and below 1")
-    for path in ("algorithm.epsilon", "algorithm.epsilon_high", "rewards.judge.temperature"):
-        need(value_of(path) is None or value_of(path) >= 0, path, "must be at least 0, or None")
-    need(config.optimizer.learning_rate < 1e3, "optimizer.learning_rate", "must be a finite, small number")
-    choice("model.dtype", "bfloat16", "float32")
-    need(config.model.lora.alpha > 0, "model.lora.alpha", "must be above 0")
-    need(
-        config.model.lora.rank == 0 or config.model.lora.targets,
-        "model.lora.targets",
-        "name at least one weight to adapt",
-    )
-    choice("algorithm.loss_type", *LOSS_TYPES)
-    choice("algorithm.draft_selection", "best", "random", "worst", "first")
-    choice("algorithm.baseline", "mean", "leave_one_out")
-    choice("algorithm.scale_rewards", None, "group", "batch", "none")
-    choice("refine.template", "embed")
-    choice("learner.remat", "full", "dots", "none")
-    choice("learner.attention", "auto", "xla", "chunked", "cudnn", "splash")
-    choice("optimizer.mu_dtype", "float32", "bfloat16")
-    need(
-        config.algorithm.num_generations >= 2,
-        "algorithm.num_generations",
-        "a group needs at least 2 completions to compare",
-    )
-    at_least = {
-        0: "seed algorithm.num_drafts algorithm.beta algorithm.importance_sampling_cap rollout.temperature "
-        "algorithm.max_redraws algorithm.entropy_coef "
-        "rollout.top_k warm_start.steps model.lora.rank "
-        "rewards.accuracy rewards.format rewards.overlong rewards.overlong_cache rewards.judge.weight "
-        "rewards.judge.max_retries rewards.judge.budget optimizer.learning_rate "
-        "optimizer.weight_decay evaluation.every evaluation.limit evaluation.temperature evaluation.rounds "
-        "checkpoint.every log.samples_every watchdog.verifier watchdog.dispatch watchdog.checkpoint",
-        1: "prompts_per_step data.max_prompt_length rollout.max_completion_length rollout.slots evaluation.drafts "
-        "rollout.steps_per_dispatch rewards.workers rewards.judge.max_tokens rewards.judge.concurrency "
-        "learner.minibatches learner.max_nonfinite_steps checkpoint.keep log.every learner.tokens_per_microbatch "
-        "algorithm.num_iterations data.arithmetic.train_problems data.arithmetic.test_problems warm_start.batch_size "
-        "data.arithmetic.max_operand data.arithmetic.max_total model.builtin.num_heads model.builtin.num_kv_heads "
-        "model.builtin.num_layers",
-        2: "data.arithmetic.min_terms algorithm.num_generations",
-    }
-    for low, paths in at_least.items():
-        for path in paths.split():
-            need(value_of(path) >= low, path, f"must be at least {low}")
-    choice("rollout.dispatches_ahead", None, 0, 1)
-    for path in (
-        "refine.max_draft_length",
-        "evaluation.max_completion_length",
-        "evaluation.samples",
-        "learner.logprob_chunk",
-    ):
-        need(value_of(path) is None or value_of(path) >= 1, path, "must be at least 1, or None")
-    shares = (
-        "warm_start.error_rate warm_start.draft_fraction warm_start.draft_error_rate algorithm.draft_dropout "
-        "rewards.max_error_fraction optimizer.warmup_ratio optimizer.min_lr_ratio"
-    )
-    for path in shares.split():
-        need(0 <= value_of(path) <= 1, path, "must be within 0 and 1")
-    for path in ("rollout.top_p", "evaluation.top_p"):
-        need(0 < value_of(path) <= 1, path, "must be above 0 and at most 1")
-    need(config.refine.instruction.count("{draft}") == 1, "refine.instruction", "must hold {draft} exactly once")
-    seconds = "rewards.timeout rewards.judge.timeout checkpoint.preemption_grace cluster.start_timeout cluster.silence"
-    for path in seconds.split():
-        need(value_of(path) > 0, path, "must be a number of seconds above 0")
-    rewards, longest = config.rewards, config.rollout.max_completion_length
-    need(
-        rewards.accuracy + rewards.format + rewards.judge.weight > 0 or (rewards.custom and rewards.custom_weight),
-        "rewards.accuracy",
-        "with rewards.format, rewards.judge.weight and rewards.custom also unused there is no reward",
-    )
-    need(
-        not rewards.overlong or 1 <= rewards.overlong_cache <= longest,
-        "rewards.overlong_cache",
-        f"must be between 1 and rollout.max_completion_length = {longest} where rewards.overlong is used",
-    )
-    need(
-        not rewards.custom or re.fullmatch(r"[\w.]+:\w+", rewards.custom),
-        "rewards.custom",
-        "must be written as module:function",
-    )
-    need(not rewards.judge.weight or rewards.judge.model, "rewards.judge.model", "name the model of the endpoint")
-    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", rewards.judge.api_key_env):  # likely the key: not repeated, not written
-        raise InputError(
-            "config.rewards.judge.api_key_env: must be the name of an environment variable in capitals, such as "
-            "OPENAI_API_KEY, and not the key itself; export the key in it"
-        )
-    need(
-        config.optimizer.max_grad_norm > 0,
-        "optimizer.max_grad_norm",
-        "must be above 0 (a large number switches clipping off)",
-    )
+def _sources(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with the length of the run, its model and its problems."""
+    if config.steps == 0 and not config.epochs > 0:
+        yield "epochs", "must be above 0 where steps = 0"
+    if config.model.lora.rank and not config.model.lora.targets:
+        yield "model.lora.targets", "name at least one weight to adapt"
+    if config.data.arithmetic.max_terms < config.data.arithmetic.min_terms:
+        yield "data.arithmetic.max_terms", "must be at least data.arithmetic.min_terms"
+    if config.warm_start.steps and config.model.path:
+        yield "warm_start.steps", "the supervised start is for the built-in model; set it to 0 with model.path"
+    if config.data.train and not config.model.path:
+        yield "model.path", "data.train needs a model and its tokenizer; the built-in model only knows its own task"
+
+
+def _rewards(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with the rewards."""
+    rewards = config.rewards
+    longest = config.rollout.max_completion_length
+    if not (rewards.largest > 0 or (rewards.custom and rewards.custom_weight)):
+        fix = "with rewards.format, rewards.judge.weight and rewards.custom also unused there is no reward"
+        yield "rewards.accuracy", fix
+    if rewards.overlong and not 1 <= rewards.overlong_cache <= longest:
+        fix = f"must be between 1 and rollout.max_completion_length = {longest} where rewards.overlong is used"
+        yield "rewards.overlong_cache", fix
+    if rewards.judge.weight and not rewards.judge.model:
+        yield "rewards.judge.model", "name the model of the endpoint"
+
+
+def _drafts(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with the departures from the paper that concern drafts."""
     algorithm = config.algorithm
-    need(
-        not algorithm.train_drafts or algorithm.num_drafts != 1,
-        "algorithm.train_drafts",
-        "one draft has no other to be compared with; set algorithm.num_drafts to at least 2",
-    )
-    need(
-        not (algorithm.train_drafts and algorithm.draft_early_stop),
-        "algorithm.train_drafts",
-        "drafts that stop at a success are a biased sample of the policy's; set algorithm.draft_early_stop to False",
-    )
-    need(
-        not (algorithm.draft_early_stop and rewards.custom and rewards.custom_weight),
-        "algorithm.draft_early_stop",
-        "the largest possible reward is not known with rewards.custom",
-    )
-    need(algorithm.delta is None or algorithm.delta > 1, "algorithm.delta", "must be above 1 + epsilon_high, or None")
-    # Refinements and drafts are dealt out apart, so that every minibatch has its share of both.
+    if algorithm.train_drafts and algorithm.num_drafts == 1:
+        fix = "one draft has no other to be compared with; set algorithm.num_drafts to at least 2"
+        yield "algorithm.train_drafts", fix
+    if algorithm.train_drafts and algorithm.draft_early_stop:
+        fix = (
+            "drafts that stop at a success are a biased sample of the policy's; set algorithm.draft_early_stop to False"
+        )
+        yield "algorithm.train_drafts", fix
+    if algorithm.draft_early_stop and config.rewards.custom and config.rewards.custom_weight:
+        yield "algorithm.draft_early_stop", "the largest possible reward is not known with rewards.custom"
+
+
+def _batch_and_mesh(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with how the completions of a step and the devices are divided."""
+    algorithm = config.algorithm
+    # Refinements and drafts are divided apart, so that every minibatch has its part of both.
     counts = [algorithm.num_generations] + [algorithm.num_drafts] * algorithm.train_drafts
-    for rows in [config.prompts_per_step * count for count in counts]:
-        fix = f"must divide the {rows} trained completions of a stage per step"
-        need(rows % config.learner.minibatches == 0, "learner.minibatches", fix)
-    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    need(sum(size == -1 for size in sizes) <= 1, "mesh.fsdp", "only one axis may be -1 (the rest of the devices)")
-    for axis, size in zip(("data", "fsdp", "tensor"), sizes, strict=True):
-        need(size == -1 or size >= 1, f"mesh.{axis}", "must be -1 (the rest of the devices) or at least 1")
-    arithmetic = config.data.arithmetic
-    need(
-        arithmetic.max_terms >= arithmetic.min_terms,
-        "data.arithmetic.max_terms",
-        "must be at least data.arithmetic.min_terms",
-    )
-    need(
-        not config.warm_start.steps or not config.model.path,
-        "warm_start.steps",
-        "the supervised start is for the built-in model; set it to 0 with model.path",
-    )
-    need(
-        config.model.path or not config.data.train,
-        "model.path",
-        "data.train needs a model and its tokenizer; the built-in model only knows its own task",
-    )
-    need(
-        config.evaluation.every == 0 or config.evaluation.benchmarks,
-        "evaluation.benchmarks",
-        "name at least one benchmark, or set evaluation.every to 0",
-    )
-    known = ("tensorboard", "wandb")
-    fix = "each must be one of " + ", ".join(known) + ", once"
-    need(set(config.log.trackers) <= set(known), "log.trackers", fix)
-    need(len(set(config.log.trackers)) == len(config.log.trackers), "log.trackers", fix)
-    need(all(k >= 1 for k in config.evaluation.pass_at), "evaluation.pass_at", "each k must be at least 1")
-    need(
-        not config.checkpoint.best_metric or config.evaluation.every,
-        "checkpoint.best_metric",
-        "is a metric of evaluations; set evaluation.every",
-    )
+    for completions in [config.prompts_per_step * count for count in counts]:
+        if completions % config.learner.minibatches:
+            yield "learner.minibatches", f"must divide the {completions} trained completions of a stage per step"
+    if (config.mesh.data, config.mesh.fsdp, config.mesh.tensor).count(-1) > 1:
+        yield "mesh.fsdp", "only one axis may be -1 (the rest of the devices)"
+
+
+def _evaluation(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with evaluations and what needs them."""
+    if config.evaluation.every and not config.evaluation.benchmarks:
+        yield "evaluation.benchmarks", "name at least one benchmark, or set evaluation.every to 0"
+    if config.checkpoint.best_metric and not config.evaluation.every:
+        yield "checkpoint.best_metric", "is a metric of evaluations; set evaluation.every"

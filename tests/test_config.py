@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from igrpo_jax import config
+from igrpo_jax import config, schema
 from igrpo_jax.data.catalog import TRAINING_SETS
 from igrpo_jax.errors import InputError
 
@@ -21,11 +21,12 @@ def load(path: Path):
 
 
 def test_the_defaults_are_the_papers_and_valid():
-    c = config.freeze(config.default())
-    assert c == config.Config()
-    assert (c.algorithm.num_drafts, c.algorithm.num_generations, c.prompts_per_step) == (4, 4, 32)
-    assert (c.optimizer.learning_rate, c.optimizer.min_lr_ratio, c.optimizer.warmup_ratio) == (1e-6, 0.1, 0.1)
-    assert (c.rollout.temperature, c.algorithm.beta) == (0.7, 0.0)
+    frozen = config.freeze(config.default())
+    assert frozen == config.Config()
+    assert (frozen.algorithm.num_drafts, frozen.algorithm.num_generations, frozen.prompts_per_step) == (4, 4, 32)
+    optimizer = frozen.optimizer
+    assert (optimizer.learning_rate, optimizer.min_lr_ratio, optimizer.warmup_ratio) == (1e-6, 0.1, 0.1)
+    assert (frozen.rollout.temperature, frozen.algorithm.beta) == (0.7, 0.0)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -33,9 +34,9 @@ def test_every_config_file_is_valid(path):
     tree = load(path)
     if path.stem == "smollm2_gsm8k_cpu":  # needs what its docstring says is to be given
         tree.model.path, tree.data.train = "model", "gsm8k"
-    c = config.freeze(tree)
-    # A hub id or a name that is known: a file would be one that nobody has.
-    assert c.data.train in ("", *TRAINING_SETS) or c.data.train.count("/") == 1
+    train = config.freeze(tree).data.train
+    # Only a hub id or a known name is right: nobody else has the file that a path would name.
+    assert train in ("", *TRAINING_SETS) or train.count("/") == 1
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,14 @@ def test_a_field_that_a_config_file_adds_is_refused():
         ("rewards.judge.concurrency", 0, "at least 1"),
         ("rewards.judge.timeout", 0.0, "above 0"),
         ("model.dtype", "float16", "one of bfloat16, float32"),
+        ("seed", 2**31, "must be at least 0 and below 2\\*\\*31"),
+        ("epochs", 0.0, "above 0 where steps = 0"),
+        ("optimizer.b2", 1.0, "must be at least 0 and below 1"),
+        ("optimizer.max_grad_norm", 0.0, "above 0 .a large number switches clipping off"),
+        ("evaluation.pass_at", (1, 0), "each must be at least 1"),
+        ("evaluation.samples", 0, "must be at least 1, or None"),
+        ("log.trackers", ("wandb", "wandb"), "each must be one of tensorboard, wandb, once"),
+        ("rollout.dispatches_ahead", 2, "must be one of None, 0, 1"),
     ],
 )
 def test_a_value_that_no_run_can_use_is_one_line_with_field_value_and_fix(path, value, says):
@@ -181,4 +190,4 @@ def test_what_may_change_on_resume_is_no_difference():
 
 def test_what_may_change_on_resume_is_a_field():
     sections = {field.name for field in dataclasses.fields(config.Config)}
-    assert set(config.MAY_CHANGE_ON_RESUME) <= {*config.field_paths(), *sections}
+    assert set(config.MAY_CHANGE_ON_RESUME) <= {*schema.field_paths(config.Config), *sections}

@@ -8,13 +8,14 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_structure import FILES, FLOORS
 
-from igrpo_jax import config
+from igrpo_jax import config, schema
 from igrpo_jax.learning import objectives
 from igrpo_jax.outputs import alerts
 
@@ -44,11 +45,11 @@ def test_the_configuration_reference_is_what_config_py_says():
 
 def test_every_setting_has_a_line_with_a_meaning():
     rows = [line.strip("| ").split(" | ") for line in page("configuration.md").splitlines() if line.startswith("| `")]
-    meanings = {cells[0].strip("`"): cells[-1] for cells in rows if len(cells) == 4}
-    paths = config.field_paths()
+    meanings = {cells[0].strip("`"): cells[-1] for cells in rows if len(cells) == 5}
+    paths = schema.field_paths(config.Config)
     leaves = [path for path in paths if not any(other.startswith(path + ".") for other in paths)]
     assert sorted(meanings) == sorted(leaves)
-    assert [name for name, meaning in meanings.items() if not meaning.strip()] == []
+    assert [name for name, meaning in meanings.items() if not re.fullmatch("[A-Z].*[.]", meaning)] == []
 
 
 # The metrics reference.
@@ -206,7 +207,7 @@ def test_settings_and_commands_in_pages_are_real(path):
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r"--config\.([\w.]+)=", text):
         config.check_field(name)
-    sections = "|".join(sorted({name.partition(".")[0] for name in config.field_paths() if "." in name}))
+    sections = "|".join(sorted({name.partition(".")[0] for name in schema.field_paths(config.Config) if "." in name}))
     for name in re.findall(rf"`(?:config\.)?((?:{sections})(?:\.\w+)+)(?:=[^`]*)?`", text):
         if not name.endswith((".py", ".md", ".jsonl", ".json")):
             config.check_field(name)
@@ -224,7 +225,8 @@ def test_the_objective_in_ten_lines_works(monkeypatch):
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
     monkeypatch.setattr(objectives, "OBJECTIVES", dict(objectives.OBJECTIVES))
     exec(block, vars(objectives))
-    monkeypatch.setattr(config, "LOSS_TYPES", (*config.LOSS_TYPES, "luspo"))
+    loss_type = Annotated[str, schema.Choice(*config.LOSS_TYPES, "luspo")]
+    monkeypatch.setitem(config.AlgorithmConfig.__annotations__, "loss_type", loss_type)
     losses = {}
     for name in ("luspo", "gspo"):
         tree = config.default()
