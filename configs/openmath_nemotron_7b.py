@@ -2,18 +2,18 @@
 
     python -m igrpo_jax.main --config configs/openmath_nemotron_7b.py --workdir runs/openmath_nemotron_7b
 
-The problems are MATH's train split from the hub, 7,500 as in the paper; --config.data.train=FILE takes others. Every
-other setting is the paper's, and the default: 32 prompts a step, 4 drafts and 4 refinements of up to 4,096 tokens.
+The problems are MATH's train split from the hub, 7,500 as in the paper; --config.data.train=FILE names others. Every
+other setting is the default, which is the paper's: 32 prompts a step, 4 drafts and 4 refinements of up to 4,096 tokens.
 
-Memory, by arithmetic and not measured: weights, gradient and both moments take 122 GB over all devices, the sampler's
-bfloat16 copy 15 GB on each, and a slot 0.52 GB. For 8 devices of 80 GB.
+These settings are for 8 devices of 80 GB. Memory by arithmetic, not measured: weights, gradient and both moments take
+122 GB over all devices, the sampler's bfloat16 copy takes 15 GB on each device, and each slot takes 0.52 GB.
 """
 
 from igrpo_jax.config import default
 
 
 def get_config():
-    c = default()
-    c.model.path = "nvidia/OpenMath-Nemotron-7B"
-    c.data.train = "math"
-    return c
+    config = default()
+    config.model.path = "nvidia/OpenMath-Nemotron-7B"
+    config.data.train = "math"
+    return config

@@ -1,21 +1,23 @@
-"""Qwen2.5-7B-Instruct on MATH; with model.path any Qwen2.5.
+"""Qwen2.5-7B-Instruct on MATH; model.path may name any other Qwen2.5.
 
     python -m igrpo_jax.main --config configs/qwen2_5_7b.py --workdir runs/qwen2_5_7b
 
-The problems are MATH's train split from the hub, 7,500 as in the paper; --config.data.train=FILE takes others. Every
-other setting is the paper's, and the default: 32 prompts a step, 4 drafts and 4 refinements of up to 4,096 tokens. The
-paper has no run of it. Qwen2.5-Math has a context of 4,096 tokens: lower data.max_prompt_length,
-refine.max_draft_length and rollout.max_completion_length to fit it.
+The problems are MATH's train split from the hub, 7,500 as in the paper; --config.data.train=FILE names others. Every
+other setting is the default, which is the paper's: 32 prompts a step, 4 drafts and 4 refinements of up to 4,096 tokens.
+The paper has no run of this model.
 
-Memory, by arithmetic and not measured: weights, gradient and both moments take 122 GB over all devices, the sampler's
-bfloat16 copy 15 GB on each, and a slot 0.52 GB. For 8 devices of 80 GB.
+Qwen2.5-Math has a context of 4,096 tokens: lower data.max_prompt_length, refine.max_draft_length and
+rollout.max_completion_length to fit it.
+
+These settings are for 8 devices of 80 GB. Memory by arithmetic, not measured: weights, gradient and both moments take
+122 GB over all devices, the sampler's bfloat16 copy takes 15 GB on each device, and each slot takes 0.52 GB.
 """
 
 from igrpo_jax.config import default
 
 
 def get_config():
-    c = default()
-    c.model.path = "Qwen/Qwen2.5-7B-Instruct"
-    c.data.train = "math"
-    return c
+    config = default()
+    config.model.path = "Qwen/Qwen2.5-7B-Instruct"
+    config.data.train = "math"
+    return config

@@ -1,20 +1,22 @@
-"""Qwen3-8B on MATH; with model.path any dense Qwen3.
+"""Qwen3-8B on MATH; model.path may name any other dense Qwen3.
 
     python -m igrpo_jax.main --config configs/qwen3_8b.py --workdir runs/qwen3_8b
 
-The problems are MATH's train split from the hub, 7,500 as in the paper; --config.data.train=FILE takes others. Every
-other setting is the paper's, and the default: 32 prompts a step, 4 drafts and 4 refinements of up to 4,096 tokens. The
-paper has no run of it. The chat template leaves thinking on, and it is the model that opens <think>.
+The problems are MATH's train split from the hub, 7,500 as in the paper; --config.data.train=FILE names others. Every
+other setting is the default, which is the paper's: 32 prompts a step, 4 drafts and 4 refinements of up to 4,096 tokens.
+The paper has no run of this model.
 
-Memory, by arithmetic and not measured: weights, gradient and both moments take 131 GB over all devices, the sampler's
-bfloat16 copy 16 GB on each, and a slot 1.4 GB. For 8 devices of 80 GB.
+The chat template leaves thinking on, and the model itself opens <think>.
+
+These settings are for 8 devices of 80 GB. Memory by arithmetic, not measured: weights, gradient and both moments take
+131 GB over all devices, the sampler's bfloat16 copy takes 16 GB on each device, and each slot takes 1.4 GB.
 """
 
 from igrpo_jax.config import default
 
 
 def get_config():
-    c = default()
-    c.model.path = "Qwen/Qwen3-8B"
-    c.data.train = "math"
-    return c
+    config = default()
+    config.model.path = "Qwen/Qwen3-8B"
+    config.data.train = "math"
+    return config

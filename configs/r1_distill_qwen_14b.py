@@ -2,24 +2,24 @@
 
     python -m igrpo_jax.main --config configs/r1_distill_qwen_14b.py --workdir runs/r1_distill_qwen_14b
 
-The problems are MATH's train split from the hub, 7,500 as in the paper; --config.data.train=FILE takes others. Every
-other setting is the paper's, and the default: 32 prompts a step, 4 drafts and 4 refinements of up to 4,096 tokens.
+The problems are MATH's train split from the hub, 7,500 as in the paper; --config.data.train=FILE names others. Every
+other setting is the default, which is the paper's: 32 prompts a step, 4 drafts and 4 refinements of up to 4,096 tokens.
 
 The chat template opens <think> for the model, so that a completion starts inside it; rewards read the opened tag and
-the completion together. A draft's reasoning is part of q' as it was sampled (see igrpo_jax/data/prompts.py).
+the completion together. A draft's reasoning enters q' as it was sampled (see igrpo_jax/data/prompts.py).
 
-Memory, by arithmetic and not measured: weights, gradient and both moments take 236 GB over all devices, the sampler's
-bfloat16 copy 30 GB on each, and a slot 1.8 GB. For 8 devices of 80 GB; two of them share a copy of the weights and its
-slots.
+These settings are for 8 devices of 80 GB. Two devices share a copy of the weights and its slots. Memory by arithmetic,
+not measured: weights, gradient and both moments take 236 GB over all devices, the sampler's bfloat16 copy takes 30 GB
+on each device, and each slot takes 1.8 GB.
 """
 
 from igrpo_jax.config import default
 
 
 def get_config():
-    c = default()
-    c.model.path = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"
-    c.data.train = "math"
-    c.rollout.slots = 32
-    c.mesh.tensor = 2
-    return c
+    config = default()
+    config.model.path = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"
+    config.data.train = "math"
+    config.rollout.slots = 32
+    config.mesh.tensor = 2
+    return config

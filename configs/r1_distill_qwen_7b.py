@@ -2,22 +2,22 @@
 
     python -m igrpo_jax.main --config configs/r1_distill_qwen_7b.py --workdir runs/r1_distill_qwen_7b
 
-The problems are MATH's train split from the hub, 7,500 as in the paper; --config.data.train=FILE takes others. Every
-other setting is the paper's, and the default: 32 prompts a step, 4 drafts and 4 refinements of up to 4,096 tokens.
+The problems are MATH's train split from the hub, 7,500 as in the paper; --config.data.train=FILE names others. Every
+other setting is the default, which is the paper's: 32 prompts a step, 4 drafts and 4 refinements of up to 4,096 tokens.
 Paper, after training: AIME24 56.3, AIME25 40.2, MATH500 93.8 (before: 54.4, 38.6, 92.8).
 
 The chat template opens <think> for the model, so that a completion starts inside it; rewards read the opened tag and
-the completion together. A draft's reasoning is part of q' as it was sampled (see igrpo_jax/data/prompts.py).
+the completion together. A draft's reasoning enters q' as it was sampled (see igrpo_jax/data/prompts.py).
 
-Memory, by arithmetic and not measured: weights, gradient and both moments take 122 GB over all devices, the sampler's
-bfloat16 copy 15 GB on each, and a slot 0.52 GB. For 8 devices of 80 GB.
+These settings are for 8 devices of 80 GB. Memory by arithmetic, not measured: weights, gradient and both moments take
+122 GB over all devices, the sampler's bfloat16 copy takes 15 GB on each device, and each slot takes 0.52 GB.
 """
 
 from igrpo_jax.config import default
 
 
 def get_config():
-    c = default()
-    c.model.path = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
-    c.data.train = "math"
-    return c
+    config = default()
+    config.model.path = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
+    config.data.train = "math"
+    return config

@@ -2,60 +2,61 @@
 
     python -m igrpo_jax.main --config configs/tiny_cpu.py
 
-A 1.2 M parameter decoder with a character-level tokenizer learns sums such as 7-3+5-2, worked out step by step. A
-supervised warm start imitates a teacher that gets every fifth step wrong: the model's likeliest answer is then nearly
-always right, its samples are right about half the time. Two-stage RL (4 drafts, 4 refinements, plain iGRPO as in the
-paper) removes the noise, and the single-shot pass@1 on held-out problems (plain prompt, temperature 1) rises.
+A decoder with 1.2 M parameters and a character-level tokenizer learns sums such as 7-3+5-2, worked out step by step. A
+supervised warm start imitates a teacher that gets every fifth step wrong: afterwards the model's most likely answer is
+nearly always right, and its samples are right about half the time. Two-stage RL (4 drafts, 4 refinements, plain iGRPO
+as in the paper) removes the noise, and the single-shot pass@1 on held-out problems (plain prompt, temperature 1) rises.
 
-Expected: pass@1 about 0.5 before and 0.95 after 240 steps (seed 0: 0.49 and 0.95; where the warm start ends depends on
-rounding). With optimizer.learning_rate = 0 it stays where it was.
-Shorter runs with other seeds: 0.50 -> 0.85 (seed 1, 180 steps) and 0.54 -> 0.88 (seed 2, 160 steps, rate 1e-4). At a
-learning rate of 3e-4 the policy commits to wrong answers before it has sampled enough right ones (seeds 1 and 2 fell).
+Expected: pass@1 about 0.5 before and 0.95 after 240 steps (seed 0: 0.49 and 0.95; the result of the warm start depends
+on rounding). With optimizer.learning_rate = 0 pass@1 stays where it was. Shorter runs with other seeds: 0.50 -> 0.85
+(seed 1, 180 steps) and 0.54 -> 0.88 (seed 2, 160 steps, learning rate 1e-4). At a learning rate of 3e-4 the policy
+commits to wrong answers before it has sampled enough right ones: pass@1 fell with seeds 1 and 2.
 
-The drafts of the warm start carry no information: every step of them is a random digit. A model that has seen useful
-drafts there learns to copy instead of to solve; then all refinements of a group agree and nothing is learned.
+The drafts of the warm start carry no information, because every step of them is a random digit. A model that has seen
+useful drafts in the warm start learns to copy instead of to solve; then all refinements of a group agree, and nothing
+is learned.
 """
 
 from igrpo_jax.config import default
 
 
 def get_config():
-    c = default()
-    c.steps = 240
-    c.prompts_per_step = 16
+    config = default()
+    config.steps = 240
+    config.prompts_per_step = 16
 
-    c.model.dtype = "float32"
-    c.model.builtin.hidden_size = 192
-    c.model.builtin.num_layers = 3
-    c.model.builtin.num_heads = 6
-    c.model.builtin.num_kv_heads = 2
-    c.model.builtin.intermediate_size = 512
-    c.model.builtin.max_position_embeddings = 128
+    config.model.dtype = "float32"
+    config.model.builtin.hidden_size = 192
+    config.model.builtin.num_layers = 3
+    config.model.builtin.num_heads = 6
+    config.model.builtin.num_kv_heads = 2
+    config.model.builtin.intermediate_size = 512
+    config.model.builtin.max_position_embeddings = 128
 
-    c.data.instruction = ""
-    c.data.max_prompt_length = 32
-    c.data.arithmetic.min_terms = 3
-    c.data.arithmetic.max_terms = 4
-    c.data.arithmetic.max_total = 9
+    config.data.instruction = ""
+    config.data.max_prompt_length = 32
+    config.data.arithmetic.min_terms = 3
+    config.data.arithmetic.max_terms = 4
+    config.data.arithmetic.max_total = 9
 
-    c.warm_start.steps = 450
+    config.warm_start.steps = 450
 
-    c.refine.instruction = "{draft}"
-    c.rollout.max_completion_length = 24
-    c.rollout.temperature = 1.0
-    c.rollout.slots = 128
+    config.refine.instruction = "{draft}"
+    config.rollout.max_completion_length = 24
+    config.rollout.temperature = 1.0
+    config.rollout.slots = 128
 
-    c.learner.remat = "none"  # small enough to keep all activations
-    c.optimizer.learning_rate = 1.2e-4
-    c.optimizer.warmup_ratio = 0.05
+    config.learner.remat = "none"  # small enough to keep all activations
+    config.optimizer.learning_rate = 1.2e-4
+    config.optimizer.warmup_ratio = 0.05
 
-    c.evaluation.every = 20
-    c.evaluation.benchmarks = ("arithmetic",)
-    c.evaluation.samples = 2
-    c.evaluation.temperature = 1.0
-    c.evaluation.top_p = 1.0
+    config.evaluation.every = 20
+    config.evaluation.benchmarks = ("arithmetic",)
+    config.evaluation.samples = 2
+    config.evaluation.temperature = 1.0
+    config.evaluation.top_p = 1.0
 
-    c.checkpoint.every = 20
-    c.log.every = 5
-    c.log.samples_every = 60
-    return c
+    config.checkpoint.every = 20
+    config.log.every = 5
+    config.log.samples_every = 60
+    return config

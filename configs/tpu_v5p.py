@@ -2,23 +2,23 @@
 
     python -m igrpo_jax.main --config configs/tpu_v5p.py --workdir DIR
 
-on each of the two hosts of a v5p:2x2x2 (accelerator type v5p-16; tpu_scripts/ starts them all, docs/scaling.md says
-how). DIR is a folder that both hosts see.
+Run this on each of the two hosts of a v5p:2x2x2 (accelerator type v5p-16); tpu_scripts/ starts them all, as
+docs/scaling.md describes. DIR is a folder that both hosts see.
 
-`python -m igrpo_jax.aot --config configs/tpu_v5p.py --topology v5p:2x2x2` says: fits, with 57.8 GiB of 95.7 GiB per
-chip in an update and 48.3 GiB in sampling, 7.0 GiB of both for the code of all programs. A step in which every
-completion is as long as allowed takes 69 s at least.
+`python -m igrpo_jax.aot --config configs/tpu_v5p.py --topology v5p:2x2x2` reports that the run fits: an update takes
+57.8 of 95.7 GiB per chip and sampling takes 48.3 GiB; in both, 7.0 GiB are for the code of all programs. A step in
+which every completion has the greatest length takes at least 69 s.
 
-Every other setting is the paper's, and the default. No TPU was at hand to run it on.
+Every other setting is the default, which is the paper's. It has not been run on a TPU.
 """
 
 from igrpo_jax.config import default
 
 
 def get_config():
-    c = default()
-    c.model.path = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
-    c.data.train = "math"
-    c.rollout.slots = 128  # all drafts, or all refinements, of a step
-    c.learner.tokens_per_microbatch = 32_768  # a prompt with all four of its refinements
-    return c
+    config = default()
+    config.model.path = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
+    config.data.train = "math"
+    config.rollout.slots = 128  # all drafts, or all refinements, of a step
+    config.learner.tokens_per_microbatch = 32_768  # a prompt with all four of its refinements
+    return config

@@ -2,23 +2,23 @@
 
     python -m igrpo_jax.main --config configs/tpu_v6e.py --workdir DIR
 
-on each of the four hosts of a v6e:4x4 (accelerator type v6e-16; tpu_scripts/ starts them all, docs/scaling.md says
-how). DIR is a folder that all of them see. Two chips share a copy of the weights and its slots.
+Run this on each of the four hosts of a v6e:4x4 (accelerator type v6e-16); tpu_scripts/ starts them all, as
+docs/scaling.md describes. DIR is a folder that all hosts see. Two chips share a copy of the weights and its slots.
 
-`python -m igrpo_jax.aot --config configs/tpu_v6e.py --topology v6e:4x4` says: fits, with 25.8 GiB of 31.2 GiB per chip
-in an update and 25.0 GiB in sampling, 4.2 GiB of both for the code of all programs. A step in which every completion is
-as long as allowed takes 51 s at least.
+`python -m igrpo_jax.aot --config configs/tpu_v6e.py --topology v6e:4x4` reports that the run fits: an update takes 25.8
+of 31.2 GiB per chip and sampling takes 25.0 GiB; in both, 4.2 GiB are for the code of all programs. A step in which
+every completion has the greatest length takes at least 51 s.
 
-Every other setting is the paper's, and the default. No TPU was at hand to run it on.
+Every other setting is the default, which is the paper's. It has not been run on a TPU.
 """
 
 from igrpo_jax.config import default
 
 
 def get_config():
-    c = default()
-    c.model.path = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
-    c.data.train = "math"
-    c.mesh.tensor = 2
-    c.rollout.slots = 128  # all drafts, or all refinements, of a step
-    return c
+    config = default()
+    config.model.path = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
+    config.data.train = "math"
+    config.mesh.tensor = 2
+    config.rollout.slots = 128  # all drafts, or all refinements, of a step
+    return config
