@@ -5,7 +5,7 @@ import pytest
 
 from igrpo_jax import cli
 from igrpo_jax.config import ClusterConfig
-from igrpo_jax.distributed import cluster
+from igrpo_jax.distributed import abort, cluster, peers
 from igrpo_jax.errors import InputError, RunError
 
 SLURM = {
@@ -51,7 +51,7 @@ def test_a_metadata_server_that_does_not_answer_is_no_pod(monkeypatch, caplog):
     def fails():
         raise OSError("no route")
 
-    monkeypatch.setattr(cluster.clusters.GceTpuCluster, "is_env_present", fails)
+    monkeypatch.setattr(abort.clusters.GceTpuCluster, "is_env_present", fails)
     assert cluster._detected() is None
     assert "runs alone: it could not be asked whether this machine is part of a pod: no route" in caplog.text
 
@@ -93,10 +93,10 @@ def test_which_errors_may_follow_from_anothers_end():
     """One that does not is told at once; one that does would blame the wrong process."""
     gloo = "UNKNOWN: Gloo AllGather failed: Connection closed by peer"
     for error in (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), ValueError(gloo)):
-        assert cluster._may_follow(error) and cluster._may_follow(wrapped(error))
+        assert peers.may_follow(error) and peers.may_follow(wrapped(error))
     full, memory = (
         OSError(28, "No space left on device"),
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
     )
     for error in (InputError("--model: missing"), full, wrapped(full), memory, wrapped(memory), ValueError("x: y")):
-        assert not cluster._may_follow(error)
+        assert not peers.may_follow(error)

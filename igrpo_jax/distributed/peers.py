@@ -1,0 +1,186 @@
+"""Signs of life between the processes of a run: each writes that it lives, and ends when another one has ended.
+
+Process 0 keeps the key-value store through which they tell each other. Of its keys, `alive/I` holds what process I
+writes every second, `over` holds why they all end and through which process, and `told/I` says that process I has read
+it. See `cluster` for what follows from them.
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jax
+
+from igrpo_jax.distributed import abort, preemption, watchdog
+from igrpo_jax.errors import one_line
+
+_ALIVE, _TOLD, _OVER = "igrpo_jax/alive/", "igrpo_jax/told/", "igrpo_jax/over"  # keys; the first two by process
+_INTERVAL = 1.0  # seconds between two signs of life, and between two looks at the others
+_NOTICE = 10.0  # seconds in which the others have taken notice of the end, or never will
+FOREVER = 1 << 30  # ms
+
+
+class Peers:
+    """Tells the other processes that this one lives, and ends it when another one has failed or is missing.
+
+    Args:
+        silence: seconds without a sign of life after which a process is taken for ended.
+    """
+
+    def __init__(self, silence: float):
+        self._silence = silence
+        self._client = abort.client()
+        self._process = jax.process_index()
+        self._processes = jax.process_count()
+        self._clock = 0.0  # seconds that `_look` has seen pass; while this process stands still it hears nobody
+        self._heard = {i: (f"process {i}", "", 0.0) for i in range(self._processes)}  # name, phase, when last
+        self._numbers = dict.fromkeys(self._heard, -1)  # of the last signs of life
+        self._done = threading.Event()  # the block has ended without a failure, or after one that is told
+        self._failing = threading.Event()  # this process ends by itself, after an error of its own
+        self._over = threading.Event()  # another process was the reason for the end
+        self._ending = threading.Lock()
+        self._abort_handler = abort.delay_abort()  # `_listen` then has the time to say who has ended
+        loops = (self._beat, self._look, self._listen)
+        self._threads = [threading.Thread(target=loop, name=loop.__name__, daemon=True) for loop in loops]
+        for thread in self._threads:
+            thread.start()
+
+    def wait_for_end(self) -> None:
+        """Returns when all processes have come here, and none takes the end of another for a failure any more."""
+        self._client.wait_at_barrier("igrpo_jax/end", FOREVER)
+        self._done.set()
+        self._client.wait_at_barrier("igrpo_jax/done", FOREVER)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._done.set()
+        if self._process == 0:
+            self._publish(0, "")  # where nothing was published before: the others then stop listening
+        for thread in self._threads:
+            thread.join(2 * _INTERVAL)  # a thread that asks a process 0 which is gone gets no answer
+        abort.restore_abort(self._abort_handler)
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the others why this process ends. Does not return where another process is the reason."""
+        reason = f"{type(error).__name__}: {one_line(error)[:500]}".removesuffix(": ")
+        if may_follow(error):
+            say(f"{reason}; looking whether another process has ended")
+            if self._over.wait(1.5 * self._silence):
+                self._threads[-1].join()  # `_listen` ends this process
+        self._failing.set()
+        phase = watchdog.current() and f" in {watchdog.current()}"
+        self._publish(self._process, f"process {self._process} ({socket.gethostname()}) failed{phase}: {reason}")
+        self._notice(culprit=self._process)
+
+    def _publish(self, culprit: int, text: str) -> None:
+        """Tells all processes why they end, and through which process."""
+        with contextlib.suppress(RuntimeError):  # another was first, or process 0 is gone
+            self._client.key_value_set(_OVER, json.dumps({"culprit": culprit, "text": text}))
+
+    def _notice(self, culprit: int) -> None:
+        """Says that this process knows; process 0, which keeps what all read, waits until the others have ended."""
+        with contextlib.suppress(RuntimeError):
+            if self._process:
+                self._client.key_value_set(f"{_TOLD}{self._process}", "", allow_overwrite=True)
+                return
+            others, deadline = self._processes - 1 - (culprit != 0), time.monotonic() + _NOTICE
+            while len(self._client.key_value_dir_get(_TOLD)) < others and time.monotonic() < deadline:
+                time.sleep(_INTERVAL / 10)
+            time.sleep(3 * _INTERVAL)
+
+    def _beat(self) -> None:
+        """Writes that this process lives, and reads what the others wrote."""
+        number = 0
+        while not self._done.is_set():
+            number += 1
+            sign = {"host": socket.gethostname(), "phase": watchdog.current(), "preempted": preemption.noted()}
+            text = json.dumps(sign | {"number": number})
+            with contextlib.suppress(RuntimeError):
+                self._client.key_value_set(f"{_ALIVE}{self._process}", text, allow_overwrite=True)
+                for key, text in self._client.key_value_dir_get(_ALIVE):
+                    self._hear(int(key.rpartition("/")[2]), json.loads(text))
+            self._done.wait(_INTERVAL)
+
+    def _hear(self, process: int, sign: Mapping[str, Any]) -> None:
+        """Takes note of a sign of life, where it is a new one; a notice of preemption in it is one here too."""
+        if sign["number"] == self._numbers[process]:
+            return
+        self._numbers[process] = sign["number"]
+        name = f"process {process} ({sign['host']})"
+        self._heard[process] = (name, sign["phase"], self._clock)
+        if sign["preempted"]:
+            preemption.notice(f"SIGTERM of {name}")
+
+    def _look(self) -> None:
+        """Ends this process, or all, when another has been silent for too long."""
+        last = time.monotonic()
+        while not self._done.wait(_INTERVAL):
+            now = time.monotonic()
+            self._clock += min(now - last, 2 * _INTERVAL)
+            last = now
+            for process, (name, _, heard) in self._heard.items():
+                silent = self._clock - heard
+                if process != self._process and silent > self._silence:
+                    text = f"{name} has not been heard of for {silent:.0f} s; {self._was_in(process)}"
+                    if process == 0:  # nothing reaches the others without it
+                        self._end(text)
+                    self._publish(process, text)
+
+    def _listen(self) -> None:
+        """Ends this process when another has failed, or process 0 is gone.
+
+        It always has a request at process 0: a request that is there already fails at once when process 0 ends, a new
+        one would wait.
+        """
+        over = None
+        while over is None:
+            try:
+                over = json.loads(self._client.blocking_key_value_get(_OVER, FOREVER))
+            except RuntimeError as error:
+                if self._done.is_set():
+                    return
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    self._end(f"{self._heard[0][0]} has ended or cannot be reached; {self._was_in(0)}")
+        if not self._done.is_set():
+            self._follow(over)
+
+    def _follow(self, over: Mapping[str, Any]) -> None:
+        """Ends this process too, unless it is about to end by itself: each process tells an error that all have."""
+        self._over.set()
+        self._notice(over["culprit"])
+        if not self._failing.wait(2 * _INTERVAL):
+            self._end(over["text"])
+
+    def _was_in(self, process: int) -> str:
+        return f"it was in {self._heard[process][1] or 'no phase of a run'}"
+
+    def _end(self, text: str) -> NoReturn:
+        self._ending.acquire()  # never released: the first text is the one that is printed
+        say(f"{text}. This process ends too; the same command on all goes on from what was saved")
+        os._exit(1)
+
+
+def say(message: str) -> None:
+    """Prints an error to stderr, after what is still to be printed to stdout."""
+    sys.stdout.flush()
+    sys.stderr.write(f"igrpo_jax: error: {message}\n")
+    sys.stderr.flush()
+
+
+def may_follow(error: BaseException | None) -> bool:
+    """Returns whether `error`, or a cause of it, is an error of JAX that another process's end may bring about.
+
+    JAX's collectives on the CPU raise ValueErrors whose text begins with a status in capitals, as JAX's own errors do.
+    """
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) or re.match("[A-Z_]{5,}: ", str(error)):
+            return "RESOURCE_EXHAUSTED" not in str(error)
+        error = error.__cause__ or error.__context__
+    return False
