@@ -55,14 +55,14 @@ SETTINGS = {
 UNEVEN = """
 import dataclasses
 from igrpo_jax.learning import rollout
-submit = rollout._Step._submit
-def uneven(self, item, *args, **kwargs):
-    whole = self._rollout
-    if self._step == 2 and item.place % 5 % 2:
-        self._rollout = dataclasses.replace(whole, max_completion_length=2)
-    submit(self, item, *args, **kwargs)
-    self._rollout = whole
-rollout._Step._submit = uneven
+submit = rollout._StepRollout._submit
+def uneven(self, work, *args, **kwargs):
+    settings = self._rollout
+    if self._step == 2 and work.position.index % 2:
+        self._rollout = dataclasses.replace(settings, max_completion_length=2)
+    submit(self, work, *args, **kwargs)
+    self._rollout = settings
+rollout._StepRollout._submit = uneven
 """
 NOTICE = """
 import os, signal
@@ -158,7 +158,7 @@ def four(folder, two):
 def one(folder, compile_fast):
     """One process that runs to the end."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout._Step, "_submit", rollout._Step._submit)  # so that it is put back
+        patch.setattr(rollout._StepRollout, "_submit", rollout._StepRollout._submit)  # so that it is put back
         exec(UNEVEN, {})
         train.train(whole_runs.settings(**SETTINGS, **{"checkpoint.export": True}), folder / "one")
     return folder / "one"
