@@ -187,7 +187,7 @@ def ours(args: argparse.Namespace) -> dict:
         "peak_memory_bytes": memory,
         "roofline_fraction": round((steps * weights + read) / bandwidth / sum(medians), 4),
         "bandwidth": round(bandwidth),
-        "compiles": len(bench.engine.keys),
+        "compiles": bench.engine.num_programs,
         "recompiles": len(before) + len(after),
         "device": jax.devices()[0].device_kind,
         "slots": bench.slots,

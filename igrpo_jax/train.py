@@ -18,7 +18,7 @@ from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import compilations, use_disk_cache
 from igrpo_jax.learning import objectives
-from igrpo_jax.learning.learner import TrainState
+from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.outputs.metrics import rollout_metrics
 from igrpo_jax.session.opening import open_run
 from igrpo_jax.session.run import Run, StepResult

@@ -17,6 +17,8 @@ from test_structure import FILES, FLOORS
 
 from igrpo_jax import config, schema
 from igrpo_jax.learning import objectives
+from igrpo_jax.learning.loss import CompletionRows
+from igrpo_jax.learning.loss import loss as objective_loss
 from igrpo_jax.outputs import alerts
 
 ROOT = Path(__file__).parents[1]
@@ -235,7 +237,9 @@ def test_the_objective_in_ten_lines_works(monkeypatch):
         lengths, mask = np.array([1, 3]), np.arange(3) < np.array([[1], [3]])
         weight = np.where(mask, objectives.row_weights(chosen, lengths, np.ones(2, bool), 8)[:, None], 0.0)
         logprob = jnp.full((2, 3), -0.5)
-        losses[name] = objectives.loss(chosen, logprob, logprob, None, jnp.array([1.0, -1.0]), weight, mask).loss
+        losses[name] = objective_loss(
+            chosen, CompletionRows(logprob, logprob, None, jnp.array([1.0, -1.0]), weight, mask)
+        ).loss
     assert losses["luspo"] == pytest.approx(1.0) and losses["gspo"] == pytest.approx(0.0, abs=1e-6)
     vars(objectives).pop("_sequence_sum")
 

@@ -286,7 +286,7 @@ def test_what_does_not_fit_is_said_before_weights_are_read(monkeypatch):
     needs = {"update": 3 << 30, "rollout": 1 << 30}
     monkeypatch.setattr(overview, "predicted_bytes", lambda *_: needs)
     learner = Learner(task.config, task.policy.model, task.mesh, max_context=task.max_context, total_steps=5)
-    engine = type("Engine", (), {"keys": []})()
+    engine = type("Engine", (), {"num_programs": 0})()
     for there, expected in ((None, ["update 3.00 GiB, rollout 1.00 GiB"]), (2 << 30, None)):
         monkeypatch.setattr(overview, "device_bytes", lambda there=there: there)
         said = [

@@ -4,7 +4,8 @@
 
 builds the programs of a run for that slice of TPUs with their own compiler, libtpu; without --topology for the devices
 at hand. Out come a table of them, then "fits", or "does not fit" with what to change, and one JSON object as the last
-line. Exit code 0 where it fits, 3 where it does not. How bytes and seconds are found is in `footprint` and `costs`.
+line. Exit code 0 where it fits, 3 where it does not. `footprint` and `models.costs` say how bytes and seconds
+are counted.
 
 What this cannot show: how near to its published peaks a chip comes, what its links deliver, how long the host takes.
 """
@@ -20,7 +21,7 @@ from igrpo_jax.distributed.chips import size
 from igrpo_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from igrpo_jax.aot.footprint import Footprint, Program
+    from igrpo_jax.aot.footprint import Footprint, ProgramFootprint
 
 USAGE = "python -m igrpo_jax.aot --config FILE [--topology v5p:2x2x2] [--config.FIELD=VALUE ...]"
 FLAGS = {"topology": "slice of TPUs to build for, such as v5e:1x1 or v5p:2x2x2; default: the devices at hand"}
@@ -44,18 +45,18 @@ def main(argv: list[str]) -> None:
     if not given["topology"]:
         programs.use_disk_cache(config.compilation_cache)  # where a run on these devices finds what was compiled
     began = time.perf_counter()
-    found = footprint.prepare(config, devices)
-    print("\n".join(head(found)), flush=True)
-    footprint.build(found, lambda one: print(f"  {one.name}: compiled in {one.seconds:.1f} s", flush=True))
-    print("\n".join(["", *table(found), "", *step_lines(found), "", *verdict(found)]))
-    figures = {"topology": given["topology"] or found.chip.name} | summary(found)
+    run = footprint.prepare(config, devices)
+    print("\n".join(head(run)), flush=True)
+    footprint.build(run, lambda part: print(f"  {part.name}: compiled in {part.seconds:.1f} s", flush=True))
+    print("\n".join(["", *table(run), "", *step_lines(run), "", *verdict(run)]))
+    figures = {"topology": given["topology"] or run.chip.name} | summary(run)
     print(json.dumps(figures | {"seconds": round(time.perf_counter() - began, 1)}))
-    if not found.fits:
+    if not run.fits:
         raise SystemExit(DOES_NOT_FIT)
 
 
 def topology(name: str | None) -> list:
-    """The devices of a slice that need not be there; those at hand without a name.
+    """Returns the devices of a slice that need not be there; without a name, those at hand.
 
     Raises:
         InputError: libtpu is not installed, or knows no such slice.
@@ -80,75 +81,76 @@ def topology(name: str | None) -> list:
         host = {"chips_per_host_bounds": HOSTS[layout]} if (layout := name.rpartition(":")[2]) in HOSTS else {}
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **host).devices)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        said = str(error).splitlines()[0][:200]
-        raise InputError(f"--topology {name}: {said}; give a slice such as v5e:1x1, v6e:2x4 or v5p:2x2x2") from error
+        message = str(error).splitlines()[0][:200]
+        raise InputError(f"--topology {name}: {message}; give a slice such as v5e:1x1, v6e:2x4 or v5p:2x2x2") from error
 
 
-def head(found: "Footprint") -> list[str]:
-    """What is built, and for what."""
-    config, mesh, engine = found.config, found.mesh, found.engine
+def head(footprint: "Footprint") -> list[str]:
+    """Returns the lines that say what is built, and for what."""
+    config, mesh, engine = footprint.config, footprint.mesh, footprint.engine
     processes = len({device.process_index for device in mesh.devices.flat})
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    name, size_of_model = config.model.path or "the built-in model", f"{found.model.num_params / 1e9:.2f} B parameters"
+    name = config.model.path or "the built-in model"
     return [
-        f"{name}, {size_of_model}, {config.model.dtype}; "
-        f"{mesh.size} x {found.chip.name} in {processes} process{'es' * (processes > 1)} ({sizes})",
-        f"contexts of up to {found.max_context:,} tokens, completions of {config.rollout.max_completion_length:,}, "
-        f"attention {found.model.attention}; {engine.shard_slots} slots and {size(engine.state_bytes)} of cache on "
+        f"{name}, {footprint.cfg.num_params / 1e9:.2f} B parameters, {config.model.dtype}; "
+        f"{mesh.size} x {footprint.chip.name} in {processes} process{'es' * (processes > 1)} ({sizes})",
+        f"contexts of up to {footprint.max_context:,} tokens, completions of {config.rollout.max_completion_length:,}, "
+        f"attention {footprint.cfg.attention}; {engine.shard_slots} slots and {size(engine.state_bytes)} of cache on "
         "each device",
     ]
 
 
-def table(found: "Footprint") -> list[str]:
-    """One line for each program, then one for each of its kinds of collectives."""
-    rows = [COLUMNS, *(_row(found, one) for one in found.programs)]
+def table(footprint: "Footprint") -> list[str]:
+    """Returns one line for each program, then one for each program's collectives."""
+    rows = [COLUMNS, *(_row(footprint, part) for part in footprint.programs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    lines += ["", f"machine code of all programs: {size(found.code)}, part of the shares of HBM; collectives:"]
-    for one in found.programs:
-        kinds = [f"{x.count:g} {kind} ({x.bytes / 1e9:.3g} GB)" for kind, x in sorted(one.sent.items())]
-        lines.append(f"  {one.name}: {', '.join(kinds) or 'none'}")
+    lines += ["", f"machine code of all programs: {size(footprint.code)}, part of the shares of HBM; collectives:"]
+    for part in footprint.programs:
+        kinds = [f"{x.count:g} {kind} ({x.bytes / 1e9:.3g} GB)" for kind, x in sorted(part.sent.items())]
+        lines.append(f"  {part.name}: {', '.join(kinds) or 'none'}")
     return lines
 
 
-def _row(found: "Footprint", one: "Program") -> list[str]:
-    seconds, bound = found.least(one.cost, one.received)
-    parts = (one.arguments, one.temporaries, one.output, one.beside, one.total)
-    sizes = ["-"] * len(parts) if one.refused else [*map(size, parts)]
-    share = "too much" if one.refused else f"{(one.total + found.code) / found.chip.hbm_bytes:.1%}"
-    figures = [one.cost.flops / 1e12, one.cost.bytes / 1e9, one.received / 1e9, seconds * 1e3]
-    return [one.name, f"{one.seconds:.1f} s", *sizes, share, *(f"{x:.3g}" for x in figures), bound]
+def _row(footprint: "Footprint", part: "ProgramFootprint") -> list[str]:
+    seconds, bound = footprint.least(part.cost, part.received)
+    parts = (part.arguments, part.temporaries, part.output, part.beside, part.total)
+    sizes = ["-"] * len(parts) if part.refused else [*map(size, parts)]
+    of_memory = "too much" if part.refused else f"{(part.total + footprint.code) / footprint.chip.hbm_bytes:.1%}"
+    figures = [part.cost.flops / 1e12, part.cost.bytes / 1e9, part.received / 1e9, seconds * 1e3]
+    return [part.name, f"{part.seconds:.1f} s", *sizes, of_memory, *(f"{x:.3g}" for x in figures), bound]
 
 
-def step_lines(found: "Footprint") -> list[str]:
-    """The least time of the longest step, and of its parts."""
-    parts = found.step()
+def step_lines(footprint: "Footprint") -> list[str]:
+    """Returns the lines of the least time of the longest step, and of its parts."""
+    parts = footprint.step()
     total = sum(seconds for seconds, _ in parts.values())
-    longest = found.config.rollout.max_completion_length
+    longest = footprint.config.rollout.max_completion_length
     title = f"a step in which every completion takes {longest:,} tokens cannot take less than {total:.3g} s:"
     return [title, *(f"  {name:<24}{seconds:10.3g} s  {bound}" for name, (seconds, bound) in parts.items())]
 
 
-def verdict(found: "Footprint") -> list[str]:
-    """Whether it fits, and where it does not, settings to change."""
-    one, there = found.fullest, size(found.chip.hbm_bytes)
-    if found.fits:
-        return [f"fits: {found.share:.1%} of {there} at its fullest, in {one.name}"]
-    if one.refused:
-        need = f"{one.name} alone is more than the compiler allows ({one.refused[:200]})"
+def verdict(footprint: "Footprint") -> list[str]:
+    """Returns the lines that say whether it fits, and where it does not, which settings to change."""
+    fullest, available = footprint.fullest, size(footprint.chip.hbm_bytes)
+    if footprint.fits:
+        return [f"fits: {footprint.used_fraction:.1%} of {available} at its fullest, in {fullest.name}"]
+    if fullest.refused:
+        need = f"{fullest.name} alone is more than the compiler allows ({fullest.refused[:200]})"
     else:
-        need = f"{one.name} needs {size(one.total + found.code)} of {there}"
-    return [f"does not fit: {need}. Settings to change:", *(f"  {line}" for line in advice(found))]
+        need = f"{fullest.name} needs {size(fullest.total + footprint.code)} of {available}"
+    return [f"does not fit: {need}. Settings to change:", *(f"  {line}" for line in advice(footprint))]
 
 
-def advice(found: "Footprint") -> list[str]:
-    """Settings that lower what the fullest moment needs, with their values now."""
-    config, one, sizes = found.config, found.fullest, found.mesh.shape
+def advice(footprint: "Footprint") -> list[str]:
+    """Returns settings that lower what the fullest moment needs, with their values now."""
+    config, fullest, sizes = footprint.config, footprint.fullest.program, footprint.mesh.shape
+    training = footprint.learner.programs
     lines = []
-    if one.kind in ("accumulate", "score"):
-        lines = _of_update(config)
-    elif one.kind not in ("apply", "weights"):
-        lines = _of_rollout(config, found)
+    if fullest in (training.accumulate, training.score):
+        lines = _advise_update(config)
+    elif fullest in tuple(footprint.engine.programs):
+        lines = _advise_rollout(footprint)
     if sizes["data"] > 1:
         lines.append(f"mesh.fsdp = {sizes['fsdp']}: a larger one, in the place of mesh.data, splits the training state")
     else:
@@ -162,53 +164,53 @@ def advice(found: "Footprint") -> list[str]:
     return lines
 
 
-def _of_update(config: Config) -> list[str]:
+def _advise_update(config: Config) -> list[str]:
     lines = [f"learner.tokens_per_microbatch = {config.learner.tokens_per_microbatch}: lower it"]
     if config.learner.remat != "full":
         lines.append(f"learner.remat = {config.learner.remat}: full")
     return lines
 
 
-def _of_rollout(config: Config, found: "Footprint") -> list[str]:
-    engine, one = found.engine, found.fullest
-    slot = engine.length * found.costs.token_bytes + found.costs.state_bytes
-    shards = found.mesh.shape["data"] * found.mesh.shape["fsdp"]
-    over = one.total + found.code - found.chip.hbm_bytes
-    most = 0 if one.refused else int(engine.shard_slots - over / slot) * shards
+def _advise_rollout(footprint: "Footprint") -> list[str]:
+    config, engine, fullest = footprint.config, footprint.engine, footprint.fullest
+    slot = engine.programs.costs.cache_slots(1, engine.length).bytes
+    shards = footprint.mesh.shape["data"] * footprint.mesh.shape["fsdp"]
+    over = fullest.total + footprint.code - footprint.chip.hbm_bytes
+    most = 0 if fullest.refused else int(engine.shard_slots - over / slot) * shards
     advice = f"at most about {most}" if most > 0 else "fewer"
     lines = [f"rollout.slots = {config.rollout.slots}: {advice} ({size(slot)} each)"]
     lines.append(f"rollout.max_completion_length = {config.rollout.max_completion_length}: lower it")
     if config.algorithm.num_drafts:
         lines.append(f"refine.max_draft_length = {config.draft_limit}: lower it")
-    lines.append(f"mesh.tensor = {found.mesh.shape['tensor']}: a larger one, which splits weights and cache")
+    lines.append(f"mesh.tensor = {footprint.mesh.shape['tensor']}: a larger one, which splits weights and cache")
     return lines
 
 
-def summary(found: "Footprint") -> dict[str, Any]:
-    """The figures of the table as they go into the JSON object."""
+def summary(footprint: "Footprint") -> dict[str, Any]:
+    """Returns the figures of the table as they go into the JSON object."""
     return {
-        "fits": found.fits,
-        "devices": found.mesh.size,
-        "mesh": dict(found.mesh.shape),
-        "hbm_bytes": found.chip.hbm_bytes,
-        "share": round(found.share, 4),
-        "fullest": found.fullest.name,
-        "code": found.code,
-        "least_step_seconds": {name: seconds for name, (seconds, _) in found.step().items()},
-        "programs": [_figures(found, one) for one in found.programs],
+        "fits": footprint.fits,
+        "devices": footprint.mesh.size,
+        "mesh": dict(footprint.mesh.shape),
+        "hbm_bytes": footprint.chip.hbm_bytes,
+        "share": round(footprint.used_fraction, 4),
+        "fullest": footprint.fullest.name,
+        "code": footprint.code,
+        "least_step_seconds": {name: seconds for name, (seconds, _) in footprint.step().items()},
+        "programs": [_figures(footprint, part) for part in footprint.programs],
     }
 
 
-def _figures(found: "Footprint", one: "Program") -> dict[str, Any]:
+def _figures(footprint: "Footprint", part: "ProgramFootprint") -> dict[str, Any]:
     names = ("name", "kind", "arguments", "temporaries", "output", "beside", "total", "code", "received", "refused")
-    seconds, bound = found.least(one.cost, one.received)
-    return {name: getattr(one, name) for name in names} | {
-        "compile_seconds": round(one.seconds, 2),
-        "flops": one.cost.flops,
-        "bytes_moved": one.cost.bytes,
+    seconds, bound = footprint.least(part.cost, part.received)
+    return {name: getattr(part, name) for name in names} | {
+        "compile_seconds": round(part.seconds, 2),
+        "flops": part.cost.flops,
+        "bytes_moved": part.cost.bytes,
         "least_seconds": seconds,
         "bound": bound,
-        "collectives": {kind: {"count": x.count, "bytes": x.bytes} for kind, x in one.sent.items()},
+        "collectives": {kind: {"count": x.count, "bytes": x.bytes} for kind, x in part.sent.items()},
     }
 
 

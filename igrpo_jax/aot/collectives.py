@@ -1,8 +1,8 @@
 """What devices send one another in a compiled program, read from its text.
 
-Each collective is counted as often as it runs: those in the body of a loop times its trips, where the text says them (a
-count from 0 to a constant), else once. Bytes are those that one device receives if no byte comes twice: of n devices
-and a result of B bytes, an all-gather (n - 1) / n B, an all-reduce twice that, a reduce-scatter (n - 1) B.
+Each collective is counted as often as it runs: one in the body of a loop as often as the loop runs, where the text says
+that (a count from 0 to a constant), else once. Bytes are those that one device receives if no byte comes twice: with n
+devices and a result of B bytes, an all-gather (n - 1) / n B, an all-reduce twice that, a reduce-scatter (n - 1) B.
 """
 
 import collections
@@ -27,17 +27,24 @@ _SCATTERS = "all-reduce-scatter"
 
 @dataclass
 class Traffic:
+    """How often a collective runs, and what it moves."""
+
     count: float = 0.0
     bytes: float = 0.0  # that one device receives
 
     def add(self, other: "Traffic", times: float) -> None:
+        """Adds `other`, which runs so many times."""
         self.count += other.count * times
         self.bytes += other.bytes * times
 
 
 def collectives(text: str, devices: int) -> dict[str, Traffic]:
-    """By kind, of a compiled program (`jax.stages.Compiled.as_text`) on that many devices; kinds it has none of are
-    left out."""
+    """Returns the traffic of each kind of collective in a compiled program, and leaves out kinds that it does not have.
+
+    Args:
+        text: of the program, from `jax.stages.Compiled.as_text`.
+        devices: how many it runs on.
+    """
     own: dict[str, dict[str, Traffic]] = collections.defaultdict(lambda: collections.defaultdict(Traffic))
     called: dict[str, list[tuple[str, float | str]]] = collections.defaultdict(list)  # trips, or the loop's condition
     constants: dict[str, float] = {}
@@ -63,32 +70,32 @@ def collectives(text: str, devices: int) -> dict[str, Traffic]:
             times = float(trips[1]) if trips else condition[1] if condition else 1.0
             called[name] += [(other, times) for other in inner]
 
-    found: dict[str, Traffic] = collections.defaultdict(Traffic)
+    total: dict[str, Traffic] = collections.defaultdict(Traffic)
 
     def visit(name: str, times: float) -> None:
         for kind, traffic in own[name].items():
-            found[kind].add(traffic, times)
+            total[kind].add(traffic, times)
         for other, trips in called[name]:
             visit(other, times * (bounds.get(trips, 1.0) if isinstance(trips, str) else trips))
 
     visit(entry, 1.0)
-    return dict(found)
+    return dict(total)
 
 
 def _bytes(shape: str) -> int:
-    """Of all arrays of an HLO shape, tuples included: "(bf16[2,3]{1,0}, f32[])" has 16."""
+    """Returns the bytes of all arrays of an HLO shape, tuples included: "(bf16[2,3]{1,0}, f32[])" has 16."""
     return sum(
         _width(dtype) * math.prod(map(int, filter(None, sizes.split(",")))) for dtype, sizes in _ARRAY.findall(shape)
     )
 
 
 def _width(dtype: str) -> int:
-    """Bytes of one number: its bits are the first number in the name."""
+    """Returns the bytes of one number: its bits are the first number in the name."""
     return 1 if dtype == "pred" else max(int(re.search(r"\d+", dtype)[0]) // 8, 1)
 
 
 def _group(rest: str, devices: int) -> int:
-    """How many devices take part together."""
+    """Returns how many devices take part together."""
     if match := re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]<=", rest):
         return int(match[1])
     if match := re.search(r"replica_groups=mesh\[([^]]*)\] ?\{([^}]*)\}", rest):
@@ -100,13 +107,14 @@ def _group(rest: str, devices: int) -> int:
 
 
 def _received(kind: str, size: int, group: int, started: bool) -> float:
-    """Bytes that a device receives of a collective with a result of `size` bytes.
+    """Returns the bytes that a device receives of a collective with a result of `size` bytes.
 
     The result of one that is only started holds its operands too.
     """
     if started and kind in ("all-gather", "collective-permute", "reduce-scatter"):
-        share = {"all-gather": group, "collective-permute": 1, "reduce-scatter": 1 / group}[kind]
-        size = size * share / (share + 1)
+        # The size of the result over that of the operands.
+        ratio = {"all-gather": group, "collective-permute": 1, "reduce-scatter": 1 / group}[kind]
+        size = size * ratio / (ratio + 1)
     part = size * (group - 1) / group
     return {"all-gather": part, "all-to-all": part, "all-reduce": 2 * part, "reduce-scatter": part * group}.get(
         kind, size

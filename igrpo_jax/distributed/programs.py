@@ -1,11 +1,16 @@
-"""The programs that XLA compiles: ahead of time by key, counted while a run is under way, kept on disk between runs."""
+"""The programs that XLA compiles: one object for each kind, compiled once for each shape, kept on disk between runs.
+
+A `Program` is called like the function that it compiles. It also knows the shapes that a run may need, so that all of
+them can be compiled ahead of time, and what a call costs.
+"""
 
 import contextlib
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +18,132 @@ import jax
 
 from igrpo_jax.distributed import watchdog
 
-Key = tuple[Any, ...]  # what kind of program, then its shape
-_asked_for: ContextVar[str] = ContextVar("asked for", default="")  # key of the program that is being compiled
+Shape = tuple[Hashable, ...]  # what tells the compiled programs of one kind apart, such as (rows, positions to read)
+_being_compiled: ContextVar[str] = ContextVar("being compiled", default="")  # title of the program, "" for any other
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The work of one call on one device: floating point operations, and bytes that cross the device's memory."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(self.flops * times, self.bytes * times)
+
+
+class Program:
+    """One function on the devices, compiled once for each shape: ahead of time, or when it is first called.
+
+        decode = Program("decode", jax.jit(steps.decode, ...), arguments, mesh, shapes=[(64, 256), (64, 512)], ...)
+        state, status = decode(weights, state, least, sampling, shape=(64, 256))
+
+    Args:
+        name: the kind of program in messages.
+        jitted: the function under `jax.jit`.
+        arguments: maps the entries of a shape to the abstract arguments of `jitted` (shapes, dtypes and shardings).
+        mesh: the mesh that `jitted` is traced on.
+        shapes: all shapes that a run may need; () is the only one where there is nothing to tell apart.
+        largest: those of `shapes` that need most memory, for predictions; None = the last.
+        static: keywords of `jitted` that the entries of a shape are passed as, because they must be known when it is
+            traced.
+        cost: maps the entries of a shape to the work of one call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        jitted: jax.stages.Wrapped,
+        arguments: Callable[..., tuple],
+        mesh: jax.sharding.Mesh,
+        *,
+        shapes: Sequence[Shape] = ((),),
+        largest: Sequence[Shape] | None = None,
+        static: Sequence[str] = (),
+        cost: Callable[..., Cost] | None = None,
+    ):
+        self.name = name
+        self.jitted = jitted
+        self.shapes = list(shapes)
+        self.largest = list(self.shapes[-1:] if largest is None else largest)
+        self.cost = cost
+        self._arguments = arguments
+        self._mesh = mesh
+        self._static = static
+        self._compiled: dict[Shape, jax.stages.Compiled] = {}
+
+    def __call__(self, *arguments: Any, shape: Shape = ()) -> Any:
+        """Runs the program of `shape` and returns what `jitted` returns."""
+        return self.compiled(*shape)(*arguments)
+
+    def compiled(self, *shape: Hashable) -> jax.stages.Compiled:
+        """Returns the compiled program of `shape`, which is compiled now where it was not before."""
+        title = self.title(*shape)
+        watchdog.running(title)
+        if shape not in self._compiled:
+            token = _being_compiled.set(title)
+            try:
+                self._compiled[shape] = self.lower(*shape).compile()
+            finally:
+                _being_compiled.reset(token)
+        return self._compiled[shape]
+
+    def lower(self, *shape: Hashable) -> jax.stages.Lowered:
+        """Returns the traced program of `shape`, for a caller that compiles it by itself."""
+        static = dict(zip(self._static, shape, strict=True)) if self._static else {}
+        with jax.set_mesh(self._mesh):
+            return self.jitted.lower(*self._arguments(*shape), **static)
+
+    def title(self, *shape: Hashable) -> str:
+        """Returns the name with the shape, such as "decode 64 256"."""
+        return " ".join(map(str, (self.name, *shape)))
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes on each device while the largest shape compiled so far runs; 0 where none is compiled."""
+        return max(map(program_bytes, self._compiled.values()), default=0)
+
+
+def compile_all(programs: Sequence[Program], report: Callable[[int], None] = lambda done: None) -> None:
+    """Compiles what is missing of the shapes of `programs`, several at a time.
+
+    Args:
+        report: is given the number done so far.
+    """
+    wanted = [(program, shape) for program in programs for shape in program.shapes]
+    missing = [(program, shape) for program, shape in wanted if shape not in program._compiled]
+    report(len(wanted) - len(missing))
+    with ThreadPoolExecutor(max(2, min(16, (os.cpu_count() or 2) // 2))) as pool:
+        # Tracing is Python and stays in this thread; XLA's compiler runs beside it.
+        futures = {pool.submit(program.lower(*shape).compile): (program, shape) for program, shape in missing}
+        for done, future in enumerate(as_completed(futures), len(wanted) - len(missing) + 1):
+            program, shape = futures[future]
+            watchdog.running(program.title(*shape))
+            program._compiled[shape] = future.result()
+            report(done)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Yields a list that gets the name of every program that XLA compiles, or loads from disk, meanwhile.
+
+    The name is the title of a `Program`, kind first, or the name of any other function.
+    """
+    seen: list[str] = []
+
+    def listen(event: str, seconds: float, **details: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(_being_compiled.get() or str(details.get("fun_name", "a program")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def use_disk_cache(folder: str) -> None:
@@ -25,81 +154,21 @@ def use_disk_cache(folder: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-class Programs:
-    """Programs of fixed shapes by key, each compiled once: ahead of time by `compile`, or when first asked for.
-
-    Args:
-        lower: from a key to the traced program; raises KeyError for a key it doesn't know.
-    """
-
-    def __init__(self, lower: Callable[[Key], jax.stages.Lowered]):
-        self._lower, self._compiled = lower, {}
-
-    def __getitem__(self, key: Key) -> jax.stages.Compiled:
-        watchdog.running(_text(key))
-        if key not in self._compiled:
-            token = _asked_for.set(_text(key))
-            try:
-                self._compiled[key] = self._lower(key).compile()
-            finally:
-                _asked_for.reset(token)
-        return self._compiled[key]
-
-    def compile(self, keys: Sequence[Key], report: Callable[[int], None] = lambda done: None) -> None:
-        """Compiles what is missing of `keys`, several at a time; `report` is given the number done so far."""
-        missing = [key for key in keys if key not in self._compiled]
-        report(len(keys) - len(missing))
-        with ThreadPoolExecutor(max(2, min(16, (os.cpu_count() or 2) // 2))) as pool:
-            # Tracing is Python and stays in this thread; XLA's compiler runs beside it.
-            futures = {pool.submit(self._lower(key).compile): key for key in missing}
-            for done, future in enumerate(as_completed(futures), len(keys) - len(missing) + 1):
-                watchdog.running(_text(futures[future]))
-                self._compiled[futures[future]] = future.result()
-                report(done)
-
-    def peak_bytes(self, kinds: Collection[str]) -> int:
-        """Bytes on each device of the largest program so far whose key begins with one of `kinds`."""
-        return max((program_bytes(made) for key, made in self._compiled.items() if key[0] in kinds), default=0)
-
-
-def _text(key: Key) -> str:
-    return " ".join(map(str, key))
-
-
 def program_bytes(program: jax.stages.Compiled) -> int:
-    """Bytes on each device while `program` runs, by the compiler's own count; donated ones count once."""
+    """Returns the bytes on each device while `program` runs, by the compiler's own count; donated ones count once."""
     memory = program.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return kept + memory.temp_size_in_bytes
 
 
 def device_bytes() -> int | None:
-    """What JAX may use of the memory of a device; None where it does not say, as on a CPU."""
+    """Returns what JAX may use of the memory of a device; None where it does not say, as on a CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes on each device of arrays, or of shapes with shardings."""
+    """Returns the bytes on each device of arrays, or of shapes with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """A list that gets the name of every program that XLA compiles, or loads from disk, meanwhile.
-
-    It is the key, kind first, where the program is one of `Programs`; of others the name of the function.
-    """
-    seen: list[str] = []
-
-    def listen(event: str, seconds: float, **details: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(_asked_for.get() or str(details.get("fun_name", "a program")))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def length_buckets(longest: int, smallest: int) -> tuple[int, ...]:

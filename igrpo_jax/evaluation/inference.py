@@ -101,7 +101,7 @@ def _scheduler(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Pl
         dtype=config.model.dtype,
         steps_per_dispatch=config.rollout.steps_per_dispatch,
     )
-    with console.phase("compiling the sampler", len(engine.keys)) as update:
+    with console.phase("compiling the sampler", engine.num_programs) as update:
         engine.compile(update)
     console.message(f"{engine.slots} answers at once take {engine.predicted_bytes() / 2**30:.2f} GiB on each device")
     return Scheduler(engine, config.rollout.dispatches_ahead)

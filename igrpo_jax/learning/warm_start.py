@@ -1,7 +1,7 @@
 """The supervised start of the built-in model, so that reinforcement learning has something to improve.
 
-Cross-entropy on solutions by a noisy teacher (tasks/arithmetic). Some examples show a draft in the prompt, in the very
-form of Stage 2, so that the model has seen one. Never used with a real model.
+Cross-entropy on solutions by a noisy teacher (tasks/arithmetic). Some examples show a draft in the prompt, in the form
+of Stage 2, so that the model has seen one. It is never used with a real model.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from igrpo_jax.models.logprobs import completion_logprobs
 
 def warm_start(
     config: Config,
-    model: DecoderConfig,
+    cfg: DecoderConfig,
     mesh: jax.sharding.Mesh,
     params: decoder.Params,
     problems: Sequence[Problem],
@@ -31,11 +31,11 @@ def warm_start(
     encode: Callable[[str], np.ndarray],
     report: Callable[[int, float], None],
 ) -> decoder.Params:
-    """`params` after config.warm_start.steps supervised steps.
+    """Returns `params` after config.warm_start.steps supervised steps.
 
     Args:
-        encode: text of a completion to ids [T] int32, EOS included.
-        report: called with (step from 1, mean loss in nats per token).
+        encode: maps the text of a completion to ids [T] int32, EOS included.
+        report: is called with (step from 1, mean loss in nats per token).
     """
     settings = config.warm_start
     schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.steps // 10, settings.steps)
@@ -44,7 +44,7 @@ def warm_start(
 
     def loss(params, prefix, prefix_length, last, completions, length):
         logprob, _ = completion_logprobs(
-            model,
+            cfg,
             params,
             prefix,
             prefix_length,
@@ -59,27 +59,27 @@ def warm_start(
         return -jnp.sum(jnp.where(mask, logprob, 0.0)) / jnp.sum(mask)
 
     def step(params, opt_state, batch):
-        value, grads = jax.value_and_grad(loss)(params, *batch)
+        mean_loss, grads = jax.value_and_grad(loss)(params, *batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
+        return optax.apply_updates(params, updates), opt_state, mean_loss
 
-    places = jax.tree.map(lambda x: x.sharding, params)
-    run = jax.jit(step, donate_argnums=(0, 1), out_shardings=(places, None, None))
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    run = jax.jit(step, donate_argnums=(0, 1), out_shardings=(shardings, None, None))
     opt_state = jax.jit(optimizer.init)(params)
     for number in range(1, settings.steps + 1):
-        # Prompts with a draft are twice as long: a batch is of one kind, so that little of it is padding.
+        # Prompts with a draft are twice as long; a batch holds one kind only, so that little of it is padding.
         shows_draft = config.algorithm.num_drafts > 0 and rng.random() < settings.draft_fraction
         rows = [_example(config, rng, problems, renderer, encode, shows_draft) for _ in range(settings.batch_size)]
         batch = sharding.to_global(_pad(rows), sharding.batch_sharding(mesh))
-        params, opt_state, value = run(params, opt_state, batch)
-        report(number, float(value))
+        params, opt_state, mean_loss = run(params, opt_state, batch)
+        report(number, float(mean_loss))
     return params
 
 
 def _example(
     config: Config, rng: np.random.Generator, problems, renderer: Renderer, encode, shows_draft: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(context, completion) ids of one example."""
+    """Returns the (context, completion) ids of one example."""
     settings, top = config.warm_start, config.data.arithmetic.max_total
     problem = problems[int(rng.integers(len(problems)))]
     context = renderer.plain(problem.question)
@@ -90,12 +90,14 @@ def _example(
 
 
 def _pad(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
-    """Contexts without their last token, their lengths, the last tokens, completions [B, 1, T] and their lengths."""
+    """Returns contexts without their last tokens, their lengths, those tokens, completions [B, 1, T], their lengths."""
     contexts, targets = zip(*rows, strict=True)
     lengths = np.array([len(context) - 1 for context in contexts], np.int32)
     sizes = np.array([[len(target)] for target in targets], np.int32)
-    prefix = np.zeros((len(rows), pick_bucket(length_buckets(1 << 20, 16), int(lengths.max()))), np.int32)
-    completions = np.zeros((len(rows), 1, pick_bucket(length_buckets(1 << 20, 16), int(sizes.max()))), np.int32)
+    buckets = length_buckets(1 << 20, 16)
+    prefix = np.zeros((len(rows), pick_bucket(buckets, int(lengths.max()))), np.int32)
+    completions = np.zeros((len(rows), 1, pick_bucket(buckets, int(sizes.max()))), np.int32)
     for i, (context, target) in enumerate(rows):
-        prefix[i, : len(context) - 1], completions[i, 0, : len(target)] = context[:-1], target
+        prefix[i, : len(context) - 1] = context[:-1]
+        completions[i, 0, : len(target)] = target
     return prefix, lengths, np.array([context[-1] for context in contexts], np.int32), completions, sizes

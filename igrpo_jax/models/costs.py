@@ -1,171 +1,174 @@
-"""FLOPs and bytes of each kind of program by formula: what it must do, for a roofline.
+"""FLOPs and bytes of a model's passes by formula: what a program must do, for a roofline.
 
 The compiler's own count takes the body of a loop once and nothing of a Pallas kernel. Here multiply-adds are two FLOPs,
 and bytes are what crosses the memory of the device if each product reads its inputs and writes its output once; norms,
-rotations and the softmax are left out of both. All figures are of one device and one call.
+rotations and the softmax are left out of both. Every Cost is that of one device and one call.
+
+`ModelCosts` counts forward passes and the sampler's cache; `TrainingCosts` adds the backward pass and the optimizer.
 
 Legend: D model, V vocab, N heads, K kv heads, H head dim, G groups, P state; of a micro-batch see `packing.Shape`.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax.numpy as jnp
 import jax.sharding
 
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.programs import Cost
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.logprobs import LOGITS_BYTES
 
 
-@dataclass(frozen=True)
-class Cost:
-    flops: float
-    bytes: float
+class ModelCosts:
+    """The costs of a forward pass, and of slots of the sampler's cache, in one dtype on one mesh."""
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
-
-    def __mul__(self, times: float) -> "Cost":
-        return Cost(self.flops * times, self.bytes * times)
-
-
-class Costs:
-    """Of the programs of a run `c` with `model` on `mesh`, by the keys of `learner` and `sampling/engine`.
-
-    Args:
-        width: slots that a call of "insert", "move" or "harvest" works on, where these are asked for.
-    """
-
-    def __init__(self, config: Config, model: DecoderConfig, mesh: jax.sharding.Mesh, width: int = 0):
-        self._c, self._model, self._width = config, model, width
-        self._shards, self._tensor = sharding.batch_shards(mesh), mesh.shape["tensor"]
-        self._bytes = jnp.dtype(config.model.dtype).itemsize
-        shapes = decoder.shapes(model)
-        linear = [(path, shape) for path, shape in shapes.items() if sharding.is_linear(path)]
-        self._products = sum(math.prod(shape) for _, shape in linear)
-        self._ends = sum(_inputs(path, shape) + math.prod(shape) / _inputs(path, shape) for path, shape in linear)
-        self._head = model.vocab_size * model.hidden_size
-        self._attended = model.pattern.count("*") * model.num_heads * model.head_dim
-        self._key_values = 2 * model.pattern.count("*") * model.num_kv_heads * model.head_dim * self._bytes
-        trained = lora.shapes(config.model.lora, shapes) if config.model.lora.rank else shapes
-        pieces = mesh.shape["fsdp"] * self._tensor
-        self._trained = sum(map(math.prod, trained.values())) / pieces  # numbers on this device
-        self._stored = 4 * self._trained + bool(config.model.lora.rank) * self._bytes * model.num_params / pieces
-        self._gathered = self._bytes * model.num_params / self._tensor
+    def __init__(self, cfg: DecoderConfig, dtype: str, mesh: jax.sharding.Mesh):
+        self.cfg = cfg
+        self.item_bytes = jnp.dtype(dtype).itemsize
+        self.tensor = mesh.shape["tensor"]
+        linear = [(path, shape) for path, shape in decoder.shapes(cfg).items() if sharding.is_linear(path)]
+        self.linear_weights = sum(math.prod(shape) for _, shape in linear)
+        self.head_weights = cfg.vocab_size * cfg.hidden_size
+        # Numbers that go into all products for a token, and that come out of them.
+        self._activations = sum(
+            _inputs(path, shape) + math.prod(shape) / _inputs(path, shape) for path, shape in linear
+        )
+        self._attended = cfg.pattern.count("*") * cfg.num_heads * cfg.head_dim
+        self._key_values = 2 * cfg.pattern.count("*") * cfg.num_kv_heads * cfg.head_dim * self.item_bytes
 
     @property
     def token_bytes(self) -> float:
-        """Of the cache, per position of a slot."""
-        return self._key_values / self._tensor
+        """Bytes of the cache per position of a slot."""
+        return self._key_values / self.tensor
 
     @property
     def state_bytes(self) -> float:
-        """Of the cache, per slot, whatever its length."""
-        m = self._model.mamba
+        """Bytes of the cache per slot, whatever its length."""
+        m = self.cfg.mamba
         if m is None:
             return 0.0
-        seen = (m.conv_size - 1) * (m.num_heads * m.head_dim + 2 * m.num_groups * m.state_size) * self._bytes
+        seen = (m.conv_size - 1) * (m.num_heads * m.head_dim + 2 * m.num_groups * m.state_size) * self.item_bytes
         state = 4 * m.num_heads * m.head_dim * m.state_size
-        return self._model.pattern.count("M") * (seen + state) / self._tensor
+        return self.cfg.pattern.count("M") * (seen + state) / self.tensor
 
-    def __call__(self, kind: str, *shape) -> Cost:
-        return getattr(self, f"_{kind}")(*shape)
+    def cache_slots(self, slots: float, length: int) -> Cost:
+        """Returns the cost of reading or writing so many slots of `length` positions once."""
+        return Cost(0, slots * (length * self.token_bytes + self.state_bytes))
 
-    def useful(self, context: int, lengths: Sequence[int], passes: float) -> float:
-        """FLOPs of `passes` forward passes over completions of `lengths` tokens that share a context of `context`.
+    def layers(self, tokens: float, pairs: float) -> Cost:
+        """Returns the cost of all sublayers once over `tokens`, of which `pairs` of query and key attend."""
+        flops = 2 * self.linear_weights * tokens + 4 * self._attended * pairs + self._recurrence() * tokens
+        moved = self.item_bytes * (self.linear_weights + self._activations * tokens)
+        return Cost(flops / self.tensor, moved / self.tensor)
 
-        As model FLOPs utilization counts them (PaLM, 2204.02311, appendix B): of all devices together, without padding
-        and without what is computed once more to save memory.
-        """
-        prefix, tokens = context - 1, sum(lengths)
-        run = self._run(prefix + tokens, _pairs(prefix, lengths))
-        return passes * self._tensor * (run + self._logits(tokens)).flops
+    def logits(self, positions: float, chunks: float = 1.0) -> Cost:
+        """Returns the cost of one product with the head, whose weight each chunk reads anew; logits are written and
+        read in float32."""
+        moved = self.item_bytes * self.head_weights * chunks + 8 * self.cfg.vocab_size * positions
+        return Cost(2 * self.head_weights * positions / self.tensor, moved / self.tensor)
 
-    def _accumulate(self, shape: tuple[int, int, int, int]) -> Cost:
-        """Forward, backward (twice as much), with full remat forward once more; gradients added in float32."""
-        run, positions = self._forward(shape)
-        passes = 4 if self._c.learner.remat == "full" else 3
-        added = 2 * 4 * (self._products / self._tensor + self._trained)
-        # Of the backward pass of the head: logits once more, two products, and the sum of its gradient per chunk.
-        backward = self._logits(positions) * 3 + Cost(0, self._chunks(positions) * 8 * self._head / self._tensor)
-        return run * passes + self._logits(positions) + backward + Cost(0, added)
+    def prefill(self, size: int) -> Cost:
+        """Returns the cost of reading one prompt of `size` tokens, with the logits after its last token."""
+        last = Cost(2 * self.head_weights / self.tensor, self.item_bytes * self.head_weights / self.tensor)
+        return self.layers(size, size**2 / 2) + last + self.cache_slots(1, size)
 
-    def _score(self, shape: tuple[int, int, int, int]) -> Cost:
-        run, positions = self._forward(shape)
-        return run + self._logits(positions)
-
-    def _apply(self) -> Cost:
-        """Norm; then weight, gradient and both moments in, weight and moments out."""
-        moments = 4 + jnp.dtype(self._c.optimizer.mu_dtype).itemsize
-        return Cost(15 * self._trained, (4 + 4 + 2 * (4 + moments)) * self._trained)
-
-    def _weights(self) -> Cost:
-        return Cost(0, self._stored + self._gathered)
-
-    def _prefill(self, size: int) -> Cost:
-        last = Cost(2 * self._head / self._tensor, self._bytes * self._head / self._tensor)
-        kept = Cost(0, size * self.token_bytes + self.state_bytes)
-        return self._run(size, size**2 / 2) + last + kept
-
-    def _empty(self, length: int) -> Cost:
-        return Cost(0, self._c.rollout.slots / self._shards * (length * self.token_bytes + self.state_bytes))
-
-    def _insert(self, size: int) -> Cost:
-        return Cost(0, (1 + self._width) * (size * self.token_bytes + self.state_bytes))
-
-    def _move(self, length: int) -> Cost:
-        return Cost(0, 2 * self._width * (length * self.token_bytes + self.state_bytes))
-
-    def _harvest(self) -> Cost:
-        return Cost(0, 2 * self._width * 8 * self._c.rollout.max_completion_length)
-
-    def _decode(self, rows: int, read: float) -> Cost:
-        """One token in each of `rows` slots, with `read` positions to attend to."""
-        m, sizes = self._model.mamba, self._products + self._head
-        states = 4 * m.num_heads * m.head_dim * m.state_size * self._model.pattern.count("M") if m else 0
-        flops = rows * (2 * sizes + 4 * self._attended * read + states) / self._tensor
-        logits = 3 * 4 * rows * self._model.vocab_size / self._tensor  # written, and read to weigh and to draw
-        moved = self._bytes * sizes / self._tensor + logits
+    def decode(self, rows: int, read: float) -> Cost:
+        """Returns the cost of one token in each of `rows` slots, with `read` positions to attend to."""
+        m, weights = self.cfg.mamba, self.linear_weights + self.head_weights
+        states = 4 * m.num_heads * m.head_dim * m.state_size * self.cfg.pattern.count("M") if m else 0
+        flops = rows * (2 * weights + 4 * self._attended * read + states) / self.tensor
+        logits = 3 * 4 * rows * self.cfg.vocab_size / self.tensor  # written, and read to weigh and to draw
+        moved = self.item_bytes * weights / self.tensor + logits
         return Cost(flops, moved + rows * (read * self.token_bytes + 2 * self.state_bytes))
 
-    def _forward(self, shape: tuple[int, int, int, int]) -> tuple[Cost, float]:
-        """All sublayers of a micro-batch once, and the positions of it that go through the head."""
-        units, prefix, share, width = shape
-        units /= self._shards
-        positions = units * share * width
-        return self._run(units * prefix + positions, units * _pairs(prefix, [width] * share)), positions
+    def useful_flops(self, context: int, lengths: Sequence[int], passes: float) -> float:
+        """Returns the FLOPs of `passes` forward passes over completions of `lengths` tokens after one shared context.
 
-    def _run(self, tokens: float, pairs: float) -> Cost:
-        """All sublayers once over `tokens`, of which `pairs` of query and key attend."""
-        flops = 2 * self._products * tokens + 4 * self._attended * pairs + self._recurrence() * tokens
-        moved = self._bytes * (self._products + self._ends * tokens)
-        return Cost(flops / self._tensor, moved / self._tensor)
+        They are counted as model FLOPs utilization counts them (PaLM, 2204.02311, appendix B): of all devices together,
+        without padding and without what is computed once more to save memory.
+        """
+        prefix, tokens = context - 1, sum(lengths)
+        layers = self.layers(prefix + tokens, _pairs(prefix, lengths))
+        return passes * self.tensor * (layers + self.logits(tokens)).flops
 
     def _recurrence(self) -> float:
-        """FLOPs of a token in the chunked form of Mamba-2: pairs within the chunk, and the state written and read."""
-        m = self._model.mamba
+        """Returns the FLOPs of a token in the chunked form of Mamba-2: pairs within the chunk, and the state written
+        and read."""
+        m = self.cfg.mamba
         if m is None:
             return 0.0
         channels = m.num_heads * m.head_dim
         pairs = m.chunk_size * (m.num_groups * m.state_size + channels)
-        return self._model.pattern.count("M") * 2 * (pairs + 2 * channels * m.state_size)
+        return self.cfg.pattern.count("M") * 2 * (pairs + 2 * channels * m.state_size)
 
-    def _chunks(self, positions: float) -> float:
-        chunk = self._c.learner.logprob_chunk or LOGITS_BYTES * self._tensor // (4 * self._model.vocab_size)
-        return max(1.0, positions / chunk)
+
+class TrainingCosts:
+    """The costs of the programs of an update, and of the weights that are gathered for sampling."""
+
+    def __init__(self, config: Config, cfg: DecoderConfig, mesh: jax.sharding.Mesh):
+        self.model = ModelCosts(cfg, config.model.dtype, mesh)
+        self._config = config
+        self._shards = sharding.batch_shards(mesh)
+        tensor = self.model.tensor
+        shapes = decoder.shapes(cfg)
+        trained = lora.shapes(config.model.lora, shapes) if config.model.lora.rank else shapes
+        pieces = mesh.shape["fsdp"] * tensor
+        self._trained = sum(map(math.prod, trained.values())) / pieces  # numbers on this device
+        frozen_bytes = bool(config.model.lora.rank) * self.model.item_bytes * cfg.num_params / pieces
+        self._stored_bytes = 4 * self._trained + frozen_bytes
+        self._gathered_bytes = self.model.item_bytes * cfg.num_params / tensor
+
+    def accumulate(self, shape: tuple[int, int, int, int]) -> Cost:
+        """Returns the cost of a micro-batch's gradient: forward, backward (twice as much), with full remat forward once
+        more; gradients are added in float32."""
+        model = self.model
+        layers, positions = self._forward(shape)
+        passes = 4 if self._config.learner.remat == "full" else 3
+        added = 2 * 4 * (model.linear_weights / model.tensor + self._trained)
+        # The backward pass of the head: logits once more, two products, and the sum of its gradient per chunk.
+        head_gradient = Cost(0, self._chunks(positions) * 8 * model.head_weights / model.tensor)
+        backward = self._logits(positions) * 3 + head_gradient
+        return layers * passes + self._logits(positions) + backward + Cost(0, added)
+
+    def score(self, shape: tuple[int, int, int, int]) -> Cost:
+        """Returns the cost of the log-probs of a micro-batch."""
+        layers, positions = self._forward(shape)
+        return layers + self._logits(positions)
+
+    def apply(self) -> Cost:
+        """Returns the cost of an AdamW step: the norm; then weight, gradient and both moments in, weight and moments
+        out."""
+        moments = 4 + jnp.dtype(self._config.optimizer.mu_dtype).itemsize
+        return Cost(15 * self._trained, (4 + 4 + 2 * (4 + moments)) * self._trained)
+
+    def gather(self) -> Cost:
+        """Returns the cost of the sampler's copy of the weights."""
+        return Cost(0, self._stored_bytes + self._gathered_bytes)
+
+    def _forward(self, shape: tuple[int, int, int, int]) -> tuple[Cost, float]:
+        """Returns the cost of all sublayers of a micro-batch once, and its positions that go through the head."""
+        units, prefix, completions, length = shape
+        units /= self._shards
+        positions = units * completions * length
+        pairs = units * _pairs(prefix, [length] * completions)
+        return self.model.layers(units * prefix + positions, pairs), positions
 
     def _logits(self, positions: float) -> Cost:
-        """One product with the head, whose weight each chunk reads anew; logits are written and read."""
-        moved = self._bytes * self._head * self._chunks(positions) + 8 * self._model.vocab_size * positions
-        return Cost(2 * self._head * positions / self._tensor, moved / self._tensor)
+        return self.model.logits(positions, self._chunks(positions))
+
+    def _chunks(self, positions: float) -> float:
+        """Returns how many chunks the head runs in, as `models.logprobs` cuts them."""
+        vocab_bytes = 4 * self.model.cfg.vocab_size
+        chunk = self._config.learner.logprob_chunk or LOGITS_BYTES * self.model.tensor // vocab_bytes
+        return max(1.0, positions / chunk)
 
 
 def _pairs(prefix: int, lengths: Sequence[int]) -> float:
-    """Query and key that attend, of a prefix and of completions that share it."""
+    """Returns how many pairs of query and key attend, of a prefix and of completions that share it."""
     return prefix**2 / 2 + sum(length * (prefix + length / 2) for length in lengths)
 
 

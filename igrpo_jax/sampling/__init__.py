@@ -1,4 +1,4 @@
 """The sampler: completions of queued prompts, drawn in slots that are refilled.
 
-In order: draw, steps, engine, scheduler, scoring.
+In order: draw, steps, programs, engine, scheduler, scoring.
 """

@@ -18,8 +18,9 @@ from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
-from igrpo_jax.learning.learner import Learner, TrainState
+from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.rollout import Rollout
+from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.learning.warm_start import warm_start
 from igrpo_jax.models import decoder
 from igrpo_jax.outputs import weights
@@ -144,7 +145,7 @@ def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> in
 
 def _compile(config: Config, task: Task, engine: Engine, learner: Learner, console: Console) -> None:
     """Compiles all programs of the sampler and the largest of the update, and prints what the run will do and need."""
-    with console.phase("compiling the sampler", len(engine.keys)) as update:
+    with console.phase("compiling the sampler", engine.num_programs) as update:
         engine.compile(update)
     with console.phase("compiling the update"):
         learner.predicted_bytes()

@@ -19,8 +19,8 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list
     completions = config.prompts_per_step * config.algorithm.num_generations
     also = ", both trained" if config.algorithm.train_drafts else ", the trained completions"
     width = config.rollout.max_completion_length
-    units, prefix, share, longest = learner.packer.largest
-    frozen, trained = learner.abstract_frozen, sum(x.size for x in learner.abstract_state().params.values())
+    units, prefix, per_unit, longest = learner.packer.largest
+    frozen, trained = learner.programs.frozen, sum(x.size for x in learner.abstract_state().params.values())
     needs, there = predicted_bytes(config, task, engine, learner), device_bytes()
     predicted = ", ".join(f"{phase} {size(need)}" for phase, need in needs.items())
     return [
@@ -42,8 +42,11 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list
         ),
         ("refinements per step", f"{completions:,} (G = {config.algorithm.num_generations}){also}"),
         ("trained tokens per step", f"at most {config.trained_completions * width:,}"),
-        ("longest micro-batch", f"{units} x ({prefix} + {share} x {longest}) tokens: {share} completions to a prompt"),
-        ("compiled programs", f"{len(engine.keys)} of the sampler, more of the update as lengths come"),
+        (
+            "longest micro-batch",
+            f"{units} x ({prefix} + {per_unit} x {longest}) tokens: {per_unit} completions to a prompt",
+        ),
+        ("compiled programs", f"{engine.num_programs} of the sampler, more of the update as lengths come"),
         ("predicted bytes per device", predicted + (f", of {size(there)}" if there else "")),
         *(
             ("does not fit", f"{phase}: lower {watchdog.SMALLER[phase]}, or use more devices")

@@ -17,8 +17,9 @@ from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.errors import RunError
 from igrpo_jax.evaluation import summaries
 from igrpo_jax.evaluation.evaluator import Evaluator
-from igrpo_jax.learning.learner import Learner, TrainState
+from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.rollout import Rollout
+from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.models import decoder, hf_write
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console

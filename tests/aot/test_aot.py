@@ -38,7 +38,6 @@ SETTINGS = {
     "evaluation.every": 0,
     "checkpoint.best_metric": "",
 }
-COLD = [("empty",), ("prefill", 64)]
 COMMAND = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
 
 
@@ -74,9 +73,15 @@ def one(found, kind):
 
 def test_every_kind_of_program_is_built(found):
     kinds = [one.kind for one in found.programs]
-    assert set(kinds) == {"accumulate", "score", "apply", "weights", *(key[0] for key in found.engine.keys)}
+    assert set(kinds) == {
+        "accumulate",
+        "score",
+        "apply",
+        "weights",
+        *(program.name for program in found.engine.programs),
+    }
     assert all(one.seconds > 0 and not one.refused and one.code > 0 for one in found.programs)
-    assert found.model.attention == "splash" and found.fits
+    assert found.cfg.attention == "splash" and found.fits
 
 
 def test_arguments_are_what_the_parts_say(found):
@@ -106,21 +111,21 @@ def test_what_waits_beside_a_program(found):
 def test_a_reference_waits_too():
     devices = jax.devices()[:1]
     mesh = sharding.make_mesh(config.MeshConfig(), devices)
-    params = {}
+    waiting = {}
     for beta in (0.0, 0.1):
         c = whole_runs.settings(**SETTINGS | {"mesh.tensor": 1, "algorithm.beta": beta})
         model = footprint.describe(c.model)
         learner = footprint.Learner(c, model, mesh, max_context=64, total_steps=1)
-        params[beta] = learner.beside
+        waiting[beta] = learner.programs.waiting_bytes
     size = tree_bytes(learner.abstract_state().params)
-    assert all(params[0.1][kind] == params[0.0][kind] + size for kind in params[0.0])
+    assert [x - size for x in waiting[0.1]] == list(waiting[0.0])
 
 
 def test_weights_are_gathered_once_for_sampling_and_neither_cache_nor_logits_in_decoding(found):
     engine, decode, weights = found.engine, one(found, "decode"), one(found, "weights")
     assert weights.sent["all-gather"].bytes > 0.99 * engine.weight_bytes / 2  # of what fsdp splits
     cache = engine.state_bytes / engine.shard_slots  # of one slot
-    logits = 4 * engine.shard_slots * found.model.vocab_size
+    logits = 4 * engine.shard_slots * found.cfg.vocab_size
     assert decode.sent.pop("all-reduce").count  # partial sums of the two chips that share the weights
     assert all(traffic.bytes < min(cache, logits) / 4 for traffic in decode.sent.values()), decode.sent
 
@@ -152,11 +157,18 @@ def test_a_chip_that_is_too_small(found):
 
 def test_a_cache_that_is_too_large(file, monkeypatch, capsys):
     """4 million slots, by the compiler itself; of the programs only those that need little to compile."""
-    monkeypatch.setattr(
-        footprint.Engine, "largest", property(lambda engine: [*COLD, ("decode", engine.shard_slots, engine.length)])
-    )
-    build = footprint.Learner.lower
-    monkeypatch.setattr(footprint.Learner, "lower", lambda learner, key: build(learner, ("apply",)))
+    prepare = footprint.prepare
+
+    def prepare_cheap(c, devices):
+        run = prepare(c, devices)
+        sampler, training = run.engine.programs, run.learner.programs
+        sampler.harvest.largest = sampler.move.largest = sampler.insert.largest = []
+        sampler.prefill.largest = [(64,)]
+        sampler.decode.largest = sampler.decode.largest[-1:]
+        training.accumulate.lower = training.score.lower = lambda shape: training.apply.lower()
+        return run
+
+    monkeypatch.setattr(footprint, "prepare", prepare_cheap)
     with pytest.raises(SystemExit) as ended:
         aot.main(["aot", "--config", file, "--topology", "v5e:2x2", *COMMAND, "--config.rollout.slots=4194304"])
     said = capsys.readouterr().out.splitlines()

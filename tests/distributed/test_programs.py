@@ -1,4 +1,4 @@
-"""Programs by key: compiled once, ahead or when asked for; what is compiled in a step is named; kept on disk."""
+"""Programs: compiled once for each shape, ahead or when called; what is compiled in a step is named; kept on disk."""
 
 import os
 import subprocess
@@ -8,53 +8,84 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from igrpo_jax.distributed.programs import Programs, compilations, program_bytes, tree_bytes
+from igrpo_jax.distributed.programs import Program, compilations, compile_all, program_bytes, tree_bytes
+
+FLOATS = jax.ShapeDtypeStruct((4,), jnp.float32)
 
 
-def make(lowered=None):
-    """Programs ("power", n) and ("sum",) on [4] floats; `lowered` collects the keys that were traced."""
+def make(traced=None):
+    """Programs power(n) and total() on [4] floats; `traced` collects what was traced."""
+    traced = [] if traced is None else traced
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "x")
 
-    def lower(key):
-        if lowered is not None:
-            lowered.append(key)
-        work = {"power": lambda x: x ** key[1], "sum": jnp.sum}[key[0]]
-        return jax.jit(work).lower(jax.ShapeDtypeStruct((4,), jnp.float32))
+    def power(x, *, n):
+        traced.append(("power", n))
+        return x**n
 
-    return Programs(lower)
+    def total(x):
+        traced.append(("total",))
+        return jnp.sum(x)
+
+    jitted = jax.jit(power, static_argnames="n")
+    shapes = [(2,), (3,)]
+    return (
+        Program("power", jitted, lambda n: (FLOATS,), mesh, shapes=shapes, static=("n",)),
+        Program("total", jax.jit(total), lambda: (FLOATS,), mesh),
+    )
 
 
-def test_each_is_compiled_once():
-    lowered, reported = [], []
-    programs = make(lowered)
-    programs["power", 2]
-    keys = [("power", 2), ("power", 3), ("sum",)]
-    programs.compile(keys, reported.append)
-    assert sorted(lowered) == sorted(keys) and reported == [1, 2, 3]
+def test_each_shape_is_compiled_once():
+    traced, reported = [], []
+    programs = make(traced)
+    power = programs[0]
+    power.compiled(2)
+    compile_all(programs, reported.append)
+    assert sorted(traced) == [("power", 2), ("power", 3), ("total",)] and reported == [1, 2, 3]
     with compilations() as seen:
-        programs.compile(keys)
-        assert float(programs["power", 3](jnp.full(4, 2.0))[0]) == 8
-    assert lowered.count(("power", 3)) == 1 and "power 3" not in seen
+        compile_all(programs)
+        assert power.compiled(3) is power.compiled(3)
+        assert float(power(jnp.full(4, 2.0), shape=(3,))[0]) == 8
+    assert traced.count(("power", 3)) == 1 and "power 3" not in seen
+
+
+def test_a_program_is_called_as_its_function():
+    """Each shape has its own result; a shape that was not listed is compiled when it is first asked for."""
+    traced = []
+    power, total = make(traced)
+    x = jnp.array([1.0, 2.0, 3.0, 4.0])
+    assert [float(power(x, shape=(n,))[1]) for n in (2, 5, 2, 5)] == [4, 32, 4, 32]
+    assert float(total(x)) == 10
+    assert traced == [("power", 2), ("power", 5), ("total",)]
+
+
+def test_the_largest_shape_is_the_last_unless_others_are_named():
+    power, total = make()
+    assert power.largest == [(3,)] and total.largest == [()] and power.title(3) == "power 3"
 
 
 def test_what_is_compiled_meanwhile_is_named():
-    programs = make()
+    power, _ = make()
     with compilations() as seen:
-        programs["power", 5]
+        power.compiled(5)
         jax.jit(jnp.cos, static_argnums=()).lower(jax.ShapeDtypeStruct((7,), jnp.float32)).compile()
-    programs["power", 6]
+    power.compiled(6)
     assert seen == ["power 5", "jit(cos)"]
 
 
-def test_an_unknown_kind_is_an_error():
-    with pytest.raises(KeyError):
-        make()[("cube",)]
+def test_a_shape_of_another_program_is_an_error():
+    power, total = make()
+    with pytest.raises(TypeError):
+        total.compiled(3)
+    with pytest.raises(ValueError, match="shorter"):
+        power.compiled()
 
 
 def test_bytes():
-    programs = make()
-    programs.compile([("power", 2), ("sum",)])
-    assert programs.peak_bytes({"power"}) == program_bytes(programs["power", 2]) >= 32
-    assert programs.peak_bytes({"sum"}) >= 16 and programs.peak_bytes({"other"}) == 0
+    power, total = programs = make()
+    assert power.peak_bytes == total.peak_bytes == 0
+    compile_all(programs)
+    assert power.peak_bytes == program_bytes(power.compiled(2)) >= 32
+    assert total.peak_bytes >= 16
     assert tree_bytes({"a": jnp.zeros((3, 2)), "b": jnp.zeros((), jnp.bfloat16)}) == 26
 
 

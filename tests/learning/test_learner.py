@@ -5,7 +5,6 @@ so that its completions have no prefix. A gradient is read off Adam's first mome
 so that it has been through all of `update`.
 """
 
-import collections
 import dataclasses
 import re
 
@@ -34,7 +33,7 @@ from learner_cases import (
 from igrpo_jax import config, train
 from igrpo_jax.distributed import sharding
 from igrpo_jax.learning import objectives
-from igrpo_jax.learning.learner import make_optimizer
+from igrpo_jax.learning.optimizer import make_optimizer
 from igrpo_jax.models import decoder
 from igrpo_jax.records import Completion, Score
 
@@ -63,12 +62,14 @@ def build(tiny):
             if loss.get("algorithm__loss_type") in ("grpo", "dr_grpo", "dapo"):  # token weights come from the host
                 del loss["algorithm__loss_type"]
             optimizer = {name: x for name, x in changes.items() if name.startswith("optimizer__")}
-            programs = shared.setdefault(repr((mesh, sorted(loss.items()), changes.get("learner__remat", "none"))), {})
-            kept = (mesh, sorted(optimizer.items()), learner.updates_per_step, learner._stages)
-            own = shared.setdefault(repr(kept), {})
+            alike = repr((mesh, sorted(loss.items()), changes.get("learner__remat", "none")))
+            programs = learner.programs
+            kept = (mesh, sorted(optimizer.items()), learner.updates_per_step, programs.stages)
             with jax.set_mesh(mesh):
-                own[("apply",)] = own.get(("apply",)) or learner._programs[("apply",)]
-                learner._programs._compiled = collections.ChainMap(programs, own)
+                programs.accumulate._compiled = shared.setdefault(("accumulate", alike), {})
+                programs.score._compiled = shared.setdefault(("score", alike), {})
+                programs.apply._compiled = shared.setdefault(repr(kept), {})
+                programs.apply.compiled()
                 if learner.algorithm.beta:
                     learner.set_reference(put(tiny[1], mesh))
         return made[key]
@@ -77,12 +78,13 @@ def build(tiny):
 
 
 def accumulated(built, params, batch):
-    """Gradient and Sums of one micro-batch."""
+    """Gradient and sums of one micro-batch."""
     learner, mesh = built
     with jax.set_mesh(mesh):
-        program = learner._programs["accumulate", batch.shape]
-        grads, sums = learner._zeros()
-        return sharding.to_host(program(put(params, mesh), grads, sums["refine"], learner._to_device(batch), {}))
+        programs = learner.programs
+        grads, sums = programs.zeros()
+        arrays = (put(params, mesh), grads, sums["refine"], programs.to_devices(batch), {})
+        return sharding.to_host(programs.accumulate(*arrays, shape=(batch.shape,)))
 
 
 def weighted_units(learner, advantages=ADVANTAGES):
@@ -264,7 +266,7 @@ def test_shared_equals_unshared_off_policy(build, tiny, score_in_full, objective
         packer = built[0].packer
         units = weighted_units(built[0])
         for i, unit in enumerate(units):
-            unit.old = old[i * packer.share : (i + 1) * packer.share]
+            unit.old = old[i * packer.completions_per_unit : (i + 1) * packer.completions_per_unit]
         ((batch, _),) = packer.micro_batches(units)
         results.append(accumulated(built, tiny[1], batch))
     (shared, sums), (alone, others) = results
@@ -349,7 +351,7 @@ MESHES = {"2x2x2": config.MeshConfig(2, 2, 2), "1x4x2": config.MeshConfig(1, 4, 
 def test_a_mesh_equals_one_device(build, tiny, base, mesh):
     """Whole groups on each shard of the batch: one or two."""
     learner, _ = built = build(MESHES[mesh])
-    assert learner.packer.share == G
+    assert learner.packer.completions_per_unit == G
     state, metrics = updated(built, tiny[1])
     assert_close(gradient_of(state), gradient_of(base[0]), 1e-5)
     assert_same_metrics(metrics, base[1])
@@ -397,7 +399,7 @@ def test_only_weights_are_gathered(tiny, remat):
     changes |= {"model__dtype": "bfloat16"} if remat == "full" else {}  # sublayers as a loop
     learner, mesh = make_learner(model, MESHES["2x2x2"], **changes)
     with jax.set_mesh(mesh):
-        text = learner._programs["accumulate", shape].as_text()
+        text = learner.programs.accumulate.compiled(shape).as_text()
     weights = set()
     for path, size in decoder.shapes(model).items():
         local = sharding.param_sharding(mesh, path, gathered=True).shard_shape(size)
@@ -423,7 +425,7 @@ def test_remat(build, tiny):
         learner, _ = built = build(learner__remat=remat)
         ((batch, _),) = learner.packer.micro_batches(weighted_units(learner))
         gradient[remat], sums[remat] = accumulated(built, tiny[1], batch)
-        memory[remat] = learner._programs["accumulate", WHOLE].memory_analysis().temp_size_in_bytes
+        memory[remat] = learner.programs.accumulate.compiled(WHOLE).memory_analysis().temp_size_in_bytes
     for remat in ("dots", "full"):
         assert_close(gradient[remat], gradient["none"], 5e-6)
         assert float(sums[remat].loss.loss) == pytest.approx(float(sums["none"].loss.loss), abs=1e-6)
@@ -583,7 +585,7 @@ def test_drafts_can_be_rows_too(build, tiny, base, reference_gradient, left_out)
     assert len(tokens) == P * G + (P - len(left_out)) * N
     loss, expected = reference_gradient(tokens, mask, np.concatenate([ADVANTAGES.reshape(-1), advantages]))
     learner, _ = built = build(**DRAFTED)
-    assert learner.packer.share == 2
+    assert learner.packer.completions_per_unit == 2
     state, metrics = updated(built, tiny[1], groups)
     assert_close(gradient_of(state), expected, 1e-5)
     assert metrics["loss"] == pytest.approx(float(loss), abs=1e-6)
@@ -697,7 +699,7 @@ def test_several_updates_of_one_rollout(build, tiny, score_in_full, monkeypatch)
     """
     params, mask = tiny[1], layout()[1]
     learner, _ = built = build(**SEVERAL, optimizer__learning_rate=1e-2)
-    assert learner.packer.share == G
+    assert learner.packer.completions_per_unit == G
     seen, update = [], learner._optimizer_step
 
     def spy(state, units):
@@ -811,7 +813,7 @@ def test_a_larger_vocabulary_adds_chunks_of_logits_only(tiny):
         model = dataclasses.replace(tiny[0], vocab_size=size, pattern="*")
         learner, mesh = make_learner(model, learner__logprob_chunk=128)
         with jax.set_mesh(mesh):
-            used.append(learner._programs["accumulate", WHOLE].memory_analysis().temp_size_in_bytes)
+            used.append(learner.programs.accumulate.compiled(WHOLE).memory_analysis().temp_size_in_bytes)
     assert 0 < used[1] - used[0] < 4000 * 4 * (4 * 128 + 2 * 32)
     assert 4 * 128 + 2 * 32 < 1024
 
@@ -843,5 +845,5 @@ def test_the_schedule_is_what_the_optimizer_uses():
 def test_the_schedule_counts_every_optimizer_step(build):
     """10 rollouts of 2 x 2 updates: the floor is reached at 40 and not at 10."""
     learner, _ = build(**SEVERAL, optimizer__learning_rate=1e-2)
-    assert float(learner._schedule(jnp.int32(10))) > 8e-3
-    assert float(learner._schedule(jnp.int32(40))) == pytest.approx(1e-3, rel=1e-5)
+    assert float(learner.programs.schedule(jnp.int32(10))) > 8e-3
+    assert float(learner.programs.schedule(jnp.int32(40))) == pytest.approx(1e-3, rel=1e-5)

@@ -18,6 +18,8 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.errors import InputError
 from igrpo_jax.learning import objectives
+from igrpo_jax.learning.loss import CompletionRows
+from igrpo_jax.learning.loss import loss as objective_loss
 from igrpo_jax.models.logprobs import token_logprobs
 
 RATIOS = ((1.5, 0.5), (1.5, 0.5, 1.1))
@@ -53,7 +55,7 @@ def evaluate(r, width=3, garbage=0.0, reference=None, finished=(True, True)):
         reference = logprob + np.pad(np.log(reference), ((0, 0), (0, width - 3)))
 
     def loss(logprob):
-        record = objectives.loss(r, logprob, old, reference, ADVANTAGE, weight, mask)
+        record = objective_loss(r, CompletionRows(logprob, old, reference, ADVANTAGE, weight, mask))
         return record.loss, record
 
     (_, record), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logprob))
@@ -117,7 +119,7 @@ def test_dapo_clips_the_two_sides_apart():
 
     def gradient(loss_type, advantage):
         r = resolved(loss_type)
-        call = lambda x: objectives.loss(r, x, old, None, jnp.array([advantage]), ones, ones > 0).loss
+        call = lambda x: objective_loss(r, CompletionRows(x, old, None, jnp.array([advantage]), ones, ones > 0)).loss
         return np.asarray(jax.grad(call)(logprob))[0]
 
     np.testing.assert_allclose(gradient("dapo", 1.0), [-1.25, 0, -0.85, -0.75], atol=1e-6)
@@ -152,7 +154,7 @@ def test_a_correction_weighs_the_objective_and_not_the_kl():
     correction = np.array([[2.0, 0.5, 7.0], [1.0, 1.0, 1.0]], np.float32)
 
     def loss(x):
-        return objectives.loss(r, x, old, reference, ADVANTAGE, weight, mask, correction).loss
+        return objective_loss(r, CompletionRows(x, old, reference, ADVANTAGE, weight, mask, correction)).loss
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(logprob))
     assert float(value) == pytest.approx(-((2.4 + 0.25) / 4 - 6.8 / 6) + 0.1 * (weight * K3).sum(), abs=1e-6)
@@ -168,7 +170,7 @@ def test_on_policy_the_ratio_is_1_and_the_gradient_is_that_of_reinforce(loss_typ
     weight = token_weights(r, mask, np.ones(2, bool))
 
     def loss(x):
-        record = objectives.loss(r, x, jax.lax.stop_gradient(x), None, ADVANTAGE, weight, mask)
+        record = objective_loss(r, CompletionRows(x, jax.lax.stop_gradient(x), None, ADVANTAGE, weight, mask))
         return record.loss, record
 
     (_, record), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.where(mask, logprob, 0.0))
@@ -184,7 +186,7 @@ def test_ratios_beyond_float32_stay_finite(loss_type):
     old = reference = logprob[::-1]
 
     def loss(x):
-        return objectives.loss(r, x, old, reference, ADVANTAGE, jnp.full((2, 2), 0.25), mask).loss
+        return objective_loss(r, CompletionRows(x, old, reference, ADVANTAGE, jnp.full((2, 2), 0.25), mask)).loss
 
     value, gradient = jax.value_and_grad(loss)(logprob)
     assert np.isfinite(float(value)) and np.isfinite(gradient).all()
@@ -198,7 +200,7 @@ def test_gspo_token_leaves_the_weights_of_tokens_with_their_tokens():
     for loss_type in ("gspo", "gspo_token"):
         r = resolved(loss_type)
         weight = token_weights(r, mask, np.ones(2, bool))
-        loss = lambda x: objectives.loss(r, x, old, None, ADVANTAGE, weight, mask, correction).loss  # noqa: B023
+        loss = lambda x: objective_loss(r, CompletionRows(x, old, None, ADVANTAGE, weight, mask, correction)).loss  # noqa: B023
         gradients[loss_type] = jax.grad(loss)(jnp.asarray(logprob))
     s = math.sqrt(0.75)
     np.testing.assert_allclose(gradients["gspo_token"], [[-s / 2, -s / 8, 0], [0, 0, 0]], atol=1e-6)
@@ -240,7 +242,9 @@ def test_the_entropy_bonus_is_a_mean_over_tokens(loss_type, cut):
     assert per_row.dtype == np.float32
 
     def loss(entropy):
-        return objectives.loss(r, logprob, old, None, ADVANTAGE, weight, mask, None, entropy, per_row).loss
+        return objective_loss(
+            r, CompletionRows(logprob, old, None, ADVANTAGE, weight, mask, None, entropy, per_row)
+        ).loss
 
     value, gradient = jax.value_and_grad(loss)(entropy)
     plain, _ = evaluate(r, finished=finished)
@@ -343,22 +347,22 @@ def test_equal_to_trl(case):
     old = old[theirs.get("importance_sampling_level", "token")]
     mask = np.arange(7) < TRL_LENGTHS[:, None]
     weight = objectives.row_weights(r, TRL_LENGTHS, finished, TRL_L_MAX)[:, None] * mask
-    of_entropy = objectives.entropy_weights(r, TRL_LENGTHS, finished)
+    entropy_weight = objectives.entropy_weights(r, TRL_LENGTHS, finished)
 
     def loss(logits):
         logprob, entropy = token_logprobs(logits, jnp.eye(11), targets, 1.0, 9, entropy_gradient=True)
-        record = objectives.loss(
-            r,
-            logprob,
-            old,
-            reference if r.beta else None,
-            advantage,
-            weight,
-            mask,
-            correction if theirs.get("use_vllm") else None,
-            entropy if r.entropy_coef else None,
-            of_entropy,
+        rows = CompletionRows(
+            logprob=logprob,
+            old=old,
+            reference=reference if r.beta else None,
+            advantage=advantage,
+            weight=weight,
+            mask=mask,
+            correction=correction if theirs.get("use_vllm") else None,
+            entropy=entropy if r.entropy_coef else None,
+            entropy_weight=entropy_weight,
         )
+        record = objective_loss(r, rows)
         return record.loss, record
 
     (value, record), got = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logits))

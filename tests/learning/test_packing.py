@@ -86,7 +86,7 @@ def test_the_sizes_of_programs(longest, sizes):
     ],
 )
 def test_how_many_completions_share_a_context(share, shards, changes):
-    assert make_packer(shards, **changes).share == share
+    assert make_packer(shards, **changes).completions_per_unit == share
 
 
 def test_units_keep_the_order_of_groups_and_completions():
@@ -123,7 +123,9 @@ def test_micro_batches(shards, changes):
         seen, longest = [], []
         for batch, chosen in batches:
             count, prefix, share, width = batch.shape
-            assert prefix in PREFIXES and width in WIDTHS and share == packer.share and count % shards == 0
+            assert (
+                prefix in PREFIXES and width in WIDTHS and share == packer.completions_per_unit and count % shards == 0
+            )
             assert count // shards * (prefix + share * width) <= budget and len(chosen) <= count
             shapes.add(batch.shape)
             lengths = batch.length.max(axis=1)

@@ -10,11 +10,11 @@ import whole_runs
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
-from igrpo_jax.distributed.programs import tree_bytes
+from igrpo_jax.distributed.programs import Cost, tree_bytes
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import from_hf
-from igrpo_jax.models.costs import Cost, Costs
+from igrpo_jax.models.costs import ModelCosts, TrainingCosts
 from igrpo_jax.models.shapes import SHAPES
 
 # Parameters in billions as the models' authors count them.
@@ -63,11 +63,11 @@ def one_device():
 
 def test_a_decode_step_by_hand(tiny):
     """3 rows that read 10 positions. A layer: q 32x32, k, v 32x16, o 32x32, three of 32x48; two layers; head 32x64."""
-    costs = Costs(settings(), tiny[0], one_device(), width=8)
+    costs = ModelCosts(tiny[0], "float32", one_device())
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 32 * 64
     attention = 2 * (32 + 32) * 10 * 2  # scores and sums over 4 heads of 8, two layers, multiply-adds
     logits, cache = 3 * 4 * 3 * 64, 3 * 10 * 2 * 2 * 2 * 8 * 4
-    assert costs("decode", 3, 10) == Cost(3 * (2 * weights + attention), 4 * weights + logits + cache)
+    assert costs.decode(3, 10) == Cost(3 * (2 * weights + attention), 4 * weights + logits + cache)
 
 
 def test_a_forward_pass_is_what_xla_counts(tiny):
@@ -77,26 +77,26 @@ def test_a_forward_pass_is_what_xla_counts(tiny):
     tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     run = jax.jit(lambda params, tokens: decoder.apply(c, params, tokens, jnp.arange(64)[None])[0])
     counted = run.lower(shapes, tokens).compile().cost_analysis()["flops"]
-    costs = Costs(settings(), c, one_device(), width=8)
+    costs = ModelCosts(c, "float32", one_device())
     masked = 2 * 2 * 16 * 8 * 64**2 / 2 * 2
-    found = costs("prefill", 64).flops - 2 * 64 * 128 + masked  # the head runs at one position
+    found = costs.prefill(64).flops - 2 * 64 * 128 + masked  # the head runs at one position
     assert params is None and 0.9 < found / counted < 1.02
 
 
 def test_an_update_is_forward_and_backward_and_with_remat_forward_again(tiny):
     shape = (2, 16, 3, 32)
-    plain, full = (Costs(settings(learner__remat=remat), tiny[0], one_device(), 8) for remat in ("none", "full"))
+    plain, full = (TrainingCosts(settings(learner__remat=remat), tiny[0], one_device()) for remat in ("none", "full"))
     head = 2 * 32 * 64 * 2 * 3 * 32
-    forward = plain("score", shape).flops - head
-    assert plain("accumulate", shape).flops == pytest.approx(3 * forward + 4 * head)
-    assert full("accumulate", shape).flops == pytest.approx(4 * forward + 4 * head)
+    forward = plain.score(shape).flops - head
+    assert plain.accumulate(shape).flops == pytest.approx(3 * forward + 4 * head)
+    assert full.accumulate(shape).flops == pytest.approx(4 * forward + 4 * head)
 
 
 def test_a_narrow_head_is_read_narrow(tiny):
     """Once for each chunk, as `logprobs` does, which casts it before: 3 chunks of 64 positions."""
     chunked = {"learner__logprob_chunk": 64}
-    wide = Costs(settings(**chunked), tiny[0], one_device(), 8)
-    narrow = Costs(settings(model__dtype="bfloat16", **chunked), tiny[0], one_device(), 8)
+    wide = TrainingCosts(settings(**chunked), tiny[0], one_device())
+    narrow = TrainingCosts(settings(model__dtype="bfloat16", **chunked), tiny[0], one_device())
     logits = 8 * 64 * 192  # of both in float32
     read = [costs._logits(192).bytes - logits for costs in (wide, narrow)]
     assert read == [3 * 32 * 64 * 4, 3 * 32 * 64 * 2]
@@ -104,42 +104,46 @@ def test_a_narrow_head_is_read_narrow(tiny):
 
 def test_useful_work_by_hand(tiny):
     """A prefix of 16 tokens once, and completions of 32 and 8, which see it and half of themselves."""
-    costs = Costs(settings(), tiny[0], one_device())
+    costs = ModelCosts(tiny[0], "float32", one_device())
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     pairs = 16 * 8 + 32 * (16 + 16) + 8 * (16 + 4)
-    assert costs.useful(17, [32, 8], 1) == 2 * weights * 56 + 4 * 2 * 4 * 8 * pairs + 2 * 32 * 64 * 40
-    assert costs.useful(17, [32, 8], 3) == 3 * costs.useful(17, [32, 8], 1)
+    assert costs.useful_flops(17, [32, 8], 1) == 2 * weights * 56 + 4 * 2 * 4 * 8 * pairs + 2 * 32 * 64 * 40
+    assert costs.useful_flops(17, [32, 8], 3) == 3 * costs.useful_flops(17, [32, 8], 1)
 
 
 @pytest.mark.parametrize("name", ["tiny", "hybrid"])
 def test_useful_work_is_that_of_programs_without_padding(name, request):
     c = request.getfixturevalue(name)[0]
-    one = Costs(settings(learner__remat="none"), c, one_device())
-    four = Costs(settings(), c, sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]))
+    one = TrainingCosts(settings(learner__remat="none"), c, one_device())
+    four = TrainingCosts(settings(), c, sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]))
     shape = (1, 16, 3, 32)
-    assert one.useful(17, [32] * 3, 1) == pytest.approx(one("score", shape).flops)
-    assert four.useful(17, [32] * 3, 1) == pytest.approx(one("score", shape).flops)  # of all devices
+    assert one.model.useful_flops(17, [32] * 3, 1) == pytest.approx(one.score(shape).flops)
+    assert four.model.useful_flops(17, [32] * 3, 1) == pytest.approx(one.score(shape).flops)  # of all devices
     head = 2 * c.hidden_size * c.vocab_size * 3 * 32
-    assert one.useful(17, [32] * 3, 3) == pytest.approx(one("accumulate", shape).flops - head)  # recomputed logits
+    assert one.model.useful_flops(17, [32] * 3, 3) == pytest.approx(
+        one.accumulate(shape).flops - head
+    )  # recomputed logits
     # A padded row costs the program more, and asks for no more.
-    assert one.useful(17, [32, 5, 1], 1) < one.useful(17, [32, 32, 1], 1) < one("score", shape).flops
+    assert (
+        one.model.useful_flops(17, [32, 5, 1], 1) < one.model.useful_flops(17, [32, 32, 1], 1) < one.score(shape).flops
+    )
 
 
 def test_a_mesh_splits_work_and_bytes(tiny):
-    one = Costs(settings(), tiny[0], one_device(), 8)
+    one = TrainingCosts(settings(), tiny[0], one_device())
     mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
-    eight = Costs(settings(), tiny[0], mesh, 8)
+    eight = TrainingCosts(settings(), tiny[0], mesh)
     shape = (4, 16, 3, 32)
-    assert eight("accumulate", shape).flops == pytest.approx(one("accumulate", shape).flops / 8)
-    assert eight("apply").bytes == one("apply").bytes / 4  # replicas over data make the same step
-    assert eight("decode", 4, 16).flops == one("decode", 4, 16).flops / 2
-    assert eight.token_bytes == one.token_bytes / 2
+    assert eight.accumulate(shape).flops == pytest.approx(one.accumulate(shape).flops / 8)
+    assert eight.apply().bytes == one.apply().bytes / 4  # replicas over data make the same step
+    assert eight.model.decode(4, 16).flops == one.model.decode(4, 16).flops / 2
+    assert eight.model.token_bytes == one.model.token_bytes / 2
 
 
 @pytest.mark.parametrize("name", ["tiny", "hybrid"])
 def test_bytes_of_a_slot_are_those_of_the_cache(name, request):
     c = request.getfixturevalue(name)[0]
-    costs = Costs(settings(), c, one_device(), 8)
+    costs = ModelCosts(c, "float32", one_device())
     places = caches.shardings(c, one_device())
     cache = jax.eval_shape(lambda: caches.empty(c, 5, 24, jnp.float32))
     put = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), cache, places)
@@ -149,7 +153,7 @@ def test_bytes_of_a_slot_are_those_of_the_cache(name, request):
 def test_lora_moves_less_in_the_optimizer(tiny):
     tree = config.default()
     tree.model.lora.rank = 4
-    lora = Costs(config.freeze(tree), tiny[0], one_device(), 8)
-    whole = Costs(settings(), tiny[0], one_device(), 8)
-    assert 0 < lora("apply").bytes < whole("apply").bytes / 2
-    assert lora("accumulate", (1, 16, 2, 16)).flops == whole("accumulate", (1, 16, 2, 16)).flops
+    lora = TrainingCosts(config.freeze(tree), tiny[0], one_device())
+    whole = TrainingCosts(settings(), tiny[0], one_device())
+    assert 0 < lora.apply().bytes < whole.apply().bytes / 2
+    assert lora.accumulate((1, 16, 2, 16)).flops == whole.accumulate((1, 16, 2, 16)).flops

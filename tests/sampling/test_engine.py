@@ -214,7 +214,7 @@ def test_memory_of_a_long_prefill_is_that_of_a_piece(tiny):
 
     def temporaries(chunk):
         engine = Engine(c, one_device(), EOS, **sizes, prefill_chunk=chunk)
-        return engine._programs["prefill", 4096].memory_analysis().temp_size_in_bytes
+        return engine.programs.prefill.compiled(4096).memory_analysis().temp_size_in_bytes
 
     assert temporaries(512) < temporaries(4096) / 3
 
@@ -283,10 +283,10 @@ def test_decoding_asks_no_other_shard(tiny):
     """No collective at all; with tensor parallelism only within a replica, but for the trip count all agree on."""
     sizes = {"slots": 16, "max_context": 20, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
     engine = Engine(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=4)), EOS, **sizes)
-    for key in (("decode", 2, 28), ("move",)):
-        assert not COLLECTIVES.search(engine._programs[key].as_text()), key
+    for program in (engine.programs.decode.compiled(2, 28), engine.programs.move.compiled()):
+        assert not COLLECTIVES.search(program.as_text())
     engine = Engine(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2)), EOS, **sizes)
-    found = [line for line in engine._programs["decode", 4, 28].as_text().splitlines() if COLLECTIVES.search(line)]
+    found = [line for line in engine.programs.decode.compiled(4, 28).as_text().splitlines() if COLLECTIVES.search(line)]
     across = [line for line in found if leaves_its_replica(line)]
     assert len(found) > len(across) and across
     assert all(re.search(r"= s32\[\]\S* all-reduce", line) for line in across), across

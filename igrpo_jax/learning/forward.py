@@ -1,0 +1,50 @@
+"""The log-probs of a micro-batch's completions: the one function that the loss and the rescoring run.
+
+With unchanged parameters the ratio of the loss to what was scored before is therefore 1.
+"""
+
+from dataclasses import dataclass
+
+import jax
+
+from igrpo_jax.models import decoder, lora
+from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.models.logprobs import completion_logprobs
+from igrpo_jax.records import TrainBatch
+
+
+@dataclass(frozen=True)
+class PolicyLogprobs:
+    """The log-probs of a micro-batch's completions as a function of the trained parameters."""
+
+    cfg: DecoderConfig
+    dtype: str
+    temperature: float
+    chunk: int | None  # positions whose logits exist at once
+    remat: str
+    lora_scaling: float
+
+    def __call__(
+        self, params: decoder.Params, batch: TrainBatch, frozen: decoder.Params, entropy_gradient: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns log-probs and entropies [Q, G, T] float32, in nats; `frozen` is what LoRA adapts."""
+        return completion_logprobs(
+            self.cfg,
+            lora.attach(frozen, params, self.lora_scaling),
+            batch.prefix,
+            batch.prefix_length,
+            batch.last,
+            batch.completions,
+            dtype=self.dtype,
+            temperature=self.temperature,
+            chunk=self.chunk,
+            remat=self.remat,
+            entropy_gradient=entropy_gradient,
+        )
+
+
+def score(
+    policy: PolicyLogprobs, params: decoder.Params, batch: TrainBatch, frozen: decoder.Params
+) -> tuple[jax.Array, jax.Array]:
+    """Returns log-probs and entropies [Q, G, T] float32 of a micro-batch."""
+    return policy(params, batch, frozen)

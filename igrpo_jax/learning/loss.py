@@ -1,0 +1,164 @@
+"""The loss: one weighted sum over tokens for all objectives, and its gradient for one micro-batch.
+
+    loss = - sum over rows i, tokens t of  w_it (min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i) - beta k3_it)
+           - entropy_coef / (tokens) sum over the same of  H_it
+
+r is the ratio of the policy to pi_old and A the advantage; k3 = rho - log rho - 1 with rho = pi_ref / pi is the KL
+estimate, non-negative and unbiased under samples of pi; H is the policy's entropy at a token, whose mean over tokens is
+the bonus. Dual clip puts min(r, delta) in the place of the first r. What the objectives choose, A and w among it, is in
+`objectives`. Weights are those of the whole optimizer step, so that micro-batches simply add.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from igrpo_jax.learning.forward import PolicyLogprobs
+from igrpo_jax.learning.objectives import Resolved
+from igrpo_jax.models import decoder
+from igrpo_jax.records import TrainBatch
+
+MAX_LOG_RATIO = 20.0  # exp of more is noise, and inf * 0 is NaN
+
+
+def loss(algorithm: Resolved, rows: "CompletionRows") -> "LossSums":
+    """Returns the objective on some rows, to be minimised. Its gradient per token is Eq. 29 of arXiv 2602.09000."""
+    log_ratio = algorithm.objective.log_ratio(rows.logprob, rows.old, rows.mask)
+    ratio = jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    advantage = rows.advantage[:, None]
+    clipped_ratio = jnp.clip(ratio, 1 - algorithm.epsilon, 1 + algorithm.epsilon_high)
+    value = jnp.minimum(jnp.minimum(ratio, algorithm.delta) * advantage, clipped_ratio * advantage)
+    if rows.correction is not None:
+        value = value * rows.correction
+    k3 = jnp.zeros_like(value)
+    if rows.reference is not None:
+        log_rho = jnp.clip(rows.reference - rows.logprob, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        k3 = jnp.exp(log_rho) - log_rho - 1
+        value = value - algorithm.beta * k3
+    counted = rows.weight > 0
+    too_low = (ratio < 1 - algorithm.epsilon) & (advantage < 0)
+    too_high = (ratio > 1 + algorithm.epsilon_high) & (advantage > 0)
+
+    def total(x: jax.Array | float) -> jax.Array:
+        return jnp.sum(jnp.where(counted, x, 0.0))
+
+    bonus = 0.0 if rows.entropy is None else total(rows.entropy_weight[:, None] * rows.entropy)
+    return LossSums(
+        loss=-total(rows.weight * value) - bonus,
+        clipped=total(too_low | too_high),
+        kl=total(k3),
+        ratio=total(ratio),
+        tokens=total(1.0),
+    )
+
+
+class CompletionRows(NamedTuple):
+    """What the loss reads of R completions, padded to T tokens."""
+
+    logprob: jax.Array  # [R, T] float32, log pi
+    old: jax.Array  # [R, T] float32, log pi_old
+    reference: jax.Array | None  # [R, T] float32, log pi_ref; None where beta = 0
+    advantage: jax.Array  # [R] float32
+    weight: jax.Array  # [R, T] float32 from `row_weights`, 0 off the completion; such tokens contribute nothing
+    mask: jax.Array  # [R, T] bool, the tokens of each completion
+    correction: jax.Array | None = None  # [R, T] float32, importance weights against the sampler; None = 1
+    entropy: jax.Array | None = None  # [R, T] float32, in nats, with its gradient; None where entropy_coef = 0
+    entropy_weight: jax.Array | None = None  # [R] float32 from `entropy_weights`
+
+
+class LossSums(NamedTuple):
+    """Sums over the rows given; every field adds over micro-batches."""
+
+    loss: jax.Array  # [] float32
+    clipped: jax.Array  # [] float32, number of tokens whose ratio is in the clipped region
+    kl: jax.Array  # [] float32, sum of k3 over tokens
+    ratio: jax.Array  # [] float32, sum of ratios over tokens
+    tokens: jax.Array  # [] float32, number of tokens with weight
+
+
+class MicroBatchSums(NamedTuple):
+    """What micro-batches add up; all [] float32."""
+
+    loss: LossSums
+    entropy: jax.Array  # over completion tokens, in nats
+    tokens: jax.Array  # completion tokens
+    mismatch: jax.Array  # sum of |log pi_old - the sampler's|
+    largest_mismatch: jax.Array  # the largest of these
+
+    @classmethod
+    def zeros(cls) -> "MicroBatchSums":
+        """Returns the sums of no micro-batch."""
+        zero = jnp.float32(0)
+        return cls(LossSums(*[zero] * len(LossSums._fields)), zero, zero, zero, zero)
+
+    def add(self, other: "MicroBatchSums") -> "MicroBatchSums":
+        """Returns the sums of both."""
+        largest = jnp.maximum(self.largest_mismatch, other.largest_mismatch)
+        return jax.tree.map(jnp.add, self, other)._replace(largest_mismatch=largest)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the loss of a micro-batch is traced with."""
+
+    algorithm: Resolved
+    policy: PolicyLogprobs
+    on_policy: bool  # one optimizer step for a rollout: pi_old is the policy itself
+    correction_cap: float | None  # largest importance weight of a token against its sampler; 0 or None = no correction
+
+
+def accumulate(
+    settings: LossSettings,
+    params: decoder.Params,
+    grads: decoder.Params,
+    sums: MicroBatchSums,
+    batch: TrainBatch,
+    frozen: decoder.Params,
+) -> tuple[decoder.Params, MicroBatchSums]:
+    """Returns `grads` and `sums` with those of one micro-batch added, in float32."""
+    loss_of = partial(microbatch_loss, settings)
+    (_, batch_sums), batch_grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch, frozen)
+    sums = sums.add(batch_sums)
+    return jax.tree.map(jnp.add, grads, batch_grads), sums
+
+
+def microbatch_loss(
+    settings: LossSettings, params: decoder.Params, batch: TrainBatch, frozen: decoder.Params
+) -> tuple[jax.Array, MicroBatchSums]:
+    """Returns a micro-batch's part of the loss of an optimizer step, and its sums; `frozen` is what LoRA adapts."""
+    algorithm = settings.algorithm
+    rows = lambda x: x.reshape(-1, *x.shape[2:])  # [Q, G, ...] -> [Q * G, ...]
+    mask = jnp.arange(batch.weight.shape[-1]) < rows(batch.length)[:, None]
+    has_bonus = algorithm.entropy_coef > 0
+    logprob, entropy = (
+        jnp.where(mask, rows(x), 0.0) for x in settings.policy(params, batch, frozen, entropy_gradient=has_bonus)
+    )
+    old = jax.lax.stop_gradient(logprob) if settings.on_policy else rows(batch.old_logprob)
+    reference = rows(batch.reference_logprob) if algorithm.beta > 0 else None
+    drift = jnp.where(mask, jax.lax.stop_gradient(old) - rows(batch.sampler_logprob), 0.0)
+    cap = settings.correction_cap
+    correction = jnp.minimum(jnp.exp(jnp.minimum(drift, MAX_LOG_RATIO)), cap) if cap else None
+    completions = CompletionRows(
+        logprob=logprob,
+        old=old,
+        reference=reference,
+        advantage=rows(batch.advantage),
+        weight=rows(batch.weight),
+        mask=mask,
+        correction=correction,
+        entropy=entropy if has_bonus else None,
+        entropy_weight=rows(batch.entropy_weight) if has_bonus else None,
+    )
+    loss_sums = loss(algorithm, completions)
+    mismatch = jnp.abs(drift)
+    sums = MicroBatchSums(
+        loss=loss_sums,
+        entropy=jnp.sum(entropy),
+        tokens=jnp.sum(mask, dtype=jnp.float32),
+        mismatch=jnp.sum(mismatch),
+        largest_mismatch=jnp.max(mismatch),
+    )
+    return loss_sums.loss, sums

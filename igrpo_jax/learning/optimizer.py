@@ -1,0 +1,41 @@
+"""The optimizer: AdamW behind a global-norm clip, with a linear warm-up and then a cosine."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from igrpo_jax.config import OptimizerConfig
+from igrpo_jax.models import decoder
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Returns the optimizer of a run of `total_steps` optimizer steps, and the learning rate by steps made."""
+    schedule = make_schedule(config, total_steps)
+
+    def decays(params: decoder.Params) -> dict[str, bool]:
+        return {path: not path.endswith(("scale", "_bias", "a_log", "skip")) for path in params}
+
+    adamw = optax.adamw(
+        schedule,
+        config.b1,
+        config.b2,
+        weight_decay=config.weight_decay,
+        mask=decays,
+        mu_dtype=config.mu_dtype,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw), schedule
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Returns the learning rate by the number of steps made: a linear warm-up, then a cosine down to min_lr_ratio of
+    the peak."""
+    warmup = min(round(config.warmup_ratio * total_steps), max(total_steps - 1, 0))
+    peak, floor = config.learning_rate, config.learning_rate * config.min_lr_ratio
+
+    def schedule(count: jax.Array) -> jax.Array:
+        rising = (count + 1) / max(warmup, 1)  # the first step already learns
+        along = jnp.clip((count - warmup) / max(total_steps - warmup, 1), 0, 1)
+        falling = floor + (peak - floor) * 0.5 * (1 + jnp.cos(jnp.pi * along))
+        return jnp.where(count < warmup, peak * rising, falling)
+
+    return schedule

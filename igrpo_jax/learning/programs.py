@@ -1,0 +1,199 @@
+"""The programs of the update: the gradient of a micro-batch, its log-probs, and the optimizer step."""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from igrpo_jax.config import Config
+from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.programs import Program, program_bytes, tree_bytes
+from igrpo_jax.learning import forward, loss, train_state
+from igrpo_jax.learning.forward import PolicyLogprobs
+from igrpo_jax.learning.loss import LossSettings, MicroBatchSums
+from igrpo_jax.learning.objectives import Resolved
+from igrpo_jax.learning.optimizer import make_optimizer
+from igrpo_jax.learning.packing import Packer, Shape
+from igrpo_jax.learning.train_state import TrainState
+from igrpo_jax.models import decoder, lora
+from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.models.costs import TrainingCosts
+from igrpo_jax.records import TrainBatch
+
+
+class WaitingBytes(NamedTuple):
+    """Bytes of training on each device that are no argument of a program, but wait there while it runs."""
+
+    accumulate: int
+    score: int
+    apply: int
+
+
+class LearnerPrograms:
+    """One `Program` for each function that an update runs on the devices, for one model, mesh and objective.
+
+    Args:
+        total_steps: optimizer steps of the whole run, for the learning rate.
+
+    Attributes:
+        schedule: the learning rate by optimizer steps made.
+        costs: what the programs cost.
+        state, frozen: the training state, and the weights that LoRA adapts ({} without LoRA), as abstract arrays.
+        stages: the stages whose completions are rows.
+        state_sharding: the sharding of every array of the state: moments lie as their parameters do.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        cfg: DecoderConfig,
+        mesh: jax.sharding.Mesh,
+        algorithm: Resolved,
+        packer: Packer,
+        total_steps: int,
+    ):
+        self.optimizer, self.schedule = make_optimizer(config.optimizer, total_steps)
+        self.costs = TrainingCosts(config, cfg, mesh)
+        self._config = config
+        self._mesh = mesh
+        self._algorithm = algorithm
+        self._packer = packer
+        self._replicated = sharding.replicated(mesh)
+        self._batch_sharding = sharding.batch_sharding(mesh)
+        self._policy = PolicyLogprobs(
+            cfg=cfg,
+            dtype=config.model.dtype,
+            temperature=config.rollout.temperature,
+            chunk=config.learner.logprob_chunk,
+            remat=config.learner.remat,
+            lora_scaling=config.model.lora.scaling,
+        )
+        self.stages = ("refine", "draft") if config.algorithm.train_drafts else ("refine",)
+        shapes, rank = decoder.shapes(cfg), config.model.lora.rank
+        self._shapes = lora.shapes(config.model.lora, shapes) if rank else shapes
+        self.frozen = _abstract_frozen(shapes, config.model.dtype, mesh) if rank else {}
+        self.state_sharding, self.state = self._make_state()
+
+    def _make_state(self) -> tuple[TrainState, TrainState]:
+        """Returns the shardings and the abstract arrays of the state."""
+        params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in self._shapes.items()}
+        opt_state, count = jax.eval_shape(self.optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32)
+        param_sharding = {path: sharding.param_sharding(self._mesh, path) for path in self._shapes}
+        moments_sharding = optax.tree.map_params(
+            self.optimizer,
+            lambda _, sharding: sharding,
+            opt_state,
+            param_sharding,
+            transform_non_params=lambda _: self._replicated,
+        )
+        shardings = TrainState(param_sharding, moments_sharding, self._replicated, self._replicated)
+        return shardings, jax.tree.map(_with_sharding, TrainState(params, opt_state, count, count), shardings)
+
+    @cached_property
+    def accumulate(self) -> Program:
+        """The gradient of a micro-batch, added to that of others; the shape is that of the micro-batch."""
+        settings = LossSettings(
+            algorithm=self._algorithm,
+            policy=self._policy,
+            on_policy=self._config.learner.minibatches * self._config.algorithm.num_iterations == 1,
+            correction_cap=self._config.algorithm.importance_sampling_cap,
+        )
+        remat = self._config.learner.remat
+        platform = self._mesh.devices.flat[0].platform  # it may be another than the default: that of a topology
+        params, sums = self.state.params, self._abstract_sums()["refine"]
+        return Program(
+            "accumulate",
+            jax.jit(
+                partial(loss.accumulate, settings),
+                donate_argnums=(1, 2),
+                out_shardings=(self.state_sharding.params, self._replicated),
+                compiler_options=decoder.remat_options(platform) if remat != "none" else None,
+            ),
+            lambda shape: (params, params, sums, self._abstract_batch(shape), self.frozen),
+            self._mesh,
+            shapes=[(shape,) for shape in self._packer.shapes],
+            largest=[(shape,) for shape in dict.fromkeys((self._packer.largest, self._packer.fullest))],
+            cost=self.costs.accumulate,
+        )
+
+    @cached_property
+    def score(self) -> Program:
+        """The log-probs and entropies of a micro-batch; the shape is that of the micro-batch."""
+        return Program(
+            "score",
+            jax.jit(partial(forward.score, self._policy), out_shardings=self._replicated),
+            lambda shape: (self.state.params, self._abstract_batch(shape), self.frozen),
+            self._mesh,
+            shapes=[(shape,) for shape in self._packer.shapes],
+            largest=[(self._packer.fullest,)],
+            cost=self.costs.score,
+        )
+
+    @cached_property
+    def apply(self) -> Program:
+        """The optimizer step."""
+        return Program(
+            "apply",
+            jax.jit(
+                partial(train_state.apply, self.optimizer, self.schedule),
+                donate_argnums=0,
+                out_shardings=(self.state_sharding, self._replicated),
+            ),
+            lambda: (self.state, self.state.params, self._abstract_sums()),
+            self._mesh,
+            cost=self.costs.apply,
+        )
+
+    @cached_property
+    def zeros(self) -> Callable[[], tuple[decoder.Params, dict[str, MicroBatchSums]]]:
+        """The gradient and, by stage, the sums of no micro-batch."""
+        return jax.jit(self._zero_sums, out_shardings=(self.state_sharding.params, self._replicated))
+
+    def to_devices(self, batch: TrainBatch) -> TrainBatch:
+        """Returns `batch`, which every process holds, split over the shards of the batch."""
+        return sharding.to_global(batch, self._batch_sharding)
+
+    @property
+    def waiting_bytes(self) -> WaitingBytes:
+        """Bytes on each device of what training keeps there that is no argument of a program."""
+        params, moments = tree_bytes(self.state.params), tree_bytes(self.state.opt_state)
+        has_reference = self._algorithm.beta > 0 and not self._config.learner.offload_reference
+        reference = params if has_reference else 0
+        return WaitingBytes(
+            accumulate=moments + reference,
+            score=moments + params + reference,  # the gradient, which is as large as what is trained
+            apply=tree_bytes(self.frozen) + reference,
+        )
+
+    def predicted_bytes(self) -> int:
+        """Returns the bytes per device that an update of the longest rows needs, state included, by the compiler's own
+        count."""
+        waiting = self.waiting_bytes
+        accumulate, apply = self.accumulate.compiled(self._packer.largest), self.apply.compiled()
+        return max(program_bytes(accumulate) + waiting.accumulate, program_bytes(apply) + waiting.apply)
+
+    def _zero_sums(self) -> tuple[decoder.Params, dict[str, MicroBatchSums]]:
+        grads = {path: jnp.zeros(shape, jnp.float32) for path, shape in self._shapes.items()}
+        return grads, {stage: MicroBatchSums.zeros() for stage in self.stages}
+
+    def _abstract_sums(self) -> dict[str, MicroBatchSums]:
+        _, sums = jax.eval_shape(self._zero_sums)
+        return jax.tree.map(lambda x: _with_sharding(x, self._replicated), sums)
+
+    def _abstract_batch(self, shape: Shape) -> TrainBatch:
+        return jax.tree.map(lambda x: _with_sharding(x, self._batch_sharding), self._packer.fill([], shape))
+
+
+def _with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _abstract_frozen(shapes: dict[str, tuple[int, ...]], dtype: str, mesh: jax.sharding.Mesh) -> decoder.Params:
+    return {
+        path: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.param_sharding(mesh, path))
+        for path, shape in shapes.items()
+    }

@@ -1,0 +1,43 @@
+"""The state that training carries, and the optimizer step on it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from igrpo_jax.learning.loss import MicroBatchSums
+from igrpo_jax.models import decoder
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step, on the mesh."""
+
+    params: decoder.Params  # float32 master weights, with LoRA its adapters alone
+    opt_state: optax.OptState
+    step: jax.Array  # [] int32, optimizer steps tried
+    skipped: jax.Array  # [] int32, of these not finite
+
+
+def apply(
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    grads: decoder.Params,
+    sums: dict[str, MicroBatchSums],
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the state after one optimizer step, and its metrics; the old arrays where the step is not finite."""
+    norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # A finite norm leaves AdamW no way to a step that is not; to look at the step itself would hold all of it.
+    finite = jnp.isfinite(sum(stage_sums.loss.loss for stage_sums in sums.values())) & jnp.isfinite(norm)
+    keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+    params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
+    skipped = state.skipped + (~finite).astype(jnp.int32)
+    metrics = {
+        "grad_norm": norm,
+        "learning_rate": schedule(state.step - state.skipped),  # Adam counts the steps made
+        "nonfinite_steps": skipped,
+    }
+    return TrainState(params, opt_state, state.step + 1, skipped), metrics
