@@ -204,6 +204,17 @@ def test_the_architecture_has_the_floors_of_the_imports():
     assert written == list(enumerate(FLOORS))
 
 
+def test_the_architecture_names_files_and_tables_that_exist():
+    """Files are written from the package's folder or from the root; tables as "`NAME` of `FILE`"."""
+    text = page("architecture.md")
+    find = lambda name: next((base / name for base in (ROOT / "igrpo_jax", ROOT) if (base / name).exists()), None)
+    files = set(re.findall(r"`([\w/]+\.(?:py|sh))`", text))
+    assert len(files) > 20 and sorted(name for name in files if find(name) is None) == []
+    tables = re.findall(r"`(\w+)` (?:of|in) `([\w/]+\.(?:py|sh))`", text)
+    assert len(tables) > 8
+    assert [name for name, file in tables if not re.search(rf"\b{name}\b", find(file).read_text("utf-8"))] == []
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_settings_and_commands_in_pages_are_real(path):
     text = path.read_text(encoding="utf-8")
