@@ -200,8 +200,10 @@ class Learner:
         if not mismatches:
             return {}
         mismatches = np.concatenate(mismatches)
-        name = "sampling/draft_logp_difference"
-        return {f"{name}/mean": float(np.mean(mismatches)), f"{name}/max": float(np.max(mismatches))}
+        return {
+            "sampling/draft_logp_difference/mean": float(np.mean(mismatches)),
+            "sampling/draft_logp_difference/max": float(np.max(mismatches)),
+        }
 
     @property
     def resting_bytes(self) -> int:
