@@ -1,4 +1,4 @@
-"""What every command shares: flags to a checked configuration, and errors to one line and an exit code.
+"""What every command shares: it turns flags into a checked configuration, and errors into one line and an exit code.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input, 3 does not fit (aot), 75 preempted (the same command goes on), 130
 interrupted. Nothing here imports jax at module level: the verifier's workers import the main module again.
@@ -21,9 +21,13 @@ from igrpo_jax.config import Config, check_field, default, freeze
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import InputError, RunError, one_line
 
+# Read by transformers when it is first imported: without PyTorch, which nothing here needs, it prints advice to install
+# it. Its warnings are not affected.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 
 def parse(argv: list[str]) -> tuple[Config, Path]:
-    """The configuration and workdir of a command line `PROGRAM --config FILE [--workdir DIR] [--config.field=value]`.
+    """Returns configuration and workdir of `PROGRAM --config FILE [--workdir DIR] [--config.field=value ...]`.
 
     Raises:
         InputError: an unknown flag or field, a value of the wrong type, a config file that can't be used.
@@ -35,7 +39,11 @@ def parse(argv: list[str]) -> tuple[Config, Path]:
 
 
 def parse_config(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Config, dict[str, str | None]]:
-    """The configuration of a command line with --config FILE, and the values of the flags `texts` (what they are for).
+    """Returns the configuration of a command line that needs --config FILE, and the values of the flags in `texts`.
+
+    Args:
+        usage: shown by --help.
+        texts: further flags, and what each is for.
 
     Raises:
         InputError: as `parse`.
@@ -46,7 +54,9 @@ def parse_config(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Co
     return config, values
 
 
-# Flags of a process among several; none of them on Slurm, with Open MPI and on TPU pods, which say it themselves.
+CONFIG_FLAG = "Python file whose get_config() edits igrpo_jax.config.default()"
+
+# Flags of a process among several. Slurm, Open MPI and TPU pods need none of them: they tell JAX themselves.
 CLUSTER = {
     "coordinator": "HOST:PORT of process 0, where several processes meet",
     "processes": "how many there are",
@@ -55,7 +65,7 @@ CLUSTER = {
 
 
 def address(argv: list[str]) -> dict[str, Any]:
-    """What the flags of CLUSTER say, as jax.distributed.initialize names it; empty without them.
+    """Returns the flags of CLUSTER as arguments of jax.distributed.initialize; empty without them.
 
     Raises:
         InputError: one of them is missing or makes no sense.
@@ -66,35 +76,38 @@ def address(argv: list[str]) -> dict[str, Any]:
     for name, value in values.items():
         if value is None:
             raise InputError(f"--{name}: missing; --coordinator, --processes and --process belong together")
-    where = values["coordinator"]
-    count, own = (number(name, values[name]) for name in ("processes", "process"))
-    if not re.fullmatch(r".+:\d+", where):
-        raise InputError(f"--coordinator {where}: must be HOST:PORT, an address of process 0 and a port free there")
-    if not own < count:
-        raise InputError(f"--process {own}: must be below --processes = {count}; they are counted from 0")
-    return {"coordinator_address": where, "num_processes": count, "process_id": own}
+    coordinator = values["coordinator"]
+    count = number("processes", values["processes"])
+    process = number("process", values["process"])
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise InputError(
+            f"--coordinator {coordinator}: must be HOST:PORT, an address of process 0 and a port that is free there"
+        )
+    if not process < count:
+        raise InputError(f"--process {process}: must be below --processes = {count}; they are counted from 0")
+    return {"coordinator_address": coordinator, "num_processes": count, "process_id": process}
 
 
-# Flags that stand for a field, in the commands that have them: the field, and what the flag is for.
+# Short flags of the commands about a model: the field that each sets, and what it is for.
 SHORT = {
     "benchmarks": ("evaluation.benchmarks", "names with commas between them"),
-    "samples": ("evaluation.samples", "answers to each problem; default: of a benchmark as many as in the paper"),
-    "rounds": ("evaluation.rounds", "of draft -> refine, beside the single shot; default 0"),
+    "samples": ("evaluation.samples", "answers to each problem; default: as many as in the paper"),
+    "rounds": ("evaluation.rounds", "rounds of draft -> refine, beside the single shot; default 0"),
 }
 
 
 def parse_model(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Config, dict[str, str | None]]:
-    """The configuration of a command about the model that --model names, and the values of `texts` and "model".
+    """Returns the configuration of a command about the model in --model, and the values of `texts` and "model".
 
-    Without --config it is that of the run in --model, or the default one. config.model is the run's own where --model
-    is the folder of a run; otherwise config.model.path is --model. The flags of SHORT stand for their fields.
+    Without --config it is the configuration of the run in --model, or the default one. config.model is the run's own
+    where --model is the folder of a run; otherwise config.model.path is --model. The flags of SHORT set their fields.
 
     Args:
         usage: shown by --help.
-        texts: further flags and what they are for.
+        texts: further flags, and what each is for.
 
     Raises:
-        InputError: as `parse`; a run whose config.json can't be used.
+        InputError: as `parse`; --model is a run whose config.json can't be used, or without a checkpoint.
     """
     argv = _spelled_out(argv)
     model = _last_value(argv, "model")
@@ -118,7 +131,8 @@ def read_flags(argv: list[str], values: flags.FlagValues, text: str, example: st
     """Reads the flags `values` of a command that has no configuration; --help prints `text` and the flags, and ends.
 
     Raises:
-        InputError: an unknown flag, a value of the wrong type, or something that is none, where `example` is shown.
+        InputError: an unknown flag, a value of the wrong type, or an argument that is no flag; `example` shows how a
+            flag is written.
     """
     flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
     try:
@@ -133,14 +147,14 @@ def read_flags(argv: list[str], values: flags.FlagValues, text: str, example: st
 
 
 def number(flag: str, value: str | None) -> int | None:
-    """The whole number that a flag of text gives. Raises InputError where it is none."""
+    """Returns the value of a flag as an integer, None where it is not given. Raises InputError where it is none."""
     if value is None or value.isdecimal():
         return None if value is None else int(value)
     raise InputError(f"--{flag} {value}: must be a whole number")
 
 
 def _spelled_out(argv: list[str]) -> list[str]:
-    """`argv` with the flags of SHORT as --config.field=value."""
+    """Returns `argv` with the flags of SHORT written as --config.field=value."""
     result, rest = [], iter(argv)
     for argument in rest:
         match = re.fullmatch(rf"--?({'|'.join(SHORT)})(?:=(.*))?", argument)
@@ -164,32 +178,30 @@ def _is_run(folder: Path) -> bool:
 
 
 def _tree_of_run(workdir: Path) -> Any:
-    """The ConfigDict of a run's config.json; what it lacks, because it is of an older version, is as by default."""
+    """Returns the ConfigDict of a run's config.json; fields that an older version did not write have their defaults."""
     tree = default()
     try:
         old = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         tree.update(old)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        said = one_line(error)
-        raise InputError(f"--model {workdir}: its config.json can't be used ({said}); give another folder") from error
+        raise InputError(
+            f"--model {workdir}: its config.json can't be used ({one_line(error)}); give another folder"
+        ) from error
     return tree
 
 
 def _parse(
     argv: list[str], usage: str, texts: dict[str, str], tree: Any = None
 ) -> tuple[Config, dict[str, str | None]]:
-    """The configuration, and the flags `texts` (with what they are for). `tree` is used where there is no --config."""
+    """Returns the configuration, and the values of the flags in `texts` (name: what it is for).
+
+    Args:
+        tree: a ConfigDict that is used where there is no --config; without it the configuration is then the default.
+    """
     _check_overrides(argv)
-    file, values = _last_value(argv, "config"), flags.FlagValues()
-    if file is None and tree is not None:
-        holder = config_flags.DEFINE_config_dict("config", tree, flag_values=values, lock_config=False, sys_argv=argv)
-    else:
-        # fmt: off
-        holder = config_flags.DEFINE_config_file(
-            "config", None, "Python file whose get_config() edits igrpo_jax.config.default()", flag_values=values,
-            lock_config=False, sys_argv=argv,
-        )
-        # fmt: on
+    file = _last_value(argv, "config")
+    values = flags.FlagValues()
+    holder = _define_config(argv, values, tree if file is None else None)
     for name, meaning in texts.items():
         flags.DEFINE_string(name, None, meaning, flag_values=values)
     flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
@@ -198,15 +210,32 @@ def _parse(
     except Exception as error:  # the config file is the user's code and may raise anything
         raise InputError(_flag_error(error)) from error
     if values["help"].value:
-        meanings = {"config": "Python file whose get_config() edits igrpo_jax.config.default()"} | texts
-        meanings["config.FIELD"] = "any setting of igrpo_jax/config.py, over that of the file"
-        print(usage, "", *(f"  --{name:<14}{meaning}" for name, meaning in meanings.items()), sep="\n")
+        _print_help(usage, texts)
         raise SystemExit(0)
     if len(rest) > 1:
         raise InputError(f"{rest[1]}: not understood; settings are given as --config.field=value")
     given = {name: values[name].value for name in texts}
     if file is None and tree is None:
         return Config(), given
+    return freeze(_tree_of_flag(holder, file)), given
+
+
+def _define_config(argv: list[str], values: flags.FlagValues, tree: Any) -> flags.FlagHolder:
+    """Defines --config and --config.FIELD in `values`: for a file, or for the fields of `tree` where that is given."""
+    settings = {"flag_values": values, "lock_config": False, "sys_argv": argv}
+    if tree is not None:
+        return config_flags.DEFINE_config_dict("config", tree, **settings)
+    return config_flags.DEFINE_config_file("config", None, CONFIG_FLAG, **settings)
+
+
+def _print_help(usage: str, texts: dict[str, str]) -> None:
+    meanings = {"config": CONFIG_FLAG} | texts
+    meanings["config.FIELD"] = "any setting of igrpo_jax/config.py, over that of the file"
+    print(usage, "", *(f"  --{name:<14}{meaning}" for name, meaning in meanings.items()), sep="\n")
+
+
+def _tree_of_flag(holder: flags.FlagHolder, file: str | None) -> Any:
+    """Returns the ConfigDict of --config. Raises InputError where its file failed, or returned something else."""
     try:
         tree = holder.value
         list(tree)
@@ -214,11 +243,11 @@ def _parse(
         raise InputError(f"--config {file}: get_config() must return a ConfigDict, not {tree!r}") from error
     except OSError as error:  # ml_collections keeps what went wrong in the file for the first use of its result
         raise InputError(f"--config {file}: {_flag_error(error.__cause__ or error)}") from error
-    return freeze(tree), given
+    return tree
 
 
 def _check_overrides(argv: list[str]) -> None:
-    """Names and the file are checked here first, where the nearest right name can be given."""
+    """Raises InputError, with the nearest right name, for a field or a file of --config that does not exist."""
     for argument in argv[1:]:
         if match := re.match(r"--?config\.([^=]+)", argument):
             check_field(match[1])
@@ -229,15 +258,16 @@ def _check_overrides(argv: list[str]) -> None:
 
 
 def _last_value(argv: list[str], name: str) -> str | None:
+    """Returns what `argv` gives last for a flag, which counts as with every flag; None where it is not given."""
     value = None
-    for at, argument in enumerate(argv):  # the last one counts, as with every flag
+    for i, argument in enumerate(argv):
         if match := re.fullmatch(rf"--?{name}(?:=(.*))?", argument):
-            value = match[1] if match[1] is not None else next(iter(argv[at + 1 :]), None)
+            value = match[1] if match[1] is not None else next(iter(argv[i + 1 :]), None)
     return value
 
 
 def _flag_error(error: BaseException) -> str:
-    """One line of what flags or a config file complained about, with the nearest name where a field is unknown."""
+    """Returns what is wrong with flags or a config file in one line, with the nearest name of an unknown field."""
     text = one_line(error)
     near = re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", text)
     if near:
@@ -247,9 +277,10 @@ def _flag_error(error: BaseException) -> str:
 
 
 def run(command: Callable[[list[str]], None]) -> None:
-    """Runs `command(sys.argv)` and ends the process: what needs no traceback is one line, everything else ends in one.
+    """Runs `command(sys.argv)`, and ends the process with an exit code where it fails.
 
-    What JAX raises is shown whole, then named with the phase it came in and what to change.
+    Errors that need no traceback are one line. All others show theirs; below that of an error of JAX, one line names
+    the phase in which it came and what to change.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -264,12 +295,13 @@ def run(command: Callable[[list[str]], None]) -> None:
         _leave(_say("interrupted; the same command goes on from what was saved, if something was", 130))
     except Exception as error:
         traceback.print_exc()
-        of_jax = type(error).__name__ == "JaxRuntimeError"  # jax.errors', which is not imported before it is needed
-        _leave(_say(_device_error(str(error)), 1) if of_jax else 1)
+        # By name: jax.errors is not imported before a command needs it.
+        is_of_jax = type(error).__name__ == "JaxRuntimeError"
+        _leave(_say(_device_error(str(error)), 1) if is_of_jax else 1)
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process; one of several at once, since JAX's exit handlers wait for the others, who do not come."""
+    """Ends the process. One of several ends at once, since JAX's exit handlers would wait for the others in vain."""
     jax = sys.modules.get("jax")
     if jax and jax.distributed.is_initialized():
         sys.stdout.flush()
@@ -278,21 +310,22 @@ def _leave(code: int) -> NoReturn:
 
 
 def _device_error(text: str) -> str:
-    """One line of what JAX raised: the phase with its shapes, and what to change."""
+    """Returns one line about an error of JAX: the phase with its shapes, its message, and what to change."""
     phase = watchdog.current() or "no phase of a run"
-    said = " ".join(text.partition("\n")[0].split())[:300]
+    message = one_line(text.partition("\n")[0])[:300]
     if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
         return (
-            f"JAX failed in {phase}: {said}; if it comes again where a program is compiled, try learner.attention = "
+            f"JAX failed in {phase}: {message}; if it comes again where a program is compiled, try learner.attention = "
             "xla, or another version of jax"
         )
-    smaller = next((what for name, what in watchdog.SMALLER.items() if name in phase), "the sizes of what runs")
+    smaller = next((fields for name, fields in watchdog.SMALLER.items() if name in phase), "the sizes of what runs")
     return (
         f"out of device memory in {phase}: lower {smaller}; more devices on mesh.fsdp or mesh.tensor hold smaller "
-        f"parts of the weights ({said})"
+        f"parts of the weights ({message})"
     )
 
 
 def _say(message: object, code: int) -> int:
+    """Prints an error; returns the exit code."""
     print(f"igrpo_jax: error: {message}", file=sys.stderr, flush=True)
     return code

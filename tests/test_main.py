@@ -1,16 +1,22 @@
 """The command line on bad input: one line that names the field, the value and the fix, exit code 2, nothing written."""
 
+import importlib.util
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 
+from igrpo_jax import __main__ as commands
 from igrpo_jax import cli, config, main
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import RunError
 
+ROOT = Path(__file__).parents[1]
 TINY = """
 from igrpo_jax.config import default
 
@@ -159,6 +165,34 @@ def test_help_is_printed(monkeypatch, capsys):
         cli.run(main.main)
     assert stop.value.code == 0
     assert "--workdir" in capsys.readouterr().out
+
+
+def test_the_commands_are_listed(capsys):
+    commands.main()
+    out = capsys.readouterr().out
+    for name in commands.COMMANDS:
+        assert f"python -m igrpo_jax.{name} " in out
+        spec = importlib.util.find_spec(f"igrpo_jax.{name}")
+        assert spec.submodule_search_locations is None or importlib.util.find_spec(f"igrpo_jax.{name}.__main__")
+
+
+HIDDEN = """
+import sys
+sys.modules["torch"] = None  # as where it is not installed
+{first}
+import transformers
+transformers.logging.get_logger("transformers").warning("a real warning")
+"""
+
+
+@pytest.mark.parametrize("first", ["from igrpo_jax import cli", "from igrpo_jax import export", "pass"])
+def test_without_pytorch_transformers_gives_no_advice_and_still_warns(first):
+    """The third shows that there is advice, and that the test would see it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    start = [sys.executable, "-c", HIDDEN.format(first=first)]
+    done = subprocess.run(start, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "a real warning" in done.stderr
+    assert ("PyTorch was not found" in done.stderr) == (first == "pass")
 
 
 @pytest.mark.parametrize(

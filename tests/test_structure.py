@@ -28,10 +28,20 @@ FLOORS = [
     ["learning", "evaluation"],
     ["session"],
     ["train"],
-    ["aot", "report", "main", "evaluate", "generate", "export"],
+    ["__main__", "aot", "report", "main", "evaluate", "generate", "export"],
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
-COMMANDS = {"main", "evaluate", "generate", "export", "aot/__main__", "report/__main__", "rewards/grade", "cli"}
+COMMANDS = {
+    "__main__",
+    "main",
+    "evaluate",
+    "generate",
+    "export",
+    "aot/__main__",
+    "report/__main__",
+    "rewards/grade",
+    "cli",
+}
 
 # Libraries that import jax; importing one is importing it.
 IMPORT_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "einshape", "distrax", "rlax"}
