@@ -39,7 +39,7 @@ def meanings() -> dict[str, dict[str, str]]:
     source = inspect.getsource(config)
     lines = source.splitlines()
     return {
-        node.name: {item.target.id: _comment_above(lines, item.lineno) for item in _fields(node)}
+        node.name: {ast.unparse(item.target): _comment_above(lines, item.lineno) for item in _fields(node)}
         for node in ast.parse(source).body
         if isinstance(node, ast.ClassDef)
     }
@@ -69,18 +69,18 @@ def _section(cls: type, prefix: str, texts: dict[str, dict[str, str]]) -> list[s
     """Returns the fields of a dataclass as a table, then the sections in it."""
     lines = [
         f"\n## {prefix.rstrip('.') or 'The run'}\n\n",
-        " ".join(inspect.getdoc(cls).split()) + "\n\n",
+        " ".join((cls.__doc__ or "").split()) + "\n\n",
         "| field | type | default | allowed | meaning |\n|---|---|---|---|---|\n",
     ]
     sections = []
     for setting in schema.settings(cls):
         path = prefix + setting.name
         if setting.is_section:
-            sections += _section(setting.type, f"{path}.", texts)
+            sections += _section(setting.hint, f"{path}.", texts)
             continue
         allowed = _cell(setting.subject + setting.allowed)
         meaning = _cell(texts[cls.__name__][setting.name])
-        lines.append(f"| `{path}` | {_type(setting.type)} | {_default(setting.default)} | {allowed} | {meaning} |\n")
+        lines.append(f"| `{path}` | {_type(setting.hint)} | {_default(setting.default)} | {allowed} | {meaning} |\n")
     return lines + sections
 
 

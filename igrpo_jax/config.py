@@ -64,7 +64,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The policy, and the reference model that it starts as."""
+    """The model that is trained."""
 
     # Hugging Face directory or hub id; empty for the built-in character-level decoder.
     path: str = ""
@@ -141,7 +141,7 @@ class WarmStartConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """The objective and the draft stage. The defaults are the paper's; docs/igrpo.md has the equations."""
+    """The objective and the draft stage; docs/igrpo.md has the equations."""
 
     # Objective of the update.
     loss_type: Annotated[str, Choice(*LOSS_TYPES)] = "grpo"
@@ -159,8 +159,8 @@ class AlgorithmConfig:
     # Whether drafts are trained on too, as groups of their own on the plain prompt, in the same update. This departs
     # from the paper.
     train_drafts: bool = False
-    # How often, for each of prompts_per_step, a fresh prompt replaces one whose completions all earn the same (DAPO's
-    # dynamic sampling); 0 for never.
+    # Largest number of fresh prompts that may, one after another, replace a prompt whose completions all earn the same
+    # (DAPO's dynamic sampling), for each of prompts_per_step; 0 for none.
     max_redraws: Annotated[int, AtLeast(0)] = 0
     # Coefficient of the KL penalty; 0 keeps no reference model in memory.
     beta: Annotated[float, AtLeast(0)] = 0.0
@@ -219,11 +219,11 @@ class RolloutConfig:
     top_k: Annotated[int, AtLeast(0)] = 0
     # Number of completions that are decoded at once.
     slots: Annotated[int, AtLeast(1)] = 64
-    # Number of tokens that each slot decodes before the host looks at them.
+    # Number of tokens that each slot decodes before the host looks at the slots.
     steps_per_dispatch: Annotated[int, AtLeast(1)] = 16
     # With 1 the device decodes on while the host looks, with 0 it waits; None for 0 on CPU and 1 elsewhere.
     dispatches_ahead: Annotated[int | None, Choice(None, 0, 1)] = None
-    # Whether a prompt is refined while others still draft; False waits for all drafts, for comparisons.
+    # Whether a prompt is refined while others are still being drafted; False waits for all drafts, for comparisons.
     streamed: bool = True
 
 
@@ -281,11 +281,11 @@ class RewardsConfig:
     format: Annotated[float, AtLeast(0)] = 1.0
     # Weight of the soft over-long penalty, which falls from 0 to -1 at rollout.max_completion_length.
     overlong: Annotated[float, AtLeast(0)] = 0.0
-    # Number of last tokens before that length over which the over-long penalty grows, DAPO's L_cache.
+    # Number of last tokens before rollout.max_completion_length over which the over-long penalty grows; DAPO's L_cache.
     overlong_cache: Annotated[int, AtLeast(0)] = 0
     # A reward of your own, written as "module:function"; empty for none.
     custom: Annotated[str, Matches(r"([\w.]+:\w+)?", "written as module:function")] = ""
-    # Weight of the reward of your own.
+    # Weight of the custom reward.
     custom_weight: float = 1.0
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     # Number of verifier processes.
@@ -297,7 +297,7 @@ class RewardsConfig:
 
     @property
     def largest(self) -> float:
-        """The most that a completion can earn, but for a custom reward, whose values have no bound."""
+        """The most that a completion can earn without the custom reward, whose values have no bound."""
         return self.accuracy + self.format + self.judge.weight
 
 
@@ -363,7 +363,7 @@ class MeshConfig:
 class ClusterConfig:
     """Several processes that run together."""
 
-    # Time in which all processes must have come, in seconds.
+    # Time within which all processes must have joined, in seconds.
     start_timeout: Seconds = 300.0
     # Time without a sign of life after which a process counts as lost and the others end, in seconds.
     silence: Seconds = 30.0
@@ -387,13 +387,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class WatchdogConfig:
-    """Seconds without progress after which a wait is named in the log, with the stacks of all threads; 0 = never."""
+    """How long a run may wait without progress before the log names what it waits for, with all threads' stacks."""
 
-    # Seconds of waiting for the next verdict.
+    # Seconds of waiting for the next verdict before the log names it; 0 for never.
     verifier: Annotated[float, AtLeast(0)] = 300.0
-    # Seconds of waiting for one call of the sampler or for one update, with what they must compile.
+    # Seconds of waiting for one call of the sampler or one update, with what they compile, before the log names it; 0
+    # for never.
     dispatch: Annotated[float, AtLeast(0)] = 1800.0
-    # Seconds of waiting for a checkpoint to be written or read.
+    # Seconds of waiting for a checkpoint to be written or read before the log names it; 0 for never.
     checkpoint: Annotated[float, AtLeast(0)] = 1800.0
 
 

@@ -91,26 +91,26 @@ class Setting(NamedTuple):
     """A field of a dataclass, as it is declared."""
 
     name: str
-    type: Any  # without rules; a dataclass for a section
+    hint: Any  # the type without its rules; a dataclass for a section
     rules: tuple[Rule, ...]
     default: Any
 
     @property
     def is_section(self) -> bool:
         """Whether the field is a dataclass with fields of its own."""
-        return dataclasses.is_dataclass(self.type)
+        return dataclasses.is_dataclass(self.hint)
 
     @property
     def is_optional(self) -> bool:
         """Whether the field may be None."""
-        return isinstance(self.type, types.UnionType)
+        return isinstance(self.hint, types.UnionType)
 
     @property
     def value_type(self) -> type:
         """The type of a value that is not None: float for `float | None`, tuple for `tuple[str, ...]`."""
-        hint = self.type
+        hint = self.hint
         if self.is_optional:
-            hint = next(argument for argument in typing.get_args(hint) if argument is not type(None))
+            hint = next(member for member in typing.get_args(hint) if member is not types.NoneType)
         return typing.get_origin(hint) or hint
 
     @property
@@ -140,7 +140,7 @@ def field_paths(cls: type, prefix: str = "") -> list[str]:
     for setting in settings(cls):
         paths.append(prefix + setting.name)
         if setting.is_section:
-            paths += field_paths(setting.type, f"{prefix}{setting.name}.")
+            paths += field_paths(setting.hint, f"{prefix}{setting.name}.")
     return paths
 
 
@@ -203,7 +203,7 @@ def _read(root: type, cls: type, tree: Any, prefix: str) -> Any:
         if name not in tree:
             raise InputError(f"config.{path}: missing; start the config file from igrpo_jax.config.default()")
         if setting.is_section:
-            values[name] = _read(root, setting.type, tree[name], f"{path}.")
+            values[name] = _read(root, setting.hint, tree[name], f"{path}.")
         else:
             values[name] = _typed(setting, tree[name], path)
     return cls(**values)
@@ -218,7 +218,7 @@ def _typed(setting: Setting, value: Any, path: str) -> Any:
         value = float(value)
     if wanted is tuple and isinstance(value, (list, tuple)):
         value = tuple(value)
-        entry_type = typing.get_args(setting.type)[0]
+        entry_type = typing.get_args(setting.hint)[0]
         if not all(type(entry) is entry_type for entry in value):
             raise refusal(path, value, f"each entry must be of type {entry_type.__name__}")
     if type(value) is not wanted:

@@ -59,8 +59,8 @@ def test_a_declaration_gives_type_rules_and_default():
         "free": "",
         "inner": "",
     }
-    assert declared["limit"].type == int | None and declared["limit"].value_type is int
-    assert declared["sizes"].type == tuple[int, ...] and declared["sizes"].value_type is tuple
+    assert declared["limit"].hint == int | None and declared["limit"].value_type is int
+    assert declared["sizes"].hint == tuple[int, ...] and declared["sizes"].value_type is tuple
     assert declared["count"].default == 3 and declared["inner"].is_section
     assert schema.field_paths(Outer)[-3:] == ["inner", "inner.fraction", "inner.name"]
 
