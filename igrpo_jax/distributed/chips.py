@@ -1,8 +1,8 @@
-"""Published figures of accelerators, for rooflines: what no program can do better than.
+"""Published figures of accelerators, for rooflines: the limits that no program can exceed.
 
-TPUs: docs.cloud.google.com/tpu/docs/v5e, v5p and v6e. What a program may use of the memory is less than the published
-16, 95 and 32 GB: the compiler says so where a program does not fit. H100: NVIDIA's data sheet of the SXM5 (dense
-bfloat16).
+TPUs: docs.cloud.google.com/tpu/docs/v5e, v5p and v6e. A program may use less of the memory than the published 16, 95
+and 32 GB; the figures here are from the compiler's message where a program does not fit. H100: NVIDIA's data sheet of
+the SXM5 (dense bfloat16).
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ GIB = 1 << 30
 @dataclass(frozen=True)
 class Chip:
     name: str
-    hbm_bytes: float  # that a program may use
+    hbm_bytes: float  # of its memory, as much as a program may use
     flops: float  # per second, bfloat16
     bandwidth: float  # of its memory, bytes per second
-    links: float  # bytes per second that it can receive from others of its slice or node, over all links
+    links: float  # bytes per second that it can receive from other chips of its slice or node, over all links
 
 
 # By jax.Device.device_kind. Published link bandwidths count both directions.
@@ -31,12 +31,12 @@ CHIPS = {
 
 
 def size(count: float) -> str:
-    """Bytes as people read them."""
+    """Returns a count of bytes as people read it."""
     return f"{count / GIB:.2f} GiB" if count >= 1 << 27 else f"{count / 2**20:.1f} MiB"
 
 
 def of(device_kind: str) -> Chip:
-    """Raises InputError where the figures of such a device are not known."""
+    """Returns the figures of a kind of device. Raises InputError where they are not known."""
     if device_kind not in CHIPS:
         known = ", ".join(chip.name for chip in CHIPS.values())
         raise InputError(

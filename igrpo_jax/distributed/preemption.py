@@ -1,11 +1,11 @@
 """SIGTERM, which a scheduler sends before it takes a machine back: the run saves and ends with "run me again".
 
     with preemption.noticed(grace):
-        preemption.check()     # at each place where the run can be left: raises Preempted after the notice
+        preemption.check()     # wherever the run can be left: raises Preempted after the notice
 
-A rollout is left between two calls of the sampler and its step is dropped, an update is finished. Where the run has
-not ended `grace` seconds after the notice it ends all the same: the checkpoint before it is what a resume goes on from.
-Of several processes each hears of the others' notice (`cluster`), and all leave at the same place.
+A rollout is left between two calls of the sampler, and its step is dropped; an update is finished. Where the run has
+not ended `grace` seconds after the notice, the process ends all the same, and a resume goes on from the checkpoint
+before. Of several processes, each hears of a notice to any other (`peers`), and all leave after the same step.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ class Preempted(Exception):
 
 
 def noted() -> bool:
-    """Whether the notice has come."""
+    """Returns whether the notice has come."""
     return _notice.is_set()
 
 
@@ -39,7 +39,7 @@ def check() -> None:
 
 
 def notice(source: str) -> None:
-    """Takes note of the notice that `source` gave; any after the first changes nothing."""
+    """Takes note of a notice from `source`; only the first one counts."""
     if noted() or not _timers:
         return
     _notice.set()
@@ -50,7 +50,7 @@ def notice(source: str) -> None:
 
 @contextlib.contextmanager
 def noticed(grace: float) -> Iterator[None]:
-    """Takes SIGTERM for a notice while it lasts; only in the main thread, elsewhere nothing changes.
+    """Takes SIGTERM for a notice within the block; outside of the main thread nothing changes.
 
     Args:
         grace: seconds from the notice after which the process ends, whatever it does.

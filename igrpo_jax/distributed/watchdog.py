@@ -22,7 +22,7 @@ from absl import logging
 
 from igrpo_jax.config import WatchdogConfig
 
-# What to lower where memory does not suffice, by the phase that needs it.
+# The settings to lower where memory does not suffice, by the phase that needs it.
 SMALLER = {
     "rollout": "rollout.slots, rollout.max_completion_length or refine.max_draft_length",
     "update": "learner.tokens_per_microbatch or learner.logprob_chunk, or set learner.remat to full",
@@ -52,39 +52,44 @@ _program = ""
 
 @contextlib.contextmanager
 def phase(name: str, detail: str = "") -> Iterator[None]:
-    """Marks what the main thread does; within another phase it is a part of that one.
+    """Marks what the main thread does within the block; phases may be nested.
 
-    A phase that fails stays the current one until the error is handled further out: `current` can name it.
+    After an error the phase stays the current one until an outer phase ends, so that `current` can name it.
     """
     depth, budget = len(_phases), _budgets.get(name, 0.0)
     _phases.append(_Phase(name, detail, budget, time.monotonic(), budget))
     yield
     del _phases[depth:]
-    beat()  # of the phase around it
+    beat()  # the phase around it has made progress
 
 
 def beat() -> None:
-    """Says that the innermost phase makes progress."""
+    """Notes that the innermost phase makes progress."""
     if _phases:
-        here = _phases[-1]
-        here.since, here.limit = time.monotonic(), here.budget
+        innermost = _phases[-1]
+        innermost.since = time.monotonic()
+        innermost.limit = innermost.budget
 
 
 def running(program: str) -> None:
-    """Says which compiled program was asked for last, by kind and shape."""
+    """Notes which compiled program was asked for last, by kind and shape."""
     global _program
     _program = program
 
 
 def current() -> str:
-    """Where the main thread is, as "rollout (step 12), dispatch, last program decode 64 256"; "" outside of all."""
-    here = ", ".join(map(str, _phases))
-    return f"{here}, last program {_program}" if here and _program else here
+    """Returns where the main thread is: "rollout (step 12), dispatch, last program decode 64 256"; "" in no phase."""
+    phases = ", ".join(map(str, _phases))
+    return f"{phases}, last program {_program}" if phases and _program else phases
 
 
 @contextlib.contextmanager
 def watching(budgets: WatchdogConfig) -> Iterator[None]:
-    """Looks at the phases from a thread while it lasts."""
+    """Looks at the phases from a thread of its own while the block runs.
+
+    Args:
+        budgets: seconds without progress that each phase may take; 0 is no limit.
+    """
     _phases.clear()
     running("")
     _budgets.update(vars(budgets))
@@ -106,15 +111,15 @@ def _watch(done: threading.Event, look: float) -> None:
 
 
 def _look() -> None:
-    here = _phases[-1:]  # a copy: the main thread goes on
-    if here and here[0].budget:
-        waited = time.monotonic() - here[0].since
-        if waited > here[0].limit:
-            here[0].limit = 2 * waited
-            _name(here[0], waited)
+    innermost = next(iter(_phases[-1:]), None)  # of a copy: the main thread goes on
+    if innermost is not None and innermost.budget:
+        waited = time.monotonic() - innermost.since
+        if waited > innermost.limit:
+            innermost.limit = 2 * waited
+            _report(innermost, waited)
 
 
-def _name(slow: _Phase, waited: float) -> None:
+def _report(slow: _Phase, waited: float) -> None:
     logging.error(
         "watchdog: %s: no progress for %.3g s, more than config.watchdog.%s = %g; what each thread does:",
         *(current(), waited, slow.name, slow.budget),

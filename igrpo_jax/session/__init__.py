@@ -1,4 +1,4 @@
-"""A run from its configuration to its first step: what it is made of, read, checked and opened.
+"""A run outside of its updates: what it is made of, how it is opened, what it reports and saves.
 
 In order: task, overview, progress, run, opening.
 """

@@ -14,14 +14,15 @@ from igrpo_jax.session.task import Task
 
 
 def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[str, object]]:
-    """Rows of the table that is printed before the first step."""
+    """Returns the rows of the table that is printed before the first step."""
     model, mesh = task.policy.model, task.mesh
     completions = config.prompts_per_step * config.algorithm.num_generations
-    also = ", both trained" if config.algorithm.train_drafts else ", the trained completions"
-    width = config.rollout.max_completion_length
+    trained_text = ", both trained" if config.algorithm.train_drafts else ", the trained completions"
+    tokens = config.trained_completions * config.rollout.max_completion_length
     units, prefix, per_unit, longest = learner.packer.largest
     frozen, trained = learner.programs.frozen, sum(x.size for x in learner.abstract_state().params.values())
-    needs, there = predicted_bytes(config, task, engine, learner), device_bytes()
+    needs = predicted_bytes(config, task, engine, learner)
+    available = device_bytes()
     predicted = ", ".join(f"{phase} {size(need)}" for phase, need in needs.items())
     return [
         (
@@ -40,46 +41,53 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list
             "drafts per step",
             f"{config.prompts_per_step * config.algorithm.num_drafts:,} (N = {config.algorithm.num_drafts})",
         ),
-        ("refinements per step", f"{completions:,} (G = {config.algorithm.num_generations}){also}"),
-        ("trained tokens per step", f"at most {config.trained_completions * width:,}"),
+        ("refinements per step", f"{completions:,} (G = {config.algorithm.num_generations}){trained_text}"),
+        ("trained tokens per step", f"at most {tokens:,}"),
         (
             "longest micro-batch",
             f"{units} x ({prefix} + {per_unit} x {longest}) tokens: {per_unit} completions to a prompt",
         ),
         ("compiled programs", f"{engine.num_programs} of the sampler, more of the update as lengths come"),
-        ("predicted bytes per device", predicted + (f", of {size(there)}" if there else "")),
+        ("predicted bytes per device", predicted + (f", of {size(available)}" if available else "")),
         *(
             ("does not fit", f"{phase}: lower {watchdog.SMALLER[phase]}, or use more devices")
             for phase, need in needs.items()
-            if there and need > there
+            if available and need > available
         ),
     ]
 
 
 def predicted_bytes(config: Config, task: Task, engine: Engine, learner: Learner) -> dict[str, int]:
-    """Bytes that update and rollout need on each device, by the compiler's own count."""
+    """Returns the bytes that update and rollout need on each device, by the compiler's own count."""
     rollout = engine.predicted_bytes() + resting_bytes(config, task.mesh, learner)
     return {"update": learner.predicted_bytes(), "rollout": rollout}
 
 
 def resting_bytes(config: Config, mesh: jax.sharding.Mesh, learner: Learner) -> int:
-    """Bytes on each device of what waits there while completions are sampled, but for the weights that sample.
+    """Returns the bytes on each device that the learner holds there while completions are sampled.
 
-    In float32 and in one piece the trained weights are these.
+    The weights that sample are counted with the rollout; where those are float32 and not split over mesh.fsdp, they are
+    the trained weights themselves.
     """
     same = config.model.dtype == "float32" and mesh.shape["fsdp"] == 1 and not config.model.lora.rank
     return learner.resting_bytes - same * tree_bytes(learner.abstract_state().params)
 
 
 def after(workdir: Path, scores: dict[int, dict[str, float]], first: int, total: int) -> list[tuple[str, object]]:
-    """Rows of the table at a run's end; `scores` of its evaluations by step, `first` the step it was resumed after."""
+    """Returns the rows of the table at a run's end.
+
+    Args:
+        scores: of its evaluations, by step.
+        first: the step that it was resumed after, 0 where it was not.
+        total: its steps.
+    """
     rows: list[tuple[str, object]] = [("steps", f"{total}" + (f", resumed after {first}" if first else ""))]
     names = {name for values in scores.values() for name in values if name.endswith("pass@1")}
     for name in sorted(names):
         values = [scores[step][name] for step in sorted(scores) if name in scores[step]]
         change = values[-1] - values[0]
         rows.append((name, f"{values[0]:.3f} before, {values[-1]:.3f} after ({change:+.3f})"))
-    for what in ("metrics.jsonl", "samples", "evaluations", "tensorboard", "wandb", "checkpoints", "export", "profile"):
-        if (workdir / what).exists():
-            rows.append((what, workdir / what))
+    for name in ("metrics.jsonl", "samples", "evaluations", "tensorboard", "wandb", "checkpoints", "export", "profile"):
+        if (workdir / name).exists():
+            rows.append((name, workdir / name))
     return rows

@@ -1,6 +1,6 @@
 """What a run is made of, read and checked before anything is written: model files, problems, prompts, mesh.
 
-Not here: weights (`weights`), and what lives while a run goes on (`train`).
+Not here: weights (`outputs.weights`), and what lives while a run goes on (`session.run`).
 """
 
 import difflib
@@ -43,12 +43,12 @@ class Task:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the training prompts and answers in their order; a resume needs the same ones."""
+        """A hash of the training prompts and answers in their order; a resume needs the same ones."""
         text = json.dumps([(prompt.tokens.tolist(), prompt.answer) for prompt in self.prompts])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def step_prompts(self, step: int, redraw: int = 0) -> list[Prompt]:
-        """The prompts of `step` (from 1), or those of its redraw 1, 2, …: a pure function of them and the seed."""
+        """Returns the prompts of `step` (from 1), or of its redraw 1, 2, …; they depend on these and the seed alone."""
         config, count = self.config, len(self.prompts)
         if redraw:
             indices = problems.redraw_indices(step - 1, redraw, config.prompts_per_step, count, config.seed)
@@ -58,7 +58,11 @@ class Task:
 
 
 def open_task(config: Config) -> Task:
-    """Reads model files (not weights) and problems, and checks that they fit together."""
+    """Reads model files (not weights) and problems, and checks that they fit together.
+
+    Raises:
+        InputError: a file cannot be used, or the settings do not fit the model, the problems or the devices.
+    """
     verifier.check(config.rewards)
     trackers.check(config.log)
     check_profiler(config.log)
@@ -87,7 +91,7 @@ def open_task(config: Config) -> Task:
 
 
 def check_profiler(settings: LogConfig) -> None:
-    """Raises InputError where JAX's profiler would end the process: it asks libtpu's, which crashes without a TPU."""
+    """Raises InputError where JAX's profiler would end the process: it uses libtpu's, which crashes without a TPU."""
     if not settings.profile_steps or jax.config.jax_platforms or jax.default_backend() == "tpu":
         return
     if importlib.util.find_spec("libtpu"):
@@ -108,7 +112,7 @@ def check_best_metric(config: Config, evaluated: planning.Plan) -> None:
 
 
 def check_context(config: Config, context: int, max_context: int) -> None:
-    """Raises InputError where the longest q or q', of `max_context` tokens, and a completion exceed the model's."""
+    """Raises InputError where the longest q or q' (`max_context` tokens) and a completion exceed `context` tokens."""
     tokens = max_context + config.rollout.max_completion_length
     if tokens > context:
         raise InputError(
@@ -134,7 +138,7 @@ def sampler(
     max_context: int,
     evaluated: planning.Plan,
 ) -> Engine:
-    """The engine of a run, large enough for training and for what is evaluated in it."""
+    """Returns the engine of a run, large enough for training and for what is evaluated in it."""
     return Engine(
         model,
         mesh,
