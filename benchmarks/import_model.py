@@ -3,13 +3,13 @@
     python benchmarks/import_model.py --shape qwen2-3b --shard 2GB --dtype float32
     python benchmarks/import_model.py --model DIR
 
-With --shape a directory of bfloat16 weights, all of them 1, is written into a temporary folder first; its files are
-then still in the file system's cache, and no disk is measured. The import runs on one device, in a process of its own.
-The last line is one JSON object:
+With --shape a directory of bfloat16 weights, all of them 1, is first written into a temporary folder. Its files are
+then still in the file system's cache, so the disk is not measured. The import runs on one device, in a process of its
+own. The last line is one JSON object:
 
-    seconds               from the first file that is opened to the last parameter in its place; cpu_seconds, of the
-                          process, say more on a busy machine
-    file_bytes            of all files, and `largest_file_bytes` of the largest of the `files`
+    seconds               from opening the first file to the last parameter on the device; cpu_seconds of the process
+                          are more reliable on a busy machine
+    file_bytes            of all files; `largest_file_bytes` is the largest of the `files`
     parameter_bytes       on the device, in --dtype
     extra_memory_bytes    resident memory of the process at its peak, beyond that before and, on a CPU, the parameters,
                           which are host memory too (Linux)
@@ -31,13 +31,13 @@ import models
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models.add_model(parser)
-    parser.add_argument("--shard", default="5GB", help="most of one file that --shape writes")
+    parser.add_argument("--shard", default="5GB", help="the most that one file of --shape holds")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the parameters")
     return parser.parse_args()
 
 
 def write(folder: Path, raw: dict, shard: str) -> None:
-    """A model directory without a tokenizer, one file in memory at a time."""
+    """Writes a model directory without a tokenizer, with one file in memory at a time."""
     import huggingface_hub
     import ml_dtypes
     import numpy as np
@@ -63,7 +63,7 @@ def write(folder: Path, raw: dict, shard: str) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Figures of importing args.model in this process."""
+    """Returns the figures of importing args.model in this process."""
     import jax
 
     from igrpo_jax import config
@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace) -> dict:
 
     model = hf_files.load_config(args.model)
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
-    jax.block_until_ready(jax.numpy.ones((64, 64), device=jax.devices()[0]))  # what the first array takes once
+    jax.block_until_ready(jax.numpy.ones((64, 64), device=jax.devices()[0]))  # the first array has a one-time cost
     memory = models.PeakMemory()
     memory.reset()
     before, began, worked = memory.now(), time.perf_counter(), time.process_time()

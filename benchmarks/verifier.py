@@ -5,20 +5,20 @@ reference answer three completions are written: the answer itself, another right
 decimal, other spacing, dollar signs, another order of a list, …) and a wrong one (the answer of another row). They are
 shuffled with a fixed seed and the first N graded:
 
-- worker: `grader.grade` in this process, one core, caches cleared. A row's answers are mostly new to the process.
-- pool: the same rows through `rewards.reward.Verifier`, from the first submit to the last result, workers warm.
-- math-verify: `math_verify.parse` and `verify` as its README has them, LaTeX and plain expressions, without its time
-  limits, on the same texts and reference answers; on a subsample of --baseline-rows, because it is slow.
-- fallback_fraction: share of rows that exact arithmetic could not decide, so that sympy was asked.
-- agreement: share of rows whose verdict is the one the row was written for. Two references may be equal by chance and
-  then are no wrong answer; a "wrong" row is left out where `equivalent` finds its two references equal.
+- worker: `grader.grade` in this process, on one core, with cleared caches. Most answers are new to the process.
+- pool: the same rows through `rewards.verifier.Verifier`, from the first submit to the last result, workers warm.
+- math-verify: `math_verify.parse` and `verify` as in its README, for LaTeX and plain expressions, without its time
+  limits, on the same texts and reference answers. It is slow and runs on a subsample of --baseline-rows.
+- fallback_fraction: share of rows that exact arithmetic could not decide, so that sympy decided.
+- agreement: share of rows whose verdict is the intended one. Two references may be equal by chance, which makes no
+  wrong answer, so a "wrong" row is left out where `equivalent` finds its two references equal.
 
-With --mixed N, N cases of another kind go through the pool with a short deadline: ordinary ones, hostile ones (towers
-of powers, nested brackets, sums without end, inputs on which sympy is slow), what cannot be parsed, and random bytes;
-and three functions in place of the grader that hang, eat memory and die, through the bare pool. Reported: whether each
-case got exactly one result, in order; the longest time to a hostile result (scheduling and the kill included);
-processes left behind; resident memory in MiB of the parent and of the largest worker, after the first batch of a
-thousand and after the last.
+With --mixed N, N cases of other kinds go through the pool with a short deadline: ordinary ones, hostile ones (towers of
+powers, nested brackets, sums without end, inputs on which sympy is slow), texts that cannot be parsed, and random
+bytes. Three functions in place of the grader (one hangs, one exhausts memory, one dies) go through the bare pool.
+Reported: whether each case got exactly one result, in order; the longest time to a hostile result (scheduling and the
+kill included); processes left behind; resident memory in MiB of the parent and of the largest worker, after the first
+batch of a thousand and after the last.
 
 The last line is one JSON object with all figures.
 """
@@ -46,7 +46,7 @@ WARM_UP_SECONDS = 60  # at most, for the workers' imports
 
 
 def read_golds(folder: Path) -> list[str]:
-    """All reference answers under `folder`, in the order of file names and lines."""
+    """Returns all reference answers in `folder`, in the order of file names and lines."""
     golds = []
     for path in sorted(folder.glob("*.jsonl")):
         for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):
@@ -59,7 +59,7 @@ def read_golds(folder: Path) -> list[str]:
 
 
 def rewritten(gold: str, rng: random.Random) -> str:
-    """Another way to write the same answer; the answer itself where no rule applies."""
+    """Returns another way to write the same answer, or the answer itself where no rule applies."""
     forms = []
     if "\\frac" in gold:
         forms.append(gold.replace("\\frac", "\\dfrac"))
@@ -83,7 +83,7 @@ def rewritten(gold: str, rng: random.Random) -> str:
 
 
 def write_rows(golds: list[str], count: int) -> list[tuple[str, str, bool]]:
-    """(completion, reference, whether it is right), `count` of them."""
+    """Returns `count` rows (completion, reference, whether it is right)."""
     from igrpo_jax.rewards.mathematics import grader
 
     rng = random.Random(SEED)
@@ -135,7 +135,7 @@ def measure_worker(rows: list) -> dict:
 
 
 def start_verifier(workers: int, timeout: float):
-    """A Verifier whose workers are warm."""
+    """Returns a Verifier with warm workers."""
     from igrpo_jax import config
     from igrpo_jax.records import Candidate
     from igrpo_jax.rewards.verifier import Verifier
@@ -212,7 +212,7 @@ HOSTILE = [
 
 
 def mixed_cases(golds: list[str], count: int) -> list[tuple[str, str]]:
-    """(completion, reference): four in ten ordinary, one hostile, two that say nothing, three of random bytes."""
+    """Returns (completion, reference) pairs: of ten, four are ordinary, one hostile, two empty, three random bytes."""
     rng = random.Random(SEED + 1)
     cases = []
     for _ in range(count):
@@ -271,7 +271,7 @@ def measure_mixed(golds: list[str], count: int, workers: int, timeout: float) ->
 
 
 def hostile_function(kind: str) -> str:
-    """Runs in a worker in place of the grader."""
+    """Hangs, exhausts memory or dies, in a worker in place of the grader."""
     if kind == "hang":
         while True:
             pass
@@ -285,7 +285,7 @@ def hostile_function(kind: str) -> str:
 
 
 def measure_deadlines(workers: int, timeout: float) -> dict:
-    """Each hostile function on its own: seconds from start to result; then ordinary ones, which must be served."""
+    """Measures seconds from start to result of each hostile function; ordinary ones afterwards must succeed."""
     from igrpo_jax.rewards.pool import Pool
 
     seconds: dict[str, list[float]] = {"hang": [], "memory": [], "exit": []}
@@ -306,8 +306,8 @@ def measure_deadlines(workers: int, timeout: float) -> dict:
 
 
 def workers_of(parent: int) -> list[int]:
-    """Live worker processes below `parent`; multiprocessing's resource tracker is none."""
-    found = []
+    """Returns live worker processes of `parent`, without multiprocessing's resource tracker."""
+    workers = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -316,12 +316,12 @@ def workers_of(parent: int) -> list[int]:
             except OSError:
                 continue
             if int(fields[1]) == parent and fields[0] != "Z" and b"resource_tracker" not in command:
-                found.append(int(entry.name))
-    return found
+                workers.append(int(entry.name))
+    return workers
 
 
 def resident(pid: int) -> float:
-    """Resident memory in MiB; 0 of a process that ended."""
+    """Returns resident memory in MiB, 0 for a process that has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except OSError:

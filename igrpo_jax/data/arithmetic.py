@@ -1,11 +1,11 @@
 """The built-in task: sums of a few small numbers, worked out step by step, and the tokenizer of the built-in model.
 
-A problem is "7+5-3+8"; a solution is the tape of a pocket calculator, each total standing before the next operator, and
-the answer: "<think>7+5=12-3=9+8=17</think><answer>17</answer>". Everything is made from
-a seed: no download. Train and test problems are disjoint.
+A problem is "7+5-3+8". A solution is the tape of a pocket calculator, with each total before the next operator,
+followed by the answer: "<think>7+5=12-3=9+8=17</think><answer>17</answer>". Everything is generated from a seed,
+without a download. Train and test problems are disjoint.
 
-The teacher of the supervised start is right at most steps and wrong at some; a model that imitates it has the right
-answer as its mode and noise around it, which is what reinforcement learning can sharpen.
+The teacher of the supervised start is right at most steps and wrong at some. For a model that imitates it, the right
+answer is the most likely one with noise around it, and reinforcement learning can sharpen that.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character and newline; the four tags are one token each."""
+    """Returns a tokenizer with one token per printable ASCII character and newline, and one per tag of the four."""
     characters = ["\n", *map(chr, range(32, 127))]
     vocab = {token: i for i, token in enumerate([PAD, END, USER, ASSISTANT, *TAGS, "<|unknown|>", *characters])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<|unknown|>"))
@@ -47,7 +47,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Problem:
-    """`first` and then, for each step, an operator and an operand."""
+    """A sum: the first number and, for each step, an operator and an operand."""
 
     first: int
     steps: tuple[tuple[str, int], ...]
@@ -65,25 +65,25 @@ class Problem:
 
 
 def problems(settings: ArithmeticConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Train and test problems, all different.
+    """Returns train and test problems, all different.
 
     Raises:
-        InputError: there are not that many different problems of this size.
+        InputError: there are too few different problems of this size.
     """
     rng = np.random.default_rng([seed, 0xA217])
     wanted = settings.train_problems + settings.test_problems
-    found: dict[Problem, None] = {}
+    distinct: dict[Problem, None] = {}
     for _ in range(50 * wanted):
-        if len(found) == wanted:
+        if len(distinct) == wanted:
             break
-        found.setdefault(_problem(settings, rng))
-    if len(found) < wanted:
+        distinct.setdefault(_problem(settings, rng))
+    if len(distinct) < wanted:
         raise InputError(
-            f"config.data.arithmetic.train_problems = {settings.train_problems}: found only {len(found)} different "
+            f"config.data.arithmetic.train_problems = {settings.train_problems}: found only {len(distinct)} different "
             f"problems for train and test; ask for fewer or raise max_terms or max_operand"
         )
-    every = list(found)
-    return every[settings.test_problems :], every[: settings.test_problems]
+    test_first = list(distinct)
+    return test_first[settings.test_problems :], test_first[: settings.test_problems]
 
 
 def _problem(settings: ArithmeticConfig, rng: np.random.Generator) -> Problem:
@@ -92,9 +92,9 @@ def _problem(settings: ArithmeticConfig, rng: np.random.Generator) -> Problem:
     for _ in range(int(rng.integers(settings.min_terms, settings.max_terms + 1)) - 1):
         operand = int(rng.integers(1, settings.max_operand + 1))
         choices = [
-            c for c, value in (("+", total + operand), ("-", total - operand)) if 0 <= value <= settings.max_total
+            sign for sign, value in (("+", total + operand), ("-", total - operand)) if 0 <= value <= settings.max_total
         ]
-        if not choices:  # neither fits: a smaller operand always does
+        if not choices:  # neither fits, but an operand of 1 always does
             operand, choices = 1, ["+" if total < settings.max_total else "-"]
         operator = choices[int(rng.integers(len(choices)))]
         total += operand if operator == "+" else -operand
@@ -103,8 +103,10 @@ def _problem(settings: ArithmeticConfig, rng: np.random.Generator) -> Problem:
 
 
 def solution(problem: Problem, error_rate: float, max_total: int, rng: np.random.Generator) -> str:
-    """A written solution; with probability `error_rate` the result of a step is any total at all, and later steps go on
-    from it."""
+    """Returns a written solution.
+
+    With probability `error_rate` the result of a step is a random total, from which later steps continue.
+    """
     total, tape = problem.first, str(problem.first)
     for operator, operand in problem.steps:
         right = total + operand if operator == "+" else total - operand

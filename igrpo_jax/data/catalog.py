@@ -1,8 +1,8 @@
-"""The benchmarks and training sets that are known by name: where they are, their columns, the paper's way with them.
+"""The benchmarks and training sets that are known by name: where they are, their columns, and how the paper uses them.
 
-All benchmarks are asked with `data.instruction` and graded by `rewards/grader`. The paper (arXiv 2602.09000)
-reports means of 64 samples on AIME and of 8 on the others, at temperature 0.6 and top-p 0.95 (the defaults of
-`evaluation`), of up to 65,000 tokens.
+The prompts of all benchmarks have `data.instruction`, and `rewards/mathematics/grader` grades their answers. The paper
+(arXiv 2602.09000) reports means of 64 samples on AIME and of 8 on the others, at temperature 0.6 and top-p 0.95 (the
+defaults of `evaluation`), with up to 65,000 tokens.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,12 @@ class Hub:
 
 @dataclass(frozen=True)
 class Benchmark:
+    """A benchmark and how the paper evaluates it."""
+
     problems: int
     samples: int  # completions per problem in the paper
     hub: Hub
-    files: tuple[str, ...] = ()  # further names of its file in evaluation.data_dir, without the ending
+    files: tuple[str, ...] = ()  # other names that its file in evaluation.data_dir may have, without the ending
 
 
 # fmt: off
@@ -47,5 +49,5 @@ TRAINING_SETS = {
 
 
 def samples_of(name: str) -> int:
-    """The paper's completions per problem; 1 for a benchmark that it does not have."""
+    """Returns the paper's number of completions per problem; 1 for a benchmark that is not in the paper."""
     return BENCHMARKS[name].samples if name in BENCHMARKS else 1

@@ -1,9 +1,9 @@
-"""Which columns of a table are the question and the answer, and what a cell of them says.
+"""Which columns of a table are the question and the answer, and how their cells are read.
 
 A column is found by name, in this order: `prompt`, `problem`, `question`, `input`; `answer`, `solution`,
 `ground_truth`, `output`, and then verl's nested `reward_model.ground_truth`. A name with a dot reaches into a nested
-column. A question may be a list of chat messages. Of an answer that is a worked solution the final answer is kept:
-what follows GSM8K's `####`, or the last `\\boxed{…}`.
+column. A question may be a list of chat messages. Where the answer is a worked solution, only its final
+answer is kept: what follows GSM8K's `####`, or the last `\\boxed{…}`.
 """
 
 import difflib
@@ -22,7 +22,7 @@ ANSWERS = ("answer", "solution", "ground_truth", "output", "reward_model.ground_
 
 @dataclass(frozen=True)
 class Mapping:
-    """The columns that are read."""
+    """The names of the columns that are read."""
 
     prompt: str
     answer: str
@@ -31,27 +31,27 @@ class Mapping:
         return f"question from {self.prompt!r}, answer from {self.answer!r}"
 
     def rest(self, columns: dict[str, Any]) -> dict[str, Any]:
-        """The other columns; a nested one stays whole."""
+        """Returns the other columns; nested ones are kept complete."""
         return {name: value for name, value in columns.items() if name not in (self.prompt, self.answer)}
 
 
 def choose(table: Table, prompt: str, answer: str, source: str) -> Mapping:
-    """The columns of a table that has rows. `prompt` and `answer` are the user's choice, empty = find them by name.
+    """Returns the columns of a table that has rows. `prompt` and `answer` are the user's choice; empty = find by name.
 
     Raises:
-        InputError: there is no such column; its message lists those there are.
+        InputError: there is no such column; the message lists those that exist.
     """
-    found = choose_prompt(table, prompt, source)
-    return Mapping(found, _column(_names(table), answer, ANSWERS, source, "answer_column"))
+    question_column = choose_prompt(table, prompt, source)
+    return Mapping(question_column, _column(_names(table), answer, ANSWERS, source, "answer_column"))
 
 
 def choose_prompt(table: Table, prompt: str, source: str) -> str:
-    """The column of the questions alone, as `choose` finds it."""
+    """Returns the column of the questions alone, as `choose` finds it."""
     return _column(_names(table), prompt, PROMPTS, source, "prompt_column")
 
 
 def cell(columns: dict[str, Any], name: str) -> Any:
-    """The value of a column, None where the row lacks it; a dot reaches into a nested one."""
+    """Returns the value of a column, None where the row lacks it. A dot reaches into a nested column."""
     if name in columns:
         return columns[name]
     outer, dot, inner = name.partition(".")
@@ -60,19 +60,18 @@ def cell(columns: dict[str, Any], name: str) -> Any:
 
 
 def question(value: Any) -> str | None:
-    """The text of a question: a string, or one user message with at most a system message, which stands before it.
+    """Returns the text of a question, None where it is blank.
 
-    Returns:
-        None where it is blank.
+    A question is a string, or one user message that a system message may precede.
 
     Raises:
-        TypeError: it is anything else.
+        TypeError: the value is anything else.
     """
-    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-        roles = [one.get("role") for one in value]
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        roles = [message.get("role") for message in value]
         if roles not in (["user"], ["system", "user"]):
             raise TypeError(f"messages of the roles {', '.join(map(str, roles))}, where one of a user is read")
-        parts = [one.get("content") for one in value]
+        parts = [message.get("content") for message in value]
         if not all(isinstance(part, str) for part in parts):
             raise TypeError("a message whose content is not text")
         value = "\n\n".join(part for part in parts if part.strip())
@@ -84,13 +83,12 @@ def question(value: Any) -> str | None:
 
 
 def answer(value: Any) -> str | None:
-    """The reference answer: of a worked solution its final answer, of a number its text (27.0 is 27).
+    """Returns the reference answer, None where it is blank.
 
-    Returns:
-        None where it is blank.
+    For a worked solution this is its final answer, for a number its text (27.0 is 27).
 
     Raises:
-        TypeError: it is no text and no number.
+        TypeError: the value is neither text nor a number.
     """
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -148,7 +146,7 @@ def texts(table: Table, name: str, read: Callable[[Any], str | None], source: st
 
 
 def _names(table: Table) -> list[str]:
-    """Names of the columns in order, those of nested ones after them."""
+    """Returns the names of the columns in order, followed by those of nested columns."""
     top = dict.fromkeys(name for _, columns in table for name in columns)
     nested = dict.fromkeys(
         f"{name}.{inner}"
@@ -160,13 +158,12 @@ def _names(table: Table) -> list[str]:
     return [*top, *nested]
 
 
-def _column(there: list[str], wanted: str, known: tuple[str, ...], source: str, setting: str) -> str:
-    found = [wanted] if wanted else list(known)
-    for name in found:
-        if name in there:
+def _column(names: list[str], wanted: str, known: tuple[str, ...], source: str, setting: str) -> str:
+    for name in [wanted] if wanted else known:
+        if name in names:
             return name
-    near = difflib.get_close_matches(wanted or known[0], there, n=1, cutoff=0.0)
-    advice = f"its columns are {', '.join(there)}; the nearest is {near[0]!r}" if near else "it has none"
+    near = difflib.get_close_matches(wanted or known[0], names, n=1, cutoff=0.0)
+    advice = f"its columns are {', '.join(names)}; the nearest is {near[0]!r}" if near else "it has none"
     benchmark = source.startswith("config.evaluation.")
     fix = "rename a column of the file" if benchmark else f"config.data.{setting} names another"
     what = f"column {wanted!r}" if wanted else f"column {', '.join(map(repr, known[:-1]))} or {known[-1]!r}"

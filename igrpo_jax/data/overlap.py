@@ -1,8 +1,8 @@
-"""Which training problems should not be trained on: repetitions, and those that evaluation asks for too.
+"""Finds training problems that should be left out: repetitions, and problems that evaluation uses too.
 
-A training problem overlaps an evaluation problem where it holds at least half of that one's runs of 13 words: runs of
-letters and digits, without case. Shorter texts are compared whole, and with their signs: 7 + 5 is not 7 - 5, and so are
-repetitions.
+A training problem overlaps an evaluation problem if it contains at least half of the latter's runs of 13 words. A word
+is a run of letters and digits; case does not count. Shorter texts must match completely, including their signs: 7 + 5
+is not 7 - 5. Repetitions are found in the same way as shorter texts.
 """
 
 import re
@@ -13,32 +13,35 @@ RUN = 13  # words
 
 
 def repeated(questions: Sequence[str]) -> set[int]:
-    """Places of the questions that are an earlier one, but for case, spaces and punctuation."""
+    """Returns the positions of questions that repeat an earlier one, apart from case, spaces and punctuation."""
     seen: set[tuple[str, ...]] = set()
-    places = set()
-    for place, text in enumerate(questions):
+    repeats = set()
+    for position, text in enumerate(questions):
         signs = _signs(text)
         if signs in seen:
-            places.add(place)
+            repeats.add(position)
         seen.add(signs)
-    return places
+    return repeats
 
 
 def overlapping(questions: Sequence[str], held_out: Iterable[str]) -> dict[int, int]:
-    """Place among `questions` -> place among `held_out` of the problem it overlaps most, for those that do."""
+    """Returns, for each question that overlaps a held-out problem, the position of the one that it overlaps most.
+
+    The keys are positions in `questions`, the values positions in `held_out`.
+    """
     sizes, holders = [], {}
-    for place, text in enumerate(held_out):
+    for position, text in enumerate(held_out):
         runs = _runs(text)
         sizes.append(len(runs))
         for run in runs:
-            holders.setdefault(run, []).append(place)
-    found = {}
-    for place, text in enumerate(questions):
+            holders.setdefault(run, []).append(position)
+    overlaps = {}
+    for position, text in enumerate(questions):
         shared = Counter(other for run in _runs(text) for other in holders.get(run, ()))
         near = [(count / sizes[other], -other) for other, count in shared.items() if 2 * count >= sizes[other]]
         if near:
-            found[place] = -max(near)[1]
-    return found
+            overlaps[position] = -max(near)[1]
+    return overlaps
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -46,11 +49,12 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _signs(text: str) -> tuple[str, ...]:
-    """Words and the single signs of mathematics between them, without case."""
+    """Returns the words and the single signs of mathematics between them, without case."""
     return tuple(re.findall(r"[^\W_]+|[^\w\s.,;:?!'\"]|_", text.casefold()))
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:
+    """Returns the runs of words of a text; for a short one, all its words and signs as one run."""
     words = _words(text)
     if len(words) < RUN:
         return {_signs(text)} - {()}

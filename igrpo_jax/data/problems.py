@@ -1,16 +1,15 @@
 """Problems to train on and to evaluate on, and the order in which a run reads them.
 
-Rows keep the id and the columns they came with. Every row is checked before a run starts: a blank or missing cell is an
-error that names the rows. Problems that repeat, or that evaluation asks for too, are counted; `data.clean` leaves them
-out.
+Rows keep their id and columns. Every row is checked before a run starts: a blank or missing cell is an error that names
+the rows. Problems that repeat, or that evaluation uses too, are counted; `data.clean` leaves them out.
 
 The order is a pure function of the seed. Epoch e is the permutation of (seed, e), and rollout s reads the problems
-s*P .. s*P + P-1 of the epochs laid end to end, P being the prompts per step. The position in the data is therefore the
-step alone, and a resumed run goes on where it was without replaying anything. Redraws (algorithm.max_redraws) do not
-move it: they read an order of their step's own, and what they read comes in its own turn as well.
+s*P .. s*P + P-1 of the concatenated epochs, where P is the number of prompts per step. So the step alone determines the
+position in the data, and a resumed run continues without replaying anything. Redraws (algorithm.max_redraws) do not
+move the position: they read an order of their own for each step, and the problems that they read still have their turn.
 
-No grading, no prompts' wording, no tokenizer: `fit` is given the function that encodes a question. Files are read by
-`readers`, columns found by `columns`, names looked up in `datasets_table`.
+Not here: grading, the wording of prompts, and the tokenizer; `fit` receives a function that encodes a question.
+`readers` reads files, `columns` finds columns, and `catalog` lists the known names.
 """
 
 import difflib
@@ -41,35 +40,36 @@ class Row:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The problems to train on, and what was found in them."""
+    """The problems to train on, and notes about them."""
 
     rows: list[Row]
-    notes: list[tuple[str, str]]  # name and wording, for the table that a run prints
+    notes: list[tuple[str, str]]  # name and text, for the table that a run prints
 
 
 def training_set(config: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
-    """config.data.train, or the built-in task where that is empty.
+    """Returns the problems of config.data.train, or of the built-in task where that is empty.
 
     Args:
-        held_out: the benchmarks of the run, which training problems are compared with.
+        held_out: the benchmarks of the run, with which training problems are compared.
     """
     if not config.data.train:
         return TrainingSet(_builtin_rows(arithmetic.problems(config.data.arithmetic, config.seed)[0], "train"), [])
     rows, mapping, unanswered = load_rows(config.data)
     questions = [row.question for row in rows]
-    twice = overlap.repeated(questions)
-    left_out, said = set(twice) if config.data.clean else set(), "left out" if config.data.clean else "kept"
+    repeats = overlap.repeated(questions)
+    left_out = set(repeats) if config.data.clean else set()
+    treatment = "left out" if config.data.clean else "kept"
     notes = [("columns", str(mapping))]
     if unanswered:
         notes.append(("problems without an answer", f"{unanswered:,}, left out"))
-    if twice:
-        notes.append(("repeated problems", f"{len(twice):,} of {len(rows):,}, {said}"))
+    if repeats:
+        notes.append(("repeated problems", f"{len(repeats):,} of {len(rows):,}, {treatment}"))
     for name, others in held_out.items():
         same = overlap.overlapping(questions, [row.question for row in others])
         left_out |= set(same) if config.data.clean else set()
         if same:
-            notes.append((f"training problems like {name}'s", f"{len(same):,} of {len(rows):,}, {said}"))
-    kept = [row for place, row in enumerate(rows) if place not in left_out]
+            notes.append((f"training problems like {name}'s", f"{len(same):,} of {len(rows):,}, {treatment}"))
+    kept = [row for position, row in enumerate(rows) if position not in left_out]
     if not kept:
         raise InputError(
             f"config.data.clean = True: leaves none of the {len(rows)} problems of {config.data.train!r}: evaluation "
@@ -79,7 +79,7 @@ def training_set(config: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
 
 
 def evaluation_rows(config: Config) -> dict[str, list[Row]]:
-    """The problems of each benchmark of config.evaluation by its name; config.evaluation.limit is `asked`'s."""
+    """Returns the problems of each benchmark of config.evaluation by name. `asked` applies config.evaluation.limit."""
     rows = {}
     for name in config.evaluation.benchmarks:
         if name == "arithmetic":
@@ -90,22 +90,22 @@ def evaluation_rows(config: Config) -> dict[str, list[Row]]:
 
 
 def asked(rows: dict[str, list[Row]], limit: int) -> dict[str, list[Row]]:
-    """The first `limit` problems of each benchmark, 0 = all."""
-    return {name: some[: limit or None] for name, some in rows.items()}
+    """Returns the first `limit` problems of each benchmark; 0 = all."""
+    return {name: problems[: limit or None] for name, problems in rows.items()}
 
 
 def _builtin_rows(problems: list[arithmetic.Problem], split: str) -> list[Row]:
-    return [Row(f"{split}-{i}", i, one.question, str(one.answer), {}) for i, one in enumerate(problems)]
+    return [Row(f"{split}-{i}", i, problem.question, str(problem.answer), {}) for i, problem in enumerate(problems)]
 
 
 def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, int]:
-    """The rows of config.data.train, which columns they came from, and how many had no answer and were left out.
+    """Returns the rows of config.data.train, the columns that were read, and the number of rows left out for no answer.
 
     `data.train` is a name of TRAINING_SETS, a file or folder, or a hub id. Rows without an answer are left out where
     `data.clean` is set.
 
     Raises:
-        InputError: nothing to read, a line that is no JSON object, a column that is not there, blank cells.
+        InputError: nothing to read, a line that is not a JSON object, a missing column, blank cells.
     """
     source = f"config.data.train = {settings.train!r}"
     preset = None if Path(settings.train).exists() else TRAINING_SETS.get(settings.train)
@@ -127,7 +127,7 @@ def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, int]:
 
 
 def benchmark_rows(name: str, settings: EvaluationConfig) -> list[Row]:
-    """The problems of a benchmark: of its file in data_dir (NAME.jsonl, .json, .csv or .parquet), else of the hub.
+    """Returns the problems of a benchmark: its file in data_dir (NAME.jsonl, .json, .csv or .parquet), else the hub.
 
     Raises:
         InputError: neither a file nor a name of BENCHMARKS (the nearest is named); a file that can't be used; the hub
@@ -169,26 +169,27 @@ def _rows(table: Table, mapping: columns.Mapping, source: str) -> list[Row]:
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of 0..count-1 in which `epoch` reads the rows, [count] int64.
+    """Returns the permutation of 0..count-1 in which `epoch` reads the rows, [count] int64.
 
-    Sorts raw draws of a bit generator: numpy promises that their stream never changes, but not that of `permutation`.
+    Sorts raw draws of a bit generator: numpy promises that their stream never changes, which it does not for
+    `permutation`.
     """
     draws = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(count)
     return np.argsort(draws, kind="stable")
 
 
 def step_indices(step: int, per_step: int, count: int, seed: int) -> list[int]:
-    """The `per_step` rows of rollout `step` (from 0). One that straddles two epochs takes from both."""
+    """Returns the `per_step` rows of rollout `step` (from 0). A rollout may take rows from two epochs."""
     epochs, places = np.divmod(np.arange(step * per_step, (step + 1) * per_step), count)
     orders = {epoch: epoch_order(count, seed, epoch) for epoch in set(epochs.tolist())}
     return [int(orders[epoch][place]) for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]
 
 
 def redraw_indices(step: int, redraw: int, per_step: int, count: int, seed: int) -> list[int]:
-    """The rows that redraw 1, 2, … of rollout `step` has for each of its `per_step` places.
+    """Returns the rows that redraw 1, 2, … of rollout `step` has for each of its `per_step` positions.
 
-    Different ones from redraw to redraw, and none that the rollout reads itself, while there are enough of them; a
-    small data set is begun again. A row does not depend on which places need a redraw.
+    While there are enough rows, they differ from redraw to redraw and from those that the rollout reads itself; a small
+    data set starts again. A row does not depend on which positions need a redraw.
     """
     draws = np.random.Philox(np.random.SeedSequence([seed, step, 0x5EDA])).random_raw(count)
     order = np.argsort(draws, kind="stable")
@@ -200,7 +201,9 @@ def redraw_indices(step: int, redraw: int, per_step: int, count: int, seed: int)
 def fit(
     rows: Sequence[Row], encode: Callable[[str], Iterable[int]], max_length: int
 ) -> tuple[list[tuple[Row, np.ndarray]], int]:
-    """The rows whose encoded question has at most `max_length` tokens, with it ([L] int32), and how many were skipped.
+    """Returns the rows whose encoded question has at most `max_length` tokens, and how many rows were skipped.
+
+    Each row comes with its encoded question ([L] int32).
 
     Raises:
         InputError: all of them are longer.

@@ -1,15 +1,16 @@
-"""Every wording and chat template, in token space: q, and q' = q with a draft inside the user turn.
+"""Prompts in token space: q, and q' = q with a draft inside the user's turn; with all wording and the chat template.
 
-The chat template is rendered once, with a sentinel where the user's words go; what stands before and after is kept as
-token ids, and a prompt is before + words + after. A draft enters q' as the ids that were sampled (Eq. for q' of
-arXiv 2602.09000: Concat(q, d)); it is never decoded. Questions are encoded as text: a special token written in one
-does not become one. Marks of a turn are special too where the tokenizer does not say so (R1's <｜User｜>): neither a
+The chat template is rendered once, with a sentinel in place of the user's words. The text before and after it is kept
+as token ids, and a prompt is before + words + after. A draft enters q' as the ids that were sampled (q' = Concat(q, d)
+in arXiv 2602.09000) and is never decoded. Questions are encoded as text: a special token written in a question does not
+become one. Marks of a turn count as special even where the tokenizer does not list them (R1's <｜User｜>), so neither a
 draft nor a question can open a turn.
 
-R1 templates open <think> for the assistant and strip the thinking of its earlier turns. A draft is no such turn: it
-stands in the user's words, so all of it is in q', reasoning included, as it was sampled. It begins inside the <think>
-that the template had opened for it, and so shows only the closing tag; of a draft longer than refine.max_draft_length
-the beginning is missing as well. A template that opens nothing (Qwen3, the Nemotrons) shows both tags.
+R1 templates open <think> for the assistant and remove the thinking of its earlier turns. A draft is not such a turn: it
+is part of the user's words, so q' contains all of it as it was sampled, including its reasoning. It begins inside the
+<think> that the template had opened for it, and so shows only the closing tag. A draft longer than
+refine.max_draft_length lacks its beginning as well. With a template that opens nothing (Qwen3, the Nemotrons), both
+tags are shown.
 """
 
 import re
@@ -28,7 +29,7 @@ class Renderer:
     """Turns questions, and questions with drafts, into token ids.
 
     Attributes:
-        opened: text that the template already writes for the assistant ("<think>\\n" for R1 templates, usually "").
+        opened: text that the template itself writes for the assistant ("<think>\\n" for R1 templates, usually "").
             Rewards read it before the completion.
     """
 
@@ -52,7 +53,7 @@ class Renderer:
         self._lead, self._tail = "\n\n" + lead, tail
 
     def _template(self) -> tuple[str, str]:
-        """The text before and after the user's words."""
+        """Returns the text before and after the user's words."""
         if not self._tokenizer.chat_template:  # a base model
             return self._tokenizer.bos_token or "", "\n"
         message = [{"role": "user", "content": SENTINEL}]
@@ -70,21 +71,21 @@ class Renderer:
             return np.zeros((0,), np.int32)
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special)
         ids = np.asarray(encoded["input_ids"], np.int32)
-        return ids if special else ids[~np.isin(ids, self._marks)]  # which are never split into text
+        return ids if special else ids[~np.isin(ids, self._marks)]  # marks are never split, so they are removed
 
     def _words(self, question: str) -> str:
         return f"{self._instruction}\n\n{question}" if self._instruction else question
 
     def plain(self, question: str) -> np.ndarray:
-        """q: [L] int32, generation prompt included."""
+        """Returns q: [L] int32, including the generation prompt."""
         return np.concatenate([self._before, self._ids(self._words(question), special=False), self._after])
 
     def with_draft(self, question: str, draft: np.ndarray) -> np.ndarray:
-        """q': [L'] int32.
+        """Returns q': [L'] int32.
 
         Args:
-            draft: [T] int32 sampled ids. EOS and other special tokens are taken out, and the tail is kept where it is
-                longer than max_draft_length (the answer stands there).
+            draft: [T] int32 sampled ids. EOS and other special tokens are removed. A draft longer than max_draft_length
+                is cut to its tail, where the answer is.
         """
         kept = self.kept_draft(draft)
         words = self._ids(self._words(question) + self._lead, special=False)
@@ -92,28 +93,28 @@ class Renderer:
         return np.concatenate([self._before, words, kept, tail, self._after])
 
     def kept_draft(self, draft: np.ndarray) -> np.ndarray:
-        """The ids of `draft` that q' shows."""
+        """Returns the ids of `draft` that q' contains."""
         clean = draft[~np.isin(draft, [*self._special, *self._marks])]
         return clean[-self._max_draft_length :]
 
     def draft_overhead(self, longest: int) -> int:
-        """Most tokens that q' has beyond q: the wording and what is kept of a draft of at most `longest` tokens."""
+        """Returns the most tokens that q' has beyond q: the wording and a draft of at most `longest` tokens."""
         wording = len(self._ids(self._lead, special=False)) + len(self._ids(self._tail, special=False))
-        # The lead is encoded together with the question, so its tokens may split otherwise than alone.
+        # The lead is encoded together with the question, so it may split into other tokens than it does alone.
         return wording + min(longest, self._max_draft_length) + 8
 
     def text(self, tokens: np.ndarray) -> str:
-        """What people and verifiers read: special tokens left out."""
+        """Returns the text that people and verifiers read, without special tokens."""
         return self._tokenizer.decode(tokens[~np.isin(tokens, self._special)].tolist(), skip_special_tokens=True)
 
 
 def most_overhead(refine: RefineConfig, max_draft_length: int) -> int:
-    """`Renderer.draft_overhead` where no tokenizer is at hand: of the wording a token for each word or mark."""
+    """Returns `Renderer.draft_overhead` without a tokenizer, with one token for each word or mark of the wording."""
     wording = re.findall(r"\w+|[^\w\s]|\n+", "\n\n" + refine.instruction.replace("{draft}", ""))
     return len(wording) + max_draft_length + 8
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    """Ids of added tokens that the text of a template marks turns with, though the tokenizer calls them ordinary."""
+    """Returns ids of added tokens that mark turns in the template although the tokenizer does not call them special."""
     added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if not token.special}
     return [id for content, id in added.items() if content.strip() and content not in TAGS and content in template]

@@ -1,8 +1,7 @@
-"""Tables from files, folders and the hub: rows as they stand, each with its number. What a column means is `columns`'
-business.
+"""Reads tables from files, folders and the hub: unchanged rows, each with its number. `columns` interprets them.
 
-JSON Lines and CSV are read here, so that a bad line is named and a cell stays the text it is; `.json`, `.parquet` and
-hub ids go through `datasets`.
+JSON Lines and CSV are read here, so that an error names the bad line and every cell stays the text that it is. `.json`,
+`.parquet` and hub ids go through `datasets`.
 """
 
 import csv
@@ -17,36 +16,36 @@ from igrpo_jax.errors import InputError
 
 Table = list[tuple[int, dict[str, Any]]]  # (number, columns) of each row; numbers start at 1, as editors count lines
 
-KINDS = {".json": "json", ".parquet": "parquet"}  # read by `datasets`, by its name of the format
+KINDS = {".json": "json", ".parquet": "parquet"}  # formats that `datasets` reads, with its names for them
 SUFFIXES = (".jsonl", ".csv", *KINDS)
 FILES = ", ".join(SUFFIXES)
-SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}  # words in names of files
+SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}  # words that name a split in a file name
 
 
 def read(path: str, source: str, subset: str = "", split: str = "train", fix: str = "") -> Table:
-    """The rows of a file, of the files of a folder in the order of their names, or of a hub data set.
+    """Returns the rows of a file, of the files of a folder in the order of their names, or of a hub data set.
 
-    Where a word in the name of one of a folder's files is a split (gsm8k_test.jsonl, train-00000-of-00002.parquet),
-    those of `split` are read and no others.
+    Where a word in a file name of a folder is a split (gsm8k_test.jsonl, train-00000-of-00002.parquet), only the files
+    of `split` are read.
 
     Args:
-        path: a file of one of SUFFIXES, a folder of files of one of them, or a hub id such as owner/name.
-        source: what errors begin with: the field and its value.
-        subset: of a hub data set.
-        split: of a hub data set, or of a folder's files.
-        fix: what errors of the hub advise; default: to give a local file.
+        path: a file with one of SUFFIXES, a folder of files with one of them, or a hub id such as owner/name.
+        source: the field and its value, with which errors begin.
+        subset: the subset of a hub data set.
+        split: the split of a hub data set, or of a folder's files.
+        fix: what errors of the hub advise; by default to give a local file.
 
     Raises:
-        InputError: nothing to read, or something that can't be.
+        InputError: there is nothing to read, or it can't be read.
     """
-    place = Path(path)
-    if place.is_dir():
-        return _read_folder(place, source, split)
-    if place.is_file() and place.suffix in SUFFIXES:
-        return _read_files([place], source)
-    if place.exists():
+    file = Path(path)
+    if file.is_dir():
+        return _read_folder(file, source, split)
+    if file.is_file() and file.suffix in SUFFIXES:
+        return _read_files([file], source)
+    if file.exists():
         raise InputError(f"{source}: can't be read; give a file that ends in {FILES}")
-    if place.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+    if file.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise InputError(f"{source}: no such file; give one that ends in {FILES}, or a hub id (owner/name)")
     fix = fix or f"give a local file in JSON Lines, or a hub id with a split {split!r}"
     return _read_datasets(source, fix, path, subset or None, split=split)
@@ -57,11 +56,11 @@ def _read_folder(folder: Path, source: str, split: str) -> Table:
     if not files:
         raise InputError(f"{source}: holds no file that ends in {FILES}; give a folder of them, or one file")
     splits = {file: SPLITS.intersection(re.split("[^a-z]+", file.stem.lower())) for file in files}
-    if there := set().union(*splits.values()):
+    if named := set().union(*splits.values()):
         files = [file for file in files if split in splits[file]]
         if not files:
             raise InputError(
-                f"{source}: has files of {', '.join(sorted(there))}, and none of the split {split!r}; set "
+                f"{source}: has files of {', '.join(sorted(named))}, and none of the split {split!r}; set "
                 "config.data.split, or give one file"
             )
     kinds = sorted({file.suffix for file in files})
@@ -99,7 +98,7 @@ def _read_jsonl(file: Path, source: str) -> Table:
 
 
 def _read_csv(file: Path, source: str) -> Table:
-    """Cells stay the text they are: `datasets` would turn the answer 025 into the number 25 and NA into nothing."""
+    """Returns the rows with cells as text. `datasets` would turn the answer 025 into the number 25 and lose NA."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
@@ -113,12 +112,12 @@ def _read_csv(file: Path, source: str) -> Table:
 
 
 def _read_datasets(source: str, fix: str, *args: str | None, **kwargs: Any) -> Table:
-    import datasets  # seconds to import, and JSON Lines don't need it
+    import datasets  # takes seconds to import; JSON Lines don't need it
 
-    # Each attempt to reach the hub would be a warning of its own; what came of them is said below.
+    # Each attempt to reach the hub would log a warning of its own; the error below reports the result.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         return list(enumerate(datasets.load_dataset(*args, **kwargs), 1))
     except Exception as error:  # arrow, the hub and the builders share no base
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{source}: can't be loaded ({type(error).__name__}: {said}); {fix}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{source}: can't be loaded ({type(error).__name__}: {reason}); {fix}") from error

@@ -8,11 +8,15 @@ from igrpo_jax.errors import InputError
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's: by the turns that a frequency makes over the original context, it is kept, slowed down, or between."""
+    """The rope scaling of Llama 3.
+
+    The number of turns that a frequency makes over the original context decides whether it is kept, divided by
+    `factor`, or interpolated between the two.
+    """
 
     factor: float  # by which frequencies of few turns are divided
-    low_freq_factor: float  # turns up to which they are divided by all of it
-    high_freq_factor: float  # turns from which on they are kept
+    low_freq_factor: float  # up to this many turns, a frequency is divided by the full factor
+    high_freq_factor: float  # from this many turns on, a frequency is kept
     original_max_position_embeddings: int  # tokens of context before it was extended
 
 
@@ -22,11 +26,11 @@ class MambaConfig:
 
     num_heads: int
     head_dim: int
-    num_groups: int  # heads of a group share what is written to the state (B) and read from it (C)
+    num_groups: int  # the heads of a group share what is written to the state (B) and read from it (C)
     state_size: int  # numbers of state per head and channel
-    conv_size: int  # tokens that the short convolution sees, the token's own included
-    chunk_size: int  # tokens that are worked on at once in prefill and training; changes no result
-    time_step_limit: tuple[float, float]  # the step is clipped to it
+    conv_size: int  # tokens that the short convolution sees, including the current one
+    chunk_size: int  # tokens that prefill and training process at once; does not change results
+    time_step_limit: tuple[float, float]  # the range to which the time step is clipped
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class DecoderConfig:
     tie_embeddings: bool
     max_position_embeddings: int  # tokens of context
     rope_scaling: RopeScaling | None = None
-    qk_norm: bool = False  # each head of q and k is normalised before it is rotated
+    qk_norm: bool = False  # whether each head of q and k is normalised before rotation
     mlp: str = "swiglu"  # or "relu2", which has no gate
     mamba: MambaConfig | None = None  # where the pattern has an M
     attention: str = "xla"  # of prefill and training, a key of attention.IMPLEMENTATIONS; `attention.choose` picks it
@@ -71,7 +75,7 @@ class DecoderConfig:
 
 
 def builtin(shape: BuiltinModelConfig, vocab_size: int) -> DecoderConfig:
-    """The small decoder for the built-in task."""
+    """Returns the small decoder for the built-in task. Raises InputError for heads that do not fit."""
     if shape.hidden_size % (2 * shape.num_heads) or shape.num_heads % shape.num_kv_heads:
         raise InputError(
             f"config.model.builtin.num_heads = {shape.num_heads}: must divide hidden_size = {shape.hidden_size} into "
@@ -94,11 +98,10 @@ def builtin(shape: BuiltinModelConfig, vocab_size: int) -> DecoderConfig:
 
 
 def from_hf(raw: dict, source: str) -> DecoderConfig:
-    """DecoderConfig from a parsed config.json. `source` names it in errors.
+    """Returns the DecoderConfig of a parsed config.json, which errors call `source`.
 
     Raises:
-        InputError: a model_type, activation, rope type, window or kind of layer that the decoder does not have; a
-            missing key.
+        InputError: a model_type, activation, rope type, window or kind of layer that the decoder lacks; a missing key.
     """
     kind = raw.get("model_type")
     if kind not in READERS:
@@ -110,7 +113,7 @@ def from_hf(raw: dict, source: str) -> DecoderConfig:
 
 
 def _common(raw: dict) -> dict:
-    """What every family calls by the same name."""
+    """Returns the fields that every family gives the same name."""
     heads = raw["num_attention_heads"]
     return {
         "vocab_size": raw["vocab_size"],
@@ -124,12 +127,12 @@ def _common(raw: dict) -> dict:
 
 
 def _dense(raw: dict, source: str) -> DecoderConfig:
-    """Llama, Qwen2 and Qwen3."""
+    """Returns the DecoderConfig of a Llama, Qwen2 or Qwen3."""
     kind = raw["model_type"]
     _only(raw, source, hidden_act="silu", mlp_bias=False, use_sliding_window=False)
     windows = "sliding_attention" in (raw.get("layer_types") or ())
     refuse(not windows, source, "layer_types", "sliding_attention", "full_attention")
-    if kind != "qwen2":  # whose biases are not optional
+    if kind != "qwen2":  # its biases are not optional
         _only(raw, source, attention_bias=False)
     # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
     rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
@@ -162,7 +165,10 @@ _LETTERS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_atten
 
 
 def _nemotron_h(raw: dict, source: str) -> DecoderConfig:
-    """Hybrid of Mamba-2, attention without positions, and ungated MLPs; its layers have one sublayer each."""
+    """Returns the DecoderConfig of a Nemotron-H.
+
+    It is a hybrid of Mamba-2, attention without positions, and ungated MLPs; each layer has one sublayer.
+    """
     _only(raw, source, mlp_hidden_act="relu2", mamba_hidden_act="silu", use_conv_bias=True, sliding_window=None)
     _only(raw, source, use_bias=False, mlp_bias=False, attention_bias=False, mamba_proj_bias=False)
     layers = raw.get("layers_block_type") or raw.get("layer_types") or raw["hybrid_override_pattern"]
@@ -197,17 +203,18 @@ READERS = {"llama": _dense, "qwen2": _dense, "qwen3": _dense, "nemotron_h": _nem
 
 
 def _number(value: float | str | dict) -> float | str:
-    """Infinity is no JSON: some versions of transformers write {"__float__": "Infinity"}."""
+    """Returns a number of a config.json. JSON has no infinity: some transformers write {"__float__": "Infinity"}."""
     return value["__float__"] if isinstance(value, dict) else value
 
 
 def _only(raw: dict, source: str, **supported: object) -> None:
     """Raises InputError where a key of `raw` is set to another value than the one that is supported."""
     for name, value in supported.items():
-        found = raw.get(name, value)
-        refuse(found == value or (not found and not value), source, name, found, str(value).lower())
+        given = raw.get(name, value)
+        refuse(given == value or (not given and not value), source, name, given, str(value).lower())
 
 
 def refuse(ok: bool, source: str, name: str, value: object, supported: str) -> None:
+    """Raises InputError unless `ok`."""
     if not ok:
         raise InputError(f"{source}: {name} = {value!r} is not supported; supported is {supported}")

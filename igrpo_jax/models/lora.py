@@ -1,11 +1,11 @@
-"""LoRA (arXiv 2106.09685): of some weights W only a low-rank change is trained, and W itself never changes.
+"""LoRA (arXiv 2106.09685): for some weights W only a low-rank change is trained, and W itself stays fixed.
 
     W' = W + (alpha / rank) A B,    A: inputs of W -> rank,    B: rank -> outputs of W
 
-The sum runs, in the trainer as in the sampler, and not x W + (x A) B: the weights that sample are then, rounding
-included, those that are trained, as they are without LoRA. The trainer makes the sum inside each rematted sublayer, so
-that one sublayer's exists at a time; the sampler once per step. A starts random and B at zero: the policy starts as the
-base, bit for bit, and adapters as they start are the reference model.
+Both the trainer and the sampler compute this sum, and not x W + (x A) B. So the weights that sample are exactly those
+that are trained, including rounding, as they are without LoRA. The trainer computes the sum inside each rematted
+sublayer, so that only one sublayer's sum exists at a time; the sampler computes it once per step. A starts random and B
+at zero: the policy starts as the base model, bit for bit, and fresh adapters are the reference model.
 
 Paths: "blocks/0/mixer/q_proj/lora_a" and "…/lora_b" belong to "blocks/0/mixer/q_proj".
 
@@ -32,7 +32,7 @@ ALL = "all-linear"  # peft's name for every weight but embedding and head
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Adapted:
-    """A weight and its change, in the place of their sum."""
+    """A weight and its change, in place of their sum."""
 
     weight: jax.Array  # [inputs..., outputs...]
     a: jax.Array  # [inputs..., R] float32
@@ -40,65 +40,65 @@ class Adapted:
     scaling: float = field(metadata={"static": True})
 
     def astype(self, dtype: str) -> "Adapted":
-        """With the weight, and so the sum, in `dtype`."""
+        """Returns it with the weight, and therefore the sum, in `dtype`."""
         return replace(self, weight=self.weight.astype(dtype))
 
     def merged(self) -> jax.Array:
-        """The sum: made in float32, rounded once."""
+        """Returns the sum, computed in float32 and rounded once."""
         rank = self.b.shape[0]
-        # As two matrices: `decoder.KEPT` knows the product by it.
+        # A product of two matrices, because `decoder.KEPT` recognises it by that.
         change = jnp.dot(self.a.reshape(-1, rank), self.b.reshape(rank, -1)).reshape(self.weight.shape)
         return (self.weight.astype(jnp.float32) + self.scaling * change).astype(self.weight.dtype)
 
 
 def adapted(settings: LoraConfig, shapes: Shapes) -> list[str]:
-    """Paths of the weights that `settings.targets` names, of a model with parameters of these `shapes`.
+    """Returns the paths of the weights that `settings.targets` names, in a model whose parameters have these `shapes`.
 
     Raises:
-        InputError: a target that is no weight of the model.
+        InputError: a target that is not a weight of the model.
     """
-    able = {path: path.rpartition("/")[2] for path in shapes if sharding.is_linear(path)}
-    names = sorted(set(able.values()))
+    linear = {path: path.rpartition("/")[2] for path in shapes if sharding.is_linear(path)}
+    names = sorted(set(linear.values()))
     for target in settings.targets:
         if target != ALL and target not in names:
             raise InputError(
                 f"config.model.lora.targets = {settings.targets!r}: {target!r} matches no weight of the model; there "
                 f"are {', '.join(names)}, and {ALL} for all of them"
             )
-    return [path for path, name in able.items() if name in settings.targets or ALL in settings.targets]
+    return [path for path, name in linear.items() if name in settings.targets or ALL in settings.targets]
 
 
 def shapes(settings: LoraConfig, base: Shapes) -> Shapes:
-    """Shapes of the adapters of a model with parameters of shapes `base`."""
-    found = {}
+    """Returns the shapes of the adapters of a model whose parameters have the shapes `base`."""
+    result = {}
     for path in adapted(settings, base):
         cut = sharding.input_axes(path)
-        found[f"{path}/lora_a"] = (*base[path][:cut], settings.rank)
-        found[f"{path}/lora_b"] = (settings.rank, *base[path][cut:])
-    return found
+        result[f"{path}/lora_a"] = (*base[path][:cut], settings.rank)
+        result[f"{path}/lora_b"] = (settings.rank, *base[path][cut:])
+    return result
 
 
 def init(settings: LoraConfig, base: Shapes, key: jax.Array, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Fresh float32 adapters in their shardings: A uniform within 1 / sqrt(inputs) of 0, as in peft, and B zero."""
+    """Returns new float32 adapters in their shardings: A uniform within 1 / sqrt(inputs) of 0, as in peft; B zero."""
     sizes = shapes(settings, base)
 
     def build(key: jax.Array) -> dict[str, jax.Array]:
-        found = {}
+        adapters = {}
         for i, (path, shape) in enumerate(sizes.items()):
             if path.endswith("lora_b"):
-                found[path] = jnp.zeros(shape, jnp.float32)
+                adapters[path] = jnp.zeros(shape, jnp.float32)
                 continue
             bound = math.prod(shape[:-1]) ** -0.5
-            found[path] = jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32, -bound, bound)
-        return found
+            adapters[path] = jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32, -bound, bound)
+        return adapters
 
     return jax.jit(build, out_shardings={path: sharding.param_sharding(mesh, path) for path in sizes})(key)
 
 
 def attach(frozen: dict[str, jax.Array], trained: dict[str, jax.Array], scaling: float) -> dict:
-    """The policy's parameters: what is frozen, what is trained, and an Adapted for each weight with adapters.
+    """Returns the policy's parameters: frozen ones, trained ones, and an Adapted for each weight with adapters.
 
-    With nothing frozen, `trained` as it is.
+    With nothing frozen, these are `trained` unchanged.
     """
     params = frozen | {path: x for path, x in trained.items() if not path.endswith(("/lora_a", "/lora_b"))}
     for path in [path.removesuffix("/lora_a") for path in trained if path.endswith("/lora_a")]:
@@ -107,14 +107,14 @@ def attach(frozen: dict[str, jax.Array], trained: dict[str, jax.Array], scaling:
 
 
 def merge(tree):
-    """`tree` with the sum in the place of every Adapted."""
+    """Returns `tree` with the sum in place of every Adapted."""
     return jax.tree.map(lambda x: x.merged() if _is_adapted(x) else x, tree, is_leaf=_is_adapted)
 
 
 def merge_after(x: jax.Array, tree) -> tuple[jax.Array, Any]:
-    """`x`, and `tree` merged no earlier than `x` is there.
+    """Returns `x` and the merged `tree`, which is not merged before `x` has been computed.
 
-    Sums don't depend on activations: without the barrier XLA makes those of all sublayers before the first one runs.
+    Sums don't depend on activations: without the barrier XLA computes those of all sublayers before the first one runs.
     """
     if any(map(_is_adapted, jax.tree.leaves(tree, is_leaf=_is_adapted))):
         x, tree = jax.lax.optimization_barrier((x, tree))
@@ -122,7 +122,7 @@ def merge_after(x: jax.Array, tree) -> tuple[jax.Array, Any]:
 
 
 def each(apply: Callable[[jax.Array, str], jax.Array], path: str, weight: jax.Array | Adapted) -> jax.Array | Adapted:
-    """`apply` to the weight at `path` and to the two matrices of its change, where it has one, with their paths."""
+    """Returns a weight after `apply` to it and to the two matrices of its change, if any, each with its path."""
     if not _is_adapted(weight):
         return apply(weight, path)
     a, b = apply(weight.a, f"{path}/lora_a"), apply(weight.b, f"{path}/lora_b")

@@ -1,5 +1,7 @@
-"""The model a run starts from: its shape, tokenizer, EOS set and weights, from Hugging Face files or built in; and the
-way back, to a Hugging Face directory."""
+"""The model that a run starts from: its shape, tokenizer, EOS ids and weights, from Hugging Face files or built in.
+
+`Policy.save` and `Policy.save_adapter` write it back as a Hugging Face directory.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,35 +25,38 @@ Report = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Policy:
+    """A model without its weights, and how to load and save them."""
+
     path: str  # empty = the built-in model
     model: DecoderConfig
     tokenizer: PreTrainedTokenizerBase
     eos_ids: tuple[int, ...]
-    file_bytes: int = 0  # that `load` reads
+    file_bytes: int = 0  # bytes that `load` reads
 
     def load(
-        self, mesh: jax.sharding.Mesh, seed: int, dtype: str = "float32", report: Report = lambda done: None
+        self, mesh: jax.sharding.Mesh, seed: int, dtype: str = "float32", report: Report = lambda bytes_done: None
     ) -> decoder.Params:
-        """Weights in their shardings; random ones, from the seed, for the built-in model.
+        """Returns the weights in their shardings; for the built-in model random ones, drawn from the seed.
 
-        `report` is given the bytes read so far.
+        `report` receives the bytes read so far.
         """
         if self.path:
             return hf_read.load_params(self.path, self.model, mesh, dtype, report)
         return decoder.cast(decoder.init(self.model, jax.random.key(seed), mesh), dtype)
 
     def encode_completion(self, text: str) -> np.ndarray:
-        """[T] int32 ids of `text` with an EOS."""
+        """Returns the [T] int32 ids of `text`, followed by EOS."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return np.array([*ids, self.tokenizer.eos_token_id], np.int32)
 
-    def save(self, out: Path, params: decoder.Params, report: Report = lambda done: None) -> None:
-        """Writes `params` (LoRA's changes merged) in bfloat16 with all that belongs to them as the Hugging Face
-        directory `out`, and reads it back before it gets that name.
+    def save(self, out: Path, params: decoder.Params, report: Report = lambda bytes_done: None) -> None:
+        """Writes `params` in bfloat16, with LoRA's changes merged, as the complete Hugging Face directory `out`.
+
+        The directory is read back before it gets its name.
 
         Raises:
-            InputError: `out` is there already or can't be written.
-            RunError: the weights give other logits once they are read back, or ones that are not finite.
+            InputError: `out` exists already or can't be written.
+            RunError: the weights that were read back give other logits, or the logits are not finite.
         """
         params = written(params)
         with hf_write.new_folder(out) as folder:
@@ -65,7 +70,7 @@ class Policy:
             _check_equal(out, before, _probe(model, hf_read.load_params(str(folder), model, mesh, "bfloat16")))
 
     def save_adapter(self, out: Path, settings: LoraConfig, params: decoder.Params) -> None:
-        """Writes the adapters of `params` in float32 as a directory for peft, and reads it back as `save` does."""
+        """Writes the adapters of `params` in float32 as a directory for peft, and reads them back as `save` does."""
         changed = {path: x for path, x in params.items() if isinstance(x, lora.Adapted)}
         adapters = {f"{path}/lora_a": x.a for path, x in changed.items()}
         adapters |= {f"{path}/lora_b": x.b for path, x in changed.items()}
@@ -87,17 +92,17 @@ class Policy:
 
 
 def written(params: decoder.Params) -> decoder.Params:
-    """`params` as `Policy.save` writes them: LoRA's changes merged, in bfloat16."""
+    """Returns `params` as `Policy.save` writes them: in bfloat16, with LoRA's changes merged."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    places = {path: sharding.param_sharding(mesh, path) for path in params}
-    return jax.jit(lambda x: decoder.cast(lora.merge(x), "bfloat16"), out_shardings=places)(params)
+    shardings = {path: sharding.param_sharding(mesh, path) for path in params}
+    return jax.jit(lambda x: decoder.cast(lora.merge(x), "bfloat16"), out_shardings=shardings)(params)
 
 
 def open_policy(settings: ModelConfig) -> Policy:
-    """Reads what describes the model and checks its files, without reading the weights.
+    """Returns the policy that `settings` name. Checks its files but does not read the weights.
 
     Raises:
-        InputError: no such model, one of a kind that is not supported, or tensors that do not fit it.
+        InputError: no such model, a kind of model that is not supported, or tensors that do not fit the model.
     """
     if settings.path:
         model, tokenizer = hf_files.load_config(settings.path), hf_files.load_tokenizer(settings.path)
@@ -111,7 +116,7 @@ def open_policy(settings: ModelConfig) -> Policy:
             )
         return Policy(settings.path, model, tokenizer, eos_ids, size)
     tokenizer = arithmetic.tokenizer()
-    padded = -(-len(tokenizer) // 16) * 16  # the vocabulary divides over a tensor axis
+    padded = -(-len(tokenizer) // 16) * 16  # so that the mesh's tensor axis divides the vocabulary
     return Policy("", model_config.builtin(settings.builtin, padded), tokenizer, (tokenizer.eos_token_id,))
 
 
@@ -137,22 +142,23 @@ def fit_to_mesh(config: Config, model: DecoderConfig, mesh: jax.sharding.Mesh, l
 
 
 def _probe(model: DecoderConfig, params: decoder.Params) -> np.ndarray:
-    """Logits [B, 8, V] float32 of a few tokens from all over the vocabulary."""
-    model = replace(model, attention="xla")  # others want longer rows
+    """Returns the logits [B, 8, V] float32 of a few tokens from all over the vocabulary."""
+    model = replace(model, attention="xla")  # the other implementations need longer rows
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     shape = (sharding.batch_shards(mesh), 8)
     tokens = (np.arange(np.prod(shape), dtype=np.int64) * 7919 % model.vocab_size).astype(np.int32).reshape(shape)
-    places = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
 
-    def logits(params: decoder.Params, tokens: jax.Array, places: jax.Array) -> jax.Array:
-        return decoder.logits(model, params, decoder.apply(model, params, tokens, places)[0])
+    def logits(params: decoder.Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        return decoder.logits(model, params, decoder.apply(model, params, tokens, positions)[0])
 
     with jax.set_mesh(mesh):
         run = jax.jit(logits, out_shardings=sharding.replicated(mesh))
-        return sharding.to_host(run(params, *sharding.to_global((tokens, places), sharding.batch_sharding(mesh))))
+        return sharding.to_host(run(params, *sharding.to_global((tokens, positions), sharding.batch_sharding(mesh))))
 
 
 def _check_equal(out: Path, written: np.ndarray, reread: np.ndarray) -> None:
+    """Raises RunError where the logits that were read back differ from those written, or are not finite."""
     if not np.isfinite(written).all():
         raise RunError(f"{out}: not written: the policy's logits are not finite; export an earlier --step")
     gap, scale = float(np.abs(written - reread).max()), float(np.abs(written).max())

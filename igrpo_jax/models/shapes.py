@@ -1,7 +1,7 @@
-"""The shape of public models, as their config.json gives it: what memory and speed follow from, without a download.
+"""The shapes of public models, as their config.json gives them. They determine memory and speed without a download.
 
-`aot` and the benchmarks build models of these shapes without weights. A run never looks here: it reads the files of
-config.model.path. Keys that only say how text is written (ids of special tokens, versions) are left out.
+`aot` and the benchmarks build models of these shapes without weights. A run never uses this module: it reads the files
+of config.model.path. Keys that concern only text (ids of special tokens, versions) are left out.
 """
 
 _QWEN2 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "max_position_embeddings": 131_072}
@@ -19,7 +19,7 @@ _LLAMA3 = {
 def dense(
     family: dict, hidden: int, layers: int, heads: int, kv: int, ffn: int, vocab: int, tied: bool, **more
 ) -> dict:
-    """config.json of a dense model of the keys in `family`, and `more`."""
+    """Returns the config.json of a dense model with the keys in `family` and `more`."""
     return family | {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
