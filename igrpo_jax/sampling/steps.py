@@ -1,4 +1,4 @@
-"""What runs on the device while completions are sampled, as functions that `engine` compiles once per length bucket.
+"""What runs on the device while completions are sampled, as functions that `programs` compiles for each length.
 
 1. `prefill` reads some prompts and keeps their caches and the logits after their last token.
 2. `insert` forks one prefilled prompt to some slots and draws the first token of each.
@@ -6,11 +6,11 @@
 4. `move` gathers the slots that are still active, so that `decode` need not run the others.
 5. `harvest` reads the tokens of finished slots.
 
-Slots are split over the batch axes of the mesh (`data` and `fsdp`). Each shard decodes its own without a word to the
-others, under `shard_map`; heads and vocabulary stay with the compiler (`tensor`).
+Slots are split over the batch axes of the mesh (`data` and `fsdp`). Each shard decodes its own without communication
+with the others, under `shard_map`; the compiler splits heads and vocabulary (`tensor`).
 
-The key of a token is fold_in(fold_in(fold_in(stage key, prompt), sample), position in the completion), so a sample
-depends on nothing but itself: not on its slot, its neighbours, or the schedule.
+The key of a token is fold_in(fold_in(fold_in(stage key, prompt), sample), position in the completion). A sample
+therefore does not depend on its slot, its neighbours, or the schedule.
 
 Legend: B slots (of all shards, or of one inside shard_map), M tokens of the longest completion, W prompts or slots in
 one call, P positions of a prefill bucket, V vocabulary.
@@ -34,7 +34,7 @@ BATCH = sharding.RULES["batch"]
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn; all traced."""
+    """How tokens are drawn; all fields are traced."""
 
     temperature: float
     top_p: float = 1.0
@@ -42,14 +42,14 @@ class Sampling(NamedTuple):
 
 
 class State(NamedTuple):
-    """All slots. A slot's `token` is its last drawn one, not yet in the cache; it stands at `position`."""
+    """All slots. The `token` of a slot is the last one drawn, not yet in the cache; it stands at `position`."""
 
     cache: Cache
     token: jax.Array  # [B] int32
     position: jax.Array  # [B] int32
     count: jax.Array  # [B] int32, tokens drawn so far, `token` included
     limit: jax.Array  # [B] int32, most tokens to draw
-    key: jax.Array  # [B, 2] uint32, of the sample
+    key: jax.Array  # [B, 2] uint32, key data of the sample
     active: jax.Array  # [B] bool
     out: jax.Array  # [B, M] int32
     logprob: jax.Array  # [B, M] float32
@@ -58,7 +58,7 @@ class State(NamedTuple):
 class PrefilledPrompts(NamedTuple):
     """Prefilled prompts."""
 
-    cache: Cache  # of W rows and P positions
+    cache: Cache  # W rows of P positions
     logits: jax.Array  # [W, V] float32, after each prompt's last token
     length: jax.Array  # [W] int32
 
@@ -66,8 +66,8 @@ class PrefilledPrompts(NamedTuple):
 class Fork(NamedTuple):
     """Samples of one prefilled prompt, and the slots they take."""
 
-    row: np.ndarray  # [] int32, of the PrefilledPrompts
-    slots: np.ndarray  # [W] int32; one past the last is no slot
+    row: np.ndarray  # [] int32, row of the prompt in PrefilledPrompts
+    slots: np.ndarray  # [W] int32; a number past the last slot means none
     samples: np.ndarray  # [W] int32
     limits: np.ndarray  # [W] int32, most tokens to draw
     key: np.ndarray  # [2] uint32, key data of the step and stage
@@ -75,16 +75,16 @@ class Fork(NamedTuple):
 
 
 class Status(NamedTuple):
-    """What the host learns of a dispatch."""
+    """What the host reads after a dispatch."""
 
     active: jax.Array  # [B] bool
     count: jax.Array  # [B] int32
     position: jax.Array  # [B] int32
-    steps: jax.Array  # [shards] int32, decode steps that were run
+    steps: jax.Array  # [shards] int32, decode steps that each shard ran
 
 
 def empty(cfg: DecoderConfig, slots: int, length: int, max_completion: int, dtype: str) -> State:
-    """`slots` free slots with a cache of `length` positions."""
+    """Returns `slots` free slots with a cache of `length` positions."""
     ints = jnp.zeros((slots,), jnp.int32)
     return State(
         cache=caches.empty(cfg, slots, length, jnp.dtype(dtype)),
@@ -104,7 +104,7 @@ def prefill(
 ) -> PrefilledPrompts:
     """Reads right-padded prompts, tokens [W, P] of `lengths` [W], at most `chunk` positions at a time.
 
-    P is at most `chunk` or a multiple of it. Memory beyond the result does not grow with P, but for the attention's.
+    P is at most `chunk` or a multiple of it. Beyond the result, only the memory of the attention grows with P.
     """
     width, size = tokens.shape
     if size <= chunk:
@@ -135,27 +135,27 @@ def _positions(start: jax.Array | int, tokens: jax.Array) -> jax.Array:
 
 
 def _at(hidden: jax.Array, index: jax.Array) -> jax.Array:
-    """hidden [W, T, D] at one position of each row: [W, D]."""
+    """Returns hidden [W, T, D] at one position of each row: [W, D]."""
     return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
 
 
 def insert(
-    mesh: jax.sharding.Mesh, eos: jax.Array, state: State, prefix: PrefilledPrompts, fork: Fork, sampling: Sampling
+    mesh: jax.sharding.Mesh, eos: jax.Array, state: State, prompts: PrefilledPrompts, fork: Fork, sampling: Sampling
 ) -> State:
-    """Forks one prompt of `prefix` to slots and draws their first tokens."""
-    own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, fork.row, 1), prefix)
+    """Forks one of the prefilled prompts to slots and draws their first tokens."""
+    prompt = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, fork.row, 1), prompts)
     width = fork.slots.shape[0]
     base = jax.random.fold_in(jax.random.wrap_key_data(fork.key), fork.prompt)
     keys = jax.vmap(lambda sample: jax.random.key_data(jax.random.fold_in(base, sample)))(fork.samples)
     first = jnp.zeros((width,), jnp.int32)
-    logits = jnp.broadcast_to(own.logits, (width, own.logits.shape[-1]))
+    logits = jnp.broadcast_to(prompt.logits, (width, prompt.logits.shape[-1]))
     token, logprob = draw(logits, _position_keys(keys, first), *sampling)
     active = ~jnp.isin(token, eos) & (fork.limits > 1)
-    length = jnp.broadcast_to(own.length, (width,))
+    length = jnp.broadcast_to(prompt.length, (width,))
     rows = (token, length, first + 1, fork.limits, keys, active, token, logprob)
 
     def put(state: State, slots, cache, rows) -> State:
-        # The caller counts slots over all shards; a shard's own are 0..B-1, and B is none.
+        # The caller counts slots over all shards; those of this shard are 0..B-1 here, and B means none.
         here = slots - jax.lax.axis_index(BATCH) * state.token.shape[0]
         here = jnp.where((here >= 0) & (here < state.token.shape[0]), here, state.token.shape[0])
         *vectors, out, logprob = state[1:]
@@ -167,7 +167,7 @@ def insert(
             logprob.at[here, 0].set(first_logprob, mode="drop"),
         )
 
-    return _per_shard(mesh, put, (True, False, False, False), True)(state, fork.slots, own.cache, rows)
+    return _per_shard(mesh, put, (True, False, False, False), True)(state, fork.slots, prompt.cache, rows)
 
 
 def decode(
@@ -188,8 +188,8 @@ def decode(
     A shard stops early when fewer than its `min_active` [shards] of them are active. `read` positions of the cache are
     attended to: at least the largest position + `steps`, or all there are.
     """
-    # A shard that stops earlier than another is fine while its programs meet nobody. With tensor parallelism they do,
-    # and all shards run as many steps as the longest needs.
+    # Without tensor parallelism a shard may stop earlier than another, because its program communicates with nobody.
+    # With it, all shards run as many steps as the longest needs.
     agree = mesh.shape["tensor"] > 1
 
     def run(weights, state: State, min_active, sampling) -> tuple[State, Status]:
@@ -231,13 +231,13 @@ def decode(
 
 
 def move(mesh: jax.sharding.Mesh, state: State, source: jax.Array, target: jax.Array) -> State:
-    """Copies slots to others of the same shard; source and target are [shards, W] int32, B as a target is none."""
+    """Copies slots to others of the same shard; source and target are [shards, W] int32, a target of B means none."""
 
     def run(state: State, source, target) -> State:
         source, target = source[0], target[0]
         small = (x.at[target].set(x[source], mode="drop") for x in state[1:])
         moved = State(caches.move(state.cache, source, target), *small)
-        # What was moved away would else go on in both places.
+        # Otherwise what was moved would go on in both slots.
         left = jnp.where(target < state.active.shape[0], source, state.active.shape[0])
         return moved._replace(active=moved.active.at[left].set(False, mode="drop"))
 
@@ -245,24 +245,24 @@ def move(mesh: jax.sharding.Mesh, state: State, source: jax.Array, target: jax.A
 
 
 def harvest(state: State, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Tokens and log-probs [W, M] of some slots."""
+    """Returns tokens and log-probs [W, M] of some slots."""
     return state.out[slots], state.logprob[slots]
 
 
 def _per_shard(mesh: jax.sharding.Mesh, run, split_in: tuple[bool, ...], split_out):
-    """`run` on every shard of the batch by itself; arguments are split by their first dimension, or whole."""
-    place = lambda split: PartitionSpec(BATCH) if split else PartitionSpec()
+    """Returns `run` for every shard of the batch by itself; arguments are split by their first dimension, or whole."""
+    spec = lambda split: PartitionSpec(BATCH) if split else PartitionSpec()
     return jax.shard_map(
         run,
         mesh=mesh,
-        in_specs=tuple(map(place, split_in)),
-        out_specs=jax.tree.map(place, split_out),
+        in_specs=tuple(map(spec, split_in)),
+        out_specs=jax.tree.map(spec, split_out),
         axis_names=set(BATCH),
         check_vma=False,
     )
 
 
 def _position_keys(keys: jax.Array, counts: jax.Array) -> jax.Array:
-    """Key data [B, 2] of the next token: fold_in(sample key, position in the completion)."""
+    """Returns the key data [B, 2] of the next token: fold_in(sample key, position in the completion)."""
     fold = lambda key, n: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), n))
     return jax.vmap(fold)(keys, counts)
