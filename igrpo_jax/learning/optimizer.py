@@ -1,7 +1,5 @@
 """The optimizer: AdamW behind a global-norm clip, with a linear warm-up and then a cosine."""
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from igrpo_jax.config import OptimizerConfig
@@ -30,12 +28,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Returns the learning rate by the number of steps made: a linear warm-up, then a cosine down to min_lr_ratio of
     the peak."""
     warmup = min(round(config.warmup_ratio * total_steps), max(total_steps - 1, 0))
-    peak, floor = config.learning_rate, config.learning_rate * config.min_lr_ratio
-
-    def schedule(count: jax.Array) -> jax.Array:
-        rising = (count + 1) / max(warmup, 1)  # the first step already learns
-        along = jnp.clip((count - warmup) / max(total_steps - warmup, 1), 0, 1)
-        falling = floor + (peak - floor) * 0.5 * (1 + jnp.cos(jnp.pi * along))
-        return jnp.where(count < warmup, peak * rising, falling)
-
-    return schedule
+    peak = config.learning_rate
+    # The warm-up begins above 0 and reaches the peak at its last step, so that the first step already learns.
+    rising = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    falling = optax.cosine_decay_schedule(peak, max(total_steps - warmup, 1), alpha=config.min_lr_ratio)
+    return optax.join_schedules([rising, falling], [warmup])
