@@ -36,12 +36,12 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> No
 
 
 def raw_config(args: argparse.Namespace) -> dict:
-    """config.json of the model that `args` name."""
+    """Returns the config.json of the model that `args` name."""
     return json.loads((Path(args.model) / "config.json").read_text()) if args.model else SHAPES[args.shape]
 
 
 def torch_model(args: argparse.Namespace, **options):
-    """The same model in transformers."""
+    """Returns the same model in transformers."""
     import torch
     import transformers
 
@@ -55,7 +55,7 @@ def torch_model(args: argparse.Namespace, **options):
 
 
 def random_params(model, mesh):
-    """Random float32 parameters in their shardings; every sublayer takes part."""
+    """Returns random float32 parameters in their shardings; every sublayer takes part."""
     import jax
 
     from igrpo_jax.distributed import sharding
@@ -69,24 +69,24 @@ def random_params(model, mesh):
             for path, shape in shapes
         }
 
-    places = {path: sharding.param_sharding(mesh, path) for path in decoder.shapes(model)}
-    return jax.jit(build, out_shardings=places)(jax.random.key(0))
+    shardings = {path: sharding.param_sharding(mesh, path) for path in decoder.shapes(model)}
+    return jax.jit(build, out_shardings=shardings)(jax.random.key(0))
 
 
 def with_attention(model, args: argparse.Namespace, mesh, longest: int, requested: str = "auto"):
-    """`model` (a DecoderConfig) with the attention that a run would choose for rows of `longest` tokens."""
+    """Returns `model` (a DecoderConfig) with the attention that a run would choose for rows of `longest` tokens."""
     from igrpo_jax.models import attention
 
     return dataclasses.replace(model, attention=attention.choose(requested, mesh, args.dtype, model.head_dim, longest))
 
 
 def lognormal(rng, shape: tuple[int, ...], mean: float, longest: int):
-    """Completion lengths of that mean (before they are cut) and sigma 1, from 1 to `longest`."""
+    """Returns completion lengths of that mean (before they are cut) and sigma 1, from 1 to `longest`."""
     return rng.lognormal(math.log(mean) - 0.5, 1.0, shape).round().clip(1, longest).astype(int)
 
 
 def bandwidth() -> float:
-    """Bytes per second, read and written, of adding 1 to a large array in place; best of several."""
+    """Returns the bytes per second, read and written, of adding 1 to a large array in place; best of several."""
     import jax
     import jax.numpy as jnp
 
@@ -101,7 +101,7 @@ def bandwidth() -> float:
 
 
 def timed(run: Callable[[], object], steps: int) -> list[float]:
-    """Seconds of each of `steps` calls, after one that does not count."""
+    """Returns the seconds of each of `steps` calls, after one that does not count."""
     run()
     seconds = []
     for _ in range(steps):
@@ -112,7 +112,7 @@ def timed(run: Callable[[], object], steps: int) -> list[float]:
 
 
 def matmul_peak(dtype: str, size: int = 2048) -> float:
-    """FLOP/s of a large square matmul on one device, best of several."""
+    """Returns the FLOP/s of a large square matmul on one device, best of several."""
     import jax
     import jax.numpy as jnp
 
@@ -142,7 +142,7 @@ class PeakMemory:
 
 
 def machine(*packages: str) -> dict:
-    """What a figure depends on besides the code."""
+    """Returns what a figure depends on besides the code."""
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     names = ("jax", "jaxlib", "flax", *packages)
     return {

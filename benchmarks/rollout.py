@@ -94,7 +94,7 @@ class Bench:
         self.prompts = rng.integers(17, self.model.vocab_size, (args.prompts, args.prompt_len), np.int32)
 
     def run(self, lengths, static: bool = False):
-        """Seconds and Usage of sampling completions of `lengths` [prompts, samples]."""
+        """Returns the seconds and the Usage of sampling completions of `lengths` [prompts, samples]."""
         import numpy as np
 
         from igrpo_jax.sampling.scheduler import Request
@@ -111,28 +111,28 @@ class Bench:
         for group in groups:
             for request in group:
                 self.scheduler.submit(request)
-            drawn += sum(len(one.tokens) for one in self.scheduler.drain())
+            drawn += sum(len(sample.tokens) for sample in self.scheduler.drain())
         seconds = time.perf_counter() - began
         self.scheduler.finish()
         assert drawn == lengths.sum()
         return seconds, self.scheduler.usage
 
     def step_seconds(self) -> dict[int, float]:
-        """Seconds of a decode step of all slots by read length, best of three dispatches each."""
+        """Returns the seconds of a decode step of all slots by read length, the best of three dispatches each."""
         import jax
         import numpy as np
 
         from igrpo_jax.sampling.steps import Sampling
 
-        engine, found = self.engine, {}
+        engine, seconds_by_read = self.engine, {}
         state = engine.empty()
         for start in range(0, self.slots, 8):
             slots = range(start, min(start + 8, self.slots))
-            prefix = engine.prefill(self.params, [self.prompts[0]])
+            prefilled = engine.prefill(self.params, [self.prompts[0]])
             limits = [engine.max_completion] * len(slots)
             key = np.array([0, 1], np.uint32)
             state = engine.insert(
-                state, prefix, 0, slots, slots, key=key, prompt=0, limits=limits, sampling=Sampling(1.0)
+                state, prefilled, 0, slots, slots, key=key, prompt=0, limits=limits, sampling=Sampling(1.0)
             )
         for read in engine.buckets[self.slots]:
             seconds = []
@@ -145,8 +145,8 @@ class Bench:
                 steps = int(jax.device_get(status.steps).sum())
                 seconds.append((time.perf_counter() - began) / steps)
                 del copy
-            found[read] = min(seconds)
-        return found
+            seconds_by_read[read] = min(seconds)
+        return seconds_by_read
 
 
 def ours(args: argparse.Namespace) -> dict:
@@ -166,12 +166,12 @@ def ours(args: argparse.Namespace) -> dict:
         bench.run(lengths[0])
     memory = bench.engine.predicted_bytes()
     with compilations() as after:
-        runs = [[bench.run(one) for _ in range(args.steps)] for one in lengths]
+        runs = [[bench.run(row) for _ in range(args.steps)] for row in lengths]
     medians = [models.median([seconds for seconds, _ in each]) for each in runs]
     usages = [each[0][1] for each in runs]
-    tokens = sum(int(one.sum()) for one in lengths)
+    tokens = sum(int(row.sum()) for row in lengths)
     steps = sum(usage.slot_steps for usage in usages) / bench.slots
-    read = sum(_bytes_read(bench, args, one) for one in lengths)
+    read = sum(_bytes_read(bench, args, row) for row in lengths)
     weights = sum(x.size * x.dtype.itemsize for path, x in bench.params.items())
     if not bench.model.tie_embeddings:
         weights -= bench.params["embedding"].size * bench.params["embedding"].dtype.itemsize  # rows of it are looked up
@@ -197,9 +197,9 @@ def ours(args: argparse.Namespace) -> dict:
         figures["peak_memory_bytes"] = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
     if args.lengths == "lognormal":
         cost = bench.step_seconds()
-        ideal = [_ideal(bench, args, one, cost) for one in lengths]
+        ideal = [_ideal(bench, args, row, cost) for row in lengths]
         fractions = [best / seconds for best, seconds in zip(ideal, medians, strict=True)]
-        static = [models.median([bench.run(one, static=True)[0] for _ in range(args.steps)]) for one in lengths]
+        static = [models.median([bench.run(row, static=True)[0] for _ in range(args.steps)]) for row in lengths]
         figures |= {
             "ideal_seconds": [round(best, 4) for best in ideal],
             "ideal_fraction": round(math.exp(sum(map(math.log, fractions)) / len(fractions)), 3),
@@ -212,14 +212,14 @@ def ours(args: argparse.Namespace) -> dict:
 
 
 def _bytes_read(bench: Bench, args: argparse.Namespace, lengths) -> int:
-    """Of the cache, by all decode steps: token n of a completion reads prompt_len + n positions."""
+    """Returns the bytes of the cache that decoding reads: token n of a completion reads prompt_len + n positions."""
     model, width = bench.model, 2 if args.dtype == "bfloat16" else 4
     position = 2 * model.num_kv_heads * model.head_dim * model.pattern.count("*") * width
     return position * int(sum((n - 1) * args.prompt_len + n * (n - 1) // 2 for n in lengths.ravel().tolist()))
 
 
 def _ideal(bench: Bench, args: argparse.Namespace, lengths, cost: dict[int, float]) -> float:
-    """Seconds of list scheduling: the samples in order, each on the slot that is free first; decode steps only."""
+    """Returns the seconds of decode steps under list scheduling: samples in order, each on the first free slot."""
     free = [0] * bench.slots
     spans = []
     for n in lengths.ravel().tolist():
@@ -234,7 +234,7 @@ def _ideal(bench: Bench, args: argparse.Namespace, lengths, cost: dict[int, floa
 
 
 def peer(args: argparse.Namespace) -> dict:
-    """`generate` on the same prompts, each repeated for its samples, in one batch; fixed lengths."""
+    """Runs `generate` on the same prompts, each repeated for its samples, in one batch; fixed lengths."""
     import os
 
     import torch

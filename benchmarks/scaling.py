@@ -24,18 +24,20 @@ def main() -> None:
     parser.add_argument("--fsdp", type=int, default=64)
     args = parser.parse_args()
     print(HEAD, flush=True)
-    found = {}
+    figures_by_slice = {}
     for name in args.topologies.split(","):
         chips = math.prod(map(int, name.partition(":")[2].split("x")))
         fields = {"rollout.slots": args.slots * chips, "prompts_per_step": args.prompts * chips}
         fields |= {"mesh.fsdp": min(args.fsdp, chips), "mesh.data": -1}
-        found[name] = measured(args.config, name, [f"--config.{field}={value}" for field, value in fields.items()])
-        print(row(name, found[name]), flush=True)
-    print(json.dumps(found))
+        figures_by_slice[name] = measured(
+            args.config, name, [f"--config.{field}={value}" for field, value in fields.items()]
+        )
+        print(row(name, figures_by_slice[name]), flush=True)
+    print(json.dumps(figures_by_slice))
 
 
 def measured(config: str, topology: str, settings: list[str]) -> dict:
-    """The JSON object of one run of aot."""
+    """Returns the JSON object of one run of aot."""
     command = [sys.executable, "-m", "igrpo_jax.aot", "--config", config, "--topology", topology, *settings]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode not in (0, 3):
@@ -49,9 +51,10 @@ HEAD = f"| {TITLES.replace(',', ' |')} |\n{'|---' * (TITLES.count(',') + 1)}|"
 
 
 def row(name: str, figures: dict) -> str:
-    """A line of the table."""
+    """Returns a line of the table."""
     programs = figures["programs"]
-    received = {one["kind"]: one["received"] for one in sorted(programs, key=lambda one: one["received"])}
+    # Of several programs of a kind, the one that receives most.
+    received = {part["kind"]: part["received"] for part in sorted(programs, key=lambda part: part["received"])}
     cells = [
         name,
         figures["devices"],

@@ -42,16 +42,16 @@ class Step:
         return max(self._learner.predicted_bytes(), self._stages.engine.predicted_bytes() + moments)
 
     def run(self, lengths, seed: int) -> tuple[float, float]:
-        """Seconds of the rollout and of the update of one step."""
+        """Returns the seconds of the rollout and of the update of one step."""
         import jax
         import numpy as np
 
         began = time.perf_counter()
         groups, _ = self._stages.collect(self._state.params, lengths)
         sampled = time.perf_counter()
-        gains = np.random.default_rng(seed).standard_normal((len(groups), len(groups[0].completions)))
+        advantages = np.random.default_rng(seed).standard_normal((len(groups), len(groups[0].completions)))
         with jax.set_mesh(self._stages.mesh):
-            self._state, _ = self._learner.update(self._state, groups, gains.astype(np.float32), 1)
+            self._state, _ = self._learner.update(self._state, groups, advantages.astype(np.float32), 1)
             jax.block_until_ready(self._state.params)
         return sampled - began, time.perf_counter() - sampled
 

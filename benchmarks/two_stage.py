@@ -29,19 +29,19 @@ import models
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models.add_model(made, default="qwen2-small")
-    made.add_argument("--prompts", type=int, default=16)
-    made.add_argument("--drafts", type=int, default=4, help="N")
-    made.add_argument("--generations", type=int, default=4, help="G")
-    made.add_argument("--prompt-len", type=int, default=64)
-    made.add_argument("--new-tokens", type=int, default=256, help="longest completion")
-    made.add_argument("--mean-length", type=int, default=64)
-    made.add_argument("--seeds", type=int, default=3)
-    made.add_argument("--slots", type=int, default=0)
-    made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    made.add_argument("--steps", type=int, default=3)
-    return made
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models.add_model(parser, default="qwen2-small")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--drafts", type=int, default=4, help="N")
+    parser.add_argument("--generations", type=int, default=4, help="G")
+    parser.add_argument("--prompt-len", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=256, help="longest completion")
+    parser.add_argument("--mean-length", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--slots", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--steps", type=int, default=3)
+    return parser
 
 
 class TokenRenderer:
@@ -64,7 +64,7 @@ class TokenRenderer:
 def make_stages(
     args: argparse.Namespace, drafts: int, generations: int, slots: int, streamed: bool = True, engine=None
 ):
-    """A Rollout of that many drafts and trained completions a prompt; `engine` is one of the same sizes to share."""
+    """Returns a Rollout of so many drafts and trained completions a prompt; an `engine` of the same sizes is shared."""
     import jax
     import numpy as np
 
@@ -90,10 +90,14 @@ def make_stages(
     class Stages:
         def __init__(self):
             tree = config.default()
-            tree.prompts_per_step, tree.algorithm.num_drafts = args.prompts, drafts
-            tree.algorithm.num_generations, tree.model.dtype = generations, args.dtype
-            tree.rollout.max_completion_length, tree.rollout.temperature = args.new_tokens, 1.0
-            tree.rollout.slots, tree.rollout.streamed = slots, streamed
+            tree.prompts_per_step = args.prompts
+            tree.algorithm.num_drafts = drafts
+            tree.algorithm.num_generations = generations
+            tree.model.dtype = args.dtype
+            tree.rollout.max_completion_length = args.new_tokens
+            tree.rollout.temperature = 1.0
+            tree.rollout.slots = slots
+            tree.rollout.streamed = streamed
             self.config = config.freeze(tree)
             self.mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
             model = from_hf(models.raw_config(args), args.model or args.shape)
@@ -121,7 +125,7 @@ def make_stages(
             self.close = self._verifier.close
 
         def collect(self, params, lengths):
-            """Groups and metrics of one rollout with completions of `lengths` [prompts, N + G]."""
+            """Returns the groups and metrics of one rollout with completions of `lengths` [prompts, N + G]."""
             self.scheduler.table = lengths
             with jax.set_mesh(self.mesh):
                 return self._rollout.collect(params, self.prompts, 1)
@@ -138,7 +142,7 @@ def length_sets(args: argparse.Namespace) -> list:
 
 
 def step_costs(stages, params, prompt) -> tuple[list[int], list[float]]:
-    """Rows, and seconds of a decode step of so many, best of three dispatches; none cost nothing."""
+    """Returns numbers of rows, and the seconds of a decode step of each: the best of three dispatches, 0 for none."""
     import time
 
     import jax
@@ -152,9 +156,11 @@ def step_costs(stages, params, prompt) -> tuple[list[int], list[float]]:
         seconds = []
         for _ in range(3):
             state, slots = engine.empty(), range(rows)
-            prefix = engine.prefill(weights, [prompt])
+            prefilled = engine.prefill(weights, [prompt])
             limits = [engine.max_completion] * rows
-            state = engine.insert(state, prefix, 0, slots, slots, key=key, prompt=0, limits=limits, sampling=sampling)
+            state = engine.insert(
+                state, prefilled, 0, slots, slots, key=key, prompt=0, limits=limits, sampling=sampling
+            )
             read = next(size for size in reads if size >= len(prompt) + engine.steps_per_dispatch)
             jax.block_until_ready(state)
             began = time.perf_counter()
@@ -166,7 +172,7 @@ def step_costs(stages, params, prompt) -> tuple[list[int], list[float]]:
 
 
 def ideal(args: argparse.Namespace, sets: list, slots: int, costs) -> tuple[float, float]:
-    """Steps and seconds of iGRPO over GRPO's under perfect scheduling, means over the seeds."""
+    """Returns steps and seconds of iGRPO over GRPO's under perfect scheduling, means over the seeds."""
     import heapq
 
     import numpy as np
@@ -177,7 +183,7 @@ def ideal(args: argparse.Namespace, sets: list, slots: int, costs) -> tuple[floa
             running[start:end] += 1
         return running
 
-    found = []
+    ratios = []
     for lengths in sets:
         free, plain, staged = [0] * slots, [], []
         for n in lengths.ravel().tolist():
@@ -187,8 +193,8 @@ def ideal(args: argparse.Namespace, sets: list, slots: int, costs) -> tuple[floa
         for drafts, refined in zip(lengths[:, : args.drafts], lengths[:, args.drafts :], strict=True):
             staged += [(0, n - 1) for n in drafts] + [(drafts.max() - 1, drafts.max() + n - 2) for n in refined]
         grpo, igrpo = active(plain), active(staged)
-        found.append((len(igrpo) / len(grpo), np.interp(igrpo, *costs).sum() / np.interp(grpo, *costs).sum()))
-    return tuple(round(float(x), 3) for x in np.mean(found, axis=0))
+        ratios.append((len(igrpo) / len(grpo), np.interp(igrpo, *costs).sum() / np.interp(grpo, *costs).sum()))
+    return tuple(round(float(x), 3) for x in np.mean(ratios, axis=0))
 
 
 def main() -> None:
@@ -197,27 +203,27 @@ def main() -> None:
     half = args.slots or full // 2
     both = args.drafts + args.generations
     with contextlib.ExitStack() as stack:
-        made = {}
+        stages_by_name = {}
         for name, slots in (("", half), ("full_", full)):
             make = lambda *how: stack.enter_context(make_stages(args, *how))
-            made[f"{name}grpo"] = make(0, both, slots)
-            streamed = made[f"{name}igrpo"] = make(args.drafts, args.generations, slots)
-            made[f"{name}igrpo_barrier"] = make(args.drafts, args.generations, slots, False, streamed.engine)
-        params = models.random_params(made["grpo"].model, made["grpo"].mesh)
-        seconds = {name: [[] for _ in range(args.seeds)] for name in made}
+            stages_by_name[f"{name}grpo"] = make(0, both, slots)
+            streamed = stages_by_name[f"{name}igrpo"] = make(args.drafts, args.generations, slots)
+            stages_by_name[f"{name}igrpo_barrier"] = make(args.drafts, args.generations, slots, False, streamed.engine)
+        params = models.random_params(stages_by_name["grpo"].model, stages_by_name["grpo"].mesh)
+        seconds = {name: [[] for _ in range(args.seeds)] for name in stages_by_name}
         watched = []
         for again in range(args.steps + 1):  # the first time does not count
             for seed, lengths in enumerate(length_sets(args)):
-                for name, stages in made.items():
+                for name, stages in stages_by_name.items():
                     _, metrics = stages.collect(params, lengths)
                     if again:
                         seconds[name][seed].append(metrics["perf/rollout_time"])
                         watched += [metrics] * (name == "igrpo")
-        costs = step_costs(made["grpo"], params, made["grpo"].prompts[0].tokens)
+        costs = step_costs(stages_by_name["grpo"], params, stages_by_name["grpo"].prompts[0].tokens)
     makespan, best_possible = ideal(args, length_sets(args), half, costs)
     total = {f"{name}_seconds": round(sum(map(models.median, each)), 4) for name, each in seconds.items()}
     best = min(total["grpo_seconds"], total["full_grpo_seconds"])
-    mean = lambda name: round(sum(one[name] for one in watched) / len(watched), 4)
+    mean = lambda name: round(sum(metrics[name] for metrics in watched) / len(watched), 4)
     figures = total | {
         "ratio": round(total["igrpo_seconds"] / total["grpo_seconds"], 3),
         "barrier_ratio": round(total["igrpo_barrier_seconds"] / total["grpo_seconds"], 3),

@@ -60,13 +60,16 @@ def ours(args: argparse.Namespace) -> dict:
     from igrpo_jax.records import Completion, Group, Prompt, Score
 
     tree = config.default()
-    tree.prompts_per_step, tree.algorithm.num_generations, tree.algorithm.num_drafts = args.groups, args.group, 0
-    tree.rollout.max_completion_length, tree.rollout.temperature = args.completion, 1.0
-    tree.model.dtype, tree.learner.remat, tree.learner.attention = args.dtype, args.remat, args.attention
-    tree.learner.tokens_per_microbatch, tree.learner.shared_prefix = (
-        args.tokens_per_microbatch,
-        args.shared_prefix == "on",
-    )
+    tree.prompts_per_step = args.groups
+    tree.algorithm.num_generations = args.group
+    tree.algorithm.num_drafts = 0
+    tree.rollout.max_completion_length = args.completion
+    tree.rollout.temperature = 1.0
+    tree.model.dtype = args.dtype
+    tree.learner.remat = args.remat
+    tree.learner.attention = args.attention
+    tree.learner.tokens_per_microbatch = args.tokens_per_microbatch
+    tree.learner.shared_prefix = args.shared_prefix == "on"
     if args.logprob_chunk:
         tree.learner.logprob_chunk = args.logprob_chunk
     model = from_hf(models.raw_config(args), args.model or args.shape)
@@ -85,7 +88,7 @@ def ours(args: argparse.Namespace) -> dict:
         context = rng.integers(17, model.vocab_size, args.prefix, np.int32)
         prompt = Prompt(str(index), index, "", "", context)
         groups.append(Group(prompt, (), None, context, tuple(completion(i) for i in range(args.group))))
-    gains = rng.standard_normal((args.groups, args.group)).astype(np.float32)
+    advantages = rng.standard_normal((args.groups, args.group)).astype(np.float32)
     with jax.set_mesh(mesh):
         learner = Learner(config.freeze(tree), model, mesh, max_context=args.prefix, total_steps=100)
         params = hf_read.load_params(args.model, model, mesh) if args.model else models.random_params(model, mesh)
@@ -94,7 +97,7 @@ def ours(args: argparse.Namespace) -> dict:
         losses, padding = [], []
 
         def step():
-            state[0], metrics = learner.update(state[0], groups, gains, 1)
+            state[0], metrics = learner.update(state[0], groups, advantages, 1)
             jax.block_until_ready(state[0].params)
             losses.append(metrics["loss"])
             padding.append(metrics["perf/padding_frac"])
@@ -130,7 +133,7 @@ def _measure(step, args: argparse.Namespace, gradient_bytes: int) -> dict:
 
 
 def _flops(model, args: argparse.Namespace) -> float:
-    """Forward and backward of one update, multiply-adds as two."""
+    """Returns the FLOPs of forward and backward of one update, multiply-adds as two."""
     rows, length, prefix = args.groups * args.group, args.completion, args.prefix
     contexts = args.groups if args.shared_prefix == "on" else rows
     body = model.num_params - model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
@@ -142,7 +145,7 @@ def _flops(model, args: argparse.Namespace) -> float:
 
 
 def peer(args: argparse.Namespace) -> dict:
-    """The same rows through a transformers model, written as one would."""
+    """Runs the same rows through a transformers model, written in the usual way."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,7 +159,7 @@ def peer(args: argparse.Namespace) -> dict:
     contexts = torch.randint(17, model.config.vocab_size, (args.groups, args.prefix), generator=generator)
     own = torch.randint(17, model.config.vocab_size, (rows, args.completion), generator=generator)
     tokens = torch.cat([contexts.repeat_interleave(args.group, 0), own], 1).to(device)
-    gains = torch.randn(rows, generator=generator).to(device)
+    advantages = torch.randn(rows, generator=generator).to(device)
     at_once = max(1, args.tokens_per_microbatch // (args.prefix + args.completion))
 
     def step():
@@ -165,7 +168,7 @@ def peer(args: argparse.Namespace) -> dict:
             logits = forward(input_ids=x, logits_to_keep=args.completion + 1, use_cache=False).logits[:, :-1].float()
             logprob = torch.log_softmax(logits, -1).gather(-1, x[:, args.prefix :, None])[..., 0]
             ratio = torch.exp(logprob - logprob.detach())
-            (-(ratio * gains[i : i + at_once, None]).mean(1).sum() / rows).backward()
+            (-(ratio * advantages[i : i + at_once, None]).mean(1).sum() / rows).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -196,7 +199,7 @@ def main() -> None:
         print(f"torch {name}: {peers[name]['update_seconds']} s, {extra:.0f} MiB extra")
         figures |= {f"torch_{name}_{key}": value for key, value in peers[name].items()}
     if peers:
-        best = min(peers.values(), key=lambda one: one["update_seconds"])
+        best = min(peers.values(), key=lambda figures: figures["update_seconds"])
         figures["ratio"] = round(figures["update_seconds"] / best["update_seconds"], 3)
         figures["memory_ratio"] = round(figures["extra_memory_bytes"] / best["extra_memory_bytes"], 3)
     models.finish(vars(args) | figures)
