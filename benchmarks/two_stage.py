@@ -61,6 +61,22 @@ class TokenRenderer:
         return "<answer>" + " ".join(map(str, tokens.tolist())) + "</answer>"
 
 
+def settings(args: argparse.Namespace, drafts: int, generations: int, slots: int, streamed: bool):
+    """Returns the configuration of a run with such a rollout."""
+    from igrpo_jax import config
+
+    tree = config.default()
+    tree.prompts_per_step = args.prompts
+    tree.algorithm.num_drafts = drafts
+    tree.algorithm.num_generations = generations
+    tree.model.dtype = args.dtype
+    tree.rollout.max_completion_length = args.new_tokens
+    tree.rollout.temperature = 1.0
+    tree.rollout.slots = slots
+    tree.rollout.streamed = streamed
+    return config.freeze(tree)
+
+
 def make_stages(
     args: argparse.Namespace, drafts: int, generations: int, slots: int, streamed: bool = True, engine=None
 ):
@@ -89,16 +105,7 @@ def make_stages(
 
     class Stages:
         def __init__(self):
-            tree = config.default()
-            tree.prompts_per_step = args.prompts
-            tree.algorithm.num_drafts = drafts
-            tree.algorithm.num_generations = generations
-            tree.model.dtype = args.dtype
-            tree.rollout.max_completion_length = args.new_tokens
-            tree.rollout.temperature = 1.0
-            tree.rollout.slots = slots
-            tree.rollout.streamed = streamed
-            self.config = config.freeze(tree)
+            self.config = settings(args, drafts, generations, slots, streamed)
             self.mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
             model = from_hf(models.raw_config(args), args.model or args.shape)
             self.max_context = args.prompt_len + (args.new_tokens if drafts else 0)

@@ -48,16 +48,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ours(args: argparse.Namespace) -> dict:
-    import jax
-    import numpy as np
-
+def settings(args: argparse.Namespace):
+    """Returns the configuration of a run that makes such an update."""
     from igrpo_jax import config
-    from igrpo_jax.distributed import sharding
-    from igrpo_jax.learning.learner import Learner
-    from igrpo_jax.models import hf_read
-    from igrpo_jax.models.config import from_hf
-    from igrpo_jax.records import Completion, Group, Prompt, Score
 
     tree = config.default()
     tree.prompts_per_step = args.groups
@@ -72,25 +65,48 @@ def ours(args: argparse.Namespace) -> dict:
     tree.learner.shared_prefix = args.shared_prefix == "on"
     if args.logprob_chunk:
         tree.learner.logprob_chunk = args.logprob_chunk
-    model = from_hf(models.raw_config(args), args.model or args.shape)
-    mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
-    model = models.with_attention(model, args, mesh, args.prefix + args.completion, args.attention)
-    rng = np.random.default_rng(0)
+    return config.freeze(tree)
+
+
+def random_groups(args: argparse.Namespace, vocab_size: int, rng) -> list:
+    """Returns groups of random tokens, of the lengths that `args` ask for."""
+    import numpy as np
+
+    from igrpo_jax.records import Completion, Group, Prompt, Score
 
     def completion(i):
-        tokens = rng.integers(17, model.vocab_size, args.completion, np.int32)
+        tokens = rng.integers(17, vocab_size, args.completion, np.int32)
         return Completion(
             "refine", i, tokens, np.zeros(args.completion, np.float32), True, score=Score(0, {}, None, "ok")
         )
 
     groups = []
     for index in range(args.groups):
-        context = rng.integers(17, model.vocab_size, args.prefix, np.int32)
+        context = rng.integers(17, vocab_size, args.prefix, np.int32)
         prompt = Prompt(str(index), index, "", "", context)
         groups.append(Group(prompt, (), None, context, tuple(completion(i) for i in range(args.group))))
+    return groups
+
+
+def ours(args: argparse.Namespace) -> dict:
+    import jax
+    import numpy as np
+
+    from igrpo_jax import config
+    from igrpo_jax.distributed import sharding
+    from igrpo_jax.learning.learner import Learner
+    from igrpo_jax.models import hf_read
+    from igrpo_jax.models.config import from_hf
+
+    model = from_hf(models.raw_config(args), args.model or args.shape)
+    mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
+    model = models.with_attention(model, args, mesh, args.prefix + args.completion, args.attention)
+    rng = np.random.default_rng(0)
+
+    groups = random_groups(args, model.vocab_size, rng)
     advantages = rng.standard_normal((args.groups, args.group)).astype(np.float32)
     with jax.set_mesh(mesh):
-        learner = Learner(config.freeze(tree), model, mesh, max_context=args.prefix, total_steps=100)
+        learner = Learner(settings(args), model, mesh, max_context=args.prefix, total_steps=100)
         params = hf_read.load_params(args.model, model, mesh) if args.model else models.random_params(model, mesh)
         state = [learner.init(params)]
         del params
