@@ -180,9 +180,9 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def step_indices(step: int, per_step: int, count: int, seed: int) -> list[int]:
     """Returns the `per_step` rows of rollout `step` (from 0). A rollout may take rows from two epochs."""
-    epochs, places = np.divmod(np.arange(step * per_step, (step + 1) * per_step), count)
+    epochs, offsets = np.divmod(np.arange(step * per_step, (step + 1) * per_step), count)
     orders = {epoch: epoch_order(count, seed, epoch) for epoch in set(epochs.tolist())}
-    return [int(orders[epoch][place]) for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]
+    return [int(orders[epoch][offset]) for epoch, offset in zip(epochs.tolist(), offsets.tolist(), strict=True)]
 
 
 def redraw_indices(step: int, redraw: int, per_step: int, count: int, seed: int) -> list[int]:

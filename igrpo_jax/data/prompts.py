@@ -47,10 +47,12 @@ class Renderer:
         self._special = np.array(sorted({*tokenizer.all_special_ids, *eos_ids}), np.int32)
         before, after = self._template()
         self._marks = np.array(_marks(tokenizer, before + after), np.int32)
-        self._before, self._after = self._ids(before, special=True), self._ids(after, special=True)
+        self._before = self._ids(before, special=True)
+        self._after = self._ids(after, special=True)
         self.opened = after[after.rindex("<think>") :] if "<think>" in after else ""
         lead, tail = refine.instruction.split("{draft}")
-        self._lead, self._tail = "\n\n" + lead, tail
+        self._lead = "\n\n" + lead
+        self._tail = tail
 
     def _template(self) -> tuple[str, str]:
         """Returns the text before and after the user's words."""

@@ -173,7 +173,7 @@ def test_nemotron_h_of_older_and_newer_files(nemotron):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"hybrid_override_pattern": "ME*"}, "kind of layer = 'E' is not supported; supported is M (Mamba-2), *"),
         ({"layers_block_type": ["mamba", "moe", "attention"]}, "kind of layer = 'moe'"),
@@ -184,10 +184,10 @@ def test_nemotron_h_of_older_and_newer_files(nemotron):
         ({"ssm_state_size": 8}, "backbone.layers.0.mixer.in_proj.weight is (132, 32), not (100, 32)"),
     ],
 )
-def test_a_nemotron_h_that_the_decoder_does_not_have(nemotron, changes, said):
+def test_a_nemotron_h_that_the_decoder_does_not_have(nemotron, changes, expected):
     edit_json(nemotron / "config.json", layers_block_type=..., layer_types=..., hybrid_override_pattern="M-*")
     edit_json(nemotron / "config.json", **changes)
-    assert said in load_error(nemotron)
+    assert expected in load_error(nemotron)
 
 
 def test_a_missing_part_of_a_hybrid_is_named(nemotron):
@@ -224,7 +224,7 @@ def test_both_spellings_of_llama3_scaling_are_read(copy):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"model_type": "gpt2"}, "model_type = 'gpt2' is not supported; supported are llama, qwen2, qwen3, nemotron_h"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
@@ -236,11 +236,11 @@ def test_both_spellings_of_llama3_scaling_are_read(copy):
         ({"model_type": "llama", "attention_bias": True}, "attention_bias = True"),
     ],
 )
-def test_a_model_that_the_decoder_does_not_have(copy, changes, said):
+def test_a_model_that_the_decoder_does_not_have(copy, changes, expected):
     edit_json(copy / "config.json", **changes)
     message = load_error(copy)
     assert "config.json" in message
-    assert said in message
+    assert expected in message
 
 
 def test_a_tied_model_may_carry_its_head(copy):

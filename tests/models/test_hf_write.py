@@ -56,17 +56,17 @@ def test_import_export_import_is_the_identity(tmp_path, case):
         model = dense_model(*arguments).to(dtype)
     model.save_pretrained(path, max_shard_size=shard)
     save_tokenizer(path, CHATML)
-    one, mesh = open_policy(path), one_device()
+    opened, mesh = open_policy(path), one_device()
     seen = []
-    one.save(out, one.load(mesh, 0), seen.append)
-    assert seen[-1] == hf_write.model_bytes(one.model) == sum(len(x) for _, x, _ in tensors_of(out).values())
+    opened.save(out, opened.load(mesh, 0), seen.append)
+    assert seen[-1] == hf_write.model_bytes(opened.model) == sum(len(x) for _, x, _ in tensors_of(out).values())
     expected = tensors_of(path)
-    if one.model.tie_embeddings:
+    if opened.model.tie_embeddings:
         expected.pop("lm_head.weight", None)
     assert {name: (*x[:2], "BF16") for name, x in expected.items()} == tensors_of(out)
-    assert open_policy(out).model == one.model
+    assert open_policy(out).model == opened.model
     again = open_policy(out).load(mesh, 0, "bfloat16")
-    for name, x in one.load(mesh, 0, "bfloat16").items():
+    for name, x in opened.load(mesh, 0, "bfloat16").items():
         assert (np.asarray(x) == np.asarray(again[name])).all() and again[name].dtype == "bfloat16"
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     reread = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).float()
@@ -86,8 +86,8 @@ def test_a_nemotron_h_is_written_as_backbone(tmp_path):
     edit_tensors(path, lambda x: [x.update({k.replace("backbone.", "model."): x.pop(k)}) for k in list(x)])
     assert "model.embeddings.weight" in tensors_of(path)
     for source, target in ((path, out), (out, again)):
-        one = open_policy(source)
-        one.save(target, one.load(one_device(), 0))
+        opened = open_policy(source)
+        opened.save(target, opened.load(one_device(), 0))
         assert tensors_of(target) == theirs
     logits = []
     for folder in (path, out):
@@ -104,8 +104,8 @@ def test_everything_beside_the_weights_is_the_originals(original, tmp_path):
     (original / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "temperature": 0.6}))
     (original / "chat_template.jinja").write_text(CHATML)
     (original / "pytorch_model.bin.index.json").write_text("{}")
-    one = open_policy(original)
-    one.save(out, one.load(one_device(), 0))
+    opened = open_policy(original)
+    opened.save(out, opened.load(one_device(), 0))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (original / name).read_bytes()
     before, after = (json.loads((path / "config.json").read_text()) for path in (original, out))
@@ -122,24 +122,24 @@ def test_everything_beside_the_weights_is_the_originals(original, tmp_path):
 def test_shards_and_their_index(original, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(hf_write, "SHARD", "20KB")
-    one = open_policy(original)
-    one.save(out, one.load(one_device(), 0))
+    opened = open_policy(original)
+    opened.save(out, opened.load(one_device(), 0))
     files = sorted(out.glob("model-*.safetensors"))
     names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, 1 + len(files))]
     assert [file.name for file in files] == names
     assert len(files) > 2 and all(file.stat().st_size < 24_000 for file in files)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == tensors_of(out).keys() == tensors_of(original).keys()
-    assert index["metadata"]["total_size"] == hf_write.model_bytes(one.model)
+    assert index["metadata"]["total_size"] == hf_write.model_bytes(opened.model)
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
     assert tensors_of(out) == tensors_of(original)
 
 
 def test_a_sharded_policy_is_exported_as_one(original, tmp_path):
-    one, mesh = open_policy(original), sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
+    opened, mesh = open_policy(original), sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        one.save(tmp_path / "out", one.load(mesh, 0))
+        opened.save(tmp_path / "out", opened.load(mesh, 0))
     assert tensors_of(tmp_path / "out") == tensors_of(original)
 
 
@@ -178,18 +178,18 @@ def test_the_builtin_model_is_exported_as_a_llama(tmp_path):
 
 
 def test_a_folder_that_can_not_be_used(original, tmp_path):
-    one = open_policy(original)
-    params = one.load(one_device(), 0)
-    message = error_of(one.save, original, params)
+    opened = open_policy(original)
+    params = opened.load(one_device(), 0)
+    message = error_of(opened.save, original, params)
     assert message == f"{original}: is there already; give a new folder"
     (tmp_path / "file").write_text("")
-    assert "is there already" in error_of(one.save, tmp_path / "file", params)
-    message = error_of(one.save, tmp_path / "file" / "out", params)
+    assert "is there already" in error_of(opened.save, tmp_path / "file", params)
+    message = error_of(opened.save, tmp_path / "file" / "out", params)
     assert "can't be written (Not a directory)" in message
     (tmp_path / "out").mkdir()
     (tmp_path / ".out.partial").mkdir()  # of an export that was killed
     (tmp_path / ".out.partial" / "old").write_text("")
-    one.save(tmp_path / "out", params)
+    opened.save(tmp_path / "out", params)
     assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "old").exists()
 
 
@@ -206,8 +206,8 @@ def test_what_does_not_read_back_is_no_export(original, tmp_path, monkeypatch, d
             os.truncate(file, 20_000)
 
     monkeypatch.setattr(safetensors.numpy, "save_file", damaged)
-    one = open_policy(original)
-    params = one.load(one_device(), 0)
+    opened = open_policy(original)
+    params = opened.load(one_device(), 0)
     if damage == "none":
         params["norm/scale"] = params["norm/scale"] * np.nan
     kind, said = {
@@ -216,7 +216,7 @@ def test_what_does_not_read_back_is_no_export(original, tmp_path, monkeypatch, d
         "none": (RunError, "not finite"),
     }[damage]
     with pytest.raises(kind, match=said):
-        one.save(out, params)
+        opened.save(out, params)
     assert is_gone(out)
 
 
@@ -225,8 +225,8 @@ def test_what_does_not_read_back_is_no_export(original, tmp_path, monkeypatch, d
 )
 def test_smollm2_writes_the_same_text_after_an_export(tmp_path):
     path, out = os.environ["IGRPO_SMOLLM2"], tmp_path / "out"
-    one = open_policy(path)
-    one.save(out, one.load(one_device(), 0))
+    opened = open_policy(path)
+    opened.save(out, opened.load(one_device(), 0))
     texts = []
     for folder in (path, out):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -221,16 +221,16 @@ def test_peft_loads_the_adapters_and_gives_our_logits(tmp_path, family, targets)
     else:
         hf_models.family_model(*hf_models.FAMILIES["hybrid"]).save_pretrained(path)
     save_tokenizer(path, CHATML)
-    one, mesh = policy.open_policy(config.ModelConfig(path=str(path), dtype="float32")), one_device()
+    opened, mesh = policy.open_policy(config.ModelConfig(path=str(path), dtype="float32")), one_device()
     settings = config.LoraConfig(rank=3, alpha=6.0, targets=targets)
-    adapters = put(adapters_like(settings, one.model), mesh)
-    params = lora.attach(one.load(mesh, 0), adapters, settings.scaling)
-    one.save_adapter(out, settings, params)
+    adapters = put(adapters_like(settings, opened.model), mesh)
+    params = lora.attach(opened.load(mesh, 0), adapters, settings.scaling)
+    opened.save_adapter(out, settings, params)
     if family == "nemotron_h":
         both = config.LoraConfig(rank=3, targets=("o_proj",))
-        params_of_both = lora.attach(one.load(mesh, 0), put(adapters_like(both, one.model), mesh), both.scaling)
+        params_of_both = lora.attach(opened.load(mesh, 0), put(adapters_like(both, opened.model), mesh), both.scaling)
         with pytest.raises(InputError, match=r"peft takes no adapter for blocks/0/mixer/o_proj, .*out_proj\.weight"):
-            one.save_adapter(tmp_path / "refused", both, params_of_both)
+            opened.save_adapter(tmp_path / "refused", both, params_of_both)
     assert sorted(file.name for file in out.glob("adapter*")) == ["adapter_config.json", "adapter_model.safetensors"]
     base = hf_models.unclipped(hf_models.transformers.AutoModelForCausalLM.from_pretrained(path))
     model = peft.PeftModel.from_pretrained(base, out).eval()
@@ -238,13 +238,13 @@ def test_peft_loads_the_adapters_and_gives_our_logits(tmp_path, family, targets)
     places = np.broadcast_to(np.arange(hf_models.TOKENS.shape[1], dtype=np.int32), hf_models.TOKENS.shape)
 
     def logits(params):
-        return decoder.logits(one.model, params, decoder.apply(one.model, params, hf_models.TOKENS, places)[0])
+        return decoder.logits(opened.model, params, decoder.apply(opened.model, params, hf_models.TOKENS, places)[0])
 
     ours = np.asarray(jax.jit(logits)(params))
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
     assert np.abs(ours - hf_models.logits_of(path, hf_models.TOKENS)).max() > 0.1
     # What is merged is what transformers runs without peft.
-    one.save(tmp_path / "merged", params)
+    opened.save(tmp_path / "merged", params)
     merged = hf_models.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float()
     unloaded = model.merge_and_unload()
     for (name, x), (other, y) in zip(

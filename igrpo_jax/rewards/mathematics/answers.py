@@ -111,14 +111,14 @@ def _systems(tokens: list[Token], nested: int) -> list[Node]:
 
 def _signs(tokens: list[Token]) -> list[list[Token]]:
     """Returns the readings of ±. Each ± has its own sign; with ∓ among them, ∓ has the opposite sign of every ±."""
-    places = [at for at, token in enumerate(tokens) if token.kind == "command" and token.text in ("pm", "mp")]
-    if not places or len(places) > 3:
+    positions = [at for at, token in enumerate(tokens) if token.kind == "command" and token.text in ("pm", "mp")]
+    if not positions or len(positions) > 3:
         return [tokens]
-    tied = any(tokens[at].text == "mp" for at in places)
+    tied = any(tokens[at].text == "mp" for at in positions)
     readings = []
-    for signs in [(s,) * len(places) for s in "+-"] if tied else itertools.product("+-", repeat=len(places)):
+    for signs in [(s,) * len(positions) for s in "+-"] if tied else itertools.product("+-", repeat=len(positions)):
         reading = list(tokens)
-        for at, sign in zip(places, signs, strict=True):
+        for at, sign in zip(positions, signs, strict=True):
             flipped = tokens[at].text == "mp"
             reading[at] = tokens[at]._replace(kind="mark", text="+-"[(sign == "-") ^ flipped])
         readings.append(reading)

@@ -58,7 +58,9 @@ class Value:
             raise NoValue("division by zero")
         if len(denominator) == 1 and denominator is not UNIT:
             numerator, denominator = _times(numerator, _inverse(denominator)), UNIT
-        self.numerator, self.denominator, self.opaque = numerator, denominator, opaque
+        self.numerator = numerator
+        self.denominator = denominator
+        self.opaque = opaque
 
     @staticmethod
     def number(value: int | Fraction) -> "Value":
