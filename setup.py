@@ -37,6 +37,16 @@ TPU = ["jax[tpu]>=0.10.2,<0.13"]
 REPORT = ["matplotlib>=3.9"]  # plots of igrpo_jax.report
 STUDY = [*REPORT, "scipy>=1.13"]  # plots and intervals of benchmarks/matched_budget.py
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]  # what runs notebooks/colab_tpu.ipynb in tests
+# What a change needs before it is shown to others: fast tests, linter, types.
+DEV = [
+    "hypothesis>=6.100",
+    "mypy>=1.15",
+    "openai>=2.0",
+    "pytest>=8.0",
+    "pytest-xdist>=3.6",
+    "ruff>=0.17.6,<0.18",
+    *STUDY,
+]
 
 EXTRAS_REQUIRE = {
     "tpu": TPU,
@@ -45,16 +55,8 @@ EXTRAS_REQUIRE = {
     "report": REPORT,
     "study": STUDY,
     "wandb": ["wandb>=0.19"],  # log.trackers
-    "test": [
-        "hypothesis>=6.100",
-        "openai>=2.0",
-        "pytest>=8.0",
-        "pytest-xdist>=3.6",
-        "ruff>=0.17.6,<0.18",
-        *NOTEBOOK,
-        *STUDY,
-        *TPU,
-    ],
+    "dev": DEV,
+    "test": [*DEV, *NOTEBOOK, *TPU],
     # What decoder, objectives and LoRA are compared with.
     "parity": ["torch==2.13.0", "trl==1.16.0", "peft>=0.18,<1"],
 }

@@ -11,19 +11,39 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes of tests share a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a download
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork and spawn
-# Compiled programs are shared by all tests, their workers and their subprocesses, in one folder per session, or in the
-# folder that the environment names. JAX's own thresholds would leave out the small programs, which are most of ours.
-PROGRAMS = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="igrpo_jax_programs_")
-if PROGRAMS:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+PROGRAMS = pytest.StashKey[str]()
 
 
-def pytest_unconfigure():
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Two processes, each with whole files, where pytest-xdist is installed and nothing else is asked for.
+
+    One process, for example with a debugger: pytest -n 0.
+    """
+    options = config.option
+    is_worker = hasattr(config, "workerinput")
+    if config.pluginmanager.hasplugin("xdist") and options.numprocesses is None and not (is_worker or options.usepdb):
+        options.numprocesses = 2
+        options.dist = "loadfile"
+
+
+def pytest_configure(config):
+    """Lets all tests, their workers and their subprocesses share compiled programs, in one folder per session.
+
+    A JAX_COMPILATION_CACHE_DIR of the environment wins, and is kept. JAX's own thresholds would leave out the small
+    programs, which are most of ours.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        config.stash[PROGRAMS] = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="igrpo_jax_")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_unconfigure(config):
     """Deletes the compiled programs in the process that made their folder, which is the last one to end."""
-    if PROGRAMS:
-        shutil.rmtree(PROGRAMS, ignore_errors=True)
+    if PROGRAMS in config.stash:
+        shutil.rmtree(config.stash[PROGRAMS], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

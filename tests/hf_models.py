@@ -7,7 +7,7 @@ from tiny_models import one_device
 
 from igrpo_jax.models import decoder, hf_files, hf_read
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="PyTorch is not installed; the extra parity brings it")
 transformers = pytest.importorskip("transformers")
 
 BASE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

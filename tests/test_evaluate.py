@@ -59,7 +59,7 @@ def configured(**changes):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, compile_fast):
     """A tiny random Llama in bfloat16 with the built-in tokenizer, as a Hugging Face directory."""
-    import torch
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed; the extra parity brings it")
     import transformers
 
     path = tmp_path_factory.mktemp("model") / "llama"
@@ -118,6 +118,7 @@ def texts(out: Path) -> list[str]:
     return [json.loads(line)["text"] for line in (out / "mine.jsonl").open()]
 
 
+@pytest.mark.slow
 def test_a_run_and_its_weights_elsewhere_answer_alike(call, model, run, folder, tmp_path):
     """Greedy answers of a checkpoint and of the Hugging Face directory with the same weights."""
     given = ("--benchmarks", "mine", f"--config.evaluation.data_dir={folder}", "--config.evaluation.temperature=0")
@@ -141,6 +142,7 @@ def test_a_run_and_its_weights_elsewhere_answer_alike(call, model, run, folder, 
     assert "holds no checkpoint of step 2; those there are: 1, 3" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_run_and_its_export_answer_alike(call, model, rank, tmp_path):
     """A checkpoint of float32 weights, or of LoRA's, and the bfloat16 directory made of it, at temperature 0 and at 1:
@@ -177,6 +179,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_split_the_problems_and_end_with_the_files_of_one(call, model, folder, tmp_path):
     """Rounds included: each refines its own problems, and the summary is of all. Killed rows of both are taken up."""
     given = ["--model", model, "--benchmarks=mine", "--samples=2", "--rounds=1", "--config.evaluation.drafts=2"]
@@ -208,6 +211,7 @@ def test_two_processes_split_the_problems_and_end_with_the_files_of_one(call, mo
     assert {path.name: path.read_text() for path in out.iterdir()} == whole
 
 
+@pytest.mark.slow
 def test_generate_answers_and_refines(call, model, tmp_path):
     said = call(generate, "--model", model, "--prompt", "1+2", "--rounds", 1, "--config.evaluation.drafts=2")
     assert said.count("=== 1+2") == 1

@@ -60,6 +60,7 @@ def state_of(workdir):
     return final_state(workdir, read_config(workdir))
 
 
+@pytest.mark.slow
 def test_only_adapters_are_trained_and_saved(adapted):
     state = state_of(adapted)
     params = {name for name in state if name.startswith(".params")}
@@ -72,6 +73,7 @@ def test_only_adapters_are_trained_and_saved(adapted):
     assert all(np.isfinite(row["reward"]) and np.isfinite(row["loss"]) for row in lines)
 
 
+@pytest.mark.slow
 def test_a_resumed_lora_run_equals_an_uninterrupted_one(adapted, tmp_path):
     """Base, reference and adapters are what they were; red where the base of the resume is not the warm start's."""
     more = (*LORA, *CONSTANT, "checkpoint.keep=9", "learner.minibatches=1")
@@ -83,6 +85,7 @@ def test_a_resumed_lora_run_equals_an_uninterrupted_one(adapted, tmp_path):
     assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_the_end_of_the_run_wrote(adapted, trained, tmp_path, capsys):
     for workdir in (adapted, trained):
         out = tmp_path / workdir.parent.name
@@ -116,6 +119,7 @@ def test_adapters_alone(adapted, trained, tmp_path):
     assert message.startswith("--adapter: the run in") and is_gone(tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_lora_on_a_model_of_files(trained, tmp_path):
     """The base is read from the files, sharded, in model.dtype, and is not in the checkpoint."""
     more = (*LORA, *CONSTANT, f"model.path={trained / 'export'}", "warm_start.steps=0", "steps=2")
@@ -231,6 +235,7 @@ def hybrid_files(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_steps_of_a_nemotron_h(hybrid_files, tmp_path, letters):
     """All weights of a base model: drafts, refinements, update, export; every tensor of it has learned."""
     run(tmp_path, tmp_path / "run", *SHORT, f"model.path={hybrid_files}", "checkpoint.export=True")
@@ -244,6 +249,7 @@ def test_steps_of_a_nemotron_h(hybrid_files, tmp_path, letters):
     assert not same, same
 
 
+@pytest.mark.slow
 def test_lora_on_a_nemotron_h(hybrid_files, tmp_path, letters):
     """Adapters of all its linear layers; in the files those of Mamba's z, x, B, C and dt are one tensor."""
     more = ("model.lora.rank=2", "algorithm.beta=0.05", f"model.path={hybrid_files}")

@@ -138,6 +138,7 @@ def test_lengths_beyond_the_models_context(refused, model, problems):
     assert "config.rollout.max_completion_length" in said and "the model's context is 512" in said
 
 
+@pytest.mark.slow
 def test_meshes_that_do_not_fit(refused, model, problems):
     assert "3 does not divide the 8 devices" in refused("mesh.tensor=3")
     assert "uses 2 of 8 devices" in refused("mesh.data=2", "mesh.fsdp=1")

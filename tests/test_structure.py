@@ -190,6 +190,7 @@ def test_every_folder_with_modules_is_a_package_and_none_is_a_drawer():
         assert path.name not in ("utils.py", "util.py", "helpers.py", "misc.py", "common.py"), module
 
 
+@pytest.mark.slow
 def test_library_code_does_not_print():
     for module, path in FILES.items():
         calls = [
@@ -331,3 +332,19 @@ def test_nothing_from_outside_is_run():
                 given = {word.arg: ast.unparse(word.value) for word in call.keywords}
                 assert given.get("trust_remote_code", "False") == "False", module
                 assert name == "load_dataset" or "trust_remote_code" in given, module
+
+
+def fast_tests(file):
+    """Names of the tests of a file that `pytest -m "not slow"` runs."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    if any(isinstance(node, ast.Assign) and "mark.slow" in ast.unparse(node) for node in body):
+        return []
+    tests = [node for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    return [node.name for node in tests if not any("mark.slow" in ast.unparse(mark) for mark in node.decorator_list)]
+
+
+def test_fast_tests_touch_every_folder():
+    folders = {file.parent for file in (ROOT / "tests").rglob("test_*.py")}
+    assert len(folders) > 10
+    without = [folder.name for folder in folders if not any(map(fast_tests, folder.glob("test_*.py")))]
+    assert without == []

@@ -18,15 +18,16 @@ import pytest
 from whole_runs import ROOT, check_same_rows, command, faulty, final_state, one_device, rows, run, samples, settings
 
 from igrpo_jax import config, train
-from igrpo_jax.distributed import preemption, watchdog
+from igrpo_jax.distributed import watchdog
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import planning
 from igrpo_jax.learning.learner import Learner
-from igrpo_jax.session import opening, overview, task
+from igrpo_jax.session import overview, task
 from igrpo_jax.session.run import utilization
 from igrpo_jax.session.task import open_task
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_the_contract_names(whole):
     workdir, _ = whole
     lines = rows(workdir)
@@ -106,6 +107,7 @@ def test_compiling_is_shown_counted_and_warned_of_once(whole):
     assert not re.search("(decode|prefill|insert|move|harvest) ", " ".join(warned))  # all of these at the start
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
     """SIGKILL after step 3, with checkpoints at 2 and 4: step 3 is run again from the same state.
 
@@ -134,6 +136,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
     assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
+@pytest.mark.slow
 def test_no_samples_before_the_first_checkpoint_is_whole(tmp_path):
     """Of a large model it takes longer than a step. A kill in between would leave samples of a run and no checkpoint,
     which is refused."""
@@ -152,24 +155,6 @@ os.rename, Run.report = slow, killed
     assert faulty(inject, tmp_path, tmp_path / "run", *short).returncode == -signal.SIGKILL
     assert list(samples(tmp_path / "run")) == ["step_000001.jsonl"]
     assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
-
-
-def test_sigterm_while_data_is_read_is_a_notice_too(monkeypatch, tmp_path):
-    def reads(c):
-        os.kill(os.getpid(), signal.SIGTERM)
-        preemption.check()
-
-    def nobody(*_):
-        raise AssertionError("SIGTERM ends the process")
-
-    monkeypatch.setattr(opening, "open_task", reads)
-    before = signal.signal(signal.SIGTERM, nobody)
-    try:
-        with pytest.raises(preemption.Preempted):
-            train.train(settings(compilation_cache=""), tmp_path / "run")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert not (tmp_path / "run").exists()
 
 
 def test_clean_compares_with_all_that_evaluation_may_ask(tmp_path):
@@ -200,6 +185,7 @@ def test_the_best_checkpoint_is_kept(whole):
     assert summary["benchmarks"]["arithmetic"]["single_shot"]["pass@1"] == scores[4]
 
 
+@pytest.mark.slow
 def test_a_best_metric_that_is_none(tmp_path):
     wrong = command(tmp_path, tmp_path / "run", "checkpoint.best_metric=eval/arithmetic/pass@9")
     done = subprocess.run(wrong, cwd=ROOT, env=one_device(), capture_output=True, text=True)
@@ -222,6 +208,7 @@ def test_a_run_evaluates_what_a_best_metric_may_name(whole):
         assert written <= known and (not written or known - written <= {"eval/arithmetic/solved_length"})
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(whole, tmp_path):
     """With fewer slots and smaller micro-batches too, as after want of memory. A row that was lost is missed."""
     workdir = shutil.copytree(whole[0], tmp_path / "copy")
@@ -241,6 +228,7 @@ def test_a_different_configuration_is_refused_by_name(whole):
     assert (workdir / "config.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_gone_is_not_overwritten(whole, tmp_path):
     copy = shutil.copytree(whole[0], tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints")
@@ -250,6 +238,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_overwritten(whole, tmp_path):
     assert rows(copy) == before and len(samples(copy)) == 5
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_a_shorter_one_with_the_same_reference(tmp_path):
     """`steps` may change on resume. With beta > 0, kl shows which policy the reference is: were it the policy at the
     time of the resume, the kl of step 3 would start again at 0. The departures from the paper are random too.
@@ -266,6 +255,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one_with_the_same_reference(tmp_pat
     assert sum(row["redraw/groups"] for row in whole) > 0 and all(row["draft/entropy"] > 0 for row in whole)
 
 
+@pytest.mark.slow
 def test_learning_rate_zero_changes_nothing_but_is_evaluated(tmp_path):
     run(tmp_path, tmp_path / "run", "optimizer.learning_rate=0", "steps=2")
     lines = rows(tmp_path / "run")

@@ -71,6 +71,7 @@ def one(found, kind):
     return max((one for one in found.programs if one.kind == kind), key=lambda one: one.total)
 
 
+@pytest.mark.slow
 def test_every_kind_of_program_is_built(found):
     kinds = [one.kind for one in found.programs]
     assert set(kinds) == {
@@ -155,6 +156,7 @@ def test_a_chip_that_is_too_small(found):
             config.check_field(name)
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_too_large(file, monkeypatch, capsys):
     """4 million slots, by the compiler itself; of the programs only those that need little to compile."""
     prepare = footprint.prepare
@@ -228,6 +230,7 @@ def test_a_public_model_is_described_without_a_download():
     assert described.num_params == pytest.approx(7.62e9, rel=0.01)
 
 
+@pytest.mark.slow
 def test_gradients_of_weights_are_not_left_to_the_end():
     """What they are products of would wait for them: of each of 6 layers 4,096 tokens x 2,048, three times."""
     device = jax.sharding.SingleDeviceSharding(aot.topology("v5e:2x2")[0])

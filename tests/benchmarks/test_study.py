@@ -123,6 +123,7 @@ def test_arms_sample_as_much_as_what_they_are_compared_with():
         matched_budget.read_config(ROOT / "configs" / f"{file}.py")
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on(tmp_path, monkeypatch, capsys):
     study = matched_budget.Study(tmp_path, Path("x.py"), "x", {}, 2, [])
     args = argparse.Namespace(groups=["main"], seeds=2, jobs=1, setting="arithmetic")

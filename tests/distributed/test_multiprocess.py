@@ -178,6 +178,7 @@ def tokens_of(workdir: Path) -> list[tuple[float, float]]:
     return [(row["perf/draft_tokens"], row["perf/completion_tokens"]) for row in rows if "loss" in row]
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(two, one):
     """Metrics and samples, with redraws and lengths that differ widely; and a notice to one of them ends both."""
     workdir, processes = two
@@ -207,6 +208,7 @@ def test_one_process_restores_what_two_saved(two, one, folder):
         np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_four_processes_go_on_from_what_two_saved(four, one):
     workdir, processes = four
     assert [code for code, _ in processes] == [0] * 4, processes
@@ -296,6 +298,7 @@ def failures():
     return found
 
 
+@pytest.mark.slow
 def test_an_error_of_one_ends_all_with_its_message(failures):
     (first, said), (second, told) = failures["error"]
     assert (first, second) == (1, 1)

@@ -101,6 +101,7 @@ print(sum(hits))
 """
 
 
+@pytest.mark.slow
 def test_programs_are_kept_on_disk(tmp_path):
     """Between processes; nowhere for an empty name; where the environment names a folder, that one."""
 

@@ -112,6 +112,7 @@ def answers(rows):
     return {results.key_of(row): row["text"] for row in rows.values()}
 
 
+@pytest.mark.slow
 def test_rows_summary_and_metrics(evaluator, params, tmp_path):
     written = evaluator().run(params, tmp_path, {"step": 3})
     rows = [json.loads(line) for line in lines(tmp_path)]
@@ -138,6 +139,7 @@ def test_the_names_of_the_metrics_are_known_before_an_evaluation(evaluator, para
     assert len(planning.metric_names(settings(**changes), both)) == 2 * len(written)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [0, 1, 13, 30, 60])
 def test_a_killed_evaluation_resumes_to_the_same_files(evaluator, params, tmp_path, stop_after):
     """Stopped in the single shot or in a round, and the last line torn: red if a sample knew what ran before it."""

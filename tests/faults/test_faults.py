@@ -5,7 +5,9 @@ the table of these and of the faults that other tests make.
 """
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,10 @@ import numpy as np
 import pytest
 import whole_runs
 from whole_runs import check_same_rows, faulty, final_state, rows, samples
+
+from igrpo_jax import train
+from igrpo_jax.distributed import preemption
+from igrpo_jax.session import opening
 
 
 def copy_of(whole, target: Path) -> Path:
@@ -70,6 +76,7 @@ Learner.update = slow
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inject, shown",
     [(CLOCK, ""), (WORKERS, "killed 2"), (SLOW, "watchdog: update (step 6), dispatch")],
@@ -82,6 +89,25 @@ def test_nothing_is_lost_when(whole, longer, tmp_path, inject, shown):
     check_equal(tmp_path / "run", longer)
 
 
+def test_sigterm_while_data_is_read_is_a_notice_too(monkeypatch, tmp_path):
+    def reads(c):
+        os.kill(os.getpid(), signal.SIGTERM)
+        preemption.check()
+
+    def nobody(*_):
+        raise AssertionError("SIGTERM ends the process")
+
+    monkeypatch.setattr(opening, "open_task", reads)
+    before = signal.signal(signal.SIGTERM, nobody)
+    try:
+        with pytest.raises(preemption.Preempted):
+            train.train(whole_runs.settings(compilation_cache=""), tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_sigterm_in_a_rollout_drops_its_step_alone(whole, longer, tmp_path):
     """The notice comes when the first completion of step 7 is to be graded; step 6 is done and not yet saved."""
     inject = """
@@ -103,6 +129,7 @@ Verifier.submit = graded
     check_equal(workdir, longer)
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(whole, tmp_path):
     inject = """
 advantages = objectives.group_advantages
@@ -128,6 +155,7 @@ objectives.group_advantages = lambda *args: advantages(*args) + float("nan")
         assert (before[name] == after[name]).all() or name in (".step", ".skipped"), name
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(whole, tmp_path):
     """One bit of the newest is flipped. The step after the older one is run again, and gives what it gave."""
     workdir = copy_of(whole, tmp_path / "run")
@@ -163,6 +191,7 @@ def used(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*"))
 
 
+@pytest.mark.slow
 def test_a_full_or_unwritable_disk_ends_the_run_and_keeps_the_last_checkpoint(whole, longer, tmp_path):
     with disk(tmp_path / "disk", 4096) as path:
         workdir = copy_of(whole, path / "run")
@@ -203,6 +232,7 @@ HANGING = "import time\n\ndef hangs(completions, **columns):\n    time.sleep(60)
 FRESH = ("warm_start.steps=0", "evaluation.every=0", "checkpoint.best_metric=", "log.trackers=()")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides, words",
     [

@@ -151,6 +151,7 @@ def base(build, tiny):
 # The algorithm.
 
 
+@pytest.mark.slow
 def test_the_base_algorithm_is_a_plain_grpo_step(build, tiny, reference_gradient):
     """num_drafts = 0, from rewards to new parameters, against GRPO, a norm clip and AdamW written out."""
     groups, (tokens, mask) = make_groups(), layout()
@@ -176,6 +177,7 @@ def test_the_base_algorithm_is_a_plain_grpo_step(build, tiny, reference_gradient
         assert np.abs(np.asarray(state.params[path]) - new).max() < 2.1e-3
 
 
+@pytest.mark.slow
 def test_only_completions_carry_loss(base, reference_gradient):
     """Prompt tokens not, the EOS yes, though it is the padding id. The two plausible mistakes are far away."""
     tokens, mask = layout()
@@ -219,12 +221,14 @@ def test_a_group_runs_its_context_once(build):
         assert batch.shape == shape
 
 
+@pytest.mark.slow
 def test_shared_equals_unshared(build, tiny, base):
     state, metrics = updated(build(learner__shared_prefix=False), tiny[1])
     assert_close(gradient_of(state), gradient_of(base[0]), 1e-5)
     assert_same_metrics(metrics, base[1])
 
 
+@pytest.mark.slow
 def test_a_hybrid_shared_equals_unshared(hybrid):
     """The states after a context are those that all its completions start from."""
     states = []
@@ -238,6 +242,7 @@ def test_a_hybrid_shared_equals_unshared(hybrid):
     assert all(np.abs(x).max() > 1e-7 for x in states[0].values())
 
 
+@pytest.mark.slow
 def test_what_does_not_decay(hybrid):
     """With a gradient of zero, the only update is the decay."""
     optimizer, _ = make_optimizer(config.OptimizerConfig(learning_rate=1.0, warmup_ratio=0.0, weight_decay=0.1), 10)
@@ -254,6 +259,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_shared_equals_unshared_off_policy(build, tiny, score_in_full, objective):
     """With a log pi_old that is a little off the policy's, so that tokens are clipped on both sides."""
@@ -282,6 +288,7 @@ def test_shared_equals_unshared_off_policy(build, tiny, score_in_full, objective
 ONE = 32 + G * 32  # tokens of the longest unit
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up(build, tiny, base):
     """Sorted by length and cut to one unit or two, of all sizes.
 
@@ -295,6 +302,7 @@ def test_micro_batches_add_up(build, tiny, base):
     assert_same_metrics(metrics, base[1])
 
 
+@pytest.mark.slow
 def test_padding_of_any_kind_changes_nothing(build, tiny, base):
     """Longer prefixes, wider completions and more units, and garbage wherever no token stands."""
     learner, _ = build()
@@ -327,6 +335,7 @@ def test_padding_of_any_kind_changes_nothing(build, tiny, base):
     assert float(sums.largest_mismatch) == pytest.approx(base[1][f"{name}/max"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_lengths_that_vary_compile_no_more_than_the_sizes(build, tiny):
     """2 prefix sizes x 2 completion sizes; once all have been seen nothing compiles any more."""
     learner, mesh = built = build(learner__tokens_per_microbatch=ONE)
@@ -347,6 +356,7 @@ def test_lengths_that_vary_compile_no_more_than_the_sizes(build, tiny):
 MESHES = {"2x2x2": config.MeshConfig(2, 2, 2), "1x4x2": config.MeshConfig(1, 4, 2), "8x1x1": config.MeshConfig(8, 1, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_mesh_equals_one_device(build, tiny, base, mesh):
     """Whole groups on each shard of the batch: one or two."""
@@ -360,6 +370,7 @@ def test_a_mesh_equals_one_device(build, tiny, base, mesh):
     assert kept.addressable_shards[0].data.shape == local
 
 
+@pytest.mark.slow
 def test_a_loop_over_sublayers_on_a_mesh(tiny, base, monkeypatch):
     """The stacked weights and their gradients lie over fsdp and tensor as each of them does. Not only in bfloat16."""
     monkeypatch.setattr(decoder, "_pieces", lambda kinds, dtype, remat: decoder.stretches(kinds))
@@ -368,6 +379,7 @@ def test_a_loop_over_sublayers_on_a_mesh(tiny, base, monkeypatch):
     assert_same_metrics(metrics, base[1])
 
 
+@pytest.mark.slow
 def test_groups_are_split_where_shards_would_have_none(build, tiny, reference_gradient):
     """4 groups of 4 on 8 shards: each runs half a group."""
     learner, _ = built = build(MESHES["8x1x1"], prompts_per_step=4)
@@ -388,6 +400,7 @@ def gathered(text):
     return {tuple(sorted(int(x) for x in shape.split(",") if x and x != "1")) for shape in shapes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_only_weights_are_gathered(tiny, remat):
     """The constraints hold on virtual devices too: weights travel over fsdp, and of activations only sums.
@@ -415,6 +428,7 @@ def test_only_weights_are_gathered(tiny, remat):
 # What the backward pass recomputes.
 
 
+@pytest.mark.slow
 def test_remat(build, tiny):
     """The compiler may undo a recomputation that was asked for: hence its memory, which here is scores for the most.
 
@@ -512,6 +526,7 @@ def test_drafts_are_compared_to_their_sampler(build, tiny, score_in_full):
 # The entropy bonus.
 
 
+@pytest.mark.slow
 def test_the_entropy_bonus(build, tiny):
     """Loss and gradient against full logits, of groups without an advantage as well: they are not skipped."""
     tokens, mask = layout()
@@ -574,6 +589,7 @@ def rows_with_drafts(groups):
 DRAFTED = {"algorithm__train_drafts": True, "algorithm__num_drafts": N}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left_out", [(), (0, 5)])
 def test_drafts_can_be_rows_too(build, tiny, base, reference_gradient, left_out):
     """8 x 4 refinements and 8 x 2 drafts in one mean over 48 rows; TRL's names stay those of the refinements.
@@ -605,6 +621,7 @@ def test_without_drafts_there_are_none_to_train_on(build, tiny, base):
     assert not [name for name in metrics if name.startswith("draft/")]
 
 
+@pytest.mark.slow
 def test_every_minibatch_has_its_share_of_drafts(build, tiny, monkeypatch):
     """2 minibatches x 2 passes: 8 of the 16 units of refinements and 4 of the 8 of drafts each, every one once a pass.
 
@@ -650,6 +667,7 @@ def test_a_step_that_is_not_finite_changes_nothing(build, tiny, base, bad):
     assert (int(state.step), int(state.skipped), metrics["nonfinite_steps"]) == (3, 1, 1)
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_cut_whole_changes_nothing(build, tiny):
     """No completion ended, and those that did not carry no loss: a new optimizer has nothing to go on with."""
     cut = [
@@ -665,6 +683,7 @@ def test_a_batch_that_was_cut_whole_changes_nothing(build, tiny):
         np.testing.assert_array_equal(state.params[path], value)
 
 
+@pytest.mark.slow
 def test_completions_without_a_token_and_groups_without_a_verdict_change_nothing(build, tiny):
     """Their gradient is none, and the rest of the batch learns what it learned, but for its share of all rows."""
     groups, advantages = make_groups(), ADVANTAGES.copy()
@@ -692,6 +711,7 @@ def test_completions_without_a_token_and_groups_without_a_verdict_change_nothing
 # Several updates of one rollout.
 
 
+@pytest.mark.slow
 def test_several_updates_of_one_rollout(build, tiny, score_in_full, monkeypatch):
     """2 minibatches x 2 passes with beta > 0: old log-probs and the reference are those of the first parameters.
 
@@ -765,6 +785,7 @@ def test_the_reference_can_wait_in_host_memory(build, tiny):
     assert updated(built, tiny[1])[1] == updated(build(**settings), tiny[1])[1]
 
 
+@pytest.mark.slow
 def test_tokens_can_be_weighed_against_their_sampler(build, tiny, score_in_full, reference_gradient):
     """By min(pi / sampler, cap), which binds for many tokens and not for all."""
     tokens, mask = layout()
@@ -781,6 +802,7 @@ def test_tokens_can_be_weighed_against_their_sampler(build, tiny, score_in_full,
 # The optimizer.
 
 
+@pytest.mark.slow
 def test_the_first_moment_in_bfloat16(build, tiny):
     """Two updates: the second one reads the rounded moment, whose 8 bits are 1 in 256."""
     states = {}
@@ -806,6 +828,7 @@ def test_predicted_bytes(build, tiny):
         assert 16 * params / 4 < learner.predicted_bytes() < whole / 4
 
 
+@pytest.mark.slow
 def test_a_larger_vocabulary_adds_chunks_of_logits_only(tiny):
     """A word more costs the gradient of the head, [D], and three times a chunk's 128 of 1,024 positions."""
     used = []

@@ -302,7 +302,7 @@ def trl_tensors():
 
 def loss_by_trl(settings, theirs, finished):
     """TRL's own `_compute_loss` with a trainer that hands it tensors: loss, gradient of the logits, its metrics."""
-    import torch
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed; the extra parity brings it")
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     r = objectives.resolve(config.AlgorithmConfig(**settings))
@@ -336,6 +336,7 @@ def loss_by_trl(settings, theirs, finished):
     return loss.item(), leaf.grad.numpy(), {name: x[0] for name, x in trainer._metrics["train"].items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TRL_CASES)
 def test_equal_to_trl(case):
     """Through our log-probs too: with the identity as head, the gradient of the hidden states is that of the logits."""

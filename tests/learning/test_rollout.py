@@ -155,6 +155,7 @@ def same(one, other):
             assert a.score == b.score
 
 
+@pytest.mark.slow
 def test_groups_and_samples_are_in_order(rollout, verifier, prompts):
     """By prompt and sample, though verdicts come in another order, and Stage 2 starts of some prompts before others."""
     groups, _ = rollout
@@ -195,6 +196,7 @@ def test_the_first_of_the_best_drafts_is_in_the_context(rollout, renderer, polic
     assert len({draft.finished for group in groups for draft in group.drafts}) == 2  # and an EOS taken out
 
 
+@pytest.mark.slow
 def test_the_rollout_does_not_depend_on_slots_or_arrival(collect, rollout):
     groups, _ = collect(StubVerifier(delay=0.0), slots=3)
     for ours, theirs in zip(rollout[0], groups, strict=True):
@@ -261,6 +263,7 @@ def faulty(prompts, completions, **columns):
 """
 
 
+@pytest.mark.slow
 def test_a_verifier_that_hangs_dies_and_raises(collect, rollout, tmp_path, monkeypatch):
     """Nothing deadlocks, no sample is lost or scored twice; what has no verdict says why and scores 0."""
     (tmp_path / "faulty_rewards.py").write_text(FAULTY)

@@ -99,6 +99,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", RUNS_HERE)
 def test_it_equals_the_plain_one(name, case):
@@ -113,6 +114,7 @@ def test_bfloat16(name):
         assert np.abs(x - y).max() <= 0.02 * np.abs(y).max()  # 8 bits: 0.004 each, over a few roundings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)])
 @pytest.mark.parametrize("name", ["chunked", "splash"])
 def test_a_mesh_changes_nothing(name, shape):
@@ -129,6 +131,7 @@ def test_a_mesh_changes_nothing(name, shape):
         assert_close(value_and_grads(RUNS_HERE[name], *placed), plain(*case), 5e-5)
 
 
+@pytest.mark.slow
 def test_chunked_memory_grows_with_length_and_not_its_square():
     def temporaries(attend, time):
         (q, k, v, before), lengths, _ = inputs(1, 2, time, 1, 2, positions=time, lengths=[time])
@@ -218,6 +221,7 @@ def logits_and_grads(c, params):
     return [np.asarray(logits), *(np.asarray(grads[path]) for path in sorted(grads))]
 
 
+@pytest.mark.slow
 def test_the_decoder_gives_the_same_with_any(tiny):
     """And splash on a mesh, where the rows of a sublayer that is run again go through shard_map twice."""
     c = dataclasses.replace(tiny[0], pattern="*")  # the rest of it has nothing to do with the choice

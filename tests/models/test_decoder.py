@@ -42,6 +42,7 @@ def full():
     return jax.jit(lambda params, tokens, positions: decoder.apply(TINY, params, tokens, positions))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", [16, 24])
 def test_cached_decode_equals_the_full_forward(params, full, read):
     """Three prompts of different lengths in slots of their own, decoded side by side up to 15 tokens."""
@@ -130,6 +131,7 @@ def gradient(c, remat):
     return jax.jit(jax.grad(loss), compiler_options=decoder.remat_options(jax.default_backend()))
 
 
+@pytest.mark.slow
 def test_remat_saves_memory_and_changes_no_gradient():
     """The compiler may undo or hoist a recomputation that was asked for: hence its memory, and not a flag.
 
@@ -172,6 +174,7 @@ def test_weights_that_nothing_has_cast_are_not_stacked():
     assert decoder._pieces("*-*-", jnp.bfloat16, "none") == decoder._pieces("*-*-", jnp.float32, "full") == [(4, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_a_loop_is_its_sublayers_one_after_the_other(hybrid, remat, monkeypatch):
     """Of rows and of those that continue them: hidden states, caches and gradients; of two different stretches."""
@@ -210,6 +213,7 @@ def test_the_count_of_parameters_is_that_of_the_arrays(tied, bias):
     assert ("blocks/0/mixer/q_bias" in shapes) is bias
 
 
+@pytest.mark.slow
 def test_init_depends_on_its_key_and_starts_near_even_odds():
     c = builtin(config.BuiltinModelConfig(hidden_size=64, num_layers=1), vocab_size=64)
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])

@@ -43,6 +43,7 @@ def forward(cfg, params, tokens, length=None):
     return decoder.logits(cfg, params, hidden), cache
 
 
+@pytest.mark.slow
 def test_forward(family):
     """Of one chunk, of one position less or more, and of several chunks the last of which is not whole."""
     model, cfg, params = family
@@ -60,6 +61,7 @@ def decode(cfg, params, token, position, cache):
     return decoder.logits(cfg, params, hidden[:, 0]), cache
 
 
+@pytest.mark.slow
 def test_prefill_and_decode(family):
     """Three prompts of other lengths side by side, padded on the right, against each alone in transformers."""
     model, cfg, params = family
@@ -80,6 +82,7 @@ def test_prefill_and_decode(family):
             past, read = out.past_key_values, torch.tensor(TOKENS[row : row + 1, length + i : length + i + 1]).long()
 
 
+@pytest.mark.slow
 def test_gradients(family, tmp_path):
     """Of a weighted mean of log-probs; transformers' gradients are saved as if they were weights, and read as those."""
     model, cfg, params = family

@@ -25,6 +25,7 @@ from igrpo_jax.models.config import RopeScaling
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DENSE)
 def test_logits_equal_transformers(tmp_path, case):
     """With eps, theta, head ratio and head size that differ from case to case, none can be a constant of ours."""
@@ -420,6 +421,7 @@ print((kib("VmHWM") - before) * 1024 - copy)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fsdp", [1, 4])

@@ -45,6 +45,7 @@ def original(tmp_path):
 OTHER_FAMILIES = ("llama3", "qwen3", "qwen3-tied", "hybrid", "hybrid-groups-of-one-head")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*DENSE, *OTHER_FAMILIES])
 def test_import_export_import_is_the_identity(tmp_path, case):
     """Of every family; in bfloat16, to which other dtypes are rounded as transformers would."""
@@ -76,6 +77,7 @@ def test_import_export_import_is_the_identity(tmp_path, case):
     )
 
 
+@pytest.mark.slow
 def test_a_nemotron_h_is_written_as_backbone(tmp_path):
     """As in NVIDIA's files and code, and as transformers writes it, which reads model.* too; NVIDIA's code does not."""
     path, out, again = (tmp_path / name for name in ("original", "out", "again"))
@@ -97,6 +99,7 @@ def test_a_nemotron_h_is_written_as_backbone(tmp_path):
     np.testing.assert_array_equal(*logits)
 
 
+@pytest.mark.slow
 def test_everything_beside_the_weights_is_the_originals(original, tmp_path):
     """But for the dtype, for code that is not copied, and for the ids at which the policy learned to stop."""
     out = tmp_path / "out"
@@ -119,6 +122,7 @@ def test_everything_beside_the_weights_is_the_originals(original, tmp_path):
     assert len({str(x.apply_chat_template(turns, add_generation_prompt=True)) for x in tokenizers}) == 1
 
 
+@pytest.mark.slow
 def test_shards_and_their_index(original, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(hf_write, "SHARD", "20KB")
@@ -136,6 +140,7 @@ def test_shards_and_their_index(original, tmp_path, monkeypatch):
     assert tensors_of(out) == tensors_of(original)
 
 
+@pytest.mark.slow
 def test_a_sharded_policy_is_exported_as_one(original, tmp_path):
     opened, mesh = open_policy(original), sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
@@ -143,6 +148,7 @@ def test_a_sharded_policy_is_exported_as_one(original, tmp_path):
     assert tensors_of(tmp_path / "out") == tensors_of(original)
 
 
+@pytest.mark.slow
 def test_the_builtin_model_is_exported_as_a_llama(tmp_path):
     shape = config.BuiltinModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48)
     builtin, mesh, out = (
@@ -177,6 +183,7 @@ def test_the_builtin_model_is_exported_as_a_llama(tmp_path):
     assert theirs.generation_config.eos_token_id == builtin.eos_ids[0]
 
 
+@pytest.mark.slow
 def test_a_folder_that_can_not_be_used(original, tmp_path):
     opened = open_policy(original)
     params = opened.load(one_device(), 0)
@@ -193,6 +200,7 @@ def test_a_folder_that_can_not_be_used(original, tmp_path):
     assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "old").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["transposed", "cut", "none"])
 def test_what_does_not_read_back_is_no_export(original, tmp_path, monkeypatch, damage):
     out, write = tmp_path / "out", safetensors.numpy.save_file

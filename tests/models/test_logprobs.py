@@ -57,6 +57,7 @@ def test_equal_to_full_logits(chunk, temperature):
         assert all(np.abs(a - b).max() > 0.1 for a, b in zip(got, untempered, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [3, 64])
@@ -187,6 +188,7 @@ def run(tiny):
     return call
 
 
+@pytest.mark.slow
 def test_completions_are_scored_where_they_stand(tiny, run):
     """Each after its context and alone, in a forward pass of its own: positions go on where the context ends."""
     c, params = tiny

@@ -107,6 +107,7 @@ def chain_rule(tiny):
     return adapters, expected, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"learner__remat": "full"}, {"learner__remat": "dots"}, {"mesh": MESHES["sharded"]}]
 )
@@ -124,6 +125,7 @@ def test_adapters_get_the_gradient_of_the_chain_rule(tiny, chain_rule, changes):
     assert len(moments) == 2 * len(expected)
 
 
+@pytest.mark.slow
 def test_a_loop_over_adapted_sublayers(tiny, chain_rule, monkeypatch):
     """On a mesh. Not only in bfloat16, where it is used."""
     adapters, expected, _ = chain_rule
@@ -132,6 +134,7 @@ def test_a_loop_over_adapted_sublayers(tiny, chain_rule, monkeypatch):
     assert_close(gradient_of(state), expected, 2e-4)
 
 
+@pytest.mark.slow
 def test_a_base_in_bfloat16_is_adapted_too(tiny, chain_rule):
     """Its head and embedding are narrow as well, and get no gradient; the adapters' has the direction it should."""
     adapters, expected, _ = chain_rule
@@ -144,6 +147,7 @@ def test_a_base_in_bfloat16_is_adapted_too(tiny, chain_rule):
     assert a @ b > 0.99 * np.linalg.norm(a) * np.linalg.norm(b)
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_base(tiny):
     """With B = 0 the policy is its own reference: kl is 0 until the adapters have learned."""
     learner, mesh = lora_learner(tiny, algorithm__beta=0.1, optimizer__learning_rate=1e-2)
@@ -186,6 +190,7 @@ def test_factors_lie_as_their_weight_does():
     assert spec("blocks/1/mixer/down_proj/lora_b") == (None, "fsdp")
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_adapters_and_one_sublayer(tiny):
     """Of wider layers, so that weights are what counts: moments, gradients and master weights of adapters only, and
     with remat one sublayer's sum at a time. Red where all are summed first, or where "dots" keeps the product A B.
@@ -208,6 +213,7 @@ def test_memory_is_that_of_adapters_and_one_sublayer(tiny):
 WHOLE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "targets"), [("qwen2", ("all-linear",)), ("nemotron_h", WHOLE)])
 def test_peft_loads_the_adapters_and_gives_our_logits(tmp_path, family, targets):
     peft = pytest.importorskip("peft")

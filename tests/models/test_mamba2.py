@@ -37,6 +37,7 @@ def recurrence(x, dt, a, b, c, state):
     return y, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("time", [1, 3, 4, 5, 8, 11])
 def test_chunks_equal_the_recurrence(time, groups):
@@ -67,6 +68,7 @@ def test_gradients_do_not_depend_on_the_chunk():
         np.testing.assert_allclose(four, whole, atol=1e-5 * np.abs(whole).max(), rtol=0)
 
 
+@pytest.mark.slow
 def test_strong_decay_gives_no_nan():
     """Between distant positions exp(difference) above the diagonal would be infinite."""
     inputs = data(8)
@@ -92,6 +94,7 @@ def assert_same(got, expected, atol=1e-5):
         np.testing.assert_allclose(a, b, atol=atol, rtol=0)
 
 
+@pytest.mark.slow
 def test_padding_enters_no_state(hybrid):
     """The state of a padded row is that of its tokens alone; a row of none has read nothing."""
     c, params = hybrid
@@ -107,6 +110,7 @@ def test_padding_enters_no_state(hybrid):
     assert all(np.abs(a.state[1] - b.state[1]).max() > 0.01 for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 2, 8, 13])
 def test_two_pieces_equal_one(hybrid, cut):
     c, params = hybrid
@@ -121,6 +125,7 @@ def test_two_pieces_equal_one(hybrid, cut):
     assert_same(joined, cache)
 
 
+@pytest.mark.slow
 def test_rows_that_continue_one_prefix(hybrid):
     """Values and gradients of three rows of two prefixes, one of them padded, against rows of their own."""
     c, params = hybrid
@@ -157,6 +162,7 @@ def random_cache(c, rows, length, seed):
     return jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), x.dtype), caches.empty(c, rows, length, jnp.float32))
 
 
+@pytest.mark.slow
 def test_the_verbs_take_whole_states(hybrid):
     c = hybrid[0]
     cache, rows = random_cache(c, 4, 10, 0), random_cache(c, 3, 6, 1)
@@ -194,6 +200,7 @@ def test_a_state_is_float32_in_bfloat16(hybrid):
     assert np.abs(hidden.astype(jnp.float32) - run(c, params, TOKENS)[0]).mean() < 0.03
 
 
+@pytest.mark.slow
 def test_a_step_is_clipped_to_its_limit(hybrid):
     """With both limits alike every step is as long as that."""
     c, params = hybrid
@@ -208,6 +215,7 @@ def test_the_count_of_parameters_is_that_of_the_arrays(hybrid):
     assert hybrid[0].num_params == sum(int(np.prod(shape)) for shape in shapes.values())
 
 
+@pytest.mark.slow
 def test_a_new_model_starts_with_finite_gradients(hybrid):
     params = decoder.init(hybrid[0], jax.random.key(0), sharding.make_mesh(config.MeshConfig(), jax.devices()[:1]))
     loss = lambda params: jnp.mean(decoder.apply(hybrid[0], params, TOKENS, TOKENS * 0)[0] ** 4)
@@ -216,6 +224,7 @@ def test_a_new_model_starts_with_finite_gradients(hybrid):
     assert np.abs(gradient["blocks/0/mixer/o_proj"]).max() > 0  # zero itself, and what the rest is reached through
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(hybrid):
     """Heads and groups over `tensor`: values and gradients of two prefixes that two rows each continue."""
     c, params = hybrid

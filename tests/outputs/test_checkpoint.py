@@ -79,6 +79,7 @@ needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 EVERY_STEP = config_lib.CheckpointConfig(every=1, keep=2)
 
 
+@pytest.mark.slow
 @needs_8
 def test_state_and_meta_come_back_bit_for_bit_on_any_mesh(tmp_path):
     mesh, meta = mesh_of(2, 2, 2), {"seed": 7, "data": {"epoch": 1, "index": 96}, "rows": 12}

@@ -393,6 +393,7 @@ class Page(HTMLParser):
         self.text += text
 
 
+@pytest.mark.slow
 def test_a_report_is_whole_and_names_nothing_outside(made_runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("a report must leave the accelerator to the run"))
     monkeypatch.setattr(jax, "process_index", jax.devices)

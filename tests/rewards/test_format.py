@@ -65,8 +65,7 @@ def test_overlong_penalty():
 
 
 def test_overlong_penalty_equals_trl():
-    from trl.rewards import get_soft_overlong_punishment
-
-    theirs = get_soft_overlong_punishment(max_completion_len=50, soft_punish_cache=13)
+    trl = pytest.importorskip("trl.rewards", reason="TRL is not installed; the extra parity brings it")
+    theirs = trl.get_soft_overlong_punishment(max_completion_len=50, soft_punish_cache=13)
     expected = theirs(completion_ids=[[0] * n for n in range(60)])
     assert [overlong_penalty(n, 50, 13) for n in range(60)] == pytest.approx(expected, abs=1e-12)

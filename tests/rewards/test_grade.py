@@ -62,6 +62,7 @@ def call_or_hang(function, candidate, rules):
     return function(candidate, rules)
 
 
+@pytest.mark.slow
 def test_rows_that_time_out_are_results(tmp_path, monkeypatch):
     monkeypatch.setattr(verifier, "Pool", lambda function, *args, **options: Pool(call_or_hang, *args, **options))
     rows = [ROWS[0], {"gold": "4", "prediction": "hang"}, ROWS[1]]

@@ -91,6 +91,7 @@ def test_values_in_order_once_each(pool):
     assert {outcome.status for outcome in outcomes} == {"ok"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loop", "hang_in_c", "ignore_sigterm"])
 def test_killed_at_the_deadline_while_others_go_on(pool, kind, monkeypatch):
     if kind != "ignore_sigterm":
@@ -177,6 +178,7 @@ def test_from_many_threads(pool):
     assert results == {thread: [(thread, i) for i in range(50)] for thread in range(8)}
 
 
+@pytest.mark.slow
 def test_the_clock_starts_after_the_imports(tmp_path, monkeypatch):
     (tmp_path / "slow_to_import.py").write_text(
         "import time\ntime.sleep(2.0)\ndef warm_up():\n    time.sleep(2.0)\n", encoding="utf-8"

@@ -242,6 +242,7 @@ def test_a_worker_has_imported_the_grader_before_its_first_item(faked):
     assert outcome.value == ["igrpo_jax.rewards.mathematics.grader", "sympy"]
 
 
+@pytest.mark.slow
 def test_timeouts_and_errors_are_scores(faked):
     before = set(multiprocessing.active_children())
     with Verifier(config.RewardsConfig(workers=1, timeout=3.0)) as verifier:

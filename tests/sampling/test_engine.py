@@ -99,6 +99,7 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
+@pytest.mark.slow
 def test_cached_logprobs_equal_the_full_forward(samples, full_logits):
     """Also at a bucket's edge, with neighbours of other lengths, and with the padding's id inside the prompt."""
     assert len(samples) == 8 * len(LENGTHS)
@@ -147,6 +148,7 @@ def test_the_limit_cuts_and_changes_nothing_before_it(engine, params, samples):
     assert fits[index, whole.sample_id].finished
 
 
+@pytest.mark.slow
 def test_nothing_that_is_traced_recompiles(engine, params, samples):
     """All programs are there after `compile`; other temperatures, limits, keys and numbers of samples need no more."""
     engine.compile()
@@ -169,6 +171,7 @@ def test_samples_differ_by_sample_prompt_and_key(engine, params, samples):
         assert len(other) != len(own) or (other != own).any()
 
 
+@pytest.mark.slow
 def test_a_prompt_prefilled_with_longer_neighbours_has_the_same_logits(tiny):
     """Four prompts in one call, against each alone in a call of a smaller bucket."""
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=4), jax.devices()[:4])
@@ -185,6 +188,7 @@ def test_a_prompt_prefilled_with_longer_neighbours_has_the_same_logits(tiny):
             np.testing.assert_allclose(alone.logits[0], together.logits[row], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["xla", "chunked"])
 def test_a_prompt_read_in_pieces_has_the_same_logits_and_cache(tiny, attention):
     """Pieces of 16: one that just fits, one token more, several with the last one partly empty."""
@@ -207,6 +211,7 @@ def test_a_prompt_read_in_pieces_has_the_same_logits_and_cache(tiny, attention):
         np.testing.assert_array_equal(samples[1][key].tokens, one.tokens)
 
 
+@pytest.mark.slow
 def test_memory_of_a_long_prefill_is_that_of_a_piece(tiny):
     """What grows with the prompt is the cache that comes out, not the temporaries."""
     c = dataclasses.replace(tiny[0], attention="chunked", hidden_size=256, intermediate_size=1024)
@@ -219,6 +224,7 @@ def test_memory_of_a_long_prefill_is_that_of_a_piece(tiny):
     assert temporaries(512) < temporaries(4096) / 3
 
 
+@pytest.mark.slow
 def test_a_hybrid_samples_as_its_full_forward(hybrid):
     """Its states follow the slots: through insertion, refill, moves at the end of a rollout, and prompts in pieces.
 
@@ -245,6 +251,7 @@ def test_a_hybrid_samples_as_its_full_forward(hybrid):
         np.testing.assert_array_equal(results[1][key].tokens, one.tokens)
 
 
+@pytest.mark.slow
 def test_a_hybrid_on_a_mesh_samples_the_same(hybrid):
     c, host = hybrid
     sizes = {"slots": 4, "max_context": 40, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
@@ -258,6 +265,7 @@ def test_a_hybrid_on_a_mesh_samples_the_same(hybrid):
     assert groups.sharding.shard_shape(groups.shape) == (2, 3, 1, 8)
 
 
+@pytest.mark.slow
 def test_a_model_without_attention_samples_as_its_full_forward(hybrid):
     c = dataclasses.replace(hybrid[0], pattern="M-")
     params = {path: hybrid[1][path] for path in decoder.shapes(c)}
@@ -279,6 +287,7 @@ def leaves_its_replica(line):
     return not any(groups in line for groups in OWN_REPLICA)
 
 
+@pytest.mark.slow
 def test_decoding_asks_no_other_shard(tiny):
     """No collective at all; with tensor parallelism only within a replica, but for the trip count all agree on."""
     sizes = {"slots": 16, "max_context": 20, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
@@ -312,7 +321,7 @@ def test_slots_must_divide_over_the_mesh(tiny):
 
 def greedy_equals_generate(path, prompts, tokens):
     """Greedy completions of all prompts side by side, against `generate` on each."""
-    import torch
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed; the extra parity brings it")
     import transformers
 
     c, mesh = hf_files.load_config(str(path)), one_device()
@@ -331,9 +340,10 @@ def greedy_equals_generate(path, prompts, tokens):
     return ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
 def test_greedy_equals_generate(tmp_path, kind):
-    import torch
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed; the extra parity brings it")
     import transformers
 
     shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -84,6 +84,7 @@ def check_same(samples, expected):
         assert other.finished == one.finished
 
 
+@pytest.mark.slow
 def test_each_sample_comes_once_with_its_request(expected):
     samples, _ = expected
     ids = [(one.request.index, one.sample_id) for one in samples]
@@ -95,12 +96,14 @@ def test_each_sample_comes_once_with_its_request(expected):
     assert any(not one.finished for one in samples) and any(one.finished for one in samples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slots", "steps_per_dispatch"), [(1, 16), (3, 5), (8, 1)])
 def test_samples_do_not_depend_on_slots_or_dispatches(tiny, expected, slots, steps_per_dispatch):
     engine = make_engine(tiny[0], slots, steps_per_dispatch, one_device())
     check_same(sample(engine, tiny, requests())[0], expected[0])
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_host_being_a_dispatch_behind(engine, tiny, expected):
     samples, scheduler = sample(engine, tiny, requests(), ahead=1)
     check_same(samples, expected[0])
@@ -121,6 +124,7 @@ def test_the_device_has_work_while_the_host_reads(engine, tiny):
         list(scheduler.drain())
 
 
+@pytest.mark.slow
 def test_slots_are_gathered_when_few_are_left(tiny, expected):
     """A limit for each sample: the one long completion stands in the last slot, and ends in a program of one row."""
     engine = make_engine(tiny[0], 16, 4, one_device())
@@ -151,6 +155,7 @@ def test_samples_do_not_depend_on_order(engine, tiny, expected):
     check_same(sample(engine, tiny, requests()[::-1])[0], expected[0])
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_neighbours_or_on_when_they_were_queued(engine, tiny, expected):
     """Each prompt is submitted while the one before it is being sampled, into slots that others have used."""
     with jax.set_mesh(engine.mesh):
@@ -166,6 +171,7 @@ def test_samples_do_not_depend_on_neighbours_or_on_when_they_were_queued(engine,
     check_same(again, [one for one in expected[0] if one.request.index == alone.index])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("slots", "axes"), [(8, {"data": 2, "fsdp": 2, "tensor": 2}), (16, {"data": 2, "fsdp": 4}), (4, {"tensor": 2})]
 )
@@ -255,6 +261,7 @@ np.savez(sys.argv[4], found=np.array(found, dtype=object))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_sample_side_by_side(tiny, expected, tmp_path):
     """Each on its half of a 2 x 2 mesh, with unequal work and no lockstep: one has 3 of the prompts, the other 2."""
     wanted = [(one.tokens, one.index, one.samples, one.limit) for one in requests()]

@@ -738,6 +738,7 @@ ANYTHING = st.one_of(LATEX_LIKE, BYTES, st.text(max_size=40), st.sampled_from([a
 FUZZ = settings(derandomize=True, deadline=None, max_examples=1500, database=None)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(ANYTHING, ANYTHING)
 def test_nothing_escapes(one, other):
