@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Score:
-    """What the verifier says of one completion; one per completion, whatever happened."""
+    """The verifier's verdict on one completion; every completion gets one, whatever happened."""
 
     reward: float  # weighted sum of `rewards`; NaN where there is no verdict ("invalid")
     rewards: dict[str, float]  # by reward function: "accuracy", "format", …; unweighted; NaN where it does not apply
@@ -22,9 +22,9 @@ class Score:
     detail: str = ""  # why a grading failed
 
 
-# "ok"; "unparseable": no answer found, a verdict like any other; "timeout" and "error": the grading was killed or
-# raised, scores 0 and is counted; "invalid": no verdict, such as a judge that did not reply. A completion without a
-# verdict is not in its group's baseline, has advantage 0 and is never the best draft.
+# "ok": graded. "unparseable": no answer was found, which is a verdict like any other. "timeout" and "error": the
+# grading was killed or raised; it scores 0 and is counted. "invalid": there is no verdict, such as when a judge did not
+# reply. A completion without a verdict is not in its group's baseline, has advantage 0 and is never the best draft.
 STATUSES = ("ok", "unparseable", "timeout", "error", "invalid")
 
 
@@ -34,7 +34,7 @@ class Candidate:
 
     text: str  # special tokens removed
     answer: str  # the reference
-    prefix: str = ""  # what the chat template already opened of the reply, such as "<think>"
+    prefix: str = ""  # how the chat template begins the reply, for example "<think>"
     question: str = ""
     columns: dict = field(default_factory=dict)  # the data set row's other columns
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [T] int32, EOS included
@@ -44,8 +44,8 @@ class Candidate:
 class Prompt:
     """One problem as the policy sees it."""
 
-    id: str  # of the data set's row, for people
-    index: int  # of the data set's row
+    id: str  # of the row in the data set, for people
+    index: int  # of the row in the data set
     question: str
     answer: str
     tokens: np.ndarray  # [L] int32, chat template and generation prompt included
@@ -61,22 +61,23 @@ class Completion:
     tokens: np.ndarray  # [T] int32, the EOS included where the model ended by itself
     logprobs: np.ndarray  # [T] float32, of each token under the sampler at the sampling temperature, in nats
     finished: bool  # ended by an EOS token, not by the length limit
-    text: str = ""  # decoded, for verifier and people only
+    text: str = ""  # decoded, for the verifier and for people only
     score: Score | None = None  # None until the verifier has answered
 
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt with its N drafts, the one kept, and the G refinements that share one advantage baseline."""
+    """A prompt with its N drafts, the draft that was kept, and the G refinements with one advantage baseline."""
 
     prompt: Prompt
     drafts: tuple[Completion, ...]  # N, may be empty
     best: int | None  # index into drafts of the draft in q' (algorithm.draft_selection); None = the plain prompt
     context: np.ndarray  # [L'] int32: q' = prompt with the best draft spliced in; the plain prompt where best is None
-    completions: tuple[Completion, ...]  # G, the only ones that carry loss, but for algorithm.train_drafts
+    completions: tuple[Completion, ...]  # G refinements, which carry the loss (drafts too with algorithm.train_drafts)
 
     @property
-    def rewards(self) -> np.ndarray:  # [G] float32
+    def rewards(self) -> np.ndarray:
+        """Rewards of the refinements, [G] float32."""
         return np.array([completion.score.reward for completion in self.completions], np.float32)
 
     @property
@@ -86,9 +87,9 @@ class Group:
 
 
 class TrainBatch(NamedTuple):
-    """A micro-batch: Q contexts, each with G of its completions, which run it once together.
+    """A micro-batch: Q contexts, each with G of its completions, which share one run of the context.
 
-    A context is split into all but its last token and that one, whose state predicts the first token of a completion.
+    A context is split into its last token, whose state predicts the first token of a completion, and all before it.
     Padding is on the right; a unit of padding has lengths and weights of 0. Rows of one context never see each other.
     """
 
@@ -106,10 +107,10 @@ class TrainBatch(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(Q, P, G, T)."""
+        """The sizes (Q, P, G, T)."""
         return (*self.prefix.shape, *self.completions.shape[1:])
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens that a program of this shape runs."""
+        """Number of tokens that a program of this shape runs, padding included."""
         return self.prefix.size + self.completions.size
