@@ -428,6 +428,12 @@ class EvaluationConfig:
     max_completion_length: Annotated[int | None, AtLeast(1)] = None
     # Folder of NAME.jsonl (or .csv, .json, .parquet) files of benchmarks, which are used before the hub.
     data_dir: str = ""
+    # Column of the question in the files of data_dir, in which a dot reaches into nested columns; empty finds it by
+    # name, as data.prompt_column does.
+    prompt_column: str = ""
+    # Column of the answer in the files of data_dir, in which a dot reaches into nested columns; empty finds it by name,
+    # as data.answer_column does.
+    answer_column: str = ""
 
 
 @dataclass(frozen=True)

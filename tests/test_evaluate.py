@@ -260,7 +260,12 @@ def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
     assert "is empty" in call(evaluate, "--model", model, "--benchmarks", "mine", data, *out, code=2)
     (folder / "mine.jsonl").write_text('{"text": "1+1", "answer": "2"}\n')
     said = call(evaluate, "--model", model, "--benchmarks", "mine", data, *out, code=2)
-    assert "has no column 'prompt'" in said and "text, answer" in said and "rename a column" in said
+    assert "has no column 'prompt'" in said and "text, answer" in said
+    assert "config.evaluation.prompt_column names another" in said
+    said = call(
+        evaluate, "--model", model, "--benchmarks", "mine", data, "--config.evaluation.prompt_column=tex", *out, code=2
+    )
+    assert "has no column 'tex'" in said and "the nearest is 'text'" in said
     (folder / "mine.jsonl").write_text(json.dumps({"prompt": "1+" * 40, "answer": "2"}))
     said = call(evaluate, "--model", model, "--benchmarks", "mine", data, *out, code=2)
     assert "model's context of 64 leaves no room" in said

@@ -18,6 +18,7 @@ from igrpo_jax.rewards.mathematics import extraction
 
 PROMPTS = ("prompt", "problem", "question", "input")
 ANSWERS = ("answer", "solution", "ground_truth", "output", "reward_model.ground_truth")
+FIX = "config.data.{} names another"
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,25 @@ class Mapping:
         return {name: value for name, value in columns.items() if name not in (self.prompt, self.answer)}
 
 
-def choose(table: Table, prompt: str, answer: str, source: str) -> Mapping:
-    """Returns the columns of a table that has rows. `prompt` and `answer` are the user's choice; empty = find by name.
+def choose(table: Table, prompt: str, answer: str, source: str, fix: str = FIX) -> Mapping:
+    """Returns the columns of a table that has rows.
+
+    Args:
+        prompt: name of the column of the questions; empty = find it by name.
+        answer: the same of the answers.
+        source: what the error names.
+        fix: what the error advises; `{}` stands for the name of the setting, without its section.
 
     Raises:
         InputError: there is no such column; the message lists those that exist.
     """
-    question_column = choose_prompt(table, prompt, source)
-    return Mapping(question_column, _column(_names(table), answer, ANSWERS, source, "answer_column"))
+    question_column = choose_prompt(table, prompt, source, fix)
+    return Mapping(question_column, _column(_names(table), answer, ANSWERS, source, fix.format("answer_column")))
 
 
-def choose_prompt(table: Table, prompt: str, source: str) -> str:
+def choose_prompt(table: Table, prompt: str, source: str, fix: str = FIX) -> str:
     """Returns the column of the questions alone, as `choose` finds it."""
-    return _column(_names(table), prompt, PROMPTS, source, "prompt_column")
+    return _column(_names(table), prompt, PROMPTS, source, fix.format("prompt_column"))
 
 
 def cell(columns: dict[str, Any], name: str) -> Any:
@@ -158,13 +165,12 @@ def _names(table: Table) -> list[str]:
     return [*top, *nested]
 
 
-def _column(names: list[str], wanted: str, known: tuple[str, ...], source: str, setting: str) -> str:
+def _column(names: list[str], wanted: str, known: tuple[str, ...], source: str, fix: str) -> str:
+    """Returns the first of the wanted or known names that is among the columns; raises InputError without any."""
     for name in [wanted] if wanted else known:
         if name in names:
             return name
     near = difflib.get_close_matches(wanted or known[0], names, n=1, cutoff=0.0)
     advice = f"its columns are {', '.join(names)}; the nearest is {near[0]!r}" if near else "it has none"
-    benchmark = source.startswith("config.evaluation.")
-    fix = "rename a column of the file" if benchmark else f"config.data.{setting} names another"
     what = f"column {wanted!r}" if wanted else f"column {', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
     raise InputError(f"{source}: has no {what}; {advice} ({fix})")

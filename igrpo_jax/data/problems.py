@@ -142,7 +142,9 @@ def benchmark_rows(name: str, settings: EvaluationConfig) -> list[Row]:
     for stem in (name, *(known.files if known else ())):
         if stem in by_stem:
             where = f"{source}: {by_stem[stem]}"
-            return _benchmark(readers.read(str(by_stem[stem]), where), "", "", where)
+            table = readers.read(str(by_stem[stem]), where)
+            fix = "config.evaluation.{} names another"
+            return _benchmark(table, settings.prompt_column, settings.answer_column, where, fix)
     if known is None:
         there = [*BENCHMARKS, "arithmetic", *by_stem]
         near = difflib.get_close_matches(name, there, n=1, cutoff=0.0)[0]
@@ -151,12 +153,13 @@ def benchmark_rows(name: str, settings: EvaluationConfig) -> list[Row]:
         raise InputError(f"{source}: {looked}; the nearest is {near!r} of {', '.join(dict.fromkeys(there))}{fix}")
     fix = f"without the hub, give its folder: config.evaluation.data_dir=FOLDER with {name}.jsonl (prompt, answer)"
     hub = known.hub
-    return _benchmark(readers.read(hub.id, source, hub.subset, hub.split, fix), hub.prompt, hub.answer, source)
+    table = readers.read(hub.id, source, hub.subset, hub.split, fix)
+    return _benchmark(table, hub.prompt, hub.answer, source, "give it as a file in config.evaluation.data_dir")
 
 
-def _benchmark(table: Table, prompt: str, answer: str, source: str) -> list[Row]:
+def _benchmark(table: Table, prompt: str, answer: str, source: str, fix: str) -> list[Row]:
     _check_not_empty(table, source)
-    return _rows(table, columns.choose(table, prompt, answer, source), source)
+    return _rows(table, columns.choose(table, prompt, answer, source, fix), source)
 
 
 def _rows(table: Table, mapping: columns.Mapping, source: str) -> list[Row]:

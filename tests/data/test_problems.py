@@ -254,6 +254,16 @@ def test_a_benchmark_without_the_hub_says_how_to_give_a_file():
     assert "config.evaluation.data_dir=FOLDER with math500.jsonl" in message
 
 
+def test_the_columns_of_a_benchmarks_file_can_be_named(tmp_path):
+    """Of columns that would be found by name too, the named ones are read."""
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "no", "task": {"text": "1+1"}, "answer": "no", "gold": 2}\n')
+    given = {"data_dir": str(tmp_path), "prompt_column": "task.text", "answer_column": "gold"}
+    (row,) = problems.benchmark_rows("mine", EvaluationConfig(**given))
+    assert (row.question, row.answer) == ("1+1", "2")
+    with pytest.raises(InputError, match=r"has no column 'golden'.*config\.evaluation\.answer_column names another"):
+        problems.benchmark_rows("mine", EvaluationConfig(**given | {"answer_column": "golden"}))
+
+
 def test_benchmarks_are_found_by_name_and_cut_to_the_limit(tmp_path):
     write(tmp_path / "aime24.jsonl", sums(5))
     write(tmp_path / "gsm8k_test.jsonl", sums(4))

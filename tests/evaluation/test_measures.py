@@ -27,7 +27,7 @@ def test_pass_at_one_is_the_mean_and_k_is_checked():
 
 
 @pytest.mark.parametrize(
-    ("classes", "place"),
+    ("classes", "index"),
     [
         ([0, 1, 1, 0, 1], 1),
         ([0, 1, 1, 0], 0),  # two each: the class that came first
@@ -37,8 +37,8 @@ def test_pass_at_one_is_the_mean_and_k_is_checked():
         ([], None),
     ],
 )
-def test_the_vote(classes, place):
-    assert measures.vote(classes) == place
+def test_the_vote(classes, index):
+    assert measures.vote(classes) == index
 
 
 def test_majority_over_disjoint_runs():

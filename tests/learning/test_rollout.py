@@ -1,4 +1,4 @@
-"""The two stages: order, the best draft, what Stage 2 sees, and that nothing depends on who finishes first."""
+"""The two stages: order, the best draft, what Stage 2 sees, and that nothing depends on which sample is first."""
 
 import math
 import threading
@@ -52,7 +52,7 @@ def settings(**changes):
 
 
 class StubVerifier:
-    """Rewards 0 to 2 by the text alone, in threads that take their time: the later a text comes, the sooner it ends."""
+    """Gives rewards 0 to 2 by the text alone, in threads that sleep: the later a text comes, the sooner its score."""
 
     def __init__(self, status="ok", delay=0.03):
         self._pool, self._status, self._delay = ThreadPoolExecutor(32), status, delay
@@ -101,7 +101,7 @@ def prompts(renderer):
 
 @pytest.fixture(scope="module")
 def schedulers(policy):
-    """By number of slots; each compiled once."""
+    """Schedulers by their number of slots; each is compiled once."""
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     sizes = {"max_context": 32, "max_completion": LENGTH, "dtype": "float32"}
     with jax.set_mesh(mesh):
@@ -115,7 +115,7 @@ def schedulers(policy):
 
 @pytest.fixture(scope="module")
 def params(policy, schedulers):
-    """Of a model that often thinks of stopping, so that completions differ in length."""
+    """Weights with which an EOS is often drawn, so that completions differ in length."""
     params = policy.load(schedulers[16].engine.mesh, 0)
     return params | {"embedding": params["embedding"].at[policy.eos_ids[0]].mul(2)}
 
@@ -142,7 +142,7 @@ def rollout(collect, verifier):
 
 
 def same(one, other):
-    """Groups equal in everything but floats' last bits."""
+    """Checks that two groups are equal in everything but the last bits of floats."""
     assert one.prompt.id == other.prompt.id
     assert one.best == other.best
     np.testing.assert_array_equal(one.context, other.context)
@@ -157,7 +157,7 @@ def same(one, other):
 
 @pytest.mark.slow
 def test_groups_and_samples_are_in_order(rollout, verifier, prompts):
-    """By prompt and sample, though verdicts come in another order, and Stage 2 starts of some prompts before others."""
+    """Ordered by prompt and sample, though verdicts come in another order and some prompts refine before others."""
     groups, _ = rollout
     assert verifier.finished != verifier.submitted and sorted(verifier.finished) == sorted(verifier.submitted)
     assert [group.prompt for group in groups] == prompts
@@ -224,7 +224,7 @@ def test_the_rollout_does_not_depend_on_streaming(collect, rollout):
 
 
 def test_a_slow_verifier_holds_nothing_up_but_its_own_prompt(collect, rollout, prompts):
-    """One prompt's drafts take long: the others are refined meanwhile, the wait is counted, nothing is lost."""
+    """The drafts of one prompt take long: the others are refined meanwhile, the wait is counted, nothing is lost."""
 
     others = threading.Event()  # all that the other prompts have to sample was
 
@@ -286,13 +286,13 @@ def test_a_verifier_that_hangs_dies_and_raises(collect, rollout, tmp_path, monke
 
 
 def test_a_group_does_not_depend_on_the_other_prompts(collect, rollout, prompts):
-    """The third of six is the third of three; its randomness comes of its place in the step."""
+    """The third of six is the third of three; its randomness comes from its position in the step."""
     groups, _ = collect(wanted=prompts[:3])
     for ours, theirs in zip(rollout[0], groups, strict=False):
         same(ours, theirs)
 
 
-def test_randomness_comes_of_the_step_the_stage_and_the_place(collect, rollout, prompts):
+def test_randomness_comes_from_the_step_the_stage_and_the_position(collect, rollout, prompts):
     groups, _ = collect(step=4)
     assert all(
         (a.drafts[0].text, a.drafts[1].text) != (b.drafts[0].text, b.drafts[1].text)
@@ -305,20 +305,20 @@ def test_randomness_comes_of_the_step_the_stage_and_the_place(collect, rollout, 
 
 
 def test_without_drafts_it_is_the_base_algorithm(collect, schedulers, params, prompts):
-    """The plain prompt sampled G times, as by the scheduler alone."""
+    """The plain prompt is sampled G times, as by the scheduler alone."""
     groups, metrics = collect(algorithm__num_drafts=0)
     key = stage_key(5, 3, 2)
     with jax.set_mesh(schedulers[3].engine.mesh):
         schedulers[3].start(params, Sampling(1.5))
-        for place, prompt in enumerate(prompts):
-            schedulers[3].submit(Request(prompt.tokens, place, G, key, LENGTH))
-        direct = {(one.request.index, one.sample_id): one for one in schedulers[3].drain()}
-    for place, group in enumerate(groups):
+        for index, prompt in enumerate(prompts):
+            schedulers[3].submit(Request(prompt.tokens, index, G, key, LENGTH))
+        direct = {(sample.request.index, sample.sample_id): sample for sample in schedulers[3].drain()}
+    for index, group in enumerate(groups):
         assert group.drafts == () and group.best is None
         np.testing.assert_array_equal(group.context, group.prompt.tokens)
         for one in group.completions:
-            np.testing.assert_array_equal(one.tokens, direct[place, one.sample_id].tokens)
-            assert one.finished == direct[place, one.sample_id].finished
+            np.testing.assert_array_equal(one.tokens, direct[index, one.sample_id].tokens)
+            assert one.finished == direct[index, one.sample_id].finished
     assert metrics["perf/draft_tokens"] == 0
     assert metrics["perf/completion_tokens"] == sum(len(one.tokens) for one in direct.values())
 
@@ -361,7 +361,7 @@ def test_a_verifier_that_fails_stops_the_run(collect, status):
 
 
 class SilentJudge(StubVerifier):
-    """Has no verdict on any draft."""
+    """A verifier that has no verdict on any draft."""
 
     def _grade(self, text, answer, delay):
         return Score(math.nan, {"judge": math.nan}, None, "invalid", detail="no reply")
@@ -379,7 +379,7 @@ def test_drafts_without_a_verdict_are_not_shown(collect):
 
 
 def test_what_a_reward_is_given(collect, prompts):
-    """The row's columns, the question and the very tokens that were sampled."""
+    """It gets the row's columns, the question and the very tokens that were sampled."""
     seen = []
 
     class Watching(StubVerifier):
@@ -425,7 +425,7 @@ def test_the_best_draft(rewards, best):
 
 
 def test_other_drafts_than_the_best():
-    """Of those with a verdict: the worst, first of equals; the first; any."""
+    """Only drafts with a verdict can be kept: the worst, the first one of equals; the first; any."""
     drafts = drafts_with([math.nan, 2, 1, 1, 3])
     assert selected(drafts, "worst") == 2 and selected(drafts, "first") == 1
     rng = np.random.default_rng(0)
@@ -437,7 +437,7 @@ def test_other_drafts_than_the_best():
 
 @pytest.mark.parametrize("selection", ["worst", "first", "random"])
 def test_the_kept_draft_can_be_another(collect, rollout, renderer, selection):
-    """The drafts are the same; what q' shows follows from the seed, the step and the place, not from arrival."""
+    """The drafts are the same; what q' shows follows from the seed, the step and the position, not from arrival."""
     groups, _ = collect(algorithm__draft_selection=selection)
     again, _ = collect(StubVerifier(delay=0.0), slots=3, algorithm__draft_selection=selection)
     other, _ = collect(step=4, algorithm__draft_selection=selection)
@@ -457,7 +457,7 @@ def test_the_kept_draft_can_be_another(collect, rollout, renderer, selection):
 
 @pytest.mark.parametrize(("slots", "streamed"), [(16, True), (3, True), (16, False), (-3, True)])
 def test_drafting_can_end_at_the_first_success(collect, rollout, slots, streamed):
-    """2 is the largest reward. The drafts are those drawn without it, up to the first of 2; the rest is as before."""
+    """The largest reward is 2. The drafts are those of a full Stage 1, up to the first with 2; the rest is equal."""
     verifier = StubVerifier(delay=0.01)
     wanted = {"algorithm__draft_early_stop": True, "rollout__streamed": streamed}
     groups, metrics = collect(verifier, slots=slots, **wanted)
@@ -478,7 +478,7 @@ def test_a_draft_without_a_verdict_ends_nothing(collect):
 
 
 class Unsolvable(StubVerifier):
-    """Some questions earn the same whatever the answer; of the others hardly two answers do."""
+    """Some questions earn the same whatever the answer; for the others hardly two answers earn the same."""
 
     def __init__(self, questions, **settings):
         super().__init__(**settings)
@@ -497,9 +497,9 @@ class Unsolvable(StubVerifier):
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_groups_without_a_signal_are_drawn_again(collect, prompts, streamed):
-    """Of places 0 and 3. A redraw brings place 0 a prompt with a signal, place 3 one without, and then one with.
+    """Positions 0 and 3 are drawn again: 0 gets a prompt with a signal, 3 gets one without, and then one with a signal.
 
-    What comes out does not depend on slots or arrival, and the groups of other places are what they were.
+    What comes out does not depend on slots or arrival, and the groups of other positions are what they were.
     """
     rounds = {1: [prompts[i] for i in (1, 5, 5, 0, 5, 5)], 2: [prompts[i] for i in (0, 0, 0, 4, 0, 0)]}
     wanted = {"fresh": rounds.get, "algorithm__max_redraws": 3, "rollout__streamed": streamed}
@@ -511,11 +511,11 @@ def test_groups_without_a_signal_are_drawn_again(collect, prompts, streamed):
     for ours, theirs in zip(groups, again, strict=True):
         same(ours, theirs)
     assert [group.prompt for group in groups] == [prompts[i] for i in (1, 1, 2, 4, 4, 5)]
-    for place in (1, 2, 4, 5):
-        same(groups[place], before[place])
-    for place, twin in ((0, 1), (3, 4)):  # randomness is the redraw's own
-        assert [one.text for one in groups[place].drafts] != [one.text for one in groups[twin].drafts]
-        assert len(set(groups[place].rewards)) > 1
+    for index in (1, 2, 4, 5):
+        same(groups[index], before[index])
+    for index, twin in ((0, 1), (3, 4)):  # a redraw has randomness of its own
+        assert [draft.text for draft in groups[index].drafts] != [draft.text for draft in groups[twin].drafts]
+        assert len(set(groups[index].rewards)) > 1
     assert (metrics["redraw/groups"], metrics["redraw/exhausted"]) == (3, 0)
     assert len(verifier.submitted) == (len(QUESTIONS) + 3) * (N + G)
     tokens = sum(len(one.tokens) for group in groups for one in group.completions)
@@ -524,7 +524,7 @@ def test_groups_without_a_signal_are_drawn_again(collect, prompts, streamed):
 
 
 def test_redraws_end_on_an_unsolvable_set(renderer, schedulers, params, prompts, caplog):
-    """Bounded, counted every step, warned of once."""
+    """Redraws are bounded and counted every step, and the warning comes once."""
     verifier = Unsolvable(set(QUESTIONS), delay=0.0)
     with jax.set_mesh(schedulers[16].engine.mesh):
         rollout = Rollout(settings(algorithm__max_redraws=2), renderer, schedulers[16], verifier)
