@@ -70,12 +70,14 @@ def samples(workdir: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted((workdir / "samples").iterdir())}
 
 
-def final_state(workdir: Path, c: config.Config) -> dict[str, np.ndarray]:
-    task = open_task(c)
-    with jax.set_mesh(task.mesh), Checkpointer(workdir, c.checkpoint) as store:
-        learner = Learner(c, task.policy.model, task.mesh, max_context=task.max_context, total_steps=task.total_steps)
+def final_state(workdir: Path, run_config: config.Config) -> dict[str, np.ndarray]:
+    task = open_task(run_config)
+    with jax.set_mesh(task.mesh), Checkpointer(workdir, run_config.checkpoint) as store:
+        learner = Learner(
+            run_config, task.policy.model, task.mesh, max_context=task.max_context, total_steps=task.total_steps
+        )
         step, state, meta = store.restore(learner.abstract_state())
-    assert meta["step"] == step == c.steps
+    assert meta["step"] == step == run_config.steps
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 

@@ -1,4 +1,4 @@
-"""How processes are found and what may follow from another's end; `test_multiprocess` has several that really run."""
+"""How processes are found, and which errors may follow from another's end; `test_multiprocess` really starts some."""
 
 import jax
 import pytest
@@ -32,8 +32,8 @@ def slurm(monkeypatch):
 
 def test_a_process_alone_meets_nobody(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", None)
-    one = {"coordinator_address": "localhost:1", "num_processes": 1, "process_id": 0}
-    for address in ({}, one):
+    alone = {"coordinator_address": "localhost:1", "num_processes": 1, "process_id": 0}
+    for address in ({}, alone):
         with cluster.joined(ClusterConfig(), address):
             assert cluster.gather(b"x") == [b"x"] and cluster.from_first(lambda: (1,)) == (1,)
             cluster.check_same({"x": 1})
