@@ -1,21 +1,22 @@
-"""What a model makes of a draft in its prompt, before any training: does it copy, and does it matter what the draft is?
+"""Measures what a model makes of a draft in its prompt before any training: whether it copies, and what it copies.
 
     python benchmarks/draft_probe.py --model MODEL_DIR --data DATA_DIR --out studies/probe
 
 DATA_DIR holds gsm8k_train.jsonl (id, prompt, answer, solution). The --problems shortest solutions serve as drafts: as
-they are ("right"), or with another number where the final answer stands ("wrong"). Each prompt is answered --samples
-times by `python -m igrpo_jax.evaluate`, which goes on where it was killed:
+they are ("right"), or with another number instead of the final answer ("wrong"). `python -m igrpo_jax.evaluate` answers
+each prompt --samples times; after a kill the same command continues. The kinds of prompts are
 
     plain           the question alone
-    right, wrong    with a draft, under the wording of config.refine.instruction
-    ..._bare        the draft under no more than the word "Draft:"
-    ..._tail        only the last sentence of the draft, which states the answer
+    right, wrong    with a draft, in the wording of config.refine.instruction
+    ..._bare        with the draft after no more than the word "Draft:"
+    ..._tail        with only the last sentence of the draft, which states the answer
     ..._hot         at twice the temperature
 
-OUT/tables.md and OUT/results.json hold for each: the accuracy, its 95 % interval (bootstrap over problems), the share
-of answers that are the draft's own, and the share of the draft's words in a row at both ends that answers repeat
-(`copied`, as refine/copy_ratio counts tokens). The copying attractor needs two things: right drafts must be worth more
-than the plain prompt, and copying must be how. The last line is one JSON object: the same numbers.
+OUT/tables.md and OUT/results.json hold for each kind: the accuracy, its 95 % interval (bootstrap over problems), the
+fraction of answers that are the draft's own, and `copied`, the fraction of the words of an answer that it has in common
+with the draft, counted from both ends (as refine/copy_ratio counts tokens). Copying attracts training only if right
+drafts are worth more than the plain prompt, and if copying is the reason. The last line is one JSON object with the
+same numbers.
 """
 
 import argparse
@@ -39,7 +40,7 @@ WORDINGS = {"": config.RefineConfig().instruction, "_bare": "Draft:\n{draft}"}
 
 
 def prompts(problems: list[dict]) -> dict[str, list[dict]]:
-    """The rows (id, prompt, answer, draft) of every kind of prompt but the hot ones."""
+    """Returns the rows (id, prompt, answer, draft) of every kind of prompt except the hot ones."""
     kinds: dict[str, list[dict]] = {"plain": [row | {"draft": ""} for row in problems]}
     rng = np.random.default_rng(0)
     for right in ("right", "wrong"):
@@ -58,11 +59,13 @@ def prompts(problems: list[dict]) -> dict[str, list[dict]]:
 
 
 def _add(kinds: dict[str, list[dict]], kind: str, row: dict, words: str, draft: str, stated: str) -> None:
+    """Adds a row with a draft to `kinds`; `stated` is the answer that the draft states."""
     prompt = f"{row['prompt']}\n\n{words.replace('{draft}', draft)}"
     kinds.setdefault(kind, []).append(row | {"prompt": prompt, "draft": draft, "stated": stated})
 
 
 def evaluate(args: argparse.Namespace, names: list[str], workdir: Path, temperature: float) -> None:
+    """Answers the prompts of these kinds at a temperature, into `workdir`."""
     command = [sys.executable, "-m", "igrpo_jax.evaluate", "--config", str(CONFIG), "--model", args.model]
     command += ["--benchmarks", ",".join(names), "--samples", str(args.samples), "--workdir", str(workdir)]
     command += [f"--config.evaluation.temperature={temperature}", f"--config.evaluation.data_dir={args.out / 'data'}"]
@@ -71,7 +74,7 @@ def evaluate(args: argparse.Namespace, names: list[str], workdir: Path, temperat
 
 
 def figures(rows: list[dict], asked: list[dict]) -> dict[str, float]:
-    """The numbers of one kind of prompt from the rows of its evaluation."""
+    """Returns the numbers of one kind of prompt from the rows of its evaluation."""
     drafts = {row["id"]: row for row in asked}
     right: dict[str, list[float]] = {}
     for row in rows:
@@ -89,11 +92,12 @@ def figures(rows: list[dict], asked: list[dict]) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
+    """Returns the results as a Markdown table."""
     lines = ["| prompt | accuracy | interval | states the draft's answer | copied | tokens |", "|---" * 6 + "|"]
-    for name, one in results.items():
-        cells = [name, f"{100 * one['accuracy']:.1f}", f"{100 * one['low']:.1f} to {100 * one['high']:.1f}"]
-        cells += [f"{100 * one[key]:.0f}" if key in one else "" for key in ("draft_answer", "copied")]
-        lines.append("| " + " | ".join([*cells, f"{one['length']:.0f}"]) + " |")
+    for name, numbers in results.items():
+        cells = [name, f"{100 * numbers['accuracy']:.1f}", f"{100 * numbers['low']:.1f} to {100 * numbers['high']:.1f}"]
+        cells += [f"{100 * numbers[key]:.0f}" if key in numbers else "" for key in ("draft_answer", "copied")]
+        lines.append("| " + " | ".join([*cells, f"{numbers['length']:.0f}"]) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,30 +1,31 @@
-"""GRPO against iGRPO with the same number of sampled completions, on many seeds from one shared start.
+"""Compares GRPO with iGRPO at the same number of sampled completions, on many seeds from one shared start.
 
     python benchmarks/matched_budget.py --out studies/arithmetic                          # 10 paired seeds
-    python benchmarks/matched_budget.py --out studies/arithmetic --groups all             # and 3 seeds of all the rest
+    python benchmarks/matched_budget.py --out studies/arithmetic --groups all             # and 3 of the other groups
     python benchmarks/matched_budget.py --out studies/smollm2 --setting smollm2 --model SMOLLM2_DIR --data DATA_DIR
 
-Every run is `python -m igrpo_jax.main` with a file of configs/ and the settings that ARMS below gives its arm, in
-OUT/runs/ARM/seed_K. All begin from the same exported model; a seed decides the order of the prompts and what is
-sampled, so that runs of one seed are pairs. Data and start do not depend on the seed. Killed, the same command goes on:
-finished runs are skipped, and an unfinished one resumes. --jobs runs at a time share the cores, each with cores of its
-own, so that their seconds compare.
+Every run is `python -m igrpo_jax.main` with a file of configs/ and the settings of its arm in study_arms.py; its folder
+is OUT/runs/ARM/seed_K. All runs begin from the same exported model. The seed decides the order of the prompts and the
+samples, so that runs with the same seed are pairs; data and start do not depend on it. After a kill the same command
+continues: it skips finished runs and resumes an unfinished one. --jobs runs at a time share the machine, each on its
+    own
+cores, so that their seconds can be compared. The groups of arms are
 
     main          GRPO (8 completions) and iGRPO (4 drafts + 4 refinements)
-    copying       the same from a start that has seen good drafts and copies them, and what might help against it
+    copying       the same from a start that has seen good drafts and copies them, and possible remedies
     wrapper       DAPO, GSPO and Dr. GRPO, each with and without the draft stage
     controls      iGRPO with another draft than the best, without some drafts, trained on drafts, ...
     beta          iGRPO with a KL term of 1e-4, 1e-3, 1e-2
-    completions   4, 16 and 32 completions in all, of both
+    completions   GRPO and iGRPO with 4, 16 and 32 completions in total
 
 After every run OUT/results.json (all numbers), OUT/tables.md and OUT/GROUP.png are written anew; `--report-only` writes
-them from the runs that are there. Intervals are 95 %, Student's t over the seeds; differences are of pairs. The last
-line is one JSON object: `arms` with pass@1 before and after, `area` (mean height of the curve), and the difference to
-the arm that each is compared with.
+them from the runs that exist. Intervals are 95 %, by Student's t over the seeds, and differences are differences of
+pairs. The last line is one JSON object: `arms` with pass@1 before and after, `area` (mean height of the curve), and the
+difference to the arm with which each arm is compared.
 
-The setting smollm2 starts every run from --model, and trains it on those of the --screen shortest problems of GSM8K
-that it solves sometimes, on which it is evaluated too (other samples): a model that never succeeds learns nothing.
-Flags --config.FIELD=VALUE are given to every run.
+The setting smollm2 starts every run from --model. It takes the --screen shortest problems of GSM8K, and trains on those
+that the model solves sometimes, because a model that never succeeds learns nothing. Evaluations use the same problems
+with other samples. Flags --config.FIELD=VALUE are passed to every run.
 """
 
 import argparse
@@ -45,109 +46,57 @@ from typing import Any, TextIO
 
 import study_report
 import study_runs
+from study_arms import ARMS, STARTS, Arm
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def budget(total: int, drafts: bool) -> dict[str, Any]:
-    """All of `total` completions trained, or half of them drafts."""
-    half = total // 2 if drafts else 0
-    return {"algorithm.num_drafts": half, "algorithm.num_generations": total - half}
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """A method: its settings, the start it trains from, and the arm it is compared with."""
-
-    name: str
-    settings: dict[str, Any]
-    against: str = ""
-    start: str = "start"
-
-
-GRPO, IGRPO = budget(8, False), budget(8, True)
-CONTROLS = {
-    "random": {"algorithm.draft_selection": "random"},
-    "worst": {"algorithm.draft_selection": "worst"},
-    "first": {"algorithm.draft_selection": "first"},
-    "dropout": {"algorithm.draft_dropout": 0.5},
-    "train_drafts": {"algorithm.train_drafts": True},
-    "early_stop": {"algorithm.draft_early_stop": True},
-    "tail": {"refine.max_draft_length": 8},
-}
-AGAINST_COPYING = ("random", "worst", "dropout", "train_drafts", "tail")
-
-ARMS: dict[str, list[Arm]] = {
-    "main": [Arm("grpo", GRPO), Arm("igrpo", IGRPO, "grpo")],
-    "copying": [
-        Arm("trusting_grpo", GRPO, start="trusting"),
-        Arm("trusting_igrpo", IGRPO, "trusting_grpo", "trusting"),
-        *(Arm(f"trusting_{name}", IGRPO | CONTROLS[name], "trusting_igrpo", "trusting") for name in AGAINST_COPYING),
-        Arm("trusting_hot", IGRPO | {"rollout.temperature": 1.3}, "trusting_igrpo", "trusting"),
-    ],
-    "wrapper": [
-        arm
-        for loss in ("dapo", "gspo", "dr_grpo")
-        for arm in (
-            Arm(loss, GRPO | {"algorithm.loss_type": loss}),
-            Arm(f"igrpo_{loss}", IGRPO | {"algorithm.loss_type": loss}, loss),
-        )
-    ],
-    "controls": [Arm(f"igrpo_{name}", IGRPO | settings, "igrpo") for name, settings in CONTROLS.items()],
-    "beta": [Arm(f"igrpo_beta_{beta:g}", IGRPO | {"algorithm.beta": beta}, "igrpo") for beta in (1e-4, 1e-3, 1e-2)],
-    "completions": [
-        arm
-        for total in (4, 16, 32)
-        for arm in (
-            Arm(f"grpo_{total}", budget(total, False)),
-            Arm(f"igrpo_{total}", budget(total, True), f"grpo_{total}"),
-        )
-    ],
-}
-# Supervised starts of the arithmetic model: drafts of random steps, which nothing can be learned from, or drafts that
-# are as good as the teacher's own solutions.
-STARTS = {"start": {}, "trusting": {"warm_start.draft_error_rate": 0.25}}
-
-
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Where the runs are, and what they have in common."""
+    """The folder of the runs, and the settings that they have in common."""
 
     out: Path
     config: Path
     benchmark: str
-    settings: dict[str, Any]  # of all runs
+    settings: dict[str, Any]  # settings of all runs
     steps: int
-    flags: list[str]  # for every run
-    pretrained: str = ""  # the model that all runs start from, in the place of the supervised starts
+    flags: list[str]  # further flags for every run
+    pretrained: str = ""  # the model from which all runs start, instead of the supervised starts
 
     def run(self, arm: str, seed: int) -> Path:
+        """Returns the folder of a run."""
         return self.out / "runs" / arm / f"seed_{seed}"
 
     def model(self, start: str) -> Path:
+        """Returns the folder of the model from which runs with this start train."""
         return Path(self.pretrained or self.out / "starts" / start / "model")
 
     def command(self, arm: Arm, seed: int) -> list[str]:
+        """Returns the command of a run."""
         own = {"model.path": self.model(arm.start), "seed": seed, "steps": self.steps}
         settings = self.settings | arm.settings | own
         return main_command(self.config, self.run(arm.name, seed), settings) + self.flags
 
 
 def read_config(file: Path) -> Any:
-    """The ConfigDict of a file in configs/."""
+    """Returns the ConfigDict of a file in configs/."""
     return runpy.run_path(str(file))["get_config"]()
 
 
 def main_command(config: Path, workdir: Path, settings: dict[str, Any]) -> list[str]:
+    """Returns the command of a run in `workdir` with these settings."""
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     return [sys.executable, "-m", "igrpo_jax.main", "--config", str(config), "--workdir", str(workdir), *flags]
 
 
 def call(command: list[str], log: Path, cores: list[int] | None = None) -> None:
-    """Runs a command with its output in `log`, which is locked as long as it runs.
+    """Runs a command with its output in `log`, which is locked while it runs.
+
+    Args:
+        cores: the cores on which it may run; None for all.
 
     Raises:
-        SystemExit: it failed; the message has the end of its output.
+        SystemExit: the command failed; the message has the end of its output.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
@@ -161,7 +110,7 @@ def call(command: list[str], log: Path, cores: list[int] | None = None) -> None:
 
 
 def _lock(log: TextIO) -> None:
-    """Waits until no other process has `log`. Children inherit the lock and keep it, should this process be killed."""
+    """Waits until no other process locks `log`. Children inherit the lock and keep it if this process is killed."""
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -170,7 +119,7 @@ def _lock(log: TextIO) -> None:
 
 
 def arithmetic(args: argparse.Namespace) -> Study:
-    """The problems as files, and the supervised starts that the chosen groups need."""
+    """Writes the problems as files and makes the supervised starts that the chosen groups need; returns the study."""
     from igrpo_jax import config
     from igrpo_jax.data.arithmetic import problems
     from igrpo_jax.outputs.files import write_rows
@@ -180,7 +129,10 @@ def arithmetic(args: argparse.Namespace) -> Study:
     data = args.out / "data"
     data.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("train", "held_out"), problems(config.freeze(tree).data.arithmetic, tree.seed), strict=True):
-        lines = [{"id": f"{name}-{i}", "prompt": one.question, "answer": str(one.answer)} for i, one in enumerate(rows)]
+        lines = [
+            {"id": f"{name}-{i}", "prompt": problem.question, "answer": str(problem.answer)}
+            for i, problem in enumerate(rows)
+        ]
         write_rows(data / f"{name}.jsonl", lines)
     settings = {
         "warm_start.steps": 0,
@@ -198,7 +150,7 @@ def arithmetic(args: argparse.Namespace) -> Study:
 
 
 def pretrained(args: argparse.Namespace) -> Study:
-    """The model that is given, and the problems that it solves sometimes."""
+    """Selects the problems that the given model solves sometimes; returns the study."""
     from igrpo_jax.outputs.files import write_rows
 
     file, data, samples = ROOT / "configs" / "study_smollm2.py", args.out / "data", 4
@@ -225,7 +177,7 @@ def pretrained(args: argparse.Namespace) -> Study:
 
 
 def make_start(study: Study, name: str, cores: list[int] | None) -> None:
-    """Exports what the supervised start has learned: the checkpoint of step 0 of a run of one step at rate 0."""
+    """Exports the model after its supervised start: the checkpoint of step 0 of a run of one step at rate 0."""
     folder = study.model(name).parent
     once = STARTS[name] | {"steps": 1, "optimizer.learning_rate": 0.0, "evaluation.every": 0}
     call(main_command(study.config, folder / "run", once) + study.flags, folder / "log.txt", cores)
@@ -234,35 +186,36 @@ def make_start(study: Study, name: str, cores: list[int] | None) -> None:
 
 
 def in_parallel(jobs: int, work: Callable[[Any, list[int] | None], None], items: Sequence[Any]) -> None:
-    """`work(item, cores)` of all items, `jobs` at a time, each with cores of its own; the first error ends it."""
+    """Calls `work(item, cores)` for all items, `jobs` at a time, each with its own cores; the first error ends it."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    places = queue.SimpleQueue()
+    free_cores = queue.SimpleQueue()
     for job in range(jobs):
-        places.put(cores[job::jobs] if jobs > 1 else None)
+        free_cores.put(cores[job::jobs] if jobs > 1 else None)
     failed = threading.Event()
 
-    def one(item: Any) -> None:
-        place = places.get()
+    def work_on(item: Any) -> None:
+        own_cores = free_cores.get()
         try:
             if not failed.is_set():
-                work(item, place)
+                work(item, own_cores)
         except BaseException:
             failed.set()
             raise
         finally:
-            places.put(place)
+            free_cores.put(own_cores)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(one, item) for item in items]:
+        for future in [pool.submit(work_on, item) for item in items]:
             future.result()
 
 
 def seeds_of(args: argparse.Namespace, group: str) -> int:
+    """Returns how many seeds the arms of a group have."""
     return args.seeds or (10 if group == "main" else 3)
 
 
 def run_all(args: argparse.Namespace, study: Study) -> None:
-    """Every run that is not finished, seed by seed, so that a study that is cut short holds whole pairs."""
+    """Does every run that is not finished, seed by seed, so that a study that is cut short holds complete pairs."""
     wanted = [(seed, arm) for group in args.groups for seed in range(seeds_of(args, group)) for arm in ARMS[group]]
     missing = [
         (seed, arm)
@@ -272,7 +225,7 @@ def run_all(args: argparse.Namespace, study: Study) -> None:
     print(f"{len(wanted)} runs of {study.steps} steps, {len(wanted) - len(missing)} of them there", flush=True)
     began, lock, done = time.monotonic(), threading.Lock(), 0
 
-    def one(item: tuple[int, Arm], cores: list[int] | None) -> None:
+    def run_one(item: tuple[int, Arm], cores: list[int] | None) -> None:
         nonlocal done
         (seed, arm), start = item, time.monotonic()
         call(study.command(arm, seed), study.out / "logs" / f"{arm.name}_{seed}.txt", cores)
@@ -287,11 +240,11 @@ def run_all(args: argparse.Namespace, study: Study) -> None:
             )
             report(args, study)
 
-    in_parallel(args.jobs, one, missing)
+    in_parallel(args.jobs, run_one, missing)
 
 
 def report(args: argparse.Namespace, study: Study) -> dict[str, Any]:
-    """Writes results.json, tables.md and plots of all finished runs in OUT; returns the results."""
+    """Writes results.json, tables.md and the plots of all finished runs into OUT, and returns the results."""
     results: dict[str, Any] = {"setting": args.setting, "steps": study.steps, "groups": {}, "arms": {}}
     for group, arms in ARMS.items():
         for arm in arms:
@@ -308,11 +261,22 @@ def report(args: argparse.Namespace, study: Study) -> dict[str, Any]:
 
 
 def main() -> None:
+    args = parse()
+    study = pretrained(args) if args.setting == "smollm2" else arithmetic(args)
+    if not args.report_only:
+        run_all(args, study)
+    print(study_report.last_line(report(args, study)))
+
+
+def parse() -> argparse.Namespace:
+    """Returns the command's arguments; `flags` are those that are passed to every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
     parser.add_argument("--setting", choices=("arithmetic", "smollm2"), default="arithmetic")
-    parser.add_argument("--groups", default="main", help="of those above, with commas between them; or all")
-    parser.add_argument("--seeds", type=int, default=0, help="of every group; default 10 of main, 3 of the others")
+    parser.add_argument("--groups", default="main", help="names of groups with commas between them, or all")
+    parser.add_argument(
+        "--seeds", type=int, default=0, help="seeds of every group; default 10 of main, 3 of the others"
+    )
     parser.add_argument("--steps", type=int, default=0, help="default: the configuration's")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--model", default="", help="smollm2: Hugging Face directory or hub id")
@@ -330,10 +294,7 @@ def main() -> None:
         parser.error(f"--groups {','.join(unknown)}: there are {', '.join(ARMS)}")
     if args.setting == "smollm2" and not (args.model and args.data):
         parser.error("--setting smollm2 needs --model and --data")
-    study = pretrained(args) if args.setting == "smollm2" else arithmetic(args)
-    if not args.report_only:
-        run_all(args, study)
-    print(study_report.last_line(report(args, study)))
+    return args
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""How long `python -m igrpo_jax.report` takes, and how much memory, for a run of many steps.
+"""Measures the time and the memory of `python -m igrpo_jax.report` for a run of many steps.
 
     python benchmarks/report_scale.py [--steps 1000] [--prompts 16] [--drafts 4] [--completions 4] [--words 200]
 
-A run is made up (by default 1,000 steps of 16 prompts with 4 drafts and 4 refinements each, 128,000 samples of about
-1,200 characters) with the same writer that training has, then the command is run in a process of its own. The last line
-is one JSON object: `seconds` of the command, imports included; `peak_mib`, its largest resident memory; `samples`;
-`input_mib` and `output_mib`, the sizes of the samples and of the report; `open_seconds` from asking a headless Chromium
-for the page of samples to its first step being shown (null where there is no Chromium).
+It makes up a run with the writer that training uses, by default 1,000 steps of 16 prompts with 4 drafts and 4
+refinements each, which are 128,000 samples of about 1,200 characters. Then the command runs in its own process. The
+last
+line is one JSON object: `seconds` of the command, imports included; `peak_mib`, its largest resident memory; `samples`,
+their number; `input_mib` and `output_mib`, the sizes of the samples and of the report; `open_seconds`, the time from
+asking a headless Chromium for the page of samples until it shows its first step (null where there is no Chromium).
 """
 
 import argparse
@@ -32,17 +33,18 @@ TEXT = (
     "$n^2 \\equiv 1 \\pmod 8$ for odd n therefore the sum over k equals \\sum_{k=1}^n k = n(n+1)/2 wait check again"
 )
 WORDS = TEXT.split()
-PROBLEMS = 64  # of an evaluation
+PROBLEMS = 64  # problems of an evaluation
 
 
 def write_run(
     folder: Path, steps: int, prompts: int, drafts: int = 4, completions: int = 4, words: int = 200, evaluate: int = 0
 ) -> None:
-    """A run's folder as training leaves it: solve rates rise, refinements change some words of the best draft.
+    """Writes a run's folder as training does: solve rates rise, and refinements change some words of the best draft.
 
     Args:
-        drafts: 0 for a run of the base algorithm.
-        words: of a sample, about.
+        steps, prompts: steps of the run, and prompts per step.
+        drafts, completions: per prompt; 0 drafts for a run of the base algorithm.
+        words: mean number of words of a sample.
         evaluate: steps between evaluations; 0 = none.
     """
     tree = config_lib.default()
@@ -57,26 +59,28 @@ def write_run(
             "algorithm.num_generations": completions,
         }
     )
-    c, rng = config_lib.freeze(tree), np.random.default_rng(0)
+    config = config_lib.freeze(tree)
+    rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.json", json.dumps(config_lib.to_dict(c)))
-    with Writer(folder, c) as writer:
+    write_atomically(folder / "config.json", json.dumps(config_lib.to_dict(config)))
+    with Writer(folder, config) as writer:
         for step in range(steps + 1):
             skill = 0.2 + 0.6 * step / max(steps, 1)
             if step:
                 groups = [_group(rng, number, skill, drafts, completions, words) for number in range(prompts)]
                 rewards = np.stack([group.rewards for group in groups])
-                writer.write(step, {**_made_up(rng, skill), **rollout_metrics(groups, c)})
+                writer.write(step, {**_made_up(rng, skill), **rollout_metrics(groups, config)})
                 writer.samples(step, groups, rewards - rewards.mean(axis=1, keepdims=True))
             if evaluate and step % evaluate == 0:
                 _evaluate(rng, writer, folder, step, skill)
 
 
 def _group(rng: np.random.Generator, number: int, skill: float, drafts: int, completions: int, words: int) -> Group:
+    """Returns a made-up group; `skill` is the probability of a right answer."""
     gold = int(rng.integers(100))
     prompt = Prompt(f"problem-{number}", number, f"What is $x_{{{number}}}$?", str(gold), np.zeros(8, np.int32))
     drawn = tuple(_completion(rng, "draft", i, None, gold, skill, words) for i in range(drafts))
-    best = int(np.argmax([one.score.reward for one in drawn])) if drawn else None
+    best = int(np.argmax([draft.score.reward for draft in drawn])) if drawn else None
     kept = None if best is None else drawn[best]
     refined = tuple(_completion(rng, "refine", i, kept, gold, skill, words) for i in range(completions))
     return Group(prompt, drawn, best, prompt.tokens, refined)
@@ -99,7 +103,7 @@ def _completion(
 
 
 def _made_up(rng: np.random.Generator, skill: float) -> dict[str, float]:
-    """The metrics of learner, sampler and clock."""
+    """Returns made-up metrics of learner, sampler and clock."""
     rollout, wait, update = rng.uniform(2, 3), rng.uniform(0, 0.3), rng.uniform(1, 1.5)
     return {
         "loss": float(rng.normal(0, 0.01)),
@@ -123,22 +127,23 @@ def _made_up(rng: np.random.Generator, skill: float) -> dict[str, float]:
 
 
 def _evaluate(rng: np.random.Generator, writer: Writer, folder: Path, step: int, skill: float) -> None:
+    """Writes a made-up evaluation of a step."""
     right = rng.random(PROBLEMS) < skill
     rows = []
-    for index, one in enumerate(right.tolist()):
+    for index, is_right in enumerate(right.tolist()):
         row = {"prompt_id": str(index), "index": index, "drafts": [], "sample_id": 0, "prompt": f"What is x_{index}?"}
-        rows.append(row | {"accuracy": float(one)})
+        rows.append(row | {"accuracy": float(is_right)})
     out = folder / "evaluations" / f"step_{step:06d}"
     out.mkdir(parents=True)
     write_rows(out / "made_up.jsonl", rows)
-    share = float(right.mean())
-    width = 1.96 * (share * (1 - share) / PROBLEMS) ** 0.5
-    names = {"pass@1": share, "pass@1_low": share - width, "pass@1_high": share + width}
-    writer.write(step, {f"eval/made_up/{name}": value for name, value in names.items()})
+    solved = float(right.mean())
+    width = 1.96 * (solved * (1 - solved) / PROBLEMS) ** 0.5
+    scores = {"pass@1": solved, "pass@1_low": solved - width, "pass@1_high": solved + width}
+    writer.write(step, {f"eval/made_up/{name}": value for name, value in scores.items()})
 
 
 def _opened(out: Path, temporary: Path) -> float | None:
-    """Seconds until the page of samples shows a step."""
+    """Returns the seconds until the page of samples shows a step; None where there is no Chromium."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     chromium = importlib.import_module("chromium")
     if chromium.browser() is None:
@@ -151,6 +156,7 @@ def _opened(out: Path, temporary: Path) -> float | None:
 
 
 def _mib(folder: Path) -> float:
+    """Returns the size of all files in a folder in MiB."""
     return round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20, 1)
 
 

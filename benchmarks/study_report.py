@@ -1,4 +1,4 @@
-"""Tables and plots of a study from its results, for matched_budget.py: results.json, tables.md, GROUP.png."""
+"""Writes the tables and plots of a study for matched_budget.py: results.json, tables.md, GROUP.png."""
 
 import json
 import math
@@ -17,7 +17,7 @@ Arm = dict[str, Any]
 
 
 def write(out: Path, results: Results) -> None:
-    """All files of the report, each whole or not at all."""
+    """Writes all files of the report, each whole or not at all."""
     write_atomically(out / "results.json", json.dumps(results, indent=None, default=str) + "\n")
     write_atomically(out / "tables.md", tables(results))
     for group, names in results["groups"].items():
@@ -25,7 +25,7 @@ def write(out: Path, results: Results) -> None:
 
 
 def last_line(results: Results) -> str:
-    """One JSON object: of every arm the means over its seeds."""
+    """Returns one JSON object with the means of every arm over its seeds."""
     arms = {}
     for name, arm in results["arms"].items():
         runs = arm["seeds"].values()
@@ -39,24 +39,25 @@ def last_line(results: Results) -> str:
 
 
 def _or_none(value: float) -> float | None:
+    """Returns a finite value with 4 decimals, None for any other."""
     return round(value, 4) if math.isfinite(value) else None
 
 
 def _with_reference(results: Results, names: Sequence[str]) -> list[str]:
-    """The arms of a group after those outside it that they are compared with."""
+    """Returns the arms of a group, preceded by the arms outside it with which they are compared."""
     others = dict.fromkeys(results["arms"][name]["against"] for name in names)
     return [name for name in others if name and name not in names and name in results["arms"]] + list(names)
 
 
 def _pairs(results: Results, name: str) -> list[tuple[dict, dict]]:
-    """(run, run of the arm it is compared with) of the seeds that both have."""
+    """Returns, for each seed that both have, the run of an arm and the run of the arm with which it is compared."""
     arm = results["arms"][name]
     other = results["arms"].get(arm["against"], {"seeds": {}})["seeds"]
     return [(run, other[seed]) for seed, run in arm["seeds"].items() if seed in other]
 
 
 def tables(results: Results) -> str:
-    """Every group's tables as Markdown, one after the other."""
+    """Returns the tables of all groups as Markdown."""
     parts = []
     for group, names in results["groups"].items():
         arms = {name: results["arms"][name] for name in _with_reference(results, names)}
@@ -65,14 +66,16 @@ def tables(results: Results) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-Column = tuple[str, Callable[[dict], float | None], str]  # heading, what is read of a run, format
+Column = tuple[str, Callable[[dict], float | None], str]  # heading, function from a run to its value, format
 
 
-def _share(name: str) -> Callable[[dict], float | None]:
+def _percent(name: str) -> Callable[[dict], float | None]:
+    """Returns a function from a run to one of its fractions in percent, None where the run lacks it."""
     return lambda run: None if name not in run else 100 * run[name]
 
 
 def _table(arms: dict[str, Arm], columns: Sequence[Column], with_interval: bool = True) -> str:
+    """Returns a Markdown table with one line per arm: means over the seeds."""
     lines = ["| arm | seeds | " + " | ".join(heading for heading, _, _ in columns) + " |"]
     lines.append("|---" * (len(columns) + 2) + "|")
     for name, arm in arms.items():
@@ -85,16 +88,18 @@ def _table(arms: dict[str, Arm], columns: Sequence[Column], with_interval: bool 
 
 
 def _cell(values: Sequence[float], form: str, with_interval: bool, sign: str = "") -> str:
+    """Returns the mean of values as text, with its 95 % interval if it has one."""
     mean, width = interval(values)
     text = format(mean, sign + form)
     return f"{text} ± {format(width, form)}" if with_interval and math.isfinite(width) else text
 
 
 def _learning(arms: dict[str, Arm]) -> str:
+    """Returns the table of pass@1 before and after."""
     columns: list[Column] = [
-        ("pass@1 before", _share("before"), ".1f"),
-        ("pass@1 after", _share("after"), ".1f"),
-        ("area", _share("area"), ".1f"),
+        ("pass@1 before", _percent("before"), ".1f"),
+        ("pass@1 after", _percent("after"), ".1f"),
+        ("area", _percent("area"), ".1f"),
         ("answer length before", lambda run: run["length_before"], ".1f"),
         ("answer length after", lambda run: run["length"], ".1f"),
     ]
@@ -102,6 +107,7 @@ def _learning(arms: dict[str, Arm]) -> str:
 
 
 def _differences(results: Results, names: Sequence[str]) -> str:
+    """Returns the table of differences between paired runs; "" where there are no pairs."""
     lines = [
         "Differences of pairs: single-shot pass@1 in percentage points (at the end, of the area, and where both have",
         "sampled or trained on as many tokens) and entropy in nats (at the end, and where both trained on as many).",
@@ -125,28 +131,31 @@ def _differences(results: Results, names: Sequence[str]) -> str:
 
 
 def _dynamics(arms: dict[str, Arm]) -> str:
+    """Returns the table of entropy and of groups with equal rewards."""
     columns: list[Column] = [
         *((f"entropy at {k} %", lambda run, k=k: run[f"entropy_{k}"], ".3f") for k in (10, 30, 100)),
-        ("equal groups", _share("zero_variance"), ".0f"),
-        ("where the draft was right", _share("zero_variance_right_draft"), ".0f"),
-        ("where it was wrong", _share("zero_variance_wrong_draft"), ".0f"),
+        ("equal groups", _percent("zero_variance"), ".0f"),
+        ("where the draft was right", _percent("zero_variance_right_draft"), ".0f"),
+        ("where it was wrong", _percent("zero_variance_wrong_draft"), ".0f"),
     ]
     title = "Entropy in nats per token; groups whose rewards are all equal and give no gradient, in percent.\n\n"
     return title + _table(arms, columns)
 
 
 def _drafts(arms: dict[str, Arm]) -> str:
+    """Returns the table of what refinements make of drafts; "" where no arm has drafts."""
     shown = {name: arm for name, arm in arms.items() if any("fixed" in run for run in arm["seeds"].values())}
     if not shown:
         return ""
-    columns: list[Column] = [(name.replace("_", " "), _share(name), ".1f") for name in MOVES]
-    columns += [("copied", _share("copy_ratio"), ".0f"), ("copied at the end", _share("copy_ratio_end"), ".0f")]
-    columns += [("same answer", _share("same_answer"), ".0f")]
+    columns: list[Column] = [(name.replace("_", " "), _percent(name), ".1f") for name in MOVES]
+    columns += [("copied", _percent("copy_ratio"), ".0f"), ("copied at the end", _percent("copy_ratio_end"), ".0f")]
+    columns += [("same answer", _percent("same_answer"), ".0f")]
     title = "What refinements made of the draft they were shown, in percent of refinements; tokens shared with it.\n\n"
     return title + _table(shown, columns, with_interval=False)
 
 
 def _cost(arms: dict[str, Arm]) -> str:
+    """Returns the table of tokens and seconds."""
     columns: list[Column] = [
         ("completions", lambda run: run["completions"], ",.0f"),
         ("sampled tokens", lambda run: run["sampled_tokens"], ",.0f"),
@@ -167,7 +176,7 @@ PANELS = (  # title, series
 
 
 def plot(path: Path, arms: dict[str, Arm]) -> None:
-    """pass@1 by step and by trained tokens, and the series by step: means over seeds, bands of 95 %."""
+    """Plots pass@1 by step and by trained tokens, and the series by step: means over seeds with bands of 95 %."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -177,7 +186,7 @@ def plot(path: Path, arms: dict[str, Arm]) -> None:
     panels = axes.ravel()
     for number, (name, arm) in enumerate(arms.items()):
         runs, look = list(arm["seeds"].values()), {"label": name, "color": f"C{number}"}
-        look["alpha"] = 0.18 if len(arms) < 4 else 0.07  # of bands: many of them hide the lines
+        look["alpha"] = 0.18 if len(arms) < 4 else 0.07  # opacity of the bands, of which many would hide the lines
         curves = [run["curve"] for run in runs]
         heights = [curve["pass@1"] for curve in curves]
         _line(panels[0], curves[0]["step"], heights, look)
@@ -200,7 +209,7 @@ def plot(path: Path, arms: dict[str, Arm]) -> None:
 
 
 def _line(panel, x: Sequence[float], each: Sequence[Sequence[float]], look: dict[str, Any]) -> None:
-    """Mean of the runs' values [runs, points], none of them negative, and their band."""
+    """Draws the mean of values [runs, points], none of which is negative, and its band."""
     mean, width = (np.array(part) for part in zip(*map(interval, zip(*each, strict=True)), strict=True))
     panel.plot(x, mean, linewidth=1.6, label=look["label"], color=look["color"])
     if np.isfinite(width).all():
@@ -209,7 +218,7 @@ def _line(panel, x: Sequence[float], each: Sequence[Sequence[float]], look: dict
 
 
 def _smooth(values: Sequence[float], over: int = 5) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, means of so many steps at a time), for the eye; of short runs all steps."""
+    """Returns steps, and means over `over` steps at a time for a smoother line; short runs keep all their steps."""
     over = over if len(values) >= 4 * over else 1
     count = len(values) // over
     cut = lambda x: np.reshape(x[: count * over], (count, over)).mean(axis=1)

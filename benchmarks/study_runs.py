@@ -1,6 +1,6 @@
-"""The numbers of one run, from the files it left, and how numbers of several seeds are put together.
+"""Computes the numbers of a run of a study from the run's files, and combines the numbers of several seeds.
 
-Used by matched_budget.py. Nothing here runs or samples anything.
+matched_budget.py uses it. Nothing here runs or samples anything.
 """
 
 import collections
@@ -19,7 +19,7 @@ from igrpo_jax.outputs.metrics import same_answer
 from igrpo_jax.report.runs import whole_rows
 from igrpo_jax.report.samples import groups as groups_of
 
-# Kept by step, for the plots: name here -> name in metrics.jsonl.
+# Metrics that are kept by step for the plots: name here -> name in metrics.jsonl.
 SERIES = {
     "reward": "reward",
     "entropy": "entropy",
@@ -33,28 +33,30 @@ MOVES = ("fixed", "broken", "kept_right", "kept_wrong")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a JSON Lines file; none where there is no file. A line torn by a kill is left out."""
+    """Returns the rows of a JSON Lines file, without lines that a kill tore; none where there is no file."""
     return [row for row in whole_rows(path) if row is not None]
 
 
 def finished(run: Path, steps: int, benchmark: str) -> bool:
-    """Whether the run in this folder was evaluated after its last step."""
+    """Returns whether the run in this folder was evaluated after its last step."""
     rows = read_rows(run / "metrics.jsonl")
     return any(row["step"] == steps and f"eval/{benchmark}/pass@1" in row for row in rows)
 
 
-@functools.cache  # a study reads its finished runs after each further one
+@functools.cache  # a study asks for all its finished runs again after each further run
 def figures(run: Path, benchmark: str) -> dict[str, Any]:
-    """What the study reports of a finished run; shares are of 1, entropy is in nats per token, lengths in tokens.
+    """Returns the numbers of a finished run that the study reports.
+
+    Fractions are between 0 and 1, entropy is in nats per token, and lengths are in tokens.
 
     Returns:
-        `curve`: lists over the evaluations: `step`, `pass@1` (single shot), `length`, and what had been spent by then:
-        `sampled` and `trained` tokens, `completions` sampled, `seconds` of rollout and update.
-        `series`: the metrics of SERIES, lists over the steps.
-        And one number each: `before`, `after` (pass@1), `area` (mean height of the pass@1 curve over the steps),
-        `entropy_10`, `entropy_30`, `entropy_100` (over the 5 steps that end there, in percent of the run),
-        `sampled_tokens`, `trained_tokens`, `completions`, `seconds`, `rollout_seconds`, `update_seconds`, `length`
-        (single-shot, at the end), and of `zero_variance` and the moves those over all steps.
+        `curve` holds lists over the evaluations: `step`, `pass@1` (single shot), `length`, and what had been spent by
+        then: `sampled` and `trained` tokens, `completions` sampled, `seconds` of rollout and update.
+        `series` holds the metrics of SERIES as lists over the steps.
+        All other entries are single numbers: `before`, `after` (pass@1), `area` (mean height of the pass@1 curve over
+        the steps), `entropy_10`, `entropy_30`, `entropy_100` (means of the 5 steps that end at this percentage of the
+        run), `sampled_tokens`, `trained_tokens`, `completions`, `seconds`, `rollout_seconds`, `update_seconds`,
+        `length` (single shot, at the end), and `zero_variance` and the moves as means over all steps.
     """
     rows = read_rows(run / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
@@ -81,7 +83,7 @@ def figures(run: Path, benchmark: str) -> dict[str, Any]:
         "before": curve["pass@1"][0],
         "after": curve["pass@1"][-1],
         "area": area(curve["step"], curve["pass@1"]),
-        **{f"entropy_{share}": _ending(series["entropy"], share) for share in (10, 30, 100)},
+        **{f"entropy_{percent}": _ending(series["entropy"], percent) for percent in (10, 30, 100)},
         "length_before": curve["length"][0],
         "length": curve["length"][-1],
         "sampled_tokens": int(spent["sampled"][-1]),
@@ -95,7 +97,8 @@ def figures(run: Path, benchmark: str) -> dict[str, Any]:
         **{name: float(np.mean(values)) for name, values in _moves(steps).items()},
     }
     if "copy_ratio" in series:
-        result["same_answer"] = float(np.mean([one.same_answer for one in groups if one.same_answer is not None]))
+        known = [group.same_answer for group in groups if group.same_answer is not None]
+        result["same_answer"] = float(np.mean(known))
         result["copy_ratio"] = float(np.mean(series["copy_ratio"]))
         result["copy_ratio_end"] = _ending(series["copy_ratio"], 100)
     return {name: _rounded(value) for name, value in result.items()} | {"curve": curve, "series": series}
@@ -103,42 +106,47 @@ def figures(run: Path, benchmark: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class GroupRow:
-    """What is read of one prompt's samples in one step."""
+    """The counts of one prompt's samples in one step."""
 
     step: int
-    sampled: int  # drafts and completions
+    sampled: int  # drafts and completions together
     draft_right: bool | None  # None where no draft was shown
-    same_answer: float | None  # share of completions that state the draft's answer; None where no draft was shown
+    same_answer: float | None  # fraction of completions that state the draft's answer; None where no draft was shown
     equal: bool  # all rewards of the trained completions are the same: their advantages are 0
 
 
 def read_groups(run: Path, step: int) -> list[GroupRow]:
-    """The groups of one step, from samples/step_N.jsonl."""
+    """Returns the groups of one step, from samples/step_N.jsonl."""
     rows = read_rows(run / "samples" / f"step_{step:06d}.jsonl")
-    return [_group(step, some) for some in groups_of(rows)]
+    return [_group(step, group) for group in groups_of(rows)]
 
 
 def _group(step: int, rows: Sequence[dict]) -> GroupRow:
+    """Returns the counts of the rows of one prompt."""
     trained = [row for row in rows if row["stage"] != "draft"]
     parent = trained[0]["parent_draft_id"]
     drafts = {row["sample_id"]: row for row in rows if row["stage"] == "draft"}
     right = None if parent is None else drafts[parent]["rewards"]["accuracy"] >= 1
     same = None if parent is None else [same_answer(drafts[parent]["extracted"], row["extracted"]) for row in trained]
-    share = None if same is None else float(np.mean(same))
-    return GroupRow(step, len(rows), right, share, equal=not any(row["advantage"] for row in trained))
+    same_fraction = None if same is None else float(np.mean(same))
+    return GroupRow(step, len(rows), right, same_fraction, equal=not any(row["advantage"] for row in trained))
 
 
 def zero_variance(groups: Sequence[GroupRow]) -> dict[str, float]:
-    """Shares of groups whose completions all earn the same: of all, of those shown a right draft, and a wrong one."""
+    """Returns the fractions of groups whose completions all earn the same reward.
+
+    The three fractions are those of all groups, of groups that saw a right draft, and of groups that saw a wrong draft.
+    """
     kinds = {"": groups}
     kinds["_right_draft"] = [group for group in groups if group.draft_right]
     kinds["_wrong_draft"] = [group for group in groups if group.draft_right is False]
     return {
-        f"zero_variance{name}": float(np.mean([group.equal for group in some])) for name, some in kinds.items() if some
+        f"zero_variance{name}": float(np.mean([group.equal for group in kind])) for name, kind in kinds.items() if kind
     }
 
 
 def _counts(groups: Sequence[GroupRow], steps: int) -> list[int]:
+    """Returns how many drafts and completions were sampled in each step."""
     counts: collections.Counter[int] = collections.Counter()
     for group in groups:
         counts[group.step] += group.sampled
@@ -146,22 +154,26 @@ def _counts(groups: Sequence[GroupRow], steps: int) -> list[int]:
 
 
 def _moves(steps: Sequence[dict]) -> dict[str, list[float]]:
+    """Returns the metrics of MOVES by step; empty for a run without drafts."""
     return {name: [row[f"refine/{name}"] for row in steps] for name in MOVES if f"refine/{name}" in steps[0]}
 
 
 def _ending(values: Sequence[float], percent: float) -> float:
-    """Mean of the 5 values that end at this place of the run."""
+    """Returns the mean of the 5 values that end at this percentage of the run."""
     end = max(5, round(len(values) * percent / 100))
     return float(np.mean(values[end - 5 : end]))
 
 
 def area(steps: Sequence[float], values: Sequence[float]) -> float:
-    """Mean height of the piecewise linear curve through these points."""
+    """Returns the mean height of the piecewise linear curve through these points."""
     return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval, by Student's t over the seeds; NaN of a single one."""
+    """Returns the mean and half the width of its 95 % interval, by Student's t over the seeds.
+
+    The width is NaN where there is a single value.
+    """
     values = np.asarray(values, np.float64)
     if len(values) < 2:
         return float(values.mean()), math.nan
@@ -170,22 +182,29 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def at_equal(axis: str, run: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
-    """pass@1 of two runs where both have spent as much as the one that spent less in all; `axis` is of the curve."""
-    most = min(run["curve"][axis][-1], other["curve"][axis][-1])
-    first, second = (float(np.interp(most, one["curve"][axis], one["curve"]["pass@1"])) for one in (run, other))
+    """Returns pass@1 of two runs at equal spending: as much as the run that spent less has spent in total.
+
+    Args:
+        axis: what is spent, a name in `curve`, such as "trained".
+    """
+    curves = [run["curve"], other["curve"]]
+    most = min(curve[axis][-1] for curve in curves)
+    first, second = (float(np.interp(most, curve[axis], curve["pass@1"])) for curve in curves)
     return first, second
 
 
 def entropies_at_equal(run: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
-    """Entropy of two runs where both have trained on as many tokens as the one that trained on less in all."""
-    most = min(one["curve"]["trained"][-1] for one in (run, other))
-    percent = [100 * np.interp(most, one["curve"]["trained"], one["curve"]["step"]) for one in (run, other)]
-    first, second = (
-        _ending(one["series"]["entropy"], at / one["curve"]["step"][-1])
-        for one, at in zip((run, other), percent, strict=True)
-    )
-    return first, second
+    """Returns the entropy of two runs after equally many trained tokens: the total of the run that trained on fewer."""
+    most = min(each["curve"]["trained"][-1] for each in (run, other))
+
+    def entropy(figures: dict[str, Any]) -> float:
+        curve = figures["curve"]
+        percent = 100 * np.interp(most, curve["trained"], curve["step"]) / curve["step"][-1]
+        return _ending(figures["series"]["entropy"], percent)
+
+    return entropy(run), entropy(other)
 
 
 def _rounded(value: float) -> float:
+    """Returns a float with 5 significant digits; an integer stays as it is."""
     return value if isinstance(value, int) else float(f"{value:.5g}")

@@ -20,8 +20,8 @@ from igrpo_jax import config
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-matched_budget, study_report, study_runs = map(
-    importlib.import_module, ("matched_budget", "study_report", "study_runs")
+matched_budget, study_arms, study_report, study_runs = map(
+    importlib.import_module, ("matched_budget", "study_arms", "study_report", "study_runs")
 )
 
 
@@ -110,8 +110,8 @@ def test_entropies_are_compared_where_runs_have_trained_as_much():
 
 
 def test_arms_sample_as_much_as_what_they_are_compared_with():
-    arms = {arm.name: arm for group in matched_budget.ARMS.values() for arm in group}
-    assert len(arms) == sum(map(len, matched_budget.ARMS.values()))  # names are folders
+    arms = {arm.name: arm for group in study_arms.ARMS.values() for arm in group}
+    assert len(arms) == sum(map(len, study_arms.ARMS.values()))  # names are folders
     total = lambda arm: arm.settings["algorithm.num_drafts"] + arm.settings["algorithm.num_generations"]
     for arm in arms.values():
         for name in arm.settings:
