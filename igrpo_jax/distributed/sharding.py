@@ -1,7 +1,7 @@
-"""The mesh, one table from logical axes to mesh axes, and the way from host arrays to global ones and back.
+"""The mesh, the table from logical axes to mesh axes, and the conversion of host arrays to global arrays and back.
 
-Mesh axes: `data` (replicas), `fsdp` (weights and batch sharded), `tensor` (heads, ffn and vocabulary sharded). The
-batch is split over `data` and `fsdp` together. All axes are Auto: the compiler places the collectives.
+The mesh axes are `data` (replicas), `fsdp` (weights and batch are sharded) and `tensor` (heads, ffn and vocabulary are
+sharded). The batch is split over `data` and `fsdp` together. All axes are Auto: the compiler inserts the collectives.
 """
 
 import math
@@ -18,20 +18,20 @@ AXES = ("data", "fsdp", "tensor")
 
 RULES = {
     "batch": ("data", "fsdp"),
-    "embed": "fsdp",  # of weights
+    "embed": "fsdp",  # the model's width in weights
     "heads": "tensor",
     "kv_heads": "tensor",
     "ffn": "tensor",
     "vocab": "tensor",
     "head_dim": None,
-    "groups": "tensor",  # of Mamba-2
+    "groups": "tensor",  # groups of heads in Mamba-2
     "state": None,
     "width": None,
     "time": None,
-    "features": None,  # of activations: the batch already uses fsdp
+    "features": None,  # the model's width in activations, whose batch already uses fsdp
 }
 
-# Logical axes of every parameter, by the last part of its path.
+# The logical axes of every parameter, by the last part of its path.
 PARAMS = {
     "embedding": ("vocab", "embed"),
     "lm_head": ("embed", "vocab"),
@@ -46,7 +46,7 @@ PARAMS = {
     "up_proj": ("embed", "ffn"),
     "down_proj": ("ffn", "embed"),
     "scale": ("features",),
-    # Of Mamba-2, beside o_proj; x, z and dt are per head, B and C per group.
+    # The parameters of Mamba-2, which also has an o_proj. x, z and dt are per head, B and C per group.
     "x_proj": ("embed", "heads", "head_dim"),
     "z_proj": ("embed", "heads", "head_dim"),
     "b_proj": ("embed", "groups", "state"),
@@ -66,10 +66,10 @@ PARAMS = {
 
 
 def make_mesh(settings: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
-    """Mesh over `devices` (default: all), with the one size of -1 filled in.
+    """Returns the mesh over `devices` (default: all). The size that is -1 becomes what the other sizes leave.
 
-    Neighbours in the mesh are neighbours in the torus of a TPU slice. Where that would tear the part of a process to
-    pieces, which samples on its own devices, the devices of a process stay together instead.
+    Neighbours in the mesh are neighbours in the torus of a TPU slice. Each process samples on its own devices; where
+    neighbourhood would split these over separate parts of the mesh, the devices of a process stay together instead.
 
     Raises:
         InputError: the sizes do not multiply to the number of devices.
@@ -91,17 +91,17 @@ def make_mesh(settings: MeshConfig, devices: list | None = None) -> jax.sharding
 
 
 def _arranged(sizes: list[int], devices: list) -> np.ndarray:
-    """`devices` as an array of these sizes (data, fsdp, tensor)."""
-    whole = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    owners = _owners(whole)
+    """Returns `devices` as an array of these sizes (data, fsdp, tensor)."""
+    by_neighbours = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    owners = _owners(by_neighbours)
     processes, each = np.unique(owners, return_counts=True)
     data, fsdp, tensor = sizes
     if all(_box(owners == process) for process in processes) or set(each % tensor) != {0} or len(set(each)) != 1:
-        return whole
+        return by_neighbours
     inner_fsdp = math.gcd(fsdp, each[0] // tensor)
     inner_data = each[0] // tensor // inner_fsdp
     if data % inner_data:
-        return whole
+        return by_neighbours
     inner, outer = (inner_data, inner_fsdp, tensor), (data // inner_data, fsdp // inner_fsdp, 1)
     return mesh_utils.create_hybrid_device_mesh(
         inner, outer, devices, process_is_granule=True, allow_split_physical_axes=True
@@ -109,18 +109,25 @@ def _arranged(sizes: list[int], devices: list) -> np.ndarray:
 
 
 def _owners(devices: np.ndarray) -> np.ndarray:
-    """Index of the process of each device."""
+    """Returns the index of the process of each device, in the shape of `devices`."""
     return np.vectorize(lambda device: device.process_index)(devices)
 
 
 def _box(own: np.ndarray) -> tuple[np.ndarray, ...] | None:
-    """Index of the part of a mesh where `own` [data, fsdp, tensor] is true; None where that is not whole replicas."""
+    """Returns an index of the part of a mesh where `own` [data, fsdp, tensor] bool is true.
+
+    Returns None where that part is no box, or does not hold complete replicas of the weights.
+    """
     box = np.ix_(*(np.flatnonzero(own.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)))
     return box if own[box].all() and own[box].shape[2] == own.shape[2] else None
 
 
 def spec(logical: tuple[str | None, ...]) -> PartitionSpec:
-    """PartitionSpec of an array with these logical axes; two that land on one mesh axis are an error."""
+    """Returns the PartitionSpec of an array with these logical axes.
+
+    Raises:
+        ValueError: two of its dimensions would be sharded over one mesh axis.
+    """
     axes = [RULES[name] if name else None for name in logical]
     used = [part for axis in axes for part in _parts(axis)]
     if len(used) != len(set(used)):
@@ -129,20 +136,22 @@ def spec(logical: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def is_linear(path: str) -> bool:
-    """Whether the parameter at `path` is a sublayer's weight, which maps inputs to outputs, one of them the model's
-    width."""
+    """Returns whether the parameter at `path` is a weight of a sublayer that maps from or to the model's width."""
     name = path.rpartition("/")[2]
     return "embed" in PARAMS[name] and name not in ("embedding", "lm_head")
 
 
 def input_axes(path: str) -> int:
-    """How many of the first axes of the weight at `path` are inputs; the others are outputs."""
+    """Returns how many of the first axes of the weight at `path` are inputs; the other axes are outputs."""
     axes = PARAMS[path.rpartition("/")[2]]
     return 1 if axes[0] == "embed" else len(axes) - 1
 
 
 def logical_axes(path: str) -> tuple[str | None, ...]:
-    """Logical axes of the parameter at `path`; of LoRA's those of its weight's inputs or outputs, and the rank."""
+    """Returns the logical axes of the parameter at `path`.
+
+    A LoRA parameter has the axes of its weight's inputs, or those of its outputs, and the rank, which is not sharded.
+    """
     weight, _, name = path.rpartition("/")
     if name not in ("lora_a", "lora_b"):
         return PARAMS[name]
@@ -151,7 +160,10 @@ def logical_axes(path: str) -> tuple[str | None, ...]:
 
 
 def param_sharding(mesh: jax.sharding.Mesh, path: str, gathered: bool = False) -> NamedSharding:
-    """Sharding of the parameter at `path`; `gathered` keeps only the tensor axis, as the sampler wants its weights."""
+    """Returns the sharding of the parameter at `path`.
+
+    With `gathered` only the tensor axis is sharded, which is how the sampler holds its weights.
+    """
     partition = spec(logical_axes(path))
     if gathered:
         partition = PartitionSpec(*(axis if axis == "tensor" else None for axis in partition))
@@ -159,9 +171,9 @@ def param_sharding(mesh: jax.sharding.Mesh, path: str, gathered: bool = False) -
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """`x` with a sharding constraint by logical axes, wherever a mesh is set (also on virtual CPU devices).
+    """Returns `x` with a sharding constraint by logical axes, wherever a mesh is set (also on virtual CPU devices).
 
-    Inside `shard_map` the axes that it splits are no longer the compiler's, and are left out.
+    Inside `shard_map` the mesh axes that it splits are left out, because the compiler does not manage them there.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -171,28 +183,30 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def _parts(axis: str | tuple[str, ...] | None) -> set[str]:
+    """Returns the mesh axes over which a dimension is sharded."""
     return {axis} if isinstance(axis, str) else set(axis or ())
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
-    """Sharding of an array whose dimension `axis` is the batch."""
+    """Returns the sharding of an array whose dimension `axis` is the batch."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
-    """How many ways the batch is split."""
+    """Returns into how many shards the batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
-    """The part of `mesh` that this process owns; `mesh` itself where that is all.
+    """Returns the part of `mesh` whose devices belong to this process; `mesh` itself where all of them do.
 
     Raises:
-        InputError: a replica of the weights, or an irregular part of the mesh, is spread over processes.
+        InputError: the devices of this process hold no complete replica of the weights, or are no box of the mesh.
     """
     own = _owners(mesh.devices) == jax.process_index()
     if own.all():
@@ -206,31 +220,43 @@ def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(mesh.devices[box], mesh.axis_names, axis_types=mesh.axis_types)
 
 
-def local_view(tree: dict[str, jax.Array], places: dict[str, NamedSharding]) -> dict[str, jax.Array]:
-    """Global arrays that are whole on this process as arrays of its own part of the mesh; nothing is copied."""
+def local_view(tree: dict[str, jax.Array], shardings: dict[str, NamedSharding]) -> dict[str, jax.Array]:
+    """Returns global arrays as arrays on this process's part of the mesh, without a copy.
 
-    def view(x: jax.Array, place: NamedSharding) -> jax.Array:
-        pieces = {piece.device: piece.data for piece in x.addressable_shards}
-        on = [pieces[device] for device in place.mesh.devices.flat]
-        return jax.make_array_from_single_device_arrays(x.shape, place, on)
+    Args:
+        tree: arrays by path, each of which this process's devices hold completely.
+        shardings: by path the sharding of the result, on the mesh of `local_mesh`.
+    """
 
-    return {path: view(x, places[path]) for path, x in tree.items()}
+    def view(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+        by_device = {shard.device: shard.data for shard in x.addressable_shards}
+        shards = [by_device[device] for device in sharding.mesh.devices.flat]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
+
+    return {path: view(x, shardings[path]) for path, x in tree.items()}
 
 
 def to_global(tree, sharding: NamedSharding):
-    """Global arrays of `sharding` from host arrays that every process holds whole."""
+    """Returns global arrays with `sharding` from host arrays that every process holds completely."""
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index, x=x: np.asarray(x)[index]), tree
     )
 
 
 def to_host(tree):
-    """Whole numpy arrays of a tree of arrays that this process can address."""
+    """Returns a tree of complete numpy arrays from a tree of arrays that this process can address."""
     return jax.device_get(tree)
 
 
 def check_divides(mesh: jax.sharding.Mesh, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises InputError where a mesh axis does not divide the dimension of a parameter that it shards."""
+    """Checks that every mesh axis divides the dimensions of the parameters that it shards.
+
+    Args:
+        shapes: shapes of the parameters by path.
+
+    Raises:
+        InputError: a mesh axis does not divide a dimension.
+    """
     for path, shape in shapes.items():
         logical = PARAMS[path.rpartition("/")[2]]
         for name, size in zip(logical, shape, strict=True):

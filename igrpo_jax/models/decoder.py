@@ -1,8 +1,8 @@
-"""One decoder for every family: `x + mixer(norm(x))` for each letter of `DecoderConfig.pattern`.
+"""One decoder for every model family: `x + mixer(norm(x))` for each letter of `DecoderConfig.pattern`.
 
-The module is declared with nnx and split once per configuration; the rest of the package holds parameters as a flat
-dict from path ("blocks/0/mixer/q_proj") to array and calls the pure functions below under plain `jax.jit` and
-`jax.grad`. The head is not part of `apply`: logits exist only where somebody asks for them (`logits`, `logprobs`).
+The module is declared with nnx and split once per configuration. The rest of the package holds parameters as a flat
+dict from path ("blocks/0/mixer/q_proj") to array, and calls the pure functions below under plain `jax.jit` and
+`jax.grad`. `apply` does not include the head: logits exist only where they are asked for (`logits`, `logprobs`).
 
 Legend: B batch, T query, D model, V vocab.
 """
@@ -25,12 +25,15 @@ MIXERS = {"*": Attention, "-": MLP, "M": Mamba2}
 
 
 def _products(primitive, *inputs, **params) -> bool:
-    """Whether it is a product of activations with weights: not attention scores, nor LoRA's of two matrices."""
+    """Returns whether a primitive is a product of activations with weights.
+
+    Attention scores are none, because they have batch dimensions, and neither is LoRA's product of two matrices.
+    """
     is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params)
     return is_product and max(x.ndim for x in inputs) > 2
 
 
-# What remat keeps of a sublayer besides its input: nothing, or products with weights.
+# What remat keeps of a sublayer for the backward pass besides its input: nothing, or its products with weights.
 KEPT = {"full": None, "dots": _products}
 
 
@@ -43,14 +46,18 @@ class Block(nnx.Module):
         self.mixer = MIXERS[kind](cfg, rngs)
 
     def __call__(self, x, positions, entry, length):
+        """Returns the sum of `x` [B, T, D] and the sublayer's output, and the entry of the cache that it keeps."""
         y, kept = self.mixer(self.norm(x), positions, entry, length)
         return sharding.constrain(x + y, "batch", "time", "features"), kept
 
 
 class Decoder(nnx.Module):
+    """The embedding, the sublayers of the pattern, the final norm and the head of a decoder."""
+
     def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs):
         shape = (cfg.vocab_size, cfg.hidden_size)
-        # Small: a tied embedding is also the head, and a token's own logit starts at std * D.
+        # The standard deviation is small because a tied embedding is also the head, and a token's own logit starts at
+        # std * D.
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02)
         self.blocks = nnx.List([Block(kind, cfg, rngs) for kind in cfg.pattern])
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
@@ -58,7 +65,9 @@ class Decoder(nnx.Module):
             self.lm_head = nnx.Param(jax.random.normal(rngs.params(), shape[::-1], jnp.float32) * cfg.hidden_size**-0.5)
 
     def __call__(self, tokens, positions, cache, length, remat):
-        # Rows looked up in a table whose width is sharded like the batch can't be resharded cheaply: gather the width.
+        """Returns hidden states and cache; see `apply`."""
+        # The width of the table is gathered first: rows that are looked up in a table whose width is sharded like the
+        # batch cannot be resharded cheaply.
         table = sharding.constrain(self.embedding[...], "vocab", None)
         x = sharding.constrain(table[tokens], "batch", "time", "features")
         blocks = [nnx.split(block) for block in self.blocks]
@@ -69,7 +78,7 @@ class Decoder(nnx.Module):
             graphs = [graph for graph, _ in blocks[at : at + width]]
             states = [state for _, state in blocks[at : at + width * times]]
             entries = cache[at : at + width * times] if cache else [None] * (width * times)
-            run = _run_block if times == 1 else _run_placed
+            run = _run_block if times == 1 else _run_constrained_block
             if remat != "none":
                 run = jax.checkpoint(run, static_argnums=0, policy=KEPT[remat])
             group = functools.partial(_run_group, run, graphs, positions, length)
@@ -79,21 +88,23 @@ class Decoder(nnx.Module):
 
 
 def _pieces(kinds: str, dtype: jnp.dtype, remat: str) -> list[tuple[int, int]]:
-    """What runs as a loop: `stretches`, or all sublayers in a row.
+    """Returns the sublayers that run as loops, as (width, times): `stretches`, or all sublayers once without a loop.
 
-    Stacked, weights are there twice. In a narrower dtype than float32 they are a copy already, made for this call; but
-    for LoRA's frozen ones, of which the update then needs a copy.
+    A loop stacks its weights, so they exist twice. That costs nothing in a narrower dtype than float32, because those
+    weights are a copy that was made for this call. LoRA's frozen weights are the exception: the update then needs a
+    copy of them.
     """
     return stretches(kinds) if dtype != jnp.float32 and remat != "none" else [(len(kinds), 1)]
 
 
 def stretches(pattern: str) -> list[tuple[int, int]]:
-    """`pattern` cut into pieces that repeat: of each how many sublayers it has, and how many times it comes in a row.
+    """Cuts `pattern` into pieces that repeat: for each, how many sublayers it has and how often it occurs in a row.
 
-    A loop over what repeats is compiled once. It also bounds memory: of sublayers in a row XLA's TPU compiler leaves
-    the gradients of all weights to the end, and keeps until then what each is a product of.
+    A loop over repeated sublayers is compiled once. It also bounds memory: without a loop, XLA's TPU compiler computes
+    the gradients of all weights at the end, and keeps the factors of all these products until then.
     """
-    found, at = [], 0
+    pieces = []
+    at = 0
     while at < len(pattern):
         best = (1, 1)
         for width in range(1, (len(pattern) - at) // 2 + 1):
@@ -102,15 +113,15 @@ def stretches(pattern: str) -> list[tuple[int, int]]:
                 times += 1
             if times > 1 and width * times > best[0] * best[1]:
                 best = (width, times)
-        found.append(best)
+        pieces.append(best)
         at += best[0] * best[1]
-    return found
+    return pieces
 
 
 def _loop(group, width: int, x: jax.Array, states: list, entries: list) -> tuple[jax.Array, list]:
-    """`group` over groups of `width` sublayers that are alike, as a loop over their stacked weights."""
+    """Runs `group` on groups of `width` sublayers of the same kinds, as a loop over their stacked weights."""
 
-    def stacked(parts: list) -> list:  # one tree for each sublayer of a group
+    def stacked(parts: list) -> list:  # returns one stacked tree for each sublayer of a group
         return [jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts[i::width]) for i in range(width)]
 
     x, kept = jax.lax.scan(group, x, (stacked(states), stacked(entries)))
@@ -119,7 +130,7 @@ def _loop(group, width: int, x: jax.Array, states: list, entries: list) -> tuple
 
 
 def _run_group(run, graphs, positions, length, x, part):
-    """Some sublayers one after the other by `run`; `part` holds their states and their entries of the cache."""
+    """Runs some sublayers one after the other by `run`; `part` holds their states and their entries of the cache."""
     kept = []
     for graph, state, entry in zip(graphs, *part, strict=True):
         x, new = run(graph, state, x, positions, entry, length)
@@ -127,38 +138,43 @@ def _run_group(run, graphs, positions, length, x, part):
     return x, kept
 
 
-def _run_placed(graph, state, x, positions, entry, length):
-    """Of a loop, where the compiler would not know where weights lie, and so their gradients."""
+def _run_constrained_block(graph, state, x, positions, entry, length):
+    """Runs a sublayer of a loop with constraints on the shardings of its weights.
 
-    def placed(path: tuple, weight: nnx.Variable) -> nnx.Variable:
-        place = lambda x, name: sharding.constrain(x, *sharding.logical_axes(name))
-        return weight.replace(lora.each(place, "/".join(map(str, path)), weight.get_value()))
+    Without them the compiler would not know how the weights of a loop, and so their gradients, are sharded.
+    """
 
-    return _run_block(graph, nnx.map_state(placed, state), x, positions, entry, length)
+    def constrained(path: tuple, weight: nnx.Variable) -> nnx.Variable:
+        constrain = lambda x, name: sharding.constrain(x, *sharding.logical_axes(name))
+        return weight.replace(lora.each(constrain, "/".join(map(str, path)), weight.get_value()))
+
+    return _run_block(graph, nnx.map_state(constrained, state), x, positions, entry, length)
 
 
 def _run_block(graph, state, x, positions, entry, length):
+    """Runs one sublayer, with its LoRA change merged into its weights."""
     x, state = lora.merge_after(x, state)
     return nnx.merge(graph, state)(x, positions, entry, length)
 
 
 @functools.lru_cache
 def _split(cfg: DecoderConfig):
-    """The module's static half and its abstract state, built once per configuration without any array."""
+    """Returns the module's static half and its abstract state, built once per configuration without any array."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(cfg, nnx.Rngs(0))))
 
 
 def _named(state: nnx.State) -> dict:
+    """Returns the values of a state by path, such as "blocks/0/mixer/q_proj"."""
     return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 def shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by path."""
+    """Returns the shape of every parameter by path."""
     return {path: leaf.shape for path, leaf in _named(_split(cfg)[1]).items()}
 
 
 def init(cfg: DecoderConfig, key: jax.Array, mesh: jax.sharding.Mesh) -> Params:
-    """Random float32 parameters, born in their shardings."""
+    """Returns random float32 parameters, each created in its sharding."""
 
     def build(key):
         return _named(nnx.state(Decoder(cfg, nnx.Rngs(params=key))))
@@ -178,17 +194,18 @@ def apply(
     """Runs the decoder up to its final norm.
 
     Args:
+        params: by path an array, or a weight with its LoRA change (`lora.Adapted`).
         tokens, positions: [B, T] int32. Without `cache`, position t of a row is t: rows start at their first token.
-        params: of each path an array, or a weight with its LoRA change (`lora.Adapted`).
-        cache: either of KV entries, to decode one token per row (T = 1) against them; or of Prefix entries, which the
-            rows continue. A Mamba-2 sublayer's entry is its state, for both.
-        length: [B] int32, real tokens of right-padded rows whose cache is wanted; None = all are. The hidden states of
-            real tokens don't depend on it.
+        cache: either KV entries, with which one token per row is decoded (T = 1), or Prefix entries, which the rows
+            continue. The entry of a Mamba-2 sublayer is its state in both cases.
+        length: [B] int32, real tokens of right-padded rows whose cache is wanted; None = all are real. The hidden
+            states of real tokens do not depend on it.
         remat: what the backward pass recomputes of each sublayer: all ("full"), all but products with weights ("dots"),
             or nothing ("none").
 
     Returns:
-        Hidden states [B, T, D] in the dtype of `params`, and the cache: updated, or of this row alone.
+        Hidden states [B, T, D] in the dtype of `params`, and the cache: the KV entries that were given with the new
+        token, else the entries of these tokens alone.
     """
     graph, state = _split(cfg)
     leaves = [(path, leaf.replace(params["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
@@ -197,24 +214,30 @@ def apply(
 
 
 def remat_options(platform: str) -> dict[str, str]:
-    """Compiler options for a program that differentiates with remat on `platform` ("cpu", "gpu", "tpu").
+    """Returns compiler options for a program that differentiates with remat on `platform` ("cpu", "gpu", "tpu").
 
-    jax.checkpoint holds each recomputation back with a barrier. XLA's CPU compiler drops the barriers before it orders
-    the program, runs all recomputations at the start, and so needs as much memory as without them: 488 MB against
-    104 MB with the barriers kept, for six attention sublayers of 4 x 512 tokens. The others keep them by themselves.
+    jax.checkpoint delays each recomputation with a barrier. XLA's CPU compiler removes the barriers before it orders
+    the
+    program, runs all recomputations at the start, and so needs as much memory as without remat: 488 MB instead of
+    104 MB for six attention sublayers of 4 x 512 tokens. The option keeps the barriers. The compilers of the other
+    platforms keep them by default.
     """
     return {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else {}
 
 
 def head(cfg: DecoderConfig, params: Params) -> jax.Array:
-    """The output projection [D, V] (the transposed embedding where it is tied)."""
+    """Returns the output projection [D, V], which is the transposed embedding where it is tied."""
     return params["embedding"].T if cfg.tie_embeddings else params["lm_head"]
 
 
 def logits(cfg: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """[..., D] to [..., V], always accumulated and kept in float32 (sampler and trainer must agree)."""
+    """Returns the logits [..., V] float32 of hidden states [..., D].
+
+    They are always accumulated and kept in float32, so that sampler and trainer agree.
+    """
     return jnp.einsum("...D,DV->...V", hidden, head(cfg, params), preferred_element_type=jnp.float32)
 
 
 def cast(params: Params, dtype: str) -> Params:
+    """Returns the parameters in `dtype`."""
     return {path: value.astype(dtype) for path, value in params.items()}

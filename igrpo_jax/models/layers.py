@@ -1,9 +1,10 @@
 """The sublayers of the decoder as nnx modules: RMSNorm, Attention, MLP. Each mixer maps [B, T, D] to [B, T, D].
 
-A mixer is called with (x, positions, entry, length): `entry` is what the rows continue, `length` [B] how many tokens of
-each row are real, or None = all. Attention needs no length: no real query reads past itself.
+A mixer is called with (x, positions, entry, length). `entry` is the part of the cache that the rows continue, or None.
+`length` [B] int32 says how many tokens of each row are real; None = all. Attention does not use `length`, because no
+real query reads past itself.
 
-Modules compute in the dtype of the parameters they are given; norms and softmax in float32.
+Modules compute in the dtype of their parameters; norms and softmax are float32.
 
 Legend: B batch, T query, N heads, K kv heads, H head dim, D model, F ffn.
 """
@@ -20,45 +21,60 @@ from igrpo_jax.models.config import DecoderConfig
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
+    """Returns a float32 weight whose entries are normal with standard deviation 1 / sqrt(fan_in)."""
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5)
 
 
 def zeros(shape: tuple[int, ...]) -> nnx.Param:
+    """Returns a float32 parameter of zeros."""
     return nnx.Param(jnp.zeros(shape, jnp.float32))
 
 
 class RMSNorm(nnx.Module):
+    """Root mean square norm over the last axis (Zhang and Sennrich, arXiv 1910.07467), computed in float32."""
+
     def __init__(self, size: int, eps: float):
         self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        normal = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return normal.astype(x.dtype) * self.scale[...]
+        x32 = x.astype(jnp.float32)
+        normalised = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.eps)
+        return normalised.astype(x.dtype) * self.scale[...]
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; bias, norm per head and rotary positions as the family has them."""
+    """Grouped-query attention, with the bias, the norm per head and the rotary positions of the model's family."""
 
     def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs):
         d, n, k, h = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         self.q_proj = normal(rngs, (d, n, h), d)
         self.k_proj = normal(rngs, (d, k, h), d)
         self.v_proj = normal(rngs, (d, k, h), d)
-        self.o_proj = zeros((n, h, d))  # a sublayer starts as the identity
+        self.o_proj = zeros((n, h, d))  # with the residual, a sublayer starts as the identity
         if cfg.qkv_bias:
-            self.q_bias, self.k_bias, self.v_bias = zeros((n, h)), zeros((k, h)), zeros((k, h))
+            self.q_bias = zeros((n, h))
+            self.k_bias = zeros((k, h))
+            self.v_bias = zeros((k, h))
         if cfg.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(h, cfg.rms_norm_eps), RMSNorm(h, cfg.rms_norm_eps)
-        self.qkv_bias, self.qk_norm, self.attention = cfg.qkv_bias, cfg.qk_norm, cfg.attention
-        self.rope_theta, self.rope_scaling = cfg.rope_theta, cfg.rope_scaling
+            self.q_norm = RMSNorm(h, cfg.rms_norm_eps)
+            self.k_norm = RMSNorm(h, cfg.rms_norm_eps)
+        self.qkv_bias = cfg.qkv_bias
+        self.qk_norm = cfg.qk_norm
+        self.attention = cfg.attention
+        self.rope_theta = cfg.rope_theta
+        self.rope_scaling = cfg.rope_scaling
 
     def __call__(self, x: jax.Array, positions: jax.Array, entry: KV | Prefix | None, length: jax.Array | None):
-        """Output [B, T, D] and the keys and values that the caller may keep.
+        """Returns the output [B, T, D], and the keys and values that the caller may keep.
 
-        Without `entry` the row attends to itself, with a Prefix to that as well, and its own [B, K, T, H] come back.
-        With a KV (T = 1) the token is written at its position, and the whole entry comes back.
+        Without `entry` a row attends to itself; with a Prefix it attends to that as well. In both cases the row's own
+        keys and values [B, K, T, H] are returned. With a KV (T = 1) the token is written at its position, and the whole
+        entry is returned.
+
+        Args:
+            x: [B, T, D].
+            positions: [B, T] int32.
         """
         q = jnp.einsum("BTD,DNH->BTNH", x, self.q_proj[...])
         k = jnp.einsum("BTD,DKH->BTKH", x, self.k_proj[...])
@@ -80,7 +96,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """swiglu: down(silu(gate(x)) * up(x)); relu2: down(relu(up(x)) ** 2)."""
+    """The feed-forward sublayer: swiglu is down(silu(gate(x)) * up(x)), relu2 is down(relu(up(x)) ** 2)."""
 
     def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs):
         d, f = cfg.hidden_size, cfg.intermediate_size
@@ -91,6 +107,7 @@ class MLP(nnx.Module):
         self.down_proj = zeros((f, d))
 
     def __call__(self, x: jax.Array, positions: jax.Array, entry: None, length: jax.Array | None):
+        """Returns the output [B, T, D], and None because an MLP keeps nothing."""
         up = jnp.einsum("BTD,DF->BTF", x, self.up_proj[...])
         if self.gated:
             hidden = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x, self.gate_proj[...])) * up

@@ -1,10 +1,11 @@
-"""Log-probs and entropy of given tokens without ever holding [R, T, V]: a scan over chunks of completion positions.
+"""Log-probs and entropy of given tokens by a scan over chunks of positions, so that [R, T, V] never exists.
 
-Each chunk's logits are computed, used and dropped, and computed again in the backward pass, which is written by hand:
-with the logsumexp kept, it needs one exponential and no reduction over the vocabulary.
+The logits of a chunk are computed, used and dropped, and computed again in the backward pass. That pass is written by
+hand: it keeps the logsumexp, and so needs one exponential and no reduction over the vocabulary.
 
-Each shard of the batch runs its own loop: the head is gathered once before it, and its gradient, summed over the chunks
-in float32, is summed over the shards once after it. The compiler, left alone, does both in every chunk.
+Each shard of the batch runs its own loop. The head is gathered once before the loop. Its gradient is summed over the
+chunks in float32, and summed over the shards once after the loop. Without `shard_map` the compiler would gather and sum
+in every chunk.
 
 Legend: R rows, T completion positions, C positions of a chunk, D model, V vocab.
 """
@@ -23,10 +24,11 @@ from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
 
 BATCH = sharding.RULES["batch"]
-# How arrays lie over the shards of the batch: [n, R, ...] by rows, [shards, ...] a part of a sum each, or in one piece.
-ROWS, PARTS, WHOLE = PartitionSpec(None, BATCH), PartitionSpec(BATCH), PartitionSpec()
+# How arrays are split over the shards of the batch: [n, R, ...] by rows, [shards, ...] with one partial sum per shard,
+# or not at all.
+ROWS, PARTS, REPLICATED = PartitionSpec(None, BATCH), PartitionSpec(BATCH), PartitionSpec()
 
-LOGITS_BYTES = 128 << 20  # of a chunk's float32 logits on one device, where no other size is asked for
+LOGITS_BYTES = 128 << 20  # bytes of a chunk's float32 logits on one device, where no other size is asked for
 
 
 def token_logprobs(
@@ -38,17 +40,19 @@ def token_logprobs(
     tied: bool = False,
     entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-prob and entropy of the tempered policy softmax(logits / temperature).
+    """Returns log-prob and entropy of the tempered policy softmax(logits / temperature).
 
     Args:
         hidden: [R, T, D], the state that predicts each target.
-        head: [D, V] float32 master weight, or [V, D] where it is `tied` to the embedding (a transposed copy would be as
-            large as the weight). Its gradient accumulates in float32. One that LoRA leaves as it is may be narrower.
+        head: [D, V] float32 master weight, or [V, D] where it is `tied` to the embedding, because a transposed copy
+            would be as large as the weight. Its gradient accumulates in float32. A head that LoRA leaves as it is may
+            have a narrower dtype.
         targets: [R, T] int32.
-        temperature: of sampling; 0 (greedy) is read as 1.
+        temperature: sampling temperature; 0 (greedy) is read as 1.
         chunk: positions on each shard of the batch whose logits exist at once, at least one per row; None = as many as
             LOGITS_BYTES hold, so that a larger vocabulary needs no more memory.
-        entropy_gradient: whether the entropy has its gradient, or none, as where it is only looked at.
+        tied: whether `head` is the embedding.
+        entropy_gradient: whether the entropy is differentiated. False where it is only a metric.
 
     Returns:
         logprob [R, T] float32, and entropy [R, T] float32 in nats.
@@ -58,51 +62,60 @@ def token_logprobs(
     shards, parts = (1, 1) if mesh.empty else (sharding.batch_shards(mesh), mesh.shape["tensor"])
     if chunk is None:
         chunk = LOGITS_BYTES // (4 * head.shape[0 if tied else 1] // parts)
-    # Even chunks: the rest of a division would be padding that costs as much as real positions.
+    # All chunks have about the same size, because padding at the end would cost as much as real positions.
     per_row = max(1, chunk // -(-rows // shards))
     chunks = -(-time // per_row)
     length = -(-time // chunks)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, chunks * length - time), *[(0, 0)] * (x.ndim - 2)))
     split = lambda x: pad(x).reshape(rows, chunks, length, *x.shape[2:]).swapaxes(0, 1)
     axes = "VD" if tied else "DV"
-    found = _chunked(split(hidden), head, split(targets), temperature or 1.0, axes, entropy_gradient)
-    return tuple(x.swapaxes(0, 1).reshape(rows, -1)[:, :time] for x in found)
+    results = _chunked(split(hidden), head, split(targets), temperature or 1.0, axes, entropy_gradient)
+    return tuple(x.swapaxes(0, 1).reshape(rows, -1)[:, :time] for x in results)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _chunked(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float, axes: str, entropy_gradient: bool
 ):
-    """logprob and entropy [n, R, C] of n chunks: hidden [n, R, C, D], targets [n, R, C]; `axes` are those of head."""
+    """Returns log-prob and entropy [n, R, C] float32 of n chunks.
+
+    Args:
+        hidden: [n, R, C, D].
+        targets: [n, R, C] int32.
+        axes: the axes of head, "DV" or "VD".
+    """
     return _forward(hidden, head, targets, temperature, axes, entropy_gradient)[0]
 
 
 def _logits(hidden: jax.Array, head: jax.Array, temperature: float, axes: str) -> jax.Array:
+    """Returns the tempered logits [R, C, V] float32 of hidden [R, C, D]."""
     logits = jnp.einsum(f"RCD,{axes}->RCV", hidden, head, preferred_element_type=jnp.float32)
     return constrain(logits / temperature, "batch", "time", "vocab")
 
 
 def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """[R, C, V] bool. A gather instead would collect logits whose vocabulary is sharded."""
+    """Returns [R, C, V] bool. A gather of the targets' logits would collect a sharded vocabulary on every device."""
     return jnp.arange(logits.shape[-1]) == targets[..., None]
 
 
-def _per_shard(run: Callable, places: tuple, results: tuple) -> Callable:
-    """`run` on every shard of the batch by itself, its arguments and results split as `places` and `results` say."""
+def _per_shard(run: Callable, in_specs: tuple, out_specs: tuple) -> Callable:
+    """Returns a function that runs `run` on every shard of the batch separately."""
     if jax.sharding.get_abstract_mesh().empty:
         return run
-    # check_vma: partial sums are not told apart from what is equal on all shards.
-    return jax.shard_map(run, in_specs=places, out_specs=results, axis_names=set(BATCH), check_vma=False)
+    # check_vma is off because it does not distinguish partial sums from values that are equal on all shards.
+    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, axis_names=set(BATCH), check_vma=False)
 
 
-def _split(head: jax.Array, axes: str, embed: str | None = None) -> jax.Array:
-    """A head, or its gradient, whose vocabulary is sharded, and with `embed` its width."""
+def _constrained(head: jax.Array, axes: str, embed: str | None = None) -> jax.Array:
+    """Returns a head, or its gradient, with its vocabulary sharded, and with its width sharded by `embed`."""
     return constrain(head, *("vocab" if axis == "V" else embed for axis in axes))
 
 
 def _forward(hidden, head, targets, temperature, axes, entropy_gradient):
+    """Returns (log-prob, entropy), and what the backward pass keeps."""
+
     def run(head, *xs):
-        head = _split(head, axes)
+        head = _constrained(head, axes)
 
         def body(_, xs):
             h, target = xs
@@ -117,18 +130,21 @@ def _forward(hidden, head, targets, temperature, axes, entropy_gradient):
 
         return jax.lax.scan(body, None, xs)[1]
 
-    run = _per_shard(run, (WHOLE, ROWS, ROWS), (ROWS,) * 3)
+    run = _per_shard(run, (REPLICATED, ROWS, ROWS), (ROWS,) * 3)
     logprob, entropy, lse = run(head.astype(hidden.dtype), hidden, targets)
     return (logprob, entropy), (hidden, head, targets, lse, entropy)
 
 
 def _backward(temperature, axes, entropy_gradient, kept, gradients):
-    """d log p / d z = [target] - p, and d H / d z = -p (log p + H), with z the tempered logits."""
+    """Returns the gradients of hidden and head, by d log p / d z = [target] - p and d H / d z = -p (log p + H).
+
+    Here z are the tempered logits, p their softmax and H the entropy.
+    """
     hidden, head, targets, lse, entropy = kept
     logprob_gradients, entropy_gradients = gradients
 
     def run(head, *xs):
-        head = _split(head, axes)
+        head = _constrained(head, axes)
 
         def body(total, xs):
             h, target, norm, gradient, *of_entropy = xs
@@ -141,18 +157,19 @@ def _backward(temperature, axes, entropy_gradient, kept, gradients):
                 nats, slope = of_entropy
                 inner -= probability * (logp + nats[..., None]) * (slope / temperature)[..., None]
             inner = inner.astype(h.dtype)
-            # Flat: of a product over two axes XLA's CPU compiler transposes a copy of the chunk.
+            # Rows and positions become one axis, because XLA's CPU compiler transposes a copy of the chunk for a
+            # product over two axes.
             flat = inner.reshape(-1, inner.shape[-1])
             total += jnp.einsum(f"XD,XV->{axes}", h.reshape(-1, h.shape[-1]), flat, preferred_element_type=jnp.float32)
-            return _split(total, axes), jnp.einsum(f"RCV,{axes}->RCD", inner, head)
+            return _constrained(total, axes), jnp.einsum(f"RCV,{axes}->RCD", inner, head)
 
-        total, inner = jax.lax.scan(body, _split(jnp.zeros(head.shape, jnp.float32), axes), xs)
+        total, inner = jax.lax.scan(body, _constrained(jnp.zeros(head.shape, jnp.float32), axes), xs)
         return total[None], inner
 
     xs = (hidden, targets, lse, logprob_gradients, *([entropy, entropy_gradients] if entropy_gradient else []))
-    run = _per_shard(run, (WHOLE, *[ROWS] * len(xs)), (PARTS, ROWS))
+    run = _per_shard(run, (REPLICATED, *[ROWS] * len(xs)), (PARTS, ROWS))
     totals, inner = run(head.astype(hidden.dtype), *xs)
-    return inner, _split(totals.sum(axis=0), axes, "embed").astype(head.dtype), None
+    return inner, _constrained(totals.sum(axis=0), axes, "embed").astype(head.dtype), None
 
 
 _chunked.defvjp(_forward, _backward)
@@ -173,32 +190,35 @@ def completion_logprobs(
     remat: str,
     entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropies of completions, the G of a context together: what they share runs once.
+    """Returns log-probs and entropies of completions. The prefix that the G completions of a context share runs once.
 
-    The context's last token is the first that a completion's rows run themselves: its state predicts their first token.
-    So a row has as many positions as its completion, and of the prefix only its cache is needed: keys and
-    values, and the states of Mamba-2 after its last token.
+    The last token of a context is not part of the prefix. It is the first token of each completion's row, because its
+    state predicts the first token of the completion. So a row has as many positions as its completion, and only the
+    cache of the prefix is needed: keys and values, and the states of Mamba-2 after its last token.
 
     Args:
-        params: float32 master weights, or those of any dtype, some with a LoRA change.
+        params: float32 master weights, or weights of any dtype of which some have a LoRA change.
         prefix: [Q, P] int32, each context without its last token, padded on the right.
-        prefix_length: [Q] int32, real tokens of it; may be 0.
-        last: [Q] int32, each context's last token.
+        prefix_length: [Q] int32, real tokens of each prefix; may be 0.
+        last: [Q] int32, the last token of each context.
         completions: [Q, G, T] int32, padded on the right.
+        dtype: dtype of the computation.
+        temperature, chunk, entropy_gradient: as for `token_logprobs`.
+        remat: as for `decoder.apply`.
 
     Returns:
-        logprob and entropy, [Q, G, T] float32; past a completion's end they mean nothing.
+        Log-prob and entropy (nats), each [Q, G, T] float32. Past the end of a completion they are meaningless.
     """
     shape = completions.shape
     weights = decoder.cast(params, dtype)
-    places = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
-    _, cache = decoder.apply(cfg, weights, prefix, places, length=prefix_length, remat=remat)
+    positions = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
+    _, cache = decoder.apply(cfg, weights, prefix, positions, length=prefix_length, remat=remat)
     firsts = jnp.broadcast_to(last[:, None, None], (*shape[:2], 1))
     tokens = jnp.concatenate([firsts, completions[..., :-1]], axis=-1)
-    places = jnp.broadcast_to(prefix_length[:, None, None] + jnp.arange(shape[2]), shape)
+    positions = jnp.broadcast_to(prefix_length[:, None, None] + jnp.arange(shape[2]), shape)
     rows = lambda x: x.reshape(-1, shape[2])
     cache = caches.shared(cache, prefix_length)
-    hidden, _ = decoder.apply(cfg, weights, rows(tokens), rows(places), cache, remat=remat)
+    hidden, _ = decoder.apply(cfg, weights, rows(tokens), rows(positions), cache, remat=remat)
     head = params["embedding" if cfg.tie_embeddings else "lm_head"]
     logprob, entropy = token_logprobs(
         hidden, head, rows(completions), temperature, chunk, cfg.tie_embeddings, entropy_gradient

@@ -1,14 +1,17 @@
-"""Mamba-2 (Dao and Gu, arXiv 2405.21060) as Nemotron-H has it: a mixer with a state of fixed size per head.
+"""Mamba-2 (Dao and Gu, arXiv 2405.21060) as in Nemotron-H: a mixer with a state of fixed size per head.
 
-1. Projections of a token give z (gate), x, B, C and dt; each a parameter of its own, so that heads shard over `tensor`.
-2. A short causal convolution, per channel, and SiLU over x, B and C.
-3. With dt = softplus(dt + bias), clipped, and A = -exp(a_log), the state of a head goes
+1. Projections of each token give z (the gate), x, B, C and dt. Each projection is a parameter of its own, so that heads
+   shard over `tensor`.
+2. x, B and C pass through a short causal convolution, per channel, and SiLU.
+3. With dt = softplus(dt + bias), clipped, and A = -exp(a_log), the state of a head follows
        state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T,    y_t = state_t C_t + skip x_t
-   B and C are those of the head's group. `step` does one token. `scan` does chunks: inside one, y is a masked product
-   of all pairs of its tokens (the paper's dual form); from chunk to chunk goes the state, under jax.checkpoint.
-4. y silu(z) is normalised per group of heads, and projected back.
+   where B and C are those of the head's group. `step` computes one token. `scan` computes chunks: inside a chunk, y is
+   a masked product over all pairs of its tokens (the paper's dual form), and the state passes from one chunk to the
+   next, under jax.checkpoint.
+4. y silu(z) is normalised per group of heads and projected to the model's width.
 
-A padded position has dt = 0: the state decays by exp(0) and nothing is added. The recurrence and the state are float32.
+A padded position has dt = 0, so that the state decays by exp(0) = 1 and nothing is added. The recurrence and the state
+are float32.
 
 Legend: B batch, T query, L and S positions of a chunk, D model, N heads, G groups, R heads of a group (N = G R),
 H head dim, P state, W tokens that the convolution sees.
@@ -28,69 +31,82 @@ from igrpo_jax.models.layers import normal, zeros
 
 
 class Mamba2(nnx.Module):
+    """The Mamba-2 mixer: [B, T, D] to [B, T, D], and the state after the last real token of each row."""
+
     def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs):
-        m, d = cfg.mamba, cfg.hidden_size
-        heads, groups = (m.num_heads, m.head_dim), (m.num_groups, m.state_size)
-        self.x_proj, self.z_proj = normal(rngs, (d, *heads), d), normal(rngs, (d, *heads), d)
-        self.b_proj, self.c_proj = normal(rngs, (d, *groups), d), normal(rngs, (d, *groups), d)
-        self.dt_proj = normal(rngs, (d, m.num_heads), d)
-        self.x_conv = normal(rngs, (m.conv_size, *heads), m.conv_size)
-        self.b_conv = normal(rngs, (m.conv_size, *groups), m.conv_size)
-        self.c_conv = normal(rngs, (m.conv_size, *groups), m.conv_size)
-        self.x_conv_bias, self.b_conv_bias, self.c_conv_bias = zeros(heads), zeros(groups), zeros(groups)
-        # Of the paper's code: decays of exp(-1) to exp(-16) per unit of dt, which starts between 0.001 and 0.1.
-        dt = jnp.exp(jnp.linspace(jnp.log(0.001), jnp.log(0.1), m.num_heads))
+        mamba, d = cfg.mamba, cfg.hidden_size
+        heads, groups = (mamba.num_heads, mamba.head_dim), (mamba.num_groups, mamba.state_size)
+        self.x_proj = normal(rngs, (d, *heads), d)
+        self.z_proj = normal(rngs, (d, *heads), d)
+        self.b_proj = normal(rngs, (d, *groups), d)
+        self.c_proj = normal(rngs, (d, *groups), d)
+        self.dt_proj = normal(rngs, (d, mamba.num_heads), d)
+        self.x_conv = normal(rngs, (mamba.conv_size, *heads), mamba.conv_size)
+        self.b_conv = normal(rngs, (mamba.conv_size, *groups), mamba.conv_size)
+        self.c_conv = normal(rngs, (mamba.conv_size, *groups), mamba.conv_size)
+        self.x_conv_bias = zeros(heads)
+        self.b_conv_bias = zeros(groups)
+        self.c_conv_bias = zeros(groups)
+        # The paper's code has these start values: decays of exp(-1) to exp(-16) per unit of dt, and dt between 0.001
+        # and 0.1.
+        dt = jnp.exp(jnp.linspace(jnp.log(0.001), jnp.log(0.1), mamba.num_heads))
         self.dt_bias = nnx.Param(jnp.log(jnp.expm1(dt)))
-        self.a_log = nnx.Param(jnp.log(jnp.linspace(1.0, 16.0, m.num_heads)))
-        self.skip = nnx.Param(jnp.ones((m.num_heads,), jnp.float32))
+        self.a_log = nnx.Param(jnp.log(jnp.linspace(1.0, 16.0, mamba.num_heads)))
+        self.skip = nnx.Param(jnp.ones((mamba.num_heads,), jnp.float32))
         self.gated_scale = nnx.Param(jnp.ones(heads, jnp.float32))
-        self.o_proj = zeros((*heads, d))  # a sublayer starts as the identity
-        self.config, self.eps = cfg, cfg.rms_norm_eps
+        self.o_proj = zeros((*heads, d))  # with the residual, a sublayer starts as the identity
+        self.cfg = cfg
 
     def __call__(self, x: jax.Array, positions: jax.Array, entry: MambaState | None, length: jax.Array | None):
-        """Output [B, T, D] and the state after each row's `length` tokens.
+        """Returns the output [B, T, D], and the state after the first `length` tokens of each row.
 
-        The rows continue the states of `entry`, each that of one row or of several; None = they are the first tokens.
+        Args:
+            x: [B, T, D].
+            entry: the states that the rows continue, of B rows or of a divisor of B; None where the rows begin with
+                their first tokens.
+            length: [B] int32, real tokens of each row; None = all.
         """
-        m, (batch, time) = self.config.mamba, x.shape[:2]
-        before = caches.empty_state(self.config, batch, x.dtype) if entry is None else entry
+        mamba, (batch, time) = self.cfg.mamba, x.shape[:2]
+        before = caches.empty_state(self.cfg, batch, x.dtype) if entry is None else entry
         if before.state.shape[0] != batch:
             before = jax.tree.map(lambda y: jnp.repeat(y, batch // y.shape[0], axis=0), before)
         inputs = self._project(x)
         z = constrain(jnp.einsum("BTD,DNH->BTNH", x, self.z_proj[...]), "batch", "time", "heads", "head_dim")
         dt = jnp.einsum("BTD,DN->BTN", x, self.dt_proj[...]).astype(jnp.float32)
-        dt = jnp.clip(jax.nn.softplus(dt + self.dt_bias[...].astype(jnp.float32)), *m.time_step_limit)
+        dt = jnp.clip(jax.nn.softplus(dt + self.dt_bias[...].astype(jnp.float32)), *mamba.time_step_limit)
         if length is not None:
             dt = jnp.where((jnp.arange(time) < length[:, None])[..., None], dt, 0.0)
         seen = [jnp.concatenate(pair, axis=1) for pair in zip(before[:3], inputs, strict=True)]  # [B, W - 1 + T, ...]
         kernels = (self.x_conv, self.x_conv_bias), (self.b_conv, self.b_conv_bias), (self.c_conv, self.c_conv_bias)
         hidden, b, c = (_convolved(y, *(w[...] for w in kernel)) for y, kernel in zip(seen, kernels, strict=True))
         a = -jnp.exp(self.a_log[...].astype(jnp.float32))
-        run = step if time == 1 else functools.partial(scan, chunk=m.chunk_size)
+        run = step if time == 1 else functools.partial(scan, chunk=mamba.chunk_size)
         y, state = run(hidden, dt, a, b, c, before.state)
         y += self.skip[...].astype(jnp.float32)[:, None] * hidden
         y = self._gated_norm(y, z).astype(x.dtype) * self.gated_scale[...]
-        last = [_ending_at(part, length, m.conv_size - 1) for part in seen]
+        last = [_ending_at(part, length, mamba.conv_size - 1) for part in seen]
         return jnp.einsum("BTNH,NHD->BTD", y, self.o_proj[...]), MambaState(*last, state)
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
-        """x [B, T, N, H], B and C [B, T, G, P], as the convolution takes them."""
-        found = [
+        """Returns x [B, T, N, H], B and C [B, T, G, P], the inputs of the convolution."""
+        inputs = [
             jnp.einsum("BTD,DNH->BTNH", x, self.x_proj[...]),
             jnp.einsum("BTD,DGP->BTGP", x, self.b_proj[...]),
             jnp.einsum("BTD,DGP->BTGP", x, self.c_proj[...]),
         ]
-        return [constrain(y, *axes) for y, axes in zip(found, caches.MAMBA_AXES, strict=False)]
+        return [constrain(y, *axes) for y, axes in zip(inputs, caches.MAMBA_AXES, strict=False)]
 
     def _gated_norm(self, y: jax.Array, z: jax.Array) -> jax.Array:
-        """RMSNorm of y * silu(z) over the channels of each group of heads, float32."""
+        """Returns the RMSNorm of y * silu(z) over the channels of each group of heads: [B, T, N, H] float32."""
         gated = y * jax.nn.silu(z.astype(jnp.float32))
-        groups = gated.reshape(*y.shape[:2], self.config.mamba.num_groups, -1)
-        return (groups * jax.lax.rsqrt(jnp.mean(groups**2, axis=-1, keepdims=True) + self.eps)).reshape(y.shape)
+        groups = gated.reshape(*y.shape[:2], self.cfg.mamba.num_groups, -1)
+        return (groups * jax.lax.rsqrt(jnp.mean(groups**2, axis=-1, keepdims=True) + self.cfg.rms_norm_eps)).reshape(
+            y.shape
+        )
 
 
 def _convolved(seen: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """silu of the causal convolution: seen [B, W - 1 + T, ...] with kernel [W, ...] to [B, T, ...] float32."""
+    """Returns silu(causal convolution): `seen` [B, W - 1 + T, ...] with kernel [W, ...] gives [B, T, ...] float32."""
     width = kernel.shape[0]
     time = seen.shape[1] - (width - 1)
     taps = (seen[:, i : i + time].astype(jnp.float32) * kernel[i].astype(jnp.float32) for i in range(width))
@@ -98,14 +114,22 @@ def _convolved(seen: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array
 
 
 def _ending_at(seen: jax.Array, length: jax.Array | None, count: int) -> jax.Array:
-    """The `count` inputs before each row's end: of `seen` [B, count + T, ...] those from `length` [B] on."""
+    """Returns the last `count` inputs of each row.
+
+    Args:
+        seen: [B, count + T, ...], `count` inputs before the row and then those of its T tokens.
+        length: [B] int32, real tokens of each row; None = all.
+
+    Returns:
+        [B, count, ...].
+    """
     if length is None:
         return seen[:, seen.shape[1] - count :]
     return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, count, axis=0))(seen, length)
 
 
 def step(x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, state: jax.Array):
-    """One token of each row: `scan` for T = 1, which reads and writes the state once."""
+    """Does what `scan` does for T = 1, and reads and writes the state only once."""
     shape, groups = x.shape, b.shape[2]
     x, dt, a, state = (_grouped(y, axis, groups) for y, axis in ((x[:, 0], 1), (dt[:, 0], 1), (a, 0), (state, 1)))
     state = jnp.exp(dt * a)[..., None, None] * state + jnp.einsum("BGRH,BGP->BGRHP", x * dt[..., None], b[:, 0])
@@ -114,7 +138,7 @@ def step(x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, 
 
 
 def scan(x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, state: jax.Array, chunk: int):
-    """y without the skip, and the state after the last position.
+    """Computes the recurrence over T positions: y without the skip, and the state after the last position.
 
     Args:
         x: [B, T, N, H] float32.
@@ -122,7 +146,7 @@ def scan(x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, 
         a: [N] float32, negative.
         b, c: [B, T, G, P] float32; head n belongs to group n // (N / G).
         state: [B, N, H, P] float32, before the first position.
-        chunk: positions that are worked on at once. It holds [B, N, chunk, chunk] float32.
+        chunk: positions that are computed at once, which needs [B, N, chunk, chunk] float32 of memory.
 
     Returns:
         y [B, T, N, H] and the state [B, N, H, P], float32.
@@ -137,20 +161,20 @@ def scan(x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, 
 
 
 def _grouped(x: jax.Array, axis: int, groups: int) -> jax.Array:
-    """The axis N of `x` as G, R."""
+    """Returns `x` with its axis `axis`, N, split into G and R."""
     return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
 
 
 def _chunks(x: jax.Array, size: int) -> jax.Array:
-    """[B, T, ...] to [chunks, B, size, ...], zeros (and so dt = 0) at the end."""
+    """Returns `x` [B, T, ...] as [chunks, B, size, ...], with zeros (and so dt = 0) at the end."""
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)])
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
 def _chunk(a: jax.Array, state: jax.Array, xs: tuple[jax.Array, ...]):
-    """One chunk: the state after it [B, G, R, H, P], and y [B, L, G, R, H]."""
+    """Computes one chunk: returns the state after it [B, G, R, H, P], and y [B, L, G, R, H]."""
     x, dt, b, c = xs  # [B, L, G, R, H], [B, L, G, R], [B, L, G, P] twice
-    decay = jnp.cumsum(dt * a, axis=1)  # [B, L, G, R]: log of what is left of the state before the chunk
+    decay = jnp.cumsum(dt * a, axis=1)  # [B, L, G, R]: log of the fraction that is left of the state before the chunk
     pairs = decay.transpose(0, 2, 3, 1)
     pairs = pairs[..., :, None] - pairs[..., None, :]  # [B, G, R, L, S]
     pairs = jnp.where(jnp.tri(pairs.shape[-1], dtype=bool), pairs, -jnp.inf)
@@ -158,5 +182,5 @@ def _chunk(a: jax.Array, state: jax.Array, xs: tuple[jax.Array, ...]):
     inputs = x * dt[..., None]
     y = jnp.einsum("BGRLS,BSGRH->BLGRH", weights, inputs)
     y += jnp.einsum("BLGP,BGRHP->BLGRH", c, state) * jnp.exp(decay)[..., None]
-    kept = inputs * jnp.exp(decay[:, -1:] - decay)[..., None]  # at the end of the chunk
+    kept = inputs * jnp.exp(decay[:, -1:] - decay)[..., None]  # what is left of the inputs at the end of the chunk
     return jnp.exp(decay[:, -1])[..., None, None] * state + jnp.einsum("BSGRH,BSGP->BGRHP", kept, b), y

@@ -1,8 +1,9 @@
-"""Splash attention, the TPU's flash kernel in Pallas, over rows that continue a prefix.
+"""Splash attention, the TPU's flash kernel in Pallas, for rows that continue a prefix.
 
-A kernel is opaque to the compiler that places collectives, so it runs under `shard_map`, each device on its own rows
-and heads. Queries and keys are padded to whole blocks: the keys are [prefix | own | zeros], the causal mask is shifted
-by the prefix, and padding in the prefix is another segment than the queries.
+The compiler cannot split a kernel over devices, so it runs under `shard_map`, where each device has its own rows and
+heads. Queries and keys are padded to whole blocks. The keys are [prefix | own | zeros], the causal mask is shifted by
+the length of the prefix, and the padding of the prefix belongs to another segment than the queries, so that no query
+reads it.
 """
 
 import functools
@@ -15,27 +16,35 @@ from igrpo_jax.distributed.sharding import spec
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.cache import Prefix
 
-LANES = 128  # of a TPU's vector registers; the kernel works on multiples
-BLOCKS = (512, 384, 256)  # sizes of a block of a longer sequence: smaller ones leave the matrix unit idle
+LANES = 128  # lanes of a TPU's vector registers; the kernel works on multiples of it
+BLOCKS = (512, 384, 256)  # sizes of the blocks of longer sequences; smaller blocks leave the matrix unit idle
 
 
 def splash_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, prefix: Prefix | None, interpret: bool = False
 ) -> jax.Array:
-    """`attention.xla_attention` by the TPU's kernel; `interpret` emulates it on any platform, slowly.
+    """Computes `attention.xla_attention` with the TPU's kernel.
 
-    Over a mesh, `data` and `fsdp` must divide the rows and the prefixes, `tensor` the kv heads.
+    On a mesh, `data` times `fsdp` must divide the rows and the prefixes, and `tensor` must divide the kv heads.
+
+    Args:
+        q, k, v, prefix: as for `attention.xla_attention`.
+        interpret: emulates the kernel, slowly, on any platform.
+
+    Returns:
+        [B, T, N, H] in q's dtype.
     """
     run = functools.partial(_on_one_device, interpret=interpret)
     if jax.sharding.get_abstract_mesh().empty:
         return run(q, k, v, prefix)
     rows, cache = spec(("batch", "time", "heads", "head_dim")), spec(caches.AXES)
     before = None if prefix is None else Prefix(cache, cache, spec(("batch",)))
-    # check_vma: the results of a Pallas kernel don't say over which axes they vary.
+    # check_vma is off because the results of a Pallas kernel do not say over which axes they vary.
     return jax.shard_map(run, in_specs=(rows, cache, cache, before), out_specs=rows, check_vma=False)(q, k, v, prefix)
 
 
 def _on_one_device(q, k, v, prefix, interpret):
+    """Runs the kernel on the rows and heads of one device; arguments and result as of `splash_attention`."""
     time, heads, head_dim = q.shape[1:]
     before = 0 if prefix is None else prefix.k.shape[2]
     if prefix is not None:
@@ -44,29 +53,32 @@ def _on_one_device(q, k, v, prefix, interpret):
         k, v = jnp.concatenate([old_k, k], axis=2), jnp.concatenate([old_v, v], axis=2)
     queries, block_q = _padded(time)
     keys, block_kv = _padded(before + time)
-    widen = lambda x, size: jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0)))
-    q, k, v = widen(q.swapaxes(1, 2) * head_dim**-0.5, queries), widen(k, keys), widen(v, keys)
+    pad = lambda x, size: jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0)))
+    q, k, v = pad(q.swapaxes(1, 2) * head_dim**-0.5, queries), pad(k, keys), pad(v, keys)
     kernel = _kernel(heads, queries, keys, before, block_q, block_kv, interpret)
     if prefix is None:
         mixed = jax.vmap(kernel)(q, k, v)
     else:
-        place = jnp.arange(keys)
-        padding = (place >= length[:, None]) & (place < before)
+        position = jnp.arange(keys)
+        padding = (position >= length[:, None]) & (position < before)
         segments = library.SegmentIds(jnp.zeros((queries,), jnp.int32), padding.astype(jnp.int32))
         mixed = jax.vmap(kernel, in_axes=(0, 0, 0, library.SegmentIds(None, 0)))(q, k, v, segments)
     return mixed[:, :, :time].swapaxes(1, 2)
 
 
 def _padded(size: int) -> tuple[int, int]:
-    """`size` rounded up to whole blocks, and the block: one where it is short, else what pads least."""
-    one = -(-size // LANES) * LANES
-    if one <= BLOCKS[0]:
-        return one, one
+    """Returns `size` rounded up to whole blocks, and the size of a block.
+
+    A short sequence is one block. A longer one has the blocks that need the least padding.
+    """
+    single = -(-size // LANES) * LANES
+    if single <= BLOCKS[0]:
+        return single, single
     return min(((-(-size // block) * block, block) for block in BLOCKS), key=lambda pair: (pair[0], -pair[1]))
 
 
 def _kernel(heads: int, queries: int, keys: int, offset: int, block_q: int, block_kv: int, interpret: bool):
-    """The kernel for a causal mask that lets query t read keys 0..offset + t."""
+    """Returns the kernel for a causal mask under which query t reads the keys 0 to offset + t."""
     mask = library.MultiHeadMask([library.CausalMask((queries, keys), offset)] * heads)
     sizes = library.BlockSizes(
         block_q=block_q,

@@ -264,4 +264,5 @@ class Console:
 
 
 def _watched(row: Row) -> Row:
+    """Returns the metrics that alerts read."""
     return {name: row[name] for name in WATCHED if name in row}

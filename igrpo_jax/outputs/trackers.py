@@ -1,4 +1,4 @@
-"""Where a run's rows go beside `metrics.jsonl`: TensorBoard and Weights & Biases, by the names in config.log.trackers.
+"""Trackers, which take a run's rows beside `metrics.jsonl`: TensorBoard and Weights & Biases, by config.log.trackers.
 
 Process 0 opens a tracker for a workdir and hands it each row as it is written. Rows that a resumed run writes again
 replace the earlier ones in TensorBoard, and are left out for wandb, which keeps the rows that it has been given.

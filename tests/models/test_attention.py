@@ -12,7 +12,7 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import attention, decoder, splash
+from igrpo_jax.models import attention, chunked, decoder, splash
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.cache import Prefix
 
@@ -148,7 +148,7 @@ def test_chunked_memory_grows_with_length_and_not_its_square():
 def test_chunks_out_of_sight_are_skipped():
     chunks = [np.zeros((4, 1, 1, 1, 8, 2), np.float32)] * 3
     before = Prefix(*[np.zeros((3, 1, 1, 8, 2), np.float32)] * 2, np.array([20], np.int32))
-    prefix, own = attention._sources(*chunks, before)
+    prefix, own = chunked._sources(*chunks, before)
     assert [tuple(pair) for pair in own.pairs.T] == [(i, j) for i in range(4) for j in range(i + 1)]
     assert [tuple(pair) for pair in prefix.pairs.T] == [(i, j) for i in range(4) for j in range(3)]
 
