@@ -196,7 +196,8 @@ def test_a_prompt_read_in_pieces_has_the_same_logits_and_cache(tiny, attention):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=2), jax.devices()[:2])
     sizes = {"slots": 2, "max_context": 70, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
     whole, pieces = Engine(c, mesh, EOS, **sizes), Engine(c, mesh, EOS, **sizes, prefill_chunk=16)
-    assert pieces.prefill_buckets == (16, 32, 48, 64, 80) and whole.prefill_buckets == (32, 48, 64, 70)
+    assert pieces.programs.prefill_buckets == (16, 32, 48, 64, 80)
+    assert whole.programs.prefill_buckets == (32, 48, 64, 70)
     weights = whole.weights(put(tiny[1], mesh))
     for lengths in ((16, 1), (17, 32), (70, 40)):
         prompts = [prompt(length) for length in lengths]
