@@ -66,11 +66,16 @@ def hybrid():
 
 @pytest.fixture(scope="module")
 def compile_fast():
-    """Machine code that is not optimised, for modules whose programs run once or twice. The programs stay the same."""
+    """Machine code that is not optimised, here and in subprocesses, for modules whose programs run once or twice.
+
+    The programs stay the same.
+    """
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 

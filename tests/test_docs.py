@@ -119,6 +119,7 @@ def test_every_metric_of_a_run_has_a_line(notebook):
     assert sorted(name for name in found if not has_a_line(name, documented())) == []
 
 
+@pytest.mark.slow
 def test_the_reference_has_no_line_twice_and_none_of_what_is_gone(notebook):
     names = documented()
     assert len(names) == len(set(names))
@@ -296,6 +297,7 @@ def notebook(tmp_path_factory):
     return folder / "runs" / "colab", {cell.id: cell.outputs for cell in book.cells if cell.cell_type == "code"}
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(notebook):
     workdir, outputs = notebook
     printed = {name: "".join(one.get("text", "") for one in some) for name, some in outputs.items()}

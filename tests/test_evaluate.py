@@ -247,6 +247,7 @@ def test_questions_of_a_file(tmp_path):
             generate.read(str(tmp_path / "x.jsonl"), "")
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
     out = ("--workdir", tmp_path / "out")
     data = f"--config.evaluation.data_dir={folder}"
@@ -303,6 +304,7 @@ def test_help_names_the_flags_that_stand_for_fields(capsys):
         assert f"  --{flag} " in said
 
 
+@pytest.mark.slow
 def test_the_model_of_a_run_is_the_runs_own(run, tmp_path):
     (run / "config.json").write_text(json.dumps({"seed": 4, "model": {"dtype": "float32"}, "gone": 1}))
     with pytest.raises(InputError, match=r"config\.gone: no such field"):

@@ -21,6 +21,8 @@ from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.workdir import read_config
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 LORA = ("model.lora.rank=2", "model.lora.targets=('q_proj','o_proj','up_proj')", "algorithm.beta=0.05")
 CONSTANT = (
     "optimizer.warmup_ratio=0",
@@ -101,6 +103,7 @@ def test_the_command_writes_what_the_end_of_the_run_wrote(adapted, trained, tmp_
     assert changed == {"q_proj", "o_proj", "up_proj"}
 
 
+@pytest.mark.slow
 def test_the_export_is_the_policy_of_the_checkpoint(trained):
     state = state_of(trained)
     one = open_policy(config.ModelConfig(path=str(trained / "export")))
@@ -110,6 +113,7 @@ def test_the_export_is_the_policy_of_the_checkpoint(trained):
     assert model.generation_config.eos_token_id == one.eos_ids[0]
 
 
+@pytest.mark.slow
 def test_adapters_alone(adapted, trained, tmp_path):
     export.main(["export", f"--workdir={adapted}", f"--out={tmp_path / 'peft'}", "--adapter"])
     told = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
@@ -154,6 +158,7 @@ def test_flags_that_can_not_be_followed(flags, said):
     assert said in error_of(export.main, ["export", *flags])
 
 
+@pytest.mark.slow
 def test_checkpoints_and_folders_that_can_not_be_used(trained, tmp_path):
     message = error_of(export.export, trained, tmp_path / "out", 7)
     assert message == f"{trained}: holds no checkpoint of step 7; those there are: 1, 2"

@@ -75,6 +75,7 @@ def test_a_profiler_that_would_crash_is_refused(monkeypatch):
             task.check_profiler(config.LogConfig(profile_steps=steps))
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_does_and_where_it_wrote(whole):
     _, out = whole
     for words in (
@@ -90,6 +91,7 @@ def test_a_run_says_what_it_does_and_where_it_wrote(whole):
         assert words in out, words
 
 
+@pytest.mark.slow
 def test_compiling_is_shown_counted_and_warned_of_once(whole):
     """What the first step compiles is expected; a shape that comes later is named, once of its kind."""
     workdir, out = whole
@@ -174,6 +176,7 @@ def test_clean_compares_with_all_that_evaluation_may_ask(tmp_path):
         assert {name: [one.question for one in some] for name, some in task.evaluated.prompts.items()} == asked
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept(whole):
     """Of the evaluations at 0, 2, 4 and 5 the highest, the latest of equals, beside the newest two."""
     workdir, _ = whole
@@ -200,6 +203,7 @@ def test_a_best_metric_without_benchmarks():
         open_task(nothing)
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_what_a_best_metric_may_name(whole):
     task = open_task(settings())
     known = set(planning.metric_names(task.config, task.evaluated))
@@ -219,6 +223,7 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path):
     assert (workdir / "metrics.jsonl").read_text() == "".join(lines[1:])
 
 
+@pytest.mark.slow
 def test_a_different_configuration_is_refused_by_name(whole):
     workdir, _ = whole
     other = dataclasses.replace(settings(), seed=7)

@@ -85,6 +85,7 @@ def test_every_kind_of_program_is_built(found):
     assert found.cfg.attention == "splash" and found.fits
 
 
+@pytest.mark.slow
 def test_arguments_are_what_the_parts_say(found):
     """The compiler's bytes, which pad to whole tiles, against shapes and shardings."""
     state, engine = found.learner.abstract_state(), found.engine
@@ -97,6 +98,7 @@ def test_arguments_are_what_the_parts_say(found):
     assert {kind: one(found, kind).arguments for kind in expected} == pytest.approx(expected, rel=0.15)
 
 
+@pytest.mark.slow
 def test_what_waits_beside_a_program(found):
     """The training state while completions are sampled, the moments during a backward pass, and never twice."""
     state = found.learner.abstract_state()
@@ -122,6 +124,7 @@ def test_a_reference_waits_too():
     assert [x - size for x in waiting[0.1]] == list(waiting[0.0])
 
 
+@pytest.mark.slow
 def test_weights_are_gathered_once_for_sampling_and_neither_cache_nor_logits_in_decoding(found):
     engine, decode, weights = found.engine, one(found, "decode"), one(found, "weights")
     assert weights.sent["all-gather"].bytes > 0.99 * engine.weight_bytes / 2  # of what fsdp splits
@@ -131,6 +134,7 @@ def test_weights_are_gathered_once_for_sampling_and_neither_cache_nor_logits_in_
     assert all(traffic.bytes < min(cache, logits) / 4 for traffic in decode.sent.values()), decode.sent
 
 
+@pytest.mark.slow
 def test_the_command(found, file, monkeypatch, capsys):
     monkeypatch.setattr(footprint, "prepare", lambda c, devices: found)
     monkeypatch.setattr(footprint, "build", lambda made, report: [report(one) for one in made.programs])
@@ -142,6 +146,7 @@ def test_the_command(found, file, monkeypatch, capsys):
     assert len(figures["programs"]) == len(found.programs) == sum(": compiled in" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_chip_that_is_too_small(found):
     """What to change depends on which program is the fullest."""
     small = dataclasses.replace(found, chip=dataclasses.replace(found.chip, hbm_bytes=1 << 20))

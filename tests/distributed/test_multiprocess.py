@@ -199,6 +199,7 @@ def test_two_processes_are_as_one(two, one):
     assert max(longest[1::2]) == 2 and max(longest[::2]) == 12
 
 
+@pytest.mark.slow
 def test_one_process_restores_what_two_saved(two, one, folder):
     shutil.copytree(one, folder / "three", ignore=shutil.ignore_patterns("4"))
     three = whole_runs.settings(**SETTINGS | {"steps": 3})
@@ -307,16 +308,19 @@ def test_an_error_of_one_ends_all_with_its_message(failures):
     assert all("config.optimizer.b1: process 1 (" in text and ") has 1, process 0 (" in text for text in (said, told))
 
 
+@pytest.mark.slow
 def test_other_facts_are_told_by_all(failures):
     for code, said in failures["facts"]:
         assert code == 2 and "error: seed: process 1 (" in said and "start every process with the same command" in said
 
 
+@pytest.mark.slow
 def test_a_notice_to_one_is_one_to_all(failures):
     assert [code for code, _ in failures["notice"]] == [75, 75]
     assert "igrpo_jax: SIGTERM of process 1 (" in failures["notice"][0][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, victim", [("first", 0), ("second", 1)])
 def test_a_killed_process_is_named_by_the_others(failures, name, victim):
     processes = failures[name]
@@ -328,6 +332,7 @@ def test_a_killed_process_is_named_by_the_others(failures, name, victim):
             assert f"error: process {victim} (" in last and f"it was in rollout (step {victim})" in last
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_in_vain_says_so(failures):
     ((code, said),) = failures["alone"]
     assert code == 1 and "process 0 of 2: not all processes have come to localhost:" in said

@@ -129,6 +129,7 @@ def test_rows_summary_and_metrics(evaluator, params, tmp_path):
     assert summaries.flat(written)["eval/small/pass@1"] == right.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"evaluation__rounds": 2}, {"evaluation__pass_at": (3, 9)}])
 def test_the_names_of_the_metrics_are_known_before_an_evaluation(evaluator, params, changes):
     """A best_metric is checked against these names; a name that is missing here would refuse a run that is right."""
@@ -156,6 +157,7 @@ def test_a_killed_evaluation_resumes_to_the_same_files(evaluator, params, tmp_pa
         assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_seed_benchmark_problem_and_number_alone(evaluator, params):
     """Not on slots, on the other problems, on how many samples there are, or on which of them are there already."""
     whole = answers(evaluator().sampled(params, "small"))
@@ -167,6 +169,7 @@ def test_a_sample_depends_on_seed_benchmark_problem_and_number_alone(evaluator, 
         assert answers(other.sampled(params, name)) != whole
 
 
+@pytest.mark.slow
 def test_where_the_context_ends_a_sample_depends_on_its_own_prompt_alone(evaluator, params, policy):
     """A limit that all prompts share would cut the short ones where the longest ends, and by what is asked beside."""
     context = len(evaluator().plan.prompts["small"][3].tokens) + 3
@@ -176,6 +179,7 @@ def test_where_the_context_ends_a_sample_depends_on_its_own_prompt_alone(evaluat
     assert alone.items() <= answers(whole).items()
 
 
+@pytest.mark.slow
 def test_more_samples_keep_the_first_ones(evaluator, params, tmp_path):
     whole = evaluator().run(params, tmp_path / "whole")
     evaluator(evaluation__samples=2).run(params, tmp_path / "more")
@@ -188,6 +192,7 @@ def test_more_samples_keep_the_first_ones(evaluator, params, tmp_path):
     assert fewer["samples"] == 2 and "pass@5" not in fewer["single_shot"]
 
 
+@pytest.mark.slow
 def test_without_resume_old_rows_are_gone(evaluator, params, tmp_path):
     evaluator().run(params, tmp_path)
     before = lines(tmp_path)
@@ -197,6 +202,7 @@ def test_without_resume_old_rows_are_gone(evaluator, params, tmp_path):
     assert lines(tmp_path) == before and not list(tmp_path.glob("*process*"))
 
 
+@pytest.mark.slow
 def test_rounds_choose_a_draft_without_and_with_the_answer(evaluator, params, policy, tmp_path):
     made = evaluator(evaluation__rounds=2)
     one = made.run(params, tmp_path)["small"]
@@ -236,6 +242,7 @@ def test_rounds_choose_a_draft_without_and_with_the_answer(evaluator, params, po
     assert "eval/small/refine_2_oracle/pass@1" in summaries.flat({"small": one})
 
 
+@pytest.mark.slow
 def test_the_draft_is_in_the_prompt_as_it_was_sampled(evaluator, params, monkeypatch):
     made = evaluator(evaluation__rounds=1)
     asked = []
@@ -252,6 +259,7 @@ def test_the_draft_is_in_the_prompt_as_it_was_sampled(evaluator, params, monkeyp
         assert one.index == other.index and (one.key != other.key).any()
 
 
+@pytest.mark.slow
 def test_processes_split_the_problems(evaluator, params, tmp_path):
     """In turn, here; `test_evaluate` has two that run side by side."""
     whole = evaluator(evaluation__rounds=1).run(params, tmp_path / "whole")
@@ -265,6 +273,7 @@ def test_processes_split_the_problems(evaluator, params, tmp_path):
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["small.jsonl", "summary.json", "summary.md"]
 
 
+@pytest.mark.slow
 def test_without_a_folder_processes_send_each_other_their_rows(evaluator, params, monkeypatch):
     """As `generate` needs them: the first one prints all answers."""
     whole = evaluator(evaluation__rounds=1).sampled(params, "small", chains=("vote",))
@@ -278,6 +287,7 @@ def test_without_a_folder_processes_send_each_other_their_rows(evaluator, params
     assert answers(parts[0].sampled(params, "small", chains=("vote",))) == answers(whole)
 
 
+@pytest.mark.slow
 def test_rows_of_other_problems_or_without_tokens_are_refused(evaluator, params, tmp_path):
     evaluator().run(params, tmp_path)
     other = {"small": [replace(row, question=row.question + "+1") for row in ROWS["small"]]}

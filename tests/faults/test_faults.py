@@ -260,6 +260,7 @@ def test_a_run_without_rewards_ends_when(tmp_path, monkeypatch, overrides, words
     assert not any(b"a-secret" in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_final_states_differ_when_they_should(whole, longer):
     """What these tests compare can differ."""
     a, b = final_state(whole[0], whole_runs.settings()), final_state(longer, whole_runs.settings(steps=7))

@@ -192,6 +192,7 @@ def test_only_completions_carry_loss(base, reference_gradient):
         assert max(np.abs(got[path] - far[path]).max() / np.abs(far[path]).max() for path in got) > 0.05
 
 
+@pytest.mark.slow
 def test_metrics(base, score_in_full, tiny):
     mask = layout()[1]
     logprob, entropy = score_in_full(tiny[1])
@@ -489,6 +490,7 @@ def test_groups_without_a_signal_off_policy(build, tiny):
         assert metrics[name] == pytest.approx(others[name], rel=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_step_without_any_signal_goes_on(build, tiny, base):
     """Adam's momentum moves the parameters: 0.9 m / (1 - 0.9^2) over the root of 0.999 v / (1 - 0.999^2)."""
     state, _ = updated(build(), tiny[1])
@@ -612,6 +614,7 @@ def test_drafts_can_be_rows_too(build, tiny, base, reference_gradient, left_out)
     assert metrics["draft/kl"] == metrics["draft/clip_ratio"] == 0
 
 
+@pytest.mark.slow
 def test_without_drafts_there_are_none_to_train_on(build, tiny, base):
     state, metrics = updated(
         build(algorithm__train_drafts=True), tiny[1], [dataclasses.replace(group, drafts=()) for group in make_groups()]
@@ -648,6 +651,7 @@ def test_every_minibatch_has_its_share_of_drafts(build, tiny, monkeypatch):
 # Steps that go wrong.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing(build, tiny, base, bad):
     advantages = ADVANTAGES.copy()

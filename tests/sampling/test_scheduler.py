@@ -113,6 +113,7 @@ def test_samples_do_not_depend_on_the_host_being_a_dispatch_behind(engine, tiny,
     check_same(sample(tiny_engine, tiny, requests(), ahead=1)[0], expected[0])
 
 
+@pytest.mark.slow
 def test_the_device_has_work_while_the_host_reads(engine, tiny):
     """With `ahead` the next dispatch is on its way before the first one's results are asked for."""
     with jax.set_mesh(engine.mesh):
@@ -151,6 +152,7 @@ def test_slots_are_gathered_when_few_are_left(tiny, expected):
         np.testing.assert_array_equal(one.tokens, plain[one.sample_id][: limits[one.sample_id]])
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_order(engine, tiny, expected):
     check_same(sample(engine, tiny, requests()[::-1])[0], expected[0])
 
@@ -182,6 +184,7 @@ def test_samples_do_not_depend_on_the_mesh(tiny, expected, slots, axes):
     check_same(sample(make_engine(tiny[0], slots, 8, mesh), tiny, requests(), ahead=1)[0], expected[0])
 
 
+@pytest.mark.slow
 def test_usage(engine, expected):
     """A prompt is prefilled once, not once a sample; the first token of a sample comes of its prompt's last logits."""
     samples, scheduler = expected
@@ -193,6 +196,7 @@ def test_usage(engine, expected):
     assert usage.overlap == 0
 
 
+@pytest.mark.slow
 def test_overlap_is_the_share_of_steps_with_both_stages(engine, tiny):
     with jax.set_mesh(engine.mesh):
         scheduler = start(engine, tiny)
@@ -206,6 +210,7 @@ def test_overlap_is_the_share_of_steps_with_both_stages(engine, tiny):
         assert 0 < scheduler.usage.overlap < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "limit", "said"), [(111, 24, "111 + 24"), (0, 24, "0 + 24"), (110, 25, "110 + 25"), (5, 0, "5 + 0")]
 )
@@ -220,6 +225,7 @@ def test_a_request_that_does_not_fit(engine, length, limit, said):
     assert not scheduler.pending
 
 
+@pytest.mark.slow
 def test_no_samples_are_no_work(engine, tiny):
     scheduler = Scheduler(engine)
     scheduler.submit(Request(np.zeros(3, np.int32), 0, 0, KEY, 4))
@@ -227,6 +233,7 @@ def test_no_samples_are_no_work(engine, tiny):
     assert list(scheduler.drain()) == scheduler.advance() == []
 
 
+@pytest.mark.slow
 def test_a_phase_does_not_begin_in_another(engine, tiny):
     """Its weights would change in the middle of a sample."""
     scheduler = start(engine, tiny)
