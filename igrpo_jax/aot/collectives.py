@@ -106,7 +106,7 @@ def _group(rest: str, devices: int) -> int:
     return 2 if "source_target_pairs=" in rest else devices
 
 
-def _received(kind: str, size: int, group: int, started: bool) -> float:
+def _received(kind: str, size: float, group: int, started: bool) -> float:
     """Returns the bytes that a device receives of a collective with a result of `size` bytes.
 
     The result of one that is only started holds its operands too.

@@ -16,7 +16,7 @@ from igrpo_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 
-RULES = {
+RULES: dict[str, str | tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": "fsdp",  # the model's width in weights
     "heads": "tensor",

@@ -25,7 +25,7 @@ Prompts = Callable[[int], Sequence[Prompt]]  # of a step, by the number of the r
 class StepPosition(NamedTuple):
     """Which prompt of a step a group is of."""
 
-    index: int  # position in the step
+    index: int  # type: ignore[assignment]  # position in the step; hides tuple.index
     redraw: int = 0  # how often a fresh prompt took this position
 
     def random_index(self, prompts: int) -> int:

@@ -196,10 +196,10 @@ class Learner:
                 drafts = group.drafts[start : start + size]
                 units.append(Unit(group.prompt.tokens, drafts, np.zeros(size, np.float32)))
         units = units[: self.packer.largest[0]]
-        mismatches = sampler_mismatches(units, self._score(params, units))
-        if not mismatches:
+        of_units = sampler_mismatches(units, self._score(params, units))
+        if not of_units:
             return {}
-        mismatches = np.concatenate(mismatches)
+        mismatches = np.concatenate(of_units)
         return {
             "sampling/draft_logp_difference/mean": float(np.mean(mismatches)),
             "sampling/draft_logp_difference/max": float(np.max(mismatches)),

@@ -48,10 +48,10 @@ DROPOUT, SELECTION = 0xD20B, 0x5E1E  # tags of the random streams that drop and 
 
 # Index of the draft to keep among the rewards [K] of those with a verdict; the first one where several are equal.
 _SELECT: dict[str, Callable[[np.ndarray, np.random.Generator], int]] = {
-    "best": lambda rewards, rng: np.argmax(rewards),
-    "worst": lambda rewards, rng: np.argmin(rewards),
+    "best": lambda rewards, rng: int(np.argmax(rewards)),
+    "worst": lambda rewards, rng: int(np.argmin(rewards)),
     "first": lambda rewards, rng: 0,
-    "random": lambda rewards, rng: rng.integers(len(rewards)),
+    "random": lambda rewards, rng: int(rng.integers(len(rewards))),
 }
 
 

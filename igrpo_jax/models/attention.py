@@ -15,6 +15,7 @@ Q prefixes, R rows that continue one prefix (B = Q * R), P prefix positions.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def cudnn_attention(
 
 
 # The values of DecoderConfig.attention. "splash_interpret" emulates the TPU's kernel, for tests on other platforms.
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": xla_attention,
     "chunked": chunked_attention,
     "cudnn": cudnn_attention,

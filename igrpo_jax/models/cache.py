@@ -14,7 +14,7 @@ N heads, G groups, W tokens that a convolution sees.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,9 +85,9 @@ def empty_state(cfg: DecoderConfig, rows: int, dtype: jnp.dtype) -> MambaState:
 
 def shardings(cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> Cache:
     """Returns a tree like a cache, with a NamedSharding instead of each array."""
-    axes = {"*": KV(AXES, AXES), "M": MAMBA_AXES}
+    axes: dict[str, Any] = {"*": KV(AXES, AXES), "M": MAMBA_AXES}
 
-    def entry(logical: KV | MambaState) -> KV | MambaState:
+    def entry(logical: Any) -> KV | MambaState:
         return type(logical)(*(NamedSharding(mesh, spec(x)) for x in logical))
 
     return tuple(entry(axes[kind]) if kind in axes else None for kind in cfg.pattern)

@@ -184,7 +184,9 @@ def _nemotron_h(raw: dict, source: str) -> DecoderConfig:
         chunk_size=raw["chunk_size"],
         # NVIDIA's code clips to this, whether it trains or samples. transformers 5.23 clips to time_step_min in prefill
         # alone, with which a model would sample from another distribution than it is trained on.
-        time_step_limit=tuple(float(_number(x)) for x in raw.get("time_step_limit") or (0.0, "inf")),
+        time_step_limit=tuple(  # type: ignore[arg-type]  # two of them
+            float(_number(x)) for x in raw.get("time_step_limit") or (0.0, "inf")
+        ),
     )
     refuse(mamba.num_heads % mamba.num_groups == 0, source, "n_groups", mamba.num_groups, "a divisor of the heads")
     return DecoderConfig(

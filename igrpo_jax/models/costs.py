@@ -151,8 +151,8 @@ class TrainingCosts:
 
     def _forward(self, shape: tuple[int, int, int, int]) -> tuple[Cost, float]:
         """Returns the cost of all sublayers of a micro-batch once, and its positions that go through the head."""
-        units, prefix, completions, length = shape
-        units /= self._shards
+        _, prefix, completions, length = shape
+        units = shape[0] / self._shards
         positions = units * completions * length
         pairs = units * _pairs(prefix, [length] * completions)
         return self.model.layers(units * prefix + positions, pairs), positions

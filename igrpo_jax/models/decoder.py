@@ -8,6 +8,7 @@ Legend: B batch, T query, D model, V vocab.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from igrpo_jax.models.layers import MLP, Attention, RMSNorm
 from igrpo_jax.models.mamba2 import Mamba2
 
 Params = dict[str, jax.Array]
-MIXERS = {"*": Attention, "-": MLP, "M": Mamba2}
+MIXERS: dict[str, Callable[..., nnx.Module]] = {"*": Attention, "-": MLP, "M": Mamba2}
 
 
 def _products(primitive, *inputs, **params) -> bool:

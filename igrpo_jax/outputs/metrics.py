@@ -6,6 +6,7 @@ Loss, entropy, timings and the health of the verifier are measured elsewhere, by
 import collections
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
     ]
     known = [rewards[~np.isnan(rewards)] for rewards in group_rewards]
     lengths = np.array([len(completion.tokens) for completion in completions])
-    metrics = {
+    metrics: dict[str, Any] = {
         "reward": _mean(np.concatenate(group_rewards)),
         "reward_std": _mean([rewards.std(ddof=1) if len(rewards) > 1 else 0.0 for rewards in known]),
         "frac_reward_zero_std": np.mean([len(rewards) < 2 or np.ptp(rewards) == 0 for rewards in known]),
@@ -62,7 +63,7 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[float] | np.ndarray) -> float:
     """Returns the mean of the values that are not NaN; NaN where there is none."""
     known = [value for value in values if not math.isnan(value)]
     return float(np.mean(known)) if known else math.nan
@@ -78,7 +79,7 @@ def _draft_metrics(drafts: list[tuple[Completion, ...]], with_accuracy: bool) ->
     if not drafts:
         return {}
     every = [draft for group in drafts for draft in group]
-    metrics = {
+    metrics: dict[str, Any] = {
         "draft/reward": _mean([draft.score.reward for draft in every]),
         "draft/best_reward": _mean([_best([draft.score.reward for draft in group]) for group in drafts]),
         "draft/mean_length": np.mean([len(draft.tokens) for draft in every]),
@@ -104,7 +105,7 @@ def _refine_metrics(groups: list[Group], with_accuracy: bool, max_draft_length: 
         for best_reward, group in zip(best_rewards, groups, strict=True)
         for completion in group.completions
     ]
-    metrics = {
+    metrics: dict[str, Any] = {
         "draft/kept_reward": _mean([draft.score.reward for draft in kept]),
         "refine/gain_vs_best_draft": _mean(gain_vs_best_draft),
         "refine/copy_ratio": np.mean(

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -122,7 +122,7 @@ class WandB:
             logging.log_every_n(logging.WARNING, "wandb lacks a row that metrics.jsonl has (%s)", 100, cause)
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
+TRACKERS: dict[str, Callable[[Path, Config, int | None], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def check(settings: LogConfig) -> None:

@@ -134,7 +134,7 @@ class Writer:
     def close(self) -> None:
         """Closes the file and the trackers, each also where closing another fails. It may be called twice."""
         if self._file is not None:
-            closing = [self._file, *self._trackers]
+            closing: list[TextIO | trackers.Tracker] = [self._file, *self._trackers]
             self._file = None
             self._trackers = []
             with writing(self._path), contextlib.ExitStack() as stack:

@@ -13,7 +13,7 @@ import collections
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from igrpo_jax.config import RewardsConfig
@@ -77,7 +77,7 @@ def run(source: Path, target: Path, workers: int, timeout: float) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _progress(scores: Iterator[Score], total: int) -> Iterator[Score]:
+def _progress(scores: Iterator[Score], total: int) -> Iterable[Score]:
     from rich.console import Console
     from rich.progress import track
 

@@ -73,7 +73,7 @@ class Judge:
         self._client, self._secret = connect(settings)
         # OpenAI's newer models refuse the old name of this limit; other servers do not know the new one.
         official = self._client.base_url.host.endswith(("openai.com", "openai.azure.com"))
-        self._sampling = {"max_completion_tokens" if official else "max_tokens": settings.max_tokens}
+        self._sampling: dict[str, float] = {"max_completion_tokens" if official else "max_tokens": settings.max_tokens}
         if settings.temperature is not None:
             self._sampling["temperature"] = settings.temperature
         self._random = random.Random()  # its own, so that the jitter does not change anyone's seeded numbers

@@ -18,7 +18,6 @@ from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Request, Scheduler
 from igrpo_jax.sampling.steps import Sampling
 
-
 EOS = (0, 17, 40)  # 0 is also what prompts are padded with
 KEY = np.array([1, 2], np.uint32)
 # Prefill buckets are 32, 48, 64, 96, 110: at, below and above an edge. The cache of 158 positions is read in buckets of
