@@ -47,7 +47,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 class TokenRenderer:
     """Stands in for a tokenizer: q' is the prompt followed by the whole draft."""
 
-    opened = ""
+    opening = ""
 
     def __init__(self, prompts):
         self._prompts = prompts
@@ -135,7 +135,7 @@ def make_stages(
             """Returns the groups and metrics of one rollout with completions of `lengths` [prompts, N + G]."""
             self.scheduler.table = lengths
             with jax.set_mesh(self.mesh):
-                return self._rollout.collect(params, self.prompts, 1)
+                return self._rollout.collect(params, 1, lambda redraw: self.prompts)
 
     return contextlib.closing(Stages())
 

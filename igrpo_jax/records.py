@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Score:
-    """The verifier's verdict on one completion; every completion gets one, whatever happened."""
+    """The result of grading one completion. Every completion gets a score, but not every score holds a verdict."""
 
     reward: float  # weighted sum of `rewards`; NaN where there is no verdict ("invalid")
     rewards: dict[str, float]  # by reward function: "accuracy", "format", …; unweighted; NaN where it does not apply
@@ -24,7 +24,7 @@ class Score:
 
 # "ok": graded. "unparseable": no answer was found, which is a verdict like any other. "timeout" and "error": the
 # grading was killed or raised; it scores 0 and is counted. "invalid": there is no verdict, such as when a judge did not
-# reply. A completion without a verdict is not in its group's baseline, has advantage 0 and is never the best draft.
+# reply. A completion without a verdict is not in its group's baseline, has advantage 0 and is never the kept draft.
 STATUSES = ("ok", "unparseable", "timeout", "error", "invalid")
 
 
@@ -33,8 +33,8 @@ class Candidate:
     """A completion as reward functions see it."""
 
     text: str  # special tokens removed
-    answer: str  # the reference
-    prefix: str = ""  # how the chat template begins the reply, for example "<think>"
+    answer: str  # the reference answer
+    opening: str = ""  # how the chat template begins the reply, for example "<think>"
     question: str = ""
     columns: dict = field(default_factory=dict)  # the data set row's other columns
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [T] int32, EOS included
@@ -44,36 +44,39 @@ class Candidate:
 class Prompt:
     """One problem as the policy sees it."""
 
-    id: str  # of the row in the data set, for people
-    index: int  # of the row in the data set
+    id: str  # name of the row in the data set, as files and pages show it
+    index: int  # number of the row in the data set, from 0
     question: str
-    answer: str
+    answer: str  # the reference answer
     tokens: np.ndarray  # [L] int32, chat template and generation prompt included
     columns: dict = field(default_factory=dict)  # the row's other columns
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer: a draft (Stage 1) or a refinement (Stage 2)."""
+    """One sampled answer: a draft (Stage 1), a refinement (Stage 2), or an answer of an evaluation."""
 
-    stage: str  # "draft" or "refine"
+    stage: str  # "draft" or "refine" in a rollout, "eval" in an evaluation
     sample_id: int  # 0..N-1 or 0..G-1 within its prompt
     tokens: np.ndarray  # [T] int32, the EOS included where the model ended by itself
     logprobs: np.ndarray  # [T] float32, of each token under the sampler at the sampling temperature, in nats
     finished: bool  # ended by an EOS token, not by the length limit
-    text: str = ""  # decoded, for the verifier and for people only
+    text: str = ""  # the decoded tokens, for the verifier, files and the console
     score: Score | None = None  # None until the verifier has answered
 
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt with its N drafts, the draft that was kept, and the G refinements with one advantage baseline."""
+    """A prompt with its N drafts, the draft that was kept, and the G refinements with one advantage baseline.
+
+    Drafts are not among the `completions`: these are the refinements alone, also where drafts are trained on.
+    """
 
     prompt: Prompt
     drafts: tuple[Completion, ...]  # N, may be empty
-    best: int | None  # index into drafts of the draft in q' (algorithm.draft_selection); None = the plain prompt
-    context: np.ndarray  # [L'] int32: q' = prompt with the best draft spliced in; the plain prompt where best is None
-    completions: tuple[Completion, ...]  # G refinements, which carry the loss (drafts too with algorithm.train_drafts)
+    kept: int | None  # index into drafts of the draft in q' (algorithm.draft_selection); None = the plain prompt
+    context: np.ndarray  # [L'] int32: q' = prompt with the kept draft spliced in; the plain prompt where kept is None
+    completions: tuple[Completion, ...]  # the G refinements
 
     @property
     def rewards(self) -> np.ndarray:
@@ -82,7 +85,10 @@ class Group:
 
     @property
     def of_drafts(self) -> "Group":
-        """The drafts as a group of their own, on the plain prompt, as algorithm.train_drafts trains on them."""
+        """The drafts as a group of their own: they are its completions, and the plain prompt is its context.
+
+        algorithm.train_drafts trains on it.
+        """
         return Group(self.prompt, (), None, self.prompt.tokens, self.drafts)
 
 

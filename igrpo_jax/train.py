@@ -57,9 +57,9 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
     learner, algorithm, name = run.learner, run.learner.algorithm, f"step {step}"
     with _profiled(run.config, run.workdir, step), compilations() as compiled:
         began = time.perf_counter()
-        prompts = functools.partial(run.task.step_prompts, step)  # prompts(n): those of redraw n
+        prompts = functools.partial(run.task.step_prompts, step)  # by the number of the redraw
         with watchdog.phase("rollout", name):
-            groups, sampled = run.rollout.collect(learner.policy(state.params), prompts(), step, prompts)
+            groups, sampled = run.rollout.collect(learner.policy(state.params), step, prompts)
         rewards = np.stack([group.rewards for group in groups])
         advantages = objectives.group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline)
         with watchdog.phase("update", name), watchdog.phase("dispatch"):

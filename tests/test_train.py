@@ -105,7 +105,7 @@ def test_compiling_is_shown_counted_and_warned_of_once(whole):
     assert sum(counts[1:]) >= len(warned)
     assert bool(warned) == any(counts[1:])
     kinds = [part.split()[0] for line in warned for part in line.partition("compiled ")[2].split("; ")]
-    assert len(kinds) == len(set(kinds)) and set(kinds) <= {"accumulate", "score", "apply"}
+    assert len(kinds) == len(set(kinds)) and set(kinds) <= {"accumulate", "rescore", "apply"}
     assert not re.search("(decode|prefill|insert|move|harvest) ", " ".join(warned))  # all of these at the start
 
 

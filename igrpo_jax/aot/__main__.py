@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     run = footprint.prepare(config, devices)
     print("\n".join(head(run)), flush=True)
     footprint.build(run, lambda part: print(f"  {part.name}: compiled in {part.seconds:.1f} s", flush=True))
-    print("\n".join(["", *table(run), "", *step_lines(run), "", *verdict(run)]))
+    print("\n".join(["", *table(run), "", *step_lines(run), "", *conclusion(run)]))
     figures = {"topology": given["topology"] or run.chip.name} | summary(run)
     print(json.dumps(figures | {"seconds": round(time.perf_counter() - began, 1)}))
     if not run.fits:
@@ -130,7 +130,7 @@ def step_lines(footprint: "Footprint") -> list[str]:
     return [title, *(f"  {name:<24}{seconds:10.3g} s  {bound}" for name, (seconds, bound) in parts.items())]
 
 
-def verdict(footprint: "Footprint") -> list[str]:
+def conclusion(footprint: "Footprint") -> list[str]:
     """Returns the lines that say whether it fits, and where it does not, which settings to change."""
     fullest, available = footprint.fullest, size(footprint.chip.hbm_bytes)
     if footprint.fits:
@@ -147,7 +147,7 @@ def advice(footprint: "Footprint") -> list[str]:
     config, fullest, sizes = footprint.config, footprint.fullest.program, footprint.mesh.shape
     training = footprint.learner.programs
     lines = []
-    if fullest in (training.accumulate, training.score):
+    if fullest in (training.accumulate, training.rescore):
         lines = _advise_update(config)
     elif fullest in tuple(footprint.engine.programs):
         lines = _advise_rollout(footprint)

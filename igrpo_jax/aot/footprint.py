@@ -1,9 +1,9 @@
-"""What a run needs of its devices, measured by building its programs for them: memory, work, and what they send.
+"""What a run needs of its devices, found by compiling its programs for them: memory, work, and communication.
 
-The program of each kind that needs most memory is built, by the same code that trains, without weights or a tokenizer;
-the devices need not be there (`jax.experimental.topologies`).
+Of each kind of program, the shape that needs most memory is compiled, by the same code that trains, without weights or
+a tokenizer; the devices need not be there (`jax.experimental.topologies`).
 
-1. Memory is what the compiler counts for a program, and what else is on the device while it runs: training state,
+1. Memory is what the compiler counts for a program, plus what else is on the device while it runs: training state,
    rollout weights, cache, the machine code of all programs.
 2. FLOPs and bytes are counted by formula (`models.costs`), collectives in the compiled text (`collectives`). With the
    published peaks of the chip they give the least time of a call, and of a step in which every completion is as long
@@ -49,14 +49,14 @@ class ProgramFootprint:
     program: Program
     name: str
     cost: Cost  # the work of one call
-    beside: int  # of what is on the device and no argument of it
-    seconds: float = 0.0  # to compile
+    beside: int  # of what is on the device beside its arguments while it runs
+    seconds: float = 0.0  # time that it took to compile
     arguments: int = 0
     temporaries: int = 0
-    output: int = 0  # without what takes the place of an argument
+    output: int = 0  # without outputs that reuse the memory of an argument
     code: int = 0
     sent: dict[str, Traffic] = field(default_factory=dict)
-    refused: str = ""  # what the compiler answered where the program needs more than there is
+    refused: str = ""  # the compiler's message where the program needs more memory than there is
 
     @property
     def kind(self) -> str:
@@ -70,7 +70,7 @@ class ProgramFootprint:
 
     @property
     def received(self) -> float:
-        """Bytes that a device receives of others."""
+        """Bytes that a device receives from others in one call."""
         return sum(traffic.bytes for traffic in self.sent.values())
 
 
@@ -98,12 +98,12 @@ class Footprint:
 
     @property
     def fullest(self) -> ProgramFootprint:
-        """The program while which most memory is taken."""
+        """The program during whose run the most memory is used."""
         return max(self.programs, key=lambda part: (bool(part.refused), part.total))
 
     @property
     def used_fraction(self) -> float:
-        """The part of a device's memory that is used at the fullest moment."""
+        """Fraction of a device's memory that is used while the fullest program runs."""
         return (self.fullest.total + self.code) / self.chip.hbm_bytes
 
     @property
@@ -112,11 +112,11 @@ class Footprint:
         return not self.fullest.refused and self.used_fraction <= 1
 
     def received(self, program: Program) -> float:
-        """Returns the bytes that a device receives in one call, at the most."""
+        """Returns the most bytes that a device receives in one call of `program`."""
         return max((part.received for part in self.programs if part.program is program), default=0.0)
 
     def least(self, cost: Cost, received: float = 0.0) -> tuple[float, str]:
-        """Returns the least seconds for that much work, and what takes them: "compute", "memory" or "links"."""
+        """Returns the least seconds that the work can take, and what bounds it: "compute", "memory" or "links"."""
         chip = self.chip
         parts = {"compute": cost.flops / chip.flops, "memory": cost.bytes / chip.bandwidth}
         parts["links"] = received / chip.links
@@ -132,7 +132,7 @@ class Footprint:
         return parts | self._updating()
 
     def _calls(self, program: Program, shape: tuple, calls: int) -> tuple[float, str]:
-        """Returns `least` of so many calls."""
+        """Returns `least` of the given number of `calls` of a program."""
         return self.least(program.cost(*shape) * calls, self.received(program) * calls)
 
     def _sampling(self, stage: str, context: int, samples: int) -> dict[str, tuple[float, str]]:
@@ -146,20 +146,20 @@ class Footprint:
         work = engine.programs.costs.decode(rows, context + longest / 2) * steps
         return {
             f"prefill of {stage}": self._calls(engine.programs.prefill, (context,), -(-prompts // shards)),
-            # The text shows a loop whose trips are not known once: what is received is of one token.
+            # `collectives` counts the decode loop once, since its length is not known: `received` is that of one token.
             f"decoding of {stage}": self.least(work, self.received(engine.programs.decode) * steps),
         }
 
     def _updating(self) -> dict[str, tuple[float, str]]:
-        """Returns `least` of the gradients, of log-probs that are computed before, and of the optimizer steps."""
+        """Returns `least` of the gradients, of the rescoring before them, and of the optimizer steps."""
         learner, algorithm = self.learner, self.config.algorithm
-        programs, shape, updates = learner.programs, learner.packer.largest, learner.updates_per_step
+        programs, shape, optimizer_steps = learner.programs, learner.packer.largest, learner.optimizer_steps_per_update
         batches = -(-self.config.trained_completions // learner.packer.completions_per_unit // shape[0])
         parts = {"gradients": self._calls(programs.accumulate, (shape,), algorithm.num_iterations * batches)}
-        scorings = batches * ((updates > 1) + (algorithm.beta > 0))
-        if scorings:
-            parts["log-probs"] = self._calls(programs.score, (shape,), scorings)
-        return parts | {"optimizer": self._calls(programs.apply, (), updates)}
+        rescorings = batches * ((optimizer_steps > 1) + (algorithm.beta > 0))
+        if rescorings:
+            parts["log-probs"] = self._calls(programs.rescore, (shape,), rescorings)
+        return parts | {"optimizer": self._calls(programs.apply, (), optimizer_steps)}
 
 
 def describe(config: ModelConfig) -> DecoderConfig:
@@ -182,10 +182,10 @@ def describe(config: ModelConfig) -> DecoderConfig:
 
 
 def prepare(config: Config, devices: list) -> Footprint:
-    """Returns all of a run on `devices` but its programs.
+    """Returns the footprint of a run on `devices`, without programs: `build` fills them in.
 
     Raises:
-        InputError: devices of unknown figures; what a run would refuse too.
+        InputError: a kind of device whose figures are not known, or settings that a run would refuse too.
     """
     cfg = describe(config.model)
     context = cfg.max_position_embeddings
@@ -210,7 +210,7 @@ def prepare(config: Config, devices: list) -> Footprint:
 
 
 def build(footprint: Footprint, report: Callable[[ProgramFootprint], None] = lambda part: None) -> None:
-    """Fills in the programs of `footprint`, several compiled at a time; `report` is given each when it is done."""
+    """Compiles the programs of `footprint`, several at a time; `report` gets each one as soon as it is compiled."""
     waiting = _waiting_bytes(footprint)
     with ThreadPoolExecutor(THREADS) as pool:
         pending = []
@@ -232,15 +232,14 @@ def build(footprint: Footprint, report: Callable[[ProgramFootprint], None] = lam
 
 
 def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
-    """Returns all programs of a run, with the bytes on each device that are no argument of a program, but wait there
-    while it runs."""
+    """Returns, for each program of a run, the bytes that lie on each device beside its arguments while it runs."""
     learner, engine = footprint.learner.programs, footprint.engine.programs
     training = learner.waiting_bytes
     resting = overview.resting_bytes(footprint.config, footprint.mesh, footprint.learner)
     weights, state = footprint.engine.weight_bytes, footprint.engine.state_bytes
     return {
         learner.accumulate: training.accumulate,
-        learner.score: training.score,
+        learner.rescore: training.rescore,
         learner.apply: training.apply,
         footprint.gather: training.accumulate,
         engine.empty: resting + weights,
@@ -253,7 +252,7 @@ def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
 
 
 def _name(program: Program, shape: tuple) -> str:
-    """Returns the name of a compiled program for people, such as "score 16 x (64 + 4 x 32)" or "decode 32 x 89"."""
+    """Returns a readable name of a compiled program, such as "rescore 16 x (64 + 4 x 32)" or "decode 32 x 89"."""
     if shape and isinstance(shape[0], tuple):
         units, prefix, completions, length = shape[0]
         return f"{program.name} {units} x ({prefix} + {completions} x {length})"

@@ -29,7 +29,7 @@ class Renderer:
     """Turns questions, and questions with drafts, into token ids.
 
     Attributes:
-        opened: text that the template itself writes for the assistant ("<think>\\n" for R1 templates, usually "").
+        opening: text that the template itself writes for the assistant ("<think>\\n" for R1 templates, usually "").
             Rewards read it before the completion.
     """
 
@@ -49,7 +49,7 @@ class Renderer:
         self._marks = np.array(_marks(tokenizer, before + after), np.int32)
         self._before = self._ids(before, special=True)
         self._after = self._ids(after, special=True)
-        self.opened = after[after.rindex("<think>") :] if "<think>" in after else ""
+        self.opening = after[after.rindex("<think>") :] if "<think>" in after else ""
         lead, tail = refine.instruction.split("{draft}")
         self._lead = "\n\n" + lead
         self._tail = tail

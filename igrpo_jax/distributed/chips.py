@@ -1,8 +1,8 @@
 """Published figures of accelerators, for rooflines: the limits that no program can exceed.
 
-TPUs: docs.cloud.google.com/tpu/docs/v5e, v5p and v6e. A program may use less of the memory than the published 16, 95
-and 32 GB; the figures here are from the compiler's message where a program does not fit. H100: NVIDIA's data sheet of
-the SXM5 (dense bfloat16).
+The figures of TPUs are from docs.cloud.google.com/tpu/docs/v5e, v5p and v6e, except those of memory: a program may use
+less than the published 16, 95 and 32 GB, and the compiler names how much when a program does not fit. Those of the H100
+are from NVIDIA's data sheet of the SXM5 (dense bfloat16).
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,12 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Chip:
+    """The peak figures of one kind of chip."""
+
     name: str
-    hbm_bytes: float  # of its memory, as much as a program may use
-    flops: float  # per second, bfloat16
-    bandwidth: float  # of its memory, bytes per second
+    hbm_bytes: float  # bytes of its memory that a program may use
+    flops: float  # peak FLOPs per second in bfloat16
+    bandwidth: float  # bytes per second between the chip and its memory
     links: float  # bytes per second that it can receive from other chips of its slice or node, over all links
 
 
@@ -31,7 +33,7 @@ CHIPS = {
 
 
 def size(count: float) -> str:
-    """Returns a count of bytes as people read it."""
+    """Returns a number of bytes as text, in GiB or MiB."""
     return f"{count / GIB:.2f} GiB" if count >= 1 << 27 else f"{count / 2**20:.1f} MiB"
 
 

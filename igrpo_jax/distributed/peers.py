@@ -39,12 +39,14 @@ class Peers:
         self._client = abort.client()
         self._process = jax.process_index()
         self._processes = jax.process_count()
-        self._clock = 0.0  # seconds that `_look` has seen pass; while this process stands still it hears nobody
-        self._heard = {i: (f"process {i}", "", 0.0) for i in range(self._processes)}  # name, phase, when last
-        self._numbers = dict.fromkeys(self._heard, -1)  # of the last signs of life
-        self._done = threading.Event()  # the block has ended without a failure, or after one that is told
-        self._failing = threading.Event()  # this process ends by itself, after an error of its own
-        self._over = threading.Event()  # another process was the reason for the end
+        # Seconds that `_look` has counted. Time in which this process was stopped is not among them: it could not have
+        # heard the others.
+        self._clock = 0.0
+        self._heard = {i: (f"process {i}", "", 0.0) for i in range(self._processes)}  # name, phase, time on `_clock`
+        self._numbers = dict.fromkeys(self._heard, -1)  # number of the last sign of life of each process
+        self._done = threading.Event()  # the block has ended without a failure, or has told the others of one
+        self._failing = threading.Event()  # this process ends because of an error of its own
+        self._over = threading.Event()  # this process ends because of another one
         self._ending = threading.Lock()
         self._abort_handler = abort.delay_abort()  # `_listen` then has the time to say who has ended
         loops = (self._beat, self._look, self._listen)
@@ -53,7 +55,7 @@ class Peers:
             thread.start()
 
     def wait_for_end(self) -> None:
-        """Returns when all processes have come here, and none takes the end of another for a failure any more."""
+        """Waits until all processes have come here; after that, none takes the end of another for a failure."""
         self._client.wait_at_barrier("igrpo_jax/end", FOREVER)
         self._done.set()
         self._client.wait_at_barrier("igrpo_jax/done", FOREVER)

@@ -1,17 +1,19 @@
-"""Evaluation on held-out problems: the plain prompt, single shot, whatever the training was; that is the headline.
-Only accuracy counts, whatever the rewards of training are.
+"""Evaluates a policy on held-out problems. The main result is the single shot: answers to the plain prompt, also where
+the policy was trained with drafts. Only accuracy counts, whatever the rewards of training are.
 
-Beside it, `evaluation.rounds` rounds of draft -> refine on the same samples:
+`evaluation.rounds` adds rounds of draft -> refine, which start from the single-shot samples:
 
 1. `summaries` chooses one of the first `evaluation.drafts` samples as the draft.
 2. The chosen draft is put into the prompt, as in training, and that prompt is sampled as often as the plain one.
 3. The next round chooses among those.
 
-A prompt is named by the drafts on the way to it, () being the plain one. Where vote and oracle choose the same draft,
-they use the same samples. The randomness of a sample is derived from (seed, benchmark, round, problem, sample) alone,
-neither from the training step nor from what was sampled before a restart. So two evaluations of the same weights are
-equal, a difference is the model's, and a killed one resumes to the same numbers (in float32; in bfloat16 what runs
-beside a sample may turn a near tie).
+The numbers of the drafts chosen so far, one per round, identify a prompt; () is the plain one. Where vote and oracle
+choose the same draft, they use the same samples.
+
+The randomness of a sample is derived from (seed, benchmark, round, problem, sample) alone, neither from the training
+step nor from what was sampled before a restart. So two evaluations of the same weights give the same numbers, also
+where one was killed and resumed, and a difference between two evaluations comes from the weights. This holds in
+float32; in bfloat16 the other samples of a batch may decide a near tie.
 """
 
 import contextlib
@@ -45,21 +47,19 @@ from igrpo_jax.sampling.steps import Sampling
 
 
 class RoundPrompt(NamedTuple):
-    """A problem's plain prompt, or its prompt of a round."""
+    """A problem's plain prompt, or its prompt in a round of draft -> refine."""
 
     prompt: Prompt
-    drafts: tuple[int, ...]  # numbers of the drafts on the way to it, one per round; () for the plain prompt
+    drafts: tuple[int, ...]  # sample numbers of the drafts chosen so far, one per round; () for the plain prompt
     tokens: np.ndarray  # [L] int32, with the last draft in it
 
 
 class Evaluator:
-    """Samples and scores benchmarks with a sampler that it shares with the run.
+    """Samples and scores benchmarks with a sampler that it shares with the run. Several processes split the problems.
 
     Args:
-        plan: of config.evaluation.
-        scheduler: whose engine holds prompts and completions of the `plan`.
-
-    Several processes split the problems.
+        plan: the benchmarks and lengths of config.evaluation.
+        scheduler: its engine must be large enough for the prompts and completions of `plan`.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Evaluator:
         summaries: dict[str, dict[str, Any]] = {}
         for name in self.plan.prompts:
             rows = self.sampled(params, name, out, resume)
-            # One process decides: a vote that takes the verifier too long could end otherwise on another process.
+            # One process decides: where the verifier takes too long for a vote, processes might decide differently.
             summaries[name] = cluster.from_first(functools.partial(self._summaries.summary, name, rows))
             if out is not None and self._process == 0:
                 results.write_summary(out, head or {}, summaries)
@@ -112,7 +112,7 @@ class Evaluator:
         resume: bool = False,
         chains: Sequence[str] = CHAINS,
     ) -> Rows:
-        """Returns all rows of a benchmark: the single shot, and the rounds of these chains."""
+        """Returns all rows of a benchmark: the single shot, and the rounds of the given `chains`."""
         prompts = self.plan.prompts[name]
         if out is not None and not resume:
             if self._process == 0:
@@ -121,7 +121,7 @@ class Evaluator:
         rows = Rows(out, name, self._process if self._processes > 1 else None)
         self._check(name, rows)
         own = prompts[self._process :: self._processes]
-        with contextlib.suppress(Preempted):  # all leave together
+        with contextlib.suppress(Preempted):  # below, all processes leave together
             self._sample_all(params, name, own, rows, chains)
         rows.close()
         if cluster.any_of(preemption.noted()):
@@ -139,14 +139,14 @@ class Evaluator:
         return rows
 
     def paths(self, prompt: Prompt, rows: Rows) -> list[tuple[int, ...]]:
-        """Returns the drafts of the plain prompt, (), and of the prompts of all rounds in the chain that votes."""
+        """Returns `RoundPrompt.drafts` of the plain prompt, (), and of each round's prompt in the chain "vote"."""
         rounds = range(1, self._config.evaluation.rounds + 1)
         return [(), *(self._summaries.chosen([prompt], rows, "vote", number)[0] for number in rounds)]
 
     def _sample_all(
         self, params: decoder.Params, name: str, prompts: Sequence[Prompt], rows: Rows, chains: Sequence[str]
     ) -> None:
-        """Samples the single shot of some problems, and the rounds."""
+        """Samples the single shot and the rounds of `prompts`."""
         plain = [RoundPrompt(prompt, (), prompt.tokens) for prompt in prompts]
         self._sample(params, name, plain, rows, "single shot")
         for number in range(1, self._config.evaluation.rounds + 1):
@@ -159,7 +159,7 @@ class Evaluator:
             self._sample(params, name, list(asked.values()), rows, f"round {number}")
 
     def _sample(self, params: decoder.Params, name: str, asked: Sequence[RoundPrompt], rows: Rows, what: str) -> None:
-        """Draws and scores what is missing of the samples of some prompts."""
+        """Draws and scores those samples of the prompts that `rows` lack."""
         count, settings = samples_per_problem(self._config, name), self._config.evaluation
         present = [[rows.get((each.prompt.index, each.drafts, i)) for i in range(count)] for each in asked]
         missing = [(each, gap) for each, samples in zip(asked, present, strict=True) for gap in _gaps(samples)]
@@ -214,7 +214,7 @@ class Evaluator:
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here: from then on all may read what one has written."""
+    """Waits until every process has come here; after that, all may read what one has written."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("evaluation")
 

@@ -19,11 +19,11 @@ from igrpo_jax.records import Completion, Group, Prompt, Score
 from igrpo_jax.rewards.judge import Judgement
 from igrpo_jax.sampling.scheduler import Usage
 
-Prompts = Callable[[int], Sequence[Prompt]]  # of a step, by the number of the redraw; 0 are the first ones
+Prompts = Callable[[int], Sequence[Prompt]]  # the prompts of a step by the number of the redraw; 0 are the first ones
 
 
 class StepPosition(NamedTuple):
-    """Which prompt of a step a group is of."""
+    """Which prompt of a step a group belongs to."""
 
     index: int  # type: ignore[assignment]  # position in the step; hides tuple.index
     redraw: int = 0  # how often a fresh prompt took this position
@@ -40,15 +40,15 @@ class StepPosition(NamedTuple):
 class ProcessRollout:
     """One process's part of a step."""
 
-    groups: dict[StepPosition, Group]  # those that stayed
-    redrawn: int  # number of groups that did not stay
-    scores: list[Score]  # of the groups that did not stay
-    draft_tokens: int  # drawn, those of redrawn groups included
-    completion_tokens: int  # the same of refinements
+    groups: dict[StepPosition, Group]  # the groups that enter the update
+    redrawn: int  # number of groups whose position a fresh prompt took
+    scores: list[Score]  # scores of all completions of the redrawn groups
+    draft_tokens: int  # tokens of all drafts, those of redrawn groups included
+    completion_tokens: int  # tokens of all refinements, those of redrawn groups included
     judgements: list[Judgement]
     usage: Usage
-    seconds: float  # sampling and scoring
-    waited: float  # of these, only for the verifier
+    seconds: float  # time of sampling and scoring
+    waited: float  # the part of `seconds` in which nothing was left to sample and only scores were awaited
 
 
 def own_positions(count: int) -> range:
@@ -76,7 +76,7 @@ def encode(rollout: ProcessRollout) -> bytes:
     groups = [
         {
             "position": list(position),
-            "best": group.best,
+            "kept": group.kept,
             "context": group.context,
             "drafts": [asdict(draft) for draft in group.drafts],
             "completions": [asdict(completion) for completion in group.completions],
@@ -102,7 +102,7 @@ def decode(data: bytes, prompts: Prompts) -> ProcessRollout:
         groups[position] = Group(
             prompt=prompts(position.redraw)[position.index],
             drafts=tuple(map(_completion, fields["drafts"])),
-            best=fields["best"],
+            kept=fields["kept"],
             context=fields["context"],
             completions=tuple(map(_completion, fields["completions"])),
         )

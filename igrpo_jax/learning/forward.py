@@ -1,6 +1,6 @@
 """The log-probs of a micro-batch's completions: the one function that the loss and the rescoring run.
 
-With unchanged parameters the ratio of the loss to what was scored before is therefore 1.
+With unchanged parameters, the ratio of the loss to rescored log-probs is therefore exactly 1.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class PolicyLogprobs:
         )
 
 
-def score(
+def rescore(
     policy: PolicyLogprobs, params: decoder.Params, batch: TrainBatch, frozen: decoder.Params
 ) -> tuple[jax.Array, jax.Array]:
     """Returns log-probs and entropies [Q, G, T] float32 of a micro-batch."""

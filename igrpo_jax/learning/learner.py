@@ -1,19 +1,19 @@
-"""The update: the groups of a step in, new parameters out.
+"""Updates the parameters from a step's groups.
 
 1. `packing` cuts the groups into micro-batches; what the completions of a group share is run once.
 2. `accumulate` (in `loss`), compiled for each shape of micro-batch, adds gradients and sums in float32.
 3. `apply` (in `train_state`) makes one AdamW step on the float32 master weights.
 
-With several optimizer steps per rollout, log pi_old is computed first, by the function that the loss uses; with one it
+With several optimizer steps per update, log pi_old is computed first, by the function that the loss uses; with one it
 is the policy itself, and its gradient is stopped. log pi_ref (beta > 0) is computed once per rollout. Groups whose
-advantages are all zero have no gradient where beta = 0 and no entropy bonus asks for one: they are only scored, for the
-entropy.
+advantages are all zero have no gradient where beta = 0 and no entropy bonus asks for one: they are only rescored, for
+the entropy.
 
 With algorithm.train_drafts the drafts of a prompt are a group as well, on the plain prompt, with a baseline of their
 own. They are rows of the same optimizer steps, each minibatch has its part of them, and a row of either kind weighs
-the same. What is measured under TRL's names stays that of the refinements; loss and gradient norm are of all rows.
+the same. Metrics under TRL's names still describe the refinements alone; loss and gradient norm are those of all rows.
 
-A step whose loss, gradient or update is not finite changes nothing and is counted.
+An optimizer step whose loss or gradient is not finite changes nothing and is counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from igrpo_jax.distributed.programs import tree_bytes
 from igrpo_jax.learning import objectives
 from igrpo_jax.learning.packing import Packer, Unit
 from igrpo_jax.learning.programs import LearnerPrograms
-from igrpo_jax.learning.rescoring import TokenScores, score_units
+from igrpo_jax.learning.rescoring import TokenLogprobs, rescore_units
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.learning.update_metrics import mean_over_steps, optimizer_step_metrics, sampler_mismatches
 from igrpo_jax.models import decoder, lora
@@ -40,11 +40,11 @@ class Learner:
 
     Args:
         max_context: tokens of the longest q or q'.
-        total_steps: rollouts of the whole run, for the learning rate.
+        total_steps: steps of the whole run, for the learning rate.
 
     Attributes:
         programs: the programs that it runs, with the optimizer and the abstract arrays of the state.
-        updates_per_step: optimizer steps of one rollout.
+        optimizer_steps_per_update: minibatches times iterations.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Learner:
         self._frozen: decoder.Params = {}
         self._reference: decoder.Params | None = None
         self.algorithm = objectives.resolve(config.algorithm)
-        self.updates_per_step = config.learner.minibatches * self._iterations
+        self.optimizer_steps_per_update = config.learner.minibatches * self._iterations
         self.packer = Packer(config, self.algorithm, sharding.batch_shards(mesh), max_context)
-        optimizer_steps = total_steps * self.updates_per_step
-        self.programs = LearnerPrograms(config, cfg, mesh, self.algorithm, self.packer, optimizer_steps)
+        total_optimizer_steps = total_steps * self.optimizer_steps_per_update
+        self.programs = LearnerPrograms(config, cfg, mesh, self.algorithm, self.packer, total_optimizer_steps)
 
     def init(self, params: decoder.Params) -> TrainState:
         """Returns a fresh optimizer state around `params`, which the state takes over."""
@@ -95,11 +95,11 @@ class Learner:
     def update(
         self, state: TrainState, groups: list[Group], advantages: np.ndarray, step: int
     ) -> tuple[TrainState, dict]:
-        """Makes all optimizer steps of one rollout.
+        """Makes all optimizer steps of one update.
 
         Args:
-            groups: P of them, G completions each, ordered.
-            advantages: [P, G] float32, of the completions. Those of drafts, where they are trained on, follow
+            groups: P groups of G completions, in the order of the prompts.
+            advantages: [P, G] float32, of the refinements. Those of drafts, where they are trained on, follow
                 from their rewards.
             step: the step of the run; with the seed it decides which units share a minibatch.
 
@@ -118,13 +118,13 @@ class Learner:
 
     def _set_old_and_reference(self, params: decoder.Params, units: Sequence[Unit]) -> None:
         """Gives each unit log pi_old and log pi_ref, where the loss reads them."""
-        if self.updates_per_step > 1:
-            for unit, scores in zip(units, self._score(params, units), strict=True):
-                unit.old = scores.logprobs
+        if self.optimizer_steps_per_update > 1:
+            for unit, rescored in zip(units, self._rescored(params, units), strict=True):
+                unit.old = rescored.logprobs
         if self.algorithm.beta > 0:
             reference = jax.device_put(self._reference, self.programs.state_sharding.params)
-            for unit, scores in zip(units, self._score(reference, units), strict=True):
-                unit.reference = scores.logprobs
+            for unit, rescored in zip(units, self._rescored(reference, units), strict=True):
+                unit.reference = rescored.logprobs
 
     def _minibatches(self, units_by_stage: list[list[Unit]], step: int, iteration: int) -> Iterator[list[Unit]]:
         """Yields the units of each optimizer step of one pass over a rollout: an equal part of those of each stage."""
@@ -136,7 +136,7 @@ class Learner:
 
     def _optimizer_step(self, state: TrainState, units: Sequence[Unit]) -> tuple[TrainState, dict[str, float]]:
         self.packer.set_weights(units)
-        idle = [unit for unit in units if not self._has_gradient(unit)]  # scored for the metrics alone
+        idle = [unit for unit in units if not self._has_gradient(unit)]  # rescored for the metrics alone
         trained = [unit for unit in units if self._has_gradient(unit)]
         grads, sums = self.programs.zeros()
         padded = 0
@@ -147,23 +147,25 @@ class Learner:
                     state.params, grads, sums[stage], arrays, self._frozen, shape=(batch.shape,)
                 )
                 padded += batch.padded_tokens
-        scores = self._score(state.params, idle)
+        rescored = self._rescored(state.params, idle)
         state, applied = self.programs.apply(state, grads, sums)
         sums, applied = sharding.to_host((sums, applied))
         padding = 1 - sum(unit.tokens for unit in trained) / padded if padded else 0.0
-        return state, applied | optimizer_step_metrics(sums, idle, scores) | {"perf/padding_frac": padding}
+        return state, applied | optimizer_step_metrics(sums, idle, rescored) | {"perf/padding_frac": padding}
 
-    def _score(self, params: decoder.Params, units: Sequence[Unit]) -> list[TokenScores]:
-        return score_units(self.programs, self.packer, params, self._frozen, units)
+    def _rescored(self, params: decoder.Params, units: Sequence[Unit]) -> list[TokenLogprobs]:
+        return rescore_units(self.programs, self.packer, params, self._frozen, units)
 
     def _has_gradient(self, unit: Unit) -> bool:
-        """Whether a unit has a gradient: what only the advantage trains has none without one."""
+        """Returns whether a unit has a gradient: where only the advantage gives one, a unit without advantages has
+        none."""
         return not self.algorithm.needs_advantage or bool(unit.advantage.any())
 
     def _model_flops(self, units: Sequence[Unit]) -> float:
-        """Returns what an update of `units` asks for; a backward pass is two forward ones, one where the base is
-        frozen."""
-        before = (self.updates_per_step > 1) + (self.algorithm.beta > 0)  # passes for log pi_old and log pi_ref
+        """Returns the model FLOPs of an update of `units`; a backward pass is two forward passes, or one where the
+        base is frozen."""
+        # Passes for log pi_old and log pi_ref.
+        before = (self.optimizer_steps_per_update > 1) + (self.algorithm.beta > 0)
         backward = 1 if self._lora.rank else 2
         return sum(
             self.programs.costs.model.useful_flops(
@@ -196,10 +198,10 @@ class Learner:
                 drafts = group.drafts[start : start + size]
                 units.append(Unit(group.prompt.tokens, drafts, np.zeros(size, np.float32)))
         units = units[: self.packer.largest[0]]
-        of_units = sampler_mismatches(units, self._score(params, units))
-        if not of_units:
+        mismatches_by_unit = sampler_mismatches(units, self._rescored(params, units))
+        if not mismatches_by_unit:
             return {}
-        mismatches = np.concatenate(of_units)
+        mismatches = np.concatenate(mismatches_by_unit)
         return {
             "sampling/draft_logp_difference/mean": float(np.mean(mismatches)),
             "sampling/draft_logp_difference/max": float(np.max(mismatches)),

@@ -80,17 +80,17 @@ class LossSums(NamedTuple):
 
 
 class MicroBatchSums(NamedTuple):
-    """What micro-batches add up; all [] float32."""
+    """Sums over the rows of micro-batches, whether a token carries loss or not; all [] float32."""
 
-    loss: LossSums
-    entropy: jax.Array  # over completion tokens, in nats
-    tokens: jax.Array  # completion tokens
-    mismatch: jax.Array  # sum of |log pi_old - the sampler's|
-    largest_mismatch: jax.Array  # the largest of these
+    loss_sums: LossSums
+    entropy: jax.Array  # sum over completion tokens, in nats
+    tokens: jax.Array  # number of completion tokens
+    mismatch: jax.Array  # sum of |log pi_old - the sampler's log-prob| over completion tokens
+    largest_mismatch: jax.Array  # the largest |log pi_old - the sampler's log-prob|
 
     @classmethod
     def zeros(cls) -> "MicroBatchSums":
-        """Returns the sums of no micro-batch."""
+        """Returns sums of zero, to which those of micro-batches are added."""
         zero = jnp.float32(0)
         return cls(LossSums(*[zero] * len(LossSums._fields)), zero, zero, zero, zero)
 
@@ -102,11 +102,11 @@ class MicroBatchSums(NamedTuple):
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What the loss of a micro-batch is traced with."""
+    """The settings that the loss of a micro-batch is compiled with."""
 
     algorithm: Resolved
     policy: PolicyLogprobs
-    on_policy: bool  # one optimizer step for a rollout: pi_old is the policy itself
+    on_policy: bool  # one optimizer step per update: pi_old is the policy itself
     correction_cap: float | None  # largest importance weight of a token against its sampler; 0 or None = no correction
 
 
@@ -155,7 +155,7 @@ def microbatch_loss(
     loss_sums = loss(algorithm, completions)
     mismatch = jnp.abs(drift)
     sums = MicroBatchSums(
-        loss=loss_sums,
+        loss_sums=loss_sums,
         entropy=jnp.sum(entropy),
         tokens=jnp.sum(mask, dtype=jnp.float32),
         mismatch=jnp.sum(mismatch),

@@ -1,11 +1,11 @@
-"""From the groups of a step to micro-batches: completions of one context stay together, and long lie with long.
+"""Packs the groups of a step into micro-batches: completions of one context stay together, beside others as long.
 
 1. A unit is a context with completions of its group: all of them, or an equal part where there would be fewer
    units than shards of the batch or minibatches. The learner runs the context of a unit once.
 2. Token weights are computed on all rows of an optimizer step, so that micro-batches are plain addition.
 3. Units are sorted by length and cut into micro-batches of at most `learner.tokens_per_microbatch` padded tokens on
-   each shard of the batch. Both lengths of a micro-batch are rounded up to one of a few sizes: one compiled program
-   per pair of sizes that occurs.
+   each shard of the batch. Both lengths of a micro-batch are rounded up to one of a few sizes, so that
+   one program is compiled for each pair of sizes that occurs.
 
 All of this is done on the host, with numpy alone.
 """
@@ -30,10 +30,10 @@ class Unit:
     context: np.ndarray  # [L] int32
     completions: tuple[Completion, ...]  # G
     advantage: np.ndarray  # [G] float32
-    weight: np.ndarray | None = None  # [G] float32, of every token of a completion; set per optimizer step
-    entropy_weight: np.ndarray | None = None  # [G] float32, the same of its entropy
-    old: list[np.ndarray] | None = None  # log pi_old, [T_i] float32 each; None until scored
-    reference: list[np.ndarray] | None = None  # log pi_ref
+    weight: np.ndarray | None = None  # [G] float32, weight of every token of a completion; set per optimizer step
+    entropy_weight: np.ndarray | None = None  # [G] float32, weight of every token's entropy; set per optimizer step
+    old: list[np.ndarray] | None = None  # log pi_old, [T_i] float32 each; None until rescored
+    reference: list[np.ndarray] | None = None  # log pi_ref, [T_i] float32 each; None until rescored
 
     @property
     def stage(self) -> str:
@@ -126,7 +126,7 @@ class Packer:
         return max(self.shapes, key=lambda shape: (shape[0] * (shape[1] + shape[2] * shape[3]), shape == self.largest))
 
     def units(self, groups: Sequence[Group], advantages: np.ndarray) -> list[Unit]:
-        """Returns the units of some groups, in their order; `advantages` is [P, G] float32."""
+        """Returns the units of `groups`, in their order; `advantages` is [P, G] float32."""
         units = []
         for group, advantage in zip(groups, advantages, strict=True):
             for start in range(0, len(group.completions), self.completions_per_unit):
@@ -147,7 +147,7 @@ class Packer:
             unit.entropy_weight = entropy_weights[part]
 
     def micro_batches(self, units: Sequence[Unit]) -> list[tuple[TrainBatch, list[Unit]]]:
-        """Returns host arrays of each micro-batch with the units in it, in their order there; the longest first."""
+        """Returns the host arrays of each micro-batch and its units, in the order of its rows; the longest first."""
         waiting = sorted(units, key=lambda unit: (unit.longest, len(unit.context)), reverse=True)
         batches = []
         while waiting:

@@ -26,10 +26,10 @@ from igrpo_jax.records import TrainBatch
 
 
 class WaitingBytes(NamedTuple):
-    """Bytes of training on each device that are no argument of a program, but wait there while it runs."""
+    """Bytes on each device that training keeps there while a program runs which does not take them as an argument."""
 
     accumulate: int
-    score: int
+    rescore: int
     apply: int
 
 
@@ -37,14 +37,14 @@ class LearnerPrograms:
     """One `Program` for each function that an update runs on the devices, for one model, mesh and objective.
 
     Args:
-        total_steps: optimizer steps of the whole run, for the learning rate.
+        total_optimizer_steps: optimizer steps of the whole run, for the learning rate.
 
     Attributes:
-        schedule: the learning rate by optimizer steps made.
+        schedule: the learning rate by the number of optimizer steps made.
         costs: what the programs cost.
         state, frozen: the training state, and the weights that LoRA adapts ({} without LoRA), as abstract arrays.
-        stages: the stages whose completions are rows.
-        state_sharding: the sharding of every array of the state: moments lie as their parameters do.
+        stages: the stages whose completions are trained on.
+        state_sharding: the sharding of every array of the state; moments are sharded as their parameters.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class LearnerPrograms:
         mesh: jax.sharding.Mesh,
         algorithm: Resolved,
         packer: Packer,
-        total_steps: int,
+        total_optimizer_steps: int,
     ):
-        self.optimizer, self.schedule = make_optimizer(config.optimizer, total_steps)
+        self.optimizer, self.schedule = make_optimizer(config.optimizer, total_optimizer_steps)
         self.costs = TrainingCosts(config, cfg, mesh)
         self._config = config
         self._mesh = mesh
@@ -103,7 +103,7 @@ class LearnerPrograms:
             correction_cap=self._config.algorithm.importance_sampling_cap,
         )
         remat = self._config.learner.remat
-        platform = self._mesh.devices.flat[0].platform  # it may be another than the default: that of a topology
+        platform = self._mesh.devices.flat[0].platform  # of a topology it may differ from the default platform
         params, sums = self.state.params, self._abstract_sums()["refine"]
         return Program(
             "accumulate",
@@ -121,16 +121,16 @@ class LearnerPrograms:
         )
 
     @cached_property
-    def score(self) -> Program:
+    def rescore(self) -> Program:
         """The log-probs and entropies of a micro-batch; the shape is that of the micro-batch."""
         return Program(
-            "score",
-            jax.jit(partial(forward.score, self._policy), out_shardings=self._replicated),
+            "rescore",
+            jax.jit(partial(forward.rescore, self._policy), out_shardings=self._replicated),
             lambda shape: (self.state.params, self._abstract_batch(shape), self.frozen),
             self._mesh,
             shapes=[(shape,) for shape in self._packer.shapes],
             largest=[(self._packer.fullest,)],
-            cost=self.costs.score,
+            cost=self.costs.rescore,
         )
 
     @cached_property
@@ -150,7 +150,7 @@ class LearnerPrograms:
 
     @cached_property
     def zeros(self) -> Callable[[], tuple[decoder.Params, dict[str, MicroBatchSums]]]:
-        """The gradient and, by stage, the sums of no micro-batch."""
+        """Returns a gradient of zero and, by stage, sums of zero, to which micro-batches are added."""
         return jax.jit(self._zero_sums, out_shardings=(self.state_sharding.params, self._replicated))
 
     def to_devices(self, batch: TrainBatch) -> TrainBatch:
@@ -159,13 +159,13 @@ class LearnerPrograms:
 
     @property
     def waiting_bytes(self) -> WaitingBytes:
-        """Bytes on each device of what training keeps there that is no argument of a program."""
+        """For each program, the bytes on each device that training keeps there beside the program's arguments."""
         params, moments = tree_bytes(self.state.params), tree_bytes(self.state.opt_state)
         has_reference = self._algorithm.beta > 0 and not self._config.learner.offload_reference
         reference = params if has_reference else 0
         return WaitingBytes(
             accumulate=moments + reference,
-            score=moments + params + reference,  # the gradient, which is as large as what is trained
+            rescore=moments + params + reference,  # the gradient, which is as large as what is trained
             apply=tree_bytes(self.frozen) + reference,
         )
 

@@ -11,29 +11,29 @@ from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.models import decoder
 
 
-class TokenScores(NamedTuple):
+class TokenLogprobs(NamedTuple):
     """The log-prob and the entropy of every token of the completions of a unit, in nats."""
 
     logprobs: list[np.ndarray]  # [T_i] float32 each
     entropies: list[np.ndarray]  # [T_i] float32 each
 
 
-def score_units(
+def rescore_units(
     programs: LearnerPrograms,
     packer: Packer,
     params: decoder.Params,
     frozen: decoder.Params,
     units: Sequence[Unit],
-) -> list[TokenScores]:
-    """Returns the scores of each unit under `params`, micro-batch by micro-batch; `frozen` is what LoRA adapts."""
-    scores: dict[int, TokenScores] = {}
+) -> list[TokenLogprobs]:
+    """Returns log-probs and entropies of each unit under `params`; `frozen` is what LoRA adapts."""
+    rescored: dict[int, TokenLogprobs] = {}
     for batch, chosen in packer.micro_batches(units):
-        arrays = programs.score(params, programs.to_devices(batch), frozen, shape=(batch.shape,))
+        arrays = programs.rescore(params, programs.to_devices(batch), frozen, shape=(batch.shape,))
         logprob, entropy = sharding.to_host(arrays)
         for i, unit in enumerate(chosen):
             lengths = [len(completion.tokens) for completion in unit.completions]
-            scores[id(unit)] = TokenScores(
+            rescored[id(unit)] = TokenLogprobs(
                 logprobs=[logprob[i, j, :length] for j, length in enumerate(lengths)],
                 entropies=[entropy[i, j, :length] for j, length in enumerate(lengths)],
             )
-    return [scores[id(unit)] for unit in units]
+    return [rescored[id(unit)] for unit in units]

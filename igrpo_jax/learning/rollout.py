@@ -76,13 +76,13 @@ class _PromptRollout:
     prompt: Prompt
     position: StepPosition
     context: np.ndarray | None = None  # [L'] int32 of Stage 2, once it is known
-    best: int | None = None  # index of the draft in `context`
+    kept: int | None = None  # index of the draft in `context`
     drafts: dict[int, Completion] = field(default_factory=dict)  # scored ones, by their number
     completions: dict[int, Completion] = field(default_factory=dict)  # scored refinements, by their number
 
     def group(self) -> Group:
         """Returns the prompt with all its scored samples, in the order of their numbers."""
-        return Group(self.prompt, _ordered(self.drafts), self.best, self.context, _ordered(self.completions))
+        return Group(self.prompt, _ordered(self.drafts), self.kept, self.context, _ordered(self.completions))
 
 
 def _ordered(samples: dict[int, Completion]) -> tuple[Completion, ...]:
@@ -103,7 +103,7 @@ class _StepRollout:
         self._algorithm = config.algorithm
         self._rollout = config.rollout
         self._seed = config.seed
-        self._largest = config.rewards.largest - 1e-6  # a sum of weights, rounded
+        self._largest = config.rewards.largest - 1e-6  # the margin covers how the sum of the weights is rounded
         self._renderer = renderer
         self._scheduler = scheduler
         self._step = step
@@ -160,9 +160,9 @@ class _StepRollout:
         drafts = _ordered(work.drafts)
         work.context = work.prompt.tokens
         if drafts:
-            work.best = select_draft(drafts, self._algorithm.draft_selection, self._rng(work, SELECTION))
-        if work.best is not None:
-            work.context = self._renderer.with_draft(work.prompt.question, drafts[work.best].tokens)
+            work.kept = select_draft(drafts, self._algorithm.draft_selection, self._rng(work, SELECTION))
+        if work.kept is not None:
+            work.context = self._renderer.with_draft(work.prompt.question, drafts[work.kept].tokens)
         scored = functools.partial(self._refinement_scored, work)
         self._submit(work, "refine", work.context, self._algorithm.num_generations, 0, scored)
 
@@ -215,11 +215,10 @@ class Rollout:
     def collect(
         self,
         params: decoder.Params,
-        prompts: Sequence[Prompt],
         step: int,
-        fresh: Callable[[int], Sequence[Prompt]] = lambda redraw: (),
+        prompts: exchange.Prompts,
     ) -> RolloutResult:
-        """Returns one group per prompt, in the order of `prompts`, and the metrics of the rollout.
+        """Returns one group per prompt, in the order of `prompts(0)`, and the metrics of the rollout.
 
         `redraw/groups` counts the groups whose position a fresh prompt took, `redraw/exhausted` those that stayed
         though their rewards are all equal, since `algorithm.max_redraws` of their position were used. What redrawn
@@ -231,24 +230,24 @@ class Rollout:
         fraction of the rollout that the processes, on average, waited for the slowest.
 
         Args:
-            fresh: the prompts of redraw 1, 2, … of this step, one for each position; read where max_redraws > 0.
+            prompts: returns the prompts of this step by the number of the redraw, one for each position: 0 are the
+                first ones, and 1, 2, … are asked for where algorithm.max_redraws > 0.
 
         Raises:
             VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
             Preempted: a process was told to leave.
         """
         began = time.perf_counter()
-        redraws = functools.cache(fresh)
-        known = lambda redraw: redraws(redraw) if redraw else prompts
+        prompts = functools.cache(prompts)
         self._verifier.start_step()
         try:
-            own = self._collect_own(params, step, known)
+            own = self._collect_own(params, step, prompts)
         except Preempted:
             own = None
         with watchdog.phase("exchange"):
-            parts = exchange.everywhere(own, known)
+            parts = exchange.everywhere(own, prompts)
         by_index = {position.index: group for part in parts for position, group in part.groups.items()}
-        groups = [by_index[index] for index in range(len(prompts))]
+        groups = [by_index[index] for index in range(len(prompts(0)))]
         scores = [score for part in parts for score in part.scores] + _scores(groups)
         check_errors(scores, self._config.rewards.max_error_fraction)
         metrics = {

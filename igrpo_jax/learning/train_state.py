@@ -15,8 +15,8 @@ class TrainState(NamedTuple):
 
     params: decoder.Params  # float32 master weights, with LoRA its adapters alone
     opt_state: optax.OptState
-    step: jax.Array  # [] int32, optimizer steps tried
-    skipped: jax.Array  # [] int32, of these not finite
+    step: jax.Array  # [] int32, optimizer steps tried, skipped ones included
+    skipped: jax.Array  # [] int32, optimizer steps that changed nothing, since loss or gradient was not finite
 
 
 def apply(
@@ -26,12 +26,15 @@ def apply(
     grads: decoder.Params,
     sums: dict[str, MicroBatchSums],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Returns the state after one optimizer step, and its metrics; the old arrays where the step is not finite."""
+    """Returns the state after one optimizer step, and its metrics.
+
+    Where the loss or the gradient's norm is not finite, parameters and moments stay as they are.
+    """
     norm = optax.global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # A finite norm leaves AdamW no way to a step that is not; to look at the step itself would hold all of it.
-    finite = jnp.isfinite(sum(stage_sums.loss.loss for stage_sums in sums.values())) & jnp.isfinite(norm)
+    # Where the norm is finite, AdamW's step is finite too. A check of the step itself would keep all of it in memory.
+    finite = jnp.isfinite(sum(stage_sums.loss_sums.loss for stage_sums in sums.values())) & jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
     params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
     skipped = state.skipped + (~finite).astype(jnp.int32)

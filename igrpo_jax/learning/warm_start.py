@@ -1,7 +1,7 @@
 """The supervised start of the built-in model, so that reinforcement learning has something to improve.
 
-Cross-entropy on solutions by a noisy teacher (tasks/arithmetic). Some examples show a draft in the prompt, in the form
-of Stage 2, so that the model has seen one. It is never used with a real model.
+The loss is the cross-entropy on solutions by a noisy teacher (`data.arithmetic`). Some examples show a draft
+in the prompt, in the form of Stage 2, so that the model has seen one. A model from files never gets a warm start.
 """
 
 from collections.abc import Callable, Sequence

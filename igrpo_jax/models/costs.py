@@ -134,7 +134,7 @@ class TrainingCosts:
         backward = self._logits(positions) * 3 + head_gradient
         return layers * passes + self._logits(positions) + backward + Cost(0, added)
 
-    def score(self, shape: tuple[int, int, int, int]) -> Cost:
+    def rescore(self, shape: tuple[int, int, int, int]) -> Cost:
         """Returns the cost of the log-probs of a micro-batch."""
         layers, positions = self._forward(shape)
         return layers + self._logits(positions)

@@ -1,4 +1,4 @@
-"""The model that a run starts from: its shape, tokenizer, EOS ids and weights, from Hugging Face files or built in.
+"""The model that a run starts from, built in or from Hugging Face files: shape, tokenizer, EOS ids, and its weights.
 
 `Policy.save` and `Policy.save_adapter` write it back as a Hugging Face directory.
 """
@@ -25,13 +25,16 @@ Report = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Policy:
-    """A model without its weights, and how to load and save them."""
+    """The shape, tokenizer and EOS ids of a policy. It holds no weights, but loads and saves them.
+
+    The weights travel beside it as `params`, in a TrainState or in a sampler.
+    """
 
     path: str  # empty = the built-in model
     model: DecoderConfig
     tokenizer: PreTrainedTokenizerBase
     eos_ids: tuple[int, ...]
-    file_bytes: int = 0  # bytes that `load` reads
+    file_bytes: int = 0  # bytes of the weights' files, which `load` reads
 
     def load(
         self, mesh: jax.sharding.Mesh, seed: int, dtype: str = "float32", report: Report = lambda bytes_done: None

@@ -107,11 +107,11 @@ def sample_blocks(group: Group, advantage: float) -> list[tuple[str, str]]:
         advantage: the advantage of the first completion.
     """
     blocks = [("question", group.prompt.question)]
-    if group.best is not None:
-        best = group.drafts[group.best]
-        blocks.append((f"kept of {len(group.drafts)} drafts, {_score_text(best)}", best.text))
+    if group.kept is not None:
+        draft = group.drafts[group.kept]
+        blocks.append((f"kept of {len(group.drafts)} drafts, {_score_text(draft)}", draft.text))
     first, count = group.completions[0], len(group.completions)
-    stage = "completion" if group.best is None else "refinement"
+    stage = "completion" if group.kept is None else "refinement"
     blocks.append((f"{stage} 1 of {count}, {_score_text(first)}, advantage {advantage:+.2f}", first.text))
     blocks.append(("right answer", group.prompt.answer))
     return [(title, _shorten(text)) for title, text in blocks]

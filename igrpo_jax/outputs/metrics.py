@@ -58,7 +58,7 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
         )
     with_accuracy = "rewards/accuracy/mean" in metrics
     metrics |= _draft_metrics([group.drafts for group in groups if group.drafts], with_accuracy)
-    refined = [group for group in groups if group.best is not None]
+    refined = [group for group in groups if group.kept is not None]
     metrics |= _refine_metrics(refined, with_accuracy, config.draft_limit)
     return {name: float(value) for name, value in metrics.items()}
 
@@ -97,7 +97,7 @@ def _refine_metrics(groups: list[Group], with_accuracy: bool, max_draft_length: 
     """Returns the metrics of the refinements of `groups`, whose contexts all hold a draft."""
     if not groups:
         return {}
-    kept = [group.drafts[group.best] for group in groups]
+    kept = [group.drafts[group.kept] for group in groups]
     pairs = [(draft, completion) for draft, group in zip(kept, groups, strict=True) for completion in group.completions]
     best_rewards = [_best([draft.score.reward for draft in group.drafts]) for group in groups]
     gain_vs_best_draft = [

@@ -147,7 +147,7 @@ def _sample_rows(groups: Sequence[Group], advantages: np.ndarray) -> Iterator[tu
     for group, group_advantages in zip(groups, np.asarray(advantages), strict=True):
         for draft in group.drafts:
             yield _sample_row(group, draft, None, None), group, draft
-        parent = None if group.best is None else group.drafts[group.best].sample_id
+        parent = None if group.kept is None else group.drafts[group.kept].sample_id
         for completion, advantage in zip(group.completions, group_advantages, strict=True):
             yield _sample_row(group, completion, parent, number(advantage)), group, completion
 

@@ -25,8 +25,8 @@ def main(argv: list[str]) -> None:
     folders = [Path(folder) for folder in values.workdir]
     out = Path(values.out) if values.out else folders[0] / "report"
     for shown in pages.build(folders, out):
-        verdict = shown.summary.verdict
-        print(plain_text(f"{shown.name}: {verdict.answer}. {'; '.join(verdict.reasons)}."))
+        conclusion = shown.summary.conclusion
+        print(plain_text(f"{shown.name}: {conclusion.answer}. {'; '.join(conclusion.reasons)}."))
         for text in (*shown.summary.alerts, *shown.notes):
             print(plain_text(f"  {text}"))
     print(f"written to {out / 'index.html'}")

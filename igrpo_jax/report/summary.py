@@ -1,7 +1,7 @@
 """The summary of a run in a report: whether it is learning, what changed, and what should worry.
 
-The verdict rests only on single-shot evaluations of held-out problems, which are compared problem by problem. The solve
-rate of training is shown first but proves less: refinements see a draft, and each step has other prompts.
+The conclusion rests only on single-shot evaluations of held-out problems, which are compared problem by problem. The
+solve rate of training is shown first but proves less: refinements see a draft, and each step has other prompts.
 """
 
 import math
@@ -21,7 +21,7 @@ ENDS = 0.1  # fraction of a run's steps at either end whose means are compared
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Conclusion:
     """The answer to "is it learning?", with its reasons."""
 
     answer: str  # one word or two
@@ -46,7 +46,7 @@ class Summary:
     """All that a report states about a run in words."""
 
     facts: list[str]
-    verdict: Verdict
+    conclusion: Conclusion
     changes: list[Change]
     over: str  # over which steps the first and the last numbers are means
     alerts: list[str]
@@ -56,7 +56,7 @@ def summary(run: RecordedRun, trained: str) -> Summary:
     """Returns the summary of a run; `trained` is the name of its trained completions."""
     width = ends(run.steps)
     over = f"means of the first and of the last {counted(width, 'step')}; single shot: first and last evaluation"
-    return Summary(_facts(run), verdict(run), _changes(run, trained), over, worries(run))
+    return Summary(_facts(run), conclusion(run), _changes(run, trained), over, worries(run))
 
 
 def ends(steps: Sequence[int]) -> int:
@@ -64,7 +64,7 @@ def ends(steps: Sequence[int]) -> int:
     return max(1, math.ceil(ENDS * len(steps)))
 
 
-def verdict(run: RecordedRun) -> Verdict:
+def conclusion(run: RecordedRun) -> Conclusion:
     """Compares the first and the last single-shot evaluation of each benchmark, and says whether they show learning."""
     tones, reasons = [], []
     spans = {name: run.curve(f"eval/{name}/pass@1").steps[[0, -1]].tolist() for name in run.benchmarks}
@@ -80,11 +80,11 @@ def verdict(run: RecordedRun) -> Verdict:
         why = "its evaluation.every is 0" if run.setting("evaluation.every") == 0 else "no evaluation is finished yet"
         reasons.append(f"Single-shot answers to held-out problems were not measured ({why})")
     if not tones:
-        return Verdict("Not known", "open", reasons)
+        return Conclusion("Not known", "open", reasons)
     if {"good", "bad"} <= set(tones):
-        return Verdict("Mixed", "open", reasons)
+        return Conclusion("Mixed", "open", reasons)
     tone = max(tones, key=("open", "good", "bad").index)
-    return Verdict({"good": "Learning", "bad": "Getting worse", "open": "Not shown"}[tone], tone, reasons)
+    return Conclusion({"good": "Learning", "bad": "Getting worse", "open": "Not shown"}[tone], tone, reasons)
 
 
 def _compared(run: RecordedRun, name: str, first: int, last: int, pair: results.Paired | None) -> tuple[str, str]:

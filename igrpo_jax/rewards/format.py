@@ -2,7 +2,7 @@
 
 The format reward asks whether the text is one `<think>` block followed by one `<answer>` block and nothing else.
 
-It reads generation prefix + completion, because the templates of R1 distills open `<think>` in the prompt. The caller
+It reads opening + completion, because the templates of R1 distills open `<think>` in the prompt. The caller
 has already removed special tokens. Tags are matched literally (lower case, no attributes). An empty block counts, so
 that this reward and the accuracy stay independent.
 """

@@ -68,8 +68,8 @@ def run(source: Path, target: Path, workers: int, timeout: float) -> None:
     try:
         with temporary.open("w", encoding="utf-8") as out:
             for row, score in zip(rows, _progress(grade_rows(rows, workers, timeout), len(rows)), strict=True):
-                verdict = {"score": score.reward, "extracted": score.extracted, "status": score.status}
-                out.write(json.dumps(row | verdict | {"seconds": round(score.seconds, 6)}, ensure_ascii=False) + "\n")
+                graded = {"score": score.reward, "extracted": score.extracted, "status": score.status}
+                out.write(json.dumps(row | graded | {"seconds": round(score.seconds, 6)}, ensure_ascii=False) + "\n")
         temporary.replace(target)
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror}") from error
@@ -90,7 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m igrpo_jax.rewards.grade", description="Grade predictions against reference answers."
     )
     parser.add_argument("source", metavar="IN.jsonl", type=Path, help='rows with "gold" and "prediction"')
-    parser.add_argument("target", metavar="OUT.jsonl", type=Path, help="the same rows with the verdicts")
+    parser.add_argument(
+        "target", metavar="OUT.jsonl", type=Path, help="the file to write: the same rows with their scores"
+    )
     parser.add_argument("--workers", type=int, default=max(os.cpu_count() or 1, 1), help="processes (%(default)s)")
     parser.add_argument("--timeout", type=float, default=5.0, help="seconds one row may take (%(default)s)")
     options = parser.parse_args(arguments)

@@ -7,13 +7,13 @@
 
 The reward is the weighted sum of the rewards in use. A reward of weight 0 is neither computed nor reported.
 
-    accuracy   the stated answer equals the reference                                  0 or 1
+    accuracy   the stated answer equals the reference answer                            0 or 1
     format     one think block, then one answer block, nothing else                    0 or 1
     overlong   the soft over-long penalty of DAPO                                      -1 to 0
     (custom)   a function of the user, under its own name                              any number, or None
     judge      a model behind an OpenAI-compatible endpoint                            0 to 1, or none
 
-Accuracy and format read prefix + completion, because a chat template may open `<think>` in the prompt. A grading that
+Accuracy and format read opening + completion, because a chat template may open `<think>` in the prompt. A grading that
 failed or exceeded its deadline scores 0 on everything, and its status says so. Where the judge gives no verdict, or
 where every reward is a custom None, there is no reward at all: it is NaN with the status "invalid".
 
@@ -105,11 +105,11 @@ def load_custom(path: str) -> Callable:
 
 
 def _accuracy(candidate: Candidate, rules: Rules) -> tuple[float, str | None, str]:
-    return grader.grade(candidate.prefix + candidate.text, candidate.answer)
+    return grader.grade(candidate.opening + candidate.text, candidate.answer)
 
 
 def _format(candidate: Candidate, rules: Rules) -> tuple[float, str | None, str]:
-    return format_reward(candidate.prefix + candidate.text), None, "ok"
+    return format_reward(candidate.opening + candidate.text), None, "ok"
 
 
 def _overlong(candidate: Candidate, rules: Rules) -> tuple[float, str | None, str]:
@@ -203,7 +203,7 @@ class Verifier:
         graded = self._grade(candidate, self._rules)
         if not self._judge:
             return graded
-        judged = self._judge.submit(candidate.question, candidate.answer, candidate.prefix + candidate.text)
+        judged = self._judge.submit(candidate.question, candidate.answer, candidate.opening + candidate.text)
         result: Future[Score] = Future()
 
         def combine(_: Future) -> None:  # called when the later of the two is done

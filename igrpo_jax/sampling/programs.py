@@ -1,7 +1,7 @@
-"""The programs of the sampler: `steps` compiled for every shape that sampling may need.
+"""The programs of the sampler: the functions of `steps`, compiled for every shape that sampling may need.
 
-Prompts are prefilled at one of a few lengths. Decoding reads one of a few lengths of the cache, and runs fewer slots
-than all at the end of a rollout, when most are done. Temperature, top-p, top-k, limits and keys are traced, so that
+Prompts are padded to one of a few lengths. Decoding reads one of a few lengths of the cache; at the end of a rollout,
+when most slots are done, it runs only some of them. Temperature, top-p, top-k, limits and keys are traced, so that
 they need no programs of their own.
 """
 
@@ -81,7 +81,7 @@ class SamplerPrograms:
 
     @cached_property
     def empty(self) -> Program:
-        """All slots, free."""
+        """Makes all slots, free."""
         return Program(
             "empty",
             jax.jit(self._build_empty, out_shardings=self._state_sharding),
@@ -92,7 +92,7 @@ class SamplerPrograms:
 
     @cached_property
     def prefill(self) -> Program:
-        """Prompts read, one for each shard; the shape is the length that they are padded to."""
+        """Reads prompts into a cache, one for each shard; the shape is the length that they are padded to."""
         return Program(
             "prefill",
             jax.jit(partial(steps.prefill, self._cfg, self._sizes.prefill_chunk), out_shardings=self._prompts_sharding),
@@ -104,7 +104,7 @@ class SamplerPrograms:
 
     @cached_property
     def insert(self) -> Program:
-        """A prefilled prompt forked to slots; the shape is the length that it was padded to."""
+        """Forks a prefilled prompt to slots; the shape is the length that it was padded to."""
         return Program(
             "insert",
             jax.jit(partial(steps.insert, self._mesh, self._eos), donate_argnums=0, out_shardings=self._state_sharding),
@@ -116,7 +116,7 @@ class SamplerPrograms:
 
     @cached_property
     def decode(self) -> Program:
-        """Up to K tokens in each active slot; the shape is (slots of a shard to run, cache positions to read)."""
+        """Draws up to K tokens in each active slot; the shape is (slots of a shard to run, cache positions to read)."""
         sizes, run = self._sizes, partial(steps.decode, self._cfg, self._mesh, self._eos)
         return Program(
             "decode",
@@ -137,7 +137,7 @@ class SamplerPrograms:
 
     @cached_property
     def move(self) -> Program:
-        """Slots copied to others of their shard; a shard of one slot never needs it."""
+        """Copies slots to others of their shard; a shard of one slot never needs it."""
         return Program(
             "move",
             jax.jit(partial(steps.move, self._mesh), donate_argnums=0, out_shardings=self._state_sharding),
@@ -149,7 +149,7 @@ class SamplerPrograms:
 
     @cached_property
     def harvest(self) -> Program:
-        """Tokens and log-probs of some slots."""
+        """Reads the tokens and log-probs of some slots."""
         return Program(
             "harvest",
             jax.jit(steps.harvest, out_shardings=self._replicated),

@@ -26,13 +26,13 @@ class Request:
     """One prompt, sampled `samples` times, the samples numbered from `first`."""
 
     tokens: np.ndarray  # [L] int32
-    index: int  # of the prompt; with `key` and the sample's number it derives the randomness
+    index: int  # number of the prompt; the randomness is derived from it, `key` and the sample's number
     samples: int
     key: np.ndarray  # [2] uint32, key data of the step and stage
-    limit: int | np.ndarray  # most tokens of a completion, of all samples or [samples] of each
-    stage: str = ""  # of the completions; Usage.overlap counts the steps in which several stages run
+    limit: int | np.ndarray  # most tokens of a completion, for all samples or [samples] for each
+    stage: str = ""  # as in Completion; Usage.overlap counts the decode steps in which several stages run
     first: int = 0  # number of the first sample
-    # Where the samples are scored (see `scoring`): the problem, and what is called with each scored completion.
+    # Where the samples are scored (see `scoring`): the problem, and the callback that gets each scored completion.
     prompt: Prompt | None = None
     scored: Callable[[Completion], None] | None = None
 
@@ -54,8 +54,8 @@ class Usage:
 
     slot_steps: int = 0  # slots x decode steps
     tokens: int = 0  # drawn by decode steps
-    queued_slot_steps: int = 0  # the same of dispatches with which the queue was not empty
-    queued_tokens: int = 0
+    queued_slot_steps: int = 0  # slots x decode steps of the dispatches during which the queue was not empty
+    queued_tokens: int = 0  # tokens drawn by the same dispatches
     mixed_slot_steps: int = 0  # slots x decode steps while requests of several stages were running
 
     def __add__(self, other: "Usage") -> "Usage":
@@ -83,20 +83,20 @@ class _Waiting:
     """A request in the queue, and which of its samples is next to take a slot."""
 
     request: Request
-    prefix: PrefilledPrompts | None = None
-    row: int = 0
+    prefilled: PrefilledPrompts | None = None  # the batch that its prompt was prefilled with
+    row: int = 0  # of its prompt in that batch
     next_sample: int = 0
 
 
 @dataclass
 class _Running:
-    """What a slot works on."""
+    """The sample that a slot draws."""
 
     request: Request
     sample: int
     since: int  # number of the first dispatch that decodes it in this slot
-    position: int  # when the host last read it
-    count: int = 1
+    position: int  # tokens in the slot's cache, as of the last dispatch that the host has read
+    count: int = 1  # tokens drawn, as of the same dispatch
 
 
 @dataclass(frozen=True)
@@ -141,18 +141,18 @@ class Scheduler:
         self._dispatched = 0
 
     def start(self, params: decoder.Params, sampling: Sampling) -> None:
-        """Begins a phase: a rollout or an evaluation with these master weights. `usage` starts anew.
+        """Begins a rollout or an evaluation with these master weights. `usage` starts anew.
 
-        The weights are cast and gathered once here; `finish` lets them and the cache go, before the update.
+        The weights are cast and gathered once here; `finish` frees them and the cache, before the update.
         """
-        assert not self.pending, "the last phase still has samples to draw"
+        assert not self.pending, "the last rollout or evaluation still has samples to draw"
         self._weights = self.engine.weights(params)
         self._sampling = sampling
         self.usage = Usage()
         self._state = self.engine.empty()
 
     def finish(self) -> None:
-        """Ends the phase: lets the weights and the cache go."""
+        """Ends the rollout or evaluation: frees the weights and the cache."""
         self._weights = {}
         self._state = None
 
@@ -182,7 +182,7 @@ class Scheduler:
     def advance(self) -> list[Sample]:
         """Fills free slots, runs one dispatch, and returns samples that are finished.
 
-        With `ahead` = 1 what comes back is of earlier dispatches; the device has this one to do meanwhile.
+        With `ahead` = 1 the samples returned are those of earlier dispatches, while the device still runs this one.
         """
         self._admit()
         if self._running:
@@ -199,7 +199,7 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and any(self._free):
             head = self._waiting[0]
-            if head.prefix is None:
+            if head.prefilled is None:
                 self._prefill()
             request = head.request
             count = min(sum(map(len, self._free)), request.samples - head.next_sample)
@@ -209,7 +209,7 @@ class Scheduler:
             samples = [request.first + i for i in own]
             self._state = self.engine.insert(
                 self._state,
-                head.prefix,
+                head.prefilled,
                 head.row,
                 slots,
                 samples,
@@ -226,9 +226,9 @@ class Scheduler:
 
     def _prefill(self) -> None:
         batch = [self._waiting[i] for i in range(min(self.engine.prefill_width, len(self._waiting)))]
-        prefix = self.engine.prefill(self._weights, [item.request.tokens for item in batch])
+        prefilled = self.engine.prefill(self._weights, [item.request.tokens for item in batch])
         for row, item in enumerate(batch):
-            item.prefix, item.row = prefix, row
+            item.prefilled, item.row = prefilled, row
 
     def _take_slot(self) -> int:
         """Returns the lowest free slot of the shard that has the most free ones."""

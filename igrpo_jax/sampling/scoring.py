@@ -24,7 +24,12 @@ Grade = Callable[[Candidate], Future[Score]]
 
 
 def stage_key(seed: int, step: int, stage: int) -> np.ndarray:
-    """Returns the key data [2] uint32 of one stage of one step; prompts, samples and positions fold in after it."""
+    """Returns the key data [2] uint32 of one stage of one step; prompts, samples and positions fold in after it.
+
+    Args:
+        step: the step of the run, or in an evaluation a number that stands for the benchmark.
+        stage: the number of the stage, 1 or 2, or in an evaluation that of the round, 0 for the single shot.
+    """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), stage)
     return np.asarray(jax.random.key_data(key))
 
@@ -54,7 +59,7 @@ def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: Renderer) -> 
                 grading[grade(candidate)] = (sample.request, completion)
         else:
             began = time.perf_counter()
-            with watchdog.phase("verifier", f"{len(grading)} verdicts to come"):
+            with watchdog.phase("verifier", f"{len(grading)} scores to come"):
                 while not wait(grading, timeout=1.0, return_when=FIRST_COMPLETED).done:
                     preemption.check()
             waited += time.perf_counter() - began
@@ -71,5 +76,5 @@ def _completed(sample: Sample, renderer: Renderer) -> tuple[Completion, Candidat
     completion = Completion(request.stage, sample.sample_id, sample.tokens, sample.logprobs, sample.finished, text)
     prompt = request.prompt
     assert prompt is not None, "a request whose samples are scored has a problem"
-    candidate = Candidate(text, prompt.answer, renderer.opened, prompt.question, prompt.columns, sample.tokens)
+    candidate = Candidate(text, prompt.answer, renderer.opening, prompt.question, prompt.columns, sample.tokens)
     return completion, candidate

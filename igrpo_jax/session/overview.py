@@ -1,4 +1,4 @@
-"""The tables at a run's beginning and end: what it will do and need of its devices, and what came of it."""
+"""The tables at a run's beginning and end: what it will do, what memory it needs, and its final scores."""
 
 from pathlib import Path
 
@@ -58,16 +58,16 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list
 
 
 def predicted_bytes(config: Config, task: Task, engine: Engine, learner: Learner) -> dict[str, int]:
-    """Returns the bytes that update and rollout need on each device, by the compiler's own count."""
+    """Returns the bytes that update and rollout need on each device, as the compiler counts them."""
     rollout = engine.predicted_bytes() + resting_bytes(config, task.mesh, learner)
     return {"update": learner.predicted_bytes(), "rollout": rollout}
 
 
 def resting_bytes(config: Config, mesh: jax.sharding.Mesh, learner: Learner) -> int:
-    """Returns the bytes on each device that the learner holds there while completions are sampled.
+    """Returns the bytes that the learner holds on each device while completions are sampled.
 
-    The weights that sample are counted with the rollout; where those are float32 and not split over mesh.fsdp, they are
-    the trained weights themselves.
+    Where the sampler uses the trained weights themselves (float32, not split over mesh.fsdp, without LoRA), these are
+    counted with the rollout and not here.
     """
     same = config.model.dtype == "float32" and mesh.shape["fsdp"] == 1 and not config.model.lora.rank
     return learner.resting_bytes - same * tree_bytes(learner.abstract_state().params)
@@ -77,9 +77,9 @@ def after(workdir: Path, scores: dict[int, dict[str, float]], first: int, total:
     """Returns the rows of the table at a run's end.
 
     Args:
-        scores: of its evaluations, by step.
-        first: the step that it was resumed after, 0 where it was not.
-        total: its steps.
+        scores: the metrics of the run's evaluations, by step.
+        first: the step after which the run was resumed, 0 where it was not.
+        total: the number of steps of the run.
     """
     rows: list[tuple[str, object]] = [("steps", f"{total}" + (f", resumed after {first}" if first else ""))]
     names = {name for values in scores.values() for name in values if name.endswith("pass@1")}

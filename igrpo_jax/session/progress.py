@@ -1,4 +1,4 @@
-"""What a run remembers from step to step beside its TrainState: scores, steps that were not finite, warnings given."""
+"""What a run remembers from step to step beside its TrainState: scores, skipped steps, warnings given."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,26 +9,26 @@ from typing import Any
 class Progress:
     """What a run has seen so far; `meta` and `from_meta` carry it through a checkpoint."""
 
-    scores: dict[int, dict[str, float]] = field(default_factory=dict)  # of evaluations, by step
-    nonfinite_updates: int = 0  # optimizer steps so far that changed nothing, since they were not finite
-    nonfinite_steps: int = 0  # steps in a row, up to the last one, with such an update
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)  # metrics of evaluations, by step
+    skipped_optimizer_steps: int = 0  # all so far; they changed nothing, since loss or gradient was not finite
+    skipped_in_a_row: int = 0  # steps in a row, up to the last one, that skipped an optimizer step
     named_programs: set[str] = field(default_factory=set)  # kinds of compiled programs that were warned of
 
     @classmethod
-    def from_meta(cls, meta: Mapping[str, Any], nonfinite_updates: int) -> "Progress":
-        """Returns the progress that a checkpoint holds; `nonfinite_updates` are counted in its state."""
+    def from_meta(cls, meta: Mapping[str, Any], skipped_optimizer_steps: int) -> "Progress":
+        """Returns the progress that a checkpoint holds; its TrainState counts the `skipped_optimizer_steps`."""
         scores = {int(step): scores for step, scores in meta["evaluations"].items()}
-        return cls(scores, nonfinite_updates, meta["bad_steps"])
+        return cls(scores, skipped_optimizer_steps, meta["bad_steps"])
 
     def meta(self) -> dict[str, Any]:
         """Returns what a checkpoint has to hold of it, as JSON can hold it."""
-        return {"bad_steps": self.nonfinite_steps, "evaluations": {str(step): x for step, x in self.scores.items()}}
+        return {"bad_steps": self.skipped_in_a_row, "evaluations": {str(step): x for step, x in self.scores.items()}}
 
-    def count_nonfinite(self, updates: int) -> bool:
-        """Takes the number of updates so far that were not finite; returns whether the last step had one."""
-        grown = updates > self.nonfinite_updates
-        self.nonfinite_updates = updates
-        self.nonfinite_steps = self.nonfinite_steps + 1 if grown else 0
+    def count_skipped(self, optimizer_steps: int) -> bool:
+        """Takes the number of optimizer steps skipped so far; returns whether the last step skipped one."""
+        grown = optimizer_steps > self.skipped_optimizer_steps
+        self.skipped_optimizer_steps = optimizer_steps
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if grown else 0
         return grown
 
     def first_of_their_kind(self, programs: Sequence[str]) -> list[str]:

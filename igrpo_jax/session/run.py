@@ -1,4 +1,4 @@
-"""The living parts of a run, and what happens between two updates: report, check, evaluate, save; and the run's end."""
+"""An open run, and what it does between two updates: report, check, evaluate, save; and how it ends."""
 
 import functools
 import shutil
@@ -31,18 +31,21 @@ from igrpo_jax.session.task import Task
 
 
 class StepResult(NamedTuple):
-    """What one step of Algorithm 1 gives: P groups of G completions, and the state after its update."""
+    """The result of one step of Algorithm 1: P groups with G refinements each, and the state after the update."""
 
     state: TrainState
     groups: list[Group]  # [P]
     advantages: np.ndarray  # [P, G] float32
     metrics: dict[str, float]
-    compiled: list[str]  # programs that were compiled meanwhile, as "kind shape"
+    compiled: list[str]  # the programs that were compiled during the step, as "kind shape"
 
 
 @dataclass(frozen=True)
 class Run:
-    """The living parts of a run; `progress` alone changes from step to step. All processes call every method."""
+    """The objects that an open run consists of; only `progress` changes from step to step.
+
+    All processes call every method.
+    """
 
     config: Config
     workdir: Path
@@ -86,17 +89,17 @@ class Run:
             )
 
     def _check_finite(self, step: int, result: StepResult) -> None:
-        """Writes the batch of a step whose update was skipped.
+        """Writes the groups of a step that skipped an optimizer step.
 
         Raises:
-            RunError: config.learner.max_nonfinite_steps steps in a row had such an update.
+            RunError: config.learner.max_nonfinite_steps steps in a row skipped one.
         """
-        if not self.progress.count_nonfinite(round(result.metrics["nonfinite_steps"])):
+        if not self.progress.count_skipped(round(result.metrics["nonfinite_steps"])):
             return
         self.writer.nonfinite(step, result.groups, result.advantages)
         kept = self.workdir / "nonfinite" / f"step_{step:06d}.jsonl"
         self.console.message(f"step {step}: loss or gradient is not finite: nothing changed; its batch is in {kept}")
-        in_a_row = self.progress.nonfinite_steps
+        in_a_row = self.progress.skipped_in_a_row
         if in_a_row >= self.config.learner.max_nonfinite_steps:
             raise RunError(
                 f"steps {step - in_a_row + 1} to {step}: loss or gradient was not finite, "
@@ -105,7 +108,7 @@ class Run:
             )
 
     def shows_samples(self, step: int) -> bool:
-        """Returns whether samples of `step` are printed, and the trainer scores their drafts too."""
+        """Returns whether samples of `step` are printed; the log-probs of its drafts are then rescored too."""
         return self.config.log.samples_every > 0 and step % self.config.log.samples_every == 0
 
     def evaluation_due(self, step: int) -> bool:
@@ -158,7 +161,7 @@ class Run:
         raise Preempted(f"preempted: step {step} of {self.task.total_steps} is saved in {self.workdir}")
 
     def finish(self, state: TrainState) -> None:
-        """Waits for the last checkpoint, exports where asked, and prints what came of the run and where it is."""
+        """Waits for the last checkpoint, exports where asked, and prints the final scores and where the files are."""
         with self.console.phase("writing the last checkpoint"):
             self.checkpointer.wait()
         if self.config.checkpoint.export:
@@ -187,7 +190,7 @@ def throughput(metrics: Mapping[str, float], devices: Sequence[jax.Device]) -> d
 
 
 def utilization(metrics: Mapping[str, float], devices: Sequence[jax.Device]) -> dict[str, float]:
-    """Returns the part of the devices' published peak that an update made use of; nothing where it is not known."""
+    """Returns `perf/mfu`, the fraction of the devices' published peak that an update uses; {} where none is known."""
     chip = chips.CHIPS.get(devices[0].device_kind)
     if chip is None:
         return {}

@@ -76,7 +76,7 @@ def test_every_kind_of_program_is_built(found):
     kinds = [one.kind for one in found.programs]
     assert set(kinds) == {
         "accumulate",
-        "score",
+        "rescore",
         "apply",
         "weights",
         *(program.name for program in found.engine.programs),
@@ -104,7 +104,7 @@ def test_what_waits_beside_a_program(found):
     state = found.learner.abstract_state()
     params, moments = tree_bytes(state.params), tree_bytes(state.opt_state)
     assert one(found, "accumulate").beside == one(found, "weights").beside == moments
-    assert one(found, "score").beside == moments + params
+    assert one(found, "rescore").beside == moments + params
     assert one(found, "apply").beside == 0
     assert one(found, "prefill").beside == params + moments + found.engine.state_bytes
     assert one(found, "decode").beside == params + moments + one(found, "prefill").output
@@ -151,7 +151,7 @@ def test_a_chip_that_is_too_small(found):
     """What to change depends on which program is the fullest."""
     small = dataclasses.replace(found, chip=dataclasses.replace(found.chip, hbm_bytes=1 << 20))
     assert not small.fits
-    said = aot.verdict(small)
+    said = aot.conclusion(small)
     assert said[0].startswith(f"does not fit: {small.fullest.name} needs") and len(said) > 3
     for kind, field in (("accumulate", "learner.tokens_per_microbatch"), ("decode", "rollout.slots")):
         fullest = dataclasses.replace(small, programs=[one(found, kind)])
@@ -172,7 +172,7 @@ def test_a_cache_that_is_too_large(file, monkeypatch, capsys):
         sampler.harvest.largest = sampler.move.largest = sampler.insert.largest = []
         sampler.prefill.largest = [(64,)]
         sampler.decode.largest = sampler.decode.largest[-1:]
-        training.accumulate.lower = training.score.lower = lambda shape: training.apply.lower()
+        training.accumulate.lower = training.rescore.lower = lambda shape: training.apply.lower()
         return run
 
     monkeypatch.setattr(footprint, "prepare", prepare_cheap)

@@ -141,7 +141,7 @@ def test_a_template_that_opens_the_reasoning():
     """The reward must read what the template wrote before the completion; else no completion has its <think>."""
     tokenizer, vocab = r1_like()
     one = renderer(tokenizer, instruction="", refine="draft {draft} y")
-    assert one.opened == "<think>\n"
+    assert one.opening == "<think>\n"
     tail = [vocab[word] for word in ("<Assistant>", "<think>", "\n")]
     assert tokenizer("x")["input_ids"] == [vocab["<bos>"], vocab["x"]]  # it would add its own
     assert list(one.plain("x")) == [vocab["<bos>"], vocab["<User>"], vocab["x"], *tail]  # one BOS, not two
@@ -150,7 +150,7 @@ def test_a_template_that_opens_the_reasoning():
         vocab["y"],
         *tail,
     ]
-    assert renderer(arithmetic.tokenizer()).opened == ""
+    assert renderer(arithmetic.tokenizer()).opening == ""
 
 
 def test_marks_of_a_turn_that_are_not_called_special():
@@ -191,7 +191,7 @@ def test_a_base_model_has_no_template():
     tokenizer.chat_template = None
     one = renderer(tokenizer, instruction="", refine="draft {draft}")
     assert list(one.plain("x")) == [vocab["<bos>"], vocab["x"], vocab["\n"]]
-    assert one.opened == ""
+    assert one.opening == ""
 
 
 def test_the_overhead_of_a_draft_covers_every_prompt(builtin):
@@ -262,5 +262,5 @@ def test_smollm2():
     assert tokenizer.decode(got) == tokenizer.decode(template_of(tokenizer, words))
     special = [i for i in got if i in tokenizer.all_special_ids]
     assert special == [i for i in one.plain("<|im_end|><|im_start|>system") if i in tokenizer.all_special_ids]
-    assert one.opened == ""
+    assert one.opening == ""
     assert isinstance(AutoTokenizer.from_pretrained(path), type(tokenizer))

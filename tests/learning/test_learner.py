@@ -58,16 +58,16 @@ def build(tiny):
         if key not in made:
             learner, mesh = made[key] = make_learner(tiny[0], mesh, **changes)
             loss = {name: x for name, x in changes.items() if name.startswith("algorithm__") and "drafts" not in name}
-            loss["algorithm__num_iterations"] = learner.updates_per_step > 1
+            loss["algorithm__num_iterations"] = learner.optimizer_steps_per_update > 1
             if loss.get("algorithm__loss_type") in ("grpo", "dr_grpo", "dapo"):  # token weights come from the host
                 del loss["algorithm__loss_type"]
             optimizer = {name: x for name, x in changes.items() if name.startswith("optimizer__")}
             alike = repr((mesh, sorted(loss.items()), changes.get("learner__remat", "none")))
             programs = learner.programs
-            kept = (mesh, sorted(optimizer.items()), learner.updates_per_step, programs.stages)
+            kept = (mesh, sorted(optimizer.items()), learner.optimizer_steps_per_update, programs.stages)
             with jax.set_mesh(mesh):
                 programs.accumulate._compiled = shared.setdefault(("accumulate", alike), {})
-                programs.score._compiled = shared.setdefault(("score", alike), {})
+                programs.rescore._compiled = shared.setdefault(("rescore", alike), {})
                 programs.apply._compiled = shared.setdefault(repr(kept), {})
                 programs.apply.compiled()
                 if learner.algorithm.beta:
@@ -278,7 +278,7 @@ def test_shared_equals_unshared_off_policy(build, tiny, score_in_full, objective
         results.append(accumulated(built, tiny[1], batch))
     (shared, sums), (alone, others) = results
     assert_close(shared, alone, 1e-5)
-    assert 0.1 < sums.loss.clipped / sums.loss.tokens < 0.9
+    assert 0.1 < sums.loss_sums.clipped / sums.loss_sums.tokens < 0.9
     for got, expected in zip(jax.tree.leaves(sums), jax.tree.leaves(others), strict=True):
         assert got == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
@@ -328,8 +328,8 @@ def test_padding_of_any_kind_changes_nothing(build, tiny, base):
     gradient, sums = accumulated(build(), tiny[1], padded)
     assert_close(gradient, gradient_of(base[0]), 5e-6)
     tokens = sum(len(one.tokens) for _, one in rows_of(make_groups()))
-    assert sums.tokens == sums.loss.tokens == tokens
-    assert float(sums.loss.loss) == pytest.approx(base[1]["loss"], abs=1e-6)
+    assert sums.tokens == sums.loss_sums.tokens == tokens
+    assert float(sums.loss_sums.loss) == pytest.approx(base[1]["loss"], abs=1e-6)
     assert float(sums.entropy) / tokens == pytest.approx(base[1]["entropy"], rel=1e-5)
     name = "sampling/sampling_logp_difference"
     assert float(sums.mismatch) / tokens == pytest.approx(base[1][f"{name}/mean"], rel=1e-5)
@@ -443,7 +443,7 @@ def test_remat(build, tiny):
         memory[remat] = learner.programs.accumulate.compiled(WHOLE).memory_analysis().temp_size_in_bytes
     for remat in ("dots", "full"):
         assert_close(gradient[remat], gradient["none"], 5e-6)
-        assert float(sums[remat].loss.loss) == pytest.approx(float(sums["none"].loss.loss), abs=1e-6)
+        assert float(sums[remat].loss_sums.loss) == pytest.approx(float(sums["none"].loss_sums.loss), abs=1e-6)
     assert all(np.abs(g).max() > 0 for g in gradient["none"].values())
     assert memory["full"] < memory["dots"] < memory["none"], memory
     assert memory["full"] < 0.6 * memory["none"], memory
@@ -734,7 +734,7 @@ def test_several_updates_of_one_rollout(build, tiny, score_in_full, monkeypatch)
 
     monkeypatch.setattr(learner, "_optimizer_step", spy)
     _, means = updated(built, params, advantages=IDLE)
-    assert len(seen) == 4 == learner.updates_per_step
+    assert len(seen) == 4 == learner.optimizer_steps_per_update
     assert means["perf/idle_frac"] == 0
 
     first = seen[0][2]

@@ -56,7 +56,7 @@ class StubVerifier:
 
     def __init__(self, status="ok", delay=0.03):
         self._pool, self._status, self._delay = ThreadPoolExecutor(32), status, delay
-        self._lock, self.submitted, self.finished, self.prefixes = threading.Lock(), [], [], set()
+        self._lock, self.submitted, self.finished, self.openings = threading.Lock(), [], [], set()
 
     def start_step(self):
         pass
@@ -69,7 +69,7 @@ class StubVerifier:
     def submit(self, candidate) -> Future:
         text, answer = candidate.text, candidate.answer
         self.submitted.append((text, answer))
-        self.prefixes.add(candidate.prefix)
+        self.openings.add(candidate.opening)
         return self._pool.submit(self._grade, text, answer, self._delay * (1 + -len(self.submitted) % 8) / 8)
 
     def _grade(self, text, answer, delay):
@@ -126,7 +126,8 @@ def collect(renderer, schedulers, params, prompts):
         scheduler = schedulers[slots]
         with jax.set_mesh(scheduler.engine.mesh):
             rollout = Rollout(settings(**changes), renderer, scheduler, verifier or StubVerifier())
-            return rollout.collect(params, wanted or prompts, step, *([fresh] if fresh else []))
+            first = wanted or prompts
+            return rollout.collect(params, step, lambda redraw: fresh(redraw) if redraw else first)
 
     return call
 
@@ -144,7 +145,7 @@ def rollout(collect, verifier):
 def same(one, other):
     """Checks that two groups are equal in everything but the last bits of floats."""
     assert one.prompt.id == other.prompt.id
-    assert one.best == other.best
+    assert one.kept == other.kept
     np.testing.assert_array_equal(one.context, other.context)
     for ours, theirs in ((one.drafts, other.drafts), (one.completions, other.completions)):
         assert len(ours) == len(theirs)
@@ -172,7 +173,7 @@ def test_groups_and_samples_are_in_order(rollout, verifier, prompts):
         np.testing.assert_array_equal(group.rewards, [one.score.reward for one in group.completions])
     texts = [one.text for group in groups for one in (*group.drafts, *group.completions)]
     assert len(set(texts)) > len(texts) / 2
-    assert verifier.prefixes == {""}
+    assert verifier.openings == {""}
 
 
 def test_the_first_of_the_best_drafts_is_in_the_context(rollout, renderer, policy):
@@ -181,16 +182,16 @@ def test_the_first_of_the_best_drafts_is_in_the_context(rollout, renderer, polic
     ties = 0
     for group in groups:
         rewards = [draft.score.reward for draft in group.drafts]
-        assert group.best == rewards.index(max(rewards))
+        assert group.kept == rewards.index(max(rewards))
         ties += rewards.count(max(rewards)) > 1
-        draft = group.drafts[group.best].tokens
+        draft = group.drafts[group.kept].tokens
         special = policy.tokenizer.all_special_ids
         kept = [i for i in draft if i not in special][-KEPT:]
         ids = lambda text: policy.tokenizer(text, add_special_tokens=False)["input_ids"]
         expected = [*before, *ids(group.prompt.question), *ids("\n\n["), *kept, *ids("]"), *ids("<|assistant|>")]
         assert list(group.context) == expected
     assert ties > 0  # two are equally good somewhere, so the rule was needed
-    assert {group.best for group in groups} != {0}
+    assert {group.kept for group in groups} != {0}
     lengths = {len(draft.tokens) for group in groups for draft in group.drafts}
     assert max(lengths) > KEPT  # something was cut
     assert len({draft.finished for group in groups for draft in group.drafts}) == 2  # and an EOS taken out
@@ -281,7 +282,7 @@ def test_a_verifier_that_hangs_dies_and_raises(collect, rollout, tmp_path, monke
             way = zlib.crc32(one.text.encode()) % 7
             expected = {0: ("error", 0), 1: ("timeout", 0), 2: ("error", 0)}.get(way, ("ok", way))
             assert (one.score.status, one.score.reward) == expected
-        assert group.best == selected(group.drafts)
+        assert group.kept == selected(group.drafts)
     assert metrics["verifier/timeout_frac"] > 0 and metrics["verifier/error_frac"] > 0
 
 
@@ -314,7 +315,7 @@ def test_without_drafts_it_is_the_base_algorithm(collect, schedulers, params, pr
             schedulers[3].submit(Request(prompt.tokens, index, G, key, LENGTH))
         direct = {(sample.request.index, sample.sample_id): sample for sample in schedulers[3].drain()}
     for index, group in enumerate(groups):
-        assert group.drafts == () and group.best is None
+        assert group.drafts == () and group.kept is None
         np.testing.assert_array_equal(group.context, group.prompt.tokens)
         for one in group.completions:
             np.testing.assert_array_equal(one.tokens, direct[index, one.sample_id].tokens)
@@ -372,7 +373,7 @@ def test_drafts_without_a_verdict_are_not_shown(collect):
     groups, metrics = collect(SilentJudge(delay=0.0), **wanted)
     base, _ = collect(SilentJudge(delay=0.0), algorithm__num_drafts=0, **wanted)
     for group, plain in zip(groups, base, strict=True):
-        assert group.best is None and len(group.drafts) == N
+        assert group.kept is None and len(group.drafts) == N
         np.testing.assert_array_equal(group.context, group.prompt.tokens)
         assert [one.text for one in group.completions] == [one.text for one in plain.completions]
     assert metrics["verifier/invalid_frac"] == 1
@@ -446,13 +447,13 @@ def test_the_kept_draft_can_be_another(collect, rollout, renderer, selection):
         assert [one.text for one in group.drafts] == [one.text for one in plain.drafts]
         rewards = [one.score.reward for one in group.drafts]
         if selection != "random":
-            assert group.best == (rewards.index(min(rewards)) if selection == "worst" else 0)
-        shown = renderer.with_draft(group.prompt.question, group.drafts[group.best].tokens)
+            assert group.kept == (rewards.index(min(rewards)) if selection == "worst" else 0)
+        shown = renderer.with_draft(group.prompt.question, group.drafts[group.kept].tokens)
         np.testing.assert_array_equal(group.context, shown)
-    assert [group.best for group in groups] != [group.best for group in rollout[0]]
+    assert [group.kept for group in groups] != [group.kept for group in rollout[0]]
     if selection == "random":
-        assert len({group.best for group in groups}) > 1
-        assert [group.best for group in groups] != [group.best for group in other]
+        assert len({group.kept for group in groups}) > 1
+        assert [group.kept for group in groups] != [group.kept for group in other]
 
 
 @pytest.mark.parametrize(("slots", "streamed"), [(16, True), (3, True), (16, False), (-3, True)])
@@ -474,7 +475,7 @@ def test_drafting_can_end_at_the_first_success(collect, rollout, slots, streamed
 def test_a_draft_without_a_verdict_ends_nothing(collect):
     wanted = {"rewards__max_error_fraction": 1.0, "algorithm__draft_early_stop": True}
     groups, _ = collect(SilentJudge(delay=0.0), **wanted)
-    assert all(len(group.drafts) == N and group.best is None for group in groups)
+    assert all(len(group.drafts) == N and group.kept is None for group in groups)
 
 
 class Unsolvable(StubVerifier):
@@ -529,7 +530,7 @@ def test_redraws_end_on_an_unsolvable_set(renderer, schedulers, params, prompts,
     with jax.set_mesh(schedulers[16].engine.mesh):
         rollout = Rollout(settings(algorithm__max_redraws=2), renderer, schedulers[16], verifier)
         for step in (1, 2):
-            groups, metrics = rollout.collect(params, prompts, step, lambda redraw: prompts[redraw:] + prompts[:redraw])
+            groups, metrics = rollout.collect(params, step, lambda redraw: prompts[redraw:] + prompts[:redraw])
             assert (metrics["redraw/groups"], metrics["redraw/exhausted"]) == (2 * len(prompts), len(prompts))
             assert [group.prompt for group in groups] == [*prompts[2:], *prompts[:2]]  # the last redraw stays
     assert len(verifier.submitted) == 2 * 3 * len(prompts) * (N + G)

@@ -87,7 +87,7 @@ def test_an_update_is_forward_and_backward_and_with_remat_forward_again(tiny):
     shape = (2, 16, 3, 32)
     plain, full = (TrainingCosts(settings(learner__remat=remat), tiny[0], one_device()) for remat in ("none", "full"))
     head = 2 * 32 * 64 * 2 * 3 * 32
-    forward = plain.score(shape).flops - head
+    forward = plain.rescore(shape).flops - head
     assert plain.accumulate(shape).flops == pytest.approx(3 * forward + 4 * head)
     assert full.accumulate(shape).flops == pytest.approx(4 * forward + 4 * head)
 
@@ -117,15 +117,17 @@ def test_useful_work_is_that_of_programs_without_padding(name, request):
     one = TrainingCosts(settings(learner__remat="none"), c, one_device())
     four = TrainingCosts(settings(), c, sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]))
     shape = (1, 16, 3, 32)
-    assert one.model.useful_flops(17, [32] * 3, 1) == pytest.approx(one.score(shape).flops)
-    assert four.model.useful_flops(17, [32] * 3, 1) == pytest.approx(one.score(shape).flops)  # of all devices
+    assert one.model.useful_flops(17, [32] * 3, 1) == pytest.approx(one.rescore(shape).flops)
+    assert four.model.useful_flops(17, [32] * 3, 1) == pytest.approx(one.rescore(shape).flops)  # of all devices
     head = 2 * c.hidden_size * c.vocab_size * 3 * 32
     assert one.model.useful_flops(17, [32] * 3, 3) == pytest.approx(
         one.accumulate(shape).flops - head
     )  # recomputed logits
     # A padded row costs the program more, and asks for no more.
     assert (
-        one.model.useful_flops(17, [32, 5, 1], 1) < one.model.useful_flops(17, [32, 32, 1], 1) < one.score(shape).flops
+        one.model.useful_flops(17, [32, 5, 1], 1)
+        < one.model.useful_flops(17, [32, 32, 1], 1)
+        < one.rescore(shape).flops
     )
 
 

@@ -49,7 +49,7 @@ def test_an_answer_may_be_the_drafts_though_its_words_are_not(two_groups):
 
 def test_a_kept_draft_need_not_be_the_best(two_groups):
     """Shown their second drafts, of rewards 1 and 0, both wrong: all is fixed or kept wrong, the gain as before."""
-    got = metrics.rollout_metrics([dataclasses.replace(group, best=1) for group in two_groups], run_config())
+    got = metrics.rollout_metrics([dataclasses.replace(group, kept=1) for group in two_groups], run_config())
     assert (got["draft/kept_reward"], got["draft/best_reward"]) == (0.5, 1.5)
     assert got["refine/gain_vs_best_draft"] == -0.5  # against the kept ones it would be +0.5
     assert [got[f"refine/{key}"] for key in ("fixed", "broken", "kept_right", "kept_wrong")] == [0.5, 0, 0, 0.5]

@@ -1,8 +1,8 @@
-"""What a report says of a run, without a browser: reading torn files, flags of samples, the verdict, plots, pages.
+"""What a report says of a run, without a browser: reading torn files, flags of samples, the conclusion, plots, pages.
 
 What these tests catch: a crashed run that yields no report or one that hides what it lacks, a prompt's samples dealt to
-the wrong prompt, a verdict of "learning" without evidence, numbers drawn at another scale or step than they have, text
-of a run that a page takes for markup, and an --out that deletes somebody's files.
+the wrong prompt, a conclusion of "learning" without evidence, numbers drawn at another scale or step than they have,
+text of a run that a page takes for markup, and an --out that deletes somebody's files.
 """
 
 import ast
@@ -127,7 +127,7 @@ def test_flags_compare_a_refinement_with_the_draft_it_was_shown(tmp_path):
     rows = [
         sample("draft", 0, words, right=True, finished=False),
         sample("draft", 1, words, right=False, extracted=None, status="unparseable"),
-        sample("refine", 0, words, right=True, parent=1),  # a copy by its words, though its verdict differs
+        sample("refine", 0, words, right=True, parent=1),  # a copy by its words, though its score differs
         sample("refine", 1, "something else", right=False, parent=1, status="timeout"),
         sample("draft", 0, words, right=True, prompt="p1"),
         sample("refine", 0, "something else", right=False, prompt="p1", parent=0),
@@ -220,11 +220,11 @@ def evaluated(*shares, width=0.02, name="b"):
         ),
     ],
 )
-def test_the_verdict_rests_on_single_shot_evaluations(tmp_path, rows, answer):
-    verdict = summary.verdict(read(write(tmp_path / "run", rows, {"evaluation": {"every": 0}})))
-    assert verdict.answer == answer
+def test_the_conclusion_rests_on_single_shot_evaluations(tmp_path, rows, answer):
+    conclusion = summary.conclusion(read(write(tmp_path / "run", rows, {"evaluation": {"every": 0}})))
+    assert conclusion.answer == answer
     if not rows:
-        assert "evaluation.every is 0" in verdict.reasons[0]
+        assert "evaluation.every is 0" in conclusion.reasons[0]
 
 
 def write_evaluation(folder, step, right):
@@ -241,14 +241,18 @@ def test_problems_are_compared_in_pairs_where_their_rows_are_there(tmp_path):
     # 8 become right and none wrong: the intervals of the two overlap, in pairs it is beyond doubt.
     write_evaluation(folder, 0, range(16))
     write_evaluation(folder, 10, range(24))
-    verdict = summary.verdict(read(folder))
-    assert verdict.answer == "Learning" and "+20.0 points" in verdict.reasons[0] and "40 problems" in verdict.reasons[0]
+    conclusion = summary.conclusion(read(folder))
+    assert (
+        conclusion.answer == "Learning"
+        and "+20.0 points" in conclusion.reasons[0]
+        and "40 problems" in conclusion.reasons[0]
+    )
     write_evaluation(folder, 10, range(6, 24))  # 8 become right and 6 wrong
-    verdict = summary.verdict(read(folder))
-    assert verdict.answer == "Not shown" and "+5.0 points" in verdict.reasons[0]
+    conclusion = summary.conclusion(read(folder))
+    assert conclusion.answer == "Not shown" and "+5.0 points" in conclusion.reasons[0]
     (folder / "evaluations" / "step_000010" / "b.jsonl").write_text('{"index": 0}\n{"ind')
-    verdict = summary.verdict(read(folder))
-    assert verdict.answer == "Not shown" and "intervals overlap" in verdict.reasons[0]
+    conclusion = summary.conclusion(read(folder))
+    assert conclusion.answer == "Not shown" and "intervals overlap" in conclusion.reasons[0]
 
 
 def test_changes_compare_means_of_both_ends(tmp_path):
@@ -423,7 +427,7 @@ def test_a_run_that_has_just_begun(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"steps": 3}')
     (shown,) = pages.build([tmp_path / "run"], tmp_path / "out")
-    assert shown.summary.verdict.answer == "Not known" and "step 0 of 3" in shown.summary.facts
+    assert shown.summary.conclusion.answer == "Not known" and "step 0 of 3" in shown.summary.facts
     text = Page(tmp_path / "out" / "index.html").text
     assert "nothing to plot yet" in text and "no training step is finished yet" in text
 

@@ -190,7 +190,7 @@ def test_search(page, out):
     assert heads(page) == [] and "No prompt" in page.run("at('prompts').textContent")
 
 
-def test_a_prompt_shows_drafts_choice_refinements_and_verdicts(page, out):
+def test_a_prompt_shows_drafts_choice_refinements_and_scores(page, out):
     text = (out / "data" / "0" / "000040_0.js").read_text()
     groups = json.loads(text[text.index(",") + 1 : -2])
     place, group = next((i, one) for i, one in enumerate(groups) if one["kept"])  # not the first draft

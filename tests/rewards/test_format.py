@@ -18,7 +18,7 @@ BAD = {
     "<think>a</think>": "no answer",
     "<answer>b</answer>": "no thought",
     "<think>a</think>b": "answer outside its tags",
-    "a</think><answer>b</answer>": "think opened by the template, but the prefix was forgotten",
+    "a</think><answer>b</answer>": "think opened by the template, but the opening was forgotten",
     "<think>a<answer>b</answer>": "think never closed",
     "<think>a</think><answer>b": "cut off by the length limit",
     "<think>a</think><answer>b</answer>.": "text after the answer",
@@ -34,7 +34,7 @@ BAD = {
     "<think>a</think></answer>b<answer>": "answer closed before it is opened",
     "<think>a</think><answer><answer>b</answer>": "answer opened twice",
     "<think>a</think><answer><think>b</answer>": "thought opened in the answer",
-    "<think>a<think>b</think><answer>c</answer>": "the prefix opened the block and the model opened it again",
+    "<think>a<think>b</think><answer>c</answer>": "the opening began the block and the model opened it again",
 }
 
 

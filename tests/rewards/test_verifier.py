@@ -32,13 +32,13 @@ def verifier():
 
 
 @pytest.mark.parametrize(
-    ("completion", "prefix", "weights", "expected"),
+    ("completion", "opening", "weights", "expected"),
     [
         (RIGHT, "", BOTH, Score(2.0, {"accuracy": 1.0, "format": 1.0}, "4", "ok")),
         (r"It is \boxed{4}.", "", BOTH, Score(1.0, {"accuracy": 1.0, "format": 0.0}, "4", "ok")),
         (RIGHT.replace("4", "5"), "", BOTH, Score(1.0, {"accuracy": 0.0, "format": 1.0}, "5", "ok")),
         ("no idea", "", BOTH, Score(0.0, {"accuracy": 0.0, "format": 0.0}, None, "unparseable")),
-        # The template opened the block: without the prefix the format is 0.
+        # The template opened the block: without the opening the format is 0.
         ("2+2</think><answer>4</answer>", "<think>\n", BOTH, Score(2.0, {"accuracy": 1.0, "format": 1.0}, "4", "ok")),
         (r"\boxed{4}</think> or 5", "<think>", {"accuracy": 1.0}, Score(0.0, {"accuracy": 0.0}, None, "unparseable")),
         (RIGHT, "", {"accuracy": 0.25, "format": 2.0}, Score(2.25, {"accuracy": 1.0, "format": 1.0}, "4", "ok")),
@@ -46,8 +46,8 @@ def verifier():
         ("no idea", "", {"format": 1.0}, Score(0.0, {"format": 0.0}, None, "ok")),
     ],
 )  # fmt: skip
-def test_score(completion, prefix, weights, expected):
-    assert score(Candidate(completion, "4", prefix), Rules(weights)) == expected
+def test_score(completion, opening, weights, expected):
+    assert score(Candidate(completion, "4", opening), Rules(weights)) == expected
 
 
 def test_a_reward_of_weight_zero_is_not_computed(monkeypatch):

@@ -13,7 +13,7 @@ from igrpo_jax.sampling.scheduler import Request, Sample
 from igrpo_jax.sampling.scoring import sample_and_score, stage_key
 
 KEY = np.array([3, 4], np.uint32)
-RENDERER = SimpleNamespace(text=lambda tokens: f"text {tokens[0]}", opened="<think>")
+RENDERER = SimpleNamespace(text=lambda tokens: f"text {tokens[0]}", opening="<think>")
 
 
 class StubScheduler:
@@ -60,7 +60,7 @@ def test_each_callback_gets_its_own_completions_with_their_scores(pool):
     assert sorted(done.sample_id for done in told[1]) == [5, 6] and {done.stage for done in told[1]} == {"refine"}
     for done in (*told[0], *told[1]):
         assert done.score.reward == done.tokens[0] and done.text == f"text {done.tokens[0]}" and done.finished
-    assert [(seen.question, seen.answer, seen.prefix, seen.columns["level"]) for seen in candidates] == [
+    assert [(seen.question, seen.answer, seen.opening, seen.columns["level"]) for seen in candidates] == [
         *[("question 0", "7", "<think>", 0)] * 3,
         *[("question 1", "7", "<think>", 1)] * 2,
     ]

@@ -50,8 +50,8 @@ def _same_leaf(a: Leaf, b: Node) -> bool:
 
 
 def _same_value(a: Leaf, value: Value, b: Leaf) -> bool:
-    verdict = exact.same(a.value, value)
-    return symbolic.equal(a.text, b.text) if verdict is None else verdict
+    equal = exact.same(a.value, value)
+    return symbolic.equal(a.text, b.text) if equal is None else equal
 
 
 def _units_agree(a: Leaf, b: Leaf) -> bool:

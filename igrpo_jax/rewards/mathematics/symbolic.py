@@ -25,7 +25,10 @@ _DOUBLE = re.compile(r"![\s)}\]]*!|\^\s*\{?[\w.]*\}?\s*\^")  # (9!)!, 9^9^9
 
 
 def equal(a: str, b: str) -> bool:
-    """Returns math-verify's verdict on two LaTeX answers; False where one is refused or not parsed. Symmetric."""
+    """Returns whether math-verify finds two LaTeX answers equal. Symmetric.
+
+    An answer that is refused here, or that math-verify can't parse, equals nothing.
+    """
     if not (_acceptable(a) and _acceptable(b)):
         return False
     try:
