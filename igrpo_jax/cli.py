@@ -4,12 +4,13 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 3 does not fit (aot), 75 pree
 interrupted. Nothing here imports jax at module level: the verifier's workers import the main module again.
 """
 
+import difflib
 import json
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from ml_collections import config_flags
 from igrpo_jax.config import Config, check_field, default, freeze
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import InputError, RunError, one_line
+from igrpo_jax.schema import field_paths
 
 # Read by transformers when it is first imported: without PyTorch, which nothing here needs, it prints advice to install
 # it. Its warnings are not affected.
@@ -33,7 +35,7 @@ def parse(argv: list[str]) -> tuple[Config, Path]:
         InputError: an unknown flag or field, a value of the wrong type, a config file that can't be used.
     """
     usage = "python -m igrpo_jax.main --config FILE [--workdir DIR] [--config.FIELD=VALUE ...]"
-    texts = {"workdir": "folder of the run; default runs/NAME of the config file"} | CLUSTER
+    texts = {"workdir": "folder of the run; default: runs/NAME, where NAME.py is the --config file"} | CLUSTER
     config, values = parse_config(argv, usage, texts)
     return config, Path(values["workdir"] or Path("runs", Path(_last_value(argv, "config")).stem))
 
@@ -54,13 +56,13 @@ def parse_config(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Co
     return config, values
 
 
-CONFIG_FLAG = "Python file whose get_config() edits igrpo_jax.config.default()"
+CONFIG_FLAG = "Python file whose get_config() returns igrpo_jax.config.default(), with its own settings"
 
 # Flags of a process among several. Slurm, Open MPI and TPU pods need none of them: they tell JAX themselves.
 CLUSTER = {
-    "coordinator": "HOST:PORT of process 0, where several processes meet",
-    "processes": "how many there are",
-    "process": "number of this one, from 0",
+    "coordinator": "HOST:PORT of process 0, where the processes meet",
+    "processes": "number of processes that run together",
+    "process": "number of this process, counted from 0",
 }
 
 
@@ -88,28 +90,24 @@ def address(argv: list[str]) -> dict[str, Any]:
     return {"coordinator_address": coordinator, "num_processes": count, "process_id": process}
 
 
-# Short flags of the commands about a model: the field that each sets, and what it is for.
-SHORT = {
-    "benchmarks": ("evaluation.benchmarks", "names with commas between them"),
-    "samples": ("evaluation.samples", "answers to each problem; default: as many as in the paper"),
-    "rounds": ("evaluation.rounds", "rounds of draft -> refine, beside the single shot; default 0"),
-}
+# Short flags that commands about a model may have, with the field that each sets.
+SHORT = {name: f"evaluation.{name}" for name in ("benchmarks", "samples", "rounds")}
 
 
 def parse_model(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Config, dict[str, str | None]]:
     """Returns the configuration of a command about the model in --model, and the values of `texts` and "model".
 
     Without --config it is the configuration of the run in --model, or the default one. config.model is the run's own
-    where --model is the folder of a run; otherwise config.model.path is --model. The flags of SHORT set their fields.
+    where --model is the folder of a run; otherwise config.model.path is --model.
 
     Args:
         usage: shown by --help.
-        texts: further flags, and what each is for.
+        texts: further flags, and what each is for; those of SHORT set their fields.
 
     Raises:
         InputError: as `parse`; --model is a run whose config.json can't be used, or without a checkpoint.
     """
-    argv = _spelled_out(argv)
+    argv = _spelled_out(argv, SHORT.keys() & texts.keys())
     model = _last_value(argv, "model")
     run = None
     if model and Path(model, "checkpoints").is_dir():
@@ -119,8 +117,7 @@ def parse_model(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Con
             f"--model {model}: is the folder of a run that has no checkpoint yet; wait for the first one (of step 0), "
             f"or start the run again with --workdir {model}"
         )
-    short = {name: meaning for name, (_, meaning) in SHORT.items()}
-    texts = {"model": "folder of a run, Hugging Face directory or hub id"} | short | texts | CLUSTER
+    texts = {"model": "the model: folder of a run, Hugging Face directory or hub id"} | texts | CLUSTER
     config, values = _parse(argv, usage, texts, run or default())
     if run is not None:
         return replace(config, model=freeze(run).model), values
@@ -138,9 +135,10 @@ def read_flags(argv: list[str], values: flags.FlagValues, text: str, example: st
     try:
         rest = values(argv)
     except flags.Error as error:
-        raise InputError(one_line(error)) from error
+        raise InputError(_flag_error(error, values)) from error
     if values.help:
-        print(f"{text}\n{values}")
+        # absl adds to the text of a flag that may be repeated.
+        _print_help(text.strip(), {name: values[name].help.partition(";\n")[0] for name in values if len(name) > 1})
         raise SystemExit(0)
     if len(rest) > 1:
         raise InputError(f"{rest[1]}: not understood; settings are given as {example}")
@@ -153,18 +151,18 @@ def number(flag: str, value: str | None) -> int | None:
     raise InputError(f"--{flag} {value}: must be a whole number")
 
 
-def _spelled_out(argv: list[str]) -> list[str]:
-    """Returns `argv` with the flags of SHORT written as --config.field=value."""
+def _spelled_out(argv: list[str], short: Collection[str]) -> list[str]:
+    """Returns `argv` with the flags `short`, which SHORT has, written as --config.field=value."""
     result, rest = [], iter(argv)
     for argument in rest:
-        match = re.fullmatch(rf"--?({'|'.join(SHORT)})(?:=(.*))?", argument)
-        if not match:
+        match = re.fullmatch(r"--?(\w+)(?:=(.*))?", argument)
+        if not match or match[1] not in short:
             result.append(argument)
             continue
         value = match[2] if match[2] is not None else next(rest, "")
         if match[1] == "benchmarks":
             value = repr(tuple(name.strip() for name in value.split(",") if name.strip()))
-        result.append(f"--config.{SHORT[match[1]][0]}={value}")
+        result.append(f"--config.{SHORT[match[1]]}={value}")
     return result
 
 
@@ -208,9 +206,10 @@ def _parse(
     try:
         rest = values(argv)
     except Exception as error:  # the config file is the user's code and may raise anything
-        raise InputError(_flag_error(error)) from error
+        raise InputError(_flag_error(error, values)) from error
     if values["help"].value:
-        _print_help(usage, texts)
+        field = {"config.FIELD": "any setting of igrpo_jax/config.py; it replaces the one of the file"}
+        _print_help(usage, {"config": CONFIG_FLAG} | texts | field)
         raise SystemExit(0)
     if len(rest) > 1:
         raise InputError(f"{rest[1]}: not understood; settings are given as --config.field=value")
@@ -228,10 +227,9 @@ def _define_config(argv: list[str], values: flags.FlagValues, tree: Any) -> flag
     return config_flags.DEFINE_config_file("config", None, CONFIG_FLAG, **settings)
 
 
-def _print_help(usage: str, texts: dict[str, str]) -> None:
-    meanings = {"config": CONFIG_FLAG} | texts
-    meanings["config.FIELD"] = "any setting of igrpo_jax/config.py, over that of the file"
-    print(usage, "", *(f"  --{name:<14}{meaning}" for name, meaning in meanings.items()), sep="\n")
+def _print_help(text: str, meanings: Mapping[str, str]) -> None:
+    """Prints `text`, and a line for each flag with what it is for."""
+    print(text, "", *(f"  --{name:<14}{meaning}" for name, meaning in meanings.items()), sep="\n")
 
 
 def _tree_of_flag(holder: flags.FlagHolder, file: str | None) -> Any:
@@ -242,7 +240,7 @@ def _tree_of_flag(holder: flags.FlagHolder, file: str | None) -> Any:
     except TypeError as error:
         raise InputError(f"--config {file}: get_config() must return a ConfigDict, not {tree!r}") from error
     except OSError as error:  # ml_collections keeps what went wrong in the file for the first use of its result
-        raise InputError(f"--config {file}: {_flag_error(error.__cause__ or error)}") from error
+        raise InputError(f"--config {file}: {_config_error(error.__cause__ or error)}") from error
     return tree
 
 
@@ -253,8 +251,9 @@ def _check_overrides(argv: list[str]) -> None:
             check_field(match[1])
     file = _last_value(argv, "config")
     if file is not None and not Path(file).is_file():
-        near = sorted(str(path) for path in Path("configs").glob("*.py"))
-        raise InputError(f"--config = {file!r}: no such file" + (f"; there are {', '.join(near)}" if near else ""))
+        near = difflib.get_close_matches(file, map(str, Path("configs").glob("*.py")), n=1, cutoff=0.0)
+        fix = f"the nearest is {near[0]}" if near else "give a Python file that has get_config()"
+        raise InputError(f"--config {file}: no such file; {fix}")
 
 
 def _last_value(argv: list[str], name: str) -> str | None:
@@ -266,12 +265,33 @@ def _last_value(argv: list[str], name: str) -> str | None:
     return value
 
 
-def _flag_error(error: BaseException) -> str:
-    """Returns what is wrong with flags or a config file in one line, with the nearest name of an unknown field."""
+# What absl says of a value, and what the value must be instead.
+_KINDS = {"literal for int": "a whole number", "string to float": "a number", "Non-boolean": "True or False"}
+
+
+def _flag_error(error: Exception, values: flags.FlagValues) -> str:
+    """Returns what is wrong with the flags in one line: the flag, its value, and what to give instead."""
     text = one_line(error)
-    near = re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", text)
-    if near:
-        return f"config.{near[2]}: no such field; the nearest is {near[1]}"
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = difflib.get_close_matches(error.flagname, list(values), n=1, cutoff=0.0)
+        return f"--{error.flagname}: no such flag; the nearest is --{near[0]}"
+    if missing := re.fullmatch(r"Missing value for flag (--\S+)", text):
+        return f"{missing[1]}: has no value; give it as {missing[1]}=VALUE"
+    kind = next((kind for words, kind in _KINDS.items() if words in text), None)
+    if kind and (wrong := re.match(r"flag --([\w.]+)=(.*?): ", text)):
+        name, value = wrong.groups()
+        return f"{name} = {value!r}: must be {kind}" if "." in name else f"--{name} {value}: must be {kind}"
+    return _config_error(error)
+
+
+def _config_error(error: BaseException) -> str:
+    """Returns what is wrong with a config file or a value in one line, with the nearest name of an unknown field."""
+    text = one_line(error)
+    if near := re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", text):
+        # The message lacks the part of the configuration that the field is in.
+        paths = [path for path in field_paths(Config) if path.rpartition(".")[2] == near[1]]
+        part = paths[0].removesuffix(near[1]) if len(paths) == 1 else ""
+        return f"config.{part}{near[2]}: no such field; the nearest is config.{part}{near[1]}"
     known = isinstance(error, (flags.Error, ValueError))
     return (text if known else f"{type(error).__name__}: {text}")[:300]
 

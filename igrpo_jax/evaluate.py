@@ -24,9 +24,12 @@ USAGE = (
     "--workdir OUT [--config.FIELD=VALUE ...]\npython -m igrpo_jax.evaluate --compare OUT_A,OUT_B"
 )
 FLAGS = {
-    "workdir": "folder of rows and summary",
-    "step": "of a run's checkpoint; default: the newest",
-    "compare": "two folders of evaluations, A,B: prints what B is better by, and nothing is sampled",
+    "benchmarks": "names of the benchmarks, with commas between them",
+    "samples": "answers to each problem; default: on the paper's benchmarks as many as there, on others 1",
+    "rounds": "rounds of draft -> refine after the single-shot answers; default: 0",
+    "workdir": "folder to write the answers and the summary to",
+    "step": "step of the checkpoint to evaluate, where --model is a run; default: the newest",
+    "compare": "A,B, the --workdir of two evaluations: prints how much better B is, and samples nothing",
 }
 
 

@@ -1,8 +1,8 @@
-"""`python -m igrpo_jax.export --workdir DIR --out HF_DIR [--step N] [--adapter]`: a checkpoint as a Hugging Face
-directory, in bfloat16, that `transformers` loads; with --adapter a LoRA run's adapters alone, as `peft` loads them.
+"""`python -m igrpo_jax.export --workdir DIR --out HF_DIR [--step N] [--adapter]`: writes a checkpoint as a Hugging Face
+directory, in bfloat16, that `transformers` loads; with --adapter only the adapters of a LoRA run, as `peft` loads them.
 
-Runs on the CPU, whatever the run is on: a training may be using the accelerator. Needs memory for the model in bfloat16
-twice over, since what was written is read back and compared.
+It runs on the CPU, so that it does not disturb a training that uses the accelerator. It needs memory for two copies of
+the model in bfloat16, since it reads back what it has written and compares the two.
 """
 
 from pathlib import Path
@@ -24,9 +24,9 @@ from igrpo_jax.outputs.workdir import read_config
 def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    flags.DEFINE_string("out", None, "folder to write; a new one", flag_values=values)
-    flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", flag_values=values)
-    flags.DEFINE_bool("adapter", False, "write LoRA's adapters alone, for peft", flag_values=values)
+    flags.DEFINE_string("out", None, "folder to write; it must be new or empty", flag_values=values)
+    flags.DEFINE_integer("step", None, "step of the checkpoint; default: the newest", flag_values=values)
+    flags.DEFINE_bool("adapter", False, "write LoRA's adapters alone, as peft loads them", flag_values=values)
     cli.read_flags(argv, values, __doc__, "--out=HF_DIR")
     for name in ("workdir", "out"):
         if not values[name].value:

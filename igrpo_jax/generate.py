@@ -21,11 +21,13 @@ USAGE = (
     "[--config.FIELD=VALUE ...]"
 )
 FLAGS = {
-    "prompt": "the question",
-    "prompts": "file of questions: .txt with one a line, .jsonl, .csv, .json or .parquet",
-    "step": "of a run's checkpoint; default: the newest",
+    "prompt": "the question to answer",
+    "prompts": "file of questions: .txt with one on each line, .jsonl, .csv, .json or .parquet",
+    "samples": "answers to each question; default: 1, or evaluation.drafts with --rounds",
+    "rounds": "rounds of draft -> refine after the first answers; default: 0",
+    "step": "step of the checkpoint that answers, where --model is a run; default: the newest",
 }
-NAME = "prompts"  # of the questions among benchmarks
+NAME = "prompts"  # the name under which the questions are a benchmark
 
 
 def main(argv: list[str]) -> None:

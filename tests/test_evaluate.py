@@ -287,7 +287,8 @@ def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
     assert "--step x: must be a whole number" in said
     assert "give two folders" in call(evaluate, "--compare", "a", code=2)
     assert "is no folder" in call(evaluate, "--compare", "a,b", code=2)
-    assert "Did you mean: benchmarks" in call(evaluate, "--benchmark", "mine", code=2)
+    assert "--benchmark: no such flag; the nearest is --benchmarks" in call(evaluate, "--benchmark", "mine", code=2)
+    assert "--benchmarks: no such flag" in call(generate, "--benchmarks", "mine", code=2)
     assert "config.evaluation.sample: no such field" in call(evaluate, "--config.evaluation.sample=1", code=2)
     assert "--prompt: give either" in call(generate, "--model", model, code=2)
     (run / "config.json").write_text('{"seed": "x"}')
@@ -315,5 +316,5 @@ def test_the_model_of_a_run_is_the_runs_own(run, tmp_path):
     (tmp_path / "other.py").write_text("from igrpo_jax.config import default as get_config\n")
     c, _ = cli.parse_model(["x", "--model", str(run), "--config", str(tmp_path / "other.py")], "", {})
     assert (c.seed, c.model.dtype) == (0, "float32")
-    c, _ = cli.parse_model(["x", "--model=owner/name", "--benchmarks", "a, b", "--rounds=2"], "", {})
+    c, _ = cli.parse_model(["x", "--model=owner/name", "--benchmarks", "a, b", "--rounds=2"], "", evaluate.FLAGS)
     assert (c.model.path, c.evaluation.benchmarks, c.evaluation.rounds) == ("owner/name", ("a", "b"), 2)

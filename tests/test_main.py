@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ import jax
 import pytest
 
 from igrpo_jax import __main__ as commands
-from igrpo_jax import cli, config, main
+from igrpo_jax import cli, config, evaluate, export, generate, main
+from igrpo_jax.aot import __main__ as aot
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import RunError
+from igrpo_jax.report import __main__ as report
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -84,17 +87,34 @@ def refused(tmp_path, monkeypatch, capsys):
 
 def test_unknown_fields_and_flags(refused):
     assert "config.rollout.slot: no such field; the nearest is config.rollout.slots" in refused("rollout.slot=3")
-    assert "wrkdir" in refused("--wrkdir=x")
-    assert "config.steps=many" in refused("steps=many")
+    assert "--wrkdir: no such flag; the nearest is --workdir\n" in refused("--wrkdir=x")
+    assert "--workdir: has no value; give it as --workdir=VALUE\n" in refused("--workdir")
     assert "config.algorithm.loss_type = 'ppo': must be one of grpo" in refused("algorithm.loss_type=ppo")
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("steps=many", "config.steps = 'many': must be a whole number"),
+        ("seed=1.5", "config.seed = '1.5': must be a whole number"),
+        ("algorithm.epsilon=low", "config.algorithm.epsilon = 'low': must be a number"),
+        ("rollout.streamed=3", "config.rollout.streamed = '3': must be True or False"),
+    ],
+)
+def test_values_of_another_type(refused, override, words):
+    assert refused(override) == f"igrpo_jax: error: {words}\n"
+
+
 def test_a_config_file_that_is_wrong(refused, tmp_path):
-    assert "no such file" in refused("--config=nowhere.py")
+    assert "--config configs/tiny_cp.py: no such file; the nearest is configs/tiny_cpu.py\n" in refused(
+        "--config=configs/tiny_cp.py"
+    )
     (tmp_path / "tiny.py").write_text(TINY.replace("return c", "c.stesp = 3\n    return c"))
     assert "config.stesp: no such field; the nearest is config.steps" in refused()
     (tmp_path / "tiny.py").write_text(TINY.replace("return c", "c.rolout.slots = 3\n    return c"))
-    assert "config.rolout: no such field; the nearest is rollout" in refused()
+    assert "config.rolout: no such field; the nearest is config.rollout\n" in refused()
+    (tmp_path / "tiny.py").write_text(TINY.replace("return c", "c.algorithm.los_type = 3\n    return c"))
+    assert "config.algorithm.los_type: no such field; the nearest is config.algorithm.loss_type\n" in refused()
     (tmp_path / "tiny.py").write_text(TINY.replace("return c", "return d"))
     assert "NameError: name 'd' is not defined" in refused()
     (tmp_path / "tiny.py").write_text(TINY.replace("return c", "pass"))
@@ -160,12 +180,25 @@ def test_workdirs_that_cannot_be_used(refused, tmp_path):
     assert "no config.json of a run" in refused(workdir=tmp_path / "photos")
 
 
-def test_help_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["main", "--help"])
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (main, {"config", "workdir", "coordinator", "processes", "process"}),
+        (aot, {"config", "topology"}),
+        (evaluate, {"config", "model", "benchmarks", "samples", "rounds", "workdir", "step", "compare", *cli.CLUSTER}),
+        (generate, {"config", "model", "prompt", "prompts", "samples", "rounds", "step", *cli.CLUSTER}),
+        (export, {"workdir", "out", "step", "adapter", "help"}),
+        (report, {"workdir", "out", "help"}),
+    ],
+)
+def test_help_lists_the_commands_own_flags(monkeypatch, capsys, command, flags):
+    """A line each, neither those of absl nor those that mean nothing here, and no path of this machine."""
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
     with pytest.raises(SystemExit) as stop:
-        cli.run(main.main)
-    assert stop.value.code == 0
-    assert "--workdir" in capsys.readouterr().out
+        cli.run(command.main)
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and str(ROOT) not in out
+    assert set(re.findall(r"^  --(\w+) +\w", out, re.MULTILINE)) == flags
 
 
 def test_the_commands_are_listed(capsys):

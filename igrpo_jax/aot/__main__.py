@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from igrpo_jax.aot.footprint import Footprint, ProgramFootprint
 
 USAGE = "python -m igrpo_jax.aot --config FILE [--topology v5p:2x2x2] [--config.FIELD=VALUE ...]"
-FLAGS = {"topology": "slice of TPUs to build for, such as v5e:1x1 or v5p:2x2x2; default: the devices at hand"}
+FLAGS = {"topology": "slice of TPUs to compile for, such as v5p:2x2x2; default: the devices of this machine"}
 DOES_NOT_FIT = 3  # exit code
 # Chips of a host where they are not 2 x 2: slices of v5e and v6e that are one host.
 HOSTS = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}

@@ -1,5 +1,5 @@
-"""`python -m igrpo_jax.report --workdir DIR [--workdir OTHER ...] [--out DIR/report]`: a run's curves and samples as
-pages that open without a server.
+"""`python -m igrpo_jax.report --workdir DIR [--workdir OTHER ...] [--out DIR/report]`: writes a run's curves and
+samples as pages that open without a server.
 
 It also works on a run that is going on or has crashed; the same command writes the report anew. Several runs are drawn
 over each other. It needs matplotlib (pip install "igrpo-jax[report]"), and neither needs nor touches an accelerator.
@@ -17,8 +17,10 @@ from igrpo_jax.report import pages
 
 def main(argv: list[str]) -> None:
     values = flags.FlagValues()
-    flags.DEFINE_multi_string("workdir", None, "folder of a run; may be given several times", flag_values=values)
-    flags.DEFINE_string("out", None, "folder to write; default report in the first --workdir", flag_values=values)
+    flags.DEFINE_multi_string(
+        "workdir", None, "folder of a run; give it several times to draw runs over each other", flag_values=values
+    )
+    flags.DEFINE_string("out", None, "folder to write; default: report in the first --workdir", flag_values=values)
     cli.read_flags(argv, values, __doc__, "--workdir=DIR")
     if not values.workdir:
         raise InputError("--workdir: missing; give the folder of a run")
