@@ -283,14 +283,16 @@ class RewardsConfig:
     overlong: Annotated[float, AtLeast(0)] = 0.0
     # Number of last tokens before rollout.max_completion_length over which the over-long penalty grows; DAPO's L_cache.
     overlong_cache: Annotated[int, AtLeast(0)] = 0
-    # A reward of your own, written as "module:function"; empty for none.
+    # A reward of your own, written as "module:function"; empty for none. It gets all drafts or all refinements of a
+    # prompt at once.
     custom: Annotated[str, Matches(r"([\w.]+:\w+)?", "written as module:function")] = ""
     # Weight of the custom reward.
     custom_weight: float = 1.0
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     # Number of verifier processes.
     workers: Annotated[int, AtLeast(1)] = 2
-    # Time that one grading may take before its worker is killed, in seconds.
+    # Time that one grading may take before its worker is killed, in seconds. One call of the custom reward may take
+    # this time for each of its completions.
     timeout: Seconds = 5.0
     # Fraction of a step's gradings that may fail or time out before the run stops.
     max_error_fraction: Annotated[float, Between(0, 1)] = 0.5

@@ -18,7 +18,7 @@ class Score:
     rewards: dict[str, float]  # by reward function: "accuracy", "format", …; unweighted; NaN where it does not apply
     extracted: str | None  # the final answer as found in the text, None where there is none
     status: str  # see STATUSES
-    seconds: float = 0.0  # wall time in the worker
+    seconds: float = 0.0  # wall time in the worker; an equal part of a call that many completions share
     detail: str = ""  # why a grading failed
 
 
@@ -38,6 +38,7 @@ class Candidate:
     question: str = ""
     columns: dict = field(default_factory=dict)  # the data set row's other columns
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [T] int32, EOS included
+    sample_id: int = 0  # within its prompt; a custom reward sees the completions of a request in this order
 
 
 @dataclass(frozen=True)

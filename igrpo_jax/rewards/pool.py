@@ -1,6 +1,6 @@
 """Killable worker processes that run a function on items. Each item has a wall-clock deadline, and no future raises.
 
-    submit(args) -> Future[Outcome]; Outcome.status is "ok", "timeout" (worker killed and replaced) or "error"
+    submit(*args) -> Future[Outcome]; Outcome.status is "ok", "timeout" (worker killed and replaced) or "error"
 
 `pebble.ProcessPool` does the work: it sends one acknowledgement and one result per item, kills workers at the deadline,
 replaces those that die, and recycles them after a number of items. An item costs about 0.1 ms of scheduling on two
@@ -69,6 +69,7 @@ class Outcome:
 class _Item:
     args: tuple
     future: Future
+    timeout: float  # seconds
     attempts: int = 0
     sent: float = 0.0
 
@@ -79,8 +80,8 @@ class Pool:
     Args:
         function: importable by name and, like its arguments and results, picklable.
         workers: number of processes. They start at once and warm up while the caller goes on.
-        timeout: seconds that one item may run. The worker is killed within about 0.2 s after that, or 0.7 s if it
-            ignores SIGTERM.
+        timeout: seconds that one item may run, unless `submit` gives it another number. The worker is killed within
+            about 0.2 s after that, or 0.7 s if it ignores SIGTERM.
         preload: names of modules that a worker imports before its first item. Where such a module has a function
             `warm_up`, the worker calls it.
     """
@@ -119,9 +120,13 @@ class Pool:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def submit(self, *args) -> Future:
-        """Returns a future of the Outcome. Does not block; the future never raises."""
-        item = _Item(args, Future())
+    def submit(self, *args, timeout: float | None = None) -> Future:
+        """Returns a future of the Outcome. Does not block; the future never raises.
+
+        Args:
+            timeout: seconds that this item may run; None for those of the pool.
+        """
+        item = _Item(args, Future(), self._timeout if timeout is None else timeout)
         item.future.set_running_or_notify_cancel()  # so that nobody can cancel it and then wait for ever
         with self._lock:
             number = next(self._numbers)
@@ -157,9 +162,9 @@ class Pool:
         item.attempts += 1
         item.sent = time.monotonic()
         pool = self._pool
-        call = (self._function, item.args, self._timeout + _ORPHAN_GRACE)
+        call = (self._function, item.args, item.timeout + _ORPHAN_GRACE)
         try:
-            task = pool.schedule(_run, args=call, timeout=self._timeout)
+            task = pool.schedule(_run, args=call, timeout=item.timeout)
         except RuntimeError:  # the pool broke; the watcher sends the item again
             return
         task.add_done_callback(lambda done: self._receive(pool, number, item, done))
@@ -176,7 +181,7 @@ class Pool:
         elif isinstance(error, BrokenProcessPool | CancelledError):
             return  # the watcher sends it again, or `close` answers it
         elif isinstance(error, TimeoutError):
-            outcome = Outcome("timeout", detail=f"no result within {self._timeout} s", seconds=self._timeout)
+            outcome = Outcome("timeout", detail=f"no result within {item.timeout} s", seconds=item.timeout)
         elif isinstance(error, pebble.ProcessExpired):
             status = "timeout" if error.exitcode == -signal.SIGALRM else "error"
             if error.exitcode == -signal.SIGKILL and self._send_again(number, item):

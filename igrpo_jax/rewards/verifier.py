@@ -10,32 +10,32 @@ The reward is the weighted sum of the rewards in use. A reward of weight 0 is ne
     accuracy   the stated answer equals the reference answer                            0 or 1
     format     one think block, then one answer block, nothing else                    0 or 1
     overlong   the soft over-long penalty of DAPO                                      -1 to 0
-    (custom)   a function of the user, under its own name                              any number, or None
+    (custom)   a function of the user, under its own name, of all completions at once  any number, or None
     judge      a model behind an OpenAI-compatible endpoint                            0 to 1, or none
 
 Accuracy and format read opening + completion, because a chat template may open `<think>` in the prompt. A grading that
 failed or exceeded its deadline scores 0 on everything, and its status says so. Where the judge gives no verdict, or
 where every reward is a custom None, there is no reward at all: it is NaN with the status "invalid".
 
-Not here: what an answer is and when two are equal (`mathematics.grader`), processes and deadlines (`pool`), requests to
-the judge and the file of its verdicts (`judge`). No jax.
+Not here: what an answer is and when two are equal (`mathematics.grader`), processes and deadlines (`pool`), calls
+of the user's function (`custom`), requests to the judge and the file of its verdicts (`judge`). No jax.
 """
 
-import functools
-import importlib
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
 from igrpo_jax.config import RewardsConfig
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.records import STATUSES, Candidate, Score
+from igrpo_jax.rewards import custom
 from igrpo_jax.rewards import judge as judge_module
+from igrpo_jax.rewards.custom import Batch, CustomCalls, CustomReward
 from igrpo_jax.rewards.format import format_reward, overlong_penalty
 from igrpo_jax.rewards.judge import Judge, Judgement
 from igrpo_jax.rewards.mathematics import grader
@@ -48,60 +48,43 @@ class VerifierError(RunError):
 
 @dataclass(frozen=True)
 class Rules:
-    """The rewards that a worker computes, and their weights in the sum."""
+    """The rewards that a worker computes of one completion alone, and their weights in the sum."""
 
-    weights: dict[str, float]  # of the rewards in use, by name; without the judge, which no worker asks
+    weights: dict[str, float]  # of the rewards in use, by name; without the judge and the custom reward
     limit: int = 0  # the most tokens that a completion may have, for the over-long penalty
     overlong_cache: int = 0  # the number of last tokens over which the penalty grows
-    custom: str = ""  # "module:function"
-    answer_column: str = "answer"  # the name under which a custom reward receives the reference answer
 
 
-def rules_of(settings: RewardsConfig, limit: int = 0, answer_column: str = "answer") -> Rules:
-    """Returns the rules that `settings` ask for.
+def rules_of(settings: RewardsConfig, limit: int = 0) -> Rules:
+    """Returns the rules that `settings` ask for."""
+    weights = {name: getattr(settings, name) for name in _REWARDS}
+    used = {name: weight for name, weight in weights.items() if weight != 0}
+    return Rules(used, limit, settings.overlong_cache)
+
+
+def custom_reward(settings: RewardsConfig, answer_column: str = "answer") -> CustomReward | None:
+    """Returns the custom reward that `settings` ask for, or None.
 
     Raises:
         InputError: config.rewards.custom names nothing that can be called, or has the name of another reward.
     """
-    weights = {name: getattr(settings, name) for name in _REWARDS}
-    if settings.custom:
-        load_custom(settings.custom)
-        name = settings.custom.partition(":")[2]
-        if name in weights or name == "judge":
-            raise InputError(
-                f'config.rewards.custom = {settings.custom!r}: "{name}" is a reward of the library; rename the function'
-            )
-        weights[name] = settings.custom_weight
-    used = {name: weight for name, weight in weights.items() if weight != 0}
-    return Rules(used, limit, settings.overlong_cache, settings.custom, answer_column)
+    if not settings.custom:
+        return None
+    custom.load(settings.custom)
+    reward = CustomReward(settings.custom, answer_column)
+    if reward.name in _REWARDS or reward.name == "judge":
+        raise InputError(
+            f'config.rewards.custom = {settings.custom!r}: "{reward.name}" is a reward of the library; rename the '
+            "function"
+        )
+    return reward if settings.custom_weight != 0 else None
 
 
 def check(settings: RewardsConfig) -> None:
     """Raises InputError for rewards that cannot be computed: a wrong custom function, a judge that cannot be asked."""
-    rules_of(settings)
+    custom_reward(settings)
     if settings.judge.weight:
         judge_module.connect(settings.judge)
-
-
-@functools.lru_cache
-def load_custom(path: str) -> Callable:
-    """Returns the function that "module:function" names. Python searches for the module in its usual places.
-
-    Raises:
-        InputError: there is no such module or function, or the function is a coroutine.
-    """
-    module, _, name = path.partition(":")
-    where = f"config.rewards.custom = {path!r}"
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's module raises during its import
-        raise InputError(
-            f"{where}: cannot be imported ({type(error).__name__}: {error}); write it as module:function, the module "
-            "in the current folder or installed"
-        ) from error
-    if not callable(function) or inspect.iscoroutinefunction(function):
-        raise InputError(f"{where}: must be a plain function, not {type(function).__name__} or async")
-    return function
 
 
 def _accuracy(candidate: Candidate, rules: Rules) -> tuple[float, str | None, str]:
@@ -117,26 +100,7 @@ def _overlong(candidate: Candidate, rules: Rules) -> tuple[float, str | None, st
     return overlong_penalty(length, rules.limit, rules.overlong_cache), None, "ok"
 
 
-def _custom(candidate: Candidate, rules: Rules) -> tuple[float, str | None, str]:
-    """Calls the user's function with TRL's signature, `function(prompts, completions, **columns)`, and lists of one.
-
-    The columns are those of the data set, the reference answer under the name of its column, and `completion_ids`. The
-    function returns None to skip a completion.
-    """
-    columns = {name: [value] for name, value in candidate.columns.items()} | {rules.answer_column: [candidate.answer]}
-    columns |= {"prompts": [candidate.question], "completions": [candidate.text]}
-    columns |= {"completion_ids": [[int(token) for token in candidate.tokens]]}
-    values = load_custom(rules.custom)(**columns)
-    if not isinstance(values, Sequence) or len(values) != 1:
-        raise TypeError(f"{rules.custom} must return a list with one number or None per completion, not {values!r}")
-    value = math.nan if values[0] is None else float(values[0])
-    if values[0] is not None and not math.isfinite(value):
-        raise ValueError(f"{rules.custom} returned {values[0]!r}; return None to skip a completion")
-    return value, None, "ok"
-
-
-# Name -> function of (candidate, rules) that returns (unweighted reward, extracted answer, status). Any other name is
-# that of the custom reward.
+# Name -> function of (candidate, rules) that returns (unweighted reward, extracted answer, status).
 _REWARDS: dict[str, Callable] = {"accuracy": _accuracy, "format": _format, "overlong": _overlong}
 
 
@@ -144,7 +108,7 @@ def score(candidate: Candidate, rules: Rules) -> Score:
     """Grades one completion in this process, without a deadline. Exceptions are raised, and `seconds` stays 0."""
     rewards, extracted, status = {}, None, "ok"
     for name in rules.weights:
-        rewards[name], answer, reward_status = _REWARDS.get(name, _custom)(candidate, rules)
+        rewards[name], answer, reward_status = _REWARDS[name](candidate, rules)
         extracted = answer if answer is not None else extracted
         status = reward_status if reward_status != "ok" else status
     return _total(Score(0.0, rewards, extracted, status), rules.weights)
@@ -177,7 +141,9 @@ class Verifier:
         answer_column: str = "answer",
         cache: Path = Path("judge.sqlite"),
     ):
-        self._rules = rules_of(settings, limit, answer_column)
+        self._rules = rules_of(settings, limit)
+        reward = custom_reward(settings, answer_column)
+        self._weights = self._rules.weights | ({reward.name: settings.custom_weight} if reward else {})
         self._judge_weight = settings.judge.weight
         self._judge: Judge | None = None
         self._judgements: list[Judgement] = []
@@ -185,6 +151,7 @@ class Verifier:
             self._judge = Judge(settings.judge, Path(settings.judge.cache or cache))
         preload = ("igrpo_jax.rewards.verifier", "igrpo_jax.rewards.mathematics.grader")
         self._pool = Pool(_call, settings.workers, settings.timeout, preload=preload)
+        self._custom = CustomCalls(reward, self._pool, settings.timeout) if reward else None
 
     def __enter__(self) -> "Verifier":
         return self
@@ -198,22 +165,22 @@ class Verifier:
         if self._judge:
             self._judge.start_step()
 
-    def submit(self, candidate: Candidate) -> Future[Score]:
-        """Returns a future of the Score. Does not block; the future never raises: see Score.status."""
+    def submit(self, candidate: Candidate, batch: Batch | None = None) -> Future[Score]:
+        """Returns a future of the Score. Does not block; the future never raises: see Score.status.
+
+        Args:
+            batch: of the candidate's request; None makes a batch of one. Only a custom reward reads it: with one, no
+                future of the batch is done before all its completions were submitted.
+        """
         graded = self._grade(candidate, self._rules)
+        if self._custom:
+            graded = _combined(graded, self._custom.submit(candidate, batch or Batch(1)), self._with_custom)
         if not self._judge:
             return graded
         judged = self._judge.submit(candidate.question, candidate.answer, candidate.opening + candidate.text)
-        result: Future[Score] = Future()
+        return _combined(graded, judged, self._with_judge)
 
-        def combine(_: Future) -> None:  # called when the later of the two is done
-            self._judgements.append(judged.result())
-            result.set_result(self._judged(graded.result(), judged.result()))
-
-        graded.add_done_callback(lambda _: judged.add_done_callback(combine))
-        return result
-
-    def check_answer(self, candidate: Candidate) -> Future[Score]:
+    def check_answer(self, candidate: Candidate, batch: Batch | None = None) -> Future[Score]:
         """Returns a future of the accuracy alone, whatever the rewards of training are. Evaluation counts this."""
         return self._grade(candidate, Rules({"accuracy": 1.0}))
 
@@ -246,21 +213,38 @@ class Verifier:
 
     def close(self) -> None:
         """Ends workers and requests. Gradings without a result get the status "error" or "invalid"."""
+        if self._custom:
+            self._custom.close()
         self._pool.close()
         if self._judge:
             self._judge.close()
 
     def _grade(self, candidate: Candidate, rules: Rules) -> Future[Score]:
         result: Future[Score] = Future()
+        if self._custom and not rules.weights:  # the custom reward is the only one
+            result.set_result(Score(0.0, {}, None, "ok"))
+            return result
         graded = self._pool.submit(score, candidate, rules)
         graded.add_done_callback(lambda done: result.set_result(_to_score(done.result(), rules)))
         return result
 
-    def _judged(self, graded: Score, judgement: Judgement) -> Score:
-        """Returns the rule-based score combined with the judge's.
+    def _with_custom(self, graded: Score, outcome: Outcome) -> Score:
+        """Returns the score combined with the custom reward's outcome. Where either failed, everything is 0."""
+        assert self._custom is not None, "a custom reward has given the outcome"
+        seconds = graded.seconds + outcome.seconds
+        if graded.status in ("timeout", "error"):
+            return replace(graded, rewards=dict.fromkeys(self._weights, 0.0), seconds=seconds)
+        if outcome.status != "ok":
+            return replace(_failure(outcome, self._weights), seconds=seconds)
+        rewards = graded.rewards | {self._custom.name: outcome.value}
+        return _total(replace(graded, rewards=rewards, seconds=seconds), self._weights)
+
+    def _with_judge(self, graded: Score, judgement: Judgement) -> Score:
+        """Keeps the judgement, and returns the score of the other rewards combined with the judge's.
 
         Without a verdict there is no reward, because a partial sum cannot be compared with a complete one.
         """
+        self._judgements.append(judgement)
         rewards = graded.rewards | {"judge": math.nan if judgement.score is None else judgement.score}
         if graded.status in ("timeout", "error"):
             return replace(graded, rewards=rewards)
@@ -268,7 +252,7 @@ class Verifier:
             return replace(graded, rewards=rewards, reward=math.nan, status="invalid", detail=judgement.detail)
         status = "ok" if graded.status == "invalid" else graded.status  # the judge gave a reward
         blended = replace(graded, rewards=rewards, status=status, detail="")
-        return _total(blended, self._rules.weights | {"judge": self._judge_weight})
+        return _total(blended, self._weights | {"judge": self._judge_weight})
 
 
 def _call(function: Callable, *args: object) -> object:
@@ -276,12 +260,28 @@ def _call(function: Callable, *args: object) -> object:
     return function(*args)
 
 
+def _combined(first: Future, second: Future, combine: Callable[[Any, Any], Score]) -> Future[Score]:
+    """Returns a future of what `combine` makes of both results."""
+    result: Future[Score] = Future()
+
+    def settle(_: Future) -> None:  # called when the later of the two is done
+        result.set_result(combine(first.result(), second.result()))
+
+    first.add_done_callback(lambda _: second.add_done_callback(settle))
+    return result
+
+
 def _to_score(outcome: Outcome, rules: Rules) -> Score:
     """Returns the score of a worker's outcome; a failure scores 0."""
     if outcome.status == "ok":
         return replace(outcome.value, seconds=outcome.seconds)
+    return _failure(outcome, rules.weights)
+
+
+def _failure(outcome: Outcome, weights: dict[str, float]) -> Score:
+    """Returns the score of a grading that failed: 0 on all rewards."""
     logging.log_every_n(logging.WARNING, "verifier: %s: %s", 100, outcome.status, outcome.detail)
-    return Score(0.0, dict.fromkeys(rules.weights, 0.0), None, outcome.status, outcome.seconds, outcome.detail)
+    return Score(0.0, dict.fromkeys(weights, 0.0), None, outcome.status, outcome.seconds, outcome.detail)
 
 
 def statistics(scores: Sequence[Score]) -> dict[str, float]:

@@ -21,9 +21,9 @@ from igrpo_jax.sampling.engine import WIDTH, Engine
 from igrpo_jax.sampling.steps import PrefilledPrompts, Sampling, State, Status
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
-    """One prompt, sampled `samples` times, the samples numbered from `first`."""
+    """One prompt, sampled `samples` times, the samples numbered from `first`. Each request equals only itself."""
 
     tokens: np.ndarray  # [L] int32
     index: int  # number of the prompt; the randomness is derived from it, `key` and the sample's number

@@ -1,14 +1,16 @@
 """Samples and scores queued requests at the same time. The rollout and the evaluation share it.
 
 1. The caller submits requests that carry their problem (`prompt`) and a callback (`scored`) to the scheduler.
-2. `sample_and_score` runs the scheduler, and gives each sample to the verifier as soon as it is drawn.
+2. `sample_and_score` runs the scheduler, and gives each sample to the verifier as soon as it is drawn, together with
+   the `Batch` of its request, whose completions a custom reward sees all at once.
 3. Once a score is there, the callback of its request gets the completion with it, and may submit further requests.
 
 The verifier works while the device samples. Scores come in any order; no result may depend on it.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 
@@ -18,9 +20,10 @@ import numpy as np
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.records import Candidate, Completion, Score
+from igrpo_jax.rewards.custom import Batch
 from igrpo_jax.sampling.scheduler import Request, Sample, Scheduler
 
-Grade = Callable[[Candidate], Future[Score]]
+Grade = Callable[[Candidate, Batch], Future[Score]]
 
 
 def stage_key(seed: int, step: int, stage: int) -> np.ndarray:
@@ -39,7 +42,7 @@ def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: Renderer) -> 
 
     Args:
         scheduler: started; all its requests have a `prompt` and a `scored`.
-        grade: returns at once; its future never raises.
+        grade: called with a candidate and the batch of its request; returns at once; its future never raises.
 
     Returns:
         Seconds in which nothing was left to sample and only the verifier was waited for.
@@ -49,25 +52,38 @@ def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: Renderer) -> 
     """
     waited = 0.0
     grading: dict[Future[Score], tuple[Request, Completion]] = {}
-    while scheduler.pending or grading:
-        preemption.check()
-        if scheduler.pending:
-            with watchdog.phase("dispatch"):
-                samples = scheduler.advance()
-            for sample in samples:
-                completion, candidate = _completed(sample, renderer)
-                grading[grade(candidate)] = (sample.request, completion)
-        else:
-            began = time.perf_counter()
-            with watchdog.phase("verifier", f"{len(grading)} scores to come"):
-                while not wait(grading, timeout=1.0, return_when=FIRST_COMPLETED).done:
-                    preemption.check()
-            waited += time.perf_counter() - began
-        for future in [future for future in grading if future.done()]:
-            request, completion = grading.pop(future)
-            assert request.scored is not None, "a request whose samples are scored has a callback"
-            request.scored(replace(completion, score=future.result()))
+    with _open_batches() as batches:
+        while scheduler.pending or grading:
+            preemption.check()
+            if scheduler.pending:
+                with watchdog.phase("dispatch"):
+                    samples = scheduler.advance()
+                for sample in samples:
+                    completion, candidate = _completed(sample, renderer)
+                    batch = batches.setdefault(sample.request, Batch(sample.request.samples))
+                    grading[grade(candidate, batch)] = (sample.request, completion)
+            else:
+                began = time.perf_counter()
+                with watchdog.phase("verifier", f"{len(grading)} scores to come"):
+                    while not wait(grading, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                        preemption.check()
+                waited += time.perf_counter() - began
+            for future in [future for future in grading if future.done()]:
+                request, completion = grading.pop(future)
+                assert request.scored is not None, "a request whose samples are scored has a callback"
+                request.scored(replace(completion, score=future.result()))
     return waited
+
+
+@contextlib.contextmanager
+def _open_batches() -> Iterator[dict[Request, Batch]]:
+    """Yields a dictionary of batches, and closes them at the end, so that none waits for samples that never come."""
+    batches: dict[Request, Batch] = {}
+    try:
+        yield batches
+    finally:
+        for batch in batches.values():
+            batch.close()
 
 
 def _completed(sample: Sample, renderer: Renderer) -> tuple[Completion, Candidate]:
@@ -76,5 +92,7 @@ def _completed(sample: Sample, renderer: Renderer) -> tuple[Completion, Candidat
     completion = Completion(request.stage, sample.sample_id, sample.tokens, sample.logprobs, sample.finished, text)
     prompt = request.prompt
     assert prompt is not None, "a request whose samples are scored has a problem"
-    candidate = Candidate(text, prompt.answer, renderer.opening, prompt.question, prompt.columns, sample.tokens)
+    candidate = Candidate(
+        text, prompt.answer, renderer.opening, prompt.question, prompt.columns, sample.tokens, sample.sample_id
+    )
     return completion, candidate

@@ -69,10 +69,10 @@ import os, signal
 from igrpo_jax.distributed import watchdog
 from igrpo_jax.rewards.verifier import Verifier
 begin = Verifier.submit
-def graded(self, candidate):
+def graded(self, candidate, batch):
     if "rollout (step 4)" in watchdog.current():
         os.kill(os.getpid(), signal.SIGTERM)
-    return begin(self, candidate)
+    return begin(self, candidate, batch)
 Verifier.submit = graded
 """
 

@@ -54,8 +54,8 @@ Run.report = back
 WORKERS = """
 import multiprocessing
 submit, killed = Verifier.submit, []
-def kill(self, candidate):
-    future = submit(self, candidate)
+def kill(self, candidate, batch):
+    future = submit(self, candidate, batch)
     if not killed:
         killed.extend(multiprocessing.active_children())
         for child in killed:
@@ -112,11 +112,11 @@ def test_sigterm_in_a_rollout_drops_its_step_alone(whole, longer, tmp_path):
     """The notice comes when the first completion of step 7 is to be graded; step 6 is done and not yet saved."""
     inject = """
 submit, calls = Verifier.submit, []
-def graded(self, candidate):
+def graded(self, candidate, batch):
     calls.append(0)
     if len(calls) == 4 * (2 + 2) + 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    return submit(self, candidate)
+    return submit(self, candidate, batch)
 Verifier.submit = graded
 """
     workdir = copy_of(whole, tmp_path / "run")

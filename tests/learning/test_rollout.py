@@ -66,7 +66,7 @@ class StubVerifier:
     def statistics(self, scores, judgements):
         return statistics(scores)
 
-    def submit(self, candidate) -> Future:
+    def submit(self, candidate, batch) -> Future:
         text, answer = candidate.text, candidate.answer
         self.submitted.append((text, answer))
         self.openings.add(candidate.opening)
@@ -209,9 +209,9 @@ def test_the_rollout_does_not_depend_on_streaming(collect, rollout):
     verifier, at = StubVerifier(), []
 
     class Watching(StubVerifier):
-        def submit(self, candidate):
+        def submit(self, candidate, batch):
             at.append(len(self.finished))
-            return super().submit(candidate)
+            return super().submit(candidate, batch)
 
     groups, metrics = collect(Watching(), rollout__streamed=False)
     drafts = len(QUESTIONS) * N
@@ -230,11 +230,11 @@ def test_a_slow_verifier_holds_nothing_up_but_its_own_prompt(collect, rollout, p
     others = threading.Event()  # all that the other prompts have to sample was
 
     class Slow(StubVerifier):
-        def submit(self, candidate):
+        def submit(self, candidate, batch):
             self._delay = 1.0 if candidate.question == prompts[0].question else 0.0
             if len(self.submitted) + 1 == (len(QUESTIONS) - 1) * (N + G) + N:
                 others.set()
-            return super().submit(candidate)
+            return super().submit(candidate, batch)
 
         def _grade(self, text, answer, delay):
             assert not delay or others.wait(60)
@@ -269,7 +269,7 @@ def test_a_verifier_that_hangs_dies_and_raises(collect, rollout, tmp_path, monke
     """Nothing deadlocks, no sample is lost or scored twice; what has no verdict says why and scores 0."""
     (tmp_path / "faulty_rewards.py").write_text(FAULTY)
     monkeypatch.syspath_prepend(tmp_path)
-    settings = config.RewardsConfig(accuracy=0.0, format=0.0, custom="faulty_rewards:faulty", workers=2, timeout=3.0)
+    settings = config.RewardsConfig(accuracy=0.0, format=0.0, custom="faulty_rewards:faulty", workers=2, timeout=1.0)
     with Verifier(settings) as verifier:
         groups, metrics = collect(verifier, rewards__max_error_fraction=1.0)
     plain, _ = rollout
@@ -284,6 +284,47 @@ def test_a_verifier_that_hangs_dies_and_raises(collect, rollout, tmp_path, monke
             assert (one.score.status, one.score.reward) == expected
         assert group.kept == selected(group.drafts)
     assert metrics["verifier/timeout_frac"] > 0 and metrics["verifier/error_frac"] > 0
+
+
+RELATIVE = """
+import time, zlib
+
+def relative(prompts, completions, completion_ids, **columns):
+    time.sleep(zlib.crc32(completions[0].encode()) % 5 / 100)
+    lengths = [len(ids) for ids in completion_ids]
+    return [length - sum(lengths) / len(lengths) + place / 100 for place, length in enumerate(lengths)]
+"""
+
+
+def without_seconds(group):
+    """Returns a group whose scores do not say how long they took."""
+    drafts, completions = (
+        tuple(replace(each, score=replace(each.score, seconds=0.0)) for each in samples)
+        for samples in (group.drafts, group.completions)
+    )
+    return replace(group, drafts=drafts, completions=completions)
+
+
+def test_a_custom_reward_sees_each_group_in_the_order_of_its_samples(collect, tmp_path, monkeypatch):
+    """Each stage of a prompt is one batch, whatever order its samples are drawn in: a repeated rollout is the same."""
+    (tmp_path / "relative_rewards.py").write_text(RELATIVE)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = config.RewardsConfig(
+        accuracy=0.0, format=0.0, custom="relative_rewards:relative", workers=2, timeout=20.0
+    )
+    with Verifier(settings) as verifier:
+        groups, metrics = collect(verifier)
+        again, _ = collect(verifier)
+        other, _ = collect(verifier, slots=3)
+    assert metrics["verifier/error_frac"] == metrics["verifier/timeout_frac"] == 0
+    for group, repeated, differently in zip(groups, again, other, strict=True):
+        same(without_seconds(group), without_seconds(repeated))
+        same(without_seconds(group), without_seconds(differently))
+        for completions in (group.drafts, group.completions):
+            lengths = [len(completion.tokens) for completion in completions]
+            expected = [length - sum(lengths) / len(lengths) + place / 100 for place, length in enumerate(lengths)]
+            assert [completion.score.reward for completion in completions] == pytest.approx(expected)
+        assert group.best == selected(group.drafts)
 
 
 def test_a_group_does_not_depend_on_the_other_prompts(collect, rollout, prompts):
@@ -384,9 +425,9 @@ def test_what_a_reward_is_given(collect, prompts):
     seen = []
 
     class Watching(StubVerifier):
-        def submit(self, candidate):
+        def submit(self, candidate, batch):
             seen.append(candidate)
-            return super().submit(candidate)
+            return super().submit(candidate, batch)
 
     rows = [replace(prompts[0], columns={"level": 3})]
     groups, _ = collect(Watching(), wanted=rows)
@@ -485,9 +526,9 @@ class Unsolvable(StubVerifier):
         super().__init__(**settings)
         self.questions = questions
 
-    def submit(self, candidate):
+    def submit(self, candidate, batch):
         if candidate.question not in self.questions:
-            return super().submit(candidate)
+            return super().submit(candidate, batch)
         self.submitted.append((candidate.text, candidate.answer))
         return self._pool.submit(lambda: Score(0.0, {"accuracy": 0.0}, None, "ok"))
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from igrpo_jax import config
-from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate, Score
 from igrpo_jax.rewards import verifier as verifier_module
 from igrpo_jax.rewards.judge import Judgement
@@ -61,82 +60,6 @@ def test_the_overlong_penalty_counts_tokens():
     rules = rules_of(config.RewardsConfig(format=0.0, overlong=0.5, overlong_cache=4), limit=10)
     graded = [score(Candidate(RIGHT, "4", tokens=np.zeros(n, np.int32)), rules).reward for n in (1, 6, 7, 8, 10)]
     assert graded == [1.0, 1.0, 0.875, 0.75, 0.5]
-
-
-def by_length(prompts, completions, solution, level, completion_ids, **columns):
-    """A reward function as users of TRL write it."""
-    assert len(prompts) == len(completions) == len(solution) == len(level) == 1 and not columns
-    if prompts == ["skip"]:
-        return [None]
-    return [len(completions[0]) + level[0] + len(solution[0]) / 10 + sum(completion_ids[0]) / 1000]
-
-
-def wrong_length(prompts, completions, **columns):
-    return [1.0, 2.0]
-
-
-def not_finite(prompts, completions, **columns):
-    return [float("nan")]
-
-
-def no_list(prompts, completions, **columns):
-    return 1.0
-
-
-async def coroutine(prompts, completions, **columns):
-    return [1.0]
-
-
-def accuracy(prompts, completions, **columns):
-    return [1.0]
-
-
-number = 3
-
-
-def custom(name):
-    return f"{__name__}:{name}"
-
-
-def test_a_reward_of_the_users_own():
-    candidate = Candidate("abc", "42", "", "what?", {"level": 5}, np.array([7, 2], np.int32))
-    settings = config.RewardsConfig(accuracy=1.0, format=0.0, custom=custom("by_length"), custom_weight=2.0, workers=1)
-    with Verifier(settings, answer_column="solution") as verifier:
-        futures = [verifier.submit(c) for c in (candidate, dataclasses.replace(candidate, question="skip"))]
-        full, skipped = (future.result(timeout=60) for future in futures)
-    assert full.rewards == {"accuracy": 0.0, "by_length": pytest.approx(8.209)}
-    assert full.reward == pytest.approx(2 * 8.209)
-    # None: the others decide.
-    assert skipped.reward == 0.0 and skipped.status == "unparseable" and math.isnan(skipped.rewards["by_length"])
-
-
-def test_nothing_but_none_is_no_verdict():
-    rules = rules_of(
-        config.RewardsConfig(accuracy=0.0, format=0.0, custom=custom("by_length")), answer_column="solution"
-    )
-    graded = score(Candidate("abc", "42", "", "skip", {"level": 5}), rules)
-    assert math.isnan(graded.reward) and graded.status == "invalid" and "None" in graded.detail
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        (custom("missing"), "cannot be imported .*missing.*module:function"),
-        ("no_such_module:f", "cannot be imported .*no_such_module.*module:function"),
-        (custom("number"), "must be a plain function, not int"),
-        (custom("coroutine"), "must be a plain function"),
-        (custom("accuracy"), "is a reward of the library; rename"),
-    ],
-)
-def test_a_custom_reward_that_cannot_be_used(path, message):
-    with pytest.raises(InputError, match=rf"config\.rewards\.custom = '{path}'.*{message}"):
-        rules_of(config.RewardsConfig(custom=path))
-
-
-@pytest.mark.parametrize("name", ["wrong_length", "not_finite", "no_list"])
-def test_what_a_custom_reward_returns_is_checked(name):
-    with pytest.raises((TypeError, ValueError), match=name):
-        score(Candidate("abc", "42"), rules_of(config.RewardsConfig(custom=custom(name))))
 
 
 class StubJudge:

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from igrpo_jax.config import RewardsConfig
 from igrpo_jax.distributed import preemption
 from igrpo_jax.records import Prompt, Score
+from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.scheduler import Request, Sample
 from igrpo_jax.sampling.scoring import sample_and_score, stage_key
 
@@ -49,7 +51,7 @@ def pool():
 def test_each_callback_gets_its_own_completions_with_their_scores(pool):
     scheduler, told, candidates = StubScheduler(), {0: [], 1: []}, []
 
-    def grade(candidate) -> Future:
+    def grade(candidate, batch) -> Future:
         candidates.append(candidate)
         return pool.submit(lambda: Score(float(candidate.tokens[0]), {}, None, "ok"))
 
@@ -66,6 +68,50 @@ def test_each_callback_gets_its_own_completions_with_their_scores(pool):
     ]
 
 
+def test_each_request_has_a_batch_of_its_own(pool):
+    """Samples of requests that run at once arrive mixed; two requests of one prompt have two batches."""
+    scheduler, given, told = StubScheduler(), [], []
+
+    def grade(candidate, batch) -> Future:
+        given.append((candidate.question, candidate.sample_id, batch))
+        return pool.submit(Score, 1.0, {}, None, "ok")
+
+    scheduler.submit(request(0, 3, told.append))
+    scheduler.submit(request(1, 2, told.append, first=5))
+    scheduler.submit(request(0, 1, told.append, first=3))
+    scheduler.waiting = [scheduler.waiting[i] for i in (3, 0, 5, 2, 4, 1)]
+    sample_and_score(scheduler, grade, RENDERER)
+    assert [(question, sample_id, batch.size) for question, sample_id, batch in given] == [
+        ("question 1", 5, 2),
+        ("question 0", 0, 3),
+        ("question 0", 3, 1),
+        ("question 0", 2, 3),
+        ("question 1", 6, 2),
+        ("question 0", 1, 3),
+    ]
+    batches = [batch for *_, batch in given]
+    assert len({id(batch) for batch in batches}) == 3
+    assert batches[0] is batches[4] and batches[1] is batches[3] is batches[5]
+
+
+def of_group(completions, **columns):
+    """A custom reward that tells the batch's size, and which text is the last one by the alphabet."""
+    last = max(completions)
+    return [10.0 * len(completions) + (text == last) for text in completions]
+
+
+def test_a_custom_reward_sees_the_completions_of_each_request():
+    scheduler, told = StubScheduler(), {0: [], 1: []}
+    scheduler.submit(request(0, 3, told[0].append))
+    scheduler.submit(request(1, 2, told[1].append, first=5))
+    scheduler.waiting = [scheduler.waiting[i] for i in (4, 1, 0, 3, 2)]
+    settings = RewardsConfig(accuracy=0.0, format=0.0, custom=f"{__name__}:of_group", workers=1, timeout=60.0)
+    with Verifier(settings) as verifier:
+        sample_and_score(scheduler, verifier.submit, RENDERER)
+    rewards = {index: {done.sample_id: done.score.reward for done in scored} for index, scored in told.items()}
+    assert rewards == {0: {0: 30.0, 1: 30.0, 2: 31.0}, 1: {5: 21.0, 6: 20.0}}
+
+
 def test_a_callback_may_ask_for_more_after_the_queue_is_empty(pool):
     """Red if the loop ended with the queue: the last score of Stage 1 is what brings Stage 2."""
     scheduler, told = StubScheduler(), []
@@ -76,7 +122,7 @@ def test_a_callback_may_ask_for_more_after_the_queue_is_empty(pool):
             scheduler.submit(request(0, 1, scored, first=len(told)))
 
     scheduler.submit(request(0, 1, scored))
-    sample_and_score(scheduler, lambda candidate: pool.submit(Score, 1.0, {}, None, "ok"), RENDERER)
+    sample_and_score(scheduler, lambda candidate, batch: pool.submit(Score, 1.0, {}, None, "ok"), RENDERER)
     assert told == [0, 1, 2, 3]
 
 
@@ -91,7 +137,29 @@ def test_a_notice_ends_it_while_it_waits_for_the_verifier(monkeypatch):
     monkeypatch.setattr(preemption, "check", check)
     scheduler.submit(request(0, 1, print))
     with pytest.raises(preemption.Preempted):
-        sample_and_score(scheduler, lambda candidate: Future(), RENDERER)
+        sample_and_score(scheduler, lambda candidate, batch: Future(), RENDERER)
+
+
+def test_nothing_waits_for_samples_that_are_never_drawn(monkeypatch):
+    """A notice comes after two of three samples: red if their futures waited for the third one."""
+    scheduler, checks, futures = StubScheduler(), itertools.count(), []
+
+    def check():
+        if next(checks) == 2:
+            raise preemption.Preempted
+
+    monkeypatch.setattr(preemption, "check", check)
+    scheduler.submit(request(0, 3, print))
+    settings = RewardsConfig(accuracy=0.0, format=0.0, custom=f"{__name__}:of_group", workers=1)
+
+    def grade(candidate, batch) -> Future:
+        futures.append(verifier.submit(candidate, batch))
+        return futures[-1]
+
+    with Verifier(settings) as verifier:
+        with pytest.raises(preemption.Preempted):
+            sample_and_score(scheduler, grade, RENDERER)
+        assert [future.result(timeout=1).status for future in futures] == ["error", "error"]
 
 
 def test_the_keys_of_stages_differ():

@@ -1,0 +1,318 @@
+"""igrpo_jax.rewards.custom: a function of the user sees all completions of a request at once, in their order.
+
+Workers import this file, so it must not import jax.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from absl import logging
+
+from igrpo_jax import config
+from igrpo_jax.errors import InputError
+from igrpo_jax.records import Candidate, Score
+from igrpo_jax.rewards.custom import Batch
+from igrpo_jax.rewards.verifier import Verifier, check, custom_reward
+
+RIGHT = "<think>2+2</think><answer>4</answer>"
+
+
+def by_length(prompts, completions, solution, level, completion_ids, **columns):
+    """A reward function as users of TRL write it; it gives no value for the question "skip"."""
+    assert len(prompts) == len(completions) == len(solution) == len(level) == len(completion_ids) and not columns
+    assert all(isinstance(ids, list) for ids in completion_ids)
+    rows = zip(prompts, completions, solution, level, completion_ids, strict=True)
+    return [
+        None if prompt == "skip" else len(text) + row_level + len(answer) / 10 + sum(ids) / 1000
+        for prompt, text, answer, row_level, ids in rows
+    ]
+
+
+def position(completions, completion_ids, **columns):
+    """Tells each completion the batch's size, its place in it, and how many tokens the first one has."""
+    return [100 * len(completions) + 10 * place + len(completion_ids[0]) for place in range(len(completions))]
+
+
+def above_mean(completions, **columns):
+    """A reward relative to the group."""
+    lengths = [len(text) for text in completions]
+    return [length - sum(lengths) / len(lengths) for length in lengths]
+
+
+def by_word(completions, **columns):
+    """Does what the first word of a completion says; where all are well, gives 10 times the batch's size and more."""
+    for text in completions:
+        if text == "raise":
+            raise ZeroDivisionError("broken")
+        if text == "hang":
+            time.sleep(1000)
+        if text == "exit":
+            os._exit(3)
+    special = {"nan": math.nan, "inf": math.inf, "word": "many", "none": None}
+    return [special.get(text, 10.0 * len(completions) + len(text)) for text in completions]
+
+
+def count_of_good(completions, **columns):
+    """Forgets the value of a bad row."""
+    return [float(len(completions)) for text in completions if text != "bad"]
+
+
+def first_only(completions, **columns):
+    """Written for one completion per call."""
+    return [float(len(completions[0]))]
+
+
+def wrong_length(prompts, completions, **columns):
+    return [1.0, 2.0]
+
+
+def not_finite(prompts, completions, **columns):
+    return [float("nan")]
+
+
+def no_list(prompts, completions, **columns):
+    return 1.0
+
+
+async def coroutine(prompts, completions, **columns):
+    return [1.0]
+
+
+def accuracy(prompts, completions, **columns):
+    return [1.0]
+
+
+number = 3
+
+
+def custom(name):
+    return f"{__name__}:{name}"
+
+
+def settings(name, **changes):
+    options = {"accuracy": 0.0, "format": 0.0, "workers": 1, "timeout": 5.0} | changes
+    return config.RewardsConfig(custom=custom(name), **options)
+
+
+def scores(verifier, texts: Sequence[str], order: Sequence[int] | None = None) -> list[Score]:
+    """Returns the scores of the completions of one request, which arrive in this order."""
+    batch = Batch(len(texts))
+    futures = {}
+    for sample_id in order or range(len(texts)):
+        assert not any(future.done() for future in futures.values())
+        tokens = np.zeros(len(texts[sample_id]), np.int32)
+        candidate = Candidate(texts[sample_id], "4", tokens=tokens, sample_id=sample_id)
+        futures[sample_id] = verifier.submit(candidate, batch)
+    return [futures[sample_id].result(timeout=60) for sample_id in range(len(texts))]
+
+
+def statuses(graded: Sequence[Score]) -> list[tuple[str, float]]:
+    return [(each.status, each.reward) for each in graded]
+
+
+def test_a_reward_of_the_users_own():
+    candidate = Candidate("abc", "42", "", "what?", {"level": 5}, np.array([7, 2], np.int32))
+    both = settings("by_length", accuracy=1.0, custom_weight=2.0)
+    with Verifier(both, answer_column="solution") as verifier:
+        futures = [verifier.submit(c) for c in (candidate, dataclasses.replace(candidate, question="skip"))]
+        full, skipped = (future.result(timeout=60) for future in futures)
+    assert full.rewards == {"accuracy": 0.0, "by_length": pytest.approx(8.209)}
+    assert full.reward == pytest.approx(2 * 8.209)
+    assert full.status == "unparseable" and full.seconds > 0
+    # None: the others decide.
+    assert skipped.reward == 0.0 and skipped.status == "unparseable" and math.isnan(skipped.rewards["by_length"])
+
+
+def test_nothing_but_none_is_no_verdict():
+    with Verifier(settings("by_length"), answer_column="solution") as verifier:
+        graded = verifier.submit(Candidate("abc", "42", "", "skip", {"level": 5})).result(timeout=60)
+    assert math.isnan(graded.reward) and graded.status == "invalid" and "None" in graded.detail
+
+
+def test_the_rows_of_a_batch_have_their_own_columns():
+    rows = [
+        Candidate("abc", "42", "", "what?", {"level": 5}, np.array([7, 2], np.int32), 1),
+        Candidate("ab", "42", "", "what?", {"level": 5}, np.array([1], np.int32), 0),
+    ]
+    batch = Batch(2)
+    with Verifier(settings("by_length"), answer_column="solution") as verifier:
+        futures = [verifier.submit(row, batch) for row in rows]
+        rewards = [future.result(timeout=60).reward for future in futures]
+    assert rewards == [pytest.approx(8.209), pytest.approx(7.201)]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (custom("missing"), "cannot be imported .*missing.*module:function"),
+        ("no_such_module:f", "cannot be imported .*no_such_module.*module:function"),
+        (custom("number"), "must be a plain function, not int"),
+        (custom("coroutine"), "must be a plain function"),
+        (custom("accuracy"), "is a reward of the library; rename"),
+    ],
+)
+def test_a_custom_reward_that_cannot_be_used(path, message):
+    for refuse in (custom_reward, check, Verifier):
+        with pytest.raises(InputError, match=rf"config\.rewards\.custom = '{path}'.*{message}"):
+            refuse(config.RewardsConfig(custom=path))
+
+
+def test_a_custom_reward_of_weight_zero_is_not_called():
+    assert custom_reward(settings("by_length", custom_weight=0.0)) is None
+    with Verifier(settings("wrong_length", custom_weight=0.0, accuracy=1.0)) as verifier:
+        graded = verifier.submit(Candidate(RIGHT, "4"), Batch(2)).result(timeout=60)
+    assert graded.rewards == {"accuracy": 1.0} and graded.status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("name", "detail"),
+    [
+        (
+            "wrong_length",
+            "ValueError: must return a list with one number or None per completion: 2 values for 1 completions",
+        ),
+        ("not_finite", "returned nan; return None to skip a completion"),
+        ("no_list", "TypeError: must return a list with one number or None per completion, not 1.0"),
+    ],
+)
+def test_what_a_custom_reward_returns_is_checked(name, detail):
+    with Verifier(settings(name, accuracy=1.0)) as verifier:
+        graded = verifier.submit(Candidate(RIGHT, "4")).result(timeout=60)
+    assert graded.status == "error" and graded.detail == f"{custom(name)}: {detail}"
+    assert graded.reward == 0.0 and graded.rewards == {"accuracy": 0.0, name: 0.0}
+
+
+def test_a_batch_is_seen_at_once_in_the_order_of_its_samples():
+    texts = ["a", "bb", "ccc"]
+    with Verifier(settings("position")) as verifier:
+        for order in itertools.permutations(range(3)):
+            assert [each.reward for each in scores(verifier, texts, order)] == [301.0, 311.0, 321.0]
+        alone = verifier.submit(Candidate("bb", "4", tokens=np.zeros(2, np.int32))).result(timeout=60)
+    assert alone.reward == 102.0
+
+
+def test_batches_that_arrive_mixed_stay_apart():
+    first, second = Batch(2), Batch(3)
+    with Verifier(settings("position", workers=2)) as verifier:
+        arrivals = [(second, 7), (first, 1), (second, 5), (first, 0), (second, 6)]
+        futures = {
+            (batch.size, sample_id): verifier.submit(
+                Candidate("x", "4", tokens=np.zeros(sample_id, np.int32), sample_id=sample_id), batch
+            )
+            for batch, sample_id in arrivals
+        }
+        rewards = {key: future.result(timeout=60).reward for key, future in futures.items()}
+    assert rewards == {(2, 0): 200.0, (2, 1): 210.0, (3, 5): 305.0, (3, 6): 315.0, (3, 7): 325.0}
+
+
+def test_a_reward_relative_to_the_group_and_other_rewards():
+    with Verifier(settings("above_mean", accuracy=1.0, format=0.5, custom_weight=2.0)) as verifier:
+        graded = scores(verifier, [RIGHT, "no", RIGHT + "!!"], (2, 0, 1))
+    lengths = [len(RIGHT), 2, len(RIGHT) + 2]
+    relative = [length - sum(lengths) / 3 for length in lengths]
+    assert [each.rewards for each in graded] == [
+        {"accuracy": 1.0, "format": 1.0, "above_mean": pytest.approx(relative[0])},
+        {"accuracy": 0.0, "format": 0.0, "above_mean": pytest.approx(relative[1])},
+        {"accuracy": 1.0, "format": 0.0, "above_mean": pytest.approx(relative[2])},
+    ]
+    assert graded[0].reward == pytest.approx(1.5 + 2 * relative[0])
+    assert [(each.status, each.extracted) for each in graded] == [("ok", "4"), ("unparseable", None), ("ok", "4")]
+    assert all(each.seconds > 0 for each in graded)
+
+
+def test_none_and_values_that_are_wrong_concern_their_own_row():
+    """The others keep the values of the batch of five."""
+    with Verifier(settings("by_word")) as verifier:
+        graded = scores(verifier, ["fine", "nan", "none", "word", "inf"])
+    assert [each.status for each in graded] == ["ok", "error", "invalid", "error", "error"]
+    assert graded[0].reward == 54.0 and math.isnan(graded[2].reward)
+    assert graded[1].detail == f"{custom('by_word')}: returned nan; return None to skip a completion"
+    assert graded[3].detail.startswith(f"{custom('by_word')}: returned 'many', which is no number (ValueError")
+    assert graded[4].reward == 0.0 and "returned inf" in graded[4].detail
+
+
+@pytest.mark.slow
+def test_the_call_of_a_batch_that_fails_is_repeated_one_by_one():
+    with Verifier(settings("by_word", format=1.0, workers=2)) as verifier:
+        raised = scores(verifier, ["fine", "raise", "good one"])
+        died = scores(verifier, ["fine", "exit", "good one"], (2, 1, 0))
+    assert statuses(raised) == statuses(died) == [("ok", 14.0), ("error", 0.0), ("ok", 18.0)]
+    assert raised[1].rewards == {"format": 0.0, "by_word": 0.0}
+    assert raised[1].detail == f"{custom('by_word')}: ZeroDivisionError: broken"
+    assert died[1].detail == f"{custom('by_word')}: the worker ended with code 3"
+
+
+def test_a_wrong_number_of_values_is_repeated_one_by_one():
+    with Verifier(settings("count_of_good")) as verifier:
+        graded = scores(verifier, ["good", "bad", "good"])
+    assert statuses(graded) == [("ok", 1.0), ("error", 0.0), ("ok", 1.0)]
+    expected = "must return a list with one number or None per completion: 0 values for 1 completions"
+    assert graded[1].detail == f"{custom('count_of_good')}: ValueError: {expected}"
+
+
+def test_a_function_written_for_one_completion_still_works(monkeypatch):
+    """It is called again for each completion, and the log says why."""
+    logged = []
+    monkeypatch.setattr(logging, "log_every_n", lambda level, text, n, *args: logged.append(text % args))
+    with Verifier(settings("first_only")) as verifier:
+        assert statuses(scores(verifier, ["a", "bbb"])) == [("ok", 1.0), ("ok", 3.0)]
+    (line,) = logged
+    assert f"{custom('first_only')} failed on a batch of 2 completions" in line and "1 values for 2 completions" in line
+
+
+@pytest.mark.slow
+def test_one_row_that_hangs_times_out_alone():
+    """The batch may take three times as long as one completion; then only the row that hangs fails."""
+    began = time.monotonic()
+    with Verifier(settings("by_word", timeout=1.0, workers=2)) as verifier:
+        graded = scores(verifier, ["fine", "hang", "good one"])
+    assert statuses(graded) == [("ok", 14.0), ("timeout", 0.0), ("ok", 18.0)]
+    assert graded[1].detail == f"{custom('by_word')}: no result within 1.0 s" and graded[1].seconds == 1.0
+    assert time.monotonic() - began > 4.0  # 3 s for the batch, and 1 s for the row
+
+
+def slow(completions, **columns):
+    time.sleep(0.6 * len(completions))
+    return [float(len(completions)) for _ in completions]
+
+
+@pytest.mark.slow
+def test_a_batch_has_as_much_time_as_its_completions_together():
+    with Verifier(settings("slow", timeout=2.0)) as verifier:
+        graded = scores(verifier, ["a"] * 5)  # 3 s, of 10 s
+    assert statuses(graded) == [("ok", 5.0)] * 5
+    assert all(0.6 <= each.seconds < 2.0 for each in graded)  # the part of each completion
+
+
+def test_a_grading_that_fails_takes_the_custom_reward_with_it():
+    """A completion whose accuracy could not be computed scores 0 on everything."""
+    with Verifier(settings("by_word", accuracy=1.0)) as verifier:
+        batch = Batch(2)
+        broken = Candidate("fine", "4", prefix=None, sample_id=0)  # the grader raises; the custom reward does not
+        futures = [verifier.submit(broken, batch), verifier.submit(Candidate("fine", "4", sample_id=1), batch)]
+        graded = [future.result(timeout=60) for future in futures]
+    assert graded[0].status == "error" and graded[0].rewards == {"accuracy": 0.0, "by_word": 0.0}
+    assert graded[0].reward == 0.0 and graded[1].reward == 24.0
+
+
+def test_nothing_waits_after_an_early_end():
+    with Verifier(settings("by_word", accuracy=1.0, timeout=60.0)) as verifier:
+        given_up, left, called = Batch(3), Batch(2), Batch(2)
+        dropped = [verifier.submit(Candidate("fine", "4", sample_id=i), given_up) for i in range(2)]
+        waiting = verifier.submit(Candidate("fine", "4"), left)
+        given_up.close()
+        assert [future.result(timeout=60).status for future in dropped] == ["error", "error"]
+        assert "was closed before it was complete" in dropped[0].result().detail
+        late = verifier.submit(Candidate("fine", "4", sample_id=2), given_up)
+        assert late.result(timeout=60).status == "error"
+        running = [verifier.submit(Candidate("hang", "4", sample_id=i), called) for i in range(2)]
+        assert not waiting.done()
+    assert [future.result(timeout=1).status for future in (waiting, *running)] == ["error"] * 3
+    after = [verifier.submit(Candidate("fine", "4"), batch) for batch in (Batch(1), Batch(2))]
+    assert [future.result(timeout=1).status for future in after] == ["error"] * 2
