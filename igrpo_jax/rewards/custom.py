@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from absl import logging
 
@@ -89,7 +90,7 @@ def values(reward: CustomReward, candidates: Sequence[Candidate]) -> list[float 
     return [_checked(value) for value in returned]
 
 
-def _checked(value: object) -> float | str:
+def _checked(value: Any) -> float | str:
     if value is None:
         return math.nan
     try:

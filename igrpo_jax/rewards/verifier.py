@@ -7,7 +7,7 @@
 
 The reward is the weighted sum of the rewards in use. A reward of weight 0 is neither computed nor reported.
 
-    accuracy   the stated answer equals the reference answer                            0 or 1
+    accuracy   the stated answer equals the reference answer                           0 or 1
     format     one think block, then one answer block, nothing else                    0 or 1
     overlong   the soft over-long penalty of DAPO                                      -1 to 0
     (custom)   a function of the user, under its own name, of all completions at once  any number, or None

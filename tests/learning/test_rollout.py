@@ -324,7 +324,7 @@ def test_a_custom_reward_sees_each_group_in_the_order_of_its_samples(collect, tm
             lengths = [len(completion.tokens) for completion in completions]
             expected = [length - sum(lengths) / len(lengths) + place / 100 for place, length in enumerate(lengths)]
             assert [completion.score.reward for completion in completions] == pytest.approx(expected)
-        assert group.best == selected(group.drafts)
+        assert group.kept == selected(group.drafts)
 
 
 def test_a_group_does_not_depend_on_the_other_prompts(collect, rollout, prompts):

@@ -268,13 +268,11 @@ def test_a_function_written_for_one_completion_still_works(monkeypatch):
 
 @pytest.mark.slow
 def test_one_row_that_hangs_times_out_alone():
-    """The batch may take three times as long as one completion; then only the row that hangs fails."""
-    began = time.monotonic()
+    """The call of the batch is killed; then only the call of the row that hangs is."""
     with Verifier(settings("by_word", timeout=1.0, workers=2)) as verifier:
         graded = scores(verifier, ["fine", "hang", "good one"])
     assert statuses(graded) == [("ok", 14.0), ("timeout", 0.0), ("ok", 18.0)]
     assert graded[1].detail == f"{custom('by_word')}: no result within 1.0 s" and graded[1].seconds == 1.0
-    assert time.monotonic() - began > 4.0  # 3 s for the batch, and 1 s for the row
 
 
 def slow(completions, **columns):
@@ -294,7 +292,7 @@ def test_a_grading_that_fails_takes_the_custom_reward_with_it():
     """A completion whose accuracy could not be computed scores 0 on everything."""
     with Verifier(settings("by_word", accuracy=1.0)) as verifier:
         batch = Batch(2)
-        broken = Candidate("fine", "4", prefix=None, sample_id=0)  # the grader raises; the custom reward does not
+        broken = Candidate("fine", "4", opening=None, sample_id=0)  # the grader raises; the custom reward does not
         futures = [verifier.submit(broken, batch), verifier.submit(Candidate("fine", "4", sample_id=1), batch)]
         graded = [future.result(timeout=60) for future in futures]
     assert graded[0].status == "error" and graded[0].rewards == {"accuracy": 0.0, "by_word": 0.0}

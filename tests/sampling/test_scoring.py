@@ -95,9 +95,9 @@ def test_each_request_has_a_batch_of_its_own(pool):
 
 
 def of_group(completions, **columns):
-    """A custom reward that tells the batch's size, and which text is the last one by the alphabet."""
+    """A custom reward that tells the batch's size, each place in it, and which text is the last one by the alphabet."""
     last = max(completions)
-    return [10.0 * len(completions) + (text == last) for text in completions]
+    return [10.0 * len(completions) + (text == last) + place / 8 for place, text in enumerate(completions)]
 
 
 def test_a_custom_reward_sees_the_completions_of_each_request():
@@ -109,7 +109,7 @@ def test_a_custom_reward_sees_the_completions_of_each_request():
     with Verifier(settings) as verifier:
         sample_and_score(scheduler, verifier.submit, RENDERER)
     rewards = {index: {done.sample_id: done.score.reward for done in scored} for index, scored in told.items()}
-    assert rewards == {0: {0: 30.0, 1: 30.0, 2: 31.0}, 1: {5: 21.0, 6: 20.0}}
+    assert rewards == {0: {0: 30.0, 1: 30.125, 2: 31.25}, 1: {5: 21.0, 6: 20.125}}
 
 
 def test_a_callback_may_ask_for_more_after_the_queue_is_empty(pool):
