@@ -77,6 +77,27 @@ def settings(args: argparse.Namespace, drafts: int, generations: int, slots: int
     return config.freeze(tree)
 
 
+def make_engine(args: argparse.Namespace, model, mesh, slots: int, max_context: int, steps_per_dispatch: int):
+    """Returns an engine whose programs are compiled, and that never ends a completion early."""
+    import jax
+
+    from igrpo_jax.sampling.engine import Engine
+
+    engine = Engine(
+        model,
+        mesh,
+        (model.vocab_size,),  # an EOS that is never drawn
+        slots=slots,
+        max_context=max_context,
+        max_completion=args.new_tokens,
+        dtype=args.dtype,
+        steps_per_dispatch=steps_per_dispatch,
+    )
+    with jax.set_mesh(mesh):
+        engine.compile()
+    return engine
+
+
 def make_stages(
     args: argparse.Namespace, drafts: int, generations: int, slots: int, streamed: bool = True, engine=None
 ):
@@ -90,7 +111,6 @@ def make_stages(
     from igrpo_jax.models.config import from_hf
     from igrpo_jax.records import Prompt
     from igrpo_jax.rewards.verifier import Verifier
-    from igrpo_jax.sampling.engine import Engine
     from igrpo_jax.sampling.scheduler import Scheduler
 
     class Prescribed(Scheduler):
@@ -110,18 +130,10 @@ def make_stages(
             model = from_hf(models.raw_config(args), args.model or args.shape)
             self.max_context = args.prompt_len + (args.new_tokens if drafts else 0)
             self.model = models.with_attention(model, args, self.mesh, self.max_context + args.new_tokens)
-            self.engine = engine or Engine(
-                self.model,
-                self.mesh,
-                (model.vocab_size,),  # is never drawn
-                slots=slots,
-                max_context=self.max_context,
-                max_completion=args.new_tokens,
-                dtype=args.dtype,
-                steps_per_dispatch=self.config.rollout.steps_per_dispatch,
+            steps_per_dispatch = self.config.rollout.steps_per_dispatch
+            self.engine = engine or make_engine(
+                args, self.model, self.mesh, slots, self.max_context, steps_per_dispatch
             )
-            with jax.set_mesh(self.mesh):
-                self.engine.compile()
             self.scheduler = Prescribed(self.engine, jax.default_backend() != "cpu")
             rng = np.random.default_rng(0)
             tokens = rng.integers(17, model.vocab_size, (args.prompts, args.prompt_len), np.int32)

@@ -10,8 +10,8 @@ shuffled with a fixed seed and the first N graded:
 - math-verify: `math_verify.parse` and `verify` as in its README, for LaTeX and plain expressions, without its time
   limits, on the same texts and reference answers. It is slow and runs on a subsample of --baseline-rows.
 - fallback_fraction: share of rows that exact arithmetic could not decide, so that sympy decided.
-- agreement: share of rows whose verdict is the intended one. Two references may be equal by chance, which makes no
-  wrong answer, so a "wrong" row is left out where `equivalent` finds its two references equal.
+- agreement: share of rows whose verdict is the intended one. Two reference answers may be equal by chance, so a
+  "wrong" row is left out where `equivalent` finds its two reference answers equal.
 
 With --mixed N, N cases of other kinds go through the pool with a short deadline: ordinary ones, hostile ones (towers of
 powers, nested brackets, sums without end, inputs on which sympy is slow), texts that cannot be parsed, and random
@@ -83,7 +83,7 @@ def rewritten(gold: str, rng: random.Random) -> str:
 
 
 def write_rows(golds: list[str], count: int) -> list[tuple[str, str, bool]]:
-    """Returns `count` rows (completion, reference, whether it is right)."""
+    """Returns `count` rows (completion, reference answer, whether it is right)."""
     from igrpo_jax.rewards.mathematics import grader
 
     rng = random.Random(SEED)
@@ -172,9 +172,9 @@ def measure_math_verify(rows: list) -> dict:
     reading = [LatexExtractionConfig(), ExprExtractionConfig()]
 
     def once(text: str, gold: str) -> bool:
-        reference = parse(f"${gold}$", extraction_config=reading, parsing_timeout=None)
+        answer = parse(f"${gold}$", extraction_config=reading, parsing_timeout=None)
         prediction = parse(text, extraction_config=reading, parsing_timeout=None)
-        return verify(reference, prediction, timeout_seconds=None)
+        return verify(answer, prediction, timeout_seconds=None)
 
     once("\\boxed{x+1}", "1+x")
     agreed = 0
@@ -212,7 +212,7 @@ HOSTILE = [
 
 
 def mixed_cases(golds: list[str], count: int) -> list[tuple[str, str]]:
-    """Returns (completion, reference) pairs: of ten, four are ordinary, one hostile, two empty, three random bytes."""
+    """Returns (completion, reference answer) pairs: of ten, 4 are ordinary, 1 hostile, 2 empty, 3 random bytes."""
     rng = random.Random(SEED + 1)
     cases = []
     for _ in range(count):
@@ -349,7 +349,8 @@ def main() -> None:
     rows = write_rows(golds, options.rows)
     lengths = statistics.mean(len(text) for text, _, _ in rows)
     print(
-        f"{len(golds)} references, {len(rows)} rows, {sum(r for *_, r in rows)} of them right, {lengths:.0f} characters"
+        f"{len(golds)} reference answers, {len(rows)} rows, {sum(r for *_, r in rows)} of them right, "
+        f"{lengths:.0f} characters"
     )
     figures |= {"rows": len(rows)} | measure_worker(rows)
     print(f"worker: {figures['worker_per_second']} a second, {figures['agreement']:.3%} as written, "

@@ -391,7 +391,7 @@ class CheckpointConfig:
 class WatchdogConfig:
     """How long a run may wait without progress before the log names what it waits for, with all threads' stacks."""
 
-    # Seconds of waiting for the next verdict before the log names it; 0 for never.
+    # Seconds of waiting for the verifier's next score before the log names it; 0 for never.
     verifier: Annotated[float, AtLeast(0)] = 300.0
     # Seconds of waiting for one call of the sampler or one update, with what they compile, before the log names it; 0
     # for never.

@@ -463,9 +463,8 @@ def test_groups_without_a_signal_are_only_scored(build, tiny):
     units = build()[0].packer.units(make_groups(), IDLE)
     share = sum(size(unit) for unit, skip in zip(units, idle, strict=True) if skip) / sum(map(size, units))
     assert metrics["perf/idle_frac"] == pytest.approx(share) and others["perf/idle_frac"] == 0
-    work = [
-        build()[0]._costs.useful(len(unit.context), [len(one.tokens) for one in unit.completions], 1) for unit in units
-    ]
+    flops = build()[0].programs.costs.model.useful_flops
+    work = [flops(len(unit.context), [len(one.tokens) for one in unit.completions], 1) for unit in units]
     assert others["perf/update_flops"] == pytest.approx(3 * sum(work))
     assert metrics["perf/update_flops"] == pytest.approx(np.dot(np.where(idle, 1, 3), work))
     run = sum(unit.tokens for unit, skip in zip(units, idle, strict=True) if not skip)
