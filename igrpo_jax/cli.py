@@ -191,7 +191,7 @@ def _tree_of_run(workdir: Path) -> Any:
 def _parse(
     argv: list[str], usage: str, texts: dict[str, str], tree: Any = None
 ) -> tuple[Config, dict[str, str | None]]:
-    """Returns the configuration, and the values of the flags in `texts` (name: what it is for).
+    """Returns the configuration, and the values of the flags in `texts` (the purpose of each by its name).
 
     Args:
         tree: a ConfigDict that is used where there is no --config; without it the configuration is then the default.

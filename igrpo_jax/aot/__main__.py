@@ -2,12 +2,12 @@
 
     python -m igrpo_jax.aot --config configs/tpu_v5p.py --topology v5p:2x2x2
 
-builds the programs of a run for that slice of TPUs with their own compiler, libtpu; without --topology for the devices
-at hand. Out come a table of them, then "fits", or "does not fit" with what to change, and one JSON object as the last
-line. Exit code 0 where it fits, 3 where it does not. `footprint` and `models.costs` say how bytes and seconds
-are counted.
+compiles the programs of a run for that slice with libtpu, the compiler of TPUs; without --topology it compiles them for
+the devices of this machine. It prints a table of the programs, then "fits", or "does not fit" with the settings to
+change, and one JSON object as the last line. The exit code is 0 where it fits and 3 where it does not. `footprint` and
+`models.costs` say how bytes and seconds are counted.
 
-What this cannot show: how near to its published peaks a chip comes, what its links deliver, how long the host takes.
+It cannot show how near a chip comes to its published peaks, what its links deliver, or how long the host takes.
 """
 
 import json
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
 
 
 def topology(name: str | None) -> list:
-    """Returns the devices of a slice that need not be there; without a name, those at hand.
+    """Returns the devices of a slice, which need not exist here; without a name, the devices of this machine.
 
     Raises:
         InputError: libtpu is not installed, or knows no such slice.
@@ -65,8 +65,8 @@ def topology(name: str | None) -> list:
         import jax
 
         return jax.devices()
-    # None of these chips is here: libtpu would look for them, ask the cloud what machine this is (any answer will do),
-    # and let nobody else on this machine compile meanwhile.
+    # None of these chips is in this machine. Without these variables libtpu would look for them, ask the cloud about
+    # the machine (any answer will do), and keep other processes from compiling meanwhile.
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-16"}
     os.environ.update(quiet | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
     try:
@@ -86,7 +86,7 @@ def topology(name: str | None) -> list:
 
 
 def head(footprint: "Footprint") -> list[str]:
-    """Returns the lines that say what is built, and for what."""
+    """Returns the lines that name the model, the devices and the sizes that programs are compiled for."""
     config, mesh, engine = footprint.config, footprint.mesh, footprint.engine
     processes = len({device.process_index for device in mesh.devices.flat})
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -131,7 +131,7 @@ def step_lines(footprint: "Footprint") -> list[str]:
 
 
 def conclusion(footprint: "Footprint") -> list[str]:
-    """Returns the lines that say whether it fits, and where it does not, which settings to change."""
+    """Returns the lines that say whether the run fits and, where it does not, which settings to change."""
     fullest, available = footprint.fullest, size(footprint.chip.hbm_bytes)
     if footprint.fits:
         return [f"fits: {footprint.used_fraction:.1%} of {available} at its fullest, in {fullest.name}"]
@@ -143,7 +143,7 @@ def conclusion(footprint: "Footprint") -> list[str]:
 
 
 def advice(footprint: "Footprint") -> list[str]:
-    """Returns settings that lower what the fullest moment needs, with their values now."""
+    """Returns settings that lower what the fullest program needs, with their present values."""
     config, fullest, sizes = footprint.config, footprint.fullest.program, footprint.mesh.shape
     training = footprint.learner.programs
     lines = []

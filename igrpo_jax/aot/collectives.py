@@ -1,8 +1,9 @@
-"""What devices send one another in a compiled program, read from its text.
+"""Counts what devices send one another in a compiled program, from the program's text.
 
-Each collective is counted as often as it runs: one in the body of a loop as often as the loop runs, where the text says
-that (a count from 0 to a constant), else once. Bytes are those that one device receives if no byte comes twice: with n
-devices and a result of B bytes, an all-gather (n - 1) / n B, an all-reduce twice that, a reduce-scatter (n - 1) B.
+Each collective is counted as often as it runs: in the body of a loop as often as the loop runs, where the text gives
+that number (a count from 0 to a constant), else once. Bytes are those that one device receives if no byte comes twice:
+with n devices and a result of B bytes, an all-gather (n - 1) / n B, an all-reduce twice that, and a reduce-scatter
+(n - 1) B.
 """
 
 import collections
@@ -27,13 +28,13 @@ _SCATTERS = "all-reduce-scatter"
 
 @dataclass
 class Traffic:
-    """How often a collective runs, and what it moves."""
+    """How often a kind of collective runs, and how many bytes it moves."""
 
     count: float = 0.0
-    bytes: float = 0.0  # that one device receives
+    bytes: float = 0.0  # bytes that one device receives
 
     def add(self, other: "Traffic", times: float) -> None:
-        """Adds `other`, which runs so many times."""
+        """Adds `other`, repeated `times` times."""
         self.count += other.count * times
         self.bytes += other.bytes * times
 

@@ -109,7 +109,7 @@ class Program:
 
 
 def compile_all(programs: Sequence[Program], report: Callable[[int], None] = lambda done: None) -> None:
-    """Compiles what is missing of the shapes of `programs`, several at a time.
+    """Compiles those shapes of `programs` that are not compiled yet, several at a time.
 
     Args:
         report: is given the number done so far.

@@ -31,7 +31,7 @@ from igrpo_jax.sampling.scheduler import Scheduler
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """A model and what it is asked: read and checked, without weights and before any device work."""
+    """A model and the problems that it answers, read and checked before any device work; without weights."""
 
     config: Config
     policy: Policy
@@ -39,7 +39,7 @@ class EvaluationTask:
     plan: Plan
     mesh: jax.sharding.Mesh
     run: Path | None  # folder of the run that the model is of; None for a model that is no run's
-    step: int | None  # of the run's checkpoint
+    step: int | None  # step of the run's checkpoint; None where the model is no run's
     name: str  # absolute, where the model is a folder
     weights_written: str  # when, in UTC: newer weights at the same path are another model
 

@@ -5,7 +5,7 @@
 3. `apply` (in `train_state`) makes one AdamW step on the float32 master weights.
 
 With several optimizer steps per update, log pi_old is computed first, by the function that the loss uses; with one it
-is the policy itself, and its gradient is stopped. log pi_ref (beta > 0) is computed once per rollout. Groups whose
+is the policy itself, and its gradient is stopped. log pi_ref (beta > 0) is computed once per update. Groups whose
 advantages are all zero have no gradient where beta = 0 and no entropy bonus asks for one: they are only rescored, for
 the entropy.
 
@@ -117,7 +117,7 @@ class Learner:
         return state, mean_over_steps(metrics) | {"perf/update_flops": flops}
 
     def _set_old_and_reference(self, params: decoder.Params, units: Sequence[Unit]) -> None:
-        """Gives each unit log pi_old and log pi_ref, where the loss reads them."""
+        """Sets log pi_old and log pi_ref of each unit, where the loss reads them."""
         if self.optimizer_steps_per_update > 1:
             for unit, rescored in zip(units, self._rescored(params, units), strict=True):
                 unit.old = rescored.logprobs
@@ -127,7 +127,7 @@ class Learner:
                 unit.reference = rescored.logprobs
 
     def _minibatches(self, units_by_stage: list[list[Unit]], step: int, iteration: int) -> Iterator[list[Unit]]:
-        """Yields the units of each optimizer step of one pass over a rollout: an equal part of those of each stage."""
+        """Yields the units of each optimizer step of one iteration: an equal part of the units of each stage."""
         count = self._config.minibatches
         rng = np.random.default_rng([self._seed, step, iteration, 0x313B])
         orders = [rng.permutation(len(units)) if count > 1 else np.arange(len(units)) for units in units_by_stage]
@@ -177,7 +177,7 @@ class Learner:
         )
 
     def _draft_units(self, groups: Sequence[Group]) -> list[Unit]:
-        """Returns the units of drafts, where they are trained on; a group whose draft stage was left out has none."""
+        """Returns the units of drafts, where they are trained on; a group that skipped Stage 1 has none."""
         drafted = [group.of_drafts for group in groups if "draft" in self.programs.stages and group.drafts]
         if not drafted:
             return []
@@ -187,9 +187,9 @@ class Learner:
         return self.packer.units(drafted, advantages)
 
     def draft_mismatch(self, params: decoder.Params, groups: Sequence[Group]) -> dict[str, float]:
-        """Returns how far log-probs of drafts are from the sampler's, over the first drafts that one micro-batch holds.
+        """Returns how far the rescored log-probs of the first drafts, one micro-batch of them, are from the sampler's.
 
-        It checks the sampler in Stage 1, whose tokens carry no loss; `params` are those that drafted.
+        This checks the sampler in Stage 1, whose tokens usually carry no loss. `params` are those that sampled.
         """
         units = []
         size = self.packer.completions_per_unit
@@ -209,7 +209,7 @@ class Learner:
 
     @property
     def resting_bytes(self) -> int:
-        """Bytes on each device of all that training keeps there while completions are sampled."""
+        """Bytes that training keeps on each device while completions are sampled."""
         return tree_bytes((self.programs.state.params, self.programs.frozen)) + self.programs.waiting_bytes.accumulate
 
     def predicted_bytes(self) -> int:

@@ -94,7 +94,7 @@ class Resolved:
 
     @property
     def needs_advantage(self) -> bool:
-        """Whether the advantage is all that gives a gradient: rows without one then need no backward pass."""
+        """Whether a row with an advantage of 0 has no gradient, and so needs no backward pass."""
         return self.beta == 0 and self.entropy_coef == 0
 
 

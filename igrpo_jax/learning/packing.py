@@ -25,7 +25,7 @@ Shape = tuple[int, int, int, int]  # Q units, P prefix positions, G completions 
 
 @dataclass
 class Unit:
-    """A context and completions that share it, with what is known of each completion."""
+    """A context and completions that share it, with what the loss reads of each completion."""
 
     context: np.ndarray  # [L] int32
     completions: tuple[Completion, ...]  # G
@@ -122,7 +122,7 @@ class Packer:
 
     @property
     def fullest(self) -> Shape:
-        """The shape of a micro-batch with most padded tokens, whose activations take most memory."""
+        """The shape with the most padded tokens, whose activations take the most memory."""
         return max(self.shapes, key=lambda shape: (shape[0] * (shape[1] + shape[2] * shape[3]), shape == self.largest))
 
     def units(self, groups: Sequence[Group], advantages: np.ndarray) -> list[Unit]:

@@ -212,18 +212,13 @@ class Rollout:
         self._verifier = verifier
         self._warned = False
 
-    def collect(
-        self,
-        params: decoder.Params,
-        step: int,
-        prompts: exchange.Prompts,
-    ) -> RolloutResult:
+    def collect(self, params: decoder.Params, step: int, prompts: exchange.Prompts) -> RolloutResult:
         """Returns one group per prompt, in the order of `prompts(0)`, and the metrics of the rollout.
 
         `redraw/groups` counts the groups whose position a fresh prompt took, `redraw/exhausted` those that stayed
-        though their rewards are all equal, since `algorithm.max_redraws` of their position were used. What redrawn
-        groups cost is in `perf/draft_tokens` and `perf/completion_tokens`; all other metrics are of the groups that
-        stayed.
+        although their rewards are all equal, because `algorithm.max_redraws` fresh prompts were used. Tokens of
+        redrawn groups are counted in `perf/draft_tokens` and `perf/completion_tokens`; all other metrics describe the
+        groups that stayed.
 
         Every process returns the same groups, and the same metrics but for `perf/rollout_time`: tokens are summed,
         slots are counted over all, and `perf/verify_wait_time` is the longest. `perf/process_idle_frac` is the

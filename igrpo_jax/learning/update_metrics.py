@@ -15,7 +15,7 @@ _LARGEST = ("sampling/sampling_logp_difference/max",)
 def optimizer_step_metrics(
     sums: dict[str, MicroBatchSums], idle: Sequence[Unit], rescored: Sequence[TokenLogprobs]
 ) -> dict[str, float]:
-    """Returns the metrics of one optimizer step: the loss of all rows, and what is measured of refinements.
+    """Returns the metrics of one optimizer step: the loss of all rows, and the metrics of the refinements.
 
     Drafts that are trained on are measured as `draft/entropy`, `draft/kl` and `draft/clip_ratio`.
 

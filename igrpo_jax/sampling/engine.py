@@ -1,7 +1,4 @@
-"""The sampler as the host sees it: the compiled programs of `programs`, called with host values.
-
-When to call what is the business of `scheduler`.
-"""
+"""Calls the sampler's programs with values of the host, such as lists of slots. `scheduler` decides when."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -93,7 +90,7 @@ class Engine:
 
     @property
     def num_programs(self) -> int:
-        """How many compiled programs sampling may need."""
+        """The number of compiled programs that sampling may need."""
         return sum(len(program.shapes) for program in self.programs)
 
     @property
@@ -111,7 +108,7 @@ class Engine:
         compile_all(list(self.programs), report)
 
     def predicted_bytes(self) -> int:
-        """Returns the bytes on each device while the largest program compiled so far runs, with weights and state."""
+        """Returns the bytes on each device, weights and state included, while the largest compiled program runs."""
         programs = self.programs
         return max(
             programs.decode.peak_bytes,
@@ -132,7 +129,7 @@ class Engine:
         return params if self.mesh is self._whole_mesh else sharding.local_view(params, self._local_shardings)
 
     def empty(self) -> State:
-        """Returns free slots."""
+        """Returns a state in which all slots are free."""
         return self.programs.empty()
 
     def prefill(self, weights: decoder.Params, prompts: Sequence[np.ndarray]) -> PrefilledPrompts:
@@ -166,7 +163,7 @@ class Engine:
             prompt, samples: integers that derive each sample's own key from it.
             limits: most tokens to draw of each sample, at most max_completion.
         """
-        # A model without attention keeps as much of any prompt: its programs are all the same.
+        # A model without attention keeps a state of one size for any prompt, so that one program serves all lengths.
         size = caches.positions(prefilled.cache) or self.programs.prefill_buckets[0]
         for start in range(0, len(slots), WIDTH):
             part = slice(start, start + WIDTH)
@@ -215,7 +212,7 @@ class Engine:
         return state
 
     def harvest(self, state: State, slots: Sequence[int]) -> list[tuple[jax.Array, jax.Array]]:
-        """Returns tokens and log-probs [WIDTH, M] of some slots, in pieces that are still on the device."""
+        """Returns tokens and log-probs [WIDTH, M] of `slots`, WIDTH at a time; the arrays are still on the device."""
         pieces = [_padded(slots[start : start + WIDTH], 0) for start in range(0, len(slots), WIDTH)]
         return [self.programs.harvest(state, piece) for piece in pieces]
 

@@ -221,7 +221,8 @@ def _doubled(longest: int, smallest: int) -> tuple[int, ...]:
 def _prefill_buckets(longest: int, chunk: int) -> tuple[int, ...]:
     """Returns lengths up to a chunk, and multiples of a chunk beyond it.
 
-    Each is a program, whose code stays on the device (161 MiB for 28 layers on a TPU): no short ones beside long ones.
+    Where prompts are long, there are no short lengths: each length is a program, whose code stays on the device (161
+    MiB for 28 layers on a TPU).
     """
     smallest = 32 if longest < 1024 else 128
     if longest <= chunk:

@@ -101,7 +101,7 @@ class _Running:
 
 @dataclass(frozen=True)
 class _Dispatch:
-    """A dispatch of the device whose results the host has not read yet."""
+    """A dispatch whose results the host has not read yet."""
 
     number: int
     status: Status
@@ -175,7 +175,7 @@ class Scheduler:
         return bool(self._waiting or self._running or self._harvests)
 
     def drain(self) -> Iterator[Sample]:
-        """Yields all samples of what is queued, as they finish."""
+        """Yields the samples of all queued requests, as they finish."""
         while self.pending:
             yield from self.advance()
 

@@ -1,4 +1,4 @@
-"""A run outside of its updates: what it is made of, how it is opened, what it reports and saves.
+"""A run outside of its updates: its parts, how it is opened, what it reports and saves.
 
 In order: task, overview, progress, run, opening.
 """
