@@ -262,7 +262,7 @@ def test_a_hybrid_on_a_mesh_samples_the_same(hybrid):
         results.append(sample(engine, put(host, mesh), requests, Sampling(0.8)))
     for key, one in results[0].items():
         np.testing.assert_array_equal(results[1][key].tokens, one.tokens)
-    groups = engine._state.cache[0].b  # of 2 shards by 2 of tensor
+    groups = engine.programs.state.cache[0].b  # of 2 shards by 2 of tensor
     assert groups.sharding.shard_shape(groups.shape) == (2, 3, 1, 8)
 
 

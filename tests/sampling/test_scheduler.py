@@ -248,14 +248,15 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
-from igrpo_jax import config, sharding
+from igrpo_jax import config
+from igrpo_jax.distributed import sharding
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Request, Scheduler
 from igrpo_jax.sampling.steps import Sampling
 
 given = np.load(sys.argv[3], allow_pickle=True)
 c, host = given["c"].item(), given["params"].item()
-mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2))
+mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2))
 params = {path: sharding.to_global(x, sharding.param_sharding(mesh, path)) for path, x in host.items()}
 sizes = {"slots": 8, "max_context": 110, "max_completion": 24, "steps_per_dispatch": 16}
 scheduler = Scheduler(Engine(c, mesh, (0, 17, 40), dtype="float32", **sizes))
