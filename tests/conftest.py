@@ -11,6 +11,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes of tests share a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a download
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork and spawn
+# Most of a test's time is XLA's, and its programs run once or twice: machine code that is not optimised, here and in
+# subprocesses. The programs stay the same; 0 tests them optimised.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 PROGRAMS = pytest.StashKey[str]()
 
@@ -62,21 +65,6 @@ def hybrid():
 
     cfg = tiny_models.hybrid_config()
     return cfg, tiny_models.random_params(cfg)
-
-
-@pytest.fixture(scope="module")
-def compile_fast():
-    """Machine code that is not optimised, here and in subprocesses, for modules whose programs run once or twice.
-
-    The programs stay the same.
-    """
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

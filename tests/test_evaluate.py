@@ -57,7 +57,7 @@ def configured(**changes):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, compile_fast):
+def model(tmp_path_factory):
     """A tiny random Llama in bfloat16 with the built-in tokenizer, as a Hugging Face directory."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed; the extra parity brings it")
     import transformers

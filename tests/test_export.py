@@ -21,8 +21,6 @@ from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.workdir import read_config
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 LORA = ("model.lora.rank=2", "model.lora.targets=('q_proj','o_proj','up_proj')", "algorithm.beta=0.05")
 CONSTANT = (
     "optimizer.warmup_ratio=0",

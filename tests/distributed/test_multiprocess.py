@@ -155,7 +155,7 @@ def four(folder, two):
 
 
 @pytest.fixture(scope="module")
-def one(folder, compile_fast):
+def one(folder):
     """One process that runs to the end."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout._StepRollout, "_submit", rollout._StepRollout._submit)  # so that it is put back

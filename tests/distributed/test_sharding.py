@@ -12,8 +12,6 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 TINY = tiny_config(vocab_size=48, hidden_size=16, intermediate_size=40, pattern="*-", max_position_embeddings=64)
 
 

@@ -75,7 +75,7 @@ class StubVerifier:
 
 
 @pytest.fixture(scope="module")
-def policy(compile_fast):
+def policy():
     return open_policy(settings().model)
 
 

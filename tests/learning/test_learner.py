@@ -41,9 +41,6 @@ SEVERAL = {"learner__minibatches": 2, "algorithm__num_iterations": 2, "algorithm
 IDLE = ADVANTAGES * np.array([1, 0, 1, 1, 0, 1, 0, 1], np.float32)[:, None]  # three groups without a signal
 
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
-
 def rows_of(groups):
     return [(group.context, one) for group in groups for one in group.completions]
 

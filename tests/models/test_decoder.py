@@ -16,8 +16,6 @@ from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import builtin
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 TINY = tiny_models.tiny_config(
     vocab_size=48, hidden_size=24, intermediate_size=40, num_heads=6, max_position_embeddings=64
 )

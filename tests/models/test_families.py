@@ -15,8 +15,6 @@ from tiny_models import one_device
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder, hf_files, hf_read
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 STEPS = 32
 
 

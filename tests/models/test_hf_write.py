@@ -28,8 +28,6 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.models import decoder, hf_files, hf_write, policy
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 def open_policy(path):
     return policy.open_policy(config.ModelConfig(path=str(path)))

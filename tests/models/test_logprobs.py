@@ -13,8 +13,6 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.models import decoder
 from igrpo_jax.models.logprobs import completion_logprobs, token_logprobs
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 R, T, D, V = 3, 10, 8, 29
 
 

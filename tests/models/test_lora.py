@@ -17,7 +17,6 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.sampling.engine import Engine
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 MESHES = {"one": None, "sharded": config.MeshConfig(data=2, fsdp=2, tensor=2)}
 ON = {"model__lora__rank": 3, "model__lora__alpha": 6.0}
 

@@ -12,8 +12,6 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder, mamba2
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 B, N, G, H, P = 2, 4, 2, 3, 5
 
 
