@@ -73,4 +73,4 @@ def whole(tmp_path_factory):
     import whole_runs
 
     path = tmp_path_factory.mktemp("whole")
-    return path / "run", whole_runs.run(path, path / "run")
+    return path / "run", whole_runs.run(path, path / "run", "log.profile_steps=(2,)")

@@ -153,7 +153,7 @@ def killed(self, *args):
     os.kill(os.getpid(), signal.SIGKILL)
 os.rename, Run.report = slow, killed
 """
-    short = ("warm_start.steps=0", "evaluation.every=0", "checkpoint.best_metric=", "log.profile_steps=()", "steps=1")
+    short = ("warm_start.steps=0", "evaluation.every=0", "checkpoint.best_metric=", "steps=1")
     assert faulty(inject, tmp_path, tmp_path / "run", *short).returncode == -signal.SIGKILL
     assert list(samples(tmp_path / "run")) == ["step_000001.jsonl"]
     assert (tmp_path / "run" / "checkpoints" / "0").is_dir()

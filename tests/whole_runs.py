@@ -34,7 +34,7 @@ def get_config():
     c.optimizer.learning_rate = 1e-2
     c.evaluation.every, c.evaluation.benchmarks = 2, ("arithmetic",)
     c.checkpoint.every, c.checkpoint.keep, c.checkpoint.best_metric = 2, 2, "eval/arithmetic/pass@1"
-    c.log.samples_every, c.log.profile_steps = 2, (2,)
+    c.log.samples_every = 2
     return c
 """
 TIMES = ("perf/", "verifier/latency", "eval_time")

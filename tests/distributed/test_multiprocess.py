@@ -48,7 +48,6 @@ SETTINGS = {
     "checkpoint.keep": 9,
     "checkpoint.best_metric": "",
     "log.samples_every": 0,
-    "log.profile_steps": (),
     "log.trackers": (),
 }
 # In step 2 what process 1 of two samples ends after two tokens: a process that waited for another would wait for ever.
