@@ -49,6 +49,7 @@ HF = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A tiny random Llama with the built-in tokenizer, as a Hugging Face directory."""
+    pytest.importorskip("torch", reason="PyTorch is not installed; the extra parity brings it")
     import transformers
 
     path = tmp_path_factory.mktemp("model") / "llama"
@@ -167,11 +168,13 @@ def test_meshes_that_do_not_fit(refused, model, problems):
     assert "config.rollout.slots = 6: must be a multiple" in refused(*real, "rollout.slots=6")
 
 
+@pytest.mark.slow
 def test_settings_that_the_objective_and_lora_can_not_follow(refused):
     assert "must be above 1 + epsilon_high" in refused("algorithm.delta=1.1")
     assert "'q_prj' matches no weight" in refused("model.lora.rank=2", "model.lora.targets=('q_prj',)")
 
 
+@pytest.mark.slow
 def test_workdirs_that_cannot_be_used(refused, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert "cannot be written" in refused(workdir=tmp_path / "file" / "run")
@@ -219,6 +222,7 @@ transformers.logging.get_logger("transformers").warning("a real warning")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["from igrpo_jax import cli", "from igrpo_jax import export", "pass"])
 def test_without_pytorch_transformers_gives_no_advice_and_still_warns(first):
     """The third shows that there is advice, and that the test would see it."""

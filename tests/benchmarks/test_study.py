@@ -154,6 +154,7 @@ def test_a_killed_study_goes_on(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "main.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_runs_of_a_killed_study_are_waited_for(tmp_path, capsys):
     """A child outlives the study that began it; another process in the same folder would tear its files."""
     log = tmp_path / "log.txt"

@@ -58,6 +58,7 @@ def test_csv_cells_stay_text(tmp_path):
     assert [(row.question, row.answer) for row in rows] == [("Sum, of 20 and 5?", "025"), ("Symbol?", "NA")]
 
 
+@pytest.mark.slow
 def test_json_and_parquet_go_through_datasets(tmp_path, monkeypatch):
     import datasets
 

@@ -49,6 +49,7 @@ print(abort.MISSING, "|", abort.launcher())
     assert "clusters" in done.stdout.partition("|")[0] and done.stdout.endswith("| None\n")
 
 
+@pytest.mark.slow
 def test_sigabrt_waits_as_long_as_its_number_and_the_handler_is_put_back():
     """6 s; a second signal would not wait for the first, so that one process shows both."""
     program = """

@@ -55,6 +55,7 @@ def test_two_logical_axes_on_one_mesh_axis_are_an_error():
     assert sharding.spec(("batch", "time", "heads", None)) == PartitionSpec(("data", "fsdp"), None, "tensor", None)
 
 
+@pytest.mark.slow
 def test_parameters_lie_where_the_table_says():
     """By hand, of the sizes of TINY: embed 16 over fsdp = 2; heads 4, kv heads 2, ffn 40, vocab 48 over tensor = 2."""
     params = decoder.init(TINY, jax.random.key(0), cube())
@@ -87,6 +88,7 @@ def test_gathered_weights_keep_the_tensor_axis_only():
     assert local["blocks/1/mixer/down_proj"] == (20, 16)
 
 
+@pytest.mark.slow
 def test_logits_and_gradients_of_a_2x2x2_mesh_equal_those_of_one_device():
     tokens = np.random.default_rng(0).integers(0, 48, (8, 10), np.int32)
     positions = np.broadcast_to(np.arange(10, dtype=np.int32), tokens.shape)

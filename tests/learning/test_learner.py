@@ -449,6 +449,7 @@ def test_remat(build, tiny):
 # Groups without a signal.
 
 
+@pytest.mark.slow
 def test_groups_without_a_signal_are_only_scored(build, tiny):
     """Three of eight. A gain of 1e-30 has no gradient either, but is run."""
     state, metrics = updated(build(), tiny[1], advantages=IDLE)
@@ -468,6 +469,7 @@ def test_groups_without_a_signal_are_only_scored(build, tiny):
     assert metrics["perf/padding_frac"] == pytest.approx(1 - run / (8 * 32 + 32 * 32))
 
 
+@pytest.mark.slow
 def test_groups_without_a_signal_off_policy(build, tiny):
     """Log pi_old is what all tokens of a rollout compare to their sampler, in the second pass too.
 
@@ -766,6 +768,7 @@ def test_several_updates_of_one_rollout(build, tiny, score_in_full, monkeypatch)
     assert sorted(orders[:P]) == sorted(orders[P:]) == list(range(P)) and orders[:P] != orders[P:]
 
 
+@pytest.mark.slow
 def test_without_a_learning_rate_nothing_happens(build, tiny):
     """4 updates by one policy: the ratio tells whether what scores and what trains agree."""
     state, metrics = updated(build(**SEVERAL, optimizer__learning_rate=0.0), tiny[1])
@@ -777,6 +780,7 @@ def test_without_a_learning_rate_nothing_happens(build, tiny):
         np.testing.assert_array_equal(state.params[path], x)
 
 
+@pytest.mark.slow
 def test_the_reference_can_wait_in_host_memory(build, tiny):
     settings = SEVERAL | {"optimizer__learning_rate": 1e-2}
     learner, _ = built = build(**settings, learner__offload_reference=True)
@@ -817,6 +821,7 @@ def test_the_first_moment_in_bfloat16(build, tiny):
     assert 0 < max(apart) < 0.02 * 1e-3
 
 
+@pytest.mark.slow
 def test_predicted_bytes(build, tiny):
     """Weights, two moments and the gradient at the least; more with larger micro-batches, less on more devices."""
     params = sum(x.size for x in tiny[1].values())

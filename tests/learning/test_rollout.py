@@ -204,6 +204,7 @@ def test_the_rollout_does_not_depend_on_slots_or_arrival(collect, rollout):
         same(ours, theirs)
 
 
+@pytest.mark.slow
 def test_the_rollout_does_not_depend_on_streaming(collect, rollout):
     """With the barrier no refinement is drawn before the last draft is scored; what is drawn is the same."""
     verifier, at = StubVerifier(), []
@@ -224,6 +225,7 @@ def test_the_rollout_does_not_depend_on_streaming(collect, rollout):
         same(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_slow_verifier_holds_nothing_up_but_its_own_prompt(collect, rollout, prompts):
     """The drafts of one prompt take long: the others are refined meanwhile, the wait is counted, nothing is lost."""
 
@@ -305,6 +307,7 @@ def without_seconds(group):
     return replace(group, drafts=drafts, completions=completions)
 
 
+@pytest.mark.slow
 def test_a_custom_reward_sees_each_group_in_the_order_of_its_samples(collect, tmp_path, monkeypatch):
     """Each stage of a prompt is one batch, whatever order its samples are drawn in: a repeated rollout is the same."""
     (tmp_path / "relative_rewards.py").write_text(RELATIVE)
@@ -436,6 +439,7 @@ def test_what_a_reward_is_given(collect, prompts):
     assert {(c.question, c.answer, c.columns["level"]) for c in seen} == {(QUESTIONS[0], "0", 3)}
 
 
+@pytest.mark.slow
 def test_with_the_real_verifier(collect, prompts):
     with Verifier(config.RewardsConfig(workers=1)) as verifier:
         groups, metrics = collect(verifier, wanted=prompts[:2])
@@ -497,6 +501,7 @@ def test_the_kept_draft_can_be_another(collect, rollout, renderer, selection):
         assert [group.kept for group in groups] != [group.kept for group in other]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slots", "streamed"), [(16, True), (3, True), (16, False), (-3, True)])
 def test_drafting_can_end_at_the_first_success(collect, rollout, slots, streamed):
     """The largest reward is 2. The drafts are those of a full Stage 1, up to the first with 2; the rest is equal."""

@@ -107,6 +107,7 @@ def test_it_equals_the_plain_one(name, case):
     assert_close(value_and_grads(RUNS_HERE[name], *CASES[case]), plain(*CASES[case]), 5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS_HERE)
 def test_bfloat16(name):
     case = inputs(1, 2, 40, 1, 2, positions=24, lengths=[9], dtype=jnp.bfloat16)
@@ -158,6 +159,7 @@ def test_splash_blocks(size, padded):
     assert splash._padded(size) == padded
 
 
+@pytest.mark.slow
 def test_splash_of_several_blocks():
     case = inputs(1, 1, 600, 1, 1, positions=200, lengths=[150])  # 2 blocks of 384 queries, 2 of 512 keys
     assert_close(value_and_grads(RUNS_HERE["splash"], *case), plain(*case), 5e-5)

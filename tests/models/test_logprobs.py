@@ -100,6 +100,7 @@ def loss_of(function):
     return lambda hidden, head, targets: jnp.sum(function(hidden, head, targets)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gradient", "bonus"), [(False, False), (True, False), (True, True)])
 def test_all_logits_never_exist(gradient, bonus):
     """In the compiled program, with chunks of 8 of 96 in 4 rows: neither in its shapes nor in its memory."""
@@ -126,6 +127,7 @@ def gathers(compiled):
     return [np.prod([int(x) for x in shape.split(",") if x]) for found in shapes for shape in found]
 
 
+@pytest.mark.slow
 def test_a_sharded_vocabulary_is_never_gathered():
     """Each device holds its half of the logits; only sums over the vocabulary travel."""
     mesh = sharding.make_mesh(config.MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])

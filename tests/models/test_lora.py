@@ -160,6 +160,7 @@ def test_the_reference_is_the_base(tiny):
     assert tree_bytes(learner._reference) < 0.6 * tree_bytes(learner._frozen)  # tiny is not much wider than rank 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_sampler_draws_from_the_trainers_sum(tiny, mesh):
     """In bfloat16 both round the same sum: the weights are equal bit for bit, and log-probs but for the programs."""

@@ -49,6 +49,7 @@ def test_chunks_equal_the_recurrence(time, groups):
             np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_the_chunk():
     inputs = data(11)
     weight, last = np.random.default_rng(1).normal(size=(B, 11, N, H)), np.random.default_rng(2).normal(size=(N, H, P))
@@ -185,6 +186,7 @@ def test_the_verbs_take_whole_states(hybrid):
     assert caches.positions(states(cache)) is None
 
 
+@pytest.mark.slow
 def test_a_state_is_float32_in_bfloat16(hybrid):
     c, params = hybrid
     half = decoder.cast(params, "bfloat16")

@@ -98,6 +98,7 @@ def test_state_and_meta_come_back_bit_for_bit_on_any_mesh(tmp_path):
     assert_same_bits(state_on(mesh, 3), jax.jit(updated, out_shardings=shardings(other))(restored))
 
 
+@pytest.mark.slow
 @needs_8
 def test_a_save_holds_the_state_of_its_call_though_the_arrays_are_donated(tmp_path):
     mesh = mesh_of(2, 2, 2)
@@ -111,6 +112,7 @@ def test_a_save_holds_the_state_of_its_call_though_the_arrays_are_donated(tmp_pa
     assert_same_bits(restored, expected)
 
 
+@pytest.mark.slow
 def test_cadence_force_and_the_newest_k(tmp_path):
     mesh = mesh_of(1, jax.device_count(), 1)
     state = state_on(mesh, 0)

@@ -116,6 +116,7 @@ def statuses(graded: Sequence[Score]) -> list[tuple[str, float]]:
     return [(each.status, each.reward) for each in graded]
 
 
+@pytest.mark.slow
 def test_a_reward_of_the_users_own():
     candidate = Candidate("abc", "42", "", "what?", {"level": 5}, np.array([7, 2], np.int32))
     both = settings("by_length", accuracy=1.0, custom_weight=2.0)
@@ -129,12 +130,14 @@ def test_a_reward_of_the_users_own():
     assert skipped.reward == 0.0 and skipped.status == "unparseable" and math.isnan(skipped.rewards["by_length"])
 
 
+@pytest.mark.slow
 def test_nothing_but_none_is_no_verdict():
     with Verifier(settings("by_length"), answer_column="solution") as verifier:
         graded = verifier.submit(Candidate("abc", "42", "", "skip", {"level": 5})).result(timeout=60)
     assert math.isnan(graded.reward) and graded.status == "invalid" and "None" in graded.detail
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_batch_have_their_own_columns():
     rows = [
         Candidate("abc", "42", "", "what?", {"level": 5}, np.array([7, 2], np.int32), 1),
@@ -163,6 +166,7 @@ def test_a_custom_reward_that_cannot_be_used(path, message):
             refuse(config.RewardsConfig(custom=path))
 
 
+@pytest.mark.slow
 def test_a_custom_reward_of_weight_zero_is_not_called():
     assert custom_reward(settings("by_length", custom_weight=0.0)) is None
     with Verifier(settings("wrong_length", custom_weight=0.0, accuracy=1.0)) as verifier:
@@ -170,6 +174,7 @@ def test_a_custom_reward_of_weight_zero_is_not_called():
     assert graded.rewards == {"accuracy": 1.0} and graded.status == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "detail"),
     [
@@ -188,6 +193,7 @@ def test_what_a_custom_reward_returns_is_checked(name, detail):
     assert graded.reward == 0.0 and graded.rewards == {"accuracy": 0.0, name: 0.0}
 
 
+@pytest.mark.slow
 def test_a_batch_is_seen_at_once_in_the_order_of_its_samples():
     texts = ["a", "bb", "ccc"]
     with Verifier(settings("position")) as verifier:
@@ -197,6 +203,7 @@ def test_a_batch_is_seen_at_once_in_the_order_of_its_samples():
     assert alone.reward == 102.0
 
 
+@pytest.mark.slow
 def test_batches_that_arrive_mixed_stay_apart():
     first, second = Batch(2), Batch(3)
     with Verifier(settings("position", workers=2)) as verifier:
@@ -211,6 +218,7 @@ def test_batches_that_arrive_mixed_stay_apart():
     assert rewards == {(2, 0): 200.0, (2, 1): 210.0, (3, 5): 305.0, (3, 6): 315.0, (3, 7): 325.0}
 
 
+@pytest.mark.slow
 def test_a_reward_relative_to_the_group_and_other_rewards():
     with Verifier(settings("above_mean", accuracy=1.0, format=0.5, custom_weight=2.0)) as verifier:
         graded = scores(verifier, [RIGHT, "no", RIGHT + "!!"], (2, 0, 1))
@@ -226,6 +234,7 @@ def test_a_reward_relative_to_the_group_and_other_rewards():
     assert all(each.seconds > 0 for each in graded)
 
 
+@pytest.mark.slow
 def test_none_and_values_that_are_wrong_concern_their_own_row():
     """The others keep the values of the batch of five."""
     with Verifier(settings("by_word")) as verifier:
@@ -248,6 +257,7 @@ def test_the_call_of_a_batch_that_fails_is_repeated_one_by_one():
     assert died[1].detail == f"{custom('by_word')}: the worker ended with code 3"
 
 
+@pytest.mark.slow
 def test_a_wrong_number_of_values_is_repeated_one_by_one():
     with Verifier(settings("count_of_good")) as verifier:
         graded = scores(verifier, ["good", "bad", "good"])
@@ -256,6 +266,7 @@ def test_a_wrong_number_of_values_is_repeated_one_by_one():
     assert graded[1].detail == f"{custom('count_of_good')}: ValueError: {expected}"
 
 
+@pytest.mark.slow
 def test_a_function_written_for_one_completion_still_works(monkeypatch):
     """It is called again for each completion, and the log says why."""
     logged = []
@@ -288,6 +299,7 @@ def test_a_batch_has_as_much_time_as_its_completions_together():
     assert all(0.6 <= each.seconds < 2.0 for each in graded)  # the part of each completion
 
 
+@pytest.mark.slow
 def test_a_grading_that_fails_takes_the_custom_reward_with_it():
     """A completion whose accuracy could not be computed scores 0 on everything."""
     with Verifier(settings("by_word", accuracy=1.0)) as verifier:
@@ -299,6 +311,7 @@ def test_a_grading_that_fails_takes_the_custom_reward_with_it():
     assert graded[0].reward == 0.0 and graded[1].reward == 24.0
 
 
+@pytest.mark.slow
 def test_nothing_waits_after_an_early_end():
     with Verifier(settings("by_word", accuracy=1.0, timeout=60.0)) as verifier:
         given_up, left, called = Batch(3), Batch(2), Batch(2)

@@ -40,6 +40,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     source, target = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
     source.write_text(source.read_text(encoding="utf-8") + "\n\n", encoding="utf-8")  # blank lines are no rows

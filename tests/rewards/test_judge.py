@@ -204,6 +204,7 @@ BAD_TIMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD_TIMES)
 def test_bad_times_pass(endpoint, make, name):
     endpoint.script = [BAD_TIMES[name], say(0.75)]
@@ -212,6 +213,7 @@ def test_bad_times_pass(endpoint, make, name):
     assert judgement.seconds < 4.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD_TIMES)
 def test_bad_times_that_stay_leave_no_verdict(endpoint, make, name):
     endpoint.script = [BAD_TIMES[name]]
@@ -260,6 +262,7 @@ def test_retry_after():
     assert judge_module._retry_after({}) == 0
 
 
+@pytest.mark.slow
 def test_waits_grow(endpoint, make, monkeypatch):
     monkeypatch.setattr(judge_module, "BACKOFF", 0.1)
     endpoint.script = [status(500)] * 3 + [say(1.0)]

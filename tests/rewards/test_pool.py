@@ -149,6 +149,7 @@ def test_arguments_that_cannot_be_pickled(pool):
     assert "pickle" in outcome.detail
 
 
+@pytest.mark.slow
 def test_an_idle_worker_that_dies_does_not_break_the_pool(pool):
     # As the kernel's out-of-memory killer does it. pebble by itself refuses all items from then on.
     victim = settle([pool.submit("pid")])[0].value
@@ -195,6 +196,7 @@ def test_workers_are_recycled_and_no_item_is_lost():
     assert sorted(Counter(outcome.value for outcome in outcomes).values()) == [2, 5, 5]
 
 
+@pytest.mark.slow
 def test_close_with_work_left_leaves_no_process_and_answers_every_item():
     before = set(multiprocessing.active_children())
     pool = Pool(work, workers=2, timeout=60)

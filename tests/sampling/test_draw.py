@@ -78,6 +78,7 @@ def test_each_row_has_its_own_distribution(draw):
         np.testing.assert_allclose(logprobs[part], np.log(p)[tokens[part]], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("temperature", "top_p", "top_k"),
     [(1.0, 0.3, 0), (1.0, 1.0, 7), (0.6, 0.8, 20), (1.3, 0.5, 9), (1.0, 1e-6, 0), (1.0, 1.0, 1)],
@@ -103,6 +104,7 @@ def test_top_p_counts_what_top_k_has_left(draw):
     assert p_value(tokens, np.array([0, 4 / 7, 0, 3 / 7])) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 2), (0.45, 0)])
 def test_ties_at_the_threshold_are_kept(draw, top_p, top_k):
     """The weights are 4 2 2 2 1 of 11: two of them, or .45 of the whole, end among the three equal ones."""

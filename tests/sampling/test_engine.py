@@ -112,6 +112,7 @@ def test_cached_logprobs_equal_the_full_forward(samples, full_logits):
             assert np.abs(log_softmax(logits)[np.arange(len(one.tokens)), one.tokens] - expected).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_logprobs_are_of_the_unfiltered_softmax(engine, params, full_logits):
     requests = [Request(prompt(33), 0, 4, KEY, 12)]
     for one in sample(engine, params, requests, Sampling(0.9, 0.5, 6)).values():
@@ -122,6 +123,7 @@ def test_logprobs_are_of_the_unfiltered_softmax(engine, params, full_logits):
         assert rank.max() < 6
 
 
+@pytest.mark.slow
 def test_a_completion_ends_with_its_first_eos(samples):
     """Any of the set; it belongs to the completion; those in the prompt end nothing."""
     ends = set()
@@ -161,6 +163,7 @@ def test_nothing_that_is_traced_recompiles(engine, params, samples):
     assert seen == []
 
 
+@pytest.mark.slow
 def test_samples_differ_by_sample_prompt_and_key(engine, params, samples):
     def first(index, key):
         return sample(engine, params, [Request(prompt(32), index, 2, key, LIMIT)], Sampling(0.8))[index, 0].tokens

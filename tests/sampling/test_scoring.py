@@ -100,6 +100,7 @@ def of_group(completions, **columns):
     return [10.0 * len(completions) + (text == last) + place / 8 for place, text in enumerate(completions)]
 
 
+@pytest.mark.slow
 def test_a_custom_reward_sees_the_completions_of_each_request():
     scheduler, told = StubScheduler(), {0: [], 1: []}
     scheduler.submit(request(0, 3, told[0].append))
@@ -126,6 +127,7 @@ def test_a_callback_may_ask_for_more_after_the_queue_is_empty(pool):
     assert told == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_notice_ends_it_while_it_waits_for_the_verifier(monkeypatch):
     """The future never ends: red if the wait for a verdict did not look for a notice."""
     scheduler, checks = StubScheduler(), itertools.count()
