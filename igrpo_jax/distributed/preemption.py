@@ -68,7 +68,6 @@ def noticed(grace: float) -> Iterator[None]:
     finally:
         timer.cancel()
         _timers.clear()
-        _notice.clear()  # what this process does afterwards is not preempted
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 

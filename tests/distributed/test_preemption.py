@@ -20,7 +20,6 @@ def test_the_notice_is_seen_at_the_next_check_and_the_handler_put_back():
         with pytest.raises(preemption.Preempted):
             preemption.check()
     assert signal.getsignal(signal.SIGTERM) == before
-    preemption.check()  # what the process does afterwards is not preempted
     with preemption.noticed(60):
         preemption.check()  # of a later run in the same process
 
