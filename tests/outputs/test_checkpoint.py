@@ -75,6 +75,15 @@ def assert_same_bits(a, b):
         assert x.dtype == y.dtype and x.tobytes() == y.tobytes()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def optimised():
+    """Optimised machine code: without it the last bits of an update depend on the shapes that a mesh gives a device."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 EVERY_STEP = config_lib.CheckpointConfig(every=1, keep=2)
 
