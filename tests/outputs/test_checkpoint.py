@@ -78,10 +78,9 @@ def assert_same_bits(a, b):
 @pytest.fixture(scope="module", autouse=True)
 def optimised():
     """Optimised machine code: without it the last bits of an update depend on the shapes that a mesh gives a device."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
 
 
 needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
