@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from model_files import error_of
 
 from igrpo_jax.config import ArithmeticConfig, Config, DataConfig, EvaluationConfig
 from igrpo_jax.data import overlap, problems
@@ -27,21 +28,12 @@ def load(path, prompt="prompt", answer="answer", **more):
     return problems.load_rows(DataConfig(train=str(path), prompt_column=prompt, answer_column=answer, **more))[0]
 
 
-def error_of(call, *args):
-    with pytest.raises(InputError) as caught:
-        call(*args)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
 def test_json_lines_keep_ids_columns_and_text(tmp_path):
     rows = [{"id": "a/7", "q": "1+1 = ½·4?", "a": "2", "level": 3}, {"q": "0?", "a": 0, "level": None}]
     first, second = load(write(tmp_path / "x.jsonl", rows), "q", "a")
     assert first == problems.Row("a/7", 0, "1+1 = ½·4?", "2", {"id": "a/7", "level": 3})
-    assert second == problems.Row(
-        "2", 1, "0?", "0", {"level": None}
-    )  # answer 0 is not blank; the id is the row's number
+    # Answer 0 is not blank; the id is the row's number.
+    assert second == problems.Row("2", 1, "0?", "0", {"level": None})
 
 
 def test_json_lines_accept_a_byte_order_mark_and_blank_lines(tmp_path):
