@@ -4,10 +4,11 @@ import os
 import shutil
 import tempfile
 
+import devices
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed libtpu would otherwise look for a TPU
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("XLA_FLAGS", devices.flags(8))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes of tests share a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a download
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork and spawn
@@ -73,4 +74,4 @@ def whole(tmp_path_factory):
     import whole_runs
 
     path = tmp_path_factory.mktemp("whole")
-    return path / "run", whole_runs.run(path, path / "run", "log.profile_steps=(2,)")
+    return path / "run", whole_runs.run(path, path / "run", "log.profile_steps=(2,)", "log.trackers=('tensorboard',)")

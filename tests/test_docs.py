@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import devices
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -285,7 +286,7 @@ def notebook(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "PYTHONPATH": path,
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": devices.flags(1),
             "JAX_PLATFORMS": "cpu",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }.items():

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import devices
 import jax
 import jax.numpy as jnp
 import pytest
@@ -172,7 +173,6 @@ PROCESS = """
 import sys
 import jax
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
     from igrpo_jax import evaluate
     evaluate.main(["evaluate", *sys.argv[3:]])
@@ -196,7 +196,7 @@ def test_two_processes_split_the_problems_and_end_with_the_files_of_one(call, mo
         address = f"localhost:{free.getsockname()[1]}"
     (tmp_path / "process.py").write_text(PROCESS)
     given += [f"--config.{name}={value}" for name, value in TINY.items()]
-    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": devices.flags(2), "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     running = [
         subprocess.Popen(

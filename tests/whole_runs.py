@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import devices
 import jax
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def get_config():
     c.optimizer.learning_rate = 1e-2
     c.evaluation.every, c.evaluation.benchmarks = 2, ("arithmetic",)
     c.checkpoint.every, c.checkpoint.keep, c.checkpoint.best_metric = 2, 2, "eval/arithmetic/pass@1"
-    c.log.samples_every = 2
+    c.log.samples_every, c.log.trackers = 2, ()  # tensorboardX imports torch where there is one
     return c
 """
 TIMES = ("perf/", "verifier/latency", "eval_time")
@@ -89,7 +90,7 @@ def command(tmp_path: Path, workdir: Path, *overrides: str) -> list[str]:
 
 def one_device() -> dict[str, str]:
     """Eight virtual devices are what other tests are for, and slow."""
-    return os.environ | {"XLA_FLAGS": ""}
+    return os.environ | {"XLA_FLAGS": devices.flags(1)}
 
 
 def run(*args) -> str:

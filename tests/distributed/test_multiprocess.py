@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import devices
 import jax
 import numpy as np
 import pytest
@@ -84,8 +85,8 @@ def free_port() -> int:
 
 def environment(count: int, **more: str) -> dict[str, str]:
     path = os.pathsep.join([str(whole_runs.ROOT), *sys.path])
-    devices = f"--xla_force_host_platform_device_count={8 // count}"
-    common = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices, "PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    flags = devices.flags(8 // count)
+    common = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return os.environ | common | more
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import devices
 import jax
 import numpy as np
 import pytest
@@ -245,7 +246,6 @@ def test_a_phase_does_not_begin_in_another(engine, tiny):
 PROCESS = """
 import sys
 import jax
-jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
 from igrpo_jax import config
@@ -278,7 +278,7 @@ def test_two_processes_sample_side_by_side(tiny, expected, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": devices.flags(2), "JAX_PLATFORMS": "cpu"}
     running = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, address, str(rank), tmp_path / "given.npz", tmp_path / f"{rank}.npz"],
