@@ -159,9 +159,14 @@ class AlgorithmConfig:
     # Whether drafts are trained on too, as groups of their own on the plain prompt, in the same update. This departs
     # from the paper.
     train_drafts: bool = False
-    # Largest number of fresh prompts that may, one after another, replace a prompt whose completions all earn the same
-    # (DAPO's dynamic sampling), for each of prompts_per_step; 0 for none.
+    # Largest number of fresh prompts that may, one after another, replace a prompt whose completions are all right or
+    # all wrong (DAPO's dynamic sampling), for each of prompts_per_step; 0 for none. Above 0, such a prompt that could
+    # not be replaced has no advantage.
     max_redraws: Annotated[int, AtLeast(0)] = 0
+    # What dynamic sampling compares in place of right and wrong: the name of a reward in use, such as "accuracy",
+    # "format" or your function's, or "reward" for the weighted sum. None for "accuracy", or for "reward" where
+    # rewards.accuracy = 0.
+    filter_groups_metric: str | None = None
     # Coefficient of the KL penalty; 0 keeps no reference model in memory.
     beta: Annotated[float, AtLeast(0)] = 0.0
     # Lower clip: the ratio is clipped at 1 - epsilon. None for the objective's own.
@@ -296,6 +301,13 @@ class RewardsConfig:
     timeout: Seconds = 5.0
     # Fraction of a step's gradings that may fail or time out before the run stops.
     max_error_fraction: Annotated[float, Between(0, 1)] = 0.5
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the rewards in use."""
+        used = {name: getattr(self, name) for name in ("accuracy", "format", "overlong")}
+        used |= {self.custom.rpartition(":")[2]: self.custom and self.custom_weight, "judge": self.judge.weight}
+        return tuple(name for name, weight in used.items() if weight)
 
     @property
     def largest(self) -> float:
@@ -483,6 +495,11 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     @property
+    def filter_groups_metric(self) -> str:
+        """The metric in which the completions of a group must differ where algorithm.max_redraws > 0."""
+        return self.algorithm.filter_groups_metric or ("accuracy" if self.rewards.accuracy else "reward")
+
+    @property
     def trained_completions(self) -> int:
         """Number of completions that a step trains on, where no draft is dropped."""
         drafts = self.algorithm.num_drafts if self.algorithm.train_drafts else 0
@@ -588,6 +605,9 @@ def _rewards(config: Config) -> Iterator[tuple[str, str]]:
         yield "rewards.overlong_cache", fix
     if rewards.judge.weight and not rewards.judge.model:
         yield "rewards.judge.model", "name the model of the endpoint"
+    metrics = ["reward", *rewards.names]
+    if config.algorithm.filter_groups_metric not in (None, *metrics):
+        yield "algorithm.filter_groups_metric", f"no reward in use; give one of {', '.join(metrics)}"
 
 
 def _drafts(config: Config) -> Iterator[tuple[str, str]]:

@@ -11,13 +11,12 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import compilations, use_disk_cache
-from igrpo_jax.learning import objectives
+from igrpo_jax.learning import filtering, objectives
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.outputs.metrics import rollout_metrics
 from igrpo_jax.session.opening import open_run
@@ -60,7 +59,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
         prompts = functools.partial(run.task.step_prompts, step)  # by the number of the redraw
         with watchdog.phase("rollout", name):
             groups, sampled = run.rollout.collect(learner.policy(state.params), step, prompts)
-        rewards = np.stack([group.rewards for group in groups])
+        rewards = filtering.trained_rewards(groups, run.config)
         advantages = objectives.group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline)
         with watchdog.phase("update", name), watchdog.phase("dispatch"):
             checked = learner.draft_mismatch(state.params, groups) if run.shows_samples(step) else {}

@@ -70,6 +70,7 @@ def test_a_field_that_a_config_file_adds_is_refused():
         ("algorithm.draft_selection", "last", "one of best, random, worst, first"),
         ("algorithm.baseline", "group", "one of mean, leave_one_out"),
         ("algorithm.max_redraws", -1, "at least 0"),
+        ("algorithm.filter_groups_metric", "acc", "no reward in use; give one of reward, accuracy, format"),
         ("algorithm.entropy_coef", -0.1, "at least 0"),
         ("algorithm.delta", 1.0, "above 1"),
         ("algorithm.scale_rewards", "std", "one of None, group, batch, none"),

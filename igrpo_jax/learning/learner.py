@@ -24,7 +24,7 @@ import numpy as np
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import tree_bytes
-from igrpo_jax.learning import objectives
+from igrpo_jax.learning import filtering, objectives
 from igrpo_jax.learning.packing import Packer, Unit
 from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.learning.rescoring import TokenLogprobs, rescore_units
@@ -50,6 +50,7 @@ class Learner:
     def __init__(
         self, config: Config, cfg: DecoderConfig, mesh: jax.sharding.Mesh, *, max_context: int, total_steps: int
     ):
+        self._run_config = config
         self._config = config.learner
         self._lora = config.model.lora
         self._seed = config.seed
@@ -181,7 +182,7 @@ class Learner:
         drafted = [group.of_drafts for group in groups if "draft" in self.programs.stages and group.drafts]
         if not drafted:
             return []
-        rewards = np.stack([group.rewards for group in drafted])
+        rewards = filtering.trained_rewards(drafted, self._run_config)
         algorithm = self.algorithm
         advantages = objectives.group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline)
         return self.packer.units(drafted, advantages)

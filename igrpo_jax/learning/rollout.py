@@ -10,9 +10,10 @@ same code: Stage 2 on the plain prompt.
 
 Departures from the paper, off by default: another draft than the best is kept (`algorithm.draft_selection`), or none
 (`algorithm.draft_dropout`); drafting ends at the first draft, in the order of their numbers, with the largest possible
-reward (`algorithm.draft_early_stop`); and DAPO's dynamic sampling (2503.14476): where all completions of a prompt earn
-the same, a fresh prompt takes its position, at most `algorithm.max_redraws` times. DAPO draws whole batches and keeps
-what it needs of them; here each position of the step has redraws of its own, and the last one stays.
+reward (`algorithm.draft_early_stop`); and DAPO's dynamic sampling (2503.14476): where all completions of a prompt are
+right, or all are wrong (`filtering` has the metric), a fresh prompt takes its position, at most `algorithm.max_redraws`
+times. DAPO draws whole batches and keeps what it needs of them; here each position of the step has redraws of its own,
+and the last one stays, without an advantage where it is filtered out too.
 
 Results are ordered by (prompt, sample), never by arrival, and nothing in them depends on it: drafts are drawn all at
 once, or each after those of lower numbers are scored; a redraw's prompt and randomness follow from its StepPosition.
@@ -33,7 +34,7 @@ from igrpo_jax.config import Config
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import watchdog
 from igrpo_jax.distributed.preemption import Preempted
-from igrpo_jax.learning import exchange, objectives
+from igrpo_jax.learning import exchange, filtering, objectives
 from igrpo_jax.learning.exchange import ProcessRollout, StepPosition
 from igrpo_jax.models import decoder
 from igrpo_jax.records import Completion, Group, Prompt, Score
@@ -101,6 +102,7 @@ class _StepRollout:
         prompts: exchange.Prompts,
     ):
         self._algorithm = config.algorithm
+        self._filter_metric = config.filter_groups_metric
         self._rollout = config.rollout
         self._seed = config.seed
         self._largest = config.rewards.largest - 1e-6  # the margin covers how the sum of the weights is rounded
@@ -116,7 +118,7 @@ class _StepRollout:
             index: _PromptRollout(prompts(0)[index], StepPosition(index))
             for index in exchange.own_positions(self._count)
         }
-        self.redrawn: list[Group] = []  # groups without a signal, whose position a fresh prompt took
+        self.redrawn: list[Group] = []  # groups that were filtered out, whose position a fresh prompt took
         for work in self.latest.values():
             self._begin(work)
 
@@ -167,12 +169,12 @@ class _StepRollout:
         self._submit(work, "refine", work.context, self._algorithm.num_generations, 0, scored)
 
     def _refinement_scored(self, work: _PromptRollout, completion: Completion) -> None:
-        """Keeps a refinement; after the last one of a group without a signal, a redraw follows."""
+        """Keeps a refinement; after the last one of a group that is filtered out, a redraw follows."""
         work.completions[completion.sample_id] = completion
         if len(work.completions) < self._algorithm.num_generations:
             return
         index, redraw = work.position
-        if redraw < self._algorithm.max_redraws and not objectives.has_signal(work.group().rewards[None])[0]:
+        if redraw < self._algorithm.max_redraws and not filtering.passes([work.group()], self._filter_metric)[0]:
             self.redrawn.append(work.group())
             fresh = _PromptRollout(self._prompts(redraw + 1)[index], StepPosition(index, redraw + 1))
             self.latest[index] = fresh
@@ -216,9 +218,10 @@ class Rollout:
         """Returns one group per prompt, in the order of `prompts(0)`, and the metrics of the rollout.
 
         `redraw/groups` counts the groups whose position a fresh prompt took, `redraw/exhausted` those that stayed
-        although their rewards are all equal, because `algorithm.max_redraws` fresh prompts were used. Tokens of
-        redrawn groups are counted in `perf/draft_tokens` and `perf/completion_tokens`; all other metrics describe the
-        groups that stayed.
+        although they are filtered out, because `algorithm.max_redraws` fresh prompts were used. Of all groups that
+        were sampled, `redraw/filtered_frac` is the fraction filtered out, and `redraw/equal_reward_frac` the fraction
+        whose rewards are all equal. Tokens of redrawn groups are counted in `perf/draft_tokens` and
+        `perf/completion_tokens`; all other metrics describe the groups that stayed.
 
         Every process returns the same groups, and the same metrics but for `perf/rollout_time`: tokens are summed,
         slots are counted over all, and `perf/verify_wait_time` is the longest. `perf/process_idle_frac` is the
@@ -247,7 +250,7 @@ class Rollout:
         check_errors(scores, self._config.rewards.max_error_fraction)
         metrics = {
             **self._verifier.statistics(scores, [judgement for part in parts for judgement in part.judgements]),
-            **self._redraws(groups, sum(part.redrawn for part in parts)),
+            **self._redraws(groups, parts),
             "perf/rollout_time": time.perf_counter() - began,
             **_usage_metrics(parts),
         }
@@ -264,6 +267,7 @@ class Rollout:
         own = ProcessRollout(
             groups=groups,
             redrawn=len(running.redrawn),
+            redrawn_equal=_equal(running.redrawn),
             scores=_scores(running.redrawn),
             draft_tokens=sum(len(draft.tokens) for group in sampled for draft in group.drafts),
             completion_tokens=sum(len(completion.tokens) for group in sampled for completion in group.completions),
@@ -275,19 +279,32 @@ class Rollout:
         self._scheduler.finish()
         return own
 
-    def _redraws(self, groups: Sequence[Group], redrawn: int) -> dict[str, int]:
-        most = self._config.algorithm.max_redraws
+    def _redraws(self, groups: Sequence[Group], parts: Sequence[ProcessRollout]) -> dict[str, float]:
+        most, metric = self._config.algorithm.max_redraws, self._config.filter_groups_metric
         if not most:
             return {}
-        exhausted = int(np.sum(~objectives.has_signal(np.stack([group.rewards for group in groups]))))
+        redrawn = sum(part.redrawn for part in parts)
+        exhausted = int(np.sum(~filtering.passes(groups, metric)))
+        equal = sum(part.redrawn_equal for part in parts) + _equal(groups)
         if exhausted and not self._warned:
             self._warned = True
             logging.warning(
-                "after %d redraws each, %d of %d groups still have equal rewards and give no gradient; later ones are "
-                "only counted, in redraw/exhausted",
-                *(most, exhausted, len(groups)),
+                "after %d redraws each, the completions of %d of %d groups are still equal in %s and get no advantage; "
+                "later ones are only counted, in redraw/exhausted",
+                *(most, exhausted, len(groups), metric),
             )
-        return {"redraw/groups": redrawn, "redraw/exhausted": exhausted}
+        sampled = redrawn + len(groups)
+        return {
+            "redraw/groups": redrawn,
+            "redraw/exhausted": exhausted,
+            "redraw/filtered_frac": (redrawn + exhausted) / sampled,
+            "redraw/equal_reward_frac": equal / sampled,
+        }
+
+
+def _equal(groups: Sequence[Group]) -> int:
+    """Returns the number of groups whose rewards are all equal."""
+    return sum(not objectives.has_signal(group.rewards[None])[0] for group in groups)
 
 
 def _usage_metrics(parts: Sequence[ProcessRollout]) -> dict[str, float]:

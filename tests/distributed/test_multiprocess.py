@@ -42,6 +42,7 @@ SETTINGS = {
     "rollout.max_completion_length": 12,  # one length of prompts, one of completions: few programs
     "learner.minibatches": 1,
     "algorithm.max_redraws": 1,
+    "algorithm.filter_groups_metric": "reward",
     "rewards.custom": "some_reward:graded",
     "optimizer.learning_rate": 1e-3,
     "evaluation.every": 4,

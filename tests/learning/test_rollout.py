@@ -14,6 +14,7 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
+from igrpo_jax.learning import filtering, objectives
 from igrpo_jax.learning.rollout import Rollout, select_draft
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.records import Completion, Prompt, Score
@@ -570,6 +571,49 @@ def test_groups_without_a_signal_are_drawn_again(collect, prompts, streamed):
     assert "redraw/groups" not in unwanted
 
 
+class AllWrong(StubVerifier):
+    """Grades every completion as wrong, or of some questions as right; formats differ, so that rewards do too."""
+
+    def __init__(self, solved=()):
+        super().__init__(delay=0.0)
+        self._solved = solved
+
+    def submit(self, candidate, batch):
+        rewards = {
+            "accuracy": float(candidate.question in self._solved),
+            "format": zlib.crc32(candidate.text.encode()) % 997,
+        }
+        if candidate.question == QUESTIONS[2]:  # some right, some wrong, and rewards that are equal
+            rewards["accuracy"] = float(rewards["format"] % 2)
+            rewards["format"] = 1 - rewards["accuracy"]
+        return self._pool.submit(lambda: Score(sum(rewards.values()), rewards, None, "ok"))
+
+
+@pytest.mark.parametrize("metric", [None, "accuracy", "reward", "format"])
+def test_dynamic_sampling_looks_at_the_accuracy_and_not_at_the_reward(collect, prompts, metric):
+    """Three questions: all wrong, all right, and some right with equal rewards; red where the sum is filtered."""
+    three = prompts[:3]
+    fresh = lambda redraw: [prompts[4]] * 3
+    changes = {"algorithm__max_redraws": 1, "algorithm__filter_groups_metric": metric, "prompts_per_step": 3}
+    groups, metrics = collect(AllWrong({QUESTIONS[1]}), wanted=three, fresh=fresh, **changes)
+    by_accuracy = metric in (None, "accuracy")
+    redrawn = {"reward": [2], "format": []}.get(metric, [0, 1])
+    expected = [prompts[4] if index in redrawn else prompt for index, prompt in enumerate(three)]
+    assert [group.prompt for group in groups] == expected
+    assert metrics["redraw/groups"] == len(redrawn)
+    assert metrics["redraw/exhausted"] == (2 if by_accuracy else 0)  # the fresh prompts are all wrong as well
+    sampled = 3 + len(redrawn)
+    assert metrics["redraw/filtered_frac"] == (len(redrawn) + metrics["redraw/exhausted"]) / sampled
+    assert metrics["redraw/equal_reward_frac"] == 1 / sampled
+    rewards = filtering.trained_rewards(groups, settings(**changes))
+    assert np.isnan(rewards).all(axis=1).tolist() == [by_accuracy, by_accuracy, False]
+    advantages = objectives.group_advantages(rewards, "group")
+    assert not advantages[2].any() or metric == "reward"  # equal rewards have no advantage, whatever is filtered
+    assert advantages[:2].any() != by_accuracy
+    untouched = settings(**changes | {"algorithm__max_redraws": 0})
+    assert np.isfinite(filtering.trained_rewards(groups, untouched)).all()
+
+
 def test_redraws_end_on_an_unsolvable_set(renderer, schedulers, params, prompts, caplog):
     """Redraws are bounded and counted every step, and the warning comes once."""
     verifier = Unsolvable(set(QUESTIONS), delay=0.0)
@@ -580,7 +624,16 @@ def test_redraws_end_on_an_unsolvable_set(renderer, schedulers, params, prompts,
             assert (metrics["redraw/groups"], metrics["redraw/exhausted"]) == (2 * len(prompts), len(prompts))
             assert [group.prompt for group in groups] == [*prompts[2:], *prompts[:2]]  # the last redraw stays
     assert len(verifier.submitted) == 2 * 3 * len(prompts) * (N + G)
-    assert len([one for one in caplog.records if "after 2 redraws each, 6 of 6 groups" in one.getMessage()]) == 1
+    assert (
+        len(
+            [
+                one
+                for one in caplog.records
+                if "after 2 redraws each, the completions of 6 of 6 groups" in one.getMessage()
+            ]
+        )
+        == 1
+    )
 
 
 def test_proposition_3_1():

@@ -1,0 +1,45 @@
+"""DAPO's dynamic sampling (arXiv 2503.14476, eq. 11): which groups it filters out, by the metric that it looks at.
+
+DAPO trains on a prompt where some completions are right and some wrong: 0 < |correct| < G. The weighted sum of rewards
+is no substitute for that: completions that are all wrong may still differ in their format, and a policy that trains on
+such groups learns the format at the cost of the answers. So the metric is the accuracy, unless
+`algorithm.filter_groups_metric` names another reward, or "reward" for the weighted sum.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from igrpo_jax.config import Config
+from igrpo_jax.learning import objectives
+from igrpo_jax.records import Completion, Group
+
+
+def passes(groups: Sequence[Group], metric: str) -> np.ndarray:
+    """Returns whether the completions of each group differ in `metric`, [P] bool.
+
+    Args:
+        groups: of any size; drafts are not looked at.
+        metric: name of a reward, or "reward" for the weighted sum. Completions without a verdict are not compared.
+    """
+    values = [np.array([[_value(completion, metric) for completion in group.completions]]) for group in groups]
+    return np.array([bool(objectives.has_signal(row)[0]) for row in values], bool)
+
+
+def trained_rewards(groups: Sequence[Group], config: Config) -> np.ndarray:
+    """Returns the rewards that advantages are made of, [P, G] float32.
+
+    Where dynamic sampling is on (algorithm.max_redraws > 0), a group that it filters out but that no fresh prompt
+    could replace any more has NaN: it is no baseline, and its advantages are 0.
+    """
+    rewards = np.stack([group.rewards for group in groups])
+    if config.algorithm.max_redraws:
+        rewards[~passes(groups, config.filter_groups_metric)] = np.nan
+    return rewards
+
+
+def _value(completion: Completion, metric: str) -> float:
+    score = completion.score
+    if metric == "reward" or np.isnan(score.reward):
+        return score.reward
+    return score.rewards.get(metric, np.nan)
