@@ -3,7 +3,7 @@
 A column is found by name, in this order: `prompt`, `problem`, `question`, `input`; `answer`, `solution`,
 `ground_truth`, `output`, and then verl's nested `reward_model.ground_truth`. A name with a dot reaches into a nested
 column. A question may be a list of chat messages. Where the answer is a worked solution, only its final
-answer is kept: what follows GSM8K's `####`, or the last `\\boxed{…}`.
+answer is kept: the last `\\boxed{…}`, or what follows GSM8K's `####`.
 """
 
 import difflib
@@ -107,11 +107,11 @@ def answer(value: Any) -> str | None:
         return str(value)
     if not isinstance(value, str):
         raise TypeError("not text")
-    if "####" in value:
-        value = value.rpartition("####")[2].strip().split("\n", 1)[0]
-        value = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", value)
-    elif re.search(r"\\(boxed|fbox)\b", value):
+    marked = extraction.after_hashes(value)
+    if re.search(r"\\(boxed|fbox)\b", value):
         value = extraction.last_box(value) or value
+    elif marked:
+        value = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", marked)
     return value.strip() or None
 
 

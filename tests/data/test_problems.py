@@ -150,6 +150,10 @@ def test_cells_that_are_no_text(tmp_path):
         ({"problem": "Q", "answer": "7"}, "Q", "7", ("problem", "answer")),
         ({"input": "Q", "output": 27.0}, "Q", "27", ("input", "output")),
         ({"input": "x", "question": "Q", "ground_truth": 0.5, "solution": "7"}, "Q", "7", ("question", "solution")),
+        (
+            {"problem": "Q", "solution": "#### Step 1\nAdd.\n#### Final Answer\nSo it is $\\boxed{7}$."},
+            *("Q", "7", ("problem", "solution")),
+        ),
         ({"question": "Q", "answer": "1 + 1 = <<1+1=2>>2\n#### 1,234"}, "Q", "1234", ("question", "answer")),
         (
             {"problem": "Q", "solution": "Thus $\\boxed{1}$, so $\\boxed{\\frac{1}{2}}$."},

@@ -17,7 +17,11 @@ _BRACES = re.compile(
     re.DOTALL,
 )
 _SPECIAL = re.compile(r"<\|[^|<>\n]{1,40}\|>|</?s>|<(?:eos|pad|bos)>|<(?:end|start)_of_turn>")
-_PHRASE = re.compile(r"\banswer\s{0,4}(?:(?:is\b|:|=|\*\*:|:\*\*)\s{0,4}:?|(?=\$|\\\(|\\\[))", re.IGNORECASE)
+_PHRASE = re.compile(
+    r"\banswer\s{0,4}(?:(?:is\b|:|=|\*\*:|:\*\*)\s{0,4}:?|(?=\$|\\\(|\\\[)"
+    r"|(?:\*\*)?[ \t]{0,4}\n(?=\s{0,4}[-+$\\]{0,3}\d))",
+    re.IGNORECASE,
+)
 _FORMULA = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(([^$]*?)\\\)|\\\[([^$]*?)\\\]")
 _MATH = re.compile(rf"\s*(?:\*\*)?\s*(?:{_FORMULA.pattern})")
 _LISTING = re.compile(r"(?:[\s,.*]|and\b|or\b)*")
@@ -27,6 +31,46 @@ _CLAUSE = re.compile(
     r"|,\s+(?:it|but|because|since|so|which|as|the|this|that|we|not)\b|[.!?](?:\s|$)|\n"
 )
 _IS = re.compile(r"\s(?:is|are|equals)\s(?!not\b)")
+
+_LAST_STATEMENTS = 8  # how many are tried, from the last one
+# Opens a formula in which "The answer is" stands, as in $\\text{The answer is } 9$.
+_TEXT = r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s?\{"
+_LEAD = r"(?:(?:[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore),?\s)?(?:[Tt]he\s)?(?:(?:[Ff]inal|[Cc]orrect)\s)?"
+_INSIDE = re.compile(rf"(\$\$?|\\\[|\\\()\s{{0,4}}({_TEXT}\s{{0,4}})?{_LEAD}$")
+_LONGEST_LEAD = 60  # characters between the formula's beginning and "answer"
+_CLOSINGS = {"$": "$", "$$": "$$", "\\[": "\\]", "\\(": "\\)"}
+_IN_BOX = re.compile(rf"\s*({_TEXT})?\s*{_LEAD}[Aa]nswer\s{{0,4}}(?:is\b|:|=)\s*:?\s*(\}})?")
+
+# Words between "the answer is" and the answer, words that are none, and words about an answer that was given before.
+_FILLERS = re.compile(
+    r"(?:\s*(?:indeed|therefore|thus|hence|simply|just|clearly|obviously|then|now|actually|definitely|really|certainly"
+    r"|also|again|still|exactly|precisely|equal to|given by|as follows|for sure|of course)\b[,:]?)+\s*",
+    re.IGNORECASE,
+)
+_NO_ANSWERS = (
+    "and or but if so as in on at by to for from of that this these those there it its he she we you they what which "
+    "who how why when where because since with without wrong incorrect mistaken unclear unknown uncertain unsure "
+    "undetermined pending missing different too very quite probably likely maybe perhaps going based derived found "
+    "obtained computed calculated determined given written shown stated simplified rounded expressed required needed "
+    "wanted expected supposed asking asked left your my our their his her only always usually sometimes often indeed "
+    "therefore thus hence not"
+)
+_NO_ANSWER = re.compile(rf"(?:{'|'.join(_NO_ANSWERS.split())})\b[^\d$\\]*", re.IGNORECASE)
+_CONFIRMED = re.compile(
+    r"(?:correct|right|verified|confirmed|consistent|reasonable|valid|above|below|boxed|plausible|sensible)\b[^\d$\\]*",
+    re.IGNORECASE,
+)
+
+# GSM8K's marker. Other lines that begin with #### are headings.
+_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
+_LAST_HASHES = 64  # how many are tried, from the last one
+_PLAIN = re.compile(r"[-+−]?[\s$€£¥\\]{0,3}[-+−]?[.\d][\d.,/ ]*[\s$%\\.]{0,4}|\$[^$]+\$\.?|\\\([^$]+\\\)\.?")
+_HEADING = re.compile(
+    r"[\W_]*(?:\d+\s*[.):]\s*[^\W\d_]|(?:step|part|case|final|answer|the|solution|check|verif|conclu|summary|note"
+    r"|explan|method|approach|calculat|comput|given|result|proof|remark|problem|question|analysis|understand)"
+    r"|.*:\W*$)",
+    re.IGNORECASE,
+)
 
 # What stands between two boxes that state one answer together: "and", "or", a comma; ends of formulas; "x =".
 _FILLER = r"(?:[\s$~]|\\[,;:!()\[\]]|\\q?quad(?![A-Za-z]))*"
@@ -53,8 +97,8 @@ def extract(text: str) -> str | None:
     if closed:
         _, opened, block = head.rpartition("<answer>")
         if opened and block.strip():
-            return last_box(block) or _statement(block) or block.strip()
-    return last_box(text) or _after_hashes(text) or _statement(text)
+            return last_box(block) or _last_statement(block) or block.strip()
+    return last_box(text) or _last_statement(text)
 
 
 def last_box(text: str) -> str | None:
@@ -98,22 +142,60 @@ def _boxes(text: str) -> list[_Box]:
 
 def _content(text: str, box: _Box) -> str:
     content = text[box.start : box.end].strip()
-    return content.replace("\\\\", "\\") if box.escaped else content
+    return without_lead_in(content.replace("\\\\", "\\") if box.escaped else content)
 
 
-def _after_hashes(text: str) -> str | None:
-    _, hashes, rest = text.rpartition("####")
-    return (rest.strip().split("\n", 1)[0].strip() or None) if hashes else None
+def after_hashes(text: str) -> str | None:
+    """Returns what stands after the last `####` that is GSM8K's marker, None where there is none.
+
+    It is a marker before a number or a formula alone, and before anything short at the end of the text. `#### Step 2`
+    and `#### Final Answer` are headings of Markdown.
+    """
+    marker = _marker(text)
+    return marker[1].strip(" *\t") if marker else None
 
 
-def _statement(text: str) -> str | None:
-    """Returns what follows the last "answer is" or "answer:", to the end of its clause."""
-    matches = collections.deque(_PHRASE.finditer(text), maxlen=1)
-    if not matches:
-        return None
-    last = matches[0]
-    rest = text[last.end() : last.end() + MAX_STATEMENT]
-    clause = _CLAUSE.split(rest.lstrip().lstrip("*").lstrip(), maxsplit=1)[0]
+def _marker(text: str) -> re.Match | None:
+    for match in reversed(collections.deque(_HASHES.finditer(text), maxlen=_LAST_HASHES)):
+        content = match[1].strip()
+        is_last = len(content) <= MAX_STATEMENT and not text[match.end() : match.end() + MAX_STATEMENT].strip()
+        if content and (_PLAIN.fullmatch(content[:MAX_STATEMENT]) or (is_last and not _HEADING.match(content))):
+            return match
+    return None
+
+
+def without_lead_in(answer: str) -> str:
+    r"""Returns what stands in an answer after "The answer is" or "Answer:", both of which may be in \text{…}."""
+    match = _IN_BOX.match(answer)
+    if not match:
+        return answer
+    opened, closed = match[1] or "", match[2] or ""
+    return ("" if opened and closed else opened + closed) + answer[match.end() :].strip()
+
+
+def _last_statement(text: str) -> str | None:
+    """Returns what stands after the last "answer is" or "answer:", or after GSM8K's marker where that comes later."""
+    marker = _marker(text)
+    for match in reversed(collections.deque(_PHRASE.finditer(text), maxlen=_LAST_STATEMENTS)):
+        if marker and match.start() < marker.start():
+            break
+        stated = _stated(text, match)
+        if stated is None or not _CONFIRMED.fullmatch(stated):  # "I hope the answer is correct"
+            return stated or (marker and marker[1].strip(" *\t"))
+    return marker[1].strip(" *\t") if marker else None
+
+
+def _stated(text: str, phrase: re.Match) -> str | None:
+    """Returns what follows "answer is", to the end of its clause or of the formula around both; None for no answer."""
+    rest = text[phrase.end() : phrase.end() + MAX_STATEMENT]
+    inside = _INSIDE.search(text[max(0, phrase.start() - _LONGEST_LEAD) : phrase.start()])
+    if inside:
+        formula, closed, _ = rest.partition(_CLOSINGS[inside[1]])
+        if closed and formula.strip(" }\n"):
+            return without_lead_in(f"{inside[2] or ''}Answer:{formula}")
+    rest = rest.lstrip().lstrip("*").lstrip()
+    rest = rest[_FILLERS.match(rest).end() :] if _FILLERS.match(rest) else rest
+    clause = _CLAUSE.split(rest, maxsplit=1)[0]
     math = _MATH.match(rest)
     if not math:
         clause = _IS.split(clause)[-1]  # "The largest n is 34"
@@ -125,4 +207,4 @@ def _statement(text: str) -> str | None:
         math = math or formulas[0]
     stated = next(group for group in math.groups() if group is not None) if math else clause
     stated = stated.strip().strip("*").strip()
-    return None if stated in ("", "\\boxed{}") else stated
+    return None if stated in ("", "\\boxed{}") or _NO_ANSWER.fullmatch(stated) else stated

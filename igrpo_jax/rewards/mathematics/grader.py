@@ -10,6 +10,7 @@ Conventions, where usage differs:
 
 - The last box counts, and no other, unless "and", "or" or a comma joins it to the one before.
 - Prose is searched for an answer only where it states one ("the answer is", "Answer:", "####").
+  A line such as `#### Step 2` is a heading of Markdown; `####` counts before a number, or before the text's last words.
 - 28% equals both 28 and 0.28, because data sets write the same answer in all three ways, but not 0.28%.
 - A decimal is exact: 0.333 is not 1/3, and 1.41421356 is not √2. A tolerance would reward rounding a right answer and
   guessing a near one. 0.\overline{3} is 1/3.
@@ -101,4 +102,4 @@ def clear_cache() -> None:
 
 @functools.lru_cache(maxsize=2048)  # completions of a group share the reference answer, and often their own
 def _read(answer: str) -> Node | None:
-    return answers.read(extraction.last_box(answer) or answer)
+    return answers.read(extraction.last_box(answer) or extraction.without_lead_in(answer))
