@@ -34,6 +34,7 @@ _MAX_NESTED = 6  # levels of lists in tuples in sets …
 
 _GROUPS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+")
 _EDGES = frozenset((".", ",", ";", "\\", '"', "`"))
+_LEADING = frozenset(("=", "therefore", "implies", "to"))  # before an answer
 _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
 
 
@@ -43,7 +44,7 @@ def read(answer: str) -> Node | None:
     tokens = tokenize(answer)
     while tokens and tokens[-1].is_in(_EDGES):
         tokens.pop()
-    while tokens and tokens[0].is_in(_EDGES):
+    while tokens and tokens[0].is_in(_EDGES | _LEADING):
         tokens.pop(0)
     if not tokens:
         return None
@@ -74,7 +75,7 @@ def _read(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
     parts = [part for part in parts if part]
     if len(parts) > MAX_PARTS or not parts:
         return Leaf(text, None, hopeless=True)
-    items = _items(parts, nested, from_text)
+    items = leaves.without_domain(_items(parts, nested, from_text))
     if len(items) == 1:
         return items[0]
     joined = None
@@ -110,8 +111,10 @@ def _systems(tokens: list[Token], nested: int) -> list[Node]:
 
 
 def _signs(tokens: list[Token]) -> list[list[Token]]:
-    """Returns the readings of ±. Each ± has its own sign; with ∓ among them, ∓ has the opposite sign of every ±."""
-    positions = [at for at, token in enumerate(tokens) if token.kind == "command" and token.text in ("pm", "mp")]
+    """Returns the readings of ± outside of sets. Each ± has its own sign; with ∓ among them, ∓ has the opposite sign of every ±."""
+    depths = itertools.accumulate(token.is_in(("\\{",)) - token.is_in(("\\}",)) for token in tokens)
+    signs_at = [not depth and token.kind == "command" for token, depth in zip(tokens, depths, strict=True)]
+    positions = [at for at, token in enumerate(tokens) if signs_at[at] and token.text in ("pm", "mp")]
     if not positions or len(positions) > 3:
         return [tokens]
     tied = any(tokens[at].text == "mp" for at in positions)
@@ -164,9 +167,12 @@ def _read_unlisted(tokens: list[Token], nested: int, from_text: bool = False) ->
         return united or Leaf(latex(tokens), None)
     pieces, _ = split(tokens, {"setminus"})
     if len(pieces) == 2 and all(pieces):
+        if pieces[1][0].text == "{" and is_enclosed(pieces[1]):  # \setminus{0}, without backslashes
+            marks = [Token("mark", bracket, False) for bracket in ("\\{", "\\}")]
+            pieces[1] = [marks[0], *pieces[1][1:-1], marks[1]]
         difference = regions.without(latex(tokens), *(_read_unlisted(piece, nested + 1) for piece in pieces))
         return difference or Leaf(latex(tokens), None)
-    for reader in (_bracketed, _matrix, leaves.based, leaves.ratio):
+    for reader in (leaves.congruence, _bracketed, _matrix, leaves.based, leaves.ratio):
         node = reader(tokens, nested)
         if node:
             return node
@@ -202,6 +208,9 @@ def _set(text: str, content: list[Token], nested: int) -> Node:
         condition = _read(halves[1], nested + 1)
         if isinstance(condition, Region):
             return condition
+        described = leaves.without_domain([_read(halves[0], nested + 1), condition])
+        if len(described) == 1:
+            return Sequence(text, "set", tuple(described))
     node = _read(content, nested + 1)
     items = node.items if isinstance(node, Sequence) and node.kind in ("list", "or") else (node,)
     return Sequence(text, "set", tuple(items))
@@ -213,9 +222,11 @@ def _matrix(tokens: list[Token], nested: int) -> Node | None:
     if texts[0] != "begin" or texts[-4:-2] != ["end", "{"] or len(texts) < 9:
         return None
     name = texts[2]
-    if name not in ("pmatrix", "bmatrix", "matrix", "Bmatrix", "array", "smallmatrix") or texts.count("begin") > 1:
+    if name not in ("cases", "pmatrix", "bmatrix", "matrix", "Bmatrix", "array", "smallmatrix") or texts.count("begin") > 1:
         return None
     body = tokens[4:-4]
+    if name == "cases":
+        return _cases(tokens, body, nested)
     if name == "array" and body and body[0].text == "{":
         while body and body.pop(0).text != "}":
             pass
@@ -229,6 +240,32 @@ def _matrix(tokens: list[Token], nested: int) -> Node | None:
     if not rows or len({len(row) for row in rows}) > 1:
         return Leaf(latex(tokens), None)
     return Matrix(latex(tokens), tuple(rows))
+
+
+def _cases(tokens: list[Token], body: list[Token], nested: int) -> Node | None:
+    """Reads `cases`: a function by the set of its values with their conditions, or a list of equations."""
+    rows = []
+    for row in split(body, {"\\"})[0]:
+        cells = [_trimmed(cell) for cell in split(row, {"&"})[0]] if row else []
+        if cells and (len(cells) > 2 or not all(cells)):
+            return Leaf(latex(tokens), None)
+        if cells:
+            rows.append(tuple(_read(cell, nested + 1) for cell in cells))
+    if not rows or len({len(row) for row in rows}) > 1:
+        return Leaf(latex(tokens), None)
+    is_function = len(rows[0]) == 2
+    items = tuple(Matrix(latex(tokens), (row,)) if is_function else row[0] for row in rows)
+    return Sequence(latex(tokens), "set" if is_function else "list", items)
+
+
+def _trimmed(cell: list[Token]) -> list[Token]:
+    """Returns a cell of `cases` without the comma at its end and without "if" or "for" at its beginning."""
+    if cell and cell[0].kind == "text":
+        cell = [*tokenize(cell[0].text), *cell[1:]]
+    while cell and (cell[-1].text in _EDGES):
+        cell = cell[:-1]
+    is_if = cell and cell[0].kind == "letters" and cell[0].text.casefold() in ("if", "for", "when", "where")
+    return cell[1:] if is_if else cell
 
 
 # ---------------------------------------------------------------------------------------------- relations, regions

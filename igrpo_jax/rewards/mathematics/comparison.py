@@ -8,11 +8,12 @@ are listed in `grader`.
 import re
 from collections.abc import Iterable
 
-from igrpo_jax.rewards.mathematics import exact, regions, symbolic, words
+from igrpo_jax.rewards.mathematics import algebraic, exact, regions, symbolic, words
 from igrpo_jax.rewards.mathematics.exact import Value
 from igrpo_jax.rewards.mathematics.nodes import (
     Based,
     Choice,
+    Congruence,
     Leaf,
     Matrix,
     Named,
@@ -51,7 +52,32 @@ def _same_leaf(a: Leaf, b: Node) -> bool:
 
 def _same_value(a: Leaf, value: Value, b: Leaf) -> bool:
     equal = exact.same(a.value, value)
-    return symbolic.equal(a.text, b.text) if equal is None else equal
+    if equal is False and _same_progression(a, b):
+        return True
+    return algebraic.equal(a.value, value) or symbolic.equal(a.text, b.text) if equal is None else equal
+
+
+def _same_progression(a: Leaf, b: Leaf) -> bool:
+    """Returns whether π/4 + kπ and n·π - 3π/4 are the same numbers, where k and n are any integers.
+
+    A letter k, m or n is taken for an integer where `k \\in \\mathbb{Z}` says so or its factor is a multiple of π.
+    """
+    starts, periods = [], []
+    for leaf in (a, b):
+        names = leaf.value.symbols()
+        name = names.pop() if len(names) == 1 else ""
+        key = (0, (), ((name, 1),))
+        turns = (0, (), (*sorted(((name, 1), ("π", 1))),))
+        numerator = leaf.value.numerator
+        period = {k: c for k, c in numerator.items() if any(symbol == name for symbol, _ in k[2])}
+        is_parameter = leaf.parameter == name or (name in ("k", "m", "n") and turns in period)
+        if not name or not is_parameter or len(period) != 1 or not ({key, turns} & period.keys()):
+            return False
+        starts.append(Value({k: c for k, c in numerator.items() if k not in period}, leaf.value.denominator))
+        periods.append(Value(period) / Value.symbol(name))
+    ratio = (periods[0] / periods[1]).constant()
+    steps = ((starts[0] - starts[1]) / periods[0]).constant()
+    return abs(ratio or 0) == 1 and steps is not None and steps.denominator == 1
 
 
 def _units_agree(a: Leaf, b: Leaf) -> bool:
@@ -135,6 +161,9 @@ def _same_sequence(a: Sequence, b: Node) -> bool:
         return _same_sequences(a, b)
     if a.kind == "or" and all(same_answer(a.items[0], item) for item in a.items[1:]):
         return same_answer(a.items[0], b)  # one value in several notations
+    if _is_ordered(a) and isinstance(b, Leaf) and b.value is not None and a.kind in ("()", "[]"):
+        components = _components(b.value, len(a.items))
+        return bool(components) and all(map(same_answer, a.items, components))
     if isinstance(b, Matrix):
         return _is_ordered(a) and len(_vector(b)) == len(a.items) and all(map(same_answer, a.items, _vector(b)))
     if isinstance(b, Leaf):
@@ -208,6 +237,9 @@ def _matched(a: list[Node], b: list[Node]) -> bool:
 def _same_matrix(a: Matrix, b: Node) -> bool:
     if isinstance(b, Matrix):
         return len(a.rows) == len(b.rows) and all(map(_in_order, a.rows, b.rows))
+    if isinstance(b, Leaf) and b.value is not None:
+        components = _components(b.value, len(_vector(a)))
+        return bool(components) and all(map(same_answer, _vector(a), components))
     return isinstance(b, Leaf) and b.value is None and not b.hopeless and symbolic.equal(a.text, b.text)
 
 
@@ -216,6 +248,20 @@ def _vector(matrix: Matrix) -> tuple[Node, ...]:
     if len(matrix.rows) == 1:
         return matrix.rows[0]
     return tuple(row[0] for row in matrix.rows) if len(matrix.rows[0]) == 1 else ()
+
+
+def _components(value: Value, length: int) -> list[Node]:
+    """Returns i + 2j + 3k as 1, 2, 3; an empty list where a term is no multiple of i, j or k, or only i occurs."""
+    parts: list[dict] = [{}, {}, {}]
+    for (imaginary, roots, symbols), c in value.numerator.items():
+        units = [0] * imaginary + [" jk".index(name) for name, power in symbols if name in ("j", "k") and power == 1]
+        if len(units) != 1:
+            return []
+        parts[units[0]][0, roots, tuple(item for item in symbols if item[0] not in ("j", "k"))] = c
+    used = max((at for at in range(3) if parts[at]), default=0)
+    if not 1 <= used < length <= 3 or value.denominator is not exact.UNIT:
+        return []
+    return [Leaf("", Value(part)) for part in parts[:length]]
 
 
 def _same_ratio(a: Ratio, b: Node) -> bool:
@@ -265,6 +311,10 @@ def _quotient(ratio: Ratio) -> Value | None:
     return first / second
 
 
+def _same_congruence(a: Congruence, b: Node) -> bool:
+    return isinstance(b, Congruence) and (a.name, a.residue, a.modulus) == (b.name, b.residue, b.modulus)
+
+
 def _same_based(a: Based, b: Node) -> bool:
     return isinstance(b, Based) and a.number == b.number
 
@@ -279,6 +329,7 @@ _COMPARISONS = {
     Matrix: _same_matrix,
     Ratio: _same_ratio,
     Based: _same_based,
+    Congruence: _same_congruence,
     Words: _same_words,
     Leaf: _same_leaf,
 }

@@ -23,7 +23,7 @@ MAX_DEPTH = 30  # of nested brackets, roots, fractions, …
 
 
 _LONG_NAMES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
-_ACCENT_NAMES = "vec hat bar overline dot ddot tilde overrightarrow widehat mathcal mathbb underline"
+_ACCENT_NAMES = "vec hat bar overline dot ddot tilde overrightarrow widehat mathcal mathbb"
 _ACCENTS = frozenset(_ACCENT_NAMES.split())
 _INFINITIES = frozenset(("infty", "infinity", "inf"))
 
@@ -67,10 +67,19 @@ class Parser:
                 value = value * self._signed()
             elif self._cursor.take("/"):
                 value = value / self._signed()
+            elif self._cursor.take("bmod"):
+                value = self._remainder(value, self._signed())
             elif self._starts_factor():
                 value = value * self._factor()
             else:
                 return value
+
+    def _remainder(self, value: Value, modulus: Value) -> Value:
+        """Returns 17 \\bmod 5 for positive integers, of which nothing may follow."""
+        n, m = value.constant(), modulus.constant()
+        if n is None or m is None or n.denominator != 1 or m.denominator != 1 or m <= 0 or self._starts_factor():
+            raise Unreadable
+        return Value.number(n % m)
 
     def _starts_factor(self) -> bool:
         kind, text = self._cursor.kind(), self._cursor.peek()
@@ -92,12 +101,13 @@ class Parser:
         value = self._primary()
         while True:
             if self._cursor.take("!"):
+                step = 2 if self._cursor.take("!") else 1  # 5!! is 5·3·1
                 n = value.constant()
                 if self._cursor.peek() == "!" or n is None or n.denominator != 1 or n < 0:
                     raise Unreadable
                 if n > functions.MAX_EXPONENT:
                     raise NoValue("factorial too large")
-                value = Value.number(math.factorial(int(n)))
+                value = Value.number(math.prod(range(int(n), 0, -step)) if step == 2 else math.factorial(int(n)))
             elif self._cursor.peek() == "^" or (self._cursor.peek() == "*" and self._cursor.peek(1) == "*"):
                 self._cursor.at += 1 if self._cursor.peek() == "^" else 2
                 if self._degree_sign():
@@ -188,6 +198,8 @@ class Parser:
         if name in ("i", "e"):
             return exact.I if name == "i" else exact.E
         if self._cursor.peek() == "(":
+            if name in ("Gamma", "zeta"):
+                return functions.function(name, self._group(")"))
             of_number = self._cursor.kind(1) == "number" and self._cursor.peek(2) == ")"
             if name == "f" or of_number:
                 # f(x+y) and I(0) are not products. Letters other than f may stand for one, as in r(2): opaque.
@@ -268,6 +280,8 @@ class Parser:
         if name in _ACCENTS and braced:
             accented = self._cursor.peek(1)
             self._cursor.at += 3
+            if name in ("hat", "vec") and accented in ("i", "j", "k"):  # unit vectors, also written \mathbf{i}
+                return exact.I if accented == "i" else Value.symbol(accented)
             return self._symbol(f"{name} {accented}")
         raise Unreadable
 
@@ -323,7 +337,7 @@ class Parser:
             else:
                 self._cursor.at += 1
                 base = numerals.bare_number(self._cursor) or self._argument()
-        outer, self._in_angle = self._in_angle, name in ("sin", "cos", "tan", "cot", "sec", "csc")
+        outer, self._in_angle = self._in_angle, name in ("sin", "cos", "tan", "cot", "sec", "csc", "cis")
         argument = self._angle()
         self._in_angle = outer
         if exponent is not None and exponent.constant() == -1 and name in ("sin", "cos", "tan"):

@@ -139,13 +139,18 @@ def application(function: str, argument: Value, opaque: bool = False) -> Value:
 def _exponential(base: Value, exponent: Value) -> Value:
     """Returns base ** exponent for an exponent that is not a rational number.
 
-    2^(n-1) = 2^n/2, e^(-2t) = (e^t)^-2, e^(iπ) = -1.
+    2^(n-1) = 2^n/2, e^(-2t) = (e^t)^-2, e^(iπ) = -1, e^(2·ln x) = x^2, 2^(log_2 x) = x.
     """
     opaque = base.opaque or exponent.opaque
     constant = base.constant()
     is_e = base.numerator == E.numerator and base.denominator is UNIT
-    if exponent.denominator is not UNIT or not (is_e or (constant is not None and constant > 0)):
+    if not (is_e or (constant is not None and constant > 0)):
         return _pair("pow", base, exponent)
+    if exponent.denominator is not UNIT:
+        ratio = exact.proportional(logarithm(base), Value(exponent.denominator))
+        if ratio is None or is_e:
+            return _pair("pow", base, exponent)
+        return power(E, Value(exponent.numerator, opaque=exponent.opaque) * Value.number(ratio))
     bases = [(E, 1)] if is_e else []
     if not is_e:
         try:
@@ -155,8 +160,13 @@ def _exponential(base: Value, exponent: Value) -> Value:
             return _pair("pow", base, exponent)
     result = Value.number(1)
     for key, c in exponent.numerator.items():
+        term = Value({key: c})
+        has_logarithm = any(getattr(name, "function", "") == "ln" for name, _ in key[2])
+        logarithms = _of_logarithm(term if is_e else term * logarithm(base)) if has_logarithm else None
         if key == ONE:
             result = result * power(base, Value.number(c))
+        elif logarithms:
+            result = result * power(*logarithms)
         elif is_e and key == (1, (), (("π", 1),)):
             result = result * (cosine(Value.number(c) * PI) + I * cosine(Value.number(Fraction(1, 2) - c) * PI))
         else:
@@ -166,6 +176,19 @@ def _exponential(base: Value, exponent: Value) -> Value:
                 term = _pair("exp", prime, Value({key: Fraction(1)}), c * k, opaque=opaque or not free)
                 result = result * term
     return result
+
+
+def _of_logarithm(exponent: Value) -> tuple[Value, Value] | None:
+    """Returns (x, c) where e^exponent is x^c because exponent = c·ln x. None for anything else."""
+    if exponent.denominator is not UNIT or len(exponent.numerator) != 1:
+        return None
+    ((imaginary, roots, symbols), c), *_ = exponent.numerator.items()
+    names = [name for name, power in symbols if getattr(name, "function", "") == "ln" and power == 1]
+    if len(names) != 1:
+        return None
+    rest = (imaginary, roots, tuple(item for item in symbols if item[0] != names[0]))
+    argument = names[0].argument
+    return (argument, Value({rest: c})) if rest == ONE or argument.constant() is not None else None
 
 
 def _pair(function: str, base: Value, argument: Value, exponent: int | Fraction = 1, opaque: bool = True) -> Value:
@@ -231,13 +254,20 @@ def logarithm(value: Value, function: str = "ln") -> Value:
         return result
     if function == "ln" and value.denominator is UNIT and len(value.numerator) == 1:
         ((imaginary, roots, symbols), c), *_ = value.numerator.items()
-        if not imaginary and not roots and c == 1 and len(symbols) == 1 and symbols[0][0] == "e":
-            return Value.number(symbols[0][1])
+        known = all(name == "e" or (getattr(name, "function", "") == "exp") for name, _ in symbols)
+        if not imaginary and known and c > 0:  # ln(3·√2·e^(2t)) = ln 3 + ln(2)/2 + 2t
+            result = logarithm(Value.number(c))
+            for prime, exponent in roots:
+                result = result + Value.number(exponent) * logarithm(Value.number(prime))
+            for name, exponent in symbols:
+                inner = Value.number(1) if name == "e" else name.argument * logarithm(name.base)
+                result = result + Value.number(exponent) * inner
+            return result
     return _named(function, value)
 
 
 def function(name: str, argument: Value) -> Value:
-    """Returns the value of a function that is known by name: sin, cos, …, arctan, sinh, …, ln, log, exp, abs, sqrt."""
+    """Returns the value of a function that is known by name: sin, cis, arctan, sinh, ln, log, lg, exp, abs, Gamma, …"""
     if name in ("sin", "csc"):
         return sine(argument) if name == "sin" else Value.number(1) / sine(argument)
     if name in ("cos", "sec"):
@@ -253,7 +283,46 @@ def function(name: str, argument: Value) -> Value:
         return root(argument, 2)
     if name == "abs":
         return _absolute(argument)
+    if name == "cis":
+        return cosine(argument) + I * sine(argument)
+    if name == "lg":
+        return logarithm(argument) / logarithm(Value.number(10))
+    if name in ("arcsin", "arccos", "arctan"):
+        turns = _angles()[name].get(str(argument))
+        if turns is not None:
+            return Value.number(turns) * PI
+    if name in ("Gamma", "zeta"):
+        return _special(name, argument)
     return _named(name, argument)
+
+
+@functools.cache
+def _angles() -> dict[str, dict[str, Fraction]]:
+    """Returns, for each inverse function, the angle / π of the values that `cosine` knows exactly."""
+    angles: dict[str, dict[str, Fraction]] = {"arcsin": {}, "arccos": {}, "arctan": {}}
+    for turns in _COSINES:
+        for sign in (1, -1):
+            cos, sin = cosine(Value.number(turns) * PI), sine(Value.number(turns) * PI)
+            angles["arccos"][str(Value.number(sign) * cos)] = turns if sign == 1 else 1 - turns
+            angles["arcsin"][str(Value.number(sign) * cos)] = sign * (Fraction(1, 2) - turns)
+            if len(cos.numerator) == 1:
+                angles["arctan"][str(Value.number(sign) * sin / cos)] = sign * turns
+    return angles
+
+
+def _special(name: str, argument: Value) -> Value:
+    """Returns Γ of integers and half-integers and ζ(2), ζ(4), …, exactly; other values of Γ and ζ are opaque."""
+    n = argument.constant()
+    if name == "Gamma" and n is not None and 0 < n <= MAX_EXPONENT and n.denominator <= 2:
+        if n.denominator == 1:
+            return Value.number(math.factorial(int(n) - 1))
+        return Value.number(math.prod(Fraction(k, 2) for k in range(1, n.numerator - 1, 2))) * root(PI, 2)
+    if name == "zeta" and n in _ZETAS:
+        return Value.number(Fraction(1, _ZETAS[n])) * power(PI, argument)
+    return _named(name, argument)
+
+
+_ZETAS = {2: 6, 4: 90, 6: 945, 8: 9450}  # ζ(2) = π²/6
 
 
 def _absolute(value: Value) -> Value:
@@ -265,6 +334,9 @@ def _absolute(value: Value) -> Value:
         number = exact.approximate(value)
         if number is not None and number.imag == 0 and abs(number.real) > 1e-6:
             return value if number.real > 0 else -value
+        if number is not None and value.denominator is UNIT:  # |3+4i| = 5
+            parts = [Value({(0, *key[1:]): c for key, c in value.numerator.items() if key[0] == at}) for at in (0, 1)]
+            return root(parts[0] * parts[0] + parts[1] * parts[1], 2)
     return _named("abs", _unsigned(value)[0])
 
 

@@ -3,8 +3,6 @@
 Endpoints are exact; only their order comes from floating point. Not here: reading them from text (`answers`).
 """
 
-import itertools
-
 from igrpo_jax.rewards.mathematics import exact
 from igrpo_jax.rewards.mathematics.exact import Value
 from igrpo_jax.rewards.mathematics.nodes import Leaf, Named, Node, Region, Relation, Sequence
@@ -20,6 +18,8 @@ def inequality(text: str, difference: Value | None, sign: str) -> Node:
     if len(names) != 1 or difference.denominator is not exact.UNIT:
         return relation
     (name,) = names
+    if getattr(name, "function", "") == "abs":
+        return _within(text, difference, sign, name) or relation
     slope, rest = {}, {}
     for key, c in difference.numerator.items():
         if any(symbol == name for symbol, _ in key[2]):
@@ -39,6 +39,19 @@ def inequality(text: str, difference: Value | None, sign: str) -> Node:
     return Region(
         text, name, ((None, False, bound, closed),) if steepness.real > 0 else ((bound, closed, None, False),)
     )
+
+
+def _within(text: str, difference: Value, sign: str, name: exact.Atom) -> Region | None:
+    """Returns |u| < c as -c < u < c and |u| > c as its complement, where u is linear; None for anything else."""
+    symbol = (0, (), ((name, 1),))
+    rest = {key: c for key, c in difference.numerator.items() if key != symbol}
+    slope = difference.numerator.get(symbol)
+    bound = -Value(rest) / Value.number(slope or 1)
+    if not slope or sign == "ne" or bound.symbols() or not is_real(bound) or exact.approximate(bound).real <= 0:
+        return None
+    inner = Value.number(1 if slope > 0 else -1)
+    sides = [inequality(text, inner * (side - bound), sign) for side in (name.argument, -name.argument)]
+    return (intersected if slope > 0 else united)(text, sides)
 
 
 def is_real(value: Value) -> bool:
@@ -124,20 +137,42 @@ def intersected(text: str, nodes: list[Node]) -> Region | None:
     low = high = (None, False)
     for node in nodes:
         piece = node.pieces[0]
-        if piece[0] is not None and (low[0] is None or _number(piece[0], 0) > _number(low[0], 0)):
+        if piece[0] is not None and (low[0] is None or _is_inside(piece[:2], low, 1)):
             low = piece[:2]
-        if piece[2] is not None and (high[0] is None or _number(piece[2], 0) < _number(high[0], 0)):
+        if piece[2] is not None and (high[0] is None or _is_inside(piece[2:], high, -1)):
             high = piece[2:]
     if None not in (low[0], high[0]) and _number(low[0], 0) > _number(high[0], 0):
         return None
     return Region(text, nodes[0].name, ((*low, *high),))
 
 
+def _is_inside(end: tuple, other: tuple, side: int) -> bool:
+    """Returns whether one end of an interval (1: lower, -1: upper) leaves out more than another one."""
+    if exact.same(end[0], other[0]) is True:
+        return other[1] and not end[1]
+    return side * (_number(end[0], 0) - _number(other[0], 0)) > 0
+
+
 def without(text: str, base: Node, points: Node) -> Region | None:
-    """Returns all real numbers except some points, None for other differences."""
-    is_set = isinstance(points, Sequence) and points.kind == "set"
+    """Returns a region without the points of another, None where one of them is no region."""
     base_region, removed = region_of(base), region_of(points)
-    if not (base_region and removed and is_set) or base_region.pieces != EVERYTHING:
+    if not (base_region and removed):
         return None
-    ends = [None, *(piece[0] for piece in removed.pieces), None]
-    return Region(text, "", tuple((low, False, high, False) for low, high in itertools.pairwise(ends)))
+    ends = [(None, False), *((end, not closed) for p in removed.pieces for end, closed in (p[:2], p[2:])), (None, False)]
+    gaps = [(*low, *high) for low, high in zip(ends[::2], ends[1::2], strict=True)]
+    if removed.pieces[0][0] is None:
+        gaps.pop(0)
+    if removed.pieces[-1][2] is None:
+        gaps.pop()
+    kept = []
+    for piece in base_region.pieces:
+        for gap in gaps:
+            common = intersected(text, [Region(text, "", (piece,)), Region(text, "", (gap,))])
+            if common and not _is_empty(common.pieces[0]):
+                kept.append(common.pieces[0])
+    return Region(text, base_region.name, tuple(kept)) if kept else None
+
+
+def _is_empty(piece: tuple) -> bool:
+    """Returns whether a piece has one point that does not belong to it, as (1, 1]."""
+    return None not in (piece[0], piece[2]) and exact.same(piece[0], piece[2]) is True and not (piece[1] and piece[3])

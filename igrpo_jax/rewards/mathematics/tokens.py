@@ -4,7 +4,7 @@ r"""Tokens of LaTeX and plain-text mathematics.
     latex(tokens)              -> one spelling for all ways to write the same tokens
 
 A number is one token, whose separators are removed: 1,234 is one number, except inside (), [] and \{\}, where a comma
-separates. 1\,234 and 1{,}234, whose comma is replaced by SEPARATOR, are one number too, and 3{,}5 is 3.5. Not here:
+separates. 1\,234 and 1{,}234, whose comma `spelling` replaces by SEPARATOR, are one number too, and 3{,}5 is 3.5. Not here:
 what tokens mean. Takes linear time.
 """
 
@@ -12,8 +12,10 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
-SEPARATOR = "\x1f"  # stands for a comma that LaTeX marks as part of a number: {,} and ,\!
-_FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs asin acos atan"
+from igrpo_jax.rewards.mathematics import spelling
+from igrpo_jax.rewards.mathematics.spelling import SEPARATOR
+
+_FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs asin acos atan cis lg"
 FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _LETTER_NAMES = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
@@ -42,45 +44,6 @@ class Token(NamedTuple):
         return self.text in texts and self.kind != "text"
 
 
-_UNICODE = str.maketrans(
-    {
-        **dict.fromkeys("−–—‒﹣－", "-"),
-        **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u2005\u200a\u3000", " "),
-        **dict.fromkeys("\u200b\u200c\u200d\ufeff\u2060", None),
-        **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "π": r"\pi ", "∞": r"\infty "},
-        **{"≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm "},
-        **{
-            "√": r"\sqrt ",
-            "°": r"^\circ ",
-            "º": r"^\circ ",
-            "∪": r"\cup ",
-            "∩": r"\cap ",
-            "∈": r"\in ",
-            "∅": r"\emptyset ",
-        },
-        **{
-            "²": "^2",
-            "³": "^3",
-            "½": r"\frac12 ",
-            "¼": r"\frac14 ",
-            "¾": r"\frac34 ",
-            "⅓": r"\frac13 ",
-            "⅔": r"\frac23 ",
-        },
-        **{"⟨": r"\langle ", "⟩": r"\rangle ", "ℝ": r"\mathbb{R}", "′": "'", "’": "'", "“": '"', "”": '"', "，": ","},
-        **{
-            "α": r"\alpha ",
-            "β": r"\beta ",
-            "γ": r"\gamma ",
-            "θ": r"\theta ",
-            "λ": r"\lambda ",
-            "μ": r"\mu ",
-            "ω": r"\omega ",
-        },
-        **{"（": "(", "）": ")", "…": r"\ldots ", "¢": " cents", "％": "%"},
-    }
-)
-_SEPARATED = re.compile(r"(?<=\d)[ ]?(?:\{[ ]?,[ ]?\}|,[ ]?\\!)(?:\\!|[ ])*(?=\d)")
 _MONEY = re.compile(r"\$(?= ?-?[.\d])")
 
 _SAME_AS = {
@@ -93,8 +56,10 @@ _SAME_AS = {
     **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
     **{"lt": "<", "gt": ">", "colon": ":", "ast": "*", "cdot": "*", "times": "*", "div": "/"},
     **{"degree": "circ", "emptyset": "varnothing", "backslash": "setminus", "varepsilon": "epsilon", "varphi": "phi"},
+    **{"vee": "lor", "wedge": "land", "lnot": "neg", "mod": "bmod", "rightarrow": "to", "Rightarrow": "implies"},
 }
 _AND_OR = frozenset(("and", "or"))
+_RELATIONS = frozenset(("=", "<", ">", "leq", "geq", "ne", "in"))
 _DIGRAPHS = {"<=": "leq", "=<": "leq", ">=": "geq", "!=": "ne", "==": "="}
 _MARKS = frozenset(("<", ">", "[", "]", "(", ")", "|", "*", "/", ":", "\\{", "\\}"))
 _TEXT_NAMES = (
@@ -122,23 +87,28 @@ def tokenize(source: str) -> list[Token]:
 
     "and" and "or" in all their spellings become marks; `<=` and similar signs become commands.
     """
-    if not source.isascii():
-        source = source.translate(_UNICODE)
-    source = _SEPARATED.sub(SEPARATOR, source)
+    source = spelling.normal(source)
     if source.replace("\\$", "").count("$") % 2:
         source = _MONEY.sub(r"\\$", source, count=1)
-    return _joined(_scanned(source))
+    return _braced(_joined(_scanned(source)))
 
 
 def _joined(tokens: list[Token]) -> list[Token]:
     """Joins `<` and `=`, turns the words "and" and "or" into marks and the word "in" into a command."""
     result: list[Token] = []
+    related = any(token.text in _RELATIONS and token.kind in ("mark", "command") for token in tokens)
     for token in tokens:
         last = result[-1] if result else None
+        if token.kind == "text" and not token.text.strip(" ,.;"):
+            if token.text.strip(" ."):
+                result.append(token._replace(kind="mark", text=","))
+            continue
         is_word = token.kind == "text" or (token.kind == "letters" and token.spaced)
         word = token.text.strip(" ,.").casefold() if is_word else ""
         if word in _AND_OR:
             result.append(token._replace(kind="mark", text=word))
+        elif related and token.kind == "command" and token.text in ("lor", "land"):
+            result.append(token._replace(kind="mark", text="or" if token.text == "lor" else "and"))
         elif word == "in" and token.kind == "letters":
             result.append(token._replace(kind="command"))
         elif last and last.kind == token.kind == "mark" and not token.spaced and last.text + token.text in _DIGRAPHS:
@@ -147,6 +117,33 @@ def _joined(tokens: list[Token]) -> list[Token]:
             result.append(token)
     if result and result[-1].kind == "command" and tokens[-1].kind == "letters":
         result[-1] = tokens[-1]  # the unit in 5 in
+    return result
+
+
+def _braced(tokens: list[Token]) -> list[Token]:
+    """Puts braces around the arguments of \\frac and \\binom that have none, as in \\frac\\pi4 and \\frac12."""
+    result: list[Token] = []
+    missing = 0  # arguments that must follow
+    after: list[int] = []  # for each open brace, how many arguments must follow it
+    rest = tokens[::-1]
+    while rest:
+        token = rest.pop()
+        is_letter = token.kind == "command" and (token.text in GREEK or token.text == "pi")
+        if token.is_in(("{",)):
+            after.append(max(missing - 1, 0))
+            missing = 0
+        elif token.is_in(("}",)):
+            missing = after.pop() if after else 0
+        elif missing and (is_letter or token.kind == "letters" or (token.kind == "number" and token.text.isdecimal())):
+            if len(token.text) > 1 and not is_letter:
+                rest.append(token._replace(text=token.text[1:], spaced=False))
+                token = token._replace(text=token.text[0])
+            result += [Token("mark", "{", False), token, Token("mark", "}", False)]
+            missing -= 1
+            continue
+        else:
+            missing = 2 if token.kind == "command" and token.text in ("frac", "binom") else 0
+        result.append(token)
     return result
 
 
@@ -209,7 +206,7 @@ def _command(source: str, at: int) -> tuple[str, str, int]:
     if name in "{}":
         return "mark", "\\" + name, end
     if name in "%$&#_":
-        return "mark", {"$": "\\$", "&": "\\&"}.get(name, name), end
+        return "mark", {"$": "\\$", "&": "and"}.get(name, name), end
     name = _SAME_AS.get(name, name)
     return ("mark" if name in _MARKS else "command"), name, end
 

@@ -77,7 +77,7 @@ def shape(node):
         (r"0.56 = 56\%", "0.56"),
         ("2 = 3", ("relation", "=")),
         (r"x \approx 11", "11"),
-        (r"\frac13 \approx 0.33", r"\frac 13"),
+        (r"\frac13 \approx 0.33", r"\frac {1}{3}"),
         ("x < 3", ("region", "x", ("open", "open"))),
         (r"-2 \le x < 7", ("region", "x", ("closed", "open"))),
         (r"x \ne 3", ("region", "x", ("open", "open"), ("open", "open"))),

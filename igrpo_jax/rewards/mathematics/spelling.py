@@ -1,0 +1,119 @@
+r"""One spelling for characters and macros that say the same: `x⁴` is x^{4}, \nicefrac12 is \frac12, ]0,1[ is (0,1).
+
+Works on text, before it is cut into `tokens`. Not here: what the text means. Takes linear time.
+"""
+
+import itertools
+import re
+import unicodedata
+
+SEPARATOR = "\x1f"  # stands for a comma that LaTeX marks as part of a number: {,} and ,\!
+_LETTERS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi"
+_COMMANDS = (
+    "× times · cdot ⋅ cdot ∞ infty ≤ le ⩽ le ≥ ge ⩾ ge ≠ ne ≈ approx ≡ equiv ± pm ∓ mp √ sqrt ∪ cup ∩ cap ∈ in ∉ notin "
+    "∅ emptyset ∖ setminus ⟨ langle ⟩ rangle … ldots ⋯ cdots ¬ neg ∧ land ∨ lor → to ⇒ implies ⇔ iff ⌊ lfloor ⌋ rfloor "
+    "⌈ lceil ⌉ rceil ∠ angle △ triangle ∑ sum ∏ prod ∫ int ∂ partial ∘ circ ⊂ subset ⊆ subseteq ω omega ∆ Delta Γ Gamma "
+    "Δ Delta Θ Theta Λ Lambda Π Pi Σ Sigma Φ Phi Ψ Psi Ω Omega ℓ ell ∴ therefore"
+)
+_PAIRS = _COMMANDS.split()
+_UNICODE = str.maketrans(
+    {
+        **dict.fromkeys("−–—‒﹣－", "-"),
+        **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u2005\u200a\u3000", " "),
+        **dict.fromkeys("\u200b\u200c\u200d\ufeff\u2060", None),
+        **{sign: f"\\{name} " for sign, name in zip(_PAIRS[::2], _PAIRS[1::2], strict=True)},
+        **{sign: f"\\{name} " for sign, name in zip("αβγδεζηθικλμνξπρστυφχψ", _LETTERS.split(), strict=True)},
+        **{letter: rf"\mathbb{{{unicodedata.normalize('NFKC', letter)}}}" for letter in "ℝℤℕℚℂ"},
+        **{"÷": "/", "∕": "/", "∶": ":", "∣": "|", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "°": r"^\circ ", "º": r"^\circ "},
+        **{"′": "'", "’": "'", "“": '"', "”": '"', "、": ",", "¢": " cents"},
+    }
+)
+_SLASHED = re.compile(r"(?:\^\{(\d+)\}|(\d+))\s?\u2044\s?(?:_\{(\d+)\}|(\d+))")
+
+
+def _position(character: str) -> str:
+    """Returns "^" for a raised character, "_" for a lowered one, "frac" for ½ and its like, "" for any other."""
+    kind = unicodedata.decomposition(character).partition(" ")[0]
+    return {"<super>": "^", "<sub>": "_", "<fraction>": "frac"}.get(kind, "")
+
+
+def _ascii(source: str) -> str:
+    """Returns the text with LaTeX in place of Unicode's mathematical characters."""
+    pieces = []
+    for position, run in itertools.groupby(source.translate(_UNICODE), _position):
+        plain = "".join(run)
+        if position == "frac":
+            for fraction in plain:
+                top, _, bottom = unicodedata.normalize("NFKC", fraction).partition("\u2044")
+                pieces.append(rf"\frac{{{top}}}{{{bottom}}}")
+        else:
+            plain = unicodedata.normalize("NFKC", plain)
+            pieces.append(f"{position}{{{plain}}}" if position else plain)
+    source = _SLASHED.sub(lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", "".join(pieces))
+    return source.replace("\u2044", "/").translate(_UNICODE)
+
+
+_GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+_SEPARATED = re.compile(r"(?<=\d)[ ]?(?:\{[ ]?,[ ]?\}|,[ ]?\\!)(?:\\!|[ ])*(?=\d)")
+# What is not seen or changes only the look, and what it becomes.
+_LOOKS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (rf"\\(?:[hv]?phantom|[hvm]space\*?|tag\*?|label)\s*{_GROUP}|\\(?:notag|nonumber)(?![A-Za-z])", " "),
+        (r"\\(?:text)?color\s*(?:\[[^][]*\])?\s*\{[^{}]*\}", " "),
+        (r"\\(?:underline|ensuremath|mathstrut|smash|mathord|mathop)(?![A-Za-z])", " "),
+        (r"\\(?:nice|s|x|flat)frac(?![A-Za-z])", r"\\frac"),
+        (r"\\([ij])math(?![A-Za-z])", r"\1"),
+        (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]|\\(?:cr|newline|tabularnewline)(?![A-Za-z])", r"\\\\ "),
+        (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+        (r"\\mathbb\s*\{\s*R\s*\}\s*(?:\^\s*(?:\+|\{\s*\+\s*\})|_\s*\{\s*>\s*0\s*\})", r"(0,\\infty)"),
+        (r"\\mathbb\s*\{\s*R\s*\}\s*_\s*\{\s*\\geq?\s*0\s*\}", r"[0,\\infty)"),
+        (r"\\mathbb\s*\{\s*([PE])\s*\}(?=\s*(?:\\left)?\s*[(\[])", r"\1"),
+        (r"\\Pr(?=\s*(?:\\left)?\s*[(\[])", "P"),
+    )
+]
+_ALIGNED = re.compile(
+    r"\\begin\s*\{((?:align|gather|equation|split)(?:ed)?\*?)\}(?:\[[a-z]\])?((?:(?!\\begin)[^\0])*?)\\end\s*\{\1\}"
+)
+_ROWS = re.compile(r"\\\\\s*(?=(=)?)")
+_INFIX = re.compile(r"\{((?:[^{}]|\{[^{}]*\})*)\\(over|choose)(?![A-Za-z])((?:[^{}]|\{[^{}]*\})*)\}")
+# An interval whose open ends are written with reversed brackets.
+_INTERVAL = re.compile(r"([\[\]])([^\[\],;(){}]+[,;][^\[\],;(){}]+)([\[\]])")
+
+
+def normal(source: str) -> str:
+    """Returns the text in ASCII (letters and money of other scripts aside), with one spelling of macros."""
+    if not source.isascii():
+        source = _ascii(source)
+    source = _SEPARATED.sub(SEPARATOR, source)
+    if "{.}" in source or "{:}" in source:
+        source = source.replace("{.}", ".").replace("{:}", ":")
+    if "\\" in source:
+        for pattern, replacement in _LOOKS:
+            source = pattern.sub(replacement, source)
+        if "\\begin" in source:
+            source = _ALIGNED.sub(_unaligned, source)
+        if "\\over" in source or "\\choose" in source:
+            for _ in range(3):  # levels of {a \over b} in {… \over …}
+                source = _INFIX.sub(_prefixed, source if "{" in source else f"{{{source}}}")
+    if "]" in source or "[" in source:
+        source = _unreversed(source)
+    return source
+
+
+def _unaligned(match: re.Match) -> str:
+    """Returns the rows of an aligned environment as a list; a row that begins with = continues the one before."""
+    rows = re.sub(r"(?<!\\)&", " ", match[2]).strip().removesuffix("\\\\")
+    return _ROWS.sub(lambda row: " " if row[1] else ", ", rows)
+
+
+def _prefixed(match: re.Match) -> str:
+    return rf"\{'frac' if match[2] == 'over' else 'binom'}{{{match[1]}}}{{{match[3]}}}"
+
+
+def _unreversed(source: str) -> str:
+    r"""Returns ]0,1[ \cup ]2,3] as (0,1) \cup (2,3]. Text with any other square brackets stays as it is."""
+    intervals = _INTERVAL.findall(source)
+    if any(ends[0] + ends[2] != "[]" for ends in intervals) and not re.search(r"[\[\]]", _INTERVAL.sub("", source)):
+        return _INTERVAL.sub(lambda m: f"{'[' if m[1] == '[' else '('}{m[2]}{']' if m[3] == ']' else ')'}", source)
+    return source
