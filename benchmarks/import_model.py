@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace) -> dict:
 
     from igrpo_jax import config
     from igrpo_jax.distributed import sharding
-    from igrpo_jax.models import hf_files, hf_read
+    from igrpo_jax.models import hf_files, hf_paths, hf_read
 
     model = hf_files.load_config(args.model)
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace) -> dict:
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
     size = sum(x.nbytes for x in params.values())
     extra = memory.peak() - before - (size if jax.default_backend() == "cpu" else 0)
-    files = [file.stat().st_size for file in hf_files.resolve(args.model).glob("*.safetensors")]
+    files = [file.stat().st_size for file in hf_paths.resolve(args.model).glob("*.safetensors")]
     return {
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu_seconds, 2),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from igrpo_jax.outputs.files import write_atomically
 from igrpo_jax.outputs.metrics import same_answer
 from igrpo_jax.report.runs import whole_rows
 from igrpo_jax.report.samples import groups as groups_of
@@ -37,15 +38,39 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [row for row in whole_rows(path) if row is not None]
 
 
+FIGURES = "figures.json"  # in the folder of a finished run: its numbers, which are enough without its other files
+
+
 def finished(run: Path, steps: int, benchmark: str) -> bool:
     """Returns whether the run in this folder was evaluated after its last step."""
+    if _written(run, benchmark, steps):
+        return True
     rows = read_rows(run / "metrics.jsonl")
     return any(row["step"] == steps and f"eval/{benchmark}/pass@1" in row for row in rows)
 
 
+def write_figures(run: Path, benchmark: str, row: dict[str, Any]) -> None:
+    """Writes the numbers of a finished run into its folder."""
+    write_atomically(run / FIGURES, json.dumps({benchmark: row}) + "\n")
+
+
+def figures(run: Path, steps: int, benchmark: str) -> dict[str, Any]:
+    """Returns the numbers of a finished run of so many steps: those in its folder, or else see `computed_figures`."""
+    return _written(run, benchmark, steps) or computed_figures(run, benchmark)
+
+
+def _written(run: Path, benchmark: str, steps: int) -> dict[str, Any] | None:
+    """Returns the numbers that `write_figures` wrote for a run of so many steps; None where there are none."""
+    try:
+        row = json.loads((run / FIGURES).read_text(encoding="utf-8")).get(benchmark)
+    except FileNotFoundError:
+        return None
+    return row if row and row["curve"]["step"][-1] == steps else None
+
+
 @functools.cache  # a study asks for all its finished runs again after each further run
-def figures(run: Path, benchmark: str) -> dict[str, Any]:
-    """Returns the numbers of a finished run that the study reports.
+def computed_figures(run: Path, benchmark: str) -> dict[str, Any]:
+    """Returns the numbers of a finished run that the study reports, from the run's metrics and samples.
 
     Fractions are between 0 and 1, entropy is in nats per token, and lengths are in tokens.
 

@@ -1,7 +1,10 @@
 """Settings that must be in place before jax is imported. A GPU run overrides them from outside (JAX_PLATFORMS=cuda)."""
 
+import collections
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 import devices
@@ -30,6 +33,13 @@ def pytest_cmdline_main(config):
     if config.pluginmanager.hasplugin("xdist") and options.numprocesses is None and not (is_worker or options.usepdb):
         options.numprocesses = 2
         options.dist = "loadfile"
+        options.loadscopereorder = False  # the order is that of pytest_collection_modifyitems
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the files with most slow tests first: at the end, one of them alone would leave the other process idle."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_configure(config):
@@ -69,9 +79,16 @@ def hybrid():
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, pytestconfig):
     """An uninterrupted run of `whole_runs.CONFIG`, and what it printed. Not to be written to."""
     import whole_runs
 
     path = tmp_path_factory.mktemp("whole")
-    return path / "run", whole_runs.run(path, path / "run", "log.profile_steps=(2,)", "log.trackers=('tensorboard',)")
+    flags = whole_runs.command(path, path / "run", "log.profile_steps=(2,)", "log.trackers=('tensorboard',)")
+    start = [sys.executable, "-m", "igrpo_jax.main", *flags]
+    environment = os.environ | {"XLA_FLAGS": devices.flags(1)}
+    done = subprocess.run(
+        start, cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return path / "run", done.stdout

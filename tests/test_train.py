@@ -5,17 +5,15 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from whole_runs import ROOT, check_same_rows, command, faulty, final_state, one_device, rows, run, samples, settings
+from whole_runs import check_same_rows, faulty, final_state, rows, run, samples, settings, start
 
 from igrpo_jax import config, train
 from igrpo_jax.distributed import watchdog
@@ -120,17 +118,15 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
         "a run that learns nothing shows nothing"
     )
     killed = tmp_path / "run"
-    process = subprocess.Popen(
-        command(tmp_path, killed), cwd=ROOT, env=one_device(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    process = start(tmp_path, killed)
     deadline = time.monotonic() + 240
     # Saves are asynchronous; that of step 4 waits for that of step 2, so the run can't end before this is true.
     while not ((killed / "samples" / "step_000003.jsonl").exists() and (killed / "checkpoints" / "2").exists()):
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, process.ended().stderr
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    assert process.ended().returncode == -signal.SIGKILL
     assert "resumed after" in run(tmp_path, killed)
     check_same_rows(rows(killed), rows(workdir))
     assert samples(killed) == samples(workdir)
@@ -190,8 +186,7 @@ def test_the_best_checkpoint_is_kept(whole):
 
 @pytest.mark.slow
 def test_a_best_metric_that_is_none(tmp_path):
-    wrong = command(tmp_path, tmp_path / "run", "checkpoint.best_metric=eval/arithmetic/pass@9")
-    done = subprocess.run(wrong, cwd=ROOT, env=one_device(), capture_output=True, text=True)
+    done = faulty("", tmp_path, tmp_path / "run", "checkpoint.best_metric=eval/arithmetic/pass@9")
     assert done.returncode == 2 and "the nearest is 'eval/arithmetic/pass@1'" in done.stderr
     assert not (tmp_path / "run").exists() and "compiling" not in done.stdout
 
@@ -238,7 +233,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_overwritten(whole, tmp_path):
     copy = shutil.copytree(whole[0], tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints")
     before = rows(copy)
-    done = subprocess.run(command(tmp_path, copy), cwd=ROOT, env=one_device(), capture_output=True, text=True)
+    done = faulty("", tmp_path, copy)
     assert done.returncode == 2 and "holds samples of a run but no checkpoint" in done.stderr
     assert rows(copy) == before and len(samples(copy)) == 5
 

@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import devices
 import jax
 import numpy as np
+import processes
 import pytest
 
 from igrpo_jax import config
@@ -16,7 +16,6 @@ from igrpo_jax.learning.learner import Learner
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.session.task import open_task
 
-ROOT = Path(__file__).parents[1]
 CONFIG = """
 from igrpo_jax.config import default
 
@@ -28,7 +27,7 @@ def get_config():
     b.hidden_size, b.num_layers, b.num_heads, b.num_kv_heads, b.intermediate_size = 32, 1, 2, 1, 48
     c.data.instruction, c.refine.instruction, c.data.max_prompt_length = "", "{draft}", 32
     c.data.arithmetic.train_problems, c.data.arithmetic.test_problems = 10, 4  # step 3 crosses into the second epoch
-    c.warm_start.steps, c.warm_start.batch_size, c.warm_start.learning_rate = 150, 16, 1e-2
+    c.warm_start.steps, c.warm_start.batch_size, c.warm_start.learning_rate = 60, 16, 1e-2
     c.algorithm.num_drafts, c.algorithm.num_generations = 2, 2
     c.learner.minibatches = 2
     c.rollout.max_completion_length, c.rollout.slots, c.rollout.temperature = 24, 8, 0.7
@@ -83,37 +82,42 @@ def final_state(workdir: Path, run_config: config.Config) -> dict[str, np.ndarra
 
 
 def command(tmp_path: Path, workdir: Path, *overrides: str) -> list[str]:
+    """Returns the flags of `igrpo_jax.main` for a run of CONFIG with `overrides`, as field=value."""
     (tmp_path / "micro.py").write_text(CONFIG)
-    run = [sys.executable, "-m", "igrpo_jax.main", "--config", str(tmp_path / "micro.py"), "--workdir", str(workdir)]
-    return run + [f"--config.{override}" for override in overrides]
+    flags = ["--config", str(tmp_path / "micro.py"), "--workdir", str(workdir)]
+    return flags + [f"--config.{override}" for override in overrides]
 
 
-def one_device() -> dict[str, str]:
-    """Eight virtual devices are what other tests are for, and slow."""
-    return os.environ | {"XLA_FLAGS": devices.flags(1)}
-
-
-def run(*args) -> str:
-    done = subprocess.run(command(*args), cwd=ROOT, env=one_device(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-# What the statements of `faulty` see.
+# What the statements of `start` see, and what runs after them: the module as `python -m` would run it.
 SEEN = """
-import os, signal, sys
+import os, runpy, signal, sys
 from igrpo_jax import cli, main
 from igrpo_jax.learning import objectives
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.session.run import Run
 """
+MAIN = """
+sys.modules.pop("igrpo_jax.main")
+runpy.run_module("igrpo_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def start(*args, inject: str = "") -> processes.Started:
+    """Starts a run of `command(*args)` after the statements `inject`, which see the names of SEEN.
+
+    It has one device: eight are what other tests are for, and slow.
+    """
+    environment = os.environ | {"XLA_FLAGS": devices.flags(1)}
+    return processes.Started(f"{SEEN}{inject}{MAIN}", ["igrpo_jax.main", *command(*args)], environment)
 
 
 def faulty(inject: str, *args, timeout: int = 300) -> subprocess.CompletedProcess:
-    """A run as `run` starts it, after the statements `inject`, which see the names of SEEN."""
-    _, _, name, *arguments = command(*args)
-    program = f"{SEEN}{inject}\n"
-    program += f"sys.argv = {[name, *arguments]!r}\ncli.run(main.main)\n"
-    start = [sys.executable, "-c", program]
-    return subprocess.run(start, cwd=ROOT, env=one_device(), capture_output=True, text=True, timeout=timeout)
+    return start(*args, inject=inject).ended(timeout)
+
+
+def run(*args) -> str:
+    """Runs to the end without an error, and returns what was printed."""
+    done = faulty("", *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

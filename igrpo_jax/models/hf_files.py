@@ -1,53 +1,39 @@
 """What a Hugging Face directory says of its model besides the weights: config.json, the tokenizer, the EOS ids.
 
-A directory may be given as a path or as a hub id; `resolve` downloads the latter. Not here: the weights (`hf_read`).
+Not here: where the directory is (`hf_paths`), and the weights (`hf_read`).
 """
 
-import functools
-import json
-import re
-from pathlib import Path
+from dataclasses import replace
 
-import huggingface_hub
+from absl import logging
 
-from igrpo_jax.errors import InputError
-from igrpo_jax.models import config
+from igrpo_jax.models import config, hf_tensors
 from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.models.hf_paths import first_line, path_error, read_json, resolve
 
-WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json")
-
-
-def resolve(path: str) -> Path:
-    """Returns `path` itself where it is a directory, else the local copy of the hub's repository of that name.
-
-    Raises:
-        InputError: neither exists, or the hub can't be reached.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
-        raise path_error(path, "no such directory; give a Hugging Face model directory or a hub id such as owner/name")
-    return _download(path)
-
-
-@functools.cache
-def _download(name: str) -> Path:
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(WANTED)))
-    except Exception as error:  # its errors have no common base: HTTP, validation, offline, file system
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        fix = "give a local directory with config.json, the safetensors files and the tokenizer"
-        raise path_error(name, f"no such directory, and the hub did not give it ({reason}); {fix}") from error
 
 
 def load_config(path: str) -> DecoderConfig:
     """Returns the DecoderConfig of the directory or hub id `path`.
 
+    Where config.json ties the embeddings but the files hold a head that differs from them, the head is read, and a
+    warning says so, as in transformers 5.
+
     Raises:
         InputError: no config.json, or one that the decoder can't follow.
     """
-    return config.from_hf(config_json(path), f"config.model.path = {path!r}: config.json")
+    raw = config_json(path)
+    cfg = config.from_hf(raw, f"config.model.path = {path!r}: config.json")
+    if cfg.tie_embeddings and hf_tensors.has_own_head(path, raw):
+        logging.warning(
+            "config.model.path = %r: config.json has tie_word_embeddings = true, but the files hold another "
+            "lm_head.weight than the embeddings; the head of the files is used. Write tie_word_embeddings = false into "
+            "config.json, or take lm_head.weight out of the files.",
+            path,
+        )
+        return replace(cfg, tie_embeddings=False)
+    return cfg
 
 
 def config_json(path: str) -> dict:
@@ -114,25 +100,3 @@ def _end_of_turn(path: str, tokenizer) -> int | None:
     special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     matches = [content for content in special if content and after.startswith(content)]
     return special[max(matches, key=len)] if matches else None
-
-
-def read_json(path: str, file: Path) -> dict:
-    """Returns the JSON object in `file`, which belongs to the model at `path`."""
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except ValueError as error:  # bad JSON and bad utf-8 both
-        message = f"{file.name} is not JSON ({first_line(error)}); copy or download it again"
-        raise path_error(path, message) from error
-    if not isinstance(value, dict):
-        raise path_error(path, f"{file.name} must hold a JSON object; copy or download it again")
-    return value
-
-
-def path_error(path: str, message: str) -> InputError:
-    """Returns the error of a wrong `config.model.path`."""
-    return InputError(f"config.model.path = {path!r}: {message}")
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, or the name of its type where the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()

@@ -6,40 +6,22 @@ sharding. So no process ever holds the whole model, no device holds a second cop
 tensors.
 """
 
-import contextlib
 import functools
 import math
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (teaches numpy bfloat16, without which safetensors cannot return such tensors)
 import numpy as np
-import safetensors
 
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.decoder import Params
-from igrpo_jax.models.hf_files import config_json, first_line, path_error, read_json, resolve
-from igrpo_jax.models.hf_tables import FAMILIES, Entry, Index, table, tensor_shapes
-
-BYTES = {"F32": 4, "BF16": 2, "F16": 2}  # the dtypes of safetensors that can be read, and their size
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of the files, as their headers describe it."""
-
-    file: Path
-    name: str  # in the file
-    shape: tuple[int, ...]
-    dtype: str  # in the words of safetensors
+from igrpo_jax.models.hf_files import config_json
+from igrpo_jax.models.hf_paths import path_error
+from igrpo_jax.models.hf_tables import Entry, Index, table, tensor_shapes
+from igrpo_jax.models.hf_tensors import BYTES, HEAD, StoredTensor, headers, named, opened, stored_tensors
 
 
 def check_weights(path: str, cfg: DecoderConfig) -> int:
@@ -54,7 +36,7 @@ def check_weights(path: str, cfg: DecoderConfig) -> int:
 
 def weight_files(path: str) -> list[Path]:
     """Returns the files that hold the weights."""
-    return sorted({tensor.file for tensor in _stored_tensors(path).values()})
+    return sorted({tensor.file for tensor in stored_tensors(path).values()})
 
 
 def load_params(
@@ -82,7 +64,7 @@ def load_params(
 
 def load_adapters(path: str, entries: dict[str, Entry], like: Params) -> Params:
     """Returns LoRA's adapters from the peft directory `path`, with the shapes, dtypes and shardings of `like`."""
-    stored = _headers(path, ["adapter_model.safetensors"])
+    stored = headers(path, ["adapter_model.safetensors"])
     first = next(iter(like.values()))
     shapes = {own: x.shape for own, x in like.items()}
     return _load(path, shapes, entries, stored, first.sharding.mesh, str(first.dtype), lambda bytes_read: None)
@@ -102,7 +84,7 @@ def _load(
     for own, shape in shapes.items():
         entry, tensor = entries[own], stored[entries[own].name]
         # Pages of an open file count as this process's memory once they are read, so each tensor opens the file anew.
-        with _opened(path, tensor.file) as file:
+        with opened(path, tensor.file) as file:
             read = functools.partial(entry.read, file.get_slice(tensor.name), shape, dtype=dtype)
             params[own] = _read_once(read, shape, sharding.param_sharding(mesh, own))
         bytes_read += sizes[own]
@@ -131,54 +113,13 @@ def _read_once(
     return jax.block_until_ready(jax.make_array_from_callback(shape, placement, block))
 
 
-@contextlib.contextmanager
-def _opened(path: str, file: Path) -> Iterator[Any]:
-    """Opens a safetensors file of the model at `path`."""
-    try:
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            yield opened
-    except (safetensors.SafetensorError, OSError) as error:
-        fix = "it is damaged or cut short; copy or download it again"
-        raise path_error(path, f"{file.name} can't be read ({first_line(error)}); {fix}") from error
-
-
-def _stored_tensors(path: str) -> dict[str, StoredTensor]:
-    """Returns every tensor of the files by name."""
-    root = resolve(path)
-    if (root / SINGLE).is_file():
-        files = [SINGLE]
-    elif (root / INDEX).is_file():
-        file_of = read_json(path, root / INDEX).get("weight_map")
-        if not (isinstance(file_of, dict) and file_of and all(isinstance(name, str) for name in file_of.values())):
-            raise path_error(path, f"{INDEX} has no weight_map from tensors to files; copy or download it again")
-        files = sorted(set(file_of.values()))
-    else:
-        raise path_error(path, f"no {SINGLE} and no {INDEX}; only weights in the safetensors format are read")
-    return _headers(path, files)
-
-
-def _headers(path: str, files: list[str]) -> dict[str, StoredTensor]:
-    """Returns the tensors of `files` by name."""
-    root, tensors = resolve(path), {}
-    for name in files:
-        if not (root / name).is_file():
-            raise path_error(path, f"{INDEX} names {name}, which is not there; copy or download the directory again")
-        with _opened(path, root / name) as opened:
-            for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
-                if key in tensors:
-                    raise path_error(path, f"tensor {key} is in two files; keep one set of weights in the directory")
-                header = opened.get_slice(key)
-                tensors[key] = StoredTensor(root / name, key, tuple(header.get_shape()), header.get_dtype())
-    return tensors
-
-
 def _checked(path: str, cfg: DecoderConfig) -> tuple[dict[str, Entry], dict[str, StoredTensor]]:
     """Returns the entry of each parameter and every tensor of the files, after a check that they fit."""
     model_type = config_json(path)["model_type"]
-    entries, stored = table(model_type, cfg), _stored_tensors(path)
-    if FAMILIES[model_type].prefixes:
-        ours, theirs = FAMILIES[model_type].prefixes
-        stored = {re.sub(f"^{re.escape(theirs)}", ours, name): tensor for name, tensor in stored.items()}
+    entries, stored = table(model_type, cfg), named(model_type, stored_tensors(path))
+    embedding = entries["embedding"].name
+    if cfg.tie_embeddings and embedding not in stored and HEAD in stored:  # either of the two may be saved
+        stored[embedding] = stored[HEAD]
     _check(path, cfg, tensor_shapes(entries, decoder.shapes(cfg)), stored)
     return entries, stored
 
@@ -187,7 +128,7 @@ def _check(
     path: str, cfg: DecoderConfig, expected: dict[str, tuple[int, ...]], tensors: dict[str, StoredTensor]
 ) -> None:
     """Raises InputError unless `tensors` are those expected, each once, in the right shape and a dtype we read."""
-    optional = {"lm_head.weight"} if cfg.tie_embeddings else set()
+    optional = {HEAD} if cfg.tie_embeddings else set()
     extra = [x for x in tensors if x not in expected and x not in optional and not x.endswith("rotary_emb.inv_freq")]
     shape = {name: tensors[name].shape for name in expected if name in tensors}
     misshapen = [f"{name} is {shape[name]}, not {expected[name]}" for name in shape if shape[name] != expected[name]]

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from igrpo_jax.config import LoraConfig
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import decoder, hf_files
+from igrpo_jax.models import decoder, hf_files, hf_paths
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.decoder import Params
 from igrpo_jax.models.hf_tables import Entry
@@ -128,7 +128,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 def copy_tokenizer(path: str, folder: Path) -> None:
     """Copies the tokenizer's files and the chat template of the directory or hub id `path`, byte for byte."""
     for pattern in TOKENIZER:
-        for file in hf_files.resolve(path).glob(pattern):
+        for file in hf_paths.resolve(path).glob(pattern):
             if jax.process_index() == 0 and file.is_file():
                 shutil.copyfile(file, folder / file.name)
 
@@ -136,11 +136,13 @@ def copy_tokenizer(path: str, folder: Path) -> None:
 def exported_config(path: str, cfg: DecoderConfig) -> dict[str, Any]:
     """Returns the config.json of an export.
 
-    It is that of the model at `path`, except for the dtype and for references to code, which is not copied. The
-    built-in model ("") is exported as a Llama.
+    It is that of the model at `path`, except for the dtype, for references to code, which is not copied, and for
+    embeddings that it ties although `cfg` has a head. The built-in model ("") is exported as a Llama.
     """
     raw = hf_files.config_json(path) if path else _llama(cfg)
     dtype = "torch_dtype" if "torch_dtype" in raw else "dtype"
+    if "tie_word_embeddings" in raw:
+        raw["tie_word_embeddings"] = cfg.tie_embeddings
     return {key: value for key, value in raw.items() if key != "auto_map"} | {dtype: "bfloat16"}
 
 
@@ -166,7 +168,7 @@ def _llama(cfg: DecoderConfig) -> dict[str, Any]:
 
 def generation_config(path: str, eos_ids: tuple[int, ...]) -> dict[str, Any]:
     """Returns generation_config.json of the model at `path` ("" = none), with the EOS ids that the policy learned."""
-    file = hf_files.resolve(path) / "generation_config.json" if path else None
+    file = hf_paths.resolve(path) / "generation_config.json" if path else None
     raw = json.loads(file.read_text("utf-8")) if file and file.is_file() else {}
     return raw | {"eos_token_id": list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]}
 

@@ -1,8 +1,9 @@
 """The matched-budget study: its numbers by hand, its arms, that it goes on where it was killed, and its page.
 
 What these tests catch: a zero-variance split that mixes up groups of right and wrong drafts, intervals that are not
-Student's t, arms that sample more than the ones they are compared with, a study that runs finished runs again, and a
-number in docs/study.md that no file of the study holds.
+Student's t, arms that sample more than the ones they are compared with, a study that runs finished runs again or does
+not stop in time, own drafts that are not the answers of the same problem, problems that are both trained on and
+evaluated, and a number in docs/study.md that no file of the study holds.
 """
 
 import argparse
@@ -10,8 +11,11 @@ import importlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,8 +24,9 @@ from igrpo_jax import config
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-matched_budget, study_arms, study_report, study_runs = map(
-    importlib.import_module, ("matched_budget", "study_arms", "study_report", "study_runs")
+draft_probe, matched_budget, study_arms, study_commands, study_report, study_runs, study_settings = map(
+    importlib.import_module,
+    ("draft_probe", "matched_budget", "study_arms", "study_commands", "study_report", "study_runs", "study_settings"),
 )
 
 
@@ -56,7 +61,7 @@ def write_run(folder, drafts=True, trains_drafts=False, gain=0.1):
 
 def test_the_numbers_of_a_run(tmp_path):
     write_run(tmp_path)
-    run = study_runs.figures(tmp_path, "x")
+    run = study_runs.figures(tmp_path, 2, "x")
     assert (run["before"], run["after"]) == (0.2, 0.4)
     assert run["area"] == pytest.approx(0.3)  # (0.2 + 0.3) / 2 and (0.3 + 0.4) / 2, one step each
     # All right drafts of this run are followed by equal rewards, no wrong one; mixed up it would be 0.5 and 0.5.
@@ -70,12 +75,12 @@ def test_the_numbers_of_a_run(tmp_path):
 
 def test_drafts_that_are_trained_on_count_as_trained(tmp_path):
     write_run(tmp_path, trains_drafts=True)
-    assert study_runs.figures(tmp_path, "x")["trained_tokens"] == 220
+    assert study_runs.figures(tmp_path, 2, "x")["trained_tokens"] == 220
 
 
 def test_groups_without_drafts(tmp_path):
     write_run(tmp_path, drafts=False)
-    run = study_runs.figures(tmp_path, "x")
+    run = study_runs.figures(tmp_path, 2, "x")
     assert run["zero_variance"] == 0.5 and "zero_variance_right_draft" not in run and "fixed" not in run
     assert run["completions"] == 8
 
@@ -119,17 +124,17 @@ def test_arms_sample_as_much_as_what_they_are_compared_with():
         if arm.against:
             other = arms[arm.against]
             assert total(arm) == total(other) and arm.start == other.start, arm.name
-    for file in ("study_arithmetic", "study_smollm2"):
-        matched_budget.read_config(ROOT / "configs" / f"{file}.py")
+    for setting in study_settings.SETTINGS.values():
+        config.freeze(study_settings.read_config(setting.config))
 
 
 @pytest.mark.slow
 def test_a_killed_study_goes_on(tmp_path, monkeypatch, capsys):
-    study = matched_budget.Study(tmp_path, Path("x.py"), "x", {}, 2, [])
-    args = argparse.Namespace(groups=["main"], seeds=2, jobs=1, setting="arithmetic")
+    study = study_settings.Study(tmp_path, Path("x.py"), "x", {}, 2, [])
+    args = argparse.Namespace(groups={"main": study_arms.ARMS["main"]}, seeds=2, jobs=1, setting="arithmetic")
     calls = []
 
-    def call(command, log, cores=None):
+    def call(command, log, cores, stop_at):
         workdir = Path(command[command.index("--workdir") + 1])
         calls.append(workdir.relative_to(tmp_path).as_posix())
         if len(calls) == 3:
@@ -159,13 +164,166 @@ def test_runs_of_a_killed_study_are_waited_for(tmp_path, capsys):
     """A child outlives the study that began it; another process in the same folder would tear its files."""
     log = tmp_path / "log.txt"
     with open(log, "a") as other:
-        matched_budget._lock(other)
+        study_commands._lock(other)
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1); print('first')"], stdout=other)
-    matched_budget.call([sys.executable, "-c", "print('second')"], log)
+    study_commands.call([sys.executable, "-c", "print('second')"], log)
     assert log.read_text() == "first\nsecond\n" and child.wait() == 0
     assert "waiting for the run of another study" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"exit code 3(.|\n)*second"):
-        matched_budget.call([sys.executable, "-c", "raise SystemExit(3)"], log)
+        study_commands.call([sys.executable, "-c", "raise SystemExit(3)"], log)
+
+
+STOPPABLE = """
+import signal, sys, time
+def stop(*_):
+    print("saved", flush=True)
+    raise SystemExit(75)
+signal.signal(signal.SIGTERM, stop)
+print("begun", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_run_is_stopped_when_the_time_is_over(tmp_path):
+    log = tmp_path / "log.txt"
+    began = time.monotonic()
+    with pytest.raises(study_commands.OutOfTime):
+        study_commands.call([sys.executable, "-c", STOPPABLE], log, stop_at=began + 0.7)
+    assert time.monotonic() - began < 20
+    assert log.read_text() == "begun\nsaved\n"
+    with pytest.raises(study_commands.OutOfTime):  # after the time, nothing begins
+        study_commands.call([sys.executable, "-c", "print('late')"], tmp_path / "late.txt", stop_at=began)
+    assert not (tmp_path / "late.txt").exists()
+
+
+def test_a_run_that_fails_while_it_is_stopped_has_failed(tmp_path):
+    command = [sys.executable, "-c", STOPPABLE.replace("75", "1")]
+    with pytest.raises(SystemExit, match="exit code 1"):
+        study_commands.call(command, tmp_path / "log.txt", stop_at=time.monotonic() + 0.7)
+
+
+def test_a_failure_counts_more_than_the_time():
+    together = threading.Barrier(2)
+
+    def work(item, _):
+        together.wait(timeout=20)
+        raise SystemExit("failed") if item else study_commands.OutOfTime
+
+    with pytest.raises(SystemExit, match="failed"):
+        study_commands.in_parallel(2, work, [0, 1])
+    with pytest.raises(study_commands.OutOfTime):
+        study_commands.in_parallel(2, work, [0, 0])
+
+
+def parse(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["matched_budget.py", *flags])
+    return matched_budget.parse()
+
+
+def test_a_study_of_a_pretrained_model_goes_on_from_its_numbers_alone(tmp_path, monkeypatch):
+    """On another machine, without checkpoints and samples; a run that had not ended begins again."""
+    qwen05 = ["--setting", "qwen05", "--model", "m", "--data", str(tmp_path), "--seeds", "2", "--jobs", "1"]
+    args = parse(monkeypatch, "--out", str(tmp_path), *qwen05)
+    study = study_settings.Study(tmp_path, Path("x.py"), "x", {}, 2, [], pretrained="m")
+    calls = []
+
+    def call(command, log, cores, stop_at):
+        workdir = Path(command[command.index("--workdir") + 1])
+        calls.append(workdir.parent.name)
+        if len(calls) == 3:
+            raise study_commands.OutOfTime
+        (workdir / "checkpoints" / "2").mkdir(parents=True)
+        write_run(workdir, workdir.parent.name != "grpo")
+
+    monkeypatch.setattr(matched_budget, "call", call)
+    monkeypatch.setattr(study_report, "plot", lambda *_: None)  # it takes seconds
+    with pytest.raises(study_commands.OutOfTime):
+        matched_budget.run_all(args, study)
+    assert calls == ["grpo", "igrpo", "igrpo_train_drafts"]  # all arms of a seed before the next seed
+    assert list(tmp_path.glob("runs/*/*/checkpoints")) == []
+    results = matched_budget.report(args, study)
+    for folder in tmp_path.glob("runs/*/*"):
+        shutil.rmtree(folder / "samples")
+        (folder / "metrics.jsonl").unlink()
+    study_runs.computed_figures.cache_clear()
+    assert matched_budget.report(args, study) == results and len(results["arms"]) == 2
+    matched_budget.run_all(args, study)
+    assert calls[3:] == ["igrpo_train_drafts", "grpo", "igrpo", "igrpo_train_drafts"]
+    more_steps = study_settings.Study(tmp_path, Path("x.py"), "x", {}, 4, [], pretrained="m")
+    assert not more_steps.finished("grpo", 0)
+
+
+def test_minutes_that_leave_no_time_are_refused(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--out", str(tmp_path), "--minutes", "0.2")
+    assert "--minutes 0.2: runs may take 25 s to stop" in capsys.readouterr().err
+
+
+def test_the_exit_code_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    def out_of_time(*_):
+        raise study_commands.OutOfTime
+
+    monkeypatch.setattr(matched_budget, "parse", lambda: argparse.Namespace(setting="qwen05", minutes=9))
+    monkeypatch.setattr(matched_budget, "open_study", out_of_time)
+    assert matched_budget.main() == 75
+    assert "goes on" in capsys.readouterr().out
+
+
+def problem(number):
+    return {"id": f"p{number}", "prompt": f"What is {number}?", "answer": str(number), "solution": "x" * (9 - number)}
+
+
+def test_problems_that_the_model_solves_sometimes(tmp_path, monkeypatch):
+    """p2 to p7 are solved sometimes; two of them are held out and not trained on."""
+    rows = [problem(number) for number in range(9)]
+    (tmp_path / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    right = {"p0": 4, "p1": 0, "p8": 0} | {f"p{number}": 1 + number % 3 for number in range(2, 8)}
+
+    def call(command, log, stop_at):
+        answers = [{"prompt_id": name, "accuracy": float(i < count)} for name, count in right.items() for i in range(4)]
+        (tmp_path / "out" / "screen").mkdir()
+        path = tmp_path / "out" / "screen" / "screened.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in answers))
+
+    monkeypatch.setattr(study_settings, "call", call)
+    qwen05 = ["--setting", "qwen05", "--model", "m", "--data", str(tmp_path)]
+    args = parse(monkeypatch, "--out", str(tmp_path / "out"), *qwen05, "--held-out", "2")
+    study = study_settings.open_study(args, math.inf)
+    ids = lambda name: [row["id"] for row in study_runs.read_rows(tmp_path / "out" / "data" / f"{name}.jsonl")]
+    assert ids("screened")[0] == "p8"  # the shortest solution first
+    assert ids("solved") == ["p6", "p5", "p3", "p2"] and ids("held_out") == ["p7", "p4"]
+    assert study.benchmark == "held_out" and study.settings["evaluation.benchmarks"] == "('held_out',)"
+    shutil.rmtree(tmp_path / "out")
+    args = parse(monkeypatch, "--out", str(tmp_path / "out"), *qwen05, "--held-out", "6")
+    with pytest.raises(SystemExit, match="--screen 1024: the model solves 6 of these"):
+        study_settings.open_study(args, math.inf)
+
+
+def test_own_drafts_are_the_first_answers_to_the_same_problems():
+    problems = [problem(1), problem(2)]
+    answers = [
+        {"prompt_id": "p2", "sample_id": 0, "text": "It is 2. ", "extracted": "2", "accuracy": 1.0},
+        {"prompt_id": "p2", "sample_id": 1, "text": "no", "extracted": "9", "accuracy": 0.0},
+        {"prompt_id": "p1", "sample_id": 0, "text": "unclear", "extracted": None, "accuracy": 0.0},
+    ]
+    first, second = draft_probe.own_drafts(problems, answers)
+    assert first["prompt"].startswith("What is 1?\n\nBelow is an earlier draft")
+    assert first["draft"] == "unclear" and first["stated"] is None and not first["draft_right"]
+    assert "<draft>\nIt is 2.\n</draft>" in second["prompt"] and second["draft_right"] and second["stated"] == "2"
+
+
+def test_the_numbers_of_a_kind_of_prompt():
+    asked = [problem(1) | {"draft": "a b c", "stated": "1"}, problem(2) | {"draft": "d", "stated": None}]
+    row = lambda number, **more: {"prompt_id": f"p{number}", "token_count": 4, "finished": True} | more
+    rows = [
+        row(1, text="a b x y", extracted="1", accuracy=1.0),
+        row(2, text="e", extracted=None, accuracy=0.0, finished=False),  # no answer is not the draft's answer
+        row(3, text="of another kind", extracted="1", accuracy=1.0),
+    ]
+    result = draft_probe.figures(rows, asked)
+    assert (result["problems"], result["accuracy"], result["draft_answer"], result["cut"]) == (2, 0.5, 0.5, 0.5)
+    assert result["copied"] == 0.25  # two of four words, and none of one
+    assert draft_probe.table({"own": result}).splitlines()[2].startswith("| own | 2 | 50.0 | 0.0 to 100.0 | 50 | 25 |")
 
 
 def test_every_number_of_the_page_is_in_a_file_of_the_study():

@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import whole_runs
+from processes import Started
 
 from igrpo_jax import train
 from igrpo_jax.learning import rollout
@@ -85,38 +85,25 @@ def free_port() -> int:
 
 
 def environment(count: int, **more: str) -> dict[str, str]:
-    path = os.pathsep.join([str(whole_runs.ROOT), *sys.path])
+    path = os.pathsep.join(sys.path)
     flags = devices.flags(8 // count)
     common = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return os.environ | common | more
 
 
-def started(program: str, arguments: list, env: dict[str, str]) -> subprocess.Popen:
-    start = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.Popen(
-        start,
-        cwd=whole_runs.ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-
-
-def ended(processes: list[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str]]:
+def ended(processes: list[Started]) -> list[tuple[int, str]]:
     """Exit codes and what was said."""
     with contextlib.ExitStack() as stack:
         for process in processes:
             stack.callback(process.kill)
-        said = [process.communicate(timeout=timeout)[0] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+        done = [process.ended() for process in processes]
+    return [(each.returncode, each.stdout + each.stderr) for each in done]
 
 
 def run(folder: Path, workdir: Path, count: int, inject: dict[int, str], slurm: bool, **fields) -> list:
     """A run of `count` processes that have eight devices together; `inject` are statements for some of them."""
     overrides = [f"{name}={value}" for name, value in (SETTINGS | fields).items()]
-    _, _, name, *arguments = whole_runs.command(folder, workdir, *overrides)
+    arguments = ["igrpo_jax.main", *whole_runs.command(folder, workdir, *overrides)]
     port, processes = free_port(), []
     for own in range(count):
         if slurm:  # JAX finds the port by the job's number
@@ -126,9 +113,8 @@ def run(folder: Path, workdir: Path, count: int, inject: dict[int, str], slurm: 
         else:
             env = environment(count)
             flags = ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process", str(own)]
-        program = f"import sys\n{inject.get(own, '')}\nfrom igrpo_jax import cli, main\n"
-        program += f"sys.argv[0] = {name!r}\ncli.run(main.main)\n"
-        processes.append(started(program, arguments + flags, env))
+        program = f"{inject.get(own, '')}\nfrom igrpo_jax import cli, main\ncli.run(main.main)\n"
+        processes.append(Started(program, arguments + flags, env))
     return ended(processes)
 
 
@@ -280,11 +266,11 @@ NOTICED = """
 """
 
 
-def driven(body: str, count: int, of: int | None = None, start_timeout: int = 60) -> list[subprocess.Popen]:
+def driven(body: str, count: int, of: int | None = None, start_timeout: int = 60) -> list[Started]:
     """`count` of `of` processes that only run `body`."""
     port, program = free_port(), DRIVER.replace("{body}", body.strip()).replace("START", f"{start_timeout}")
-    flags = ["--coordinator", f"localhost:{port}", "--processes", of or count, "--process"]
-    return [started(program, [*flags, own], environment(8)) for own in range(count)]
+    flags = ["driver", "--coordinator", f"localhost:{port}", "--processes", of or count, "--process"]
+    return [Started(program, [*flags, own], environment(8)) for own in range(count)]
 
 
 @pytest.fixture(scope="module")

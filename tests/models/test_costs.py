@@ -6,7 +6,7 @@ import runpy
 import jax
 import jax.numpy as jnp
 import pytest
-import whole_runs
+from processes import ROOT
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
@@ -41,7 +41,7 @@ def test_public_models_have_as_many_parameters_as_published():
     assert found == pytest.approx(PUBLISHED, rel=0.01)
 
 
-@pytest.mark.parametrize("file", sorted((whole_runs.ROOT / "configs").glob("*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda file: file.stem)
 def test_the_model_of_every_configuration_is_known(file):
     scope = runpy.run_path(str(file))
     path = scope["get_config"]().model.path

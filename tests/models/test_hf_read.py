@@ -19,7 +19,7 @@ from tiny_models import one_device, tiny_config
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
-from igrpo_jax.models import decoder, hf_files, hf_read, hf_tables, hf_write
+from igrpo_jax.models import decoder, hf_files, hf_paths, hf_read, hf_tables, hf_tensors, hf_write
 from igrpo_jax.models.config import RopeScaling
 
 ROOT = Path(__file__).parents[2]
@@ -248,7 +248,9 @@ def test_a_tied_model_may_carry_its_head(copy):
     before = logits_of(copy, TOKENS)
     edit_json(copy / "config.json", tie_word_embeddings=True)
     edit_tensors(copy, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}))
+    edit_tensors(copy, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}))
     tied = logits_of(copy, TOKENS)
+    assert hf_files.load_config(str(copy)).tie_embeddings
     assert np.abs(tied - before).max() > 0.1  # the head is the embedding now
     edit_tensors(copy, lambda tensors: tensors.pop("lm_head.weight"))
     np.testing.assert_array_equal(logits_of(copy, TOKENS), tied)
@@ -269,7 +271,7 @@ def test_a_hub_id_that_can_not_be_had(monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot reach the hub\nand a second line")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    message = error_of(hf_files.resolve, "nobody/none-such")
+    message = error_of(hf_paths.resolve, "nobody/none-such")
     assert message.startswith("config.model.path = 'nobody/none-such': no such directory, and the hub")
     assert "give a local directory" in message
 
@@ -300,7 +302,7 @@ def test_an_index_that_names_a_file_that_is_not_there(tmp_path):
     gone.unlink()
     assert f"names {gone.name}, which is not there" in load_error(tmp_path)
     for index in ({}, {"weight_map": []}, {"weight_map": {"x": 1}}):
-        (tmp_path / hf_read.INDEX).write_text(json.dumps(index))
+        (tmp_path / hf_tensors.INDEX).write_text(json.dumps(index))
         assert "has no weight_map from tensors to files" in load_error(tmp_path)
 
 

@@ -1,0 +1,60 @@
+"""Directories of models on Hugging Face's hub or on disk: where their files are, JSON that is in them, and errors.
+
+A directory may be given as a path or as a hub id; `resolve` downloads the latter.
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import huggingface_hub
+
+from igrpo_jax.errors import InputError
+
+WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+
+
+def resolve(path: str) -> Path:
+    """Returns `path` itself where it is a directory, else the local copy of the hub's repository of that name.
+
+    Raises:
+        InputError: neither exists, or the hub can't be reached.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+        raise path_error(path, "no such directory; give a Hugging Face model directory or a hub id such as owner/name")
+    return _download(path)
+
+
+@functools.cache
+def _download(name: str) -> Path:
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(WANTED)))
+    except Exception as error:  # its errors have no common base: HTTP, validation, offline, file system
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        fix = "give a local directory with config.json, the safetensors files and the tokenizer"
+        raise path_error(name, f"no such directory, and the hub did not give it ({reason}); {fix}") from error
+
+
+def read_json(path: str, file: Path) -> dict:
+    """Returns the JSON object in `file`, which belongs to the model at `path`."""
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except ValueError as error:  # bad JSON and bad utf-8 both
+        message = f"{file.name} is not JSON ({first_line(error)}); copy or download it again"
+        raise path_error(path, message) from error
+    if not isinstance(value, dict):
+        raise path_error(path, f"{file.name} must hold a JSON object; copy or download it again")
+    return value
+
+
+def path_error(path: str, message: str) -> InputError:
+    """Returns the error of a wrong `config.model.path`."""
+    return InputError(f"config.model.path = {path!r}: {message}")
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or the name of its type where the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()

@@ -1,0 +1,56 @@
+"""Processes that have imported the package already: each is forked from one that has, which spares it some seconds.
+
+The parent of all of them never touches a device, so that a fork is as good as a new interpreter. That `python -m
+igrpo_jax.main` starts by itself is shown by the run of the fixture `whole`, which is an ordinary process.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["igrpo_jax.main", "igrpo_jax.train"])
+
+
+class Started:
+    """A process that runs the statements `program` with `sys.argv`, in the environment that is given."""
+
+    def __init__(self, program: str, argv: list, env: dict[str, str]):
+        self._folder = tempfile.TemporaryDirectory(prefix="igrpo_jax_")
+        self.args = [str(argument) for argument in argv]
+        self._process = SERVER.Process(target=_become, args=(program, self.args, env, self._folder.name))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Returns the exit code, negative for a signal, or None while the process runs."""
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def ended(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        """Waits for the end, and returns the exit code and what was printed; kills the process after `timeout` s."""
+        self._process.join(timeout)
+        if late := self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+        texts = [(Path(self._folder.name) / name).read_text(errors="replace") for name in ("stdout", "stderr")]
+        assert not late, f"ran for more than {timeout} s: {texts}"
+        return subprocess.CompletedProcess(self.args, self._process.exitcode, *texts)
+
+
+def _become(program: str, argv: list[str], env: dict[str, str], folder: str) -> None:
+    """Makes a fork of the server the process that was asked for."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.path[:0] = [str(ROOT), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.argv = argv
+    os.chdir(ROOT)
+    exec(program, {"__name__": "igrpo_jax_test"})
