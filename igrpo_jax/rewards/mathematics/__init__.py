@@ -1,5 +1,5 @@
 """When two mathematical answers are equal, and what the answer of a text is. Pure Python.
 
 In order: exact, functions, spelling, tokens, cursor, numerals, expression, nodes, regions, words, leaves, answers,
-symbolic, algebraic, extraction, comparison, grader.
+symbolic, extraction, comparison, grader.
 """

@@ -75,7 +75,9 @@ def _read(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
     parts = [part for part in parts if part]
     if len(parts) > MAX_PARTS or not parts:
         return Leaf(text, None, hopeless=True)
-    items = leaves.without_domain(_items(parts, nested, from_text))
+    if len(parts) > 1 and latex(parts[-1][1:]) == _INTEGERS:
+        parts = [_renamed(part, parts[-1][0].text) for part in parts[:-1]]
+    items = _items(parts, nested, from_text)
     if len(items) == 1:
         return items[0]
     joined = None
@@ -89,6 +91,16 @@ def _read(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
         groups = _systems(tokens, nested)
         items = groups or items
     return Sequence(text, "or" if set(separators) == {"or"} else "list", tuple(items))
+
+
+_INTEGERS = "\\in \\mathbb {Z}"
+
+
+def _renamed(tokens: list[Token], parameter: str) -> list[Token]:
+    """Returns tokens with k for the parameter of which `n \\in \\mathbb{Z}` says that it is any integer."""
+    if len(parameter) != 1 or any("k" in token.text for token in tokens if token.kind == "letters"):
+        return tokens
+    return [t._replace(text=t.text.replace(parameter, "k")) if t.kind == "letters" else t for t in tokens]
 
 
 def _items(parts: list[list[Token]], nested: int, from_text: bool = False) -> list[Node]:
@@ -111,7 +123,7 @@ def _systems(tokens: list[Token], nested: int) -> list[Node]:
 
 
 def _signs(tokens: list[Token]) -> list[list[Token]]:
-    """Returns the readings of ± outside of sets. Each ± has its own sign; with ∓ among them, ∓ has the opposite sign of every ±."""
+    """Returns the readings of ± outside of sets. Each ± has its own sign, but with ∓ all have one, and ∓ the other."""
     depths = itertools.accumulate(token.is_in(("\\{",)) - token.is_in(("\\}",)) for token in tokens)
     signs_at = [not depth and token.kind == "command" for token, depth in zip(tokens, depths, strict=True)]
     positions = [at for at, token in enumerate(tokens) if signs_at[at] and token.text in ("pm", "mp")]
@@ -208,9 +220,8 @@ def _set(text: str, content: list[Token], nested: int) -> Node:
         condition = _read(halves[1], nested + 1)
         if isinstance(condition, Region):
             return condition
-        described = leaves.without_domain([_read(halves[0], nested + 1), condition])
-        if len(described) == 1:
-            return Sequence(text, "set", tuple(described))
+        if latex(halves[1][1:]) == _INTEGERS:
+            content = _renamed(halves[0], halves[1][0].text)
     node = _read(content, nested + 1)
     items = node.items if isinstance(node, Sequence) and node.kind in ("list", "or") else (node,)
     return Sequence(text, "set", tuple(items))
@@ -222,11 +233,12 @@ def _matrix(tokens: list[Token], nested: int) -> Node | None:
     if texts[0] != "begin" or texts[-4:-2] != ["end", "{"] or len(texts) < 9:
         return None
     name = texts[2]
-    if name not in ("cases", "pmatrix", "bmatrix", "matrix", "Bmatrix", "array", "smallmatrix") or texts.count("begin") > 1:
+    if (
+        name not in ("cases", "pmatrix", "bmatrix", "matrix", "Bmatrix", "array", "smallmatrix")
+        or texts.count("begin") > 1
+    ):
         return None
     body = tokens[4:-4]
-    if name == "cases":
-        return _cases(tokens, body, nested)
     if name == "array" and body and body[0].text == "{":
         while body and body.pop(0).text != "}":
             pass
@@ -234,38 +246,27 @@ def _matrix(tokens: list[Token], nested: int) -> Node | None:
     for row in split([token for token in body if token.text != "hline"], {"\\"})[0]:
         if row:
             cells = split(row, {"&"})[0]
+            if name == "cases":
+                cells = [_trimmed(cell) for cell in cells]
             if not all(cells):
                 return Leaf(latex(tokens), None)
             rows.append(tuple(_read(cell, nested + 1) for cell in cells))
-    if not rows or len({len(row) for row in rows}) > 1:
+    if not rows or len({len(row) for row in rows}) > 1 or (name == "cases" and len(rows[0]) > 2):
         return Leaf(latex(tokens), None)
+    if name == "cases" and len(rows[0]) == 1:  # a system of equations
+        return Sequence(latex(tokens), "list", tuple(row[0] for row in rows))
+    if name == "cases":  # values with their conditions, in any order
+        return Sequence(latex(tokens), "set", tuple(Matrix(f"{a.text} & {b.text}", ((a, b),)) for a, b in rows))
     return Matrix(latex(tokens), tuple(rows))
-
-
-def _cases(tokens: list[Token], body: list[Token], nested: int) -> Node | None:
-    """Reads `cases`: a function by the set of its values with their conditions, or a list of equations."""
-    rows = []
-    for row in split(body, {"\\"})[0]:
-        cells = [_trimmed(cell) for cell in split(row, {"&"})[0]] if row else []
-        if cells and (len(cells) > 2 or not all(cells)):
-            return Leaf(latex(tokens), None)
-        if cells:
-            rows.append(tuple(_read(cell, nested + 1) for cell in cells))
-    if not rows or len({len(row) for row in rows}) > 1:
-        return Leaf(latex(tokens), None)
-    is_function = len(rows[0]) == 2
-    items = tuple(Matrix(latex(tokens), (row,)) if is_function else row[0] for row in rows)
-    return Sequence(latex(tokens), "set" if is_function else "list", items)
 
 
 def _trimmed(cell: list[Token]) -> list[Token]:
     """Returns a cell of `cases` without the comma at its end and without "if" or "for" at its beginning."""
     if cell and cell[0].kind == "text":
         cell = [*tokenize(cell[0].text), *cell[1:]]
-    while cell and (cell[-1].text in _EDGES):
+    while cell and cell[-1].text in _EDGES:
         cell = cell[:-1]
-    is_if = cell and cell[0].kind == "letters" and cell[0].text.casefold() in ("if", "for", "when", "where")
-    return cell[1:] if is_if else cell
+    return cell[1:] if cell and cell[0].text.casefold() in ("if", "for", "when", "where") else cell
 
 
 # ---------------------------------------------------------------------------------------------- relations, regions

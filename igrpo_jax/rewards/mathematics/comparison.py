@@ -8,12 +8,11 @@ are listed in `grader`.
 import re
 from collections.abc import Iterable
 
-from igrpo_jax.rewards.mathematics import algebraic, exact, regions, symbolic, words
+from igrpo_jax.rewards.mathematics import exact, regions, symbolic, words
 from igrpo_jax.rewards.mathematics.exact import Value
 from igrpo_jax.rewards.mathematics.nodes import (
     Based,
     Choice,
-    Congruence,
     Leaf,
     Matrix,
     Named,
@@ -52,32 +51,22 @@ def _same_leaf(a: Leaf, b: Node) -> bool:
 
 def _same_value(a: Leaf, value: Value, b: Leaf) -> bool:
     equal = exact.same(a.value, value)
-    if equal is False and _same_progression(a, b):
+    if equal is False and _same_progression(a.value, value):
         return True
-    return algebraic.equal(a.value, value) or symbolic.equal(a.text, b.text) if equal is None else equal
+    return exact.agree(a.value, value) or symbolic.equal(a.text, b.text) if equal is None else equal
 
 
-def _same_progression(a: Leaf, b: Leaf) -> bool:
-    """Returns whether π/4 + kπ and n·π - 3π/4 are the same numbers, where k and n are any integers.
-
-    A letter k, m or n is taken for an integer where `k \\in \\mathbb{Z}` says so or its factor is a multiple of π.
-    """
-    starts, periods = [], []
-    for leaf in (a, b):
-        names = leaf.value.symbols()
-        name = names.pop() if len(names) == 1 else ""
-        key = (0, (), ((name, 1),))
-        turns = (0, (), (*sorted(((name, 1), ("π", 1))),))
-        numerator = leaf.value.numerator
-        period = {k: c for k, c in numerator.items() if any(symbol == name for symbol, _ in k[2])}
-        is_parameter = leaf.parameter == name or (name in ("k", "m", "n") and turns in period)
-        if not name or not is_parameter or len(period) != 1 or not ({key, turns} & period.keys()):
+def _same_progression(a: Value, b: Value) -> bool:
+    """Returns whether π/4 + kπ and n·π - 3π/4 are the same numbers, where k, m and n stand for any integers."""
+    starts, steps = [], []
+    for value in (a, b):
+        keys = [(0, (), tuple(sorted(((name, 1), ("π", 1))))) for name in value.symbols() & {"k", "m", "n"}]
+        if len(value.symbols()) != 1 or not keys or keys[0] not in value.numerator or value.denominator != exact.UNIT:
             return False
-        starts.append(Value({k: c for k, c in numerator.items() if k not in period}, leaf.value.denominator))
-        periods.append(Value(period) / Value.symbol(name))
-    ratio = (periods[0] / periods[1]).constant()
-    steps = ((starts[0] - starts[1]) / periods[0]).constant()
-    return abs(ratio or 0) == 1 and steps is not None and steps.denominator == 1
+        starts.append(Value({key: c for key, c in value.numerator.items() if key != keys[0]}))
+        steps.append(value.numerator[keys[0]])
+    shift = ((starts[0] - starts[1]) / exact.PI).constant()
+    return abs(steps[0]) == abs(steps[1]) and shift is not None and (shift / steps[0]).denominator == 1
 
 
 def _units_agree(a: Leaf, b: Leaf) -> bool:
@@ -261,7 +250,7 @@ def _components(value: Value, length: int) -> list[Node]:
     used = max((at for at in range(3) if parts[at]), default=0)
     if not 1 <= used < length <= 3 or value.denominator is not exact.UNIT:
         return []
-    return [Leaf("", Value(part)) for part in parts[:length]]
+    return [Leaf(str(part), Value(part)) for part in parts[:length]]
 
 
 def _same_ratio(a: Ratio, b: Node) -> bool:
@@ -311,10 +300,6 @@ def _quotient(ratio: Ratio) -> Value | None:
     return first / second
 
 
-def _same_congruence(a: Congruence, b: Node) -> bool:
-    return isinstance(b, Congruence) and (a.name, a.residue, a.modulus) == (b.name, b.residue, b.modulus)
-
-
 def _same_based(a: Based, b: Node) -> bool:
     return isinstance(b, Based) and a.number == b.number
 
@@ -329,7 +314,6 @@ _COMPARISONS = {
     Matrix: _same_matrix,
     Ratio: _same_ratio,
     Based: _same_based,
-    Congruence: _same_congruence,
     Words: _same_words,
     Leaf: _same_leaf,
 }

@@ -229,11 +229,22 @@ def approximate(value: Value, point: int = 0) -> complex | None:
     return None if evaluated is None else evaluated[0]
 
 
-def _evaluated(value: Value, point: int) -> tuple[complex, float] | None:
-    """Returns (value, the size of its largest parts, to which rounding errors are relative)."""
+def agree(a: Value, b: Value) -> bool:
+    """Returns whether two values without free symbols agree to 300 digits, as those of equal sines and roots do."""
+    import mpmath  # sympy depends on it
+
+    with mpmath.workdps(330):
+        first, second = _evaluated(a, 0, mpmath), _evaluated(b, 0, mpmath)
+        if not first or not second:
+            return False
+        return bool(abs(first[0] - second[0]) <= mpmath.mpf(10) ** -300 * max(first[1], second[1]))
+
+
+def _evaluated(value: Value, point: int, m=cmath) -> tuple[complex, float] | None:
+    """Returns (value, the size of its largest parts, to which rounding errors are relative). `m` may be mpmath."""
     try:
-        top, top_scale = _sum(value.numerator, point)
-        bottom, bottom_scale = _sum(value.denominator, point)
+        top, top_scale = _sum(value.numerator, point, m)
+        bottom, bottom_scale = _sum(value.denominator, point, m)
         if abs(bottom) <= 1e-6 * bottom_scale:
             return None
         return top / bottom, top_scale / abs(bottom)
@@ -241,43 +252,53 @@ def _evaluated(value: Value, point: int) -> tuple[complex, float] | None:
         return None
 
 
-def _sum(p: Polynomial, point: int) -> tuple[complex, float]:
+def _sum(p: Polynomial, point: int, m) -> tuple[complex, float]:
+    number = complex if m is cmath else m.mpmathify
     total, scale = 0j, 0.0
     for (imaginary, roots, symbols), c in p.items():
-        term = complex(float(c)) * (1j if imaginary else 1)
+        term = number(c) * (1j if imaginary else 1)
         for prime, exponent in roots:
-            term *= prime ** float(exponent)
+            term *= number(prime) ** number(exponent)
         for name, exponent in symbols:
-            term *= _raised(_symbol(name, point), exponent)
+            term *= _raised(_symbol(name, point, m), Fraction(exponent), number)
         total, scale = total + term, scale + abs(term)
     return total, scale
 
 
-def _raised(base: complex, exponent: int | Fraction) -> complex:
-    exponent = Fraction(exponent)
+def _raised(base: complex, exponent: Fraction, number) -> complex:
+    power = number(exponent)
     if exponent.denominator % 2 and base.imag == 0 and base.real < 0:
-        return complex((-1) ** (exponent.numerator % 2) * (-base.real) ** float(exponent))
-    return base ** float(exponent)
+        return (-1) ** (exponent.numerator % 2) * (-base) ** power
+    return base**power
 
 
-def _symbol(name: str, point: int) -> complex:
+def _symbol(name: str, point: int, m) -> complex:
     if name in ("π", "e"):
-        return complex(math.pi if name == "π" else math.e)
+        return m.pi if name == "π" else m.e
     if not isinstance(name, Atom):
+        if m is not cmath:
+            raise ValueError("no number")
         return complex(0.6 + zlib.crc32(f"{point}{name}".encode()) % 10_007 / 7_000)
-    argument = approximate(name.argument, point)
+    argument = _number(name.argument, point, m)
     if name.function in ("exp", "pow") and hasattr(name, "base"):
-        return approximate(name.base, point) ** argument
+        return _number(name.base, point, m) ** argument
     if name.function == "pow":
         return argument
     if name.function == "abs":
-        return complex(abs(argument))
+        return abs(argument) + 0j
     named = {"ln": "log", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(name.function, name.function)
-    if named not in ("log", "sin", "cos", "asin", "acos", "atan", "sinh", "cosh", "tanh"):
+    if name.function == "log" and (point or m is not cmath):
+        named = "log10" if point else "ambiguous"  # without a base it may be ln or log10
+    if named not in ("log", "sin", "cos", "asin", "acos", "atan", "sinh", "cosh", "tanh", "log10"):
         raise ValueError("no number")
-    if name.function == "log" and point:
-        named = "log10"  # without a base it may be ln or log10
-    return getattr(cmath, named)(argument)
+    return getattr(m, named)(argument)
+
+
+def _number(value: Value, point: int, m) -> complex:
+    evaluated = _evaluated(value, point, m)
+    if evaluated is None:
+        raise ValueError("no number")
+    return evaluated[0]
 
 
 def _apart(a: Value, b: Value) -> bool:

@@ -285,29 +285,22 @@ def function(name: str, argument: Value) -> Value:
         return _absolute(argument)
     if name == "cis":
         return cosine(argument) + I * sine(argument)
-    if name == "lg":
-        return logarithm(argument) / logarithm(Value.number(10))
     if name in ("arcsin", "arccos", "arctan"):
-        turns = _angles()[name].get(str(argument))
-        if turns is not None:
-            return Value.number(turns) * PI
+        return _inverse(name, argument)
     if name in ("Gamma", "zeta"):
         return _special(name, argument)
     return _named(name, argument)
 
 
-@functools.cache
-def _angles() -> dict[str, dict[str, Fraction]]:
-    """Returns, for each inverse function, the angle / π of the values that `cosine` knows exactly."""
-    angles: dict[str, dict[str, Fraction]] = {"arcsin": {}, "arccos": {}, "arctan": {}}
-    for turns in _COSINES:
-        for sign in (1, -1):
-            cos, sin = cosine(Value.number(turns) * PI), sine(Value.number(turns) * PI)
-            angles["arccos"][str(Value.number(sign) * cos)] = turns if sign == 1 else 1 - turns
-            angles["arcsin"][str(Value.number(sign) * cos)] = sign * (Fraction(1, 2) - turns)
-            if len(cos.numerator) == 1:
-                angles["arctan"][str(Value.number(sign) * sin / cos)] = sign * turns
-    return angles
+def _inverse(name: str, argument: Value) -> Value:
+    """Returns the angle, exactly where it is a multiple of 15° or 18° whose sine, cosine or tangent is the argument."""
+    number = None if argument.symbols() else exact.approximate(argument)
+    if number is not None and not number.imag and abs(number.real) <= (1 if name != "arctan" else 1e6):
+        turns = Fraction(getattr(math, name.replace("rc", ""))(number.real) / math.pi).limit_denominator(12)
+        angle = Value.number(turns) * PI
+        if exact.same(function(name[3:], angle), argument) is True:
+            return angle
+    return _named(name, argument)
 
 
 def _special(name: str, argument: Value) -> Value:
@@ -317,12 +310,9 @@ def _special(name: str, argument: Value) -> Value:
         if n.denominator == 1:
             return Value.number(math.factorial(int(n) - 1))
         return Value.number(math.prod(Fraction(k, 2) for k in range(1, n.numerator - 1, 2))) * root(PI, 2)
-    if name == "zeta" and n in _ZETAS:
-        return Value.number(Fraction(1, _ZETAS[n])) * power(PI, argument)
+    if name == "zeta" and n in (2, 4, 6):
+        return power(PI, argument) / Value.number({2: 6, 4: 90, 6: 945}[int(n)])
     return _named(name, argument)
-
-
-_ZETAS = {2: 6, 4: 90, 6: 945, 8: 9450}  # ζ(2) = π²/6
 
 
 def _absolute(value: Value) -> Value:

@@ -1,13 +1,12 @@
 """Answers that hold no other answers: an expression with its unit, words, digits in a base, a ratio."""
 
 import re
-from dataclasses import replace
 from fractions import Fraction
 
 from igrpo_jax.rewards.mathematics import exact, expression, regions, words
 from igrpo_jax.rewards.mathematics.cursor import Unreadable
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
-from igrpo_jax.rewards.mathematics.nodes import Based, Congruence, Leaf, Named, Node, Ratio, Region, Sequence, Words
+from igrpo_jax.rewards.mathematics.nodes import Based, Leaf, Node, Ratio, Region, Sequence, Words
 from igrpo_jax.rewards.mathematics.tokens import Token, latex, split
 
 
@@ -48,24 +47,7 @@ def congruence(tokens: list[Token], _: int) -> Node | None:
     modulus = "".join(text for text in texts[at + 1 :] if text not in ("{", "}", "(", ")"))
     if not (at and re.fullmatch(r"-?\d{1,30}", residue) and re.fullmatch(r"[1-9]\d{0,30}", modulus)):
         return None
-    return Congruence(latex(tokens), latex(sides[0]), int(residue) % int(modulus), int(modulus))
-
-
-def without_domain(items: list[Node]) -> list[Node]:
-    """Returns the elements of a list without `k \\in \\mathbb{Z}` at its end, which marks k in the other elements."""
-    domain = items[-1]
-    if len(items) < 2 or not isinstance(domain, Named) or domain.value.text != _INTEGERS or len(domain.name) != 1:
-        return items
-    return [_with_parameter(item, domain.name) for item in items[:-1]]
-
-
-_INTEGERS = "\\mathbb {Z}"
-
-
-def _with_parameter(node: Node, name: str) -> Node:
-    if isinstance(node, Named):
-        return replace(node, value=_with_parameter(node.value, name))
-    return replace(node, parameter=name) if isinstance(node, Leaf) else node
+    return Words(latex(tokens), f"{latex(sides[0])} = {int(residue) % int(modulus)} mod {int(modulus)}")
 
 
 def leaf(tokens: list[Token], from_text: bool = False) -> Node:

@@ -25,7 +25,6 @@ class Leaf(Node):
     percent: bool = False
     hopeless: bool = False  # division by zero or beyond the limits, so that nothing else tries to read it
     listed: "Node | None" = None  # 1,234 may also be the list 1, 234
-    parameter: str = ""  # the symbol that stands for any integer
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,3 @@ class Based(Node):
     """Digits in a base, as `204_5`."""
 
     number: int
-
-
-@dataclass(frozen=True)
-class Congruence(Node):
-    """`x \\equiv 2 \\pmod 5`."""
-
-    name: str
-    residue: int
-    modulus: int

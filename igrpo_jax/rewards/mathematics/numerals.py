@@ -36,19 +36,8 @@ def _mixed(cursor: Cursor) -> Fraction:
     """Reads the fraction of a mixed number: proper and of plain integers. Returns 0 where there is none."""
     top = bottom = ""
     texts = [cursor.peek(ahead) for ahead in range(7)]
-    if texts[0] == "frac":
-        if texts[1] == "{" and texts[3] == "}":
-            top, length = texts[2], 4
-        else:
-            top, length = texts[1][:1], 2
-            if len(texts[1]) == 2:
-                top, bottom = texts[1]
-        if not bottom and texts[length : length + 1] == ["{"] and cursor.peek(length + 2) == "}":
-            bottom, length = cursor.peek(length + 1), length + 3
-        elif not bottom:
-            bottom, length = cursor.peek(length), length + 1
-            if len(bottom) > 1:
-                return Fraction(0)
+    if texts[0] == "frac" and (texts[1], texts[3], texts[4], texts[6]) == ("{", "}", "{", "}"):
+        top, bottom, length = texts[2], texts[5], 7
     elif texts[1] == "/" and cursor.kind() == "number" and cursor.tokens[cursor.at].spaced:
         top, bottom, length = texts[0], texts[2], 3
     if not (top.isdecimal() and bottom.isdecimal()) or int(top) >= int(bottom):

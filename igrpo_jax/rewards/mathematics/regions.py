@@ -158,7 +158,11 @@ def without(text: str, base: Node, points: Node) -> Region | None:
     base_region, removed = region_of(base), region_of(points)
     if not (base_region and removed):
         return None
-    ends = [(None, False), *((end, not closed) for p in removed.pieces for end, closed in (p[:2], p[2:])), (None, False)]
+    ends = [
+        (None, False),
+        *((end, not closed) for p in removed.pieces for end, closed in (p[:2], p[2:])),
+        (None, False),
+    ]
     gaps = [(*low, *high) for low, high in zip(ends[::2], ends[1::2], strict=True)]
     if removed.pieces[0][0] is None:
         gaps.pop(0)

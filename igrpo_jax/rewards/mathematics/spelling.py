@@ -8,47 +8,42 @@ import re
 import unicodedata
 
 SEPARATOR = "\x1f"  # stands for a comma that LaTeX marks as part of a number: {,} and ,\!
-_LETTERS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi"
+_LETTERS = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi"
+)
 _COMMANDS = (
     "× times · cdot ⋅ cdot ∞ infty ≤ le ⩽ le ≥ ge ⩾ ge ≠ ne ≈ approx ≡ equiv ± pm ∓ mp √ sqrt ∪ cup ∩ cap ∈ in ∉ notin "
     "∅ emptyset ∖ setminus ⟨ langle ⟩ rangle … ldots ⋯ cdots ¬ neg ∧ land ∨ lor → to ⇒ implies ⇔ iff ⌊ lfloor ⌋ rfloor "
-    "⌈ lceil ⌉ rceil ∠ angle △ triangle ∑ sum ∏ prod ∫ int ∂ partial ∘ circ ⊂ subset ⊆ subseteq ω omega ∆ Delta Γ Gamma "
+    "⌈ lceil ⌉ rceil ∠ angle △ triangle ∑ sum ∏ prod ∫ int ∂ partial ∘ circ ⊂ subset ω omega ∆ Delta Γ Gamma "
     "Δ Delta Θ Theta Λ Lambda Π Pi Σ Sigma Φ Phi Ψ Psi Ω Omega ℓ ell ∴ therefore"
 )
 _PAIRS = _COMMANDS.split()
 _UNICODE = str.maketrans(
     {
         **dict.fromkeys("−–—‒﹣－", "-"),
-        **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u2005\u200a\u3000", " "),
         **dict.fromkeys("\u200b\u200c\u200d\ufeff\u2060", None),
         **{sign: f"\\{name} " for sign, name in zip(_PAIRS[::2], _PAIRS[1::2], strict=True)},
         **{sign: f"\\{name} " for sign, name in zip("αβγδεζηθικλμνξπρστυφχψ", _LETTERS.split(), strict=True)},
         **{letter: rf"\mathbb{{{unicodedata.normalize('NFKC', letter)}}}" for letter in "ℝℤℕℚℂ"},
-        **{"÷": "/", "∕": "/", "∶": ":", "∣": "|", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "°": r"^\circ ", "º": r"^\circ "},
-        **{"′": "'", "’": "'", "“": '"', "”": '"', "、": ",", "¢": " cents"},
+        **dict(zip("÷∕∶∣′’“”、", "//:|''\"\",", strict=True)),
+        **{"∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "°": r"^\circ ", "º": r"^\circ ", "¢": " cents"},
     }
 )
 _SLASHED = re.compile(r"(?:\^\{(\d+)\}|(\d+))\s?\u2044\s?(?:_\{(\d+)\}|(\d+))")
 
 
 def _position(character: str) -> str:
-    """Returns "^" for a raised character, "_" for a lowered one, "frac" for ½ and its like, "" for any other."""
+    """Returns "^" for a raised character, "_" for a lowered one, " " for ½ and its like, "" for any other."""
     kind = unicodedata.decomposition(character).partition(" ")[0]
-    return {"<super>": "^", "<sub>": "_", "<fraction>": "frac"}.get(kind, "")
+    return {"<super>": "^", "<sub>": "_", "<fraction>": " "}.get(kind, "")
 
 
 def _ascii(source: str) -> str:
     """Returns the text with LaTeX in place of Unicode's mathematical characters."""
     pieces = []
     for position, run in itertools.groupby(source.translate(_UNICODE), _position):
-        plain = "".join(run)
-        if position == "frac":
-            for fraction in plain:
-                top, _, bottom = unicodedata.normalize("NFKC", fraction).partition("\u2044")
-                pieces.append(rf"\frac{{{top}}}{{{bottom}}}")
-        else:
-            plain = unicodedata.normalize("NFKC", plain)
-            pieces.append(f"{position}{{{plain}}}" if position else plain)
+        plain = unicodedata.normalize("NFKC", "".join(run))
+        pieces.append(f"{position}{{{plain}}}" if position in ("^", "_") else position + plain)
     source = _SLASHED.sub(lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", "".join(pieces))
     return source.replace("\u2044", "/").translate(_UNICODE)
 
@@ -103,7 +98,7 @@ def normal(source: str) -> str:
 
 def _unaligned(match: re.Match) -> str:
     """Returns the rows of an aligned environment as a list; a row that begins with = continues the one before."""
-    rows = re.sub(r"(?<!\\)&", " ", match[2]).strip().removesuffix("\\\\")
+    rows = re.sub(r"(\\\\|\\&)|&", r"\1 ", match[2]).strip().removesuffix("\\\\")
     return _ROWS.sub(lambda row: " " if row[1] else ", ", rows)
 
 

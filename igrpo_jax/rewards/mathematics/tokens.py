@@ -4,8 +4,8 @@ r"""Tokens of LaTeX and plain-text mathematics.
     latex(tokens)              -> one spelling for all ways to write the same tokens
 
 A number is one token, whose separators are removed: 1,234 is one number, except inside (), [] and \{\}, where a comma
-separates. 1\,234 and 1{,}234, whose comma `spelling` replaces by SEPARATOR, are one number too, and 3{,}5 is 3.5. Not here:
-what tokens mean. Takes linear time.
+separates. 1\,234 and 1{,}234, whose comma is a SEPARATOR, are one number too, and 3{,}5 is 3.5. Not here: what
+tokens mean. Takes linear time.
 """
 
 import re
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from igrpo_jax.rewards.mathematics import spelling
 from igrpo_jax.rewards.mathematics.spelling import SEPARATOR
 
-_FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs asin acos atan cis lg"
+_FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs asin acos atan cis"
 FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _LETTER_NAMES = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
