@@ -564,6 +564,16 @@ def to_dict(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def with_defaults(settings: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what an older version wrote to DIR/config.json, with the defaults of the fields that came later."""
+    defaults = to_dict(Config()) if defaults is None else defaults
+    complete = defaults | settings
+    for name, default in defaults.items():
+        if isinstance(default, dict) and name in settings:
+            complete[name] = with_defaults(settings[name], default)
+    return complete
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Compares two results of `to_dict`, and returns `name: old -> new` for each change that a resume must not have."""
     rows = []

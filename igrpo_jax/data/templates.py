@@ -35,12 +35,6 @@ STAND_IN = "0"  # encoded in place of a draft; tokenizers rarely join a digit wi
 PROBE = "How much is 12 + 34?"
 # Variables that are not the user's to set: apply_chat_template gives them, or data.template_date does.
 GIVEN = ("messages", "add_generation_prompt", "strftime_now")
-# A function of the template that replaces transformers' own: it knows one day, and the codes that the template uses.
-STRFTIME = (
-    "{%% macro strftime_now(format) %%}{%% set day = namespace(text=format) %%}"
-    "{%% for code, value in %s.items() %%}{%% set day.text = day.text.replace(code, value) %%}{%% endfor %%}"
-    "{{ day.text }}{%% endmacro %%}\n"
-)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -60,11 +54,15 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
         ) from error
 
 
-def fixed(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataConfig:
-    """Returns `data` with the day in template_date where the chat template asks for it: today, where none is set.
+def dated(data: DataConfig, tokenizer: PreTrainedTokenizerBase, recorded: str | None = None) -> DataConfig:
+    """Returns `data` with the day in template_date, where the chat template asks for it.
+
+    Args:
+        recorded: the day that was recorded when the run or the evaluation began, "" where none was; None at its first
+            start, which takes today.
 
     Raises:
-        InputError: a setting that the template does not use.
+        InputError: a setting that the template does not use, or no day although this is not the first start.
     """
     template = template_of(tokenizer)
     _check_names(template, data)
@@ -72,7 +70,15 @@ def fixed(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataConfig:
     if data.template_date and not asks:
         fix = "the chat template of the model never asks for the date; leave it empty"
         raise refusal("data.template_date", data.template_date, fix)
-    return replace(data, template_date=data.template_date or datetime.date.today().isoformat()) if asks else data
+    if not asks or data.template_date:
+        return data
+    if recorded == "":
+        fix = (
+            "the chat template of the model writes the date, and that of the first start was not recorded; give the "
+            "day of that start, such as 2026-01-31"
+        )
+        raise refusal("data.template_date", "", fix)
+    return replace(data, template_date=recorded or datetime.date.today().isoformat())
 
 
 def _check_names(template: str, data: DataConfig) -> None:
@@ -92,15 +98,19 @@ def pinned(template: str, kwargs: Mapping[str, TemplateValue], date: str) -> str
 
     What calls it may still give other values to the variables. Without variables and date the text is unchanged.
     """
-    head = "".join(
-        f"{{% set {name} = {name} | default({json.dumps(value, ensure_ascii=False)}) %}}\n"
-        for name, value in kwargs.items()
-    )
+    head = "".join(f"{{% set {name} = {name} | default({_literal(value)}) %}}\n" for name, value in kwargs.items())
     if date and "strftime_now" in template:
         midnight = datetime.datetime.fromisoformat(date)
         codes = sorted(set(re.findall(r"(?<!\{)%-?[aAbBcdeFGHIjmMpSuUVwWxXyYzZ]", template + str(dict(kwargs)))))
-        head += STRFTIME % json.dumps({code: midnight.strftime(code) for code in codes}, ensure_ascii=False)
+        replaced = "".join(f".replace({_literal(code)}, {_literal(midnight.strftime(code))})" for code in codes)
+        # It replaces the function of this name that transformers gives to a template.
+        head += f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
     return head + template  # Jinja drops the line end after each statement of the head
+
+
+def _literal(value: TemplateValue) -> str:
+    """Returns a value as Jinja writes it."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 class Frame(Protocol):
@@ -126,7 +136,7 @@ def open_frame(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Frame:
     Raises:
         InputError: as `ChatTemplate`; a base model with settings of a template.
     """
-    data = fixed(data, tokenizer)
+    data = dated(data, tokenizer)
     if template := template_of(tokenizer):
         return ChatTemplate(tokenizer, pinned(template, data.template_kwargs, data.template_date), data.system_prompt)
     if data.system_prompt:
