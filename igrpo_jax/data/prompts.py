@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 
 from igrpo_jax.config import DataConfig, RefineConfig
 from igrpo_jax.data import templates
-from igrpo_jax.rewards.format import TAGS
 
 
 class Renderer:
@@ -40,10 +39,7 @@ class Renderer:
         self._tokenizer = tokenizer
         self._instruction = data.instruction
         self._max_draft_length = max_draft_length
-        added = {
-            id for id, token in tokenizer.added_tokens_decoder.items() if token.special and token.content not in TAGS
-        }
-        self._special = np.array(sorted({*tokenizer.all_special_ids, *added, *eos_ids}), np.int32)
+        self._special = np.array(sorted({*templates.special_ids(tokenizer), *eos_ids}), np.int32)
         self._frame = templates.open_frame(tokenizer, data)
         after = self._frame.after
         self.opening = after[after.rindex("<think>") :] if "<think>" in after else ""

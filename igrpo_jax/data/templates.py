@@ -9,23 +9,16 @@ each piece, and others would join or part the characters at a seam in another wa
 
 Questions are text: a special token written in a question does not become one. Marks of a turn count as special even
 where the tokenizer does not list them (R1's <｜User｜>), so a question can't open a turn.
-
-`pinned` writes what varies (the day, data.template_kwargs) into the head of the template itself. So a run, its resumes
-and what it exports have the same prompts, and a template can't be told anything else on the way.
 """
 
-import datetime
-import difflib
-import json
 import re
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from igrpo_jax.config import DataConfig, TemplateValue
+from igrpo_jax.config import DataConfig
+from igrpo_jax.data import pinning
 from igrpo_jax.errors import InputError, one_line
 from igrpo_jax.rewards.format import TAGS
 from igrpo_jax.schema import refusal
@@ -33,84 +26,6 @@ from igrpo_jax.schema import refusal
 SENTINEL = "[[ here go the words of the user ]]"
 STAND_IN = "0"  # encoded in place of a draft; tokenizers rarely join a digit with what stands beside it
 PROBE = "How much is 12 + 34?"
-# Variables that are not the user's to set: apply_chat_template gives them, or data.template_date does.
-GIVEN = ("messages", "add_generation_prompt", "strftime_now")
-
-
-def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the text of the tokenizer's chat template, "" where it has none.
-
-    Raises:
-        InputError: it has several, and none of them is the default one.
-    """
-    if not tokenizer.chat_template:
-        return ""
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise InputError(
-            f"config.model.path: its tokenizer has several chat templates ({one_line(error)[:200]}); name one of them "
-            "'default' in the directory"
-        ) from error
-
-
-def dated(data: DataConfig, tokenizer: PreTrainedTokenizerBase, recorded: str | None = None) -> DataConfig:
-    """Returns `data` with the day in template_date, where the chat template asks for it.
-
-    Args:
-        recorded: the day that was recorded when the run or the evaluation began, "" where none was; None at its first
-            start, which takes today.
-
-    Raises:
-        InputError: a setting that the template does not use, or no day although this is not the first start.
-    """
-    template = template_of(tokenizer)
-    _check_names(template, data)
-    asks = "strftime_now" in template
-    if data.template_date and not asks:
-        fix = "the chat template of the model never asks for the date; leave it empty"
-        raise refusal("data.template_date", data.template_date, fix)
-    if not asks or data.template_date:
-        return data
-    if recorded == "":
-        fix = (
-            "the chat template of the model writes the date, and that of the first start was not recorded; give the "
-            "day of that start, such as 2026-01-31"
-        )
-        raise refusal("data.template_date", "", fix)
-    return replace(data, template_date=recorded or datetime.date.today().isoformat())
-
-
-def _check_names(template: str, data: DataConfig) -> None:
-    """Raises InputError for a name in data.template_kwargs that is no variable of the template."""
-    code = " ".join(re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
-    names = {*re.findall(r"[A-Za-z_]\w*", code)} - {*GIVEN}
-    for name, value in data.template_kwargs.items():
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            fix = f"the nearest is {near[0]}" if near else "leave it out"
-            message = f"the chat template of the model has no such variable to set; {fix}"
-            raise refusal(f"data.template_kwargs.{name}", value, message)
-
-
-def pinned(template: str, kwargs: Mapping[str, TemplateValue], date: str) -> str:
-    """Returns the chat template with these values of its variables, and with `date` (YYYY-MM-DD) for today.
-
-    What calls it may still give other values to the variables. Without variables and date the text is unchanged.
-    """
-    head = "".join(f"{{% set {name} = {name} | default({_literal(value)}) %}}\n" for name, value in kwargs.items())
-    if date and "strftime_now" in template:
-        midnight = datetime.datetime.fromisoformat(date)
-        codes = sorted(set(re.findall(r"(?<!\{)%-?[aAbBcdeFGHIjmMpSuUVwWxXyYzZ]", template + str(dict(kwargs)))))
-        replaced = "".join(f".replace({_literal(code)}, {_literal(midnight.strftime(code))})" for code in codes)
-        # It replaces the function of this name that transformers gives to a template.
-        head += f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
-    return head + template  # Jinja drops the line end after each statement of the head
-
-
-def _literal(value: TemplateValue) -> str:
-    """Returns a value as Jinja writes it."""
-    return json.dumps(value, ensure_ascii=False)
 
 
 class Frame(Protocol):
@@ -136,9 +51,11 @@ def open_frame(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Frame:
     Raises:
         InputError: as `ChatTemplate`; a base model with settings of a template.
     """
-    data = dated(data, tokenizer)
-    if template := template_of(tokenizer):
-        return ChatTemplate(tokenizer, pinned(template, data.template_kwargs, data.template_date), data.system_prompt)
+    data = pinning.dated(data, tokenizer)
+    if template := pinning.template_of(tokenizer):
+        return ChatTemplate(
+            tokenizer, pinning.pinned(template, data.template_kwargs, data.template_date), data.system_prompt
+        )
     if data.system_prompt:
         fix = "the model has no chat template and so no system turn; put the text into data.instruction"
         raise refusal("data.system_prompt", data.system_prompt, fix)
@@ -167,7 +84,7 @@ class ChatTemplate:
     """The frame of a chat template: the user's turn, after a system turn where that is wanted.
 
     Args:
-        template: its text, with the run's values of its variables (`pinned`).
+        template: its text, with the run's values of its variables (`pinning.pinned`).
         system_prompt: text of the system turn; "" for no such turn but the template's own.
 
     Raises:
@@ -184,11 +101,10 @@ class ChatTemplate:
         self._system_prompt = system_prompt
         self.before, self.after = self._around(SENTINEL)
         self.marks = _marks(tokenizer, self.before + self.after)
-        added = tokenizer.added_tokens_decoder
-        special = {id for id, token in added.items() if token.special} | {*tokenizer.all_special_ids}
         # Unknown characters of a question are not a token that somebody wrote there.
-        self._controls = np.array(sorted({*special, *self.marks.tolist()} - {tokenizer.unk_token_id}), np.int32)
-        contents = sorted((token.content for token in added.values()), key=len, reverse=True)
+        controls = (special_ids(tokenizer) | {*self.marks.tolist()}) - {tokenizer.unk_token_id}
+        self._controls = np.array(sorted(controls), np.int32)
+        contents = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, contents)) or r"(?!)")
         # The special tokens of a prompt that the template writes, by the template's text after the words.
         self._own = {
@@ -303,6 +219,13 @@ class ChatTemplate:
         stop = len(text) - len(after) + (first.start() if first else len(after))
         words = text_ids(self._tokenizer, text[begin:stop], self.marks)
         return np.concatenate([_ids(self._tokenizer, text[:begin]), words, _ids(self._tokenizer, text[stop:])])
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns the ids of all special tokens, named or not. The tags of an answer and the bytes of a text are none."""
+    is_text = lambda content: content in TAGS or re.fullmatch(r"<0x[0-9A-F]{2}>", content)
+    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special and not is_text(token.content)}
+    return added | {*tokenizer.all_special_ids}
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, marks: np.ndarray) -> np.ndarray:

@@ -143,7 +143,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))
-            # Older versions did not write these. `templates.dated` has asked for a day that was not recorded.
+            # Older versions did not write these. `pinning.dated` has asked for a day that was not recorded.
             old = {"system_prompt": "", "template_kwargs": {}, "template_date": settings.get("template_date")} | old
             names = [name for name in settings if old.get(name) != settings[name]]
             if names:

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from igrpo_jax.config import Config, DataConfig, LoraConfig, ModelConfig
-from igrpo_jax.data import arithmetic, templates
+from igrpo_jax.data import arithmetic, pinning
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError, RunError
@@ -90,7 +90,7 @@ class Policy:
 
     def _write_tokenizer(self, folder: Path) -> None:
         if self.path:
-            is_changed = self.template != templates.template_of(self.tokenizer)
+            is_changed = self.template != pinning.template_of(self.tokenizer)
             hf_write.copy_tokenizer(self.path, folder, self.template if is_changed else "")
         elif jax.process_index() == 0:
             self.tokenizer.save_pretrained(folder)
@@ -140,14 +140,14 @@ def open_model(config: Config, recorded_date: str | None = None) -> tuple[Config
         InputError: as `open_policy`; a chat template that does not fit the settings.
     """
     policy = open_policy(config.model, config.data)
-    config = replace(config, data=templates.dated(config.data, policy.tokenizer, recorded_date))
+    config = replace(config, data=pinning.dated(config.data, policy.tokenizer, recorded_date))
     policy = replace(policy, template=_template(policy.tokenizer, config.data))
     renderer = Renderer(policy.tokenizer, config.data, config.refine, config.draft_limit, policy.eos_ids)
     return config, policy, renderer
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str:
-    return templates.pinned(templates.template_of(tokenizer), data.template_kwargs, data.template_date)
+    return pinning.pinned(pinning.template_of(tokenizer), data.template_kwargs, data.template_date)
 
 
 def fit_to_mesh(config: Config, model: DecoderConfig, mesh: jax.sharding.Mesh, longest: int) -> DecoderConfig:
