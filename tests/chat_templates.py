@@ -1,7 +1,13 @@
 """Chat templates in the manner of known models, shortened to what a user's turn meets, and a tokenizer to try them."""
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+import datetime
+import types
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
+
+from igrpo_jax.data import pinning
 
 LLAMA_2 = (
     "{% if messages[0]['role'] == 'system' %}"
@@ -97,8 +103,26 @@ def byte_tokenizer(template):
     """A tokenizer with a token for each byte and the marks of turns, with this chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
     tokenizer.add_tokens(MARKS, special_tokens=True)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def set_today(monkeypatch, day):
+    """Makes `day` (YYYY-MM-DD) today, for the package and for the templates of transformers."""
+
+    class Date(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls.fromisoformat(day)
+
+    class Moment(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromisoformat(day)
+
+    monkeypatch.setattr(pinning, "datetime", types.SimpleNamespace(date=Date, datetime=Moment))
+    monkeypatch.setattr(chat_template_utils, "datetime", Moment)
+    chat_template_utils._compile_jinja_template.cache_clear()
