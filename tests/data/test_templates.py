@@ -158,7 +158,7 @@ def test_wording_that_a_tokenizer_joins_with_the_draft():
     tokenizer, vocab = joining_tokenizer()
     draft = np.array([vocab["c"]], np.int32)
     got = opened(tokenizer, "draft: {draft}\n").with_draft("b", draft)
-    assert got[-4:].tolist() == [vocab[x] for x in (" ", "c", "\n", "\n")]
+    assert got[-4:].tolist() == [vocab[x] for x in (":", " ", "c", "\n")]
     message = error_of(lambda: opened(tokenizer, "draft:\n{draft}. b"))
     assert message.startswith("config.refine.instruction: ") and message.endswith("begin that text with a line end")
 
