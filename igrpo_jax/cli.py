@@ -97,8 +97,9 @@ SHORT = {name: f"evaluation.{name}" for name in ("benchmarks", "samples", "round
 def parse_model(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Config, dict[str, str | None]]:
     """Returns the configuration of a command about the model in --model, and the values of `texts` and "model".
 
-    Without --config it is the configuration of the run in --model, or the default one. config.model is the run's own
-    where --model is the folder of a run; otherwise config.model.path is --model.
+    Without --config it is the configuration of the run in --model, or the default one. Where --model is the folder of a
+    run, config.model is the run's own, and so are the variables and the day of the chat template, unless they are
+    given. Otherwise config.model.path is --model.
 
     Args:
         usage: shown by --help.
@@ -120,7 +121,12 @@ def parse_model(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Con
     texts = {"model": "the model: folder of a run, Hugging Face directory or hub id"} | texts | CLUSTER
     config, values = _parse(argv, usage, texts, run or default())
     if run is not None:
-        return replace(config, model=freeze(run).model), values
+        own = freeze(run)
+        if _last_value(argv, "config") is not None:
+            kwargs = config.data.template_kwargs or own.data.template_kwargs
+            date = config.data.template_date or own.data.template_date
+            config = replace(config, data=replace(config.data, template_kwargs=kwargs, template_date=date))
+        return replace(config, model=own.model), values
     return replace(config, model=replace(config.model, path=model or "")), values
 
 
@@ -277,6 +283,9 @@ def _flag_error(error: Exception, values: flags.FlagValues) -> str:
         return f"--{error.flagname}: no such flag; the nearest is --{near[0]}"
     if missing := re.fullmatch(r"Missing value for flag (--\S+)", text):
         return f"{missing[1]}: has no value; give it as {missing[1]}=VALUE"
+    if wrong := re.match(r"flag --([\w.]+)=(.*?): Failed to parse .* as a ConfigDict", text):
+        name, value = wrong.groups()
+        return f"{name} = {value}: must be a mapping as Python writes it, such as {{'enable_thinking': False}}"
     kind = next((kind for words, kind in _KINDS.items() if words in text), None)
     if kind and (wrong := re.match(r"flag --([\w.]+)=(.*?): ", text)):
         name, value = wrong.groups()

@@ -19,10 +19,11 @@ from typing import Annotated, Any
 import ml_collections
 
 from igrpo_jax import schema
-from igrpo_jax.schema import Above, AtLeast, AtMost, Below, Between, Choice, Each, HoldsOnce, Matches
+from igrpo_jax.schema import Above, AtLeast, AtMost, Below, Between, Choice, Each, HoldsOnce, IsDate, Matches
 
 Seconds = Annotated[float, Above(0, "a number of seconds above 0")]
 AxisSize = Annotated[int, AtLeast(1, "-1 (the rest of the devices) or at least 1", also=-1)]
+TemplateValue = bool | int | float | str
 # The keys of OBJECTIVES in learning/objectives.py, which this module cannot import; a test compares the two.
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "gspo_token")
 
@@ -118,6 +119,16 @@ class DataConfig:
         "Solve the problem. First reason step by step inside <think> and </think>, then give only the final answer "
         "inside <answer> and </answer>."
     )
+    # Text of a system turn before the user's turn, which holds data.instruction and the question; empty for no system
+    # turn but the one that the chat template may write itself. To put the instruction there, set it here and set
+    # data.instruction to "". A chat template without a system turn is refused.
+    system_prompt: str = ""
+    # Values for variables of the chat template, such as {"enable_thinking": False} for Qwen3 or
+    # {"date_string": "26 Jul 2024"} for Llama 3.2. On the command line the mapping is quoted as in Python.
+    template_kwargs: dict[str, TemplateValue] = field(default_factory=dict)
+    # Day that the chat template takes for today (strftime_now), such as 2026-01-31. Empty for the day on which the run
+    # begins; config.json then has it, so that a resume keeps it.
+    template_date: Annotated[str, IsDate()] = ""
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
 
 
@@ -551,6 +562,16 @@ def check_field(path: str) -> None:
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns a plain nested dict, as written to DIR/config.json."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def with_defaults(settings: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what an older version wrote to DIR/config.json, with the defaults of the fields that came later."""
+    defaults = to_dict(Config()) if defaults is None else defaults
+    complete = defaults | settings
+    for name, default in defaults.items():
+        if isinstance(default, dict) and name in settings:
+            complete[name] = with_defaults(settings[name], default)
+    return complete
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

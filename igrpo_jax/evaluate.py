@@ -8,6 +8,7 @@ jax is imported inside `main` only: the verifier's worker processes import this 
 """
 
 import contextlib
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,13 +61,15 @@ def evaluate(config: Config, model: str, step: int | None, out: Path) -> None:
     import jax
 
     from igrpo_jax.data import problems
+    from igrpo_jax.distributed import cluster
     from igrpo_jax.evaluation import evaluator, inference, results
     from igrpo_jax.outputs.console import Console
 
     rows = problems.asked(problems.evaluation_rows(config), config.evaluation.limit)
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
-        task = inference.open_evaluation(config, model, step, rows)
+        recorded_date = cluster.from_first(functools.partial(results.recorded_date, out))
+        task = inference.open_evaluation(config, model, step, rows, recorded_date)
         settings = {
             "model": task.name,
             "step": task.step,
@@ -77,6 +80,9 @@ def evaluate(config: Config, model: str, step: int | None, out: Path) -> None:
             "top_p": config.evaluation.top_p,
             "max_completion_length": task.plan.wanted,
             "instruction": config.data.instruction,
+            "system_prompt": config.data.system_prompt,
+            "template_kwargs": config.data.template_kwargs,
+            "template_date": task.config.data.template_date,
             "refine_instruction": config.refine.instruction,
             "max_draft_length": config.draft_limit,
         }
@@ -106,6 +112,7 @@ def overview(task: "EvaluationTask") -> list[tuple[str, object]]:
             (name, f"{len(prompts):,} problems, {samples_per_problem(config, name)} answers each")
             for name, prompts in plan.prompts.items()
         ),
+        *([("day of the chat template", config.data.template_date)] * bool(config.data.template_date)),
         ("answers", f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, up to {plan.wanted:,} tokens"),
         *(("note", note) for note in plan.notes),
         ("rounds", rounds),

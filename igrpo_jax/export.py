@@ -47,7 +47,7 @@ def export(workdir: Path, out: Path, step: int | None = None, adapter: bool = Fa
             f"--adapter: the run in {workdir} trained all weights (config.model.lora.rank = 0); leave it out"
         )
     hf_write.check_free(out)
-    policy = open_policy(config.model)
+    policy = open_policy(config.model, config.data)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with Console() as console, jax.set_mesh(mesh):
         params, step = weights.saved(config, policy, workdir, mesh, console, step)

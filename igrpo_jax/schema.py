@@ -6,12 +6,14 @@ A field declares its type, and its rules beside it:
     max_draft_length: Annotated[int | None, AtLeast(1)] = None
     dtype: Annotated[str, Choice("bfloat16", "float32")] = "bfloat16"
 
-A field is one of bool, int, float and str, a tuple of one of them, or any of these or None; or it is another dataclass
-(a section), and then its own fields are named with a dot: `model.lora.rank`. A field that may be None needs no rule
-for None. This module knows no setting: igrpo_jax/config.py declares them, and its tree is called `config` in messages.
+A field is one of bool, int, float and str, a tuple of one of them, or any of these or None; or a mapping from names to
+values of such types. Or it is another dataclass (a section), and then its own fields are named with a dot:
+`model.lora.rank`. A field that may be None needs no rule for None. This module knows no setting: igrpo_jax/config.py
+declares them, and its tree is called `config` in messages.
 """
 
 import dataclasses
+import datetime
 import difflib
 import functools
 import re
@@ -87,6 +89,18 @@ def Matches(pattern: str, text: str, secret: bool = False) -> Rule:
     return Rule(text, lambda value: re.fullmatch(pattern, value) is not None, secret=secret)
 
 
+def IsDate() -> Rule:
+    """Allows days, written as 2026-01-31, and the empty text."""
+
+    def allows(value: str) -> bool:
+        try:
+            return not value or datetime.date.fromisoformat(value).isoformat() == value
+        except ValueError:
+            return False
+
+    return Rule("a day such as 2026-01-31, or empty", allows)
+
+
 class Setting(NamedTuple):
     """A field of a dataclass, as it is declared."""
 
@@ -131,7 +145,8 @@ def settings(cls: type) -> Iterator[Setting]:
     with_rules = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         rules = getattr(with_rules[field.name], "__metadata__", ())
-        yield Setting(field.name, hints[field.name], rules, field.default)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        yield Setting(field.name, hints[field.name], rules, default)
 
 
 def field_paths(cls: type, prefix: str = "") -> list[str]:
@@ -175,6 +190,8 @@ def to_config_dict(config: Any) -> ml_collections.ConfigDict:
         value = getattr(config, setting.name)
         if setting.is_section:
             value = to_config_dict(value)
+        elif setting.value_type is dict:
+            value = ml_collections.ConfigDict(value)
         elif value is None:
             value = config_dict.placeholder(setting.value_type)
         tree[setting.name] = value
@@ -211,6 +228,8 @@ def _read(root: type, cls: type, tree: Any, prefix: str) -> Any:
 
 def _typed(setting: Setting, value: Any, path: str) -> Any:
     """Returns the value in the type of its field: a whole number passes as a float, a list as a tuple."""
+    if setting.value_type is dict:
+        return _mapping(setting, value, path)
     if value is None and setting.is_optional:
         return None
     wanted = setting.value_type
@@ -224,6 +243,21 @@ def _typed(setting: Setting, value: Any, path: str) -> Any:
     if type(value) is not wanted:
         raise refusal(path, value, f"must be of type {wanted.__name__}, not {type(value).__name__}")
     return value
+
+
+def _mapping(setting: Setting, value: Any, path: str) -> dict[str, Any]:
+    """Returns the value of a field that maps names to values."""
+    types_of_values = typing.get_args(typing.get_args(setting.hint)[1])
+    if not isinstance(value, (dict, ml_collections.ConfigDict)):
+        raise refusal(path, value, f"must be a mapping from names to values, not {type(value).__name__}")
+    mapping = dict(value.items())
+    for name, entry in mapping.items():
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise refusal(path, mapping, f"{name!r} is no name of a variable")
+        if type(entry) not in types_of_values:
+            allowed = ", ".join(kind.__name__ for kind in types_of_values)
+            raise refusal(f"{path}.{name}", entry, f"must be one of {allowed}, not {type(entry).__name__}")
+    return mapping
 
 
 def _check_rules(config: Any, prefix: str) -> None:

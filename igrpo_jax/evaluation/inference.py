@@ -44,13 +44,16 @@ class EvaluationTask:
     weights_written: str  # when, in UTC: newer weights at the same path are another model
 
 
-def open_evaluation(config: Config, model: str, step: int | None, rows: dict[str, list[Row]]) -> EvaluationTask:
+def open_evaluation(
+    config: Config, model: str, step: int | None, rows: dict[str, list[Row]], recorded_date: str | None = None
+) -> EvaluationTask:
     """Returns the model of this name with the plan for some problems.
 
     Args:
         config: its `model` fits `model` (see `cli.parse_model`).
         step: of a run's checkpoint, None = the newest.
         rows: problems by benchmark.
+        recorded_date: the day that an evaluation which goes on has recorded for its chat template.
 
     Raises:
         InputError: no such model or checkpoint; problems that don't fit its context; a mesh that doesn't divide it.
@@ -59,7 +62,7 @@ def open_evaluation(config: Config, model: str, step: int | None, rows: dict[str
     if step is not None and run is None:
         raise InputError(f"--step {step}: only the folder of a run has steps, which {model!r} is not; leave it out")
     step = saved_step(run, step) if run else None
-    policy, renderer = open_model(config)
+    config, policy, renderer = open_model(config, recorded_date)
     plan = make_plan(config, rows, renderer, policy.model.max_position_embeddings)
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, model=fit_to_mesh(config, policy.model, mesh, plan.max_context))

@@ -121,6 +121,17 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def recorded_date(folder: Path) -> str | None:
+    """Returns the day that the chat template of the evaluation in `folder` takes for today, None without evaluation.
+
+    It is "" where the template does not ask for the day, and for an evaluation of a version that did not record it.
+    """
+    try:
+        return json.loads((folder / "evaluation.json").read_text(encoding="utf-8")).get("template_date", "")
+    except (OSError, ValueError, AttributeError):
+        return None  # `claim` says what is wrong with a file that can't be read
+
+
 def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Makes `folder` the folder of an evaluation with these settings, or checks that it is that already.
 
@@ -132,6 +143,8 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))
+            # Older versions did not write these. `pinning.dated` has asked for a day that was not recorded.
+            old = {"system_prompt": "", "template_kwargs": {}, "template_date": settings.get("template_date")} | old
             names = [name for name in settings if old.get(name) != settings[name]]
             if names:
                 changed = ", ".join(f"{name}: {old.get(name)!r} -> {settings[name]!r}" for name in names)

@@ -125,12 +125,17 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
         file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(path: str, folder: Path) -> None:
-    """Copies the tokenizer's files and the chat template of the directory or hub id `path`, byte for byte."""
+def copy_tokenizer(path: str, folder: Path, template: str = "") -> None:
+    """Copies the tokenizer's files and the chat template of the directory or hub id `path`, byte for byte.
+
+    A `template` is written in place of the model's own: transformers reads chat_template.jinja first.
+    """
     for pattern in TOKENIZER:
         for file in hf_paths.resolve(path).glob(pattern):
             if jax.process_index() == 0 and file.is_file():
                 shutil.copyfile(file, folder / file.name)
+    if template and jax.process_index() == 0:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def exported_config(path: str, cfg: DecoderConfig) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from igrpo_jax.config import Config, LoraConfig, ModelConfig
-from igrpo_jax.data import arithmetic
+from igrpo_jax.config import Config, DataConfig, LoraConfig, ModelConfig
+from igrpo_jax.data import arithmetic, pinning
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError, RunError
@@ -35,6 +35,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     eos_ids: tuple[int, ...]
     file_bytes: int = 0  # bytes of the weights' files, which `load` reads
+    template: str = ""  # the chat template with the run's values of its variables, which `save` writes
 
     def load(
         self, mesh: jax.sharding.Mesh, seed: int, dtype: str = "float32", report: Report = lambda bytes_done: None
@@ -89,7 +90,8 @@ class Policy:
 
     def _write_tokenizer(self, folder: Path) -> None:
         if self.path:
-            hf_write.copy_tokenizer(self.path, folder)
+            is_changed = self.template != pinning.template_of(self.tokenizer)
+            hf_write.copy_tokenizer(self.path, folder, self.template if is_changed else "")
         elif jax.process_index() == 0:
             self.tokenizer.save_pretrained(folder)
 
@@ -101,8 +103,10 @@ def written(params: decoder.Params) -> decoder.Params:
     return jax.jit(lambda x: decoder.cast(lora.merge(x), "bfloat16"), out_shardings=shardings)(params)
 
 
-def open_policy(settings: ModelConfig) -> Policy:
-    """Returns the policy that `settings` name. Checks its files but does not read the weights.
+def open_policy(settings: ModelConfig, data: DataConfig | None = None) -> Policy:
+    """Returns the policy that `settings` name, with the chat template that `data` describes, or its own.
+
+    Checks its files but does not read the weights.
 
     Raises:
         InputError: no such model, a kind of model that is not supported, or tensors that do not fit the model.
@@ -117,20 +121,33 @@ def open_policy(settings: ModelConfig) -> Policy:
                 f"config.model.path = {settings.path!r}: its tokenizer has ids up to {largest}, its weights a "
                 f"vocabulary of {model.vocab_size}; use the weights' own tokenizer, or resize the embeddings"
             )
-        return Policy(settings.path, model, tokenizer, eos_ids, size)
+        return Policy(settings.path, model, tokenizer, eos_ids, size, _template(tokenizer, data or DataConfig()))
     tokenizer = arithmetic.tokenizer()
     padded = -(-len(tokenizer) // 16) * 16  # so that the mesh's tensor axis divides the vocabulary
     return Policy("", model_config.builtin(settings.builtin, padded), tokenizer, (tokenizer.eos_token_id,))
 
 
-def open_model(config: Config) -> tuple[Policy, Renderer]:
-    """Returns the policy of config.model and the renderer of its prompts; reads no weights.
+def open_model(config: Config, recorded_date: str | None = None) -> tuple[Config, Policy, Renderer]:
+    """Returns the policy of config.model and the renderer of its prompts, which know their day; reads no weights.
+
+    Args:
+        recorded_date: the day that the run or the evaluation recorded when it began; None where it begins now.
+
+    Returns:
+        `config` with the day in data.template_date where the chat template asks for it, policy and renderer.
 
     Raises:
-        InputError: as `open_policy`.
+        InputError: as `open_policy`; a chat template that does not fit the settings.
     """
-    policy = open_policy(config.model)
-    return policy, Renderer(policy.tokenizer, config.data, config.refine, config.draft_limit, policy.eos_ids)
+    policy = open_policy(config.model, config.data)
+    config = replace(config, data=pinning.dated(config.data, policy.tokenizer, recorded_date))
+    policy = replace(policy, template=_template(policy.tokenizer, config.data))
+    renderer = Renderer(policy.tokenizer, config.data, config.refine, config.draft_limit, policy.eos_ids)
+    return config, policy, renderer
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str:
+    return pinning.pinned(pinning.template_of(tokenizer), data.template_kwargs, data.template_date)
 
 
 def fit_to_mesh(config: Config, model: DecoderConfig, mesh: jax.sharding.Mesh, longest: int) -> DecoderConfig:

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import jax
 from absl import logging
 
-from igrpo_jax.config import Config, differences, freeze, to_dict
+from igrpo_jax.config import Config, differences, freeze, to_dict, with_defaults
 from igrpo_jax.errors import InputError
 from igrpo_jax.outputs.files import replace_text
 
@@ -59,9 +59,11 @@ def prepare_workdir(workdir: Path, config: Config) -> bool:
 
 def _check_same_run(path: Path, settings: dict[str, Any]) -> None:
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = with_defaults(json.loads(path.read_text(encoding="utf-8")))
+        # A run without a day may get its day now. Whether it is the right one is seen from the prompts.
+        old["data"]["template_date"] = old["data"]["template_date"] or settings["data"]["template_date"]
         changed = differences(old, settings)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         raise InputError(
             f"--workdir {path.parent}: config.json is not readable as a run's; give another folder"
         ) from None
@@ -115,6 +117,17 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
+def recorded_date(workdir: Path) -> str | None:
+    """Returns the day that the chat template of the run in `workdir` takes for today, None where there is no run.
+
+    It is "" for a run whose template does not ask for the day, and for one of a version that did not record it.
+    """
+    try:
+        return json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8"))["data"].get("template_date", "")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # `prepare_workdir` says what is wrong with a file that can't be read
+
+
 def read_config(workdir: Path) -> Config:
     """Returns the configuration of the run in `workdir`.
 
@@ -123,6 +136,6 @@ def read_config(workdir: Path) -> Config:
     """
     path = Path(workdir) / "config.json"
     try:
-        return freeze(json.loads(path.read_text(encoding="utf-8")))
+        return freeze(with_defaults(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"--workdir {workdir}: holds no run (no readable config.json); give a run's folder") from error

@@ -26,7 +26,7 @@ from igrpo_jax.models import decoder
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.outputs.workdir import locked, prepare_workdir
+from igrpo_jax.outputs.workdir import locked, prepare_workdir, recorded_date
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine
@@ -48,7 +48,8 @@ def open_run(config: Config, workdir: Path, stack: contextlib.ExitStack) -> tupl
         RunError: no checkpoint can be read; a full disk.
         Preempted: SIGTERM came meanwhile.
     """
-    task = open_task(config)
+    task = open_task(config, cluster.from_first(functools.partial(recorded_date, workdir)))
+    config = task.config
     problems = {"training problems": task.fingerprint, "evaluation problems": task.evaluated.fingerprint}
     cluster.check_same({"config": to_dict(config), **problems})
     stack.enter_context(jax.set_mesh(task.mesh))
@@ -155,11 +156,19 @@ def _compile(config: Config, task: Task, engine: Engine, learner: Learner, conso
 
 def _check_data(config: Config, task: Task, workdir: Path, fingerprint: str) -> None:
     """Raises InputError where the training set is not the one that the run began with."""
-    if fingerprint != task.fingerprint:
-        raise InputError(
-            f"config.data.train = {config.data.train!r}: its prompts or answers are not those that the run in "
-            f"{workdir} began with; bring them back, or start a new run with another --workdir"
+    if fingerprint == task.fingerprint:
+        return
+    date, day = config.data.template_date, ""
+    if date:
+        day = (
+            f" (the chat template writes the date, here config.data.template_date = {date!r}; where the run began on "
+            f"another day, give that one and put it into {workdir}/config.json)"
         )
+    raise InputError(
+        f"config.data.train = {config.data.train!r}: its prompts or answers are not those that the run in "
+        f"{workdir} began with{day}; bring the problems, the tokenizer and its chat template back, or start a new run "
+        "with another --workdir"
+    )
 
 
 def _tell_lost_rows(rows: int, expected: int, step: int, console: Console) -> None:

@@ -34,6 +34,7 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list
         *([("LoRA", f"rank {config.model.lora.rank}, {trained / 1e6:,.2f} M trained parameters")] * bool(frozen)),
         ("objective", f"{config.algorithm.loss_type}, beta {config.algorithm.beta:g}"),
         ("training prompts", f"{len(task.prompts):,} ({task.skipped} longer than data.max_prompt_length skipped)"),
+        *([("day of the chat template", config.data.template_date)] * bool(config.data.template_date)),
         *task.notes,
         *(("evaluation", note) for note in task.evaluated.notes),
         ("steps", f"{task.total_steps:,} of {config.prompts_per_step} prompts"),

@@ -57,8 +57,11 @@ class Task:
         return [self.prompts[i] for i in indices]
 
 
-def open_task(config: Config) -> Task:
+def open_task(config: Config, recorded_date: str | None = None) -> Task:
     """Reads model files (not weights) and problems, and checks that they fit together.
+
+    Args:
+        recorded_date: the day that the run has recorded for its chat template (`recorded_date` of `outputs.workdir`).
 
     Raises:
         InputError: a file cannot be used, or the settings do not fit the model, the problems or the devices.
@@ -66,7 +69,7 @@ def open_task(config: Config) -> Task:
     verifier.check(config.rewards)
     trackers.check(config.log)
     check_profiler(config.log)
-    policy, renderer = open_model(config)
+    config, policy, renderer = open_model(config, recorded_date)
     held_out = problems.evaluation_rows(config) if config.evaluation.every or config.data.clean else {}
     training = problems.training_set(config, held_out)
     kept, skipped = problems.fit(training.rows, renderer.plain, config.data.max_prompt_length)

@@ -1,0 +1,97 @@
+"""The text of a chat template with the values of its variables that a run keeps: its day, and data.template_kwargs.
+
+They are written into the head of the template itself. So a run, its resumes, its evaluations and the model that it
+exports have the same prompts on any day, with transformers and with every other program that reads the template.
+"""
+
+import datetime
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from igrpo_jax.config import DataConfig, TemplateValue
+from igrpo_jax.errors import InputError, one_line
+from igrpo_jax.schema import refusal
+
+# Variables that are not the user's to set: apply_chat_template gives them, or data.template_date does.
+GIVEN = ("messages", "add_generation_prompt", "strftime_now")
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the text of the tokenizer's chat template, "" where it has none.
+
+    Raises:
+        InputError: it has several, and none of them is the default one.
+    """
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InputError(
+            f"config.model.path: its tokenizer has several chat templates ({one_line(error)[:200]}); name one of them "
+            "'default' in the directory"
+        ) from error
+
+
+def dated(data: DataConfig, tokenizer: PreTrainedTokenizerBase, recorded: str | None = None) -> DataConfig:
+    """Returns `data` with the day in template_date, where the chat template asks for it.
+
+    Args:
+        recorded: the day that was recorded when the run or the evaluation began, "" where none was; None at its first
+            start, which takes today.
+
+    Raises:
+        InputError: a setting that the template does not use, or no day although this is not the first start.
+    """
+    template = template_of(tokenizer)
+    _check_names(template, data)
+    asks = "strftime_now" in template
+    if data.template_date and not asks:
+        fix = "the chat template of the model never asks for the date; leave it empty"
+        raise refusal("data.template_date", data.template_date, fix)
+    if not asks or data.template_date:
+        return data
+    if recorded == "":
+        fix = (
+            "the chat template of the model writes the date, and that of the first start was not recorded; give the "
+            "day of that start, such as 2026-01-31"
+        )
+        raise refusal("data.template_date", "", fix)
+    return replace(data, template_date=recorded or datetime.date.today().isoformat())
+
+
+def _check_names(template: str, data: DataConfig) -> None:
+    """Raises InputError for a name in data.template_kwargs that is no variable of the template."""
+    code = " ".join(re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
+    names = {*re.findall(r"[A-Za-z_]\w*", code)} - {*GIVEN}
+    for name, value in data.template_kwargs.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            fix = f"the nearest is {near[0]}" if near else "leave it out"
+            message = f"the chat template of the model has no such variable to set; {fix}"
+            raise refusal(f"data.template_kwargs.{name}", value, message)
+
+
+def pinned(template: str, kwargs: Mapping[str, TemplateValue], date: str) -> str:
+    """Returns the chat template with these values of its variables, and with `date` (YYYY-MM-DD) for today.
+
+    What calls it may still give other values to the variables. Without variables and date the text is unchanged.
+    """
+    head = "".join(f"{{% set {name} = {name} | default({_literal(value)}) %}}\n" for name, value in kwargs.items())
+    if date and "strftime_now" in template:
+        midnight = datetime.datetime.fromisoformat(date)
+        codes = sorted(set(re.findall(r"(?<!\{)%-?[aAbBcdeFGHIjmMpSuUVwWxXyYzZ]", template + str(dict(kwargs)))))
+        replaced = "".join(f".replace({_literal(code)}, {_literal(midnight.strftime(code))})" for code in codes)
+        # It replaces the function of this name that transformers gives to a template.
+        head += f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
+    return head + template  # Jinja drops the line end after each statement of the head
+
+
+def _literal(value: TemplateValue) -> str:
+    """Returns a value as Jinja writes it."""
+    return json.dumps(value, ensure_ascii=False)
