@@ -16,6 +16,7 @@ INSTALL_REQUIRES = [
     "jinja2>=3.1",  # chat templates
     "latex2sympy2_extended>=1.11",
     "math-verify>=0.9",
+    "mpmath",
     "ml_collections>=1.0",
     "ml_dtypes>=0.5",
     "numpy>=2.0",

@@ -124,6 +124,8 @@ def _systems(tokens: list[Token], nested: int) -> list[Node]:
 
 def _signs(tokens: list[Token]) -> list[list[Token]]:
     """Returns the readings of ± outside of sets. Each ± has its own sign, but with ∓ all have one, and ∓ the other."""
+    if not any(token.text in ("pm", "mp") for token in tokens):
+        return [tokens]
     depths = itertools.accumulate(token.is_in(("\\{",)) - token.is_in(("\\}",)) for token in tokens)
     signs_at = [not depth and token.kind == "command" for token, depth in zip(tokens, depths, strict=True)]
     positions = [at for at, token in enumerate(tokens) if signs_at[at] and token.text in ("pm", "mp")]

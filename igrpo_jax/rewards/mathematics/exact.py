@@ -19,7 +19,6 @@ MAX_BITS, NoValue is raised.
 """
 
 import cmath
-import math
 import zlib
 from fractions import Fraction
 

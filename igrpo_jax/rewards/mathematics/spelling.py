@@ -67,6 +67,10 @@ _LOOKS = [
         (r"\\Pr(?=\s*(?:\\left)?\s*[(\[])", "P"),
     )
 ]
+_LOOK = re.compile(
+    r"\\(?:[hv]?phantom|[hvm]space|tag|label|no|(?:text)?color|under|ensure|math[sob]|smash|nice|[sx]frac|flat|[ij]math|cr"
+    r"|new|tab|Pr|\\)"
+)
 _ALIGNED = re.compile(
     r"\\begin\s*\{((?:align|gather|equation|split)(?:ed)?\*?)\}(?:\[[a-z]\])?((?:(?!\\begin)[^\0])*?)\\end\s*\{\1\}"
 )
@@ -84,7 +88,7 @@ def normal(source: str) -> str:
     if "{.}" in source or "{:}" in source:
         source = source.replace("{.}", ".").replace("{:}", ":")
     if "\\" in source:
-        for pattern, replacement in _LOOKS:
+        for pattern, replacement in _LOOKS if _LOOK.search(source) else ():
             source = pattern.sub(replacement, source)
         if "\\begin" in source:
             source = _ALIGNED.sub(_unaligned, source)

@@ -90,7 +90,8 @@ def tokenize(source: str) -> list[Token]:
     source = spelling.normal(source)
     if source.replace("\\$", "").count("$") % 2:
         source = _MONEY.sub(r"\\$", source, count=1)
-    return _braced(_joined(_scanned(source)))
+    tokens = _joined(_scanned(source))
+    return _braced(tokens) if "frac" in source or "binom" in source else tokens
 
 
 def _joined(tokens: list[Token]) -> list[Token]:
@@ -234,6 +235,8 @@ def is_enclosed(tokens: list[Token]) -> bool:
 
 def split(tokens: list[Token], separators: Collection[str]) -> tuple[list[list[Token]], list[str]]:
     """Cuts tokens at separators outside all brackets. Returns (the parts, the separators between them)."""
+    if not any(token.text in separators for token in tokens):
+        return [list(tokens)], []
     parts: list[list[Token]] = [[]]
     between, depth = [], 0
     for token in tokens:
