@@ -7,8 +7,9 @@ are listed in `grader`.
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
-from igrpo_jax.rewards.mathematics import exact, regions, symbolic, words
+from igrpo_jax.rewards.mathematics import exact, regions, symbolic, units
 from igrpo_jax.rewards.mathematics.exact import Value
 from igrpo_jax.rewards.mathematics.nodes import (
     Based,
@@ -28,7 +29,7 @@ from igrpo_jax.rewards.mathematics.nodes import (
 def same_answer(a: Node, b: Node) -> bool:
     """Returns whether two structures are equal. Symmetric. May raise NoValue."""
     if a.text == b.text and type(a) is type(b):
-        return not isinstance(a, Leaf) or _units_agree(a, b)
+        return not isinstance(a, Leaf) or (_units_agree(a, b) and units.ratio(a.unit, b.unit) == 1)
     if _RANKS[type(a)] > _RANKS[type(b)]:
         a, b = b, a
     return _COMPARISONS[type(a)](a, b)
@@ -43,17 +44,20 @@ def _same_leaf(a: Leaf, b: Node) -> bool:
     if a.value is None or b.value is None:
         return symbolic.equal(a.text, b.text)
     if a.percent == b.percent:
-        return _same_value(a, b.value, b)
+        return _same_value(a, b)
     percent, plain = (a, b) if a.percent else (b, a)
     hundredth = Value.number(100) * plain.value
-    return _same_value(percent, plain.value, plain) or exact.same(percent.value, hundredth) is True
+    return _same_value(percent, plain) or exact.same(percent.value, hundredth) is True
 
 
-def _same_value(a: Leaf, value: Value, b: Leaf) -> bool:
-    equal = exact.same(a.value, value)
-    if equal is False and _same_progression(a.value, value):
-        return True
-    return exact.agree(a.value, value) or symbolic.equal(a.text, b.text) if equal is None else equal
+def _same_value(a: Leaf, b: Leaf) -> bool:
+    ratio = units.ratio(a.unit, b.unit)
+    if ratio != 1:
+        return exact.same(Value.number(ratio) * a.value, b.value) is True
+    equal = exact.same(a.value, b.value)
+    if equal is None:
+        return exact.agree(a.value, b.value) or symbolic.equal(a.text, b.text)
+    return equal or _same_progression(a.value, b.value)
 
 
 def _same_progression(a: Value, b: Value) -> bool:
@@ -70,8 +74,9 @@ def _same_progression(a: Value, b: Value) -> bool:
 
 
 def _units_agree(a: Leaf, b: Leaf) -> bool:
-    units = [leaf.unit or ("%" if leaf.percent else "") for leaf in (a, b)]
-    return "" in units or units[0] == units[1]
+    if a.percent != b.percent and (a.unit.name or b.unit.name):
+        return False
+    return units.agree(a.unit, b.unit)
 
 
 # ------------------------------------------------------------------------------------------------------------- words
@@ -81,9 +86,6 @@ def _same_words(a: Words, b: Node) -> bool:
     if isinstance(b, Words):
         return a.words == b.words
     if isinstance(b, Leaf) and b.value is not None:
-        number = words.NUMBER_WORDS.get(a.words)
-        if number is not None:
-            return b.value.constant() == number
         return bool(re.fullmatch(r"[A-Za-z]+", b.text)) and a.words == b.text.casefold()
     return False
 
@@ -263,19 +265,23 @@ def _same_ratio(a: Ratio, b: Node) -> bool:
             return True
         if _TIME.fullmatch(a.text) and _TIME.fullmatch(b.text):
             return False  # 1:20 is not 2:40
-        first, second = _quotient(a), _quotient(b)
-        return first is not None and second is not None and exact.same(first, second) is True
-    quotient = _quotient(a)
-    return (
-        isinstance(b, Leaf)
-        and not b.unit
-        and not b.percent
-        and None not in (quotient, b.value)
-        and exact.same(quotient, b.value) is True
-    )
+        first, second = _values(a), _values(b)
+        if len(first) != len(second) or None in first + second or not (first[0].numerator and second[0].numerator):
+            return False
+        return all(exact.same(first[0] * y, second[0] * x) is True for x, y in zip(first[1:], second[1:], strict=True))
+    if not isinstance(b, Leaf) or b.percent:
+        return False
+    if {a.unit, b.unit.name} <= {"am", "pm"} and len(a.parts) == 2:  # 3:00 pm is 3 pm
+        minutes = _values(a)[1]
+        is_full = minutes is not None and not minutes.numerator
+        return is_full and a.unit == b.unit.name and same_answer(a.parts[0], replace(b, unit=units.NONE))
+    values = _values(a)
+    if a.unit or b.unit.name or len(values) != 2 or None in (*values, b.value) or not values[1].numerator:
+        return False
+    return exact.same(values[0] / values[1], b.value) is True
 
 
-_TIME = re.compile(r"\d?\d:[0-5]\d")
+_TIME = re.compile(r"\d?\d:[0-5]\d(:[0-5]\d)?")
 
 
 def _same_time(a: Ratio, b: Ratio) -> bool:
@@ -290,17 +296,13 @@ def _same_time(a: Ratio, b: Ratio) -> bool:
     return hours[0] == hours[1] and _in_order(a.parts[1:], b.parts[1:])
 
 
-def _quotient(ratio: Ratio) -> Value | None:
-    """Returns a:b as a/b, None for three parts."""
-    if len(ratio.parts) != 2 or ratio.unit:
-        return None
-    first, second = (part.value if isinstance(part, Leaf) else None for part in ratio.parts)
-    if first is None or second is None or not second.numerator:
-        return None
-    return first / second
+def _values(ratio: Ratio) -> list[Value | None]:
+    return [part.value if isinstance(part, Leaf) else None for part in ratio.parts]
 
 
 def _same_based(a: Based, b: Node) -> bool:
+    if isinstance(b, Leaf):
+        return a.base == 10 and b.value is not None and b.value.constant() == a.number
     return isinstance(b, Based) and a.number == b.number
 
 

@@ -16,8 +16,10 @@ Conventions, where usage differs:
   guessing a near one. 0.\overline{3} is 1/3.
 - 1,234 is one thousand two hundred thirty-four, and so is 1{,}234; 3{,}5 is 3.5. A bare comma before one, two, four or
   more digits separates a list: if it were a decimal comma, 1,2 would equal 1.2.
-- A unit, a currency or a degree sign that is missing on one side is forgiven. Two different units are not, and no unit
-  is converted: 80 cents is not $0.80. Degrees are not radians, but sin 30° is read in degrees.
+- A unit, a currency or a degree sign that is missing on one side is forgiven. Two different units are not, unless one
+  converts to the other exactly and in one system: 5 g is 0.005 kg. Degrees are not radians, but sin 30° is in degrees.
+- Words behind a number are a unit only where they can't change it: 5 apples is 5, "5 hundred" is 500, "5 or more" is
+  no number. Numbers in words are numbers: "two and a half" is 2.5.
 - `x = 5` equals 5, and `f(x) = …` its right side. `x = 5` is not `y = 5`. `2x + z = 1` is an equation and nothing else,
   equal to its multiples. Where several named values are compared with unnamed ones, the order counts.
 - Lists are unordered and count repetitions (roots with multiplicity), except repeated points. Sets ignore both. A bare
@@ -27,7 +29,7 @@ Conventions, where usage differs:
 - A single letter equals `(D)`, `D.` and `(D) Alina`. Words are compared without case; a single letter keeps its case.
   Words of four and more letters, and capitals such as CD, are names and not products.
 - Symbols under roots are read as positive. log without a base is not taken for ln. 2:4 is 1:2, but not as times of day.
-- Digits in a base need their base: 52_8 is neither 52 nor 42.
+- Digits in a base need their base: 52_8 is neither 52 nor 42. "52 (base 8)" is 52_8.
 
 Not here: limits on time and memory (`rewards/pool`). Model text is never evaluated as Python. No jax; sympy is imported
 only when `symbolic` is first used.

@@ -3,26 +3,33 @@
 import re
 from fractions import Fraction
 
-from igrpo_jax.rewards.mathematics import exact, expression, regions, words
+from igrpo_jax.rewards.mathematics import exact, expression, regions, units, words
 from igrpo_jax.rewards.mathematics.cursor import Unreadable
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
 from igrpo_jax.rewards.mathematics.nodes import Based, Leaf, Node, Ratio, Region, Sequence, Words
 from igrpo_jax.rewards.mathematics.tokens import Token, latex, split
 
+_BASES = {"binary": 2, "ternary": 3, "octal": 8, "decimal": 10, "hexadecimal": 16, "hex": 16}
+_BASED = re.compile(
+    r"(-?)\(?([0-9A-Za-z]*[0-9][0-9A-Za-z]*)\)?(?:_\{?\(?(\d{1,2})\)?\}?|\s*(?:in\s*)?\(?\s*(?:in\s*)?"
+    rf"(?:base\s*-?(\d{{1,2}})|({'|'.join(_BASES)}))\s*\)?)"
+)
+
 
 def based(tokens: list[Token], _: int) -> Node | None:
-    """Reads digits in a base, as 204_5. Returns None for anything else."""
-    compact = "".join(token.text for token in tokens)
-    match = re.fullmatch(r"(-?)([0-9A-Z]*[0-9][0-9A-Z]*)_\{?(\d{1,2}|[a-z]{3,7})\}?", compact)
+    """Reads digits in a base, as 204_5 or "204 (base 5)". Returns None for anything else."""
+    match = _BASED.fullmatch("".join(token.text for token in tokens).strip())
     if not match:
         return None
-    base = int(match[3]) if match[3].isdigit() else words.NUMBER_WORDS.get(match[3], 0)
+    base = _BASES[match[5]] if match[5] else int(match[3] or match[4])
+    if match[2] != match[2].upper() and base != 16:
+        return None  # 2x_1
     try:
         if base < 2:
             raise ValueError
-        return Based(latex(tokens), int(match[1] + match[2], base))
+        return Based(latex(tokens), int(match[1] + match[2], base), base)
     except ValueError:  # a digit that the base lacks, or not a base
-        return Words(latex(tokens), compact)
+        return Words(latex(tokens), match[0])
 
 
 def ratio(tokens: list[Token], _: int) -> Node | None:
@@ -33,7 +40,7 @@ def ratio(tokens: list[Token], _: int) -> Node | None:
     last, unit = parts[-1], ""
     while len(last) > 1 and (last[-1].kind in ("letters", "text") or last[-1].text == "."):
         unit = last.pop().text + unit
-    return Ratio(latex(tokens), tuple(leaf(part) for part in parts), words.unit_name(unit))
+    return Ratio(latex(tokens), tuple(leaf(part) for part in parts), (units.read(unit) or units.NONE).name)
 
 
 def congruence(tokens: list[Token], _: int) -> Node | None:
@@ -71,7 +78,8 @@ def leaf(tokens: list[Token], from_text: bool = False) -> Node:
         if any(words.is_prose(token) for at, token in enumerate(core) if at - 2 not in named):
             return Words(text, " ".join(token.text for token in tokens).casefold())
         return Leaf(latex(core), None, unit, percent)
-    unit = unit or ("degree" if parser.degrees else "")
+    if parser.degrees and not unit.name:
+        unit = units.read("degrees")
     return Leaf(latex(core), value, unit, percent)
 
 

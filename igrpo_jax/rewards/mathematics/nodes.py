@@ -6,7 +6,9 @@ Every node has a `text`, which is LaTeX with one spelling for all ways to write 
 
 from dataclasses import dataclass
 
+from igrpo_jax.rewards.mathematics import units
 from igrpo_jax.rewards.mathematics.exact import Value
+from igrpo_jax.rewards.mathematics.units import Unit
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Leaf(Node):
     """An expression, without the unit, percent or money sign around it."""
 
     value: Value | None  # None: not read, or without a value
-    unit: str = ""
+    unit: Unit = units.NONE
     percent: bool = False
     hopeless: bool = False  # division by zero or beyond the limits, so that nothing else tries to read it
     listed: "Node | None" = None  # 1,234 may also be the list 1, 234
@@ -87,7 +89,7 @@ class Ratio(Node):
     """A ratio such as `3:5`, or a time of day."""
 
     parts: tuple[Node, ...]
-    unit: str
+    unit: str  # of a time: "am", "pm"; else the name of a unit
 
 
 @dataclass(frozen=True)
@@ -95,3 +97,4 @@ class Based(Node):
     """Digits in a base, as `204_5`."""
 
     number: int
+    base: int

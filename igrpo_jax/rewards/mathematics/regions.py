@@ -71,7 +71,7 @@ def region_of(node: Node) -> Region | None:
         return region and Region(node.text, node.name, region.pieces)
     if not isinstance(node, Sequence):
         return None
-    ends = [item.value if isinstance(item, Leaf) and not item.unit else None for item in node.items]
+    ends = [item.value if isinstance(item, Leaf) and not item.unit.name else None for item in node.items]
     if any(end is None for end in ends):
         return None
     if node.kind == "set":

@@ -5,83 +5,38 @@ Not here: numbers (`expression`).
 
 import re
 
-from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Token
+from igrpo_jax.rewards.mathematics import units
+from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Token, tokenize
+from igrpo_jax.rewards.mathematics.units import Unit
 
 OPERATORS = frozenset(("+", "-", "*", "/", "^", "_", "=", "<", ">", "!", "'", "cup"))
 FUNCTION_LETTERS = frozenset("fghFGHP")
-_COUNTED = "zero one two three four five six seven eight nine ten eleven twelve"
-NUMBER_WORDS = {word: number for number, word in enumerate(_COUNTED.split())}
 EMPTY = "empty set"
-REALS = frozenset(("all real numbers", "all reals", "real numbers", "R"))
-_PHRASES = {
-    **dict.fromkeys(
-        ("no solution", "no solutions", "no real solution", "no real solutions", "empty", "empty set"), EMPTY
-    ),
-    **dict.fromkeys(("the empty set", "none", "no such values"), EMPTY),
-    **dict.fromkeys(("dne", "does not exist"), "does not exist"),
-}
-_UNIT_NAMES = {
-    alias: name
-    for name, aliases in {
-        "cm": "cm centimeter centimetre cms",
-        "mm": "mm millimeter millimetre",
-        "m": "m meter metre",
-        "km": "km kilometer kilometre",
-        "in": "inch inche in",
-        "ft": "ft foot feet",
-        "mile": "mile mi",
-        "yd": "yard yd",
-        "h": "h hour hr",
-        "min": "min minute",
-        "s": "s sec second",
-        "kg": "kg kilogram",
-        "g": "g gram",
-        "lb": "lb pound",
-        "oz": "oz ounce",
-        "l": "l liter litre",
-        "ml": "ml milliliter millilitre",
-        "dollar": "dollar usd buck",
-        "cent": "cent",
-        "degree": "degree deg",
-        "day": "day",
-        "week": "week",
-        "month": "month",
-        "year": "year yr",
-        "unit": "unit",
-        "euro": "euro eur",
-        "gallon": "gallon gal",
-        "mph": "mph",
-        "rad": "rad radian",
-    }.items()
-    for alias in aliases.split()
-}
-_LONG_UNITS = [name for name in _UNIT_NAMES if len(name) > 2]
-_SHORT_BARE_UNITS = "cm mm km ft kg lb lbs oz ml inches square sq cubic cu"
-_BARE_UNITS = frozenset([*_LONG_UNITS, *(name + "s" for name in _LONG_UNITS), *_SHORT_BARE_UNITS.split()])
-_PERCENT = frozenset(("percent", "pct", "percentage", "%"))
-_CURRENCIES = {"\\$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yen"}
-_RESTRICTING = (
-    "is are was were not no nor if when more less fewer most least than about between to except other mod modulo"
+REALS = frozenset(("real numbers", "R"))
+_NO_SOLUTION = (
+    r"(?:there (?:is|are|exists?) |(?:(?:the |this )?(?:equation|system|inequality|problem) |it )?has )?"
+    r"(?:no (?:(?:real|such|valid|possible) )*(?:solutions?|roots?|values?)|none)(?: exists?)?"
 )
-_NO_UNITS = frozenset(_RESTRICTING.split())  # words after a number that change its meaning
+_ENDLESS = r"(?:there are )?(?:infinitely many|(?:an )?infinite number of)(?: solutions)?|infinite solutions"
+_MISSING = r"(?:the )?(?:limit )?(?:dne|does not exist|doesn't exist)"
+_PHRASES = {
+    re.compile(rf"{_NO_SOLUTION}|(?:the )?(?:solution set is )?empty(?: set)?"): EMPTY,
+    re.compile(_ENDLESS): "infinitely many",
+    re.compile(_MISSING): "does not exist",
+    re.compile(r"(?:(?:for )?(?:all|any|every) )?real(?:s| numbers?)|all real x"): "real numbers",
+}
+_MONTH = re.compile(
+    r"\b(jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)(?:uary|ruary|ch|il|ust|ember|ober)?\b", re.IGNORECASE
+)
+_ORDINAL_DAY = r"(\d{1,2})(?:\s?(?:st|nd|rd|th))?"
+_DATE = re.compile(rf"(?:(?:the )?{_ORDINAL_DAY}(?: of)? MONTH|MONTH (?:the )?{_ORDINAL_DAY})(?: (\d{{4}}))?")
+_PERCENT = frozenset(("percent", "pct", "percentage", "%"))
+_CURRENCIES = {sign: units.read(name) for sign, name in (("\\$", "dollar"), ("€", "euro"), ("£", "gbp"), ("¥", "yen"))}
+_SHORT_UNITS = "cm mm km ft kg lb oz ml mi hr yd sq cu"  # units of two letters that need no \text
+_BARE_UNITS = frozenset(_SHORT_UNITS.split())
+_QUOTIENT = re.compile(r"[mg]/(?:s|h|min|l|ml|L|mL|m|cm|mol)(?:\^.*)?")
+_DEGREES = re.compile(r"\^ (?:\{ )?circ(?: \})?(?= \S)")
 _ORDINALS = frozenset(("st", "nd", "rd", "th"))
-_SYMBOLS = "m s g h J N W V L K C F T A Hz"
-_SHORT_UNITS = frozenset(_SYMBOLS.split())
-
-
-def unit_name(text: str) -> str:
-    """Returns one spelling of a unit: `Square Centimeters` and `cm^2` are `cm^2`. Other words lose a plural s."""
-    words, power = [], ""
-    for word in re.findall(r"[^\W\d_]+|\d+|/", re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text.casefold())):
-        if word.isdigit() and words:
-            words[-1] += word
-        elif word in ("square", "sq", "cubic", "cu"):
-            power = "2" if word[0] == "s" else "3"
-        elif word not in ("of", "the", "a"):
-            singular = word if word in _UNIT_NAMES or len(word) < 3 else word.removesuffix("s")
-            words.append(_UNIT_NAMES.get(singular, singular) + power)
-            power = ""
-    return " ".join(words).replace("mile per h", "mph")
 
 
 def is_prose(token: Token) -> bool:
@@ -113,61 +68,90 @@ def words_of(tokens: list[Token], from_text: bool) -> str | None:
         return None
     capital = any(len(run) > 1 and run.isupper() for run in runs)
     if from_text or length > 3 or capital or any(token.kind == "text" for token in tokens):
-        words = " ".join(runs)
-        folded = words.casefold()
-        return _PHRASES.get(folded, folded)
+        folded = " ".join(runs).casefold()
+        return next((meaning for phrase, meaning in _PHRASES.items() if phrase.fullmatch(folded)), folded)
     return None
 
 
-def without_unit(tokens: list[Token]) -> tuple[list[Token], str, bool]:
+def date(answer: str) -> str | None:
+    """Returns one spelling of a day such as "March 5" or "the 5th of March 2020", None for anything else."""
+    month = _MONTH.search(answer)
+    if not month:
+        return None
+    text = re.sub(r"(?:\\[a-z]+|[^A-Za-z\d])+", " ", _MONTH.sub("MONTH", answer)).strip()
+    match = _DATE.fullmatch(text)
+    return f"{month[1][:3]} {int(match[1] or match[2])} {match[3] or ''}".casefold() if match else None
+
+
+def without_label(tokens: list[Token]) -> list[Token]:
+    """Returns the tokens behind a label such as "Total:"."""
+    label = re.fullmatch(r"\s*([A-Za-z ]{3,40}):(.*)", tokens[0].text) if tokens and tokens[0].kind == "text" else None
+    colon = next((at for at, token in enumerate(tokens[:5]) if token.text == ":"), 0)
+    rest = [*tokenize(label[2]), *tokens[1:]] if label else tokens[colon + 1 :]
+    words = label[1].split() if label else [token.text for token in tokens[:colon]]
+    if label is None and not (colon and all(map(is_prose, tokens[:colon]))):
+        return tokens
+    return tokens if not rest or any(word.casefold() in units.BLOCKED for word in words) else rest
+
+
+def without_unit(tokens: list[Token]) -> tuple[list[Token], Unit, bool]:
     """Returns (the expression, its unit, whether it is in percent)."""
     core, currency = _without_currency(tokens)
-    texts = [token.text for token in core]
-    if texts[-1:] == ["%"]:
-        return core[:-1], currency, True
-    end, power = len(core), ""
-    for exponent in ("2", "3"):
-        for tail in (["^", exponent], ["^", "{", exponent, "}"]):
-            if texts[-len(tail) :] == tail and len(core) > len(tail):
-                end, power = len(core) - len(tail), exponent
-    start = _start_of_unit(core, end)
-    if start == end:
-        return _without_ordinal(core), currency, False
-    unit = " ".join(token.text for token in core[start:end]).strip().strip(".").casefold()
-    if unit in _PERCENT and not power:
-        return core[:start], currency, True
-    if unit in _ORDINALS and core[start - 1].kind == "number":
-        return core[:start], currency, False
-    return core[:start], unit_name(unit) + power, False
+    if not any(token.kind in ("letters", "text") or token.text == "%" for token in core[1:]):
+        return core, currency, False
+    for start in range(1, len(core)):
+        before = core[start - 1]
+        if before.is_in(OPERATORS) or not _may_begin_unit(core, start):
+            continue
+        text = _DEGREES.sub("degrees", _spelled(core[start:])).strip()
+        first, _, rest = text.strip(" .").casefold().partition(" ")
+        is_single = first in _PERCENT or core[0].text == "1" or any(t.is_in(("frac", "/")) for t in core[:start])
+        if first in _PERCENT and (rest in ("", "points") or units.read(rest, is_single)):
+            return core[:start], currency, True
+        if first in _ORDINALS and not rest and before.kind == "number":
+            return core[:start], currency, False
+        unit = units.read(text, is_single)
+        if unit:
+            return core[:start], units.times(currency, unit), False
+    return _without_ordinal(core), currency, False
 
 
-def _without_currency(tokens: list[Token]) -> tuple[list[Token], str]:
-    """Returns (the tokens without signs of money, the currency or "")."""
+def _without_currency(tokens: list[Token]) -> tuple[list[Token], Unit]:
+    """Returns (the tokens without signs of money, the currency)."""
     signs = [token.text.strip() for token in tokens if token.kind in ("mark", "text")]
     currencies = [_CURRENCIES[sign] for sign in signs if sign in _CURRENCIES]
     if not currencies:
-        return tokens, ""
+        return tokens, units.NONE
     return [token for token in tokens if token.text.strip() not in _CURRENCIES], currencies[0]
 
 
-def _start_of_unit(tokens: list[Token], end: int) -> int:
-    """Returns where the unit that ends at `end` begins: any words after a number, known units and \\text elsewhere."""
-    start, known = end, True
-    while start > 1 and not tokens[start - 2].is_in(OPERATORS):
-        token = tokens[start - 1]
-        word = token.text.strip().casefold()
-        if token.kind == "text":
-            if len(word) < 2 and token.text.strip() not in _SHORT_UNITS:
-                break
-        elif token.kind != "letters" or word in FUNCTIONS or token.text in GREEK:
-            break
-        elif word not in _BARE_UNITS | _PERCENT and not (word in _ORDINALS and not token.spaced):
-            if not token.spaced or (len(word) < 3 and not (word in ("a", "an", "of", "in") and start < end)):
-                break
-            known = False
-        start -= 1
-    unit_words = {word for token in tokens[start:end] for word in re.findall("[a-z]+", token.text.casefold())}
-    return end if unit_words & _NO_UNITS or not (known or tokens[start - 1].kind == "number") else start
+def _may_begin_unit(tokens: list[Token], at: int) -> bool:
+    """Returns whether a unit may begin at a token: \\text, a word, %, a fraction of units, or °C."""
+    token = tokens[at]
+    word = token.text.strip()
+    if token.kind == "text":
+        return len(word) > 1 or word in units.SYMBOLS
+    if token.kind == "letters":
+        if word.casefold() in FUNCTIONS or word in GREEK or word == "infty":
+            return False
+        if len(word) == 1:
+            return token.spaced and (word == "a" or bool(_QUOTIENT.fullmatch("".join(t.text for t in tokens[at:]))))
+        if len(word) > 2:
+            return token.spaced or bool(units.known(word)) or word in _PERCENT
+        if word in _ORDINALS and not token.spaced:
+            return True
+        is_symbol = bool(units.known(word)) and (
+            not word.islower() or [t.text for t in tokens[at + 1 : at + 2]] == ["/"]
+        )
+        return word in _BARE_UNITS or (token.spaced and (is_symbol or word in ("of", "am", "pm")))
+    if token.text == "frac":
+        return len(tokens) > at + 2 and tokens[at + 2].kind in ("text", "letters") and _may_begin_unit(tokens, at + 2)
+    return token.text in ("%", "in") or (token.text == "^" and bool(_DEGREES.match(_spelled(tokens[at:]))))
+
+
+def _spelled(tokens: list[Token]) -> str:
+    """Returns the words and marks of a unit."""
+    return " ".join(token.text for token in tokens if token.text != "frac").replace("} {", "} / {")
 
 
 def _without_ordinal(tokens: list[Token]) -> list[Token]:
@@ -233,7 +217,7 @@ def _without_subscripts(tokens: list[Token]) -> list[Token]:
 def _letters_of(tokens: list[Token]) -> set[str]:
     names = set()
     for token in tokens:
-        if token.kind == "letters" and token.text not in FUNCTIONS and token.text not in _BARE_UNITS:
+        if token.kind == "letters" and token.text not in FUNCTIONS and not units.known(token.text):
             names |= set(token.text)
         elif token.text in GREEK:
             names.add(token.text)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from igrpo_jax.rewards.mathematics import answers
+from igrpo_jax.rewards.mathematics import answers, units
 from igrpo_jax.rewards.mathematics.answers import read
 from igrpo_jax.rewards.mathematics.nodes import (
     Based,
@@ -129,8 +129,8 @@ def test_a_long_chain_of_names_does_not_recurse():
 
 def test_units_are_taken_off():
     node = read(r"15\text{ cm}^2")
-    assert (node.text, node.unit, node.percent) == ("15", "cm2", False)
-    assert read("90°").unit == "degree"
+    assert (node.text, node.unit, node.percent) == ("15", units.read("cm^2"), False)
+    assert read("90°").unit == units.read("degrees")
     assert read(r"12.5\%").percent
 
 
