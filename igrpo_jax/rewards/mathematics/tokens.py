@@ -139,7 +139,7 @@ def _braced(tokens: list[Token]) -> list[Token]:
             if len(token.text) > 1 and not is_letter:
                 rest.append(token._replace(text=token.text[1:], spaced=False))
                 token = token._replace(text=token.text[0])
-            result += [Token("mark", "{", False), token, Token("mark", "}", False)]
+            result += [Token("mark", "{", False), token._replace(spaced=False), Token("mark", "}", False)]
             missing -= 1
             continue
         else:
