@@ -308,10 +308,11 @@ def test_help_names_the_flags_that_stand_for_fields(capsys):
         assert f"  --{flag} " in said
 
 
-def test_the_chat_template_of_a_run_has_the_runs_values(run, tmp_path):
+def test_the_chat_template_of_a_run_has_the_runs_values(tmp_path):
     """Also with another --config, unless it sets them itself."""
     own = {"template_kwargs": {"enable_thinking": False}, "template_date": "2026-11-26"}
-    written = (run / "config.json").read_text()
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"data": own, "model": {"dtype": "float32"}}))
     (tmp_path / "other.py").write_text("from igrpo_jax.config import default as get_config\n")
     other = ["x", "--model", str(run), "--config", str(tmp_path / "other.py")]
@@ -321,7 +322,6 @@ def test_the_chat_template_of_a_run_has_the_runs_values(run, tmp_path):
         given = ["--config.data.template_kwargs={'enable_thinking': True}", "--config.data.template_date=2026-11-27"]
         c, _ = cli.parse_model([*command, *given], "", {})
         assert (c.data.template_kwargs, c.data.template_date) == ({"enable_thinking": True}, "2026-11-27")
-    (run / "config.json").write_text(written)
 
 
 @pytest.fixture
