@@ -137,7 +137,9 @@ def _joined(tokens: list[Token]) -> list[Token]:
         last = result[-1] if result else None
         is_word = token.kind == "text" or (token.kind == "letters" and token.spaced)
         word = token.text.strip(" ,.").casefold() if is_word else ""
-        if word in _AND_OR:
+        if token.kind == "text" and token.text.strip() in (",", ";", ":"):
+            result.append(token._replace(kind="mark", text=token.text.strip()))
+        elif word in _AND_OR:
             result.append(token._replace(kind="mark", text=word))
         elif word == "in" and token.kind == "letters":
             result.append(token._replace(kind="command"))
