@@ -43,7 +43,7 @@ def write(folder: Path, raw: dict, shard: str) -> None:
     import numpy as np
     import safetensors.numpy
 
-    from igrpo_jax.models import decoder, hf_read, hf_tables
+    from igrpo_jax.models import decoder, hf_tables, hf_tensors
     from igrpo_jax.models.config import from_hf
 
     model = from_hf(raw, "the shape")
@@ -59,7 +59,7 @@ def write(folder: Path, raw: dict, shard: str) -> None:
         safetensors.numpy.save_file(tensors, folder / file)
     (folder / "config.json").write_text(json.dumps(raw))
     if split.is_sharded:
-        (folder / hf_read.INDEX).write_text(json.dumps({"weight_map": split.tensor_to_filename}))
+        (folder / hf_tensors.INDEX).write_text(json.dumps({"weight_map": split.tensor_to_filename}))
 
 
 def measure(args: argparse.Namespace) -> dict:

@@ -19,6 +19,7 @@ _QWEN2 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "
 
 # config.json of each shape.
 SHAPES = {
+    "qwen2-tiny": dense(_QWEN2, 64, 2, 4, 2, 128, 512, True),
     "qwen2-small": dense(_QWEN2, 256, 4, 4, 2, 688, 49_152, True),
     "qwen2-small-150k": dense(_QWEN2, 256, 4, 4, 2, 688, 151_936, True),
     "qwen2-3b": dense(_QWEN2, 2048, 36, 16, 2, 11_008, 151_936, True),
@@ -54,8 +55,23 @@ def torch_model(args: argparse.Namespace, **options):
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
 
 
-def random_params(model, mesh):
-    """Returns random float32 parameters in their shardings; every sublayer takes part."""
+def make_mesh():
+    """Returns the mesh over all devices of this machine, with the weights split over them."""
+    from igrpo_jax import config
+    from igrpo_jax.distributed import sharding
+
+    return sharding.make_mesh(config.MeshConfig())
+
+
+def peak_bytes() -> int | None:
+    """Returns the most bytes that the allocator of a device has held in this process; None where it does not say."""
+    import jax
+
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def random_params(model, mesh, dtype: str = "float32"):
+    """Returns random parameters in their shardings; every sublayer takes part."""
     import jax
 
     from igrpo_jax.distributed import sharding
@@ -65,7 +81,9 @@ def random_params(model, mesh):
         shapes = decoder.shapes(model).items()
         keys = dict(zip((path for path, _ in shapes), jax.random.split(key, len(shapes)), strict=True))
         return {
-            path: jax.numpy.ones(shape) if path.endswith("scale") else 0.02 * jax.random.normal(keys[path], shape)
+            path: jax.numpy.ones(shape, dtype)
+            if path.endswith("scale")
+            else 0.02 * jax.random.normal(keys[path], shape, dtype)
             for path, shape in shapes
         }
 

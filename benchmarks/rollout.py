@@ -15,7 +15,7 @@ Peers run in processes of their own, one after the other. The last line is one J
                           the allocator saw
     roofline_fraction     (weights once a step + cache positions that had to be read) over bandwidth x seconds; the
                           bandwidth is that of adding 1 to a large array in place, measured in the same run
-    compiles              programs compiled at the start; `recompiles` of those after that
+    compiles              programs compiled in the run that does not count; `recompiles` of those after that
     peers                 tokens_per_second of each; `speedup`: ours over the best
     ideal_fraction        (lognormal) time of ideal list scheduling over ours, geometric mean over the seeds: samples
                           take slots in order, no slot waits, nothing but decode steps of all slots is paid, at the
@@ -60,16 +60,13 @@ class Bench:
         import jax
         import numpy as np
 
-        from igrpo_jax import config
-        from igrpo_jax.distributed import sharding
-        from igrpo_jax.models import hf_read
         from igrpo_jax.models.config import from_hf
         from igrpo_jax.sampling.engine import Engine
         from igrpo_jax.sampling.scheduler import Scheduler
 
         self.args, self.slots = args, args.slots or args.prompts * args.samples
         self.model = from_hf(models.raw_config(args), args.model or args.shape)
-        self.mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
+        self.mesh = models.make_mesh()
         self.model = models.with_attention(self.model, args, self.mesh, args.prompt_len + args.new_tokens)
         self.engine = Engine(
             self.model,
@@ -82,16 +79,18 @@ class Bench:
             steps_per_dispatch=args.steps_per_dispatch,
         )
         with jax.set_mesh(self.mesh):
-            load = hf_read.load_params if args.model else None
-            self.params = (
-                load(args.model, self.model, self.mesh) if load else models.random_params(self.model, self.mesh)
-            )
             # As a run whose master weights are elsewhere: only the rollout copy is held here.
-            self.params = self.engine.weights(self.params)
-            self.engine.compile()
+            self.params = self.engine.weights(self._load())
         self.scheduler = Scheduler(self.engine)
         rng = np.random.default_rng(0)
         self.prompts = rng.integers(17, self.model.vocab_size, (args.prompts, args.prompt_len), np.int32)
+
+    def _load(self):
+        if not self.args.model:
+            return models.random_params(self.model, self.mesh, self.args.dtype)
+        from igrpo_jax.models import hf_read
+
+        return hf_read.load_params(self.args.model, self.model, self.mesh)
 
     def run(self, lengths, static: bool = False):
         """Returns the seconds and the Usage of sampling completions of `lengths` [prompts, samples]."""
@@ -117,14 +116,13 @@ class Bench:
         assert drawn == lengths.sum()
         return seconds, self.scheduler.usage
 
-    def step_seconds(self) -> dict[int, float]:
-        """Returns the seconds of a decode step of all slots by read length, the best of three dispatches each."""
-        import jax
+    def filled(self):
+        """Returns a state in which all slots have just begun."""
         import numpy as np
 
         from igrpo_jax.sampling.steps import Sampling
 
-        engine, seconds_by_read = self.engine, {}
+        engine = self.engine
         state = engine.empty()
         for start in range(0, self.slots, 8):
             slots = range(start, min(start + 8, self.slots))
@@ -134,34 +132,60 @@ class Bench:
             state = engine.insert(
                 state, prefilled, 0, slots, slots, key=key, prompt=0, limits=limits, sampling=Sampling(1.0)
             )
-        for read in engine.buckets[self.slots]:
+        return state
+
+    def dispatch(self, state, read: int):
+        """Runs one dispatch of all slots, and returns the state and how many steps it took, summed over the shards."""
+        import jax
+
+        from igrpo_jax.sampling.steps import Sampling
+
+        engine = self.engine
+        least = [1] * engine.shards
+        state, status = engine.decode(self.params, state, engine.shard_slots, read, least, Sampling(1.0))
+        return state, int(jax.device_get(status.steps).sum())
+
+    def step_seconds(self) -> dict[int, float]:
+        """Returns the seconds of a decode step of all slots by read length, the best of three dispatches each."""
+        import jax
+
+        engine, seconds_by_read = self.engine, {}
+        state = self.filled()
+        for read in engine.buckets[engine.shard_slots]:
             seconds = []
             for _ in range(3):
                 # Copies, since decoding takes the state over; slots stand where they stood.
                 copy = jax.tree.map(lambda x: x + 0, state)._replace(active=state.active | True)
                 jax.block_until_ready(copy)
                 began = time.perf_counter()
-                copy, status = engine.decode(self.params, copy, engine.shard_slots, read, [1], Sampling(1.0))
-                steps = int(jax.device_get(status.steps).sum())
-                seconds.append((time.perf_counter() - began) / steps)
+                copy, steps = self.dispatch(copy, read)
+                seconds.append((time.perf_counter() - began) * engine.shards / steps)
                 del copy
             seconds_by_read[read] = min(seconds)
         return seconds_by_read
 
 
-def ours(args: argparse.Namespace) -> dict:
-    import jax
+def length_sets(args: argparse.Namespace) -> list:
+    """Returns the lengths of all completions [prompts, samples], for each seed where they are drawn."""
     import numpy as np
+
+    shape = (args.prompts, args.samples)
+    if args.lengths == "fixed":
+        return [np.full(shape, args.new_tokens)]
+    rngs = map(np.random.default_rng, range(args.seeds))
+    return [models.lognormal(rng, shape, args.mean_length, args.new_tokens) for rng in rngs]
+
+
+def measured(bench: Bench, args: argparse.Namespace, lengths: list, bandwidth: float) -> dict:
+    """Returns the figures of sampling each of `lengths`, after one run of the first that does not count.
+
+    Args:
+        bandwidth: bytes per second between one device and its memory.
+    """
+    import jax
 
     from igrpo_jax.distributed.programs import compilations
 
-    bench = Bench(args)
-    shape = (args.prompts, args.samples)
-    fixed = np.full(shape, args.new_tokens)
-    lengths = [fixed] if args.lengths == "fixed" else [
-        models.lognormal(np.random.default_rng(seed), shape, args.mean_length, args.new_tokens)
-        for seed in range(args.seeds)
-    ]  # fmt: skip
     with compilations() as before:
         bench.run(lengths[0])
     memory = bench.engine.predicted_bytes()
@@ -170,31 +194,37 @@ def ours(args: argparse.Namespace) -> dict:
     medians = [models.median([seconds for seconds, _ in each]) for each in runs]
     usages = [each[0][1] for each in runs]
     tokens = sum(int(row.sum()) for row in lengths)
-    steps = sum(usage.slot_steps for usage in usages) / bench.slots
-    read = sum(_bytes_read(bench, args, row) for row in lengths)
-    weights = sum(x.size * x.dtype.itemsize for path, x in bench.params.items())
-    if not bench.model.tie_embeddings:
-        weights -= bench.params["embedding"].size * bench.params["embedding"].dtype.itemsize  # rows of it are looked up
-    bandwidth = models.bandwidth()
+    steps = sum(usage.slot_steps for usage in usages) / bench.engine.shard_slots  # of all shards
+    costs = bench.engine.programs.costs
+    weights = costs.item_bytes * (costs.linear_weights + costs.head_weights)
+    read = steps * weights + sum(_cache_positions(args, row) for row in lengths) * costs.token_bytes * costs.tensor
     drawn, slot_steps = (sum(getattr(usage, name) for usage in usages) for name in ("tokens", "slot_steps"))
     queued, queued_steps = (sum(getattr(u, f"queued_{name}") for u in usages) for name in ("tokens", "slot_steps"))
-    figures = {
+    return {
         "tokens_per_second": round(tokens / sum(medians)),
         "rollout_seconds": medians,
-        "decode_step_seconds": round(sum(medians) / steps, 6),
+        "decode_step_seconds": round(sum(medians) * bench.engine.shards / steps, 6),
         "slot_utilization": round(drawn / slot_steps, 4),
         "queued_slot_utilization": round(queued / queued_steps, 4) if queued_steps else None,
-        "peak_memory_bytes": memory,
-        "roofline_fraction": round((steps * weights + read) / bandwidth / sum(medians), 4),
+        "peak_memory_bytes": models.peak_bytes() or memory,
+        "roofline_fraction": round(read / bandwidth / bench.mesh.size / sum(medians), 4),
         "bandwidth": round(bandwidth),
-        "compiles": bench.engine.num_programs,
-        "recompiles": len(before) + len(after),
+        "compiles": len(before),
+        "recompiles": len(after),
         "device": jax.devices()[0].device_kind,
+        "devices": bench.mesh.size,
         "slots": bench.slots,
-        **models.machine("numpy"),
     }
-    if jax.default_backend() != "cpu":
-        figures["peak_memory_bytes"] = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+
+def ours(args: argparse.Namespace) -> dict:
+    import jax
+
+    bench, lengths = Bench(args), length_sets(args)
+    with jax.set_mesh(bench.mesh):
+        bench.engine.compile()
+    figures = measured(bench, args, lengths, models.bandwidth()) | models.machine("numpy")
+    medians = figures["rollout_seconds"]
     if args.lengths == "lognormal":
         cost = bench.step_seconds()
         ideal = [_ideal(bench, args, row, cost) for row in lengths]
@@ -211,11 +241,9 @@ def ours(args: argparse.Namespace) -> dict:
     return figures
 
 
-def _bytes_read(bench: Bench, args: argparse.Namespace, lengths) -> int:
-    """Returns the bytes of the cache that decoding reads: token n of a completion reads prompt_len + n positions."""
-    model, width = bench.model, 2 if args.dtype == "bfloat16" else 4
-    position = 2 * model.num_kv_heads * model.head_dim * model.pattern.count("*") * width
-    return position * int(sum((n - 1) * args.prompt_len + n * (n - 1) // 2 for n in lengths.ravel().tolist()))
+def _cache_positions(args: argparse.Namespace, lengths) -> int:
+    """Returns how many positions of the cache decoding reads: token n of a completion reads prompt_len + n of them."""
+    return int(sum((n - 1) * args.prompt_len + n * (n - 1) // 2 for n in lengths.ravel().tolist()))
 
 
 def _ideal(bench: Bench, args: argparse.Namespace, lengths, cost: dict[int, float]) -> float:
@@ -229,7 +257,7 @@ def _ideal(bench: Bench, args: argparse.Namespace, lengths, cost: dict[int, floa
     seconds, end = 0.0, max(free)
     for step in range(end):
         furthest = max(args.prompt_len + step - start + 1 for start, stop in spans if start <= step < stop)
-        seconds += cost[next(read for read in bench.engine.buckets[bench.slots] if read >= furthest)]
+        seconds += cost[next(read for read in bench.engine.buckets[bench.engine.shard_slots] if read >= furthest)]
     return seconds
 
 

@@ -33,7 +33,19 @@ class Step:
             self._learner = Learner(
                 stages.config, stages.model, stages.mesh, max_context=stages.max_context, total_steps=1000
             )
-            self._state = self._learner.init(models.random_params(stages.model, stages.mesh))
+        self.reset()
+
+    def reset(self) -> None:
+        """Goes back to the weights that it began with, and to a fresh optimizer."""
+        import jax
+
+        self.state = None  # two of them may not fit
+        with jax.set_mesh(self._stages.mesh):
+            self.state = self._learner.init(models.random_params(self._stages.model, self._stages.mesh))
+
+    def compile(self) -> None:
+        """Compiles all programs of the sampler, so that none is compiled in a step that is measured."""
+        self._stages.engine.compile()
 
     def peak_bytes(self) -> int:
         from igrpo_jax.distributed.programs import tree_bytes
@@ -42,17 +54,18 @@ class Step:
         return max(self._learner.predicted_bytes(), self._stages.engine.predicted_bytes() + moments)
 
     def run(self, lengths, seed: int) -> tuple[float, float]:
-        """Returns the seconds of the rollout and of the update of one step."""
+        """Makes one step and returns the seconds of its rollout and of its update; see `groups` and `metrics`."""
         import jax
         import numpy as np
 
         began = time.perf_counter()
-        groups, _ = self._stages.collect(self._state.params, lengths)
+        groups, sampling = self._stages.collect(self.state.params, lengths)
         sampled = time.perf_counter()
         advantages = np.random.default_rng(seed).standard_normal((len(groups), len(groups[0].completions)))
         with jax.set_mesh(self._stages.mesh):
-            self._state, _ = self._learner.update(self._state, groups, advantages.astype(np.float32), 1)
-            jax.block_until_ready(self._state.params)
+            self.state, learned = self._learner.update(self.state, groups, advantages.astype(np.float32), 1)
+            jax.block_until_ready(self.state.params)
+        self.groups, self.metrics = groups, sampling | learned
         return sampled - began, time.perf_counter() - sampled
 
 
@@ -70,6 +83,8 @@ def main() -> None:
             name: Step(args, stack.enter_context(two_stage.make_stages(args, *sizes, slots)))
             for name, sizes in {"grpo": (0, both), "igrpo": (args.drafts, args.generations)}.items()
         }
+        for step in steps.values():
+            step.compile()
         seconds = {name: [[] for _ in sets] for name in steps}
         for again in range(args.steps + 1):  # the first time compiles
             for seed, lengths in enumerate(sets):

@@ -48,6 +48,7 @@ class TokenRenderer:
     """Stands in for a tokenizer: q' is the prompt followed by the whole draft."""
 
     opening = ""
+    answer = "7"  # the reference answer of every prompt
 
     def __init__(self, prompts):
         self._prompts = prompts
@@ -78,12 +79,10 @@ def settings(args: argparse.Namespace, drafts: int, generations: int, slots: int
 
 
 def make_engine(args: argparse.Namespace, model, mesh, slots: int, max_context: int, steps_per_dispatch: int):
-    """Returns an engine whose programs are compiled, and that never ends a completion early."""
-    import jax
-
+    """Returns an engine that never ends a completion early."""
     from igrpo_jax.sampling.engine import Engine
 
-    engine = Engine(
+    return Engine(
         model,
         mesh,
         (model.vocab_size,),  # an EOS that is never drawn
@@ -93,20 +92,26 @@ def make_engine(args: argparse.Namespace, model, mesh, slots: int, max_context: 
         dtype=args.dtype,
         steps_per_dispatch=steps_per_dispatch,
     )
-    with jax.set_mesh(mesh):
-        engine.compile()
-    return engine
 
 
 def make_stages(
-    args: argparse.Namespace, drafts: int, generations: int, slots: int, streamed: bool = True, engine=None
+    args: argparse.Namespace,
+    drafts: int,
+    generations: int,
+    slots: int,
+    streamed: bool = True,
+    engine=None,
+    renderer=TokenRenderer,
 ):
-    """Returns a Rollout of so many drafts and trained completions a prompt; an `engine` of the same sizes is shared."""
+    """Returns a Rollout of so many drafts and trained completions a prompt; an `engine` of the same sizes is shared.
+
+    `renderer` is TokenRenderer or a class derived from it. Programs are compiled when they are first needed, or all of
+    them by `engine.compile()`.
+    """
     import jax
     import numpy as np
 
     from igrpo_jax import config
-    from igrpo_jax.distributed import sharding
     from igrpo_jax.learning.rollout import Rollout
     from igrpo_jax.models.config import from_hf
     from igrpo_jax.records import Prompt
@@ -126,7 +131,7 @@ def make_stages(
     class Stages:
         def __init__(self):
             self.config = settings(args, drafts, generations, slots, streamed)
-            self.mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
+            self.mesh = models.make_mesh()
             model = from_hf(models.raw_config(args), args.model or args.shape)
             self.max_context = args.prompt_len + (args.new_tokens if drafts else 0)
             self.model = models.with_attention(model, args, self.mesh, self.max_context + args.new_tokens)
@@ -137,10 +142,9 @@ def make_stages(
             self.scheduler = Prescribed(self.engine, jax.default_backend() != "cpu")
             rng = np.random.default_rng(0)
             tokens = rng.integers(17, model.vocab_size, (args.prompts, args.prompt_len), np.int32)
-            self.prompts = [Prompt(str(i), i, str(i), "7", row) for i, row in enumerate(tokens)]
+            self.prompts = [Prompt(str(i), i, str(i), renderer.answer, row) for i, row in enumerate(tokens)]
             self._verifier = Verifier(config.RewardsConfig(format=0.0))
-            renderer = TokenRenderer(self.prompts)
-            self._rollout = Rollout(self.config, renderer, self.scheduler, self._verifier)
+            self._rollout = Rollout(self.config, renderer(self.prompts), self.scheduler, self._verifier)
             self.close = self._verifier.close
 
         def collect(self, params, lengths):
@@ -228,6 +232,8 @@ def main() -> None:
             stages_by_name[f"{name}grpo"] = make(0, both, slots)
             streamed = stages_by_name[f"{name}igrpo"] = make(args.drafts, args.generations, slots)
             stages_by_name[f"{name}igrpo_barrier"] = make(args.drafts, args.generations, slots, False, streamed.engine)
+        for stages in stages_by_name.values():
+            stages.engine.compile()
         params = models.random_params(stages_by_name["grpo"].model, stages_by_name["grpo"].mesh)
         seconds = {name: [[] for _ in range(args.seeds)] for name in stages_by_name}
         watched = []

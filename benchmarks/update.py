@@ -2,18 +2,19 @@
 
     python benchmarks/update.py --shape smollm2-135m --groups 2 --group 8 --prefix 64 --completion 64 --torch eager
 
-Rows are random tokens of fixed lengths with random advantages, on policy, one optimizer step, beta 0. The torch peer is
-a transformers model with SDPA: forward, backward, a norm clip and fused AdamW over the same rows, its head on the
-positions before completion tokens only, no gradient checkpointing. Each runs in a process of its own, one after the
-other. The last line is one JSON object:
+Rows are random tokens of fixed or lognormal lengths with random advantages, on policy, one optimizer step, beta 0. The
+torch peer is a transformers model with SDPA: forward, backward, a norm clip and fused AdamW over the same rows, its
+head on the positions before completion tokens only. On a GPU it recomputes layers as ours does, and bfloat16 means
+float32 weights under autocast. Each runs in a process of its own, one after the other. The last line is one JSON
+object:
 
     update_seconds        median over --steps updates after one that does not count (which compiles)
     tokens_per_second     completion tokens over update_seconds
-    mfu                   FLOPs of the model (matmuls and attention, forward + 2 x backward, no recomputation; what the
-                          group shares is counted once where it is run once) per second, over those of a large matmul
-                          measured in the same run
-    peak_memory_bytes     of the largest program with the training state, by the compiler's count; on a GPU or TPU what
-                          the allocator saw
+    mfu                   FLOPs of the model (perf/update_flops: matmuls and attention, forward and backward, without
+                          recomputation; what the group shares is counted once where it is run once) per second and
+                          device, over those of a large matmul measured in the same run
+    predicted_memory_bytes   of the largest program with the training state, by the compiler's count, on each device
+    peak_memory_bytes     the most that the allocator of a GPU or TPU held; elsewhere the prediction
     extra_memory_bytes    resident memory of the process at its peak, beyond that before a step and the gradients: what
                           activations and temporaries need (CPU only)
     padding_fraction      share of the positions run that are padding
@@ -35,7 +36,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--groups", type=int, default=2, help="prompts")
     parser.add_argument("--group", type=int, default=8, help="completions of each")
     parser.add_argument("--prefix", type=int, default=64, help="tokens of each prompt, with its draft")
-    parser.add_argument("--completion", type=int, default=64, help="tokens of each completion")
+    parser.add_argument("--completion", type=int, default=64, help="tokens of each completion, or of the longest")
+    parser.add_argument("--lengths", choices=("fixed", "lognormal"), default="fixed", help="of ours; torch: fixed")
+    parser.add_argument("--mean-length", type=int, default=64, help="with --lengths lognormal")
     parser.add_argument("--shared-prefix", choices=("on", "off"), default="on")
     parser.add_argument("--remat", choices=("full", "dots", "none"), default="full")
     parser.add_argument("--attention", default="auto")
@@ -68,68 +71,87 @@ def settings(args: argparse.Namespace):
     return config.freeze(tree)
 
 
+def row_lengths(args: argparse.Namespace):
+    """Returns the tokens of each completion, [groups, group]."""
+    import numpy as np
+
+    shape = (args.groups, args.group)
+    if args.lengths == "fixed":
+        return np.full(shape, args.completion)
+    return models.lognormal(np.random.default_rng(0), shape, args.mean_length, args.completion)
+
+
 def random_groups(args: argparse.Namespace, vocab_size: int, rng) -> list:
     """Returns groups of random tokens, of the lengths that `args` ask for."""
     import numpy as np
 
     from igrpo_jax.records import Completion, Group, Prompt, Score
 
-    def completion(i):
-        tokens = rng.integers(17, vocab_size, args.completion, np.int32)
-        return Completion(
-            "refine", i, tokens, np.zeros(args.completion, np.float32), True, score=Score(0, {}, None, "ok")
-        )
+    def completion(i, length):
+        tokens = rng.integers(17, vocab_size, length, np.int32)
+        return Completion("refine", i, tokens, np.zeros(length, np.float32), True, score=Score(0, {}, None, "ok"))
 
     groups = []
-    for index in range(args.groups):
+    for index, lengths in enumerate(row_lengths(args)):
         context = rng.integers(17, vocab_size, args.prefix, np.int32)
         prompt = Prompt(str(index), index, "", "", context)
-        groups.append(Group(prompt, (), None, context, tuple(completion(i) for i in range(args.group))))
+        groups.append(Group(prompt, (), None, context, tuple(map(completion, range(args.group), lengths))))
     return groups
+
+
+class Bench:
+    """A learner with its training state, and groups to train on."""
+
+    def __init__(self, args: argparse.Namespace):
+        import jax
+        import numpy as np
+
+        from igrpo_jax.learning.learner import Learner
+        from igrpo_jax.models.config import from_hf
+
+        model = from_hf(models.raw_config(args), args.model or args.shape)
+        self.mesh = models.make_mesh()
+        self.model = models.with_attention(model, args, self.mesh, args.prefix + args.completion, args.attention)
+        rng = np.random.default_rng(0)
+        self.groups = random_groups(args, model.vocab_size, rng)
+        self.advantages = rng.standard_normal((args.groups, args.group)).astype(np.float32)
+        with jax.set_mesh(self.mesh):
+            self.learner = Learner(settings(args), self.model, self.mesh, max_context=args.prefix, total_steps=100)
+            self.state = self.learner.init(self._load(args))
+
+    def _load(self, args: argparse.Namespace):
+        if not args.model:
+            return models.random_params(self.model, self.mesh)
+        from igrpo_jax.models import hf_read
+
+        return hf_read.load_params(args.model, self.model, self.mesh)
+
+    def step(self) -> dict:
+        """Makes one update and returns its metrics."""
+        import jax
+
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = self.learner.update(self.state, self.groups, self.advantages, 1)
+            jax.block_until_ready(self.state.params)
+        return metrics
 
 
 def ours(args: argparse.Namespace) -> dict:
     import jax
-    import numpy as np
 
-    from igrpo_jax import config
-    from igrpo_jax.distributed import sharding
-    from igrpo_jax.learning.learner import Learner
-    from igrpo_jax.models import hf_read
-    from igrpo_jax.models.config import from_hf
-
-    model = from_hf(models.raw_config(args), args.model or args.shape)
-    mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
-    model = models.with_attention(model, args, mesh, args.prefix + args.completion, args.attention)
-    rng = np.random.default_rng(0)
-
-    groups = random_groups(args, model.vocab_size, rng)
-    advantages = rng.standard_normal((args.groups, args.group)).astype(np.float32)
-    with jax.set_mesh(mesh):
-        learner = Learner(settings(args), model, mesh, max_context=args.prefix, total_steps=100)
-        params = hf_read.load_params(args.model, model, mesh) if args.model else models.random_params(model, mesh)
-        state = [learner.init(params)]
-        del params
-        losses, padding = [], []
-
-        def step():
-            state[0], metrics = learner.update(state[0], groups, advantages, 1)
-            jax.block_until_ready(state[0].params)
-            losses.append(metrics["loss"])
-            padding.append(metrics["perf/padding_frac"])
-
-        figures = _measure(step, args, 4 * model.num_params)
-        if jax.default_backend() == "cpu":
-            figures["peak_memory_bytes"] = learner.predicted_bytes()
-        else:
-            figures["peak_memory_bytes"] = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-    flops = _flops(model, args)
+    bench, metrics = Bench(args), []
+    figures = _measure(lambda: metrics.append(bench.step()), args, 4 * bench.model.num_params)
+    predicted, measured = bench.learner.predicted_bytes(), models.peak_bytes()
+    per_second = metrics[-1]["perf/update_flops"] / figures["update_seconds"] / bench.mesh.size
     return figures | {
-        "mfu": round(flops / figures["update_seconds"] / models.matmul_peak(args.dtype), 3),
-        "padding_fraction": round(padding[-1], 4),
-        "loss": losses[0],
+        "peak_memory_bytes": measured or predicted,
+        "predicted_memory_bytes": predicted,
+        "mfu": round(per_second / models.matmul_peak(args.dtype), 3),
+        "padding_fraction": round(metrics[-1]["perf/padding_frac"], 4),
+        "loss": metrics[0]["loss"],
         "device": jax.devices()[0].device_kind,
-        "attention": model.attention,
+        "devices": bench.mesh.size,
+        "attention": bench.model.attention,
         **models.machine("optax"),
     }
 
@@ -143,21 +165,9 @@ def _measure(step, args: argparse.Namespace, gradient_bytes: int) -> dict:
     return {
         "update_seconds": models.median(seconds),
         "update_seconds_best": round(min(seconds), 4),
-        "tokens_per_second": round(args.groups * args.group * args.completion / models.median(seconds)),
+        "tokens_per_second": round(int(row_lengths(args).sum()) / models.median(seconds)),
         "extra_memory_bytes": memory.peak() - before - gradient_bytes,
     }
-
-
-def _flops(model, args: argparse.Namespace) -> float:
-    """Returns the FLOPs of forward and backward of one update, multiply-adds as two."""
-    rows, length, prefix = args.groups * args.group, args.completion, args.prefix
-    contexts = args.groups if args.shared_prefix == "on" else rows
-    body = model.num_params - model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    tokens = contexts * prefix + rows * length
-    layers, width = model.pattern.count("*"), model.num_heads * model.head_dim
-    pairs = contexts * prefix**2 / 2 + rows * length * (prefix + length / 2)
-    head = rows * length * model.vocab_size * model.hidden_size
-    return 3 * 2 * (body * tokens + head + 2 * layers * width * pairs)
 
 
 def peer(args: argparse.Namespace) -> dict:
@@ -166,8 +176,12 @@ def peer(args: argparse.Namespace) -> dict:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(os.cpu_count())
-    model = models.torch_model(args, attn_implementation="sdpa").to(device).train()
+    narrow = device == "cuda" and args.dtype == "bfloat16"
+    weights = argparse.Namespace(**vars(args) | {"dtype": "float32"}) if narrow else args
+    model = models.torch_model(weights, attn_implementation="sdpa").to(device).train()
     model.config.use_cache = False
+    if device == "cuda":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     forward = torch.compile(model) if args.peer == "compile" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     rows = args.groups * args.group
@@ -181,7 +195,9 @@ def peer(args: argparse.Namespace) -> dict:
     def step():
         for i in range(0, rows, at_once):
             x = tokens[i : i + at_once]
-            logits = forward(input_ids=x, logits_to_keep=args.completion + 1, use_cache=False).logits[:, :-1].float()
+            with torch.autocast(device, torch.bfloat16, enabled=narrow):
+                out = forward(input_ids=x, logits_to_keep=args.completion + 1, use_cache=False)
+            logits = out.logits[:, :-1].float()
             logprob = torch.log_softmax(logits, -1).gather(-1, x[:, args.prefix :, None])[..., 0]
             ratio = torch.exp(logprob - logprob.detach())
             (-(ratio * advantages[i : i + at_once, None]).mean(1).sum() / rows).backward()

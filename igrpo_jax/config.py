@@ -104,13 +104,14 @@ class DataConfig:
     subset: str = ""
     # Split of a hub id, or of a folder whose files are named after splits.
     split: str = "train"
-    # Column of the question, in which a dot reaches into nested columns; empty finds it by name: prompt, problem,
-    # question, input.
+    # Column of the question, in which a dot reaches into nested columns and a plus puts columns together; empty finds
+    # it by name: prompt, problem, question, instruction+input, input, instruction, messages, conversations.
     prompt_column: str = ""
     # Column of the answer, in which a dot reaches into nested columns; empty finds it by name: answer, solution,
-    # ground_truth, output, reward_model.ground_truth.
+    # ground_truth, output, reward_model.ground_truth; and without these it is the last reply of a chat.
     answer_column: str = ""
-    # Whether to leave out problems without an answer, repeated problems, and problems that evaluation asks too.
+    # Whether to leave out problems without an answer or with one that nothing can equal, repeated problems, and
+    # problems that evaluation asks too.
     clean: bool = False
     # Longest question with its chat template, in tokens; problems with longer ones are skipped and counted.
     max_prompt_length: Annotated[int, AtLeast(1)] = 1024

@@ -57,7 +57,7 @@ def read(path: str, column: str) -> list[str]:
         if not file.is_file():
             raise InputError(f"{source}: no such file; give one of questions, a line each")
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         except ValueError as error:
             raise InputError(f"{source}: is not text in utf-8 ({error}); save it as that") from error
         questions = [line.strip() for line in text.splitlines() if line.strip()]

@@ -189,6 +189,13 @@ def test_what_may_change_on_resume_is_no_difference():
     assert config.differences({"steps": 1, "x": {"steps": 1}}, {"steps": 2, "x": {"steps": 2}}) == ["x.steps: 1 -> 2"]
 
 
+def test_settings_of_an_older_version_have_the_defaults_of_newer_fields():
+    old = config.to_dict(config.Config(seed=3))
+    del old["data"]["template_kwargs"], old["data"]["template_date"], old["log"]
+    assert config.with_defaults(old) == config.to_dict(config.Config(seed=3))
+    assert config.with_defaults({"data": {"template_kwargs": {"x": 1}}})["data"]["template_kwargs"] == {"x": 1}
+
+
 def test_what_may_change_on_resume_is_a_field():
     sections = {field.name for field in dataclasses.fields(config.Config)}
     assert set(config.MAY_CHANGE_ON_RESUME) <= {*schema.field_paths(config.Config), *sections}

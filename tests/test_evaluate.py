@@ -9,16 +9,19 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import chat_templates
 import devices
 import jax
 import jax.numpy as jnp
 import pytest
+import transformers
 
 from igrpo_jax import cli, config, evaluate, export, generate
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
-from igrpo_jax.models.policy import open_policy
+from igrpo_jax.evaluation import inference
+from igrpo_jax.models.policy import open_model, open_policy
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.workdir import prepare_workdir
@@ -303,6 +306,93 @@ def test_help_names_the_flags_that_stand_for_fields(capsys):
     assert stop.value.code == 0 and len(said.splitlines()) < 20
     for flag in ("benchmarks", "samples", "rounds", "model", "workdir", "compare"):
         assert f"  --{flag} " in said
+
+
+def test_the_chat_template_of_a_run_has_the_runs_values(tmp_path):
+    """Also with another --config, unless it sets them itself."""
+    own = {"template_kwargs": {"enable_thinking": False}, "template_date": "2026-11-26"}
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"data": own, "model": {"dtype": "float32"}}))
+    (tmp_path / "other.py").write_text("from igrpo_jax.config import default as get_config\n")
+    other = ["x", "--model", str(run), "--config", str(tmp_path / "other.py")]
+    for command in (["x", "--model", str(run)], other):
+        c, _ = cli.parse_model(command, "", {})
+        assert (c.data.template_kwargs, c.data.template_date) == tuple(own.values())
+        given = ["--config.data.template_kwargs={'enable_thinking': True}", "--config.data.template_date=2026-11-27"]
+        c, _ = cli.parse_model([*command, *given], "", {})
+        assert (c.data.template_kwargs, c.data.template_date) == ({"enable_thinking": True}, "2026-11-27")
+
+
+@pytest.fixture
+def dated_model(model, tmp_path):
+    """The tiny Llama with a template that writes the day, and a mark that can be set."""
+    path = shutil.copytree(model, tmp_path / "dated")
+    template = "{{ strftime_now('%d') }}{{ mark }}" + arithmetic.CHAT_TEMPLATE
+    (path / "chat_template.jinja").write_text(template)
+    return path
+
+
+@pytest.mark.slow
+def test_an_evaluation_keeps_the_day_of_its_chat_template(call, dated_model, folder, tmp_path, monkeypatch):
+    """It was continued on the next day with other prompts. Here each command ends where it would read the weights."""
+    tasks = []
+
+    def load(task, *_):
+        tasks.append(task)
+        raise InputError("this far")
+
+    def begin(model, out, *more, says="this far"):
+        given = ["--model", model, "--benchmarks=mine", f"--config.evaluation.data_dir={folder}"]
+        said = call(evaluate, *given, "--workdir", tmp_path / out, *more, code=2)
+        assert says in said
+        return json.loads((tmp_path / out / "evaluation.json").read_text())
+
+    def prompt():
+        return tasks[-1].policy.tokenizer.decode(tasks[-1].plan.prompts["mine"][0].tokens)
+
+    monkeypatch.setattr(inference, "load", load)
+    chat_templates.set_today(monkeypatch, "2026-11-26")
+    assert begin(dated_model, "a")["template_date"] == "2026-11-26" and prompt() == "26<|user|>0+1<|assistant|>"
+    chat_templates.set_today(monkeypatch, "2026-11-27")
+    assert begin(dated_model, "b")["template_date"] == "2026-11-27" and prompt() == "27<|user|>0+1<|assistant|>"
+    head = begin(dated_model, "a")
+    assert head["template_date"] == "2026-11-26" and prompt() == "26<|user|>0+1<|assistant|>"
+    other = "another kind (template_date: '2026-11-26' -> '2026-11-27'); give another --workdir, or the old values"
+    begin(dated_model, "a", "--config.data.template_date=2026-11-27", says=other)
+    del head["template_date"]  # as an older version wrote it
+    (tmp_path / "a" / "evaluation.json").write_text(json.dumps(head))
+    begin(dated_model, "a", says="config.data.template_date = '': the chat template of the model writes the date")
+    assert begin(dated_model, "a", "--config.data.template_date=2026-11-26")["template_date"] == "2026-11-26"
+
+
+@pytest.mark.slow
+def test_a_run_and_its_export_have_the_same_prompts_on_any_day(call, dated_model, tmp_path, monkeypatch):
+    """With the day and the variables of the run, also where transformers renders the template of the export."""
+    prompts = []
+
+    def load(task, *_):
+        prompts.append(task.policy.tokenizer.decode(task.plan.prompts["prompts"][0].tokens))
+        raise InputError("this far")
+
+    monkeypatch.setattr(inference, "load", load)
+    chat_templates.set_today(monkeypatch, "2026-11-26")
+    begun = configured(**{"model.path": str(dated_model), "data.template_kwargs": {"mark": "x"}})
+    run_config, policy, _ = open_model(begun)
+    workdir, mesh = tmp_path / "run", sharding.make_mesh(run_config.mesh)
+    prepare_workdir(workdir, run_config)
+    with Checkpointer(workdir, run_config.checkpoint) as store:
+        count = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
+        store.save(1, State(policy.load(mesh, 0), count), {}, force=True)
+    chat_templates.set_today(monkeypatch, "2026-11-27")
+    export.export(workdir, tmp_path / "export")
+    for path, want in ((workdir, "26x"), (tmp_path / "export", "26x"), (dated_model, "27")):
+        call(generate, "--model", path, "--prompt=1+2", code=2)
+        assert prompts[-1] == f"{want}<|user|>1+2<|assistant|>"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    turns = [{"role": "user", "content": "1+2"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == "26x<|user|>1+2"
+    assert tokenizer.apply_chat_template(turns, tokenize=False, mark="y") == "26y<|user|>1+2"
 
 
 @pytest.mark.slow

@@ -100,6 +100,12 @@ def test_unknown_fields_and_flags(refused):
         ("seed=1.5", "config.seed = '1.5': must be a whole number"),
         ("algorithm.epsilon=low", "config.algorithm.epsilon = 'low': must be a number"),
         ("rollout.streamed=3", "config.rollout.streamed = '3': must be True or False"),
+        ("data.template_date=today", "config.data.template_date = 'today': must be a day such as 2026-01-31, or empty"),
+        (
+            'data.template_kwargs={"enable_thinking": false}',
+            'config.data.template_kwargs = {"enable_thinking": false}: must be a mapping as Python writes it, such as '
+            "{'enable_thinking': False}",
+        ),
     ],
 )
 def test_values_of_another_type(refused, override, words):

@@ -23,6 +23,7 @@ class Outer:
     mode: Annotated[str | None, schema.Choice(None, "a", "b")] = None
     sizes: Annotated[tuple[int, ...], schema.Each(schema.AtLeast(1), once=True)] = (1, 2)
     free: bool = False
+    named: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     inner: Inner = dataclasses.field(default_factory=Inner)
 
 
@@ -39,6 +40,12 @@ class Outer:
         (schema.Each(schema.Choice("a", "b"), once=True), "one of a, b, once", [(), ("a", "b")], [("c",), ("a", "a")]),
         (schema.Each(schema.AtLeast(1)), "at least 1", [(), (1, 1)], [(1, 0)]),
         (schema.HoldsOnce("{x}"), "a text that holds {x} exactly once", ["a {x}"], ["", "{x}{x}"]),
+        (
+            schema.IsDate(),
+            "a day such as 2026-01-31, or empty",
+            ["", "2024-02-29"],
+            ["2026-02-29", "20260131", "today"],
+        ),
         (schema.Matches(r"\w+:\w+", "as a:b"), "as a:b", ["a:b"], ["a", "a:b\n", " a:b"]),
     ],
     ids=lambda value: value.text if isinstance(value, schema.Rule) else "",
@@ -57,6 +64,7 @@ def test_a_declaration_gives_type_rules_and_default():
         "mode": "one of None, a, b",
         "sizes": "at least 1, once",
         "free": "",
+        "named": "",
         "inner": "",
     }
     assert declared["limit"].hint == int | None and declared["limit"].value_type is int
@@ -66,13 +74,15 @@ def test_a_declaration_gives_type_rules_and_default():
 
 
 def test_a_config_dict_comes_back_as_it_went():
-    changed = Outer(2, 7, "a", (4,), True, Inner(1.0, "OTHER"))
+    changed = Outer(2, 7, "a", (4,), True, {"x": False, "y": 2.5}, Inner(1.0, "OTHER"))
     for config in (Outer(), changed):
         assert schema.from_config_dict(Outer, schema.to_config_dict(config)) == config
     tree = schema.to_config_dict(Outer())
+    tree.named = {"x": "some text"}
     tree.limit = 5  # the type of a field that is None is known
     tree.inner.fraction = 1  # a whole number passes as a float
     read = schema.from_config_dict(Outer, tree)
+    assert read.named == {"x": "some text"} and type(read.named) is dict
     assert read.limit == 5 and type(read.inner.fraction) is float
     assert schema.from_config_dict(Outer, tree.to_dict() | {"sizes": [3]}).sizes == (3,)  # a list, as from JSON
 
@@ -89,6 +99,9 @@ def test_a_config_dict_comes_back_as_it_went():
         ({"count": None}, "config.count = None: must be of type int, not NoneType"),
         ({"count": True}, "config.count = True: must be of type int, not bool"),
         ({"count": 1.0}, "config.count = 1.0: must be of type int, not float"),
+        ({"named": "x"}, "config.named = 'x': must be a mapping from names to values, not str"),
+        ({"named": {"x": None}}, "config.named.x = None: must be one of bool, int, float, str, not NoneType"),
+        ({"named": {"a b": 1}}, "config.named = {'a b': 1}: 'a b' is no name of a variable"),
         ({"cuont": 1}, "config.cuont: no such field; the nearest is config.count"),
         ({"inner": {"fraction": 2.0, "name": "KEY"}}, "config.inner.fraction = 2.0: must be above 0 and at most 1"),
         ({"inner": {"fraction": True, "name": "A"}}, "config.inner.fraction = True: must be of type float, not bool"),

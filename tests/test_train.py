@@ -11,16 +11,20 @@ import signal
 import time
 from types import SimpleNamespace
 
+import chat_templates
+import jax
 import numpy as np
 import pytest
 from whole_runs import check_same_rows, faulty, final_state, rows, run, samples, settings, start
 
 from igrpo_jax import config, train
-from igrpo_jax.distributed import watchdog
+from igrpo_jax.data import arithmetic
+from igrpo_jax.distributed import sharding, watchdog
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import planning
 from igrpo_jax.learning.learner import Learner
-from igrpo_jax.session import overview, task
+from igrpo_jax.models.policy import open_policy
+from igrpo_jax.session import opening, overview, task
 from igrpo_jax.session.run import utilization
 from igrpo_jax.session.task import open_task
 
@@ -253,6 +257,48 @@ def test_a_longer_run_goes_on_from_a_shorter_one_with_the_same_reference(tmp_pat
     check_same_rows([row for row in rows(tmp_path / "part") if "loss" in row], whole)
     assert whole[1]["kl"] > 0 and whole[2]["kl"] > 0
     assert sum(row["redraw/groups"] for row in whole) > 0 and all(row["draft/entropy"] > 0 for row in whole)
+
+
+@pytest.mark.slow
+def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
+    """The next day had other prompts, and the resume was refused with a message about the data. Here each start ends
+    where it would compile."""
+    path, workdir = tmp_path / "model", tmp_path / "run"
+    builtin = open_policy(settings().model)
+    builtin.save(path, builtin.load(sharding.make_mesh(config.MeshConfig(), jax.devices()[:1]), 0))
+    (path / "chat_template.jinja").write_text("{{ strftime_now('%d') }}" + arithmetic.CHAT_TEMPLATE)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1+2", "answer": "3"}\n' * 4)
+    fields = {"model.path": str(path), "data.train": str(tmp_path / "train.jsonl"), "warm_start.steps": 0}
+    fields |= {"evaluation.every": 0, "checkpoint.best_metric": ""}
+    tasks = []
+
+    def compiles(config, task, *_):
+        tasks.append(task)
+        raise InputError("this far")
+
+    def start(day, says="this far", **more):
+        chat_templates.set_today(monkeypatch, day)
+        with pytest.raises(InputError) as caught:
+            train.train(settings(**fields, **more), workdir)
+        assert says in str(caught.value)
+        return json.loads((workdir / "config.json").read_text())
+
+    monkeypatch.setattr(opening, "_compile", compiles)
+    written = start("2026-11-26")
+    assert written["data"]["template_date"] == "2026-11-26" and start("2026-11-27") == written
+    assert tasks[0].fingerprint == tasks[1].fingerprint
+    opening._check_data(tasks[1].config, tasks[1], workdir, tasks[0].fingerprint)
+    other = {"data.template_date": "2026-11-27"}
+    start("2026-11-27", "other settings (data.template_date: '2026-11-26' -> '2026-11-27'); give another", **other)
+    # A run of a version that wrote no day must be told its day. What it is told is compared with its prompts.
+    del written["data"]["template_date"]
+    (workdir / "config.json").write_text(json.dumps(written))
+    assert start("2026-11-27", "that of the first start was not recorded; give the day of that start") == written
+    start("2026-11-27", **other)
+    with pytest.raises(InputError) as caught:
+        opening._check_data(tasks[2].config, tasks[2], workdir, tasks[0].fingerprint)
+    day = "(the chat template writes the date, here config.data.template_date = '2026-11-27'; where the run began on"
+    assert day in str(caught.value)
 
 
 @pytest.mark.slow

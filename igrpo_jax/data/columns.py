@@ -1,9 +1,10 @@
 """Which columns of a table are the question and the answer, and how their cells are read.
 
-A column is found by name, in this order: `prompt`, `problem`, `question`, `input`; `answer`, `solution`,
-`ground_truth`, `output`, and then verl's nested `reward_model.ground_truth`. A name with a dot reaches into a nested
-column. A question may be a list of chat messages. Where the answer is a worked solution, only its final
-answer is kept: the last `\\boxed{…}`, or what follows GSM8K's `####`.
+A column is found by name, in the order of PROMPTS and of ANSWERS. A name with a dot reaches into a nested column, and
+names with a plus between them are columns whose texts are put together, such as Alpaca's instruction+input. A question
+may be a list of chat messages; where no column is an answer's, their last reply is the answer. Where the answer is a
+worked solution, only its final answer is kept: the last `\\boxed{…}`, what follows GSM8K's `####`, or what follows
+"the answer is".
 """
 
 import difflib
@@ -12,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from igrpo_jax.data import messages
 from igrpo_jax.data.readers import Table
 from igrpo_jax.errors import InputError
-from igrpo_jax.rewards.mathematics import extraction
+from igrpo_jax.rewards.mathematics import extraction, golds
 
-PROMPTS = ("prompt", "problem", "question", "input")
+PROMPTS = ("prompt", "problem", "question", "instruction+input", "input", "instruction", "messages", "conversations")
 ANSWERS = ("answer", "solution", "ground_truth", "output", "reward_model.ground_truth")
 FIX = "config.data.{} names another"
 
@@ -33,7 +35,8 @@ class Mapping:
 
     def rest(self, columns: dict[str, Any]) -> dict[str, Any]:
         """Returns the other columns; nested ones are kept complete."""
-        return {name: value for name, value in columns.items() if name not in (self.prompt, self.answer)}
+        read = {self.prompt, self.answer, *self.prompt.split("+")}
+        return {name: value for name, value in columns.items() if name not in read}
 
 
 def choose(table: Table, prompt: str, answer: str, source: str, fix: str = FIX) -> Mapping:
@@ -48,8 +51,10 @@ def choose(table: Table, prompt: str, answer: str, source: str, fix: str = FIX) 
     Raises:
         InputError: there is no such column; the message lists those that exist.
     """
-    question_column = choose_prompt(table, prompt, source, fix)
-    return Mapping(question_column, _column(_names(table), answer, ANSWERS, source, fix.format("answer_column")))
+    question_column, names = choose_prompt(table, prompt, source, fix), _names(table)
+    if not answer and not any(name in names for name in ANSWERS) and _has_replies(table, question_column):
+        return Mapping(question_column, question_column)
+    return Mapping(question_column, _column(names, answer, ANSWERS, source, fix.format("answer_column")))
 
 
 def choose_prompt(table: Table, prompt: str, source: str, fix: str = FIX) -> str:
@@ -58,9 +63,18 @@ def choose_prompt(table: Table, prompt: str, source: str, fix: str = FIX) -> str
 
 
 def cell(columns: dict[str, Any], name: str) -> Any:
-    """Returns the value of a column, None where the row lacks it. A dot reaches into a nested column."""
+    """Returns the value of a column, None where the row lacks it.
+
+    A dot reaches into a nested column. Of columns with a plus between them the texts that are not blank are put
+    together, with a blank line between them.
+    """
     if name in columns:
         return columns[name]
+    if "+" in name:
+        parts = [cell(columns, part) for part in name.split("+")]
+        filled = [part for part in parts if isinstance(part, str) and part.strip()]
+        other = [part for part in parts if part is not None and part == part and not isinstance(part, str)]
+        return other[0] if other else "\n\n".join(filled)
     outer, dot, inner = name.partition(".")
     nested = columns.get(outer) if dot else None
     return cell(nested, inner) if isinstance(nested, dict) else None
@@ -69,19 +83,14 @@ def cell(columns: dict[str, Any], name: str) -> Any:
 def question(value: Any) -> str | None:
     """Returns the text of a question, None where it is blank.
 
-    A question is a string, or one user message that a system message may precede.
+    A question is a string, or one user message that a system message may precede and a reply may follow.
 
     Raises:
         TypeError: the value is anything else.
     """
-    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
-        roles = [message.get("role") for message in value]
-        if roles not in (["user"], ["system", "user"]):
-            raise TypeError(f"messages of the roles {', '.join(map(str, roles))}, where one of a user is read")
-        parts = [message.get("content") for message in value]
-        if not all(isinstance(part, str) for part in parts):
-            raise TypeError("a message whose content is not text")
-        value = "\n\n".join(part for part in parts if part.strip())
+    turns = messages.parse(value)
+    if turns is not None:
+        value = messages.question(turns)
     if value is None or value != value:
         return None
     if not isinstance(value, str):
@@ -92,27 +101,27 @@ def question(value: Any) -> str | None:
 def answer(value: Any) -> str | None:
     """Returns the reference answer, None where it is blank.
 
-    For a worked solution this is its final answer, for a number its text (27.0 is 27).
+    For a worked solution this is its final answer, for a number its text (27.0 is 27), for messages that of the last
+    reply, and for a list the text of `golds.any_of`.
 
     Raises:
-        TypeError: the value is neither text nor a number.
+        TypeError: the value is none of these.
     """
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if value is None or value != value:
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int | float):
-        return str(value)
-    if not isinstance(value, str):
-        raise TypeError("not text")
-    marked = extraction.after_hashes(value)
-    if re.search(r"\\(boxed|fbox)\b", value):
-        value = extraction.last_box(value) or value
+    turns = messages.parse(value)
+    return golds.gold_text(value if turns is None else messages.reply(turns), _final_answer)
+
+
+def _final_answer(text: str) -> str | None:
+    """Returns the final answer of a worked solution, and other texts as they are; None for a blank one."""
+    text = golds.printed_list(text)
+    marked = extraction.after_hashes(text)
+    if re.search(r"\\(boxed|fbox)\b", text):
+        text = extraction.last_box(text) or text
     elif marked:
-        value = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", marked)
-    return value.strip() or None
+        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", marked)
+    else:
+        text = extraction.extract(text) or text
+    return text.strip() if text.strip() != "[]" else None
 
 
 def is_blank(read: Callable[[Any], str | None], value: Any) -> bool:
@@ -152,6 +161,18 @@ def texts(table: Table, name: str, read: Callable[[Any], str | None], source: st
     return values
 
 
+def _has_replies(table: Table, name: str) -> bool:
+    """Returns whether the cells of a column are chats that end with a reply, as the first one that is filled shows."""
+    for _, cells in table:
+        try:
+            turns = messages.parse(cell(cells, name))
+        except TypeError:
+            continue
+        if turns:
+            return turns[-1].role == "assistant"
+    return False
+
+
 def _names(table: Table) -> list[str]:
     """Returns the names of the columns in order, followed by those of nested columns."""
     top = dict.fromkeys(name for _, columns in table for name in columns)
@@ -168,7 +189,7 @@ def _names(table: Table) -> list[str]:
 def _column(names: list[str], wanted: str, known: tuple[str, ...], source: str, fix: str) -> str:
     """Returns the first of the wanted or known names that is among the columns; raises InputError without any."""
     for name in [wanted] if wanted else known:
-        if name in names:
+        if name in names or ("+" in name and all(part in names for part in name.split("+"))):
             return name
     near = difflib.get_close_matches(wanted or known[0], names, n=1, cutoff=0.0)
     advice = f"its columns are {', '.join(names)}; the nearest is {near[0]!r}" if near else "it has none"

@@ -1,7 +1,8 @@
 """Problems to train on and to evaluate on, and the order in which a run reads them.
 
 Rows keep their id and columns. Every row is checked before a run starts: a blank or missing cell is an error that names
-the rows. Problems that repeat, or that evaluation uses too, are counted; `data.clean` leaves them out.
+the rows. Answers that nothing can equal are counted and named, and more than MAX_UNEQUAL of them are an error. Problems
+that repeat, or that evaluation uses too, are counted. `data.clean` leaves all of these out.
 
 The order is a pure function of the seed. Epoch e is the permutation of (seed, e), and rollout s reads the problems
 s*P .. s*P + P-1 of the concatenated epochs, where P is the number of prompts per step. So the step alone determines the
@@ -19,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from igrpo_jax.config import Config, DataConfig, EvaluationConfig
 from igrpo_jax.data import arithmetic, columns, overlap, readers
 from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS
 from igrpo_jax.data.readers import Table
 from igrpo_jax.errors import InputError
+from igrpo_jax.rewards.mathematics import grader
+
+MAX_UNEQUAL = 0.1  # share of a training set's reference answers that may be such that nothing equals them
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,10 @@ def training_set(config: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
         notes.append(("problems without an answer", f"{unanswered:,}, left out"))
     if repeats:
         notes.append(("repeated problems", f"{len(repeats):,} of {len(rows):,}, {treatment}"))
+    if config.rewards.accuracy and (unequal := unequal_rows(rows)):
+        what = check_unequal(rows, unequal, config.data)
+        notes.append(("answers that nothing can equal", f"{what}, {treatment}"))
+        left_out |= set(unequal) if config.data.clean else set()
     for name, others in held_out.items():
         same = overlap.overlapping(questions, [row.question for row in others])
         left_out |= set(same) if config.data.clean else set()
@@ -73,9 +82,42 @@ def training_set(config: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
     if not kept:
         raise InputError(
             f"config.data.clean = True: leaves none of the {len(rows)} problems of {config.data.train!r}: evaluation "
-            "asks for all of them; train on others"
+            "asks for them, or nothing can equal their answers; train on others"
         )
     return TrainingSet(kept, notes)
+
+
+def unequal_rows(rows: Sequence[Row]) -> list[int]:
+    """Returns the positions of the rows whose answer nothing can equal, such as prose or a formula that is cut off.
+
+    100,000 rows take a few seconds.
+    """
+    where: dict[str, list[int]] = {}
+    for position, row in enumerate(rows):
+        where.setdefault(row.answer, []).append(position)
+    return sorted(position for gold in where if not grader.accepts_itself(gold) for position in where[gold])
+
+
+def check_unequal(rows: Sequence[Row], unequal: Sequence[int], settings: DataConfig) -> str:
+    """Returns how many and which rows are `unequal`.
+
+    Raises:
+        InputError: they are more than MAX_UNEQUAL of the rows, and data.clean does not leave them out.
+    """
+    what = f"{len(unequal):,} of {len(rows):,}: {_named([rows[position] for position in unequal])}"
+    if len(unequal) > MAX_UNEQUAL * len(rows) and not settings.clean:
+        example = rows[unequal[0]].answer
+        raise InputError(
+            f"config.data.train = {settings.train!r}: nothing can equal the answers of {what}, more than "
+            f"{MAX_UNEQUAL:.0%}; the first is {example[:60] + '...' * (len(example) > 60)!r}. Name another column in "
+            "config.data.answer_column, put final answers into \\boxed{}, or set config.data.clean=True"
+        )
+    return what
+
+
+def _named(rows: Sequence[Row]) -> str:
+    names = ", ".join(row.id for row in rows[:5])
+    return f"row{'s' * (len(rows) > 1)} {names}{', ...' * (len(rows) > 5)}"
 
 
 def evaluation_rows(config: Config) -> dict[str, list[Row]]:
@@ -159,7 +201,14 @@ def benchmark_rows(name: str, settings: EvaluationConfig) -> list[Row]:
 
 def _benchmark(table: Table, prompt: str, answer: str, source: str, fix: str) -> list[Row]:
     _check_not_empty(table, source)
-    return _rows(table, columns.choose(table, prompt, answer, source, fix), source)
+    rows = _rows(table, columns.choose(table, prompt, answer, source, fix), source)
+    if unequal := unequal_rows(rows):
+        named = _named([rows[position] for position in unequal])
+        logging.warning(
+            "%s: nothing can equal %d of %d answers: %s; mend them, or each counts as wrong",
+            *(source, len(unequal), len(rows), named),
+        )
+    return rows
 
 
 def _rows(table: Table, mapping: columns.Mapping, source: str) -> list[Row]:

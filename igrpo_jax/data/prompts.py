@@ -39,7 +39,7 @@ class Renderer:
         self._tokenizer = tokenizer
         self._instruction = data.instruction
         self._max_draft_length = max_draft_length
-        self._special = np.array(sorted({*templates.special_ids(tokenizer), *eos_ids}), np.int32)
+        self._special = np.array(sorted({*tokenizer.all_special_ids, *eos_ids}), np.int32)
         self._frame = templates.open_frame(tokenizer, data)
         after = self._frame.after
         self.opening = after[after.rindex("<think>") :] if "<think>" in after else ""

@@ -1,9 +1,11 @@
 """Reads tables from files, folders and the hub: unchanged rows, each with its number. `columns` interprets them.
 
 JSON Lines and CSV are read here, so that an error names the bad line and every cell stays the text that it is. `.json`,
-`.parquet` and hub ids go through `datasets`.
+`.parquet` and hub ids go through `datasets`. A line of JSON Lines that is broken is left out, and what is no character
+becomes U+FFFD; warnings count both and name the lines.
 """
 
+import codecs
 import csv
 import json
 import logging
@@ -12,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from absl import logging as absl_logging
+
 from igrpo_jax.errors import InputError
 
 Table = list[tuple[int, dict[str, Any]]]  # (number, columns) of each row; numbers start at 1, as editors count lines
@@ -19,6 +23,7 @@ Table = list[tuple[int, dict[str, Any]]]  # (number, columns) of each row; numbe
 KINDS = {".json": "json", ".parquet": "parquet"}  # formats that `datasets` reads, with its names for them
 SUFFIXES = (".jsonl", ".csv", *KINDS)
 FILES = ", ".join(SUFFIXES)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}  # words that name a split in a file name
 
 
@@ -82,19 +87,53 @@ def _read_files(files: list[Path], source: str) -> Table:
 
 
 def _read_jsonl(file: Path, source: str) -> Table:
-    table = []
+    """Returns the rows without blank and broken lines.
+
+    Raises:
+        InputError: more than half of the lines are broken.
+    """
+    table: Table = []
+    broken, mended = [], []  # "line N is ..." of broken lines, and the numbers of those with U+FFFD
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                columns = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:  # bad JSON and bad utf-8 both
-                raise InputError(f"{source}: line {number} is not JSON ({error}); give one object a line") from error
+                columns = json.loads(line.decode("utf-8", "surrogateescape"))
+            except (ValueError, RecursionError) as error:
+                broken.append(f"line {number} is not JSON ({error})")
+                continue
             if not isinstance(columns, dict):
-                raise InputError(f"{source}: line {number} holds no JSON object; give one object a line")
+                broken.append(f"line {number} holds no JSON object")
+                continue
+            if not line.isascii() or b"\\u" in line:
+                text = _without_surrogates(columns)
+                mended += [str(number)] * (text != columns)
+                columns = text
             table.append((number, columns))
+    count = len(broken) + len(table)
+    if len(broken) > len(table):
+        raise InputError(f"{source}: {broken[0]}, one of {len(broken)} broken lines of {count}; give one object a line")
+    for what, where in (
+        ("are broken and left out:", broken),
+        ("hold surrogates or bytes that are no character, now U+FFFD: line", mended),
+    ):
+        if where:
+            named = ", ".join(where[:5]) + ", ..." * (len(where) > 5)
+            absl_logging.warning("%s: %d of %d lines %s %s", source, len(where), count, what, named)
     return table
+
+
+def _without_surrogates(value: Any) -> Any:
+    """Returns a value of JSON with U+FFFD in place of lone surrogates, which no tokenizer takes."""
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(name): _without_surrogates(item) for name, item in value.items()}
+    return value
 
 
 def _read_csv(file: Path, source: str) -> Table:

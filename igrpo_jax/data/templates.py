@@ -33,7 +33,7 @@ class Frame(Protocol):
 
     before: str
     after: str  # with the beginning of the reply
-    marks: np.ndarray  # ids of added tokens that mark turns although the tokenizer does not call them special
+    marks: np.ndarray  # ids of tokens that may mark turns, beside the special tokens that transformers lists
 
     def ids(self, words: str) -> np.ndarray:
         """Returns the prompt with these words of the user: [L] int32."""
@@ -68,7 +68,7 @@ class PlainText:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         self.before, self.after = tokenizer.bos_token or "", "\n"
-        self.marks = _marks(tokenizer, self.before + self.after)
+        self.marks = _array(_marks(tokenizer, self.before + self.after))
 
     def ids(self, words: str) -> np.ndarray:
         return np.concatenate([self.ids_before(words), self.ids_after("")])
@@ -100,10 +100,10 @@ class ChatTemplate:
             self._check_system_turn(system_prompt)
         self._system_prompt = system_prompt
         self.before, self.after = self._around(SENTINEL)
-        self.marks = _marks(tokenizer, self.before + self.after)
-        # Unknown characters of a question are not a token that somebody wrote there.
-        controls = (special_ids(tokenizer) | {*self.marks.tolist()}) - {tokenizer.unk_token_id}
-        self._controls = np.array(sorted(controls), np.int32)
+        # An unknown character of a question is no token that somebody wrote there.
+        marks = (_marks(tokenizer, self.before + self.after) | _special(tokenizer)) - {tokenizer.unk_token_id}
+        self.marks = _array(marks)
+        self._controls = _array(marks | {*tokenizer.all_special_ids} - {tokenizer.unk_token_id})
         contents = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, contents)) or r"(?!)")
         # The special tokens of a prompt that the template writes, by the template's text after the words.
@@ -221,13 +221,6 @@ class ChatTemplate:
         return np.concatenate([_ids(self._tokenizer, text[:begin]), words, _ids(self._tokenizer, text[stop:])])
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Returns the ids of all special tokens, named or not. The tags of an answer and the bytes of a text are none."""
-    is_text = lambda content: content in TAGS or re.fullmatch(r"<0x[0-9A-F]{2}>", content)
-    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special and not is_text(token.content)}
-    return added | {*tokenizer.all_special_ids}
-
-
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, marks: np.ndarray) -> np.ndarray:
     """Returns the ids of `text` on its own, [L] int32. Special tokens in it stay text.
 
@@ -244,8 +237,20 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, as_text: bool = False) -
     return np.asarray(encoded["input_ids"], np.int32)
 
 
-def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> np.ndarray:
+def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> set[int]:
     """Returns ids of added tokens that mark turns in the template although the tokenizer does not call them special."""
     added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if not token.special}
-    marks = [id for content, id in added.items() if content.strip() and content not in TAGS and content in template]
-    return np.array(marks, np.int32)
+    return {id for content, id in added.items() if content.strip() and content not in TAGS and content in template}
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns ids of added tokens that the tokenizer calls special, by which transformers may know no name.
+
+    The tags of an answer and the bytes of a text are none.
+    """
+    is_text = lambda content: content in TAGS or re.fullmatch(r"<0x[0-9A-F]{2}>", content)
+    return {id for id, token in tokenizer.added_tokens_decoder.items() if token.special and not is_text(token.content)}
+
+
+def _array(ids: set[int]) -> np.ndarray:
+    return np.array(sorted(ids), np.int32)

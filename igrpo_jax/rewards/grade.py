@@ -1,63 +1,93 @@
 """Grades answers in a file: `python -m igrpo_jax.rewards.grade IN.jsonl OUT.jsonl`.
 
-IN has one JSON object per line with the strings `gold` (the reference answer) and `prediction` (the whole text of a
-completion); OUT has the same rows, in order, with `score` (1 or 0), `extracted` (the answer found, or null), `status`
-("ok", "unparseable", "timeout", "error") and `seconds` added. Rows that time out are results, not failures: the exit
-code is 0. Wrong input ends with one line on stderr and exit code 2. OUT is written completely or not at all.
+IN has one JSON object per line with `gold` (the reference answer: text, a number, or a list of answers of which any is
+right) and the text `prediction` (the whole text of a completion). OUT has the same rows, in order, with `score` (1 or
+0), `extracted` (the answer found, or null), `status` ("ok", "unparseable", "timeout", "error") and `seconds` added.
+Rows that time out are results, not failures: the exit code is 0. A line that is broken costs its own row alone: it
+scores 0 with the status "error" and a `detail`, and a warning on stderr names it. Where more than half of the lines are
+broken, and for other wrong input, there is one line on stderr and exit code 2. OUT is written completely or not at all.
 
 Not here: the format reward, which judges the layout of a text and not its answer.
 """
 
 import argparse
+import codecs
 import collections
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from igrpo_jax.config import RewardsConfig
 from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate, Score
+from igrpo_jax.rewards.mathematics import golds
 from igrpo_jax.rewards.verifier import Verifier
 
+_BLANK = Candidate("", "")
 
-def read_rows(path: Path) -> list[dict]:
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the input."""
+
+    columns: dict[str, Any]  # as in the file, {} where they cannot be read
+    candidate: Candidate  # blank where there is a fault
+    fault: str = ""  # why the row cannot be graded
+
+
+def read_rows(path: Path) -> list[Row]:
     """Returns the rows of a JSON Lines file, without blank lines.
 
     Raises:
-        InputError: the file cannot be read, a line is not a JSON object, or a column is missing or not a string.
+        InputError: the file cannot be read, or more than half of its lines are broken.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, row {number}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, row {number}: must be an object, not {type(row).__name__}")
-        for column in ("gold", "prediction"):
-            if column not in row:
-                raise InputError(f'{path}, row {number}: has no column "{column}"; it has {sorted(row)}')
-            if not isinstance(row[column], str):
-                raise InputError(f'{path}, row {number}: "{column}" = {row[column]!r}: must be a string')
-        rows.append(row)
-    return rows
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    lines = [line.removeprefix(codecs.BOM_UTF8).strip() for line in lines]
+    rows = {number: _row(line) for number, line in enumerate(lines, start=1) if line}
+    faults = [f"row {number}: {row.fault}" for number, row in rows.items() if row.fault]
+    if 2 * len(faults) > len(rows):
+        more = f" (and {len(faults) - 1} more of {len(rows)} rows)" if len(faults) > 1 else ""
+        raise InputError(f"{path}, {faults[0]}{more}")
+    if faults:
+        named = "; ".join(faults[:5]) + "; ..." * (len(faults) > 5)
+        what = f"{len(faults)} of {len(rows)} rows cannot be graded and score 0"
+        print(f'warning: {path}: {what} with the status "error": {named}', file=sys.stderr)
+    return list(rows.values())
 
 
-def grade_rows(rows: list[dict], workers: int, timeout: float) -> Iterator[Score]:
-    """Yields a Score per row, in order. Killable workers compute them."""
+def _row(line: bytes) -> Row:
+    try:
+        columns = json.loads(line.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        return Row({}, _BLANK, f"not valid JSON ({error})")
+    if not isinstance(columns, dict):
+        return Row({}, _BLANK, f"must be an object, not {type(columns).__name__}")
+    for column in ("gold", "prediction"):
+        if column not in columns:
+            return Row(columns, _BLANK, f'has no column "{column}"; it has {sorted(columns)}')
+    try:
+        gold = golds.gold_text(columns["gold"])
+    except TypeError:
+        return Row(columns, _BLANK, f'"gold" = {columns["gold"]!r}: must be a string, a number or a list of these')
+    if not isinstance(columns["prediction"], str):
+        return Row(columns, _BLANK, f'"prediction" = {columns["prediction"]!r}: must be a string')
+    return Row(columns, Candidate(columns["prediction"], gold or ""))
+
+
+def grade_rows(rows: list[Row], workers: int, timeout: float) -> Iterator[Score]:
+    """Yields a Score per row, in order. Killable workers compute those of rows without a fault."""
     settings = RewardsConfig(accuracy=1.0, format=0.0, workers=workers, timeout=timeout)
     with Verifier(settings) as verifier:
-        futures = collections.deque(verifier.submit(Candidate(row["prediction"], row["gold"])) for row in rows)
-        while futures:
-            yield futures.popleft().result()
+        futures = collections.deque(verifier.submit(row.candidate) for row in rows if not row.fault)
+        for row in rows:
+            yield Score(0.0, {}, None, "error", detail=row.fault) if row.fault else futures.popleft().result()
 
 
 def run(source: Path, target: Path, workers: int, timeout: float) -> None:
@@ -69,12 +99,23 @@ def run(source: Path, target: Path, workers: int, timeout: float) -> None:
         with temporary.open("w", encoding="utf-8") as out:
             for row, score in zip(rows, _progress(grade_rows(rows, workers, timeout), len(rows)), strict=True):
                 graded = {"score": score.reward, "extracted": score.extracted, "status": score.status}
-                out.write(json.dumps(row | graded | {"seconds": round(score.seconds, 6)}, ensure_ascii=False) + "\n")
+                graded |= {"seconds": round(score.seconds, 6)} | ({"detail": row.fault} if row.fault else {})
+                out.write(_line(row.columns | graded))
         temporary.replace(target)
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _line(columns: dict[str, Any]) -> str:
+    """Returns a line of JSON; in ASCII where a text holds lone surrogates, which utf-8 cannot."""
+    line = json.dumps(columns, ensure_ascii=False) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(columns) + "\n"
+    return line
 
 
 def _progress(scores: Iterator[Score], total: int) -> Iterable[Score]:

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from igrpo_jax import config
-from igrpo_jax.data import pinning, templates
+from igrpo_jax.data import pinning
 from igrpo_jax.data.prompts import Renderer
 
 QUESTION = "What is 2+2?"
@@ -180,7 +180,7 @@ def test_line_ends_before_a_draft_are_split_as_before_other_text():
 def test_special_tokens_in_a_question_stay_text(name):
     """With every template, q and q' have its own special tokens and no other."""
     tokenizer = chat_templates.byte_tokenizer(chat_templates.ALL[name])
-    renderer, special = opened(tokenizer), templates.special_ids(tokenizer)
+    renderer, special = opened(tokenizer), {*tokenizer.added_tokens_decoder}
     own = [i for i in renderer.plain(QUESTION) if i in special]
     forged = "".join(["x</s><s>", *chat_templates.MARKS, "y"])
     draft = np.array([65, *sorted(special), 66], np.int32)

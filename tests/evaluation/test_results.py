@@ -63,6 +63,19 @@ def test_a_folder_is_of_one_kind_of_evaluation(tmp_path):
         results.claim(tmp_path / "file", {})
 
 
+def test_an_evaluation_keeps_the_day_and_the_variables_of_its_template(tmp_path):
+    """Of an older version, which wrote neither, it goes on with the defaults, and with the day that is given."""
+    assert results.recorded_date(tmp_path / "out") is None
+    settings = {"model": "a", "system_prompt": "", "template_kwargs": {}, "template_date": "2026-11-26"}
+    results.claim(tmp_path / "out", {"model": "a"})
+    assert results.recorded_date(tmp_path / "out") == ""
+    results.claim(tmp_path / "out", settings)
+    assert results.recorded_date(tmp_path / "out") == "2026-11-26"
+    for name, value in (("template_date", "2026-11-27"), ("template_kwargs", {"x": 1}), ("system_prompt", "Hi")):
+        with pytest.raises(InputError, match=rf"another kind \({name}: .* -> .*\); give another --workdir, or the old"):
+            results.claim(tmp_path / "out", settings | {name: value})
+
+
 def test_a_folder_that_cannot_be_written_is_bad_input(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(30, "Read-only file system")

@@ -46,6 +46,28 @@ def test_a_run_with_other_settings_is_refused_by_name(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before and os.listdir(tmp_path) == ["config.json"]
 
 
+def test_the_day_and_the_variables_of_the_template_are_the_runs(tmp_path):
+    """A run of a version that wrote neither goes on, and may be given its day; a run with a day keeps it."""
+    variables = {"data.template_kwargs": {"enable_thinking": False}}
+    assert workdirs.recorded_date(tmp_path) is None
+    workdirs.prepare_workdir(tmp_path, configured())
+    old = config_lib.to_dict(configured())
+    del old["data"]["template_kwargs"], old["data"]["template_date"], old["data"]["system_prompt"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert workdirs.recorded_date(tmp_path) == ""
+    assert workdirs.read_config(tmp_path) == configured()
+    refused(
+        tmp_path, configured(**variables), r"other settings \(data.template_kwargs.enable_thinking: None -> False\)"
+    )
+    assert workdirs.prepare_workdir(tmp_path, configured(**{"data.template_date": "2026-11-26"})) is True
+    assert workdirs.recorded_date(tmp_path) == "2026-11-26"
+    refused(
+        tmp_path,
+        configured(**{"data.template_date": "2026-11-27"}),
+        r"other settings \(data.template_date: '2026-11-26' -> '2026-11-27'\); give another --workdir, or the old",
+    )
+
+
 def test_foreign_files_and_what_is_no_config_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "thesis").mkdir()

@@ -78,12 +78,16 @@ def test_rows_that_time_out_are_results(tmp_path, monkeypatch):
 
 BAD = {
     "in.jsonl: cannot be read": None,
-    "row 2: not valid JSON": '{"gold": "1", "prediction": "1"}\n{"gold": \n',
+    "row 1: not valid JSON": '{"gold": \n',
     "row 1: must be an object, not list": "[1, 2]\n",
-    'row 3: has no column "gold"': '{"gold": "1", "prediction": "1"}\n\n{"answer": "1", "prediction": "1"}\n',
+    'row 2: has no column "gold"': '\n{"answer": "1", "prediction": "1"}\n',
     'row 1: has no column "prediction"': '{"gold": "1"}\n',
-    'row 1: "gold" = 1: must be a string': '{"gold": 1, "prediction": "1"}\n',
-    "in.jsonl: cannot be read: 'utf-8'": b"\xff\xfe{}\n",
+    'row 1: "gold" = {}: must be a string': '{"gold": {}, "prediction": "1"}\n',
+    'row 1: "prediction" = 1: must be a string': '{"gold": "1", "prediction": 1}\n',
+    "row 1: not valid JSON (Expecting": b"\xff\xfe{}\n",
+    "row 2: not valid JSON (Expecting value: line 1 column 1 (char 0)) (and 1 more of 3 rows)": (
+        '{"gold": "1", "prediction": "1"}\n?\n?\n'
+    ),
     "row 1: not valid JSON (maximum recursion": "[" * 100_000 + "\n",
 }
 
@@ -100,6 +104,47 @@ def test_wrong_input_is_one_line_and_nothing_is_written(tmp_path, capsys, messag
     assert err.count("\n") == 1
     assert message in err
     assert "out.jsonl" not in os.listdir(tmp_path)
+
+
+def test_a_broken_line_costs_its_own_row_alone(tmp_path, capsys):
+    lines = [json.dumps(ROWS[0]), '{"gold": "4", "predic', json.dumps({"gold": 4, "prediction": "The answer is 4"})]
+    lines += ['{"id": 7, "prediction": "x"}', json.dumps(ROWS[1]), json.dumps(ROWS[2])]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(lines))
+    assert grade.main([str(source), str(target), "--workers", "1"]) == 0
+    rows = read(target)
+    assert [row["score"] for row in rows] == [1, 0, 1, 0, 1, 0]
+    assert [row["status"] for row in rows] == ["ok", "error", "ok", "error", "ok", "ok"]
+    assert rows[3]["id"] == 7 and rows[3]["detail"].startswith('has no column "gold"')
+    assert "2 of 6 rows cannot be graded" in (warned := capsys.readouterr().err)
+    assert "row 2: not valid JSON" in warned and 'row 4: has no column "gold"' in warned
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_byte_order_marks_line_ends_and_lone_surrogates_cost_nothing(tmp_path, end):
+    lines = [
+        rb'{"gold": "5", "prediction": "It is \\boxed{5} \ud83d"}',
+        '{"gold": "é", "prediction": "<answer>é</answer>"}'.encode(),
+        rb'{"gold": "6", "prediction": "\ud83d\ude00 \\boxed{6}"}',
+        b'{"gold": "7", "prediction": "\xff \\\\boxed{7}"}',
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + end.join(lines) + end + b"\xef\xbb\xbf" + lines[0])
+    assert grade.main([str(source), str(target), "--workers", "1"]) == 0
+    rows = read(target)
+    assert [(row["score"], row["status"]) for row in rows] == [(1, "ok")] * 5
+    assert rows[0]["prediction"] == rows[4]["prediction"] == "It is \\boxed{5} \ud83d"  # unchanged
+    assert "é" in target.read_text("utf-8").splitlines()[1]
+
+
+def test_golds_that_are_numbers_or_several(tmp_path):
+    rows = [(3.0, "3"), (3, "3.0"), (0.5, "1/2"), (["1/2", "2"], "2"), (["1/2", 2], "0.5"), (["1/2", "2"], "3")]
+    rows += [([7], "7"), (["1", "2"], "1, 2"), ("['1', '2']", "1, 2"), ("['1', '2']", "1"), (1e-7, "0.0000001")]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write(source, [{"gold": gold, "prediction": f"\\boxed{{{answer}}}"} for gold, answer in rows])
+    assert grade.main([str(source), str(target), "--workers", "1"]) == 0
+    assert [row["score"] for row in read(target)] == [1, 1, 1, 1, 1, 0, 1, 0, 1, 0, 1]
+    assert [row["gold"] for row in read(target)] == [gold for gold, _ in rows]
 
 
 def test_wrong_input_at_the_command_line(tmp_path):
@@ -135,5 +180,6 @@ def test_nothing_half_written(tmp_path, monkeypatch):
 
 
 def test_the_command_grades_as_the_grader():
-    scores = grade.grade_rows(ROWS, workers=1, timeout=5.0)
+    rows = [grade.Row(row, grade.Candidate(row["prediction"], row["gold"])) for row in ROWS]
+    scores = grade.grade_rows(rows, workers=1, timeout=5.0)
     assert [score.reward for score in scores] == [grader.grade(r["prediction"], r["gold"])[0] for r in ROWS]

@@ -35,6 +35,7 @@ _MAX_NESTED = 6  # levels of lists in tuples in sets …
 _GROUPS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
 _CONNECTIVE = re.compile(r"\\(?:lor|vee|land|wedge|&)|[∨∧]")
+_COLON = re.compile(r"(?<=\d)\{:\}")
 _EDGES = frozenset((".", ",", ";", "\\", '"', "`"))
 _LEADING = frozenset(("=", "therefore", "implies", "to"))  # before an answer
 _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
@@ -42,7 +43,7 @@ _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
 
 def read(answer: str) -> Node | None:
     """Returns the structure of a bare answer, None for an empty one. Never raises."""
-    answer = answer.strip().strip("*")
+    answer = _COLON.sub(":", answer.strip().strip("*"))
     if _WORD.search(answer):
         day = words.date(answer)
         if day:
@@ -324,7 +325,8 @@ def _equation(text: str, tokens: list[Token], sides: list[list[Token]], nested: 
     left, right = sides[0], sides[-1]
     difference = leaves.difference(left, right) if len(sides) == 2 else None
     if words.is_name(left, right):
-        rest = tokens[len(left) + 1 :]
+        explained = 0 if _has_symbols(right) else sum(1 for _ in itertools.takewhile(_has_symbols, sides[1:-1]))
+        rest = tokens[sum(len(side) + 1 for side in sides[: 1 + explained]) :]  # A = bh/2 = 6 says that A = 6
         return Named(text, latex(left), _read_unlisted(rest, nested + 1), difference)
     is_constant = not any(token.kind == "letters" for token in left)
     if len(sides) == 2 and is_constant and words.is_name(right, left):
@@ -334,3 +336,11 @@ def _equation(text: str, tokens: list[Token], sides: list[list[Token]], nested: 
     if constant and all(leaves.agree(values[0], leaf) for leaf in values):
         return values[0]
     return Relation(text, "=", difference)
+
+
+def _has_symbols(side: list[Token]) -> bool:
+    """Returns whether a side of an equation is a formula with symbols, and no name."""
+    node = leaves.leaf(side)
+    return (
+        not words.is_name(side, []) and isinstance(node, Leaf) and node.value is not None and bool(node.value.symbols())
+    )

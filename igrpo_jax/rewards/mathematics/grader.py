@@ -38,7 +38,7 @@ only when `symbolic` is first used.
 import functools
 from collections.abc import Collection
 
-from igrpo_jax.rewards.mathematics import answers, comparison, extraction, symbolic
+from igrpo_jax.rewards.mathematics import answers, comparison, extraction, golds, symbolic
 from igrpo_jax.rewards.mathematics.exact import NoValue
 from igrpo_jax.rewards.mathematics.nodes import Node
 
@@ -50,9 +50,13 @@ extract = extraction.extract
 def equivalent(prediction: str, gold: str) -> bool:
     """Returns whether two bare answers, as `extract` returns them, are mathematically equal.
 
-    Symmetric. An answer that cannot be compared (too long, too deep, not parsed) is equal only to its own text. May be
-    slow on hostile input: run it in `rewards/pool`.
+    Symmetric, but for a gold of several answers (`golds.any_of`), any of which is right. An answer that cannot be
+    compared (too long, too deep, not parsed) is equal only to its own text. May be slow on hostile input: run it in
+    `rewards/pool`.
     """
+    several = golds.alternatives(gold)
+    if len(several) > 1:
+        return any(equivalent(prediction, answer) for answer in several)
     if len(prediction) > MAX_ANSWER or len(gold) > MAX_ANSWER:
         return False
     a, b = _read(prediction), _read(gold)
@@ -68,6 +72,21 @@ def grade(text: str, gold: str) -> tuple[float, str | None, str]:
     if extracted is None:
         return 0.0, None, "unparseable"
     return float(equivalent(extracted, gold)), extracted, "ok"
+
+
+def accepts_itself(gold: str) -> bool:
+    """Returns whether any answer can be right: `\\boxed{gold}` is, and the gold is not prose. Not for model text."""
+    return any(
+        not golds.is_prose(answer) and _is_right_for_itself(answer)
+        for answer in map(golds.printed_list, golds.alternatives(gold))
+    )
+
+
+def _is_right_for_itself(answer: str) -> bool:
+    extracted = extract(f"\\boxed{{{answer}}}")
+    if extracted == answer.strip():  # a text equals itself: no need to read it
+        return len(answer) <= MAX_ANSWER
+    return extracted is not None and equivalent(extracted, answer)
 
 
 def classes(predictions: Collection[str | None]) -> list[int]:
@@ -104,4 +123,5 @@ def clear_cache() -> None:
 
 @functools.lru_cache(maxsize=2048)  # completions of a group share the reference answer, and often their own
 def _read(answer: str) -> Node | None:
+    answer = golds.printed_list(answer)
     return answers.read(extraction.last_box(answer) or extraction.without_lead_in(answer))

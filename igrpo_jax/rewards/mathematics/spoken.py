@@ -82,8 +82,9 @@ def _whole(words: str) -> int:
 
 
 def _restated(match: re.Match) -> str:
-    """Drops the words in "9 (nine)"."""
-    return match[1] if Fraction(match[1]) == _whole(match[2]) else match[0]
+    """Drops the second of "9 (nine)" and "nine (9)"."""
+    values = [int(text) if text.isdecimal() else _whole(text) for text in match.groups()]
+    return str(values[0]) if values[0] == values[1] and not (match[1] + match[2]).isdecimal() else match[0]
 
 
 def _scaled(match: re.Match) -> str:
@@ -108,7 +109,7 @@ def _part(match: re.Match) -> str:
 
 _COUNT = rf"(?P<count>\d+|an?)\s+{_PART.replace('(', '(?P<part>', 1)}"
 _WRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
-    (rf"{_NUMBER}\s*\(\s*({_WHOLE})\s*\)", _restated),
+    (rf"((?<![\w.,/^}}\\-])\d+|{_WHOLE})\s*\(\s*(\d+|{_WHOLE})\s*\)", _restated),
     (_WHOLE, lambda match: str(_whole(match[0]))),
     (r"(\d)\s+point((?:\s+\d)+)(?![\w.])", lambda match: f"{match[1]}.{''.join(match[2].split())}"),
     (rf"(?:(?<![\w.,/}}\\-])(?P<mixed>\d+)\s+and\s+|(?<![\w.,/^}}\\]))(?<!\d\s){_COUNT}", _part),

@@ -47,10 +47,11 @@ double doubled triple tripled quadruple twice thrice halved exponent log logarit
 ternary octal decimal hex hexadecimal percent percentage percentile mille mil permille added subtracted reduced
 increased decreased raised rounded negated inverted another other between through until till from since before after
 past by wrong incorrect false impossible invalid extraneous rejected reject fails seems becomes exceeds equals equal
-works gives yields lacks misses contradicts violates remains undefined unknown repeating recurring repeated off short
-late instead rather infinite infinity infinitely too so perhaps versus besides always over score gross grand lots ago
-first it this that these which there only excluding including north south east west january february march april june
-july august september october november december ones twos threes fours fives sixes sevens eights nines"""
+works gives yields lacks misses contradicts violates divides itself bc remains undefined unknown repeating recurring
+repeated off short late instead rather infinite infinity infinitely too so perhaps versus besides always over score
+gross grand lots ago first it this that these which there only excluding including north south east west january
+february march april june july august september october november december ones twos threes fours fives sixes sevens
+eights nines"""
 BLOCKED = frozenset(_CHANGING.split()) | NUMBER_WORDS | (OPERATION_WORDS - {"times"})  # these may change the number
 _PLURALS = "people children men women mice fish sheep geese teeth dice data vertices indices"
 _IRREGULAR = frozenset(_PLURALS.split())
@@ -63,6 +64,8 @@ _FILLERS = re.compile(
     re.IGNORECASE,
 )
 _WORDS = re.compile(r"\^[\s{(]*(-?)\s*(\d)[\s})]*|[^\W\d_]+(\d?)|[^\s\w]|\d+")
+_COMMANDS = re.compile(r"\\(?:[dt]?frac|cdot|times|[,;: ])")
+_QUOTIENT = re.compile(r"\}\s*\{")  # of the arguments of \frac
 _HALF_OF_DAY = re.compile(r"\b([ap])\.\s?m\b\.?", re.IGNORECASE)
 _TEMPERATURE = re.compile(r"\bdegrees?\s+(?:(c|celsius)|f|fahrenheit)\b", re.IGNORECASE)
 
@@ -109,8 +112,8 @@ def read(text: str, is_single: bool = False) -> Unit | None:
 
     Behind a single thing (1, a fraction, a percentage) the noun may be in the singular: "of the cake".
     """
-    text = _FILLERS.sub(" ", _HALF_OF_DAY.sub(r"\1m", text.replace("\\mu ", "μ").replace("µ", "μ")))
-    text = _TEMPERATURE.sub(lambda match: "celsius" if match[1] else "fahrenheit", text)
+    text = _FILLERS.sub(" ", _HALF_OF_DAY.sub(r"\1m", _COMMANDS.sub(" ", text.replace("\\mu ", "μ"))))
+    text = _TEMPERATURE.sub(lambda match: "celsius" if match[1] else "fahrenheit", _QUOTIENT.sub("}/{", text))
     powers: dict[str, int] = {}
     nouns: dict[int, list[str]] = {1: [], -1: []}  # words that are no known units, above and below "per"
     scale, sign, outer, modifier = Fraction(1), 1, 1, 1

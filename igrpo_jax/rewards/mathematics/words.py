@@ -31,7 +31,8 @@ _MONTH = re.compile(
 _ORDINAL_DAY = r"(\d{1,2})(?:\s?(?:st|nd|rd|th))?"
 _DATE = re.compile(rf"(?:(?:the )?{_ORDINAL_DAY}(?: of)? MONTH|MONTH (?:the )?{_ORDINAL_DAY})(?: (\d{{4}}))?")
 _PERCENT = frozenset(("percent", "pct", "percentage", "%"))
-_CURRENCIES = {sign: units.read(name) for sign, name in (("\\$", "dollar"), ("€", "euro"), ("£", "gbp"), ("¥", "yen"))}
+_SIGNS = {"\\$": "dollar", "€": "euro", "£": "gbp", "¥": "yen", "USD": "dollar", "EUR": "euro", "GBP": "gbp"}
+_CURRENCIES = {sign: units.read(name) for sign, name in _SIGNS.items()}
 _SHORT_UNITS = "cm mm km ft kg lb oz ml mi hr yd sq cu"  # units of two letters that need no \text
 _BARE_UNITS = frozenset(_SHORT_UNITS.split())
 _QUOTIENT = re.compile(r"[mg]/(?:s|h|min|l|ml|L|mL|m|cm|mol)(?:\^.*)?")
@@ -118,7 +119,7 @@ def without_unit(tokens: list[Token]) -> tuple[list[Token], Unit, bool]:
 
 def _without_currency(tokens: list[Token]) -> tuple[list[Token], Unit]:
     """Returns (the tokens without signs of money, the currency)."""
-    signs = [token.text.strip() for token in tokens if token.kind in ("mark", "text")]
+    signs = [token.text.strip() for token in tokens if token.kind in ("mark", "text", "letters")]
     currencies = [_CURRENCIES[sign] for sign in signs if sign in _CURRENCIES]
     if not currencies:
         return tokens, units.NONE
@@ -151,7 +152,7 @@ def _may_begin_unit(tokens: list[Token], at: int) -> bool:
 
 def _spelled(tokens: list[Token]) -> str:
     """Returns the words and marks of a unit."""
-    return " ".join(token.text for token in tokens if token.text != "frac").replace("} {", "} / {")
+    return " ".join(token.text for token in tokens if token.text != "frac")
 
 
 def _without_ordinal(tokens: list[Token]) -> list[Token]:
@@ -164,7 +165,7 @@ def _without_ordinal(tokens: list[Token]) -> list[Token]:
     return tokens
 
 
-_NAMING = "angle triangle overline overrightarrow vec mathbf mathcal frac dot bar hat circ cdot"
+_NAMING = "angle triangle overline overrightarrow vec mathbf mathcal mathbb frac dot bar hat circ cdot"
 _NAMED_BY = frozenset(_NAMING.split()) | frozenset(("(", ")", "[", "]", "{", "}", "|", ":", "'", "_", ",", "^"))
 
 
@@ -177,6 +178,8 @@ def is_applied(tokens: list[Token]) -> bool:
 
 def is_name(tokens: list[Token], value: list[Token]) -> bool:
     """Returns whether the left side of an equation only names the right side: x, a_3, AB, |AB|, f(x), (p, q), Area."""
+    if tokens[0].is_in(("lim",)):
+        return True
     applied = is_applied(tokens)
     if applied and tokens[0].text not in FUNCTION_LETTERS and any(token.is_in(OPERATORS) for token in tokens):
         return False  # x(x+1) is a product

@@ -1,0 +1,1 @@
+"""Scripts that measure the package: `python benchmarks/NAME.py`, and `python -m benchmarks.accelerator`."""

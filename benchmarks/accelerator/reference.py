@@ -1,0 +1,139 @@
+"""What a correct backend computes: outputs of a model with random weights in float32 on a CPU, kept in a small file.
+
+    JAX_PLATFORMS=cpu python -m benchmarks.accelerator.reference
+
+writes reference.npz beside this module (about a minute). Weights and tokens are drawn by numpy from a seed, which gives
+the same numbers on every machine; a checksum in the file shows it. The file holds chosen positions only:
+
+    logits     [Q, 2, 64]  of 64 tokens of the vocabulary at the last position of each context and one before
+    logprob    [Q, G, T]   of each token of the completions, in nats
+    entropy    [Q, G, T]   in nats
+    norms      [parameters]    norm of the gradient of each parameter, by sorted path
+    slices     [parameters, 8] eight entries of it
+
+The gradient is that of the sum of log-probs with random weights, as an update computes it.
+"""
+
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import models
+import numpy as np
+
+PATH = Path(__file__).with_name("reference.npz")
+CONTEXTS, GROUP, PREFIX, COMPLETION = 8, 2, 48, 32  # Q, G, tokens of the longest context without its last, T
+VOCABULARY, ENTRIES = 64, 8  # tokens whose logits are kept, entries of each gradient
+SHAPES = ("qwen2-tiny", "smollm2-135m")
+
+
+class Batch(NamedTuple):
+    """Contexts with completions, as `logprobs.completion_logprobs` takes them."""
+
+    prefix: np.ndarray  # [Q, P] int32
+    length: np.ndarray  # [Q] int32
+    last: np.ndarray  # [Q] int32
+    completions: np.ndarray  # [Q, G, T] int32
+    weight: np.ndarray  # [Q, G, T] float32, of each log-prob in the sum whose gradient is taken
+
+
+def params(cfg) -> dict[str, np.ndarray]:
+    """Returns random float32 weights by path. Every sublayer takes part, and none has a scale of 1."""
+    from igrpo_jax.models import decoder
+
+    drawn = {}
+    for number, (path, shape) in enumerate(sorted(decoder.shapes(cfg).items())):
+        noise = np.random.default_rng([0, number]).standard_normal(shape, np.float32)
+        drawn[path] = 1 + np.float32(0.1) * noise if path.endswith("scale") else np.float32(0.04) * noise
+    return drawn
+
+
+def batch(vocab_size: int) -> Batch:
+    """Returns random tokens of `vocab_size`; contexts have different lengths, and are padded on the right."""
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: rng.integers(0, vocab_size, shape, np.int32)
+    length = np.linspace(PREFIX // 2, PREFIX, CONTEXTS).astype(np.int32)
+    prefix = np.where(np.arange(PREFIX) < length[:, None], draw(CONTEXTS, PREFIX), 0).astype(np.int32)
+    shape = (CONTEXTS, GROUP, COMPLETION)
+    weight = (rng.standard_normal(shape) / np.prod(shape)).astype(np.float32)
+    return Batch(prefix, length, draw(CONTEXTS), draw(*shape), weight)
+
+
+def checksum(weights: dict[str, np.ndarray], data: Batch) -> int:
+    """Returns a number that any other weights or tokens would change."""
+    value = 0
+    for array in (*(weights[path] for path in sorted(weights)), *data):
+        value = zlib.crc32(np.ascontiguousarray(array).tobytes(), value)
+    return value
+
+
+def outputs(cfg, weights, data: Batch, dtype: str) -> dict[str, np.ndarray]:
+    """Returns the arrays of the module's docstring, computed in `dtype` on the mesh that is set."""
+    import jax
+
+    logprob, entropy, gradient = jax.jit(partial(_gradient, cfg, dtype=dtype))(weights, data)
+    logits = jax.jit(partial(_logits, cfg, dtype=dtype))(weights, data)
+    flat = [np.asarray(gradient[path], np.float32).ravel() for path in sorted(gradient)]
+    return {
+        "logits": np.asarray(logits),
+        "logprob": np.asarray(logprob),
+        "entropy": np.asarray(entropy),
+        "norms": np.array([np.linalg.norm(x.astype(np.float64)) for x in flat], np.float32),
+        "slices": np.stack([x[np.linspace(0, x.size - 1, ENTRIES).astype(int)] for x in flat]),
+    }
+
+
+def _gradient(cfg, weights, data: Batch, dtype: str) -> tuple:
+    import jax
+
+    from igrpo_jax.models.logprobs import completion_logprobs
+
+    def total(weights):
+        logprob, entropy = completion_logprobs(
+            cfg, weights, *data[:4], dtype=dtype, temperature=1.0, chunk=None, remat="full"
+        )
+        return (logprob * data.weight).sum(), (logprob, entropy)
+
+    gradient, (logprob, entropy) = jax.grad(total, has_aux=True)(weights)
+    return logprob, entropy, gradient
+
+
+def _logits(cfg, weights, data: Batch, dtype: str) -> Any:
+    import jax.numpy as jnp
+
+    from igrpo_jax.models import decoder
+
+    cast = decoder.cast(weights, dtype)
+    positions = jnp.broadcast_to(jnp.arange(PREFIX), data.prefix.shape)
+    hidden, _ = decoder.apply(cfg, cast, data.prefix, positions, length=data.length)
+    at = jnp.stack([data.length - 1, data.length // 2], axis=1)
+    kept = jnp.linspace(0, cfg.vocab_size - 1, VOCABULARY).astype(int)
+    return decoder.logits(cfg, cast, jnp.take_along_axis(hidden, at[:, :, None], axis=1))[..., kept]
+
+
+def read(shape: str) -> dict[str, np.ndarray]:
+    """Returns the reference of a shape, by the names of the module's docstring, and `checksum`."""
+    with np.load(PATH) as file:
+        return {name.partition("/")[2]: file[name] for name in file.files if name.startswith(f"{shape}/")}
+
+
+def main() -> None:
+    """Writes the file."""
+    import jax
+
+    from igrpo_jax.models.config import from_hf
+
+    assert jax.default_backend() == "cpu", "export JAX_PLATFORMS=cpu"
+    arrays = {}
+    for shape in SHAPES:
+        cfg = from_hf(models.SHAPES[shape], shape)
+        weights, data = params(cfg), batch(cfg.vocab_size)
+        arrays |= {f"{shape}/{name}": array for name, array in outputs(cfg, weights, data, "float32").items()}
+        arrays[f"{shape}/checksum"] = np.uint32(checksum(weights, data))
+    np.savez_compressed(PATH, **arrays)
+    print(f"{PATH.name}: {PATH.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()

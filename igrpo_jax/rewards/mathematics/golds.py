@@ -1,0 +1,102 @@
+r"""Reference answers as data sets write them: numbers, several right answers, and lists that were printed into a text.
+
+Not here: where the final answer stands in a worked solution (`extraction`), and the comparison (`grader`).
+"""
+
+import decimal
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+ANY_OF = "any of "  # begins the text of several reference answers, any of which is right
+MAX_WORDS = 12  # of a gold; more is prose that no answer repeats
+
+_QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+_ITEM = rf"(?:{_QUOTED}|[-+]?\d[\d./]*)"
+# What str() or json.dumps made of a list, a tuple or a numpy array. One without quotes is an interval or a point.
+_LIST = re.compile(
+    rf"(?:array\(\s*)?[\[(]\s*({_ITEM}(?:(?:\s*,\s*|\s+){_ITEM})*)\s*,?\s*[\])](?:\s*,\s*dtype=[\w'<>]+)?\s*\)?",
+    re.DOTALL,
+)
+_RAW = re.compile(r"(?<!\\)(?:\\\\)*\\[A-Za-z]{2}")  # a command of LaTeX whose backslash was not doubled
+_UNICODE = re.compile(r"\\u([0-9a-fA-F]{4})")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_NEXT_SENTENCE = re.compile(r"[\w$})\]][.!?:]\s+[A-Z]")
+
+
+def gold_text(value: Any, read: Callable[[str], str | None] = str.strip) -> str | None:
+    """Returns a reference answer as the text that the grader takes, None where it is blank.
+
+    A number becomes its digits (27.0 is 27, 1e-07 is 0.0000001). Of a list any item is right, and its text is that of
+    `any_of`.
+
+    Args:
+        value: text, a number, or a list of these.
+        read: what becomes of a text.
+
+    Raises:
+        TypeError: the value is anything else.
+    """
+    if isinstance(value, list | tuple):
+        golds = [text for text in (gold_text(item, read) for item in value) if text]
+        return any_of([gold for text in golds for gold in alternatives(text)]) if golds else None
+    if value is None or value != value:
+        return None
+    if isinstance(value, int | float):
+        return _number_text(value)
+    if not isinstance(value, str):
+        raise TypeError("not text")
+    return read(value) or None
+
+
+def any_of(golds: list[str]) -> str:
+    """Returns one text for reference answers any of which is right; `alternatives` is its inverse."""
+    distinct = list(dict.fromkeys(golds))
+    return distinct[0] if len(distinct) == 1 else ANY_OF + json.dumps(distinct, ensure_ascii=False)
+
+
+def alternatives(gold: str) -> list[str]:
+    """Returns the reference answers in a gold, any of which is right; usually the gold itself alone."""
+    if not gold.startswith(ANY_OF + "["):
+        return [gold]
+    try:
+        golds = json.loads(gold.removeprefix(ANY_OF))
+    except (ValueError, RecursionError):
+        return [gold]
+    return golds if golds and all(isinstance(item, str) for item in golds) else [gold]
+
+
+def printed_list(text: str) -> str:
+    r"""Returns what a list that was printed into a text holds, joined by commas; other texts as they are.
+
+    `['58']` is 58, `["\\frac{1}{2}"]` is \frac{1}{2}, and `['2', '-2']` is 2, -2. Backslashes that printing doubled
+    are single again.
+    """
+    bare = text.strip()
+    if not bare.startswith(("[", "(", "array")) or not ("'" in bare or '"' in bare):
+        return text
+    match = _LIST.fullmatch(bare)
+    if not match:
+        return text
+    return ", ".join(_unquoted(item[0]).strip() for item in re.finditer(_ITEM, match[1], re.DOTALL))
+
+
+def is_prose(gold: str) -> bool:
+    """Returns whether a gold is a text of sentences, such as a whole solution, which no final answer equals."""
+    words = len(_WORD.findall(gold))
+    return words > MAX_WORDS or (words >= 4 and _NEXT_SENTENCE.search(gold) is not None)
+
+
+def _unquoted(item: str) -> str:
+    if item[0] not in "'\"":
+        return item
+    text = re.sub(r"\\(['\"/])" if _RAW.search(item) else r"\\(['\"/\\])", r"\1", item[1:-1])
+    return _UNICODE.sub(lambda match: chr(int(match[1], 16)), text)
+
+
+def _number_text(value: float) -> str:
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    text = str(value)
+    return f"{decimal.Decimal(text):f}" if "e" in text and not isinstance(value, bool) else text
