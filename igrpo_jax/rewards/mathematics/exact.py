@@ -232,6 +232,8 @@ def agree(a: Value, b: Value) -> bool:
     """Returns whether two values without free symbols agree to 300 digits, as those of equal sines and roots do."""
     import mpmath  # sympy depends on it
 
+    if approximate(a) is None or approximate(b) is None:
+        return False
     with mpmath.workdps(330):
         first, second = _evaluated(a, 0, mpmath), _evaluated(b, 0, mpmath)
         if not first or not second:

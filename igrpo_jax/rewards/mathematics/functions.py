@@ -306,7 +306,7 @@ def _inverse(name: str, argument: Value) -> Value:
 def _special(name: str, argument: Value) -> Value:
     """Returns Γ of integers and half-integers and ζ(2), ζ(4), …, exactly; other values of Γ and ζ are opaque."""
     n = argument.constant()
-    if name == "Gamma" and n is not None and 0 < n <= MAX_EXPONENT and n.denominator <= 2:
+    if name == "Gamma" and n is not None and 0 < n <= 200 and n.denominator <= 2:
         if n.denominator == 1:
             return Value.number(math.factorial(int(n) - 1))
         return Value.number(math.prod(Fraction(k, 2) for k in range(1, n.numerator - 1, 2))) * root(PI, 2)

@@ -48,28 +48,33 @@ def _ascii(source: str) -> str:
     return source.replace("\u2044", "/").translate(_UNICODE)
 
 
-_GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+_GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
+_SINGLE = r"(\d|[A-Za-z]|\\(?:pi|theta|alpha|beta|lambda|phi|omega|mu)(?![A-Za-z]))"  # an argument without braces
 _SEPARATED = re.compile(r"(?<=\d)[ ]?(?:\{[ ]?,[ ]?\}|,[ ]?\\!)(?:\\!|[ ])*(?=\d)")
 # What is not seen or changes only the look, and what it becomes.
 _LOOKS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (rf"\\(?:[hv]?phantom|[hvm]space\*?|tag\*?|label)\s*{_GROUP}|\\(?:notag|nonumber)(?![A-Za-z])", " "),
-        (r"\\(?:text)?color\s*(?:\[[^][]*\])?\s*\{[^{}]*\}", " "),
+        (r"\\(?:text)?color(?:box)?\s*(?:\[[^][]*\])?\s*\{[^{}]*\}", " "),
         (r"\\(?:underline|ensuremath|mathstrut|smash|mathord|mathop)(?![A-Za-z])", " "),
         (r"\\(?:nice|s|x|flat)frac(?![A-Za-z])", r"\\frac"),
+        (rf"(\\[dtc]?(?:frac|binom))(?![A-Za-z])\s*{_SINGLE}", r"\1{\2}"),
+        *[(rf"(\\[dtc]?(?:frac|binom)\s*{_GROUP})\s*{_SINGLE}", r"\1{\2}")] * 2,  # twice for a/b in c/d
         (r"\\([ij])math(?![A-Za-z])", r"\1"),
         (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]|\\(?:cr|newline|tabularnewline)(?![A-Za-z])", r"\\\\ "),
         (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
         (r"\\mathbb\s*\{\s*R\s*\}\s*(?:\^\s*(?:\+|\{\s*\+\s*\})|_\s*\{\s*>\s*0\s*\})", r"(0,\\infty)"),
         (r"\\mathbb\s*\{\s*R\s*\}\s*_\s*\{\s*\\geq?\s*0\s*\}", r"[0,\\infty)"),
         (r"\\mathbb\s*\{\s*([PE])\s*\}(?=\s*(?:\\left)?\s*[(\[])", r"\1"),
+        (r"(\\mathbb\{R\})\s*-\s*(?=\\\{)", r"\1\\setminus "),
+        (r"(?:\\text\s*\{[^{}]*\}|\()\s*([a-z])\s*\\in\s*\\mathbb\{Z\}\s*\)?$", r", \1\\in\\mathbb{Z}"),
         (r"\\Pr(?=\s*(?:\\left)?\s*[(\[])", "P"),
     )
 ]
 _LOOK = re.compile(
     r"\\(?:[hv]?phantom|[hvm]space|tag|label|no|(?:text)?color|under|ensure|math[sob]|smash|nice|[sx]frac|flat|[ij]math|cr"
-    r"|new|tab|Pr|\\)"
+    r"|new|tab|Pr|\\)|(?:frac|binom)\s*[^{\s]|\}\s*[\w\\]"
 )
 _ALIGNED = re.compile(
     r"\\begin\s*\{((?:align|gather|equation|split)(?:ed)?\*?)\}(?:\[[a-z]\])?((?:(?!\\begin)[^\0])*?)\\end\s*\{\1\}"

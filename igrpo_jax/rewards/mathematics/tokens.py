@@ -90,8 +90,7 @@ def tokenize(source: str) -> list[Token]:
     source = spelling.normal(source)
     if source.replace("\\$", "").count("$") % 2:
         source = _MONEY.sub(r"\\$", source, count=1)
-    tokens = _joined(_scanned(source))
-    return _braced(tokens) if "frac" in source or "binom" in source else tokens
+    return _joined(_scanned(source))
 
 
 def _joined(tokens: list[Token]) -> list[Token]:
@@ -120,33 +119,6 @@ def _joined(tokens: list[Token]) -> list[Token]:
             result.append(token)
     if result and result[-1].kind == "command" and tokens[-1].kind == "letters":
         result[-1] = tokens[-1]  # the unit in 5 in
-    return result
-
-
-def _braced(tokens: list[Token]) -> list[Token]:
-    """Puts braces around the arguments of \\frac and \\binom that have none, as in \\frac\\pi4 and \\frac12."""
-    result: list[Token] = []
-    missing = 0  # arguments that must follow
-    after: list[int] = []  # for each open brace, how many arguments must follow it
-    rest = tokens[::-1]
-    while rest:
-        token = rest.pop()
-        is_letter = token.kind == "command" and (token.text in GREEK or token.text == "pi")
-        if token.is_in(("{",)):
-            after.append(max(missing - 1, 0))
-            missing = 0
-        elif token.is_in(("}",)):
-            missing = after.pop() if after else 0
-        elif missing and (is_letter or token.kind == "letters" or (token.kind == "number" and token.text.isdecimal())):
-            if len(token.text) > 1 and not is_letter:
-                rest.append(token._replace(text=token.text[1:], spaced=False))
-                token = token._replace(text=token.text[0])
-            result += [Token("mark", "{", False), token._replace(spaced=False), Token("mark", "}", False)]
-            missing -= 1
-            continue
-        else:
-            missing = 2 if token.kind == "command" and token.text in ("frac", "binom") else 0
-        result.append(token)
     return result
 
 
