@@ -34,7 +34,8 @@ _MAX_NESTED = 6  # levels of lists in tuples in sets …
 
 _GROUPS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
-_CONNECTIVE = re.compile(r"\\(?:lor|vee|land|wedge|&)|[∨∧]")
+_CONNECTIVE = re.compile(r"\\(?:(?:lor|vee|land|wedge)(?![A-Za-z])|&)|[∨∧]")  # in x=3 \lor x=4, but not in p \lor q
+_DISJUNCTIONS = frozenset(("\\lor", "\\vee", "∨"))
 _COLON = re.compile(r"(?<=\d)\{:\}")
 _EDGES = frozenset((".", ",", ";", "\\", '"', "`"))
 _LEADING = frozenset(("=", "therefore", "implies", "to"))  # before an answer
@@ -48,11 +49,11 @@ def read(answer: str) -> Node | None:
         day = words.date(answer)
         if day:
             return Words(day, day)
-        tokens = words.without_label(tokenize(spoken.rewritten(answer)))
-    else:
-        tokens = tokenize(answer)
-    if _CONNECTIVE.search(answer):
-        tokens = _connected(tokens)
+        answer = words.without_label(spoken.rewritten(answer))
+    signs = set(_CONNECTIVE.findall(answer))
+    if signs and (signs == {"\\&"} or answer.count("=") == len(_CONNECTIVE.findall(answer)) + 1):
+        answer = _CONNECTIVE.sub(lambda sign: " or " if sign[0] in _DISJUNCTIONS else " and ", answer)
+    tokens = tokenize(answer)
     while tokens and tokens[-1].is_in(_EDGES):
         tokens.pop()
     while tokens and tokens[0].is_in(_EDGES | _LEADING):
@@ -66,18 +67,6 @@ def read(answer: str) -> Node | None:
     if isinstance(node, Leaf) and node.value is not None and _GROUPS.fullmatch(answer.strip("$ ")):
         node = replace(node, listed=leaves.listed(answer.strip("$ ")))
     return node
-
-
-_CONNECTIVES = {"lor": "or", "vee": "or", "land": "and", "wedge": "and", "\\&": "and"}
-
-
-def _connected(tokens: list[Token]) -> list[Token]:
-    """Returns `x=3 \\lor x=4` and `3 \\& 4` with the words for the signs. `p \\lor q` is a formula of logic."""
-    texts = [token.text for token in tokens]
-    signs = sum(text in _CONNECTIVES for text in texts)
-    if signs != texts.count("\\&") and texts.count("=") != signs + 1:
-        return tokens
-    return [t._replace(kind="mark", text=_CONNECTIVES[t.text]) if t.text in _CONNECTIVES else t for t in tokens]
 
 
 _RELATIONS = frozenset(("=", "<", ">", "leq", "geq", "ne", "in", "approx", "simeq", "sim"))
