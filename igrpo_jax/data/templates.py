@@ -171,7 +171,8 @@ class ChatTemplate:
         text, _ = self._around(start + SENTINEL)
         alone, followed = self._encode(text, ""), self._encode(text + STAND_IN, "")[:-1]
         # As the text is encoded where more follows, unless the stand-in has taken a space at its end into its token.
-        return followed if self._text(followed) == self._text(alone) else alone
+        is_complete = np.array_equal(followed, alone) or self._text(followed) == self._text(alone)
+        return followed if is_complete else alone
 
     def ids_after(self, end: str) -> np.ndarray:
         """Returns what `Frame` says.
