@@ -34,9 +34,6 @@ _MAX_NESTED = 6  # levels of lists in tuples in sets …
 
 _GROUPS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
-_CONNECTIVE = re.compile(r"\\(?:(?:lor|vee|land|wedge)(?![A-Za-z])|&)|[∨∧]")  # in x=3 \lor x=4, but not in p \lor q
-_DISJUNCTIONS = frozenset(("\\lor", "\\vee", "∨"))
-_COLON = re.compile(r"(?<=\d)\{:\}")
 _EDGES = frozenset((".", ",", ";", "\\", '"', "`"))
 _LEADING = frozenset(("=", "therefore", "implies", "to"))  # before an answer
 _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
@@ -44,15 +41,12 @@ _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
 
 def read(answer: str) -> Node | None:
     """Returns the structure of a bare answer, None for an empty one. Never raises."""
-    answer = _COLON.sub(":", answer.strip().strip("*"))
+    answer = answer.strip().strip("*")
     if _WORD.search(answer):
         day = words.date(answer)
         if day:
             return Words(day, day)
         answer = words.without_label(spoken.rewritten(answer))
-    signs = set(_CONNECTIVE.findall(answer))
-    if signs and (signs == {"\\&"} or answer.count("=") == len(_CONNECTIVE.findall(answer)) + 1):
-        answer = _CONNECTIVE.sub(lambda sign: " or " if sign[0] in _DISJUNCTIONS else " and ", answer)
     tokens = tokenize(answer)
     while tokens and tokens[-1].is_in(_EDGES):
         tokens.pop()

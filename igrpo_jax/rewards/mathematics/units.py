@@ -67,7 +67,8 @@ _WORDS = re.compile(r"\^[\s{(]*(-?)\s*(\d)[\s})]*|[^\W\d_]+(\d?)|[^\s\w]|\d+")
 _COMMANDS = re.compile(r"\\(?:[dt]?frac|cdot|times|[,;: ])")
 _QUOTIENT = re.compile(r"\}\s*\{")  # of the arguments of \frac
 _HALF_OF_DAY = re.compile(r"\b([ap])\.\s?m\b\.?", re.IGNORECASE)
-_TEMPERATURE = re.compile(r"\bdegrees?\s+(?:(c|celsius)|f|fahrenheit)\b", re.IGNORECASE)
+_DEGREE = r"(?:\bdegrees?|\^ ?(?:\{ ?)?\\?circ(?: ?\})?)\s+"
+TEMPERATURE = re.compile(rf"{_DEGREE}(?:(c|celsius)|f|fahrenheit)\b", re.IGNORECASE)
 
 
 def _known() -> dict[str, tuple[Fraction, dict[str, int]]]:
@@ -105,7 +106,7 @@ def read(text: str, is_single: bool = False) -> Unit | None:
     Behind a single thing (1, a fraction, a percentage) the noun may be in the singular: "of the cake".
     """
     text = _FILLERS.sub(" ", _HALF_OF_DAY.sub(r"\1m", _COMMANDS.sub(" ", text.replace("\\mu ", "μ"))))
-    text = _TEMPERATURE.sub(lambda match: "celsius" if match[1] else "fahrenheit", _QUOTIENT.sub("}/{", text))
+    text = TEMPERATURE.sub(lambda match: "celsius" if match[1] else "fahrenheit", _QUOTIENT.sub("}/{", text))
     powers: dict[str, int] = {}
     nouns: dict[int, list[str]] = {1: [], -1: []}  # words that are no known units, above and below "per"
     scale, sign, outer, modifier = Fraction(1), 1, 1, 1

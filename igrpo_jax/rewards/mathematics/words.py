@@ -28,7 +28,7 @@ _PHRASES = {
 _MONTH = re.compile(
     r"\b(jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)(?:uary|ruary|ch|il|ust|ember|ober)?\b", re.IGNORECASE
 )
-_LABEL = re.compile(r"\s*(?:\\text\w*\{([A-Za-z][a-z ]{3,40}):\s*\}|(\\text\w*\{)?([A-Za-z][a-z ]{3,40}):)(?=.*\S)")
+_LABEL = re.compile(r"\s*(?:\\text\w*\{([A-Za-z][a-z ]{2,40}):\s*\}|(\\text\w*\{)?([A-Za-z][a-z ]{2,40}):)(?=.*\S)")
 _ORDINAL_DAY = r"(\d{1,2})(?:\s?(?:st|nd|rd|th))?"
 _DATE = re.compile(rf"(?:(?:the )?{_ORDINAL_DAY}(?: of)? MONTH|MONTH (?:the )?{_ORDINAL_DAY})(?: (\d{{4}}))?")
 _PERCENT = frozenset(("percent", "pct", "percentage", "%"))
@@ -36,7 +36,6 @@ _CURRENCIES = {"\\$": "dollar", "€": "euro", "£": "gbp", "¥": "yen", "USD": 
 _SHORT_UNITS = "cm mm km ft kg lb oz ml mi hr yd sq cu"  # units of two letters that need no \text
 _BARE_UNITS = frozenset(_SHORT_UNITS.split())
 _QUOTIENT = re.compile(r"[mg]/(?:s|h|min|l|ml|L|mL|m|cm|mol)(?:\^.*)?")
-_DEGREES = re.compile(r"\^ (?:\{ )?circ(?: \})?(?= \S)")
 _ORDINALS = frozenset(("st", "nd", "rd", "th"))
 
 
@@ -101,7 +100,7 @@ def without_unit(tokens: list[Token]) -> tuple[list[Token], Unit, bool]:
         before = core[start - 1]
         if before.is_in(OPERATORS) or not _may_begin_unit(core, start):
             continue
-        text = _DEGREES.sub("degrees", _spelled(core[start:])).strip()
+        text = _spelled(core[start:]).strip()
         first, _, rest = text.strip(" .").casefold().partition(" ")
         is_single = first in _PERCENT or core[0].text == "1" or any(t.is_in(("frac", "/")) for t in core[:start])
         if first in _PERCENT and (rest in ("", "points") or units.read(rest, is_single)):
@@ -140,7 +139,9 @@ def _may_begin_unit(tokens: list[Token], at: int) -> bool:
         return word in _BARE_UNITS or (token.spaced and bool(is_symbol or word in ("of", "am", "pm")))
     if token.text == "frac":
         return len(tokens) > at + 2 and tokens[at + 2].kind in ("text", "letters") and _may_begin_unit(tokens, at + 2)
-    return token.text in ("%", "in") or (token.text == "^" and bool(_DEGREES.match(_spelled(tokens[at:]))))
+    if token.text == "/":
+        return tokens[at + 1].kind == "text" if len(tokens) > at + 1 else False
+    return token.text in ("%", "in") or (token.text == "^" and bool(units.TEMPERATURE.match(_spelled(tokens[at:]))))
 
 
 def _spelled(tokens: list[Token]) -> str:
@@ -158,6 +159,7 @@ def _without_ordinal(tokens: list[Token]) -> list[Token]:
     return tokens
 
 
+_DENIALS = frozenset(("not", "no", "never", "wrong", "incorrect", "false"))
 _NAMING = "angle triangle overline overrightarrow vec mathbf mathcal mathbb frac dot bar hat circ cdot"
 _NAMED_BY = frozenset(_NAMING.split()) | frozenset(("(", ")", "[", "]", "{", "}", "|", ":", "'", "_", ",", "^"))
 
@@ -192,7 +194,8 @@ def is_name(tokens: list[Token], value: list[Token]) -> bool:
 
 def _may_name(token: Token) -> bool:
     if token.kind in ("letters", "text"):
-        return token.text.casefold() not in FUNCTIONS
+        denied = not token.text.isupper() and _DENIALS & set(token.text.casefold().split())
+        return token.text.casefold() not in FUNCTIONS and not denied
     return token.text in _NAMED_BY or token.text in GREEK
 
 
