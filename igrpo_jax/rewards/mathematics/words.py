@@ -94,8 +94,9 @@ def without_label(answer: str) -> str:
 def without_unit(tokens: list[Token]) -> tuple[list[Token], Unit, bool]:
     """Returns (the expression, its unit, whether it is in percent)."""
     core, currency = _without_currency(tokens)
+    money = (units.read(currency) if currency else None) or units.NONE
     if not any(token.kind in ("letters", "text") or token.text == "%" for token in core[1:]):
-        return core, units.read(currency) or units.NONE, False
+        return core, money, False
     for start in range(1, len(core)):
         before = core[start - 1]
         if before.is_in(OPERATORS) or not _may_begin_unit(core, start):
@@ -110,7 +111,7 @@ def without_unit(tokens: list[Token]) -> tuple[list[Token], Unit, bool]:
         unit = units.read(f"{currency} {text}" if first in ("per", "a", "an", "/") else text, is_single)
         if unit:
             return core[:start], unit, False
-    return _without_ordinal(core), units.read(currency) or units.NONE, False
+    return _without_ordinal(core), money, False
 
 
 def _without_currency(tokens: list[Token]) -> tuple[list[Token], str]:
