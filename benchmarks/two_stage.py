@@ -143,7 +143,8 @@ def make_stages(
             rng = np.random.default_rng(0)
             tokens = rng.integers(17, model.vocab_size, (args.prompts, args.prompt_len), np.int32)
             self.prompts = [Prompt(str(i), i, str(i), renderer.answer, row) for i, row in enumerate(tokens)]
-            self._verifier = Verifier(config.RewardsConfig(format=0.0))
+            # No grading is late on a busy machine: other rewards would keep another draft.
+            self._verifier = Verifier(config.RewardsConfig(format=0.0, timeout=60.0))
             self._rollout = Rollout(self.config, renderer(self.prompts), self.scheduler, self._verifier)
             self.close = self._verifier.close
 

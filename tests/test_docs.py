@@ -24,7 +24,15 @@ from igrpo_jax.outputs import alerts
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "RESULTS.md", *DOCS.rglob("*.md")])
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / "benchmarks" / "RESULTS.md",
+        ROOT / "benchmarks" / "accelerator.md",
+        *DOCS.rglob("*.md"),
+    ]
+)
 
 
 def page(name):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from igrpo_jax.errors import InputError
 
 # A part is stopped after so many times its expected seconds, and not before so many seconds.
-PATIENCE, LEAST = 2.5, 60
+PATIENCE, LEAST = 2.5, 120
 # Seconds by the scale of the sizes: an accelerator's, those that a CPU can run, and those of --tiny.
 SCALES = ("full", "small", "tiny")
 

@@ -12,6 +12,7 @@ tags are shown.
 """
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -70,12 +71,16 @@ class Renderer:
         clean = draft[~np.isin(draft, [*self._special, *self._frame.marks])]
         return clean[-self._max_draft_length :]
 
-    def draft_overhead(self, longest: int) -> int:
-        """Returns the most tokens that q' has beyond q: the wording and a draft of at most `longest` tokens."""
+    def draft_overhead(self, longest: int, questions: Iterable[str] = ()) -> int:
+        """Returns the most tokens that q' has beyond q: the wording and a draft of at most `longest` tokens.
+
+        Blanks at the end of one of the `questions` count too: q lacks those that the chat template strips.
+        """
         marks = self._frame.marks
         wording = sum(len(templates.text_ids(self._tokenizer, text, marks)) for text in (self._lead, self._tail))
+        blanks = max((len(text.encode()) - len(text.rstrip().encode()) for text in questions), default=0)
         # The lead is encoded together with the question, so it may split into other tokens than it does alone.
-        return wording + min(longest, self._max_draft_length) + 8
+        return wording + blanks + min(longest, self._max_draft_length) + 8
 
     def text(self, tokens: np.ndarray) -> str:
         """Returns the text that people and verifiers read, without special tokens."""

@@ -1,11 +1,12 @@
-"""The chat template: its variables, fixed for a run, and the user's words in it as token ids.
+"""The chat template in token space: what it writes around the user's words, with these words, as token ids.
 
     frame = open_frame(tokenizer, config.data)
-    q = frame.ids(words)                              # the ids of apply_chat_template, on the complete text
+    q = frame.ids(words)                                          # as apply_chat_template gives them
     left, right = frame.ids_before(start), frame.ids_after(end)   # beside a draft between `start` and `end`
 
-A text is always encoded in one piece. In pieces, the tokenizers of Llama 2 and its relatives would put a space before
-each piece, and others would join or part the characters at a seam in another way than the model has seen.
+The text of a chat template is always encoded in one piece. In pieces, the tokenizers of Llama 2 and its relatives would
+put a space before each piece, and others would join or part the characters at a seam in another way than the model has
+seen.
 
 Questions are text: a special token written in a question does not become one. Marks of a turn count as special even
 where the tokenizer does not list them (R1's <｜User｜>), so a question can't open a turn.
@@ -53,9 +54,8 @@ def open_frame(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Frame:
     """
     data = pinning.dated(data, tokenizer)
     if template := pinning.template_of(tokenizer):
-        return ChatTemplate(
-            tokenizer, pinning.pinned(template, data.template_kwargs, data.template_date), data.system_prompt
-        )
+        text = pinning.pinned(template, data.template_kwargs, data.template_date)
+        return ChatTemplate(tokenizer, text, data.system_prompt)
     if data.system_prompt:
         fix = "the model has no chat template and so no system turn; put the text into data.instruction"
         raise refusal("data.system_prompt", data.system_prompt, fix)
@@ -168,10 +168,11 @@ class ChatTemplate:
         return self._encode(self._render(words), self.after)
 
     def ids_before(self, start: str) -> np.ndarray:
-        text, _ = self._around(start + SENTINEL)
+        text, _, _ = self._render(start + SENTINEL).rpartition(SENTINEL)  # the last one: `start` may contain another
         alone, followed = self._encode(text, ""), self._encode(text + STAND_IN, "")[:-1]
         # As the text is encoded where more follows, unless the stand-in has taken a space at its end into its token.
-        return followed if self._text(followed) == self._text(alone) else alone
+        is_complete = np.array_equal(followed, alone) or self._text(followed) == self._text(alone)
+        return followed if is_complete else alone
 
     def ids_after(self, end: str) -> np.ndarray:
         """Returns what `Frame` says.

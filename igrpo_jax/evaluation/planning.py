@@ -83,7 +83,8 @@ def make_plan(config: Config, rows: dict[str, list[Row]], renderer: Renderer, co
     if not lengths:
         return Plan(prompts, context, 0, 0, wanted)
     longest, name, problem = max(lengths)
-    longest += renderer.draft_overhead(wanted) if config.evaluation.rounds else 0
+    if config.evaluation.rounds:
+        longest += renderer.draft_overhead(wanted, [row.question for some in rows.values() for row in some])
     if longest >= context:
         drafts = " with a draft (at most config.refine.max_draft_length)" if config.evaluation.rounds else ""
         raise InputError(

@@ -25,13 +25,12 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from igrpo_jax.config import Config
-from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import watchdog
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.learning import exchange, filtering, objectives
@@ -42,6 +41,9 @@ from igrpo_jax.rewards.verifier import Verifier, check_errors
 from igrpo_jax.sampling.scheduler import Request, Scheduler, Usage
 from igrpo_jax.sampling.scoring import sample_and_score, stage_key
 from igrpo_jax.sampling.steps import Sampling
+
+if TYPE_CHECKING:
+    from igrpo_jax.data.prompts import Renderer  # with transformers, which sampling does not need
 
 STAGES = {"draft": 1, "refine": 2}
 DROPOUT, SELECTION = 0xD20B, 0x5E1E  # tags of the random streams that drop and select drafts
@@ -96,7 +98,7 @@ class _StepRollout:
     def __init__(
         self,
         config: Config,
-        renderer: Renderer,
+        renderer: "Renderer",
         scheduler: Scheduler,
         step: int,
         prompts: exchange.Prompts,
@@ -207,7 +209,7 @@ class _StepRollout:
 class Rollout:
     """Samples and scores whole steps."""
 
-    def __init__(self, config: Config, renderer: Renderer, scheduler: Scheduler, verifier: Verifier):
+    def __init__(self, config: Config, renderer: "Renderer", scheduler: Scheduler, verifier: Verifier):
         self._config = config
         self._renderer = renderer
         self._scheduler = scheduler

@@ -13,15 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.records import Candidate, Completion, Score
 from igrpo_jax.rewards.custom import Batch
 from igrpo_jax.sampling.scheduler import Request, Sample, Scheduler
+
+if TYPE_CHECKING:
+    from igrpo_jax.data.prompts import Renderer  # with transformers, which sampling does not need
 
 Grade = Callable[[Candidate, Batch], Future[Score]]
 
@@ -37,7 +40,7 @@ def stage_key(seed: int, step: int, stage: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(key))
 
 
-def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: Renderer) -> float:
+def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: "Renderer") -> float:
     """Runs until every queued request is sampled and scored, those included that callbacks submit meanwhile.
 
     Args:
@@ -86,7 +89,7 @@ def _open_batches() -> Iterator[dict[Request, Batch]]:
             batch.close()
 
 
-def _completed(sample: Sample, renderer: Renderer) -> tuple[Completion, Candidate]:
+def _completed(sample: Sample, renderer: "Renderer") -> tuple[Completion, Candidate]:
     """Returns a sample as a completion that waits for its score, and as reward functions see it."""
     request, text = sample.request, renderer.text(sample.tokens)
     completion = Completion(request.stage, sample.sample_id, sample.tokens, sample.logprobs, sample.finished, text)

@@ -166,8 +166,8 @@ def _check_data(config: Config, task: Task, workdir: Path, fingerprint: str) -> 
         )
     raise InputError(
         f"config.data.train = {config.data.train!r}: its prompts or answers are not those that the run in "
-        f"{workdir} began with{day}; bring the problems, the tokenizer and its chat template back, or start a new run "
-        "with another --workdir"
+        f"{workdir} began with{day}; bring the problems, the tokenizer, its chat template and the version of igrpo_jax "
+        "back, or start a new run with another --workdir"
     )
 
 

@@ -75,7 +75,9 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     kept, skipped = problems.fit(training.rows, renderer.plain, config.data.max_prompt_length)
     prompts = [Prompt(row.id, row.index, row.question, row.answer, tokens, row.columns) for row, tokens in kept]
     max_context = max(len(prompt.tokens) for prompt in prompts)
-    max_context += renderer.draft_overhead(config.rollout.max_completion_length) if config.algorithm.num_drafts else 0
+    if config.algorithm.num_drafts:
+        questions = [prompt.question for prompt in prompts]
+        max_context += renderer.draft_overhead(config.rollout.max_completion_length, questions)
     context = policy.model.max_position_embeddings
     check_context(config, context, max_context)
     asked = problems.asked(held_out, config.evaluation.limit) if config.evaluation.every else {}

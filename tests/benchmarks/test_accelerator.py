@@ -356,7 +356,7 @@ def test_everything_at_tiny_after_a_kill(tmp_path):
     done = subprocess.run(
         [*arguments, "--minutes", "8"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=490
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "results.md").read_text()
     rows = results.rows()
     assert rows[: len(before)] == before
     assert "already in" in done.stdout and "device" in done.stdout.splitlines()[0]

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from igrpo_jax import config
-from igrpo_jax.data import pinning
+from igrpo_jax.data import pinning, templates
 from igrpo_jax.data.prompts import Renderer
 
 QUESTION = "What is 2+2?"
@@ -188,6 +188,12 @@ def test_special_tokens_in_a_question_stay_text(name):
         assert [i for i in got if i in special] == own
         assert forged in tokenizer.decode(got)
     assert renderer.kept_draft(draft).tolist() == [65, 66]
+
+
+def test_a_question_with_the_words_that_stand_for_others():
+    tokenizer = chat_templates.byte_tokenizer(chat_templates.QWEN_2_5)
+    got = opened(tokenizer).with_draft(templates.SENTINEL, np.array([65], np.int32))
+    assert f"{templates.SENTINEL}\n\nA draft:\nb\nImprove." in tokenizer.decode(got)
 
 
 def test_special_tokens_without_a_name_are_removed_from_drafts():

@@ -110,7 +110,13 @@ def prompt_of(tokenizer, words, **kwargs):
 
 def questions(random_of):
     """Some questions by hand, and some of random characters and blanks."""
-    yield from ("How many apples does Tom have?", " two  blanks ", "\n\nlines\n", "é → $\\frac{1}{2}$ 12,345", "0")
+    yield from (
+        "How many apples does Tom have?",
+        " two  blanks ",
+        "\n\nlines\n" + " \n" * 20,
+        "é → $\\frac{1}{2}$ 12,345",
+        "0",
+    )
     for _ in range(4):
         yield "".join(random_of.choices("ab Z0 9.\n\n<>|[]/_▁é\t", k=random_of.randrange(1, 25))) + "?"
 
@@ -136,6 +142,7 @@ def test_prompts_are_those_of_the_chat_template(kind, post):
             assert q.dtype == np.int32 and q.tolist() == prompt_of(tokenizer, question, **kwargs), what
             draft = np.array(random_of.choices(plain, k=random_of.randrange(1, 12)), np.int32)
             refined = renderer.with_draft(question, draft).tolist()
+            assert len(refined) - len(q) <= renderer.draft_overhead(len(draft), [question]), what
             # What stands beside the draft is what stands beside a number there.
             words = f"{question}\n\n" + refine.replace("{draft}", "7")
             whole, shared = prompt_of(tokenizer, words, **kwargs), len(refined) - len(draft)

@@ -164,13 +164,30 @@ def test_answers_of_a_benchmark_that_nothing_can_equal_are_named(tmp_path, caplo
     assert "nothing can equal 1 of 2 answers: row 1" in caplog.records[0].getMessage()
 
 
+@pytest.mark.parametrize(
+    "gold",
+    [
+        PROSE,
+        "Since 2r=36 we get r=18, and the total time is 180 minutes",
+        "设速度为 r。那么 2r=36，所以 r=18。",
+        "Пусть скорость равна r. Тогда время равно 18.",
+        "\\frac{1}{2",
+        "5}",
+        "x" * 1001,
+    ],
+)
+def test_golds_that_nothing_can_equal(gold):
+    assert not grader.accepts_itself(gold)
+    assert not grader.accepts_itself(golds.any_of([gold, PROSE])) and grader.accepts_itself(golds.any_of([gold, "7"]))
+
+
 def test_every_row_with_such_an_answer_is_found():
     rows = [problems.Row(str(i), i, "q", ("7", PROSE, "\\frac{1")[i % 3], {}) for i in range(9)]
     assert problems.unequal_rows(rows) == [1, 2, 4, 5, 7, 8]
 
 
 @pytest.mark.parametrize(
-    "gold", ["12", "x = 5", "\\text{Monday, Tuesday and Friday}", "(D) The cat sat on the mat", "π"]
+    "gold", ["12", "x = 5", "\\text{Monday, Tuesday and Friday}", "(D) The cat sat on the mat", "π", "无解", "是的。"]
 )
 def test_ordinary_golds_accept_themselves(gold):
     assert grader.accepts_itself(gold)

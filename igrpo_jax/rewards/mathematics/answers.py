@@ -34,8 +34,6 @@ _MAX_NESTED = 6  # levels of lists in tuples in sets …
 
 _GROUPS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
-_CONNECTIVE = re.compile(r"\\(?:lor|vee|land|wedge|&)|[∨∧]")
-_COLON = re.compile(r"(?<=\d)\{:\}")
 _EDGES = frozenset((".", ",", ";", "\\", '"', "`"))
 _LEADING = frozenset(("=", "therefore", "implies", "to"))  # before an answer
 _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
@@ -43,16 +41,13 @@ _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
 
 def read(answer: str) -> Node | None:
     """Returns the structure of a bare answer, None for an empty one. Never raises."""
-    answer = _COLON.sub(":", answer.strip().strip("*"))
+    answer = answer.strip().strip("*")
     if _WORD.search(answer):
         day = words.date(answer)
         if day:
             return Words(day, day)
-        tokens = words.without_label(tokenize(spoken.rewritten(answer)))
-    else:
-        tokens = tokenize(answer)
-    if _CONNECTIVE.search(answer):
-        tokens = _connected(tokens)
+        answer = words.without_label(spoken.rewritten(answer))
+    tokens = tokenize(answer)
     while tokens and tokens[-1].is_in(_EDGES):
         tokens.pop()
     while tokens and tokens[0].is_in(_EDGES | _LEADING):
@@ -66,18 +61,6 @@ def read(answer: str) -> Node | None:
     if isinstance(node, Leaf) and node.value is not None and _GROUPS.fullmatch(answer.strip("$ ")):
         node = replace(node, listed=leaves.listed(answer.strip("$ ")))
     return node
-
-
-_CONNECTIVES = {"lor": "or", "vee": "or", "land": "and", "wedge": "and", "\\&": "and"}
-
-
-def _connected(tokens: list[Token]) -> list[Token]:
-    """Returns `x=3 \\lor x=4` and `3 \\& 4` with the words for the signs. `p \\lor q` is a formula of logic."""
-    texts = [token.text for token in tokens]
-    signs = sum(text in _CONNECTIVES for text in texts)
-    if signs != texts.count("\\&") and texts.count("=") != signs + 1:
-        return tokens
-    return [t._replace(kind="mark", text=_CONNECTIVES[t.text]) if t.text in _CONNECTIVES else t for t in tokens]
 
 
 _RELATIONS = frozenset(("=", "<", ">", "leq", "geq", "ne", "in", "approx", "simeq", "sim"))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 ANY_OF = "any of "  # begins the text of several reference answers, any of which is right
-MAX_WORDS = 12  # of a gold; more is prose that no answer repeats
+MAX_WORDS = 8  # of a gold; more is prose that no answer repeats
 
 _QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _ITEM = rf"(?:{_QUOTED}|[-+]?\d[\d./]*)"
@@ -21,8 +21,9 @@ _LIST = re.compile(
 )
 _RAW = re.compile(r"(?<!\\)(?:\\\\)*\\[A-Za-z]{2}")  # a command of LaTeX whose backslash was not doubled
 _UNICODE = re.compile(r"\\u([0-9a-fA-F]{4})")
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-_NEXT_SENTENCE = re.compile(r"[\w$})\]][.!?:]\s+[A-Z]")
+_WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
+_NEXT_SENTENCE = re.compile(r"[\w$})\]][.!?:]\s+[^\W\d_a-z]")
+_NEXT_IDEOGRAPHIC = re.compile(r"[。！？；]\s*\w")
 
 
 def gold_text(value: Any, read: Callable[[str], str | None] = str.strip) -> str | None:
@@ -85,7 +86,8 @@ def printed_list(text: str) -> str:
 def is_prose(gold: str) -> bool:
     """Returns whether a gold is a text of sentences, such as a whole solution, which no final answer equals."""
     words = len(_WORD.findall(gold))
-    return words > MAX_WORDS or (words >= 4 and _NEXT_SENTENCE.search(gold) is not None)
+    several = bool(_NEXT_IDEOGRAPHIC.search(gold)) or (words >= 4 and bool(_NEXT_SENTENCE.search(gold)))
+    return words > MAX_WORDS or several
 
 
 def _unquoted(item: str) -> str:

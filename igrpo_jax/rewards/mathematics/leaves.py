@@ -11,7 +11,7 @@ from igrpo_jax.rewards.mathematics.tokens import Token, latex, split
 
 _BASES = {"binary": 2, "ternary": 3, "octal": 8, "decimal": 10, "hexadecimal": 16, "hex": 16}
 _BASED = re.compile(
-    r"(-?)\(?([0-9A-Za-z]*[0-9][0-9A-Za-z]*)\)?(?:_\{?\(?(\d{1,2})\)?\}?|\s*(?:in\s*)?\(?\s*(?:in\s*)?"
+    r"(-?)\(?([0-9A-Za-z]*?[0-9][0-9A-Za-z]*?)\)?(?:_\{?\(?(?:base\s*)?(\d{1,2})\)?\}?|\s*(?:in\s*)?\(?\s*(?:in\s*)?"
     rf"(?:base\s*-?(\d{{1,2}})|({'|'.join(_BASES)}))\s*\)?)"
 )
 

@@ -105,9 +105,7 @@ def _joined(tokens: list[Token]) -> list[Token]:
             continue
         is_word = token.kind == "text" or (token.kind == "letters" and token.spaced)
         word = token.text.strip(" ,.").casefold() if is_word else ""
-        if token.kind == "text" and token.text.strip() in (",", ";", ":"):
-            result.append(token._replace(kind="mark", text=token.text.strip()))
-        elif word in _AND_OR:
+        if word in _AND_OR:
             result.append(token._replace(kind="mark", text=word))
         elif related and token.kind == "command" and token.text in ("lor", "land"):
             result.append(token._replace(kind="mark", text="or" if token.text == "lor" else "and"))

@@ -8,6 +8,7 @@ Not here: where in an answer the unit is (`words`).
 """
 
 import re
+import string
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -49,15 +50,14 @@ increased decreased raised rounded negated inverted another other between throug
 past by wrong incorrect false impossible invalid extraneous rejected reject fails seems becomes exceeds equals equal
 works gives yields lacks misses contradicts violates divides itself bc remains undefined unknown repeating recurring
 repeated off short late instead rather infinite infinity infinitely too so perhaps versus besides always over score
-gross grand lots ago first it this that these which there only excluding including north south east west january
-february march april june july august september october november december ones twos threes fours fives sixes sevens
-eights nines"""
+gross grand lots ago first it this that these which there only excluding including north south east west ones twos
+threes fours fives sixes sevens eights nines"""
 BLOCKED = frozenset(_CHANGING.split()) | NUMBER_WORDS | (OPERATION_WORDS - {"times"})  # these may change the number
 _PLURALS = "people children men women mice fish sheep geese teeth dice data vertices indices"
 _IRREGULAR = frozenset(_PLURALS.split())
 _POWERS = {"squared": 2, "cubed": 3, "square": 2, "sq": 2, "cubic": 3, "cu": 3}
 # A name that stands for several units is equal to each of them.
-_AMBIGUOUS = {"pound": ("lb", "gbp"), "degree": ("celsius", "fahrenheit")}
+_AMBIGUOUS = (("pound", "lb"), ("pound", "gbp"), ("degree", "celsius"), ("degree", "fahrenheit"))
 # Words that add nothing, with an article behind them: an article alone is "per", as in "18 a day".
 _FILLERS = re.compile(
     r"\b(?:(?:of|for|on|at|in(?=\s+[A-Za-z]))(?:\s+an?\b)?|the|total|altogether|each|all|long|tall|wide|high|deep|old)\b",
@@ -67,30 +67,23 @@ _WORDS = re.compile(r"\^[\s{(]*(-?)\s*(\d)[\s})]*|[^\W\d_]+(\d?)|[^\s\w]|\d+")
 _COMMANDS = re.compile(r"\\(?:[dt]?frac|cdot|times|[,;: ])")
 _QUOTIENT = re.compile(r"\}\s*\{")  # of the arguments of \frac
 _HALF_OF_DAY = re.compile(r"\b([ap])\.\s?m\b\.?", re.IGNORECASE)
-_TEMPERATURE = re.compile(r"\bdegrees?\s+(?:(c|celsius)|f|fahrenheit)\b", re.IGNORECASE)
-
-
-def _entries(table: str):
-    """Yields (names, scale, powers of base units) of each unit of a table."""
-    for entry in re.split(r"[|\n]", table):
-        names, _, definition = entry.partition("=")
-        scale, *bases = definition.split()
-        powers = {base[1]: int(base[2] or 1) for base in map(re.compile(r"([A-Za-z]+)(-?\d*)").fullmatch, bases)}
-        yield names.split(), Fraction(scale), powers
+_DEGREE = r"(?:\bdegrees?|\^ ?(?:\{ ?)?\\?circ(?: ?\})?)\s+"
+TEMPERATURE = re.compile(rf"{_DEGREE}(?:(c|celsius)|f|fahrenheit)\b", re.IGNORECASE)
 
 
 def _known() -> dict[str, tuple[Fraction, dict[str, int]]]:
     """Returns (scale, powers of base units) of each name. Long names are without case, symbols are as they are."""
-    known = {}
+    known: dict[str, tuple[Fraction, dict[str, int]]] = {}
     prefixes = [prefix.split() for prefix in re.split(r"[|\n]", _PREFIXES)]
-    for names, scale, powers in _entries(_METRIC):
-        for name in names:
-            known[name] = scale, powers
-            for letter, prefix, factor in prefixes:
+    for entry in re.split(r"[|\n]", f"{_METRIC}\n{_OTHER}"):
+        names, _, definition = entry.partition("=")
+        scale, *bases = definition.split()
+        powers = {base.rstrip("-1234"): int(base.lstrip(string.ascii_letters) or 1) for base in bases}
+        for name in names.split():
+            known[name] = Fraction(scale), powers
+            for letter, prefix, factor in prefixes if entry in _METRIC else ():
                 written = prefix if len(name) > 3 else letter
-                known.setdefault(written + name, (scale * Fraction(factor), powers))
-    for names, scale, powers in _entries(_OTHER):
-        known |= dict.fromkeys(names, (scale, powers))
+                known.setdefault(written + name, (Fraction(scale) * Fraction(factor), powers))
     return known
 
 
@@ -113,11 +106,11 @@ def read(text: str, is_single: bool = False) -> Unit | None:
     Behind a single thing (1, a fraction, a percentage) the noun may be in the singular: "of the cake".
     """
     text = _FILLERS.sub(" ", _HALF_OF_DAY.sub(r"\1m", _COMMANDS.sub(" ", text.replace("\\mu ", "μ"))))
-    text = _TEMPERATURE.sub(lambda match: "celsius" if match[1] else "fahrenheit", _QUOTIENT.sub("}/{", text))
+    text = TEMPERATURE.sub(lambda match: "celsius" if match[1] else "fahrenheit", _QUOTIENT.sub("}/{", text))
     powers: dict[str, int] = {}
     nouns: dict[int, list[str]] = {1: [], -1: []}  # words that are no known units, above and below "per"
     scale, sign, outer, modifier = Fraction(1), 1, 1, 1
-    counts, last = is_single, None
+    counts, last = False, None
     for match in _WORDS.finditer(text):
         word = match[0]
         folded = word.casefold()
@@ -148,7 +141,8 @@ def read(text: str, is_single: bool = False) -> Unit | None:
             return None
         else:
             plural = folded.endswith("s") and not folded.endswith(("ss", "us", "is")) and len(folded) > 2
-            counts |= sign == 1 and (plural or folded in _IRREGULAR)
+            single = is_single and not folded.endswith(("ed", "ing", "ly"))
+            counts |= sign == 1 and (plural or single or folded in _IRREGULAR)
             nouns[sign].append(folded.removesuffix("s"))
             last = None
     if nouns[1] and not any(power > 0 for power in powers.values()):  # behind a unit, nouns say only what is measured
@@ -164,21 +158,10 @@ def _multiply(powers: dict[str, int], unit: dict[str, int], exponent: int) -> No
         powers[base] = powers.get(base, 0) + power * exponent
 
 
-def times(unit: Unit, other: Unit) -> Unit:
-    """Returns the unit of an amount of money with another unit: $5 per hour. Money that is named twice counts once."""
-    if unit.name.split(" ")[0] == other.name.split(" ")[0] or not other.name:
-        return unit if unit.name else other
-    return Unit(" ".join(sorted(f"{unit.name} {other.name}".split())), unit.scale * other.scale) if unit.name else other
-
-
 def agree(a: Unit, b: Unit) -> bool:
     """Returns whether two units measure the same thing, perhaps on another scale. A missing unit is forgiven."""
-    return (
-        a.name == b.name
-        or not (a.name and b.name)
-        or b.name in _AMBIGUOUS.get(a.name, ())
-        or (a.name in _AMBIGUOUS.get(b.name, ()))
-    )
+    names = {a.name, b.name}
+    return len(names) == 1 or "" in names or any({name, other} == names for name, other in _AMBIGUOUS)
 
 
 def ratio(a: Unit, b: Unit) -> Fraction:

@@ -6,7 +6,7 @@ Not here: numbers (`expression`).
 import re
 
 from igrpo_jax.rewards.mathematics import units
-from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Token, tokenize
+from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Token
 from igrpo_jax.rewards.mathematics.units import Unit
 
 OPERATORS = frozenset(("+", "-", "*", "/", "^", "_", "=", "<", ">", "!", "'", "cup"))
@@ -28,15 +28,14 @@ _PHRASES = {
 _MONTH = re.compile(
     r"\b(jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)(?:uary|ruary|ch|il|ust|ember|ober)?\b", re.IGNORECASE
 )
+_LABEL = re.compile(r"\s*(?:\\text\w*\{([A-Za-z][a-z ]{2,40}):\s*\}|(\\text\w*\{)?([A-Za-z][a-z ]{2,40}):)(?=.*\S)")
 _ORDINAL_DAY = r"(\d{1,2})(?:\s?(?:st|nd|rd|th))?"
 _DATE = re.compile(rf"(?:(?:the )?{_ORDINAL_DAY}(?: of)? MONTH|MONTH (?:the )?{_ORDINAL_DAY})(?: (\d{{4}}))?")
 _PERCENT = frozenset(("percent", "pct", "percentage", "%"))
-_SIGNS = {"\\$": "dollar", "€": "euro", "£": "gbp", "¥": "yen", "USD": "dollar", "EUR": "euro", "GBP": "gbp"}
-_CURRENCIES = {sign: units.read(name) for sign, name in _SIGNS.items()}
+_CURRENCIES = {"\\$": "dollar", "€": "euro", "£": "gbp", "¥": "yen", "USD": "dollar", "EUR": "euro", "GBP": "gbp"}
 _SHORT_UNITS = "cm mm km ft kg lb oz ml mi hr yd sq cu"  # units of two letters that need no \text
 _BARE_UNITS = frozenset(_SHORT_UNITS.split())
 _QUOTIENT = re.compile(r"[mg]/(?:s|h|min|l|ml|L|mL|m|cm|mol)(?:\^.*)?")
-_DEGREES = re.compile(r"\^ (?:\{ )?circ(?: \})?(?= \S)")
 _ORDINALS = frozenset(("st", "nd", "rd", "th"))
 
 
@@ -84,46 +83,42 @@ def date(answer: str) -> str | None:
     return f"{month[1][:3]} {int(match[1] or match[2])} {match[3] or ''}".casefold() if match else None
 
 
-def without_label(tokens: list[Token]) -> list[Token]:
-    """Returns the tokens behind a label such as "Total:"."""
-    label = re.fullmatch(r"\s*([A-Za-z ]{3,40}):(.*)", tokens[0].text) if tokens and tokens[0].kind == "text" else None
-    colon = next((at for at, token in enumerate(tokens[:5]) if token.text == ":"), 0)
-    rest = [*tokenize(label[2]), *tokens[1:]] if label else tokens[colon + 1 :]
-    words = label[1].split() if label else [token.text for token in tokens[:colon]]
-    if label is None and not (colon and all(map(is_prose, tokens[:colon]))):
-        return tokens
-    return tokens if not rest or any(word.casefold() in units.BLOCKED for word in words) else rest
+def without_label(answer: str) -> str:
+    """Returns the answer behind a label such as "Total:"."""
+    label = _LABEL.match(answer)
+    if not label or any(word.casefold() in units.BLOCKED for word in (label[1] or label[3]).split()):
+        return answer
+    return (label[2] or "") + answer[label.end() :]
 
 
 def without_unit(tokens: list[Token]) -> tuple[list[Token], Unit, bool]:
     """Returns (the expression, its unit, whether it is in percent)."""
     core, currency = _without_currency(tokens)
+    money = (units.read(currency) if currency else None) or units.NONE
     if not any(token.kind in ("letters", "text") or token.text == "%" for token in core[1:]):
-        return core, currency, False
+        return core, money, False
     for start in range(1, len(core)):
         before = core[start - 1]
         if before.is_in(OPERATORS) or not _may_begin_unit(core, start):
             continue
-        text = _DEGREES.sub("degrees", _spelled(core[start:])).strip()
+        text = _spelled(core[start:]).strip()
         first, _, rest = text.strip(" .").casefold().partition(" ")
         is_single = first in _PERCENT or core[0].text == "1" or any(t.is_in(("frac", "/")) for t in core[:start])
         if first in _PERCENT and (rest in ("", "points") or units.read(rest, is_single)):
-            return core[:start], currency, True
+            return core[:start], units.NONE, True
         if first in _ORDINALS and not rest and before.kind == "number":
-            return core[:start], currency, False
-        unit = units.read(text, is_single)
+            return core[:start], units.NONE, False
+        unit = units.read(f"{currency} {text}" if first in ("per", "a", "an", "/") else text, is_single)
         if unit:
-            return core[:start], units.times(currency, unit), False
-    return _without_ordinal(core), currency, False
+            return core[:start], unit, False
+    return _without_ordinal(core), money, False
 
 
-def _without_currency(tokens: list[Token]) -> tuple[list[Token], Unit]:
-    """Returns (the tokens without signs of money, the currency)."""
+def _without_currency(tokens: list[Token]) -> tuple[list[Token], str]:
+    """Returns (the tokens without signs of money, the name of the currency or "")."""
     signs = [token.text.strip() for token in tokens if token.kind in ("mark", "text", "letters")]
-    currencies = [_CURRENCIES[sign] for sign in signs if sign in _CURRENCIES]
-    if not currencies:
-        return tokens, units.NONE
-    return [token for token in tokens if token.text.strip() not in _CURRENCIES], currencies[0]
+    currency = next((_CURRENCIES[sign] for sign in signs if sign in _CURRENCIES), "")
+    return [token for token in tokens if token.text.strip() not in _CURRENCIES] if currency else tokens, currency
 
 
 def _may_begin_unit(tokens: list[Token], at: int) -> bool:
@@ -141,13 +136,13 @@ def _may_begin_unit(tokens: list[Token], at: int) -> bool:
             return token.spaced or bool(units.known(word)) or word in _PERCENT
         if word in _ORDINALS and not token.spaced:
             return True
-        is_symbol = bool(units.known(word)) and (
-            not word.islower() or [t.text for t in tokens[at + 1 : at + 2]] == ["/"]
-        )
-        return word in _BARE_UNITS or (token.spaced and (is_symbol or word in ("of", "am", "pm")))
+        is_symbol = units.known(word) and (not word.islower() or any(t.text == "/" for t in tokens[at + 1 : at + 2]))
+        return word in _BARE_UNITS or (token.spaced and bool(is_symbol or word in ("of", "am", "pm")))
     if token.text == "frac":
         return len(tokens) > at + 2 and tokens[at + 2].kind in ("text", "letters") and _may_begin_unit(tokens, at + 2)
-    return token.text in ("%", "in") or (token.text == "^" and bool(_DEGREES.match(_spelled(tokens[at:]))))
+    if token.text == "/":
+        return tokens[at + 1].kind == "text" if len(tokens) > at + 1 else False
+    return token.text in ("%", "in") or (token.text == "^" and bool(units.TEMPERATURE.match(_spelled(tokens[at:]))))
 
 
 def _spelled(tokens: list[Token]) -> str:
@@ -165,6 +160,7 @@ def _without_ordinal(tokens: list[Token]) -> list[Token]:
     return tokens
 
 
+_DENIALS = frozenset(("not", "no", "never", "wrong", "incorrect", "false"))
 _NAMING = "angle triangle overline overrightarrow vec mathbf mathcal mathbb frac dot bar hat circ cdot"
 _NAMED_BY = frozenset(_NAMING.split()) | frozenset(("(", ")", "[", "]", "{", "}", "|", ":", "'", "_", ",", "^"))
 
@@ -199,7 +195,8 @@ def is_name(tokens: list[Token], value: list[Token]) -> bool:
 
 def _may_name(token: Token) -> bool:
     if token.kind in ("letters", "text"):
-        return token.text.casefold() not in FUNCTIONS
+        denied = not token.text.isupper() and _DENIALS & set(token.text.casefold().split())
+        return token.text.casefold() not in FUNCTIONS and not denied
     return token.text in _NAMED_BY or token.text in GREEK
 
 

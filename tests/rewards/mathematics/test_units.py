@@ -70,6 +70,7 @@ def test_a_noun_in_the_singular_counts_a_single_thing():
     assert units.read("solution", is_single=True) == ("solution", 1)
     assert units.read("solution") is None
     assert units.read("half of the cake", is_single=True) is None
+    assert units.read("flipped", is_single=True) is None
 
 
 @pytest.mark.parametrize(
