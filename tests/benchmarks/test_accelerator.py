@@ -116,6 +116,15 @@ def test_a_part_that_hangs_is_stopped_with_all_that_it_started(tmp_path):
     wait_until(lambda: not alive(int((tmp_path / "log").read_text())))
 
 
+def test_a_part_ends_with_its_parent():
+    code = "import time; from benchmarks.accelerator import part; part.end_with_parent(); print(1, flush=True); time.sleep(60)"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, **pipes) as process:
+        assert process.stdout.readline() == b"1\n" and process.poll() is None
+        process.stdin.close()  # as the kernel does for a parent that is killed
+        assert process.wait(30) == -signal.SIGKILL
+
+
 def alive(pid):
     """Whether a process runs; one that has ended but was not waited for does not."""
     try:
