@@ -117,7 +117,8 @@ def test_a_part_that_hangs_is_stopped_with_all_that_it_started(tmp_path):
 
 
 def test_a_part_ends_with_its_parent():
-    code = "import time; from benchmarks.accelerator import part; part.end_with_parent(); print(1, flush=True); time.sleep(60)"
+    code = "import time; from benchmarks.accelerator import part; part.end_with_parent(); print(1, flush=True); "
+    code += "time.sleep(60)"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, **pipes) as process:
         assert process.stdout.readline() == b"1\n" and process.poll() is None
