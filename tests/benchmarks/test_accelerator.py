@@ -363,9 +363,10 @@ def test_everything_at_tiny_after_a_kill(tmp_path):
     before = results.rows()
     assert results.device() and "decode" not in results.ends()
 
-    done = subprocess.run(
-        [*arguments, "--minutes", "8"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=490
-    )
+    for _ in range(3):  # on a busy machine a part may be late, and the same command then goes on with it
+        done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
+        if ": late" not in done.stdout:
+            break
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "results.md").read_text()
     rows = results.rows()
     assert rows[: len(before)] == before
