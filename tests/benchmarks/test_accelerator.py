@@ -116,6 +116,16 @@ def test_a_part_that_hangs_is_stopped_with_all_that_it_started(tmp_path):
     wait_until(lambda: not alive(int((tmp_path / "log").read_text())))
 
 
+def test_a_part_ends_with_its_parent():
+    code = "import time; from benchmarks.accelerator import part; part.end_with_parent(); print(1, flush=True); "
+    code += "time.sleep(60)"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, **pipes) as process:
+        assert process.stdout.readline() == b"1\n" and process.poll() is None
+        process.stdin.close()  # as the kernel does for a parent that is killed
+        assert process.wait(30) == -signal.SIGKILL
+
+
 def alive(pid):
     """Whether a process runs; one that has ended but was not waited for does not."""
     try:
@@ -353,9 +363,10 @@ def test_everything_at_tiny_after_a_kill(tmp_path):
     before = results.rows()
     assert results.device() and "decode" not in results.ends()
 
-    done = subprocess.run(
-        [*arguments, "--minutes", "8"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=490
-    )
+    for _ in range(3):  # on a busy machine a part may be late, and the same command then goes on with it
+        done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
+        if ": late" not in done.stdout:
+            break
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "results.md").read_text()
     rows = results.rows()
     assert rows[: len(before)] == before
