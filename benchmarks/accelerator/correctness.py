@@ -25,9 +25,9 @@ from benchmarks.accelerator import reference
 if TYPE_CHECKING:
     from benchmarks.accelerator.part import Task
 
-# Errors of a float32 program on a CPU are below 1e-5, those in bfloat16 are a third of these or less.
-CLOSE = {"logits": 1e-3, "logprob": 1e-3, "entropy": 1e-3, "gradient": 1e-3, "norms": 1e-3}
-ROUNDED = {"logits": 0.1, "logprob": 0.15, "entropy": 0.03, "gradient": 0.1, "norms": 0.05}
+# In float32 the errors of a CPU are below 1e-5. In bfloat16 on a CPU they are, for 30 layers, a third of these.
+CLOSE = {"logits": 1e-3, "logprob": 1e-3, "largest": 2e-3, "entropy": 1e-3, "gradient": 1e-3, "norms": 1e-3}
+ROUNDED = {"logits": 0.15, "logprob": 0.08, "largest": 0.4, "entropy": 0.01, "gradient": 0.25, "norms": 0.02}
 TOLERANCES = {"float32, full precision": CLOSE, "float32": ROUNDED, "bfloat16": ROUNDED}
 
 
@@ -119,7 +119,7 @@ class Checked:
         difference = np.abs(logprob - np.stack([sample.logprobs for sample in samples]))
         figures = {"gap": gap.max(), "logprob": difference.max(), "other_tokens": int((gap > 0).sum())}
         close = dtype == "float32"
-        return _floats(figures), {"gap": 1e-3, "logprob": 1e-3} if close else {"gap": 0.1, "logprob": 0.15}
+        return _floats(figures), {"gap": 1e-3, "logprob": 1e-3} if close else {"gap": 0.3, "logprob": 0.4}
 
     def _sampled(self, dtype: str) -> list:
         """Returns one greedy Sample of each context, in their order."""
@@ -225,19 +225,22 @@ def attentions(mesh, head_dim: int) -> list[tuple[str, str]]:
 def errors(computed: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dict[str, float]:
     """Returns how far `computed` is from `expected`, both as in `reference`.
 
-    logits, logprob, entropy    the largest difference; that of logits over their standard deviation
-    gradient                    norm of the difference of the entries over their norm
-    norms                       the largest difference of the norms of a parameter's gradient, over the largest norm
+    logits      root mean square of the differences, over the standard deviation of the logits
+    logprob     mean of the absolute differences, in nats; `largest` is the largest of them
+    entropy     largest difference, in nats
+    gradient    norm of the difference of the entries, over their norm
+    norms       largest difference of the norms of a parameter's gradient, over the largest norm
     """
-    difference = {name: computed[name].astype(np.float64) - expected[name] for name in CLOSE if name in computed}
-    slices = computed["slices"].astype(np.float64) - expected["slices"]
+    names = ("logits", "logprob", "entropy", "slices", "norms")
+    difference = {name: np.abs(computed[name].astype(np.float64) - expected[name]) for name in names}
     return _floats(
         {
-            "logits": np.abs(difference["logits"]).max() / expected["logits"].std(),
-            "logprob": np.abs(difference["logprob"]).max(),
-            "entropy": np.abs(difference["entropy"]).max(),
-            "gradient": np.linalg.norm(slices) / np.linalg.norm(expected["slices"]),
-            "norms": np.abs(difference["norms"]).max() / expected["norms"].max(),
+            "logits": np.sqrt(np.mean(difference["logits"] ** 2)) / expected["logits"].std(),
+            "logprob": difference["logprob"].mean(),
+            "largest": difference["logprob"].max(),
+            "entropy": difference["entropy"].max(),
+            "gradient": np.linalg.norm(difference["slices"]) / np.linalg.norm(expected["slices"]),
+            "norms": difference["norms"].max() / expected["norms"].max(),
         }
     )
 

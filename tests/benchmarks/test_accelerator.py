@@ -285,17 +285,16 @@ def test_a_trace_is_reduced_to_own_times_and_gaps():
 
 
 def test_errors_are_relative_to_what_they_are_errors_of():
-    expected = {name: np.ones((2, 4)) for name in (*CLOSE, "slices")} | {"logits": np.array([0.0, 4.0])}
-    assert set(errors(expected, expected).values()) == {0.0}
-    computed = expected | {
-        "logits": np.array([0.0, 5.0]),
-        "slices": np.full((2, 4), 1.5),
-        "norms": np.full(2, 0.9)[:, None],
-    }
-    wrong = errors(computed, expected)
-    assert (wrong["logits"], wrong["gradient"], wrong["norms"]) == pytest.approx((0.5, 0.5, 0.1))
-    computed["logprob"] = np.array([np.nan])
-    assert not errors(computed, expected)["logprob"] <= 1
+    expected = {"logits": np.array([0.0, 4.0]), "logprob": np.ones((2, 2)), "entropy": np.ones(3)}
+    expected |= {"slices": np.ones((2, 4)), "norms": np.array([1.0, 2.0])}
+    assert errors(expected, expected) == dict.fromkeys(CLOSE, 0.0)
+    changed = {"logits": [0.0, 4.0 + 8**0.5], "logprob": [[1.0, 1.4]] * 2, "slices": np.full((2, 4), 1.5)}
+    changed["norms"] = [0.8, 2.0]
+    wrong = errors(expected | {name: np.array(value) for name, value in changed.items()}, expected)
+    assert wrong == pytest.approx(
+        {"logits": 1.0, "logprob": 0.2, "largest": 0.4, "entropy": 0.0, "gradient": 0.5, "norms": 0.1}
+    )
+    assert not errors(expected | {"entropy": np.array([np.nan])}, expected)["entropy"] <= 1
 
 
 def test_the_reference_is_small_and_of_these_weights():
