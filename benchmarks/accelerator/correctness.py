@@ -25,9 +25,9 @@ from benchmarks.accelerator import reference
 if TYPE_CHECKING:
     from benchmarks.accelerator.part import Task
 
-# In float32 the errors of a CPU are below 1e-5. In bfloat16 on a CPU they are, for 30 layers, a third of these.
+# In float32 the errors of a CPU are below 1e-5. In bfloat16 on a CPU they are, for 30 layers, less than half of these.
 CLOSE = {"logits": 1e-3, "logprob": 1e-3, "largest": 2e-3, "entropy": 1e-3, "gradient": 1e-3, "norms": 1e-3}
-ROUNDED = {"logits": 0.15, "logprob": 0.08, "largest": 0.4, "entropy": 0.01, "gradient": 0.25, "norms": 0.02}
+ROUNDED = {"logits": 0.15, "logprob": 0.08, "largest": 0.4, "entropy": 0.01, "gradient": 0.25, "norms": 5e-3}
 TOLERANCES = {"float32, full precision": CLOSE, "float32": ROUNDED, "bfloat16": ROUNDED}
 
 
