@@ -4,7 +4,7 @@
     python benchmarks/matched_budget.py --out studies/arithmetic --groups all             # and 3 of the other groups
     python benchmarks/matched_budget.py --out studies/smollm2 --setting smollm2 --model SMOLLM2_DIR --data DATA_DIR
     python benchmarks/matched_budget.py --out studies/qwen05 --setting qwen05 --model QWEN05_DIR --data DATA_DIR \\
-        --jobs 1 --minutes 9
+        --minutes 9
 
 Every run is `python -m igrpo_jax.main` with a file of configs/ and the settings of its arm in study_arms.py; its folder
 is OUT/runs/ARM/seed_K. All runs begin from the same exported model. The seed decides the order of the prompts and the
@@ -170,7 +170,7 @@ def parse() -> argparse.Namespace:
         "--seeds", type=int, default=0, help="seeds of every group; default 10 of main and of single arms, 3 of others"
     )
     parser.add_argument("--steps", type=int, default=0, help="default: the configuration's")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default 2, qwen05 1")
     parser.add_argument("--minutes", type=float, default=0, help="when to stop; default: at the end of the study")
     parser.add_argument("--model", default="", help="Hugging Face directory or hub id, not with arithmetic")
     parser.add_argument("--data", type=Path, help="folder of gsm8k_train.jsonl (id, prompt, answer, solution)")
@@ -185,6 +185,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"--minutes {args.minutes:g}: runs may take {grace_of(args):g} s to stop; give more")
     args.out = args.out.absolute()
     setting = SETTINGS[args.setting]
+    args.jobs = args.jobs or setting.jobs
     args.screen = setting.screen if args.screen is None else args.screen
     args.held_out = setting.held_out if args.held_out is None else args.held_out
     names = list(ARMS) if args.groups == "all" else (args.groups or setting.groups).split(",")

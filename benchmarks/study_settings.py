@@ -56,6 +56,7 @@ class Setting:
 
     config: Path
     groups: str = "main"
+    jobs: int = 2
     screen: int = 0  # problems that a pretrained model is asked first; 0 for the built-in model
     held_out: int = 0  # kept problems that are evaluated and not trained on; 0 evaluates those that are trained on
     samples: int = 4  # answers to each of the problems that are asked first
@@ -65,7 +66,7 @@ CONFIGS = ROOT / "configs"
 SETTINGS = {
     "arithmetic": Setting(CONFIGS / "study_arithmetic.py"),
     "smollm2": Setting(CONFIGS / "study_smollm2.py", screen=400),
-    "qwen05": Setting(CONFIGS / "study_qwen05.py", "main,igrpo_train_drafts", screen=1024, held_out=128),
+    "qwen05": Setting(CONFIGS / "study_qwen05.py", "main,igrpo_train_drafts", jobs=1, screen=1024, held_out=128),
 }
 
 

@@ -253,6 +253,19 @@ def test_a_study_of_a_pretrained_model_goes_on_from_its_numbers_alone(tmp_path, 
     assert not more_steps.finished("grpo", 0)
 
 
+def test_each_setting_has_its_own_defaults(tmp_path, monkeypatch):
+    args = parse(monkeypatch, "--out", str(tmp_path))
+    assert (list(args.groups), args.jobs, args.screen, args.held_out) == (["main"], 2, 0, 0)
+    qwen05 = ["--out", str(tmp_path), "--setting", "qwen05", "--model", "m", "--data", "d"]
+    args = parse(monkeypatch, *qwen05)
+    assert (list(args.groups), args.jobs) == (["main", "igrpo_train_drafts"], 1)
+    assert (args.screen, args.held_out) == (1024, 128)
+    assert len(matched_budget.wanted_runs(args)) == 30
+    args = parse(monkeypatch, *qwen05, "--held-out", "0", "--groups", "main,igrpo,controls")
+    assert args.held_out == 0
+    assert len(matched_budget.wanted_runs(args)) == 2 * 10 + 3 * len(study_arms.ARMS["controls"])  # igrpo counts once
+
+
 def test_minutes_that_leave_no_time_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parse(monkeypatch, "--out", str(tmp_path), "--minutes", "0.2")
