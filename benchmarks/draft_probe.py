@@ -141,18 +141,18 @@ def measure(args: argparse.Namespace, problems: Sequence[dict]) -> dict[str, dic
             evaluate(args, names, args.out / folder, hot)
         return {name: study_runs.read_rows(args.out / folder / f"{name}.jsonl") for name in names}
 
-    given = answers([name for name in args.kinds if name in kinds])
-    results = {name: figures(rows, kinds[name]) for name, rows in given.items()}
+    given: dict[str, list[dict]] = {}
+    if "own" in args.kinds:
+        given |= answers(["plain"])
+        kinds["own"] = own_drafts(problems, given["plain"])
+    given |= answers([name for name in args.kinds if name in kinds and name not in given])
+    results = {name: figures(given[name], kinds[name]) for name in args.kinds if name in given}
+    for name, right in (("own_right", True), ("own_wrong", False)):
+        some = [row for row in kinds.get("own", []) if row["draft_right"] == right]
+        if some:
+            results[name] = figures(given["own"], some)
     hot = answers([name.removesuffix("_hot") for name in args.kinds if name in HOT], "hot", hot=True)
     results |= {f"{name}_hot": figures(rows, kinds[name]) for name, rows in hot.items()}
-    if "own" in args.kinds:
-        kinds["own"] = own_drafts(problems, given["plain"])
-        rows = answers(["own"])["own"]
-        results["own"] = figures(rows, kinds["own"])
-        for name, right in (("own_right", True), ("own_wrong", False)):
-            some = [row for row in kinds["own"] if row["draft_right"] == right]
-            if some:
-                results[name] = figures(rows, some)
     return results
 
 

@@ -325,6 +325,40 @@ def test_own_drafts_are_the_first_answers_to_the_same_problems():
     assert "<draft>\nIt is 2.\n</draft>" in second["prompt"] and second["draft_right"] and second["stated"] == "2"
 
 
+def test_own_drafts_are_asked_after_the_plain_prompts(tmp_path, monkeypatch):
+    """A stand-in for the model answers 1 to every plain prompt, and with a draft it answers what is right."""
+    calls = []
+
+    def evaluate(args, names, workdir, hot=False):
+        calls.append((workdir.name, list(names), hot))
+        workdir.mkdir(exist_ok=True)
+        for name in names:
+            answers = []
+            for row in study_runs.read_rows(args.out / "data" / f"{name}.jsonl"):
+                stated = row["answer"] if "draft answer" in row["prompt"] else "1"
+                answer = {"prompt_id": row["id"], "sample_id": 0, "text": stated, "extracted": stated}
+                answers.append(
+                    answer | {"accuracy": float(stated == row["answer"]), "token_count": 1, "finished": True}
+                )
+            (workdir / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+
+    monkeypatch.setattr(draft_probe, "evaluate", evaluate)
+    args = argparse.Namespace(out=tmp_path, kinds=["plain", "own", "wrong", "plain_hot"])
+    results = draft_probe.measure(args, [problem(1), problem(2), problem(3), problem(4)])
+    assert calls == [
+        ("evaluations", ["plain"], False),
+        ("evaluations", ["own", "wrong"], False),
+        ("hot", ["plain"], True),
+    ]
+    assert list(results) == ["plain", "own", "wrong", "own_right", "own_wrong", "plain_hot"]
+    accuracies = {name: (row["problems"], row["accuracy"]) for name, row in results.items()}
+    assert accuracies["plain"] == (4, 0.25) and accuracies["own"] == (4, 1.0)
+    assert accuracies["own_right"] == (1, 1.0) and accuracies["own_wrong"] == (3, 1.0)
+    assert results["wrong"]["draft_answer"] == 0 and results["own"]["draft_answer"] == 0.25
+    draft_probe.measure(argparse.Namespace(out=tmp_path, kinds=["plain", "right"]), [problem(1)])
+    assert calls[3:] == [("evaluations", ["plain", "right"], False)]
+
+
 def test_the_numbers_of_a_kind_of_prompt():
     asked = [problem(1) | {"draft": "a b c", "stated": "1"}, problem(2) | {"draft": "d", "stated": None}]
     row = lambda number, **more: {"prompt_id": f"p{number}", "token_count": 4, "finished": True} | more
