@@ -37,7 +37,7 @@ FLAGS = {
 def main(argv: list[str]) -> None:
     config, values = cli.parse_model(argv, USAGE, FLAGS)
     if values["compare"]:
-        from igrpo_jax.evaluation.results import compare
+        from igrpo_jax.evaluation.comparison import compare
 
         folders = values["compare"].split(",")
         if len(folders) != 2:

@@ -5,7 +5,12 @@
     maj@k    whether the largest class of equal answers is right, the one that came first among equals; the mean over
              the n // k disjoint runs of k samples, in order. A sample without an answer has no vote.
     interval the 2.5 and 97.5 percent points of the mean when the problems are drawn again with replacement: it shows
-             how much other problems of the same kind would change it, not how much other samples of these would.
+             how much other problems of the same kind would change it, not how much other samples of these would. Where
+             all problems have the same value the bootstrap is one point, and the interval is exact instead: 0 of n
+             right gives 0 to 1 - 0.025^(1/n) (Clopper & Pearson 1934, Biometrika 26).
+    sign     the chance that the problems that changed would split between better and worse at least as unequally if
+    test     both ways were equally likely (two-sided binomial). With one answer to each problem it is McNemar's exact
+             test (McNemar 1947, Psychometrika 12). It is exact at the edge, where a bootstrap is too narrow.
 
 Legend: P problems, K samples of each.
 """
@@ -102,10 +107,20 @@ def majority_at(classes: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
     return np.array(fractions)
 
 
-def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Returns the 95 % bootstrap interval of the mean of `values` [P] over the problems, by percentiles."""
-    draw = np.random.Generator(np.random.PCG64(seed))
+def interval(values: np.ndarray, bounds: tuple[float, float] = (0.0, 1.0), seed: int = 0) -> tuple[float, float]:
+    """Returns the 95 % interval of the mean of `values` [P] over the problems, by percentiles of the bootstrap.
+
+    Where all values are equal the interval is exact: P equal values have a chance of at least 0.025 as long as up to
+    u = 1 - 0.025^(1/P) of all problems have another value, which may lie anywhere within `bounds`.
+
+    Args:
+        bounds: the smallest and the largest value that a problem can have.
+    """
     values = np.asarray(values, np.float64)
+    if np.ptp(values) < 1e-9:  # sums of fractions differ in their last digits
+        value, other = float(values[0]), 1 - 0.025 ** (1 / len(values))
+        return value - other * (value - bounds[0]), value + other * (bounds[1] - value)
+    draw = np.random.Generator(np.random.PCG64(seed))
     means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(REDRAWN)]
     low, high = np.quantile(means, (0.025, 0.975), method="inverted_cdf")
     return float(low), float(high)
@@ -117,7 +132,14 @@ def difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float, flo
     Both values of a problem are drawn again together.
     """
     change = np.asarray(second, np.float64) - np.asarray(first, np.float64)
-    return float(change.mean()), *interval(change)
+    return float(change.mean()), *interval(change, (-1.0, 1.0))
+
+
+def sign_test(better: int, worse: int) -> float:
+    """Returns the two-sided p-value of `better` against `worse` problems; 1 where no problem changed."""
+    changed = better + worse
+    tail = sum(math.comb(changed, i) for i in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**changed)
 
 
 REFINED = ("fixed", "broken", "kept_right", "kept_wrong")  # names of what `refined` returns

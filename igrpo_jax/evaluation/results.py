@@ -1,4 +1,4 @@
-"""The folder of an evaluation: its rows, its model and settings, its summary; and how two folders compare.
+"""The folder of an evaluation: its rows, its model and settings, its summary.
 
     NAME.jsonl       one row per sample of benchmark NAME: appended while it runs, put in order when it is complete
     evaluation.json  model and settings, so that another command with the same --workdir goes on, or is refused
@@ -10,14 +10,10 @@ Several processes write files of their own (NAME.process-3.jsonl), which the fir
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
 from igrpo_jax.errors import InputError, RunError
-from igrpo_jax.evaluation import measures
 from igrpo_jax.outputs.files import write_atomically, write_rows, writing
 
 Key = tuple[int, tuple[int, ...], int]  # problem, drafts on the way to the sample's prompt, number of the sample
@@ -47,7 +43,7 @@ class Rows:
         self.reload()
         path = folder / (f"{name}.jsonl" if process is None else f"{name}.process-{process}.jsonl")
         # A kill leaves half a line at the end; what is appended to it would be lost with it.
-        write_rows(path, _read(path))
+        write_rows(path, read_rows(path))
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def get(self, key: Key) -> dict[str, Any] | None:
@@ -78,7 +74,7 @@ class Rows:
     def reload(self) -> None:
         """Reads the rows of all processes."""
         for path in _paths(self._folder, self._name):
-            self.take(_read(path))
+            self.take(read_rows(path))
 
     def close(self) -> None:
         if self._file is not None:
@@ -108,7 +104,7 @@ def _paths(folder: Path, name: str) -> list[Path]:
     return [folder / f"{name}.jsonl", *parts]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Returns the complete rows of a file; a broken line, as a kill leaves it, is dropped."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
@@ -183,7 +179,8 @@ def markdown(benchmarks: dict[str, dict[str, Any]]) -> str:
 def _single_shot(benchmarks: dict[str, dict[str, Any]]) -> list[str]:
     """Returns the lines of the table of the single shot."""
     lines = [
-        "Single shot, in percent and tokens; intervals are 95 %, by bootstrap over problems.",
+        "Single shot, in percent and tokens; intervals are 95 %, by bootstrap over problems, and exact where all "
+        "problems score the same.",
         "",
         "| benchmark | problems | samples | pass@1 | interval | pass@k | maj@k | length (right, wrong) "
         "| cut | no answer |",
@@ -191,14 +188,14 @@ def _single_shot(benchmarks: dict[str, dict[str, Any]]) -> list[str]:
     ]
     for name, summary in benchmarks.items():
         shot, samples = summary["single_shot"], summary["samples"]
-        cells = [name, summary["problems"], samples, _percent(shot["pass@1"])]
-        cells.append(f"{_percent(shot['pass@1_low'])} to {_percent(shot['pass@1_high'])}")
+        cells = [name, summary["problems"], samples, percent(shot["pass@1"])]
+        cells.append(f"{percent(shot['pass@1_low'])} to {percent(shot['pass@1_high'])}")
         for measure in ("pass", "maj"):
             ks = sorted(int(key.partition("@")[2]) for key in shot if re.fullmatch(rf"{measure}@(?!1$)\d+", key))
-            cells.append(f"{_percent(shot[f'{measure}@{ks[-1]}'])} (k = {ks[-1]})" if ks else "")
+            cells.append(f"{percent(shot[f'{measure}@{ks[-1]}'])} (k = {ks[-1]})" if ks else "")
         lengths = [f"{shot[x]:.0f}" if x in shot else "-" for x in ("solved_length", "unsolved_length")]
         cells.append(f"{shot['mean_length']:.0f} ({', '.join(lengths)})")
-        cells += [_percent(shot["clipped_ratio"]), _percent(shot["unparseable_frac"])]
+        cells += [percent(shot["clipped_ratio"]), percent(shot["unparseable_frac"])]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
@@ -216,79 +213,13 @@ def _rounds(benchmarks: dict[str, dict[str, Any]]) -> list[str]:
     for name, summary in benchmarks.items():
         for number, chains in enumerate(summary["rounds"], 1):
             for chain, values in chains.items():
-                cells = [_percent(values[x]) for x in ("draft_accuracy", "pass@1")]
-                cells.append(f"{_percent(values['pass@1_low'])} to {_percent(values['pass@1_high'])}")
-                cells += [_percent(values[x]) for x in ("fixed", "broken", "kept_right", "kept_wrong")]
+                cells = [percent(values[x]) for x in ("draft_accuracy", "pass@1")]
+                cells.append(f"{percent(values['pass@1_low'])} to {percent(values['pass@1_high'])}")
+                cells += [percent(values[x]) for x in ("fixed", "broken", "kept_right", "kept_wrong")]
                 lines.append("| " + " | ".join([name, str(number), chain, *cells]) + " |")
     return lines
 
 
-@dataclass(frozen=True)
-class Paired:
-    """The single shot of two evaluations on the problems of a benchmark that both hold; fractions, not percent."""
-
-    problems: int
-    left_out: int  # problems in one of them only
-    first: float  # pass@1
-    second: float
-    change: float  # second - first, with its 95 % interval
-    low: float
-    high: float
-
-
-def paired(first: Path, second: Path) -> dict[str, Paired]:
-    """Returns by how much `second` is better on each benchmark that both folders hold, compared problem by problem.
-
-    Raises:
-        InputError: a folder holds no rows, or the two have no problem in common.
-    """
-    firsts, seconds = _accuracies(first), _accuracies(second)
-    names = [name for name in firsts if name in seconds]
-    if not names:
-        raise InputError(
-            f"--compare {first},{second}: no benchmark is in both ({', '.join(firsts)}; {', '.join(seconds)}); give "
-            "folders that hold the NAME.jsonl of the same benchmark"
-        )
-    differences = {}
-    for name in names:
-        common = [problem for problem in firsts[name] if problem in seconds[name]]
-        if not common:
-            raise InputError(f"--compare {first},{second}: no problem of {name} is in both; give the same problems")
-        a, b = (np.array([accuracies[name][problem] for problem in common]) for accuracies in (firsts, seconds))
-        left_out = len(firsts[name].keys() | seconds[name].keys()) - len(common)
-        differences[name] = Paired(len(common), left_out, float(a.mean()), float(b.mean()), *measures.difference(a, b))
-    return differences
-
-
-def compare(first: Path, second: Path) -> str:
-    """Returns `paired` as a Markdown table; raises as it does."""
-    lines = [
-        f"Single-shot pass@1 in percent: A = {first}, B = {second}; problems are compared in pairs.",
-        "",
-        "| benchmark | problems | A | B | B - A | 95 % interval |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, pair in paired(first, second).items():
-        count = f"{pair.problems}" + (f" ({pair.left_out} in one only)" if pair.left_out else "")
-        cells = [name, count, _percent(pair.first), _percent(pair.second), f"{100 * pair.change:+.2f}"]
-        lines.append("| " + " | ".join([*cells, f"{100 * pair.low:+.2f} to {100 * pair.high:+.2f}"]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _accuracies(folder: Path) -> dict[str, dict[tuple[str, str], float]]:
-    """Returns by benchmark, and by (id, question), the mean accuracy of the single-shot samples."""
-    if not folder.is_dir():
-        raise InputError(f"--compare: {str(folder)!r} is no folder; give two folders of evaluations, A,B")
-    samples: dict[str, dict[tuple[str, str], list[float]]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        for row in _read(path):
-            if not row["drafts"]:
-                problems = samples.setdefault(path.name.partition(".")[0], {})
-                problems.setdefault((row["prompt_id"], row["prompt"]), []).append(row["accuracy"])
-    if not samples:
-        raise InputError(f"--compare: {str(folder)!r} holds no rows of an evaluation; give the --workdir of one")
-    return {name: {key: float(np.mean(values)) for key, values in rows.items()} for name, rows in samples.items()}
-
-
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """Returns a fraction in percent, with two digits."""
     return f"{100 * fraction:.2f}"

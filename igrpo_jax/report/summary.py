@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from igrpo_jax.errors import InputError
-from igrpo_jax.evaluation import results
+from igrpo_jax.evaluation import comparison
 from igrpo_jax.outputs.alerts import WATCHED, alerts
 from igrpo_jax.report.runs import Curve, RecordedRun, counted
 
+CHANCE = 0.05  # p-value of the sign test below which a change is taken for one
 ENDS = 0.1  # fraction of a run's steps at either end whose means are compared
 
 
@@ -87,7 +88,7 @@ def conclusion(run: RecordedRun) -> Conclusion:
     return Conclusion({"good": "Learning", "bad": "Getting worse", "open": "Not shown"}[tone], tone, reasons)
 
 
-def _compared(run: RecordedRun, name: str, first: int, last: int, pair: results.Paired | None) -> tuple[str, str]:
+def _compared(run: RecordedRun, name: str, first: int, last: int, pair: comparison.Paired | None) -> tuple[str, str]:
     """Returns the tone of a benchmark's change between two evaluations, and a sentence about it.
 
     Problems are compared in pairs where the rows of both evaluations can be read, else by the intervals of the means.
@@ -100,8 +101,13 @@ def _compared(run: RecordedRun, name: str, first: int, last: int, pair: results.
     change = f"Single-shot pass@1 on {name} went from {before:.1%} (step {first}) to {after:.1%} (step {last})"
     if pair is not None:
         interval = f"95 % interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
-        change += f": {100 * pair.change:+.1f} points, {interval}, {pair.problems:,} problems in pairs"
-        risen, fallen, doubt = pair.low > 0, pair.high < 0, "that includes no change"
+        counts = f"{pair.problems:,} problems in pairs, {pair.better:,} better and {pair.worse:,} worse"
+        change += f": {100 * pair.change:+.1f} points, {interval}, {counts}"
+        sure = pair.p_value < CHANCE  # the bootstrap alone is too sure where few problems changed
+        risen, fallen = sure and pair.low > 0, sure and pair.high < 0
+        doubt = f"an exact sign test leaves that open (p = {pair.p_value:.2g})"
+        if pair.low <= 0 <= pair.high:
+            doubt = "the interval includes no change"
     else:
         risen = at(last, "pass@1_low") > at(first, "pass@1_high")
         fallen = at(last, "pass@1_high") < at(first, "pass@1_low")
@@ -111,10 +117,10 @@ def _compared(run: RecordedRun, name: str, first: int, last: int, pair: results.
     return "open", f"{change}; {doubt}"
 
 
-def _paired(folder: Path, first: int, last: int) -> dict[str, results.Paired]:
+def _paired(folder: Path, first: int, last: int) -> dict[str, comparison.Paired]:
     """Returns the paired comparison by benchmark; empty where the rows of an evaluation are missing or torn."""
     try:
-        return results.paired(*(folder / f"step_{step:06d}" for step in (first, last)))
+        return comparison.paired(*(folder / f"step_{step:06d}" for step in (first, last)))
     except (InputError, KeyError, TypeError, OSError):
         return {}
 

@@ -62,7 +62,6 @@ def test_the_interval_of_coin_flips_is_the_binomial_one():
 def test_intervals_of_two_problems_and_of_equal_ones():
     # Means 0, 1/2, 1 come with 1/4, 1/2, 1/4.
     assert measures.interval(np.array([0.0, 1.0])) == (0.0, 1.0)
-    assert measures.interval(np.array([0.25] * 7)) == (0.25, 0.25)
     # Three problems, one solved: 0 with 8/27, 1/3 with 12/27, 2/3 with 6/27, 1 with 1/27 = 0.037.
     assert measures.interval(np.array([1.0, 0.0, 0.0])) == (0.0, 1.0)
 
@@ -71,9 +70,35 @@ def test_a_paired_difference_knows_that_the_problems_are_the_same():
     hard = np.repeat([0.0, 1.0], 50)  # problems that differ much
     better = np.clip(hard + 0.1, 0, 1.1)
     change, low, high = measures.difference(hard, better)
-    assert change == pytest.approx(0.1) and low == pytest.approx(0.1) and high == pytest.approx(0.1)
+    # All 100 problems gain 0.1; 1 - 0.025^(1/100) = 0.0362 of all problems may be others, with changes of -1 to 1.
+    assert (
+        change == pytest.approx(0.1)
+        and low == pytest.approx(0.0601, abs=1e-4)
+        and high == pytest.approx(0.1326, abs=1e-4)
+    )
     change, low, high = measures.difference(np.array([1.0, 0.0]), np.array([0.0, 0.0]))
     assert (change, low, high) == (-0.5, -1.0, 0.0)
+
+
+@pytest.mark.parametrize("count", [1, 6, 30])
+def test_equal_problems_have_the_exact_interval(count):
+    """At 0 and at all right it is that of Clopper and Pearson; the bootstrap is a point there."""
+    exact = pytest.importorskip("scipy.stats").binomtest
+    for right in (0, count):
+        interval = exact(right, count).proportion_ci(0.95, "exact")
+        assert measures.interval(np.full(count, right / count)) == pytest.approx((interval.low, interval.high))
+    if count == 6:  # 1 - 0.025^(1/6), for readers without scipy
+        assert measures.interval(np.zeros(6)) == (0, pytest.approx(0.45926, abs=1e-5))
+        # A quarter solved of each: all other problems may be unsolved, or solved.
+        assert measures.interval(np.full(6, 0.25)) == pytest.approx((0.25 * 0.54074, 0.25 + 0.75 * 0.45926), abs=1e-5)
+
+
+def test_the_sign_test_is_the_binomial_one():
+    """8 better and none worse: 2 / 2^8; 4 and none: 2 / 16, though a bootstrap of 40 problems leaves no change out."""
+    assert measures.sign_test(8, 0) == 2 / 256 and measures.sign_test(0, 4) == 2 / 16
+    assert measures.sign_test(1, 3) == 2 * (1 + 4) / 16 and measures.sign_test(2, 2) == measures.sign_test(0, 0) == 1
+    four = np.repeat([1.0, 0.0], [4, 36])
+    assert measures.difference(np.zeros(40), four)[1] > 0
 
 
 def test_the_four_fates_of_a_refinement():

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: rows that survive a kill, one kind of evaluation a folder, two folders compared."""
+"""The folder of an evaluation: rows that survive a kill, one kind of evaluation a folder."""
 
 import json
 import os
@@ -83,34 +83,6 @@ def test_a_folder_that_cannot_be_written_is_bad_input(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(InputError, match=r"cannot be used .*Read-only file system.*; give another folder"):
         results.claim(tmp_path / "out", {"model": "a"})
-
-
-def folder(path, accuracies, name="b"):
-    rows = Rows(path, name)
-    for index, samples in accuracies.items():
-        for i, accuracy in enumerate(samples):
-            rows.add(row(index, i, accuracy))
-            rows.add(row(index, i, 0.0, drafts=(0,)))  # a refinement does not count
-    rows.close()
-    return path
-
-
-def test_two_folders_compared(tmp_path):
-    first = folder(tmp_path / "a", {0: [0, 0], 1: [1, 0], 2: [1, 1]})
-    second = folder(tmp_path / "b", {0: [1, 0, 1, 0], 1: [1, 1, 1, 1], 3: [0]})
-    text = results.compare(first, second)
-    # Problems 0 and 1 are in both: 0 -> 0.5 and 0.5 -> 1.
-    assert "| b | 2 (2 in one only) | 25.00 | 75.00 | +50.00 | +50.00 to +50.00 |" in text
-    with pytest.raises(InputError, match="no problem of b is in both"):
-        results.compare(first, folder(tmp_path / "c", {7: [1]}))
-    with pytest.raises(InputError, match="no benchmark is in both"):
-        results.compare(first, folder(tmp_path / "d", {0: [1]}, "other"))
-    for wrong in ("none", "d/other.jsonl"):
-        with pytest.raises(InputError, match="is no folder"):
-            results.compare(first, tmp_path / wrong)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no rows"):
-        results.compare(tmp_path / "empty", first)
 
 
 def test_the_summary_keeps_other_benchmarks_of_the_folder(tmp_path):

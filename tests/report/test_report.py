@@ -250,6 +250,9 @@ def test_problems_are_compared_in_pairs_where_their_rows_are_there(tmp_path):
     write_evaluation(folder, 10, range(6, 24))  # 8 become right and 6 wrong
     conclusion = summary.conclusion(read(folder))
     assert conclusion.answer == "Not shown" and "+5.0 points" in conclusion.reasons[0]
+    write_evaluation(folder, 10, range(20))  # 4 become right and none wrong: p = 2 / 2^4
+    conclusion = summary.conclusion(read(folder))
+    assert conclusion.answer == "Not shown" and "sign test leaves that open (p = 0.12)" in conclusion.reasons[0]
     (folder / "evaluations" / "step_000010" / "b.jsonl").write_text('{"index": 0}\n{"ind')
     conclusion = summary.conclusion(read(folder))
     assert conclusion.answer == "Not shown" and "intervals overlap" in conclusion.reasons[0]

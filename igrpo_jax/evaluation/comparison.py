@@ -1,0 +1,181 @@
+"""Two evaluations compared: first in what else than the model they differ, then by how much the second is better.
+
+Problems are compared in pairs: those that both folders hold, by the mean accuracy of their single-shot answers.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from igrpo_jax.errors import InputError
+from igrpo_jax.evaluation import measures
+from igrpo_jax.evaluation.results import percent, read_rows
+
+MODEL = ("model", "step", "weights_written")  # the settings of evaluation.json that say which weights answered
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem of one evaluation with its single-shot answers."""
+
+    answer: Any  # the reference answer
+    accuracies: list[float]  # of the answers
+
+
+Problems = dict[tuple[str, str], Problem]  # by id and question
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The single shot of two evaluations on the problems of a benchmark that both hold; fractions, not percent."""
+
+    problems: int
+    left_out: int  # problems in one of them only
+    first: float  # pass@1
+    second: float
+    change: float  # second - first, with its 95 % interval
+    low: float
+    high: float
+    better: int  # problems on which the second has the higher accuracy
+    worse: int
+    p_value: float  # of the exact sign test
+
+
+def paired(first: Path, second: Path) -> dict[str, Paired]:
+    """Returns by how much `second` is better on each benchmark that both folders hold, compared problem by problem.
+
+    Raises:
+        InputError: a folder holds no rows, or the two have no problem in common.
+    """
+    return {name: _pair(*both) for name, both in _common(first, second).items()}
+
+
+def compare(first: Path, second: Path) -> str:
+    """Returns in what else than the model two evaluations differ, and `paired` as a Markdown table.
+
+    Raises:
+        InputError: as `paired` does.
+    """
+    benchmarks, settings = _common(first, second), [_settings(folder) for folder in (first, second)]
+    lines = [*_differences([first, second], settings, benchmarks), ""]
+    lines += [
+        "Single-shot pass@1 in percent, problems in pairs. The interval is a bootstrap over problems, and exact where "
+        "all problems changed alike; p is that of an exact sign test of better against worse.",
+        "",
+        "| benchmark | problems | A | B | B - A | 95 % interval | better, worse | p |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, both in benchmarks.items():
+        pair = _pair(*both)
+        count = f"{pair.problems}" + (f" ({pair.left_out} in one only)" if pair.left_out else "")
+        cells = [name, count, percent(pair.first), percent(pair.second), f"{100 * pair.change:+.2f}"]
+        cells += [f"{100 * pair.low:+.2f} to {100 * pair.high:+.2f}", f"{pair.better}, {pair.worse}"]
+        lines.append("| " + " | ".join([*cells, f"{pair.p_value:.2g}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _pair(first: Problems, second: Problems) -> Paired:
+    common = [problem for problem in first if problem in second]
+    a, b = (np.array([np.mean(problems[key].accuracies) for key in common]) for problems in (first, second))
+    left_out = len(first.keys() | second.keys()) - len(common)
+    better, worse = int((b > a).sum()), int((b < a).sum())
+    changed = measures.difference(a, b)
+    p_value = measures.sign_test(better, worse)
+    return Paired(len(common), left_out, float(a.mean()), float(b.mean()), *changed, better, worse, p_value)
+
+
+def _differences(
+    folders: list[Path], settings: list[dict[str, Any] | None], benchmarks: dict[str, tuple[Problems, Problems]]
+) -> list[str]:
+    """Returns lines that name both evaluations and, in a table, all but the model in which they differ."""
+    lines, known = [], [part for part in settings if part is not None]
+    for label, folder, part in zip("AB", folders, settings, strict=True):
+        lines.append(f"{label} = {folder}" + (f": {_model(part)}" if part else ", which records no settings"))
+    rows = []
+    if len(known) == 2:
+        names = [name for name in dict.fromkeys([*known[0], *known[1]]) if name not in MODEL]
+        rows = [(name, *(_cell(part, name) for part in known)) for name in names]
+    for name, both in benchmarks.items():
+        for title, read in DATA.items():
+            rows.append((f"{name}: {title}", *(str(read(*pair)) for pair in (both, both[::-1]))))
+    rows = [row for row in rows if row[1] != row[2]]
+    if rows:
+        lines += ["", "They differ in more than the model, so B - A is not of the model alone:", ""]
+        lines += ["| | A | B |", "|---|---|---|"]
+        return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    if len(known) == 2:
+        same = all(known[0].get(name) == known[1].get(name) for name in MODEL)
+        lines += ["", "Settings and problems are the same" + (", and so is the model." if same else ".")]
+    return lines
+
+
+def _only(own: Problems, other: Problems) -> str:
+    missing = [key for key in own if key not in other]
+    return f"{len(missing)}, the first is {missing[0][0]}" if missing else "none"
+
+
+def _changed_answer(own: Problems, other: Problems) -> str:
+    changed = (key for key in own if key in other and own[key].answer != other[key].answer)
+    return next((f"{key[0]}: {own[key].answer}" for key in changed), "none")
+
+
+# What is told of a benchmark's data in one folder, from its problems there and in the other folder.
+DATA: dict[str, Callable[[Problems, Problems], object]] = {
+    "problems": lambda own, other: len(own),
+    "problems that the other lacks": lambda own, other: _only(own, other),
+    "answers to a problem": lambda own, other: max(len(problem.accuracies) for problem in own.values()),
+    "first reference answer that differs": lambda own, other: _changed_answer(own, other),
+}
+
+
+def _model(settings: Mapping[str, Any]) -> str:
+    step = settings.get("step")
+    return f"{settings.get('model')}" + ("" if step is None else f", step {step}")
+
+
+def _cell(settings: Mapping[str, Any], name: str) -> str:
+    return json.dumps(settings[name], ensure_ascii=False) if name in settings else "not recorded"
+
+
+def _settings(folder: Path) -> dict[str, Any] | None:
+    """Returns what evaluation.json records, None where there is none, as in the folders that a run writes."""
+    try:
+        settings = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _common(first: Path, second: Path) -> dict[str, tuple[Problems, Problems]]:
+    """Returns the problems of both folders for each benchmark that both hold; raises as `paired` does."""
+    firsts, seconds = _benchmarks(first), _benchmarks(second)
+    names = [name for name in firsts if name in seconds]
+    if not names:
+        raise InputError(
+            f"--compare {first},{second}: no benchmark is in both ({', '.join(firsts)}; {', '.join(seconds)}); give "
+            "folders that hold the NAME.jsonl of the same benchmark"
+        )
+    for name in names:
+        if not firsts[name].keys() & seconds[name].keys():
+            raise InputError(f"--compare {first},{second}: no problem of {name} is in both; give the same problems")
+    return {name: (firsts[name], seconds[name]) for name in names}
+
+
+def _benchmarks(folder: Path) -> dict[str, Problems]:
+    """Returns the problems of each benchmark with their single-shot answers."""
+    if not folder.is_dir():
+        raise InputError(f"--compare: {str(folder)!r} is no folder; give two folders of evaluations, A,B")
+    benchmarks: dict[str, Problems] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for row in read_rows(path):
+            if not row["drafts"]:
+                problems = benchmarks.setdefault(path.name.partition(".")[0], {})
+                problem = problems.setdefault((row["prompt_id"], row["prompt"]), Problem(row.get("answer"), []))
+                problem.accuracies.append(row["accuracy"])
+    if not benchmarks:
+        raise InputError(f"--compare: {str(folder)!r} holds no rows of an evaluation; give the --workdir of one")
+    return benchmarks
