@@ -143,7 +143,9 @@ def measure(args: argparse.Namespace, problems: Sequence[dict]) -> dict[str, dic
 
     given: dict[str, list[dict]] = {}
     if "own" in args.kinds:
-        given |= answers(["plain"])
+        rows = study_runs.read_rows(args.out / "evaluations" / "plain.jsonl")
+        # The evaluation of own drafts compares the settings of these rows with its own.
+        given["plain"] = rows if len(rows) == len(problems) * args.samples else answers(["plain"])["plain"]
         kinds["own"] = own_drafts(problems, given["plain"])
     given |= answers([name for name in args.kinds if name in kinds and name not in given])
     results = {name: figures(given[name], kinds[name]) for name in args.kinds if name in given}

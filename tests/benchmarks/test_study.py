@@ -343,7 +343,7 @@ def test_own_drafts_are_asked_after_the_plain_prompts(tmp_path, monkeypatch):
             (workdir / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
 
     monkeypatch.setattr(draft_probe, "evaluate", evaluate)
-    args = argparse.Namespace(out=tmp_path, kinds=["plain", "own", "wrong", "plain_hot"])
+    args = argparse.Namespace(out=tmp_path, kinds=["plain", "own", "wrong", "plain_hot"], samples=1)
     results = draft_probe.measure(args, [problem(1), problem(2), problem(3), problem(4)])
     assert calls == [
         ("evaluations", ["plain"], False),
@@ -355,8 +355,13 @@ def test_own_drafts_are_asked_after_the_plain_prompts(tmp_path, monkeypatch):
     assert accuracies["plain"] == (4, 0.25) and accuracies["own"] == (4, 1.0)
     assert accuracies["own_right"] == (1, 1.0) and accuracies["own_wrong"] == (3, 1.0)
     assert results["wrong"]["draft_answer"] == 0 and results["own"]["draft_answer"] == 0.25
-    draft_probe.measure(argparse.Namespace(out=tmp_path, kinds=["plain", "right"]), [problem(1)])
-    assert calls[3:] == [("evaluations", ["plain", "right"], False)]
+    args.kinds = ["plain", "own"]
+    again = draft_probe.measure(args, [problem(1), problem(2), problem(3), problem(4)])
+    assert again["own"] == results["own"]
+    assert calls[3:] == [("evaluations", ["own"], False)]  # no sampler is compiled for answers that are there
+    args.kinds = ["plain", "right"]
+    draft_probe.measure(args, [problem(1)])
+    assert calls[4:] == [("evaluations", ["plain", "right"], False)]
 
 
 def test_the_numbers_of_a_kind_of_prompt():
