@@ -64,7 +64,9 @@ def evaluate(config: Config, model: str, step: int | None, out: Path) -> None:
     from igrpo_jax.distributed import cluster
     from igrpo_jax.evaluation import evaluator, inference, results
     from igrpo_jax.outputs.console import Console
+    from igrpo_jax.outputs.files import local_folder
 
+    out = local_folder("--workdir", out)
     rows = problems.asked(problems.evaluation_rows(config), config.evaluation.limit)
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())

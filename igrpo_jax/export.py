@@ -18,6 +18,7 @@ from igrpo_jax.models import hf_write
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.files import local_folder
 from igrpo_jax.outputs.workdir import read_config
 
 
@@ -41,6 +42,7 @@ def export(workdir: Path, out: Path, step: int | None = None, adapter: bool = Fa
     Raises:
         InputError: no such run or checkpoint; `out` is there already; `adapter` without LoRA.
     """
+    workdir, out = local_folder("--workdir", workdir), local_folder("--out", out)
     config = read_config(workdir)
     if adapter and not config.model.lora.rank:
         raise InputError(

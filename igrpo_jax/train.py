@@ -18,6 +18,7 @@ from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import compilations, use_disk_cache
 from igrpo_jax.learning import filtering, objectives
 from igrpo_jax.learning.train_state import TrainState
+from igrpo_jax.outputs.files import local_folder
 from igrpo_jax.outputs.metrics import rollout_metrics
 from igrpo_jax.session.opening import open_run
 from igrpo_jax.session.run import Run, StepResult
@@ -31,6 +32,7 @@ def train(config: Config, workdir: Path) -> None:
         RunError: the run cannot go on: a full disk, too many verifier failures or steps that are not finite.
         Preempted: SIGTERM came, and what can be resumed is saved.
     """
+    workdir = local_folder("--workdir", workdir)
     use_disk_cache(config.compilation_cache)
     with contextlib.ExitStack() as stack:
         stack.enter_context(preemption.noticed(config.checkpoint.preemption_grace))

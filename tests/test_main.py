@@ -165,6 +165,42 @@ def test_lengths_beyond_the_models_context(refused, model, problems):
     assert "config.rollout.max_completion_length" in said and "the model's context is 512" in said
 
 
+def test_a_step_of_more_prompts_than_there_are_problems(refused):
+    assert refused("prompts_per_step=5", "data.arithmetic.train_problems=4") == (
+        "igrpo_jax: error: config.prompts_per_step = 5: there are 4 training problems, so a step would hold some of "
+        "them several times; set it to 4 or less, or give more problems\n"
+    )
+
+
+@pytest.mark.parametrize("bucket", ["gs://bucket/runs/first", "s3://bucket/first"])
+def test_a_bucket_is_no_folder(refused, bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused(workdir=bucket) == (
+        f"igrpo_jax: error: --workdir {bucket}: buckets are not supported yet; give a local or mounted folder, such as "
+        "runs/first, and copy it to the bucket afterwards\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "named"),
+    [
+        (export, ("--workdir=gs://b/x", "--out=y"), "--workdir gs://b/x: "),
+        (export, ("--workdir=x", "--out=gs://b/y"), "--out gs://b/y: "),
+        (report, ("--workdir=gs://b/x",), "--workdir gs://b/x: "),
+        (report, ("--workdir=x", "--out=gs://b/y"), "--out gs://b/y: "),
+        (evaluate, ("--model=x", "--benchmarks=arithmetic", "--workdir=gs://b/x"), "--workdir gs://b/x: "),
+    ],
+)
+def test_no_command_takes_a_bucket(command, flags, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["command", *flags])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(command.main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith(f"igrpo_jax: error: {named}buckets are not supported yet")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_meshes_that_do_not_fit(refused, model, problems):
     assert "3 does not divide the 8 devices" in refused("mesh.tensor=3")

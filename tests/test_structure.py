@@ -5,7 +5,9 @@ the line "In order: ..." of the folder's docstring.
 """
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -332,6 +334,24 @@ def test_nothing_from_outside_is_run():
                 given = {word.arg: ast.unparse(word.value) for word in call.keywords}
                 assert given.get("trust_remote_code", "False") == "False", module
                 assert name == "load_dataset" or "trust_remote_code" in given, module
+
+
+def test_what_commands_write_does_not_fail_the_linter(tmp_path):
+    """Neither their files, nor a folder that has the name of a module of tests, also where there is no git."""
+    ruff = shutil.which("ruff", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if ruff is None:
+        pytest.skip("ruff is not installed; the extra dev brings it")
+    shutil.copy(ROOT / "ruff.toml", tmp_path)
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "test_train.py", tmp_path / "tests")
+    for name in ("runs", "evaluations", "studies"):
+        (tmp_path / name / "mine").mkdir(parents=True)
+        (tmp_path / name / "mine" / "notes.py").write_text("import sys,os")
+    for path in (ROOT / "tests").glob("*.py"):
+        (tmp_path / path.stem).mkdir(exist_ok=True)
+    for check in (["check"], ["format", "--check"]):
+        done = subprocess.run([ruff, *check, "--no-cache"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout
 
 
 def fast_tests(file):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import re
@@ -24,9 +25,21 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import planning
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.models.policy import open_policy
+from igrpo_jax.outputs.console import Console
 from igrpo_jax.session import opening, overview, task
 from igrpo_jax.session.run import utilization
 from igrpo_jax.session.task import open_task
+
+
+def test_a_run_says_that_it_replaces_one_without_a_checkpoint(tmp_path):
+    printed = io.StringIO()
+    for seed in (0, 1):
+        with contextlib.ExitStack() as stack, Console(printed) as console:
+            assert opening._claim(tmp_path, config.Config(seed=seed), stack, console) is False
+    assert " ".join(printed.getvalue().split()) == (
+        f"--workdir {tmp_path}: the run in it ended before its first checkpoint; this one takes its place, with other "
+        "settings (seed: 0 -> 1)"
+    )
 
 
 @pytest.mark.slow

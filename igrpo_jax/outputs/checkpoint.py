@@ -27,8 +27,8 @@ from igrpo_jax.config import CheckpointConfig
 from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.errors import InputError, RunError, one_line
 from igrpo_jax.outputs.checksums import Damaged, check, fingerprint, named_leaves
+from igrpo_jax.outputs.workdir import DAMAGED
 
-DAMAGED = "damaged_checkpoints"  # folder in a workdir for checkpoints that a resume could not use
 _READ_AT_ONCE = 2 << 30  # bytes of parameters, over all devices, that `read_params` reads and checks at a time
 
 

@@ -4,13 +4,28 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from igrpo_jax.errors import RunError
+from igrpo_jax.errors import InputError, RunError
+
+
+def local_folder(flag: str, folder: str | Path) -> Path:
+    """Returns `folder`, which `flag` names, as a path.
+
+    Raises:
+        InputError: it is the address of a bucket. `Path` would make a local folder named `gs:` of it.
+    """
+    if bucket := re.match(r"([A-Za-z][\w+.-]+):/+(.*)", str(folder)):
+        raise InputError(
+            f"{flag} {bucket[1]}://{bucket[2]}: buckets are not supported yet; give a local or mounted folder, such as "
+            f"runs/{Path(bucket[2]).name or 'NAME'}, and copy it to the bucket afterwards"
+        )
+    return Path(folder)
 
 
 def replace_text(path: Path, text: str) -> None:

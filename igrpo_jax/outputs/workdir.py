@@ -5,9 +5,10 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import jax
 from absl import logging
@@ -17,13 +18,23 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.outputs.files import replace_text
 
 LOCK = ".lock"  # file in a workdir that is locked while a run is under way
+DAMAGED = "damaged_checkpoints"  # folder in a workdir for checkpoints that a resume could not use
+UNFINISHED = "orbax-checkpoint-tmp"  # part of the name of a checkpoint that was not written to its end
+# What a run may leave before its first checkpoint, and a run in its place does not write anew in any case.
+REMAINS = ("checkpoints", "reference", "evaluations")
 
 
-def prepare_workdir(workdir: Path, config: Config) -> bool:
+class Claim(NamedTuple):
+    """What `prepare_workdir` met in a folder."""
+
+    resumes: bool  # whether the folder holds a run of this configuration, which is to be resumed
+    replaced: list[str]  # what changed where a run without a checkpoint is replaced, as "name: old -> new"
+
+
+def prepare_workdir(workdir: Path, config: Config) -> Claim:
     """Makes `workdir`, or recognises the run in it, and writes the resolved configuration to `workdir/config.json`.
 
-    Returns:
-        True where `workdir` holds a run of this configuration, which is to be resumed.
+    A run of another configuration that has neither a checkpoint nor samples has nothing to lose: it is replaced.
 
     Raises:
         InputError: `workdir` holds a run of another configuration, a run that is under way, or files that belong to no
@@ -36,10 +47,18 @@ def prepare_workdir(workdir: Path, config: Config) -> bool:
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        resumes = path.exists()
+        resumes, changed = path.exists(), []
         if resumes:
-            _check_same_run(path, settings)
+            changed = _changed_settings(path, settings)
+            if changed and _has_results(workdir):
+                raise InputError(
+                    f"--workdir {workdir}: holds a run with other settings ({', '.join(changed)}); give another "
+                    "--workdir, or the old values"
+                )
             _check_free(workdir)
+            if changed:
+                for name in REMAINS:
+                    shutil.rmtree(workdir / name, ignore_errors=True)
         elif foreign := sorted({entry.name for entry in workdir.iterdir()} - {temporary.name}):
             more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             raise InputError(
@@ -54,24 +73,26 @@ def prepare_workdir(workdir: Path, config: Config) -> bool:
         raise InputError(
             f"--workdir {workdir}: cannot be written ({error.strerror or error}); give a folder that can"
         ) from error
-    return resumes
+    return Claim(resumes and not changed, changed)
 
 
-def _check_same_run(path: Path, settings: dict[str, Any]) -> None:
+def _has_results(workdir: Path) -> bool:
+    """Returns whether the run in `workdir` has a checkpoint, even a damaged one, or samples of a step."""
+    checkpoints = [entry for entry in (workdir / "checkpoints").glob("*") if UNFINISHED not in entry.name]
+    return bool(checkpoints) or (workdir / DAMAGED).exists() or any((workdir / "samples").glob("step_*.jsonl"))
+
+
+def _changed_settings(path: Path, settings: dict[str, Any]) -> list[str]:
+    """Returns the settings that differ between config.json at `path` and `settings`, and must not on a resume."""
     try:
         old = with_defaults(json.loads(path.read_text(encoding="utf-8")))
         # A run without a day may get its day now. Whether it is the right one is seen from the prompts.
         old["data"]["template_date"] = old["data"]["template_date"] or settings["data"]["template_date"]
-        changed = differences(old, settings)
+        return differences(old, settings)
     except (ValueError, AttributeError, TypeError):
         raise InputError(
             f"--workdir {path.parent}: config.json is not readable as a run's; give another folder"
         ) from None
-    if changed:
-        raise InputError(
-            f"--workdir {path.parent}: holds a run with other settings ({', '.join(changed)}); give another --workdir, "
-            "or the old values"
-        )
 
 
 def _check_free(workdir: Path) -> None:

@@ -18,7 +18,7 @@ import jinja2
 
 from igrpo_jax import __version__
 from igrpo_jax.errors import InputError
-from igrpo_jax.outputs.files import write_atomically
+from igrpo_jax.outputs.files import local_folder, write_atomically
 from igrpo_jax.report import figures, panels, runs, samples, summary
 from igrpo_jax.report.runs import RecordedRun
 
@@ -50,7 +50,8 @@ def build(folders: Sequence[Path], out: Path) -> list[Shown]:
         InputError: a folder holds no run; `out` holds something else or cannot be written; matplotlib is missing.
     """
     figures.require()
-    recorded = runs.read(list(folders))
+    folders, out = [local_folder("--workdir", folder) for folder in folders], local_folder("--out", out)
+    recorded = runs.read(folders)
     try:
         _claim(out, recorded)
         written = [samples.write(run, out / "data" / str(number)) for number, run in enumerate(recorded)]

@@ -65,7 +65,7 @@ def _start(config: Config, task: Task, workdir: Path, stack: contextlib.ExitStac
     scheduler = _open_scheduler(config, task)
     sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
     learner = Learner(config, task.policy.model, task.mesh, **sizes)
-    resumes = _claim(workdir, config, stack)
+    resumes = _claim(workdir, config, stack, console)
     verifier = stack.enter_context(_verifier(config, workdir))
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)
@@ -108,14 +108,21 @@ def _open_scheduler(config: Config, task: Task) -> Scheduler:
     return Scheduler(engine, config.rollout.dispatches_ahead)
 
 
-def _claim(workdir: Path, config: Config, stack: contextlib.ExitStack) -> bool:
+def _claim(workdir: Path, config: Config, stack: contextlib.ExitStack, console: Console) -> bool:
     """Claims `workdir` for this run alone; returns whether it holds a run of this configuration already.
+
+    Says so where a run with other settings, which ended before its first checkpoint, is replaced.
 
     Raises:
         InputError: it holds another run, or files that are no run's; it cannot be written; it is not the same folder
             on all processes.
     """
-    resumes = cluster.from_first(functools.partial(prepare_workdir, workdir, config))
+    resumes, replaced = cluster.from_first(functools.partial(prepare_workdir, workdir, config))
+    if replaced:
+        console.message(
+            f"--workdir {workdir}: the run in it ended before its first checkpoint; this one takes its place, with "
+            f"other settings ({', '.join(replaced)})"
+        )
     if not (workdir / "config.json").is_file():
         raise InputError(f"--workdir {workdir}: process 0 made it, here it is not; give a folder that all hosts share")
     stack.enter_context(locked(workdir))

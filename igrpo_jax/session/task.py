@@ -74,6 +74,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     training = problems.training_set(config, held_out)
     kept, skipped = problems.fit(training.rows, renderer.plain, config.data.max_prompt_length)
     prompts = [Prompt(row.id, row.index, row.question, row.answer, tokens, row.columns) for row, tokens in kept]
+    check_prompts_per_step(config.prompts_per_step, len(prompts))
     max_context = max(len(prompt.tokens) for prompt in prompts)
     if config.algorithm.num_drafts:
         questions = [prompt.question for prompt in prompts]
@@ -93,6 +94,15 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
         )
     steps = config.steps or max(1, int(config.epochs * len(prompts) / config.prompts_per_step))
     return Task(config, policy, renderer, mesh, prompts, skipped, training.notes, evaluated, max_context, steps)
+
+
+def check_prompts_per_step(wanted: int, count: int) -> None:
+    """Raises InputError where a step needs more prompts than there are: it would hold some of them several times."""
+    if wanted > count:
+        raise InputError(
+            f"config.prompts_per_step = {wanted}: there are {count} training problems, so a step would hold some of "
+            f"them several times; set it to {count} or less, or give more problems"
+        )
 
 
 def check_profiler(settings: LogConfig) -> None:

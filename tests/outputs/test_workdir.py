@@ -26,16 +26,18 @@ def refused(workdir, config, message):
 def test_a_new_folder_then_a_resume_that_may_change_some_fields(tmp_path):
     workdir = tmp_path / "runs" / "a"
     config = configured()
-    assert workdirs.prepare_workdir(workdir, config) is False
+    assert workdirs.prepare_workdir(workdir, config) == (False, [])
     assert json.loads((workdir / "config.json").read_text()) == config_lib.to_dict(config)
     longer = configured(**{"steps": 9, "log.every": 5, "checkpoint.keep": 1})
-    assert workdirs.prepare_workdir(workdir, longer) is True
+    assert workdirs.prepare_workdir(workdir, longer) == (True, [])
     assert json.loads((workdir / "config.json").read_text()) == config_lib.to_dict(longer)
     assert [path.name for path in workdir.iterdir()] == ["config.json"]
 
 
-def test_a_run_with_other_settings_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("result", ["checkpoints/0", "damaged_checkpoints/0.1", "samples/step_000001.jsonl"])
+def test_a_run_with_other_settings_is_refused_by_name(tmp_path, result):
     workdirs.prepare_workdir(tmp_path, configured())
+    (tmp_path / result).mkdir(parents=True)
     before = (tmp_path / "config.json").read_bytes()
     other = configured(**{"seed": 1, "optimizer.learning_rate": 2e-6, "steps": 9})
     refused(
@@ -43,7 +45,24 @@ def test_a_run_with_other_settings_is_refused_by_name(tmp_path):
         other,
         r"other settings \(optimizer.learning_rate: 1e-06 -> 2e-06, seed: 0 -> 1\); give another --workdir, or the old",
     )
-    assert (tmp_path / "config.json").read_bytes() == before and os.listdir(tmp_path) == ["config.json"]
+    assert (tmp_path / "config.json").read_bytes() == before and (tmp_path / result).exists()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_replaced(tmp_path):
+    """What it left is gone: the weights that it adapted would be taken for those of the new run."""
+    workdirs.prepare_workdir(tmp_path, configured())
+    for folder in ("checkpoints/0.orbax-checkpoint-tmp-7", "reference/checkpoints/0", "evaluations/step_000000"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    other = configured(seed=1)
+    with workdirs.locked(tmp_path):
+        refused(tmp_path, other, "a run is under way there")
+    assert (tmp_path / "reference").exists()
+    assert workdirs.prepare_workdir(tmp_path, other) == (False, ["seed: 0 -> 1"])
+    assert workdirs.read_config(tmp_path) == other
+    assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "notes.txt", "samples"]
+    assert workdirs.prepare_workdir(tmp_path, other) == (True, [])
 
 
 def test_the_day_and_the_variables_of_the_template_are_the_runs(tmp_path):
@@ -56,10 +75,12 @@ def test_the_day_and_the_variables_of_the_template_are_the_runs(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert workdirs.recorded_date(tmp_path) == ""
     assert workdirs.read_config(tmp_path) == configured()
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step_000001.jsonl").write_text("")
     refused(
         tmp_path, configured(**variables), r"other settings \(data.template_kwargs.enable_thinking: None -> False\)"
     )
-    assert workdirs.prepare_workdir(tmp_path, configured(**{"data.template_date": "2026-11-26"})) is True
+    assert workdirs.prepare_workdir(tmp_path, configured(**{"data.template_date": "2026-11-26"})) == (True, [])
     assert workdirs.recorded_date(tmp_path) == "2026-11-26"
     refused(
         tmp_path,
@@ -98,7 +119,7 @@ def test_a_file_or_an_unwritable_folder_is_refused_and_nothing_is_left(tmp_path,
 
 def test_a_config_half_written_by_a_kill_is_no_obstacle(tmp_path):
     (tmp_path / "config.json.tmp").write_text('{"seed"')
-    assert workdirs.prepare_workdir(pathlib.Path(tmp_path), configured()) is False
+    assert workdirs.prepare_workdir(pathlib.Path(tmp_path), configured()) == (False, [])
     assert os.listdir(tmp_path) == ["config.json"]
 
 
@@ -116,4 +137,4 @@ def test_a_run_under_way_keeps_its_config(tmp_path):
     with workdirs.locked(tmp_path):
         refused(tmp_path, longer, f"a run is under way there .process {os.getpid()} on ")
         assert json.loads((tmp_path / "config.json").read_text()) == config_lib.to_dict(config)
-    assert workdirs.prepare_workdir(tmp_path, longer) is True
+    assert workdirs.prepare_workdir(tmp_path, longer) == (True, [])
