@@ -305,6 +305,13 @@ class RewardsConfig:
     custom: Annotated[str, Matches(r"([\w.]+:\w+)?", "written as module:function")] = ""
     # Weight of the custom reward.
     custom_weight: float = 1.0
+    # Several rewards of your own, in place of rewards.custom; each has the name of its function.
+    functions: Annotated[tuple[str, ...], Each(Matches(r"[\w.]+:\w+", "written as module:function"), once=True)] = ()
+    # Weight of each of rewards.functions, in the same order; empty for 1 each.
+    function_weights: tuple[float, ...] = ()
+    # Whether rewards of your own receive each prompt and completion as a list of chat messages (role, content), as TRL
+    # gives those of conversational data sets; False for texts.
+    conversational: bool = False
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     # Number of verifier processes.
     workers: Annotated[int, AtLeast(1)] = 2
@@ -318,12 +325,24 @@ class RewardsConfig:
     def names(self) -> tuple[str, ...]:
         """The names of the rewards in use."""
         used = {name: getattr(self, name) for name in ("accuracy", "format", "overlong")}
-        used |= {self.custom.rpartition(":")[2]: self.custom and self.custom_weight, "judge": self.judge.weight}
+        used |= dict.fromkeys(self.custom_names, 1.0) | {"judge": self.judge.weight}
         return tuple(name for name, weight in used.items() if weight)
 
     @property
+    def custom_weights(self) -> dict[str, float]:
+        """The weights of the custom rewards by "module:function", those of weight 0 included."""
+        if self.functions:
+            return dict(zip(self.functions, self.function_weights or (1.0,) * len(self.functions), strict=False))
+        return {self.custom: self.custom_weight} if self.custom else {}
+
+    @property
+    def custom_names(self) -> tuple[str, ...]:
+        """The names of the custom rewards in use."""
+        return tuple(path.rpartition(":")[2] for path, weight in self.custom_weights.items() if weight)
+
+    @property
     def largest(self) -> float:
-        """The most that a completion can earn without the custom reward, whose values have no bound."""
+        """The most that a completion can earn without custom rewards, whose values have no bound."""
         return self.accuracy + self.format + self.judge.weight
 
 
@@ -619,9 +638,10 @@ def _rewards(config: Config) -> Iterator[tuple[str, str]]:
     """Yields what is wrong with the rewards."""
     rewards = config.rewards
     longest = config.rollout.max_completion_length
-    if not (rewards.largest > 0 or (rewards.custom and rewards.custom_weight)):
-        fix = "with rewards.format, rewards.judge.weight and rewards.custom also unused there is no reward"
-        yield "rewards.accuracy", fix
+    yield from _custom_rewards(rewards)
+    if not (rewards.largest > 0 or rewards.custom_names):
+        fix = "with rewards.format, rewards.judge.weight, rewards.custom and rewards.functions also unused there is no "
+        yield "rewards.accuracy", fix + "reward"
     if rewards.overlong and not 1 <= rewards.overlong_cache <= longest:
         fix = f"must be between 1 and rollout.max_completion_length = {longest} where rewards.overlong is used"
         yield "rewards.overlong_cache", fix
@@ -630,6 +650,21 @@ def _rewards(config: Config) -> Iterator[tuple[str, str]]:
     metrics = ["reward", *rewards.names]
     if config.algorithm.filter_groups_metric not in (None, *metrics):
         yield "algorithm.filter_groups_metric", f"no reward in use; give one of {', '.join(metrics)}"
+
+
+def _custom_rewards(rewards: RewardsConfig) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with the rewards of the user's own."""
+    if rewards.custom and rewards.functions:
+        yield (
+            "rewards.custom",
+            "is the short form for one function; put it into rewards.functions too, and set it to ''",
+        )
+    if rewards.function_weights and len(rewards.function_weights) != len(rewards.functions):
+        yield "rewards.function_weights", f"give {len(rewards.functions)}, one for each of rewards.functions, or none"
+    names = [path.rpartition(":")[2] for path in rewards.functions]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        fix = f"two functions have the name {repeated[0]}, under which rewards are reported; rename one"
+        yield "rewards.functions", fix
 
 
 def _drafts(config: Config) -> Iterator[tuple[str, str]]:
@@ -643,8 +678,8 @@ def _drafts(config: Config) -> Iterator[tuple[str, str]]:
             "drafts that stop at a success are a biased sample of the policy's; set algorithm.draft_early_stop to False"
         )
         yield "algorithm.train_drafts", fix
-    if algorithm.draft_early_stop and config.rewards.custom and config.rewards.custom_weight:
-        yield "algorithm.draft_early_stop", "the largest possible reward is not known with rewards.custom"
+    if algorithm.draft_early_stop and config.rewards.custom_names:
+        yield "algorithm.draft_early_stop", "the largest possible reward is not known with a reward of your own"
 
 
 def _batch_and_mesh(config: Config) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ its way to a loss. Lengths, not pad ids, say which tokens are real. Nothing here
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,8 @@ class Score:
     status: str  # see STATUSES
     seconds: float = 0.0  # wall time in the worker; an equal part of a call that many completions share
     detail: str = ""  # why a grading failed
+    logged: dict[str, list[float]] = field(default_factory=dict)  # what custom rewards gave to `log_metric`, by name
+    extra: dict[str, Any] = field(default_factory=dict)  # what they gave to `log_extra` for this completion
 
 
 # "ok": graded. "unparseable": no answer was found, which is a verdict like any other. "timeout" and "error": the

@@ -139,6 +139,45 @@ def test_draft_controls_that_do_not_go_together(changes, says):
         config.freeze(tree)
 
 
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"custom": "a:f", "functions": ("a:g",)}, "rewards.custom = 'a:f': is the short form for one function"),
+        (
+            {"functions": ("a:f", "a:g"), "function_weights": (1.0,)},
+            r"function_weights = \(1.0,\): give 2, one for each",
+        ),
+        ({"function_weights": (1.0,)}, "give 0"),
+        ({"functions": ("a:f", "b:f")}, "two functions have the name f"),
+        ({"functions": ("a:f", "a:f")}, "once"),
+        ({"functions": ("a.f",)}, "written as module:function"),
+        ({"functions": ("a:f",), "function_weights": (0.0,), "accuracy": 0.0, "format": 0.0}, "there is no reward"),
+    ],
+)
+def test_functions_that_do_not_go_together(changes, says):
+    tree = config.default()
+    tree.rewards.update(changes)
+    with pytest.raises(InputError, match=says):
+        config.freeze(tree)
+
+
+def test_custom_rewards_by_name_and_weight():
+    """Each in use may filter groups; one of weight 0 is not in use."""
+    tree = config.default()
+    tree.rewards.functions, tree.rewards.function_weights = ("a.b:f", "c:g", "c:h"), (2.0, 0.0, -1.0)
+    for metric in ("reward", "accuracy", "f", "h"):
+        tree.algorithm.filter_groups_metric = metric
+        rewards = config.freeze(tree).rewards
+    assert rewards.custom_weights == {"a.b:f": 2.0, "c:g": 0.0, "c:h": -1.0}
+    assert rewards.custom_names == ("f", "h") and rewards.names == ("accuracy", "format", "f", "h")
+    tree.algorithm.filter_groups_metric = "g"
+    with pytest.raises(InputError, match="give one of reward, accuracy, format, f, h"):
+        config.freeze(tree)
+    equal = config.RewardsConfig(functions=("a:f", "a:g"))
+    assert equal.custom_weights == {"a:f": 1.0, "a:g": 1.0}
+    assert config.RewardsConfig(custom="a:f", custom_weight=3.0).custom_weights == {"a:f": 3.0}
+
+
 @pytest.mark.parametrize("key", ["sk-proj-abc123", "gsk_abc123", ""])
 def test_a_key_in_the_place_of_its_variable_is_refused_and_not_repeated(key):
     tree = config.default()

@@ -2,7 +2,9 @@
 somewhere, examples work, and the notebook runs from top to bottom."""
 
 import ast
+import dataclasses
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -66,7 +68,9 @@ def test_every_setting_has_a_line_with_a_meaning():
 # The metrics reference.
 
 PATTERN = r"<\w+>"  # what stands for any part of a name, in the reference
-NAMESPACES = "rewards completions draft refine redraw clip_ratio ratio sampling verifier judge perf warm_start eval"
+NAMESPACES = (
+    "rewards custom completions draft refine redraw clip_ratio ratio sampling verifier judge perf warm_start eval"
+)
 
 
 def documented():
@@ -199,6 +203,58 @@ def test_a_link_that_leads_nowhere_is_seen(tmp_path):
     assert broken_links(tmp_path / "a.md") == ["b.md", "a.md#there"]
 
 
+# The page for users of TRL.
+
+
+def trl_tables():
+    """The tables of from_trl.md by heading, each as rows of (names there, names here, note)."""
+    tables = {}
+    for section in page("from_trl.md").split("\n## ")[1:]:
+        lines = [line for line in section.splitlines() if line.startswith("| `")]
+        cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+        tables[section.splitlines()[0]] = [
+            (re.findall("`([^`]+)`", a), re.findall("`([^`]+)`", b), c) for a, b, c in cells
+        ]
+    return tables
+
+
+def test_what_users_of_trl_find_here_are_settings():
+    """Each row has a setting, or says why there is none."""
+    rows = [row for table in trl_tables().values() for row in table]
+    assert len(rows) > 90
+    for theirs, ours, note in rows:
+        assert ours or note, theirs
+        for name in ours:
+            config.check_field(name)
+        assert ours or re.match("not needed, because |not there|always |the |a command |`--", note), note
+
+
+@pytest.mark.slow
+def test_every_field_of_trl_is_on_the_page():
+    """TRL's own ones exactly; of transformers' arguments, which come and go with its versions, none is missing."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed; the extra parity brings it")
+    from transformers import TrainingArguments
+
+    tables = {heading: [name for row in table for name in row[0]] for heading, table in trl_tables().items()}
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    fields = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
+    assert sorted(tables["Fields of GRPOConfig"]) == sorted(fields - inherited)
+    assert sorted(inherited & fields - set(tables["Fields of TrainingArguments"])) == []
+    arguments = inspect.signature(trl.GRPOTrainer).parameters.keys() - {"args", "reward_processing_classes"}
+    assert set(tables["The trainer's arguments"]) <= arguments
+    assert arguments - set(tables["The trainer's arguments"]) <= {"quantization_config", "kwargs"}
+    named = [name for names in tables.values() for name in names]
+    assert len(named) == len(set(named))
+
+
+def test_the_configuration_of_the_page_for_users_of_trl():
+    (text,) = re.findall(r"```python\n(# mine\.py.*?)```", page("from_trl.md"), re.DOTALL)
+    scope = {}
+    exec(text, scope)
+    made = config.freeze(scope["get_config"]())
+    assert made.rewards.names == ("correct", "short") and made.trained_completions == 64
+
+
 def test_every_page_is_reached_from_the_index():
     linked = re.findall(r"\]\(([^)#]+)", page("README.md"))
     assert {path.name for path in DOCS.glob("*.md")} - {"README.md"} <= set(linked)
@@ -206,7 +262,7 @@ def test_every_page_is_reached_from_the_index():
 
 def test_every_alert_has_its_section():
     titles = re.findall(r"^### (.+)$", page("troubleshooting.md"), re.MULTILINE)
-    assert titles == [limit.name for limit in alerts.LIMITS]
+    assert titles == [limit.name for limit in (*alerts.LIMITS, *alerts.REWARD_LIMITS)]
 
 
 def test_the_architecture_has_the_floors_of_the_imports():

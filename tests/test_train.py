@@ -208,6 +208,57 @@ def test_a_best_metric_that_is_none(tmp_path):
     assert not (tmp_path / "run").exists() and "compiling" not in done.stdout
 
 
+REWARDS = """
+def is_right(completions, answer, trainer_state, **columns):
+    assert trainer_state.global_step == 0 and len(set(columns["prompts"])) == 1
+    return [float(f"<answer>{gold}</answer>" in text) for text, gold in zip(completions, answer)]
+
+
+def never(completions, **columns):
+    return [None] * len(completions)
+
+
+def by_reference(completions, **columns):
+    return [len(text) for text in columns["reference"]]
+"""
+
+
+def test_custom_rewards_are_called_with_right_and_wrong_answers(tmp_path, monkeypatch):
+    """To the first two problems; the table of the run shows what they gave."""
+    (tmp_path / "rewards_of_mine.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    c = settings()
+
+    def notes(*names):
+        paths = tuple(f"rewards_of_mine:{name}" for name in names)
+        return open_task(dataclasses.replace(c, rewards=dataclasses.replace(c.rewards, functions=paths))).notes
+
+    both = "; ".join(["1 for a right answer, 0 for a wrong one"] * 2)
+    assert notes("is_right", "never") == [
+        ("reward is_right", both),
+        ("reward never", both.replace("1", "None").replace("0", "None")),
+    ]
+    with pytest.raises(InputError) as refused:
+        notes("is_right", "by_reference")
+    assert re.fullmatch(
+        r"config\.rewards\.functions = 'rewards_of_mine:by_reference': fails on the training problem '.+': "
+        r"KeyError: 'reference' \(in by_reference, .+rewards_of_mine\.py, line 12; it was given .* columns answer\)",
+        str(refused.value),
+    )
+    assert notes() == []
+
+
+@pytest.mark.slow
+def test_a_custom_reward_that_fails_ends_a_run_before_it_writes_or_compiles(tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_mine.py").write_text(REWARDS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = faulty("", tmp_path, tmp_path / "run", "rewards.custom=rewards_of_mine:by_reference")
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert "KeyError: 'reference' (in by_reference, " in line and line.endswith("the columns answer)")
+    assert not (tmp_path / "run").exists() and "compiling" not in done.stdout
+
+
 def test_a_best_metric_without_benchmarks():
     c = settings()
     nothing = dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, benchmarks=()))

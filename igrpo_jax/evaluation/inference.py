@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from igrpo_jax.config import Config, JudgeConfig, to_dict
+from igrpo_jax.config import Config, RewardsConfig, to_dict
 from igrpo_jax.data.problems import Row
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import cluster, sharding
@@ -84,7 +84,7 @@ def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) ->
     else:
         params = written(weights.saved(config, policy, task.run, mesh, console, task.step)[0])
     scheduler = _scheduler(config, policy, mesh, task.plan, console)
-    settings = replace(config.rewards, accuracy=1.0, format=0.0, overlong=0.0, custom="", judge=JudgeConfig())
+    settings = RewardsConfig(accuracy=1.0, format=0.0, workers=config.rewards.workers, timeout=config.rewards.timeout)
     verifier = stack.enter_context(Verifier(settings))
     return Evaluator(config, task.plan, scheduler, task.renderer, verifier, console), params
 

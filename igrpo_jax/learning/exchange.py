@@ -91,7 +91,8 @@ def encode(rollout: ProcessRollout) -> bytes:
         "scores": [asdict(score) for score in rollout.scores],
         "judgements": [asdict(judgement) for judgement in rollout.judgements],
     }
-    return serialization.msgpack_serialize(_encoded_texts(tree))
+    # In place, because a copy by `jax.tree.map` would sort the keys of the rewards.
+    return serialization.msgpack_serialize(_encoded_texts(tree), in_place=True)
 
 
 def decode(data: bytes, prompts: Prompts) -> ProcessRollout:

@@ -239,7 +239,7 @@ class Rollout:
         """
         began = time.perf_counter()
         prompts = functools.cache(prompts)
-        self._verifier.start_step()
+        self._verifier.start_step(step)
         try:
             own = self._collect_own(params, step, prompts)
         except Preempted:

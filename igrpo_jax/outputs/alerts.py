@@ -5,6 +5,7 @@ a state that lasts raises one from the first step on. Each alert begins with its
 section for each name.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 Row = Mapping[str, float | None]  # metrics of a step by name; None where a value is not finite
 
 RECENT = 5  # steps
+MANY = 20  # steps in which a reward may be constant
 
 
 def _mean(rows: Sequence[Row], *names: str) -> float | None:
@@ -91,6 +93,40 @@ LIMITS = (
     Limit("recompiles", _still_compiling, 0.5, "{:.0%} of steps still compile programs"),
     Limit("not finite", _skipped, 0, "{:.0f} updates were skipped: loss or gradient was not finite"),
 )
+
+
+def _custom_rewards(row: Row) -> list[str]:
+    """Returns the names of the custom rewards, the only ones with a standard deviation of their own."""
+    matches = [re.fullmatch(r"rewards/(\w+)/std", name) for name in row]
+    return [match[1] for match in matches if match]
+
+
+def _silent(rows: Sequence[Row], name: str) -> bool:
+    """Returns whether a reward has had no value for any completion of the recent steps."""
+    return all(row.get(f"rewards/{name}/mean") is None for row in rows[-RECENT:])
+
+
+def _constant(rows: Sequence[Row], name: str) -> bool:
+    """Returns whether a reward has had one and the same value for all completions of many steps."""
+    recent = rows[-MANY:]
+    means = [row.get(f"rewards/{name}/mean") for row in recent]
+    if len(recent) < MANY or any(row.get(f"rewards/{name}/std") != 0 for row in recent) or None in means:
+        return False
+    return bool(np.ptp(means) <= 1e-9 * np.abs(means).max())  # the mean of equal values may be rounded
+
+
+class RewardLimit(NamedTuple):
+    """A state that no custom reward should be in, and the alert's text."""
+
+    name: str
+    holds: Callable[[Sequence[Row], str], bool]  # takes all rows, the newest last, and the name of a reward
+    message: str  # {} stands for the names of the rewards
+
+
+REWARD_LIMITS = (
+    RewardLimit("no value", _silent, "{} gave None for every completion"),
+    RewardLimit("constant reward", _constant, f"{{}} gave one value only for {MANY} steps"),
+)
 WATCHED = (
     "reward",
     "entropy",
@@ -101,15 +137,20 @@ WATCHED = (
     "verifier/timeout_frac",
     "perf/recompiles",
     "nonfinite_steps",
-)  # names of all metrics that the measures read
+)  # names of all metrics that LIMITS read
+
+
+def is_watched(name: str) -> bool:
+    """Returns whether alerts read the metric `name`."""
+    return name in WATCHED or re.fullmatch(r"rewards/\w+/(mean|std)", name) is not None
 
 
 def alerts(metrics: Mapping[str, Any], history: Sequence[Row] = ()) -> list[str]:
-    """Returns the alerts at a step as "name: message", in the order of LIMITS.
+    """Returns the alerts at a step as "name: message", in the order of LIMITS and then of REWARD_LIMITS.
 
     Args:
-        metrics: the step's numbers by name, None where one is not finite. Only the names in WATCHED are read, and any
-            of them may be missing.
+        metrics: the step's numbers by name, None where one is not finite. Only names that `is_watched` are read, and
+            any of them may be missing.
         history: the metrics of the steps before it, the oldest first.
     """
     rows = [*history, metrics]
@@ -118,4 +159,7 @@ def alerts(metrics: Mapping[str, Any], history: Sequence[Row] = ()) -> list[str]
         measure = limit.measure(rows)
         if measure is not None and measure > limit.most:
             messages.append(f"{limit.name}: {limit.message.format(measure)}")
+    for state in REWARD_LIMITS:
+        if names := [name for name in _custom_rewards(metrics) if state.holds(rows, name)]:
+            messages.append(f"{state.name}: {state.message.format(', '.join(names))}")
     return messages

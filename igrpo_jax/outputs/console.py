@@ -26,7 +26,7 @@ import rich.table
 from rich.text import Text
 
 from igrpo_jax.outputs import lines
-from igrpo_jax.outputs.alerts import WATCHED, Row, alerts
+from igrpo_jax.outputs.alerts import Row, alerts, is_watched
 from igrpo_jax.outputs.files import number
 from igrpo_jax.outputs.lines import hours, plain_text
 from igrpo_jax.records import Group
@@ -265,4 +265,4 @@ class Console:
 
 def _watched(row: Row) -> Row:
     """Returns the metrics that alerts read."""
-    return {name: row[name] for name in WATCHED if name in row}
+    return {name: value for name, value in row.items() if is_watched(name)}

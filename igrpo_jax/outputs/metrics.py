@@ -56,6 +56,13 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
         metrics[f"rewards/{name}/mean"] = _mean(
             [completion.score.rewards.get(name, np.nan) for completion in completions]
         )
+    for name in config.rewards.custom_names:
+        metrics[f"rewards/{name}/std"] = _std(
+            [completion.score.rewards.get(name, np.nan) for completion in completions]
+        )
+    for name in sorted({name for completion in completions for name in completion.score.logged}):
+        values = [value for completion in completions for value in completion.score.logged.get(name, [])]
+        metrics[f"custom/{name}"] = _mean(values)
     with_accuracy = "rewards/accuracy/mean" in metrics
     metrics |= _draft_metrics([group.drafts for group in groups if group.drafts], with_accuracy)
     refined = [group for group in groups if group.kept is not None]
@@ -67,6 +74,14 @@ def _mean(values: Sequence[float] | np.ndarray) -> float:
     """Returns the mean of the values that are not NaN; NaN where there is none."""
     known = [value for value in values if not math.isnan(value)]
     return float(np.mean(known)) if known else math.nan
+
+
+def _std(values: Sequence[float]) -> float:
+    """Returns the standard deviation (ddof = 1) of the values that are not NaN; NaN where there are fewer than two."""
+    known = [value for value in values if not math.isnan(value)]
+    if len(known) < 2:
+        return math.nan
+    return float(np.std(known, ddof=1)) if np.ptp(known) else 0.0  # exact, where rounding would leave 1e-17
 
 
 def _best(rewards: Sequence[float]) -> float:

@@ -170,6 +170,7 @@ def _sample_row(group: Group, completion: Completion, parent: int | None, advant
         "extracted": None if score is None else score.extracted,
         "answer": group.prompt.answer,
         "advantage": advantage,
+        **({"extra": score.extra} if score and score.extra else {}),  # only where a custom reward gave something
     }
 
 

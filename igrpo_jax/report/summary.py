@@ -14,7 +14,7 @@ import numpy as np
 
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import comparison
-from igrpo_jax.outputs.alerts import WATCHED, alerts
+from igrpo_jax.outputs.alerts import alerts, is_watched
 from igrpo_jax.report.runs import Curve, RecordedRun, counted
 
 CHANCE = 0.05  # p-value of the sign test below which a change is taken for one
@@ -127,7 +127,8 @@ def _paired(folder: Path, first: int, last: int) -> dict[str, comparison.Paired]
 
 def worries(run: RecordedRun) -> list[str]:
     """Returns the alerts of the last step, the same as those of the console, and the metrics that were not finite."""
-    rows = [{name: run.metrics[name].get(step) for name in WATCHED if name in run.metrics} for step in run.steps]
+    watched = [name for name in {**run.metrics, **run.nulls} if is_watched(name)]
+    rows = [{name: run.metrics.get(name, {}).get(step) for name in watched} for step in run.steps]
     messages = alerts(rows[-1], rows[:-1]) if rows else []
     for name in ("loss", "grad_norm", "reward", "entropy"):
         if steps := run.nulls.get(name):

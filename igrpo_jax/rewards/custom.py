@@ -1,111 +1,52 @@
-"""The custom reward: a function of the user, called in a worker with all completions of one request at once.
+"""Custom rewards: functions of the user, called in workers with all completions of one request at once.
 
-    calls = CustomCalls(CustomReward("my_rewards:short"), pool, timeout=config.rewards.timeout)
-    batch = Batch(size)                        # one for each request
-    future = calls.submit(candidate, batch)    # of an Outcome, whose value is a float; NaN where the function gave None
+    calls = CustomCalls(rewards, Pool(functions.call, workers=2, timeout=5.0).submit, timeout=5.0)
+    batch = Batch(size)                         # one for each request
+    futures = calls.submit(candidate, batch)    # of an Outcome, one for each function; its value is a Graded
 
-The function has TRL's signature, `function(prompts, completions, completion_ids, **columns)`, and returns one number or
-None per completion. All arguments are lists in the order of the sample ids, so what the function sees does not depend
-on which completion was drawn first. A resumed run calls it with the same batches.
+Each function is called for itself, with its own deadline, so that one that fails or is slow spoils no other's values.
+The completions are in the order of the sample ids, so what a function sees does not depend on which completion was
+drawn first. A resumed run calls it with the same batches.
 
-A batch may run for the time-out of one completion times its size. If the call of a batch fails, its completions are
-called again one by one, each as a batch of one, so that a bad completion spoils no other. If the call returns and only
-some of its values are wrong, these completions fail and the others keep their values.
+A call may take the time-out of one completion times the size of the batch. If the call of a batch fails, its
+completions are called again one by one, each as a batch of one, so that a bad completion spoils no other. If the call
+returns and only some of its values are wrong, these completions fail and the others keep their values.
 
-Not here: weights, and the sum with the other rewards (`verifier`); processes and deadlines (`pool`). No jax.
+`rehearse` calls every function with some completions before a run starts.
+
+Not here: what a function receives and returns (`functions`); weights, and the sum with the other rewards (`verifier`);
+processes and deadlines (`pool`). No jax.
 """
 
-import functools
-import importlib
-import inspect
-import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from absl import logging
 
 from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate
+from igrpo_jax.rewards import functions
+from igrpo_jax.rewards.functions import CustomReward, TrainerState
 from igrpo_jax.rewards.pool import Outcome, Pool
 
 
-@dataclass(frozen=True)
-class CustomReward:
-    """Which function to call, and how it receives the reference answer."""
+class Graded(NamedTuple):
+    """What one function gave for one completion."""
 
-    path: str  # "module:function"
-    answer_column: str = "answer"  # the name under which the function receives the reference answers
-
-    @property
-    def name(self) -> str:
-        """The name of the function, under which its values are reported."""
-        return self.path.partition(":")[2]
-
-
-@functools.lru_cache
-def load(path: str) -> Callable:
-    """Returns the function that "module:function" names. Python searches for the module in its usual places.
-
-    Raises:
-        InputError: there is no such module or function, or the function is a coroutine.
-    """
-    module, _, name = path.partition(":")
-    where = f"config.rewards.custom = {path!r}"
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's module raises during its import
-        raise InputError(
-            f"{where}: cannot be imported ({type(error).__name__}: {error}); write it as module:function, the module "
-            "in the current folder or installed"
-        ) from error
-    if not callable(function) or inspect.iscoroutinefunction(function):
-        raise InputError(f"{where}: must be a plain function, not {type(function).__name__} or async")
-    return function
-
-
-def values(reward: CustomReward, candidates: Sequence[Candidate]) -> list[float | str]:
-    """Calls the user's function with completions of one prompt. Workers run this.
-
-    Returns:
-        For each candidate its value, NaN where the function returned None, or a text that says why the value is wrong.
-
-    Raises:
-        TypeError, ValueError: the function returned no list, or a list of another length.
-        Exception: whatever the user's function raises.
-    """
-    columns = {name: [candidate.columns[name] for candidate in candidates] for name in candidates[0].columns}
-    columns[reward.answer_column] = [candidate.answer for candidate in candidates]
-    columns["prompts"] = [candidate.question for candidate in candidates]
-    columns["completions"] = [candidate.text for candidate in candidates]
-    columns["completion_ids"] = [[int(token) for token in candidate.tokens] for candidate in candidates]
-    returned = load(reward.path)(**columns)
-    expected = "must return a list with one number or None per completion"
-    if not isinstance(returned, Sequence):
-        raise TypeError(f"{expected}, not {returned!r}")
-    if len(returned) != len(candidates):
-        raise ValueError(f"{expected}: {len(returned)} values for {len(candidates)} completions")
-    return [_checked(value) for value in returned]
-
-
-def _checked(value: Any) -> float | str:
-    if value is None:
-        return math.nan
-    try:
-        number = float(value)
-    except Exception as error:  # whatever an object of the user's raises
-        return f"returned {value!r}, which is no number ({type(error).__name__}: {error})"[:500]
-    return number if math.isfinite(number) else f"returned {value!r}; return None to skip a completion"
+    value: float  # NaN where it was None
+    logged: dict[str, list[float]]  # of the call, the same for all its completions
+    extra: dict[str, Any]  # of this completion
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A completion that waits for its value."""
+    """A completion that waits for its values."""
 
     candidate: Candidate
-    future: Future[Outcome] = field(default_factory=Future)
+    futures: tuple[Future[Outcome], ...]  # one for each function
 
 
 class Batch:
@@ -127,7 +68,7 @@ class Batch:
                 self._closed = True
                 rows, self._rows = self._rows, []
                 return sorted(rows, key=lambda row: row.candidate.sample_id)
-        row.future.set_result(_INCOMPLETE)
+        _give_up(row)
         return []
 
     def close(self) -> None:
@@ -136,34 +77,48 @@ class Batch:
             self._closed = True
             rows, self._rows = self._rows, []
         for row in rows:
-            row.future.set_result(_INCOMPLETE)
+            _give_up(row)
 
 
-_INCOMPLETE = Outcome("error", detail="the batch of this completion was closed before it was complete")
+def _give_up(row: _Row) -> None:
+    for future in row.futures:
+        future.set_result(Outcome("error", detail="the batch of this completion was closed before it was complete"))
 
 
 class CustomCalls:
-    """Calls a custom reward in the workers of a pool, once for each batch. Usable from any thread.
+    """Calls custom rewards in the workers of a pool, once for each batch. Usable from any thread.
 
     Args:
-        timeout: seconds that the function may take for each completion of a batch.
+        submit: calls `functions.call` in a worker, with the arguments that it gets and a `timeout` in seconds.
+        timeout: seconds that a function may take for each completion of a batch.
+        max_steps: number of updates of the run, for functions that ask.
     """
 
-    def __init__(self, reward: CustomReward, pool: Pool, timeout: float):
-        self.name = reward.name
-        self._reward = reward
-        self._pool = pool
+    def __init__(
+        self,
+        rewards: Sequence[CustomReward],
+        submit: Callable[..., Future[Outcome]],
+        timeout: float,
+        max_steps: int = 0,
+    ):
+        self.rewards = tuple(rewards)
+        self._submit = submit
         self._timeout = timeout
+        self._state = TrainerState(max_steps=max_steps)
         self._lock = threading.Lock()
         self._incomplete: set[Batch] = set()
         self._closed = False
 
-    def submit(self, candidate: Candidate, batch: Batch) -> Future[Outcome]:
-        """Adds a completion to its batch, and calls the function if it is the last one.
+    def start_step(self, step: int) -> None:
+        """Begins a step of training (from 1), which functions see as the number of updates that are done."""
+        self._state = self._state._replace(global_step=step - 1)
 
-        Does not block. The future never raises; the details of a failure name the function.
+    def submit(self, candidate: Candidate, batch: Batch) -> tuple[Future[Outcome], ...]:
+        """Adds a completion to its batch, and calls the functions if it is the last one.
+
+        Does not block. The futures, in the order of `rewards`, never raise; the details of a failure name the function.
         """
-        row = _Row(candidate)
+        row = _Row(candidate, tuple(Future() for _ in self.rewards))
         with self._lock:
             self._incomplete.add(batch)
         rows = batch.add(row)
@@ -172,8 +127,9 @@ class CustomCalls:
         if rows:
             with self._lock:
                 self._incomplete.discard(batch)
-            self._call(rows)
-        return row.future
+            for number in range(len(self.rewards)):
+                self._call(number, rows)
+        return row.futures
 
     def close(self) -> None:
         """Gives up batches that are not complete. Calls in progress end with the pool, and are not repeated."""
@@ -183,28 +139,72 @@ class CustomCalls:
         for batch in incomplete:
             batch.close()
 
-    def _call(self, rows: Sequence[_Row]) -> None:
-        candidates = [row.candidate for row in rows]
-        called = self._pool.submit(values, self._reward, candidates, timeout=self._timeout * len(rows))
-        called.add_done_callback(lambda done: self._settle(rows, done.result()))
+    def _call(self, number: int, rows: Sequence[_Row]) -> None:
+        arguments = self.rewards[number], [row.candidate for row in rows], self._state
+        called = self._submit(*arguments, timeout=self._timeout * len(rows))
+        called.add_done_callback(lambda done: self._settle(number, rows, done.result()))
 
-    def _settle(self, rows: Sequence[_Row], outcome: Outcome) -> None:
+    def _settle(self, number: int, rows: Sequence[_Row], outcome: Outcome) -> None:
         """Answers the completions of a call, or calls them one by one if the call of all of them failed."""
-        path, seconds = self._reward.path, outcome.seconds / len(rows)
+        path, seconds = self.rewards[number].path, outcome.seconds / len(rows)
         if outcome.status == "ok":
-            for row, value in zip(rows, outcome.value, strict=True):
+            reply = outcome.value
+            for row, value, extra in zip(rows, reply.values, reply.extra, strict=True):
                 if isinstance(value, str):
-                    row.future.set_result(Outcome("error", detail=f"{path}: {value}", seconds=seconds))
+                    settled = Outcome("error", detail=f"{path}: {value}", seconds=seconds)
                 else:
-                    row.future.set_result(Outcome("ok", value, seconds=seconds))
+                    settled = Outcome("ok", Graded(value, reply.logged, extra), seconds=seconds)
+                row.futures[number].set_result(settled)
         elif len(rows) > 1 and not self._closed:
             logging.log_every_n(
                 logging.WARNING,
-                "rewards.custom: %s failed on a batch of %d completions, which are now called one by one: %s",
+                "custom reward: %s failed on a batch of %d completions, which are now called one by one: %s",
                 *(100, path, len(rows), outcome.detail),
             )
             for row in rows:
-                self._call([row])
+                self._call(number, [row])
         else:
             for row in rows:
-                row.future.set_result(replace(outcome, detail=f"{path}: {outcome.detail}", seconds=seconds))
+                row.futures[number].set_result(replace(outcome, detail=f"{path}: {outcome.detail}", seconds=seconds))
+
+
+def rehearse(
+    rewards: Sequence[CustomReward], batches: Sequence[Sequence[Candidate]], timeout: float
+) -> list[list[list[float]]]:
+    """Calls every function with every batch in a worker of its own, as a run does.
+
+    Args:
+        timeout: seconds that a function may take for each completion of a batch.
+
+    Returns:
+        The values by function, batch and completion; NaN where a function gave None.
+
+    Raises:
+        InputError: a function failed, took too long, or returned what is no number.
+    """
+    with Pool(functions.call, workers=1, timeout=timeout) as pool:
+        calls = CustomCalls(rewards, pool.submit, timeout)
+        submitted = []
+        for candidates in batches:
+            batch = Batch(len(candidates))
+            submitted.append([(candidate, calls.submit(candidate, batch)) for candidate in candidates])
+        values: list[list[list[float]]] = []
+        for number, reward in enumerate(rewards):
+            values.append([])
+            for completions in submitted:
+                outcomes = [(candidate, futures[number].result()) for candidate, futures in completions]
+                values[-1].append([_rehearsed(reward, *outcome) for outcome in outcomes])
+        calls.close()
+    return values
+
+
+def _rehearsed(reward: CustomReward, candidate: Candidate, outcome: Outcome) -> float:
+    if outcome.status == "ok":
+        return outcome.value.value
+    detail = " ".join(outcome.detail.removeprefix(f"{reward.path}: ").split())
+    fix = "; raise config.rewards.timeout, or make it faster" if outcome.status == "timeout" else ""
+    question = " ".join(candidate.question.split())
+    raise InputError(
+        f"config.rewards.{reward.setting} = {reward.path!r}: fails on the training problem "
+        f"{question[:60] + '...' * (len(question) > 60)!r}: {detail}{fix}"
+    )

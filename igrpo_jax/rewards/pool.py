@@ -246,7 +246,8 @@ def _run(function: Callable, args: tuple, orphan_after: float) -> Outcome:
     try:
         outcome = Outcome("ok", function(*args), seconds=time.perf_counter() - start)
     except BaseException as error:  # SystemExit and MemoryError too: whatever it is, only this item fails
-        detail = f"{type(error).__name__}: {error}"[:500]
+        notes = [note[:1000] for note in getattr(error, "__notes__", ())]  # the custom reward's says where it failed
+        detail = " ".join([f"{type(error).__name__}: {error}"[:500], *notes])
         outcome = Outcome("error", detail=detail, seconds=time.perf_counter() - start)
     signal.setitimer(signal.ITIMER_REAL, 0)
     return outcome

@@ -10,7 +10,7 @@ The reward is the weighted sum of the rewards in use. A reward of weight 0 is ne
     accuracy   the stated answer equals the reference answer                           0 or 1
     format     one think block, then one answer block, nothing else                    0 or 1
     overlong   the soft over-long penalty of DAPO                                      -1 to 0
-    (custom)   a function of the user, under its own name, of all completions at once  any number, or None
+    (custom)   functions of the user, under their own names, of all completions at once any number, or None
     judge      a model behind an OpenAI-compatible endpoint                            0 to 1, or none
 
 Accuracy and format read opening + completion, because a chat template may open `<think>` in the prompt. A grading that
@@ -18,9 +18,10 @@ failed or exceeded its deadline scores 0 on everything, and its status says so. 
 where every reward is a custom None, there is no reward at all: it is NaN with the status "invalid".
 
 Not here: what an answer is and when two are equal (`mathematics.grader`), processes and deadlines (`pool`), calls
-of the user's function (`custom`), requests to the judge and the file of its verdicts (`judge`). No jax.
+of the user's functions (`custom`), requests to the judge and the file of its verdicts (`judge`). No jax.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -33,10 +34,11 @@ from absl import logging
 from igrpo_jax.config import RewardsConfig
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.records import STATUSES, Candidate, Score
-from igrpo_jax.rewards import custom
+from igrpo_jax.rewards import functions
 from igrpo_jax.rewards import judge as judge_module
-from igrpo_jax.rewards.custom import Batch, CustomCalls, CustomReward
+from igrpo_jax.rewards.custom import Batch, CustomCalls
 from igrpo_jax.rewards.format import format_reward, overlong_penalty
+from igrpo_jax.rewards.functions import CustomReward
 from igrpo_jax.rewards.judge import Judge, Judgement
 from igrpo_jax.rewards.mathematics import grader
 from igrpo_jax.rewards.pool import Outcome, Pool
@@ -50,7 +52,7 @@ class VerifierError(RunError):
 class Rules:
     """The rewards that a worker computes of one completion alone, and their weights in the sum."""
 
-    weights: dict[str, float]  # of the rewards in use, by name; without the judge and the custom reward
+    weights: dict[str, float]  # of the rewards in use, by name; without the judge and custom rewards
     limit: int = 0  # the most tokens that a completion may have, for the over-long penalty
     overlong_cache: int = 0  # the number of last tokens over which the penalty grows
 
@@ -62,27 +64,28 @@ def rules_of(settings: RewardsConfig, limit: int = 0) -> Rules:
     return Rules(used, limit, settings.overlong_cache)
 
 
-def custom_reward(settings: RewardsConfig, answer_column: str = "answer") -> CustomReward | None:
-    """Returns the custom reward that `settings` ask for, or None.
+def custom_rewards(settings: RewardsConfig, answer_column: str = "answer") -> list[CustomReward]:
+    """Returns the custom rewards in use.
 
     Raises:
-        InputError: config.rewards.custom names nothing that can be called, or has the name of another reward.
+        InputError: a path names nothing that can be called, or a function has the name of another reward.
     """
-    if not settings.custom:
-        return None
-    custom.load(settings.custom)
-    reward = CustomReward(settings.custom, answer_column)
-    if reward.name in _REWARDS or reward.name == "judge":
-        raise InputError(
-            f'config.rewards.custom = {settings.custom!r}: "{reward.name}" is a reward of the library; rename the '
-            "function"
-        )
-    return reward if settings.custom_weight != 0 else None
+    setting = "functions" if settings.functions else "custom"
+    rewards = []
+    for path, weight in settings.custom_weights.items():
+        functions.load(path, setting)
+        reward = CustomReward(path, weight, setting, answer_column, settings.conversational)
+        if reward.name in _REWARDS or reward.name == "judge":
+            raise InputError(
+                f'config.rewards.{setting} = {path!r}: "{reward.name}" is a reward of the library; rename the function'
+            )
+        rewards.append(reward)
+    return [reward for reward in rewards if reward.weight != 0]
 
 
 def check(settings: RewardsConfig) -> None:
     """Raises InputError for rewards that cannot be computed: a wrong custom function, a judge that cannot be asked."""
-    custom_reward(settings)
+    custom_rewards(settings)
     if settings.judge.weight:
         judge_module.connect(settings.judge)
 
@@ -127,8 +130,9 @@ class Verifier:
 
     Args:
         limit: the most tokens that a completion may have, for the over-long penalty.
-        answer_column: the column of the data set under whose name a custom reward receives the reference answer.
+        answer_column: the column of the data set under whose name custom rewards receive the reference answer.
         cache: the file of the judge's verdicts, used where config.rewards.judge.cache is empty.
+        max_steps: number of updates of the run, for custom rewards that ask.
 
     Raises:
         InputError: a custom reward that cannot be imported; a judge that cannot be asked.
@@ -140,10 +144,11 @@ class Verifier:
         limit: int = 0,
         answer_column: str = "answer",
         cache: Path = Path("judge.sqlite"),
+        max_steps: int = 0,
     ):
         self._rules = rules_of(settings, limit)
-        reward = custom_reward(settings, answer_column)
-        self._weights = self._rules.weights | ({reward.name: settings.custom_weight} if reward else {})
+        rewards = custom_rewards(settings, answer_column)
+        self._weights = self._rules.weights | {reward.name: reward.weight for reward in rewards}
         self._judge_weight = settings.judge.weight
         self._judge: Judge | None = None
         self._judgements: list[Judgement] = []
@@ -151,7 +156,8 @@ class Verifier:
             self._judge = Judge(settings.judge, Path(settings.judge.cache or cache))
         preload = ("igrpo_jax.rewards.verifier", "igrpo_jax.rewards.mathematics.grader")
         self._pool = Pool(_call, settings.workers, settings.timeout, preload=preload)
-        self._custom = CustomCalls(reward, self._pool, settings.timeout) if reward else None
+        call = functools.partial(self._pool.submit, functions.call)
+        self._custom = CustomCalls(rewards, call, settings.timeout, max_steps) if rewards else None
 
     def __enter__(self) -> "Verifier":
         return self
@@ -159,9 +165,11 @@ class Verifier:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def start_step(self) -> None:
-        """Begins a new step of training: refills the judge's budget and clears its statistics."""
+    def start_step(self, step: int) -> None:
+        """Begins a step of training (from 1): refills the judge's budget and clears its statistics."""
         self._judgements = []
+        if self._custom:
+            self._custom.start_step(step)
         if self._judge:
             self._judge.start_step()
 
@@ -169,12 +177,13 @@ class Verifier:
         """Returns a future of the Score. Does not block; the future never raises: see Score.status.
 
         Args:
-            batch: of the candidate's request; None makes a batch of one. Only a custom reward reads it: with one, no
+            batch: of the candidate's request; None makes a batch of one. Only custom rewards read it: with one, no
                 future of the batch is done before all its completions were submitted.
         """
         graded = self._grade(candidate, self._rules)
         if self._custom:
-            graded = _combined(graded, self._custom.submit(candidate, batch or Batch(1)), self._with_custom)
+            outcomes = _listed(self._custom.submit(candidate, batch or Batch(1)))
+            graded = _combined(graded, outcomes, self._with_custom)
         if not self._judge:
             return graded
         judged = self._judge.submit(candidate.question, candidate.answer, candidate.opening + candidate.text)
@@ -221,23 +230,30 @@ class Verifier:
 
     def _grade(self, candidate: Candidate, rules: Rules) -> Future[Score]:
         result: Future[Score] = Future()
-        if self._custom and not rules.weights:  # the custom reward is the only one
+        if self._custom and not rules.weights:  # there are custom rewards only
             result.set_result(Score(0.0, {}, None, "ok"))
             return result
         graded = self._pool.submit(score, candidate, rules)
         graded.add_done_callback(lambda done: result.set_result(_to_score(done.result(), rules)))
         return result
 
-    def _with_custom(self, graded: Score, outcome: Outcome) -> Score:
-        """Returns the score combined with the custom reward's outcome. Where either failed, everything is 0."""
-        assert self._custom is not None, "a custom reward has given the outcome"
-        seconds = graded.seconds + outcome.seconds
+    def _with_custom(self, graded: Score, outcomes: Sequence[Outcome]) -> Score:
+        """Returns the score combined with the custom rewards' outcomes. Where any failed, everything is 0."""
+        assert self._custom is not None, "custom rewards have given the outcomes"
+        seconds = graded.seconds + sum(outcome.seconds for outcome in outcomes)
         if graded.status in ("timeout", "error"):
             return replace(graded, rewards=dict.fromkeys(self._weights, 0.0), seconds=seconds)
-        if outcome.status != "ok":
-            return replace(_failure(outcome, self._weights), seconds=seconds)
-        rewards = graded.rewards | {self._custom.name: outcome.value}
-        return _total(replace(graded, rewards=rewards, seconds=seconds), self._weights)
+        for outcome in outcomes:
+            if outcome.status != "ok":
+                return replace(_failure(outcome, self._weights), seconds=seconds)
+        rewards, logged, extra = dict(graded.rewards), {}, {}
+        for reward, outcome in zip(self._custom.rewards, outcomes, strict=True):
+            rewards[reward.name] = outcome.value.value
+            extra |= outcome.value.extra
+            for name, values in outcome.value.logged.items():
+                logged[name] = logged.get(name, []) + values
+        combined = replace(graded, rewards=rewards, seconds=seconds, logged=logged, extra=extra)
+        return _total(combined, self._weights)
 
     def _with_judge(self, graded: Score, judgement: Judgement) -> Score:
         """Keeps the judgement, and returns the score of the other rewards combined with the judge's.
@@ -260,15 +276,24 @@ def _call(function: Callable, *args: object) -> object:
     return function(*args)
 
 
-def _combined(first: Future, second: Future, combine: Callable[[Any, Any], Score]) -> Future[Score]:
+def _combined(first: Future, second: Future, combine: Callable[[Any, Any], Any]) -> Future:
     """Returns a future of what `combine` makes of both results."""
-    result: Future[Score] = Future()
+    result: Future = Future()
 
     def settle(_: Future) -> None:  # called when the later of the two is done
         result.set_result(combine(first.result(), second.result()))
 
     first.add_done_callback(lambda _: second.add_done_callback(settle))
     return result
+
+
+def _listed(futures: Sequence[Future]) -> Future[list]:
+    """Returns a future of the results of all `futures`, in their order."""
+    results: Future[list] = Future()
+    results.set_result([])
+    for future in futures:
+        results = _combined(results, future, lambda before, result: [*before, result])
+    return results
 
 
 def _to_score(outcome: Outcome, rules: Rules) -> Score:

@@ -66,7 +66,7 @@ def _start(config: Config, task: Task, workdir: Path, stack: contextlib.ExitStac
     sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
     learner = Learner(config, task.policy.model, task.mesh, **sizes)
     resumes = _claim(workdir, config, stack, console)
-    verifier = stack.enter_context(_verifier(config, workdir))
+    verifier = stack.enter_context(_verifier(config, workdir, task.total_steps))
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)
     _compile(config, task, scheduler.engine, learner, console)
@@ -129,14 +129,14 @@ def _claim(workdir: Path, config: Config, stack: contextlib.ExitStack, console: 
     return resumes
 
 
-def _verifier(config: Config, workdir: Path) -> Verifier:
+def _verifier(config: Config, workdir: Path, total_steps: int) -> Verifier:
     """Returns the verifier, whose judge keeps its verdicts in `workdir`; entering it starts the workers."""
     # SQLite can't lock a file across machines: each process has a file of its own, and its part of the judge's budget.
     process, judge = jax.process_index(), config.rewards.judge
     cache = workdir / (f"judge.process-{process}.sqlite" if process else "judge.sqlite")
     judge = replace(judge, budget=judge.budget and max(1, judge.budget // jax.process_count()))
     limit, answer_column = config.rollout.max_completion_length, config.data.answer_column or "answer"
-    return Verifier(replace(config.rewards, judge=judge), limit, answer_column, cache)
+    return Verifier(replace(config.rewards, judge=judge), limit, answer_column, cache, total_steps)
 
 
 def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> int | None:

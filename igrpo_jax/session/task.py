@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -21,9 +22,12 @@ from igrpo_jax.evaluation import planning
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.policy import Policy, fit_to_mesh, open_model
 from igrpo_jax.outputs import trackers
-from igrpo_jax.records import Prompt
-from igrpo_jax.rewards import verifier
+from igrpo_jax.records import Candidate, Prompt
+from igrpo_jax.rewards import custom, verifier
+from igrpo_jax.rewards.mathematics import golds
 from igrpo_jax.sampling.engine import Engine
+
+WRONG_ANSWER = "-987654321"  # what custom rewards see as a wrong answer before a run starts
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Task:
     mesh: jax.sharding.Mesh
     prompts: list[Prompt]
     skipped: int  # training prompts longer than config.data.max_prompt_length
-    notes: list[tuple[str, str]]  # what was found in the training set
+    notes: list[tuple[str, str]]  # what was found in the training set, and what custom rewards gave at their first call
     evaluated: planning.Plan
     max_context: int  # tokens of the longest q or q' in training
     total_steps: int
@@ -84,6 +88,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     asked = problems.asked(held_out, config.evaluation.limit) if config.evaluation.every else {}
     evaluated = planning.make_plan(config, asked, renderer, context)
     check_best_metric(config, evaluated)
+    notes = training.notes + rehearsed_rewards(config, prompts, policy, renderer.opening)
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, model=fitted(config, policy.model, mesh, max_context, evaluated))
     shards = sharding.batch_shards(mesh)
@@ -93,7 +98,44 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
             f"mesh.fsdp = {shards}, over which a batch is split"
         )
     steps = config.steps or max(1, int(config.epochs * len(prompts) / config.prompts_per_step))
-    return Task(config, policy, renderer, mesh, prompts, skipped, training.notes, evaluated, max_context, steps)
+    return Task(config, policy, renderer, mesh, prompts, skipped, notes, evaluated, max_context, steps)
+
+
+def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy, opening: str) -> list[tuple[str, str]]:
+    """Calls custom rewards with a right and a wrong answer to each of the first two problems.
+
+    They are called in a worker and within a time limit, as in the run. The limit is that of a batch of the run, because
+    the first call imports the user's module.
+
+    Args:
+        opening: how the chat template begins a reply.
+
+    Returns:
+        Name and values of each function, for the table that a run prints; nothing without custom rewards.
+
+    Raises:
+        InputError: a function failed.
+    """
+    rewards = verifier.custom_rewards(config.rewards, config.data.answer_column or "answer")
+    if not rewards:
+        return []
+    batches = []
+    for prompt in prompts[:2]:
+        answers = (golds.alternatives(prompt.answer)[0], WRONG_ANSWER)
+        texts = [f"{'' if '<think>' in opening else '<think>'}Done.</think><answer>{x}</answer>" for x in answers]
+        row = functools.partial(Candidate, question=prompt.question, columns=prompt.columns)
+        batches.append(
+            [
+                row(text, prompt.answer, opening, tokens=policy.encode_completion(text), sample_id=number)
+                for number, text in enumerate(texts)
+            ]
+        )
+    values = custom.rehearse(rewards, batches, config.rewards.timeout * max(1, config.algorithm.num_generations // 2))
+    notes = []
+    for reward, by_problem in zip(rewards, values, strict=True):
+        texts = [f"{right:g} for a right answer, {wrong:g} for a wrong one" for right, wrong in by_problem]
+        notes.append((f"reward {reward.name}", "; ".join(texts).replace("nan", "None")))
+    return notes
 
 
 def check_prompts_per_step(wanted: int, count: int) -> None:

@@ -35,6 +35,8 @@ def process_rollout():
         "extracted": None,
         "status": "invalid",
         "detail": "é",
+        "logged": {"words": [1.0, 0.5]},
+        "extra": {"why": "\ud800", "count": 3, "none": None, "yes": True},
     }
     refined = (completion("refine", 0, 5), completion("refine", 1, 2, **unknown))
     context = np.arange(7, dtype=np.int32)

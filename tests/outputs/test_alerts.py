@@ -89,6 +89,39 @@ def test_skipped_updates_are_an_alert_while_they_happen():
     assert names(skipped, [*steps(3), *[skipped] * 5]) == []  # one, six steps ago
 
 
+def of_rewards(**values):
+    """A row with the mean and the standard deviation of custom rewards by name, and with the accuracy's mean."""
+    row = QUIET | {"rewards/accuracy/mean": 0.0}
+    for name, (mean, std) in values.items():
+        row |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
+    return row
+
+
+def test_a_reward_that_is_none_for_all_is_an_alert_from_the_first_step():
+    none, fine = of_rewards(short=(None, None), tidy=(0.5, 0.1)), of_rewards(short=(0.5, None), tidy=(0.5, 0.1))
+    assert alerting.alerts(none) == ["no value: short gave None for every completion"]
+    assert names(fine) == names(none, [fine]) == names(none, [fine, *[none] * 3]) == []
+    assert names(none, [fine, *[none] * 4]) == ["no value"]
+    both = of_rewards(short=(None, None), tidy=(None, None))
+    assert alerting.alerts(both) == ["no value: short, tidy gave None for every completion"]
+
+
+def test_a_reward_that_is_constant_over_many_steps_is_an_alert():
+    """A mean of equal values may be rounded. A reward with one value in each step, and others in others, is fine."""
+    same, rounded = of_rewards(short=(0.1, 0.0)), of_rewards(short=(0.1 + 1e-17, 0.0))
+    assert names(same, [rounded] * 18) == []
+    assert alerting.alerts(same, [rounded] * 19) == ["constant reward: short gave one value only for 20 steps"]
+    assert names(same, [*[same] * 18, of_rewards(short=(0.2, 0.0))]) == []
+    assert names(of_rewards(short=(0.1, 0.01)), [same] * 19) == []
+    assert names(same, [*[same] * 18, of_rewards(short=(None, None))]) == []
+    assert names(of_rewards(short=(0.0, 0.0)), [of_rewards(short=(0.0, 0.0))] * 19) == ["constant reward"]
+
+
+def test_the_metrics_that_alerts_read():
+    assert all(map(alerting.is_watched, (*QUIET, "rewards/short/std", "rewards/short/mean")))
+    assert not any(map(alerting.is_watched, ("loss", "rewards/a/b/mean", "custom/short/mean")))
+
+
 def test_alerts_come_in_the_order_of_the_table():
     bad = QUIET | {"frac_reward_zero_std": 1.0, "reward": 0.0, "verifier/error_frac": 0.5}
     assert names(bad) == ["zero reward", "zero variance", "verifier errors"]
@@ -96,4 +129,8 @@ def test_alerts_come_in_the_order_of_the_table():
     # Beside its label an alert fits a terminal of 80 columns.
     assert all(
         len(f"{limit.name}: {limit.message.format(1.0)}") <= 72 and limit.message.isascii() for limit in alerting.LIMITS
+    )
+    assert all(
+        len(f"{limit.name}: {limit.message.format('my_function')}") <= 72 and limit.message.isascii()
+        for limit in alerting.REWARD_LIMITS
     )

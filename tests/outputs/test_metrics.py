@@ -34,6 +34,34 @@ def test_rollout_metrics_against_numbers_derived_by_hand(two_groups):
     assert all(type(value) is float for value in got.values())
 
 
+def test_custom_rewards_have_a_spread_and_what_they_logged(two_groups):
+    """Values 1, 3, 5 and None: the mean is 3, and the standard deviation (ddof = 1) 2, as TRL's nanmean and nanstd."""
+    given = iter([(1.0, [2.0]), (3.0, [2.0, 4.0]), (5.0, []), (np.nan, [])])
+
+    def graded(completion):
+        value, logged = next(given)
+        score = completion.score
+        rewards = score.rewards | {"short": value}
+        return dataclasses.replace(
+            completion, score=dataclasses.replace(score, rewards=rewards, logged={"words": logged} if logged else {})
+        )
+
+    groups = [dataclasses.replace(group, completions=tuple(map(graded, group.completions))) for group in two_groups]
+    plain = run_config()
+    own = dataclasses.replace(plain, rewards=dataclasses.replace(plain.rewards, functions=("my:short", "my:tidy")))
+    got = metrics.rollout_metrics(groups, own)
+    assert (got["rewards/short/mean"], got["rewards/short/std"]) == (3.0, 2.0)
+    assert got["custom/words"] == pytest.approx((2 + 2 + 4) / 3)
+    assert np.isnan(got["rewards/tidy/std"]) and "rewards/accuracy/std" not in got
+    spreads = {name for name in metrics.rollout_metrics(two_groups, plain) if "std" in name or "custom" in name}
+    assert spreads == {"reward_std", "frac_reward_zero_std"}
+
+
+def test_a_constant_reward_has_a_spread_of_exactly_zero():
+    assert np.std([0.1] * 3, ddof=1) > 0  # by rounding
+    assert metrics._std([0.1] * 3) == 0.0
+
+
 def test_an_answer_may_be_the_drafts_though_its_words_are_not(two_groups):
     """Shown 7: one of two says so too. Shown no answer: one that states none either is no copy."""
     stated = lambda c, answer: dataclasses.replace(c, score=dataclasses.replace(c.score, extracted=answer))

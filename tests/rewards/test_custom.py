@@ -17,15 +17,16 @@ from absl import logging
 from igrpo_jax import config
 from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate, Score
-from igrpo_jax.rewards.custom import Batch
-from igrpo_jax.rewards.verifier import Verifier, check, custom_reward
+from igrpo_jax.rewards.custom import Batch, rehearse
+from igrpo_jax.rewards.verifier import Verifier, check, custom_rewards
 
 RIGHT = "<think>2+2</think><answer>4</answer>"
 
 
 def by_length(prompts, completions, solution, level, completion_ids, **columns):
     """A reward function as users of TRL write it; it gives no value for the question "skip"."""
-    assert len(prompts) == len(completions) == len(solution) == len(level) == len(completion_ids) and not columns
+    assert len(prompts) == len(completions) == len(solution) == len(level) == len(completion_ids)
+    assert set(columns) == {"trainer_state", "log_metric", "log_extra"}
     assert all(isinstance(ids, list) for ids in completion_ids)
     rows = zip(prompts, completions, solution, level, completion_ids, strict=True)
     return [
@@ -78,10 +79,6 @@ def not_finite(prompts, completions, **columns):
 
 def no_list(prompts, completions, **columns):
     return 1.0
-
-
-async def coroutine(prompts, completions, **columns):
-    return [1.0]
 
 
 def accuracy(prompts, completions, **columns):
@@ -155,20 +152,21 @@ def test_the_rows_of_a_batch_have_their_own_columns():
     [
         (custom("missing"), "cannot be imported .*missing.*module:function"),
         ("no_such_module:f", "cannot be imported .*no_such_module.*module:function"),
-        (custom("number"), "must be a plain function, not int"),
-        (custom("coroutine"), "must be a plain function"),
+        (custom("number"), "must be a function, not int"),
         (custom("accuracy"), "is a reward of the library; rename"),
     ],
 )
 def test_a_custom_reward_that_cannot_be_used(path, message):
-    for refuse in (custom_reward, check, Verifier):
+    for refuse in (custom_rewards, check, Verifier):
         with pytest.raises(InputError, match=rf"config\.rewards\.custom = '{path}'.*{message}"):
             refuse(config.RewardsConfig(custom=path))
+        with pytest.raises(InputError, match=rf"config\.rewards\.functions = '{path}'.*{message}"):
+            refuse(config.RewardsConfig(functions=(custom("position"), path)))
 
 
 @pytest.mark.slow
 def test_a_custom_reward_of_weight_zero_is_not_called():
-    assert custom_reward(settings("by_length", custom_weight=0.0)) is None
+    assert custom_rewards(settings("by_length", custom_weight=0.0)) == []
     with Verifier(settings("wrong_length", custom_weight=0.0, accuracy=1.0)) as verifier:
         graded = verifier.submit(Candidate(RIGHT, "4"), Batch(2)).result(timeout=60)
     assert graded.rewards == {"accuracy": 1.0} and graded.status == "ok"
@@ -189,7 +187,7 @@ def test_a_custom_reward_of_weight_zero_is_not_called():
 def test_what_a_custom_reward_returns_is_checked(name, detail):
     with Verifier(settings(name, accuracy=1.0)) as verifier:
         graded = verifier.submit(Candidate(RIGHT, "4")).result(timeout=60)
-    assert graded.status == "error" and graded.detail == f"{custom(name)}: {detail}"
+    assert graded.status == "error" and graded.detail.startswith(f"{custom(name)}: {detail}")
     assert graded.reward == 0.0 and graded.rewards == {"accuracy": 0.0, name: 0.0}
 
 
@@ -253,7 +251,7 @@ def test_the_call_of_a_batch_that_fails_is_repeated_one_by_one():
         died = scores(verifier, ["fine", "exit", "good one"], (2, 1, 0))
     assert statuses(raised) == statuses(died) == [("ok", 14.0), ("error", 0.0), ("ok", 18.0)]
     assert raised[1].rewards == {"format": 0.0, "by_word": 0.0}
-    assert raised[1].detail == f"{custom('by_word')}: ZeroDivisionError: broken"
+    assert raised[1].detail.startswith(f"{custom('by_word')}: ZeroDivisionError: broken (in by_word, {__file__}, line ")
     assert died[1].detail == f"{custom('by_word')}: the worker ended with code 3"
 
 
@@ -263,7 +261,7 @@ def test_a_wrong_number_of_values_is_repeated_one_by_one():
         graded = scores(verifier, ["good", "bad", "good"])
     assert statuses(graded) == [("ok", 1.0), ("error", 0.0), ("ok", 1.0)]
     expected = "must return a list with one number or None per completion: 0 values for 1 completions"
-    assert graded[1].detail == f"{custom('count_of_good')}: ValueError: {expected}"
+    assert graded[1].detail.startswith(f"{custom('count_of_good')}: ValueError: {expected} (in count_of_good, ")
 
 
 @pytest.mark.slow
@@ -327,3 +325,94 @@ def test_nothing_waits_after_an_early_end():
     assert [future.result(timeout=1).status for future in (waiting, *running)] == ["error"] * 3
     after = [verifier.submit(Candidate("fine", "4"), batch) for batch in (Batch(1), Batch(2))]
     assert [future.result(timeout=1).status for future in after] == ["error"] * 2
+
+
+def skips_short(completions, log_metric, log_extra, **columns):
+    log_metric("words", len(completions))
+    log_extra("length", [len(text) for text in completions])
+    return [None if len(text) < 3 else float(len(text)) for text in completions]
+
+
+async def constant(completions, log_metric, **columns):
+    log_metric("words", 5)
+    return [None if text == "no" else 1.0 for text in completions]
+
+
+def own_step(completions, trainer_state, **columns):
+    return [100.0 * trainer_state.max_steps + trainer_state.global_step] * len(completions)
+
+
+def several(*names, weights=(), **changes):
+    options = {"accuracy": 0.0, "format": 0.0, "workers": 2, "timeout": 5.0} | changes
+    return config.RewardsConfig(functions=tuple(map(custom, names)), function_weights=weights, **options)
+
+
+@pytest.mark.slow
+def test_several_functions_with_weights():
+    """None is left out of the sum, as TRL's nansum does; where all gave None there is no reward."""
+    with Verifier(several("skips_short", "constant", weights=(2.0, 0.5))) as verifier:
+        graded = scores(verifier, ["four", "hi", "no"])
+    assert [each.rewards for each in graded[:1]] == [{"skips_short": 4.0, "constant": 1.0}]
+    assert statuses(graded[:2]) == [("ok", 2 * 4 + 0.5), ("ok", 0.5)]
+    assert math.isnan(graded[1].rewards["skips_short"])
+    assert graded[2].status == "invalid" and math.isnan(graded[2].reward)
+    assert [each.extra for each in graded] == [{"length": 4}, {"length": 2}, {"length": 2}]
+    assert all(each.logged == {"words": [3.0, 5.0]} for each in graded)
+
+
+@pytest.mark.slow
+def test_a_function_that_fails_is_repeated_alone_and_the_others_are_not():
+    """`position` still tells the batch's size."""
+    with Verifier(several("by_word", "position")) as verifier:
+        graded = scores(verifier, ["fine", "raise"])
+    assert graded[0].rewards == {"by_word": 14.0, "position": 204.0} and graded[0].status == "ok"
+    assert graded[1].rewards == {"by_word": 0.0, "position": 0.0} and graded[1].reward == 0.0
+    assert graded[1].status == "error" and graded[1].detail.startswith(f"{custom('by_word')}: ZeroDivisionError")
+
+
+@pytest.mark.slow
+def test_a_function_knows_the_step():
+    with Verifier(settings("own_step"), max_steps=9) as verifier:
+        rewards = []
+        for step in (1, 4):
+            verifier.start_step(step)
+            rewards.append(scores(verifier, ["a", "b"])[1].reward)
+    assert rewards == [900.0, 903.0]
+
+
+def wants_reference(completions, reference, **columns):
+    return [1.0] * len(completions)
+
+
+def sleeps(completions, **columns):
+    time.sleep(1000)
+
+
+PROBLEMS = [[Candidate(text, "4", "", question) for text in ("a", "bbb")] for question in ("What\nis it?", "skip")]
+
+
+@pytest.mark.slow
+def test_a_rehearsal_returns_the_values_by_function_problem_and_completion():
+    rewards = custom_rewards(several("skips_short", "first_only", "position"))
+    lengths, alone, place = rehearse(rewards, PROBLEMS, timeout=10.0)
+    assert [[str(value) for value in row] for row in lengths] == [["nan", "3.0"]] * 2
+    assert alone == [[1.0, 3.0]] * 2  # written for one completion per call
+    assert place == [[200.0, 210.0]] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, timeout, words",
+    [
+        ("wants_reference", 10.0, r"TypeError: .*'reference' \(in wants_reference, .*, line \d+; .* columns answer\)$"),
+        ("not_finite", 10.0, "returned nan; return None to skip a completion$"),
+        ("sleeps", 0.5, r"no result within 0.5 s; raise config\.rewards\.timeout, or make it faster$"),
+    ],
+)
+def test_a_rehearsal_refuses_a_function_that_fails(name, timeout, words):
+    rewards = custom_rewards(several("position", name))
+    path = custom(name).replace(".", r"\.")
+    with pytest.raises(
+        InputError, match=rf"^config\.rewards\.functions = '{path}': fails on .* 'What is it\?': {words}"
+    ):
+        rehearse(rewards, PROBLEMS, timeout)

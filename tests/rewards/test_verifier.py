@@ -92,7 +92,7 @@ def test_the_judge_is_blended_and_no_verdict_is_never_zero(monkeypatch):
     monkeypatch.setattr(verifier_module, "Judge", lambda *_: judge)
     settings = config.RewardsConfig(format=0.0, judge=config.JudgeConfig(weight=2.0, model="m"), workers=1)
     with Verifier(settings) as verifier:
-        verifier.start_step()
+        verifier.start_step(1)
         futures = [verifier.submit(Candidate(RIGHT, "4", "<", "q")) for _ in range(3)]
         second, third = futures[1].result(timeout=60), futures[2].result(timeout=60)
         time.sleep(0.1)

@@ -1,0 +1,204 @@
+"""Calls a custom reward, which is a function of the user's, in a worker: what it receives, and what it may return.
+
+The signature is TRL's (trl/trainer/grpo_trainer.py, `_calculate_rewards`). All arguments are passed by name:
+
+    prompts, completions   texts, or lists of chat messages where `rewards.conversational` is set
+    completion_ids         the token ids of each completion
+    **columns              the other columns of the data set, and the reference answers under their column's name
+    trainer_state          `global_step` and `max_steps`, for rewards that change during training
+    log_metric(name, value), log_extra(column, values)
+
+The first four are lists with one entry per completion; the last three are passed where the function names or
+accepts them. The function returns one number or None per completion, or is async and returns that when it is awaited.
+
+Not here: batches, deadlines, and the repetition of calls that failed (`custom`). No jax.
+"""
+
+import asyncio
+import functools
+import importlib
+import inspect
+import math
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from igrpo_jax.errors import InputError
+from igrpo_jax.records import Candidate
+
+
+@dataclass(frozen=True)
+class CustomReward:
+    """Which function to call, and how it receives its arguments."""
+
+    path: str  # "module:function"
+    weight: float = 1.0  # in the sum of the rewards
+    setting: str = "custom"  # the field of config.rewards that names it
+    answer_column: str = "answer"  # the name under which the function receives the reference answers
+    conversational: bool = False  # whether prompts and completions are lists of chat messages
+
+    @property
+    def name(self) -> str:
+        """The name of the function, under which its values are reported."""
+        return self.path.partition(":")[2]
+
+
+class TrainerState(NamedTuple):
+    """What a function may know of the run, under TRL's names."""
+
+    global_step: int = 0  # number of updates that are done
+    max_steps: int = 0  # number of updates of the run
+
+
+class Reply(NamedTuple):
+    """The result of one call."""
+
+    values: list[float | str]  # by completion: NaN where the function gave None, or a text that says what is wrong
+    logged: dict[str, list[float]]  # what was given to `log_metric`, by name
+    extra: list[dict[str, Any]]  # what was given to `log_extra`, by completion and then by column
+
+
+@functools.lru_cache
+def load(path: str, setting: str = "custom") -> Callable:
+    """Returns the function that "module:function" names. Python searches for the module in its usual places.
+
+    Raises:
+        InputError: there is no such module or function.
+    """
+    module, _, name = path.partition(":")
+    where = f"config.rewards.{setting} = {path!r}"
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the user's module raises during its import
+        raise InputError(
+            f"{where}: cannot be imported ({type(error).__name__}: {error}); write it as module:function, the module "
+            "in the current folder or installed"
+        ) from error
+    if not callable(function):
+        raise InputError(f"{where}: must be a function, not {type(function).__name__}")
+    return function
+
+
+def call(reward: CustomReward, candidates: Sequence[Candidate], state: TrainerState) -> Reply:
+    """Calls the user's function with completions of one prompt. Workers run this.
+
+    Raises:
+        TypeError, ValueError: the function returned no list, or a list of another length.
+        Exception: whatever the user's function raises. A note says where, and which columns the function received.
+    """
+    function = load(reward.path, reward.setting)
+    log = _Log(len(candidates))
+    arguments = _arguments(reward, candidates)
+    try:
+        extras = {"trainer_state": state, "log_metric": log.metric, "log_extra": log.column}
+        returned = function(**arguments | _accepted(function, extras))
+        if inspect.isawaitable(returned):
+            returned = _event_loop().run_until_complete(returned)
+        values = _listed(returned, len(candidates))
+    except BaseException as error:
+        error.add_note(f"(in {_place(function, error)}; it was given {_described(arguments)})")
+        raise
+    return Reply(values, log.metrics, log.extra)
+
+
+def _arguments(reward: CustomReward, candidates: Sequence[Candidate]) -> dict[str, list]:
+    arguments = {name: [candidate.columns[name] for candidate in candidates] for name in candidates[0].columns}
+    arguments[reward.answer_column] = [candidate.answer for candidate in candidates]
+    arguments["prompts"] = [_message("user", candidate.question, reward) for candidate in candidates]
+    arguments["completions"] = [_message("assistant", candidate.text, reward) for candidate in candidates]
+    arguments["completion_ids"] = [[int(token) for token in candidate.tokens] for candidate in candidates]
+    return arguments
+
+
+def _message(role: str, text: str, reward: CustomReward) -> Any:
+    """Returns a text as the function receives it."""
+    return [{"role": role, "content": text}] if reward.conversational else text
+
+
+def _accepted(function: Callable, extras: dict[str, Any]) -> dict[str, Any]:
+    """Returns those of `extras` that the function has a parameter for."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some callables written in C have no signature
+        return {}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return extras
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in extras.items() if name in names}
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Returns the worker's event loop; it outlives a call, so that the user's clients keep their connections."""
+    return asyncio.new_event_loop()
+
+
+def _listed(returned: Any, count: int) -> list[float | str]:
+    expected = "must return a list with one number or None per completion"
+    if not isinstance(returned, Collection) or isinstance(returned, str | bytes | dict | set):
+        raise TypeError(f"{expected}, not {returned!r}")
+    if len(returned) != count:
+        raise ValueError(f"{expected}: {len(returned)} values for {count} completions")
+    return [_checked(value) for value in returned]
+
+
+def _checked(value: Any) -> float | str:
+    if value is None:
+        return math.nan
+    try:
+        number = float(value)
+    except Exception as error:  # whatever an object of the user's raises
+        return f"returned {value!r}, which is no number ({type(error).__name__}: {error})"[:500]
+    return number if math.isfinite(number) else f"returned {value!r}; return None to skip a completion"
+
+
+class _Log:
+    """Collects what a function logs during one call."""
+
+    def __init__(self, count: int):
+        self.metrics: dict[str, list[float]] = {}
+        self.extra: list[dict[str, Any]] = [{} for _ in range(count)]
+
+    def metric(self, name: str, value: float) -> None:
+        """Keeps a number under `name`; TRL's `log_metric`."""
+        self.metrics.setdefault(_plain(name), []).append(float(value))
+
+    def column(self, column: str, values: Sequence) -> None:
+        """Keeps a value for each completion; TRL's `log_extra`."""
+        if len(values) != len(self.extra):
+            raise ValueError(f"log_extra({column!r}): {len(values)} values for {len(self.extra)} completions")
+        for row, value in zip(self.extra, values, strict=True):
+            row[_plain(column)] = _jsonable(value)
+
+
+def _plain(name: Any) -> str:
+    """Returns a name without lone surrogates, which neither JSON in utf-8 nor MessagePack can hold."""
+    return str(name).encode("utf-8", "replace").decode()
+
+
+def _jsonable(value: Any) -> Any:
+    """Returns None, bool, text, and numbers that JSON has, as they are, and all else as the text that Python prints."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    for kind in (bool, int, float):
+        if isinstance(value, kind) and abs(value) < 2**63:
+            return kind(value)
+    return str(value)
+
+
+def _place(function: Callable, error: BaseException) -> str:
+    """Returns the name, file and line where the user's function failed, as far as they are known."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is `call`
+    if code is not None:
+        inside = [frame for frame in frames if frame.filename == code.co_filename]
+        if not inside:  # the arguments do not fit, or what was returned is wrong
+            return f"{code.co_name}, {code.co_filename}, line {code.co_firstlineno}"
+        frames = inside
+    return f"{frames[-1].name}, {frames[-1].filename}, line {frames[-1].lineno}" if frames else str(function)
+
+
+def _described(arguments: dict[str, list]) -> str:
+    columns = [name for name in arguments if name not in ("prompts", "completions", "completion_ids")]
+    return f"prompts, completions, completion_ids and the columns {', '.join(columns)}"

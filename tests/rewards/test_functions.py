@@ -1,0 +1,168 @@
+"""igrpo_jax.rewards.functions: what a function of the user receives and may return, and where it failed."""
+
+import asyncio
+import inspect
+import math
+
+import numpy as np
+import pytest
+
+from igrpo_jax.records import Candidate
+from igrpo_jax.rewards import functions
+from igrpo_jax.rewards.functions import CustomReward, TrainerState
+
+ROWS = [
+    Candidate("<answer>4</answer>", "4", question="2+2?", columns={"level": 5}, tokens=np.array([7, 2], np.int32)),
+    Candidate("no idea", "4", question="2+2?", columns={"level": 5}, tokens=np.array([1], np.int32), sample_id=1),
+]
+received = {}
+START = TrainerState()
+
+
+def call(function, state=START, **changes):
+    return functions.call(CustomReward(f"{__name__}:{function.__name__}", **changes), ROWS, state)
+
+
+def everything(**arguments):
+    received.update(arguments)
+    return [0, 1]
+
+
+def named(completions, log_metric, **_):
+    log_metric("length", len(completions))
+    return [0.0] * len(completions)
+
+
+def strict(prompts, completions, completion_ids, answer, level):
+    return [float(row) for row in level]
+
+
+def test_what_a_function_receives_has_trls_names():
+    call(everything, TrainerState(3, 9), answer_column="solution")
+    assert received.pop("log_metric") and received.pop("log_extra")
+    state = received.pop("trainer_state")
+    assert (state.global_step, state.max_steps) == (3, 9)
+    assert received == {
+        "prompts": ["2+2?", "2+2?"],
+        "completions": ["<answer>4</answer>", "no idea"],
+        "completion_ids": [[7, 2], [1]],
+        "level": [5, 5],
+        "solution": ["4", "4"],
+    }
+
+
+def test_a_conversational_function_receives_messages():
+    call(everything, conversational=True)
+    assert received["prompts"] == [[{"role": "user", "content": "2+2?"}]] * 2
+    assert received["completions"][1] == [{"role": "assistant", "content": "no idea"}]
+    assert received["completion_ids"] == [[7, 2], [1]]
+
+
+def test_a_function_without_keyword_arguments_receives_what_it_names():
+    assert call(strict).values == [5.0, 5.0]
+    assert call(named).logged == {"length": [2.0]}
+
+
+loops = []
+
+
+async def waits(completions, **_):
+    loops.append(asyncio.get_running_loop())
+    await asyncio.sleep(0)
+    return [len(text) for text in completions]
+
+
+class Judge:
+    async def __call__(self, completions, **_):
+        return [1] * len(completions)
+
+
+asks = Judge()
+asks.__name__ = "asks"
+
+
+def test_an_async_function_is_awaited_in_one_loop_that_lasts():
+    """The user's client keeps its connections, which belong to a loop."""
+    assert call(waits).values == call(waits).values == [18.0, 7.0]
+    assert loops[0] is loops[1] and not loops[0].is_closed()
+    assert call(asks).values == [1.0, 1.0]
+
+
+def arrays(completions, **_):
+    return np.array([0.5, 2], np.float32)
+
+
+def bad_values(completions, **_):
+    return [None, "many"]
+
+
+def test_values_are_numbers_or_none_in_any_collection():
+    assert call(arrays).values == [0.5, 2.0]
+    none, wrong = call(bad_values).values
+    assert math.isnan(none) and wrong.startswith("returned 'many', which is no number (ValueError")
+
+
+def logs(completions, log_metric, log_extra, **_):
+    log_metric("length", np.float32(18))
+    log_metric("length", 7)
+    log_metric("odd \ud800 name", True)
+    log_extra("words", [len(text.split()) for text in completions])
+    log_extra("odd", [math.inf, {"a": 1}])
+    return [0.0] * len(completions)
+
+
+def too_few(log_extra, **_):
+    log_extra("words", [1])
+
+
+def no_metric(log_metric, **_):
+    log_metric("words", "many")
+
+
+def test_what_a_function_logs():
+    """Only what JSON and MessagePack hold travels on: other objects as their text, what is not finite as None."""
+    reply = call(logs)
+    assert reply.logged == {"length": [18.0, 7.0], "odd ? name": [1.0]}
+    assert reply.extra == [{"words": 1, "odd": None}, {"words": 2, "odd": "{'a': 1}"}]
+    with pytest.raises(ValueError, match=r"log_extra\('words'\): 1 values for 2 completions"):
+        call(too_few)
+    with pytest.raises(ValueError, match="many"):
+        call(no_metric)
+
+
+def wants_reference(completions, **columns):
+    return _compared(completions, columns)
+
+
+def _compared(completions, columns):
+    return [text == gold for text, gold in zip(completions, columns["reference"], strict=True)]
+
+
+def misses(completions, reference, **_):
+    return [0.0] * len(completions)
+
+
+async def breaks_late(completions, **_):
+    await asyncio.sleep(0)
+    raise RuntimeError("late")
+
+
+def returns_one(**_):
+    return [1.0]
+
+
+@pytest.mark.parametrize(
+    "function, error, place, line",
+    [
+        (wants_reference, KeyError, "_compared", inspect.getsourcelines(_compared)[1] + 1),
+        (misses, TypeError, "misses", inspect.getsourcelines(misses)[1]),
+        (breaks_late, RuntimeError, "breaks_late", inspect.getsourcelines(breaks_late)[1] + 2),
+        (returns_one, ValueError, "returns_one", inspect.getsourcelines(returns_one)[1]),
+    ],
+)
+def test_an_error_says_where_and_which_columns_there_are(function, error, place, line):
+    with pytest.raises(error) as caught:
+        call(function, answer_column="gold")
+    (note,) = caught.value.__notes__
+    given = "it was given prompts, completions, completion_ids and the columns level, gold"
+    assert note == f"(in {place}, {__file__}, line {line}; {given})"
