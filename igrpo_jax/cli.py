@@ -5,23 +5,21 @@ interrupted. Nothing here imports jax at module level: the verifier's workers im
 """
 
 import difflib
-import json
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
-from ml_collections import config_flags
 
-from igrpo_jax.config import Config, check_field, default, freeze
+from igrpo_jax.config import Config, check_field
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import InputError, RunError, one_line
-from igrpo_jax.schema import field_paths
+from igrpo_jax.loading import load_config, value_of_text
+from igrpo_jax.schema import field_paths, paths_named
 
 # Read by transformers when it is first imported: without PyTorch, which nothing here needs, it prints advice to install
 # it. Its warnings are not affected.
@@ -50,10 +48,12 @@ def parse_config(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Co
     Raises:
         InputError: as `parse`.
     """
-    config, values = _parse(argv, usage, texts)
-    if _last_value(argv, "config") is None:
-        raise InputError("--config: missing; give a configuration file, for example --config configs/tiny_cpu.py")
-    return config, values
+    values, settings = _parse(argv, usage, texts)
+    if values["config"] is None:
+        examples = sorted(map(str, Path("configs").glob("*.py")))
+        example = "configs/tiny_cpu.py" if "configs/tiny_cpu.py" in examples else next(iter(examples), "my_config.py")
+        raise InputError(f"--config: missing; name the configuration file, for example --config {example}")
+    return load_config(values["config"], settings), values
 
 
 CONFIG_FLAG = "Python file whose get_config() returns igrpo_jax.config.default(), with its own settings"
@@ -109,25 +109,9 @@ def parse_model(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Con
         InputError: as `parse`; --model is a run whose config.json can't be used, or without a checkpoint.
     """
     argv = _spelled_out(argv, SHORT.keys() & texts.keys())
-    model = _last_value(argv, "model")
-    run = None
-    if model and Path(model, "checkpoints").is_dir():
-        run = _tree_of_run(Path(model))
-    elif model and _is_run(Path(model)):
-        raise InputError(
-            f"--model {model}: is the folder of a run that has no checkpoint yet; wait for the first one (of step 0), "
-            f"or start the run again with --workdir {model}"
-        )
     texts = {"model": "the model: folder of a run, Hugging Face directory or hub id"} | texts | CLUSTER
-    config, values = _parse(argv, usage, texts, run or default())
-    if run is not None:
-        own = freeze(run)
-        if _last_value(argv, "config") is not None:
-            kwargs = config.data.template_kwargs or own.data.template_kwargs
-            date = config.data.template_date or own.data.template_date
-            config = replace(config, data=replace(config.data, template_kwargs=kwargs, template_date=date))
-        return replace(config, model=own.model), values
-    return replace(config, model=replace(config.model, path=model or "")), values
+    values, settings = _parse(argv, usage, texts)
+    return load_config(values["config"], settings, values["model"] or ""), values
 
 
 def read_flags(argv: list[str], values: flags.FlagValues, text: str, example: str) -> None:
@@ -166,100 +150,69 @@ def _spelled_out(argv: list[str], short: Collection[str]) -> list[str]:
             result.append(argument)
             continue
         value = match[2] if match[2] is not None else next(rest, "")
-        if match[1] == "benchmarks":
-            value = repr(tuple(name.strip() for name in value.split(",") if name.strip()))
         result.append(f"--config.{SHORT[match[1]]}={value}")
     return result
 
 
-def _is_run(folder: Path) -> bool:
-    """Returns whether the config.json of `folder` is a run's and not that of a Hugging Face model."""
-    try:
-        keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(keys, dict) and {"algorithm", "rollout", "checkpoint"} <= keys.keys()
-
-
-def _tree_of_run(workdir: Path) -> Any:
-    """Returns the ConfigDict of a run's config.json; fields that an older version did not write have their defaults."""
-    tree = default()
-    try:
-        old = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        tree.update(old)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"--model {workdir}: its config.json can't be used ({one_line(error)}); give another folder"
-        ) from error
-    return tree
-
-
-def _parse(
-    argv: list[str], usage: str, texts: dict[str, str], tree: Any = None
-) -> tuple[Config, dict[str, str | None]]:
-    """Returns the configuration, and the values of the flags in `texts` (the purpose of each by its name).
+def _parse(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[dict[str, str | None], dict[str, Any]]:
+    """Returns the values of --config and of the flags in `texts`, and those of --config.FIELD by the field.
 
     Args:
-        tree: a ConfigDict that is used where there is no --config; without it the configuration is then the default.
+        texts: the purpose of each flag by its name.
     """
-    _check_overrides(argv)
-    file = _last_value(argv, "config")
+    argv, settings = _settings(argv)
     values = flags.FlagValues()
-    holder = _define_config(argv, values, tree if file is None else None)
-    for name, meaning in texts.items():
+    for name, meaning in {"config": CONFIG_FLAG, **texts}.items():
         flags.DEFINE_string(name, None, meaning, flag_values=values)
     flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
     try:
         rest = values(argv)
-    except Exception as error:  # the config file is the user's code and may raise anything
+    except flags.Error as error:
         raise InputError(_flag_error(error, values)) from error
     if values["help"].value:
         field = {"config.FIELD": "any setting of igrpo_jax/config.py; it replaces the one of the file"}
         _print_help(usage, {"config": CONFIG_FLAG} | texts | field)
         raise SystemExit(0)
     if len(rest) > 1:
-        raise InputError(f"{rest[1]}: not understood; settings are given as --config.field=value")
-    given = {name: values[name].value for name in texts}
-    if file is None and tree is None:
-        return Config(), given
-    return freeze(_tree_of_flag(holder, file)), given
+        raise InputError(f"{rest[1]}: not understood; {_meant(rest[1])}")
+    file = values["config"].value
+    if file is not None and not Path(file).is_file():
+        near = difflib.get_close_matches(file, map(str, Path("configs").glob("*.py")), n=1, cutoff=0.0)
+        fix = f"the nearest is {near[0]}" if near else "give a Python file that has get_config()"
+        raise InputError(f"--config {file}: no such file; {fix}")
+    return {name: values[name].value for name in ("config", *texts)}, settings
 
 
-def _define_config(argv: list[str], values: flags.FlagValues, tree: Any) -> flags.FlagHolder:
-    """Defines --config and --config.FIELD in `values`: for a file, or for the fields of `tree` where that is given."""
-    settings = {"flag_values": values, "lock_config": False, "sys_argv": argv}
-    if tree is not None:
-        return config_flags.DEFINE_config_dict("config", tree, **settings)
-    return config_flags.DEFINE_config_file("config", None, CONFIG_FLAG, **settings)
+def _settings(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Returns `argv` without its --config.FIELD=VALUE, and these values by the field, each in the type of its field."""
+    others, settings, rest = [], {}, iter(argv)
+    for argument in rest:
+        match = re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if not match:
+            others.append(argument)
+            continue
+        path, text = match.groups()
+        check_field(path)
+        text = next(rest, None) if text is None else text
+        if text is None or text.startswith("--"):
+            raise InputError(f"--config.{path}: has no value; give it as --config.{path}=VALUE")
+        settings[path] = value_of_text(path, text)
+    return others, settings
+
+
+def _meant(argument: str) -> str:
+    """Returns what was probably meant by an argument that is no flag."""
+    if argument.endswith(".py"):
+        return f"a configuration file is given as --config {argument}"
+    name, equals, value = argument.partition("=")
+    if equals and (paths := paths_named(Config, name)):
+        return f"did you mean --config.{paths[0]}={value}"
+    return "settings are given as --config.field=value"
 
 
 def _print_help(text: str, meanings: Mapping[str, str]) -> None:
     """Prints `text`, and a line for each flag with what it is for."""
     print(text, "", *(f"  --{name:<14}{meaning}" for name, meaning in meanings.items()), sep="\n")
-
-
-def _tree_of_flag(holder: flags.FlagHolder, file: str | None) -> Any:
-    """Returns the ConfigDict of --config. Raises InputError where its file failed, or returned something else."""
-    try:
-        tree = holder.value
-        list(tree)
-    except TypeError as error:
-        raise InputError(f"--config {file}: get_config() must return a ConfigDict, not {tree!r}") from error
-    except OSError as error:  # ml_collections keeps what went wrong in the file for the first use of its result
-        raise InputError(f"--config {file}: {_config_error(error.__cause__ or error)}") from error
-    return tree
-
-
-def _check_overrides(argv: list[str]) -> None:
-    """Raises InputError, with the nearest right name, for a field or a file of --config that does not exist."""
-    for argument in argv[1:]:
-        if match := re.match(r"--?config\.([^=]+)", argument):
-            check_field(match[1])
-    file = _last_value(argv, "config")
-    if file is not None and not Path(file).is_file():
-        near = difflib.get_close_matches(file, map(str, Path("configs").glob("*.py")), n=1, cutoff=0.0)
-        fix = f"the nearest is {near[0]}" if near else "give a Python file that has get_config()"
-        raise InputError(f"--config {file}: no such file; {fix}")
 
 
 def _last_value(argv: list[str], name: str) -> str | None:
@@ -272,37 +225,32 @@ def _last_value(argv: list[str], name: str) -> str | None:
 
 
 # What absl says of a value, and what the value must be instead.
-_KINDS = {"literal for int": "a whole number", "string to float": "a number", "Non-boolean": "True or False"}
+_KINDS = {"literal for int": "a whole number", "Non-boolean": "True or False"}
 
 
 def _flag_error(error: Exception, values: flags.FlagValues) -> str:
     """Returns what is wrong with the flags in one line: the flag, its value, and what to give instead."""
     text = one_line(error)
     if isinstance(error, flags.UnrecognizedFlagError):
-        near = difflib.get_close_matches(error.flagname, list(values), n=1, cutoff=0.0)
-        return f"--{error.flagname}: no such flag; the nearest is --{near[0]}"
+        return _unknown_flag(error.flagname, list(values))
     if missing := re.fullmatch(r"Missing value for flag (--\S+)", text):
         return f"{missing[1]}: has no value; give it as {missing[1]}=VALUE"
-    if wrong := re.match(r"flag --([\w.]+)=(.*?): Failed to parse .* as a ConfigDict", text):
-        name, value = wrong.groups()
-        return f"{name} = {value}: must be a mapping as Python writes it, such as {{'enable_thinking': False}}"
     kind = next((kind for words, kind in _KINDS.items() if words in text), None)
-    if kind and (wrong := re.match(r"flag --([\w.]+)=(.*?): ", text)):
-        name, value = wrong.groups()
-        return f"{name} = {value!r}: must be {kind}" if "." in name else f"--{name} {value}: must be {kind}"
-    return _config_error(error)
+    if kind and (wrong := re.match(r"flag --(\w+)=(.*?): ", text)):
+        return f"--{wrong[1]} {wrong[2]}: must be {kind}"
+    return text
 
 
-def _config_error(error: BaseException) -> str:
-    """Returns what is wrong with a config file or a value in one line, with the nearest name of an unknown field."""
-    text = one_line(error)
-    if near := re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", text):
-        # The message lacks the part of the configuration that the field is in.
-        paths = [path for path in field_paths(Config) if path.rpartition(".")[2] == near[1]]
-        part = paths[0].removesuffix(near[1]) if len(paths) == 1 else ""
-        return f"config.{part}{near[2]}: no such field; the nearest is config.{part}{near[1]}"
-    known = isinstance(error, (flags.Error, ValueError))
-    return (text if known else f"{type(error).__name__}: {text}")[:300]
+def _unknown_flag(name: str, known: list[str]) -> str:
+    """Returns the error for a flag that is none of `known`: the setting that has this name, or the nearest flag."""
+    settings = field_paths(Config) if "config" in known else []
+    named = name.replace("-", "_")
+    if paths := [path for path in settings if path == named or path.endswith(f".{named}")]:
+        meant = " or ".join(f"--config.{path}" for path in paths)
+        return f"--{name}: no such flag; did you mean {meant}"
+    flag_of = {path.rpartition(".")[2]: f"--config.{path}" for path in settings} | {flag: f"--{flag}" for flag in known}
+    (near,) = difflib.get_close_matches(named, flag_of, n=1, cutoff=0.0)
+    return f"--{name}: no such flag; the nearest is {flag_of[near]}"
 
 
 def run(command: Callable[[list[str]], None]) -> None:

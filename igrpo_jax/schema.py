@@ -12,20 +12,33 @@ values of such types. Or it is another dataclass (a section), and then its own f
 declares them, and its tree is called `config` in messages.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import difflib
 import functools
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import ml_collections
-from ml_collections import config_dict
 
 from igrpo_jax.errors import InputError
+
+
+class FieldError(InputError):
+    """A setting is wrong. `path` is the dotted name of its field."""
+
+    def __init__(self, path: str, message: str):
+        super().__init__(message)
+        self.path = path
+
+
+class UnknownField(FieldError, AttributeError):
+    """A field is read that does not exist."""
 
 
 class Rule(NamedTuple):
@@ -101,6 +114,10 @@ def IsDate() -> Rule:
     return Rule("a day such as 2026-01-31, or empty", allows)
 
 
+# What values of a type are called in errors.
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}
+
+
 class Setting(NamedTuple):
     """A field of a dataclass, as it is declared."""
 
@@ -126,6 +143,17 @@ class Setting(NamedTuple):
         if self.is_optional:
             hint = next(member for member in typing.get_args(hint) if member is not types.NoneType)
         return typing.get_origin(hint) or hint
+
+    @property
+    def entry_type(self) -> type:
+        """The type of the entries of a tuple."""
+        return typing.get_args(self.hint)[0]
+
+    @property
+    def kind(self) -> str:
+        """What a value of the right type is called, as it follows "must be"."""
+        kind = f"a tuple, each entry {KINDS[self.entry_type]}" if self.value_type is tuple else KINDS[self.value_type]
+        return f"{kind} or None" if self.is_optional else kind
 
     @property
     def allowed(self) -> str:
@@ -168,9 +196,20 @@ def check_path(cls: type, path: str) -> None:
     known = field_paths(cls)
     if path not in known:
         # A right last name in the wrong section ("learning_rate") is as common as a misspelling.
-        same_last_name = [name for name in known if name.rpartition(".")[2] == path.rpartition(".")[2]]
-        nearest = difflib.get_close_matches(path, same_last_name or known, n=1, cutoff=0.0)
-        raise InputError(f"config.{path}: no such field; the nearest is config.{nearest[0]}")
+        nearest = difflib.get_close_matches(path, paths_named(cls, path) or known, n=1, cutoff=0.0)
+        raise UnknownField(path, f"config.{path}: no such field; the nearest is config.{nearest[0]}")
+
+
+def paths_named(cls: type, name: str) -> list[str]:
+    """Returns the dotted names of the fields that have the last name of `name`."""
+    return [path for path in field_paths(cls) if path.rpartition(".")[2] == name.rpartition(".")[2]]
+
+
+def setting_at(cls: type, path: str) -> Setting:
+    """Returns the declaration of the field with a dotted name, which `check_path` accepts."""
+    section, _, rest = path.partition(".")
+    setting = next(setting for setting in settings(cls) if setting.name == section)
+    return setting_at(setting.hint, rest) if rest else setting
 
 
 def value_at(config: Any, path: str) -> Any:
@@ -178,23 +217,74 @@ def value_at(config: Any, path: str) -> Any:
     return functools.reduce(getattr, path.split("."), config)
 
 
-def refusal(path: str, value: Any, fix: str) -> InputError:
+def refusal(path: str, value: Any, fix: str) -> FieldError:
     """Returns the error that says in one line which field has which value, and what to do."""
-    return InputError(f"config.{path} = {value!r}: {fix}")
+    return FieldError(path, f"config.{path} = {value!r}: {fix}")
 
 
-def to_config_dict(config: Any) -> ml_collections.ConfigDict:
-    """Returns a dataclass as a ConfigDict, whose fields keep their types."""
-    tree = ml_collections.ConfigDict()
+class Place(NamedTuple):
+    """The line in which a field of a Tree was set."""
+
+    file: str
+    line: int
+
+
+class Tree(ml_collections.ConfigDict):
+    """A ConfigDict of settings that knows where each was set.
+
+    It takes values of every type, because `from_config_dict` refuses the wrong ones with a better message.
+    """
+
+    def __init__(self, initial_dictionary: Any = None, type_safe: bool = False, **options: Any):
+        object.__setattr__(self, "_places", {})
+        object.__setattr__(self, "_declared", None)
+        super().__init__(initial_dictionary, type_safe=type_safe, **options)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        frame, module = sys._getframe(1), ""
+        while frame:
+            module = frame.f_globals.get("__name__", "")
+            if module not in (__name__, "copy") and not module.startswith("ml_collections."):
+                break
+            frame = frame.f_back
+        if frame is None or module.startswith("igrpo_jax."):
+            self._places.pop(name, None)  # a default, or a value that no file gave
+        else:
+            self._places[name] = Place(frame.f_code.co_filename, frame.f_lineno)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not name.startswith("_") and self._declared:
+                root, prefix = self._declared
+                check_path(root, prefix + name)
+            raise
+
+    def place(self, path: str) -> Place | None:
+        """Returns where the field with a dotted name was set, None where it has its default."""
+        section, _, rest = path.partition(".")
+        inner = self._fields.get(section)
+        return (inner.place(rest) if rest and isinstance(inner, Tree) else None) or self._places.get(section)
+
+
+def to_config_dict(config: Any, root: type | None = None, prefix: str = "") -> Tree:
+    """Returns a dataclass as a ConfigDict.
+
+    Args:
+        root: the class of the whole configuration, of which `config` is the section `prefix`; None where it is all.
+    """
+    tree, root = Tree(), root or type(config)
+    object.__setattr__(tree, "_declared", (root, prefix))
     for setting in settings(type(config)):
         value = getattr(config, setting.name)
         if setting.is_section:
-            value = to_config_dict(value)
+            value = to_config_dict(value, root, f"{prefix}{setting.name}.")
         elif setting.value_type is dict:
             value = ml_collections.ConfigDict(value)
-        elif value is None:
-            value = config_dict.placeholder(setting.value_type)
         tree[setting.name] = value
+    tree._places.clear()
     return tree
 
 
@@ -218,8 +308,10 @@ def _read(root: type, cls: type, tree: Any, prefix: str) -> Any:
     for name, setting in declared.items():
         path = prefix + name
         if name not in tree:
-            raise InputError(f"config.{path}: missing; start the config file from igrpo_jax.config.default()")
+            raise FieldError(path, f"config.{path}: missing; start the config file from igrpo_jax.config.default()")
         if setting.is_section:
+            if not isinstance(tree[name], (dict, ml_collections.ConfigDict)):
+                raise refusal(path, tree[name], "is a group of settings; set its fields one by one")
             values[name] = _read(root, setting.hint, tree[name], f"{path}.")
         else:
             values[name] = _typed(setting, tree[name], path)
@@ -237,12 +329,25 @@ def _typed(setting: Setting, value: Any, path: str) -> Any:
         value = float(value)
     if wanted is tuple and isinstance(value, (list, tuple)):
         value = tuple(value)
-        entry_type = typing.get_args(setting.hint)[0]
-        if not all(type(entry) is entry_type for entry in value):
-            raise refusal(path, value, f"each entry must be of type {entry_type.__name__}")
+        if not all(type(entry) is setting.entry_type for entry in value):
+            raise refusal(path, value, f"each entry must be {KINDS[setting.entry_type]}")
     if type(value) is not wanted:
-        raise refusal(path, value, f"must be of type {wanted.__name__}, not {type(value).__name__}")
+        raise refusal(path, value, f"must be {setting.kind}{_rewritten(setting, value)}")
     return value
+
+
+def _rewritten(setting: Setting, value: Any) -> str:
+    """Returns how a value of the wrong type is probably meant, as the end of an error; empty where that is unclear."""
+    wanted = setting.value_type
+    if wanted is tuple and type(value) is setting.entry_type:
+        return f"; write {(value,)!r}"
+    if wanted is int and type(value) is float and value.is_integer():
+        return f"; write {int(value)}"
+    if wanted in (int, float) and type(value) is str:
+        with contextlib.suppress(ValueError):
+            wanted(value)
+            return f"; write {value.strip()} without quotation marks"
+    return ""
 
 
 def _mapping(setting: Setting, value: Any, path: str) -> dict[str, Any]:
@@ -270,6 +375,6 @@ def _check_rules(config: Any, prefix: str) -> None:
             broken = [rule for rule in setting.rules if not rule.allows(value)]
             fix = f"{setting.subject}must be {setting.allowed}"
             if any(rule.secret for rule in broken):
-                raise InputError(f"config.{path}: {fix}")
+                raise FieldError(path, f"config.{path}: {fix}")
             if broken:
                 raise refusal(path, value, fix)

@@ -213,7 +213,7 @@ def test_types_are_checked_and_whole_numbers_pass_as_floats():
     assert config.freeze(tree).optimizer.learning_rate == 1.0
     tree = config.default()
     tree.evaluation.benchmarks = (1,)
-    with pytest.raises(InputError, match=r"evaluation\.benchmarks = \(1,\): each entry must be of type str"):
+    with pytest.raises(InputError, match=r"evaluation\.benchmarks = \(1,\): each entry must be a text"):
         config.freeze(tree)
 
 

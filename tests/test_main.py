@@ -12,11 +12,11 @@ import jax
 import pytest
 
 from igrpo_jax import __main__ as commands
-from igrpo_jax import cli, config, evaluate, export, generate, main
+from igrpo_jax import cli, config, evaluate, export, generate, main, schema
 from igrpo_jax.aot import __main__ as aot
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import preemption, watchdog
-from igrpo_jax.errors import RunError
+from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.report import __main__ as report
 
 ROOT = Path(__file__).parents[1]
@@ -98,13 +98,13 @@ def test_unknown_fields_and_flags(refused):
     [
         ("steps=many", "config.steps = 'many': must be a whole number"),
         ("seed=1.5", "config.seed = '1.5': must be a whole number"),
-        ("algorithm.epsilon=low", "config.algorithm.epsilon = 'low': must be a number"),
+        ("algorithm.epsilon=low", "config.algorithm.epsilon = 'low': must be a number or None"),
         ("rollout.streamed=3", "config.rollout.streamed = '3': must be True or False"),
         ("data.template_date=today", "config.data.template_date = 'today': must be a day such as 2026-01-31, or empty"),
         (
             'data.template_kwargs={"enable_thinking": false}',
-            'config.data.template_kwargs = {"enable_thinking": false}: must be a mapping as Python writes it, such as '
-            "{'enable_thinking': False}",
+            "config.data.template_kwargs = '{\"enable_thinking\": false}': must be a mapping as Python writes it, such "
+            "as {'enable_thinking': False}",
         ),
     ],
 )
@@ -112,20 +112,143 @@ def test_values_of_another_type(refused, override, words):
     assert refused(override) == f"igrpo_jax: error: {words}\n"
 
 
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("evaluation.samples=None", "evaluation.samples", None),
+        ("evaluation.samples=3", "evaluation.samples", 3),
+        ("model.lora.targets=q_proj,k_proj", "model.lora.targets", ("q_proj", "k_proj")),
+        ("model.lora.targets=('q_proj', 'k_proj')", "model.lora.targets", ("q_proj", "k_proj")),
+        ("model.lora.targets=q_proj", "model.lora.targets", ("q_proj",)),
+        ("log.trackers=", "log.trackers", ()),
+        ("log.profile_steps=2,3", "log.profile_steps", (2, 3)),
+        ("log.profile_steps=[2]", "log.profile_steps", (2,)),
+        ("optimizer.learning_rate=1", "optimizer.learning_rate", 1.0),
+        ("rollout.streamed=false", "rollout.streamed", False),
+        ("data.template_kwargs={'x': 1}", "data.template_kwargs", {"x": 1}),
+        ("data.instruction=a=b\nc", "data.instruction", "a=b\nc"),
+        ("steps=3 --config.steps=5", "steps", 5),  # the last one counts
+        ("algorithm.epsilon_high 0.28", "algorithm.epsilon_high", 0.28),
+    ],
+)
+def test_values_of_flags(tmp_path, override, path, value):
+    (tmp_path / "tiny.py").write_text(TINY)
+    flags = f"--config.{override}"
+    flags = flags.split() if "--config.steps=5" in flags or " 0.28" in flags else [flags]
+    made, _ = cli.parse(["main", *flags, "--config", str(tmp_path / "tiny.py")])
+    assert schema.value_at(made, path) == value and type(schema.value_at(made, path)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--num_generations=4", "--num_generations: no such flag; did you mean --config.algorithm.num_generations"),
+        ("--num-generations=4", "--num-generations: no such flag; did you mean --config.algorithm.num_generations"),
+        ("--num_generation=4", "--num_generation: no such flag; the nearest is --config.algorithm.num_generations"),
+        (
+            "--temperature=1",
+            "--temperature: no such flag; did you mean --config.rollout.temperature or "
+            "--config.rewards.judge.temperature or --config.evaluation.temperature",
+        ),
+        ("--rollout.slots=8", "--rollout.slots: no such flag; did you mean --config.rollout.slots"),
+        ("-num_drafts=4", "--num_drafts: no such flag; did you mean --config.algorithm.num_drafts"),
+        ("--config.steps", "--config.steps: has no value; give it as --config.steps=VALUE"),
+        (
+            "--config.rollout=8",
+            "config.rollout = '8': is a group of settings; give one of them, such as --config.rollout.",
+        ),
+        ("--config.log.profile_steps=1.5", "config.log.profile_steps = '1.5': each entry must be a whole number"),
+        ("--config.log.profile_steps=(1.5,)", "config.log.profile_steps = (1.5,): each entry must be a whole number"),
+        (
+            "--config.log.trackers=(a",
+            "config.log.trackers = '(a': must be values with commas between them, such as a,b",
+        ),
+        ("--config.evaluation.samples=2.5", "config.evaluation.samples = '2.5': must be a whole number or None"),
+    ],
+)
+def test_flags_that_are_not_understood(refused, flag, words):
+    assert f"igrpo_jax: error: {words}" in refused(flag)
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("num_drafts=4", "did you mean --config.algorithm.num_drafts=4"),
+        ("configs/tiny_cpu.py", "a configuration file is given as --config configs/tiny_cpu.py"),
+        ("train", "settings are given as --config.field=value"),
+    ],
+)
+def test_arguments_that_are_no_flags(argument, meant):
+    with pytest.raises(InputError) as error:
+        cli.parse(["main", "--config", "configs/tiny_cpu.py", argument])
+    assert str(error.value) == f"{argument}: not understood; {meant}"
+
+
+@pytest.mark.parametrize("argv", [[], ["--config.steps=3"], ["--workdir=x"]])
+@pytest.mark.parametrize("folder", [ROOT, None])
+def test_a_forgotten_config_names_an_example(monkeypatch, tmp_path, argv, folder):
+    monkeypatch.chdir(folder or tmp_path)
+    with pytest.raises(InputError, match=r"^--config: missing; .* for example --config (.*)$") as error:
+        cli.parse(["main", *argv])
+    assert str(error.value).endswith("configs/tiny_cpu.py" if folder else "my_config.py")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("c.prompts_per_step = 2.0", "config.prompts_per_step = 2.0: must be a whole number; write 2"),
+        (
+            'c.optimizer.learning_rate = "1e-5"',
+            "config.optimizer.learning_rate = '1e-5': must be a number; write 1e-5 without quotation marks",
+        ),
+        (
+            'c.model.lora.targets = "q_proj"',
+            "config.model.lora.targets = 'q_proj': must be a tuple, each entry a text; write ('q_proj',)",
+        ),
+        ("c.steps = -1", "config.steps = -1: must be 0"),
+        ("c.learner.minibatches = 3", "config.learner.minibatches = 3: must divide the 8 trained completions"),
+        ("c.stesp = 3", "config.stesp: no such field; the nearest is config.steps"),
+        ("c.rolout.slots = 3", "config.rolout: no such field; the nearest is config.rollout"),
+        ("c.algorithm.los_type = 3", "config.algorithm.los_type: no such field; the nearest is config.algorithm.loss_"),
+        ("c.rollout = 3", "config.rollout = 3: is a group of settings; set its fields one by one"),
+        ("c.steps = dd", "NameError: name 'dd' is not defined; it reads `c.steps = dd`"),
+        ("c.steps = = 3", "SyntaxError: invalid syntax; it reads `c.steps = = 3`"),
+        ("raise SystemExit(3)", "SystemExit: 3; it reads `raise SystemExit(3)`"),
+        (f"raise ValueError('{'long ' * 99}end')", "long end; it reads `raise ValueError("),
+    ],
+)
+def test_an_error_in_a_config_file_names_its_line(refused, tmp_path, line, words):
+    text = TINY.replace("return c", f"{line}\n    return c")
+    (tmp_path / "tiny.py").write_text(text)
+    place = f"{tmp_path / 'tiny.py'}, line {text[: text.index(line)].count(chr(10)) + 1}: "
+    said = refused()
+    assert said.startswith(f"igrpo_jax: error: {place}") and words in said
+
+
+def test_the_line_of_a_value_that_a_flag_replaced_is_not_named(refused, tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY.replace("return c", "c.learner.minibatches = 1\n    return c"))
+    assert refused("learner.minibatches=3").startswith("igrpo_jax: error: config.learner.minibatches = 3: must divide")
+
+
+def test_the_line_of_a_value_is_that_of_the_file_that_it_comes_from(refused, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "base_of_tiny.py").write_text(TINY.replace("return c", "c.steps = 1.5\n    return c"))
+    (tmp_path / "tiny.py").write_text("from base_of_tiny import get_config")
+    line = TINY[: TINY.index("return c")].count("\n") + 1
+    assert refused().startswith(f"igrpo_jax: error: {tmp_path / 'base_of_tiny.py'}, line {line}: config.steps = 1.5: ")
+
+
 def test_a_config_file_that_is_wrong(refused, tmp_path):
     assert "--config configs/tiny_cp.py: no such file; the nearest is configs/tiny_cpu.py\n" in refused(
         "--config=configs/tiny_cp.py"
     )
-    (tmp_path / "tiny.py").write_text(TINY.replace("return c", "c.stesp = 3\n    return c"))
-    assert "config.stesp: no such field; the nearest is config.steps" in refused()
-    (tmp_path / "tiny.py").write_text(TINY.replace("return c", "c.rolout.slots = 3\n    return c"))
-    assert "config.rolout: no such field; the nearest is config.rollout\n" in refused()
-    (tmp_path / "tiny.py").write_text(TINY.replace("return c", "c.algorithm.los_type = 3\n    return c"))
-    assert "config.algorithm.los_type: no such field; the nearest is config.algorithm.loss_type\n" in refused()
-    (tmp_path / "tiny.py").write_text(TINY.replace("return c", "return d"))
-    assert "NameError: name 'd' is not defined" in refused()
-    (tmp_path / "tiny.py").write_text(TINY.replace("return c", "pass"))
-    assert "get_config() must return a ConfigDict, not None" in refused()
+    file = tmp_path / "tiny.py"
+    file.write_text(TINY.replace("return c", "pass"))
+    assert f"{file}: get_config() must return a ConfigDict, not None; end it with `return config`" in refused()
+    file.write_text("def config(): pass")
+    assert f"{file}: has no get_config(); start it as " in refused()
+    file.write_text("def get_config(x): pass")
+    assert f"{file}: TypeError: get_config() missing 1 required positional argument: 'x'" in refused()
 
 
 def test_model_directories(refused, model, tmp_path):
