@@ -59,7 +59,7 @@ class StubVerifier:
         self._pool, self._status, self._delay = ThreadPoolExecutor(32), status, delay
         self._lock, self.submitted, self.finished, self.openings = threading.Lock(), [], [], set()
 
-    def start_step(self):
+    def start_step(self, step):
         pass
 
     judgements = ()
