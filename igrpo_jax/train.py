@@ -15,7 +15,7 @@ import jax
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.distributed.preemption import Preempted
-from igrpo_jax.distributed.programs import compilations, use_disk_cache
+from igrpo_jax.distributed.programs import compilations, peak_memory, use_disk_cache
 from igrpo_jax.learning import filtering, objectives
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.outputs.files import local_folder
@@ -64,12 +64,14 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
         rewards = filtering.trained_rewards(groups, run.config)
         advantages = objectives.group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline)
         with watchdog.phase("update", name), watchdog.phase("dispatch"):
-            checked = learner.draft_mismatch(state.params, groups) if run.shows_samples(step) else {}
+            checked = learner.draft_check(state.params, groups) if run.shows_samples(step) else {}
             updating = time.perf_counter()
             state, learned = learner.update(state, groups, advantages, step)
             ended = time.perf_counter()
     times = {"perf/update_time": ended - updating, "perf/step_time": ended - began, "perf/recompiles": len(compiled)}
-    metrics = {**learned, **checked, **rollout_metrics(groups, run.config), **sampled, **times}
+    times["perf/wall_time"] = time.time()
+    # Where drafts are trained on, `learned` has the entropy of them all.
+    metrics = {**checked, **learned, **rollout_metrics(groups, run.config), **sampled, **times, **peak_memory()}
     return StepResult(state, groups, advantages, metrics, compiled)
 
 

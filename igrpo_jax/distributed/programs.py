@@ -7,6 +7,8 @@ them can be compiled ahead of time, and what a call costs.
 import contextlib
 import math
 import os
+import resource
+import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import ContextVar
@@ -164,6 +166,18 @@ def program_bytes(program: jax.stages.Compiled) -> int:
 def device_bytes() -> int | None:
     """Returns what JAX may use of the memory of a device; None where it does not say, as on a CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def peak_memory() -> dict[str, float]:
+    """Returns metrics in GiB: the most memory that a device and this process took since the start.
+
+    That of the device is absent where JAX does not count it, as on a CPU.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    metrics = {"perf/peak_host_memory": peak / 2**30}
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    taken = [part["peak_bytes_in_use"] for part in stats if "peak_bytes_in_use" in part]
+    return metrics | ({"perf/peak_device_memory": max(taken) / 2**30} if taken else {})
 
 
 def tree_bytes(tree: Any) -> int:

@@ -187,8 +187,9 @@ class Learner:
         advantages = objectives.group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline)
         return self.packer.units(drafted, advantages)
 
-    def draft_mismatch(self, params: decoder.Params, groups: Sequence[Group]) -> dict[str, float]:
-        """Returns how far the rescored log-probs of the first drafts, one micro-batch of them, are from the sampler's.
+    def draft_check(self, params: decoder.Params, groups: Sequence[Group]) -> dict[str, float]:
+        """Returns the entropy of the first drafts, one micro-batch of them, and how far rescored log-probs are from the
+        sampler's.
 
         This checks the sampler in Stage 1, whose tokens usually carry no loss. `params` are those that sampled.
         """
@@ -199,11 +200,14 @@ class Learner:
                 drafts = group.drafts[start : start + size]
                 units.append(Unit(group.prompt.tokens, drafts, np.zeros(size, np.float32)))
         units = units[: self.packer.largest[0]]
-        mismatches_by_unit = sampler_mismatches(units, self._rescored(params, units))
+        rescored = self._rescored(params, units)
+        mismatches_by_unit = sampler_mismatches(units, rescored)
         if not mismatches_by_unit:
             return {}
         mismatches = np.concatenate(mismatches_by_unit)
+        entropies = np.concatenate([entropy for unit_rescored in rescored for entropy in unit_rescored.entropies])
         return {
+            "draft/entropy": float(np.mean(entropies)),
             "sampling/draft_logp_difference/mean": float(np.mean(mismatches)),
             "sampling/draft_logp_difference/max": float(np.max(mismatches)),
         }

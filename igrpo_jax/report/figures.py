@@ -4,7 +4,6 @@ With one run, the lines of a panel have the colours of their roles. With several
 dash pattern for a kind of line. The label of the x axis says over how many steps a line is smoothed.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +65,7 @@ GAP = 5  # characters that the sign of an entry takes
 
 
 def write(runs: Sequence[RecordedRun], folder: Path) -> dict[str, list[Panel]]:
-    """Writes PANEL.png and PANEL.dark.png for every panel that has data, and returns these panels by section.
+    """Writes PANEL.png and PANEL.dark.png for the panels that have data, and returns all these panels by section.
 
     Raises:
         InputError: matplotlib is missing.
@@ -74,7 +73,7 @@ def write(runs: Sequence[RecordedRun], folder: Path) -> dict[str, list[Panel]]:
     require()
     folder.mkdir(parents=True, exist_ok=True)
     sections = panels(runs)
-    for panel in itertools.chain.from_iterable(sections.values()):
+    for panel in (panel for table in sections.values() for panel in table if panel.drawn):
         for theme in COLOURS:
             path = folder / (f"{panel.file}.png" if theme == "light" else f"{panel.file}.dark.png")
             figure = draw(panel, runs, theme)
@@ -97,25 +96,33 @@ def draw(panel: Panel, runs: Sequence[RecordedRun], theme: str = "light") -> "Fi
     colours = COLOURS[theme]
     figure = Figure((WIDTH, HEIGHT), facecolor=colours["paper"])
     axes = figure.add_subplot(facecolor=colours["paper"])
-    over = smoothing(runs)
+    overs = [smoothing(run) for run in runs]
     if panel.stacked:
-        heights = _stack(axes, panel, runs[0], colours, over)
+        heights = _stack(axes, panel, runs[0], colours, overs[0])
     elif len(runs) == 1:
         looks = [{"color": colours[line.role], "label": line.label} for line in panel.lines]
-        drawn = [_line(axes, panel, line, runs[0], over, **look) for line, look in zip(panel.lines, looks, strict=True)]
+        drawn = [
+            _line(axes, panel, line, runs[0], overs[0], **look) for line, look in zip(panel.lines, looks, strict=True)
+        ]
         heights = np.concatenate(drawn)
     else:
-        heights = _overlay(axes, panel, runs, colours, over)
+        heights = _overlay(axes, panel, runs, colours, overs)
     cut = _cut(axes, panel, heights)
     if len(runs) == 1:
         _limit(axes, panel, runs[0], colours)
-    _dress(figure, axes, panel, colours, cut, over, len(runs) if len(runs) > 1 else 0)
+    _dress(figure, axes, panel, colours, cut, overs, len(runs) if len(runs) > 1 else 0)
     return figure
 
 
-def smoothing(runs: Sequence[RecordedRun]) -> int:
-    """Returns the steps of the running mean: an odd number, the same for all runs of a plot."""
-    return max((len(run.steps) for run in runs), default=0) // SMOOTHED // 2 * 2 + 1
+def smoothing(run: RecordedRun) -> int:
+    """Returns the steps of a run's running mean, an odd number."""
+    return len(run.steps) // SMOOTHED // 2 * 2 + 1
+
+
+def labels(runs: Sequence[RecordedRun]) -> list[str]:
+    """Returns the names of several runs in legends, with the steps of each where these differ."""
+    spans = [f"steps {run.steps[0]:,} to {run.steps[-1]:,}" if run.steps else "no steps" for run in runs]
+    return [run.name if len(set(spans)) == 1 else f"{run.name}: {span}" for run, span in zip(runs, spans, strict=True)]
 
 
 def smooth(values: np.ndarray, over: int) -> np.ndarray:
@@ -165,19 +172,21 @@ def _stack(axes: "Axes", panel: Panel, run: RecordedRun, colours: dict[str, str]
     return np.sum(parts, axis=0)
 
 
-def _overlay(axes: "Axes", panel: Panel, runs: Sequence[RecordedRun], colours: dict[str, str], over: int) -> np.ndarray:
+def _overlay(
+    axes: "Axes", panel: Panel, runs: Sequence[RecordedRun], colours: dict[str, str], overs: Sequence[int]
+) -> np.ndarray:
     """Draws all runs over each other and returns all their values.
 
     A colour stands for a run and a dash pattern for a kind of line. The legend explains both.
     """
     heights = []
-    for number, run in enumerate(runs):
+    for number, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
         colour = colours[RUNS[number % len(RUNS)]]
         # matplotlib leaves a label out that begins with an underscore.
-        axes.plot([], [], color=colour, linewidth=3, label=f" {run.name}" if run.name.startswith("_") else run.name)
+        axes.plot([], [], color=colour, linewidth=3, label=f" {label}" if label.startswith("_") else label)
         for kind, line in enumerate(panel.lines):
             dash = DASHES[kind % len(DASHES)]
-            heights.append(_line(axes, panel, line, run, over, False, color=colour, linestyle=dash))
+            heights.append(_line(axes, panel, line, run, overs[number], False, color=colour, linestyle=dash))
     for kind, line in enumerate(panel.lines if len(panel.lines) > 1 else ()):
         axes.plot([], [], color=colours["muted"], linestyle=DASHES[kind % len(DASHES)], label=line.label)
     return np.concatenate(heights)
@@ -207,13 +216,14 @@ def _limit(axes: "Axes", panel: Panel, run: RecordedRun, colours: dict[str, str]
 
 
 def _dress(
-    figure: "Figure", axes: "Axes", panel: Panel, colours: dict[str, str], cut: str, over: int, several: int
+    figure: "Figure", axes: "Axes", panel: Panel, colours: dict[str, str], cut: str, overs: Sequence[int], several: int
 ) -> None:
     """Adds titles, ticks and a legend, whose first `several` entries are runs."""
     from matplotlib.ticker import MaxNLocator
 
     ink, muted = colours["ink"], colours["muted"]
-    means = over > 1 and not any(line.band for line in panel.lines)
+    means = max(overs) > 1 and not any(line.band for line in panel.lines)
+    over = " and ".join(map(str, dict.fromkeys(overs)))
     look = {
         "fontsize": 12,
         "fontweight": "bold",

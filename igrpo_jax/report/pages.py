@@ -1,6 +1,6 @@
 """Writes a report: plots, sample data and the two pages that show them, all in one folder that needs no server.
 
-    index.html         the summary of every run, and the plots
+    index.html         the summary of every run, its settings, and the plots, which plots.js draws from data/plots.js
     samples.html       the samples, which samples.js shows from data/
     igrpo_report.json  the runs of the report; it tells a later command that the folder holds a report
 
@@ -19,7 +19,7 @@ import jinja2
 from igrpo_jax import __version__
 from igrpo_jax.errors import InputError
 from igrpo_jax.outputs.files import local_folder, write_atomically
-from igrpo_jax.report import figures, panels, runs, samples, summary
+from igrpo_jax.report import charts, figures, panels, runs, samples, settings, summary
 from igrpo_jax.report.runs import RecordedRun
 
 # Some browsers give a file no origin, so 'self' alone would not let a page that is opened as a file load its files.
@@ -28,7 +28,7 @@ POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 MARK = "igrpo_report.json"
-OWN = ("index.html", "samples.html", "samples.js", "style.css", "plots", "data")
+OWN = ("index.html", "samples.html", "samples.js", "plots.js", "style.css", "plots", "data")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Shown:
     name: str
     folder: Path
     summary: summary.Summary
+    settings: list[settings.Setting]
     notes: list[str]
     last_step: int | None  # last step with samples
     flagged: list[tuple[str, int]]  # names of samples.FLAGS, and how many prompts of the last step have such a sample
@@ -59,9 +60,10 @@ def build(folders: Sequence[Path], out: Path) -> list[Shown]:
         samples.write_index(out / "data" / "index.js", index)
         counted = [_with_counts(run, sampled) for run, sampled in zip(recorded, written, strict=True)]
         sections = figures.write(counted, out / "plots")
+        charts.write(out / "data" / "plots.js", sections, counted)
         trained = panels.trained(counted)
         shown = [_shown(run, sampled, trained) for run, sampled in zip(counted, written, strict=True)]
-        _write_pages(out, shown, sections, any(sampled.index for sampled in written))
+        _write_pages(out, counted, shown, sections, any(sampled.index for sampled in written))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error}); give another folder") from error
     return shown
@@ -98,7 +100,7 @@ def _shown(run: RecordedRun, written: samples.Written, trained: str) -> Shown:
     last = written.index[-1]["step"] if written.index else None
     flagged = written.counts[last].flagged if written.index else {}
     listed = [(name, flagged[name]) for name in samples.FLAGS if name in flagged]
-    return Shown(run.name, run.folder, summary.summary(run, trained), run.notes, last, listed)
+    return Shown(run.name, run.folder, summary.summary(run, trained), settings.of(run), run.notes, last, listed)
 
 
 def _compared(shown: Sequence[Shown]) -> dict[str, list[summary.Change | None]]:
@@ -110,11 +112,17 @@ def _compared(shown: Sequence[Shown]) -> dict[str, list[summary.Change | None]]:
     return {name: [changes.get(name) for changes in by_run] for name in names}
 
 
-def _write_pages(out: Path, shown: Sequence[Shown], sections: dict[str, list], has_samples: bool) -> None:
+def _write_pages(
+    out: Path,
+    recorded: Sequence[RecordedRun],
+    shown: Sequence[Shown],
+    sections: dict[str, list[panels.Panel]],
+    has_samples: bool,
+) -> None:
     """Writes the two pages and the files that they load."""
     loader = jinja2.PackageLoader("igrpo_jax.report")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    for name in ("style.css", "samples.js"):
+    for name in ("style.css", "samples.js", "plots.js"):
         write_atomically(out / name, loader.get_source(environment, name)[0])
     title = " · ".join(run.name for run in shown)
     width, height = (round(inches * figures.DPI) for inches in (figures.WIDTH, figures.HEIGHT))
@@ -125,6 +133,7 @@ def _write_pages(out: Path, shown: Sequence[Shown], sections: dict[str, list], h
         "written": f"{datetime.now():%Y-%m-%d %H:%M}",
         "runs": shown,
         "compared": _compared(shown),
+        "differing": settings.differing(recorded),
         "run_colours": len(figures.RUNS),
         "sections": sections,
         "has_samples": has_samples,

@@ -103,6 +103,8 @@ def _read(folder: Path, name: str) -> RecordedRun:
             torn += 1
             continue
         step = row["step"]
+        if "loss" not in row and (own := number(row.get("warm_start/step"))) is not None:
+            step = int(own)  # the supervised start counts steps of its own
         if "loss" in row:
             steps.add(step)
         for key, value in row.items():

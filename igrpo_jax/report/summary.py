@@ -180,9 +180,8 @@ def _facts(run: RecordedRun) -> list[str]:
         facts.append(f"{run.setting('prompts_per_step')} prompts a step")
     if seconds := run.curve("perf/step_time"):
         facts.append(f"{np.median(seconds.values):.3g} s a step, {_duration(seconds.values.sum())} of steps in all")
-    path = run.folder / "metrics.jsonl"
-    if path.exists():
-        facts.append(f"last row {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}")
+    if ends := run.curve("perf/wall_time"):
+        facts.append(f"last row {datetime.fromtimestamp(ends.values[-1]):%Y-%m-%d %H:%M}")
     return facts
 
 

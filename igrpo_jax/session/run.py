@@ -128,7 +128,8 @@ class Run:
         with watchdog.phase("evaluation", f"step {step}"):
             scores = summaries.flat(self.evaluator.run(self.learner.policy(params), out, {"step": step}))
         self.progress.scores[step] = scores
-        self.writer.write(step, {**scores, "perf/evaluation_time": time.perf_counter() - began})
+        times = {"perf/evaluation_time": time.perf_counter() - began, "perf/wall_time": time.time()}
+        self.writer.write(step, {**scores, **times})
         self.console.evaluation(step, scores)
 
     def save(self, step: int, state: TrainState, force: bool = False) -> None:

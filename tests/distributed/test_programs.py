@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from igrpo_jax.distributed.programs import Program, compilations, compile_all, program_bytes, tree_bytes
+from igrpo_jax.distributed.programs import Program, compilations, compile_all, peak_memory, program_bytes, tree_bytes
 
 FLOATS = jax.ShapeDtypeStruct((4,), jnp.float32)
 
@@ -115,3 +116,16 @@ def test_programs_are_kept_on_disk(tmp_path):
     assert hits(str(mine)) == 1
     assert hits("") == 0
     assert hits(str(mine), JAX_COMPILATION_CACHE_DIR=str(other)) == 0 and any(other.iterdir())
+
+
+def test_peak_memory_is_that_of_the_fullest_device_and_of_this_process(monkeypatch):
+    def device(**stats):
+        return types.SimpleNamespace(memory_stats=lambda: stats or None)
+
+    assert set(peak_memory()) == {"perf/peak_host_memory"}  # a CPU counts none
+    with open("/proc/self/status") as file:
+        (line,) = [line for line in file if line.startswith("VmHWM")]
+    assert peak_memory()["perf/peak_host_memory"] == pytest.approx(int(line.split()[1]) / 2**20, rel=0.05)
+    devices = [device(peak_bytes_in_use=2**30), device(peak_bytes_in_use=3 * 2**30), device()]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert peak_memory()["perf/peak_device_memory"] == 3

@@ -509,18 +509,20 @@ def test_drafts_are_compared_to_their_sampler(build, tiny, score_in_full):
     """The first that a micro-batch holds, 8 units: of 6 drafts to a prompt those of four. Here they are refinements."""
     groups, mask = make_groups(), layout()[1]
     drafted = [dataclasses.replace(group, drafts=(*group.completions, *group.completions[:2])) for group in groups]
-    logprob, first = score_in_full(tiny[1])[0], []
+    (logprob, entropy), first, entropies = score_in_full(tiny[1]), [], []
     for i, group in enumerate(drafted[:4]):
         for j, one in enumerate(group.drafts):
             row = i * G + j % G
             first.append(np.abs(logprob[row][mask[row]] - one.logprobs))
+            entropies.append(entropy[row][mask[row]])
     learner, mesh = build()
     with jax.set_mesh(mesh):
-        found = learner.draft_mismatch(put(tiny[1], mesh), drafted)
-        assert learner.draft_mismatch(put(tiny[1], mesh), [dataclasses.replace(groups[0], drafts=())]) == {}
+        found = learner.draft_check(put(tiny[1], mesh), drafted)
+        assert learner.draft_check(put(tiny[1], mesh), [dataclasses.replace(groups[0], drafts=())]) == {}
     first = np.concatenate(first)
     assert found["sampling/draft_logp_difference/mean"] == pytest.approx(first.mean(), rel=1e-5)
     assert found["sampling/draft_logp_difference/max"] == pytest.approx(first.max(), rel=1e-5)
+    assert found["draft/entropy"] == pytest.approx(np.concatenate(entropies).mean(), rel=1e-5)
 
 
 # The entropy bonus.

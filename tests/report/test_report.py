@@ -13,6 +13,7 @@ import io
 import json
 import re
 import sys
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,9 +22,10 @@ import numpy as np
 import pytest
 
 from igrpo_jax import cli
+from igrpo_jax import config as config_lib
 from igrpo_jax.errors import InputError
 from igrpo_jax.report import __main__ as report
-from igrpo_jax.report import figures, pages, panels, runs, samples, summary
+from igrpo_jax.report import charts, figures, pages, panels, runs, samples, settings, summary
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -312,9 +314,10 @@ def by_file(some):
 def test_panels_of_one_run(made_runs):
     run = read(made_runs[0])
     found = by_file([run])
-    assert list(found)[:3] == ["solve_rate", "evaluation_made_up", "reward"]
-    others = "moves copying zero_variance entropy lengths truncated clip_fraction gradient_norm time slots"
-    assert list(found)[3:] == others.split()
+    assert list(found)[:4] == ["solve_rate", "evaluation_made_up", "reward_format", "reward"]
+    others = "moves copying zero_variance loss kl learning_rate entropy lengths truncated clip_fraction gradient_norm"
+    others = f"reward_std {others} verifier time slots".split()
+    assert [name for name in list(found)[4:] if not name.startswith("other_")] == others
     axes, lines, texts = drawn(found["solve_rate"], [run])
     assert texts == ["refinements", "best draft", "drafts"]
     accuracy = run.curve("rewards/accuracy/mean")
@@ -333,7 +336,7 @@ def test_panels_of_several_runs(made_runs):
     both = [read(folder) for folder in made_runs]
     found = by_file(both)
     _, _, texts = drawn(found["solve_rate"], both)
-    assert texts == ["trained", "best draft", "drafts", "two_stage", "base"]  # from below
+    assert texts == ["trained", "best draft", "drafts", "two_stage: steps 1 to 6", "base: steps 1 to 4"]  # from below
     axes, _, _ = drawn(found["time"], both)  # one line a run, no parts on each other
     assert len([line for line in axes.lines if len(line.get_xdata())]) == 2
     base = by_file(both[1:])
@@ -341,12 +344,133 @@ def test_panels_of_several_runs(made_runs):
     assert [line.label for line in base["solve_rate"].lines] == ["completions"]
 
 
+def test_what_people_look_for_has_a_plot(tmp_path):
+    """Each of these names is on a plot of its own section, a custom reward and a metric of a user's own included."""
+    wanted = {
+        "loss": "loss",
+        "kl": "kl",
+        "learning_rate": "learning_rate",
+        "reward_std": "reward_std",
+        "rewards/format/mean": "reward_format",
+        "rewards/my reward/mean": "reward_my_reward-c894128a",
+        "rewards/my_reward/mean": "reward_my_reward",
+        "sampling/sampling_logp_difference/mean": "logp_difference",
+        "sampling/draft_logp_difference/mean": "logp_difference",
+        "sampling/sampling_logp_difference/max": "logp_difference_max",
+        "entropy": "entropy",
+        "draft/entropy": "entropy",
+        "verifier/error_frac": "verifier",
+        "verifier/timeout_frac": "verifier",
+        "perf/tokens_per_second": "tokens_per_second",
+        "perf/padding_frac": "padding",
+        "perf/peak_host_memory": "memory",
+        "perf/peak_device_memory": "memory",
+        "a user's own": "other_a_user_s_own-f91a9812",
+    }
+    run = read(write(tmp_path / "run", [{"step": 1} | dict.fromkeys(wanted, 0.5) | {"perf/wall_time": 1e9}]))
+    sections = panels.panels([run])
+    places = {
+        name: panel.file
+        for table in sections.values()
+        for panel in table
+        for line in panel.lines
+        for name in line.names
+    }
+    assert places == wanted
+    assert [panel.title for panel in sections[panels.OTHER]] == ["a user's own"]
+    assert not sections[panels.OTHER][0].drawn
+
+
+def test_the_supervised_start_has_its_own_steps(tmp_path):
+    rows = [{"step": 0, "warm_start/step": 20.0 * i, "warm_start/loss": 5.0 - i} for i in (1, 2, 3)]
+    run = read(write(tmp_path / "run", [*rows, {"step": 1, "loss": 0.0}]))
+    curve = run.curve("warm_start/loss")
+    assert curve.steps.tolist() == [20, 40, 60] and curve.values.tolist() == [4, 3, 2] and run.steps == [1]
+    assert "warm_start" in by_file([run]) and "other_warm_start_step" not in str(by_file([run]))
+
+
+def test_a_short_run_beside_a_long_one_keeps_its_own_means_and_range(tmp_path):
+    for name, steps in (("long", 240), ("short", 2)):
+        rows = [{"step": i, "loss": 0, "reward": float(i)} for i in range(1, steps + 1)]
+        write(tmp_path / name, rows, {"steps": steps})
+    both = runs.read([tmp_path / "long", tmp_path / "short"])
+    assert [figures.smoothing(run) for run in both] == [9, 1]
+    axes, _, texts = drawn(by_file(both)["reward"], both)
+    assert axes.get_xlabel() == "step (means of 9 and 1 steps)"
+    assert texts == ["long: steps 1 to 240", "short: steps 1 to 2"]
+    short = axes.lines[-1]
+    assert short.get_xdata().tolist() == [1, 2] and short.get_ydata().tolist() == [1, 2]  # no mean over nine
+    shown = pages.build([run.folder for run in both], tmp_path / "out")
+    text = Page(tmp_path / "out" / "index.html").text
+    assert "long: last values and what they changed by are means of the first and of the last 24 steps" in text
+    assert "short: last values and what they changed by are means of the first and of the last 1 step" in text
+    for run, fact in zip(shown, ("step 240 of 240", "step 2 of 2"), strict=True):
+        assert fact in run.summary.facts
+
+
+def test_the_time_of_the_last_row_is_its_own(tmp_path):
+    rows = [{"step": i, "loss": 0, "perf/wall_time": 1e9 + 3600 * i} for i in (1, 2)]
+    folder = write(tmp_path / "run", rows, {})
+    (facts,) = {tuple(summary.summary(read(folder), "completions").facts)}
+    assert f"last row {datetime.fromtimestamp(1e9 + 7200):%Y-%m-%d %H:%M}" in facts  # not that of the file
+    older = summary.summary(read(write(tmp_path / "older", [{"step": 1, "loss": 0}], {})), "completions")
+    assert "last row" not in "".join(older.facts)
+
+
+def test_settings_are_shown_with_their_defaults_and_compared(tmp_path):
+    tree = config_lib.default()
+    first = config_lib.to_dict(config_lib.freeze(tree))
+    tree.algorithm.num_drafts, tree.data.instruction = 7, "<b>Think</b>"
+    second = config_lib.to_dict(config_lib.freeze(tree)) | {"gone": {"by": 1}}
+    both = [read(write(tmp_path / name, [], config)) for name, config in (("a", first), ("b", second))]
+    assert not any(setting.changed for setting in settings.of(both[0])) and len(settings.of(both[0])) > 100
+    changed = {setting.name: (setting.value, setting.default) for setting in settings.of(both[1]) if setting.changed}
+    assert changed == {
+        "algorithm.num_drafts": ("7", str(first["algorithm"]["num_drafts"])),
+        "data.instruction": ('"<b>Think</b>"', json.dumps(first["data"]["instruction"])),
+        "gone.by": ("1", settings.MISSING),
+    }
+    assert all(setting.changed for setting in settings.of(both[1])[:3])
+    differing = settings.differing(both)
+    assert set(differing) == set(changed) and differing["gone.by"] == [settings.MISSING, "1"]
+    pages.build([run.folder for run in both], tmp_path / "out")
+    page = Page(tmp_path / "out" / "index.html")
+    assert "3 settings differ" in page.text and '"<b>Think</b>"' in page.text and "b" not in page.tags
+
+
+def test_thinned_lines_keep_their_spikes():
+    values = np.zeros(100_000)
+    values[[777, 50_001, 99_999]] = (5, -3, 2)
+    places = charts.thinned(values, 1000)
+    assert len(places) == 1000 and {777, 50_001, 99_999} <= set(places.tolist()) and np.all(np.diff(places) > 0)
+    assert charts.thinned(values[:7], 7).tolist() == list(range(7))
+
+
+def test_data_of_the_plots_is_that_of_the_curves(made_runs, tmp_path):
+    both = [read(folder) for folder in made_runs]
+    sections = panels.panels(both)
+    charts.write(tmp_path / "data" / "plots.js", sections, both)
+    text = (tmp_path / "data" / "plots.js").read_text(encoding="ascii")
+    told = json.loads(text.removeprefix("plotsLoaded(").removesuffix(")\n"))
+    flat = [panel for table in sections.values() for panel in table]
+    assert [panel["title"] for panel in told["panels"]] == [panel.title for panel in flat]
+    solved = told["panels"][0]["lines"]
+    for place, run in enumerate(both):
+        assert solved[0]["runs"][place]["x"] == run.steps
+        assert solved[0]["runs"][place]["y"] == pytest.approx(100 * run.curve("rewards/accuracy/mean").values, rel=1e-5)
+    assert solved[2]["label"] == "drafts" and solved[2]["runs"][1] == {"x": [], "y": []}  # the base has none
+    single = next(panel for panel in told["panels"] if panel["title"] == "Single shot: made_up")["lines"][0]["runs"][0]
+    assert single["x"] == [0, 3, 6] and all(
+        a < b < c for a, b, c in zip(single["low"], single["y"], single["high"], strict=True)
+    )
+
+
 def test_names_are_no_mathematics_to_matplotlib(tmp_path):
     names = ("$\\frac{a$", "_hidden", "x" * 200)
     some = [
         write(tmp_path / name, [{"step": i, "loss": 0, f"eval/{name}/pass@1": 0.5} for i in (0, 1)]) for name in names
     ]
-    for panel in by_file(runs.read(some)).values():
+    for panel in (panel for panel in by_file(runs.read(some)).values() if panel.drawn):
         figure = figures.draw(panel, runs.read(some))
         figure.savefig(io.BytesIO())
         texts = [text.get_text().strip() for legend in figure.legends for text in legend.get_texts()]
@@ -376,6 +500,10 @@ def test_colours_of_the_page_are_those_of_the_plots():
         colours = figures.COLOURS[theme]
         for role in ("paper", "ink", "muted", "draft", "best", "trained", "single"):
             assert declared[role] == colours[role], (theme, role)
+        for role in ("good", "calm", "bad", "idle"):
+            assert declared[f"plot-{role}"] == colours[role], (theme, role)
+        for role in colours.keys() - {"paper", "ink", "grid"}:
+            assert f".of-{role} {{" in style, role
         for place, role in enumerate(figures.RUNS):
             assert declared[f"run-{place}"] == colours[role], (theme, place)
 
@@ -412,7 +540,7 @@ def test_a_report_is_whole_and_names_nothing_outside(made_runs, tmp_path, monkey
             assert link == "data:," or (out / link.partition("#")[0]).is_file(), link
     index = Page(out / "index.html")
     assert "step 6 of 6" in index.text and "Single-shot pass@1 on made_up" in index.text
-    assert index.tags.count("img") == len(list((out / "plots").glob("*.dark.png"))) == 13
+    assert index.tags.count("img") == len(list((out / "plots").glob("*.dark.png"))) == 19
     steps = data(out / "data" / "index.js")["runs"][0]["steps"]
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6] and all(sum(step["parts"]) == 3 for step in steps)
 
@@ -422,7 +550,7 @@ def test_a_report_is_whole_and_names_nothing_outside(made_runs, tmp_path, monkey
     (short / "samples" / "step_000002.jsonl").write_text('{"prompt_id": "p0", "sta')
     pages.build([short], out)
     assert {path.name for path in (out / "data" / "0").iterdir()} == {"000001_0.js"}
-    assert {path.name for path in (out / "plots").iterdir()} == {"reward.png", "zero_variance.png"}
+    assert {path.name for path in (out / "plots").iterdir()} == {"loss.png", "reward.png", "zero_variance.png"}
     assert "samples of step 2: 1 line left out" in Page(out / "index.html").text
 
 

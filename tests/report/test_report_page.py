@@ -2,21 +2,24 @@
 
 What these tests catch: an error in the page's script, anything asked of the network, a filter, a page or a search that
 shows other prompts than it says, a difference between draft and refinement that is not one, and model text that is
-taken for markup, a link or a terminal's escapes.
+taken for markup, a link or a terminal's escapes; a plot that names another value than that of the step under the
+pointer.
 """
 
 import importlib
 import itertools
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import chromium
+import numpy as np
 import pytest
 
-from igrpo_jax.report import figures, pages, samples
+from igrpo_jax.report import figures, pages, runs, samples
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -107,15 +110,18 @@ def count(page):
 
 
 def test_the_report_opens(page, out, tmp_path):
-    for width, dark in ((1280, False), (390, True)):
+    for width, dark in ((1280, False), (390, True)):  # without the script there are the PNGs
         page.look(width, 900, dark)
         page.open("about:blank")
+        page.call("Emulation.setScriptExecutionDisabled", value=True)
         page.open((out / "index.html").as_uri())
         page.wait("document.images.length && [...document.images].every(one => one.complete && one.naturalWidth)")
         assert page.run("[...document.images].every(one => one.currentSrc.endsWith('.dark.png'))") is dark
         assert page.run("document.documentElement.scrollWidth") <= width
         page.screenshot(tmp_path / "report.png")
         assert (tmp_path / "report.png").stat().st_size > 20_000
+        page.call("Emulation.setScriptExecutionDisabled", value=False)
+    open_report(page, out)
     assert "<b>run<b>" in page.run("document.title") and page.run("document.querySelector('b b')") is None
     assert "<img src=x onerror=alert(1)> only" in page.run("document.body.innerText")
     # What it links to is the last step, hostile as it is: its copies of the draft.
@@ -155,6 +161,91 @@ def test_pages_and_steps(page, out):
     assert count(page) == f"{STEPS * PROMPTS + len(HOSTILE):,} prompts" and heads(page)[0] == "step 1 · problem-0"
     page.screenshot(out.parent / "samples.png")
     assert (out.parent / "samples.png").stat().st_size > 20_000
+
+
+def open_report(page, folder):
+    page.open("about:blank")
+    page.open((folder / "index.html").as_uri())
+    page.wait("document.readyState === 'complete' && document.querySelectorAll('.plot svg .line').length > 0")
+
+
+def pointer(page, kind, part, height=100):
+    """Sends a pointer event to the first plot, at a fraction of the width between its edges."""
+    page.run(f"""(() => {{
+        const box = document.querySelector('.plot'), place = box.getBoundingClientRect();
+        const x = place.left + EDGE.left + {part} * (place.width - EDGE.left - EDGE.right);
+        box.dispatchEvent(new PointerEvent('{kind}', {{ clientX: x, clientY: place.top + {height} }}));
+    }})()""")
+
+
+def tip(page):
+    return page.run("(document.querySelector('.tip:not([hidden])') ?? {}).textContent ?? null")
+
+
+def read_value(page, label):
+    return float(re.search(rf"{label}: ([\d.]+)", tip(page))[1])
+
+
+def shown_steps(page):
+    return page.run(
+        "[...document.querySelectorAll('.plot')[0].querySelectorAll('[text-anchor=middle]')].map(t => t.textContent)"
+    )
+
+
+def test_a_plot_reads_values_and_zooms(page, out):
+    run = runs.read([out.parent / "<b>run<b>"])[0]
+    accuracy = run.metrics["rewards/accuracy/mean"]
+    open_report(page, out)
+    assert tip(page) is None
+    pointer(page, "pointermove", 0)
+    assert tip(page).startswith("step 1refinements: ") and read_value(page, "refinements") == pytest.approx(
+        100 * accuracy[1], rel=1e-3
+    )
+    pointer(page, "pointermove", 0.5)
+    assert tip(page).startswith("step 40") and read_value(page, "refinements") == pytest.approx(
+        100 * accuracy[40], rel=1e-3
+    )
+    # Dragged from a quarter to a half: steps 20 or so to 40.
+    pointer(page, "pointerdown", 0.25)
+    pointer(page, "pointermove", 0.4)
+    assert page.run("document.querySelectorAll('.chosen').length") == 1
+    pointer(page, "pointerup", 0.5)
+    inside = [int(text) for text in shown_steps(page)]
+    assert inside and min(inside) >= 20 and max(inside) <= 40
+    pointer(page, "pointermove", 1)
+    assert tip(page).startswith("step 40")
+    page.run("document.querySelector('.legend button:not([hidden])').click()")
+    pointer(page, "pointermove", 1)
+    assert tip(page).startswith("step 79")  # step 80 has no accuracy
+    pointer(page, "pointerleave", 1)
+    assert tip(page) is None
+    page.run("document.querySelector('.plot').dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowRight' }))")
+    page.run("document.querySelector('.plot').dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowRight' }))")
+    assert tip(page).startswith("step 2")
+
+
+def test_plots_are_all_drawn_and_names_in_them_are_text(page, out):
+    for width in (1280, 390):
+        page.look(width, 900)
+        open_report(page, out)
+        page.run("for (const part of document.querySelectorAll('details')) part.open = true")
+        page.wait("[...document.querySelectorAll('figure')].every(f => f.querySelector('.plot > svg'))")
+        assert page.run("document.querySelectorAll('figure img').length") == 0
+        assert page.run("document.documentElement.scrollWidth") <= width
+        assert page.run("document.querySelectorAll('figure a[href^=javascript], figure script').length") == 0
+        assert "<img src=x onerror=alert(1)>" in page.run("document.querySelector('main').textContent")
+        assert "NaN" not in page.run(
+            "[...document.querySelectorAll('.plot path')].map(p => p.getAttribute('d')).join()"
+        )
+    assert page.run("window.hacked") is None
+
+
+def test_the_page_smooths_as_the_pngs_do(page, out):
+    open_report(page, out)
+    values = [round(random.Random(1).random(), 6) * i for i in range(40)]
+    for over in (1, 3, 9, 99):
+        drawn = page.run(f"means({json.dumps(values)}, {over})")
+        assert drawn == pytest.approx(figures.smooth(np.array(values), over).tolist())
 
 
 def test_filters_show_what_they_say(page, out):
@@ -279,7 +370,9 @@ def test_several_runs(page, tmp_path, monkeypatch, out):
     page.open((folder / "index.html").as_uri())
     page.wait("document.readyState === 'complete' && document.querySelector('table')")
     assert page.run("document.documentElement.scrollWidth") <= 390
-    names = page.run("[...document.querySelectorAll('thead th')].map(one => one.textContent)")
+    names = page.run(
+        "[...document.querySelectorAll('.table')[0].querySelectorAll('thead th')].map(one => one.textContent)"
+    )
     assert names == ["", *(run.name for run in made)]
     open_samples(page, folder)
     assert heads(page) == [f"step 2 · problem-{i}" for i in range(3)]
