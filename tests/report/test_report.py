@@ -390,21 +390,21 @@ def test_the_supervised_start_has_its_own_steps(tmp_path):
 
 
 def test_a_short_run_beside_a_long_one_keeps_its_own_means_and_range(tmp_path):
-    for name, steps in (("long", 240), ("short", 2)):
-        rows = [{"step": i, "loss": 0, "reward": float(i)} for i in range(1, steps + 1)]
+    for name, steps in (("long", 240), ("short", 20)):
+        rows = [{"step": i, "loss": 0, "reward": float(i**2)} for i in range(1, steps + 1)]
         write(tmp_path / name, rows, {"steps": steps})
     both = runs.read([tmp_path / "long", tmp_path / "short"])
     assert [figures.smoothing(run) for run in both] == [9, 1]
     axes, _, texts = drawn(by_file(both)["reward"], both)
     assert axes.get_xlabel() == "step (means of 9 and 1 steps)"
-    assert texts == ["long: steps 1 to 240", "short: steps 1 to 2"]
+    assert texts == ["long: steps 1 to 240", "short: steps 1 to 20"]
     short = axes.lines[-1]
-    assert short.get_xdata().tolist() == [1, 2] and short.get_ydata().tolist() == [1, 2]  # no mean over nine
+    assert short.get_ydata().tolist() == [i**2 for i in range(1, 21)]  # no mean over nine
     shown = pages.build([run.folder for run in both], tmp_path / "out")
     text = Page(tmp_path / "out" / "index.html").text
     assert "long: last values and what they changed by are means of the first and of the last 24 steps" in text
-    assert "short: last values and what they changed by are means of the first and of the last 1 step" in text
-    for run, fact in zip(shown, ("step 240 of 240", "step 2 of 2"), strict=True):
+    assert "short: last values and what they changed by are means of the first and of the last 2 steps" in text
+    for run, fact in zip(shown, ("step 240 of 240", "step 20 of 20"), strict=True):
         assert fact in run.summary.facts
 
 

@@ -288,12 +288,12 @@ def test_a_prompt_shows_drafts_choice_refinements_and_scores(page, out):
     open_samples(page, out, f"#step=40&page={place // 6 + 1}")
     one = f"document.querySelectorAll('.prompt')[{place % 6}]"
     card = page.run(f"{one}.textContent")
-    assert group["question"] in card and f"gold answer: {group['answer']}" in card
+    assert group["question"] in card and f"right answer: {group['answer']}" in card
     assert page.run(f"{one}.querySelectorAll('.sample').length") == 8
     chosen = page.run(f"{one}.querySelector('.chip.kept').closest('.sample').textContent")
     kept = group["drafts"][group["kept"]]
-    assert chosen.startswith(f"draft {group['kept']}★ chosen") and kept["text"] in chosen
-    assert f"Refinements of draft {group['kept']}" in card
+    assert chosen.startswith(f"draft {group['kept'] + 1} of 4★ kept") and kept["text"] in chosen
+    assert f"Refinements of the kept draft, draft {group['kept'] + 1} of 4" in card and "refinement 1 of 4" in card
     first, refined = page.run(f"{one}.querySelector('.refinements .sample').textContent"), group["completions"][0]
     for part in (f"answers {refined['extracted']}", "accuracy ", "advantage ", f"{refined['tokens']:.0f} tokens"):
         assert part in first
@@ -357,6 +357,35 @@ def test_differences(page, out):
     assert diff("x", "x") == [["=", "x"]] and diff("", "") == [] and diff("", "x") == [["+", "x"]]
     words = [" ".join(f"{letter}{i}" for i in range(2000)) for letter in "ab"]
     assert diff(*words) is None and diff(words[0], words[0] + " end")[-1] == ["+", " end"]
+
+
+def test_changes_are_shown_only_where_half_of_the_words_are_kept(page, out):
+    open_samples(page, out)
+    marks = lambda draft, words: page.run(
+        f"text({json.dumps(words)}, {json.dumps(draft)}).querySelectorAll('ins, del').length"
+    )
+    told = lambda draft, words: page.run(f"text({json.dumps(words)}, {json.dumps(draft)}).textContent")
+    assert marks("a b c d", "a b x y") > 0  # two of four words; spaces do not count
+    assert marks("a b c d", "a x y z") == 0
+    assert told("a b c d", "a x y z") == "(less than half is as in the draft, so changes are not shown)\na x y z"
+    assert marks("a b", "a b c d e") == 0 and marks("a b c d e", "a b") == 0  # of the longer text
+    assert marks("a", "a") == 0 and told("a", "a") == "a" and told("", "") == ""
+
+
+def test_the_toolbar_is_small_on_a_phone(page, out):
+    page.look(390, 844)
+    open_samples(page, out)
+    height = lambda: page.run("document.querySelector('.tools').getBoundingClientRect().height")
+    assert height() <= 100  # of 844; it was 240
+    assert page.run("document.querySelector('#query').offsetParent") is None
+    assert page.run("[...document.querySelectorAll('.tools button')].filter(b => b.offsetParent).length") >= 5
+    click(page, "#more")
+    assert page.run("document.querySelector('#query').offsetParent !== null") and height() > 100
+    click(page, "button[name=fixed]")
+    click(page, "#more")
+    assert height() <= 100 and page.run("at('more').textContent") == "filters (1)"
+    page.look(1280, 900)
+    assert page.run("document.querySelector('#query').offsetParent !== null && at('more').offsetParent === null")
 
 
 def test_several_runs(page, tmp_path, monkeypatch, out):

@@ -8,6 +8,7 @@
 const PROMPTS = 6; // on a page
 const LONGEST = 20000; // characters of a text that are shown before one asks for the rest
 const KEPT_PARTS = 24; // data files held in memory
+const KEPT = 0.5; // share of the words of a refinement and its draft below which changes are not shown
 const MARKED = 500; // places that a search marks on a page
 const FARTHEST = 1500; // words to take out and put in, past which two texts are not aligned
 const MOST_WORDS = 40000; // of a text that is aligned
@@ -121,6 +122,8 @@ function listen() {
   at("every").onchange = () => change({ every: at("every").checked });
   at("diff").onchange = () => change({ page: view.page });
   at("query").onchange = () => change({ query: at("query").value.trim() });
+  // Of use where the window is narrow; elsewhere the choices are always there.
+  at("more").onclick = () => at("more").setAttribute("aria-expanded", at("more").ariaExpanded !== "true");
   for (const button of at("flags").children)
     button.onclick = () => {
       const others = view.flags.filter((name) => name !== button.name);
@@ -157,6 +160,8 @@ function drawControls() {
   at("query").value = view.query;
   at("previous").disabled = view.step <= 0;
   at("next").disabled = view.step >= steps().length - 1;
+  const active = view.flags.length + (view.query ? 1 : 0) + (view.every ? 1 : 0);
+  at("more").textContent = active ? `filters (${active})` : "filters";
   const scope = view.every ? steps() : steps().slice(view.step, view.step + 1);
   for (const [place, button] of [...at("flags").children].entries()) {
     const count = scope.reduce((sum, entry) => sum + entry.flags.filter((flags) => (flags >> place) & 1).length, 0);
@@ -195,7 +200,7 @@ async function show(mine) {
 
 function card(one, step) {
   const kept = one.drafts.find((draft) => draft.sample === one.kept);
-  const head = node("header", {}, node("b", {}, `step ${step} · ${short(one.id)}`), node("span", {}, `gold answer: ${short(one.answer ?? "none")}`));
+  const head = node("header", {}, node("b", {}, `step ${step} · ${short(one.id)}`), node("span", {}, `right answer: ${short(one.answer ?? "none")}`));
   if (one.drafts.length) head.append(node("span", {}, `drafts: ${rights(one.drafts)}`));
   const what = kept ? "refinements" : "completions";
   head.append(node("span", {}, `${what}: ${rights(one.completions)}`));
@@ -207,8 +212,8 @@ function card(one, step) {
     if (kept) result.append(sample(kept, one, { open: true, kept: true }));
   }
   const grid = node("div", { className: "grid" }, ...one.completions.map((done) => sample(done, one, { open: true, draft: kept })));
-  const title = node("h3", {}, kept ? `Refinements of draft ${kept.sample}` : "Completions");
-  result.append(node("div", { className: "refinements" }, title, grid));
+  const heading = node("h3", {}, kept ? `Refinements of the kept draft, ${title(kept, one)}` : "Completions");
+  result.append(node("div", { className: "refinements" }, heading, grid));
   return result;
 }
 
@@ -217,11 +222,17 @@ function rights(samples) {
   return known.length ? `${known.filter((one) => one.right).length} of ${known.length} right` : "not graded";
 }
 
-function sample(one, group, { open, kept = false, draft = null }) {
+// The words of the console: "draft 2 of 4", "refinement 1 of 4".
+function title(one, group) {
   const isDraft = group.drafts.includes(one);
-  const bar = node("summary", {}, node("b", {}, `${isDraft ? "draft" : draft ? "refinement" : "completion"} ${one.sample}`));
+  const stage = isDraft ? "draft" : group.kept === null ? "completion" : "refinement";
+  return `${stage} ${one.sample + 1} of ${(isDraft ? group.drafts : group.completions).length}`;
+}
+
+function sample(one, group, { open, kept = false, draft = null }) {
+  const bar = node("summary", {}, node("b", {}, title(one, group)));
   const chip = (text, kind = "") => bar.append(node("span", { className: `chip ${kind}` }, text));
-  if (kept) chip("★ chosen", "kept");
+  if (kept) chip("★ kept", "kept");
   const sign = one.right === null ? "" : one.right ? "✓ " : "✗ ";
   const tone = one.right === null ? "" : one.right ? "good" : "bad";
   bar.append(node("span", { className: `says ${tone}` }, sign + (one.extracted === null ? "no answer found" : `answers ${short(one.extracted)}`)));
@@ -241,15 +252,22 @@ function sample(one, group, { open, kept = false, draft = null }) {
 function text(words, draft) {
   const box = node("pre", {});
   const compare = draft !== undefined && at("diff").checked;
-  if (!compare) {
-    box.append(clipped(words));
-    return box;
-  }
-  const changes = differences(draft, words);
-  if (changes === null) {
-    box.append(node("span", { className: "muted" }, "(too far from the draft to be aligned)\n"), clipped(words));
-    return box;
-  }
+  const changes = compare ? differences(draft, words) : null;
+  if (changes !== null && kept(changes) >= KEPT) return marked(box, changes);
+  const why = changes === null ? "too far from the draft to be aligned" : "less than half is as in the draft, so changes are not shown";
+  if (compare) box.append(node("span", { className: "muted" }, `(${why})\n`));
+  box.append(clipped(words));
+  return box;
+}
+
+// The share of the words of the longer text that both have.
+function kept(changes) {
+  const count = (kinds) => changes.filter(([kind]) => kinds.includes(kind)).flatMap(([, piece]) => split(piece)).filter((word) => word.trim()).length;
+  const longer = Math.max(count("=-"), count("=+"));
+  return longer ? count("=") / longer : 1;
+}
+
+function marked(box, changes) {
   let left = LONGEST;
   for (const [kind, piece] of changes) {
     if (left <= 0) break;
@@ -310,10 +328,11 @@ function mark() {
 
 // Differences
 
+const split = (text) => text.match(/\s+|[\p{L}\p{M}\p{N}_]+|[^]/gu) ?? [];
+
 // [["=" | "-" | "+", text], …] that makes `b` of `a`, word by word; null where they are too far apart.
 function differences(a, b) {
-  const words = (line) => line.match(/\s+|[\p{L}\p{M}\p{N}_]+|[^]/gu) ?? [];
-  let [from, to] = [words(a), words(b)];
+  const [from, to] = [split(a), split(b)];
   if (Math.max(from.length, to.length) > MOST_WORDS) return null;
   let start = 0;
   while (start < from.length && start < to.length && from[start] === to[start]) start++;
