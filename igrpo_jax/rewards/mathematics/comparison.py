@@ -29,7 +29,7 @@ from igrpo_jax.rewards.mathematics.nodes import (
 def same_answer(a: Node, b: Node) -> bool:
     """Returns whether two structures are equal. Symmetric. May raise NoValue."""
     if a.text == b.text and type(a) is type(b):
-        return not isinstance(a, Leaf) or (_units_agree(a, b) and units.ratio(a.unit, b.unit) == 1)
+        return not isinstance(a, Leaf) or a.unit == b.unit or (_units_agree(a, b) and units.ratio(a.unit, b.unit) == 1)
     if _RANKS[type(a)] > _RANKS[type(b)]:
         a, b = b, a
     return _COMPARISONS[type(a)](a, b)

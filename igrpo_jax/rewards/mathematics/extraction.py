@@ -103,7 +103,7 @@ def extract(text: str) -> str | None:
 
 def last_box(text: str) -> str | None:
     """Returns the content of the last non-empty balanced box and of those joined to it; of nested boxes, the inner."""
-    boxes = _boxes(text)
+    boxes = _boxes(text) if "box" in text else []
     if not boxes:
         return None
     content = [_content(text, boxes[-1])]

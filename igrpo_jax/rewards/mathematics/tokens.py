@@ -96,7 +96,6 @@ def tokenize(source: str) -> list[Token]:
 def _joined(tokens: list[Token]) -> list[Token]:
     """Joins `<` and `=`, turns the words "and" and "or" into marks and the word "in" into a command."""
     result: list[Token] = []
-    related = any(token.text in _RELATIONS and token.kind in ("mark", "command") for token in tokens)
     for token in tokens:
         last = result[-1] if result else None
         if token.kind == "text" and not token.text.strip(" ,.;"):
@@ -107,7 +106,7 @@ def _joined(tokens: list[Token]) -> list[Token]:
         word = token.text.strip(" ,.").casefold() if is_word else ""
         if word in _AND_OR:
             result.append(token._replace(kind="mark", text=word))
-        elif related and token.kind == "command" and token.text in ("lor", "land"):
+        elif token.is_in(("lor", "land")) and any(other.is_in(_RELATIONS) for other in tokens):
             result.append(token._replace(kind="mark", text="or" if token.text == "lor" else "and"))
         elif word == "in" and token.kind == "letters":
             result.append(token._replace(kind="command"))
@@ -207,7 +206,7 @@ def is_enclosed(tokens: list[Token]) -> bool:
 
 def split(tokens: list[Token], separators: Collection[str]) -> tuple[list[list[Token]], list[str]]:
     """Cuts tokens at separators outside all brackets. Returns (the parts, the separators between them)."""
-    if not any(token.text in separators for token in tokens):
+    if not any([token.text in separators for token in tokens]):  # a list is faster than a generator
         return [list(tokens)], []
     parts: list[list[Token]] = [[]]
     between, depth = [], 0

@@ -164,6 +164,6 @@ def agree(a: Unit, b: Unit) -> bool:
     return len(names) == 1 or "" in names or any({name, other} == names for name, other in _AMBIGUOUS)
 
 
-def ratio(a: Unit, b: Unit) -> Fraction:
+def ratio(a: Unit, b: Unit) -> int | Fraction:
     """Returns how many of `b` one `a` is, where they agree; 1 where a unit is missing."""
-    return a.scale / b.scale if a.name and b.name else Fraction(1)
+    return a.scale / b.scale if a.name and b.name else 1
