@@ -252,7 +252,7 @@ def _components(value: Value, length: int) -> list[Node]:
     used = max((at for at in range(3) if parts[at]), default=0)
     if not 1 <= used < length <= 3 or value.denominator is not exact.UNIT:
         return []
-    return [Leaf(str(part), Value(part)) for part in parts[:length]]
+    return [Leaf(str(Value(part)), Value(part)) for part in parts[:length]]
 
 
 def _same_ratio(a: Ratio, b: Node) -> bool:

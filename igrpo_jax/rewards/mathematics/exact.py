@@ -107,7 +107,8 @@ class Value:
 
     def __str__(self) -> str:
         """Returns one text per polynomial. Equal quotients may have several."""
-        top = "+".join(f"{c}{key}" for key, c in sorted(self.numerator.items()))
+        coefficients = ((key, f"{c.numerator:x}/{c.denominator:x}") for key, c in sorted(self.numerator.items()))
+        top = "+".join(f"{c}{key}" for key, c in coefficients)  # hexadecimal: Python limits the digits of decimals
         return top if self.denominator is UNIT else f"{top}/{Value(self.denominator)}"
 
 

@@ -14,7 +14,7 @@ from igrpo_jax.rewards.mathematics import exact
 from igrpo_jax.rewards.mathematics.exact import ONE, PI, UNIT, Atom, E, I, NoValue, Polynomial, TooManyTerms, Value
 
 MAX_EXPONENT = 10_000  # of integer powers; also the largest n of n! and of binomials
-_MAX_DIVISOR = 60_000  # where trial division ends, after at most 1.5 ms
+_MAX_DIVISOR = 60_000  # where trial division ends, after at most 1.5 ms; earlier for large numbers
 
 
 class _NotFactored(NoValue):
@@ -27,8 +27,10 @@ class _NotFactored(NoValue):
 @functools.lru_cache(maxsize=4096)
 def factors(n: int) -> tuple[tuple[int, int], ...]:
     """Returns the prime factors of n ≥ 1 with their powers. Raises _NotFactored where trial division fails."""
-    primes, divisor = [], 2
-    while divisor * divisor <= n and divisor < _MAX_DIVISOR:
+    if n.bit_length() > 16_000:
+        raise _NotFactored("too large to factor")
+    primes, divisor, end = [], 2, _MAX_DIVISOR if n.bit_length() < 512 else 1_000
+    while divisor * divisor <= n and divisor < end:
         power = 0
         while n % divisor == 0:
             n //= divisor

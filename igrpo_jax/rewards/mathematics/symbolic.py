@@ -19,6 +19,9 @@ MAX_EXPONENT = 10_000  # integer exponents, factorials and binomials beyond this
 _EXPONENT = re.compile(r"\^\s*\{?\s*[({]*\s*-?(\d+)")
 _FACTORIAL = re.compile(r"(\d+)\s*[)}]*\s*!")
 _BINOMIAL = re.compile(r"\\[dt]?binom|\\Gamma|\\zeta|\\prod|\\sum|\\int")
+_COSTLY = re.compile(
+    r"\\(?:sin|cos|tan|cot|sec|csc|sqrt)|\^\{?\\frac"
+)  # needs all digits of its argument, or its factors
 _DIGITS = re.compile(r"\d+")
 _DROPPED = re.compile(r"\\[lcv]?dots|['\"]|\\\$|\d\s?_|\.\.")  # what math-verify ignores: 5, \ldots would be 5
 _DOUBLE = re.compile(r"![\s)}\]]*!|\^\s*\{?[\w.]*\}?\s*\^")  # (9!)!, 9^9^9
@@ -60,7 +63,7 @@ def _acceptable(answer: str) -> bool:
     return (
         len(answer) <= MAX_LENGTH
         and deepest <= MAX_DEPTH
-        and max(sizes, default=0) <= MAX_EXPONENT
+        and max(sizes, default=0) <= (100 if _COSTLY.search(answer) else MAX_EXPONENT)
         and all(len(d) <= MAX_DIGITS for d in _DIGITS.findall(answer))
         and not _is_tower(answer)
         and not _DOUBLE.search(answer)

@@ -2116,7 +2116,12 @@ SLOW = [
     r"|x|<",
     "9!!",
     r"\Gamma(9999.5)+",
-    "k\pi+",
+    "k\\pi+",
+    r"\sqrt{10^{4000}+1}+",
+    r"\sqrt[99]{9999!}+",
+    r"\sin(10^{4000})+",
+    r"\begin{aligned}\end{aligned}",
+    r"\begin{aligned}1",
 ]
 
 
@@ -2124,4 +2129,14 @@ SLOW = [
 def test_repeated_pieces_are_read_quickly(piece):
     start = time.thread_time()
     equivalent(piece * (900 // len(piece)) + "1", "1")
+    assert time.thread_time() - start < 2
+
+
+@pytest.mark.parametrize("argument", ["10^{4000}", "7^{5000}/3", "9999!", "10^{4000}x"])
+@pytest.mark.parametrize("function", [r"\sin(%s)", r"\tan(%s)", r"\sqrt{%s+1}"])
+def test_functions_of_huge_numbers_are_compared_quickly(function, argument):
+    grader.warm_up()
+    start = time.thread_time()
+    for gold in ("1", function % argument + "+1", r"\sin(10^{3999})"):
+        assert not equivalent(function % argument, gold)
     assert time.thread_time() - start < 2
