@@ -148,6 +148,10 @@ def _signs(tokens: list[Token]) -> list[list[Token]]:
     return readings
 
 
+# Behind the letter of a choice: another letter, or words that take it back or name a second one.
+_NO_CONTENT = re.compile(r"[\s{(,]*(?:(?:or|and|is|not|isn)\b|[A-J](?:\s*[).]|\s*$))")
+
+
 def _choice(tokens: list[Token], nested: int) -> Node | None:
     """Reads `(D) Alina`, `D) 12` or `\\textbf{(D)}\\ 12`, and `D)` or `D.` as the letter alone."""
     if tokens[0].kind == "text":
@@ -165,6 +169,8 @@ def _choice(tokens: list[Token], nested: int) -> Node | None:
     alone = Leaf(letter, Value.symbol(letter))
     if not rest:
         return alone
+    if _NO_CONTENT.match(" ".join(token.text for token in rest[:3])):
+        return None
     if rest[0].text in words.OPERATORS or not (
         rest[0].spaced or rest[0].kind in ("text", "letters") or tokens[0].kind == "text"
     ):

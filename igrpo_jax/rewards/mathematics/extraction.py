@@ -25,7 +25,23 @@ _PHRASE = re.compile(
 _FORMULA = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(([^$]*?)\\\)|\\\[([^$]*?)\\\]")
 _MATH = re.compile(rf"\s*(?:\*\*)?\s*(?:{_FORMULA.pattern})")
 _LISTING = re.compile(r"(?:[\s,.*]|and\b|or\b)*")
-_BESIDE_FORMULA = re.compile(r"\d|\bnot\b")  # text beside a formula that belongs to the answer: 3 $\pi$, not $5$
+# A formula is the answer where these words alone stand before it and its part of the sentence ends behind it. Other
+# words may change it: at least $5$, $5$ hundred, $13$ (base 8).
+_BEFORE_FORMULA = re.compile(
+    r"(?:[\s:*,]|\b(?:the|an?|our|value|number|integer|ordered|pair|triple|tuple|point|interval|set|matrix|vector"
+    r"|function|polynomial|equation|expression|fraction|sum|total of|only|just|then|that)\b)*"
+)
+_BEHIND_FORMULA = re.compile(
+    r"[\s*]*(?:$|[).:;\]]|,(?!\s*(?:or|and|plus|minus|but|not)\b)|\((?!\s*(?:mod|base|in|or|and|times)\b|\s*[\d$\\]))"
+)
+# "I don't think the answer is 5", "If the answer is 5, then ...", "A wrong answer is 5": before the word "answer".
+_DENIED = re.compile(
+    r"\b(?:not|\w+n['’]t|cannot|never|(?<!no )(?<!without )doubt|refuse|false|if|suppose|assume|assuming|whether|might|could|some say|wrong"
+    r"|incorrect|unless|previous|guess)\b(?!.*\b(?:but|so|hence|thus|therefore|then)\b)",
+    re.IGNORECASE,
+)
+_PART_OF_SENTENCE = re.compile(r"[^.!?,;:\n]*$")
+_LIST = re.compile(r"[\s*]*1[.)]\s+[A-Z]")  # "Answer:", and then a numbered list
 _CLAUSE = re.compile(
     r"[.!?;]?\s+(?:because|since|so|which|as|for|where|when|therefore)\b"
     r"|,\s+(?:it|but|because|since|so|which|as|the|this|that|we|not)\b|[.!?](?:\s|$)|\n"
@@ -37,6 +53,8 @@ _LAST_STATEMENTS = 8  # how many are tried, from the last one
 _TEXT = r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s?\{"
 _LEAD = r"(?:(?:[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore),?\s)?(?:[Tt]he\s)?(?:(?:[Ff]inal|[Cc]orrect)\s)?"
 _INSIDE = re.compile(rf"(\$\$?|\\\[|\\\()\s{{0,4}}({_TEXT}\s{{0,4}})?{_LEAD}$")
+_LONGEST_DENIAL = 100  # characters before "answer" that may deny it
+_OPEN_END = re.compile(r"\b(?:or|and)[\s,]*$")  # "5 or, since n is odd, 6" is cut behind "or"
 _LONGEST_LEAD = 60  # characters between the formula's beginning and "answer"
 _CLOSINGS = {"$": "$", "$$": "$$", "\\[": "\\]", "\\(": "\\)"}
 _IN_BOX = re.compile(rf"\s*({_TEXT})?\s*{_LEAD}[Aa]nswer\s{{0,4}}(?:is\b|:|=)\s*:?\s*(\}})?")
@@ -179,6 +197,11 @@ def _last_statement(text: str) -> str | None:
     for match in reversed(collections.deque(_PHRASE.finditer(text), maxlen=_LAST_STATEMENTS)):
         if marker and match.start() < marker.start():
             break
+        before = _PART_OF_SENTENCE.search(text, max(0, match.start() - _LONGEST_DENIAL), match.start())
+        if _DENIED.search(before[0]) or (
+            "\n" in text[match.start() : match.end() + 4] and _LIST.match(text, match.end())
+        ):
+            continue
         stated = _stated(text, match)
         if stated is None or not _CONFIRMED.fullmatch(stated):  # "I hope the answer is correct"
             return stated or (marker and marker[1].strip(" *\t"))
@@ -195,16 +218,28 @@ def _stated(text: str, phrase: re.Match) -> str | None:
             return without_lead_in(f"{inside[2] or ''}Answer:{formula}")
     rest = rest.lstrip().lstrip("*").lstrip()
     rest = rest[_FILLERS.match(rest).end() :] if _FILLERS.match(rest) else rest
-    clause = _CLAUSE.split(rest, maxsplit=1)[0]
-    math = _MATH.match(rest)
-    if not math:
+    stated = _clause(rest).strip().strip("*").strip()
+    is_none = stated in ("", "\\boxed{}") or _NO_ANSWER.fullmatch(stated) or _OPEN_END.search(stated)
+    return None if is_none else stated
+
+
+def _clause(text: str) -> str:
+    """Returns the clause that `text` begins with, or its formula alone where no word beside it may change it."""
+    first = _MATH.match(text)
+    start = first.end() if first else 0
+    clause = text[:start] + _CLAUSE.split(text[start:], maxsplit=1)[0]
+    if not first:
         clause = _IS.split(clause)[-1]  # "The largest n is 34"
-    formulas = list(_FORMULA.finditer(clause))
-    outside = _FORMULA.sub("", clause)
-    if len(formulas) > 1 and _LISTING.fullmatch(outside):  # $1$ or $2$
-        math = None
-    elif len(formulas) == 1 and not _BESIDE_FORMULA.search(outside):
-        math = math or formulas[0]
-    stated = next(group for group in math.groups() if group is not None) if math else clause
-    stated = stated.strip().strip("*").strip()
-    return None if stated in ("", "\\boxed{}") or _NO_ANSWER.fullmatch(stated) else stated
+    formula = _FORMULA.search(clause)
+    if formula is None:
+        return clause
+    is_list = len(_FORMULA.findall(clause)) > 1 and _LISTING.fullmatch(_FORMULA.sub("", clause))  # $1$ or $2$
+    is_alone = _BEFORE_FORMULA.fullmatch(clause, 0, formula.start()) and _BEHIND_FORMULA.match(clause, formula.end())
+    if is_alone and not is_list:
+        return _inside(formula)
+    return clause if is_list else _FORMULA.sub(_inside, clause)
+
+
+def _inside(formula: re.Match) -> str:
+    """Returns a formula without the signs around it."""
+    return next(group for group in formula.groups() if group is not None)

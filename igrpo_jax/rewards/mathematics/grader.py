@@ -28,6 +28,7 @@ Conventions, where usage differs:
   "1/2 or 0.5" is one value.
 - A single letter equals `(D)`, `D.` and `(D) Alina`. Words are compared without case; a single letter keeps its case.
   Words of four and more letters, and capitals such as CD, are names and not products.
+- k, m or n beside π stands for any integer: kπ, nπ and (k + 1)π are the same answer.
 - Symbols under roots are read as positive. log without a base is not taken for ln. 2:4 is 1:2, but not as times of day.
 - Digits in a base need their base: 52_8 is neither 52 nor 42. "52 (base 8)" is 52_8.
 

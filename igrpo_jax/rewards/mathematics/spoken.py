@@ -18,7 +18,7 @@ _SMALL_WORDS = (
 _TENS_WORDS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _PART_WORDS = (
     "third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth sixteenth "
-    "seventeenth eighteenth nineteenth twentieth"
+    "seventeenth eighteenth nineteenth"
 )
 _SMALL, _TENS = _SMALL_WORDS.split(), _TENS_WORDS.split()
 _VALUES = {word: number for number, word in enumerate(_SMALL)} | {word: 20 + 10 * at for at, word in enumerate(_TENS)}
@@ -26,6 +26,10 @@ _POWERS = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10
 _SCALES = {"hundred": 100, "dozen": 12, "lakh": 10**5, "crore": 10**7, **_POWERS}
 _PARTS = {"half": 2, "quarter": 4, "hundredth": 100, "thousandth": 10**3, "millionth": 10**6}
 _PARTS |= {word: number for number, word in enumerate(_PART_WORDS.split(), start=3)}
+_PARTS |= {f"{word[:-1]}ieth": 20 + 10 * at for at, word in enumerate(_TENS)} | {
+    "billionth": 10**9,
+    "trillionth": 10**12,
+}
 _PLURALS = {"halves": "half", "tens": "ten"} | {word + "s": word for word in [*_PARTS, *_SCALES]}
 NUMBER_WORDS = frozenset([*_VALUES, *_SCALES, *_PARTS, *_PLURALS])
 OPERATION_WORDS = frozenset(
@@ -41,7 +45,8 @@ def _either(words: Iterable[str]) -> str:
 _TRIGGER = re.compile(rf"(?<![\\A-Za-z]){_either([*NUMBER_WORDS, *OPERATION_WORDS, 'per cent'])}(?![A-Za-z])", re.I)
 _TEXT = re.compile(r"\\(?:text\w*|mbox|hbox|mathrm|mathbf|rm|bf)\s*\{([^{}]*)\}")
 _SPACES = re.compile(r"\\[,;:! ]|~")
-_HYPHEN = re.compile(rf"(?<=[A-Za-z\d])-(?={_either(NUMBER_WORDS | {'and', 'a'})}(?![A-Za-z]))", re.I)
+_HYPHENED = _either(NUMBER_WORDS | {"and", "a"})
+_HYPHEN = re.compile(rf"((?<![A-Za-z]){_HYPHENED}|\d)-(?={_HYPHENED}(?![A-Za-z]))", re.I)  # not that of "non-zero"
 _BELOW_100 = rf"(?:{_either(_TENS)}(?:\s+{_either(_SMALL[1:10])})?|{_either(_SMALL)})"
 _BELOW_1000 = rf"{_BELOW_100}(?:\s+hundred(?:\s+(?:and\s+)?{_BELOW_100})?)?"
 _WHOLE = rf"(?<![\\A-Za-z]){_BELOW_1000}(?:\s+{_either(_POWERS)}(?:\s+(?:and\s+)?{_BELOW_1000})?)*(?![A-Za-z])"
@@ -55,7 +60,7 @@ def rewritten(answer: str) -> str:
     """Returns the answer with numbers and operations in words rewritten as mathematics."""
     if not _TRIGGER.search(answer):
         return answer
-    answer = _HYPHEN.sub(" ", _TEXT.sub(_opened, _SPACES.sub(" ", answer)))
+    answer = _HYPHEN.sub(r"\1 ", _TEXT.sub(_opened, _SPACES.sub(" ", answer)))
     for pattern, write in _RULES:
         answer = pattern.sub(write, answer)
     return answer

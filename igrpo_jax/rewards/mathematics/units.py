@@ -51,7 +51,7 @@ past by wrong incorrect false impossible invalid extraneous rejected reject fail
 works gives yields lacks misses contradicts violates divides itself bc remains undefined unknown repeating recurring
 repeated off short late instead rather infinite infinity infinitely too so perhaps versus besides always over score
 gross grand lots ago first it this that these which there only excluding including north south east west ones twos
-threes fours fives sixes sevens eights nines"""
+threes fours fives sixes sevens eights nines st nd rd th backward backwards orders"""
 BLOCKED = frozenset(_CHANGING.split()) | NUMBER_WORDS | (OPERATION_WORDS - {"times"})  # these may change the number
 _PLURALS = "people children men women mice fish sheep geese teeth dice data vertices indices"
 _IRREGULAR = frozenset(_PLURALS.split())
@@ -137,7 +137,7 @@ def read(text: str, is_single: bool = False) -> Unit | None:
             scale *= unit[0] ** exponent
             _multiply(powers, unit[1], exponent)
             last, sign, modifier, counts = (*unit, sign), outer, 1, True
-        elif folded in BLOCKED or match[3]:
+        elif folded in BLOCKED or match[3] or folded.endswith(("illionth", "illionths")):
             return None
         else:
             plural = folded.endswith("s") and not folded.endswith(("ss", "us", "is")) and len(folded) > 2

@@ -17,6 +17,10 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    ("3 thirtieths", r"\frac{1}{10}"),
+    ("twenty-five", "25"),
+    ("two-and-a-half", "2.5"),
+    (r"\text{(A) An apple}", "A"),
     ("x^{2}_1", "x_1^2"),
     (r"e^{3\ln 2}", "8"),
     (r"e^{\ln 2+\ln 3}", "6"),
@@ -1052,6 +1056,18 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # Words that a closer look found to change an answer.
+    (r"\text{(C) or (D)}", "C"),
+    (r"(C) or (D)", "C"),
+    (r"\textbf{(C)}\ \text{or}\ \textbf{(D)}", "C"),
+    (r"\text{(C) is wrong}", "C"),
+    ("C. D.", "C"),
+    ("non-zero", "0"),
+    ("sub-zero", "0"),
+    ("5th-degree", "5"),
+    ("3 thirtieths", "3"),
+    ("3 quadrillionths", "3"),
+    ("3 backwards", "3"),
     (r"e^{\ln 7}", "7e"),
     (r"2^{\log_2 7}", "14"),
     (r"2^{\log_2 7}", r"2\log_2 7"),
