@@ -36,8 +36,8 @@ _BEHIND_FORMULA = re.compile(
 )
 # "I don't think the answer is 5", "If the answer is 5, then ...", "A wrong answer is 5": before the word "answer".
 _DENIED = re.compile(
-    r"\b(?:not|\w+n['’]t|cannot|never|(?<!no )(?<!without )doubt|refuse|false|if|suppose|assume|assuming|whether|might|could|some say|wrong"
-    r"|incorrect|unless|previous|guess)\b(?!.*\b(?:but|so|hence|thus|therefore|then)\b)",
+    r"\b(?:not|\w+n['’]t|cannot|never|(?<!no )(?<!without )doubt|refuse|false|if|suppose|assume|assuming|whether|might"
+    r"|could|some say|wrong|incorrect|unless|previous|guess)\b(?!.*\b(?:but|so|hence|thus|therefore|then)\b)",
     re.IGNORECASE,
 )
 _PART_OF_SENTENCE = re.compile(r"[^.!?,;:\n]*$")
