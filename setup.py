@@ -80,4 +80,5 @@ setup(
     package_data={"igrpo_jax.report": ["templates/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["igrpo-jax=igrpo_jax.__main__:main"]},
 )

@@ -1,4 +1,12 @@
-"""`python -m igrpo_jax` lists the commands."""
+"""`python -m igrpo_jax` and `igrpo-jax` list the commands.
+
+`igrpo-jax COMMAND ...` does what `python -m igrpo_jax.COMMAND ...` does.
+"""
+
+import difflib
+import os
+import runpy
+import sys
 
 COMMANDS = {
     "main": "trains, or resumes, the run of a configuration file",
@@ -11,11 +19,26 @@ COMMANDS = {
 }
 
 
-def main() -> None:
-    for name, purpose in COMMANDS.items():
-        print(f"python -m igrpo_jax.{name:<14} {purpose}")
-    print("\nEach of them explains its flags with --help.")
+def main() -> int:
+    """Runs the command that the command line names, or lists them; returns the exit code."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "-help"):
+        for name, purpose in COMMANDS.items():
+            print(f"python -m igrpo_jax.{name:<14} {purpose}")
+        print("\nEach of them explains its flags with --help. igrpo-jax COMMAND is python -m igrpo_jax.COMMAND.")
+        return 0
+    name, *arguments = sys.argv[1:]
+    if name not in COMMANDS:
+        (near,) = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
+        print(f"igrpo_jax: error: {name}: no such command; the nearest is {near}", file=sys.stderr)
+        return 2
+    # As `python -m` does: a reward may be a module in the current folder.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    sys.argv = [f"igrpo_jax.{name}", *arguments]
+    # It becomes the main module, which the workers of the verifier import again.
+    runpy.run_module(f"igrpo_jax.{name}", run_name="__main__", alter_sys=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

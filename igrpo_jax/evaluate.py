@@ -11,11 +11,12 @@ import contextlib
 import functools
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from igrpo_jax import cli
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError
+from igrpo_jax.loading import check_model
 
 if TYPE_CHECKING:
     from igrpo_jax.evaluation.inference import EvaluationTask
@@ -53,11 +54,23 @@ def main(argv: list[str]) -> None:
     from igrpo_jax.distributed import cluster
 
     with cluster.joined(config.cluster, cli.address(argv)):
-        evaluate(config, values["model"], step, Path(values["workdir"]))
+        evaluate(config, values["model"], values["workdir"], step)
 
 
-def evaluate(config: Config, model: str, step: int | None, out: Path) -> None:
-    """Evaluates the benchmarks of `config` into `out`, or goes on where `out` ends, and prints the summary."""
+def evaluate(config: Config, model: str | Path, out: str | Path, step: int | None = None) -> dict[str, dict[str, Any]]:
+    """Evaluates the benchmarks of `config` into `out`, or goes on where `out` ends, and prints the summary.
+
+    Args:
+        config: what `load_config(..., model=model)` returns.
+        model: the folder of a run, a Hugging Face directory or a hub id.
+        step: the step of the checkpoint, where `model` is a run; None for the newest.
+
+    Returns:
+        The summary of each benchmark by its name, as `out`/summary.json holds it.
+
+    Raises:
+        InputError: `config` is not that of `model`, or something in it is wrong; `out` holds another evaluation.
+    """
     import jax
 
     from igrpo_jax.data import problems
@@ -66,7 +79,8 @@ def evaluate(config: Config, model: str, step: int | None, out: Path) -> None:
     from igrpo_jax.outputs.console import Console
     from igrpo_jax.outputs.files import local_folder
 
-    out = local_folder("--workdir", out)
+    check_model(config, model)
+    model, out = str(model), local_folder("--workdir", out)
     rows = problems.asked(problems.evaluation_rows(config), config.evaluation.limit)
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
@@ -96,6 +110,7 @@ def evaluate(config: Config, model: str, step: int | None, out: Path) -> None:
         began = time.perf_counter()
         summaries = benchmarks.run(params, out, settings, resume=True)
         console.message(f"{results.markdown(summaries)}\n{time.perf_counter() - began:.1f} s; written to {out}")
+    return summaries
 
 
 def overview(task: "EvaluationTask") -> list[tuple[str, object]]:

@@ -9,12 +9,15 @@ jax is imported inside `main` only: the verifier's worker processes import this 
 """
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from igrpo_jax import cli
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError
+from igrpo_jax.loading import check_model
 
 USAGE = (
     'python -m igrpo_jax.generate --model MODEL (--prompt "..." | --prompts FILE) [--samples K] [--rounds R] '
@@ -41,7 +44,7 @@ def main(argv: list[str]) -> None:
     from igrpo_jax.distributed import cluster
 
     with cluster.joined(config.cluster, cli.address(argv)):
-        generate(config, values["model"], step, questions)
+        show(questions, generate(config, values["model"], questions, step))
 
 
 def read(path: str, column: str) -> list[str]:
@@ -72,8 +75,24 @@ def read(path: str, column: str) -> list[str]:
     return questions
 
 
-def generate(config: Config, model: str, step: int | None, questions: list[str]) -> None:
-    """Prints the model's answers to `questions`."""
+def generate(
+    config: Config, model: str | Path, questions: Sequence[str], step: int | None = None
+) -> list[list[dict[str, Any]]]:
+    """Returns the model's answers to each of `questions`.
+
+    Args:
+        config: what `load_config(..., model=model)` returns; `evaluation` says how answers are drawn.
+        model: the folder of a run, a Hugging Face directory or a hub id.
+        step: the step of the checkpoint, where `model` is a run; None for the newest.
+
+    Returns:
+        A list for each question, of its answers in their order. An answer has its `text`, the `extracted` final answer
+        (None where it states none), `token_count`, `finished`, `sample_id`, and the numbers of the `drafts` behind it.
+
+    Raises:
+        InputError: `config` is not that of `model`, or something in it is wrong.
+    """
+    check_model(config, model)
     from igrpo_jax.data.problems import Row
     from igrpo_jax.evaluation import inference
     from igrpo_jax.outputs.console import Console
@@ -82,16 +101,26 @@ def generate(config: Config, model: str, step: int | None, questions: list[str])
     config = replace(config, evaluation=replace(config.evaluation, samples=config.evaluation.samples or drafts(config)))
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
-        task = inference.open_evaluation(config, model, step, rows)
+        task = inference.open_evaluation(config, str(model), step, rows)
         for note in task.plan.notes:
             console.message(note)
         evaluator, params = inference.load(task, console, stack)
-        answers = evaluator.sampled(params, NAME, chains=("vote",))
-        for prompt in task.plan.prompts[NAME]:
-            console.message(f"=== {prompt.question}")
-            for path in evaluator.paths(prompt, answers):
-                for row in answers.of(prompt.index, path):
-                    console.message(f"--- {title(row)}\n{row['text']}")
+        drawn = evaluator.sampled(params, NAME, chains=("vote",))
+        return [
+            [row for path in evaluator.paths(prompt, drawn) for row in drawn.of(prompt.index, path)]
+            for prompt in task.plan.prompts[NAME]
+        ]
+
+
+def show(questions: Sequence[str], answers: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Prints questions with their answers."""
+    from igrpo_jax.outputs.console import Console
+
+    with Console() as console:
+        for question, rows in zip(questions, answers, strict=True):
+            console.message(f"=== {question}")
+            for row in rows:
+                console.message(f"--- {title(row)}\n{row['text']}")
 
 
 def title(row: dict) -> str:

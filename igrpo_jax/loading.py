@@ -58,6 +58,18 @@ def load_config(
     return replace(config, model=own.model)
 
 
+def check_model(config: Config, model: str | Path) -> None:
+    """Raises InputError where `config` does not describe `model`, as that of `load_config(..., model=model)` does."""
+    path = str(model)
+    if Path(model, "checkpoints").is_dir():
+        own = freeze(_tree_of_run(Path(model))).model
+        fits = replace(own, dtype=config.model.dtype) == config.model
+    else:
+        fits = config.model.path == path
+    if not fits:
+        raise InputError(f"config.model: is not that of {path}; use what load_config(..., model={path!r}) returns")
+
+
 def _checked(tree: Any, overrides: Mapping[str, Any], file: str | None) -> Config:
     """Returns `tree` with `overrides` as dataclasses. An error names the line of `file` that set the field."""
     for path, value in overrides.items():

@@ -8,6 +8,7 @@ is in `session.opening`, what it reports and saves in `session.run`.
 import contextlib
 import functools
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -23,9 +24,16 @@ from igrpo_jax.outputs.metrics import rollout_metrics
 from igrpo_jax.session.opening import open_run
 from igrpo_jax.session.run import Run, StepResult
 
+OnStep = Callable[[int, Mapping[str, float]], object]
 
-def train(config: Config, workdir: Path) -> None:
+
+def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) -> None:
     """Runs or resumes the training that `config` describes in `workdir`.
+
+    Args:
+        on_step: called after each step, when it is reported and saved, with its number and its metrics
+            (docs/metrics.md), among them the scores of an evaluation after it. An error that it raises ends the run,
+            which can be resumed.
 
     Raises:
         InputError: something in `config` or what it names is wrong, or `workdir` holds another run.
@@ -48,6 +56,8 @@ def train(config: Config, workdir: Path) -> None:
                 if run.evaluation_due(step):
                     run.evaluate(state.params, step)
                 run.save(step, state)
+                if on_step:
+                    on_step(step, result.metrics | run.progress.scores.get(step, {}))
         except Preempted:
             run.leave(done, state)
         run.finish(state)

@@ -8,7 +8,10 @@ import inspect
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +21,12 @@ import numpy as np
 import pytest
 from test_structure import FILES, FLOORS
 
+import igrpo_jax
 from igrpo_jax import config, schema
 from igrpo_jax.learning import objectives
 from igrpo_jax.learning.loss import CompletionRows
 from igrpo_jax.learning.loss import loss as objective_loss
+from igrpo_jax.loading import load_config
 from igrpo_jax.outputs import alerts
 
 ROOT = Path(__file__).parents[1]
@@ -295,6 +300,22 @@ def test_settings_and_commands_in_pages_are_real(path):
         assert {name.replace(".", "/"), f"{name}/__main__"} & FILES.keys(), name
 
 
+def test_the_program_in_quick_start_calls_the_public_functions_as_they_are():
+    """The functions are only named here: each call must fit the signature of the real one."""
+    (block,) = re.findall(r"```python\n(.*?)```", page("quick_start.md"), re.DOTALL)
+    tree = ast.parse(block)
+    imported = next(node for node in tree.body if isinstance(node, ast.ImportFrom))
+    assert imported.module == "igrpo_jax" and {alias.name for alias in imported.names} == set(igrpo_jax.API)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in igrpo_jax.API]
+    assert {ast.unparse(call.func) for call in calls} == set(igrpo_jax.API)
+    for call in calls:
+        signature = inspect.signature(getattr(igrpo_jax, call.func.id))
+        signature.bind(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords})
+    for call in (call for call in calls if call.func.id == "load_config"):
+        made = load_config(ROOT / ast.literal_eval(call.args[0]), ast.literal_eval(call.args[1]))
+        assert made.evaluation.benchmarks == ("arithmetic",)
+
+
 def test_the_objective_in_ten_lines_works(monkeypatch):
     """LUSPO as the page writes it, at the number derived by hand, and accepted by the configuration.
 
@@ -340,10 +361,9 @@ def test_the_readme_is_short_and_holds_the_test_command_once():
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
-    """The folder of the notebook's run, and what its cells put out; executed on a CPU, in a folder of its own."""
+    """The folder of the notebook's run, and what its cells put out; executed on a CPU, in an empty folder."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     folder = tmp_path_factory.mktemp("notebook")
-    (folder / "configs").symlink_to(ROOT / "configs")
     book = nbformat.read(ROOT / "notebooks" / "colab_tpu.ipynb", as_version=4)
     nbformat.validate(book)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -371,8 +391,63 @@ def test_the_notebook_runs_from_top_to_bottom(notebook):
     assert sum("image/png" in one.get("data", {}) for one in outputs["report-code"]) > 5
     assert (workdir / "report" / "index.html").exists() and "colab_report.zip" in printed["keep-code"]
     assert "draft 0 {'accuracy'" in printed["samples-code"]
+    steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rewards = {row["step"]: round(row["reward"], 3) for row in steps if "reward" in row}
+    assert list(rewards) == [1, 2, 3] and f"reward by step: {rewards}" in printed["train-code"]
+    assert printed["ask-code"].count(" states ") == 2 and "pass@1" in printed["ask-code"]
+    assert (workdir.parent / "colab_evaluation" / "summary.json").exists()
     assert "gives the same logits" in printed["export-code"]
     assert (workdir.parent / "colab_hf" / "model.safetensors").exists()
+
+
+def cell(name):
+    """The source of a cell of the notebook."""
+    book = json.loads((ROOT / "notebooks" / "colab_tpu.ipynb").read_text(encoding="utf-8"))
+    return next("".join(cell["source"]) for cell in book["cells"] if cell["id"] == name)
+
+
+@pytest.mark.parametrize("kind", ["zip", "gztar", "folder", "nothing"])
+def test_the_notebook_installs_a_copy_of_the_repository(tmp_path, monkeypatch, kind):
+    """From an archive with the repository's folder in it, or from the folder that the notebook is in."""
+    copy = tmp_path / "source" / "igrpo-main"
+    (copy / "igrpo_jax").mkdir(parents=True)
+    (copy / "notebooks").mkdir()
+    (copy / "setup.py").write_text("")
+    (copy / "igrpo_jax" / "loading.py").write_text("")
+    here = copy / "notebooks" if kind == "folder" else tmp_path / "content"
+    here.mkdir(exist_ok=True)
+    (here / "data.csv").write_text("a,b")
+    if kind in ("zip", "gztar"):
+        shutil.make_archive(str(here / "upload (1)"), kind, copy.parent)
+    installed = []
+
+    class Popen:
+        stdout, returncode = (), 0
+        __enter__, __exit__ = (lambda self: self), (lambda self, *_: None)
+
+        def __init__(self, command, **_):
+            installed.append(command[1:])
+
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    with pytest.raises(RuntimeError, match="upload the repository's archive") if kind == "nothing" else nullcontext():
+        exec(cell("install-code"), {})
+    if kind != "nothing":
+        ((*pip, target),) = installed
+        folder = Path(target.partition("[")[0])
+        assert pip == ["-m", "pip", "install", "-q"] and "report]" in target
+        assert folder.name == "igrpo-main" and (folder / "setup.py").exists()
+
+
+@pytest.mark.parametrize("has_tpu", [True, False])
+def test_the_settings_of_the_notebook_are_those_of_the_config_for_its_tpu(tmp_path, monkeypatch, has_tpu):
+    first, _, source = cell("settings-code").partition("\n")
+    assert first == "%%writefile colab_run.py"
+    (tmp_path / "colab_run.py").write_text(source)
+    monkeypatch.setattr(Path, "exists", lambda path: has_tpu)
+    made = load_config(tmp_path / "colab_run.py")
+    assert (made == load_config(ROOT / "configs" / "colab_tpu.py")) == has_tpu
 
 
 def test_the_notebook_is_kept_without_outputs_and_names_settings_that_exist():

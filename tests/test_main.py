@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import igrpo_jax
 from igrpo_jax import __main__ as commands
 from igrpo_jax import cli, config, evaluate, export, generate, main, schema
 from igrpo_jax.aot import __main__ as aot
@@ -369,13 +370,66 @@ def test_help_lists_the_commands_own_flags(monkeypatch, capsys, command, flags):
     assert set(re.findall(r"^  --(\w+) +\w", out, re.MULTILINE)) == flags
 
 
-def test_the_commands_are_listed(capsys):
-    commands.main()
+def test_the_commands_are_listed(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["igrpo-jax"])
+    assert commands.main() == 0
     out = capsys.readouterr().out
     for name in commands.COMMANDS:
         assert f"python -m igrpo_jax.{name} " in out
         spec = importlib.util.find_spec(f"igrpo_jax.{name}")
         assert spec.submodule_search_locations is None or importlib.util.find_spec(f"igrpo_jax.{name}.__main__")
+
+
+def test_a_command_that_does_not_exist_names_the_nearest(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["igrpo-jax", "evalute", "--model=x"])
+    assert commands.main() == 2
+    assert capsys.readouterr().err == "igrpo_jax: error: evalute: no such command; the nearest is evaluate\n"
+
+
+def test_the_console_script_runs_a_command_as_python_m_does(tmp_path):
+    """The script that setup.py declares, with a config file whose module lies in the current folder."""
+    (entry,) = re.findall(r'"console_scripts": \["igrpo-jax=([\w.]+:\w+)"\]', (ROOT / "setup.py").read_text())
+    module, function = entry.split(":")
+    script = tmp_path / "bin" / "igrpo-jax"
+    script.parent.mkdir()
+    script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    (tmp_path / "mine.py").write_text(TINY)
+    (tmp_path / "tiny.py").write_text("from mine import get_config")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    said = []
+    for start in ([str(script), "main"], ["-m", "igrpo_jax", "main"], ["-m", "igrpo_jax.main"]):
+        argv = [sys.executable, *start, "--config", "tiny.py", "--config.steps=-1"]
+        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        said.append((done.returncode, done.stderr))
+    assert said[0] == said[1] == said[2] and said[0][0] == 2
+    assert said[0][1].startswith("igrpo_jax: error: config.steps = -1: must be 0")
+
+
+def test_a_configuration_from_python(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+    made = igrpo_jax.load_config(tmp_path / "tiny.py", {"algorithm.num_drafts": 2, "evaluation.samples": None})
+    assert (made.algorithm.num_drafts, made.steps, made.evaluation.samples) == (2, 1, None)
+    assert igrpo_jax.load_config() == config.Config()
+    tree = config.default()
+    tree.steps = 7
+    assert igrpo_jax.load_config(tree, {"algorithm.num_drafts": 2}).steps == 7 and tree.algorithm.num_drafts == 4
+    assert igrpo_jax.load_config(model="owner/name").model.path == "owner/name"
+    for wrong, words in (
+        ({"num_drafts": 2}, "the nearest is config.algorithm.num_drafts"),
+        ({"steps": "2"}, "write 2"),
+    ):
+        with pytest.raises(InputError, match=words):
+            igrpo_jax.load_config(tmp_path / "tiny.py", wrong)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda c: evaluate.evaluate(c, "m", "out"), lambda c: generate.generate(c, "m", ["1"])]
+)
+def test_a_configuration_of_another_model_is_refused(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"config\.model: is not that of m; use what load_config\(..., model='m'\)"):
+        call(igrpo_jax.load_config(model="another"))
+    assert list(tmp_path.iterdir()) == []
 
 
 HIDDEN = """

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import igrpo_jax
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = "igrpo_jax"
 
@@ -180,10 +182,50 @@ def test_importing_it_leaves_jax_out(module):
 def test_packages_hold_only_a_docstring_and_the_version():
     for module, path in FILES.items():
         if module.endswith("__init__"):
-            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            if module == "__init__":  # the one exception: five public functions, imported where they are first used
+                body = [node for node in body if not (isinstance(node, ast.Assign) and is_named(node, "__version__"))]
+                body = [node for node in body if not is_of_the_api(node)]
+            for node in body:
                 is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-                is_version = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
-                assert is_docstring or (is_version and module == "__init__"), f"{path}: {ast.unparse(node)}"
+                assert is_docstring, f"{path}: {ast.unparse(node)}"
+
+
+def is_named(node, name):
+    return ast.unparse(node.targets[0]) == name
+
+
+def is_of_the_api(node):
+    """Whether a statement of igrpo_jax/__init__.py is the table API, or what looks names up in it."""
+    if isinstance(node, ast.FunctionDef):
+        return node.name in ("__getattr__", "__dir__")
+    if isinstance(node, ast.Assign):
+        return is_named(node, "API") and len(ast.literal_eval(node.value)) <= 5
+    return ast.unparse(node) in ("import importlib", "from typing import Any")
+
+
+def test_the_public_functions_are_those_of_the_commands_and_cost_nothing_to_name():
+    """`import igrpo_jax` brings no module of the package, nor any other library."""
+    code = (
+        "import sys; before = set(sys.modules); import igrpo_jax; new = set(sys.modules) - before; "
+        "print(*sorted({name.partition('.')[0] for name in new} - set(sys.stdlib_module_names))); "
+        "print(*sorted(name for name in new if name.startswith('igrpo_jax.'))); "
+        "from igrpo_jax import load_config; print('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "igrpo_jax\n\nFalse\n", done.stdout + done.stderr
+    for name, (module, function) in igrpo_jax.API.items():
+        assert name in dir(igrpo_jax) and callable(getattr(igrpo_jax, name))
+        file = module.removeprefix("igrpo_jax.").replace(".", "/")
+        assert any(
+            f"from {module} import {function}" in (text := path.read_text(encoding="utf-8"))
+            or f"{module.rpartition('.')[2]}.{function}(" in text
+            or (own == file and f" {function}(config" in text)
+            for own, path in FILES.items()
+            if own in COMMANDS
+        ), name
+    with pytest.raises(AttributeError, match="no attribute 'trian_model'"):
+        _ = igrpo_jax.trian_model
 
 
 def test_every_folder_with_modules_is_a_package_and_none_is_a_drawer():

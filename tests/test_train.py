@@ -42,6 +42,29 @@ def test_a_run_says_that_it_replaces_one_without_a_checkpoint(tmp_path):
     )
 
 
+def test_a_callback_gets_each_step_with_the_scores_after_it(monkeypatch, tmp_path):
+    """After the step is saved, so that nothing is lost where it raises."""
+    calls = []
+
+    class Run:
+        first_step, task, progress = 2, SimpleNamespace(total_steps=4), SimpleNamespace(scores={})
+        stop_if_preempted = finish = lambda self, *_: None
+        report = lambda self, step, _: calls.append(f"report {step}")
+        save = lambda self, step, _: calls.append(f"save {step}")
+        evaluation_due = lambda self, step: step == 4
+        evaluate = lambda self, _, step: self.progress.scores.update({step: {"eval/x": 0.5}})
+
+    state = SimpleNamespace(params=None)
+    monkeypatch.setattr(train, "open_run", lambda *_: (Run(), state))
+    step = lambda run, state, step: train.StepResult(state, [], np.zeros(0), {"reward": step / 2}, [])
+    monkeypatch.setattr(train, "train_step", step)
+    train.train(config.Config(compilation_cache=""), tmp_path, lambda *call: calls.append(call))
+    assert calls == [
+        *("report 3", "save 3", (3, {"reward": 1.5})),
+        *("report 4", "save 4", (4, {"reward": 2.0, "eval/x": 0.5})),
+    ]
+
+
 @pytest.mark.slow
 def test_a_run_writes_what_the_contract_names(whole):
     workdir, _ = whole

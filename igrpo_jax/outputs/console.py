@@ -44,7 +44,10 @@ class Console:
 
     def __init__(self, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         quiet = jax.process_index() != 0
-        self._out = rich.console.Console(file=file, markup=False, highlight=False, emoji=False, quiet=quiet)
+        # In a notebook too the lines are text. rich would make a table of HTML of each.
+        self._out = rich.console.Console(
+            file=file, markup=False, highlight=False, emoji=False, quiet=quiet, force_jupyter=False
+        )
         # The stream itself is asked, because rich takes every stream for a terminal where FORCE_COLOR is set, as it is
         # in notebooks and CI.
         self._is_live = self._out.file.isatty() and not self._out.is_dumb_terminal and not quiet

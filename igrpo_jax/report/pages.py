@@ -44,15 +44,21 @@ class Shown:
     flagged: list[tuple[str, int]]  # names of samples.FLAGS, and how many prompts of the last step have such a sample
 
 
-def build(folders: Sequence[Path], out: Path) -> list[Shown]:
+def build(folders: str | Path | Sequence[str | Path], out: str | Path | None = None) -> list[Shown]:
     """Writes the report of the runs in `folders` into `out`, where it replaces an earlier report.
+
+    Args:
+        folders: the folder of a run, or several folders, whose runs are drawn over each other.
+        out: None for the folder `report` in the first of them.
 
     Raises:
         InputError: a folder holds no run; `out` holds something else or cannot be written; matplotlib is missing.
     """
     figures.require()
-    folders, out = [local_folder("--workdir", folder) for folder in folders], local_folder("--out", out)
-    recorded = runs.read(folders)
+    named = [folders] if isinstance(folders, (str, Path)) else folders
+    workdirs = [local_folder("--workdir", folder) for folder in named]
+    out = local_folder("--out", out) if out else workdirs[0] / "report"
+    recorded = runs.read(workdirs)
     try:
         _claim(out, recorded)
         written = [samples.write(run, out / "data" / str(number)) for number, run in enumerate(recorded)]
