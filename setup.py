@@ -55,6 +55,7 @@ EXTRAS_REQUIRE = {
     "judge": ["openai>=2.0"],  # the generative judge, rewards.judge
     "report": REPORT,
     "study": STUDY,
+    "tensorboard": ["tensorboard>=2.18"],  # the viewer of workdir/tensorboard, which tensorboardX writes
     "wandb": ["wandb>=0.19"],  # log.trackers
     "dev": DEV,
     "test": [*DEV, *NOTEBOOK, *TPU],

@@ -167,6 +167,7 @@ class Evaluator:
             return
         before = [row["accuracy"] for samples in present for row in samples if row]
         right, done = sum(before), len(before)
+        graded = any(each.prompt.answer for each in asked)  # questions of `generate` have no reference answer
         scores: list[Score] = []
         with self._console.phase(f"{name}, {what}", len(asked) * count, done) as update:
 
@@ -176,7 +177,7 @@ class Evaluator:
                 scores.append(completion.score)
                 right += completion.score.rewards["accuracy"]
                 done += 1
-                update(done, f"accuracy {right / done:.3f}")
+                update(done, f"accuracy {right / done:.3f}" if graded else "")
 
             self._scheduler.start(params, Sampling(settings.temperature, settings.top_p))
             for each, (first, samples) in missing:

@@ -1,4 +1,4 @@
 """What a run writes and prints: files, checkpoints, metrics, trackers and the console.
 
-In order: files, workdir, checksums, checkpoint, trackers, metrics, writer, alerts, lines, console, weights.
+In order: files, workdir, checksums, checkpoint, alerts, lines, trackers, metrics, writer, console, weights.
 """

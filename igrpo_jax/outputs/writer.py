@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from igrpo_jax.config import Config
-from igrpo_jax.outputs import trackers
+from igrpo_jax.outputs import lines, trackers
 from igrpo_jax.outputs.files import number, write_atomically, write_rows, writing
 from igrpo_jax.records import Completion, Group
 
@@ -89,7 +89,7 @@ class Writer:
         self.rows += 1
 
     def samples(self, step: int, groups: Sequence[Group], advantages: np.ndarray) -> None:
-        """Writes `samples/step_000123.jsonl`, with one row per draft and completion.
+        """Writes `samples/step_000123.jsonl`, with one row per draft and completion; trackers get the first prompt.
 
         Args:
             advantages: [P, G] float32, of P groups with G completions.
@@ -99,7 +99,11 @@ class Writer:
         """
         if self._file is None:
             return
-        write_rows(self._samples / f"step_{step:06d}.jsonl", (row for row, _, _ in _sample_rows(groups, advantages)))
+        path = self._samples / f"step_{step:06d}.jsonl"
+        write_rows(path, (row for row, _, _ in _sample_rows(groups, advantages)))
+        with writing(path):
+            for tracker in self._trackers:
+                tracker.sample(step, lines.sample_blocks(groups[0], float(advantages[0][0])))
 
     def nonfinite(self, step: int, groups: Sequence[Group], advantages: np.ndarray) -> None:
         """Writes the batch of a step whose update was skipped to `nonfinite/step_000123.jsonl`.

@@ -4,11 +4,12 @@ import dataclasses
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from igrpo_jax import config as config_lib
 from igrpo_jax.errors import InputError
-from igrpo_jax.outputs import trackers
+from igrpo_jax.outputs import lines, trackers
 from igrpo_jax.outputs.writer import Writer
 
 # What is used of wandb, keeping what it was given in a file; a run's step goes on where the server's copy ended.
@@ -138,6 +139,101 @@ def test_wandb_that_is_not_installed(tmp_path, config, monkeypatch):
         with pytest.raises(InputError, match=r"wandb is not installed; pip install \"igrpo-jax\[wandb\]\""):
             trackers.check(config.log)
     trackers.check(dataclasses.replace(config.log, trackers=("tensorboard",)))
+
+
+def events(path):
+    """The events of a file: each is its length, a checksum of that, itself, and its own checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    data = path.read_bytes()
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
+        yield Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
+
+
+def scalars(path):
+    values = [(event.step, value) for event in events(path) for value in event.summary.value]
+    return [(step, value.tag, value.simple_value) for step, value in values if not value.HasField("tensor")]
+
+
+def texts(path):
+    values = [(event.step, value) for event in events(path) for value in event.summary.value]
+    return {
+        (step, value.tag): value.tensor.string_val[0].decode() for step, value in values if value.HasField("tensor")
+    }
+
+
+def starts(path):
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    return [event.step for event in events(path) if event.session_log.status == SessionLog.START]
+
+
+@pytest.fixture
+def board():
+    tree = config_lib.default()
+    tree.log.trackers = ("tensorboard",)
+    tree.data.instruction = "<b>Think</b>"
+    return config_lib.freeze(tree)
+
+
+def test_tensorboard_keeps_names_and_hides_what_a_resume_writes_again(tmp_path, board):
+    with Writer(tmp_path, board) as writer:
+        writer.write(1, {"loss": 0.5, "kl": float("nan"), "eval/a b/pass@1": 0.25})
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    assert scalars(first) == [(1, "loss", 0.5), (1, "eval/a b/pass@1", 0.25)]
+    with Writer(tmp_path, board, resume_step=7):
+        pass
+    (second,) = set((tmp_path / "tensorboard").iterdir()) - {first}
+    assert starts(first) == [0] and starts(second) == [8]
+
+
+def test_tensorboard_has_the_supervised_start_by_its_own_steps(tmp_path, board):
+    """In a run of its own: a resume from step 7 hides all steps after it, which the start's 2000 would be too."""
+    with Writer(tmp_path, board) as writer:
+        writer.write(0, {"warm_start/step": 20, "warm_start/loss": 1.5})
+        writer.write(0, {"warm_start/step": 40, "warm_start/loss": 1.25})
+        writer.write(1, {"loss": 0.5})
+    (start,) = (tmp_path / "tensorboard" / "warm_start").iterdir()
+    assert scalars(start) == [(20, "warm_start/loss", 1.5), (40, "warm_start/loss", 1.25)] and starts(start) == [0]
+    (steps,) = (path for path in (tmp_path / "tensorboard").iterdir() if path.is_file())
+    assert scalars(steps) == [(1, "loss", 0.5)]
+    with Writer(tmp_path, board, resume_step=1):
+        pass
+    assert [path.name for path in (tmp_path / "tensorboard" / "warm_start").iterdir()] == [start.name]
+
+
+def test_tensorboard_shows_settings_and_samples_as_text_without_markup(tmp_path, board, two_groups):
+    with Writer(tmp_path, board) as writer:
+        writer.samples(3, two_groups, np.full((2, 2), 0.5, np.float32))
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    told = texts(path)
+    settings = told[0, "settings/text_summary"]
+    assert '"instruction": "<b>Think</b>"' in settings
+    sample = told[3, "sample/text_summary"]
+    for title, text in lines.sample_blocks(two_groups[0], 0.5):
+        assert f"    [{title}]" in sample and f"    {text}".rstrip() in sample
+    for text in (settings, sample):
+        assert all(line.startswith("    ") for line in text.split("\n"))  # all code to Markdown
+
+
+def test_model_text_cannot_leave_its_block(tmp_path, board):
+    tracker = trackers.TensorBoard(tmp_path, board, None)
+    tracker.sample(1, [("completion", "a\n<script>x</script>\r\n\x1b[31m# b\ud800\u2028c")])
+    tracker.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    sample = texts(path)[1, "sample/text_summary"]
+    assert sample.split("\n") == ["    [completion]", "    a", "    <script>x</script>", "    # bc"]
+
+
+def test_wandb_gets_no_samples(tmp_path, fake, config, two_groups):
+    with Writer(tmp_path / "run", config) as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.samples(1, two_groups, np.zeros((2, 2), np.float32))
+    assert known(tmp_path / "run")["rows"] == [[0, {"step": 1, "loss": 1.0}]]
 
 
 def test_trackers_of_the_configuration_are_those_there_are():

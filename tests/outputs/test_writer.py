@@ -74,30 +74,6 @@ def test_a_whole_last_row_without_its_newline_is_kept(tmp_path):
     assert [row["step"] for row in rows_of(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_tensorboard_scalars_and_purge_on_resume(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.record_writer import masked_crc32c
-
-    config = run_config(**{"log.trackers": ("tensorboard",)})
-    with writers.Writer(tmp_path, config) as writer:
-        writer.write(1, {"loss": jnp.float32(0.5), "kl": float("nan")})
-
-    def events(path):
-        data = path.read_bytes()
-        while data:  # length, its checksum, the event, its checksum
-            size = int.from_bytes(data[:8], "little")
-            assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
-            yield Event.FromString(data[12 : 12 + size])
-            data = data[16 + size :]
-
-    (first,) = (tmp_path / "tensorboard").iterdir()
-    assert [(e.step, v.tag, v.simple_value) for e in events(first) for v in e.summary.value] == [(1, "loss", 0.5)]
-    with writers.Writer(tmp_path, config, resume_step=7):
-        pass
-    (second,) = set((tmp_path / "tensorboard").iterdir()) - {first}
-    assert [e.step for e in events(second) if e.session_log.status == SessionLog.START] == [8]
-
-
 def test_a_batch_that_cannot_be_kept_is_one_line(tmp_path, two_groups):
     with writers.Writer(tmp_path, run_config()) as writer:
         (tmp_path / "nonfinite").write_text("in the way")
