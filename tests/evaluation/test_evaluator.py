@@ -1,5 +1,6 @@
 """Evaluation in small: the same numbers after a kill, rounds of drafts, and that a sample depends on itself alone."""
 
+import contextlib
 import json
 from concurrent.futures import Future
 from dataclasses import replace
@@ -285,6 +286,23 @@ def test_without_a_folder_processes_send_each_other_their_rows(evaluator, params
         part._process, part._processes = number, 2
     assert len(list(parts[1].sampled(params, "small", chains=("vote",)).values())) < len(list(whole.values()))
     assert answers(parts[0].sampled(params, "small", chains=("vote",))) == answers(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answer", ["3", ""])
+def test_an_accuracy_is_told_only_where_there_are_reference_answers(evaluator, params, monkeypatch, answer):
+    """The questions of `generate` have none: of "accuracy 0.000" nothing is true."""
+    notes = []
+
+    @contextlib.contextmanager
+    def phase(self, *_):
+        yield lambda done, note="": notes.append(note)
+
+    monkeypatch.setattr(Console, "phase", phase)
+    questions = {"small": [replace(row, answer=answer) for row in ROWS["small"][:1]]}
+    evaluator(rows=questions).sampled(params, "small")
+    assert len(notes) == SAMPLES
+    assert all(note.startswith("accuracy ") for note in notes) if answer else set(notes) == {""}
 
 
 @pytest.mark.slow
