@@ -79,7 +79,7 @@ def _read(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
         return choice
     parts, separators = split(tokens, {",", ";", "and", "or"})
     parts = [part for part in parts if part]
-    if len(parts) > MAX_PARTS or not parts:
+    if len(parts) > MAX_PARTS or not parts or tokens[-1].is_in(("and", "or")):
         return Leaf(text, None, hopeless=True)
     if len(parts) > 1 and latex(parts[-1][1:]) == _INTEGERS:
         parts = [_renamed(part, parts[-1][0].text) for part in parts[:-1]]

@@ -62,7 +62,8 @@ _IN_BOX = re.compile(rf"\s*({_TEXT})?\s*{_LEAD}[Aa]nswer\s{{0,4}}(?:is\b|:|=)\s*
 # Words between "the answer is" and the answer, words that are none, and words about an answer that was given before.
 _FILLERS = re.compile(
     r"(?:\s*(?:indeed|therefore|thus|hence|simply|just|clearly|obviously|then|now|actually|definitely|really|certainly"
-    r"|also|again|still|exactly|precisely|equal to|given by|as follows|for sure|of course)\b[,:]?)+\s*",
+    r"|also|again|still|exactly|precisely|equal to|given by|as follows|for sure|of course"
+    r"|(?:right )?(?:t?here|below)(?=:))\b[,:]?)+\s*",
     re.IGNORECASE,
 )
 _NO_ANSWERS = (

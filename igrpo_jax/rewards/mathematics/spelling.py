@@ -91,7 +91,7 @@ def normal(source: str) -> str:
         source = _ascii(source)
     source = _SEPARATED.sub(SEPARATOR, source)
     if "{.}" in source or "{:}" in source:
-        source = source.replace("{.}", ".").replace("{:}", ":")
+        source = re.sub(r"(?:\\text)?\{([.:])\}", r"\1", source)
     if "\\" in source:
         for pattern, replacement in _LOOKS if _LOOK.search(source) else ():
             source = pattern.sub(replacement, source)

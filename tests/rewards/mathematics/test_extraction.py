@@ -133,6 +133,9 @@ EXTRACTED = [
     # What follows "the answer is" may be filler before an answer, or no answer.
     ("The answer is indeed 332", "332"),
     ("The answer is therefore 9.", "9"),
+    ("The answer is right there: 7", "7"),
+    ("The answer is below: $7$", "7"),
+    ("The answer is there.", None),
     (r"The answer is thus $\frac12$.", r"\frac12"),
     ("The answer is given by $x=3$", "x=3"),
     ("The answer is and", None),
