@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from igrpo_jax.report.figures import RUNS, labels, smoothing
-from igrpo_jax.report.panels import Line, Panel
+from igrpo_jax.report.plots import Line, Panel
 from igrpo_jax.report.runs import Curve, RecordedRun
 
 POINTS = 4000  # of a line at most; of a longer one each stretch of steps is shown by its most unusual step

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from igrpo_jax.errors import InputError
-from igrpo_jax.report.panels import Line, Panel, panels
+from igrpo_jax.report.panels import panels
+from igrpo_jax.report.plots import Line, Panel
 from igrpo_jax.report.runs import RecordedRun
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from igrpo_jax import __version__
 from igrpo_jax.errors import InputError
 from igrpo_jax.outputs.files import local_folder, write_atomically
 from igrpo_jax.report import charts, figures, panels, runs, samples, settings, summary
+from igrpo_jax.report.plots import Panel
 from igrpo_jax.report.runs import RecordedRun
 
 # Some browsers give a file no origin, so 'self' alone would not let a page that is opened as a file load its files.
@@ -122,7 +123,7 @@ def _write_pages(
     out: Path,
     recorded: Sequence[RecordedRun],
     shown: Sequence[Shown],
-    sections: dict[str, list[panels.Panel]],
+    sections: dict[str, list[Panel]],
     has_samples: bool,
 ) -> None:
     """Writes the two pages and the files that they load."""

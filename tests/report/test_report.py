@@ -25,7 +25,7 @@ from igrpo_jax import cli
 from igrpo_jax import config as config_lib
 from igrpo_jax.errors import InputError
 from igrpo_jax.report import __main__ as report
-from igrpo_jax.report import charts, figures, pages, panels, runs, samples, settings, summary
+from igrpo_jax.report import charts, figures, pages, panels, runs, samples, settings, summary, table
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -377,8 +377,8 @@ def test_what_people_look_for_has_a_plot(tmp_path):
         for name in line.names
     }
     assert places == wanted
-    assert [panel.title for panel in sections[panels.OTHER]] == ["a user's own"]
-    assert not sections[panels.OTHER][0].drawn
+    assert [panel.title for panel in sections[table.OTHER]] == ["a user's own"]
+    assert not sections[table.OTHER][0].drawn
 
 
 def test_the_supervised_start_has_its_own_steps(tmp_path):
