@@ -134,7 +134,7 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
     notes = []
     for reward, by_problem in zip(rewards, values, strict=True):
         texts = [f"{right:g} for a right answer, {wrong:g} for a wrong one" for right, wrong in by_problem]
-        notes.append((f"reward {reward.name}", "; ".join(texts).replace("nan", "None")))
+        notes.append((f"reward {reward.name}", "; ".join(dict.fromkeys(texts)).replace("nan", "None")))
     return notes
 
 

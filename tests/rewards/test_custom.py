@@ -360,13 +360,18 @@ def test_several_functions_with_weights():
     assert all(each.logged == {"words": [3.0, 5.0]} for each in graded)
 
 
+def late_size(completions, **columns):
+    """Tells the batch's size, and takes so long for several completions that a single one would be answered first."""
+    time.sleep(2.0 * (len(completions) > 1))
+    return [float(len(completions))] * len(completions)
+
+
 @pytest.mark.slow
 def test_a_function_that_fails_is_repeated_alone_and_the_others_are_not():
-    """`position` still tells the batch's size."""
-    with Verifier(several("by_word", "position")) as verifier:
+    with Verifier(several("by_word", "late_size")) as verifier:
         graded = scores(verifier, ["fine", "raise"])
-    assert graded[0].rewards == {"by_word": 14.0, "position": 204.0} and graded[0].status == "ok"
-    assert graded[1].rewards == {"by_word": 0.0, "position": 0.0} and graded[1].reward == 0.0
+    assert graded[0].rewards == {"by_word": 14.0, "late_size": 2.0} and graded[0].status == "ok"
+    assert graded[1].rewards == {"by_word": 0.0, "late_size": 0.0} and graded[1].reward == 0.0
     assert graded[1].status == "error" and graded[1].detail.startswith(f"{custom('by_word')}: ZeroDivisionError")
 
 
