@@ -28,6 +28,9 @@ from igrpo_jax.learning.loss import CompletionRows
 from igrpo_jax.learning.loss import loss as objective_loss
 from igrpo_jax.loading import load_config
 from igrpo_jax.outputs import alerts
+from igrpo_jax.records import Candidate
+from igrpo_jax.rewards import functions
+from igrpo_jax.rewards.functions import CustomReward, TrainerState
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -250,6 +253,22 @@ def test_every_field_of_trl_is_on_the_page():
     assert arguments - set(tables["The trainer's arguments"]) <= {"quantization_config", "kwargs"}
     named = [name for names in tables.values() for name in names]
     assert len(named) == len(set(named))
+
+
+def test_the_rewards_of_the_page_on_ones_own_work(tmp_path, monkeypatch):
+    (text,) = re.findall(r"```python\n(# my_rewards\.py.*?)```", page("your_own.md"), re.DOTALL)
+    (tmp_path / "rewards_of_the_page.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [Candidate(text, "4", question="2+2", tokens=np.arange(count)) for text, count in (("4", 1), ("or 5?", 3))]
+
+    def call(name):
+        return functions.call(CustomReward(f"rewards_of_the_page:{name}"), rows, TrainerState())
+
+    assert call("short").values == [-0.001, pytest.approx(np.nan, nan_ok=True)]
+    assert call("shorter_than_the_others").values == [0.5, -0.5]
+    judged = call("judged")
+    assert (judged.values, judged.logged) == ([1.0, 1.0], {"words": [1.5]})
+    assert judged.extra == [{"words": 1}, {"words": 2}]
 
 
 def test_the_configuration_of_the_page_for_users_of_trl():

@@ -57,6 +57,16 @@ def test_custom_rewards_have_a_spread_and_what_they_logged(two_groups):
     assert spreads == {"reward_std", "frac_reward_zero_std"}
 
 
+@pytest.mark.slow
+def test_means_and_spreads_of_rewards_are_those_of_trl():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed; the extra parity brings it")
+    theirs = pytest.importorskip("trl.trainer.utils", reason="TRL is not installed; the extra parity brings it")
+    for values in ([1.0, np.nan, 3.0, 4.5], [0.25, np.nan], [np.nan] * 3):
+        tensor = torch.tensor(values, dtype=torch.float64)
+        np.testing.assert_allclose(metrics._mean(values), torch.nanmean(tensor).item(), rtol=1e-12)
+        np.testing.assert_allclose(metrics._std(values), theirs.nanstd(tensor).item(), rtol=1e-12)
+
+
 def test_a_constant_reward_has_a_spread_of_exactly_zero():
     assert np.std([0.1] * 3, ddof=1) > 0  # by rounding
     assert metrics._std([0.1] * 3) == 0.0

@@ -276,6 +276,15 @@ def test_changes_compare_means_of_both_ends(tmp_path):
     assert any(alert.startswith("entropy collapse") for alert in found.alerts)
 
 
+def test_alerts_of_custom_rewards_are_the_consoles(tmp_path):
+    """Of one that was null in every row of the file, and of one that is constant."""
+    known = {"rewards/same/mean": 0.5, "rewards/same/std": 0.0}
+    silent = {"rewards/short/mean": None, "rewards/short/std": None}
+    rows = [{"step": step, "loss": 0.0, **known, **silent} for step in range(1, 21)]
+    found = summary.summary(read(write(tmp_path / "run", rows, {"steps": 30})), "completions")
+    assert {alert.partition(":")[0] for alert in found.alerts} == {"no value", "constant reward"}
+
+
 # Plots
 
 
