@@ -203,7 +203,7 @@ def test_clean_compares_with_all_that_evaluation_may_ask(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     c = settings()  # the built-in model has never seen a data set, which `freeze` would say
     c = dataclasses.replace(c, data=dataclasses.replace(c.data, train=str(tmp_path / "train.jsonl"), clean=True))
-    c = dataclasses.replace(c, checkpoint=dataclasses.replace(c.checkpoint, best_metric=""))
+    c = dataclasses.replace(c, prompts_per_step=1, checkpoint=dataclasses.replace(c.checkpoint, best_metric=""))
     for every, asked in ((0, {}), (1, {"mine": ["2+2"]})):
         held_out = {"every": every, "benchmarks": ("mine",), "data_dir": str(tmp_path), "limit": 1}
         task = open_task(dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, **held_out)))
