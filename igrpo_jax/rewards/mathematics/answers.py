@@ -16,17 +16,7 @@ from dataclasses import replace
 
 from igrpo_jax.rewards.mathematics import leaves, regions, spoken, words
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
-from igrpo_jax.rewards.mathematics.nodes import (
-    Choice,
-    Leaf,
-    Matrix,
-    Named,
-    Node,
-    Region,
-    Relation,
-    Sequence,
-    Words,
-)
+from igrpo_jax.rewards.mathematics.nodes import Choice, Leaf, Matrix, Named, Node, Region, Relation, Sequence, Words
 from igrpo_jax.rewards.mathematics.tokens import Token, is_enclosed, latex, split, tokenize
 
 MAX_PARTS = 200  # elements of a list; a longer list is a Leaf without a value

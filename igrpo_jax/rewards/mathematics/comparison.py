@@ -176,10 +176,15 @@ def _same_sequences(a: Sequence, b: Sequence) -> bool:
     if _is_ordered(a):
         return a.kind == "()" and b.kind == "list" and _in_order(a.items, _by_name(b.items))
     if {a.kind, b.kind} != {"set"}:
-        named = [len({item.name for item in side.items if isinstance(item, Named)}) for side in (a, b)]
+        named = [len({_family(item.name) for item in side.items if isinstance(item, Named)}) for side in (a, b)]
         if (named[0] == len(a.items) and not named[1]) or (named[1] == len(b.items) and not named[0]):
             return _in_order(a.items, b.items)
     return _matched(_distinct(a, b), _distinct(b, a))
+
+
+def _family(name: str) -> str:
+    """Returns x for x_1 and x_2, which are roots in any order, and other names, such as y, as they are."""
+    return "x" if name.startswith("x_") else name
 
 
 def _is_ordered(sequence: Sequence) -> bool:

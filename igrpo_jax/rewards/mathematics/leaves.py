@@ -14,6 +14,7 @@ _BASED = re.compile(
     r"(-?)\(?([0-9A-Za-z]*?[0-9][0-9A-Za-z]*?)\)?(?:_\{?\(?(?:base\s*)?(\d{1,2})\)?\}?|\s*(?:in\s*)?\(?\s*(?:in\s*)?"
     rf"(?:base\s*-?(\d{{1,2}})|({'|'.join(_BASES)}))\s*\)?)"
 )
+_RESIDUE = re.compile(r"(-?\d{1,30})\(?[pb]?mod[({]*([1-9]\d{0,30})[)}]*")
 
 
 def based(tokens: list[Token], _: int) -> Node | None:
@@ -48,13 +49,10 @@ def congruence(tokens: list[Token], _: int) -> Node | None:
     sides, signs = split(tokens, {"equiv"})
     if len(signs) != 1 or not all(sides):
         return None
-    texts = [token.text.strip() for token in sides[1]]
-    at = next((at for at, text in enumerate(texts) if text in ("pmod", "bmod", "mod")), 0)
-    residue = "".join(texts[:at]).removesuffix("(")
-    modulus = "".join(text for text in texts[at + 1 :] if text not in ("{", "}", "(", ")"))
-    if not (at and re.fullmatch(r"-?\d{1,30}", residue) and re.fullmatch(r"[1-9]\d{0,30}", modulus)):
+    match = _RESIDUE.fullmatch("".join(token.text.replace(" ", "") for token in sides[1]))
+    if not match:
         return None
-    return Words(latex(tokens), f"{latex(sides[0])} = {int(residue) % int(modulus)} mod {int(modulus)}")
+    return Words(latex(tokens), f"{latex(sides[0])} = {int(match[1]) % int(match[2])} mod {match[2]}")
 
 
 def leaf(tokens: list[Token], from_text: bool = False) -> Node:

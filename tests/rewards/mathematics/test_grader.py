@@ -17,6 +17,9 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    (r"x \equiv 3 \text{ (mod 5)}", r"x\equiv 3\pmod 5"),
+    ("x_1=4, x_2=3", "3,4"),
+    (r"x_{1}=4, x_{2}=3", r"\{3,4\}"),
     ("3 thirtieths", r"\frac{1}{10}"),
     ("twenty-five", "25"),
     ("two-and-a-half", "2.5"),
@@ -1060,6 +1063,11 @@ SAME = [
 ]
 
 DIFFERENT = [
+    (r"x \equiv 3 \text{ (mod 5)}", r"x\equiv 3\pmod 6"),
+    ("x_1=4, x_2=3", "x_1=3, x_2=4"),
+    ("x_1=4, x_2=3", "(3,4)"),
+    ("x_1=4, x_2=3", "4,4"),
+    ("a_1=4, a_2=3", "3,4"),
     # Words that a closer look found to change an answer.
     (r"\text{(C) or (D)}", "C"),
     (r"(C) or (D)", "C"),
