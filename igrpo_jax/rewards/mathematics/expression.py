@@ -130,7 +130,7 @@ class Parser:
 
     def _exponent(self) -> Value:
         if self._cursor.peek() == "{":
-            return self._group("}")
+            return self._primary()  # counts its depth
         negative = self._cursor.take("-")
         letters = self._cursor.peek() if self._cursor.kind() == "letters" else ""
         if len(letters) > 1 and letters.casefold() not in FUNCTIONS | {"pi"}:

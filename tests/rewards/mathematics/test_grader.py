@@ -2154,6 +2154,12 @@ SLOW = [
     r"\sin(10^{4000})+",
     r"\begin{aligned}\end{aligned}",
     r"\begin{aligned}1",
+    "x^{",
+    r"\log_{",
+    "x_{",
+    r"\sqrt[",
+    "|",
+    r"\left(",
 ]
 
 
