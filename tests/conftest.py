@@ -37,9 +37,15 @@ def pytest_cmdline_main(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Puts the files with most slow tests first: at the end, one of them alone would leave the other process idle."""
-    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """Puts the slowest files first: at the end, one of them alone would leave the other process idle.
+
+    A slow test counts as 5 seconds, or as what its marker says: slow(seconds=60).
+    """
+    seconds = collections.Counter()
+    for item in items:
+        if marker := item.get_closest_marker("slow"):
+            seconds[item.path] += marker.kwargs.get("seconds", 5)
+    items.sort(key=lambda item: -seconds[item.path])
 
 
 def pytest_configure(config):

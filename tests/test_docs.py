@@ -130,7 +130,7 @@ def test_every_metric_that_the_code_spells_out_has_a_line():
     assert sorted(name for name in found if not has_a_line(name, names)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=50)
 def test_every_metric_of_a_run_has_a_line(notebook):
     """All rows of the notebook's run: supervised start, evaluations, steps with drafts."""
     workdir, _ = notebook

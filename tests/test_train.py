@@ -376,6 +376,7 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
     assert tasks[0].fingerprint == tasks[1].fingerprint
     opening._check_data(tasks[1].config, tasks[1], workdir, tasks[0].fingerprint)
     other = {"data.template_date": "2026-11-27"}
+    (workdir / "damaged_checkpoints").mkdir()  # a run that has nothing to lose would be replaced
     start("2026-11-27", "other settings (data.template_date: '2026-11-26' -> '2026-11-27'); give another", **other)
     # A run of a version that wrote no day must be told its day. What it is told is compared with its prompts.
     del written["data"]["template_date"]

@@ -345,7 +345,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=80)
 def test_everything_at_tiny_after_a_kill(tmp_path):
     arguments = [sys.executable, "-m", "benchmarks.accelerator", "--out", str(tmp_path), "--tiny"]
     environment = os.environ | {"XLA_FLAGS": devices.flags(1)}

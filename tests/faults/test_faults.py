@@ -88,7 +88,7 @@ def test_nothing_is_lost_when_workers_die_an_update_hangs_and_the_clock_goes_bac
 
 
 def test_sigterm_while_data_is_read_is_a_notice_too(monkeypatch, tmp_path):
-    def reads(c):
+    def reads(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         preemption.check()
 
