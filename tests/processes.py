@@ -6,6 +6,7 @@ igrpo_jax.main` starts by itself is shown by the run of the fixture `whole`, whi
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["igrpo_jax.main", "igrpo_jax.train"])
+
+
+def free_port() -> int:
+    """Returns a port of this machine that nothing listens to."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 class Started:

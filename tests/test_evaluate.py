@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import transformers
+from processes import free_port
 
 from igrpo_jax import cli, config, evaluate, export, generate
 from igrpo_jax.data import arithmetic
@@ -194,9 +194,7 @@ def test_two_processes_split_the_problems_and_end_with_the_files_of_one(call, mo
     out.mkdir()
     (out / "evaluation.json").write_text(whole["evaluation.json"])
     (out / "mine.process-1.jsonl").write_text(lines[0] + lines[-1][:30])  # of a problem that process 0 has now
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     (tmp_path / "process.py").write_text(PROCESS)
     given += [f"--config.{name}={value}" for name, value in TINY.items()]
     environment = os.environ | {"XLA_FLAGS": devices.flags(2), "JAX_PLATFORMS": "cpu"}

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import whole_runs
-from processes import Started
+from processes import Started, free_port
 
 from igrpo_jax import train
 from igrpo_jax.learning import rollout
@@ -76,12 +75,6 @@ def graded(self, candidate, batch):
     return begin(self, candidate, batch)
 Verifier.submit = graded
 """
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def environment(count: int, **more: str) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import socket
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import devices
 import jax
 import numpy as np
 import pytest
+from processes import free_port
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
@@ -275,9 +275,7 @@ def test_two_processes_sample_side_by_side(tiny, expected, tmp_path):
     wanted = [(one.tokens, one.index, one.samples, one.limit) for one in requests()]
     given = {"c": tiny[0], "params": tiny[1], "requests": wanted}
     np.savez(tmp_path / "given.npz", **{name: np.array(value, dtype=object) for name, value in given.items()})
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     environment = os.environ | {"XLA_FLAGS": devices.flags(2), "JAX_PLATFORMS": "cpu"}
     running = [
         subprocess.Popen(
