@@ -257,6 +257,17 @@ WRONG = [
     ("delete.sh", ["--name", "N 1", "--zone", "z"], "--name N 1: must be the name of the slice"),
     ("create.sh", [*NAMED, "--topology", "v5p-16", *SHARED], "--topology v5p-16: must be the chips and their grid"),
     ("create.sh", [*NAMED, "--topology", "v9:2x2", *SHARED], "--topology v9:2x2: must be the chips and their grid"),
+    ("create.sh", [*NAMED, "--topology", "v5e:3x3", *SHARED], "--topology v5e:3x3: must be the chips and their grid"),
+    ("create.sh", [*NAMED, "--topology", "v5p:4x4", *SHARED], "--topology v5p:4x4: must be the chips and their grid"),
+    ("create.sh", [*NAMED, "--topology", "v5p:2x2x3", *SHARED], "--topology v5p:2x2x3: must be the chips and their"),
+    ("launch.sh", [*NAMED, "--", "--config", "configs/nope.py"], "--config configs/nope.py: no such file in"),
+    ("launch.sh", [*NAMED, "--", "--config=configs/nope.py"], "--config configs/nope.py: no such file in"),
+    ("launch.sh", [*NAMED, "--dry-run", "--", "--config", "configs/nope.py"], "--config configs/nope.py: no such"),
+    ("launch.sh", [*NAMED, *MAIN, "--config", "configs/nope.py"], "--config configs/nope.py: no such file in"),
+    ("launch.sh", [*NAMED, "--", "--config.steps=3"], "--config: missing; name the configuration file"),
+    ("launch.sh", [*NAMED, "--", "--config"], "--config: missing; name the configuration file"),
+    ("launch.sh", [*NAMED, "--", "--config", "/etc/x.py"], "--config /etc/x.py: is not in the checkout"),
+    ("resume.sh", [*NAMED, *SHAPE, *SHARED, "--", "--config", "nope.py"], "--config nope.py: no such file in"),
     ("launch.sh", [*NAMED], "give the arguments of igrpo_jax.main after --"),
     ("launch.sh", [*NAMED, "--run", "a b", *MAIN], "--run a b: must be the name of the run"),
     ("launch.sh", [*NAMED, *MAIN, "--workdir=x"], "--workdir=x: the folder is that of --run"),
@@ -271,6 +282,29 @@ def test_bad_input_is_one_line(cloud, script, arguments, said):
     done = cloud.run(script, *arguments)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert cloud.calls == []
+
+
+TPUS = ["v5e:1x1", "v5e:16x16", "v6e:2x4", "v6e:8x16", "v5p:2x2x1", "v5p:2x4x4", "v5p:4x4x8", "v5p:16x16x24", "v4:2x2x4"]
+
+
+@pytest.mark.parametrize("topology", TPUS)
+def test_the_slices_that_google_offers_are_taken(cloud, topology):
+    done = cloud.run("create.sh", "--dry-run", *NAMED, "--topology", topology, *SHARED)
+    assert done.returncode == 0 and "--accelerator-type=v" in done.stdout, done.stderr
+
+
+def test_a_config_file_that_the_workers_will_not_have_is_refused(cloud, tmp_path):
+    """One that git ignores, in a copy of the scripts; one in the shared folder cannot be seen from here."""
+    copy = tmp_path / "copy"
+    shutil.copytree(SCRIPTS, copy / "tpu_scripts")
+    for name in ("mine.py", "hidden.py"):
+        (copy / name).write_text("")
+    (copy / ".gitignore").write_text("hidden.py\n")
+    subprocess.run(["git", "init", "-q", copy], check=True)
+    for file, refusal in (("mine.py", ""), ("hidden.py", "hidden.py: git ignores it"), ("../shared/a.py", "")):
+        command = [copy / "tpu_scripts" / "launch.sh", *NAMED, "--dry-run", "--", "--config", file]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert done.returncode == (2 if refusal else 0) and refusal in done.stderr, done.stderr
 
 
 def test_without_gcloud_it_says_where_to_get_it(cloud):
@@ -390,8 +424,8 @@ def worker(cloud):
 OVERRIDES = (
     '--config.refine.instruction=it\'s a "draft": {draft} $HOME `id` \\ \n*',
     "--config.x=1",
-    "--config",
-    "é.py",
+    "--config.data.instruction=é",
+    *MAIN[1:],
 )
 
 

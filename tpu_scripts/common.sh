@@ -3,10 +3,13 @@
 
 # Flags with a value that a script may take: the default ("" = required, - = no value), the form, and the meaning.
 declare -A FLAG=([name]="" [zone]="" [project]=- [topology]="" [shared]="" [run]=igrpo [environment]=- [poll]=30)
+# The grids that Google offers (docs.cloud.google.com/tpu/docs/v5e, v6e, v5p and v4), as regular expressions.
+FLAT='1x1|2x2|2x4|4x4|4x8|8x8|8x16|16x16'
+CUBE='2x2x[124]|2x4x4|(4|8|12|16|20|24)(x(4|8|12|16|20|24)){2}'
 declare -A FORM=(
   [name]='^[a-z][a-z0-9-]*$'
   [zone]='^[a-z0-9-]+$'
-  [topology]='^(v4|v5e|v5p|v6e):[1-9][0-9]*(x[1-9][0-9]*)+$'
+  [topology]="^((v5e|v6e):($FLAT)|(v4|v5p):($CUBE))\$"
   [shared]='^(gs://[a-z0-9][a-z0-9._-]*|[A-Za-z0-9.-]+:/[A-Za-z0-9._/-]+)$'
   [run]='^[A-Za-z0-9_-]+$'
   [poll]='^[0-9]+$'
@@ -15,7 +18,7 @@ declare -A MEANS=(
   [name]="name of the slice and of the request for it: small letters, digits, -"
   [zone]="zone of the slice, such as us-east5-a"
   [project]="Google Cloud project; without it gcloud's own"
-  [topology]="chips and their grid, as for igrpo_jax.aot: v5e:4x4, v5p:2x2x2, v6e:4x4 (also v4)"
+  [topology]="chips and their grid, as for igrpo_jax.aot: v5e or v6e with ${FLAT//|/, }; v5p or v4 with 2x2x1, 2x2x2, 2x2x4, 2x4x4, or three multiples of 4 up to 24"
   [shared]="folder that all workers share: HOST:/EXPORT of an NFS server such as Filestore, or gs://BUCKET"
   [run]="name of the run, of its tmux session and folder: letters, digits, _ and -"
   [environment]="file of NAME=value lines for the run, such as HF_TOKEN and WANDB_API_KEY; copied, never printed"

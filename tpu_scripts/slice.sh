@@ -121,11 +121,27 @@ setup_slice() {
 
 # check_arguments ARGUMENTS_OF_MAIN... checks them before anything is requested.
 check_arguments() {
-  local word
+  local word config="" is_config=""
   (($#)) || die "give the arguments of igrpo_jax.main after --, such as -- --config configs/tpu_v5p.py"
   for word in "$@"; do
     [[ $word != --workdir* ]] || die "$word: the folder is that of --run in the shared folder; leave --workdir out"
+    if [[ $is_config || $word == --config=* ]]; then config=${word#--config=}; fi
+    is_config=""
+    if [[ $word == --config ]]; then is_config=yes; fi
   done
+  check_config "$config"
+}
+
+# check_config FILE ends unless the workers will have the file: setup.sh sends the checkout without what git ignores. A
+# file in the shared folder, ../shared/..., cannot be seen from here.
+check_config() {
+  local root
+  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  [[ $1 ]] || die "--config: missing; name the configuration file, such as -- --config configs/tpu_v5p.py"
+  [[ $1 != ../shared/* ]] || return 0
+  [[ $1 != /* && $1 != ../* ]] || die "--config $1: is not in the checkout, which the workers get; give a path in $root"
+  [[ -f $root/$1 ]] || die "--config $1: no such file in $root; see $root/configs"
+  ! git -C "$root" check-ignore -q "$1" || die "--config $1: git ignores it, so the workers do not get it; move the file"
 }
 
 # launch_run ARGUMENTS_OF_MAIN... starts the run on all workers, each in its own tmux session.

@@ -10,12 +10,14 @@ change, and one JSON object as the last line. The exit code is 0 where it fits a
 It cannot show how near a chip comes to its published peaks, what its links deliver, or how long the host takes.
 """
 
+import functools
 import json
 import os
 import time
 from typing import TYPE_CHECKING, Any
 
 from igrpo_jax import cli
+from igrpo_jax.aot.progress import Progress
 from igrpo_jax.config import Config
 from igrpo_jax.distributed.chips import size
 from igrpo_jax.errors import InputError
@@ -38,21 +40,35 @@ COLUMNS = (
 
 def main(argv: list[str]) -> None:
     config, given = cli.parse_config(argv, USAGE, FLAGS)
-    devices = topology(given["topology"])
-    from igrpo_jax.aot import footprint
-    from igrpo_jax.distributed import programs
-
-    if not given["topology"]:
-        programs.use_disk_cache(config.compilation_cache)  # where a run on these devices finds what was compiled
     began = time.perf_counter()
-    run = footprint.prepare(config, devices)
-    print("\n".join(head(run)), flush=True)
-    footprint.build(run, lambda part: print(f"  {part.name}: compiled in {part.seconds:.1f} s", flush=True))
+    with Progress(functools.partial(print, flush=True)) as progress:
+        where = given["topology"] or "the devices of this machine"
+        progress.message(f"compiling the programs of {given['config']} for {where}; this takes minutes")
+        run = compiled(config, given["topology"], progress)
     print("\n".join(["", *table(run), "", *step_lines(run), "", *conclusion(run)]))
     figures = {"topology": given["topology"] or run.chip.name} | summary(run)
     print(json.dumps(figures | {"seconds": round(time.perf_counter() - began, 1)}))
     if not run.fits:
         raise SystemExit(DOES_NOT_FIT)
+
+
+def compiled(config: Config, slice_name: str | None, progress: Progress) -> "Footprint":
+    """Returns the footprint of `config` on a slice, or on the devices of this machine, with its programs compiled.
+
+    Raises:
+        InputError: as `topology`; or settings that a run would refuse too.
+    """
+    with progress.doing("loading jax and the compiler"):
+        devices = topology(slice_name)
+        from igrpo_jax.aot import footprint
+        from igrpo_jax.distributed import programs
+    if not slice_name:
+        programs.use_disk_cache(config.compilation_cache)  # where a run on these devices finds what was compiled
+    with progress.doing("dividing the model among the devices"):
+        run = footprint.prepare(config, devices)
+    progress.message("\n".join(head(run)))
+    footprint.build(run, progress)
+    return run
 
 
 def topology(name: str | None) -> list:

@@ -14,7 +14,6 @@ word or mark of the wording around it. A run knows its prompts and may need less
 """
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -23,6 +22,7 @@ from pathlib import Path
 import jax
 
 from igrpo_jax.aot.collectives import Traffic, collectives
+from igrpo_jax.aot.progress import Progress
 from igrpo_jax.config import Config, ModelConfig
 from igrpo_jax.data.prompts import most_overhead
 from igrpo_jax.distributed import chips, sharding
@@ -209,19 +209,21 @@ def prepare(config: Config, devices: list) -> Footprint:
     return Footprint(config, chip, mesh, cfg, learner, engine, gather, max_context)
 
 
-def build(footprint: Footprint, report: Callable[[ProgramFootprint], None] = lambda part: None) -> None:
-    """Compiles the programs of `footprint`, several at a time; `report` gets each one as soon as it is compiled."""
+def build(footprint: Footprint, progress: Progress) -> None:
+    """Compiles the programs of `footprint`, several at a time; `progress` names each while and after it is compiled."""
     waiting = _waiting_bytes(footprint)
+    wanted = [(program, beside, shape) for program, beside in waiting.items() for shape in program.largest]
+    progress.expect(len(wanted))
     with ThreadPoolExecutor(THREADS) as pool:
         pending = []
-        for program, beside in waiting.items():
-            for shape in program.largest:
-                name = _name(program, shape)
-                part = ProgramFootprint(program, name, program.cost(*shape), beside)
-                footprint.programs.append(part)
-                # Tracing is Python and stays in this thread, which the mesh is set in.
+        for program, beside, shape in wanted:
+            name = _name(program, shape)
+            part = ProgramFootprint(program, name, program.cost(*shape), beside)
+            footprint.programs.append(part)
+            # Tracing is Python and stays in this thread, which the mesh is set in.
+            with progress.doing(f"tracing {name}"):
                 lowered = program.lower(*shape)
-                pending.append(pool.submit(_compile, part, lowered, footprint.mesh.size, report))
+            pending.append(pool.submit(_compile, part, lowered, footprint.mesh.size, progress))
         for future in pending:
             future.result()
     programs = footprint.engine.programs
@@ -259,28 +261,25 @@ def _name(program: Program, shape: tuple) -> str:
     return " ".join([program.name, " x ".join(map(str, shape))]).strip()
 
 
-def _compile(
-    part: ProgramFootprint,
-    lowered: jax.stages.Lowered,
-    devices: int,
-    report: Callable[[ProgramFootprint], None],
-) -> None:
+def _compile(part: ProgramFootprint, lowered: jax.stages.Lowered, devices: int, progress: Progress) -> None:
+    """Compiles `lowered`, fills in the figures of `part`, and prints how long it took."""
     began = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        part.refused = str(error).splitlines()[0]
-    else:
-        memory = compiled.memory_analysis()
-        part.arguments = memory.argument_size_in_bytes
-        part.temporaries = memory.temp_size_in_bytes
-        part.output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        part.code = memory.generated_code_size_in_bytes
-        part.sent = collectives(_text(compiled), devices)
+    with progress.doing(f"compiling {part.name}"):
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            part.refused = str(error).splitlines()[0]
+        else:
+            memory = compiled.memory_analysis()
+            part.arguments = memory.argument_size_in_bytes
+            part.temporaries = memory.temp_size_in_bytes
+            part.output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+            part.code = memory.generated_code_size_in_bytes
+            part.sent = collectives(_text(compiled), devices)
     part.seconds = time.perf_counter() - began
-    report(part)
+    progress.compiled(f"  {part.name}: compiled in {part.seconds:.1f} s")
 
 
 def _text(compiled: jax.stages.Compiled) -> str:
