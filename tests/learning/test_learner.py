@@ -7,6 +7,8 @@ so that it has been through all of `update`.
 
 import dataclasses
 import re
+from collections import defaultdict
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -646,6 +648,44 @@ def test_every_minibatch_has_its_share_of_drafts(build, tiny, monkeypatch):
     for first, second in (seen[:2], seen[2:]):
         assert len({id(unit) for unit in (*first, *second)}) == 24
     assert metrics["draft/kl"] > 0 and np.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize(("metric", "learns"), [(None, [1]), ("reward", [0, 1, 2]), ("format", [0, 2])])
+def test_dynamic_sampling_filters_drafts_by_the_metric_too(tiny, monkeypatch, metric, learns):
+    """Drafts that are all wrong, or all right, and differ in their format alone carry no loss where accuracy filters.
+
+    The mistake: advantages from the weighted sum of their rewards, which group 0 and group 2 then train on.
+    """
+    rewards = {  # (accuracy, format) of both drafts; group 3 has a right and a wrong one with equal sums
+        0: ((0, 1), (0, 0)),
+        1: ((1, 1), (0, 1)),
+        2: ((1, 0), (1, 1)),
+        3: ((1, 0), (0, 1)),
+    }
+    groups = []
+    for index, group in enumerate(with_drafts(make_groups())):
+        drafts = []
+        for draft, (accuracy, form) in zip(group.drafts, rewards.get(index, rewards[3]), strict=True):
+            score = Score(float(accuracy + form), {"accuracy": float(accuracy), "format": float(form)}, None, "ok")
+            drafts.append(dataclasses.replace(draft, score=score))
+        groups.append(dataclasses.replace(group, drafts=tuple(drafts)))
+
+    def draft_advantages(**changes):
+        learner, _ = make_learner(tiny[0], **DRAFTED, **changes)
+        units = []
+        step = lambda state, of_step: units.extend(of_step) or (state, defaultdict(float))
+        monkeypatch.setattr(learner, "_optimizer_step", step)
+        learner.update(SimpleNamespace(params=None), groups, ADVANTAGES, 1)
+        refined = [unit.advantage for unit in units if unit.stage == "refine"]
+        np.testing.assert_array_equal(np.concatenate(refined), ADVANTAGES.reshape(-1))
+        return np.stack([unit.advantage for unit in units if unit.stage == "draft"])
+
+    unit = 0.5 / (np.sqrt(0.5) + 1e-4)  # of rewards that differ by 1
+    expected = np.array([[unit, -unit], [unit, -unit], [-unit, unit]] + [[0, 0]] * 5)
+    np.testing.assert_allclose(draft_advantages(), expected, rtol=1e-6)
+    expected[[index for index in range(3) if index not in learns]] = 0
+    filtered = draft_advantages(algorithm__max_redraws=1, algorithm__filter_groups_metric=metric)
+    np.testing.assert_allclose(filtered, expected, rtol=1e-6)
 
 
 # Steps that go wrong.
