@@ -69,7 +69,7 @@ def read(path: str, column: str) -> list[str]:
         if table:
             name = columns.choose_prompt(table, column, source)
             asked = [row for row in table if not columns.is_blank(columns.question, columns.cell(row[1], name))]
-            questions = columns.texts(asked, name, columns.question, source)
+            questions = [text for _, _, (text,) in columns.texts(asked, [(name, columns.question)], source)]
     if not questions:
         raise InputError(f"{source}: is empty; give a file with at least one question")
     return questions

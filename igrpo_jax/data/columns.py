@@ -9,17 +9,20 @@ worked solution, only its final answer is kept: the last `\\boxed{…}`, what fo
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from igrpo_jax.data import messages
+from absl import logging
+
+from igrpo_jax.data import messages, readers
 from igrpo_jax.data.readers import Table
 from igrpo_jax.errors import InputError
 from igrpo_jax.rewards.mathematics import extraction, golds
 
 PROMPTS = ("prompt", "problem", "question", "instruction+input", "input", "instruction", "messages", "conversations")
 ANSWERS = ("answer", "solution", "ground_truth", "output", "reward_model.ground_truth")
+Read = Callable[[Any], str | None]  # `question` or `answer`
 FIX = "config.data.{} names another"
 
 
@@ -124,7 +127,7 @@ def _final_answer(text: str) -> str | None:
     return text.strip() if text.strip() != "[]" else None
 
 
-def is_blank(read: Callable[[Any], str | None], value: Any) -> bool:
+def is_blank(read: Read, value: Any) -> bool:
     """Returns whether `read`, which is `question` or `answer`, finds nothing in a cell."""
     try:
         return read(value) is None
@@ -132,44 +135,64 @@ def is_blank(read: Callable[[Any], str | None], value: Any) -> bool:
         return False
 
 
-def texts(table: Table, name: str, read: Callable[[Any], str | None], source: str) -> list[str]:
-    """Returns a column as text, each cell as `read` (`question` or `answer`) gives it.
+def texts(table: Table, reads: Sequence[tuple[str, Read]], source: str) -> list[tuple[int, dict[str, Any], list[str]]]:
+    """Returns (number, columns, texts) of each row, with a text for each of `reads`.
+
+    A row with a cell that can't be read, such as a chat of several turns, is left out; a warning counts and names them.
+
+    Args:
+        reads: names of columns, each with `question` or `answer`.
 
     Raises:
-        InputError: some cells are blank or no text; its message names their rows.
+        InputError: more than readers.MAX_BROKEN of the rows can't be read, or cells are blank; it names the rows.
     """
-    values, blank, other, reason = [], [], [], ""
+    rows: list[tuple[int, dict[str, Any], list[str]]] = []
+    unread: list[list[int]] = [[] for _ in reads]  # numbers of rows, for each column
+    blank: list[list[int]] = [[] for _ in reads]
+    reasons: list[list[str]] = [[] for _ in reads]
     for number, cells in table:
-        try:
-            values.append(read(cell(cells, name)))
-            if values[-1] is None:
-                blank.append(number)
-        except TypeError as error:
-            reason = reason or str(error)
-            other.append(number)
-    fix = "fill them in or take them out"
-    if source.startswith("config.data.train") and read is answer:
-        fix += ", or set config.data.clean=True"
-    for rows, what, advice in (
-        (blank, f"a blank {name!r}", fix),
-        (other, f"a {name!r} that can't be read ({reason})", "write it as a string"),
-    ):
-        if rows:
-            have, word = ("has", "row") if len(rows) == 1 else ("have", "rows")
-            named = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-            raise InputError(f"{source}: {len(rows)} of {len(table)} rows {have} {what}: {word} {named}; {advice}")
-    return values
+        values = []
+        for at, (name, read) in enumerate(reads):
+            try:
+                values.append(read(cell(cells, name)))
+            except TypeError as error:
+                unread[at].append(number)
+                reasons[at].append(str(error))
+                break
+            blank[at] += [number] * (values[at] is None)
+        else:
+            rows.append((number, cells, values))
+    is_refused = sum(map(len, unread)) > readers.MAX_BROKEN * len(table)
+    for at in sorted(range(len(reads)), key=lambda at: -len(unread[at])):
+        if unread[at]:
+            what = _counted(unread[at], table, f"a {reads[at][0]!r} that can't be read ({reasons[at][0]})")
+            if is_refused:
+                raise InputError(f"{source}: {what}; write it as a string")
+            logging.warning("%s: %s; left out", source, what)
+    for (name, read), numbers in zip(reads, blank, strict=True):
+        if numbers:
+            fix = "fill them in or take them out"
+            if source.startswith("config.data.train") and read is answer:
+                fix += ", or set config.data.clean=True"
+            raise InputError(f"{source}: {_counted(numbers, table, f'a blank {name!r}')}; {fix}")
+    return rows
+
+
+def _counted(numbers: list[int], table: Table, what: str) -> str:
+    """Returns how many and which rows of a table have something."""
+    have, word = ("has", "row") if len(numbers) == 1 else ("have", "rows")
+    return f"{len(numbers)} of {len(table)} rows {have} {what}: {word} {readers.few(numbers)}"
 
 
 def _has_replies(table: Table, name: str) -> bool:
-    """Returns whether the cells of a column are chats that end with a reply, as the first one that is filled shows."""
+    """Returns whether a column holds a chat that ends with a reply."""
     for _, cells in table:
         try:
             turns = messages.parse(cell(cells, name))
         except TypeError:
             continue
-        if turns:
-            return turns[-1].role == "assistant"
+        if turns and turns[-1].role == "assistant":
+            return True
     return False
 
 

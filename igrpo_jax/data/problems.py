@@ -1,8 +1,9 @@
 """Problems to train on and to evaluate on, and the order in which a run reads them.
 
 Rows keep their id and columns. Every row is checked before a run starts: a blank or missing cell is an error that names
-the rows. Answers that nothing can equal are counted and named, and more than MAX_UNEQUAL of them are an error. Problems
-that repeat, or that evaluation uses too, are counted. `data.clean` leaves all of these out.
+the rows, and a row with a cell that can't be read is left out and named. Answers that nothing can equal are counted and
+named, and more than MAX_UNEQUAL of them are an error. Problems that repeat, or that evaluation uses too, are counted.
+`data.clean` leaves all of these out.
 
 The order is a pure function of the seed. Epoch e is the permutation of (seed, e), and rollout s reads the problems
 s*P .. s*P + P-1 of the concatenated epochs, where P is the number of prompts per step. So the step alone determines the
@@ -116,8 +117,7 @@ def check_unequal(rows: Sequence[Row], unequal: Sequence[int], settings: DataCon
 
 
 def _named(rows: Sequence[Row]) -> str:
-    names = ", ".join(row.id for row in rows[:5])
-    return f"row{'s' * (len(rows) > 1)} {names}{', ...' * (len(rows) > 5)}"
+    return f"row{'s' * (len(rows) > 1)} {readers.few([row.id for row in rows])}"
 
 
 def evaluation_rows(config: Config) -> dict[str, list[Row]]:
@@ -147,7 +147,7 @@ def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, int]:
     `data.clean` is set.
 
     Raises:
-        InputError: nothing to read, a line that is not a JSON object, a missing column, blank cells.
+        InputError: nothing to read, a missing column, blank cells, more broken rows than readers.MAX_BROKEN.
     """
     source = f"config.data.train = {settings.train!r}"
     preset = None if Path(settings.train).exists() else TRAINING_SETS.get(settings.train)
@@ -212,11 +212,10 @@ def _benchmark(table: Table, prompt: str, answer: str, source: str, fix: str) ->
 
 
 def _rows(table: Table, mapping: columns.Mapping, source: str) -> list[Row]:
-    questions = columns.texts(table, mapping.prompt, columns.question, source)
-    answers = columns.texts(table, mapping.answer, columns.answer, source)
+    reads = ((mapping.prompt, columns.question), (mapping.answer, columns.answer))
     return [
         Row(str(number if cells.get("id") is None else cells["id"]), index, question, answer, mapping.rest(cells))
-        for index, ((number, cells), question, answer) in enumerate(zip(table, questions, answers, strict=True))
+        for index, (number, cells, (question, answer)) in enumerate(columns.texts(table, reads, source))
     ]
 
 

@@ -1,16 +1,19 @@
 """Reads tables from files, folders and the hub: unchanged rows, each with its number. `columns` interprets them.
 
 JSON Lines and CSV are read here, so that an error names the bad line and every cell stays the text that it is. `.json`,
-`.parquet` and hub ids go through `datasets`. A line of JSON Lines that is broken is left out, and what is no character
-becomes U+FFFD; warnings count both and name the lines.
+`.parquet` and hub ids go through `datasets`. A broken line of JSON Lines or row of CSV is left out, and what is no
+character in JSON Lines becomes U+FFFD; warnings count both and name the rows. A file with more than MAX_BROKEN of its
+rows broken is refused.
 """
 
 import codecs
 import csv
+import itertools
 import json
 import logging
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ Table = list[tuple[int, dict[str, Any]]]  # (number, columns) of each row; numbe
 KINDS = {".json": "json", ".parquet": "parquet"}  # formats that `datasets` reads, with its names for them
 SUFFIXES = (".jsonl", ".csv", *KINDS)
 FILES = ", ".join(SUFFIXES)
+MAX_BROKEN = 0.5  # share of the rows of a file that may be broken; they are left out
 _SURROGATE = re.compile("[\ud800-\udfff]")
 SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}  # words that name a split in a file name
 
@@ -90,7 +94,7 @@ def _read_jsonl(file: Path, source: str) -> Table:
     """Returns the rows without blank and broken lines.
 
     Raises:
-        InputError: more than half of the lines are broken.
+        InputError: more than MAX_BROKEN of the lines are broken.
     """
     table: Table = []
     broken, mended = [], []  # "line N is ..." of broken lines, and the numbers of those with U+FFFD
@@ -112,17 +116,32 @@ def _read_jsonl(file: Path, source: str) -> Table:
                 mended += [str(number)] * (text != columns)
                 columns = text
             table.append((number, columns))
-    count = len(broken) + len(table)
-    if len(broken) > len(table):
-        raise InputError(f"{source}: {broken[0]}, one of {len(broken)} broken lines of {count}; give one object a line")
-    for what, where in (
-        ("are broken and left out:", broken),
-        ("hold surrogates or bytes that are no character, now U+FFFD: line", mended),
-    ):
-        if where:
-            named = ", ".join(where[:5]) + ", ..." * (len(where) > 5)
-            absl_logging.warning("%s: %d of %d lines %s %s", source, len(where), count, what, named)
+    _warn_of_broken(source, "line", broken, len(table), "give one object a line")
+    if mended:
+        what = "hold surrogates or bytes that are no character, now U+FFFD: line"
+        absl_logging.warning(
+            "%s: %d of %d lines %s %s", source, len(mended), len(table) + len(broken), what, few(mended)
+        )
     return table
+
+
+def _warn_of_broken(source: str, word: str, broken: list[str], kept: int, fix: str) -> None:
+    """Warns of the rows that are left out. `broken` says of each what is wrong, and `word` is what a row is called.
+
+    Raises:
+        InputError: they are more than MAX_BROKEN of all rows.
+    """
+    count = kept + len(broken)
+    if len(broken) > MAX_BROKEN * count:
+        raise InputError(f"{source}: {broken[0]}, one of {len(broken)} broken {word}s of {count}; {fix}")
+    if broken:
+        what = f"{word}s are broken and left out:"
+        absl_logging.warning("%s: %d of %d %s %s", source, len(broken), count, what, few(broken))
+
+
+def few(names: Sequence[object]) -> str:
+    """Returns the first five of a list as text, and dots for the rest."""
+    return ", ".join(map(str, names[:5])) + ", ..." * (len(names) > 5)
 
 
 def _without_surrogates(value: Any) -> Any:
@@ -137,16 +156,38 @@ def _without_surrogates(value: Any) -> Any:
 
 
 def _read_csv(file: Path, source: str) -> Table:
-    """Returns the rows with cells as text. `datasets` would turn the answer 025 into the number 25 and lose NA."""
+    """Returns the rows with cells as text. `datasets` would turn the answer 025 into the number 25 and lose NA.
+
+    Raises:
+        InputError: more than MAX_BROKEN of the rows are broken, or a quote that is never closed swallows the last rows.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            table = list(enumerate(csv.DictReader(lines), 1))
-    except (csv.Error, ValueError) as error:
-        raise InputError(f"{source}: is not a CSV file in utf-8 ({error}); save it as one") from error
-    for number, columns in table:
-        if None in columns:  # DictReader's key for cells past the header
-            raise InputError(f"{source}: row {number} has more cells than the header; put cells with commas in quotes")
+    table: Table = []
+    broken = []  # "row N ..." of broken rows
+    fix = "save it as CSV in utf-8, with quotes around cells that hold commas or quotes, and these quotes doubled"
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        reader, header = csv.reader(lines, strict=True), [""]
+        for number in itertools.count():  # row 0 is the header
+            try:
+                cells = next(row for row in reader if row)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                if "end of data" in str(error):
+                    raise InputError(f"{source}: row {number} opens a quote that is never closed; {fix}") from error
+                cells, problem = [], f"is no CSV ({error})"
+            else:
+                problem = "has bytes that are not utf-8" if any(map(_SURROGATE.search, cells)) else ""
+                problem = "has more cells than the header" if number and len(cells) > len(header) else problem
+            if not number:
+                header = cells
+                if problem:
+                    raise InputError(f"{source}: the header {problem}; {fix}")
+            elif problem:
+                broken.append(f"row {number} {problem}")
+            else:
+                table.append((number, dict(itertools.zip_longest(header, cells))))
+    _warn_of_broken(source, "row", broken, len(table), fix)
     return table
 
 

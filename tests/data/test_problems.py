@@ -107,9 +107,45 @@ def test_a_bad_line_is_named(tmp_path, line, said):
     assert said in message and "one of 2 broken lines of 3; give one object a line" in message
 
 
-def test_csv_with_an_unquoted_comma(tmp_path):
-    (tmp_path / "x.csv").write_text("prompt,answer\na,1\nb, or c,2\n")
-    assert "row 2 has more cells" in error_of(load, str(tmp_path / "x.csv"), "prompt", "answer")
+GOOD_CSV = b"prompt,answer\na,1\nb,2\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (b"b, or c,2", "has more cells than the header"),
+        (b"\xe9t\xe9,2", "has bytes that are not utf-8"),
+        (b'"What is "x" here?",2', "is no CSV ('"),
+    ],
+)
+def test_a_broken_row_of_csv_costs_that_row_and_is_named(tmp_path, caplog, row, said):
+    (tmp_path / "x.csv").write_bytes(GOOD_CSV + row + b'\n\n"d ""quoted"", and\nmore",4\n')
+    rows = problems.load_rows(DataConfig(train=str(tmp_path / "x.csv")))[0]
+    assert [(row.id, row.question, row.answer) for row in rows] == [
+        ("1", "a", "1"),
+        ("2", "b", "2"),
+        ("4", 'd "quoted", and\nmore', "4"),
+    ]
+    (record,) = caplog.records
+    assert f"x.csv': 1 of 4 rows are broken and left out: row 3 {said}" in record.getMessage()
+    (tmp_path / "x.csv").write_bytes(GOOD_CSV + (row + b"\n") * 3)
+    message = error_of(load, str(tmp_path / "x.csv"), "prompt", "answer")
+    assert f"row 3 {said}" in message and "one of 3 broken rows of 5; save it as CSV in utf-8" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (GOOD_CSV + b'"c,3\nd,4\n', "row 3 opens a quote that is never closed"),  # or the rest would be its cell
+        (b"probl\xe8me,answer\na,1\n", "the header has bytes that are not utf-8"),
+        (GOOD_CSV.decode().encode("utf-16"), "the header has bytes that are not utf-8"),
+        (b'"a"b,c\na,1\n', "the header is no CSV"),
+    ],
+)
+def test_a_csv_file_of_which_rows_would_be_lost_is_refused(tmp_path, text, said):
+    (tmp_path / "x.csv").write_bytes(text)
+    message = error_of(load, str(tmp_path / "x.csv"), "", "")
+    assert f"x.csv': {said}" in message and "save it as CSV in utf-8" in message
 
 
 def test_a_column_that_is_not_there(tmp_path):
@@ -137,15 +173,40 @@ def test_blank_cells_are_counted_and_their_rows_named(tmp_path):
     assert "8 of 100 rows have a blank 'prompt': rows 1, 2, 3, 4, 5, ...;" in message
 
 
-def test_cells_that_are_no_text(tmp_path):
-    rows = sums(3)
-    rows[1]["prompt"] = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+@pytest.mark.parametrize(
+    ("name", "cell", "reason"),
+    [
+        ("prompt", [{"role": role, "content": "x"} for role in ("user", "assistant", "user")], "messages of the roles"),
+        ("prompt", 5, "not text"),
+        ("prompt", ["a"], "not text"),
+        ("answer", {"value": 1}, "not text"),
+        ("answer", [{"role": "user", "content": "x"}], "messages without a reply"),
+    ],
+)
+def test_a_row_that_can_not_be_read_costs_that_row_and_is_named(tmp_path, caplog, name, cell, reason):
+    rows = sums(4)
+    rows[1][name] = cell
+    file = write(tmp_path / "x.jsonl", rows)
+    loaded = load(file)
+    assert [(row.id, row.index) for row in loaded] == [("1", 0), ("3", 1), ("4", 2)]
+    assert [row.question for row in loaded] == [rows[at]["prompt"] for at in (0, 2, 3)]
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith(f"config.data.train = {file!r}: 1 of 4 rows has a {name!r} that can't be read ({reason}")
+    assert message.endswith(": row 2; left out")
+    rows[2][name] = cell
+    assert len(load(write(tmp_path / "x.jsonl", rows))) == 2  # half of them
+    rows[3][name] = cell
     message = error_of(load, write(tmp_path / "x.jsonl", rows))
-    assert (
-        "1 of 3 rows has a 'prompt' that can't be read (messages of the roles user, assistant, user, where" in message
+    assert "3 of 4 rows have" in message and message.endswith(": rows 2, 3, 4; write it as a string")
+
+
+def test_rows_that_can_not_be_read_are_counted_over_both_columns(tmp_path):
+    rows = sums(5)
+    rows[0]["prompt"] = rows[3]["answer"] = rows[4]["answer"] = {"a": 1}
+    assert "2 of 5 rows have a 'answer' that can't be read (not text): rows 4, 5;" in error_of(
+        load, write(tmp_path / "x.jsonl", rows)
     )
-    rows[1]["prompt"] = 5
-    assert "that can't be read (not text): row 2;" in error_of(load, write(tmp_path / "x.jsonl", rows))
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,23 @@ def test_chats_that_are_no_problem_with_an_answer(tmp_path, row, expected):
     assert expected in error_of(load, tmp_path, [row])
 
 
+def test_a_chat_of_several_turns_costs_that_row(tmp_path, caplog):
+    """The first row too, although it is the first of which the columns are told."""
+    rows = [{"messages": [USER, REPLY] * 2}, {"messages": [USER, REPLY]}, {"messages": [{**USER, "content": 5}, REPLY]}]
+    rows += [{"messages": [SYSTEM, USER, REPLY]}] * 2
+    assert [(row.id, row.question, row.answer) for row in load(tmp_path, rows)] == [
+        ("2", "Q", "5"),
+        ("4", "S\n\nQ", "5"),
+        ("5", "S\n\nQ", "5"),
+    ]
+    (record,) = caplog.records
+    said = "2 of 5 rows have a 'messages' that can't be read (messages of the roles user, assistant, user, assistant"
+    assert said in record.getMessage() and record.getMessage().endswith("rows 1, 3; left out")
+    rows[0]["messages"] = [USER]  # it has no reply, and the others tell where the answers are
+    assert [row.id for row in load(tmp_path, rows)] == ["2", "4", "5"]
+    assert generate.read(str(tmp_path / "x.jsonl"), "") == ["Q", "Q", "S\n\nQ", "S\n\nQ"]
+
+
 def test_the_settings_name_what_is_found():
     """The comments of data.prompt_column and answer_column list the names that are looked for."""
     text = " ".join(Path(config.__file__).read_text("utf-8").replace("#", " ").split())
