@@ -101,15 +101,25 @@ def from_hf(raw: dict, source: str) -> DecoderConfig:
     """Returns the DecoderConfig of a parsed config.json, which errors call `source`.
 
     Raises:
-        InputError: a model_type, activation, rope type, window or kind of layer that the decoder lacks; a missing key.
+        InputError: a model_type, activation, rope type, window, bias, dropout, quantization or kind of layer that the
+            decoder lacks; a missing key.
     """
     kind = raw.get("model_type")
     if kind not in READERS:
         raise InputError(f"{source}: model_type = {kind!r} is not supported; supported are {', '.join(READERS)}")
+    _refuse_quantized(raw, source)
+    _only(raw, source, attention_dropout=0.0, hidden_dropout=0.0)
     try:
         return READERS[kind](raw, source)
     except KeyError as error:
         raise InputError(f"{source}: has no {error.args[0]!r}; is it the config.json of a {kind} model?") from error
+
+
+def _refuse_quantized(raw: dict, source: str) -> None:
+    """Raises InputError for weights of 4 or 8 bits, whose scales lie in tensors of their own."""
+    quantized = raw.get("quantization_config") or {}
+    method = quantized.get("quant_method", "unknown")
+    refuse(not quantized, source, "quantization_config of method", method, "weights in bfloat16, float16 or float32")
 
 
 def _common(raw: dict) -> dict:
@@ -130,12 +140,13 @@ def _dense(raw: dict, source: str) -> DecoderConfig:
     """Returns the DecoderConfig of a Llama, Qwen2 or Qwen3."""
     kind = raw["model_type"]
     _only(raw, source, hidden_act="silu", mlp_bias=False, use_sliding_window=False)
-    windows = "sliding_attention" in (raw.get("layer_types") or ())
-    refuse(not windows, source, "layer_types", "sliding_attention", "full_attention")
+    if not kind.startswith("qwen"):  # where a window is in use only with use_sliding_window
+        _only(raw, source, sliding_window=None)
+    for layer in raw.get("layer_types") or ():
+        refuse(layer == "full_attention", source, "layer_types", layer, "full_attention")
     if kind != "qwen2":  # its biases are not optional
         _only(raw, source, attention_bias=False)
-    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
-    rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta")}
+    rope = _rope(raw, source)
     return DecoderConfig(
         **_common(raw),
         head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
@@ -148,10 +159,20 @@ def _dense(raw: dict, source: str) -> DecoderConfig:
     )
 
 
+def _rope(raw: dict, source: str) -> dict:
+    """Returns the settings of rope: transformers 5 writes rope_parameters, earlier versions rope_scaling."""
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    for name, value in given.items():
+        fix = "one setting for all layers"
+        refuse(not isinstance(value, dict), source, "rope_parameters", f"{name}: {value}", fix)
+    _only(raw, source, partial_rotary_factor=1.0)
+    _only(given, source, partial_rotary_factor=1.0)
+    return {"rope_theta": raw.get("rope_theta"), **given}
+
+
 def _rope_scaling(rope: dict, source: str) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     refuse(kind in ("default", "llama3"), source, "rope type", kind, "default or llama3")
-    _only(rope, source, partial_rotary_factor=1.0)
     if kind == "default":
         return None
     context = rope["original_max_position_embeddings"]
@@ -171,6 +192,7 @@ def _nemotron_h(raw: dict, source: str) -> DecoderConfig:
     """
     _only(raw, source, mlp_hidden_act="relu2", mamba_hidden_act="silu", use_conv_bias=True, sliding_window=None)
     _only(raw, source, use_bias=False, mlp_bias=False, attention_bias=False, mamba_proj_bias=False)
+    _only(raw, source, mamba_conv_bias=True, mamba_dt_limit=None, num_nextn_predict_layers=0)
     layers = raw.get("layers_block_type") or raw.get("layer_types") or raw["hybrid_override_pattern"]
     letters = [_LETTERS.get(name, name) for name in layers]
     unknown = sorted({*letters} - {*"M*-"})

@@ -180,6 +180,12 @@ def test_nemotron_h_of_older_and_newer_files(nemotron):
         ({"layers_block_type": ["mamba", "moe", "attention"]}, "kind of layer = 'moe'"),
         ({"mlp_hidden_act": "silu"}, "mlp_hidden_act = 'silu'"),
         ({"use_conv_bias": False}, "use_conv_bias = False"),
+        ({"mamba_conv_bias": False}, "mamba_conv_bias = False"),
+        ({"mamba_dt_limit": [0.0, 1.0]}, "mamba_dt_limit = [0.0, 1.0]"),
+        ({"mamba_proj_bias": True}, "mamba_proj_bias = True"),
+        ({"sliding_window": 4096}, "sliding_window = 4096"),
+        ({"hidden_dropout": 0.1}, "hidden_dropout = 0.1"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1"),
         ({"n_groups": 3}, "n_groups = 3"),
         ({"ssm_state_size": ...}, "has no 'ssm_state_size'; is it the config.json of a nemotron_h model?"),
         ({"ssm_state_size": 8}, "backbone.layers.0.mixer.in_proj.weight is (132, 32), not (100, 32)"),
@@ -230,7 +236,14 @@ def test_both_spellings_of_llama3_scaling_are_read(copy):
         ({"model_type": "gpt2"}, "model_type = 'gpt2' is not supported; supported are llama, qwen2, qwen3, nemotron_h"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, 'rope_parameters = "full_attention: {'),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = 'sliding_attention'"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types = 'chunked_attention'"),
+        ({"model_type": "llama", "sliding_window": 4096}, "sliding_window = 4096"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias = True"),
+        ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config of method = 'fp8'"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True"),
         ({"use_sliding_window": True}, "use_sliding_window = True"),
         ({"intermediate_size": ...}, "has no 'intermediate_size'"),
@@ -242,6 +255,18 @@ def test_a_model_that_the_decoder_does_not_have(copy, changes, expected):
     message = load_error(copy)
     assert "config.json" in message
     assert expected in message
+
+
+def test_a_window_that_is_not_in_use_is_no_window(copy):
+    """Qwen's own files name one, and switch it off."""
+    before = hf_files.load_config(str(copy))
+    edit_json(copy / "config.json", sliding_window=4096, max_window_layers=1, use_sliding_window=False)
+    assert hf_files.load_config(str(copy)) == before
+
+
+def test_the_base_of_rope_is_read_beside_a_scaling_that_lacks_it(copy):
+    edit_json(copy / "config.json", rope_parameters={"rope_type": "default"}, rope_theta=1234.0)
+    assert hf_files.load_config(str(copy)).rope_theta == 1234.0
 
 
 def test_a_tied_model_may_carry_its_head(copy):
