@@ -7,8 +7,11 @@ import safetensors
 import safetensors.numpy
 import tokenizers
 import transformers
+from tiny_models import random_params
 
 from igrpo_jax.errors import InputError
+from igrpo_jax.models import hf_tables
+from igrpo_jax.models.config import from_hf
 
 WORDS = ["<unk>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<pad>", "x", "answer"]
 CHATML = (
@@ -30,6 +33,26 @@ def save_tokenizer(path, template, special=WORDS[:6]):
     tokenizer.add_tokens([word for word in WORDS[2:6] if word not in special])  # added tokens, but not special ones
     tokenizer.chat_template = template
     tokenizer.save_pretrained(path)
+
+
+def save_byte_model(path, context=2048):
+    """Writes a tiny random Llama with a tokenizer of one token per byte and a chat template; it needs no torch."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(letters)} | {"</s>": len(letters)}
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+    tokenizer.save_pretrained(path)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    shape |= {"vocab_size": len(vocabulary), "max_position_embeddings": context, "rms_norm_eps": 1e-5}
+    settings = shape | {"model_type": "llama", "eos_token_id": len(letters)}
+    (path / "config.json").write_text(json.dumps(settings))
+    cfg = from_hf(settings, "config.json")
+    entries = hf_tables.table("llama", cfg)
+    tensors = {entries[name].name: entries[name].write(value) for name, value in random_params(cfg).items()}
+    safetensors.numpy.save_file(tensors, path / "model.safetensors")
 
 
 def edit_json(file, **changes):

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import devices
 import jax.numpy as jnp
+import model_files
 import numpy as np
 import pytest
 from test_structure import FILES, FLOORS
@@ -277,6 +278,38 @@ def test_the_configuration_of_the_page_for_users_of_trl():
     exec(text, scope)
     made = config.freeze(scope["get_config"]())
     assert made.rewards.names == ("correct", "short") and made.trained_completions == 64
+
+
+@pytest.mark.slow(seconds=40)
+def test_the_configuration_file_of_the_page_trains_and_evaluates(tmp_path, monkeypatch):
+    """As it is written there, with the page's files beside it; only the model is another one, and there is one step."""
+    text = page("your_own.md").partition("\n## Data\n")[0]
+    (file,) = re.findall(r"```python\n(# mine\.py.*?)```", text, re.DOTALL)
+    (commands,) = re.findall(r"```bash\n(.*?)python -m", text, re.DOTALL)
+    (rewards,) = re.findall(r"```python\n(# my_rewards\.py.*?)```", page("your_own.md"), re.DOTALL)
+    (tmp_path / "mine.py").write_text(file)
+    (tmp_path / "my_rewards.py").write_text(rewards)
+    subprocess.run(["bash", "-c", commands], cwd=tmp_path, check=True)
+    model_files.save_byte_model(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    changed = {"model.path": "model", "steps": 1, "log.trackers": (), "compilation_cache": ""}
+    igrpo_jax.train_model(load_config("mine.py", changed), "runs/mine")
+    rows = [json.loads(line) for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
+    assert any({"rewards/accuracy/mean", "rewards/short/mean"} <= row.keys() for row in rows)
+    assert "rewards/format/mean" not in {name for row in rows for name in row}
+    for step in ("step_000000", "step_000001"):
+        assert Path("runs/mine/evaluations", step, "mine_test.jsonl").exists()
+
+
+def test_quick_start_lists_what_may_change_on_a_resume():
+    section = page("quick_start.md").partition("\n## Stop and resume\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    listed = [name.removesuffix(".*") for row in rows for name in re.findall("`([^`]+)`", row)]
+    assert sorted(listed) == sorted(config.MAY_CHANGE_ON_RESUME)
+    sections = {setting.name for setting in schema.settings(config.Config) if setting.is_section}
+    starred = {name for row in rows for name in re.findall(r"`([^`]+)\.\*`", row)}
+    assert starred == sections & set(listed)
 
 
 def test_every_page_is_reached_from_the_index():
