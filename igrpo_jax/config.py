@@ -32,17 +32,17 @@ LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "gspo_token")
 class BuiltinModelConfig:
     """Shape of the small decoder that is used where `model.path` is empty."""
 
-    # Width of the residual stream.
+    # Width of the built-in model's residual stream.
     hidden_size: int = 128
-    # Number of layers, each of which is an attention and an MLP.
+    # Number of the built-in model's layers, each of which is an attention and an MLP.
     num_layers: Annotated[int, AtLeast(1)] = 4
-    # Number of query heads, each hidden_size / num_heads wide.
+    # Number of the built-in model's query heads, each hidden_size / num_heads wide.
     num_heads: Annotated[int, AtLeast(1)] = 4
-    # Number of key and value heads, which the query heads share.
+    # Number of the built-in model's key and value heads, which its query heads share.
     num_kv_heads: Annotated[int, AtLeast(1)] = 2
-    # Width of the MLP.
+    # Width of the built-in model's MLP.
     intermediate_size: int = 384
-    # Context in tokens: prompt, draft and completion together.
+    # Context of the built-in model in tokens: prompt, draft and completion together.
     max_position_embeddings: int = 1024
 
 
@@ -50,9 +50,9 @@ class BuiltinModelConfig:
 class LoraConfig:
     """Low-rank adapters. They alone are trained; the model's own weights stay as they are, in `model.dtype`."""
 
-    # Rank of a weight's change; 0 trains all weights, without adapters.
+    # Rank of the change that an adapter makes to a weight; 0 trains all weights, without adapters.
     rank: Annotated[int, AtLeast(0)] = 0
-    # Scale of a weight's change, which is multiplied by alpha / rank.
+    # Scale of the change that an adapter makes to a weight: it is multiplied by alpha / rank.
     alpha: Annotated[float, Above(0)] = 32.0
     # Weights to adapt, such as "q_proj"; "all-linear" stands for all weights but the embedding and the head.
     targets: tuple[str, ...] = ("all-linear",)
@@ -79,15 +79,15 @@ class ModelConfig:
 class ArithmeticConfig:
     """The built-in task: sums of several terms, worked out step by step."""
 
-    # Smallest number of terms in a sum.
+    # Smallest number of terms in a sum of the built-in task.
     min_terms: Annotated[int, AtLeast(2)] = 3
-    # Largest number of terms in a sum.
+    # Largest number of terms in a sum of the built-in task.
     max_terms: int = 5
-    # Operands are between 1 and this number.
+    # Largest operand in a sum of the built-in task; the smallest is 1.
     max_operand: Annotated[int, AtLeast(1)] = 9
-    # Running totals stay between 0 and this number.
+    # Largest running total in a sum of the built-in task; the smallest is 0.
     max_total: Annotated[int, AtLeast(1)] = 20
-    # Number of problems to train on.
+    # Number of problems of the built-in task to train on.
     train_problems: Annotated[int, AtLeast(1)] = 4096
     # Number of problems in the benchmark "arithmetic"; none of them is trained on.
     test_problems: Annotated[int, AtLeast(1)] = 256
@@ -137,17 +137,18 @@ class DataConfig:
 class WarmStartConfig:
     """Supervised start of the built-in model from a noisy teacher; never runs where `model.path` is set."""
 
-    # Number of supervised steps; 0 for no warm start.
+    # Number of steps of the supervised start; 0 for none.
     steps: Annotated[int, AtLeast(0)] = 0
-    # Number of examples per step.
+    # Number of examples in a step of the supervised start.
     batch_size: Annotated[int, AtLeast(1)] = 32
-    # Peak learning rate, reached after a tenth of the steps; a cosine then takes it to 0.
+    # Peak learning rate of the supervised start, reached after a tenth of its steps; a cosine then takes it to 0.
     learning_rate: float = 1.5e-3
     # Probability that the teacher writes a random result for a step of its solution.
     error_rate: Annotated[float, Between(0, 1)] = 0.2
-    # Fraction of examples that show a draft in the prompt.
+    # Fraction of the examples of the supervised start that show a draft in the prompt.
     draft_fraction: Annotated[float, Between(0, 1)] = 0.5
-    # Probability of a random result for a step of a draft that is shown; at 1 nothing in a draft can be trusted.
+    # Probability of a random result for a step of a draft that the supervised start shows; at 1 nothing in a draft can
+    # be trusted.
     draft_error_rate: Annotated[float, Between(0, 1)] = 1.0
 
 
@@ -193,7 +194,7 @@ class AlgorithmConfig:
     # What is subtracted from a reward: the "mean" of its group, or that of the group's other rewards ("leave_one_out",
     # RLOO).
     baseline: Annotated[str, Choice("mean", "leave_one_out")] = "mean"
-    # Number of passes over one rollout.
+    # Number of passes that an update makes over the completions of a step.
     num_iterations: Annotated[int, AtLeast(1)] = 1
     # Advantages are divided by the standard deviation of the "group" or the "batch", or by nothing ("none"); None for
     # the objective's own.
@@ -250,12 +251,12 @@ class JudgeConfig:
 
     # Weight of the judge's score in the reward; 0 for no judge.
     weight: Annotated[float, AtLeast(0)] = 0.0
-    # Name of the model at the endpoint.
+    # Name of the judge's model at its endpoint.
     model: str = ""
-    # Address of the endpoint, such as http://localhost:8000/v1; empty for the openai client's own (OPENAI_BASE_URL or
-    # OpenAI).
+    # Address of the judge's endpoint, such as http://localhost:8000/v1; empty for the openai client's own
+    # (OPENAI_BASE_URL or OpenAI).
     base_url: str = ""
-    # Environment variable that holds the key; the key itself is never stored.
+    # Environment variable that holds the key of the judge's endpoint; the key itself is never stored.
     api_key_env: Annotated[
         str,
         Matches(
@@ -265,7 +266,7 @@ class JudgeConfig:
             secret=True,  # what is no name is likely the key
         ),
     ] = "OPENAI_API_KEY"
-    # What the judge is told to look at; the form of its reply is added.
+    # What the judge is told to look at; the form of the reply that it must give is added.
     instruction: str = (
         "Grade the answer to a mathematics problem. 1 means that the final answer is right and the reasoning is sound, "
         "0 that the answer is wrong or missing; give partial credit in between for reasoning that comes near."
@@ -276,15 +277,17 @@ class JudgeConfig:
     temperature: Annotated[float | None, AtLeast(0)] = 0.0
     # Longest reply of the judge in tokens, its reasoning included.
     max_tokens: Annotated[int, AtLeast(1)] = 1024
-    # Longest time that one request may take, in seconds.
+    # Longest time that one request to the judge may take, in seconds.
     timeout: Seconds = 60.0
-    # Number of further attempts, with back-off, after a time-out, a rate limit or a broken connection.
+    # Number of further attempts of a request to the judge, with back-off, after a time-out, a rate limit or a broken
+    # connection.
     max_retries: Annotated[int, AtLeast(0)] = 4
-    # Number of requests in flight at once.
+    # Number of requests to the judge that are in flight at once.
     concurrency: Annotated[int, AtLeast(1)] = 16
-    # Number of requests per step, retries included; what is left over has no verdict. 0 for no limit.
+    # Largest number of requests to the judge in a step, retries included; completions beyond it have no verdict. 0 for
+    # no limit.
     budget: Annotated[int, AtLeast(0)] = 0
-    # File of the verdicts, shared by the runs that name it; empty for WORKDIR/judge.sqlite.
+    # File of the judge's verdicts, shared by the runs that name it; empty for WORKDIR/judge.sqlite.
     cache: str = ""
 
 
@@ -303,7 +306,7 @@ class RewardsConfig:
     # A reward of your own, written as "module:function"; empty for none. It gets all drafts or all refinements of a
     # prompt at once.
     custom: Annotated[str, Matches(r"([\w.]+:\w+)?", "written as module:function")] = ""
-    # Weight of the custom reward.
+    # Weight of rewards.custom.
     custom_weight: float = 1.0
     # Several rewards of your own, in place of rewards.custom; each has the name of its function.
     functions: Annotated[tuple[str, ...], Each(Matches(r"[\w.]+:\w+", "written as module:function"), once=True)] = ()
@@ -383,7 +386,7 @@ class OptimizerConfig:
     weight_decay: Annotated[float, AtLeast(0)] = 0.0
     # Largest norm of the gradient of all parameters together; a larger gradient is scaled down to it.
     max_grad_norm: Annotated[float, Above(0, "above 0 (a large number switches clipping off)")] = 1.0
-    # Dtype of the first moment. The second moment stays float32, because its steps of 1 - b2 = 0.001 are below what
+    # Dtype of AdamW's first moment. Its second moment stays float32, because its steps of 1 - b2 = 0.001 are below what
     # bfloat16 resolves.
     mu_dtype: Annotated[str, Choice("float32", "bfloat16")] = "float32"
     # Fraction of all optimizer steps over which the learning rate rises to its peak.
@@ -469,7 +472,8 @@ class EvaluationConfig:
     top_p: Annotated[float, Above(0), AtMost(1)] = 0.95
     # Values of k in pass@k and maj@k; empty for 1, 2, 4, 8, ... up to the number of samples.
     pass_at: Annotated[tuple[int, ...], Each(AtLeast(1))] = ()
-    # Longest completion in tokens, cut to the model's context; None for rollout.max_completion_length.
+    # Longest completion of an evaluation in tokens, cut to the model's context; None for
+    # rollout.max_completion_length.
     max_completion_length: Annotated[int | None, AtLeast(1)] = None
     # Folder of NAME.jsonl (or .csv, .json, .parquet) files of benchmarks, which are used before the hub.
     data_dir: str = ""

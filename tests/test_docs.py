@@ -74,6 +74,13 @@ def test_every_setting_has_a_line_with_a_meaning():
     assert [name for name, meaning in meanings.items() if not re.fullmatch("[A-Z].*[.]", meaning)] == []
 
 
+def test_a_meaning_can_be_read_without_the_row_above():
+    """Words that point to another row, which a reader who looks up one setting does not see."""
+    rows = [line.strip("| ").split(" | ") for line in page("configuration.md").splitlines() if line.startswith("| `")]
+    pointing = re.compile(r"\b(of the (first|second)|this number|the same as|as above|the latter|likewise)\b")
+    assert [cells[0] for cells in rows if pointing.search(cells[-1])] == []
+
+
 # The metrics reference.
 
 PATTERN = r"<\w+>"  # what stands for any part of a name, in the reference
