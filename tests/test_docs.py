@@ -24,10 +24,12 @@ from test_structure import FILES, FLOORS
 
 import igrpo_jax
 from igrpo_jax import config, schema
+from igrpo_jax.data import catalog
 from igrpo_jax.learning import objectives
 from igrpo_jax.learning.loss import CompletionRows
 from igrpo_jax.learning.loss import loss as objective_loss
 from igrpo_jax.loading import load_config
+from igrpo_jax.models.config import READERS
 from igrpo_jax.outputs import alerts
 from igrpo_jax.records import Candidate
 from igrpo_jax.rewards import functions
@@ -406,6 +408,16 @@ def test_the_objectives_are_those_the_configuration_knows():
     assert tuple(objectives.OBJECTIVES) == config.LOSS_TYPES
     rows = re.findall(r"^\| `(\w+)` \|", page("igrpo.md"), re.MULTILINE)
     assert tuple(rows) == ("loss_type", *config.LOSS_TYPES)
+
+
+def test_pages_list_the_benchmarks_and_the_families():
+    lists = [page("evaluation.md").partition("**Benchmarks** are ")[2].partition("\n\n")[0]]
+    lists += [line for line in page("configuration.md").splitlines() if line.startswith("| `evaluation.benchmarks` |")]
+    for text in lists:
+        assert [name for name in catalog.BENCHMARKS if name not in text] == []
+    for path in (ROOT / "README.md", DOCS / "your_own.md", DOCS / "from_trl.md"):
+        text = path.read_text(encoding="utf-8").lower().replace("-", "_")
+        assert [kind for kind in READERS if kind not in text] == [], path
 
 
 def test_the_readme_is_short_and_holds_the_test_command_once():
