@@ -90,17 +90,7 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
             "model": task.name,
             "step": task.step,
             "weights_written": task.weights_written,
-            "dtype": config.model.dtype,
-            "seed": config.seed,
-            "temperature": config.evaluation.temperature,
-            "top_p": config.evaluation.top_p,
-            "max_completion_length": task.plan.wanted,
-            "instruction": config.data.instruction,
-            "system_prompt": config.data.system_prompt,
-            "template_kwargs": config.data.template_kwargs,
-            "template_date": task.config.data.template_date,
-            "refine_instruction": config.refine.instruction,
-            "max_draft_length": config.draft_limit,
+            **results.settings(task.config, task.plan.wanted),
         }
         if jax.process_index() == 0:
             results.claim(out, settings)

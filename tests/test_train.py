@@ -22,7 +22,7 @@ from igrpo_jax import config, train
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import sharding, watchdog
 from igrpo_jax.errors import InputError
-from igrpo_jax.evaluation import planning
+from igrpo_jax.evaluation import comparison, planning
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
@@ -94,6 +94,18 @@ def test_a_run_writes_what_the_contract_names(whole):
     assert json.loads((workdir / "config.json").read_text())["prompts_per_step"] == 4
     assert (workdir / "tensorboard").is_dir() and (workdir / "checkpoints" / "5").is_dir()
     assert list((workdir / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow
+def test_evaluations_of_a_run_record_their_settings_and_can_be_compared(whole):
+    workdir, _ = whole
+    first, last = (workdir / "evaluations" / f"step_{step:06d}" for step in (0, 5))
+    recorded = json.loads((last / "evaluation.json").read_text())
+    assert (recorded["model"], recorded["step"], recorded["dtype"]) == (str(workdir.resolve()), 5, "float32")
+    assert recorded["temperature"] == 0.6 and recorded["max_completion_length"] == 24
+    text = comparison.compare(first, last)
+    assert f"A = {first}: {workdir.resolve()}, step 0" in text and "records no settings" not in text
+    assert "Settings and problems are the same.\n" in text
 
 
 def test_utilization_is_of_the_peak_of_all_devices():
@@ -193,6 +205,32 @@ os.rename, Run.report = slow, killed
     assert faulty(inject, tmp_path, tmp_path / "run", *short).returncode == -signal.SIGKILL
     assert list(samples(tmp_path / "run")) == ["step_000001.jsonl"]
     assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
+
+
+@pytest.mark.slow
+def test_a_run_takes_the_folder_of_one_that_was_killed_before_its_first_step(tmp_path):
+    """By SIGKILL while its checkpoint of step 0 has its temporary name, after evaluations and the warm start."""
+    inject = """
+rename = os.rename
+def killed(*args):
+    if "orbax-checkpoint-tmp" in str(args[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(*args)
+os.rename = killed
+"""
+    short, workdir = ("warm_start.steps=2", "steps=1", "evaluation.limit=1"), tmp_path / "run"
+    assert faulty(inject, tmp_path, workdir, *short).returncode == -signal.SIGKILL
+    left = sorted(path.name for path in workdir.iterdir())
+    assert {".lock", "config.json", "metrics.jsonl", "checkpoints", "evaluations"} <= set(left)
+    assert all("orbax-checkpoint-tmp" in path.name for path in (workdir / "checkpoints").iterdir())
+    said = " ".join(run(tmp_path, workdir, *short, "seed=1").split())
+    assert f"--workdir {workdir}: the run in it ended before its first checkpoint; this one takes its place" in said
+    assert "(seed: 0 -> 1)" in said and "Done" in said
+    lines = rows(workdir)
+    assert [row["step"] for row in lines if "loss" in row] == [1]
+    assert [row["step"] for row in lines if "eval/arithmetic/pass@1" in row] == [0, 1]
+    assert [row["warm_start/step"] for row in lines if "warm_start/step" in row] == [1, 2]  # none of the killed run's
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["0", "1"]
 
 
 def test_clean_compares_with_all_that_evaluation_may_ask(tmp_path):
@@ -372,11 +410,18 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
 
     monkeypatch.setattr(opening, "_compile", compiles)
     written = start("2026-11-26")
-    assert written["data"]["template_date"] == "2026-11-26" and start("2026-11-27") == written
+    assert written["data"]["template_date"] == "2026-11-26"
+    written["data"]["template_date"] = "2026-11-25"  # of a run that ended before its first checkpoint, and is replaced
+    (workdir / "config.json").write_text(json.dumps(written))
+    written = start("2026-11-26", seed=7)
+    assert written["data"]["template_date"] == "2026-11-26" and written["seed"] == 7
+    fields["seed"] = 7
+    (workdir / "damaged_checkpoints").mkdir()  # from here on the run has something to lose
+    assert start("2026-11-27") == written
+    tasks.pop(0)
     assert tasks[0].fingerprint == tasks[1].fingerprint
     opening._check_data(tasks[1].config, tasks[1], workdir, tasks[0].fingerprint)
     other = {"data.template_date": "2026-11-27"}
-    (workdir / "damaged_checkpoints").mkdir()  # a run that has nothing to lose would be replaced
     start("2026-11-27", "other settings (data.template_date: '2026-11-26' -> '2026-11-27'); give another", **other)
     # A run of a version that wrote no day must be told its day. What it is told is compared with its prompts.
     del written["data"]["template_date"]

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
+from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.outputs.files import write_atomically, write_rows, writing
 
@@ -128,6 +129,35 @@ def recorded_date(folder: Path) -> str | None:
         return None  # `claim` says what is wrong with a file that can't be read
 
 
+def settings(config: Config, max_completion_length: int) -> dict[str, Any]:
+    """Returns what evaluation.json records beside the model: the settings that decide which answers it gives.
+
+    Args:
+        config: with the day of the chat template.
+        max_completion_length: tokens that an answer may have (`Plan.wanted`).
+    """
+    return {
+        "dtype": config.model.dtype,
+        "seed": config.seed,
+        "temperature": config.evaluation.temperature,
+        "top_p": config.evaluation.top_p,
+        "max_completion_length": max_completion_length,
+        "instruction": config.data.instruction,
+        "system_prompt": config.data.system_prompt,
+        "template_kwargs": config.data.template_kwargs,
+        "template_date": config.data.template_date,
+        "refine_instruction": config.refine.instruction,
+        "max_draft_length": config.draft_limit,
+    }
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes `folder`, and writes its evaluation.json. Raises RunError where that fails."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "evaluation.json", json.dumps(settings, indent=2) + "\n")
+
+
 def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Makes `folder` the folder of an evaluation with these settings, or checks that it is that already.
 
@@ -152,7 +182,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
             raise InputError(
                 f"--workdir {folder}: holds {foreign[0]} but no evaluation.json; give an empty or new folder"
             )
-        write_atomically(path, json.dumps(settings, indent=2) + "\n")
+        write_settings(folder, settings)
     except (OSError, RunError, ValueError, AttributeError) as error:
         raise InputError(f"--workdir {folder}: cannot be used ({error}); give another folder") from error
 

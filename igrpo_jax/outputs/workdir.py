@@ -139,12 +139,16 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def recorded_date(workdir: Path) -> str | None:
-    """Returns the day that the chat template of the run in `workdir` takes for today, None where there is no run.
+    """Returns the day that the chat template of the run in `workdir` takes for today, None where the run begins now.
 
-    It is "" for a run whose template does not ask for the day, and for one of a version that did not record it.
+    A run that has neither a checkpoint nor samples begins anew, as one in an empty folder does. It is "" for a run
+    whose template does not ask for the day, and for one of a version that did not record it.
     """
+    workdir = Path(workdir)
+    if not _has_results(workdir):
+        return None
     try:
-        return json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8"))["data"].get("template_date", "")
+        return json.loads((workdir / "config.json").read_text(encoding="utf-8"))["data"].get("template_date", "")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # `prepare_workdir` says what is wrong with a file that can't be read
 

@@ -15,7 +15,7 @@ from igrpo_jax.config import Config
 from igrpo_jax.distributed import chips, cluster, preemption, watchdog
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.errors import RunError
-from igrpo_jax.evaluation import summaries
+from igrpo_jax.evaluation import results, summaries
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.rollout import Rollout
@@ -125,6 +125,10 @@ class Run:
         """
         out = self.workdir / "evaluations" / f"step_{step:06d}"
         began = time.perf_counter()
+        settings = {"model": str(self.workdir.resolve()), "step": step}
+        settings |= results.settings(self.config, self.evaluator.plan.wanted)
+        if jax.process_index() == 0:
+            results.write_settings(out, settings)
         with watchdog.phase("evaluation", f"step {step}"):
             scores = summaries.flat(self.evaluator.run(self.learner.policy(params), out, {"step": step}))
         self.progress.scores[step] = scores

@@ -197,7 +197,10 @@ def test_four_processes_go_on_from_what_two_saved(four, one):
     check_close(whole_runs.rows(workdir), whole_runs.rows(one))
     assert whole_runs.samples(workdir) == whole_runs.samples(one)
     evaluated = [sorted((folder / "evaluations" / "step_000004").iterdir()) for folder in (workdir, one)]
-    assert len(evaluated[0]) == 3
+    assert [file.name for file in evaluated[0]] == [file.name for file in evaluated[1]] and len(evaluated[0]) == 4
+    settings = [json.loads((files[0].parent / "evaluation.json").read_text()) for files in evaluated]
+    evaluated = [[file for file in files if file.name != "evaluation.json"] for files in evaluated]
+    assert settings[0].pop("model") != settings[1].pop("model") and settings[0] == settings[1]
     assert [file.read_text() for file in evaluated[0]] == [file.read_text() for file in evaluated[1]]
     exported = [safetensors.numpy.load_file(folder / "export" / "model.safetensors") for folder in (workdir, one)]
     for name, tensor in exported[0].items():

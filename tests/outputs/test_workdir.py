@@ -69,14 +69,16 @@ def test_the_day_and_the_variables_of_the_template_are_the_runs(tmp_path):
     """A run of a version that wrote neither goes on, and may be given its day; a run with a day keeps it."""
     variables = {"data.template_kwargs": {"enable_thinking": False}}
     assert workdirs.recorded_date(tmp_path) is None
-    workdirs.prepare_workdir(tmp_path, configured())
+    workdirs.prepare_workdir(tmp_path, configured(**{"data.template_date": "2026-11-25"}))
+    assert workdirs.recorded_date(tmp_path) is None  # the run has nothing to lose, and one that begins now replaces it
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step_000001.jsonl").write_text("")
+    assert workdirs.recorded_date(tmp_path) == "2026-11-25"
     old = config_lib.to_dict(configured())
     del old["data"]["template_kwargs"], old["data"]["template_date"], old["data"]["system_prompt"]
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert workdirs.recorded_date(tmp_path) == ""
     assert workdirs.read_config(tmp_path) == configured()
-    (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / "step_000001.jsonl").write_text("")
     refused(
         tmp_path, configured(**variables), r"other settings \(data.template_kwargs.enable_thinking: None -> False\)"
     )
