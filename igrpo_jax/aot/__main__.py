@@ -103,16 +103,19 @@ def topology(name: str | None) -> list:
 
 def head(footprint: "Footprint") -> list[str]:
     """Returns the lines that name the model, the devices and the sizes that programs are compiled for."""
-    config, mesh, engine = footprint.config, footprint.mesh, footprint.engine
+    config, mesh = footprint.config, footprint.mesh
     processes = len({device.process_index for device in mesh.devices.flat})
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     name = config.model.path or "the built-in model"
+    resting = sum(footprint.resting.values())
     return [
         f"{name}, {footprint.cfg.num_params / 1e9:.2f} B parameters, {config.model.dtype}; "
         f"{mesh.size} x {footprint.chip.name} in {processes} process{'es' * (processes > 1)} ({sizes})",
         f"contexts of up to {footprint.max_context:,} tokens, completions of {config.rollout.max_completion_length:,}, "
-        f"attention {footprint.cfg.attention}; {engine.shard_slots} slots and {size(engine.state_bytes)} of cache on "
-        "each device",
+        f"attention {footprint.cfg.attention}",
+        f"on each device: {', '.join(f'{name} {size(count)}' for name, count in footprint.resting.items())} of "
+        f"{footprint.engine.shard_slots} slots; together {resting / footprint.chip.hbm_bytes:.0%} of "
+        f"{size(footprint.chip.hbm_bytes)}, before what programs and their code need",
     ]
 
 

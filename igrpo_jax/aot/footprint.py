@@ -97,6 +97,15 @@ class Footprint:
         return sum(len(program.shapes) * size for program, size in sizes.items())
 
     @property
+    def resting(self) -> dict[str, int]:
+        """Bytes that lie on each device while completions are sampled, whatever program runs, by what they are for."""
+        return {
+            "training state": overview.resting_bytes(self.config, self.mesh, self.learner),
+            "weights to sample with": self.engine.weight_bytes,
+            "cache": self.engine.state_bytes,
+        }
+
+    @property
     def fullest(self) -> ProgramFootprint:
         """The program during whose run the most memory is used."""
         return max(self.programs, key=lambda part: (bool(part.refused), part.total))
