@@ -19,8 +19,10 @@ from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import compilations, peak_memory, use_disk_cache
 from igrpo_jax.learning import filtering, objectives
 from igrpo_jax.learning.train_state import TrainState
+from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import local_folder
 from igrpo_jax.outputs.metrics import rollout_metrics
+from igrpo_jax.session import ending
 from igrpo_jax.session.opening import open_run
 from igrpo_jax.session.run import Run, StepResult
 
@@ -44,7 +46,10 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
     use_disk_cache(config.compilation_cache)
     with contextlib.ExitStack() as stack:
         stack.enter_context(preemption.noticed(config.checkpoint.preemption_grace))
-        run, state = open_run(config, workdir, stack)
+        console = stack.enter_context(Console())
+        if ending.is_finished(workdir, config, console):
+            return
+        run, state = open_run(config, workdir, console, stack)
         done = run.first_step
         try:
             for step in range(run.first_step + 1, run.task.total_steps + 1):

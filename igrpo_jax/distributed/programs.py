@@ -1,16 +1,17 @@
 """The programs that XLA compiles: one object for each kind, compiled once for each shape, kept on disk between runs.
 
-A `Program` is called like the function that it compiles. It also knows the shapes that a run may need, so that all of
-them can be compiled ahead of time, and what a call costs.
+A `Program` is called like the function that it compiles. It also knows the shapes that a run may need, so that they can
+be compiled ahead of time, and what a call costs. A shape that was not compiled ahead is compiled when it is first
+called. Whoever asks for a shape while another thread compiles it waits for that thread.
 """
 
 import contextlib
 import math
-import os
 import resource
 import sys
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,12 @@ import jax
 from igrpo_jax.distributed import watchdog
 
 Shape = tuple[Hashable, ...]  # what tells the compiled programs of one kind apart, such as (rows, positions to read)
+ShowWait = Callable[[str], contextlib.AbstractContextManager]  # gets the title of the program that is waited for
+
+_NO_LOCK = contextlib.nullcontext()
 _being_compiled: ContextVar[str] = ContextVar("being compiled", default="")  # title of the program, "" for any other
+_is_uncounted: ContextVar[bool] = ContextVar("is uncounted", default=False)
+_show_wait: ContextVar[ShowWait] = ContextVar("show wait", default=contextlib.nullcontext)
 
 
 @dataclass(frozen=True)
@@ -76,23 +82,55 @@ class Program:
         self._arguments = arguments
         self._mesh = mesh
         self._static = static
-        self._compiled: dict[Shape, jax.stages.Compiled] = {}
+        self._lock = threading.Lock()
+        self._compiled: dict[Shape, Future[jax.stages.Compiled]] = {}  # also of shapes that are being compiled
 
     def __call__(self, *arguments: Any, shape: Shape = ()) -> Any:
         """Runs the program of `shape` and returns what `jitted` returns."""
         return self.compiled(*shape)(*arguments)
 
     def compiled(self, *shape: Hashable) -> jax.stages.Compiled:
-        """Returns the compiled program of `shape`, which is compiled now where it was not before."""
-        title = self.title(*shape)
+        """Returns the compiled program of `shape`, which is compiled now where it was not before.
+
+        `showing_waits` says how the wait is shown.
+        """
+        title, known = self.title(*shape), self._compiled.get(shape)
         watchdog.running(title)
-        if shape not in self._compiled:
-            token = _being_compiled.set(title)
+        if known is not None and known.done():
+            return known.result()
+        with _show_wait.get()(title):
+            return self.compile(*shape)
+
+    def compile(self, *shape: Hashable, tracing: contextlib.AbstractContextManager = _NO_LOCK) -> jax.stages.Compiled:
+        """Returns the compiled program of `shape`, for a thread that only prepares it.
+
+        The first thread that asks compiles, the others wait. Where compiling fails all of them get the error, and the
+        next one that asks tries again.
+
+        Args:
+            tracing: is entered while the program is traced.
+        """
+        with self._lock:
+            is_first = shape not in self._compiled
+            future = self._compiled.setdefault(shape, Future())
+        if is_first:
+            token = _being_compiled.set(self.title(*shape))
             try:
-                self._compiled[shape] = self.lower(*shape).compile()
+                with tracing:
+                    lowered = self.lower(*shape)
+                future.set_result(lowered.compile())
+            except BaseException as error:
+                with self._lock:
+                    del self._compiled[shape]
+                future.set_exception(error)
             finally:
                 _being_compiled.reset(token)
-        return self._compiled[shape]
+        return future.result()
+
+    def is_ready(self, *shape: Hashable) -> bool:
+        """Returns whether the program of `shape` is compiled."""
+        future = self._compiled.get(shape)
+        return future is not None and future.done()
 
     def lower(self, *shape: Hashable) -> jax.stages.Lowered:
         """Returns the traced program of `shape`, for a caller that compiles it by itself."""
@@ -107,38 +145,31 @@ class Program:
     @property
     def peak_bytes(self) -> int:
         """Bytes on each device while the largest shape compiled so far runs; 0 where none is compiled."""
-        return max(map(program_bytes, self._compiled.values()), default=0)
+        done = [future.result() for future in list(self._compiled.values()) if future.done()]
+        return max(map(program_bytes, done), default=0)
 
 
-def compile_all(programs: Sequence[Program], report: Callable[[int], None] = lambda done: None) -> None:
-    """Compiles those shapes of `programs` that are not compiled yet, several at a time.
-
-    Args:
-        report: is given the number done so far.
-    """
-    wanted = [(program, shape) for program in programs for shape in program.shapes]
-    missing = [(program, shape) for program, shape in wanted if shape not in program._compiled]
-    report(len(wanted) - len(missing))
-    with ThreadPoolExecutor(max(2, min(16, (os.cpu_count() or 2) // 2))) as pool:
-        # Tracing is Python and stays in this thread; XLA's compiler runs beside it.
-        futures = {pool.submit(program.lower(*shape).compile): (program, shape) for program, shape in missing}
-        for done, future in enumerate(as_completed(futures), len(wanted) - len(missing) + 1):
-            program, shape = futures[future]
-            watchdog.running(program.title(*shape))
-            program._compiled[shape] = future.result()
-            report(done)
+@contextlib.contextmanager
+def showing_waits(show: ShowWait) -> Iterator[None]:
+    """Lets `show(title)` be the context of each wait, within the block, for a program that is not compiled yet."""
+    token = _show_wait.set(show)
+    try:
+        yield
+    finally:
+        _show_wait.reset(token)
 
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
     """Yields a list that gets the name of every program that XLA compiles, or loads from disk, meanwhile.
 
-    The name is the title of a `Program`, kind first, or the name of any other function.
+    Those of threads that called `leave_uncounted` are left out, because nobody waits for them. The name is the title of
+    a `Program`, kind first, or the name of any other function.
     """
     seen: list[str] = []
 
     def listen(event: str, seconds: float, **details: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
+        if event == "/jax/core/compile/backend_compile_duration" and not _is_uncounted.get():
             seen.append(_being_compiled.get() or str(details.get("fun_name", "a program")))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -146,6 +177,11 @@ def compilations() -> Iterator[list[str]]:
         yield seen
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def leave_uncounted() -> None:
+    """Lets `compilations` leave out what this thread compiles from now on."""
+    _is_uncounted.set(True)
 
 
 def use_disk_cache(folder: str) -> None:

@@ -15,7 +15,8 @@ from igrpo_jax.config import Config, RewardsConfig, to_dict
 from igrpo_jax.data.problems import Row
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import cluster, sharding
-from igrpo_jax.distributed.programs import use_disk_cache
+from igrpo_jax.distributed.compiling import compiling
+from igrpo_jax.distributed.programs import showing_waits, use_disk_cache
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.evaluation.planning import Plan, make_plan, samples_per_problem
@@ -75,22 +76,28 @@ def open_evaluation(
 
 
 def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) -> tuple[Evaluator, decoder.Params]:
-    """Reads the weights, compiles the sampler and starts the verifier; `stack` gets what must be closed."""
+    """Starts the verifier, makes the sampler and reads the weights; `stack` gets what must be closed."""
     config, policy, mesh = task.config, task.policy, task.mesh
     use_disk_cache(config.compilation_cache)
     stack.enter_context(jax.set_mesh(mesh))
+    stack.enter_context(showing_waits(console.waiting))
+    settings = RewardsConfig(accuracy=1.0, format=0.0, workers=config.rewards.workers, timeout=config.rewards.timeout)
+    verifier = stack.enter_context(Verifier(settings))
+    scheduler = _scheduler(config, policy, mesh, task.plan)
+    engine = scheduler.engine
+    tell = lambda: console.message(
+        f"{engine.slots} answers at once take {engine.predicted_bytes() / 2**30:.2f} GiB on each device"
+    )
+    stack.enter_context(compiling(engine.wanted, [], console.phase, tell))
     if task.run is None:
         params = weights.load(policy, mesh, config.seed, "float32", console)
     else:
         params = written(weights.saved(config, policy, task.run, mesh, console, task.step)[0])
-    scheduler = _scheduler(config, policy, mesh, task.plan, console)
-    settings = RewardsConfig(accuracy=1.0, format=0.0, workers=config.rewards.workers, timeout=config.rewards.timeout)
-    verifier = stack.enter_context(Verifier(settings))
     return Evaluator(config, task.plan, scheduler, task.renderer, verifier, console), params
 
 
-def _scheduler(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan, console: Console) -> Scheduler:
-    """Returns a compiled sampler with no more slots than there are samples."""
+def _scheduler(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan) -> Scheduler:
+    """Returns a sampler with no more slots than there are samples."""
     shards = sharding.batch_shards(mesh)
     samples = sum(len(prompts) * samples_per_problem(config, name) for name, prompts in plan.prompts.items())
     engine = Engine(
@@ -104,7 +111,4 @@ def _scheduler(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Pl
         dtype=config.model.dtype,
         steps_per_dispatch=config.rollout.steps_per_dispatch,
     )
-    with console.phase("compiling the sampler", engine.num_programs) as update:
-        engine.compile(update)
-    console.message(f"{engine.slots} answers at once take {engine.predicted_bytes() / 2**30:.2f} GiB on each device")
     return Scheduler(engine, config.rollout.dispatches_ahead)

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.compiling import Wanted
 from igrpo_jax.distributed.programs import Program, program_bytes, tree_bytes
 from igrpo_jax.learning import forward, loss, train_state
 from igrpo_jax.learning.forward import PolicyLogprobs
@@ -169,11 +170,16 @@ class LearnerPrograms:
             apply=tree_bytes(self.frozen) + reference,
         )
 
+    @property
+    def wanted(self) -> Wanted:
+        """The programs that `predicted_bytes` reads: those of an update of the longest rows."""
+        return [(self.accumulate, (self._packer.largest,)), (self.apply, ())]
+
     def predicted_bytes(self) -> int:
         """Returns the bytes per device that an update of the longest rows needs, state included, by the compiler's own
         count."""
         waiting = self.waiting_bytes
-        accumulate, apply = self.accumulate.compiled(self._packer.largest), self.apply.compiled()
+        accumulate, apply = [program.compile(*shape) for program, shape in self.wanted]
         return max(program_bytes(accumulate) + waiting.accumulate, program_bytes(apply) + waiting.apply)
 
     def _zero_sums(self) -> tuple[decoder.Params, dict[str, MicroBatchSums]]:

@@ -12,6 +12,7 @@ shows:
 
 import collections
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
@@ -33,6 +34,7 @@ from igrpo_jax.records import Group
 
 REMEMBERED = 50  # steps from which the time left is estimated
 SILENT = 5.0  # seconds that a phase runs before its quarters are printed
+NOTICED = 1.0  # seconds that a program is waited for before that is printed
 
 
 class Console:
@@ -61,6 +63,7 @@ class Console:
             console=self._out,
         )
         self._clock = clock
+        self._waited_for: set[str] = set()  # kinds of programs of which a line said that the run waits for one
         self._total = 0  # RL steps of the run
         self._every = 1  # steps from one line to the next
         self._done = 0  # RL steps that are done
@@ -197,6 +200,36 @@ class Console:
         finally:
             self._phases.remove_task(task)
         self.message(f"{name}: {self._clock() - start:.1f} s")
+
+    @contextlib.contextmanager
+    def waiting(self, program: str) -> Iterator[None]:
+        """Shows that the run waits for `program`, its kind first, to be compiled.
+
+        On a terminal a bar says so meanwhile. Elsewhere there is a line after NOTICED seconds, for the first of its
+        kind.
+        """
+        title, kind = f"compiling {program}", program.partition(" ")[0]
+        if self._is_live:
+            task = self._phases.add_task(plain_text(title), total=None, count="")
+            self._show()
+            try:
+                yield
+            finally:
+                self._phases.remove_task(task)
+            return
+
+        def notice() -> None:
+            self._waited_for.add(kind)
+            self.message(f"{title} ...")
+
+        timer = threading.Timer(NOTICED, notice)
+        timer.daemon = True
+        if kind not in self._waited_for:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _quarters(self, name: str, total: int | None, first: int) -> Callable[..., None]:
         """Returns `update(done, note="")`, which prints a line at each quarter of the way from 0 to `total`."""

@@ -51,10 +51,7 @@ def prepare_workdir(workdir: Path, config: Config) -> Claim:
         if resumes:
             changed = _changed_settings(path, settings)
             if changed and _has_results(workdir):
-                raise InputError(
-                    f"--workdir {workdir}: holds a run with other settings ({', '.join(changed)}); give another "
-                    "--workdir, or the old values"
-                )
+                raise _other_settings(workdir, changed)
             _check_free(workdir)
             if changed:
                 for name in REMAINS:
@@ -74,6 +71,19 @@ def prepare_workdir(workdir: Path, config: Config) -> Claim:
             f"--workdir {workdir}: cannot be written ({error.strerror or error}); give a folder that can"
         ) from error
     return Claim(resumes and not changed, changed)
+
+
+def check_settings(workdir: Path, config: Config) -> None:
+    """Raises InputError where the run in `workdir` has settings that `config` does not have."""
+    if changed := _changed_settings(workdir / "config.json", to_dict(config)):
+        raise _other_settings(workdir, changed)
+
+
+def _other_settings(workdir: Path, changed: list[str]) -> InputError:
+    return InputError(
+        f"--workdir {workdir}: holds a run with other settings ({', '.join(changed)}); give another --workdir, or the "
+        "old values"
+    )
 
 
 def _has_results(workdir: Path) -> bool:

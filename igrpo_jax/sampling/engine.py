@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from igrpo_jax.distributed import sharding
-from igrpo_jax.distributed.programs import compile_all, pick_bucket, tree_bytes
+from igrpo_jax.distributed.compiling import Wanted, all_shapes, compile_all
+from igrpo_jax.distributed.programs import pick_bucket, tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder, lora
@@ -89,9 +90,9 @@ class Engine:
         self.gather = jax.jit(partial(_gather, dtype), out_shardings=self._global_shardings)
 
     @property
-    def num_programs(self) -> int:
-        """The number of compiled programs that sampling may need."""
-        return sum(len(program.shapes) for program in self.programs)
+    def wanted(self) -> Wanted:
+        """The programs that sampling may need, with their shapes."""
+        return all_shapes(list(self.programs))
 
     @property
     def weight_bytes(self) -> int:
@@ -105,7 +106,7 @@ class Engine:
 
     def compile(self, report: Callable[[int], None] = lambda done: None) -> None:
         """Compiles all programs; `report` is given the number done so far."""
-        compile_all(list(self.programs), report)
+        compile_all(self.wanted, report)
 
     def predicted_bytes(self) -> int:
         """Returns the bytes on each device, weights and state included, while the largest compiled program runs."""

@@ -1,8 +1,8 @@
 """Opens a run: from a configuration to where the first step can begin, restored, or warm and evaluated.
 
 1. All that is given is read and checked, by every process in the same way; nothing is written yet.
-2. The folder is claimed, and what must be closed is opened: verifier, checkpoints, metrics.
-3. Sampler and update are compiled, and the table of what the run will do is printed.
+2. The folder is claimed, and the table of what the run will do is printed. Nothing has been compiled so far.
+3. What must be closed is opened: verifier, checkpoints, metrics, and threads that compile (`distributed.compiling`).
 4. The state comes from the newest checkpoint, or from the model's weights and a warm start.
 """
 
@@ -16,6 +16,8 @@ import jax
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import cluster, watchdog
+from igrpo_jax.distributed.compiling import compiling
+from igrpo_jax.distributed.programs import showing_waits
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.learning.learner import Learner
@@ -31,13 +33,13 @@ from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
-from igrpo_jax.session import overview
+from igrpo_jax.session import ending, overview
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run import Run
 from igrpo_jax.session.task import Task, open_task, sampler
 
 
-def open_run(config: Config, workdir: Path, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
+def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
     """Opens the run that `config` describes in `workdir`; returns it with the state that its next step begins with.
 
     Args:
@@ -55,21 +57,25 @@ def open_run(config: Config, workdir: Path, stack: contextlib.ExitStack) -> tupl
     stack.enter_context(jax.set_mesh(task.mesh))
     stack.enter_context(watchdog.watching(config.watchdog))
     with watchdog.phase("start"):
-        return _start(config, task, workdir, stack)
+        return _start(config, task, workdir, console, stack)
 
 
-def _start(config: Config, task: Task, workdir: Path, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
+def _start(
+    config: Config, task: Task, workdir: Path, console: Console, stack: contextlib.ExitStack
+) -> tuple[Run, TrainState]:
     """Claims `workdir`, puts the parts together, and brings them to where the first step can begin."""
-    console = stack.enter_context(Console())
     # These two check slots, mesh, the objective's settings and LoRA's targets, before anything is written.
     scheduler = _open_scheduler(config, task)
     sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
     learner = Learner(config, task.policy.model, task.mesh, **sizes)
     resumes = _claim(workdir, config, stack, console)
+    ending.forget(workdir)
+    title = "iGRPO run" if config.algorithm.num_drafts else "Run"
+    console.table(title, overview.before(config, task, scheduler.engine, learner))
     verifier = stack.enter_context(_verifier(config, workdir, task.total_steps))
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)
-    _compile(config, task, scheduler.engine, learner, console)
+    _compile(config, task, scheduler.engine, learner, console, stack)
     if latest is None:
         first_step, progress = 0, Progress()
         writer = stack.enter_context(Writer(workdir, config))
@@ -81,7 +87,7 @@ def _start(config: Config, task: Task, workdir: Path, stack: contextlib.ExitStac
         progress = Progress.from_meta(meta, int(state.skipped))
         # What the steps after the checkpoint left behind is dropped here: they are run again.
         writer = stack.enter_context(Writer(workdir, config, first_step))
-        _tell_lost_rows(writer.rows, meta["metrics_rows"], first_step, console)
+        ending.tell_lost_rows(writer.rows, meta["metrics_rows"], first_step, console)
         _set_fixed_weights(config, task, workdir, learner, console)
     run = Run(
         config=config,
@@ -151,14 +157,14 @@ def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> in
     return latest
 
 
-def _compile(config: Config, task: Task, engine: Engine, learner: Learner, console: Console) -> None:
-    """Compiles all programs of the sampler and the largest of the update, and prints what the run will do and need."""
-    with console.phase("compiling the sampler", engine.num_programs) as update:
-        engine.compile(update)
-    with console.phase("compiling the update"):
-        learner.predicted_bytes()
-    title = "iGRPO run" if config.algorithm.num_drafts else "Run"
-    console.table(title, overview.before(config, task, engine, learner))
+def _compile(
+    config: Config, task: Task, engine: Engine, learner: Learner, console: Console, stack: contextlib.ExitStack
+) -> None:
+    """Compiles the programs of the sampler and the largest of the update, or lets them be compiled in the course of the
+    run; prints the memory that they need once that is known."""
+    tell = lambda: console.table("Memory", overview.memory(config, task, engine, learner))
+    stack.enter_context(showing_waits(console.waiting))
+    stack.enter_context(compiling(engine.wanted, learner.programs.wanted, console.phase, tell))
 
 
 def _check_data(config: Config, task: Task, workdir: Path, fingerprint: str) -> None:
@@ -176,15 +182,6 @@ def _check_data(config: Config, task: Task, workdir: Path, fingerprint: str) -> 
         f"{workdir} began with{day}; bring the problems, the tokenizer, its chat template and the version of igrpo_jax "
         "back, or start a new run with another --workdir"
     )
-
-
-def _tell_lost_rows(rows: int, expected: int, step: int, console: Console) -> None:
-    """Says where metrics.jsonl has fewer rows than the checkpoint of `step` counted."""
-    if rows < expected:
-        console.message(
-            f"metrics.jsonl has {rows} rows up to step {step}, the checkpoint counted {expected}: rows were lost, and "
-            "stay so"
-        )
 
 
 def _first_state(

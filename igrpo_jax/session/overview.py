@@ -1,4 +1,4 @@
-"""The tables at a run's beginning and end: what it will do, what memory it needs, and its final scores."""
+"""The tables of a run: what it will do, what memory it needs, and at its end the scores."""
 
 from pathlib import Path
 
@@ -10,20 +10,18 @@ from igrpo_jax.distributed.chips import size
 from igrpo_jax.distributed.programs import device_bytes, tree_bytes
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.task import Task
 
 
 def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[str, object]]:
-    """Returns the rows of the table that is printed before the first step."""
+    """Returns the rows of the table that is printed before anything is compiled."""
     model, mesh = task.policy.model, task.mesh
     completions = config.prompts_per_step * config.algorithm.num_generations
     trained_text = ", both trained" if config.algorithm.train_drafts else ", the trained completions"
     tokens = config.trained_completions * config.rollout.max_completion_length
     units, prefix, per_unit, longest = learner.packer.largest
     frozen, trained = learner.programs.frozen, sum(x.size for x in learner.abstract_state().params.values())
-    needs = predicted_bytes(config, task, engine, learner)
-    available = device_bytes()
-    predicted = ", ".join(f"{phase} {size(need)}" for phase, need in needs.items())
     return [
         (
             "model",
@@ -48,7 +46,16 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list
             "longest micro-batch",
             f"{units} x ({prefix} + {per_unit} x {longest}) tokens: {per_unit} completions to a prompt",
         ),
-        ("compiled programs", f"{engine.num_programs} of the sampler, more of the update as lengths come"),
+        ("programs to compile", f"at most {len(engine.wanted)} of the sampler, and of the update as lengths come"),
+    ]
+
+
+def memory(config: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[str, object]]:
+    """Returns the rows of the table that is printed once all programs of the sampler and the largest of the update are
+    compiled."""
+    needs, available = predicted_bytes(config, task, engine, learner), device_bytes()
+    predicted = ", ".join(f"{phase} {size(need)}" for phase, need in needs.items())
+    return [
         ("predicted bytes per device", predicted + (f", of {size(available)}" if available else "")),
         *(
             ("does not fit", f"{phase}: lower {watchdog.SMALLER[phase]}, or use more devices")
@@ -74,15 +81,19 @@ def resting_bytes(config: Config, mesh: jax.sharding.Mesh, learner: Learner) -> 
     return learner.resting_bytes - same * tree_bytes(learner.abstract_state().params)
 
 
-def after(workdir: Path, scores: dict[int, dict[str, float]], first: int, total: int) -> list[tuple[str, object]]:
+def after(workdir: Path, progress: Progress, best_metric: str, first: int, total: int) -> list[tuple[str, object]]:
     """Returns the rows of the table at a run's end.
 
     Args:
-        scores: the metrics of the run's evaluations, by step.
+        progress: its scores are the metrics of the run's evaluations.
+        best_metric: config.checkpoint.best_metric.
         first: the step after which the run was resumed, 0 where it was not.
         total: the number of steps of the run.
     """
     rows: list[tuple[str, object]] = [("steps", f"{total}" + (f", resumed after {first}" if first else ""))]
+    best, scores = progress.best_step(best_metric), progress.scores
+    if best is not None:
+        rows.append(("best checkpoint", f"step {best}, by {best_metric}"))
     names = {name for values in scores.values() for name in values if name.endswith("pass@1")}
     for name in sorted(names):
         values = [scores[step][name] for step in sorted(scores) if name in scores[step]]

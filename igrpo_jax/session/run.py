@@ -25,7 +25,7 @@ from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Group
-from igrpo_jax.session import overview
+from igrpo_jax.session import ending, overview
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.task import Task
 
@@ -171,12 +171,10 @@ class Run:
             self.checkpointer.wait()
         if self.config.checkpoint.export:
             self._export(state)
-        rows = overview.after(self.workdir, self.progress.scores, self.first_step, self.task.total_steps)
-        best_metric = self.config.checkpoint.best_metric
-        best = self.progress.best_step(best_metric)
-        if best is not None:
-            rows.insert(1, ("best checkpoint", f"step {best}, by {best_metric}"))
-        self.console.table("Done", rows)
+        self.writer.sync()
+        total, best_metric = self.task.total_steps, self.config.checkpoint.best_metric
+        ending.note(self.workdir, self.config, total, self.writer.rows, self.progress)
+        self.console.table("Done", overview.after(self.workdir, self.progress, best_metric, self.first_step, total))
 
     def _export(self, state: TrainState) -> None:
         """Writes the policy as a Hugging Face directory to workdir/export."""

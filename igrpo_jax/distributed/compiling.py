@@ -1,0 +1,113 @@
+"""When the programs of a run are compiled, all of which are compiled by the time that they are called.
+
+- **Several processes**: before the first step. Each compiles the same programs in the same order, so that none waits in
+  the middle of a step for another that compiles, and compilers that talk to each other, as those of GPUs do, meet.
+- **One process with an accelerator**: when they are first called. Meanwhile threads compile the others, because the
+  host has little else to do.
+- **One process on the CPU**: when they are first called. Threads would take the cores that the programs themselves
+  need, for shapes of which a run meets half.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+
+import jax
+
+from igrpo_jax.distributed import watchdog
+from igrpo_jax.distributed.programs import Program, Shape, leave_uncounted
+
+Wanted = Sequence[tuple[Program, Shape]]  # programs, each with a shape that it may be called with
+Phase = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
+
+_tracing = threading.Lock()  # for the threads of a pool: several that trace would take Python from the main thread
+
+
+@contextlib.contextmanager
+def compiling(own: Wanted, joint: Wanted, phase: Phase, then: Callable[[], object]) -> Iterator[None]:
+    """Compiles programs before the block or while it runs, as the first lines of this file say.
+
+    Args:
+        own: programs on the devices of this process alone.
+        joint: programs on the devices of all processes.
+        phase: shows a phase by its name and the number of its parts; what it yields gets the number done.
+        then: is called once all programs are compiled, perhaps by another thread; never on the CPU of one process,
+            where that may never be.
+    """
+    if jax.process_count() > 1:
+        with phase("compiling the sampler", len(own)) as update:
+            compile_all(own, update)
+        if joint:
+            with phase("compiling the update", len(joint)) as update:
+                for done, (program, shape) in enumerate(joint, 1):
+                    program.compiled(*shape)
+                    update(done)
+        then()
+        yield
+    elif jax.default_backend() == "cpu":
+        yield
+    else:
+        with compiling_ahead([*own, *joint], then):
+            yield
+
+
+def all_shapes(programs: Sequence[Program]) -> Wanted:
+    """Returns the programs with each of their shapes."""
+    return [(program, shape) for program in programs for shape in program.shapes]
+
+
+def compile_all(wanted: Wanted, report: Callable[[int], None] = lambda done: None) -> None:
+    """Compiles those of `wanted` that are not compiled yet, several at a time.
+
+    Args:
+        report: is given the number done so far.
+    """
+    missing = [(program, shape) for program, shape in wanted if not program.is_ready(*shape)]
+    report(len(wanted) - len(missing))
+    with _pool() as pool:
+        futures = {pool.submit(_compile, program, shape): program.title(*shape) for program, shape in missing}
+        for done, future in enumerate(as_completed(futures), len(wanted) - len(missing) + 1):
+            watchdog.running(futures[future])
+            future.result()
+            report(done)
+
+
+@contextlib.contextmanager
+def compiling_ahead(wanted: Wanted, then: Callable[[], object]) -> Iterator[None]:
+    """Compiles `wanted` in threads while the block runs.
+
+    A program that is called before its turn is compiled by the caller. An error of a thread is left to the caller that
+    needs the program. The end of the block waits for what is being compiled, and leaves out the rest.
+
+    Args:
+        then: is called by one of the threads once all are compiled.
+    """
+    left, lock = len(wanted), threading.Lock()
+
+    def count(future: Future) -> None:
+        nonlocal left
+        if future.cancelled() or future.exception():
+            return
+        with lock:
+            left -= 1
+            is_last = left == 0
+        if is_last:
+            then()
+
+    with _pool(leave_uncounted) as pool:
+        for program, shape in wanted:
+            pool.submit(_compile, program, shape).add_done_callback(count)
+        try:
+            yield
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _pool(begin: Callable[[], object] | None = None) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(2, min(16, (os.cpu_count() or 2) // 2)), "compile", begin)
+
+
+def _compile(program: Program, shape: Shape) -> None:
+    program.compile(*shape, tracing=_tracing)

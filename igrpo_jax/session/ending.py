@@ -1,0 +1,85 @@
+"""What a finished run leaves in its folder, so that the same command says at once that there is nothing to do."""
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from igrpo_jax.config import Config, to_dict
+from igrpo_jax.distributed import cluster
+from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.files import replace_text
+from igrpo_jax.outputs.workdir import check_settings, recorded_date
+from igrpo_jax.session import overview
+from igrpo_jax.session.progress import Progress
+
+FILE = "finished.json"  # in the folder of a run
+
+
+def note(workdir: Path, config: Config, step: int, metrics_rows: int, progress: Progress) -> None:
+    """Writes that the run of `config` in `workdir` ended after `step`, its last, with all that it writes."""
+    if jax.process_index() == 0:
+        seen = {"step": step, "asked": _asked(config), "metrics_rows": metrics_rows, "progress": progress.meta()}
+        replace_text(workdir / FILE, json.dumps(seen, indent=2) + "\n")
+
+
+def forget(workdir: Path) -> None:
+    """Removes what `note` wrote, since the run goes on."""
+    if jax.process_index() == 0:
+        (workdir / FILE).unlink(missing_ok=True)
+
+
+def is_finished(workdir: Path, config: Config, console: Console) -> bool:
+    """Returns whether the run of `config` in `workdir` has ended; if so, prints the table of its end.
+
+    Neither the model nor the problems are read.
+
+    Raises:
+        InputError: the folder holds a finished run with other settings.
+    """
+    seen = cluster.from_first(functools.partial(_read, workdir, config))
+    if seen is None:
+        return False
+    step, progress = seen["step"], Progress.from_meta(seen["progress"], 0)
+    tell_lost_rows(_count_lines(workdir / "metrics.jsonl"), seen["metrics_rows"], step, console)
+    console.table("Done", overview.after(workdir, progress, config.checkpoint.best_metric, step, step))
+    return True
+
+
+def tell_lost_rows(rows: int, expected: int, step: int, console: Console) -> None:
+    """Says where metrics.jsonl has fewer rows up to `step` than were written."""
+    if rows < expected:
+        console.message(
+            f"metrics.jsonl has {rows} rows up to step {step}, {expected} were written: rows were lost, and stay so"
+        )
+
+
+def _read(workdir: Path, config: Config) -> dict[str, Any] | None:
+    """Returns what `note` wrote; None where it did not, where more is asked for now, or where a part is gone.
+
+    Raises:
+        InputError: the folder holds a finished run with other settings.
+    """
+    try:
+        seen = json.loads((workdir / FILE).read_text(encoding="utf-8"))
+        parts = [workdir / "checkpoints" / str(seen["step"]), *[workdir / "export"] * config.checkpoint.export]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if seen["asked"] != _asked(config) or not all(part.is_dir() for part in parts):
+        return None
+    date = config.data.template_date or recorded_date(workdir) or ""
+    check_settings(workdir, replace(config, data=replace(config.data, template_date=date)))
+    return seen
+
+
+def _asked(config: Config) -> dict[str, Any]:
+    """Returns the settings that may change on a resume and that a finished run may have to do more for."""
+    settings = json.loads(json.dumps(to_dict(config)))
+    return {name: settings[name] for name in ("steps", "evaluation", "checkpoint")}
+
+
+def _count_lines(file: Path) -> int:
+    return len(file.read_bytes().splitlines()) if file.is_file() else 0
