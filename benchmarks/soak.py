@@ -179,7 +179,8 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     clean, soaked = args.out / "clean", args.out / "soaked"
     clean_seconds = finished(args, clean, args.out / "clean.log")
-    # A resume of the finished run takes as long as a start whose compiled programs are on disk.
+    # A start of the finished run, had it been killed just before its end.
+    (clean / "finished.json").unlink()
     start_seconds = finished(args, clean, args.out / "clean.log")
     began = time.monotonic()
     result = soak(args, soaked, start_seconds)

@@ -458,7 +458,7 @@ def test_the_notebook_runs_from_top_to_bottom(notebook):
     workdir, outputs = notebook
     printed = {name: "".join(one.get("text", "") for one in some) for name, some in outputs.items()}
     assert "(cpu)" in printed["device-code"]
-    assert "step 3/3  solved" in printed["train-code"] and "predicted bytes per device" in printed["train-code"]
+    assert "step 3/3  solved" in printed["train-code"] and "programs to compile" in printed["train-code"]
     assert sum("image/png" in one.get("data", {}) for one in outputs["report-code"]) > 5
     assert (workdir / "report" / "index.html").exists() and "colab_report.zip" in printed["keep-code"]
     assert "draft 0 {'accuracy'" in printed["samples-code"]

@@ -12,6 +12,7 @@ Paths: "blocks/0/mixer/q_proj/lora_a" and "…/lora_b" belong to "blocks/0/mixer
 Legend: R rank.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from igrpo_jax.config import LoraConfig
 from igrpo_jax.distributed import sharding
@@ -80,19 +82,25 @@ def shapes(settings: LoraConfig, base: Shapes) -> Shapes:
 
 def init(settings: LoraConfig, base: Shapes, key: jax.Array, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Returns new float32 adapters in their shardings: A uniform within 1 / sqrt(inputs) of 0, as in peft; B zero."""
-    sizes = shapes(settings, base)
+    adapters = {}
+    for i, (path, shape) in enumerate(shapes(settings, base).items()):
+        build = _zeros if path.endswith("lora_b") else _uniform
+        adapters[path] = build(shape, sharding.param_sharding(mesh, path))(jax.random.fold_in(key, i))
+    return adapters
 
-    def build(key: jax.Array) -> dict[str, jax.Array]:
-        adapters = {}
-        for i, (path, shape) in enumerate(sizes.items()):
-            if path.endswith("lora_b"):
-                adapters[path] = jnp.zeros(shape, jnp.float32)
-                continue
-            bound = math.prod(shape[:-1]) ** -0.5
-            adapters[path] = jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32, -bound, bound)
-        return adapters
 
-    return jax.jit(build, out_shardings={path: sharding.param_sharding(mesh, path) for path in sizes})(key)
+@functools.cache
+def _uniform(shape: tuple[int, ...], where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    """Returns the jitted function that draws A with a key. There is one for each shape: in one for all adapters XLA
+    compiles each of them again, half a minute for 30 layers."""
+    bound = math.prod(shape[:-1]) ** -0.5
+    return jax.jit(lambda key: jax.random.uniform(key, shape, jnp.float32, -bound, bound), out_shardings=where)
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    """Returns the jitted function that makes B, whatever the key is."""
+    return jax.jit(lambda key: jnp.zeros(shape, jnp.float32), out_shardings=where)
 
 
 def attach(frozen: dict[str, jax.Array], trained: dict[str, jax.Array], scaling: float) -> dict:

@@ -1,15 +1,26 @@
 """Programs: compiled once for each shape, ahead or when called; what is compiled in a step is named; kept on disk."""
 
+import concurrent.futures
+import contextlib
 import os
 import subprocess
 import sys
+import threading
+import time
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from igrpo_jax.distributed.programs import Program, compilations, compile_all, peak_memory, program_bytes, tree_bytes
+from igrpo_jax.distributed.programs import (
+    Program,
+    compilations,
+    peak_memory,
+    program_bytes,
+    showing_waits,
+    tree_bytes,
+)
 
 FLOATS = jax.ShapeDtypeStruct((4,), jnp.float32)
 
@@ -33,20 +44,6 @@ def make(traced=None):
         Program("power", jitted, lambda n: (FLOATS,), mesh, shapes=shapes, static=("n",)),
         Program("total", jax.jit(total), lambda: (FLOATS,), mesh),
     )
-
-
-def test_each_shape_is_compiled_once():
-    traced, reported = [], []
-    programs = make(traced)
-    power = programs[0]
-    power.compiled(2)
-    compile_all(programs, reported.append)
-    assert sorted(traced) == [("power", 2), ("power", 3), ("total",)] and reported == [1, 2, 3]
-    with compilations() as seen:
-        compile_all(programs)
-        assert power.compiled(3) is power.compiled(3)
-        assert float(power(jnp.full(4, 2.0), shape=(3,))[0]) == 8
-    assert traced.count(("power", 3)) == 1 and "power 3" not in seen
 
 
 def test_a_program_is_called_as_its_function():
@@ -84,10 +81,71 @@ def test_a_shape_of_another_program_is_an_error():
 def test_bytes():
     power, total = programs = make()
     assert power.peak_bytes == total.peak_bytes == 0
-    compile_all(programs)
+    for program in programs:
+        for shape in program.shapes:
+            program.compile(*shape)
     assert power.peak_bytes == program_bytes(power.compiled(2)) >= 32
     assert total.peak_bytes >= 16
     assert tree_bytes({"a": jnp.zeros((3, 2)), "b": jnp.zeros((), jnp.bfloat16)}) == 26
+
+
+def test_many_threads_that_ask_at_once_compile_once():
+    """All get the same program. Without the lock of `compile` the slow trace below is made by each of them."""
+    traced, threads = [], 8
+    barrier = threading.Barrier(threads)
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "x")
+
+    def slow(x):
+        traced.append(x)
+        time.sleep(0.2)
+        return x + 1
+
+    program = Program("slow", jax.jit(slow), lambda: (FLOATS,), mesh)
+
+    def ask(_):
+        barrier.wait()
+        return program.compiled()
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(ask, range(threads)))
+    assert len(traced) == 1 and all(result is results[0] for result in results)
+
+
+def test_an_error_of_compiling_reaches_who_asks_and_the_next_one_tries_again():
+    broken = [True]
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "x")
+
+    def arguments():
+        if broken:
+            raise MemoryError("no room")
+        return (FLOATS,)
+
+    program = Program("fragile", jax.jit(jnp.cos), arguments, mesh)
+    with pytest.raises(MemoryError, match="no room"):
+        program.compiled()
+    assert not program.is_ready() and program.peak_bytes == 0
+    broken.clear()
+    assert float(program(jnp.zeros(4))[0]) == 1 and program.is_ready()
+
+
+def test_a_wait_for_a_program_is_shown_by_its_title():
+    """Once for each shape, and not for what is compiled already."""
+    power, total = make()
+    shown = []
+
+    @contextlib.contextmanager
+    def show(title):
+        shown.append(title)
+        yield
+        shown.append("done")
+
+    total.compile()
+    with showing_waits(show):
+        power(jnp.ones(4), shape=(2,))
+        power(jnp.ones(4), shape=(2,))
+        total(jnp.ones(4))
+    power(jnp.ones(4), shape=(3,))
+    assert shown == ["power 2", "done"]
 
 
 CODE = """

@@ -1,0 +1,41 @@
+"""The order in which a run is opened: inputs are tested, the table is printed, and only then are programs compiled."""
+
+import sys
+
+import pytest
+from whole_runs import settings
+
+from igrpo_jax import train
+from igrpo_jax.distributed.programs import compilations
+from igrpo_jax.outputs.console import Console
+from igrpo_jax.session import task
+
+REWARD = """
+def brevity(prompts, completions, **columns):
+    return [-float(len(text)) for text in completions]
+"""
+
+
+class TableEnds(Exception):
+    """Ends the run after its table."""
+
+
+def test_the_table_comes_after_the_users_reward_and_before_anything_is_compiled(monkeypatch, tmp_path):
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    events = []
+    rehearse = task.rehearsed_rewards
+    monkeypatch.setattr(task, "rehearsed_rewards", lambda *args: events.append("reward") or rehearse(*args))
+
+    def table(self, title, rows):
+        events.append((title, dict(rows)))
+        raise TableEnds
+
+    monkeypatch.setattr(Console, "table", table)
+    own = settings(**{"rewards.functions": ("my_reward:brevity",)})
+    with compilations() as compiled, pytest.raises(TableEnds):
+        train.train(own, tmp_path / "run")
+    (first, (title, rows)) = events
+    assert first == "reward" and title == "iGRPO run" and not compiled
+    assert "programs to compile" in rows and any("brevity" in f"{name} {value}" for name, value in rows.items())
+    sys.modules.pop("my_reward", None)
