@@ -2,10 +2,11 @@
 
 - **Several processes**: before the first step. Each compiles the same programs in the same order, so that none waits in
   the middle of a step for another that compiles, and compilers that talk to each other, as those of GPUs do, meet.
-- **One process with an accelerator**: when they are first called. Meanwhile threads compile the others, because the
+- **One process with an accelerator**: by threads, those that the first dispatch needs first, while the run goes on. The
   host has little else to do.
-- **One process on the CPU**: when they are first called. Threads would take the cores that the programs themselves
-  need, for shapes of which a run meets half.
+- **One process on the CPU**: those that the first dispatch needs by threads, while weights are read; the others when
+  they are first called. Threads would take the cores that the programs themselves need, for shapes of which a run meets
+  half.
 """
 
 import contextlib
@@ -26,10 +27,11 @@ _tracing = threading.Lock()  # for the threads of a pool: several that trace wou
 
 
 @contextlib.contextmanager
-def compiling(own: Wanted, joint: Wanted, phase: Phase, then: Callable[[], object]) -> Iterator[None]:
+def compiling(first: Wanted, own: Wanted, joint: Wanted, phase: Phase, then: Callable[[], object]) -> Iterator[None]:
     """Compiles programs before the block or while it runs, as the first lines of this file say.
 
     Args:
+        first: those of `own` that the first dispatch needs, the one that takes longest first.
         own: programs on the devices of this process alone.
         joint: programs on the devices of all processes.
         phase: shows a phase by its name and the number of its parts; what it yields gets the number done.
@@ -47,9 +49,11 @@ def compiling(own: Wanted, joint: Wanted, phase: Phase, then: Callable[[], objec
         then()
         yield
     elif jax.default_backend() == "cpu":
-        yield
+        with compiling_ahead(first, lambda: None):
+            yield
     else:
-        with compiling_ahead([*own, *joint], then):
+        rest = [each for each in own if each not in first]
+        with compiling_ahead([*first, *rest, *joint], then):
             yield
 
 

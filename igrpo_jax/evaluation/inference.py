@@ -88,7 +88,8 @@ def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) ->
     tell = lambda: console.message(
         f"{engine.slots} answers at once take {engine.predicted_bytes() / 2**30:.2f} GiB on each device"
     )
-    stack.enter_context(compiling(engine.wanted, [], console.phase, tell))
+    first = engine.first_wanted(*task.plan.first(config))
+    stack.enter_context(compiling(first, engine.wanted, [], console.phase, tell))
     if task.run is None:
         params = weights.load(policy, mesh, config.seed, "float32", console)
     else:

@@ -40,6 +40,13 @@ class Plan:
         """
         return min(self.wanted, self.context - len(tokens))
 
+    def first(self, config: Config) -> tuple[list[int], int]:
+        """Returns the tokens of each prompt that is sampled first, and the completions of each."""
+        name = next(iter(self.prompts), None)
+        if name is None:
+            return [], 0
+        return [len(prompt.tokens) for prompt in self.prompts[name]], samples_per_problem(config, name)
+
     @property
     def fingerprint(self) -> str:
         """A hash of all prompts and answers in their order."""

@@ -94,6 +94,24 @@ class Engine:
         """The programs that sampling may need, with their shapes."""
         return all_shapes(list(self.programs))
 
+    def first_wanted(self, lengths: Sequence[int], samples: int) -> Wanted:
+        """Returns the programs that a rollout needs until its first dispatch has ended.
+
+        Args:
+            lengths: tokens of each prompt in the queue.
+            samples: completions of each.
+        """
+        if not lengths:
+            return []
+        programs, drawn = self.programs, len(lengths) * samples
+        admitted = lengths[: -(-self.slots // samples)]
+        batches = [lengths[i : i + self.prefill_width] for i in range(0, len(admitted), self.prefill_width)]
+        sizes = {pick_bucket(programs.prefill_buckets, max(batch)) for batch in batches}
+        rows = self.shard_slots if drawn > self.slots else pick_bucket(tuple(self.buckets), -(-drawn // self.shards))
+        read = pick_bucket(self.buckets[rows], min(max(admitted) + self.steps_per_dispatch, self.length))
+        prompts = [(program, (size,)) for size in sorted(sizes) for program in (programs.prefill, programs.insert)]
+        return [(programs.decode, (rows, read)), *prompts, (programs.empty, ()), (programs.harvest, ())]
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of the rollout copy of the weights on each device."""

@@ -6,7 +6,7 @@ they need no programs of their own.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.sampling import steps
 from igrpo_jax.sampling.steps import Fork, PrefilledPrompts, Sampling, State
 
+HARDLY_MORE = 1.125  # bytes that a decode step may move in place of 1, to save a program
 WIDTH = 8  # slots that one call inserts, moves or harvests; more take several calls
 
 
@@ -57,10 +58,13 @@ class SamplerPrograms:
     """
 
     def __init__(self, cfg: DecoderConfig, mesh: jax.sharding.Mesh, eos_ids: tuple[int, ...], dtype: str, sizes: Sizes):
-        self.buckets = _decode_buckets(sizes.shard_slots, sizes.length)
         self.prefill_buckets = _prefill_buckets(sizes.max_context, sizes.prefill_chunk)
         self.batch_sharding = sharding.batch_sharding(mesh)
         self.costs = ModelCosts(cfg, dtype, mesh)
+        self.buckets = {
+            rows: _worthwhile(reads, partial(self.costs.decode, rows))
+            for rows, reads in _decode_buckets(sizes.shard_slots, sizes.length).items()
+        }
         self.weights = _abstract_weights(cfg, mesh, dtype)
         self._cfg = cfg
         self._mesh = mesh
@@ -210,6 +214,21 @@ def _decode_buckets(shard_slots: int, length: int) -> dict[int, tuple[int, ...]]
     halves = itertools.takewhile(lambda rows: rows >= 4, (shard_slots >> i for i in range(1, 32)))
     fine, coarse = length_buckets(length, 128), _doubled(length, 128)
     return dict.fromkeys(sorted({1, *halves}), coarse) | {shard_slots: fine}
+
+
+def _worthwhile(reads: tuple[int, ...], cost: Callable[[int], Cost]) -> tuple[int, ...]:
+    """Returns `reads` without the lengths in whose place the next one may be read for hardly more.
+
+    That is the case where few slots decode: then a step reads the weights and little else. Each length is a program.
+
+    Args:
+        cost: maps a length to the cost of a decode step that reads it.
+    """
+    kept = [reads[-1]]
+    for read in reversed(reads[:-1]):
+        if cost(kept[0]).bytes > HARDLY_MORE * cost(read).bytes:
+            kept.insert(0, read)
+    return tuple(kept)
 
 
 def _doubled(longest: int, smallest: int) -> tuple[int, ...]:

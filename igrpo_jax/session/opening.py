@@ -16,7 +16,7 @@ import jax
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import cluster, watchdog
-from igrpo_jax.distributed.compiling import compiling
+from igrpo_jax.distributed.compiling import Wanted, compiling
 from igrpo_jax.distributed.programs import showing_waits
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
@@ -75,7 +75,10 @@ def _start(
     verifier = stack.enter_context(_verifier(config, workdir, task.total_steps))
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)
-    _compile(config, task, scheduler.engine, learner, console, stack)
+    if latest != task.total_steps:
+        first = _first_wanted(config, task, scheduler.engine, latest)
+        stack.enter_context(_compiling(config, task, scheduler.engine, learner, first, console))
+    stack.enter_context(showing_waits(console.waiting))
     if latest is None:
         first_step, progress = 0, Progress()
         writer = stack.enter_context(Writer(workdir, config))
@@ -157,14 +160,24 @@ def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> in
     return latest
 
 
-def _compile(
-    config: Config, task: Task, engine: Engine, learner: Learner, console: Console, stack: contextlib.ExitStack
-) -> None:
-    """Compiles the programs of the sampler and the largest of the update, or lets them be compiled in the course of the
-    run; prints the memory that they need once that is known."""
+def _first_wanted(config: Config, task: Task, engine: Engine, latest: int | None) -> Wanted:
+    """Returns the programs of the first dispatch of a run that goes on after the step `latest`, None for a new one."""
+    if latest is None and config.evaluation.every:
+        return engine.first_wanted(*task.evaluated.first(config))
+    algorithm, prompts = config.algorithm, task.step_prompts((latest or 0) + 1)
+    samples = algorithm.num_drafts or algorithm.num_generations
+    if algorithm.num_drafts and algorithm.draft_early_stop:
+        samples = 1
+    return engine.first_wanted([len(prompt.tokens) for prompt in prompts], samples)
+
+
+def _compiling(
+    config: Config, task: Task, engine: Engine, learner: Learner, first: Wanted, console: Console
+) -> contextlib.AbstractContextManager[None]:
+    """Returns what compiles the programs of the sampler and the largest of the update, before the first step or in the
+    course of the run, and prints the memory that they need once that is known."""
     tell = lambda: console.table("Memory", overview.memory(config, task, engine, learner))
-    stack.enter_context(showing_waits(console.waiting))
-    stack.enter_context(compiling(engine.wanted, learner.programs.wanted, console.phase, tell))
+    return compiling(first, engine.wanted, learner.programs.wanted, console.phase, tell)
 
 
 def _check_data(config: Config, task: Task, workdir: Path, fingerprint: str) -> None:

@@ -14,8 +14,10 @@ from processes import free_port
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.programs import Cost, Program
 from igrpo_jax.errors import InputError
 from igrpo_jax.records import Prompt
+from igrpo_jax.sampling import programs
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Request, Scheduler
 from igrpo_jax.sampling.steps import Sampling
@@ -72,6 +74,35 @@ def engine(tiny):
 @pytest.fixture(scope="module")
 def expected(engine, tiny):
     return sample(engine, tiny, requests())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots, shards", [(8, 1), (64, 1), (8, 4)])
+def test_the_first_dispatch_needs_the_programs_that_are_named_for_it(tiny, slots, shards):
+    """More samples than slots, fewer of them, and prompts that are prefilled side by side."""
+    mesh = sharding.make_mesh(config.MeshConfig(data=shards), jax.devices()[:shards])
+    engine = make_engine(tiny[0], slots, 16, mesh)
+    samples, used = 3, []
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(engine.mesh):
+        compiled = Program.compiled
+        patch.setattr(Program, "compiled", lambda own, *shape: used.append(own.title(*shape)) or compiled(own, *shape))
+        scheduler = start(engine, tiny)
+        for request in requests():
+            scheduler.submit(dataclasses.replace(request, samples=samples, limit=2))  # end with the first dispatch
+        scheduler.advance()
+    wanted = engine.first_wanted([len(request.tokens) for request in requests()], samples)
+    named = [program.title(*shape) for program, shape in wanted]
+    assert named[0].startswith("decode") and sorted(named) == sorted(set(used))
+    assert engine.first_wanted([], 1) == []
+
+
+def test_lengths_of_the_cache_that_cost_hardly_more_than_the_next_share_its_program():
+    """A step that reads 1,000 bytes of weights and 1 for each position. 256 is not worth it below 300 (1,256 x 1.125 =
+    1,413 against 1,300), and 128 is below 300 (1,269)."""
+    cost = lambda read: Cost(0, 1000 + read)
+    assert programs._worthwhile((128, 256, 300), cost) == (128, 300)
+    assert programs._worthwhile((192, 256), cost) == (256,) and programs._worthwhile((64,), cost) == (64,)
+    assert programs._worthwhile((128, 192, 256), lambda read: Cost(0, read)) == (128, 192, 256)
 
 
 def check_same(samples, expected):

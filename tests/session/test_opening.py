@@ -36,6 +36,7 @@ def test_the_table_comes_after_the_users_reward_and_before_anything_is_compiled(
     with compilations() as compiled, pytest.raises(TableEnds):
         train.train(own, tmp_path / "run")
     (first, (title, rows)) = events
-    assert first == "reward" and title == "iGRPO run" and not compiled
+    assert first == "reward" and title == "iGRPO run"
+    assert set(compiled) <= {"jit(convert_element_type)"}  # a scalar of optax, no program of the run
     assert "programs to compile" in rows and any("brevity" in f"{name} {value}" for name, value in rows.items())
     sys.modules.pop("my_reward", None)
