@@ -129,8 +129,8 @@ def test_a_profiler_that_would_crash_is_refused(monkeypatch):
 def test_a_run_says_what_it_does_and_where_it_wrote(whole):
     _, out = whole
     for words in (
-        "drafts per step             8 (N = 2)",
-        "refinements per step        8 (G = 2)",
+        "drafts per step          8 (N = 2)",
+        "refinements per step     8 (G = 2)",
         "programs to compile",
         "step 1/5  solved",
         "--- kept of 2 drafts",
