@@ -106,7 +106,8 @@ def measure(part: Part, scale: str, shape: str, seconds: float, results: Results
     log = results.folder / "logs" / f"{part.name}.txt"
     log.parent.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.accelerator.part", part.name, str(results.folder), scale, shape]
-    end, why = run_limited(command, log, seconds)
+    flags = part.gpu_flags if (results.device() or {}).get("platform") == "gpu" else ""
+    end, why = run_limited(command, log, seconds, flags)
     used = time.monotonic() - began
     row = {"part": part.name, "end": end, "seconds": round(used, 2), "expected": expected}
     results.add(row | ({"why": why} if why else {}))
@@ -115,17 +116,17 @@ def measure(part: Part, scale: str, shape: str, seconds: float, results: Results
     return end
 
 
-def run_limited(command: list[str], log: Path, seconds: float) -> tuple[str, str]:
+def run_limited(command: list[str], log: Path, seconds: float, flags: str = "") -> tuple[str, str]:
     """Runs a command for at most `seconds`, and returns how it ended ("done", "failed" or "late") and why.
 
-    Whatever it started ends with it. Its output goes to `log`. It can see that this process has died by the end of its
-    standard input.
+    Whatever it started ends with it. Its output goes to `log`, and `flags` are added to its XLA_FLAGS. It can see that
+    this process has died by the end of its standard input.
     """
     with open(log, "wb") as output:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment(),
+            env=environment(flags),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -148,12 +149,17 @@ def run_limited(command: list[str], log: Path, seconds: float) -> tuple[str, str
     return "done", ""
 
 
-def environment() -> dict[str, str]:
-    """Returns the environment of a part: this one's, with most of a GPU's memory for JAX unless it says otherwise."""
+def environment(flags: str = "") -> dict[str, str]:
+    """Returns the environment of a part: this one's, with most of a GPU's memory for JAX unless it says otherwise.
+
+    Args:
+        flags: added to XLA_FLAGS.
+    """
     defaults = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; JAX refuses both at once
         defaults["XLA_CLIENT_MEM_FRACTION"] = "0.92"
-    return defaults | os.environ
+    added = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()} if flags else {}
+    return defaults | os.environ | added
 
 
 def conclusion(results: Results, failed: list[str]) -> int:

@@ -1,5 +1,6 @@
 """The parts `decode` and `decode7b`: the sampler on fixed and on lognormal lengths, beside the memory's bandwidth."""
 
+import functools
 from typing import TYPE_CHECKING
 
 import models
@@ -17,31 +18,27 @@ FIGURES = (
 
 
 def run(task: "Task") -> None:
-    """Measures each number of rows with each kind of lengths; the programs of one number of rows are shared."""
+    """Measures each kind of lengths with each number of rows; fixed lengths, which need few programs, come first."""
     shape = task.sizes.large_shape if task.part == "decode7b" else task.sizes.shape
     fitting = fitting_rows(task, shape)
-    for rows in task.sizes.rows:
-        cases = {f"{rows} rows, {lengths}": lengths for lengths in ("fixed", "lognormal")}
-        if all(map(task.has, cases)):
-            continue
-        if not fitting:
-            task.add(next(iter(cases)), {"skipped": f"{shape} does not fit {task.memory / 1e9:.0f} GB"})
-            continue
-        sizes.halved(
-            min(rows, fitting), 8, lambda size, rows=rows, cases=cases: _measure(task, shape, rows, size, cases)
-        )
+    for lengths in ("fixed", "lognormal"):
+        for rows in task.sizes.rows:
+            case = f"{rows} rows, {lengths}"
+            if task.has(case):
+                continue
+            if not fitting:
+                task.add(case, {"skipped": f"{shape} does not fit {task.memory / 1e9:.0f} GB"})
+                continue
+            measure = functools.partial(_measured, task, shape, lengths)
+            figures = sizes.halved(min(rows, fitting), 8, measure)
+            task.add(case, figures | sizes.smaller(rows, figures["slots"], "rows"))
 
 
-def _measure(task: "Task", shape: str, asked: int, rows: int, cases: dict[str, str]) -> None:
-    """Measures those of `cases` that are missing, with `rows` rows in the place of those that were asked for."""
-    bench = rollout.Bench(sizes.decoded(task.sizes, shape, rows, "fixed"))
-    for case, lengths in cases.items():
-        if task.has(case):
-            continue
-        args = sizes.decoded(task.sizes, shape, rows, lengths)
-        figures = rollout.measured(bench, args, rollout.length_sets(args), 1e9 * task.device["bandwidth_gb"])
-        figures = {name: figures[name] for name in FIGURES}
-        task.add(case, {"shape": shape, "dtype": args.dtype} | figures | sizes.smaller(asked, rows, "rows"))
+def _measured(task: "Task", shape: str, lengths: str, rows: int) -> dict:
+    args = sizes.decoded(task.sizes, shape, rows, lengths)
+    bench = rollout.Bench(args)
+    figures = rollout.measured(bench, args, rollout.length_sets(args), 1e9 * task.device["bandwidth_gb"])
+    return {"shape": shape, "dtype": args.dtype} | {name: figures[name] for name in FIGURES}
 
 
 def fitting_rows(task: "Task", shape: str) -> int:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Task:
     def add(self, case: str, figures: dict[str, Any]) -> None:
         """Writes the figures of `case`."""
         self.results.add({"part": self.part, "case": case, "figures": figures})
+        print(f"{time.strftime('%H:%M:%S')} {case}", flush=True)
 
 
 def end_with_parent() -> None:
@@ -57,6 +59,17 @@ def end_with_parent() -> None:
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def print_compilations() -> None:
+    """Prints each program that takes XLA a second or more, so that the log shows where the time went."""
+    import jax
+
+    def listen(event: str, seconds: float, **details: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and seconds >= 1:
+            print(f"{time.strftime('%H:%M:%S')} compiled {details.get('fun_name')} in {seconds:.1f} s", flush=True)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def check_device(task: Task) -> None:
@@ -85,6 +98,7 @@ def main(name: str, folder: str, scale: str, shape: str) -> None:
 
         use_disk_cache(config.Config().compilation_cache)
         check_device(task)
+        print_compilations()
     importlib.import_module(f"benchmarks.accelerator.{part.module}").run(task)
 
 

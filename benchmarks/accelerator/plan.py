@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from igrpo_jax.errors import InputError
 
@@ -19,20 +20,26 @@ class Part:
     seconds: dict[str, float]
     module: str  # of benchmarks.accelerator, whose function `run` measures it
     peers: bool = False  # whether it runs only with --peers
+    gpu_flags: str = ""  # added to XLA_FLAGS on a GPU
 
 
-def _part(name: str, module: str, full: float, small: float, tiny: float, peers: bool = False) -> Part:
-    return Part(name, dict(zip(SCALES, (full, small, tiny), strict=True)), module, peers)
+def _part(name: str, module: str, full: float, small: float, tiny: float, **options: Any) -> Part:
+    return Part(name, dict(zip(SCALES, (full, small, tiny), strict=True)), module, **options)
+
+
+# XLA tries dozens of Triton kernels for each matmul. In float32 they take minutes to compile for one model.
+LIBRARY_MATMULS = "--xla_gpu_enable_triton_gemm=false"
 
 
 PARTS = (
-    _part("device", "device", 30, 15, 10),
-    _part("correctness", "correctness", 90, 240, 30),
-    _part("decode", "decoding", 150, 120, 10),
-    _part("update", "updating", 90, 120, 15),
+    _part("device", "device", 15, 15, 10),
+    _part("correctness", "correctness", 110, 160, 20),
+    _part("decode", "decoding", 230, 120, 10),
+    _part("update", "updating", 150, 120, 15),
+    _part("float32", "correctness", 120, 160, 20, gpu_flags=LIBRARY_MATMULS),
     _part("step", "stepping", 110, 180, 15),
-    _part("peers", "peers", 240, 180, 30, peers=True),
-    _part("profile", "tracing", 45, 60, 10),
+    _part("peers", "peers", 400, 180, 30, peers=True),
+    _part("profile", "tracing", 60, 60, 10),
     _part("decode7b", "decoding", 90, 120, 10),
 )
 NAMES = tuple(part.name for part in PARTS)

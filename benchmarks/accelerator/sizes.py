@@ -30,7 +30,8 @@ class Sizes:
     prompt: int
     completion: int
     mean: int  # of lognormal completions
-    updates: dict[str, tuple[int, int, int, str]]  # by case: groups of 8, prefix, (longest) completion, lengths
+    # By case: groups of 8, prefix, (longest) completion, lengths, learner.remat.
+    updates: dict[str, tuple[int, int, int, str, str]]
     microbatch: int  # tokens of a micro-batch
     step: tuple[int, int, int, int]  # prompts, tokens of a prompt, of the longest completion, mean
     repeats: int  # measured runs of a case, after one that does not count
@@ -47,9 +48,10 @@ FULL = Sizes(
     completion=1024,
     mean=512,
     updates={
-        "rows of 1k": (8, 512, 512, "fixed"),
-        "rows of 4k": (2, 512, 3584, "fixed"),
-        "lognormal up to 4k": (8, 512, 3584, "lognormal"),
+        "rows of 1k": (9, 512, 512, "fixed", "full"),
+        "rows of 1k, remat none": (9, 512, 512, "fixed", "none"),
+        "rows of 4k": (2, 512, 3584, "fixed", "full"),
+        "lognormal up to 4k": (8, 512, 3584, "lognormal", "full"),
     },
     microbatch=16_384,
     step=(16, 256, 1024, 256),
@@ -65,7 +67,10 @@ SMALL = Sizes(
     prompt=64,
     completion=64,
     mean=32,
-    updates={"rows of 128": (1, 64, 64, "fixed"), "lognormal up to 192": (1, 64, 128, "lognormal")},
+    updates={
+        "rows of 128": (1, 64, 64, "fixed", "full"),
+        "lognormal up to 192": (1, 64, 128, "lognormal", "full"),
+    },
     microbatch=2048,
     step=(2, 64, 64, 32),
     repeats=1,
@@ -80,7 +85,10 @@ TINY = Sizes(
     prompt=16,
     completion=16,
     mean=8,
-    updates={"rows of 32": (2, 16, 16, "fixed"), "lognormal up to 32": (2, 16, 16, "lognormal")},
+    updates={
+        "rows of 32": (2, 16, 16, "fixed", "full"),
+        "lognormal up to 32": (2, 16, 16, "lognormal", "none"),
+    },
     microbatch=1024,
     step=(2, 16, 16, 8),
     repeats=1,
@@ -156,7 +164,7 @@ def decoded(sizes: Sizes, shape: str, rows: int, lengths: str) -> argparse.Names
 
 def updates(sizes: Sizes, shape: str) -> Iterator[tuple[str, argparse.Namespace]]:
     """Yields each case of an update, with the arguments of `update.Bench`, `update.ours` and `update.peer`."""
-    for case, (groups, prefix, completion, lengths) in sizes.updates.items():
+    for case, (groups, prefix, completion, lengths, remat) in sizes.updates.items():
         yield (
             case,
             argparse.Namespace(
@@ -169,7 +177,7 @@ def updates(sizes: Sizes, shape: str) -> Iterator[tuple[str, argparse.Namespace]
                 lengths=lengths,
                 mean_length=completion // 3,
                 shared_prefix="on",
-                remat="full",
+                remat=remat,
                 attention="auto",
                 tokens_per_microbatch=sizes.microbatch,
                 logprob_chunk=None,

@@ -56,6 +56,7 @@ COLUMNS: dict[str, Sequence[Column]] = {
         Column("MFU", "mfu", _percent),
         Column("padding", "padding_fraction", _percent),
         Column("attention", "attention"),
+        Column("remat", "remat"),
         Column("predicted GB", "predicted_memory_bytes", _gigabytes),
         Column("peak GB", "peak_memory_bytes", _gigabytes),
         Column("peak / predicted", "peak_over_predicted"),
@@ -94,8 +95,8 @@ def page(results: Results) -> str:
     for case, figures in cases["peers"].items():
         figures |= _compared(figures, cases["decode"].get(case) or cases["update"].get(case) or {})
     lines = ["# Measurements on an accelerator", "", *_machine(results.device() or {})]
-    if cases["correctness"]:
-        lines += ["", *_checks(cases["correctness"])]
+    if checks := cases["correctness"] | cases["float32"]:
+        lines += ["", *_checks(checks)]
     for name, columns in COLUMNS.items():
         if cases[name]:
             lines += ["", f"## {name}", "", *_table(columns, cases[name])]
@@ -111,7 +112,8 @@ def page(results: Results) -> str:
 
 def failed_checks(results: Results) -> list[str]:
     """Returns the names of the checks of correctness that failed."""
-    return [case for case, figures in results.cases("correctness").items() if not figures["passed"]]
+    checks = results.cases("correctness") | results.cases("float32")
+    return [case for case, figures in checks.items() if not figures["passed"]]
 
 
 def _compared(figures: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

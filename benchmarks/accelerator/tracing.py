@@ -36,7 +36,7 @@ def run(task: "Task") -> None:
     import jax
 
     if not task.has("decode dispatch"):
-        rows = min(task.sizes.rows[-1], fitting_rows(task, task.sizes.shape) or task.sizes.rows[-1])
+        rows = min(task.sizes.rows[0], fitting_rows(task, task.sizes.shape) or task.sizes.rows[-1])
         bench = rollout.Bench(sizes.decoded(task.sizes, task.sizes.shape, rows, "fixed"))
         needed = task.sizes.prompt + 2 * bench.engine.steps_per_dispatch
         reads = bench.engine.buckets[bench.engine.shard_slots]
@@ -127,6 +127,8 @@ def device_lines(profile: Any) -> list[list[Operation]]:
 
 def _operation(event: Any, stats: dict[str, Any]) -> Operation:
     name = str(stats.get("hlo_op", event.name)).split(" = ")[0]
+    if name.startswith("command_buffer"):  # a CUDA graph of many kernels, each with a name of its own
+        name = event.name
     return Operation(name[:80], event.start_ns, event.start_ns + event.duration_ns)
 
 

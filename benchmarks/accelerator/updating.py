@@ -28,9 +28,17 @@ def run(task: "Task") -> None:
     for case, args in sizes.updates(task.sizes, shape):
         if task.has(case):
             continue
-        figures = update.ours(args)
+        try:
+            figures = update.ours(args)
+        except Exception as error:
+            if not sizes.is_out_of_memory(error) or args.remat == "full":
+                raise
+            task.add(case, {"skipped": f"the memory does not suffice for remat {args.remat}"})
+            continue
         largest = max(largest, figures["predicted_memory_bytes"])
-        measured = {"shape": shape, "dtype": args.dtype} | {name: figures[name] for name in FIGURES}
+        measured = {"shape": shape, "dtype": args.dtype, "remat": args.remat} | {
+            name: figures[name] for name in FIGURES
+        }
         if peak := models.peak_bytes():
             measured |= {"peak_memory_bytes": peak, "peak_over_predicted": round(peak / largest, 3)}
         task.add(case, measured | ({"reduced": reduced} if reduced else {}))

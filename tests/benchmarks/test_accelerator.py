@@ -43,7 +43,7 @@ def names(parts):
 def test_the_most_important_parts_come_first_and_peers_only_when_asked_for():
     assert names(plan.chosen([], False, [])) == [name for name in plan.NAMES if name != "peers"]
     assert plan.NAMES[:3] == ("device", "correctness", "decode")
-    assert names(plan.chosen([], True, []))[5] == "peers"
+    assert names(plan.chosen([], True, []))[6] == "peers"
 
 
 def test_the_device_is_measured_once_for_any_part():
@@ -68,7 +68,7 @@ def test_nine_minutes_hold_the_important_parts():
         if part.seconds["full"] <= left:
             left -= part.seconds["full"]
             inside.append(part.name)
-    assert inside == ["device", "correctness", "decode", "update", "step", "profile"]
+    assert inside == ["device", "correctness", "decode", "update"]
 
 
 # Results.
@@ -174,10 +174,18 @@ def test_a_failed_check_is_an_exit_code_of_1(monkeypatch, tmp_path, capsys):
     assert "1 of 1 checks FAILED" in (tmp_path / "out" / "results.md").read_text()
 
 
+def test_float32_has_library_matmuls_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_mine=1")
+    flags = next(part for part in plan.PARTS if part.name == "float32").gpu_flags
+    assert command.environment(flags)["XLA_FLAGS"] == "--xla_mine=1 --xla_gpu_enable_triton_gemm=false"
+    assert command.environment()["XLA_FLAGS"] == "--xla_mine=1"
+    assert [part.name for part in plan.PARTS if part.gpu_flags] == ["float32"]
+
+
 def test_what_does_not_fit_into_the_time_is_named(monkeypatch, tmp_path, capsys):
     code, ran = run_faked(monkeypatch, tmp_path, {}, "--minutes", "1")
     assert code == 0 and ran == ["device", "profile"]
-    assert "no time was left for correctness, decode, update, step, decode7b" in capsys.readouterr().out
+    assert "no time was left for correctness, decode, update, float32, step, decode7b" in capsys.readouterr().out
 
 
 def test_a_cpu_measures_the_real_sizes_only_when_told_so(monkeypatch, tmp_path):
@@ -266,6 +274,15 @@ planes { id: 2 name: "/device:GPU:0"
   event_metadata { key: 2 value { id: 2 name: "dot" } }
   event_metadata { key: 3 value { id: 3 name: "copy" } } }
 """
+GRAPH = """
+planes { name: "/device:GPU:0"
+  lines { id: 1 name: "Stream #1" timestamp_ns: 0
+    events { metadata_id: 1 offset_ps: 0 duration_ps: 3000000 stats { metadata_id: 1 str_value: "command_buffer_7" } }
+    events { metadata_id: 2 offset_ps: 3000000 duration_ps: 1000000 stats { metadata_id: 1 str_value: "dot.4" } } }
+  event_metadata { key: 1 value { id: 1 name: "gemm_fusion_dot_1" } }
+  event_metadata { key: 2 value { id: 2 name: "nvjet" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } } }
+"""
 
 
 def test_a_trace_is_reduced_to_own_times_and_gaps():
@@ -279,6 +296,12 @@ def test_a_trace_is_reduced_to_own_times_and_gaps():
         "dot": (0.003, 2),
         "copy": (0.0025, 2),
     }
+
+
+def test_kernels_of_a_graph_have_their_own_names_in_a_trace():
+    data = jax.profiler.ProfileData
+    summary = tracing.summary(data.from_serialized_xspace(data.text_proto_to_serialized_xspace(GRAPH)))
+    assert [row["name"] for row in summary["top"]] == ["gemm_fusion_dot_1", "dot.4"]
 
 
 # Correctness.
@@ -324,6 +347,7 @@ def test_texts_for_the_verifier_look_like_solutions():
 FIGURES = {
     "device": {"bf16_tflops", "bandwidth_gb", "versions", "platform", "device_kind", "memory_bytes"},
     "correctness": {"passed", "tolerances"},
+    "float32": {"passed", "tolerances"},
     "decode": {"tokens_per_second", "decode_step_seconds", "roofline_fraction", "peak_memory_bytes"},
     "decode7b": {"tokens_per_second", "roofline_fraction"},
     "update": {"mfu", "update_seconds", "predicted_memory_bytes", "attention", "padding_fraction"},
@@ -332,10 +356,10 @@ FIGURES = {
 }
 CASES = {
     "device": ["device"],
-    "correctness": [
-        *("float32, full precision against the CPU", "bfloat16 against the CPU"),
-        *("chunked attention, float32, full precision", "chunked attention, bfloat16"),
-        *("greedy sampling, float32", "greedy sampling, bfloat16", "one step twice"),
+    "correctness": ["bfloat16 against the CPU", "chunked attention, bfloat16", "greedy sampling, bfloat16"],
+    "float32": [
+        *("float32, full precision against the CPU", "chunked attention, float32, full precision"),
+        *("greedy sampling, float32", "one step twice"),
     ],
     "decode": ["8 rows, fixed", "8 rows, lognormal"],
     "decode7b": ["8 rows, fixed", "8 rows, lognormal"],
