@@ -39,7 +39,7 @@ PARTS = (
     _part("float32", "correctness", 120, 160, 20, gpu_flags=LIBRARY_MATMULS),
     _part("step", "stepping", 110, 180, 15),
     _part("peers", "peers", 400, 180, 30, peers=True),
-    _part("profile", "tracing", 60, 60, 10),
+    _part("profile", "tracing", 45, 60, 10),
     _part("decode7b", "decoding", 90, 120, 10),
 )
 NAMES = tuple(part.name for part in PARTS)

@@ -145,7 +145,7 @@ def run_faked(monkeypatch, tmp_path, ends, *flags):
     """Runs the command with parts that write one case each and end as `ends` says; returns exit code and parts run."""
     ran = []
 
-    def run_limited(arguments, log, seconds):
+    def run_limited(arguments, log, seconds, flags):
         name, folder = arguments[3], Path(arguments[4])
         ran.append(name)
         figures = DEVICE if name == "device" else {"passed": ends.get(name) != "wrong", "tolerances": {}}
