@@ -2,7 +2,7 @@
 
 The figures of TPUs are from docs.cloud.google.com/tpu/docs/v5e, v5p and v6e, except those of memory: a program may use
 less than the published 16, 95 and 32 GB, and the compiler names how much when a program does not fit. Those of the H100
-are from NVIDIA's data sheet of the SXM5 (dense bfloat16).
+and H200 are from NVIDIA's data sheets of the SXM5 (dense bfloat16).
 """
 
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ CHIPS = {
     "TPU v5": Chip("v5p", 95.74 * GIB, 459e12, 2765e9, 1200e9 / 2),
     "TPU v6 lite": Chip("v6e", 31.25 * GIB, 918e12, 1638e9, 800e9 / 2),
     "NVIDIA H100 80GB HBM3": Chip("H100", 79.1 * GIB, 989e12, 3350e9, 900e9 / 2),
+    "NVIDIA H200": Chip("H200", 139.8 * GIB, 989e12, 4800e9, 900e9 / 2),
 }
 
 
