@@ -26,16 +26,16 @@ class Cursor:
         at = self.at + ahead
         return self.tokens[at].kind if at < len(self.tokens) else ""
 
-    def take(self, text: str) -> bool:
-        """Moves past the next token if its text is `text`; returns whether it did."""
-        matches = self.peek() == text and bool(text)
-        self.at += matches
+    def take(self, *texts: str) -> bool:
+        """Moves past the next tokens if their texts are these, none of them ""; returns whether it did."""
+        matches = all(self.peek(ahead) == text for ahead, text in enumerate(texts))
+        self.at += len(texts) * matches
         return matches
 
-    def need(self, text: str) -> None:
-        """Moves past the next token, whose text must be `text`. Raises Unreadable."""
-        if not self.take(text):
-            raise Unreadable
+    def next(self) -> str:
+        """Returns the text of the next token, also that of \\text{…}, and moves past it."""
+        self.at += 1
+        return self.tokens[self.at - 1].text
 
     def split_token(self, length: int) -> None:
         """Cuts the next token in two after `length` characters, where it has more."""

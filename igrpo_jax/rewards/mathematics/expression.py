@@ -25,12 +25,25 @@ MAX_DEPTH = 30  # of nested brackets, roots, fractions, …
 _LONG_NAMES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _ACCENT_NAMES = "vec hat bar overline dot ddot tilde overrightarrow widehat mathcal mathbb"
 _ACCENTS = frozenset(_ACCENT_NAMES.split())
+_CLOSINGS = {"(": ")", "[": "]", "{": "}"}
+_PRIMES = (("'",), ("^", "prime"), ("^", "{", "prime", "}"))
+_NAMES = FUNCTIONS | GREEK | {"pi"}
 _INFINITIES = frozenset(("infty", "infinity", "inf"))
 
 
 def value_of(tokens: list[Token]) -> Value:
     """Returns the exact value of an expression. Raises Unreadable, or NoValue (division by zero, beyond the limits)."""
     return Parser(tokens).parse()
+
+
+def _integer(value: Value, least: float, most: float = functions.MAX_EXPONENT) -> int:
+    """Returns an integer of at least `least`. Raises Unreadable for anything else, NoValue beyond `most`."""
+    constant = value.constant()
+    if constant is None or constant.denominator != 1 or constant < least:
+        raise Unreadable
+    if constant > most:
+        raise NoValue("too large")
+    return int(constant)
 
 
 class Parser:
@@ -68,18 +81,14 @@ class Parser:
             elif self._cursor.take("/"):
                 value = value / self._signed()
             elif self._cursor.take("bmod"):
-                value = self._remainder(value, self._signed())
+                n, modulus = _integer(value, -math.inf, math.inf), _integer(self._signed(), 1, math.inf)
+                if self._starts_factor():
+                    raise Unreadable  # 17 \bmod 5x
+                value = Value.number(n % modulus)
             elif self._starts_factor():
                 value = value * self._factor()
             else:
                 return value
-
-    def _remainder(self, value: Value, modulus: Value) -> Value:
-        """Returns 17 \\bmod 5 for positive integers, of which nothing may follow."""
-        n, m = value.constant(), modulus.constant()
-        if n is None or m is None or n.denominator != 1 or m.denominator != 1 or m <= 0 or self._starts_factor():
-            raise Unreadable
-        return Value.number(n % m)
 
     def _starts_factor(self) -> bool:
         kind, text = self._cursor.kind(), self._cursor.peek()
@@ -102,14 +111,11 @@ class Parser:
         while True:
             if self._cursor.take("!"):
                 step = 2 if self._cursor.take("!") else 1  # 5!! is 5·3·1
-                n = value.constant()
-                if self._cursor.peek() == "!" or n is None or n.denominator != 1 or n < 0:
+                n = _integer(value, 0)
+                if self._cursor.peek() == "!":
                     raise Unreadable
-                if n > functions.MAX_EXPONENT:
-                    raise NoValue("factorial too large")
-                value = Value.number(math.prod(range(int(n), 0, -step)) if step == 2 else math.factorial(int(n)))
-            elif self._cursor.peek() == "^" or (self._cursor.peek() == "*" and self._cursor.peek(1) == "*"):
-                self._cursor.at += 1 if self._cursor.peek() == "^" else 2
+                value = Value.number(math.prod(range(n, 0, -step)) if step == 2 else math.factorial(n))
+            elif self._cursor.take("^") or self._cursor.take("*", "*"):
                 if self._degree_sign():
                     value = value * exact.PI / Value.number(180) if self._in_angle else value
                 else:
@@ -121,12 +127,9 @@ class Parser:
 
     def _degree_sign(self) -> bool:
         """Reads `\\circ` or `{\\circ}` after `^`; returns whether it was there."""
-        braced = self._cursor.peek() == "{" and self._cursor.peek(1) == "circ" and self._cursor.peek(2) == "}"
-        if not braced and self._cursor.peek() != "circ":
-            return False
-        self._cursor.at += 3 if braced else 1
-        self.degrees |= not self._in_angle
-        return True
+        is_there = self._cursor.take("circ") or self._cursor.take("{", "circ", "}")
+        self.degrees |= is_there and not self._in_angle
+        return is_there
 
     def _exponent(self) -> Value:
         if self._cursor.peek() == "{":
@@ -141,7 +144,8 @@ class Parser:
     def _group(self, closing: str) -> Value:
         self._cursor.at += 1
         value = self._sum()
-        self._cursor.need(closing)
+        if not self._cursor.take(closing):
+            raise Unreadable
         return value
 
     def _primary(self) -> Value:
@@ -156,42 +160,37 @@ class Parser:
         kind, text = self._cursor.kind(), self._cursor.peek()
         if kind == "number":
             return numerals.number(self._cursor)
-        if kind == "letters":
-            return self._letters()
-        if kind == "command":
-            return self._command()
-        if kind == "text":
-            return self._text()
-        if text in ("(", "["):
-            return self._group(")" if text == "(" else "]")
-        if text == "{":
-            return self._group("}")
+        if kind in ("letters", "command", "text"):
+            return {"letters": self._letters, "command": self._command, "text": self._text}[kind]()
         if text == "|":
-            value = self._group("|")
-            return functions.function("abs", value)
-        raise Unreadable
+            return functions.function("abs", self._group("|"))
+        if text not in _CLOSINGS:
+            raise Unreadable
+        return self._group(_CLOSINGS[text])
 
     def _letters(self) -> Value:
         text = self._cursor.peek()
         if text in ("np", "math", "sympy") and self._cursor.peek(1) == "." and self._cursor.kind(2) == "letters":
             self._cursor.at += 2
             text = self._cursor.peek()
-        if text.casefold() in FUNCTIONS:
+        name = text if text in GREEK else text.casefold()
+        if name in _NAMES or name in _INFINITIES:
             self._cursor.at += 1
-            return self._function(text.casefold())
-        if text.casefold() in ("pi", "infinity", "infty", "inf") or text in GREEK:
-            self._cursor.at += 1
-            return exact.PI if text.casefold() == "pi" else self._symbol(text if text in GREEK else "infty")
-        if len(text) > 1:
-            self._cursor.split_token(1)
-        self._cursor.at += 1
-        return self._symbol(text[0])
+            return self._named("infty" if name in _INFINITIES else name)
+        self._cursor.split_token(1)
+        return self._symbol(self._cursor.next())
+
+    def _named(self, name: str) -> Value:
+        """Reads what follows the name of a function, of π, or of a Greek letter."""
+        if name in FUNCTIONS:
+            return self._function(name)
+        return exact.PI if name == "pi" else self._symbol(name)
 
     def _symbol(self, name: str) -> Value:
         """Reads the subscript and primes that follow a symbol; f(…) is the application of a function."""
         if self._cursor.take("_"):
             name += "_" + self._subscript()
-        while self._cursor.take("'") or self._prime():
+        while any(self._cursor.take(*prime) for prime in _PRIMES):
             name += "'"
         if name == "infty":
             name = "∞"
@@ -206,33 +205,19 @@ class Parser:
                 return functions.application(name, self._group(")"), opaque=name != "f")
         return Value.symbol(name)
 
-    def _prime(self) -> bool:
-        if self._cursor.peek() != "^":
-            return False
-        if self._cursor.peek(1) == "prime":
-            self._cursor.at += 2
-            return True
-        if self._cursor.peek(1) == "{" and self._cursor.peek(2) == "prime" and self._cursor.peek(3) == "}":
-            self._cursor.at += 4
-            return True
-        return False
-
     def _subscript(self) -> str:
         if self._cursor.take("{"):
-            content = []
-            while self._cursor.peek() != "}":
-                if self._cursor.at >= len(self._cursor.tokens) or self._cursor.peek() == "{":
+            content = ""
+            while not self._cursor.take("}"):
+                if not self._cursor.kind() or self._cursor.peek() == "{":
                     raise Unreadable
-                content.append(self._cursor.tokens[self._cursor.at].text.replace(" ", ""))
-                self._cursor.at += 1
-            self._cursor.at += 1
-            return "".join(content)
-        if self._cursor.kind() == "letters" and len(self._cursor.peek()) > 1:
+                content += self._cursor.next().replace(" ", "")
+            return content
+        if self._cursor.kind() == "letters":
             self._cursor.split_token(1)
         if self._cursor.kind() not in ("number", "letters", "command"):
             raise Unreadable
-        self._cursor.at += 1
-        return self._cursor.tokens[self._cursor.at - 1].text
+        return self._cursor.next()
 
     def _text(self) -> Value:
         """Reads \\mathrm{e}, \\text{2/3} or \\operatorname{arcsin} as if the command were not there."""
@@ -244,38 +229,25 @@ class Parser:
         return self._primary()
 
     def _command(self) -> Value:
-        name = self._cursor.peek()
-        self._cursor.at += 1
+        name = self._cursor.next()
         if name == "frac":
             if self._is_derivative():
                 raise Unreadable
-            top = self._argument()
-            bottom = self._argument()
-            return top / bottom
+            return self._argument() / self._argument()
         if name == "sqrt":
             return self._root()
-        if name == "pi":
-            return exact.PI
-        if name in GREEK:
-            return self._symbol(name)
-        if name in FUNCTIONS:
-            return self._function(name)
+        if name in _NAMES:
+            return self._named(name)
         if name == "binom":
-            n, k = self._argument().constant(), self._argument().constant()
-            if n is None or k is None or n.denominator != 1 or k.denominator != 1 or min(n, k) < 0:
-                raise Unreadable
-            if n > functions.MAX_EXPONENT:
-                raise NoValue("binomial too large")
-            return Value.number(math.comb(int(n), int(k)))
+            n, k = (_integer(self._argument(), 0) for _ in range(2))
+            return Value.number(math.comb(n, k))
         if name in ("lfloor", "lceil"):
             value = self._sum().constant()
-            self._cursor.need("r" + name[1:])
-            if value is None:
+            if value is None or not self._cursor.take("r" + name[1:]):
                 raise Unreadable
             return Value.number(math.floor(value) if name == "lfloor" else math.ceil(value))
         if name in ("triangle", "angle") and self._cursor.kind() == "letters":
-            self._cursor.at += 1
-            return Value.symbol(f"{name} {self._cursor.tokens[self._cursor.at - 1].text}")
+            return Value.symbol(f"{name} {self._cursor.next()}")
         braced = self._cursor.peek() == "{" and self._cursor.kind(1) == "letters" and self._cursor.peek(2) == "}"
         if name in _ACCENTS and braced:
             accented = self._cursor.peek(1)
@@ -307,8 +279,7 @@ class Parser:
         if number:
             return number
         if self._cursor.kind() == "letters":
-            self._cursor.at += 1
-            letter = self._cursor.tokens[self._cursor.at - 1].text
+            letter = self._cursor.next()
             return {"i": exact.I, "e": exact.E}.get(letter) or Value.symbol(letter)
         if self._cursor.kind() == "command":
             return self._primary()
@@ -317,10 +288,9 @@ class Parser:
     def _root(self) -> Value:
         degree = 2
         if self._cursor.peek() == "[":
-            constant = self._group("]").constant()
-            if constant is None or constant.denominator != 1 or not 2 <= constant <= 100:
+            degree = _integer(self._group("]"), 2)
+            if degree > 100:
                 raise Unreadable
-            degree = int(constant)
         if self._cursor.peek() == "(":
             return functions.root(self._group(")"), degree)
         # \sqrt10 means the root of 10, although TeX reads it as the root of 1 before a 0.
@@ -332,35 +302,27 @@ class Parser:
             return self._root()
         exponent = base = None
         while self._cursor.peek() in ("^", "_"):
-            if self._cursor.take("^"):
+            if self._cursor.next() == "^":
                 exponent = self._exponent()
             else:
-                self._cursor.at += 1
                 base = numerals.bare_number(self._cursor) or self._argument()
         outer, self._in_angle = self._in_angle, name in ("sin", "cos", "tan", "cot", "sec", "csc", "cis")
         argument = self._angle()
         self._in_angle = outer
         if exponent is not None and exponent.constant() == -1 and name in ("sin", "cos", "tan"):
             name, exponent = "arc" + name, None
-        if base is not None:
-            value = functions.logarithm(argument) / functions.logarithm(base) if name == "log" else None
-            if value is None:
-                raise Unreadable
-        else:
-            value = functions.function(name, argument)
+        if base is not None and name != "log":
+            raise Unreadable
+        value = functions.function("ln" if base is not None else name, argument)
+        value = value if base is None else value / functions.logarithm(base)
         return value if exponent is None else functions.power(value, exponent)
 
     def _angle(self) -> Value:
         """Reads a function's argument: one in brackets, else the product up to the next function, sign or bracket."""
         if self._cursor.peek() in ("(", "{", "[", "|"):
             value = self._primary()
-            if self._in_angle and self._cursor.peek() == "^" and self._cursor.peek(1) in ("circ", "{"):
-                mark = self._cursor.at
-                self._cursor.at += 1
-                if self._degree_sign():
-                    return value * exact.PI / Value.number(180)
-                self._cursor.at = mark
-            return value
+            is_degrees = self._in_angle and (self._cursor.take("^", "circ") or self._cursor.take("^", "{", "circ", "}"))
+            return value * exact.PI / Value.number(180) if is_degrees else value
         value = self._signed()
         while self._starts_factor() and self._cursor.peek() not in ("(", "[") and self._cursor.kind() != "text":
             if self._cursor.peek().casefold() in FUNCTIONS:

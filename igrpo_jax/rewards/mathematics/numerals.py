@@ -13,22 +13,23 @@ def bare_number(cursor: Cursor) -> Value | None:
     """Reads one number token without braces, as in x^10, whatever follows it. Returns None where there is none."""
     if cursor.kind() != "number":
         return None
-    cursor.at += 1
-    return Value.number(_decimal(cursor.tokens[cursor.at - 1].text))
+    return Value.number(_decimal(cursor.next()))
 
 
 def number(cursor: Cursor) -> Value:
     """Reads a decimal, a mixed number or a repeating decimal."""
-    text = cursor.tokens[cursor.at].text
-    cursor.at += 1
-    if "." in text and cursor.kind() == "command" and cursor.peek() in _REPEATING and cursor.peek(1) == "{":
-        digits = cursor.peek(2)
-        if digits.isdecimal() and cursor.peek(3) == "}":
-            cursor.at += 4
-            return Value.number(_decimal(text) + Fraction(int(digits), 10 ** _places(text) * (10 ** len(digits) - 1)))
+    text, digits = cursor.next(), cursor.peek(2)
     value = _decimal(text)
     if text.isdecimal():
-        value += _mixed(cursor)
+        return Value.number(value + _mixed(cursor))
+    if (
+        "." in text
+        and cursor.peek() in _REPEATING
+        and digits.isdecimal()
+        and cursor.take(cursor.peek(), "{", digits, "}")
+    ):
+        places = len(text.partition(".")[2])
+        return Value.number(value + Fraction(int(digits), 10**places * (10 ** len(digits) - 1)))
     return Value.number(value)
 
 
@@ -40,9 +41,8 @@ def _mixed(cursor: Cursor) -> Fraction:
         top, bottom, length = texts[2], texts[5], 7
     elif texts[1] == "/" and cursor.kind() == "number" and cursor.tokens[cursor.at].spaced:
         top, bottom, length = texts[0], texts[2], 3
-    if not (top.isdecimal() and bottom.isdecimal()) or int(top) >= int(bottom):
-        return Fraction(0)
-    if cursor.peek(length) in ("^", "!"):
+    is_proper = top.isdecimal() and bottom.isdecimal() and int(top) < int(bottom)
+    if not is_proper or cursor.peek(length) in ("^", "!"):
         return Fraction(0)
     cursor.at += length
     return Fraction(int(top), int(bottom))
@@ -51,14 +51,7 @@ def _mixed(cursor: Cursor) -> Fraction:
 def _decimal(text: str) -> Fraction:
     """Returns the exact value of a number token."""
     digits, _, exponent = text.casefold().partition("e")
-    if exponent:
-        power = int(exponent)
-        if abs(power) > functions.MAX_EXPONENT:
-            raise NoValue("exponent too large")
-        return Fraction(digits) * Fraction(10) ** power
-    return Fraction(digits)
-
-
-def _places(text: str) -> int:
-    """Returns the number of decimal places."""
-    return len(text.partition(".")[2])
+    power = int(exponent or 0)
+    if abs(power) > functions.MAX_EXPONENT:
+        raise NoValue("exponent too large")
+    return Fraction(digits) * Fraction(10) ** power if power else Fraction(digits)
