@@ -39,6 +39,7 @@ class Atom(str):
 
     function: str
     argument: "Value"
+    base: "Value | None"  # of a power whose exponent is the argument
 
 
 Key = tuple[int, tuple, tuple]
@@ -282,7 +283,7 @@ def _symbol(name: str, point: int, m) -> complex:
             raise ValueError("no number")
         return complex(0.6 + zlib.crc32(f"{point}{name}".encode()) % 10_007 / 7_000)
     argument = _number(name.argument, point, m)
-    if name.function in ("exp", "pow") and hasattr(name, "base"):
+    if name.base is not None:
         return _number(name.base, point, m) ** argument
     if name.function == "pow":
         return argument

@@ -234,8 +234,6 @@ class Parser:
             if self._is_derivative():
                 raise Unreadable
             return self._argument() / self._argument()
-        if name == "sqrt":
-            return self._root()
         if name in _NAMES:
             return self._named(name)
         if name == "binom":
@@ -248,10 +246,8 @@ class Parser:
             return Value.number(math.floor(value) if name == "lfloor" else math.ceil(value))
         if name in ("triangle", "angle") and self._cursor.kind() == "letters":
             return Value.symbol(f"{name} {self._cursor.next()}")
-        braced = self._cursor.peek() == "{" and self._cursor.kind(1) == "letters" and self._cursor.peek(2) == "}"
-        if name in _ACCENTS and braced:
-            accented = self._cursor.peek(1)
-            self._cursor.at += 3
+        accented = self._cursor.peek(1)
+        if name in _ACCENTS and self._cursor.kind(1) == "letters" and self._cursor.take("{", accented, "}"):
             if name in ("hat", "vec") and accented in ("i", "j", "k"):  # unit vectors, also written \mathbf{i}
                 return exact.I if accented == "i" else Value.symbol(accented)
             return self._symbol(f"{name} {accented}")

@@ -8,6 +8,7 @@ limits of `exact`.
 
 import functools
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 from igrpo_jax.rewards.mathematics import exact
@@ -55,7 +56,7 @@ def power(base: Value, exponent: Value) -> Value:
         return _exponential(base, exponent)
     if constant.denominator != 1:
         return power(root(base, constant.denominator), Value.number(constant.numerator))
-    n = int(constant)
+    n = constant.numerator
     if abs(n) > MAX_EXPONENT:
         raise NoValue("exponent too large")
     if n < 0:
@@ -86,22 +87,20 @@ def root(value: Value, degree: int) -> Value:
         rest = Value({key: c / content for key, c in value.numerator.items()}, opaque=value.opaque)
         return root(Value.number(content), degree) * _named("pow", rest, Fraction(1, degree))
     ((imaginary, roots, symbols), c), *_ = value.numerator.items()
-    if imaginary or (c < 0 and degree % 2 == 0 and degree != 2):
-        return _named("pow", value, Fraction(1, degree))
-    if any(_loses_sign(name, power, degree) for name, power in symbols):
-        return _named("pow", value, Fraction(1, degree))
-    result = Value(
-        {(0, (), tuple((name, Fraction(p) / degree) for name, p in symbols)): Fraction(1)}, opaque=value.opaque
-    )
-    if c < 0:
-        result = result * (I if degree == 2 else Value.number(-1))
-    powers = {prime: Fraction(p) for prime, p in roots}
     try:
-        for number, sign in ((abs(c.numerator), 1), (c.denominator, -1)):
-            for prime, p in _factored(number, degree):
-                powers[prime] = powers.get(prime, Fraction(0)) + sign * p
+        if imaginary or (c < 0 and degree % 2 == 0 and degree != 2):
+            raise _NotFactored
+        if any(_loses_sign(name, power, degree) for name, power in symbols):
+            raise _NotFactored
+        powers = {prime: Fraction(p) for prime, p in roots}
+        for prime, p in _primes(abs(c), degree):
+            powers[prime] = powers.get(prime, Fraction(0)) + p
     except _NotFactored:
         return _named("pow", value, Fraction(1, degree))
+    taken = tuple((name, Fraction(p) / degree) for name, p in symbols)
+    result = Value(
+        {(int(c < 0 and degree == 2), (), taken): Fraction(-1 if c < 0 and degree != 2 else 1)}, opaque=value.opaque
+    )
     for prime, p in powers.items():
         integer, rest = divmod(p / degree, 1)
         key = (0, ((prime, rest),) if rest else (), ())
@@ -109,11 +108,16 @@ def root(value: Value, degree: int) -> Value:
     return result
 
 
-def _factored(number: int, degree: int) -> tuple[tuple[int, int], ...]:
-    """Returns factors of `number`. A large square, such as 10^40 for degree 2, need not be factored into primes."""
-    if number.bit_length() > 64 and degree == 2 and math.isqrt(number) ** 2 == number:
-        return ((math.isqrt(number), 2),)
-    return factors(number)
+def _primes(c: Fraction, degree: int = 1) -> list[tuple[int, int]]:
+    """Returns the prime factors of c > 0 with their powers, which are negative below the fraction bar.
+
+    A large square, such as 10^40, need not be factored into primes for a root of degree 2. Raises _NotFactored.
+    """
+    primes: list[tuple[int, int]] = []
+    for number, sign in ((c.numerator, 1), (c.denominator, -1)):
+        is_square = degree == 2 and number.bit_length() > 64 and math.isqrt(number) ** 2 == number
+        primes += [(p, sign * k) for p, k in ([(math.isqrt(number), 2)] if is_square else factors(number))]
+    return primes
 
 
 def _loses_sign(name: str, exponent: int | Fraction, degree: int) -> bool:
@@ -127,9 +131,12 @@ def _content(p: Polynomial) -> Fraction:
     return Fraction(math.gcd(*(c.numerator for c in p.values())), math.lcm(*(c.denominator for c in p.values())))
 
 
-def _named(function: str, argument: Value, exponent: int | Fraction = 1, opaque: bool = True) -> Value:
-    name = Atom(f"{function}({argument})")
-    name.function, name.argument = function, argument
+def _named(
+    function: str, argument: Value, exponent: int | Fraction = 1, opaque: bool = True, base: Value | None = None
+) -> Value:
+    """Returns an opaque symbol to a power. `base` is that of the function "exp" or "pow", where it is not e."""
+    name = Atom(f"{function}({argument})" if base is None else f"{function}({base};{argument})")
+    name.function, name.argument, name.base = function, argument, base
     return Value({(0, (), ((name, exponent),)): Fraction(1)}, opaque=opaque)
 
 
@@ -147,19 +154,16 @@ def _exponential(base: Value, exponent: Value) -> Value:
     constant = base.constant()
     is_e = base.numerator == E.numerator and base.denominator is UNIT
     if not (is_e or (constant is not None and constant > 0)):
-        return _pair("pow", base, exponent)
+        return _named("pow", exponent, base=base)
     if exponent.denominator is not UNIT:
         ratio = exact.proportional(logarithm(base), Value(exponent.denominator))
         if ratio is None or is_e:
-            return _pair("pow", base, exponent)
+            return _named("pow", exponent, base=base)
         return power(E, Value(exponent.numerator, opaque=exponent.opaque) * Value.number(ratio))
-    bases = [(E, 1)] if is_e else []
-    if not is_e:
-        try:
-            bases = [(Value.number(p), k) for p, k in factors(constant.numerator)]
-            bases += [(Value.number(p), -k) for p, k in factors(constant.denominator)]
-        except _NotFactored:
-            return _pair("pow", base, exponent)
+    try:
+        bases = [(E, 1)] if is_e else [(Value.number(p), k) for p, k in _primes(constant)]
+    except _NotFactored:
+        return _named("pow", exponent, base=base)
     result = Value.number(1)
     for key, c in exponent.numerator.items():
         term = Value({key: c})
@@ -175,7 +179,7 @@ def _exponential(base: Value, exponent: Value) -> Value:
             # Numbers such as 2^√2 and e^π may be related in unknown ways; functions such as 2^n are not.
             free = any(name not in ("π", "e") for name, _ in key[2])
             for prime, k in bases:
-                term = _pair("exp", prime, Value({key: Fraction(1)}), c * k, opaque=opaque or not free)
+                term = _named("exp", Value({key: Fraction(1)}), c * k, opaque or not free, prime)
                 result = result * term
     return result
 
@@ -191,12 +195,6 @@ def _of_logarithm(exponent: Value) -> tuple[Value, Value] | None:
     rest = (imaginary, roots, tuple(item for item in symbols if item[0] != names[0]))
     argument = names[0].argument
     return (argument, Value({rest: c})) if rest == ONE or argument.constant() is not None else None
-
-
-def _pair(function: str, base: Value, argument: Value, exponent: int | Fraction = 1, opaque: bool = True) -> Value:
-    name = Atom(f"{function}({base};{argument})")
-    name.function, name.argument, name.base = function, argument, base
-    return Value({(0, (), ((name, exponent),)): Fraction(1)}, opaque=opaque)
 
 
 # ------------------------------------------------------------------------------------------------------- functions
@@ -245,53 +243,32 @@ def logarithm(value: Value, function: str = "ln") -> Value:
     """Returns the logarithm of a positive rational or a power of e, for anything else an opaque symbol."""
     constant = value.constant()
     if constant is not None and constant > 0:
-        result = Value.number(0)
         try:
-            primes = [*factors(constant.numerator), *((prime, -k) for prime, k in factors(constant.denominator))]
+            primes = _primes(constant)
         except _NotFactored:
             return _named(function, value)
-        for prime, k in primes:
-            # Some read `log` without a base as base 10, others as base e.
-            result = result + Value.number(k) * _named(function, Value.number(prime), opaque=function != "ln")
-        return result
+        # Some read `log` without a base as base 10, others as base e.
+        terms = (Value.number(k) * _named(function, Value.number(p), opaque=function != "ln") for p, k in primes)
+        return sum(terms, Value.number(0))
     if function == "ln" and value.denominator is UNIT and len(value.numerator) == 1:
         ((imaginary, roots, symbols), c), *_ = value.numerator.items()
         known = all(name == "e" or (getattr(name, "function", "") == "exp") for name, _ in symbols)
         if not imaginary and known and c > 0:  # ln(3·√2·e^(2t)) = ln 3 + ln(2)/2 + 2t
-            result = logarithm(Value.number(c))
-            for prime, exponent in roots:
-                result = result + Value.number(exponent) * logarithm(Value.number(prime))
-            for name, exponent in symbols:
-                inner = Value.number(1) if name == "e" else name.argument * logarithm(name.base)
-                result = result + Value.number(exponent) * inner
-            return result
+            parts = [(logarithm(Value.number(prime)), k) for prime, k in [(c, 1), *roots]]
+            parts += [
+                (Value.number(1) if name == "e" else name.argument * logarithm(name.base), k) for name, k in symbols
+            ]
+            return sum((Value.number(k) * part for part, k in parts), Value.number(0))
     return _named(function, value)
 
 
 def function(name: str, argument: Value) -> Value:
     """Returns the value of a function that is known by name: sin, cis, arctan, sinh, ln, log, lg, exp, abs, Gamma, …"""
-    if name in ("sin", "csc"):
-        return sine(argument) if name == "sin" else Value.number(1) / sine(argument)
-    if name in ("cos", "sec"):
-        return cosine(argument) if name == "cos" else Value.number(1) / cosine(argument)
-    if name in ("tan", "cot"):
-        top, bottom = sine(argument), cosine(argument)
-        return top / bottom if name == "tan" else bottom / top
     if name in ("ln", "log"):
         return logarithm(argument, name)
-    if name == "exp":
-        return power(E, argument)
-    if name == "sqrt":
-        return root(argument, 2)
-    if name == "abs":
-        return _absolute(argument)
-    if name == "cis":
-        return cosine(argument) + I * sine(argument)
     if name in ("arcsin", "arccos", "arctan"):
         return _inverse(name, argument)
-    if name in ("Gamma", "zeta"):
-        return _special(name, argument)
-    return _named(name, argument)
+    return _FUNCTIONS[name](argument) if name in _FUNCTIONS else _named(name, argument)
 
 
 def _inverse(name: str, argument: Value) -> Value:
@@ -305,16 +282,19 @@ def _inverse(name: str, argument: Value) -> Value:
     return _named(name, argument)
 
 
-def _special(name: str, argument: Value) -> Value:
-    """Returns Γ of integers and half-integers and ζ(2), ζ(4), …, exactly; other values of Γ and ζ are opaque."""
+def _gamma(argument: Value) -> Value:
+    """Returns Γ of positive integers and half-integers exactly."""
     n = argument.constant()
-    if name == "Gamma" and n is not None and 0 < n <= 200 and n.denominator <= 2:
-        if n.denominator == 1:
-            return Value.number(math.factorial(int(n) - 1))
-        return Value.number(math.prod(Fraction(k, 2) for k in range(1, n.numerator - 1, 2))) * root(PI, 2)
-    if name == "zeta" and n in (2, 4, 6):
-        return power(PI, argument) / Value.number({2: 6, 4: 90, 6: 945}[int(n)])
-    return _named(name, argument)
+    if n is None or not 0 < n <= 200 or n.denominator > 2:
+        return _named("Gamma", argument)
+    product = Value.number(math.prod(n - k for k in range(1, math.ceil(n))))
+    return product if n.denominator == 1 else product * root(PI, 2)
+
+
+def _zeta(argument: Value) -> Value:
+    """Returns ζ(2), ζ(4) and ζ(6) exactly."""
+    divisor = {2: 6, 4: 90, 6: 945}.get(argument.constant())
+    return power(PI, argument) / Value.number(divisor) if divisor else _named("zeta", argument)
 
 
 def _absolute(value: Value) -> Value:
@@ -342,3 +322,19 @@ def _unsigned(value: Value) -> tuple[Value, int]:
     if value.numerator and value.numerator[min(value.numerator)] < 0:
         return -value, -1
     return value, 1
+
+
+_FUNCTIONS: dict[str, Callable[[Value], Value]] = {
+    "sin": sine,
+    "cos": cosine,
+    "tan": lambda angle: sine(angle) / cosine(angle),
+    "cot": lambda angle: cosine(angle) / sine(angle),
+    "sec": lambda angle: Value.number(1) / cosine(angle),
+    "csc": lambda angle: Value.number(1) / sine(angle),
+    "cis": lambda angle: cosine(angle) + I * sine(angle),
+    "exp": lambda exponent: power(E, exponent),
+    "sqrt": lambda value: root(value, 2),
+    "abs": _absolute,
+    "Gamma": _gamma,
+    "zeta": _zeta,
+}
