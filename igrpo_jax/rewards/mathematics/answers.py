@@ -231,37 +231,33 @@ def _set(text: str, content: list[Token], nested: int) -> Node:
     return Sequence(text, "set", tuple(items))
 
 
+_MATRICES = frozenset(("cases", "pmatrix", "bmatrix", "matrix", "Bmatrix", "array", "smallmatrix"))
+
+
 def _matrix(tokens: list[Token], nested: int) -> Node | None:
-    """Reads a matrix. Returns None for anything else."""
+    """Reads a matrix, a system of equations, or values by cases. Returns None for anything else."""
     texts = [token.text for token in tokens]
-    if texts[0] != "begin" or texts[-4:-2] != ["end", "{"] or len(texts) < 9:
+    if texts[0] != "begin" or texts[-4:-2] != ["end", "{"] or len(texts) < 9 or texts.count("begin") > 1:
         return None
-    name = texts[2]
-    if (
-        name not in ("cases", "pmatrix", "bmatrix", "matrix", "Bmatrix", "array", "smallmatrix")
-        or texts.count("begin") > 1
-    ):
+    text, name = latex(tokens), texts[2]
+    if name not in _MATRICES:
         return None
-    body = tokens[4:-4]
-    if name == "array" and body and body[0].text == "{":
-        while body and body.pop(0).text != "}":
-            pass
+    start = 5 + texts[4:].index("}") if name == "array" and texts[4] == "{" else 4  # behind the columns, as {cc}
+    body = [token for token in tokens[start:-4] if token.text != "hline"]
     rows = []
-    for row in split([token for token in body if token.text != "hline"], {"\\"})[0]:
-        if row:
-            cells = split(row, {"&"})[0]
-            if name == "cases":
-                cells = [_trimmed(cell) for cell in cells]
-            if not all(cells):
-                return Leaf(latex(tokens), None)
-            rows.append(tuple(_read(cell, nested + 1) for cell in cells))
-    if not rows or len({len(row) for row in rows}) > 1 or (name == "cases" and len(rows[0]) > 2):
-        return Leaf(latex(tokens), None)
-    if name == "cases" and len(rows[0]) == 1:  # a system of equations
-        return Sequence(latex(tokens), "list", tuple(row[0] for row in rows))
-    if name == "cases":  # values with their conditions, in any order
-        return Sequence(latex(tokens), "set", tuple(Matrix(f"{a.text} & {b.text}", ((a, b),)) for a, b in rows))
-    return Matrix(latex(tokens), tuple(rows))
+    for row in filter(None, split(body, {"\\"})[0]):
+        cells = split(row, {"&"})[0]
+        rows.append([_trimmed(cell) for cell in cells] if name == "cases" else cells)
+    widths = {len(cells) for cells in rows}
+    if len(widths) != 1 or not all(map(all, rows)) or (name == "cases" and not widths <= {1, 2}):
+        return Leaf(text, None)
+    read = tuple(tuple(_read(cell, nested + 1) for cell in cells) for cells in rows)
+    if name != "cases":
+        return Matrix(text, read)
+    if widths == {1}:  # a system of equations
+        return Sequence(text, "list", tuple(row[0] for row in read))
+    # Values with their conditions, in any order.
+    return Sequence(text, "set", tuple(Matrix(" & ".join(cell.text for cell in row), (row,)) for row in read))
 
 
 def _trimmed(cell: list[Token]) -> list[Token]:

@@ -5,9 +5,10 @@ Expressions are compared by their exact values (`exact`), and by `symbolic` wher
 are listed in `grader`.
 """
 
+import itertools
 import re
 from collections.abc import Iterable
-from dataclasses import replace
+from fractions import Fraction
 
 from igrpo_jax.rewards.mathematics import exact, regions, symbolic, units
 from igrpo_jax.rewards.mathematics.exact import Value
@@ -112,8 +113,6 @@ def _same_named(a: Named, b: Node) -> bool:
 
 
 def _same_relation(a: Relation, b: Node) -> bool:
-    if isinstance(b, Leaf):
-        return False
     if not isinstance(b, Relation) or a.sign != b.sign:
         return False
     if a.difference is None or b.difference is None:
@@ -135,13 +134,8 @@ def _same_region(a: Region, b: Node) -> bool:
     other = regions.region_of(b)
     if other is None or (a.name and other.name and a.name != other.name) or len(a.pieces) != len(other.pieces):
         return False
-    for piece, match in zip(a.pieces, other.pieces, strict=True):
-        if piece[1] != match[1] or piece[3] != match[3]:
-            return False
-        for end, other_end in ((piece[0], match[0]), (piece[2], match[2])):
-            if (end is None) != (other_end is None) or (end is not None and exact.same(end, other_end) is not True):
-                return False
-    return True
+    ends = zip(itertools.chain(*a.pieces), itertools.chain(*other.pieces), strict=True)
+    return all(x == y if None in (x, y) or isinstance(x, bool) else exact.same(x, y) is True for x, y in ends)
 
 
 # --------------------------------------------------------------------------------------------------------- sequences
@@ -152,18 +146,22 @@ def _same_sequence(a: Sequence, b: Node) -> bool:
         return _same_sequences(a, b)
     if a.kind == "or" and all(same_answer(a.items[0], item) for item in a.items[1:]):
         return same_answer(a.items[0], b)  # one value in several notations
-    if _is_ordered(a) and isinstance(b, Leaf) and b.value is not None and a.kind in ("()", "[]"):
-        components = _components(b.value, len(a.items))
-        return bool(components) and all(map(same_answer, a.items, components))
     if isinstance(b, Matrix):
-        return _is_ordered(a) and len(_vector(b)) == len(a.items) and all(map(same_answer, a.items, _vector(b)))
-    if isinstance(b, Leaf):
-        if b.listed is not None and _same_sequences(a, b.listed):
-            return True
-        if a.kind == "set" and len(a.items) == 1:
-            return same_answer(a.items[0], b)
-        return b.value is None and not b.hopeless and symbolic.equal(a.text, b.text)
-    return False
+        return _is_ordered(a) and _in_order(a.items, _vector(b))
+    if not isinstance(b, Leaf):
+        return False
+    if a.kind in ("()", "[]") and b.value is not None:
+        return _is_vector(a.items, b)
+    if b.listed is not None and _same_sequences(a, b.listed):
+        return True
+    if a.kind == "set" and len(a.items) == 1:
+        return same_answer(a.items[0], b)
+    return _asked(a, b)
+
+
+def _asked(a: Node, b: Node) -> bool:
+    """Returns whether computer algebra finds the structure equal to an expression that was not read here."""
+    return isinstance(b, Leaf) and b.value is None and not b.hopeless and symbolic.equal(a.text, b.text)
 
 
 def _same_sequences(a: Sequence, b: Sequence) -> bool:
@@ -210,40 +208,37 @@ def _distinct(sequence: Sequence, other: Sequence) -> list[Node]:
         return list(sequence.items)
     kept: list[Node] = []
     for item in sequence.items:
-        if not any(same_answer(item, other) for other in kept):
-            kept.append(item)
+        kept += [] if any(same_answer(item, other) for other in kept) else [item]
     return kept
 
 
 def _matched(a: list[Node], b: list[Node]) -> bool:
     """Returns whether each element of one list can be paired with an equal element of the other."""
-    if len(a) != len(b):
-        return False
-    rest = list(b)
+    rest = list(b) if len(a) == len(b) else []
     for item in a:
-        for at, other in enumerate(rest):
-            if same_answer(item, other):
-                del rest[at]
-                break
-        else:
+        at = next((at for at, other in enumerate(rest) if same_answer(item, other)), None)
+        if at is None:
             return False
-    return True
+        del rest[at]
+    return len(a) == len(b)
 
 
 def _same_matrix(a: Matrix, b: Node) -> bool:
     if isinstance(b, Matrix):
         return len(a.rows) == len(b.rows) and all(map(_in_order, a.rows, b.rows))
-    if isinstance(b, Leaf) and b.value is not None:
-        components = _components(b.value, len(_vector(a)))
-        return bool(components) and all(map(same_answer, _vector(a), components))
-    return isinstance(b, Leaf) and b.value is None and not b.hopeless and symbolic.equal(a.text, b.text)
+    return _is_vector(_vector(a), b) if isinstance(b, Leaf) and b.value is not None else _asked(a, b)
 
 
 def _vector(matrix: Matrix) -> tuple[Node, ...]:
     """Returns the elements of a single row or column, and nothing for any other matrix."""
-    if len(matrix.rows) == 1:
-        return matrix.rows[0]
-    return tuple(row[0] for row in matrix.rows) if len(matrix.rows[0]) == 1 else ()
+    rows = matrix.rows if len(matrix.rows) == 1 else tuple(zip(*matrix.rows, strict=True))
+    return rows[0] if len(rows) == 1 else ()
+
+
+def _is_vector(items: tuple[Node, ...], b: Leaf) -> bool:
+    """Returns whether a value such as i + 2j + 3k has these components."""
+    components = _components(b.value, len(items))
+    return bool(components) and _in_order(items, components)
 
 
 def _components(value: Value, length: int) -> list[Node]:
@@ -261,27 +256,20 @@ def _components(value: Value, length: int) -> list[Node]:
 
 
 def _same_ratio(a: Ratio, b: Node) -> bool:
+    values = _values(a)
     if isinstance(b, Ratio):
         if {a.unit, b.unit} & {"am", "pm"}:
-            return _same_time(a, b)
+            is_same_half = "" in (a.unit, b.unit) or a.unit == b.unit
+            return is_same_half and bool(_hours(a) & _hours(b)) and _in_order(a.parts[1:], b.parts[1:])
         if a.unit and b.unit and a.unit != b.unit:
             return False
-        if _in_order(a.parts, b.parts):
-            return True
-        if _TIME.fullmatch(a.text) and _TIME.fullmatch(b.text):
-            return False  # 1:20 is not 2:40
-        first, second = _values(a), _values(b)
-        if len(first) != len(second) or None in first + second or not (first[0].numerator and second[0].numerator):
-            return False
-        return all(exact.same(first[0] * y, second[0] * x) is True for x, y in zip(first[1:], second[1:], strict=True))
-    if not isinstance(b, Leaf) or b.percent:
+        is_time = _TIME.fullmatch(a.text) and _TIME.fullmatch(b.text)  # 1:20 is not 2:40
+        return _in_order(a.parts, b.parts) or (not is_time and _is_multiple(values, _values(b)))
+    if not isinstance(b, Leaf) or b.percent or b.value is None or len(values) != 2 or None in values:
         return False
-    if {a.unit, b.unit.name} <= {"am", "pm"} and len(a.parts) == 2:  # 3:00 pm is 3 pm
-        minutes = _values(a)[1]
-        is_full = minutes is not None and not minutes.numerator
-        return is_full and a.unit == b.unit.name and same_answer(a.parts[0], replace(b, unit=units.NONE))
-    values = _values(a)
-    if a.unit or b.unit.name or len(values) != 2 or None in (*values, b.value) or not values[1].numerator:
+    if {a.unit, b.unit.name} <= {"am", "pm"}:  # 3:00 pm is 3 pm
+        return not values[1].numerator and a.unit == b.unit.name and exact.same(values[0], b.value) is True
+    if a.unit or b.unit.name or not values[1].numerator:
         return False
     return exact.same(values[0] / values[1], b.value) is True
 
@@ -289,20 +277,24 @@ def _same_ratio(a: Ratio, b: Node) -> bool:
 _TIME = re.compile(r"\d?\d:[0-5]\d(:[0-5]\d)?")
 
 
-def _same_time(a: Ratio, b: Ratio) -> bool:
-    """Returns whether two times are equal: 3:30 p.m. is 15:30, and it is 3:30 where the other time names no half."""
-    hours = []
-    for time, other in ((a, b), (b, a)):
-        hour = time.parts[0].value.constant() if isinstance(time.parts[0], Leaf) and time.parts[0].value else None
-        if hour is None:
-            return False
-        plain = not other.unit and isinstance(other.parts[0], Leaf) and same_answer(time.parts[0], other.parts[0])
-        hours.append(hour % 12 + 12 * (time.unit == "pm") if time.unit and not plain else hour)
-    return hours[0] == hours[1] and _in_order(a.parts[1:], b.parts[1:])
+def _hours(time: Ratio) -> set[Fraction]:
+    """Returns the hour of a time as it stands there and from 0 to 23: 3 and 15 for 3:30 p.m."""
+    first = _values(time)[0]
+    hour = first and first.constant()
+    if hour is None:
+        return set()
+    return {hour, hour % 12 + 12 * (time.unit == "pm")} if time.unit else {hour}
 
 
 def _values(ratio: Ratio) -> list[Value | None]:
     return [part.value if isinstance(part, Leaf) else None for part in ratio.parts]
+
+
+def _is_multiple(values: list[Value | None], others: list[Value | None]) -> bool:
+    """Returns whether the parts of a ratio are a multiple of another one's: 2:4 is 1:2."""
+    if len(values) != len(others) or None in values + others or not (values[0].numerator and others[0].numerator):
+        return False
+    return all(exact.same(values[0] * y, others[0] * x) is True for x, y in zip(values, others, strict=True))
 
 
 def _same_based(a: Based, b: Node) -> bool:
