@@ -59,6 +59,7 @@ _SAME_AS = {
     **{"vee": "lor", "wedge": "land", "lnot": "neg", "mod": "bmod", "rightarrow": "to", "Rightarrow": "implies"},
 }
 _AND_OR = frozenset(("and", "or"))
+_LOGICAL = {"land": "and", "lor": "or"}
 _RELATIONS = frozenset(("=", "<", ">", "leq", "geq", "ne", "in"))
 _DIGRAPHS = {"<=": "leq", "=<": "leq", ">=": "geq", "!=": "ne", "==": "="}
 _MARKS = frozenset(("<", ">", "[", "]", "(", ")", "|", "*", "/", ":", "\\{", "\\}"))
@@ -72,11 +73,15 @@ _SPACE = re.compile(
     r"|thinspace|enspace|hfill|strut|rm|bf|tiny|small|large|Large|LARGE|huge)(?![A-Za-z])\.?)+"
 )
 _EXPONENT = r"(?:[eE][+-]?\d{1,5}(?![\d.]))?"
-_EXPLICIT = re.compile(rf"\d+{SEPARATOR}\d+(?:{SEPARATOR}\d{{3}})*(?:\.\d+)?")
+_EXPLICIT = re.compile(rf"[1-9]\d{{0,2}}(?:{SEPARATOR}\d{{3}})+(?:\.\d+)?(?!\d)")
+_DECIMAL_COMMA = re.compile(rf"\d+{SEPARATOR}\d+(?!{SEPARATOR}\d{{3}}|\.?\d)")
 _SPACED = re.compile(r"[1-9]\d{0,2}(?:(?:\\[,;: ]|[ ~\u2009])\d{3})+(?:\.\d+)?(?![\d,])")
 _GROUPED = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?!\d|,\d)")
 _NUMBER = re.compile(rf"(?:\d+(?:\.\d+|\.(?=\s?[/*)}}\],eE]|\\(?:overline|bar|dot)))?|\.\d+){_EXPONENT}")
 _LETTERS = re.compile(r"[A-Za-z]+")
+_ESCAPED = {"{": "\\{", "}": "\\}", "%": "%", "$": "\\$", "&": "and", "#": "#", "_": "_"}
+_UNESCAPED = re.compile(r"(?<!\\)[{}]")
+_BRACE = re.compile(r"\s*\{")
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 _OPEN = frozenset(("(", "[", "{", "\\{", "langle", "begin", "lfloor", "lceil"))
 _CLOSE = frozenset((")", "]", "}", "\\}", "rangle", "end", "rfloor", "rceil"))
@@ -98,16 +103,15 @@ def _joined(tokens: list[Token]) -> list[Token]:
     result: list[Token] = []
     for token in tokens:
         last = result[-1] if result else None
-        if token.kind == "text" and not token.text.strip(" ,.;:"):
-            if token.text.strip(" ."):
-                result.append(token._replace(kind="mark", text=":" if ":" in token.text else ","))
-            continue
         is_word = token.kind == "text" or (token.kind == "letters" and token.spaced)
         word = token.text.strip(" ,.").casefold() if is_word else ""
-        if word in _AND_OR:
+        if token.kind == "text" and not token.text.strip(" ,.;:"):
+            punctuation = token._replace(kind="mark", text=":" if ":" in token.text else ",")
+            result += [punctuation] if token.text.strip(" .") else []
+        elif word in _AND_OR:
             result.append(token._replace(kind="mark", text=word))
-        elif token.is_in(("lor", "land")) and any(other.is_in(_RELATIONS) for other in tokens):
-            result.append(token._replace(kind="mark", text="or" if token.text == "lor" else "and"))
+        elif token.is_in(_LOGICAL) and any(other.is_in(_RELATIONS) for other in tokens):
+            result.append(token._replace(kind="mark", text=_LOGICAL[token.text]))
         elif word == "in" and token.kind == "letters":
             result.append(token._replace(kind="command"))
         elif last and last.kind == token.kind == "mark" and not token.spaced and last.text + token.text in _DIGRAPHS:
@@ -131,7 +135,8 @@ def _scanned(source: str) -> list[Token]:
             continue
         start, character = at, source[at]
         if character.isdecimal() or (character == "." and source[at + 1 : at + 2].isdecimal()):
-            kind, text, at = _number(source, at, bool(brackets) and brackets[-1] != "{")
+            text, at = _number(source, at, bool(brackets) and brackets[-1] != "{")
+            kind = "number"
         elif character.isascii() and character.isalpha():
             kind, at = "letters", _LETTERS.match(source, at).end()
             text = source[start:at]
@@ -148,37 +153,28 @@ def _scanned(source: str) -> list[Token]:
     return tokens
 
 
-def _number(source: str, at: int, in_brackets: bool) -> tuple[str, str, int]:
-    """Returns (kind, text, end) of the number that begins at `at`."""
-    if source[at - 1 : at] not in (",", SEPARATOR) or at < 2 or not source[at - 2].isdecimal():
+def _number(source: str, at: int, in_brackets: bool) -> tuple[str, int]:
+    """Returns (digits, end) of the number that begins at `at`."""
+    if not (source[at - 1 : at] in (",", SEPARATOR) and source[at - 2 : at - 1].isdecimal()):
         for pattern in (_EXPLICIT, _SPACED) if in_brackets else (_EXPLICIT, _SPACED, _GROUPED):
-            match = pattern.match(source, at)
-            if match:
-                digits = match.group()
-                if pattern is _EXPLICIT and not re.fullmatch(
-                    rf"[1-9]\d{{0,2}}(?:{SEPARATOR}\d{{3}})+(?:\.\d+)?", digits
-                ):
-                    if digits.count(SEPARATOR) > 1 or "." in digits:
-                        break
-                    return "number", digits.replace(SEPARATOR, "."), match.end()
-                return "number", re.sub(r"[^\d.]", "", digits), match.end()
+            if match := pattern.match(source, at):
+                return re.sub(r"[^\d.]", "", match.group()), match.end()
+        if match := _DECIMAL_COMMA.match(source, at):
+            return match.group().replace(SEPARATOR, "."), match.end()
     match = _NUMBER.match(source, at)
-    return "number", match.group(), match.end()
+    return match.group(), match.end()
 
 
 def _command(source: str, at: int) -> tuple[str, str, int]:
     """Returns (kind, text, end) of the command that begins at `at`."""
     match = _COMMAND.match(source, at)
     name, end = match[1], match.end()
-    if name in _TEXT_COMMANDS:
-        opened = end + (len(source[end:]) - len(source[end:].lstrip()))
-        closed = _closing(source, opened) if source[opened : opened + 1] == "{" else None
+    if name in _TEXT_COMMANDS and (opened := _BRACE.match(source, end)):
+        closed = _closing(source, opened.end() - 1)
         if closed:
-            return "text", source[opened + 1 : closed], closed + 1
-    if name in "{}":
-        return "mark", "\\" + name, end
-    if name in "%$&#_":
-        return "mark", {"$": "\\$", "&": "and"}.get(name, name), end
+            return "text", source[opened.end() : closed], closed + 1
+    if name in _ESCAPED:
+        return "mark", _ESCAPED[name], end
     name = _SAME_AS.get(name, name)
     return ("mark" if name in _MARKS else "command"), name, end
 
@@ -186,11 +182,10 @@ def _command(source: str, at: int) -> tuple[str, str, int]:
 def _closing(source: str, opened: int) -> int | None:
     """Returns where the brace that opens at `opened` closes, None where it does not."""
     depth = 0
-    for at in range(opened, len(source)):
-        if source[at] in "{}" and source[at - 1] != "\\":
-            depth += 1 if source[at] == "{" else -1
-            if depth == 0:
-                return at
+    for brace in _UNESCAPED.finditer(source, opened):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return brace.start()
     return None
 
 
