@@ -57,7 +57,7 @@ def _same_value(a: Leaf, b: Leaf) -> bool:
         return exact.same(Value.number(ratio) * a.value, b.value) is True
     equal = exact.same(a.value, b.value)
     if equal is None:
-        return exact.agree(a.value, b.value) or symbolic.equal(a.text, b.text)
+        return symbolic.equal(a.text, b.text)
     return equal or _same_progression(a.value, b.value)
 
 

@@ -11,7 +11,8 @@ if their dicts are, and P1/Q1 = P2/Q2 if and only if P1·Q2 = P2·Q1. Right and 
 computer algebra system.
 
 Anything else (sines of symbols, roots of sums, …) becomes an opaque symbol, named by the exact form of its argument.
-Two values with opaque symbols can be found equal. They are known to differ only where their numbers do (`_apart`).
+Two values with opaque symbols can be found equal. Otherwise their numbers decide, evaluated to DIGITS digits
+(`_same_numbers`), unless free symbols leave that open.
 
 Symbols under a root are read as positive, as in school: √(xy) = √x·√y, but √(x²) stays as it is.
 Not here: powers, roots and functions (`functions`); reading text (`expression`). Beyond the limits MAX_TERMS and
@@ -19,11 +20,14 @@ MAX_BITS, NoValue is raised.
 """
 
 import cmath
+import functools
 import zlib
 from fractions import Fraction
 
 MAX_TERMS = 100  # of a polynomial
 MAX_BITS = 150_000  # of a numerator or denominator; 10000! has 118,458
+DIGITS = 330  # with which opaque symbols are evaluated
+CLOSE = 300  # digits in which equal values agree
 
 
 class NoValue(ArithmeticError):
@@ -122,9 +126,7 @@ def same(a: Value, b: Value) -> bool | None:
     """Returns whether the values are equal, None where that cannot be decided here."""
     if _times(a.numerator, b.denominator) == _times(b.numerator, a.denominator):
         return True
-    if not (a.opaque or b.opaque):
-        return False
-    return False if _apart(a, b) else None
+    return _same_numbers(a, b) if a.opaque or b.opaque else False
 
 
 def proportional(a: Value, b: Value) -> Fraction | None:
@@ -224,90 +226,93 @@ def _inverse(single: Polynomial) -> Polynomial:
 # ------------------------------------------------------------------------------------------------- floating point
 
 
-def approximate(value: Value, point: int = 0) -> complex | None:
-    """Returns the value in floating point, None where that fails. `point` selects positive numbers for the symbols."""
-    evaluated = _evaluated(value, point)
-    return None if evaluated is None else evaluated[0]
-
-
-def agree(a: Value, b: Value) -> bool:
-    """Returns whether two values without free symbols agree to 300 digits, as those of equal sines and roots do."""
-    import mpmath  # sympy depends on it
-
-    if approximate(a) is None or approximate(b) is None:
-        return False
-    with mpmath.workdps(330):
-        first, second = _evaluated(a, 0, mpmath), _evaluated(b, 0, mpmath)
-        if not first or not second:
-            return False
-        return bool(abs(first[0] - second[0]) <= mpmath.mpf(10) ** -300 * max(first[1], second[1]))
-
-
-def _evaluated(value: Value, point: int, m=cmath) -> tuple[complex, float] | None:
-    """Returns (value, the size of its largest parts, to which rounding errors are relative). `m` may be mpmath."""
+def approximate(value: Value) -> complex | None:
+    """Returns a value without free symbols in floating point, None where that fails."""
+    constant = value.constant()
     try:
-        top, top_scale = _sum(value.numerator, point, m)
-        bottom, bottom_scale = _sum(value.denominator, point, m)
-        if abs(bottom) <= 1e-6 * bottom_scale:
-            return None
-        return top / bottom, top_scale / abs(bottom)
-    except (ArithmeticError, ValueError, TypeError):  # overflow, log 0, an unknown function
+        number = complex(_evaluated(value, 0)[0] if constant is None else constant)
+        return number if cmath.isfinite(number) else None
+    except (ArithmeticError, ValueError):
         return None
 
 
-def _sum(p: Polynomial, point: int, m) -> tuple[complex, float]:
-    number = complex if m is cmath else m.mpmathify
-    total, scale = 0j, 0.0
+def _same_numbers(a: Value, b: Value) -> bool | None:
+    """Returns whether the numbers of two values are equal, None where that is not certain.
+
+    Values with free symbols or with a `log` of unknown base are never certain to be equal. They differ where they do
+    at two points.
+    """
+    if (closed := _close(a, b, None)) is not None:
+        return closed
+    return False if [_close(a, b, point) for point in range(2)] == [False, False] else None
+
+
+def _close(a: Value, b: Value, point: int | None) -> bool | None:
+    try:
+        (first, first_scale), (second, second_scale) = _evaluated(a, point), _evaluated(b, point)
+    except (ArithmeticError, ValueError):
+        return None
+    return bool(abs(first - second) <= max(first_scale, second_scale) * _context().mpf(10) ** -CLOSE)
+
+
+@functools.cache
+def _context():
+    """Returns mpmath's arithmetic with DIGITS digits."""
+    import mpmath  # sympy depends on it
+
+    context = mpmath.MPContext()
+    context.dps = DIGITS
+    return context
+
+
+def _evaluated(value: Value, point: int | None) -> tuple:
+    """Returns (value, the size of its largest parts, to which rounding errors are relative), of mpmath.
+
+    `point` selects positive numbers for free symbols, and whether `log` is the natural one (0) or that to base 10 (1).
+    Raises ArithmeticError, or ValueError for an unknown function, and without a point for all that needs one.
+    """
+    top, top_scale = _sum(value.numerator, point)
+    bottom, bottom_scale = _sum(value.denominator, point)
+    if abs(bottom) <= 1e-6 * bottom_scale:
+        raise ZeroDivisionError
+    return top / bottom, top_scale / abs(bottom)
+
+
+def _sum(p: Polynomial, point: int | None) -> tuple:
+    number, total, scale = _context().mpmathify, 0, 0
     for (imaginary, roots, symbols), c in p.items():
         term = number(c) * (1j if imaginary else 1)
-        for prime, exponent in roots:
-            term *= number(prime) ** number(exponent)
-        for name, exponent in symbols:
-            term *= _raised(_symbol(name, point, m), Fraction(exponent), number)
+        factors = [(number(prime), power) for prime, power in roots]
+        for base, power in factors + [(_symbol(name, point), Fraction(power)) for name, power in symbols]:
+            is_negative = power.denominator % 2 and base.imag == 0 and base.real < 0  # the real root, as of -8
+            root = abs(base) ** number(power) if is_negative else base ** number(power)
+            term *= -root if is_negative and power.numerator % 2 else root
         total, scale = total + term, scale + abs(term)
     return total, scale
 
 
-def _raised(base: complex, exponent: Fraction, number) -> complex:
-    power = number(exponent)
-    if exponent.denominator % 2 and base.imag == 0 and base.real < 0:
-        return (-1) ** (exponent.numerator % 2) * (-base) ** power
-    return base**power
+_EVALUATED = {name: name for name in ("sin", "cos", "sinh", "cosh", "tanh", "log")}
+_EVALUATED |= {"ln": "log", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
 
 
-def _symbol(name: str, point: int, m) -> complex:
+def _symbol(name: str, point: int | None):
+    """Returns the number of a symbol. Raises OverflowError for a large argument of a function."""
+    m = _context()
     if name in ("π", "e"):
-        return m.pi if name == "π" else m.e
+        return +m.pi if name == "π" else +m.e
+    if point is None and (not isinstance(name, Atom) or name.function == "log"):
+        raise ValueError
     if not isinstance(name, Atom):
-        if m is not cmath:
-            raise ValueError("no number")
-        return complex(0.6 + zlib.crc32(f"{point}{name}".encode()) % 10_007 / 7_000)
-    argument = _number(name.argument, point, m)
+        return m.mpf(0.6 + zlib.crc32(f"{point}{name}".encode()) % 10_007 / 7_000)
+    argument, _ = _evaluated(name.argument, point)
     if name.base is not None:
-        return _number(name.base, point, m) ** argument
-    if name.function == "pow":
-        return argument
-    if name.function == "abs":
-        return abs(argument) + 0j
-    named = {"ln": "log", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(name.function, name.function)
-    if name.function == "log" and (point or m is not cmath):
-        named = "log10" if point else "ambiguous"  # without a base it may be ln or log10
-    if named not in ("log", "sin", "cos", "asin", "acos", "atan", "sinh", "cosh", "tanh", "log10"):
-        raise ValueError("no number")
-    return getattr(m, named)(argument)
-
-
-def _number(value: Value, point: int, m) -> complex:
-    evaluated = _evaluated(value, point, m)
-    if evaluated is None:
-        raise ValueError("no number")
-    return evaluated[0]
-
-
-def _apart(a: Value, b: Value) -> bool:
-    """Returns True where the numbers differ by far more than rounding at all points."""
-    for point in range(2):
-        first, second = _evaluated(a, point), _evaluated(b, point)
-        if not first or not second or abs(first[0] - second[0]) <= 1e-6 * max(first[1], second[1]):
-            return False
-    return True
+        argument, function = argument * m.log(_evaluated(name.base, point)[0]), m.exp
+    elif name.function in ("pow", "abs"):
+        return argument if name.function == "pow" else abs(argument)
+    elif name.function in _EVALUATED:
+        function = getattr(m, "log10" if name.function == "log" and point else _EVALUATED[name.function])
+    else:
+        raise ValueError
+    if abs(argument) > (1e3 if function in (m.exp, m.sinh, m.cosh) else 1e300):
+        raise OverflowError
+    return function(argument)

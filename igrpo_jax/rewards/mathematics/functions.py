@@ -293,7 +293,8 @@ def _gamma(argument: Value) -> Value:
 
 def _zeta(argument: Value) -> Value:
     """Returns ζ(2), ζ(4) and ζ(6) exactly."""
-    divisor = {2: 6, 4: 90, 6: 945}.get(argument.constant())
+    n = argument.constant()
+    divisor = {2: 6, 4: 90, 6: 945}.get(int(n)) if n in (2, 4, 6) else None
     return power(PI, argument) / Value.number(divisor) if divisor else _named("zeta", argument)
 
 
