@@ -129,11 +129,10 @@ def _signs(tokens: list[Token]) -> list[list[Token]]:
         return [tokens]
     tied = any(tokens[at].text == "mp" for at in positions)
     readings = []
-    for signs in [(s,) * len(positions) for s in "+-"] if tied else itertools.product("+-", repeat=len(positions)):
+    for minuses in itertools.product((False, True), repeat=1 if tied else len(positions)):
         reading = list(tokens)
-        for at, sign in zip(positions, signs, strict=True):
-            flipped = tokens[at].text == "mp"
-            reading[at] = tokens[at]._replace(kind="mark", text="+-"[(sign == "-") ^ flipped])
+        for at, minus in zip(positions, itertools.cycle(minuses), strict=False):
+            reading[at] = tokens[at]._replace(kind="mark", text="+-"[minus ^ (tokens[at].text == "mp")])
         readings.append(reading)
     return readings
 
@@ -144,28 +143,19 @@ _NO_CONTENT = re.compile(r"[\s{(,]*(?:(?:or|and|is|not|isn)\b|[A-J](?:\s*[).]|\s
 
 def _choice(tokens: list[Token], nested: int) -> Node | None:
     """Reads `(D) Alina`, `D) 12` or `\\textbf{(D)}\\ 12`, and `D)` or `D.` as the letter alone."""
-    if tokens[0].kind == "text":
-        label = re.fullmatch(r"\s*\(?([A-J])[).:]+\s*", tokens[0].text)
-        letter, rest = (label[1], tokens[1:]) if label else ("", [])
-    else:
-        texts = [token.text for token in tokens[:3]]
-        opened = texts[0] == "("
-        letter = texts[opened] if len(texts) > opened + 1 and texts[opened + 1] in (")", ".") else ""
-        rest = tokens[2 + opened :]
-        if texts[1:2] == ["."] and rest and not rest[0].spaced:
-            return None
-    if len(letter) != 1 or letter not in "ABCDEFGHIJ" or (tokens[0].text == "(" and not rest):
+    is_text = tokens[0].kind == "text"
+    length = 1 if is_text else 2 + (tokens[0].text == "(")
+    label = "".join(token.text for token in tokens[:length])
+    match, rest = re.fullmatch(r"\s*\(?([A-J])[).:]+\s*" if is_text else r"\(?([A-J])[).]", label), tokens[length:]
+    if not match or (tokens[0].text == "(" and not rest):
         return None
-    alone = Leaf(letter, Value.symbol(letter))
+    letter = Leaf(match[1], Value.symbol(match[1]))
     if not rest:
-        return alone
-    if _NO_CONTENT.match(" ".join(token.text for token in rest[:3])):
+        return letter
+    is_apart = rest[0].spaced or is_text or (rest[0].kind in ("text", "letters") and tokens[1].text != ".")
+    if not is_apart or rest[0].text in words.OPERATORS or _NO_CONTENT.match(" ".join(t.text for t in rest[:3])):
         return None
-    if rest[0].text in words.OPERATORS or not (
-        rest[0].spaced or rest[0].kind in ("text", "letters") or tokens[0].kind == "text"
-    ):
-        return None
-    return Choice(latex(tokens), alone, _read(rest, nested + 1))
+    return Choice(latex(tokens), letter, _read(rest, nested + 1))
 
 
 def _read_unlisted(tokens: list[Token], nested: int, from_text: bool = False) -> Node:

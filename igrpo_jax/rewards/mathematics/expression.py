@@ -13,11 +13,12 @@ Takes linear time, apart from the arithmetic. Limit: MAX_DEPTH.
 """
 
 import math
+import re
 
 from igrpo_jax.rewards.mathematics import exact, functions, numerals
 from igrpo_jax.rewards.mathematics.cursor import Cursor, Unreadable
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
-from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Token, tokenize
+from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Token, latex, tokenize
 
 MAX_DEPTH = 30  # of nested brackets, roots, fractions, …
 
@@ -25,6 +26,8 @@ MAX_DEPTH = 30  # of nested brackets, roots, fractions, …
 _LONG_NAMES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _ACCENT_NAMES = "vec hat bar overline dot ddot tilde overrightarrow widehat mathcal mathbb"
 _ACCENTS = frozenset(_ACCENT_NAMES.split())
+_DERIVATIVE = re.compile(r"\{d[^}]*\}\{d *[A-Za-z\\]")
+_MODULES = ("np", "math", "sympy")  # of functions, as in np.arcsin
 _CLOSINGS = {"(": ")", "[": "]", "{": "}"}
 _PRIMES = (("'",), ("^", "prime"), ("^", "{", "prime", "}"))
 _NAMES = FUNCTIONS | GREEK | {"pi"}
@@ -169,10 +172,9 @@ class Parser:
         return self._group(_CLOSINGS[text])
 
     def _letters(self) -> Value:
+        if any(self._cursor.take(module, ".") for module in _MODULES) and self._cursor.kind() != "letters":
+            raise Unreadable
         text = self._cursor.peek()
-        if text in ("np", "math", "sympy") and self._cursor.peek(1) == "." and self._cursor.kind(2) == "letters":
-            self._cursor.at += 2
-            text = self._cursor.peek()
         name = text if text in GREEK else text.casefold()
         if name in _NAMES or name in _INFINITIES:
             self._cursor.at += 1
@@ -254,16 +256,8 @@ class Parser:
         raise Unreadable
 
     def _is_derivative(self) -> bool:
-        """Returns whether `\\frac` is a derivative such as dy/dx: {d… }{d…, where the latter has more than the d."""
-        rest = self._cursor.tokens[self._cursor.at :]
-        closed = next((at for at, token in enumerate(rest) if token.text == "}"), 0)
-        below = rest[closed + 1 : closed + 4]
-        above = rest[1:2]
-        return (
-            bool(above and len(below) == 3 and above[0].text.startswith("d") and below[1].text.startswith("d"))
-            and above[0].kind == below[1].kind == "letters"
-            and (len(below[1].text) > 1 or below[2].kind in ("letters", "command"))
-        )
+        """Returns whether `\\frac` is a derivative such as dy/dx."""
+        return bool(_DERIVATIVE.match(latex(self._cursor.tokens[self._cursor.at : self._cursor.at + 12])))
 
     def _argument(self) -> Value:
         """Reads a macro's argument: a group, or one digit, letter or command."""

@@ -121,9 +121,10 @@ _WRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<![A-Za-z\\])(?<![\d}]\s)half(?![A-Za-z]|\s+(?:past|to)\b)(?:\s+an?(?![A-Za-z]))?", r"\\frac{1}{2}"),
     (rf"(?<![A-Za-z\\])(?<![\d}}]\s)an?\s+{_SCALE}", r"1 \1"),
     *[(rf"(\}}|(?<![\w.,/^}}\\])\d+(?:\.\d+)?)\s*{_SCALE}", _scaled)] * 2,
-    (r"(^\s*|[=+]\s*)(\d+|[a-z])\s+squared(?=\s*(?:$|[+=-]|plus|minus))", r"\1\2^2"),
-    (r"(^\s*|[=+]\s*)(\d+|[a-z])\s+cubed(?=\s*(?:$|[+=-]|plus|minus))", r"\1\2^3"),
-    (r"(^\s*|[=+]\s*)(\d+|[a-z])\s+factorial(?=\s*(?:$|[+=-]|plus|minus))", r"\1\2!"),
+    (
+        r"((?:^|[=+])\s*(?:\d+|[a-z]))\s+(squared|cubed|factorial)(?=\s*(?:$|[+=-]|plus|minus))",
+        lambda match: match[1] + {"s": "^2", "c": "^3", "f": "!"}[match[2][0].casefold()],
+    ),
     (r"(?<![A-Za-z\\])plus or minus(?![A-Za-z])", r"\\pm "),
     (rf"(?<![A-Za-z\\])(?:minus|(?<![\d}}]\s)negative)\s+{_OPERAND}", "-"),
     (rf"(?<![A-Za-z\\])plus\s+{_OPERAND}", "+"),

@@ -8,6 +8,7 @@ Not here: limits on time and memory (`rewards/pool`). Model text is never evalua
 of plain expressions runs `sympy.parse_expr`, an `eval`, and is never used. sympy is imported at the first use.
 """
 
+import itertools
 import logging
 import re
 
@@ -18,12 +19,12 @@ MAX_EXPONENT = 10_000  # integer exponents, factorials and binomials beyond this
 
 _EXPONENT = re.compile(r"\^\s*\{?\s*[({]*\s*-?(\d+)")
 _FACTORIAL = re.compile(r"(\d+)\s*[)}]*\s*!")
-_BINOMIAL = re.compile(r"\\[dt]?binom|\\Gamma|\\zeta|\\prod|\\sum|\\int")
-_COSTLY = re.compile(
-    r"\\(?:sin|cos|tan|cot|sec|csc|sqrt)|\^\{?\\frac"
-)  # needs all digits of its argument, or its factors
+_SUM = re.compile(r"\\[dt]?binom|\\Gamma|\\zeta|\\prod|\\sum|\\int")
+# Needs all digits of its argument, or its factors.
+_COSTLY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|sqrt)|\^\{?\\frac")
 _DIGITS = re.compile(r"\d+")
-_DROPPED = re.compile(r"\\[lcv]?dots|['\"]|\\\$|\d\s?_|\.\.")  # what math-verify ignores: 5, \ldots would be 5
+# What math-verify ignores, so that 5, \ldots would be 5; and what has no place in mathematics.
+_DROPPED = re.compile(r"\\[lcv]?dots|['\"]|\\\$|\d\s?_|\.\.|__")
 _DOUBLE = re.compile(r"![\s)}\]]*!|\^\s*\{?[\w.]*\}?\s*\^")  # (9!)!, 9^9^9
 
 
@@ -50,25 +51,16 @@ def warm_up() -> None:
 
 def _acceptable(answer: str) -> bool:
     """Returns False for text that sympy would misread or might expand without end. A deadline applies all the same."""
-    depth = deepest = 0
-    for character in answer:
-        if character in "([{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in ")]}":
-            depth -= 1
-    sizes = [int(d[:9]) for d in _EXPONENT.findall(answer) + _FACTORIAL.findall(answer)]
-    if _BINOMIAL.search(answer):
-        sizes += [int(d[:9]) for d in _DIGITS.findall(answer)]
+    depths = itertools.accumulate((character in "([{") - (character in ")]}") for character in answer)
+    numbers = _DIGITS.findall(answer)
+    expanded = _EXPONENT.findall(answer) + _FACTORIAL.findall(answer) + (numbers if _SUM.search(answer) else [])
+    most = 100 if _COSTLY.search(answer) else MAX_EXPONENT
     return (
         len(answer) <= MAX_LENGTH
-        and deepest <= MAX_DEPTH
-        and max(sizes, default=0) <= (100 if _COSTLY.search(answer) else MAX_EXPONENT)
-        and all(len(d) <= MAX_DIGITS for d in _DIGITS.findall(answer))
-        and not _is_tower(answer)
-        and not _DOUBLE.search(answer)
-        and not _DROPPED.search(answer)
-        and "__" not in answer
+        and max(depths, default=0) <= MAX_DEPTH
+        and all(len(digits) <= MAX_DIGITS for digits in numbers)
+        and all(int(digits[:9]) <= most for digits in expanded)
+        and not (_is_tower(answer) or _DOUBLE.search(answer) or _DROPPED.search(answer))
     )
 
 

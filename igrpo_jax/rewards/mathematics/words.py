@@ -152,12 +152,10 @@ def _spelled(tokens: list[Token]) -> str:
 
 def _without_ordinal(tokens: list[Token]) -> list[Token]:
     """Returns 3^{rd} and 3^\\text{rd} as 3."""
-    texts = [token.text.strip() for token in tokens]
-    if len(texts) > 2 and texts[-2] == "^" and texts[-1] in _ORDINALS:
-        return tokens[:-2]
-    if len(texts) > 4 and texts[-4:-2] == ["^", "{"] and texts[-2] in _ORDINALS:
-        return tokens[:-4]
-    return tokens
+    texts = [token.text.strip(" {}") for token in tokens]
+    if "^" not in texts[1:] or "".join(texts).rpartition("^")[2] not in _ORDINALS:
+        return tokens
+    return tokens[: len(texts) - 1 - texts[::-1].index("^")]
 
 
 _DENIALS = frozenset(("not", "no", "never", "wrong", "incorrect", "false"))
@@ -215,10 +213,5 @@ def _without_subscripts(tokens: list[Token]) -> list[Token]:
 
 
 def _letters_of(tokens: list[Token]) -> set[str]:
-    names = set()
-    for token in tokens:
-        if token.kind == "letters" and token.text not in FUNCTIONS and not units.known(token.text):
-            names |= set(token.text)
-        elif token.text in GREEK:
-            names.add(token.text)
-    return names
+    named = [t for t in tokens if t.kind == "letters" and t.text not in FUNCTIONS and not units.known(t.text)]
+    return {letter for token in named for letter in token.text} | {t.text for t in tokens if t.text in GREEK}
