@@ -125,43 +125,37 @@ def last_box(text: str) -> str | None:
     boxes = _boxes(text) if "box" in text else []
     if not boxes:
         return None
-    content = [_content(text, boxes[-1])]
+    content = boxes[-1].content
     for box, after in zip(reversed(boxes[:-1]), reversed(boxes[1:]), strict=True):
         gap = after.opened - box.closed
         match = _JOINED.fullmatch(text, box.closed, after.opened) if 0 < gap <= _LONGEST_JOIN else None
         if match is None:
             break
-        content.insert(0, f" {match[1] or match[2]} " if match[1] or match[2] else ", ")
-        content.insert(0, _content(text, box))
-    return "".join(content)
+        word = match[1] or match[2]
+        content = box.content + (f" {word} " if word else ", ") + content
+    return content
 
 
-_Box = collections.namedtuple("_Box", "opened start end closed escaped")
+_Box = collections.namedtuple("_Box", "opened closed content")
 
 
 def _boxes(text: str) -> list[_Box]:
     """Returns the last few non-empty boxes, in order, without those that hold another box."""
-    open_braces: list[tuple[int, int, bool] | None] = []  # where a box and its content start; None for a plain brace
+    open_braces: list[re.Match | None] = []  # None for a brace that opens no box
     boxes: collections.deque[_Box] = collections.deque(maxlen=32)
     for match in _BRACES.finditer(text):
         token = match.group()
         if token == "}":
             box = open_braces.pop() if open_braces else None
-            holds_another = box is not None and bool(boxes) and box[1] < boxes[-1].opened
-            if box is not None and not holds_another and text[box[1] : match.start()].strip():
-                boxes.append(_Box(box[0], box[1], match.start(), match.end(), box[2]))
-        elif token == "{":
-            open_braces.append(None)
+            if box and not (boxes and box.end() <= boxes[-1].opened):
+                content = text[box.end() : match.start()].strip()
+                content = content.replace("\\\\", "\\") if box[0].startswith("\\\\") else content
+                boxes += [_Box(box.start(), match.end(), without_lead_in(content))] if content else []
         elif match[1]:
-            boxes.append(_Box(match.start(), match.start(1), match.end(1), match.end(1), False))
+            boxes.append(_Box(match.start(), match.end(1), without_lead_in(match[1])))
         elif token[-1] == "{" and token != "\\{":
-            open_braces.append((match.start(), match.end(), token.startswith("\\\\")))
+            open_braces.append(match if len(token) > 1 else None)
     return list(boxes)
-
-
-def _content(text: str, box: _Box) -> str:
-    content = text[box.start : box.end].strip()
-    return without_lead_in(content.replace("\\\\", "\\") if box.escaped else content)
 
 
 def after_hashes(text: str) -> str | None:
@@ -170,17 +164,17 @@ def after_hashes(text: str) -> str | None:
     It is a marker before a number or a formula alone, and before anything short at the end of the text. `#### Step 2`
     and `#### Final Answer` are headings of Markdown.
     """
-    marker = _marker(text)
-    return marker[1].strip(" *\t") if marker else None
+    return _marked(text)[1]
 
 
-def _marker(text: str) -> re.Match | None:
+def _marked(text: str) -> tuple[int, str | None]:
+    """Returns (where GSM8K's last marker is, what stands behind it)."""
     for match in reversed(collections.deque(_HASHES.finditer(text), maxlen=_LAST_HASHES)):
         content = match[1].strip()
         is_last = len(content) <= MAX_STATEMENT and not text[match.end() : match.end() + MAX_STATEMENT].strip()
         if content and (_PLAIN.fullmatch(content[:MAX_STATEMENT]) or (is_last and not _HEADING.match(content))):
-            return match
-    return None
+            return match.start(), content.strip(" *\t")
+    return -1, None
 
 
 def without_lead_in(answer: str) -> str:
@@ -194,19 +188,17 @@ def without_lead_in(answer: str) -> str:
 
 def _last_statement(text: str) -> str | None:
     """Returns what stands after the last "answer is" or "answer:", or after GSM8K's marker where that comes later."""
-    marker = _marker(text)
+    marker, marked = _marked(text)
     for match in reversed(collections.deque(_PHRASE.finditer(text), maxlen=_LAST_STATEMENTS)):
-        if marker and match.start() < marker.start():
+        if match.start() < marker:
             break
         before = _PART_OF_SENTENCE.search(text, max(0, match.start() - _LONGEST_DENIAL), match.start())
-        if _DENIED.search(before[0]) or (
-            "\n" in text[match.start() : match.end() + 4] and _LIST.match(text, match.end())
-        ):
-            continue
-        stated = _stated(text, match)
-        if stated is None or not _CONFIRMED.fullmatch(stated):  # "I hope the answer is correct"
-            return stated or (marker and marker[1].strip(" *\t"))
-    return marker[1].strip(" *\t") if marker else None
+        is_heading = "\n" in text[match.start() : match.end() + 4] and _LIST.match(text, match.end())
+        if not (is_heading or _DENIED.search(before[0])):
+            stated = _stated(text, match)
+            if stated is None or not _CONFIRMED.fullmatch(stated):  # "I hope the answer is correct"
+                return stated or marked
+    return marked
 
 
 def _stated(text: str, phrase: re.Match) -> str | None:
@@ -218,7 +210,7 @@ def _stated(text: str, phrase: re.Match) -> str | None:
         if closed and formula.strip(" }\n"):
             return without_lead_in(f"{inside[2] or ''}Answer:{formula}")
     rest = rest.lstrip().lstrip("*").lstrip()
-    rest = rest[_FILLERS.match(rest).end() :] if _FILLERS.match(rest) else rest
+    rest = _FILLERS.sub("", rest, count=1) if _FILLERS.match(rest) else rest
     stated = _clause(rest).strip().strip("*").strip()
     is_none = stated in ("", "\\boxed{}") or _NO_ANSWER.fullmatch(stated) or _OPEN_END.search(stated)
     return None if is_none else stated
@@ -236,11 +228,7 @@ def _clause(text: str) -> str:
         return clause
     is_list = len(_FORMULA.findall(clause)) > 1 and _LISTING.fullmatch(_FORMULA.sub("", clause))  # $1$ or $2$
     is_alone = _BEFORE_FORMULA.fullmatch(clause, 0, formula.start()) and _BEHIND_FORMULA.match(clause, formula.end())
-    if is_alone and not is_list:
-        return _inside(formula)
-    return clause if is_list else _FORMULA.sub(_inside, clause)
-
-
-def _inside(formula: re.Match) -> str:
-    """Returns a formula without the signs around it."""
-    return next(group for group in formula.groups() if group is not None)
+    if is_list:
+        return clause
+    inside = lambda formula: formula[formula.lastindex]  # without the signs around it
+    return inside(formula) if is_alone else _FORMULA.sub(inside, clause)
