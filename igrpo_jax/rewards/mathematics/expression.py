@@ -16,9 +16,8 @@ import math
 import re
 
 from igrpo_jax.rewards.mathematics import exact, functions, numerals
-from igrpo_jax.rewards.mathematics.cursor import Cursor, Unreadable
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
-from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Token, latex, tokenize
+from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Cursor, Token, Unreadable, latex, tokenize
 
 MAX_DEPTH = 30  # of nested brackets, roots, fractions, …
 

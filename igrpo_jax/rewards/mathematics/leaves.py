@@ -4,10 +4,9 @@ import re
 from fractions import Fraction
 
 from igrpo_jax.rewards.mathematics import exact, expression, regions, units, words
-from igrpo_jax.rewards.mathematics.cursor import Unreadable
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
 from igrpo_jax.rewards.mathematics.nodes import Based, Leaf, Node, Ratio, Region, Sequence, Words
-from igrpo_jax.rewards.mathematics.tokens import Token, latex, split
+from igrpo_jax.rewards.mathematics.tokens import Token, Unreadable, latex, split
 
 _BASES = {"binary": 2, "ternary": 3, "octal": 8, "decimal": 10, "hexadecimal": 16, "hex": 16}
 _BASED = re.compile(

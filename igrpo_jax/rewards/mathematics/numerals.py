@@ -3,8 +3,8 @@ r"""Numbers in expressions: decimals, mixed numbers such as 2\frac12 and "2 1/2"
 from fractions import Fraction
 
 from igrpo_jax.rewards.mathematics import functions
-from igrpo_jax.rewards.mathematics.cursor import Cursor
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
+from igrpo_jax.rewards.mathematics.tokens import Cursor
 
 _REPEATING = frozenset(("overline", "bar", "dot", "dots"))
 

@@ -3,7 +3,7 @@
 import pytest
 
 from igrpo_jax.rewards.mathematics import expression
-from igrpo_jax.rewards.mathematics.cursor import Unreadable
+from igrpo_jax.rewards.mathematics.tokens import Unreadable
 from igrpo_jax.rewards.mathematics.exact import NoValue, same
 from igrpo_jax.rewards.mathematics.expression import value_of
 from igrpo_jax.rewards.mathematics.tokens import tokenize
