@@ -12,7 +12,6 @@ Limit: MAX_PARTS.
 
 import itertools
 import re
-from dataclasses import replace
 
 from igrpo_jax.rewards.mathematics import leaves, regions, spoken, words
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
@@ -22,10 +21,9 @@ from igrpo_jax.rewards.mathematics.tokens import Token, is_enclosed, latex, spli
 MAX_PARTS = 200  # elements of a list; a longer list is a Leaf without a value
 _MAX_NESTED = 6  # levels of lists in tuples in sets …
 
-_GROUPS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
 _EDGES = frozenset((".", ",", ";", "\\", '"', "`"))
-_LEADING = frozenset(("=", "therefore", "implies", "to"))  # before an answer
+_LEADING = frozenset(("=", "approx", "therefore", "implies", "to"))  # before an answer
 _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
 
 
@@ -45,12 +43,9 @@ def read(answer: str) -> Node | None:
     if not tokens:
         return None
     try:
-        node = _read(tokens, 0)
+        return _read(tokens, 0)
     except NoValue:
         return Leaf(latex(tokens), None, hopeless=True)
-    if isinstance(node, Leaf) and node.value is not None and _GROUPS.fullmatch(answer.strip("$ ")):
-        node = replace(node, listed=leaves.listed(answer.strip("$ ")))
-    return node
 
 
 _RELATIONS = frozenset(("=", "<", ">", "leq", "geq", "ne", "in", "approx", "simeq", "sim"))
@@ -165,8 +160,6 @@ def _read_unlisted(tokens: list[Token], nested: int, from_text: bool = False) ->
     sides, signs = split(tokens, _RELATIONS)
     if signs and all(sides):
         return _relation(tokens, sides, signs, nested)
-    if signs == ["approx"] and sides[1]:  # ≈ 8.24
-        return _read_unlisted(sides[1], nested)
     pieces, _ = split(tokens, {"cup"})
     if len(pieces) > 1 and all(pieces):
         united = regions.united(latex(tokens), [_read_unlisted(piece, nested + 1) for piece in pieces])

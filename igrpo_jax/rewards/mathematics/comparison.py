@@ -152,8 +152,6 @@ def _same_sequence(a: Sequence, b: Node) -> bool:
         return False
     if a.kind in ("()", "[]") and b.value is not None:
         return _is_vector(a.items, b)
-    if b.listed is not None and _same_sequences(a, b.listed):
-        return True
     if a.kind == "set" and len(a.items) == 1:
         return same_answer(a.items[0], b)
     return _asked(a, b)

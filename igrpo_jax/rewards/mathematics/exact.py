@@ -28,6 +28,7 @@ MAX_TERMS = 100  # of a polynomial
 MAX_BITS = 150_000  # of a numerator or denominator; 10000! has 118,458
 DIGITS = 330  # with which opaque symbols are evaluated
 CLOSE = 300  # digits in which equal values agree
+LARGE = 1e100  # beyond which numbers are not compared so
 
 
 class NoValue(ArithmeticError):
@@ -252,7 +253,10 @@ def _close(a: Value, b: Value, point: int | None) -> bool | None:
         (first, first_scale), (second, second_scale) = _evaluated(a, point), _evaluated(b, point)
     except (ArithmeticError, ValueError):
         return None
-    return bool(abs(first - second) <= max(first_scale, second_scale) * _context().mpf(10) ** -CLOSE)
+    scale = max(first_scale, second_scale)
+    if scale > LARGE:  # the digits do not reach to where √(10^4000 + 1) + 1 differs from it
+        return None
+    return bool(abs(first - second) <= scale * _context().mpf(10) ** -CLOSE)
 
 
 @functools.cache

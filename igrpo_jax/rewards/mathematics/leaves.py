@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from igrpo_jax.rewards.mathematics import exact, expression, regions, units, words
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
-from igrpo_jax.rewards.mathematics.nodes import Based, Leaf, Node, Ratio, Region, Sequence, Words
+from igrpo_jax.rewards.mathematics.nodes import Based, Leaf, Node, Ratio, Region, Words
 from igrpo_jax.rewards.mathematics.tokens import Token, Unreadable, latex, split
 
 _BASES = {"binary": 2, "ternary": 3, "octal": 8, "decimal": 10, "hexadecimal": 16, "hex": 16}
@@ -78,12 +78,6 @@ def leaf(tokens: list[Token], from_text: bool = False) -> Node:
     if parser.degrees and not unit.name:
         unit = units.read("degrees")
     return Leaf(latex(core), value, unit, percent)
-
-
-def listed(digits: str) -> Node:
-    """Returns the other reading of 1,234, written without any space: the elements of a list."""
-    groups = digits.split(",")
-    return Sequence(digits, "list", tuple(Leaf(group, Value.number(int(group))) for group in groups))
 
 
 def agree(a: Leaf, b: Leaf) -> bool:

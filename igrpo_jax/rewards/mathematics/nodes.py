@@ -26,7 +26,6 @@ class Leaf(Node):
     unit: Unit = units.NONE
     percent: bool = False
     hopeless: bool = False  # division by zero or beyond the limits, so that nothing else tries to read it
-    listed: "Node | None" = None  # 1,234 may also be the list 1, 234
 
 
 @dataclass(frozen=True)

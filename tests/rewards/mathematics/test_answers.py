@@ -134,7 +134,6 @@ def test_units_are_taken_off():
     assert read(r"12.5\%").percent
 
 
-def test_thousands_may_be_a_list():
-    assert shape(read("1,234").listed) == ("list", "1", "234")
-    assert read("1{,}234").listed is None
-    assert read("1234").listed is None
+def test_thousands_are_one_number():
+    assert shape(read("1,234")) == shape(read("1{,}234")) == shape(read("1234"))
+    assert shape(read("1, 234")) == ("list", "1", "234")

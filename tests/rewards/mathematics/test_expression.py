@@ -3,10 +3,9 @@
 import pytest
 
 from igrpo_jax.rewards.mathematics import expression
-from igrpo_jax.rewards.mathematics.tokens import Unreadable
 from igrpo_jax.rewards.mathematics.exact import NoValue, same
 from igrpo_jax.rewards.mathematics.expression import value_of
-from igrpo_jax.rewards.mathematics.tokens import tokenize
+from igrpo_jax.rewards.mathematics.tokens import Unreadable, tokenize
 
 SAME = [
     ("2 + 3 * 4", "14"),
