@@ -191,7 +191,7 @@ class Parser:
         """Reads the subscript and primes that follow a symbol; f(…) is the application of a function."""
         if self._cursor.take("_"):
             name += "_" + self._subscript()
-        while any(self._cursor.take(*prime) for prime in _PRIMES):
+        while self._cursor.peek() in ("'", "^") and any(self._cursor.take(*prime) for prime in _PRIMES):
             name += "'"
         if name == "infty":
             name = "∞"

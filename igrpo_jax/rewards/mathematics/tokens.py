@@ -270,9 +270,11 @@ class Cursor:
 
     def take(self, *texts: str) -> bool:
         """Moves past the next tokens if their texts are these, none of them ""; returns whether it did."""
-        matches = all(self.peek(ahead) == text for ahead, text in enumerate(texts))
-        self.at += len(texts) * matches
-        return matches
+        for ahead, text in enumerate(texts):
+            if self.peek(ahead) != text:
+                return False
+        self.at += len(texts)
+        return True
 
     def next(self) -> str:
         """Returns the text of the next token, also that of \\text{…}, and moves past it."""
