@@ -146,8 +146,9 @@ def timed(run: Callable[[], object], steps: int) -> list[float]:
     return seconds
 
 
+@functools.cache
 def matmul_peak(dtype: str, size: int = 2048) -> float:
-    """Returns the FLOP/s of a large square matmul on one device, best of several."""
+    """Returns the FLOP/s of a large square matmul on one device, best of several; measured once in a process."""
     import jax
 
     calls, size = _calls(), size if jax.default_backend() == "cpu" else 8192

@@ -1,6 +1,7 @@
 """Settings that must be in place before jax is imported. A GPU run overrides them from outside (JAX_PLATFORMS=cuda)."""
 
 import collections
+import fcntl
 import os
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ os.environ.setdefault("XLA_FLAGS", devices.flags(8))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes of tests share a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a download
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork and spawn
+# PyTorch's and numpy's threads, which wait for each other on so small arrays, take three times as long as one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Most of a test's time is XLA's, and its programs run once or twice: machine code that is not optimised, here and in
 # subprocesses. The programs stay the same; 0 tests them optimised.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -39,12 +42,12 @@ def pytest_cmdline_main(config):
 def pytest_collection_modifyitems(items):
     """Puts the slowest files first: at the end, one of them alone would leave the other process idle.
 
-    A slow test counts as 5 seconds, or as what its marker says: slow(seconds=60).
+    A slow test counts as 3 seconds, or as what its marker says: slow(seconds=60).
     """
     seconds = collections.Counter()
     for item in items:
         if marker := item.get_closest_marker("slow"):
-            seconds[item.path] += marker.kwargs.get("seconds", 5)
+            seconds[item.path] += marker.kwargs.get("seconds", 3)
     items.sort(key=lambda item: -seconds[item.path])
 
 
@@ -86,15 +89,23 @@ def hybrid():
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, pytestconfig):
-    """An uninterrupted run of `whole_runs.CONFIG`, and what it printed. Not to be written to."""
+    """An uninterrupted run of `whole_runs.CONFIG`, and what it printed. Not to be written to.
+
+    The processes of pytest-xdist share it: the first one that needs it makes it, and another waits until it is there.
+    """
     import whole_runs
 
-    path = tmp_path_factory.mktemp("whole")
-    flags = whole_runs.command(path, path / "run", "log.profile_steps=(2,)", "log.trackers=('tensorboard',)")
-    start = [sys.executable, "-m", "igrpo_jax.main", *flags]
-    environment = os.environ | {"XLA_FLAGS": devices.flags(1)}
-    done = subprocess.run(
-        start, cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return path / "run", done.stdout
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if hasattr(pytestconfig, "workerinput") else base) / "whole"
+    path.mkdir(exist_ok=True)
+    printed = path / "printed.txt"
+    with open(path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            flags = whole_runs.command(path, path / "run", "log.profile_steps=(2,)", "log.trackers=('tensorboard',)")
+            start = [sys.executable, "-m", "igrpo_jax.main", *flags]
+            env, root = devices.environment(1), pytestconfig.rootpath
+            done = subprocess.run(start, cwd=root, env=env, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+            printed.write_text(done.stdout)
+    return path / "run", printed.read_text()

@@ -1,6 +1,10 @@
 """XLA's flags for the tests: how many virtual devices there are, and code that compiles in a short time."""
 
 import importlib.metadata
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
 
 
 def flags(count: int) -> str:
@@ -13,3 +17,14 @@ def flags(count: int) -> str:
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA ends a process that gives it an unknown flag
         chosen.append("--xla_cpu_use_fusion_emitters=false")
     return " ".join(chosen)
+
+
+def environment(count: int, **more: str) -> dict[str, str]:
+    """Returns the environment of a process that has `count` devices, where these are CPUs, and can import the package.
+
+    Args:
+        more: further variables. A PYTHONPATH among them comes before that of this process.
+    """
+    folders = [str(ROOT), more.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, folders))
+    return os.environ | {"XLA_FLAGS": flags(count), "PYTHONPATH": path} | more

@@ -4,6 +4,7 @@ The parent of all of them never touches a device, so that a fork is as good as a
 igrpo_jax.main` starts by itself is shown by the run of the fixture `whole`, which is an ordinary process.
 """
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -52,6 +53,14 @@ class Started:
         return subprocess.CompletedProcess(self.args, self._process.exitcode, *texts)
 
 
+def ended(processes: list[Started], timeout: float = 300) -> list[subprocess.CompletedProcess]:
+    """Returns how each of `processes` ended; where one is late, all of them are killed."""
+    with contextlib.ExitStack() as stack:
+        for process in processes:
+            stack.callback(process.kill)
+        return [process.ended(timeout) for process in processes]
+
+
 def _become(program: str, argv: list[str], env: dict[str, str], folder: str) -> None:
     """Makes a fork of the server the process that was asked for."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
@@ -61,4 +70,7 @@ def _become(program: str, argv: list[str], env: dict[str, str], folder: str) -> 
     sys.path[:0] = [str(ROOT), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = argv
     os.chdir(ROOT)
+    import jax
+
+    jax.config.update("jax_platforms", env.get("JAX_PLATFORMS"))  # JAX read this variable in the server
     exec(program, {"__name__": "igrpo_jax_test"})

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import inspect
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -437,14 +436,8 @@ def notebook(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook")
     book = nbformat.read(ROOT / "notebooks" / "colab_tpu.ipynb", as_version=4)
     nbformat.validate(book)
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "PYTHONPATH": path,
-            "XLA_FLAGS": devices.flags(1),
-            "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        }.items():
+        for name, value in devices.environment(1, JAX_PLATFORMS="cpu").items():
             patch.setenv(name, value)
         client = nbclient.NotebookClient(
             book, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}
@@ -453,7 +446,7 @@ def notebook(tmp_path_factory):
     return folder / "runs" / "colab", {cell.id: cell.outputs for cell in book.cells if cell.cell_type == "code"}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=35)
 def test_the_notebook_runs_from_top_to_bottom(notebook):
     workdir, outputs = notebook
     printed = {name: "".join(one.get("text", "") for one in some) for name, some in outputs.items()}

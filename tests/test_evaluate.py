@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import transformers
-from processes import free_port
+from processes import Started, ended, free_port
 
 from igrpo_jax import cli, config, evaluate, export, generate
 from igrpo_jax.data import arithmetic
@@ -44,6 +43,7 @@ TINY = {
     "data.instruction": "",
     "refine.instruction": "{draft}",
     "refine.max_draft_length": 4,
+    "rewards.workers": 1,  # each takes a second to start
     "rollout.slots": 8,
     "evaluation.max_completion_length": 6,
 }
@@ -122,7 +122,7 @@ def texts(out: Path) -> list[str]:
     return [json.loads(line)["text"] for line in (out / "mine.jsonl").open()]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=10)
 def test_a_run_and_its_weights_elsewhere_answer_alike(call, model, run, folder, tmp_path):
     """Greedy answers of a checkpoint and of the Hugging Face directory with the same weights."""
     given = ("--benchmarks", "mine", f"--config.evaluation.data_dir={folder}", "--config.evaluation.temperature=0")
@@ -146,7 +146,7 @@ def test_a_run_and_its_weights_elsewhere_answer_alike(call, model, run, folder, 
     assert "holds no checkpoint of step 2; those there are: 1, 3" in said
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=12)
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_run_and_its_export_answer_alike(call, model, rank, tmp_path):
     """A checkpoint of float32 weights, or of LoRA's, and the bfloat16 directory made of it, at temperature 0 and at 1:
@@ -175,14 +175,13 @@ def test_a_run_and_its_export_answer_alike(call, model, rank, tmp_path):
 PROCESS = """
 import sys
 import jax
-if __name__ == "__main__":
-    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-    from igrpo_jax import evaluate
-    evaluate.main(["evaluate", *sys.argv[3:]])
+from igrpo_jax import evaluate
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+evaluate.main(["evaluate", *sys.argv[3:]])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=18)
 def test_two_processes_split_the_problems_and_end_with_the_files_of_one(call, model, folder, tmp_path):
     """Rounds included: each refines its own problems, and the summary is of all. Killed rows of both are taken up."""
     given = ["--model", model, "--benchmarks=mine", "--samples=2", "--rounds=1", "--config.evaluation.drafts=2"]
@@ -195,19 +194,12 @@ def test_two_processes_split_the_problems_and_end_with_the_files_of_one(call, mo
     (out / "evaluation.json").write_text(whole["evaluation.json"])
     (out / "mine.process-1.jsonl").write_text(lines[0] + lines[-1][:30])  # of a problem that process 0 has now
     address = f"localhost:{free_port()}"
-    (tmp_path / "process.py").write_text(PROCESS)
     given += [f"--config.{name}={value}" for name, value in TINY.items()]
-    environment = os.environ | {"XLA_FLAGS": devices.flags(2), "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    running = [
-        subprocess.Popen(
-            [sys.executable, tmp_path / "process.py", address, str(rank), *map(str, given), "--workdir", out],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=600)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
+    env = devices.environment(2, JAX_PLATFORMS="cpu")
+    running = [Started(PROCESS, ["process", address, rank, *given, "--workdir", out], env) for rank in (0, 1)]
+    done = ended(running)
+    assert [process.returncode for process in done] == [0, 0], done
+    said = [process.stdout + process.stderr for process in done]
     assert "| mine | 3 | 2 | " in said[0] and "mine" not in said[1]
     assert {path.name: path.read_text() for path in out.iterdir()} == whole
 

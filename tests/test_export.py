@@ -10,7 +10,7 @@ import pytest
 import transformers
 from model_files import error_of, is_gone, tensors_of
 from tiny_models import one_device
-from whole_runs import check_same_rows, final_state, rows, run, samples
+from whole_runs import check_same_rows, final_state, rewind, rows, run, samples
 
 from igrpo_jax import config, export
 from igrpo_jax.data import arithmetic
@@ -60,7 +60,7 @@ def state_of(workdir):
     return final_state(workdir, read_config(workdir))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=9)
 def test_only_adapters_are_trained_and_saved(adapted):
     state = state_of(adapted)
     params = {name for name in state if name.startswith(".params")}
@@ -77,8 +77,8 @@ def test_only_adapters_are_trained_and_saved(adapted):
 def test_a_resumed_lora_run_equals_an_uninterrupted_one(adapted, tmp_path):
     """Base, reference and adapters are what they were; red where the base of the resume is not the warm start's."""
     more = (*LORA, *CONSTANT, "checkpoint.keep=9", "learner.minibatches=1")
-    run(tmp_path, tmp_path / "run", *more, "steps=2")
-    assert "resumed after 2" in run(tmp_path, tmp_path / "run", *more, "steps=3")
+    rewind(adapted, tmp_path / "run", 2)
+    assert "resumed after 2" in run(tmp_path, tmp_path / "run", *more, "steps=3", "checkpoint.export=True")
     assert samples(tmp_path / "run") == samples(adapted)
     check_same_rows(rows(tmp_path / "run"), rows(adapted))
     a, b = state_of(tmp_path / "run"), state_of(adapted)
@@ -121,7 +121,7 @@ def test_adapters_alone(adapted, trained, tmp_path):
     assert message.startswith("--adapter: the run in") and is_gone(tmp_path / "none")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=9)
 def test_lora_on_a_model_of_files(trained, tmp_path):
     """The base is read from the files, sharded, in model.dtype, and is not in the checkpoint."""
     more = (*LORA, *CONSTANT, f"model.path={trained / 'export'}", "warm_start.steps=0", "steps=2")
@@ -238,7 +238,7 @@ def hybrid_files(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=16)
 def test_steps_of_a_nemotron_h(hybrid_files, tmp_path, letters):
     """All weights of a base model: drafts, refinements, update, export; every tensor of it has learned."""
     run(tmp_path, tmp_path / "run", *SHORT, f"model.path={hybrid_files}", "checkpoint.export=True")
@@ -252,7 +252,7 @@ def test_steps_of_a_nemotron_h(hybrid_files, tmp_path, letters):
     assert not same, same
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=16)
 def test_lora_on_a_nemotron_h(hybrid_files, tmp_path, letters):
     """Adapters of all its linear layers; in the files those of Mamba's z, x, B, C and dt are one tensor."""
     more = ("model.lora.rank=2", "algorithm.beta=0.05", f"model.path={hybrid_files}")

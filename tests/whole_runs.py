@@ -1,7 +1,7 @@
 """Whole runs of a micro model, in processes of their own: how to start one, and what to compare of two."""
 
 import json
-import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -30,7 +30,8 @@ def get_config():
     c.warm_start.steps, c.warm_start.batch_size, c.warm_start.learning_rate = 60, 16, 1e-2
     c.algorithm.num_drafts, c.algorithm.num_generations = 2, 2
     c.learner.minibatches = 2
-    c.rollout.max_completion_length, c.rollout.slots, c.rollout.temperature = 24, 8, 0.7
+    c.rollout.max_completion_length, c.rollout.slots, c.rollout.temperature = 24, 4, 0.7
+    c.rewards.workers = 1  # each takes a second to start
     c.optimizer.learning_rate = 1e-2
     c.evaluation.every, c.evaluation.benchmarks = 2, ("arithmetic",)
     c.checkpoint.every, c.checkpoint.keep, c.checkpoint.best_metric = 2, 2, "eval/arithmetic/pass@1"
@@ -81,6 +82,19 @@ def final_state(workdir: Path, run_config: config.Config) -> dict[str, np.ndarra
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
+def rewind(workdir: Path, target: Path, step: int) -> None:
+    """Makes `target` the run in `workdir` as it was after `step`, of which there is a checkpoint."""
+    shutil.copytree(workdir, target, ignore=shutil.ignore_patterns("export"))
+    for path in (target / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
+    for path in (target / "samples").iterdir():
+        if int(path.stem.removeprefix("step_")) > step:
+            path.unlink()
+    lines = (target / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (target / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
 def command(tmp_path: Path, workdir: Path, *overrides: str) -> list[str]:
     """Returns the flags of `igrpo_jax.main` for a run of CONFIG with `overrides`, as field=value."""
     (tmp_path / "micro.py").write_text(CONFIG)
@@ -108,8 +122,7 @@ def start(*args, inject: str = "") -> processes.Started:
 
     It has one device: eight are what other tests are for, and slow.
     """
-    environment = os.environ | {"XLA_FLAGS": devices.flags(1)}
-    return processes.Started(f"{SEEN}{inject}{MAIN}", ["igrpo_jax.main", *command(*args)], environment)
+    return processes.Started(f"{SEEN}{inject}{MAIN}", ["igrpo_jax.main", *command(*args)], devices.environment(1))
 
 
 def faulty(inject: str, *args, timeout: int = 300) -> subprocess.CompletedProcess:

@@ -26,7 +26,7 @@ def run(task: "Task") -> None:
     from igrpo_jax.distributed.programs import device_bytes
 
     device = jax.devices()[0]
-    flops, bandwidth = models.matmul_peak("bfloat16"), models.bandwidth()
+    flops, bandwidth = models.matmul_peak("bfloat16", task.sizes.matmul), models.bandwidth()
     figures = {
         "platform": device.platform,
         "device_kind": device.device_kind,
@@ -35,7 +35,7 @@ def run(task: "Task") -> None:
         "driver": driver(),
         "runtime": device.client.platform_version.replace("\n", " "),
         "bf16_tflops": round(flops / 1e12, 3),
-        "fp32_tflops": round(models.matmul_peak("float32") / 1e12, 3),
+        "fp32_tflops": round(models.matmul_peak("float32", task.sizes.matmul) / 1e12, 3),
         "bandwidth_gb": round(bandwidth / 1e9, 2),
         "host_cpus": os.cpu_count(),
         "disk_free_bytes": shutil.disk_usage(task.results.folder).free,

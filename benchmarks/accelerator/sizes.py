@@ -33,6 +33,7 @@ class Sizes:
     # By case: groups of 8, prefix, (longest) completion, lengths, learner.remat.
     updates: dict[str, tuple[int, int, int, str, str]]
     microbatch: int  # tokens of a micro-batch
+    matmul: int  # rows of the square matrices of the part `device` on a CPU; on an accelerator they have 8192
     step: tuple[int, int, int, int]  # prompts, tokens of a prompt, of the longest completion, mean
     repeats: int  # measured runs of a case, after one that does not count
 
@@ -54,6 +55,7 @@ FULL = Sizes(
         "lognormal up to 4k": (8, 512, 3584, "lognormal", "full"),
     },
     microbatch=16_384,
+    matmul=2048,
     step=(16, 256, 1024, 256),
     repeats=2,
 )
@@ -72,6 +74,7 @@ SMALL = Sizes(
         "lognormal up to 192": (1, 64, 128, "lognormal", "full"),
     },
     microbatch=2048,
+    matmul=2048,
     step=(2, 64, 64, 32),
     repeats=1,
 )
@@ -90,6 +93,7 @@ TINY = Sizes(
         "lognormal up to 32": (2, 16, 16, "lognormal", "none"),
     },
     microbatch=1024,
+    matmul=512,
     step=(2, 16, 16, 8),
     repeats=1,
 )

@@ -5,9 +5,7 @@ TPU links, nor how a real cluster is found. One run of two processes is ended by
 with it; one process with as many devices does the same here.
 """
 
-import contextlib
 import json
-import os
 import shutil
 import signal
 import sys
@@ -20,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import whole_runs
-from processes import Started, free_port
+from processes import Started, ended, free_port
 
 from igrpo_jax import train
 from igrpo_jax.learning import rollout
@@ -39,6 +37,7 @@ SETTINGS = {
     "data.arithmetic.min_terms": 2,
     "data.arithmetic.max_terms": 2,
     "rollout.max_completion_length": 12,  # one length of prompts, one of completions: few programs
+    "rollout.slots": 8,  # one for each device
     "learner.minibatches": 1,
     "algorithm.max_redraws": 1,
     "algorithm.filter_groups_metric": "reward",
@@ -77,20 +76,9 @@ Verifier.submit = graded
 """
 
 
-def environment(count: int, **more: str) -> dict[str, str]:
-    path = os.pathsep.join(sys.path)
-    flags = devices.flags(8 // count)
-    common = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return os.environ | common | more
-
-
-def ended(processes: list[Started]) -> list[tuple[int, str]]:
-    """Exit codes and what was said."""
-    with contextlib.ExitStack() as stack:
-        for process in processes:
-            stack.callback(process.kill)
-        done = [process.ended() for process in processes]
-    return [(each.returncode, each.stdout + each.stderr) for each in done]
+def codes_and_texts(processes: list[Started]) -> list[tuple[int, str]]:
+    """Waits for `processes`, and returns their exit codes and what they printed."""
+    return [(done.returncode, done.stdout + done.stderr) for done in ended(processes)]
 
 
 def run(folder: Path, workdir: Path, count: int, inject: dict[int, str], slurm: bool, **fields) -> list:
@@ -102,20 +90,21 @@ def run(folder: Path, workdir: Path, count: int, inject: dict[int, str], slurm: 
         if slurm:  # JAX finds the port by the job's number
             job = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": f"{count}"}
             job |= {"SLURM_PROCID": f"{own}", "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": f"{port}"}
-            env, flags = environment(count, **job), []
+            flags = []
         else:
-            env = environment(count)
+            job = {}
             flags = ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process", str(own)]
         program = f"{inject.get(own, '')}\nfrom igrpo_jax import cli, main\ncli.run(main.main)\n"
+        env = devices.environment(8 // count, JAX_PLATFORMS="cpu", PYTHONPATH=str(folder), **job)
         processes.append(Started(program, arguments + flags, env))
-    return ended(processes)
+    return codes_and_texts(processes)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("several")
     (path / "some_reward.py").write_text(REWARD)
-    sys.path.insert(0, str(path))  # of the processes too
+    sys.path.insert(0, str(path))
     yield path
     sys.path.remove(str(path))
 
@@ -158,7 +147,7 @@ def tokens_of(workdir: Path) -> list[tuple[float, float]]:
     return [(row["perf/draft_tokens"], row["perf/completion_tokens"]) for row in rows if "loss" in row]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_two_processes_are_as_one(two, one):
     """Metrics and samples, with redraws and lengths that differ widely; and a notice to one of them ends both."""
     workdir, processes = two
@@ -189,7 +178,7 @@ def test_one_process_restores_what_two_saved(two, one, folder):
         np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=25)
 def test_four_processes_go_on_from_what_two_saved(four, one):
     workdir, processes = four
     assert [code for code, _ in processes] == [0] * 4, processes
@@ -266,7 +255,7 @@ def driven(body: str, count: int, of: int | None = None, start_timeout: int = 60
     """`count` of `of` processes that only run `body`."""
     port, program = free_port(), DRIVER.replace("{body}", body.strip()).replace("START", f"{start_timeout}")
     flags = ["driver", "--coordinator", f"localhost:{port}", "--processes", of or count, "--process"]
-    return [Started(program, [*flags, own], environment(8)) for own in range(count)]
+    return [Started(program, [*flags, own], devices.environment(1, JAX_PLATFORMS="cpu")) for own in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -277,12 +266,12 @@ def failures():
     groups = {name: driven(*body) for name, body in bodies.items()}
     groups["alone"] = driven("pass", 1, of=2, start_timeout=3)
     began = time.monotonic()
-    found = {name: ended(processes) for name, processes in groups.items()}
+    found = {name: codes_and_texts(processes) for name, processes in groups.items()}
     assert time.monotonic() - began < 60
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=12)
 def test_an_error_of_one_ends_all_with_its_message(failures):
     (first, said), (second, told) = failures["error"]
     assert (first, second) == (1, 1)

@@ -77,10 +77,11 @@ Learner.update = slow
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=12)
 def test_nothing_is_lost_when_workers_die_an_update_hangs_and_the_clock_goes_back(whole, longer, tmp_path):
     """All in one run: each is undone by other code, and shows itself by its own words."""
-    done = faulty(CLOCK + WORKERS + SLOW, tmp_path, copy_of(whole, tmp_path / "run"), "steps=7", "watchdog.dispatch=1")
+    more = ("steps=7", "watchdog.dispatch=1", "rewards.workers=2")
+    done = faulty(CLOCK + WORKERS + SLOW, tmp_path, copy_of(whole, tmp_path / "run"), *more)
     assert done.returncode == 0, done.stderr
     for shown in ("killed 2", "the clock went back 2 times", "watchdog: update (step 6), dispatch"):
         assert shown in done.stdout + done.stderr
@@ -107,7 +108,7 @@ def test_sigterm_while_data_is_read_is_a_notice_too(monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=8)
 def test_sigterm_in_a_rollout_drops_its_step_alone(whole, longer, tmp_path):
     """The notice comes when the first completion of step 7 is to be graded; step 6 is done and not yet saved."""
     inject = """
@@ -191,7 +192,7 @@ def used(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=14)
 def test_a_full_or_unwritable_disk_ends_the_run_and_keeps_the_last_checkpoint(whole, longer, tmp_path):
     with disk(tmp_path / "disk", 4096) as path:
         workdir = copy_of(whole, path / "run")

@@ -228,7 +228,7 @@ def test_memory_of_a_long_prefill_is_that_of_a_piece(tiny):
     assert temporaries(512) < temporaries(4096) / 3
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=14)
 def test_a_hybrid_samples_as_its_full_forward(hybrid):
     """Its states follow the slots: through insertion, refill, moves at the end of a rollout, and prompts in pieces.
 
@@ -255,7 +255,7 @@ def test_a_hybrid_samples_as_its_full_forward(hybrid):
         np.testing.assert_array_equal(results[1][key].tokens, one.tokens)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=10)
 def test_a_hybrid_on_a_mesh_samples_the_same(hybrid):
     c, host = hybrid
     sizes = {"slots": 4, "max_context": 40, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}

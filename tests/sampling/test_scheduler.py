@@ -2,15 +2,12 @@
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 
 import devices
 import jax
 import numpy as np
 import pytest
-from processes import free_port
+from processes import Started, ended, free_port
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
@@ -300,24 +297,22 @@ np.savez(sys.argv[4], found=np.array(found, dtype=object))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=12)
 def test_two_processes_sample_side_by_side(tiny, expected, tmp_path):
     """Each on its half of a 2 x 2 mesh, with unequal work and no lockstep: one has 3 of the prompts, the other 2."""
     wanted = [(one.tokens, one.index, one.samples, one.limit) for one in requests()]
     given = {"c": tiny[0], "params": tiny[1], "requests": wanted}
     np.savez(tmp_path / "given.npz", **{name: np.array(value, dtype=object) for name, value in given.items()})
     address = f"localhost:{free_port()}"
-    environment = os.environ | {"XLA_FLAGS": devices.flags(2), "JAX_PLATFORMS": "cpu"}
+    files = [tmp_path / f"{rank}.npz" for rank in (0, 1)]
+    env = devices.environment(2, JAX_PLATFORMS="cpu")
     running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(rank), tmp_path / "given.npz", tmp_path / f"{rank}.npz"],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=120)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
-    found = [np.load(tmp_path / f"{rank}.npz", allow_pickle=True)["found"].item() for rank in (0, 1)]
+        Started(PROCESS, ["process", address, rank, tmp_path / "given.npz", file], env)
+        for rank, file in enumerate(files)
+    ]
+    done = ended(running)
+    assert [process.returncode for process in done] == [0, 0], done
+    found = [np.load(file, allow_pickle=True)["found"].item() for file in files]
     assert not found[0].keys() & found[1].keys() and len(found[0]) + len(found[1]) == len(expected[0])
     for one in expected[0]:
         tokens, logprobs = (found[0] | found[1])[one.request.index, one.sample_id]
