@@ -1,8 +1,12 @@
-"""`python -m igrpo_jax.export --workdir DIR --out HF_DIR [--step N] [--adapter]`: writes a checkpoint as a Hugging Face
-directory, in bfloat16, that `transformers` loads; with --adapter only the adapters of a LoRA run, as `peft` loads them.
+"""`python -m igrpo_jax.export --workdir DIR --out HF_DIR [--step N] [--dtype DTYPE] [--adapter]`: writes a checkpoint
+as a Hugging Face directory that `transformers` loads; with --adapter only the adapters of a LoRA run, as `peft` loads
+them.
 
-It runs on the CPU, so that it does not disturb a training that uses the accelerator. It needs memory for two copies of
-the model in bfloat16, since it reads back what it has written and compares the two.
+DTYPE is bfloat16 or float32. Where it is not given, it is bfloat16, unless rounding would lose more than a tenth of
+what LoRA has changed. At the end a line says by how much the logits differ from those of the trained policy.
+
+It runs on the CPU, so that it does not disturb a training that uses the accelerator. It needs memory for the policy in
+model.dtype and two copies in DTYPE, since it reads back what it has written and compares the three.
 """
 
 from pathlib import Path
@@ -15,11 +19,13 @@ from igrpo_jax.config import MeshConfig
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import hf_write
-from igrpo_jax.models.policy import open_policy
+from igrpo_jax.models.policy import export_dtype, open_policy
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import local_folder
 from igrpo_jax.outputs.workdir import read_config
+
+DTYPES = ("bfloat16", "float32")
 
 
 def main(argv: list[str]) -> None:
@@ -27,20 +33,25 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_string("out", None, "folder to write; it must be new or empty", flag_values=values)
     flags.DEFINE_integer("step", None, "step of the checkpoint; default: the newest", flag_values=values)
+    flags.DEFINE_enum("dtype", None, DTYPES, "dtype of the weights; default: see above", flag_values=values)
     flags.DEFINE_bool("adapter", False, "write LoRA's adapters alone, as peft loads them", flag_values=values)
     cli.read_flags(argv, values, __doc__, "--out=HF_DIR")
     for name in ("workdir", "out"):
         if not values[name].value:
             raise InputError(f"--{name}: missing; give --workdir DIR --out HF_DIR")
     jax.config.update("jax_platforms", "cpu")
-    export(Path(values.workdir), Path(values.out), values.step, values.adapter)
+    export(Path(values.workdir), Path(values.out), values.step, values.adapter, values.dtype)
 
 
-def export(workdir: Path, out: Path, step: int | None = None, adapter: bool = False) -> None:
+def export(workdir: Path, out: Path, step: int | None = None, adapter: bool = False, dtype: str | None = None) -> None:
     """Writes the policy of a checkpoint of the run in `workdir`, the newest or that of `step`, to `out`.
 
+    Args:
+        adapter: write LoRA's adapters alone, in float32.
+        dtype: one of DTYPES; None for `export_dtype` of the policy.
+
     Raises:
-        InputError: no such run or checkpoint; `out` is there already; `adapter` without LoRA.
+        InputError: no such run or checkpoint; `out` is there already; `adapter` without LoRA, or with a `dtype`.
     """
     workdir, out = local_folder("--workdir", workdir), local_folder("--out", out)
     config = read_config(workdir)
@@ -48,17 +59,22 @@ def export(workdir: Path, out: Path, step: int | None = None, adapter: bool = Fa
         raise InputError(
             f"--adapter: the run in {workdir} trained all weights (config.model.lora.rank = 0); leave it out"
         )
+    if adapter and dtype:
+        raise InputError(f"--dtype {dtype}: adapters are always written in float32; leave it out")
     hf_write.check_free(out)
     policy = open_policy(config.model, config.data)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with Console() as console, jax.set_mesh(mesh):
-        params, step = weights.saved(config, policy, workdir, mesh, console, step)
+        trained = "float32" if "float32" in (config.model.dtype, dtype) else "bfloat16"
+        params, step = weights.saved(config, policy, workdir, mesh, console, step, trained)
         if adapter:
             policy.save_adapter(out, config.model.lora, params)
-        else:
-            with console.phase("writing weights (MB)", hf_write.model_bytes(policy.model) >> 20) as update:
-                policy.save(out, params, lambda done: update(done >> 20))
-        console.message(f"step {step} is in {out}; read back, it gives the same logits")
+            console.message(f"step {step} is in {out}; read back, they give the trained policy's logits")
+            return
+        dtype = dtype or export_dtype(params)
+        with console.phase("writing weights (MB)", hf_write.model_bytes(policy.model, dtype) >> 20) as update:
+            compared = policy.save(out, params, lambda done: update(done >> 20), dtype)
+        console.message(f"step {step} is in {out}, {dtype}; read back, {compared}")
 
 
 if __name__ == "__main__":

@@ -90,14 +90,15 @@ def test_the_command_writes_what_the_end_of_the_run_wrote(adapted, trained, tmp_
     for workdir in (adapted, trained):
         out = tmp_path / workdir.parent.name
         export.main(["export", f"--workdir={workdir}", f"--out={out}"])
-        assert f"is in {out}; read back" in capsys.readouterr().out
+        dtype = json.loads((out / "config.json").read_text())["dtype"]
+        assert f"is in {out}, {dtype}; read back, " in capsys.readouterr().out
         assert tensors_of(out) == tensors_of(workdir / "export")
         for file in (workdir / "export").glob("*.json"):
             assert (out / file.name).read_bytes() == file.read_bytes()
     # The adapters are in it, and another step is another policy.
     export.main(["export", f"--workdir={adapted}", f"--out={tmp_path / 'start'}", "--step=0"])
     start, end = tensors_of(tmp_path / "start"), tensors_of(adapted / "export")
-    changed = {name.split(".")[-2] for name in end if start[name] != end[name]}
+    changed = {name.split(".")[-2] for name in end if start[name][:2] != end[name][:2]}  # bytes in bfloat16
     assert changed == {"q_proj", "o_proj", "up_proj"}
 
 
@@ -117,6 +118,8 @@ def test_adapters_alone(adapted, trained, tmp_path):
     told = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert told["target_modules"] == ["o_proj", "q_proj", "up_proj"] and (told["r"], told["lora_alpha"]) == (2, 32.0)
     assert len(tensors_of(tmp_path / "peft")) == 6
+    message = error_of(export.export, adapted, tmp_path / "none", None, True, "bfloat16")
+    assert message == "--dtype bfloat16: adapters are always written in float32; leave it out"
     message = error_of(export.export, trained, tmp_path / "none", None, True)
     assert message.startswith("--adapter: the run in") and is_gone(tmp_path / "none")
 
@@ -149,6 +152,7 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
         (["--workdir=none-such", "--out=x"], "--workdir none-such: holds no run"),
         (["--workdri=x"], "workdri"),
         (["--step=last"], "step"),
+        (["--dtype=float16"], "dtype"),
         (["run", "--out=x"], "run: not understood"),
     ],
 )

@@ -1,7 +1,7 @@
 """A model by its name, ready to answer: what `evaluate` and `generate` share.
 
 The name is the folder of a run (its newest checkpoint, or that of a step), a Hugging Face directory, or a hub id. Of a
-run the weights are those that its export holds, in bfloat16, so that both give the same answers.
+run the weights are those that its export holds where no dtype is asked for, so that both give the same answers.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.evaluation.planning import Plan, make_plan, samples_per_problem
 from igrpo_jax.models import decoder, hf_read
-from igrpo_jax.models.policy import Policy, fit_to_mesh, open_model, written
+from igrpo_jax.models.policy import Policy, export_dtype, fit_to_mesh, open_model, written
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.checkpoint import saved_step
 from igrpo_jax.outputs.console import Console
@@ -93,7 +93,8 @@ def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) ->
     if task.run is None:
         params = weights.load(policy, mesh, config.seed, "float32", console)
     else:
-        params = written(weights.saved(config, policy, task.run, mesh, console, task.step)[0])
+        params, _ = weights.saved(config, policy, task.run, mesh, console, task.step)
+        params = written(params, export_dtype(params))
     return Evaluator(config, task.plan, scheduler, task.renderer, verifier, console), params
 
 

@@ -78,7 +78,8 @@ def write_tensors(
     params: Params,
     entries: Mapping[str, Entry],
     stem: str = "model",
-    dtype: str = "bfloat16",
+    *,
+    dtype: str,
     report: Callable[[int], None] = lambda bytes_written: None,
 ) -> None:
     """Writes `params` in `dtype` as STEM.safetensors, or as numbered files with STEM.safetensors.index.json.
@@ -114,9 +115,9 @@ def write_tensors(
         write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
-def model_bytes(cfg: DecoderConfig) -> int:
-    """Returns the bytes of the files of an export, without their headers."""
-    return 2 * sum(math.prod(shape) for shape in decoder.shapes(cfg).values())
+def model_bytes(cfg: DecoderConfig, dtype: str) -> int:
+    """Returns the bytes of the files of an export in `dtype`, without their headers."""
+    return np.dtype(dtype).itemsize * sum(math.prod(shape) for shape in decoder.shapes(cfg).values())
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
@@ -138,17 +139,17 @@ def copy_tokenizer(path: str, folder: Path, template: str = "") -> None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def exported_config(path: str, cfg: DecoderConfig) -> dict[str, Any]:
-    """Returns the config.json of an export.
+def exported_config(path: str, cfg: DecoderConfig, dtype: str) -> dict[str, Any]:
+    """Returns the config.json of an export in `dtype`.
 
     It is that of the model at `path`, except for the dtype, for references to code, which is not copied, and for
     embeddings that it ties although `cfg` has a head. The built-in model ("") is exported as a Llama.
     """
     raw = hf_files.config_json(path) if path else _llama(cfg)
-    dtype = "torch_dtype" if "torch_dtype" in raw else "dtype"
+    key_of_dtype = "torch_dtype" if "torch_dtype" in raw else "dtype"
     if "tie_word_embeddings" in raw:
         raw["tie_word_embeddings"] = cfg.tie_embeddings
-    return {key: value for key, value in raw.items() if key != "auto_map"} | {dtype: "bfloat16"}
+    return {key: value for key, value in raw.items() if key != "auto_map"} | {key_of_dtype: dtype}
 
 
 def _llama(cfg: DecoderConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from igrpo_jax.config import LoraConfig
@@ -117,6 +118,30 @@ def attach(frozen: dict[str, jax.Array], trained: dict[str, jax.Array], scaling:
 def merge(tree):
     """Returns `tree` with the sum in place of every Adapted."""
     return jax.tree.map(lambda x: x.merged() if _is_adapted(x) else x, tree, is_leaf=_is_adapted)
+
+
+def lost_by(tree, dtype: str) -> float:
+    """Returns the part of LoRA's change that is lost where the sums of `tree` are rounded to `dtype`.
+
+    It is |rounded sum - sum| / |sum - weight| over all adapted weights, with the sums as they are trained, in the dtype
+    of the weights: 0 where they are of `dtype` already, and 0 where nothing is adapted or changed yet.
+    """
+    adapted = [x for x in jax.tree.leaves(tree, is_leaf=_is_adapted) if _is_adapted(x)]
+    squares = [sharding.to_host(_squares(dtype, x.weight.sharding.mesh)(x)) for x in adapted]
+    error, change = np.array([np.zeros(2), *squares]).sum(axis=0).tolist()
+    return math.sqrt(error / change) if change else 0.0
+
+
+@functools.cache
+def _squares(dtype: str, mesh: jax.sharding.Mesh) -> Callable[[Adapted], jax.Array]:
+    """Returns the jitted function that gives the squared norms of an Adapted's rounding error and change, [2]."""
+
+    def squares(x: Adapted) -> jax.Array:
+        weight, merged = x.weight.astype(jnp.float32), x.merged().astype(jnp.float32)
+        error = merged.astype(dtype).astype(jnp.float32) - merged
+        return jnp.stack([jnp.sum(error**2), jnp.sum((merged - weight) ** 2)])
+
+    return jax.jit(squares, out_shardings=sharding.replicated(mesh))
 
 
 def merge_after(x: jax.Array, tree) -> tuple[jax.Array, Any]:

@@ -23,6 +23,29 @@ from igrpo_jax.models.config import DecoderConfig
 Report = Callable[[int], None]
 
 
+PROBE = 8  # tokens of a row whose logits are compared
+MOST_LOST = 0.1  # of LoRA's change, in an export whose dtype nobody asked for
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An export beside the policy that was trained."""
+
+    dtype: str
+    lost: float  # part of LoRA's change that rounding lost, 0 to about 1; 0 without LoRA (see `lora.lost_by`)
+    difference: float  # largest difference of two logits, both computed in float32
+    largest: float  # largest logit
+
+    def __str__(self) -> str:
+        lost = f"{self.dtype} lost {self.lost:.1%} of LoRA's change, and " if self.lost else ""
+        if not self.difference:
+            return f"{lost}it gives the trained policy's logits in a probe of {PROBE} tokens"
+        return (
+            f"{lost}its logits differ from the trained policy's by up to {self.difference:.2g} in a probe of {PROBE} "
+            f"tokens (the largest is {self.largest:.3g})"
+        )
+
+
 @dataclass(frozen=True)
 class Policy:
     """The shape, tokenizer and EOS ids of a policy. It holds no weights, but loads and saves them.
@@ -53,37 +76,48 @@ class Policy:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return np.array([*ids, self.tokenizer.eos_token_id], np.int32)
 
-    def save(self, out: Path, params: decoder.Params, report: Report = lambda bytes_done: None) -> None:
-        """Writes `params` in bfloat16, with LoRA's changes merged, as the complete Hugging Face directory `out`.
+    def save(
+        self,
+        out: Path,
+        params: decoder.Params,
+        report: Report = lambda bytes_done: None,
+        dtype: str | None = None,
+    ) -> Comparison:
+        """Writes `params` in `dtype` (None for `export_dtype`) as the complete Hugging Face directory `out`.
 
-        The directory is read back before it gets its name.
+        LoRA's changes are merged. The directory is read back before it gets its name, and compared with `params` as
+        they are.
 
         Raises:
             InputError: `out` exists already or can't be written.
             RunError: the weights that were read back give other logits, or the logits are not finite.
         """
-        params = written(params)
+        dtype = dtype or export_dtype(params)
+        lost, trained, params = lora.lost_by(params, dtype), _probe(self.model, params), written(params, dtype)
         with hf_write.new_folder(out) as folder:
-            raw = hf_write.exported_config(self.path, self.model)
+            raw = hf_write.exported_config(self.path, self.model, dtype)
             hf_write.write_json(folder / "config.json", raw)
             hf_write.write_json(folder / "generation_config.json", hf_write.generation_config(self.path, self.eos_ids))
             self._write_tokenizer(folder)
-            hf_write.write_tensors(folder, params, hf_tables.table(raw["model_type"], self.model), report=report)
+            entries = hf_tables.table(raw["model_type"], self.model)
+            hf_write.write_tensors(folder, params, entries, dtype=dtype, report=report)
             before, model = _probe(self.model, params), hf_files.load_config(str(folder))
             mesh = jax.tree.leaves(params)[0].sharding.mesh
-            _check_equal(out, before, _probe(model, hf_read.load_params(str(folder), model, mesh, "bfloat16")))
+            reread = _probe(model, hf_read.load_params(str(folder), model, mesh, dtype))
+            _check_equal(out, before, reread)
+        return Comparison(dtype, lost, float(np.abs(reread - trained).max()), float(np.abs(trained).max()))
 
     def save_adapter(self, out: Path, settings: LoraConfig, params: decoder.Params) -> None:
         """Writes the adapters of `params` in float32 as a directory for peft, and reads them back as `save` does."""
         changed = {path: x for path, x in params.items() if isinstance(x, lora.Adapted)}
         adapters = {f"{path}/lora_a": x.a for path, x in changed.items()}
         adapters |= {f"{path}/lora_b": x.b for path, x in changed.items()}
-        model_type = hf_write.exported_config(self.path, self.model)["model_type"]
+        model_type = hf_write.exported_config(self.path, self.model, "float32")["model_type"]
         entries = hf_write.adapter_entries(hf_tables.table(model_type, self.model), adapters)
         with hf_write.new_folder(out) as folder:
             hf_write.write_json(folder / "adapter_config.json", hf_write.adapter_config(settings, self.path, entries))
             self._write_tokenizer(folder)
-            hf_write.write_tensors(folder, adapters, entries, "adapter_model", "float32")
+            hf_write.write_tensors(folder, adapters, entries, "adapter_model", dtype="float32")
             again = hf_read.load_adapters(str(folder), entries, adapters)
             reread = lora.attach({path: x.weight for path, x in changed.items()}, again, settings.scaling)
             _check_equal(out, _probe(self.model, params), _probe(self.model, params | reread))
@@ -96,11 +130,17 @@ class Policy:
             self.tokenizer.save_pretrained(folder)
 
 
-def written(params: decoder.Params) -> decoder.Params:
-    """Returns `params` as `Policy.save` writes them: in bfloat16, with LoRA's changes merged."""
+def export_dtype(params: decoder.Params) -> str:
+    """Returns the dtype in which `params` are exported where none is asked for: bfloat16, or float32 where rounding
+    would lose more than MOST_LOST of LoRA's change."""
+    return "float32" if lora.lost_by(params, "bfloat16") > MOST_LOST else "bfloat16"
+
+
+def written(params: decoder.Params, dtype: str) -> decoder.Params:
+    """Returns `params` as `Policy.save` writes them: in `dtype`, with LoRA's changes merged."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     shardings = {path: sharding.param_sharding(mesh, path) for path in params}
-    return jax.jit(lambda x: decoder.cast(lora.merge(x), "bfloat16"), out_shardings=shardings)(params)
+    return jax.jit(lambda x: decoder.cast(lora.merge(x), dtype), out_shardings=shardings)(params)
 
 
 def open_policy(settings: ModelConfig, data: DataConfig | None = None) -> Policy:
@@ -162,14 +202,18 @@ def fit_to_mesh(config: Config, model: DecoderConfig, mesh: jax.sharding.Mesh, l
 
 
 def _probe(model: DecoderConfig, params: decoder.Params) -> np.ndarray:
-    """Returns the logits [B, 8, V] float32 of a few tokens from all over the vocabulary."""
+    """Returns the logits [B, PROBE, V] float32 of a few tokens from all over the vocabulary.
+
+    They are computed in float32, so that two of them differ by the weights alone.
+    """
     model = replace(model, attention="xla")  # the other implementations need longer rows
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    shape = (sharding.batch_shards(mesh), 8)
+    shape = (sharding.batch_shards(mesh), PROBE)
     tokens = (np.arange(np.prod(shape), dtype=np.int64) * 7919 % model.vocab_size).astype(np.int32).reshape(shape)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
 
     def logits(params: decoder.Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        params = decoder.cast(lora.merge(params), "float32")
         return decoder.logits(model, params, decoder.apply(model, params, tokens, positions)[0])
 
     with jax.set_mesh(mesh):

@@ -58,24 +58,31 @@ def adapters(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> decoder
 
 
 def saved(
-    config: Config, policy: Policy, workdir: Path, mesh: jax.sharding.Mesh, console: Console, step: int | None = None
+    config: Config,
+    policy: Policy,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    console: Console,
+    step: int | None = None,
+    dtype: str = "bfloat16",
 ) -> tuple[decoder.Params, int]:
     """Reads the policy of a checkpoint of the run in `workdir`. The run may be under way.
 
     Args:
         config: the configuration of that run.
         step: the step of the checkpoint; None for the newest.
+        dtype: that of the parameters without LoRA.
 
     Returns:
-        The parameters, and the step of the checkpoint. The parameters are bfloat16; those of a LoRA run are adapters in
-        float32 on weights in model.dtype.
+        The parameters, and the step of the checkpoint. Those of a LoRA run are adapters in float32 on weights in
+        model.dtype.
 
     Raises:
         InputError: there is no such checkpoint.
     """
     shapes, step = decoder.shapes(policy.model), saved_step(workdir, step)
     if not config.model.lora.rank:
-        return read_params(workdir, step, _abstract(shapes, mesh, "bfloat16")), step
+        return read_params(workdir, step, _abstract(shapes, mesh, dtype)), step
     trained = read_params(workdir, step, _abstract(lora.shapes(config.model.lora, shapes), mesh, "float32"))
     frozen = first(config, policy, workdir, mesh, config.model.dtype, console)
     return lora.attach(frozen, trained, config.model.lora.scaling), step

@@ -21,6 +21,7 @@ from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.rollout import Rollout
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.models import decoder, hf_write
+from igrpo_jax.models.policy import export_dtype
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.writer import Writer
@@ -181,9 +182,12 @@ class Run:
         out = self.workdir / "export"
         # A run that ended earlier with fewer steps may have left one.
         cluster.from_first(functools.partial(shutil.rmtree, out, ignore_errors=True))
-        size = hf_write.model_bytes(self.task.policy.model)
+        params = decoder.cast(self.learner.policy(state.params), self.config.model.dtype)  # as it samples
+        dtype = export_dtype(params)
+        size = hf_write.model_bytes(self.task.policy.model, dtype)
         with self.console.phase("exporting (MB)", size >> 20) as update:
-            self.task.policy.save(out, self.learner.policy(state.params), lambda done: update(done >> 20))
+            compared = self.task.policy.save(out, params, lambda done: update(done >> 20), dtype)
+        self.console.message(f"the export is {dtype}; read back, {compared}")
 
 
 def throughput(metrics: Mapping[str, float], devices: Sequence[jax.Device]) -> dict[str, float]:

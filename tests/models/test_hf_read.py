@@ -472,7 +472,7 @@ def test_host_memory_of_an_import_is_bounded(tmp_path, monkeypatch, fsdp, dtype)
         max_position_embeddings=64,
     )
     mesh = one_device()
-    (tmp_path / "config.json").write_text(json.dumps(hf_write.exported_config("", cfg)))
+    (tmp_path / "config.json").write_text(json.dumps(hf_write.exported_config("", cfg, "bfloat16")))
     monkeypatch.setattr(hf_write, "SHARD", "48MB")
     ones = {
         path: jax.numpy.ones(shape, "bfloat16", device=sharding.param_sharding(mesh, path))

@@ -26,7 +26,7 @@ from tiny_models import one_device
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError, RunError
-from igrpo_jax.models import decoder, hf_files, hf_write, policy
+from igrpo_jax.models import decoder, hf_files, hf_write, lora, policy
 
 
 def open_policy(path):
@@ -60,7 +60,11 @@ def test_import_export_import_is_the_identity(tmp_path, case):
     opened, mesh = open_policy(path), one_device()
     seen = []
     opened.save(out, opened.load(mesh, 0), seen.append)
-    assert seen[-1] == hf_write.model_bytes(opened.model) == sum(len(x) for _, x, _ in tensors_of(out).values())
+    assert (
+        seen[-1]
+        == hf_write.model_bytes(opened.model, "bfloat16")
+        == sum(len(x) for _, x, _ in tensors_of(out).values())
+    )
     expected = tensors_of(path)
     if opened.model.tie_embeddings:
         expected.pop("lm_head.weight", None)
@@ -134,7 +138,7 @@ def test_shards_and_their_index(original, tmp_path, monkeypatch):
     assert len(files) > 2 and all(file.stat().st_size < 24_000 for file in files)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == tensors_of(out).keys() == tensors_of(original).keys()
-    assert index["metadata"]["total_size"] == hf_write.model_bytes(opened.model)
+    assert index["metadata"]["total_size"] == hf_write.model_bytes(opened.model, "bfloat16")
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
     assert tensors_of(out) == tensors_of(original)
@@ -181,6 +185,36 @@ def test_the_builtin_model_is_exported_as_a_llama(tmp_path):
     ours = logits_of(out, TOKENS)
     np.testing.assert_allclose(ours, logits_of_reference(theirs.float(), TOKENS), atol=1e-4, rtol=0)
     assert theirs.generation_config.eos_token_id == builtin.eos_ids[0]
+
+
+@pytest.mark.slow
+def test_a_change_that_bfloat16_would_lose_is_exported_in_float32(tmp_path):
+    """Where none is asked for, by the change that survives. What is said of the logits is what they differ by."""
+    shape = config.BuiltinModelConfig(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=48)
+    builtin, mesh = policy.open_policy(config.ModelConfig(builtin=shape)), one_device()
+    base, key = builtin.load(mesh, 0, "bfloat16"), jax.random.key(0)
+    settings = config.LoraConfig(rank=2, alpha=2.0, targets=("all-linear",))
+
+    def tuned(size, dtype):
+        adapters = {path: x + size for path, x in lora.init(settings, decoder.shapes(builtin.model), key, mesh).items()}
+        return lora.attach(decoder.cast(base, dtype), adapters, settings.scaling)
+
+    small, large = tuned(1e-4, "float32"), tuned(10.0, "float32")
+    kept = builtin.save(tmp_path / "small", small)
+    assert (kept.dtype, kept.lost, kept.difference) == ("float32", 0, 0)
+    assert str(kept) == "it gives the trained policy's logits in a probe of 8 tokens"
+    assert {dtype for *_, dtype in tensors_of(tmp_path / "small").values()} == {"F32"}
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "float32"
+    assert (tmp_path / "small" / "model.safetensors").stat().st_size > hf_write.model_bytes(builtin.model, "float32")
+    lossy = builtin.save(tmp_path / "lossy", small, dtype="bfloat16")
+    assert lossy.dtype == "bfloat16" and lossy.lost > policy.MOST_LOST and 0 < lossy.difference < lossy.largest
+    assert str(lossy).startswith(f"bfloat16 lost {lossy.lost:.1%} of LoRA's change, and its logits differ from the tra")
+    assert builtin.save(tmp_path / "large", large).dtype == "bfloat16"
+    rounded = builtin.save(tmp_path / "rounded", tuned(1e-4, "bfloat16"))
+    assert (rounded.dtype, rounded.lost, rounded.difference) == ("bfloat16", 0, 0)
+    # Only the change of the weights counts, and not the dtype in which logits are computed.
+    trained, exported = (policy._probe(builtin.model, x) for x in (small, policy.written(small, "bfloat16")))
+    assert lossy.difference == pytest.approx(np.abs(trained - exported).max())
 
 
 @pytest.mark.slow

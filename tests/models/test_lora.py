@@ -50,6 +50,31 @@ def test_shapes_by_hand(tiny):
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+def change_of(weights, changes, dtype="float32"):
+    """An Adapted of a diagonal weight whose sum is `weights` + `changes`."""
+    put = lambda x: jax.device_put(jnp.asarray(x, jnp.float32), sharding.replicated(one_device()))
+    rank = len(weights)
+    return lora.Adapted(put(np.diag(weights)).astype(dtype), put(np.eye(rank)), put(np.diag(changes)), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "changes", "lost"),
+    [
+        ([1.0], [2**-10], 1.0),  # bfloat16 has steps of 2^-7 from 1 to 2: the sum is rounded to 1
+        ([1.0], [2**-7], 0.0),
+        ([1.0], [3 * 2**-9], 1 / 3),  # to 1 + 2^-7, 2^-9 above
+        ([1.0, 1.0], [2**-10, 2**-7], 65**-0.5),  # 2^-10 of the square root of 2^-20 + 2^-14
+        ([1.0], [0.0], 0.0),
+    ],
+)
+def test_what_rounding_loses_of_a_change(weights, changes, lost):
+    base = {"x": jnp.ones(3), "y": change_of(weights, changes)}
+    assert lora.lost_by(base, "bfloat16") == pytest.approx(lost) and lora.lost_by(base, "float32") == 0
+    # With a base in bfloat16 the sum is trained as it is rounded, so that nothing is lost later.
+    assert lora.lost_by({"y": change_of(weights, changes, "bfloat16")}, "bfloat16") == 0
+    assert lora.lost_by({"x": jnp.ones(3)}, "bfloat16") == 0
+
+
 @pytest.mark.parametrize("target", ["q_porj", "embedding", "lm_head", "q_bias", "scale", "self_attn.q_proj"])
 def test_a_target_that_matches_nothing(tiny, target):
     with pytest.raises(InputError) as caught:
