@@ -32,7 +32,7 @@ def test_the_table_comes_after_the_users_reward_and_before_anything_is_compiled(
         raise TableEnds
 
     monkeypatch.setattr(Console, "table", table)
-    own = settings(**{"rewards.functions": ("my_reward:brevity",)})
+    own = settings(**{"rewards.functions": ("my_reward:brevity",), "rollout.slots": 8})
     with compilations() as compiled, pytest.raises(TableEnds):
         train.train(own, tmp_path / "run")
     (first, (title, rows)) = events
