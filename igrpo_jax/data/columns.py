@@ -37,8 +37,11 @@ class Mapping:
         return f"question from {self.prompt!r}, answer from {self.answer!r}"
 
     def rest(self, columns: dict[str, Any]) -> dict[str, Any]:
-        """Returns the other columns; nested ones are kept complete."""
-        read = {self.prompt, self.answer, *self.prompt.split("+")}
+        """Returns the columns that are not the question's, unchanged; nested ones are kept complete.
+
+        The answer's is one of them: a reward that was written for TRL asks for it by its own name, such as `solution`.
+        """
+        read = {self.prompt, *self.prompt.split("+")}
         return {name: value for name, value in columns.items() if name not in read}
 
 

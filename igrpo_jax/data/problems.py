@@ -41,7 +41,7 @@ class Row:
     index: int  # position among the rows, from 0
     question: str
     answer: str
-    columns: dict[str, Any]  # the columns that are neither question nor answer
+    columns: dict[str, Any]  # the columns that are not the question, unchanged
 
 
 @dataclass(frozen=True)

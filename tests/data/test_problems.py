@@ -31,9 +31,10 @@ def load(path, prompt="prompt", answer="answer", **more):
 def test_json_lines_keep_ids_columns_and_text(tmp_path):
     rows = [{"id": "a/7", "q": "1+1 = ½·4?", "a": "2", "level": 3}, {"q": "0?", "a": 0, "level": None}]
     first, second = load(write(tmp_path / "x.jsonl", rows), "q", "a")
-    assert first == problems.Row("a/7", 0, "1+1 = ½·4?", "2", {"id": "a/7", "level": 3})
+    # A reward that asks for the answer by the name of its column gets the cell as it is.
+    assert first == problems.Row("a/7", 0, "1+1 = ½·4?", "2", {"id": "a/7", "a": "2", "level": 3})
     # Answer 0 is not blank; the id is the row's number.
-    assert second == problems.Row("2", 1, "0?", "0", {"level": None})
+    assert second == problems.Row("2", 1, "0?", "0", {"a": 0, "level": None})
 
 
 def test_json_lines_accept_a_byte_order_mark_and_blank_lines(tmp_path):
@@ -243,7 +244,8 @@ def test_columns_are_found_by_their_names(tmp_path, row, question, answer, mappi
     """Each is a form that published data sets have. `input` beside `question` loses: the order of names counts."""
     rows, found, _ = problems.load_rows(DataConfig(train=write(tmp_path / "x.jsonl", [row])))
     assert (rows[0].question, rows[0].answer, (found.prompt, found.answer)) == (question, answer, mapping)
-    assert rows[0].columns == {name: value for name, value in row.items() if name not in mapping}
+    question_columns = {mapping[0], *mapping[0].split("+")}
+    assert rows[0].columns == {name: value for name, value in row.items() if name not in question_columns}
     assert mapping[0] in str(found) and mapping[1] in str(found)
 
 

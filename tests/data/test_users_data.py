@@ -48,7 +48,7 @@ def test_lone_surrogates_and_bad_bytes_become_a_character_and_are_named(tmp_path
     (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + end.join(lines) + end)
     rows = problems.load_rows(DataConfig(train=str(tmp_path / "x.jsonl")))[0]
     assert [row.question for row in rows] == ["What is 2+2? \ufffd", "\U0001f600?", "\ufffd?", "é?", "x?"]
-    assert rows[4].columns == {"extra": {"\ufffd": ["\ufffd"]}}
+    assert rows[4].columns["extra"] == {"\ufffd": ["\ufffd"]}
     (record,) = caplog.records
     assert "x.jsonl" in record.getMessage() and "3 of 5 lines hold" in record.getMessage()
     assert record.getMessage().endswith("U+FFFD: line 1, 3, 5")
@@ -235,7 +235,7 @@ def test_alpacas_instruction_and_input_are_both_asked(tmp_path):
     loaded, mapping, _ = problems.load_rows(DataConfig(train=write(tmp_path / "x.jsonl", rows)))
     asked = ["Add the two numbers.\n\n3 and 4", "What is 2+2?", "What is 3+3?"]
     assert [row.question for row in loaded] == generate.read(str(tmp_path / "x.jsonl"), "") == asked
-    assert [row.columns for row in loaded] == [{}, {}, {"system": "s"}]
+    assert [row.columns.keys() - {"output"} for row in loaded] == [set(), set(), {"system"}]
     assert (mapping.prompt, mapping.answer) == ("instruction+input", "output")
     assert only(tmp_path, {"instruction": "Q", "answer": "1"}) == ("Q", "1")
     assert only(tmp_path, rows[0], prompt_column="input") == ("3 and 4", "7")  # what the user names
