@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from igrpo_jax import config, schema
+from igrpo_jax import config
+from igrpo_jax.schema import fields
 
 OUT = Path(__file__).with_suffix(".md")
 HEAD = """# Configuration reference
@@ -73,7 +74,7 @@ def _section(cls: type, prefix: str, texts: dict[str, dict[str, str]]) -> list[s
         "| field | type | default | allowed | meaning |\n|---|---|---|---|---|\n",
     ]
     sections = []
-    for setting in schema.settings(cls):
+    for setting in fields.settings(cls):
         path = prefix + setting.name
         if setting.is_section:
             sections += _section(setting.hint, f"{path}.", texts)

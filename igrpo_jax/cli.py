@@ -19,7 +19,7 @@ from igrpo_jax.config import Config, check_field
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import InputError, RunError, one_line
 from igrpo_jax.loading import load_config, value_of_text
-from igrpo_jax.schema import field_paths, paths_named
+from igrpo_jax.schema.fields import field_paths, paths_named
 
 # Read by transformers when it is first imported: without PyTorch, which nothing here needs, it prints advice to install
 # it. Its warnings are not affected.

@@ -18,8 +18,8 @@ from typing import Annotated, Any
 
 import ml_collections
 
-from igrpo_jax import schema
-from igrpo_jax.schema import Above, AtLeast, AtMost, Below, Between, Choice, Each, HoldsOnce, IsDate, Matches
+from igrpo_jax.schema import fields, trees
+from igrpo_jax.schema.rules import Above, AtLeast, AtMost, Below, Between, Choice, Each, HoldsOnce, IsDate, Matches
 
 Seconds = Annotated[float, Above(0, "a number of seconds above 0")]
 AxisSize = Annotated[int, AtLeast(1, "-1 (the rest of the devices) or at least 1", also=-1)]
@@ -560,7 +560,7 @@ MAY_CHANGE_ON_RESUME = (
 
 def default() -> ml_collections.ConfigDict:
     """Returns a ConfigDict with every field at its default, for a file in configs/ to edit."""
-    return schema.to_config_dict(Config())
+    return trees.to_config_dict(Config())
 
 
 def freeze(tree: ml_collections.ConfigDict) -> Config:
@@ -569,7 +569,7 @@ def freeze(tree: ml_collections.ConfigDict) -> Config:
     Raises:
         InputError: a field is unknown, has the wrong type, or a value that no run can use.
     """
-    config = schema.from_config_dict(Config, tree)
+    config = trees.from_config_dict(Config, tree)
     _validate(config)
     return config
 
@@ -580,7 +580,7 @@ def check_field(path: str) -> None:
     Raises:
         InputError: there is no such field; the message gives the nearest name.
     """
-    schema.check_path(Config, path)
+    fields.check_path(Config, path)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -621,7 +621,7 @@ def _validate(config: Config) -> None:
     """
     for problems in (_sources, _rewards, _drafts, _batch_and_mesh, _evaluation):
         for path, fix in problems(config):
-            raise schema.refusal(path, schema.value_at(config, path), fix)
+            raise fields.refusal(path, fields.value_at(config, path), fix)
 
 
 def _sources(config: Config) -> Iterator[tuple[str, str]]:

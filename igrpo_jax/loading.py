@@ -21,7 +21,8 @@ import ml_collections
 
 from igrpo_jax.config import Config, check_field, default, freeze
 from igrpo_jax.errors import InputError, one_line
-from igrpo_jax.schema import KINDS, FieldError, Setting, Tree, refusal, setting_at, settings
+from igrpo_jax.schema.fields import KINDS, FieldError, Setting, refusal, setting_at, settings
+from igrpo_jax.schema.trees import Tree
 
 
 def load_config(

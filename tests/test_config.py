@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from igrpo_jax import config, schema
+from igrpo_jax import config
 from igrpo_jax.data.catalog import TRAINING_SETS
 from igrpo_jax.errors import InputError
+from igrpo_jax.schema import fields
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -237,4 +238,4 @@ def test_settings_of_an_older_version_have_the_defaults_of_newer_fields():
 
 def test_what_may_change_on_resume_is_a_field():
     sections = {field.name for field in dataclasses.fields(config.Config)}
-    assert set(config.MAY_CHANGE_ON_RESUME) <= {*schema.field_paths(config.Config), *sections}
+    assert set(config.MAY_CHANGE_ON_RESUME) <= {*fields.field_paths(config.Config), *sections}

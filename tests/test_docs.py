@@ -22,7 +22,7 @@ import pytest
 from test_structure import FILES, FLOORS
 
 import igrpo_jax
-from igrpo_jax import config, schema
+from igrpo_jax import config
 from igrpo_jax.data import catalog
 from igrpo_jax.learning import objectives
 from igrpo_jax.learning.loss import CompletionRows
@@ -33,6 +33,7 @@ from igrpo_jax.outputs import alerts
 from igrpo_jax.records import Candidate
 from igrpo_jax.rewards import functions
 from igrpo_jax.rewards.functions import CustomReward, TrainerState
+from igrpo_jax.schema import fields, rules
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -69,7 +70,7 @@ def test_the_configuration_reference_is_what_config_py_says():
 def test_every_setting_has_a_line_with_a_meaning():
     rows = [line.strip("| ").split(" | ") for line in page("configuration.md").splitlines() if line.startswith("| `")]
     meanings = {cells[0].strip("`"): cells[-1] for cells in rows if len(cells) == 5}
-    paths = schema.field_paths(config.Config)
+    paths = fields.field_paths(config.Config)
     leaves = [path for path in paths if not any(other.startswith(path + ".") for other in paths)]
     assert sorted(meanings) == sorted(leaves)
     assert [name for name, meaning in meanings.items() if not re.fullmatch("[A-Z].*[.]", meaning)] == []
@@ -315,7 +316,7 @@ def test_quick_start_lists_what_may_change_on_a_resume():
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
     listed = [name.removesuffix(".*") for row in rows for name in re.findall("`([^`]+)`", row)]
     assert sorted(listed) == sorted(config.MAY_CHANGE_ON_RESUME)
-    sections = {setting.name for setting in schema.settings(config.Config) if setting.is_section}
+    sections = {setting.name for setting in fields.settings(config.Config) if setting.is_section}
     starred = {name for row in rows for name in re.findall(r"`([^`]+)\.\*`", row)}
     assert starred == sections & set(listed)
 
@@ -352,7 +353,7 @@ def test_settings_and_commands_in_pages_are_real(path):
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r"--config\.([\w.]+)=", text):
         config.check_field(name)
-    sections = "|".join(sorted({name.partition(".")[0] for name in schema.field_paths(config.Config) if "." in name}))
+    sections = "|".join(sorted({name.partition(".")[0] for name in fields.field_paths(config.Config) if "." in name}))
     for name in re.findall(rf"`(?:config\.)?((?:{sections})(?:\.\w+)+)(?:=[^`]*)?`", text):
         if not name.endswith((".py", ".md", ".jsonl", ".json")):
             config.check_field(name)
@@ -386,7 +387,7 @@ def test_the_objective_in_ten_lines_works(monkeypatch):
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
     monkeypatch.setattr(objectives, "OBJECTIVES", dict(objectives.OBJECTIVES))
     exec(block, vars(objectives))
-    loss_type = Annotated[str, schema.Choice(*config.LOSS_TYPES, "luspo")]
+    loss_type = Annotated[str, rules.Choice(*config.LOSS_TYPES, "luspo")]
     monkeypatch.setitem(config.AlgorithmConfig.__annotations__, "loss_type", loss_type)
     losses = {}
     for name in ("luspo", "gspo"):

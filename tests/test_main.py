@@ -13,12 +13,13 @@ import pytest
 
 import igrpo_jax
 from igrpo_jax import __main__ as commands
-from igrpo_jax import cli, config, evaluate, export, generate, main, schema
+from igrpo_jax import cli, config, evaluate, export, generate, main
 from igrpo_jax.aot import __main__ as aot
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.report import __main__ as report
+from igrpo_jax.schema import fields
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -137,7 +138,7 @@ def test_values_of_flags(tmp_path, override, path, value):
     flags = f"--config.{override}"
     flags = flags.split() if "--config.steps=5" in flags or " 0.28" in flags else [flags]
     made, _ = cli.parse(["main", *flags, "--config", str(tmp_path / "tiny.py")])
-    assert schema.value_at(made, path) == value and type(schema.value_at(made, path)) is type(value)
+    assert fields.value_at(made, path) == value and type(fields.value_at(made, path)) is type(value)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ COMMANDS = {
 IMPORT_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "einshape", "distrax", "rlax"}
 # Importing these must leave jax alone: workers are spawned with them, and bad input is reported before any device work.
 WITHOUT_JAX = (
-    *("errors", "schema", "config", "loading", "records", "cli", "main", "evaluate", "generate", "aot/__main__"),
+    *("errors", "schema/trees", "config", "loading", "records", "cli", "main", "evaluate", "generate", "aot/__main__"),
     *("distributed/preemption", "distributed/watchdog", "distributed/chips"),
 )
 

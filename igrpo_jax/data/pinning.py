@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from igrpo_jax.config import DataConfig, TemplateValue
 from igrpo_jax.errors import InputError, one_line
-from igrpo_jax.schema import refusal
+from igrpo_jax.schema.fields import refusal
 
 # Variables that are not the user's to set: apply_chat_template gives them, or data.template_date does.
 GIVEN = ("messages", "add_generation_prompt", "strftime_now")

@@ -22,7 +22,7 @@ from igrpo_jax.config import DataConfig
 from igrpo_jax.data import pinning
 from igrpo_jax.errors import InputError, one_line
 from igrpo_jax.rewards.format import TAGS
-from igrpo_jax.schema import refusal
+from igrpo_jax.schema.fields import refusal
 
 SENTINEL = "[[ here go the words of the user ]]"
 STAND_IN = "0"  # encoded in place of a draft; tokenizers rarely join a digit with what stands beside it

@@ -1,0 +1,79 @@
+"""Rules for the value of a field, which stand beside its type."""
+
+import datetime
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Rule(NamedTuple):
+    """A condition on the value of one field."""
+
+    text: str  # what the value must be, as it follows "must be": "at least 0"
+    allows: Callable[[Any], bool]
+    on_entries: bool = False  # whether the condition is one on each entry of a tuple
+    secret: bool = False  # a value that breaks the rule may be a secret, and is not repeated
+
+
+# Rules are written as types are, because they stand beside them. `text` replaces the one that follows from the bound.
+
+
+def AtLeast(low: float, text: str = "", also: float | None = None) -> Rule:
+    """Allows numbers from `low` on, and the number `also`. Refuses NaN, as every bound does."""
+    return Rule(text or f"at least {low}", lambda value: value >= low or value == also)
+
+
+def Above(low: float, text: str = "") -> Rule:
+    """Allows numbers greater than `low`."""
+    return Rule(text or f"above {low}", lambda value: value > low)
+
+
+def AtMost(high: float) -> Rule:
+    """Allows numbers up to `high`."""
+    return Rule(f"at most {high}", lambda value: value <= high)
+
+
+def Below(high: float, text: str = "") -> Rule:
+    """Allows numbers less than `high`."""
+    return Rule(text or f"below {high}", lambda value: value < high)
+
+
+def Between(low: float, high: float) -> Rule:
+    """Allows numbers from `low` up to `high`, both included."""
+    return Rule(f"within {low} and {high}", lambda value: low <= value <= high)
+
+
+def Choice(*allowed: Any) -> Rule:
+    """Allows these values only."""
+    return Rule("one of " + ", ".join(map(str, allowed)), lambda value: value in allowed)
+
+
+def Each(rule: Rule, once: bool = False) -> Rule:
+    """Allows tuples whose entries `rule` allows; with `once` no entry may come twice."""
+
+    def allows(entries: tuple) -> bool:
+        return all(map(rule.allows, entries)) and not (once and len(set(entries)) < len(entries))
+
+    return Rule(rule.text + ", once" * once, allows, on_entries=True)
+
+
+def HoldsOnce(part: str) -> Rule:
+    """Allows texts in which `part` occurs exactly once."""
+    return Rule(f"a text that holds {part} exactly once", lambda value: value.count(part) == 1)
+
+
+def Matches(pattern: str, text: str, secret: bool = False) -> Rule:
+    """Allows texts that match the regular expression from end to end."""
+    return Rule(text, lambda value: re.fullmatch(pattern, value) is not None, secret=secret)
+
+
+def IsDate() -> Rule:
+    """Allows days, written as 2026-01-31, and the empty text."""
+
+    def allows(value: str) -> bool:
+        try:
+            return not value or datetime.date.fromisoformat(value).isoformat() == value
+        except ValueError:
+            return False
+
+    return Rule("a day such as 2026-01-31, or empty", allows)
