@@ -157,7 +157,7 @@ def test_compiling_is_shown_counted_and_warned_of_once(whole):
     warned = [line for line in out.splitlines() if "shapes not met before" in line]
     assert sum(counts[1:]) >= len(warned)
     assert bool(warned) == any(counts[1:])
-    kinds = [part.split()[0] for line in warned for part in line.partition("compiled ")[2].split("; ")]
+    kinds = [part.split()[0].rstrip(":") for line in warned for part in line.partition("compiled ")[2].split("; ")]
     sampler, update = {"decode", "prefill", "insert", "move", "harvest", "empty"}, {"accumulate", "rescore", "apply"}
     assert len(kinds) == len(set(kinds)) and set(kinds) <= sampler | update
 
