@@ -7,15 +7,12 @@
 
 The reward is the weighted sum of the rewards in use. A reward of weight 0 is neither computed nor reported.
 
-    accuracy   the stated answer equals the reference answer                           0 or 1
-    format     one think block, then one answer block, nothing else                    0 or 1
-    overlong   the soft over-long penalty of DAPO                                      -1 to 0
+    (rules)    accuracy, format and overlong, which a worker computes (`rules`)        see there
     (custom)   functions of the user, under their own names, of all completions at once any number, or None
     judge      a model behind an OpenAI-compatible endpoint                            0 to 1, or none
 
-Accuracy and format read opening + completion, because a chat template may open `<think>` in the prompt. A grading that
-failed or exceeded its deadline scores 0 on everything, and its status says so. Where the judge gives no verdict, or
-where every reward is a custom None, there is no reward at all: it is NaN with the status "invalid".
+A grading that failed or exceeded its deadline scores 0 on everything, and its status says so. Where the judge gives no
+verdict, or where every reward is a custom None, there is no reward at all: it is NaN with the status "invalid".
 
 Not here: what an answer is and when two are equal (`mathematics.grader`), processes and deadlines (`pool`), calls
 of the user's functions (`custom`), requests to the judge and the file of its verdicts (`judge`). No jax.
@@ -25,7 +22,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,31 +34,15 @@ from igrpo_jax.records import STATUSES, Candidate, Score
 from igrpo_jax.rewards import functions
 from igrpo_jax.rewards import judge as judge_module
 from igrpo_jax.rewards.custom import Batch, CustomCalls
-from igrpo_jax.rewards.format import format_reward, overlong_penalty
 from igrpo_jax.rewards.functions import CustomReward
 from igrpo_jax.rewards.judge import Judge, Judgement
 from igrpo_jax.rewards.mathematics import grader
 from igrpo_jax.rewards.pool import Outcome, Pool
+from igrpo_jax.rewards.rules import REWARDS, Rules, rules_of, score, total
 
 
 class VerifierError(RunError):
     """So many gradings failed that training on the rest would teach the wrong thing."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The rewards that a worker computes of one completion alone, and their weights in the sum."""
-
-    weights: dict[str, float]  # of the rewards in use, by name; without the judge and custom rewards
-    limit: int = 0  # the most tokens that a completion may have, for the over-long penalty
-    overlong_cache: int = 0  # the number of last tokens over which the penalty grows
-
-
-def rules_of(settings: RewardsConfig, limit: int = 0) -> Rules:
-    """Returns the rules that `settings` ask for."""
-    weights = {name: getattr(settings, name) for name in _REWARDS}
-    used = {name: weight for name, weight in weights.items() if weight != 0}
-    return Rules(used, limit, settings.overlong_cache)
 
 
 def custom_rewards(settings: RewardsConfig, answer_column: str = "answer") -> list[CustomReward]:
@@ -75,7 +56,7 @@ def custom_rewards(settings: RewardsConfig, answer_column: str = "answer") -> li
     for path, weight in settings.custom_weights.items():
         functions.load(path, setting)
         reward = CustomReward(path, weight, setting, answer_column, settings.conversational)
-        if reward.name in _REWARDS or reward.name == "judge":
+        if reward.name in REWARDS or reward.name == "judge":
             raise InputError(
                 f'config.rewards.{setting} = {path!r}: "{reward.name}" is a reward of the library; rename the function'
             )
@@ -88,41 +69,6 @@ def check(settings: RewardsConfig) -> None:
     custom_rewards(settings)
     if settings.judge.weight:
         judge_module.connect(settings.judge)
-
-
-def _accuracy(candidate: Candidate, rules: Rules) -> tuple[float, str | None, str]:
-    return grader.grade(candidate.opening + candidate.text, candidate.answer)
-
-
-def _format(candidate: Candidate, rules: Rules) -> tuple[float, str | None, str]:
-    return format_reward(candidate.opening + candidate.text), None, "ok"
-
-
-def _overlong(candidate: Candidate, rules: Rules) -> tuple[float, str | None, str]:
-    length = len(candidate.tokens)
-    return overlong_penalty(length, rules.limit, rules.overlong_cache), None, "ok"
-
-
-# Name -> function of (candidate, rules) that returns (unweighted reward, extracted answer, status).
-_REWARDS: dict[str, Callable] = {"accuracy": _accuracy, "format": _format, "overlong": _overlong}
-
-
-def score(candidate: Candidate, rules: Rules) -> Score:
-    """Grades one completion in this process, without a deadline. Exceptions are raised, and `seconds` stays 0."""
-    rewards, extracted, status = {}, None, "ok"
-    for name in rules.weights:
-        rewards[name], answer, reward_status = _REWARDS[name](candidate, rules)
-        extracted = answer if answer is not None else extracted
-        status = reward_status if reward_status != "ok" else status
-    return _total(Score(0.0, rewards, extracted, status), rules.weights)
-
-
-def _total(partial: Score, weights: dict[str, float]) -> Score:
-    """Returns `partial` with its reward: the weighted sum of what was not skipped, or NaN where all was skipped."""
-    counted = [weights[name] * value for name, value in partial.rewards.items() if not math.isnan(value)]
-    if counted or not weights:
-        return replace(partial, reward=float(sum(counted)))
-    return replace(partial, reward=math.nan, status="invalid", detail="every reward function returned None")
 
 
 class Verifier:
@@ -253,7 +199,7 @@ class Verifier:
             for name, values in outcome.value.logged.items():
                 logged[name] = logged.get(name, []) + values
         combined = replace(graded, rewards=rewards, seconds=seconds, logged=logged, extra=extra)
-        return _total(combined, self._weights)
+        return total(combined, self._weights)
 
     def _with_judge(self, graded: Score, judgement: Judgement) -> Score:
         """Keeps the judgement, and returns the score of the other rewards combined with the judge's.
@@ -268,7 +214,7 @@ class Verifier:
             return replace(graded, rewards=rewards, reward=math.nan, status="invalid", detail=judgement.detail)
         status = "ok" if graded.status == "invalid" else graded.status  # the judge gave a reward
         blended = replace(graded, rewards=rewards, status=status, detail="")
-        return _total(blended, self._weights | {"judge": self._judge_weight})
+        return total(blended, self._weights | {"judge": self._judge_weight})
 
 
 def _call(function: Callable, *args: object) -> object:
