@@ -96,10 +96,7 @@ def _renamed(tokens: list[Token], parameter: str) -> list[Token]:
 
 def _items(parts: list[list[Token]], nested: int, from_text: bool = False) -> list[Node]:
     """Reads the elements of a list; one with ± has several readings."""
-    items: list[Node] = []
-    for part in parts:
-        items += [_read_unlisted(variant, nested, from_text) for variant in _signs(part)]
-    return items
+    return [_read_unlisted(reading, nested, from_text) for part in parts for reading in _signs(part)]
 
 
 def _systems(tokens: list[Token], nested: int) -> list[Node]:

@@ -13,7 +13,6 @@ from fractions import Fraction
 from igrpo_jax.rewards.mathematics import exact, regions, symbolic, units
 from igrpo_jax.rewards.mathematics.exact import Value
 from igrpo_jax.rewards.mathematics.nodes import (
-    Based,
     Choice,
     Leaf,
     Matrix,
@@ -93,8 +92,8 @@ def _same_words(a: Words, b: Node) -> bool:
 
 def _same_choice(a: Choice, b: Node) -> bool:
     if isinstance(b, Choice):
-        return same_answer(a.letter, b.letter) and same_answer(a.content, b.content)
-    return same_answer(a.letter, b) or same_answer(a.content, b)
+        return same_answer(a.short, b.short) and same_answer(a.long, b.long)
+    return same_answer(a.short, b) or same_answer(a.long, b)
 
 
 # --------------------------------------------------------------------------------------------- equations and regions
@@ -172,15 +171,12 @@ def _same_sequences(a: Sequence, b: Sequence) -> bool:
     if _is_ordered(a):
         return a.kind == "()" and b.kind == "list" and _in_order(a.items, _by_name(b.items))
     if {a.kind, b.kind} != {"set"}:
-        named = [len({_family(item.name) for item in side.items if isinstance(item, Named)}) for side in (a, b)]
+        # x_1 and x_2 are roots in any order.
+        names = ([item.name for item in side.items if isinstance(item, Named)] for side in (a, b))
+        named = [len({"x" if name.startswith("x_") else name for name in side}) for side in names]
         if (named[0] == len(a.items) and not named[1]) or (named[1] == len(b.items) and not named[0]):
             return _in_order(a.items, b.items)
     return _matched(_distinct(a, b), _distinct(b, a))
-
-
-def _family(name: str) -> str:
-    """Returns x for x_1 and x_2, which are roots in any order, and other names, such as y, as they are."""
-    return "x" if name.startswith("x_") else name
 
 
 def _is_ordered(sequence: Sequence) -> bool:
@@ -295,12 +291,6 @@ def _is_multiple(values: list[Value | None], others: list[Value | None]) -> bool
     return all(exact.same(values[0] * y, others[0] * x) is True for x, y in zip(values, others, strict=True))
 
 
-def _same_based(a: Based, b: Node) -> bool:
-    if isinstance(b, Leaf):
-        return a.base == 10 and b.value is not None and b.value.constant() == a.number
-    return isinstance(b, Based) and a.number == b.number
-
-
 # Two nodes are compared by the function of the one whose type stands first here.
 _COMPARISONS = {
     Choice: _same_choice,
@@ -310,7 +300,6 @@ _COMPARISONS = {
     Sequence: _same_sequence,
     Matrix: _same_matrix,
     Ratio: _same_ratio,
-    Based: _same_based,
     Words: _same_words,
     Leaf: _same_leaf,
 }

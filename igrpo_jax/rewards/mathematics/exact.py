@@ -70,8 +70,9 @@ class Value:
     @staticmethod
     def number(value: int | Fraction) -> "Value":
         """Returns a rational number."""
-        _check_size(Fraction(value))
-        return Value({ONE: Fraction(value)} if value else {})
+        fraction = Fraction(value)
+        _check_size(fraction)
+        return Value({ONE: fraction} if fraction else {})
 
     @staticmethod
     def symbol(name: str, opaque: bool = False) -> "Value":

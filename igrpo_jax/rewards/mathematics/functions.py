@@ -12,7 +12,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from igrpo_jax.rewards.mathematics import exact
-from igrpo_jax.rewards.mathematics.exact import ONE, PI, UNIT, Atom, E, I, NoValue, Polynomial, TooManyTerms, Value
+from igrpo_jax.rewards.mathematics.exact import ONE, PI, UNIT, Atom, E, I, NoValue, TooManyTerms, Value
 
 MAX_EXPONENT = 10_000  # of integer powers; also the largest n of n! and of binomials
 _MAX_DIVISOR = 60_000  # where trial division ends, after at most 1.5 ms; earlier for large numbers
@@ -83,7 +83,8 @@ def root(value: Value, degree: int) -> Value:
     if len(value.numerator) != 1:
         if not value.numerator:
             return value
-        content = _content(value.numerator)
+        tops, bottoms = zip(*((c.numerator, c.denominator) for c in value.numerator.values()), strict=True)
+        content = Fraction(math.gcd(*tops), math.lcm(*bottoms))
         rest = Value({key: c / content for key, c in value.numerator.items()}, opaque=value.opaque)
         return root(Value.number(content), degree) * _named("pow", rest, Fraction(1, degree))
     ((imaginary, roots, symbols), c), *_ = value.numerator.items()
@@ -124,11 +125,6 @@ def _loses_sign(name: str, exponent: int | Fraction, degree: int) -> bool:
     """Returns whether a root loses the sign of a symbol: √(x²) is |x|, not x. √x, √(x³), ∛(x³) and √(π²) do not."""
     even = degree % 2 == 0 and Fraction(exponent).numerator % 2 == 0
     return even and name not in ("π", "e") and getattr(name, "function", "") != "exp"
-
-
-def _content(p: Polynomial) -> Fraction:
-    """Returns the positive rational that divides a polynomial's coefficients."""
-    return Fraction(math.gcd(*(c.numerator for c in p.values())), math.lcm(*(c.denominator for c in p.values())))
 
 
 def _named(
@@ -215,7 +211,7 @@ _COSINES = {
 
 def cosine(angle: Value) -> Value:
     """Returns the cosine of an angle in radians, exact for multiples of 15°, and 36° and 72°."""
-    turns = _in_pi(angle)
+    turns = (angle / PI).constant()
     if turns is None:
         return _named("cos", _unsigned(angle)[0])
     turns = abs(turns) % 2
@@ -232,7 +228,7 @@ def cosine(angle: Value) -> Value:
 
 def sine(angle: Value) -> Value:
     """Returns the sine of an angle in radians, exact for multiples of 15°, and 18° and 54°."""
-    turns = _in_pi(angle)
+    turns = (angle / PI).constant()
     if turns is not None:
         return cosine(Value.number(Fraction(1, 2) - turns) * PI)
     angle, sign = _unsigned(angle)
@@ -311,11 +307,6 @@ def _absolute(value: Value) -> Value:
             parts = [Value({(0, *key[1:]): c for key, c in value.numerator.items() if key[0] == at}) for at in (0, 1)]
             return root(parts[0] * parts[0] + parts[1] * parts[1], 2)
     return _named("abs", _unsigned(value)[0])
-
-
-def _in_pi(angle: Value) -> Fraction | None:
-    """Returns angle / π where that is rational, else None."""
-    return (angle / PI).constant()
 
 
 def _unsigned(value: Value) -> tuple[Value, int]:

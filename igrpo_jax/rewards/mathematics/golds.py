@@ -98,7 +98,6 @@ def _unquoted(item: str) -> str:
 
 
 def _number_text(value: float) -> str:
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    text = str(value)
-    return f"{decimal.Decimal(text):f}" if "e" in text and not isinstance(value, bool) else text
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else f"{decimal.Decimal(str(value)):f}"
+    return str(value)

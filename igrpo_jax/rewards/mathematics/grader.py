@@ -99,16 +99,11 @@ def classes(predictions: Collection[str | None]) -> list[int]:
     firsts: list[str] = []
     by_text: dict[str, int] = {}
 
-    def number(answer: str) -> int:
-        for index, first in enumerate(firsts):
-            if equivalent(answer, first):
-                return index
-        firsts.append(answer)
-        return len(firsts) - 1
-
     for answer in predictions:
         if answer is not None and answer not in by_text:
-            by_text[answer] = number(answer)
+            same = (index for index, first in enumerate(firsts) if equivalent(answer, first))
+            by_text[answer] = next(same, len(firsts))
+            firsts += [answer] if by_text[answer] == len(firsts) else []
     return [-1 if answer is None else by_text[answer] for answer in predictions]
 
 

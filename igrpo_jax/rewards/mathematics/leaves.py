@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from igrpo_jax.rewards.mathematics import exact, expression, regions, units, words
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
-from igrpo_jax.rewards.mathematics.nodes import Based, Leaf, Node, Ratio, Region, Words
+from igrpo_jax.rewards.mathematics.nodes import Choice, Leaf, Node, Ratio, Region, Words
 from igrpo_jax.rewards.mathematics.tokens import Token, Unreadable, latex, split
 
 _BASES = {"binary": 2, "ternary": 3, "octal": 8, "decimal": 10, "hexadecimal": 16, "hex": 16}
@@ -27,9 +27,12 @@ def based(tokens: list[Token], _: int) -> Node | None:
     try:
         if base < 2:
             raise ValueError
-        return Based(latex(tokens), int(match[1] + match[2], base), base)
+        number = int(match[1] + match[2], base)
     except ValueError:  # a digit that the base lacks, or not a base
         return Words(latex(tokens), match[0])
+    text = latex(tokens)  # words that are read have no capitals, so that none equal these
+    digits = Words(text, f"BASED {number}")
+    return Choice(text, Leaf(text, Value.number(number)), digits) if base == 10 else digits
 
 
 def ratio(tokens: list[Token], _: int) -> Node | None:

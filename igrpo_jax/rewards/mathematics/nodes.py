@@ -37,10 +37,10 @@ class Words(Node):
 
 @dataclass(frozen=True)
 class Choice(Node):
-    """`(D) Alina`: a letter with what it stands for."""
+    """Two readings of an answer, each of which may be meant: (D) Alina, and 42_{10} as a number and as digits."""
 
-    letter: Node
-    content: Node
+    short: Node
+    long: Node
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,3 @@ class Ratio(Node):
 
     parts: tuple[Node, ...]
     unit: str  # of a time: "am", "pm"; else the name of a unit
-
-
-@dataclass(frozen=True)
-class Based(Node):
-    """Digits in a base, as `204_5`."""
-
-    number: int
-    base: int

@@ -78,20 +78,13 @@ def region_of(node: Node) -> Region | None:
         return united(node.text, [points]) if all(is_real(end) for end in ends) else None
     if node.kind[0] not in "([" or len(ends) != 2:
         return None
-    low, high = (_infinite(end) for end in ends)
-    if low == 1 or high == -1:
+    infinite = Value.symbol("∞")
+    low = None if exact.same(ends[0], -infinite) else ends[0]
+    high = None if exact.same(ends[1], infinite) else ends[1]
+    if not all(end is None or is_real(end) for end in (low, high)):
         return None
-    if (not low and not is_real(ends[0])) or (not high and not is_real(ends[1])):
-        return None
-    piece = (None if low else ends[0], node.kind[0] == "[", None if high else ends[1], node.kind[1] == "]")
+    piece = (low, node.kind[0] == "[", high, node.kind[1] == "]")
     return united(node.text, [Region(node.text, "", (piece,))])
-
-
-def _infinite(value: Value) -> int:
-    """Returns 1 for ∞, -1 for -∞, else 0."""
-    if value.symbols() != {"∞"}:
-        return 0
-    return -1 if str(value).startswith("-") else 1
 
 
 def united(text: str, nodes: list[Node]) -> Region | None:

@@ -9,6 +9,7 @@ Not here: where in an answer the unit is (`words`).
 
 import re
 import string
+from collections import Counter
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -107,7 +108,7 @@ def read(text: str, is_single: bool = False) -> Unit | None:
     """
     text = _FILLERS.sub(" ", _HALF_OF_DAY.sub(r"\1m", _COMMANDS.sub(" ", text.replace("\\mu ", "μ"))))
     text = TEMPERATURE.sub(lambda match: "celsius" if match[1] else "fahrenheit", _QUOTIENT.sub("}/{", text))
-    powers: dict[str, int] = {}
+    powers: Counter[str] = Counter()  # of base units and nouns
     nouns: dict[int, list[str]] = {1: [], -1: []}  # words that are no known units, above and below "per"
     scale, sign, outer, modifier = Fraction(1), 1, 1, 1
     counts, last = False, None
@@ -127,7 +128,7 @@ def read(text: str, is_single: bool = False) -> Unit | None:
                 return None
             exponent = _POWERS.get(folded) or int(match[1] + match[2])
             scale *= last[0] ** (last[2] * (exponent - 1))
-            _multiply(powers, last[1], last[2] * (exponent - 1))
+            powers.update({base: power * last[2] * (exponent - 1) for base, power in last[1].items()})
             last = None
         elif not word[0].isalpha():
             if word not in "*·-.,\\~$":
@@ -135,7 +136,7 @@ def read(text: str, is_single: bool = False) -> Unit | None:
         elif (unit := known(word.rstrip("23"))) and not (len(word) == 1 and nouns[1]):
             exponent = sign * modifier * int(match[3] or 1)
             scale *= unit[0] ** exponent
-            _multiply(powers, unit[1], exponent)
+            powers.update({base: power * exponent for base, power in unit[1].items()})
             last, sign, modifier, counts = (*unit, sign), outer, 1, True
         elif folded in BLOCKED or match[3] or folded.endswith(("illionth", "illionths")):
             return None
@@ -146,16 +147,11 @@ def read(text: str, is_single: bool = False) -> Unit | None:
             nouns[sign].append(folded.removesuffix("s"))
             last = None
     if nouns[1] and not any(power > 0 for power in powers.values()):  # behind a unit, nouns say only what is measured
-        _multiply(powers, {" ".join(nouns[1]): 1}, modifier)
+        powers[" ".join(nouns[1])] += modifier
     if nouns[-1]:
-        _multiply(powers, {" ".join(nouns[-1]): 1}, -1)
+        powers[" ".join(nouns[-1])] -= 1
     name = " ".join(f"{base}{power if power != 1 else ''}" for base, power in sorted(powers.items()) if power)
     return Unit(name, scale) if counts else None
-
-
-def _multiply(powers: dict[str, int], unit: dict[str, int], exponent: int) -> None:
-    for base, power in unit.items():
-        powers[base] = powers.get(base, 0) + power * exponent
 
 
 def agree(a: Unit, b: Unit) -> bool:

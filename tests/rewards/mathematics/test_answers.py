@@ -5,7 +5,6 @@ import pytest
 from igrpo_jax.rewards.mathematics import answers, units
 from igrpo_jax.rewards.mathematics.answers import read
 from igrpo_jax.rewards.mathematics.nodes import (
-    Based,
     Choice,
     Leaf,
     Matrix,
@@ -29,7 +28,7 @@ def shape(node):
     if isinstance(node, Ratio):
         return ("ratio", *map(shape, node.parts), node.unit)
     if isinstance(node, Choice):
-        return ("choice", shape(node.letter), shape(node.content))
+        return ("choice", shape(node.short), shape(node.long))
     if isinstance(node, Words):
         return f"words {node.words}"
     if isinstance(node, Region):
@@ -38,8 +37,6 @@ def shape(node):
             node.name,
             *(("closed" if p[1] else "open", "closed" if p[3] else "open") for p in node.pieces),
         )
-    if isinstance(node, Based):
-        return ("based", node.number)
     if isinstance(node, Relation):
         return ("relation", node.sign)
     assert isinstance(node, Leaf)
@@ -93,8 +90,8 @@ def shape(node):
         (r"\left[\begin{array}{cc}1&2\\3&4\end{array}\right]", ("matrix", ("1", "2"), ("3", "4"))),
         ("3:5", ("ratio", "3", "5", "")),
         ("3:30 p.m.", ("ratio", "3", "30", "pm")),
-        ("204_5", ("based", 54)),
-        (r"1010_{\text{two}}", ("based", 10)),
+        ("204_5", "words BASED 54"),
+        (r"1010_{\text{two}}", "words BASED 10"),
         ("(D) Alina", ("choice", "D", "words alina")),
         (r"\textbf{(D)}\ 12", ("choice", "D", "12")),
         ("D)", "D"),
