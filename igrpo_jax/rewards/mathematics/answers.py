@@ -71,17 +71,14 @@ def _read(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
     items = _items(parts, nested, from_text)
     if len(items) == 1:
         return items[0]
-    joined = None
-    if set(separators) == {"or"} and any(isinstance(item, Region) for item in items):
-        joined = regions.united(text, items)
-    elif set(separators) == {"and"}:
-        joined = regions.intersected(text, items)
-    if joined:
-        return joined
-    if {";", "and", "or"} & set(separators) and "," in separators:
-        groups = _systems(tokens, nested)
-        items = groups or items
-    return Sequence(text, "or" if set(separators) == {"or"} else "list", tuple(items))
+    kinds, region = set(separators), None
+    if kinds == {"or"} and any(isinstance(item, Region) for item in items):
+        region = regions.united(text, items)
+    elif kinds == {"and"}:
+        region = regions.intersected(text, items)
+    if {";", "and", "or"} & kinds and "," in kinds:
+        items = _systems(tokens, nested) or items
+    return region or Sequence(text, "or" if kinds == {"or"} else "list", tuple(items))
 
 
 _INTEGERS = "\\in \\mathbb {Z}"
@@ -154,20 +151,19 @@ def _read_unlisted(tokens: list[Token], nested: int, from_text: bool = False) ->
     """Reads tokens that are not a list."""
     if nested > _MAX_NESTED:
         return Leaf(latex(tokens), None, hopeless=True)
+    text = latex(tokens)
     sides, signs = split(tokens, _RELATIONS)
     if signs and all(sides):
         return _relation(tokens, sides, signs, nested)
     pieces, _ = split(tokens, {"cup"})
     if len(pieces) > 1 and all(pieces):
-        united = regions.united(latex(tokens), [_read_unlisted(piece, nested + 1) for piece in pieces])
-        return united or Leaf(latex(tokens), None)
+        return regions.united(text, [_read_unlisted(piece, nested + 1) for piece in pieces]) or Leaf(text, None)
     pieces, _ = split(tokens, {"setminus"})
     if len(pieces) == 2 and all(pieces):
         if pieces[1][0].text == "{" and is_enclosed(pieces[1]):  # \setminus{0}, without backslashes
             marks = [Token("mark", bracket, False) for bracket in ("\\{", "\\}")]
             pieces[1] = [marks[0], *pieces[1][1:-1], marks[1]]
-        difference = regions.without(latex(tokens), *(_read_unlisted(piece, nested + 1) for piece in pieces))
-        return difference or Leaf(latex(tokens), None)
+        return regions.without(text, *(_read_unlisted(piece, nested + 1) for piece in pieces)) or Leaf(text, None)
     for reader in (leaves.congruence, _bracketed, _matrix, leaves.based, leaves.ratio):
         node = reader(tokens, nested)
         if node:
@@ -258,12 +254,11 @@ def _relation(tokens: list[Token], sides: list[list[Token]], signs: list[str], n
     if signs[0] == "in":
         if not words.is_name(sides[0], []):
             return Words(text, text)
-        value = _read(tokens[len(sides[0]) + 1 :], nested + 1)
-        name = latex(sides[0])
+        value, name = _read(tokens[len(sides[0]) + 1 :], nested + 1), latex(sides[0])
         if isinstance(value, Sequence) and value.kind[0] in "([":
             value = regions.region_of(value) or value
         return Region(text, name, value.pieces) if isinstance(value, Region) else Named(text, name, value, None)
-    if signs[-1] in ("approx", "simeq", "sim") or signs[0] in ("approx", "simeq", "sim"):
+    if {signs[0], signs[-1]} & {"approx", "simeq", "sim"}:
         kept = sides[1:] if words.is_name(sides[0], sides[1]) else sides[:1]
         return _read_unlisted(kept[0], nested + 1)
     if set(signs) == {"="}:
@@ -287,15 +282,11 @@ def _equation(text: str, tokens: list[Token], sides: list[list[Token]], nested: 
     if len(sides) == 2 and is_constant and words.is_name(right, left):
         return Named(text, latex(right), _read_unlisted(left, nested + 1), difference)
     values = [leaves.leaf(side) for side in sides]
-    constant = all(isinstance(leaf, Leaf) and leaf.value is not None and not leaf.value.symbols() for leaf in values)
-    if constant and all(leaves.agree(values[0], leaf) for leaf in values):
+    if all(leaves.symbols(leaf) == set() and leaves.agree(values[0], leaf) for leaf in values):
         return values[0]
     return Relation(text, "=", difference)
 
 
 def _has_symbols(side: list[Token]) -> bool:
     """Returns whether a side of an equation is a formula with symbols, and no name."""
-    node = leaves.leaf(side)
-    return (
-        not words.is_name(side, []) and isinstance(node, Leaf) and node.value is not None and bool(node.value.symbols())
-    )
+    return not words.is_name(side, []) and bool(leaves.symbols(leaves.leaf(side)))

@@ -142,11 +142,9 @@ def proportional(a: Value, b: Value) -> Fraction | None:
 
 def cleared(value: Value) -> Value:
     """Returns the value times its denominators, including negative powers of symbols: y - 1/x becomes xy - 1."""
-    lowest: dict[str, int | Fraction] = {}
-    for key in value.numerator:
-        for name, exponent in key[2]:
-            lowest[name] = min(lowest.get(name, 0), exponent)
-    factor = tuple(sorted((name, -exponent) for name, exponent in lowest.items() if exponent))
+    powers = [dict(key[2]) for key in value.numerator]
+    lowest = {name: min(terms.get(name, 0) for terms in powers) for name in set().union(*powers)}
+    factor = tuple(sorted((name, -exponent) for name, exponent in lowest.items() if exponent < 0))
     return Value(_times(value.numerator, {(0, (), factor): Fraction(1)}), opaque=value.opaque)
 
 

@@ -27,7 +27,7 @@ _ACCENT_NAMES = "vec hat bar overline dot ddot tilde overrightarrow widehat math
 _ACCENTS = frozenset(_ACCENT_NAMES.split())
 _DERIVATIVE = re.compile(r"\{d[^}]*\}\{d *[A-Za-z\\]")
 _MODULES = ("np", "math", "sympy")  # of functions, as in np.arcsin
-_CLOSINGS = {"(": ")", "[": "]", "{": "}"}
+_CLOSINGS = {"(": ")", "[": "]", "{": "}", "|": "|"}
 _PRIMES = (("'",), ("^", "prime"), ("^", "{", "prime", "}"))
 _NAMES = FUNCTIONS | GREEK | {"pi"}
 _INFINITIES = frozenset(("infty", "infinity", "inf"))
@@ -151,24 +151,20 @@ class Parser:
         return value
 
     def _primary(self) -> Value:
+        kind, text = self._cursor.kind(), self._cursor.peek()
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise Unreadable
-        value = self._opened()
-        self._depth -= 1
-        return value
-
-    def _opened(self) -> Value:
-        kind, text = self._cursor.kind(), self._cursor.peek()
         if kind == "number":
-            return numerals.number(self._cursor)
-        if kind in ("letters", "command", "text"):
-            return {"letters": self._letters, "command": self._command, "text": self._text}[kind]()
-        if text == "|":
-            return functions.function("abs", self._group("|"))
-        if text not in _CLOSINGS:
+            value = numerals.number(self._cursor)
+        elif kind in ("letters", "command", "text"):
+            value = {"letters": self._letters, "command": self._command, "text": self._text}[kind]()
+        elif text in _CLOSINGS:
+            value = self._group(_CLOSINGS[text])
+        else:
             raise Unreadable
-        return self._group(_CLOSINGS[text])
+        self._depth -= 1
+        return functions.function("abs", value) if text == "|" and kind == "mark" else value
 
     def _letters(self) -> Value:
         if any(self._cursor.take(module, ".") for module in _MODULES) and self._cursor.kind() != "letters":

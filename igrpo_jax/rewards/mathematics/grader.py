@@ -77,10 +77,8 @@ def grade(text: str, gold: str) -> tuple[float, str | None, str]:
 
 def accepts_itself(gold: str) -> bool:
     """Returns whether any answer can be right: `\\boxed{gold}` is, and the gold is not prose. Not for model text."""
-    return any(
-        not golds.is_prose(answer) and _is_right_for_itself(answer)
-        for answer in map(golds.printed_list, golds.alternatives(gold))
-    )
+    answers_of_gold = map(golds.printed_list, golds.alternatives(gold))
+    return any(not golds.is_prose(answer) and _is_right_for_itself(answer) for answer in answers_of_gold)
 
 
 def _is_right_for_itself(answer: str) -> bool:

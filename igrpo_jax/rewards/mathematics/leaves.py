@@ -25,9 +25,7 @@ def based(tokens: list[Token], _: int) -> Node | None:
     if match[2] != match[2].upper() and base != 16:
         return None  # 2x_1
     try:
-        if base < 2:
-            raise ValueError
-        number = int(match[1] + match[2], base)
+        number = int(match[1] + match[2], base or 1)
     except ValueError:  # a digit that the base lacks, or not a base
         return Words(latex(tokens), match[0])
     text = latex(tokens)  # words that are read have no capitals, so that none equal these
@@ -81,6 +79,11 @@ def leaf(tokens: list[Token], from_text: bool = False) -> Node:
     if parser.degrees and not unit.name:
         unit = units.read("degrees")
     return Leaf(latex(core), value, unit, percent)
+
+
+def symbols(node: Node) -> set[str] | None:
+    """Returns the symbols of an expression, None where the node is no expression with a value."""
+    return node.value.symbols() if isinstance(node, Leaf) and node.value is not None else None
 
 
 def agree(a: Leaf, b: Leaf) -> bool:

@@ -48,11 +48,8 @@ class Token(NamedTuple):
 _MONEY = re.compile(r"\$(?= ?-?[.\d])")
 
 _SAME_AS = {
-    **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
-    **dict.fromkeys(("dbinom", "tbinom"), "binom"),
-    **dict.fromkeys(("le", "leqslant"), "leq"),
-    **dict.fromkeys(("ge", "geqslant"), "geq"),
-    **dict.fromkeys(("neq", "not="), "ne"),
+    **{"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "neq": "ne"},
+    **{"le": "leq", "leqslant": "leq", "ge": "geq", "geqslant": "geq"},
     **{"lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "lparen": "(", "rparen": ")"},
     **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
     **{"lt": "<", "gt": ">", "colon": ":", "ast": "*", "cdot": "*", "times": "*", "div": "/"},
