@@ -151,19 +151,20 @@ def _read_unlisted(tokens: list[Token], nested: int, from_text: bool = False) ->
     """Reads tokens that are not a list."""
     if nested > _MAX_NESTED:
         return Leaf(latex(tokens), None, hopeless=True)
-    text = latex(tokens)
     sides, signs = split(tokens, _RELATIONS)
     if signs and all(sides):
         return _relation(tokens, sides, signs, nested)
     pieces, _ = split(tokens, {"cup"})
     if len(pieces) > 1 and all(pieces):
-        return regions.united(text, [_read_unlisted(piece, nested + 1) for piece in pieces]) or Leaf(text, None)
+        unread = Leaf(latex(tokens), None)
+        return regions.united(unread.text, [_read_unlisted(piece, nested + 1) for piece in pieces]) or unread
     pieces, _ = split(tokens, {"setminus"})
     if len(pieces) == 2 and all(pieces):
         if pieces[1][0].text == "{" and is_enclosed(pieces[1]):  # \setminus{0}, without backslashes
             marks = [Token("mark", bracket, False) for bracket in ("\\{", "\\}")]
             pieces[1] = [marks[0], *pieces[1][1:-1], marks[1]]
-        return regions.without(text, *(_read_unlisted(piece, nested + 1) for piece in pieces)) or Leaf(text, None)
+        unread = Leaf(latex(tokens), None)
+        return regions.without(unread.text, *(_read_unlisted(piece, nested + 1) for piece in pieces)) or unread
     for reader in (leaves.congruence, _bracketed, _matrix, leaves.based, leaves.ratio):
         node = reader(tokens, nested)
         if node:

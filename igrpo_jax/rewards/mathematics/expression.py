@@ -255,15 +255,16 @@ class Parser:
         return bool(_DERIVATIVE.match(latex(self._cursor.tokens[self._cursor.at : self._cursor.at + 12])))
 
     def _argument(self) -> Value:
-        """Reads a macro's argument: a group, or one digit, letter or command."""
+        """Reads a macro's argument: a group, one letter or command, or a number.
+
+        \\sqrt10 means the root of 10, although TeX reads it as the root of 1 before a 0.
+        """
         if self._cursor.peek() == "{":
             return self._group("}")
-        if self._cursor.kind() == "letters" or (self._cursor.kind() == "number" and self._cursor.peek().isdecimal()):
-            self._cursor.split_token(1)
-        number = numerals.bare_number(self._cursor)
-        if number:
+        if number := numerals.bare_number(self._cursor):
             return number
         if self._cursor.kind() == "letters":
+            self._cursor.split_token(1)
             letter = self._cursor.next()
             return {"i": exact.I, "e": exact.E}.get(letter) or Value.symbol(letter)
         if self._cursor.kind() == "command":
@@ -278,8 +279,7 @@ class Parser:
                 raise Unreadable
         if self._cursor.peek() == "(":
             return functions.root(self._group(")"), degree)
-        # \sqrt10 means the root of 10, although TeX reads it as the root of 1 before a 0.
-        return functions.root(numerals.bare_number(self._cursor) or self._argument(), degree)
+        return functions.root(self._argument(), degree)
 
     def _function(self, name: str) -> Value:
         name = _LONG_NAMES.get(name, name)
@@ -290,7 +290,7 @@ class Parser:
             if self._cursor.next() == "^":
                 exponent = self._exponent()
             else:
-                base = numerals.bare_number(self._cursor) or self._argument()
+                base = self._argument()
         outer, self._in_angle = self._in_angle, name in ("sin", "cos", "tan", "cot", "sec", "csc", "cis")
         argument = self._angle()
         self._in_angle = outer

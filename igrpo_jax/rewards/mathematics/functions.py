@@ -40,11 +40,8 @@ def factors(n: int) -> tuple[tuple[int, int], ...]:
             primes.append((divisor, power))
         divisor += 1 if divisor == 2 else 2
     if divisor * divisor <= n:
-        root = math.isqrt(n)
-        if root * root != n or root > _MAX_DIVISOR**2:
-            raise _NotFactored("too large to factor")
-        primes.append((root, 2))
-    elif n > 1:
+        raise _NotFactored("too large to factor")
+    if n > 1:
         primes.append((n, 1))
     return tuple(primes)
 
@@ -67,9 +64,7 @@ def power(base: Value, exponent: Value) -> Value:
     try:
         result = Value.number(1)
         for bit in bin(n)[2:]:
-            result = result * result
-            if bit == "1":
-                result = result * base
+            result = result * result * base if bit == "1" else result * result
         return result
     except TooManyTerms:
         return _named("pow", base, Fraction(n))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from igrpo_jax.rewards.mathematics import exact
 from igrpo_jax.rewards.mathematics.exact import Value
-from igrpo_jax.rewards.mathematics.nodes import Leaf, Named, Node, Region, Relation, Sequence
+from igrpo_jax.rewards.mathematics.nodes import Leaf, Node, Region, Relation, Sequence
 
 EVERYTHING = ((None, False, None, False),)
 
@@ -65,9 +65,6 @@ def region_of(node: Node) -> Region | None:
     """Returns an interval or a set of real points as a Region, None for anything else."""
     if isinstance(node, Region):
         return node
-    if isinstance(node, Named) and isinstance(node.value, Region | Sequence):
-        region = region_of(node.value)
-        return region and Region(node.text, node.name, region.pieces)
     if not isinstance(node, Sequence):
         return None
     ends = [item.value if isinstance(item, Leaf) and not item.unit.name else None for item in node.items]

@@ -113,14 +113,11 @@ def read(text: str, is_single: bool = False) -> Unit | None:
     scale, sign, outer, modifier = Fraction(1), 1, 1, 1
     counts, last = False, None
     for match in _WORDS.finditer(text):
-        word = match[0]
-        folded = word.casefold()
+        word, folded = match[0], match[0].casefold()
         if folded in ("/", "per", "a", "an"):
             sign = -outer
-        elif word in ("(", "{"):
-            outer = sign
-        elif word in (")", "}"):
-            outer = sign = 1
+        elif word in ("(", "{", ")", "}"):
+            outer = sign = sign if word in "({" else 1
         elif folded in ("square", "sq", "cubic", "cu"):
             modifier = _POWERS[folded]
         elif word[0] == "^" or folded in _POWERS:

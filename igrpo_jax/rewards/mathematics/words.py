@@ -6,7 +6,7 @@ Not here: numbers (`expression`).
 import re
 
 from igrpo_jax.rewards.mathematics import units
-from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Token
+from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Cursor, Token
 from igrpo_jax.rewards.mathematics.units import Unit
 
 OPERATORS = frozenset(("+", "-", "*", "/", "^", "_", "=", "<", ">", "!", "'", "cup"))
@@ -182,11 +182,10 @@ def is_name(tokens: list[Token], value: list[Token]) -> bool:
             return False  # a quotation mark and not a prime
     named = tokens[:1] if applied else _without_subscripts(tokens)
     texts = {token.text for token in named}
-    if not all(_may_name(token) for token in named) or ("^" in texts and not texts & {"circ", "prime"}):
+    if not all(map(_may_name, named)) or ("^" in texts and not texts & {"circ", "prime"}):
         return False
-    if not any(token.kind in ("letters", "text") or token.text in GREEK for token in named):
-        return False
-    if len(tokens) == 1 and tokens[0].text in ("i", "e"):
+    has_letters = any(token.kind in ("letters", "text") or token.text in GREEK for token in named)
+    if not has_letters or (len(tokens) == 1 and tokens[0].text in ("i", "e")):
         return False
     return applied or not (_letters_of(tokens) & _letters_of(value))
 
@@ -199,16 +198,17 @@ def _may_name(token: Token) -> bool:
 
 
 def _without_subscripts(tokens: list[Token]) -> list[Token]:
-    kept, at = [], 0
-    while at < len(tokens):
-        if tokens[at].is_in(("_",)):
-            braced = tokens[at + 1 : at + 2] and tokens[at + 1].is_in(("{",))
-            while braced and at < len(tokens) and not tokens[at].is_in(("}",)):
-                at += 1
-            at += 1 if braced else 2
+    kept, cursor = [], Cursor(tokens)
+    while cursor.kind():
+        if not cursor.take("_"):
+            kept.append(tokens[cursor.at])
+            cursor.at += 1
+        elif cursor.take("{"):
+            cursor.at += next(
+                (at + 1 for at, token in enumerate(tokens[cursor.at :]) if token.is_in(("}",))), len(tokens)
+            )
         else:
-            kept.append(tokens[at])
-            at += 1
+            cursor.at += 1
     return kept
 
 
