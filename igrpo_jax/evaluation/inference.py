@@ -91,7 +91,7 @@ def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) ->
     first = engine.first_wanted(*task.plan.first(config))
     stack.enter_context(compiling(first, engine.wanted, [], console.phase, tell))
     if task.run is None:
-        params = weights.load(policy, mesh, config.seed, "float32", console)
+        params = weights.load(policy, mesh, config.seed, config.model.dtype, console)
     else:
         params, _ = weights.saved(config, policy, task.run, mesh, console, task.step)
         params = written(params, export_dtype(params))
