@@ -1,6 +1,7 @@
 """What a person watching a run sees, on a terminal and off it."""
 
 import io
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -214,3 +215,21 @@ def test_other_processes_say_nothing(monkeypatch):
     out = io.StringIO()
     console.Console(out).message("hello")
     assert out.getvalue() == ""
+
+
+def test_a_program_that_is_waited_for_is_named_once_of_its_kind(monkeypatch):
+    """Off a terminal, and only where it takes long; on a terminal while it lasts."""
+    monkeypatch.setattr(console, "NOTICED", 0.02)
+    out = io.StringIO()
+    with console.Console(out) as plain:
+        with plain.waiting("harvest"):
+            pass
+        for program in ("decode 16 128", "prefill 64", "decode 16 256"):
+            with plain.waiting(program):
+                time.sleep(0.3)
+    assert out.getvalue().splitlines() == ["compiling decode 16 128 ...", "compiling prefill 64 ..."]
+    shown, _ = on_terminal(monkeypatch, width=100)
+    with shown:
+        with shown.waiting("decode 16 128"):
+            (line,) = drawn(shown)
+        assert line.startswith("compiling decode 16 128") and drawn(shown) in ([], [""])
