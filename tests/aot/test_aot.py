@@ -218,7 +218,7 @@ def test_a_process_has_whole_replicas(name, sizes):
     [
         (["--topology", "v9:2x2"], "--topology v9:2x2: "),
         (["--topology", "v5e:3x5"], "--topology v5e:3x5: "),
-        ([], "--topology: no published figures of 'cpu'"),
+        (["--config.rollout.slots=8"], "--topology: no published figures of 'cpu'"),
         (
             ["--topology", "v5e:2x2", "--config.model.path=nobody/nothing", START],
             "config.model.path = 'nobody/nothing'",
