@@ -66,6 +66,8 @@ class Completion:
     finished: bool  # ended by an EOS token, not by the length limit
     text: str = ""  # the decoded tokens, for the verifier, files and the console
     score: Score | None = None  # None until the verifier has answered
+    # Shannon entropy of the sampler at the sampling temperature, before top-p and top-k, summed over the tokens; nats.
+    entropy: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,6 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
             ended = time.perf_counter()
     times = {"perf/update_time": ended - updating, "perf/step_time": ended - began, "perf/recompiles": len(compiled)}
     times["perf/wall_time"] = time.time()
-    # Where drafts are trained on, `learned` has the entropy of them all.
     metrics = {**checked, **learned, **rollout_metrics(groups, run.config), **sampled, **times, **peak_memory()}
     return StepResult(state, groups, advantages, metrics, compiled)
 

@@ -6,8 +6,8 @@
 
 With several optimizer steps per update, log pi_old is computed first, by the function that the loss uses; with one it
 is the policy itself, and its gradient is stopped. log pi_ref (beta > 0) is computed once per update. Groups whose
-advantages are all zero have no gradient where beta = 0 and no entropy bonus asks for one: they are only rescored, for
-the entropy.
+advantages are all zero have no gradient where beta = 0 and no entropy bonus asks for one: nothing is computed for them.
+Their entropy, for the metrics, is that of the sampler.
 
 With algorithm.train_drafts the drafts of a prompt are a group as well, on the plain prompt, with a baseline of their
 own. They are rows of the same optimizer steps, each minibatch has its part of them, and a row of either kind weighs
@@ -119,6 +119,7 @@ class Learner:
 
     def _set_old_and_reference(self, params: decoder.Params, units: Sequence[Unit]) -> None:
         """Sets log pi_old and log pi_ref of each unit, where the loss reads them."""
+        units = [unit for unit in units if self._has_gradient(unit)]
         if self.optimizer_steps_per_update > 1:
             for unit, rescored in zip(units, self._rescored(params, units), strict=True):
                 unit.old = rescored.logprobs
@@ -137,7 +138,7 @@ class Learner:
 
     def _optimizer_step(self, state: TrainState, units: Sequence[Unit]) -> tuple[TrainState, dict[str, float]]:
         self.packer.set_weights(units)
-        idle = [unit for unit in units if not self._has_gradient(unit)]  # rescored for the metrics alone
+        idle = [unit for unit in units if not self._has_gradient(unit)]
         trained = [unit for unit in units if self._has_gradient(unit)]
         grads, sums = self.programs.zeros()
         padded = 0
@@ -148,11 +149,10 @@ class Learner:
                     state.params, grads, sums[stage], arrays, self._frozen, shape=(batch.shape,)
                 )
                 padded += batch.padded_tokens
-        rescored = self._rescored(state.params, idle)
         state, applied = self.programs.apply(state, grads, sums)
         sums, applied = sharding.to_host((sums, applied))
         padding = 1 - sum(unit.tokens for unit in trained) / padded if padded else 0.0
-        return state, applied | optimizer_step_metrics(sums, idle, rescored) | {"perf/padding_frac": padding}
+        return state, applied | optimizer_step_metrics(sums, idle) | {"perf/padding_frac": padding}
 
     def _rescored(self, params: decoder.Params, units: Sequence[Unit]) -> list[TokenLogprobs]:
         return rescore_units(self.programs, self.packer, params, self._frozen, units)
@@ -172,9 +172,10 @@ class Learner:
             self.programs.costs.model.useful_flops(
                 len(unit.context),
                 [len(completion.tokens) for completion in unit.completions],
-                before + self._iterations * (1 + backward * self._has_gradient(unit)),
+                before + self._iterations * (1 + backward),
             )
             for unit in units
+            if self._has_gradient(unit)
         )
 
     def _draft_units(self, groups: Sequence[Group]) -> list[Unit]:
@@ -188,8 +189,7 @@ class Learner:
         return self.packer.units(drafted, advantages)
 
     def draft_check(self, params: decoder.Params, groups: Sequence[Group]) -> dict[str, float]:
-        """Returns the entropy of the first drafts, one micro-batch of them, and how far rescored log-probs are from the
-        sampler's.
+        """Returns how far rescored log-probs of the first drafts, one micro-batch of them, are from the sampler's.
 
         This checks the sampler in Stage 1, whose tokens usually carry no loss. `params` are those that sampled.
         """
@@ -205,9 +205,7 @@ class Learner:
         if not mismatches_by_unit:
             return {}
         mismatches = np.concatenate(mismatches_by_unit)
-        entropies = np.concatenate([entropy for unit_rescored in rescored for entropy in unit_rescored.entropies])
         return {
-            "draft/entropy": float(np.mean(entropies)),
             "sampling/draft_logp_difference/mean": float(np.mean(mismatches)),
             "sampling/draft_logp_difference/max": float(np.max(mismatches)),
         }

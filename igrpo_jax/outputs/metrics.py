@@ -24,7 +24,7 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
     The metrics of drafts are over the groups that have drafts: `draft/reward` and `draft/accuracy` (means),
     `draft/best_reward` (mean over groups of the best draft), `draft/kept_reward` (mean of the draft that q' shows,
     which algorithm.draft_selection may choose otherwise), `draft/solved_none|some|all` (fractions of groups by how many
-    of their drafts are right), `draft/mean_length`.
+    of their drafts are right), `draft/mean_length`, `draft/entropy` (the sampler's, mean over tokens).
 
     The metrics of refinements are over the groups whose context holds a draft, the kept draft:
     `refine/fixed|broken|kept_right|kept_wrong` (accuracy of the kept draft against that of each refinement),
@@ -98,6 +98,7 @@ def _draft_metrics(drafts: list[tuple[Completion, ...]], with_accuracy: bool) ->
         "draft/reward": _mean([draft.score.reward for draft in every]),
         "draft/best_reward": _mean([_best([draft.score.reward for draft in group]) for group in drafts]),
         "draft/mean_length": np.mean([len(draft.tokens) for draft in every]),
+        "draft/entropy": sum(draft.entropy for draft in every) / max(sum(len(draft.tokens) for draft in every), 1),
     }
     if with_accuracy:
         metrics["draft/accuracy"] = np.mean([draft.score.rewards.get("accuracy", 0.0) for draft in every])

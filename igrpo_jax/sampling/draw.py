@@ -7,23 +7,32 @@
    cores; a Gumbel draw takes 68.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 BLOCK = 128
 
 
-def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: jax.Array):
-    """Draws one token per row, and returns it with its log-prob.
+class Draw(NamedTuple):
+    """One token a row, and what is known of the distribution p = softmax(logits / temperature) that it is from.
+
+    p is the distribution before top-k and top-p, which is that of the trainer; at temperature 0 that of temperature 1.
+    """
+
+    token: jax.Array  # [B] int32
+    logprob: jax.Array  # [B] float32, log p of the token, in nats
+    entropy: jax.Array  # [B] float32, Shannon entropy of p, in nats
+
+
+def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: jax.Array) -> Draw:
+    """Draws one token per row.
 
     Args:
         logits: [B, V] float32.
         keys: [B, 2] uint32, one threefry key per row.
         temperature, top_p, top_k: [], traced; temperature 0 takes the largest logit, top_p 1 and top_k 0 are off.
-
-    Returns:
-        token [B] int32, and its log-prob [B] float32 under softmax(logits / temperature), before top-k and top-p,
-        which is what the trainer computes (at temperature 0 it is that of temperature 1).
     """
     scale = jnp.where(temperature > 0, temperature, 1.0)
     largest = logits.max(axis=-1, keepdims=True)
@@ -43,7 +52,12 @@ def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.
     branch = jnp.where(temperature > 0, ((top_p < 1) | (top_k > 0)).astype(jnp.int32), 2)
     token = jax.lax.switch(branch, (plain, filtered, greedy), logits)
     drawn = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, (drawn - largest[:, 0]) / scale - jnp.log(weights_of(logits).sum(axis=-1))
+    weights = weights_of(logits)
+    total = weights.sum(axis=-1)
+    # An entry of weight 0 adds 0, also where its logit is -inf.
+    below = jnp.where(weights > 0, weights * ((largest - logits) / scale), 0.0).sum(axis=-1)
+    log_total = jnp.log(total)
+    return Draw(token, (drawn - largest[:, 0]) / scale - log_total, log_total + below / total)
 
 
 def _inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:

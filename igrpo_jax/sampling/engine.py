@@ -230,8 +230,11 @@ class Engine:
             state = self.programs.move(state, *on_device)
         return state
 
-    def harvest(self, state: State, slots: Sequence[int]) -> list[tuple[jax.Array, jax.Array]]:
-        """Returns tokens and log-probs [WIDTH, M] of `slots`, WIDTH at a time; the arrays are still on the device."""
+    def harvest(self, state: State, slots: Sequence[int]) -> list[tuple[jax.Array, ...]]:
+        """Returns tokens and log-probs [WIDTH, M] and summed entropies [WIDTH] of `slots`, WIDTH at a time.
+
+        The arrays are still on the device.
+        """
         pieces = [_padded(slots[start : start + WIDTH], 0) for start in range(0, len(slots), WIDTH)]
         return [self.programs.harvest(state, piece) for piece in pieces]
 

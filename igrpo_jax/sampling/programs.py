@@ -75,7 +75,7 @@ class SamplerPrograms:
         cache = caches.shardings(cfg, mesh)
         vocab = NamedSharding(mesh, sharding.spec(("batch", "vocab")))
         self._prompts_sharding = PrefilledPrompts(cache, vocab, self.batch_sharding)
-        self._state_sharding = State(cache, *[self.batch_sharding] * 8)
+        self._state_sharding = State(cache, *[self.batch_sharding] * 9)
         slots = sizes.shard_slots * self._shards
         self._build_empty = partial(steps.empty, cfg, slots, sizes.length, sizes.max_completion, dtype)
         self.state = _with_shardings(jax.eval_shape(self._build_empty), self._state_sharding)
@@ -153,7 +153,7 @@ class SamplerPrograms:
 
     @cached_property
     def harvest(self) -> Program:
-        """Reads the tokens and log-probs of some slots."""
+        """Reads the tokens, log-probs and entropies of some slots."""
         return Program(
             "harvest",
             jax.jit(steps.harvest, out_shardings=self._replicated),

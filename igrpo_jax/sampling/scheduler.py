@@ -46,6 +46,7 @@ class Sample:
     tokens: np.ndarray  # [T] int32, EOS included
     logprobs: np.ndarray  # [T] float32, nats, at the sampling temperature
     finished: bool  # ended by EOS
+    entropy: float  # of the sampler's distribution, summed over the tokens, in nats
 
 
 @dataclass
@@ -114,7 +115,7 @@ class _Harvest:
     """Finished samples whose tokens are on their way to the host."""
 
     done: list[_Running] = field(default_factory=list)
-    pieces: list[tuple[jax.Array, jax.Array]] = field(default_factory=list)
+    pieces: list[tuple[jax.Array, ...]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -304,7 +305,8 @@ class Scheduler:
         pieces = jax.device_get(harvest.pieces)
         samples = []
         for i, running in enumerate(harvest.done):
-            tokens, logprobs = (piece[i % WIDTH][: running.count].copy() for piece in pieces[i // WIDTH])
+            *rows, entropy = (piece[i % WIDTH] for piece in pieces[i // WIDTH])
+            tokens, logprobs = (row[: running.count].copy() for row in rows)
             finished = int(tokens[-1]) in self.engine.eos_ids
-            samples.append(Sample(running.request, running.sample, tokens, logprobs, finished))
+            samples.append(Sample(running.request, running.sample, tokens, logprobs, finished, float(entropy)))
         return samples

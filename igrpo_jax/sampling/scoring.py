@@ -92,7 +92,15 @@ def _open_batches() -> Iterator[dict[Request, Batch]]:
 def _completed(sample: Sample, renderer: "Renderer") -> tuple[Completion, Candidate]:
     """Returns a sample as a completion that waits for its score, and as reward functions see it."""
     request, text = sample.request, renderer.text(sample.tokens)
-    completion = Completion(request.stage, sample.sample_id, sample.tokens, sample.logprobs, sample.finished, text)
+    completion = Completion(
+        stage=request.stage,
+        sample_id=sample.sample_id,
+        tokens=sample.tokens,
+        logprobs=sample.logprobs,
+        finished=sample.finished,
+        text=text,
+        entropy=sample.entropy,
+    )
     prompt = request.prompt
     assert prompt is not None, "a request whose samples are scored has a problem"
     candidate = Candidate(

@@ -4,7 +4,7 @@
 2. `insert` forks one prefilled prompt to some slots and draws the first token of each.
 3. `decode` draws up to K tokens in every active slot inside one `while_loop`.
 4. `move` gathers the slots that are still active, so that `decode` need not run the others.
-5. `harvest` reads the tokens of finished slots.
+5. `harvest` reads the tokens, log-probs and entropies of finished slots.
 
 Slots are split over the batch axes of the mesh (`data` and `fsdp`). Each shard decodes its own without communication
 with the others, under `shard_map`; the compiler splits heads and vocabulary (`tensor`).
@@ -51,6 +51,7 @@ class State(NamedTuple):
     limit: jax.Array  # [B] int32, most tokens to draw
     key: jax.Array  # [B, 2] uint32, key data of the sample
     active: jax.Array  # [B] bool
+    entropy: jax.Array  # [B] float32, sum over the tokens drawn so far, in nats
     out: jax.Array  # [B, M] int32
     logprob: jax.Array  # [B, M] float32
 
@@ -94,6 +95,7 @@ def empty(cfg: DecoderConfig, slots: int, length: int, max_completion: int, dtyp
         limit=ints,
         key=jnp.zeros((slots, 2), jnp.uint32),
         active=jnp.zeros((slots,), bool),
+        entropy=jnp.zeros((slots,), jnp.float32),
         out=jnp.zeros((slots, max_completion), jnp.int32),
         logprob=jnp.zeros((slots, max_completion), jnp.float32),
     )
@@ -149,10 +151,10 @@ def insert(
     keys = jax.vmap(lambda sample: jax.random.key_data(jax.random.fold_in(base, sample)))(fork.samples)
     first = jnp.zeros((width,), jnp.int32)
     logits = jnp.broadcast_to(prompt.logits, (width, prompt.logits.shape[-1]))
-    token, logprob = draw(logits, _position_keys(keys, first), *sampling)
+    token, logprob, entropy = draw(logits, _position_keys(keys, first), *sampling)
     active = ~jnp.isin(token, eos) & (fork.limits > 1)
     length = jnp.broadcast_to(prompt.length, (width,))
-    rows = (token, length, first + 1, fork.limits, keys, active, token, logprob)
+    rows = (token, length, first + 1, fork.limits, keys, active, entropy, token, logprob)
 
     def put(state: State, slots, cache, rows) -> State:
         # The caller counts slots over all shards; those of this shard are 0..B-1 here, and B means none.
@@ -203,7 +205,8 @@ def decode(
         def step(carry):
             taken, _, s = carry
             hidden, cache = decoder.apply(cfg, weights, s.token[:, None], s.position[:, None], s.cache)
-            token, logprob = draw(decoder.logits(cfg, weights, hidden[:, 0]), _position_keys(s.key, s.count), *sampling)
+            logits = decoder.logits(cfg, weights, hidden[:, 0])
+            token, logprob, entropy = draw(logits, _position_keys(s.key, s.count), *sampling)
             at = jnp.where(s.active, s.count, longest)  # past the end: dropped
             more = s.active.astype(jnp.int32)
             active = s.active & ~jnp.isin(token, eos) & (s.count + 1 < s.limit)
@@ -213,6 +216,7 @@ def decode(
                 position=s.position + more,
                 count=s.count + more,
                 active=active,
+                entropy=s.entropy + jnp.where(s.active, entropy, 0.0),
                 out=s.out.at[index, at].set(token, mode="drop"),
                 logprob=s.logprob.at[index, at].set(logprob, mode="drop"),
             )
@@ -244,9 +248,9 @@ def move(mesh: jax.sharding.Mesh, state: State, source: jax.Array, target: jax.A
     return _per_shard(mesh, run, (True, True, True), True)(state, source, target)
 
 
-def harvest(state: State, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns tokens and log-probs [W, M] of some slots."""
-    return state.out[slots], state.logprob[slots]
+def harvest(state: State, slots: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns tokens and log-probs [W, M] and the sum of the entropies [W] of some slots."""
+    return state.out[slots], state.logprob[slots], state.entropy[slots]
 
 
 def _per_shard(mesh: jax.sharding.Mesh, run, split_in: tuple[bool, ...], split_out):

@@ -34,6 +34,16 @@ def test_rollout_metrics_against_numbers_derived_by_hand(two_groups):
     assert all(type(value) is float for value in got.values())
 
 
+def test_the_entropy_of_drafts_is_the_mean_over_their_tokens(two_groups):
+    """Drafts of 3, 2, 4 and 2 tokens with 1.5, 0.5, 2 and 1.5 nats in all."""
+    given = iter([1.5, 0.5, 2.0, 1.5])
+    groups = [
+        dataclasses.replace(one, drafts=tuple(dataclasses.replace(draft, entropy=next(given)) for draft in one.drafts))
+        for one in two_groups
+    ]
+    assert metrics.rollout_metrics(groups, run_config())["draft/entropy"] == pytest.approx(5.5 / 11)
+
+
 def test_custom_rewards_have_a_spread_and_what_they_logged(two_groups):
     """Values 1, 3, 5 and None: the mean is 3, and the standard deviation (ddof = 1) 2, as TRL's nanmean and nanstd."""
     given = iter([(1.0, [2.0]), (3.0, [2.0, 4.0]), (5.0, []), (np.nan, [])])

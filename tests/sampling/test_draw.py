@@ -61,7 +61,7 @@ def random_logits(seed=0, spread=1.5):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_follow_the_tempered_softmax(draw, temperature):
     logits = random_logits()
-    tokens, _ = draw(logits, temperature)
+    tokens, *_ = draw(logits, temperature)
     assert p_value(tokens, probabilities(logits, temperature)) > 0.01
     # The test can tell: multiplied by the temperature instead of divided, or not at all.
     for wrong in {1 / temperature, 1.0} - {temperature}:
@@ -71,7 +71,7 @@ def test_tokens_follow_the_tempered_softmax(draw, temperature):
 def test_each_row_has_its_own_distribution(draw):
     """A row in two has the logits the other way round."""
     logits = random_logits(1)
-    tokens, logprobs = draw(np.tile([logits, logits[::-1]], (ROWS // 2, 1)))
+    tokens, logprobs, _ = draw(np.tile([logits, logits[::-1]], (ROWS // 2, 1)))
     for part, own in ((slice(0, None, 2), logits), (slice(1, None, 2), logits[::-1])):
         p = probabilities(own)
         assert p_value(tokens[part], p) > 0.01
@@ -85,7 +85,7 @@ def test_each_row_has_its_own_distribution(draw):
 )
 def test_filters_equal_a_sort(draw, temperature, top_p, top_k):
     logits = random_logits(2, spread=2.0)
-    tokens, logprobs = draw(logits, temperature, top_p, top_k)
+    tokens, logprobs, entropies = draw(logits, temperature, top_p, top_k)
     p = probabilities(logits, temperature, top_p, top_k)
     assert ROWS * p[p > 0].min() > 20  # so that every kept entry must turn up
     assert set(tokens) == set(np.flatnonzero(p))
@@ -94,12 +94,13 @@ def test_filters_equal_a_sort(draw, temperature, top_p, top_k):
     # The log-prob is the one the trainer computes: tempered, and of the unfiltered softmax.
     unfiltered = np.log(probabilities(logits, temperature))
     np.testing.assert_allclose(logprobs, unfiltered[tokens], atol=1e-5)
+    np.testing.assert_allclose(entropies, -np.sum(np.exp(unfiltered) * unfiltered), rtol=1e-5)
     assert np.abs(logprobs - np.log(p[tokens])).min() > 0.05
 
 
 def test_top_p_counts_what_top_k_has_left(draw):
     """Of .4 .3 .2 .1 top-k 3 leaves .444 .333 .222, of which two reach .75; before top-k three would (.4 .7 .9)."""
-    tokens, _ = draw(np.log([0.1, 0.4, 0.2, 0.3]), top_p=0.75, top_k=3)
+    tokens, *_ = draw(np.log([0.1, 0.4, 0.2, 0.3]), top_p=0.75, top_k=3)
     assert set(tokens) == {1, 3}
     assert p_value(tokens, np.array([0, 4 / 7, 0, 3 / 7])) > 0.01
 
@@ -108,7 +109,7 @@ def test_top_p_counts_what_top_k_has_left(draw):
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 2), (0.45, 0)])
 def test_ties_at_the_threshold_are_kept(draw, top_p, top_k):
     """The weights are 4 2 2 2 1 of 11: two of them, or .45 of the whole, end among the three equal ones."""
-    tokens, _ = draw(np.log([2.0, 4.0, 2.0, 1.0, 2.0]), top_p=top_p, top_k=top_k)
+    tokens, *_ = draw(np.log([2.0, 4.0, 2.0, 1.0, 2.0]), top_p=top_p, top_k=top_k)
     assert p_value(tokens, np.array([0.2, 0.4, 0.2, 0, 0.2])) > 0.01
 
 
@@ -120,10 +121,12 @@ def test_a_top_k_past_the_vocabulary_keeps_all(draw):
 def test_temperature_0_takes_the_largest_logit(draw):
     logits = np.random.default_rng(3).normal(size=(ROWS, VOCAB))
     logits[:, 7] = logits[:, 250] = 9.0  # the first of equals
-    tokens, logprobs = draw(logits, temperature=0.0)
+    tokens, logprobs, entropies = draw(logits, temperature=0.0)
     assert set(tokens) == {7}
     expected = 9 - np.log(np.exp(logits).sum(axis=1))  # at temperature 1
     np.testing.assert_allclose(logprobs, expected, atol=1e-5)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(entropies, -(p * np.log(p)).sum(axis=1), rtol=1e-5)
 
 
 def test_impossible_entries_are_never_drawn(draw):
@@ -131,13 +134,16 @@ def test_impossible_entries_are_never_drawn(draw):
     logits = random_logits(4)
     logits[:128] = logits[256:] = logits[::3] = -np.inf
     logits[200] = 8.0
-    tokens, logprobs = draw(logits)
+    tokens, logprobs, entropies = draw(logits)
     assert np.isfinite(logits[tokens]).all() and np.isfinite(logprobs).all()
-    assert p_value(tokens, probabilities(logits)) > 0.01
+    p = probabilities(logits)
+    assert p_value(tokens, p) > 0.01
+    np.testing.assert_allclose(entropies, -(p[p > 0] * np.log(p[p > 0])).sum(), rtol=1e-5)
     logits[200] += 100
-    tokens, logprobs = draw(logits)
+    tokens, logprobs, entropies = draw(logits)
     assert set(tokens) == {200}
     np.testing.assert_array_equal(logprobs, 0.0)
+    np.testing.assert_allclose(entropies, 0.0, atol=1e-30)
 
 
 @pytest.mark.parametrize("size", [1, 5, 128, 130, 300, 1000])

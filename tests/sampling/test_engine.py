@@ -106,8 +106,10 @@ def test_cached_logprobs_equal_the_full_forward(samples, full_logits):
     assert max(len(one.request.tokens) + len(one.tokens) for one in samples.values()) > 130
     for one in samples.values():
         logits = full_logits(one)
-        expected = log_softmax(logits / 0.8)[np.arange(len(one.tokens)), one.tokens]
+        logp = log_softmax(logits / 0.8)
+        expected = logp[np.arange(len(one.tokens)), one.tokens]
         np.testing.assert_allclose(one.logprobs, expected, atol=1e-4, rtol=0)
+        assert one.entropy == pytest.approx(-(np.exp(logp) * logp).sum(), rel=1e-4)
         if len(one.tokens) > 2:  # those of temperature 1 are no match
             assert np.abs(log_softmax(logits)[np.arange(len(one.tokens)), one.tokens] - expected).max() > 1e-2
 
