@@ -501,14 +501,18 @@ def test_the_sampler_is_compared_with_groups_that_have_a_signal(build, tiny, sco
 
 
 @pytest.mark.slow
-def test_groups_without_a_signal_off_policy(build, tiny, sampled_groups):
+def test_groups_without_a_signal_off_policy(build, tiny, sampled_groups, monkeypatch):
     """Log pi_old is computed for the others alone.
 
     The two runs are a rounding apart, which Adam's second step magnifies; the entropy of groups without a signal is
     that of their sampler in the second pass too.
     """
-    built = build(algorithm__num_iterations=2, **OBJECTIVES["dapo"])
-    _, metrics = updated(built, tiny[1], sampled_groups, advantages=IDLE)
+    learner, _ = built = build(algorithm__num_iterations=2, **OBJECTIVES["dapo"])
+    rescored, rescore = [], learner._rescored
+    with monkeypatch.context() as patched:
+        patched.setattr(learner, "_rescored", lambda params, units: rescored.extend(units) or rescore(params, units))
+        _, metrics = updated(built, tiny[1], sampled_groups, advantages=IDLE)
+    assert len(rescored) == IDLE.any(axis=1).sum() < len(IDLE)
     tiny_gains = np.where(IDLE == 0, np.float32(1e-30), IDLE)
     _, others = updated(built, tiny[1], sampled_groups, advantages=tiny_gains)
     # Log pi_old, then forward and backward twice.
