@@ -1,5 +1,6 @@
 """The metrics of an update, under TRL's names, from the sums of its programs and the groups that it left out."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from igrpo_jax.learning.rescoring import TokenLogprobs
 
 _LAST = ("learning_rate", "nonfinite_steps")  # a rate or a count: that of the last optimizer step
 _LARGEST = ("sampling/sampling_logp_difference/max",)
+_COMPARED = ("sampling/sampling_logp_difference/mean", *_LARGEST)
 
 
 def optimizer_step_metrics(sums: dict[str, MicroBatchSums], idle: Sequence[Unit]) -> dict[str, float]:
@@ -34,7 +36,7 @@ def optimizer_step_metrics(sums: dict[str, MicroBatchSums], idle: Sequence[Unit]
 def _stage_metrics(sums: MicroBatchSums, idle: Sequence[Unit]) -> dict[str, float]:
     """Returns the metrics of the rows of one stage: entropy of all rows, and the others of those that were trained on.
 
-    How far the sampler is from the policy is absent where no row was trained on.
+    How far the sampler is from the policy is NaN where no row was trained on.
     """
     completions = [completion for unit in idle for completion in unit.completions]
     idle_tokens = sum(len(completion.tokens) for completion in completions)
@@ -46,17 +48,15 @@ def _stage_metrics(sums: MicroBatchSums, idle: Sequence[Unit]) -> dict[str, floa
     )
     tokens = max(sums.tokens + idle_tokens, 1)
     counted = max(sums.loss_sums.tokens + idle_with_weight, 1)
-    metrics = {
+    return {
         "entropy": (sums.entropy + sum(completion.entropy for completion in completions)) / tokens,
         "kl": sums.loss_sums.kl / counted,
         "clip_ratio/region_mean": sums.loss_sums.clipped / counted,
         "ratio/mean": sums.loss_sums.ratio / sums.loss_sums.tokens if sums.loss_sums.tokens else 1.0,
+        "sampling/sampling_logp_difference/mean": sums.mismatch / sums.tokens if sums.tokens else math.nan,
+        "sampling/sampling_logp_difference/max": sums.largest_mismatch if sums.tokens else math.nan,
         "perf/idle_frac": idle_tokens / tokens,
     }
-    if sums.tokens:
-        metrics["sampling/sampling_logp_difference/mean"] = sums.mismatch / sums.tokens
-        metrics["sampling/sampling_logp_difference/max"] = sums.largest_mismatch
-    return metrics
 
 
 def sampler_mismatches(units: Sequence[Unit], rescored: Sequence[TokenLogprobs]) -> list[np.ndarray]:
@@ -74,7 +74,10 @@ def sampler_mismatches(units: Sequence[Unit], rescored: Sequence[TokenLogprobs])
 def mean_over_steps(parts: list[dict[str, float]]) -> dict[str, float]:
     """Returns the mean of each metric over the optimizer steps of an update; of a max the largest, of a count or rate
     the last."""
-    values = {name: [part[name] for part in parts if name in part] for part in parts for name in part}
-    reduced = {name: np.max if name in _LARGEST else np.mean for name in values}  # a minibatch may have no drafts
-    merged = {name: float(reduced[name](of_steps)) for name, of_steps in values.items()}
+    merged = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [part[name] for part in parts if name in part]  # a minibatch may have no drafts
+        if name in _COMPARED:  # a minibatch may have no group with a gradient
+            values = [value for value in values if not math.isnan(value)] or [math.nan]
+        merged[name] = float(max(values) if name in _LARGEST else np.mean(values))
     return merged | {name: float(parts[-1][name]) for name in _LAST}

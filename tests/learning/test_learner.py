@@ -6,6 +6,7 @@ so that it has been through all of `update`.
 """
 
 import dataclasses
+import math
 import re
 from collections import defaultdict
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ from igrpo_jax import config, train
 from igrpo_jax.distributed import sharding
 from igrpo_jax.learning import objectives
 from igrpo_jax.learning.optimizer import make_optimizer
+from igrpo_jax.learning.update_metrics import mean_over_steps
 from igrpo_jax.models import decoder
 from igrpo_jax.records import Completion, Score
 
@@ -500,6 +502,18 @@ def test_the_sampler_is_compared_with_groups_that_have_a_signal(build, tiny, sco
     assert metrics[MISMATCH[1]] == pytest.approx(np.concatenate(gaps).max(), rel=1e-5)
 
 
+def test_metrics_of_minibatches_leave_out_what_was_not_compared_and_nothing_else():
+    mean, largest = MISMATCH[0], MISMATCH[1]
+    steps = [
+        {"learning_rate": 1.0, "nonfinite_steps": 0, "loss": 1.0, mean: 0.25, largest: 2.0, "draft/kl": 3.0},
+        {"learning_rate": 2.0, "nonfinite_steps": 1, "loss": math.nan, mean: math.nan, largest: math.nan},
+    ]
+    merged = mean_over_steps(steps)
+    assert (merged[mean], merged[largest], merged["draft/kl"]) == (0.25, 2.0, 3.0)
+    assert (merged["learning_rate"], merged["nonfinite_steps"]) == (2.0, 1.0) and math.isnan(merged["loss"])
+    assert math.isnan(mean_over_steps(steps[1:])[largest])
+
+
 @pytest.mark.slow
 def test_groups_without_a_signal_off_policy(build, tiny, sampled_groups, monkeypatch):
     """Log pi_old is computed for the others alone.
@@ -530,10 +544,9 @@ def test_a_step_without_any_signal_goes_on(build, tiny, base):
     state, _ = updated(build(), tiny[1])
     before = jax.tree.map(np.array, state)
     state, metrics = updated(build(), tiny[1], advantages=np.zeros_like(ADVANTAGES), state=state)
-    assert all(np.isfinite(value) for value in metrics.values())
+    assert {name for name, value in metrics.items() if not np.isfinite(value)} == set(MISMATCH)  # no row to compare
     assert metrics["loss"] == metrics["grad_norm"] == metrics["nonfinite_steps"] == metrics["perf/padding_frac"] == 0
     assert metrics["perf/idle_frac"] == metrics["ratio/mean"] == 1
-    assert not metrics.keys() & set(MISMATCH)  # no row was run that could be compared
     assert (int(state.step), int(state.skipped)) == (2, 0)
     mu, nu = (optax.tree_utils.tree_get(before.opt_state, name)["lm_head"] for name in ("mu", "nu"))
     step = (0.9 * mu / (1 - 0.9**2)) / (np.sqrt(0.999 * nu / (1 - 0.999**2)) + 1e-8)

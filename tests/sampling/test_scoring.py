@@ -34,7 +34,7 @@ class StubScheduler:
     def advance(self):
         request, sample_id = self.waiting.pop(0)
         tokens = np.array([next(self.numbers)], np.int32)
-        return [Sample(request, sample_id, tokens, np.zeros(1, np.float32), True)]
+        return [Sample(request, sample_id, tokens, np.zeros(1, np.float32), True, 0.0)]
 
 
 def request(index, samples, scored, stage="draft", first=0):
