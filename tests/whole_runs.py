@@ -14,6 +14,7 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.outputs.checkpoint import Checkpointer
+from igrpo_jax.session import ending
 from igrpo_jax.session.task import open_task
 
 CONFIG = """
@@ -84,7 +85,7 @@ def final_state(workdir: Path, run_config: config.Config) -> dict[str, np.ndarra
 
 def rewind(workdir: Path, target: Path, step: int) -> None:
     """Makes `target` the run in `workdir` as it was after `step`, of which there is a checkpoint."""
-    shutil.copytree(workdir, target, ignore=shutil.ignore_patterns("export"))
+    shutil.copytree(workdir, target, ignore=shutil.ignore_patterns("export", ending.FILE))
     for path in (target / "checkpoints").iterdir():
         if int(path.name) > step:
             shutil.rmtree(path)

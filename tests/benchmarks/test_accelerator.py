@@ -377,10 +377,11 @@ part.main(*sys.argv[1:])
 """
 
 
-def run_forked(arguments, log, seconds):
+def run_forked(arguments, log, seconds, flags):
     """Runs a part as `run_limited` does, but in a fork, which has imported the package already, and without a limit."""
     assert arguments[:3] == [sys.executable, "-m", "benchmarks.accelerator.part"]
-    done = Started(PART, arguments[2:], devices.environment(1)).ended()
+    env = devices.environment(1)
+    done = Started(PART, arguments[2:], env | {"XLA_FLAGS": f"{env['XLA_FLAGS']} {flags}"}).ended()
     return ("failed", done.stdout + done.stderr) if done.returncode else ("done", "")
 
 

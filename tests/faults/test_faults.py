@@ -19,7 +19,7 @@ from whole_runs import check_same_rows, faulty, final_state, rows, samples
 
 from igrpo_jax import train
 from igrpo_jax.distributed import preemption
-from igrpo_jax.session import opening
+from igrpo_jax.session import ending, opening
 
 
 def copy_of(whole, target: Path) -> Path:
@@ -160,6 +160,7 @@ objectives.group_advantages = lambda *args: advantages(*args) + float("nan")
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(whole, tmp_path):
     """One bit of the newest is flipped. The step after the older one is run again, and gives what it gave."""
     workdir = copy_of(whole, tmp_path / "run")
+    (workdir / ending.FILE).unlink()  # a run that has said that it is finished reads no checkpoint
     largest = max((workdir / "checkpoints" / "5" / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1

@@ -478,7 +478,7 @@ def test_host_memory_of_an_import_is_bounded(tmp_path, monkeypatch, fsdp, dtype)
         path: jax.numpy.ones(shape, "bfloat16", device=sharding.param_sharding(mesh, path))
         for path, shape in decoder.shapes(cfg).items()
     }
-    hf_write.write_tensors(tmp_path, ones, hf_tables.table("llama", cfg))
+    hf_write.write_tensors(tmp_path, ones, hf_tables.table("llama", cfg), dtype="bfloat16")
     sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
     assert len(sizes) >= 3
     command = [sys.executable, "-c", MEMORY, str(tmp_path), str(fsdp), dtype]
