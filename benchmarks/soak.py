@@ -18,8 +18,8 @@ random, and the others must end by themselves within a minute. The last line is 
     steps_run_again       steps whose results a resume dropped, over all kills
     different             names of what differs from the clean run: rows of metrics.jsonl (except clocks), files of
                           samples and evaluations, arrays of the last checkpoint. It should be empty
-    logprob_difference    largest difference of the `sampling/` metrics: the number of slots that are decoded together
-                          depends on the verifier's timing, and the rounding of sums depends on that number
+    sampler_difference    largest difference of the `sampling/` metrics and of entropies: the number of slots that are
+                          decoded together depends on the verifier's timing, and the rounding of sums on that number
 """
 
 import argparse
@@ -144,7 +144,7 @@ def resumed_from(log: Path) -> int:
 
 
 def differences(soaked: Path, clean: Path) -> tuple[list[str], float]:
-    """Returns the names of what differs, and the largest difference of the sampler's log-probs."""
+    """Returns the names of what differs, and the largest difference of the sampler's log-probs and entropies."""
     different = []
     gap = 0.0
     mine, theirs = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (soaked, clean))
@@ -152,7 +152,8 @@ def differences(soaked: Path, clean: Path) -> tuple[list[str], float]:
         different.append(f"metrics.jsonl has {len(mine)} rows, not {len(theirs)}")
     for a, b in zip(mine, theirs, strict=False):
         for name in sorted(a.keys() | b.keys()):
-            if name.startswith("sampling/"):
+            of_sampler = name.startswith("sampling/") or name.endswith("entropy")
+            if of_sampler and None not in (a.get(name), b.get(name)):
                 gap = max(gap, abs(a[name] - b[name]))
             elif not name.startswith(CLOCKS) and a.get(name) != b.get(name):
                 different.append(f"{name} of step {a['step']}")
@@ -186,7 +187,7 @@ def main() -> None:
     result = soak(args, soaked, start_seconds)
     different, gap = differences(soaked, clean)
     result |= {"clean_seconds": round(clean_seconds, 1), "soaked_seconds": round(time.monotonic() - began, 1)}
-    print(json.dumps(result | {"different": different, "logprob_difference": gap}))
+    print(json.dumps(result | {"different": different, "sampler_difference": gap}))
     sys.exit(bool(different))
 
 

@@ -57,15 +57,14 @@ def rows(workdir: Path) -> list[dict]:
 
 
 def check_same_rows(mine: list[dict], theirs: list[dict]) -> None:
-    """Bit for bit, but for the sampler's log-probs, which are only measured: when a prompt goes on to its second stage
-    is the verifier's timing, and with it how many slots are decoded side by side and how sums round."""
+    """Bit for bit, but for the sampler's log-probs and entropies, which are only measured: when a prompt goes on to its
+    second stage is the verifier's timing, and with it how many slots are decoded side by side and how sums round."""
     assert len(mine) == len(theirs)
     for row, other in zip(mine, theirs, strict=True):
         assert row.keys() == other.keys()
         for name, value in row.items():
-            assert value == (pytest.approx(other[name], abs=1e-5) if name.startswith("sampling/") else other[name]), (
-                name
-            )
+            of_sampler = name.startswith("sampling/") or name.endswith("entropy")
+            assert value == (pytest.approx(other[name], abs=1e-5) if of_sampler else other[name]), name
 
 
 def samples(workdir: Path) -> dict[str, str]:
