@@ -43,8 +43,6 @@ class PolicyLogprobs:
         )
 
 
-def rescore(
-    policy: PolicyLogprobs, params: decoder.Params, batch: TrainBatch, frozen: decoder.Params
-) -> tuple[jax.Array, jax.Array]:
-    """Returns log-probs and entropies [Q, G, T] float32 of a micro-batch."""
-    return policy(params, batch, frozen)
+def rescore(policy: PolicyLogprobs, params: decoder.Params, batch: TrainBatch, frozen: decoder.Params) -> jax.Array:
+    """Returns log-probs [Q, G, T] float32 of a micro-batch, in nats."""
+    return policy(params, batch, frozen)[0]

@@ -27,7 +27,7 @@ from igrpo_jax.distributed.programs import tree_bytes
 from igrpo_jax.learning import filtering, objectives
 from igrpo_jax.learning.packing import Packer, Unit
 from igrpo_jax.learning.programs import LearnerPrograms
-from igrpo_jax.learning.rescoring import TokenLogprobs, rescore_units
+from igrpo_jax.learning.rescoring import rescore_units
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.learning.update_metrics import mean_over_steps, optimizer_step_metrics, sampler_mismatches
 from igrpo_jax.models import decoder, lora
@@ -121,12 +121,12 @@ class Learner:
         """Sets log pi_old and log pi_ref of each unit, where the loss reads them."""
         units = [unit for unit in units if self._has_gradient(unit)]
         if self.optimizer_steps_per_update > 1:
-            for unit, rescored in zip(units, self._rescored(params, units), strict=True):
-                unit.old = rescored.logprobs
+            for unit, logprobs in zip(units, self._rescored(params, units), strict=True):
+                unit.old = logprobs
         if self.algorithm.beta > 0:
             reference = jax.device_put(self._reference, self.programs.state_sharding.params)
-            for unit, rescored in zip(units, self._rescored(reference, units), strict=True):
-                unit.reference = rescored.logprobs
+            for unit, logprobs in zip(units, self._rescored(reference, units), strict=True):
+                unit.reference = logprobs
 
     def _minibatches(self, units_by_stage: list[list[Unit]], step: int, iteration: int) -> Iterator[list[Unit]]:
         """Yields the units of each optimizer step of one iteration: an equal part of the units of each stage."""
@@ -154,7 +154,7 @@ class Learner:
         padding = 1 - sum(unit.tokens for unit in trained) / padded if padded else 0.0
         return state, applied | optimizer_step_metrics(sums, idle) | {"perf/padding_frac": padding}
 
-    def _rescored(self, params: decoder.Params, units: Sequence[Unit]) -> list[TokenLogprobs]:
+    def _rescored(self, params: decoder.Params, units: Sequence[Unit]) -> list[list[np.ndarray]]:
         return rescore_units(self.programs, self.packer, params, self._frozen, units)
 
     def _has_gradient(self, unit: Unit) -> bool:

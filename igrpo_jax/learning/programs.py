@@ -123,7 +123,7 @@ class LearnerPrograms:
 
     @cached_property
     def rescore(self) -> Program:
-        """The log-probs and entropies of a micro-batch; the shape is that of the micro-batch."""
+        """The log-probs of a micro-batch; the shape is that of the micro-batch."""
         return Program(
             "rescore",
             jax.jit(partial(forward.rescore, self._policy), out_shardings=self._replicated),

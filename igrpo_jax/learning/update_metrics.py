@@ -7,7 +7,6 @@ import numpy as np
 
 from igrpo_jax.learning.loss import MicroBatchSums
 from igrpo_jax.learning.packing import Unit
-from igrpo_jax.learning.rescoring import TokenLogprobs
 
 _LAST = ("learning_rate", "nonfinite_steps")  # a rate or a count: that of the last optimizer step
 _LARGEST = ("sampling/sampling_logp_difference/max",)
@@ -59,15 +58,16 @@ def _stage_metrics(sums: MicroBatchSums, idle: Sequence[Unit]) -> dict[str, floa
     }
 
 
-def sampler_mismatches(units: Sequence[Unit], rescored: Sequence[TokenLogprobs]) -> list[np.ndarray]:
-    """Returns |log pi_old - the sampler's log-prob| [T_i] of every completion of `units`.
+def sampler_mismatches(units: Sequence[Unit], logprobs: Sequence[list[np.ndarray]]) -> list[np.ndarray]:
+    """Returns |log-prob - the sampler's log-prob| [T_i] of every completion of `units`.
 
-    log pi_old is that of `rescored` where a unit does not know it.
+    Args:
+        logprobs: of each unit, the log-probs of its completions, as `rescore_units` returns them.
     """
     return [
-        np.abs(old - completion.logprobs)
-        for unit, unit_rescored in zip(units, rescored, strict=True)
-        for completion, old in zip(unit.completions, unit.old or unit_rescored.logprobs, strict=True)
+        np.abs(logprob - completion.logprobs)
+        for unit, of_unit in zip(units, logprobs, strict=True)
+        for completion, logprob in zip(unit.completions, of_unit, strict=True)
     ]
 
 
