@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def run(task: "Task") -> None:
-    """Measures each case that has fixed lengths, under the names that the parts `decode` and `update` give them."""
+    """Measures each case that has fixed lengths, under the names that the parts `decode` and `update` give them.
+
+    Of the updates those with full recomputation, since the peer recomputes its layers too.
+    """
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         task.add("peers", {"skipped": f"{' and '.join(missing)} not installed"})
@@ -32,7 +35,7 @@ def run(task: "Task") -> None:
             figures = sizes.halved(rows, 8, lambda size, rows=rows: _generated(task, rows, size))
             task.add(case, {"peer": "generate, static cache"} | figures | versions)
     for case, args in sizes.updates(task.sizes, _trained_shape(task)):
-        if args.lengths == "fixed" and not task.has(case):
+        if args.lengths == "fixed" and args.remat == "full" and not task.has(case):
             figures = sizes.halved(args.tokens_per_microbatch, 1024, lambda size, args=args: _updated(args, size))
             task.add(case, {"peer": "torch, SDPA, compiled"} | figures | versions)
 
