@@ -1,0 +1,183 @@
+"""Where each token of a packed axis belongs: prefixes and completions of many groups, one after another, without padding.
+
+A segment is a prefix, or a completion that continues one. A token reads the tokens of its own segment up to itself, and
+all tokens of the prefix that its segment continues. What works on single tokens needs to know nothing of this. What
+mixes positions does: attention reads `blocks`, which says of each pair of blocks whether it can be left out, and Mamba-2
+reads `chain`.
+
+`pack` makes these arrays on the host. The completions stand before all prefixes, so that what is only wanted of
+completions, such as their log-probs, is at the start of the axis.
+
+Legend: S shards of the batch, F tokens of the axis, I and J blocks of BLOCK tokens, N chunks of C tokens.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK = 128  # tokens of a block; F is a multiple of it
+NOTHING, SOME, ALL = 0, 1, 2  # what a block of queries reads of a block of keys
+
+
+class Chain(NamedTuple):
+    """The order in which the tokens of an axis follow each other, for mixers whose state passes along it.
+
+    A completion follows the last token of its prefix. Chunks hold tokens of one segment each, those of prefixes stand
+    before those of completions, and chunks without tokens stand at the end.
+    """
+
+    before: np.ndarray  # [S, F] int32, the token before each; F where there is none
+    chunks: np.ndarray  # [S, N, C] int32, the tokens of each chunk in their order; F where there is none
+    chunk_before: np.ndarray  # [S, N] int32, the chunk whose final state a chunk continues; N where there is none
+
+
+class Segments(NamedTuple):
+    """The segments of a packed axis."""
+
+    segment: np.ndarray  # [S, F] int32, number of each token's segment from 1; 0 = padding
+    parent: np.ndarray  # [S, F] int32, the prefix that the segment continues; that of a prefix is itself
+    position: np.ndarray  # [S, F] int32, of each token in its text, the prefix included
+    blocks: np.ndarray  # [S, I, J] int8, what queries of block i read of the keys of block j: NOTHING, SOME or ALL
+    chain: Chain | None  # None where the model has no Mamba-2 sublayer
+
+
+class Family(NamedTuple):
+    """Tokens that belong together: a prefix, which may be empty, and the completions that continue it."""
+
+    prefix: int  # tokens
+    completions: Sequence[int]  # tokens of each
+
+
+def chunk_count(family: Family, chunk: int) -> int:
+    """Returns the chunks of `chunk` tokens that a family fills, each with tokens of one segment."""
+    return sum(-(-length // chunk) for length in (family.prefix, *family.completions))
+
+
+def most_chunks(size: int, chunk: int) -> int:
+    """Returns N of an axis of `size` tokens: twice the chunks of one segment, so that many may be partly filled."""
+    return 2 * -(-size // chunk)
+
+
+def pack(shards: Sequence[Sequence[Family]], size: int, chunk: int | None = None) -> Segments:
+    """Returns the segments of axes of `size` tokens that hold the given families, in their order.
+
+    Args:
+        shards: the families of each shard. Together they have at most `size` tokens, and at most `most_chunks` chunks
+            where `chunk` is given.
+        size: F, a multiple of BLOCK.
+        chunk: tokens of a chunk of Mamba-2, C; None = the model has no such sublayer.
+    """
+    packed = [_pack_shard(families, size, chunk) for families in shards]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
+
+
+def starts(families: Sequence[Family]) -> list[tuple[int, list[int]]]:
+    """Returns where the prefix and the completions of each family begin on the axis that `pack` gives them."""
+    at, of_completions = 0, []
+    for family in families:
+        ends = np.cumsum([at, *family.completions]).tolist()
+        of_completions.append(ends[:-1])
+        at = ends[-1]
+    of_prefixes = np.cumsum([at, *(family.prefix for family in families)]).tolist()
+    return list(zip(of_prefixes, of_completions, strict=False))
+
+
+def _pack_shard(families: Sequence[Family], size: int, chunk: int | None) -> Segments:
+    segment, parent, position = (np.zeros(size, np.int32) for _ in range(3))
+    blocks = np.zeros((size // BLOCK, size // BLOCK), np.int8)
+    number = 0
+    for family, (prefix_start, completion_starts) in zip(families, starts(families), strict=True):
+        prefix = slice(prefix_start, prefix_start + family.prefix)
+        number += 1
+        prefix_number = number
+        segment[prefix], parent[prefix] = number, number
+        position[prefix] = np.arange(family.prefix)
+        _mark_causal(blocks, prefix)
+        for start, length in zip(completion_starts, family.completions, strict=True):
+            own = slice(start, start + length)
+            number += 1
+            segment[own], parent[own] = number, prefix_number
+            position[own] = family.prefix + np.arange(length)
+            _mark_causal(blocks, own)
+            _mark(blocks, own, prefix)
+    chain = None if chunk is None else _chain(families, size, chunk)
+    return Segments(segment, parent, position, blocks, chain)
+
+
+def _touched(part: slice) -> slice:
+    """Returns the blocks that hold tokens of `part`."""
+    return slice(part.start // BLOCK, -(-part.stop // BLOCK) if part.stop > part.start else part.start // BLOCK)
+
+
+def _filled(part: slice) -> slice:
+    """Returns the blocks all of whose tokens belong to `part`."""
+    return slice(-(-part.start // BLOCK), max(part.stop // BLOCK, -(-part.start // BLOCK)))
+
+
+def _mark(blocks: np.ndarray, queries: slice, keys: slice) -> None:
+    """Notes in `blocks` that all `queries` read all `keys`."""
+    some = blocks[_touched(queries), _touched(keys)]
+    np.maximum(some, SOME, out=some)
+    blocks[_filled(queries), _filled(keys)] = ALL
+
+
+def _mark_causal(blocks: np.ndarray, own: slice) -> None:
+    """Notes in `blocks` that each token of a segment reads those up to itself."""
+    touched, filled = _touched(own), _filled(own)
+    some = blocks[touched, touched]
+    some[np.tril_indices(len(some))] = np.maximum(some[np.tril_indices(len(some))], SOME)
+    every = blocks[filled, filled]
+    every[np.tril_indices(len(every), -1)] = ALL
+
+
+def _chain(families: Sequence[Family], size: int, chunk: int) -> Chain:
+    count = most_chunks(size, chunk)
+    before = np.full(size, size, np.int32)
+    chunks, chunk_before = np.full((count, chunk), size, np.int32), np.full(count, count, np.int32)
+    used = 0
+
+    def add(start: int, length: int, token: int, last: int) -> int:
+        """Adds a segment that follows `token` and the chunk `last`; returns its last chunk, or `last`."""
+        nonlocal used
+        before[start : start + length] = [token, *range(start, start + length - 1)][:length]
+        for at in range(start, start + length, chunk):
+            tokens = np.arange(at, min(at + chunk, start + length))
+            chunks[used, : len(tokens)], chunk_before[used] = tokens, last
+            last, used = used, used + 1
+        return last
+
+    places = starts(families)
+    lasts = [add(start, family.prefix, size, count) for family, (start, _) in zip(families, places, strict=True)]
+    for family, (start, of_completions), last in zip(families, places, lasts, strict=True):
+        token = start + family.prefix - 1 if family.prefix else size
+        for own, length in zip(of_completions, family.completions, strict=True):
+            add(own, length, token, last)
+    return Chain(before, chunks, chunk_before)
+
+
+def readable(
+    segment: jax.Array, position: jax.Array, parent: jax.Array, key_segment: jax.Array, key_position: jax.Array
+) -> jax.Array:
+    """Returns whether each query reads each key, [..., T, S] bool.
+
+    Args:
+        segment, position, parent: [..., T] int32, of queries.
+        key_segment, key_position: [..., S] int32, of keys.
+    """
+    keys = key_segment[..., None, :]
+    family = (keys == segment[..., None]) | (keys == parent[..., None])
+    return family & (key_position[..., None, :] <= position[..., None]) & (keys > 0)
+
+
+def dense_mask(segments: Segments) -> jax.Array:
+    """Returns whether each token reads each other token, [S, F, F] bool."""
+    own = segments.segment, segments.position
+    return readable(*own, segments.parent, *own)
+
+
+def padding_of(segment: jax.Array) -> jax.Array:
+    """Returns [S, F] bool, true at padding."""
+    return jnp.asarray(segment) == 0
