@@ -13,8 +13,11 @@
 A padded position has dt = 0, so that the state decays by exp(0) = 1 and nothing is added. The recurrence and the state
 are float32.
 
-Legend: B batch, T query, L and S positions of a chunk, D model, N heads, G groups, R heads of a group (N = G R),
-H head dim, P state, W tokens that the convolution sees.
+On a packed axis only 2 and 3 need to know which token follows which. They run chunk by chunk: each chunk is a row that
+continues the state after another chunk, the inputs of the convolution included (`tree_scan`).
+
+Legend: B batch (rows, or packed axes), T query, F tokens of a packed axis, L and S positions of a chunk, D model,
+N heads, G groups, R heads of a group (N = G R), H head dim, P state, W tokens that the convolution sees.
 """
 
 import functools
@@ -23,11 +26,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from igrpo_jax.distributed.sharding import constrain
+from igrpo_jax.distributed.sharding import constrain, logical_axes, spec
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.cache import MambaState
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.layers import normal, zeros
+from igrpo_jax.models.segments import Chain, Segments
+from igrpo_jax.models.tree_scan import tree_scan
+
+HEADS = ("batch", "time", "heads", "head_dim")
+# The parameters of what mixes positions: the convolution, and the recurrence with its skip.
+MIXED = ("x_conv", "b_conv", "c_conv", "x_conv_bias", "b_conv_bias", "c_conv_bias", "a_log", "skip")
 
 
 class Mamba2(nnx.Module):
@@ -57,35 +66,34 @@ class Mamba2(nnx.Module):
         self.o_proj = zeros((*heads, d))  # with the residual, a sublayer starts as the identity
         self.cfg = cfg
 
-    def __call__(self, x: jax.Array, positions: jax.Array, entry: MambaState | None, length: jax.Array | None):
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, entry: MambaState | Segments | None, length: jax.Array | None
+    ):
         """Returns the output [B, T, D], and the state after the first `length` tokens of each row.
 
         Args:
             x: [B, T, D].
             entry: the states that the rows continue, of B rows or of a divisor of B; None where the rows begin with
-                their first tokens.
-            length: [B] int32, real tokens of each row; None = all.
+                their first tokens; segments where each row is a packed axis, of which no state is returned.
+            length: [B] int32, real tokens of each row; None = all. Of a packed axis, the segments say which are real.
         """
-        mamba, (batch, time) = self.cfg.mamba, x.shape[:2]
-        before = caches.empty_state(self.cfg, batch, x.dtype) if entry is None else entry
-        if before.state.shape[0] != batch:
-            before = jax.tree.map(lambda y: jnp.repeat(y, batch // y.shape[0], axis=0), before)
         inputs = self._project(x)
-        z = constrain(jnp.einsum("BTD,DNH->BTNH", x, self.z_proj[...]), "batch", "time", "heads", "head_dim")
+        z = constrain(jnp.einsum("BTD,DNH->BTNH", x, self.z_proj[...]), *HEADS)
         dt = jnp.einsum("BTD,DN->BTN", x, self.dt_proj[...]).astype(jnp.float32)
-        dt = jnp.clip(jax.nn.softplus(dt + self.dt_bias[...].astype(jnp.float32)), *mamba.time_step_limit)
-        if length is not None:
-            dt = jnp.where((jnp.arange(time) < length[:, None])[..., None], dt, 0.0)
-        seen = [jnp.concatenate(pair, axis=1) for pair in zip(before[:3], inputs, strict=True)]  # [B, W - 1 + T, ...]
-        kernels = (self.x_conv, self.x_conv_bias), (self.b_conv, self.b_conv_bias), (self.c_conv, self.c_conv_bias)
-        hidden, b, c = (_convolved(y, *(w[...] for w in kernel)) for y, kernel in zip(seen, kernels, strict=True))
-        a = -jnp.exp(self.a_log[...].astype(jnp.float32))
-        run = step if time == 1 else functools.partial(scan, chunk=mamba.chunk_size)
-        y, state = run(hidden, dt, a, b, c, before.state)
-        y += self.skip[...].astype(jnp.float32)[:, None] * hidden
+        dt = jax.nn.softplus(dt + self.dt_bias[...].astype(jnp.float32))
+        dt = jnp.clip(dt, *self.cfg.mamba.time_step_limit)
+        weights = {name: getattr(self, name)[...].astype(jnp.float32) for name in MIXED}
+        if isinstance(entry, Segments):
+            y, kept = _packed(self.cfg, weights, inputs, dt, entry.chain), None
+        else:
+            if length is not None:
+                dt = jnp.where((jnp.arange(x.shape[1]) < length[:, None])[..., None], dt, 0.0)
+            before = caches.empty_state(self.cfg, x.shape[0], x.dtype) if entry is None else entry
+            if before.state.shape[0] != x.shape[0]:
+                before = jax.tree.map(lambda y: jnp.repeat(y, x.shape[0] // y.shape[0], axis=0), before)
+            kept, y = _mixed(weights, before, inputs, dt, length, self.cfg.mamba.chunk_size)
         y = self._gated_norm(y, z).astype(x.dtype) * self.gated_scale[...]
-        last = [_ending_at(part, length, mamba.conv_size - 1) for part in seen]
-        return jnp.einsum("BTNH,NHD->BTD", y, self.o_proj[...]), MambaState(*last, state)
+        return jnp.einsum("BTNH,NHD->BTD", y, self.o_proj[...]), kept
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
         """Returns x [B, T, N, H], B and C [B, T, G, P], the inputs of the convolution."""
@@ -105,12 +113,77 @@ class Mamba2(nnx.Module):
         )
 
 
+def _packed(
+    cfg: DecoderConfig, weights: dict[str, jax.Array], inputs: list[jax.Array], dt: jax.Array, chain: Chain
+) -> jax.Array:
+    """Returns y [B, F, N, H] float32 of packed axes, on which a completion continues the state of its prefix.
+
+    Each shard of the batch and of the heads runs its own loop over chunks, because under `shard_map` the compiler needs
+    no collective to take the tokens of a chunk.
+
+    Args:
+        weights: those of MIXED.
+        inputs: x [B, F, N, H], B and C [B, F, G, P], before the convolution.
+        dt: [B, F, N] float32.
+    """
+
+    def body(weights, before, tokens, count):
+        *inputs, dt = jax.tree.map(lambda x: x[None], tokens)
+        state, y = _mixed(weights, before, inputs, dt, count[None], dt.shape[1])
+        return state, y[0]
+
+    def run(weights, tokens, chain):
+        heads, groups = tokens[0].shape[2:], tokens[1].shape[2:]
+        width = cfg.mamba.conv_size - 1
+        shapes = (1, width, *heads), (1, width, *groups), (1, width, *groups), (1, *heads, groups[1])
+        # All are float32, because the gradients of all completions of a prefix add up in them.
+        return tree_scan(body, weights, MambaState(*(jnp.zeros(shape) for shape in shapes)), tokens, chain)
+
+    tokens, chain = (*inputs, dt), jax.tree.map(jnp.asarray, chain)
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(weights, tokens, chain)
+    in_specs = (
+        {name: spec(logical_axes(name)) for name in weights},
+        tuple(spec(axes) for axes in (*caches.MAMBA_AXES[:3], HEADS[:3])),
+        jax.tree.map(lambda _: spec(("batch",)), chain),
+    )
+    # check_vma is off because a loop would need its first values marked with the axes over which they vary.
+    return jax.shard_map(run, in_specs=in_specs, out_specs=spec(HEADS), check_vma=False)(weights, tokens, chain)
+
+
+def _mixed(
+    weights: dict[str, jax.Array],
+    before: MambaState,
+    inputs: list[jax.Array],
+    dt: jax.Array,
+    length: jax.Array | None,
+    chunk: int,
+) -> tuple[MambaState, jax.Array]:
+    """Applies the convolution and the recurrence to rows: returns the state after them, and y [B, T, N, H] float32.
+
+    Args:
+        weights: those of MIXED, float32.
+        before: the states that the rows continue.
+        inputs: x [B, T, N, H], B and C [B, T, G, P], before the convolution.
+        dt: [B, T, N] float32; 0 where the position is padding.
+        length: [B] int32, real tokens of each row; None = all.
+        chunk: positions that are computed at once.
+    """
+    seen = [jnp.concatenate(pair, axis=1) for pair in zip(before[:3], inputs, strict=True)]  # [B, W - 1 + T, ...]
+    kernels = ((weights[f"{name}_conv"], weights[f"{name}_conv_bias"]) for name in "xbc")
+    hidden, b, c = (_convolved(y, *kernel) for y, kernel in zip(seen, kernels, strict=True))
+    run = step if dt.shape[1] == 1 else functools.partial(scan, chunk=chunk)
+    y, state = run(hidden, dt, -jnp.exp(weights["a_log"]), b, c, before.state)
+    last = [_ending_at(part, length, weights["x_conv"].shape[0] - 1) for part in seen]
+    return MambaState(*last, state), y + weights["skip"][:, None] * hidden
+
+
 def _convolved(seen: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """Returns silu(causal convolution): `seen` [B, W - 1 + T, ...] with kernel [W, ...] gives [B, T, ...] float32."""
     width = kernel.shape[0]
     time = seen.shape[1] - (width - 1)
-    taps = (seen[:, i : i + time].astype(jnp.float32) * kernel[i].astype(jnp.float32) for i in range(width))
-    return jax.nn.silu(sum(taps) + bias.astype(jnp.float32))
+    taps = (seen[:, i : i + time].astype(jnp.float32) * kernel[i] for i in range(width))
+    return jax.nn.silu(sum(taps) + bias)
 
 
 def _ending_at(seen: jax.Array, length: jax.Array | None, count: int) -> jax.Array:

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder, mamba2
+from igrpo_jax.models.segments import Family, pack, starts
 
 B, N, G, H, P = 2, 4, 2, 3, 5
 
@@ -251,3 +253,150 @@ def test_a_mesh_changes_nothing(hybrid):
     np.testing.assert_allclose(hidden, expected, atol=2e-5, rtol=0)
     for path, x in wanted.items():
         np.testing.assert_allclose(gradients[path], x, atol=2e-5 * np.abs(x).max(), rtol=0, err_msg=path)
+
+
+# On packed axes of 256 tokens. The convolution sees 4 tokens: some prefixes and completions are shorter than that.
+FAMILIES = [
+    [Family(0, [5, 1]), Family(2, [3, 9, 1]), Family(13, [8, 16, 0]), Family(20, [11, 7]), Family(3, [])],
+    [],  # padding alone
+    [Family(100, [156])],
+]
+AXIS = 256
+
+
+def layer(c, weights, x, entry, length=None):
+    """Runs the mixer of which `weights` are the parameters by name."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: mamba2.Mamba2(c, nnx.Rngs(0))))
+    state = nnx.map_state(lambda path, leaf: leaf.replace(weights[path[0]]), state)
+    return nnx.merge(graph, state)(x, None, entry, length)
+
+
+def of_layer(hybrid):
+    c, params = hybrid
+    prefix = "blocks/0/mixer/"
+    weights = {path.removeprefix(prefix): x for path, x in params.items() if path.startswith(prefix)}
+    x, slope = np.random.default_rng(5).normal(size=(2, len(FAMILIES), AXIS, c.hidden_size)).astype(np.float32)
+    return c, weights, x, slope
+
+
+def places():
+    """Returns for each family where its prefix and its completions lie on the axes, read as one: ranges."""
+    for shard, families in enumerate(FAMILIES):
+        for family, (start, own) in zip(families, starts(families), strict=True):
+            ranges = [(at, n) for at, n in zip((start, *own), (family.prefix, *family.completions), strict=True)]
+            yield [range(shard * AXIS + at, shard * AXIS + at + n) for at, n in ranges]
+
+
+def rectangle(ranges):
+    """Returns token numbers [rows, longest], padded on the right with 0, and the length of each row."""
+    tokens = np.zeros((len(ranges), max(len(own) for own in ranges)), np.int32)
+    for row, own in zip(tokens, ranges, strict=True):
+        row[: len(own)] = own
+    return tokens, np.array([len(own) for own in ranges], np.int32)
+
+
+def on_axes(rows, tokens, length):
+    """Returns the results of the rows of `rectangle` at their places on the axes, and zeros elsewhere."""
+    real = np.arange(tokens.shape[1]) < length[:, None]
+    flat = jnp.zeros((len(FAMILIES) * AXIS, rows.shape[-1]), rows.dtype)
+    return flat.at[tokens[real]].add(rows[real]).reshape(len(FAMILIES), AXIS, -1)
+
+
+def continued(c, weights, x):
+    """Today's path: the prefixes as rows, and completions that continue their states."""
+    flat = x.reshape(-1, x.shape[-1])
+    families = list(places())
+    many = max(len(ranges) for ranges in families) - 1
+    prefixes = rectangle([ranges[0] for ranges in families])
+    rows = rectangle([[*ranges[1:], *[()] * many][i] for ranges in families for i in range(many)])
+    of_prefixes, state = layer(c, weights, flat[prefixes[0]], None, prefixes[1])
+    of_rows, _ = layer(c, weights, flat[rows[0]], state)
+    return on_axes(of_prefixes, *prefixes) + on_axes(of_rows, *rows)
+
+
+def alone(c, weights, x):
+    """Each prefix, and each [prefix | completion], as a row of its own."""
+    flat = x.reshape(-1, x.shape[-1])
+    families = list(places())
+    prefixes = rectangle([ranges[0] for ranges in families])
+    rows = rectangle([[*ranges[0], *own] for ranges in families for own in ranges[1:]])
+    of_prefixes, _ = layer(c, weights, flat[prefixes[0]], None)
+    of_rows, _ = layer(c, weights, flat[rows[0]], None)
+    before = np.array([len(ranges[0]) for ranges in families for _ in ranges[1:]])
+    own = np.arange(rows[0].shape[1]) >= before[:, None]
+    return on_axes(of_prefixes, *prefixes) + on_axes(jnp.where(own[..., None], of_rows, 0), *rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", [continued, alone])
+@pytest.mark.parametrize("chunk", [4, 32])
+def test_packed_tokens_get_what_rows_get(hybrid, chunk, reference):
+    """Outputs and all gradients; chunks are shorter than most segments, or longer than them."""
+    c, weights, x, slope = of_layer(hybrid)
+    segments = pack(FAMILIES, AXIS, chunk)
+    slope *= segments.segment[..., None] > 0
+
+    def gradients(run):
+        def loss(weights, x):
+            y = run(c, weights, x)
+            return jnp.sum(y * slope), y
+
+        (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(weights, x)
+        return y, gradients[1], gradients[0]
+
+    got = gradients(lambda c, weights, x: layer(c, weights, x, segments)[0])
+    wanted = gradients(reference)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0)
+    padding = segments.segment == 0
+    assert padding.sum() > AXIS
+    for y in got[:2]:
+        assert not np.asarray(y)[padding].any()
+    assert np.abs(got[1]).max(axis=-1)[~padding].min() > 0
+
+
+@pytest.mark.slow
+def test_a_completion_is_seen_by_itself_alone(hybrid):
+    """Changing its tokens, or padding, leaves the outputs of all other tokens bit-equal."""
+    c, weights, x, _ = of_layer(hybrid)
+    segments = pack(FAMILIES, AXIS, 8)
+    run = jax.jit(lambda x: layer(c, weights, x, segments)[0])
+    before = np.asarray(run(x))
+    numbers = segments.segment[0]
+    for changed in (numbers[0], numbers[10], 0):
+        other = x.copy()
+        other[0, numbers == changed] += 1
+        differs = (np.asarray(run(other)) != before).any(axis=-1)
+        np.testing.assert_array_equal(differs[0], (numbers == changed) & (numbers > 0))
+        assert not differs[1:].any()
+    prefix = segments.parent[0] == segments.parent[0, 10]  # a family: changing its prefix changes all of it
+    other = x.copy()
+    other[0, numbers == segments.parent[0, 10]] += 1
+    np.testing.assert_array_equal((np.asarray(run(other)) != before).any(axis=-1)[0], prefix)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1)])
+def test_a_mesh_changes_nothing_of_packed_axes(hybrid, sizes):
+    """Shards over `data` and `fsdp`, heads and groups over `tensor`: outputs and gradients, under remat."""
+    c, weights, _, _ = of_layer(hybrid)
+    shards = [FAMILIES[i % 2] for i in range(sizes[0] * sizes[1])]
+    x, slope = np.random.default_rng(6).normal(size=(2, len(shards), 128, c.hidden_size)).astype(np.float32)
+    segments = pack(shards, 128, 8)
+
+    def loss(weights, x, slope, segments):
+        y = jax.checkpoint(lambda *given: layer(c, *given)[0])(weights, x, segments)
+        return jnp.sum(y * slope), y
+
+    def run_on(mesh):
+        placed = {name: sharding.to_global(w, sharding.param_sharding(mesh, name)) for name, w in weights.items()}
+        batch = sharding.to_global((x, slope, segments), sharding.batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+            return sharding.to_host(run(placed, *batch))
+
+    (_, expected), wanted = run_on(sharding.make_mesh(config.MeshConfig(), jax.devices()[:1]))
+    (_, y), gradients = run_on(sharding.make_mesh(config.MeshConfig(*sizes)))
+    np.testing.assert_allclose(y, expected, atol=2e-5, rtol=0)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max(), rtol=0)
