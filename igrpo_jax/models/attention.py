@@ -1,16 +1,16 @@
-"""Grouped-query attention: of decoded tokens to a cache, and of whole rows in prefill and training.
+"""Grouped-query attention: of decoded tokens to a cache, of rows in prefill, and of packed segments in training.
 
-For whole rows there are four implementations with the same arguments and the same result, in IMPLEMENTATIONS; `choose`
-selects one for a run. Each computes one float32 softmax over [prefix | own keys]. Two partial softmaxes that are merged
-by their log-sum-exp would not do: cuDNN would lose a part of the gradient, and splash has no gradient for them.
+There are four implementations, each for rows and for segments; `choose` selects one for a run. Each computes one
+float32 softmax over all that a query reads. Two partial softmaxes that are merged by their log-sum-exp would not do:
+cuDNN would lose a part of the gradient, and splash has no gradient for them.
 
 - xla: holds all scores in memory. It is the reference for the others.
-- chunked: flash attention in plain JAX, which holds the scores of one pair of chunks.
+- chunked: flash attention in plain JAX, which holds the scores of one pair of blocks.
 - cudnn: the flash kernel for NVIDIA GPUs.
 - splash: the flash kernel for TPUs.
 
 Legend: B batch, T query, S key, N heads, K kv heads, G heads per kv head (N = K * G), X = G * T, H head dim,
-Q prefixes, R rows that continue one prefix (B = Q * R), P prefix positions.
+Q prefixes, R rows that continue one prefix (B = Q * R), P prefix positions; of segments see `segments`.
 """
 
 import functools
@@ -21,10 +21,13 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from igrpo_jax.distributed.sharding import spec
 from igrpo_jax.errors import InputError
+from igrpo_jax.models import cache as caches
+from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
 from igrpo_jax.models.cache import Prefix
-from igrpo_jax.models.chunked import NEVER, chunked_attention, grouped, ungrouped
 from igrpo_jax.models.config import RopeScaling
+from igrpo_jax.models.segments import BLOCK, Segments, dense_mask
 from igrpo_jax.models.splash import splash_attention
 
 
@@ -51,6 +54,25 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Ar
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv_heads, groups * time, -1)
     mixed = jnp.einsum("BKXS,BKSH->BKXH", weights, v).reshape(batch, kv_heads, groups, time, head_dim)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def grouped(q: jax.Array, k: jax.Array, v: jax.Array, prefix: Prefix | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns q, scaled, as [Q, K, R, G, T, H], and k and v as [Q, K, R, T, H].
+
+    Transposing these arrays here avoids transposing the scores, which are larger.
+    """
+    batch, time, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    prefixes = batch if prefix is None else prefix.k.shape[0]
+    q = (q * head_dim**-0.5).reshape(prefixes, -1, time, kv_heads, heads // kv_heads, head_dim)
+    k, v = (x.reshape(prefixes, -1, kv_heads, time, head_dim).swapaxes(1, 2) for x in (k, v))
+    return q.transpose(0, 3, 1, 4, 2, 5), k, v
+
+
+def ungrouped(x: jax.Array) -> jax.Array:
+    """Returns `x` [Q, K, R, G, T, H] as [B, T, N, H]."""
+    prefixes, kv_heads, rows, groups, time, head_dim = x.shape
+    return x.transpose(0, 2, 4, 1, 3, 5).reshape(prefixes * rows, time, kv_heads * groups, head_dim)
 
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, prefix: Prefix | None) -> jax.Array:
@@ -86,6 +108,32 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, prefix: Prefix | Non
     return ungrouped(mixed.reshape(q.shape))
 
 
+# Up to so many keys, rows are computed by xla_attention where there is no kernel: blocks are no better there.
+LONGEST_XLA = 256
+
+
+def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, prefix: Prefix | None) -> jax.Array:
+    """Computes `xla_attention` by pairs of blocks where the keys are many; arguments and result are the same."""
+    time = q.shape[1]
+    before = 0 if prefix is None else prefix.k.shape[2]
+    if before + time <= LONGEST_XLA:
+        return xla_attention(q, k, v, prefix)
+    real = jnp.ones((q.shape[0], before + time), jnp.int32)
+    if prefix is not None:
+        repeats = q.shape[0] // prefix.k.shape[0]
+        *old, length = (jnp.repeat(x, repeats, axis=0) for x in prefix)
+        k, v = (jnp.concatenate(pair, axis=2) for pair in zip(old, (k, v), strict=True))
+        real = jnp.where(jnp.arange(before + time) < before, jnp.arange(before + time) < length[:, None], True)
+    fill = lambda x, axis: jnp.pad(x, [(0, -x.shape[i] % BLOCK if i == axis else 0) for i in range(x.ndim)])
+    q, k, v = fill(q, 1), fill(k, 2), fill(v, 2)
+    key, query = jnp.arange(k.shape[2]), before + jnp.arange(q.shape[1])
+    ones = jnp.ones(query.shape, jnp.int32)
+    last = query.reshape(-1, BLOCK)[:, -1:]  # of each block of queries; the first key of each block of keys is compared
+    reading = Reading(ones, ones, query, fill(real.astype(jnp.int32), 1), key, key[::BLOCK] <= last)
+    rows = jax.vmap(blocked_attention, in_axes=(0, 0, 0, Reading(None, None, None, 0, None, None)))
+    return rows(q, k, v, reading)[:, :time]
+
+
 def cudnn_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, prefix: Prefix | None, implementation: str = "cudnn"
 ) -> jax.Array:
@@ -111,6 +159,62 @@ def cudnn_attention(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=prefix is None, implementation=implementation)
 
 
+def packed_xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments) -> jax.Array:
+    """Computes the attention of packed tokens: each reads its own segment up to itself, and the prefix of the segment.
+
+    Args:
+        q: [S, F, N, H].
+        k, v: [S, K, F, H].
+
+    Returns:
+        [S, F, N, H] in q's dtype; at padding it is finite and meaningless. Scores and softmax are float32 and exist in
+        memory: [S, N, F, F].
+    """
+    (shards, size, heads, head_dim), kv_heads = q.shape, k.shape[1]
+    q = (q * head_dim**-0.5).reshape(shards, size, kv_heads, -1, head_dim)
+    scores = jnp.einsum("SFKGH,SKEH->SKGFE", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(dense_mask(segments)[:, None, None], scores, NEVER)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("SKGFE,SKEH->SFKGH", weights, v).reshape(shards, size, heads, head_dim)
+
+
+def packed_chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments) -> jax.Array:
+    """Computes `packed_xla_attention` by the pairs of blocks that are read; arguments and result are the same."""
+
+    def run(q, k, v, segments):
+        # Each device has one shard, so that this loop runs once; trip counts of several at a time could not differ.
+        return jax.lax.map(lambda xs: blocked_attention(*xs[:3], _reading(xs[3])), (q, k, v, segments))
+
+    segments = segments._replace(chain=None)
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(q, k, v, segments)
+    rows, cache = spec(("batch", "time", "heads", "head_dim")), spec(caches.AXES)
+    # check_vma is off because the trip counts of the loops differ between shards.
+    run = jax.shard_map(run, in_specs=(rows, cache, cache, spec(("batch",))), out_specs=rows, check_vma=False)
+    return run(q, k, v, segments)
+
+
+def _reading(segments: Segments) -> Reading:
+    """Returns what the tokens of one shard read."""
+    return Reading(
+        segments.segment, segments.parent, segments.position, segments.segment, segments.position, segments.blocks
+    )
+
+
+def packed_cudnn_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments, implementation: str = "cudnn"
+) -> jax.Array:
+    """Computes `packed_xla_attention` with cuDNN's kernel and a mask [S, 1, F, F]; no pair of tokens is left out.
+
+    Args:
+        implementation: of `jax.nn.dot_product_attention`; tests without a GPU take "xla".
+    """
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    # Padding reads itself, because a softmax over nothing would not be finite.
+    mask = dense_mask(segments) | jnp.eye(q.shape[1], dtype=bool)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
+
+
 # The values of DecoderConfig.attention. "splash_interpret" emulates the TPU's kernel, for tests on other platforms.
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": xla_attention,
@@ -119,21 +223,20 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "splash": splash_attention,
     "splash_interpret": functools.partial(splash_attention, interpret=True),
 }
+PACKED: dict[str, Callable[..., jax.Array]] = {
+    "xla": packed_xla_attention,
+    "chunked": packed_chunked_attention,
+    "cudnn": packed_cudnn_attention,
+}
 
-# Up to this many tokens xla is chosen where there is no kernel, because chunked is no better there. At 1024 + 1024
-# tokens chunked needs a third of the time and a sixteenth of the memory of xla to differentiate (on CPU, for 4 rows
-# that share a prefix and 9 heads of 64).
-LONGEST_XLA = 256
 
-
-def choose(requested: str, mesh: jax.sharding.Mesh, dtype: str, head_dim: int, longest: int) -> str:
+def choose(requested: str, mesh: jax.sharding.Mesh, dtype: str, head_dim: int) -> str:
     """Returns the implementation for a run, which is a key of IMPLEMENTATIONS, and logs it.
 
     Args:
         requested: config.learner.attention; "auto" takes the platform's kernel where there is one.
         dtype: dtype of the computation, such as "bfloat16".
         head_dim: H.
-        longest: tokens of the longest prefix and the longest row together.
 
     Raises:
         InputError: `requested` does not run on the devices of `mesh`, or does not run with this model.
@@ -152,9 +255,8 @@ def choose(requested: str, mesh: jax.sharding.Mesh, dtype: str, head_dim: int, l
         raise InputError(f"config.learner.attention = {requested}: {cannot[requested]}; set it to auto")
     chosen = requested
     if requested == "auto":
-        fallback = "xla" if longest <= LONGEST_XLA else "chunked"
-        chosen = next((name for name in ("splash", "cudnn") if name not in cannot), fallback)
-    logging.info("attention: %s (config.learner.attention = %s, %s, %d tokens)", chosen, requested, platform, longest)
+        chosen = next((name for name in ("splash", "cudnn") if name not in cannot), "chunked")
+    logging.info("attention: %s (config.learner.attention = %s, %s)", chosen, requested, platform)
     return chosen
 
 

@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BLOCK = 128  # tokens of a block; F is a multiple of it
+# Tokens of a block; F is a multiple of it. On CPU, attention by blocks of 64 takes 0.55 to 0.8 of the time of blocks of
+# 128, and about that of blocks of 32. Kernels read several blocks as one.
+BLOCK = 64
 NOTHING, SOME, ALL = 0, 1, 2  # what a block of queries reads of a block of keys
 
 
@@ -49,6 +51,11 @@ class Family(NamedTuple):
 
     prefix: int  # tokens
     completions: Sequence[int]  # tokens of each
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all of them."""
+        return self.prefix + sum(self.completions)
 
 
 def chunk_count(family: Family, chunk: int) -> int:
