@@ -1,0 +1,172 @@
+"""The TPU's kernel on a packed axis, run by Pallas' interpreter: against dense attention, and on a mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from igrpo_jax import config
+from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError
+from igrpo_jax.models import cache as caches
+from igrpo_jax.models import segments as packed
+from igrpo_jax.models import splash
+from igrpo_jax.models.segments import Family, Segments
+
+AXES = (("batch", "time", "heads", "head_dim"), caches.AXES, caches.AXES)
+attend = functools.partial(splash.packed_splash_attention, interpret=True)
+
+RAGGED = [Family(70, [50, 1, 60]), Family(0, [30, 5]), Family(40, [3, 20])]  # 279 tokens
+FILLED = [Family(100, [130, 26]), Family(64, [64])]  # 384 tokens, one completion longer than a block
+ONE_FAMILY = [Family(200, [40, 9, 100])]  # blocks of completions that all read the same prefix
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 128 tokens, so that a short axis has several."""
+    monkeypatch.setattr(splash, "BLOCKS", (128,))
+
+
+def inputs(segments, kv_heads, groups, head_dim=8):
+    """q, k and v, and a weight of each output that is 0 at padding."""
+    rng = np.random.default_rng(0)
+    shards, size = segments.segment.shape
+    q, weight = (rng.normal(size=(shards, size, kv_heads * groups, head_dim)).astype(np.float32) for _ in range(2))
+    k, v = (rng.normal(size=(shards, kv_heads, size, head_dim)).astype(np.float32) for _ in range(2))
+    padding = np.asarray(packed.padding_of(segments.segment))
+    k[np.broadcast_to(padding[:, None], k.shape[:3])] = 40  # whoever reads padding is far off
+    weight[padding] = 0
+    return (q, k, v), weight
+
+
+def dense(q, k, v, segments):
+    """Attention with all scores in memory, zeros at padding."""
+    groups = q.shape[2] // k.shape[1]
+    k, v = jnp.repeat(k, groups, axis=1), jnp.repeat(v, groups, axis=1)
+    scores = jnp.einsum("STNH,SNUH->SNTU", q, k) * q.shape[-1] ** -0.5
+    scores = jnp.where(packed.dense_mask(segments)[:, None], scores, -1e30)
+    mixed = jnp.einsum("SNTU,SNUH->STNH", jax.nn.softmax(scores, axis=-1), v)
+    return jnp.where(packed.padding_of(segments.segment)[:, :, None, None], 0, mixed)
+
+
+def value_and_grads(attention, arrays, weight, segments):
+    def loss(arrays, weight, segments):
+        mixed = attention(*arrays, segments)
+        assert mixed.shape == arrays[0].shape and mixed.dtype == arrays[0].dtype
+        return jnp.sum(mixed * weight), mixed
+
+    (_, mixed), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays, weight, segments)
+    return [np.asarray(x) for x in (mixed, *grads)]
+
+
+def assert_equal_dense(arrays, weight, segments, placed=None):
+    expected = value_and_grads(dense, arrays, weight, segments)
+    for x, y in zip(value_and_grads(attend, *(placed or (arrays, weight, segments))), expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shards, kv_heads, groups",
+    [([RAGGED], 1, 3), ([FILLED], 2, 1), ([ONE_FAMILY, []], 1, 2)],
+    ids=["ragged", "filled", "one family, and a shard of padding"],
+)
+def test_it_equals_dense_attention(shards, kv_heads, groups, small_blocks):
+    segments = packed.pack(shards, 384)
+    assert_equal_dense(*inputs(segments, kv_heads, groups), segments)
+
+
+@pytest.mark.slow
+def test_an_axis_that_is_padded_to_blocks():
+    segments = packed.pack([[*RAGGED, *ONE_FAMILY]], 704)  # 2 blocks of 384 tokens
+    assert_equal_dense(*inputs(segments, 1, 1), segments)
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing(small_blocks):
+    segments = packed.pack([RAGGED, FILLED, [], ONE_FAMILY], 384)
+    arrays, weight = inputs(segments, 2, 2)
+    mesh = sharding.make_mesh(config.MeshConfig(2, 2, 2))
+    put = lambda x, *axes: sharding.to_global(x, jax.NamedSharding(mesh, sharding.spec(axes)))
+    placed = jax.tree.map(lambda x: put(x, "batch", *[None] * (x.ndim - 1)), segments)
+    of_arrays = tuple(put(x, *axes) for x, axes in zip(arrays, AXES, strict=True))
+    with jax.set_mesh(mesh):
+        assert_equal_dense(arrays, weight, segments, (of_arrays, put(weight, *AXES[0]), placed))
+
+
+@pytest.mark.slow
+def test_a_gradient_of_padding_changes_nothing(small_blocks):
+    segments = packed.pack([RAGGED], 384)
+    arrays, weight = inputs(segments, 1, 1)
+    expected = value_and_grads(attend, arrays, weight, segments)
+    weight[:, 279:] = 1e3
+    for x, y in zip(value_and_grads(attend, arrays, weight, segments), expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+        assert np.all((x if x.shape[1] == 384 else x.swapaxes(1, 2))[:, 279:] == 0)
+
+
+def random_families(rng, size):
+    """Families that fill an axis of `size` tokens at most, of many short segments or of a few long ones."""
+    families, longest = [], rng.choice([4, 60, 400])
+    while True:
+        family = Family(rng.integers(0, rng.choice([2, 300])), rng.integers(0, longest, rng.integers(1, 9)).tolist())
+        size -= family.prefix + sum(family.completions)
+        if size < 0 or len(families) == 60:
+            return families
+        families.append(family)
+
+
+@pytest.mark.parametrize("block", [128, 256, 512])
+def test_the_blocks_that_are_visited_hold_what_is_read(block):
+    """What ids, intervals and visited blocks together let through is the mask, and each key is read once."""
+    rng, size = np.random.default_rng(block), 1024
+    for _ in range(8):
+        segments = packed.pack([random_families(rng, size)], size)
+        segment, parent, blocks = (jnp.asarray(x[0]) for x in segments[:2] + segments[3:4])
+        visited = splash._visited(segment, parent, blocks, block)
+        assert visited.sum(axis=1).max() <= splash._space(visited)
+        ids, intervals = splash._ids(segment, parent), splash._intervals(segment)
+        read = splash._reads(size)(intervals[:, None], jnp.arange(2 * size)) & (ids.q[:, None] == ids.kv)
+        read &= jnp.repeat(jnp.repeat(visited, block, axis=0), block, axis=1)
+        np.testing.assert_array_equal(read.reshape(size, 2, size).sum(axis=1), packed.dense_mask(segments)[0])
+
+
+def test_blocks_out_of_sight_are_not_visited():
+    """Two families of two blocks of completions and one of prefix each: [c c C C p P]."""
+    segments = packed.pack([[Family(128, [128, 128]), Family(128, [256])]], 768)
+    visited = splash._visited(*(jnp.asarray(x[0]) for x in segments[:2] + segments[3:4]), 128)
+    own, prefix = np.split(np.asarray(visited), 2, axis=1)
+    assert np.argwhere(own).tolist() == [[0, 0], [1, 1], [2, 2], [3, 2], [3, 3], [4, 4], [5, 5]]
+    assert np.argwhere(prefix).tolist() == [[0, 4], [1, 4], [2, 5], [3, 5]]
+
+
+def test_intervals_up_to_the_longest_axis():
+    segment = jnp.repeat(jnp.array([1, 2], jnp.int32), jnp.array([40000, 25536]), total_repeat_length=65536)
+    reads = splash._reads(65536)(splash._intervals(segment)[-1], jnp.array([39999, 40000, 65535, 65536, 131071]))
+    assert reads.tolist() == [False, True, True, True, True]
+
+
+def test_a_row_of_visits_repeats_its_last():
+    visited = jnp.array([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+    following, exists = splash._visits(visited, 3)
+    assert following.tolist() == [[1, 3, 3], [0, 0, 0], [0, 0, 0]]
+    assert exists.tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.slow
+def test_an_order_that_needs_more_visits_gives_nan(small_blocks):
+    """A prefix before its completion: its blocks are visited in both copies, which `pack` never needs."""
+    segment, parent = np.full((1, 384), 1, np.int32), np.full((1, 384), 1, np.int32)
+    segment[:, 300:] = 2
+    blocks = np.full((1, 384 // packed.BLOCK, 384 // packed.BLOCK), packed.SOME, np.int8)
+    segments = Segments(segment, parent, np.arange(384, dtype=np.int32)[None], blocks, None)
+    arrays, _ = inputs(segments, 1, 1)
+    assert np.isnan(attend(*arrays, segments)).all()
+
+
+def test_an_axis_that_is_too_long_is_refused():
+    q, k = jnp.zeros((1, 65664, 1, 8), jnp.bfloat16), jnp.zeros((1, 1, 65664, 8), jnp.bfloat16)
+    with pytest.raises(InputError, match=r"65,664 tokens .* at most 65,536"):
+        attend(q, k, k, packed.pack([[]], 128))
