@@ -99,11 +99,11 @@ def random_params(model, mesh, dtype: str = "float32"):
     return params
 
 
-def with_attention(model, args: argparse.Namespace, mesh, longest: int, requested: str = "auto"):
-    """Returns `model` (a DecoderConfig) with the attention that a run would choose for rows of `longest` tokens."""
+def with_attention(model, args: argparse.Namespace, mesh, requested: str = "auto"):
+    """Returns `model` (a DecoderConfig) with the attention that a run would choose."""
     from igrpo_jax.models import attention
 
-    return dataclasses.replace(model, attention=attention.choose(requested, mesh, args.dtype, model.head_dim, longest))
+    return dataclasses.replace(model, attention=attention.choose(requested, mesh, args.dtype, model.head_dim))
 
 
 def lognormal(rng, shape: tuple[int, ...], mean: float, longest: int):

@@ -67,7 +67,7 @@ class Bench:
         self.args, self.slots = args, args.slots or args.prompts * args.samples
         self.model = from_hf(models.raw_config(args), args.model or args.shape)
         self.mesh = models.make_mesh()
-        self.model = models.with_attention(self.model, args, self.mesh, args.prompt_len + args.new_tokens)
+        self.model = models.with_attention(self.model, args, self.mesh)
         self.engine = Engine(
             self.model,
             self.mesh,

@@ -134,7 +134,7 @@ def make_stages(
             self.mesh = models.make_mesh()
             model = from_hf(models.raw_config(args), args.model or args.shape)
             self.max_context = args.prompt_len + (args.new_tokens if drafts else 0)
-            self.model = models.with_attention(model, args, self.mesh, self.max_context + args.new_tokens)
+            self.model = models.with_attention(model, args, self.mesh)
             steps_per_dispatch = self.config.rollout.steps_per_dispatch
             self.engine = engine or make_engine(
                 args, self.model, self.mesh, slots, self.max_context, steps_per_dispatch

@@ -111,7 +111,7 @@ class Bench:
 
         model = from_hf(models.raw_config(args), args.model or args.shape)
         self.mesh = models.make_mesh()
-        self.model = models.with_attention(model, args, self.mesh, args.prefix + args.completion, args.attention)
+        self.model = models.with_attention(model, args, self.mesh, args.attention)
         rng = np.random.default_rng(0)
         self.groups = random_groups(args, model.vocab_size, rng)
         self.advantages = rng.standard_normal((args.groups, args.group)).astype(np.float32)

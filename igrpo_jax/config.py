@@ -353,8 +353,11 @@ class RewardsConfig:
 class LearnerConfig:
     """How an update is computed, and what it may cost in memory."""
 
-    # Number of padded tokens of one forward and backward pass on each shard of the batch.
+    # Number of tokens of one forward and backward pass on each shard of the batch.
     tokens_per_microbatch: Annotated[int, AtLeast(1)] = 16384
+    # Sizes of micro-batches, as fractions of tokens_per_microbatch: full ones, and smaller ones for what is left of a
+    # step. A program is compiled for each.
+    microbatch_sizes: Annotated[tuple[float, ...], Each(Between(0.01, 1))] = (1.0, 0.5, 0.125)
     # Whether a prompt, with its draft, is run once for all its completions; False is for comparisons.
     shared_prefix: bool = True
     # Number of optimizer steps per pass over a rollout.

@@ -1,11 +1,11 @@
-"""The structs that travel through a step: Prompt -> Completion -> Group -> TrainBatch. No logic but derived facts.
+"""The structs that travel through a step: Prompt -> Completion -> Group. No logic but derived facts.
 
 Token ids are plain int32 numpy arrays on the host until the update; nothing sampled is ever decoded and re-encoded on
 its way to a loss. Lengths, not pad ids, say which tokens are real. Nothing here imports jax: verifier workers read it.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -95,33 +95,3 @@ class Group:
         algorithm.train_drafts trains on it.
         """
         return Group(self.prompt, (), None, self.prompt.tokens, self.drafts)
-
-
-class TrainBatch(NamedTuple):
-    """A micro-batch: Q contexts, each with G of its completions, which share one run of the context.
-
-    A context is split into its last token, whose state predicts the first token of a completion, and all before it.
-    Padding is on the right; a unit of padding has lengths and weights of 0. Rows of one context never see each other.
-    """
-
-    prefix: np.ndarray  # [Q, P] int32, the context without its last token
-    prefix_length: np.ndarray  # [Q] int32
-    last: np.ndarray  # [Q] int32
-    completions: np.ndarray  # [Q, G, T] int32
-    length: np.ndarray  # [Q, G] int32, tokens of each completion
-    advantage: np.ndarray  # [Q, G] float32
-    weight: np.ndarray  # [Q, G, T] float32 token weights of the whole optimizer step, 0 off the completion
-    entropy_weight: np.ndarray  # [Q, G] float32, of each token's entropy; read where entropy_coef > 0
-    old_logprob: np.ndarray  # [Q, G, T] float32 log pi_old, 0 off the completion; read where off-policy
-    reference_logprob: np.ndarray  # [Q, G, T] float32 log pi_ref, 0 off the completion; read where beta > 0
-    sampler_logprob: np.ndarray  # [Q, G, T] float32, of the sampler that drew the tokens
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """The sizes (Q, P, G, T)."""
-        return (*self.prefix.shape, *self.completions.shape[1:])
-
-    @property
-    def padded_tokens(self) -> int:
-        """Number of tokens that a program of this shape runs, padding included."""
-        return self.prefix.size + self.completions.size

@@ -79,6 +79,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
         rewards = filtering.trained_rewards(groups, run.config)
         advantages = objectives.group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline)
         with watchdog.phase("update", name), watchdog.phase("dispatch"):
+            run.compile_update()
             checked = learner.draft_check(state.params, groups) if run.shows_samples(step) else {}
             updating = time.perf_counter()
             state, learned = learner.update(state, groups, advantages, step)

@@ -215,7 +215,7 @@ def attentions(mesh, head_dim: int) -> list[tuple[str, str]]:
     for name in attention.IMPLEMENTATIONS:
         for precision in ("float32, full precision", "bfloat16"):
             try:
-                attention.choose(name, mesh, precision.partition(",")[0], head_dim, 0)
+                attention.choose(name, mesh, precision.partition(",")[0], head_dim)
             except InputError:
                 continue
             if name not in ("xla", "splash_interpret"):

@@ -33,11 +33,11 @@ from igrpo_jax.evaluation import planning
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.models import hf_files
 from igrpo_jax.models.config import DecoderConfig, from_hf
-from igrpo_jax.models.policy import open_policy
+from igrpo_jax.models.policy import fit_to_mesh, open_policy
 from igrpo_jax.models.shapes import SHAPES
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.session import overview
-from igrpo_jax.session.task import check_context, fitted, sampler
+from igrpo_jax.session.task import check_context, sampler
 
 THREADS = 2  # programs compiled at once; each takes gigabytes of the host's memory
 
@@ -162,12 +162,14 @@ class Footprint:
     def _updating(self) -> dict[str, tuple[float, str]]:
         """Returns `least` of the gradients, of the rescoring before them, and of the optimizer steps."""
         learner, algorithm = self.learner, self.config.algorithm
-        programs, shape, optimizer_steps = learner.programs, learner.packer.largest, learner.optimizer_steps_per_update
-        batches = -(-self.config.trained_completions // learner.packer.completions_per_unit // shape[0])
-        parts = {"gradients": self._calls(programs.accumulate, (shape,), algorithm.num_iterations * batches)}
+        programs, shapes, optimizer_steps = learner.programs, learner.packer.shapes, learner.optimizer_steps_per_update
+        prefix, completions, length = shapes.unit
+        tokens = self.config.trained_completions // completions * (prefix + completions * length)
+        shape, batches = (shapes.largest,), -(-tokens // (shapes.largest * shapes.shards))
+        parts = {"gradients": self._calls(programs.accumulate, shape, algorithm.num_iterations * batches)}
         rescorings = batches * ((optimizer_steps > 1) + (algorithm.beta > 0))
         if rescorings:
-            parts["log-probs"] = self._calls(programs.rescore, (shape,), rescorings)
+            parts["log-probs"] = self._calls(programs.rescore, shape, rescorings)
         return parts | {"optimizer": self._calls(programs.apply, (), optimizer_steps)}
 
 
@@ -208,7 +210,7 @@ def prepare(config: Config, devices: list) -> Footprint:
         longest = config.data.max_prompt_length + (drafted if config.evaluation.rounds else 0)
         evaluated = replace(evaluated, max_context=longest, max_completion=min(wanted, context - 1))
     mesh = sharding.make_mesh(config.mesh, devices)
-    cfg = fitted(config, cfg, mesh, max_context, evaluated)
+    cfg = fit_to_mesh(config, cfg, mesh)
     engine = sampler(config, cfg, mesh, (cfg.vocab_size - 1,), max_context, evaluated)
     learner = Learner(config, cfg, mesh, max_context=max_context, total_steps=config.steps or 1)
     gather = Program(
@@ -263,10 +265,7 @@ def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
 
 
 def _name(program: Program, shape: tuple) -> str:
-    """Returns a readable name of a compiled program, such as "rescore 16 x (64 + 4 x 32)" or "decode 32 x 89"."""
-    if shape and isinstance(shape[0], tuple):
-        units, prefix, completions, length = shape[0]
-        return f"{program.name} {units} x ({prefix} + {completions} x {length})"
+    """Returns a readable name of a compiled program, such as "rescore 4096" or "decode 32 x 89"."""
     return " ".join([program.name, " x ".join(map(str, shape))]).strip()
 
 

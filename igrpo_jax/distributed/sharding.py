@@ -243,6 +243,11 @@ def to_global(tree, sharding: NamedSharding):
     )
 
 
+def to_global_batch(tree, mesh: jax.sharding.Mesh):
+    """Returns `to_global` of host arrays whose first dimension is split over the batch; numbers are replicated."""
+    return jax.tree.map(lambda x: to_global(x, batch_sharding(mesh) if np.ndim(x) else replicated(mesh)), tree)
+
+
 def to_host(tree):
     """Returns a tree of complete numpy arrays from a tree of arrays that this process can address."""
     return jax.device_get(tree)

@@ -66,7 +66,7 @@ def open_evaluation(
     config, policy, renderer = open_model(config, recorded_date)
     plan = make_plan(config, rows, renderer, policy.model.max_position_embeddings)
     mesh = sharding.make_mesh(config.mesh)
-    policy = replace(policy, model=fit_to_mesh(config, policy.model, mesh, plan.max_context))
+    policy = replace(policy, model=fit_to_mesh(config, policy.model, mesh))
     cluster.check_same({"config": to_dict(config), "model": model, "step": step, "problems": plan.fingerprint})
     name = str(Path(model).resolve()) if Path(model).exists() else model
     files = [run / "checkpoints" / str(step)] if run else hf_read.weight_files(model)

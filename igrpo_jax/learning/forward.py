@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import jax
 
+from igrpo_jax.learning.packing import TrainBatch
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig
-from igrpo_jax.models.logprobs import completion_logprobs
-from igrpo_jax.records import TrainBatch
+from igrpo_jax.models.logprobs import packed_logprobs
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class PolicyLogprobs:
     def __call__(
         self, params: decoder.Params, batch: TrainBatch, frozen: decoder.Params, entropy_gradient: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns log-probs and entropies [Q, G, T] float32, in nats; `frozen` is what LoRA adapts."""
-        return completion_logprobs(
+        """Returns log-probs and entropies [S, F] float32, in nats; `frozen` is what LoRA adapts."""
+        return packed_logprobs(
             self.cfg,
             lora.attach(frozen, params, self.lora_scaling),
-            batch.prefix,
-            batch.prefix_length,
-            batch.last,
-            batch.completions,
+            batch.tokens,
+            batch.targets,
+            batch.segments,
+            batch.completion_tokens,
             dtype=self.dtype,
             temperature=self.temperature,
             chunk=self.chunk,
@@ -44,5 +44,5 @@ class PolicyLogprobs:
 
 
 def rescore(policy: PolicyLogprobs, params: decoder.Params, batch: TrainBatch, frozen: decoder.Params) -> jax.Array:
-    """Returns log-probs [Q, G, T] float32 of a micro-batch, in nats."""
+    """Returns log-probs [S, F] float32 of a micro-batch, in nats; what is off the completions is meaningless."""
     return policy(params, batch, frozen)[0]

@@ -1,7 +1,7 @@
 """Updates the parameters from a step's groups.
 
-1. `packing` cuts the groups into micro-batches; what the completions of a group share is run once.
-2. `accumulate` (in `loss`), compiled for each shape of micro-batch, adds gradients and sums in float32.
+1. `packing` cuts the groups into micro-batches of real tokens; what the completions of a group share is run once.
+2. `accumulate` (in `loss`), compiled for each size of micro-batch, adds gradients and sums in float32.
 3. `apply` (in `train_state`) makes one AdamW step on the float32 master weights.
 
 With several optimizer steps per update, log pi_old is computed first, by the function that the loss uses; with one it
@@ -25,7 +25,8 @@ from igrpo_jax.config import Config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import tree_bytes
 from igrpo_jax.learning import filtering, objectives
-from igrpo_jax.learning.packing import Packer, Unit
+from igrpo_jax.learning.micro_shapes import MicroShapes
+from igrpo_jax.learning.packing import MicroBatch, Packer, Piece, Unit
 from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.learning.rescoring import rescore_units
 from igrpo_jax.learning.train_state import TrainState
@@ -59,7 +60,8 @@ class Learner:
         self._reference: decoder.Params | None = None
         self.algorithm = objectives.resolve(config.algorithm)
         self.optimizer_steps_per_update = config.learner.minibatches * self._iterations
-        self.packer = Packer(config, self.algorithm, sharding.batch_shards(mesh), max_context)
+        shapes = MicroShapes(config, sharding.batch_shards(mesh), max_context)
+        self.packer = Packer(self.algorithm, shapes, cfg.mamba.chunk_size if cfg.mamba else None)
         total_optimizer_steps = total_steps * self.optimizer_steps_per_update
         self.programs = LearnerPrograms(config, cfg, mesh, self.algorithm, self.packer, total_optimizer_steps)
 
@@ -143,10 +145,10 @@ class Learner:
         grads, sums = self.programs.zeros()
         padded = 0
         for stage in self.programs.stages:
-            for batch, _ in self.packer.micro_batches([unit for unit in trained if unit.stage == stage]):
-                arrays = self.programs.to_devices(batch)
+            for batch in self.packer.micro_batches([unit for unit in trained if unit.stage == stage]):
+                arrays = self.programs.to_devices(self.packer.fill(batch))
                 grads, sums[stage] = self.programs.accumulate(
-                    state.params, grads, sums[stage], arrays, self._frozen, shape=(batch.shape,)
+                    state.params, grads, sums[stage], arrays, self._frozen, shape=(batch.size,)
                 )
                 padded += batch.padded_tokens
         state, applied = self.programs.apply(state, grads, sums)
@@ -154,8 +156,11 @@ class Learner:
         padding = 1 - sum(unit.tokens for unit in trained) / padded if padded else 0.0
         return state, applied | optimizer_step_metrics(sums, idle) | {"perf/padding_frac": padding}
 
-    def _rescored(self, params: decoder.Params, units: Sequence[Unit]) -> list[list[np.ndarray]]:
-        return rescore_units(self.programs, self.packer, params, self._frozen, units)
+    def _rescored(
+        self, params: decoder.Params, units: Sequence[Unit], batches: Sequence[MicroBatch] | None = None
+    ) -> list[list[np.ndarray]]:
+        batches = self.packer.micro_batches(units) if batches is None else batches
+        return rescore_units(self.programs, self.packer, params, self._frozen, batches, units)
 
     def _has_gradient(self, unit: Unit) -> bool:
         """Returns whether a unit has a gradient: where only the advantage gives one, a unit without advantages has
@@ -193,14 +198,12 @@ class Learner:
 
         This checks the sampler in Stage 1, whose tokens usually carry no loss. `params` are those that sampled.
         """
-        units = []
-        size = self.packer.completions_per_unit
-        for group in groups:
-            for start in range(0, len(group.drafts), size):
-                drafts = group.drafts[start : start + size]
-                units.append(Unit(group.prompt.tokens, drafts, np.zeros(size, np.float32)))
-        units = units[: self.packer.largest[0]]
-        rescored = self._rescored(params, units)
+        size, shards = self.packer.shapes.largest, self.packer.shapes.shards
+        drafts = [(group.prompt.tokens, draft) for group in groups for draft in group.drafts]
+        units = [Unit(prompt, (draft,), np.zeros(1, np.float32)) for prompt, draft in drafts]
+        units = units[: int(np.sum(np.cumsum([unit.tokens for unit in units]) <= size))]
+        pieces = [Piece(unit, 0, 1) for unit in units]
+        rescored = self._rescored(params, units, [MicroBatch(size, [pieces, *[[] for _ in range(shards - 1)]])])
         mismatches_by_unit = sampler_mismatches(units, rescored)
         if not mismatches_by_unit:
             return {}
@@ -216,5 +219,5 @@ class Learner:
         return tree_bytes((self.programs.state.params, self.programs.frozen)) + self.programs.waiting_bytes.accumulate
 
     def predicted_bytes(self) -> int:
-        """Returns the bytes per device that an update of the longest rows needs, state included."""
+        """Returns the bytes per device that an update needs, state included."""
         return self.programs.predicted_bytes()

@@ -18,36 +18,36 @@ import jax.numpy as jnp
 
 from igrpo_jax.learning.forward import PolicyLogprobs
 from igrpo_jax.learning.objectives import Resolved
+from igrpo_jax.learning.packing import TrainBatch
 from igrpo_jax.models import decoder
-from igrpo_jax.records import TrainBatch
 
 MAX_LOG_RATIO = 20.0  # exp of more is noise, and inf * 0 is NaN
 
 
-def loss(algorithm: Resolved, rows: "CompletionRows") -> "LossSums":
-    """Returns the objective on some rows, to be minimised. Its gradient per token is Eq. 29 of arXiv 2602.09000."""
-    log_ratio = algorithm.objective.log_ratio(rows.logprob, rows.old, rows.mask)
+def loss(algorithm: Resolved, tokens: "TokenValues") -> "LossSums":
+    """Returns the objective on some tokens, to be minimised. Its gradient per token is Eq. 29 of arXiv 2602.09000."""
+    log_ratio = algorithm.objective.log_ratio(tokens.logprob - tokens.old, tokens.mask, tokens.row)
     ratio = jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-    advantage = rows.advantage[:, None]
+    advantage = tokens.advantage
     clipped_ratio = jnp.clip(ratio, 1 - algorithm.epsilon, 1 + algorithm.epsilon_high)
     value = jnp.minimum(jnp.minimum(ratio, algorithm.delta) * advantage, clipped_ratio * advantage)
-    if rows.correction is not None:
-        value = value * rows.correction
+    if tokens.correction is not None:
+        value = value * tokens.correction
     k3 = jnp.zeros_like(value)
-    if rows.reference is not None:
-        log_rho = jnp.clip(rows.reference - rows.logprob, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if tokens.reference is not None:
+        log_rho = jnp.clip(tokens.reference - tokens.logprob, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         k3 = jnp.exp(log_rho) - log_rho - 1
         value = value - algorithm.beta * k3
-    counted = rows.weight > 0
+    counted = tokens.weight > 0
     too_low = (ratio < 1 - algorithm.epsilon) & (advantage < 0)
     too_high = (ratio > 1 + algorithm.epsilon_high) & (advantage > 0)
 
     def total(x: jax.Array | float) -> jax.Array:
         return jnp.sum(jnp.where(counted, x, 0.0))
 
-    bonus = 0.0 if rows.entropy is None else total(rows.entropy_weight[:, None] * rows.entropy)
+    bonus = 0.0 if tokens.entropy is None else total(tokens.entropy_weight * tokens.entropy)
     return LossSums(
-        loss=-total(rows.weight * value) - bonus,
+        loss=-total(tokens.weight * value) - bonus,
         clipped=total(too_low | too_high),
         kl=total(k3),
         ratio=total(ratio),
@@ -55,22 +55,23 @@ def loss(algorithm: Resolved, rows: "CompletionRows") -> "LossSums":
     )
 
 
-class CompletionRows(NamedTuple):
-    """What the loss reads of R completions, padded to T tokens."""
+class TokenValues(NamedTuple):
+    """What the loss reads of each token of S packed axes, on which the tokens of many completions stand."""
 
-    logprob: jax.Array  # [R, T] float32, log pi
-    old: jax.Array  # [R, T] float32, log pi_old
-    reference: jax.Array | None  # [R, T] float32, log pi_ref; None where beta = 0
-    advantage: jax.Array  # [R] float32
-    weight: jax.Array  # [R, T] float32 from `row_weights`, 0 off the completion; such tokens contribute nothing
-    mask: jax.Array  # [R, T] bool, the tokens of each completion
-    correction: jax.Array | None = None  # [R, T] float32, importance weights against the sampler; None = 1
-    entropy: jax.Array | None = None  # [R, T] float32, in nats, with its gradient; None where entropy_coef = 0
-    entropy_weight: jax.Array | None = None  # [R] float32 from `entropy_weights`
+    logprob: jax.Array  # [S, F] float32, log pi
+    old: jax.Array  # [S, F] float32, log pi_old
+    reference: jax.Array | None  # [S, F] float32, log pi_ref; None where beta = 0
+    advantage: jax.Array  # [S, F] float32, of the token's completion
+    weight: jax.Array  # [S, F] float32 from `row_weights`, 0 off the completions; such tokens contribute nothing
+    mask: jax.Array  # [S, F] bool, the tokens of completions
+    row: jax.Array  # [S, F] int32, a number of the token's completion on its axis, below 2 F
+    correction: jax.Array | None = None  # [S, F] float32, importance weights against the sampler; None = 1
+    entropy: jax.Array | None = None  # [S, F] float32, in nats, with its gradient; None where entropy_coef = 0
+    entropy_weight: jax.Array | None = None  # [S, F] float32 from `entropy_weights`
 
 
 class LossSums(NamedTuple):
-    """Sums over the rows given; every field adds over micro-batches."""
+    """Sums over the tokens given; every field adds over micro-batches."""
 
     loss: jax.Array  # [] float32
     clipped: jax.Array  # [] float32, number of tokens whose ratio is in the clipped region
@@ -129,30 +130,28 @@ def microbatch_loss(
     settings: LossSettings, params: decoder.Params, batch: TrainBatch, frozen: decoder.Params
 ) -> tuple[jax.Array, MicroBatchSums]:
     """Returns a micro-batch's part of the loss of an optimizer step, and its sums; `frozen` is what LoRA adapts."""
-    algorithm = settings.algorithm
-    rows = lambda x: x.reshape(-1, *x.shape[2:])  # [Q, G, ...] -> [Q * G, ...]
-    mask = jnp.arange(batch.weight.shape[-1]) < rows(batch.length)[:, None]
+    algorithm, mask = settings.algorithm, batch.mask
     has_bonus = algorithm.entropy_coef > 0
     logprob, entropy = (
-        jnp.where(mask, rows(x), 0.0) for x in settings.policy(params, batch, frozen, entropy_gradient=has_bonus)
+        jnp.where(mask, x, 0.0) for x in settings.policy(params, batch, frozen, entropy_gradient=has_bonus)
     )
-    old = jax.lax.stop_gradient(logprob) if settings.on_policy else rows(batch.old_logprob)
-    reference = rows(batch.reference_logprob) if algorithm.beta > 0 else None
-    drift = jnp.where(mask, jax.lax.stop_gradient(old) - rows(batch.sampler_logprob), 0.0)
+    old = jax.lax.stop_gradient(logprob) if settings.on_policy else batch.old_logprob
+    drift = jnp.where(mask, jax.lax.stop_gradient(old) - batch.sampler_logprob, 0.0)
     cap = settings.correction_cap
     correction = jnp.minimum(jnp.exp(jnp.minimum(drift, MAX_LOG_RATIO)), cap) if cap else None
-    completions = CompletionRows(
+    tokens = TokenValues(
         logprob=logprob,
         old=old,
-        reference=reference,
-        advantage=rows(batch.advantage),
-        weight=rows(batch.weight),
+        reference=batch.reference_logprob if algorithm.beta > 0 else None,
+        advantage=batch.advantage,
+        weight=batch.weight,
         mask=mask,
+        row=batch.segments.segment,
         correction=correction,
         entropy=entropy if has_bonus else None,
-        entropy_weight=rows(batch.entropy_weight) if has_bonus else None,
+        entropy_weight=batch.entropy_weight if has_bonus else None,
     )
-    loss_sums = loss(algorithm, completions)
+    loss_sums = loss(algorithm, tokens)
     mismatch = jnp.abs(drift)
     sums = MicroBatchSums(
         loss_sums=loss_sums,

@@ -28,7 +28,8 @@ class Objective:
     """One objective. Its clips and scale are those of its paper, and give way to the configuration."""
 
     row_weight: Callable[[np.ndarray, int], np.ndarray]  # (lengths [R], L_max) -> weight of each token of a row [R]
-    log_ratio: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (logprob, old, mask), all [R, T] -> [R, T]
+    # (log pi - log pi_old, mask, number of the token's row), all [S, F] -> [S, F]
+    log_ratio: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     epsilon: float = 0.2
     epsilon_high: float = 0.2
     scale_rewards: str = "group"
@@ -49,24 +50,28 @@ def _token_mean(lengths: np.ndarray, budget: int) -> np.ndarray:
     return np.full(len(lengths), 1.0 / max(lengths.sum(), 1))
 
 
-def _token_log_ratio(logprob: jax.Array, old: jax.Array, mask: jax.Array) -> jax.Array:
-    return logprob - old
+def _token_log_ratio(difference: jax.Array, mask: jax.Array, row: jax.Array) -> jax.Array:
+    return difference
 
 
-def _sequence_log_ratio(logprob: jax.Array, old: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the mean over a row's tokens, the same at each of them (2507.18071)."""
-    total = jnp.sum((logprob - old) * mask, axis=-1, keepdims=True)
-    mean = total / jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
-    return jnp.broadcast_to(mean, logprob.shape)
+def _sequence_log_ratio(difference: jax.Array, mask: jax.Array, row: jax.Array) -> jax.Array:
+    """Returns the mean over the tokens of a row, the same at each of them (2507.18071)."""
+
+    def of_axis(difference, mask, row):
+        rows = 2 * row.shape[0]  # no axis has more segments, since only prefixes may be empty
+        total = jax.ops.segment_sum(jnp.where(mask, difference, 0.0), row, rows)
+        return (total / jnp.maximum(jax.ops.segment_sum(mask.astype(jnp.float32), row, rows), 1))[row]
+
+    return jax.vmap(of_axis)(difference, mask, row)
 
 
-def _sequence_token_log_ratio(logprob: jax.Array, old: jax.Array, mask: jax.Array) -> jax.Array:
+def _sequence_token_log_ratio(difference: jax.Array, mask: jax.Array, row: jax.Array) -> jax.Array:
     """Returns the sequence mean in value, with the gradient of the token's own log-prob (Eq. 14 of 2507.18071).
 
     With one advantage for all tokens of a row it is the same as GSPO; weights of single tokens stay with their tokens.
     """
-    mean = _sequence_log_ratio(logprob, old, mask)
-    return jax.lax.stop_gradient(mean) + (logprob - jax.lax.stop_gradient(logprob))
+    mean = _sequence_log_ratio(difference, mask, row)
+    return jax.lax.stop_gradient(mean) + (difference - jax.lax.stop_gradient(difference))
 
 
 OBJECTIVES = {

@@ -1,26 +1,27 @@
-"""Packs the groups of a step into micro-batches: completions of one context stay together, beside others as long.
+"""Packs the groups of a step into micro-batches of real tokens.
 
 1. A unit is a context with completions of its group: all of them, or an equal part where there would be fewer
-   units than shards of the batch or minibatches. The learner runs the context of a unit once.
+   units than shards of the batch or minibatches.
 2. Token weights are computed on all rows of an optimizer step, so that micro-batches are plain addition.
-3. Units are sorted by length and cut into micro-batches of at most `learner.tokens_per_microbatch` padded tokens on
-   each shard of the batch. Both lengths of a micro-batch are rounded up to one of a few sizes, so that
-   one program is compiled for each pair of sizes that occurs.
+3. On each shard a micro-batch is an axis of tokens: the completions of its units one after another, then their
+   contexts, each once. `micro_shapes` says how few lengths of this axis there are.
+4. Units are placed by best-fit decreasing, which takes the longest unit first and puts it where the least is left. The
+   micro-batches are the cheapest that hold all units.
 
 All of this is done on the host, with numpy alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from igrpo_jax.config import Config
-from igrpo_jax.distributed.programs import pick_bucket
 from igrpo_jax.learning import objectives
-from igrpo_jax.records import Completion, Group, TrainBatch
-
-Shape = tuple[int, int, int, int]  # Q units, P prefix positions, G completions of a unit, T completion positions
+from igrpo_jax.learning.micro_shapes import MicroShapes
+from igrpo_jax.models import segments
+from igrpo_jax.models.segments import Family, Segments
+from igrpo_jax.records import Completion, Group
 
 
 @dataclass
@@ -41,96 +42,84 @@ class Unit:
         return self.completions[0].stage
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest completion."""
-        return max(len(completion.tokens) for completion in self.completions)
-
-    @property
     def tokens(self) -> int:
-        """Tokens that the learner runs, without padding."""
+        """Tokens that the learner runs."""
         return len(self.context) - 1 + sum(len(completion.tokens) for completion in self.completions)
 
 
-def size_buckets(longest: int, levels: int = 4) -> tuple[int, ...]:
-    """Returns `longest` and its halves, quarters and eighths in tokens, rounded up to what kernels like; at least 16.
+class Piece(NamedTuple):
+    """Completions `start` to `stop` of a unit, which stand on one shard with a context of their own."""
 
-    Coarser than the sampler's `length_buckets`: programs that differentiate compile for minutes. For example 4096:
-    512, 1024, 2048, 4096.
+    unit: Unit
+    start: int
+    stop: int
+
+    @property
+    def family(self) -> Family:
+        """The tokens of its context, without the last one, and of its completions."""
+        completions = self.unit.completions[self.start : self.stop]
+        return Family(len(self.unit.context) - 1, [len(completion.tokens) for completion in completions])
+
+
+class TrainBatch(NamedTuple):
+    """The arrays of a micro-batch on S shards of F tokens; see `models.segments` for what stands where.
+
+    A context is split into its last token, whose state predicts the first token of a completion, and all before it. So
+    a completion's segment begins with the last token of the context and lacks its own last token.
     """
-    sizes = set()
-    for level in range(levels):
-        size = max(-(-longest // 2**level), 16)
-        step = 128 if size >= 512 else 16
-        sizes.add(-(-size // step) * step)
-    return tuple(sorted(sizes))
+
+    tokens: np.ndarray  # [S, F] int32
+    targets: np.ndarray  # [S, F] int32, the token of a completion that each token predicts; 0 off the completions
+    segments: Segments
+    completion_tokens: np.ndarray  # [] int32, the tokens of completions on the shard with the most of them
+    mask: np.ndarray  # [S, F] bool, where a completion's token is predicted; all below are 0 elsewhere
+    advantage: np.ndarray  # [S, F] float32
+    weight: np.ndarray  # [S, F] float32 token weights of the whole optimizer step
+    entropy_weight: np.ndarray  # [S, F] float32, of each token's entropy; read where entropy_coef > 0
+    old_logprob: np.ndarray  # [S, F] float32 log pi_old; read where off-policy
+    reference_logprob: np.ndarray  # [S, F] float32 log pi_ref; read where beta > 0
+    sampler_logprob: np.ndarray  # [S, F] float32, of the sampler that drew the tokens
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Which pieces stand on which shard of a micro-batch."""
+
+    size: int  # F, tokens of the axis of a shard
+    shards: list[list[Piece]]  # S
+
+    @property
+    def padded_tokens(self) -> int:
+        """Number of tokens that its program runs on all shards, padding included."""
+        return self.size * len(self.shards)
+
+    def places(self) -> Iterator[tuple[int, int, Unit, int]]:
+        """Yields for each completion (shard, start of its segment, unit, number within the unit)."""
+        for shard, pieces in enumerate(self.shards):
+            starts = segments.starts([piece.family for piece in pieces])
+            for piece, (_, of_completions) in zip(pieces, starts, strict=True):
+                for i, start in enumerate(of_completions, piece.start):
+                    yield shard, start, piece.unit, i
 
 
 class Packer:
-    """Cuts the groups of a step for one configuration and mesh.
+    """Cuts the groups of a step for one objective, mesh and choice of shapes.
 
     Args:
-        shards: ways in which the batch is split over devices.
-        max_context: tokens of the longest q or q'.
-
-    Attributes:
-        completions_per_unit: how many completions of a group run their context once together.
+        chunk: tokens of a chunk of Mamba-2; None = the model has no such sublayer.
     """
 
-    def __init__(self, config: Config, algorithm: objectives.Resolved, shards: int, max_context: int):
+    def __init__(self, algorithm: objectives.Resolved, shapes: MicroShapes, chunk: int | None = None):
+        self.shapes = shapes
         self._algorithm = algorithm
-        self._shards = shards
-        self._minibatches = config.learner.minibatches
-        self._budget = config.learner.tokens_per_microbatch
-        self._max_completion = config.rollout.max_completion_length
-        self._prefix_sizes = size_buckets(max_context - 1)
-        self._completion_sizes = size_buckets(self._max_completion)
-        # Completions of a group by stage: refinements, and drafts where they are trained on.
-        sizes = [config.algorithm.num_generations] + [config.algorithm.num_drafts] * config.algorithm.train_drafts
-        sizes = [size for size in sizes if size]
-        rows = [config.prompts_per_step * size for size in sizes]
-        shared = config.learner.shared_prefix
-        self.completions_per_unit = self._most_completions_per_unit(sizes, rows) if shared else 1
-        self._most_units = -(-max(rows) // self.completions_per_unit // self._minibatches // shards) * shards
-
-    def _most_completions_per_unit(self, sizes: list[int], rows: list[int]) -> int:
-        """Returns the largest part of a group that leaves every shard a unit, divides minibatches and fits the budget.
-
-        Args:
-            sizes: completions of a group, by stage.
-            rows: completions of a step, by stage.
-        """
-        prefix, length = self._prefix_sizes[-1], self._completion_sizes[-1]
-        fitting = [
-            part
-            for part in range(2, min(sizes) + 1)
-            if all(size % part == 0 for size in sizes)
-            and all(count // part % self._minibatches == 0 for count in rows)
-            and min(rows) // part // self._minibatches >= self._shards
-            and prefix + part * length <= self._budget
-        ]
-        return max(fitting, default=1)
-
-    @property
-    def largest(self) -> Shape:
-        """The shape of a micro-batch of the longest contexts and completions, for predictions."""
-        return self._shape(self._prefix_sizes[-1], self._completion_sizes[-1])
-
-    @property
-    def shapes(self) -> list[Shape]:
-        """All shapes that micro-batches may have."""
-        return [self._shape(prefix, length) for prefix in self._prefix_sizes for length in self._completion_sizes]
-
-    @property
-    def fullest(self) -> Shape:
-        """The shape with the most padded tokens, whose activations take the most memory."""
-        return max(self.shapes, key=lambda shape: (shape[0] * (shape[1] + shape[2] * shape[3]), shape == self.largest))
+        self._chunk = chunk
 
     def units(self, groups: Sequence[Group], advantages: np.ndarray) -> list[Unit]:
         """Returns the units of `groups`, in their order; `advantages` is [P, G] float32."""
-        units = []
+        units, size = [], self.shapes.completions_per_unit
         for group, advantage in zip(groups, advantages, strict=True):
-            for start in range(0, len(group.completions), self.completions_per_unit):
-                part = slice(start, start + self.completions_per_unit)
+            for start in range(0, len(group.completions), size):
+                part = slice(start, start + size)
                 units.append(Unit(group.context, group.completions[part], advantage[part]))
         return units
 
@@ -139,64 +128,103 @@ class Packer:
         completions = [completion for unit in units for completion in unit.completions]
         lengths = np.array([len(completion.tokens) for completion in completions])
         finished = np.array([completion.finished for completion in completions])
-        weights = objectives.row_weights(self._algorithm, lengths, finished, self._max_completion)
+        weights = objectives.row_weights(self._algorithm, lengths, finished, self.shapes.max_completion)
         entropy_weights = objectives.entropy_weights(self._algorithm, lengths, finished)
+        size = self.shapes.completions_per_unit
         for i, unit in enumerate(units):
-            part = slice(i * self.completions_per_unit, (i + 1) * self.completions_per_unit)
-            unit.weight = weights[part]
-            unit.entropy_weight = entropy_weights[part]
+            unit.weight = weights[i * size : (i + 1) * size]
+            unit.entropy_weight = entropy_weights[i * size : (i + 1) * size]
 
-    def micro_batches(self, units: Sequence[Unit]) -> list[tuple[TrainBatch, list[Unit]]]:
-        """Returns the host arrays of each micro-batch and its units, in the order of its rows; the longest first."""
-        waiting = sorted(units, key=lambda unit: (unit.longest, len(unit.context)), reverse=True)
-        batches = []
-        while waiting:
-            length = pick_bucket(self._completion_sizes, waiting[0].longest)
-            # The smallest prefix size that holds the prefixes of all units which fit into a micro-batch of it.
-            for size in self._prefix_sizes:
-                shape = self._shape(size, length)
-                chosen = waiting[: shape[0]]
-                if max(len(unit.context) - 1 for unit in chosen) <= size:
-                    break
-            waiting = waiting[len(chosen) :]
-            batches.append((self.fill(chosen, shape), chosen))
-        return batches
+    def micro_batches(self, units: Sequence[Unit]) -> list[MicroBatch]:
+        """Returns the cheapest micro-batches that hold all `units`; the largest first."""
+        pieces = sorted(self._pieces(units), key=lambda piece: piece.family.tokens, reverse=True)
+        if not pieces:
+            return []
+        total = sum(piece.family.tokens for piece in pieces)
+        for sizes in self.shapes.choices(total):
+            bins = self._placed(pieces, [size for size in sizes for _ in range(self.shapes.shards)])
+            if bins is not None:
+                by_batch = (bins[i : i + self.shapes.shards] for i in range(0, len(bins), self.shapes.shards))
+                return [MicroBatch(size, shards) for size, shards in zip(sizes, by_batch, strict=True)]
+        raise AssertionError("a micro-batch for every piece holds all pieces")
 
-    def _shape(self, prefix: int, length: int) -> Shape:
-        completions = self.completions_per_unit
-        units = max(self._budget // (prefix + completions * length), 1) * self._shards
-        return min(units, self._most_units), prefix, completions, length
+    def _pieces(self, units: Sequence[Unit]) -> Iterator[Piece]:
+        """Yields the units, cut where one has more tokens than the longest axis."""
+        for unit in units:
+            start = 0
+            for stop in range(1, len(unit.completions) + 1):
+                if stop - start > 1 and not self._fits(Piece(unit, start, stop).family):
+                    yield Piece(unit, start, stop - 1)
+                    start = stop - 1
+            yield Piece(unit, start, len(unit.completions))
 
-    def fill(self, units: Sequence[Unit], shape: Shape) -> TrainBatch:
-        """Returns host arrays of one micro-batch of `shape`."""
-        count, prefix, completions, length = shape
-        of_tokens = lambda: np.zeros((count, completions, length), np.float32)
-        batch = TrainBatch(
-            prefix=np.zeros((count, prefix), np.int32),
-            prefix_length=np.zeros((count,), np.int32),
-            last=np.zeros((count,), np.int32),
-            completions=np.zeros((count, completions, length), np.int32),
-            length=np.zeros((count, completions), np.int32),
-            advantage=np.zeros((count, completions), np.float32),
-            weight=of_tokens(),
-            entropy_weight=np.zeros((count, completions), np.float32),
-            old_logprob=of_tokens(),
-            reference_logprob=of_tokens(),
-            sampler_logprob=of_tokens(),
-        )
-        for i, unit in enumerate(units):
-            before = len(unit.context) - 1
-            batch.prefix[i, :before], batch.last[i] = unit.context[:-1], unit.context[-1]
-            batch.prefix_length[i], batch.advantage[i] = before, unit.advantage
-            for j, completion in enumerate(unit.completions):
-                n = len(completion.tokens)
-                batch.completions[i, j, :n], batch.length[i, j] = completion.tokens, n
-                batch.sampler_logprob[i, j, :n] = completion.logprobs
-                if unit.weight is not None:
-                    batch.weight[i, j, :n] = unit.weight[j]
-                    batch.entropy_weight[i, j] = unit.entropy_weight[j]
-                if unit.old is not None:
-                    batch.old_logprob[i, j, :n] = unit.old[j]
-                if unit.reference is not None:
-                    batch.reference_logprob[i, j, :n] = unit.reference[j]
-        return batch
+    def _fits(self, family: Family) -> bool:
+        return family.tokens <= self.shapes.largest and self._chunks(family) <= self._most_chunks(self.shapes.largest)
+
+    def _chunks(self, family: Family) -> int:
+        return segments.chunk_count(family, self._chunk) if self._chunk else 0
+
+    def _most_chunks(self, size: int) -> int:
+        return segments.most_chunks(size, self._chunk) if self._chunk else 0
+
+    def _placed(self, pieces: Sequence[Piece], sizes: Sequence[int]) -> list[list[Piece]] | None:
+        """Returns the pieces on each of the axes of these `sizes`; None where best-fit decreasing finds no place."""
+        bins: list[list[Piece]] = [[] for _ in sizes]
+        tokens = list(sizes)  # what is left of each
+        chunks = [self._most_chunks(size) for size in sizes]
+        for piece in pieces:
+            family = piece.family
+            needed, needed_chunks = family.tokens, self._chunks(family)
+            fitting = [i for i, left in enumerate(tokens) if left >= needed and chunks[i] >= needed_chunks]
+            if not fitting:
+                return None
+            best = min(fitting, key=tokens.__getitem__)
+            bins[best].append(piece)
+            tokens[best] -= needed
+            chunks[best] -= needed_chunks
+        return bins
+
+    def fill(self, batch: MicroBatch) -> TrainBatch:
+        """Returns the host arrays of a micro-batch."""
+        return fill(batch, self._chunk)
+
+    def empty(self, size: int) -> TrainBatch:
+        """Returns the arrays of a micro-batch of padding, for their shapes and dtypes."""
+        return self.fill(MicroBatch(size, [[] for _ in range(self.shapes.shards)]))
+
+
+def fill(batch: MicroBatch, chunk: int | None) -> TrainBatch:
+    """Returns the host arrays of a micro-batch; `chunk` as for `Packer`."""
+    of_tokens = lambda dtype: np.zeros((len(batch.shards), batch.size), dtype)
+    families = [[piece.family for piece in pieces] for pieces in batch.shards]
+    arrays = TrainBatch(
+        tokens=of_tokens(np.int32),
+        targets=of_tokens(np.int32),
+        segments=segments.pack(families, batch.size, chunk),
+        completion_tokens=np.array(
+            max(sum(sum(family.completions) for family in shard) for shard in families), np.int32
+        ),
+        mask=of_tokens(bool),
+        **{name: of_tokens(np.float32) for name in TrainBatch._fields[5:]},
+    )
+    for shard, pieces in enumerate(batch.shards):
+        for piece, (start, _) in zip(pieces, segments.starts(families[shard]), strict=True):
+            context = piece.unit.context
+            arrays.tokens[shard, start : start + len(context) - 1] = context[:-1]
+    for shard, start, unit, i in batch.places():
+        _fill_completion(arrays, (shard, slice(start, start + len(unit.completions[i].tokens))), unit, i)
+    return arrays
+
+
+def _fill_completion(arrays: TrainBatch, at: tuple[int, slice], unit: Unit, i: int) -> None:
+    """Writes completion `i` of a unit to the place `at` of the arrays."""
+    completion = unit.completions[i]
+    arrays.tokens[at] = [unit.context[-1], *completion.tokens[:-1]]
+    arrays.targets[at], arrays.mask[at] = completion.tokens, True
+    arrays.advantage[at], arrays.sampler_logprob[at] = unit.advantage[i], completion.logprobs
+    if unit.weight is not None:
+        arrays.weight[at], arrays.entropy_weight[at] = unit.weight[i], unit.entropy_weight[i]
+    if unit.old is not None:
+        arrays.old_logprob[at] = unit.old[i]
+    if unit.reference is not None:
+        arrays.reference_logprob[at] = unit.reference[i]

@@ -18,12 +18,11 @@ from igrpo_jax.learning.forward import PolicyLogprobs
 from igrpo_jax.learning.loss import LossSettings, MicroBatchSums
 from igrpo_jax.learning.objectives import Resolved
 from igrpo_jax.learning.optimizer import make_optimizer
-from igrpo_jax.learning.packing import Packer, Shape
+from igrpo_jax.learning.packing import Packer, TrainBatch
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import TrainingCosts
-from igrpo_jax.records import TrainBatch
 
 
 class WaitingBytes(NamedTuple):
@@ -58,13 +57,13 @@ class LearnerPrograms:
         total_optimizer_steps: int,
     ):
         self.optimizer, self.schedule = make_optimizer(config.optimizer, total_optimizer_steps)
-        self.costs = TrainingCosts(config, cfg, mesh)
+        self.costs = TrainingCosts(config, cfg, mesh, packer.shapes.unit)
         self._config = config
         self._mesh = mesh
         self._algorithm = algorithm
         self._packer = packer
+        self._sizes = [(size,) for size in packer.shapes.sizes]
         self._replicated = sharding.replicated(mesh)
-        self._batch_sharding = sharding.batch_sharding(mesh)
         self._policy = PolicyLogprobs(
             cfg=cfg,
             dtype=config.model.dtype,
@@ -96,7 +95,7 @@ class LearnerPrograms:
 
     @cached_property
     def accumulate(self) -> Program:
-        """The gradient of a micro-batch, added to that of others; the shape is that of the micro-batch."""
+        """The gradient of a micro-batch, added to that of others; the shape is (tokens on each shard,)."""
         settings = LossSettings(
             algorithm=self._algorithm,
             policy=self._policy,
@@ -114,23 +113,23 @@ class LearnerPrograms:
                 out_shardings=(self.state_sharding.params, self._replicated),
                 compiler_options=decoder.remat_options(platform) if remat != "none" else None,
             ),
-            lambda shape: (params, params, sums, self._abstract_batch(shape), self.frozen),
+            lambda size: (params, params, sums, self._abstract_batch(size), self.frozen),
             self._mesh,
-            shapes=[(shape,) for shape in self._packer.shapes],
-            largest=[(shape,) for shape in dict.fromkeys((self._packer.largest, self._packer.fullest))],
+            shapes=self._sizes,
+            largest=self._sizes[:1],
             cost=self.costs.accumulate,
         )
 
     @cached_property
     def rescore(self) -> Program:
-        """The log-probs of a micro-batch; the shape is that of the micro-batch."""
+        """The log-probs of a micro-batch; the shape is (tokens on each shard,)."""
         return Program(
             "rescore",
             jax.jit(partial(forward.rescore, self._policy), out_shardings=self._replicated),
-            lambda shape: (self.state.params, self._abstract_batch(shape), self.frozen),
+            lambda size: (self.state.params, self._abstract_batch(size), self.frozen),
             self._mesh,
-            shapes=[(shape,) for shape in self._packer.shapes],
-            largest=[(self._packer.fullest,)],
+            shapes=self._sizes,
+            largest=self._sizes[:1],
             cost=self.costs.rescore,
         )
 
@@ -156,7 +155,7 @@ class LearnerPrograms:
 
     def to_devices(self, batch: TrainBatch) -> TrainBatch:
         """Returns `batch`, which every process holds, split over the shards of the batch."""
-        return sharding.to_global(batch, self._batch_sharding)
+        return sharding.to_global_batch(batch, self._mesh)
 
     @property
     def waiting_bytes(self) -> WaitingBytes:
@@ -172,14 +171,20 @@ class LearnerPrograms:
 
     @property
     def wanted(self) -> Wanted:
-        """The programs that `predicted_bytes` reads: those of an update of the longest rows."""
-        return [(self.accumulate, (self._packer.largest,)), (self.apply, ())]
+        """All programs that an update may call."""
+        optimizer_steps = self._config.learner.minibatches * self._config.algorithm.num_iterations
+        rescored = self._sizes if optimizer_steps > 1 or self._algorithm.beta > 0 else []
+        if not rescored and self._config.algorithm.num_drafts and self._config.log.samples_every:
+            rescored = self._sizes[:1]  # for `Learner.draft_check`
+        sizes = [
+            (program, size) for program, of in ((self.accumulate, self._sizes), (self.rescore, rescored)) for size in of
+        ]
+        return [*sizes, (self.apply, ())]
 
     def predicted_bytes(self) -> int:
-        """Returns the bytes per device that an update of the longest rows needs, state included, by the compiler's own
-        count."""
+        """Returns the bytes per device that an update needs, state included, by the compiler's own count."""
         waiting = self.waiting_bytes
-        accumulate, apply = [program.compile(*shape) for program, shape in self.wanted]
+        accumulate, apply = self.accumulate.compile(*self._sizes[0]), self.apply.compile()
         return max(program_bytes(accumulate) + waiting.accumulate, program_bytes(apply) + waiting.apply)
 
     def _zero_sums(self) -> tuple[decoder.Params, dict[str, MicroBatchSums]]:
@@ -190,8 +195,10 @@ class LearnerPrograms:
         _, sums = jax.eval_shape(self._zero_sums)
         return jax.tree.map(lambda x: _with_sharding(x, self._replicated), sums)
 
-    def _abstract_batch(self, shape: Shape) -> TrainBatch:
-        return jax.tree.map(lambda x: _with_sharding(x, self._batch_sharding), self._packer.fill([], shape))
+    def _abstract_batch(self, size: int) -> TrainBatch:
+        split = sharding.batch_sharding(self._mesh)
+        batch = self._packer.empty(size)
+        return jax.tree.map(lambda x: _with_sharding(x, split if x.ndim else self._replicated), batch)
 
 
 def _with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

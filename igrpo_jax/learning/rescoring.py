@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from igrpo_jax.distributed import sharding
-from igrpo_jax.learning.packing import Packer, Unit
+from igrpo_jax.learning.packing import MicroBatch, Packer, Unit
 from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.models import decoder
 
@@ -15,19 +15,19 @@ def rescore_units(
     packer: Packer,
     params: decoder.Params,
     frozen: decoder.Params,
+    batches: Sequence[MicroBatch],
     units: Sequence[Unit],
 ) -> list[list[np.ndarray]]:
     """Returns for each unit the log-probs [T_i] float32 of each of its completions under `params`, in nats.
 
     Args:
         frozen: what LoRA adapts.
+        batches: micro-batches that hold all completions of the units.
     """
-    rescored: dict[int, list[np.ndarray]] = {}
-    for batch, chosen in packer.micro_batches(units):
-        arrays = programs.rescore(params, programs.to_devices(batch), frozen, shape=(batch.shape,))
+    rescored: dict[int, list[np.ndarray]] = {id(unit): [np.zeros(0)] * len(unit.completions) for unit in units}
+    for batch in batches:
+        arrays = programs.rescore(params, programs.to_devices(packer.fill(batch)), frozen, shape=(batch.size,))
         logprob = sharding.to_host(arrays)
-        for i, unit in enumerate(chosen):
-            rescored[id(unit)] = [
-                logprob[i, j, : len(completion.tokens)] for j, completion in enumerate(unit.completions)
-            ]
+        for shard, start, unit, i in batch.places():
+            rescored[id(unit)][i] = logprob[shard, start : start + len(unit.completions[i].tokens)]
     return [rescored[id(unit)] for unit in units]

@@ -16,9 +16,13 @@ from igrpo_jax.data.arithmetic import Problem, solution
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import length_buckets, pick_bucket
+from igrpo_jax.learning import packing
+from igrpo_jax.learning.packing import MicroBatch, Piece, TrainBatch, Unit
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
-from igrpo_jax.models.logprobs import completion_logprobs
+from igrpo_jax.models.logprobs import packed_logprobs
+from igrpo_jax.models.segments import BLOCK
+from igrpo_jax.records import Completion
 
 
 def warm_start(
@@ -42,24 +46,23 @@ def warm_start(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.0))
     rng = np.random.default_rng([config.seed, 0x5757])
 
-    def loss(params, prefix, prefix_length, last, completions, length):
-        logprob, _ = completion_logprobs(
+    def loss(params, batch):
+        logprob, _ = packed_logprobs(
             cfg,
             params,
-            prefix,
-            prefix_length,
-            last,
-            completions,
+            batch.tokens,
+            batch.targets,
+            batch.segments,
+            batch.completion_tokens,
             dtype=config.model.dtype,
             temperature=1.0,
             chunk=config.learner.logprob_chunk,
             remat=config.learner.remat,
         )
-        mask = jnp.arange(completions.shape[-1]) < length[..., None]
-        return -jnp.sum(jnp.where(mask, logprob, 0.0)) / jnp.sum(mask)
+        return -jnp.sum(jnp.where(batch.mask, logprob, 0.0)) / jnp.sum(batch.mask)
 
     def step(params, opt_state, batch):
-        mean_loss, grads = jax.value_and_grad(loss)(params, *batch)
+        mean_loss, grads = jax.value_and_grad(loss)(params, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, mean_loss
 
@@ -67,37 +70,30 @@ def warm_start(
     run = jax.jit(step, donate_argnums=(0, 1), out_shardings=(shardings, None, None))
     opt_state = jax.jit(optimizer.init)(params)
     for number in range(1, settings.steps + 1):
-        # Prompts with a draft are twice as long; a batch holds one kind only, so that little of it is padding.
+        # Prompts with a draft are twice as long; a batch holds one kind only, so that there are few sizes of it.
         shows_draft = config.algorithm.num_drafts > 0 and rng.random() < settings.draft_fraction
         rows = [_example(config, rng, problems, renderer, encode, shows_draft) for _ in range(settings.batch_size)]
-        batch = sharding.to_global(_pad(rows), sharding.batch_sharding(mesh))
+        batch = sharding.to_global_batch(_pack(cfg, rows, sharding.batch_shards(mesh)), mesh)
         params, opt_state, mean_loss = run(params, opt_state, batch)
         report(number, float(mean_loss))
     return params
 
 
-def _example(
-    config: Config, rng: np.random.Generator, problems, renderer: Renderer, encode, shows_draft: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the (context, completion) ids of one example."""
+def _example(config: Config, rng: np.random.Generator, problems, renderer: Renderer, encode, shows_draft: bool) -> Unit:
+    """Returns one example: a context with its completion."""
     settings, top = config.warm_start, config.data.arithmetic.max_total
     problem = problems[int(rng.integers(len(problems)))]
     context = renderer.plain(problem.question)
     if shows_draft:
         draft = encode(solution(problem, settings.draft_error_rate, top, rng))
         context = renderer.with_draft(problem.question, draft)
-    return context, encode(solution(problem, settings.error_rate, top, rng))
+    target = encode(solution(problem, settings.error_rate, top, rng))
+    return Unit(context, (Completion("refine", 0, target, np.zeros(len(target), np.float32), True),), np.zeros(1))
 
 
-def _pad(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
-    """Returns contexts without their last tokens, their lengths, those tokens, completions [B, 1, T], their lengths."""
-    contexts, targets = zip(*rows, strict=True)
-    lengths = np.array([len(context) - 1 for context in contexts], np.int32)
-    sizes = np.array([[len(target)] for target in targets], np.int32)
-    buckets = length_buckets(1 << 20, 16)
-    prefix = np.zeros((len(rows), pick_bucket(buckets, int(lengths.max()))), np.int32)
-    completions = np.zeros((len(rows), 1, pick_bucket(buckets, int(sizes.max()))), np.int32)
-    for i, (context, target) in enumerate(rows):
-        prefix[i, : len(context) - 1] = context[:-1]
-        completions[i, 0, : len(target)] = target
-    return prefix, lengths, np.array([context[-1] for context in contexts], np.int32), completions, sizes
+def _pack(cfg: DecoderConfig, units: Sequence[Unit], shards: int) -> TrainBatch:
+    """Returns the host arrays of a batch whose examples are dealt out to the shards."""
+    dealt = [[Piece(unit, 0, 1) for unit in units[i::shards]] for i in range(shards)]
+    longest = max(sum(piece.unit.tokens for piece in pieces) for pieces in dealt)
+    size = pick_bucket(length_buckets(1 << 24, BLOCK), longest)
+    return packing.fill(MicroBatch(size, dealt), cfg.mamba.chunk_size if cfg.mamba else None)

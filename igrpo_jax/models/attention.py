@@ -183,7 +183,7 @@ def packed_chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments:
 
     def run(q, k, v, segments):
         # Each device has one shard, so that this loop runs once; trip counts of several at a time could not differ.
-        return jax.lax.map(lambda xs: blocked_attention(*xs[:3], _reading(xs[3])), (q, k, v, segments))
+        return jax.lax.map(lambda xs: blocked_attention(xs[0], xs[1], xs[2], _reading(xs[3])), (q, k, v, segments))
 
     segments = segments._replace(chain=None)
     if jax.sharding.get_abstract_mesh().empty:

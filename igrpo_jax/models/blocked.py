@@ -65,8 +65,11 @@ def _by_block(reading: Reading) -> _Blocks:
     rows, columns = reading.blocks.shape
     is_read = reading.blocks != 0
     return _Blocks(
-        *(x.reshape(rows, -1) for x in reading[:3]),
-        *(x.reshape(columns, -1) for x in reading[3:5]),
+        segment=reading.segment.reshape(rows, -1),
+        parent=reading.parent.reshape(rows, -1),
+        position=reading.position.reshape(rows, -1),
+        key_segment=reading.key_segment.reshape(columns, -1),
+        key_position=reading.key_position.reshape(columns, -1),
         read=jnp.argsort(~is_read, axis=1, stable=True).astype(jnp.int32),
         count=is_read.sum(axis=1, dtype=jnp.int32),
     )
@@ -94,7 +97,11 @@ def _flash_forward(q, k, v, blocks):
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.exp(scores - new_top[..., None])
         fade = jnp.exp(top - new_top)
-        return mixed * fade[..., None] + _product(weights.astype(v.dtype), v[j]), new_top, total * fade + weights.sum(-1)
+        return (
+            mixed * fade[..., None] + _product(weights.astype(v.dtype), v[j]),
+            new_top,
+            total * fade + weights.sum(-1),
+        )
 
     def of_block(_, xs):
         i, own = xs

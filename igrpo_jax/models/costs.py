@@ -6,7 +6,7 @@ rotations and the softmax are left out of both. Every Cost is that of one device
 
 `ModelCosts` counts forward passes and the sampler's cache; `TrainingCosts` adds the backward pass and the optimizer.
 
-Legend: D model, V vocab, N heads, K kv heads, H head dim, G groups, P state; of a micro-batch see `packing.Shape`.
+Legend: D model, V vocab, N heads, K kv heads, H head dim, G groups, P state.
 """
 
 import math
@@ -20,7 +20,7 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import Cost
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig
-from igrpo_jax.models.logprobs import LOGITS_BYTES
+from igrpo_jax.models.logprobs import chunk_positions
 
 
 class ModelCosts:
@@ -107,12 +107,17 @@ class ModelCosts:
 
 
 class TrainingCosts:
-    """The costs of the programs of an update, and of the weights that are gathered for sampling."""
+    """The costs of the programs of an update, and of the weights that are gathered for sampling.
 
-    def __init__(self, config: Config, cfg: DecoderConfig, mesh: jax.sharding.Mesh):
+    Args:
+        unit: what a full micro-batch consists of: the tokens of a prefix, the number of its completions, and their
+            tokens.
+    """
+
+    def __init__(self, config: Config, cfg: DecoderConfig, mesh: jax.sharding.Mesh, unit: tuple[int, int, int]):
         self.model = ModelCosts(cfg, config.model.dtype, mesh)
         self._config = config
-        self._shards = sharding.batch_shards(mesh)
+        self._unit = unit
         tensor = self.model.tensor
         shapes = decoder.shapes(cfg)
         trained = lora.shapes(config.model.lora, shapes) if config.model.lora.rank else shapes
@@ -122,11 +127,11 @@ class TrainingCosts:
         self._stored_bytes = 4 * self._trained + frozen_bytes
         self._gathered_bytes = self.model.item_bytes * cfg.num_params / tensor
 
-    def accumulate(self, shape: tuple[int, int, int, int]) -> Cost:
-        """Returns the cost of a micro-batch's gradient: forward, backward (twice as much), with full remat forward once
-        more; gradients are added in float32."""
+    def accumulate(self, size: int) -> Cost:
+        """Returns the cost of the gradient of `size` tokens on each shard: forward, backward (twice as much), with full
+        remat forward once more; gradients are added in float32."""
         model = self.model
-        layers, positions = self._forward(shape)
+        layers, positions = self._forward(size)
         passes = 4 if self._config.learner.remat == "full" else 3
         added = 2 * 4 * (model.linear_weights / model.tensor + self._trained)
         # The backward pass of the head: logits once more, two products, and the sum of its gradient per chunk.
@@ -134,9 +139,9 @@ class TrainingCosts:
         backward = self._logits(positions) * 3 + head_gradient
         return layers * passes + self._logits(positions) + backward + Cost(0, added)
 
-    def rescore(self, shape: tuple[int, int, int, int]) -> Cost:
-        """Returns the cost of the log-probs of a micro-batch."""
-        layers, positions = self._forward(shape)
+    def rescore(self, size: int) -> Cost:
+        """Returns the cost of the log-probs of a micro-batch of `size` tokens on each shard."""
+        layers, positions = self._forward(size)
         return layers + self._logits(positions)
 
     def apply(self) -> Cost:
@@ -149,21 +154,18 @@ class TrainingCosts:
         """Returns the cost of the sampler's copy of the weights."""
         return Cost(0, self._stored_bytes + self._gathered_bytes)
 
-    def _forward(self, shape: tuple[int, int, int, int]) -> tuple[Cost, float]:
+    def _forward(self, size: int) -> tuple[Cost, float]:
         """Returns the cost of all sublayers of a micro-batch once, and its positions that go through the head."""
-        _, prefix, completions, length = shape
-        units = shape[0] / self._shards
-        positions = units * completions * length
-        pairs = units * _pairs(prefix, [length] * completions)
-        return self.model.layers(units * prefix + positions, pairs), positions
+        prefix, completions, length = self._unit
+        units = size / (prefix + completions * length)
+        return self.model.layers(size, units * _pairs(prefix, [length] * completions)), units * completions * length
 
     def _logits(self, positions: float) -> Cost:
         return self.model.logits(positions, self._chunks(positions))
 
     def _chunks(self, positions: float) -> float:
         """Returns how many chunks the head runs in, as `models.logprobs` cuts them."""
-        vocab_bytes = 4 * self.model.cfg.vocab_size
-        chunk = self._config.learner.logprob_chunk or LOGITS_BYTES * self.model.tensor // vocab_bytes
+        chunk = self._config.learner.logprob_chunk or chunk_positions(self.model.cfg.vocab_size, self.model.tensor)
         return max(1.0, positions / chunk)
 
 

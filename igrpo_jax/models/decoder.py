@@ -20,6 +20,7 @@ from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.layers import MLP, Attention, RMSNorm
 from igrpo_jax.models.mamba2 import Mamba2
+from igrpo_jax.models.segments import Segments
 
 Params = dict[str, jax.Array]
 MIXERS: dict[str, Callable[..., nnx.Module]] = {"*": Attention, "-": MLP, "M": Mamba2}
@@ -73,16 +74,18 @@ class Decoder(nnx.Module):
         x = sharding.constrain(table[tokens], "batch", "time", "features")
         blocks = [nnx.split(block) for block in self.blocks]
         kinds = "".join(block.kind for block in self.blocks)
+        segments = cache if isinstance(cache, Segments) else None
         kept = []
         for width, times in _pieces(kinds, x.dtype, remat):
             at = len(kept)
             graphs = [graph for graph, _ in blocks[at : at + width]]
             states = [state for _, state in blocks[at : at + width * times]]
-            entries = cache[at : at + width * times] if cache else [None] * (width * times)
+            has_entries = cache is not None and segments is None
+            entries = cache[at : at + width * times] if has_entries else [None] * (width * times)
             run = _run_block if times == 1 else _run_constrained_block
             if remat != "none":
                 run = jax.checkpoint(run, static_argnums=0, policy=KEPT[remat])
-            group = functools.partial(_run_group, run, graphs, positions, length)
+            group = functools.partial(_run_group, run, graphs, positions, length, segments)
             x, more = group(x, (states, entries)) if times == 1 else _loop(group, width, x, states, entries)
             kept += more
         return self.norm(x), tuple(kept)
@@ -130,11 +133,14 @@ def _loop(group, width: int, x: jax.Array, states: list, entries: list) -> tuple
     return x, [jax.tree.map(lambda leaf, i=i: leaf[i], kept[j]) for i in range(times) for j in range(width)]
 
 
-def _run_group(run, graphs, positions, length, x, part):
-    """Runs some sublayers one after the other by `run`; `part` holds their states and their entries of the cache."""
+def _run_group(run, graphs, positions, length, segments, x, part):
+    """Runs some sublayers one after the other by `run`; `part` holds their states and their entries of the cache.
+
+    With `segments`, which all sublayers share, there is no cache.
+    """
     kept = []
     for graph, state, entry in zip(graphs, *part, strict=True):
-        x, new = run(graph, state, x, positions, entry, length)
+        x, new = run(graph, state, x, positions, entry if segments is None else segments, length)
         kept.append(new)
     return x, kept
 
@@ -188,7 +194,7 @@ def apply(
     params: Params,
     tokens: jax.Array,
     positions: jax.Array,
-    cache: Cache | None = None,
+    cache: Cache | Segments | None = None,
     length: jax.Array | None = None,
     remat: str = "none",
 ) -> tuple[jax.Array, Cache]:
@@ -198,7 +204,8 @@ def apply(
         params: by path an array, or a weight with its LoRA change (`lora.Adapted`).
         tokens, positions: [B, T] int32. Without `cache`, position t of a row is t: rows start at their first token.
         cache: either KV entries, with which one token per row is decoded (T = 1), or Prefix entries, which the rows
-            continue. The entry of a Mamba-2 sublayer is its state in both cases.
+            continue. The entry of a Mamba-2 sublayer is its state in both cases. With Segments the rows are packed
+            axes, and nothing is kept.
         length: [B] int32, real tokens of right-padded rows whose cache is wanted; None = all are real. The hidden
             states of real tokens do not depend on it.
         remat: what the backward pass recomputes of each sublayer: all ("full"), all but products with weights ("dots"),
@@ -206,7 +213,7 @@ def apply(
 
     Returns:
         Hidden states [B, T, D] in the dtype of `params`, and the cache: the KV entries that were given with the new
-        token, else the entries of these tokens alone.
+        token, else the entries of these tokens alone; None for each sublayer with Segments.
     """
     graph, state = _split(cfg)
     leaves = [(path, leaf.replace(params["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]

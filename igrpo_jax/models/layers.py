@@ -15,9 +15,10 @@ from flax import nnx
 
 from igrpo_jax.distributed.sharding import constrain
 from igrpo_jax.models import cache as caches
-from igrpo_jax.models.attention import IMPLEMENTATIONS, cached_attention, rope
+from igrpo_jax.models.attention import IMPLEMENTATIONS, PACKED, cached_attention, rope
 from igrpo_jax.models.cache import KV, Prefix
 from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.models.segments import Segments
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
@@ -65,12 +66,14 @@ class Attention(nnx.Module):
         self.rope_theta = cfg.rope_theta
         self.rope_scaling = cfg.rope_scaling
 
-    def __call__(self, x: jax.Array, positions: jax.Array, entry: KV | Prefix | None, length: jax.Array | None):
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, entry: KV | Prefix | Segments | None, length: jax.Array | None
+    ):
         """Returns the output [B, T, D], and the keys and values that the caller may keep.
 
         Without `entry` a row attends to itself; with a Prefix it attends to that as well. In both cases the row's own
         keys and values [B, K, T, H] are returned. With a KV (T = 1) the token is written at its position, and the whole
-        entry is returned.
+        entry is returned. With Segments a token attends to its own segment and its prefix, and nothing is kept.
 
         Args:
             x: [B, T, D].
@@ -90,6 +93,8 @@ class Attention(nnx.Module):
         if isinstance(entry, KV):
             own = caches.append(entry, own, positions[:, 0])
             mixed = cached_attention(q, *own, positions)
+        elif isinstance(entry, Segments):
+            mixed, own = PACKED[self.attention](q, *own, entry), None
         else:
             mixed = IMPLEMENTATIONS[self.attention](q, *own, entry)
         return jnp.einsum("BTNH,NHD->BTD", mixed, self.o_proj[...]), own

@@ -1,13 +1,14 @@
-"""Log-probs and entropy of given tokens by a scan over chunks of positions, so that [R, T, V] never exists.
+"""Log-probs and entropy of given tokens by a loop over chunks of positions, so that [R, T, V] never exists.
 
 The logits of a chunk are computed, used and dropped, and computed again in the backward pass. That pass is written by
-hand: it keeps the logsumexp, and so needs one exponential and no reduction over the vocabulary.
+hand: it keeps the logsumexp, and so needs one exponential and no reduction over the vocabulary. Chunks past the last
+position that is asked for are left out: how many are run is known when the loop runs.
 
 Each shard of the batch runs its own loop. The head is gathered once before the loop. Its gradient is summed over the
 chunks in float32, and summed over the shards once after the loop. Without `shard_map` the compiler would gather and sum
 in every chunk.
 
-Legend: R rows, T completion positions, C positions of a chunk, D model, V vocab.
+Legend: R rows, T positions, C positions of a chunk, S shards of the batch, F tokens of a packed axis, D model, V vocab.
 """
 
 import functools
@@ -19,16 +20,19 @@ from jax.sharding import PartitionSpec
 
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.sharding import constrain
-from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.models.segments import Segments
 
 BATCH = sharding.RULES["batch"]
 # How arrays are split over the shards of the batch: [n, R, ...] by rows, [shards, ...] with one partial sum per shard,
 # or not at all.
 ROWS, PARTS, REPLICATED = PartitionSpec(None, BATCH), PartitionSpec(BATCH), PartitionSpec()
 
-LOGITS_BYTES = 128 << 20  # bytes of a chunk's float32 logits on one device, where no other size is asked for
+LOGITS_BYTES = 128 << 20  # most bytes of a chunk's float32 logits on one device, where no other size is asked for
+# Most positions of a chunk, so that the last chunk, which may hold a single one, costs little; smaller chunks would add
+# to the gradient of the head more often.
+LONGEST_CHUNK = 512
 
 
 def token_logprobs(
@@ -39,6 +43,7 @@ def token_logprobs(
     chunk: int | None = None,
     tied: bool = False,
     entropy_gradient: bool = False,
+    count: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns log-prob and entropy of the tempered policy softmax(logits / temperature).
 
@@ -49,42 +54,70 @@ def token_logprobs(
             have a narrower dtype.
         targets: [R, T] int32.
         temperature: sampling temperature; 0 (greedy) is read as 1.
-        chunk: positions on each shard of the batch whose logits exist at once, at least one per row; None = as many as
-            LOGITS_BYTES hold, so that a larger vocabulary needs no more memory.
+        chunk: positions on each shard of the batch whose logits exist at once, at least one per row; None = up to
+            LONGEST_CHUNK, as many as LOGITS_BYTES hold, so that a larger vocabulary needs no more memory.
         tied: whether `head` is the embedding.
         entropy_gradient: whether the entropy is differentiated. False where it is only a metric.
+        count: [] int32, the first positions of each row that are wanted; None = all.
 
     Returns:
-        logprob [R, T] float32, and entropy [R, T] float32 in nats.
+        logprob [R, T] float32, and entropy [R, T] float32 in nats. Past the chunk that holds position `count` both are
+        0 and have no gradient.
     """
     rows, time = targets.shape
     mesh = jax.sharding.get_abstract_mesh()
     shards, parts = (1, 1) if mesh.empty else (sharding.batch_shards(mesh), mesh.shape["tensor"])
     if chunk is None:
-        chunk = LOGITS_BYTES // (4 * head.shape[0 if tied else 1] // parts)
-    # All chunks have about the same size, because padding at the end would cost as much as real positions.
-    per_row = max(1, chunk // -(-rows // shards))
-    chunks = -(-time // per_row)
-    length = -(-time // chunks)
+        chunk = chunk_positions(head.shape[0 if tied else 1], parts)
+    length = min(max(1, chunk // -(-rows // shards)), time)
+    chunks = -(-time // length)
+    trips = jnp.int32(chunks) if count is None else (count + length - 1) // length
     pad = lambda x: jnp.pad(x, ((0, 0), (0, chunks * length - time), *[(0, 0)] * (x.ndim - 2)))
     split = lambda x: pad(x).reshape(rows, chunks, length, *x.shape[2:]).swapaxes(0, 1)
     axes = "VD" if tied else "DV"
-    results = _chunked(split(hidden), head, split(targets), temperature or 1.0, axes, entropy_gradient)
+    results = _chunked(split(hidden), head, split(targets), trips, temperature or 1.0, axes, entropy_gradient)
     return tuple(x.swapaxes(0, 1).reshape(rows, -1)[:, :time] for x in results)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def chunk_positions(vocab_size: int, tensor: int) -> int:
+    """Returns the positions of a chunk where no other number is asked for; the vocabulary is split `tensor` ways."""
+    return max(1, min(LONGEST_CHUNK, LOGITS_BYTES // (4 * vocab_size // tensor)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _chunked(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float, axes: str, entropy_gradient: bool
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    trips: jax.Array,
+    temperature: float,
+    axes: str,
+    entropy_gradient: bool,
 ):
-    """Returns log-prob and entropy [n, R, C] float32 of n chunks.
+    """Returns log-prob and entropy [n, R, C] float32 of n chunks, of which the first `trips` are computed.
 
     Args:
         hidden: [n, R, C, D].
         targets: [n, R, C] int32.
+        trips: [] int32.
         axes: the axes of head, "DV" or "VD".
     """
-    return _forward(hidden, head, targets, temperature, axes, entropy_gradient)[0]
+    return _forward(hidden, head, targets, trips, temperature, axes, entropy_gradient)[0]
+
+
+def _loop(trips: jax.Array, body: Callable, carry, xs):
+    """Does what `jax.lax.scan` does for the first `trips` chunks of `xs`; what it returns of the others is 0."""
+    chunk = lambda i: jax.tree.map(lambda x: x[i], xs)
+    shapes = jax.eval_shape(lambda carry: body(carry, chunk(0))[1], carry)
+    count = jax.tree.leaves(xs)[0].shape[0]
+    results = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
+
+    def step(i, state):
+        carry, results = state
+        carry, result = body(carry, chunk(i))
+        return carry, jax.tree.map(lambda every, new: every.at[i].set(new), results, result)
+
+    return jax.lax.fori_loop(0, trips, step, (carry, results))
 
 
 def _logits(hidden: jax.Array, head: jax.Array, temperature: float, axes: str) -> jax.Array:
@@ -111,10 +144,10 @@ def _constrained(head: jax.Array, axes: str, embed: str | None = None) -> jax.Ar
     return constrain(head, *("vocab" if axis == "V" else embed for axis in axes))
 
 
-def _forward(hidden, head, targets, temperature, axes, entropy_gradient):
+def _forward(hidden, head, targets, trips, temperature, axes, entropy_gradient):
     """Returns (log-prob, entropy), and what the backward pass keeps."""
 
-    def run(head, *xs):
+    def run(head, trips, *xs):
         head = _constrained(head, axes)
 
         def body(_, xs):
@@ -128,11 +161,11 @@ def _forward(hidden, head, targets, temperature, axes, entropy_gradient):
             picked = jnp.sum(jnp.where(_is_target(logits, target), logits, 0.0), axis=-1)
             return None, (picked - lse, entropy, lse)
 
-        return jax.lax.scan(body, None, xs)[1]
+        return _loop(trips, body, None, xs)[1]
 
-    run = _per_shard(run, (REPLICATED, ROWS, ROWS), (ROWS,) * 3)
-    logprob, entropy, lse = run(head.astype(hidden.dtype), hidden, targets)
-    return (logprob, entropy), (hidden, head, targets, lse, entropy)
+    run = _per_shard(run, (REPLICATED, REPLICATED, ROWS, ROWS), (ROWS,) * 3)
+    logprob, entropy, lse = run(head.astype(hidden.dtype), trips, hidden, targets)
+    return (logprob, entropy), (hidden, head, targets, trips, lse, entropy)
 
 
 def _backward(temperature, axes, entropy_gradient, kept, gradients):
@@ -140,10 +173,10 @@ def _backward(temperature, axes, entropy_gradient, kept, gradients):
 
     Here z are the tempered logits, p their softmax and H the entropy.
     """
-    hidden, head, targets, lse, entropy = kept
+    hidden, head, targets, trips, lse, entropy = kept
     logprob_gradients, entropy_gradients = gradients
 
-    def run(head, *xs):
+    def run(head, trips, *xs):
         head = _constrained(head, axes)
 
         def body(total, xs):
@@ -163,26 +196,26 @@ def _backward(temperature, axes, entropy_gradient, kept, gradients):
             total += jnp.einsum(f"XD,XV->{axes}", h.reshape(-1, h.shape[-1]), flat, preferred_element_type=jnp.float32)
             return _constrained(total, axes), jnp.einsum(f"RCV,{axes}->RCD", inner, head)
 
-        total, inner = jax.lax.scan(body, _constrained(jnp.zeros(head.shape, jnp.float32), axes), xs)
+        total, inner = _loop(trips, body, _constrained(jnp.zeros(head.shape, jnp.float32), axes), xs)
         return total[None], inner
 
     xs = (hidden, targets, lse, logprob_gradients, *([entropy, entropy_gradients] if entropy_gradient else []))
-    run = _per_shard(run, (REPLICATED, *[ROWS] * len(xs)), (PARTS, ROWS))
-    totals, inner = run(head.astype(hidden.dtype), *xs)
-    return inner, _constrained(totals.sum(axis=0), axes, "embed").astype(head.dtype), None
+    run = _per_shard(run, (REPLICATED, REPLICATED, *[ROWS] * len(xs)), (PARTS, ROWS))
+    totals, inner = run(head.astype(hidden.dtype), trips, *xs)
+    return inner, _constrained(totals.sum(axis=0), axes, "embed").astype(head.dtype), None, None
 
 
 _chunked.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.named_call, name="completion_logprobs")
-def completion_logprobs(
+@functools.partial(jax.named_call, name="packed_logprobs")
+def packed_logprobs(
     cfg: DecoderConfig,
     params: decoder.Params,
-    prefix: jax.Array,
-    prefix_length: jax.Array,
-    last: jax.Array,
-    completions: jax.Array,
+    tokens: jax.Array,
+    targets: jax.Array,
+    segments: Segments,
+    count: jax.Array,
     *,
     dtype: str,
     temperature: float,
@@ -190,37 +223,25 @@ def completion_logprobs(
     remat: str,
     entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns log-probs and entropies of completions. The prefix that the G completions of a context share runs once.
+    """Returns log-probs and entropies of the completions on packed axes. What completions share is on the axis once.
 
-    The last token of a context is not part of the prefix. It is the first token of each completion's row, because its
-    state predicts the first token of the completion. So a row has as many positions as its completion, and only the
-    cache of the prefix is needed: keys and values, and the states of Mamba-2 after its last token.
+    The last token of a context is not part of its prefix. It is the first token of each completion's segment, because
+    its state predicts the first token of the completion. So a segment has as many tokens as its completion.
 
     Args:
         params: float32 master weights, or weights of any dtype of which some have a LoRA change.
-        prefix: [Q, P] int32, each context without its last token, padded on the right.
-        prefix_length: [Q] int32, real tokens of each prefix; may be 0.
-        last: [Q] int32, the last token of each context.
-        completions: [Q, G, T] int32, padded on the right.
+        tokens: [S, F] int32.
+        targets: [S, F] int32, the token of a completion that each token predicts; read at the first `count`.
+        segments: of the tokens.
+        count: [] int32, the tokens of completions on the shard with the most of them.
         dtype: dtype of the computation.
         temperature, chunk, entropy_gradient: as for `token_logprobs`.
         remat: as for `decoder.apply`.
 
     Returns:
-        Log-prob and entropy (nats), each [Q, G, T] float32. Past the end of a completion they are meaningless.
+        Log-prob and entropy (nats), each [S, F] float32. They are meaningless where no completion's token is.
     """
-    shape = completions.shape
     weights = decoder.cast(params, dtype)
-    positions = jnp.broadcast_to(jnp.arange(prefix.shape[1]), prefix.shape)
-    _, cache = decoder.apply(cfg, weights, prefix, positions, length=prefix_length, remat=remat)
-    firsts = jnp.broadcast_to(last[:, None, None], (*shape[:2], 1))
-    tokens = jnp.concatenate([firsts, completions[..., :-1]], axis=-1)
-    positions = jnp.broadcast_to(prefix_length[:, None, None] + jnp.arange(shape[2]), shape)
-    rows = lambda x: x.reshape(-1, shape[2])
-    cache = caches.shared(cache, prefix_length)
-    hidden, _ = decoder.apply(cfg, weights, rows(tokens), rows(positions), cache, remat=remat)
+    hidden, _ = decoder.apply(cfg, weights, tokens, segments.position, segments, remat=remat)
     head = params["embedding" if cfg.tie_embeddings else "lm_head"]
-    logprob, entropy = token_logprobs(
-        hidden, head, rows(completions), temperature, chunk, cfg.tie_embeddings, entropy_gradient
-    )
-    return logprob.reshape(shape), entropy.reshape(shape)
+    return token_logprobs(hidden, head, targets, temperature, chunk, cfg.tie_embeddings, entropy_gradient, count)

@@ -190,14 +190,14 @@ def _template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str:
     return pinning.pinned(pinning.template_of(tokenizer), data.template_kwargs, data.template_date)
 
 
-def fit_to_mesh(config: Config, model: DecoderConfig, mesh: jax.sharding.Mesh, longest: int) -> DecoderConfig:
-    """Returns `model` with the attention (config.learner.attention) for rows of up to `longest` tokens on `mesh`.
+def fit_to_mesh(config: Config, model: DecoderConfig, mesh: jax.sharding.Mesh) -> DecoderConfig:
+    """Returns `model` with the attention (config.learner.attention) on `mesh`.
 
     Raises:
         InputError: the mesh does not divide the model; an attention that can't run there.
     """
     sharding.check_divides(mesh, decoder.shapes(model))
-    chosen = attention.choose(config.learner.attention, mesh, config.model.dtype, model.head_dim, longest)
+    chosen = attention.choose(config.learner.attention, mesh, config.model.dtype, model.head_dim)
     return replace(model, attention=chosen)
 
 

@@ -1,9 +1,9 @@
-"""Where each token of a packed axis belongs: prefixes and completions of many groups, one after another, without padding.
+"""Where each token of a packed axis belongs: prefixes and completions of many groups stand on it without padding.
 
 A segment is a prefix, or a completion that continues one. A token reads the tokens of its own segment up to itself, and
 all tokens of the prefix that its segment continues. What works on single tokens needs to know nothing of this. What
-mixes positions does: attention reads `blocks`, which says of each pair of blocks whether it can be left out, and Mamba-2
-reads `chain`.
+mixes positions does: attention reads `blocks`, which says of each pair of blocks whether it can be left out, and
+Mamba-2 reads `chain`.
 
 `pack` makes these arrays on the host. The completions stand before all prefixes, so that what is only wanted of
 completions, such as their log-probs, is at the start of the axis.

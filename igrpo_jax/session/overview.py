@@ -20,7 +20,8 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list
     completions = config.prompts_per_step * config.algorithm.num_generations
     trained_text = ", both trained" if config.algorithm.train_drafts else ", the trained completions"
     tokens = config.trained_completions * config.rollout.max_completion_length
-    units, prefix, per_unit, longest = learner.packer.largest
+    shapes = learner.packer.shapes
+    sizes = ", ".join(f"{size:,}" for size in shapes.sizes)
     frozen, trained = learner.programs.frozen, sum(x.size for x in learner.abstract_state().params.values())
     return [
         (
@@ -42,11 +43,11 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list
         ),
         ("refinements per step", f"{completions:,} (G = {config.algorithm.num_generations}){trained_text}"),
         ("trained tokens per step", f"at most {tokens:,}"),
+        ("micro-batches", f"{sizes} tokens on each shard; {shapes.completions_per_unit} completions share a prompt"),
         (
-            "longest micro-batch",
-            f"{units} x ({prefix} + {per_unit} x {longest}) tokens: {per_unit} completions to a prompt",
+            "programs to compile",
+            f"at most {len(engine.wanted)} of the sampler, {len(learner.programs.wanted)} of the update",
         ),
-        ("programs to compile", f"at most {len(engine.wanted)} of the sampler, and of the update as lengths come"),
     ]
 
 

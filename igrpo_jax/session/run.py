@@ -13,6 +13,7 @@ import numpy as np
 
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import chips, cluster, preemption, watchdog
+from igrpo_jax.distributed.compiling import compile_all
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.errors import RunError
 from igrpo_jax.evaluation import results, summaries
@@ -59,6 +60,13 @@ class Run:
     console: Console
     first_step: int  # the step that the run goes on from; 0 is before the first update
     progress: Progress
+
+    def compile_update(self) -> None:
+        """Waits until all programs of the update are compiled, which those that run on a CPU are not before."""
+        wanted = self.learner.programs.wanted
+        if not all(program.is_ready(*shape) for program, shape in wanted):
+            with self.console.phase("compiling the update", len(wanted)) as update:
+                compile_all(wanted, update)
 
     def report(self, step: int, result: StepResult) -> None:
         """Writes the files of a step, and prints what it did.

@@ -90,7 +90,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     check_best_metric(config, evaluated)
     notes = training.notes + rehearsed_rewards(config, prompts, policy, renderer.opening)
     mesh = sharding.make_mesh(config.mesh)
-    policy = replace(policy, model=fitted(config, policy.model, mesh, max_context, evaluated))
+    policy = replace(policy, model=fit_to_mesh(config, policy.model, mesh))
     shards = sharding.batch_shards(mesh)
     if config.warm_start.steps and config.warm_start.batch_size % shards:
         raise InputError(
@@ -177,14 +177,6 @@ def check_context(config: Config, context: int, max_context: int) -> None:
             f"model's context is {context}; lower rollout.max_completion_length, data.max_prompt_length or "
             "refine.max_draft_length"
         )
-
-
-def fitted(
-    config: Config, model: DecoderConfig, mesh: jax.sharding.Mesh, max_context: int, evaluated: planning.Plan
-) -> DecoderConfig:
-    """Returns `model` with the attention of a run on `mesh`; raises InputError where the mesh does not divide it."""
-    longest = max(max_context + config.rollout.max_completion_length, evaluated.max_context)
-    return fit_to_mesh(config, model, mesh, longest)
 
 
 def sampler(
