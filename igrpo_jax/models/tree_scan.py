@@ -1,10 +1,14 @@
 """A scan over the chunks of a packed axis, each of which continues the state of another: a tree instead of a row.
 
-All completions of a prefix continue its last chunk, which is computed once. The states and their gradients use one
-buffer, with a place per chunk: it holds the state that comes into a chunk, and once the backward pass has been there,
-the gradient of that state. Autodiff would save the buffer at every chunk, so the backward pass is written by hand. It
-computes each chunk again, so that what a chunk needs besides its state exists for one chunk at a time. Both passes end
-with the last chunk that has tokens.
+All completions of a prefix continue its last chunk, which is computed once. Autodiff would save a buffer of states at
+every chunk, so the backward pass is written by hand. It computes each chunk again, so that what a chunk needs besides
+its state exists for one chunk at a time. Both passes end with the last chunk that has tokens.
+
+States and their gradients use one buffer with a place per chunk. Chunks that continue the same chunk are siblings; the
+place of the first of them holds the state that comes into all. The backward pass goes from the last chunk to the first,
+and leaves in each place the sum of the gradients of the states that come into this chunk and its later siblings. The
+first sibling, whose state the others still need, is overwritten last. Each turn of a loop first writes to the buffer
+and then reads what the next turn needs: with reads before, XLA would copy the buffer in every turn.
 
 Legend: S shards of the batch, F tokens of the axis, N chunks of C tokens.
 """
@@ -29,6 +33,7 @@ class Links(NamedTuple):
     count: jax.Array  # [N] int32, its tokens, which are neighbours; 0 = none
     child: jax.Array  # [N] int32, the first of the chunks that continue it; N = none
     sibling: jax.Array  # [N] int32, the next chunk that continues the same chunk; N = none
+    source: jax.Array  # [N] int32, the first chunk that continues the same chunk, maybe itself; N = continues none
 
 
 def tree_scan(body: Body, weights: Tree, empty: Tree, inputs: Tree, chain: Chain) -> jax.Array:
@@ -55,7 +60,8 @@ def _links(chunks: jax.Array, chunk_before: jax.Array, size: int) -> Links:
     first = lambda among: jnp.min(jnp.where(among, number, len(chunks)), axis=1)
     child = first(chunk_before == number[:, None])
     sibling = first((chunk_before == chunk_before[:, None]) & (number > number[:, None]))
-    return Links(chunks[:, 0], jnp.sum(chunks < size, axis=1), child, sibling)
+    source = child.at[chunk_before].get(mode="fill", fill_value=len(chunks))
+    return Links(chunks[:, 0], jnp.sum(chunks < size, axis=1), child, sibling, source)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -70,47 +76,45 @@ def _forward(body, chunk, weights, empty, inputs, links):
         inputs, links = shard
 
         def visit(n, carry):
-            states, results = carry
-            tokens = _tokens(inputs, links, n, chunk)
-            state, result = body(weights, _at(states, n), tokens, links.count[n])
-            put = lambda states, child: jax.tree.map(lambda all, x: all.at[child].set(x), states, state)
-            return _over_children(put, states, links, n), _put(results, result, links, n)
+            states, state, results = carry
+            state, result = body(weights, state, _tokens(inputs, links, n, chunk), links.count[n])
+            states = _with(states, links.child[n], state)
+            return states, _at(states, links.source[n + 1]), _put(results, result, links, n)
 
-        states = jax.tree.map(lambda x: jnp.zeros((len(links.start), *x.shape), x.dtype), empty)
+        # The last place takes the states that no chunk continues.
+        states = jax.tree.map(lambda x: jnp.zeros((len(links.start) + 1, *x.shape), x.dtype), empty)
         result = jax.eval_shape(lambda: body(weights, empty, _tokens(inputs, links, 0, chunk), links.count[0])[1])
         results = jnp.zeros((jax.tree.leaves(inputs)[0].shape[0], *result.shape[1:]), result.dtype)
-        return jax.lax.fori_loop(0, _used(links), visit, (states, results))
+        states, _, results = jax.lax.fori_loop(0, _used(links), visit, (states, empty, results))
+        return states, results
 
     states, results = jax.lax.map(of_shard, (inputs, links))
-    return results, (weights, empty, inputs, links, states)
+    return results, (weights, inputs, links, states)
 
 
 def _backward(body, chunk, kept, gradient):
-    """Returns the gradients of weights and inputs, which are those of `body` at each chunk, from the last to the first.
-
-    The gradient of the state after a chunk is the sum of those that the chunks which continue it have left in its
-    buffer.
-    """
-    weights, empty, inputs, links, states = kept
+    """Returns the gradients of weights and inputs: those of `body` at each chunk, from the last to the first."""
+    weights, inputs, links, states = kept
 
     def of_shard(shard):
         inputs, links, states, gradient = shard
 
+        def read(states, n):
+            """Returns the state before chunk `n`, and the gradients of the states after it and before its sibling."""
+            return [_at(states, place[n]) for place in (links.source, links.child, links.sibling)]
+
         def visit(i, carry):
-            states, of_weights, of_inputs = carry
+            states, (state, of_state, of_sibling), of_weights, of_inputs = carry
             n = _used(links) - 1 - i
             tokens, of_results = _tokens((inputs, gradient), links, n, chunk)
-            add = lambda total, child: jax.tree.map(jnp.add, total, _at(states, child))
-            of_state = _over_children(add, jax.tree.map(jnp.zeros_like, empty), links, n)
             run = lambda weights, state, tokens: body(weights, state, tokens, links.count[n])
-            _, vjp = jax.vjp(run, weights, _at(states, n), tokens)
-            more, of_state, of_tokens = vjp((of_state, of_results))
-            states = jax.tree.map(lambda all, x: all.at[n].set(x), states, of_state)
-            of_inputs = jax.tree.map(lambda all, x: _put(all, x, links, n), of_inputs, of_tokens)
-            return states, jax.tree.map(jnp.add, of_weights, more), of_inputs
+            more, of_state, of_tokens = jax.vjp(run, weights, state, tokens)[1]((of_state, of_results))
+            states = _with(states, n, _sum(of_state, of_sibling))
+            of_inputs = jax.tree.map(lambda whole, x: _put(whole, x, links, n), of_inputs, of_tokens)
+            return states, read(states, n - 1), _sum(of_weights, more), of_inputs
 
-        start = states, jax.tree.map(jnp.zeros_like, weights), jax.tree.map(jnp.zeros_like, inputs)
-        return jax.lax.fori_loop(0, _used(links), visit, start)[1:]
+        start = states, read(states, _used(links) - 1), *jax.tree.map(jnp.zeros_like, (weights, inputs))
+        return jax.lax.fori_loop(0, _used(links), visit, start)[2:]
 
     of_weights, of_inputs = jax.lax.map(of_shard, (inputs, links, states, gradient))
     return jax.tree.map(lambda x: x.sum(axis=0), of_weights), None, of_inputs, None
@@ -124,15 +128,18 @@ def _used(links: Links) -> jax.Array:
     return jnp.sum(links.count > 0)
 
 
-def _at(tree: Tree, index: jax.Array) -> Tree:
-    return jax.tree.map(lambda x: x[index], tree)
+def _at(states: Tree, place: jax.Array) -> Tree:
+    """Returns what the buffer holds for chunk `place`; zeros for N."""
+    return jax.tree.map(lambda x: jnp.where(place < len(x) - 1, x[place], 0), states)
 
 
-def _over_children(visit: Callable[[Tree, jax.Array], Tree], carry: Tree, links: Links, n: jax.Array) -> Tree:
-    """Folds `visit` over the chunks that continue chunk `n`."""
-    unfinished = lambda pair: pair[1] < len(links.start)
-    step = lambda pair: (visit(*pair), links.sibling[pair[1]])
-    return jax.lax.while_loop(unfinished, step, (carry, links.child[n]))[0]
+def _sum(a: Tree, b: Tree) -> Tree:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _with(states: Tree, place: jax.Array, new: Tree) -> Tree:
+    """Returns the buffer with `new` for chunk `place`, written in place."""
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, place, 0), states, new)
 
 
 def _tokens(tree: Tree, links: Links, n: jax.Array, chunk: int) -> Tree:
