@@ -28,7 +28,7 @@ from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
 from igrpo_jax.models.cache import Prefix
 from igrpo_jax.models.config import RopeScaling
 from igrpo_jax.models.segments import BLOCK, Segments, dense_mask
-from igrpo_jax.models.splash import splash_attention
+from igrpo_jax.models.splash import packed_splash_attention, splash_attention
 
 
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
@@ -223,10 +223,13 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "splash": splash_attention,
     "splash_interpret": functools.partial(splash_attention, interpret=True),
 }
+# The same names, for packed segments.
 PACKED: dict[str, Callable[..., jax.Array]] = {
     "xla": packed_xla_attention,
     "chunked": packed_chunked_attention,
     "cudnn": packed_cudnn_attention,
+    "splash": packed_splash_attention,
+    "splash_interpret": functools.partial(packed_splash_attention, interpret=True),
 }
 
 

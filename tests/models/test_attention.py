@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_attention
 import pytest
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import attention, chunked, decoder, splash
+from igrpo_jax.models import attention, decoder, splash
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.cache import Prefix
 
@@ -31,7 +32,7 @@ def plain(arrays, lengths, weight):
     Output, and gradients of its sum weighted by `weight`, by q, k, v and the prefix's k and v.
     """
     q, k, v, *before = (x.astype(np.float64) for x in jax.tree.leaves(arrays))
-    groups, scale = q.shape[2] // k.shape[1], q.shape[3] ** -0.5
+    groups = q.shape[2] // k.shape[1]
     mixed, grads = np.zeros_like(q), [np.zeros_like(x) for x in (q, k, v, *before)]
     for b, n in np.ndindex(q.shape[0], q.shape[2]):
         of, past = (b, n // groups), 0
@@ -41,20 +42,13 @@ def plain(arrays, lengths, weight):
             past = lengths[prefix[0]]
             keys = np.concatenate([before[0][prefix][:past], keys])
             values = np.concatenate([before[1][prefix][:past], values])
-        scores = np.where(np.tri(q.shape[1], len(keys), past), q[b, :, n] @ keys.T * scale, -np.inf)
-        odds = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        share = odds / odds.sum(axis=-1, keepdims=True)
-        mixed[b, :, n] = share @ values
-        d_mixed = weight[b, :, n].astype(np.float64)
-        d_share = d_mixed @ values.T
-        d_scores = share * (d_share - np.sum(share * d_share, axis=-1, keepdims=True)) * scale
-        d_keys, d_values = d_scores.T @ q[b, :, n], share.T @ d_mixed
-        grads[0][b, :, n] = d_scores @ keys
-        grads[1][of] += d_keys[past:]
-        grads[2][of] += d_values[past:]
+        row = plain_attention.attend(q[b, :, n], keys, values, weight[b, :, n])
+        mixed[b, :, n], grads[0][b, :, n] = row.mixed, row.d_q
+        grads[1][of] += row.d_k[past:]
+        grads[2][of] += row.d_v[past:]
         if before:
-            grads[3][prefix][:past] += d_keys[:past]
-            grads[4][prefix][:past] += d_values[:past]
+            grads[3][prefix][:past] += row.d_k[:past]
+            grads[4][prefix][:past] += row.d_v[:past]
     return [mixed, *grads]
 
 
@@ -99,6 +93,15 @@ CASES = {
 }
 
 
+LONG_CASES = {  # more keys than LONGEST_XLA, where chunked runs by blocks
+    "no prefix": inputs(1, 2, 300, 2, 2),
+    "whole blocks": inputs(1, 1, 320, 1, 1),
+    "none and some of a prefix": inputs(2, 2, 70, 2, 2, positions=230, lengths=[0, 150]),
+    "a prefix that ends with a block": inputs(1, 3, 9, 1, 4, positions=256, lengths=[128]),
+    "all of a prefix, one token": inputs(2, 1, 1, 2, 1, positions=257, lengths=[257, 257]),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", RUNS_HERE)
@@ -108,9 +111,26 @@ def test_it_equals_the_plain_one(name, case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", LONG_CASES)
+def test_blocks_of_long_rows_equal_the_plain_one(case):
+    assert_close(value_and_grads(attention.chunked_attention, *LONG_CASES[case]), plain(*LONG_CASES[case]), 5e-5)
+
+
+def test_a_query_does_not_visit_later_blocks():
+    """NaN in the keys and values of one block reaches the queries of that block and of later ones, and no others."""
+    (q, k, v, _), _, _ = inputs(1, 1, 320, 1, 1)
+    expected = np.asarray(attention.chunked_attention(q, k, v, None))
+    k[:, :, 192:256], v[:, :, 192:256] = np.nan, np.nan
+    found = np.asarray(attention.chunked_attention(q, k, v, None))
+    np.testing.assert_array_equal(found[:, :192], expected[:, :192])
+    assert np.isnan(found[:, 192:]).all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS_HERE)
 def test_bfloat16(name):
-    case = inputs(1, 2, 40, 1, 2, positions=24, lengths=[9], dtype=jnp.bfloat16)
+    positions = 260 if name == "chunked" else 24  # enough for blocks
+    case = inputs(1, 2, 40, 1, 2, positions=positions, lengths=[9], dtype=jnp.bfloat16)
     for x, y in zip(value_and_grads(RUNS_HERE[name], *case), plain(*case), strict=True):
         assert np.abs(x - y).max() <= 0.02 * np.abs(y).max()  # 8 bits: 0.004 each, over a few roundings
 
@@ -119,7 +139,8 @@ def test_bfloat16(name):
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)])
 @pytest.mark.parametrize("name", ["chunked", "splash"])
 def test_a_mesh_changes_nothing(name, shape):
-    case = inputs(4, 3, 20, 2, 2, positions=24, lengths=[24, 0, 9, 24])
+    positions = 260 if name == "chunked" else 24  # enough for blocks
+    case = inputs(4, 3, 20, 2, 2, positions=positions, lengths=[24, 0, 9, 24])
     mesh = sharding.make_mesh(config.MeshConfig(*shape))
     rows, cache = ("batch", "time", "heads", "head_dim"), caches.AXES
     axes = (rows, cache, cache, (cache, cache)), ("batch",), rows
@@ -146,14 +167,6 @@ def test_chunked_memory_grows_with_length_and_not_its_square():
     assert temporaries(attention.xla_attention, 1024) > 2 * 2 * 1024 * 2048 * 4 > 5 * short
 
 
-def test_chunks_out_of_sight_are_skipped():
-    chunks = [np.zeros((4, 1, 1, 1, 8, 2), np.float32)] * 3
-    before = Prefix(*[np.zeros((3, 1, 1, 8, 2), np.float32)] * 2, np.array([20], np.int32))
-    prefix, own = chunked._sources(*chunks, before)
-    assert [tuple(pair) for pair in own.pairs.T] == [(i, j) for i in range(4) for j in range(i + 1)]
-    assert [tuple(pair) for pair in prefix.pairs.T] == [(i, j) for i in range(4) for j in range(3)]
-
-
 @pytest.mark.parametrize("size, padded", [(1, (128, 128)), (130, (256, 256)), (512, (512, 512)), (600, (768, 384))])
 def test_splash_blocks(size, padded):
     assert splash._padded(size) == padded
@@ -170,23 +183,24 @@ def on(platform):
 
 
 @pytest.mark.parametrize(
-    "platform, requested, dtype, head_dim, longest, expected",
+    "platform, requested, dtype, head_dim, expected",
     [
-        ("tpu", "auto", "bfloat16", 128, 8192, "splash"),
-        ("tpu", "auto", "float32", 12, 64, "splash"),
-        ("tpu", "chunked", "bfloat16", 128, 64, "chunked"),
-        ("gpu", "auto", "bfloat16", 64, 8192, "cudnn"),
-        ("gpu", "auto", "float32", 64, 8192, "chunked"),
-        ("gpu", "auto", "bfloat16", 12, 128, "xla"),
-        ("gpu", "xla", "bfloat16", 64, 8192, "xla"),
-        ("cpu", "auto", "bfloat16", 64, attention.LONGEST_XLA, "xla"),
-        ("cpu", "auto", "bfloat16", 64, attention.LONGEST_XLA + 1, "chunked"),
+        ("tpu", "auto", "bfloat16", 128, "splash"),
+        ("tpu", "auto", "float32", 12, "splash"),
+        ("tpu", "chunked", "bfloat16", 128, "chunked"),
+        ("gpu", "auto", "bfloat16", 64, "cudnn"),
+        ("gpu", "auto", "float32", 64, "chunked"),
+        ("gpu", "auto", "bfloat16", 12, "chunked"),
+        ("gpu", "xla", "bfloat16", 64, "xla"),
+        ("cpu", "auto", "bfloat16", 64, "chunked"),
+        ("cpu", "xla", "float32", 64, "xla"),
     ],
 )
-def test_the_choice(platform, requested, dtype, head_dim, longest, expected, caplog):
+def test_the_choice(platform, requested, dtype, head_dim, expected, caplog):
     caplog.set_level("INFO")
-    assert attention.choose(requested, on(platform), dtype, head_dim, longest) == expected
+    assert attention.choose(requested, on(platform), dtype, head_dim) == expected
     assert f"attention: {expected}" in caplog.text
+    assert expected in attention.IMPLEMENTATIONS and expected in attention.PACKED
 
 
 @pytest.mark.parametrize(
@@ -201,7 +215,7 @@ def test_the_choice(platform, requested, dtype, head_dim, longest, expected, cap
 )
 def test_a_request_that_cannot_be_met_is_refused(platform, requested, dtype, head_dim, says):
     with pytest.raises(InputError) as error:
-        attention.choose(requested, on(platform), dtype, head_dim, 64)
+        attention.choose(requested, on(platform), dtype, head_dim)
     assert says in str(error.value) and "set it to auto" in str(error.value)
 
 
@@ -224,13 +238,14 @@ def logits_and_grads(c, params):
 
 
 @pytest.mark.slow
-def test_the_decoder_gives_the_same_with_any(tiny):
+def test_the_decoder_gives_the_same_with_any(tiny, monkeypatch):
     """And splash on a mesh, where the rows of a sublayer that is run again go through shard_map twice."""
     c = dataclasses.replace(tiny[0], pattern="*")  # the rest of it has nothing to do with the choice
     params = {path: tiny[1][path] for path in decoder.shapes(c)}
     with pytest.raises(KeyError, match="none such"):  # so it is read at all
         logits_and_grads(dataclasses.replace(c, attention="none such"), params)
     expected = logits_and_grads(c, params)
+    monkeypatch.setattr(attention, "LONGEST_XLA", 0)  # by blocks
     assert_close(logits_and_grads(dataclasses.replace(c, attention="chunked"), params), expected, 1e-4)
     mesh = sharding.make_mesh(config.MeshConfig(1, 2, 2), jax.devices()[:4])
     placed = {path: sharding.to_global(x, sharding.param_sharding(mesh, path)) for path, x in params.items()}
