@@ -11,13 +11,14 @@ import optax
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.learning.learner import Learner
+from igrpo_jax.learning.packing import MicroBatch, Piece
 from igrpo_jax.records import Completion, Group, Prompt, Score
 
 TEMPERATURE, MAX_CONTEXT, MAX_COMPLETION = 0.9, 20, 18
 CONTEXTS = (18, 1, 20, 19, 17, 5, 18, 20)  # three prefixes of up to 16 positions, five of more
 P, G = len(CONTEXTS), 4
 ROW = MAX_CONTEXT + MAX_COMPLETION
-WHOLE = (P, 32, G, 32)  # the shape that holds every unit
+WHOLE = 768  # tokens of the micro-batch that holds every unit: 8 x (19 + 4 x 18), rounded up
 DEFAULTS = {
     "prompts_per_step": P,
     "model.dtype": "float32",
@@ -26,7 +27,7 @@ DEFAULTS = {
     "rollout.temperature": TEMPERATURE,
     "rollout.max_completion_length": MAX_COMPLETION,
     "learner.remat": "none",
-    "learner.logprob_chunk": 200,  # 6 positions of 32 rows
+    "learner.logprob_chunk": 50,
     "optimizer.learning_rate": 1e-3,
     "optimizer.warmup_ratio": 0.0,
     "optimizer.max_grad_norm": 1e9,
@@ -60,6 +61,11 @@ def make_learner(model, mesh=None, **changes):
     tree.update_from_flattened_dict(DEFAULTS | {name.replace("__", "."): x for name, x in changes.items()})
     mesh = sharding.make_mesh(mesh or config.MeshConfig(), None if mesh else jax.devices()[:1])
     return Learner(config.freeze(tree), model, mesh, max_context=MAX_CONTEXT, total_steps=10), mesh
+
+
+def one_batch(packer, units, size=WHOLE):
+    """The arrays of a micro-batch that holds all units, though several would be cheaper."""
+    return packer.fill(MicroBatch(size, [[Piece(unit, 0, len(unit.completions)) for unit in units]]))
 
 
 def put(params, mesh):

@@ -5,13 +5,13 @@
 2. Token weights are computed on all rows of an optimizer step, so that micro-batches are plain addition.
 3. On each shard a micro-batch is an axis of tokens: the completions of its units one after another, then their
    contexts, each once. `micro_shapes` says how few lengths of this axis there are.
-4. Units are placed by best-fit decreasing, which takes the longest unit first and puts it where the least is left. The
-   micro-batches are the cheapest that hold all units.
+4. The micro-batches are the cheapest that hold all units. Units are placed from the longest to the shortest, each where
+   the most space is left, so that shards have equal work, or where that does not do, where the least is left.
 
 All of this is done on the host, with numpy alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -142,8 +142,9 @@ class Packer:
             return []
         total = sum(piece.family.tokens for piece in pieces)
         for sizes in self.shapes.choices(total):
-            bins = self._placed(pieces, [size for size in sizes for _ in range(self.shapes.shards)])
-            if bins is not None:
+            axes = [size for size in sizes for _ in range(self.shapes.shards)]
+            bins = self._placed(pieces, axes, max) or self._placed(pieces, axes, min)
+            if bins:
                 by_batch = (bins[i : i + self.shapes.shards] for i in range(0, len(bins), self.shapes.shards))
                 return [MicroBatch(size, shards) for size, shards in zip(sizes, by_batch, strict=True)]
         raise AssertionError("a micro-batch for every piece holds all pieces")
@@ -167,8 +168,12 @@ class Packer:
     def _most_chunks(self, size: int) -> int:
         return segments.most_chunks(size, self._chunk) if self._chunk else 0
 
-    def _placed(self, pieces: Sequence[Piece], sizes: Sequence[int]) -> list[list[Piece]] | None:
-        """Returns the pieces on each of the axes of these `sizes`; None where best-fit decreasing finds no place."""
+    def _placed(self, pieces: Sequence[Piece], sizes: Sequence[int], choose: Callable) -> list[list[Piece]] | None:
+        """Returns the pieces on each of the axes of these `sizes`; None where a piece finds no place.
+
+        Args:
+            choose: `max` puts each piece where the most space is left, `min` where the least is.
+        """
         bins: list[list[Piece]] = [[] for _ in sizes]
         tokens = list(sizes)  # what is left of each
         chunks = [self._most_chunks(size) for size in sizes]
@@ -178,7 +183,7 @@ class Packer:
             fitting = [i for i, left in enumerate(tokens) if left >= needed and chunks[i] >= needed_chunks]
             if not fitting:
                 return None
-            best = min(fitting, key=tokens.__getitem__)
+            best = choose(fitting, key=tokens.__getitem__)
             bins[best].append(piece)
             tokens[best] -= needed
             chunks[best] -= needed_chunks
