@@ -7,14 +7,12 @@ For rows, the keys are [prefix | own | zeros], the causal mask is shifted by the
 of the prefix belongs to another segment than the queries, so that no query reads it.
 
 On a packed axis a completion reads two intervals of keys: its own and that of its prefix. The kernel computes a mask
-from one number of each query, and compares one number of each query with one of each key. So the keys are
+from one number of each query, and compares another number of each query with one of each key. So the keys are
 [axis | axis]: a query reads tokens of its own segment from the first copy, where its number holds the two ends of an
-interval, and tokens of its prefix from the second copy, where the compared numbers alone decide. The kernel can also
-read masks of single blocks from memory, but takes 4 bytes for each pair of tokens there, for each head anew. Which
-blocks it visits is computed on the device, since each batch has other segments.
+interval, and tokens of its prefix from the second copy, where the compared numbers alone decide. The kernel could read
+masks of single blocks from memory instead, 4 bytes for each pair of tokens and anew for each head.
 
-Legend: S shards of the batch, F tokens of the axis, N heads, K kv heads, H head dim, I blocks of queries, J blocks of
-keys, V visits of blocks.
+Legend: S shards of the batch, F tokens of the axis, N heads, K kv heads, H head dim, M pieces of the second copy.
 """
 
 import functools
@@ -27,8 +25,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from igrpo_jax.distributed.sharding import spec
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
+from igrpo_jax.models import visits
 from igrpo_jax.models.cache import Prefix
-from igrpo_jax.models.segments import BLOCK, NOTHING, Segments
+from igrpo_jax.models.segments import Segments
 
 LANES = 128  # lanes of a TPU's vector registers; the kernel works on multiples of it
 BLOCKS = (512, 384, 256)  # sizes of the blocks of longer sequences; smaller blocks leave the matrix unit idle
@@ -139,7 +138,7 @@ def packed_splash_attention(
             f"config.learner.tokens_per_microbatch: an axis of {size:,} tokens is more than attention = splash "
             f"supports; set it to at most {longest:,}, or config.learner.attention to chunked"
         )
-    run = jax.vmap(functools.partial(_packed_on_one_device, interpret=interpret))
+    run = functools.partial(_packed_on_one_device, interpret=interpret)
     arguments = (q, k, v, *(jnp.asarray(x) for x in (segments.segment, segments.parent, segments.blocks)))
     if jax.sharding.get_abstract_mesh().empty:
         return run(*arguments)
@@ -150,43 +149,61 @@ def packed_splash_attention(
 
 
 def _packed_on_one_device(q, k, v, segment, parent, blocks, interpret):
-    """Runs the kernel on one axis; arguments and result as of `packed_splash_attention`, without S."""
-    size, _, head_dim = q.shape
+    """Runs the kernel on the axes and heads of one device; arguments and result as of `packed_splash_attention`."""
+    size, _, head_dim = q.shape[1:]
     padded, block = _padded(size)
     pad = lambda x, axis: jnp.pad(x, [(0, (padded - size) * (i == axis)) for i in range(x.ndim)])
-    segment, parent = pad(segment, 0), pad(parent, 0)
-    twice = lambda x: jnp.concatenate([pad(x, 1)] * 2, axis=1)
-    visited = _visited(segment, parent, blocks, block)
-    kernel = _packed_kernel(_intervals(segment), visited, interpret)
-    mixed = kernel(pad(q.swapaxes(0, 1) * head_dim**-0.5, 1), twice(k), twice(v), _ids(segment, parent))
-    mixed = jnp.where(visited.sum(axis=1).max() > _space(visited), jnp.nan, mixed)
+    q = pad(q.swapaxes(1, 2) * head_dim**-0.5, 2)
+    axes = q, pad(k, 2), pad(v, 2), pad(segment, 1), pad(parent, 1), blocks
+    # Each device mostly has one axis. Several in one batch would take both branches of the condition.
+    run = functools.partial(_packed_attention, block=block, interpret=interpret)
+    mixed = jax.lax.map(lambda axis: run(*axis), axes)
+    return mixed[:, :, :size].swapaxes(1, 2)
+
+
+def _packed_attention(q, k, v, segment, parent, blocks, block, interpret):
+    """Runs the kernel on one axis of whole blocks: q is [N, F, H] and scaled, k and v are [K, F, H]."""
+    needed = visits.visits(segment, parent, blocks, block)
+    short, full = visits.lengths(len(needed.own))
+    run = functools.partial(_packed_kernel, interpret=interpret)
+    arguments = q, k, v, segment, parent, needed
+    if short == full:
+        mixed = run(*arguments, given=full)
+    else:
+        branches = functools.partial(run, given=short), functools.partial(run, given=full)
+        mixed = jax.lax.cond(visits.fit(needed, short), *branches, *arguments)
+    mixed = jnp.where(visits.fit(needed, full), mixed, jnp.nan)
     # Padding reads nothing, so what the kernel has for it is no number. With zeros instead, no gradient passes either.
-    return jnp.where((segment > 0)[:, None], mixed, 0)[:, :size].swapaxes(0, 1)
+    return jnp.where((segment > 0)[:, None], mixed, 0)
 
 
-def _packed_kernel(intervals: jax.Array, visited: jax.Array, interpret: bool):
-    """Returns the kernel for queries [N, F, H], keys and values [K, 2 * F, H] and the ids of `_ids`.
+def _packed_kernel(q, k, v, segment, parent, needed: visits.Visits, given: visits.Lengths, interpret: bool):
+    """Runs the kernel with loops of the given lengths; the other arguments are as of `_packed_attention`."""
+    size, blocks = len(segment), len(needed.own)
+    block_of, prefix = visits.divide(needed.prefix, given)
 
-    Args:
-        intervals: [F] int32, of `_intervals`.
-        visited: [I, J] bool, of `_visited`.
-    """
-    size, block = len(intervals), len(intervals) // len(visited)
+    def pieces(x):  # of [X, F, ...], as [X, M * block, ...]
+        return x.reshape(len(x), blocks, -1, *x.shape[2:])[:, block_of].reshape(len(x), -1, *x.shape[2:])
+
+    query_ids, own_ids, prefix_ids = _ids(segment, parent)
+    ids = library.SegmentIds(query_ids, jnp.concatenate([own_ids, pieces(prefix_ids[None])[0]]))
+    visited = jnp.concatenate([needed.own, prefix], axis=1)
+    of_queries = visits.listed(visited, given.keys)
     # The gradients of keys are computed block of keys by block of keys, so the queries of each are listed.
-    of_queries, of_keys = _visits(visited, _space(visited)), [x.T for x in _visits(visited.T, len(visited))]
+    of_keys = [x.T for x in visits.listed(visited.T, given.queries)]
     forward, backward = (
         splash_attention_mask_info.MaskInfo(
             data_next=following[None],
             mask_next=None,
             block_mask=exists[None],
             partial_mask_blocks=None,
-            q_sequence=intervals,
+            q_sequence=_intervals(segment),
         )
         for following, exists in (of_queries, of_keys)
     )
-    return splash_attention_kernel.SplashAttentionKernel(
+    kernel = splash_attention_kernel.SplashAttentionKernel(
         *(forward, forward, backward),
-        block_sizes=_block_sizes(block, block),
+        block_sizes=_block_sizes(size // blocks, size // blocks),
         is_mqa=False,
         save_residuals=False,
         mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
@@ -195,17 +212,18 @@ def _packed_kernel(intervals: jax.Array, visited: jax.Array, interpret: bool):
         mask_function=_reads(size),
         interpret=interpret,
     )
+    return kernel(q, *(jnp.concatenate([x, pieces(x)], axis=1) for x in (k, v)), ids)
 
 
-def _ids(segment: jax.Array, parent: jax.Array) -> library.SegmentIds:
-    """Returns the numbers that are equal where a query [F] may read a key [2 * F]: of the family, negative in a prefix.
+def _ids(segment: jax.Array, parent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns [F] int32 of queries, of the keys of the first copy and of those of the second one.
 
-    In the second copy a prefix has the number of its completions.
+    A query may read a key whose number is its own: that of the family, negative in a prefix. In the second copy a
+    prefix has the number of its completions.
     """
     prefix = (segment > 0) & (segment == parent)
     own = jnp.where(prefix, -parent, parent)
-    first, second = jnp.where(segment > 0, own, UNREAD), jnp.where(prefix, parent, UNREAD)
-    return library.SegmentIds(own, jnp.concatenate([first, second]))
+    return own, jnp.where(segment > 0, own, UNREAD), jnp.where(prefix, parent, UNREAD)
 
 
 def _intervals(segment: jax.Array) -> jax.Array:
@@ -224,42 +242,3 @@ def _reads(size: int):
         return (key >= size) | ((key >= start) & (key <= (interval & (2**INDEX_BITS - 1))))
 
     return reads
-
-
-def _visited(segment: jax.Array, parent: jax.Array, blocks: jax.Array, block: int) -> jax.Array:
-    """Returns [I, J] bool, which blocks of keys in both copies a block of queries visits.
-
-    Args:
-        segment, parent: [F] int32, padded to whole blocks of `block` tokens.
-        blocks: [F / BLOCK, F / BLOCK] int8 of `segments`, without that padding.
-    """
-    count, parts = len(segment) // block, block // BLOCK
-    missing = count * parts - len(blocks)
-    some = jnp.pad(blocks, ((0, missing), (0, missing)), constant_values=NOTHING) != NOTHING
-    some = some.reshape(count, parts, count, parts).any(axis=(1, 3))
-    has = lambda tokens: tokens.reshape(count, block).any(axis=1)
-    of_prefix = some & has(segment != parent)[:, None] & has((segment > 0) & (segment == parent))
-    return jnp.concatenate([jnp.tril(some), of_prefix], axis=1)
-
-
-def _space(visited: jax.Array) -> int:
-    """Returns the most blocks of keys that a block of queries visits where prefixes stand behind completions.
-
-    That is each block once, and twice the one in which the completions end and the prefixes begin.
-    """
-    return len(visited) + 1
-
-
-def _visits(visited: jax.Array, space: int) -> tuple[jax.Array, jax.Array]:
-    """Returns [I, V] int32 and [I, V] int8: the blocks that each block visits, first of all, and 1 at each of them.
-
-    The rest of a row repeats its last block, which is therefore not fetched again.
-
-    Args:
-        visited: [I, J] bool.
-        space: V, at least what any row needs.
-    """
-    columns = jnp.arange(visited.shape[1], dtype=jnp.int32)
-    in_order = jnp.sort(jnp.where(visited, columns, len(columns)), axis=1)[:, :space]
-    last = jnp.where(visited, columns, 0).max(axis=1, keepdims=True)
-    return jnp.minimum(in_order, last), (in_order < len(columns)).astype(jnp.int8)

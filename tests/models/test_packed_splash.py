@@ -12,8 +12,9 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import segments as packed
-from igrpo_jax.models import splash
+from igrpo_jax.models import splash, visits
 from igrpo_jax.models.segments import Family, Segments
+from igrpo_jax.models.visits import Lengths
 
 AXES = (("batch", "time", "heads", "head_dim"), caches.AXES, caches.AXES)
 attend = functools.partial(splash.packed_splash_attention, interpret=True)
@@ -79,13 +80,28 @@ def test_it_equals_dense_attention(shards, kv_heads, groups, small_blocks):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fits", [True, False])
+def test_short_loops_where_they_are_enough(fits, small_blocks, monkeypatch):
+    """Two completions, each of a block, read one block of a prefix: in two pieces, each for one of them."""
+    short = Lengths(pieces=2, keys=2 if fits else 1, queries=1)
+    monkeypatch.setattr(visits, "lengths", lambda count: (short, Lengths(count, count + 1, count)))
+    segments = packed.pack([[Family(100, [128, 128])], [Family(128, [200])]], 384)
+    for shard, expected in ((0, fits), (1, False)):
+        needed = visits.visits(*(jnp.asarray(x[shard]) for x in segments[:2] + segments[3:4]), 128)
+        assert visits.fit(needed, short) == expected
+    assert_equal_dense(*inputs(segments, 1, 2), segments)
+
+
+@pytest.mark.slow
 def test_an_axis_that_is_padded_to_blocks():
     segments = packed.pack([[*RAGGED, *ONE_FAMILY]], 704)  # 2 blocks of 384 tokens
     assert_equal_dense(*inputs(segments, 1, 1), segments)
 
 
 @pytest.mark.slow
-def test_a_mesh_changes_nothing(small_blocks):
+def test_a_mesh_changes_nothing(small_blocks, monkeypatch):
+    """Its devices run different loops: the short ones are enough for the shard of padding alone."""
+    monkeypatch.setattr(visits, "lengths", lambda count: (Lengths(1, 1, 1), Lengths(count, count + 1, count)))
     segments = packed.pack([RAGGED, FILLED, [], ONE_FAMILY], 384)
     arrays, weight = inputs(segments, 2, 2)
     mesh = sharding.make_mesh(config.MeshConfig(2, 2, 2))
@@ -107,52 +123,10 @@ def test_a_gradient_of_padding_changes_nothing(small_blocks):
         assert np.all((x if x.shape[1] == 384 else x.swapaxes(1, 2))[:, 279:] == 0)
 
 
-def random_families(rng, size):
-    """Families that fill an axis of `size` tokens at most, of many short segments or of a few long ones."""
-    families, longest = [], rng.choice([4, 60, 400])
-    while True:
-        family = Family(rng.integers(0, rng.choice([2, 300])), rng.integers(0, longest, rng.integers(1, 9)).tolist())
-        size -= family.prefix + sum(family.completions)
-        if size < 0 or len(families) == 60:
-            return families
-        families.append(family)
-
-
-@pytest.mark.parametrize("block", [128, 256, 512])
-def test_the_blocks_that_are_visited_hold_what_is_read(block):
-    """What ids, intervals and visited blocks together let through is the mask, and each key is read once."""
-    rng, size = np.random.default_rng(block), 1024
-    for _ in range(8):
-        segments = packed.pack([random_families(rng, size)], size)
-        segment, parent, blocks = (jnp.asarray(x[0]) for x in segments[:2] + segments[3:4])
-        visited = splash._visited(segment, parent, blocks, block)
-        assert visited.sum(axis=1).max() <= splash._space(visited)
-        ids, intervals = splash._ids(segment, parent), splash._intervals(segment)
-        read = splash._reads(size)(intervals[:, None], jnp.arange(2 * size)) & (ids.q[:, None] == ids.kv)
-        read &= jnp.repeat(jnp.repeat(visited, block, axis=0), block, axis=1)
-        np.testing.assert_array_equal(read.reshape(size, 2, size).sum(axis=1), packed.dense_mask(segments)[0])
-
-
-def test_blocks_out_of_sight_are_not_visited():
-    """Two families of two blocks of completions and one of prefix each: [c c C C p P]."""
-    segments = packed.pack([[Family(128, [128, 128]), Family(128, [256])]], 768)
-    visited = splash._visited(*(jnp.asarray(x[0]) for x in segments[:2] + segments[3:4]), 128)
-    own, prefix = np.split(np.asarray(visited), 2, axis=1)
-    assert np.argwhere(own).tolist() == [[0, 0], [1, 1], [2, 2], [3, 2], [3, 3], [4, 4], [5, 5]]
-    assert np.argwhere(prefix).tolist() == [[0, 4], [1, 4], [2, 5], [3, 5]]
-
-
 def test_intervals_up_to_the_longest_axis():
     segment = jnp.repeat(jnp.array([1, 2], jnp.int32), jnp.array([40000, 25536]), total_repeat_length=65536)
     reads = splash._reads(65536)(splash._intervals(segment)[-1], jnp.array([39999, 40000, 65535, 65536, 131071]))
     assert reads.tolist() == [False, True, True, True, True]
-
-
-def test_a_row_of_visits_repeats_its_last():
-    visited = jnp.array([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
-    following, exists = splash._visits(visited, 3)
-    assert following.tolist() == [[1, 3, 3], [0, 0, 0], [0, 0, 0]]
-    assert exists.tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.slow
