@@ -25,7 +25,7 @@ import igrpo_jax
 from igrpo_jax import config
 from igrpo_jax.data import catalog
 from igrpo_jax.learning import objectives
-from igrpo_jax.learning.loss import CompletionRows
+from igrpo_jax.learning.loss import TokenValues
 from igrpo_jax.learning.loss import loss as objective_loss
 from igrpo_jax.loading import load_config
 from igrpo_jax.models.config import READERS
@@ -397,9 +397,9 @@ def test_the_objective_in_ten_lines_works(monkeypatch):
         lengths, mask = np.array([1, 3]), np.arange(3) < np.array([[1], [3]])
         weight = np.where(mask, objectives.row_weights(chosen, lengths, np.ones(2, bool), 8)[:, None], 0.0)
         logprob = jnp.full((2, 3), -0.5)
-        losses[name] = objective_loss(
-            chosen, CompletionRows(logprob, logprob, None, jnp.array([1.0, -1.0]), weight, mask)
-        ).loss
+        advantage = jnp.broadcast_to(jnp.array([[1.0], [-1.0]]), mask.shape)
+        values = TokenValues(logprob, logprob, None, advantage, weight, mask, jnp.asarray(mask, jnp.int32))
+        losses[name] = objective_loss(chosen, values).loss
     assert losses["luspo"] == pytest.approx(1.0) and losses["gspo"] == pytest.approx(0.0, abs=1e-6)
     vars(objectives).pop("_sequence_sum")
 

@@ -64,7 +64,7 @@ class TokenValues(NamedTuple):
     advantage: jax.Array  # [S, F] float32, of the token's completion
     weight: jax.Array  # [S, F] float32 from `row_weights`, 0 off the completions; such tokens contribute nothing
     mask: jax.Array  # [S, F] bool, the tokens of completions
-    row: jax.Array  # [S, F] int32, a number of the token's completion on its axis, below 2 F
+    row: jax.Array  # [S, F] int32, a number of the token's completion on its axis, at most 2 F
     correction: jax.Array | None = None  # [S, F] float32, importance weights against the sampler; None = 1
     entropy: jax.Array | None = None  # [S, F] float32, in nats, with its gradient; None where entropy_coef = 0
     entropy_weight: jax.Array | None = None  # [S, F] float32 from `entropy_weights`

@@ -18,9 +18,10 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.errors import InputError
 from igrpo_jax.learning import objectives
-from igrpo_jax.learning.loss import CompletionRows
+from igrpo_jax.learning.loss import TokenValues
 from igrpo_jax.learning.loss import loss as objective_loss
 from igrpo_jax.models.logprobs import token_logprobs
+from igrpo_jax.models.segments import Family, pack, starts
 
 RATIOS = ((1.5, 0.5), (1.5, 0.5, 1.1))
 ADVANTAGE = np.array([1.0, -2.0], np.float32)
@@ -47,6 +48,14 @@ def token_weights(r, mask, finished):
     return objectives.row_weights(r, mask.sum(axis=1), finished, L_MAX)[:, None] * mask
 
 
+def on_axes(logprob, old, reference, advantage, weight, mask, correction=None, entropy=None, entropy_weight=None):
+    """Rows [R, T] as R axes with one completion each. Advantages and weights of entropies are those of rows, [R]."""
+    per_token = lambda x: None if x is None else jnp.broadcast_to(jnp.asarray(x)[:, None], mask.shape)
+    row = jnp.asarray(mask, jnp.int32)
+    rest = correction, entropy, per_token(entropy_weight)
+    return TokenValues(logprob, old, reference, per_token(advantage), weight, mask, row, *rest)
+
+
 def evaluate(r, width=3, garbage=0.0, reference=None, finished=(True, True)):
     """Loss record, and the loss's gradient with respect to the log-probs [2, width]."""
     logprob, old, mask = example(width, garbage)
@@ -55,7 +64,7 @@ def evaluate(r, width=3, garbage=0.0, reference=None, finished=(True, True)):
         reference = logprob + np.pad(np.log(reference), ((0, 0), (0, width - 3)))
 
     def loss(logprob):
-        record = objective_loss(r, CompletionRows(logprob, old, reference, ADVANTAGE, weight, mask))
+        record = objective_loss(r, on_axes(logprob, old, reference, ADVANTAGE, weight, mask))
         return record.loss, record
 
     (_, record), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logprob))
@@ -119,7 +128,7 @@ def test_dapo_clips_the_two_sides_apart():
 
     def gradient(loss_type, advantage):
         r = resolved(loss_type)
-        call = lambda x: objective_loss(r, CompletionRows(x, old, None, jnp.array([advantage]), ones, ones > 0)).loss
+        call = lambda x: objective_loss(r, on_axes(x, old, None, jnp.array([advantage]), ones, ones > 0)).loss
         return np.asarray(jax.grad(call)(logprob))[0]
 
     np.testing.assert_allclose(gradient("dapo", 1.0), [-1.25, 0, -0.85, -0.75], atol=1e-6)
@@ -154,7 +163,7 @@ def test_a_correction_weighs_the_objective_and_not_the_kl():
     correction = np.array([[2.0, 0.5, 7.0], [1.0, 1.0, 1.0]], np.float32)
 
     def loss(x):
-        return objective_loss(r, CompletionRows(x, old, reference, ADVANTAGE, weight, mask, correction)).loss
+        return objective_loss(r, on_axes(x, old, reference, ADVANTAGE, weight, mask, correction)).loss
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(logprob))
     assert float(value) == pytest.approx(-((2.4 + 0.25) / 4 - 6.8 / 6) + 0.1 * (weight * K3).sum(), abs=1e-6)
@@ -170,7 +179,7 @@ def test_on_policy_the_ratio_is_1_and_the_gradient_is_that_of_reinforce(loss_typ
     weight = token_weights(r, mask, np.ones(2, bool))
 
     def loss(x):
-        record = objective_loss(r, CompletionRows(x, jax.lax.stop_gradient(x), None, ADVANTAGE, weight, mask))
+        record = objective_loss(r, on_axes(x, jax.lax.stop_gradient(x), None, ADVANTAGE, weight, mask))
         return record.loss, record
 
     (_, record), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.where(mask, logprob, 0.0))
@@ -186,7 +195,7 @@ def test_ratios_beyond_float32_stay_finite(loss_type):
     old = reference = logprob[::-1]
 
     def loss(x):
-        return objective_loss(r, CompletionRows(x, old, reference, ADVANTAGE, jnp.full((2, 2), 0.25), mask)).loss
+        return objective_loss(r, on_axes(x, old, reference, ADVANTAGE, jnp.full((2, 2), 0.25), mask)).loss
 
     value, gradient = jax.value_and_grad(loss)(logprob)
     assert np.isfinite(float(value)) and np.isfinite(gradient).all()
@@ -200,7 +209,7 @@ def test_gspo_token_leaves_the_weights_of_tokens_with_their_tokens():
     for loss_type in ("gspo", "gspo_token"):
         r = resolved(loss_type)
         weight = token_weights(r, mask, np.ones(2, bool))
-        loss = lambda x: objective_loss(r, CompletionRows(x, old, None, ADVANTAGE, weight, mask, correction)).loss  # noqa: B023
+        loss = lambda x: objective_loss(r, on_axes(x, old, None, ADVANTAGE, weight, mask, correction)).loss  # noqa: B023
         gradients[loss_type] = jax.grad(loss)(jnp.asarray(logprob))
     s = math.sqrt(0.75)
     np.testing.assert_allclose(gradients["gspo_token"], [[-s / 2, -s / 8, 0], [0, 0, 0]], atol=1e-6)
@@ -242,9 +251,7 @@ def test_the_entropy_bonus_is_a_mean_over_tokens(loss_type, cut):
     assert per_row.dtype == np.float32
 
     def loss(entropy):
-        return objective_loss(
-            r, CompletionRows(logprob, old, None, ADVANTAGE, weight, mask, None, entropy, per_row)
-        ).loss
+        return objective_loss(r, on_axes(logprob, old, None, ADVANTAGE, weight, mask, None, entropy, per_row)).loss
 
     value, gradient = jax.value_and_grad(loss)(entropy)
     plain, _ = evaluate(r, finished=finished)
@@ -257,6 +264,145 @@ def test_the_entropy_bonus_is_a_mean_over_tokens(loss_type, cut):
 def test_what_has_a_gradient_without_an_advantage():
     assert resolved("grpo").needs_advantage and resolved("dapo", delta=3.0).needs_advantage
     assert not resolved("grpo", beta=1e-4).needs_advantage and not resolved("grpo", entropy_coef=1e-4).needs_advantage
+
+
+# Many completions on one axis.
+
+PACKED = [
+    [Family(5, [4, 1, 7]), Family(0, [3, 2])],
+    [Family(11, [6])],
+    [],
+]
+SIZE = 64
+
+
+def packed_values(r):
+    """TokenValues of `PACKED`, with other numbers off the completions, and where each completion stands."""
+    rng = np.random.default_rng(1)
+    segment = pack(PACKED, SIZE).segment
+    places = [
+        (shard, slice(start, start + length))
+        for shard, families in enumerate(PACKED)
+        for family, (_, own) in zip(families, starts(families), strict=True)
+        for start, length in zip(own, family.completions, strict=True)
+    ]
+    lengths = np.array([place.stop - place.start for _, place in places])
+    finished = rng.random(len(places)) < 0.7
+    draw = lambda scale: rng.normal(0, scale, segment.shape).astype(np.float32)
+    old = draw(1.0)
+    mask, of_rows = np.zeros(segment.shape, bool), np.zeros((3, *segment.shape), np.float32)
+    per_row = (
+        rng.normal(size=len(places)),
+        objectives.row_weights(r, lengths, finished, L_MAX),
+        objectives.entropy_weights(r, lengths, finished),
+    )
+    for i, place in enumerate(places):
+        mask[place] = True
+        for x, row in zip(of_rows, per_row, strict=True):
+            x[place] = row[i]
+    advantage, weight, entropy_weight = of_rows
+    near = 4e-3 if r.epsilon < 0.01 else 0.4  # for the clips of sequences
+    values = TokenValues(
+        logprob=jnp.asarray(old + draw(near)),
+        old=old,
+        reference=old + draw(0.4) if r.beta else None,
+        advantage=advantage,
+        weight=weight,
+        mask=mask,
+        row=segment,
+        correction=np.exp(draw(0.3)),
+        entropy=np.exp(draw(1.0)) if r.entropy_coef else None,
+        entropy_weight=entropy_weight if r.entropy_coef else None,
+    )
+    return values, places
+
+
+def by_completion(r, loss_type, values, places):
+    """The sums of LossSums over completions, in float64: each alone, by the formulas of the papers."""
+    sums = collections.Counter()
+    for place in places:
+        logprob, old, advantage, weight, correction = (
+            np.asarray(x, np.float64)[place]
+            for x in (values.logprob, values.old, values.advantage, values.weight, values.correction)
+        )
+        log_ratio = logprob - old
+        if loss_type.startswith("gspo"):
+            log_ratio = np.full_like(log_ratio, log_ratio.mean())
+        ratio = np.exp(log_ratio)
+        clipped = np.clip(ratio, 1 - r.epsilon, 1 + r.epsilon_high)
+        value = np.minimum(np.minimum(ratio, r.delta) * advantage, clipped * advantage) * correction
+        k3 = np.zeros_like(ratio)
+        if r.beta:
+            rho = np.exp(np.asarray(values.reference, np.float64)[place] - logprob)
+            k3 = rho - np.log(rho) - 1
+        counted = weight > 0
+        sums["loss"] -= np.sum(weight * (value - r.beta * k3))
+        if r.entropy_coef:
+            sums["loss"] -= np.sum(values.entropy_weight[place] * values.entropy[place])
+        outside = np.where(advantage > 0, ratio > 1 + r.epsilon_high, ratio < 1 - r.epsilon)
+        sums["clipped"] += np.sum(outside & counted)
+        sums["kl"] += np.sum(k3[counted])
+        sums["ratio"] += np.sum(ratio[counted])
+        sums["tokens"] += np.sum(counted)
+    return sums
+
+
+PACKED_SETTINGS = {
+    "plain": {},
+    "all": {"beta": 0.1, "entropy_coef": 0.2, "delta": 1.4, "mask_truncated_completions": True},
+}
+
+
+@pytest.mark.parametrize("settings", PACKED_SETTINGS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_completions_on_one_axis_are_apart(loss_type, settings):
+    """Sums are those of each completion alone, and so is the gradient; a mean of GSPO over others too is off."""
+    r = resolved(loss_type, **PACKED_SETTINGS[settings])
+    values, places = packed_values(r)
+    assert len(places) == 6 and len({shard for shard, _ in places}) == 2
+
+    def loss(logprob):
+        record = objective_loss(r, values._replace(logprob=logprob))
+        return record.loss, record
+
+    (_, record), gradient = jax.value_and_grad(loss, has_aux=True)(values.logprob)
+    expected = by_completion(r, loss_type, values, places)
+    assert expected["clipped"] > 0 and expected["tokens"] > expected["clipped"]
+    for name, x in record._asdict().items():
+        assert float(x) == pytest.approx(expected[name], abs=2e-5), name
+    alone = np.zeros(gradient.shape, np.float32)
+    for place in places:
+        own = jax.tree.map(lambda x, place=place: jnp.asarray(x)[place][None], values)
+        own = own._replace(row=jnp.ones_like(own.row))
+        alone[place] = jax.grad(lambda x, own=own: objective_loss(r, own._replace(logprob=x)).loss)(own.logprob)[0]
+    np.testing.assert_allclose(gradient, alone, atol=1e-6)
+    assert np.abs(alone).max() > 0.01
+
+
+@pytest.mark.parametrize("loss_type", ["gspo", "gspo_token"])
+def test_a_completion_changes_no_other_ones_ratio(loss_type):
+    """Bit for bit, and so do tokens of prefixes and padding, whatever they hold."""
+    r = resolved(loss_type)
+    values, places = packed_values(r)
+    log_ratio = lambda difference: np.asarray(r.objective.log_ratio(difference, values.mask, values.row))
+    difference = np.asarray(values.logprob - values.old)
+    before = log_ratio(difference)
+    changed = np.where(values.mask, difference, 99.0)
+    changed[places[0]] += 1
+    after = log_ratio(changed)
+    for place in places[1:]:
+        np.testing.assert_array_equal(after[place], before[place])
+    np.testing.assert_allclose(after[places[0]], before[places[0]] + 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["gspo", "gspo_token"])
+def test_an_axis_of_as_many_completions_as_there_can_be(loss_type):
+    """Each of one token, after an empty prefix: their numbers go up to twice the tokens of the axis."""
+    row = pack([[Family(0, [1])] * SIZE], SIZE).segment
+    assert row.max() == 2 * SIZE
+    difference = np.random.default_rng(0).normal(size=(1, SIZE)).astype(np.float32)
+    ratio = resolved(loss_type).objective.log_ratio(jnp.asarray(difference), jnp.ones((1, SIZE), bool), row)
+    np.testing.assert_array_equal(ratio, difference)
 
 
 # TRL, on the same tensors.
@@ -352,7 +498,7 @@ def test_equal_to_trl(case):
 
     def loss(logits):
         logprob, entropy = token_logprobs(logits, jnp.eye(11), targets, 1.0, 9, entropy_gradient=True)
-        rows = CompletionRows(
+        rows = on_axes(
             logprob=logprob,
             old=old,
             reference=reference if r.beta else None,
