@@ -40,7 +40,6 @@ def get_config():
 
     config.rewards.workers = 1
     config.learner.minibatches = 2
-    config.learner.remat = "none"  # small enough to keep all activations
     config.optimizer.learning_rate = 1.2e-4
     config.optimizer.warmup_ratio = 0.05
 

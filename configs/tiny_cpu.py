@@ -46,7 +46,6 @@ def get_config():
     config.rollout.temperature = 1.0
     config.rollout.slots = 128
 
-    config.learner.remat = "none"  # small enough to keep all activations
     config.optimizer.learning_rate = 1.2e-4
     config.optimizer.warmup_ratio = 0.05
 

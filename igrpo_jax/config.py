@@ -365,8 +365,9 @@ class LearnerConfig:
     # Number of steps in a row with a loss or gradient that is not finite before the run stops; each changes nothing
     # and leaves its batch in WORKDIR/nonfinite.
     max_nonfinite_steps: Annotated[int, AtLeast(1)] = 5
-    # What the backward pass recomputes of each sublayer: all ("full"), all but matrix products ("dots"), or nothing.
-    remat: Annotated[str, Choice("full", "dots", "none")] = "full"
+    # What the backward pass recomputes of each sublayer: all ("full"), all but matrix products ("dots"), or nothing
+    # ("none"); "auto" is the least of them that fits into memory by the compiler's count.
+    remat: Annotated[str, Choice("auto", "full", "dots", "none")] = "auto"
     # Kernel of attention: "cudnn" is for GPUs and "splash" for TPUs; "auto" chooses by device, dtype and length.
     attention: Annotated[str, Choice("auto", "xla", "chunked", "cudnn", "splash")] = "auto"
     # Whether the reference model (beta > 0) stays in host memory between its forward passes.

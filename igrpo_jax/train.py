@@ -76,10 +76,11 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
         prompts = functools.partial(run.task.step_prompts, step)  # by the number of the redraw
         with watchdog.phase("rollout", name):
             groups, sampled = run.rollout.collect(learner.policy(state.params), step, prompts)
+        if step == run.first_step + 1:
+            run.compile_update()
         rewards = filtering.trained_rewards(groups, run.config)
         advantages = objectives.group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline)
         with watchdog.phase("update", name), watchdog.phase("dispatch"):
-            run.compile_update()
             checked = learner.draft_check(state.params, groups) if run.shows_samples(step) else {}
             updating = time.perf_counter()
             state, learned = learner.update(state, groups, advantages, step)

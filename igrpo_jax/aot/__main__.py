@@ -185,8 +185,8 @@ def advice(footprint: "Footprint") -> list[str]:
 
 def _advise_update(config: Config) -> list[str]:
     lines = [f"learner.tokens_per_microbatch = {config.learner.tokens_per_microbatch}: lower it"]
-    if config.learner.remat != "full":
-        lines.append(f"learner.remat = {config.learner.remat}: full")
+    if config.learner.remat not in ("auto", "full"):
+        lines.append(f"learner.remat = {config.learner.remat}: auto")
     return lines
 
 

@@ -5,7 +5,10 @@ less than the published 16, 95 and 32 GB, and the compiler names how much when a
 and H200 are from NVIDIA's data sheets of the SXM5 (dense bfloat16).
 """
 
+import os
 from dataclasses import dataclass
+
+import jax
 
 from igrpo_jax.errors import InputError
 
@@ -36,6 +39,19 @@ CHIPS = {
 def size(count: float) -> str:
     """Returns a number of bytes as text, in GiB or MiB."""
     return f"{count / GIB:.2f} GiB" if count >= 1 << 27 else f"{count / 2**20:.1f} MiB"
+
+
+def usable_bytes(device: jax.Device) -> float:
+    """Returns the bytes of memory that a program on `device` may use.
+
+    JAX says it of a device that is there. Of one that is only described it is the published figure, and of a CPU its
+    part of half of the machine's memory.
+    """
+    if device.platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / len(jax.local_devices())
+    is_there = device.client is jax.local_devices()[0].client
+    limit = (device.memory_stats() or {}).get("bytes_limit") if is_there else None
+    return limit or of(device.device_kind).hbm_bytes
 
 
 def of(device_kind: str) -> Chip:

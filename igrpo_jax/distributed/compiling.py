@@ -27,13 +27,15 @@ _tracing = threading.Lock()  # for the threads of a pool: several that trace wou
 
 
 @contextlib.contextmanager
-def compiling(first: Wanted, own: Wanted, joint: Wanted, phase: Phase, then: Callable[[], object]) -> Iterator[None]:
+def compiling(
+    first: Wanted, own: Wanted, joint: Callable[[], Wanted], phase: Phase, then: Callable[[], object]
+) -> Iterator[None]:
     """Compiles programs before the block or while it runs, as the first lines of this file say.
 
     Args:
         first: those of `own` that the first dispatch needs, the one that takes longest first.
         own: programs on the devices of this process alone.
-        joint: programs on the devices of all processes.
+        joint: returns the programs on the devices of all processes; it may compile some of them to know which.
         phase: shows a phase by its name and the number of its parts; what it yields gets the number done.
         then: is called once all programs are compiled, perhaps by another thread; never on the CPU of one process,
             where that may never be.
@@ -41,19 +43,18 @@ def compiling(first: Wanted, own: Wanted, joint: Wanted, phase: Phase, then: Cal
     if jax.process_count() > 1:
         with phase("compiling the sampler", len(own)) as update:
             compile_all(own, update)
-        if joint:
-            with phase("compiling the update", len(joint)) as update:
-                for done, (program, shape) in enumerate(joint, 1):
-                    program.compiled(*shape)
-                    update(done)
+        watchdog.running("the update's first program")
+        with phase("compiling the update", None):
+            for program, shape in joint():
+                program.compiled(*shape)
         then()
         yield
     elif jax.default_backend() == "cpu":
-        with compiling_ahead(first, lambda: None):
+        with compiling_ahead(first):
             yield
     else:
         rest = [each for each in own if each not in first]
-        with compiling_ahead([*first, *rest, *joint], then):
+        with compiling_ahead([*first, *rest], joint, then):
             yield
 
 
@@ -79,16 +80,19 @@ def compile_all(wanted: Wanted, report: Callable[[int], None] = lambda done: Non
 
 
 @contextlib.contextmanager
-def compiling_ahead(wanted: Wanted, then: Callable[[], object]) -> Iterator[None]:
+def compiling_ahead(
+    wanted: Wanted, more: Callable[[], Wanted] = tuple, then: Callable[[], object] = lambda: None
+) -> Iterator[None]:
     """Compiles `wanted` in threads while the block runs.
 
     A program that is called before its turn is compiled by the caller. An error of a thread is left to the caller that
     needs the program. The end of the block waits for what is being compiled, and leaves out the rest.
 
     Args:
+        more: returns further programs, and is called by one of the threads.
         then: is called by one of the threads once all are compiled.
     """
-    left, lock = len(wanted), threading.Lock()
+    left, lock = len(wanted) + 1, threading.Lock()
 
     def count(future: Future) -> None:
         nonlocal left
@@ -100,9 +104,19 @@ def compiling_ahead(wanted: Wanted, then: Callable[[], object]) -> Iterator[None
         if is_last:
             then()
 
+    def compile_more() -> None:
+        nonlocal left
+        further = more()
+        with lock:
+            left += len(further)
+        for program, shape in further:
+            with contextlib.suppress(RuntimeError):  # the block has ended, and nothing more is taken
+                pool.submit(_compile, program, shape).add_done_callback(count)
+
     with _pool(leave_uncounted) as pool:
         for program, shape in wanted:
             pool.submit(_compile, program, shape).add_done_callback(count)
+        pool.submit(compile_more).add_done_callback(count)
         try:
             yield
         finally:

@@ -1,6 +1,7 @@
 """The programs of the update: the gradient of a micro-batch, its log-probs, and the optimizer step."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from igrpo_jax.config import Config
-from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed import chips, sharding
 from igrpo_jax.distributed.compiling import Wanted
 from igrpo_jax.distributed.programs import Program, program_bytes, tree_bytes
 from igrpo_jax.learning import forward, loss, train_state
@@ -23,6 +24,8 @@ from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import TrainingCosts
+
+FILLED = 0.95  # of a device's memory, which never fits together without gaps
 
 
 class WaitingBytes(NamedTuple):
@@ -62,6 +65,7 @@ class LearnerPrograms:
         self._mesh = mesh
         self._algorithm = algorithm
         self._packer = packer
+        self._gradient_programs: dict[str, Program] = {}
         self._sizes = [(size,) for size in packer.shapes.sizes]
         self._replicated = sharding.replicated(mesh)
         self._policy = PolicyLogprobs(
@@ -69,7 +73,7 @@ class LearnerPrograms:
             dtype=config.model.dtype,
             temperature=config.rollout.temperature,
             chunk=config.learner.logprob_chunk,
-            remat=config.learner.remat,
+            remat="none",  # `rescore` differentiates nothing
             lora_scaling=config.model.lora.scaling,
         )
         self.stages = ("refine", "draft") if config.algorithm.train_drafts else ("refine",)
@@ -96,13 +100,47 @@ class LearnerPrograms:
     @cached_property
     def accumulate(self) -> Program:
         """The gradient of a micro-batch, added to that of others; the shape is (tokens on each shard,)."""
+        return self._gradient_program(self.remat)
+
+    @cached_property
+    def remat(self) -> str:
+        """What the backward pass recomputes: for "auto" the least that fits by the compiler's count.
+
+        Reading it compiles the program of a full micro-batch. What cannot fit by a formula is not tried, because a
+        program takes minutes to compile.
+        """
+        requested = self._config.learner.remat
+        if requested != "auto":
+            return requested
+        usable = chips.usable_bytes(self._mesh.devices.flat[0]) * FILLED
+        size, waiting = self._sizes[0], self.waiting_bytes.accumulate
+        for remat in ("none", "dots"):
+            state = waiting + 2 * tree_bytes(self.state.params) + tree_bytes(self.frozen)
+            if state + self.costs.least_kept_bytes(*size, remat) > usable:
+                continue
+            try:
+                needed = program_bytes(self._gradient_program(remat).compile(*size)) + waiting
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                continue
+            if needed <= usable:
+                return remat
+        return "full"
+
+    def _gradient_program(self, remat: str) -> Program:
+        """Returns the program of `accumulate`, the same one for the same `remat`."""
+        if remat not in self._gradient_programs:
+            self._gradient_programs[remat] = self._make_gradient_program(remat)
+        return self._gradient_programs[remat]
+
+    def _make_gradient_program(self, remat: str) -> Program:
         settings = LossSettings(
             algorithm=self._algorithm,
-            policy=self._policy,
+            policy=replace(self._policy, remat=remat),
             on_policy=self._config.learner.minibatches * self._config.algorithm.num_iterations == 1,
             correction_cap=self._config.algorithm.importance_sampling_cap,
         )
-        remat = self._config.learner.remat
         platform = self._mesh.devices.flat[0].platform  # of a topology it may differ from the default platform
         params, sums = self.state.params, self._abstract_sums()["refine"]
         return Program(
@@ -117,7 +155,7 @@ class LearnerPrograms:
             self._mesh,
             shapes=self._sizes,
             largest=self._sizes[:1],
-            cost=self.costs.accumulate,
+            cost=partial(self.costs.accumulate, remat=remat),
         )
 
     @cached_property

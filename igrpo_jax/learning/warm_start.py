@@ -57,7 +57,7 @@ def warm_start(
             dtype=config.model.dtype,
             temperature=1.0,
             chunk=config.learner.logprob_chunk,
-            remat=config.learner.remat,
+            remat="none",
         )
         return -jnp.sum(jnp.where(batch.mask, logprob, 0.0)) / jnp.sum(batch.mask)
 

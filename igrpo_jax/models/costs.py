@@ -33,10 +33,9 @@ class ModelCosts:
         linear = [(path, shape) for path, shape in decoder.shapes(cfg).items() if sharding.is_linear(path)]
         self.linear_weights = sum(math.prod(shape) for _, shape in linear)
         self.head_weights = cfg.vocab_size * cfg.hidden_size
-        # Numbers that go into all products for a token, and that come out of them.
-        self._activations = sum(
-            _inputs(path, shape) + math.prod(shape) / _inputs(path, shape) for path, shape in linear
-        )
+        # Numbers that come out of all products for a token, and those with the numbers that go in.
+        self.outputs = sum(math.prod(shape) / _inputs(path, shape) for path, shape in linear)
+        self._activations = sum(_inputs(path, shape) for path, shape in linear) + self.outputs
         self._attended = cfg.pattern.count("*") * cfg.num_heads * cfg.head_dim
         self._key_values = 2 * cfg.pattern.count("*") * cfg.num_kv_heads * cfg.head_dim * self.item_bytes
 
@@ -127,17 +126,25 @@ class TrainingCosts:
         self._stored_bytes = 4 * self._trained + frozen_bytes
         self._gathered_bytes = self.model.item_bytes * cfg.num_params / tensor
 
-    def accumulate(self, size: int) -> Cost:
+    def accumulate(self, size: int, remat: str) -> Cost:
         """Returns the cost of the gradient of `size` tokens on each shard: forward, backward (twice as much), with full
         remat forward once more; gradients are added in float32."""
         model = self.model
         layers, positions = self._forward(size)
-        passes = 4 if self._config.learner.remat == "full" else 3
+        passes = 4 if remat == "full" else 3
         added = 2 * 4 * (model.linear_weights / model.tensor + self._trained)
         # The backward pass of the head: logits once more, two products, and the sum of its gradient per chunk.
         head_gradient = Cost(0, self._chunks(positions) * 8 * model.head_weights / model.tensor)
         backward = self._logits(positions) * 3 + head_gradient
         return layers * passes + self._logits(positions) + backward + Cost(0, added)
+
+    def least_kept_bytes(self, size: int, remat: str) -> float:
+        """Returns fewer bytes than the backward pass of `size` tokens keeps on a device.
+
+        With "dots" they are what products give, with "none" half as much again, for the inputs of other functions.
+        """
+        kept = {"full": 0.0, "dots": 1.0, "none": 1.5}[remat]
+        return kept * size * self.model.outputs * self.model.item_bytes / self.model.tensor
 
     def rescore(self, size: int) -> Cost:
         """Returns the cost of the log-probs of a micro-batch of `size` tokens on each shard."""

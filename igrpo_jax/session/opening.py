@@ -177,7 +177,7 @@ def _compiling(
     """Returns what compiles the programs of the sampler and the largest of the update, before the first step or in the
     course of the run, and prints the memory that they need once that is known."""
     tell = lambda: console.table("Memory", overview.memory(config, task, engine, learner))
-    return compiling(first, engine.wanted, learner.programs.wanted, console.phase, tell)
+    return compiling(first, engine.wanted, lambda: learner.programs.wanted, console.phase, tell)
 
 
 def _check_data(config: Config, task: Task, workdir: Path, fingerprint: str) -> None:

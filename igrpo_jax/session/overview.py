@@ -13,6 +13,9 @@ from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.task import Task
 
+# By config.learner.remat.
+_RECOMPUTED = {"none": "nothing", "dots": "all but matrix products", "full": "all"}
+
 
 def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before anything is compiled."""
@@ -46,7 +49,7 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list
         ("micro-batches", f"{sizes} tokens on each shard; {shapes.completions_per_unit} completions share a prompt"),
         (
             "programs to compile",
-            f"at most {len(engine.wanted)} of the sampler, {len(learner.programs.wanted)} of the update",
+            f"at most {len(engine.wanted)} of the sampler, and of the update one for each size of micro-batch",
         ),
     ]
 
@@ -57,6 +60,7 @@ def memory(config: Config, task: Task, engine: Engine, learner: Learner) -> list
     needs, available = predicted_bytes(config, task, engine, learner), device_bytes()
     predicted = ", ".join(f"{phase} {size(need)}" for phase, need in needs.items())
     return [
+        ("recomputed in the backward pass", _RECOMPUTED[learner.programs.remat]),
         ("predicted bytes per device", predicted + (f", of {size(available)}" if available else "")),
         *(
             ("does not fit", f"{phase}: lower {watchdog.SMALLER[phase]}, or use more devices")

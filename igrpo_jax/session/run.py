@@ -63,10 +63,8 @@ class Run:
 
     def compile_update(self) -> None:
         """Waits until all programs of the update are compiled, which those that run on a CPU are not before."""
-        wanted = self.learner.programs.wanted
-        if not all(program.is_ready(*shape) for program, shape in wanted):
-            with self.console.phase("compiling the update", len(wanted)) as update:
-                compile_all(wanted, update)
+        with self.console.waiting("update"):
+            compile_all(self.learner.programs.wanted)
 
     def report(self, step: int, result: StepResult) -> None:
         """Writes the files of a step, and prints what it did.

@@ -62,7 +62,7 @@ def test_on_one_cpu_a_program_is_compiled_when_it_is_due_and_no_other():
     """Threads compile the first dispatch's alone."""
     power, traced = make(shapes=(2, 3, 4, 5))
     log = []
-    with compiling.compiling([(power, (4,))], all_shapes([power]), [], phases(log), lambda: log.append("all")):
+    with compiling.compiling([(power, (4,))], all_shapes([power]), tuple, phases(log), lambda: log.append("all")):
         power(jnp.ones(4), shape=(3,))
         power(jnp.ones(4), shape=(4,))
     assert sorted(traced) == [3, 4] and not log
@@ -75,7 +75,7 @@ def test_several_processes_compile_all_at_the_start_and_joint_programs_one_after
     log = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with compiling.compiling(
-        [(own, (3,))], all_shapes([own]), all_shapes([joint]), phases(log), lambda: log.append("all")
+        [(own, (3,))], all_shapes([own]), lambda: all_shapes([joint]), phases(log), lambda: log.append("all")
     ):
         assert sorted(own_traced) == [2, 3] and joint_traced == [7, 5, 6]
         before = list(log)
@@ -88,7 +88,7 @@ def test_on_an_accelerator_the_rest_is_compiled_meanwhile(monkeypatch):
     power, traced = make(shapes=(2, 3, 4))
     everything = threading.Event()
     wanted = all_shapes([power])
-    with compilations() as seen, compiling.compiling(wanted[2:], wanted, [], phases([]), everything.set):
+    with compilations() as seen, compiling.compiling(wanted[2:], wanted, tuple, phases([]), everything.set):
         assert everything.wait(30)
         assert float(power(jnp.full(4, 2.0), shape=(4,))[0]) == 16
     assert traced[0] == 4 and sorted(traced) == [2, 3, 4] and not [name for name in seen if name.startswith("power")]
@@ -97,7 +97,7 @@ def test_on_an_accelerator_the_rest_is_compiled_meanwhile(monkeypatch):
 def test_a_program_that_is_due_while_a_thread_compiles_it_is_waited_for():
     gate = threading.Event()
     power, traced = make(shapes=(2,), gates={2: gate})
-    with compiling_ahead(all_shapes([power]), lambda: None):
+    with compiling_ahead(all_shapes([power])):
         while not traced:
             pass
         threading.Timer(0.1, gate.set).start()
@@ -110,7 +110,7 @@ def test_a_program_that_is_due_before_its_turn_is_compiled_by_the_caller(monkeyp
     gate = threading.Event()
     power, traced = make(shapes=(2, 3, 4, 5), gates={2: gate})
     done = []
-    with compiling_ahead(all_shapes([power]), lambda: done.append(True)):
+    with compiling_ahead(all_shapes([power]), then=lambda: done.append(True)):
         while not traced:
             pass
         assert float(power(jnp.full(4, 2.0), shape=(5,))[0]) == 32
@@ -122,7 +122,7 @@ def test_a_program_that_is_due_before_its_turn_is_compiled_by_the_caller(monkeyp
 def test_an_error_of_a_thread_is_told_to_the_caller_that_needs_the_program():
     power, _ = make(shapes=(2, "x"))
     done = []
-    with compiling_ahead(all_shapes([power]), lambda: done.append(True)):
+    with compiling_ahead(all_shapes([power]), then=lambda: done.append(True)):
         with pytest.raises(TypeError):
             power.compiled("x")
         assert float(power(jnp.full(4, 3.0), shape=(2,))[0]) == 9
