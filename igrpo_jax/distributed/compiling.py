@@ -21,21 +21,22 @@ from igrpo_jax.distributed import watchdog
 from igrpo_jax.distributed.programs import Program, Shape, leave_uncounted
 
 Wanted = Sequence[tuple[Program, Shape]]  # programs, each with a shape that it may be called with
-Phase = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
+Phase = Callable[[str, int | None], contextlib.AbstractContextManager[Callable[[int], None]]]
 
 _tracing = threading.Lock()  # for the threads of a pool: several that trace would take Python from the main thread
 
 
 @contextlib.contextmanager
 def compiling(
-    first: Wanted, own: Wanted, joint: Callable[[], Wanted], phase: Phase, then: Callable[[], object]
+    first: Wanted, own: Wanted, joint: Callable[[], Wanted] | None, phase: Phase, then: Callable[[], object]
 ) -> Iterator[None]:
     """Compiles programs before the block or while it runs, as the first lines of this file say.
 
     Args:
         first: those of `own` that the first dispatch needs, the one that takes longest first.
         own: programs on the devices of this process alone.
-        joint: returns the programs on the devices of all processes; it may compile some of them to know which.
+        joint: returns the programs on the devices of all processes; it may compile some of them to know which. None
+            where there are none.
         phase: shows a phase by its name and the number of its parts; what it yields gets the number done.
         then: is called once all programs are compiled, perhaps by another thread; never on the CPU of one process,
             where that may never be.
@@ -43,10 +44,10 @@ def compiling(
     if jax.process_count() > 1:
         with phase("compiling the sampler", len(own)) as update:
             compile_all(own, update)
-        watchdog.running("the update's first program")
-        with phase("compiling the update", None):
-            for program, shape in joint():
-                program.compiled(*shape)
+        if joint:
+            with phase("compiling the update", None):
+                for program, shape in joint():
+                    program.compiled(*shape)
         then()
         yield
     elif jax.default_backend() == "cpu":
@@ -54,7 +55,7 @@ def compiling(
             yield
     else:
         rest = [each for each in own if each not in first]
-        with compiling_ahead([*first, *rest], joint, then):
+        with compiling_ahead([*first, *rest], joint or tuple, then):
             yield
 
 

@@ -89,7 +89,7 @@ def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) ->
         f"{engine.slots} answers at once take {engine.predicted_bytes() / 2**30:.2f} GiB on each device"
     )
     first = engine.first_wanted(*task.plan.first(config))
-    stack.enter_context(compiling(first, engine.wanted, tuple, console.phase, tell))
+    stack.enter_context(compiling(first, engine.wanted, None, console.phase, tell))
     if task.run is None:
         params = weights.load(policy, mesh, config.seed, config.model.dtype, console)
     else:
