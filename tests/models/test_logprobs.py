@@ -1,17 +1,20 @@
 """Chunked log-probs and entropy: equal to full logits in value and gradient, without ever holding them."""
 
-import itertools
+import dataclasses
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import decoder
-from igrpo_jax.models.logprobs import completion_logprobs, token_logprobs
+from igrpo_jax.models.logprobs import packed_logprobs, token_logprobs
+from igrpo_jax.models.segments import Family, pack, starts
 
 R, T, D, V = 3, 10, 8, 29
 
@@ -93,6 +96,45 @@ def test_the_head_is_rounded_but_its_gradient_is_float32():
     np.testing.assert_allclose(gradient, [[0.75, -0.25, -0.25, -0.25]], rtol=1e-5)
 
 
+def of_first(count, bonus, hidden, head, targets, chunk=9):
+    """Log-probs, entropies, and the gradients of a weighted sum of both over the first `count` positions."""
+    weight, other = np.random.default_rng(1).normal(size=(2, R, T)).astype(np.float32)
+
+    def loss(hidden, head, count):
+        values = token_logprobs(hidden, head, targets, 0.7, chunk, entropy_gradient=bonus, count=count)
+        wanted = np.arange(T) < (T if count is None else count)
+        return jnp.sum(jnp.where(wanted, weight * values[0] + other * values[1], 0.0)), values
+
+    (_, values), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head, count)
+    return [np.asarray(x) for x in (*values, *gradients)]
+
+
+@pytest.mark.parametrize("bonus", [False, True])
+@pytest.mark.parametrize(("count", "run"), [(1, 3), (3, 3), (4, 6), (10, 10)])
+def test_positions_past_the_count_are_left_out(count, run, bonus):
+    """With chunks of 3 positions: NaN past the last chunk that is run reaches neither values nor gradients."""
+    hidden, head, targets = data()
+    # The gradient of a head sums over all chunks, here with weights of 0 past the count.
+    logprob, entropy, d_hidden, d_head = of_first(count, bonus, hidden, head, targets, chunk=64)
+    hidden[:, run:] = np.nan
+    found = of_first(count, bonus, hidden, head, targets)
+    for x, expected in zip(found[:2], (logprob, entropy), strict=True):
+        np.testing.assert_allclose(x[:, :run], expected[:, :run], atol=2e-5, rtol=0)
+        np.testing.assert_array_equal(x[:, run:], 0)
+    np.testing.assert_allclose(found[2], d_hidden, atol=2e-5, rtol=0)
+    np.testing.assert_array_equal(found[2][:, run:], 0)
+    np.testing.assert_allclose(found[3], d_head, atol=2e-5, rtol=0)
+    assert np.abs(d_head).max() > 0.1
+
+
+def test_a_count_of_all_is_none_and_a_count_of_0_runs_nothing():
+    for x, y in zip(of_first(None, True, *data()), of_first(T, True, *data()), strict=True):
+        np.testing.assert_array_equal(x, y)
+    hidden, head, targets = data()
+    for x in of_first(0, True, np.full_like(hidden, np.nan), head, targets):
+        np.testing.assert_array_equal(x, 0)
+
+
 WIDE = {"rows": 4, "time": 96, "size": 16, "vocab": 1009}  # all logits: 4 x 96 x 1009 x 4 = 1.55 MB
 
 
@@ -159,72 +201,143 @@ def _gathers(hidden, head, targets):
     return (jnp.sort(sharding.constrain(own, "batch", "time", None), axis=-1)[..., ::7],)
 
 
-Q, G = 3, 2  # contexts, and completions of each
-CONTEXTS, COMPLETIONS = np.array([6, 1, 9]), np.array([[4, 6], [5, 1], [3, 6]])
+SIZE = 64
+CONTEXTS, COMPLETIONS = (6, 1, 9), ((4, 6), (5, 1), (3, 6))  # tokens; a context of one token has no prefix
+MODELS = {"tiny": tiny_models.tiny_config, "hybrid": tiny_models.hybrid_config}
+SHARDS = ((0, 1), (2,))  # which contexts stand on which axis
+SETTINGS = {"dtype": "float32", "temperature": 0.8, "chunk": 16, "remat": "none"}
 
 
 def make_units():
-    """Contexts and completions, padded with what must not matter: a context of one token has no prefix."""
+    """Contexts and the completions of each."""
     rng = np.random.default_rng(2)
-    contexts = [rng.integers(0, 4, n, np.int32) for n in CONTEXTS]
-    completions = rng.integers(0, 64, (Q, G, 6), np.int32)
-    return contexts, completions
+    draw = lambda length: rng.integers(0, 64, length, np.int32)
+    return [draw(length) for length in CONTEXTS], [[draw(n) for n in lengths] for lengths in COMPLETIONS]
+
+
+def places():
+    """Yields of each completion its context's number, its own, its shard and where its segment stands."""
+    for shard, numbers in enumerate(SHARDS):
+        for i, (_, own) in zip(numbers, starts([family(i) for i in numbers]), strict=True):
+            for j, start in enumerate(own):
+                yield i, j, (shard, slice(start, start + COMPLETIONS[i][j]))
+
+
+def family(i):
+    return Family(CONTEXTS[i] - 1, COMPLETIONS[i])
+
+
+def packed(contexts, completions, chunk=None, padding=0):
+    """The arrays that `packed_logprobs` takes after the parameters; `padding` stands where no token is."""
+    segments = pack([[family(i) for i in numbers] for numbers in SHARDS], SIZE, chunk)
+    tokens, targets = np.full((2, len(SHARDS), SIZE), padding, np.int32)
+    for shard, numbers in enumerate(SHARDS):
+        for i, (start, _) in zip(numbers, starts([family(i) for i in numbers]), strict=True):
+            tokens[shard, start : start + CONTEXTS[i] - 1] = contexts[i][:-1]
+    for i, j, place in places():
+        tokens[place] = [contexts[i][-1], *completions[i][j][:-1]]
+        targets[place] = completions[i][j]
+    return tokens, targets, segments, np.int32(16)  # tokens of completions on the first axis; 9 on the second
 
 
 @pytest.fixture(scope="module")
-def run(tiny):
-    """Log-probs and entropies [Q, G, T] of `make_units`; its prefixes are padded to `size` with `pad`."""
-    c, params = tiny
-    settings = {"dtype": "float32", "temperature": 0.8, "chunk": 24, "remat": "none"}
-    score = jax.jit(lambda *x: completion_logprobs(c, *x, **settings))
+def alone():
+    """For a model: log-probs and entropies [2, T_i] of each completion, and the gradient of their sum with `weights`.
 
-    def call(contexts, completions, size=8, pad=5):
-        prefix = np.full((Q, size), pad, np.int32)
-        for i, context in enumerate(contexts):
-            prefix[i, : len(context) - 1] = context[:-1]
-        lengths, last = np.array([len(x) - 1 for x in contexts], np.int32), np.array([x[-1] for x in contexts])
-        return [np.asarray(x) for x in score(params, prefix, lengths, last, completions)]
+    Each is computed in a row of its own after its context, over all logits.
+    """
 
-    return call
+    @functools.cache
+    def of(model):
+        cfg = MODELS[model]()
+        params = tiny_models.random_params(cfg)
+        contexts, completions = make_units()
+        texts = {(i, j): np.concatenate([contexts[i], completions[i][j]]) for i, j, _ in places()}
+        rows = np.zeros((len(texts), 15), np.int32)
+        for row, text in zip(rows, texts.values(), strict=True):
+            row[: len(text)] = text
+        positions = np.broadcast_to(np.arange(15, dtype=np.int32), rows.shape)
+
+        def loss(params):
+            hidden, _ = decoder.apply(cfg, params, rows, positions)
+            both = jnp.stack(naive(hidden[:, :-1], params["lm_head"], rows[:, 1:], 0.8))
+            values = {
+                key: both[:, row, CONTEXTS[key[0]] - 1 : len(text) - 1] for row, (key, text) in enumerate(texts.items())
+            }
+            return sum(jnp.sum(values[key] * weight) for key, weight in weights().items()), values
+
+        (_, values), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return cfg, params, jax.device_get(values), jax.device_get(gradient)
+
+    return of
+
+
+def weights():
+    """Of the log-probs and entropies of each completion."""
+    return {(i, j): np.random.default_rng([i, j]).normal(size=(2, COMPLETIONS[i][j])) for i, j, _ in places()}
+
+
+@pytest.mark.slow(seconds=12)
+@pytest.mark.parametrize(("model", "attention"), [("tiny", "xla"), ("tiny", "chunked"), ("hybrid", "chunked")])
+def test_completions_are_scored_where_they_stand(alone, model, attention):
+    """Each as after its context and alone, in a forward pass of its own; so are the gradients of all parameters."""
+    cfg, params, expected, gradient = alone(model)
+    cfg = dataclasses.replace(cfg, attention=attention)
+    arrays = packed(*make_units(), chunk=cfg.mamba and cfg.mamba.chunk_size)
+    weight = np.zeros((2, len(SHARDS), SIZE), np.float32)
+    for i, j, (shard, own) in places():
+        weight[:, shard, own] = weights()[i, j]
+
+    def loss(params):
+        values = jnp.stack(packed_logprobs(cfg, params, *arrays, **SETTINGS, entropy_gradient=True))
+        return jnp.sum(values * weight), values
+
+    (_, values), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    for i, j, (shard, own) in places():
+        np.testing.assert_allclose(values[:, shard, own], expected[i, j], atol=1e-5, rtol=0)
+    assert np.isfinite(values).all()  # also where they mean nothing: 0 x NaN is NaN
+    for path, x in gradient.items():
+        np.testing.assert_allclose(found[path], x, atol=2e-5 * max(1, np.abs(x).max()), rtol=0, err_msg=path)
+    assert np.abs(gradient["embedding"]).max() > 0.1
+
+
+@pytest.fixture(scope="module", params=["xla", "chunked", "hybrid"])
+def score(request):
+    """Log-probs and entropies [S, F] of contexts and completions, with one attention or another, or with Mamba-2."""
+    name = request.param
+    cfg, params = request.getfixturevalue("hybrid" if name == "hybrid" else "tiny")
+    cfg = dataclasses.replace(cfg, attention="chunked" if name == "hybrid" else name)
+    run = jax.jit(lambda params, *x: packed_logprobs(cfg, params, *x, **SETTINGS))
+    chunk = cfg.mamba and cfg.mamba.chunk_size
+    return lambda *units, **options: [np.asarray(x) for x in run(params, *packed(*units, chunk=chunk, **options))]
 
 
 @pytest.mark.slow
-def test_completions_are_scored_where_they_stand(tiny, run):
-    """Each after its context and alone, in a forward pass of its own: positions go on where the context ends."""
-    c, params = tiny
+def test_completions_of_a_context_do_not_see_each_other(score):
+    """Nor padding, nor what comes later; only the tokens of another context change its own completions. Bit for bit."""
     contexts, completions = make_units()
-    wide = np.pad(completions, ((0, 0), (0, 0), (0, 5)), constant_values=9)
-    got = run(contexts, completions), run(contexts, wide, size=13)
-    rows = np.zeros((Q * G, 15), np.int32)
-    for i, row in enumerate(rows):
-        own = np.concatenate([contexts[i // G], completions[i // G, i % G]])
-        row[: len(own)] = own
-    places = np.broadcast_to(np.arange(15), rows.shape)
-    hidden = jax.jit(lambda params, rows: decoder.apply(c, params, rows, places)[0])(params, rows)
-    expected = naive(hidden[:, :-1], params["lm_head"], rows[:, 1:], 0.8)
-    for i in range(Q * G):
-        start, n = CONTEXTS[i // G] - 1, COMPLETIONS[i // G, i % G]
-        for a, b in itertools.product(range(2), repeat=2):
-            np.testing.assert_allclose(
-                got[a][b][i // G, i % G, :n], expected[b][i, start : start + n], atol=1e-5, rtol=0
-            )
-    assert all(np.isfinite(x).all() for pair in got for x in pair)  # also where they mean nothing: 0 x NaN is NaN
+    own = {(i, j): place for i, j, place in places()}
+    before = score(contexts, completions)
+    for old, new in zip(before, score(contexts, completions, padding=60), strict=True):
+        for place in own.values():
+            np.testing.assert_array_equal(old[place], new[place])
+    shard, place = own[0, 1]
+    completions[0][1][2:] = (completions[0][1][2:] + 1) % 64
+    for name, old, new in zip(("logprob", "entropy"), before, score(contexts, completions), strict=True):
+        # A token is no input of its own distribution.
+        changed = slice(place.start + (2 if name == "logprob" else 3), place.stop)
+        for key, other in own.items():
+            if key != (0, 1):
+                np.testing.assert_array_equal(old[other], new[other])
+        np.testing.assert_array_equal(old[shard, place.start : changed.start], new[shard, place.start : changed.start])
+        assert (old[shard, changed] != new[shard, changed]).all()
 
 
-def test_completions_of_a_context_do_not_see_each_other(run):
-    """Nor the padding of the prefix, nor what comes later; only the tokens of another context change its own rows."""
+@pytest.mark.slow
+def test_a_context_is_seen_by_its_own_completions_alone(score):
     contexts, completions = make_units()
-    before = run(contexts, completions)
-    for pair in zip(before, run(contexts, completions, pad=60), strict=True):
-        np.testing.assert_array_equal(*pair)
-    changed = completions.copy()
-    changed[0, 1, 2:] = (changed[0, 1, 2:] + 1) % 64
-    for name, old, new in zip(("logprob", "entropy"), before, run(contexts, changed), strict=True):
-        own = np.zeros_like(old, bool)
-        own[0, 1, 2 if name == "logprob" else 3 :] = True  # a token is no input of its own distribution
-        np.testing.assert_array_equal(old[~own], new[~own])
-        assert (old[own] != new[own]).all()
-    changed = [contexts[0], contexts[1], (contexts[2] + 1) % 64]
-    for old, new in zip(before, run(changed, completions), strict=True):
-        np.testing.assert_array_equal(old[:2], new[:2])
-        assert (old[2] != new[2]).all()
+    before = score(contexts, completions)
+    contexts[0][0] = (contexts[0][0] + 1) % 64  # the first token of a prefix
+    for old, new in zip(before, score(contexts, completions), strict=True):
+        for i, _, place in places():
+            assert (old[place] != new[place]).all() if i == 0 else (old[place] == new[place]).all()
