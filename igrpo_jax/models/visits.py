@@ -2,8 +2,9 @@
 
 The kernel reads the keys of the axis twice: each query reads its own segment from the first copy of the axis, and its
 prefix from the second one (`splash` says why). The kernel's loops have a fixed length, and a turn that visits nothing
-takes about 330 cycles, 520 for the gradients of keys, where one that visits a block takes 1,700 to 2,800 (machine code
-for v5p, blocks of 512 tokens). So there are two sets of lengths, of which the shorter one is enough for most axes.
+still runs 300 to 500 instructions, where one that visits a block runs 1,700 to 2,800 (compiled for v5p, blocks of 512
+tokens). So there are two sets of lengths, of which the shorter one is enough for most axes: it has a fifth to two fifths
+of the turns.
 
 The second copy is made of pieces. A block of it that many blocks of queries visit, since completions share prefixes, is
 repeated, each time for some of them. The lists of the gradients of keys are short by that.
@@ -33,7 +34,7 @@ def lengths(count: int) -> tuple[Lengths, Lengths]:
     The full ones are enough for every axis on which completions stand before prefixes: of a block of queries each block
     of keys is visited in one copy, except the one in which the completions end and the prefixes begin.
     """
-    few = max(count // 4, 12)
+    few = max(count // 4, 12)  # of 512 tokens: a context of 6,144, or of a quarter of the axis
     full = Lengths(count, count + 1, count)
     return (Lengths(count // 2, few, few) if count >= 2 * few else full), full
 

@@ -62,9 +62,9 @@ def value_and_grads(attention, arrays, weight, segments):
     return [np.asarray(x) for x in (mixed, *grads)]
 
 
-def assert_equal_dense(arrays, weight, segments, placed=None):
+def assert_equal_dense(arrays, weight, segments, placed=None, attention=attend):
     expected = value_and_grads(dense, arrays, weight, segments)
-    for x, y in zip(value_and_grads(attend, *(placed or (arrays, weight, segments))), expected, strict=True):
+    for x, y in zip(value_and_grads(attention, *(placed or (arrays, weight, segments))), expected, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
 
 
@@ -82,14 +82,17 @@ def test_it_equals_dense_attention(shards, kv_heads, groups, small_blocks):
 @pytest.mark.slow
 @pytest.mark.parametrize("fits", [True, False])
 def test_short_loops_where_they_are_enough(fits, small_blocks, monkeypatch):
-    """Two completions, each of a block, read one block of a prefix: in two pieces, each for one of them."""
+    """Two completions, each of a block, read one block of a prefix: in two pieces, each for one of them.
+
+    The attention is run again in the backward pass, as by remat.
+    """
     short = Lengths(pieces=2, keys=2 if fits else 1, queries=1)
     monkeypatch.setattr(visits, "lengths", lambda count: (short, Lengths(count, count + 1, count)))
     segments = packed.pack([[Family(100, [128, 128])], [Family(128, [200])]], 384)
     for shard, expected in ((0, fits), (1, False)):
         needed = visits.visits(*(jnp.asarray(x[shard]) for x in segments[:2] + segments[3:4]), 128)
         assert visits.fit(needed, short) == expected
-    assert_equal_dense(*inputs(segments, 1, 2), segments)
+    assert_equal_dense(*inputs(segments, 1, 2), segments, attention=jax.checkpoint(attend))
 
 
 @pytest.mark.slow
