@@ -3,8 +3,8 @@
 The kernel reads the keys of the axis twice: each query reads its own segment from the first copy of the axis, and its
 prefix from the second one (`splash` says why). The kernel's loops have a fixed length, and a turn that visits nothing
 still runs 300 to 500 instructions, where one that visits a block runs 1,700 to 2,800 (compiled for v5p, blocks of 512
-tokens). So there are two sets of lengths, of which the shorter one is enough for most axes: it has a fifth to two fifths
-of the turns.
+tokens). So there are two sets of lengths. The shorter one is enough for most axes, and has a fifth to two fifths of the
+turns.
 
 The second copy is made of pieces. A block of it that many blocks of queries visit, since completions share prefixes, is
 repeated, each time for some of them. The lists of the gradients of keys are short by that.
