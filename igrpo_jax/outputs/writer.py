@@ -51,7 +51,7 @@ class Writer:
             match = re.fullmatch(r"step_(\d+)\.jsonl(\.tmp)?", path.name)
             if match and (match[2] or int(match[1]) > keep):
                 path.unlink()
-        rows = _rows_until(self._path, keep)
+        rows = rows_until(self._path, keep)
         self.rows = len(rows)
         self.history = [row for row in map(json.loads, rows) if "loss" in row]
         write_atomically(self._path, "".join(rows))
@@ -178,7 +178,7 @@ def _sample_row(group: Group, completion: Completion, parent: int | None, advant
     }
 
 
-def _rows_until(path: Path, last_step: float) -> list[str]:
+def rows_until(path: Path, last_step: float) -> list[str]:
     """Returns the lines of a metrics file with step <= last_step; a line that is not a complete row is dropped."""
     if not path.exists():
         return []

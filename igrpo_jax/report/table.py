@@ -258,7 +258,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "padding",
             "Wasted work of the update",
             "% of tokens",
-            "Padding, and tokens of groups without a gradient, for which the update only computes log-probs.",
+            "Padding of what the update runs, and tokens of groups without a gradient, which it leaves out.",
             (
                 Line("padding", "best", ("perf/padding_frac",)),
                 Line("no gradient", "idle", ("perf/idle_frac",)),

@@ -71,7 +71,7 @@ def _start(
     resumes = _claim(workdir, config, stack, console)
     ending.forget(workdir)
     title = "iGRPO run" if config.algorithm.num_drafts else "Run"
-    console.table(title, overview.before(config, task, scheduler.engine, learner))
+    console.table(title, overview.before(config, task, scheduler.engine, learner, workdir))
     verifier = stack.enter_context(_verifier(config, workdir, task.total_steps))
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)

@@ -1,5 +1,7 @@
 """The tables of a run: what it will do, what memory it needs, and at its end the scores."""
 
+import json
+import math
 from pathlib import Path
 
 import jax
@@ -9,15 +11,18 @@ from igrpo_jax.distributed import watchdog
 from igrpo_jax.distributed.chips import size
 from igrpo_jax.distributed.programs import device_bytes, tree_bytes
 from igrpo_jax.learning.learner import Learner
+from igrpo_jax.outputs.writer import rows_until
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.task import Task
+
+SEEN_STEPS = 20  # of a resumed run, whose mean predicts the next ones
 
 # By config.learner.remat.
 _RECOMPUTED = {"none": "nothing", "dots": "all but matrix products", "full": "all"}
 
 
-def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[str, object]]:
+def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir: Path) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before anything is compiled."""
     model, mesh = task.policy.model, task.mesh
     completions = config.prompts_per_step * config.algorithm.num_generations
@@ -46,12 +51,22 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner) -> list
         ),
         ("refinements per step", f"{completions:,} (G = {config.algorithm.num_generations}){trained_text}"),
         ("trained tokens per step", f"at most {tokens:,}"),
+        ("padding of the update", _padding(workdir)),
         ("micro-batches", f"{sizes} tokens on each shard; {shapes.completions_per_unit} completions share a prompt"),
         (
             "programs to compile",
             f"at most {len(engine.wanted)} of the sampler, and of the update one for each size of micro-batch",
         ),
     ]
+
+
+def _padding(workdir: Path) -> str:
+    """Returns how much of the next updates will be padding: as much as of the last ones, where there were any."""
+    rows = [json.loads(row) for row in rows_until(workdir / "metrics.jsonl", math.inf)]
+    seen = [row["perf/padding_frac"] for row in rows if row.get("perf/padding_frac") is not None][-SEEN_STEPS:]
+    if not seen:
+        return "not known before there are completions"
+    return f"about {sum(seen) / len(seen):.0%}, as in the last {len(seen)} steps"
 
 
 def memory(config: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[str, object]]:
