@@ -146,6 +146,20 @@ def timed(run: Callable[[], object], steps: int) -> list[float]:
     return seconds
 
 
+def step_figures(step: Callable[[], object], steps: int, gradient_bytes: int) -> dict:
+    """Returns time and memory of `steps` calls that make an update, after two that do not count."""
+    memory = PeakMemory()
+    step()
+    memory.reset()
+    before = memory.now()
+    seconds = timed(step, steps)
+    return {
+        "update_seconds": median(seconds),
+        "update_seconds_best": round(min(seconds), 4),
+        "extra_memory_bytes": memory.peak() - before - gradient_bytes,
+    }
+
+
 @functools.cache
 def matmul_peak(dtype: str, size: int = 2048) -> float:
     """Returns the FLOP/s of a large square matmul on one device, best of several; measured once in a process."""

@@ -1,15 +1,25 @@
 """The update alone: gradient and AdamW step of one rollout, beside plain torch on the same rows.
 
     python benchmarks/update.py --shape smollm2-135m --groups 2 --group 8 --prefix 64 --completion 64 --torch eager
+    python benchmarks/update.py --shape qwen2-small --groups 16 --lengths lognormal --completion 256 \\
+      --tokens-per-microbatch 8192 --torch eager
 
-Rows are random tokens of fixed or lognormal lengths with random advantages, on policy, one optimizer step, beta 0. The
-torch peer is a transformers model with SDPA: forward, backward, a norm clip and fused AdamW over the same rows, its
-head on the positions before completion tokens only. On a GPU it recomputes layers as ours does, and bfloat16 means
-float32 weights under autocast. Each runs in a process of its own, one after the other. The last line is one JSON
-object:
+Rows are random tokens of fixed or lognormal lengths with random advantages, on policy, one optimizer step, beta 0. With
+--idle the advantages of that fraction of the groups are zero, so that they have no gradient. The torch peer is a
+transformers model with SDPA: forward, backward, a norm clip and fused AdamW over the same rows, padded as
+`update_torch` says, its head on the positions before completion tokens only. On a GPU it recomputes layers as ours
+does, and bfloat16 means float32 weights under autocast. Each runs in a process of its own, one after the other. The
+last line is one JSON object:
 
-    update_seconds        median over --steps updates after one that does not count (which compiles)
+    update_seconds        median over --steps updates after two that do not count
     tokens_per_second     completion tokens over update_seconds
+    real_tokens           tokens of prompts, each once, and of completions; idle groups count too. The same for torch
+    seconds_per_token     update_seconds over real_tokens
+    programs              sizes of micro-batches for which these settings compile a program of the gradient
+    compile_seconds       time to compile these programs and that of the optimizer step, before the first update; this
+                          command does not read compiled programs from the disk
+    recompiles            programs compiled after the first update, which must be 0
+    idle_fraction         share of groups without a gradient
     mfu                   FLOPs of the model (perf/update_flops: matmuls and attention, forward and backward, without
                           recomputation; what the group shares is counted once where it is run once) per second and
                           device, over those of a large matmul measured in the same run
@@ -18,37 +28,36 @@ object:
     extra_memory_bytes    resident memory of the process at its peak, beyond that before a step and the gradients: what
                           activations and temporaries need (CPU only)
     padding_fraction      share of the positions run that are padding
-    torch_...             the same of the torch peers, and `ratio`: update_seconds over the best torch peer's
+    loss, grad_norm       of the first update; with --model torch has the same weights, and thus the same figures
+    torch_...             the same of the torch peers, where it has a meaning, and `ratio`: update_seconds over the best
+                          torch peer's
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
+import time
 
 import models
+import update_rows
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the arguments of the command line, or of `argv`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models.add_model(parser)
-    parser.add_argument("--groups", type=int, default=2, help="prompts")
-    parser.add_argument("--group", type=int, default=8, help="completions of each")
-    parser.add_argument("--prefix", type=int, default=64, help="tokens of each prompt, with its draft")
-    parser.add_argument("--completion", type=int, default=64, help="tokens of each completion, or of the longest")
-    parser.add_argument("--lengths", choices=("fixed", "lognormal"), default="fixed", help="of ours; torch: fixed")
-    parser.add_argument("--mean-length", type=int, default=64, help="with --lengths lognormal")
+    update_rows.add_rows(parser)
     parser.add_argument("--shared-prefix", choices=("on", "off"), default="on")
-    parser.add_argument("--remat", choices=("full", "dots", "none"), default="full")
-    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--remat", default="full", help="learner.remat")
+    parser.add_argument("--attention", default="auto", help="learner.attention")
     parser.add_argument("--tokens-per-microbatch", type=int, default=1 << 20)
     parser.add_argument("--logprob-chunk", type=int, default=None, help="positions of a row; default: the package's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--torch", nargs="*", choices=("eager", "compile"), default=[], help="peers to run beside it")
     parser.add_argument("--peer", choices=("eager", "compile"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def settings(args: argparse.Namespace):
@@ -71,40 +80,11 @@ def settings(args: argparse.Namespace):
     return config.freeze(tree)
 
 
-def row_lengths(args: argparse.Namespace):
-    """Returns the tokens of each completion, [groups, group]."""
-    import numpy as np
-
-    shape = (args.groups, args.group)
-    if args.lengths == "fixed":
-        return np.full(shape, args.completion)
-    return models.lognormal(np.random.default_rng(0), shape, args.mean_length, args.completion)
-
-
-def random_groups(args: argparse.Namespace, vocab_size: int, rng) -> list:
-    """Returns groups of random tokens, of the lengths that `args` ask for."""
-    import numpy as np
-
-    from igrpo_jax.records import Completion, Group, Prompt, Score
-
-    def completion(i, length):
-        tokens = rng.integers(17, vocab_size, length, np.int32)
-        return Completion("refine", i, tokens, np.zeros(length, np.float32), True, score=Score(0, {}, None, "ok"))
-
-    groups = []
-    for index, lengths in enumerate(row_lengths(args)):
-        context = rng.integers(17, vocab_size, args.prefix, np.int32)
-        prompt = Prompt(str(index), index, "", "", context)
-        groups.append(Group(prompt, (), None, context, tuple(map(completion, range(args.group), lengths))))
-    return groups
-
-
 class Bench:
-    """A learner with its training state, and groups to train on."""
+    """A learner with its training state, and rows to train on."""
 
     def __init__(self, args: argparse.Namespace):
         import jax
-        import numpy as np
 
         from igrpo_jax.learning.learner import Learner
         from igrpo_jax.models.config import from_hf
@@ -112,9 +92,8 @@ class Bench:
         model = from_hf(models.raw_config(args), args.model or args.shape)
         self.mesh = models.make_mesh()
         self.model = models.with_attention(model, args, self.mesh, args.attention)
-        rng = np.random.default_rng(0)
-        self.groups = random_groups(args, model.vocab_size, rng)
-        self.advantages = rng.standard_normal((args.groups, args.group)).astype(np.float32)
+        self.rows = update_rows.make_rows(args, model.vocab_size)
+        self.groups = self.rows.groups()
         with jax.set_mesh(self.mesh):
             self.learner = Learner(settings(args), self.model, self.mesh, max_context=args.prefix, total_steps=100)
             self.state = self.learner.init(self._load(args))
@@ -126,29 +105,50 @@ class Bench:
 
         return hf_read.load_params(args.model, self.model, self.mesh)
 
+    def compile(self) -> float:
+        """Compiles all programs that an update may call, and returns the seconds that it took."""
+        from igrpo_jax.distributed.compiling import compile_all
+
+        began = time.perf_counter()
+        compile_all(self.learner.programs.wanted)
+        return time.perf_counter() - began
+
     def step(self) -> dict:
         """Makes one update and returns its metrics."""
         import jax
 
         with jax.set_mesh(self.mesh):
-            self.state, metrics = self.learner.update(self.state, self.groups, self.advantages, 1)
+            self.state, metrics = self.learner.update(self.state, self.groups, self.rows.advantages, 1)
             jax.block_until_ready(self.state.params)
         return metrics
 
 
 def ours(args: argparse.Namespace) -> dict:
+    """Measures the package's update."""
     import jax
 
-    bench, metrics = Bench(args), []
-    figures = _measure(lambda: metrics.append(bench.step()), args, 4 * bench.model.num_params)
+    from igrpo_jax.distributed.programs import compilations
+
+    bench, updates = Bench(args), []
+    compile_seconds = bench.compile()
+    with compilations() as compiled:
+        step = lambda: updates.append(bench.step() | {"compiled": len(compiled)})
+        figures = models.step_figures(step, args.steps, 4 * bench.model.num_params)
+    first, last = updates[0], updates[-1]
     predicted, measured = bench.learner.predicted_bytes(), models.peak_bytes()
-    per_second = metrics[-1]["perf/update_flops"] / figures["update_seconds"] / bench.mesh.size
+    per_second = last["perf/update_flops"] / figures["update_seconds"] / bench.mesh.size
+    figures |= bench.rows.rates(figures["update_seconds"])
     return figures | {
+        "programs": len(bench.learner.programs.accumulate.shapes),
+        "compile_seconds": round(compile_seconds, 2),
+        "recompiles": last["compiled"] - first["compiled"],
+        "idle_fraction": round(float(bench.rows.idle.mean()), 4),
         "peak_memory_bytes": measured or predicted,
         "predicted_memory_bytes": predicted,
         "mfu": round(per_second / models.matmul_peak(args.dtype), 3),
-        "padding_fraction": round(metrics[-1]["perf/padding_frac"], 4),
-        "loss": metrics[0]["loss"],
+        "padding_fraction": round(last["perf/padding_frac"], 4),
+        "loss": first["loss"],
+        "grad_norm": first["grad_norm"],
         "device": jax.devices()[0].device_kind,
         "devices": bench.mesh.size,
         "attention": bench.model.attention,
@@ -156,68 +156,16 @@ def ours(args: argparse.Namespace) -> dict:
     }
 
 
-def _measure(step, args: argparse.Namespace, gradient_bytes: int) -> dict:
-    memory = models.PeakMemory()
-    step()
-    memory.reset()
-    before = memory.now()
-    seconds = models.timed(step, args.steps)
-    return {
-        "update_seconds": models.median(seconds),
-        "update_seconds_best": round(min(seconds), 4),
-        "tokens_per_second": round(int(row_lengths(args).sum()) / models.median(seconds)),
-        "extra_memory_bytes": memory.peak() - before - gradient_bytes,
-    }
-
-
-def peer(args: argparse.Namespace) -> dict:
-    """Runs the same rows through a transformers model, written in the usual way."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(os.cpu_count())
-    narrow = device == "cuda" and args.dtype == "bfloat16"
-    weights = argparse.Namespace(**vars(args) | {"dtype": "float32"}) if narrow else args
-    model = models.torch_model(weights, attn_implementation="sdpa").to(device).train()
-    model.config.use_cache = False
-    if device == "cuda":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    forward = torch.compile(model) if args.peer == "compile" else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
-    rows = args.groups * args.group
-    generator = torch.Generator().manual_seed(0)
-    contexts = torch.randint(17, model.config.vocab_size, (args.groups, args.prefix), generator=generator)
-    own = torch.randint(17, model.config.vocab_size, (rows, args.completion), generator=generator)
-    tokens = torch.cat([contexts.repeat_interleave(args.group, 0), own], 1).to(device)
-    advantages = torch.randn(rows, generator=generator).to(device)
-    at_once = max(1, args.tokens_per_microbatch // (args.prefix + args.completion))
-
-    def step():
-        for i in range(0, rows, at_once):
-            x = tokens[i : i + at_once]
-            with torch.autocast(device, torch.bfloat16, enabled=narrow):
-                out = forward(input_ids=x, logits_to_keep=args.completion + 1, use_cache=False)
-            logits = out.logits[:, :-1].float()
-            logprob = torch.log_softmax(logits, -1).gather(-1, x[:, args.prefix :, None])[..., 0]
-            ratio = torch.exp(logprob - logprob.detach())
-            (-(ratio * advantages[i : i + at_once, None]).mean(1).sum() / rows).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    figures = _measure(step, args, 4 * sum(p.numel() for p in model.parameters()))
-    if device == "cuda":
-        figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return figures | {"torch": torch.__version__}
-
-
 def main() -> None:
     args = parse()
     if args.peer:
-        models.finish(peer(args))
+        import update_torch
+
+        models.finish(update_torch.peer(args))
         return
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)  # compile_seconds is the time to compile, not to read
     figures = ours(args)
     print(f"ours: {figures['update_seconds']} s, {figures['extra_memory_bytes'] / 2**20:.0f} MiB extra")
     peers = {}

@@ -5,7 +5,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 import rollout
-import update
+import update_torch
 
 from benchmarks.accelerator import sizes
 
@@ -35,7 +35,7 @@ def run(task: "Task") -> None:
             figures = sizes.halved(rows, 8, lambda size, rows=rows: _generated(task, rows, size))
             task.add(case, {"peer": "generate, static cache"} | figures | versions)
     for case, args in sizes.updates(task.sizes, _trained_shape(task)):
-        if args.lengths == "fixed" and args.remat == "full" and not task.has(case):
+        if args.remat == "full" and not task.has(case):
             figures = sizes.halved(args.tokens_per_microbatch, 1024, lambda size, args=args: _updated(args, size))
             task.add(case, {"peer": "torch, SDPA, compiled"} | figures | versions)
 
@@ -52,7 +52,7 @@ def _generated(task: "Task", asked: int, rows: int) -> dict:
 
 def _updated(args: argparse.Namespace, microbatch: int) -> dict:
     changed = vars(args) | {"tokens_per_microbatch": microbatch, "peer": "compile"}
-    figures = update.peer(argparse.Namespace(**changed))
+    figures = update_torch.peer(argparse.Namespace(**changed))
     names = ("update_seconds", "tokens_per_second", "peak_memory_bytes")
     known = {name: figures[name] for name in names if name in figures}
     note = sizes.smaller(args.tokens_per_microbatch, microbatch, "tokens of a micro-batch")

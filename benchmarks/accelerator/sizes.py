@@ -167,7 +167,7 @@ def decoded(sizes: Sizes, shape: str, rows: int, lengths: str) -> argparse.Names
 
 
 def updates(sizes: Sizes, shape: str) -> Iterator[tuple[str, argparse.Namespace]]:
-    """Yields each case of an update, with the arguments of `update.Bench`, `update.ours` and `update.peer`."""
+    """Yields each case of an update, with the arguments of `update.Bench`, `update.ours` and `update_torch.peer`."""
     for case, (groups, prefix, completion, lengths, remat) in sizes.updates.items():
         yield (
             case,
@@ -180,6 +180,7 @@ def updates(sizes: Sizes, shape: str) -> Iterator[tuple[str, argparse.Namespace]
                 completion=completion,
                 lengths=lengths,
                 mean_length=completion // 3,
+                idle=0.0,
                 shared_prefix="on",
                 remat=remat,
                 attention="auto",

@@ -60,6 +60,9 @@ COLUMNS: dict[str, Sequence[Column]] = {
         Column("predicted GB", "predicted_memory_bytes", _gigabytes),
         Column("peak GB", "peak_memory_bytes", _gigabytes),
         Column("peak / predicted", "peak_over_predicted"),
+        Column("programs", "programs"),
+        Column("compiling or loading s", "compile_seconds", _seconds),
+        Column("compiled while measured", "recompiles"),
     ),
     "step": (
         Column("shape", "shape"),
