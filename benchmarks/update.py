@@ -16,9 +16,10 @@ last line is one JSON object:
     real_tokens           tokens of prompts, each once, and of completions; idle groups count too. The same for torch
     seconds_per_token     update_seconds over real_tokens
     programs              sizes of micro-batches for which these settings compile a program of the gradient
-    compile_seconds       time to compile these programs and that of the optimizer step, before the first update; this
-                          command does not read compiled programs from the disk
+    compile_seconds       time to compile these programs and that of the optimizer step, before the first update, and
+                          those that --remat auto tries; this command does not read compiled programs from the disk
     recompiles            programs compiled after the first update, which must be 0
+    recomputed            what the backward pass recomputes: --remat, or what "auto" chose
     idle_fraction         share of groups without a gradient
     mfu                   FLOPs of the model (perf/update_flops: matmuls and attention, forward and backward, without
                           recomputation; what the group shares is counted once where it is run once) per second and
@@ -141,6 +142,7 @@ def ours(args: argparse.Namespace) -> dict:
     return figures | {
         "programs": len(bench.learner.programs.accumulate.shapes),
         "compile_seconds": round(compile_seconds, 2),
+        "recomputed": bench.learner.programs.remat,
         "recompiles": last["compiled"] - first["compiled"],
         "idle_fraction": round(float(bench.rows.idle.mean()), 4),
         "peak_memory_bytes": measured or predicted,

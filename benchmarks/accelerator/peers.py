@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 def run(task: "Task") -> None:
-    """Measures each case that has fixed lengths, under the names that the parts `decode` and `update` give them.
+    """Measures each case that the peer can run, under the names that the parts `decode` and `update` give them.
 
-    Of the updates those with full recomputation, since the peer recomputes its layers too.
+    `generate` runs those of fixed lengths, and torch the updates with full recomputation, since it recomputes its
+    layers too.
     """
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 FIGURES = (
     *("update_seconds", "update_seconds_best", "tokens_per_second", "mfu", "padding_fraction", "attention", "devices"),
-    *("real_tokens", "seconds_per_token", "programs", "compile_seconds", "recompiles"),
+    *("real_tokens", "seconds_per_token", "programs", "compile_seconds", "recompiles", "recomputed"),
     *("predicted_memory_bytes", "loss"),
 )
 
