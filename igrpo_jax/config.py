@@ -368,7 +368,7 @@ class LearnerConfig:
     # What the backward pass recomputes of each sublayer: all ("full"), all but matrix products ("dots"), or nothing
     # ("none"); "auto" is the least of them that fits into memory by the compiler's count.
     remat: Annotated[str, Choice("auto", "full", "dots", "none")] = "auto"
-    # Kernel of attention: "cudnn" is for GPUs and "splash" for TPUs; "auto" chooses by device, dtype and length.
+    # Kernel of attention: "cudnn" is for GPUs and "splash" for TPUs; "auto" chooses by device and dtype.
     attention: Annotated[str, Choice("auto", "xla", "chunked", "cudnn", "splash")] = "auto"
     # Whether the reference model (beta > 0) stays in host memory between its forward passes.
     offload_reference: bool = False
