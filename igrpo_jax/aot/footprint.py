@@ -13,6 +13,7 @@ Lengths are the most that the configuration allows: data.max_prompt_length token
 word or mark of the wording around it. A run knows its prompts and may need less.
 """
 
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -132,39 +133,47 @@ class Footprint:
         bound = max(parts, key=parts.__getitem__)
         return parts[bound], bound
 
-    def step(self) -> dict[str, tuple[float, str]]:
-        """Returns `least` of each part of a step in which every completion is as long as allowed."""
-        algorithm = self.config.algorithm
+    def step(self, part: float = 1.0) -> dict[str, tuple[float, str]]:
+        """Returns `least` of each part of a step.
+
+        Args:
+            part: the mean length of completions, and of the drafts in prompts, over what is allowed. At 1 every
+                completion is as long as allowed; below it a slot takes the next completion as soon as one ends.
+        """
+        algorithm, prompt = self.config.algorithm, self.config.data.max_prompt_length
+        length = math.ceil(self.config.rollout.max_completion_length * part)
+        context = prompt + math.ceil((self.max_context - prompt) * part)
         parts = {"weights": self._calls(self.gather, (), 1)}
-        parts |= self._sampling("drafts", self.config.data.max_prompt_length, algorithm.num_drafts)
-        parts |= self._sampling("refinements", self.max_context, algorithm.num_generations)
-        return parts | self._updating()
+        parts |= self._sampling("drafts", prompt, algorithm.num_drafts, length)
+        parts |= self._sampling("refinements", context, algorithm.num_generations, length)
+        return parts | self._updating(context, length)
 
     def _calls(self, program: Program, shape: tuple, calls: int) -> tuple[float, str]:
         """Returns `least` of the given number of `calls` of a program."""
         return self.least(program.cost(*shape) * calls, self.received(program) * calls)
 
-    def _sampling(self, stage: str, context: int, samples: int) -> dict[str, tuple[float, str]]:
-        """Returns `least` of prefilling and decoding `samples` completions of each prompt."""
+    def _sampling(self, stage: str, context: int, samples: int, length: int) -> dict[str, tuple[float, str]]:
+        """Returns `least` of prefilling and decoding `samples` completions of `length` tokens of each prompt."""
         engine, prompts, shards = self.engine, self.config.prompts_per_step, sharding.batch_shards(self.mesh)
         completions = -(-prompts * samples // shards)  # of a shard
         if not completions:
             return {}
-        longest = self.config.rollout.max_completion_length
-        steps, rows = -(-completions // engine.shard_slots) * longest, min(completions, engine.shard_slots)
-        work = engine.programs.costs.decode(rows, context + longest / 2) * steps
+        rows = min(completions, engine.shard_slots)
+        is_longest = length == self.config.rollout.max_completion_length
+        steps = (-(-completions // rows) if is_longest else completions / rows) * length
+        work = engine.programs.costs.decode(rows, context + length / 2) * steps
         return {
             f"prefill of {stage}": self._calls(engine.programs.prefill, (context,), -(-prompts // shards)),
             # `collectives` counts the decode loop once, since its length is not known: `received` is that of one token.
             f"decoding of {stage}": self.least(work, self.received(engine.programs.decode) * steps),
         }
 
-    def _updating(self) -> dict[str, tuple[float, str]]:
+    def _updating(self, context: int, length: int) -> dict[str, tuple[float, str]]:
         """Returns `least` of the gradients, of the rescoring before them, and of the optimizer steps."""
         learner, algorithm = self.learner, self.config.algorithm
         programs, shapes, optimizer_steps = learner.programs, learner.packer.shapes, learner.optimizer_steps_per_update
-        prefix, completions, length = shapes.unit
-        tokens = self.config.trained_completions // completions * (prefix + completions * length)
+        completions = shapes.completions_per_unit
+        tokens = self.config.trained_completions // completions * (context - 1 + completions * length)
         shape, batches = (shapes.largest,), -(-tokens // (shapes.largest * shapes.shards))
         parts = {"gradients": self._calls(programs.accumulate, shape, algorithm.num_iterations * batches)}
         rescorings = batches * ((optimizer_steps > 1) + (algorithm.beta > 0))
