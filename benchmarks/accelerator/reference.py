@@ -29,7 +29,7 @@ SHAPES = ("qwen2-tiny", "smollm2-135m")
 
 
 class Batch(NamedTuple):
-    """Contexts with completions, as `logprobs.completion_logprobs` takes them."""
+    """Contexts with completions, each context apart from its last token."""
 
     prefix: np.ndarray  # [Q, P] int32
     length: np.ndarray  # [Q] int32
@@ -72,28 +72,85 @@ def outputs(cfg, weights, data: Batch, dtype: str) -> dict[str, np.ndarray]:
     """Returns the arrays of the module's docstring, computed in `dtype` on the mesh that is set."""
     import jax
 
-    logprob, entropy, gradient = jax.jit(partial(_gradient, cfg, dtype=dtype))(weights, data)
+    packed = _packed(data, cfg.mamba and cfg.mamba.chunk_size)
+    *per_token, gradient = jax.jit(partial(_gradient, cfg, dtype=dtype))(weights, *packed[:2])
+    logprob, entropy = (np.asarray(x)[packed.places].reshape(data.completions.shape) for x in per_token)
     logits = jax.jit(partial(_logits, cfg, dtype=dtype))(weights, data)
     flat = [np.asarray(gradient[path], np.float32).ravel() for path in sorted(gradient)]
     return {
         "logits": np.asarray(logits),
-        "logprob": np.asarray(logprob),
-        "entropy": np.asarray(entropy),
+        "logprob": logprob,
+        "entropy": entropy,
         "norms": np.array([np.linalg.norm(x.astype(np.float64)) for x in flat], np.float32),
         "slices": np.stack([x[np.linspace(0, x.size - 1, ENTRIES).astype(int)] for x in flat]),
     }
 
 
-def _gradient(cfg, weights, data: Batch, dtype: str) -> tuple:
+class Packed(NamedTuple):
+    """The completions of a Batch on packed axes, with as many contexts on each shard of the batch."""
+
+    batch: Any  # learning.packing.TrainBatch
+    weight: np.ndarray  # [S, F] float32, of each log-prob
+    places: tuple[np.ndarray, np.ndarray]  # where the tokens of all completions stand, in their order
+
+
+def _packed(data: Batch, chunk: int | None) -> Packed:
+    """Returns `data` packed for the mesh that is set; `chunk` as for `packing.fill`."""
     import jax
 
-    from igrpo_jax.models.logprobs import completion_logprobs
+    from igrpo_jax.distributed import sharding
+    from igrpo_jax.learning.packing import MicroBatch, Piece, Unit, fill
+    from igrpo_jax.models.segments import BLOCK
+    from igrpo_jax.records import Completion
+
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else sharding.batch_shards(mesh)
+    nothing = np.zeros(COMPLETION, np.float32)  # no log-probs of a sampler
+    pieces = [
+        Piece(
+            Unit(
+                np.append(prefix[:length], last),
+                tuple(Completion("refine", i, tokens, nothing, True) for i, tokens in enumerate(completions)),
+                np.zeros(GROUP, np.float32),
+            ),
+            0,
+            GROUP,
+        )
+        for prefix, length, last, completions, _ in zip(*data, strict=True)
+    ]
+    by_shard = [pieces[i::shards] for i in range(shards)]
+    most = max(sum(piece.family.tokens for piece in own) for own in by_shard)
+    micro_batch = MicroBatch(-(-most // BLOCK) * BLOCK, by_shard)
+    batch = fill(micro_batch, chunk)
+    number = {id(piece.unit): at for at, piece in enumerate(pieces)}
+    places = np.zeros((2, *data.completions.shape), int)
+    for shard, start, unit, i in micro_batch.places():
+        places[:, number[id(unit)], i] = np.full(COMPLETION, shard), start + np.arange(COMPLETION)
+    where = tuple(places.reshape(2, -1))
+    weight = np.zeros(batch.tokens.shape, np.float32)
+    weight[where] = data.weight.ravel()
+    return Packed(batch, weight, where)
+
+
+def _gradient(cfg, weights, batch, weight, dtype: str) -> tuple:
+    import jax
+
+    from igrpo_jax.models.logprobs import packed_logprobs
 
     def total(weights):
-        logprob, entropy = completion_logprobs(
-            cfg, weights, *data[:4], dtype=dtype, temperature=1.0, chunk=None, remat="full"
+        logprob, entropy = packed_logprobs(
+            cfg,
+            weights,
+            batch.tokens,
+            batch.targets,
+            batch.segments,
+            batch.completion_tokens,
+            dtype=dtype,
+            temperature=1.0,
+            chunk=None,
+            remat="full",
         )
-        return (logprob * data.weight).sum(), (logprob, entropy)
+        return (logprob * weight).sum(), (logprob, entropy)
 
     gradient, (logprob, entropy) = jax.grad(total, has_aux=True)(weights)
     return logprob, entropy, gradient

@@ -57,6 +57,14 @@ def settings(**changes):
     return config.freeze(tree)
 
 
+UNIT = (16, 3, 32)  # a prefix of 16 tokens, and 3 completions of 32
+TOKENS = 16 + 3 * 32
+
+
+def training(cfg, mesh=None, **changes):
+    return TrainingCosts(settings(**changes), cfg, mesh or one_device(), UNIT)
+
+
 def one_device():
     return sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
 
@@ -84,19 +92,32 @@ def test_a_forward_pass_is_what_xla_counts(tiny):
 
 
 def test_an_update_is_forward_and_backward_and_with_remat_forward_again(tiny):
-    shape = (2, 16, 3, 32)
-    plain, full = (TrainingCosts(settings(learner__remat=remat), tiny[0], one_device()) for remat in ("none", "full"))
+    size = 2 * TOKENS
+    costs = training(tiny[0])
     head = 2 * 32 * 64 * 2 * 3 * 32
-    forward = plain.rescore(shape).flops - head
-    assert plain.accumulate(shape).flops == pytest.approx(3 * forward + 4 * head)
-    assert full.accumulate(shape).flops == pytest.approx(4 * forward + 4 * head)
+    forward = costs.rescore(size).flops - head
+    for remat, passes in (("none", 3), ("dots", 3), ("full", 4)):
+        assert costs.accumulate(size, remat).flops == pytest.approx(passes * forward + 4 * head)
+
+
+def test_a_micro_batch_is_as_many_units_as_its_tokens_make(tiny):
+    """By hand: a prefix of 16 once, three completions of 32 that see it and half of themselves, logits of these."""
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    pairs = 16 * 8 + 3 * 32 * (16 + 16)
+    unit = 2 * weights * TOKENS + 4 * 2 * 4 * 8 * pairs + 2 * 32 * 64 * 3 * 32
+    costs = training(tiny[0])
+    gradient = lambda size: costs.accumulate(size, "none")
+    for units in (0.5, 1, 7):
+        assert costs.rescore(units * TOKENS).flops == pytest.approx(units * unit)
+        assert gradient(units * TOKENS).flops == pytest.approx(units * gradient(TOKENS).flops)
+    # The gradient is added once, however few tokens there are.
+    assert gradient(TOKENS).bytes < gradient(2 * TOKENS).bytes < 2 * gradient(TOKENS).bytes
 
 
 def test_a_narrow_head_is_read_narrow(tiny):
     """Once for each chunk, as `logprobs` does, which casts it before: 3 chunks of 64 positions."""
     chunked = {"learner__logprob_chunk": 64}
-    wide = TrainingCosts(settings(**chunked), tiny[0], one_device())
-    narrow = TrainingCosts(settings(model__dtype="bfloat16", **chunked), tiny[0], one_device())
+    wide, narrow = training(tiny[0], **chunked), training(tiny[0], model__dtype="bfloat16", **chunked)
     logits = 8 * 64 * 192  # of both in float32
     read = [costs._logits(192).bytes - logits for costs in (wide, narrow)]
     assert read == [3 * 32 * 64 * 4, 3 * 32 * 64 * 2]
@@ -114,29 +135,27 @@ def test_useful_work_by_hand(tiny):
 @pytest.mark.parametrize("name", ["tiny", "hybrid"])
 def test_useful_work_is_that_of_programs_without_padding(name, request):
     c = request.getfixturevalue(name)[0]
-    one = TrainingCosts(settings(learner__remat="none"), c, one_device())
-    four = TrainingCosts(settings(), c, sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]))
-    shape = (1, 16, 3, 32)
-    assert one.model.useful_flops(17, [32] * 3, 1) == pytest.approx(one.rescore(shape).flops)
-    assert four.model.useful_flops(17, [32] * 3, 1) == pytest.approx(one.rescore(shape).flops)  # of all devices
+    one = training(c)
+    four = training(c, sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]))
+    assert one.model.useful_flops(17, [32] * 3, 1) == pytest.approx(one.rescore(TOKENS).flops)
+    assert four.model.useful_flops(17, [32] * 3, 1) == pytest.approx(one.rescore(TOKENS).flops)  # of all devices
     head = 2 * c.hidden_size * c.vocab_size * 3 * 32
     assert one.model.useful_flops(17, [32] * 3, 3) == pytest.approx(
-        one.accumulate(shape).flops - head
+        one.accumulate(TOKENS, "none").flops - head
     )  # recomputed logits
-    # A padded row costs the program more, and asks for no more.
+    # Padding costs the program as much as tokens do, and is of no use.
     assert (
         one.model.useful_flops(17, [32, 5, 1], 1)
         < one.model.useful_flops(17, [32, 32, 1], 1)
-        < one.rescore(shape).flops
+        < one.rescore(TOKENS).flops
     )
 
 
 def test_a_mesh_splits_work_and_bytes(tiny):
-    one = TrainingCosts(settings(), tiny[0], one_device())
-    mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
-    eight = TrainingCosts(settings(), tiny[0], mesh)
-    shape = (4, 16, 3, 32)
-    assert eight.accumulate(shape).flops == pytest.approx(one.accumulate(shape).flops / 8)
+    one = training(tiny[0])
+    eight = training(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2)))
+    # The size is that of an axis, and each of 4 shards of the batch has one.
+    assert eight.accumulate(TOKENS, "none").flops == pytest.approx(one.accumulate(4 * TOKENS, "none").flops / 8)
     assert eight.apply().bytes == one.apply().bytes / 4  # replicas over data make the same step
     assert eight.model.decode(4, 16).flops == one.model.decode(4, 16).flops / 2
     assert eight.model.token_bytes == one.model.token_bytes / 2
@@ -155,7 +174,29 @@ def test_bytes_of_a_slot_are_those_of_the_cache(name, request):
 def test_lora_moves_less_in_the_optimizer(tiny):
     tree = config.default()
     tree.model.lora.rank = 4
-    lora = TrainingCosts(config.freeze(tree), tiny[0], one_device())
-    whole = TrainingCosts(settings(), tiny[0], one_device())
+    lora = TrainingCosts(config.freeze(tree), tiny[0], one_device(), UNIT)
+    whole = training(tiny[0])
     assert 0 < lora.apply().bytes < whole.apply().bytes / 2
-    assert lora.accumulate((1, 16, 2, 16)).flops == whole.accumulate((1, 16, 2, 16)).flops
+    assert lora.accumulate(TOKENS, "none").flops == whole.accumulate(TOKENS, "none").flops
+
+
+@pytest.mark.slow
+def test_less_is_kept_than_the_compiler_counts(tiny):
+    """Of wide sublayers, what their products give; nothing where all is computed again. A mesh splits it by tensor."""
+    c = dataclasses.replace(tiny[0], hidden_size=64, intermediate_size=512, pattern="*-" * 4)
+    costs = training(c)
+    by_hand = 4 * (32 + 2 * 16 + 64 + 2 * 512 + 64)  # q, k and v, o, gate and up, down; in 4 layers
+    assert costs.least_kept_bytes(256, "dots") == 4 * 256 * by_hand
+    assert costs.least_kept_bytes(256, "none") == 1.5 * 4 * 256 * by_hand and costs.least_kept_bytes(256, "full") == 0
+    four = training(c, sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]))
+    assert four.least_kept_bytes(256, "dots") == costs.least_kept_bytes(256, "dots") / 2
+    shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in decoder.shapes(c).items()}
+    tokens = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+
+    def temporaries(remat):
+        loss = lambda params, tokens: decoder.apply(c, params, tokens, jnp.arange(256)[None], remat=remat)[0].sum()
+        program = jax.jit(jax.grad(loss)).lower(shapes, tokens)
+        return program.compile(decoder.remat_options("cpu") if remat != "none" else None).memory_analysis()
+
+    for remat in ("dots", "none"):
+        assert costs.least_kept_bytes(256, remat) < temporaries(remat).temp_size_in_bytes
