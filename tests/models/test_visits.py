@@ -73,8 +73,9 @@ def test_pieces_that_are_not_needed_are_not_visited():
 
 @pytest.mark.parametrize("short", ["keys", "queries", "pieces"])
 def test_what_does_not_fit(short):
-    needed = Visits(jnp.array([[1, 0, 0], [0, 1, 0], [0, 1, 1]], bool), jnp.array([[0, 0, 1]] * 2 + [[0] * 3], bool))
-    given = Lengths(pieces=1, keys=2, queries=2)
+    own, prefix = [[1, 0, 0], [0, 1, 0], [0, 1, 1]], [[0, 0, 1], [0, 1, 0], [0, 0, 0]]
+    needed = Visits(jnp.array(own, bool), jnp.array(prefix, bool))
+    given = Lengths(pieces=2, keys=2, queries=2)
     assert visits.fit(needed, given)
     assert not visits.fit(needed, given._replace(**{short: getattr(given, short) - 1}))
 
