@@ -7,10 +7,12 @@ and H200 are from NVIDIA's data sheets of the SXM5 (dense bfloat16).
 
 import os
 from dataclasses import dataclass
-
-import jax
+from typing import TYPE_CHECKING
 
 from igrpo_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import jax
 
 GIB = 1 << 30
 
@@ -41,12 +43,14 @@ def size(count: float) -> str:
     return f"{count / GIB:.2f} GiB" if count >= 1 << 27 else f"{count / 2**20:.1f} MiB"
 
 
-def usable_bytes(device: jax.Device) -> float:
+def usable_bytes(device: "jax.Device") -> float:
     """Returns the bytes of memory that a program on `device` may use.
 
     JAX says it of a device that is there. Of one that is only described it is the published figure, and of a CPU its
     part of half of the machine's memory.
     """
+    import jax  # `aot` imports this module before it sets the variables that jax reads
+
     if device.platform == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / len(jax.local_devices())
     is_there = device.client is jax.local_devices()[0].client

@@ -227,7 +227,7 @@ def test_memory_is_that_of_adapters_and_one_sublayer(tiny):
             c, prompts_per_step=8, learner__tokens_per_microbatch=64, learner__remat=remat, **ON
         )
         with jax.set_mesh(mesh):
-            program = learner.programs.accumulate.compiled(learner.packer.largest)
+            program = learner.programs.accumulate.compiled(learner.packer.shapes.largest)
             needs, temporary = learner.predicted_bytes(), program.memory_analysis().temp_size_in_bytes
         assert temporary < 0.6 * weights, remat
         moments = tree_bytes(learner.abstract_state().opt_state)
