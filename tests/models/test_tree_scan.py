@@ -30,7 +30,7 @@ def predecessors(chain, shard):
 def sums(weight, state, tokens, count):
     """The state counts the tokens too, so that their number is known."""
     total, length = state
-    return (total + weight * tokens.sum(axis=0), length + count), total + weight * jnp.cumsum(tokens, axis=0) + length
+    return (total + tokens.sum(axis=0), length + count), weight * (total + jnp.cumsum(tokens, axis=0)) + length
 
 
 @pytest.mark.parametrize("chunk", [4, 32, 300])
