@@ -21,6 +21,7 @@ N heads, G groups, R heads of a group (N = G R), H head dim, P state, W tokens t
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -127,17 +128,21 @@ def _packed(
         dt: [B, F, N] float32.
     """
 
-    def body(weights, before, tokens, count):
-        *inputs, dt = jax.tree.map(lambda x: x[None], tokens)
-        state, y = _mixed(weights, before, inputs, dt, count[None], dt.shape[1])
-        return state, y[0]
-
     def run(weights, tokens, chain):
         heads, groups = tokens[0].shape[2:], tokens[1].shape[2:]
-        width = cfg.mamba.conv_size - 1
-        shapes = (1, width, *heads), (1, width, *groups), (1, width, *groups), (1, *heads, groups[1])
-        # All are float32, because the gradients of all completions of a prefix add up in them.
-        return tree_scan(body, weights, MambaState(*(jnp.zeros(shape) for shape in shapes)), tokens, chain)
+        tails = [(1, cfg.mamba.conv_size - 1, *inner) for inner in (heads, groups, groups)]
+
+        def body(weights, before, tokens, count):
+            *flat, state = before
+            before = MambaState(*(x.reshape(shape) for x, shape in zip(flat, tails, strict=True)), state)
+            *inputs, dt = jax.tree.map(lambda x: x[None], tokens)
+            (*last, state), y = _mixed(weights, before, inputs, dt, count[None], dt.shape[1])
+            return [*map(jnp.ravel, last), state], y[0]
+
+        # All are float32, because the gradients of all completions of a prefix add up in them. Those of the convolution
+        # are flat: a TPU pads an axis of 3 tokens to 128.
+        empty = [*(jnp.zeros(math.prod(shape)) for shape in tails), jnp.zeros((1, *heads, groups[1]))]
+        return tree_scan(body, weights, empty, tokens, chain)
 
     tokens, chain = (*inputs, dt), jax.tree.map(jnp.asarray, chain)
     if jax.sharding.get_abstract_mesh().empty:
