@@ -464,7 +464,11 @@ def test_learning_rate_zero_changes_nothing_but_is_evaluated(tmp_path):
     (score,) = {row["eval/arithmetic/pass@1"] for row in lines if "eval/arithmetic/pass@1" in row}
     assert len(answers) == 4 and score == np.mean([row["accuracy"] for row in answers])
     assert all(row["accuracy"] == (row["extracted"] == row["answer"]) for row in answers)
-    assert all(row["ratio/mean"] == 1.0 and row["clip_ratio/region_mean"] == 0 for row in lines if "loss" in row)
+    # With minibatches pi_old is computed on other micro-batches than the loss, so sums may be rounded differently.
+    updates = [row for row in lines if "loss" in row]
+    assert len(updates) == 2
+    assert all(row["ratio/mean"] == pytest.approx(1, abs=1e-6) for row in updates)
+    assert all(row["clip_ratio/region_mean"] == 0 for row in updates)
 
 
 def test_what_does_not_fit_is_said(monkeypatch):
@@ -472,10 +476,12 @@ def test_what_does_not_fit_is_said(monkeypatch):
     task = open_task(settings())
     needs = {"update": 3 << 30, "rollout": 1 << 30}
     monkeypatch.setattr(overview, "predicted_bytes", lambda *_: needs)
+    learner = SimpleNamespace(programs=SimpleNamespace(remat="dots"))
     for there, expected in ((None, ["update 3.00 GiB, rollout 1.00 GiB"]), (2 << 30, None)):
         monkeypatch.setattr(overview, "device_bytes", lambda there=there: there)
-        said = [str(value) for name, value in overview.memory(task.config, task, None, None)]
-        assert said == (
+        recomputed, *lines = overview.memory(task.config, task, None, learner)
+        assert recomputed == ("recomputed in the backward pass", "all but matrix products")
+        assert [str(value) for _, value in lines] == (
             expected
             or [
                 "update 3.00 GiB, rollout 1.00 GiB, of 2.00 GiB",

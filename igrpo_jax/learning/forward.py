@@ -1,6 +1,7 @@
 """The log-probs of a micro-batch's completions: the one function that the loss and the rescoring run.
 
-With unchanged parameters, the ratio of the loss to rescored log-probs is therefore exactly 1.
+With unchanged parameters, the ratio of the loss to rescored log-probs is therefore 1 up to rounding: a completion may
+stand elsewhere in another micro-batch.
 """
 
 from dataclasses import dataclass

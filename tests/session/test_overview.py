@@ -1,0 +1,17 @@
+"""What the table of a run says before its first step."""
+
+import json
+
+from igrpo_jax.session import overview
+
+
+def test_the_padding_of_the_next_updates_is_that_of_the_last_ones(tmp_path):
+    """Of the last 20 that have an update; a step without one, and an evaluation, say nothing of padding."""
+    assert overview._padding(tmp_path) == "not known before there are completions"
+    rows = [{"step": 0, "eval/arithmetic/pass@1": 0.5}]
+    rows += [{"step": step, "perf/padding_frac": 0.9 if step <= 4 else 0.1} for step in range(1, 25)]
+    rows.insert(9, {"step": 8, "eval/arithmetic/pass@1": 0.5})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    assert overview._padding(tmp_path) == "about 90%, as in the last 3 steps"
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert overview._padding(tmp_path) == "about 10%, as in the last 20 steps"
