@@ -356,7 +356,7 @@ class LearnerConfig:
     # Number of tokens of one forward and backward pass on each shard of the batch.
     tokens_per_microbatch: Annotated[int, AtLeast(1)] = 16384
     # Sizes of micro-batches, as fractions of tokens_per_microbatch: full ones, and smaller ones for what is left of a
-    # step. A program is compiled for each.
+    # step. A program is compiled for each. One is 1.0, because the others may be too small for the longest context.
     microbatch_sizes: Annotated[tuple[float, ...], Each(Between(0.01, 1))] = (1.0, 0.5, 0.125)
     # Whether a prompt, with its draft, is run once for all its completions; False is for comparisons.
     shared_prefix: bool = True
@@ -556,8 +556,9 @@ MAY_CHANGE_ON_RESUME = (
     *("steps", "compilation_cache", "cluster", "log", "evaluation", "checkpoint", "watchdog"),
     # A run that ended for want of memory, of time or of a judge has to change these to go on. Results stay the same,
     # except for how sums are rounded and for gradings that had no verdict.
-    *("rollout.slots", "learner.tokens_per_microbatch", "learner.logprob_chunk", "learner.remat", "learner.attention"),
-    *("learner.offload_reference", "rewards.workers", "rewards.timeout", "rewards.max_error_fraction"),
+    *("rollout.slots", "learner.tokens_per_microbatch", "learner.microbatch_sizes", "learner.logprob_chunk"),
+    *("learner.remat", "learner.attention", "learner.offload_reference"),
+    *("rewards.workers", "rewards.timeout", "rewards.max_error_fraction"),
     *(f"rewards.judge.{name}" for name in ("base_url", "api_key_env", "timeout", "max_retries", "concurrency")),
 )
 
@@ -698,6 +699,8 @@ def _batch_and_mesh(config: Config) -> Iterator[tuple[str, str]]:
     for completions in [config.prompts_per_step * count for count in counts]:
         if completions % config.learner.minibatches:
             yield "learner.minibatches", f"must divide the {completions} trained completions of a stage per step"
+    if 1 not in config.learner.microbatch_sizes:
+        yield "learner.microbatch_sizes", "add 1.0, the size that holds the longest context with a completion"
     if (config.mesh.data, config.mesh.fsdp, config.mesh.tensor).count(-1) > 1:
         yield "mesh.fsdp", "only one axis may be -1 (the rest of the devices)"
 
