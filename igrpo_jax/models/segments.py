@@ -27,11 +27,10 @@ NOTHING, SOME, ALL = 0, 1, 2  # what a block of queries reads of a block of keys
 class Chain(NamedTuple):
     """The order in which the tokens of an axis follow each other, for mixers whose state passes along it.
 
-    A completion follows the last token of its prefix. Chunks hold tokens of one segment each, those of prefixes stand
-    before those of completions, and chunks without tokens stand at the end.
+    Chunks hold neighbouring tokens of one segment each, those of prefixes stand before those of completions, and chunks
+    without tokens stand at the end. The first chunk of a completion continues the last chunk of its prefix.
     """
 
-    before: np.ndarray  # [S, F] int32, the token before each; F where there is none
     chunks: np.ndarray  # [S, N, C] int32, the tokens of each chunk in their order; F where there is none
     chunk_before: np.ndarray  # [S, N] int32, the chunk whose final state a chunk continues; N where there is none
 
@@ -142,14 +141,12 @@ def _mark_causal(blocks: np.ndarray, own: slice) -> None:
 
 def _chain(families: Sequence[Family], size: int, chunk: int) -> Chain:
     count = most_chunks(size, chunk)
-    before = np.full(size, size, np.int32)
     chunks, chunk_before = np.full((count, chunk), size, np.int32), np.full(count, count, np.int32)
     used = 0
 
-    def add(start: int, length: int, token: int, last: int) -> int:
-        """Adds a segment that follows `token` and the chunk `last`; returns its last chunk, or `last`."""
+    def add(start: int, length: int, last: int) -> int:
+        """Adds a segment that continues the chunk `last`; returns its last chunk, or `last` where it is empty."""
         nonlocal used
-        before[start : start + length] = [token, *range(start, start + length - 1)][:length]
         for at in range(start, start + length, chunk):
             tokens = np.arange(at, min(at + chunk, start + length))
             chunks[used, : len(tokens)], chunk_before[used] = tokens, last
@@ -157,12 +154,11 @@ def _chain(families: Sequence[Family], size: int, chunk: int) -> Chain:
         return last
 
     places = starts(families)
-    lasts = [add(start, family.prefix, size, count) for family, (start, _) in zip(families, places, strict=True)]
-    for family, (start, of_completions), last in zip(families, places, lasts, strict=True):
-        token = start + family.prefix - 1 if family.prefix else size
+    lasts = [add(start, family.prefix, count) for family, (start, _) in zip(families, places, strict=True)]
+    for family, (_, of_completions), last in zip(families, places, lasts, strict=True):
         for own, length in zip(of_completions, family.completions, strict=True):
-            add(own, length, token, last)
-    return Chain(before, chunks, chunk_before)
+            add(own, length, last)
+    return Chain(chunks, chunk_before)
 
 
 def readable(
