@@ -15,7 +15,7 @@ from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import attention
 from igrpo_jax.models import cache as caches
-from igrpo_jax.models.segments import ALL, NOTHING, SOME, Family, pack, padding_of, starts
+from igrpo_jax.models.segments import ALL, NOTHING, SOME, Family, pack, starts
 
 # cuDNN's layout and mask are run by XLA.
 RUNS_HERE = {
@@ -43,7 +43,7 @@ def inputs(shards, kv_heads, groups, head_dim=8, dtype="float32"):
     segments = pack(shards, SIZE)
     queries, keys = (len(shards), SIZE, kv_heads * groups, head_dim), (len(shards), kv_heads, SIZE, head_dim)
     q, k, v, weight = (rng.normal(size=shape).astype(dtype) for shape in (queries, keys, keys, queries))
-    padding = np.asarray(padding_of(segments.segment))
+    padding = segments.segment == 0
     for x in (k, v):
         x[np.broadcast_to(padding[:, None], keys[:3])] = 40  # whoever reads padding is far off
     weight[padding] = 0
@@ -106,14 +106,14 @@ def test_it_equals_each_segment_alone(name, case):
     shards, kv_heads, groups = CASES[case]
     segments, arrays, weight = inputs(shards, kv_heads, groups)
     found = value_and_grads(RUNS_HERE[name], segments, arrays, weight)
-    assert_equal_alone(shards, found, arrays, weight, np.asarray(padding_of(segments.segment)))
+    assert_equal_alone(shards, found, arrays, weight, segments.segment == 0)
 
 
 @pytest.mark.parametrize("name", RUNS_HERE)
 def test_bfloat16(name):
     segments, arrays, weight = inputs([RAGGED], 1, 2, dtype=jnp.bfloat16)
     found = value_and_grads(RUNS_HERE[name], segments, arrays, weight)
-    found[0][np.asarray(padding_of(segments.segment))] = 0
+    found[0][segments.segment == 0] = 0
     for x, y in zip(found, alone([RAGGED], arrays, weight), strict=True):
         assert np.abs(x - y).max() <= 0.02 * np.abs(y).max()  # 8 bits: 0.004 each, over a few roundings
 
@@ -128,7 +128,7 @@ def test_a_mesh_changes_nothing(name):
     of_arrays = tuple(put(x, *axes) for x, axes in zip(arrays, AXES, strict=True))
     with jax.set_mesh(mesh):
         found = value_and_grads(RUNS_HERE[name], placed, of_arrays, put(weight, *AXES[0]))
-    assert_equal_alone(shards, found, arrays, weight, np.asarray(padding_of(segments.segment)))
+    assert_equal_alone(shards, found, arrays, weight, segments.segment == 0)
 
 
 @pytest.mark.parametrize("name", RUNS_HERE)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from igrpo_jax.models.segments import Chain, Family, pack
+from igrpo_jax.models.segments import Chain, Family, dense_mask, pack
 from igrpo_jax.models.tree_scan import tree_scan
 
 SHARDS = [
@@ -13,18 +13,6 @@ SHARDS = [
     [],
     [Family(100, [156])],  # ends with the axis
 ]
-
-
-def predecessors(chain, shard):
-    """Returns [F, F] of 0 and 1: whether token j is token i, or before it on its chain."""
-    size = chain.before.shape[1]
-    reads = np.zeros((size, size), np.float32)
-    for token in set(chain.chunks[shard].ravel()) - {size}:
-        at = token
-        while at < size:
-            reads[token, at] = 1
-            at = chain.before[shard, at]
-    return reads
 
 
 def sums(weight, state, tokens, count):
@@ -37,7 +25,8 @@ def sums(weight, state, tokens, count):
 def test_sums_along_each_chain(chunk):
     """Values, and gradients of inputs and of what all chunks share, all of whole numbers and so exact."""
     shards = [[Family(9, [30])], SHARDS[2]] if chunk == 300 else SHARDS  # an axis of 256 has two chunks of 300 tokens
-    chain = pack(shards, 256, chunk).chain
+    segments = pack(shards, 256, chunk)
+    chain = segments.chain
     inputs, slope = np.random.default_rng(0).integers(-9, 9, (2, len(shards), 256, 2)).astype(np.float32)
     empty = jnp.zeros(2), jnp.zeros(())
 
@@ -47,7 +36,7 @@ def test_sums_along_each_chain(chunk):
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (_, results), (of_weight, of_inputs) = run(np.float32(3), inputs, chain)
-    reads = np.stack([predecessors(chain, shard) for shard in range(len(shards))])
+    reads = np.asarray(dense_mask(segments), np.float32)  # of token j by token i: it is that token, or before it
     before = np.zeros((len(shards), 256))
     for shard, number in np.ndindex(chain.chunk_before.shape):
         tokens, last = chain.chunks[shard, number], chain.chunk_before[shard, number]
