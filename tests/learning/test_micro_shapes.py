@@ -1,4 +1,4 @@
-"""The sizes of micro-batches of the shipped configurations."""
+"""The sizes of micro-batches, those of the shipped configurations too."""
 
 import runpy
 
@@ -21,3 +21,9 @@ def test_an_update_of_a_shipped_configuration_has_at_most_three_programs(file):
         assert 1 <= len(shapes.sizes) <= 3 and list(shapes.sizes) == sorted(set(shapes.sizes), reverse=True)
         assert all(size % BLOCK == 0 for size in shapes.sizes) and shapes.largest <= 2**INDEX_BITS
         assert shapes.largest >= context - 1 + settings.rollout.max_completion_length
+
+
+def test_the_largest_size_holds_the_longest_text_whatever_the_budget():
+    tree = config.default()
+    tree.learner.tokens_per_microbatch, tree.rollout.max_completion_length = 64, 300
+    assert MicroShapes(config.freeze(tree), 1, 500).largest >= 499 + 300
