@@ -60,7 +60,7 @@ class MicroShapes:
         most = [-(-larger // size) for larger, size in itertools.pairwise(self.sizes)]
         for extra in itertools.count():
             full = -(-tokens // (self.largest * self.shards)) + extra
-            least = 0 if extra == 0 else full
+            least = max(0, full - 1) if extra == 0 else full
             counts = itertools.product(range(least, full + 1), *(range(count + 1) for count in most))
             options = [
                 [size for size, count in zip(self.sizes, chosen, strict=True) for _ in range(count)]

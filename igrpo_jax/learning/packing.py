@@ -140,14 +140,19 @@ class Packer:
         pieces = sorted(self._pieces(units), key=lambda piece: piece.family.tokens, reverse=True)
         if not pieces:
             return []
-        total = sum(piece.family.tokens for piece in pieces)
-        for sizes in self.shapes.choices(total):
+        families = [piece.family for piece in pieces]
+        needs = [(family.tokens, self._chunks(family)) for family in families]
+        choices = self.shapes.choices(sum(tokens for tokens, _ in needs))
+        for sizes in choices:  # without an end; a full micro-batch for every piece would do
             axes = [size for size in sizes for _ in range(self.shapes.shards)]
-            bins = self._placed(pieces, axes, max) or self._placed(pieces, axes, min)
-            if bins:
-                by_batch = (bins[i : i + self.shapes.shards] for i in range(0, len(bins), self.shapes.shards))
-                return [MicroBatch(size, shards) for size, shards in zip(sizes, by_batch, strict=True)]
-        raise AssertionError("a micro-batch for every piece holds all pieces")
+            places = self._places(needs, axes, max) or self._places(needs, axes, min)
+            if places:
+                break
+        bins: list[list[Piece]] = [[] for _ in axes]
+        for piece, place in zip(pieces, places, strict=True):
+            bins[place].append(piece)
+        by_batch = (bins[i : i + self.shapes.shards] for i in range(0, len(bins), self.shapes.shards))
+        return [MicroBatch(size, shards) for size, shards in zip(sizes, by_batch, strict=True)]
 
     def _pieces(self, units: Sequence[Unit]) -> Iterator[Piece]:
         """Yields the units, cut where one has more tokens than the longest axis."""
@@ -168,26 +173,25 @@ class Packer:
     def _most_chunks(self, size: int) -> int:
         return segments.most_chunks(size, self._chunk) if self._chunk else 0
 
-    def _placed(self, pieces: Sequence[Piece], sizes: Sequence[int], choose: Callable) -> list[list[Piece]] | None:
-        """Returns the pieces on each of the axes of these `sizes`; None where a piece finds no place.
+    def _places(self, needs: Sequence[tuple[int, int]], sizes: Sequence[int], choose: Callable) -> list[int] | None:
+        """Returns on which of the axes of these `sizes` each piece stands; None where a piece finds no place.
 
         Args:
+            needs: tokens and chunks of each piece.
             choose: `max` puts each piece where the most space is left, `min` where the least is.
         """
-        bins: list[list[Piece]] = [[] for _ in sizes]
+        places = []
         tokens = list(sizes)  # what is left of each
         chunks = [self._most_chunks(size) for size in sizes]
-        for piece in pieces:
-            family = piece.family
-            needed, needed_chunks = family.tokens, self._chunks(family)
+        for needed, needed_chunks in needs:
             fitting = [i for i, left in enumerate(tokens) if left >= needed and chunks[i] >= needed_chunks]
             if not fitting:
                 return None
-            best = choose(fitting, key=tokens.__getitem__)
-            bins[best].append(piece)
-            tokens[best] -= needed
-            chunks[best] -= needed_chunks
-        return bins
+            place = choose(fitting, key=tokens.__getitem__)
+            places.append(place)
+            tokens[place] -= needed
+            chunks[place] -= needed_chunks
+        return places
 
     def fill(self, batch: MicroBatch) -> TrainBatch:
         """Returns the host arrays of a micro-batch."""
