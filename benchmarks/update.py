@@ -53,6 +53,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--remat", default="full", help="learner.remat")
     parser.add_argument("--attention", default="auto", help="learner.attention")
     parser.add_argument("--tokens-per-microbatch", type=int, default=1 << 20)
+    sizes = "learner.microbatch_sizes"
+    parser.add_argument("--microbatch-sizes", type=float, nargs="+", default=(1.0, 0.5, 0.125), help=sizes)
     parser.add_argument("--logprob-chunk", type=int, default=None, help="positions of a row; default: the package's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", type=int, default=3)
@@ -75,6 +77,7 @@ def settings(args: argparse.Namespace):
     tree.learner.remat = args.remat
     tree.learner.attention = args.attention
     tree.learner.tokens_per_microbatch = args.tokens_per_microbatch
+    tree.learner.microbatch_sizes = tuple(args.microbatch_sizes)
     tree.learner.shared_prefix = args.shared_prefix == "on"
     if args.logprob_chunk:
         tree.learner.logprob_chunk = args.logprob_chunk

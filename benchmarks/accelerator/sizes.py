@@ -185,6 +185,7 @@ def updates(sizes: Sizes, shape: str) -> Iterator[tuple[str, argparse.Namespace]
                 remat=remat,
                 attention="auto",
                 tokens_per_microbatch=sizes.microbatch,
+                microbatch_sizes=(1.0,) if lengths == "fixed" else (1.0, 0.125),  # each is a program to compile
                 logprob_chunk=None,
                 dtype=sizes.dtype,
                 steps=sizes.repeats,
