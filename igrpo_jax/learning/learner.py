@@ -26,7 +26,7 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import tree_bytes
 from igrpo_jax.learning import filtering, objectives
 from igrpo_jax.learning.micro_shapes import MicroShapes
-from igrpo_jax.learning.packing import MicroBatch, Packer, Piece, Unit
+from igrpo_jax.learning.packing import MicroBatch, Packer, Unit
 from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.learning.rescoring import rescore_units
 from igrpo_jax.learning.train_state import TrainState
@@ -198,15 +198,13 @@ class Learner:
 
         This checks the sampler in Stage 1, whose tokens usually carry no loss. `params` are those that sampled.
         """
-        size, shards = self.packer.shapes.largest, self.packer.shapes.shards
         drafts = [(group.prompt.tokens, draft) for group in groups for draft in group.drafts]
         units = [Unit(prompt, (draft,), np.zeros(1, np.float32)) for prompt, draft in drafts]
-        units = units[: int(np.sum(np.cumsum([unit.tokens for unit in units]) <= size))]
-        pieces = [Piece(unit, 0, 1) for unit in units]
-        rescored = self._rescored(params, units, [MicroBatch(size, [pieces, *[[] for _ in range(shards - 1)]])])
-        mismatches_by_unit = sampler_mismatches(units, rescored)
-        if not mismatches_by_unit:
+        batch = self.packer.leading(units)
+        units = [piece.unit for piece in batch.shards[0]]
+        if not units:
             return {}
+        mismatches_by_unit = sampler_mismatches(units, self._rescored(params, units, [batch]))
         mismatches = np.concatenate(mismatches_by_unit)
         return {
             "sampling/draft_logp_difference/mean": float(np.mean(mismatches)),

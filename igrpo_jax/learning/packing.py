@@ -154,6 +154,17 @@ class Packer:
         by_batch = (bins[i : i + self.shapes.shards] for i in range(0, len(bins), self.shapes.shards))
         return [MicroBatch(size, shards) for size, shards in zip(sizes, by_batch, strict=True)]
 
+    def leading(self, units: Sequence[Unit]) -> MicroBatch:
+        """Returns a full micro-batch with the first of `units`, as many as one shard of it holds."""
+        pieces, tokens, chunks = [], 0, 0
+        for unit in units:
+            piece = Piece(unit, 0, len(unit.completions))
+            tokens, chunks = tokens + unit.tokens, chunks + self._chunks(piece.family)
+            if tokens > self.shapes.largest or chunks > self._most_chunks(self.shapes.largest):
+                break
+            pieces.append(piece)
+        return MicroBatch(self.shapes.largest, [pieces, *([] for _ in range(self.shapes.shards - 1))])
+
     def _pieces(self, units: Sequence[Unit]) -> Iterator[Piece]:
         """Yields the units, cut where one has more tokens than the longest axis."""
         for unit in units:

@@ -582,6 +582,8 @@ def test_drafts_are_compared_to_their_sampler(build, tiny, score_in_full):
     learner, mesh = build()
     with jax.set_mesh(mesh):
         found = learner.draft_check(put(tiny[1], mesh), drafted)
+    with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+        patch.delattr(learner, "_frozen")  # without drafts nothing is run
         assert learner.draft_check(put(tiny[1], mesh), [dataclasses.replace(groups[0], drafts=())]) == {}
     first = np.concatenate(first)
     assert found["sampling/draft_logp_difference/mean"] == pytest.approx(first.mean(), rel=1e-5)

@@ -217,6 +217,17 @@ def test_chunks_of_a_state_space_model_are_counted():
     assert sum(len(placed(batch)) for batch in batches) == 32
 
 
+def test_the_first_units_fill_a_shard():
+    """Of 640 tokens and 20 chunks: 16 units of 40 tokens, but only 10 where each fills two chunks of 64."""
+    groups = [make_group(np.ones(21), [completion(0, np.ones(20))]) for _ in range(40)]
+    for chunk, expected in ((None, 16), (64, 10)):
+        packer = make_packer(2, chunk, learner__tokens_per_microbatch=640, prompts_per_step=64)
+        units = packer.units(groups, np.zeros((40, 1), np.float32))
+        batch = packer.leading(units)
+        assert batch.size == 640 and [piece.unit for piece in batch.shards[0]] == units[:expected]
+        assert batch.shards[1] == [] and packer.fill(batch).mask.sum() == 20 * expected
+
+
 def test_shards_have_equal_work():
     packer = make_packer(4, learner__tokens_per_microbatch=1024, prompts_per_step=8)
     groups = [make_group(np.ones(41), [completion(i, np.ones(10)) for i in range(8)]) for _ in range(8)]
