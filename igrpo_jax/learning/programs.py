@@ -65,6 +65,7 @@ class LearnerPrograms:
         self._mesh = mesh
         self._algorithm = algorithm
         self._packer = packer
+        self._optimizer_steps = config.learner.minibatches * config.algorithm.num_iterations  # of an update
         self._gradient_programs: dict[str, Program] = {}
         self._sizes = [(size,) for size in packer.shapes.sizes]
         self._replicated = sharding.replicated(mesh)
@@ -114,8 +115,8 @@ class LearnerPrograms:
             return requested
         usable = chips.usable_bytes(self._mesh.devices.flat[0]) * FILLED
         size, waiting = self._sizes[0], self.waiting_bytes.accumulate
+        state = waiting + 2 * tree_bytes(self.state.params) + tree_bytes(self.frozen)
         for remat in ("none", "dots"):
-            state = waiting + 2 * tree_bytes(self.state.params) + tree_bytes(self.frozen)
             if state + self.costs.least_kept_bytes(*size, remat) > usable:
                 continue
             try:
@@ -138,7 +139,7 @@ class LearnerPrograms:
         settings = LossSettings(
             algorithm=self._algorithm,
             policy=replace(self._policy, remat=remat),
-            on_policy=self._config.learner.minibatches * self._config.algorithm.num_iterations == 1,
+            on_policy=self._optimizer_steps == 1,
             correction_cap=self._config.algorithm.importance_sampling_cap,
         )
         platform = self._mesh.devices.flat[0].platform  # of a topology it may differ from the default platform
@@ -210,8 +211,7 @@ class LearnerPrograms:
     @property
     def wanted(self) -> Wanted:
         """All programs that an update may call."""
-        optimizer_steps = self._config.learner.minibatches * self._config.algorithm.num_iterations
-        rescored = self._sizes if optimizer_steps > 1 or self._algorithm.beta > 0 else []
+        rescored = self._sizes if self._optimizer_steps > 1 or self._algorithm.beta > 0 else []
         if not rescored and self._config.algorithm.num_drafts and self._config.log.samples_every:
             rescored = self._sizes[:1]  # for `Learner.draft_check`
         sizes = [

@@ -1,10 +1,9 @@
 """The cache of a decoder: what it keeps of the tokens that it has read, one entry per sublayer, and its operations.
 
 `insert` writes the rows of a prefilled prompt into slots, and `fork` repeats one prefilled prompt for its samples; with
-both, the sampler runs a prompt once for all its completions. `shared` is the learner's version of `fork`: it repeats
-nothing, all rows that continue a prefix read its only copy, and their gradients add up in that copy. `extend` appends
-the next piece of a prompt that is read in pieces. `window` takes out a part of the slots to decode them, and `restore`
-writes the new positions back. `move` copies rows from slots to other slots.
+both, the sampler runs a prompt once for all its completions. `extend` appends the next piece of a prompt that is read
+in pieces, and `shared` is what was read before as that piece sees it. `window` takes out a part of the slots to decode
+them, and `restore` writes the new positions back. `move` copies rows from slots to other slots.
 
 Attention keeps every position. Mamba-2 keeps one state of fixed size, whatever the length, so operations that select
 positions take or write its whole state.
