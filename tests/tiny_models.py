@@ -2,11 +2,13 @@
 
 import jax
 import numpy as np
+from flax import nnx
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig, MambaConfig
+from igrpo_jax.models.mamba2 import Mamba2
 
 TINY = {
     "vocab_size": 64,
@@ -41,6 +43,19 @@ def random_params(cfg, seed=0):
     draw = np.random.default_rng(seed).normal
     params = {path: draw(path.endswith("scale"), 0.2, shape) for path, shape in decoder.shapes(cfg).items()}
     return {path: value.astype(np.float32) for path, value in params.items()}
+
+
+def mixer_weights(params):
+    """The parameters, by name, of the first sublayer of a hybrid decoder, which is Mamba-2."""
+    prefix = "blocks/0/mixer/"
+    return {path.removeprefix(prefix): x for path, x in params.items() if path.startswith(prefix)}
+
+
+def mixer(cfg, weights, x, entry, length=None):
+    """Runs the Mamba-2 mixer that has these parameters: returns its output and what it keeps."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Mamba2(cfg, nnx.Rngs(0))))
+    state = nnx.map_state(lambda path, leaf: leaf.replace(weights[path[0]]), state)
+    return nnx.merge(graph, state)(x, None, entry, length)
 
 
 def one_device():

@@ -74,16 +74,17 @@ def _forward(body, chunk, weights, empty, inputs, links):
 
     def of_shard(shard):
         inputs, links = shard
+        place = lambda n: (links.start[n], links.count[n])
 
         def visit(n, carry):
             states, state, results = carry
-            state, result = body(weights, state, _tokens(inputs, links, n, chunk), links.count[n])
+            state, result = body(weights, state, tokens_of(inputs, *place(n), chunk), links.count[n])
             states = _with(states, links.child[n], state)
-            return states, _at(states, links.source[n + 1]), _put(results, result, links, n)
+            return states, _at(states, links.source[n + 1]), put_tokens(results, result, *place(n))
 
         # The last place takes the states that no chunk continues.
         states = jax.tree.map(lambda x: jnp.zeros((len(links.start) + 1, *x.shape), x.dtype), empty)
-        result = jax.eval_shape(lambda: body(weights, empty, _tokens(inputs, links, 0, chunk), links.count[0])[1])
+        result = jax.eval_shape(lambda: body(weights, empty, tokens_of(inputs, *place(0), chunk), links.count[0])[1])
         results = jnp.zeros((jax.tree.leaves(inputs)[0].shape[0], *result.shape[1:]), result.dtype)
         states, _, results = jax.lax.fori_loop(0, _used(links), visit, (states, empty, results))
         return states, results
@@ -98,6 +99,7 @@ def _backward(body, chunk, kept, gradient):
 
     def of_shard(shard):
         inputs, links, states, gradient = shard
+        place = lambda n: (links.start[n], links.count[n])
 
         def read(states, n):
             """Returns the state before chunk `n`, and the gradients of the states after it and before its sibling."""
@@ -106,11 +108,11 @@ def _backward(body, chunk, kept, gradient):
         def visit(i, carry):
             states, (state, of_state, of_sibling), of_weights, of_inputs = carry
             n = _used(links) - 1 - i
-            tokens, of_results = _tokens((inputs, gradient), links, n, chunk)
+            tokens, of_results = tokens_of((inputs, gradient), *place(n), chunk)
             run = lambda weights, state, tokens: body(weights, state, tokens, links.count[n])
             more, of_state, of_tokens = jax.vjp(run, weights, state, tokens)[1]((of_state, of_results))
             states = _with(states, n, _sum(of_state, of_sibling))
-            of_inputs = jax.tree.map(lambda whole, x: _put(whole, x, links, n), of_inputs, of_tokens)
+            of_inputs = jax.tree.map(lambda whole, x: put_tokens(whole, x, *place(n)), of_inputs, of_tokens)
             return states, read(states, n - 1), _sum(of_weights, more), of_inputs
 
         start = states, read(states, _used(links) - 1), *jax.tree.map(jnp.zeros_like, (weights, inputs))
@@ -142,31 +144,36 @@ def _with(states: Tree, place: jax.Array, new: Tree) -> Tree:
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, place, 0), states, new)
 
 
-def _tokens(tree: Tree, links: Links, n: jax.Array, chunk: int) -> Tree:
-    """Returns of each [F, ...] the tokens of chunk `n`, [C, ...], with zeros past the last one."""
+def tokens_of(tree: Tree, start: jax.Array, count: jax.Array, chunk: int) -> Tree:
+    """Returns of each array [F, ...] the tokens of one chunk, [C, ...], with zeros past the last one.
+
+    Args:
+        start, count: [] int32, the first token of the chunk, and its tokens.
+        chunk: C, at most F.
+    """
 
     def take(x: jax.Array) -> jax.Array:
-        begin, shift = _window(links, n, chunk, x.shape[0])
+        begin, shift = _window(start, chunk, x.shape[0])
         tokens = jnp.roll(jax.lax.dynamic_slice_in_dim(x, begin, chunk), -shift, axis=0)
-        return jnp.where(_column(jnp.arange(chunk) < links.count[n], x), tokens, 0)
+        return jnp.where(_column(jnp.arange(chunk) < count, x), tokens, 0)
 
     return jax.tree.map(take, tree)
 
 
-def _put(results: jax.Array, new: jax.Array, links: Links, n: jax.Array) -> jax.Array:
-    """Returns `results` [F, ...] with those of the tokens of chunk `n`, `new` [C, ...], written in place."""
+def put_tokens(results: jax.Array, new: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
+    """Returns `results` [F, ...] with those of the tokens of one chunk, `new` [C, ...], written in place."""
     chunk = new.shape[0]
-    begin, shift = _window(links, n, chunk, results.shape[0])
+    begin, shift = _window(start, chunk, results.shape[0])
     place = jnp.arange(chunk) - shift
-    own = _column((place >= 0) & (place < links.count[n]), new)
+    own = _column((place >= 0) & (place < count), new)
     old = jax.lax.dynamic_slice_in_dim(results, begin, chunk)
     return jax.lax.dynamic_update_slice_in_dim(results, jnp.where(own, jnp.roll(new, shift, axis=0), old), begin, 0)
 
 
-def _window(links: Links, n: jax.Array, chunk: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """Returns where C tokens begin that lie on the axis and include chunk `n`, and how many come before the chunk."""
-    begin = jnp.minimum(links.start[n], size - chunk)
-    return begin, links.start[n] - begin
+def _window(start: jax.Array, chunk: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns where C tokens begin that lie on the axis and include a chunk, and how many come before the chunk."""
+    begin = jnp.minimum(start, size - chunk)
+    return begin, start - begin
 
 
 def _column(mask: jax.Array, like: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from tiny_models import mixer, mixer_weights
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
@@ -264,17 +264,8 @@ FAMILIES = [
 AXIS = 256
 
 
-def layer(c, weights, x, entry, length=None):
-    """Runs the mixer of which `weights` are the parameters by name."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: mamba2.Mamba2(c, nnx.Rngs(0))))
-    state = nnx.map_state(lambda path, leaf: leaf.replace(weights[path[0]]), state)
-    return nnx.merge(graph, state)(x, None, entry, length)
-
-
 def of_layer(hybrid):
-    c, params = hybrid
-    prefix = "blocks/0/mixer/"
-    weights = {path.removeprefix(prefix): x for path, x in params.items() if path.startswith(prefix)}
+    c, weights = hybrid[0], mixer_weights(hybrid[1])
     x, slope = np.random.default_rng(5).normal(size=(2, len(FAMILIES), AXIS, c.hidden_size)).astype(np.float32)
     return c, weights, x, slope
 
@@ -309,8 +300,8 @@ def continued(c, weights, x):
     many = max(len(ranges) for ranges in families) - 1
     prefixes = rectangle([ranges[0] for ranges in families])
     rows = rectangle([[*ranges[1:], *[()] * many][i] for ranges in families for i in range(many)])
-    of_prefixes, state = layer(c, weights, flat[prefixes[0]], None, prefixes[1])
-    of_rows, _ = layer(c, weights, flat[rows[0]], state)
+    of_prefixes, state = mixer(c, weights, flat[prefixes[0]], None, prefixes[1])
+    of_rows, _ = mixer(c, weights, flat[rows[0]], state)
     return on_axes(of_prefixes, *prefixes) + on_axes(of_rows, *rows)
 
 
@@ -320,8 +311,8 @@ def alone(c, weights, x):
     families = list(places())
     prefixes = rectangle([ranges[0] for ranges in families])
     rows = rectangle([[*ranges[0], *own] for ranges in families for own in ranges[1:]])
-    of_prefixes, _ = layer(c, weights, flat[prefixes[0]], None)
-    of_rows, _ = layer(c, weights, flat[rows[0]], None)
+    of_prefixes, _ = mixer(c, weights, flat[prefixes[0]], None)
+    of_rows, _ = mixer(c, weights, flat[rows[0]], None)
     before = np.array([len(ranges[0]) for ranges in families for _ in ranges[1:]])
     own = np.arange(rows[0].shape[1]) >= before[:, None]
     return on_axes(of_prefixes, *prefixes) + on_axes(jnp.where(own[..., None], of_rows, 0), *rows)
@@ -344,7 +335,7 @@ def test_packed_tokens_get_what_rows_get(hybrid, chunk, reference):
         (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(weights, x)
         return y, gradients[1], gradients[0]
 
-    got = gradients(lambda c, weights, x: layer(c, weights, x, segments)[0])
+    got = gradients(lambda c, weights, x: mixer(c, weights, x, segments)[0])
     wanted = gradients(reference)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0)
@@ -360,7 +351,7 @@ def test_a_completion_is_seen_by_itself_alone(hybrid):
     """Changing its tokens, or padding, leaves the outputs of all other tokens bit-equal."""
     c, weights, x, _ = of_layer(hybrid)
     segments = pack(FAMILIES, AXIS, 8)
-    run = jax.jit(lambda x: layer(c, weights, x, segments)[0])
+    run = jax.jit(lambda x: mixer(c, weights, x, segments)[0])
     before = np.asarray(run(x))
     numbers = segments.segment[0]
     for changed in (numbers[0], numbers[10], 0):
@@ -385,7 +376,7 @@ def test_a_mesh_changes_nothing_of_packed_axes(hybrid, sizes):
     segments = pack(shards, 128, 8)
 
     def loss(weights, x, slope, segments):
-        y = jax.checkpoint(lambda *given: layer(c, *given)[0])(weights, x, segments)
+        y = jax.checkpoint(lambda *given: mixer(c, *given)[0])(weights, x, segments)
         return jnp.sum(y * slope), y
 
     def run_on(mesh):
