@@ -1,0 +1,299 @@
+"""Attention to a cache of pages, for new tokens of several sequences that stand one after another on one axis.
+
+The cache is a pool of pages, and a table says which pages hold a sequence. The new tokens are written first. Then they
+attend, in one of two ways:
+
+- The TPU's kernel reads the pages of every sequence. It serves decoding, where each sequence has one new token, and
+  chunks of prompts.
+- All others serve chunks of prompts alone, of which only the first sequence can have tokens before the chunk. Their
+  keys are [pages of the first sequence | new tokens].
+
+Each computes one float32 softmax over all that a query reads, as `attention` does.
+
+Legend: F new tokens, W sequences, R pages of a sequence, P pages of the pool, C positions of a page, N heads, K kv
+heads, G heads per kv head (N = K * G), H head dim, E keys, I blocks of queries, J blocks of keys.
+"""
+
+import functools
+import importlib.util
+import types
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as library
+
+from igrpo_jax.distributed.sharding import spec
+from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
+from igrpo_jax.models.segments import BLOCK, readable
+
+LANES = 128  # lanes of a TPU's vector registers; the kernel needs a head dim that is a multiple of it
+TILES = (1, 2, 4)  # numbers of kv heads that the kernel reads, besides the multiples of 8
+# The kernel's blocks. Keys: those of the tables that come with it for full pages, up to 1,024 positions, because a copy
+# has to be large to hide its latency. Queries: of a chunk also theirs; in decoding a block of queries computes all its
+# rows for each of its sequences and keeps one, so that it is as small as the registers allow.
+KEY_POSITIONS, CHUNK_QUERIES, DECODE_QUERIES = 1024, 32, 8
+VMEM_BYTES = 64 * 2**20  # vector memory that the kernel may use; the compiler's own limit is 16 MiB
+
+
+class Ragged(NamedTuple):
+    """Sequences whose new tokens stand one after another on one axis, and the pages that hold each of them.
+
+    Token t of sequence w (start[w] <= t < start[w + 1], w < count) has position length[w] - start[w + 1] + t, and reads
+    the positions 0 to its own of its sequence. Tokens from start[count] on are padding. Sequences may share pages that
+    none of them writes to.
+    """
+
+    length: jax.Array  # [W] int32, tokens of each sequence, its new ones included
+    table: jax.Array  # [W, R] int32, the pages of each sequence in their order; P or more means none
+    start: jax.Array  # [W + 1] int32, where the new tokens of each begin; from `count` on, the end of the last one
+    count: jax.Array  # [1] int32, sequences; the others hold nothing
+
+
+class Paged(NamedTuple):
+    """The pool of pages of one attention sublayer, and the sequences that are read and written."""
+
+    pages: jax.Array  # [P, C, 2K, H], keys and values interleaved by head (k0, v0, k1, v1, ...), as the kernel wants it
+    ragged: Ragged
+
+
+class Places(NamedTuple):
+    """Where the new tokens belong."""
+
+    sequence: jax.Array  # [F] int32, number of each token's sequence; W at padding
+    position: jax.Array  # [F] int32, in its sequence; meaningless at padding
+
+
+def places(ragged: Ragged, size: int) -> Places:
+    """Returns where the tokens of an axis of `size` tokens belong."""
+    token = jnp.arange(size, dtype=jnp.int32)
+    ends = ragged.start[1:]
+    sequence = jnp.searchsorted(ends, token, side="right", method="compare_all").astype(jnp.int32)
+    last = jnp.minimum(sequence, ends.shape[0] - 1)
+    return Places(sequence, ragged.length[last] - ends[last] + token)
+
+
+def write(pages: jax.Array, k: jax.Array, v: jax.Array, ragged: Ragged) -> jax.Array:
+    """Returns `pages` with the new tokens written, in place where `pages` is donated.
+
+    Padding is dropped, and so is a token whose page is P or more or beyond its table.
+
+    Args:
+        pages: [P, C, 2K, H].
+        k, v: [F, K, H], cast to the dtype of `pages`.
+    """
+    count, size = pages.shape[:2]
+    sequence, position = places(ragged, k.shape[0])
+    page = ragged.table.at[sequence, position // size].get(mode="fill", fill_value=count)
+    new = jnp.stack([k, v], axis=2).reshape(-1, *pages.shape[2:]).astype(pages.dtype)
+    return pages.at[page, position % size].set(new, mode="drop")
+
+
+def reads_pages(attention: str, head_dim: int, kv_heads: int) -> bool:
+    """Returns whether the TPU's kernel runs, which decoding from pages needs.
+
+    Args:
+        attention: of DecoderConfig.
+        head_dim: H.
+        kv_heads: K of one device, which is that of the model over the size of the mesh axis `tensor`.
+    """
+    fits = head_dim % LANES == 0 and (kv_heads in TILES or kv_heads % 8 == 0)
+    return attention in ("splash", "splash_interpret") and fits
+
+
+def paged_attention(
+    implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, entry: Paged
+) -> tuple[jax.Array, jax.Array]:
+    """Writes new tokens to their pages, and computes their attention to their sequences.
+
+    Inside `shard_map` over the batch it splits the heads over `tensor` itself, because the compiler can split neither
+    the kernel nor loops whose trip counts are known when they run.
+
+    Args:
+        implementation: a key of `attention.IMPLEMENTATIONS`. Where the TPU's kernel does not run (`reads_pages`),
+            "splash" is "chunked", and without it only the first sequence can have tokens before the new ones.
+        q: [F, N, H]; for "chunked", F is a multiple of BLOCK.
+        k, v: [F, K, H].
+
+    Returns:
+        [F, N, H] in q's dtype, which is finite and meaningless at padding, and the pages with the new tokens.
+    """
+    run = functools.partial(_on_one_device, implementation)
+    mesh = jax.sharding.get_abstract_mesh()
+    split = set(mesh.axis_names) - set(mesh.manual_axes)
+    if not split:
+        return run(q, k, v, entry)
+    heads, kv_heads = (spec(("time", name, "head_dim")) for name in ("heads", "kv_heads"))
+    pages = spec((None, "time", "kv_heads", "head_dim"))
+    in_specs = heads, kv_heads, kv_heads, Paged(pages, Ragged(*[spec(())] * len(Ragged._fields)))
+    # check_vma is off because the results of a Pallas kernel do not say over which axes they vary.
+    on_devices = jax.shard_map(run, in_specs=in_specs, out_specs=(heads, pages), axis_names=split, check_vma=False)
+    return on_devices(q, k, v, entry)
+
+
+def _on_one_device(implementation, q, k, v, entry):
+    """Computes `paged_attention` of the heads of one device."""
+    entry = entry._replace(pages=write(entry.pages, k, v, entry.ragged))
+    if implementation.startswith("splash") and not reads_pages(implementation, q.shape[2], k.shape[1]):
+        implementation = "chunked"
+    return PAGED[implementation](q, k, v, entry), entry.pages
+
+
+class _Keys(NamedTuple):
+    """What a chunk reads: the positions that the pages of the first sequence hold, then the new tokens."""
+
+    k: jax.Array  # [E, K, H]
+    v: jax.Array  # [E, K, H]
+    sequence: jax.Array  # [E] int32, number of each key's sequence from 1; 0 = read by nobody
+    position: jax.Array  # [E] int32
+
+
+def _keys(k: jax.Array, v: jax.Array, entry: Paged, block: int = 1) -> _Keys:
+    """Returns the keys of a chunk; those of the pages are padded to a multiple of `block`."""
+    pages, ragged = entry
+    # Reading the pages after the write leaves it in place. What it wrote is read from k and v alone.
+    held = pages.at[ragged.table[0]].get(mode="clip").reshape(-1, *pages.shape[2:])
+    held = jnp.pad(held, ((0, -held.shape[0] % block), (0, 0), (0, 0)))
+    position = jnp.arange(held.shape[0], dtype=jnp.int32)
+    is_before = (position < _before(ragged)).astype(jnp.int32)
+    own = places(ragged, k.shape[0])
+    return _Keys(
+        jnp.concatenate([held[:, 0::2].astype(k.dtype), k]),
+        jnp.concatenate([held[:, 1::2].astype(v.dtype), v]),
+        jnp.concatenate([is_before, _numbers(own, ragged)]),
+        jnp.concatenate([position, own.position]),
+    )
+
+
+def _before(ragged: Ragged) -> jax.Array:
+    """Returns how many tokens of the first sequence stand before its new ones, [] int32."""
+    return ragged.length[0] - (ragged.start[1] - ragged.start[0])
+
+
+def _numbers(own: Places, ragged: Ragged) -> jax.Array:
+    """Returns the number of each token's sequence from 1, and 0 at padding: [F] int32."""
+    return jnp.where(own.sequence < ragged.length.shape[0], own.sequence + 1, 0)
+
+
+def _mask(keys: _Keys, size: int) -> jax.Array:
+    """Returns which keys each of the `size` new tokens reads, [F, E] bool."""
+    number, position = keys.sequence[-size:], keys.position[-size:]
+    return readable(number, position, number, keys.sequence, keys.position)
+
+
+def xla_paged_attention(q: jax.Array, k: jax.Array, v: jax.Array, entry: Paged) -> jax.Array:
+    """Computes the attention of a chunk with all scores in memory, [N, F, E] float32.
+
+    Args:
+        q: [F, N, H].
+        k, v: [F, K, H].
+        entry: with pages that hold the new tokens already.
+
+    Returns:
+        [F, N, H] in q's dtype.
+    """
+    (size, heads, head_dim), kv_heads = q.shape, k.shape[1]
+    keys = _keys(k, v, entry)
+    grouped = (q * head_dim**-0.5).reshape(size, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("FKGH,EKH->KGFE", grouped, keys.k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(_mask(keys, size), scores, NEVER), axis=-1).astype(v.dtype)
+    return jnp.einsum("KGFE,EKH->FKGH", weights, keys.v).reshape(q.shape)
+
+
+def chunked_paged_attention(q: jax.Array, k: jax.Array, v: jax.Array, entry: Paged) -> jax.Array:
+    """Computes `xla_paged_attention` by the pairs of blocks that are read; arguments and result are the same."""
+    keys, size, ragged = _keys(k, v, entry, BLOCK), q.shape[0], entry.ragged
+    number, position = keys.sequence[-size:], keys.position[-size:]
+    first = jnp.arange(0, keys.k.shape[0] - size, BLOCK)  # of each block of pages, its first position
+    row = jnp.arange(size // BLOCK)
+    is_real = row * BLOCK < ragged.start[-1]
+    continues = row * BLOCK < ragged.start[1]  # blocks that hold tokens of the first sequence
+    held = continues[:, None] & (first < _before(ragged))
+    # Sequences stand in their order, so that two blocks share one if the earlier ends with the one that the later
+    # begins with.
+    sequence = places(ragged, size).sequence.reshape(-1, BLOCK)
+    own = (row <= row[:, None]) & (sequence[:, -1] >= sequence[:, :1]) & is_real[:, None]
+    blocks = jnp.concatenate([held, own], axis=1)
+    reading = Reading(number, number, position, keys.sequence, keys.position, blocks)
+    return blocked_attention(q, keys.k.swapaxes(0, 1), keys.v.swapaxes(0, 1), reading)
+
+
+def cudnn_paged_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, entry: Paged, implementation: str = "cudnn"
+) -> jax.Array:
+    """Computes `xla_paged_attention` with cuDNN's kernel and a mask [F, E]; arguments and result are the same.
+
+    Args:
+        implementation: of `jax.nn.dot_product_attention`; tests without a GPU take "xla".
+    """
+    keys, size = _keys(k, v, entry), q.shape[0]
+    # Padding reads itself, because a softmax over nothing would not be finite.
+    itself = jnp.eye(size, keys.k.shape[0], keys.k.shape[0] - size, dtype=bool)
+    mask = (_mask(keys, size) | itself)[None, None]
+    mixed = jax.nn.dot_product_attention(q[None], keys.k[None], keys.v[None], mask=mask, implementation=implementation)
+    return mixed[0]
+
+
+def splash_paged_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, entry: Paged, interpret: bool = False
+) -> jax.Array:
+    """Computes the attention of new tokens with the TPU's kernel, whatever stands before them.
+
+    Arguments and result are those of `xla_paged_attention`; k and v are read from the pages.
+
+    Args:
+        interpret: emulates the kernel, slowly, on any platform.
+    """
+    del k, v
+    (pages, ragged), size = entry, q.shape[0]
+    sequences, of_sequence = ragged.table.shape
+    kernel = _emulated_kernel() if interpret else library.ragged_paged_attention
+    mixed = kernel(
+        q,
+        pages,
+        ragged.length,
+        jnp.minimum(ragged.table, pages.shape[0] - 1),  # the kernel would read past the pool
+        ragged.start,
+        ragged.count,
+        sm_scale=q.shape[2] ** -0.5,
+        num_kv_pages_per_block=min(of_sequence, max(KEY_POSITIONS // pages.shape[1], 1)),
+        num_queries_per_block=min(size, DECODE_QUERIES if size <= sequences else CHUNK_QUERIES),
+        vmem_limit_bytes=VMEM_BYTES,
+    )
+    # The kernel writes nothing at padding.
+    return jnp.where((jnp.arange(size) < ragged.start[-1])[:, None, None], mixed, 0)
+
+
+@functools.cache
+def _emulated_kernel() -> Callable[..., jax.Array]:
+    """Returns the kernel in plain JAX, from a second copy of its module, because the kernel has no argument for it.
+
+    There, `pallas_call` interprets, and a store with a mask is a load, a select and a store: JAX's interpreter fails on
+    such a store to a part of a scratch array, and its emulation of TPUs on the array of keys with another shape.
+    """
+    source = importlib.util.find_spec(library.__name__)
+    assert source is not None and source.loader is not None
+    copy = importlib.util.module_from_spec(source)
+    source.loader.exec_module(copy)
+
+    def store(ref, value, *, mask):
+        ref[...] = jnp.where(mask, value, ref[...])
+
+    pallas_call = functools.partial(pl.pallas_call, interpret=True)
+    replaced = {"pl": vars(pl) | {"pallas_call": pallas_call}, "pltpu": vars(pltpu) | {"store": store}}
+    for name, members in replaced.items():
+        setattr(copy, name, types.SimpleNamespace(**members))
+    return copy.ragged_paged_attention
+
+
+# The values of DecoderConfig.attention, as in `attention.IMPLEMENTATIONS`.
+PAGED: dict[str, Callable[..., jax.Array]] = {
+    "xla": xla_paged_attention,
+    "chunked": chunked_paged_attention,
+    "cudnn": cudnn_paged_attention,
+    "splash": splash_paged_attention,
+    "splash_interpret": functools.partial(splash_paged_attention, interpret=True),
+}

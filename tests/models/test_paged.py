@@ -1,0 +1,249 @@
+"""Attention to a cache of pages: each implementation against each sequence run alone, and what is written where.
+
+The TPU's kernel is emulated. What its compiler makes of it is tested in `tests/aot/test_paged_kernel.py`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plain_attention
+import pytest
+from jax.sharding import PartitionSpec
+
+from igrpo_jax import config
+from igrpo_jax.distributed import sharding
+from igrpo_jax.models import paged
+from igrpo_jax.models.attention import IMPLEMENTATIONS
+from igrpo_jax.models.paged import Paged, Ragged
+from igrpo_jax.models.segments import BLOCK
+
+SIZE, SPACE = 192, 5  # of an axis: tokens, and sequences that it has space for
+FAR = 40  # in keys and values that no token may read: whoever does is far off
+# Of each sequence, the tokens before its new ones and the new ones.
+CHUNKS = {
+    "one sequence, continued from the chunk before": [(100, 192)],
+    "several, the first continued, and padding": [(70, 90), (0, 1), (0, 64), (0, 20)],
+    "several that begin here": [(0, 64), (0, 65), (0, 3)],
+    "nothing but the last token of a prompt": [(128, 1)],
+    "padding alone": [],
+}
+RAGGED = CHUNKS["several, the first continued, and padding"]
+DECODED = [(70, 1), (0, 1), (63, 1), None, (128, 1), (129, 1)]  # None: a row that is not active
+OF_CHUNKS = ["xla", "chunked", "cudnn"]
+
+
+@pytest.fixture(autouse=True)
+def cudnn_by_xla(monkeypatch):
+    """Computes with cuDNN's layout and mask on a machine without a GPU."""
+    monkeypatch.setitem(paged.PAGED, "cudnn", functools.partial(paged.cudnn_paged_attention, implementation="xla"))
+
+
+def ragged_of(sequences, page, space, shared, count, width):
+    """Returns the Ragged of sequences in a pool of `count` pages, whose tables have `width` pages.
+
+    The pages of all sequences are mixed, and the first `shared` pages of each are those of the first.
+    """
+    needed = [0 if lengths is None else -(-sum(lengths) // page) for lengths in sequences]
+    free = iter(np.random.default_rng(1).permutation(count))
+    length, start = np.zeros(space, np.int32), np.zeros(space + 1, np.int32)
+    table = np.full((space, width), count, np.int32)
+    for w, (lengths, pages) in enumerate(zip(sequences, needed, strict=True)):
+        before, new = lengths or (0, 1)
+        length[w], start[w + 1 :] = before + new, start[w] + new
+        table[w, :pages] = [next(free) for _ in range(pages)]
+        if w and pages:
+            table[w, :shared] = table[0, :shared]
+    return Ragged(length, table, start, np.array([len(sequences)], np.int32))
+
+
+def inputs(sequences, page=16, kv_heads=2, groups=2, head_dim=8, dtype="float32", size=SIZE, space=SPACE, shared=0):
+    """Returns q, k, v and their Paged; the outputs [F, N, H], 0 where they are meaningless; and the pages afterwards.
+
+    The pool has more pages than are used, and a table has space for 320 positions.
+    """
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(dtype)
+    count, width = 480 // page + 8, 320 // page
+    ragged = ragged_of(sequences, page, space, shared, count, width)
+    q = draw(size, kv_heads * groups, head_dim)
+    k, v = (np.full((size, kv_heads, head_dim), FAR, dtype) for _ in "kv")
+    pages, mixed = np.full((count, page, 2 * kv_heads, head_dim), FAR, dtype), np.zeros(q.shape)
+    written = pages.copy()
+    prefix = draw(shared * page, 2 * kv_heads, head_dim)
+    for w, lengths in enumerate(sequences):
+        own = slice(ragged.start[w], ragged.start[w + 1])
+        if lengths is None:
+            continue
+        before, total = lengths[0], sum(lengths)
+        text = np.concatenate([prefix, draw(total - len(prefix), 2 * kv_heads, head_dim)])
+        keys, values = text[:, 0::2], text[:, 1::2]
+        k[own], v[own] = keys[before:], values[before:]
+        place = ragged.table[w, np.arange(total) // page], np.arange(total) % page
+        written[place], pages[place[0][:before], place[1][:before]] = text, text[:before]
+        for n in range(q.shape[1]):
+            head = keys[:, n // groups], values[:, n // groups]
+            mixed[own, n] = plain_attention.attend(q[own, n], *head, q[own, n]).mixed
+    return (q, k, v, Paged(pages, ragged)), mixed, written
+
+
+def is_real(arguments):
+    """Returns which tokens belong to a sequence that has a page, [F] bool."""
+    pages, ragged = arguments[3]
+    real = np.zeros(arguments[0].shape[0], bool)
+    for w in range(ragged.count[0]):
+        real[ragged.start[w] : ragged.start[w + 1]] = ragged.table[w, 0] < pages.shape[0]
+    return real
+
+
+def check(results, arguments, mixed, written):
+    """Compares outputs at real tokens, and all pages bit for bit."""
+    out, pages = (np.asarray(x, np.float32) for x in results)
+    assert results[0].shape == arguments[0].shape and results[0].dtype == arguments[0].dtype
+    assert np.isfinite(out).all()
+    out = np.where(is_real(arguments)[:, None, None], out, 0)
+    if arguments[0].dtype == np.float32:
+        np.testing.assert_allclose(out, mixed, atol=2e-5, rtol=2e-5)
+    else:  # 8 bits: 0.004 each, over a few roundings
+        assert np.abs(out - mixed).max() <= 0.02 * np.abs(mixed).max()
+    np.testing.assert_array_equal(pages, written.astype(np.float32))
+
+
+def run(name, arguments):
+    return jax.jit(functools.partial(paged.paged_attention, name))(*arguments)
+
+
+def test_every_implementation_has_one_for_pages():
+    assert paged.PAGED.keys() == IMPLEMENTATIONS.keys()
+
+
+@pytest.mark.parametrize("case", CHUNKS)
+@pytest.mark.parametrize("name", OF_CHUNKS)
+def test_a_chunk_equals_each_sequence_alone(name, case):
+    arguments, mixed, written = inputs(CHUNKS[case])
+    check(run(name, arguments), arguments, mixed, written)
+
+
+@pytest.mark.parametrize(
+    ("page", "kv_heads", "groups", "head_dim", "dtype"),
+    [(64, 1, 3, 64, "float32"), (128, 3, 1, 128, "float32"), (16, 2, 2, 8, jnp.bfloat16)],
+)
+@pytest.mark.parametrize("name", OF_CHUNKS)
+def test_other_pages_heads_and_dtypes(name, page, kv_heads, groups, head_dim, dtype):
+    arguments, mixed, written = inputs(RAGGED, page, kv_heads, groups, head_dim, dtype)
+    check(run(name, arguments), arguments, mixed, written)
+
+
+def test_blocks_that_nothing_reads_are_skipped():
+    """NaN in them reaches no output: a product with a masked weight of 0 would be NaN."""
+    chunk = [(BLOCK, BLOCK), (0, BLOCK)]
+    (q, k, v, (pages, ragged)), mixed, _ = inputs(chunk, page=BLOCK)
+    read = pages.copy()
+    read[np.setdiff1d(np.arange(len(pages)), ragged.table[0, :1])] = np.nan  # all pages but the one that was there
+    k[2 * BLOCK :], v[2 * BLOCK :] = np.nan, np.nan  # padding
+    attend = jax.jit(paged.chunked_paged_attention)
+    out = np.asarray(attend(q, k, v, Paged(read, ragged)))[: 2 * BLOCK]
+    np.testing.assert_allclose(out, mixed[: 2 * BLOCK], atol=2e-5)
+    k[BLOCK : 2 * BLOCK] = np.nan  # the later sequence, which does not come before the first one either
+    after = np.asarray(attend(q, k, v, Paged(read, ragged)))
+    np.testing.assert_array_equal(after[:BLOCK], out[:BLOCK])
+    assert np.isnan(after[BLOCK : 2 * BLOCK]).all()
+
+
+def test_later_blocks_of_a_sequence_are_skipped():
+    (q, k, v, entry), mixed, _ = inputs([(30, SIZE)])
+    k[BLOCK:], v[BLOCK:] = np.nan, np.nan
+    out = np.asarray(jax.jit(paged.chunked_paged_attention)(q, k, v, entry))
+    np.testing.assert_allclose(out[:BLOCK], mixed[:BLOCK], atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CHUNKS)
+def test_a_chunk_by_the_kernel(case):
+    arguments, mixed, written = inputs(CHUNKS[case], page=64, head_dim=128)
+    check(run("splash_interpret", arguments), arguments, mixed, written)
+
+
+@pytest.mark.parametrize(
+    ("page", "kv_heads", "groups", "dtype"),
+    [(16, 2, 3, "float32"), (64, 1, 7, jnp.bfloat16), (128, 4, 1, "float32")],
+)
+def test_decoding_by_the_kernel(page, kv_heads, groups, dtype, monkeypatch):
+    """In blocks of four rows, and of 64 positions unless a page is larger."""
+    monkeypatch.setattr(paged, "KEY_POSITIONS", 64)
+    monkeypatch.setattr(paged, "DECODE_QUERIES", 4)
+    rows = len(DECODED)
+    arguments, mixed, written = inputs(DECODED, page, kv_heads, groups, 128, dtype, rows, rows)
+    check(run("splash_interpret", arguments), arguments, mixed, written)
+
+
+@pytest.mark.slow
+def test_sequences_that_share_pages():
+    sequences = [(70, 1), (64, 1), (99, 1), (70, 1)]
+    arguments, mixed, written = inputs(sequences, 16, 1, 2, 128, size=4, space=4, shared=4)
+    table = arguments[3].ragged.table
+    assert (table[:, :4] == table[0, :4]).all() and len(set(table[:, 4])) == 4
+    check(run("splash_interpret", arguments), arguments, mixed, written)
+
+
+def test_heads_that_the_kernel_does_not_suit():
+    arguments, mixed, written = inputs(RAGGED, head_dim=64)
+    check(run("splash", arguments), arguments, mixed, written)
+
+
+@pytest.mark.parametrize(
+    ("attention", "head_dim", "kv_heads", "expected"),
+    [
+        ("splash", 128, 1, True),
+        ("splash_interpret", 256, 16, True),
+        ("splash", 64, 4, False),
+        ("splash", 192, 4, False),
+        ("splash", 128, 3, False),
+        ("chunked", 128, 4, False),
+    ],
+)
+def test_where_the_kernel_runs(attention, head_dim, kv_heads, expected):
+    assert paged.reads_pages(attention, head_dim, kv_heads) == expected
+
+
+def test_what_has_no_page_is_dropped():
+    """Padding, a sequence without pages, and a token beyond the table of its sequence."""
+    (_, k, v, (pages, ragged)), _, _ = inputs([None, (0, 16), None], size=64)
+    ragged = ragged._replace(length=np.array([1, 33, 1, 0, 0], np.int32), table=ragged.table[:, :1])
+    assert ragged.table[1, 0] < len(pages)
+    np.testing.assert_array_equal(jax.jit(paged.write)(pages, k, v, ragged), pages)
+
+
+def test_the_pool_is_written_in_place():
+    (_, k, v, (pages, ragged)), _, written = inputs(RAGGED)
+    program = jax.jit(paged.write, donate_argnums=0).lower(pages, k, v, ragged).compile()
+    assert program.memory_analysis().alias_size_in_bytes == pages.nbytes
+    np.testing.assert_array_equal(program(jnp.asarray(pages), k, v, ragged), written)
+
+
+def on_mesh(name, shards):
+    """Returns `run` of each shard by itself, on a mesh that splits the heads too."""
+    mesh = sharding.make_mesh(config.MeshConfig(2, 2, 2))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *shards)
+    batch = PartitionSpec(sharding.RULES["batch"])
+
+    def attend(q, k, v, entry):
+        first = jax.tree.map(lambda x: x[0], (q, k, v, entry))
+        return jax.tree.map(lambda x: x[None], paged.paged_attention(name, *first))
+
+    split = jax.shard_map(
+        attend, mesh=mesh, in_specs=batch, out_specs=batch, axis_names=set(sharding.RULES["batch"]), check_vma=False
+    )
+    with jax.set_mesh(mesh):
+        return jax.jit(split)(*stacked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*OF_CHUNKS, "splash_interpret"])
+def test_a_mesh_changes_nothing(name):
+    """The shards have different sequences, and so loops of different lengths."""
+    cases = [inputs(sequences, 64, 2, 3, 128) for sequences in list(CHUNKS.values())[:4]]
+    results = on_mesh(name, [arguments for arguments, _, _ in cases])
+    for i, case in enumerate(cases):
+        check(jax.tree.map(lambda x, i=i: x[i], results), *case)
