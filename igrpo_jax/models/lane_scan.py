@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from igrpo_jax.models.paged import Ragged
 from igrpo_jax.models.tree_scan import put_tokens, tokens_of
 
 Tree = Any  # a pytree of arrays
@@ -22,13 +23,11 @@ Body = Callable[[Tree, Tree, jax.Array], tuple[Tree, jax.Array]]
 
 
 class Lanes(NamedTuple):
-    """The states of sequences that are being read, one lane each, and where their new tokens stand on the axis."""
+    """The states of sequences that are being read, one lane each, and the sequences on the axis."""
 
     states: Tree  # [L, ...], the state after the last token that was read of the sequence in each lane
     lane: jax.Array  # [W] int32, the lane of each sequence; no two sequences have the same one
-    length: jax.Array  # [W] int32, tokens of each sequence, its new ones included
-    start: jax.Array  # [W + 1] int32, where the new tokens of each sequence begin on the axis
-    count: jax.Array  # [1] int32, sequences; the others hold nothing
+    ragged: Ragged  # its pages are not used here
 
 
 class _Chunks(NamedTuple):
@@ -56,7 +55,7 @@ def lane_scan(body: Body, inputs: Tree, lanes: Lanes, chunk: int) -> tuple[Tree,
     """
     size = jax.tree.leaves(inputs)[0].shape[0]
     chunk = min(chunk, size)
-    chunks = _chunks(lanes, size, chunk)
+    chunks = _chunks(lanes.lane, lanes.ragged, size, chunk)
     take = lambda n: tokens_of(inputs, chunks.start[n], chunks.count[n], chunk)
 
     def before(states, n):
@@ -77,19 +76,19 @@ def lane_scan(body: Body, inputs: Tree, lanes: Lanes, chunk: int) -> tuple[Tree,
     return states, results
 
 
-def _chunks(lanes: Lanes, size: int, chunk: int) -> _Chunks:
+def _chunks(lane: jax.Array, ragged: Ragged, size: int, chunk: int) -> _Chunks:
     """Cuts the sequences on an axis of `size` tokens into chunks of at most `chunk` tokens, each of one sequence."""
-    width = len(lanes.lane)
-    tokens = jnp.where(jnp.arange(width) < lanes.count, jnp.diff(lanes.start), 0)
+    width = len(lane)
+    tokens = jnp.diff(ragged.start)  # [W], of each sequence on the axis
     many = -(-tokens // chunk)
     end = jnp.cumsum(many)  # [W], the number of chunks of all sequences up to this one
     number = jnp.arange(-(-size // chunk) + width)
     sequence = jnp.minimum(jnp.searchsorted(end, number, side="right"), width - 1)
     before = (number - (end - many)[sequence]) * chunk  # tokens of the same sequence on the axis before each chunk
     return _Chunks(
-        start=lanes.start[sequence] + before,
+        start=ragged.start[sequence] + before,
         count=jnp.minimum(tokens[sequence] - before, chunk),
-        lane=lanes.lane[sequence],
-        begins=(before == 0) & (lanes.length == tokens)[sequence],
+        lane=lane[sequence],
+        begins=(before == 0) & (ragged.length == tokens)[sequence],
         used=end[-1],
     )

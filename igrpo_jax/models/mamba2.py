@@ -179,7 +179,8 @@ def _in_lanes(
     # The axis and the lanes are those of one shard of the batch.
     local = lambda axes: spec((None, *axes[1:]))
     states = MambaState(*map(local, caches.MAMBA_AXES))
-    in_specs = _specs(weights), tuple(map(local, TOKENS)), Lanes(states, *[spec((None,))] * 4)
+    sequences = jax.tree.map(lambda _: PartitionSpec(), lanes.ragged)
+    in_specs = _specs(weights), tuple(map(local, TOKENS)), Lanes(states, PartitionSpec(), sequences)
     return _on_each_device(run, in_specs, (local(HEADS), states), (weights, (*inputs, dt), lanes))
 
 

@@ -12,6 +12,7 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.cache import MambaState
 from igrpo_jax.models.lane_scan import Lanes, lane_scan
+from igrpo_jax.models.paged import Ragged
 
 # The convolution sees 4 tokens, and chunks of the hybrid model have 8.
 PROMPTS = (21, 1, 2, 3, 8, 16, 4, 1, 30)
@@ -34,7 +35,8 @@ def calls(size):
             start[count:] = read - first
             prompts.append(prompt)
             prompt += read == ends[prompt]
-        yield Lanes(None, lane, length, start, np.array([count], np.int32)), np.arange(first, read), prompts
+        ragged = Ragged(length, np.zeros((WIDTH, 1), np.int32), start, np.array([count], np.int32))
+        yield Lanes(None, lane, ragged), np.arange(first, read), prompts
 
 
 def on_axis(text, tokens, size):
@@ -58,16 +60,28 @@ def test_sums_along_each_sequence(size, chunk):
     for lanes, tokens, _ in calls(size):
         states, results = run(on_axis(text, tokens, size), lanes._replace(states=states))
         assert not np.asarray(results)[len(tokens) :].any()
-        for w in range(lanes.count[0]):
-            new = tokens[lanes.start[w] : lanes.start[w + 1]]
-            own = np.arange(new[-1] + 1 - lanes.length[w], new[-1] + 1)
+        for w in range(lanes.ragged.count[0]):
+            new = tokens[lanes.ragged.start[w] : lanes.ragged.start[w + 1]]
+            own = np.arange(new[-1] + 1 - lanes.ragged.length[w], new[-1] + 1)
             totals[lanes.lane[w]], lengths[lanes.lane[w]] = text[own].sum(axis=0), len(own)
             # The first chunk of each call begins with the first token of the sequence on its axis.
             before = len(own) - len(new) + np.arange(len(new)) // min(chunk, size) * min(chunk, size)
             wanted = np.cumsum(text[own], axis=0)[-len(new) :] + 1000 * before[:, None]
-            np.testing.assert_array_equal(results[lanes.start[w] : lanes.start[w + 1]], wanted)
+            np.testing.assert_array_equal(results[lanes.ragged.start[w] : lanes.ragged.start[w + 1]], wanted)
         np.testing.assert_array_equal(states[0], totals)
         np.testing.assert_array_equal(states[1], lengths)
+
+
+def test_no_turn_copies_the_lanes():
+    """Given lanes that are not used otherwise, the compiled program writes them in place."""
+    lanes = next(calls(32))[0]._replace(states=(jnp.zeros((LANES, 2)), jnp.zeros((LANES,), jnp.int32)))
+    inputs = np.zeros((32, 2), np.float32)
+    run = lambda states, inputs, lanes: lane_scan(running_sums, inputs, lanes._replace(states=states), 4)
+    program = jax.jit(run, donate_argnums=0).lower(lanes.states, inputs, lanes._replace(states=None))
+    instructions = program.compile().as_text().splitlines()
+    of_lanes = [line for line in instructions if f" = f32[{LANES},2]" in line]
+    assert len(of_lanes) > 2
+    assert not [line for line in of_lanes if " copy(" in line]
 
 
 def noise(cfg, lanes, dtype):
