@@ -30,13 +30,13 @@ from igrpo_jax.distributed.sharding import spec
 from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
 from igrpo_jax.models.segments import BLOCK, readable
 
-LANES = 128  # lanes of a TPU's vector registers; the kernel needs a head dim that is a multiple of it
+HEAD_DIM = 128  # of the kernel: it copies whole registers of 128 lanes, and loads from arrays of no other width
 TILES = (1, 2, 4)  # numbers of kv heads that the kernel reads, besides the multiples of 8
 # The kernel's blocks. Keys: those of the tables that come with it for full pages, up to 1,024 positions, because a copy
 # has to be large to hide its latency. Queries: of a chunk also theirs; in decoding a block of queries computes all its
 # rows for each of its sequences and keeps one, so that it is as small as the registers allow.
 KEY_POSITIONS, CHUNK_QUERIES, DECODE_QUERIES = 1024, 32, 8
-VMEM_BYTES = 64 * 2**20  # vector memory that the kernel may use; the compiler's own limit is 16 MiB
+VMEM_BYTES = 32 * 2**20  # vector memory that the kernel may use; the limit of the compiler is 16 MiB on most TPUs
 
 
 class Ragged(NamedTuple):
@@ -100,7 +100,7 @@ def reads_pages(attention: str, head_dim: int, kv_heads: int) -> bool:
         head_dim: H.
         kv_heads: K of one device, which is that of the model over the size of the mesh axis `tensor`.
     """
-    fits = head_dim % LANES == 0 and (kv_heads in TILES or kv_heads % 8 == 0)
+    fits = head_dim == HEAD_DIM and (kv_heads in TILES or kv_heads % 8 == 0)
     return attention in ("splash", "splash_interpret") and fits
 
 
