@@ -96,8 +96,8 @@ class Bench:
         """Returns the seconds and the Usage of sampling completions of `lengths` [prompts, samples]."""
         import numpy as np
 
-        from igrpo_jax.sampling.scheduler import Request
-        from igrpo_jax.sampling.steps import Sampling
+        from igrpo_jax.sampling.requests import Request
+        from igrpo_jax.sampling.state import Sampling
 
         key = np.array([0, 1], np.uint32)
         requests = [Request(tokens, i, len(lengths[i]), key, lengths[i]) for i, tokens in enumerate(self.prompts)]
@@ -120,7 +120,7 @@ class Bench:
         """Returns a state in which all slots have just begun."""
         import numpy as np
 
-        from igrpo_jax.sampling.steps import Sampling
+        from igrpo_jax.sampling.state import Sampling
 
         engine = self.engine
         state = engine.empty()
@@ -138,7 +138,7 @@ class Bench:
         """Runs one dispatch of all slots, and returns the state and how many steps it took, summed over the shards."""
         import jax
 
-        from igrpo_jax.sampling.steps import Sampling
+        from igrpo_jax.sampling.state import Sampling
 
         engine = self.engine
         least = [1] * engine.shards

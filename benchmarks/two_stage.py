@@ -172,7 +172,7 @@ def step_costs(stages, params, prompt) -> tuple[list[int], list[float]]:
     import jax
     import numpy as np
 
-    from igrpo_jax.sampling.steps import Sampling
+    from igrpo_jax.sampling.state import Sampling
 
     engine, sampling, costs = stages.engine, Sampling(1.0), {0: 0.0}
     weights, key = engine.weights(params), np.array([0, 1], np.uint32)

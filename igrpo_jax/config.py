@@ -237,6 +237,11 @@ class RolloutConfig:
     top_k: Annotated[int, AtLeast(0)] = 0
     # Number of completions that are decoded at once.
     slots: Annotated[int, AtLeast(1)] = 64
+    # Number of pages of the cache on each shard of the batch; 0 for as many as all slots can need, or as the memory of
+    # the device leaves. Where they run out, the completions that began last are drawn anew later, with the same tokens.
+    pages: Annotated[int, AtLeast(0)] = 0
+    # Number of tokens that a page of the cache holds; 0 for 16 on CPU and 64 elsewhere.
+    page_size: Annotated[int, AtLeast(0)] = 0
     # Number of tokens that each slot decodes before the host looks at the slots.
     steps_per_dispatch: Annotated[int, AtLeast(1)] = 16
     # With 1 the device decodes on while the host looks, with 0 it waits; None for 0 on CPU and 1 elsewhere.
@@ -556,7 +561,7 @@ MAY_CHANGE_ON_RESUME = (
     *("steps", "compilation_cache", "cluster", "log", "evaluation", "checkpoint", "watchdog"),
     # A run that ended for want of memory, of time or of a judge has to change these to go on. Results stay the same,
     # except for how sums are rounded and for gradings that had no verdict.
-    *("rollout.slots", "learner.tokens_per_microbatch", "learner.microbatch_sizes", "learner.logprob_chunk"),
+    *("rollout.slots", "rollout.pages", "rollout.page_size", "learner.tokens_per_microbatch", "learner.microbatch_sizes", "learner.logprob_chunk"),
     *("learner.remat", "learner.attention", "learner.offload_reference"),
     *("rewards.workers", "rewards.timeout", "rewards.max_error_fraction"),
     *(f"rewards.judge.{name}" for name in ("base_url", "api_key_env", "timeout", "max_retries", "concurrency")),

@@ -125,8 +125,9 @@ class Checked:
     def _sampled(self, dtype: str) -> list:
         """Returns one greedy Sample of each context, in their order."""
         from igrpo_jax.sampling.engine import Engine
-        from igrpo_jax.sampling.scheduler import Request, Scheduler
-        from igrpo_jax.sampling.steps import Sampling
+        from igrpo_jax.sampling.requests import Request
+        from igrpo_jax.sampling.scheduler import Scheduler
+        from igrpo_jax.sampling.state import Sampling
 
         lengths = {"max_context": reference.PREFIX, "max_completion": reference.COMPLETION}
         never = (self.cfg.vocab_size,)  # an EOS that is not drawn

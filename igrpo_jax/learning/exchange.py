@@ -17,7 +17,7 @@ from igrpo_jax.distributed import cluster
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.records import Completion, Group, Prompt, Score
 from igrpo_jax.rewards.judge import Judgement
-from igrpo_jax.sampling.scheduler import Usage
+from igrpo_jax.sampling.requests import Usage
 
 Prompts = Callable[[int], Sequence[Prompt]]  # the prompts of a step by the number of the redraw; 0 are the first ones
 

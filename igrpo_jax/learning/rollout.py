@@ -38,9 +38,10 @@ from igrpo_jax.learning.exchange import ProcessRollout, StepPosition
 from igrpo_jax.models import decoder
 from igrpo_jax.records import Completion, Group, Prompt, Score
 from igrpo_jax.rewards.verifier import Verifier, check_errors
-from igrpo_jax.sampling.scheduler import Request, Scheduler, Usage
+from igrpo_jax.sampling.requests import Request, Usage
+from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.sampling.scoring import sample_and_score, stage_key
-from igrpo_jax.sampling.steps import Sampling
+from igrpo_jax.sampling.state import Sampling
 
 if TYPE_CHECKING:
     from igrpo_jax.data.prompts import Renderer  # with transformers, which sampling does not need

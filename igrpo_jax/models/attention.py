@@ -1,6 +1,7 @@
-"""Grouped-query attention: of decoded tokens to a cache, of rows in prefill, and of packed segments in training.
+"""Grouped-query attention: of decoded tokens to keys that lie side by side, of rows, and of packed segments in training.
 
-There are four implementations, each for rows and for segments; `choose` selects one for a run. Each computes one
+Of the attention of segments there are four implementations; `choose` selects one for a run. `paged` has those of the
+same names for tokens whose keys lie in pages. Each computes one
 float32 softmax over all that a query reads. Two partial softmaxes that are merged by their log-sum-exp would not do:
 cuDNN would lose a part of the gradient, and splash has no gradient for them.
 
@@ -9,8 +10,8 @@ cuDNN would lose a part of the gradient, and splash has no gradient for them.
 - cudnn: the flash kernel for NVIDIA GPUs.
 - splash: the flash kernel for TPUs.
 
-Legend: B batch, T query, S key, N heads, K kv heads, G heads per kv head (N = K * G), X = G * T, H head dim,
-Q prefixes, R rows that continue one prefix (B = Q * R), P prefix positions; of segments see `segments`.
+Legend: B batch, T query, S key, N heads, K kv heads, G heads per kv head (N = K * G), X = G * T, H head dim; of
+segments see `segments`.
 """
 
 import functools
@@ -25,10 +26,9 @@ from igrpo_jax.distributed.sharding import spec
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
-from igrpo_jax.models.cache import Prefix
 from igrpo_jax.models.config import RopeScaling
-from igrpo_jax.models.segments import BLOCK, Segments, dense_mask
-from igrpo_jax.models.splash import packed_splash_attention, splash_attention
+from igrpo_jax.models.segments import Segments, dense_mask
+from igrpo_jax.models.splash import packed_splash_attention
 
 
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
@@ -56,107 +56,20 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Ar
     return mixed.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def grouped(q: jax.Array, k: jax.Array, v: jax.Array, prefix: Prefix | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns q, scaled, as [Q, K, R, G, T, H], and k and v as [Q, K, R, T, H].
+def row_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Computes the attention of rows to themselves: a query reads the keys of its row up to its own position.
 
-    Transposing these arrays here avoids transposing the scores, which are larger.
-    """
-    batch, time, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    prefixes = batch if prefix is None else prefix.k.shape[0]
-    q = (q * head_dim**-0.5).reshape(prefixes, -1, time, kv_heads, heads // kv_heads, head_dim)
-    k, v = (x.reshape(prefixes, -1, kv_heads, time, head_dim).swapaxes(1, 2) for x in (k, v))
-    return q.transpose(0, 3, 1, 4, 2, 5), k, v
-
-
-def ungrouped(x: jax.Array) -> jax.Array:
-    """Returns `x` [Q, K, R, G, T, H] as [B, T, N, H]."""
-    prefixes, kv_heads, rows, groups, time, head_dim = x.shape
-    return x.transpose(0, 2, 4, 1, 3, 5).reshape(prefixes * rows, time, kv_heads * groups, head_dim)
-
-
-def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, prefix: Prefix | None) -> jax.Array:
-    """Computes the attention of whole rows to themselves and to the prefix that they continue.
-
-    A query of row b reads all real keys of prefix b // R, and the row's own keys up to its own position. Right padding
-    needs no mask, because no real query reads past itself. The prefix is not repeated for its R rows.
+    Right padding needs no mask, because no real query reads past itself. It is the plain way, with all scores in
+    memory, for a few short rows such as those that check a model.
 
     Args:
         q: [B, T, N, H].
-        k, v: [B, K, T, H].
-        prefix: the keys and values of Q = B / R prefixes, or None.
+        k, v: [B, T, K, H].
 
     Returns:
-        [B, T, N, H] in q's dtype. Scores and softmax are float32 and exist in memory: [B, N, T, P + T].
+        [B, T, N, H] in q's dtype.
     """
-    q, k, v = grouped(q, k, v, prefix)
-    prefixes, kv_heads, rows, groups, time, head_dim = q.shape
-    flat = q.reshape(prefixes, kv_heads, rows, groups * time, head_dim)
-    scores = jnp.einsum("QKRXH,QKRSH->QKRXS", flat, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(prefixes, kv_heads, rows, groups, time, time)
-    scores = jnp.where(jnp.tril(jnp.ones((time, time), bool)), scores, NEVER)
-    if prefix is not None:
-        before = jnp.einsum("QKRXH,QKPH->QKRXP", flat, prefix.k, preferred_element_type=jnp.float32)
-        real = jnp.arange(before.shape[-1]) < prefix.length[:, None]  # [Q, P]
-        before = jnp.where(real[:, None, None, None], before, NEVER).reshape(*scores.shape[:-1], -1)
-        scores = jnp.concatenate([before, scores], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    weights = weights.reshape(prefixes, kv_heads, rows, groups * time, -1)
-    mixed = jnp.einsum("QKRXS,QKRSH->QKRXH", weights[..., -time:], v)
-    if prefix is not None:
-        mixed += jnp.einsum("QKRXP,QKPH->QKRXH", weights[..., :-time], prefix.v)
-    return ungrouped(mixed.reshape(q.shape))
-
-
-# Up to so many keys, rows are computed by xla_attention where there is no kernel: blocks are no better there.
-LONGEST_XLA = 256
-
-
-def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, prefix: Prefix | None) -> jax.Array:
-    """Computes `xla_attention` by pairs of blocks where the keys are many; arguments and result are the same."""
-    time = q.shape[1]
-    before = 0 if prefix is None else prefix.k.shape[2]
-    if before + time <= LONGEST_XLA:
-        return xla_attention(q, k, v, prefix)
-    real = jnp.ones((q.shape[0], before + time), jnp.int32)
-    if prefix is not None:
-        repeats = q.shape[0] // prefix.k.shape[0]
-        *old, length = (jnp.repeat(x, repeats, axis=0) for x in prefix)
-        k, v = (jnp.concatenate(pair, axis=2) for pair in zip(old, (k, v), strict=True))
-        real = jnp.where(jnp.arange(before + time) < before, jnp.arange(before + time) < length[:, None], True)
-    fill = lambda x, axis: jnp.pad(x, [(0, -x.shape[i] % BLOCK if i == axis else 0) for i in range(x.ndim)])
-    q, k, v = fill(q, 1), fill(k, 2), fill(v, 2)
-    key, query = jnp.arange(k.shape[2]), before + jnp.arange(q.shape[1])
-    ones = jnp.ones(query.shape, jnp.int32)
-    last = query.reshape(-1, BLOCK)[:, -1:]  # of each block of queries; the first key of each block of keys is compared
-    reading = Reading(ones, ones, query, fill(real.astype(jnp.int32), 1), key, key[::BLOCK] <= last)
-    rows = jax.vmap(blocked_attention, in_axes=(0, 0, 0, Reading(None, None, None, 0, None, None)))
-    return rows(q, k, v, reading)[:, :time]
-
-
-def cudnn_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, prefix: Prefix | None, implementation: str = "cudnn"
-) -> jax.Array:
-    """Computes `xla_attention` with cuDNN's kernel, whose arguments and result are the same.
-
-    The kernel needs bfloat16, a head_dim that is a multiple of 8, and even lengths where there is a prefix. The prefix
-    is repeated for its rows, and needs a mask [B, 1, T, P + T] in bfloat16.
-
-    Args:
-        implementation: of `jax.nn.dot_product_attention`; tests without a GPU take "xla".
-    """
-    time, mask = q.shape[1], None
-    if prefix is not None:
-        rows = q.shape[0] // prefix.k.shape[0]
-        *before, length = (jnp.repeat(x, rows, axis=0) for x in prefix)
-        k, v = (jnp.concatenate(pair, axis=2) for pair in zip(before, (k, v), strict=True))
-        key = (
-            jnp.arange(k.shape[2]) - before[0].shape[2]
-        )  # its position among the row's own keys, negative in the prefix
-        own = (key >= 0) & (key <= jnp.arange(time)[:, None])  # [T, S]
-        mask = (own | (key - key[0] < length[:, None, None]))[:, None]
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=prefix is None, implementation=implementation)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
 
 
 def packed_xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments) -> jax.Array:
@@ -216,14 +129,6 @@ def packed_cudnn_attention(
 
 
 # The values of DecoderConfig.attention. "splash_interpret" emulates the TPU's kernel, for tests on other platforms.
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "xla": xla_attention,
-    "chunked": chunked_attention,
-    "cudnn": cudnn_attention,
-    "splash": splash_attention,
-    "splash_interpret": functools.partial(splash_attention, interpret=True),
-}
-# The same names, for packed segments.
 PACKED: dict[str, Callable[..., jax.Array]] = {
     "xla": packed_xla_attention,
     "chunked": packed_chunked_attention,
@@ -234,7 +139,7 @@ PACKED: dict[str, Callable[..., jax.Array]] = {
 
 
 def choose(requested: str, mesh: jax.sharding.Mesh, dtype: str, head_dim: int) -> str:
-    """Returns the implementation for a run, which is a key of IMPLEMENTATIONS, and logs it.
+    """Returns the implementation for a run, which is a key of PACKED, and logs it.
 
     Args:
         requested: config.learner.attention; "auto" takes the platform's kernel where there is one.

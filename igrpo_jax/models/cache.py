@@ -1,14 +1,17 @@
 """The cache of a decoder: what it keeps of the tokens that it has read, one entry per sublayer, and its operations.
 
-`insert` writes the rows of a prefilled prompt into slots, and `fork` repeats one prefilled prompt for its samples; with
-both, the sampler runs a prompt once for all its completions. `extend` appends the next piece of a prompt that is read
-in pieces, and `shared` is what was read before as that piece sees it. `window` takes out a part of the slots to decode
-them, and `restore` writes the new positions back. `move` copies rows from slots to other slots.
+Attention keeps keys and values of every position, in pages of a few positions that lie anywhere in a pool. A table says
+which pages hold a sequence, in their order, and several sequences may read the same page. The host decides which pages
+are free (`sampling.pages`); nothing here knows.
 
-Attention keeps every position. Mamba-2 keeps one state of fixed size, whatever the length, so operations that select
-positions take or write its whole state.
+Where attention cannot read pages, `window` copies those of some rows side by side, so that one row of keys belongs to
+one sequence, and `restore` writes the positions that were added back into the pages.
 
-Legend: B batch or slot, K kv heads, S key positions, H head dim, Q prefixes, P prefix positions or numbers of state,
+Mamba-2 keeps one state of fixed size, whatever the length. Each slot has one. A prompt that is being read has one in
+its lane until all its samples have begun; `fork` gives a slot the state of a lane, and a page of its own in place of a
+partly filled one that others read too.
+
+Legend: B rows or slots, L lanes, K kv heads, S key positions, H head dim, P pages of C positions, R pages of a row,
 N heads, G groups, W tokens that a convolution sees.
 """
 
@@ -24,25 +27,19 @@ from igrpo_jax.models.config import DecoderConfig
 
 
 class KV(NamedTuple):
-    """Keys and values of one attention sublayer. This layout decodes 1.3 times faster than [B, S, K, H]."""
+    """Keys and values of the rows of one attention sublayer, one row for each sequence.
+
+    This layout decodes 1.3 times faster than [B, S, K, H].
+    """
 
     k: jax.Array  # [B, K, S, H]
     v: jax.Array  # [B, K, S, H]
 
 
-class Prefix(NamedTuple):
-    """Keys and values of Q prefixes that B rows continue: row b continues prefix b // (B / Q)."""
-
-    k: jax.Array  # [Q, K, P, H]
-    v: jax.Array  # [Q, K, P, H]
-    length: jax.Array  # [Q] int32, how many of the P positions are real; may be 0
-
-
 class MambaState(NamedTuple):
     """The state of one Mamba-2 sublayer after the last real token of each row.
 
-    Where B rows continue the states of Q rows, row b continues state b // (B / Q). x, b and c are the inputs of the
-    convolution for the last W - 1 tokens, with zeros before the first token.
+    x, b and c are the inputs of the convolution for the last W - 1 tokens, with zeros before the first token.
     """
 
     x: jax.Array  # [B, W - 1, N, H]
@@ -51,7 +48,10 @@ class MambaState(NamedTuple):
     state: jax.Array  # [B, N, H, P] float32, because it sums over thousands of tokens
 
 
-Cache = tuple[KV | Prefix | MambaState | None, ...]  # one entry per sublayer; None for an MLP, which keeps nothing
+# One entry per sublayer: the pool of an attention sublayer, [P, C, 2K, H], in which keys and values alternate by head,
+# or a KV where the rows of its pages lie side by side; None for an MLP, which keeps nothing.
+Cache = tuple[jax.Array | KV | MambaState | None, ...]
+POOL_AXES = ("batch", "time", "kv_heads", "head_dim")  # the pages of each shard of the batch are its own
 AXES = ("batch", "kv_heads", "time", "head_dim")
 MAMBA_AXES = MambaState(
     ("batch", "width", "heads", "head_dim"),
@@ -61,20 +61,25 @@ MAMBA_AXES = MambaState(
 )
 
 
-def empty(cfg: DecoderConfig, slots: int, length: int, dtype: jnp.dtype) -> Cache:
-    """Returns a cache of zeros for `slots` rows of `length` positions; states are float32, all else is `dtype`."""
-    shape = (slots, cfg.num_kv_heads, length, cfg.head_dim)
+def empty(cfg: DecoderConfig, pages: int, page_size: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """Returns pools of zeros with `pages` pages, and empty states of `slots` slots."""
+    shape = (pages, page_size, 2 * cfg.num_kv_heads, cfg.head_dim)
 
-    def entry(kind: str) -> KV | MambaState | None:
+    def entry(kind: str) -> jax.Array | MambaState | None:
         if kind == "*":
-            return KV(*(constrain(jnp.zeros(shape, dtype), *AXES) for _ in "kv"))
+            return constrain(jnp.zeros(shape, dtype), *POOL_AXES)
         return empty_state(cfg, slots, dtype) if kind == "M" else None
 
     return tuple(entry(kind) for kind in cfg.pattern)
 
 
+def empty_lanes(cfg: DecoderConfig, lanes: int, dtype: jnp.dtype) -> Cache:
+    """Returns empty states of `lanes` prompts for the Mamba-2 sublayers, and None for the others."""
+    return tuple(empty_state(cfg, lanes, dtype) if kind == "M" else None for kind in cfg.pattern)
+
+
 def empty_state(cfg: DecoderConfig, rows: int, dtype: jnp.dtype) -> MambaState:
-    """Returns the Mamba-2 state of `rows` rows that have read no token."""
+    """Returns the Mamba-2 state of `rows` rows that have read no token; states are float32, all else is `dtype`."""
     mamba = cfg.mamba
     heads, groups = (mamba.num_heads, mamba.head_dim), (mamba.num_groups, mamba.state_size)
     shapes = [(rows, mamba.conv_size - 1, *inner) for inner in (heads, groups, groups)]
@@ -82,19 +87,11 @@ def empty_state(cfg: DecoderConfig, rows: int, dtype: jnp.dtype) -> MambaState:
     return MambaState(*(constrain(x, *axes) for x, axes in zip(zeros, MAMBA_AXES, strict=True)))
 
 
-def shardings(cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> Cache:
-    """Returns a tree like a cache, with a NamedSharding instead of each array."""
-    axes: dict[str, Any] = {"*": KV(AXES, AXES), "M": MAMBA_AXES}
-
-    def entry(logical: Any) -> KV | MambaState:
-        return type(logical)(*(NamedSharding(mesh, spec(x)) for x in logical))
-
-    return tuple(entry(axes[kind]) if kind in axes else None for kind in cfg.pattern)
-
-
-def positions(cache: Cache) -> int | None:
-    """Returns S, the positions for which the cache has space; None for a model without attention."""
-    return next((entry.k.shape[2] for entry in cache if isinstance(entry, KV)), None)
+def shardings(cfg: DecoderConfig, mesh: jax.sharding.Mesh, kinds: str = "*M") -> Cache:
+    """Returns a tree like a cache, with a NamedSharding instead of each array; None for sublayers not of `kinds`."""
+    states = MambaState(*(NamedSharding(mesh, spec(axes)) for axes in MAMBA_AXES))
+    every: dict[str, Any] = {"*": NamedSharding(mesh, spec(POOL_AXES)), "M": states}
+    return tuple(every[kind] if kind in kinds and kind in every else None for kind in cfg.pattern)
 
 
 def append(entry: KV, new: KV, positions: jax.Array) -> KV:
@@ -103,86 +100,88 @@ def append(entry: KV, new: KV, positions: jax.Array) -> KV:
     return KV(*(old.at[rows, :, positions].set(add[:, :, 0]) for old, add in zip(entry, new, strict=True)))
 
 
-def extend(cache: Cache, new: Cache, start: jax.Array) -> Cache:
-    """Returns `cache` with the positions of `new`, [B, K, T, H], written in place from `start` [] int32 on."""
-    put = lambda old, add: jax.lax.dynamic_update_slice_in_dim(old, add.astype(old.dtype), start, axis=2)
-    return _map(put, lambda old, later: later.astype(old.dtype), cache, new)
+def interleaved(k: jax.Array, v: jax.Array) -> jax.Array:
+    """Returns keys and values [..., K, H] as [..., 2K, H]: the key of each head, and then its value."""
+    return jnp.stack([k, v], axis=-2).reshape(*k.shape[:-2], -1, k.shape[-1])
 
 
-def fork(prefix: Cache, count: int) -> Cache:
-    """Returns `prefix`, the cache of one row, repeated to `count` rows."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), prefix)
+def rows_of(cache: Cache, slots: jax.Array) -> Cache:
+    """Returns the pools of `cache`, and of its states those of `slots` [n] int32."""
+    take = lambda x: x.at[slots].get(mode="clip")
+    return tuple(jax.tree.map(take, entry) if isinstance(entry, MambaState) else entry for entry in cache)
 
 
-def insert(cache: Cache, rows: Cache, slots: jax.Array) -> Cache:
-    """Returns `cache` with `rows` [n, K, P, H] written to `slots` [n] int32.
+def put_rows(cache: Cache, rows: Cache, slots: jax.Array) -> Cache:
+    """Returns the pools of `rows`, and the states of `cache` with those of `rows` written to `slots` [n] int32.
 
-    A row whose slot is past the last slot is dropped. Where P > S, the positions past S, which are padding, are left
-    out.
+    Rows whose slot is past the last one are dropped.
     """
-
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        size = min(new.shape[2], old.shape[2])
-        return old.at[slots, :, :size].set(new[:, :, :size].astype(old.dtype), mode="drop")
-
-    return _map(put, lambda old, new: old.at[slots].set(new.astype(old.dtype), mode="drop"), cache, rows)
-
-
-def move(cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
-    """Returns `cache` with the rows `source` [n] int32 copied to `target` [n] int32.
-
-    A row whose target is past the last slot is dropped.
-    """
-    return jax.tree.map(lambda x: x.at[target].set(x[source], mode="drop"), cache)
+    put = lambda x, new: x.at[slots].set(new.astype(x.dtype), mode="drop")
+    return tuple(
+        jax.tree.map(put, entry, row) if isinstance(entry, MambaState) else row
+        for entry, row in zip(cache, rows, strict=True)
+    )
 
 
-def window(cache: Cache, rows: int, read: int) -> Cache:
-    """Returns the first `read` positions of the first `rows` slots."""
-    return _map(lambda x: x[:rows, :, :read], lambda x: x[:rows], cache)
-
-
-def restore(cache: Cache, part: Cache, start: jax.Array, count: int) -> Cache:
-    """Returns `cache` with the new positions of a `window` of it: `count` positions per row from `start` [rows] int32.
-
-    Only these positions are written, in place, because writing the whole window back costs as much as two decode steps.
-    """
-
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        size = min(count, new.shape[2])
-        first = jnp.minimum(
-            start, new.shape[2] - size
-        )  # near the end of the window a few old positions are written too
-        take = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size, axis=1))
-        add = jax.vmap(lambda row, piece, at: jax.lax.dynamic_update_slice_in_dim(row, piece, at, axis=1))
-        rows = new.shape[0]
-        if rows == old.shape[0]:
-            return add(old, take(new, first), first)
-        index = first[:, None] + jnp.arange(size)  # [rows, count]
-        return old.at[jnp.arange(rows)[:, None], :, index].set(take(new, first).swapaxes(1, 2))
-
-    return _map(put, lambda old, new: old.at[: new.shape[0]].set(new), cache, part)
-
-
-def shared(cache: Cache, length: jax.Array) -> Cache:
-    """Returns the cache of Q rows of right-padded tokens as prefixes that other rows continue.
+def window(cache: Cache, table: jax.Array) -> Cache:
+    """Returns the cache of some rows with the pages of each row side by side.
 
     Args:
-        length: [Q] int32, real tokens of each row. States are taken as they are: they are those after the last real
-            token if the decoder was given the same `length`.
+        cache: pools, and the states of the rows.
+        table: [n, R] int32, the pages of each row; of a number that is no page, the content is meaningless.
+
+    Returns:
+        A KV of R C positions for each pool.
     """
-    return tuple(Prefix(*entry, length) if isinstance(entry, KV) else entry for entry in cache)
+
+    def side_by_side(pool: jax.Array) -> KV:
+        pages = pool.at[table].get(mode="clip")  # [n, R, C, 2K, H]
+        pairs = pages.reshape(len(table), -1, pool.shape[2] // 2, 2, pool.shape[3])
+        return KV(pairs[:, :, :, 0].swapaxes(1, 2), pairs[:, :, :, 1].swapaxes(1, 2))
+
+    return _pools(side_by_side, cache)
 
 
-def _map(of_positions: Callable, of_state: Callable, *caches: Cache) -> Cache:
-    """Maps caches entry by entry.
+def restore(cache: Cache, part: Cache, table: jax.Array, begin: jax.Array, end: jax.Array, most: int) -> Cache:
+    """Returns `cache` with the new positions of a `window` of it, and the states of its rows as they are in `part`.
+
+    Only the new positions are written, in place, because writing all of the window costs as much as two decode steps.
 
     Args:
-        of_positions: takes arrays [B, K, S, H] of attention, one per cache.
-        of_state: takes arrays [B, ...] of a Mamba-2 state, one per cache.
+        table: the pages that the window was made of.
+        begin, end: [n] int32, the positions that are new in each row.
+        most: at least the largest number of new positions.
     """
 
-    def entry(*entries):
-        apply = of_state if isinstance(entries[0], MambaState) else of_positions
-        return jax.tree.map(apply, *entries)
+    def put(pool: jax.Array, new: KV) -> jax.Array:
+        size, rows = min(most, new.k.shape[2]), jnp.arange(len(table))[:, None]
+        first = jnp.minimum(begin, new.k.shape[2] - size)  # so many positions up to the end of the window
+        at = first[:, None] + jnp.arange(size)  # [n, size]
+        take = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size, axis=1))
+        k, v = (take(x, first).swapaxes(1, 2) for x in new)
+        is_new = (at >= begin[:, None]) & (at < end[:, None])
+        page = jnp.where(is_new, table[rows, at // pool.shape[1]], pool.shape[0])
+        return pool.at[page, at % pool.shape[1]].set(interleaved(k, v), mode="drop")
 
-    return tuple(entry(*entries) for entries in zip(*caches, strict=True))
+    return _pools(put, cache, part)
+
+
+def fork(cache: Cache, lanes: Cache, lane: jax.Array, slot: jax.Array, source: jax.Array, target: jax.Array) -> Cache:
+    """Returns `cache` after samples of prompts have taken slots.
+
+    Args:
+        lanes: the states of the prompts.
+        lane, slot: [n] int32; each slot gets the state of its lane; past the last slot means none.
+        source, target: [n] int32, pages: each target becomes a copy of its source; past the last page means none.
+    """
+    copy = lambda pool: pool.at[target].set(pool.at[source].get(mode="clip"), mode="drop")
+    copied = _pools(copy, cache)
+    states = tuple(copied[i] if entry is None else entry for i, entry in enumerate(rows_of(lanes, lane)))
+    return put_rows(copied, states, slot)
+
+
+def _pools(of_pool: Callable, *caches: Cache) -> Cache:
+    """Returns the result of `of_pool` for each pool, and the other entries of the last of `caches`."""
+    return tuple(
+        of_pool(*entries) if isinstance(entries[0], jax.Array) else entries[-1] for entries in zip(*caches, strict=True)
+    )

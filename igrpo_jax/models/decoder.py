@@ -203,17 +203,17 @@ def apply(
     Args:
         params: by path an array, or a weight with its LoRA change (`lora.Adapted`).
         tokens, positions: [B, T] int32. Without `cache`, position t of a row is t: rows start at their first token.
-        cache: either KV entries, with which one token per row is decoded (T = 1), or Prefix entries, which the rows
-            continue. The entry of a Mamba-2 sublayer is its state in both cases. With Segments the rows are packed
-            axes, and nothing is kept.
+        cache: an entry for each sublayer: for attention a KV (T = 1) or a Paged, for Mamba-2 the states of the rows
+            (T = 1) or Lanes. With Segments instead, the rows are packed axes. With neither, rows begin with their
+            first token.
         length: [B] int32, real tokens of right-padded rows whose cache is wanted; None = all are real. The hidden
             states of real tokens do not depend on it.
         remat: what the backward pass recomputes of each sublayer: all ("full"), all but products with weights ("dots"),
             or nothing ("none").
 
     Returns:
-        Hidden states [B, T, D] in the dtype of `params`, and the cache: the KV entries that were given with the new
-        token, else the entries of these tokens alone; None for each sublayer with Segments.
+        Hidden states [B, T, D] in the dtype of `params`, and for each sublayer what `cache` becomes: the KV, pool or
+        states that were given, with the new tokens; None where nothing was given.
     """
     graph, state = _split(cfg)
     leaves = [(path, leaf.replace(params["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]

@@ -15,9 +15,10 @@ from flax import nnx
 
 from igrpo_jax.distributed.sharding import constrain
 from igrpo_jax.models import cache as caches
-from igrpo_jax.models.attention import IMPLEMENTATIONS, PACKED, cached_attention, rope
-from igrpo_jax.models.cache import KV, Prefix
+from igrpo_jax.models.attention import PACKED, cached_attention, rope, row_attention
+from igrpo_jax.models.cache import KV
 from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.models.paged import Paged, paged_attention
 from igrpo_jax.models.segments import Segments
 
 
@@ -67,13 +68,13 @@ class Attention(nnx.Module):
         self.rope_scaling = cfg.rope_scaling
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, entry: KV | Prefix | Segments | None, length: jax.Array | None
+        self, x: jax.Array, positions: jax.Array, entry: KV | Paged | Segments | None, length: jax.Array | None
     ):
-        """Returns the output [B, T, D], and the keys and values that the caller may keep.
+        """Returns the output [B, T, D], and the keys and values that the caller keeps.
 
-        Without `entry` a row attends to itself; with a Prefix it attends to that as well. In both cases the row's own
-        keys and values [B, K, T, H] are returned. With a KV (T = 1) the token is written at its position, and the whole
-        entry is returned. With Segments a token attends to its own segment and its prefix, and nothing is kept.
+        Without `entry` each row attends to itself alone. With a KV (T = 1) the token is written at its position, with
+        a Paged all tokens are written to their pages, and each attends to what is written of its sequence. With
+        Segments a token attends to its own segment and its prefix. Only a KV and the pool of a Paged are kept.
 
         Args:
             x: [B, T, D].
@@ -89,15 +90,22 @@ class Attention(nnx.Module):
         if self.rope_theta is not None:
             q, k = (rope(y, positions, self.rope_theta, self.rope_scaling) for y in (q, k))
         q = constrain(q, "batch", "time", "heads", "head_dim")
+        mixed, kept = self._attend(q, k, v, positions, entry)
+        return jnp.einsum("BTNH,NHD->BTD", mixed, self.o_proj[...]), kept
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, entry):
+        """Returns what `q` [B, T, N, H] reads, in its shape, and what is kept of `k` and `v` [B, T, K, H]."""
+        if isinstance(entry, Paged):
+            flat = (y.reshape(-1, *y.shape[2:]) for y in (q, k, v))
+            mixed, pool = paged_attention(self.attention, *flat, entry)
+            return mixed.reshape(q.shape), pool
         own = KV(*(constrain(y.swapaxes(1, 2), *caches.AXES) for y in (k, v)))
         if isinstance(entry, KV):
             own = caches.append(entry, own, positions[:, 0])
-            mixed = cached_attention(q, *own, positions)
-        elif isinstance(entry, Segments):
-            mixed, own = PACKED[self.attention](q, *own, entry), None
-        else:
-            mixed = IMPLEMENTATIONS[self.attention](q, *own, entry)
-        return jnp.einsum("BTNH,NHD->BTD", mixed, self.o_proj[...]), own
+            return cached_attention(q, *own, positions), own
+        if isinstance(entry, Segments):
+            return PACKED[self.attention](q, *own, entry), None
+        return row_attention(q, k, v), None
 
 
 class MLP(nnx.Module):

@@ -1,4 +1,4 @@
-"""The sampler: completions of queued prompts, drawn in slots that are refilled.
+"""The sampler: completions of queued prompts, drawn in slots that are refilled, with a cache of pages.
 
-In order: draw, steps, programs, engine, scheduler, scoring.
+In order: draw, pages, state, steps, decoding, programs, engine, requests, shard, scheduler, scoring.
 """

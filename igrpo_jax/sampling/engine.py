@@ -1,7 +1,9 @@
 """Calls the sampler's programs with values of the host, such as lists of slots. `scheduler` decides when."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -10,11 +12,37 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.compiling import Wanted, all_shapes, compile_all
 from igrpo_jax.distributed.programs import pick_bucket, tree_bytes
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.models.costs import ModelCosts
+from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.programs import WIDTH, SamplerPrograms, Sizes, traced, weight_shardings
-from igrpo_jax.sampling.steps import Fork, PrefilledPrompts, Sampling, State, Status
+from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State, Status
+
+PAGE_SIZE = {"cpu": 16}  # positions of a page by platform: a kernel reads larger ones faster, smaller ones waste less
+OTHER_PAGE_SIZE = 64
+
+
+class Piece(NamedTuple):
+    """Tokens of a prompt that are read in one chunk."""
+
+    lane: int
+    tokens: np.ndarray  # [T] int32
+    before: int  # tokens of the prompt that earlier chunks have read
+    pages: Sequence[int]  # of the prompt
+
+
+class Start(NamedTuple):
+    """A sample of a prompt that is read, and the slot that it takes."""
+
+    lane: int  # of the prompt
+    slot: int
+    sample: int  # derives, with `prompt` and `key`, the key of the sample
+    prompt: int
+    key: np.ndarray  # [2] uint32, key data of the step and stage
+    length: int  # tokens of the prompt
+    limit: int  # most tokens to draw, at most max_completion
+    copied: tuple[int, int] | None  # the prompt's partly filled last page, and the page that becomes its copy
 
 
 class Engine:
@@ -30,17 +58,21 @@ class Engine:
         max_completion: most tokens of a completion (M).
         length: most tokens of the two together; None = their sum.
         steps_per_dispatch: decode steps of one call at most (K).
-        prefill_chunk: tokens of a prompt that are read at once.
+        pages: pages of the cache on each shard; 0 = as many as all slots can need, if `memory` holds them.
+        page_size: positions of a page; 0 = 16 on a CPU, 64 elsewhere.
+        memory: bytes of each device that the cache and the weights to sample with may take; None = any.
+        prefill_chunk: tokens of each shard that are read at once, at most.
 
     Attributes:
         programs: all programs of the sampler.
         gather: the jitted function behind `weights`.
         mesh: the part of the mesh that this process samples on.
+        sizes: what the programs are compiled for.
         slots, shard_slots: completions decoded at once by this process, and by each of its shards.
-        buckets: the lengths of the cache that `decode` may read, by how many slots of a shard it runs.
 
     Raises:
-        InputError: the slots don't divide over the mesh, or a replica of the weights spans processes.
+        InputError: the slots don't divide over the mesh, a replica of the weights spans processes, or the pages don't
+            hold one sequence.
     """
 
     def __init__(
@@ -55,6 +87,9 @@ class Engine:
         length: int | None = None,
         dtype: str,
         steps_per_dispatch: int,
+        pages: int = 0,
+        page_size: int = 0,
+        memory: float | None = None,
         prefill_chunk: int = 2048,
     ):
         all_shards = sharding.batch_shards(mesh)
@@ -69,21 +104,20 @@ class Engine:
         self.shards = sharding.batch_shards(self.mesh)
         self.shard_slots = slots // all_shards
         self.slots = self.shard_slots * self.shards
-        self.max_context = max_context
-        self.max_completion = max_completion
-        self.length = length or max_context + max_completion
-        self.steps_per_dispatch = steps_per_dispatch
-        self.prefill_width = self.shards
-        sizes = Sizes(
+        self.sizes = Sizes(
             shard_slots=self.shard_slots,
-            length=self.length,
+            pages=pages,
+            page_size=page_size or PAGE_SIZE.get(mesh.devices.flat[0].platform, OTHER_PAGE_SIZE),
+            length=length or max_context + max_completion,
             max_context=max_context,
             max_completion=max_completion,
             steps_per_dispatch=steps_per_dispatch,
             prefill_chunk=prefill_chunk,
         )
-        self.programs = SamplerPrograms(cfg, self.mesh, eos_ids, dtype, sizes)
-        self.buckets = self.programs.buckets
+        if not pages:
+            self.sizes = _with_pages(self.sizes, ModelCosts(cfg, dtype, self.mesh), memory)
+        _check_pages(self.sizes)
+        self.programs = SamplerPrograms(cfg, self.mesh, eos_ids, dtype, self.sizes)
         self._whole_mesh = mesh
         self._global_shardings = weight_shardings(cfg, mesh)
         self._local_shardings = weight_shardings(cfg, self.mesh)
@@ -103,14 +137,13 @@ class Engine:
         """
         if not lengths:
             return []
-        programs, drawn = self.programs, len(lengths) * samples
-        admitted = lengths[: -(-self.slots // samples)]
-        batches = [lengths[i : i + self.prefill_width] for i in range(0, len(admitted), self.prefill_width)]
-        sizes = {pick_bucket(programs.prefill_buckets, max(batch)) for batch in batches}
-        rows = self.shard_slots if drawn > self.slots else pick_bucket(tuple(self.buckets), -(-drawn // self.shards))
-        read = pick_bucket(self.buckets[rows], min(max(admitted) + self.steps_per_dispatch, self.length))
-        prompts = [(program, (size,)) for size in sorted(sizes) for program in (programs.prefill, programs.insert)]
-        return [(programs.decode, (rows, read)), *prompts, (programs.empty, ()), (programs.harvest, ())]
+        programs, sizes = self.programs, self.sizes
+        admitted = lengths[: min(-(-self.slots // samples), sizes.lanes * self.shards)]
+        unread = -(-sum(admitted) // self.shards)
+        rows = self.rows(min(-(-len(lengths) * samples // self.shards), self.shard_slots))
+        read = pick_bucket(programs.reads[rows], min(max(admitted) + sizes.steps_per_dispatch, sizes.length))
+        calls = [(programs.prefill, (self.chunk_size(unread),)), (programs.fork, ())]
+        return [(programs.decode, (rows, read)), *calls, (programs.empty, ()), (programs.harvest, ())]
 
     @property
     def weight_bytes(self) -> int:
@@ -119,7 +152,7 @@ class Engine:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of all slots on each device."""
+        """Bytes of all pages, lanes and slots on each device."""
         return tree_bytes(self.programs.state)
 
     def compile(self, report: Callable[[int], None] = lambda done: None) -> None:
@@ -131,8 +164,8 @@ class Engine:
         programs = self.programs
         return max(
             programs.decode.peak_bytes,
-            programs.prefill.peak_bytes + self.state_bytes,
-            max(programs.insert.peak_bytes, programs.move.peak_bytes) + self.weight_bytes,
+            programs.prefill.peak_bytes,
+            programs.fork.peak_bytes + self.weight_bytes,
         )
 
     def weights(self, params: decoder.Params) -> decoder.Params:
@@ -148,101 +181,125 @@ class Engine:
         return params if self.mesh is self._whole_mesh else sharding.local_view(params, self._local_shardings)
 
     def empty(self) -> State:
-        """Returns a state in which all slots are free."""
+        """Returns a state in which all pages, lanes and slots are free."""
         return self.programs.empty()
 
-    def prefill(self, weights: decoder.Params, prompts: Sequence[np.ndarray]) -> PrefilledPrompts:
-        """Reads up to `prefill_width` prompts (each [L] int32, L <= max_context) in one call."""
-        size = pick_bucket(self.programs.prefill_buckets, max(len(tokens) for tokens in prompts))
-        padded = np.zeros((self.prefill_width, size), np.int32)
-        lengths = np.ones((self.prefill_width,), np.int32)
-        for row, tokens in enumerate(prompts):
-            padded[row, : len(tokens)] = tokens
-            lengths[row] = len(tokens)
-        on_device = jax.device_put((padded, lengths), self.programs.batch_sharding)
-        return self.programs.prefill(weights, *on_device, shape=(size,))
+    def chunk_size(self, unread: int) -> int:
+        """Returns the tokens of the next chunk where a shard has at most `unread` tokens to read."""
+        fits = [size for size in self.programs.chunks if size <= unread]
+        return max(fits, default=self.programs.chunks[0])
 
-    def insert(
-        self,
-        state: State,
-        prefilled: PrefilledPrompts,
-        row: int,
-        slots: Sequence[int],
-        samples: Sequence[int],
-        *,
-        key: np.ndarray,
-        prompt: int,
-        limits: Sequence[int],
-        sampling: Sampling,
+    def prefill(
+        self, weights: decoder.Params, state: State, size: int, pieces: Sequence[Sequence[Piece]]
     ) -> State:
-        """Forks prompt `row` of `prefilled` to `slots`, one for each of `samples`, and returns the state.
+        """Reads the pieces of each shard, together at most `size` tokens, of which the first alone may go on."""
+        shards, sizes = self.shards, self.sizes
+        table_pages = pages_for(sizes.max_context, sizes.page_size)
+        chunk = Chunk(
+            tokens=np.zeros((shards, size), np.int32),
+            length=np.ones((shards, sizes.lanes), np.int32),
+            table=np.full((shards, sizes.lanes, table_pages), sizes.pages, np.int32),
+            start=np.zeros((shards, sizes.lanes + 1), np.int32),
+            count=np.array([[len(own)] for own in pieces], np.int32),
+            lane=np.full((shards, sizes.lanes), sizes.lanes, np.int32),
+        )
+        for shard, own in enumerate(pieces):
+            ends = np.cumsum([0, *(len(piece.tokens) for piece in own)])
+            chunk.start[shard] = np.append(ends, [ends[-1]] * (sizes.lanes - len(own)))
+            for i, piece in enumerate(own):
+                chunk.tokens[shard, ends[i] : ends[i + 1]] = piece.tokens
+                chunk.length[shard, i] = piece.before + len(piece.tokens)
+                chunk.table[shard, i, : len(piece.pages)] = piece.pages
+                chunk.lane[shard, i] = piece.lane
+        return self.programs.prefill(weights, state, self._put(chunk), shape=(size,))
 
-        Args:
-            key: [2] uint32 key data of the step and stage.
-            prompt, samples: integers that derive each sample's own key from it.
-            limits: most tokens to draw of each sample, at most max_completion.
-        """
-        # A model without attention keeps a state of one size for any prompt, so that one program serves all lengths.
-        size = caches.positions(prefilled.cache) or self.programs.prefill_buckets[0]
-        for start in range(0, len(slots), WIDTH):
-            part = slice(start, start + WIDTH)
-            fork = Fork(
-                row=np.int32(row),
-                slots=_padded(slots[part], self.slots),
-                samples=_padded(samples[part], 0),
-                limits=_padded(limits[part], 1),
-                key=key,
-                prompt=np.int32(prompt),
-            )
-            state = self.programs.insert(state, prefilled, fork, traced(sampling), shape=(size,))
+    def fork(self, state: State, starts: Sequence[Sequence[Start]], sampling: Sampling) -> State:
+        """Starts the given samples of each shard, and returns the state."""
+        for first in range(0, max(map(len, starts)), WIDTH):
+            fork = Fork(*(np.zeros((self.shards, WIDTH), np.int32) for _ in Fork._fields))
+            fork = fork._replace(key=np.zeros((self.shards, WIDTH, 2), np.uint32))
+            fork.slot[:] = self.shard_slots
+            fork.target[:] = self.sizes.pages
+            for shard, own in enumerate(starts):
+                for i, start in enumerate(own[first : first + WIDTH]):
+                    *values, copied = start
+                    named = dict(zip(Start._fields, values, strict=False))
+                    named |= dict(zip(("source", "target"), copied or (), strict=False))
+                    for name, value in named.items():
+                        getattr(fork, name)[shard, i] = value
+            state = self.programs.fork(state, self._put(fork), traced(sampling))
         return state
+
+    def rows(self, needed: int) -> int:
+        """Returns how many rows of a shard decode where `needed` slots run."""
+        return pick_bucket(tuple(self.programs.reads), needed)
 
     def decode(
         self,
         weights: decoder.Params,
         state: State,
-        rows: int,
-        read: int,
-        min_active: Sequence[int],
+        slots: Sequence[Sequence[int]],
+        tables: Sequence[np.ndarray],
+        furthest: int,
+        least: Sequence[int],
         sampling: Sampling,
     ) -> tuple[State, Status]:
-        """Draws up to K tokens a slot; a shard with fewer than its `min_active` [shards] active slots stops early.
+        """Draws up to K tokens in each of the given slots.
 
         Args:
-            rows: slots of each shard to run, from `buckets`; those after them must be inactive.
-            read: cache positions to attend to, from `buckets[rows]`; at least the largest position + K, or `length`.
+            slots: of each shard those to decode.
+            tables: of each shard the pages of all its slots, [B, pages].
+            furthest: the largest number of positions that a slot may have after the dispatch.
+            least: a shard with fewer active slots stops early.
         """
-        min_active = jax.device_put(np.asarray(min_active, np.int32), self.programs.batch_sharding)
-        return self.programs.decode(weights, state, min_active, traced(sampling), shape=(rows, read))
-
-    def move(self, state: State, pairs: Sequence[tuple[int, int]]) -> State:
-        """Moves active slots to free ones, by pairs of (from, to) in one shard, both counted over all shards."""
-        pairs_by_shard = [
-            [pair for pair in pairs if pair[0] // self.shard_slots == shard] for shard in range(self.shards)
-        ]
-        for start in range(0, max(map(len, pairs_by_shard)), WIDTH):
-            source = np.zeros((self.shards, WIDTH), np.int32)
-            target = np.full((self.shards, WIDTH), self.shard_slots, np.int32)
-            for shard, own in enumerate(pairs_by_shard):
-                for i, (old, new) in enumerate(own[start : start + WIDTH]):
-                    source[shard, i], target[shard, i] = old % self.shard_slots, new % self.shard_slots
-            on_device = jax.device_put((source, target), self.programs.batch_sharding)
-            state = self.programs.move(state, *on_device)
-        return state
+        rows = self.rows(max(map(len, slots)))
+        read = pick_bucket(self.programs.reads[rows], min(furthest, self.sizes.length))
+        index = np.full((self.shards, rows), self.shard_slots, np.int32)
+        runs = np.zeros((self.shards, rows), bool)
+        table = np.zeros((self.shards, rows, read // self.sizes.page_size), np.int32)
+        for shard, own in enumerate(slots):
+            # All slots stand in their order, so that their states need no copy.
+            place = own if rows == self.shard_slots else np.arange(len(own))
+            index[shard, place], runs[shard, place] = own, True
+            table[shard, place] = tables[shard][own, : table.shape[2]]
+        if rows == self.shard_slots:
+            index[:] = np.arange(rows)
+        on_device = self._put(Rows(index, runs, table, np.asarray(least, np.int32)))
+        return self.programs.decode(weights, state, on_device, traced(sampling), shape=(rows, read))
 
     def harvest(self, state: State, slots: Sequence[int]) -> list[tuple[jax.Array, ...]]:
         """Returns tokens and log-probs [WIDTH, M] and summed entropies [WIDTH] of `slots`, WIDTH at a time.
 
-        The arrays are still on the device.
+        Slots are counted over all shards. The arrays are still on the device.
         """
-        pieces = [_padded(slots[start : start + WIDTH], 0) for start in range(0, len(slots), WIDTH)]
-        return [self.programs.harvest(state, piece) for piece in pieces]
+        padded = np.zeros(-(-len(slots) // WIDTH) * WIDTH, np.int32)
+        padded[: len(slots)] = slots
+        return [self.programs.harvest(state, piece) for piece in padded.reshape(-1, WIDTH)]
+
+    def _put(self, tree: NamedTuple) -> NamedTuple:
+        return jax.device_put(tree, self.programs.batch_sharding)
+
+
+def _with_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> Sizes:
+    """Returns `sizes` with as many pages as all slots can need without sharing, or as `memory` holds."""
+    pages = sizes.shard_slots * sizes.slot_pages + sizes.lanes
+    if memory is not None and costs.token_bytes:
+        weights = costs.item_bytes * costs.cfg.num_params / costs.tensor
+        states = (sizes.shard_slots + sizes.lanes) * costs.state_bytes
+        held = int((memory - weights - states) / (costs.token_bytes * sizes.page_size))
+        pages = max(sizes.least_pages, min(pages, held))
+    return replace(sizes, pages=pages)
+
+
+def _check_pages(sizes: Sizes) -> None:
+    """Raises InputError where the longest sequence does not fit in the pages beside its prompt's last page."""
+    if sizes.pages < sizes.least_pages:
+        raise InputError(
+            f"config.rollout.pages = {sizes.pages}: a prompt and its completion may take {sizes.length} tokens, which "
+            f"need {sizes.least_pages} pages of {sizes.page_size}; set it to at least that, or to 0 for what memory "
+            "holds"
+        )
 
 
 def _gather(dtype: str, params: decoder.Params) -> decoder.Params:
     return lora.merge(decoder.cast(params, dtype))
-
-
-def _padded(values: Sequence[int], fill: int) -> np.ndarray:
-    """Returns `values` as [WIDTH] int32, filled up."""
-    return np.array([*values, *[fill] * (WIDTH - len(values))], np.int32)

@@ -1,7 +1,8 @@
-"""The programs of the sampler: the functions of `steps`, compiled for every shape that sampling may need.
+"""The programs of the sampler: the functions of `steps` and `decoding`, compiled for the few shapes that they have.
 
-Prompts are padded to one of a few lengths. Decoding reads one of a few lengths of the cache; at the end of a rollout,
-when most slots are done, it runs only some of them. Temperature, top-p, top-k, limits and keys are traced, so that
+Prompts of any length are read in chunks of tokens. Decoding runs all slots, or fewer where few are left. Where
+attention reads pages in place, that is all. Elsewhere the positions of each row are copied side by side, and decoding
+has some lengths to which it copies. Temperature, top-p, top-k, limits, tables of pages and keys are traced, so that
 they need no programs of their own.
 """
 
@@ -22,133 +23,147 @@ from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
-from igrpo_jax.sampling import steps
-from igrpo_jax.sampling.steps import Fork, PrefilledPrompts, Sampling, State
+from igrpo_jax.models.paged import reads_pages
+from igrpo_jax.models.segments import BLOCK
+from igrpo_jax.sampling import decoding, state, steps
+from igrpo_jax.sampling.pages import pages_for
+from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State
 
 HARDLY_MORE = 1.125  # bytes that a decode step may move in place of 1, to save a program
-WIDTH = 8  # slots that one call inserts, moves or harvests; more take several calls
+WIDTH = 16  # slots of a shard that one call starts, and slots that one call harvests; more take several calls
+LANES = 8  # prompts of a shard that are being read, or wait for slots of their samples, at most
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What the programs of a sampler are compiled for."""
 
-    shard_slots: int  # slots of each shard of the batch
-    length: int  # positions of a slot's cache
+    shard_slots: int  # slots of each shard of the batch (B)
+    pages: int  # pages of each shard
+    page_size: int  # positions of a page
+    length: int  # most tokens of a prompt and its completion
     max_context: int  # tokens of the longest prompt
     max_completion: int  # most tokens of a completion (M)
     steps_per_dispatch: int  # decode steps of one call at most (K)
-    prefill_chunk: int  # tokens of a prompt that are read at once
+    prefill_chunk: int  # tokens of a shard that are read at once, at most
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of each shard."""
+        return min(LANES, self.shard_slots)
+
+    @property
+    def slot_pages(self) -> int:
+        """Most pages of a slot."""
+        return pages_for(self.length, self.page_size)
+
+    @property
+    def least_pages(self) -> int:
+        """The pages with which one sample can always be drawn: its own, and its prompt's partly filled one."""
+        return self.slot_pages + 1
 
 
 class SamplerPrograms:
-    """One `Program` for each function of `steps`, on the part of the mesh that one process samples on.
+    """One `Program` for each function, on the part of the mesh that one process samples on.
 
     Args:
         mesh: the mesh of this process.
         eos_ids: the tokens that end a completion.
 
     Attributes:
-        buckets: the lengths that decoding may read, by how many slots of a shard it runs.
-        prefill_buckets: the lengths that prompts are padded to.
-        state: all slots, as abstract arrays.
+        reads: the lengths that decoding may copy side by side, by how many slots of a shard it runs; where attention
+            reads pages in place, the longest alone.
+        chunks: the numbers of tokens that `prefill` may read.
+        state: the pages, lanes and slots of all shards, as abstract arrays.
         weights: the rollout copy of the weights, as abstract arrays.
         batch_sharding: splits arrays over the shards of the batch by their first dimension.
         costs: the costs of the model on this mesh.
     """
 
     def __init__(self, cfg: DecoderConfig, mesh: jax.sharding.Mesh, eos_ids: tuple[int, ...], dtype: str, sizes: Sizes):
-        self.prefill_buckets = _prefill_buckets(sizes.max_context, sizes.prefill_chunk)
         self.batch_sharding = sharding.batch_sharding(mesh)
         self.costs = ModelCosts(cfg, dtype, mesh)
-        self.buckets = {
-            rows: _worthwhile(reads, partial(self.costs.decode, rows))
-            for rows, reads in _decode_buckets(sizes.shard_slots, sizes.length).items()
-        }
+        self.in_place = reads_pages(cfg.attention, cfg.head_dim)
+        self.on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self.chunks = _chunks(min(sizes.prefill_chunk, sizes.lanes * sizes.max_context), self.on_cpu)
         self.weights = _abstract_weights(cfg, mesh, dtype)
         self._cfg = cfg
         self._mesh = mesh
         self._sizes = sizes
+        self.reads = self._decode_shapes()
         self._eos = np.asarray(eos_ids, np.int32)
         self._shards = sharding.batch_shards(mesh)
         self._replicated = sharding.replicated(mesh)
-        cache = caches.shardings(cfg, mesh)
         vocab = NamedSharding(mesh, sharding.spec(("batch", "vocab")))
-        self._prompts_sharding = PrefilledPrompts(cache, vocab, self.batch_sharding)
-        self._state_sharding = State(cache, *[self.batch_sharding] * 9)
-        slots = sizes.shard_slots * self._shards
-        self._build_empty = partial(steps.empty, cfg, slots, sizes.length, sizes.max_completion, dtype)
+        cache, lanes = caches.shardings(cfg, mesh), caches.shardings(cfg, mesh, "M")
+        self._state_sharding = State(cache, lanes, vocab, *[self.batch_sharding] * 9)
+        self._build_empty = partial(
+            state.empty,
+            cfg,
+            slots=sizes.shard_slots * self._shards,
+            lanes=sizes.lanes * self._shards,
+            pages=sizes.pages * self._shards,
+            page_size=sizes.page_size,
+            max_completion=sizes.max_completion,
+            dtype=dtype,
+        )
         self.state = _with_shardings(jax.eval_shape(self._build_empty), self._state_sharding)
 
     def __iter__(self) -> Iterator[Program]:
-        return iter((self.empty, self.harvest, self.move, self.prefill, self.insert, self.decode))
+        return iter((self.empty, self.harvest, self.fork, self.prefill, self.decode))
 
     @cached_property
     def empty(self) -> Program:
-        """Makes all slots, free."""
+        """Makes all pages, lanes and slots, free."""
+        pool = self._sizes.pages * self._sizes.page_size
         return Program(
             "empty",
             jax.jit(self._build_empty, out_shardings=self._state_sharding),
             lambda: (),
             self._mesh,
-            cost=lambda: self.costs.cache_slots(self._sizes.shard_slots, self._sizes.length),
+            cost=lambda: self.costs.cache_slots(1, pool),
         )
 
     @cached_property
     def prefill(self) -> Program:
-        """Reads prompts into a cache, one for each shard; the shape is the length that they are padded to."""
+        """Reads a chunk of prompts on each shard; the shape is the tokens of a chunk."""
         return Program(
             "prefill",
-            jax.jit(partial(steps.prefill, self._cfg, self._sizes.prefill_chunk), out_shardings=self._prompts_sharding),
-            self._prefill_arguments,
+            jax.jit(
+                partial(steps.prefill, self._cfg, self._mesh), donate_argnums=1, out_shardings=self._state_sharding
+            ),
+            lambda size: (self.weights, self.state, self._chunk(size)),
             self._mesh,
-            shapes=[(size,) for size in self.prefill_buckets],
+            shapes=[(size,) for size in self.chunks],
             cost=self.costs.prefill,
         )
 
     @cached_property
-    def insert(self) -> Program:
-        """Forks a prefilled prompt to slots; the shape is the length that it was padded to."""
+    def fork(self) -> Program:
+        """Starts samples of prompts that are read."""
         return Program(
-            "insert",
-            jax.jit(partial(steps.insert, self._mesh, self._eos), donate_argnums=0, out_shardings=self._state_sharding),
-            self._insert_arguments,
+            "fork",
+            jax.jit(partial(steps.fork, self._mesh, self._eos), donate_argnums=0, out_shardings=self._state_sharding),
+            lambda: (self.state, self._fork(), _abstract_sampling()),
             self._mesh,
-            shapes=[(size,) for size in self.prefill_buckets],
-            cost=lambda size: self.costs.cache_slots(1 + WIDTH, size),
+            cost=lambda: self.costs.cache_slots(2 * WIDTH, self._sizes.page_size),
         )
 
     @cached_property
     def decode(self) -> Program:
-        """Draws up to K tokens in each active slot; the shape is (slots of a shard to run, cache positions to read)."""
-        sizes, run = self._sizes, partial(steps.decode, self._cfg, self._mesh, self._eos)
+        """Draws up to K tokens in each active row; the shape is (rows of a shard, positions of each)."""
+        sizes, run = self._sizes, partial(decoding.decode, self._cfg, self._mesh, self._eos)
         return Program(
             "decode",
             jax.jit(
-                partial(run, steps=sizes.steps_per_dispatch),
+                partial(run, steps=sizes.steps_per_dispatch, reads_pages=self.in_place),
                 donate_argnums=1,
-                static_argnames=("rows", "read"),
                 out_shardings=(self._state_sharding, self.batch_sharding),
             ),
-            lambda rows, read: (self.weights, self.state, self._ints_of_shards(), _abstract_sampling()),
+            lambda rows, read: (self.weights, self.state, self._rows(rows, read), _abstract_sampling()),
             self._mesh,
-            shapes=[(rows, read) for rows, reads in self.buckets.items() for read in reads],
-            # Reading the whole cache, and reading as much of it as is copied first.
-            largest=[(sizes.shard_slots, read) for read in self.buckets[sizes.shard_slots][-2:]],
-            static=("rows", "read"),
+            shapes=[(rows, read) for rows, reads in self.reads.items() for read in reads],
             cost=lambda rows, read: self.costs.decode(rows, read) * sizes.steps_per_dispatch,
-        )
-
-    @cached_property
-    def move(self) -> Program:
-        """Copies slots to others of their shard; a shard of one slot never needs it."""
-        return Program(
-            "move",
-            jax.jit(partial(steps.move, self._mesh), donate_argnums=0, out_shardings=self._state_sharding),
-            lambda: (self.state, self._ints_of_shards(WIDTH), self._ints_of_shards(WIDTH)),
-            self._mesh,
-            shapes=[()] * (self._sizes.shard_slots > 1),
-            cost=lambda: self.costs.cache_slots(2 * WIDTH, self._sizes.length),
         )
 
     @cached_property
@@ -157,25 +172,42 @@ class SamplerPrograms:
         return Program(
             "harvest",
             jax.jit(steps.harvest, out_shardings=self._replicated),
-            lambda: (self.state, self._ints(WIDTH)),
+            lambda: (self.state, jax.ShapeDtypeStruct((WIDTH,), jnp.int32, sharding=self._replicated)),
             self._mesh,
             cost=lambda: Cost(0, 2 * WIDTH * 8 * self._sizes.max_completion),
         )
 
-    def _prefill_arguments(self, size: int) -> tuple:
-        return self.weights, self._ints_of_shards(size), self._ints_of_shards()
+    def _decode_shapes(self) -> dict[int, tuple[int, ...]]:
+        """Returns the lengths that decoding copies side by side, by the rows of a shard that it runs, fewest first."""
+        sizes = self._sizes
+        length, slots = sizes.slot_pages * sizes.page_size, sizes.shard_slots
+        if self.on_cpu:
+            fewer, fine, coarse = [slots >> i for i in (4, 2)], length_buckets(length, 128), _doubled(length, 128)
+        else:
+            fewer, fine, coarse = [slots >> 3], tuple(max(1, length >> i) for i in (2, 1, 0)), (length,)
+        lengths = dict.fromkeys(sorted({rows for rows in fewer if rows}), coarse) | {slots: fine}
+        if self.in_place:
+            return dict.fromkeys(lengths, (length,))
+        return {
+            rows: _worthwhile(_multiples(reads, sizes.page_size), partial(self.costs.decode, rows))
+            for rows, reads in lengths.items()
+        }
 
-    def _insert_arguments(self, size: int) -> tuple:
-        with jax.set_mesh(self._mesh):
-            prompts = jax.eval_shape(self.prefill.jitted, *self._prefill_arguments(size))
-        key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-        fork = Fork(self._ints(), self._ints(WIDTH), self._ints(WIDTH), self._ints(WIDTH), key, self._ints())
-        return self.state, _with_shardings(prompts, self._prompts_sharding), fork, _abstract_sampling()
+    def _chunk(self, size: int) -> Chunk:
+        lanes, pages = self._sizes.lanes, pages_for(self._sizes.max_context, self._sizes.page_size)
+        ints = self._ints
+        return Chunk(ints(size), ints(lanes), ints(lanes, pages), ints(lanes + 1), ints(1), ints(lanes))
+
+    def _fork(self) -> Fork:
+        keys = jax.ShapeDtypeStruct((self._shards, WIDTH, 2), jnp.uint32, sharding=self.batch_sharding)
+        return Fork(**dict.fromkeys(Fork._fields, self._ints(WIDTH)) | {"key": keys})
+
+    def _rows(self, rows: int, read: int) -> Rows:
+        runs = jax.ShapeDtypeStruct((self._shards, rows), jnp.bool_, sharding=self.batch_sharding)
+        pages = read // self._sizes.page_size
+        return Rows(self._ints(rows), runs, self._ints(rows, pages), self._ints())
 
     def _ints(self, *size: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(size, jnp.int32, sharding=self._replicated)
-
-    def _ints_of_shards(self, *size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self._shards, *size), jnp.int32, sharding=self.batch_sharding)
 
 
@@ -206,14 +238,15 @@ def _with_shardings(tree: NamedTuple, shardings: NamedTuple) -> NamedTuple:
     return jax.tree.map(lambda sharding, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shardings, tree)
 
 
-def _decode_buckets(shard_slots: int, length: int) -> dict[int, tuple[int, ...]]:
-    """Returns the lengths to read by how many slots of a shard decode.
+def _chunks(longest: int, on_cpu: bool) -> tuple[int, ...]:
+    """Returns the tokens of a chunk, each a multiple of BLOCK: one number, or on a CPU some, since padding costs there.
 
-    At the end of a rollout, when few slots are left, coarser lengths suffice.
+    Args:
+        longest: tokens that are read at once at most.
     """
-    halves = itertools.takewhile(lambda rows: rows >= 4, (shard_slots >> i for i in range(1, 32)))
-    fine, coarse = length_buckets(length, 128), _doubled(length, 128)
-    return dict.fromkeys(sorted({1, *halves}), coarse) | {shard_slots: fine}
+    largest = -(-longest // BLOCK) * BLOCK
+    smaller = itertools.takewhile(lambda size: size < largest, (BLOCK << 2 * i for i in range(16)))
+    return (*smaller, largest) if on_cpu else (largest,)
 
 
 def _worthwhile(reads: tuple[int, ...], cost: Callable[[int], Cost]) -> tuple[int, ...]:
@@ -237,14 +270,6 @@ def _doubled(longest: int, smallest: int) -> tuple[int, ...]:
     return (*sizes, longest)
 
 
-def _prefill_buckets(longest: int, chunk: int) -> tuple[int, ...]:
-    """Returns lengths up to a chunk, and multiples of a chunk beyond it.
-
-    Where prompts are long, there are no short lengths: each length is a program, whose code stays on the device (161
-    MiB for 28 layers on a TPU).
-    """
-    smallest = 32 if longest < 1024 else 128
-    if longest <= chunk:
-        return length_buckets(longest, smallest)
-    multiples = {-(-size // chunk) * chunk for size in length_buckets(longest, chunk)}
-    return (*length_buckets(chunk, smallest), *sorted(multiples - {chunk}))
+def _multiples(lengths: tuple[int, ...], page_size: int) -> tuple[int, ...]:
+    """Returns lengths rounded up to multiples of a page, each once."""
+    return tuple(dict.fromkeys(pages_for(length, page_size) * page_size for length in lengths))

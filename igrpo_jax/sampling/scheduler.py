@@ -1,103 +1,25 @@
 """The host side of sampling: a queue of prompts, refilled slots, finished completions as they come.
 
-First in, first out: a prompt is prefilled once when a slot is free for its first sample, and its samples take slots in
-order. One `advance` is one dispatch of the device: at most K tokens per slot. The host may stay one dispatch behind, so
-that the device has the next one while the results of the last are looked at.
+First in, first out: a prompt is read once by the shard that has slots for its samples, which take slots in order. One
+`advance` is one dispatch of the device: at most K tokens per slot. While many slots run, one chunk of prompts at most
+is read between two dispatches, so that a long prompt does not hold up the others. The host may stay one dispatch
+behind, so that the device has the next one while the results of the last are looked at.
 """
 
-import heapq
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import jax
 import numpy as np
 
-from igrpo_jax.distributed.programs import pick_bucket
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
-from igrpo_jax.records import Completion, Prompt
-from igrpo_jax.sampling.engine import WIDTH, Engine
-from igrpo_jax.sampling.steps import PrefilledPrompts, Sampling, State, Status
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One prompt, sampled `samples` times, the samples numbered from `first`. Each request equals only itself."""
-
-    tokens: np.ndarray  # [L] int32
-    index: int  # number of the prompt; the randomness is derived from it, `key` and the sample's number
-    samples: int
-    key: np.ndarray  # [2] uint32, key data of the step and stage
-    limit: int | np.ndarray  # most tokens of a completion, for all samples or [samples] for each
-    stage: str = ""  # as in Completion; Usage.overlap counts the decode steps in which several stages run
-    first: int = 0  # number of the first sample
-    # Where the samples are scored (see `scoring`): the problem, and the callback that gets each scored completion.
-    prompt: Prompt | None = None
-    scored: Callable[[Completion], None] | None = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One drawn completion, not scored yet."""
-
-    request: Request
-    sample_id: int
-    tokens: np.ndarray  # [T] int32, EOS included
-    logprobs: np.ndarray  # [T] float32, nats, at the sampling temperature
-    finished: bool  # ended by EOS
-    entropy: float  # of the sampler's distribution, summed over the tokens, in nats
-
-
-@dataclass
-class Usage:
-    """Device work since the last `start`."""
-
-    slot_steps: int = 0  # slots x decode steps
-    tokens: int = 0  # drawn by decode steps
-    queued_slot_steps: int = 0  # slots x decode steps of the dispatches during which the queue was not empty
-    queued_tokens: int = 0  # tokens drawn by the same dispatches
-    mixed_slot_steps: int = 0  # slots x decode steps while requests of several stages were running
-
-    def __add__(self, other: "Usage") -> "Usage":
-        """Returns the work of both together."""
-        return Usage(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-    @property
-    def slot_utilization(self) -> float:
-        """Fraction of slots x steps that drew a token."""
-        return self.tokens / self.slot_steps if self.slot_steps else 0.0
-
-    @property
-    def queued_slot_utilization(self) -> float:
-        """The same fraction over the dispatches during which the queue was not empty."""
-        return self.queued_tokens / self.queued_slot_steps if self.queued_slot_steps else 0.0
-
-    @property
-    def overlap(self) -> float:
-        """Fraction of the decode steps in which several stages were running."""
-        return self.mixed_slot_steps / self.slot_steps if self.slot_steps else 0.0
-
-
-@dataclass
-class _Waiting:
-    """A request in the queue, and which of its samples is next to take a slot."""
-
-    request: Request
-    prefilled: PrefilledPrompts | None = None  # the batch that its prompt was prefilled with
-    row: int = 0  # of its prompt in that batch
-    next_sample: int = 0
-
-
-@dataclass
-class _Running:
-    """The sample that a slot draws."""
-
-    request: Request
-    sample: int
-    since: int  # number of the first dispatch that decodes it in this slot
-    position: int  # tokens in the slot's cache, as of the last dispatch that the host has read
-    count: int = 1  # tokens drawn, as of the same dispatch
+from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.programs import WIDTH
+from igrpo_jax.sampling.requests import Request, Sample, Usage
+from igrpo_jax.sampling.shard import Running, Shard, Waiting
+from igrpo_jax.sampling.state import Sampling, State, Status
 
 
 @dataclass(frozen=True)
@@ -114,12 +36,12 @@ class _Dispatch:
 class _Harvest:
     """Finished samples whose tokens are on their way to the host."""
 
-    done: list[_Running] = field(default_factory=list)
+    done: list[Running] = field(default_factory=list)
     pieces: list[tuple[jax.Array, ...]] = field(default_factory=list)
 
 
 class Scheduler:
-    """Feeds one engine, whose slots it owns.
+    """Feeds one engine, whose pages, lanes and slots it owns.
 
     Args:
         ahead: dispatches that the device may be ahead of the host, 0 or 1. With 1 the host's work hides behind the
@@ -131,12 +53,11 @@ class Scheduler:
         self.engine = engine
         self.ahead = int(jax.default_backend() != "cpu") if ahead is None else ahead
         self.usage = Usage()
+        self.shards = [Shard(engine.sizes) for _ in range(engine.shards)]
         self._weights: decoder.Params = {}
         self._sampling = Sampling(1.0)
         self._state: State | None = None  # between `start` and `finish`: the cache makes room for the update
-        self._waiting: deque[_Waiting] = deque()
-        self._free = [list(range(engine.shard_slots)) for _ in range(engine.shards)]  # heaps: the lowest slot first
-        self._running: dict[int, _Running] = {}
+        self._waiting: deque[Waiting] = deque()
         self._unread: deque[_Dispatch] = deque()
         self._harvests: deque[_Harvest] = deque()
         self._dispatched = 0
@@ -150,6 +71,8 @@ class Scheduler:
         self._weights = self.engine.weights(params)
         self._sampling = sampling
         self.usage = Usage()
+        for shard in self.shards:
+            shard.preempted = 0
         self._state = self.engine.empty()
 
     def finish(self) -> None:
@@ -159,21 +82,30 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Queues a prompt. Raises InputError, before any device work, where it does not fit."""
-        engine, longest = self.engine, int(np.max(request.limit, initial=0))
-        fits = 0 < len(request.tokens) <= engine.max_context and longest <= engine.max_completion
-        fits = fits and len(request.tokens) + longest <= engine.length
+        sizes, longest = self.engine.sizes, int(np.max(request.limit, initial=0))
+        fits = 0 < len(request.tokens) <= sizes.max_context and longest <= sizes.max_completion
+        fits = fits and len(request.tokens) + longest <= sizes.length
         if not fits or np.min(request.limit, initial=1) < 1:
             raise InputError(
                 f"prompt {request.index}: {len(request.tokens)} + {longest} tokens do not fit the cache of "
-                f"{engine.max_context} + {engine.max_completion}, together {engine.length}; lower "
+                f"{sizes.max_context} + {sizes.max_completion}, together {sizes.length}; lower "
                 "config.data.max_prompt_length, config.refine.max_draft_length or config.rollout.max_completion_length"
             )
         if request.samples > 0:
-            self._waiting.append(_Waiting(request))
+            self._waiting.append(Waiting(request, deque(range(request.samples))))
 
     @property
     def pending(self) -> bool:
-        return bool(self._waiting or self._running or self._harvests)
+        return bool(self._queued or self._running or self._harvests)
+
+    @property
+    def _queued(self) -> bool:
+        """Whether a sample waits for a slot."""
+        return bool(self._waiting) or any(shard.pending for shard in self.shards)
+
+    @property
+    def _running(self) -> int:
+        return sum(len(shard.running) for shard in self.shards)
 
     def drain(self) -> Iterator[Sample]:
         """Yields the samples of all queued requests, as they finish."""
@@ -185,7 +117,7 @@ class Scheduler:
 
         With `ahead` = 1 the samples returned are those of earlier dispatches, while the device still runs this one.
         """
-        self._admit()
+        self._fill()
         if self._running:
             self._dispatch()
             while len(self._unread) > self.ahead:
@@ -197,107 +129,104 @@ class Scheduler:
             samples += self._collect(self._harvests.popleft())
         return samples
 
-    def _admit(self) -> None:
-        while self._waiting and any(self._free):
-            head = self._waiting[0]
-            if head.prefilled is None:
-                self._prefill()
-            request = head.request
-            count = min(sum(map(len, self._free)), request.samples - head.next_sample)
-            slots = [self._take_slot() for _ in range(count)]
-            own = range(head.next_sample, head.next_sample + count)
-            limits = np.broadcast_to(request.limit, (request.samples,))[own]
-            samples = [request.first + i for i in own]
-            self._state = self.engine.insert(
-                self._state,
-                head.prefilled,
-                head.row,
-                slots,
-                samples,
-                key=request.key,
-                prompt=request.index,
-                limits=limits,
-                sampling=self._sampling,
-            )
-            for slot, sample in zip(slots, samples, strict=True):
-                self._running[slot] = _Running(request, sample, self._dispatched, len(request.tokens))
-            head.next_sample += count
-            if head.next_sample == request.samples:
-                self._waiting.popleft()
+    def _fill(self) -> None:
+        """Reads prompts and starts samples as slots and pages allow: one chunk, or many while few slots run."""
+        self._begin()
+        self._start_samples()
+        while unread := max(shard.unread for shard in self.shards):
+            size = self.engine.chunk_size(unread)
+            pieces = [shard.pieces(size) for shard in self.shards]
+            self._state = self.engine.prefill(self._weights, self._state, size, pieces)
+            self._start_samples()
+            self._begin()
+            if 2 * self._running >= self.engine.slots:
+                break
 
-    def _prefill(self) -> None:
-        batch = [self._waiting[i] for i in range(min(self.engine.prefill_width, len(self._waiting)))]
-        prefilled = self.engine.prefill(self._weights, [item.request.tokens for item in batch])
-        for row, item in enumerate(batch):
-            item.prefilled, item.row = prefilled, row
+    def _begin(self) -> None:
+        """Gives lanes to prompts from the queue; where it is empty, to samples that wait in another shard."""
+        while self._waiting:
+            shard = max(self.shards, key=lambda shard: shard.idle)
+            if not shard.can_begin(len(self._waiting[0].request.tokens)):
+                return
+            shard.begin(self._waiting.popleft())
+        while True:
+            shard = max(self.shards, key=lambda shard: shard.idle)
+            fullest = min(self.shards, key=lambda shard: shard.idle)
+            moved = fullest.share_out(shard.idle) if shard.idle > 0 else None
+            if moved is None:
+                return
+            if not shard.can_begin(len(moved.request.tokens)):
+                self._waiting.appendleft(moved)
+                return
+            shard.begin(moved)
 
-    def _take_slot(self) -> int:
-        """Returns the lowest free slot of the shard that has the most free ones."""
-        shard = max(range(self.engine.shards), key=lambda i: len(self._free[i]))
-        return shard * self.engine.shard_slots + heapq.heappop(self._free[shard])
-
-    def _give_back(self, slot: int) -> None:
-        shard, local = divmod(slot, self.engine.shard_slots)
-        heapq.heappush(self._free[shard], local)
+    def _start_samples(self) -> None:
+        starts = [shard.starts(self._dispatched) for shard in self.shards]
+        if any(starts):
+            self._state = self.engine.fork(self._state, starts, self._sampling)
 
     def _dispatch(self) -> None:
-        engine = self.engine
-        rows = self._compact()
-        busy = [engine.shard_slots - len(free) for free in self._free]
-        # While something waits, slots are refilled a few at a time; later a shard stops where fewer rows would do.
-        spare = max(1, engine.shard_slots // 8)
-        fewer = max((size for size in engine.buckets if size < rows), default=0)
-        least = [max(1, n - spare + 1 if self._waiting else fewer + 1 if n > fewer else 1) for n in busy]
+        engine, sizes = self.engine, self.engine.sizes
         # The host assumes that the dispatches that it has not read yet drew as many tokens as they could.
-        ahead = (len(self._unread) + 1) * engine.steps_per_dispatch
-        furthest = max(running.position for running in self._running.values()) + ahead
-        read = pick_bucket(engine.buckets[rows], min(furthest, engine.length))
-        self._state, status = engine.decode(self._weights, self._state, rows, read, least, self._sampling)
+        ahead = (len(self._unread) + 1) * sizes.steps_per_dispatch
+        for shard in self.shards:
+            for waiting in shard.make_room(ahead):
+                self._put_back(waiting)
+        busy = [len(shard.running) for shard in self.shards]
+        running = [one for shard in self.shards for one in shard.running.values()]
+        furthest = max(one.cached for one in running) + ahead
+        rows = engine.rows(max(busy))
+        # While something waits, slots are refilled a few at a time; later a shard stops where fewer rows would do.
+        spare, queued = max(1, sizes.shard_slots // 8), self._queued
+        fewer = max((size for size in engine.programs.reads if size < rows), default=0)
+        least = [max(1, n - spare + 1 if queued else fewer + 1 if n > fewer else 1) for n in busy]
+        self._state, status = engine.decode(
+            self._weights,
+            self._state,
+            [sorted(shard.running) for shard in self.shards],
+            [shard.table for shard in self.shards],
+            furthest,
+            least,
+            self._sampling,
+        )
         for x in status:
             x.copy_to_host_async()
-        mixed = len({running.request.stage for running in self._running.values()}) > 1
-        self._unread.append(_Dispatch(self._dispatched, status, bool(self._waiting), mixed))
+        mixed = len({one.request.stage for one in running}) > 1
+        self._unread.append(_Dispatch(self._dispatched, status, queued, mixed))
         self._dispatched += 1
 
-    def _compact(self) -> int:
-        """Returns the fewest rows that hold all running slots; while nothing waits, slots beyond them move down."""
-        engine = self.engine
-        need = max(engine.shard_slots - len(free) for free in self._free)
-        rows = engine.shard_slots if self._waiting else pick_bucket(tuple(engine.buckets), need)
-        pairs = []
-        for slot in [slot for slot in self._running if slot % engine.shard_slots >= rows]:
-            shard, local = divmod(slot, engine.shard_slots)
-            target = shard * engine.shard_slots + heapq.heappop(self._free[shard])
-            pairs.append((slot, target))
-            heapq.heappush(self._free[shard], local)
-            self._running[target] = self._running.pop(slot)
-            self._running[target].since = self._dispatched
-        if pairs:
-            self._state = engine.move(self._state, pairs)
-        return rows
+    def _put_back(self, waiting: Waiting) -> None:
+        """Puts samples that were given up before all others, in their order."""
+        first = self._waiting[0] if self._waiting else None
+        if first is not None and first.request is waiting.request:
+            first.samples = deque(sorted([*waiting.samples, *first.samples]))
+        else:
+            self._waiting.appendleft(waiting)
 
     def _read(self, dispatch: _Dispatch) -> _Harvest:
         """Reads the results of a dispatch, and frees the slots of the samples that it finished."""
         status = jax.device_get(dispatch.status)
-        slot_steps, drawn = int(status.steps.sum()) * self.engine.shard_slots, 0
-        slots = []
-        for slot, running in self._running.items():
-            if running.since > dispatch.number:
-                continue  # another sample was in the slot at that time
-            drawn += int(status.count[slot]) - running.count
-            running.count, running.position = int(status.count[slot]), int(status.position[slot])
-            if not status.active[slot]:
-                slots.append(slot)
+        size, drawn = self.engine.shard_slots, 0
+        slot_steps = int(status.steps.sum()) * size
+        done, slots = [], []
+        for number, shard in enumerate(self.shards):
+            for local, running in list(shard.running.items()):
+                if running.since > dispatch.number:
+                    continue  # another sample was in the slot at that time
+                slot = number * size + local
+                drawn += int(status.count[slot]) - running.count
+                running.count = int(status.count[slot])
+                if not status.active[slot]:
+                    done.append(shard.end(local))
+                    slots.append(slot)
         usage = self.usage
         usage.slot_steps += slot_steps
         usage.tokens += drawn
         usage.mixed_slot_steps += slot_steps * dispatch.mixed
         usage.queued_slot_steps += slot_steps * dispatch.queued
         usage.queued_tokens += drawn * dispatch.queued
-        harvest = _Harvest([self._running.pop(slot) for slot in slots], self.engine.harvest(self._state, slots))
-        for slot in slots:
-            self._give_back(slot)
-        return harvest
+        usage.preempted = sum(shard.preempted for shard in self.shards)
+        return _Harvest(done, self.engine.harvest(self._state, slots))
 
     def _collect(self, harvest: _Harvest) -> list[Sample]:
         if not harvest.done:
@@ -308,5 +237,5 @@ class Scheduler:
             *rows, entropy = (piece[i % WIDTH] for piece in pieces[i // WIDTH])
             tokens, logprobs = (row[: running.count].copy() for row in rows)
             finished = int(tokens[-1]) in self.engine.eos_ids
-            samples.append(Sample(running.request, running.sample, tokens, logprobs, finished, float(entropy)))
+            samples.append(Sample(running.request, running.sample_id, tokens, logprobs, finished, float(entropy)))
         return samples

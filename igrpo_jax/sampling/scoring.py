@@ -21,7 +21,8 @@ import numpy as np
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.records import Candidate, Completion, Score
 from igrpo_jax.rewards.custom import Batch
-from igrpo_jax.sampling.scheduler import Request, Sample, Scheduler
+from igrpo_jax.sampling.requests import Request, Sample
+from igrpo_jax.sampling.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from igrpo_jax.data.prompts import Renderer  # with transformers, which sampling does not need

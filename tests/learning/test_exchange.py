@@ -11,7 +11,7 @@ from igrpo_jax.learning import exchange
 from igrpo_jax.learning.exchange import ProcessRollout, StepPosition, decode, encode, everywhere, own_positions
 from igrpo_jax.records import Completion, Group, Prompt, Score
 from igrpo_jax.rewards.judge import Judgement
-from igrpo_jax.sampling.scheduler import Usage
+from igrpo_jax.sampling.requests import Usage
 
 # The prompts of a step with three positions, and those of its first redraw.
 PROMPTS = [

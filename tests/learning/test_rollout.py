@@ -20,9 +20,10 @@ from igrpo_jax.models.policy import open_policy
 from igrpo_jax.records import Completion, Prompt, Score
 from igrpo_jax.rewards.verifier import Verifier, VerifierError, statistics
 from igrpo_jax.sampling.engine import Engine
-from igrpo_jax.sampling.scheduler import Request, Scheduler
+from igrpo_jax.sampling.requests import Request
+from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.sampling.scoring import stage_key
-from igrpo_jax.sampling.steps import Sampling
+from igrpo_jax.sampling.state import Sampling
 
 QUESTIONS = ("1+2", "7+5-3", "9", "4-4+8-1", "2+2", "5+5")
 N, G, LENGTH, KEPT = 4, 4, 12, 5

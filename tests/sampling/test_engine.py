@@ -15,8 +15,9 @@ from igrpo_jax.distributed.programs import compilations
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, hf_files, hf_read
 from igrpo_jax.sampling.engine import Engine
-from igrpo_jax.sampling.scheduler import Request, Scheduler
-from igrpo_jax.sampling.steps import Sampling
+from igrpo_jax.sampling.requests import Request
+from igrpo_jax.sampling.scheduler import Scheduler
+from igrpo_jax.sampling.state import Sampling
 
 EOS = (0, 17, 40)  # 0 is also what prompts are padded with
 KEY = np.array([1, 2], np.uint32)

@@ -16,8 +16,9 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.records import Prompt
 from igrpo_jax.sampling import programs
 from igrpo_jax.sampling.engine import Engine
-from igrpo_jax.sampling.scheduler import Request, Scheduler
-from igrpo_jax.sampling.steps import Sampling
+from igrpo_jax.sampling.requests import Request
+from igrpo_jax.sampling.scheduler import Scheduler
+from igrpo_jax.sampling.state import Sampling
 
 EOS = (0, 17, 40)
 KEY = np.array([3, 4], np.uint32)
@@ -279,8 +280,9 @@ import numpy as np
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.sampling.engine import Engine
-from igrpo_jax.sampling.scheduler import Request, Scheduler
-from igrpo_jax.sampling.steps import Sampling
+from igrpo_jax.sampling.requests import Request
+from igrpo_jax.sampling.scheduler import Scheduler
+from igrpo_jax.sampling.state import Sampling
 
 given = np.load(sys.argv[3], allow_pickle=True)
 c, host = given["c"].item(), given["params"].item()

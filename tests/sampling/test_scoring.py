@@ -11,7 +11,7 @@ from igrpo_jax.config import RewardsConfig
 from igrpo_jax.distributed import preemption
 from igrpo_jax.records import Prompt, Score
 from igrpo_jax.rewards.verifier import Verifier
-from igrpo_jax.sampling.scheduler import Request, Sample
+from igrpo_jax.sampling.requests import Request, Sample
 from igrpo_jax.sampling.scoring import sample_and_score, stage_key
 
 KEY = np.array([3, 4], np.uint32)

@@ -1,0 +1,158 @@
+"""Decoding: up to K tokens in every running slot, inside one `while_loop` on the device.
+
+A dispatch names the slots that it decodes, so that at the end of a rollout a program of few rows serves those that are
+left, wherever they are. Attention reads pages where they lie if there is a kernel for that. Otherwise the pages of each
+row are copied side by side before the loop, and the positions that the loop adds are written back after it.
+
+For the letters of shapes see `state`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from igrpo_jax.models import cache as caches
+from igrpo_jax.models import decoder
+from igrpo_jax.models.cache import Cache
+from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.models.paged import Paged, Ragged
+from igrpo_jax.sampling.draw import draw
+from igrpo_jax.sampling.state import Rows, Sampling, State, Status
+from igrpo_jax.sampling.steps import BATCH, per_shard, position_keys
+
+
+class _Carry(NamedTuple):
+    """What changes from one decode step to the next."""
+
+    taken: jax.Array  # [] int32, decode steps
+    goes_on: jax.Array  # [] bool
+    cache: Cache  # of the rows
+    token: jax.Array  # [n]
+    count: jax.Array  # [n]
+    active: jax.Array  # [n]
+    entropy: jax.Array  # [n]
+    out: jax.Array  # [B, M], of all slots
+    logprob: jax.Array  # [B, M], of all slots
+
+
+def decode(
+    cfg: DecoderConfig,
+    mesh: jax.sharding.Mesh,
+    eos: jax.Array,
+    weights: decoder.Params,
+    state: State,
+    rows: Rows,
+    sampling: Sampling,
+    *,
+    steps: int,
+    reads_pages: bool,
+) -> tuple[State, Status]:
+    """Draws up to `steps` tokens in each of `rows`, whose pages hold the positions that this needs.
+
+    A shard stops early when fewer than its `rows.least` rows are active.
+
+    Args:
+        reads_pages: whether attention reads pages where they lie.
+    """
+
+    def run(weights, state: State, rows: Rows, sampling: Sampling) -> tuple[State, Status]:
+        rows = Rows(*(x[0] for x in rows))
+        of_rows = lambda x: x.at[rows.slot].get(mode="clip")
+        before = of_rows(state.length) - 1 + of_rows(state.count)  # the position of each row's token
+        goes_on = _condition(mesh, rows.least, steps)
+        active = of_rows(state.active) & rows.runs
+        start = _Carry(
+            taken=jnp.int32(0),
+            goes_on=goes_on(jnp.int32(0), active),
+            cache=_taken_out(state, rows, reads_pages),
+            token=of_rows(state.token),
+            count=of_rows(state.count),
+            active=active,
+            entropy=of_rows(state.entropy),
+            out=state.out,
+            logprob=state.logprob,
+        )
+        step = _step(cfg, eos, weights, state, rows, sampling, goes_on, reads_pages)
+        end = jax.lax.while_loop(lambda carry: carry.goes_on, step, start)
+        cache = end.cache
+        if not reads_pages:
+            after = of_rows(state.length) - 1 + end.count
+            cache = caches.restore(state.cache, cache, rows.table, before, after, steps)
+        put = lambda x, value: x.at[rows.slot].set(value, mode="drop")
+        state = state._replace(
+            cache=cache if _is_all(state, rows) else caches.put_rows(state.cache, cache, rows.slot),
+            token=put(state.token, end.token),
+            count=put(state.count, end.count),
+            active=put(state.active, end.active),
+            entropy=put(state.entropy, end.entropy),
+            out=end.out,
+            logprob=end.logprob,
+        )
+        return state, Status(state.active, state.count, end.taken[None])
+
+    run = per_shard(mesh, run, (False, True, True, False), (True, True))
+    return run(weights, state, rows, sampling)
+
+
+def _condition(mesh: jax.sharding.Mesh, least: jax.Array, steps: int):
+    """Returns the condition of the loop: a function of the steps taken and of the rows that are active."""
+    # Without tensor parallelism a shard may stop earlier than another, because its program communicates with nobody.
+    # With it, all shards run as many steps as the longest needs.
+    agree = mesh.shape["tensor"] > 1
+
+    def goes_on(taken: jax.Array, active: jax.Array) -> jax.Array:
+        running = jnp.sum(active)
+        more = (taken < steps) & (running >= least) & (running > 0)
+        return jax.lax.pmax(more.astype(jnp.int32), BATCH) > 0 if agree else more
+
+    return goes_on
+
+
+def _is_all(state: State, rows: Rows) -> bool:
+    """Returns whether the rows are all slots in their order, whose states need no copy."""
+    return len(rows.slot) == len(state.token)
+
+
+def _taken_out(state: State, rows: Rows, reads_pages: bool) -> Cache:
+    """Returns the cache as the loop sees it."""
+    cache = state.cache if _is_all(state, rows) else caches.rows_of(state.cache, rows.slot)
+    return cache if reads_pages else caches.window(cache, rows.table)
+
+
+def _step(cfg, eos, weights, state: State, rows: Rows, sampling: Sampling, goes_on, reads_pages: bool):
+    """Returns the body of the loop: one token in each active row."""
+    slots = len(state.token)
+    length, limit, key = (x.at[rows.slot].get(mode="clip") for x in (state.length, state.limit, state.key))
+
+    def step(carry: _Carry) -> _Carry:
+        position = length - 1 + carry.count
+        cache = _entries(carry, position, rows.table) if reads_pages else carry.cache
+        hidden, cache = decoder.apply(cfg, weights, carry.token[:, None], position[:, None], cache)
+        token, logprob, entropy = draw(
+            decoder.logits(cfg, weights, hidden[:, 0]), position_keys(key, carry.count), *sampling
+        )
+        active = carry.active & ~jnp.isin(token, eos) & (carry.count + 1 < limit)
+        slot = jnp.where(carry.active, rows.slot, slots)  # past the last slot: dropped
+        return _Carry(
+            taken=carry.taken + 1,
+            goes_on=goes_on(carry.taken + 1, active),
+            cache=cache,
+            token=jnp.where(carry.active, token, carry.token),
+            count=carry.count + carry.active,
+            active=active,
+            entropy=carry.entropy + jnp.where(carry.active, entropy, 0.0),
+            out=carry.out.at[slot, carry.count].set(token, mode="drop"),
+            logprob=carry.logprob.at[slot, carry.count].set(logprob, mode="drop"),
+        )
+
+    return step
+
+
+def _entries(carry: _Carry, position: jax.Array, table: jax.Array) -> Cache:
+    """Returns the cache with what attention needs to read pages; a row that is not active writes to none."""
+    count = jnp.full((1,), len(table), jnp.int32)
+    length = jnp.where(carry.active, position + 1, 1)
+    largest = jnp.iinfo(jnp.int32).max
+    ragged = Ragged(length, jnp.where(carry.active[:, None], table, largest), jnp.arange(len(table) + 1), count)
+    return tuple(Paged(entry, ragged) if isinstance(entry, jax.Array) else entry for entry in carry.cache)

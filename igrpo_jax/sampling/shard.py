@@ -1,0 +1,229 @@
+"""What the host knows of one shard of the batch: which prompts are in its lanes, and which samples in its slots.
+
+A prompt takes a lane and all its pages, is read piece by piece, and stays until its last sample has a slot. A sample
+shares the full pages of its prompt, has a copy of the partly filled one, and takes further pages before each dispatch.
+Where pages run out, what began last is given up and begins anew later: first prompts of which no sample runs, then
+samples. What began first can always go on, because the pool holds the longest sequence.
+
+A page that is given back may be taken again at once, although the device still has a dispatch to run: the device works
+in order, and a slot that is not decoded any more writes nothing.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from igrpo_jax.sampling.engine import Piece, Start
+from igrpo_jax.sampling.pages import PagePool, pages_for
+from igrpo_jax.sampling.programs import Sizes
+from igrpo_jax.sampling.requests import Request
+
+
+@dataclass(eq=False)
+class Waiting:
+    """Samples of a request that have no slot yet."""
+
+    request: Request
+    samples: deque[int]  # numbers within the request, the next one first
+
+
+@dataclass(eq=False)
+class InLane(Waiting):
+    """A prompt in a lane, with the samples that wait for slots."""
+
+    lane: int
+    pages: list[int]
+    began: int  # what begins later has a larger number
+    read: int = 0  # tokens of the prompt that chunks have read
+
+
+@dataclass(eq=False)
+class Running:
+    """The sample that a slot draws."""
+
+    request: Request
+    number: int  # within the request
+    slot: int
+    pages: list[int]
+    began: int
+    since: int  # number of the first dispatch that decodes it
+    count: int = 1  # tokens drawn, as of the last dispatch that the host has read
+
+    @property
+    def sample_id(self) -> int:
+        return self.request.first + self.number
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the cache, as of the last dispatch that the host has read."""
+        return len(self.request.tokens) + self.count - 1
+
+    @property
+    def most(self) -> int:
+        """Tokens in the cache at the end of the longest completion, whose last token is not written."""
+        return len(self.request.tokens) + self.request.limit_of(self.number) - 1
+
+
+class Shard:
+    """Slots, lanes and pages of one shard.
+
+    Attributes:
+        running: the sample of each slot in use.
+        table: [B, R] int32, the pages of each slot.
+        preempted: samples that were given up so far.
+    """
+
+    def __init__(self, sizes: Sizes):
+        self.sizes = sizes
+        self.pool = PagePool(sizes.pages)
+        self.running: dict[int, Running] = {}
+        self.table = np.zeros((sizes.shard_slots, sizes.slot_pages), np.int32)
+        self.preempted = 0
+        self._slots = list(range(sizes.shard_slots))  # free ones, a heap: the lowest first
+        self._lanes = list(range(sizes.lanes))  # free ones
+        self._prompts: deque[InLane] = deque()  # in the order in which they began
+        self._began = 0
+
+    @property
+    def pending(self) -> int:
+        """Samples in lanes that have no slot yet."""
+        return sum(len(prompt.samples) for prompt in self._prompts)
+
+    @property
+    def idle(self) -> int:
+        """Free slots beyond those that samples in lanes wait for; negative where more wait than are free."""
+        return len(self._slots) - self.pending
+
+    @property
+    def unread(self) -> int:
+        """Tokens of prompts in lanes that no chunk has read."""
+        return sum(len(prompt.request.tokens) - prompt.read for prompt in self._prompts)
+
+    def can_begin(self, tokens: int) -> bool:
+        """Returns whether a prompt of so many tokens can take a lane, with a page to spare for each that runs or waits.
+
+        Without the spare pages something would be given up soon.
+        """
+        needed = pages_for(tokens, self.sizes.page_size) + len(self.running) + len(self._prompts) + 1
+        return bool(self._lanes) and self.idle > 0 and self.pool.free >= needed
+
+    def begin(self, waiting: Waiting) -> None:
+        """Gives a lane to a prompt, where `can_begin`."""
+        pages = self.pool.take(pages_for(len(waiting.request.tokens), self.sizes.page_size))
+        self._prompts.append(InLane(waiting.request, waiting.samples, self._lanes.pop(), pages, self._number()))
+
+    def share_out(self, most: int) -> Waiting | None:
+        """Takes up to `most` samples from the last prompt of which more samples wait than slots are free."""
+        excess = -self.idle
+        if excess <= 0 or not self._prompts:
+            return None
+        prompt = self._prompts[-1]
+        count = min(most, -(-excess // 2), len(prompt.samples))
+        samples = deque(prompt.samples.pop() for _ in range(count))
+        samples.reverse()
+        self._release_if_done(prompt)
+        return Waiting(prompt.request, samples)
+
+    def pieces(self, size: int) -> list[Piece]:
+        """Returns the next unread tokens of prompts in lanes, up to `size` together."""
+        pieces = []
+        for prompt in self._prompts:
+            end = min(len(prompt.request.tokens), prompt.read + size)
+            if size and end > prompt.read:
+                tokens = prompt.request.tokens[prompt.read : end]
+                pieces.append(Piece(prompt.lane, tokens, prompt.read, tuple(prompt.pages)))
+                size -= len(tokens)
+                prompt.read = end
+        return pieces
+
+    def starts(self, dispatch: int) -> list[Start]:
+        """Gives free slots to samples of prompts that are read, in order, while a page is left for each that runs.
+
+        Args:
+            dispatch: number of the next dispatch.
+        """
+        starts = []
+        for prompt in list(self._prompts):
+            if prompt.read < len(prompt.request.tokens):
+                break
+            while prompt.samples and self._slots and self.pool.free > len(self.running):
+                starts.append(self._start(prompt, dispatch))
+            self._release_if_done(prompt)
+        return starts
+
+    def make_room(self, ahead: int) -> Iterator[Waiting]:
+        """Gives each slot the pages for `ahead` further tokens, those that began first before the others.
+
+        Yields what was given up for that.
+        """
+        for running in sorted(self.running.values(), key=lambda running: running.began):
+            needed = pages_for(min(running.cached + ahead, running.most), self.sizes.page_size) - len(running.pages)
+            while running.slot in self.running and needed > self.pool.free:
+                given_up = self._give_up()
+                if given_up is not None:
+                    yield given_up
+            if running.slot in self.running and needed > 0:
+                more = self.pool.take(needed)
+                self.table[running.slot, len(running.pages) : len(running.pages) + needed] = more
+                running.pages += more
+
+    def end(self, slot: int) -> Running:
+        """Frees a slot and its pages, and returns the sample that it drew."""
+        running = self.running.pop(slot)
+        heapq.heappush(self._slots, slot)
+        self.pool.give_back(running.pages)
+        return running
+
+    def _number(self) -> int:
+        self._began += 1
+        return self._began
+
+    def _start(self, prompt: InLane, dispatch: int) -> Start:
+        request, slot = prompt.request, heapq.heappop(self._slots)
+        full, rest = divmod(len(request.tokens), self.sizes.page_size)
+        shared, own = prompt.pages[:full], self.pool.take(1 if rest else 0)
+        self.pool.share(shared)
+        pages = [*shared, *own]
+        self.table[slot, : len(pages)] = pages
+        number = prompt.samples.popleft()
+        self.running[slot] = Running(request, number, slot, pages, self._number(), dispatch)
+        return Start(
+            lane=prompt.lane,
+            slot=slot,
+            sample=request.first + number,
+            prompt=request.index,
+            key=request.key,
+            length=len(request.tokens),
+            limit=request.limit_of(number),
+            copied=(prompt.pages[full], own[0]) if rest else None,
+        )
+
+    def _release_if_done(self, prompt: InLane) -> None:
+        """Frees the lane of a prompt none of whose samples waits for a slot."""
+        if not prompt.samples:
+            self._prompts.remove(prompt)
+            self._lanes.append(prompt.lane)
+            self.pool.give_back(prompt.pages)
+
+    def _give_up(self) -> Waiting | None:
+        """Gives up the prompt that began last of those of which no sample runs, or else the sample that began last.
+
+        Returns what has no place in a lane of this shard any more.
+        """
+        at_work = {running.request for running in self.running.values()}
+        idle = next((prompt for prompt in reversed(self._prompts) if prompt.request not in at_work), None)
+        if idle is not None:
+            given_up = Waiting(idle.request, deque(idle.samples))
+            idle.samples.clear()
+            self._release_if_done(idle)
+            return given_up
+        last = self.end(max(self.running.values(), key=lambda running: running.began).slot)
+        self.preempted += 1
+        for prompt in self._prompts:
+            if prompt.request is last.request:
+                prompt.samples.appendleft(last.number)
+                return None
+        return Waiting(last.request, deque([last.number]))
