@@ -561,7 +561,14 @@ MAY_CHANGE_ON_RESUME = (
     *("steps", "compilation_cache", "cluster", "log", "evaluation", "checkpoint", "watchdog"),
     # A run that ended for want of memory, of time or of a judge has to change these to go on. Results stay the same,
     # except for how sums are rounded and for gradings that had no verdict.
-    *("rollout.slots", "rollout.pages", "rollout.page_size", "learner.tokens_per_microbatch", "learner.microbatch_sizes", "learner.logprob_chunk"),
+    *(
+        "rollout.slots",
+        "rollout.pages",
+        "rollout.page_size",
+        "learner.tokens_per_microbatch",
+        "learner.microbatch_sizes",
+        "learner.logprob_chunk",
+    ),
     *("learner.remat", "learner.attention", "learner.offload_reference"),
     *("rewards.workers", "rewards.timeout", "rewards.max_error_fraction"),
     *(f"rewards.judge.{name}" for name in ("base_url", "api_key_env", "timeout", "max_retries", "concurrency")),

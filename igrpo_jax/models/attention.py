@@ -1,4 +1,4 @@
-"""Grouped-query attention: of decoded tokens to keys that lie side by side, of rows, and of packed segments in training.
+"""Grouped-query attention: of decoded tokens to keys that lie side by side, of rows, and of segments in training.
 
 Of the attention of segments there are four implementations; `choose` selects one for a run. `paged` has those of the
 same names for tokens whose keys lie in pages. Each computes one

@@ -96,8 +96,8 @@ class Attention(nnx.Module):
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, entry):
         """Returns what `q` [B, T, N, H] reads, in its shape, and what is kept of `k` and `v` [B, T, K, H]."""
         if isinstance(entry, Paged):
-            flat = (y.reshape(-1, *y.shape[2:]) for y in (q, k, v))
-            mixed, pool = paged_attention(self.attention, *flat, entry)
+            tokens = lambda y: y.reshape(-1, *y.shape[2:])
+            mixed, pool = paged_attention(self.attention, tokens(q), tokens(k), tokens(v), entry)
             return mixed.reshape(q.shape), pool
         own = KV(*(constrain(y.swapaxes(1, 2), *caches.AXES) for y in (k, v)))
         if isinstance(entry, KV):

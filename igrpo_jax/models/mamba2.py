@@ -99,8 +99,6 @@ class Mamba2(nnx.Module):
             if length is not None:
                 dt = jnp.where((jnp.arange(x.shape[1]) < length[:, None])[..., None], dt, 0.0)
             before = caches.empty_state(self.cfg, x.shape[0], x.dtype) if entry is None else entry
-            if before.state.shape[0] != x.shape[0]:
-                before = jax.tree.map(lambda y: jnp.repeat(y, x.shape[0] // y.shape[0], axis=0), before)
             kept, y = _mixed(weights, before, inputs, dt, length, self.cfg.mamba.chunk_size)
         y = self._gated_norm(y, z).astype(x.dtype) * self.gated_scale[...]
         return jnp.einsum("BTNH,NHD->BTD", y, self.o_proj[...]), kept

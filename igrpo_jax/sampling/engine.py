@@ -189,9 +189,7 @@ class Engine:
         fits = [size for size in self.programs.chunks if size <= unread]
         return max(fits, default=self.programs.chunks[0])
 
-    def prefill(
-        self, weights: decoder.Params, state: State, size: int, pieces: Sequence[Sequence[Piece]]
-    ) -> State:
+    def prefill(self, weights: decoder.Params, state: State, size: int, pieces: Sequence[Sequence[Piece]]) -> State:
         """Reads the pieces of each shard, together at most `size` tokens, of which the first alone may go on."""
         shards, sizes = self.shards, self.sizes
         table_pages = pages_for(sizes.max_context, sizes.page_size)
@@ -200,7 +198,7 @@ class Engine:
             length=np.ones((shards, sizes.lanes), np.int32),
             table=np.full((shards, sizes.lanes, table_pages), sizes.pages, np.int32),
             start=np.zeros((shards, sizes.lanes + 1), np.int32),
-            count=np.array([[len(own)] for own in pieces], np.int32),
+            prompts=np.array([[len(own)] for own in pieces], np.int32),
             lane=np.full((shards, sizes.lanes), sizes.lanes, np.int32),
         )
         for shard, own in enumerate(pieces):

@@ -83,7 +83,7 @@ class SamplerPrograms:
     def __init__(self, cfg: DecoderConfig, mesh: jax.sharding.Mesh, eos_ids: tuple[int, ...], dtype: str, sizes: Sizes):
         self.batch_sharding = sharding.batch_sharding(mesh)
         self.costs = ModelCosts(cfg, dtype, mesh)
-        self.in_place = reads_pages(cfg.attention, cfg.head_dim)
+        self.in_place = reads_pages(cfg.attention, cfg.head_dim, cfg.num_kv_heads // mesh.shape["tensor"])
         self.on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.chunks = _chunks(min(sizes.prefill_chunk, sizes.lanes * sizes.max_context), self.on_cpu)
         self.weights = _abstract_weights(cfg, mesh, dtype)

@@ -47,7 +47,7 @@ class Chunk(NamedTuple):
     length: np.ndarray  # [Z, W] int32, tokens of each prompt up to the end of the chunk
     table: np.ndarray  # [Z, W, R] int32, its pages
     start: np.ndarray  # [Z, W + 1] int32, where the tokens of each prompt begin
-    count: np.ndarray  # [Z, 1] int32, prompts in the chunk
+    prompts: np.ndarray  # [Z, 1] int32, how many prompts
     lane: np.ndarray  # [Z, W] int32, the lane of each prompt; L = none
 
 

@@ -6,8 +6,8 @@
 3. `decode` (`decoding`) draws up to K tokens in every running slot.
 4. `harvest` reads the tokens, log-probs and entropies of finished slots.
 
-Slots, lanes and pages are split over the batch axes of the mesh (`data` and `fsdp`). Each shard works on its own without
-communication with the others, under `shard_map`; the compiler splits heads and vocabulary (`tensor`).
+Slots, lanes and pages are split over the batch axes of the mesh (`data` and `fsdp`). Each shard works on its own,
+without communication with the others, under `shard_map`; the compiler splits heads and vocabulary (`tensor`).
 
 The key of a token is fold_in(fold_in(fold_in(stage key, prompt), sample), position in the completion). A sample
 therefore does not depend on its slot, its pages, its neighbours, or the schedule, and one that is begun anew draws the
@@ -24,17 +24,15 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
-from igrpo_jax.models.mamba2 import Lanes
-from igrpo_jax.models.paged import Paged, Ragged, token_positions
+from igrpo_jax.models.lane_scan import Lanes
+from igrpo_jax.models.paged import Paged, Ragged, places
 from igrpo_jax.sampling.draw import draw
 from igrpo_jax.sampling.state import Chunk, Fork, Sampling, State
 
 BATCH = sharding.RULES["batch"]
 
 
-def prefill(
-    cfg: DecoderConfig, mesh: jax.sharding.Mesh, weights: decoder.Params, state: State, chunk: Chunk
-) -> State:
+def prefill(cfg: DecoderConfig, mesh: jax.sharding.Mesh, weights: decoder.Params, state: State, chunk: Chunk) -> State:
     """Reads a chunk of prompts into their pages and lanes.
 
     Only the first prompt may have tokens before the chunk.
@@ -43,19 +41,19 @@ def prefill(
     def run(weights, state: State, chunk: Chunk) -> State:
         tokens, length, table, start, count, lane = (x[0] for x in chunk)
         ragged = Ragged(length, table, start, count)
+        pools, states = state.cache, state.lanes
         entries = tuple(
-            Paged(entry, ragged) if isinstance(entry, jax.Array) else Lanes(own, lane, ragged) if own else None
-            for entry, own in zip(state.cache, state.lanes, strict=True)
+            Lanes(own, lane, length, start, count) if own else None if pool is None else Paged(pool, ragged)
+            for pool, own in zip(pools, states, strict=True)
         )
-        positions = token_positions(ragged, len(tokens))
-        hidden, kept = decoder.apply(cfg, weights, tokens[None], positions[None], entries)
+        position = places(ragged, len(tokens)).position
+        hidden, kept = decoder.apply(cfg, weights, tokens[None], position[None], entries)
         last = hidden[0, jnp.maximum(start[1:] - 1, 0)]  # [W, D]
-        lane = jnp.where(jnp.arange(len(lane)) < count, lane, len(state.logits))
         logits = sharding.constrain(decoder.logits(cfg, weights, last), "batch", "vocab")
-        is_pool = [isinstance(entry, jax.Array) for entry in state.cache]
+        lane = jnp.where(jnp.arange(len(lane)) < count, lane, len(state.logits))
         return state._replace(
-            cache=tuple(new if pool else old for pool, old, new in zip(is_pool, state.cache, kept, strict=True)),
-            lanes=tuple(None if pool else new for pool, new in zip(is_pool, kept, strict=True)),
+            cache=tuple(pool if own else new for pool, own, new in zip(pools, states, kept, strict=True)),
+            lanes=tuple(new if own else None for own, new in zip(states, kept, strict=True)),
             logits=state.logits.at[lane].set(logits, mode="drop"),
         )
 
