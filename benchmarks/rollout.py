@@ -116,53 +116,58 @@ class Bench:
         assert drawn == lengths.sum()
         return seconds, self.scheduler.usage
 
-    def filled(self):
-        """Returns a state in which all slots have just begun."""
-        import numpy as np
-
-        from igrpo_jax.sampling.state import Sampling
-
-        engine = self.engine
-        state = engine.empty()
-        for start in range(0, self.slots, 8):
-            slots = range(start, min(start + 8, self.slots))
-            prefilled = engine.prefill(self.params, [self.prompts[0]])
-            limits = [engine.max_completion] * len(slots)
-            key = np.array([0, 1], np.uint32)
-            state = engine.insert(
-                state, prefilled, 0, slots, slots, key=key, prompt=0, limits=limits, sampling=Sampling(1.0)
-            )
-        return state
-
-    def dispatch(self, state, read: int):
-        """Runs one dispatch of all slots, and returns the state and how many steps it took, summed over the shards."""
-        import jax
-
-        from igrpo_jax.sampling.state import Sampling
-
-        engine = self.engine
-        least = [1] * engine.shards
-        state, status = engine.decode(self.params, state, engine.shard_slots, read, least, Sampling(1.0))
-        return state, int(jax.device_get(status.steps).sum())
-
     def step_seconds(self) -> dict[int, float]:
         """Returns the seconds of a decode step of all slots by read length, the best of three dispatches each."""
+        filled = Filled(self.engine, self.params, self.prompts[0], self.engine.shard_slots)
+        reads = self.engine.programs.reads[self.engine.shard_slots]
+        return {read: min(filled.step_seconds(read) for _ in range(3)) for read in reads}
+
+
+class Filled:
+    """Rows of every shard of an engine that have just begun to complete one prompt [L], each on pages of its own."""
+
+    def __init__(self, engine, weights, prompt, rows: int):
+        from collections import deque
+
+        import numpy as np
+
+        from igrpo_jax.sampling.requests import Request
+        from igrpo_jax.sampling.shard import Shard, Waiting
+        from igrpo_jax.sampling.state import Sampling
+
+        self.engine, self.weights, self.sampling = engine, weights, Sampling(1.0)
+        self.shards = [Shard(engine.sizes) for _ in range(engine.shards)]
+        self.state = engine.empty()
+        request = Request(prompt, 0, rows, np.array([0, 1], np.uint32), engine.sizes.max_completion)
+        for shard in self.shards:
+            shard.begin(Waiting(request, deque(range(rows))))
+        while self.shards[0].unread:
+            size = engine.chunk_size(self.shards[0].unread)
+            pieces = [shard.pieces(size) for shard in self.shards]
+            self.state = engine.prefill(weights, self.state, size, pieces)
+        self.state = engine.fork(self.state, [shard.starts(0) for shard in self.shards], self.sampling)
+        for shard in self.shards:
+            assert not list(shard.make_room(engine.sizes.steps_per_dispatch)), "the pages hold fewer rows"
+
+    def dispatch(self, read: int) -> int:
+        """Runs one dispatch of the same rows from the same positions; returns its steps, summed over the shards."""
         import jax
 
-        engine, seconds_by_read = self.engine, {}
-        state = self.filled()
-        for read in engine.buckets[engine.shard_slots]:
-            seconds = []
-            for _ in range(3):
-                # Copies, since decoding takes the state over; slots stand where they stood.
-                copy = jax.tree.map(lambda x: x + 0, state)._replace(active=state.active | True)
-                jax.block_until_ready(copy)
-                began = time.perf_counter()
-                copy, steps = self.dispatch(copy, read)
-                seconds.append((time.perf_counter() - began) * engine.shards / steps)
-                del copy
-            seconds_by_read[read] = min(seconds)
-        return seconds_by_read
+        self.state = self.state._replace(
+            active=self.state.active | True, count=jax.tree.map(lambda x: x * 0 + 1, self.state.count)
+        )
+        jax.block_until_ready(self.state)
+        slots, tables = [sorted(shard.running) for shard in self.shards], [shard.table for shard in self.shards]
+        least = [1] * len(self.shards)
+        engine = self.engine
+        self.state, status = engine.decode(self.weights, self.state, slots, tables, read, least, self.sampling)
+        return int(jax.device_get(status.steps).sum())
+
+    def step_seconds(self, read: int) -> float:
+        """Returns the seconds of a decode step in one dispatch that reads at most `read` positions."""
+        began = time.perf_counter()
+        steps = self.dispatch(read)
+        return (time.perf_counter() - began) * self.engine.shards / steps
 
 
 def length_sets(args: argparse.Namespace) -> list:
@@ -257,7 +262,7 @@ def _ideal(bench: Bench, args: argparse.Namespace, lengths, cost: dict[int, floa
     seconds, end = 0.0, max(free)
     for step in range(end):
         furthest = max(args.prompt_len + step - start + 1 for start, stop in spans if start <= step < stop)
-        seconds += cost[next(read for read in bench.engine.buckets[bench.engine.shard_slots] if read >= furthest)]
+        seconds += cost[next(read for read in bench.engine.programs.reads[bench.slots] if read >= furthest)]
     return seconds
 
 

@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 
 import models
+import rollout
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -167,31 +168,12 @@ def length_sets(args: argparse.Namespace) -> list:
 
 def step_costs(stages, params, prompt) -> tuple[list[int], list[float]]:
     """Returns numbers of rows, and the seconds of a decode step of each: the best of three dispatches, 0 for none."""
-    import time
-
-    import jax
-    import numpy as np
-
-    from igrpo_jax.sampling.state import Sampling
-
-    engine, sampling, costs = stages.engine, Sampling(1.0), {0: 0.0}
-    weights, key = engine.weights(params), np.array([0, 1], np.uint32)
-    for rows, reads in engine.buckets.items():
-        seconds = []
-        for _ in range(3):
-            state, slots = engine.empty(), range(rows)
-            prefilled = engine.prefill(weights, [prompt])
-            limits = [engine.max_completion] * rows
-            state = engine.insert(
-                state, prefilled, 0, slots, slots, key=key, prompt=0, limits=limits, sampling=sampling
-            )
-            read = next(size for size in reads if size >= len(prompt) + engine.steps_per_dispatch)
-            jax.block_until_ready(state)
-            began = time.perf_counter()
-            state, status = engine.decode(weights, state, rows, read, [1], sampling)
-            steps = int(jax.device_get(status.steps).sum())
-            seconds.append((time.perf_counter() - began) / steps)
-        costs[rows] = min(seconds)
+    engine, costs = stages.engine, {0: 0.0}
+    weights = engine.weights(params)
+    for rows, reads in engine.programs.reads.items():
+        filled = rollout.Filled(engine, weights, prompt, rows)
+        read = next(size for size in reads if size >= len(prompt) + engine.sizes.steps_per_dispatch)
+        costs[rows] = min(filled.step_seconds(read) for _ in range(3))
     return list(costs), list(costs.values())
 
 

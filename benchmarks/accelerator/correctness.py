@@ -213,7 +213,7 @@ def attentions(mesh, head_dim: int) -> list[tuple[str, str]]:
     from igrpo_jax.models import attention
 
     found = []
-    for name in attention.IMPLEMENTATIONS:
+    for name in attention.PACKED:
         for precision in ("float32, full precision", "bfloat16"):
             try:
                 attention.choose(name, mesh, precision.partition(",")[0], head_dim)

@@ -107,7 +107,7 @@ def head(footprint: "Footprint") -> list[str]:
     config, mesh = footprint.config, footprint.mesh
     processes = len({device.process_index for device in mesh.devices.flat})
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    name = config.model.path or "the built-in model"
+    name, slots = config.model.path or "the built-in model", footprint.engine.sizes
     resting = sum(footprint.resting.values())
     return [
         f"{name}, {footprint.cfg.num_params / 1e9:.2f} B parameters, {config.model.dtype}; "
@@ -115,8 +115,8 @@ def head(footprint: "Footprint") -> list[str]:
         f"contexts of up to {footprint.max_context:,} tokens, completions of {config.rollout.max_completion_length:,}, "
         f"attention {footprint.cfg.attention}",
         f"on each device: {', '.join(f'{name} {size(count)}' for name, count in footprint.resting.items())} of "
-        f"{footprint.engine.shard_slots} slots; together {resting / footprint.chip.hbm_bytes:.0%} of "
-        f"{size(footprint.chip.hbm_bytes)}, before what programs and their code need",
+        f"{slots.pages:,} pages of {slots.page_size} tokens for {slots.shard_slots} slots; together "
+        f"{resting / footprint.chip.hbm_bytes:.0%} of {size(footprint.chip.hbm_bytes)}, before what programs and their code need",
     ]
 
 
@@ -196,13 +196,14 @@ def _advise_update(config: Config) -> list[str]:
 
 
 def _advise_rollout(footprint: "Footprint") -> list[str]:
-    config, engine, fullest = footprint.config, footprint.engine, footprint.fullest
-    slot = engine.programs.costs.cache_slots(1, engine.length).bytes
-    shards = footprint.mesh.shape["data"] * footprint.mesh.shape["fsdp"]
+    config, sizes, fullest = footprint.config, footprint.engine.sizes, footprint.fullest
+    page = footprint.engine.programs.costs.token_bytes * sizes.page_size
     over = fullest.total + footprint.code - footprint.chip.hbm_bytes
-    most = 0 if fullest.refused else int(engine.shard_slots - over / slot) * shards
-    advice = f"at most about {most}" if most > 0 else "fewer"
-    lines = [f"rollout.slots = {config.rollout.slots}: {advice} ({size(slot)} each)"]
+    most = 0 if fullest.refused or not page else int(sizes.pages - over / page)
+    lines = []
+    if most >= sizes.least_pages:
+        lines.append(f"rollout.pages = {config.rollout.pages}: at most about {most} ({size(page)} each)")
+    lines.append(f"rollout.slots = {config.rollout.slots}: fewer")
     lines.append(f"rollout.max_completion_length = {config.rollout.max_completion_length}: lower it")
     if config.algorithm.num_drafts:
         lines.append(f"refine.max_draft_length = {config.draft_limit}: lower it")

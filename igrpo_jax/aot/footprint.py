@@ -37,6 +37,7 @@ from igrpo_jax.models.config import DecoderConfig, from_hf
 from igrpo_jax.models.policy import fit_to_mesh, open_policy
 from igrpo_jax.models.shapes import SHAPES
 from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.session import overview
 from igrpo_jax.session.task import check_context, sampler
 
@@ -158,12 +159,17 @@ class Footprint:
         completions = -(-prompts * samples // shards)  # of a shard
         if not completions:
             return {}
-        rows = min(completions, engine.shard_slots)
+        # The full pages of a prompt are held once for its samples. The others are held by each to its last token.
+        held = pages_for(context / samples + length, engine.sizes.page_size) + 1
+        rows = min(completions, engine.shard_slots, max(1, engine.sizes.pages // held))
         is_longest = length == self.config.rollout.max_completion_length
         steps = (-(-completions // rows) if is_longest else completions / rows) * length
-        work = engine.programs.costs.decode(rows, context + length / 2) * steps
+        costs, prefill = engine.programs.costs, engine.programs.prefill
+        work = costs.decode(rows, context + length / 2) * steps
+        own = -(-prompts // shards)
+        chunks = -(-own * context // engine.programs.chunks[-1])
         return {
-            f"prefill of {stage}": self._calls(engine.programs.prefill, (context,), -(-prompts // shards)),
+            f"prefill of {stage}": self.least(costs.prefill(context) * own, self.received(prefill) * chunks),
             # `collectives` counts the decode loop once, since its length is not known: `received` is that of one token.
             f"decoding of {stage}": self.least(work, self.received(engine.programs.decode) * steps),
         }
@@ -220,12 +226,13 @@ def prepare(config: Config, devices: list) -> Footprint:
         evaluated = replace(evaluated, max_context=longest, max_completion=min(wanted, context - 1))
     mesh = sharding.make_mesh(config.mesh, devices)
     cfg = fit_to_mesh(config, cfg, mesh)
-    engine = sampler(config, cfg, mesh, (cfg.vocab_size - 1,), max_context, evaluated)
+    chip = chips.of(devices[0].device_kind)
     learner = Learner(config, cfg, mesh, max_context=max_context, total_steps=config.steps or 1)
+    memory = int(chip.hbm_bytes) - overview.resting_bytes(config, mesh, learner)
+    engine = sampler(config, cfg, mesh, (cfg.vocab_size - 1,), max_context, evaluated, memory)
     gather = Program(
         "weights", engine.gather, lambda: (learner.abstract_policy(),), mesh, cost=learner.programs.costs.gather
     )
-    chip = chips.of(devices[0].device_kind)
     return Footprint(config, chip, mesh, cfg, learner, engine, gather, max_context)
 
 
@@ -246,11 +253,6 @@ def build(footprint: Footprint, progress: Progress) -> None:
             pending.append(pool.submit(_compile, part, lowered, footprint.mesh.size, progress))
         for future in pending:
             future.result()
-    programs = footprint.engine.programs
-    prompts = next(part.output for part in footprint.programs if part.program is programs.prefill)
-    for part in footprint.programs:
-        # A prompt waits on the device until all of its samples have slots.
-        part.beside += prompts if part.program is programs.decode else 0
 
 
 def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
@@ -258,7 +260,7 @@ def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
     learner, engine = footprint.learner.programs, footprint.engine.programs
     training = learner.waiting_bytes
     resting = overview.resting_bytes(footprint.config, footprint.mesh, footprint.learner)
-    weights, state = footprint.engine.weight_bytes, footprint.engine.state_bytes
+    weights = footprint.engine.weight_bytes
     return {
         learner.accumulate: training.accumulate,
         learner.rescore: training.rescore,
@@ -266,9 +268,8 @@ def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
         footprint.gather: training.accumulate,
         engine.empty: resting + weights,
         engine.harvest: resting + weights,
-        engine.move: resting + weights,
-        engine.prefill: resting + state,
-        engine.insert: resting + weights,
+        engine.fork: resting + weights,
+        engine.prefill: resting,
         engine.decode: resting,
     }
 

@@ -16,7 +16,7 @@ from igrpo_jax.data.problems import Row
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import cluster, sharding
 from igrpo_jax.distributed.compiling import compiling
-from igrpo_jax.distributed.programs import showing_waits, use_disk_cache
+from igrpo_jax.distributed.programs import device_bytes, showing_waits, use_disk_cache
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.evaluation.planning import Plan, make_plan, samples_per_problem
@@ -112,5 +112,8 @@ def _scheduler(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Pl
         length=plan.length,
         dtype=config.model.dtype,
         steps_per_dispatch=config.rollout.steps_per_dispatch,
+        pages=config.rollout.pages,
+        page_size=config.rollout.page_size,
+        memory=device_bytes(),
     )
     return Scheduler(engine, config.rollout.dispatches_ahead)

@@ -113,7 +113,7 @@ def paged_attention(
     the kernel nor loops whose trip counts are known when they run.
 
     Args:
-        implementation: a key of `attention.IMPLEMENTATIONS`. Where the TPU's kernel does not run (`reads_pages`),
+        implementation: a key of `attention.PACKED`. Where the TPU's kernel does not run (`reads_pages`),
             "splash" is "chunked", and without it only the first sequence can have tokens before the new ones.
         q: [F, N, H]; for "chunked", F is a multiple of BLOCK.
         k, v: [F, K, H].
@@ -289,7 +289,7 @@ def _emulated_kernel() -> Callable[..., jax.Array]:
     return copy.ragged_paged_attention
 
 
-# The values of DecoderConfig.attention, as in `attention.IMPLEMENTATIONS`.
+# The values of DecoderConfig.attention, as in `attention.PACKED`.
 PAGED: dict[str, Callable[..., jax.Array]] = {
     "xla": xla_paged_attention,
     "chunked": chunked_paged_attention,

@@ -3,12 +3,13 @@
 A page is a number. Nothing here knows what a page holds, or touches the device.
 """
 
+import math
 from collections.abc import Iterable
 
 
-def pages_for(tokens: int, page_size: int) -> int:
+def pages_for(tokens: float, page_size: int) -> int:
     """Returns how many pages hold so many tokens."""
-    return -(-tokens // page_size)
+    return math.ceil(tokens / page_size)
 
 
 class PagePool:

@@ -43,7 +43,7 @@ def prefill(cfg: DecoderConfig, mesh: jax.sharding.Mesh, weights: decoder.Params
         ragged = Ragged(length, table, start, count)
         pools, states = state.cache, state.lanes
         entries = tuple(
-            Lanes(own, lane, length, start, count) if own else None if pool is None else Paged(pool, ragged)
+            Lanes(own, lane, ragged) if own else None if pool is None else Paged(pool, ragged)
             for pool, own in zip(pools, states, strict=True)
         )
         position = places(ragged, len(tokens)).position

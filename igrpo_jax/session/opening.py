@@ -17,7 +17,7 @@ from igrpo_jax.config import Config, to_dict
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.distributed.compiling import Wanted, compiling
-from igrpo_jax.distributed.programs import showing_waits
+from igrpo_jax.distributed.programs import device_bytes, showing_waits
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.learning.learner import Learner
@@ -65,9 +65,9 @@ def _start(
 ) -> tuple[Run, TrainState]:
     """Claims `workdir`, puts the parts together, and brings them to where the first step can begin."""
     # These two check slots, mesh, the objective's settings and LoRA's targets, before anything is written.
-    scheduler = _open_scheduler(config, task)
     sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
     learner = Learner(config, task.policy.model, task.mesh, **sizes)
+    scheduler = _open_scheduler(config, task, learner)
     resumes = _claim(workdir, config, stack, console)
     ending.forget(workdir)
     title = "iGRPO run" if config.algorithm.num_drafts else "Run"
@@ -110,10 +110,12 @@ def _start(
     return run, state
 
 
-def _open_scheduler(config: Config, task: Task) -> Scheduler:
+def _open_scheduler(config: Config, task: Task, learner: Learner) -> Scheduler:
     """Returns the sampler's queue, which training and evaluation share."""
-    policy = task.policy
-    engine = sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated)
+    policy, memory = task.policy, device_bytes()
+    if memory is not None:
+        memory -= overview.resting_bytes(config, task.mesh, learner)
+    engine = sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated, memory)
     return Scheduler(engine, config.rollout.dispatches_ahead)
 
 

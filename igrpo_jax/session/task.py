@@ -186,8 +186,13 @@ def sampler(
     eos_ids: tuple[int, ...],
     max_context: int,
     evaluated: planning.Plan,
+    memory: int | None,
 ) -> Engine:
-    """Returns the engine of a run, large enough for training and for what is evaluated in it."""
+    """Returns the engine of a run, large enough for training and for what is evaluated in it.
+
+    Args:
+        memory: bytes of each device that training leaves to sampling; None = any.
+    """
     return Engine(
         model,
         mesh,
@@ -198,4 +203,7 @@ def sampler(
         length=max(max_context + config.rollout.max_completion_length, evaluated.length),
         dtype=config.model.dtype,
         steps_per_dispatch=config.rollout.steps_per_dispatch,
+        pages=config.rollout.pages,
+        page_size=config.rollout.page_size,
+        memory=memory,
     )
