@@ -116,7 +116,8 @@ def head(footprint: "Footprint") -> list[str]:
         f"attention {footprint.cfg.attention}",
         f"on each device: {', '.join(f'{name} {size(count)}' for name, count in footprint.resting.items())} of "
         f"{slots.pages:,} pages of {slots.page_size} tokens for {slots.shard_slots} slots; together "
-        f"{resting / footprint.chip.hbm_bytes:.0%} of {size(footprint.chip.hbm_bytes)}, before what programs and their code need",
+        f"{resting / footprint.chip.hbm_bytes:.0%} of {size(footprint.chip.hbm_bytes)}, before what programs and their "
+        "code need",
     ]
 
 
