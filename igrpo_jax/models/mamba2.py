@@ -14,8 +14,8 @@ A padded position has dt = 0, so that the state decays by exp(0) = 1 and nothing
 are float32.
 
 On a packed axis only 2 and 3 need to know which token follows which. They run chunk by chunk: each chunk is a row that
-continues the state after another chunk, the inputs of the convolution included (`tree_scan`). Prompts
-that are read one after another on an axis are computed in the same way, each from the state in its lane (`lane_scan`).
+continues the state after another chunk, the inputs of the convolution included (`tree_scan`). Prompts that are read one
+after another on an axis are computed in the same way, each from the state in its lane (`lane_scan`).
 
 Legend: B batch (rows, or packed axes), T query, F tokens of a packed axis, L and S positions of a chunk, D model,
 N heads, G groups, R heads of a group (N = G R), H head dim, P state, W tokens that the convolution sees.
@@ -27,7 +27,6 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from igrpo_jax.distributed.sharding import constrain, logical_axes, spec
 from igrpo_jax.models import cache as caches
@@ -39,7 +38,6 @@ from igrpo_jax.models.segments import Chain, Segments
 from igrpo_jax.models.tree_scan import tree_scan
 
 HEADS = ("batch", "time", "heads", "head_dim")
-TOKENS = (*caches.MAMBA_AXES[:3], HEADS[:3])  # x, B, C and dt
 # The parameters of what mixes positions: the convolution, and the recurrence with its skip.
 MIXED = ("x_conv", "b_conv", "c_conv", "x_conv_bias", "b_conv_bias", "c_conv_bias", "a_log", "skip")
 
@@ -126,6 +124,9 @@ def _packed(
 ) -> jax.Array:
     """Returns y [B, F, N, H] float32 of packed axes, on which a completion continues the state of its prefix.
 
+    Each shard of the batch and of the heads runs its own loop over chunks, because under `shard_map` the compiler needs
+    no collective to take the tokens of a chunk.
+
     Args:
         weights: those of MIXED.
         inputs: x [B, F, N, H], B and C [B, F, G, P], before the convolution.
@@ -148,15 +149,24 @@ def _packed(
         empty = [*(jnp.zeros(math.prod(shape)) for shape in tails), jnp.zeros((1, *heads, groups[1]))]
         return tree_scan(body, weights, empty, tokens, chain)
 
-    arguments = weights, (*inputs, dt), jax.tree.map(jnp.asarray, chain)
-    in_specs = _specs(weights), tuple(map(spec, TOKENS)), jax.tree.map(lambda _: spec(("batch",)), chain)
-    return _on_each_device(run, in_specs, spec(HEADS), arguments)
+    tokens, chain = (*inputs, dt), jax.tree.map(jnp.asarray, chain)
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(weights, tokens, chain)
+    in_specs = (
+        {name: spec(logical_axes(name)) for name in weights},
+        tuple(spec(axes) for axes in (*caches.MAMBA_AXES[:3], HEADS[:3])),
+        jax.tree.map(lambda _: spec(("batch",)), chain),
+    )
+    # check_vma is off because a loop would need its first values marked with the axes over which they vary.
+    return jax.shard_map(run, in_specs=in_specs, out_specs=spec(HEADS), check_vma=False)(weights, tokens, chain)
 
 
 def _in_lanes(
     chunk: int, weights: dict[str, jax.Array], inputs: list[jax.Array], dt: jax.Array, lanes: Lanes
 ) -> tuple[jax.Array, MambaState]:
     """Returns y [1, F, N, H] float32 of an axis of sequences, and the states of the lanes after their last tokens.
+
+    Where the batch is sharded, this runs under a `shard_map` of the caller that gives each shard its axis and lanes.
 
     Args:
         chunk: tokens that are computed at once.
@@ -165,44 +175,13 @@ def _in_lanes(
         dt: [1, F, N] float32.
     """
 
-    def run(weights, tokens, lanes):
-        def body(before, tokens, count):
-            *inputs, dt = jax.tree.map(lambda x: x[None], tokens)
-            state, y = _mixed(weights, before, inputs, dt, count[None], dt.shape[1])
-            return state, y[0]
+    def body(before, tokens, count):
+        *inputs, dt = jax.tree.map(lambda x: x[None], tokens)
+        state, y = _mixed(weights, before, inputs, dt, count[None], dt.shape[1])
+        return state, y[0]
 
-        states, y = lane_scan(body, jax.tree.map(lambda x: x[0], tokens), lanes, chunk)
-        return y[None], states
-
-    # The axis and the lanes are those of one shard of the batch.
-    local = lambda axes: spec((None, *axes[1:]))
-    states = MambaState(*map(local, caches.MAMBA_AXES))
-    sequences = jax.tree.map(lambda _: PartitionSpec(), lanes.ragged)
-    in_specs = _specs(weights), tuple(map(local, TOKENS)), Lanes(states, PartitionSpec(), sequences)
-    return _on_each_device(run, in_specs, (local(HEADS), states), (weights, (*inputs, dt), lanes))
-
-
-def _specs(weights: dict[str, jax.Array]) -> dict[str, PartitionSpec]:
-    return {name: spec(logical_axes(name)) for name in weights}
-
-
-def _on_each_device(run, in_specs, out_specs, arguments):
-    """Returns run(*arguments), computed by each device for its own part of the batch and of the heads.
-
-    Under `shard_map` the compiler needs no collective to take the tokens of a chunk. Where another `shard_map` has
-    split the batch before, this one splits the heads alone.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return run(*arguments)
-    run = jax.shard_map(
-        run,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
-        check_vma=False,  # because a loop would need its first values marked with the axes over which they vary
-    )
-    return run(*arguments)
+    states, y = lane_scan(body, jax.tree.map(lambda x: x[0], (*inputs, dt)), lanes, chunk)
+    return y[None], states
 
 
 def _mixed(

@@ -20,10 +20,13 @@ WIDTH, LANES = 4, 6
 
 
 def calls(size):
-    """Reads PROMPTS in their order, `size` tokens at a time: for each call its Lanes without states, and where its
-    tokens lie in the text of all prompts. A prompt that does not fit goes on in the next call."""
-    ends, read, prompt = np.cumsum(PROMPTS), 0, 0
-    while prompt < len(PROMPTS):
+    """Reads PROMPTS in their order, at most `size` tokens at a time; the last call reads nothing.
+
+    Returns for each call its Lanes without states, the places of its tokens in the text of all prompts, and the numbers
+    of its prompts. A prompt that does not fit goes on in the next call.
+    """
+    ends, read, prompt, count = np.cumsum(PROMPTS), 0, 0, 1
+    while count:
         lane, length, start = np.full(WIDTH, LANES, np.int32), np.zeros(WIDTH, np.int32), np.zeros(WIDTH + 1, np.int32)
         first, count, prompts = read, 0, []
         while count < WIDTH and prompt < len(PROMPTS) and read - first < size:
