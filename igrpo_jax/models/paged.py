@@ -27,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as library
 
 from igrpo_jax.distributed.sharding import spec
+from igrpo_jax.models import cache as caches
 from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
 from igrpo_jax.models.segments import BLOCK, readable
 
@@ -88,8 +89,7 @@ def write(pages: jax.Array, k: jax.Array, v: jax.Array, ragged: Ragged) -> jax.A
     count, size = pages.shape[:2]
     sequence, position = places(ragged, k.shape[0])
     page = ragged.table.at[sequence, position // size].get(mode="fill", fill_value=count)
-    new = jnp.stack([k, v], axis=2).reshape(-1, *pages.shape[2:]).astype(pages.dtype)
-    return pages.at[page, position % size].set(new, mode="drop")
+    return pages.at[page, position % size].set(caches.interleaved(k, v).astype(pages.dtype), mode="drop")
 
 
 def reads_pages(attention: str, head_dim: int, kv_heads: int) -> bool:
@@ -127,7 +127,7 @@ def paged_attention(
     if not split:
         return run(q, k, v, entry)
     heads, kv_heads = (spec(("time", name, "head_dim")) for name in ("heads", "kv_heads"))
-    pages = spec((None, "time", "kv_heads", "head_dim"))
+    pages = spec((None, *caches.POOL_AXES[1:]))
     in_specs = heads, kv_heads, kv_heads, Paged(pages, Ragged(*[spec(())] * len(Ragged._fields)))
     # check_vma is off because the results of a Pallas kernel do not say over which axes they vary.
     on_devices = jax.shard_map(run, in_specs=in_specs, out_specs=(heads, pages), axis_names=split, check_vma=False)

@@ -98,7 +98,7 @@ def test_decoding_with_heads_on_two_chips():
     check(*compiled("v5e:2x2", 2, heads=12, kv_heads=2, size=128, sequences=128, positions=32768, count=16))
 
 
-@pytest.mark.slow(seconds=15)
+@pytest.mark.slow(seconds=25)
 def test_a_chunk_of_prompts():
     """2,048 tokens of up to eight prompts, as `test_decoding`."""
     check(*compiled("v5p:2x2x2", 1, heads=28, kv_heads=4, size=2048, sequences=8, positions=7680, count=1))

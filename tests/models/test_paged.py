@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import paged
-from igrpo_jax.models.attention import IMPLEMENTATIONS
+from igrpo_jax.models.attention import PACKED
 from igrpo_jax.models.paged import Paged, Ragged
 from igrpo_jax.models.segments import BLOCK
 
@@ -29,6 +29,7 @@ CHUNKS = {
     "nothing but the last token of a prompt": [(128, 1)],
     "padding alone": [],
 }
+BY_KERNEL = {"several that are continued": [(70, 60), (33, 1), (63, 1), (0, 20), (3, 90)]}
 RAGGED = CHUNKS["several, the first continued, and padding"]
 DECODED = [(70, 1), (0, 1), (63, 1), None, (128, 1), (129, 1)]  # None: a row that is not active
 OF_CHUNKS = ["xla", "chunked", "cudnn"]
@@ -115,7 +116,7 @@ def run(name, arguments):
 
 
 def test_every_implementation_has_one_for_pages():
-    assert paged.PAGED.keys() == IMPLEMENTATIONS.keys()
+    assert paged.PAGED.keys() == PACKED.keys()
 
 
 @pytest.mark.parametrize("case", CHUNKS)
@@ -159,15 +160,19 @@ def test_later_blocks_of_a_sequence_are_skipped():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CHUNKS)
+@pytest.mark.parametrize("case", CHUNKS | BY_KERNEL)
 def test_a_chunk_by_the_kernel(case):
-    arguments, mixed, written = inputs(CHUNKS[case], page=64, head_dim=128)
+    arguments, mixed, written = inputs((CHUNKS | BY_KERNEL)[case], page=64, head_dim=128)
     check(run("splash_interpret", arguments), arguments, mixed, written)
 
 
 @pytest.mark.parametrize(
     ("page", "kv_heads", "groups", "dtype"),
-    [(16, 2, 3, "float32"), (64, 1, 7, jnp.bfloat16), (128, 4, 1, "float32")],
+    [
+        (64, 1, 7, jnp.bfloat16),
+        pytest.param(16, 2, 3, "float32", marks=pytest.mark.slow),
+        pytest.param(128, 4, 1, "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_decoding_by_the_kernel(page, kv_heads, groups, dtype, monkeypatch):
     """In blocks of four rows, and of 64 positions unless a page is larger."""
