@@ -21,6 +21,7 @@ from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State, Status
 
 PAGE_SIZE = {"cpu": 16}  # positions of a page by platform: a kernel reads larger ones faster, smaller ones waste less
 OTHER_PAGE_SIZE = 64
+USABLE = 0.9  # of the memory that sampling may use; the rest is for the code and the temporaries of programs
 
 
 class Piece(NamedTuple):
@@ -60,7 +61,7 @@ class Engine:
         steps_per_dispatch: decode steps of one call at most (K).
         pages: pages of the cache on each shard; 0 = as many as all slots can need, if `memory` holds them.
         page_size: positions of a page; 0 = 16 on a CPU, 64 elsewhere.
-        memory: bytes of each device that the cache and the weights to sample with may take; None = any.
+        memory: bytes of each device that sampling may use; None = any.
         prefill_chunk: tokens of each shard that are read at once, at most.
 
     Attributes:
@@ -279,12 +280,12 @@ class Engine:
 
 
 def _with_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> Sizes:
-    """Returns `sizes` with as many pages as all slots can need without sharing, or as `memory` holds."""
+    """Returns `sizes` with as many pages as all slots can need without sharing, or as USABLE of `memory` holds."""
     pages = sizes.shard_slots * sizes.slot_pages + sizes.lanes
     if memory is not None and costs.token_bytes:
         weights = costs.item_bytes * costs.cfg.num_params / costs.tensor
         states = (sizes.shard_slots + sizes.lanes) * costs.state_bytes
-        held = int((memory - weights - states) / (costs.token_bytes * sizes.page_size))
+        held = int((USABLE * memory - weights - states) / (costs.token_bytes * sizes.page_size))
         pages = max(sizes.least_pages, min(pages, held))
     return replace(sizes, pages=pages)
 

@@ -30,6 +30,7 @@ from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State
 
 HARDLY_MORE = 1.125  # bytes that a decode step may move in place of 1, to save a program
+MOST_READS = 4  # lengths that a number of rows may copy side by side
 WIDTH = 16  # slots of a shard that one call starts, and slots that one call harvests; more take several calls
 LANES = 8  # prompts of a shard that are being read, or wait for slots of their samples, at most
 
@@ -189,7 +190,7 @@ class SamplerPrograms:
         if self.in_place:
             return dict.fromkeys(lengths, (length,))
         return {
-            rows: _worthwhile(_multiples(reads, sizes.page_size), partial(self.costs.decode, rows))
+            rows: _worthwhile(_multiples(reads, sizes.page_size), partial(self.costs.decode, rows), MOST_READS)
             for rows, reads in lengths.items()
         }
 
@@ -249,19 +250,24 @@ def _chunks(longest: int, on_cpu: bool) -> tuple[int, ...]:
     return (*smaller, largest) if on_cpu else (largest,)
 
 
-def _worthwhile(reads: tuple[int, ...], cost: Callable[[int], Cost]) -> tuple[int, ...]:
+def _worthwhile(reads: tuple[int, ...], cost: Callable[[int], Cost], most: int) -> tuple[int, ...]:
     """Returns `reads` without the lengths in whose place the next one may be read for hardly more.
 
-    That is the case where few slots decode: then a step reads the weights and little else. Each length is a program.
+    That is the case where few slots decode: then a step reads the weights and little else. Each length is a program, so
+    there are at most `most`: where more are left, "hardly more" is taken to be more.
 
     Args:
         cost: maps a length to the cost of a decode step that reads it.
     """
-    kept = [reads[-1]]
-    for read in reversed(reads[:-1]):
-        if cost(kept[0]).bytes > HARDLY_MORE * cost(read).bytes:
-            kept.insert(0, read)
-    return tuple(kept)
+    factor = HARDLY_MORE
+    while True:
+        kept = [reads[-1]]
+        for read in reversed(reads[:-1]):
+            if cost(kept[0]).bytes > factor * cost(read).bytes:
+                kept.insert(0, read)
+        if len(kept) <= most:
+            return tuple(kept)
+        factor *= HARDLY_MORE
 
 
 def _doubled(longest: int, smallest: int) -> tuple[int, ...]:

@@ -117,11 +117,10 @@ class Shard:
 
     def share_out(self, most: int) -> Waiting | None:
         """Takes up to `most` samples from the last prompt of which more samples wait than slots are free."""
-        excess = -self.idle
-        if excess <= 0 or not self._prompts:
+        if self.idle >= 0:
             return None
         prompt = self._prompts[-1]
-        count = min(most, -(-excess // 2), len(prompt.samples))
+        count = min(most, -self.idle, len(prompt.samples))
         samples = deque(prompt.samples.pop() for _ in range(count))
         samples.reverse()
         self._release_if_done(prompt)

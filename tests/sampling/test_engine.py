@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import compilations
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, hf_files, hf_read
+from igrpo_jax.sampling import programs as sampler_programs
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
@@ -21,8 +23,8 @@ from igrpo_jax.sampling.state import Sampling
 
 EOS = (0, 17, 40)  # 0 is also what prompts are padded with
 KEY = np.array([1, 2], np.uint32)
-# Prefill buckets are 32, 48, 64, 96, 110: at, below and above an edge. The cache of 158 positions is read in buckets of
-# 128 and all; completions of the longest prompt go from the first to the second.
+# At, below and above the edge of a page of 16. The cache of 142 positions is read up to 128 or 144; completions of the
+# longest prompt go from the first to the second.
 LENGTHS = (1, 31, 32, 33, 110)
 LIMIT = 24
 
@@ -178,78 +180,100 @@ def test_samples_differ_by_sample_prompt_and_key(engine, params, samples):
 
 
 @pytest.mark.slow
-def test_a_prompt_prefilled_with_longer_neighbours_has_the_same_logits(tiny):
-    """Four prompts in one call, against each alone in a call of a smaller bucket."""
-    mesh = sharding.make_mesh(config.MeshConfig(fsdp=4), jax.devices()[:4])
-    engine = Engine(
-        tiny[0], mesh, EOS, slots=4, max_context=70, max_completion=8, dtype="float32", steps_per_dispatch=4
-    )
-    prompts = [prompt(length) for length in (1, 32, 33, 64)]
-    with jax.set_mesh(mesh):
-        weights = engine.weights(put(tiny[1], mesh))
-        together = engine.prefill(weights, prompts)
-        np.testing.assert_array_equal(together.length, [1, 32, 33, 64])
-        for row, tokens in enumerate(prompts[:2]):
-            alone = engine.prefill(weights, [tokens])
-            np.testing.assert_allclose(alone.logits[0], together.logits[row], atol=1e-5, rtol=0)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["xla", "chunked"])
-def test_a_prompt_read_in_pieces_has_the_same_logits_and_cache(tiny, attention):
-    """Pieces of 16: one that just fits, one token more, several with the last one partly empty."""
+def test_prompts_read_in_one_chunk_or_in_several_give_the_same_samples(tiny, attention, samples):
+    """Chunks of 64 cut the prompts anywhere: several are in a chunk, and one goes on in the next two."""
     c = dataclasses.replace(tiny[0], attention=attention)
-    mesh = sharding.make_mesh(config.MeshConfig(fsdp=2), jax.devices()[:2])
-    sizes = {"slots": 2, "max_context": 70, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
-    whole, pieces = Engine(c, mesh, EOS, **sizes), Engine(c, mesh, EOS, **sizes, prefill_chunk=16)
-    assert pieces.programs.prefill_buckets == (16, 32, 48, 64, 80)
-    assert whole.programs.prefill_buckets == (32, 48, 64, 70)
-    weights = whole.weights(put(tiny[1], mesh))
-    for lengths in ((16, 1), (17, 32), (70, 40)):
-        prompts = [prompt(length) for length in lengths]
-        expected, got = (engine.prefill(weights, prompts) for engine in (whole, pieces))
-        np.testing.assert_allclose(got.logits, expected.logits, atol=1e-5, rtol=0)
-        for ours, theirs in zip(jax.tree.leaves(got.cache), jax.tree.leaves(expected.cache), strict=True):
-            for row, length in enumerate(lengths):
-                np.testing.assert_allclose(ours[row, :, :length], theirs[row, :, :length], atol=1e-5, rtol=0)
-    requests = [Request(prompt(70), 0, 2, KEY, 8)]
-    samples = [sample(engine, put(tiny[1], mesh), requests, Sampling(0.8)) for engine in (whole, pieces)]
-    for key, one in samples[0].items():
-        np.testing.assert_array_equal(samples[1][key].tokens, one.tokens)
+    sizes = {"slots": 40, "max_context": 110, "max_completion": 32, "dtype": "float32", "steps_per_dispatch": 16}
+    engine, calls = Engine(c, one_device(), EOS, **sizes, prefill_chunk=64), []
+    prefill = engine.prefill
+    engine.prefill = lambda *x: calls.append(x[3][0]) or prefill(*x)
+    found = sample(
+        engine, put(tiny[1], engine.mesh), [Request(prompt(n), n, 8, KEY, LIMIT) for n in LENGTHS], Sampling(0.8)
+    )
+    assert max(map(len, calls)) > 2 and {piece.before for pieces in calls for piece in pieces} > {0}
+    for key, one in samples.items():
+        np.testing.assert_array_equal(found[key].tokens, one.tokens)
+        np.testing.assert_allclose(found[key].logprobs, one.logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow(seconds=12)
+def test_pages_read_in_place_give_the_same_samples_as_pages_side_by_side():
+    """The TPU's kernel, emulated, in prefill and in decoding, against plain attention; heads of 128."""
+    c = tiny_models.tiny_config(head_dim=128, num_heads=2, num_kv_heads=2)
+    host, results = tiny_models.random_params(c), []
+    sizes = {"slots": 3, "max_context": 70, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    for attention in ("splash_interpret", "xla"):
+        engine = Engine(dataclasses.replace(c, attention=attention), one_device(), EOS, **sizes, prefill_chunk=64)
+        assert engine.programs.in_place == (attention == "splash_interpret")
+        requests = [Request(prompt(length), length, 3, KEY, 8) for length in (5, 70)]
+        results.append(sample(engine, put(host, engine.mesh), requests, Sampling(0.8)))
+    for key, one in results[0].items():
+        np.testing.assert_array_equal(results[1][key].tokens, one.tokens)
+        np.testing.assert_allclose(results[1][key].logprobs, one.logprobs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
-def test_memory_of_a_long_prefill_is_that_of_a_piece(tiny):
-    """What grows with the prompt is the cache that comes out, not the temporaries."""
+def test_memory_of_a_long_prefill_is_that_of_a_chunk(tiny):
     c = dataclasses.replace(tiny[0], attention="chunked", hidden_size=256, intermediate_size=1024)
     sizes = {"slots": 1, "max_context": 4096, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
 
     def temporaries(chunk):
         engine = Engine(c, one_device(), EOS, **sizes, prefill_chunk=chunk)
-        return engine.programs.prefill.compiled(4096).memory_analysis().temp_size_in_bytes
+        return engine.programs.prefill.compiled(chunk).memory_analysis().temp_size_in_bytes
 
     assert temporaries(512) < temporaries(4096) / 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_programs_are_few(tiny, platform):
+    """At most 20 on a CPU, and 8 elsewhere, for slots and lengths as of a real run."""
+    engine = Engine(
+        tiny[0], one_device(), EOS, slots=128, max_context=5200, max_completion=4096, dtype="float32",
+        steps_per_dispatch=16, pages=2000,
+    )  # fmt: skip
+    programs = engine.programs
+    if platform == "tpu":
+        programs.on_cpu = False
+        programs.reads, programs.chunks = programs._decode_shapes(), sampler_programs._chunks(2048, False)
+    assert len(engine.wanted) <= {"cpu": 20, "tpu": 8}[platform], [program.title(*x) for program, x in engine.wanted]
+
+
+def test_pages_that_do_not_hold_one_sequence_are_refused(tiny):
+    sizes = {"slots": 2, "max_context": 40, "max_completion": 9, "dtype": "float32", "steps_per_dispatch": 4}
+    with pytest.raises(InputError, match=r"config.rollout.pages = 4: .* 49 tokens, which need 5 pages of 16"):
+        Engine(tiny[0], one_device(), EOS, **sizes, pages=4)
+    assert Engine(tiny[0], one_device(), EOS, **sizes, pages=5).sizes.pages == 5
+
+
+def test_pages_are_as_many_as_slots_need_or_memory_holds(tiny):
+    """A page of 16 tokens takes 16 x 2 x 2 heads x 8 x 4 bytes in each of the two layers, 4,096 bytes in all."""
+    sizes = {"slots": 4, "max_context": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
+    pages = lambda memory: Engine(tiny[0], one_device(), EOS, **sizes, memory=memory).sizes.pages
+    assert pages(None) == pages(1e9) == 4 * 4 + 4  # those of the slots, and a partly filled one of each lane
+    weights = 4 * tiny[0].num_params
+    assert pages((weights + 10 * 4096 + 99) / 0.9) == 10
+    assert pages(weights) == 5  # the least with which a run can begin
+
+
 @pytest.mark.slow(seconds=14)
 def test_a_hybrid_samples_as_its_full_forward(hybrid):
-    """Its states follow the slots: through insertion, refill, moves at the end of a rollout, and prompts in pieces.
+    """Its states follow the slots: from lanes, refilled, in fewer rows at the end of a rollout, of prompts in chunks.
 
-    Eight slots and forty samples; decoding runs fewer rows as they run out. Pieces are of 16, chunks of 8.
+    Eight slots and forty samples; chunks of Mamba-2 are of 8 tokens.
     """
     c, host = hybrid
     sizes = {"slots": 8, "max_context": 70, "max_completion": LIMIT, "dtype": "float32", "steps_per_dispatch": 4}
     params, results = put(host, one_device()), []
     requests = [Request(prompt(length), length, 8, KEY, LIMIT) for length in (1, 16, 17, 33, 70)]
     full = forward_of(c, params)
-    for chunk in (16, 2048):
+    for chunk in (64, 2048):
         engine, calls = Engine(c, one_device(), EOS, **sizes, prefill_chunk=chunk), []
-        move, decode = engine.move, engine.decode
-        engine.move = lambda state, pairs, move=move, calls=calls: calls.extend(pairs) or move(state, pairs)
-        engine.decode = lambda *x, decode=decode, calls=calls: calls.append(x[2]) or decode(*x)
+        decode, rows = engine.decode, engine.rows
+        engine.decode = lambda *x, decode=decode, rows=rows, calls=calls: calls.append(rows(len(x[2][0]))) or decode(*x)
         results.append(sample(engine, params, requests, Sampling(0.8)))
-        assert {1, 8} <= {rows for rows in calls if isinstance(rows, int)}
-        assert any(isinstance(pair, tuple) for pair in calls)
+        assert {2, 8} <= set(calls)
         for one in results[-1].values():
             expected = log_softmax(full(one) / 0.8)[np.arange(len(one.tokens)), one.tokens]
             np.testing.assert_allclose(one.logprobs, expected, atol=1e-4, rtol=0)
@@ -299,10 +323,11 @@ def test_decoding_asks_no_other_shard(tiny):
     """No collective at all; with tensor parallelism only within a replica, but for the trip count all agree on."""
     sizes = {"slots": 16, "max_context": 20, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
     engine = Engine(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=4)), EOS, **sizes)
-    for program in (engine.programs.decode.compiled(2, 28), engine.programs.move.compiled()):
+    programs = engine.programs
+    for program in (programs.decode.compiled(2, 32), programs.prefill.compiled(64), programs.fork.compiled()):
         assert not COLLECTIVES.search(program.as_text())
     engine = Engine(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2)), EOS, **sizes)
-    found = [line for line in engine.programs.decode.compiled(4, 28).as_text().splitlines() if COLLECTIVES.search(line)]
+    found = [line for line in engine.programs.decode.compiled(4, 32).as_text().splitlines() if COLLECTIVES.search(line)]
     across = [line for line in found if leaves_its_replica(line)]
     assert len(found) > len(across) and across
     assert all(re.search(r"= s32\[\]\S* all-reduce", line) for line in across), across

@@ -18,6 +18,7 @@ from igrpo_jax.sampling import programs
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
+from igrpo_jax.sampling.shard import Shard
 from igrpo_jax.sampling.state import Sampling
 
 EOS = (0, 17, 40)
@@ -25,16 +26,16 @@ KEY = np.array([3, 4], np.uint32)
 SAMPLING = Sampling(0.9, 0.95)
 
 
-def make_engine(c, slots, steps_per_dispatch, mesh):
+def make_engine(c, slots, steps_per_dispatch, mesh, **pages):
     sizes = {"slots": slots, "max_context": 110, "max_completion": 24, "steps_per_dispatch": steps_per_dispatch}
-    return Engine(c, mesh, EOS, dtype="float32", **sizes)
+    return Engine(c, mesh, EOS, dtype="float32", **sizes, **pages)
 
 
 def requests():
     """More samples than slots, prompts on both sides of a bucket's edge, and limits of their own.
 
-    A cache of 110 + 24 positions and more is read in buckets of 128 and all: the longest prompt crosses from one to
-    the other while it is sampled.
+    A cache of 110 + 24 positions is read up to 128 or to 144: the longest prompt crosses from one to the other while it
+    is sampled.
     """
     rng = np.random.default_rng(0)
     shape = {32: (5, 24), 33: (1, 24), 110: (4, 24), 7: (11, 9), 1: (2, 1)}
@@ -98,9 +99,10 @@ def test_lengths_of_the_cache_that_cost_hardly_more_than_the_next_share_its_prog
     """A step that reads 1,000 bytes of weights and 1 for each position. 256 is not worth it below 300 (1,256 x 1.125 =
     1,413 against 1,300), and 128 is below 300 (1,269)."""
     cost = lambda read: Cost(0, 1000 + read)
-    assert programs._worthwhile((128, 256, 300), cost) == (128, 300)
-    assert programs._worthwhile((192, 256), cost) == (256,) and programs._worthwhile((64,), cost) == (64,)
-    assert programs._worthwhile((128, 192, 256), lambda read: Cost(0, read)) == (128, 192, 256)
+    assert programs._worthwhile((128, 256, 300), cost, 4) == (128, 300)
+    assert programs._worthwhile((192, 256), cost, 4) == (256,) and programs._worthwhile((64,), cost, 4) == (64,)
+    assert programs._worthwhile((128, 192, 256), lambda read: Cost(0, read), 4) == (128, 192, 256)
+    assert programs._worthwhile((128, 192, 256), lambda read: Cost(0, read), 2) == (128, 256)
 
 
 def check_same(samples, expected):
@@ -156,30 +158,108 @@ def test_the_device_has_work_while_the_host_reads(engine, tiny):
 
 
 @pytest.mark.slow
-def test_slots_are_gathered_when_few_are_left(tiny, expected):
-    """A limit for each sample: the one long completion stands in the last slot, and ends in a program of one row."""
+def test_few_slots_that_are_left_decode_in_a_program_of_few_rows(tiny, expected):
+    """A limit for each sample: the one long completion ends in a program of one row, wherever its slot is."""
     engine = make_engine(tiny[0], 16, 4, one_device())
     used = []
-    decode, move = engine.decode, engine.move
+    decode = engine.decode
 
-    def watched(weights, state, rows, *rest):
-        used.append(rows)
-        return decode(weights, state, rows, *rest)
+    def watched(weights, state, slots, *rest):
+        used.append((engine.rows(len(slots[0])), slots[0]))
+        return decode(weights, state, slots, *rest)
 
-    moved = []
-    engine.decode, engine.move = watched, lambda state, pairs: moved.extend(pairs) or move(state, pairs)
+    engine.decode = watched
     whole = Request(np.arange(20, 28, dtype=np.int32), 5, 16, KEY, 24)
     plain = {one.sample_id: one.tokens for one in sample(engine, tiny, [whole])[0]}
-    longest = max(plain, key=lambda i: len(plain[i]))
+    longest = max(plain, key=lambda i: (len(plain[i]), i))
     limits = np.full(16, 2)
     limits[longest] = 24
     request = Request(whole.tokens, 5, 16, KEY, limits)
-    used.clear(), moved.clear()
+    used.clear()
     samples, _ = sample(engine, tiny, [request])
-    assert used[0] == 16 and used[-1] == 1 and engine.buckets.keys() == {1, 4, 8, 16}
-    assert not moved if longest == 0 else moved == [(longest, 0)]
+    assert used[0][0] == 16 and used[-1] == (1, [longest]) and engine.programs.reads.keys() == {1, 4, 16}
     for one in samples:
         np.testing.assert_array_equal(one.tokens, plain[one.sample_id][: limits[one.sample_id]])
+
+
+def all_free(scheduler):
+    return all(shard.pool.free == shard.pool.count for shard in scheduler.shards)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+def test_samples_do_not_depend_on_the_size_of_pages(tiny, expected, page_size):
+    engine = make_engine(tiny[0], 8, 16, one_device(), page_size=page_size)
+    samples, scheduler = sample(engine, tiny, requests())
+    check_same(samples, expected[0])
+    assert all_free(scheduler)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shards", "ahead"), [(1, 0), (1, 1), (2, 1)])
+def test_samples_that_are_put_back_where_pages_run_out_are_the_same(tiny, expected, shards, ahead):
+    """The pages of a shard hold one sequence of the longest and little more: some samples begin anew several times."""
+    mesh = sharding.make_mesh(config.MeshConfig(data=shards), jax.devices()[:shards])
+    engine = make_engine(tiny[0], 8 * shards, 3, mesh, page_size=4, pages=math.ceil(134 / 4) + 2)
+    given_up = []
+    with pytest.MonkeyPatch.context() as patch:
+        give_up = Shard._give_up
+        patch.setattr(Shard, "_give_up", lambda own: given_up.append(give_up(own)) or given_up[-1])
+        samples, scheduler = sample(engine, tiny, requests(), ahead)
+    check_same(samples, expected[0])
+    assert len(given_up) > 3 and 0 < scheduler.usage.preempted <= len(given_up)
+    assert all_free(scheduler)
+
+
+@pytest.mark.slow
+def test_samples_of_a_prompt_share_its_full_pages(tiny):
+    """Seven samples of 110 tokens: 6 pages of 16 once, and of each sample its copy of the 7th and what it draws."""
+    engine = make_engine(tiny[0], 8, 4, one_device())
+    with jax.set_mesh(engine.mesh):
+        scheduler = start(engine, tiny)
+        tokens = np.random.default_rng(0).integers(0, 64, 110, np.int32)
+        scheduler.submit(Request(tokens, 0, 7, KEY, 24))
+        scheduler._fill()
+        (shard,) = scheduler.shards
+        assert shard.pool.used == 6 + len(shard.running) == 6 + 7
+        assert len({tuple(running.pages[:6]) for running in shard.running.values()}) == 1
+        list(scheduler.drain())
+    assert all_free(scheduler)
+
+
+@pytest.mark.slow
+def test_a_long_prompt_does_not_hold_up_the_others(tiny):
+    """While half of the slots run, one chunk is read between two dispatches."""
+    engine = Engine(
+        tiny[0], one_device(), EOS, slots=4, max_context=200, max_completion=24, dtype="float32", steps_per_dispatch=4,
+        prefill_chunk=64,
+    )  # fmt: skip
+    order = []
+    for name in ("prefill", "decode"):
+        call = getattr(engine, name)
+        setattr(engine, name, lambda *x, name=name, call=call: order.append(name) or call(*x))
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(engine.mesh):
+        scheduler = start(engine, tiny)
+        scheduler.submit(Request(rng.integers(18, 40, 10, np.int32), 0, 3, KEY, 24))
+        scheduler.submit(Request(rng.integers(18, 40, 200, np.int32), 1, 1, KEY, 24))
+        list(scheduler.drain())
+    first = order.index("decode")
+    assert order[first : first + 6] == ["decode", "prefill"] * 3
+
+
+@pytest.mark.slow
+def test_samples_that_wait_go_to_shards_that_have_nothing_to_do(tiny):
+    """One prompt for four shards of two slots: each draws two of its eight samples."""
+    engine = make_engine(tiny[0], 8, 4, sharding.make_mesh(config.MeshConfig(data=4), jax.devices()[:4]))
+    with jax.set_mesh(engine.mesh):
+        scheduler = start(engine, tiny)
+        scheduler.submit(dataclasses.replace(requests()[0], samples=8))
+        scheduler.advance()
+        begun = [shard._began for shard in scheduler.shards]
+        list(scheduler.drain())
+    assert begun == [3, 3, 3, 3]  # a prompt and two samples each
+    assert all_free(scheduler)
 
 
 @pytest.mark.slow
