@@ -51,11 +51,11 @@ def mixer_weights(params):
     return {path.removeprefix(prefix): x for path, x in params.items() if path.startswith(prefix)}
 
 
-def mixer(cfg, weights, x, entry, length=None):
+def mixer(cfg, weights, x, entry):
     """Runs the Mamba-2 mixer that has these parameters: returns its output and what it keeps."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Mamba2(cfg, nnx.Rngs(0))))
     state = nnx.map_state(lambda path, leaf: leaf.replace(weights[path[0]]), state)
-    return nnx.merge(graph, state)(x, None, entry, length)
+    return nnx.merge(graph, state)(x, None, entry)
 
 
 def one_device():

@@ -163,7 +163,7 @@ def _logits(cfg, weights, data: Batch, dtype: str) -> Any:
 
     cast = decoder.cast(weights, dtype)
     positions = jnp.broadcast_to(jnp.arange(PREFIX), data.prefix.shape)
-    hidden, _ = decoder.apply(cfg, cast, data.prefix, positions, length=data.length)
+    hidden, _ = decoder.apply(cfg, cast, data.prefix, positions)
     at = jnp.stack([data.length - 1, data.length // 2], axis=1)
     kept = jnp.linspace(0, cfg.vocab_size - 1, VOCABULARY).astype(int)
     return decoder.logits(cfg, cast, jnp.take_along_axis(hidden, at[:, :, None], axis=1))[..., kept]

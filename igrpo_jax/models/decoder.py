@@ -47,9 +47,9 @@ class Block(nnx.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mixer = MIXERS[kind](cfg, rngs)
 
-    def __call__(self, x, positions, entry, length):
+    def __call__(self, x, positions, entry):
         """Returns the sum of `x` [B, T, D] and the sublayer's output, and the entry of the cache that it keeps."""
-        y, kept = self.mixer(self.norm(x), positions, entry, length)
+        y, kept = self.mixer(self.norm(x), positions, entry)
         return sharding.constrain(x + y, "batch", "time", "features"), kept
 
 
@@ -66,7 +66,7 @@ class Decoder(nnx.Module):
         if not cfg.tie_embeddings:
             self.lm_head = nnx.Param(jax.random.normal(rngs.params(), shape[::-1], jnp.float32) * cfg.hidden_size**-0.5)
 
-    def __call__(self, tokens, positions, cache, length, remat):
+    def __call__(self, tokens, positions, cache, remat):
         """Returns hidden states and cache; see `apply`."""
         # The width of the table is gathered first: rows that are looked up in a table whose width is sharded like the
         # batch cannot be resharded cheaply.
@@ -85,7 +85,7 @@ class Decoder(nnx.Module):
             run = _run_block if times == 1 else _run_constrained_block
             if remat != "none":
                 run = jax.checkpoint(run, static_argnums=0, policy=KEPT[remat])
-            group = functools.partial(_run_group, run, graphs, positions, length, segments)
+            group = functools.partial(_run_group, run, graphs, positions, segments)
             x, more = group(x, (states, entries)) if times == 1 else _loop(group, width, x, states, entries)
             kept += more
         return self.norm(x), tuple(kept)
@@ -133,19 +133,19 @@ def _loop(group, width: int, x: jax.Array, states: list, entries: list) -> tuple
     return x, [jax.tree.map(lambda leaf, i=i: leaf[i], kept[j]) for i in range(times) for j in range(width)]
 
 
-def _run_group(run, graphs, positions, length, segments, x, part):
+def _run_group(run, graphs, positions, segments, x, part):
     """Runs some sublayers one after the other by `run`; `part` holds their states and their entries of the cache.
 
     With `segments`, which all sublayers share, there is no cache.
     """
     kept = []
     for graph, state, entry in zip(graphs, *part, strict=True):
-        x, new = run(graph, state, x, positions, entry if segments is None else segments, length)
+        x, new = run(graph, state, x, positions, entry if segments is None else segments)
         kept.append(new)
     return x, kept
 
 
-def _run_constrained_block(graph, state, x, positions, entry, length):
+def _run_constrained_block(graph, state, x, positions, entry):
     """Runs a sublayer of a loop with constraints on the shardings of its weights.
 
     Without them the compiler would not know how the weights of a loop, and so their gradients, are sharded.
@@ -155,13 +155,13 @@ def _run_constrained_block(graph, state, x, positions, entry, length):
         constrain = lambda x, name: sharding.constrain(x, *sharding.logical_axes(name))
         return weight.replace(lora.each(constrain, "/".join(map(str, path)), weight.get_value()))
 
-    return _run_block(graph, nnx.map_state(constrained, state), x, positions, entry, length)
+    return _run_block(graph, nnx.map_state(constrained, state), x, positions, entry)
 
 
-def _run_block(graph, state, x, positions, entry, length):
+def _run_block(graph, state, x, positions, entry):
     """Runs one sublayer, with its LoRA change merged into its weights."""
     x, state = lora.merge_after(x, state)
-    return nnx.merge(graph, state)(x, positions, entry, length)
+    return nnx.merge(graph, state)(x, positions, entry)
 
 
 @functools.lru_cache
@@ -195,7 +195,6 @@ def apply(
     tokens: jax.Array,
     positions: jax.Array,
     cache: Cache | Segments | None = None,
-    length: jax.Array | None = None,
     remat: str = "none",
 ) -> tuple[jax.Array, Cache]:
     """Runs the decoder up to its final norm.
@@ -206,8 +205,6 @@ def apply(
         cache: an entry for each sublayer: for attention a KV (T = 1) or a Paged, for Mamba-2 the states of the rows
             (T = 1) or Lanes. With Segments instead, the rows are packed axes. With neither, rows begin with their
             first token.
-        length: [B] int32, real tokens of right-padded rows whose cache is wanted; None = all are real. The hidden
-            states of real tokens do not depend on it.
         remat: what the backward pass recomputes of each sublayer: all ("full"), all but products with weights ("dots"),
             or nothing ("none").
 
@@ -218,7 +215,7 @@ def apply(
     graph, state = _split(cfg)
     leaves = [(path, leaf.replace(params["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     values = nnx.from_flat_state(leaves)
-    return nnx.merge(graph, values)(tokens, positions, cache, length, remat)
+    return nnx.merge(graph, values)(tokens, positions, cache, remat)
 
 
 def remat_options(platform: str) -> dict[str, str]:

@@ -1,8 +1,6 @@
 """The sublayers of the decoder as nnx modules: RMSNorm, Attention, MLP. Each mixer maps [B, T, D] to [B, T, D].
 
-A mixer is called with (x, positions, entry, length). `entry` is the part of the cache that the rows continue, or None.
-`length` [B] int32 says how many tokens of each row are real; None = all. Attention does not use `length`, because no
-real query reads past itself.
+A mixer is called with (x, positions, entry). `entry` is the part of the cache that the rows continue, or None.
 
 Modules compute in the dtype of their parameters; norms and softmax are float32.
 
@@ -67,9 +65,7 @@ class Attention(nnx.Module):
         self.rope_theta = cfg.rope_theta
         self.rope_scaling = cfg.rope_scaling
 
-    def __call__(
-        self, x: jax.Array, positions: jax.Array, entry: KV | Paged | Segments | None, length: jax.Array | None
-    ):
+    def __call__(self, x: jax.Array, positions: jax.Array, entry: KV | Paged | Segments | None):
         """Returns the output [B, T, D], and the keys and values that the caller keeps.
 
         Without `entry` each row attends to itself alone. With a KV (T = 1) the token is written at its position, with
@@ -119,7 +115,7 @@ class MLP(nnx.Module):
         self.up_proj = normal(rngs, (d, f), d)
         self.down_proj = zeros((f, d))
 
-    def __call__(self, x: jax.Array, positions: jax.Array, entry: None, length: jax.Array | None):
+    def __call__(self, x: jax.Array, positions: jax.Array, entry: None):
         """Returns the output [B, T, D], and None because an MLP keeps nothing."""
         up = jnp.einsum("BTD,DF->BTF", x, self.up_proj[...])
         if self.gated:

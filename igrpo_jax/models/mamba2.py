@@ -43,7 +43,7 @@ MIXED = ("x_conv", "b_conv", "c_conv", "x_conv_bias", "b_conv_bias", "c_conv_bia
 
 
 class Mamba2(nnx.Module):
-    """The Mamba-2 mixer: [B, T, D] to [B, T, D], and the state after the last real token of each row."""
+    """The Mamba-2 mixer: [B, T, D] to [B, T, D], and the states after the tokens."""
 
     def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs):
         mamba, d = cfg.mamba, cfg.hidden_size
@@ -69,19 +69,14 @@ class Mamba2(nnx.Module):
         self.o_proj = zeros((*heads, d))  # with the residual, a sublayer starts as the identity
         self.cfg = cfg
 
-    def __call__(
-        self, x: jax.Array, positions: jax.Array, entry: MambaState | Segments | Lanes | None, length: jax.Array | None
-    ):
-        """Returns the output [B, T, D], and the state after the first `length` tokens of each row.
+    def __call__(self, x: jax.Array, positions: jax.Array, entry: MambaState | Lanes | Segments | None):
+        """Returns the output [B, T, D], and what the states of `entry` become; None where it has no states.
 
         Args:
             x: [B, T, D].
-            entry: the states that the rows continue, of B rows or of a divisor of B; None where the rows begin with
-                their first tokens; segments where each row is a packed axis, of which no state is returned; lanes,
-                with states of type MambaState, where the only row is an axis of sequences. Then all their states are
-                returned, those of the sequences after their last tokens.
-            length: [B] int32, real tokens of each row; None = all. Of an axis, the segments or lanes say which are
-                real.
+            entry: the states that the rows continue; lanes, with states of type MambaState, where the only row is an
+                axis of sequences; segments where each row is a packed axis; None where rows begin with their first
+                tokens.
         """
         inputs = self._project(x)
         z = constrain(jnp.einsum("BTD,DNH->BTNH", x, self.z_proj[...]), *HEADS)
@@ -94,10 +89,9 @@ class Mamba2(nnx.Module):
         elif isinstance(entry, Lanes):
             y, kept = _in_lanes(self.cfg.mamba.chunk_size, weights, inputs, dt, entry)
         else:
-            if length is not None:
-                dt = jnp.where((jnp.arange(x.shape[1]) < length[:, None])[..., None], dt, 0.0)
             before = caches.empty_state(self.cfg, x.shape[0], x.dtype) if entry is None else entry
-            kept, y = _mixed(weights, before, inputs, dt, length, self.cfg.mamba.chunk_size)
+            after, y = _mixed(weights, before, inputs, dt, None, self.cfg.mamba.chunk_size)
+            kept = None if entry is None else after
         y = self._gated_norm(y, z).astype(x.dtype) * self.gated_scale[...]
         return jnp.einsum("BTNH,NHD->BTD", y, self.o_proj[...]), kept
 

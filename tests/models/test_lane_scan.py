@@ -1,4 +1,4 @@
-"""Sequences on one axis that continue the states in their lanes: sums by hand, and Mamba-2 against rows of its own."""
+"""Sequences on one axis that continue the states in their lanes: sums by hand, and Mamba-2 against single tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -122,15 +122,18 @@ def read_prompts(cfg, weights, text, size):
     return np.concatenate(outputs), last
 
 
-def read_rows(cfg, weights, prompts):
-    """Reads each prompt as a row that begins with its first token; returns what `read_prompts` returns."""
-    length = np.array([len(prompt) for prompt in prompts], np.int32)
-    rows = np.zeros((len(prompts), max(length), cfg.hidden_size), prompts[0].dtype)
-    for row, prompt in zip(rows, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    y, states = jax.jit(lambda x, length: mixer(cfg, weights, x, None, length))(rows, length)
-    outputs = np.concatenate([own[:n] for own, n in zip(y, length, strict=True)])
-    return outputs, [rows_of(states, i) for i in range(len(prompts))]
+def read_singly(cfg, weights, prompts):
+    """Reads prompts side by side, one token of each at a time; returns what `read_prompts` returns."""
+    step = jax.jit(lambda x, state: mixer(cfg, weights, x, state))
+    state = caches.empty_state(cfg, len(prompts), prompts[0].dtype)
+    outputs, last = [[] for _ in prompts], [None] * len(prompts)
+    for t in range(max(map(len, prompts))):
+        y, state = step(np.stack([prompt[min(t, len(prompt) - 1)] for prompt in prompts])[:, None], state)
+        for i, prompt in enumerate(prompts):
+            if t < len(prompt):
+                outputs[i].append(np.asarray(y[i, 0]))
+                last[i] = rows_of(state, i)
+    return np.concatenate([np.stack(own) for own in outputs]), last
 
 
 def text_of(cfg, dtype=np.float32):
@@ -143,22 +146,22 @@ def prompts_of(text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [7, 13, 24, 100])
-def test_prompts_in_lanes_equal_rows(hybrid, size):
+def test_prompts_in_lanes_equal_one_token_at_a_time(hybrid, size):
     """Cut at many places, or not at all; outputs of all tokens and last states."""
     cfg, weights = hybrid[0], mixer_weights(hybrid[1])
     text = text_of(cfg)
-    got, wanted = read_prompts(cfg, weights, text, size), read_rows(cfg, weights, prompts_of(text))
+    got, wanted = read_prompts(cfg, weights, text, size), read_singly(cfg, weights, prompts_of(text))
     np.testing.assert_allclose(got[0], wanted[0], atol=1e-5 * np.abs(wanted[0]).max(), rtol=0)
     assert_same(got[1], wanted[1])
 
 
 @pytest.mark.slow
 def test_states_in_lanes_are_float32_in_bfloat16(hybrid):
-    """Where a prompt is cut, nothing is rounded that is not rounded in a row too."""
+    """Where a prompt is cut, nothing is rounded that is not rounded in a step too."""
     cfg = hybrid[0]
     weights = {name: jnp.asarray(x, jnp.bfloat16) for name, x in mixer_weights(hybrid[1]).items()}
     text = text_of(cfg, jnp.bfloat16)
-    got, wanted = read_prompts(cfg, weights, text, 13), read_rows(cfg, weights, prompts_of(text))
+    got, wanted = read_prompts(cfg, weights, text, 13), read_singly(cfg, weights, prompts_of(text))
     difference = np.abs(got[0].astype(np.float32) - wanted[0].astype(np.float32))
     assert difference.max() < 0.02 * np.abs(wanted[0].astype(np.float32)).max()
     for own, row in zip(got[1], wanted[1], strict=True):
@@ -180,7 +183,7 @@ def test_decode_continues_from_a_lane(hybrid):
         y, state = step(more[:, t : t + 1], state)
         outputs.append(y)
     rows = [np.concatenate(pair) for pair in zip(prompts_of(text), more, strict=True)]
-    wanted = np.split(read_rows(cfg, weights, rows)[0], np.cumsum([len(row) for row in rows])[:-1])
+    wanted = np.split(read_singly(cfg, weights, rows)[0], np.cumsum([len(row) for row in rows])[:-1])
     for own, row in zip(np.concatenate(outputs, axis=1), wanted, strict=True):
         np.testing.assert_allclose(own, row[-5:], atol=1e-5 * np.abs(row).max(), rtol=0)
 

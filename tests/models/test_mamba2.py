@@ -1,4 +1,4 @@
-"""Mamba-2: chunks equal the recurrence, padding and pieces change nothing, and a cache of states obeys its verbs."""
+"""Mamba-2: chunks equal the recurrence, pieces and packing change nothing, and a cache of states obeys its verbs."""
 
 import dataclasses
 
@@ -78,128 +78,66 @@ def test_strong_decay_gives_no_nan():
     assert all(np.isfinite(x).all() for x in jax.grad(loss, argnums=range(6))(*inputs))
 
 
-def run(c, params, tokens, start=0, cache=None, length=None):
-    places = start + np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    return jax.jit(lambda *x: decoder.apply(c, *x))(params, tokens, places, cache, length)
+def run(c, params, tokens):
+    places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return jax.jit(lambda *x: decoder.apply(c, *x)[0])(params, tokens, places)
 
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (3, 21), np.int32)
 
 
-def states(cache):
-    return [entry for entry in cache if isinstance(entry, caches.MambaState)]
-
-
-def assert_same(got, expected, atol=1e-5):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=atol, rtol=0)
-
-
-@pytest.mark.slow
-def test_padding_enters_no_state(hybrid):
-    """The state of a padded row is that of its tokens alone; a row of none has read nothing."""
-    c, params = hybrid
-    length = np.array([21, 6, 0], np.int32)
-    hidden, cache = run(c, params, TOKENS, length=length)
-    whole = run(c, params, TOKENS)
-    np.testing.assert_allclose(hidden[1, :6], whole[0][1, :6], atol=1e-5, rtol=0)
-    assert_same(jax.tree.map(lambda x: x[0], states(cache)), jax.tree.map(lambda x: x[0], states(whole[1])))
-    alone = run(c, params, TOKENS[1:2, :6])[1]
-    assert_same(jax.tree.map(lambda x: x[1], states(cache)), jax.tree.map(lambda x: x[0], states(alone)))
-    assert all(not np.asarray(x)[2].any() for x in jax.tree.leaves(states(cache)))
-    pairs = zip(states(cache), states(whole[1]), strict=True)
-    assert all(np.abs(a.state[1] - b.state[1]).max() > 0.01 for a, b in pairs)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 2, 8, 13])
 def test_two_pieces_equal_one(hybrid, cut):
-    c, params = hybrid
-    hidden, cache = run(c, params, TOKENS)
-    _, first = run(c, params, TOKENS[:, :cut])
-    before = caches.shared(first, np.full((3,), cut, np.int32))
-    later, second = run(c, params, TOKENS[:, cut:], cut, before)
-    np.testing.assert_allclose(later, hidden[:, cut:], atol=2e-5, rtol=0)
-    assert_same(states(second), states(cache))
-    # And into one cache, as a prompt is read in pieces.
-    joined = caches.extend(caches.extend(caches.empty(c, 3, 21, jnp.float32), first, 0), second, cut)
-    assert_same(joined, cache)
+    """Outputs and states, of rows that continue the states of others."""
+    c, weights = hybrid[0], mixer_weights(hybrid[1])
+    x = np.random.default_rng(5).normal(size=(3, 21, c.hidden_size)).astype(np.float32)
+    read = jax.jit(lambda x, before: mixer(c, weights, x, before))
+    empty = caches.empty_state(c, 3, jnp.float32)
+    whole, state = read(x, empty)
+    first, between = read(x[:, :cut], empty)
+    later, after = read(x[:, cut:], between)
+    got = np.concatenate([first, later], axis=1), after
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves((whole, state)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0)
 
 
-@pytest.mark.slow
-def test_rows_that_continue_one_prefix(hybrid):
-    """Values and gradients of three rows of two prefixes, one of them padded, against rows of their own."""
-    c, params = hybrid
-    length = np.array([9, 4], np.int32)
-    prefix, rows = TOKENS[:2, :9], np.random.default_rng(3).integers(0, 64, (6, 7), np.int32)
-    weight = np.random.default_rng(4).normal(size=(6, 7, c.hidden_size)).astype(np.float32)
-    places = np.broadcast_to(np.arange(9, dtype=np.int32), prefix.shape)
-    onward = np.repeat(length, 3)[:, None] + np.arange(7, dtype=np.int32)
-
-    def together(params):
-        _, cache = decoder.apply(c, params, prefix, places, length=length, remat="full")
-        hidden, _ = decoder.apply(c, params, rows, onward, caches.shared(cache, length), remat="full")
-        return jnp.sum(hidden * weight), hidden
-
-    whole = np.zeros((6, 16), np.int32)
-    for i in range(6):
-        start = length[i // 3]
-        whole[i, :start], whole[i, start : start + 7] = prefix[i // 3, :start], rows[i]
-
-    def alone(params):
-        hidden, _ = decoder.apply(c, params, whole, np.broadcast_to(np.arange(16, dtype=np.int32), whole.shape))
-        hidden = jnp.take_along_axis(hidden, onward[..., None], axis=1)
-        return jnp.sum(hidden * weight), hidden
-
-    (_, hidden), gradients = jax.jit(jax.value_and_grad(together, has_aux=True))(params)
-    (_, expected), wanted = jax.jit(jax.value_and_grad(alone, has_aux=True))(params)
-    np.testing.assert_allclose(hidden, expected, atol=2e-5, rtol=0)
-    for path, x in wanted.items():
-        np.testing.assert_allclose(gradients[path], x, atol=2e-5 * np.abs(x).max(), rtol=0, err_msg=path)
-
-
-def random_cache(c, rows, length, seed):
+def noise(cache, seed):
     draw = np.random.default_rng(seed).normal
-    return jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), x.dtype), caches.empty(c, rows, length, jnp.float32))
+    return jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), x.dtype), cache)
 
 
 @pytest.mark.slow
 def test_the_verbs_take_whole_states(hybrid):
     c = hybrid[0]
-    cache, rows = random_cache(c, 4, 10, 0), random_cache(c, 3, 6, 1)
-    inserted = caches.insert(cache, rows, np.array([2, 4, 0]))  # four slots: the second row has none
-    moved = caches.move(cache, np.array([3, 1]), np.array([1, 4]))
-    part = caches.window(cache, 2, 4)
-    later = jax.tree.map(lambda x: x + 1, part)
-    restored = caches.restore(cache, later, np.array([0, 1]), 2)
-    forked = caches.fork(jax.tree.map(lambda x: x[:1], rows), 3)
+    cache = noise(caches.empty(c, 8, 4, 4, jnp.float32), 0)
+    lanes = noise(caches.empty_lanes(c, 3, jnp.float32), 1)
+    rows = caches.rows_of(cache, np.array([2, 0]))
+    put = caches.put_rows(cache, jax.tree.map(lambda x: x + 1, rows), np.array([2, 4]))  # there are four slots
+    nothing = np.array([8], np.int32)
+    forked = caches.fork(cache, lanes, np.array([2, 0]), np.array([1, 4]), nothing, nothing)
     for i, kind in enumerate(c.pattern):
         if kind != "M":
+            assert lanes[i] is None
             continue
-        for old, new, put, away, seen, back, many in zip(
-            *(x[i] for x in (cache, rows, inserted, moved, part, restored, forked)), strict=True
-        ):
-            np.testing.assert_array_equal(put, np.stack([new[2], old[1], new[0], old[3]]))
-            np.testing.assert_array_equal(away, np.stack([old[0], old[3], old[2], old[3]]))
-            np.testing.assert_array_equal(seen, old[:2])
-            np.testing.assert_array_equal(back, np.concatenate([old[:2] + 1, old[2:]]))
-            np.testing.assert_array_equal(many, np.repeat(new[:1], 3, axis=0))
-    assert caches.positions(cache) == 10
-    assert caches.positions(states(cache)) is None
+        for old, lane, row, new, fork in zip(*(x[i] for x in (cache, lanes, rows, put, forked)), strict=True):
+            np.testing.assert_array_equal(row, np.stack([old[2], old[0]]))
+            np.testing.assert_array_equal(new, np.stack([old[0], old[1], old[2] + 1, old[3]]))
+            np.testing.assert_array_equal(fork, np.stack([old[0], lane[2], old[2], old[3]]))
 
 
 @pytest.mark.slow
 def test_a_state_is_float32_in_bfloat16(hybrid):
     c, params = hybrid
     half = decoder.cast(params, "bfloat16")
-    hidden, cache = run(c, half, TOKENS)
+    hidden = run(c, half, TOKENS)
     assert hidden.dtype == jnp.bfloat16
-    for entry in states(cache):
+    assert np.abs(hidden.astype(jnp.float32) - run(c, params, TOKENS)).mean() < 0.03
+    empty = caches.empty_state(c, 2, jnp.bfloat16)
+    _, state = mixer(c, mixer_weights(half), jnp.ones((2, 9, c.hidden_size), jnp.bfloat16), empty)
+    for entry in (empty, state):
         assert (entry.state.dtype, entry.x.dtype) == (jnp.float32, jnp.bfloat16)
-        assert len(np.unique(entry.state.astype(jnp.bfloat16))) < len(np.unique(entry.state))
-    for entry in states(caches.empty(c, 2, 8, jnp.bfloat16)):
-        assert (entry.state.dtype, entry.x.dtype) == (jnp.float32, jnp.bfloat16)
-    assert np.abs(hidden.astype(jnp.float32) - run(c, params, TOKENS)[0]).mean() < 0.03
+    assert len(np.unique(state.state.astype(jnp.bfloat16))) < len(np.unique(state.state))
 
 
 @pytest.mark.slow
@@ -208,8 +146,8 @@ def test_a_step_is_clipped_to_its_limit(hybrid):
     c, params = hybrid
     fixed = dataclasses.replace(c, mamba=dataclasses.replace(c.mamba, time_step_limit=(0.3, 0.3)))
     other = {path: x + (path.endswith("dt_bias") and 1.0) for path, x in params.items()}
-    np.testing.assert_array_equal(run(fixed, params, TOKENS)[0], run(fixed, other, TOKENS)[0])
-    assert np.abs(run(c, params, TOKENS)[0] - run(c, other, TOKENS)[0]).max() > 0.01
+    np.testing.assert_array_equal(run(fixed, params, TOKENS), run(fixed, other, TOKENS))
+    assert np.abs(run(c, params, TOKENS) - run(c, other, TOKENS)).max() > 0.01
 
 
 def test_the_count_of_parameters_is_that_of_the_arrays(hybrid):
@@ -228,23 +166,18 @@ def test_a_new_model_starts_with_finite_gradients(hybrid):
 
 @pytest.mark.slow
 def test_a_mesh_changes_nothing(hybrid):
-    """Heads and groups over `tensor`: values and gradients of two prefixes that two rows each continue."""
+    """Heads and groups over `tensor`: values and gradients of rows."""
     c, params = hybrid
-    prefix, rows = TOKENS[:2, :9], np.random.default_rng(3).integers(0, 64, (4, 7), np.int32)
-    length = np.array([9, 4], np.int32)
 
-    def loss(params, prefix, rows, length):
-        places = jnp.broadcast_to(jnp.arange(9), prefix.shape)
-        _, cache = decoder.apply(c, params, prefix, places, length=length)
-        onward = jnp.repeat(length, 2)[:, None] + jnp.arange(7)
-        hidden, _ = decoder.apply(c, params, rows, onward, caches.shared(cache, length), remat="full")
+    def loss(params, tokens):
+        hidden, _ = decoder.apply(c, params, tokens, jnp.broadcast_to(jnp.arange(21), tokens.shape), remat="full")
         return jnp.mean(hidden**2 * jnp.arange(c.hidden_size)), hidden
 
     def run_on(mesh):
         placed = {path: sharding.to_global(x, sharding.param_sharding(mesh, path)) for path, x in params.items()}
-        batch = sharding.to_global((prefix, rows, length), sharding.batch_sharding(mesh))
+        batch = sharding.to_global(TOKENS[:2], sharding.batch_sharding(mesh))
         with jax.set_mesh(mesh):
-            return sharding.to_host(jax.jit(jax.value_and_grad(loss, has_aux=True))(placed, *batch))
+            return sharding.to_host(jax.jit(jax.value_and_grad(loss, has_aux=True))(placed, batch))
 
     (_, expected), wanted = run_on(sharding.make_mesh(config.MeshConfig(), jax.devices()[:1]))
     mesh = sharding.make_mesh(config.MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
@@ -293,18 +226,6 @@ def on_axes(rows, tokens, length):
     return flat.at[tokens[real]].add(rows[real]).reshape(len(FAMILIES), AXIS, -1)
 
 
-def continued(c, weights, x):
-    """Today's path: the prefixes as rows, and completions that continue their states."""
-    flat = x.reshape(-1, x.shape[-1])
-    families = list(places())
-    many = max(len(ranges) for ranges in families) - 1
-    prefixes = rectangle([ranges[0] for ranges in families])
-    rows = rectangle([[*ranges[1:], *[()] * many][i] for ranges in families for i in range(many)])
-    of_prefixes, state = mixer(c, weights, flat[prefixes[0]], None, prefixes[1])
-    of_rows, _ = mixer(c, weights, flat[rows[0]], state)
-    return on_axes(of_prefixes, *prefixes) + on_axes(of_rows, *rows)
-
-
 def alone(c, weights, x):
     """Each prefix, and each [prefix | completion], as a row of its own."""
     flat = x.reshape(-1, x.shape[-1])
@@ -319,9 +240,8 @@ def alone(c, weights, x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", [continued, alone])
 @pytest.mark.parametrize("chunk", [4, 32])
-def test_packed_tokens_get_what_rows_get(hybrid, chunk, reference):
+def test_packed_tokens_get_what_rows_get(hybrid, chunk):
     """Outputs and all gradients; chunks are shorter than most segments, or longer than them."""
     c, weights, x, slope = of_layer(hybrid)
     segments = pack(FAMILIES, AXIS, chunk)
@@ -336,7 +256,7 @@ def test_packed_tokens_get_what_rows_get(hybrid, chunk, reference):
         return y, gradients[1], gradients[0]
 
     got = gradients(lambda c, weights, x: mixer(c, weights, x, segments)[0])
-    wanted = gradients(reference)
+    wanted = gradients(alone)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0)
     padding = segments.segment == 0
