@@ -146,7 +146,10 @@ def test_blocks_that_nothing_reads_are_skipped():
     attend = jax.jit(paged.chunked_paged_attention)
     out = np.asarray(attend(q, k, v, Paged(read, ragged)))[: 2 * BLOCK]
     np.testing.assert_allclose(out, mixed[: 2 * BLOCK], atol=2e-5)
-    k[BLOCK : 2 * BLOCK] = np.nan  # the later sequence, which does not come before the first one either
+    without_pages = np.asarray(attend(q, k, v, Paged(np.full_like(pages, np.nan), ragged)))
+    np.testing.assert_array_equal(without_pages[BLOCK : 2 * BLOCK], out[BLOCK:])  # of a sequence that begins here
+    assert np.isnan(without_pages[:BLOCK]).all()
+    k[BLOCK : 2 * BLOCK] = np.nan  # of the later sequence
     after = np.asarray(attend(q, k, v, Paged(read, ragged)))
     np.testing.assert_array_equal(after[:BLOCK], out[:BLOCK])
     assert np.isnan(after[BLOCK : 2 * BLOCK]).all()
@@ -190,6 +193,24 @@ def test_sequences_that_share_pages():
     table = arguments[3].ragged.table
     assert (table[:, :4] == table[0, :4]).all() and len(set(table[:, 4])) == 4
     check(run("splash_interpret", arguments), arguments, mixed, written)
+
+
+def test_the_kernel_gets_pages_of_the_pool_alone(monkeypatch):
+    """A TPU would read past the pool, where the emulated kernel reads its last page."""
+    tables = []
+
+    def kernel(q, pages, length, table, *_, **__):
+        tables.append(table)
+        return q
+
+    monkeypatch.setattr(paged, "_emulated_kernel", lambda: kernel)
+    rows = len(DECODED)
+    (q, k, v, (pages, ragged)), _, _ = inputs(DECODED, head_dim=128, size=rows, space=rows)
+    table = np.where(ragged.table < len(pages), ragged.table, np.iinfo(np.int32).max)
+    paged.paged_attention(
+        "splash_interpret", q, k, v, Paged(jnp.asarray(pages), ragged._replace(table=jnp.asarray(table)))
+    )
+    np.testing.assert_array_equal(tables[0], np.minimum(table, len(pages) - 1))
 
 
 def test_heads_that_the_kernel_does_not_suit():
