@@ -2,7 +2,7 @@
 
 A prompt takes a lane and all its pages, is read piece by piece, and stays until its last sample has a slot. A sample
 shares the full pages of its prompt, has a copy of the partly filled one, and takes further pages before each dispatch.
-Where pages run out, what began last is given up and begins anew later: first prompts of which no sample runs, then
+Where pages run out, what began last is given up and begins anew later: first prompts from which no sample runs, then
 samples. What began first can always go on, because the pool holds the longest sequence.
 
 A page that is given back may be taken again at once, although the device still has a dispatch to run: the device works
@@ -44,13 +44,17 @@ class InLane(Waiting):
 class Running:
     """The sample that a slot draws."""
 
-    request: Request
+    prompt: InLane  # in whose lane it began
     number: int  # within the request
     slot: int
     pages: list[int]
     began: int
     since: int  # number of the first dispatch that decodes it
     count: int = 1  # tokens drawn, as of the last dispatch that the host has read
+
+    @property
+    def request(self) -> Request:
+        return self.prompt.request
 
     @property
     def sample_id(self) -> int:
@@ -188,7 +192,7 @@ class Shard:
         pages = [*shared, *own]
         self.table[slot, : len(pages)] = pages
         number = prompt.samples.popleft()
-        self.running[slot] = Running(request, number, slot, pages, self._number(), dispatch)
+        self.running[slot] = Running(prompt, number, slot, pages, self._number(), dispatch)
         return Start(
             lane=prompt.lane,
             slot=slot,
@@ -208,12 +212,15 @@ class Shard:
             self.pool.give_back(prompt.pages)
 
     def _give_up(self) -> Waiting | None:
-        """Gives up the prompt that began last of those of which no sample runs, or else the sample that began last.
+        """Gives up the prompt that began last of those from which no sample runs, or else the sample that began last.
+
+        A sample that was given up after its prompt had left its lane reads the prompt anew, in other pages. Such a
+        prompt is given up too, although other samples of its request run.
 
         Returns what has no place in a lane of this shard any more.
         """
-        at_work = {running.request for running in self.running.values()}
-        idle = next((prompt for prompt in reversed(self._prompts) if prompt.request not in at_work), None)
+        at_work = {running.prompt for running in self.running.values()}
+        idle = next((prompt for prompt in reversed(self._prompts) if prompt not in at_work), None)
         if idle is not None:
             given_up = Waiting(idle.request, deque(idle.samples))
             idle.samples.clear()

@@ -1,0 +1,356 @@
+"""What the host knows of a shard, whatever the order of events: who has which page, and that all samples are drawn.
+
+Two fuzzers: one calls the methods of a `Shard` in any order, and one lets a `Scheduler` drive devices of numpy, whose
+pages hold for each position whose token it is.
+"""
+
+import collections
+import math
+from collections import deque
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from igrpo_jax.sampling.programs import WIDTH, Sizes
+from igrpo_jax.sampling.requests import Request
+from igrpo_jax.sampling.scheduler import Scheduler
+from igrpo_jax.sampling.shard import Shard, Waiting
+from igrpo_jax.sampling.state import Sampling, Status
+
+KEY = np.array([1, 2], np.uint32)
+END = 10**6  # the token that ends a completion
+
+
+def request_of(index, tokens, limits):
+    """A request for one sample per limit; its tokens are no other's."""
+    return Request(1000 * index + np.arange(tokens), index, len(limits), KEY, np.array(limits))
+
+
+# Ranges of sizes. In small pools most samples are given up, and prompts take several chunks to be read anew.
+ANY = {"context": (1, 8), "completion": (1, 20), "page_size": (1, 4), "slots": (1, 5), "steps": (1, 4), "chunk": (1, 8)}
+TIGHT = ANY | {"context": (4, 8), "completion": (8, 20), "page_size": (1, 2), "slots": (2, 4), "steps": (1, 2)}
+TIGHT |= {"chunk": (1, 2)}
+
+
+@st.composite
+def sizes_of(draw, ranges):
+    """Sizes with pools that hold one sequence, or a few pages more."""
+    drawn = {name: draw(st.integers(*bounds)) for name, bounds in ranges.items()}
+    sizes = Sizes(
+        shard_slots=drawn["slots"],
+        pages=0,
+        page_size=drawn["page_size"],
+        length=drawn["context"] + drawn["completion"],
+        max_context=drawn["context"],
+        max_completion=drawn["completion"],
+        steps_per_dispatch=drawn["steps"],
+        prefill_chunk=drawn["chunk"],
+    )
+    return replace(sizes, pages=sizes.least_pages + draw(st.integers(0, 8)))
+
+
+@st.composite
+def requests_of(draw, sizes):
+    often_most = lambda most: st.one_of(st.just(most), st.integers(1, most))
+    limits = st.lists(often_most(sizes.max_completion), min_size=1, max_size=6)
+    prompts = draw(st.lists(st.tuples(often_most(sizes.max_context), limits), min_size=1, max_size=6))
+    return [request_of(index, tokens, limits) for index, (tokens, limits) in enumerate(prompts)]
+
+
+def check_pages(shard):
+    """Every page has the users that it should have, and several only as a full page of one prompt."""
+    holders = collections.defaultdict(list)
+    parts = [*shard._prompts, *shard.running.values()]
+    for part in parts:
+        assert len(set(part.pages)) == len(part.pages)
+        for place, page in enumerate(part.pages):
+            holders[page].append((part.request, place))
+    for page, users in holders.items():
+        request, place = users[0]
+        is_full_of_prompt = (place + 1) * shard.sizes.page_size <= len(request.tokens)
+        assert len(users) == 1 or (set(users) == {users[0]} and is_full_of_prompt), (page, users)
+    counts = [len(holders[page]) for page in range(shard.sizes.pages)]
+    assert counts == shard.pool._users and max(holders, default=0) < shard.sizes.pages
+    assert shard.pool.used == sum(map(bool, counts)) and shard.pool.used + shard.pool.free == shard.sizes.pages
+    for slot, running in shard.running.items():
+        assert running.slot == slot
+        np.testing.assert_array_equal(shard.table[slot, : len(running.pages)], running.pages)
+
+
+def check_is_free(shard):
+    assert not shard.running and not shard.pending and not shard.unread
+    assert shard.pool.free == shard.sizes.pages
+    assert sorted(shard._slots) == list(range(shard.sizes.shard_slots))
+    assert sorted(shard._lanes) == list(range(shard.sizes.lanes))
+
+
+class AnyOrder:
+    """A shard with a queue, whose events happen as they are drawn."""
+
+    def __init__(self, sizes, requests):
+        self.shard, self.queue, self.ended = Shard(sizes), deque(), []
+        self.queue += [Waiting(request, deque(range(request.samples))) for request in requests]
+        self.wanted = self.samples()
+
+    def samples(self):
+        """Every sample that is known, wherever it is."""
+        waiting = [(part.request, number) for part in [*self.queue, *self.shard._prompts] for number in part.samples]
+        running = [(running.request, running.number) for running in self.shard.running.values()]
+        return collections.Counter(waiting + running + self.ended)
+
+    def begin(self, _):
+        if self.queue and self.shard.can_begin(len(self.queue[0].request.tokens)):
+            self.shard.begin(self.queue.popleft())
+
+    def read(self, size):
+        pieces = self.shard.pieces(size)
+        assert sum(len(piece.tokens) for piece in pieces) <= size
+        assert not any(piece.before for piece in pieces[1:])
+
+    def start(self, dispatch):
+        prompts = {prompt.lane: prompt for prompt in self.shard._prompts}
+        for start in self.shard.starts(dispatch):
+            prompt, running = prompts[start.lane], self.shard.running[start.slot]
+            assert prompt.request is running.request and prompt.read == len(prompt.request.tokens) == start.length
+            assert start.sample == running.sample_id and start.limit == running.request.limit_of(running.number)
+            full, rest = divmod(start.length, self.shard.sizes.page_size)
+            assert running.pages[:full] == prompt.pages[:full] and len(running.pages) == len(prompt.pages)
+            assert start.copied == ((prompt.pages[full], running.pages[full]) if rest else None)
+
+    def draw(self, ahead):
+        """Makes room for some tokens, and draws some of them in each slot."""
+        shard = self.shard
+        before = sorted(shard.running.values(), key=lambda running: running.began)
+        for waiting in shard.make_room(ahead):
+            self.queue.appendleft(waiting)
+        if before:
+            assert shard.running.get(before[0].slot) is before[0], "what began first was given up"
+        for running in shard.running.values():
+            held = len(running.pages) * shard.sizes.page_size
+            assert held >= min(running.cached + ahead, running.most)
+            running.count = min(running.count + ahead, running.request.limit_of(running.number))
+
+    def end(self, number):
+        if self.shard.running:
+            slot = sorted(self.shard.running)[number % len(self.shard.running)]
+            running = self.shard.end(slot)
+            self.ended.append((running.request, running.number))
+
+    def hand_over(self, most):
+        if (moved := self.shard.share_out(most)) is not None:
+            assert 0 < len(moved.samples) <= most
+            self.queue.append(moved)
+
+
+EVENTS = [AnyOrder.begin, AnyOrder.read, AnyOrder.start, AnyOrder.draw, AnyOrder.end, AnyOrder.hand_over]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranges", [ANY, TIGHT], ids=["any", "tight"])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_events_in_any_order(ranges, data):
+    sizes = data.draw(sizes_of(ranges))
+    case = AnyOrder(sizes, data.draw(requests_of(sizes)))
+    for event, number in data.draw(st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(1, 8)), max_size=60)):
+        event(case, number)
+        check_pages(case.shard)
+        assert case.samples() == case.wanted
+    while len(case.ended) < sum(case.wanted.values()):
+        ended = len(case.ended)
+        for event in (AnyOrder.begin, AnyOrder.read, AnyOrder.start):
+            event(case, sizes.max_context)
+        case.draw(sizes.max_completion)
+        case.end(0)
+        check_pages(case.shard)
+        assert len(case.ended) > ended or case.shard.unread
+    assert case.samples() == case.wanted
+    check_is_free(case.shard)
+
+
+@dataclass
+class Slot:
+    """A sample on a device of numpy."""
+
+    prompt: int
+    sample: int
+    length: int  # of the prompt
+    total: int  # of the completion
+    count: int = 1
+
+    def tokens(self):
+        return [self.sample] * (self.total - 1) + [END]
+
+    def token(self, position):
+        """Whose token belongs at a position, and which it is."""
+        return (self.prompt, position) if position < self.length else (self.prompt, self.sample, position)
+
+
+@dataclass
+class Device:
+    """One shard's pages, lanes and slots."""
+
+    sizes: Sizes
+    pages: dict = field(default_factory=dict)  # by page and offset, whose token it holds
+    lanes: dict = field(default_factory=dict)  # the prompt, and how many of its tokens are read
+    slots: dict = field(default_factory=dict)
+    steps: int = 0
+
+    def place(self, pages, position):
+        return int(pages[position // self.sizes.page_size]), position % self.sizes.page_size
+
+    def read(self, piece):
+        prompt = int(piece.tokens[0]) // 1000
+        assert piece.before == 0 or self.lanes[piece.lane] == (prompt, piece.before)
+        for position, token in enumerate(piece.tokens, piece.before):
+            assert token == 1000 * prompt + position
+            self.pages[self.place(piece.pages, position)] = (prompt, position)
+        self.lanes[piece.lane] = (prompt, piece.before + len(piece.tokens))
+
+    def start(self, starts, totals):
+        held = dict(self.pages)
+        for start in starts:
+            assert self.lanes[start.lane] == (start.prompt, start.length)
+            for offset in range(self.sizes.page_size) if start.copied else ():
+                self.pages[start.copied[1], offset] = held.get((start.copied[0], offset))
+            total = min(totals[start.prompt, start.sample], start.limit)
+            self.slots[start.slot] = Slot(start.prompt, start.sample, start.length, total)
+
+    def decode(self, slots, table, furthest, least):
+        rows = [self.slots[slot] for slot in slots]
+        pages = dict(zip(map(id, rows), table[slots], strict=True))
+        self.steps = 0
+        is_active = lambda row: row.count < row.total
+        while self.steps < self.sizes.steps_per_dispatch and sum(map(is_active, rows)) >= max(1, least):
+            self.steps += 1
+            for row in filter(is_active, rows):
+                last = row.length - 1 + row.count
+                assert last < furthest
+                self.pages[self.place(pages[id(row)], last)] = row.token(last)
+                for position in range(last + 1):
+                    assert self.pages[self.place(pages[id(row)], position)] == row.token(position)
+                row.count += 1
+
+
+class Engine:
+    """What a Scheduler calls, on devices of numpy; `totals` has the tokens of each completion, by prompt and sample."""
+
+    eos_ids = frozenset([END])
+
+    def __init__(self, sizes, shards, totals):
+        self.sizes, self.shards, self.totals = sizes, shards, totals
+        self.shard_slots, self.slots = sizes.shard_slots, sizes.shard_slots * shards
+        self.programs = SimpleNamespace(reads={1: (), sizes.shard_slots: ()})
+        self.dispatches = 0
+
+    def weights(self, params):
+        return params
+
+    def empty(self):
+        return [Device(self.sizes) for _ in range(self.shards)]
+
+    def chunk_size(self, unread):
+        return min(unread, self.sizes.prefill_chunk)
+
+    def rows(self, needed):
+        return min(rows for rows in self.programs.reads if rows >= needed)
+
+    def prefill(self, weights, state, size, pieces):
+        for device, own in zip(state, pieces, strict=True):
+            assert sum(len(piece.tokens) for piece in own) <= size and len({piece.lane for piece in own}) == len(own)
+            assert not any(piece.before for piece in own[1:])
+            for piece in own:
+                device.read(piece)
+        return state
+
+    def fork(self, state, starts, sampling):
+        for device, own in zip(state, starts, strict=True):
+            for first in range(0, len(own), WIDTH):
+                device.start(own[first : first + WIDTH], self.totals)
+        return state
+
+    def decode(self, weights, state, slots, tables, furthest, least, sampling):
+        self.dispatches += 1
+        counts, active = np.zeros((2, self.shards, self.shard_slots), int)
+        for shard, device in enumerate(state):
+            device.decode(slots[shard], tables[shard].copy(), min(furthest, self.sizes.length), least[shard])
+            for slot, row in device.slots.items():
+                counts[shard, slot], active[shard, slot] = row.count, row.count < row.total
+        steps = [device.steps for device in state]
+        return state, Status(*map(jnp.asarray, (active.ravel() > 0, counts.ravel(), steps)))
+
+    def harvest(self, state, slots):
+        rows = [state[slot // self.shard_slots].slots[slot % self.shard_slots] for slot in slots]
+        tokens = np.zeros((-(-len(rows) // WIDTH) * WIDTH, self.sizes.max_completion), int)
+        for i, row in enumerate(rows):
+            tokens[i, : row.total] = row.tokens()
+        return [(piece, piece * 0.0, np.zeros(WIDTH)) for piece in tokens.reshape(-1, WIDTH, tokens.shape[1])]
+
+
+def run(sizes, shards, ahead, later, totals):
+    """Draws completions of `totals` tokens, by prompt and sample; returns the scheduler.
+
+    Args:
+        later: requests, each with the number of calls before which it is submitted.
+    """
+    engine = Engine(sizes, shards, totals)
+    scheduler = Scheduler(engine, ahead)
+    scheduler.start({}, Sampling(1.0))
+    # In each dispatch the sample that began first draws all tokens that it may, or some sample ends early. The results
+    # come one dispatch late where the device is ahead.
+    most = sum(math.ceil(total / sizes.steps_per_dispatch) + 1 + ahead for total in totals.values())
+    samples, calls, later = [], 0, deque(later)
+    while scheduler.pending or later:
+        while later and (later[0][1] <= calls or not scheduler.pending):
+            scheduler.submit(later.popleft()[0])
+        samples += scheduler.advance()
+        for shard in scheduler.shards:
+            check_pages(shard)
+        calls += 1
+        assert engine.dispatches <= most, "samples are drawn again and again"
+    assert len(samples) == len(totals)
+    assert {(sample.request.index, sample.sample_id) for sample in samples} == totals.keys()
+    for sample in samples:
+        total = totals[sample.request.index, sample.sample_id]
+        assert sample.tokens.tolist() == [sample.sample_id] * (total - 1) + [END]
+    for shard in scheduler.shards:
+        check_is_free(shard)
+    return scheduler
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranges", [ANY, TIGHT], ids=["any", "tight"])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_scheduler_draws_all_from_pages_that_hold_what_they_should(ranges, data):
+    sizes = data.draw(sizes_of(ranges))
+    requests = data.draw(requests_of(sizes))
+    calls = sorted(data.draw(st.integers(0, 6)) for _ in requests)
+    totals = {
+        (request.index, number): request.limit_of(number) for request in requests for number in range(request.samples)
+    }
+    shards, ahead = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 1))
+    run(sizes, shards, ahead, zip(requests, calls, strict=True), totals)
+
+
+def test_a_sample_that_begins_anew_does_not_stop_the_one_that_began_first():
+    """Both are of one prompt. Its pages are in use twice: by the sample that goes on, and to be read for the other."""
+    tokens, total = 4, 13
+    sizes = Sizes(
+        shard_slots=2,
+        pages=tokens + total + 1,
+        page_size=1,
+        length=tokens + total,
+        max_context=tokens,
+        max_completion=total,
+        steps_per_dispatch=1,
+        prefill_chunk=1,
+    )
+    request = request_of(0, tokens, [total, total])
+    scheduler = run(sizes, 1, 0, [(request, 0)], {(0, 0): total, (0, 1): total})
+    assert scheduler.usage.preempted > 0
