@@ -138,21 +138,25 @@ def test_other_pages_heads_and_dtypes(name, page, kv_heads, groups, head_dim, dt
 
 def test_blocks_that_nothing_reads_are_skipped():
     """NaN in them reaches no output: a product with a masked weight of 0 would be NaN."""
-    chunk = [(BLOCK, BLOCK), (0, BLOCK)]
-    (q, k, v, (pages, ragged)), mixed, _ = inputs(chunk, page=BLOCK)
-    read = pages.copy()
-    read[np.setdiff1d(np.arange(len(pages)), ragged.table[0, :1])] = np.nan  # all pages but the one that was there
-    k[2 * BLOCK :], v[2 * BLOCK :] = np.nan, np.nan  # padding
-    attend = jax.jit(paged.chunked_paged_attention)
-    out = np.asarray(attend(q, k, v, Paged(read, ragged)))[: 2 * BLOCK]
-    np.testing.assert_allclose(out, mixed[: 2 * BLOCK], atol=2e-5)
-    without_pages = np.asarray(attend(q, k, v, Paged(np.full_like(pages, np.nan), ragged)))
-    np.testing.assert_array_equal(without_pages[BLOCK : 2 * BLOCK], out[BLOCK:])  # of a sequence that begins here
-    assert np.isnan(without_pages[:BLOCK]).all()
-    k[BLOCK : 2 * BLOCK] = np.nan  # of the later sequence
-    after = np.asarray(attend(q, k, v, Paged(read, ragged)))
-    np.testing.assert_array_equal(after[:BLOCK], out[:BLOCK])
-    assert np.isnan(after[BLOCK : 2 * BLOCK]).all()
+    (q, k, v, (pages, ragged)), mixed, _ = inputs([(BLOCK, BLOCK), (0, BLOCK)], page=BLOCK)
+    first, second, padding = (slice(i * BLOCK, (i + 1) * BLOCK) for i in range(3))
+
+    def attend(unread, unread_pages):
+        """Returns the outputs with NaN in the keys and values of some tokens and pages."""
+        nan = k.copy(), v.copy(), pages.copy()
+        nan[0][unread], nan[1][unread], nan[2][unread_pages] = np.nan, np.nan, np.nan
+        return np.asarray(jax.jit(paged.chunked_paged_attention)(q, *nan[:2], Paged(nan[2], ragged)))
+
+    held = ragged.table[0, 0]  # the page that was there before the chunk
+    out = attend(padding, np.setdiff1d(np.arange(len(pages)), held))
+    np.testing.assert_allclose(out[: 2 * BLOCK], mixed[: 2 * BLOCK], atol=2e-5)
+    assert np.isfinite(out[padding]).all()
+    of_others = attend(second, [])  # for the first sequence a later one, whose tokens come after its own
+    np.testing.assert_array_equal(of_others[first], out[first])
+    assert np.isnan(of_others[second]).all()
+    of_others = attend(first, held)
+    np.testing.assert_array_equal(of_others[second], out[second])
+    assert np.isnan(of_others[first]).all()
 
 
 def test_later_blocks_of_a_sequence_are_skipped():
