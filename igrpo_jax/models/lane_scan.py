@@ -83,7 +83,7 @@ def _chunks(lane: jax.Array, ragged: Ragged, size: int, chunk: int) -> _Chunks:
     many = -(-tokens // chunk)
     end = jnp.cumsum(many)  # [W], the number of chunks of all sequences up to this one
     number = jnp.arange(-(-size // chunk) + width)
-    sequence = jnp.minimum(jnp.searchsorted(end, number, side="right"), width - 1)
+    sequence = jnp.minimum(jnp.searchsorted(end, number, side="right", method="compare_all"), width - 1)
     before = (number - (end - many)[sequence]) * chunk  # tokens of the same sequence on the axis before each chunk
     return _Chunks(
         start=ragged.start[sequence] + before,

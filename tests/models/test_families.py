@@ -14,6 +14,8 @@ from tiny_models import one_device
 
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder, hf_files, hf_read
+from igrpo_jax.models.lane_scan import Lanes
+from igrpo_jax.models.paged import Paged, Ragged
 
 STEPS = 32
 
@@ -36,9 +38,8 @@ def positions(tokens):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def forward(cfg, params, tokens, length=None):
-    hidden, cache = decoder.apply(cfg, params, tokens, positions(tokens), length=length)
-    return decoder.logits(cfg, params, hidden), cache
+def forward(cfg, params, tokens):
+    return decoder.logits(cfg, params, decoder.apply(cfg, params, tokens, positions(tokens))[0])
 
 
 @pytest.mark.slow
@@ -49,8 +50,29 @@ def test_forward(family):
     for length in (1, chunk - 1, chunk, chunk + 1, 43) if cfg.mamba else (43,):
         with torch.no_grad():
             expected = model(torch.tensor(TOKENS[:, :length]).long()).logits.numpy()
-        np.testing.assert_allclose(forward(cfg, params, TOKENS[:, :length])[0], expected, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(forward(cfg, params, TOKENS[:, :length]), expected, atol=1e-4, rtol=0)
     assert np.abs(expected).max() > 1
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(cfg, params, lengths):
+    """Reads prompts of these lengths, one after another on an axis of 64 tokens, into pages and lanes.
+
+    Returns the logits after each, and their cache as rows of 64 positions.
+    """
+    count, start = len(lengths), jnp.append(0, jnp.cumsum(lengths))
+    sequence = jnp.minimum(jnp.searchsorted(start, jnp.arange(64), side="right") - 1, count - 1)
+    position = jnp.arange(64) - start[sequence]
+    table = jnp.arange(4 * count)[::-1].reshape(count, 4)
+    ragged = Ragged(lengths, table, start, jnp.array([count]))
+    pools, lanes = caches.empty(cfg, 4 * count, 16, 0, jnp.float32), caches.empty_lanes(cfg, count, jnp.float32)
+    entries = tuple(
+        Lanes(states, jnp.arange(count), ragged) if kind == "M" else Paged(pool, ragged) if kind == "*" else None
+        for kind, pool, states in zip(cfg.pattern, pools, lanes, strict=True)
+    )
+    tokens = jnp.where(jnp.arange(64) < start[-1], jnp.asarray(TOKENS)[sequence, position], 90)
+    hidden, cache = decoder.apply(cfg, params, tokens[None], position[None], entries)
+    return decoder.logits(cfg, params, hidden[0, start[1:] - 1]), caches.window(cache, table)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -61,13 +83,11 @@ def decode(cfg, params, token, position, cache):
 
 @pytest.mark.slow
 def test_prefill_and_decode(family):
-    """Three prompts of other lengths side by side, padded on the right, against each alone in transformers."""
+    """Three prompts of other lengths on one axis, and then side by side, against each alone in transformers."""
     model, cfg, params = family
     lengths = np.array([1, 16, 23], np.int32)
-    prompts = np.where(np.arange(24) < lengths[:, None], TOKENS[:, :24], 90)
-    logits, rows = forward(cfg, params, prompts, lengths)
-    cache = caches.insert(caches.empty(cfg, 3, 64, jnp.float32), rows, np.arange(3))
-    ours = [np.asarray(logits)[np.arange(3), lengths - 1]]
+    logits, cache = prefill(cfg, params, lengths)
+    ours = [np.asarray(logits)]
     for i in range(STEPS):
         logits, cache = decode(cfg, params, TOKENS[np.arange(3), lengths + i], lengths + i, cache)
         ours.append(np.asarray(logits))
@@ -88,7 +108,7 @@ def test_gradients(family, tmp_path):
     weight = np.random.default_rng(1).normal(size=(3, 20)).astype(np.float32)
 
     def loss(params):
-        logp = jax.nn.log_softmax(forward(cfg, params, tokens)[0][:, :-1])
+        logp = jax.nn.log_softmax(forward(cfg, params, tokens)[:, :-1])
         return jnp.mean(weight * jnp.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0])
 
     ours = jax.jit(jax.grad(loss))(params)
