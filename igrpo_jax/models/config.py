@@ -56,7 +56,7 @@ class DecoderConfig:
     qk_norm: bool = False  # whether each head of q and k is normalised before rotation
     mlp: str = "swiglu"  # or "relu2", which has no gate
     mamba: MambaConfig | None = None  # where the pattern has an M
-    attention: str = "xla"  # of prefill and training, a key of attention.IMPLEMENTATIONS; `attention.choose` picks it
+    attention: str = "xla"  # of prefill and training, a key of attention.PACKED; `attention.choose` picks it
 
     @property
     def num_params(self) -> int:

@@ -166,7 +166,7 @@ def test_bytes_of_a_slot_are_those_of_the_cache(name, request):
     c = request.getfixturevalue(name)[0]
     costs = ModelCosts(c, "float32", one_device())
     places = caches.shardings(c, one_device())
-    cache = jax.eval_shape(lambda: caches.empty(c, 5, 24, jnp.float32))
+    cache = jax.eval_shape(lambda: caches.empty(c, pages=15, page_size=8, slots=5, dtype=jnp.float32))
     put = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), cache, places)
     assert tree_bytes(put) == 5 * (24 * costs.token_bytes + costs.state_bytes)
 
