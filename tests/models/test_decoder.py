@@ -15,6 +15,7 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import builtin
+from igrpo_jax.models.paged import Paged, Ragged
 
 TINY = tiny_models.tiny_config(
     vocab_size=48, hidden_size=24, intermediate_size=40, num_heads=6, max_position_embeddings=64
@@ -41,23 +42,33 @@ def full():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("read", [16, 24])
-def test_cached_decode_equals_the_full_forward(params, full, read):
-    """Three prompts of different lengths in slots of their own, decoded side by side up to 15 tokens."""
+@pytest.mark.parametrize("pages", [4, 6])
+def test_cached_decode_equals_the_full_forward(params, full, pages):
+    """Three prompts of other lengths in rows of pages of 4 positions, decoded side by side up to 15 tokens."""
     tokens, positions = tokens_and_positions(3, 15)
     expected = np.asarray(full(params, tokens, positions)[0])
-    lengths, slots = np.array([1, 5, 8]), np.array([3, 0, 2])
-    cache = caches.empty(TINY, slots=4, length=24, dtype=jnp.float32)
+    lengths, slots = np.array([1, 5, 8], np.int32), np.array([3, 0, 2])
+    table = np.random.default_rng(0).permutation(24).astype(np.int32).reshape(4, 6)
+    start = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    axis = np.full((1, 64), 47, np.int32)  # what stands past the prompts must not matter
+    axis[0, : start[-1]] = np.concatenate([tokens[row, :length] for row, length in enumerate(lengths)])
+    ragged = Ragged(lengths, table[slots], start, np.array([3], np.int32))
+    places = np.concatenate([*map(np.arange, lengths), np.zeros(64 - start[-1])])[None].astype(np.int32)
+
+    def prefill(params, axis, places, ragged):
+        pools = caches.empty(TINY, 24, 4, 4, jnp.float32)
+        entries = tuple(None if pool is None else Paged(pool, ragged) for pool in pools)
+        return decoder.apply(TINY, params, axis, places, entries)
+
+    hidden, cache = jax.jit(prefill)(params, axis, places, ragged)
     for row, length in enumerate(lengths):
-        prompt = np.full((1, 8), 47, np.int32)  # one bucket for all; what stands past the prompt must not matter
-        prompt[0, :length] = tokens[row, :length]
-        hidden, rows = full(params, prompt, np.arange(8, dtype=np.int32)[None])
-        np.testing.assert_allclose(hidden[0, :length], expected[row, :length], atol=1e-5, rtol=0)
-        cache = caches.insert(cache, rows, slots[row : row + 1])
+        read = hidden[0, start[row] : start[row + 1]]
+        np.testing.assert_allclose(read, expected[row, :length], atol=1e-5, rtol=0)
 
     def decode(params, token, position, cache):
-        hidden, part = decoder.apply(TINY, params, token, position, caches.window(cache, 4, read))
-        return hidden, caches.restore(cache, part, position[:, 0], 1)
+        own, at = jnp.asarray(table[:, :pages]), position[:, 0]
+        hidden, rows = decoder.apply(TINY, params, token, position, caches.window(cache, own))
+        return hidden, caches.restore(cache, rows, own, at, at + 1, 1)
 
     step = jax.jit(decode)
     at = lengths.copy()
@@ -89,36 +100,20 @@ def test_right_padding_changes_nothing(params, full):
         np.testing.assert_allclose(got[:2, :9], expected, atol=1e-5, rtol=0)
 
 
-def random_cache(rows, length, seed):
-    draw = np.random.default_rng(seed).normal
-    return jax.tree.map(lambda x: draw(size=x.shape).astype(x.dtype), caches.empty(TINY, rows, length, jnp.float32))
-
-
-def test_insert_writes_its_slots_and_drops_what_is_past_the_last():
-    cache, rows = random_cache(4, 10, 0), random_cache(3, 6, 1)
-    after = jax.jit(caches.insert)(cache, rows, np.array([2, 4, 0]))  # four slots: the second row has none
-    for old, row, new in zip(*map(jax.tree.leaves, (cache, rows, after)), strict=True):
-        expected = np.array(old)
-        expected[2, :, :6], expected[0, :, :6] = row[0], row[2]
-        np.testing.assert_array_equal(new, expected)
-
-
-def test_insert_keeps_the_dtype_of_the_cache():
-    cache = caches.empty(TINY, 2, 8, jnp.bfloat16)
-    after = caches.insert(cache, random_cache(1, 4, 0), np.array([1]))
-    assert {x.dtype for x in jax.tree.leaves(after)} == {jnp.dtype(jnp.bfloat16)}
-
-
-def test_fork_repeats_one_row():
-    prefix = random_cache(1, 6, 0)
-    for one, many in zip(*map(jax.tree.leaves, (prefix, caches.fork(prefix, 3))), strict=True):
-        np.testing.assert_array_equal(many, np.repeat(one, 3, axis=0))
-
-
 def test_a_cache_remembers_attention_only():
-    cache = caches.empty(TINY, slots=3, length=10, dtype=jnp.float32)
+    cache = caches.empty(TINY, pages=3, page_size=10, slots=2, dtype=jnp.bfloat16)
     assert [entry is None for entry in cache] == [kind == "-" for kind in TINY.pattern]
-    assert cache[0].k.shape == cache[0].v.shape == (3, 2, 10, 8)
+    assert (cache[0].shape, cache[0].dtype) == ((3, 10, 4, 8), jnp.bfloat16)
+
+
+def test_fork_copies_pages():
+    """Those whose target is past the last page are dropped."""
+    draw = np.random.default_rng(0).normal
+    cache = jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), x.dtype), caches.empty(TINY, 4, 2, 1, jnp.float32))
+    none = np.array([1, 1])  # past the last slot
+    forked = caches.fork(cache, (None,) * len(cache), none, none, np.array([2, 0]), np.array([1, 4]))
+    for old, new in zip(*map(jax.tree.leaves, (cache, forked)), strict=True):
+        np.testing.assert_array_equal(new, np.asarray(old)[[0, 2, 2, 3]])
 
 
 def gradient(c, remat):
@@ -175,19 +170,15 @@ def test_weights_that_nothing_has_cast_are_not_stacked():
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_a_loop_is_its_sublayers_one_after_the_other(hybrid, remat, monkeypatch):
-    """Of rows and of those that continue them: hidden states, caches and gradients; of two different stretches."""
+    """Hidden states and gradients; of two different stretches."""
     c = dataclasses.replace(hybrid[0], pattern="M-M-*-*-")
-    params, length = random_params(c), jnp.array([3, 5])
-    tokens, places = tokens_and_positions(2, 5)
-    more, _ = tokens_and_positions(4, 6)
+    params, (tokens, places) = random_params(c), tokens_and_positions(2, 5)
 
     @functools.partial(jax.jit, static_argnums=1)
     def run(params, remat):
         def loss(params):
-            first, cache = decoder.apply(c, params, tokens, places, length=length, remat=remat)
-            at = jnp.repeat(length, 2)[:, None] + jnp.arange(6)
-            rows, last = decoder.apply(c, params, more, at, caches.shared(cache, length), remat=remat)
-            return jnp.mean(jnp.sin(rows) ** 2), (first, rows, cache, last)
+            hidden, _ = decoder.apply(c, params, tokens, places, remat=remat)
+            return jnp.mean(jnp.sin(hidden) ** 2), hidden
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -230,8 +221,8 @@ def test_init_depends_on_its_key_and_starts_near_even_odds():
 def test_logits_are_float32_also_in_bfloat16(params, full):
     tokens, positions = tokens_and_positions(2, 8)
     half = decoder.cast(params, "bfloat16")
-    hidden, cache = full(half, tokens, positions)
-    assert hidden.dtype == cache[0].k.dtype == jnp.bfloat16
+    hidden = full(half, tokens, positions)[0]
+    assert hidden.dtype == jnp.bfloat16
     logits = decoder.logits(TINY, half, hidden)
     assert logits.dtype == jnp.float32
     assert len(np.unique(np.asarray(logits))) > len(np.unique(np.asarray(logits.astype(jnp.bfloat16))))
