@@ -27,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as library
 
 from igrpo_jax.distributed.sharding import spec
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
 from igrpo_jax.models.segments import BLOCK, readable
@@ -38,6 +39,7 @@ TILES = (1, 2, 4)  # numbers of kv heads that the kernel reads, besides the mult
 # rows for each of its sequences and keeps one, so that it is as small as the registers allow.
 KEY_POSITIONS, CHUNK_QUERIES, DECODE_QUERIES = 1024, 32, 8
 VMEM_BYTES = 32 * 2**20  # vector memory that the kernel may use; the limit of the compiler is 16 MiB on most TPUs
+TABLE_BYTES = 2**20 - 2**14  # of a table, which the kernel holds in scalar memory; 1 MiB less what else it keeps there
 
 
 class Ragged(NamedTuple):
@@ -109,8 +111,8 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Writes new tokens to their pages, and computes their attention to their sequences.
 
-    Inside `shard_map` over the batch it splits the heads over `tensor` itself, because the compiler can split neither
-    the kernel nor loops whose trip counts are known when they run.
+    Inside `shard_map` over the batch it splits the heads over `tensor` itself, because the compiler cannot split the
+    kernel, and nothing may communicate in loops whose trip counts differ between shards.
 
     Args:
         implementation: a key of `attention.PACKED`. Where the TPU's kernel does not run (`reads_pages`),
@@ -246,10 +248,18 @@ def splash_paged_attention(
 
     Args:
         interpret: emulates the kernel, slowly, on any platform.
+
+    Raises:
+        InputError: the table is larger than the memory that the kernel has for it.
     """
     del k, v
     (pages, ragged), size = entry, q.shape[0]
     sequences, of_sequence = ragged.table.shape
+    if -(-sequences // 8) * 8 * -(-of_sequence // 128) * 128 * 4 > TABLE_BYTES:
+        raise InputError(
+            f"config.rollout.page_size = {pages.shape[1]}: a TPU cannot hold the numbers of {of_sequence:,} pages for "
+            f"each of {sequences:,} slots; raise it, or lower config.rollout.slots"
+        )
     kernel = _emulated_kernel() if interpret else library.ragged_paged_attention
     mixed = kernel(
         q,

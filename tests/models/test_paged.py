@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import paged
 from igrpo_jax.models.attention import PACKED
 from igrpo_jax.models.paged import Paged, Ragged
@@ -215,6 +216,18 @@ def test_the_kernel_gets_pages_of_the_pool_alone(monkeypatch):
         "splash_interpret", q, k, v, Paged(jnp.asarray(pages), ragged._replace(table=jnp.asarray(table)))
     )
     np.testing.assert_array_equal(tables[0], np.minimum(table, len(pages) - 1))
+
+
+def test_a_table_that_a_tpu_cannot_hold():
+    def attend(slots, pages):
+        q, k = (jax.ShapeDtypeStruct((slots, heads, 128), jnp.bfloat16) for heads in (12, 2))
+        pool = jax.ShapeDtypeStruct((8, 64, 4, 128), jnp.bfloat16)
+        ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in [(slots,), (slots, pages), (slots + 1,), (1,)]]
+        jax.eval_shape(functools.partial(paged.paged_attention, "splash"), q, k, k, Paged(pool, Ragged(*ints)))
+
+    attend(672, 384)
+    with pytest.raises(InputError, match=r"page_size = 64: .* 385 pages for each of 672 slots"):
+        attend(672, 385)
 
 
 def test_heads_that_the_kernel_does_not_suit():
