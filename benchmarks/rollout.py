@@ -11,6 +11,8 @@ Peers run in processes of their own, one after the other. The last line is one J
                           after one that does not count
     decode_step_seconds   those seconds over decode steps
     slot_utilization      share of slots x steps that drew a token; `queued_` while something waited for a slot
+    cache_over_tokens     positions of the pages in use over those that hold a token, when most pages were in use
+    preempted             samples that were given up because the pages ran out, and drawn again
     peak_memory_bytes     of the largest program with weights and cache, by the compiler's count; on a GPU or TPU what
                           the allocator saw
     roofline_fraction     (weights once a step + cache positions that had to be read) over bandwidth x seconds; the
@@ -45,6 +47,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mean-length", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--slots", type=int, default=0, help="default: all samples at once")
+    parser.add_argument("--pages", type=int, default=0, help="of each shard; default: as many as all slots can need")
+    parser.add_argument("--page-size", type=int, default=0)
     parser.add_argument("--steps-per-dispatch", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", type=int, default=3)
@@ -77,13 +81,38 @@ class Bench:
             max_completion=args.new_tokens,
             dtype=args.dtype,
             steps_per_dispatch=args.steps_per_dispatch,
+            pages=args.pages,
+            page_size=args.page_size,
         )
         with jax.set_mesh(self.mesh):
             # As a run whose master weights are elsewhere: only the rollout copy is held here.
             self.params = self.engine.weights(self._load())
-        self.scheduler = Scheduler(self.engine)
+        self.fullest = (0, 0)  # most pages in use at the end of a dispatch, and the tokens that they held
+        self.scheduler = self._watched(Scheduler)(self.engine)
         rng = np.random.default_rng(0)
         self.prompts = rng.integers(17, self.model.vocab_size, (args.prompts, args.prompt_len), np.int32)
+
+    def _watched(self, scheduler: type) -> type:
+        """Returns a class of schedulers that keeps `fullest`."""
+        import jax
+
+        bench = self
+
+        class Watched(scheduler):
+            def _read(self, dispatch):
+                counts = jax.device_get(dispatch.status.count).reshape(len(self.shards), -1)
+                pages, tokens = sum(shard.pool.used for shard in self.shards), 0
+                for shard, count in zip(self.shards, counts, strict=True):
+                    filled = {}
+                    for slot, running in shard.running.items():
+                        end = len(running.request.tokens) + int(count[slot]) - 1
+                        size = shard.sizes.page_size
+                        filled |= {page: min(size, end - i * size) for i, page in enumerate(running.pages)}
+                    tokens += sum(max(0, n) for n in filled.values())
+                bench.fullest = max(bench.fullest, (pages * shard.sizes.page_size, tokens))
+                return super()._read(dispatch)
+
+        return Watched
 
     def _load(self):
         if not self.args.model:
@@ -211,6 +240,8 @@ def measured(bench: Bench, args: argparse.Namespace, lengths: list, bandwidth: f
         "decode_step_seconds": round(sum(medians) * bench.engine.shards / steps, 6),
         "slot_utilization": round(drawn / slot_steps, 4),
         "queued_slot_utilization": round(queued / queued_steps, 4) if queued_steps else None,
+        "cache_over_tokens": round(bench.fullest[0] / bench.fullest[1], 3),
+        "preempted": sum(usage.preempted for usage in usages),
         "peak_memory_bytes": models.peak_bytes() or memory,
         "roofline_fraction": round(read / bandwidth / bench.mesh.size / sum(medians), 4),
         "bandwidth": round(bandwidth),

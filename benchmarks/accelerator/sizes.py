@@ -160,6 +160,8 @@ def decoded(sizes: Sizes, shape: str, rows: int, lengths: str) -> argparse.Names
         mean_length=sizes.mean,
         seeds=1,
         slots=rows,
+        pages=0,
+        page_size=0,
         steps_per_dispatch=min(16, sizes.completion // 4),
         dtype=sizes.dtype,
         steps=sizes.repeats,

@@ -321,6 +321,8 @@ def _usage_metrics(parts: Sequence[ProcessRollout]) -> dict[str, float]:
         "perf/completion_tokens": sum(part.completion_tokens for part in parts),
         "perf/slot_utilization": usage.slot_utilization,
         "perf/stage_overlap_frac": usage.overlap,
+        "perf/pages_in_use_frac": usage.pages_in_use,
+        "perf/preempted_samples": usage.preempted,
     }
 
 

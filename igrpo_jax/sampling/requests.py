@@ -50,6 +50,8 @@ class Usage:
     queued_tokens: int = 0  # tokens drawn by the same dispatches
     mixed_slot_steps: int = 0  # slots x decode steps while requests of several stages were running
     preempted: int = 0  # samples that were given up because pages ran out, and drawn again later
+    pages: int = 0  # pages of the cache
+    most_pages: int = 0  # pages in use at once, at most
 
     def __add__(self, other: "Usage") -> "Usage":
         """Returns the work of both together."""
@@ -64,6 +66,11 @@ class Usage:
     def queued_slot_utilization(self) -> float:
         """The same fraction over the dispatches during which the queue was not empty."""
         return self.queued_tokens / self.queued_slot_steps if self.queued_slot_steps else 0.0
+
+    @property
+    def pages_in_use(self) -> float:
+        """Fraction of the pages that were in use at the fullest moment."""
+        return self.most_pages / self.pages if self.pages else 0.0
 
     @property
     def overlap(self) -> float:

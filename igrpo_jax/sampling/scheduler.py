@@ -70,7 +70,7 @@ class Scheduler:
         assert not self.pending, "the last rollout or evaluation still has samples to draw"
         self._weights = self.engine.weights(params)
         self._sampling = sampling
-        self.usage = Usage()
+        self.usage = Usage(pages=sum(shard.pool.count for shard in self.shards))
         for shard in self.shards:
             shard.preempted = 0
         self._state = self.engine.empty()
@@ -172,6 +172,7 @@ class Scheduler:
         for shard in self.shards:
             for waiting in shard.make_room(ahead):
                 self._put_back(waiting)
+        self.usage.most_pages = max(self.usage.most_pages, sum(shard.pool.used for shard in self.shards))
         busy = [len(shard.running) for shard in self.shards]
         running = [one for shard in self.shards for one in shard.running.values()]
         furthest = max(one.cached for one in running) + ahead

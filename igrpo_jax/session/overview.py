@@ -53,11 +53,21 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
         ("trained tokens per step", f"at most {tokens:,}"),
         ("padding of the update", _padding(workdir)),
         ("micro-batches", f"{sizes} tokens on each shard; {shapes.completions_per_unit} completions share a prompt"),
+        ("cache", _cache(engine)),
         (
             "programs to compile",
             f"at most {len(engine.wanted)} of the sampler, and of the update one for each size of micro-batch",
         ),
     ]
+
+
+def _cache(engine: Engine) -> str:
+    """Returns the slots and pages of each shard, and the memory of the pages on each device."""
+    sizes, costs = engine.sizes, engine.programs.costs
+    pages = size(sizes.pages * sizes.page_size * costs.token_bytes)
+    how = "read in place" if engine.programs.in_place else "copied side by side to decode"
+    held = f"{sizes.pages:,} pages of {sizes.page_size} tokens ({pages})"
+    return f"{held} for {sizes.shard_slots} slots on each shard, {how}"
 
 
 def _padding(workdir: Path) -> str:
