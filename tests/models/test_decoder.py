@@ -100,22 +100,6 @@ def test_right_padding_changes_nothing(params, full):
         np.testing.assert_allclose(got[:2, :9], expected, atol=1e-5, rtol=0)
 
 
-def test_a_cache_remembers_attention_only():
-    cache = caches.empty(TINY, pages=3, page_size=10, slots=2, dtype=jnp.bfloat16)
-    assert [entry is None for entry in cache] == [kind == "-" for kind in TINY.pattern]
-    assert (cache[0].shape, cache[0].dtype) == ((3, 10, 4, 8), jnp.bfloat16)
-
-
-def test_fork_copies_pages():
-    """Those whose target is past the last page are dropped."""
-    draw = np.random.default_rng(0).normal
-    cache = jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), x.dtype), caches.empty(TINY, 4, 2, 1, jnp.float32))
-    none = np.array([1, 1])  # past the last slot
-    forked = caches.fork(cache, (None,) * len(cache), none, none, np.array([2, 0]), np.array([1, 4]))
-    for old, new in zip(*map(jax.tree.leaves, (cache, forked)), strict=True):
-        np.testing.assert_array_equal(new, np.asarray(old)[[0, 2, 2, 3]])
-
-
 def gradient(c, remat):
     def loss(params, tokens, positions):
         hidden, _ = decoder.apply(c, params, tokens, positions, remat=remat)

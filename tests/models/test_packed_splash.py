@@ -68,6 +68,11 @@ def assert_equal_dense(arrays, weight, segments, placed=None, attention=attend):
         np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("size, padded", [(1, (128, 128)), (130, (256, 256)), (512, (512, 512)), (600, (768, 384))])
+def test_an_axis_has_the_blocks_that_need_the_least_padding(size, padded):
+    assert splash._padded(size) == padded
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "shards, kv_heads, groups",
