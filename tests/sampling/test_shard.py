@@ -126,10 +126,14 @@ class AnyOrder:
         """Makes room for some tokens, and draws some of them in each slot."""
         shard = self.shard
         before = sorted(shard.running.values(), key=lambda running: running.began)
-        for waiting in shard.make_room(ahead):
-            self.queue.appendleft(waiting)
-        if before:
-            assert shard.running.get(before[0].slot) is before[0], "what began first was given up"
+        at_work = [running.prompt for running in before]
+        idle = [prompt for prompt in shard._prompts if prompt not in at_work]
+        self.queue.extendleft(shard.make_room(ahead))
+        # What began last is given up: prompts before samples, and never all samples.
+        goes_on = [running for running in before if shard.running.get(running.slot) is running]
+        left = [prompt for prompt in idle if prompt in shard._prompts]
+        assert goes_on == before[: len(goes_on)] and left == idle[: len(left)]
+        assert len(goes_on) == len(before) or (goes_on and not left)
         for running in shard.running.values():
             held = len(running.pages) * shard.sizes.page_size
             assert held >= min(running.cached + ahead, running.most)
@@ -313,6 +317,7 @@ def run(sizes, shards, ahead, later, totals):
             check_pages(shard)
         calls += 1
         assert engine.dispatches <= most, "samples are drawn again and again"
+        assert calls <= 2 * (most + len(totals)), "nothing runs although samples wait"
     assert len(samples) == len(totals)
     assert {(sample.request.index, sample.sample_id) for sample in samples} == totals.keys()
     for sample in samples:
@@ -336,6 +341,30 @@ def test_a_scheduler_draws_all_from_pages_that_hold_what_they_should(ranges, dat
     }
     shards, ahead = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 1))
     run(sizes, shards, ahead, zip(requests, calls, strict=True), totals)
+
+
+def test_a_prompt_begins_where_a_page_is_left_for_each_that_runs_or_waits():
+    sizes = Sizes(
+        shard_slots=4,
+        pages=10,
+        page_size=4,
+        length=12,
+        max_context=8,
+        max_completion=4,
+        steps_per_dispatch=4,
+        prefill_chunk=64,
+    )
+    shard = Shard(sizes)
+    assert shard.can_begin(8) and not shard.can_begin(40)  # 2 pages and 1; 10 and 1
+    shard.begin(Waiting(request_of(0, 5, [4, 4]), deque([0, 1])))
+    assert shard.pool.used == 2
+    assert shard.can_begin(24) and not shard.can_begin(25)  # with the page of the prompt that waits
+    shard.pieces(64)
+    assert len(shard.starts(0)) == 2 and not shard.pending
+    assert shard.pool.used == 3  # each has the first page of the prompt, and a copy of the second one
+    assert shard.can_begin(16) and not shard.can_begin(17)  # 4 pages, and 1 for each of three
+    shard.begin(Waiting(request_of(1, 1, [4, 4]), deque([0, 1])))
+    assert not shard.can_begin(1)  # the slots are those of the samples that wait
 
 
 def test_a_sample_that_begins_anew_does_not_stop_the_one_that_began_first():
