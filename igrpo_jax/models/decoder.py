@@ -240,7 +240,30 @@ def logits(cfg: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
 
     They are always accumulated and kept in float32, so that sampler and trainer agree.
     """
+    rows = hidden.size // hidden.shape[-1]
+    if cfg.tie_embeddings and rows <= FEW_ROWS:
+        options = {"cpu": _logits_embedding_first, "default": _logits_hidden_first}
+        return jax.lax.platform_dependent(hidden, params["embedding"], **options)
     return jnp.einsum("...D,DV->...V", hidden, head(cfg, params), preferred_element_type=jnp.float32)
+
+
+# Turning the logits of 64 rows round on a CPU takes longer than the faster product saves.
+FEW_ROWS = 16
+
+
+def _logits_hidden_first(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+    return jnp.einsum("...D,VD->...V", hidden, embedding, preferred_element_type=jnp.float32)
+
+
+def _logits_embedding_first(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+    """Returns `_logits_hidden_first` by a product whose left side is the embedding.
+
+    On CPU this takes two thirds of the time for 16 rows and a vocabulary of 49,152. Without the barrier, XLA would put
+    the hidden states on the left again.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    product = jnp.einsum("VD,RD->VR", embedding, rows, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(product).T.reshape(*hidden.shape[:-1], -1)
 
 
 def cast(params: Params, dtype: str) -> Params:

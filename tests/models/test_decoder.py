@@ -214,6 +214,18 @@ def test_logits_are_float32_also_in_bfloat16(params, full):
     assert np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_of_few_rows_are_those_of_many(tied):
+    cfg = dataclasses.replace(TINY, tie_embeddings=tied)
+    size = (cfg.vocab_size, cfg.hidden_size)
+    weights = {name: jax.random.normal(jax.random.key(1), size) for name in ("embedding", "lm_head")}
+    weights["lm_head"] = 2 * weights["lm_head"].T
+    rows = jax.random.normal(jax.random.key(2), (3, decoder.FEW_ROWS, cfg.hidden_size))
+    logits = jax.jit(functools.partial(decoder.logits, cfg, weights))
+    np.testing.assert_allclose(logits(rows[1]), logits(rows)[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits(rows), (1 if tied else 2) * rows @ weights["embedding"].T, rtol=1e-4, atol=1e-4)
+
+
 def test_a_builtin_shape_that_can_not_be():
     with pytest.raises(InputError, match=r"config\.model\.builtin\.num_heads = 3"):
         builtin(config.BuiltinModelConfig(num_heads=3), 64)
