@@ -204,6 +204,8 @@ def _advise_rollout(footprint: "Footprint") -> list[str]:
     lines = []
     if most >= sizes.least_pages:
         lines.append(f"rollout.pages = {config.rollout.pages}: at most about {most} ({size(page)} each)")
+    elif config.rollout.pages:
+        lines.append(f"rollout.pages = {config.rollout.pages}: fewer, or 0 for as many as memory holds")
     lines.append(f"rollout.slots = {config.rollout.slots}: fewer")
     lines.append(f"rollout.max_completion_length = {config.rollout.max_completion_length}: lower it")
     if config.algorithm.num_drafts:

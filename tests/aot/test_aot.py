@@ -107,6 +107,7 @@ def test_arguments_are_what_the_parts_say(found):
     expected = {
         "apply": 2 * params + moments,  # the gradient too
         "weights": params,
+        "prefill": engine.weight_bytes + engine.state_bytes,
         "decode": engine.weight_bytes + engine.state_bytes,
     }
     assert {kind: one(found, kind).arguments for kind in expected} == pytest.approx(expected, rel=0.15)
@@ -120,9 +121,10 @@ def test_what_waits_beside_a_program(found):
     assert one(found, "accumulate").beside == one(found, "weights").beside == moments
     assert one(found, "rescore").beside == moments + params
     assert one(found, "apply").beside == 0
-    assert one(found, "prefill").beside == params + moments + found.engine.state_bytes
-    assert one(found, "decode").beside == params + moments + one(found, "prefill").output
-    assert one(found, "insert").beside == params + moments + found.engine.weight_bytes
+    for kind in ("prefill", "decode"):  # the state of the sampler and the weights to sample with are arguments
+        assert one(found, kind).beside == params + moments
+    for kind in ("empty", "fork", "harvest"):
+        assert one(found, kind).beside == params + moments + found.engine.weight_bytes
 
 
 def test_a_reference_waits_too():
@@ -177,26 +179,24 @@ def test_a_chip_that_is_too_small(found):
 
 @pytest.mark.slow
 def test_a_cache_that_is_too_large(file, monkeypatch, capsys):
-    """4 million slots, by the compiler itself; of the programs only those that need little to compile."""
+    """Too many pages for a chip, by the compiler itself; of the programs only those that need little to compile."""
     prepare = footprint.prepare
 
     def prepare_cheap(c, devices):
         run = prepare(c, devices)
         sampler, training = run.engine.programs, run.learner.programs
-        sampler.harvest.largest = sampler.move.largest = sampler.insert.largest = []
-        sampler.prefill.largest = [(64,)]
-        sampler.decode.largest = sampler.decode.largest[-1:]
+        sampler.harvest.largest = sampler.fork.largest = sampler.decode.largest = []
         training.accumulate.lower = training.rescore.lower = lambda shape: training.apply.lower()
         return run
 
     monkeypatch.setattr(footprint, "prepare", prepare_cheap)
     with pytest.raises(SystemExit) as ended:
-        aot.main(["aot", "--config", file, "--topology", "v5e:2x2", *COMMAND, "--config.rollout.slots=4194304"])
+        aot.main(["aot", "--config", file, "--topology", "v5e:2x2", *COMMAND, "--config.rollout.pages=1048576"])
     said = capsys.readouterr().out.splitlines()
     assert ended.value.code == aot.DOES_NOT_FIT == 3
     assert not json.loads(said[-1])["fits"]
     assert any(line.startswith("does not fit: empty") for line in said)
-    assert any("rollout.slots = 4194304: at most" in line or "rollout.slots = 4194304: fewer" in line for line in said)
+    assert any("rollout.pages = 1048576: " in line for line in said)
 
 
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v5p:4x4x4", "v5e:2x4"])
