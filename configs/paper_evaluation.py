@@ -4,7 +4,8 @@
 
 Benchmarks come from the hub; with --config.evaluation.data_dir=FOLDER, a file NAME.jsonl in that folder is used first.
 Where a prompt and 65,000 tokens exceed the model's context, completions are cut to it, and a message says so.
-`rollout.slots` completions are drawn at once, each with a cache of that length: lower it where memory does not suffice.
+`rollout.slots` completions are drawn at once, in as many pages of the cache as memory holds. Where completions of that
+length fill them, some are put back and drawn again later: fewer slots are then faster.
 """
 
 from igrpo_jax.config import default

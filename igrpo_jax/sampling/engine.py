@@ -15,6 +15,7 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
+from igrpo_jax.models.paged import reads_pages
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.programs import WIDTH, SamplerPrograms, Sizes, traced, weight_shardings
 from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State, Status
@@ -281,12 +282,15 @@ class Engine:
 
 def _with_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> Sizes:
     """Returns `sizes` with as many pages as all slots can need without sharing, or as USABLE of `memory` holds."""
-    pages = sizes.shard_slots * sizes.slot_pages + sizes.lanes
+    of_slots = sizes.shard_slots * sizes.slot_pages
+    pages = of_slots + sizes.lanes
     if memory is not None and costs.token_bytes:
         weights = costs.item_bytes * costs.cfg.num_params / costs.tensor
         states = (sizes.shard_slots + sizes.lanes) * costs.state_bytes
         held = int((USABLE * memory - weights - states) / (costs.token_bytes * sizes.page_size))
-        pages = max(sizes.least_pages, min(pages, held))
+        # Where attention does not read pages in place, decoding copies those of all slots.
+        in_place = reads_pages(costs.cfg.attention, costs.cfg.head_dim, costs.cfg.num_kv_heads // costs.tensor)
+        pages = max(sizes.least_pages, min(pages, held if in_place else held - of_slots))
     return replace(sizes, pages=pages)
 
 
