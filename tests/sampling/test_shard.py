@@ -367,6 +367,30 @@ def test_a_prompt_begins_where_a_page_is_left_for_each_that_runs_or_waits():
     assert not shard.can_begin(1)  # the slots are those of the samples that wait
 
 
+def test_the_prompt_that_began_last_is_given_up_first():
+    sizes = Sizes(
+        shard_slots=3,
+        pages=9,
+        page_size=1,
+        length=8,
+        max_context=2,
+        max_completion=6,
+        steps_per_dispatch=1,
+        prefill_chunk=64,
+    )
+    shard = Shard(sizes)
+    first, *others = (request_of(index, tokens, [6]) for index, tokens in enumerate((1, 2, 2)))
+    shard.begin(Waiting(first, deque([0])))
+    shard.pieces(64)
+    shard.starts(0)
+    for request in others:
+        shard.begin(Waiting(request, deque([0])))
+    assert shard.pool.free == 4
+    given_up = list(shard.make_room(5))  # one page more than are free
+    assert [(waiting.request, list(waiting.samples)) for waiting in given_up] == [(others[1], [0])]
+    assert shard.pool.free == 1 and shard.pending == 1 and len(shard.running) == 1
+
+
 def test_a_sample_that_begins_anew_does_not_stop_the_one_that_began_first():
     """Both are of one prompt. Its pages are in use twice: by the sample that goes on, and to be read for the other."""
     tokens, total = 4, 13
