@@ -3,19 +3,20 @@
 Tolerances are absolute, 1e-4 in float32, on logits and gradients of size 1 to 10.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_models import FAMILIES, family_model, torch
+from hf_models import FAMILIES, LAYERS, family_model, rope, torch
 from tiny_models import one_device
 
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder, hf_files, hf_read
 from igrpo_jax.models.lane_scan import Lanes
-from igrpo_jax.models.paged import Paged, Ragged
+from igrpo_jax.models.paged import Paged, Ragged, reads_pages
 
 STEPS = 32
 
@@ -58,7 +59,7 @@ def test_forward(family):
 def prefill(cfg, params, lengths):
     """Reads prompts of these lengths, one after another on an axis of 64 tokens, into pages and lanes.
 
-    Returns the logits after each, and their cache as rows of 64 positions.
+    Returns the logits after each, the pages of each, and the cache.
     """
     count, start = len(lengths), jnp.append(0, jnp.cumsum(lengths))
     sequence = jnp.minimum(jnp.searchsorted(start, jnp.arange(64), side="right") - 1, count - 1)
@@ -72,7 +73,7 @@ def prefill(cfg, params, lengths):
     )
     tokens = jnp.where(jnp.arange(64) < start[-1], jnp.asarray(TOKENS)[sequence, position], 90)
     hidden, cache = decoder.apply(cfg, params, tokens[None], position[None], entries)
-    return decoder.logits(cfg, params, hidden[0, start[1:] - 1]), caches.window(cache, table)
+    return decoder.logits(cfg, params, hidden[0, start[1:] - 1]), table, cache
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -86,18 +87,42 @@ def test_prefill_and_decode(family):
     """Three prompts of other lengths on one axis, and then side by side, against each alone in transformers."""
     model, cfg, params = family
     lengths = np.array([1, 16, 23], np.int32)
-    logits, cache = prefill(cfg, params, lengths)
-    ours = [np.asarray(logits)]
+    logits, table, cache = prefill(cfg, params, lengths)
+    ours, cache = [logits], caches.window(cache, table)
     for i in range(STEPS):
         logits, cache = decode(cfg, params, TOKENS[np.arange(3), lengths + i], lengths + i, cache)
-        ours.append(np.asarray(logits))
+        ours.append(logits)
+    assert_decoded(model, lengths, ours)
+
+
+def assert_decoded(model, lengths, ours):
+    """Compares logits, first those after each prompt and then those after each further token, with transformers'."""
     for row, length in enumerate(lengths):
         past, read = None, torch.tensor(TOKENS[row : row + 1, :length]).long()
-        for i in range(STEPS + 1):
+        for i, logits in enumerate(ours):
             with torch.no_grad():
                 out = model(read, past_key_values=past, use_cache=True)
-            np.testing.assert_allclose(ours[i][row], out.logits[0, -1].numpy(), atol=1e-4, rtol=0)
+            np.testing.assert_allclose(logits[row], out.logits[0, -1].numpy(), atol=1e-4, rtol=0)
             past, read = out.past_key_values, torch.tensor(TOKENS[row : row + 1, length + i : length + i + 1]).long()
+
+
+@pytest.mark.slow
+def test_decode_from_pages_in_place(tmp_path):
+    """With heads that suit the TPU's kernel, which is emulated: some tokens, up to the next page of one prompt."""
+    model = family_model("Qwen3", LAYERS | {"head_dim": 128} | rope(1e6))
+    model.save_pretrained(tmp_path)
+    cfg = dataclasses.replace(hf_files.load_config(str(tmp_path)), attention="splash_interpret")
+    assert reads_pages(cfg.attention, cfg.head_dim, cfg.num_kv_heads)
+    params = hf_read.load_params(str(tmp_path), cfg, one_device())
+    lengths = np.array([1, 15, 23], np.int32)
+    logits, table, cache = prefill(cfg, params, lengths)
+    ours = [logits]
+    for i in range(3):
+        ragged = Ragged(lengths + i + 1, table, np.arange(4, dtype=np.int32), np.array([3], np.int32))
+        entries = tuple(None if pool is None else Paged(pool, ragged) for pool in cache)
+        logits, cache = decode(cfg, params, TOKENS[np.arange(3), lengths + i], lengths + i, entries)
+        ours.append(logits)
+    assert_decoded(model, lengths, ours)
 
 
 @pytest.mark.slow

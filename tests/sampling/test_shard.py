@@ -127,13 +127,15 @@ class AnyOrder:
         shard = self.shard
         before = sorted(shard.running.values(), key=lambda running: running.began)
         at_work = [running.prompt for running in before]
-        idle = [prompt for prompt in shard._prompts if prompt not in at_work]
+        in_lanes = list(shard._prompts)
+        idle = [prompt for prompt in in_lanes if prompt not in at_work]
         self.queue.extendleft(shard.make_room(ahead))
         # What began last is given up: prompts before samples, and never all samples.
         goes_on = [running for running in before if shard.running.get(running.slot) is running]
         left = [prompt for prompt in idle if prompt in shard._prompts]
         assert goes_on == before[: len(goes_on)] and left == idle[: len(left)]
         assert len(goes_on) == len(before) or (goes_on and not left)
+        assert all(running.prompt in shard._prompts for running in goes_on if running.prompt in in_lanes)
         for running in shard.running.values():
             held = len(running.pages) * shard.sizes.page_size
             assert held >= min(running.cached + ahead, running.most)
