@@ -18,6 +18,8 @@ Peers run in processes of their own, one after the other. The last line is one J
     roofline_fraction     (weights once a step + cache positions that had to be read) over bandwidth x seconds; the
                           bandwidth is that of adding 1 to a large array in place, measured in the same run
     compiles              programs compiled in the run that does not count; `recompiles` of those after that
+    step_over_products    (--products) a decode step of all slots over its matrix products alone, both in loops on the
+                          device, in turns; dense models on one device
     peers                 tokens_per_second of each; `speedup`: ours over the best
     ideal_fraction        (lognormal) time of ideal list scheduling over ours, geometric mean over the seeds: samples
                           take slots in order, no slot waits, nothing but decode steps of all slots is paid, at the
@@ -34,6 +36,7 @@ import sys
 import time
 
 import models
+import rollout_products
 
 
 def parse() -> argparse.Namespace:
@@ -52,6 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps-per-dispatch", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--products", action="store_true", help="also time the products of a decode step alone")
     parser.add_argument("--peers", nargs="*", choices=("generate", "static"), default=[], help="to run beside it")
     parser.add_argument("--peer", choices=("generate", "static"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -261,6 +265,8 @@ def ours(args: argparse.Namespace) -> dict:
         bench.engine.compile()
     figures = measured(bench, args, lengths, models.bandwidth()) | models.machine("numpy")
     medians = figures["rollout_seconds"]
+    if args.products:
+        figures |= rollout_products.ratio(bench)
     if args.lengths == "lognormal":
         cost = bench.step_seconds()
         ideal = [_ideal(bench, args, row, cost) for row in lengths]

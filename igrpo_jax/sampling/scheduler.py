@@ -1,7 +1,7 @@
 """The host side of sampling: a queue of prompts, refilled slots, finished completions as they come.
 
 First in, first out: a prompt is read once by the shard that has slots for its samples, which take slots in order. One
-`advance` is one dispatch of the device: at most K tokens per slot. While many slots run, one chunk of prompts at most
+`advance` is one dispatch of the device: at most K tokens per slot. While most slots run, one chunk of prompts at most
 is read between two dispatches, so that a long prompt does not hold up the others. The host may stay one dispatch
 behind, so that the device has the next one while the results of the last are looked at.
 """
@@ -58,6 +58,7 @@ class Scheduler:
         self._sampling = Sampling(1.0)
         self._state: State | None = None  # between `start` and `finish`: the cache makes room for the update
         self._waiting: deque[Waiting] = deque()
+        self._spare = max(1, engine.shard_slots // 8)  # free slots of a shard that are refilled together
         self._unread: deque[_Dispatch] = deque()
         self._harvests: deque[_Harvest] = deque()
         self._dispatched = 0
@@ -130,7 +131,7 @@ class Scheduler:
         return samples
 
     def _fill(self) -> None:
-        """Reads prompts and starts samples as slots and pages allow: one chunk, or many while few slots run."""
+        """Reads prompts and starts samples as slots and pages allow: one chunk, or more while many slots are free."""
         self._begin()
         self._start_samples()
         while unread := max(shard.unread for shard in self.shards):
@@ -139,7 +140,7 @@ class Scheduler:
             self._state = self.engine.prefill(self._weights, self._state, size, pieces)
             self._start_samples()
             self._begin()
-            if 2 * self._running >= self.engine.slots:
+            if self._running >= self.engine.slots - self._spare * self.engine.shards:
                 break
 
     def _begin(self) -> None:
@@ -178,9 +179,9 @@ class Scheduler:
         furthest = max(one.cached for one in running) + ahead
         rows = engine.rows(max(busy))
         # While something waits, slots are refilled a few at a time; later a shard stops where fewer rows would do.
-        spare, queued = max(1, sizes.shard_slots // 8), self._queued
+        queued = self._queued
         fewer = max((size for size in engine.programs.reads if size < rows), default=0)
-        least = [max(1, n - spare + 1 if queued else fewer + 1 if n > fewer else 1) for n in busy]
+        least = [max(1, n - self._spare + 1 if queued else fewer + 1 if n > fewer else 1) for n in busy]
         self._state, status = engine.decode(
             self._weights,
             self._state,

@@ -229,11 +229,10 @@ def test_samples_of_a_prompt_share_its_full_pages(tiny):
 
 @pytest.mark.slow
 def test_a_long_prompt_does_not_hold_up_the_others(tiny):
-    """While half of the slots run, one chunk is read between two dispatches."""
-    engine = Engine(
-        tiny[0], one_device(), EOS, slots=4, max_context=200, max_completion=24, dtype="float32", steps_per_dispatch=4,
-        prefill_chunk=64,
-    )  # fmt: skip
+    """While most slots run, one chunk is read between two dispatches."""
+    never = (tiny[0].vocab_size,)
+    sizes = {"slots": 4, "max_context": 200, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
+    engine = Engine(tiny[0], one_device(), never, **sizes, prefill_chunk=64)
     order = []
     for name in ("prefill", "decode"):
         call = getattr(engine, name)
