@@ -7,7 +7,7 @@ they need no programs of their own.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State
 
 HARDLY_MORE = 1.125  # bytes that a decode step may move in place of 1, to save a program
 MOST_READS = 4  # lengths that a number of rows may copy side by side
+MOST_DECODES = 12  # programs of decoding on a CPU
 WIDTH = 16  # slots of a shard that one call starts, and slots that one call harvests; more take several calls
 LANES = 8  # prompts of a shard that are being read, or wait for slots of their samples, at most
 
@@ -182,16 +183,26 @@ class SamplerPrograms:
         """Returns the lengths that decoding copies side by side, by the rows of a shard that it runs, fewest first."""
         sizes = self._sizes
         length, slots = sizes.slot_pages * sizes.page_size, sizes.shard_slots
-        if self.on_cpu:
-            fewer, fine, coarse = [slots >> i for i in (4, 2)], length_buckets(length, 128), _doubled(length, 128)
-        else:
-            fewer, fine, coarse = [slots >> 3], tuple(max(1, length >> i) for i in (2, 1, 0)), (length,)
-        lengths = dict.fromkeys(sorted({rows for rows in fewer if rows}), coarse) | {slots: fine}
         if self.in_place:
-            return dict.fromkeys(lengths, (length,))
+            return dict.fromkeys(sorted({slots >> 3, slots} - {0}), (length,))
+        if not self.on_cpu:
+            return self._side_by_side([slots >> 3], (length,), tuple(max(1, length >> i) for i in (2, 1, 0)))
+        for each in (1, 2):  # halves of the slots, or quarters where lengths make too many programs of them
+            fewer = [slots >> i for i in range(each, 7, each)]
+            shapes = self._side_by_side(fewer, _doubled(length, 128), length_buckets(length, 128))
+            if sum(map(len, shapes.values())) <= MOST_DECODES:
+                return shapes
+        return {rows: shapes[rows] for rows in sorted(shapes)[-MOST_DECODES // MOST_READS :]}
+
+    def _side_by_side(
+        self, fewer: Sequence[int], coarse: tuple[int, ...], fine: tuple[int, ...]
+    ) -> dict[int, tuple[int, ...]]:
+        """Returns the lengths that are worth it: of `fine` for all slots, of `coarse` for `fewer` of them."""
+        slots, page_size = self._sizes.shard_slots, self._sizes.page_size
+        lengths = {rows: coarse for rows in sorted(fewer) if rows} | {slots: fine}
+        cost = lambda rows: partial(self.costs.decode, rows)
         return {
-            rows: _worthwhile(_multiples(reads, sizes.page_size), partial(self.costs.decode, rows), MOST_READS)
-            for rows, reads in lengths.items()
+            rows: _worthwhile(_multiples(reads, page_size), cost(rows), MOST_READS) for rows, reads in lengths.items()
         }
 
     def _chunk(self, size: int) -> Chunk:
