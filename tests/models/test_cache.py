@@ -14,7 +14,7 @@ import tiny_models
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.cache import KV, MambaState
 
-CFG = dataclasses.replace(tiny_models.hybrid_config(), pattern="M*-*M")
+CFG = dataclasses.replace(tiny_models.hybrid_config(), pattern="M*-*M", num_kv_heads=4)
 PAGES, SIZE, SLOTS, LANES = 12, 4, 5, 3
 # Four rows of three pages, in a random order. The first two share their first page, and the last one has two pages.
 TABLE = np.array([[7, 2, 11], [7, 5, 0], [9, 1, 4], [3, 10, PAGES]], np.int32)
@@ -54,7 +54,7 @@ def test_what_is_kept_of_each_kind_of_sublayer():
     )
     for kind, entry, lane in zip(CFG.pattern, cache, lanes, strict=True):
         if kind == "*":
-            assert entry.shape == (PAGES, SIZE, 4, 8) and entry.dtype == jnp.bfloat16
+            assert entry.shape == (PAGES, SIZE, 8, 8) and entry.dtype == jnp.bfloat16
             assert lane is None
         elif kind == "M":
             assert isinstance(entry, MambaState) and entry.state.dtype == lane.state.dtype == jnp.float32
@@ -70,7 +70,7 @@ def test_a_window_has_the_positions_of_each_row_in_their_order(width):
     assert_equal(states(part), states(cache))
     assert part[CFG.pattern.index("-")] is None
     for pool, rows in zip(pools(cache), pools(part), strict=True):
-        assert isinstance(rows, KV) and rows.k.shape == rows.v.shape == (len(TABLE), 2, width * SIZE, 8)
+        assert isinstance(rows, KV) and rows.k.shape == rows.v.shape == (len(TABLE), 4, width * SIZE, 8)
         for row, position in np.ndindex(len(TABLE), width * SIZE):
             page = TABLE[row, position // SIZE]
             if page < PAGES:

@@ -148,8 +148,9 @@ class AnyOrder:
             self.ended.append((running.request, running.number))
 
     def hand_over(self, most):
+        waiting = list(self.shard._prompts[-1].samples) if self.shard._prompts else []
         if (moved := self.shard.share_out(most)) is not None:
-            assert 0 < len(moved.samples) <= most
+            assert 0 < len(moved.samples) <= most and list(moved.samples) == waiting[-len(moved.samples) :]
             self.queue.append(moved)
 
 
