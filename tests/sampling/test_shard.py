@@ -114,7 +114,9 @@ class AnyOrder:
 
     def start(self, dispatch):
         prompts = {prompt.lane: prompt for prompt in self.shard._prompts}
-        for start in self.shard.starts(dispatch):
+        starts = self.shard.starts(dispatch)
+        assert not starts or self.shard.pool.free >= len(self.shard.running) - 1
+        for start in starts:
             prompt, running = prompts[start.lane], self.shard.running[start.slot]
             assert prompt.request is running.request and prompt.read == len(prompt.request.tokens) == start.length
             assert start.sample == running.sample_id and start.limit == running.request.limit_of(running.number)
