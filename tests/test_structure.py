@@ -52,7 +52,7 @@ IMPORT_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "einshape", "di
 # Importing these must leave jax alone: workers are spawned with them, and bad input is reported before any device work.
 WITHOUT_JAX = (
     *("errors", "schema/trees", "config", "loading", "records", "cli", "main", "evaluate", "generate", "aot/__main__"),
-    *("distributed/preemption", "distributed/watchdog", "distributed/chips"),
+    *("distributed/preemption", "distributed/watchdog", "distributed/chips", "learning/draft_signal"),
 )
 
 
