@@ -82,7 +82,7 @@ def test_torch_makes_the_same_update_of_the_same_rows(tmp_path, quick):
     total, longest = int(rows.lengths.sum()), rows.lengths.max()
     for figures in (measured, peer):
         assert figures["real_tokens"] == 4 * 9 + total
-        assert figures["tokens_per_second"] == pytest.approx(total / figures["update_seconds"], rel=0.01)
+        assert figures["tokens_per_second"] == pytest.approx(total / figures["update_seconds"], abs=0.5, rel=0.01)
         assert figures["seconds_per_token"] == pytest.approx(figures["update_seconds"] / (36 + total), rel=0.01)
     at_once, flat = 100 // (9 + longest), rows.lengths.ravel()
     parts = [flat[i : i + at_once] for i in range(0, 16, at_once)]
