@@ -48,7 +48,8 @@ class MambaState(NamedTuple):
     state: jax.Array  # [B, N, H, P] float32, because it sums over thousands of tokens
 
 
-# One entry per sublayer: the pool of an attention sublayer, [P, C, 2K, H], in which keys and values alternate by head,
+# One entry per sublayer: the pool of an attention sublayer, [P, C, 2K, H], in which keys and values alternate by head
+# (where a kernel wants wider rows, heads that share one stand side by side: [P, C, 2K / 2, 2H] for two),
 # or a KV where the rows of its pages lie side by side; None for an MLP, which keeps nothing.
 Cache = tuple[jax.Array | KV | MambaState | None, ...]
 POOL_AXES = ("batch", "time", "kv_heads", "head_dim")  # the pages of each shard of the batch are its own
@@ -61,9 +62,15 @@ MAMBA_AXES = MambaState(
 )
 
 
-def empty(cfg: DecoderConfig, pages: int, page_size: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """Returns pools of zeros with `pages` pages, and empty states of `slots` slots."""
-    shape = (pages, page_size, 2 * cfg.num_kv_heads, cfg.head_dim)
+def empty(
+    cfg: DecoderConfig, pages: int, page_size: int, slots: int, dtype: jnp.dtype, heads_per_row: int = 1
+) -> Cache:
+    """Returns pools of zeros with `pages` pages, and empty states of `slots` slots.
+
+    Args:
+        heads_per_row: kv heads that stand side by side in the pools, a divisor of K.
+    """
+    shape = (pages, page_size, 2 * cfg.num_kv_heads // heads_per_row, cfg.head_dim * heads_per_row)
 
     def entry(kind: str) -> jax.Array | MambaState | None:
         if kind == "*":
@@ -100,9 +107,10 @@ def append(entry: KV, new: KV, positions: jax.Array) -> KV:
     return KV(*(old.at[rows, :, positions].set(add[:, :, 0]) for old, add in zip(entry, new, strict=True)))
 
 
-def interleaved(k: jax.Array, v: jax.Array) -> jax.Array:
-    """Returns keys and values [..., K, H] as [..., 2K, H]: the key of each head, and then its value."""
-    return jnp.stack([k, v], axis=-2).reshape(*k.shape[:-2], -1, k.shape[-1])
+def interleaved(k: jax.Array, v: jax.Array, pool: jax.Array) -> jax.Array:
+    """Returns keys and values [..., K, H] as `pool` holds them: [..., 2K, H], of each head its key and its value."""
+    k, v = (x.reshape(*x.shape[:-2], -1, pool.shape[3]) for x in (k, v))
+    return jnp.stack([k, v], axis=-2).reshape(*k.shape[:-2], *pool.shape[2:])
 
 
 def rows_of(cache: Cache, slots: jax.Array) -> Cache:
@@ -161,7 +169,7 @@ def restore(cache: Cache, part: Cache, table: jax.Array, begin: jax.Array, end: 
         k, v = (take(x, first).swapaxes(1, 2) for x in new)
         is_new = (at >= begin[:, None]) & (at < end[:, None])
         page = jnp.where(is_new, table[rows, at // pool.shape[1]], pool.shape[0])
-        return pool.at[page, at % pool.shape[1]].set(interleaved(k, v), mode="drop")
+        return pool.at[page, at % pool.shape[1]].set(interleaved(k, v, pool), mode="drop")
 
     return _pools(put, cache, part)
 

@@ -85,25 +85,31 @@ def write(pages: jax.Array, k: jax.Array, v: jax.Array, ragged: Ragged) -> jax.A
     Padding is dropped, and so is a token whose page is P or more or beyond its table.
 
     Args:
-        pages: [P, C, 2K, H].
+        pages: [P, C, 2K, H], or with heads side by side.
         k, v: [F, K, H], cast to the dtype of `pages`.
     """
     count, size = pages.shape[:2]
     sequence, position = places(ragged, k.shape[0])
     page = ragged.table.at[sequence, position // size].get(mode="fill", fill_value=count)
-    return pages.at[page, position % size].set(caches.interleaved(k, v).astype(pages.dtype), mode="drop")
+    return pages.at[page, position % size].set(caches.interleaved(k, v, pages).astype(pages.dtype), mode="drop")
 
 
-def reads_pages(attention: str, head_dim: int, kv_heads: int) -> bool:
-    """Returns whether the TPU's kernel runs, which decoding from pages needs.
+def heads_per_row(attention: str, head_dim: int, kv_heads: int) -> int:
+    """Returns how many kv heads stand side by side in a page for the TPU's kernel; 0 where the kernel does not run.
+
+    Only the kernel reads pages in place when tokens are decoded. Narrower heads share its rows: a query is zero where
+    other heads stand.
 
     Args:
         attention: of DecoderConfig.
         head_dim: H.
         kv_heads: K of one device, which is that of the model over the size of the mesh axis `tensor`.
     """
-    fits = head_dim == HEAD_DIM and (kv_heads in TILES or kv_heads % 8 == 0)
-    return attention in ("splash", "splash_interpret") and fits
+    together, rest = divmod(HEAD_DIM, head_dim)
+    if attention not in ("splash", "splash_interpret") or rest or kv_heads % together:
+        return 0
+    rows = kv_heads // together
+    return together if rows in TILES or rows % 8 == 0 else 0
 
 
 def paged_attention(
@@ -115,7 +121,7 @@ def paged_attention(
     kernel, and nothing may communicate in loops whose trip counts differ between shards.
 
     Args:
-        implementation: a key of `attention.PACKED`. Where the TPU's kernel does not run (`reads_pages`),
+        implementation: a key of `attention.PACKED`. Where the TPU's kernel does not run (`heads_per_row`),
             "splash" is "chunked", and without it only the first sequence can have tokens before the new ones.
         q: [F, N, H]; for "chunked", F is a multiple of BLOCK.
         k, v: [F, K, H].
@@ -139,7 +145,7 @@ def paged_attention(
 def _on_one_device(implementation, q, k, v, entry):
     """Computes `paged_attention` of the heads of one device."""
     entry = entry._replace(pages=write(entry.pages, k, v, entry.ragged))
-    if implementation.startswith("splash") and not reads_pages(implementation, q.shape[2], k.shape[1]):
+    if implementation.startswith("splash") and entry.pages.shape[3] != HEAD_DIM:
         implementation = "chunked"
     return PAGED[implementation](q, k, v, entry), entry.pages
 
@@ -252,8 +258,9 @@ def splash_paged_attention(
     Raises:
         InputError: the table is larger than the memory that the kernel has for it.
     """
-    del k, v
     (pages, ragged), size = entry, q.shape[0]
+    together = pages.shape[3] // q.shape[2]
+    grouped = q.reshape(size, k.shape[1] // together, together, -1, q.shape[2])  # the queries of each head of a row
     sequences, of_sequence = ragged.table.shape
     if -(-sequences // 8) * 8 * -(-of_sequence // 128) * 128 * 4 > TABLE_BYTES:
         raise InputError(
@@ -262,7 +269,7 @@ def splash_paged_attention(
         )
     kernel = _emulated_kernel() if interpret else library.ragged_paged_attention
     mixed = kernel(
-        q,
+        _widened(grouped),
         pages,
         ragged.length,
         jnp.minimum(ragged.table, pages.shape[0] - 1),  # the kernel would read past the pool
@@ -273,8 +280,24 @@ def splash_paged_attention(
         num_queries_per_block=min(size, DECODE_QUERIES if size <= sequences else CHUNK_QUERIES),
         vmem_limit_bytes=VMEM_BYTES,
     )
+    mixed = _narrowed(mixed, grouped).reshape(q.shape)
     # The kernel writes nothing at padding.
     return jnp.where((jnp.arange(size) < ragged.start[-1])[:, None, None], mixed, 0)
+
+
+def _widened(grouped: jax.Array) -> jax.Array:
+    """Returns queries [F, rows, heads of a row, G, H] as [F, N, width of a row], zero where other heads stand."""
+    size, rows, together, groups, head_dim = grouped.shape
+    own = jnp.eye(together, dtype=bool)[:, None, :, None]
+    wide = jnp.where(own, grouped[..., None, :], 0)  # [F, rows, heads, G, heads, H]
+    return wide.reshape(size, rows * together * groups, together * head_dim)
+
+
+def _narrowed(mixed: jax.Array, grouped: jax.Array) -> jax.Array:
+    """Returns of results [F, N, width of a row] what is of each query's own head, in the shape of `grouped`."""
+    together = grouped.shape[2]
+    mixed = mixed.reshape(*grouped.shape[:4], together, -1)
+    return jnp.stack([mixed[:, :, head, :, head] for head in range(together)], axis=2)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
-from igrpo_jax.models.paged import reads_pages
+from igrpo_jax.models.paged import heads_per_row
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.programs import WIDTH, SamplerPrograms, Sizes, traced, weight_shardings
 from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State, Status
@@ -289,7 +289,7 @@ def _with_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> Sizes:
         states = (sizes.shard_slots + sizes.lanes) * costs.state_bytes
         held = int((USABLE * memory - weights - states) / (costs.token_bytes * sizes.page_size))
         # Where attention does not read pages in place, decoding copies those of all slots.
-        in_place = reads_pages(costs.cfg.attention, costs.cfg.head_dim, costs.cfg.num_kv_heads // costs.tensor)
+        in_place = heads_per_row(costs.cfg.attention, costs.cfg.head_dim, costs.cfg.num_kv_heads // costs.tensor) > 0
         pages = max(sizes.least_pages, min(pages, held if in_place else held - of_slots))
     return replace(sizes, pages=pages)
 

@@ -23,7 +23,7 @@ from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
-from igrpo_jax.models.paged import reads_pages
+from igrpo_jax.models.paged import heads_per_row
 from igrpo_jax.models.segments import BLOCK
 from igrpo_jax.sampling import decoding, state, steps
 from igrpo_jax.sampling.pages import pages_for
@@ -85,7 +85,8 @@ class SamplerPrograms:
     def __init__(self, cfg: DecoderConfig, mesh: jax.sharding.Mesh, eos_ids: tuple[int, ...], dtype: str, sizes: Sizes):
         self.batch_sharding = sharding.batch_sharding(mesh)
         self.costs = ModelCosts(cfg, dtype, mesh)
-        self.in_place = reads_pages(cfg.attention, cfg.head_dim, cfg.num_kv_heads // mesh.shape["tensor"])
+        together = heads_per_row(cfg.attention, cfg.head_dim, cfg.num_kv_heads // mesh.shape["tensor"])
+        self.in_place = together > 0
         self.on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.chunks = _chunks(min(sizes.prefill_chunk, sizes.lanes * sizes.max_context), self.on_cpu)
         self.weights = _abstract_weights(cfg, mesh, dtype)
@@ -106,6 +107,7 @@ class SamplerPrograms:
             lanes=sizes.lanes * self._shards,
             pages=sizes.pages * self._shards,
             page_size=sizes.page_size,
+            heads_per_row=max(1, together),
             max_completion=sizes.max_completion,
             dtype=dtype,
         )

@@ -83,12 +83,20 @@ class Status(NamedTuple):
 
 
 def empty(
-    cfg: DecoderConfig, *, slots: int, lanes: int, pages: int, page_size: int, max_completion: int, dtype: str
+    cfg: DecoderConfig,
+    *,
+    slots: int,
+    lanes: int,
+    pages: int,
+    page_size: int,
+    heads_per_row: int,
+    max_completion: int,
+    dtype: str,
 ) -> State:
     """Returns free slots, lanes and pages, numbers of all shards together."""
     ints = jnp.zeros((slots,), jnp.int32)
     return State(
-        cache=caches.empty(cfg, pages, page_size, slots, jnp.dtype(dtype)),
+        cache=caches.empty(cfg, pages, page_size, slots, jnp.dtype(dtype), heads_per_row),
         lanes=caches.empty_lanes(cfg, lanes, jnp.dtype(dtype)),
         logits=jnp.zeros((lanes, cfg.vocab_size), jnp.float32),
         token=ints,

@@ -191,6 +191,29 @@ def test_decoding_by_the_kernel(page, kv_heads, groups, dtype, monkeypatch):
     check(run("splash_interpret", arguments), arguments, mixed, written)
 
 
+def side_by_side(pages, heads):
+    """Returns pages [P, C, 2K, H] with so many heads in each row: the keys of these heads, then their values."""
+    rows = pages.reshape(*pages.shape[:2], -1, heads, 2, pages.shape[3])
+    return rows.swapaxes(3, 4).reshape(*pages.shape[:2], -1, heads * pages.shape[3])
+
+
+@pytest.mark.parametrize(
+    ("sequences", "kv_heads", "groups", "head_dim", "size"),
+    [
+        (DECODED, 2, 7, 64, len(DECODED)),
+        pytest.param(RAGGED, 4, 1, 64, SIZE, marks=pytest.mark.slow),
+        pytest.param(RAGGED, 4, 2, 32, SIZE, marks=pytest.mark.slow),
+    ],
+)
+def test_narrow_heads_share_the_rows_of_the_kernel(sequences, kv_heads, groups, head_dim, size):
+    """Of distinct heads each query finds its own."""
+    heads = paged.heads_per_row("splash_interpret", head_dim, kv_heads)
+    space = len(sequences) if size == len(sequences) else SPACE
+    (*new, entry), mixed, written = inputs(sequences, 16, kv_heads, groups, head_dim, size=size, space=space)
+    arguments = (*new, entry._replace(pages=side_by_side(entry.pages, heads)))
+    check(run("splash_interpret", arguments), arguments, mixed, side_by_side(written, heads))
+
+
 @pytest.mark.slow
 def test_sequences_that_share_pages():
     sequences = [(70, 1), (64, 1), (99, 1), (70, 1)]
@@ -238,16 +261,21 @@ def test_heads_that_the_kernel_does_not_suit():
 @pytest.mark.parametrize(
     ("attention", "head_dim", "kv_heads", "expected"),
     [
-        ("splash", 128, 1, True),
-        ("splash_interpret", 128, 16, True),
-        ("splash", 64, 4, False),
-        ("splash", 256, 4, False),
-        ("splash", 128, 3, False),
-        ("chunked", 128, 4, False),
+        ("splash", 128, 1, 1),
+        ("splash_interpret", 128, 16, 1),
+        ("splash", 64, 4, 2),
+        ("splash", 64, 32, 2),
+        ("splash", 32, 4, 4),
+        ("splash", 64, 3, 0),
+        ("splash", 64, 6, 0),
+        ("splash", 48, 4, 0),
+        ("splash", 256, 4, 0),
+        ("splash", 128, 3, 0),
+        ("chunked", 128, 4, 0),
     ],
 )
 def test_where_the_kernel_runs(attention, head_dim, kv_heads, expected):
-    assert paged.reads_pages(attention, head_dim, kv_heads) == expected
+    assert paged.heads_per_row(attention, head_dim, kv_heads) == expected
 
 
 def test_what_has_no_page_is_dropped():
