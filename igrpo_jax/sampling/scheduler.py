@@ -140,7 +140,7 @@ class Scheduler:
             self._state = self.engine.prefill(self._weights, self._state, size, pieces)
             self._start_samples()
             self._begin()
-            if self._running >= self.engine.slots - self._spare * self.engine.shards:
+            if self._running >= max(1, self.engine.slots - self._spare * self.engine.shards):
                 break
 
     def _begin(self) -> None:
