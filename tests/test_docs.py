@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -219,6 +220,51 @@ def test_a_link_that_leads_nowhere_is_seen(tmp_path):
         "[a](b.md) [b](a.md#here) [c](a.md#there) [d](https://x.org/y)\n```\n[e](no)\n```\n## Here"
     )
     assert broken_links(tmp_path / "a.md") == ["b.md", "a.md#there"]
+
+
+# The page on when drafts pay.
+
+
+def test_the_page_and_the_figure_on_drafts_are_what_the_formulas_give(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    assert page("when_drafts_pay.md") == module("when_drafts_pay").page(), "run python docs/when_drafts_pay.py"
+    figure = module("when_drafts_pay_figure").figure()
+    assert page("when_drafts_pay.svg") == figure, "run python docs/when_drafts_pay_figure.py"
+
+
+def test_the_words_on_drafts_hold_no_number_that_is_not_computed():
+    """Numbers with a point are of settings that the words choose: p, k and r of an example."""
+    words = re.sub(r"{.*?}", "", page("when_drafts_pay.txt"))
+    assert set(re.findall(r"(?<![\w.])\d*\.\d+", words)) == {".5", ".01", ".7"}
+
+
+@pytest.mark.parametrize("alpha, beta", [(0.3, 1.2), (2.0, 3.0), (0.5, 0.5), (1.0, 1.0)])
+def test_the_mean_over_beta_distributed_problems(alpha, beta):
+    """Against E[p^k (1 - p)^j] = B(alpha + k, beta + j) / B(alpha, beta)."""
+    p, weight = module("when_drafts_pay").beta_problems(alpha, beta)
+    log_beta = lambda a, b: math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    for k, j in ((0, 0), (1, 0), (8, 0), (3, 5), (0, 12)):
+        expected = math.exp(log_beta(alpha + k, beta + j) - log_beta(alpha, beta))
+        assert weight @ (p**k * (1 - p) ** j) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_example_of_a_data_set_in_simulated_groups():
+    """Problems, drafts and refinements drawn one after another; advantages are the package's own."""
+    script, rng = module("when_drafts_pay"), np.random.default_rng(0)
+    p = rng.beta(script.ALPHA, script.BETA, 100_000)
+    r, w = script.MODELS[script.REPAIRS](p)
+    plain = (rng.random((len(p), 8)) < p[:, None]).astype(np.float32)
+    kept = plain[:, :4].max(axis=1)
+    refined = (rng.random((len(p), 4)) < np.where(kept, r, w)[:, None]).astype(np.float32)
+    seen = {"grpo": objectives.has_signal(plain).mean(), "igrpo": objectives.has_signal(refined).mean()}
+    seen |= {"r": refined[kept == 1].mean(), "w": refined[kept == 0].mean()}
+    snr = []
+    for rewards in (plain, refined):
+        advantages = objectives.group_advantages(rewards, "group").astype(float)
+        snr.append(rewards.shape[1] * np.mean(advantages * rewards) ** 2 / np.mean(advantages**2))
+    expected = script.averaged(script.REPAIRS)
+    assert seen == pytest.approx({name: expected[name] for name in seen}, abs=0.01)
+    assert snr[1] / snr[0] == pytest.approx(expected["ratio"], rel=0.03)
 
 
 # The page for users of TRL.

@@ -269,6 +269,30 @@ def test_where_drafts_cannot_win(scale, sizes):
         assert edge == pytest.approx((1 - math.sqrt(sizes[0] / (sum(sizes) - 1))) / 2)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_above_the_band_only_confusing_drafts_win(scale):
+    p, r, w = np.meshgrid(np.linspace(0.88, 0.999, 13), np.linspace(0, 1, 101), np.linspace(0, 1, 21))
+    wins = snr_ratio(p, r, w, 4, 4, scale) >= 1
+    assert wins.any() and np.all(r[wins] < p[wins])
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (8, 8), (2, 6)])
+def test_training_on_drafts_leaves_at_least_the_signal_of_the_drafts(sizes):
+    p, r, w = np.meshgrid(np.linspace(0.01, 0.99, 15), np.linspace(0, 1, 21), np.linspace(0, 1, 21))
+    for scale in ("group", "none"):
+        drafts, refined = (signal(part, scale) for part in (right_counts(p, sizes[0]), igrpo_counts(p, r, w, *sizes)))
+        both = draft_signal.trained_together(drafts, refined)
+        assert np.all(both.snr_squared >= drafts.snr_squared * (1 - 1e-12))
+
+
+def test_the_mean_variance_of_problems_decides_undivided():
+    """4 + 4: where the mean of p (1 - p) is above 3/28, even refinements that are right half of the time lose."""
+    half = signal(right_counts(0.5, 4), "none").snr_squared
+    for p in ([0.01, 0.5], [0.02, 0.45]):
+        mean = signal(right_counts(p, 8).mean(axis=0), "none").snr_squared
+        assert (half < mean) == (np.mean(np.multiply(p, np.subtract(1, p))) > 3 / 28)
+
+
 def test_a_mixture_has_no_more_signal_than_its_parts():
     """The convexity that the bound stands on."""
     p, r, w = np.meshgrid(*[np.linspace(0.02, 0.98, 17)] * 3)
