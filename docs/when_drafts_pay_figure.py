@@ -95,7 +95,7 @@ def regions() -> str:
     edge = draft_signal.hopeless_from(N, G)
     bottom, top = DECADES[0], DECADES[-1]
     band = axes.path("polygon", 'class="band"', (edge, 1 - edge, 1 - edge, edge), (bottom, bottom, top, top))
-    p = np.geomspace(bottom, edge, 60)
+    p = np.geomspace(bottom, 0.999 * edge, 60)  # at the edge itself a rounding would decide
     areas = []
     for r, color in ((0.5, "a"), (0.9, "b"), (1.0, "c")):
         least, largest = draft_signal.repair_range(p, r, N, G)

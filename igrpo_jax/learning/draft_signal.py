@@ -153,6 +153,8 @@ def snr_ratio(
 ) -> np.ndarray:
     """Returns SNR^2 of iGRPO (N + G) over that of GRPO with as many samples; the arguments are those of `igrpo_counts`.
 
+    p must lie between 0 and 1, both excluded: elsewhere GRPO has no signal to compare with.
+
     Args:
         transfer: cosine between the mean gradient on q' and that on the plain prompt. Only the component along the
             latter counts, so the ratio is multiplied by its square.
