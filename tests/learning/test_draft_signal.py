@@ -319,6 +319,14 @@ def test_how_much_repair_is_needed():
     assert np.isnan(nothing[0][0]) and np.isnan(nothing[1][0]) and not np.isnan(nothing[0][1])
 
 
+def test_rare_success_needs_the_least_repair():
+    """The least w/p for 4 + 4 is that of the limit: 7/3 with copied drafts, and by the bound with any r."""
+    p, r = np.meshgrid(np.geomspace(1e-3, 0.12, 9), np.linspace(0, 1, 21))
+    least, _ = draft_signal.repair_range(p, r, 4, 4)
+    assert np.nanmin(least / p) > (7 - 4 * draft_signal.largest_signal(4)) / 3 > 1.33
+    assert np.nanmin((least / p)[r == 1]) > 7 / 3
+
+
 def test_transfer_counts_squared():
     assert snr_ratio(0.1, 0.7, 0.3, 4, 4, transfer=0.5) == pytest.approx(snr_ratio(0.1, 0.7, 0.3, 4, 4) / 4)
 
