@@ -222,6 +222,16 @@ class RefineConfig:
 
 
 @dataclass(frozen=True)
+class SamplerMeshConfig:
+    """The mesh that samples: the devices of the training mesh, with the weights divided in another way."""
+
+    # Number of neighbouring devices that share one copy of the weights to sample with, which are split by heads, MLP
+    # and vocabulary; the slots are split over the groups. None for the number with the least time for each token by
+    # formula, among those whose groups lie within a process and whose weights fit; on CPU for mesh.tensor.
+    tensor: Annotated[int | None, AtLeast(1)] = None
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How drafts and refinements are sampled."""
 
@@ -248,6 +258,7 @@ class RolloutConfig:
     dispatches_ahead: Annotated[int | None, Choice(None, 0, 1)] = None
     # Whether a prompt is refined while others are still being drafted; False waits for all drafts, for comparisons.
     streamed: bool = True
+    mesh: SamplerMeshConfig = field(default_factory=SamplerMeshConfig)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -230,9 +231,8 @@ def prepare(config: Config, devices: list) -> Footprint:
     learner = Learner(config, cfg, mesh, max_context=max_context, total_steps=config.steps or 1)
     memory = int(chip.hbm_bytes) - overview.resting_bytes(config, mesh, learner)
     engine = sampler(config, cfg, mesh, (cfg.vocab_size - 1,), max_context, evaluated, memory)
-    gather = Program(
-        "weights", engine.gather, lambda: (learner.abstract_policy(),), mesh, cost=learner.programs.costs.gather
-    )
+    gathering = partial(learner.programs.costs.gather, engine.weight_bytes)
+    gather = Program("weights", engine.gather, lambda: (learner.abstract_policy(),), mesh, cost=gathering)
     return Footprint(config, chip, mesh, cfg, learner, engine, gather, max_context)
 
 

@@ -68,8 +68,9 @@ PARAMS = {
 def make_mesh(settings: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
     """Returns the mesh over `devices` (default: all). The size that is -1 becomes what the other sizes leave.
 
-    Neighbours in the mesh are neighbours in the torus of a TPU slice. Each process samples on its own devices; where
-    neighbourhood would split these over separate parts of the mesh, the devices of a process stay together instead.
+    Neighbours in the mesh are neighbours in the torus of a TPU slice, and the devices of a process come one after
+    another, because each process samples on its own ones (`sampler_mesh`). Where neighbourhood would split these over
+    separate parts of the mesh, the devices of a process stay together instead.
 
     Raises:
         InputError: the sizes do not multiply to the number of devices.
@@ -97,15 +98,21 @@ def _arranged(sizes: list[int], devices: list) -> np.ndarray:
     processes, each = np.unique(owners, return_counts=True)
     data, fsdp, tensor = sizes
     if all(_box(owners == process) for process in processes) or set(each % tensor) != {0} or len(set(each)) != 1:
-        return by_neighbours
+        return _grouped(by_neighbours)
     inner_fsdp = math.gcd(fsdp, each[0] // tensor)
     inner_data = each[0] // tensor // inner_fsdp
     if data % inner_data:
-        return by_neighbours
+        return _grouped(by_neighbours)
     inner, outer = (inner_data, inner_fsdp, tensor), (data // inner_data, fsdp // inner_fsdp, 1)
     return mesh_utils.create_hybrid_device_mesh(
         inner, outer, devices, process_is_granule=True, allow_split_physical_axes=True
     )
+
+
+def _grouped(devices: np.ndarray) -> np.ndarray:
+    """Returns `devices` with those places on the axis `fsdp` that belong to the same processes next to each other."""
+    owners = [tuple(place.flat) for place in _owners(devices).swapaxes(0, 1)]
+    return devices[:, sorted(range(len(owners)), key=lambda place: owners.index(owners[place]))]
 
 
 def _owners(devices: np.ndarray) -> np.ndarray:
@@ -202,8 +209,34 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def sampler_mesh(mesh: jax.sharding.Mesh, tensor: int) -> jax.sharding.Mesh:
+    """Returns the devices of `mesh` in their order, with groups of `tensor` neighbours on the axis `tensor`.
+
+    The order is the same so that one program can take weights from the one mesh to the other. Where `mesh` has groups
+    of this size already, it is returned itself.
+
+    Raises:
+        InputError: `tensor` does not divide the number of devices.
+    """
+    if tensor == mesh.shape["tensor"]:
+        return mesh
+    if mesh.size % tensor:
+        raise InputError(
+            f"config.rollout.mesh.tensor = {tensor}: does not divide the {mesh.size} devices; choose a divisor of "
+            f"{mesh.size}"
+        )
+    return jax.sharding.Mesh(mesh.devices.reshape(-1, 1, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def process_tensors(mesh: jax.sharding.Mesh) -> list[int]:
+    """Returns the sizes of the axis `tensor` of a sampler's mesh whose groups each lie within one process."""
+    sizes = [size for size in range(1, mesh.size + 1) if mesh.size % size == 0]
+    owners = _owners(mesh.devices).reshape(-1)
+    return [size for size in sizes if (np.diff(owners.reshape(-1, size), axis=1) == 0).all()]
+
+
 def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
-    """Returns the part of `mesh` whose devices belong to this process; `mesh` itself where all of them do.
+    """Returns the part of a sampler's `mesh` whose devices belong to this process; `mesh` itself where all of them do.
 
     Raises:
         InputError: the devices of this process hold no complete replica of the weights, or are no box of the mesh.
@@ -214,8 +247,8 @@ def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
     box = _box(own)
     if box is None:
         raise InputError(
-            f"config.mesh.tensor = {mesh.shape['tensor']}: each process samples with weights of its own, and its "
-            f"{own.sum()} devices hold no whole replica; lower mesh.tensor to a divisor of {own.sum()}"
+            f"config.rollout.mesh.tensor = {mesh.shape['tensor']}: each process samples with weights of its own, and "
+            f"its {own.sum()} devices hold no whole replica; set rollout.mesh.tensor to a divisor of {own.sum()}"
         )
     return jax.sharding.Mesh(mesh.devices[box], mesh.axis_names, axis_types=mesh.axis_types)
 
@@ -253,11 +286,15 @@ def to_host(tree):
     return jax.device_get(tree)
 
 
-def check_divides(mesh: jax.sharding.Mesh, shapes: dict[str, tuple[int, ...]]) -> None:
+def check_divides(
+    mesh: jax.sharding.Mesh, shapes: dict[str, tuple[int, ...]], section: str = "config.mesh", only: str = ""
+) -> None:
     """Checks that every mesh axis divides the dimensions of the parameters that it shards.
 
     Args:
         shapes: shapes of the parameters by path.
+        section: of the settings that the mesh follows from, for errors.
+        only: the mesh axis that is checked; all where it is empty.
 
     Raises:
         InputError: a mesh axis does not divide a dimension.
@@ -266,8 +303,8 @@ def check_divides(mesh: jax.sharding.Mesh, shapes: dict[str, tuple[int, ...]]) -
         logical = PARAMS[path.rpartition("/")[2]]
         for name, size in zip(logical, shape, strict=True):
             axis = RULES[name]
-            if axis and size % mesh.shape[axis]:
+            if axis and only in ("", axis) and size % mesh.shape[axis]:
                 raise InputError(
-                    f"config.mesh.{axis} = {mesh.shape[axis]}: does not divide the model's {name} dimension of {size} "
+                    f"{section}.{axis} = {mesh.shape[axis]}: does not divide the model's {name} dimension of {size} "
                     f"({path}); choose a divisor of {size}"
                 )

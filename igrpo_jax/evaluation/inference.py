@@ -99,13 +99,14 @@ def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) ->
 
 
 def _scheduler(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan) -> Scheduler:
-    """Returns a sampler with no more slots than there are samples."""
-    shards = sharding.batch_shards(mesh)
+    """Returns a sampler with hardly more slots than there are samples."""
+    shards = mesh.size // (config.rollout.mesh.tensor or 1)  # at most, whatever the layout is
     samples = sum(len(prompts) * samples_per_problem(config, name) for name, prompts in plan.prompts.items())
     engine = Engine(
         policy.model,
         mesh,
         policy.eos_ids,
+        tensor=config.rollout.mesh.tensor,
         slots=min(config.rollout.slots, -(-samples // shards) * shards),
         max_context=plan.max_context,
         max_completion=plan.max_completion,

@@ -17,19 +17,26 @@ import jax.sharding
 
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.chips import Chip
 from igrpo_jax.distributed.programs import Cost
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.logprobs import chunk_positions
 
+REDUCTION_SECONDS = 8e-6  # that a chip of a TPU slice waits for a reduction of few bytes over its neighbours
+
 
 class ModelCosts:
-    """The costs of a forward pass, and of slots of the sampler's cache, in one dtype on one mesh."""
+    """The costs of a forward pass, and of slots of the sampler's cache, in one dtype.
 
-    def __init__(self, cfg: DecoderConfig, dtype: str, mesh: jax.sharding.Mesh):
+    Args:
+        tensor: devices that share one copy of the weights.
+    """
+
+    def __init__(self, cfg: DecoderConfig, dtype: str, tensor: int):
         self.cfg = cfg
         self.item_bytes = jnp.dtype(dtype).itemsize
-        self.tensor = mesh.shape["tensor"]
+        self.tensor = tensor
         linear = [(path, shape) for path, shape in decoder.shapes(cfg).items() if sharding.is_linear(path)]
         self.linear_weights = sum(math.prod(shape) for _, shape in linear)
         self.head_weights = cfg.vocab_size * cfg.hidden_size
@@ -84,6 +91,20 @@ class ModelCosts:
         moved = self.item_bytes * weights / self.tensor + logits
         return Cost(flops, moved + rows * (read * self.token_bytes + 2 * self.state_bytes))
 
+    def decode_seconds(self, chip: Chip, rows: int, read: float) -> float:
+        """Returns the least time of `decode` on a chip, with the reductions that `tensor` devices wait for.
+
+        Each is taken to last REDUCTION_SECONDS, and as long as its bytes need on the links. They are two of each layer
+        (one of Mamba-2), one of the embedding and two of the draw.
+        """
+        cost = self.decode(rows, read)
+        seconds = max(cost.flops / chip.flops, cost.bytes / chip.bandwidth)
+        if self.tensor == 1:
+            return seconds
+        sublayers = len(self.cfg.pattern)
+        received = 2 * (self.tensor - 1) / self.tensor * rows * self.cfg.hidden_size * self.item_bytes
+        return seconds + (sublayers + 3) * REDUCTION_SECONDS + (sublayers + 1) * received / chip.links
+
     def useful_flops(self, context: int, lengths: Sequence[int], passes: float) -> float:
         """Returns the FLOPs of `passes` forward passes over completions of `lengths` tokens after one shared context.
 
@@ -114,7 +135,7 @@ class TrainingCosts:
     """
 
     def __init__(self, config: Config, cfg: DecoderConfig, mesh: jax.sharding.Mesh, unit: tuple[int, int, int]):
-        self.model = ModelCosts(cfg, config.model.dtype, mesh)
+        self.model = ModelCosts(cfg, config.model.dtype, mesh.shape["tensor"])
         self._config = config
         self._unit = unit
         tensor = self.model.tensor
@@ -124,7 +145,6 @@ class TrainingCosts:
         self._trained = sum(map(math.prod, trained.values())) / pieces  # numbers on this device
         frozen_bytes = bool(config.model.lora.rank) * self.model.item_bytes * cfg.num_params / pieces
         self._stored_bytes = 4 * self._trained + frozen_bytes
-        self._gathered_bytes = self.model.item_bytes * cfg.num_params / tensor
 
     def accumulate(self, size: int, remat: str) -> Cost:
         """Returns the cost of the gradient of `size` tokens on each shard: forward, backward (twice as much), with full
@@ -157,9 +177,9 @@ class TrainingCosts:
         moments = 4 + jnp.dtype(self._config.optimizer.mu_dtype).itemsize
         return Cost(15 * self._trained, (4 + 4 + 2 * (4 + moments)) * self._trained)
 
-    def gather(self) -> Cost:
-        """Returns the cost of the sampler's copy of the weights."""
-        return Cost(0, self._stored_bytes + self._gathered_bytes)
+    def gather(self, gathered_bytes: int) -> Cost:
+        """Returns the cost of the sampler's copy of the weights, which has `gathered_bytes` on each device."""
+        return Cost(0, self._stored_bytes + gathered_bytes)
 
     def _forward(self, size: int) -> tuple[Cost, float]:
         """Returns the cost of all sublayers of a micro-batch once, and its positions that go through the head."""

@@ -8,21 +8,20 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed import cluster, sharding
 from igrpo_jax.distributed.compiling import Wanted, all_shapes, compile_all
 from igrpo_jax.distributed.programs import pick_bucket, tree_bytes
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import decoder, lora
+from igrpo_jax.models import decoder, heads, lora
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
-from igrpo_jax.models.paged import heads_per_row
+from igrpo_jax.sampling.layout import choose_tensor, pages_in, reads_pages
 from igrpo_jax.sampling.pages import pages_for
-from igrpo_jax.sampling.programs import WIDTH, SamplerPrograms, Sizes, traced, weight_shardings
+from igrpo_jax.sampling.programs import LANES, WIDTH, SamplerPrograms, Sizes, traced, weight_shardings
 from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State, Status
 
 PAGE_SIZE = {"cpu": 16}  # positions of a page by platform: a kernel reads larger ones faster, smaller ones waste less
 OTHER_PAGE_SIZE = 64
-USABLE = 0.9  # of the memory that sampling may use; the rest is for the code and the temporaries of programs
 
 
 class Piece(NamedTuple):
@@ -50,11 +49,14 @@ class Start(NamedTuple):
 class Engine:
     """Compiled programs and static sizes; the state itself is passed in and donated.
 
-    On several processes each has an engine of its own, on its part of the mesh and of the slots, and none waits for
-    another while it samples.
+    It samples on a mesh of its own over the devices of the run (`sharding.sampler_mesh`), to which `weights` brings the
+    weights. Where that needs more key and value heads than the model has, it samples with copies of them
+    (`models.heads`). On several processes each has an engine of its own, on its part of this mesh and of the slots, and
+    none waits for another while it samples.
 
     Args:
-        mesh: the mesh of the run.
+        mesh: the mesh of the run, which the weights come from.
+        tensor: devices that share one copy of the weights; None = those of `choose_tensor`.
         slots: completions decoded at once, over all processes.
         max_context: longest prompt in tokens.
         max_completion: most tokens of a completion (M).
@@ -68,13 +70,14 @@ class Engine:
     Attributes:
         programs: all programs of the sampler.
         gather: the jitted function behind `weights`.
-        mesh: the part of the mesh that this process samples on.
+        mesh: the part of the sampler's mesh that belongs to this process.
+        tensor: devices that share one copy of the weights.
         sizes: what the programs are compiled for.
         slots, shard_slots: completions decoded at once by this process, and by each of its shards.
 
     Raises:
-        InputError: the slots don't divide over the mesh, a replica of the weights spans processes, or the pages don't
-            hold one sequence.
+        InputError: the slots don't divide over the groups of devices, a group spans processes or does not divide the
+            model, or the pages don't hold one sequence.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Engine:
         mesh: jax.sharding.Mesh,
         eos_ids: tuple[int, ...],
         *,
+        tensor: int | None = None,
         slots: int,
         max_context: int,
         max_completion: int,
@@ -94,36 +98,37 @@ class Engine:
         memory: float | None = None,
         prefill_chunk: int = 2048,
     ):
-        all_shards = sharding.batch_shards(mesh)
-        if slots % all_shards:
-            raise InputError(
-                f"config.rollout.slots = {slots}: must be a multiple of mesh.data x mesh.fsdp = {all_shards}, over "
-                "which the slots are split"
-            )
+        length = length or max_context + max_completion
+        page_size = page_size or PAGE_SIZE.get(mesh.devices.flat[0].platform, OTHER_PAGE_SIZE)
+        if tensor is None:
+            limits = {"slots": slots, "length": length, "lanes": LANES, "page_size": page_size, "memory": memory}
+            tensor = cluster.from_first(partial(choose_tensor, cfg, mesh, dtype, **limits))
+        self._whole_mesh = _checked_mesh(cfg, mesh, tensor, slots)
+        self._model, cfg = cfg, heads.spread_config(cfg, tensor)
         self.dtype = dtype
+        self.tensor = tensor
         self.eos_ids = frozenset(eos_ids)
-        self.mesh = sharding.local_mesh(mesh)
+        self.mesh = sharding.local_mesh(self._whole_mesh)
         self.shards = sharding.batch_shards(self.mesh)
-        self.shard_slots = slots // all_shards
+        self.shard_slots = slots // sharding.batch_shards(self._whole_mesh)
         self.slots = self.shard_slots * self.shards
         self.sizes = Sizes(
             shard_slots=self.shard_slots,
             pages=pages,
-            page_size=page_size or PAGE_SIZE.get(mesh.devices.flat[0].platform, OTHER_PAGE_SIZE),
-            length=length or max_context + max_completion,
+            page_size=page_size,
+            length=length,
             max_context=max_context,
             max_completion=max_completion,
             steps_per_dispatch=steps_per_dispatch,
             prefill_chunk=prefill_chunk,
         )
         if not pages:
-            self.sizes = _with_pages(self.sizes, ModelCosts(cfg, dtype, self.mesh), memory)
+            self.sizes = _with_pages(self.sizes, ModelCosts(cfg, dtype, tensor), memory)
         _check_pages(self.sizes)
         self.programs = SamplerPrograms(cfg, self.mesh, eos_ids, dtype, self.sizes)
-        self._whole_mesh = mesh
-        self._global_shardings = weight_shardings(cfg, mesh)
+        self._global_shardings = weight_shardings(cfg, self._whole_mesh)
         self._local_shardings = weight_shardings(cfg, self.mesh)
-        self.gather = jax.jit(partial(_gather, dtype), out_shardings=self._global_shardings)
+        self.gather = jax.jit(self._gathered, out_shardings=self._global_shardings)
 
     @property
     def wanted(self) -> Wanted:
@@ -171,11 +176,13 @@ class Engine:
         )
 
     def weights(self, params: decoder.Params) -> decoder.Params:
-        """Returns the rollout copy of the policy's parameters: LoRA's changes merged, cast, and gathered over data and
-        fsdp, once per step."""
+        """Returns the rollout copy of the policy's parameters: LoRA's changes merged, cast, with the heads that the
+        sampler's mesh needs, and brought to that mesh, once per step."""
+        shapes = {path: x.shape for path, x in self.programs.weights.items()}
         ready = lambda path, x: (
             isinstance(x, jax.Array)
             and x.dtype == self.dtype
+            and x.shape == shapes[path]
             and x.sharding.is_equivalent_to(self._global_shardings[path], x.ndim)
         )
         if not all(ready(path, x) for path, x in params.items()):
@@ -276,21 +283,41 @@ class Engine:
         padded[: len(slots)] = slots
         return [self.programs.harvest(state, piece) for piece in padded.reshape(-1, WIDTH)]
 
+    def _gathered(self, params: decoder.Params) -> decoder.Params:
+        """Returns the rollout copy of `params`; as a program it also brings them to the sampler's mesh."""
+        params = lora.merge(decoder.cast(params, self.dtype))
+        return {path: heads.spread(self._model, self.tensor, path, x) for path, x in params.items()}
+
     def _put(self, tree: NamedTuple) -> NamedTuple:
         return jax.device_put(tree, self.programs.batch_sharding)
+
+
+def _checked_mesh(cfg: DecoderConfig, mesh: jax.sharding.Mesh, tensor: int, slots: int) -> jax.sharding.Mesh:
+    """Returns the sampler's mesh over all processes.
+
+    Raises:
+        InputError: as `Engine`.
+    """
+    whole = sharding.sampler_mesh(mesh, tensor)
+    shapes = decoder.shapes(heads.spread_config(cfg, tensor))
+    sharding.check_divides(whole, shapes, "config.rollout.mesh", only="tensor")
+    shards = sharding.batch_shards(whole)
+    if slots % shards:
+        raise InputError(
+            f"config.rollout.slots = {slots}: must be a multiple of {mesh.size} devices / {tensor} that share weights "
+            f"(rollout.mesh.tensor) = {shards}, over which the slots are split"
+        )
+    return whole
 
 
 def _with_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> Sizes:
     """Returns `sizes` with as many pages as all slots can need without sharing, or as USABLE of `memory` holds."""
     of_slots = sizes.shard_slots * sizes.slot_pages
     pages = of_slots + sizes.lanes
-    if memory is not None and costs.token_bytes:
-        weights = costs.item_bytes * costs.cfg.num_params / costs.tensor
-        states = (sizes.shard_slots + sizes.lanes) * costs.state_bytes
-        held = int((USABLE * memory - weights - states) / (costs.token_bytes * sizes.page_size))
+    if memory is not None:
+        held = pages_in(memory, costs, sizes.shard_slots + sizes.lanes, sizes.page_size)
         # Where attention does not read pages in place, decoding copies those of all slots.
-        in_place = heads_per_row(costs.cfg.attention, costs.cfg.head_dim, costs.cfg.num_kv_heads // costs.tensor) > 0
-        pages = max(sizes.least_pages, min(pages, held if in_place else held - of_slots))
+        pages = max(sizes.least_pages, min(pages, held if reads_pages(costs.cfg, costs.tensor) else held - of_slots))
     return replace(sizes, pages=pages)
 
 
@@ -302,7 +329,3 @@ def _check_pages(sizes: Sizes) -> None:
             f"need {sizes.least_pages} pages of {sizes.page_size}; set it to at least that, or to 0 for what memory "
             "holds"
         )
-
-
-def _gather(dtype: str, params: decoder.Params) -> decoder.Params:
-    return lora.merge(decoder.cast(params, dtype))

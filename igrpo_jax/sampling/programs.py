@@ -84,7 +84,7 @@ class SamplerPrograms:
 
     def __init__(self, cfg: DecoderConfig, mesh: jax.sharding.Mesh, eos_ids: tuple[int, ...], dtype: str, sizes: Sizes):
         self.batch_sharding = sharding.batch_sharding(mesh)
-        self.costs = ModelCosts(cfg, dtype, mesh)
+        self.costs = ModelCosts(cfg, dtype, mesh.shape["tensor"])
         together = heads_per_row(cfg.attention, cfg.head_dim, cfg.num_kv_heads // mesh.shape["tensor"])
         self.in_place = together > 0
         self.on_cpu = mesh.devices.flat[0].platform == "cpu"

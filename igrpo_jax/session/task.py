@@ -197,6 +197,7 @@ def sampler(
         model,
         mesh,
         eos_ids,
+        tensor=config.rollout.mesh.tensor,
         slots=config.rollout.slots,
         max_context=max(max_context, evaluated.max_context),
         max_completion=max(config.rollout.max_completion_length, evaluated.max_completion),

@@ -1,0 +1,93 @@
+"""How many neighbouring devices share a copy of the weights while completions are sampled, chosen by formula.
+
+With more devices in a group each reads a smaller part of the weights for every token, and has more rows. What it costs
+are the reductions that the group waits for, and copies of key and value heads where there are fewer of them than
+devices in the group (`models.heads`).
+"""
+
+import jax
+
+from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.chips import CHIPS
+from igrpo_jax.models import decoder
+from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.models.costs import ModelCosts
+from igrpo_jax.models.heads import spread_config
+from igrpo_jax.models.paged import heads_per_row
+from igrpo_jax.sampling.pages import pages_for
+
+SIZES = (1, 2, 4, 8)  # of a group
+USABLE = 0.9  # of the memory that sampling may use; the rest is for the code and the temporaries of programs
+
+
+def choose_tensor(
+    cfg: DecoderConfig,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+    *,
+    slots: int,
+    length: int,
+    lanes: int,
+    page_size: int,
+    memory: float | None,
+) -> int:
+    """Returns the size of a group with the least time for each token, as `ModelCosts.decode_seconds` counts it.
+
+    Rows are taken to hold half of the longest sequence in the mean. Of the slots of a group, as many count as have
+    pages in its memory. A group lies within a process, and its size divides the model. Sizes with which attention reads
+    pages in place come before all others. Without one that fits, and on devices whose figures are not known, such as
+    CPUs, the size is that of `mesh`.
+
+    Args:
+        mesh: of the training.
+        slots: completions decoded at once, over all devices.
+        length: most tokens of a prompt and its completion.
+        lanes: prompts that a group reads at once.
+        page_size: positions of a page.
+        memory: bytes of each device that sampling may use; None = any.
+    """
+    chip, given = CHIPS.get(mesh.devices.flat[0].device_kind), mesh.shape["tensor"]
+    if chip is None:
+        return given
+    seconds: dict[int, tuple[bool, float]] = {}
+    for tensor in sorted({*SIZES, given} & set(sharding.process_tensors(mesh))):
+        groups, spread = mesh.size // tensor, spread_config(cfg, tensor)
+        if slots % groups or not divides(spread, tensor):
+            continue
+        rows, costs, read = slots // groups, ModelCosts(spread, dtype, tensor), length // 2
+        held = rows
+        if memory is not None:
+            pages = pages_in(memory, costs, rows + lanes, page_size)
+            held = min(rows, pages // pages_for(read, page_size)) if pages >= pages_for(length, page_size) + 1 else 0
+        if held:
+            seconds[tensor] = not reads_pages(spread, tensor), costs.decode_seconds(chip, held, read) * rows / held
+    return min(seconds, key=seconds.__getitem__, default=given)
+
+
+def reads_pages(cfg: DecoderConfig, tensor: int) -> bool:
+    """Returns whether decoding reads pages where they lie, with the heads of `cfg` split over `tensor` devices."""
+    return heads_per_row(cfg.attention, cfg.head_dim, cfg.num_kv_heads // tensor) > 0
+
+
+def divides(cfg: DecoderConfig, tensor: int) -> bool:
+    """Returns whether all that is split over `tensor` devices can be split evenly."""
+    split = {size for path, shape in decoder.shapes(cfg).items() for size in _split(path, shape)}
+    return all(size % tensor == 0 for size in split)
+
+
+def _split(path: str, shape: tuple[int, ...]) -> list[int]:
+    """Returns the sizes of the dimensions of a parameter that the axis `tensor` splits."""
+    axes = sharding.spec(sharding.logical_axes(path))
+    return [size for axis, size in zip(axes, shape, strict=True) if axis == "tensor"]
+
+
+def pages_in(memory: float, costs: ModelCosts, states: int, page_size: int) -> int:
+    """Returns how many pages USABLE of `memory` holds beside the weights and `states` states of Mamba-2.
+
+    The number is not positive where these alone do not fit. Without attention pages have no bytes, and 2**31 fit.
+    """
+    weights = costs.item_bytes * costs.cfg.num_params / costs.tensor
+    free = USABLE * memory - weights - states * costs.state_bytes
+    if not costs.token_bytes:
+        return 2**31 if free > 0 else 0
+    return int(free / (costs.token_bytes * page_size))
