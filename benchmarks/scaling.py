@@ -45,7 +45,7 @@ def measured(config: str, topology: str, settings: list[str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-TITLES = "slice, chips, data x fsdp x tensor, fullest program, GiB per chip, of HBM"
+TITLES = "slice, chips, data x fsdp x tensor, chips that share sampling weights, fullest program, GiB per chip, of HBM"
 TITLES += ", GB received: micro-batch, weights, token"
 HEAD = f"| {TITLES.replace(',', ' |')} |\n{'|---' * (TITLES.count(',') + 1)}|"
 
@@ -59,6 +59,7 @@ def row(name: str, figures: dict) -> str:
         name,
         figures["devices"],
         " x ".join(map(str, figures["mesh"].values())),
+        figures["sampling_tensor"],
         figures["fullest"],
         f"{figures['share'] * figures['hbm_bytes'] / 2**30:.1f}",
         f"{figures['share']:.1%}" + ("" if figures["fits"] else " (does not fit)"),

@@ -576,6 +576,7 @@ MAY_CHANGE_ON_RESUME = (
         "rollout.slots",
         "rollout.pages",
         "rollout.page_size",
+        "rollout.mesh",
         "learner.tokens_per_microbatch",
         "learner.microbatch_sizes",
         "learner.logprob_chunk",

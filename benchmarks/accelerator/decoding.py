@@ -53,7 +53,7 @@ def fitting_rows(task: "Task", shape: str) -> int:
     if task.memory is None:
         return rows
     model, mesh = from_hf(models.SHAPES[shape], shape), models.make_mesh()
-    costs = ModelCosts(model, task.sizes.dtype, mesh)
+    costs = ModelCosts(model, task.sizes.dtype, mesh.shape["tensor"])
     length, weights = task.sizes.prompt + task.sizes.completion, model.num_params * costs.item_bytes
     shards = batch_shards(mesh)
     while rows >= jax.device_count():

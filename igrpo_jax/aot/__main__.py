@@ -104,6 +104,8 @@ def topology(name: str | None) -> list:
 
 def head(footprint: "Footprint") -> list[str]:
     """Returns the lines that name the model, the devices and the sizes that programs are compiled for."""
+    from igrpo_jax.session import overview
+
     config, mesh = footprint.config, footprint.mesh
     processes = len({device.process_index for device in mesh.devices.flat})
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -112,6 +114,7 @@ def head(footprint: "Footprint") -> list[str]:
     return [
         f"{name}, {footprint.cfg.num_params / 1e9:.2f} B parameters, {config.model.dtype}; "
         f"{mesh.size} x {footprint.chip.name} in {processes} process{'es' * (processes > 1)} ({sizes})",
+        f"sampling with {overview.sampling_layout(footprint.engine)}",
         f"contexts of up to {footprint.max_context:,} tokens, completions of {config.rollout.max_completion_length:,}, "
         f"attention {footprint.cfg.attention}",
         f"on each device: {', '.join(f'{name} {size(count)}' for name, count in footprint.resting.items())} of "
@@ -210,7 +213,7 @@ def _advise_rollout(footprint: "Footprint") -> list[str]:
     lines.append(f"rollout.max_completion_length = {config.rollout.max_completion_length}: lower it")
     if config.algorithm.num_drafts:
         lines.append(f"refine.max_draft_length = {config.draft_limit}: lower it")
-    lines.append(f"mesh.tensor = {footprint.mesh.shape['tensor']}: a larger one, which splits weights and cache")
+    lines.append(f"rollout.mesh.tensor = {footprint.engine.tensor}: a larger one, which splits weights and cache")
     return lines
 
 
@@ -220,6 +223,7 @@ def summary(footprint: "Footprint") -> dict[str, Any]:
         "fits": footprint.fits,
         "devices": footprint.mesh.size,
         "mesh": dict(footprint.mesh.shape),
+        "sampling_tensor": footprint.engine.tensor,
         "hbm_bytes": footprint.chip.hbm_bytes,
         "share": round(footprint.used_fraction, 4),
         "fullest": footprint.fullest.name,

@@ -1,12 +1,14 @@
 """Counts what devices send one another in a compiled program, from the program's text.
 
 Each collective is counted as often as it runs: in the body of a loop as often as the loop runs, where the text gives
-that number (a count from 0 to a constant), else once. Bytes are those that one device receives if no byte comes twice:
+that number (a count from 0 to a constant), else once. Of the branches of a conditional the one that receives least is
+counted: drawing tokens without filters. Bytes are those that one device receives if no byte comes twice:
 with n devices and a result of B bytes, an all-gather (n - 1) / n B, an all-reduce twice that, and a reduce-scatter
 (n - 1) B.
 """
 
 import collections
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -16,8 +18,11 @@ KINDS = ["all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
-_BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply)=%?([\w.-]+)")
+_ALL_CALLED = re.compile(r"\bcalled_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_BRANCH = re.compile(r"\b(?:true_computation|false_computation)=%?([\w.-]+)")
+_NAME = re.compile(r"[\w.-]+")
 _TRIPS = re.compile(r"known_trip_count\D*(\d+)")
 _CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 _CONSTANT = re.compile(r"^\s*%?(\S+) = [su]32\[\]\S* constant\((\d+)\)")
@@ -47,7 +52,8 @@ def collectives(text: str, devices: int) -> dict[str, Traffic]:
         devices: how many it runs on.
     """
     own: dict[str, dict[str, Traffic]] = collections.defaultdict(lambda: collections.defaultdict(Traffic))
-    called: dict[str, list[tuple[str, float | str]]] = collections.defaultdict(list)  # trips, or the loop's condition
+    # What a computation calls: one of some branches, and how often (trips, or the loop's condition).
+    called: dict[str, list[tuple[list[str], float | str]]] = collections.defaultdict(list)
     constants: dict[str, float] = {}
     bounds: dict[str, float] = {}  # of counts, by condition
     entry, name = "", ""
@@ -67,20 +73,28 @@ def collectives(text: str, devices: int) -> dict[str, Traffic]:
             bounds[name] = constants.get(match[1], 1.0)
         else:
             trips, condition = _TRIPS.search(line), _CONDITION.search(line)
-            inner = [*_CALLED.findall(line), *re.findall(r"[\w.-]+", " ".join(_BRANCHES.findall(line)))]
             times = float(trips[1]) if trips else condition[1] if condition else 1.0
-            called[name] += [(other, times) for other in inner]
+            called[name] += [(choices, times) for choices in _choices(line)]
 
-    total: dict[str, Traffic] = collections.defaultdict(Traffic)
-
-    def visit(name: str, times: float) -> None:
+    @functools.cache
+    def count(name: str) -> dict[str, Traffic]:
+        total: dict[str, Traffic] = collections.defaultdict(Traffic)
         for kind, traffic in own[name].items():
-            total[kind].add(traffic, times)
-        for other, trips in called[name]:
-            visit(other, times * (bounds.get(trips, 1.0) if isinstance(trips, str) else trips))
+            total[kind].add(traffic, 1)
+        for choices, trips in called[name]:
+            least = min(map(count, choices), key=lambda sent: sum(traffic.bytes for traffic in sent.values()))
+            for kind, traffic in least.items():
+                total[kind].add(traffic, bounds.get(trips, 1.0) if isinstance(trips, str) else trips)
+        return dict(total)
 
-    visit(entry, 1.0)
-    return dict(total)
+    return count(entry)
+
+
+def _choices(line: str) -> list[list[str]]:
+    """Returns the computations that an instruction calls: all of a list's entries, and of each entry one."""
+    inner = [*_CALLED.findall(line), *_NAME.findall(" ".join(_ALL_CALLED.findall(line)))]
+    branches = [*_BRANCH.findall(line), *_NAME.findall(" ".join(_BRANCHES.findall(line)))]
+    return [[name] for name in inner] + [branches] * bool(branches)
 
 
 def _bytes(shape: str) -> int:

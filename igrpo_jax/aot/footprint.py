@@ -156,7 +156,7 @@ class Footprint:
 
     def _sampling(self, stage: str, context: int, samples: int, length: int) -> dict[str, tuple[float, str]]:
         """Returns `least` of prefilling and decoding `samples` completions of `length` tokens of each prompt."""
-        engine, prompts, shards = self.engine, self.config.prompts_per_step, sharding.batch_shards(self.mesh)
+        engine, prompts, shards = self.engine, self.config.prompts_per_step, self.engine.groups
         completions = -(-prompts * samples // shards)  # of a shard
         if not completions:
             return {}

@@ -49,6 +49,7 @@ class ProcessRollout:
     judgements: list[Judgement]
     usage: Usage
     seconds: float  # time of sampling and scoring
+    weight_seconds: float  # time until the weights were ready to sample with
     waited: float  # the part of `seconds` in which nothing was left to sample and only scores were awaited
 
 

@@ -227,8 +227,8 @@ class Rollout:
         `perf/completion_tokens`; all other metrics describe the groups that stayed.
 
         Every process returns the same groups, and the same metrics but for `perf/rollout_time`: tokens are summed,
-        slots are counted over all, and `perf/verify_wait_time` is the longest. `perf/process_idle_frac` is the
-        fraction of the rollout that the processes, on average, waited for the slowest.
+        slots are counted over all; `perf/verify_wait_time` and `perf/weight_sync_time` are the longest.
+        `perf/process_idle_frac` is the fraction of the rollout that the processes, on average, waited for the slowest.
 
         Args:
             prompts: returns the prompts of this step by the number of the redraw, one for each position: 0 are the
@@ -277,6 +277,7 @@ class Rollout:
             judgements=self._verifier.judgements,
             usage=self._scheduler.usage,
             seconds=time.perf_counter() - began,
+            weight_seconds=self._scheduler.weight_seconds,
             waited=waited,
         )
         self._scheduler.finish()
@@ -315,6 +316,7 @@ def _usage_metrics(parts: Sequence[ProcessRollout]) -> dict[str, float]:
     usage = sum((part.usage for part in parts), Usage())
     seconds = [part.seconds for part in parts]
     return {
+        "perf/weight_sync_time": max(part.weight_seconds for part in parts),
         "perf/verify_wait_time": max(part.waited for part in parts),
         "perf/process_idle_frac": 1 - float(np.mean(seconds)) / max(seconds),
         "perf/draft_tokens": sum(part.draft_tokens for part in parts),

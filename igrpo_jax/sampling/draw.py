@@ -179,7 +179,7 @@ def _keep_top_k(weights: jax.Array, top_k: jax.Array, add: Callable[[jax.Array],
 
 
 def _keep_top_p(weights: jax.Array, top_p: jax.Array, add: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Keeps the largest entries of each row that hold `top_p` of its weight, and puts 0 elsewhere; see `_keep_top_k`."""
+    """Keeps the largest entries of each row that hold `top_p` of its weight, as `_keep_top_k` does."""
     target = top_p * add(weights.sum(axis=-1))
     enough = lambda keep: add(jnp.sum(jnp.where(keep, weights, 0.0), axis=-1)) >= target
     return jnp.where(top_p < 1, _keep_smallest_set(weights, enough), weights)

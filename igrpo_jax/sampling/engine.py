@@ -72,6 +72,7 @@ class Engine:
         gather: the jitted function behind `weights`.
         mesh: the part of the sampler's mesh that belongs to this process.
         tensor: devices that share one copy of the weights.
+        groups: of so many devices each, over all processes; each is a shard of the slots.
         sizes: what the programs are compiled for.
         slots, shard_slots: completions decoded at once by this process, and by each of its shards.
 
@@ -110,7 +111,8 @@ class Engine:
         self.eos_ids = frozenset(eos_ids)
         self.mesh = sharding.local_mesh(self._whole_mesh)
         self.shards = sharding.batch_shards(self.mesh)
-        self.shard_slots = slots // sharding.batch_shards(self._whole_mesh)
+        self.groups = sharding.batch_shards(self._whole_mesh)
+        self.shard_slots = slots // self.groups
         self.slots = self.shard_slots * self.shards
         self.sizes = Sizes(
             shard_slots=self.shard_slots,

@@ -6,6 +6,9 @@ is read between two dispatches, so that a long prompt does not hold up the other
 behind, so that the device has the next one while the results of the last are looked at.
 """
 
+import contextlib
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,6 +43,30 @@ class _Harvest:
     pieces: list[tuple[jax.Array, ...]] = field(default_factory=list)
 
 
+class _Arrival:
+    """Waits in a thread until weights are ready, so that programs that need them can be sent to the device meanwhile.
+
+    Args:
+        began: by `time.perf_counter`, when the weights were asked for.
+    """
+
+    def __init__(self, weights: decoder.Params, began: float):
+        self._seconds = 0.0
+        self._thread = threading.Thread(target=self._wait, args=(weights, began), name="weights", daemon=True)
+        self._thread.start()
+
+    def _wait(self, weights: decoder.Params, began: float) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # whoever uses the weights gets it too
+            jax.block_until_ready(weights)
+        self._seconds = time.perf_counter() - began
+
+    @property
+    def seconds(self) -> float:
+        """Time that it took."""
+        self._thread.join()
+        return self._seconds
+
+
 class Scheduler:
     """Feeds one engine, whose pages, lanes and slots it owns.
 
@@ -55,6 +82,7 @@ class Scheduler:
         self.usage = Usage()
         self.shards = [Shard(engine.sizes) for _ in range(engine.shards)]
         self._weights: decoder.Params = {}
+        self._arrival: _Arrival | None = None
         self._sampling = Sampling(1.0)
         self._state: State | None = None  # between `start` and `finish`: the cache makes room for the update
         self._waiting: deque[Waiting] = deque()
@@ -69,12 +97,19 @@ class Scheduler:
         The weights are cast and gathered once here; `finish` frees them and the cache, before the update.
         """
         assert not self.pending, "the last rollout or evaluation still has samples to draw"
+        began = time.perf_counter()
         self._weights = self.engine.weights(params)
+        self._arrival = _Arrival(self._weights, began)
         self._sampling = sampling
         self.usage = Usage(pages=sum(shard.pool.count for shard in self.shards))
         for shard in self.shards:
             shard.preempted = 0
         self._state = self.engine.empty()
+
+    @property
+    def weight_seconds(self) -> float:
+        """Seconds that the weights of the last `start` took to be ready to sample with."""
+        return self._arrival.seconds if self._arrival else 0.0
 
     def finish(self) -> None:
         """Ends the rollout or evaluation: frees the weights and the cache."""

@@ -8,7 +8,7 @@ import jax
 
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import watchdog
-from igrpo_jax.distributed.chips import size
+from igrpo_jax.distributed.chips import CHIPS, size
 from igrpo_jax.distributed.programs import device_bytes, tree_bytes
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.outputs.writer import rows_until
@@ -37,6 +37,7 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
             f"{task.policy.path or 'built-in'}, {model.num_params / 1e6:,.1f} M parameters, {config.model.dtype}",
         ),
         ("mesh", f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']}"),
+        ("sampling", sampling_layout(engine)),
         ("attention", f"{model.attention} (training and prefill)"),
         *([("LoRA", f"rank {config.model.lora.rank}, {trained / 1e6:,.2f} M trained parameters")] * bool(frozen)),
         ("objective", f"{config.algorithm.loss_type}, beta {config.algorithm.beta:g}"),
@@ -59,6 +60,18 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
             f"at most {len(engine.wanted)} of the sampler, and of the update one for each size of micro-batch",
         ),
     ]
+
+
+def sampling_layout(engine: Engine) -> str:
+    """Returns how the devices share the weights to sample with, and where it is known the least time of a token."""
+    groups, tensor, costs = engine.groups, engine.tensor, engine.programs.costs
+    text = f"rollout.mesh.tensor {tensor}: {groups} group{'s' * (groups > 1)} of {tensor} devices, "
+    text += f"{engine.shard_slots} slots each"
+    chip = CHIPS.get(engine.mesh.devices.flat[0].device_kind)
+    if chip is None:
+        return text
+    seconds = costs.decode_seconds(chip, engine.shard_slots, engine.sizes.length // 2)
+    return f"{text}; a decode step takes at least {1e3 * seconds:.2g} ms"
 
 
 def _cache(engine: Engine) -> str:
@@ -104,10 +117,13 @@ def predicted_bytes(config: Config, task: Task, engine: Engine, learner: Learner
 def resting_bytes(config: Config, mesh: jax.sharding.Mesh, learner: Learner) -> int:
     """Returns the bytes that the learner holds on each device while completions are sampled.
 
-    Where the sampler uses the trained weights themselves (float32, not split over mesh.fsdp, without LoRA), these are
-    counted with the rollout and not here.
+    Where the sampler is sure to use the trained weights themselves (float32, not split over mesh.fsdp, without LoRA,
+    with the layout of the training), these are counted with the rollout and not here.
     """
+    tensor, chosen = mesh.shape["tensor"], config.rollout.mesh.tensor
+    same_layout = mesh.devices.flat[0].platform == "cpu" if chosen is None else chosen == tensor
     same = config.model.dtype == "float32" and mesh.shape["fsdp"] == 1 and not config.model.lora.rank
+    same = same and (same_layout or mesh.size == 1)
     return learner.resting_bytes - same * tree_bytes(learner.abstract_state().params)
 
 

@@ -61,6 +61,28 @@ def test_what_a_text_says():
     }
 
 
+CONDITIONAL = """
+%plain (p: f32[8]) -> f32[8] {
+  %all-reduce.1 = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+}
+
+%filtered (p: f32[8]) -> f32[8] {
+  %all-reduce.2 = f32[16]{0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+  %all-gather.2 = f32[8]{0} all-gather(%p), replica_groups={{0,1}}, dimensions={0}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %x = f32[8]{0} conditional(%branch, %p, %p), branch_computations={%filtered, %plain}
+  %y = f32[8]{0} conditional(%branch, %p, %p), true_computation=%plain, false_computation=%filtered
+}
+"""
+
+
+def test_of_the_branches_of_a_conditional_the_least_counts():
+    found = collectives(CONDITIONAL, 2)
+    assert found.keys() == {"all-reduce"} and (found["all-reduce"].count, found["all-reduce"].bytes) == (2, 2 * 32)
+
+
 @pytest.mark.parametrize(
     ("groups", "size"),
     [

@@ -113,14 +113,16 @@ def folder(tmp_path_factory):
 def two(folder):
     """Two processes up to a notice in step 4, which only the second gets."""
     inject = {0: UNEVEN, 1: UNEVEN + NOTICE}
-    return folder / "two", run(folder, folder / "two", 2, inject, slurm=True)
+    layout = {"rollout.mesh.tensor": 4}  # the devices of a process share one copy of the weights
+    return folder / "two", run(folder, folder / "two", 2, inject, slurm=True, **layout)
 
 
 @pytest.fixture(scope="module")
 def four(folder, two):
     """Four processes that take up the run of the two, and end it."""
     shutil.copytree(two[0], folder / "four")
-    return folder / "four", run(folder, folder / "four", 4, {}, slurm=False, **{"checkpoint.export": True})
+    changes = {"checkpoint.export": True, "rollout.mesh.tensor": 2}
+    return folder / "four", run(folder, folder / "four", 4, {}, slurm=False, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +151,8 @@ def tokens_of(workdir: Path) -> list[tuple[float, float]]:
 
 @pytest.mark.slow(seconds=30)
 def test_two_processes_are_as_one(two, one):
-    """Metrics and samples, with redraws and lengths that differ widely; and a notice to one of them ends both."""
+    """Metrics and samples, with redraws, lengths that differ widely, and 4 devices that share a copy of the weights; and
+    a notice to one of them ends both."""
     workdir, processes = two
     assert [code for code, _ in processes] == [75, 75], processes
     assert all("preempted: step 3 of 4 is saved" in said for _, said in processes)

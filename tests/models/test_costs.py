@@ -71,7 +71,7 @@ def one_device():
 
 def test_a_decode_step_by_hand(tiny):
     """3 rows that read 10 positions. A layer: q 32x32, k, v 32x16, o 32x32, three of 32x48; two layers; head 32x64."""
-    costs = ModelCosts(tiny[0], "float32", one_device())
+    costs = ModelCosts(tiny[0], "float32", 1)
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 32 * 64
     attention = 2 * (32 + 32) * 10 * 2  # scores and sums over 4 heads of 8, two layers, multiply-adds
     logits, cache = 3 * 4 * 3 * 64, 3 * 10 * 2 * 2 * 2 * 8 * 4
@@ -85,7 +85,7 @@ def test_a_forward_pass_is_what_xla_counts(tiny):
     tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     run = jax.jit(lambda params, tokens: decoder.apply(c, params, tokens, jnp.arange(64)[None])[0])
     counted = run.lower(shapes, tokens).compile().cost_analysis()["flops"]
-    costs = ModelCosts(c, "float32", one_device())
+    costs = ModelCosts(c, "float32", 1)
     masked = 2 * 2 * 16 * 8 * 64**2 / 2 * 2
     found = costs.prefill(64).flops - 2 * 64 * 128 + masked  # the head runs at one position
     assert params is None and 0.9 < found / counted < 1.02
@@ -125,7 +125,7 @@ def test_a_narrow_head_is_read_narrow(tiny):
 
 def test_useful_work_by_hand(tiny):
     """A prefix of 16 tokens once, and completions of 32 and 8, which see it and half of themselves."""
-    costs = ModelCosts(tiny[0], "float32", one_device())
+    costs = ModelCosts(tiny[0], "float32", 1)
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     pairs = 16 * 8 + 32 * (16 + 16) + 8 * (16 + 4)
     assert costs.useful_flops(17, [32, 8], 1) == 2 * weights * 56 + 4 * 2 * 4 * 8 * pairs + 2 * 32 * 64 * 40
@@ -164,7 +164,7 @@ def test_a_mesh_splits_work_and_bytes(tiny):
 @pytest.mark.parametrize("name", ["tiny", "hybrid"])
 def test_bytes_of_a_slot_are_those_of_the_cache(name, request):
     c = request.getfixturevalue(name)[0]
-    costs = ModelCosts(c, "float32", one_device())
+    costs = ModelCosts(c, "float32", 1)
     places = caches.shardings(c, one_device())
     cache = jax.eval_shape(lambda: caches.empty(c, pages=15, page_size=8, slots=5, dtype=jnp.float32))
     put = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), cache, places)

@@ -1,7 +1,7 @@
-"""Sampling on a mesh of its own: token ids whatever the mesh, and what its programs exchange."""
+"""Sampling on a mesh of its own: token ids whatever the mesh, what the decode step exchanges, and what is refused."""
 
-import collections
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -12,63 +12,158 @@ from tiny_models import one_device
 from igrpo_jax import config
 from igrpo_jax.aot.collectives import collectives
 from igrpo_jax.distributed import sharding
+from igrpo_jax.errors import InputError
+from igrpo_jax.models.config import from_hf
+from igrpo_jax.models.shapes import SHAPES
+from igrpo_jax.sampling import layout
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.sampling.scoring import stage_key
 from igrpo_jax.sampling.state import Sampling
 
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="divides eight devices")
+
 EOS = (0, 17)
 KEY = stage_key(0, 1, 1)
-SIZES = {"slots": 8, "max_context": 40, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+SIZES = {"slots": 8, "max_context": 24, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+SAMPLINGS = (Sampling(0.8), Sampling(0.8, top_p=0.9, top_k=20), Sampling(0.0))
+HYBRID = tiny_models.hybrid_config()
+MAMBA = dataclasses.replace(HYBRID.mamba, num_heads=16, num_groups=8)
+MODELS = {
+    "2 kv heads": tiny_models.tiny_config(num_heads=6, intermediate_size=64),
+    "4 kv heads": tiny_models.tiny_config(num_heads=12, num_kv_heads=4, intermediate_size=64, qk_norm=True),
+    "hybrid": dataclasses.replace(HYBRID, intermediate_size=64, mamba=MAMBA),
+}
 
 
 def training_mesh():
-    return sharding.make_mesh(config.MeshConfig(fsdp=8), jax.devices()[:8])
+    return sharding.make_mesh(config.MeshConfig(fsdp=8))
 
 
 def put(params, mesh):
     return {path: sharding.to_global(x, sharding.param_sharding(mesh, path)) for path, x in params.items()}
 
 
-def prompt(length):
-    return np.random.default_rng(length).integers(1, 64, length).astype(np.int32)
-
-
 def sample(engine, params, sampling):
-    scheduler = Scheduler(engine, 0)
+    scheduler, samples = Scheduler(engine, 0), {}
     scheduler.start(params, sampling)
-    for length in (5, 33, 40):
-        scheduler.submit(Request(prompt(length), length, 4, KEY, 8))
-    samples = {(one.request.index, one.sample_id): one for one in scheduler.drain()}
+    assert scheduler.weight_seconds > 0
+    for length in (5, 24):
+        tokens = np.random.default_rng(length).integers(1, 64, length).astype(np.int32)
+        scheduler.submit(Request(tokens, length, 4, KEY, 8))
+    for one in scheduler.drain():
+        samples[one.request.index, one.sample_id] = one
     scheduler.finish()
     return samples
 
 
-MODELS = {
-    "2 kv heads": tiny_models.tiny_config(num_heads=6, intermediate_size=64),
-    "4 kv heads": tiny_models.tiny_config(num_heads=12, num_kv_heads=4, intermediate_size=64, qk_norm=True),
-    "hybrid": dataclasses.replace(
-        tiny_models.hybrid_config(),
-        intermediate_size=64,
-        mamba=dataclasses.replace(tiny_models.hybrid_config().mamba, num_heads=16, num_groups=8),
-    ),
-}
-
-
-@pytest.mark.slow(seconds=40)
-@pytest.mark.parametrize("name", MODELS)
-def test_tokens_do_not_depend_on_the_layout(name):
+@pytest.mark.slow(seconds=25)
+@pytest.mark.parametrize(
+    ("name", "tensors"), [("2 kv heads", (1, 2, 4, 8)), ("4 kv heads", (4, 8)), ("hybrid", (2, 8))]
+)
+def test_tokens_do_not_depend_on_the_layout(name, tensors):
+    """With filters, without, and greedily; also where heads are copied and dealt."""
     cfg = MODELS[name]
     host = tiny_models.random_params(cfg)
-    for sampling in (Sampling(0.8), Sampling(0.8, top_p=0.9, top_k=20), Sampling(0.0)):
-        expected = sample(Engine(cfg, one_device(), EOS, **SIZES), put(host, one_device()), sampling)
-        for tensor in (1, 2, 4, 8):
-            engine = Engine(cfg, training_mesh(), EOS, tensor=tensor, **SIZES)
-            assert engine.mesh.shape["tensor"] == tensor and engine.shard_slots == tensor
-            ours = sample(engine, put(host, training_mesh()), sampling)
-            assert ours.keys() == expected.keys()
-            for key, one in expected.items():
+    alone, params = Engine(cfg, one_device(), EOS, **SIZES), put(host, one_device())
+    expected = [sample(alone, params, sampling) for sampling in SAMPLINGS]
+    assert len({tuple(one.tokens) for samples in expected for one in samples.values()}) > 12
+    for tensor in tensors:
+        engine, params = Engine(cfg, training_mesh(), EOS, tensor=tensor, **SIZES), put(host, training_mesh())
+        assert engine.mesh.shape["tensor"] == engine.shard_slots == tensor
+        for sampling, samples in zip(SAMPLINGS, expected, strict=True):
+            ours = sample(engine, params, sampling)
+            assert ours.keys() == samples.keys()
+            for key, one in samples.items():
                 np.testing.assert_array_equal(ours[key].tokens, one.tokens, err_msg=f"{tensor} {key}")
                 np.testing.assert_allclose(ours[key].logprobs, one.logprobs, atol=2e-5, rtol=0)
                 np.testing.assert_allclose(ours[key].entropy, one.entropy, atol=1e-3, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_decode_step_has_one_reduction_of_each_sublayer(name):
+    """And one of the embedding, two small exchanges of the draw, and one that says whether any group goes on, before
+    the loop too."""
+    cfg = MODELS[name]
+    engine = Engine(cfg, training_mesh(), EOS, tensor=4, **SIZES)
+    program = engine.programs.decode
+    sent = collectives(program.compiled(*program.shapes[-1]).as_text(), 8)
+    assert sent.keys() == {"all-reduce", "all-gather"}, sent
+    assert sent["all-reduce"].count == len(cfg.pattern) + 1 + 1 + 2
+    # Three numbers of each of 4 parts for each of 4 rows: neither weights nor cache nor logits.
+    assert (sent["all-gather"].count, sent["all-gather"].bytes) == (1, 3 / 4 * 4 * (3 * 4) * 4)
+
+
+@pytest.mark.slow
+def test_weights_go_to_the_samplers_mesh_in_one_program():
+    cfg = MODELS["2 kv heads"]
+    engine = Engine(cfg, training_mesh(), EOS, tensor=8, **SIZES | {"dtype": "bfloat16"})
+    host = tiny_models.random_params(cfg)
+    weights = engine.weights(put(host, training_mesh()))
+    assert {x.dtype for x in weights.values()} == {jax.numpy.bfloat16}
+    queries, keys = (weights[f"blocks/0/mixer/{name}"] for name in ("q_proj", "k_proj"))
+    assert queries.shape == keys.shape == (32, 8, 8)  # 3 query heads of a kv head, dealt to its 4 copies: 1, 1, 1, 0
+    assert queries.addressable_shards[0].data.shape == (32, 1, 8)
+    whole = np.asarray(queries, np.float32)
+    np.testing.assert_array_equal(whole[:, [0, 1, 2, 4, 5, 6]], host["blocks/0/mixer/q_proj"].astype("bfloat16"))
+    assert not whole[:, [3, 7]].any()
+    np.testing.assert_array_equal(keys[:, 0], keys[:, 3])
+
+
+def test_what_cannot_be_divided_is_refused():
+    make = lambda cfg, **changes: Engine(cfg, training_mesh(), EOS, **SIZES | changes)
+    with pytest.raises(InputError, match=r"config\.rollout\.mesh\.tensor = 3: does not divide the 8 devices"):
+        make(MODELS["hybrid"], tensor=3)
+    with pytest.raises(InputError, match=r"config\.rollout\.mesh\.tensor = 8: does not divide the model's ffn dim"):
+        make(dataclasses.replace(MODELS["2 kv heads"], intermediate_size=36), tensor=8)
+    with pytest.raises(InputError, match=r"config\.rollout\.slots = 6: must be a multiple of 8 devices / 2 .* = 4"):
+        make(MODELS["2 kv heads"], tensor=2, slots=6)
+
+
+def test_on_a_cpu_sampling_has_the_mesh_of_the_training():
+    mesh = sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
+    engine = Engine(MODELS["2 kv heads"], mesh, EOS, **SIZES)
+    assert engine.mesh is mesh and (engine.tensor, engine.groups) == (2, 4)
+
+
+def devices_of(kind, count, per_process):
+    """A mesh of devices that are not there, as far as the choice looks at them."""
+    devices = [types.SimpleNamespace(device_kind=kind, process_index=i // per_process) for i in range(count)]
+    grid = np.array(devices, object).reshape(1, count, 1)
+    return types.SimpleNamespace(devices=grid, size=count, shape={"data": 1, "fsdp": count, "tensor": 1})
+
+
+CHOICES = {"slots": 128, "length": 7000, "lanes": 8, "page_size": 64}
+
+
+def chosen(name, mesh, memory=None, **changes):
+    cfg = from_hf(SHAPES[f"deepseek-ai/DeepSeek-R1-Distill-{name}"], name)
+    return layout.choose_tensor(
+        dataclasses.replace(cfg, attention="splash"), mesh, "bfloat16", memory=memory, **CHOICES | changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count", "per_process", "expected"),
+    [
+        ("Qwen-7B", "TPU v5", 8, 8, 4),  # with 8 each of the 4 kv heads is held twice
+        ("Qwen-7B", "TPU v5", 8, 4, 4),
+        ("Qwen-7B", "TPU v5", 8, 2, 2),  # a group lies within a process
+        ("Qwen-14B", "TPU v5", 8, 8, 8),  # 8 kv heads
+        ("Qwen-1.5B", "TPU v5 lite", 8, 8, 2),  # 2 kv heads
+        ("Qwen-7B", "NVIDIA H100 80GB HBM3", 8, 8, 4),
+        ("Qwen-7B", "a new chip", 8, 8, 1),
+    ],
+)
+def test_the_choice_is_the_least_time_of_a_token(name, kind, count, per_process, expected):
+    assert chosen(name, devices_of(kind, count, per_process)) == expected
+
+
+def test_the_choice_fits_memory_and_slots():
+    few = devices_of("TPU v5", 8, 8)
+    assert chosen("Qwen-1.5B", few, slots=8) > chosen("Qwen-1.5B", few, slots=12) == 2  # 12 are no multiple of 8
+    small = devices_of("TPU v5 lite", 8, 8)
+    assert chosen("Qwen-14B", small, memory=15.75 * 2**30) == 8
+    assert chosen("Qwen-14B", small, memory=2**30) == 1  # nothing fits: that of the training
