@@ -78,8 +78,8 @@ def test_a_run_writes_what_the_contract_names(whole):
     sampling/sampling_logp_difference/mean sampling/sampling_logp_difference/max draft/reward draft/best_reward
     draft/solved_none draft/solved_some draft/solved_all draft/mean_length refine/fixed refine/broken refine/kept_right
     refine/kept_wrong refine/gain_vs_best_draft refine/copy_ratio verifier/timeout_frac verifier/error_frac
-    verifier/latency_p99 perf/step_time perf/rollout_time perf/update_time perf/verify_wait_time perf/weight_sync_time perf/draft_tokens
-    perf/completion_tokens perf/tokens_per_second perf/slot_utilization perf/stage_overlap_frac
+    verifier/latency_p99 perf/step_time perf/rollout_time perf/update_time perf/verify_wait_time perf/draft_tokens
+    perf/weight_sync_time perf/completion_tokens perf/tokens_per_second perf/slot_utilization perf/stage_overlap_frac
     perf/pages_in_use_frac perf/preempted_samples
     perf/recompiles perf/update_flops perf/wall_time perf/peak_host_memory"""
     assert not set(names.split()) - set(full), set(names.split()) - set(full)

@@ -151,8 +151,8 @@ def tokens_of(workdir: Path) -> list[tuple[float, float]]:
 
 @pytest.mark.slow(seconds=30)
 def test_two_processes_are_as_one(two, one):
-    """Metrics and samples, with redraws, lengths that differ widely, and 4 devices that share a copy of the weights; and
-    a notice to one of them ends both."""
+    """Metrics and samples, with redraws, lengths that differ widely, and 4 devices that share weights; and a
+    notice to one of them ends both."""
     workdir, processes = two
     assert [code for code, _ in processes] == [75, 75], processes
     assert all("preempted: step 3 of 4 is saved" in said for _, said in processes)
