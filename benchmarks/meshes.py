@@ -6,7 +6,8 @@
 The figures are those that `python -m igrpo_jax.aot` prints first: training state, weights to sample with and cache,
 with --slots slots per chip. They take seconds, because nothing is compiled. Of the values 1, 2, 4 and 8 of mesh.tensor
 the smallest is named with which they take at most --most of HBM, else the one with which they take least. mesh.data is
-1, and mesh.fsdp takes the other chips. It prints a Markdown table for docs/scaling.md, and one JSON object as the last
+1, and mesh.fsdp takes the other chips. After the stroke stands how many chips share weights to sample with, as the run
+chooses it. It prints a Markdown table for docs/scaling.md, and one JSON object as the last
 line with all values. What programs and their code need comes on top: only aot, which compiles them, says whether a run
 fits.
 """
@@ -60,7 +61,10 @@ def measured(config: str, model: str, topology: str, slots: int) -> dict[str, di
             continue
         sizes = {name: round(count / 2**30, 2) for name, count in run.resting.items()}
         share = sum(run.resting.values()) / run.chip.hbm_bytes
-        found["x".join(map(str, run.mesh.shape.values()))] = sizes | {"share": round(share, 3)}
+        found["x".join(map(str, run.mesh.shape.values()))] = sizes | {
+            "share": round(share, 3),
+            "sampling_tensor": run.engine.tensor,
+        }
     if not found:
         assert refused is not None
         raise refused
@@ -72,7 +76,8 @@ def cell(meshes: dict[str, dict[str, float]], most: float) -> str:
     small = [mesh for mesh, figures in meshes.items() if figures["share"] <= most]
     mesh = small[0] if small else min(meshes, key=lambda mesh: meshes[mesh]["share"])
     share = meshes[mesh]["share"]
-    return "too small" if share > 1 else f"{mesh}: {share:.0%}" + ("" if small else ", tight")
+    layout = f"{mesh} / {meshes[mesh]['sampling_tensor']}"
+    return "too small" if share > 1 else f"{layout}: {share:.0%}" + ("" if small else ", tight")
 
 
 if __name__ == "__main__":

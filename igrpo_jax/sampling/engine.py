@@ -15,7 +15,7 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, heads, lora
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
-from igrpo_jax.sampling.layout import choose_tensor, pages_in, reads_pages
+from igrpo_jax.sampling.layout import choose_tensor, pages_in, reads_pages, sampler_mesh
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.programs import LANES, WIDTH, SamplerPrograms, Sizes, traced, weight_shardings
 from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State, Status
@@ -104,7 +104,7 @@ class Engine:
         if tensor is None:
             limits = {"slots": slots, "length": length, "lanes": LANES, "page_size": page_size, "memory": memory}
             tensor = cluster.from_first(partial(choose_tensor, cfg, mesh, dtype, **limits))
-        self._whole_mesh = _checked_mesh(cfg, mesh, tensor, slots)
+        self._whole_mesh = sampler_mesh(cfg, mesh, tensor, slots)
         self._model, cfg = cfg, heads.spread_config(cfg, tensor)
         self.dtype = dtype
         self.tensor = tensor
@@ -292,24 +292,6 @@ class Engine:
 
     def _put(self, tree: NamedTuple) -> NamedTuple:
         return jax.device_put(tree, self.programs.batch_sharding)
-
-
-def _checked_mesh(cfg: DecoderConfig, mesh: jax.sharding.Mesh, tensor: int, slots: int) -> jax.sharding.Mesh:
-    """Returns the sampler's mesh over all processes.
-
-    Raises:
-        InputError: as `Engine`.
-    """
-    whole = sharding.sampler_mesh(mesh, tensor)
-    shapes = decoder.shapes(heads.spread_config(cfg, tensor))
-    sharding.check_divides(whole, shapes, "config.rollout.mesh", only="tensor")
-    shards = sharding.batch_shards(whole)
-    if slots % shards:
-        raise InputError(
-            f"config.rollout.slots = {slots}: must be a multiple of {mesh.size} devices / {tensor} that share weights "
-            f"(rollout.mesh.tensor) = {shards}, over which the slots are split"
-        )
-    return whole
 
 
 def _with_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> Sizes:

@@ -9,6 +9,7 @@ import jax
 
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.chips import CHIPS
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
@@ -62,6 +63,23 @@ def choose_tensor(
         if held:
             seconds[tensor] = not reads_pages(spread, tensor), costs.decode_seconds(chip, held, read) * rows / held
     return min(seconds, key=seconds.__getitem__, default=given)
+
+
+def sampler_mesh(cfg: DecoderConfig, mesh: jax.sharding.Mesh, tensor: int, slots: int) -> jax.sharding.Mesh:
+    """Returns the mesh that all processes sample on, with groups of `tensor` devices.
+
+    Raises:
+        InputError: `tensor` divides the devices or the model not evenly, or the groups the slots.
+    """
+    whole = sharding.sampler_mesh(mesh, tensor)
+    sharding.check_divides(whole, decoder.shapes(spread_config(cfg, tensor)), "config.rollout.mesh", only="tensor")
+    groups = sharding.batch_shards(whole)
+    if slots % groups:
+        raise InputError(
+            f"config.rollout.slots = {slots}: must be a multiple of {mesh.size} devices / {tensor} that share weights "
+            f"(rollout.mesh.tensor) = {groups}, over which the slots are split"
+        )
+    return whole
 
 
 def reads_pages(cfg: DecoderConfig, tensor: int) -> bool:

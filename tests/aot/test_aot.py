@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 import whole_runs
 
 from igrpo_jax import config
@@ -22,6 +23,7 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
+from igrpo_jax.sampling.engine import Engine
 
 pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
 
@@ -34,6 +36,7 @@ SETTINGS = {
     "model.builtin.num_kv_heads": 2,
     "model.builtin.intermediate_size": 512,
     "mesh.tensor": 2,
+    "rollout.mesh.tensor": 2,
     "rollout.slots": 32,
     "learner.minibatches": 1,
     "evaluation.every": 0,
@@ -146,7 +149,9 @@ def test_weights_are_gathered_once_for_sampling_and_neither_cache_nor_logits_in_
     assert weights.sent["all-gather"].bytes > 0.99 * engine.weight_bytes / 2  # of what fsdp splits
     cache = engine.state_bytes / engine.shard_slots  # of one slot
     logits = 4 * engine.shard_slots * found.cfg.vocab_size
-    assert decode.sent.pop("all-reduce").count  # partial sums of the two chips that share the weights
+    # Partial sums of the two chips that share the weights: of two sublayers and the embedding, one exchange of the draw,
+    # and twice whether a group goes on.
+    assert decode.sent.pop("all-reduce").count == 2 + 1 + 1 + 2
     assert all(traffic.bytes < min(cache, logits) / 4 for traffic in decode.sent.values()), decode.sent
 
 
@@ -211,6 +216,24 @@ def test_a_process_has_whole_replicas(name, sizes):
         places = [np.unique(axis) for axis in np.nonzero(owners == process)]
         assert (owners[np.ix_(*places)] == process).all()
         assert len(places[2]) == mesh.shape["tensor"]
+
+
+@pytest.mark.parametrize("name", ["v5p:2x2x2", "v6e:4x4", "v5e:2x4", "v5p:4x4x4"])
+def test_groups_to_sample_in_are_neighbours_within_a_host(name):
+    mesh = sharding.make_mesh(config.MeshConfig(), aot.topology(name))
+    assert {1, 2, 4} <= set(sharding.process_tensors(mesh))
+    for group in sharding.sampler_mesh(mesh, 4).devices.reshape(-1, 4):
+        assert len({device.process_index for device in group}) == 1
+        assert np.ptp([device.coords for device in group], axis=0).max() == 1  # 2 x 2 chips
+
+
+def test_a_group_of_two_hosts_is_refused():
+    mesh = sharding.make_mesh(config.MeshConfig(), aot.topology("v5p:2x2x2"))
+    cfg = tiny_models.tiny_config(num_heads=8, num_kv_heads=8)
+    sizes = {"slots": 8, "max_context": 16, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    with pytest.raises(InputError, match=r"config\.rollout\.mesh\.tensor = 8: .* its 4 devices hold no whole replica"):
+        Engine(cfg, mesh, (0,), tensor=8, **sizes)
+    assert Engine(cfg, mesh, (0,), tensor=4, **sizes).mesh.size == 4
 
 
 @pytest.mark.parametrize(
