@@ -100,7 +100,7 @@ def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) ->
 
 def _scheduler(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan) -> Scheduler:
     """Returns a sampler with hardly more slots than there are samples."""
-    shards = mesh.size // (config.rollout.mesh.tensor or 1)  # at most, whatever the layout is
+    shards = max(1, mesh.size // (config.rollout.mesh.tensor or 1))  # at most, whatever the layout is
     samples = sum(len(prompts) * samples_per_problem(config, name) for name, prompts in plan.prompts.items())
     engine = Engine(
         policy.model,

@@ -56,12 +56,13 @@ def choose_tensor(
         if slots % groups or not divides(spread, tensor):
             continue
         rows, costs, read = slots // groups, ModelCosts(spread, dtype, tensor), length // 2
-        held = rows
+        held, in_place = rows, reads_pages(spread, tensor)
         if memory is not None:
             pages = pages_in(memory, costs, rows + lanes, page_size)
-            held = min(rows, pages // pages_for(read, page_size)) if pages >= pages_for(length, page_size) + 1 else 0
+            of_row = pages_for(read, page_size) * (1 if in_place else 2)  # decoding copies what it cannot read in place
+            held = min(rows, pages // of_row) if pages > pages_for(length, page_size) else 0
         if held:
-            seconds[tensor] = not reads_pages(spread, tensor), costs.decode_seconds(chip, held, read) * rows / held
+            seconds[tensor] = not in_place, costs.decode_seconds(chip, held, read) * rows / held
     return min(seconds, key=seconds.__getitem__, default=given)
 
 

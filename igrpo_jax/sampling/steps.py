@@ -7,7 +7,8 @@
 4. `harvest` reads the tokens, log-probs and entropies of finished slots.
 
 Slots, lanes and pages are split over the batch axes of the mesh (`data` and `fsdp`). Each shard works on its own,
-without communication with the others, under `shard_map`; the compiler splits heads and vocabulary (`tensor`).
+without communication with the others, under `shard_map`; the compiler splits heads, MLP and vocabulary (`tensor`), and
+`draw` splits what it does with logits.
 
 The key of a token is fold_in(fold_in(fold_in(stage key, prompt), sample), position in the completion). A sample
 therefore does not depend on its slot, its pages, its neighbours, or the schedule, and one that is begun anew draws the

@@ -65,8 +65,9 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
 def sampling_layout(engine: Engine) -> str:
     """Returns how the devices share the weights to sample with, and where it is known the least time of a token."""
     groups, tensor, costs = engine.groups, engine.tensor, engine.programs.costs
-    text = f"rollout.mesh.tensor {tensor}: {groups} group{'s' * (groups > 1)} of {tensor} devices, "
-    text += f"{engine.shard_slots} slots each"
+    plural = lambda count, name: f"{count} {name}{'s' * (count > 1)}"
+    text = f"{plural(groups, 'group')} of {plural(tensor, 'device')} (rollout.mesh.tensor)"
+    text += f", {engine.shard_slots} slots each"
     chip = CHIPS.get(engine.mesh.devices.flat[0].device_kind)
     if chip is None:
         return text

@@ -149,7 +149,7 @@ def test_weights_are_gathered_once_for_sampling_and_neither_cache_nor_logits_in_
     assert weights.sent["all-gather"].bytes > 0.99 * engine.weight_bytes / 2  # of what fsdp splits
     cache = engine.state_bytes / engine.shard_slots  # of one slot
     logits = 4 * engine.shard_slots * found.cfg.vocab_size
-    # Partial sums of the two chips that share the weights: of two sublayers and the embedding, one exchange of the draw,
+    # Partial sums of the two chips that share the weights, of two sublayers and the embedding; an exchange of the draw;
     # and twice whether a group goes on.
     assert decode.sent.pop("all-reduce").count == 2 + 1 + 1 + 2
     assert all(traffic.bytes < min(cache, logits) / 4 for traffic in decode.sent.values()), decode.sent
