@@ -8,7 +8,7 @@
 
 Where the vocabulary is split over the mesh axis `tensor`, each device works on its part of the logits. Two small
 exchanges are enough without filters: the sums of all parts, which say in which part the token lies, and then the token.
-With filters each pass of the bisection is one more.
+With filters the devices exchange weights, so that each has some rows of the complete vocabulary to filter.
 
 Legend: B rows, V vocabulary (of one device inside of `_draw_in_parts`), S parts.
 """
@@ -96,9 +96,9 @@ def _draw_in_parts(axis: str | None, logits: jax.Array, keys: jax.Array, tempera
         return part, _inverse_cdf(weights_of(logits), rest)
 
     def filtered(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        add = lambda x: jax.lax.psum(x, axis) if axis else x
         kept = weights_of(logits) * factor[_own(axis)][:, None]
-        kept = _keep_top_p(_keep_top_k(kept, top_k, add), top_p, add)
+        keep = lambda weights: _keep_top_p(_keep_top_k(weights, top_k), top_p)
+        kept = keep(kept) if axis is None else jnp.where(kept >= _least_kept(axis, kept, keep), kept, 0.0)
         part, rest = _part_of(uniform, _gathered(axis, kept.sum(axis=-1), 0))
         return part, _inverse_cdf(kept, rest)
 
@@ -122,6 +122,18 @@ def _gathered(axis: str | None, x: jax.Array, at: int) -> jax.Array:
 def _own(axis: str | None) -> jax.Array | int:
     """Returns the number of this device's part."""
     return 0 if axis is None else jax.lax.axis_index(axis)
+
+
+def _least_kept(axis: str, weights: jax.Array, keep: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Returns the smallest weight of each row that `keep` keeps, [B, 1].
+
+    Each device filters some rows of the complete vocabulary, so that no pass of the bisection asks another.
+    """
+    rows, parts = len(weights), jax.lax.axis_size(axis)
+    padded = jnp.pad(weights, ((0, -rows % parts), (0, 0)))
+    kept = keep(jax.lax.all_to_all(padded, axis, split_axis=0, concat_axis=1, tiled=True))
+    least = jnp.where(kept > 0, kept, jnp.inf).min(axis=-1, keepdims=True)
+    return jax.lax.all_gather(least, axis, tiled=True)[:rows]
 
 
 def _part_of(uniform: jax.Array, totals: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -172,16 +184,16 @@ def _last(flags: jax.Array) -> jax.Array:
     return flags.shape[1] - 1 - jnp.argmax(flags[:, ::-1], axis=-1, keepdims=True)
 
 
-def _keep_top_k(weights: jax.Array, top_k: jax.Array, add: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Keeps the `top_k` largest entries of each row, and puts 0 elsewhere; `add` sums over the parts."""
-    enough = lambda keep: add(jnp.sum(keep, axis=-1)) >= top_k
+def _keep_top_k(weights: jax.Array, top_k: jax.Array) -> jax.Array:
+    """Keeps the `top_k` largest entries of each row, and puts 0 elsewhere."""
+    enough = lambda keep: jnp.sum(keep, axis=-1) >= top_k
     return jnp.where(top_k > 0, _keep_smallest_set(weights, enough), weights)
 
 
-def _keep_top_p(weights: jax.Array, top_p: jax.Array, add: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Keeps the largest entries of each row that hold `top_p` of its weight, as `_keep_top_k` does."""
-    target = top_p * add(weights.sum(axis=-1))
-    enough = lambda keep: add(jnp.sum(jnp.where(keep, weights, 0.0), axis=-1)) >= target
+def _keep_top_p(weights: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Keeps the largest entries of each row that hold `top_p` of its weight, and puts 0 elsewhere."""
+    target = top_p * weights.sum(axis=-1)
+    enough = lambda keep: jnp.sum(jnp.where(keep, weights, 0.0), axis=-1) >= target
     return jnp.where(top_p < 1, _keep_smallest_set(weights, enough), weights)
 
 

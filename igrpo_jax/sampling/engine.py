@@ -104,6 +104,7 @@ class Engine:
         if tensor is None:
             limits = {"slots": slots, "length": length, "lanes": LANES, "page_size": page_size, "memory": memory}
             tensor = cluster.from_first(partial(choose_tensor, cfg, mesh, dtype, **limits))
+        self._training_mesh = mesh
         self._whole_mesh = sampler_mesh(cfg, mesh, tensor, slots)
         self._model, cfg = cfg, heads.spread_config(cfg, tensor)
         self.dtype = dtype
@@ -288,7 +289,11 @@ class Engine:
     def _gathered(self, params: decoder.Params) -> decoder.Params:
         """Returns the rollout copy of `params`; as a program it also brings them to the sampler's mesh."""
         params = lora.merge(decoder.cast(params, self.dtype))
-        return {path: heads.spread(self._model, self.tensor, path, x) for path, x in params.items()}
+        spread = {path: heads.spread(self._model, self.tensor, path, x) for path, x in params.items()}
+        # Heads are copied and dealt where the weights lie; else the compiler would bring these whole to every device.
+        where = {path: sharding.param_sharding(self._training_mesh, path) for path in spread}
+        kept = lambda path, x: x if x.shape == params[path].shape else jax.lax.with_sharding_constraint(x, where[path])
+        return {path: kept(path, x) for path, x in spread.items()}
 
     def _put(self, tree: NamedTuple) -> NamedTuple:
         return jax.device_put(tree, self.programs.batch_sharding)
