@@ -21,8 +21,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from igrpo_jax.distributed.sharding import RULES
-
 BLOCK = 128
 
 
@@ -56,7 +54,7 @@ def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.
         keys: [B, 2] uint32, one threefry key per row.
         temperature, top_p, top_k: [], traced; temperature 0 takes the largest logit, top_p 1 and top_k 0 are off.
     """
-    mesh, axis = jax.sharding.get_abstract_mesh(), RULES["vocab"]
+    mesh, axis = jax.sharding.get_abstract_mesh(), "tensor"
     if mesh.empty or axis in mesh.manual_axes or mesh.shape[axis] == 1:
         return _draw_in_parts(None, logits, keys, temperature, top_p, top_k)
     each, whole = PartitionSpec(None, axis), PartitionSpec()
