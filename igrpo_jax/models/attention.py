@@ -26,49 +26,35 @@ from igrpo_jax.distributed.sharding import spec
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
+from igrpo_jax.models.cache import KV
 from igrpo_jax.models.config import RopeScaling
 from igrpo_jax.models.segments import Segments, dense_mask
 from igrpo_jax.models.splash import packed_splash_attention
 
 
-def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+def cached_attention(q: jax.Array, keys: KV, positions: jax.Array) -> jax.Array:
     """Computes the attention of decoded tokens to a cache: a query at position p reads the keys at positions 0 to p.
 
     Args:
         q: [B, T, N, H].
-        k, v: [B, K, S, H]; key s has position s.
+        keys: keys and values; number s has position s.
         positions: [B, T] int32, positions of the queries.
 
     Returns:
         [B, T, N, H] in q's dtype. Scores and softmax are float32 and exist in memory: [B, K, G, T, S].
     """
     batch, time, heads, head_dim = q.shape
-    kv_heads, groups = k.shape[1], heads // k.shape[1]
-    # One matmul per (row, kv head) with G and T on one axis is 4 times faster on CPU than a BTKGH,BKSH->BKGTS einsum.
+    kv_heads, groups = keys.k.shape[1], heads // keys.k.shape[1]
+    # One matmul per (row, kv head) with G and T on one axis is 4 times faster on CPU than one einsum over all axes.
     rows = q.reshape(batch, time, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, groups * time, head_dim)
-    scores = jax.lax.platform_dependent(rows, k, cpu=_scores_keys_first, default=_scores) * head_dim**-0.5
-    allowed = jnp.arange(k.shape[2])[None, None, :] <= positions[:, :, None]  # [B, T, S]
+    scores = jnp.einsum("BKXH,BKHS->BKXS", rows, keys.k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    allowed = jnp.arange(keys.k.shape[3])[None, None, :] <= positions[:, :, None]  # [B, T, S]
     scores = scores.reshape(batch, kv_heads, groups, time, -1)
     scores = jnp.where(allowed[:, None, None], scores, NEVER)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv_heads, groups * time, -1)
-    mixed = jnp.einsum("BKXS,BKSH->BKXH", weights, v).reshape(batch, kv_heads, groups, time, head_dim)
+    weights = jax.nn.softmax(scores, axis=-1).astype(keys.v.dtype).reshape(batch, kv_heads, groups * time, -1)
+    mixed = jnp.einsum("BKXS,BKSH->BKXH", weights, keys.v).reshape(batch, kv_heads, groups, time, head_dim)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(q.shape)
-
-
-def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Returns the float32 products [B, K, X, S] of queries [B, K, X, H] and keys [B, K, S, H]."""
-    return jnp.einsum("BKXH,BKSH->BKXS", q, k, preferred_element_type=jnp.float32)
-
-
-def _scores_keys_first(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Returns `_scores` by a product whose left side is the keys.
-
-    On CPU this takes two thirds of the time at 16 rows and 3 queries a key head. Without the barrier, XLA would put
-    the queries on the left again.
-    """
-    product = jnp.einsum("BKSH,BKXH->BKSX", k, q, preferred_element_type=jnp.float32)
-    return jax.lax.optimization_barrier(product).swapaxes(2, 3)
 
 
 def row_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

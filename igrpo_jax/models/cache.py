@@ -29,10 +29,11 @@ from igrpo_jax.models.config import DecoderConfig
 class KV(NamedTuple):
     """Keys and values of the rows of one attention sublayer, one row for each sequence.
 
-    This layout decodes 1.3 times faster than [B, S, K, H].
+    In these layouts both products of attention read memory in its order. On a CPU that takes 0.7 of the time of keys
+    [B, K, S, H], which in turn decode 1.3 times faster than [B, S, K, H].
     """
 
-    k: jax.Array  # [B, K, S, H]
+    k: jax.Array  # [B, K, H, S]
     v: jax.Array  # [B, K, S, H]
 
 
@@ -53,7 +54,7 @@ class MambaState(NamedTuple):
 # or a KV where the rows of its pages lie side by side; None for an MLP, which keeps nothing.
 Cache = tuple[jax.Array | KV | MambaState | None, ...]
 POOL_AXES = ("batch", "time", "kv_heads", "head_dim")  # the pages of each shard of the batch are its own
-AXES = ("batch", "kv_heads", "time", "head_dim")
+AXES = ("batch", "kv_heads", "time", "head_dim")  # of the keys and values of packed axes
 MAMBA_AXES = MambaState(
     ("batch", "width", "heads", "head_dim"),
     ("batch", "width", "groups", "state"),
@@ -101,10 +102,10 @@ def shardings(cfg: DecoderConfig, mesh: jax.sharding.Mesh, kinds: str = "*M") ->
     return tuple(every[kind] if kind in kinds and kind in every else None for kind in cfg.pattern)
 
 
-def append(entry: KV, new: KV, positions: jax.Array) -> KV:
-    """Returns `entry` with one new position per row, written in place: new.k [B, K, 1, H] at positions [B] int32."""
+def append(entry: KV, k: jax.Array, v: jax.Array, positions: jax.Array) -> KV:
+    """Returns `entry` with one new position per row, written in place: k and v [B, K, H] at `positions` [B] int32."""
     rows = jnp.arange(positions.shape[0])
-    return KV(*(old.at[rows, :, positions].set(add[:, :, 0]) for old, add in zip(entry, new, strict=True)))
+    return KV(entry.k.at[rows, :, :, positions].set(k), entry.v.at[rows, :, positions].set(v))
 
 
 def interleaved(k: jax.Array, v: jax.Array, pool: jax.Array) -> jax.Array:
@@ -145,7 +146,7 @@ def window(cache: Cache, table: jax.Array) -> Cache:
     def side_by_side(pool: jax.Array) -> KV:
         pages = pool.at[table].get(mode="clip")  # [n, R, C, 2K, H]
         pairs = pages.reshape(len(table), -1, pool.shape[2] // 2, 2, pool.shape[3])
-        return KV(pairs[:, :, :, 0].swapaxes(1, 2), pairs[:, :, :, 1].swapaxes(1, 2))
+        return KV(pairs[:, :, :, 0].transpose(0, 2, 3, 1), pairs[:, :, :, 1].swapaxes(1, 2))
 
     return _pools(side_by_side, cache)
 
@@ -162,11 +163,12 @@ def restore(cache: Cache, part: Cache, table: jax.Array, begin: jax.Array, end: 
     """
 
     def put(pool: jax.Array, new: KV) -> jax.Array:
-        size, rows = min(most, new.k.shape[2]), jnp.arange(len(table))[:, None]
-        first = jnp.minimum(begin, new.k.shape[2] - size)  # so many positions up to the end of the window
+        size, rows = min(most, new.v.shape[2]), jnp.arange(len(table))[:, None]
+        first = jnp.minimum(begin, new.v.shape[2] - size)  # so many positions up to the end of the window
         at = first[:, None] + jnp.arange(size)  # [n, size]
-        take = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size, axis=1))
-        k, v = (take(x, first).swapaxes(1, 2) for x in new)
+        take = jax.vmap(jax.lax.dynamic_slice_in_dim, in_axes=(0, 0, None, None))
+        k = take(new.k, first, size, 2).transpose(0, 3, 1, 2)  # [n, size, K, H]
+        v = take(new.v, first, size, 1).swapaxes(1, 2)
         is_new = (at >= begin[:, None]) & (at < end[:, None])
         page = jnp.where(is_new, table[rows, at // pool.shape[1]], pool.shape[0])
         return pool.at[page, at % pool.shape[1]].set(interleaved(k, v, pool), mode="drop")

@@ -95,12 +95,12 @@ class Attention(nnx.Module):
             tokens = lambda y: y.reshape(-1, *y.shape[2:])
             mixed, pool = paged_attention(self.attention, tokens(q), tokens(k), tokens(v), entry)
             return mixed.reshape(q.shape), pool
-        own = KV(*(constrain(y.swapaxes(1, 2), *caches.AXES) for y in (k, v)))
         if isinstance(entry, KV):
-            own = caches.append(entry, own, positions[:, 0])
-            return cached_attention(q, *own, positions), own
+            entry = caches.append(entry, k[:, 0], v[:, 0], positions[:, 0])
+            return cached_attention(q, entry, positions), entry
         if isinstance(entry, Segments):
-            return PACKED[self.attention](q, *own, entry), None
+            k, v = (constrain(y.swapaxes(1, 2), *caches.AXES) for y in (k, v))
+            return PACKED[self.attention](q, k, v, entry), None
         return row_attention(q, k, v), None
 
 

@@ -13,6 +13,7 @@ from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import attention, decoder
+from igrpo_jax.models.cache import KV
 from igrpo_jax.models.segments import Family, pack
 
 CASES = {"one token": (2, 1, 2, 1), "groups of heads": (2, 130, 2, 3), "a head for each key": (1, 20, 3, 1)}
@@ -78,7 +79,8 @@ def test_decoded_tokens_read_the_positions_up_to_their_own(dtype):
         k[b, :, end:], v[b, :, end:] = 40, 40
         own, keys, values = q[b, :, n], k[b, n // 3, :end], v[b, n // 3, :end]
         expected[b, :, n] = plain_attention.attend(own, keys, values, own).mixed
-    mixed = jax.jit(attention.cached_attention)(q, k, v, positions[:, None] + np.arange(time, dtype=np.int32))
+    keys = KV(k.swapaxes(2, 3), v)
+    mixed = jax.jit(attention.cached_attention)(q, keys, positions[:, None] + np.arange(time, dtype=np.int32))
     assert mixed.dtype == q.dtype
     atol = 5e-5 if dtype == "float32" else 0.02 * np.abs(expected).max()
     np.testing.assert_allclose(np.asarray(mixed, np.float32), expected, atol=atol, rtol=0)
