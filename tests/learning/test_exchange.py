@@ -46,7 +46,7 @@ def process_rollout():
     }
     scores = [one.score for one in refined]
     judged = [Judgement(None, "no answer", requests=3, seconds=0.5), Judgement(0.25, cached=True)]
-    return ProcessRollout(groups, 2, 1, scores, 11, 12, judged, Usage(1, 2, 3, 4, 5), 1.5, 0.25)
+    return ProcessRollout(groups, 2, 1, scores, 11, 12, judged, Usage(1, 2, 3, 4, 5), 1.5, 0.125, 0.25)
 
 
 def check_same(one, other):
