@@ -49,7 +49,8 @@ def test_the_page_has_the_figures_of_today(environment, model):
 
 
 def test_the_first_mesh_that_is_small_enough_is_named():
-    found = {"1x8x1": {"share": 0.7}, "1x4x2": {"share": 0.5}, "1x2x4": {"share": 0.4}}
-    assert meshes.cell(found, 0.55) == "1x4x2: 50%"
-    assert meshes.cell(found, 0.3) == "1x2x4: 40%, tight"
-    assert meshes.cell({"1x8x1": {"share": 1.2}, "1x4x2": {"share": 1.1}}, 0.5) == "too small"
+    figures = lambda share, tensor: {"share": share, "sampling_tensor": tensor}
+    found = {"1x8x1": figures(0.7, 4), "1x4x2": figures(0.5, 2), "1x2x4": figures(0.4, 4)}
+    assert meshes.cell(found, 0.55) == "1x4x2 / 2: 50%"
+    assert meshes.cell(found, 0.3) == "1x2x4 / 4: 40%, tight"
+    assert meshes.cell({"1x8x1": figures(1.2, 1), "1x4x2": figures(1.1, 2)}, 0.5) == "too small"
