@@ -308,7 +308,8 @@ def test_a_model_without_attention_samples_as_its_full_forward(hybrid):
 
 
 COLLECTIVES = re.compile(r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-[a-z]+)(-start)?[(]")
-OWN_REPLICA = "replica_groups={{0,1},{2,3},{4,5},{6,7}}", "replica_groups=[4,2]<=[8]"  # of 2 devices each
+# Groups of 2 devices each, as versions of XLA write them.
+OWN_REPLICA = "replica_groups={{0,1},{2,3},{4,5},{6,7}}", "replica_groups=[4,2]<=[8]", "'tensor'=2] {'tensor'}"
 
 
 def leaves_its_replica(line):
