@@ -7,7 +7,7 @@ other setting is the default, which is the paper's: 32 prompts a step, 4 drafts 
 
 These settings are for 8 devices of 80 GB. Two devices share a copy of the weights and its slots. Memory by arithmetic,
 not measured: weights, gradient and both moments take 236 GB over all devices, the sampler's bfloat16 copy takes 30 GB
-on each device, and each slot takes 1.8 GB.
+on each device, and each slot takes at most 1.8 GB.
 """
 
 from igrpo_jax.config import default

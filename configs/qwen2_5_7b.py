@@ -10,7 +10,7 @@ Qwen2.5-Math has a context of 4,096 tokens: lower data.max_prompt_length, refine
 rollout.max_completion_length to fit it.
 
 These settings are for 8 devices of 80 GB. Memory by arithmetic, not measured: weights, gradient and both moments take
-122 GB over all devices, the sampler's bfloat16 copy takes 15 GB on each device, and each slot takes 0.52 GB.
+122 GB over all devices, the sampler's bfloat16 copy takes 15 GB on each device, and each slot takes at most 0.52 GB.
 """
 
 from igrpo_jax.config import default

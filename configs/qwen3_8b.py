@@ -9,7 +9,7 @@ The paper has no run of this model.
 The chat template leaves thinking on, and the model itself opens <think>.
 
 These settings are for 8 devices of 80 GB. Memory by arithmetic, not measured: weights, gradient and both moments take
-131 GB over all devices, the sampler's bfloat16 copy takes 16 GB on each device, and each slot takes 1.4 GB.
+131 GB over all devices, the sampler's bfloat16 copy takes 16 GB on each device, and each slot takes at most 1.4 GB.
 """
 
 from igrpo_jax.config import default

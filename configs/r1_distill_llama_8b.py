@@ -9,7 +9,7 @@ The chat template opens <think> for the model, so that a completion starts insid
 the completion together. A draft's reasoning enters q' as it was sampled (see igrpo_jax/data/prompts.py).
 
 These settings are for 8 devices of 80 GB. Memory by arithmetic, not measured: weights, gradient and both moments take
-128 GB over all devices, the sampler's bfloat16 copy takes 16 GB on each device, and each slot takes 1.2 GB.
+128 GB over all devices, the sampler's bfloat16 copy takes 16 GB on each device, and each slot takes at most 1.2 GB.
 """
 
 from igrpo_jax.config import default

@@ -109,3 +109,12 @@ def whole(tmp_path_factory, pytestconfig):
             assert done.returncode == 0, done.stderr
             printed.write_text(done.stdout)
     return path / "run", printed.read_text()
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """As it was, once the module ends: libtpu is told by variables that no chip is here."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -6,7 +6,6 @@ cannot fit again.
 
 import dataclasses
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from igrpo_jax.models import decoder
 from igrpo_jax.sampling.engine import Engine
 
 pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
+pytestmark = pytest.mark.usefixtures("environment")
 
 START = "--config.warm_start.steps=0"
 SETTINGS = {
@@ -43,15 +43,6 @@ SETTINGS = {
     "checkpoint.best_metric": "",
 }
 COMMAND = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment():
-    """As it was: libtpu is told by variables that no chip is here."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """The attention of a packed axis of real size, compiled for TPUs by their own compiler; no chip is needed."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,15 +12,7 @@ from igrpo_jax.models.segments import BLOCK, Segments
 from igrpo_jax.models.splash import packed_splash_attention
 
 pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
-
-
-@pytest.fixture(autouse=True)
-def environment():
-    """As it was: libtpu is told by variables that no chip is here."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 @pytest.mark.slow(seconds=30)

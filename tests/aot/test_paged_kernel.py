@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import re
 
 import jax
@@ -17,18 +16,10 @@ from igrpo_jax.models import paged
 from igrpo_jax.models.paged import Paged, Ragged
 
 pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
+pytestmark = pytest.mark.usefixtures("environment")
 
 PAGE, MIB = 64, 2**20
 BATCH = sharding.RULES["batch"]
-
-
-@pytest.fixture(autouse=True)
-def environment():
-    """As it was: libtpu is told by variables that no chip is here."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def steps(count, q, k, v, entry):

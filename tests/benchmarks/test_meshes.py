@@ -1,7 +1,6 @@
 """The table of docs/scaling.md that names a mesh for each model and slice, against what `aot` counts now."""
 
 import importlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -18,15 +17,6 @@ MODELS = {
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": ("configs/tpu_v5p.py", ["v5e:2x4", "v6e:4x4", "v5p:2x2x2"]),
     "nvidia/Nemotron-H-8B-Base-8K": ("configs/nemotron_h_8b.py", ["v5e:4x4"]),
 }
-
-
-@pytest.fixture
-def environment():
-    """As it was: libtpu is told by variables that no chip is here."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def cells_of_the_page():
