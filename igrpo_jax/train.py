@@ -77,7 +77,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
         with watchdog.phase("rollout", name):
             groups, sampled = run.rollout.collect(learner.policy(state.params), step, prompts)
         if step == run.first_step + 1:
-            run.compile_update()
+            run.compile_rest()
         rewards = filtering.trained_rewards(groups, run.config)
         advantages = objectives.group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline)
         with watchdog.phase("update", name), watchdog.phase("dispatch"):

@@ -1,12 +1,12 @@
-"""When the programs of a run are compiled, all of which are compiled by the time that they are called.
+"""When the programs of a run are compiled.
 
 - **Several processes**: before the first step. Each compiles the same programs in the same order, so that none waits in
   the middle of a step for another that compiles, and compilers that talk to each other, as those of GPUs do, meet.
 - **One process with an accelerator**: by threads, those that the first dispatch needs first, while the run goes on. The
   host has little else to do.
 - **One process on the CPU**: those that the first dispatch needs by threads, while weights are read; the others when
-  they are first called. Threads would take the cores that the programs themselves need, for shapes of which a run meets
-  half.
+  they are first called, and what is left of a training run's in its first step. Before that, threads would take the
+  cores that the programs themselves need.
 """
 
 import contextlib

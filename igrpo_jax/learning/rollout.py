@@ -32,6 +32,7 @@ from absl import logging
 
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import watchdog
+from igrpo_jax.distributed.compiling import Wanted
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.learning import exchange, filtering, objectives
 from igrpo_jax.learning.exchange import ProcessRollout, StepPosition
@@ -216,6 +217,11 @@ class Rollout:
         self._scheduler = scheduler
         self._verifier = verifier
         self._warned = False
+
+    @property
+    def wanted(self) -> Wanted:
+        """The programs that sampling may need, with their shapes."""
+        return self._scheduler.engine.wanted
 
     def collect(self, params: decoder.Params, step: int, prompts: exchange.Prompts) -> RolloutResult:
         """Returns one group per prompt, in the order of `prompts(0)`, and the metrics of the rollout.

@@ -39,6 +39,7 @@ class Writer:
         self.rows = 0
         self.history: list[dict[str, Any]] = []
         self._file: TextIO | None = None
+        self._without_value: set[str] = set()  # names of metrics that this process has written as null
         self._trackers: list[trackers.Tracker] = []
         if jax.process_index() != 0:
             return
@@ -70,7 +71,7 @@ class Writer:
 
         Args:
             metrics: Python, numpy or jax scalars by name. A value that is not finite is written as null, with a
-                warning.
+                warning where it is the first one of its name.
 
         Raises:
             RunError: the row cannot be written.
@@ -78,9 +79,12 @@ class Writer:
         if self._file is None:
             return
         row = {"step": int(step)} | {name: number(value) for name, value in metrics.items()}
-        bad = [name for name, value in row.items() if value is None]
-        if bad:
-            logging.warning("step %d: %s not finite, written as null", step, ", ".join(bad))
+        new = [name for name, value in row.items() if value is None and name not in self._without_value]
+        if new:
+            self._without_value.update(new)
+            logging.warning(
+                "step %d: no finite value of %s, written as null; later steps will not mention it", step, ", ".join(new)
+            )
         with writing(self._path):
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()

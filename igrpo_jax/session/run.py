@@ -61,10 +61,10 @@ class Run:
     first_step: int  # the step that the run goes on from; 0 is before the first update
     progress: Progress
 
-    def compile_update(self) -> None:
-        """Waits until all programs of the update are compiled, which those that run on a CPU are not before."""
-        with self.console.waiting("update"):
-            compile_all(self.learner.programs.wanted)
+    def compile_rest(self) -> None:
+        """Waits until all programs of the run are compiled, which on a CPU most are not before."""
+        with self.console.waiting("the programs of later steps"):
+            compile_all([*self.rollout.wanted, *self.learner.programs.wanted])
 
     def report(self, step: int, result: StepResult) -> None:
         """Writes the files of a step, and prints what it did.

@@ -25,6 +25,14 @@ def test_writer_takes_any_scalar_and_writes_null_for_what_is_not_finite(tmp_path
     assert second == '{"step": 2, "loss": null, "kl": null, "perf/recompiles": 3.0}'
 
 
+def test_a_metric_without_a_value_is_mentioned_once(tmp_path, caplog):
+    with writers.Writer(tmp_path, run_config()) as writer:
+        for step, metrics in enumerate(({"kl": np.nan}, {"kl": np.nan}, {"kl": np.nan, "loss": np.inf}), 1):
+            writer.write(step, metrics)
+    said = [record.getMessage().partition(", written")[0] for record in caplog.records]
+    assert said == ["step 1: no finite value of kl", "step 3: no finite value of loss"]
+
+
 def test_sample_rows(tmp_path, two_groups):
     odd = completion("refine", 0, [3, 9], 1.0, text="\ud800 ∑ \x1b[31m\n</answer>")
     groups = [two_groups[0], group([], None, [odd, completion("refine", 1, [9], 0.0)])]
