@@ -473,11 +473,11 @@ class EvaluationConfig:
     # Number of steps between single-shot evaluations, which also run before the first and after the last step; 0 for
     # never.
     every: Annotated[int, AtLeast(0)] = 0
-    # Names of benchmarks: aime24, aime25, math500, amc23, gsm8k, minerva, the built-in "arithmetic", or the name of a
-    # file in data_dir.
+    # Names of benchmarks: aime24, aime25, aime26, hmmt_feb25, hmmt_nov25, brumo25, math500, amc23, gsm8k, minerva,
+    # olympiadbench, gpqa_diamond, mmlu_pro, the built-in "arithmetic", or the name of a file in data_dir.
     benchmarks: tuple[str, ...] = ()
-    # Number of completions per problem; None for the paper's: 64 on AIME and 8 on its other benchmarks, and for 1 on
-    # any other.
+    # Number of completions per problem; None for 64 on AIME and other contests of 30 problems, 8 on the others that are
+    # known by name, and 1 on mmlu_pro and on files of your own. The paper's are 64 and 8.
     samples: Annotated[int | None, AtLeast(1)] = None
     # Number of draft -> refine rounds that are evaluated beside the single shot.
     rounds: Annotated[int, AtLeast(0)] = 0

@@ -1,8 +1,21 @@
-"""The benchmarks and training sets that are known by name: where they are, their columns, and how the paper uses them.
+"""The benchmarks and training sets that are known by name: where they are, their columns, and how often they are asked.
 
-The prompts of all benchmarks have `data.instruction`, and `rewards/mathematics/grader` grades their answers. The paper
-(arXiv 2602.09000) reports means of 64 samples on AIME and of 8 on the others, at temperature 0.6 and top-p 0.95 (the
-defaults of `evaluation`), with up to 65,000 tokens.
+The prompts of all benchmarks have `data.instruction`, and `rewards/mathematics/grader` grades their answers, of
+multiple choice the letter. The paper (arXiv 2602.09000) reports means of 64 samples on AIME and of 8 on its other
+benchmarks, at temperature 0.6 and top-p 0.95 (the defaults of `evaluation`), with up to 65,000 tokens.
+
+Ids and columns were last compared with what is published about the data sets on the day in `Benchmark.checked`; nothing
+was downloaded for it. "card" means the data set's own card with its list of columns, "loaders" means public programs
+that read it.
+
+- gpqa_diamond: id, subsets, columns and the condition of access from its card; 198 problems from loaders.
+- mmlu_pro: id, columns and the splits from its card; 12,032 problems from the card of a copy (an older card says
+  12,187).
+- aime26, brumo25: id, columns, split and number of problems from their cards.
+- hmmt_feb25: id, split and 30 problems from the hub's pages; columns from loaders, its card was not seen.
+- hmmt_nov25: id, split, columns and 30 problems from loaders; its card was not seen.
+- olympiadbench: id and subset from the hub's pages, columns from the card of a copy; 674 problems, of which 93 have
+  several answers, from loaders. The subset is the one with text, English, open-ended mathematics.
 """
 
 from dataclasses import dataclass
@@ -17,26 +30,61 @@ class Hub:
     answer: str
     subset: str = ""  # the hub's "configuration"
     split: str = "train"
+    gated: bool = False  # whether its conditions must be accepted on the hub first
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The columns of the choices of a multiple-choice question; `choices` puts them into the question.
+
+    Either `options` names one column with all of them, in the order that the letters of the answers count, or `wrong`
+    names columns beside the answer's, which holds the right choice itself: those are put into an order of their own.
+    """
+
+    options: str = ""
+    wrong: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All names of columns."""
+        return (self.options,) if self.options else self.wrong
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark and how the paper evaluates it."""
+    """A benchmark and how it is evaluated."""
 
     problems: int
-    samples: int  # completions per problem in the paper
+    samples: int  # completions per problem: the paper's, or those of its benchmark of that size
     hub: Hub
     files: tuple[str, ...] = ()  # other names that its file in evaluation.data_dir may have, without the ending
+    choices: Choices | None = None
+    subject: str = ""  # column by which results are reported too
+    checked: str = ""  # day on which id and columns were last compared with what is published
 
 
 # fmt: off
 BENCHMARKS = {
     "aime24": Benchmark(30, 64, Hub("HuggingFaceH4/aime_2024", "problem", "answer"), ("aime_2024",)),
     "aime25": Benchmark(30, 64, Hub("math-ai/aime25", "problem", "answer", split="test"), ("aime_2025",)),
+    "aime26": Benchmark(30, 64, Hub("MathArena/aime_2026", "problem", "answer"), ("aime_2026",), checked="2026-11-27"),
+    "hmmt_feb25": Benchmark(30, 64, Hub("MathArena/hmmt_feb_2025", "problem", "answer"), ("hmmt_feb_2025",),
+                            checked="2026-11-27"),
+    "hmmt_nov25": Benchmark(30, 64, Hub("MathArena/hmmt_nov_2025", "problem", "answer"), ("hmmt_nov_2025",),
+                            checked="2026-11-27"),
+    "brumo25": Benchmark(30, 64, Hub("MathArena/brumo_2025", "problem", "answer"), ("brumo_2025",),
+                         checked="2026-11-27"),
     "math500": Benchmark(500, 8, Hub("HuggingFaceH4/MATH-500", "problem", "answer", split="test"), ("math-500",)),
     "amc23": Benchmark(40, 8, Hub("math-ai/amc23", "question", "answer", split="test")),
     "gsm8k": Benchmark(1319, 8, Hub("openai/gsm8k", "question", "answer", "main", "test"), ("gsm8k_test",)),
     "minerva": Benchmark(272, 8, Hub("math-ai/minervamath", "question", "answer", split="test"), ("minerva_math",)),
+    "olympiadbench": Benchmark(674, 8, Hub("Hothan/OlympiadBench", "context+question", "final_answer",
+                                           "OE_TO_maths_en_COMP"), ("OE_TO_maths_en_COMP",), checked="2026-11-27"),
+    "gpqa_diamond": Benchmark(198, 8, Hub("Idavidrein/gpqa", "Question", "Correct Answer", "gpqa_diamond", gated=True),
+                              choices=Choices(wrong=("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")),
+                              subject="High-level domain", checked="2026-11-27"),
+    "mmlu_pro": Benchmark(12032, 1, Hub("TIGER-Lab/MMLU-Pro", "question", "answer", split="test"), ("mmlu-pro",),
+                          choices=Choices(options="options"), subject="category", checked="2026-11-27"),
 }
 
 TRAINING_SETS = {
@@ -49,5 +97,10 @@ TRAINING_SETS = {
 
 
 def samples_of(name: str) -> int:
-    """Returns the paper's number of completions per problem; 1 for a benchmark that is not in the paper."""
+    """Returns the number of completions per problem of a known benchmark; 1 for any other."""
     return BENCHMARKS[name].samples if name in BENCHMARKS else 1
+
+
+def subject_of(name: str) -> str:
+    """Returns the column by which the results of a benchmark are reported too; "" without one."""
+    return BENCHMARKS[name].subject if name in BENCHMARKS else ""

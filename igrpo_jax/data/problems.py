@@ -24,8 +24,8 @@ import numpy as np
 from absl import logging
 
 from igrpo_jax.config import Config, DataConfig, EvaluationConfig
-from igrpo_jax.data import arithmetic, columns, overlap, readers
-from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS
+from igrpo_jax.data import arithmetic, choices, columns, overlap, readers
+from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS, Benchmark, Hub
 from igrpo_jax.data.readers import Table
 from igrpo_jax.errors import InputError
 from igrpo_jax.rewards.mathematics import grader
@@ -185,22 +185,47 @@ def benchmark_rows(name: str, settings: EvaluationConfig) -> list[Row]:
         if stem in by_stem:
             where = f"{source}: {by_stem[stem]}"
             table = readers.read(str(by_stem[stem]), where)
-            fix = "config.evaluation.{} names another"
-            return _benchmark(table, settings.prompt_column, settings.answer_column, where, fix)
+            return _benchmark(table, known, settings.prompt_column, settings.answer_column, where)
     if known is None:
         there = [*BENCHMARKS, "arithmetic", *by_stem]
         near = difflib.get_close_matches(name, there, n=1, cutoff=0.0)[0]
         looked = f"no {name}.jsonl in {str(folder)!r} and no benchmark of that name" if files else "no such benchmark"
         fix = "" if settings.data_dir else "; config.evaluation.data_dir names a folder of your own NAME.jsonl"
         raise InputError(f"{source}: {looked}; the nearest is {near!r} of {', '.join(dict.fromkeys(there))}{fix}")
-    fix = f"without the hub, give its folder: config.evaluation.data_dir=FOLDER with {name}.jsonl (prompt, answer)"
     hub = known.hub
-    table = readers.read(hub.id, source, hub.subset, hub.split, fix)
-    return _benchmark(table, hub.prompt, hub.answer, source, "give it as a file in config.evaluation.data_dir")
+    fix = f"without the hub, give its folder: config.evaluation.data_dir=FOLDER with {name}.jsonl (prompt, answer)"
+    table = readers.read(hub.id, source, hub.subset, hub.split, _access(hub) + fix)
+    return _benchmark(table, known, hub.prompt, hub.answer, source, "give it as a file in config.evaluation.data_dir")
 
 
-def _benchmark(table: Table, prompt: str, answer: str, source: str, fix: str) -> list[Row]:
+def _access(hub: Hub) -> str:
+    """Returns how to get access to a gated data set, "" for others."""
+    if not hub.gated:
+        return ""
+    page = f"https://huggingface.co/datasets/{hub.id}"
+    return f"it is gated: accept its conditions at {page}, and log in with `hf auth login` or set HF_TOKEN; "
+
+
+def _benchmark(
+    table: Table,
+    known: Benchmark | None,
+    prompt: str,
+    answer: str,
+    source: str,
+    fix: str = "config.evaluation.{} names another",
+) -> list[Row]:
+    """Returns the rows of a benchmark's table.
+
+    A file of a known benchmark may have the columns that the benchmark has on the hub, which are then read as there.
+    """
     _check_not_empty(table, source)
+    hub = known.hub if known else None
+    if hub and not (prompt or answer) and all(name in table[0][1] for name in (*hub.prompt.split("+"), hub.answer)):
+        prompt, answer = hub.prompt, hub.answer
+    shown = known.choices if hub and (prompt, answer) == (hub.prompt, hub.answer) else None
+    if shown and table[0][1].keys() & set(shown.columns):  # without them, the questions hold their choices already
+        table = choices.lettered(table, hub, shown, source)
+        prompt, answer = choices.PROMPT, choices.ANSWER
     rows = _rows(table, columns.choose(table, prompt, answer, source, fix), source)
     if unequal := unequal_rows(rows):
         named = _named([rows[position] for position in unequal])

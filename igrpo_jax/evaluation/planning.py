@@ -5,12 +5,13 @@ Also the names of the metrics that such an evaluation writes, so that a setting 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from igrpo_jax.config import Config
-from igrpo_jax.data.catalog import samples_of
+from igrpo_jax.data.catalog import samples_of, subject_of
 from igrpo_jax.data.problems import Row
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.errors import InputError
@@ -112,19 +113,31 @@ def reported_ks(config: Config, name: str) -> list[int]:
     return [k for k in config.evaluation.pass_at or _doubled(count) if k <= count]
 
 
+def subjects_of(name: str, prompts: Sequence[Prompt]) -> list[str]:
+    """Returns the subject of each problem of a benchmark; nothing where it has none, or where one has none."""
+    subjects = [str(prompt.columns.get(subject_of(name)) or "").strip() for prompt in prompts]
+    return subjects if all(subjects) else []
+
+
+def subject_metric(name: str, subject: str) -> str:
+    """Returns the name of the metric of one subject of a benchmark."""
+    return f"eval/{name}/subject/{subject.replace(' ', '_')}/pass@1"
+
+
 def metric_names(config: Config, plan: Plan) -> list[str]:
     """Returns the names of all metrics that an evaluation of `plan` can write, as `summaries.flat` names them.
 
     `solved_length` and `unsolved_length` are written only where an evaluation has answers of that kind.
     """
     names = []
-    for benchmark in plan.prompts:
+    for benchmark, prompts in plan.prompts.items():
         measured = measures.summary_names(reported_ks(config, benchmark))
         names += [f"eval/{benchmark}/{name}" for name in measured]
         for number in range(1, config.evaluation.rounds + 1):
             for stage in (f"refine_{number}", f"refine_{number}_oracle"):
                 of_round = [*measured, "draft_accuracy", *measures.REFINED]
                 names += [f"eval/{benchmark}/{stage}/{name}" for name in of_round]
+        names += [subject_metric(benchmark, each) for each in sorted(set(subjects_of(benchmark, prompts)))]
     return names
 
 

@@ -199,8 +199,10 @@ def write_summary(folder: Path, head: dict[str, Any], benchmarks: dict[str, dict
 
 
 def markdown(benchmarks: dict[str, dict[str, Any]]) -> str:
-    """Returns tables of summaries, in percent: the single shot, and the rounds of draft -> refine."""
+    """Returns tables of summaries, in percent: the single shot, its subjects, and the rounds of draft -> refine."""
     lines = _single_shot(benchmarks)
+    if any(summary.get("subjects") for summary in benchmarks.values()):
+        lines += _subjects(benchmarks)
     if any(summary["rounds"] for summary in benchmarks.values()):
         lines += _rounds(benchmarks)
     return "\n".join(lines) + "\n"
@@ -227,6 +229,18 @@ def _single_shot(benchmarks: dict[str, dict[str, Any]]) -> list[str]:
         cells.append(f"{shot['mean_length']:.0f} ({', '.join(lengths)})")
         cells += [percent(shot["clipped_ratio"]), percent(shot["unparseable_frac"])]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def _subjects(benchmarks: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns the lines of the table of the subjects."""
+    lines = ["", "Single shot by subject, in percent.", "", "| benchmark | subject | problems | pass@1 | interval |"]
+    lines.append("|---|---|---|---|---|")
+    for name, summary in benchmarks.items():
+        for subject, values in summary.get("subjects", {}).items():
+            cell = subject.replace("|", "\\|")
+            interval = f"{percent(values['pass@1_low'])} to {percent(values['pass@1_high'])}"
+            lines.append(f"| {name} | {cell} | {values['problems']} | {percent(values['pass@1'])} | {interval} |")
     return lines
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from igrpo_jax.config import Config
 from igrpo_jax.evaluation import measures
-from igrpo_jax.evaluation.planning import Plan, reported_ks, samples_per_problem
+from igrpo_jax.evaluation.planning import Plan, reported_ks, samples_per_problem, subject_metric, subjects_of
 from igrpo_jax.evaluation.results import Rows
 from igrpo_jax.records import Prompt
 from igrpo_jax.rewards.verifier import Verifier
@@ -63,12 +63,9 @@ class Summaries:
                 chains[chain] = measures.summary(answers, ks) | {"draft_accuracy": float(np.mean(draft))}
                 chains[chain] |= measures.refined(np.array(draft), answers.correct)
             rounds.append(chains)
-        return {
-            "problems": len(prompts),
-            "samples": count,
-            "single_shot": measures.summary(plain, ks),
-            "rounds": rounds,
-        }
+        whole = {"problems": len(prompts), "samples": count, "single_shot": measures.summary(plain, ks)}
+        subjects = by_subject(subjects_of(name, prompts), plain.correct)
+        return whole | {"rounds": rounds} | ({"subjects": subjects} if subjects else {})
 
     def _answers(
         self, prompts: Sequence[Prompt], paths: Sequence[tuple[int, ...]], rows: Rows, count: int
@@ -93,9 +90,20 @@ class Summaries:
         return [self._known_classes[key] for key in keys]
 
 
+def by_subject(subjects: Sequence[str], correct: np.ndarray) -> dict[str, dict[str, float]]:
+    """Returns `problems` and pass@1 with its interval of each subject, from correct [P, K] bool, by name."""
+    rates, names = correct.mean(axis=1), np.array(subjects)
+    result = {}
+    for name in sorted(set(subjects)):
+        own = rates[names == name]
+        low, high = measures.interval(own)
+        result[name] = {"problems": len(own), "pass@1": float(own.mean()), "pass@1_low": low, "pass@1_high": high}
+    return result
+
+
 def flat(summaries: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Returns the metrics of a run: `eval/NAME/pass@1` and so on, of rounds `eval/NAME/refine_1/…` for the vote and
-    `eval/NAME/refine_1_oracle/…` for the oracle."""
+    `eval/NAME/refine_1_oracle/…` for the oracle, and `eval/NAME/subject/SUBJECT/pass@1` of each subject."""
     metrics = {}
     for name, summary in summaries.items():
         metrics |= {f"eval/{name}/{measure}": value for measure, value in summary["single_shot"].items()}
@@ -103,4 +111,6 @@ def flat(summaries: dict[str, dict[str, Any]]) -> dict[str, float]:
             for chain, values in chains.items():
                 stage = f"refine_{number}" + ("_oracle" if chain == "oracle" else "")
                 metrics |= {f"eval/{name}/{stage}/{measure}": value for measure, value in values.items()}
+        for subject, values in summary.get("subjects", {}).items():
+            metrics[subject_metric(name, subject)] = values["pass@1"]
     return metrics

@@ -301,7 +301,7 @@ def test_presets_and_hub_ids_ask_the_hub_for_the_right_thing(monkeypatch):
     for name in TRAINING_SETS:
         assert [(row.question, row.answer) for row in load(name, "", "")] == [("Q", "2")]
     load("owner/name", "", "", subset="hard", split="test")
-    for name in BENCHMARKS:
+    for name in (name for name, known in BENCHMARKS.items() if not known.checked):  # test_choices.py has the others
         assert [(row.question, row.answer) for row in problems.benchmark_rows(name, EvaluationConfig())] == [("Q", "2")]
     assert asked[:5] == [
         ("DigitalLearningGmbH/MATH-lighteval", None, "train"),
@@ -393,7 +393,8 @@ def test_the_real_problems():
     """Every gold is found and accepted by the grader, and overlaps are those that an independent count found."""
     folder = os.environ["IGRPO_DATA"]
     settings = EvaluationConfig(data_dir=folder)
-    held_out = {name: problems.benchmark_rows(name, settings) for name in BENCHMARKS}
+    names = ("aime24", "aime25", "amc23", "minerva", "gsm8k", "math500")
+    held_out = {name: problems.benchmark_rows(name, settings) for name in names}
     for name, rows in held_out.items():
         assert len(rows) == BENCHMARKS[name].problems
         assert len({row.id for row in rows}) == len(rows)
