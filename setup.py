@@ -10,7 +10,9 @@ ROOT = Path(__file__).parent
 INSTALL_REQUIRES = [
     "absl-py>=2.1",
     "datasets>=4.0",
+    "etils[epath]>=1.10",  # paths in buckets, as orbax has them
     "flax>=0.12.8",
+    "fsspec>=2025.3",
     "huggingface_hub>=1.0",
     "jax>=0.10.2,<0.13",
     "jinja2>=3.1",  # chat templates
@@ -35,17 +37,20 @@ INSTALL_REQUIRES = [
 
 # With libtpu, of the version that belongs to jax: for igrpo_jax.aot on a machine without a TPU too.
 TPU = ["jax[tpu]>=0.10.2,<0.13"]
+GS = ["gcsfs>=2025.5"]  # what reaches gs://
 REPORT = ["matplotlib>=3.9"]  # plots of igrpo_jax.report
 STUDY = [*REPORT, "scipy>=1.13"]  # plots and intervals of benchmarks/matched_budget.py
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]  # what runs notebooks/colab_tpu.ipynb in tests
 # What a change needs before it is shown to others: fast tests, linter, types.
 DEV = [
+    "gcp-storage-emulator>=2026.1",
     "hypothesis>=6.100",
     "mypy>=1.15",
     "openai>=2.0",
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "ruff>=0.17.6,<0.18",
+    *GS,
     *STUDY,
 ]
 
@@ -53,6 +58,8 @@ EXTRAS_REQUIRE = {
     "tpu": TPU,
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     "judge": ["openai>=2.0"],  # the generative judge, rewards.judge
+    "gs": GS,
+    "s3": ["s3fs>=2025.5"],
     "report": REPORT,
     "study": STUDY,
     "tensorboard": ["tensorboard>=2.18"],  # the viewer of workdir/tensorboard, which tensorboardX writes

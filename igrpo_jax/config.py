@@ -531,7 +531,7 @@ class Config:
     epochs: float = 1.0
     # Number of problems in a rollout, each with its drafts and refinements.
     prompts_per_step: Annotated[int, AtLeast(1)] = 32
-    # Folder of compiled programs, shared by all runs; empty for none.
+    # Folder of compiled programs, shared by all runs, also in a bucket; empty for none.
     compilation_cache: str = "~/.cache/igrpo_jax"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

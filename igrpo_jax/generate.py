@@ -18,6 +18,7 @@ from igrpo_jax import cli
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError
 from igrpo_jax.loading import check_model
+from igrpo_jax.storage import reading
 
 USAGE = (
     'python -m igrpo_jax.generate --model MODEL (--prompt "..." | --prompts FILE) [--samples K] [--rounds R] '
@@ -55,7 +56,8 @@ def read(path: str, column: str) -> list[str]:
     """
     from igrpo_jax.data import columns, readers
 
-    source, file, questions = f"--prompts {path}", Path(path), []
+    source, questions = f"--prompts {path}", []
+    file = reading.local(source, path)
     if file.suffix == ".txt":
         if not file.is_file():
             raise InputError(f"{source}: no such file; give one of questions, a line each")
@@ -65,7 +67,7 @@ def read(path: str, column: str) -> list[str]:
             raise InputError(f"{source}: is not text in utf-8 ({error}); save it as that") from error
         questions = [line.strip() for line in text.splitlines() if line.strip()]
     else:
-        table = readers.read(path, source)
+        table = readers.read(str(file), source)
         if table:
             name = columns.choose_prompt(table, column, source)
             asked = [row for row in table if not columns.is_blank(columns.question, columns.cell(row[1], name))]

@@ -23,6 +23,8 @@ from igrpo_jax.config import Config, check_field, default, freeze
 from igrpo_jax.errors import InputError, one_line
 from igrpo_jax.schema.fields import KINDS, FieldError, Setting, refusal, setting_at, settings
 from igrpo_jax.schema.trees import Tree
+from igrpo_jax.storage.addresses import path_of
+from igrpo_jax.storage.reading import read_bytes
 
 
 def load_config(
@@ -36,16 +38,17 @@ def load_config(
         source: the path of a config file, or `igrpo_jax.config.default()` with values of its own. Without it the
             configuration is that of the run in `model`, or the default one.
         overrides: values by the dotted names of their fields, such as {"algorithm.num_drafts": 4}.
-        model: what is to be evaluated or asked: the folder of a run, a Hugging Face directory or a hub id. Where it is
-            the folder of a run, `config.model` is the run's own, and so are the variables and the day of the chat
-            template, unless they are given. Otherwise `config.model.path` is `model`.
+        model: what is to be evaluated or asked: the folder of a run or a Hugging Face directory, also in a bucket, or
+            a hub id. Where it is the folder of a run, `config.model` is the run's own, and so are the variables and the
+            day of the chat template, unless they are given. Otherwise `config.model.path` is `model`.
 
     Raises:
         InputError: the file cannot be used; a field is unknown, or has a value that no run can use; `model` is a run
             without a checkpoint.
     """
     overrides, model = dict(overrides or {}), str(model)
-    run = _tree_of_run(Path(model)) if model and _holds_run(Path(model)) else None
+    folder = path_of(f"--model {model}", model)
+    run = _tree_of_run(folder) if model and _holds_run(folder) else None
     file = str(source) if isinstance(source, (str, Path)) else None
     tree = _tree_of_file(file) if file else copy.deepcopy(source) or run or default()
     config = _checked(tree, overrides, file)
@@ -61,9 +64,9 @@ def load_config(
 
 def check_model(config: Config, model: str | Path) -> None:
     """Raises InputError where `config` does not describe `model`, as that of `load_config(..., model=model)` does."""
-    path = str(model)
-    if Path(model, "checkpoints").is_dir():
-        own = freeze(_tree_of_run(Path(model))).model
+    path, folder = str(model), path_of(f"--model {model}", model)
+    if (folder / "checkpoints").is_dir():
+        own = freeze(_tree_of_run(folder)).model
         fits = replace(own, dtype=config.model.dtype) == config.model
     else:
         fits = config.model.path == path
@@ -203,7 +206,7 @@ def _holds_run(folder: Path) -> bool:
     if (folder / "checkpoints").is_dir():
         return True
     try:
-        keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        keys = json.loads(read_bytes(folder / "config.json"))
     except (OSError, ValueError):
         return False
     # The config.json of a Hugging Face model has none of these.
@@ -219,7 +222,7 @@ def _tree_of_run(workdir: Path) -> Any:
     """Returns the ConfigDict of a run's config.json; fields that an older version did not write have their defaults."""
     tree = default()
     try:
-        tree.update(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+        tree.update(json.loads(read_bytes(workdir / "config.json")))
         freeze(tree)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, InputError) as error:
         raise InputError(

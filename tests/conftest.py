@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import devices
 import pytest
@@ -109,6 +110,30 @@ def whole(tmp_path_factory, pytestconfig):
             assert done.returncode == 0, done.stderr
             printed.write_text(done.stdout)
     return path / "run", printed.read_text()
+
+
+@pytest.fixture(scope="session")
+def bucket_service(tmp_path_factory):
+    """The address of a storage service on localhost, see bucket_server.py."""
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read at its import: it asks Google's own service
+    pytest.importorskip("gcsfs", reason="gcsfs is missing; the extra dev brings it")
+    pytest.importorskip("gcp_storage_emulator", reason="gcp-storage-emulator is missing; the extra dev brings it")
+    command = [sys.executable, Path(__file__).with_name("bucket_server.py"), tmp_path_factory.mktemp("service")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        yield process.stdout.readline().strip()
+        process.kill()
+
+
+@pytest.fixture
+def bucket(bucket_service, monkeypatch, tmp_path):
+    """A Bucket that is empty, and no local copies of anything."""
+    import buckets
+
+    for name, value in buckets.environment(bucket_service, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    bucket = buckets.Bucket(bucket_service, tmp_path.name)
+    yield bucket
+    bucket.fault()
 
 
 @pytest.fixture(scope="module")

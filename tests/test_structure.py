@@ -22,7 +22,7 @@ PACKAGE = "igrpo_jax"
 # Folders and loose modules from the ground up. Those of one floor do not know each other.
 FLOORS = [
     ["errors"],
-    ["schema"],
+    ["schema", "storage"],
     ["config"],
     ["loading", "records"],
     ["distributed", "rewards"],

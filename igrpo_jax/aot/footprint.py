@@ -41,6 +41,7 @@ from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.session import overview
 from igrpo_jax.session.task import check_context, sampler
+from igrpo_jax.storage import addresses
 
 THREADS = 2  # programs compiled at once; each takes gigabytes of the host's memory
 
@@ -198,7 +199,7 @@ def describe(config: ModelConfig) -> DecoderConfig:
     path = config.path
     if not path:
         return open_policy(config).model
-    if Path(path).is_dir():
+    if addresses.is_remote(path) or Path(path).is_dir():
         return hf_files.load_config(path)
     if path not in SHAPES:
         raise InputError(

@@ -29,6 +29,7 @@ from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS, Benchmark, Hub
 from igrpo_jax.data.readers import Table
 from igrpo_jax.errors import InputError
 from igrpo_jax.rewards.mathematics import grader
+from igrpo_jax.storage import addresses
 
 MAX_UNEQUAL = 0.1  # share of a training set's reference answers that may be such that nothing equals them
 
@@ -177,6 +178,8 @@ def benchmark_rows(name: str, settings: EvaluationConfig) -> list[Row]:
     """
     source = f"config.evaluation.benchmarks = {name!r}"
     known, folder = BENCHMARKS.get(name), Path(settings.data_dir)
+    if addresses.is_remote(settings.data_dir):
+        folder = readers.local_copy(settings.data_dir, f"config.evaluation.data_dir = {settings.data_dir!r}")
     if settings.data_dir and not folder.is_dir():
         raise InputError(f"config.evaluation.data_dir = {settings.data_dir!r}: no such directory")
     files = [file for file in folder.iterdir() if file.suffix in readers.SUFFIXES] if settings.data_dir else []

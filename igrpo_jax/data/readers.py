@@ -1,4 +1,4 @@
-"""Reads tables from files, folders and the hub: unchanged rows, each with its number. `columns` interprets them.
+"""Reads tables from files, folders, buckets and the hub: unchanged rows with their numbers. `columns` interprets them.
 
 JSON Lines and CSV are read here, so that an error names the bad line and every cell stays the text that it is. `.json`,
 `.parquet` and hub ids go through `datasets`. A broken line of JSON Lines or row of CSV is left out, and what is no
@@ -20,6 +20,7 @@ from typing import Any
 from absl import logging as absl_logging
 
 from igrpo_jax.errors import InputError
+from igrpo_jax.storage import addresses, reading
 
 Table = list[tuple[int, dict[str, Any]]]  # (number, columns) of each row; numbers start at 1, as editors count lines
 
@@ -38,7 +39,8 @@ def read(path: str, source: str, subset: str = "", split: str = "train", fix: st
     of `split` are read.
 
     Args:
-        path: a file with one of SUFFIXES, a folder of files with one of them, or a hub id such as owner/name.
+        path: a file with one of SUFFIXES, a folder of files with one of them, also in a bucket, or a hub id such as
+            owner/name.
         source: the field and its value, with which errors begin.
         subset: the subset of a hub data set.
         split: the split of a hub data set, or of a folder's files.
@@ -47,7 +49,7 @@ def read(path: str, source: str, subset: str = "", split: str = "train", fix: st
     Raises:
         InputError: there is nothing to read, or it can't be read.
     """
-    file = Path(path)
+    file = local_copy(path, source) if addresses.is_remote(path) else Path(path)
     if file.is_dir():
         return _read_folder(file, source, split)
     if file.is_file() and file.suffix in SUFFIXES:
@@ -58,6 +60,15 @@ def read(path: str, source: str, subset: str = "", split: str = "train", fix: st
         raise InputError(f"{source}: no such file; give one that ends in {FILES}, or a hub id (owner/name)")
     fix = fix or f"give a local file in JSON Lines, or a hub id with a split {split!r}"
     return _read_datasets(source, fix, path, subset or None, split=split)
+
+
+def local_copy(address: str, source: str) -> Path:
+    """Returns the local copy of a file in a bucket, or of a folder with the files that can be read.
+
+    Raises:
+        InputError: there are none, or they can't be fetched.
+    """
+    return reading.local(source, address, lambda name: "/" not in name and name.endswith(SUFFIXES))
 
 
 def _read_folder(folder: Path, source: str, split: str) -> Table:

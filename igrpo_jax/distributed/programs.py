@@ -14,12 +14,12 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from igrpo_jax.distributed import watchdog
+from igrpo_jax.storage.addresses import path_of
 
 Shape = tuple[Hashable, ...]  # what tells the compiled programs of one kind apart, such as (rows, positions to read)
 ShowWait = Callable[[str], contextlib.AbstractContextManager]  # gets the title of the program that is waited for
@@ -187,7 +187,8 @@ def leave_uncounted() -> None:
 def use_disk_cache(folder: str) -> None:
     """Keeps compiled programs in `folder` ("" = nowhere); the JAX_COMPILATION_CACHE_DIR of the environment wins."""
     if folder and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        path = path_of(f"config.compilation_cache = {folder!r}", folder)
+        jax.config.update("jax_compilation_cache_dir", str(path.expanduser()))
         # JAX's own threshold of 1 s leaves out the many small programs of a small model.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

@@ -28,6 +28,7 @@ from igrpo_jax.outputs.console import Console
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
+from igrpo_jax.storage.addresses import is_remote, modified, path_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def open_evaluation(
     Raises:
         InputError: no such model or checkpoint; problems that don't fit its context; a mesh that doesn't divide it.
     """
-    run = Path(model) if Path(model, "checkpoints").is_dir() else None
+    folder = path_of(f"--model {model}", model)
+    run = folder if (folder / "checkpoints").is_dir() else None
     if step is not None and run is None:
         raise InputError(f"--step {step}: only the folder of a run has steps, which {model!r} is not; leave it out")
     step = saved_step(run, step) if run else None
@@ -68,9 +70,9 @@ def open_evaluation(
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, model=fit_to_mesh(config, policy.model, mesh))
     cluster.check_same({"config": to_dict(config), "model": model, "step": step, "problems": plan.fingerprint})
-    name = str(Path(model).resolve()) if Path(model).exists() else model
+    name = model if is_remote(model) or not folder.exists() else str(folder.resolve())
     files = [run / "checkpoints" / str(step)] if run else hf_read.weight_files(model)
-    newest = max(file.stat().st_mtime for file in files)
+    newest = max(modified(file) for file in files)
     when = datetime.fromtimestamp(newest, UTC).isoformat(sep=" ", timespec="milliseconds")
     return EvaluationTask(config, policy, renderer, plan, mesh, run, step, name, when)
 

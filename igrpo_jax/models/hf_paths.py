@@ -1,8 +1,9 @@
 """Directories of models on Hugging Face's hub or on disk: where their files are, JSON that is in them, and errors.
 
-A directory may be given as a path or as a hub id; `resolve` downloads the latter.
+A directory may be given as a path, as one in a bucket or as a hub id; `resolve` fetches the last two.
 """
 
+import fnmatch
 import functools
 import json
 import re
@@ -11,21 +12,30 @@ from pathlib import Path
 import huggingface_hub
 
 from igrpo_jax.errors import InputError
+from igrpo_jax.storage import addresses, reading
 
 WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 
 
 def resolve(path: str) -> Path:
-    """Returns `path` itself where it is a directory, else the local copy of the hub's repository of that name.
+    """Returns `path` itself where it is a directory, else the local copy of a bucket's, or of the hub's of that name.
 
     Raises:
-        InputError: neither exists, or the hub can't be reached.
+        InputError: none exists, or the bucket or the hub can't be reached.
     """
+    if addresses.is_remote(path):
+        return _copy(path)
     if Path(path).is_dir():
         return Path(path)
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise path_error(path, "no such directory; give a Hugging Face model directory or a hub id such as owner/name")
     return _download(path)
+
+
+@functools.cache
+def _copy(address: str) -> Path:
+    wanted = lambda name: "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in WANTED)
+    return reading.local(f"config.model.path = {address!r}", address, wanted)
 
 
 @functools.cache

@@ -1,0 +1,168 @@
+"""Paths from addresses: a local folder, or one in a bucket, `gs://BUCKET/NAME` or `s3://BUCKET/NAME`.
+
+A path in a bucket is an `etils.epath.Path`, which has the methods of `pathlib.Path` and asks fsspec, and through it
+gcsfs or s3fs, for what is there. epath is the path of orbax and of JAX's compilation cache, and comes with them, as
+fsspec comes with datasets. So checkpoints, compiled programs and our own files go through one library with one set of
+credentials, and a user installs gcsfs or s3fs alone. universal-pathlib would be a second such library; `gsutil` and
+mounts need commands outside of Python.
+
+Objects have no rename and cannot be appended to, and an upload that ends replaces an object at once: a reader sees the
+old object or the new one, never a part. How files grow all the same is in `writing`.
+"""
+
+import importlib.util
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from absl import logging
+
+from igrpo_jax.errors import InputError, one_line
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LIBRARY = {"gs": "gcsfs", "s3": "s3fs"}  # by scheme: what reaches it; an extra of the package has the scheme's name
+PATIENCE = 300.0  # seconds for which an operation that fails for now is tried again
+_TRANSIENT = (408, 425, 429)  # codes that are worth another attempt, besides all from 500
+# Errors of the libraries that are no OSError, by module. The modules are looked up only where something loaded them.
+_ERRORS = {
+    "gcsfs.retry": ("HttpError", "ChecksumError"),
+    "aiohttp": ("ClientError",),
+    "google.auth.exceptions": ("GoogleAuthError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+}
+
+
+def is_remote(address: str | Path) -> bool:
+    """Returns whether an address or a path is that of a bucket."""
+    return str(address).startswith(tuple(f"{scheme}://" for scheme in LIBRARY))
+
+
+def path_of(source: str, address: str | Path) -> Path:
+    """Returns the path of an address: a pathlib.Path of a local one, an epath.Path of one in a bucket.
+
+    Args:
+        source: the flag or the field that gives it, and its value, with which errors begin.
+
+    Raises:
+        InputError: a scheme that is not known, a library that is missing, or a bucket that refuses to be listed.
+    """
+    text = str(address)
+    scheme, _, name = text.partition("://")
+    if not re.fullmatch(r"[A-Za-z][\w+.-]+", scheme) or not name:
+        return Path(address)
+    if scheme not in LIBRARY:
+        raise InputError(f"{source}: {scheme}:// is not supported; give a folder, gs://BUCKET/NAME or s3://BUCKET/NAME")
+    if importlib.util.find_spec(LIBRARY[scheme]) is None:
+        raise InputError(
+            f'{source}: {scheme}:// needs {LIBRARY[scheme]}; pip install "igrpo_jax[{scheme}]", or give a local folder'
+        )
+    path = _remote(text.rstrip("/"))
+    with refusing(source):
+        names(path)
+    return path
+
+
+def _remote(address: str) -> Path:
+    import fsspec
+    from etils import epath
+
+    for protocol in ("gs", "gcs", "s3"):  # other processes write there: a listing is never what it was
+        fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+    path: Any = epath.Path(address)
+    return path
+
+
+def filesystem(path: Path) -> Any:
+    """Returns the fsspec file system of a path in a bucket; it takes str(path)."""
+    import fsspec
+
+    return fsspec.filesystem(str(path).partition("://")[0])
+
+
+def absolute(path: Path) -> Path:
+    """Returns a path that does not depend on the working directory."""
+    return path if is_remote(path) else path.absolute()
+
+
+def names(folder: Path) -> set[str]:
+    """Returns the names of what is in a folder, and nothing where it does not exist.
+
+    Raises:
+        OSError, or another one of `failures`: it cannot be listed.
+    """
+    try:
+        if not is_remote(folder):
+            return {entry.name for entry in folder.iterdir()}
+        listed = patiently(folder, filesystem(folder).ls, str(folder), detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    return {name.rstrip("/").rpartition("/")[2] for name in listed} - {""}
+
+
+def modified(path: Path) -> float:
+    """Returns when a file or a folder of a disk, or the newest object in a folder of a bucket, was written, in s."""
+    if not is_remote(path):
+        return path.stat().st_mtime
+    found = patiently(path, filesystem(path).find, str(path), detail=True)
+    return max(written_at(info) for info in found.values())
+
+
+def written_at(info: dict[str, Any]) -> float:
+    """Returns the time of an object, by what the service says of it."""
+    return (info.get("mtime") or info["LastModified"]).timestamp()
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Returns the errors of disks and buckets, for an `except`."""
+    modules = [(sys.modules[module], errors) for module, errors in _ERRORS.items() if module in sys.modules]
+    return (OSError, *(getattr(module, error) for module, errors in modules for error in errors))
+
+
+def reason(error: BaseException) -> str:
+    """Returns what is wrong, in at most 300 characters."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (one_line(error) or type(error).__name__)[:300]
+
+
+@contextmanager
+def refusing(source: str) -> Iterator[None]:
+    """Turns an error of a disk or a bucket into an InputError that begins with `source`."""
+    try:
+        yield
+    except failures() as error:
+        fix = "give an address that can be, or log in (gcloud auth application-default login; aws configure)"
+        raise InputError(f"{source}: cannot be read ({reason(error)}); {fix}") from error
+
+
+def patiently(path: Path, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Returns what `function` returns, which asks the bucket of `path`.
+
+    The libraries themselves try again for about half a minute. What fails for now, such as a service that answers 503
+    or a connection that drops, is tried again for PATIENCE seconds, with a warning.
+    """
+    deadline, wait = time.monotonic() + PATIENCE, 1.0
+    while True:
+        try:
+            return function(*args, **kwargs)
+        except failures() as error:
+            if not _is_transient(error) or time.monotonic() + wait > deadline:
+                raise
+            logging.warning("%s: %s; trying again in %.0f s", path, reason(error), wait)
+            time.sleep(wait)
+            wait = min(2 * wait, 30.0)
+
+
+def _is_transient(error: BaseException) -> bool:
+    code = str(getattr(error, "code", ""))
+    if code.isdecimal():
+        return int(code) in _TRANSIENT or int(code) >= 500
+    if isinstance(error, OSError):
+        return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("requests")
+    return type(error).__module__.startswith(("aiohttp", "gcsfs"))

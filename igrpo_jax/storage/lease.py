@@ -1,0 +1,157 @@
+"""A lock in a bucket, where no system frees it when a process ends: an object that its holder renews.
+
+It is created on the condition that there is none (GCS: ifGenerationMatch=0, S3: If-None-Match), and written anew every
+RENEWED seconds with another number. Whoever meets it watches it: where it does not change for EXPIRES seconds, its
+holder is gone. No two clocks are compared. The end of a holder on the same machine is seen at once, from its process
+number. A holder that was cut off for so long that another took its place finds another's token in the object, and ends.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import secrets
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from igrpo_jax.errors import RunError
+from igrpo_jax.storage.addresses import failures, filesystem, patiently, reason
+from igrpo_jax.storage.reading import read_bytes
+
+RENEWED = 15.0  # seconds
+EXPIRES = 60.0  # seconds
+SETTLED = 1.0  # seconds after which one of several that replace an old lock sees who did so last
+
+
+_held: set[str] = set()  # tokens of the locks that this process holds
+
+
+class Held(Exception):
+    """Another holder has the lock. The message says who."""
+
+
+class Lease:
+    """The lock at `path`, held from `acquire` to `release`."""
+
+    def __init__(self, path: Path):
+        self._path, self._token = path, secrets.token_hex(8)
+        self._ended = threading.Event()
+        self._number = 0
+        self._is_lost = False
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def acquire(self) -> None:
+        """Takes the lock, after at most EXPIRES seconds where the last holder was killed on another machine.
+
+        Raises:
+            Held: another holder has it.
+        """
+        make_free(self._path)
+        # Where it exists, another was faster, or the answer to our own request was lost and it was sent again.
+        with contextlib.suppress(FileExistsError):
+            patiently(self._path, filesystem(self._path).pipe_file, str(self._path), self._content(), mode="create")
+        time.sleep(SETTLED)
+        holder = _read(self._path)
+        if holder is None or holder["token"] != self._token:
+            raise Held(_who(holder))
+        _held.add(self._token)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises RunError where another holder has taken the lock meanwhile."""
+        if self._is_lost:
+            raise RunError(
+                f"{self._path}: another run took this folder while this one was cut off from it; it is the other's now"
+            )
+
+    def release(self) -> None:
+        """Frees the lock, if it is still ours."""
+        self._ended.set()
+        self._thread.join()
+        _held.discard(self._token)
+        with contextlib.suppress(*failures()):
+            holder = _read(self._path)
+            if holder and holder["token"] == self._token:
+                filesystem(self._path).rm_file(str(self._path))
+
+    def _content(self) -> bytes:
+        self._number += 1
+        holder = {"token": self._token, "number": self._number, "process": os.getpid(), "host": platform.node()}
+        return json.dumps(holder | {"machine": _machine()}).encode()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(RENEWED):
+            try:
+                holder = _read(self._path)
+                if holder and holder["token"] != self._token:
+                    self._is_lost = True
+                    return
+                filesystem(self._path).pipe_file(str(self._path), self._content())
+            except failures() as error:
+                logging.warning("%s: not renewed (%s)", self._path, reason(error))
+
+
+def make_free(path: Path) -> None:
+    """Returns when there is no lock at `path`; removes that of a holder that is gone.
+
+    Raises:
+        Held: a holder has it.
+    """
+    before = _read(path)
+    if before is None:
+        return
+    if not _is_dead(before):
+        logging.warning("%s: %s has this lock; seeing for up to %.0f s if it is renewed", path, _who(before), EXPIRES)
+        deadline = time.monotonic() + EXPIRES
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, EXPIRES / 10))
+            now = _read(path)
+            if now != before:
+                if now is None:
+                    return
+                raise Held(_who(now))
+    with contextlib.suppress(FileNotFoundError):
+        patiently(path, filesystem(path).rm_file, str(path))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Returns what the holder wrote, None where there is no lock."""
+    try:
+        return json.loads(read_bytes(path))
+    except FileNotFoundError:
+        return None
+
+
+def _who(holder: dict[str, Any] | None) -> str:
+    return f"process {holder['process']} on {holder['host']}" if holder else "of another process"
+
+
+def _machine() -> str:
+    """Returns a name of what process numbers belong to: boot and container; "" where they are not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Returns whether a holder is a process of this machine that has ended."""
+    if not holder["machine"] or holder["machine"] != _machine():
+        return False
+    if holder["process"] == os.getpid():
+        return holder["token"] not in _held
+    try:
+        os.kill(holder["process"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    try:  # a process that was killed and whose parent has not asked for its end yet
+        return Path(f"/proc/{holder['process']}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False

@@ -1,0 +1,141 @@
+"""Local copies of what lies in a bucket: a model, a file of problems, the folder of a run.
+
+A copy is kept, and what has not changed in the bucket is not fetched again. A file is fetched under a temporary name,
+gets its own once all of it is there, and is the object of one moment: size and etag are the same before and after.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from igrpo_jax.errors import InputError
+from igrpo_jax.storage.addresses import filesystem, is_remote, path_of, patiently, refusing, written_at
+
+AT_ONCE = 8  # files that are fetched side by side
+TRIES = 5  # for a file that is replaced while it is fetched
+
+Wanted = Callable[[str], bool]  # takes the name of a file below a folder, such as "samples/step_000001.jsonl"
+
+
+def kept_in(kind: str, path: Path) -> Path:
+    """Returns the local folder or file of this kind that belongs to a path in a bucket, under ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root, "igrpo_jax_buckets", kind, *str(path).replace("://", "/").split("/")).expanduser()
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns the contents of a file: those of one moment, also where it is replaced meanwhile."""
+    return patiently(path, filesystem(path).cat_file, str(path)) if is_remote(path) else path.read_bytes()
+
+
+def local(source: str, address: str | Path, wanted: Wanted = lambda name: True) -> Path:
+    """Returns a local path: `address` itself where it is one, else the copy of the file or folder of a bucket.
+
+    While something is fetched, a bar on stderr counts bytes.
+
+    Args:
+        source: the flag or the field that gives the address, and its value, with which errors begin.
+        wanted: which files of a folder are fetched; the copy holds these alone.
+
+    Raises:
+        InputError: there is nothing at that address, or it cannot be read.
+    """
+    path = path_of(source, address)
+    if not is_remote(path):
+        return path
+    copy = kept_in("copies", path)
+    with refusing(source):
+        objects = _objects(path, wanted)
+        if not objects:
+            raise InputError(f"{source}: there is nothing at this address; give another")
+        if set(objects) != {""}:
+            _remove_others(copy, objects)
+        _fetch(path, copy, objects)
+    return copy
+
+
+def _objects(path: Path, wanted: Wanted) -> dict[str, dict[str, Any]]:
+    """Returns what the service says of the file at `path`, by "", or of the files below it, by their names."""
+    service = filesystem(path)
+    root = service._strip_protocol(str(path))
+    found = patiently(path, service.find, str(path), detail=True)
+    if set(found) == {root}:
+        return {"": found[root]}
+    # An object whose name ends in "/" stands for a folder. Consoles make them.
+    below = {name.removeprefix(root + "/"): info for name, info in found.items() if name.startswith(root + "/")}
+    return {name: info for name, info in below.items() if name and not name.endswith("/") and wanted(name)}
+
+
+def _remove_others(copy: Path, objects: dict[str, Any]) -> None:
+    """Removes the files of a copy that are not in the bucket any more, or are not wanted."""
+    if copy.is_file():
+        copy.unlink()
+    for file in [file for file in copy.rglob("*") if file.is_file()]:
+        if file.relative_to(copy).as_posix() not in objects:
+            file.unlink()
+
+
+def _tag(info: dict[str, Any]) -> str:
+    """Returns what changes whenever an object is replaced."""
+    return f"{info.get('generation') or info.get('ETag') or info.get('etag')} {info['size']}"
+
+
+def _fetch(path: Path, copy: Path, objects: dict[str, dict[str, Any]]) -> None:
+    tags = kept_in("tags", path)
+    missing = {}
+    for name, info in objects.items():
+        tag, file = _beside(tags, name), copy / name
+        if not (file.is_file() and tag.is_file() and tag.read_text() == _tag(info)):
+            missing[name] = info
+    if not missing:
+        return
+    need = sum(int(info["size"]) for info in missing.values())
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if need > (free := shutil.disk_usage(copy.parent).free):
+        raise OSError(f"{need / 2**20:,.0f} MiB to fetch, and {copy.parent} has {free / 2**20:,.0f} MiB free")
+    bar = _bar(f"reading {path}", need)
+    try:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            fetch = lambda name: _fetch_file(path / name, copy / name, _beside(tags, name), missing[name], bar)
+            list(pool.map(fetch, missing))
+    finally:
+        bar.close()
+
+
+def _beside(tags: Path, name: str) -> Path:
+    return (tags / name).with_name((tags / name).name + ".tag")
+
+
+def _fetch_file(path: Path, file: Path, tag: Path, info: dict[str, Any], bar: Any) -> None:
+    service = filesystem(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tag.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        for _ in range(TRIES):
+            patiently(path, service.get_file, str(path), str(temporary), callback=bar)
+            before, info = info, patiently(path, service.info, str(path))
+            if temporary.stat().st_size == int(info["size"]) and _tag(info) == _tag(before):
+                break
+        else:
+            raise OSError(f"{path} changes while it is read")
+        tag.unlink(missing_ok=True)
+        os.utime(temporary, (written_at(info),) * 2)  # newer weights are another model: see evaluation.json
+        os.replace(temporary, file)
+        tag.write_text(_tag(info))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _bar(title: str, total: int) -> Any:
+    """Returns a callback of fsspec that shows the bytes of several files on one line."""
+    from fsspec.callbacks import TqdmCallback
+
+    class Bytes(TqdmCallback):
+        def set_size(self, size: int) -> None:
+            """Keeps the size of all files."""
+
+    return Bytes(size=total, tqdm_kwargs={"desc": title, "unit": "B", "unit_scale": True})

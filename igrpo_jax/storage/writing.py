@@ -1,0 +1,147 @@
+"""Files that are written into a bucket: texts, files that grow, and folders that libraries fill by themselves.
+
+- A text is one object, written at once (`write_text`).
+- A file that grows, such as metrics.jsonl, is kept on the local disk and uploaded as a whole, so a reader never sees
+  half a row, and the bucket has the same files as a folder (`Lines`). It is uploaded when `sync` asks for it, and with
+  a new line where the last upload was EVERY seconds ago. An object for each step would be cheaper to upload, but every
+  reader, `jq` and `gcloud storage cat` too, would have to join them.
+- What libraries write by themselves (events of TensorBoard, profiles, exports) lies in a local folder, the spool, from
+  which `upload_changed` brings it into the bucket.
+
+Each function takes a local path too, and then simply writes there.
+"""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import IO
+
+from igrpo_jax.storage.addresses import filesystem, is_remote, patiently
+from igrpo_jax.storage.reading import kept_in
+
+EVERY = 10.0  # seconds between two uploads of a file that grows, if nobody asks for one
+_MOST_OF_TIME = 0.1  # share of the time that uploads of a file that grows may take
+
+Uploaded = dict[str, tuple[float, int]]  # time and size of each file of a folder when it was uploaded last
+
+
+def spool(path: Path) -> Path:
+    """Returns the local folder for what libraries write into the folder `path`: `path` itself where it is local."""
+    return kept_in("spool", path) if is_remote(path) else path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file at once: a kill leaves either the old one or the whole new one.
+
+    On a disk the text goes to `path` + ".tmp" first, which may be left behind by a kill. A lone surrogate, which model
+    text may hold, is written as \\udXXX, which is also how JSON spells it.
+
+    Raises:
+        OSError, or another one of `failures`: the file cannot be written.
+    """
+    data = text.encode("utf-8", "backslashreplace")
+    if is_remote(path):
+        patiently(path, filesystem(path).pipe_file, str(path), data)
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def upload(file: Path, path: Path) -> None:
+    """Copies a local file into a bucket."""
+    patiently(path, filesystem(path).put_file, str(file), str(path))
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder with all that is in it, if there is one."""
+    if not is_remote(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    service = filesystem(folder)
+    if found := patiently(folder, service.find, str(folder)):
+        patiently(folder, service.rm, found)
+
+
+def move_tree(folder: Path, target: Path) -> None:
+    """Gives a folder another name. In a bucket its objects are copied and then removed."""
+    if not is_remote(folder):
+        shutil.move(folder, target)
+        return
+    service = filesystem(folder)
+    root, names = service._strip_protocol(str(folder)), patiently(folder, service.find, str(folder))
+    for name in names:
+        patiently(folder, service.cp_file, name, service._strip_protocol(str(target)) + name.removeprefix(root))
+    patiently(folder, service.rm, names)
+
+
+def upload_changed(folder: Path, target: Path, uploaded: Uploaded, last: str = "") -> None:
+    """Uploads the files of a local folder that have changed.
+
+    Args:
+        uploaded: what was uploaded before; it is brought up to date.
+        last: the name of a file that is uploaded after the others, because its presence says that they are there.
+    """
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.endswith(".tmp")]
+    for file in sorted(files, key=lambda file: file.name == last):
+        name, seen = file.relative_to(folder).as_posix(), file.stat()
+        if uploaded.get(name) != (seen.st_mtime, seen.st_size):
+            upload(file, target / name)
+            uploaded[name] = seen.st_mtime, seen.st_size
+
+
+class Lines:
+    """A text file to which lines are added. In a bucket it grows by uploads of the whole file.
+
+    Args:
+        text: what the file begins with; what it held before is replaced.
+
+    Raises:
+        OSError, or another one of `failures`: by each method too, where the file cannot be written.
+    """
+
+    def __init__(self, path: Path, text: str = ""):
+        write_text(path, text)
+        self.path, self._is_remote = path, is_remote(path)
+        local = spool(path)
+        if self._is_remote:
+            local.parent.mkdir(parents=True, exist_ok=True)
+            write_text(local, text)
+        self._file: IO[str] = open(local, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        self._is_new = False  # whether there are lines that the bucket lacks
+        self._next = time.monotonic() + EVERY  # when a new line is uploaded with those before it
+
+    def add(self, line: str) -> None:
+        """Adds a line, and hands it to the system at once, or soon to the bucket."""
+        self._file.write(line + "\n")
+        self._file.flush()
+        self._is_new = True
+        if self._is_remote and time.monotonic() >= self._next:
+            self._upload()
+
+    def sync(self) -> None:
+        """Returns when all lines are on the disk, or in the bucket."""
+        if self._is_remote:
+            self._upload()
+        else:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Uploads what is missing, and closes the local file also where that fails."""
+        try:
+            if self._is_remote:
+                self._upload()
+        finally:
+            self._file.close()
+
+    def _upload(self) -> None:
+        if self._is_new:
+            began = time.monotonic()
+            upload(Path(self._file.name), self.path)
+            ended = time.monotonic()
+            self._next = ended + max(EVERY, (ended - began) / _MOST_OF_TIME)
+            self._is_new = False

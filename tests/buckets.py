@@ -1,0 +1,49 @@
+"""A folder of the bucket that bucket_server.py keeps, as tests see it: put, get, list, and faults."""
+
+import json
+import urllib.request
+from pathlib import Path
+
+
+def environment(service: str, cache: Path) -> dict[str, str]:
+    """Returns the variables with which gcsfs and tensorstore ask the service at this address."""
+    kinds = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # gcsfs asks for the kind of a bucket elsewhere
+    folder = {"XDG_CACHE_HOME": str(cache / "cache")}
+    return {"STORAGE_EMULATOR_HOST": service, "TENSORSTORE_GCS_HTTP_URL": service, **kinds, **folder}
+
+
+class Bucket:
+    def __init__(self, service: str, name: str):
+        self.service, self.address = service, f"gs://bucket/{name}"
+
+    def __truediv__(self, name: str) -> str:
+        """Returns the address of a file or folder."""
+        return f"{self.address}/{name}"
+
+    @property
+    def _files(self):
+        import gcsfs
+
+        return gcsfs.GCSFileSystem(use_listings_cache=False)
+
+    def put(self, folder: Path) -> None:
+        """Puts the files of a local folder into this one."""
+        for file in folder.rglob("*"):
+            if file.is_file():
+                self._files.pipe_file(self / file.relative_to(folder).as_posix(), file.read_bytes())
+
+    def write(self, name: str, text: str) -> None:
+        self._files.pipe_file(self / name, text.encode())
+
+    def read(self, name: str) -> str:
+        return self._files.cat_file(self / name).decode()
+
+    def names(self) -> list[str]:
+        """Returns the names of all objects, in order."""
+        root = self.address.removeprefix("gs://") + "/"
+        return sorted(name.removeprefix(root) for name in self._files.find(self.address))
+
+    def fault(self, **fault) -> None:
+        """Sets the fault of the requests that follow, see bucket_server.py; none without arguments."""
+        data = json.dumps(fault).encode()
+        urllib.request.urlopen(urllib.request.Request(f"{self.service}/faults", data, method="PUT")).close()

@@ -1,0 +1,112 @@
+"""What is fetched from a bucket, against a storage service on localhost."""
+
+import json
+import time
+
+import pytest
+
+from igrpo_jax.config import EvaluationConfig
+from igrpo_jax.data import problems, readers
+from igrpo_jax.errors import InputError
+from igrpo_jax.models import hf_files
+from igrpo_jax.storage import addresses, reading
+
+SOURCE = "--model X"
+
+
+def test_local_paths_stay_as_they_are(tmp_path):
+    assert reading.local(SOURCE, tmp_path / "x") == tmp_path / "x"
+    assert addresses.path_of(SOURCE, "a/b").parts == ("a", "b")
+    assert not addresses.is_remote("runs/gs:/x")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("az://b/x", "az:// is not supported; give a folder, gs://BUCKET/NAME or s3://BUCKET/NAME"),
+        ("s3://b/x", 's3:// needs s3fs; pip install "igrpo_jax[s3]", or give a local folder'),
+    ],
+)
+def test_an_address_that_nothing_reaches(address, message, monkeypatch):
+    monkeypatch.setattr(addresses.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError) as error:
+        addresses.path_of("--workdir X", address)
+    assert str(error.value) == f"--workdir X: {message}"
+
+
+def test_a_folder_is_fetched_once_and_again_where_it_changes(bucket, monkeypatch):
+    bucket.write("model/config.json", "{}")
+    bucket.write("model/weights.bin", "1234")
+    bucket.write("model/old/config.json", "not wanted")
+    fetched = []
+    fetch = reading._fetch_file
+    monkeypatch.setattr(reading, "_fetch_file", lambda path, *rest: fetched.append(path.name) or fetch(path, *rest))
+    wanted = lambda name: "/" not in name
+    copy = reading.local(SOURCE, bucket / "model", wanted)
+    assert sorted(fetched) == ["config.json", "weights.bin"]
+    assert {file.name: file.read_text() for file in copy.iterdir()} == {"config.json": "{}", "weights.bin": "1234"}
+    assert reading.local(SOURCE, bucket / "model", wanted) == copy and len(fetched) == 2
+    bucket.write("model/weights.bin", "4321")  # as long as before
+    bucket._files.rm_file(bucket / "model/config.json")
+    reading.local(SOURCE, bucket / "model", wanted)
+    assert {file.name: file.read_text() for file in copy.iterdir()} == {"weights.bin": "4321"}
+    assert fetched[2:] == ["weights.bin"]
+    assert abs((copy / "weights.bin").stat().st_mtime - time.time()) < 60
+
+
+def test_a_fetch_that_is_cut_leaves_nothing_behind(bucket, monkeypatch):
+    bucket.write("train.jsonl", "x" * 1000)
+    monkeypatch.setattr(addresses, "PATIENCE", 0.0)
+    service = addresses.filesystem(addresses.path_of(SOURCE, bucket / "train.jsonl"))
+    get = service.get_file
+
+    def half(path, target, **kwargs):
+        get(path, target, **kwargs)
+        with open(target, "r+") as file:
+            file.truncate(500)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service, "get_file", half)
+        with pytest.raises(InputError, match="changes while it is read"):
+            reading.local(SOURCE, bucket / "train.jsonl")
+    copy = reading.kept_in("copies", addresses.path_of(SOURCE, bucket / "train.jsonl"))
+    assert list(copy.parent.iterdir()) == []
+    assert reading.local(SOURCE, bucket / "train.jsonl").read_text() == "x" * 1000
+
+
+def test_nothing_there_and_nothing_allowed(bucket):
+    with pytest.raises(InputError, match=r"--model X: there is nothing at this address; give another"):
+        reading.local(SOURCE, bucket / "nothing")
+    bucket.fault(status=403)
+    with pytest.raises(InputError, match=r"--model X: cannot be read \(Forbidden.*log in"):
+        reading.local(SOURCE, bucket / "nothing")
+
+
+def test_what_fails_for_now_is_tried_again(bucket):
+    bucket.write("x.txt", "text")
+    bucket.fault(status=503, times=1)
+    assert reading.read_bytes(addresses.path_of(SOURCE, bucket / "x.txt")) == b"text"
+    bucket.fault(drop=True, times=1)
+    assert reading.read_bytes(addresses.path_of(SOURCE, bucket / "x.txt")) == b"text"
+
+
+def test_problems_lie_in_a_bucket(bucket):
+    rows = [{"prompt": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]
+    for name in ("train.jsonl", "data/sums.jsonl"):
+        bucket.write(name, "".join(json.dumps(row) + "\n" for row in rows))
+    bucket.write("data/notes.md", "not a table")
+    table = readers.read(bucket / "train.jsonl", "config.data.train = X")
+    assert [columns for _, columns in table] == rows
+    assert readers.read(bucket / "data", "config.data.train = X") == table
+    settings = EvaluationConfig(data_dir=bucket / "data")
+    assert [row.question for row in problems.benchmark_rows("sums", settings)] == ["0 + 1?", "1 + 1?", "2 + 1?"]
+    with pytest.raises(InputError, match="there is nothing at this address"):
+        readers.read(bucket / "missing.jsonl", "config.data.train = X")
+
+
+def test_a_model_lies_in_a_bucket(bucket):
+    raw = {"model_type": "llama", "hidden_size": 8}
+    bucket.write("model/config.json", json.dumps(raw))
+    bucket.write("model/pytorch_model.bin", "not fetched")
+    assert hf_files.config_json(bucket / "model") == raw
+    assert [file.name for file in hf_files.resolve(bucket / "model").iterdir()] == ["config.json"]
