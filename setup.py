@@ -63,7 +63,10 @@ EXTRAS_REQUIRE = {
     "report": REPORT,
     "study": STUDY,
     "tensorboard": ["tensorboard>=2.18"],  # the viewer of workdir/tensorboard, which tensorboardX writes
-    "wandb": ["wandb>=0.19"],  # log.trackers
+    # log.trackers
+    "wandb": ["wandb>=0.19"],
+    "trackio": ["trackio>=0.20"],
+    "mlflow": ["mlflow>=3.0"],  # mlflow-skinny is enough with an MLFLOW_TRACKING_URI
     "dev": DEV,
     "test": [*DEV, *NOTEBOOK, *TPU],
     # What decoder, objectives and LoRA are compared with.

@@ -513,8 +513,16 @@ class LogConfig:
     every: Annotated[int, AtLeast(1)] = 1
     # Number of steps between samples of a draft and its refinement on the console; 0 for none.
     samples_every: Annotated[int, AtLeast(0)] = 10
-    # Where the rows of metrics.jsonl are sent too.
-    trackers: Annotated[tuple[str, ...], Each(Choice("tensorboard", "wandb"), once=True)] = ("tensorboard",)
+    # Where the rows of metrics.jsonl are sent too; a tracker of your own is written as module:Class.
+    trackers: Annotated[
+        tuple[str, ...],
+        Each(
+            Matches(
+                r"tensorboard|wandb|trackio|mlflow|[\w.]+:\w+", "tensorboard, wandb, trackio, mlflow or module:Class"
+            ),
+            once=True,
+        ),
+    ] = ("tensorboard",)
     # Steps that the JAX profiler records into WORKDIR/profile.
     profile_steps: tuple[int, ...] = ()
 

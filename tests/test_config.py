@@ -102,7 +102,7 @@ def test_a_field_that_a_config_file_adds_is_refused():
         ("optimizer.max_grad_norm", 0.0, "above 0 .a large number switches clipping off"),
         ("evaluation.pass_at", (1, 0), "each must be at least 1"),
         ("evaluation.samples", 0, "must be at least 1, or None"),
-        ("log.trackers", ("wandb", "wandb"), "each must be one of tensorboard, wandb, once"),
+        ("log.trackers", ("wandb", "wandb"), "each must be tensorboard, wandb, trackio, mlflow or module:Class, once"),
         ("rollout.dispatches_ahead", 2, "must be one of None, 0, 1"),
     ],
 )

@@ -253,7 +253,7 @@ def declared_requirements():
 def test_every_import_is_a_declared_requirement():
     # Caught here although another requirement happens to bring it today.
     distributions = {"absl": "absl-py", "orbax": "orbax-checkpoint", "google": "protobuf"}
-    optional = {"libtpu", "matplotlib", "openai", "tokamax", "wandb"}
+    optional = {"libtpu", "matplotlib", "mlflow", "openai", "tokamax", "trackio", "wandb"}
     names = {name.partition(".")[0] for path in FILES.values() for name in imports(path.read_text(encoding="utf-8"))}
     third_party = names - set(sys.stdlib_module_names) - {PACKAGE} - optional
     assert {distributions.get(name, name).lower().replace("_", "-") for name in third_party} <= declared_requirements()

@@ -16,7 +16,6 @@ Not here: batches, deadlines, and the repetition of calls that failed (`custom`)
 
 import asyncio
 import functools
-import importlib
 import inspect
 import math
 import traceback
@@ -24,8 +23,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate
+from igrpo_jax.schema import objects
 
 
 @dataclass(frozen=True)
@@ -66,18 +65,7 @@ def load(path: str, setting: str = "custom") -> Callable:
     Raises:
         InputError: there is no such module or function.
     """
-    module, _, name = path.partition(":")
-    where = f"config.rewards.{setting} = {path!r}"
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's module raises during its import
-        raise InputError(
-            f"{where}: cannot be imported ({type(error).__name__}: {error}); write it as module:function, the module "
-            "in the current folder or installed"
-        ) from error
-    if not callable(function):
-        raise InputError(f"{where}: must be a function, not {type(function).__name__}")
-    return function
+    return objects.load(path, f"config.rewards.{setting} = {path!r}")
 
 
 def call(reward: CustomReward, candidates: Sequence[Candidate], state: TrainerState) -> Reply:

@@ -9,5 +9,5 @@ values of such types. Or it is another dataclass (a section), and then its own f
 `model.lora.rank`. A field that may be None needs no rule for None. This folder knows no setting: igrpo_jax/config.py
 declares them, and its tree is called `config` in messages.
 
-In order: rules, fields, trees.
+In order: rules, fields, trees, objects.
 """

@@ -146,7 +146,8 @@ def after(workdir: Path, progress: Progress, best_metric: str, first: int, total
         values = [scores[step][name] for step in sorted(scores) if name in scores[step]]
         change = values[-1] - values[0]
         rows.append((name, f"{values[0]:.3f} before, {values[-1]:.3f} after ({change:+.3f})"))
-    for name in ("metrics.jsonl", "samples", "evaluations", "tensorboard", "wandb", "checkpoints", "export", "profile"):
+    trackers = ("tensorboard", "wandb", "trackio", "mlflow")
+    for name in ("metrics.jsonl", "samples", "evaluations", *trackers, "checkpoints", "export", "profile"):
         if (workdir / name).exists():
             rows.append((name, workdir / name))
     return rows

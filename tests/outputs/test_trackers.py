@@ -123,7 +123,7 @@ def test_a_wandb_that_fails_later_ends_no_run(tmp_path, fake, config, monkeypatc
 
     with Writer(tmp_path, config) as writer:
         writer.write(0, {"loss": 1.0})
-        wandb_run = type(writer._trackers[0]._run)
+        wandb_run = type(writer._trackers[0]._tracker._run)
         monkeypatch.setattr(wandb_run, "log", gone)
         monkeypatch.setattr(wandb_run, "finish", gone)
         writer.write(1, {"loss": 2.0})
@@ -237,13 +237,101 @@ def test_wandb_gets_no_samples(tmp_path, fake, config, two_groups):
 
 
 def test_trackers_of_the_configuration_are_those_there_are():
-    for chosen in ((), ("wandb", "tensorboard")):
+    for chosen in ((), ("wandb", "tensorboard"), (*trackers.TRACKERS, "my.module:Tracker")):
         tree = config_lib.default()
         tree.log.trackers = chosen
         assert config_lib.freeze(tree).log.trackers == chosen
-    for wrong in (("mlflow",), ("wandb", "wandb")):
+    for wrong in (("comet",), ("wandb", "wandb"), ("module:",)):
         tree = config_lib.default()
         tree.log.trackers = wrong
-        with pytest.raises(InputError, match=r"config.log.trackers = .*: each must be one of tensorboard, wandb, once"):
+        with pytest.raises(InputError, match=r"each must be tensorboard, wandb, trackio, mlflow or module:Class, once"):
             config_lib.freeze(tree)
-    assert list(trackers.TRACKERS) == ["tensorboard", "wandb"]
+
+
+OWN = """
+class Tracker:
+    def __init__(self, workdir, config, resume_step):
+        if config.seed == 9:
+            raise KeyError("no\\nkey")
+        self.file, self.fails = open(workdir / "own.txt", "a"), config.seed == 7
+        print("start", resume_step, file=self.file)
+
+    def write(self, number, row):
+        if self.fails:
+            raise ZeroDivisionError("mine")
+        row["mine"] = 1  # the run's own row stays as it is
+        print("row", number, row["step"], row["loss"], file=self.file)
+
+    def sample(self, step, blocks):
+        print("sample", step, blocks[0][0], file=self.file)
+
+    def close(self):
+        print("end", file=self.file)
+        self.file.close()
+
+class Half:
+    def write(self, number, row): ...
+
+text = "no class"
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Returns configurations with trackers of a user's module, by the name in it and the seed."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "my_trackers.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.delitem(sys.modules, "my_trackers", raising=False)
+
+    def configured(name="Tracker", seed=0):
+        tree = config_lib.default()
+        tree.log.trackers, tree.seed = (f"my_trackers:{name}",), seed
+        return config_lib.freeze(tree)
+
+    yield configured
+    sys.modules.pop("my_trackers", None)
+
+
+def test_a_tracker_of_the_users_own_is_given_rows_samples_and_the_end(tmp_path, own, two_groups):
+    trackers.check(own().log)
+    with Writer(tmp_path, own()) as writer:
+        writer.write(1, {"loss": 0.5})
+        writer.samples(1, two_groups, np.zeros((2, 2), np.float32))
+    with Writer(tmp_path, own(), resume_step=1) as writer:
+        writer.write(2, {"loss": float("nan")})
+    told = (tmp_path / "own.txt").read_text().splitlines()
+    title = lines.sample_blocks(two_groups[0], 0.0)[0][0]
+    assert told == ["start None", "row 0 1 0.5", f"sample 1 {title}", "end", "start 1", "row 1 2 None", "end"]
+    (tracker,), row = trackers.open_trackers(tmp_path, own(), None), {"step": 3, "loss": 1.0}
+    tracker.write(0, row)
+    tracker.close()
+    assert row == {"step": 3, "loss": 1.0}
+
+
+def test_a_tracker_of_the_users_own_that_raises_is_reported_and_ends_no_run(tmp_path, own, caplog):
+    with Writer(tmp_path, own(seed=7)) as writer:
+        for step in range(trackers.REPORTED + 1):
+            writer.write(step, {"loss": 1.0})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == trackers.REPORTED + 1
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["my_trackers:Tracker lacks a row that metrics.jsonl has (ZeroDivisionError: mine)"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Nothing", "cannot be imported .AttributeError: .*; write it as module:Class"),
+        ("text", "must be a function, not str"),
+        ("Half", "my_trackers:Half has no sample, close; see Trackers in docs/your_own.md"),
+    ],
+)
+def test_what_is_no_tracker_is_refused_before_any_device_work(own, name, says):
+    with pytest.raises(InputError, match=rf"^config.log.trackers = \('my_trackers:{name}',\): {says}"):
+        trackers.check(own(name).log)
+
+
+def test_a_tracker_of_the_users_own_that_cannot_start_is_one_line(tmp_path, own):
+    with pytest.raises(InputError, match=r"my_trackers:Tracker cannot start \(KeyError: 'no\\nkey'\)") as error:
+        Writer(tmp_path, own(seed=9))
+    assert "\n" not in str(error.value)
