@@ -143,24 +143,14 @@ def test_a_run_says_what_it_does_and_where_it_wrote(whole):
 
 
 @pytest.mark.slow
-def test_compiling_is_shown_counted_and_warned_of_once(whole):
-    """What the first step compiles is expected; a shape that comes later is named, once of its kind.
-
-    The table comes before the first program that is waited for.
-    """
+def test_all_is_compiled_in_the_first_step(whole):
+    """The table with their number comes before the first program that is waited for."""
     workdir, out = whole
     assert out.index("programs to compile") < (out.find("compiling ") if "compiling " in out else len(out))
-    counts = [
-        json.loads(line)["perf/recompiles"]
-        for line in (workdir / "metrics.jsonl").read_text().splitlines()
-        if '"loss"' in line
-    ]
-    warned = [line for line in out.splitlines() if "shapes not met before" in line]
-    assert sum(counts[1:]) >= len(warned)
-    assert bool(warned) == any(counts[1:])
-    kinds = [part.split()[0].rstrip(":") for line in warned for part in line.partition("compiled ")[2].split("; ")]
-    sampler, update = {"decode", "prefill", "insert", "move", "harvest", "empty"}, {"accumulate", "rescore", "apply"}
-    assert len(kinds) == len(set(kinds)) and set(kinds) <= sampler | update
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    first, *later = [row["perf/recompiles"] for row in lines if "loss" in row]
+    assert first > 0 and later == [0, 0, 0, 0]
+    assert "shapes not met before" not in out
 
 
 @pytest.mark.slow(seconds=17)
