@@ -124,12 +124,17 @@ def params(policy, schedulers):
 
 @pytest.fixture(scope="module")
 def collect(renderer, schedulers, params, prompts):
+    """Collects a step. Afterwards all pages must be free, whatever the verifier does: sleep, die, fail."""
+
     def call(verifier=None, slots=16, step=3, wanted=None, fresh=None, **changes):
         scheduler = schedulers[slots]
         with jax.set_mesh(scheduler.engine.mesh):
             rollout = Rollout(settings(**changes), renderer, scheduler, verifier or StubVerifier())
             first = wanted or prompts
-            return rollout.collect(params, step, lambda redraw: fresh(redraw) if redraw else first)
+            try:
+                return rollout.collect(params, step, lambda redraw: fresh(redraw) if redraw else first)
+            finally:
+                assert all(shard.pool.free == shard.pool.count for shard in scheduler.shards)
 
     return call
 
