@@ -449,6 +449,9 @@ class CheckpointConfig:
     best_metric: str = ""
     # Whether the policy of the last step is also written to WORKDIR/export, as a Hugging Face directory.
     export: bool = False
+    # Repository of the Hugging Face hub, owner/name, that the export of the last step is put into, with a model card;
+    # empty for none. It is made private. The token is HF_TOKEN, or that of `hf auth login`.
+    push: Annotated[str, Matches(r"([\w.-]+/[\w.-]+)?", "owner/name of a repository, or empty")] = ""
     # Time after SIGTERM within which the run has ended, whether it could save or not, in seconds.
     preemption_grace: Seconds = 25.0
 

@@ -1,6 +1,9 @@
-"""`python -m igrpo_jax.export --workdir DIR --out HF_DIR [--step N] [--dtype DTYPE] [--adapter]`: writes a checkpoint
-as a Hugging Face directory that `transformers` loads; with --adapter only the adapters of a LoRA run, as `peft` loads
-them.
+"""`python -m igrpo_jax.export --workdir DIR --out HF_DIR [--push OWNER/NAME] [--step N] [--dtype DTYPE] [--adapter]`:
+writes a checkpoint as a Hugging Face directory that `transformers` loads; with --adapter only the adapters of a LoRA
+run, as `peft` loads them.
+
+--push puts it into a repository of the hub too, with a model card; --out may then be left out. A new repository is
+private, unless --public is given. The token is HF_TOKEN, or that of `hf auth login`.
 
 DTYPE is bfloat16 or float32. Where it is not given, it is bfloat16, unless rounding would lose more than a tenth of
 what LoRA has changed. At the end a line says by how much the logits differ from those of the trained policy.
@@ -9,6 +12,7 @@ It runs on the CPU, so that it does not disturb a training that uses the acceler
 model.dtype and two copies in DTYPE, since it reads back what it has written and compares the three.
 """
 
+import tempfile
 from pathlib import Path
 
 import jax
@@ -18,9 +22,9 @@ from igrpo_jax import cli
 from igrpo_jax.config import MeshConfig
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import hf_write
-from igrpo_jax.models.policy import export_dtype, open_policy
-from igrpo_jax.outputs import weights
+from igrpo_jax.models import decoder, hf_write
+from igrpo_jax.models.policy import Policy, export_dtype, open_policy
+from igrpo_jax.outputs import hub, weights
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import local_folder
 from igrpo_jax.outputs.workdir import read_config
@@ -34,24 +38,42 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("out", None, "folder to write; it must be new or empty", flag_values=values)
     flags.DEFINE_integer("step", None, "step of the checkpoint; default: the newest", flag_values=values)
     flags.DEFINE_enum("dtype", None, DTYPES, "dtype of the weights; default: see above", flag_values=values)
+    flags.DEFINE_string("push", None, "repository of the hub, OWNER/NAME", flag_values=values)
+    flags.DEFINE_bool("public", False, "make the repository of --push public, if it is new", flag_values=values)
     flags.DEFINE_bool("adapter", False, "write LoRA's adapters alone, as peft loads them", flag_values=values)
     cli.read_flags(argv, values, __doc__, "--out=HF_DIR")
-    for name in ("workdir", "out"):
+    for name in ["workdir", *["out"] * (not values.push)]:
         if not values[name].value:
             raise InputError(f"--{name}: missing; give --workdir DIR --out HF_DIR")
+    if values.public and not values.push:
+        raise InputError("--public: is about the repository of --push; give that too, or leave it out")
     jax.config.update("jax_platforms", "cpu")
-    export(Path(values.workdir), Path(values.out), values.step, values.adapter, values.dtype)
+    with tempfile.TemporaryDirectory(prefix="igrpo-export-") as folder:
+        out = Path(values.out or Path(folder, "model"))
+        export(Path(values.workdir), out, values.step, values.adapter, values.dtype, values.push, not values.public)
 
 
-def export(workdir: Path, out: Path, step: int | None = None, adapter: bool = False, dtype: str | None = None) -> None:
+def export(
+    workdir: Path,
+    out: Path,
+    step: int | None = None,
+    adapter: bool = False,
+    dtype: str | None = None,
+    push: str | None = None,
+    private: bool = True,
+) -> None:
     """Writes the policy of a checkpoint of the run in `workdir`, the newest or that of `step`, to `out`.
 
     Args:
         adapter: write LoRA's adapters alone, in float32.
         dtype: one of DTYPES; None for `export_dtype` of the policy.
+        push: repository of the hub that `out` is put into, with a model card; None for none.
+        private: whether that is made private, if it is new.
 
     Raises:
-        InputError: no such run or checkpoint; `out` is there already; `adapter` without LoRA, or with a `dtype`.
+        InputError: no such run or checkpoint; `out` is there already; `adapter` without LoRA, or with a `dtype`; a
+            repository that may not be written to.
+        RunError: the hub can't be reached.
     """
     workdir, out = local_folder("--workdir", workdir), local_folder("--out", out)
     config = read_config(workdir)
@@ -63,6 +85,7 @@ def export(workdir: Path, out: Path, step: int | None = None, adapter: bool = Fa
         raise InputError(f"--dtype {dtype}: adapters are always written in float32; leave it out")
     hf_write.check_free(out)
     policy = open_policy(config.model, config.data)
+    repository = hub.open_repository(push, "--push", config, private) if push else None
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with Console() as console, jax.set_mesh(mesh):
         trained = "float32" if "float32" in (config.model.dtype, dtype) else "bfloat16"
@@ -70,11 +93,17 @@ def export(workdir: Path, out: Path, step: int | None = None, adapter: bool = Fa
         if adapter:
             policy.save_adapter(out, config.model.lora, params)
             console.message(f"step {step} is in {out}; read back, they give the trained policy's logits")
-            return
-        dtype = dtype or export_dtype(params)
-        with console.phase("writing weights (MB)", hf_write.model_bytes(policy.model, dtype) >> 20) as update:
-            compared = policy.save(out, params, lambda done: update(done >> 20), dtype)
-        console.message(f"step {step} is in {out}, {dtype}; read back, {compared}")
+        else:
+            _write_model(out, policy, params, dtype or export_dtype(params), step, console)
+        if repository:
+            console.message(hub.upload(repository, out, config, workdir, step))
+
+
+def _write_model(out: Path, policy: Policy, params: decoder.Params, dtype: str, step: int, console: Console) -> None:
+    """Writes a complete model, and says what it gives when it is read back."""
+    with console.phase("writing weights (MB)", hf_write.model_bytes(policy.model, dtype) >> 20) as update:
+        compared = policy.save(out, params, lambda done: update(done >> 20), dtype)
+    console.message(f"step {step} is in {out}, {dtype}; read back, {compared}")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
+import hub_server
 import jax
 import numpy as np
 import pytest
 import transformers
 from model_files import error_of, is_gone, tensors_of
 from tiny_models import one_device
-from whole_runs import check_same_rows, final_state, rewind, rows, run, samples
+from whole_runs import check_same_rows, faulty, final_state, rewind, rows, run, samples
 
 from igrpo_jax import config, export
 from igrpo_jax.data import arithmetic
@@ -153,11 +155,30 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
         (["--workdri=x"], "workdri"),
         (["--step=last"], "step"),
         (["--dtype=float16"], "dtype"),
+        (["--workdir=w", "--out=x", "--public"], "--public: is about the repository of --push"),
         (["run", "--out=x"], "run: not understood"),
     ],
 )
 def test_flags_that_can_not_be_followed(flags, said):
     assert said in error_of(export.main, ["export", *flags])
+
+
+@pytest.mark.slow(seconds=9)
+def test_a_run_and_an_export_are_put_into_a_repository(trained, tmp_path, monkeypatch):
+    """A finished run that is asked to push goes on; an earlier step then replaces it, from no folder that stays."""
+    shutil.copytree(trained, tmp_path / "run")
+    with hub_server.serving(monkeypatch) as hub:
+        there = f"from huggingface_hub import constants as c; c.ENDPOINT, c.HF_HUB_OFFLINE = {hub.url!r}, False"
+        done = faulty(there, tmp_path, tmp_path / "run", *CONSTANT, "steps=2", "checkpoint.push=org/name")
+        assert done.returncode == 0, done.stderr
+        files = hub.repositories["org/name"]["files"]
+        assert files["model.safetensors"] == (tmp_path / "run" / "export" / "model.safetensors").read_bytes()
+        assert json.loads(files["igrpo_jax.json"])["step"] == 2 and b"built-in model" in files["README.md"]
+        export.main(["export", f"--workdir={tmp_path / 'run'}", "--push=org/name", "--step=1"])
+        assert json.loads(files["igrpo_jax.json"])["step"] == 1
+        assert files["model.safetensors"] != (tmp_path / "run" / "export" / "model.safetensors").read_bytes()
+        message = error_of(export.main, ["export", f"--workdir={tmp_path / 'run'}", "--push=bad/a/b"])
+        assert message.startswith("--push bad/a/b: no name of a repository")
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 """What a run writes and prints: files, checkpoints, metrics, trackers and the console.
 
 In order: files, workdir, checksums, checkpoint, alerts, lines, tensorboard, services, trackers, metrics, writer,
-console, weights.
+console, weights, card, hub.
 """

@@ -65,7 +65,10 @@ def _read(workdir: Path, config: Config) -> dict[str, Any] | None:
     """
     try:
         seen = json.loads((workdir / FILE).read_text(encoding="utf-8"))
-        parts = [workdir / "checkpoints" / str(seen["step"]), *[workdir / "export"] * config.checkpoint.export]
+        parts = [
+            workdir / "checkpoints" / str(seen["step"]),
+            *[workdir / "export"] * bool(config.checkpoint.export or config.checkpoint.push),
+        ]
     except (OSError, ValueError, TypeError, KeyError):
         return None
     if seen["asked"] != _asked(config) or not all(part.is_dir() for part in parts):

@@ -25,7 +25,7 @@ from igrpo_jax.learning.rollout import Rollout
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.learning.warm_start import warm_start
 from igrpo_jax.models import decoder
-from igrpo_jax.outputs import weights
+from igrpo_jax.outputs import hub, weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.workdir import locked, prepare_workdir, recorded_date
@@ -69,6 +69,8 @@ def _start(
     learner = Learner(config, task.policy.model, task.mesh, **sizes)
     scheduler = _open_scheduler(config, task, learner)
     resumes = _claim(workdir, config, stack, console)
+    if config.checkpoint.push:
+        cluster.from_first(functools.partial(_claim_repository, config))
     ending.forget(workdir)
     title = "iGRPO run" if config.algorithm.num_drafts else "Run"
     console.table(title, overview.before(config, task, scheduler.engine, learner, workdir))
@@ -117,6 +119,11 @@ def _open_scheduler(config: Config, task: Task, learner: Learner) -> Scheduler:
         memory -= overview.resting_bytes(config, task.mesh, learner)
     engine = sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated, memory)
     return Scheduler(engine, config.rollout.dispatches_ahead)
+
+
+def _claim_repository(config: Config) -> None:
+    """Makes or checks the repository that the policy will be put into, so that no run ends with one that is refused."""
+    hub.open_repository(config.checkpoint.push, hub.SETTING, config)
 
 
 def _claim(workdir: Path, config: Config, stack: contextlib.ExitStack, console: Console) -> bool:

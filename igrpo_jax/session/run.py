@@ -23,6 +23,7 @@ from igrpo_jax.learning.rollout import Rollout
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.models import decoder, hf_write
 from igrpo_jax.models.policy import export_dtype
+from igrpo_jax.outputs import hub
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.writer import Writer
@@ -176,7 +177,7 @@ class Run:
         """Waits for the last checkpoint, exports where asked, and prints the final scores and where the files are."""
         with self.console.phase("writing the last checkpoint"):
             self.checkpointer.wait()
-        if self.config.checkpoint.export:
+        if self.config.checkpoint.export or self.config.checkpoint.push:
             self._export(state)
         self.writer.sync()
         total, best_metric = self.task.total_steps, self.config.checkpoint.best_metric
@@ -184,7 +185,7 @@ class Run:
         self.console.table("Done", overview.after(self.workdir, self.progress, best_metric, self.first_step, total))
 
     def _export(self, state: TrainState) -> None:
-        """Writes the policy as a Hugging Face directory to workdir/export."""
+        """Writes the policy as a Hugging Face directory to workdir/export, and to the hub where that is asked for."""
         out = self.workdir / "export"
         # A run that ended earlier with fewer steps may have left one.
         cluster.from_first(functools.partial(shutil.rmtree, out, ignore_errors=True))
@@ -194,6 +195,12 @@ class Run:
         with self.console.phase("exporting (MB)", size >> 20) as update:
             compared = self.task.policy.save(out, params, lambda done: update(done >> 20), dtype)
         self.console.message(f"the export is {dtype}; read back, {compared}")
+        if self.config.checkpoint.push:
+            repository = hub.Repository(self.config.checkpoint.push, hub.SETTING)
+            push = functools.partial(hub.upload, repository, out, self.config, self.workdir, self.task.total_steps)
+            with self.console.phase("writing to the hub"):
+                pushed = cluster.from_first(push)
+            self.console.message(pushed)
 
 
 def throughput(metrics: Mapping[str, float], devices: Sequence[jax.Device]) -> dict[str, float]:
