@@ -70,10 +70,7 @@ def _about(config: Config, step: int) -> str:
     base = _short(config.model.path)
     what = f"of {_code(base)}" if base else "of the library's built-in model"
     how = f"LoRA of rank {config.model.lora.rank}" if config.model.lora.rank else "all weights"
-    return (
-        f"The policy after step {step} of a run that trained {how} {what}, by "
-        f"[igrpo_jax](https://pypi.org/project/igrpo-jax/) {__version__}."
-    )
+    return f"The policy after step {step} of a run that trained {how} {what}, by igrpo_jax {__version__}."
 
 
 def _data(config: Config) -> str:
