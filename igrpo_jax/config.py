@@ -227,7 +227,8 @@ class SamplerMeshConfig:
 
     # Number of neighbouring devices that share one copy of the weights to sample with, which are split by heads, MLP
     # and vocabulary; the slots are split over the groups. None for the number with the least time for each token by
-    # formula, among those whose groups lie within a process and whose weights fit; on CPU for mesh.tensor.
+    # formula, among those whose groups lie within a slice (of GPUs: a node) and whose weights fit; on CPU for
+    # mesh.tensor. The processes of a group that spans several sample in lockstep.
     tensor: Annotated[int | None, AtLeast(1)] = None
 
 

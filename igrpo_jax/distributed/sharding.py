@@ -69,7 +69,7 @@ def make_mesh(settings: MeshConfig, devices: list | None = None) -> jax.sharding
     """Returns the mesh over `devices` (default: all). The size that is -1 becomes what the other sizes leave.
 
     Neighbours in the mesh are neighbours in the torus of a TPU slice, and the devices of a process come one after
-    another, because each process samples on its own ones (`sampler_mesh`). Where neighbourhood would split these over
+    another, because groups of neighbours sample together (`teams`). Where neighbourhood would split these over
     separate parts of the mesh, the devices of a process stay together instead.
 
     Raises:
@@ -94,10 +94,10 @@ def make_mesh(settings: MeshConfig, devices: list | None = None) -> jax.sharding
 def _arranged(sizes: list[int], devices: list) -> np.ndarray:
     """Returns `devices` as an array of these sizes (data, fsdp, tensor)."""
     by_neighbours = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    owners = _owners(by_neighbours)
-    processes, each = np.unique(owners, return_counts=True)
+    owner = owners(by_neighbours)
+    processes, each = np.unique(owner, return_counts=True)
     data, fsdp, tensor = sizes
-    if all(_box(owners == process) for process in processes) or set(each % tensor) != {0} or len(set(each)) != 1:
+    if all(_is_box(owner == process) for process in processes) or set(each % tensor) != {0} or len(set(each)) != 1:
         return _grouped(by_neighbours)
     inner_fsdp = math.gcd(fsdp, each[0] // tensor)
     inner_data = each[0] // tensor // inner_fsdp
@@ -111,22 +111,37 @@ def _arranged(sizes: list[int], devices: list) -> np.ndarray:
 
 def _grouped(devices: np.ndarray) -> np.ndarray:
     """Returns `devices` with those places on the axis `fsdp` that belong to the same processes next to each other."""
-    owners = [tuple(place.flat) for place in _owners(devices).swapaxes(0, 1)]
-    return devices[:, sorted(range(len(owners)), key=lambda place: owners.index(owners[place]))]
+    of_place = [tuple(place.flat) for place in owners(devices).swapaxes(0, 1)]
+    return devices[:, sorted(range(len(of_place)), key=lambda place: of_place.index(of_place[place]))]
 
 
-def _owners(devices: np.ndarray) -> np.ndarray:
+def owners(devices: np.ndarray) -> np.ndarray:
     """Returns the index of the process of each device, in the shape of `devices`."""
     return np.vectorize(lambda device: device.process_index)(devices)
 
 
-def _box(own: np.ndarray) -> tuple[np.ndarray, ...] | None:
-    """Returns an index of the part of a mesh where `own` [data, fsdp, tensor] bool is true.
+def processes(mesh: jax.sharding.Mesh) -> int:
+    """Returns how many processes have devices in `mesh`."""
+    return len(set(owners(mesh.devices).flat))
 
-    Returns None where that part is no box, or does not hold complete replicas of the weights.
+
+def slice_of(devices: np.ndarray) -> np.ndarray:
+    """Returns the number of the slice of each device, in the shape of `devices`; of GPUs a node is a slice."""
+    return np.vectorize(_slice, otypes=[int])(devices)
+
+
+def _slice(device: jax.Device) -> int:
+    number = getattr(device, "slice_index", None)  # absent from devices of a single slice
+    return number if number is not None else device.process_index if device.platform == "gpu" else 0
+
+
+def _is_box(own: np.ndarray) -> bool:
+    """Returns whether the part of a mesh where `own` [data, fsdp, tensor] bool is true is a box.
+
+    It must hold complete replicas of the weights too.
     """
     box = np.ix_(*(np.flatnonzero(own.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)))
-    return box if own[box].all() and own[box].shape[2] == own.shape[2] else None
+    return bool(own[box].all()) and own[box].shape[2] == own.shape[2]
 
 
 def spec(logical: tuple[str | None, ...]) -> PartitionSpec:
@@ -207,66 +222,6 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
     """Returns into how many shards the batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def sampler_mesh(mesh: jax.sharding.Mesh, tensor: int) -> jax.sharding.Mesh:
-    """Returns the devices of `mesh` in their order, with groups of `tensor` neighbours on the axis `tensor`.
-
-    The order is the same so that one program can take weights from the one mesh to the other. Where `mesh` has groups
-    of this size already, it is returned itself.
-
-    Raises:
-        InputError: `tensor` does not divide the number of devices.
-    """
-    if tensor == mesh.shape["tensor"]:
-        return mesh
-    if mesh.size % tensor:
-        raise InputError(
-            f"config.rollout.mesh.tensor = {tensor}: does not divide the {mesh.size} devices; choose a divisor of "
-            f"{mesh.size}"
-        )
-    return jax.sharding.Mesh(mesh.devices.reshape(-1, 1, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def process_tensors(mesh: jax.sharding.Mesh) -> list[int]:
-    """Returns the sizes of the axis `tensor` of a sampler's mesh whose groups each lie within one process."""
-    sizes = [size for size in range(1, mesh.size + 1) if mesh.size % size == 0]
-    owners = _owners(mesh.devices).reshape(-1)
-    return [size for size in sizes if (np.diff(owners.reshape(-1, size), axis=1) == 0).all()]
-
-
-def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
-    """Returns the part of a sampler's `mesh` whose devices belong to this process; `mesh` itself where all of them do.
-
-    Raises:
-        InputError: the devices of this process hold no complete replica of the weights, or are no box of the mesh.
-    """
-    own = _owners(mesh.devices) == jax.process_index()
-    if own.all():
-        return mesh
-    box = _box(own)
-    if box is None:
-        raise InputError(
-            f"config.rollout.mesh.tensor = {mesh.shape['tensor']}: each process samples with weights of its own, and "
-            f"its {own.sum()} devices hold no whole replica; set rollout.mesh.tensor to a divisor of {own.sum()}"
-        )
-    return jax.sharding.Mesh(mesh.devices[box], mesh.axis_names, axis_types=mesh.axis_types)
-
-
-def local_view(tree: dict[str, jax.Array], shardings: dict[str, NamedSharding]) -> dict[str, jax.Array]:
-    """Returns global arrays as arrays on this process's part of the mesh, without a copy.
-
-    Args:
-        tree: arrays by path, each of which this process's devices hold completely.
-        shardings: by path the sharding of the result, on the mesh of `local_mesh`.
-    """
-
-    def view(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-        by_device = {shard.device: shard.data for shard in x.addressable_shards}
-        shards = [by_device[device] for device in sharding.mesh.devices.flat]
-        return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
-
-    return {path: view(x, shardings[path]) for path, x in tree.items()}
 
 
 def to_global(tree, sharding: NamedSharding):

@@ -121,12 +121,9 @@ class Evaluator:
             wait_for_all()
         rows = Rows(out, name, self._process if self._processes > 1 else None)
         self._check(name, rows)
-        own = prompts[self._process :: self._processes]
-        with contextlib.suppress(Preempted):  # below, all processes leave together
+        own = [prompts[position] for position in self._scheduler.engine.team.positions(len(prompts))]
+        with contextlib.closing(rows):
             self._sample_all(params, name, own, rows, chains)
-        rows.close()
-        if cluster.any_of(preemption.noted()):
-            raise Preempted
         if out is None:
             # As JSON, as in NAME.jsonl: the rows are what that file holds, and a text may hold lone surrogates.
             for part in cluster.gather(json.dumps(list(rows.values())).encode()):
@@ -160,11 +157,16 @@ class Evaluator:
             self._sample(params, name, list(asked.values()), rows, f"round {number}")
 
     def _sample(self, params: decoder.Params, name: str, asked: Sequence[RoundPrompt], rows: Rows, what: str) -> None:
-        """Draws and scores those samples of the prompts that `rows` lack."""
+        """Draws and scores those samples of the prompts that `rows` lack.
+
+        Raises:
+            Preempted: a process was told to leave; then all leave here.
+        """
         count, settings = samples_per_problem(self._config, name), self._config.evaluation
         present = [[rows.get((each.prompt.index, each.drafts, i)) for i in range(count)] for each in asked]
         missing = [(each, gap) for each, samples in zip(asked, present, strict=True) for gap in _gaps(samples)]
-        if not missing:
+        # The weights come to the sampler's mesh by a program of all processes, also of those that lack nothing.
+        if not cluster.any_of(bool(missing)):
             return
         before = [row["accuracy"] for samples in present for row in samples if row]
         right, done = sum(before), len(before)
@@ -180,24 +182,36 @@ class Evaluator:
                 done += 1
                 update(done, f"accuracy {right / done:.3f}" if graded else "")
 
-            self._scheduler.start(params, Sampling(settings.temperature, settings.top_p))
-            for each, (first, samples) in missing:
-                self._scheduler.submit(
-                    Request(
-                        tokens=each.tokens,
-                        index=each.prompt.index,
-                        samples=samples,
-                        key=stage_key(self._config.seed, zlib.crc32(name.encode()), len(each.drafts)),
-                        limit=self.plan.limit(each.tokens),
-                        stage="eval",
-                        first=first,
-                        prompt=each.prompt,
-                        scored=functools.partial(scored, each),
-                    )
+            requests = [
+                Request(
+                    tokens=each.tokens,
+                    index=each.prompt.index,
+                    samples=samples,
+                    key=stage_key(self._config.seed, zlib.crc32(name.encode()), len(each.drafts)),
+                    limit=self.plan.limit(each.tokens),
+                    stage="eval",
+                    first=first,
+                    prompt=each.prompt,
+                    scored=functools.partial(scored, each),
                 )
-            sample_and_score(self._scheduler, self._verifier.check_answer, self._renderer)
-            self._scheduler.finish()
+                for each, (first, samples) in missing
+            ]
+            with contextlib.suppress(Preempted):  # below, all processes leave together
+                self._draw(params, requests)
+        if cluster.any_of(preemption.noted()):
+            raise Preempted
         check_errors(scores, self._config.rewards.max_error_fraction)
+
+    def _draw(self, params: decoder.Params, requests: Sequence[Request]) -> None:
+        """Samples and scores `requests` of this process."""
+        settings = self._config.evaluation
+        self._scheduler.start(params, Sampling(settings.temperature, settings.top_p))
+        try:
+            for request in requests:
+                self._scheduler.submit(request)
+            sample_and_score(self._scheduler, self._verifier.check_answer, self._renderer)
+        finally:
+            self._scheduler.finish()
 
     def _check(self, name: str, rows: Rows) -> None:
         """Raises InputError where `rows` are of other problems, or lack what the rounds need."""

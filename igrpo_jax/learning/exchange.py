@@ -1,9 +1,10 @@
 """Makes what each process sampled of a step known to all processes.
 
-Process i of n samples and scores the prompts at the positions i, i + n, ... of a step. Advantages, metrics and the
-update, which is one program over all devices, need every group on every process, in the same order. So each process
-sends its ProcessRollout as MessagePack (`flax.serialization`, which keeps the dtypes of arrays). Prompts don't travel:
-a StepPosition says which they are. Scores are sent as they are, so that all processes count, and fail, alike.
+The leader of team i of n (`teams`) samples and scores the prompts at the positions i, i + n, ... of a step. Advantages,
+metrics and the update, which is one program over all devices, need every group on every process, in the same order. So
+each process sends its ProcessRollout as MessagePack (`flax.serialization`, which keeps the dtypes of arrays). Prompts
+don't travel: a StepPosition says which they are. Scores are sent as they are, so that all processes count, and fail,
+alike.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,11 +52,6 @@ class ProcessRollout:
     seconds: float  # time of sampling and scoring
     weight_seconds: float  # time until the weights were ready to sample with
     waited: float  # the part of `seconds` in which nothing was left to sample and only scores were awaited
-
-
-def own_positions(count: int) -> range:
-    """Returns the positions of a step with `count` prompts that this process works on."""
-    return range(jax.process_index(), count, jax.process_count())
 
 
 def everywhere(own: ProcessRollout | None, prompts: Prompts) -> list[ProcessRollout]:

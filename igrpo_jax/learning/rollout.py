@@ -17,8 +17,8 @@ and the last one stays, without an advantage where it is filtered out too.
 
 Results are ordered by (prompt, sample), never by arrival, and nothing in them depends on it: drafts are drawn all at
 once, or each after those of lower numbers are scored; a redraw's prompt and randomness follow from its StepPosition.
-The results do not depend on the number of processes either: each works on some positions of the step, and `exchange`
-puts the groups together.
+The results do not depend on the number of processes either: each team of them works on some positions of the step, and
+`exchange` puts the groups together.
 """
 
 import functools
@@ -120,7 +120,7 @@ class _StepRollout:
         # The latest prompt of each position of this process.
         self.latest = {
             index: _PromptRollout(prompts(0)[index], StepPosition(index))
-            for index in exchange.own_positions(self._count)
+            for index in scheduler.engine.team.positions(self._count)
         }
         self.redrawn: list[Group] = []  # groups that were filtered out, whose position a fresh prompt took
         for work in self.latest.values():
@@ -269,11 +269,14 @@ class Rollout:
         """Samples and scores this process's positions of a step."""
         began, settings = time.perf_counter(), self._config.rollout
         self._scheduler.start(params, Sampling(settings.temperature, settings.top_p, settings.top_k))
-        running = _StepRollout(self._config, self._renderer, self._scheduler, step, prompts)
-        waited = sample_and_score(self._scheduler, self._verifier.submit, self._renderer)
+        try:
+            running = _StepRollout(self._config, self._renderer, self._scheduler, step, prompts)
+            waited = sample_and_score(self._scheduler, self._verifier.submit, self._renderer)
+        finally:
+            self._scheduler.finish()
         groups = {work.position: work.group() for work in running.latest.values()}
         sampled = [*groups.values(), *running.redrawn]
-        own = ProcessRollout(
+        return ProcessRollout(
             groups=groups,
             redrawn=len(running.redrawn),
             redrawn_equal=_equal(running.redrawn),
@@ -286,8 +289,6 @@ class Rollout:
             weight_seconds=self._scheduler.weight_seconds,
             waited=waited,
         )
-        self._scheduler.finish()
-        return own
 
     def _redraws(self, groups: Sequence[Group], parts: Sequence[ProcessRollout]) -> dict[str, float]:
         most, metric = self._config.algorithm.max_redraws, self._config.filter_groups_metric

@@ -3,19 +3,21 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from igrpo_jax.distributed import cluster, sharding
+from igrpo_jax.distributed import cluster, sharding, teams
 from igrpo_jax.distributed.compiling import Wanted, all_shapes, compile_all
-from igrpo_jax.distributed.programs import pick_bucket, tree_bytes
+from igrpo_jax.distributed.programs import Program, pick_bucket, tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, heads, lora
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
+from igrpo_jax.sampling import lockstep
 from igrpo_jax.sampling.layout import choose_tensor, pages_in, reads_pages, sampler_mesh
+from igrpo_jax.sampling.lockstep import Call
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.programs import LANES, WIDTH, SamplerPrograms, Sizes, traced, weight_shardings
 from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State, Status
@@ -49,10 +51,10 @@ class Start(NamedTuple):
 class Engine:
     """Compiled programs and static sizes; the state itself is passed in and donated.
 
-    It samples on a mesh of its own over the devices of the run (`sharding.sampler_mesh`), to which `weights` brings the
+    It samples on a mesh of its own over the devices of the run (`teams.sampler_mesh`), to which `weights` brings the
     weights. Where that needs more key and value heads than the model has, it samples with copies of them
-    (`models.heads`). On several processes each has an engine of its own, on its part of this mesh and of the slots, and
-    none waits for another while it samples.
+    (`models.heads`). On several processes each team of them has its part of this mesh and of the slots, and no team
+    waits for another while it samples. Within a team the leader calls the methods, and the others `follow`.
 
     Args:
         mesh: the mesh of the run, which the weights come from.
@@ -70,15 +72,16 @@ class Engine:
     Attributes:
         programs: all programs of the sampler.
         gather: the jitted function behind `weights`.
-        mesh: the part of the sampler's mesh that belongs to this process.
+        team: the processes that sample together with this one.
+        mesh: the part of the sampler's mesh that belongs to the team.
         tensor: devices that share one copy of the weights.
         groups: of so many devices each, over all processes; each is a shard of the slots.
         sizes: what the programs are compiled for.
-        slots, shard_slots: completions decoded at once by this process, and by each of its shards.
+        slots, shard_slots: completions decoded at once by the team, and by each of its shards.
 
     Raises:
-        InputError: the slots don't divide over the groups of devices, a group spans processes or does not divide the
-            model, or the pages don't hold one sequence.
+        InputError: the slots don't divide over the groups of devices, a group does not divide the model, or the pages
+            don't hold one sequence.
     """
 
     def __init__(
@@ -110,7 +113,8 @@ class Engine:
         self.dtype = dtype
         self.tensor = tensor
         self.eos_ids = frozenset(eos_ids)
-        self.mesh = sharding.local_mesh(self._whole_mesh)
+        self.team = teams.team_of(self._whole_mesh)
+        self.mesh = teams.team_mesh(self._whole_mesh, self.team)
         self.shards = sharding.batch_shards(self.mesh)
         self.groups = sharding.batch_shards(self._whole_mesh)
         self.shard_slots = slots // self.groups
@@ -130,7 +134,7 @@ class Engine:
         _check_pages(self.sizes)
         self.programs = SamplerPrograms(cfg, self.mesh, eos_ids, dtype, self.sizes)
         self._global_shardings = weight_shardings(cfg, self._whole_mesh)
-        self._local_shardings = weight_shardings(cfg, self.mesh)
+        self._team_shardings = weight_shardings(cfg, self.mesh)
         self.gather = jax.jit(self._gathered, out_shardings=self._global_shardings)
 
     @property
@@ -190,7 +194,7 @@ class Engine:
         )
         if not all(ready(path, x) for path, x in params.items()):
             params = self.gather(params)
-        return params if self.mesh is self._whole_mesh else sharding.local_view(params, self._local_shardings)
+        return params if self.mesh is self._whole_mesh else teams.team_view(params, self._team_shardings)
 
     def empty(self) -> State:
         """Returns a state in which all pages, lanes and slots are free."""
@@ -221,7 +225,7 @@ class Engine:
                 chunk.length[shard, i] = piece.before + len(piece.tokens)
                 chunk.table[shard, i, : len(piece.pages)] = piece.pages
                 chunk.lane[shard, i] = piece.lane
-        return self.programs.prefill(weights, state, self._put(chunk), shape=(size,))
+        return self._run(Call("prefill", (size,), chunk, None), weights, state)
 
     def fork(self, state: State, starts: Sequence[Sequence[Start]], sampling: Sampling) -> State:
         """Starts the given samples of each shard, and returns the state."""
@@ -237,7 +241,7 @@ class Engine:
                     named |= dict(zip(("source", "target"), copied or (), strict=False))
                     for name, value in named.items():
                         getattr(fork, name)[shard, i] = value
-            state = self.programs.fork(state, self._put(fork), traced(sampling))
+            state = self._run(Call("fork", (), fork, traced(sampling)), state)
         return state
 
     def rows(self, needed: int) -> int:
@@ -274,8 +278,8 @@ class Engine:
             table[shard, place] = tables[shard][own, : table.shape[2]]
         if rows == self.shard_slots:
             index[:] = np.arange(rows)
-        on_device = self._put(Rows(index, runs, table, np.asarray(least, np.int32)))
-        return self.programs.decode(weights, state, on_device, traced(sampling), shape=(rows, read))
+        chosen = Rows(index, runs, table, np.asarray(least, np.int32))
+        return self._run(Call("decode", (rows, read), chosen, traced(sampling)), weights, state)
 
     def harvest(self, state: State, slots: Sequence[int]) -> list[tuple[jax.Array, ...]]:
         """Returns tokens and log-probs [WIDTH, M] and summed entropies [WIDTH] of `slots`, WIDTH at a time.
@@ -284,7 +288,35 @@ class Engine:
         """
         padded = np.zeros(-(-len(slots) // WIDTH) * WIDTH, np.int32)
         padded[: len(slots)] = slots
-        return [self.programs.harvest(state, piece) for piece in padded.reshape(-1, WIDTH)]
+        return [self._run(Call("harvest", (), None, piece), state) for piece in padded.reshape(-1, WIDTH)]
+
+    def follow(self, weights: decoder.Params, state: State) -> None:
+        """Runs what the leader of the team runs, with `weights` and from `state`, until the leader says `ended`."""
+        for call in lockstep.told(self.team):
+            if call.program == "harvest":
+                self._execute(call, state)
+            elif call.program == "fork":
+                state = self._execute(call, state)
+            elif call.program == "prefill":
+                state = self._execute(call, weights, state)
+            else:
+                state, _ = self._execute(call, weights, state)
+
+    def ended(self) -> None:
+        """Says to the processes that follow that nothing more is to run before the next `empty`."""
+        lockstep.tell(self.team, None)
+
+    def _run(self, call: Call, *on_device: Any) -> Any:
+        """Runs a program on all processes of the team, and returns its result."""
+        lockstep.tell(self.team, call)
+        return self._execute(call, *on_device)
+
+    def _execute(self, call: Call, *on_device: Any) -> Any:
+        """Runs a program with what is on the devices and what `call` brings."""
+        program: Program = getattr(self.programs, call.program)
+        split = () if call.split is None else (self._put(call.split),)
+        whole = () if call.whole is None else (call.whole,)
+        return program(*on_device, *split, *whole, shape=call.shape)
 
     def _gathered(self, params: decoder.Params) -> decoder.Params:
         """Returns the rollout copy of `params`; as a program it also brings them to the sampler's mesh."""
@@ -296,7 +328,9 @@ class Engine:
         return {path: kept(path, x) for path, x in spread.items()}
 
     def _put(self, tree: NamedTuple) -> NamedTuple:
-        return jax.device_put(tree, self.programs.batch_sharding)
+        split = self.programs.batch_sharding
+        # `device_put` would compare the values on all processes of the run.
+        return jax.device_put(tree, split) if len(self.team.processes) == 1 else sharding.to_global(tree, split)
 
 
 def _with_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> Sizes:

@@ -7,7 +7,7 @@ devices in the group (`models.heads`).
 
 import jax
 
-from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed import sharding, teams
 from igrpo_jax.distributed.chips import CHIPS
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
@@ -35,9 +35,9 @@ def choose_tensor(
     """Returns the size of a group with the least time for each token, as `ModelCosts.decode_seconds` counts it.
 
     Rows are taken to hold half of the longest sequence in the mean. Of the slots of a group, as many count as have
-    pages in its memory. A group lies within a process, and its size divides the model. Sizes with which attention reads
-    pages in place come before all others. Without one that fits, and on devices whose figures are not known, such as
-    CPUs, the size is that of `mesh`.
+    pages in its memory. A group lies within a slice (of GPUs: a node), and its size divides the model. Sizes with which
+    attention reads pages in place come before all others. Without one that fits, and on devices whose figures are not
+    known, such as CPUs, the size is that of `mesh`.
 
     Args:
         mesh: of the training.
@@ -51,7 +51,7 @@ def choose_tensor(
     if chip is None:
         return given
     seconds: dict[int, tuple[bool, float]] = {}
-    for tensor in sorted({*SIZES, given} & set(sharding.process_tensors(mesh))):
+    for tensor in sorted({*SIZES, given} & set(teams.tensors(mesh))):
         groups, spread = mesh.size // tensor, spread_config(cfg, tensor)
         if slots % groups or not divides(spread, tensor):
             continue
@@ -72,7 +72,7 @@ def sampler_mesh(cfg: DecoderConfig, mesh: jax.sharding.Mesh, tensor: int, slots
     Raises:
         InputError: `tensor` divides the devices or the model not evenly, or the groups the slots.
     """
-    whole = sharding.sampler_mesh(mesh, tensor)
+    whole = teams.sampler_mesh(mesh, tensor)
     sharding.check_divides(whole, decoder.shapes(spread_config(cfg, tensor)), "config.rollout.mesh", only="tensor")
     groups = sharding.batch_shards(whole)
     if slots % groups:

@@ -66,10 +66,10 @@ class Sizes:
 
 
 class SamplerPrograms:
-    """One `Program` for each function, on the part of the mesh that one process samples on.
+    """One `Program` for each function, on the part of the mesh that one team of processes samples on.
 
     Args:
-        mesh: the mesh of this process.
+        mesh: the mesh of this process's team.
         eos_ids: the tokens that end a completion.
 
     Attributes:
@@ -84,6 +84,8 @@ class SamplerPrograms:
 
     def __init__(self, cfg: DecoderConfig, mesh: jax.sharding.Mesh, eos_ids: tuple[int, ...], dtype: str, sizes: Sizes):
         self.batch_sharding = sharding.batch_sharding(mesh)
+        # Every process of a team reads the results of all its shards.
+        self._status_sharding = sharding.replicated(mesh) if sharding.processes(mesh) > 1 else self.batch_sharding
         self.costs = ModelCosts(cfg, dtype, mesh.shape["tensor"])
         together = heads_per_row(cfg.attention, cfg.head_dim, cfg.num_kv_heads // mesh.shape["tensor"])
         self.in_place = together > 0
@@ -162,7 +164,7 @@ class SamplerPrograms:
             jax.jit(
                 partial(run, steps=sizes.steps_per_dispatch, reads_pages=self.in_place),
                 donate_argnums=1,
-                out_shardings=(self._state_sharding, self.batch_sharding),
+                out_shardings=(self._state_sharding, self._status_sharding),
             ),
             lambda rows, read: (self.weights, self.state, self._rows(rows, read), _abstract_sampling()),
             self._mesh,

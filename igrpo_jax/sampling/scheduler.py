@@ -101,7 +101,7 @@ class Scheduler:
         self._weights = self.engine.weights(params)
         self._arrival = _Arrival(self._weights, began)
         self._sampling = sampling
-        self.usage = Usage(pages=sum(shard.pool.count for shard in self.shards))
+        self.usage = Usage(pages=sum(shard.pool.count for shard in self.shards) if self.leads else 0)
         for shard in self.shards:
             shard.preempted = 0
         self._state = self.engine.empty()
@@ -111,8 +111,21 @@ class Scheduler:
         """Seconds that the weights of the last `start` took to be ready to sample with."""
         return self._arrival.seconds if self._arrival else 0.0
 
+    @property
+    def leads(self) -> bool:
+        """Whether requests are submitted and samples drawn here; a process that does not lead calls `follow`."""
+        return self.engine.team.leads
+
+    def follow(self) -> None:
+        """Runs what the process runs that leads, until it has called `finish`."""
+        assert self._state is not None, "`start` comes first"
+        state, self._state = self._state, None  # the first program is given its memory
+        self.engine.follow(self._weights, state)
+
     def finish(self) -> None:
         """Ends the rollout or evaluation: frees the weights and the cache."""
+        if self.leads:
+            self.engine.ended()
         self._weights = {}
         self._state = None
 

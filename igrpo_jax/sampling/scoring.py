@@ -44,6 +44,9 @@ def stage_key(seed: int, step: int, stage: int) -> np.ndarray:
 def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: "Renderer") -> float:
     """Runs until every queued request is sampled and scored, those included that callbacks submit meanwhile.
 
+    A process that does not lead its team has no requests, and runs what the leader runs until that has finished. It is
+    not preempted meanwhile: the leader is, and then ends for both.
+
     Args:
         scheduler: started; all its requests have a `prompt` and a `scored`.
         grade: called with a candidate and the batch of its request; returns at once; its future never raises.
@@ -54,6 +57,10 @@ def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: "Renderer") -
     Raises:
         Preempted: the machine is about to be taken away.
     """
+    if not scheduler.leads:
+        with watchdog.phase("following"):
+            scheduler.follow()
+        return 0.0
     waited = 0.0
     grading: dict[Future[Score], tuple[Request, Completion]] = {}
     with _open_batches() as batches:

@@ -74,7 +74,7 @@ def _start(
     ending.forget(workdir)
     title = "iGRPO run" if config.algorithm.num_drafts else "Run"
     console.table(title, overview.before(config, task, scheduler.engine, learner, workdir))
-    verifier = stack.enter_context(_verifier(config, workdir, task.total_steps))
+    verifier = stack.enter_context(_verifier(config, workdir, task.total_steps, scheduler.engine.team.count))
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)
     if latest != task.total_steps:
@@ -147,12 +147,16 @@ def _claim(workdir: Path, config: Config, stack: contextlib.ExitStack, console: 
     return resumes
 
 
-def _verifier(config: Config, workdir: Path, total_steps: int) -> Verifier:
-    """Returns the verifier, whose judge keeps its verdicts in `workdir`; entering it starts the workers."""
+def _verifier(config: Config, workdir: Path, total_steps: int, teams: int) -> Verifier:
+    """Returns the verifier, whose judge keeps its verdicts in `workdir`; entering it starts the workers.
+
+    Args:
+        teams: how many processes sample and score by themselves.
+    """
     # SQLite can't lock a file across machines: each process has a file of its own, and its part of the judge's budget.
     process, judge = jax.process_index(), config.rewards.judge
     cache = workdir / (f"judge.process-{process}.sqlite" if process else "judge.sqlite")
-    judge = replace(judge, budget=judge.budget and max(1, judge.budget // jax.process_count()))
+    judge = replace(judge, budget=judge.budget and max(1, judge.budget // teams))
     limit, answer_column = config.rollout.max_completion_length, config.data.answer_column or "answer"
     return Verifier(replace(config.rewards, judge=judge), limit, answer_column, cache, total_steps)
 

@@ -68,6 +68,8 @@ def sampling_layout(engine: Engine) -> str:
     plural = lambda count, name: f"{count} {name}{'s' * (count > 1)}"
     text = f"{plural(groups, 'group')} of {plural(tensor, 'device')} (rollout.mesh.tensor)"
     text += f", {engine.shard_slots} slots each"
+    if len(engine.team.processes) > 1:
+        text += f"; {len(engine.team.processes)} processes sample in lockstep, since a group has devices of several"
     chip = CHIPS.get(engine.mesh.devices.flat[0].device_kind)
     if chip is None:
         return text

@@ -11,18 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_models
 import whole_runs
 
 from igrpo_jax import config
 from igrpo_jax.aot import __main__ as aot
 from igrpo_jax.aot import footprint
 from igrpo_jax.aot.progress import Progress
-from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed import sharding, teams
 from igrpo_jax.distributed.programs import tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
-from igrpo_jax.sampling.engine import Engine
 
 pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
 pytestmark = pytest.mark.usefixtures("environment")
@@ -212,19 +210,24 @@ def test_a_process_has_whole_replicas(name, sizes):
 @pytest.mark.parametrize("name", ["v5p:2x2x2", "v6e:4x4", "v5e:2x4", "v5p:4x4x4"])
 def test_groups_to_sample_in_are_neighbours_within_a_host(name):
     mesh = sharding.make_mesh(config.MeshConfig(), aot.topology(name))
-    assert {1, 2, 4} <= set(sharding.process_tensors(mesh))
-    for group in sharding.sampler_mesh(mesh, 4).devices.reshape(-1, 4):
+    assert {1, 2, 4} <= set(teams.tensors(mesh))
+    for group in teams.sampler_mesh(mesh, 4).devices.reshape(-1, 4):
         assert len({device.process_index for device in group}) == 1
         assert np.ptp([device.coords for device in group], axis=0).max() == 1  # 2 x 2 chips
 
 
-def test_a_group_of_two_hosts_is_refused():
-    mesh = sharding.make_mesh(config.MeshConfig(), aot.topology("v5p:2x2x2"))
-    cfg = tiny_models.tiny_config(num_heads=8, num_kv_heads=8)
-    sizes = {"slots": 8, "max_context": 16, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
-    with pytest.raises(InputError, match=r"config\.rollout\.mesh\.tensor = 8: .* its 4 devices hold no whole replica"):
-        Engine(cfg, mesh, (0,), tensor=8, **sizes)
-    assert Engine(cfg, mesh, (0,), tensor=4, **sizes).mesh.size == 4
+@pytest.mark.parametrize(
+    ("name", "spread"), [("v5p:2x2x2", (1, 1, 1)), ("v6e:4x4", (3, 1, 0)), ("v5p:4x4x4", (1, 1, 1))]
+)
+def test_a_group_of_two_hosts_is_one_team_of_neighbours(name, spread):
+    mesh = sharding.make_mesh(config.MeshConfig(), aot.topology(name))
+    whole = teams.sampler_mesh(mesh, 8)
+    for group in whole.devices.reshape(-1, 8):
+        assert len({device.process_index for device in group}) == 2
+        assert sorted(np.ptp([device.coords for device in group], axis=0)) == sorted(spread)
+    team = teams.team_of(whole)
+    assert (team.number, team.count, len(team.processes)) == (0, mesh.size // 8, 2)
+    assert teams.team_mesh(whole, team).size == 8
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import devices
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import sampled_together
 import whole_runs
 from processes import Started, ended, free_port
 
@@ -121,7 +123,7 @@ def two(folder):
 def four(folder, two):
     """Four processes that take up the run of the two, and end it."""
     shutil.copytree(two[0], folder / "four")
-    changes = {"checkpoint.export": True, "rollout.mesh.tensor": 2}
+    changes = {"checkpoint.export": True, "rollout.mesh.tensor": 4}  # two teams of two processes
     return folder / "four", run(folder, folder / "four", 4, {}, slurm=False, **changes)
 
 
@@ -198,6 +200,42 @@ def test_four_processes_go_on_from_what_two_saved(four, one):
     for name, tensor in exported[0].items():
         mine, theirs = (x.astype(np.float32) for x in (tensor, exported[1][name]))
         np.testing.assert_allclose(mine, theirs, rtol=2**-6, atol=1e-5, err_msg=name)  # in bfloat16
+
+
+TOGETHER = """
+import json, sys
+import sampled_together
+from igrpo_jax import cli, config
+from igrpo_jax.distributed import cluster, preemption
+
+def main(argv):
+    with cluster.joined(config.ClusterConfig(), cli.address(argv)), preemption.noticed(60):
+        print(json.dumps(sampled_together.process([4, 8])))
+cli.run(main)
+"""
+
+
+@pytest.mark.slow(seconds=20)
+def test_a_group_of_devices_may_span_processes():
+    """In its process, and over both: the tokens of one device, although pages run out, and scores come whenever they
+    come; a notice to the process that follows ends both."""
+    port, tests = free_port(), str(Path(__file__).parents[1])
+    flags = ["together", "--coordinator", f"localhost:{port}", "--processes", "2", "--process"]
+    env = devices.environment(4, JAX_PLATFORMS="cpu", PYTHONPATH=tests)
+    processes = codes_and_texts([Started(TOGETHER, [*flags, own], env) for own in range(2)])
+    assert [code for code, _ in processes] == [0, 0], processes
+    ours = [json.loads(text[text.index('{"layouts"') :].splitlines()[0]) for _, text in processes]
+    alone = sampled_together.Sampler(1, jax.devices()[:1])
+    with ThreadPoolExecutor(4) as pool:
+        expected = alone.sample(sampled_together.graded(pool, seconds=0))
+    assert len(expected) == 36 and len({tuple(tokens) for tokens in expected.values()}) > 20
+    for layout, teams in enumerate([[[0], [1]], [[0, 1], [0, 1]]]):
+        each = [process["layouts"][layout] for process in ours]
+        assert [part["team"] for part in each] == teams
+        assert each[0]["drawn"] | each[1]["drawn"] == expected
+        assert each[0]["preempted"] > 0
+    assert not ours[1]["layouts"][1]["drawn"] and ours[1]["layouts"][0]["drawn"]
+    assert all(process["noted"] for process in ours)
 
 
 DRIVER = """

@@ -8,7 +8,7 @@ import pytest
 
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.learning import exchange
-from igrpo_jax.learning.exchange import ProcessRollout, StepPosition, decode, encode, everywhere, own_positions
+from igrpo_jax.learning.exchange import ProcessRollout, StepPosition, decode, encode, everywhere
 from igrpo_jax.records import Completion, Group, Prompt, Score
 from igrpo_jax.rewards.judge import Judgement
 from igrpo_jax.sampling.requests import Usage
@@ -113,18 +113,8 @@ def test_one_process_sends_nothing(monkeypatch):
     monkeypatch.setattr(exchange.cluster, "gather", None)
     mine = process_rollout()
     assert everywhere(mine, PROMPTS.__getitem__)[0] is mine
-    assert list(own_positions(3)) == [0, 1, 2]
     with pytest.raises(Preempted):
         everywhere(None, PROMPTS.__getitem__)
-
-
-def test_of_several_processes_each_has_positions_of_its_own(monkeypatch):
-    monkeypatch.setattr(exchange.jax, "process_count", lambda: 2)
-    taken = []
-    for own in range(2):
-        monkeypatch.setattr(exchange.jax, "process_index", lambda own=own: own)
-        taken.append(list(own_positions(5)))
-    assert taken == [[0, 2, 4], [1, 3]]
 
 
 def test_where_one_process_was_told_to_leave_all_leave(monkeypatch):

@@ -130,7 +130,10 @@ def test_on_a_cpu_sampling_has_the_mesh_of_the_training():
 
 def devices_of(kind, count, per_process):
     """A mesh of devices that are not there, as far as the choice looks at them."""
-    devices = [types.SimpleNamespace(device_kind=kind, process_index=i // per_process) for i in range(count)]
+    platform = "tpu" if "TPU" in kind else "gpu"
+    devices = [
+        types.SimpleNamespace(device_kind=kind, process_index=i // per_process, platform=platform) for i in range(count)
+    ]
     grid = np.array(devices, object).reshape(1, count, 1)
     return types.SimpleNamespace(devices=grid, size=count, shape={"data": 1, "fsdp": count, "tensor": 1})
 
@@ -150,10 +153,11 @@ def chosen(name, mesh, memory=None, **changes):
     [
         ("Qwen-7B", "TPU v5", 8, 8, 4),  # with 8 each of the 4 kv heads is held twice
         ("Qwen-7B", "TPU v5", 8, 4, 4),
-        ("Qwen-7B", "TPU v5", 8, 2, 2),  # a group lies within a process
+        ("Qwen-7B", "TPU v5", 8, 2, 4),  # two processes then sample in lockstep
         ("Qwen-14B", "TPU v5", 8, 8, 8),  # 8 kv heads
         ("Qwen-1.5B", "TPU v5 lite", 8, 8, 2),  # 2 kv heads
         ("Qwen-7B", "NVIDIA H100 80GB HBM3", 8, 8, 4),
+        ("Qwen-7B", "NVIDIA H100 80GB HBM3", 8, 2, 2),  # a group of GPUs lies within a node
         ("Qwen-7B", "a new chip", 8, 8, 1),
     ],
 )

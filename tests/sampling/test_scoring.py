@@ -27,6 +27,8 @@ class StubScheduler:
     def submit(self, request):
         self.waiting += [(request, request.first + i) for i in range(request.samples)]
 
+    leads = True
+
     @property
     def pending(self):
         return bool(self.waiting)

@@ -1,0 +1,139 @@
+"""Which devices and processes sample together: the sampler's mesh, and the team of processes that share a part of it.
+
+The devices of the run, in the order of its mesh, are divided into groups of `tensor` neighbours. The devices of a group
+hold one copy of the weights together, and run every program at the same time. Where the devices of each group belong to
+one process, each process is a team of its own, and samples without regard to the others. Where a group spans processes,
+these form a team, which samples in lockstep. The first process of a team leads: it decides what is run, and tells the
+others before it runs it. Teams know nothing of each other.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+
+from igrpo_jax.distributed import abort
+from igrpo_jax.distributed.sharding import AXES, owners, slice_of
+from igrpo_jax.errors import InputError
+
+_WAIT = 1000  # ms that one request for a message waits
+
+
+@dataclass
+class Team:
+    """The processes that sample in lockstep with this one, itself included.
+
+    What the leader tells the others goes through the key-value store of jax.distributed. A collective of the devices
+    would wait behind the programs that already run, and the devices would idle after each of them.
+
+    Attributes:
+        number: of this team among all teams, from 0.
+        count: of all teams.
+        processes: indices of its processes, in ascending order; the first one leads.
+    """
+
+    number: int = 0
+    count: int = 1
+    processes: tuple[int, ...] = (0,)
+    _told: int = field(default=0, init=False)  # messages so far
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process decides what its team samples."""
+        return jax.process_index() == self.processes[0]
+
+    def positions(self, count: int) -> range:
+        """Returns which of `count` prompts this process samples and scores; a process that does not lead has none."""
+        return range(self.number, count, self.count) if self.leads else range(0)
+
+    def tell(self, message: bytes) -> None:
+        """Sends a message to all processes of the team but the first one, which calls this."""
+        for process in self.processes[1:]:
+            abort.client().key_value_set_bytes(_key(process, self._told), message)
+        self._told += 1
+
+    def messages(self) -> Iterator[bytes]:
+        """Yields what the first process tells, as it comes, on another process of the team."""
+        client = abort.client()
+        while True:
+            key = _key(jax.process_index(), self._told)
+            try:
+                message = client.blocking_key_value_get_bytes(key, _WAIT)
+            except RuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+                continue  # Python takes signals between two waits
+            client.key_value_delete(key)
+            self._told += 1
+            yield message
+
+
+def _key(process: int, number: int) -> str:
+    """Returns the key of a message to `process`."""
+    return f"igrpo_jax/team/{process}/{number}"
+
+
+def team_of(mesh: jax.sharding.Mesh) -> Team:
+    """Returns the team of this process on the sampler's `mesh`. Teams are in the order of their first processes."""
+    teams: list[set[int]] = []
+    for group in owners(mesh.devices).reshape(-1, mesh.shape["tensor"]):
+        together = set(group.tolist())
+        overlapping = [team for team in teams if team & together]
+        teams = [team for team in teams if not team & together] + [together.union(*overlapping)]
+    ordered = sorted(tuple(sorted(team)) for team in teams)
+    number = next(number for number, team in enumerate(ordered) if jax.process_index() in team)
+    return Team(number, len(ordered), ordered[number])
+
+
+def sampler_mesh(mesh: jax.sharding.Mesh, tensor: int) -> jax.sharding.Mesh:
+    """Returns the devices of `mesh` in their order, with groups of `tensor` neighbours on the axis `tensor`.
+
+    The order is the same so that one program can take weights from the one mesh to the other. Where `mesh` has groups
+    of this size already, it is returned itself.
+
+    Raises:
+        InputError: `tensor` does not divide the number of devices.
+    """
+    if tensor == mesh.shape["tensor"]:
+        return mesh
+    if mesh.size % tensor:
+        raise InputError(
+            f"config.rollout.mesh.tensor = {tensor}: does not divide the {mesh.size} devices; choose a divisor of "
+            f"{mesh.size}"
+        )
+    return _mesh(mesh.devices, tensor)
+
+
+def tensors(mesh: jax.sharding.Mesh) -> list[int]:
+    """Returns the sizes of the axis `tensor` of a sampler's mesh whose groups each lie within one slice."""
+    sizes = [size for size in range(1, mesh.size + 1) if mesh.size % size == 0]
+    numbers = slice_of(mesh.devices).reshape(-1)
+    return [size for size in sizes if (np.diff(numbers.reshape(-1, size), axis=1) == 0).all()]
+
+
+def team_mesh(mesh: jax.sharding.Mesh, team: Team) -> jax.sharding.Mesh:
+    """Returns the part of the sampler's `mesh` whose devices belong to `team`; `mesh` itself where all of them do."""
+    own = np.isin(owners(mesh.devices), team.processes)
+    return mesh if own.all() else _mesh(mesh.devices[own], mesh.shape["tensor"])
+
+
+def team_view(tree: dict[str, jax.Array], shardings: dict[str, NamedSharding]) -> dict[str, jax.Array]:
+    """Returns global arrays as arrays on a team's part of the mesh, without a copy.
+
+    Args:
+        tree: arrays by path, each of which every group of devices holds completely.
+        shardings: by path the sharding of the result, on the mesh of `team_mesh`.
+    """
+
+    def view(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+        by_device = {shard.device: shard.data for shard in x.addressable_shards}
+        shards = [by_device[device] for device in sharding.mesh.devices.flat if device in by_device]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
+
+    return {path: view(x, shardings[path]) for path, x in tree.items()}
+
+
+def _mesh(devices: np.ndarray, tensor: int) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(devices.reshape(-1, 1, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
