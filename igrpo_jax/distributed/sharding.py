@@ -70,10 +70,11 @@ def make_mesh(settings: MeshConfig, devices: list | None = None) -> jax.sharding
 
     Neighbours in the mesh are neighbours in the torus of a TPU slice, and the devices of a process come one after
     another, because groups of neighbours sample together (`teams`). Where neighbourhood would split these over
-    separate parts of the mesh, the devices of a process stay together instead.
+    separate parts of the mesh, the devices of a process stay together instead. Of several slices of TPUs each holds
+    complete replicas of the weights: only the axis `data` crosses them, as it does nodes of GPUs where it can.
 
     Raises:
-        InputError: the sizes do not multiply to the number of devices.
+        InputError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [settings.data, settings.fsdp, settings.tensor]
@@ -92,7 +93,22 @@ def make_mesh(settings: MeshConfig, devices: list | None = None) -> jax.sharding
 
 
 def _arranged(sizes: list[int], devices: list) -> np.ndarray:
-    """Returns `devices` as an array of these sizes (data, fsdp, tensor)."""
+    """Returns `devices` as an array of these sizes (data, fsdp, tensor), one slice after another on the axis `data`."""
+    grid, (data, *inner) = np.array(devices, object), sizes
+    numbers = slice_of(grid)
+    slices = [list(grid[numbers == number]) for number in np.unique(numbers)]
+    if data % len(slices) and devices[0].platform == "tpu":
+        raise InputError(
+            f"config.mesh.data = {data}: must be a multiple of the {len(slices)} slices, since each holds complete "
+            f"replicas of the weights; set mesh.data to {len(slices)} and mesh.fsdp to -1"
+        )
+    if data % len(slices):
+        return _of_slice(sizes, devices)
+    return np.concatenate([_of_slice([data // len(slices), *inner], own) for own in slices])
+
+
+def _of_slice(sizes: list[int], devices: list) -> np.ndarray:
+    """Returns the `devices` of a slice as an array of these sizes (data, fsdp, tensor)."""
     by_neighbours = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     owner = owners(by_neighbours)
     processes, each = np.unique(owner, return_counts=True)

@@ -1,5 +1,7 @@
 """The mesh and the axis table: parameters lie where the table says, and where they lie changes no number."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from jax.sharding import PartitionSpec
 from tiny_models import one_device, tiny_config
 
 from igrpo_jax import config
-from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed import sharding, teams
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
 
@@ -46,6 +48,48 @@ def test_a_mesh_that_does_not_divide_the_devices(sizes, said):
         sharding.make_mesh(config.MeshConfig(*sizes), jax.devices()[:8])
     assert str(caught.value).startswith("config.mesh = ")
     assert said in str(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip that is not there, as JAX and the mesh look at it."""
+
+    id: int
+    coords: tuple[int, int, int]
+    process_index: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+
+
+def chips(slices):
+    """Slices of 2 x 2 x 2 chips on two hosts each, in an order in which the slices alternate."""
+    places = [(x, y, z) for z in range(2) for y in range(2) for x in range(2)]
+    return [
+        Chip(8 * number + i, place, 2 * number + place[2], number)
+        for i, place in enumerate(places)
+        for number in reversed(range(slices))
+    ]
+
+
+@pytest.mark.parametrize("sizes", [(2, -1, 1), (2, 2, -1), (4, -1, 1), (-1, 4, 1)])
+def test_only_the_axis_data_crosses_slices(sizes):
+    mesh = sharding.make_mesh(config.MeshConfig(*sizes), chips(2))
+    numbers = sharding.slice_of(mesh.devices)
+    assert mesh.size == len(set(mesh.devices.flat)) == 16
+    for number, own in enumerate(np.split(numbers, 2)):
+        assert (own == number).all()
+    alone = sharding.make_mesh(config.MeshConfig(*[mesh.shape["data"] // 2, *sizes[1:]]), chips(1))
+    assert [device.coords for device in mesh.devices[-1:].flat] == [device.coords for device in alone.devices[-1:].flat]
+    assert max(teams.tensors(mesh)) == 8
+
+
+def test_slices_that_do_not_divide_the_axis_data_are_refused():
+    with pytest.raises(InputError, match=r"config\.mesh\.data = 1: must be a multiple of the 2 slices.*data to 2"):
+        sharding.make_mesh(config.MeshConfig(), chips(2))
+    gpus = [dataclasses.replace(chip, platform="gpu", device_kind="a GPU") for chip in chips(2)]
+    assert sharding.make_mesh(config.MeshConfig(), gpus).shape["fsdp"] == 16  # weights may be split over nodes
 
 
 def test_two_logical_axes_on_one_mesh_axis_are_an_error():
