@@ -40,7 +40,8 @@ import study_runs
 from igrpo_jax import config
 from igrpo_jax.evaluation import measures
 from igrpo_jax.outputs.files import write_atomically, write_rows
-from igrpo_jax.outputs.metrics import copy_ratio, same_answer
+from igrpo_jax.outputs.metrics import copy_ratio
+from igrpo_jax.records import same_answer
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDINGS = {"": config.RefineConfig().instruction, "_bare": "Draft:\n{draft}"}

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from igrpo_jax.outputs.files import write_atomically
-from igrpo_jax.outputs.metrics import same_answer
+from igrpo_jax.records import same_answer
 from igrpo_jax.report.runs import whole_rows
 from igrpo_jax.report.samples import groups as groups_of
 

@@ -172,6 +172,31 @@ class AlgorithmConfig:
     # Whether drafts are trained on too, as groups of their own on the plain prompt, in the same update. This departs
     # from the paper.
     train_drafts: bool = False
+    # Which prompts are refined: "always" all of them, "unsolved" those without a right draft. The completions that this
+    # saves are drafts of further prompts, and a step samples as many completions as with "always". Departs from the
+    # paper.
+    draft_when: Annotated[str, Choice("always", "unsolved")] = "always"
+    # Prompt under which refinements are scored and trained on: the "context" that they were sampled with, which shows a
+    # draft, or the "plain" prompt. The latter departs from the paper.
+    refine_credit: Annotated[str, Choice("context", "plain")] = "context"
+    # Which refinements carry loss where refine_credit = "plain": the "right" ones, or "all".
+    credit_completions: Annotated[str, Choice("right", "all")] = "right"
+    # Tokens of refinements enter the loss as p / (p + credit_gamma) where refine_credit = "plain", with p the policy's
+    # probability of the token after the plain prompt; 0 for the clipped ratio to the old policy. With 0,
+    # importance_sampling_cap weighs them against the sampler, which saw the draft.
+    credit_gamma: Annotated[float, AtLeast(0)] = 0.1
+    # Completions that share a baseline: those of a "stage", or drafts and refinements of a "prompt" together. The
+    # latter departs from the paper.
+    group: Annotated[str, Choice("stage", "prompt")] = "stage"
+    # Multiple of the reward that a refinement has beyond that of the draft it was shown, which is added to its reward
+    # before advantages are computed. Above 0 it departs from the paper.
+    improvement_bonus: Annotated[float, AtLeast(0)] = 0.0
+    # What is subtracted from the reward of a refinement that states the answer of the wrong draft it was shown, before
+    # advantages are computed. Above 0 it departs from the paper.
+    repeat_penalty: Annotated[float, AtLeast(0)] = 0.0
+    # Whether every other step, from the first on, has no drafts. The step after it refines drafts of the same prompts.
+    # This departs from the paper.
+    alternate: bool = False
     # Largest number of fresh prompts that may, one after another, replace a prompt whose completions are all right or
     # all wrong (DAPO's dynamic sampling), for each of prompts_per_step; 0 for none. Above 0, such a prompt that could
     # not be replaced has no advantage.
@@ -203,6 +228,14 @@ class AlgorithmConfig:
     importance_sampling_cap: Annotated[float, AtLeast(0)] = 0.0
     # Whether completions that were cut at the length limit carry no loss.
     mask_truncated_completions: bool = False
+
+    def drafts_in(self, step: int) -> int:
+        """Returns the number of drafts of each prompt in `step` (from 1)."""
+        return 0 if self.alternate and step % 2 else self.num_drafts
+
+    def batches_until(self, step: int) -> int:
+        """Returns the number of batches of prompts that the steps up to `step` read; alternating steps share them."""
+        return (step + 1) // 2 if self.alternate else step
 
 
 @dataclass(frozen=True)
@@ -725,6 +758,52 @@ def _drafts(config: Config) -> Iterator[tuple[str, str]]:
         yield "algorithm.train_drafts", fix
     if algorithm.draft_early_stop and config.rewards.custom_names:
         yield "algorithm.draft_early_stop", "the largest possible reward is not known with a reward of your own"
+    if algorithm.alternate and not algorithm.num_drafts:
+        yield "algorithm.alternate", "no step has drafts; set algorithm.num_drafts to at least 1"
+    if algorithm.num_drafts:  # without drafts all of this is the base algorithm
+        yield from _draft_when(algorithm)
+        yield from _credit(config)
+
+
+def _draft_when(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
+    """Yields what does not go together with leaving out the refinements of solved prompts."""
+    if algorithm.draft_when == "always":
+        return
+    path = "algorithm.draft_when"
+    if not algorithm.train_drafts:
+        yield path, "prompts with a right draft teach by their drafts alone; set algorithm.train_drafts to True"
+    if algorithm.num_generations % algorithm.num_drafts:
+        fix = f"the {algorithm.num_generations} completions that a solved prompt saves are drafts of further prompts"
+        yield path, f"{fix}; set algorithm.num_generations to a multiple of algorithm.num_drafts"
+    if algorithm.max_redraws:
+        yield path, "has a rule of its own for further prompts; set algorithm.max_redraws to 0"
+    if algorithm.draft_dropout:
+        yield path, "a prompt without drafts is neither solved nor unsolved; set algorithm.draft_dropout to 0"
+    if algorithm.alternate:
+        yield path, "the steps without drafts have no solved prompts; set algorithm.alternate to False"
+
+
+def _credit(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with the rewards, baselines and weights of completions that depart from the paper."""
+    algorithm = config.algorithm
+    is_plain = algorithm.refine_credit == "plain"
+    right = {
+        "algorithm.draft_when": algorithm.draft_when == "unsolved",
+        "algorithm.credit_completions": is_plain and algorithm.credit_completions == "right",
+        "algorithm.repeat_penalty": algorithm.repeat_penalty > 0,
+    }
+    for path in [path for path, is_used in right.items() if is_used and not config.rewards.accuracy]:
+        yield path, "depends on which answers are right; set rewards.accuracy above 0"
+    if is_plain and algorithm.credit_gamma and algorithm.importance_sampling_cap:
+        fix = "refinements have two weights; set it to 0, or algorithm.importance_sampling_cap to 0"
+        yield "algorithm.credit_gamma", fix
+    if algorithm.group == "prompt" and not algorithm.train_drafts:
+        yield "algorithm.group", "drafts share the baseline of the refinements; set algorithm.train_drafts to True"
+    if algorithm.group == "prompt" and algorithm.max_redraws:
+        yield "algorithm.group", "dynamic sampling looks at the refinements alone; set algorithm.max_redraws to 0"
+    if algorithm.improvement_bonus and algorithm.group == "stage":
+        fix = "all refinements of a prompt have improved on one draft, so their baseline takes the bonus away again"
+        yield "algorithm.improvement_bonus", f'{fix}; set algorithm.group to "prompt"'
 
 
 def _batch_and_mesh(config: Config) -> Iterator[tuple[str, str]]:

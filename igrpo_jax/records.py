@@ -23,11 +23,21 @@ class Score:
     logged: dict[str, list[float]] = field(default_factory=dict)  # what custom rewards gave to `log_metric`, by name
     extra: dict[str, Any] = field(default_factory=dict)  # what they gave to `log_extra` for this completion
 
+    @property
+    def is_right(self) -> bool:
+        """Whether the answer is right: its accuracy is 1. False without an accuracy reward and without a verdict."""
+        return self.rewards.get("accuracy", 0.0) >= 1.0
+
 
 # "ok": graded. "unparseable": no answer was found, which is a verdict like any other. "timeout" and "error": the
 # grading was killed or raised; it scores 0 and is counted. "invalid": there is no verdict, such as when a judge did not
 # reply. A completion without a verdict is not in its group's baseline, has advantage 0 and is never the kept draft.
 STATUSES = ("ok", "unparseable", "timeout", "error", "invalid")
+
+
+def same_answer(draft: str | None, refinement: str | None) -> bool:
+    """Returns whether both texts state an answer, and the answers are the same characters; None states none."""
+    return draft is not None and draft == refinement
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class Group:
     drafts: tuple[Completion, ...]  # N, may be empty
     kept: int | None  # index into drafts of the draft in q' (algorithm.draft_selection); None = the plain prompt
     context: np.ndarray  # [L'] int32: q' = prompt with the kept draft spliced in; the plain prompt where kept is None
-    completions: tuple[Completion, ...]  # the G refinements
+    completions: tuple[Completion, ...]  # the G refinements; none where algorithm.draft_when leaves them out
 
     @property
     def rewards(self) -> np.ndarray:

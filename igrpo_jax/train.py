@@ -17,7 +17,7 @@ from igrpo_jax.config import Config
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import compilations, peak_memory, use_disk_cache
-from igrpo_jax.learning import filtering, objectives
+from igrpo_jax.learning import credit
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import local_folder
@@ -70,7 +70,7 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
 
 def train_step(run: Run, state: TrainState, step: int) -> StepResult:
     """Runs one step of Algorithm 1: samples both stages, scores them, and makes one update, which donates `state`."""
-    learner, algorithm, name = run.learner, run.learner.algorithm, f"step {step}"
+    learner, name = run.learner, f"step {step}"
     with _profiled(run.config, run.workdir, step), compilations() as compiled:
         began = time.perf_counter()
         prompts = functools.partial(run.task.step_prompts, step)  # by the number of the redraw
@@ -78,8 +78,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
             groups, sampled = run.rollout.collect(learner.policy(state.params), step, prompts)
         if step == run.first_step + 1:
             run.compile_rest()
-        rewards = filtering.trained_rewards(groups, run.config)
-        advantages = objectives.group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline)
+        advantages = credit.refinement_advantages(groups, run.config)
         with watchdog.phase("update", name), watchdog.phase("dispatch"):
             checked = learner.draft_check(state.params, groups) if run.shows_samples(step) else {}
             updating = time.perf_counter()
@@ -87,7 +86,8 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
             ended = time.perf_counter()
     times = {"perf/update_time": ended - updating, "perf/step_time": ended - began, "perf/recompiles": len(compiled)}
     times["perf/wall_time"] = time.time()
-    metrics = {**checked, **learned, **rollout_metrics(groups, run.config), **sampled, **times, **peak_memory()}
+    metrics = {**checked, **learned, **rollout_metrics(groups, run.config), **sampled}
+    metrics |= {**credit.reward_metrics(groups, run.config), **times, **peak_memory()}
     return StepResult(state, groups, advantages, metrics, compiled)
 
 

@@ -117,6 +117,9 @@ def test_a_value_that_no_run_can_use_is_one_line_with_field_value_and_fix(path, 
     assert str(error.value).startswith("config.") and "\n" not in str(error.value)
 
 
+UNSOLVED = {"draft_when": "unsolved", "train_drafts": True}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -129,14 +132,42 @@ def test_a_value_that_no_run_can_use_is_one_line_with_field_value_and_fix(path, 
         ({"train_drafts": True, "num_drafts": 0, "num_generations": 8}, None),  # the base algorithm: there are none
         ({"draft_early_stop": True, "custom": "my:reward"}, "algorithm.draft_early_stop = True: .* not known"),
         ({"draft_early_stop": True, "custom": ""}, None),
+        ({"draft_when": "unsolved"}, "draft_when = 'unsolved': .* set algorithm.train_drafts to True"),
+        ({**UNSOLVED, "num_drafts": 3}, "draft_when = 'unsolved': .* to a multiple of algorithm.num_drafts"),
+        ({**UNSOLVED, "max_redraws": 1}, "draft_when = 'unsolved': .* set algorithm.max_redraws to 0"),
+        ({**UNSOLVED, "draft_dropout": 0.5}, "draft_when = 'unsolved': .* set algorithm.draft_dropout to 0"),
+        ({**UNSOLVED, "alternate": True}, "draft_when = 'unsolved': .* set algorithm.alternate to False"),
+        ({**UNSOLVED, "accuracy": 0.0}, "draft_when = 'unsolved': .* set rewards.accuracy above 0"),
+        ({**UNSOLVED, "group": "prompt", "num_drafts": 2, "improvement_bonus": 0.5}, None),
+        ({**UNSOLVED, "num_drafts": 0, "group": "prompt"}, None),  # the base algorithm again
+        ({"alternate": True, "num_drafts": 0}, "alternate = True: .* set algorithm.num_drafts to at least 1"),
+        ({"alternate": True, "draft_selection": "random"}, None),
+        ({"refine_credit": "plain"}, None),
+        ({"refine_credit": "plain", "accuracy": 0.0}, "credit_completions = 'right': .* set rewards.accuracy above 0"),
+        ({"refine_credit": "plain", "accuracy": 0.0, "credit_completions": "all"}, None),
+        (
+            {"refine_credit": "plain", "importance_sampling_cap": 2.0},
+            "credit_gamma = 0.1: .* or algorithm.importance_sampling_cap to 0",
+        ),
+        ({"refine_credit": "plain", "importance_sampling_cap": 2.0, "credit_gamma": 0.0}, None),
+        ({"importance_sampling_cap": 2.0}, None),
+        ({"group": "prompt"}, "group = 'prompt': .* set algorithm.train_drafts to True"),
+        (
+            {"group": "prompt", "train_drafts": True, "max_redraws": 1},
+            "group = 'prompt': .* set algorithm.max_redraws to 0",
+        ),
+        ({"improvement_bonus": 0.5}, "improvement_bonus = 0.5: .* set algorithm.group to .prompt"),
+        ({"repeat_penalty": 0.5}, None),
+        ({"repeat_penalty": 0.5, "accuracy": 0.0}, "repeat_penalty = 0.5: .* set rewards.accuracy above 0"),
     ],
 )
 def test_draft_controls_that_do_not_go_together(changes, says):
     tree = config.default()
-    tree.learner.minibatches = 64
+    tree.learner.minibatches = 32 if "draft_when" in changes else 64
     tree.algorithm.num_generations = 4
+    tree.rewards.accuracy = changes.get("accuracy", 1.0)
     tree.rewards.custom = changes.get("custom", "")
-    tree.algorithm.update({name: value for name, value in changes.items() if name != "custom"})
+    tree.algorithm.update({name: value for name, value in changes.items() if name not in ("custom", "accuracy")})
     if says is None:
         config.freeze(tree)
         return

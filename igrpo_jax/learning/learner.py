@@ -10,8 +10,9 @@ advantages are all zero have no gradient where beta = 0 and no entropy bonus ask
 Their entropy, for the metrics, is that of the sampler.
 
 With algorithm.train_drafts the drafts of a prompt are a group as well, on the plain prompt, with a baseline of their
-own. They are rows of the same optimizer steps, each minibatch has its part of them, and a row of either kind weighs
-the same. Metrics under TRL's names still describe the refinements alone; loss and gradient norm are those of all rows.
+own (or with that of the refinements, see `credit`). They are rows of the same optimizer steps, each minibatch has its
+part of them, and a row of either kind weighs the same. Metrics under TRL's names still describe the refinements alone;
+loss and gradient norm are those of all rows.
 
 An optimizer step whose loss or gradient is not finite changes nothing and is counted.
 """
@@ -24,7 +25,7 @@ import numpy as np
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import tree_bytes
-from igrpo_jax.learning import filtering, objectives
+from igrpo_jax.learning import credit, objectives
 from igrpo_jax.learning.micro_shapes import MicroShapes
 from igrpo_jax.learning.packing import MicroBatch, Packer, Unit
 from igrpo_jax.learning.programs import LearnerPrograms
@@ -96,14 +97,14 @@ class Learner:
         return self.programs.state
 
     def update(
-        self, state: TrainState, groups: list[Group], advantages: np.ndarray, step: int
+        self, state: TrainState, groups: list[Group], advantages: Sequence[np.ndarray], step: int
     ) -> tuple[TrainState, dict]:
         """Makes all optimizer steps of one update.
 
         Args:
-            groups: P groups of G completions, in the order of the prompts.
-            advantages: [P, G] float32, of the refinements. Those of drafts, where they are trained on, follow
-                from their rewards.
+            groups: the groups of a step, in the order of the prompts.
+            advantages: of the refinements of each group, [G] float32. Those of drafts, where they are trained on,
+                follow from the rewards (`credit`).
             step: the step of the run; with the seed it decides which units share a minibatch.
 
         Returns:
@@ -154,7 +155,9 @@ class Learner:
         state, applied = self.programs.apply(state, grads, sums)
         sums, applied = sharding.to_host((sums, applied))
         padding = 1 - sum(unit.tokens for unit in trained) / padded if padded else 0.0
-        return state, applied | optimizer_step_metrics(sums, idle) | {"perf/padding_frac": padding}
+        stages = {unit.stage for unit in units}
+        measured = optimizer_step_metrics(sums, idle, stages, self.algorithm.plain_credit)
+        return state, applied | measured | {"perf/padding_frac": padding}
 
     def _rescored(
         self, params: decoder.Params, units: Sequence[Unit], batches: Sequence[MicroBatch] | None = None
@@ -185,13 +188,10 @@ class Learner:
 
     def _draft_units(self, groups: Sequence[Group]) -> list[Unit]:
         """Returns the units of drafts, where they are trained on; a group that skipped Stage 1 has none."""
-        drafted = [group.of_drafts for group in groups if "draft" in self.programs.stages and group.drafts]
-        if not drafted:
+        if "draft" not in self.programs.stages:
             return []
-        rewards = filtering.trained_rewards(drafted, self._run_config)
-        algorithm = self.algorithm
-        advantages = objectives.group_advantages(rewards, algorithm.scale_rewards, algorithm.baseline)
-        return self.packer.units(drafted, advantages)
+        advantages = credit.draft_advantages(groups, self._run_config)
+        return self.packer.units([group.of_drafts for group in groups], advantages)
 
     def draft_check(self, params: decoder.Params, groups: Sequence[Group]) -> dict[str, float]:
         """Returns how far rescored log-probs of the first drafts, one micro-batch of them, are from the sampler's.

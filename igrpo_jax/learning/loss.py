@@ -7,6 +7,10 @@ r is the ratio of the policy to pi_old and A the advantage; k3 = rho - log rho -
 estimate, non-negative and unbiased under samples of pi; H is the policy's entropy at a token, whose mean over tokens is
 the bonus. Dual clip puts min(r, delta) in the place of the first r. What the objectives choose, A and w among it, is in
 `objectives`. Weights are those of the whole optimizer step, so that micro-batches simply add.
+
+A departure from iGRPO, off by default: tokens that another context sampled (algorithm.refine_credit = "plain") have
+p / (p + gamma) A in the place of the min, with p = pi of the token: the shaping of Critique-GRPO (2506.03106), which
+nothing clips. Its gradient is gamma p / (p + gamma)^2 A times that of log pi: the largest at p = gamma.
 """
 
 from dataclasses import dataclass
@@ -31,6 +35,9 @@ def loss(algorithm: Resolved, tokens: "TokenValues") -> "LossSums":
     advantage = tokens.advantage
     clipped_ratio = jnp.clip(ratio, 1 - algorithm.epsilon, 1 + algorithm.epsilon_high)
     value = jnp.minimum(jnp.minimum(ratio, algorithm.delta) * advantage, clipped_ratio * advantage)
+    if tokens.shaped is not None:
+        shaped = jax.nn.sigmoid(tokens.logprob - jnp.log(algorithm.credit_gamma))  # p / (p + gamma)
+        value = jnp.where(tokens.shaped, shaped * advantage, value)
     if tokens.correction is not None:
         value = value * tokens.correction
     k3 = jnp.zeros_like(value)
@@ -41,6 +48,8 @@ def loss(algorithm: Resolved, tokens: "TokenValues") -> "LossSums":
     counted = tokens.weight > 0
     too_low = (ratio < 1 - algorithm.epsilon) & (advantage < 0)
     too_high = (ratio > 1 + algorithm.epsilon_high) & (advantage > 0)
+    if tokens.shaped is not None:
+        too_low, too_high = too_low & ~tokens.shaped, too_high & ~tokens.shaped
 
     def total(x: jax.Array | float) -> jax.Array:
         return jnp.sum(jnp.where(counted, x, 0.0))
@@ -68,6 +77,7 @@ class TokenValues(NamedTuple):
     correction: jax.Array | None = None  # [S, F] float32, importance weights against the sampler; None = 1
     entropy: jax.Array | None = None  # [S, F] float32, in nats, with its gradient; None where entropy_coef = 0
     entropy_weight: jax.Array | None = None  # [S, F] float32 from `entropy_weights`
+    shaped: jax.Array | None = None  # [S, F] bool, tokens of another context; None where credit_gamma = 0
 
 
 class LossSums(NamedTuple):
@@ -150,6 +160,7 @@ def microbatch_loss(
         correction=correction,
         entropy=entropy if has_bonus else None,
         entropy_weight=batch.entropy_weight if has_bonus else None,
+        shaped=batch.shaped,
     )
     loss_sums = loss(algorithm, tokens)
     mismatch = jnp.abs(drift)

@@ -96,6 +96,8 @@ class Resolved:
     beta: float
     entropy_coef: float
     mask_truncated: bool
+    plain_credit: bool = False  # refinements are scored and trained on after the plain prompt
+    credit_gamma: float = 0.0  # of p / (p + gamma), which their tokens enter the loss as; 0 = the clipped ratio
 
     @property
     def needs_advantage(self) -> bool:
@@ -126,6 +128,8 @@ def resolve(config: AlgorithmConfig) -> Resolved:
         beta=config.beta,
         entropy_coef=config.entropy_coef,
         mask_truncated=config.mask_truncated_completions,
+        plain_credit=config.refine_credit == "plain",
+        credit_gamma=config.credit_gamma if config.refine_credit == "plain" else 0.0,
     )
 
 

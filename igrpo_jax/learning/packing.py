@@ -31,6 +31,7 @@ class Unit:
     context: np.ndarray  # [L] int32
     completions: tuple[Completion, ...]  # G
     advantage: np.ndarray  # [G] float32
+    shaped: bool = False  # the tokens enter the loss as p / (p + credit_gamma), since another context sampled them
     weight: np.ndarray | None = None  # [G] float32, weight of every token of a completion; set per optimizer step
     entropy_weight: np.ndarray | None = None  # [G] float32, weight of every token's entropy; set per optimizer step
     old: list[np.ndarray] | None = None  # log pi_old, [T_i] float32 each; None until rescored
@@ -79,6 +80,7 @@ class TrainBatch(NamedTuple):
     old_logprob: np.ndarray  # [S, F] float32 log pi_old; read where off-policy
     reference_logprob: np.ndarray  # [S, F] float32 log pi_ref; read where beta > 0
     sampler_logprob: np.ndarray  # [S, F] float32, of the sampler that drew the tokens
+    shaped: np.ndarray | None = None  # [S, F] bool, see `Unit`; None where credit_gamma = 0
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,21 @@ class Packer:
         self._algorithm = algorithm
         self._chunk = chunk
 
-    def units(self, groups: Sequence[Group], advantages: np.ndarray) -> list[Unit]:
-        """Returns the units of `groups`, in their order; `advantages` is [P, G] float32."""
+    def units(self, groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> list[Unit]:
+        """Returns the units of `groups`, in their order.
+
+        With algorithm.refine_credit = "plain" their context is the plain prompt, whatever they were sampled with.
+
+        Args:
+            advantages: of the completions of each group, [G] float32.
+        """
         units, size = [], self.shapes.completions_per_unit
         for group, advantage in zip(groups, advantages, strict=True):
+            context = group.prompt.tokens if self._algorithm.plain_credit else group.context
+            shaped = self._algorithm.credit_gamma > 0 and group.kept is not None
             for start in range(0, len(group.completions), size):
                 part = slice(start, start + size)
-                units.append(Unit(group.context, group.completions[part], advantage[part]))
+                units.append(Unit(context, group.completions[part], advantage[part], shaped))
         return units
 
     def set_weights(self, units: Sequence[Unit]) -> None:
@@ -206,15 +216,15 @@ class Packer:
 
     def fill(self, batch: MicroBatch) -> TrainBatch:
         """Returns the host arrays of a micro-batch."""
-        return fill(batch, self._chunk)
+        return fill(batch, self._chunk, has_shaped=self._algorithm.credit_gamma > 0)
 
     def empty(self, size: int) -> TrainBatch:
         """Returns the arrays of a micro-batch of padding, for their shapes and dtypes."""
         return self.fill(MicroBatch(size, [[] for _ in range(self.shapes.shards)]))
 
 
-def fill(batch: MicroBatch, chunk: int | None) -> TrainBatch:
-    """Returns the host arrays of a micro-batch; `chunk` as for `Packer`."""
+def fill(batch: MicroBatch, chunk: int | None, has_shaped: bool = False) -> TrainBatch:
+    """Returns the host arrays of a micro-batch; `chunk` as for `Packer`, and `shaped` only where asked for."""
     of_tokens = lambda dtype: np.zeros((len(batch.shards), batch.size), dtype)
     families = [[piece.family for piece in pieces] for pieces in batch.shards]
     arrays = TrainBatch(
@@ -225,7 +235,8 @@ def fill(batch: MicroBatch, chunk: int | None) -> TrainBatch:
             max(sum(sum(family.completions) for family in shard) for shard in families), np.int32
         ),
         mask=of_tokens(bool),
-        **{name: of_tokens(np.float32) for name in TrainBatch._fields[5:]},
+        **{name: of_tokens(np.float32) for name in TrainBatch._fields[5:-1]},
+        shaped=of_tokens(bool) if has_shaped else None,
     )
     for shard, pieces in enumerate(batch.shards):
         for piece, (start, _) in zip(pieces, segments.starts(families[shard]), strict=True):
@@ -242,6 +253,8 @@ def _fill_completion(arrays: TrainBatch, at: tuple[int, slice], unit: Unit, i: i
     arrays.tokens[at] = [unit.context[-1], *completion.tokens[:-1]]
     arrays.targets[at], arrays.mask[at] = completion.tokens, True
     arrays.advantage[at], arrays.sampler_logprob[at] = unit.advantage[i], completion.logprobs
+    if arrays.shaped is not None:
+        arrays.shaped[at] = unit.shaped
     if unit.weight is not None:
         arrays.weight[at], arrays.entropy_weight[at] = unit.weight[i], unit.entropy_weight[i]
     if unit.old is not None:

@@ -15,6 +15,14 @@ right, or all are wrong (`filtering` has the metric), a fresh prompt takes its p
 times. DAPO draws whole batches and keeps what it needs of them; here each position of the step has redraws of its own,
 and the last one stays, without an advantage where it is filtered out too.
 
+Two more, off by default, change which prompts are refined. With algorithm.alternate every other step, from step 1 on,
+has no drafts, and the step after it drafts the same prompts (ThinkTwice, 2604.01591). With algorithm.draft_when =
+"unsolved" only a prompt without a right draft goes on to Stage 2. Each position of the step may sample N + G
+completions, as in the paper. Its first prompt has N drafts. If none is right, G refinements follow. If one is, the G
+completions are left to fresh prompts, which take the position one after another: each has N drafts, and goes on to
+Stage 2 only where none is right and G completions are still left. This ends when fewer than N are left, which is at
+none, since N divides G. So a step samples P (N + G) completions whatever is solved, and no position waits for another.
+
 Results are ordered by (prompt, sample), never by arrival, and nothing in them depends on it: drafts are drawn all at
 once, or each after those of lower numbers are scored; a redraw's prompt and randomness follow from its StepPosition.
 The results do not depend on the number of processes either: each team of them works on some positions of the step, and
@@ -23,14 +31,14 @@ The results do not depend on the number of processes either: each team of them w
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from absl import logging
 
-from igrpo_jax.config import Config
+from igrpo_jax.config import AlgorithmConfig, Config
 from igrpo_jax.distributed import watchdog
 from igrpo_jax.distributed.compiling import Wanted
 from igrpo_jax.distributed.preemption import Preempted
@@ -67,10 +75,20 @@ def select_draft(drafts: Sequence[Completion], selection: str, rng: np.random.Ge
     return int(known[_SELECT[selection](rewards[known], rng)]) if len(known) else None
 
 
+def needs_refinement(drafts: Iterable[Completion], left: int, algorithm: AlgorithmConfig) -> bool:
+    """Returns whether a prompt is refined where algorithm.draft_when = "unsolved".
+
+    Args:
+        drafts: all N of it; one without a verdict is not right.
+        left: completions that its position may still sample.
+    """
+    return left >= algorithm.num_generations and not any(draft.score.is_right for draft in drafts)
+
+
 class RolloutResult(NamedTuple):
     """What a rollout hands to the update; the same on every process."""
 
-    groups: list[Group]  # one per prompt of the step, in the order of the prompts
+    groups: list[Group]  # one per prompt, in the order of the positions of the step, and of their redraws
     metrics: dict[str, float]  # `perf/`, `verifier/` and `redraw/`
 
 
@@ -82,6 +100,7 @@ class _PromptRollout:
     position: StepPosition
     context: np.ndarray | None = None  # [L'] int32 of Stage 2, once it is known
     kept: int | None = None  # index of the draft in `context`
+    left: int = 0  # completions that its position may still sample after its drafts (algorithm.draft_when)
     drafts: dict[int, Completion] = field(default_factory=dict)  # scored ones, by their number
     completions: dict[int, Completion] = field(default_factory=dict)  # scored refinements, by their number
 
@@ -106,6 +125,7 @@ class _StepRollout:
         prompts: exchange.Prompts,
     ):
         self._algorithm = config.algorithm
+        self._num_drafts = config.algorithm.drafts_in(step)
         self._filter_metric = config.filter_groups_metric
         self._rollout = config.rollout
         self._seed = config.seed
@@ -119,9 +139,10 @@ class _StepRollout:
         self._drafting: set[int] = set()  # positions whose drafts are not all scored
         # The latest prompt of each position of this process.
         self.latest = {
-            index: _PromptRollout(prompts(0)[index], StepPosition(index))
+            index: _PromptRollout(prompts(0)[index], StepPosition(index), left=config.algorithm.num_generations)
             for index in scheduler.engine.team.positions(self._count)
         }
+        self.unrefined: list[_PromptRollout] = []  # prompts without Stage 2, whose position a fresh prompt took
         self.redrawn: list[Group] = []  # groups that were filtered out, whose position a fresh prompt took
         for work in self.latest.values():
             self._begin(work)
@@ -133,11 +154,11 @@ class _StepRollout:
         """Starts Stage 1 of a prompt, or Stage 2 where it has no drafts."""
         algorithm = self._algorithm
         dropped = algorithm.draft_dropout > 0 and self._rng(work, DROPOUT).random() < algorithm.draft_dropout
-        if dropped or not algorithm.num_drafts:
+        if dropped or not self._num_drafts:
             self._refine(work)
         else:
             self._drafting.add(work.position.index)
-            self._draft(work, 1 if algorithm.draft_early_stop else algorithm.num_drafts)
+            self._draft(work, 1 if algorithm.draft_early_stop else self._num_drafts)
 
     def _draft(self, work: _PromptRollout, samples: int) -> None:
         """Queues further drafts of a prompt."""
@@ -145,21 +166,39 @@ class _StepRollout:
         self._submit(work, "draft", work.prompt.tokens, samples, len(work.drafts), scored)
 
     def _draft_scored(self, work: _PromptRollout, draft: Completion) -> None:
-        """Keeps a draft; a further draft or Stage 2 may follow."""
-        algorithm, drafts = self._algorithm, work.drafts
+        """Keeps a draft; a further draft or what comes after Stage 1 may follow."""
+        drafts = work.drafts
         drafts[draft.sample_id] = draft
-        if len(drafts) < algorithm.num_drafts:
-            if not algorithm.draft_early_stop:
+        if len(drafts) < self._num_drafts:
+            if not self._algorithm.draft_early_stop:
                 return
             if not draft.score.reward >= self._largest:  # NaN is no success
                 self._draft(work, 1)
                 return
         self._drafting.remove(work.position.index)
         if self._rollout.streamed:
-            self._refine(work)
+            self._drafted(work)
         elif not self._drafting:
             for waiting in [other for other in self.latest.values() if other.context is None]:
-                self._refine(waiting)
+                self._drafted(waiting)
+
+    def _drafted(self, work: _PromptRollout) -> None:
+        """Goes on from a prompt whose drafts are scored: to its refinements, or to a fresh prompt at its position."""
+        algorithm = self._algorithm
+        if algorithm.draft_when == "always" or needs_refinement(work.drafts.values(), work.left, algorithm):
+            self._refine(work)
+            return
+        work.context = work.prompt.tokens
+        if work.left >= self._num_drafts:
+            self.unrefined.append(work)
+            self._begin(self._fresh(work, work.left - self._num_drafts))
+
+    def _fresh(self, work: _PromptRollout, left: int = 0) -> _PromptRollout:
+        """Returns the fresh prompt that takes the position of `work`."""
+        index, redraw = work.position
+        fresh = _PromptRollout(self._prompts(redraw + 1)[index], StepPosition(index, redraw + 1), left=left)
+        self.latest[index] = fresh
+        return fresh
 
     def _refine(self, work: _PromptRollout) -> None:
         """Starts Stage 2 of a prompt: on q' where a draft has a verdict, on the plain prompt where none has."""
@@ -177,12 +216,10 @@ class _StepRollout:
         work.completions[completion.sample_id] = completion
         if len(work.completions) < self._algorithm.num_generations:
             return
-        index, redraw = work.position
-        if redraw < self._algorithm.max_redraws and not filtering.passes([work.group()], self._filter_metric)[0]:
+        redraws = self._algorithm.max_redraws
+        if work.position.redraw < redraws and not filtering.passes([work.group()], self._filter_metric)[0]:
             self.redrawn.append(work.group())
-            fresh = _PromptRollout(self._prompts(redraw + 1)[index], StepPosition(index, redraw + 1))
-            self.latest[index] = fresh
-            self._begin(fresh)
+            self._begin(self._fresh(work))
 
     def _submit(
         self,
@@ -226,6 +263,8 @@ class Rollout:
     def collect(self, params: decoder.Params, step: int, prompts: exchange.Prompts) -> RolloutResult:
         """Returns one group per prompt, in the order of `prompts(0)`, and the metrics of the rollout.
 
+        With algorithm.draft_when = "unsolved" a position has several prompts, which follow one another.
+
         `redraw/groups` counts the groups whose position a fresh prompt took, `redraw/exhausted` those that stayed
         although they are filtered out, because `algorithm.max_redraws` fresh prompts were used. Of all groups that
         were sampled, `redraw/filtered_frac` is the fraction filtered out, and `redraw/equal_reward_frac` the fraction
@@ -238,7 +277,7 @@ class Rollout:
 
         Args:
             prompts: returns the prompts of this step by the number of the redraw, one for each position: 0 are the
-                first ones, and 1, 2, … are asked for where algorithm.max_redraws > 0.
+                first ones, and 1, 2, … are asked for where fresh prompts take their positions.
 
         Raises:
             VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
@@ -253,13 +292,14 @@ class Rollout:
             own = None
         with watchdog.phase("exchange"):
             parts = exchange.everywhere(own, prompts)
-        by_index = {position.index: group for part in parts for position, group in part.groups.items()}
-        groups = [by_index[index] for index in range(len(prompts(0)))]
+        by_position = {position: group for part in parts for position, group in part.groups.items()}
+        groups = [by_position[position] for position in sorted(by_position)]
         scores = [score for part in parts for score in part.scores] + _scores(groups)
         check_errors(scores, self._config.rewards.max_error_fraction)
         metrics = {
             **self._verifier.statistics(scores, [judgement for part in parts for judgement in part.judgements]),
             **self._redraws(groups, parts),
+            **_unsolved(groups, self._config.algorithm),
             "perf/rollout_time": time.perf_counter() - began,
             **_usage_metrics(parts),
         }
@@ -274,7 +314,7 @@ class Rollout:
             waited = sample_and_score(self._scheduler, self._verifier.submit, self._renderer)
         finally:
             self._scheduler.finish()
-        groups = {work.position: work.group() for work in running.latest.values()}
+        groups = {work.position: work.group() for work in (*running.unrefined, *running.latest.values())}
         sampled = [*groups.values(), *running.redrawn]
         return ProcessRollout(
             groups=groups,
@@ -311,6 +351,17 @@ class Rollout:
             "redraw/filtered_frac": (redrawn + exhausted) / sampled,
             "redraw/equal_reward_frac": equal / sampled,
         }
+
+
+def _unsolved(groups: Sequence[Group], algorithm: AlgorithmConfig) -> dict[str, float]:
+    """Returns how many prompts a step has with algorithm.draft_when = "unsolved", and what was sampled of them."""
+    if algorithm.draft_when == "always" or not algorithm.num_drafts:
+        return {}
+    return {
+        "unsolved/prompts": len(groups),
+        "unsolved/refined": sum(bool(group.completions) for group in groups),
+        "unsolved/completions": sum(len(group.drafts) + len(group.completions) for group in groups),
+    }
 
 
 def _equal(groups: Sequence[Group]) -> int:

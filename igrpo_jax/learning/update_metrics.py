@@ -1,7 +1,7 @@
 """The metrics of an update, under TRL's names, from the sums of its programs and the groups that it left out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -10,10 +10,13 @@ from igrpo_jax.learning.packing import Unit
 
 _LAST = ("learning_rate", "nonfinite_steps")  # a rate or a count: that of the last optimizer step
 _LARGEST = ("sampling/sampling_logp_difference/max",)
-_COMPARED = ("sampling/sampling_logp_difference/mean", *_LARGEST)
+_PLAIN = "refine/plain_logp_difference"  # how far the plain prompt's log-probs are from those with the draft
+_COMPARED = ("sampling/sampling_logp_difference/mean", *_LARGEST, _PLAIN)
 
 
-def optimizer_step_metrics(sums: dict[str, MicroBatchSums], idle: Sequence[Unit]) -> dict[str, float]:
+def optimizer_step_metrics(
+    sums: dict[str, MicroBatchSums], idle: Sequence[Unit], stages: Collection[str], plain_credit: bool = False
+) -> dict[str, float]:
     """Returns the metrics of one optimizer step: the loss of all rows, and the metrics of the refinements.
 
     Drafts that are trained on are measured as `draft/kl` and `draft/clip_ratio`.
@@ -21,15 +24,20 @@ def optimizer_step_metrics(sums: dict[str, MicroBatchSums], idle: Sequence[Unit]
     Args:
         sums: by stage, of the rows that were trained on.
         idle: units without a gradient, for which nothing was computed.
+        stages: those of which the optimizer step has units; others have no metrics.
+        plain_credit: refinements are scored after another prompt than their sampler's, which tells nothing about the
+            sampler. The difference then has a name of its own.
     """
     by_stage = {}
-    for stage, stage_sums in sums.items():
-        chosen = [unit for unit in idle if unit.stage == stage]
-        if chosen or stage_sums.tokens or stage == "refine":
-            by_stage[stage] = _stage_metrics(stage_sums, chosen)
+    for stage in stages:
+        by_stage[stage] = _stage_metrics(sums[stage], [unit for unit in idle if unit.stage == stage])
+    refined = by_stage.get("refine", {})
+    if refined and plain_credit:
+        refined[_PLAIN] = refined.pop("sampling/sampling_logp_difference/mean")
+        del refined["sampling/sampling_logp_difference/max"]
     names = {"kl": "kl", "clip_ratio/region_mean": "clip_ratio"}
     drafts = {f"draft/{short}": by_stage["draft"][name] for name, short in names.items() if "draft" in by_stage}
-    return by_stage["refine"] | drafts | {"loss": sum(stage_sums.loss_sums.loss for stage_sums in sums.values())}
+    return refined | drafts | {"loss": sum(stage_sums.loss_sums.loss for stage_sums in sums.values())}
 
 
 def _stage_metrics(sums: MicroBatchSums, idle: Sequence[Unit]) -> dict[str, float]:

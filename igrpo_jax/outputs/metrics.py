@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from igrpo_jax.config import Config
-from igrpo_jax.records import Completion, Group
+from igrpo_jax.records import Completion, Group, same_answer
 
 
 def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]:
@@ -35,9 +35,20 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
     "Right" is accuracy = 1. Without an accuracy reward the metrics that need one are absent. Completions without a
     verdict (reward NaN) are left out of means; a mean over no value is NaN, which is written as null.
     """
+    refined = [group for group in groups if group.completions]
+    samples = [sample for group in groups for sample in (*group.drafts, *group.completions)]
+    with_accuracy = any("accuracy" in sample.score.rewards for sample in samples)
+    metrics = _completion_metrics(refined, config.rewards.custom_names) if refined else {}
+    metrics |= _draft_metrics([group.drafts for group in groups if group.drafts], with_accuracy)
+    metrics |= _refine_metrics(
+        [group for group in refined if group.kept is not None], with_accuracy, config.draft_limit
+    )
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _completion_metrics(groups: Sequence[Group], custom_names: Sequence[str]) -> dict[str, Any]:
+    """Returns the metrics of the completions of `groups`, each of which has some."""
     completions = [completion for group in groups for completion in group.completions]
-    if not completions:
-        return {}
     group_rewards = [
         np.array([completion.score.reward for completion in group.completions], np.float64) for group in groups
     ]
@@ -56,18 +67,14 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
         metrics[f"rewards/{name}/mean"] = _mean(
             [completion.score.rewards.get(name, np.nan) for completion in completions]
         )
-    for name in config.rewards.custom_names:
+    for name in custom_names:
         metrics[f"rewards/{name}/std"] = _std(
             [completion.score.rewards.get(name, np.nan) for completion in completions]
         )
     for name in sorted({name for completion in completions for name in completion.score.logged}):
         values = [value for completion in completions for value in completion.score.logged.get(name, [])]
         metrics[f"custom/{name}"] = _mean(values)
-    with_accuracy = "rewards/accuracy/mean" in metrics
-    metrics |= _draft_metrics([group.drafts for group in groups if group.drafts], with_accuracy)
-    refined = [group for group in groups if group.kept is not None]
-    metrics |= _refine_metrics(refined, with_accuracy, config.draft_limit)
-    return {name: float(value) for name, value in metrics.items()}
+    return metrics
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
@@ -102,7 +109,7 @@ def _draft_metrics(drafts: list[tuple[Completion, ...]], with_accuracy: bool) ->
     }
     if with_accuracy:
         metrics["draft/accuracy"] = np.mean([draft.score.rewards.get("accuracy", 0.0) for draft in every])
-        solved = [np.mean([_right(draft) for draft in group]) for group in drafts]
+        solved = [np.mean([draft.score.is_right for draft in group]) for group in drafts]
         metrics["draft/solved_none"] = np.mean([fraction == 0 for fraction in solved])
         metrics["draft/solved_some"] = np.mean([0 < fraction < 1 for fraction in solved])
         metrics["draft/solved_all"] = np.mean([fraction == 1 for fraction in solved])
@@ -133,7 +140,7 @@ def _refine_metrics(groups: list[Group], with_accuracy: bool, max_draft_length: 
         metrics["refine/same_answer"] = np.mean(
             [same_answer(draft.score.extracted, completion.score.extracted) for draft, completion in pairs]
         )
-        moves = collections.Counter((_right(draft), _right(completion)) for draft, completion in pairs)
+        moves = collections.Counter((draft.score.is_right, completion.score.is_right) for draft, completion in pairs)
         metrics["refine/fixed"] = moves[False, True] / len(pairs)
         metrics["refine/broken"] = moves[True, False] / len(pairs)
         metrics["refine/kept_right"] = moves[True, True] / len(pairs)
@@ -161,11 +168,6 @@ def copy_ratio(draft: np.ndarray, refinement: np.ndarray) -> float:
     return (prefix + suffix) / len(refinement)
 
 
-def same_answer(draft: str | None, refinement: str | None) -> bool:
-    """Returns whether both texts state an answer, and the answers are the same characters; None states none."""
-    return draft is not None and draft == refinement
-
-
 def _agreement(a: np.ndarray, b: np.ndarray) -> int:
     """Returns at how many leading positions two arrays of one length agree."""
     different = np.asarray(a) != np.asarray(b)
@@ -175,8 +177,3 @@ def _agreement(a: np.ndarray, b: np.ndarray) -> int:
 def _content(completion: Completion) -> np.ndarray:
     """Returns the tokens of a completion without its EOS."""
     return completion.tokens[:-1] if completion.finished else completion.tokens
-
-
-def _right(completion: Completion) -> bool:
-    """Returns whether the completion's answer is right."""
-    return completion.score.rewards.get("accuracy", 0.0) >= 1.0

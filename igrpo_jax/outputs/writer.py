@@ -92,11 +92,11 @@ class Writer:
                 tracker.write(self.rows, row)
         self.rows += 1
 
-    def samples(self, step: int, groups: Sequence[Group], advantages: np.ndarray) -> None:
+    def samples(self, step: int, groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> None:
         """Writes `samples/step_000123.jsonl`, with one row per draft and completion; trackers get the first prompt.
 
         Args:
-            advantages: [P, G] float32, of P groups with G completions.
+            advantages: of the completions of each group, [G] float32.
 
         Raises:
             RunError: the file cannot be written.
@@ -106,17 +106,20 @@ class Writer:
         path = self._samples / f"step_{step:06d}.jsonl"
         write_rows(path, (row for row, _, _ in _sample_rows(groups, advantages)))
         with writing(path):
+            first = next((i for i, group in enumerate(groups) if group.completions), None)
+            if first is None:
+                return
             for tracker in self._trackers:
-                tracker.sample(step, lines.sample_blocks(groups[0], float(advantages[0][0])))
+                tracker.sample(step, lines.sample_blocks(groups[first], float(advantages[first][0])))
 
-    def nonfinite(self, step: int, groups: Sequence[Group], advantages: np.ndarray) -> None:
+    def nonfinite(self, step: int, groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> None:
         """Writes the batch of a step whose update was skipped to `nonfinite/step_000123.jsonl`.
 
         The rows are those of `samples`, each with the tokens of its context, its own tokens and the sampler's log-probs
         (null where they are not finite).
 
         Args:
-            advantages: [P, G] float32, of P groups with G completions.
+            advantages: of the completions of each group, [G] float32.
 
         Raises:
             RunError: the file cannot be written.
@@ -150,9 +153,9 @@ class Writer:
                     stack.callback(output.close)
 
 
-def _sample_rows(groups: Sequence[Group], advantages: np.ndarray) -> Iterator[tuple[dict, Group, Completion]]:
+def _sample_rows(groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> Iterator[tuple[dict, Group, Completion]]:
     """Yields a row for each draft and each completion, with its group and the completion itself."""
-    for group, group_advantages in zip(groups, np.asarray(advantages), strict=True):
+    for group, group_advantages in zip(groups, advantages, strict=True):
         for draft in group.drafts:
             yield _sample_row(group, draft, None, None), group, draft
         parent = None if group.kept is None else group.drafts[group.kept].sample_id

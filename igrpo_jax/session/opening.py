@@ -178,8 +178,9 @@ def _first_wanted(config: Config, task: Task, engine: Engine, latest: int | None
     if latest is None and config.evaluation.every:
         return engine.first_wanted(*task.evaluated.first(config))
     algorithm, prompts = config.algorithm, task.step_prompts((latest or 0) + 1)
-    samples = algorithm.num_drafts or algorithm.num_generations
-    if algorithm.num_drafts and algorithm.draft_early_stop:
+    drafts = algorithm.drafts_in((latest or 0) + 1)
+    samples = drafts or algorithm.num_generations
+    if drafts and algorithm.draft_early_stop:
         samples = 1
     return engine.first_wanted([len(prompt.tokens) for prompt in prompts], samples)
 

@@ -26,7 +26,11 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
     """Returns the rows of the table that is printed before anything is compiled."""
     model, mesh = task.policy.model, task.mesh
     completions = config.prompts_per_step * config.algorithm.num_generations
+    drafts = config.prompts_per_step * config.algorithm.num_drafts
     trained_text = ", both trained" if config.algorithm.train_drafts else ", the trained completions"
+    drafts_text = ", in every other step" if config.algorithm.alternate else ""
+    if config.algorithm.draft_when == "unsolved":
+        drafts_text, trained_text = f", and those of further prompts{drafts_text}", f" at most{trained_text}"
     tokens = config.trained_completions * config.rollout.max_completion_length
     shapes = learner.packer.shapes
     sizes = ", ".join(f"{size:,}" for size in shapes.sizes)
@@ -46,10 +50,7 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
         *task.notes,
         *(("evaluation", note) for note in task.evaluated.notes),
         ("steps", f"{task.total_steps:,} of {config.prompts_per_step} prompts"),
-        (
-            "drafts per step",
-            f"{config.prompts_per_step * config.algorithm.num_drafts:,} (N = {config.algorithm.num_drafts})",
-        ),
+        ("drafts per step", f"{drafts:,} (N = {config.algorithm.num_drafts}){drafts_text}"),
         ("refinements per step", f"{completions:,} (G = {config.algorithm.num_generations}){trained_text}"),
         ("trained tokens per step", f"at most {tokens:,}"),
         ("padding of the update", _padding(workdir)),

@@ -34,11 +34,11 @@ from igrpo_jax.session.task import Task
 
 
 class StepResult(NamedTuple):
-    """The result of one step of Algorithm 1: P groups with G refinements each, and the state after the update."""
+    """The result of one step of Algorithm 1: its groups, and the state after the update."""
 
     state: TrainState
-    groups: list[Group]  # [P]
-    advantages: np.ndarray  # [P, G] float32
+    groups: list[Group]  # one per prompt
+    advantages: list[np.ndarray]  # of the refinements of each group, [G] float32
     metrics: dict[str, float]
     compiled: list[str]  # the programs that were compiled during the step, as "kind shape"
 
@@ -82,8 +82,8 @@ class Run:
         self.writer.samples(step, groups, advantages)
         self._check_finite(step, result)
         self.console.step(step, metrics)
-        if self.shows_samples(step):
-            best = max(range(len(groups)), key=lambda i: np.abs(advantages[i]).max())
+        if self.shows_samples(step) and any(group.completions for group in groups):
+            best = max(range(len(groups)), key=lambda i: np.abs(advantages[i]).max(initial=-1))
             self.console.sample(groups[best], advantages[best])
 
     def _warn_of_compiles(self, step: int, compiled: Sequence[str]) -> None:
@@ -155,7 +155,8 @@ class Run:
         """
         config, best_metric = self.config, self.config.checkpoint.best_metric
         self.writer.sync()
-        epoch, index = divmod(step * config.prompts_per_step, len(self.task.prompts))
+        read = config.algorithm.batches_until(step) * config.prompts_per_step
+        epoch, index = divmod(read, len(self.task.prompts))
         meta = {"step": step, "seed": config.seed, "epoch": epoch, "index": index, "metrics_rows": self.writer.rows}
         meta |= {"data": self.task.fingerprint} | self.progress.meta()
         force = force or step in (0, self.task.total_steps) or self.progress.is_best(step, best_metric)

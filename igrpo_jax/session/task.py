@@ -54,10 +54,11 @@ class Task:
     def step_prompts(self, step: int, redraw: int = 0) -> list[Prompt]:
         """Returns the prompts of `step` (from 1), or of its redraw 1, 2, …; they depend on these and the seed alone."""
         config, count = self.config, len(self.prompts)
+        batch = config.algorithm.batches_until(step) - 1
         if redraw:
-            indices = problems.redraw_indices(step - 1, redraw, config.prompts_per_step, count, config.seed)
+            indices = problems.redraw_indices(batch, redraw, config.prompts_per_step, count, config.seed)
         else:
-            indices = problems.step_indices(step - 1, config.prompts_per_step, count, config.seed)
+            indices = problems.step_indices(batch, config.prompts_per_step, count, config.seed)
         return [self.prompts[i] for i in indices]
 
 
@@ -97,7 +98,8 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
             f"config.warm_start.batch_size = {config.warm_start.batch_size}: must be a multiple of mesh.data x "
             f"mesh.fsdp = {shards}, over which a batch is split"
         )
-    steps = config.steps or max(1, int(config.epochs * len(prompts) / config.prompts_per_step))
+    batches = max(1, int(config.epochs * len(prompts) / config.prompts_per_step))
+    steps = config.steps or batches * (2 if config.algorithm.alternate else 1)
     return Task(config, policy, renderer, mesh, prompts, skipped, notes, evaluated, max_context, steps)
 
 

@@ -171,6 +171,29 @@ def test_a_correction_weighs_the_objective_and_not_the_kl():
     np.testing.assert_allclose(gradient, [[-0.025, -0.05, 0], [0.5, 0.0125, 1 / 3]], atol=1e-6)
 
 
+def test_tokens_of_another_context_are_shaped_and_not_clipped():
+    """Row 0 is shaped, A = 1: probabilities 1.5/e and .5/e, each p / (p + .1) with the gradient .1 p / (p + .1)^2.
+
+    Row 1 is as before. The mistakes: a clip at 1.2 on the first token, p itself, or a detached weight on log pi.
+    """
+    logprob, old, mask = example()
+    r = resolved("grpo", refine_credit="plain")
+    assert r.credit_gamma == 0.1 and resolved("grpo").credit_gamma == 0
+    weight = token_weights(r, mask, np.array([True, True]))
+    shaped = np.array([[True], [False]]) & mask
+
+    def loss(logprob):
+        record = objective_loss(r, on_axes(logprob, old, None, ADVANTAGE, weight, mask)._replace(shaped=shaped))
+        return record.loss, record
+
+    (_, record), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logprob))
+    p = np.array(RATIOS[0]) / math.e
+    assert float(record.loss) == pytest.approx(-np.sum(p / (p + 0.1)) / 4 + 6.8 / 6, abs=1e-6)
+    expected = np.array([[*(-0.1 * p / (p + 0.1) ** 2 / 4), 0], GRADIENTS["grpo"][1]])
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+    assert float(record.clipped) == 1  # the other one of the two is in row 0
+
+
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_on_policy_the_ratio_is_1_and_the_gradient_is_that_of_reinforce(loss_type):
     """min(r A, clip(r) A) has a tie at r = 1: its gradient must be A there, not A / 2."""

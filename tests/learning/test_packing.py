@@ -1,5 +1,7 @@
 """From groups to micro-batches: what shares a context, what lies together, and what each token weighs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -274,6 +276,28 @@ def test_the_arrays_of_a_micro_batch():
     np.testing.assert_array_equal(batch.segments.parent[0, :13], [1] * 6 + [4] * 4 + [1, 1, 0])
     np.testing.assert_array_equal(batch.segments.position[0, :13], [2, 3, 2, 3, 4, 5, 0, 1, 2, 0, 0, 1, 0])
     assert not batch.segments.segment[1].any()
+
+
+def test_refinements_can_be_credited_to_the_plain_prompt():
+    """By hand: the tokens stand after the prompt [3, 2] and not after what they were sampled with, [7, 9].
+
+    Only completions that saw a draft are marked; their masks and weights stay. A draft is a row like any other.
+    """
+    first, second = (replace(group, prompt=replace(group.prompt, tokens=np.array([3, 2]))) for group in small_groups())
+    groups = [first, replace(second, kept=None), first.of_drafts]
+    ones = [np.ones(len(group.completions), np.float32) for group in groups]
+    packer = make_packer(**SMALL, algorithm__refine_credit="plain")
+    units = packer.units(groups, ones)
+    packer.set_weights(units)
+    batch = packer.fill(MicroBatch(64, [[Piece(unit, 0, len(unit.completions)) for unit in units]]))
+    tokens = [2, 5, 2, 6, 6, 6, 2, 4, 4, 2, 2, 1, 2, 3, 3, 3]  # completions, then three prefixes of one token
+    np.testing.assert_array_equal(batch.tokens[0, :17], [*tokens, 0])
+    np.testing.assert_array_equal(batch.targets[0, :14], [5, 0, 6, 6, 6, 6, 4, 4, 0, 0, 1, 2, 3, 0])
+    np.testing.assert_array_equal(batch.mask[0], np.arange(64) < 13)
+    np.testing.assert_array_equal(batch.shaped[0], np.arange(64) < 6)
+    np.testing.assert_array_equal(batch.segments.position[0, :14], [1, 2, 1, 2, 3, 4, 1, 2, 3, 1, 1, 2, 3, 0])
+    for credit in ({}, {"algorithm__refine_credit": "plain", "algorithm__credit_gamma": 0.0}):
+        assert make_packer(**SMALL, **credit).empty(64).shaped is None
 
 
 def test_weights_are_those_of_the_units_given():

@@ -14,8 +14,8 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
-from igrpo_jax.learning import filtering, objectives
-from igrpo_jax.learning.rollout import Rollout, select_draft
+from igrpo_jax.learning import credit, filtering, objectives
+from igrpo_jax.learning.rollout import Rollout, needs_refinement, select_draft
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.records import Completion, Prompt, Score
 from igrpo_jax.rewards.verifier import Verifier, VerifierError, statistics
@@ -529,6 +529,98 @@ def test_a_draft_without_a_verdict_ends_nothing(collect):
     wanted = {"rewards__max_error_fraction": 1.0, "algorithm__draft_early_stop": True}
     groups, _ = collect(SilentJudge(delay=0.0), **wanted)
     assert all(len(group.drafts) == N and group.kept is None for group in groups)
+
+
+class Hard(StubVerifier):
+    """Finds a third of the answers right, whatever their reward; it counts what it grades."""
+
+    def _grade(self, text, answer, delay):
+        score = super()._grade(text, answer, delay)
+        return replace(score, rewards={"accuracy": float(zlib.crc32(text.encode()) % 3 == 0)})
+
+
+UNSOLVED = {"algorithm__draft_when": "unsolved", "algorithm__train_drafts": True, "algorithm__num_drafts": 2}
+
+
+def by_position(groups, firsts):
+    """Groups that follow one another at a position, in lists that begin with the prompts `firsts`."""
+    starts = [i for i, group in enumerate(groups) if any(group.prompt is first for first in firsts)]
+    return [groups[start:stop] for start, stop in zip(starts, [*starts[1:], len(groups)], strict=True)]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_only_prompts_without_a_right_draft_are_refined(collect, prompts, streamed):
+    """N = 2, G = 4: a position has 6 completions: 2 drafts and 4 refinements, or the drafts of three prompts.
+
+    Whatever is solved, 6 x 6 completions are sampled. What comes out does not depend on slots or arrival, and the
+    first prompts' drafts and refinements are those of a run that refines all.
+    """
+    fresh = lambda redraw: [
+        replace(prompt, id=f"{prompt.id}, {redraw}") for prompt in prompts[redraw:] + prompts[:redraw]
+    ]
+    wanted = {**UNSOLVED, "rollout__streamed": streamed, "fresh": fresh}
+    verifier = Hard()
+    groups, metrics = collect(verifier, **wanted)
+    again, _ = collect(Hard(delay=0.0), slots=3, **wanted)
+    every, _ = collect(Hard(), algorithm__num_drafts=2)
+    assert len(again) == len(groups)
+    for ours, theirs in zip(groups, again, strict=True):
+        same(ours, theirs)
+    chains = by_position(groups, prompts)
+    assert len(chains) == len(prompts)
+    for index, (chain, full) in enumerate(zip(chains, every, strict=True)):
+        unsolved = not any(draft.score.is_right for draft in full.drafts)
+        same(chain[0], full if unsolved else replace(full, completions=(), kept=None, context=full.prompt.tokens))
+        assert [group.prompt for group in chain[1:]] == ([] if unsolved else [fresh(1)[index], fresh(2)[index]])
+        # Of fresh prompts none can be refined any more: 2 or 0 completions are left.
+        assert all(len(group.drafts) == 2 and not group.completions for group in chain[1:])
+        assert all(group.kept is None and group.context is group.prompt.tokens for group in chain[1:])
+    assert len({len(chain) for chain in chains}) == 2  # some are refined, some not
+    refined = sum(len(chain) == 1 for chain in chains)
+    assert len(verifier.submitted) == metrics["unsolved/completions"] == len(prompts) * (2 + G)
+    assert (metrics["unsolved/prompts"], metrics["unsolved/refined"]) == (len(groups), refined)
+
+
+def test_a_position_that_drafts_all_its_completions(collect, prompts):
+    """Every answer is right: three prompts at each position, and the update has no refinements at all."""
+
+    class Easy(StubVerifier):
+        def _grade(self, text, answer, delay):
+            return replace(super()._grade(text, answer, delay), rewards={"accuracy": 1.0})
+
+    groups, metrics = collect(Easy(delay=0.0), fresh=lambda redraw: prompts, **UNSOLVED)
+    assert [group.prompt for group in groups] == [prompt for prompt in prompts for _ in range(3)]
+    assert metrics["unsolved/completions"] == 6 * len(prompts) and metrics["unsolved/refined"] == 0
+    assert metrics["perf/completion_tokens"] == 0
+    texts = {group.drafts[0].text for group in groups[:3]}
+    assert len(texts) == 3  # one prompt, three times with randomness of its own
+    chosen = settings(**UNSOLVED)
+    assert [len(own) for own in credit.refinement_advantages(groups, chosen)] == [0] * len(groups)
+
+
+@pytest.mark.parametrize(
+    ("right", "left", "refines"),
+    [([0, 0], 4, True), ([0, 1], 4, False), ([0, 0], 3, False), ([math.nan, 0], 4, True), ([2, 2], 9, False)],
+)
+def test_which_prompts_are_refined(right, left, refines):
+    drafts = [
+        replace(draft, score=replace(draft.score, rewards={"accuracy": x}))
+        for draft, x in zip(drafts_with(right), right, strict=True)
+    ]
+    assert needs_refinement(drafts, left, settings().algorithm) == refines
+
+
+def test_every_other_step_can_do_without_drafts(collect, rollout):
+    """Step 3 is the base algorithm, step 4 has drafts; each has the samples that it would have alone."""
+    for step, drafts in ((3, 0), (4, N)):
+        groups, _ = collect(step=step, algorithm__alternate=True)
+        alone, _ = collect(step=step, algorithm__num_drafts=drafts)
+        for ours, theirs in zip(groups, alone, strict=True):
+            same(ours, theirs)
+    algorithm = settings(algorithm__alternate=True).algorithm
+    assert [algorithm.drafts_in(step) for step in (1, 2, 3)] == [0, N, 0]
+    assert [algorithm.batches_until(step) for step in range(6)] == [0, 1, 1, 2, 2, 3]
+    assert [settings().algorithm.batches_until(step) for step in range(3)] == [0, 1, 2]
 
 
 class Unsolvable(StubVerifier):

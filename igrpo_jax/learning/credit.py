@@ -1,0 +1,106 @@
+"""What the completions of a step earn: the rewards that are trained on, and the advantages that follow from them.
+
+1. The verifier's rewards, without those that dynamic sampling filters out (`filtering`).
+2. Changes of a refinement's reward by the draft that it was shown: algorithm.improvement_bonus adds
+   alpha (R(refinement) - R(draft)), as SCoRe does (2409.12917), and algorithm.repeat_penalty subtracts a constant from
+   a refinement that states the answer of a wrong draft.
+3. Advantages in groups (`objectives`): the refinements of a prompt, and its drafts where they are trained on; or both
+   together with one baseline (algorithm.group = "prompt").
+4. With algorithm.refine_credit = "plain" a wrong refinement has no advantage (algorithm.credit_completions = "right"):
+   the plain policy would not have given it, and so need not be kept from it. It stays in the baseline.
+
+The paper has neither 2 nor 4, and no other groups than those of the refinements. All of this is off by default.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from igrpo_jax.config import AlgorithmConfig, Config
+from igrpo_jax.learning import filtering, objectives
+from igrpo_jax.records import Group, same_answer
+
+
+def refinement_advantages(groups: Sequence[Group], config: Config) -> list[np.ndarray]:
+    """Returns the advantages of the refinements of each group, [G] float32; [0] where a group has none."""
+    refined = [i for i, group in enumerate(groups) if group.completions]
+    if config.algorithm.group == "prompt":
+        return [joint[: len(group.completions)] for group, joint in zip(groups, _joint(groups, config), strict=True)]
+    advantages = [np.zeros(0, np.float32) for _ in groups]
+    if refined:
+        chosen = [groups[i] for i in refined]
+        grouped = _grouped(list(trained_rewards(chosen, config)), config.algorithm)
+        for i, group, own in zip(refined, chosen, grouped, strict=True):
+            advantages[i] = own * _has_credit(group, config.algorithm)
+    return advantages
+
+
+def draft_advantages(groups: Sequence[Group], config: Config) -> list[np.ndarray]:
+    """Returns the advantages of the drafts of each group, [N] float32; [0] where a prompt has none."""
+    if config.algorithm.group == "prompt":
+        return [joint[len(group.completions) :] for group, joint in zip(groups, _joint(groups, config), strict=True)]
+    drafted = [i for i, group in enumerate(groups) if group.drafts]
+    advantages = [np.zeros(0, np.float32) for _ in groups]
+    if drafted:
+        rewards = filtering.trained_rewards([groups[i].of_drafts for i in drafted], config)
+        for i, own in zip(drafted, _grouped(list(rewards), config.algorithm), strict=True):
+            advantages[i] = own
+    return advantages
+
+
+def trained_rewards(groups: Sequence[Group], config: Config) -> np.ndarray:
+    """Returns the rewards of refinements that advantages are made of, [P, G] float32; NaN without a verdict."""
+    return filtering.trained_rewards(groups, config) + reward_changes(groups, config.algorithm)
+
+
+def reward_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]:
+    """Returns `refine/reward_change`, the mean of what is added to the rewards of refinements; {} where nothing is."""
+    algorithm, refined = config.algorithm, [group for group in groups if group.completions]
+    if not refined or not (algorithm.improvement_bonus or algorithm.repeat_penalty):
+        return {}
+    changes = np.ma.masked_invalid(reward_changes(refined, algorithm))  # NaN without a verdict
+    return {"refine/reward_change": float(changes.mean()) if changes.count() else math.nan}
+
+
+def reward_changes(groups: Sequence[Group], algorithm: AlgorithmConfig) -> np.ndarray:
+    """Returns what is added to the rewards of refinements, [P, G] float32; 0 where no draft was shown."""
+    changes = np.zeros((len(groups), len(groups[0].completions)), np.float32)
+    for change, group in zip(changes, groups, strict=True):
+        if group.kept is None:
+            continue
+        draft = group.drafts[group.kept].score
+        answers = [completion.score.extracted for completion in group.completions]
+        repeats = [not draft.is_right and same_answer(draft.extracted, answer) for answer in answers]
+        change += algorithm.improvement_bonus * (group.rewards - np.float32(draft.reward))
+        change -= algorithm.repeat_penalty * np.array(repeats, np.float32)
+    return changes
+
+
+def _joint(groups: Sequence[Group], config: Config) -> list[np.ndarray]:
+    """Returns the advantages of the refinements and then the drafts of each group, with one baseline, [G + N]."""
+    rewards = []
+    for group in groups:
+        refined = trained_rewards([group], config)[0] if group.completions else group.rewards
+        rewards.append(np.concatenate([refined, group.of_drafts.rewards]))
+    credited = [
+        np.concatenate([_has_credit(group, config.algorithm), np.ones(len(group.drafts), bool)]) for group in groups
+    ]
+    grouped = _grouped(rewards, config.algorithm)
+    return [advantages * mask for advantages, mask in zip(grouped, credited, strict=True)]
+
+
+def _has_credit(group: Group, algorithm: AlgorithmConfig) -> np.ndarray:
+    """Returns which refinements of a group are trained on, [G] bool: all, or those that are right or saw no draft."""
+    if algorithm.refine_credit == "context" or algorithm.credit_completions == "all" or group.kept is None:
+        return np.ones(len(group.completions), bool)
+    return np.array([completion.score.is_right for completion in group.completions], bool)
+
+
+def _grouped(rewards: Sequence[np.ndarray], algorithm: AlgorithmConfig) -> list[np.ndarray]:
+    """Returns the advantages of groups that may differ in size, by their rewards."""
+    resolved = objectives.resolve(algorithm)
+    longest = max(len(own) for own in rewards)
+    padded = np.stack([np.pad(own, (0, longest - len(own)), constant_values=np.nan) for own in rewards])
+    advantages = objectives.group_advantages(padded, resolved.scale_rewards, resolved.baseline)
+    return [row[: len(own)] for row, own in zip(advantages, rewards, strict=True)]
