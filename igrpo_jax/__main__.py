@@ -11,6 +11,7 @@ import sys
 COMMANDS = {
     "main": "trains, or resumes, the run of a configuration file",
     "evaluate": "evaluates a model on benchmarks, and compares two evaluations",
+    "probe": "measures before training whether drafts will pay for a model and its data",
     "generate": "answers questions, to try a model by hand",
     "export": "writes a checkpoint as a Hugging Face directory",
     "report": "makes pages of a run's curves and samples",

@@ -33,6 +33,7 @@ FLOORS = [
     ["session"],
     ["train"],
     ["__main__", "aot", "report", "main", "evaluate", "generate", "export"],
+    ["probe"],
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 COMMANDS = {
@@ -43,6 +44,7 @@ COMMANDS = {
     "export",
     "aot/__main__",
     "report/__main__",
+    "probe/__main__",
     "rewards/grade",
     "cli",
 }
@@ -52,7 +54,7 @@ IMPORT_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "einshape", "di
 # Importing these must leave jax alone: workers are spawned with them, and bad input is reported before any device work.
 WITHOUT_JAX = (
     *("errors", "schema/trees", "config", "loading", "records", "cli", "main", "evaluate", "generate", "aot/__main__"),
-    *("distributed/preemption", "distributed/watchdog", "distributed/chips", "learning/draft_signal"),
+    *("distributed/preemption", "distributed/watchdog", "distributed/chips", "learning/draft_signal", "probe/__main__"),
 )
 
 

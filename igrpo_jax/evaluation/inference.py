@@ -60,21 +60,35 @@ def open_evaluation(
     Raises:
         InputError: no such model or checkpoint; problems that don't fit its context; a mesh that doesn't divide it.
     """
-    folder = path_of(f"--model {model}", model)
-    run = folder if (folder / "checkpoints").is_dir() else None
-    if step is not None and run is None:
-        raise InputError(f"--step {step}: only the folder of a run has steps, which {model!r} is not; leave it out")
-    step = saved_step(run, step) if run else None
+    run, step = checkpoint_of(model, step)
     config, policy, renderer = open_model(config, recorded_date)
     plan = make_plan(config, rows, renderer, policy.model.max_position_embeddings)
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, model=fit_to_mesh(config, policy.model, mesh))
     cluster.check_same({"config": to_dict(config), "model": model, "step": step, "problems": plan.fingerprint})
+    return EvaluationTask(config, policy, renderer, plan, mesh, run, step, *identity(model, run, step))
+
+
+def checkpoint_of(model: str, step: int | None) -> tuple[Path | None, int | None]:
+    """Returns the run that `model` is the folder of and the step of its checkpoint; None and None for other models.
+
+    Raises:
+        InputError: the run has no such checkpoint, or a step is given where there is no run.
+    """
+    folder = path_of(f"--model {model}", model)
+    run = folder if (folder / "checkpoints").is_dir() else None
+    if step is not None and run is None:
+        raise InputError(f"--step {step}: only the folder of a run has steps, which {model!r} is not; leave it out")
+    return run, saved_step(run, step) if run else None
+
+
+def identity(model: str, run: Path | None, step: int | None) -> tuple[str, str]:
+    """Returns the name of a model, absolute where it is a folder, and when its weights were written, in UTC."""
+    folder = path_of(f"--model {model}", model)
     name = model if is_remote(model) or not folder.exists() else str(folder.resolve())
     files = [run / "checkpoints" / str(step)] if run else hf_read.weight_files(model)
     newest = max(modified(file) for file in files)
-    when = datetime.fromtimestamp(newest, UTC).isoformat(sep=" ", timespec="milliseconds")
-    return EvaluationTask(config, policy, renderer, plan, mesh, run, step, name, when)
+    return name, datetime.fromtimestamp(newest, UTC).isoformat(sep=" ", timespec="milliseconds")
 
 
 def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) -> tuple[Evaluator, decoder.Params]:

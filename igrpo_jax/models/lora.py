@@ -115,6 +115,18 @@ def attach(frozen: dict[str, jax.Array], trained: dict[str, jax.Array], scaling:
     return params
 
 
+def detach(params: dict) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns the frozen and the trained parameters of what `attach` returned; nothing is frozen without adapters."""
+    adapted = {path: x for path, x in params.items() if _is_adapted(x)}
+    if not adapted:
+        return {}, params
+    frozen = {path: x.weight if path in adapted else x for path, x in params.items()}
+    trained = {f"{path}/lora_a": x.a for path, x in adapted.items()} | {
+        f"{path}/lora_b": x.b for path, x in adapted.items()
+    }
+    return frozen, trained
+
+
 def merge(tree):
     """Returns `tree` with the sum in place of every Adapted."""
     return jax.tree.map(lambda x: x.merged() if _is_adapted(x) else x, tree, is_leaf=_is_adapted)

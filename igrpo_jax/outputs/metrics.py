@@ -131,10 +131,8 @@ def _refine_metrics(groups: list[Group], with_accuracy: bool, max_draft_length: 
     metrics: dict[str, Any] = {
         "draft/kept_reward": _mean([draft.score.reward for draft in kept]),
         "refine/gain_vs_best_draft": _mean(gain_vs_best_draft),
-        "refine/copy_ratio": np.mean(
-            [copy_ratio(_content(draft), _content(completion)) for draft, completion in pairs]
-        ),
-        "refine/draft_truncated": np.mean([len(_content(draft)) > max_draft_length for draft in kept]),
+        "refine/copy_ratio": np.mean([copy_ratio(content(draft), content(completion)) for draft, completion in pairs]),
+        "refine/draft_truncated": np.mean([len(content(draft)) > max_draft_length for draft in kept]),
     }
     if with_accuracy:
         metrics["refine/same_answer"] = np.mean(
@@ -174,6 +172,6 @@ def _agreement(a: np.ndarray, b: np.ndarray) -> int:
     return int(different.argmax()) if different.any() else len(different)
 
 
-def _content(completion: Completion) -> np.ndarray:
+def content(completion: Completion) -> np.ndarray:
     """Returns the tokens of a completion without its EOS."""
     return completion.tokens[:-1] if completion.finished else completion.tokens

@@ -9,7 +9,7 @@ Templates escape every value. The pages allow no scripts and no styles but those
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +28,8 @@ POLICY = (
     "default-src 'none'; script-src 'self' file:; style-src 'self' file:; img-src 'self' file: data:; "
     "base-uri 'none'; form-action 'none'"
 )
+LOADER = jinja2.PackageLoader("igrpo_jax.report")
+TEMPLATES = jinja2.Environment(loader=LOADER, autoescape=True, undefined=jinja2.StrictUndefined)
 MARK = "igrpo_report.json"
 OWN = ("index.html", "samples.html", "samples.js", "plots.js", "style.css", "plots", "data")
 
@@ -127,10 +129,8 @@ def _write_pages(
     has_samples: bool,
 ) -> None:
     """Writes the two pages and the files that they load."""
-    loader = jinja2.PackageLoader("igrpo_jax.report")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     for name in ("style.css", "samples.js", "plots.js"):
-        write_atomically(out / name, loader.get_source(environment, name)[0])
+        write_asset(out, name)
     title = " · ".join(run.name for run in shown)
     width, height = (round(inches * figures.DPI) for inches in (figures.WIDTH, figures.HEIGHT))
     values = {
@@ -148,4 +148,14 @@ def _write_pages(
         "height": height,
     }
     for name in ("samples.html", "index.html"):  # index.html comes last, after all files that it names
-        write_atomically(out / name, environment.get_template(name).render(values))
+        write_page(out, name, values)
+
+
+def write_asset(out: Path, name: str) -> None:
+    """Writes a file of the templates into `out` as it is."""
+    write_atomically(out / name, LOADER.get_source(TEMPLATES, name)[0])
+
+
+def write_page(out: Path, name: str, values: Mapping[str, object]) -> None:
+    """Writes the page of a template into `out`; every value is escaped."""
+    write_atomically(out / name, TEMPLATES.get_template(name).render(values))

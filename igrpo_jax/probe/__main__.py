@@ -1,0 +1,166 @@
+"""Will drafts pay for a model and its data? `python -m igrpo_jax.probe --model MODEL --data FILE --workdir OUT`.
+
+MODEL is the folder of a run (its newest checkpoint, or that of --step N), a Hugging Face directory or a hub id. DATA is
+what config.data.train may be: a file, a folder, a known name or a hub id. With the settings of the training that is
+planned (--config), the model answers --problems of the problems, plain and with its own drafts; nothing is trained.
+OUT gets probe.html, probe.json and all answers, and the same command goes on where it was killed.
+
+docs/when_drafts_pay.md explains the figures and the verdict.
+"""
+
+import contextlib
+import functools
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from igrpo_jax import cli
+from igrpo_jax.config import Config, to_dict
+from igrpo_jax.errors import InputError
+from igrpo_jax.loading import check_model
+
+if TYPE_CHECKING:
+    from igrpo_jax.session.task import Task
+
+USAGE = (
+    "python -m igrpo_jax.probe [--config FILE] --model MODEL --data DATA [--problems P] --workdir OUT "
+    "[--config.FIELD=VALUE ...]"
+)
+FLAGS = {
+    "data": "problems: a file, a folder, a known name or a hub id; default: those of --config or of the run",
+    "problems": "problems that are answered, of those that the run would read first; default: 64",
+    "samples": "plain answers to each problem; default: N + G, the least",
+    "gradients": "problems whose gradients are compared; default: 32, and 0 for none",
+    "workdir": "folder to write the answers, the gradients and the verdict to",
+    "step": "step of the checkpoint that answers, where --model is a run; default: the newest",
+}
+# Settings that decide which answers and gradients there are, beside the rewards' weights.
+DECIDING = (
+    *("seed", "model", "algorithm", "refine"),
+    *("data.train", "data.instruction", "data.system_prompt", "data.template_kwargs", "data.max_prompt_length"),
+    *("rollout.max_completion_length", "rollout.temperature", "rollout.top_p", "rollout.top_k"),
+)
+
+
+def main(argv: list[str]) -> None:
+    config, values = cli.parse_model(argv, USAGE, FLAGS)
+    for flag, fix in (("model", "the folder of a run, a Hugging Face directory or a hub id"), ("workdir", "a folder")):
+        if not values[flag]:
+            raise InputError(f"--{flag}: missing; give {fix}")
+    if cli.address(argv):
+        raise InputError("--processes: a probe is one process; leave it out, and --coordinator and --process")
+    model = values["model"]
+    if not values["data"] and values["config"] is None and not Path(model, "checkpoints").is_dir():
+        raise InputError("--data: missing; give the problems to train on, a file or what config.data.train may be")
+    if values["data"]:
+        config = replace(config, data=replace(config.data, train=values["data"]))
+    numbers = {name: cli.number(name, values[name]) for name in ("problems", "samples", "gradients", "step")}
+    probe(config, model, values["workdir"], **{name: value for name, value in numbers.items() if value is not None})
+
+
+def probe(
+    config: Config,
+    model: str | Path,
+    workdir: str | Path,
+    problems: int = 64,
+    samples: int | None = None,
+    gradients: int = 32,
+    step: int | None = None,
+) -> dict[str, Any]:
+    """Measures whether drafts will pay, or goes on where `workdir` ends, and prints the verdict.
+
+    Args:
+        config: what `load_config(..., model=model)` returns, with the settings of the planned training.
+        model: the folder of a run, a Hugging Face directory or a hub id.
+        workdir: gets probe.html, probe.json, answers.jsonl and gradients/.
+        problems: how many are answered, at most.
+        samples: plain answers to each; None for N + G.
+        gradients: of how many problems gradients are compared.
+        step: the step of the checkpoint, where `model` is a run; None for the newest.
+
+    Returns:
+        What `workdir`/probe.json holds.
+
+    Raises:
+        InputError: something in `config` or what it names is wrong, or `workdir` holds something else.
+        RunError: no problem could be graded; a full disk.
+    """
+    from igrpo_jax.distributed import watchdog
+    from igrpo_jax.distributed.programs import use_disk_cache
+    from igrpo_jax.evaluation import inference, results
+    from igrpo_jax.outputs.console import Console
+    from igrpo_jax.outputs.files import local_folder
+    from igrpo_jax.outputs.workdir import locked
+    from igrpo_jax.probe.measure import ProbeTask, finish, measure
+    from igrpo_jax.session.task import open_task
+
+    check_model(config, model)
+    began, folder = time.perf_counter(), local_folder("--workdir", workdir)
+    config = planned(config)
+    samples = checked_samples(config, samples, problems)
+    run, step = inference.checkpoint_of(str(model), step)
+    task = open_task(config, results.recorded_date(folder))
+    name, written = inference.identity(str(model), run, step)
+    head = {"model": name, "step": step, "weights_written": written}
+    with contextlib.ExitStack() as stack:
+        results.claim(folder, {"kind": "probe", **head, "samples": samples, **deciding(task)})
+        stack.enter_context(locked(folder))
+        console = stack.enter_context(Console())
+        use_disk_cache(config.compilation_cache)
+        stack.enter_context(watchdog.watching(config.watchdog))
+        asked = ProbeTask(task, run, step, problems, samples, gradients)
+        answered, measured = measure(asked, folder, console, stack)
+        summary = finish(task, folder, head, answered, measured, console)
+        console.message(f"{time.perf_counter() - began:.1f} s; written to {folder / 'probe.html'}")
+    return summary
+
+
+def planned(config: Config) -> Config:
+    """Returns the settings of the planned training, without what a probe does not do.
+
+    Raises:
+        InputError: there would be nothing to measure.
+    """
+    if config.data.train and not config.model.path:
+        raise InputError("--data: the built-in model only knows its own task; leave it out, or name another --model")
+    if not config.algorithm.num_drafts:
+        raise InputError("config.algorithm.num_drafts = 0: must be at least 1, the drafts that a probe asks about")
+    if not config.rewards.accuracy:
+        raise InputError("config.rewards.accuracy = 0: must be above 0, because a probe counts right answers")
+    return replace(
+        config,
+        evaluation=replace(config.evaluation, every=0),
+        checkpoint=replace(config.checkpoint, best_metric=""),
+        log=replace(config.log, trackers=(), profile_steps=()),
+        warm_start=replace(config.warm_start, steps=0),
+    )
+
+
+def checked_samples(config: Config, samples: int | None, problems: int) -> int:
+    """Returns K. Raises InputError where there are too few answers or problems."""
+    least = config.algorithm.num_drafts + config.algorithm.num_generations
+    if samples is not None and samples < least:
+        raise InputError(f"--samples {samples}: must be at least N + G = {least}, the completions of a group of GRPO")
+    if problems < 1:
+        raise InputError(f"--problems {problems}: must be at least 1")
+    return samples or least
+
+
+def deciding(task: "Task") -> dict[str, Any]:
+    """Returns by their dotted names the settings that decide which answers and gradients there are."""
+
+    def leaves(name: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict) or name.endswith("template_kwargs"):
+            return {name: value}
+        return {path: x for key, part in value.items() for path, x in leaves(f"{name}.{key}", part).items()}
+
+    tree, settings = to_dict(task.config), {}
+    for path in DECIDING:
+        settings |= leaves(path, functools.reduce(lambda part, key: part[key], path.split("."), tree))
+    weights = {name: getattr(task.config.rewards, name, None) for name in task.config.rewards.names}
+    return {**settings, "rewards": weights, "data": task.fingerprint, "template_date": task.config.data.template_date}
+
+
+if __name__ == "__main__":
+    cli.run(main)

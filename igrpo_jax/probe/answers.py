@@ -1,0 +1,275 @@
+"""The answers of a probe: plain ones, and refinements of drafts that Stage 1 would keep. They are kept in a file.
+
+Each problem gets K plain answers. Every N of them that follow each other, in a circle, are drafts as Stage 1 draws
+them, of which `select_draft` keeps one. The first kept draft that is right and the first that is wrong, where there are
+such, are each refined G times, with the temperature, lengths and wording of training.
+
+A row of `answers.jsonl` has the number of the draft behind it in `drafts` (none for a plain answer), as the rows of an
+evaluation have. Nothing is drawn twice: a second start draws what is missing.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from igrpo_jax.config import Config
+from igrpo_jax.data.prompts import Renderer
+from igrpo_jax.distributed import watchdog
+from igrpo_jax.evaluation.results import Rows
+from igrpo_jax.learning.rollout import SELECTION, STAGES, select_draft
+from igrpo_jax.models import decoder
+from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.files import number
+from igrpo_jax.outputs.metrics import content, copy_ratio, is_right, same_answer
+from igrpo_jax.probe.estimates import NONE, Counts
+from igrpo_jax.records import Completion, Prompt, Score
+from igrpo_jax.rewards.verifier import Verifier, check_errors
+from igrpo_jax.sampling.requests import Request
+from igrpo_jax.sampling.scheduler import Scheduler
+from igrpo_jax.sampling.scoring import sample_and_score, stage_key
+from igrpo_jax.sampling.state import Sampling
+
+NAME = "answers"  # of the file of rows
+TEXTS = ("length_plain", "length_refined", "cut_plain", "cut_refined", "draft_cut", "copy", "same_answer")
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The refinements of one draft of a problem."""
+
+    draft: Completion
+    context: np.ndarray  # [L'] int32, q'
+    completions: tuple[Completion, ...]  # G
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the draft is right."""
+        return is_right(self.draft)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One problem with all its answers."""
+
+    prompt: Prompt
+    plain: tuple[Completion, ...]  # K
+    kept: np.ndarray  # [K] bool, whether the kept draft of each set is right
+    refined: tuple[Refined, ...]  # of a right draft, of a wrong one, or of both
+
+    @property
+    def is_graded(self) -> bool:
+        """Whether all answers have a verdict."""
+        every = [*self.plain, *(completion for part in self.refined for completion in part.completions)]
+        return not any(np.isnan(completion.score.reward) for completion in every)
+
+    def weight(self, part: Refined) -> float:
+        """Returns how often Stage 1 keeps a draft that is right, or wrong, as that of `part` is."""
+        return float(np.mean(self.kept == part.is_right))
+
+
+class Answers:
+    """Draws what the rows in `folder` lack, and returns all of it.
+
+    Args:
+        samples: K, plain answers to each problem.
+        verifier: gives the rewards of training.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        renderer: Renderer,
+        scheduler: Scheduler,
+        verifier: Verifier,
+        console: Console,
+        folder: Path,
+        samples: int,
+    ):
+        self._config = config
+        self._renderer = renderer
+        self._scheduler = scheduler
+        self._verifier = verifier
+        self._console = console
+        self._samples = samples
+        self._rows = Rows(folder, NAME)
+
+    def collect(self, params: decoder.Params, prompts: Sequence[Prompt]) -> list[Answered]:
+        """Returns the answers to `prompts`, in their order.
+
+        Raises:
+            VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
+        """
+        self._verifier.start_step(1)
+        plain = [(prompt, (), prompt.tokens) for prompt in prompts]
+        self._sample(params, plain, self._samples, "draft", "plain answers")
+        asked = [(prompt, path, tokens) for prompt in prompts for path, tokens in self._contexts(prompt)]
+        self._sample(params, asked, self._config.algorithm.num_generations, "refine", "refinements")
+        answered = [self._answered(prompt) for prompt in prompts]
+        self._rows.join()
+        return answered
+
+    def _plain(self, prompt: Prompt) -> list[Completion]:
+        return [completion_of(row, "draft") for row in self._rows.of(prompt.index)][: self._samples]
+
+    def _kept(self, prompt: Prompt) -> list[int]:
+        """Returns the number of the kept draft of each set of drafts that has one with a verdict."""
+        plain, algorithm, seed = self._plain(prompt), self._config.algorithm, self._config.seed
+        return kept_drafts(plain, algorithm.num_drafts, algorithm.draft_selection, [seed, prompt.index, SELECTION])
+
+    def _contexts(self, prompt: Prompt) -> list[tuple[tuple[int, ...], np.ndarray]]:
+        """Returns the number of each draft that is refined, with q'."""
+        plain = self._plain(prompt)
+        first: dict[bool, int] = {}
+        for draft in self._kept(prompt):
+            first.setdefault(is_right(plain[draft]), draft)
+        return [((draft,), self._renderer.with_draft(prompt.question, plain[draft].tokens)) for draft in first.values()]
+
+    def _answered(self, prompt: Prompt) -> Answered:
+        plain, size = self._plain(prompt), self._config.algorithm.num_generations
+        refined = []
+        for path, context in self._contexts(prompt):
+            rows = self._rows.of(prompt.index, path)[:size]
+            refined.append(Refined(plain[path[0]], context, tuple(completion_of(row, "refine") for row in rows)))
+        kept = np.array([is_right(plain[draft]) for draft in self._kept(prompt)], bool)
+        return Answered(prompt, tuple(plain), kept, tuple(refined))
+
+    def _sample(
+        self,
+        params: decoder.Params,
+        asked: Sequence[tuple[Prompt, tuple[int, ...], np.ndarray]],
+        count: int,
+        stage: str,
+        what: str,
+    ) -> None:
+        """Draws and scores those of `count` samples of each prompt that the rows lack."""
+        missing = [(*each, range(len(self._rows.of(each[0].index, each[1])), count)) for each in asked]
+        done = sum(count - len(numbers) for *_, numbers in missing)
+        if done == len(asked) * count:
+            return
+        settings, right, scores = self._config.rollout, 0, []
+        key = stage_key(self._config.seed, 0, STAGES[stage])  # steps of training begin at 1
+        with self._console.phase(what, len(asked) * count, done) as update, watchdog.phase("rollout", what):
+
+            def scored(prompt: Prompt, path: tuple[int, ...], completion: Completion) -> None:
+                nonlocal done, right
+                self._rows.add(_row(prompt, path, completion))
+                scores.append(completion.score)
+                done, right = done + 1, right + is_right(completion)
+                update(done, f"right {right / len(scores):.3f}")
+
+            self._scheduler.start(params, Sampling(settings.temperature, settings.top_p, settings.top_k))
+            for prompt, path, tokens, numbers in missing:
+                if numbers:
+                    self._scheduler.submit(
+                        Request(
+                            tokens=tokens,
+                            index=prompt.index,
+                            samples=len(numbers),
+                            key=key,
+                            limit=settings.max_completion_length,
+                            stage=stage,
+                            first=numbers.start,
+                            prompt=prompt,
+                            scored=functools.partial(scored, prompt, path),
+                        )
+                    )
+            sample_and_score(self._scheduler, self._verifier.submit, self._renderer)
+            self._scheduler.finish()
+        check_errors(scores, self._config.rewards.max_error_fraction)
+
+
+def kept_drafts(plain: Sequence[Completion], drafts: int, selection: str, seed: Sequence[int]) -> list[int]:
+    """Returns the number of the draft that Stage 1 keeps of the `drafts` answers from each one on, in a circle.
+
+    A set without a verdict has none and is left out.
+    """
+    numbers = []
+    for start in range(len(plain)):
+        of_set = [(start + i) % len(plain) for i in range(drafts)]
+        kept = select_draft([plain[i] for i in of_set], selection, np.random.default_rng([*seed, start]))
+        if kept is not None:
+            numbers.append(of_set[kept])
+    return numbers
+
+
+def counts(answered: Sequence[Answered], drafts: int) -> Counts:
+    """Returns the counts of problems whose answers all have a verdict."""
+
+    def after(problem: Answered, draft: bool) -> int:
+        parts = [part for part in problem.refined if part.is_right == draft]
+        return sum(map(is_right, parts[0].completions)) if parts else NONE
+
+    return Counts(
+        plain=np.array([[is_right(completion) for completion in problem.plain] for problem in answered]),
+        kept=np.array([problem.kept for problem in answered]),
+        after_right=np.array([after(problem, True) for problem in answered]),
+        after_wrong=np.array([after(problem, False) for problem in answered]),
+        drafts=drafts,
+        refinements=len(answered[0].refined[0].completions),
+    )
+
+
+def texts(answered: Sequence[Answered], draft_limit: int) -> dict[str, np.ndarray]:
+    """Returns what the texts of each problem are like, [P] each; NaN where a problem has no such text.
+
+    Mean lengths in tokens (length_plain, length_refined), the fraction that was cut (cut_plain, cut_refined), copy (as
+    refine/copy_ratio), same_answer (as refine/same_answer), same_right and same_wrong (the same after right and after
+    wrong drafts), draft_cut (fraction of drafts of which q' has only the end).
+    """
+    of_problems = [_texts(problem, draft_limit) for problem in answered]
+    names = (*TEXTS, "same_right", "same_wrong")
+    return {name: np.array([values.get(name, np.nan) for values in of_problems], float) for name in names}
+
+
+def _texts(problem: Answered, draft_limit: int) -> dict[str, float]:
+    """Returns what the texts of one problem are like; means over its refinements, by how often each draft is kept."""
+    values = {
+        "length_plain": float(np.mean([len(completion.tokens) for completion in problem.plain])),
+        "cut_plain": float(np.mean([not completion.finished for completion in problem.plain])),
+    }
+    for part in problem.refined:
+        draft, completions, weight = part.draft, part.completions, problem.weight(part)
+        same = [same_answer(draft.score.extracted, completion.score.extracted) for completion in completions]
+        measured: dict[str, Sequence[float]] = {
+            "same_answer": same,
+            "copy": [copy_ratio(content(draft), content(completion)) for completion in completions],
+            "length_refined": [len(completion.tokens) for completion in completions],
+            "cut_refined": [not completion.finished for completion in completions],
+            "draft_cut": [len(content(draft)) > draft_limit],
+        }
+        values |= {name: values.get(name, 0.0) + weight * float(np.mean(x)) for name, x in measured.items()}
+        values["same_right" if part.is_right else "same_wrong"] = float(np.mean(same))
+    return values
+
+
+def completion_of(row: dict[str, Any], stage: str) -> Completion:
+    """Returns a row as a completion; the sampler's log-probs, which nothing here reads, are 0."""
+    known = lambda value: np.nan if value is None else value
+    rewards = {name: known(value) for name, value in row["rewards"].items()}
+    score = Score(known(row["reward"]), rewards, row["extracted"], row["status"])
+    tokens = np.array(row["tokens"], np.int32)
+    logprobs = np.zeros(len(tokens), np.float32)
+    return Completion(stage, row["sample_id"], tokens, logprobs, row["finished"], row["text"], score)
+
+
+def _row(prompt: Prompt, path: tuple[int, ...], completion: Completion) -> dict[str, Any]:
+    score = completion.score
+    return {
+        "prompt_id": prompt.id,
+        "index": prompt.index,
+        "drafts": list(path),
+        "sample_id": completion.sample_id,
+        "prompt": prompt.question,
+        "answer": prompt.answer,
+        "text": completion.text,
+        "tokens": completion.tokens.tolist(),
+        "finished": completion.finished,
+        "extracted": score.extracted,
+        "reward": number(score.reward),
+        "rewards": {name: number(value) for name, value in score.rewards.items()},
+        "status": score.status,
+    }

@@ -1,0 +1,269 @@
+"""Do drafts teach what moves the plain prompt? Gradients of a probe compared, and how much refinements rely on drafts.
+
+Three gradients of each problem, of the objective that config.algorithm names, for accuracy alone:
+
+    plain      GRPO on the plain prompt, over all K plain answers
+    refine     iGRPO on q', over the refinements of a right and of a wrong draft, weighted by how often each is kept
+    credited   the right ones among the same refinements, with the same advantages, scored under the plain prompt
+
+The cosine is that of their means over all problems of the kind, not over those that were asked, whose noise would pull
+it towards 0: products of the gradients of two different problems have no common noise, so their mean is an unbiased
+estimate of the product of the means.
+
+A gradient is as large as the model, so a sketch of it is kept: WIDTH sums over all parameters with random signs
+(Charikar, Chen & Farach-Colton 2002). It keeps the product of two gradients up to about 1 / sqrt(WIDTH) = 0.4 % of the
+product of their lengths. Each problem has a file, and a second start computes what is missing.
+
+Legend: P problems.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from igrpo_jax.config import Config
+from igrpo_jax.distributed import sharding, watchdog
+from igrpo_jax.learning import objectives
+from igrpo_jax.learning.learner import Learner
+from igrpo_jax.learning.packing import Unit
+from igrpo_jax.learning.rescoring import rescore_units
+from igrpo_jax.models import decoder
+from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.files import writing
+from igrpo_jax.outputs.metrics import is_right
+from igrpo_jax.probe.answers import Answered
+from igrpo_jax.probe.estimates import FEW, UNKNOWN, Estimate, resamples
+from igrpo_jax.records import Completion
+
+KINDS = ("plain", "refine", "credited")
+WIDTH = 65_521  # a prime, so that no row of a weight comes to lie on another
+FOLDER = "gradients"
+
+
+class Measured(NamedTuple):
+    """What is kept of a problem."""
+
+    sketches: dict[str, np.ndarray]  # by kind, [WIDTH] float32; 0 where the problem has no such gradient
+    reliance: dict[
+        str, np.ndarray
+    ]  # log pi(o|q') - log pi(o|q) of right refinements after a "right" and a "wrong" draft
+
+
+class Gradients:
+    """Computes gradients and reliance with the programs of the learner.
+
+    Args:
+        params: what is trained, float32.
+        frozen: what LoRA adapts, {} without LoRA.
+    """
+
+    def __init__(
+        self, learner: Learner, params: decoder.Params, frozen: decoder.Params, console: Console, folder: Path
+    ):
+        self._learner = learner
+        self._params = params
+        self._frozen = frozen
+        self._console = console
+        self._folder = folder / FOLDER
+
+    def measure(self, answered: Sequence[Answered], compared: int) -> list[Measured]:
+        """Returns what is measured of each problem: reliance of all, and gradients of the first `compared`."""
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        results = []
+        with self._console.phase("gradients", len(answered)) as update, watchdog.phase("update", "gradients"):
+            for number, problem in enumerate(answered):
+                results.append(self._of(problem, number < compared))
+                update(number + 1)
+        return results
+
+    def _of(self, problem: Answered, with_gradients: bool) -> Measured:
+        path = self._folder / f"{problem.prompt.index:06d}.npz"
+        kinds = KINDS if with_gradients else ()
+        if path.exists():
+            with np.load(path) as kept:
+                if all(kind in kept for kind in kinds):
+                    reliance = {draft: kept[f"reliance_{draft}"] for draft in ("right", "wrong")}
+                    return Measured({kind: kept[kind] for kind in kinds}, reliance)
+        units = of_kinds(problem, self._learner.algorithm, self._learner.packer.shapes.max_completion)
+        sketches = {kind: self._sketch(units[kind]) for kind in kinds}
+        reliance = {draft: self._reliance(problem, draft == "right") for draft in ("right", "wrong")}
+        arrays = sketches | {f"reliance_{draft}": values for draft, values in reliance.items()}
+        temporary = path.with_suffix(".tmp")
+        with writing(path):
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+            temporary.replace(path)
+        return Measured(sketches, reliance)
+
+    def _sketch(self, units: Sequence[Unit]) -> np.ndarray:
+        """Returns the sketch of the gradient of `units`, 0 where there are none."""
+        if not units:
+            return np.zeros(WIDTH, np.float32)
+        programs, packer = self._learner.programs, self._learner.packer
+        grads, sums = programs.zeros()
+        for batch in packer.micro_batches(units):
+            arrays = programs.to_devices(packer.fill(batch))
+            grads, sums["refine"] = programs.accumulate(
+                self._params, grads, sums["refine"], arrays, self._frozen, shape=(batch.size,)
+            )
+        return sketch(grads)
+
+    def _reliance(self, problem: Answered, draft: bool) -> np.ndarray:
+        """Returns log pi(o | q') - log pi(o | q) of each right refinement of a right, or wrong, draft; in nats."""
+        pairs = [
+            (part, completion)
+            for part in problem.refined
+            if part.is_right == draft
+            for completion in part.completions
+            if is_right(completion)
+        ]
+        if not pairs:
+            return np.zeros(0, np.float32)
+        scored = [
+            self._logprobs(
+                [(problem.prompt.tokens if plain else part.context, completion) for part, completion in pairs]
+            )
+            for plain in (False, True)
+        ]
+        return scored[0] - scored[1]
+
+    def _logprobs(self, answers: Sequence[tuple[np.ndarray, Completion]]) -> np.ndarray:
+        """Returns the log-prob of each completion in its context, in nats."""
+        programs, packer = self._learner.programs, self._learner.packer
+        units = [Unit(context, (completion,), np.zeros(1, np.float32)) for context, completion in answers]
+        batches = packer.micro_batches(units)
+        rescored = rescore_units(programs, packer, self._params, self._frozen, batches, units)
+        return np.array([logprobs.sum(dtype=np.float64) for (logprobs,) in rescored])
+
+
+def learner_config(config: Config) -> Config:
+    """Returns the settings of a learner that computes the gradient of one problem, at the policy that sampled it."""
+    algorithm = replace(
+        config.algorithm, beta=0.0, entropy_coef=0.0, num_iterations=1, importance_sampling_cap=0.0, train_drafts=False
+    )
+    return replace(config, algorithm=algorithm, learner=replace(config.learner, minibatches=1), prompts_per_step=1)
+
+
+def of_kinds(problem: Answered, algorithm: objectives.Resolved, longest: int) -> dict[str, list[Unit]]:
+    """Returns the units of each kind of gradient, with advantages and weights; none where all rewards are equal.
+
+    The weights of tokens are those of a step that has this group alone, so that the mean over problems is that of a
+    large step; where the objective counts tokens over the step (dapo), groups count the same here.
+
+    Args:
+        longest: the budget of a completion, in tokens.
+    """
+    unit = functools.partial(_unit, algorithm=algorithm, longest=longest)
+    q, parts = problem.prompt.tokens, [(part, problem.weight(part)) for part in problem.refined]
+    plain = unit(q, problem.plain)
+    refined = [unit(part.context, part.completions, factor=weight) for part, weight in parts]
+    credited = [unit(q, part.completions, factor=weight, right_only=True) for part, weight in parts]
+    every = {"plain": [plain], "refine": refined, "credited": credited}
+    return {kind: [each for each in units if each is not None] for kind, units in every.items()}
+
+
+def _unit(
+    context: np.ndarray,
+    completions: Sequence[Completion],
+    algorithm: objectives.Resolved,
+    longest: int,
+    factor: float = 1.0,
+    right_only: bool = False,
+) -> Unit | None:
+    """Returns a group as a unit, None where it has no gradient; its advantages are multiplied by `factor`."""
+    right = np.array([is_right(completion) for completion in completions])
+    # A divisor that is the same for all groups does not turn the gradient.
+    scale = "none" if algorithm.scale_rewards == "batch" else algorithm.scale_rewards
+    advantage = factor * objectives.group_advantages(right[None].astype(np.float32), scale, algorithm.baseline)[0]
+    lengths = np.array([len(completion.tokens) for completion in completions])
+    finished = np.array([completion.finished for completion in completions])
+    weight = objectives.row_weights(algorithm, lengths, finished, longest)
+    chosen = right if right_only else np.ones(len(right), bool)
+    if not advantage[chosen].any():
+        return None
+    kept = tuple(replace(x, stage="refine") for x, is_kept in zip(completions, chosen, strict=True) if is_kept)
+    return Unit(context, kept, advantage[chosen], weight[chosen], np.zeros(int(chosen.sum()), np.float32))
+
+
+def sketch(grads: Mapping[str, jax.Array]) -> np.ndarray:
+    """Returns WIDTH sums [WIDTH] float32 over all values of `grads`, each with a random sign of its own.
+
+    The signs are the same in every call.
+    """
+    parts = [_sums(grads[path], jax.random.fold_in(jax.random.key(0), i)) for i, path in enumerate(sorted(grads))]
+    return np.stack([sharding.to_host(part) for part in parts]).sum(axis=0, dtype=np.float32)
+
+
+@jax.jit
+def _sums(values: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns WIDTH sums of `values` with random signs, [WIDTH] float32; it is compiled once for each shape."""
+    rows = -(-values.size // WIDTH)
+    bits = jax.random.bits(key, (rows * WIDTH,), jnp.uint8)
+    padded = jnp.pad(values.astype(jnp.float32).ravel(), (0, rows * WIDTH - values.size))
+    return jnp.sum(jnp.where(bits & 1, padded, -padded).reshape(rows, WIDTH), axis=0)
+
+
+def cosine(first: np.ndarray, second: np.ndarray) -> Estimate:
+    """Returns the cosine of the means of two gradients over all problems, from those of P problems, [P, number] each.
+
+    It is unknown where fewer than FEW problems have one of the gradients, or where one of the means is lost in its
+    noise. The interval is a bootstrap over problems; where a mean is lost in more than one of forty resamples, it has
+    all values.
+    """
+    if min(np.count_nonzero(x.any(axis=1)) for x in (first, second)) < FEW:
+        return UNKNOWN
+    weights = resamples(len(first))
+    products = [_products(x, y, weights) for x, y in ((first, second), (first, first), (second, second))]
+    observed, of_first, of_second = (product[0] for product in products)
+    if min(of_first, of_second) <= 0:
+        return UNKNOWN
+    value = float(np.clip(observed / np.sqrt(of_first * of_second), -1, 1))
+    both, of_first, of_second = (product[1:] for product in products)
+    is_known = (of_first > 0) & (of_second > 0)
+    if np.mean(is_known) < 0.975:
+        return Estimate(value, -1.0, 1.0)
+    resampled = np.clip(both[is_known] / np.sqrt(of_first[is_known] * of_second[is_known]), -1, 1)
+    low, high = np.quantile(resampled, (0.025, 0.975), method="inverted_cdf")
+    return Estimate(value, float(low), float(high))
+
+
+def _products(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns the sum of products of two different problems, as they are and for each row of `weights`, [1 + B]."""
+    gram = first.astype(np.float64) @ second.T.astype(np.float64)
+    np.fill_diagonal(gram, 0.0)
+    every = np.concatenate([np.full((1, len(gram)), 1 / len(gram)), weights])
+    return np.sum((every @ gram) * every, axis=1)
+
+
+def reliance(answered: Sequence[Answered], measured: Sequence[Measured]) -> dict[str, Estimate]:
+    """Returns rho, the mean of log pi(o | q') - log pi(o | q) over right refinements, by the name "reliance"; and
+    "reliance_right" and "reliance_wrong", those after right and after wrong drafts.
+
+    A refinement of a draft counts as often as such a draft is kept. The interval is a bootstrap over problems.
+    """
+    weights, sums = resamples(len(answered)), {}
+    for draft in ("right", "wrong"):
+        weight = np.array([np.mean(problem.kept == (draft == "right")) for problem in answered])
+        values = [each.reliance[draft] for each in measured]
+        sums[draft] = weight * [x.sum() for x in values], weight * [len(x) for x in values]
+    figures = {}
+    for name, drafts in (("", ("right", "wrong")), ("_right", ("right",)), ("_wrong", ("wrong",))):
+        total, count = (np.sum([sums[draft][i] for draft in drafts], axis=0) for i in (0, 1))
+        figures[f"reliance{name}"] = _mean(total, count, weights)
+    return figures
+
+
+def _mean(total: np.ndarray, count: np.ndarray, weights: np.ndarray) -> Estimate:
+    """Returns sum of `total` over that of `count`, with a bootstrap interval; unknown with fewer than FEW problems."""
+    if np.count_nonzero(count) < FEW:
+        return UNKNOWN
+    resampled, counted = weights @ total, weights @ count
+    low, high = np.quantile(resampled[counted > 0] / counted[counted > 0], (0.025, 0.975), method="inverted_cdf")
+    return Estimate(float(total.sum() / count.sum()), float(low), float(high))

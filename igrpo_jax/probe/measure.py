@@ -1,0 +1,174 @@
+"""Measures a model on its problems: opens what that needs, draws answers and gradients, and draws the conclusion."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from igrpo_jax.data.problems import step_indices
+from igrpo_jax.distributed.compiling import compiling
+from igrpo_jax.distributed.programs import device_bytes, showing_waits
+from igrpo_jax.errors import RunError
+from igrpo_jax.evaluation import measures
+from igrpo_jax.learning import objectives
+from igrpo_jax.learning.learner import Learner
+from igrpo_jax.models import decoder, lora
+from igrpo_jax.outputs import weights
+from igrpo_jax.outputs.console import Console
+from igrpo_jax.probe import answers, estimates, gradients, page
+from igrpo_jax.probe.answers import Answered, Answers
+from igrpo_jax.probe.estimates import UNKNOWN, Estimate
+from igrpo_jax.probe.gradients import Gradients, Measured, learner_config
+from igrpo_jax.probe.verdict import Setting, along_plain, conclude
+from igrpo_jax.records import Prompt
+from igrpo_jax.rewards.verifier import Verifier
+from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.scheduler import Scheduler
+from igrpo_jax.session import overview
+from igrpo_jax.session.task import Task, sampler
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    """What is measured, of which model."""
+
+    task: Task
+    run: Path | None  # the folder of the run that the model is of; None for a model that is no run's
+    step: int | None  # the step of the run's checkpoint
+    problems: int  # at most
+    samples: int  # K, plain answers to each
+    gradients: int  # problems whose gradients are compared, at most
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts that the run would read first."""
+        every = self.task.prompts
+        return [every[i] for i in step_indices(0, min(self.problems, len(every)), len(every), self.task.config.seed)]
+
+
+def measure(
+    asked: ProbeTask, folder: Path, console: Console, stack: contextlib.ExitStack
+) -> tuple[list[Answered], list[Measured]]:
+    """Returns the problems whose answers all have verdicts, and what was measured of each of them.
+
+    Args:
+        folder: holds what an earlier start has drawn and computed.
+        stack: gets what must be closed.
+
+    Raises:
+        RunError: no problem has all its verdicts.
+    """
+    task, config = asked.task, asked.task.config
+    stack.enter_context(jax.set_mesh(task.mesh))
+    stack.enter_context(showing_waits(console.waiting))
+    sizes = {"max_context": task.max_context, "total_steps": 1}
+    learner = Learner(learner_config(config), task.policy.model, task.mesh, **sizes)
+    prompts, engine = asked.prompts, _engine(asked, learner)
+    console.table("Probe", _overview(asked))
+    column, limit = config.data.answer_column or "answer", config.rollout.max_completion_length
+    verifier = stack.enter_context(
+        Verifier(config.rewards, limit, column, folder / "judge.sqlite", max_steps=task.total_steps)
+    )
+    first = engine.first_wanted([len(prompt.tokens) for prompt in prompts], asked.samples)
+    stack.enter_context(compiling(first, engine.wanted, None, console.phase, lambda: None))
+    params, frozen = _weights(asked, console)
+    scheduler = Scheduler(engine, config.rollout.dispatches_ahead)
+    drawn = Answers(config, task.renderer, scheduler, verifier, console, folder, asked.samples)
+    everyone = drawn.collect(lora.attach(frozen, params, config.model.lora.scaling), prompts)
+    answered = [problem for problem in everyone if problem.is_graded]
+    if not answered:
+        raise RunError("no problem has a verdict for each of its answers; see whether the judge replies, then go on")
+    if len(answered) < len(everyone):
+        console.message(f"{len(everyone) - len(answered)} problems have answers without a verdict and are left out")
+    return answered, Gradients(learner, params, frozen, console, folder).measure(answered, asked.gradients)
+
+
+def _engine(asked: ProbeTask, learner: Learner) -> Engine:
+    """Returns a sampler with hardly more slots than there are plain answers."""
+    task, config, memory = asked.task, asked.task.config, device_bytes()
+    memory = memory and memory - overview.resting_bytes(config, task.mesh, learner)
+    shards = max(1, task.mesh.size // (config.rollout.mesh.tensor or 1))  # at most, whatever the layout is
+    slots = min(config.rollout.slots, -(-len(asked.prompts) * asked.samples // shards) * shards)
+    config = replace(config, rollout=replace(config.rollout, slots=slots))
+    policy = task.policy
+    return sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated, memory)
+
+
+def _weights(asked: ProbeTask, console: Console) -> tuple[decoder.Params, decoder.Params]:
+    """Returns what is trained, in float32, and what LoRA adapts, {} without LoRA."""
+    task, config = asked.task, asked.task.config
+    if asked.run is not None:
+        saved, _ = weights.saved(config, task.policy, asked.run, task.mesh, console, asked.step, "float32")
+        frozen, trained = lora.detach(saved)
+        return trained, frozen
+    if config.model.lora.rank:
+        frozen = weights.load(task.policy, task.mesh, config.seed, config.model.dtype, console)
+        return weights.adapters(config, task.policy, task.mesh), frozen
+    return weights.load(task.policy, task.mesh, config.seed, "float32", console), {}
+
+
+def _overview(asked: ProbeTask) -> list[tuple[str, object]]:
+    """Returns the rows of the table that is printed before the first answer."""
+    task, config, algorithm = asked.task, asked.task.config, asked.task.config.algorithm
+    name = f"{task.policy.path or 'built-in'}, {task.policy.model.num_params / 1e6:,.1f} M parameters"
+    size, count = algorithm.num_generations, len(asked.prompts)
+    kept = f"each the {algorithm.draft_selection} of {algorithm.num_drafts}"
+    return [
+        ("model", f"{name}, {config.model.dtype}"),
+        ("problems", f"{count:,} of {len(task.prompts):,}"),
+        *task.notes,
+        ("plain answers", f"{asked.samples} to each problem, of up to {config.rollout.max_completion_length:,} tokens"),
+        ("refinements", f"{size} of a right and {size} of a wrong draft, {kept}"),
+        ("gradients", f"of {min(count, asked.gradients):,} problems"),
+    ]
+
+
+def finish(
+    task: Task,
+    folder: Path,
+    head: dict[str, Any],
+    answered: Sequence[Answered],
+    measured: Sequence[Measured],
+    console: Console,
+) -> dict[str, Any]:
+    """Writes and prints the figures and the verdict; returns what probe.json holds."""
+
+    config, algorithm = task.config, task.config.algorithm
+    scale = objectives.resolve(algorithm).scale_rewards
+    setting = Setting(len(answered), algorithm.num_drafts, algorithm.num_generations, scale)
+    figures = all_figures(task, answered, measured, scale)
+    verdict = conclude(figures, setting)
+    about = {**head, "data": config.data.train or "the built-in task"}
+    summary = page.write(folder, about, setting, figures, verdict, answered)
+    for section, lines in page.table(figures).items():
+        if lines:
+            console.table(section, lines)
+    console.message("\n".join([f"verdict: {verdict.answer}", *(f"  {reason}" for reason in verdict.reasons)]))
+    return summary
+
+
+def all_figures(
+    task: Task, answered: Sequence[Answered], measured: Sequence[Measured], scale: str
+) -> dict[str, Estimate]:
+    """Returns every figure of a probe by name."""
+    config, algorithm = task.config, task.config.algorithm
+    figures = estimates.estimate(answers.counts(answered, algorithm.num_drafts), scale)
+    sampled = task.total_steps * config.prompts_per_step * (algorithm.num_drafts + algorithm.num_generations)
+    figures["successes"] = figures["p"].times(sampled)
+    for name, values in answers.texts(answered, config.draft_limit).items():
+        known = values[~np.isnan(values)]
+        bounds = (0.0, float(config.rollout.max_completion_length)) if name.startswith("length") else (0.0, 1.0)
+        figures[name] = Estimate(float(known.mean()), *measures.interval(known, bounds)) if len(known) else UNKNOWN
+    figures |= gradients.reliance(answered, measured)
+    compared = [each.sketches for each in measured if each.sketches]
+    if compared:
+        kinds = {kind: np.stack([sketches[kind] for sketches in compared]) for kind in gradients.KINDS}
+        figures["cosine"] = gradients.cosine(kinds["plain"], kinds["refine"])
+        figures["cosine_credited"] = gradients.cosine(kinds["plain"], kinds["credited"])
+        if figures["cosine"].is_known:
+            figures["along"] = along_plain(figures["ratio"], figures["cosine"])
+    return figures

@@ -1,0 +1,170 @@
+"""The verdict on simulated counts: models that copy, repair or ignore drafts, regions, and too few problems."""
+
+import math
+
+import numpy as np
+import pytest
+
+from igrpo_jax.learning import draft_signal
+from igrpo_jax.probe import estimates
+from igrpo_jax.probe.estimates import NONE, UNKNOWN, Counts, Estimate, estimate
+from igrpo_jax.probe.verdict import Setting, conclude
+
+N, G, K = 4, 4, 8
+SETTING = Setting(400, N, G, "group")
+
+
+def simulated(success, after_right, after_wrong, problems=400, seed=0, samples=K):
+    """Counts of `problems` whose p is `success`, a number or one for each; r and w likewise."""
+    rng = np.random.default_rng(seed)
+    p, r, w = (np.broadcast_to(value, problems) for value in (success, after_right, after_wrong))
+    plain = rng.random((problems, samples)) < p[:, None]
+    kept = np.stack([np.roll(plain, -start, axis=1)[:, :N].any(axis=1) for start in range(samples)], axis=1)
+    drawn = lambda rate, shown: np.where(shown, rng.binomial(G, rate), NONE)
+    return Counts(plain, kept, drawn(r, kept.any(axis=1)), drawn(w, ~kept.all(axis=1)), N, G)
+
+
+def concluded(*args, problems=400, cosine=None, **more):
+    figures = estimate(simulated(*args, problems=problems, **more))
+    if cosine:
+        figures["cosine"] = Estimate(*cosine)
+    return conclude(figures, Setting(problems, N, G, "group"))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_estimates_hold_what_the_formulas_say(scale):
+    """Problems of three kinds; every figure against the formula at the probabilities of the kinds."""
+    p, r, w = np.array([0.02, 0.1, 0.6]), np.array([0.5, 0.8, 0.9]), np.array([0.1, 0.3, 0.2])
+    figures = estimate(simulated(*(np.repeat(x, 1000) for x in (p, r, w)), problems=3000), scale)
+    a = draft_signal.kept_right(p, N)
+    plain = draft_signal.signal(draft_signal.right_counts(p, N + G).mean(axis=0), scale)
+    refined = draft_signal.signal(draft_signal.igrpo_counts(p, r, w, N, G).mean(axis=0), scale)
+    drafts = draft_signal.signal(draft_signal.right_counts(p, N).mean(axis=0), scale)
+    ratio, drawn = refined.snr_squared / plain.snr_squared, draft_signal.expected_drafts(p, N).mean()
+    expected = {
+        "p": p.mean(),
+        "best": a.mean(),
+        "kept": a.mean(),
+        "spread": (p * (1 - p)).mean(),
+        "r": (a * r).sum() / a.sum(),
+        "w": ((1 - a) * w).sum() / (1 - a).sum(),
+        "alone_right": (a * p).sum() / a.sum(),
+        "alone_wrong": ((1 - a) * p).sum() / (1 - a).sum(),
+        "fixed": ((1 - a) * w).mean(),
+        "broken": (a * (1 - r)).mean(),
+        "refined": (a * r + (1 - a) * w).mean(),
+        "drawn": drawn,
+        "plain_active": plain.active,
+        "refined_active": refined.active,
+        "plain_snr": plain.snr_squared,
+        "refined_snr": refined.snr_squared,
+        "ratio": ratio,
+        "ratio_early": ratio * (N + G) / (drawn + G),
+        "ratio_trained": draft_signal.trained_together(drafts, refined).snr_squared / plain.snr_squared,
+    }
+    for name, value in expected.items():
+        figure = figures[name]
+        width = (figure.high - figure.low) / 4  # a standard error
+        assert abs(figure.value - value) < 5 * width and width < 0.1 * max(1, value), name
+        assert figure.low <= figure.value <= figure.high, name
+    assert set(expected) | {"trust", "repair", "times"} == set(figures)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """Of 100 probes of 64 problems; a right interval of 95 % holds it fewer than 86 times once in ten thousand."""
+    p, truth = 0.15, draft_signal.snr_ratio(0.15, 0.8, 0.3, N, G)
+    held = {"p": 0, "w": 0, "ratio": 0}
+    for seed in range(100):
+        figures = estimate(simulated(p, 0.8, 0.3, problems=64, seed=seed))
+        for name, value in (("p", p), ("w", 0.3), ("ratio", truth)):
+            held[name] += figures[name].low <= value <= figures[name].high
+    assert all(86 <= count for count in held.values()), held
+
+
+def test_a_model_that_copies_and_one_that_repairs_are_told_apart():
+    p = np.random.default_rng(4).beta(0.4, 8, 400)  # rare, and unequal
+    copies = concluded(p, *draft_signal.copying(p, 0.9))
+    assert copies.behaviour == "copies" and copies.pays is False
+    repairs = concluded(p, 0.8, np.minimum(p + 0.4, 1), cosine=(0.95, 0.9, 0.99))
+    assert repairs.behaviour == "repairs" and repairs.pays is True and repairs.answer == "drafts pay"
+    ignores = concluded(p, p, p)
+    assert ignores.behaviour == "ignores" and ignores.pays is False
+    misled = concluded(0.4, 0.4, 0.05)
+    assert misled.behaviour == "is misled"
+
+
+def test_a_model_that_ignores_drafts_is_not_taken_for_one_that_trusts_them():
+    """Its r is far above its w, because right drafts come from easy problems."""
+    p = np.random.default_rng(5).beta(0.3, 1.2, 400)
+    figures = estimate(simulated(p, p, p))
+    assert figures["r"].low > figures["w"].high + 0.2
+    assert figures["trust"].low < 0 < figures["trust"].high and figures["repair"].low < 0 < figures["repair"].high
+
+
+def test_a_hopeless_region():
+    """p = .4: GRPO has more signal than a group of four can have, also where drafts repair everything."""
+    verdict = concluded(0.4, 0.5, 0.5)
+    assert verdict.pays is False and verdict.answer == "drafts cannot pay by signal"
+    assert "at most 0.75" in verdict.reasons[0] and "p from 0.125 to 0.875" in verdict.reasons[0]
+    assert "less" not in concluded(0.05, 0.5, 0.5).answer
+
+
+def test_the_rare_region_has_the_bound_of_how_much_likelier_a_wrong_draft_makes_success():
+    verdict = concluded(0.03, 1.0, 0.03, problems=3000)
+    (bound,) = [reason for reason in verdict.reasons if "success is rare" in reason]
+    figures = estimate(simulated(0.03, 1.0, 0.03, problems=3000))
+    assert f"at most {float(draft_signal.rare_bound(figures['times'].high, N, G, 'group')):.2f}" in bound
+    assert not any("success is rare" in reason for reason in concluded(0.3, 1.0, 0.3).reasons)
+
+
+def test_too_few_problems():
+    verdict = concluded(0.08, 0.7, 0.25, problems=24, cosine=(0.9, 0.8, 1.0))
+    assert verdict.pays is None and verdict.answer == "cannot tell"
+    assert "24 problems are too few to tell" in " ".join(verdict.reasons)
+
+
+def test_signal_that_points_elsewhere_and_signal_whose_direction_is_unknown():
+    counted = (0.02, 0.6, 0.3)
+    assert concluded(*counted, problems=2000).answer == "cannot tell: more signal, unknown transfer"
+    elsewhere = concluded(*counted, problems=2000, cosine=(0.1, 0.0, 0.2))
+    assert elsewhere.pays is False and elsewhere.answer == "drafts do not pay: their signal points elsewhere"
+    backwards = concluded(*counted, problems=2000, cosine=(-0.9, -1.0, -0.8))
+    assert backwards.pays is False  # a large square is no help where the sign is wrong
+
+
+def test_without_any_success():
+    """0 of 64 problems: an upper bound of p, and nothing that can be told."""
+    figures = estimate(simulated(0.0, 0.5, 0.0, problems=64))
+    assert figures["p"].value == 0 and figures["p"].high == pytest.approx(1 - 0.025 ** (1 / 64))
+    assert (figures["ratio"].low, figures["ratio"].high) == (0, math.inf) and not figures["r"].is_known
+    figures["successes"] = figures["p"].times(100)
+    verdict = conclude(figures, Setting(64, N, G, "group"))
+    assert verdict.pays is None and any("hardly any to learn from" in reason for reason in verdict.reasons)
+
+
+def test_repair_where_no_plain_answer_is_right():
+    """GRPO saw nothing in 400 problems, and refinements of wrong drafts are right half of the time."""
+    figures = estimate(simulated(0.0, 0.5, 0.5))
+    most = estimates.proportion_at_most(0, 400) * (N + G) / 4
+    assert figures["ratio"].low == pytest.approx(figures["refined_snr"].low / most) and figures["ratio"].low > 1
+    assert concluded(0.0, 0.5, 0.5, cosine=(0.9, 0.8, 1.0)).pays is True
+
+
+def test_the_exact_bound_of_a_proportion():
+    assert estimates.proportion_at_most(0, 10) == pytest.approx(1 - 0.025**0.1)
+    assert estimates.proportion_at_most(3, 10) == pytest.approx(0.6525, abs=1e-4)  # a table of the binomial
+    assert estimates.proportion_at_most(10, 10) == 1
+
+
+def test_the_bound_of_a_signal_holds():
+    """SNR^2 <= M n / 4 for any mixture of counts, by which few active problems are judged."""
+    rng = np.random.default_rng(0)
+    for size in (2, 4, 8):
+        counts = rng.dirichlet(np.full(size + 1, 0.3), 500)
+        for scale in ("group", "batch", "none"):
+            signal = draft_signal.signal(counts, scale)
+            assert np.all(signal.snr_squared <= signal.active * size / 4 + 1e-9)
+
+
+def test_an_unknown_figure_says_so():
+    assert not UNKNOWN.is_known and not UNKNOWN.times(3).is_known
