@@ -80,7 +80,9 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
             run.compile_rest()
         advantages = credit.refinement_advantages(groups, run.config)
         with watchdog.phase("update", name), watchdog.phase("dispatch"):
-            checked = learner.draft_check(state.params, groups) if run.shows_samples(step) else {}
+            checked = {}
+            if run.shows_samples(step):
+                checked = learner.draft_check(state.params, groups) | learner.reliance(state.params, groups)
             updating = time.perf_counter()
             state, learned = learner.update(state, groups, advantages, step)
             ended = time.perf_counter()

@@ -34,6 +34,7 @@ from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.learning.update_metrics import mean_over_steps, optimizer_step_metrics, sampler_mismatches
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.outputs.metrics import is_right
 from igrpo_jax.records import Group
 
 
@@ -210,6 +211,25 @@ class Learner:
             "sampling/draft_logp_difference/mean": float(np.mean(mismatches)),
             "sampling/draft_logp_difference/max": float(np.max(mismatches)),
         }
+
+    def reliance(self, params: decoder.Params, groups: Sequence[Group]) -> dict[str, float]:
+        """Returns how much right refinements rely on their draft: the mean of log pi(o | q') - log pi(o | q), in nats.
+
+        It is the mean over the first right refinements, one micro-batch of them; absent where there are none. `params`
+        are those that sampled.
+        """
+        right = [(group, x) for group in groups if group.kept is not None for x in group.completions if is_right(x)]
+        alone = lambda context, completion: Unit(context, (completion,), np.zeros(1, np.float32))
+        batch = self.packer.leading([alone(group.context, completion) for group, completion in right])
+        drafted = [piece.unit for piece in batch.shards[0]]
+        if not drafted:
+            return {}
+        plain = [alone(group.prompt.tokens, completion) for group, completion in right[: len(drafted)]]  # shorter ones
+        after, before = (
+            [logprobs.sum() for (logprobs,) in self._rescored(params, units, [self.packer.leading(units)])]
+            for units in (drafted, plain)
+        )
+        return {"refine/reliance": float(np.mean(np.subtract(after, before)))}
 
     @property
     def resting_bytes(self) -> int:

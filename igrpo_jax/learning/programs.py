@@ -213,7 +213,7 @@ class LearnerPrograms:
         """All programs that an update may call."""
         rescored = self._sizes if self._optimizer_steps > 1 or self._algorithm.beta > 0 else []
         if not rescored and self._config.algorithm.num_drafts and self._config.log.samples_every:
-            rescored = self._sizes[:1]  # for `Learner.draft_check`
+            rescored = self._sizes[:1]  # for `Learner.draft_check` and `Learner.reliance`
         sizes = [
             (program, size) for program, of in ((self.accumulate, self._sizes), (self.rescore, rescored)) for size in of
         ]

@@ -19,6 +19,7 @@ from igrpo_jax import cli
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.errors import InputError
 from igrpo_jax.loading import check_model
+from igrpo_jax.storage.addresses import path_of
 
 if TYPE_CHECKING:
     from igrpo_jax.session.task import Task
@@ -51,7 +52,8 @@ def main(argv: list[str]) -> None:
     if cli.address(argv):
         raise InputError("--processes: a probe is one process; leave it out, and --coordinator and --process")
     model = values["model"]
-    if not values["data"] and values["config"] is None and not Path(model, "checkpoints").is_dir():
+    is_run = (path_of(f"--model {model}", model) / "checkpoints").is_dir()
+    if not (values["data"] or values["config"] or is_run):
         raise InputError("--data: missing; give the problems to train on, a file or what config.data.train may be")
     if values["data"]:
         config = replace(config, data=replace(config.data, train=values["data"]))

@@ -653,6 +653,43 @@ def rows_with_drafts(groups):
     return np.concatenate([tokens, more]), np.concatenate([mask, marked]), advantages.reshape(-1).astype(np.float32)
 
 
+def test_how_much_right_refinements_rely_on_their_draft(build, tiny):
+    """log pi(o | q') - log pi(o | q) over full logits, of the right refinements that a micro-batch holds."""
+    groups, right = [], {"accuracy": 1.0}
+    for group in with_drafts(make_groups()):  # the context of one of them is shorter than its prompt
+        is_right = [i != 2 and len(group.context) > 1 for i in range(G)]
+        scores = [
+            dataclasses.replace(x.score, rewards=right if y else {})
+            for x, y in zip(group.completions, is_right, strict=True)
+        ]
+        marked = [dataclasses.replace(x, score=y) for x, y in zip(group.completions, scores, strict=True)]
+        groups.append(dataclasses.replace(group, completions=tuple(marked)))
+    groups[3] = dataclasses.replace(groups[3], kept=None)  # the plain prompt was refined
+    groups *= 3  # more than a micro-batch holds
+    rows = [
+        (group.context, group.prompt.tokens, x.tokens)
+        for i, group in enumerate(groups)
+        for j, x in enumerate(group.completions)
+        if i % P not in (1, 3) and j != 2
+    ]
+    held = np.cumsum([len(context) - 1 + len(answer) for context, _, answer in rows]) <= WHOLE
+    assert 10 < sum(held) < len(rows)
+    rows = [row for row, is_held in zip(rows, held, strict=True) if is_held]
+    tokens, mask = np.zeros((2, len(rows), ROW), np.int32), np.zeros((2, len(rows), ROW - 1), bool)
+    for i, (*contexts, answer) in enumerate(rows):
+        for k, context in enumerate(contexts):
+            end = len(context) + len(answer)
+            tokens[k, i, :end], mask[k, i, len(context) - 1 : end - 1] = [*context, *answer], True
+    logprob = full_logprobs(tiny[0], tiny[1], tokens.reshape(-1, ROW))[0].reshape(mask.shape)
+    after, before = np.sum(np.where(mask, logprob, 0.0), axis=2)
+    learner, mesh = build()
+    with jax.set_mesh(mesh):
+        found = learner.reliance(put(tiny[1], mesh), groups)
+        assert learner.reliance(put(tiny[1], mesh), make_groups()) == {}  # none is right
+    assert found == {"refine/reliance": pytest.approx(np.mean(after - before), abs=1e-3)}
+    assert np.abs(after - before).max() > 0.1
+
+
 DRAFTED = {"algorithm__train_drafts": True, "algorithm__num_drafts": N}
 
 
