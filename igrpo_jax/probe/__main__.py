@@ -31,7 +31,7 @@ USAGE = (
 FLAGS = {
     "data": "problems: a file, a folder, a known name or a hub id; default: those of --config or of the run",
     "problems": "problems that are answered, of those that the run would read first; default: 64",
-    "samples": "plain answers to each problem; default: N + G, the least",
+    "answers": "plain answers to each problem; default: N + G, the least",
     "gradients": "problems whose gradients are compared; default: 32, and 0 for none",
     "workdir": "folder to write the answers, the gradients and the verdict to",
     "step": "step of the checkpoint that answers, where --model is a run; default: the newest",
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         raise InputError("--data: missing; give the problems to train on, a file or what config.data.train may be")
     if values["data"]:
         config = replace(config, data=replace(config.data, train=values["data"]))
-    numbers = {name: cli.number(name, values[name]) for name in ("problems", "samples", "gradients", "step")}
+    numbers = {name: cli.number(name, values[name]) for name in ("problems", "answers", "gradients", "step")}
     probe(config, model, values["workdir"], **{name: value for name, value in numbers.items() if value is not None})
 
 
@@ -66,7 +66,7 @@ def probe(
     model: str | Path,
     workdir: str | Path,
     problems: int = 64,
-    samples: int | None = None,
+    answers: int | None = None,
     gradients: int = 32,
     step: int | None = None,
 ) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def probe(
         model: the folder of a run, a Hugging Face directory or a hub id.
         workdir: gets probe.html, probe.json, answers.jsonl and gradients/.
         problems: how many are answered, at most.
-        samples: plain answers to each; None for N + G.
+        answers: plain answers to each; None for N + G.
         gradients: of how many problems gradients are compared.
         step: the step of the checkpoint, where `model` is a run; None for the newest.
 
@@ -88,32 +88,37 @@ def probe(
         InputError: something in `config` or what it names is wrong, or `workdir` holds something else.
         RunError: no problem could be graded; a full disk.
     """
+    import jax
+
     from igrpo_jax.distributed import watchdog
     from igrpo_jax.distributed.programs import use_disk_cache
     from igrpo_jax.evaluation import inference, results
     from igrpo_jax.outputs.console import Console
     from igrpo_jax.outputs.files import local_folder
     from igrpo_jax.outputs.workdir import locked
-    from igrpo_jax.probe.measure import ProbeTask, finish, measure
+    from igrpo_jax.probe import measure
     from igrpo_jax.session.task import open_task
 
     check_model(config, model)
     began, folder = time.perf_counter(), local_folder("--workdir", workdir)
     config = planned(config)
-    samples = checked_samples(config, samples, problems)
+    samples = checked(config, answers, problems)
     run, step = inference.checkpoint_of(str(model), step)
     task = open_task(config, results.recorded_date(folder))
     name, written = inference.identity(str(model), run, step)
     head = {"model": name, "step": step, "weights_written": written}
+    asked = measure.ProbeTask(task, run, step, problems, samples, gradients)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(task.mesh))
+        learner, engine = measure.programs(asked)  # checks settings before anything is written
         results.claim(folder, {"kind": "probe", **head, "samples": samples, **deciding(task)})
         stack.enter_context(locked(folder))
         console = stack.enter_context(Console())
+        console.table("Probe", measure.plan(asked))
         use_disk_cache(config.compilation_cache)
         stack.enter_context(watchdog.watching(config.watchdog))
-        asked = ProbeTask(task, run, step, problems, samples, gradients)
-        answered, measured = measure(asked, folder, console, stack)
-        summary = finish(task, folder, head, answered, measured, console)
+        answered, measured = measure.measure(asked, learner, engine, folder, console, stack)
+        summary = measure.finish(task, folder, head, answered, measured, console)
         console.message(f"{time.perf_counter() - began:.1f} s; written to {folder / 'probe.html'}")
     return summary
 
@@ -139,14 +144,14 @@ def planned(config: Config) -> Config:
     )
 
 
-def checked_samples(config: Config, samples: int | None, problems: int) -> int:
+def checked(config: Config, answers: int | None, problems: int) -> int:
     """Returns K. Raises InputError where there are too few answers or problems."""
     least = config.algorithm.num_drafts + config.algorithm.num_generations
-    if samples is not None and samples < least:
-        raise InputError(f"--samples {samples}: must be at least N + G = {least}, the completions of a group of GRPO")
+    if answers is not None and answers < least:
+        raise InputError(f"--answers {answers}: must be at least N + G = {least}, the completions of a group of GRPO")
     if problems < 1:
         raise InputError(f"--problems {problems}: must be at least 1")
-    return samples or least
+    return answers or least
 
 
 def deciding(task: "Task") -> dict[str, Any]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from igrpo_jax.data.problems import step_indices
@@ -50,25 +49,39 @@ class ProbeTask:
         return [every[i] for i in step_indices(0, min(self.problems, len(every)), len(every), self.task.config.seed)]
 
 
+def programs(asked: ProbeTask) -> tuple[Learner, Engine]:
+    """Returns what computes gradients, and a sampler with hardly more slots than there are plain answers.
+
+    Raises:
+        InputError: settings that do not fit the model or the devices.
+    """
+    task, config, policy = asked.task, asked.task.config, asked.task.policy
+    sizes = {"max_context": task.max_context, "total_steps": 1}
+    learner = Learner(learner_config(config), policy.model, task.mesh, **sizes)
+    memory = device_bytes()
+    memory = memory and memory - overview.resting_bytes(config, task.mesh, learner)
+    shards = max(1, task.mesh.size // (config.rollout.mesh.tensor or 1))  # at most, whatever the layout is
+    slots = min(config.rollout.slots, -(-len(asked.prompts) * asked.samples // shards) * shards)
+    config = replace(config, rollout=replace(config.rollout, slots=slots))
+    engine = sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated, memory)
+    return learner, engine
+
+
 def measure(
-    asked: ProbeTask, folder: Path, console: Console, stack: contextlib.ExitStack
+    asked: ProbeTask, learner: Learner, engine: Engine, folder: Path, console: Console, stack: contextlib.ExitStack
 ) -> tuple[list[Answered], list[Measured]]:
     """Returns the problems whose answers all have verdicts, and what was measured of each of them.
 
     Args:
+        learner, engine: what `programs` returned.
         folder: holds what an earlier start has drawn and computed.
         stack: gets what must be closed.
 
     Raises:
         RunError: no problem has all its verdicts.
     """
-    task, config = asked.task, asked.task.config
-    stack.enter_context(jax.set_mesh(task.mesh))
+    task, config, prompts = asked.task, asked.task.config, asked.prompts
     stack.enter_context(showing_waits(console.waiting))
-    sizes = {"max_context": task.max_context, "total_steps": 1}
-    learner = Learner(learner_config(config), task.policy.model, task.mesh, **sizes)
-    prompts, engine = asked.prompts, _engine(asked, learner)
-    console.table("Probe", _overview(asked))
     column, limit = config.data.answer_column or "answer", config.rollout.max_completion_length
     verifier = stack.enter_context(
         Verifier(config.rewards, limit, column, folder / "judge.sqlite", max_steps=task.total_steps)
@@ -87,17 +100,6 @@ def measure(
     return answered, Gradients(learner, params, frozen, console, folder).measure(answered, asked.gradients)
 
 
-def _engine(asked: ProbeTask, learner: Learner) -> Engine:
-    """Returns a sampler with hardly more slots than there are plain answers."""
-    task, config, memory = asked.task, asked.task.config, device_bytes()
-    memory = memory and memory - overview.resting_bytes(config, task.mesh, learner)
-    shards = max(1, task.mesh.size // (config.rollout.mesh.tensor or 1))  # at most, whatever the layout is
-    slots = min(config.rollout.slots, -(-len(asked.prompts) * asked.samples // shards) * shards)
-    config = replace(config, rollout=replace(config.rollout, slots=slots))
-    policy = task.policy
-    return sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated, memory)
-
-
 def _weights(asked: ProbeTask, console: Console) -> tuple[decoder.Params, decoder.Params]:
     """Returns what is trained, in float32, and what LoRA adapts, {} without LoRA."""
     task, config = asked.task, asked.task.config
@@ -111,7 +113,7 @@ def _weights(asked: ProbeTask, console: Console) -> tuple[decoder.Params, decode
     return weights.load(task.policy, task.mesh, config.seed, "float32", console), {}
 
 
-def _overview(asked: ProbeTask) -> list[tuple[str, object]]:
+def plan(asked: ProbeTask) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before the first answer."""
     task, config, algorithm = asked.task, asked.task.config, asked.task.config.algorithm
     name = f"{task.policy.path or 'built-in'}, {task.policy.model.num_params / 1e6:,.1f} M parameters"

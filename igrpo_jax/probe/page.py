@@ -28,6 +28,7 @@ FIGURES = {
         "spread": "mean of p (1 - p) over the problems",
         "successes": "right completions that GRPO would see in the run, if p stayed (x)",
         "length_plain": "tokens of a plain answer",
+        "drawn": "drafts that algorithm.draft_early_stop draws",
         "cut_plain": "plain answers that were cut at the limit",
     },
     "With a draft": {

@@ -1,0 +1,78 @@
+"""What is drawn, kept and counted: which drafts are refined, and the figures of texts."""
+
+import numpy as np
+import pytest
+from builders import completion
+
+from igrpo_jax.probe import answers
+from igrpo_jax.probe.answers import Answered, Refined, completion_of, kept_drafts
+from igrpo_jax.probe.estimates import NONE
+from igrpo_jax.records import Prompt, Score
+
+
+def answered(plain, refined, kept, index=0):
+    prompt = Prompt(f"p{index}", index, "1 + 2", "3", np.array([1, 2], np.int32))
+    return Answered(prompt, tuple(plain), np.array(kept), tuple(refined))
+
+
+def test_every_set_of_drafts_keeps_what_stage_one_would():
+    """Rewards 0, 2, 1, 2: pairs from each answer on, in a circle, are 01, 12, 23 and 30; the first best one is kept."""
+    plain = [completion("draft", i, [5], float(reward > 1), float(reward)) for i, reward in enumerate((0, 1, 1, 1))]
+    plain[1] = completion("draft", 1, [5], 1.0, 1.0)
+    plain[3] = completion("draft", 3, [5], 1.0, 1.0)
+    assert kept_drafts(plain, 2, "best", [0]) == [1, 1, 3, 3]
+    assert kept_drafts(plain, 2, "first", [0]) == [0, 1, 2, 3]
+    assert kept_drafts(plain, 2, "worst", [0]) == [0, 2, 2, 0]
+    drawn = kept_drafts(plain, 2, "random", [0])
+    assert drawn == kept_drafts(plain, 2, "random", [0]) and all(i in (s, (s + 1) % 4) for s, i in enumerate(drawn))
+
+
+def test_drafts_without_a_verdict_are_not_kept():
+    score = Score(float("nan"), {"accuracy": 0.0}, None, "invalid")
+    plain = [completion("draft", i, [5], 1.0) for i in range(4)]
+    plain[1:3] = [plain[1].__class__(**{**vars(x), "score": score}) for x in plain[1:3]]
+    assert kept_drafts(plain, 2, "best", [0]) == [0, 3, 3]  # the set of answers 1 and 2 has none
+    assert not answered(plain, [], [True] * 4).is_graded
+
+
+def test_counts_by_hand():
+    right, wrong = (completion("draft", 0, [5, 6], accuracy) for accuracy in (1.0, 0.0))
+    of = lambda *accuracies: tuple(completion("refine", i, [7], x) for i, x in enumerate(accuracies))
+    both = answered(
+        [right, wrong, wrong, wrong], [Refined(wrong, None, of(0, 1)), Refined(right, None, of(1, 1))], [1, 0, 0, 1]
+    )
+    none = answered([wrong] * 4, [Refined(wrong, None, of(0, 0))], [0, 0, 0, 0])
+    counts = answers.counts([both, none], drafts=2)
+    np.testing.assert_array_equal(counts.plain, [[1, 0, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(counts.weight, [0.5, 0.0])
+    np.testing.assert_array_equal(counts.after_right, [2, NONE])
+    np.testing.assert_array_equal(counts.after_wrong, [1, 0])
+    assert (counts.refinements, counts.active_plain, counts.active_refined) == (2, 1, 1)
+
+
+def test_figures_of_texts():
+    """A right draft is kept in three of four sets: refinements of it weigh 3/4, those of the wrong one 1/4."""
+    draft = lambda accuracy: completion("draft", 0, [5, 6, 7, 8, 9], accuracy)
+    copy = completion("refine", 0, [5, 6, 7, 8, 9], 1.0)
+    other = completion("refine", 1, [1, 2], 0.0, finished=False)
+    parts = [Refined(draft(1.0), None, (copy, copy)), Refined(draft(0.0), None, (copy, other))]
+    case = answered([draft(1.0), draft(0.0)], parts, [1, 1, 1, 0])
+    figures = {name: values[0] for name, values in answers.texts([case], draft_limit=4).items()}
+    assert figures["copy"] == pytest.approx(0.75 + 0.25 / 2)
+    assert figures["length_refined"] == pytest.approx(0.75 * 5 + 0.25 * 3.5) and figures["length_plain"] == 5
+    assert figures["cut_refined"] == pytest.approx(0.125) and figures["cut_plain"] == 0
+    assert figures["same_answer"] == figures["same_wrong"] == figures["same_right"] == 1  # "7", as the builder says
+    assert figures["draft_cut"] == 0  # four tokens without the EOS
+    assert answers.texts([case], draft_limit=3)["draft_cut"][0] == 1
+    alone = answers.texts([answered([draft(0.0)], parts[1:], [0])], draft_limit=4)
+    assert np.isnan(alone["same_right"][0])
+
+
+def test_a_row_is_read_as_it_was_written():
+    prompt = Prompt("p", 3, "q", "a", np.array([1], np.int32))
+    drawn = completion("refine", 2, [4, 5], 1.0, 0.5, finished=False, text="x")
+    row = answers._row(prompt, (6,), drawn)
+    back = completion_of(row, "refine")
+    assert (back.sample_id, back.finished, back.text, back.score.rewards) == (2, False, "x", drawn.score.rewards)
+    np.testing.assert_array_equal(back.tokens, drawn.tokens)
+    assert (row["index"], row["drafts"]) == (3, [6])

@@ -1,0 +1,120 @@
+"""The command: a whole probe of a tiny model that goes on where it was killed, its page, and bad input."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from builders import completion, run_config
+
+from igrpo_jax import cli
+from igrpo_jax.errors import InputError
+from igrpo_jax.probe import __main__ as command
+from igrpo_jax.probe import page
+from igrpo_jax.probe.answers import Answered, Refined
+from igrpo_jax.probe.estimates import Estimate
+from igrpo_jax.probe.verdict import Setting, Verdict
+from igrpo_jax.records import Prompt
+
+
+@pytest.mark.slow(seconds=10)
+def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+
+    def call(*more, code=None):
+        argv = ["probe", "--model", str(whole[0]), "--problems=3", "--workdir", str(out)]
+        argv += ["--config.rollout.slots=8", *more]  # one for each device
+        monkeypatch.setattr(sys, "argv", argv)
+        if code is None:
+            cli.run(command.main)
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as stop:
+            cli.run(command.main)
+        assert stop.value.code == code
+        return capsys.readouterr().err
+
+    assert "config.rollout.slots = 4: must be a multiple of 8" in call("--config.rollout.slots=4", code=2)
+    assert not out.exists()
+    printed = call()
+    assert "verdict: " in printed and "plain answers" in printed and "success of a plain answer, p" in printed
+    names = ("answers.jsonl", "probe.json")
+    written = {name: (out / name).read_text() for name in names}
+    rows, summary = written["answers.jsonl"].splitlines(keepends=True), json.loads(written["probe.json"])
+    plain = [json.loads(row) for row in rows if not json.loads(row)["drafts"]]
+    assert len(plain) == 3 * 4 and len(rows) >= len(plain) + 3 * 2  # K = N + G = 4, and G = 2 of each draft
+    assert summary["problems"] == 3 and summary["verdict"]["pays"] is None and summary["step"] == 5
+    assert summary["figures"]["p"]["high"] > 0
+    assert "cannot tell" in (out / "probe.html").read_text()
+    assert len(list((out / "gradients").iterdir())) == 3
+
+    (out / "answers.jsonl").write_text("".join(rows[: len(rows) // 2]) + rows[-1][:20])
+    (out / "gradients" / sorted(path.name for path in (out / "gradients").iterdir())[0]).unlink()
+    printed = call()
+    assert "plain answers ..." in printed
+    assert {name: (out / name).read_text() for name in names} == written
+    printed = call()
+    assert "plain answers ..." not in printed and "refinements ..." not in printed  # all is there
+    assert "holds an evaluation of another kind (seed: 0 -> 1" in call("--config.seed=1", code=2)
+
+
+def test_model_text_is_escaped(tmp_path):
+    attack = "<script>alert(1)</script>"
+    prompt = Prompt(attack, 0, attack, attack, np.array([1], np.int32))
+    draft = completion("draft", 0, [5], 0.0, text=attack)
+    fixed = completion("refine", 0, [6], 1.0, text=attack)
+    problem = Answered(prompt, (draft,), np.array([False]), (Refined(draft, prompt.tokens, (fixed,)),))
+    verdict = Verdict(f"cannot tell {attack}", None, "unclear", [attack])
+    figures = {"p": Estimate(0.5, 0.25, 1.0), "ratio": Estimate(float("nan"), 0.0, float("inf"))}
+    summary = page.write(tmp_path, {"model": attack}, Setting(1, 4, 4, "group"), figures, verdict, [problem])
+    text = (tmp_path / "probe.html").read_text()
+    assert "<script" not in text and text.count("&lt;script&gt;") >= 9
+    assert "0.50 (0.25 to 1.00)" in text and "not known (0 to any)" in text
+    assert "fixed: a right answer after a wrong draft" in text and (tmp_path / "style.css").exists()
+    assert json.loads((tmp_path / "probe.json").read_text()) == summary
+    assert summary["figures"]["ratio"] == {"value": None, "low": 0.0, "high": None}
+
+
+def test_every_figure_has_a_meaning():
+    """Those of the counts; the others are named where they are made."""
+    from test_verdict import estimate, simulated
+
+    named = {name for names in page.FIGURES.values() for name in names}
+    assert set(estimate(simulated(0.3, 0.7, 0.2, problems=20))) - named == {"trust"}  # the verdict alone reads it
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--model: missing; give the folder of a run"),
+        (["--model=m"], "--workdir: missing; give a folder"),
+        (["--model=m", "--workdir=w"], "--data: missing; give the problems to train on"),
+        (["--model=m", "--workdir=w", "--data=d", "--answers=7"], "--answers 7: must be at least N \\+ G = 8"),
+        (["--model=m", "--workdir=w", "--data=d", "--problems=0"], "--problems 0: must be at least 1"),
+        (["--model=m", "--workdir=w", "--data=d", "--problems=many"], "--problems many: must be a whole number"),
+        (
+            ["--model=m", "--workdir=w", "--data=d", "--coordinator=a:1", "--processes=2", "--process=0"],
+            "--processes: a probe is one process",
+        ),
+        (
+            ["--model=m", "--workdir=w", "--data=d", "--config.algorithm.num_drafts=0"],
+            "config.algorithm.num_drafts = 0: must be at least 1",
+        ),
+        (
+            ["--model=m", "--workdir=w", "--data=d", "--config.rewards.accuracy=0"],
+            "config.rewards.accuracy = 0: must be above 0",
+        ),
+    ],
+)
+def test_bad_input(flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=words):
+        command.main(["probe", *flags])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_built_in_model_has_no_other_problems():
+    with pytest.raises(InputError, match="--data: the built-in model only knows its own task"):
+        import dataclasses
+
+        config = run_config()
+        command.planned(dataclasses.replace(config, data=dataclasses.replace(config.data, train="gsm8k")))
