@@ -34,7 +34,6 @@ from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.learning.update_metrics import mean_over_steps, optimizer_step_metrics, sampler_mismatches
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig
-from igrpo_jax.outputs.metrics import is_right
 from igrpo_jax.records import Group
 
 
@@ -218,7 +217,9 @@ class Learner:
         It is the mean over the first right refinements, one micro-batch of them; absent where there are none. `params`
         are those that sampled.
         """
-        right = [(group, x) for group in groups if group.kept is not None for x in group.completions if is_right(x)]
+        right = [
+            (group, x) for group in groups if group.kept is not None for x in group.completions if x.score.is_right
+        ]
         alone = lambda context, completion: Unit(context, (completion,), np.zeros(1, np.float32))
         batch = self.packer.leading([alone(group.context, completion) for group, completion in right])
         drafted = [piece.unit for piece in batch.shards[0]]

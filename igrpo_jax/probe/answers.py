@@ -24,7 +24,7 @@ from igrpo_jax.learning.rollout import SELECTION, STAGES, select_draft
 from igrpo_jax.models import decoder
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import number
-from igrpo_jax.outputs.metrics import content, copy_ratio, is_right, same_answer
+from igrpo_jax.outputs.metrics import content, copy_ratio, same_answer
 from igrpo_jax.probe.estimates import NONE, Counts
 from igrpo_jax.records import Completion, Prompt, Score
 from igrpo_jax.rewards.verifier import Verifier, check_errors
@@ -48,7 +48,7 @@ class Refined:
     @property
     def is_right(self) -> bool:
         """Whether the draft is right."""
-        return is_right(self.draft)
+        return self.draft.score.is_right
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Answers:
         plain = self._plain(prompt)
         first: dict[bool, int] = {}
         for draft in self._kept(prompt):
-            first.setdefault(is_right(plain[draft]), draft)
+            first.setdefault(plain[draft].score.is_right, draft)
         return [((draft,), self._renderer.with_draft(prompt.question, plain[draft].tokens)) for draft in first.values()]
 
     def _answered(self, prompt: Prompt) -> Answered:
@@ -134,7 +134,7 @@ class Answers:
         for path, context in self._contexts(prompt):
             rows = self._rows.of(prompt.index, path)[:size]
             refined.append(Refined(plain[path[0]], context, tuple(completion_of(row, "refine") for row in rows)))
-        kept = np.array([is_right(plain[draft]) for draft in self._kept(prompt)], bool)
+        kept = np.array([plain[draft].score.is_right for draft in self._kept(prompt)], bool)
         return Answered(prompt, tuple(plain), kept, tuple(refined))
 
     def _sample(
@@ -158,7 +158,7 @@ class Answers:
                 nonlocal done, right
                 self._rows.add(_row(prompt, path, completion))
                 scores.append(completion.score)
-                done, right = done + 1, right + is_right(completion)
+                done, right = done + 1, right + completion.score.is_right
                 update(done, f"right {right / len(scores):.3f}")
 
             self._scheduler.start(params, Sampling(settings.temperature, settings.top_p, settings.top_k))
@@ -201,10 +201,10 @@ def counts(answered: Sequence[Answered], drafts: int) -> Counts:
 
     def after(problem: Answered, draft: bool) -> int:
         parts = [part for part in problem.refined if part.is_right == draft]
-        return sum(map(is_right, parts[0].completions)) if parts else NONE
+        return sum(completion.score.is_right for completion in parts[0].completions) if parts else NONE
 
     return Counts(
-        plain=np.array([[is_right(completion) for completion in problem.plain] for problem in answered]),
+        plain=np.array([[completion.score.is_right for completion in problem.plain] for problem in answered]),
         kept=np.array([problem.kept for problem in answered]),
         after_right=np.array([after(problem, True) for problem in answered]),
         after_wrong=np.array([after(problem, False) for problem in answered]),

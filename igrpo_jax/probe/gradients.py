@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from igrpo_jax.config import Config
+from igrpo_jax.config import AlgorithmConfig, Config
 from igrpo_jax.distributed import sharding, watchdog
 from igrpo_jax.learning import objectives
 from igrpo_jax.learning.learner import Learner
@@ -36,7 +36,6 @@ from igrpo_jax.learning.rescoring import rescore_units
 from igrpo_jax.models import decoder
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import writing
-from igrpo_jax.outputs.metrics import is_right
 from igrpo_jax.probe.answers import Answered
 from igrpo_jax.probe.estimates import FEW, UNKNOWN, Estimate, resamples
 from igrpo_jax.records import Completion
@@ -122,7 +121,7 @@ class Gradients:
             for part in problem.refined
             if part.is_right == draft
             for completion in part.completions
-            if is_right(completion)
+            if completion.score.is_right
         ]
         if not pairs:
             return np.zeros(0, np.float32)
@@ -144,10 +143,14 @@ class Gradients:
 
 
 def learner_config(config: Config) -> Config:
-    """Returns the settings of a learner that computes the gradient of one problem, at the policy that sampled it."""
-    algorithm = replace(
-        config.algorithm, beta=0.0, entropy_coef=0.0, num_iterations=1, importance_sampling_cap=0.0, train_drafts=False
-    )
+    """Returns the settings of a learner that computes the gradient of one problem, at the policy that sampled it.
+
+    It is that of the objective alone, without the terms and the departures from the paper that are off by default.
+    """
+    base = AlgorithmConfig()
+    neutral = ("beta", "entropy_coef", "num_iterations", "importance_sampling_cap", "train_drafts", "draft_when")
+    neutral += ("refine_credit", "group", "improvement_bonus", "repeat_penalty", "alternate")
+    algorithm = replace(config.algorithm, **{name: getattr(base, name) for name in neutral})
     return replace(config, algorithm=algorithm, learner=replace(config.learner, minibatches=1), prompts_per_step=1)
 
 
@@ -178,7 +181,7 @@ def _unit(
     right_only: bool = False,
 ) -> Unit | None:
     """Returns a group as a unit, None where it has no gradient; its advantages are multiplied by `factor`."""
-    right = np.array([is_right(completion) for completion in completions])
+    right = np.array([completion.score.is_right for completion in completions])
     # A divisor that is the same for all groups does not turn the gradient.
     scale = "none" if algorithm.scale_rewards == "batch" else algorithm.scale_rewards
     advantage = factor * objectives.group_advantages(right[None].astype(np.float32), scale, algorithm.baseline)[0]
@@ -189,7 +192,8 @@ def _unit(
     if not advantage[chosen].any():
         return None
     kept = tuple(replace(x, stage="refine") for x, is_kept in zip(completions, chosen, strict=True) if is_kept)
-    return Unit(context, kept, advantage[chosen], weight[chosen], np.zeros(int(chosen.sum()), np.float32))
+    no_bonus = np.zeros(len(kept), np.float32)
+    return Unit(context, kept, advantage[chosen], weight=weight[chosen], entropy_weight=no_bonus)
 
 
 def sketch(grads: Mapping[str, jax.Array]) -> np.ndarray:

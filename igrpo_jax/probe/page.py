@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from igrpo_jax import __version__
 from igrpo_jax.outputs.files import number, write_atomically
-from igrpo_jax.outputs.metrics import is_right
 from igrpo_jax.probe.answers import Answered
 from igrpo_jax.probe.estimates import Estimate
 from igrpo_jax.probe.verdict import Setting, Verdict, shown
@@ -144,7 +143,7 @@ def examples(answered: Sequence[Answered]) -> list[Example]:
     chosen: dict[str, list[Example]] = {title: [] for title in titles.values()}
     for problem in answered:
         for part in problem.refined:
-            moves = {titles[part.is_right, is_right(completion)]: completion for completion in part.completions}
+            moves = {titles[part.is_right, completion.score.is_right]: completion for completion in part.completions}
             for title, completion in moves.items():
                 if len(chosen[title]) < EXAMPLES:
                     prompt, texts = problem.prompt, (part.draft.text, completion.text)
@@ -153,7 +152,7 @@ def examples(answered: Sequence[Answered]) -> list[Example]:
 
 
 def _row(problem: Answered) -> Row:
-    right = lambda completions: f"{sum(map(is_right, completions))} of {len(completions)}"
+    right = lambda completions: f"{sum(completion.score.is_right for completion in completions)} of {len(completions)}"
     after = {part.is_right: right(part.completions) for part in problem.refined}
     prompt = problem.prompt
     return Row(prompt.id, prompt.question, right(problem.plain), after.get(True, ""), after.get(False, ""))
