@@ -148,8 +148,10 @@ def learner_config(config: Config) -> Config:
     It is that of the objective alone, without the terms and the departures from the paper that are off by default.
     """
     base = AlgorithmConfig()
-    neutral = ("beta", "entropy_coef", "num_iterations", "importance_sampling_cap", "train_drafts", "draft_when")
-    neutral += ("refine_credit", "group", "improvement_bonus", "repeat_penalty", "alternate")
+    neutral = (
+        *("beta", "entropy_coef", "num_iterations", "importance_sampling_cap", "train_drafts", "draft_when"),
+        *("refine_credit", "group", "improvement_bonus", "repeat_penalty", "alternate"),
+    )
     algorithm = replace(config.algorithm, **{name: getattr(base, name) for name in neutral})
     return replace(config, algorithm=algorithm, learner=replace(config.learner, minibatches=1), prompts_per_step=1)
 

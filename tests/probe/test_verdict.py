@@ -110,9 +110,8 @@ def test_a_hopeless_region():
 
 
 def test_the_rare_region_has_the_bound_of_how_much_likelier_a_wrong_draft_makes_success():
-    verdict = concluded(0.03, 1.0, 0.03, problems=3000)
-    (bound,) = [reason for reason in verdict.reasons if "success is rare" in reason]
-    figures = estimate(simulated(0.03, 1.0, 0.03, problems=3000))
+    figures = estimate(simulated(0.03, 1.0, 0.03, problems=800))
+    (bound,) = [reason for reason in conclude(figures, SETTING).reasons if "success is rare" in reason]
     assert f"at most {float(draft_signal.rare_bound(figures['times'].high, N, G, 'group')):.2f}" in bound
     assert not any("success is rare" in reason for reason in concluded(0.3, 1.0, 0.3).reasons)
 
@@ -125,10 +124,10 @@ def test_too_few_problems():
 
 def test_signal_that_points_elsewhere_and_signal_whose_direction_is_unknown():
     counted = (0.02, 0.6, 0.3)
-    assert concluded(*counted, problems=2000).answer == "cannot tell: more signal, unknown transfer"
-    elsewhere = concluded(*counted, problems=2000, cosine=(0.1, 0.0, 0.2))
+    assert concluded(*counted, problems=800).answer == "cannot tell: more signal, unknown transfer"
+    elsewhere = concluded(*counted, problems=800, cosine=(0.1, 0.0, 0.2))
     assert elsewhere.pays is False and elsewhere.answer == "drafts do not pay: their signal points elsewhere"
-    backwards = concluded(*counted, problems=2000, cosine=(-0.9, -1.0, -0.8))
+    backwards = concluded(*counted, problems=800, cosine=(-0.9, -1.0, -0.8))
     assert backwards.pays is False  # a large square is no help where the sign is wrong
 
 
