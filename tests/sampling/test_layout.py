@@ -66,12 +66,14 @@ def test_tokens_do_not_depend_on_the_layout(name, tensors):
     """With filters, without, and greedily; also where heads are copied and dealt."""
     cfg = MODELS[name]
     host = tiny_models.random_params(cfg)
-    alone, params = Engine(cfg, one_device(), EOS, **SIZES), put(host, one_device())
+    # Two slots of a shard: there is one program of decoding for each number of them.
+    alone, params = Engine(cfg, one_device(), EOS, **SIZES | {"slots": 2}), put(host, one_device())
     expected = [sample(alone, params, sampling) for sampling in SAMPLINGS]
     assert len({tuple(one.tokens) for samples in expected for one in samples.values()}) > 12
     for tensor in tensors:
-        engine, params = Engine(cfg, training_mesh(), EOS, tensor=tensor, **SIZES), put(host, training_mesh())
-        assert engine.mesh.shape["tensor"] == engine.shard_slots == tensor
+        sizes = SIZES | {"slots": 2 * 8 // tensor}
+        engine, params = Engine(cfg, training_mesh(), EOS, tensor=tensor, **sizes), put(host, training_mesh())
+        assert (engine.mesh.shape["tensor"], engine.shard_slots) == (tensor, 2)
         for sampling, samples in zip(SAMPLINGS, expected, strict=True):
             ours = sample(engine, params, sampling)
             assert ours.keys() == samples.keys()
