@@ -65,6 +65,7 @@ class Setting:
 CONFIGS = ROOT / "configs"
 SETTINGS = {
     "arithmetic": Setting(CONFIGS / "study_arithmetic.py"),
+    "lookups": Setting(CONFIGS / "study_lookups.py"),
     "smollm2": Setting(CONFIGS / "study_smollm2.py", screen=400),
     "qwen05": Setting(CONFIGS / "study_qwen05.py", "main,igrpo_train_drafts", jobs=1, screen=1024, held_out=128),
 }
@@ -83,19 +84,20 @@ def open_study(args: argparse.Namespace, stop_at: float) -> Study:
         SystemExit: a command failed, or the model solves too few problems sometimes.
     """
     setting = SETTINGS[args.setting]
-    return pretrained(args, setting, stop_at) if setting.screen else arithmetic(args, setting, stop_at)
+    return pretrained(args, setting, stop_at) if setting.screen else built_in(args, setting, stop_at)
 
 
-def arithmetic(args: argparse.Namespace, setting: Setting, stop_at: float) -> Study:
+def built_in(args: argparse.Namespace, setting: Setting, stop_at: float) -> Study:
     """Writes the problems as files and makes the supervised starts of the wanted arms; returns the study."""
     from igrpo_jax import config
-    from igrpo_jax.data.arithmetic import problems
+    from igrpo_jax.data.builtin import TASKS
     from igrpo_jax.outputs.files import write_rows
 
     tree = read_config(setting.config)
     data = args.out / "data"
     data.mkdir(parents=True, exist_ok=True)
-    for name, rows in zip(("train", "held_out"), problems(config.freeze(tree).data.arithmetic, tree.seed), strict=True):
+    problems = TASKS[tree.data.task].problems(config.freeze(tree))
+    for name, rows in zip(("train", "held_out"), problems, strict=True):
         lines = [
             {"id": f"{name}-{i}", "prompt": problem.question, "answer": str(problem.answer)}
             for i, problem in enumerate(rows)

@@ -77,7 +77,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ArithmeticConfig:
-    """The built-in task: sums of several terms, worked out step by step."""
+    """The first built-in task: sums of several terms, worked out step by step."""
 
     # Smallest number of terms in a sum of the built-in task.
     min_terms: Annotated[int, AtLeast(2)] = 3
@@ -94,12 +94,27 @@ class ArithmeticConfig:
 
 
 @dataclass(frozen=True)
+class LookupsConfig:
+    """The second built-in task: a list of look-ups in a fixed table, right only if all of them are."""
+
+    # Number of look-ups in a problem of the task "lookups".
+    items: Annotated[int, AtLeast(1)] = 12
+    # Number of problems of the task "lookups" to train on.
+    train_problems: Annotated[int, AtLeast(1)] = 4096
+    # Number of problems in the benchmark "lookups"; none of them is trained on.
+    test_problems: Annotated[int, AtLeast(1)] = 256
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The problems to train on, and how they are put to the model."""
 
     # Training problems: math, acereason-math, openr1-math-220k or gsm8k; a file, a folder of files, or a hub id; empty
-    # for the built-in arithmetic task.
+    # for the built-in task that data.task names.
     train: str = ""
+    # Built-in task where data.train is empty: "arithmetic", or "lookups", where it is easier to repair a draft than to
+    # solve alone.
+    task: Annotated[str, Choice("arithmetic", "lookups")] = "arithmetic"
     # Subset of a hub id, which the hub also calls its "configuration"; empty for the default subset.
     subset: str = ""
     # Split of a hub id, or of a folder whose files are named after splits.
@@ -131,6 +146,7 @@ class DataConfig:
     # begins; config.json then has it, so that a resume keeps it.
     template_date: Annotated[str, IsDate()] = ""
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
+    lookups: LookupsConfig = field(default_factory=LookupsConfig)
 
 
 @dataclass(frozen=True)
@@ -143,13 +159,16 @@ class WarmStartConfig:
     batch_size: Annotated[int, AtLeast(1)] = 32
     # Peak learning rate of the supervised start, reached after a tenth of its steps; a cosine then takes it to 0.
     learning_rate: float = 1.5e-3
-    # Probability that the teacher writes a random result for a step of its solution.
+    # Probability that the teacher writes a random result for a step of its solution, or a wrong one for a look-up.
     error_rate: Annotated[float, Between(0, 1)] = 0.2
     # Fraction of the examples of the supervised start that show a draft in the prompt.
     draft_fraction: Annotated[float, Between(0, 1)] = 0.5
-    # Probability of a random result for a step of a draft that the supervised start shows; at 1 nothing in a draft can
-    # be trusted.
+    # Probability of a random result for a step (a wrong one for a look-up) of a draft that the supervised start shows.
+    # In the task "arithmetic" nothing in a draft can be trusted at 1.
     draft_error_rate: Annotated[float, Between(0, 1)] = 1.0
+    # What the teacher does with a draft: "independent" pays no attention to it; "checked", in the task "lookups", looks
+    # up again where its own first look-up differs from the draft.
+    refinements: Annotated[str, Choice("independent", "checked")] = "independent"
 
 
 @dataclass(frozen=True)
@@ -511,7 +530,7 @@ class EvaluationConfig:
     # never.
     every: Annotated[int, AtLeast(0)] = 0
     # Names of benchmarks: aime24, aime25, aime26, hmmt_feb25, hmmt_nov25, brumo25, math500, amc23, gsm8k, minerva,
-    # olympiadbench, gpqa_diamond, mmlu_pro, the built-in "arithmetic", or the name of a file in data_dir.
+    # olympiadbench, gpqa_diamond, mmlu_pro, the built-in "arithmetic" and "lookups", or the name of a file in data_dir.
     benchmarks: tuple[str, ...] = ()
     # Number of completions per problem; None for 64 on AIME and other contests of 30 problems, 8 on the others that are
     # known by name, and 1 on mmlu_pro and on files of your own. The paper's are 64 and 8.
@@ -706,6 +725,9 @@ def _sources(config: Config) -> Iterator[tuple[str, str]]:
         yield "model.lora.targets", "name at least one weight to adapt"
     if config.data.arithmetic.max_terms < config.data.arithmetic.min_terms:
         yield "data.arithmetic.max_terms", "must be at least data.arithmetic.min_terms"
+    if config.warm_start.refinements == "checked" and config.data.task != "lookups":
+        fix = "a step of a sum depends on those before it and cannot be checked alone; set data.task to lookups"
+        yield "warm_start.refinements", fix
     if config.warm_start.steps and config.model.path:
         yield "warm_start.steps", "the supervised start is for the built-in model; set it to 0 with model.path"
     if config.data.train and not config.model.path:

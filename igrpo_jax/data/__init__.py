@@ -1,4 +1,5 @@
-"""Problems from files, the hub or the built-in task, and the prompts that are made of them.
+"""Problems from files, the hub or a built-in task, and the prompts that are made of them.
 
-In order: readers, messages, columns, overlap, catalog, choices, arithmetic, problems, pinning, templates, prompts.
+In order: readers, messages, columns, overlap, catalog, choices, arithmetic, lookups, builtin, problems, pinning,
+templates, prompts.
 """

@@ -24,7 +24,8 @@ import numpy as np
 from absl import logging
 
 from igrpo_jax.config import Config, DataConfig, EvaluationConfig
-from igrpo_jax.data import arithmetic, choices, columns, overlap, readers
+from igrpo_jax.data import choices, columns, overlap, readers
+from igrpo_jax.data.builtin import TASKS, Problem
 from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS, Benchmark, Hub
 from igrpo_jax.data.readers import Table
 from igrpo_jax.errors import InputError
@@ -60,7 +61,7 @@ def training_set(config: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
         held_out: the benchmarks of the run, with which training problems are compared.
     """
     if not config.data.train:
-        return TrainingSet(_builtin_rows(arithmetic.problems(config.data.arithmetic, config.seed)[0], "train"), [])
+        return TrainingSet(_builtin_rows(TASKS[config.data.task].problems(config)[0], "train"), [])
     rows, mapping, unanswered = load_rows(config.data)
     questions = [row.question for row in rows]
     repeats = overlap.repeated(questions)
@@ -125,8 +126,8 @@ def evaluation_rows(config: Config) -> dict[str, list[Row]]:
     """Returns the problems of each benchmark of config.evaluation by name. `asked` applies config.evaluation.limit."""
     rows = {}
     for name in config.evaluation.benchmarks:
-        if name == "arithmetic":
-            rows[name] = _builtin_rows(arithmetic.problems(config.data.arithmetic, config.seed)[1], "test")
+        if name in TASKS:
+            rows[name] = _builtin_rows(TASKS[name].problems(config)[1], "test")
         else:
             rows[name] = benchmark_rows(name, config.evaluation)
     return rows
@@ -137,7 +138,7 @@ def asked(rows: dict[str, list[Row]], limit: int) -> dict[str, list[Row]]:
     return {name: problems[: limit or None] for name, problems in rows.items()}
 
 
-def _builtin_rows(problems: list[arithmetic.Problem], split: str) -> list[Row]:
+def _builtin_rows(problems: Sequence[Problem], split: str) -> list[Row]:
     return [Row(f"{split}-{i}", i, problem.question, str(problem.answer), {}) for i, problem in enumerate(problems)]
 
 
@@ -190,7 +191,7 @@ def benchmark_rows(name: str, settings: EvaluationConfig) -> list[Row]:
             table = readers.read(str(by_stem[stem]), where)
             return _benchmark(table, known, settings.prompt_column, settings.answer_column, where)
     if known is None:
-        there = [*BENCHMARKS, "arithmetic", *by_stem]
+        there = [*BENCHMARKS, *TASKS, *by_stem]
         near = difflib.get_close_matches(name, there, n=1, cutoff=0.0)[0]
         looked = f"no {name}.jsonl in {str(folder)!r} and no benchmark of that name" if files else "no such benchmark"
         fix = "" if settings.data_dir else "; config.evaluation.data_dir names a folder of your own NAME.jsonl"

@@ -1,6 +1,6 @@
 """The supervised start of the built-in model, so that reinforcement learning has something to improve.
 
-The loss is the cross-entropy on solutions by a noisy teacher (`data.arithmetic`). Some examples show a draft
+The loss is the cross-entropy on solutions by a noisy teacher (`data.builtin`). Some examples show a draft
 in the prompt, in the form of Stage 2, so that the model has seen one. A model from files never gets a warm start.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from igrpo_jax.config import Config
-from igrpo_jax.data.arithmetic import Problem, solution
+from igrpo_jax.data.builtin import TASKS, Problem
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import length_buckets, pick_bucket
@@ -81,13 +81,12 @@ def warm_start(
 
 def _example(config: Config, rng: np.random.Generator, problems, renderer: Renderer, encode, shows_draft: bool) -> Unit:
     """Returns one example: a context with its completion."""
-    settings, top = config.warm_start, config.data.arithmetic.max_total
     problem = problems[int(rng.integers(len(problems)))]
+    draft, completion = TASKS[config.data.task].example(config, problem, shows_draft, rng)
     context = renderer.plain(problem.question)
-    if shows_draft:
-        draft = encode(solution(problem, settings.draft_error_rate, top, rng))
-        context = renderer.with_draft(problem.question, draft)
-    target = encode(solution(problem, settings.error_rate, top, rng))
+    if draft is not None:
+        context = renderer.with_draft(problem.question, encode(draft))
+    target = encode(completion)
     return Unit(context, (Completion("refine", 0, target, np.zeros(len(target), np.float32), True),), np.zeros(1))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from igrpo_jax.config import Config, to_dict
-from igrpo_jax.data import arithmetic
+from igrpo_jax.data.builtin import TASKS
 from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.distributed.compiling import Wanted, compiling
 from igrpo_jax.distributed.programs import device_bytes, showing_waits
@@ -246,8 +246,8 @@ def _set_fixed_weights(
 
 
 def _warm(config: Config, task: Task, params: decoder.Params, writer: Writer, console: Console) -> decoder.Params:
-    """Returns `params` after the supervised warm start on arithmetic."""
-    problems, _ = arithmetic.problems(config.data.arithmetic, config.seed)
+    """Returns `params` after the supervised warm start on the built-in task."""
+    problems, _ = TASKS[config.data.task].problems(config)
     with console.phase("supervised warm start", config.warm_start.steps) as update:
 
         def report(step: int, loss: float) -> None:

@@ -1,0 +1,97 @@
+"""The second built-in task: a list of look-ups in a table that only the weights can hold, right only if all are right.
+
+A problem is a list of keys of two digits, "37 25 91". The answer has one digit for each key, TABLE's entry:
+"<answer>502</answer>". The first digit is not 0, so that two answers are equal as numbers only where all digits are.
+Everything is generated from a seed, without a download. Train and test problems are disjoint.
+
+The task is made for the question when drafts pay. Each look-up is easy, all n of them are hard: with an error rate e a
+solution is right with probability (1 - e)^n, which is as small as one likes. A draft holds one guess for each key, and
+whoever looks up again can find its mistakes: repairing is easier than solving, with the same skill.
+
+1. A teacher is wrong at each look-up with a given probability, and then writes one of the nine wrong digits. For a
+   model that imitates it the right digit stays the most likely one, which reinforcement learning can sharpen.
+2. `checked` is a teacher that works with a draft: it looks up again where its own first look-up differs from the
+   draft. A digit is then right with probability (1-d)(1-e) + (1 - (1-d)(1-e) - d e / 9) (1-e), where d and e are the
+   error rates of draft and teacher: the two agree on the right digit, or on a wrong one with d e / 9, or differ.
+
+Texts consist of ASCII characters and the tags of an answer, each a token of the built-in model's tokenizer
+(`arithmetic.tokenizer`); so the task needs none of its own.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from igrpo_jax.config import LookupsConfig
+from igrpo_jax.errors import InputError
+
+# [10, 10] int, the digit of each key. No rule meets the eye, and each digit stands ten times: k -> k^3 modulo 101 is a
+# permutation.
+TABLE = np.array([pow(key + 1, 3, 101) % 10 for key in range(100)]).reshape(10, 10)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A list of keys, each of two digits."""
+
+    keys: tuple[tuple[int, int], ...]
+
+    @property
+    def question(self) -> str:
+        return " ".join(f"{first}{second}" for first, second in self.keys)
+
+    @property
+    def digits(self) -> np.ndarray:
+        """The digit of each key, [n] int."""
+        return np.array([TABLE[key] for key in self.keys])
+
+    @property
+    def answer(self) -> str:
+        return "".join(map(str, self.digits))
+
+
+def problems(settings: LookupsConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Returns train and test problems, all different.
+
+    Raises:
+        InputError: there are too few different problems of this length.
+    """
+    rng = np.random.default_rng([seed, 0x100C])
+    wanted = settings.train_problems + settings.test_problems
+    distinct: dict[Problem, None] = {}
+    for _ in range(50 * wanted):
+        if len(distinct) == wanted:
+            break
+        keys = rng.integers(0, 10, (settings.items, 2))
+        while TABLE[tuple(keys[0])] == 0:
+            keys[0] = rng.integers(0, 10, 2)
+        distinct.setdefault(Problem(tuple((int(first), int(second)) for first, second in keys)))
+    if len(distinct) < wanted:
+        raise InputError(
+            f"config.data.lookups.train_problems = {settings.train_problems}: found only {len(distinct)} different "
+            "problems for train and test; ask for fewer or raise items"
+        )
+    test_first = list(distinct)
+    return test_first[settings.test_problems :], test_first[: settings.test_problems]
+
+
+def solution(problem: Problem, error_rate: float, rng: np.random.Generator) -> str:
+    """Returns a written solution, each digit of which is wrong with probability `error_rate`."""
+    return _written(_looked_up(problem.digits, error_rate, rng))
+
+
+def checked(problem: Problem, error_rate: float, draft_error_rate: float, rng: np.random.Generator) -> tuple[str, str]:
+    """Returns a draft, and the solution of a teacher that looks up again where it disagrees with the draft."""
+    draft = _looked_up(problem.digits, draft_error_rate, rng)
+    own, again = (_looked_up(problem.digits, error_rate, rng) for _ in range(2))
+    return _written(draft), _written(np.where(own == draft, own, again))
+
+
+def _looked_up(digits: np.ndarray, error_rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Returns `digits` [n], each replaced by one of the nine others with probability `error_rate`."""
+    is_wrong = rng.random(len(digits)) < error_rate
+    return np.where(is_wrong, (digits + rng.integers(1, 10, len(digits))) % 10, digits)
+
+
+def _written(digits: np.ndarray) -> str:
+    return f"<answer>{''.join(map(str, digits))}</answer>"
