@@ -25,8 +25,11 @@ from igrpo_jax.errors import InputError
 if TYPE_CHECKING:
     from igrpo_jax.aot.footprint import Footprint, ProgramFootprint
 
-USAGE = "python -m igrpo_jax.aot --config FILE [--topology v5p:2x2x2] [--config.FIELD=VALUE ...]"
-FLAGS = {"topology": "slice of TPUs to compile for, such as v5p:2x2x2; default: the devices of this machine"}
+USAGE = "python -m igrpo_jax.aot --config FILE [--topology v5p:2x2x2 [--slices N]] [--config.FIELD=VALUE ...]"
+FLAGS = {
+    "topology": "slice of TPUs to compile for, such as v5p:2x2x2; default: the devices of this machine",
+    "slices": "how many such slices, which the data center's network (DCN) connects; default: 1",
+}
 DOES_NOT_FIT = 3  # exit code
 PRACTICAL = 1 / 3  # mean length of completions over the limit, as math problems with a generous limit have it
 # Chips of a host where they are not 2 x 2: slices of v5e and v6e that are one host.
@@ -43,24 +46,25 @@ def main(argv: list[str]) -> None:
     config, given = cli.parse_config(argv, USAGE, FLAGS)
     began = time.perf_counter()
     with Progress(functools.partial(print, flush=True)) as progress:
-        where = given["topology"] or "the devices of this machine"
+        slices = cli.number("slices", given["slices"]) or 1
+        where = f"{slices} x {given['topology']}" if given["topology"] else "the devices of this machine"
         progress.message(f"compiling the programs of {given['config']} for {where}; this takes minutes")
-        run = compiled(config, given["topology"], progress)
-    print("\n".join(["", *table(run), "", *step_lines(run), "", *conclusion(run)]))
-    figures = {"topology": given["topology"] or run.chip.name} | summary(run)
+        run = compiled(config, given["topology"], slices, progress)
+    print("\n".join(["", *table(run), "", *step_lines(run), *dcn_lines(run), "", *conclusion(run)]))
+    figures = {"topology": given["topology"] or run.chip.name, "slices": slices} | summary(run)
     print(json.dumps(figures | {"seconds": round(time.perf_counter() - began, 1)}))
     if not run.fits:
         raise SystemExit(DOES_NOT_FIT)
 
 
-def compiled(config: Config, slice_name: str | None, progress: Progress) -> "Footprint":
-    """Returns the footprint of `config` on a slice, or on the devices of this machine, with its programs compiled.
+def compiled(config: Config, slice_name: str | None, slices: int, progress: Progress) -> "Footprint":
+    """Returns the footprint of `config` on slices, or on the devices of this machine, with its programs compiled.
 
     Raises:
         InputError: as `topology`; or settings that a run would refuse too.
     """
     with progress.doing("loading jax and the compiler"):
-        devices = topology(slice_name)
+        devices = topology(slice_name, slices)
         from igrpo_jax.aot import footprint
         from igrpo_jax.distributed import programs
     if not slice_name:
@@ -72,12 +76,14 @@ def compiled(config: Config, slice_name: str | None, progress: Progress) -> "Foo
     return run
 
 
-def topology(name: str | None) -> list:
-    """Returns the devices of a slice, which need not exist here; without a name, the devices of this machine.
+def topology(name: str | None, slices: int = 1) -> list:
+    """Returns the devices of `slices` slices, which need not exist here; without a name, the devices of this machine.
 
     Raises:
-        InputError: libtpu is not installed, or knows no such slice.
+        InputError: libtpu is not installed, or knows no such slices.
     """
+    if name is None and slices > 1:
+        raise InputError(f"--slices {slices}: of what? Give --topology too, such as --topology v5p:2x2x2")
     if name is None:
         import jax
 
@@ -96,7 +102,8 @@ def topology(name: str | None) -> list:
 
     try:
         host = {"chips_per_host_bounds": HOSTS[layout]} if (layout := name.rpartition(":")[2]) in HOSTS else {}
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **host).devices)
+        several = {"num_slices": slices} if slices > 1 else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **host, **several).devices)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         message = str(error).splitlines()[0][:200]
         raise InputError(f"--topology {name}: {message}; give a slice such as v5e:1x1, v6e:2x4 or v5p:2x2x2") from error
@@ -156,6 +163,14 @@ def step_lines(footprint: "Footprint") -> list[str]:
         *(f"  {name:<24}{seconds:10.3g} s  {bound}" for name, (seconds, bound) in parts.items()),
         f"one in which drafts and completions are a third as long in the mean: {usual:.3g} s",
     ]
+
+
+def dcn_lines(footprint: "Footprint") -> list[str]:
+    """Returns the line of what a step sends between slices, where there are several."""
+    if footprint.slices == 1:
+        return []
+    count = footprint.over_dcn / 1e9
+    return [f"between the {footprint.slices} slices: {count:.3g} GB over DCN to each chip in the longest step"]
 
 
 def conclusion(footprint: "Footprint") -> list[str]:
@@ -225,6 +240,7 @@ def summary(footprint: "Footprint") -> dict[str, Any]:
         "mesh": dict(footprint.mesh.shape),
         "sampling_tensor": footprint.engine.tensor,
         "hbm_bytes": footprint.chip.hbm_bytes,
+        "over_dcn": footprint.over_dcn,
         "share": round(footprint.used_fraction, 4),
         "fullest": footprint.fullest.name,
         "code": footprint.code,

@@ -4,7 +4,8 @@ Each collective is counted as often as it runs: in the body of a loop as often a
 that number (a count from 0 to a constant), else once. Of the branches of a conditional the one that receives least is
 counted: drawing tokens without filters. Bytes are those that one device receives if no byte comes twice:
 with n devices and a result of B bytes, an all-gather (n - 1) / n B, an all-reduce twice that, and a reduce-scatter
-(n - 1) B.
+(n - 1) B. What goes between slices, over the data center's network, is a transfer of the host in the text. It is
+counted alike, with n slices, under a kind that ends in OVER_DCN.
 """
 
 import collections
@@ -15,8 +16,12 @@ from dataclasses import dataclass
 
 KINDS = ["all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"]
 
+OVER_DCN = " over DCN"
+
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)$")
+_TRANSFER = re.compile(r'^\s*(?:ROOT )?%?\S+ = (.*?) recv\(.*_xla_megascale_transfer_type="(\w+)"')
+_SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:body|condition|calls|to_apply)=%?([\w.-]+)")
 _ALL_CALLED = re.compile(r"\bcalled_computations=\{([^}]*)\}")
@@ -67,6 +72,10 @@ def collectives(text: str, devices: int) -> dict[str, Traffic]:
             received = _received(match[2], _bytes(match[1]), size, started=bool(match[3]))
             if size > 1:
                 own[name][kind].add(Traffic(1, received / 2 if kind != match[2] else received), 1)
+        elif match := _TRANSFER.match(line):
+            kind, slices = match[2].lower().replace("_", "-"), _slices(line)
+            received = _received(kind, _bytes(_ARRAY.search(match[1])[0]), slices, started=False)
+            own[name][kind + OVER_DCN].add(Traffic(1, received), 1)
         elif match := _CONSTANT.match(line):
             constants[match[1]] = float(match[2])
         elif match := _BELOW.match(line):
@@ -119,6 +128,12 @@ def _group(rest: str, devices: int) -> int:
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return match[1].count(",") + 1
     return 2 if "source_target_pairs=" in rest else devices
+
+
+def _slices(line: str) -> int:
+    """Returns how many slices take part in a transfer, of numbers and ranges such as "1,2" and "1:4"."""
+    ranges = [part.split(":") for part in _SLICES.search(line)[1].split(",")]
+    return sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
 
 
 def _received(kind: str, size: float, group: int, started: bool) -> float:

@@ -7,7 +7,7 @@ a tokenizer; the devices need not be there (`jax.experimental.topologies`).
    rollout weights, cache, the machine code of all programs.
 2. FLOPs and bytes are counted by formula (`models.costs`), collectives in the compiled text (`collectives`). With the
    published peaks of the chip they give the least time of a call, and of a step in which every completion is as long
-   as allowed.
+   as allowed, with the time that chips wait for the reductions of each token (`ModelCosts.decode_seconds`).
 
 Lengths are the most that the configuration allows: data.max_prompt_length tokens of a question, and one token for each
 word or mark of the wording around it. A run knows its prompts and may need less.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import jax
 
-from igrpo_jax.aot.collectives import Traffic, collectives
+from igrpo_jax.aot.collectives import OVER_DCN, Traffic, collectives
 from igrpo_jax.aot.progress import Progress
 from igrpo_jax.config import Config, ModelConfig
 from igrpo_jax.data.prompts import most_overhead
@@ -74,8 +74,13 @@ class ProgramFootprint:
 
     @property
     def received(self) -> float:
-        """Bytes that a device receives from others in one call."""
-        return sum(traffic.bytes for traffic in self.sent.values())
+        """Bytes that a device receives from others of its slice in one call."""
+        return sum(traffic.bytes for kind, traffic in self.sent.items() if not kind.endswith(OVER_DCN))
+
+    @property
+    def over_dcn(self) -> float:
+        """Bytes that a device receives from other slices in one call."""
+        return sum(traffic.bytes for kind, traffic in self.sent.items() if kind.endswith(OVER_DCN))
 
 
 @dataclass
@@ -125,8 +130,21 @@ class Footprint:
         return not self.fullest.refused and self.used_fraction <= 1
 
     def received(self, program: Program) -> float:
-        """Returns the most bytes that a device receives in one call of `program`."""
+        """Returns the most bytes that a device receives from its slice in one call of `program`."""
         return max((part.received for part in self.programs if part.program is program), default=0.0)
+
+    @property
+    def slices(self) -> int:
+        """Number of slices that the devices belong to."""
+        return len(set(sharding.slice_of(self.mesh.devices).flat))
+
+    @property
+    def over_dcn(self) -> float:
+        """Bytes that a device receives from other slices in a step in which every completion is as long as allowed."""
+        calls = self._update_calls(self.max_context, self.config.rollout.max_completion_length)
+        most = lambda program: max((part.over_dcn for part in self.programs if part.program is program), default=0.0)
+        # Groups of the sampler lie within a slice, and exchange nothing with others.
+        return most(self.gather) + sum(most(program) * times for program, times in calls.items())
 
     def least(self, cost: Cost, received: float = 0.0) -> tuple[float, str]:
         """Returns the least seconds that the work can take, and what bounds it: "compute", "memory" or "links"."""
@@ -167,27 +185,40 @@ class Footprint:
         is_longest = length == self.config.rollout.max_completion_length
         steps = (-(-completions // rows) if is_longest else completions / rows) * length
         costs, prefill = engine.programs.costs, engine.programs.prefill
-        work = costs.decode(rows, context + length / 2) * steps
+        read = context + length / 2
+        # `collectives` counts the decode loop once, since its length is not known: `received` is that of one token.
+        token, bound = self.least(costs.decode(rows, read), self.received(engine.programs.decode))
+        token = max(
+            token, costs.decode_seconds(self.chip, rows, read)
+        )  # with the time that devices wait for reductions
         own = -(-prompts // shards)
         chunks = -(-own * context // engine.programs.chunks[-1])
         return {
             f"prefill of {stage}": self.least(costs.prefill(context) * own, self.received(prefill) * chunks),
-            # `collectives` counts the decode loop once, since its length is not known: `received` is that of one token.
-            f"decoding of {stage}": self.least(work, self.received(engine.programs.decode) * steps),
+            f"decoding of {stage}": (token * steps, bound),
         }
 
     def _updating(self, context: int, length: int) -> dict[str, tuple[float, str]]:
         """Returns `least` of the gradients, of the rescoring before them, and of the optimizer steps."""
+        programs, shape = self.learner.programs, (self.learner.packer.shapes.largest,)
+        calls = self._update_calls(context, length)
+        parts = {"gradients": self._calls(programs.accumulate, shape, calls[programs.accumulate])}
+        if calls[programs.rescore]:
+            parts["log-probs"] = self._calls(programs.rescore, shape, calls[programs.rescore])
+        return parts | {"optimizer": self._calls(programs.apply, (), calls[programs.apply])}
+
+    def _update_calls(self, context: int, length: int) -> dict[Program, int]:
+        """Returns how often an update calls each of its programs."""
         learner, algorithm = self.learner, self.config.algorithm
         programs, shapes, optimizer_steps = learner.programs, learner.packer.shapes, learner.optimizer_steps_per_update
         completions = shapes.completions_per_unit
         tokens = self.config.trained_completions // completions * (context - 1 + completions * length)
-        shape, batches = (shapes.largest,), -(-tokens // (shapes.largest * shapes.shards))
-        parts = {"gradients": self._calls(programs.accumulate, shape, algorithm.num_iterations * batches)}
-        rescorings = batches * ((optimizer_steps > 1) + (algorithm.beta > 0))
-        if rescorings:
-            parts["log-probs"] = self._calls(programs.rescore, shape, rescorings)
-        return parts | {"optimizer": self._calls(programs.apply, (), optimizer_steps)}
+        batches = -(-tokens // (shapes.largest * shapes.shards))
+        return {
+            programs.accumulate: algorithm.num_iterations * batches,
+            programs.rescore: batches * ((optimizer_steps > 1) + (algorithm.beta > 0)),
+            programs.apply: optimizer_steps,
+        }
 
 
 def describe(config: ModelConfig) -> DecoderConfig:

@@ -70,9 +70,15 @@ def sampler_mesh(cfg: DecoderConfig, mesh: jax.sharding.Mesh, tensor: int, slots
     """Returns the mesh that all processes sample on, with groups of `tensor` devices.
 
     Raises:
-        InputError: `tensor` divides the devices or the model not evenly, or the groups the slots.
+        InputError: `tensor` divides the devices or the model not evenly, or the groups the slots; or devices of several
+            slices would be in a group.
     """
     whole = teams.sampler_mesh(mesh, tensor)
+    if tensor not in (allowed := teams.tensors(mesh)):
+        raise InputError(
+            f"config.rollout.mesh.tensor = {tensor}: devices that share weights lie within a slice (of GPUs: a node); "
+            f"set it to {' or '.join(map(str, allowed))}"
+        )
     sharding.check_divides(whole, decoder.shapes(spread_config(cfg, tensor)), "config.rollout.mesh", only="tensor")
     groups = sharding.batch_shards(whole)
     if slots % groups:

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import whole_runs
+from jax.sharding import NamedSharding, PartitionSpec
 
 from igrpo_jax import config
 from igrpo_jax.aot import __main__ as aot
 from igrpo_jax.aot import footprint
+from igrpo_jax.aot.collectives import collectives
 from igrpo_jax.aot.progress import Progress
 from igrpo_jax.distributed import sharding, teams
 from igrpo_jax.distributed.programs import tree_bytes
@@ -230,11 +232,26 @@ def test_a_group_of_two_hosts_is_one_team_of_neighbours(name, spread):
     assert teams.team_mesh(whole, team).size == 8
 
 
+@pytest.mark.slow
+def test_between_slices_goes_the_gradient_alone():
+    """With a weight that is split within each of two slices, and a batch over both: one float32 sum of its shards."""
+    mesh = sharding.make_mesh(config.MeshConfig(data=2), aot.topology("v5e:2x2", 2))
+    weights, batch = NamedSharding(mesh, PartitionSpec("fsdp")), sharding.batch_sharding(mesh)
+    loss = lambda w, x: jnp.sum((x @ w) ** 2)
+    step = jax.jit(jax.grad(loss), in_shardings=(weights, batch), out_shardings=weights)
+    shapes = [jax.ShapeDtypeStruct((1024, 512), jnp.float32), jax.ShapeDtypeStruct((256, 1024), jnp.float32)]
+    sent = collectives(step.lower(*shapes).compile().as_text(), 8)
+    assert sent.pop("all-reduce over DCN").bytes == 1024 * 512 / 4 * 4
+    assert sent and not any("DCN" in kind for kind in sent)
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["--topology", "v9:2x2"], "--topology v9:2x2: "),
         (["--topology", "v5e:3x5"], "--topology v5e:3x5: "),
+        (["--slices", "2"], "--slices 2: of what?"),
+        (["--topology", "v5e:2x2", "--slices", "2"], "config.mesh.data = 1: must be a multiple of the 2 slices"),
         (["--config.rollout.slots=8"], "--topology: no published figures of 'cpu'"),
         (
             ["--topology", "v5e:2x2", "--config.model.path=nobody/nothing", START],

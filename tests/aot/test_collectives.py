@@ -113,3 +113,26 @@ def test_a_real_program():
     found = collectives(program.lower(jnp.zeros(32)).compile().as_text(), 4)
     assert found["all-gather"].bytes == 3 / 4 * 32 * 4
     assert (found["all-reduce"].count, found["all-reduce"].bytes) == (6, 6 * 2 * 3 / 4 * 32 * 4)
+
+
+# Also cut from a TPU's compiled text: a sum over two slices, inside of a loop of 5 trips, and one over four.
+BETWEEN_SLICES = """
+%body (carry: (s32[], f32[64,8])) -> (s32[], f32[64,8]) {
+  %send = (f32[16,8]{1,0:T(8,128)}, u32[], token[]) send(%a, %b), _xla_megascale_transfer_type="ALL_REDUCE"
+  %recv = (f32[16,8]{1,0:T(8,128)}, u32[], token[]) recv(%b), is_host_transfer=true, frontend_attributes={\
+_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv-done = (f32[16,8]{1,0:T(8,128)}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+}
+
+ENTRY %main (x: f32[64,8]) -> f32[64,8] {
+  %while.1 = (s32[], f32[64,8]) while(%x), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %recv.2 = (bf16[4]{0}, u32[], token[]) recv(%y), frontend_attributes={\
+_xla_megascale_target="{1:4}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+
+
+def test_what_goes_between_slices():
+    (kind, sent), *rest = collectives(BETWEEN_SLICES, 16).items()
+    assert kind == "all-reduce over DCN" and not rest
+    assert (sent.count, sent.bytes) == (6, 5 * 2 * (1 / 2) * 512 + 2 * (3 / 4) * 8)

@@ -124,6 +124,13 @@ def test_what_cannot_be_divided_is_refused():
         make(MODELS["2 kv heads"], tensor=2, slots=6)
 
 
+def test_a_group_of_two_slices_is_refused(monkeypatch):
+    monkeypatch.setattr(sharding, "_slice", lambda device: device.id // 4)
+    Engine(MODELS["2 kv heads"], training_mesh(), EOS, tensor=4, **SIZES)
+    with pytest.raises(InputError, match=r"mesh\.tensor = 8: .* within a slice .*; set it to 1 or 2 or 4"):
+        Engine(MODELS["2 kv heads"], training_mesh(), EOS, tensor=8, **SIZES)
+
+
 def test_on_a_cpu_sampling_has_the_mesh_of_the_training():
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
     engine = Engine(MODELS["2 kv heads"], mesh, EOS, **SIZES)
