@@ -24,6 +24,8 @@ from igrpo_jax.schema.rules import Above, AtLeast, AtMost, Below, Between, Choic
 Seconds = Annotated[float, Above(0, "a number of seconds above 0")]
 AxisSize = Annotated[int, AtLeast(1, "-1 (the rest of the devices) or at least 1", also=-1)]
 TemplateValue = bool | int | float | str
+# Squares of larger gradients, beside Adafactor's least mean of 1e-30, leave float32.
+MAX_ADAFACTOR_NORM = 1e3
 # The keys of OBJECTIVES in learning/objectives.py, which this module cannot import; a test compares the two.
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "gspo_token")
 
@@ -447,20 +449,22 @@ class LearnerConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """An optimizer with linear warm-up and cosine decay."""
 
-    # Peak learning rate.
+    # Optimizer: "muon" keeps one moment for each matrix of a sublayer and orthogonalizes it, "adafactor" hardly any.
+    name: Annotated[str, Choice("adamw", "muon", "adafactor")] = "adamw"
+    # Peak learning rate. Muon's steps are scaled to the size of AdamW's.
     learning_rate: Annotated[float, AtLeast(0), Below(1000)] = 1e-6
-    # Decay of AdamW's first moment.
+    # Decay of AdamW's first moment and of Muon's momentum; Adafactor has neither.
     b1: Annotated[float, AtLeast(0), Below(1)] = 0.9
-    # Decay of AdamW's second moment.
+    # Decay of AdamW's second moment, which Muon has for what is no matrix; Adafactor's follows from the step.
     b2: Annotated[float, AtLeast(0), Below(1)] = 0.999
     # Decoupled weight decay; biases and norms have none.
     weight_decay: Annotated[float, AtLeast(0)] = 0.0
     # Largest norm of the gradient of all parameters together; a larger gradient is scaled down to it.
     max_grad_norm: Annotated[float, Above(0, "above 0 (a large number switches clipping off)")] = 1.0
-    # Dtype of AdamW's first moment. Its second moment stays float32, because its steps of 1 - b2 = 0.001 are below what
-    # bfloat16 resolves.
+    # Dtype of AdamW's first moment and of Muon's momentum. Second moments stay float32, because their steps of
+    # 1 - b2 = 0.001 are below what bfloat16 resolves.
     mu_dtype: Annotated[str, Choice("float32", "bfloat16")] = "float32"
     # Fraction of all optimizer steps over which the learning rate rises to its peak.
     warmup_ratio: Annotated[float, Between(0, 1)] = 0.1
@@ -838,6 +842,11 @@ def _batch_and_mesh(config: Config) -> Iterator[tuple[str, str]]:
             yield "learner.minibatches", f"must divide the {completions} trained completions of a stage per step"
     if 1 not in config.learner.microbatch_sizes:
         yield "learner.microbatch_sizes", "add 1.0, the size that holds the longest context with a completion"
+    if config.optimizer.name == "adafactor" and config.optimizer.max_grad_norm > MAX_ADAFACTOR_NORM:
+        fix = (
+            f"at most {MAX_ADAFACTOR_NORM:g} with adafactor, whose means of squared gradients could overflow otherwise"
+        )
+        yield "optimizer.max_grad_norm", fix
     if (config.mesh.data, config.mesh.fsdp, config.mesh.tensor).count(-1) > 1:
         yield "mesh.fsdp", "only one axis may be -1 (the rest of the devices)"
 

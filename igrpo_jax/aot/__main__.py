@@ -198,8 +198,10 @@ def advice(footprint: "Footprint") -> list[str]:
         lines.append(f"mesh.fsdp = {sizes['fsdp']}: a larger one, in the place of mesh.data, splits the training state")
     else:
         lines.append(f"a larger slice: mesh.fsdp = {sizes['fsdp']} then splits the training state further")
-    if config.optimizer.mu_dtype == "float32" and not config.model.lora.rank:
+    if config.optimizer.mu_dtype == "float32" and config.optimizer.name != "adafactor" and not config.model.lora.rank:
         lines.append("optimizer.mu_dtype = float32: bfloat16")
+    if config.optimizer.name != "adafactor" and not config.model.lora.rank:
+        lines.append(f"optimizer.name = {config.optimizer.name}: adafactor, which keeps hardly any state")
     if config.algorithm.beta > 0 and not config.learner.offload_reference:
         lines.append("learner.offload_reference = False: True")
     if not config.model.lora.rank:

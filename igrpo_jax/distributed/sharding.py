@@ -185,6 +185,19 @@ def input_axes(path: str) -> int:
     return 1 if axes[0] == "embed" else len(axes) - 1
 
 
+def matrix_inputs(path: str) -> int | None:
+    """Returns how many of the first axes of a weight of a sublayer, or of a factor of LoRA, are its inputs.
+
+    None for what is no such matrix: embedding, head, convolutions, norms and biases.
+    """
+    weight, _, name = path.rpartition("/")
+    if name == "lora_a":
+        return input_axes(weight)
+    if name == "lora_b":
+        return 1
+    return input_axes(path) if is_linear(path) else None
+
+
 def logical_axes(path: str) -> tuple[str | None, ...]:
     """Returns the logical axes of the parameter at `path`.
 

@@ -2,7 +2,7 @@
 
 1. `packing` cuts the groups into micro-batches of real tokens; what the completions of a group share is run once.
 2. `accumulate` (in `loss`), compiled for each size of micro-batch, adds gradients and sums in float32.
-3. `apply` (in `train_state`) makes one AdamW step on the float32 master weights.
+3. `apply` (in `train_state`) makes one optimizer step on the float32 master weights.
 
 With several optimizer steps per update, log pi_old is computed first, by the function that the loss uses; with one it
 is the policy itself, and its gradient is stopped. log pi_ref (beta > 0) is computed once per update. Groups whose

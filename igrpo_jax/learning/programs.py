@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding
 
 from igrpo_jax.config import Config
@@ -18,7 +17,7 @@ from igrpo_jax.learning import forward, loss, train_state
 from igrpo_jax.learning.forward import PolicyLogprobs
 from igrpo_jax.learning.loss import LossSettings, MicroBatchSums
 from igrpo_jax.learning.objectives import Resolved
-from igrpo_jax.learning.optimizer import make_optimizer
+from igrpo_jax.learning.optimizer import make_optimizer, state_shardings
 from igrpo_jax.learning.packing import Packer, TrainBatch
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.models import decoder, lora
@@ -88,13 +87,7 @@ class LearnerPrograms:
         params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in self._shapes.items()}
         opt_state, count = jax.eval_shape(self.optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32)
         param_sharding = {path: sharding.param_sharding(self._mesh, path) for path in self._shapes}
-        moments_sharding = optax.tree.map_params(
-            self.optimizer,
-            lambda _, sharding: sharding,
-            opt_state,
-            param_sharding,
-            transform_non_params=lambda _: self._replicated,
-        )
+        moments_sharding = state_shardings(self._mesh, opt_state, self._shapes)
         shardings = TrainState(param_sharding, moments_sharding, self._replicated, self._replicated)
         return shardings, jax.tree.map(_with_sharding, TrainState(params, opt_state, count, count), shardings)
 
@@ -184,7 +177,7 @@ class LearnerPrograms:
             ),
             lambda: (self.state, self.state.params, self._abstract_sums()),
             self._mesh,
-            cost=self.costs.apply,
+            cost=partial(self.costs.apply, tree_bytes(self.state.opt_state)),
         )
 
     @cached_property

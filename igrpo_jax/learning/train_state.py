@@ -33,7 +33,8 @@ def apply(
     norm = optax.global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # Where the norm is finite, AdamW's step is finite too. A check of the step itself would keep all of it in memory.
+    # Where the norm is finite, the step is finite too: AdamW and Muon divide by their own moments and an epsilon,
+    # Adafactor by means of squares of at least 1e-30. A check of the step itself would keep all of it in memory.
     finite = jnp.isfinite(sum(stage_sums.loss_sums.loss for stage_sums in sums.values())) & jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
     params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)

@@ -145,6 +145,8 @@ class TrainingCosts:
         self._trained = sum(map(math.prod, trained.values())) / pieces  # numbers on this device
         frozen_bytes = bool(config.model.lora.rank) * self.model.item_bytes * cfg.num_params / pieces
         self._stored_bytes = 4 * self._trained + frozen_bytes
+        is_muon = config.optimizer.name == "muon"
+        self._orthogonalized = sum(map(_newton_schulz, trained, trained.values())) / pieces if is_muon else 0
 
     def accumulate(self, size: int, remat: str) -> Cost:
         """Returns the cost of the gradient of `size` tokens on each shard: forward, backward (twice as much), with full
@@ -171,11 +173,14 @@ class TrainingCosts:
         layers, positions = self._forward(size)
         return layers + self._logits(positions)
 
-    def apply(self) -> Cost:
-        """Returns the cost of an AdamW step: the norm; then weight, gradient and both moments in, weight and moments
-        out."""
-        moments = 4 + jnp.dtype(self._config.optimizer.mu_dtype).itemsize
-        return Cost(15 * self._trained, (4 + 4 + 2 * (4 + moments)) * self._trained)
+    def apply(self, moment_bytes: int) -> Cost:
+        """Returns the cost of an optimizer step: the norm; then weight, gradient and moments in, weight and moments
+        out; for Muon five steps of Newton and Schulz with each matrix, divided over the devices.
+
+        Args:
+            moment_bytes: of the optimizer's state on this device.
+        """
+        return Cost(15 * self._trained + self._orthogonalized, 3 * 4 * self._trained + 2 * moment_bytes)
 
     def gather(self, gathered_bytes: int) -> Cost:
         """Returns the cost of the sampler's copy of the weights, which has `gathered_bytes` on each device."""
@@ -199,6 +204,15 @@ class TrainingCosts:
 def _pairs(prefix: int, lengths: Sequence[int]) -> float:
     """Returns how many pairs of query and key attend, of a prefix and of completions that share it."""
     return prefix**2 / 2 + sum(length * (prefix + length / 2) for length in lengths)
+
+
+def _newton_schulz(path: str, shape: tuple[int, ...]) -> int:
+    """Returns the FLOPs of the five steps with which Muon orthogonalizes a matrix; 0 for what is none."""
+    inputs = sharding.matrix_inputs(path)
+    if inputs is None:
+        return 0
+    small, large = sorted((math.prod(shape[:inputs]), math.prod(shape[inputs:])))
+    return 5 * (4 * small**2 * large + 2 * small**3)
 
 
 def _inputs(path: str, shape: tuple[int, ...]) -> int:

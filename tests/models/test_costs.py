@@ -5,6 +5,7 @@ import runpy
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from processes import ROOT
 
@@ -156,7 +157,7 @@ def test_a_mesh_splits_work_and_bytes(tiny):
     eight = training(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2)))
     # The size is that of an axis, and each of 4 shards of the batch has one.
     assert eight.accumulate(TOKENS, "none").flops == pytest.approx(one.accumulate(4 * TOKENS, "none").flops / 8)
-    assert eight.apply().bytes == one.apply().bytes / 4  # replicas over data make the same step
+    assert eight.apply(100).bytes == one.apply(400).bytes / 4  # replicas over data make the same step
     assert eight.model.decode(4, 16).flops == one.model.decode(4, 16).flops / 2
     assert eight.model.token_bytes == one.model.token_bytes / 2
 
@@ -171,12 +172,26 @@ def test_bytes_of_a_slot_are_those_of_the_cache(name, request):
     assert tree_bytes(put) == 5 * (24 * costs.token_bytes + costs.state_bytes)
 
 
+def test_muon_multiplies_its_matrices(hybrid):
+    """Five steps with a matrix [a, b], a <= b, are two products a a b and one a a a each, of 2 FLOPs a number."""
+    tree = config.default()
+    tree.optimizer.name = "muon"
+    muon = TrainingCosts(config.freeze(tree), hybrid[0], one_device(), UNIT)
+    expected = 0
+    for path, shape in decoder.shapes(hybrid[0]).items():
+        if path.rpartition("/")[2].endswith("_proj"):
+            cut = 1 if not path.endswith(("o_proj", "down_proj")) else len(shape) - 1
+            small, large = sorted((np.prod(shape[:cut]), np.prod(shape[cut:])))
+            expected += 5 * (2 * 2 * small * small * large + 2 * small**3)
+    assert muon.apply(0).flops - training(hybrid[0]).apply(0).flops == expected > 0
+
+
 def test_lora_moves_less_in_the_optimizer(tiny):
     tree = config.default()
     tree.model.lora.rank = 4
     lora = TrainingCosts(config.freeze(tree), tiny[0], one_device(), UNIT)
     whole = training(tiny[0])
-    assert 0 < lora.apply().bytes < whole.apply().bytes / 2
+    assert 0 < lora.apply(0).bytes < whole.apply(0).bytes / 2
     assert lora.accumulate(TOKENS, "none").flops == whole.accumulate(TOKENS, "none").flops
 
 
