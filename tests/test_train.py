@@ -350,7 +350,7 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path):
     (workdir / "finished.json").unlink()
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (workdir / "metrics.jsonl").write_text("".join(lines[1:]))
-    said = run(tmp_path, workdir, "rollout.slots=2", "learner.tokens_per_microbatch=256")
+    said = run(tmp_path, workdir, "rollout.slots=1", "learner.tokens_per_microbatch=256")
     assert "resumed after 5" in said and "rows were lost" in said
     assert (workdir / "metrics.jsonl").read_text() == "".join(lines[1:])
 

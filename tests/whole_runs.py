@@ -30,8 +30,8 @@ def get_config():
     c.data.arithmetic.train_problems, c.data.arithmetic.test_problems = 10, 4  # step 3 crosses into the second epoch
     c.warm_start.steps, c.warm_start.batch_size, c.warm_start.learning_rate = 60, 16, 1e-2
     c.algorithm.num_drafts, c.algorithm.num_generations = 2, 2
-    c.learner.minibatches, c.learner.microbatch_sizes = 2, (1.0, 0.5)
-    c.rollout.max_completion_length, c.rollout.slots, c.rollout.temperature = 24, 4, 0.7
+    c.learner.minibatches, c.learner.microbatch_sizes = 2, (1.0,)  # each size is a program to compile
+    c.rollout.max_completion_length, c.rollout.slots, c.rollout.temperature = 24, 2, 0.7
     c.rewards.workers = 1  # each takes a second to start
     c.optimizer.learning_rate = 1e-2
     c.evaluation.every, c.evaluation.benchmarks = 2, ("arithmetic",)
