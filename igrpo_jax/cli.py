@@ -20,6 +20,7 @@ from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import InputError, RunError, one_line
 from igrpo_jax.loading import load_config, value_of_text
 from igrpo_jax.schema.fields import field_paths, paths_named
+from igrpo_jax.storage.addresses import path_of
 
 # Read by transformers when it is first imported: without PyTorch, which nothing here needs, it prints advice to install
 # it. Its warnings are not affected.
@@ -35,7 +36,8 @@ def parse(argv: list[str]) -> tuple[Config, Path]:
     usage = "python -m igrpo_jax.main --config FILE [--workdir DIR] [--config.FIELD=VALUE ...]"
     texts = {"workdir": "folder of the run; default: runs/NAME, where NAME.py is the --config file"} | CLUSTER
     config, values = parse_config(argv, usage, texts)
-    return config, Path(values["workdir"] or Path("runs", Path(_last_value(argv, "config")).stem))
+    workdir = values["workdir"] or Path("runs", Path(_last_value(argv, "config")).stem)
+    return config, path_of(f"--workdir {workdir}", workdir)
 
 
 def parse_config(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Config, dict[str, str | None]]:

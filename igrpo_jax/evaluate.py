@@ -17,6 +17,8 @@ from igrpo_jax import cli
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError
 from igrpo_jax.loading import check_model
+from igrpo_jax.storage import reading
+from igrpo_jax.storage.addresses import path_of
 
 if TYPE_CHECKING:
     from igrpo_jax.evaluation.inference import EvaluationTask
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> None:
         folders = values["compare"].split(",")
         if len(folders) != 2:
             raise InputError(f"--compare {values['compare']}: give two folders, A,B")
-        print(compare(*map(Path, folders)), end="")
+        print(compare(*(reading.local(f"--compare {folder}", folder) for folder in folders)), end="")
         return
     for flag, fix in (("model", "the folder of a run, a Hugging Face directory or a hub id"), ("workdir", "a folder")):
         if not values[flag]:
@@ -77,10 +79,9 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
     from igrpo_jax.distributed import cluster
     from igrpo_jax.evaluation import evaluator, inference, results
     from igrpo_jax.outputs.console import Console
-    from igrpo_jax.outputs.files import local_folder
 
     check_model(config, model)
-    model, out = str(model), local_folder("--workdir", out)
+    model, out = str(model), path_of(f"--workdir {out}", out)
     rows = problems.asked(problems.evaluation_rows(config), config.evaluation.limit)
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())

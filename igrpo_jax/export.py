@@ -26,8 +26,9 @@ from igrpo_jax.models import decoder, hf_write
 from igrpo_jax.models.policy import Policy, export_dtype, open_policy
 from igrpo_jax.outputs import hub, weights
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.outputs.files import local_folder
 from igrpo_jax.outputs.workdir import read_config
+from igrpo_jax.storage.addresses import path_of
+from igrpo_jax.storage.reading import local
 
 DTYPES = ("bfloat16", "float32")
 
@@ -49,13 +50,13 @@ def main(argv: list[str]) -> None:
         raise InputError("--public: is about the repository of --push; give that too, or leave it out")
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory(prefix="igrpo-export-") as folder:
-        out = Path(values.out or Path(folder, "model"))
-        export(Path(values.workdir), out, values.step, values.adapter, values.dtype, values.push, not values.public)
+        out = values.out or Path(folder, "model")
+        export(values.workdir, out, values.step, values.adapter, values.dtype, values.push, not values.public)
 
 
 def export(
-    workdir: Path,
-    out: Path,
+    workdir: str | Path,
+    out: str | Path,
     step: int | None = None,
     adapter: bool = False,
     dtype: str | None = None,
@@ -75,7 +76,7 @@ def export(
             repository that may not be written to.
         RunError: the hub can't be reached.
     """
-    workdir, out = local_folder("--workdir", workdir), local_folder("--out", out)
+    workdir, out = path_of(f"--workdir {workdir}", workdir), path_of(f"--out {out}", out)
     config = read_config(workdir)
     if adapter and not config.model.lora.rank:
         raise InputError(
@@ -96,7 +97,7 @@ def export(
         else:
             _write_model(out, policy, params, dtype or export_dtype(params), step, console)
         if repository:
-            console.message(hub.upload(repository, out, config, workdir, step))
+            console.message(hub.upload(repository, local(f"--out {out}", out), config, workdir, step))
 
 
 def _write_model(out: Path, policy: Policy, params: decoder.Params, dtype: str, step: int, console: Console) -> None:

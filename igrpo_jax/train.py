@@ -20,11 +20,12 @@ from igrpo_jax.distributed.programs import compilations, peak_memory, use_disk_c
 from igrpo_jax.learning import credit
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.outputs.files import local_folder
 from igrpo_jax.outputs.metrics import rollout_metrics
 from igrpo_jax.session import ending
 from igrpo_jax.session.opening import open_run
 from igrpo_jax.session.run import Run, StepResult
+from igrpo_jax.storage.addresses import path_of
+from igrpo_jax.storage.writing import spool_folder
 
 OnStep = Callable[[int, Mapping[str, float]], object]
 
@@ -42,7 +43,7 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
         RunError: the run cannot go on: a full disk, too many verifier failures or steps that are not finite.
         Preempted: SIGTERM came, and what can be resumed is saved.
     """
-    workdir = local_folder("--workdir", workdir)
+    workdir = path_of(f"--workdir {workdir}", workdir)
     use_disk_cache(config.compilation_cache)
     with contextlib.ExitStack() as stack:
         stack.enter_context(preemption.noticed(config.checkpoint.preemption_grace))
@@ -97,7 +98,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
 def _profiled(config: Config, workdir: Path, step: int):
     """Records the JAX profiler's trace of the steps in config.log.profile_steps into workdir/profile."""
     if step in config.log.profile_steps:
-        with jax.profiler.trace(str(workdir / "profile")):
+        with jax.profiler.trace(str(spool_folder(workdir) / "profile")):
             yield
     else:
         yield

@@ -2,8 +2,9 @@
 
     python tests/bucket_server.py FOLDER     # keeps its bucket, gs://bucket, in FOLDER, and prints its address
 
-Of the real service it lacks threads, and the condition ifGenerationMatch=0, "only where there is no such object". Both
-are added here. A JSON object PUT to /faults names the faults of the requests that follow:
+Of the real service it lacks threads, conditions on an object's generation, by which locks are taken and which
+tensorstore relies on, and the header that says the generation of what is downloaded. They are added here. A JSON object
+PUT to /faults names the faults of the requests that follow:
 
     {"status": 503, "times": 3}            the next three requests are answered with this status
     {"status": 403, "path": "metrics"}     requests whose line has this text in it, until other faults are set
@@ -55,7 +56,7 @@ class Handler(RequestHandler):
     faults = Faults()
 
     def __init__(self, storage, *args):
-        self._objects = storage
+        self._objects, self._generation = storage, None
         super().__init__(storage, *args)
 
     def handle_one_request(self):
@@ -66,7 +67,7 @@ class Handler(RequestHandler):
 
     def _answer(self, method: str) -> None:
         if self.path == "/faults":
-            self.faults.set(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.faults.set(json.loads(self._body()))
             return self._status(200)
         fault = self.faults.of(method, self.path)
         time.sleep(fault.get("seconds", 0))
@@ -74,29 +75,49 @@ class Handler(RequestHandler):
             self.close_connection = True
             return None
         if status := fault.get("status"):
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self._body()
             return self._status(status)
         with self.storage_lock:
-            if self._exists_although_it_must_not():
-                self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                return self._status(412)
+            if status := self._refusal(method):
+                self._body()
+                return self._status(status)
             getattr(super(), f"do_{method}")()
         return None
 
-    def _exists_although_it_must_not(self) -> bool:
-        query = parse_qs(urlparse(self.path).query)
-        if query.get("ifGenerationMatch") != ["0"] or "upload_id" in query:
-            return False
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _refusal(self, method: str) -> int:
+        """Returns 412 or 304 where the generation of the object is not that of the request's condition, else 0."""
+        url = urlparse(self.path)
+        query = parse_qs(url.query)
+        self._generation = None  # of what is downloaded
+        matches, differs = query.get("ifGenerationMatch"), query.get("ifGenerationNotMatch")
+        if not (matches or differs or method == "GET"):
+            return 0
         if "name" in query:
             name = query["name"][0]
-        else:  # the name is in the body, which the emulator reads again
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            self.rfile = _Again(body)
+        elif method == "POST" and not url.path.partition("/o/")[2]:  # it is in the body, which is read again
+            self.rfile = _Again(body := self._body())
             name = json.loads(body[body.index(b"{") : body.index(b"}") + 1])["name"]
-        return name in self._objects.objects.get(BUCKET, {})
+        else:
+            name = unquote(url.path.partition("/o/")[2])
+        generation = self._objects.objects.get(BUCKET, {}).get(name, {}).get("generation", "0")
+        if "upload_id" not in query and matches and matches[0] != generation:
+            return 412
+        if differs and differs[0] == generation:
+            return 304
+        if query.get("alt") == ["media"] and generation != "0":
+            self._generation = generation
+        return 0
+
+    def end_headers(self):
+        if self._generation:
+            self.send_header("x-goog-generation", self._generation)
+        super().end_headers()
 
     def _status(self, status: int) -> None:
-        body = json.dumps({"error": {"code": status, "message": f"fault {status}"}}).encode()
+        body = b"" if status == 304 else json.dumps({"error": {"code": status, "message": "refused"}}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -297,33 +297,27 @@ def test_a_step_of_more_prompts_than_there_are_problems(refused):
     )
 
 
-@pytest.mark.parametrize("bucket", ["gs://bucket/runs/first", "s3://bucket/first"])
-def test_a_bucket_is_no_folder(refused, bucket, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert refused(workdir=bucket) == (
-        f"igrpo_jax: error: --workdir {bucket}: buckets are not supported yet; give a local or mounted folder, such as "
-        "runs/first, and copy it to the bucket afterwards\n"
-    )
-
-
 @pytest.mark.parametrize(
     ("command", "flags", "named"),
     [
-        (export, ("--workdir=gs://b/x", "--out=y"), "--workdir gs://b/x: "),
-        (export, ("--workdir=x", "--out=gs://b/y"), "--out gs://b/y: "),
-        (report, ("--workdir=gs://b/x",), "--workdir gs://b/x: "),
-        (report, ("--workdir=x", "--out=gs://b/y"), "--out gs://b/y: "),
-        (evaluate, ("--model=x", "--benchmarks=arithmetic", "--workdir=gs://b/x"), "--workdir gs://b/x: "),
+        (main, ("--config=configs/tiny_cpu.py", "--workdir=az://b/x"), "--workdir az://b/x: "),
+        (export, ("--workdir=az://b/x", "--out=y"), "--workdir az://b/x: "),
+        (export, ("--workdir=x", "--out=az://b/y"), "--out az://b/y: "),
+        (report, ("--workdir=az://b/x",), "--workdir az://b/x: "),
+        (report, ("--workdir=x", "--out=az://b/y"), "--out az://b/y: "),
+        (evaluate, ("--model=x", "--benchmarks=arithmetic", "--workdir=az://b/x"), "--workdir az://b/x: "),
+        (evaluate, ("--model=az://b/x", "--benchmarks=arithmetic", "--workdir=x"), "--model az://b/x: "),
     ],
 )
-def test_no_command_takes_a_bucket(command, flags, named, tmp_path, monkeypatch, capsys):
+def test_a_bucket_that_nothing_reaches_is_no_folder(command, flags, named, tmp_path, monkeypatch, capsys):
+    (tmp_path / "configs").symlink_to(Path("configs").absolute())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["command", *flags])
     with pytest.raises(SystemExit) as stop:
         cli.run(command.main)
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith(f"igrpo_jax: error: {named}buckets are not supported yet")
-    assert list(tmp_path.iterdir()) == []
+    assert stop.value.code == 2 and err.startswith(f"igrpo_jax: error: {named}az:// is not supported; give a folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["configs"]
 
 
 @pytest.mark.slow

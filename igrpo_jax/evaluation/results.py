@@ -11,11 +11,14 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError, RunError
-from igrpo_jax.outputs.files import write_atomically, write_rows, writing
+from igrpo_jax.outputs.files import rows_text, write_atomically, write_rows, writing
+from igrpo_jax.storage.addresses import failures, make_folder, names
+from igrpo_jax.storage.reading import read_bytes
+from igrpo_jax.storage.writing import Lines
 
 Key = tuple[int, tuple[int, ...], int]  # problem, drafts on the way to the sample's prompt, number of the sample
 
@@ -37,15 +40,15 @@ class Rows:
         self._folder = folder
         self._name = name
         self._rows: dict[Key, dict[str, Any]] = {}
-        self._file: TextIO | None = None
+        self._file: Lines | None = None
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self.reload()
         path = folder / (f"{name}.jsonl" if process is None else f"{name}.process-{process}.jsonl")
-        # A kill leaves half a line at the end; what is appended to it would be lost with it.
-        write_rows(path, read_rows(path))
-        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
+        with writing(path):
+            make_folder(folder)
+            self.reload()
+            # A kill leaves half a line at the end; what is appended to it would be lost with it.
+            self._file = Lines(path, rows_text(read_rows(path)))
 
     def get(self, key: Key) -> dict[str, Any] | None:
         return self._rows.get(key)
@@ -64,9 +67,8 @@ class Rows:
         """Keeps a row, and writes it at once."""
         self._rows[key_of(row)] = row
         if self._file is not None:
-            with writing(Path(self._file.name)):
-                self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                self._file.flush()
+            with writing(self._file.path):
+                self._file.add(json.dumps(row, ensure_ascii=False))
 
     def take(self, rows: Iterable[dict[str, Any]]) -> None:
         """Keeps rows of other processes, in memory."""
@@ -79,7 +81,8 @@ class Rows:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with writing(self._file.path):
+                self._file.close()
             self._file = None
 
     def join(self) -> None:
@@ -94,21 +97,20 @@ class Rows:
 
 def clear(folder: Path, name: str) -> None:
     """Removes the rows of a benchmark."""
-    for path in _paths(folder, name) if folder.exists() else ():
+    for path in _paths(folder, name):
         path.unlink(missing_ok=True)
 
 
 def _paths(folder: Path, name: str) -> list[Path]:
     """Returns the joined file first, whether it exists or not, then the files of processes."""
     part = re.compile(re.escape(name) + r"\.process-\d+\.jsonl")
-    parts = sorted(path for path in folder.iterdir() if part.fullmatch(path.name))
-    return [folder / f"{name}.jsonl", *parts]
+    return [folder / f"{name}.jsonl", *(folder / each for each in sorted(filter(part.fullmatch, names(folder))))]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Returns the complete rows of a file; a broken line, as a kill leaves it, is dropped."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+    for line in _text(path).split("\n"):
         try:
             row = json.loads(line)
             key_of(row)
@@ -118,13 +120,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _text(path: Path) -> str:
+    """Returns the text of a file, "" where there is none."""
+    try:
+        return read_bytes(path).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+
+
 def recorded_date(folder: Path) -> str | None:
     """Returns the day that the chat template of the evaluation in `folder` takes for today, None without evaluation.
 
     It is "" where the template does not ask for the day, and for an evaluation of a version that did not record it.
     """
     try:
-        return json.loads((folder / "evaluation.json").read_text(encoding="utf-8")).get("template_date", "")
+        return json.loads(read_bytes(folder / "evaluation.json")).get("template_date", "")
     except (OSError, ValueError, AttributeError):
         return None  # `claim` says what is wrong with a file that can't be read
 
@@ -154,7 +164,7 @@ def settings(config: Config, max_completion_length: int) -> dict[str, Any]:
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Makes `folder`, and writes its evaluation.json. Raises RunError where that fails."""
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     write_atomically(folder / "evaluation.json", json.dumps(settings, indent=2) + "\n")
 
 
@@ -166,31 +176,32 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     """
     path = folder / "evaluation.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))
+        make_folder(folder)
+        present = names(folder)
+        if path.name in present:
+            old = json.loads(read_bytes(path))
             # Older versions did not write these. `pinning.dated` has asked for a day that was not recorded.
             old = {"system_prompt": "", "template_kwargs": {}, "template_date": settings.get("template_date")} | old
-            names = [name for name in settings if old.get(name) != settings[name]]
-            if names:
-                changed = ", ".join(f"{name}: {old.get(name)!r} -> {settings[name]!r}" for name in names)
+            differing = [name for name in settings if old.get(name) != settings[name]]
+            if differing:
+                changed = ", ".join(f"{name}: {old.get(name)!r} -> {settings[name]!r}" for name in differing)
                 raise InputError(
                     f"--workdir {folder}: holds an evaluation of another kind ({changed}); give another --workdir, "
                     "or the old values"
                 )
-        elif foreign := sorted(entry.name for entry in folder.iterdir()):
+        elif foreign := sorted(present):
             raise InputError(
                 f"--workdir {folder}: holds {foreign[0]} but no evaluation.json; give an empty or new folder"
             )
         write_settings(folder, settings)
-    except (OSError, RunError, ValueError, AttributeError) as error:
+    except failures(RunError, ValueError, AttributeError) as error:
         raise InputError(f"--workdir {folder}: cannot be used ({error}); give another folder") from error
 
 
 def write_summary(folder: Path, head: dict[str, Any], benchmarks: dict[str, dict[str, Any]]) -> str:
     """Writes summary.json and summary.md, with the folder's earlier other benchmarks; returns the Markdown."""
     path = folder / "summary.json"
-    before = json.loads(path.read_text(encoding="utf-8"))["benchmarks"] if path.exists() else {}
+    before = json.loads(_text(path) or '{"benchmarks": {}}')["benchmarks"]
     every = dict(sorted((before | benchmarks).items()))
     write_atomically(path, json.dumps(head | {"benchmarks": every}, indent=2) + "\n")
     text = markdown(every)

@@ -1,7 +1,8 @@
 """Hugging Face directories, written: safetensors in shards with their index, the small files beside them.
 
 `hf_tables` says which tensor holds which parameter and how both are laid out. Host memory needs to hold one file. A
-directory is written under a temporary name and gets its own name once it is complete.
+directory is written under a temporary name and gets its own name once it is complete. One in a bucket is written on
+the local disk and uploaded then, config.json last, without which nothing reads it.
 """
 
 import contextlib
@@ -25,6 +26,9 @@ from igrpo_jax.models import decoder, hf_files, hf_paths
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.decoder import Params
 from igrpo_jax.models.hf_tables import Entry
+from igrpo_jax.storage import addresses
+from igrpo_jax.storage.addresses import failures, is_remote, reason, resolved
+from igrpo_jax.storage.writing import spool_folder, upload_folder
 
 SHARD = "5GB"  # the most that one file holds; transformers has the same default
 TOKENIZER = (
@@ -39,17 +43,18 @@ TOKENIZER = (
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `out`, renames it to `out` when the block succeeds and removes it when it fails.
+    """Yields a temporary folder, which becomes `out` when the block succeeds and is removed when it fails.
 
-    Replaces an empty folder `out`.
+    It lies beside `out`, or on the local disk where `out` is in a bucket. Replaces an empty folder `out`.
 
     Raises:
         InputError: `out` exists and is not empty, or can't be written.
     """
-    out = out.resolve()
+    out = resolved(out)
     check_free(out)
     first = jax.process_index() == 0
-    temporary = out.with_name(f".{out.name}.partial")  # left behind only by a process that was killed
+    # Left behind only by a process that was killed.
+    temporary = spool_folder(out) if is_remote(out) else out.with_name(f".{out.name}.partial")
     try:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -57,11 +62,12 @@ def new_folder(out: Path) -> Iterator[Path]:
         multihost_utils.sync_global_devices("the folder exists")
         yield temporary
         multihost_utils.sync_global_devices("the folder is complete")
-        if first:
+        if first and is_remote(out):
+            upload_folder(temporary, out, last=("adapter_config.json", "config.json"))
+        elif first:
             temporary.replace(out)
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise _out_error(out, f"can't be written ({reason})", "give a folder that can") from error
+    except failures(safetensors.SafetensorError) as error:
+        raise _out_error(out, f"can't be written ({reason(error)})", "give a folder that can") from error
     finally:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -69,8 +75,16 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def check_free(out: Path) -> None:
     """Raises InputError where `out` is a file or holds anything."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if addresses.names(out) or (not is_remote(out) and out.exists() and not out.is_dir()):
         raise _out_error(out, "is there already", "give a new folder")
+    check_place(out)
+
+
+def check_place(out: Path) -> None:
+    """Raises InputError where several processes would write into a bucket: all must read back what one has written."""
+    if is_remote(out) and jax.process_count() > 1:
+        fix = "export afterwards: python -m igrpo_jax.export --workdir DIR --out DIR"
+        raise _out_error(out, "several processes can't export into a bucket", fix)
 
 
 def write_tensors(

@@ -2,7 +2,8 @@
 
 A checkpoint is one folder per step with two items: `state`, the pytree of arrays, and `meta`, JSON (data position,
 seed, metrics cursor, a checksum of every array). Orbax writes a step under a temporary name and renames it once every
-part is there, so a killed save leaves nothing that a restore could take for a checkpoint. `save` returns after the
+part is there; in a bucket it adds a last file, commit_success.txt, instead. So a killed save leaves nothing that a
+restore could take for a checkpoint. `save` returns after the
 arrays are copied from the devices to the host, so they may be donated to the next update at once.
 
 A state is saved only if it is finite. Names, shapes and dtypes of what was written are compared with it. Arrays that
@@ -28,6 +29,8 @@ from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.errors import InputError, RunError, one_line
 from igrpo_jax.outputs.checksums import Damaged, check, fingerprint, named_leaves
 from igrpo_jax.outputs.workdir import DAMAGED
+from igrpo_jax.storage.addresses import is_remote, make_folder, names, resolved
+from igrpo_jax.storage.writing import move_tree
 
 _READ_AT_ONCE = 2 << 30  # bytes of parameters, over all devices, that `read_params` reads and checks at a time
 
@@ -48,7 +51,7 @@ class Checkpointer:
     def __init__(self, workdir: Path, settings: CheckpointConfig):
         self._every = settings.every
         self._has_best = bool(settings.best_metric)
-        self._path = Path(workdir).absolute() / "checkpoints"
+        self._path = resolved(workdir) / "checkpoints"
         keep = [policies.LatestN(settings.keep)]
         score = lambda metrics: metrics["best"]
         if self._has_best:
@@ -61,6 +64,7 @@ class Checkpointer:
         )
         self._manager = ocp.CheckpointManager(self._path, options=options)
         self._writing: tuple[int, dict] | None = None  # the step, and shapes and dtypes that its files must hold
+        self._failed: int | None = None  # the step whose save failed, of which orbax tells again at the end
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -93,12 +97,7 @@ class Checkpointer:
         sums, bad = fingerprint(state)
         if bad:
             raise RunError(f"step {step}: not saved, {bad[0]} of the training state is not finite{self._last_good()}")
-        need, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(self._path).free
-        if need > free:
-            raise RunError(
-                f"{self._path}: a checkpoint takes {need / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free"
-                f"{self._last_good()}"
-            )
+        self._check_space(sum(x.nbytes for x in jax.tree.leaves(state)))
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta | {"checksums": sums})
         )
@@ -106,6 +105,17 @@ class Checkpointer:
         self._writing = step, {name: (x.shape, x.dtype) for name, x in named_leaves(state).items()}
         with self._errors(step), watchdog.phase("checkpoint", f"writing step {step}"):
             return self._manager.save(step, args=items, metrics=metrics, force=True)
+
+    def _check_space(self, need: int) -> None:
+        """Raises RunError where the disk has less than `need` bytes. A bucket does not say what it has."""
+        if is_remote(self._path):
+            return
+        free = shutil.disk_usage(self._path).free
+        if need > free:
+            raise RunError(
+                f"{self._path}: a checkpoint takes {need / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free"
+                f"{self._last_good()}"
+            )
 
     def latest_step(self) -> int | None:
         """Returns the newest step, which may still be being written; None where there is none."""
@@ -161,9 +171,10 @@ class Checkpointer:
     def _set_aside(self, step: int) -> None:
         def move() -> None:
             folder = self._path.parent / DAMAGED
-            folder.mkdir(exist_ok=True)
-            free = (folder / f"{step}.{number}" for number in itertools.count(1))
-            shutil.move(self._path / str(step), next(path for path in free if not path.exists()))
+            make_folder(folder)
+            taken = names(folder)
+            free = next(name for number in itertools.count(1) if (name := f"{step}.{number}") not in taken)
+            move_tree(self._path / str(step), folder / free)
 
         cluster.from_first(move)
         self._manager.reload()
@@ -191,7 +202,7 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            with self._errors(self.latest_step()):
+            with self._errors(self.latest_step() if self._failed is None else self._failed):
                 self._manager.close()
 
     @contextlib.contextmanager
@@ -200,7 +211,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            self._writing = None
+            self._writing, self._failed = None, step
             cause = one_line(error)[:300] or type(error).__name__
             raise RunError(
                 f"{self._path}: step {step} could not be written ({cause}){self._last_good(step)}"
@@ -271,7 +282,7 @@ def _parts(abstract: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.
 
 def _reader(workdir: Path) -> ocp.CheckpointManager:
     """Returns a manager that reads the checkpoints of the run in `workdir`, and writes nothing."""
-    path = Path(workdir).absolute() / "checkpoints"
+    path = resolved(workdir) / "checkpoints"
     if not path.is_dir():
         raise InputError(
             f"{workdir}: has no checkpoints: it is not the folder of a run, or its first one is not written yet"

@@ -3,71 +3,40 @@
 import contextlib
 import json
 import math
-import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from igrpo_jax.errors import InputError, RunError
-
-
-def local_folder(flag: str, folder: str | Path) -> Path:
-    """Returns `folder`, which `flag` names, as a path.
-
-    Raises:
-        InputError: it is the address of a bucket. `Path` would make a local folder named `gs:` of it.
-    """
-    if bucket := re.match(r"([A-Za-z][\w+.-]+):/+(.*)", str(folder)):
-        raise InputError(
-            f"{flag} {bucket[1]}://{bucket[2]}: buckets are not supported yet; give a local or mounted folder, such as "
-            f"runs/{Path(bucket[2]).name or 'NAME'}, and copy it to the bucket afterwards"
-        )
-    return Path(folder)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes `text` to `path` so that a kill leaves either the old file or the whole new one.
-
-    The text goes to `path` + ".tmp" first, which may be left behind by a kill. A lone surrogate, which model text may
-    hold, is written as \\udXXX, which is also how JSON spells it.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+from igrpo_jax.errors import RunError
+from igrpo_jax.storage.addresses import failures, reason
+from igrpo_jax.storage.writing import write_text
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError, such as that of a full disk, into one line that names `path`.
+    """Turns an error of a disk or a bucket, such as that of a full one, into one line that names `path`.
 
     Raises:
-        RunError: instead of an OSError.
+        RunError: instead of the error.
     """
     try:
         yield
-    except OSError as error:
+    except failures() as error:
         raise RunError(
-            f"{path}: cannot be written ({error.strerror or error}); make it possible and run the same command again"
+            f"{path}: cannot be written ({reason(error)}); make it possible and run the same command again"
         ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Does what `replace_text` does, with the error of a run.
+    """Writes a file whole or not at all, as `write_text` does, with the error of a run.
 
     Raises:
         RunError: the file cannot be written.
     """
     with writing(path):
-        replace_text(path, text)
+        write_text(path, text)
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -77,7 +46,16 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         RunError: the file cannot be written.
         ValueError: a row holds a number that is not finite, which JSON lacks.
     """
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    write_atomically(path, rows_text(rows))
+
+
+def rows_text(rows: Iterable[dict[str, Any]]) -> str:
+    """Returns `rows` as JSON lines.
+
+    Raises:
+        ValueError: a row holds a number that is not finite, which JSON lacks.
+    """
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def number(value: Any) -> float | None:

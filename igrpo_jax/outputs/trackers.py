@@ -21,6 +21,8 @@ from igrpo_jax.outputs.services import MLflow, Trackio, WandB
 from igrpo_jax.outputs.tensorboard import TensorBoard
 from igrpo_jax.schema import objects
 
+# Files in a workdir by which a resumed run goes on with a tracker's own run.
+KEPT = ("*/run_id", "*/rows", "mlflow/mlflow.db")
 REPORTED = 100  # calls that fail for each warning
 
 

@@ -5,8 +5,8 @@ import fcntl
 import json
 import os
 import platform
-import shutil
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -15,11 +15,15 @@ from absl import logging
 
 from igrpo_jax.config import Config, differences, freeze, to_dict, with_defaults
 from igrpo_jax.errors import InputError
-from igrpo_jax.outputs.files import replace_text
+from igrpo_jax.storage.addresses import failures, is_remote, make_folder, names, reason
+from igrpo_jax.storage.lease import Held, Lease, make_free
+from igrpo_jax.storage.reading import read_bytes
+from igrpo_jax.storage.writing import remove_tree, write_text
 
 LOCK = ".lock"  # file in a workdir that is locked while a run is under way
 DAMAGED = "damaged_checkpoints"  # folder in a workdir for checkpoints that a resume could not use
-UNFINISHED = "orbax-checkpoint-tmp"  # part of the name of a checkpoint that was not written to its end
+UNFINISHED = "orbax-checkpoint-tmp"  # part of the name of a checkpoint that was not written to its end, on a disk
+COMMITTED = "commit_success.txt"  # file in a checkpoint that was written to its end, in a bucket
 # What a run may leave before its first checkpoint, and a run in its place does not write anew in any case.
 REMAINS = ("checkpoints", "reference", "evaluations")
 
@@ -40,36 +44,35 @@ def prepare_workdir(workdir: Path, config: Config) -> Claim:
         InputError: `workdir` holds a run of another configuration, a run that is under way, or files that belong to no
             run; or it cannot be written. Nothing is left behind.
     """
-    workdir = Path(workdir)
     path = workdir / "config.json"
-    temporary = workdir / "config.json.tmp"  # of replace_text
+    temporary = workdir / "config.json.tmp"  # of write_text
     settings = to_dict(config)
-    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    made = [] if is_remote(workdir) else [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        resumes, changed = path.exists(), []
+        make_folder(workdir)
+        present = names(workdir)
+        resumes, changed = path.name in present, []
         if resumes:
             changed = _changed_settings(path, settings)
             if changed and _has_results(workdir):
                 raise _other_settings(workdir, changed)
             _check_free(workdir)
+            _check_finished(workdir)
             if changed:
                 for name in REMAINS:
-                    shutil.rmtree(workdir / name, ignore_errors=True)
-        elif foreign := sorted({entry.name for entry in workdir.iterdir()} - {temporary.name}):
+                    remove_tree(workdir / name)
+        elif foreign := sorted(present - {temporary.name}):
             more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             raise InputError(
                 f"--workdir {workdir}: holds {foreign[0]}{more} but no config.json of a run; "
                 "give an empty or new folder"
             )
-        replace_text(path, json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+    except failures() as error:
         for undo in (temporary.unlink, *(folder.rmdir for folder in made)):
             with contextlib.suppress(OSError):
                 undo()
-        raise InputError(
-            f"--workdir {workdir}: cannot be written ({error.strerror or error}); give a folder that can"
-        ) from error
+        raise InputError(f"--workdir {workdir}: cannot be written ({reason(error)}); give a folder that can") from error
     return Claim(resumes and not changed, changed)
 
 
@@ -88,14 +91,35 @@ def _other_settings(workdir: Path, changed: list[str]) -> InputError:
 
 def _has_results(workdir: Path) -> bool:
     """Returns whether the run in `workdir` has a checkpoint, even a damaged one, or samples of a step."""
-    checkpoints = [entry for entry in (workdir / "checkpoints").glob("*") if UNFINISHED not in entry.name]
-    return bool(checkpoints) or (workdir / DAMAGED).exists() or any((workdir / "samples").glob("step_*.jsonl"))
+    return bool(_finished_checkpoints(workdir) or names(workdir / DAMAGED)) or has_samples(workdir)
+
+
+def _finished_checkpoints(workdir: Path) -> list[str]:
+    """Returns the names of the checkpoints that were written to their end."""
+    folder = workdir / "checkpoints"
+    if is_remote(workdir):
+        return [name for name in names(folder) if COMMITTED in names(folder / name)]
+    return [name for name in names(folder) if UNFINISHED not in name]
+
+
+def has_samples(workdir: Path) -> bool:
+    """Returns whether the run in `workdir` has samples of a step."""
+    return any(re.fullmatch(r"step_.*\.jsonl", name) for name in names(workdir / "samples"))
+
+
+def _check_finished(workdir: Path) -> None:
+    """Raises InputError where orbax would take the checkpoints of a bucket for unfinished ones, and remove them."""
+    if is_remote(workdir) and has_samples(workdir) and not _finished_checkpoints(workdir):
+        raise InputError(
+            f"--workdir {workdir}: none of its checkpoints holds {COMMITTED}, the last file of a save in a bucket; "
+            "those of a run that was copied from a folder lack it: go on in a folder, or begin a new run"
+        )
 
 
 def _changed_settings(path: Path, settings: dict[str, Any]) -> list[str]:
     """Returns the settings that differ between config.json at `path` and `settings`, and must not on a resume."""
     try:
-        old = with_defaults(json.loads(path.read_text(encoding="utf-8")))
+        old = with_defaults(json.loads(read_bytes(path)))
         # A run without a day may get its day now. Whether it is the right one is seen from the prompts.
         old["data"]["template_date"] = old["data"]["template_date"] or settings["data"]["template_date"]
         return differences(old, settings)
@@ -107,6 +131,10 @@ def _changed_settings(path: Path, settings: dict[str, Any]) -> list[str]:
 
 def _check_free(workdir: Path) -> None:
     """Raises InputError where a run is under way in `workdir`: its config.json must stay as it is."""
+    if is_remote(workdir):
+        with _naming_holder(workdir):
+            make_free(workdir / LOCK)
+        return
     with contextlib.suppress(FileNotFoundError), open(workdir / LOCK, "r+", encoding="utf-8") as file:
         _lock(file, workdir)
 
@@ -121,31 +149,57 @@ def _lock(file: TextIO, workdir: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise InputError(
-            f"--workdir {workdir}: a run is under way there ({file.read().strip() or 'of another process'}); wait "
-            "for its end, or give another folder"
-        ) from None
+        raise _under_way(workdir, file.read().strip() or "of another process") from None
     except OSError as error:  # a file system without locks
         logging.warning("%s: cannot be locked (%s); don't start a second run there", workdir, error.strerror)
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def _naming_holder(workdir: Path) -> Iterator[None]:
+    """Turns `Held`, and what a bucket refuses, into an InputError."""
+    try:
+        yield
+    except Held as error:
+        raise _under_way(workdir, str(error)) from None
+    except failures() as error:
+        raise InputError(f"--workdir {workdir}: cannot be locked ({reason(error)}); give a folder that can") from error
+
+
+def _under_way(workdir: Path, holder: str) -> InputError:
+    return InputError(
+        f"--workdir {workdir}: a run is under way there ({holder}); wait for its end, or give another folder"
+    )
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[Callable[[], None]]:
     """Keeps other runs out of `workdir` inside the `with` block. The system frees the lock when the process ends.
+
+    In a bucket the lock is one that expires. So a process that was cut off from it for a minute may lose it. The
+    function that this yields raises RunError then.
 
     Raises:
         InputError: a run is under way there.
     """
     if jax.process_index() != 0:
-        yield
+        yield lambda: None
         return
-    with open(Path(workdir) / LOCK, "a+", encoding="utf-8") as file:
+    if is_remote(workdir):
+        lease = Lease(workdir / LOCK)
+        with _naming_holder(workdir):
+            lease.acquire()
+        try:
+            yield lease.check
+        finally:
+            lease.release()
+        return
+    with open(workdir / LOCK, "a+", encoding="utf-8") as file:
         _lock(file, workdir)
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
-        yield
+        yield lambda: None
 
 
 def recorded_date(workdir: Path) -> str | None:
@@ -154,11 +208,10 @@ def recorded_date(workdir: Path) -> str | None:
     A run that has neither a checkpoint nor samples begins anew, as one in an empty folder does. It is "" for a run
     whose template does not ask for the day, and for one of a version that did not record it.
     """
-    workdir = Path(workdir)
     if not _has_results(workdir):
         return None
     try:
-        return json.loads((workdir / "config.json").read_text(encoding="utf-8"))["data"].get("template_date", "")
+        return json.loads(read_bytes(workdir / "config.json"))["data"].get("template_date", "")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # `prepare_workdir` says what is wrong with a file that can't be read
 
@@ -169,8 +222,7 @@ def read_config(workdir: Path) -> Config:
     Raises:
         InputError: `workdir` holds no readable config.json.
     """
-    path = Path(workdir) / "config.json"
     try:
-        return freeze(with_defaults(json.loads(path.read_text(encoding="utf-8"))))
+        return freeze(with_defaults(json.loads(read_bytes(workdir / "config.json"))))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"--workdir {workdir}: holds no run (no readable config.json); give a run's folder") from error

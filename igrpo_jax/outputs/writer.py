@@ -6,11 +6,10 @@
 import contextlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,8 +17,11 @@ from absl import logging
 
 from igrpo_jax.config import Config
 from igrpo_jax.outputs import lines, trackers
-from igrpo_jax.outputs.files import number, write_atomically, write_rows, writing
+from igrpo_jax.outputs.files import number, write_rows, writing
 from igrpo_jax.records import Completion, Group
+from igrpo_jax.storage.addresses import make_folder, names
+from igrpo_jax.storage.reading import read_bytes
+from igrpo_jax.storage.writing import Lines, Spool
 
 
 class Writer:
@@ -38,27 +40,26 @@ class Writer:
     def __init__(self, workdir: Path, config: Config, resume_step: int | None = None):
         self.rows = 0
         self.history: list[dict[str, Any]] = []
-        self._file: TextIO | None = None
+        self._file: Lines | None = None
         self._without_value: set[str] = set()  # names of metrics that this process has written as null
         self._trackers: list[trackers.Tracker] = []
         if jax.process_index() != 0:
             return
-        workdir = Path(workdir)
         keep = -math.inf if resume_step is None else resume_step
         self._path = workdir / "metrics.jsonl"
         self._samples = workdir / "samples"
-        self._samples.mkdir(parents=True, exist_ok=True)
-        for path in self._samples.iterdir():
-            match = re.fullmatch(r"step_(\d+)\.jsonl(\.tmp)?", path.name)
-            if match and (match[2] or int(match[1]) > keep):
-                path.unlink()
-        rows = rows_until(self._path, keep)
-        self.rows = len(rows)
-        self.history = [row for row in map(json.loads, rows) if "loss" in row]
-        write_atomically(self._path, "".join(rows))
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
         with writing(workdir):
-            self._trackers = trackers.open_trackers(workdir, config, resume_step)
+            make_folder(self._samples)
+            for name in names(self._samples):
+                match = re.fullmatch(r"step_(\d+)\.jsonl(\.tmp)?", name)
+                if match and (match[2] or int(match[1]) > keep):
+                    (self._samples / name).unlink()
+            rows = rows_until(self._path, keep)
+            self.rows = len(rows)
+            self.history = [row for row in map(json.loads, rows) if "loss" in row]
+            self._file = Lines(self._path, "".join(rows))
+            self._spool = Spool(workdir, trackers.KEPT)
+            self._trackers = trackers.open_trackers(self._spool.folder, config, resume_step)
 
     def __enter__(self) -> "Writer":
         return self
@@ -86,8 +87,7 @@ class Writer:
                 "step %d: no finite value of %s, written as null; later steps will not mention it", step, ", ".join(new)
             )
         with writing(self._path):
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
+            self._file.add(json.dumps(row, allow_nan=False))
             for tracker in self._trackers:
                 tracker.write(self.rows, row)
         self.rows += 1
@@ -133,22 +133,25 @@ class Writer:
             rows.append(row | {"logprobs": [number(value) for value in completion.logprobs]})
         folder = self._samples.with_name("nonfinite")
         with writing(folder):
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
         write_rows(folder / f"step_{step:06d}.jsonl", rows)
 
     def sync(self) -> None:
-        """Returns when the rows so far are on disk, so that a checkpoint that counts on them may follow."""
+        """Returns when the rows so far are on disk or in the bucket, so that a checkpoint that counts on them may
+        follow; what trackers and the profiler have written is uploaded too."""
         if self._file is not None:
             with writing(self._path):
-                os.fsync(self._file.fileno())
+                self._file.sync()
+                self._spool.push()
 
     def close(self) -> None:
         """Closes the file and the trackers, each also where closing another fails. It may be called twice."""
         if self._file is not None:
-            closing: list[TextIO | trackers.Tracker] = [self._file, *self._trackers]
+            closing: list[Lines | trackers.Tracker] = [self._file, *self._trackers]
             self._file = None
             self._trackers = []
             with writing(self._path), contextlib.ExitStack() as stack:
+                stack.callback(self._spool.push)  # is called last
                 for output in closing:
                     stack.callback(output.close)
 
@@ -187,11 +190,13 @@ def _sample_row(group: Group, completion: Completion, parent: int | None, advant
 
 def rows_until(path: Path, last_step: float) -> list[str]:
     """Returns the lines of a metrics file with step <= last_step; a line that is not a complete row is dropped."""
-    if not path.exists():
+    try:
+        text = read_bytes(path).decode("utf-8", "replace")
+    except FileNotFoundError:
         return []
     kept = []
     torn = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in text.split("\n"):
         if not line.strip():
             continue
         try:

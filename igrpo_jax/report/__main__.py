@@ -5,8 +5,6 @@ It also works on a run that is going on or has crashed; the same command writes 
 over each other. It needs matplotlib (pip install "igrpo-jax[report]"), and neither needs nor touches an accelerator.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from igrpo_jax import cli
@@ -24,14 +22,12 @@ def main(argv: list[str]) -> None:
     cli.read_flags(argv, values, __doc__, "--workdir=DIR")
     if not values.workdir:
         raise InputError("--workdir: missing; give the folder of a run")
-    folders = [Path(folder) for folder in values.workdir]
-    out = Path(values.out) if values.out else folders[0] / "report"
-    for shown in pages.build(folders, out):
+    for shown in pages.build(values.workdir, values.out):
         conclusion = shown.summary.conclusion
         print(plain_text(f"{shown.name}: {conclusion.answer}. {'; '.join(conclusion.reasons)}."))
         for text in (*shown.summary.alerts, *shown.notes):
             print(plain_text(f"  {text}"))
-    print(f"written to {out / 'index.html'}")
+    print(f"written to {values.out or values.workdir[0].rstrip('/') + '/report'}/index.html")
 
 
 if __name__ == "__main__":

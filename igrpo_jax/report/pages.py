@@ -9,6 +9,7 @@ Templates escape every value. The pages allow no scripts and no styles but those
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -18,10 +19,12 @@ import jinja2
 
 from igrpo_jax import __version__
 from igrpo_jax.errors import InputError
-from igrpo_jax.outputs.files import local_folder, write_atomically
+from igrpo_jax.outputs.files import write_atomically
 from igrpo_jax.report import charts, figures, panels, runs, samples, settings, summary
 from igrpo_jax.report.plots import Panel
 from igrpo_jax.report.runs import RecordedRun
+from igrpo_jax.storage.addresses import is_remote, names, path_of, refusing
+from igrpo_jax.storage.writing import remove_tree, upload_folder
 
 # Some browsers give a file no origin, so 'self' alone would not let a page that is opened as a file load its files.
 POLICY = (
@@ -59,9 +62,21 @@ def build(folders: str | Path | Sequence[str | Path], out: str | Path | None = N
     """
     figures.require()
     named = [folders] if isinstance(folders, (str, Path)) else folders
-    workdirs = [local_folder("--workdir", folder) for folder in named]
-    out = local_folder("--out", out) if out else workdirs[0] / "report"
-    recorded = runs.read(workdirs)
+    out = path_of(f"--out {out}", out) if out else path_of(f"--workdir {named[0]}", named[0]) / "report"
+    recorded = runs.read([runs.local_copy(folder) for folder in named])
+    if not is_remote(out):
+        return _write(out, recorded)
+    with refusing(f"--out {out}"), tempfile.TemporaryDirectory() as folder:
+        if (present := names(out)) and MARK not in present:
+            raise InputError(f"--out {out}: holds {min(present)} but no report; give an empty or new folder")
+        shown = _write(Path(folder, "report"), recorded)
+        remove_tree(out)
+        upload_folder(Path(folder, "report"), out, last=("index.html",))
+    return shown
+
+
+def _write(out: Path, recorded: list[RecordedRun]) -> list[Shown]:
+    """Writes the report into the local folder `out`."""
     try:
         _claim(out, recorded)
         written = [samples.write(run, out / "data" / str(number)) for number, run in enumerate(recorded)]

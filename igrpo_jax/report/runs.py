@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 
 from igrpo_jax.errors import InputError, one_line
+from igrpo_jax.storage import reading
+
+PARTS = ("config.json", "metrics.jsonl", "samples", "evaluations")  # what a report reads in the folder of a run
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class RecordedRun:
         """Returns the names of the benchmarks that were evaluated, in alphabetical order."""
         matches = [re.fullmatch(r"eval/([^/]+)/pass@1", name) for name in self.metrics]
         return sorted(match[1] for match in matches if match)
+
+
+def local_copy(folder: str | Path) -> Path:
+    """Returns the folder of a run: itself where it is local, else a copy of what a report reads of one in a bucket."""
+    return reading.local(f"--workdir {folder}", folder, lambda name: name.partition("/")[0] in PARTS)
 
 
 def read(folders: list[Path]) -> list[RecordedRun]:

@@ -11,10 +11,11 @@ import jax
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.distributed import cluster
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.outputs.files import replace_text
+from igrpo_jax.outputs.files import write_atomically
 from igrpo_jax.outputs.workdir import check_settings, recorded_date
 from igrpo_jax.session import overview
 from igrpo_jax.session.progress import Progress
+from igrpo_jax.storage.reading import read_bytes
 
 FILE = "finished.json"  # in the folder of a run
 
@@ -23,7 +24,7 @@ def note(workdir: Path, config: Config, step: int, metrics_rows: int, progress: 
     """Writes that the run of `config` in `workdir` ended after `step`, its last, with all that it writes."""
     if jax.process_index() == 0:
         seen = {"step": step, "asked": _asked(config), "metrics_rows": metrics_rows, "progress": progress.meta()}
-        replace_text(workdir / FILE, json.dumps(seen, indent=2) + "\n")
+        write_atomically(workdir / FILE, json.dumps(seen, indent=2) + "\n")
 
 
 def forget(workdir: Path) -> None:
@@ -64,7 +65,7 @@ def _read(workdir: Path, config: Config) -> dict[str, Any] | None:
         InputError: the folder holds a finished run with other settings.
     """
     try:
-        seen = json.loads((workdir / FILE).read_text(encoding="utf-8"))
+        seen = json.loads(read_bytes(workdir / FILE))
         parts = [
             workdir / "checkpoints" / str(seen["step"]),
             *[workdir / "export"] * bool(config.checkpoint.export or config.checkpoint.push),
@@ -85,4 +86,7 @@ def _asked(config: Config) -> dict[str, Any]:
 
 
 def _count_lines(file: Path) -> int:
-    return len(file.read_bytes().splitlines()) if file.is_file() else 0
+    try:
+        return len(read_bytes(file).splitlines())
+    except FileNotFoundError:
+        return 0

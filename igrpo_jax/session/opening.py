@@ -8,6 +8,7 @@
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +25,11 @@ from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.rollout import Rollout
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.learning.warm_start import warm_start
-from igrpo_jax.models import decoder
+from igrpo_jax.models import decoder, hf_write
 from igrpo_jax.outputs import hub, weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.outputs.workdir import locked, prepare_workdir, recorded_date
+from igrpo_jax.outputs.workdir import has_samples, locked, prepare_workdir, recorded_date
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine
@@ -50,6 +51,8 @@ def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.
         RunError: no checkpoint can be read; a full disk.
         Preempted: SIGTERM came meanwhile.
     """
+    if config.checkpoint.export or config.checkpoint.push:
+        hf_write.check_place(workdir / "export")
     task = open_task(config, cluster.from_first(functools.partial(recorded_date, workdir)))
     config = task.config
     problems = {"training problems": task.fingerprint, "evaluation problems": task.evaluated.fingerprint}
@@ -68,7 +71,7 @@ def _start(
     sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
     learner = Learner(config, task.policy.model, task.mesh, **sizes)
     scheduler = _open_scheduler(config, task, learner)
-    resumes = _claim(workdir, config, stack, console)
+    resumes, still_ours = _claim(workdir, config, stack, console)
     if config.checkpoint.push:
         cluster.from_first(functools.partial(_claim_repository, config))
     ending.forget(workdir)
@@ -106,6 +109,7 @@ def _start(
         console=console,
         first_step=first_step,
         progress=progress,
+        check_lock=still_ours,
     )
     _evaluate_start(run, state, is_new=latest is None)
     console.start(task.total_steps, first_step, config.log.every, writer.history, progress.scores)
@@ -126,8 +130,13 @@ def _claim_repository(config: Config) -> None:
     hub.open_repository(config.checkpoint.push, hub.SETTING, config)
 
 
-def _claim(workdir: Path, config: Config, stack: contextlib.ExitStack, console: Console) -> bool:
-    """Claims `workdir` for this run alone; returns whether it holds a run of this configuration already.
+def _claim(
+    workdir: Path, config: Config, stack: contextlib.ExitStack, console: Console
+) -> tuple[bool, Callable[[], None]]:
+    """Claims `workdir` for this run alone.
+
+    Returns:
+        Whether it holds a run of this configuration already, and what raises RunError where the claim is lost.
 
     Says so where a run with other settings, which ended before its first checkpoint, is replaced.
 
@@ -143,8 +152,7 @@ def _claim(workdir: Path, config: Config, stack: contextlib.ExitStack, console: 
         )
     if not (workdir / "config.json").is_file():
         raise InputError(f"--workdir {workdir}: process 0 made it, here it is not; give a folder that all hosts share")
-    stack.enter_context(locked(workdir))
-    return resumes
+    return resumes, stack.enter_context(locked(workdir))
 
 
 def _verifier(config: Config, workdir: Path, total_steps: int, teams: int) -> Verifier:
@@ -168,7 +176,7 @@ def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> in
         InputError: a run was here before, and its checkpoints are gone.
     """
     latest = cluster.from_first(lambda: checkpointer.latest_step() if resumes else None)
-    if resumes and latest is None and any((workdir / "samples").glob("step_*.jsonl")):
+    if resumes and latest is None and has_samples(workdir):
         raise InputError(f"--workdir {workdir}: holds samples of a run but no checkpoint of it; give another folder")
     return latest
 

@@ -1,9 +1,8 @@
 """An open run, and what it does between two updates: report, check, evaluate, save; and how it ends."""
 
 import functools
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -31,6 +30,9 @@ from igrpo_jax.records import Group
 from igrpo_jax.session import ending, overview
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.task import Task
+from igrpo_jax.storage.addresses import resolved
+from igrpo_jax.storage.reading import local
+from igrpo_jax.storage.writing import remove_tree
 
 
 class StepResult(NamedTuple):
@@ -61,6 +63,7 @@ class Run:
     console: Console
     first_step: int  # the step that the run goes on from; 0 is before the first update
     progress: Progress
+    check_lock: Callable[[], None]  # raises RunError where another run has taken the workdir
 
     def compile_rest(self) -> None:
         """Waits until all programs of the run are compiled, which on a CPU most are not before."""
@@ -133,7 +136,7 @@ class Run:
         """
         out = self.workdir / "evaluations" / f"step_{step:06d}"
         began = time.perf_counter()
-        settings = {"model": str(self.workdir.resolve()), "step": step}
+        settings = {"model": str(resolved(self.workdir)), "step": step}
         settings |= results.settings(self.config, self.evaluator.plan.wanted)
         if jax.process_index() == 0:
             results.write_settings(out, settings)
@@ -154,6 +157,7 @@ class Run:
             RunError: see `Checkpointer.save`.
         """
         config, best_metric = self.config, self.config.checkpoint.best_metric
+        self.check_lock()
         self.writer.sync()
         read = config.algorithm.batches_until(step) * config.prompts_per_step
         epoch, index = divmod(read, len(self.task.prompts))
@@ -189,7 +193,7 @@ class Run:
         """Writes the policy as a Hugging Face directory to workdir/export, and to the hub where that is asked for."""
         out = self.workdir / "export"
         # A run that ended earlier with fewer steps may have left one.
-        cluster.from_first(functools.partial(shutil.rmtree, out, ignore_errors=True))
+        cluster.from_first(functools.partial(remove_tree, out))
         params = decoder.cast(self.learner.policy(state.params), self.config.model.dtype)  # as it samples
         dtype = export_dtype(params)
         size = hf_write.model_bytes(self.task.policy.model, dtype)
@@ -198,7 +202,8 @@ class Run:
         self.console.message(f"the export is {dtype}; read back, {compared}")
         if self.config.checkpoint.push:
             repository = hub.Repository(self.config.checkpoint.push, hub.SETTING)
-            push = functools.partial(hub.upload, repository, out, self.config, self.workdir, self.task.total_steps)
+            copy = local(f"--workdir {self.workdir}", out)
+            push = functools.partial(hub.upload, repository, copy, self.config, self.workdir, self.task.total_steps)
             with self.console.phase("writing to the hub"):
                 pushed = cluster.from_first(push)
             self.console.message(pushed)

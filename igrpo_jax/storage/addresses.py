@@ -52,17 +52,17 @@ def path_of(source: str, address: str | Path) -> Path:
     Raises:
         InputError: a scheme that is not known, a library that is missing, or a bucket that refuses to be listed.
     """
-    text = str(address)
-    scheme, _, name = text.partition("://")
-    if not re.fullmatch(r"[A-Za-z][\w+.-]+", scheme) or not name:
+    parts = re.fullmatch(r"([A-Za-z][\w+.-]+):/+(.+)", str(address))  # pathlib has made gs:/x of gs://x
+    if not parts:
         return Path(address)
+    scheme, name = parts.groups()
     if scheme not in LIBRARY:
         raise InputError(f"{source}: {scheme}:// is not supported; give a folder, gs://BUCKET/NAME or s3://BUCKET/NAME")
     if importlib.util.find_spec(LIBRARY[scheme]) is None:
         raise InputError(
             f'{source}: {scheme}:// needs {LIBRARY[scheme]}; pip install "igrpo_jax[{scheme}]", or give a local folder'
         )
-    path = _remote(text.rstrip("/"))
+    path = _remote(f"{scheme}://{name.rstrip('/')}")
     with refusing(source):
         names(path)
     return path
@@ -85,9 +85,15 @@ def filesystem(path: Path) -> Any:
     return fsspec.filesystem(str(path).partition("://")[0])
 
 
-def absolute(path: Path) -> Path:
+def resolved(path: Path) -> Path:
     """Returns a path that does not depend on the working directory."""
-    return path if is_remote(path) else path.absolute()
+    return path if is_remote(path) else path.resolve()
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder where there is none. In a bucket a folder is there as soon as a file in it is."""
+    if not is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def names(folder: Path) -> set[str]:
@@ -118,10 +124,10 @@ def written_at(info: dict[str, Any]) -> float:
     return (info.get("mtime") or info["LastModified"]).timestamp()
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """Returns the errors of disks and buckets, for an `except`."""
+def failures(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """Returns the errors of disks and buckets, and `more`, for an `except`."""
     modules = [(sys.modules[module], errors) for module, errors in _ERRORS.items() if module in sys.modules]
-    return (OSError, *(getattr(module, error) for module, errors in modules for error in errors))
+    return (OSError, *more, *(getattr(module, error) for module, errors in modules for error in errors))
 
 
 def reason(error: BaseException) -> str:

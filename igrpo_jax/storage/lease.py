@@ -51,6 +51,9 @@ class Lease:
             Held: another holder has it.
         """
         make_free(self._path)
+        with contextlib.suppress(FileNotFoundError):
+            if _read(self._path) is None:
+                filesystem(self._path).rm_file(str(self._path))
         # Where it exists, another was faster, or the answer to our own request was lost and it was sent again.
         with contextlib.suppress(FileExistsError):
             patiently(self._path, filesystem(self._path).pipe_file, str(self._path), self._content(), mode="create")
@@ -119,10 +122,10 @@ def make_free(path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Returns what the holder wrote, None where there is no lock."""
+    """Returns what the holder wrote, None where there is no lock, or that of a folder, which was copied there."""
     try:
         return json.loads(read_bytes(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
 
 

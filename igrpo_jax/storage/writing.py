@@ -6,7 +6,7 @@
   a new line where the last upload was EVERY seconds ago. An object for each step would be cheaper to upload, but every
   reader, `jq` and `gcloud storage cat` too, would have to join them.
 - What libraries write by themselves (events of TensorBoard, profiles, exports) lies in a local folder, the spool, from
-  which `upload_changed` brings it into the bucket.
+  which it is brought into the bucket (`Spool`).
 
 Each function takes a local path too, and then simply writes there.
 """
@@ -14,21 +14,15 @@ Each function takes a local path too, and then simply writes there.
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 from igrpo_jax.storage.addresses import filesystem, is_remote, patiently
-from igrpo_jax.storage.reading import kept_in
+from igrpo_jax.storage.reading import kept_in, read_bytes
 
 EVERY = 10.0  # seconds between two uploads of a file that grows, if nobody asks for one
 _MOST_OF_TIME = 0.1  # share of the time that uploads of a file that grows may take
-
-Uploaded = dict[str, tuple[float, int]]  # time and size of each file of a folder when it was uploaded last
-
-
-def spool(path: Path) -> Path:
-    """Returns the local folder for what libraries write into the folder `path`: `path` itself where it is local."""
-    return kept_in("spool", path) if is_remote(path) else path
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,19 +73,52 @@ def move_tree(folder: Path, target: Path) -> None:
     patiently(folder, service.rm, names)
 
 
-def upload_changed(folder: Path, target: Path, uploaded: Uploaded, last: str = "") -> None:
-    """Uploads the files of a local folder that have changed.
+def upload_folder(folder: Path, target: Path, last: tuple[str, ...] = ()) -> None:
+    """Copies the files of a local folder into a bucket.
 
     Args:
-        uploaded: what was uploaded before; it is brought up to date.
-        last: the name of a file that is uploaded after the others, because its presence says that they are there.
+        last: names of files that are uploaded after all others, because their presence says that these are there.
     """
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.endswith(".tmp")]
-    for file in sorted(files, key=lambda file: file.name == last):
-        name, seen = file.relative_to(folder).as_posix(), file.stat()
-        if uploaded.get(name) != (seen.st_mtime, seen.st_size):
-            upload(file, target / name)
-            uploaded[name] = seen.st_mtime, seen.st_size
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    for file in sorted(files, key=lambda file: file.name in last):
+        upload(file, target / file.relative_to(folder).as_posix())
+
+
+def spool_folder(path: Path) -> Path:
+    """Returns the local folder for what libraries write into the folder `path`: `path` itself where it is local."""
+    return kept_in("spool", path) if is_remote(path) else path
+
+
+class Spool:
+    """The folder for what libraries write into `path` by themselves. It is empty at first where `path` is in a bucket.
+
+    Args:
+        kept: patterns of files that the folder has from the beginning, as the bucket has them.
+
+    Attributes:
+        folder: a local folder, `path` itself where that is local.
+    """
+
+    def __init__(self, path: Path, kept: Sequence[str] = ()):
+        self.folder, self._path = spool_folder(path), path
+        self._uploaded: dict[str, tuple[float, int]] = {}  # time and size of each file at its last upload
+        if is_remote(path):
+            remove_tree(self.folder)
+            self.folder.mkdir(parents=True)
+            for file in (file for pattern in kept for file in path.glob(pattern)):
+                copy = self.folder / file.relative_to(path)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(read_bytes(file))
+
+    def push(self) -> None:
+        """Uploads the files that have changed, if the folder stands for one in a bucket."""
+        if self.folder == self._path:
+            return
+        for file in [file for file in sorted(self.folder.rglob("*")) if file.is_file()]:
+            name, seen = file.relative_to(self.folder).as_posix(), file.stat()
+            if self._uploaded.get(name) != (seen.st_mtime, seen.st_size):
+                upload(file, self._path / name)
+                self._uploaded[name] = seen.st_mtime, seen.st_size
 
 
 class Lines:
@@ -107,7 +134,7 @@ class Lines:
     def __init__(self, path: Path, text: str = ""):
         write_text(path, text)
         self.path, self._is_remote = path, is_remote(path)
-        local = spool(path)
+        local = kept_in("lines", path) if self._is_remote else path
         if self._is_remote:
             local.parent.mkdir(parents=True, exist_ok=True)
             write_text(local, text)
@@ -131,10 +158,11 @@ class Lines:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Uploads what is missing, and closes the local file also where that fails."""
+        """Uploads what is missing. The local copy stays where that fails, and is closed in any case."""
         try:
             if self._is_remote:
                 self._upload()
+                Path(self._file.name).unlink()
         finally:
             self._file.close()
 

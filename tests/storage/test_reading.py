@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,11 @@ def test_local_paths_stay_as_they_are(tmp_path):
     assert reading.local(SOURCE, tmp_path / "x") == tmp_path / "x"
     assert addresses.path_of(SOURCE, "a/b").parts == ("a", "b")
     assert not addresses.is_remote("runs/gs:/x")
+
+
+def test_a_path_of_pathlib_is_an_address_too(bucket):
+    path = addresses.path_of(SOURCE, Path(bucket / "x/"))
+    assert str(path) == bucket / "x" and addresses.is_remote(path)
 
 
 @pytest.mark.parametrize(

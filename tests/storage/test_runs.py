@@ -1,0 +1,173 @@
+"""Runs whose workdir lies in a bucket: claimed, killed, resumed and read as those in a folder."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import whole_runs
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from igrpo_jax import config as config_lib
+from igrpo_jax.errors import InputError, RunError
+from igrpo_jax.outputs import checkpoint
+from igrpo_jax.outputs import workdir as workdirs
+from igrpo_jax.outputs.writer import Writer
+from igrpo_jax.report import runs
+from igrpo_jax.session import ending
+from igrpo_jax.storage import lease as leases
+from igrpo_jax.storage.addresses import path_of
+from igrpo_jax.storage.reading import kept_in
+
+
+@pytest.fixture
+def folder(bucket, monkeypatch):
+    monkeypatch.setattr(leases, "RENEWED", 0.1)
+    monkeypatch.setattr(leases, "SETTLED", 0.01)
+    return path_of("--workdir X", bucket.address)
+
+
+def configured(**fields):
+    tree = config_lib.default()
+    tree.update_from_flattened_dict(fields)
+    return config_lib.freeze(tree)
+
+
+def test_a_folder_belongs_to_one_run(folder, bucket):
+    config, other = configured(), configured(seed=1)
+    assert workdirs.prepare_workdir(folder, config) == (False, [])
+    assert workdirs.prepare_workdir(folder, config) == (True, [])
+    assert json.loads(bucket.read("config.json")) == config_lib.to_dict(config)
+    bucket.write("checkpoints/0/state/d/1", "not finished")
+    assert workdirs.recorded_date(folder) is None
+    assert workdirs.prepare_workdir(folder, other) == (False, ["seed: 0 -> 1"])
+    assert bucket.names() == ["config.json"]
+    bucket.write("checkpoints/0/commit_success.txt", "finished")
+    with pytest.raises(InputError, match=r"holds a run with other settings \(seed: 1 -> 0\)"):
+        workdirs.prepare_workdir(folder, config)
+    assert workdirs.read_config(folder) == other
+    assert workdirs.prepare_workdir(folder, other) == (True, [])
+    bucket.write("samples/step_000001.jsonl", "{}")
+    bucket._files.rm_file(bucket / "checkpoints/0/commit_success.txt")
+    with pytest.raises(InputError, match=r"none of its checkpoints holds commit_success.txt, .* copied from a folder"):
+        workdirs.prepare_workdir(folder, other)
+    bucket.write("mine/notes.txt", "x")
+    with pytest.raises(InputError, match=r"holds notes.txt but no config.json"):
+        workdirs.prepare_workdir(folder / "mine", config)
+
+
+def test_one_run_at_a_time(folder):
+    workdirs.prepare_workdir(folder, configured())
+    refusal = r"--workdir gs://bucket/.*: a run is under way there \(process \d+ on .*\); wait for its end"
+    with workdirs.locked(folder) as check:
+        check()
+        with pytest.raises(InputError, match=refusal), workdirs.locked(folder):
+            pass
+        with pytest.raises(InputError, match=refusal):
+            workdirs.prepare_workdir(folder, configured(steps=9))
+    with workdirs.locked(folder):
+        pass
+
+
+def test_a_bucket_that_takes_nothing_is_refused(folder, bucket):
+    bucket.fault(status=403, method="POST")
+    with pytest.raises(InputError, match=r"--workdir gs://.*: cannot be written \(Forbidden: .*\); give a folder that"):
+        workdirs.prepare_workdir(folder, configured())
+    bucket.fault()
+    assert bucket.names() == []
+
+
+def test_rows_and_samples_of_a_resume(folder, bucket):
+    settings = configured(**{"log.trackers": ()})
+    with Writer(folder, settings) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": step})
+            bucket.write(f"samples/step_{step:06d}.jsonl", "{}")
+        writer.sync()
+        assert bucket.read("metrics.jsonl").count("\n") == 3
+        writer.write(4, {"loss": 4.0})
+    assert bucket.read("metrics.jsonl").count("\n") == 4
+    with Writer(folder, settings, resume_step=2) as writer:
+        assert writer.rows == 2 and [row["loss"] for row in writer.history] == [1.0, 2.0]
+    assert [json.loads(line)["step"] for line in bucket.read("metrics.jsonl").splitlines()] == [1, 2]
+    assert bucket.names() == ["metrics.jsonl", "samples/step_000001.jsonl", "samples/step_000002.jsonl"]
+
+
+def test_what_the_last_upload_lacks_is_an_error_and_stays_on_the_disk(folder, bucket):
+    writer = Writer(folder, configured(**{"log.trackers": ()}))
+    writer.write(1, {"loss": 1.0})
+    bucket.fault(status=403, method="POST")
+    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written \(Forbidden"):
+        writer.close()
+    assert bucket.read("metrics.jsonl") == ""
+    kept = kept_in("lines", folder / "metrics.jsonl")
+    assert json.loads(kept.read_text()) == {"step": 1, "loss": 1.0}
+
+
+def state():
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1], axis_types=(AxisType.Auto,))
+    x = jnp.arange(12, dtype=jnp.float32).reshape(3, 4)
+    return {"params": {"x": jax.device_put(x, NamedSharding(mesh, PartitionSpec()))}}
+
+
+def test_checkpoints_are_kept_and_damaged_ones_set_aside(folder, bucket):
+    settings = config_lib.CheckpointConfig(every=1, keep=2)
+    saved = state()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved)
+    with checkpoint.Checkpointer(folder, settings) as store:
+        for step in (1, 2, 3):
+            store.save(step, saved, {"step": step})
+    # A kill leaves a checkpoint without its last file; one that has it may lack another.
+    bucket.write("checkpoints/4/state/d/1", "not finished")
+    bucket._files.rm_file(bucket / "checkpoints/3/state/manifest.ocdbt")
+    assert checkpoint.saved_step(folder) == 3
+    with checkpoint.Checkpointer(folder, settings) as store:
+        step, restored, meta = store.restore(abstract)
+    assert step == 2 and meta == {"step": 2}
+    assert np.array_equal(restored["params"]["x"], saved["params"]["x"])
+    names = bucket.names()
+    assert [name for name in names if name.startswith("checkpoints/") and name.split("/")[1] != "2"] == []
+    assert any(name.startswith("damaged_checkpoints/3.1/state/") for name in names)
+    assert checkpoint.saved_step(folder) == 2
+
+
+def test_a_checkpoint_that_the_bucket_refuses_ends_the_run(folder, bucket):
+    settings = config_lib.CheckpointConfig(every=1)
+    store = checkpoint.Checkpointer(folder, settings)
+    store.save(1, state(), {})
+    store.wait()
+    bucket.fault(status=403, method="POST", path="checkpoints")
+    message = r"checkpoints: step 2 could not be written \(.*goes on from step 1"
+    with pytest.raises(RunError, match=message):
+        store.save(2, state(), {})
+        store.wait()
+    with pytest.raises(RunError, match=message):
+        store.close()
+    bucket.fault()
+    assert checkpoint.saved_step(folder) == 1
+
+
+@pytest.mark.slow(seconds=15)
+def test_a_run_in_a_bucket_goes_on_and_equals_one_in_a_folder(whole, folder, bucket, tmp_path):
+    reference, _ = whole
+    whole_runs.rewind(reference, tmp_path / "run", step=4)
+    for part in (tmp_path / "run" / "checkpoints").iterdir():
+        for path in (part, part / "state", part / "meta", part / "metrics"):
+            if path.is_dir():
+                (path / "commit_success.txt").write_text("")  # as orbax does in a bucket
+    for name in ("tensorboard", "profile"):
+        shutil.rmtree(tmp_path / "run" / name)
+    bucket.put(tmp_path / "run")
+    printed = whole_runs.run(tmp_path, bucket.address)
+    assert "resumed after 4" in printed and f"checkpoints             {bucket.address}/checkpoints" in printed
+    settings = whole_runs.settings()
+    copy = runs.local_copy(bucket.address)
+    whole_runs.check_same_rows(whole_runs.rows(copy), whole_runs.rows(reference))
+    assert whole_runs.samples(copy) == whole_runs.samples(reference)
+    mine, theirs = (whole_runs.final_state(path, settings) for path in (folder, reference))
+    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[name], theirs[name]) for name in mine)
+    assert ".lock" not in bucket.names() and ending.FILE in bucket.names()
+    (run,) = runs.read([copy])
+    assert run.steps == [1, 2, 3, 4, 5] and run.notes == []

@@ -1,0 +1,130 @@
+"""What is written into a bucket, against a storage service on localhost, and with faults."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from igrpo_jax.errors import RunError
+from igrpo_jax.outputs.files import write_rows, writing
+from igrpo_jax.storage import addresses
+from igrpo_jax.storage import writing as writes
+from igrpo_jax.storage.addresses import path_of
+from igrpo_jax.storage.writing import Lines, Spool, move_tree, remove_tree, write_text
+
+
+@pytest.fixture
+def folder(bucket):
+    return path_of("--workdir X", bucket.address)
+
+
+def test_a_text_is_one_object(folder, bucket):
+    write_text(folder / "a" / "b.json", "é \udc80\n")
+    assert bucket.names() == ["a/b.json"] and bucket.read("a/b.json") == "é \\udc80\n"
+    write_text(folder / "a" / "b.json", "new")
+    assert bucket.read("a/b.json") == "new"
+
+
+def test_lines_are_uploaded_as_whole_files(folder, bucket, monkeypatch):
+    monkeypatch.setattr(writes, "EVERY", 3600.0)
+    lines = Lines(folder / "metrics.jsonl", "0\n")
+    lines.add("1")
+    lines.add("2")
+    assert bucket.read("metrics.jsonl") == "0\n"
+    lines.sync()
+    assert bucket.read("metrics.jsonl") == "0\n1\n2\n"
+    lines.add("3")
+    lines.close()
+    assert bucket.read("metrics.jsonl") == "0\n1\n2\n3\n"
+    monkeypatch.setattr(writes, "EVERY", 0.0)
+    lines = Lines(folder / "metrics.jsonl", "")
+    assert bucket.read("metrics.jsonl") == ""  # a resume drops what it writes again
+    lines.add("1")
+    assert bucket.read("metrics.jsonl") == "1\n"
+    lines.close()
+
+
+def test_a_spool_brings_what_changed_and_begins_with_what_is_kept(folder, bucket):
+    bucket.write("wandb/run_id", "abc")
+    bucket.write("samples/step_000001.jsonl", "{}")
+    spool = Spool(folder, ["*/run_id"])
+    assert (spool.folder / "wandb/run_id").read_text() == "abc" and not (spool.folder / "samples").exists()
+    (spool.folder / "tensorboard").mkdir()
+    (spool.folder / "tensorboard/events").write_text("1")
+    spool.push()
+    assert bucket.read("tensorboard/events") == "1"
+    (spool.folder / "tensorboard/events").write_text("12")
+    bucket.fault(status=403, path="run_id")  # which has not changed
+    spool.push()
+    assert bucket.read("tensorboard/events") == "12"
+    bucket.fault()
+    assert sorted(path.name for path in Spool(folder).folder.iterdir()) == []
+
+
+def test_folders_are_moved_and_removed(folder, bucket):
+    for name in ("checkpoints/3/meta", "checkpoints/3/d/x", "checkpoints/30/meta"):
+        bucket.write(name, name)
+    move_tree(folder / "checkpoints/3", folder / "damaged_checkpoints/3.1")
+    assert bucket.names() == ["checkpoints/30/meta", "damaged_checkpoints/3.1/d/x", "damaged_checkpoints/3.1/meta"]
+    assert bucket.read("damaged_checkpoints/3.1/d/x") == "checkpoints/3/d/x"
+    remove_tree(folder / "damaged_checkpoints")
+    remove_tree(folder / "nothing")
+    assert bucket.names() == ["checkpoints/30/meta"]
+
+
+@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429}, {"drop": True}, {"seconds": 0.5}], ids=str)
+def test_what_fails_for_now_is_written_in_the_end(folder, bucket, fault):
+    bucket.fault(times=1, method="POST", **fault)
+    write_text(folder / "x.json", "text")
+    assert bucket.read("x.json") == "text"
+
+
+def test_an_outage_that_the_library_gives_up_on_is_waited_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(addresses.time, "sleep", lambda seconds: None)
+    errors = [ConnectionResetError("gone"), TimeoutError("late")]
+
+    def upload():
+        if errors:
+            raise errors.pop()
+        return "there"
+
+    assert addresses.patiently(tmp_path, upload) == "there"
+    monkeypatch.setattr(addresses, "PATIENCE", 0.0)
+    errors.append(ConnectionResetError("gone"))
+    with pytest.raises(ConnectionResetError):
+        addresses.patiently(tmp_path, upload)
+
+
+def test_a_quota_that_is_full_names_the_file_and_loses_nothing(folder, bucket, monkeypatch):
+    monkeypatch.setattr(writes, "EVERY", 0.0)
+    lines = Lines(folder / "metrics.jsonl", "0\n")
+    bucket.fault(status=403, method="POST")
+    with (
+        pytest.raises(RunError, match=r"^gs://bucket/.*metrics\.jsonl: cannot be written \(Forbidden: .* make it poss"),
+        writing(lines.path),
+    ):
+        lines.add("1")
+    with pytest.raises(RunError, match=r"x\.jsonl: cannot be written \(Forbidden"):
+        write_rows(folder / "x.jsonl", [{"a": 1}])
+    assert bucket.names() == ["metrics.jsonl"] and bucket.read("metrics.jsonl") == "0\n"  # the old file, whole
+    bucket.fault()
+    lines.sync()
+    assert bucket.read("metrics.jsonl") == "0\n1\n"
+    lines.close()
+
+
+def test_a_kill_in_the_middle_of_an_upload_leaves_the_old_file(folder, bucket):
+    write_text(folder / "metrics.jsonl", "old\n")
+    bucket.fault(seconds=3.0, method="POST", times=1)
+    code = f"""
+from igrpo_jax.storage import addresses, writing
+path = addresses.path_of("--workdir X", {bucket.address!r})
+print("ready", flush=True)
+writing.write_text(path / "metrics.jsonl", "new" * 100000)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGKILL)
+    assert bucket.read("metrics.jsonl") == "old\n"
