@@ -25,7 +25,7 @@ from benchmarks.accelerator.plan import Part
 from benchmarks.accelerator.results import Results
 from igrpo_jax import cli
 from igrpo_jax.errors import InputError, RunError
-from igrpo_jax.outputs.files import replace_text
+from igrpo_jax.storage.writing import write_text
 
 ROOT = Path(__file__).parents[2]
 TAIL = 6  # last lines of a failed part that are shown
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
             left_out.append(part.name)
             continue
         end = measure(part, scale, args.shape, seconds, results)
-        replace_text(args.out / "results.md", table.page(results))
+        write_text(args.out / "results.md", table.page(results))
         if end != "done":
             failed.append(part.name)
         if part.name == "device" and end != "done":
