@@ -3,12 +3,15 @@
     python benchmarks/soak.py --out OUT                  # SIGKILL 30 times, configs/tiny_cpu.py with 8 prompts a step
     python benchmarks/soak.py --out OUT --kills 30 --signals KILL,TERM --seed 1
     python benchmarks/soak.py --out OUT --processes 2 --kills 10
+    python benchmarks/soak.py --out OUT --bucket --kills 10   # the killed run in a bucket, the clean one in a folder
 
 The run is started, killed after a random time, and started again until it has been killed --kills times; then it runs
 to its end. The times are drawn so that kills hit every part of a run: start, warm start, evaluation, rollout, update
 and the writing of checkpoints. The benchmark fails (exit 1) if the run ends before it was killed --kills times, or if
 its result differs from that of the clean run. Where a run has several processes, one of them is killed, drawn at
-random, and the others must end by themselves within a minute. The last line is one JSON object:
+random, and the others must end by themselves within a minute. With --bucket the killed run writes to a storage service
+on localhost (tests/bucket_server.py), which answers every hundredth request with 503 or not at all. The last line is
+one JSON object:
 
     kills                 number of kills by signal
     phases                number of kills by the beginning of the last line that the console had printed
@@ -29,15 +32,21 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
+from igrpo_jax.storage.addresses import is_remote, names, path_of
+from igrpo_jax.storage.reading import local
+
 ROOT = Path(__file__).parents[1]
-SHORT = ("steps=180", "prompts_per_step=8", "warm_start.steps=40", "evaluation.every=20", "evaluation.limit=16")
+SHORT = ("prompts_per_step=8", "warm_start.steps=40", "evaluation.every=20", "evaluation.limit=16")
 SHORT += ("checkpoint.every=3", "log.every=1")
 CLOCKS = ("perf/", "verifier/latency")
 
@@ -51,13 +60,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="processes of the run, with one device each")
     parser.add_argument("--signals", default="KILL", help="KILL, TERM or both, taken in turn")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--bucket", action="store_true", help="the killed run writes to a bucket on localhost")
+    parser.add_argument("--steps", type=int, default=180)
     return parser.parse_args()
 
 
 def started(args: argparse.Namespace, workdir: Path, log: Path) -> list[subprocess.Popen]:
     """Starts a run and returns its processes. The output of the first is appended to `log`."""
     run = [sys.executable, "-m", "igrpo_jax.main", "--config", args.config, "--workdir", str(workdir)]
-    run += [f"--config.{override}" for override in (*SHORT, f"compilation_cache={args.out / 'programs'}")]
+    settings = (*SHORT, f"steps={args.steps}", f"compilation_cache={args.out / 'programs'}")
+    run += [f"--config.{override}" for override in settings]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -81,9 +93,23 @@ def finished(args: argparse.Namespace, workdir: Path, log: Path) -> float:
 
 def last_step(workdir: Path) -> int:
     """Returns the last step that has samples, 0 where there is none."""
-    samples = workdir / "samples"
-    steps = [int(path.stem[5:]) for path in samples.glob("step_*.jsonl")] if samples.exists() else []
-    return max(steps, default=0)
+    return max((int(name[5:-6]) for name in names(workdir / "samples") if name.endswith(".jsonl")), default=0)
+
+
+@contextlib.contextmanager
+def bucket(folder: Path) -> Iterator[Path]:
+    """Yields a folder in a bucket on localhost, whose service answers one request in a hundred badly."""
+    command = [sys.executable, str(ROOT / "tests" / "bucket_server.py"), str(folder.absolute())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as service:
+        address = service.stdout.readline().strip()
+        os.environ |= {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
+        os.environ |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "XDG_CACHE_HOME": str(folder.absolute() / "cache")}
+        faults = json.dumps({"every": 100, "kinds": [{"status": 503}, {"drop": True}]}).encode()
+        urllib.request.urlopen(urllib.request.Request(f"{address}/faults", faults, method="PUT")).close()
+        try:
+            yield path_of("--workdir", "gs://bucket/soaked")
+        finally:
+            service.kill()
 
 
 def soak(args: argparse.Namespace, workdir: Path, start_seconds: float) -> dict:
@@ -131,7 +157,7 @@ def waited(process: subprocess.Popen, workdir: Path, before: int, start_seconds:
     while steps and last_step(workdir) < before + steps:
         if process.poll() is not None:
             return False
-        time.sleep(0.02)
+        time.sleep(0.2 if is_remote(workdir) else 0.02)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(more)
     return process.poll() is None
@@ -184,7 +210,12 @@ def main() -> None:
     (clean / "finished.json").unlink()
     start_seconds = finished(args, clean, args.out / "clean.log")
     began = time.monotonic()
-    result = soak(args, soaked, start_seconds)
+    if args.bucket:
+        with bucket(args.out / "service") as remote:
+            result = soak(args, remote, start_seconds)
+            shutil.copytree(local("--workdir", remote), soaked)
+    else:
+        result = soak(args, soaked, start_seconds)
     different, gap = differences(soaked, clean)
     result |= {"clean_seconds": round(clean_seconds, 1), "soaked_seconds": round(time.monotonic() - began, 1)}
     print(json.dumps(result | {"different": different, "sampler_difference": gap}))

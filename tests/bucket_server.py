@@ -11,6 +11,7 @@ PUT to /faults names the faults of the requests that follow:
     {"drop": true, "times": 1}             the connection is closed without an answer
     {"seconds": 2.0}                       the answer comes late
     {"method": "POST"}                     only requests of this method
+    {"every": 100, "kinds": [...]}         every hundredth request has one of these faults, in turn
 """
 
 import json
@@ -37,11 +38,15 @@ class Faults:
 
     def set(self, fault: dict) -> None:
         with self.lock:
-            self.fault, self.left = fault, fault.get("times", 10**9) if fault else 0
+            self.fault, self.left, self.requests = fault, fault.get("times", 10**9) if fault else 0, 0
 
     def of(self, method: str, path: str) -> dict:
         """Returns the fault of a request, {} where it has none."""
         with self.lock:
+            self.requests += 1
+            if every := self.fault.get("every"):
+                turn, rest = divmod(self.requests, every)
+                return {} if rest else self.fault["kinds"][turn % len(self.fault["kinds"])]
             fits = self.fault.get("method", method) == method and self.fault.get("path", "") in unquote(path)
             if not self.left or not fits:
                 return {}

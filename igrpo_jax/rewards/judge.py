@@ -95,6 +95,10 @@ class Judge:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def save(self) -> None:
+        """Uploads the verdicts, if their file is in a bucket and the last upload was a while ago."""
+        self._verdicts.save()
+
     def submit(self, question: str, answer: str, completion: str) -> Future[Judgement]:
         """Returns a future of the Judgement. Does not block. The future never raises; its callbacks must not block."""
         messages = render(self._settings, question, answer, completion)

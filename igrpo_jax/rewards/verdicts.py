@@ -1,5 +1,10 @@
-"""The file of a judge's verdicts: scores by key in SQLite, shared by runs and processes."""
+"""The file of a judge's verdicts: scores by key in SQLite, shared by runs and processes.
 
+SQLite needs a disk. A file in a bucket is copied to one when it is opened, and uploaded now and then. So runs that go on
+at the same time do not see each other's verdicts, and the last one to upload wins.
+"""
+
+import contextlib
 import sqlite3
 import time
 from pathlib import Path
@@ -7,7 +12,11 @@ from pathlib import Path
 from absl import logging
 
 from igrpo_jax.errors import InputError
+from igrpo_jax.storage.addresses import failures, is_remote, reason
+from igrpo_jax.storage.reading import kept_in, read_bytes
+from igrpo_jax.storage.writing import upload
 
+SAVED = 60.0  # seconds between two uploads
 OPEN_TIMEOUT = 10.0  # seconds to wait for a file that another process has locked
 
 
@@ -19,7 +28,10 @@ class Verdicts:
     """
 
     def __init__(self, path: Path):
+        self._path, self._remote = path, path if is_remote(path) else None
+        self._is_new, self._saved = False, time.monotonic()  # whether there are new verdicts, and the last upload
         try:
+            path = self._path = self._copied(path) if self._remote else path
             path.parent.mkdir(parents=True, exist_ok=True)
             # The connection is opened in this thread and used in that of the judge's event loop.
             self._connection = sqlite3.connect(
@@ -32,11 +44,42 @@ class Verdicts:
             )
             self._connection.execute("SELECT key, score FROM verdicts LIMIT 1").fetchone()
             self._connection.execute("PRAGMA busy_timeout=200")  # milliseconds, during which the event loop waits
-        except (OSError, sqlite3.Error) as error:
+        except failures(sqlite3.Error) as error:
             raise InputError(
-                f"config.rewards.judge.cache = {str(path)!r}: cannot be used as the file of verdicts ({error}); "
-                "move it away, or name another"
+                f"config.rewards.judge.cache = {str(self._remote or path)!r}: cannot be used as the file of verdicts "
+                f"({error}); move it away, or name another"
             ) from error
+
+    def _copied(self, path: Path) -> Path:
+        """Returns a new local file with the contents of the one in the bucket."""
+        copy = kept_in("verdicts", path)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", "-wal", "-shm"):
+            copy.with_name(copy.name + suffix).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            copy.write_bytes(read_bytes(path))
+        return copy
+
+    def save(self, every: float = SAVED) -> None:
+        """Uploads the verdicts to the bucket, if there are new ones and the last upload was `every` seconds ago.
+
+        It may be called by another thread than the other methods.
+        """
+        if not self._remote or not self._is_new or time.monotonic() - self._saved < every:
+            return
+        self._is_new, self._saved = False, time.monotonic()
+        whole = self._path.with_name(self._path.name + ".whole")
+        whole.unlink(missing_ok=True)
+        try:
+            with (
+                contextlib.closing(sqlite3.connect(self._path)) as source,
+                contextlib.closing(sqlite3.connect(whole)) as target,
+            ):
+                source.backup(target)
+            upload(whole, self._remote)
+        except failures(sqlite3.Error) as error:
+            self._is_new = True
+            logging.warning("judge: the verdicts are not in %s yet: %s", self._remote, reason(error))
 
     def _write_ahead(self) -> None:
         """Turns on write-ahead logging, so that readers and a writer do not wait for each other.
@@ -67,9 +110,11 @@ class Verdicts:
         """Stores the score of a key."""
         try:
             self._connection.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, score))
+            self._is_new = True
         except sqlite3.Error as error:
             logging.log_every_n(logging.WARNING, "judge: the file of verdicts cannot be written: %s", 100, error)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file, and uploads what is new."""
         self._connection.close()
+        self.save(every=0.0)

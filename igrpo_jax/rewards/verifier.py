@@ -39,6 +39,7 @@ from igrpo_jax.rewards.judge import Judge, Judgement
 from igrpo_jax.rewards.mathematics import grader
 from igrpo_jax.rewards.pool import Outcome, Pool
 from igrpo_jax.rewards.rules import REWARDS, Rules, rules_of, score, total
+from igrpo_jax.storage.addresses import path_of
 
 
 class VerifierError(RunError):
@@ -99,7 +100,8 @@ class Verifier:
         self._judge: Judge | None = None
         self._judgements: list[Judgement] = []
         if settings.judge.weight:
-            self._judge = Judge(settings.judge, Path(settings.judge.cache or cache))
+            path = settings.judge.cache or cache
+            self._judge = Judge(settings.judge, path_of(f"config.rewards.judge.cache = {str(path)!r}", path))
         preload = ("igrpo_jax.rewards.verifier", "igrpo_jax.rewards.mathematics.grader")
         self._pool = Pool(_call, settings.workers, settings.timeout, preload=preload)
         call = functools.partial(self._pool.submit, functions.call)
@@ -118,6 +120,7 @@ class Verifier:
             self._custom.start_step(step)
         if self._judge:
             self._judge.start_step()
+            self._judge.save()
 
     def submit(self, candidate: Candidate, batch: Batch | None = None) -> Future[Score]:
         """Returns a future of the Score. Does not block; the future never raises: see Score.status.

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from igrpo_jax.errors import RunError
+from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.outputs.files import write_rows, writing
+from igrpo_jax.rewards.verdicts import Verdicts
 from igrpo_jax.storage import addresses
 from igrpo_jax.storage import writing as writes
 from igrpo_jax.storage.addresses import path_of
@@ -128,3 +129,25 @@ writing.write_text(path / "metrics.jsonl", "new" * 100000)
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGKILL)
     assert bucket.read("metrics.jsonl") == "old\n"
+
+
+def test_verdicts_of_a_judge_are_kept_in_a_bucket(folder, bucket):
+    verdicts = Verdicts(folder / "judge.sqlite")
+    verdicts.put("a", 0.5)
+    verdicts.save()  # too early
+    assert bucket.names() == []
+    verdicts.save(every=0.0)
+    verdicts.put("b", 1.0)
+    verdicts.close()
+    again = Verdicts(folder / "judge.sqlite")
+    assert (again.get("a"), again.get("b"), again.get("c")) == (0.5, 1.0, None)
+    bucket.fault(status=403, method="POST")
+    again.put("c", 0.0)
+    again.close()  # a warning
+    bucket.fault()
+    assert Verdicts(folder / "judge.sqlite").get("c") is None
+    bucket.write("judge.sqlite", "no database")
+    with pytest.raises(
+        InputError, match=r"config.rewards.judge.cache = 'gs://.*cannot be used as the file of verdicts"
+    ):
+        Verdicts(folder / "judge.sqlite")
