@@ -136,7 +136,7 @@ DRY = [
     (
         "launch.sh",
         [*NAMED, "--run", "r1", *MAIN],
-        "on_worker.sh\\ start\\ r1\\ --config\\ configs/tpu_v5p.py\\ --workdir",
+        "on_worker.sh\\ start\\ r1\\ --config\\ configs/tpu_v5p.py\\ ",
     ),
     ("logs.sh", [*NAMED], "on_worker.sh\\ follow\\ igrpo"),
     ("resume.sh", [*NAMED, *SHAPE, *SHARED, *MAIN], "queued-resources delete n1 --force"),
@@ -246,7 +246,7 @@ WRONG = [
     ("delete.sh", ["--zone", "z"], "--name: missing; give the name of the slice"),
     ("delete.sh", ["--name", "n1"], "--zone: missing; give the zone of the slice, such as us-east5-a"),
     ("create.sh", [*NAMED, *SHARED], "--topology: missing; give the chips and their grid"),
-    ("create.sh", [*NAMED, *SHAPE], "--shared: missing; give the folder that all workers share: HOST:/EXPORT"),
+    ("create.sh", [*NAMED, *SHAPE], "--shared: missing; give the folder that all workers share: gs://BUCKET"),
     ("create.sh", [*NAMED, *SHAPE, "--shared", "/mnt/x"], "--shared /mnt/x: must be the folder that all workers share"),
     ("setup.sh", [*NAMED, "--shared", "gs://b; rm -rf ."], "--shared gs://b; rm -rf .: must be"),
     ("setup.sh", [*NAMED, *SHARED, "--environment", "no/file"], "--environment no/file: no such file"),
@@ -342,7 +342,7 @@ def test_a_run_goes_on_after_preemptions(cloud):
     assert cloud.verbs == [*before, *after]
     launches = [call for call in cloud.calls if "on_worker.sh start" in " ".join(call)]
     assert len(launches) == 3 and all(call == launches[0] for call in launches)
-    assert "--workdir ../shared/runs/igrpo" in launches[0][7] and "--worker=all" in launches[0]
+    assert "start igrpo --config" in launches[0][7] and "--worker=all" in launches[0]
     assert "--spot" in next(call for call in cloud.calls if "create" in call)
 
 
@@ -517,6 +517,23 @@ def test_a_worker_without_the_shared_folder_starts_nothing(cloud):
     done = cloud.run("launch.sh", *NAMED, *MAIN)
     assert done.returncode == 1 and "no shared folder; run setup.sh" in done.stderr
     assert "was not started on all workers" in done.stderr and [call[0] for call in cloud.calls] == ["gcloud"]
+
+
+def test_a_bucket_is_not_mounted_and_gets_the_run_and_its_log(cloud):
+    home = worker(cloud)
+    cloud.program(cloud.folder / "bin" / "mountpoint", "#!/usr/bin/env bash\nexit 1\n")
+    for path in (home / ".local" / "bin" / "uv", cloud.folder / "bin" / "python3"):
+        cloud.program(path, "#!/usr/bin/env bash\nexit 0\n")
+    assert on_worker(cloud, "setup", "gs://b").communicate()[0] == "" and cloud.calls == []
+    assert cloud.run("launch.sh", *NAMED, "--run", "r1", *MAIN).returncode == 0
+    command = next(call for call in cloud.calls if call[0] == "python")
+    assert command[-2:] == ["--workdir", "gs://b/runs/r1"]
+    copied = next(call for call in cloud.calls if "cp" in call)
+    assert copied[:5] == ["gcloud", "storage", "cp", "--quiet", "logs/r1/log.txt"]
+    assert copied[5].startswith("gs://b/runs/r1.logs/") and copied[5].endswith(".txt")
+    mount = "#!/usr/bin/env bash\nexit 0\n"
+    cloud.program(cloud.folder / "bin" / "mountpoint", mount)
+    assert on_worker(cloud, "setup", SHARED[1]).communicate()[0] == "" and not (home / "bucket").exists()
 
 
 def test_a_worker_says_which_command_failed(cloud):

@@ -19,7 +19,7 @@ declare -A MEANS=(
   [zone]="zone of the slice, such as us-east5-a"
   [project]="Google Cloud project; without it gcloud's own"
   [topology]="chips and their grid, as for igrpo_jax.aot: v5e or v6e with ${FLAT//|/, }; v5p or v4 with 2x2x1, 2x2x2, 2x2x4, 2x4x4, or three multiples of 4 up to 24"
-  [shared]="folder that all workers share: HOST:/EXPORT of an NFS server such as Filestore, or gs://BUCKET"
+  [shared]="folder that all workers share: gs://BUCKET, or HOST:/EXPORT of an NFS server such as Filestore"
   [run]="name of the run, of its tmux session and folder: letters, digits, _ and -"
   [environment]="file of NAME=value lines for the run, such as HF_TOKEN and WANDB_API_KEY; copied, never printed"
   [poll]="seconds between two looks at the cloud: a whole number"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Requests a slice of TPUs (a queued resource), waits until it exists, and sets up all of its workers.
 #
-#   tpu_scripts/create.sh --name NAME --zone ZONE --topology v5p:2x2x2 --shared HOST:/EXPORT [--spot] [--dry-run]
+#   tpu_scripts/create.sh --name NAME --zone ZONE --topology v5p:2x2x2 --shared gs://BUCKET [--spot] [--dry-run]
 #
 set -euo pipefail
 # shellcheck source=tpu_scripts/slice.sh

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The commands that the other scripts run on each worker, in its home folder. Do not run it by hand.
 #
-#   on_worker.sh setup SHARED      installs the environment, and mounts the shared folder as `shared`
+#   on_worker.sh setup SHARED      installs the environment, and mounts the shared folder as `shared`; a bucket is not
+#                                  mounted, since igrpo_jax reads and writes it itself
 #   on_worker.sh start RUN ARGS... starts `run` in a tmux session RUN, once the last session of that name is over
 #   on_worker.sh run RUN ARGS...   runs the trainer; keeps its output and its exit code in logs/RUN
 #   on_worker.sh status RUN        prints its exit code, "running", or "absent"
@@ -13,37 +14,28 @@ setup() {
   # The images' own Python is older than the package needs; uv brings one.
   python3 -m pip install --quiet --user uv
   [[ -d venv ]] || .local/bin/uv venv --quiet --python 3.12 venv
-  .local/bin/uv pip install --quiet --python venv/bin/python -e 'igrpo_jax[tpu,judge,wandb]'
-  mkdir -p shared
-  mountpoint -q shared || mount_shared "$1"
-  mkdir -p shared/runs
-}
-
-# mount_shared HOST:/EXPORT or gs://BUCKET. Checkpoints need folders to be renamed in one step, which a bucket does only
-# with a hierarchical namespace. Caches would hide the writes of other workers, and a streamed file is not in the bucket
-# after an fsync.
-mount_shared() {
+  .local/bin/uv pip install --quiet --python venv/bin/python -e 'igrpo_jax[tpu,judge,wandb,gs]'
+  rm -f bucket
   case $1 in
-    gs://*)
-      command -v gcsfuse >/dev/null || install_gcsfuse
-      gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
-        --enable-streaming-writes=false "${1#gs://}" shared
-      ;;
-    *)
-      apt_get install nfs-common
-      sudo mount -t nfs "$1" shared
-      [[ -w shared ]] || sudo chown "$(id -un)" shared
-      ;;
+    gs://*) echo "$1" >bucket ;;
+    *) mount_shared "$1" ;;
   esac
 }
 
-install_gcsfuse() {
-  local key=/usr/share/keyrings/cloud.google.asc
-  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null
-  echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" |
-    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-  apt_get update
-  apt_get install gcsfuse
+# mount_shared HOST:/EXPORT
+mount_shared() {
+  mkdir -p shared
+  if ! mountpoint -q shared; then
+    apt_get install nfs-common
+    sudo mount -t nfs "$1" shared
+    [[ -w shared ]] || sudo chown "$(id -un)" shared
+  fi
+  mkdir -p shared/runs
+}
+
+# runs prints the folder of all runs, as it is named from the checkout.
+runs() {
+  if [[ -f bucket ]]; then echo "$(<bucket)/runs"; else echo ../shared/runs; fi
 }
 
 # A machine that has just started is still updating itself and holds apt's lock.
@@ -54,7 +46,7 @@ apt_get() {
 # A worker whose part of a run has ended may have to wait until the others have ended too.
 start() {
   local patience=120
-  mountpoint -q shared || { echo "on_worker.sh: error: $(hostname): no shared folder; run setup.sh" >&2 && exit 1; }
+  [[ -f bucket ]] || mountpoint -q shared || { echo "on_worker.sh: error: $(hostname): no shared folder; run setup.sh" >&2 && exit 1; }
   while tmux has-session -t "=$1" 2>/dev/null; do
     ((patience-- > 0)) || { echo "on_worker.sh: error: $(hostname): run $1 is still going on" >&2 && exit 1; }
     sleep 1
@@ -77,6 +69,7 @@ run() {
   fi
   while sleep 60; do keep "$name"; done >/dev/null 2>&1 &
   keeper=$!
+  set -- "$@" --workdir "$(runs)/$name"
   (cd igrpo_jax && exec ../venv/bin/python -m igrpo_jax.main "$@") 2>&1 |
     (trap '' TERM && exec tee -a "logs/$name/log.txt") || status=${PIPESTATUS[0]}
   kill "$keeper" 2>/dev/null || true
@@ -86,7 +79,13 @@ run() {
 
 # Copies the output of a run to where it outlives the machine. A new slice has other host names.
 keep() {
-  mkdir -p "shared/runs/$1.logs" && cp "logs/$1/log.txt" "shared/runs/$1.logs/$(hostname).txt"
+  local copy
+  copy=$1.logs/$(hostname).txt
+  if [[ -f bucket ]]; then
+    gcloud storage cp --quiet "logs/$1/log.txt" "$(runs)/$copy"
+  else
+    mkdir -p "shared/runs/$1.logs" && cp "logs/$1/log.txt" "shared/runs/$copy"
+  fi
 }
 
 status() {

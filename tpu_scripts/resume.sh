@@ -3,7 +3,7 @@
 # run and watches it. If the slice was taken back (its request is SUSPENDED or FAILED), it deletes the slice, requests a
 # new one and launches the same command. If the run ended with 75 (preempted), it launches the run again.
 #
-#   tpu_scripts/resume.sh --name NAME --zone ZONE --topology v5p:2x2x2 --spot --shared HOST:/EXPORT --run RUN \
+#   tpu_scripts/resume.sh --name NAME --zone ZONE --topology v5p:2x2x2 --spot --shared gs://BUCKET --run RUN \
 #       -- --config configs/tpu_v5p.py --config.steps=100
 #
 # Run it in tmux on a machine that stays up and is not part of the slice. You can stop and restart it at any time.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs this checkout, as it is now, on all workers of a slice and mounts the shared folder there. Run it after every
-# change and after a reboot, but not during a run.
+# Installs this checkout, as it is now, on all workers of a slice, and mounts the shared folder there unless it is a
+# bucket. Run it after every change and after a reboot, but not during a run.
 #
-#   tpu_scripts/setup.sh --name NAME --zone ZONE --shared HOST:/EXPORT [--environment FILE] [--dry-run]
+#   tpu_scripts/setup.sh --name NAME --zone ZONE --shared gs://BUCKET [--environment FILE] [--dry-run]
 #
 set -euo pipefail
 # shellcheck source=tpu_scripts/slice.sh

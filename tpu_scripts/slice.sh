@@ -147,7 +147,7 @@ check_config() {
 # launch_run ARGUMENTS_OF_MAIN... starts the run on all workers, each in its own tmux session.
 launch_run() {
   local run=${FLAG[run]}
-  on all "$ON_WORKER start $(printf '%q ' "$run" "$@" --workdir "../shared/runs/$run")" || {
+  on all "$ON_WORKER start $(printf '%q ' "$run" "$@")" || {
     echo "run $run was not started on all workers; which and why stands above; the others end by themselves" >&2
     return 1
   }

@@ -1,7 +1,7 @@
 """The file of a judge's verdicts: scores by key in SQLite, shared by runs and processes.
 
-SQLite needs a disk. A file in a bucket is copied to one when it is opened, and uploaded now and then. So runs that go on
-at the same time do not see each other's verdicts, and the last one to upload wins.
+SQLite needs a disk. A file in a bucket is copied to one when it is opened, and uploaded now and then. So runs that go
+on at the same time do not see each other's verdicts, and the last one to upload wins.
 """
 
 import contextlib
