@@ -1,14 +1,17 @@
 """Writes docs/when_drafts_pay.md from the words in docs/when_drafts_pay.txt and the formulas in the package.
 
     python docs/when_drafts_pay.py && python docs/when_drafts_pay_figure.py
+    python docs/when_drafts_pay.py NAME=PROBE_DIR ...
 
 Every number is computed with igrpo_jax/learning/draft_signal.py; the measured examples are read from the files of the
 study. In the words a number is a name in braces (`numbers`), and so is a table. The second command writes the figure.
+The third takes what `python -m igrpo_jax.probe` found into docs/study/probes/NAME.json first, without names of folders.
 """
 
 import functools
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +23,7 @@ from igrpo_jax.learning.draft_signal import Signal, igrpo_counts, right_counts, 
 
 DOCS = Path(__file__).parent
 OUT = Path(__file__).with_suffix(".md")
+PROBES = DOCS / "study" / "probes"
 N, G = 4, 4
 P = (0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 0.9)
 # (r, w) of a model by p. "repairs" is made up: after a wrong draft it is right five times as often as alone.
@@ -183,6 +187,33 @@ def measured_table() -> str:
     return table(("model", "p", "r", "w", "ratio, 4 + 4"), rows)
 
 
+# The starts of the study by the names of their probes; and the row of its table that has what training did.
+PROBED = {"start": "igrpo | grpo", "trusting": "trusting_igrpo | trusting_grpo"}
+STARTS = {"start": "drafts of random steps", "trusting": "drafts as good as the teacher's"}
+
+
+def take(name: str, folder: Path) -> None:
+    """Writes what a probe found into docs/study/probes/NAME.json."""
+    probe = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
+    kept = {key: probe[key] for key in ("problems", "drafts", "refinements", "scale", "verdict", "figures")}
+    PROBES.mkdir(parents=True, exist_ok=True)
+    (PROBES / f"{name}.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def probe_table() -> str:
+    """Returns what a probe of each start of the study says, and what training then did."""
+    tables, rows = (DOCS / "study" / "arithmetic" / "tables.md").read_text(encoding="utf-8"), []
+    for name, arms in PROBED.items():
+        probe = json.loads((PROBES / f"{name}.json").read_text(encoding="utf-8"))
+        figures = probe["figures"]
+        cell = lambda key, figures=figures: "{value:.2f} ({low:.2f} to {high:.2f})".format(**figures[key])
+        observed = re.search(rf"\| {re.escape(arms)} \| \d+ \| ([^|]+) \|", tables)[1]
+        verdict = f"{probe['verdict']['behaviour']}; {probe['verdict']['answer']}"
+        keys = ("p", "r", "w", "ratio", "cosine", "reliance")
+        rows.append((STARTS[name], *(cell(key) for key in keys), verdict, observed))
+    return table(("start", "p", "r", "w", "ratio", "k", "rho", "verdict", "observed"), rows)
+
+
 def numbers() -> dict[str, object]:
     """Returns the numbers in the text by their names there."""
     edge, edge_none = draft_signal.hopeless_from(N, G), draft_signal.hopeless_from(N, G, "none")
@@ -229,7 +260,7 @@ def numbers() -> dict[str, object]:
 
 def wrapped(block: str) -> str:
     """Returns a paragraph or a list in lines of 120 characters; tables, headings, pictures and code as they are."""
-    if block.startswith(("|", "#", "!", "    ")):
+    if block.startswith(("|", "#", "!", "    ", "```")):
         return block
     items = [" ".join(item.split()) for item in re.split(r"\n(?=- |\d\. )", block)]
     indents = [" " * len(re.match(r"- |\d\. |", item)[0]) for item in items]
@@ -246,4 +277,6 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        take(argument.partition("=")[0], Path(argument.partition("=")[2]))
     OUT.write_text(page(), encoding="utf-8")

@@ -24,9 +24,9 @@ from igrpo_jax import config
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-draft_probe, matched_budget, study_arms, study_commands, study_report, study_runs, study_settings = map(
+matched_budget, study_arms, study_commands, study_report, study_runs, study_settings = map(
     importlib.import_module,
-    ("draft_probe", "matched_budget", "study_arms", "study_commands", "study_report", "study_runs", "study_settings"),
+    ("matched_budget", "study_arms", "study_commands", "study_report", "study_runs", "study_settings"),
 )
 
 
@@ -310,72 +310,6 @@ def test_problems_that_the_model_solves_sometimes(tmp_path, monkeypatch):
     args = parse(monkeypatch, "--out", str(tmp_path / "out"), *qwen05, "--held-out", "6")
     with pytest.raises(SystemExit, match="--screen 1024: the model solves 6 of these"):
         study_settings.open_study(args, math.inf)
-
-
-def test_own_drafts_are_the_first_answers_to_the_same_problems():
-    problems = [problem(1), problem(2)]
-    answers = [
-        {"prompt_id": "p2", "sample_id": 0, "text": "It is 2. ", "extracted": "2", "accuracy": 1.0},
-        {"prompt_id": "p2", "sample_id": 1, "text": "no", "extracted": "9", "accuracy": 0.0},
-        {"prompt_id": "p1", "sample_id": 0, "text": "unclear", "extracted": None, "accuracy": 0.0},
-    ]
-    first, second = draft_probe.own_drafts(problems, answers)
-    assert first["prompt"].startswith("What is 1?\n\nBelow is an earlier draft")
-    assert first["draft"] == "unclear" and first["stated"] is None and not first["draft_right"]
-    assert "<draft>\nIt is 2.\n</draft>" in second["prompt"] and second["draft_right"] and second["stated"] == "2"
-
-
-def test_own_drafts_are_asked_after_the_plain_prompts(tmp_path, monkeypatch):
-    """A stand-in for the model answers 1 to every plain prompt, and with a draft it answers what is right."""
-    calls = []
-
-    def evaluate(args, names, workdir, hot=False):
-        calls.append((workdir.name, list(names), hot))
-        workdir.mkdir(exist_ok=True)
-        for name in names:
-            answers = []
-            for row in study_runs.read_rows(args.out / "data" / f"{name}.jsonl"):
-                stated = row["answer"] if "draft answer" in row["prompt"] else "1"
-                answer = {"prompt_id": row["id"], "sample_id": 0, "text": stated, "extracted": stated}
-                answers.append(
-                    answer | {"accuracy": float(stated == row["answer"]), "token_count": 1, "finished": True}
-                )
-            (workdir / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
-
-    monkeypatch.setattr(draft_probe, "evaluate", evaluate)
-    args = argparse.Namespace(out=tmp_path, kinds=["plain", "own", "wrong", "plain_hot"], samples=1)
-    results = draft_probe.measure(args, [problem(1), problem(2), problem(3), problem(4)])
-    assert calls == [
-        ("evaluations", ["plain"], False),
-        ("evaluations", ["own", "wrong"], False),
-        ("hot", ["plain"], True),
-    ]
-    assert list(results) == ["plain", "own", "wrong", "own_right", "own_wrong", "plain_hot"]
-    accuracies = {name: (row["problems"], row["accuracy"]) for name, row in results.items()}
-    assert accuracies["plain"] == (4, 0.25) and accuracies["own"] == (4, 1.0)
-    assert accuracies["own_right"] == (1, 1.0) and accuracies["own_wrong"] == (3, 1.0)
-    assert results["wrong"]["draft_answer"] == 0 and results["own"]["draft_answer"] == 0.25
-    args.kinds = ["plain", "own"]
-    again = draft_probe.measure(args, [problem(1), problem(2), problem(3), problem(4)])
-    assert again["own"] == results["own"]
-    assert calls[3:] == [("evaluations", ["own"], False)]  # no sampler is compiled for answers that are there
-    args.kinds = ["plain", "right"]
-    draft_probe.measure(args, [problem(1)])
-    assert calls[4:] == [("evaluations", ["plain", "right"], False)]
-
-
-def test_the_numbers_of_a_kind_of_prompt():
-    asked = [problem(1) | {"draft": "a b c", "stated": "1"}, problem(2) | {"draft": "d", "stated": None}]
-    row = lambda number, **more: {"prompt_id": f"p{number}", "token_count": 4, "finished": True} | more
-    rows = [
-        row(1, text="a b x y", extracted="1", accuracy=1.0),
-        row(2, text="e", extracted=None, accuracy=0.0, finished=False),  # no answer is not the draft's answer
-        row(3, text="of another kind", extracted="1", accuracy=1.0),
-    ]
-    result = draft_probe.figures(rows, asked)
-    assert (result["problems"], result["accuracy"], result["draft_answer"], result["cut"]) == (2, 0.5, 0.5, 0.5)
-    assert result["copied"] == 0.25  # two of four words, and none of one
-    assert draft_probe.table({"own": result}).splitlines()[2].startswith("| own | 2 | 50.0 | 0.0 to 100.0 | 50 | 25 |")
 
 
 def test_every_number_of_the_page_is_in_a_file_of_the_study():

@@ -69,6 +69,8 @@ def test_a_sketch_keeps_products():
     np.testing.assert_allclose(products, [1, 0.6, 0], atol=6 / np.sqrt(WIDTH))
     expected = np.sqrt(sum(np.sum(x**2) for x in first.values()))
     assert norms[0] == pytest.approx(expected, rel=6 / np.sqrt(WIDTH))
+    # Values of one sign, as those of a bias may be, do not add up.
+    assert np.linalg.norm(sketch({"a": jnp.ones(2 * WIDTH)})) == pytest.approx(np.sqrt(2 * WIDTH), rel=0.03)
 
 
 def problem(index, contexts, kept=(True, False, True, True), answers=2):

@@ -120,6 +120,12 @@ def test_too_few_problems():
     verdict = concluded(0.08, 0.7, 0.25, problems=24, cosine=(0.9, 0.8, 1.0))
     assert verdict.pays is None and verdict.answer == "cannot tell"
     assert "24 problems are too few to tell" in " ".join(verdict.reasons)
+    figures = estimate(simulated(0.02, 0.5, 0.02))
+    for ratio in (Estimate(0.9, 0.6, 1.1), Estimate(1.2, 0.9, 1.6)):
+        verdict = conclude(figures | {"ratio": ratio, "cosine": Estimate(1.0, 0.99, 1.0)}, SETTING)
+        assert verdict.pays is None and "too few to tell" in " ".join(verdict.reasons)
+    # Widths shrink with the square root, and log(1.2 / (0.9 0.99^2)) must become log(1.2): 400 times 2.85.
+    assert "about 1,140 would do" in " ".join(verdict.reasons)
 
 
 def test_signal_that_points_elsewhere_and_signal_whose_direction_is_unknown():
