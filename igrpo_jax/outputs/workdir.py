@@ -44,6 +44,10 @@ def prepare_workdir(workdir: Path, config: Config) -> Claim:
         InputError: `workdir` holds a run of another configuration, a run that is under way, or files that belong to no
             run; or it cannot be written. Nothing is left behind.
     """
+    if is_remote(workdir) and not str(workdir).startswith("gs://"):
+        raise InputError(
+            f"--workdir {workdir}: orbax writes checkpoints to disks and to gs:// alone; give such a folder"
+        )
     path = workdir / "config.json"
     temporary = workdir / "config.json.tmp"  # of write_text
     settings = to_dict(config)

@@ -80,6 +80,21 @@ def test_a_fetch_that_is_cut_leaves_nothing_behind(bucket, monkeypatch):
     assert reading.local(SOURCE, bucket / "train.jsonl").read_text() == "x" * 1000
 
 
+def test_an_object_that_is_replaced_while_it_is_fetched_is_fetched_again(bucket, monkeypatch):
+    bucket.write("train.jsonl", "old")
+    path = addresses.path_of(SOURCE, bucket / "train.jsonl")
+    service, left = addresses.filesystem(path), ["new"]
+    get = service.get_file
+
+    def slow(*args, **kwargs):
+        get(*args, **kwargs)
+        if left:
+            bucket.write("train.jsonl", left.pop())
+
+    monkeypatch.setattr(service, "get_file", slow)
+    assert reading.local(SOURCE, path).read_text() == "new"
+
+
 def test_nothing_there_and_nothing_allowed(bucket):
     with pytest.raises(InputError, match=r"--model X: there is nothing at this address; give another"):
         reading.local(SOURCE, bucket / "nothing")

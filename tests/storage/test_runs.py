@@ -1,7 +1,10 @@
 """Runs whose workdir lies in a bucket: claimed, killed, resumed and read as those in a folder."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +59,36 @@ def test_a_folder_belongs_to_one_run(folder, bucket):
     bucket.write("mine/notes.txt", "x")
     with pytest.raises(InputError, match=r"holds notes.txt but no config.json"):
         workdirs.prepare_workdir(folder / "mine", config)
+
+
+def test_a_run_needs_a_bucket_that_orbax_writes_to(tmp_path):
+    from etils import epath
+
+    with pytest.raises(InputError, match=r"--workdir s3://b/x: orbax writes checkpoints to disks and to gs:// alone"):
+        workdirs.prepare_workdir(epath.Path("s3://b/x"), configured())
+
+
+@pytest.mark.slow
+def test_compiled_programs_lie_in_a_bucket(bucket):
+    code = f"""
+import jax
+from igrpo_jax.distributed.programs import use_disk_cache
+jax.config.update("jax_compilation_cache_dir", None)
+use_disk_cache({bucket / "programs"!r})
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("cache_hits")))
+jax.jit(lambda x: x * 2 + 1)(3.0)
+print(sum(hits))
+"""
+    environment = dict(os.environ)
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    for expected in ("0", "1"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout.strip() == expected, done.stderr
+    assert all(name.startswith("programs/jit") for name in bucket.names()) and bucket.names()
 
 
 def test_one_run_at_a_time(folder):
