@@ -54,7 +54,7 @@ class TokenRenderer:
     def __init__(self, prompts):
         self._prompts = prompts
 
-    def with_draft(self, question: str, draft):
+    def with_draft(self, question: str, draft, is_right=None):
         import numpy as np
 
         return np.concatenate([self._prompts[int(question)].tokens, draft])

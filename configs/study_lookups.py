@@ -30,7 +30,7 @@ def get_config():
 
     config.data.task = "lookups"
     config.data.instruction = ""
-    config.data.max_prompt_length = 40
+    config.data.max_prompt_length = 32
     config.data.lookups.items = 12
 
     config.warm_start.steps = 900

@@ -182,11 +182,13 @@ class AlgorithmConfig:
     # Number of Stage 1 drafts per prompt, N in the paper; 0 for no draft stage, which is the base algorithm.
     num_drafts: Annotated[int, AtLeast(0)] = 4
     # Number of completions per prompt that are trained on, G in the paper.
-    num_generations: Annotated[int, AtLeast(2, "at least 2: a group's completions are compared")] = 4
+    # With group = "prompt" it may be 1.
+    num_generations: Annotated[int, AtLeast(1)] = 4
     # Fraction of groups that see the plain prompt in Stage 2. Above 0 it departs from the paper.
     draft_dropout: Annotated[float, Between(0, 1)] = 0.0
-    # Which of the drafts that have a verdict enters q'. All but "best" depart from the paper.
-    draft_selection: Annotated[str, Choice("best", "random", "worst", "first")] = "best"
+    # Which of the drafts that have a verdict enters q'. With "refined" each does, with num_generations refinements, and
+    # the draft whose refinements earn most is kept with them. All but "best" depart from the paper.
+    draft_selection: Annotated[str, Choice("best", "random", "worst", "first", "refined")] = "best"
     # Whether the drafts of a prompt are drawn one after another, until one has the largest possible reward. This
     # departs from the paper.
     draft_early_stop: bool = False
@@ -267,7 +269,8 @@ class RefineConfig:
     template: Annotated[str, Choice("embed")] = "embed"
     # Number of tokens of the draft that q' keeps, from its end; None for rollout.max_completion_length.
     max_draft_length: Annotated[int | None, AtLeast(1)] = None
-    # Text that is put after the question; the draft's tokens replace {draft}.
+    # Text that is put after the question; the draft's tokens replace {draft}. A critique departs from the paper: the
+    # word "correct" or "incorrect", by the draft's answer, replaces {verdict}; evaluations say "unverified".
     instruction: Annotated[str, HoldsOnce("{draft}")] = (
         "Below is an earlier draft answer to this problem. Treat it as guidance, not as truth: it may be wrong. Give a "
         "strictly better final answer: fix its mistakes, fill its gaps, justify each step and be clearer. Do not "
@@ -774,6 +777,9 @@ def _custom_rewards(rewards: RewardsConfig) -> Iterator[tuple[str, str]]:
 def _drafts(config: Config) -> Iterator[tuple[str, str]]:
     """Yields what is wrong with the departures from the paper that concern drafts."""
     algorithm = config.algorithm
+    if algorithm.num_generations == 1 and (algorithm.group == "stage" or not algorithm.num_drafts):
+        fix = "must be at least 2: a group's completions are compared; 1 is for drafts with algorithm.group = prompt"
+        yield "algorithm.num_generations", fix
     if algorithm.train_drafts and algorithm.num_drafts == 1:
         fix = "one draft has no other to be compared with; set algorithm.num_drafts to at least 2"
         yield "algorithm.train_drafts", fix
@@ -817,6 +823,7 @@ def _credit(config: Config) -> Iterator[tuple[str, str]]:
         "algorithm.draft_when": algorithm.draft_when == "unsolved",
         "algorithm.credit_completions": is_plain and algorithm.credit_completions == "right",
         "algorithm.repeat_penalty": algorithm.repeat_penalty > 0,
+        "refine.instruction": "{verdict}" in config.refine.instruction,
     }
     for path in [path for path, is_used in right.items() if is_used and not config.rewards.accuracy]:
         yield path, "depends on which answers are right; set rewards.accuracy above 0"

@@ -156,6 +156,11 @@ UNSOLVED = {"draft_when": "unsolved", "train_drafts": True}
             {"group": "prompt", "train_drafts": True, "max_redraws": 1},
             "group = 'prompt': .* set algorithm.max_redraws to 0",
         ),
+        ({"num_generations": 1}, "num_generations = 1: must be at least 2"),
+        ({"num_generations": 1, "group": "prompt", "train_drafts": True, "num_drafts": 0}, "must be at least 2"),
+        ({"num_generations": 1, "group": "prompt", "train_drafts": True, "draft_selection": "refined"}, None),
+        ({"verdict": True, "accuracy": 0.0}, "refine.instruction = .*: .* set rewards.accuracy above 0"),
+        ({"verdict": True}, None),
         ({"improvement_bonus": 0.5}, "improvement_bonus = 0.5: .* set algorithm.group to .prompt"),
         ({"repeat_penalty": 0.5}, None),
         ({"repeat_penalty": 0.5, "accuracy": 0.0}, "repeat_penalty = 0.5: .* set rewards.accuracy above 0"),
@@ -163,11 +168,14 @@ UNSOLVED = {"draft_when": "unsolved", "train_drafts": True}
 )
 def test_draft_controls_that_do_not_go_together(changes, says):
     tree = config.default()
-    tree.learner.minibatches = 32 if "draft_when" in changes else 64
+    tree.learner.minibatches = 32 if "draft_when" in changes or changes.get("num_generations") == 1 else 64
+    if changes.get("verdict"):
+        tree.refine.instruction = "{draft} is {verdict}"
     tree.algorithm.num_generations = 4
     tree.rewards.accuracy = changes.get("accuracy", 1.0)
     tree.rewards.custom = changes.get("custom", "")
-    tree.algorithm.update({name: value for name, value in changes.items() if name not in ("custom", "accuracy")})
+    others = ("custom", "accuracy", "verdict")
+    tree.algorithm.update({name: value for name, value in changes.items() if name not in others})
     if says is None:
         config.freeze(tree)
         return

@@ -1,8 +1,10 @@
 """The second built-in task: a list of look-ups in a table that only the weights can hold, right only if all are right.
 
-A problem is a list of keys of two digits, "37 25 91". The answer has one digit for each key, TABLE's entry:
-"<answer>502</answer>". The first digit is not 0, so that two answers are equal as numbers only where all digits are.
-Everything is generated from a seed, without a download. Train and test problems are disjoint.
+A problem is a list of keys of two digits, written in two rows: "390 710" has the keys 37, 91 and 00. The answer has
+one digit for each key, TABLE's entry: "<answer>991</answer>". In rows every digit of an answer is as far from its key
+as any other, which a small model can learn. The first digit of an answer is not 0, so that two answers are equal as
+numbers only where all digits are. Everything is generated from a seed, without a download. Train and test problems
+are disjoint.
 
 The task is made for the question when drafts pay. Each look-up is easy, all n of them are hard: with an error rate e a
 solution is right with probability (1 - e)^n, which is as small as one likes. A draft holds one guess for each key, and
@@ -38,7 +40,7 @@ class Problem:
 
     @property
     def question(self) -> str:
-        return " ".join(f"{first}{second}" for first, second in self.keys)
+        return " ".join("".join(map(str, row)) for row in zip(*self.keys, strict=True))
 
     @property
     def digits(self) -> np.ndarray:

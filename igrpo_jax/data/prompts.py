@@ -20,6 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from igrpo_jax.config import DataConfig, RefineConfig
 from igrpo_jax.data import templates
 
+# What replaces {verdict}, by whether the draft's answer is right; None = not verified.
+VERDICTS = {True: "correct", False: "incorrect", None: "unverified"}
+
+
+def _with_verdict(text: str, is_right: bool | None) -> str:
+    return text.replace("{verdict}", VERDICTS[is_right])
+
 
 class Renderer:
     """Turns questions, and questions with drafts, into token ids.
@@ -47,7 +54,7 @@ class Renderer:
         lead, tail = refine.instruction.split("{draft}")
         self._lead = "\n\n" + lead
         self._tail = tail
-        self._after_draft = self._frame.ids_after(tail)
+        self._after_draft = {known: self._frame.ids_after(_with_verdict(tail, known)) for known in VERDICTS}
 
     def _words(self, question: str) -> str:
         return f"{self._instruction}\n\n{question}" if self._instruction else question
@@ -56,15 +63,16 @@ class Renderer:
         """Returns q: [L] int32, including the generation prompt."""
         return self._frame.ids(self._words(question))
 
-    def with_draft(self, question: str, draft: np.ndarray) -> np.ndarray:
+    def with_draft(self, question: str, draft: np.ndarray, is_right: bool | None = None) -> np.ndarray:
         """Returns q': [L'] int32.
 
         Args:
             draft: [T] int32 sampled ids. EOS and other special tokens are removed. A draft longer than max_draft_length
                 is cut to its tail, where the answer is.
+            is_right: what {verdict} in refine.instruction says of the draft; None = it was not verified.
         """
-        before = self._frame.ids_before(self._words(question) + self._lead)
-        return np.concatenate([before, self.kept_draft(draft), self._after_draft])
+        before = self._frame.ids_before(self._words(question) + _with_verdict(self._lead, is_right))
+        return np.concatenate([before, self.kept_draft(draft), self._after_draft[is_right]])
 
     def kept_draft(self, draft: np.ndarray) -> np.ndarray:
         """Returns the ids of `draft` that q' contains."""
@@ -77,7 +85,8 @@ class Renderer:
         Blanks at the end of one of the `questions` count too: q lacks those that the chat template strips.
         """
         marks = self._frame.marks
-        wording = sum(len(templates.text_ids(self._tokenizer, text, marks)) for text in (self._lead, self._tail))
+        length = lambda text, known: len(templates.text_ids(self._tokenizer, _with_verdict(text, known), marks))
+        wording = max(length(self._lead, known) + length(self._tail, known) for known in VERDICTS)
         blanks = max((len(text.encode()) - len(text.rstrip().encode()) for text in questions), default=0)
         # The lead is encoded together with the question, so it may split into other tokens than it does alone.
         return wording + blanks + min(longest, self._max_draft_length) + 8

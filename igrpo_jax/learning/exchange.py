@@ -44,7 +44,7 @@ class ProcessRollout:
     groups: dict[StepPosition, Group]  # the groups that enter the update
     redrawn: int  # number of groups whose position a fresh prompt took
     redrawn_equal: int  # number of those whose rewards are all equal
-    scores: list[Score]  # scores of all completions of the redrawn groups
+    scores: list[Score]  # scores of all completions of the redrawn groups, and of other refinements that were left out
     draft_tokens: int  # tokens of all drafts, those of redrawn groups included
     completion_tokens: int  # tokens of all refinements, those of redrawn groups included
     judgements: list[Judgement]

@@ -8,20 +8,7 @@ No barrier separates the stages: a prompt goes on to Stage 2 as soon as its own 
 draft (`rollout.streamed = False` has a barrier, for comparisons). `num_drafts = 0` is the base algorithm through the
 same code: Stage 2 on the plain prompt.
 
-Departures from the paper, off by default: another draft than the best is kept (`algorithm.draft_selection`), or none
-(`algorithm.draft_dropout`); drafting ends at the first draft, in the order of their numbers, with the largest possible
-reward (`algorithm.draft_early_stop`); and DAPO's dynamic sampling (2503.14476): where all completions of a prompt are
-right, or all are wrong (`filtering` has the metric), a fresh prompt takes its position, at most `algorithm.max_redraws`
-times. DAPO draws whole batches and keeps what it needs of them; here each position of the step has redraws of its own,
-and the last one stays, without an advantage where it is filtered out too.
-
-Two more, off by default, change which prompts are refined. With algorithm.alternate every other step, from step 1 on,
-has no drafts, and the step after it drafts the same prompts (ThinkTwice, 2604.01591). With algorithm.draft_when =
-"unsolved" only a prompt without a right draft goes on to Stage 2. Each position of the step may sample N + G
-completions, as in the paper. Its first prompt has N drafts. If none is right, G refinements follow. If one is, the G
-completions are left to fresh prompts, which take the position one after another: each has N drafts, and goes on to
-Stage 2 only where none is right and G completions are still left. This ends when fewer than N are left, which is at
-none, since N divides G. So a step samples P (N + G) completions whatever is solved, and no position waits for another.
+What departs from the paper, off by default, is in `stages`.
 
 Results are ordered by (prompt, sample), never by arrival, and nothing in them depends on it: drafts are drawn all at
 once, or each after those of lower numbers are scored; a redraw's prompt and randomness follow from its StepPosition.
@@ -31,8 +18,7 @@ The results do not depend on the number of processes either: each team of them w
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -43,46 +29,18 @@ from igrpo_jax.distributed import watchdog
 from igrpo_jax.distributed.compiling import Wanted
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.learning import exchange, filtering, objectives
-from igrpo_jax.learning.exchange import ProcessRollout, StepPosition
+from igrpo_jax.learning.exchange import ProcessRollout
+from igrpo_jax.learning.stages import StepRollout
 from igrpo_jax.models import decoder
-from igrpo_jax.records import Completion, Group, Prompt, Score
+from igrpo_jax.records import Group, Score
 from igrpo_jax.rewards.verifier import Verifier, check_errors
-from igrpo_jax.sampling.requests import Request, Usage
+from igrpo_jax.sampling.requests import Usage
 from igrpo_jax.sampling.scheduler import Scheduler
-from igrpo_jax.sampling.scoring import sample_and_score, stage_key
+from igrpo_jax.sampling.scoring import sample_and_score
 from igrpo_jax.sampling.state import Sampling
 
 if TYPE_CHECKING:
     from igrpo_jax.data.prompts import Renderer  # with transformers, which sampling does not need
-
-STAGES = {"draft": 1, "refine": 2}
-DROPOUT, SELECTION = 0xD20B, 0x5E1E  # tags of the random streams that drop and select drafts
-
-
-# Index of the draft to keep among the rewards [K] of those with a verdict; the first one where several are equal.
-_SELECT: dict[str, Callable[[np.ndarray, np.random.Generator], int]] = {
-    "best": lambda rewards, rng: int(np.argmax(rewards)),
-    "worst": lambda rewards, rng: int(np.argmin(rewards)),
-    "first": lambda rewards, rng: 0,
-    "random": lambda rewards, rng: int(rng.integers(len(rewards))),
-}
-
-
-def select_draft(drafts: Sequence[Completion], selection: str, rng: np.random.Generator) -> int | None:
-    """Returns the index of the draft that q' shows, by algorithm.draft_selection; None where no draft has a verdict."""
-    rewards = np.array([draft.score.reward for draft in drafts])
-    (known,) = np.nonzero(~np.isnan(rewards))
-    return int(known[_SELECT[selection](rewards[known], rng)]) if len(known) else None
-
-
-def needs_refinement(drafts: Iterable[Completion], left: int, algorithm: AlgorithmConfig) -> bool:
-    """Returns whether a prompt is refined where algorithm.draft_when = "unsolved".
-
-    Args:
-        drafts: all N of it; one without a verdict is not right.
-        left: completions that its position may still sample.
-    """
-    return left >= algorithm.num_generations and not any(draft.score.is_right for draft in drafts)
 
 
 class RolloutResult(NamedTuple):
@@ -90,159 +48,6 @@ class RolloutResult(NamedTuple):
 
     groups: list[Group]  # one per prompt, in the order of the positions of the step, and of their redraws
     metrics: dict[str, float]  # `perf/`, `verifier/` and `redraw/`
-
-
-@dataclass
-class _PromptRollout:
-    """One prompt on its way through the two stages."""
-
-    prompt: Prompt
-    position: StepPosition
-    context: np.ndarray | None = None  # [L'] int32 of Stage 2, once it is known
-    kept: int | None = None  # index of the draft in `context`
-    left: int = 0  # completions that its position may still sample after its drafts (algorithm.draft_when)
-    drafts: dict[int, Completion] = field(default_factory=dict)  # scored ones, by their number
-    completions: dict[int, Completion] = field(default_factory=dict)  # scored refinements, by their number
-
-    def group(self) -> Group:
-        """Returns the prompt with all its scored samples, in the order of their numbers."""
-        return Group(self.prompt, _ordered(self.drafts), self.kept, self.context, _ordered(self.completions))
-
-
-def _ordered(samples: dict[int, Completion]) -> tuple[Completion, ...]:
-    return tuple(samples[number] for number in sorted(samples))
-
-
-class _StepRollout:
-    """This process's prompts of one step: it decides what each prompt does next, once a score has come."""
-
-    def __init__(
-        self,
-        config: Config,
-        renderer: "Renderer",
-        scheduler: Scheduler,
-        step: int,
-        prompts: exchange.Prompts,
-    ):
-        self._algorithm = config.algorithm
-        self._num_drafts = config.algorithm.drafts_in(step)
-        self._filter_metric = config.filter_groups_metric
-        self._rollout = config.rollout
-        self._seed = config.seed
-        self._largest = config.rewards.largest - 1e-6  # the margin covers how the sum of the weights is rounded
-        self._renderer = renderer
-        self._scheduler = scheduler
-        self._step = step
-        self._prompts = prompts
-        self._count = len(prompts(0))
-        self._keys = {stage: stage_key(config.seed, step, number) for stage, number in STAGES.items()}
-        self._drafting: set[int] = set()  # positions whose drafts are not all scored
-        # The latest prompt of each position of this process.
-        self.latest = {
-            index: _PromptRollout(prompts(0)[index], StepPosition(index), left=config.algorithm.num_generations)
-            for index in scheduler.engine.team.positions(self._count)
-        }
-        self.unrefined: list[_PromptRollout] = []  # prompts without Stage 2, whose position a fresh prompt took
-        self.redrawn: list[Group] = []  # groups that were filtered out, whose position a fresh prompt took
-        for work in self.latest.values():
-            self._begin(work)
-
-    def _rng(self, work: _PromptRollout, tag: int) -> np.random.Generator:
-        return np.random.default_rng([self._seed, self._step, work.position.random_index(self._count), tag])
-
-    def _begin(self, work: _PromptRollout) -> None:
-        """Starts Stage 1 of a prompt, or Stage 2 where it has no drafts."""
-        algorithm = self._algorithm
-        dropped = algorithm.draft_dropout > 0 and self._rng(work, DROPOUT).random() < algorithm.draft_dropout
-        if dropped or not self._num_drafts:
-            self._refine(work)
-        else:
-            self._drafting.add(work.position.index)
-            self._draft(work, 1 if algorithm.draft_early_stop else self._num_drafts)
-
-    def _draft(self, work: _PromptRollout, samples: int) -> None:
-        """Queues further drafts of a prompt."""
-        scored = functools.partial(self._draft_scored, work)
-        self._submit(work, "draft", work.prompt.tokens, samples, len(work.drafts), scored)
-
-    def _draft_scored(self, work: _PromptRollout, draft: Completion) -> None:
-        """Keeps a draft; a further draft or what comes after Stage 1 may follow."""
-        drafts = work.drafts
-        drafts[draft.sample_id] = draft
-        if len(drafts) < self._num_drafts:
-            if not self._algorithm.draft_early_stop:
-                return
-            if not draft.score.reward >= self._largest:  # NaN is no success
-                self._draft(work, 1)
-                return
-        self._drafting.remove(work.position.index)
-        if self._rollout.streamed:
-            self._drafted(work)
-        elif not self._drafting:
-            for waiting in [other for other in self.latest.values() if other.context is None]:
-                self._drafted(waiting)
-
-    def _drafted(self, work: _PromptRollout) -> None:
-        """Goes on from a prompt whose drafts are scored: to its refinements, or to a fresh prompt at its position."""
-        algorithm = self._algorithm
-        if algorithm.draft_when == "always" or needs_refinement(work.drafts.values(), work.left, algorithm):
-            self._refine(work)
-            return
-        work.context = work.prompt.tokens
-        if work.left >= self._num_drafts:
-            self.unrefined.append(work)
-            self._begin(self._fresh(work, work.left - self._num_drafts))
-
-    def _fresh(self, work: _PromptRollout, left: int = 0) -> _PromptRollout:
-        """Returns the fresh prompt that takes the position of `work`."""
-        index, redraw = work.position
-        fresh = _PromptRollout(self._prompts(redraw + 1)[index], StepPosition(index, redraw + 1), left=left)
-        self.latest[index] = fresh
-        return fresh
-
-    def _refine(self, work: _PromptRollout) -> None:
-        """Starts Stage 2 of a prompt: on q' where a draft has a verdict, on the plain prompt where none has."""
-        drafts = _ordered(work.drafts)
-        work.context = work.prompt.tokens
-        if drafts:
-            work.kept = select_draft(drafts, self._algorithm.draft_selection, self._rng(work, SELECTION))
-        if work.kept is not None:
-            work.context = self._renderer.with_draft(work.prompt.question, drafts[work.kept].tokens)
-        scored = functools.partial(self._refinement_scored, work)
-        self._submit(work, "refine", work.context, self._algorithm.num_generations, 0, scored)
-
-    def _refinement_scored(self, work: _PromptRollout, completion: Completion) -> None:
-        """Keeps a refinement; after the last one of a group that is filtered out, a redraw follows."""
-        work.completions[completion.sample_id] = completion
-        if len(work.completions) < self._algorithm.num_generations:
-            return
-        redraws = self._algorithm.max_redraws
-        if work.position.redraw < redraws and not filtering.passes([work.group()], self._filter_metric)[0]:
-            self.redrawn.append(work.group())
-            self._begin(self._fresh(work))
-
-    def _submit(
-        self,
-        work: _PromptRollout,
-        stage: str,
-        tokens: np.ndarray,
-        samples: int,
-        first: int,
-        scored: Callable[[Completion], None],
-    ) -> None:
-        self._scheduler.submit(
-            Request(
-                tokens=tokens,
-                index=work.position.random_index(self._count),
-                samples=samples,
-                key=self._keys[stage],
-                limit=self._rollout.max_completion_length,
-                stage=stage,
-                first=first,
-                prompt=work.prompt,
-                scored=scored,
-            )
-        )
 
 
 class Rollout:
@@ -310,19 +115,20 @@ class Rollout:
         began, settings = time.perf_counter(), self._config.rollout
         self._scheduler.start(params, Sampling(settings.temperature, settings.top_p, settings.top_k))
         try:
-            running = _StepRollout(self._config, self._renderer, self._scheduler, step, prompts)
+            running = StepRollout(self._config, self._renderer, self._scheduler, step, prompts)
             waited = sample_and_score(self._scheduler, self._verifier.submit, self._renderer)
         finally:
             self._scheduler.finish()
         groups = {work.position: work.group() for work in (*running.unrefined, *running.latest.values())}
         sampled = [*groups.values(), *running.redrawn]
+        refinements = [completion for group in sampled for completion in group.completions]
         return ProcessRollout(
             groups=groups,
             redrawn=len(running.redrawn),
             redrawn_equal=_equal(running.redrawn),
-            scores=_scores(running.redrawn),
+            scores=_scores(running.redrawn) + [completion.score for completion in running.left_out],
             draft_tokens=sum(len(draft.tokens) for group in sampled for draft in group.drafts),
-            completion_tokens=sum(len(completion.tokens) for group in sampled for completion in group.completions),
+            completion_tokens=sum(len(completion.tokens) for completion in (*refinements, *running.left_out)),
             judgements=self._verifier.judgements,
             usage=self._scheduler.usage,
             seconds=time.perf_counter() - began,

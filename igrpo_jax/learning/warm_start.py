@@ -85,7 +85,8 @@ def _example(config: Config, rng: np.random.Generator, problems, renderer: Rende
     draft, completion = TASKS[config.data.task].example(config, problem, shows_draft, rng)
     context = renderer.plain(problem.question)
     if draft is not None:
-        context = renderer.with_draft(problem.question, encode(draft))
+        is_right = f"<answer>{problem.answer}</answer>" in draft
+        context = renderer.with_draft(problem.question, encode(draft), is_right)
     target = encode(completion)
     return Unit(context, (Completion("refine", 0, target, np.zeros(len(target), np.float32), True),), np.zeros(1))
 

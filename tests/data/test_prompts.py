@@ -54,6 +54,17 @@ def test_the_draft_stands_inside_the_user_turn(builtin):
     assert builtin.eos_token_id not in got
 
 
+@pytest.mark.parametrize(("is_right", "verdict"), [(True, "correct"), (False, "incorrect"), (None, "unverified")])
+@pytest.mark.parametrize("wording", ["It is {verdict}:\n{draft}\nImprove.", "A draft:\n{draft}\nIt is {verdict}."])
+def test_a_critique_says_whether_the_draft_is_right(builtin, wording, is_right, verdict):
+    made = renderer(builtin, refine=wording)
+    draft = ids(builtin, "<answer>13</answer>")
+    said = wording.replace("{verdict}", verdict).replace("{draft}", "<answer>13</answer>")
+    got = made.with_draft(QUESTION, draft, is_right)
+    np.testing.assert_array_equal(got, template_of(builtin, f"Add up.\n\n{QUESTION}\n\n{said}"))
+    assert len(got) - len(made.plain(QUESTION)) <= made.draft_overhead(len(draft))
+
+
 def test_the_wording_without_a_tokenizer():
     """Two line ends, a mark or a word are a token each, and eight are to spare."""
     assert most_overhead(config.RefineConfig(instruction="A draft:\n{draft}\nImprove."), 50) == 7 + 50 + 8

@@ -23,7 +23,7 @@ import whole_runs
 from processes import Started, ended, free_port
 
 from igrpo_jax import train
-from igrpo_jax.learning import rollout
+from igrpo_jax.learning import stages
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="compares with one process of eight devices")
 
@@ -55,15 +55,15 @@ SETTINGS = {
 # In step 2 what process 1 of two samples ends after two tokens: a process that waited for another would wait for ever.
 UNEVEN = """
 import dataclasses
-from igrpo_jax.learning import rollout
-submit = rollout._StepRollout._submit
+from igrpo_jax.learning import stages
+submit = stages.StepRollout._submit
 def uneven(self, work, *args, **kwargs):
     settings = self._rollout
     if self._step == 2 and work.position.index % 2:
         self._rollout = dataclasses.replace(settings, max_completion_length=2)
     submit(self, work, *args, **kwargs)
     self._rollout = settings
-rollout._StepRollout._submit = uneven
+stages.StepRollout._submit = uneven
 """
 NOTICE = """
 import os, signal
@@ -131,7 +131,7 @@ def four(folder, two):
 def one(folder):
     """One process that runs to the end."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout._StepRollout, "_submit", rollout._StepRollout._submit)  # so that it is put back
+        patch.setattr(stages.StepRollout, "_submit", stages.StepRollout._submit)  # so that it is put back
         exec(UNEVEN, {})
         train.train(whole_runs.settings(**SETTINGS, **{"checkpoint.export": True}), folder / "one")
     return folder / "one"

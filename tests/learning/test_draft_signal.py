@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from builders import completion
 
-from igrpo_jax.learning import draft_signal, objectives, rollout
+from igrpo_jax.learning import draft_signal, objectives, stages
 from igrpo_jax.learning.draft_signal import igrpo_counts, kept_right, right_counts, signal, snr_ratio
 
 SCALES = ("group", "batch", "none")
@@ -199,7 +199,7 @@ def test_the_kept_draft_is_that_of_the_package(selection):
     for outcome in itertools.product((0.0, 1.0), repeat=3):
         drafts = [completion("draft", number, [1], accuracy=reward) for number, reward in enumerate(outcome)]
         picked = [
-            outcome[rollout.select_draft(drafts, selection, np.random.default_rng(seed))]
+            outcome[stages.select_draft(drafts, selection, np.random.default_rng(seed))]
             for seed in range(400 if selection == "random" else 1)
         ]
         probability += math.prod(p if reward else 1 - p for reward in outcome) * np.mean(picked)

@@ -15,7 +15,9 @@ from igrpo_jax import config
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
 from igrpo_jax.learning import credit, filtering, objectives
-from igrpo_jax.learning.rollout import Rollout, needs_refinement, select_draft
+from igrpo_jax.learning.exchange import StepPosition
+from igrpo_jax.learning.rollout import Rollout
+from igrpo_jax.learning.stages import PromptRollout, keep_best_refined, needs_refinement, select_draft
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.records import Completion, Prompt, Score
 from igrpo_jax.rewards.verifier import Verifier, VerifierError, statistics
@@ -608,6 +610,50 @@ def test_which_prompts_are_refined(right, left, refines):
         for draft, x in zip(drafts_with(right), right, strict=True)
     ]
     assert needs_refinement(drafts, left, settings().algorithm) == refines
+
+
+def test_every_draft_can_be_refined(collect, rollout, renderer):
+    """N = 4, G = 2: 4 + 8 completions of a prompt are sampled, and of the 8 refinements those of one draft are kept.
+
+    The drafts are those of any run. The kept refinements are on average the best, whatever their draft earned.
+    """
+    wanted = {"algorithm__draft_selection": "refined", "algorithm__num_generations": 2}
+    verifier = StubVerifier()
+    groups, metrics = collect(verifier, **wanted)
+    again, _ = collect(StubVerifier(delay=0.0), slots=3, **wanted)
+    assert len(verifier.submitted) == len(QUESTIONS) * (N + 2 * N)
+    for group, repeated, plain in zip(groups, again, rollout[0], strict=True):
+        same(group, repeated)
+        assert [draft.text for draft in group.drafts] == [draft.text for draft in plain.drafts]
+        shown = renderer.with_draft(group.prompt.question, group.drafts[group.kept].tokens)
+        np.testing.assert_array_equal(group.context, shown)
+        assert [one.sample_id for one in group.completions] == [2 * group.kept, 2 * group.kept + 1]
+    assert [group.kept for group in groups] != [group.kept for group in rollout[0]]
+    single, _ = collect(algorithm__num_generations=2)
+    assert np.mean([group.rewards for group in groups]) > np.mean([group.rewards for group in single])
+    tokens = sum(len(one.tokens) for group in groups for one in group.completions)
+    assert metrics["perf/completion_tokens"] > 2 * tokens  # those left out were sampled too
+    unknown, _ = collect(SilentJudge(delay=0.0), rewards__max_error_fraction=1.0, **wanted)
+    assert all(group.kept is None and len(group.completions) == 2 for group in unknown)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "kept"),
+    [
+        # Of three drafts, two refinements each: the best mean, the first of equals; without a verdict they don't count.
+        *[([0, 1, 1, 1, 0, 0], 3), ([0, 0, 0, 0, 0, 0], 0), ([0, 1, 1, 0, 0, 0], 0)],
+        *[([0, 1, math.nan, 1, 1, 1], 3), ([math.nan, math.nan, 0, 0, math.nan, 0], 3), ([math.nan] * 6, 0)],
+    ],
+)
+def test_the_draft_with_the_best_refinements(rewards, kept):
+    """The drafts are numbers 0, 3 and 5 of those sampled: the others have no verdict."""
+    prompt = Prompt("", 0, "", "", np.zeros(1, np.int32))
+    contexts = {number: np.array([number]) for number in (0, 3, 5)}
+    work = PromptRollout(prompt, StepPosition(0), contexts=contexts, completions=dict(enumerate(drafts_with(rewards))))
+    left_out = keep_best_refined(work)
+    first = 2 * list(contexts).index(kept)
+    assert (work.kept, work.context.tolist(), list(work.completions)) == (kept, [kept], [first, first + 1])
+    assert [one.sample_id for one in left_out] == [i for i in range(6) if i not in (first, first + 1)]
 
 
 def test_every_other_step_can_do_without_drafts(collect, rollout):

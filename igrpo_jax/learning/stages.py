@@ -1,0 +1,258 @@
+"""What each prompt of a step does next, once a score has come: further drafts, refinements, or a fresh prompt.
+
+Departures from the paper, off by default: another draft than the best is kept (`algorithm.draft_selection`), or none
+(`algorithm.draft_dropout`); drafting ends at the first draft, in the order of their numbers, with the largest possible
+reward (`algorithm.draft_early_stop`); and DAPO's dynamic sampling (2503.14476): where all completions of a prompt are
+right, or all are wrong (`filtering` has the metric), a fresh prompt takes its position, at most `algorithm.max_redraws`
+times. DAPO draws whole batches and keeps what it needs of them; here each position of the step has redraws of its own,
+and the last one stays, without an advantage where it is filtered out too.
+
+With algorithm.draft_selection = "refined" every draft that has a verdict is refined, as in Critique-GRPO (2506.03106),
+with G refinements each. The draft whose refinements earn most on average is kept with them, the first of equals; the
+other refinements are left out of the group. So a prompt samples N + N G completions.
+
+Two more, off by default, change which prompts are refined. With algorithm.alternate every other step, from step 1 on,
+has no drafts, and the step after it drafts the same prompts (ThinkTwice, 2604.01591). With algorithm.draft_when =
+"unsolved" only a prompt without a right draft goes on to Stage 2. Each position of the step may sample N + G
+completions, as in the paper. Its first prompt has N drafts. If none is right, G refinements follow. If one is, the G
+completions are left to fresh prompts, which take the position one after another: each has N drafts, and goes on to
+Stage 2 only where none is right and G completions are still left. This ends when fewer than N are left, which is at
+none, since N divides G. So a step samples P (N + G) completions whatever is solved, and no position waits for another.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from igrpo_jax.config import AlgorithmConfig, Config
+from igrpo_jax.learning import exchange, filtering
+from igrpo_jax.learning.exchange import StepPosition
+from igrpo_jax.records import Completion, Group, Prompt
+from igrpo_jax.sampling.requests import Request
+from igrpo_jax.sampling.scheduler import Scheduler
+from igrpo_jax.sampling.scoring import stage_key
+
+if TYPE_CHECKING:
+    from igrpo_jax.data.prompts import Renderer  # with transformers, which sampling does not need
+
+STAGES = {"draft": 1, "refine": 2}
+DROPOUT, SELECTION = 0xD20B, 0x5E1E  # tags of the random streams that drop and select drafts
+
+
+# Index of the draft to keep among the rewards [K] of those with a verdict; the first one where several are equal.
+_SELECT: dict[str, Callable[[np.ndarray, np.random.Generator], int]] = {
+    "best": lambda rewards, rng: int(np.argmax(rewards)),
+    "worst": lambda rewards, rng: int(np.argmin(rewards)),
+    "first": lambda rewards, rng: 0,
+    "random": lambda rewards, rng: int(rng.integers(len(rewards))),
+    "refined": lambda rewards, rng: int(np.argmax(rewards)),  # where nothing is refined yet
+}
+
+
+def select_draft(drafts: Sequence[Completion], selection: str, rng: np.random.Generator) -> int | None:
+    """Returns the index of the draft that q' shows, by algorithm.draft_selection; None where no draft has a verdict."""
+    rewards = np.array([draft.score.reward for draft in drafts])
+    (known,) = np.nonzero(~np.isnan(rewards))
+    return int(known[_SELECT[selection](rewards[known], rng)]) if len(known) else None
+
+
+def needs_refinement(drafts: Iterable[Completion], left: int, algorithm: AlgorithmConfig) -> bool:
+    """Returns whether a prompt is refined where algorithm.draft_when = "unsolved".
+
+    Args:
+        drafts: all N of it; one without a verdict is not right.
+        left: completions that its position may still sample.
+    """
+    return left >= algorithm.num_generations and not any(draft.score.is_right for draft in drafts)
+
+
+@dataclass
+class PromptRollout:
+    """One prompt on its way through the two stages."""
+
+    prompt: Prompt
+    position: StepPosition
+    context: np.ndarray | None = None  # [L'] int32 of Stage 2, once it is known
+    kept: int | None = None  # index of the draft in `context`
+    left: int = 0  # completions that its position may still sample after its drafts (algorithm.draft_when)
+    drafts: dict[int, Completion] = field(default_factory=dict)  # scored ones, by their number
+    # Prompts of Stage 2, [L'] int32, by the number of the draft that each shows; None is the plain prompt.
+    contexts: dict[int | None, np.ndarray] = field(default_factory=dict)
+    completions: dict[int, Completion] = field(default_factory=dict)  # scored refinements, by their number
+
+    def group(self) -> Group:
+        """Returns the prompt with all its scored samples, in the order of their numbers."""
+        return Group(self.prompt, _ordered(self.drafts), self.kept, self.context, _ordered(self.completions))
+
+
+def _ordered(samples: dict[int, Completion]) -> tuple[Completion, ...]:
+    return tuple(samples[number] for number in sorted(samples))
+
+
+def keep_best_refined(work: PromptRollout) -> list[Completion]:
+    """Keeps the draft whose refinements earn most on average, and returns the refinements of the others.
+
+    Refinements without a verdict are not counted; of drafts that are equally good the first one is kept.
+    """
+    samples = len(work.completions) // len(work.contexts)
+    rewards = np.array([completion.score.reward for completion in _ordered(work.completions)])
+    means = np.ma.masked_invalid(rewards.reshape(-1, samples)).mean(axis=1).filled(-np.inf)
+    best = int(np.argmax(means))
+    work.kept, work.context = list(work.contexts.items())[best]
+    kept = range(best * samples, (best + 1) * samples)
+    left_out = [completion for number, completion in sorted(work.completions.items()) if number not in kept]
+    work.completions = {number: work.completions[number] for number in kept}
+    return left_out
+
+
+class StepRollout:
+    """This process's prompts of one step: it decides what each prompt does next, once a score has come."""
+
+    def __init__(
+        self,
+        config: Config,
+        renderer: "Renderer",
+        scheduler: Scheduler,
+        step: int,
+        prompts: exchange.Prompts,
+    ):
+        self._algorithm = config.algorithm
+        self._num_drafts = config.algorithm.drafts_in(step)
+        self._filter_metric = config.filter_groups_metric
+        self._rollout = config.rollout
+        self._seed = config.seed
+        self._largest = config.rewards.largest - 1e-6  # the margin covers how the sum of the weights is rounded
+        self._renderer = renderer
+        self._scheduler = scheduler
+        self._step = step
+        self._prompts = prompts
+        self._count = len(prompts(0))
+        self._keys = {stage: stage_key(config.seed, step, number) for stage, number in STAGES.items()}
+        self._drafting: set[int] = set()  # positions whose drafts are not all scored
+        # The latest prompt of each position of this process.
+        self.latest = {
+            index: PromptRollout(prompts(0)[index], StepPosition(index), left=config.algorithm.num_generations)
+            for index in scheduler.engine.team.positions(self._count)
+        }
+        self.left_out: list[Completion] = []  # refinements of drafts that are not kept
+        self.unrefined: list[PromptRollout] = []  # prompts without Stage 2, whose position a fresh prompt took
+        self.redrawn: list[Group] = []  # groups that were filtered out, whose position a fresh prompt took
+        for work in self.latest.values():
+            self._begin(work)
+
+    def _rng(self, work: PromptRollout, tag: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, self._step, work.position.random_index(self._count), tag])
+
+    def _begin(self, work: PromptRollout) -> None:
+        """Starts Stage 1 of a prompt, or Stage 2 where it has no drafts."""
+        algorithm = self._algorithm
+        dropped = algorithm.draft_dropout > 0 and self._rng(work, DROPOUT).random() < algorithm.draft_dropout
+        if dropped or not self._num_drafts:
+            self._refine(work)
+        else:
+            self._drafting.add(work.position.index)
+            self._draft(work, 1 if algorithm.draft_early_stop else self._num_drafts)
+
+    def _draft(self, work: PromptRollout, samples: int) -> None:
+        """Queues further drafts of a prompt."""
+        scored = functools.partial(self._draft_scored, work)
+        self._submit(work, "draft", work.prompt.tokens, samples, len(work.drafts), scored)
+
+    def _draft_scored(self, work: PromptRollout, draft: Completion) -> None:
+        """Keeps a draft; a further draft or what comes after Stage 1 may follow."""
+        drafts = work.drafts
+        drafts[draft.sample_id] = draft
+        if len(drafts) < self._num_drafts:
+            if not self._algorithm.draft_early_stop:
+                return
+            if not draft.score.reward >= self._largest:  # NaN is no success
+                self._draft(work, 1)
+                return
+        self._drafting.remove(work.position.index)
+        if self._rollout.streamed:
+            self._drafted(work)
+        elif not self._drafting:
+            for waiting in [other for other in self.latest.values() if other.context is None]:
+                self._drafted(waiting)
+
+    def _drafted(self, work: PromptRollout) -> None:
+        """Goes on from a prompt whose drafts are scored: to its refinements, or to a fresh prompt at its position."""
+        algorithm = self._algorithm
+        if algorithm.draft_when == "always" or needs_refinement(work.drafts.values(), work.left, algorithm):
+            self._refine(work)
+            return
+        work.context = work.prompt.tokens
+        if work.left >= self._num_drafts:
+            self.unrefined.append(work)
+            self._begin(self._fresh(work, work.left - self._num_drafts))
+
+    def _fresh(self, work: PromptRollout, left: int = 0) -> PromptRollout:
+        """Returns the fresh prompt that takes the position of `work`."""
+        index, redraw = work.position
+        fresh = PromptRollout(self._prompts(redraw + 1)[index], StepPosition(index, redraw + 1), left=left)
+        self.latest[index] = fresh
+        return fresh
+
+    def _refine(self, work: PromptRollout) -> None:
+        """Starts Stage 2 of a prompt: on q' where a draft has a verdict, on the plain prompt where none has."""
+        samples = self._algorithm.num_generations
+        work.contexts = {shown: self._context(work, shown) for shown in self._shown(work)}
+        work.kept, work.context = next(iter(work.contexts.items()))
+        scored = functools.partial(self._refinement_scored, work)
+        for place, context in enumerate(work.contexts.values()):
+            self._submit(work, "refine", context, samples, place * samples, scored)
+
+    def _shown(self, work: PromptRollout) -> list[int | None]:
+        """Returns the numbers of the drafts to refine; None stands for the plain prompt."""
+        drafts = _ordered(work.drafts)
+        if not drafts:
+            return [None]
+        known = [i for i, draft in enumerate(drafts) if not np.isnan(draft.score.reward)]
+        if self._algorithm.draft_selection == "refined" and known:
+            return [*known]
+        return [select_draft(drafts, self._algorithm.draft_selection, self._rng(work, SELECTION))]
+
+    def _context(self, work: PromptRollout, shown: int | None) -> np.ndarray:
+        """Returns q' with a draft, or the plain prompt."""
+        if shown is None:
+            return work.prompt.tokens
+        draft = work.drafts[shown]
+        return self._renderer.with_draft(work.prompt.question, draft.tokens, draft.score.is_right)
+
+    def _refinement_scored(self, work: PromptRollout, completion: Completion) -> None:
+        """Keeps a refinement; after the last one of a group that is filtered out, a redraw follows."""
+        work.completions[completion.sample_id] = completion
+        if len(work.completions) < self._algorithm.num_generations * len(work.contexts):
+            return
+        if len(work.contexts) > 1:
+            self.left_out += keep_best_refined(work)
+        redraws = self._algorithm.max_redraws
+        if work.position.redraw < redraws and not filtering.passes([work.group()], self._filter_metric)[0]:
+            self.redrawn.append(work.group())
+            self._begin(self._fresh(work))
+
+    def _submit(
+        self,
+        work: PromptRollout,
+        stage: str,
+        tokens: np.ndarray,
+        samples: int,
+        first: int,
+        scored: Callable[[Completion], None],
+    ) -> None:
+        self._scheduler.submit(
+            Request(
+                tokens=tokens,
+                index=work.position.random_index(self._count),
+                samples=samples,
+                key=self._keys[stage],
+                limit=self._rollout.max_completion_length,
+                stage=stage,
+                first=first,
+                prompt=work.prompt,
+                scored=scored,
+            )
+        )
