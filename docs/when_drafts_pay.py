@@ -195,7 +195,7 @@ STARTS = {"start": "drafts of random steps", "trusting": "drafts as good as the 
 def take(name: str, folder: Path) -> None:
     """Writes what a probe found into docs/study/probes/NAME.json."""
     probe = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
-    kept = {key: probe[key] for key in ("problems", "drafts", "refinements", "scale", "verdict", "figures")}
+    kept = {key: probe[key] for key in ("problems", "drafts", "refinements", "scale", "conclusion", "figures")}
     PROBES.mkdir(parents=True, exist_ok=True)
     (PROBES / f"{name}.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
@@ -208,10 +208,10 @@ def probe_table() -> str:
         figures = probe["figures"]
         cell = lambda key, figures=figures: "{value:.2f} ({low:.2f} to {high:.2f})".format(**figures[key])
         observed = re.search(rf"\| {re.escape(arms)} \| \d+ \| ([^|]+) \|", tables)[1]
-        verdict = f"{probe['verdict']['behaviour']}; {probe['verdict']['answer']}"
+        conclusion = f"{probe['conclusion']['behaviour']}; {probe['conclusion']['answer']}"
         keys = ("p", "r", "w", "ratio", "cosine", "reliance")
-        rows.append((STARTS[name], *(cell(key) for key in keys), verdict, observed))
-    return table(("start", "p", "r", "w", "ratio", "k", "rho", "verdict", "observed"), rows)
+        rows.append((STARTS[name], *(cell(key) for key in keys), conclusion, observed))
+    return table(("start", "p", "r", "w", "ratio", "k", "rho", "conclusion", "observed"), rows)
 
 
 def numbers() -> dict[str, object]:

@@ -5,7 +5,7 @@ what config.data.train may be: a file, a folder, a known name or a hub id. With 
 planned (--config), the model answers --problems of the problems, plain and with its own drafts; nothing is trained.
 OUT gets probe.html, probe.json and all answers, and the same command goes on where it was killed.
 
-docs/when_drafts_pay.md explains the figures and the verdict.
+docs/when_drafts_pay.md explains the figures and the conclusion.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ FLAGS = {
     "problems": "problems that are answered, of those that the run would read first; default: 64",
     "answers": "plain answers to each problem; default: N + G, the least",
     "gradients": "problems whose gradients are compared; default: 32, and 0 for none",
-    "workdir": "folder to write the answers, the gradients and the verdict to",
+    "workdir": "folder to write the answers, the gradients and the conclusion to",
     "step": "step of the checkpoint that answers, where --model is a run; default: the newest",
 }
 # Settings that decide which answers and gradients there are, beside the rewards' weights.
@@ -70,7 +70,7 @@ def probe(
     gradients: int = 32,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Measures whether drafts will pay, or goes on where `workdir` ends, and prints the verdict.
+    """Measures whether drafts will pay, or goes on where `workdir` ends, and prints the conclusion.
 
     Args:
         config: what `load_config(..., model=model)` returns, with the settings of the planned training.

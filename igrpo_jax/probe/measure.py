@@ -20,9 +20,9 @@ from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.probe import answers, estimates, gradients, page
 from igrpo_jax.probe.answers import Answered, Answers
+from igrpo_jax.probe.conclusion import Setting, along_plain, conclude
 from igrpo_jax.probe.estimates import UNKNOWN, Estimate
 from igrpo_jax.probe.gradients import Gradients, Measured, learner_config
-from igrpo_jax.probe.verdict import Setting, along_plain, conclude
 from igrpo_jax.records import Prompt
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine
@@ -137,19 +137,19 @@ def finish(
     measured: Sequence[Measured],
     console: Console,
 ) -> dict[str, Any]:
-    """Writes and prints the figures and the verdict; returns what probe.json holds."""
+    """Writes and prints the figures and the conclusion; returns what probe.json holds."""
 
     config, algorithm = task.config, task.config.algorithm
     scale = objectives.resolve(algorithm).scale_rewards
     setting = Setting(len(answered), algorithm.num_drafts, algorithm.num_generations, scale)
     figures = all_figures(task, answered, measured, scale)
-    verdict = conclude(figures, setting)
+    conclusion = conclude(figures, setting)
     about = {**head, "data": config.data.train or "the built-in task"}
-    summary = page.write(folder, about, setting, figures, verdict, answered)
+    summary = page.write(folder, about, setting, figures, conclusion, answered)
     for section, lines in page.table(figures).items():
         if lines:
             console.table(section, lines)
-    console.message("\n".join([f"verdict: {verdict.answer}", *(f"  {reason}" for reason in verdict.reasons)]))
+    console.message("\n".join([f"conclusion: {conclusion.answer}", *(f"  {reason}" for reason in conclusion.reasons)]))
     return summary
 
 

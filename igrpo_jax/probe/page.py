@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from igrpo_jax import __version__
 from igrpo_jax.outputs.files import number, write_atomically
 from igrpo_jax.probe.answers import Answered
+from igrpo_jax.probe.conclusion import Conclusion, Setting, shown
 from igrpo_jax.probe.estimates import Estimate
-from igrpo_jax.probe.verdict import Setting, Verdict, shown
 from igrpo_jax.report import pages
 
 EXAMPLES = 2  # of each move, at most
@@ -43,6 +43,7 @@ FIGURES = {
         "broken": "refinements that are wrong after a right draft, of all",
         "copy": "tokens in common with the draft, from both ends",
         "same_answer": "refinements that state the draft's answer",
+        "same_right": "of right drafts, refinements that state the draft's answer",
         "same_wrong": "of wrong drafts, refinements that state the draft's answer",
         "length_refined": "tokens of a refinement",
         "cut_refined": "refinements that were cut at the limit",
@@ -102,7 +103,7 @@ def write(
     head: Mapping[str, Any],
     setting: Setting,
     figures: Mapping[str, Estimate],
-    verdict: Verdict,
+    conclusion: Conclusion,
     answered: Sequence[Answered],
 ) -> dict[str, Any]:
     """Writes probe.json, and probe.html beside its style.css; returns what probe.json holds.
@@ -113,7 +114,7 @@ def write(
     values = {
         name: {"value": number(x.value), "low": number(x.low), "high": number(x.high)} for name, x in figures.items()
     }
-    summary = {**head, **asdict(setting), "verdict": asdict(verdict), "figures": values}
+    summary = {**head, **asdict(setting), "conclusion": asdict(conclusion), "figures": values}
     write_atomically(folder / "probe.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     pages.write_asset(folder, "style.css")
     page = {
@@ -122,7 +123,7 @@ def write(
         "version": __version__,
         "written": f"{datetime.now():%Y-%m-%d %H:%M}",
         "facts": [f"{name}: {value}" for name, value in head.items() if value is not None],
-        "verdict": verdict,
+        "conclusion": conclusion,
         "sections": table(figures),
         "setting": setting,
         "examples": examples(answered),

@@ -10,10 +10,11 @@ from builders import completion, run_config
 from igrpo_jax import cli
 from igrpo_jax.errors import InputError
 from igrpo_jax.probe import __main__ as command
-from igrpo_jax.probe import page
+from igrpo_jax.probe import answers, estimates, gradients, page
 from igrpo_jax.probe.answers import Answered, Refined
+from igrpo_jax.probe.conclusion import Conclusion, Setting
 from igrpo_jax.probe.estimates import Estimate
-from igrpo_jax.probe.verdict import Setting, Verdict
+from igrpo_jax.probe.gradients import Measured
 from igrpo_jax.records import Prompt
 
 
@@ -36,13 +37,13 @@ def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatc
     assert "config.rollout.slots = 4: must be a multiple of 8" in call("--config.rollout.slots=4", code=2)
     assert not out.exists()
     printed = call()
-    assert "verdict: " in printed and "plain answers" in printed and "success of a plain answer, p" in printed
+    assert "conclusion: " in printed and "plain answers" in printed and "success of a plain answer, p" in printed
     names = ("answers.jsonl", "probe.json")
     written = {name: (out / name).read_text() for name in names}
     rows, summary = written["answers.jsonl"].splitlines(keepends=True), json.loads(written["probe.json"])
     plain = [json.loads(row) for row in rows if not json.loads(row)["drafts"]]
     assert len(plain) == 3 * 4 and len(rows) >= len(plain) + 3 * 2  # K = N + G = 4, and G = 2 of each draft
-    assert summary["problems"] == 3 and summary["verdict"]["pays"] is None and summary["step"] == 5
+    assert summary["problems"] == 3 and summary["conclusion"]["pays"] is None and summary["step"] == 5
     assert summary["figures"]["p"]["high"] > 0
     assert "cannot tell" in (out / "probe.html").read_text()
     assert len(list((out / "gradients").iterdir())) == 3
@@ -63,9 +64,9 @@ def test_model_text_is_escaped(tmp_path):
     draft = completion("draft", 0, [5], 0.0, text=attack)
     fixed = completion("refine", 0, [6], 1.0, text=attack)
     problem = Answered(prompt, (draft,), np.array([False]), (Refined(draft, prompt.tokens, (fixed,)),))
-    verdict = Verdict(f"cannot tell {attack}", None, "unclear", [attack])
+    conclusion = Conclusion(f"cannot tell {attack}", None, "unclear", [attack])
     figures = {"p": Estimate(0.5, 0.25, 1.0), "ratio": Estimate(float("nan"), 0.0, float("inf"))}
-    summary = page.write(tmp_path, {"model": attack}, Setting(1, 4, 4, "group"), figures, verdict, [problem])
+    summary = page.write(tmp_path, {"model": attack}, Setting(1, 4, 4, "group"), figures, conclusion, [problem])
     text = (tmp_path / "probe.html").read_text()
     assert "<script" not in text and text.count("&lt;script&gt;") >= 9
     assert "0.50 (0.25 to 1.00)" in text and "not known (0 to any)" in text
@@ -75,11 +76,15 @@ def test_model_text_is_escaped(tmp_path):
 
 
 def test_every_figure_has_a_meaning():
-    """Those of the counts; the others are named where they are made."""
-    from test_verdict import estimate, simulated
-
-    named = {name for names in page.FIGURES.values() for name in names}
-    assert set(estimate(simulated(0.3, 0.7, 0.2, problems=20))) - named == {"trust"}  # the verdict alone reads it
+    """Those of counts, of texts and of gradients, and the three that are made of them."""
+    draft, refined = completion("draft", 0, [5], 0.0), completion("refine", 0, [6], 1.0)
+    problem = Answered(None, (draft,) * 2, np.array([False, False]), (Refined(draft, None, (refined,)),))
+    made = {*estimates.estimate(answers.counts([problem] * 2, 1)), *answers.texts([problem], 4)}
+    made |= {*gradients.reliance([problem], [Measured({}, {"right": np.zeros(0), "wrong": np.zeros(0)})])}
+    made |= {"cosine", "cosine_credited", "along", "successes"}
+    named = [name for names in page.FIGURES.values() for name in names]
+    assert len(named) == len(set(named)) and made - set(named) == {"trust"}  # the conclusion alone reads it
+    assert set(named) <= made
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Conclusion:
     """The answer with its reasons, as sentences without their full stop."""
 
     answer: str
@@ -47,8 +47,8 @@ class Verdict:
         return {True: "good", False: "bad", None: ""}[self.pays]
 
 
-def conclude(figures: Mapping[str, Estimate], setting: Setting) -> Verdict:
-    """Returns the verdict.
+def conclude(figures: Mapping[str, Estimate], setting: Setting) -> Conclusion:
+    """Returns the conclusion.
 
     Args:
         figures: those of `estimates.estimate`; and, where they were measured, `cosine` (between the gradient on plain
@@ -63,7 +63,7 @@ def conclude(figures: Mapping[str, Estimate], setting: Setting) -> Verdict:
         *_needed(figures, setting),
         *_transfer(figures),
     ]
-    return Verdict(answer, pays, behaviour, reasons)
+    return Conclusion(answer, pays, behaviour, reasons)
 
 
 def behaves(figures: Mapping[str, Estimate]) -> str:

@@ -1,4 +1,4 @@
-"""The verdict on simulated counts: models that copy, repair or ignore drafts, regions, and too few problems."""
+"""The conclusion on simulated counts: models that copy, repair or ignore drafts, regions, and too few problems."""
 
 import math
 
@@ -7,8 +7,8 @@ import pytest
 
 from igrpo_jax.learning import draft_signal
 from igrpo_jax.probe import estimates
+from igrpo_jax.probe.conclusion import Setting, conclude
 from igrpo_jax.probe.estimates import NONE, UNKNOWN, Counts, Estimate, estimate
-from igrpo_jax.probe.verdict import Setting, conclude
 
 N, G, K = 4, 4, 8
 SETTING = Setting(400, N, G, "group")
@@ -103,9 +103,9 @@ def test_a_model_that_ignores_drafts_is_not_taken_for_one_that_trusts_them():
 
 def test_a_hopeless_region():
     """p = .4: GRPO has more signal than a group of four can have, also where drafts repair everything."""
-    verdict = concluded(0.4, 0.5, 0.5)
-    assert verdict.pays is False and verdict.answer == "drafts cannot pay by signal"
-    assert "at most 0.75" in verdict.reasons[0] and "p from 0.125 to 0.875" in verdict.reasons[0]
+    conclusion = concluded(0.4, 0.5, 0.5)
+    assert conclusion.pays is False and conclusion.answer == "drafts cannot pay by signal"
+    assert "at most 0.75" in conclusion.reasons[0] and "p from 0.125 to 0.875" in conclusion.reasons[0]
     assert "less" not in concluded(0.05, 0.5, 0.5).answer
 
 
@@ -117,15 +117,15 @@ def test_the_rare_region_has_the_bound_of_how_much_likelier_a_wrong_draft_makes_
 
 
 def test_too_few_problems():
-    verdict = concluded(0.08, 0.7, 0.25, problems=24, cosine=(0.9, 0.8, 1.0))
-    assert verdict.pays is None and verdict.answer == "cannot tell"
-    assert "24 problems are too few to tell" in " ".join(verdict.reasons)
+    conclusion = concluded(0.08, 0.7, 0.25, problems=24, cosine=(0.9, 0.8, 1.0))
+    assert conclusion.pays is None and conclusion.answer == "cannot tell"
+    assert "24 problems are too few to tell" in " ".join(conclusion.reasons)
     figures = estimate(simulated(0.02, 0.5, 0.02))
     for ratio in (Estimate(0.9, 0.6, 1.1), Estimate(1.2, 0.9, 1.6)):
-        verdict = conclude(figures | {"ratio": ratio, "cosine": Estimate(1.0, 0.99, 1.0)}, SETTING)
-        assert verdict.pays is None and "too few to tell" in " ".join(verdict.reasons)
+        conclusion = conclude(figures | {"ratio": ratio, "cosine": Estimate(1.0, 0.99, 1.0)}, SETTING)
+        assert conclusion.pays is None and "too few to tell" in " ".join(conclusion.reasons)
     # Widths shrink with the square root, and log(1.2 / (0.9 0.99^2)) must become log(1.2): 400 times 2.85.
-    assert "about 1,140 would do" in " ".join(verdict.reasons)
+    assert "about 1,140 would do" in " ".join(conclusion.reasons)
 
 
 def test_signal_that_points_elsewhere_and_signal_whose_direction_is_unknown():
@@ -143,8 +143,8 @@ def test_without_any_success():
     assert figures["p"].value == 0 and figures["p"].high == pytest.approx(1 - 0.025 ** (1 / 64))
     assert (figures["ratio"].low, figures["ratio"].high) == (0, math.inf) and not figures["r"].is_known
     figures["successes"] = figures["p"].times(100)
-    verdict = conclude(figures, Setting(64, N, G, "group"))
-    assert verdict.pays is None and any("hardly any to learn from" in reason for reason in verdict.reasons)
+    conclusion = conclude(figures, Setting(64, N, G, "group"))
+    assert conclusion.pays is None and any("hardly any to learn from" in reason for reason in conclusion.reasons)
 
 
 def test_repair_where_no_plain_answer_is_right():
