@@ -10,6 +10,7 @@ import sys
 
 COMMANDS = {
     "main": "trains, or resumes, the run of a configuration file",
+    "sft": "trains a model on solutions before reinforcement learning",
     "evaluate": "evaluates a model on benchmarks, and compares two evaluations",
     "probe": "measures before training whether drafts will pay for a model and its data",
     "generate": "answers questions, to try a model by hand",

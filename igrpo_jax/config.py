@@ -174,6 +174,22 @@ class WarmStartConfig:
 
 
 @dataclass(frozen=True)
+class SftConfig:
+    """What a supervised start of a model from files imitates (`python -m igrpo_jax.sft`)."""
+
+    # Column of the solutions to imitate; empty finds it by name: solution, generation, response, completion, output,
+    # answer.
+    solution_column: str = ""
+    # Text that is imitated: {solution} is the cell of the solution, {answer} the final answer of the problem. A
+    # <think> that the chat template writes itself is left out.
+    completion: Annotated[str, HoldsOnce("{solution}")] = "<think>\n{solution}\n</think>\n<answer>{answer}</answer>"
+    # Column of drafts to a problem, a text or a list of texts, such as answers that the model gave before.
+    draft_column: str = ""
+    # Fraction of the examples whose prompt shows a draft, as Stage 2 of iGRPO does; of problems that have one.
+    draft_fraction: Annotated[float, Between(0, 1)] = 0.0
+
+
+@dataclass(frozen=True)
 class AlgorithmConfig:
     """The objective and the draft stage; docs/igrpo.md has the equations."""
 
@@ -607,6 +623,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -737,6 +754,8 @@ def _sources(config: Config) -> Iterator[tuple[str, str]]:
         yield "warm_start.refinements", fix
     if config.warm_start.steps and config.model.path:
         yield "warm_start.steps", "the supervised start is for the built-in model; set it to 0 with model.path"
+    if config.sft.draft_fraction and not config.sft.draft_column:
+        yield "sft.draft_column", "name the column of the drafts that sft.draft_fraction asks for"
     if config.data.train and not config.model.path:
         yield "model.path", "data.train needs a model and its tokenizer; the built-in model only knows its own task"
 

@@ -32,7 +32,7 @@ FLOORS = [
     ["learning", "evaluation"],
     ["session"],
     ["train"],
-    ["__main__", "aot", "report", "main", "evaluate", "generate", "export"],
+    ["__main__", "aot", "report", "main", "evaluate", "generate", "export", "sft"],
     ["probe"],
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -42,6 +42,7 @@ COMMANDS = {
     "evaluate",
     "generate",
     "export",
+    "sft",
     "aot/__main__",
     "report/__main__",
     "probe/__main__",
@@ -53,7 +54,19 @@ COMMANDS = {
 IMPORT_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "einshape", "distrax", "rlax"}
 # Importing these must leave jax alone: workers are spawned with them, and bad input is reported before any device work.
 WITHOUT_JAX = (
-    *("errors", "schema/trees", "config", "loading", "records", "cli", "main", "evaluate", "generate", "aot/__main__"),
+    *(
+        "errors",
+        "schema/trees",
+        "config",
+        "loading",
+        "records",
+        "cli",
+        "main",
+        "evaluate",
+        "generate",
+        "sft",
+        "aot/__main__",
+    ),
     *("distributed/preemption", "distributed/watchdog", "distributed/chips", "learning/draft_signal", "probe/__main__"),
 )
 

@@ -16,6 +16,8 @@ import huggingface_hub
 from igrpo_jax import __version__
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS
+from igrpo_jax.outputs.workdir import SUPERVISED
+from igrpo_jax.storage.addresses import names
 
 PAPER = "[arXiv 2602.09000](https://arxiv.org/abs/2602.09000)"
 # Settings that say where a run kept things, not what it did.
@@ -51,14 +53,14 @@ def model_card(config: Config, workdir: Path, step: int, name: str, adapter: boo
         datasets=[dataset] if (dataset := _dataset(config)) else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["igrpo_jax", "reinforcement-learning", "grpo", *["igrpo"] * bool(config.algorithm.num_drafts)],
+        tags=["igrpo_jax", *_tags(config, workdir)],
         eval_results=[_result(benchmark, values) for benchmark, values in measured[step].items()] or None,
     )
     sections = [
         f"# {html.escape(name.partition('/')[2])}",
         _about(config, step),
         f"## Data\n\n{_data(config)}",
-        f"## Method\n\n{_method(config)}",
+        f"## Method\n\n{_method(config, workdir)}",
         f"## Measured results\n\n{_results(measured, step)}",
         "## Settings\n\nThose that differ from the defaults of the library's version:\n\n" + _block(_changed(config)),
         "## Licence\n\nThis card states none: the licences of the base model and of the data apply.",
@@ -81,8 +83,23 @@ def _data(config: Config) -> str:
     return f"Problems of {_code(_short(config.data.train))}, split {_code(config.data.split)}{named}."
 
 
-def _method(config: Config) -> str:
+def _is_supervised(workdir: Path) -> bool:
+    return SUPERVISED in names(workdir)
+
+
+def _tags(config: Config, workdir: Path) -> list[str]:
+    if _is_supervised(workdir):
+        return ["sft"]
+    return ["reinforcement-learning", "grpo", *["igrpo"] * bool(config.algorithm.num_drafts)]
+
+
+def _method(config: Config, workdir: Path) -> str:
     algorithm = config.algorithm
+    if _is_supervised(workdir):
+        drafts = f"; {config.sft.draft_fraction:.0%} of them with a draft in the prompt" * bool(
+            config.sft.draft_fraction
+        )
+        return f"A supervised start: the solutions are imitated, {config.prompts_per_step} examples a step{drafts}."
     loss, count = algorithm.loss_type.upper().replace("DR_GRPO", "Dr. GRPO"), config.prompts_per_step
     if algorithm.num_drafts:
         return (

@@ -37,6 +37,7 @@ from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.session import ending, overview
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run import Run
+from igrpo_jax.session.supervised import refuse_supervised
 from igrpo_jax.session.task import Task, open_task, sampler
 
 
@@ -51,6 +52,7 @@ def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.
         RunError: no checkpoint can be read; a full disk.
         Preempted: SIGTERM came meanwhile.
     """
+    refuse_supervised(workdir)
     if config.checkpoint.export or config.checkpoint.push:
         hf_write.check_place(workdir / "export")
     task = open_task(config, cluster.from_first(functools.partial(recorded_date, workdir)))

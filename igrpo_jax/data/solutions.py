@@ -1,0 +1,85 @@
+"""Worked solutions to imitate, from the same rows as the problems: texts that a supervised start puts to the model.
+
+The text is config.sft.completion with the row's solution and final answer in it. Rows without a solution, and drafts
+that are blank, are left out and counted. Not here: tokens, prompts and batches.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from igrpo_jax.config import Config
+from igrpo_jax.data import columns, problems
+from igrpo_jax.data.problems import Row
+from igrpo_jax.errors import InputError
+from igrpo_jax.rewards.mathematics import golds
+
+SOLUTIONS = ("solution", "generation", "response", "completion", "output", "answer")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A problem with the text that is imitated, and drafts that its prompt may show."""
+
+    row: Row
+    text: str
+    drafts: tuple[str, ...]  # may be empty
+
+
+def load_solutions(config: Config, opening: str = "") -> tuple[list[Solution], list[tuple[str, str]]]:
+    """Returns the solutions of config.data.train, and notes about them for the table that a run prints.
+
+    Args:
+        opening: what the chat template writes for the assistant; a "<think>" in it is not imitated once more.
+
+    Raises:
+        InputError: as `problems.load_rows`; no column of solutions, or none of drafts where they are asked for; no row
+            has a solution.
+    """
+    source = f"config.data.train = {config.data.train!r}"
+    rows, mapping, _ = problems.load_rows(config.data)
+    name = _column(rows, config.sft.solution_column, SOLUTIONS, f"{source}: has no column of solutions", "solution")
+    drafts = ""
+    if config.sft.draft_fraction:
+        drafts = _column(rows, config.sft.draft_column, (), f"{source}: has no column of drafts", "draft")
+    found = []
+    for row in rows:
+        text = columns.cell(row.columns, name)
+        if isinstance(text, str) and text.strip():
+            texts = _texts(columns.cell(row.columns, drafts)) if drafts else ()
+            found.append(Solution(row, _imitated(config, row, text, opening), texts))
+    if not found:
+        raise InputError(f"{source}: none of its {len(rows)} rows has a text in {name!r}; name another column")
+    notes = [("columns", f"{mapping}, solution from {name!r}" + (f", drafts from {drafts!r}" if drafts else ""))]
+    if len(found) < len(rows):
+        notes.append(("problems without a solution", f"{len(rows) - len(found):,} of {len(rows):,}, left out"))
+    if drafts and not all(each.drafts for each in found):
+        notes.append(("problems without a draft", f"{sum(not each.drafts for each in found):,}, never shown with one"))
+    if drafts and not any(each.drafts for each in found):
+        raise InputError(f"{source}: none of its rows has a text in {drafts!r}; name another config.sft.draft_column")
+    return found, notes
+
+
+def _imitated(config: Config, row: Row, solution: str, opening: str) -> str:
+    """Returns config.sft.completion of a row. What a solution says, such as {answer}, is not filled in."""
+    values = {"solution": solution.strip(), "answer": golds.alternatives(row.answer)[0]}
+    text = re.sub(r"\{(solution|answer)\}", lambda match: values[match[1]], config.sft.completion)
+    return text.removeprefix("<think>").lstrip("\n") if "<think>" in opening else text
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """Returns the texts of a cell, which holds one or a list of them."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(text for text in values if isinstance(text, str) and text.strip())
+
+
+def _column(rows: Sequence[Row], wanted: str, known: tuple[str, ...], problem: str, kind: str) -> str:
+    """Returns the wanted column, or the first of the known ones, that any row has."""
+    names = [wanted] if wanted else list(known)
+    for name in names:
+        if any(columns.cell(row.columns, name) is not None for row in rows):
+            return name
+    there = ", ".join(dict.fromkeys(name for row in rows for name in row.columns))
+    asked = f" {wanted!r}" if wanted else ""
+    raise InputError(f"{problem}{asked}; its other columns are {there or 'none'} (config.sft.{kind}_column names one)")

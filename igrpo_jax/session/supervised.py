@@ -1,0 +1,259 @@
+"""A supervised start as a run of its own: examples, steps, rows of metrics, checkpoints, and a resume from them.
+
+It imitates the solutions of config.data.train with the settings of a run: `model`, `optimizer`, `learner`, `mesh`,
+`steps` or `epochs`, `prompts_per_step` examples a step, `checkpoint` and `log`. Its folder is exported and evaluated
+like any run's, and the file SUPERVISED in it says that reinforcement learning does not go on there.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from igrpo_jax.config import Config, to_dict
+from igrpo_jax.data import problems, solutions
+from igrpo_jax.data.prompts import Renderer
+from igrpo_jax.distributed import cluster, preemption, sharding, watchdog
+from igrpo_jax.distributed.preemption import Preempted
+from igrpo_jax.distributed.programs import peak_memory, showing_waits, use_disk_cache
+from igrpo_jax.errors import InputError, RunError
+from igrpo_jax.learning import supervised
+from igrpo_jax.learning.learner import Learner
+from igrpo_jax.learning.supervised import Example
+from igrpo_jax.learning.train_state import TrainState
+from igrpo_jax.models.policy import Policy, fit_to_mesh, open_model
+from igrpo_jax.outputs import trackers, weights
+from igrpo_jax.outputs.checkpoint import Checkpointer
+from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.files import writing
+from igrpo_jax.outputs.workdir import SUPERVISED, locked, prepare_workdir, recorded_date
+from igrpo_jax.outputs.writer import Writer
+from igrpo_jax.records import Prompt
+from igrpo_jax.session.progress import Progress
+from igrpo_jax.storage.addresses import names, path_of
+from igrpo_jax.storage.reading import read_bytes
+from igrpo_jax.storage.writing import write_text
+
+
+@dataclass(frozen=True)
+class SupervisedTask:
+    """What is read and checked before anything is written."""
+
+    config: Config
+    policy: Policy
+    renderer: Renderer
+    mesh: jax.sharding.Mesh
+    examples: list[Example]
+    notes: list[tuple[str, str]]
+    max_context: int  # tokens of the longest prompt, with a draft in it where drafts are shown
+    total_steps: int
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the examples in their order; a resume needs the same ones."""
+        rows = [
+            [example.prompt.tokens.tolist(), example.target.tolist(), [x.tolist() for x in example.drafts]]
+            for example in self.examples
+        ]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def refuse_supervised(workdir: Path) -> None:
+    """Raises InputError where `workdir` is the folder of a supervised start."""
+    if SUPERVISED in names(workdir):
+        raise InputError(
+            f"--workdir {workdir}: holds a supervised start; export it, and train the export (model.path) in another "
+            "--workdir"
+        )
+
+
+def train_supervised(config: Config, workdir: str | Path) -> None:
+    """Runs or resumes the supervised start that `config` describes in `workdir`.
+
+    Raises:
+        InputError: something in `config` or what it names is wrong, or `workdir` holds another run.
+        RunError: the run cannot go on: a full disk, or steps that are not finite.
+        Preempted: SIGTERM came, and what can be resumed is saved.
+    """
+    workdir = path_of(f"--workdir {workdir}", workdir)
+    use_disk_cache(config.compilation_cache)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(preemption.noticed(config.checkpoint.preemption_grace))
+        console = stack.enter_context(Console())
+        task = open_supervised(config, cluster.from_first(functools.partial(recorded_date, workdir)))
+        cluster.check_same({"config": to_dict(task.config), "examples": task.fingerprint})
+        stack.enter_context(jax.set_mesh(task.mesh))
+        stack.enter_context(watchdog.watching(config.watchdog))
+        _run(task, workdir, console, stack)
+
+
+def open_supervised(config: Config, recorded_date: str | None = None) -> SupervisedTask:
+    """Reads model files (not weights) and solutions, and checks that they fit together.
+
+    Raises:
+        InputError: a file cannot be used, or the settings do not fit the model, the solutions or the devices.
+    """
+    if not (config.model.path and config.data.train):
+        raise InputError(
+            "config.model.path, config.data.train: a supervised start needs a model and solutions; the built-in model "
+            "has its own, config.warm_start.steps"
+        )
+    trackers.check(config.log)
+    config, policy, renderer = open_model(config, recorded_date)
+    found, notes = solutions.load_solutions(config, renderer.opening)
+    by_row = {each.row.index: each for each in found}
+    kept, skipped = problems.fit([each.row for each in found], renderer.plain, config.data.max_prompt_length)
+    examples, longest = [], config.rollout.max_completion_length
+    for row, tokens in kept:
+        each = by_row[row.index]
+        target = policy.encode_completion(each.text)
+        if len(target) <= longest:
+            prompt = Prompt(row.id, row.index, row.question, row.answer, tokens)
+            examples.append(Example(prompt, target, tuple(map(policy.encode_completion, each.drafts))))
+    if not examples:
+        raise InputError(
+            f"config.rollout.max_completion_length = {longest}: all {len(kept)} solutions are longer; raise it"
+        )
+    left_out = skipped + len(kept) - len(examples)
+    notes += [("too long", f"{left_out:,} of {len(found):,}, left out")] * bool(left_out)
+    max_context = max(len(example.prompt.tokens) for example in examples)
+    if config.sft.draft_fraction:
+        drafts = max((len(draft) for example in examples for draft in example.drafts), default=0)
+        max_context += renderer.draft_overhead(drafts, [example.prompt.question for example in examples])
+    context = policy.model.max_position_embeddings
+    if max_context + longest > context:
+        raise InputError(
+            f"config.rollout.max_completion_length = {longest}: with prompts of up to {max_context} tokens it exceeds "
+            f"the model's context of {context}; lower it, or config.data.max_prompt_length"
+        )
+    mesh = sharding.make_mesh(config.mesh)
+    policy = replace(policy, model=fit_to_mesh(config, policy.model, mesh))
+    steps = config.steps or max(1, int(config.epochs * len(examples) / config.prompts_per_step))
+    return SupervisedTask(config, policy, renderer, mesh, examples, notes, max_context, steps)
+
+
+def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextlib.ExitStack) -> None:
+    """Claims `workdir`, restores or makes the state, and makes the steps that are left."""
+    config, total = task.config, task.total_steps
+    learner = Learner(
+        supervised.learner_config(config), task.policy.model, task.mesh, max_context=task.max_context, total_steps=total
+    )
+    resumes, _ = cluster.from_first(functools.partial(_claim, workdir, task))
+    stack.enter_context(locked(workdir))
+    console.table("Supervised start", _overview(task, workdir))
+    store = stack.enter_context(Checkpointer(workdir, config.checkpoint))
+    stack.enter_context(showing_waits(console.waiting))
+    latest = cluster.from_first(lambda: store.latest_step() if resumes else None)
+    if latest is not None:
+        with console.phase(f"restoring step {latest}"):
+            done, state, _ = store.restore(learner.abstract_state())
+        writer = stack.enter_context(Writer(workdir, config, done))
+    else:
+        done, state = 0, _first_state(task, learner, console)
+        writer = stack.enter_context(Writer(workdir, config))
+    if config.model.lora.rank:
+        fixed = functools.partial(weights.first, config, task.policy, workdir, task.mesh, console=console)
+        learner.set_frozen(fixed(config.model.dtype))
+    progress = Progress(skipped_optimizer_steps=int(state.skipped))
+    try:
+        for step in range(done + 1, total + 1):
+            if cluster.any_of(preemption.noted()):
+                raise Preempted
+            state = _step(task, learner, state, step, progress, writer, console)
+            done = step
+            store.save(step, state, {"step": step}, force=step == total)
+    except Preempted:
+        store.save(done, state, {"step": done}, force=True)
+        store.wait()
+        raise Preempted(f"preempted: step {done} of {total} is saved in {workdir}") from None
+    with console.phase("writing the last checkpoint"):
+        store.wait()
+    console.message(f"step {total} is in {workdir}; python -m igrpo_jax.export --workdir {workdir} --out HF_DIR")
+
+
+def _step(
+    task: SupervisedTask,
+    learner: Learner,
+    state: TrainState,
+    step: int,
+    progress: Progress,
+    writer: Writer,
+    console: Console,
+) -> TrainState:
+    """Makes one step on the examples that (seed, step) choose, and writes its row.
+
+    Raises:
+        RunError: config.learner.max_nonfinite_steps steps in a row changed nothing, since loss or gradient was not
+            finite.
+    """
+    config, began = task.config, time.perf_counter()
+    indices = problems.step_indices(step - 1, config.prompts_per_step, len(task.examples), config.seed)
+    made = supervised.groups(config, [task.examples[i] for i in indices], task.renderer, step)
+    with watchdog.phase("update", f"step {step}"), watchdog.phase("dispatch"):
+        state, learned = learner.update(state, made, [np.ones(1, np.float32)] * len(made), step)
+    row: dict[str, Any] = supervised.metrics(learned, made)
+    row |= {"perf/step_time": time.perf_counter() - began, "perf/wall_time": time.time(), **peak_memory()}
+    writer.write(step, row)
+    writer.sync()
+    progress.count_skipped(round(row["nonfinite_steps"]))
+    if progress.skipped_in_a_row >= config.learner.max_nonfinite_steps:
+        raise RunError(
+            f"step {step}: loss or gradient was not finite, config.learner.max_nonfinite_steps = "
+            f"{progress.skipped_in_a_row} times in a row; lower optimizer.learning_rate in a new run"
+        )
+    if step % config.log.every == 0 or step == task.total_steps:
+        console.message(
+            f"step {step}/{task.total_steps}  loss {row['sft/loss']:.4f}  gradient {row['grad_norm']:.3f}  "
+            f"with a draft {row['sft/draft_frac']:.2f}  {row['perf/step_time']:.1f} s"
+        )
+    return state
+
+
+def _claim(workdir: Path, task: SupervisedTask) -> tuple[bool, list[str]]:
+    """Claims `workdir` for a supervised start on these examples; returns whether it is resumed, and what changed.
+
+    Raises:
+        InputError: it holds another run, a run of reinforcement learning, or a start on other examples.
+    """
+    kind, present = workdir / SUPERVISED, names(workdir)
+    if "config.json" in present and kind.name not in present:
+        raise InputError(f"--workdir {workdir}: holds a run that is no supervised start; give another folder")
+    claim = prepare_workdir(workdir, task.config)
+    if claim.resumes and json.loads(read_bytes(kind))["examples"] != task.fingerprint:
+        raise InputError(
+            f"config.data.train = {task.config.data.train!r}: its examples are not those that the start in {workdir} "
+            "began with; bring them back, or give another --workdir"
+        )
+    with writing(kind):
+        write_text(kind, json.dumps({"examples": task.fingerprint}) + "\n")
+    return claim.resumes, claim.replaced
+
+
+def _first_state(task: SupervisedTask, learner: Learner, console: Console) -> TrainState:
+    """Returns the state before the first step."""
+    config = task.config
+    if config.model.lora.rank:
+        return learner.init(weights.adapters(config, task.policy, task.mesh))
+    return learner.init(weights.load(task.policy, task.mesh, config.seed, "float32", console))
+
+
+def _overview(task: SupervisedTask, workdir: Path) -> list[tuple[str, object]]:
+    """Returns the rows of the table that is printed before the first step."""
+    config, lora = task.config, task.config.model.lora
+    drafts = f"{config.sft.draft_fraction:.0%} of the examples of problems that have one"
+    return [
+        ("model", f"{config.model.path}, {task.policy.model.num_params / 1e6:,.1f} M parameters"),
+        ("trained", f"LoRA of rank {lora.rank}" if lora.rank else "all weights"),
+        ("examples", f"{len(task.examples):,}, {config.prompts_per_step} a step, {task.total_steps:,} steps"),
+        *task.notes,
+        ("shown with a draft", drafts if config.sft.draft_fraction else "none"),
+        ("optimizer", f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}"),
+        ("workdir", workdir),
+    ]

@@ -1,0 +1,55 @@
+"""Solutions to imitate: their columns, their text, their drafts."""
+
+import json
+
+import pytest
+from model_files import error_of
+
+from igrpo_jax.config import Config, DataConfig, SftConfig
+from igrpo_jax.data import solutions
+
+GSM8K = {"question": "What is 2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
+MATH = {"problem": "What is 2 + 3?", "solution": "It is {answer}: $\\boxed{5}$"}
+
+
+def load(tmp_path, rows, opening="", **sft):
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    config = Config(data=DataConfig(train=str(tmp_path / "x.jsonl")), sft=SftConfig(**sft))
+    return solutions.load_solutions(config, opening)
+
+
+@pytest.mark.parametrize(("row", "solution"), [(GSM8K, GSM8K["answer"]), (MATH, MATH["solution"])])
+def test_the_solution_and_the_final_answer_are_in_the_form_that_the_instruction_asks_for(tmp_path, row, solution):
+    ((found,), notes) = load(tmp_path, [row])
+    assert found.text == f"<think>\n{solution}\n</think>\n<answer>5</answer>"
+    assert found.drafts == () and "solution from" in notes[0][1]
+
+
+def test_a_think_that_the_template_writes_is_not_imitated(tmp_path):
+    ((found,), _) = load(tmp_path, [MATH], opening="<think>\n")
+    assert found.text.startswith("It is") and found.text.endswith("</think>\n<answer>5</answer>")
+    ((bare,), _) = load(tmp_path, [MATH], completion="{solution}")
+    assert bare.text == MATH["solution"]  # of the base model's own form, and what it says is not filled in
+
+
+def test_rows_without_a_solution_or_a_draft_are_counted(tmp_path):
+    rows = [MATH | {"mine": "no", "old": ["a", " ", "b"]}, MATH | {"mine": None, "old": "c"}, MATH | {"mine": "d"}]
+    found, notes = load(tmp_path, rows, solution_column="mine", draft_column="old", draft_fraction=0.5)
+    assert [each.drafts for each in found] == [("a", "b"), ()] and [each.row.index for each in found] == [0, 2]
+    assert notes[1:] == [
+        ("problems without a solution", "1 of 3, left out"),
+        ("problems without a draft", "1, never shown with one"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sft", "says"),
+    [
+        ({"solution_column": "work"}, "has no column of solutions 'work'; its other columns are solution"),
+        ({"draft_column": "old", "draft_fraction": 0.5}, "has no column of drafts 'old'; .*config.sft.draft_column"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named(tmp_path, sft, says):
+    import re
+
+    assert re.search(says, error_of(lambda: load(tmp_path, [MATH], **sft)))
