@@ -13,7 +13,7 @@ import pytest
 
 import igrpo_jax
 from igrpo_jax import __main__ as commands
-from igrpo_jax import cli, config, evaluate, export, generate, main
+from igrpo_jax import cli, config, evaluate, export, generate, main, sft
 from igrpo_jax.aot import __main__ as aot
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import preemption, watchdog
@@ -351,7 +351,8 @@ def test_workdirs_that_cannot_be_used(refused, tmp_path):
         (aot, {"config", "topology"}),
         (evaluate, {"config", "model", "benchmarks", "samples", "rounds", "workdir", "step", "compare", *cli.CLUSTER}),
         (generate, {"config", "model", "prompt", "prompts", "samples", "rounds", "step", *cli.CLUSTER}),
-        (export, {"workdir", "out", "step", "adapter", "help"}),
+        (export, {"workdir", "out", "step", "push", "public", "adapter", "help"}),
+        (sft, {"config", "workdir", *cli.CLUSTER}),
         (report, {"workdir", "out", "help"}),
     ],
 )

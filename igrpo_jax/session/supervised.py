@@ -32,14 +32,13 @@ from igrpo_jax.models.policy import Policy, fit_to_mesh, open_model
 from igrpo_jax.outputs import trackers, weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.outputs.files import writing
+from igrpo_jax.outputs.files import write_atomically
 from igrpo_jax.outputs.workdir import SUPERVISED, locked, prepare_workdir, recorded_date
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Prompt
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.storage.addresses import names, path_of
 from igrpo_jax.storage.reading import read_bytes
-from igrpo_jax.storage.writing import write_text
 
 
 @dataclass(frozen=True)
@@ -231,8 +230,7 @@ def _claim(workdir: Path, task: SupervisedTask) -> tuple[bool, list[str]]:
             f"config.data.train = {task.config.data.train!r}: its examples are not those that the start in {workdir} "
             "began with; bring them back, or give another --workdir"
         )
-    with writing(kind):
-        write_text(kind, json.dumps({"examples": task.fingerprint}) + "\n")
+    write_atomically(kind, json.dumps({"examples": task.fingerprint}) + "\n")
     return claim.resumes, claim.replaced
 
 
