@@ -36,10 +36,13 @@ FLAGS = {
     "workdir": "folder to write the answers, the gradients and the conclusion to",
     "step": "step of the checkpoint that answers, where --model is a run; default: the newest",
 }
-# Settings that decide which answers and gradients there are, beside the rewards' weights.
+# Settings that decide which answers and gradients there are, beside the model's name and the rewards' weights.
 DECIDING = (
-    *("seed", "model", "algorithm", "refine"),
+    *("seed", "model.dtype", "model.lora.rank", "model.lora.alpha", "model.lora.targets"),
     *("data.train", "data.instruction", "data.system_prompt", "data.template_kwargs", "data.max_prompt_length"),
+    *("algorithm.num_drafts", "algorithm.num_generations", "algorithm.draft_selection", "algorithm.loss_type"),
+    *("algorithm.scale_rewards", "algorithm.baseline", "algorithm.mask_truncated_completions"),
+    *("refine.instruction", "refine.max_draft_length"),
     *("rollout.max_completion_length", "rollout.temperature", "rollout.top_p", "rollout.top_k"),
 )
 
@@ -157,15 +160,8 @@ def checked(config: Config, answers: int | None, problems: int) -> int:
 
 def deciding(task: "Task") -> dict[str, Any]:
     """Returns by their dotted names the settings that decide which answers and gradients there are."""
-
-    def leaves(name: str, value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict) or name.endswith("template_kwargs"):
-            return {name: value}
-        return {path: x for key, part in value.items() for path, x in leaves(f"{name}.{key}", part).items()}
-
-    tree, settings = to_dict(task.config), {}
-    for path in DECIDING:
-        settings |= leaves(path, functools.reduce(lambda part, key: part[key], path.split("."), tree))
+    tree = to_dict(task.config)  # as JSON has it
+    settings = {path: functools.reduce(lambda part, key: part[key], path.split("."), tree) for path in DECIDING}
     weights = {name: getattr(task.config.rewards, name, None) for name in task.config.rewards.names}
     return {**settings, "rewards": weights, "data": task.fingerprint, "template_date": task.config.data.template_date}
 
