@@ -40,11 +40,15 @@ def pytest_cmdline_main(config):
         options.loadscopereorder = False  # the order is that of pytest_collection_modifyitems
 
 
-def pytest_collection_modifyitems(items):
-    """Puts the slowest files first: at the end, one of them alone would leave the other process idle.
+def pytest_collection_modifyitems(config, items):
+    """Leaves proofs out where `-m` does not ask for them, and puts the slowest files first.
 
-    A slow test counts as 3 seconds, or as what its marker says: slow(seconds=60).
+    At the end, one of these alone would leave the other process idle. A slow test counts as 3 seconds, or as what its
+    marker says: slow(seconds=60).
     """
+    if "proof" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("proof")])
+        items[:] = [item for item in items if not item.get_closest_marker("proof")]
     seconds = collections.Counter()
     for item in items:
         if marker := item.get_closest_marker("slow"):

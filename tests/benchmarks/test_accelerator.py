@@ -385,6 +385,7 @@ def run_forked(arguments, log, seconds, flags):
     return ("failed", done.stdout + done.stderr) if done.returncode else ("done", "")
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=50)
 def test_everything_at_tiny_after_a_kill(tmp_path, monkeypatch, capsys):
     """The command that is killed starts its parts as users do; those that follow are forks, which is sooner."""

@@ -188,7 +188,7 @@ def test_few_slots_that_are_left_decode_in_a_program_of_few_rows(engine, tiny, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shards", "ahead"), [(1, 0), (1, 1), (2, 1)])
+@pytest.mark.parametrize(("shards", "ahead"), [(1, 0), (1, 1), pytest.param(2, 1, marks=pytest.mark.proof)])
 def test_samples_that_are_put_back_where_pages_run_out_are_the_same(tiny, expected, shards, ahead):
     """The pages of a shard hold one sequence of the longest and little more: some samples begin anew several times."""
     mesh = sharding.make_mesh(config.MeshConfig(data=shards), jax.devices()[:shards])
@@ -275,7 +275,12 @@ def test_samples_do_not_depend_on_neighbours_or_on_when_they_were_queued(engine,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("slots", "axes"), [(8, {"data": 2, "fsdp": 2, "tensor": 2}), (16, {"data": 2, "fsdp": 4}), (4, {"tensor": 2})]
+    ("slots", "axes"),
+    [
+        (8, {"data": 2, "fsdp": 2, "tensor": 2}),
+        pytest.param(16, {"data": 2, "fsdp": 4}, marks=pytest.mark.proof),
+        pytest.param(4, {"tensor": 2}, marks=pytest.mark.proof),
+    ],
 )
 def test_samples_do_not_depend_on_the_mesh(tiny, expected, slots, axes):
     """Shards of 2, 2 and 4 slots; each of the former stops its dispatches by itself where tensor = 1."""
