@@ -63,7 +63,7 @@ def row(name: str, figures: dict) -> str:
         figures["fullest"],
         f"{figures['share'] * figures['hbm_bytes'] / 2**30:.1f}",
         f"{figures['share']:.1%}" + ("" if figures["fits"] else " (does not fit)"),
-        *(f"{received[kind] / 1e9:.3g}" for kind in ("accumulate", "weights", "decode")),
+        *(f"{count / 1e9:.3g}" for count in (received["accumulate"], figures["weights_received"], received["decode"])),
     ]
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -242,6 +242,7 @@ def summary(footprint: "Footprint") -> dict[str, Any]:
         "mesh": dict(footprint.mesh.shape),
         "sampling_tensor": footprint.engine.tensor,
         "hbm_bytes": footprint.chip.hbm_bytes,
+        "weights_received": footprint.weights_received,
         "over_dcn": footprint.over_dcn,
         "share": round(footprint.used_fraction, 4),
         "fullest": footprint.fullest.name,

@@ -17,7 +17,6 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -93,7 +92,7 @@ class Footprint:
     cfg: DecoderConfig
     learner: Learner
     engine: Engine
-    gather: Program  # the rollout copy of the weights
+    syncs: dict[Program, int]  # the programs that make the rollout copy of the weights, with their calls in a step
     max_context: int  # tokens of the longest q or q'
     programs: list[ProgramFootprint] = field(default_factory=list)
 
@@ -134,6 +133,11 @@ class Footprint:
         return max((part.received for part in self.programs if part.program is program), default=0.0)
 
     @property
+    def weights_received(self) -> float:
+        """Bytes that a device receives from its slice for the rollout copy of the weights."""
+        return sum(self.received(program) * calls for program, calls in self.syncs.items())
+
+    @property
     def slices(self) -> int:
         """Number of slices that the devices belong to."""
         return len(set(sharding.slice_of(self.mesh.devices).flat))
@@ -144,7 +148,7 @@ class Footprint:
         calls = self._update_calls(self.max_context, self.config.rollout.max_completion_length)
         most = lambda program: max((part.over_dcn for part in self.programs if part.program is program), default=0.0)
         # Groups of the sampler lie within a slice, and exchange nothing with others.
-        return most(self.gather) + sum(most(program) * times for program, times in calls.items())
+        return sum(most(program) * times for program, times in (self.syncs | calls).items())
 
     def least(self, cost: Cost, received: float = 0.0) -> tuple[float, str]:
         """Returns the least seconds that the work can take, and what bounds it: "compute", "memory" or "links"."""
@@ -164,7 +168,8 @@ class Footprint:
         algorithm, prompt = self.config.algorithm, self.config.data.max_prompt_length
         length = math.ceil(self.config.rollout.max_completion_length * part)
         context = prompt + math.ceil((self.max_context - prompt) * part)
-        parts = {"weights": self._calls(self.gather, (), 1)}
+        synced = [self._calls(program, program.shapes[0], times) for program, times in self.syncs.items()]
+        parts = {"weights": (sum(seconds for seconds, _ in synced), max(synced)[1])}
         parts |= self._sampling("drafts", prompt, algorithm.num_drafts, length)
         parts |= self._sampling("refinements", context, algorithm.num_generations, length)
         return parts | self._updating(context, length)
@@ -263,9 +268,8 @@ def prepare(config: Config, devices: list) -> Footprint:
     learner = Learner(config, cfg, mesh, max_context=max_context, total_steps=config.steps or 1)
     memory = int(chip.hbm_bytes) - overview.resting_bytes(config, mesh, learner)
     engine = sampler(config, cfg, mesh, (cfg.vocab_size - 1,), max_context, evaluated, memory)
-    gathering = partial(learner.programs.costs.gather, engine.weight_bytes)
-    gather = Program("weights", engine.gather, lambda: (learner.abstract_policy(),), mesh, cost=gathering)
-    return Footprint(config, chip, mesh, cfg, learner, engine, gather, max_context)
+    syncs = engine.sync.programs(learner.abstract_policy())
+    return Footprint(config, chip, mesh, cfg, learner, engine, syncs, max_context)
 
 
 def build(footprint: Footprint, progress: Progress) -> None:
@@ -297,7 +301,8 @@ def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
         learner.accumulate: training.accumulate,
         learner.rescore: training.rescore,
         learner.apply: training.apply,
-        footprint.gather: training.accumulate,
+        # The arguments are a part of the training state, and the output is one of the weights.
+        **{sync: resting + weights - int(sync.cost(*sync.shapes[0]).bytes) for sync in footprint.syncs},
         engine.empty: resting + weights,
         engine.harvest: resting + weights,
         engine.fork: resting + weights,

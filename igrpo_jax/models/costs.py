@@ -127,7 +127,7 @@ class ModelCosts:
 
 
 class TrainingCosts:
-    """The costs of the programs of an update, and of the weights that are gathered for sampling.
+    """The costs of the programs of an update.
 
     Args:
         unit: what a full micro-batch consists of: the tokens of a prefix, the number of its completions, and their
@@ -143,8 +143,6 @@ class TrainingCosts:
         trained = lora.shapes(config.model.lora, shapes) if config.model.lora.rank else shapes
         pieces = mesh.shape["fsdp"] * tensor
         self._trained = sum(map(math.prod, trained.values())) / pieces  # numbers on this device
-        frozen_bytes = bool(config.model.lora.rank) * self.model.item_bytes * cfg.num_params / pieces
-        self._stored_bytes = 4 * self._trained + frozen_bytes
         is_muon = config.optimizer.name == "muon"
         self._orthogonalized = sum(map(_newton_schulz, trained, trained.values())) / pieces if is_muon else 0
 
@@ -181,10 +179,6 @@ class TrainingCosts:
             moment_bytes: of the optimizer's state on this device.
         """
         return Cost(15 * self._trained + self._orthogonalized, 3 * 4 * self._trained + 2 * moment_bytes)
-
-    def gather(self, gathered_bytes: int) -> Cost:
-        """Returns the cost of the sampler's copy of the weights, which has `gathered_bytes` on each device."""
-        return Cost(0, self._stored_bytes + gathered_bytes)
 
     def _forward(self, size: int) -> tuple[Cost, float]:
         """Returns the cost of all sublayers of a micro-batch once, and its positions that go through the head."""

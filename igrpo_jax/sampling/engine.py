@@ -12,7 +12,7 @@ from igrpo_jax.distributed import cluster, sharding, teams
 from igrpo_jax.distributed.compiling import Wanted, all_shapes, compile_all
 from igrpo_jax.distributed.programs import Program, pick_bucket, tree_bytes
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import decoder, heads, lora
+from igrpo_jax.models import decoder, heads
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.sampling import lockstep
@@ -21,6 +21,7 @@ from igrpo_jax.sampling.lockstep import Call
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.programs import LANES, WIDTH, SamplerPrograms, Sizes, traced, weight_shardings
 from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State, Status
+from igrpo_jax.sampling.weights import WeightSync
 
 PAGE_SIZE = {"cpu": 16}  # positions of a page by platform: a kernel reads larger ones faster, smaller ones waste less
 OTHER_PAGE_SIZE = 64
@@ -71,7 +72,7 @@ class Engine:
 
     Attributes:
         programs: all programs of the sampler.
-        gather: the jitted function behind `weights`.
+        sync: the programs behind `weights`.
         team: the processes that sample together with this one.
         mesh: the part of the sampler's mesh that belongs to the team.
         tensor: devices that share one copy of the weights.
@@ -107,9 +108,8 @@ class Engine:
         if tensor is None:
             limits = {"slots": slots, "length": length, "lanes": LANES, "page_size": page_size, "memory": memory}
             tensor = cluster.from_first(partial(choose_tensor, cfg, mesh, dtype, **limits))
-        self._training_mesh = mesh
         self._whole_mesh = sampler_mesh(cfg, mesh, tensor, slots)
-        self._model, cfg = cfg, heads.spread_config(cfg, tensor)
+        model, cfg = cfg, heads.spread_config(cfg, tensor)
         self.dtype = dtype
         self.tensor = tensor
         self.eos_ids = frozenset(eos_ids)
@@ -133,9 +133,8 @@ class Engine:
             self.sizes = _with_pages(self.sizes, ModelCosts(cfg, dtype, tensor), memory)
         _check_pages(self.sizes)
         self.programs = SamplerPrograms(cfg, self.mesh, eos_ids, dtype, self.sizes)
-        self._global_shardings = weight_shardings(cfg, self._whole_mesh)
+        self.sync = WeightSync(model, mesh, weight_shardings(cfg, self._whole_mesh), tensor, dtype)
         self._team_shardings = weight_shardings(cfg, self.mesh)
-        self.gather = jax.jit(self._gathered, out_shardings=self._global_shardings)
 
     @property
     def wanted(self) -> Wanted:
@@ -185,15 +184,7 @@ class Engine:
     def weights(self, params: decoder.Params) -> decoder.Params:
         """Returns the rollout copy of the policy's parameters: LoRA's changes merged, cast, with the heads that the
         sampler's mesh needs, and brought to that mesh, once per step."""
-        shapes = {path: x.shape for path, x in self.programs.weights.items()}
-        ready = lambda path, x: (
-            isinstance(x, jax.Array)
-            and x.dtype == self.dtype
-            and x.shape == shapes[path]
-            and x.sharding.is_equivalent_to(self._global_shardings[path], x.ndim)
-        )
-        if not all(ready(path, x) for path, x in params.items()):
-            params = self.gather(params)
+        params = self.sync(params)
         return params if self.mesh is self._whole_mesh else teams.team_view(params, self._team_shardings)
 
     def empty(self) -> State:
@@ -317,15 +308,6 @@ class Engine:
         split = () if call.split is None else (self._put(call.split),)
         whole = () if call.whole is None else (call.whole,)
         return program(*on_device, *split, *whole, shape=call.shape)
-
-    def _gathered(self, params: decoder.Params) -> decoder.Params:
-        """Returns the rollout copy of `params`; as a program it also brings them to the sampler's mesh."""
-        params = lora.merge(decoder.cast(params, self.dtype))
-        spread = {path: heads.spread(self._model, self.tensor, path, x) for path, x in params.items()}
-        # Heads are copied and dealt where the weights lie; else the compiler would bring these whole to every device.
-        where = {path: sharding.param_sharding(self._training_mesh, path) for path in spread}
-        kept = lambda path, x: x if x.shape == params[path].shape else jax.lax.with_sharding_constraint(x, where[path])
-        return {path: kept(path, x) for path, x in spread.items()}
 
     def _put(self, tree: NamedTuple) -> NamedTuple:
         split = self.programs.batch_sharding

@@ -105,7 +105,7 @@ def test_a_decode_step_has_one_reduction_of_each_sublayer(name):
 
 
 @pytest.mark.slow
-def test_weights_go_to_the_samplers_mesh_in_one_program():
+def test_weights_go_to_the_samplers_mesh():
     cfg = MODELS["2 kv heads"]
     engine = Engine(cfg, training_mesh(), EOS, tensor=8, **SIZES | {"dtype": "bfloat16"})
     host = tiny_models.random_params(cfg)

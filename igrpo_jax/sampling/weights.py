@@ -1,0 +1,117 @@
+"""Brings the policy's weights to the sampler's mesh, once a step: LoRA's changes merged, cast, and with copied heads.
+
+It goes part by part, where a part is a sublayer, or a parameter that belongs to none: in one program for all weights
+the compiler exchanges many of them at once, and holds gigabytes beside the result. Parts of the same shapes share a
+program.
+"""
+
+import jax
+from jax.sharding import NamedSharding
+
+from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.programs import Cost, Program, tree_bytes
+from igrpo_jax.models import decoder, heads, lora
+from igrpo_jax.models.config import DecoderConfig
+
+
+class WeightSync:
+    """The programs that make the rollout copy of the weights.
+
+    Args:
+        cfg: the model that is trained.
+        mesh: of the training.
+        shardings: of the copy, by path, on a mesh with the same devices in the same order.
+        tensor: devices that share one copy.
+        dtype: of the copy.
+    """
+
+    def __init__(
+        self, cfg: DecoderConfig, mesh: jax.sharding.Mesh, shardings: dict[str, NamedSharding], tensor: int, dtype: str
+    ):
+        self._cfg = cfg
+        self._mesh = mesh
+        self._shardings = shardings
+        self._tensor = tensor
+        self._dtype = dtype
+        self._shapes = decoder.shapes(heads.spread_config(cfg, tensor))
+        self._jitted = {
+            first: jax.jit(self._synced, out_shardings={path: shardings[path] for path in paths})
+            for first, paths in _parts(self._shapes).items()
+            if first == self._first_of(first)
+        }
+
+    def __call__(self, params: decoder.Params) -> decoder.Params:
+        """Returns the rollout copy of `params`; these themselves where they are that already."""
+        if all(self._is_ready(path, x) for path, x in params.items()):
+            return params
+        synced = {}
+        for part, paths in _parts(params).items():
+            first = self._first_of(part)
+            own = self._jitted[first]({first + path.removeprefix(part): params[path] for path in paths})
+            synced |= {part + path.removeprefix(first): x for path, x in own.items()}
+        return {path: synced[path] for path in self._shapes}
+
+    def programs(self, params: decoder.Params) -> dict[Program, int]:
+        """Returns each program, and for how many parts of the abstract `params` it is called."""
+        calls: dict[Program, int] = {}
+        parts = _parts(params)
+        firsts = [self._first_of(part) for part in parts]
+        for first, jitted in self._jitted.items():
+            own = {path: params[path] for path in parts[first]}
+            moved = Cost(0, tree_bytes(own) + self.copy_bytes(first))
+            name = self._cfg.pattern[int(first.split("/")[1])] if first.startswith("blocks/") else first
+            program = Program(
+                "weights",
+                jitted,
+                lambda name, own=own: (own,),
+                self._mesh,
+                shapes=[(name,)],
+                cost=lambda name, moved=moved: moved,
+            )
+            calls[program] = firsts.count(first)
+        return calls
+
+    def copy_bytes(self, part: str) -> int:
+        """Returns the bytes of the rollout copy of a part on each device."""
+        paths = [path for path in self._shapes if _part(path) == part]
+        abstract = {
+            path: jax.ShapeDtypeStruct(self._shapes[path], self._dtype, sharding=self._shardings[path])
+            for path in paths
+        }
+        return tree_bytes(abstract)
+
+    def _first_of(self, part: str) -> str:
+        """Returns the first part with the shapes of `part`."""
+        top, _, number = part.partition("/")
+        return f"{top}/{self._cfg.pattern.index(self._cfg.pattern[int(number)])}" if number else part
+
+    def _is_ready(self, path: str, x: jax.Array | lora.Adapted) -> bool:
+        return (
+            isinstance(x, jax.Array)
+            and x.dtype == self._dtype
+            and x.shape == self._shapes[path]
+            and x.sharding.is_equivalent_to(self._shardings[path], x.ndim)
+        )
+
+    def _synced(self, params: decoder.Params) -> decoder.Params:
+        """Returns the rollout copy of a part; as a program it also brings it to the sampler's mesh."""
+        params = lora.merge(decoder.cast(params, self._dtype))
+        spread = {path: heads.spread(self._cfg, self._tensor, path, x) for path, x in params.items()}
+        # Heads are copied and dealt where the weights lie; else the compiler would bring these whole to every device.
+        where = {path: sharding.param_sharding(self._mesh, path) for path in spread}
+        kept = lambda path, x: x if x.shape == params[path].shape else jax.lax.with_sharding_constraint(x, where[path])
+        return {path: kept(path, x) for path, x in spread.items()}
+
+
+def _part(path: str) -> str:
+    """Returns the part of the parameter at `path`: its sublayer "blocks/I", or the first name of its path."""
+    top, *rest = path.split("/")
+    return f"{top}/{rest[0]}" if top == "blocks" else top
+
+
+def _parts(tree: dict) -> dict[str, list[str]]:
+    """Returns the paths of the parameters of each part."""
+    parts: dict[str, list[str]] = {}
+    for path in tree:
+        parts.setdefault(_part(path), []).append(path)
+    return parts
