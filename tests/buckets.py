@@ -32,8 +32,8 @@ class Bucket:
             if file.is_file():
                 self._files.pipe_file(self / file.relative_to(folder).as_posix(), file.read_bytes())
 
-    def write(self, name: str, text: str) -> None:
-        self._files.pipe_file(self / name, text.encode())
+    def write(self, name: str, content: str | bytes) -> None:
+        self._files.pipe_file(self / name, content.encode() if isinstance(content, str) else content)
 
     def read(self, name: str) -> str:
         return self._files.cat_file(self / name).decode()

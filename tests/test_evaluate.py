@@ -147,6 +147,50 @@ def test_a_run_and_its_weights_elsewhere_answer_alike(call, model, run, folder, 
     assert "holds no checkpoint of step 2; those there are: 1, 3" in said
 
 
+@pytest.mark.slow(seconds=8)
+def test_a_model_in_a_bucket_answers_as_on_a_disk(call, model, folder, bucket, tmp_path):
+    """The model, the problems and the answers lie in a bucket."""
+    bucket.put(folder.parent)
+    for file in model.iterdir():
+        bucket.write(f"model/{file.name}", file.read_bytes())
+    given = ("--benchmarks=mine", "--config.evaluation.temperature=0", "--samples=2")
+    remote = (
+        "--model",
+        bucket / "model",
+        "--workdir",
+        bucket / "out",
+        f"--config.evaluation.data_dir={bucket / 'data'}",
+    )
+    said = call(evaluate, *remote, *given)
+    assert "| mine | 3 | 2 | " in said and f"written to {bucket / 'out'}" in said
+    assert {"evaluation.json", "mine.jsonl", "summary.json", "summary.md"} == {
+        name.removeprefix("out/") for name in bucket.names() if name.startswith("out/")
+    }
+    before = bucket.read("out/mine.jsonl")
+    call(evaluate, "--model", model, "--workdir", tmp_path / "a", *given, f"--config.evaluation.data_dir={folder}")
+    assert before == (tmp_path / "a" / "mine.jsonl").read_text() and before.count("\n") == 6
+    # A kill leaves half of the answers: the same command draws those that are missing.
+    bucket.write("out/mine.jsonl", "".join(before.splitlines(keepends=True)[:3]))
+    call(evaluate, *remote, *given)
+    assert bucket.read("out/mine.jsonl") == before
+    compared = call(evaluate, "--compare", f"{tmp_path / 'a'},{bucket / 'out'}")
+    assert "| mine | 3 | " in compared
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "IGRPO_SMOLLM2" not in os.environ, reason="set IGRPO_SMOLLM2 to a directory with SmolLM2-135M-Instruct"
+)
+def test_smollm2_is_evaluated_from_a_bucket(call, folder, bucket):
+    for file in Path(os.environ["IGRPO_SMOLLM2"]).iterdir():
+        if file.suffix in (".json", ".safetensors", ".jinja", ".txt"):
+            bucket.write(f"smollm2/{file.name}", file.read_bytes())
+    bucket.put(folder.parent)
+    given = ("--benchmarks=mine", "--samples=1", f"--config.evaluation.data_dir={bucket / 'data'}")
+    said = call(evaluate, "--model", bucket / "smollm2", "--workdir", bucket / "out", *given)
+    assert "| mine | 3 | 1 | " in said and bucket.read("out/mine.jsonl").count("\n") == 3
+
+
 @pytest.mark.slow(seconds=12)
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_run_and_its_export_answer_alike(call, model, rank, tmp_path):

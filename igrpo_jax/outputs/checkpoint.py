@@ -136,6 +136,8 @@ class Checkpointer:
             RunError: no checkpoint can be used.
         """
         self.wait()
+        cluster.from_first(lambda: None)  # process 0 is the last to complete a checkpoint
+        self._manager.reload()
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
             raise InputError(f"{self._path}: holds no checkpoint; start the run again or give the --workdir of a run")
@@ -190,12 +192,17 @@ class Checkpointer:
         step, expected = self._writing
         with self._errors(step), watchdog.phase("checkpoint", f"writing step {step}"):
             self._manager.wait_until_finished()
-            written = named_leaves(self._manager.item_metadata(step)["state"].tree)
-            written = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in written.items()}
-            if written != expected:
-                wrong = next(name for name in written | expected if written.get(name) != expected.get(name))
-                raise Damaged(f"{wrong} is {written.get(wrong)} in the files, not {expected.get(wrong)}")
+            if jax.process_index() == 0:  # which completes it: in a bucket the others may be here before
+                self._check_written(step, expected)
         self._writing = None
+
+    def _check_written(self, step: int, expected: dict) -> None:
+        """Raises Damaged where the files of a step do not hold arrays of the `expected` names, shapes and dtypes."""
+        written = named_leaves(self._manager.item_metadata(step)["state"].tree)
+        written = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in written.items()}
+        if written != expected:
+            wrong = next(name for name in written | expected if written.get(name) != expected.get(name))
+            raise Damaged(f"{wrong} is {written.get(wrong)} in the files, not {expected.get(wrong)}")
 
     def close(self) -> None:
         """Waits for the save under way, then ends the manager's threads."""
