@@ -830,6 +830,9 @@ def _draft_when(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
         yield path, "has a rule of its own for further prompts; set algorithm.max_redraws to 0"
     if algorithm.draft_dropout:
         yield path, "a prompt without drafts is neither solved nor unsolved; set algorithm.draft_dropout to 0"
+    if algorithm.draft_selection == "refined":
+        fix = "a position has G completions for refinements, not G for each draft"
+        yield path, f"{fix}; set algorithm.draft_selection to another than refined"
     if algorithm.alternate:
         yield path, "the steps without drafts have no solved prompts; set algorithm.alternate to False"
 

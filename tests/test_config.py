@@ -137,6 +137,7 @@ UNSOLVED = {"draft_when": "unsolved", "train_drafts": True}
         ({**UNSOLVED, "max_redraws": 1}, "draft_when = 'unsolved': .* set algorithm.max_redraws to 0"),
         ({**UNSOLVED, "draft_dropout": 0.5}, "draft_when = 'unsolved': .* set algorithm.draft_dropout to 0"),
         ({**UNSOLVED, "alternate": True}, "draft_when = 'unsolved': .* set algorithm.alternate to False"),
+        ({**UNSOLVED, "draft_selection": "refined"}, "draft_when = 'unsolved': .* to another than refined"),
         ({**UNSOLVED, "accuracy": 0.0}, "draft_when = 'unsolved': .* set rewards.accuracy above 0"),
         ({**UNSOLVED, "group": "prompt", "num_drafts": 2, "improvement_bonus": 0.5}, None),
         ({**UNSOLVED, "num_drafts": 0, "group": "prompt"}, None),  # the base algorithm again

@@ -19,7 +19,8 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
 
     The trained completions have TRL's names: `reward`, `reward_std` (mean over groups of the std with ddof = 1),
     `frac_reward_zero_std`, `rewards/<name>/mean`, `completions/mean_length|min_length|max_length` (tokens, EOS
-    included), `completions/clipped_ratio` (fraction that was cut at the length limit).
+    included), `completions/clipped_ratio` (fraction that was cut at the length limit). Drafts are in the groups of the
+    second and third with algorithm.group = "prompt". Prompts without refinements are left out.
 
     The metrics of drafts are over the groups that have drafts: `draft/reward` and `draft/accuracy` (means),
     `draft/best_reward` (mean over groups of the best draft), `draft/kept_reward` (mean of the draft that q' shows,
@@ -38,7 +39,7 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
     refined = [group for group in groups if group.completions]
     samples = [sample for group in groups for sample in (*group.drafts, *group.completions)]
     with_accuracy = any("accuracy" in sample.score.rewards for sample in samples)
-    metrics = _completion_metrics(refined, config.rewards.custom_names) if refined else {}
+    metrics = _completion_metrics(refined, config) if refined else {}
     metrics |= _draft_metrics([group.drafts for group in groups if group.drafts], with_accuracy)
     metrics |= _refine_metrics(
         [group for group in refined if group.kept is not None], with_accuracy, config.draft_limit
@@ -46,13 +47,17 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _completion_metrics(groups: Sequence[Group], custom_names: Sequence[str]) -> dict[str, Any]:
+def _completion_metrics(groups: Sequence[Group], config: Config) -> dict[str, Any]:
     """Returns the metrics of the completions of `groups`, each of which has some."""
     completions = [completion for group in groups for completion in group.completions]
     group_rewards = [
         np.array([completion.score.reward for completion in group.completions], np.float64) for group in groups
     ]
-    known = [rewards[~np.isnan(rewards)] for rewards in group_rewards]
+    compared = group_rewards
+    if config.algorithm.group == "prompt":
+        pairs = zip(group_rewards, groups, strict=True)
+        compared = [np.concatenate([rewards, group.of_drafts.rewards]) for rewards, group in pairs]
+    known = [rewards[~np.isnan(rewards)] for rewards in compared]
     lengths = np.array([len(completion.tokens) for completion in completions])
     metrics: dict[str, Any] = {
         "reward": _mean(np.concatenate(group_rewards)),
@@ -67,7 +72,7 @@ def _completion_metrics(groups: Sequence[Group], custom_names: Sequence[str]) ->
         metrics[f"rewards/{name}/mean"] = _mean(
             [completion.score.rewards.get(name, np.nan) for completion in completions]
         )
-    for name in custom_names:
+    for name in config.rewards.custom_names:
         metrics[f"rewards/{name}/std"] = _std(
             [completion.score.rewards.get(name, np.nan) for completion in completions]
         )

@@ -25,12 +25,6 @@ _RECOMPUTED = {"none": "nothing", "dots": "all but matrix products", "full": "al
 def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir: Path) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before anything is compiled."""
     model, mesh = task.policy.model, task.mesh
-    completions = config.prompts_per_step * config.algorithm.num_generations
-    drafts = config.prompts_per_step * config.algorithm.num_drafts
-    trained_text = ", both trained" if config.algorithm.train_drafts else ", the trained completions"
-    drafts_text = ", in every other step" if config.algorithm.alternate else ""
-    if config.algorithm.draft_when == "unsolved":
-        drafts_text, trained_text = f", and those of further prompts{drafts_text}", f" at most{trained_text}"
     tokens = config.trained_completions * config.rollout.max_completion_length
     shapes = learner.packer.shapes
     sizes = ", ".join(f"{size:,}" for size in shapes.sizes)
@@ -50,8 +44,7 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
         *task.notes,
         *(("evaluation", note) for note in task.evaluated.notes),
         ("steps", f"{task.total_steps:,} of {config.prompts_per_step} prompts"),
-        ("drafts per step", f"{drafts:,} (N = {config.algorithm.num_drafts}){drafts_text}"),
-        ("refinements per step", f"{completions:,} (G = {config.algorithm.num_generations}){trained_text}"),
+        *_stages(config),
         ("trained tokens per step", f"at most {tokens:,}"),
         ("padding of the update", _padding(workdir)),
         ("micro-batches", f"{sizes} tokens on each shard; {shapes.completions_per_unit} completions share a prompt"),
@@ -61,6 +54,21 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
             f"at most {len(engine.wanted)} of the sampler, and of the update one for each size of micro-batch",
         ),
     ]
+
+
+def _stages(config: Config) -> list[tuple[str, str]]:
+    """Returns the rows about the two stages of a step."""
+    algorithm, prompts = config.algorithm, config.prompts_per_step
+    drafts = f"{prompts * algorithm.num_drafts:,} (N = {algorithm.num_drafts})"
+    refinements = f"{prompts * algorithm.num_generations:,} (G = {algorithm.num_generations})"
+    if algorithm.num_drafts and algorithm.draft_selection == "refined":
+        refinements += " of the drafts that are kept, and as many of every other draft"
+    if algorithm.num_drafts and algorithm.draft_when == "unsolved":
+        drafts, refinements = f"{drafts}, and those of further prompts", f"at most {refinements}"
+    if algorithm.alternate:
+        drafts += ", in every other step"
+    trained = ", both trained" if algorithm.train_drafts else ", the trained completions"
+    return [("drafts per step", drafts), ("refinements per step", refinements + trained)]
 
 
 def sampling_layout(engine: Engine) -> str:

@@ -34,6 +34,26 @@ def test_rollout_metrics_against_numbers_derived_by_hand(two_groups):
     assert all(type(value) is float for value in got.values())
 
 
+def test_groups_may_hold_the_drafts_too(two_groups):
+    """Rewards 2, 0 with drafts 2, 1, and 1, 1 with drafts 1, 0: variances (ddof = 1) of 2.75 / 3 and .75 / 3."""
+    algorithm = dataclasses.replace(run_config().algorithm, group="prompt", train_drafts=True)
+    got = metrics.rollout_metrics(two_groups, dataclasses.replace(run_config(), algorithm=algorithm))
+    assert got["reward_std"] == pytest.approx((np.sqrt(2.75 / 3) + 0.5) / 2)
+    assert got["frac_reward_zero_std"] == 0.0 and got["reward"] == 1.0  # the mean of the refinements as ever
+
+
+def test_prompts_without_refinements_count_among_the_drafts_alone(two_groups):
+    first, second = two_groups
+    solved = dataclasses.replace(first, completions=(), kept=None, context=first.prompt.tokens)
+    whole, both = (metrics.rollout_metrics(groups, run_config()) for groups in (two_groups, [solved, second]))
+    of_drafts = [name for name in whole if name.startswith("draft/") and name != "draft/kept_reward"]
+    assert len(of_drafts) == 8 and [both[name] for name in of_drafts] == [whole[name] for name in of_drafts]
+    alone = metrics.rollout_metrics([second], run_config())
+    for name in ("reward", "frac_reward_zero_std", "completions/mean_length", "refine/fixed", "draft/kept_reward"):
+        assert both[name] == alone[name]
+    assert set(metrics.rollout_metrics([solved], run_config())) == set(of_drafts)
+
+
 def test_the_entropy_of_drafts_is_the_mean_over_their_tokens(two_groups):
     """Drafts of 3, 2, 4 and 2 tokens with 1.5, 0.5, 2 and 1.5 nats in all."""
     given = iter([1.5, 0.5, 2.0, 1.5])
