@@ -70,7 +70,7 @@ class Completion:
     """One sampled answer: a draft (Stage 1), a refinement (Stage 2), or an answer of an evaluation."""
 
     stage: str  # "draft" or "refine" in a rollout, "eval" in an evaluation
-    sample_id: int  # 0..N-1 or 0..G-1 within its prompt
+    sample_id: int  # 0..N-1 or 0..G-1 within its prompt; below N G where every draft is refined (draft_selection)
     tokens: np.ndarray  # [T] int32, the EOS included where the model ended by itself
     logprobs: np.ndarray  # [T] float32, of each token under the sampler at the sampling temperature, in nats
     finished: bool  # ended by an EOS token, not by the length limit
