@@ -22,6 +22,7 @@ NAMED = ("--name", "n1", "--zone", "us-east5-a")
 SHAPE = ("--topology", "v5p:2x2x2")
 SHARED = ("--shared", "10.0.0.2:/runs")
 MAIN = ("--", "--config", "configs/tpu_v5p.py")
+GKE = (*NAMED, *SHAPE, "--cluster", "c1", "--image", "host/p/r/igrpo:1", "--shared", "gs://b", "--run", "first")
 
 # Answers come from the file of their kind, "EXIT_CODE TEXT" a line; the last one stays. No file: nothing, and 0. What
 # goes wrong is told on stderr. Where there is a folder "home" a worker's commands are run in it.
@@ -140,6 +141,7 @@ DRY = [
     ),
     ("logs.sh", [*NAMED], "on_worker.sh\\ follow\\ igrpo"),
     ("resume.sh", [*NAMED, *SHAPE, *SHARED, *MAIN], "queued-resources delete n1 --force"),
+    ("gke.sh", [*GKE, *MAIN], "gcloud container node-pools create n1 --cluster=c1 --zone=us-east5-a"),
     ("fetch.sh", ["--shared", "gs://b"], "gcloud storage rsync --recursive gs://b/runs/igrpo.logs runs/igrpo.logs"),
     ("fetch.sh", [*NAMED, *SHARED], "gcloud compute tpus tpu-vm scp n1:run.tar.gz"),
     (
@@ -534,6 +536,46 @@ def test_a_bucket_is_not_mounted_and_gets_the_run_and_its_log(cloud):
     mount = "#!/usr/bin/env bash\nexit 0\n"
     cloud.program(cloud.folder / "bin" / "mountpoint", mount)
     assert on_worker(cloud, "setup", SHARED[1]).communicate()[0] == "" and not (home / "bucket").exists()
+
+
+@pytest.mark.parametrize(
+    ("topology", "machine", "hosts", "chips", "kind"),
+    [
+        ("v5p:2x2x4", "ct5p-hightpu-4t", 4, 4, "tpu-v5p-slice"),
+        ("v5e:1x1", "ct5lp-hightpu-1t", 1, 1, "tpu-v5-lite-podslice"),
+        ("v6e:4x4", "ct6e-standard-4t", 4, 4, "tpu-v6e-slice"),
+    ],
+)
+def test_a_jobset_has_a_pod_for_each_host_and_the_arguments_as_they_are(cloud, topology, machine, hosts, chips, kind):
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed; huggingface_hub brings it")
+    cloud.program(cloud.folder / "bin" / "kubectl", '#!/usr/bin/env bash\ncat >"$STUB/manifest"\n')
+    cloud.answers(gcloud=["1 NOT_FOUND", "0 made"])
+    given = [*GKE, "--topology", topology, "--spot", "--", *OVERRIDES]
+    done = cloud.run("gke.sh", *given)
+    assert done.returncode == 0, done.stderr
+    create = cloud.calls[1]
+    assert (
+        create[3:5] == ["create", "n1"] and f"--machine-type={machine}" in create and f"--num-nodes={hosts}" in create
+    )
+    assert ("--tpu-topology=" + topology[4:] in create) == (hosts > 1) and "--spot" in create
+    manifest = yaml.safe_load((cloud.folder / "manifest").read_text())
+    (slices,) = manifest["spec"]["replicatedJobs"]
+    job = slices["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (manifest["kind"], manifest["metadata"]["name"], job["parallelism"]) == ("JobSet", "first", hosts)
+    assert job["completions"] == hosts and pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == kind
+    assert container["resources"]["limits"] == {"google.com/tpu": chips}
+    arguments = ["python", "-m", "igrpo_jax.main", *OVERRIDES, "--workdir", "gs://b/runs/first"]
+    assert [word.replace("$$(", "$(") for word in container["command"]] == arguments
+    cloud.answers(gcloud=["0 n1"])  # the pool is there
+    before = len(cloud.calls)
+    assert cloud.run("gke.sh", *given).returncode == 0 and len(cloud.calls) == before + 1
+
+
+def test_kubernetes_puts_no_variable_into_an_argument(cloud):
+    done = cloud.run("gke.sh", *GKE, "--dry-run", *MAIN, "--config.data.instruction=$(HOME) {prompt}")
+    assert '"--config.data.instruction=$$(HOME) {prompt}"' in done.stdout
 
 
 def test_a_worker_says_which_command_failed(cloud):

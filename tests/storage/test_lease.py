@@ -59,6 +59,16 @@ def test_of_several_that_ask_at_once_one_gets_it(lock):
     holder.release()
 
 
+def test_who_comes_late_does_not_write_over_a_lock(lock, bucket, monkeypatch):
+    first, late = leases.Lease(lock), leases.Lease(lock)
+    first.acquire()
+    monkeypatch.setattr(leases, "make_free", lambda path: None)  # it looked before the first one wrote
+    with pytest.raises(leases.Held):
+        late.acquire()
+    assert json.loads(bucket.read(".lock"))["token"] == first._token
+    first.release()
+
+
 def test_the_lock_of_a_holder_that_is_gone_expires(lock, bucket):
     write(bucket)
     lease, began = leases.Lease(lock), time.monotonic()

@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Starts or resumes a run on a slice of TPUs of a GKE cluster: a node pool, and a JobSet with a pod on each host. The
+# arguments of igrpo_jax.main follow after --, without --workdir.
+#
+#   tpu_scripts/gke.sh --name NAME --zone ZONE --cluster CLUSTER --topology v5p:2x2x2 --spot --shared gs://BUCKET \
+#       --image IMAGE --run RUN -- --config configs/tpu_v5p.py --config.steps=100
+#
+# The cluster needs JobSet (jobset.sigs.k8s.io). The image needs a checkout of this repository in its working directory,
+# and `pip install -e '.[tpu,gs]'`. --account may write to the bucket, by Workload Identity. Where a pod ends, as after a
+# preemption, JobSet starts all of them again, and the run resumes. `kubectl logs` shows a pod's output. To end it:
+# `kubectl delete jobset RUN`, then `gcloud container node-pools delete NAME`.
+#
+set -euo pipefail
+# shellcheck source=tpu_scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+FLAG[cluster]="" FLAG[image]="" FLAG[account]=default FLAG[restarts]=100
+FORM[cluster]='^[a-z][a-z0-9-]*$'
+FORM[image]='^[a-z0-9][A-Za-z0-9._/:@-]*$'
+FORM[account]='^[a-z0-9][a-z0-9.-]*$'
+FORM[shared]='^gs://[a-z0-9][a-z0-9._-]*$'
+FORM[run]='^[a-z][a-z0-9-]*$'
+MEANS[cluster]="GKE cluster, in the zone of --zone"
+MEANS[image]="container image with this repository"
+FORM[restarts]='^[0-9]+$'
+MEANS[restarts]="how often JobSet starts all pods again before it gives up, whatever ended them: a whole number"
+MEANS[account]="Kubernetes service account of the pods"
+MEANS[shared]="bucket of runs, gs://BUCKET"
+MEANS[run]="name of the run, of its JobSet and folder: small letters, digits, -"
+MEANS[name]="name of the node pool: small letters, digits, -"
+parse_flags name zone project cluster topology spot shared image account run restarts -- "$@"
+command -v kubectl >/dev/null || [[ ${SWITCH[dry-run]} ]] || die "kubectl: not on PATH; gcloud components install kubectl"
+[[ " ${REST[*]} " == *" --config"[\ =]* ]] || die "--config: missing; give it after --, such as -- --config configs/X.py"
+[[ " ${REST[*]} " != *" --workdir"[\ =]* ]] || die "--workdir: the folder is that of --run in the bucket; leave it out"
+
+# The machine with four chips of each generation, which GKE combines to slices; a slice of one chip has its own.
+grid=${FLAG[topology]#*:}
+chips=$((${grid//x/*}))
+per_host=$((chips < 4 ? chips : 4))
+case ${FLAG[topology]%%:*} in
+  v4) machine=ct4p-hightpu-${per_host}t kind=tpu-v4-podslice ;;
+  v5p) machine=ct5p-hightpu-${per_host}t kind=tpu-v5p-slice ;;
+  v5e) machine=ct5lp-hightpu-${per_host}t kind=tpu-v5-lite-podslice ;;
+  v6e) machine=ct6e-standard-${per_host}t kind=tpu-v6e-slice ;;
+esac
+hosts=$((chips / per_host))
+
+# quoted WORD prints it as a string of JSON, which YAML reads too. Kubernetes would put a variable in place of $(NAME).
+quoted() {
+  local word=${1//\\/\\\\}
+  word=${word//'$('/'$$('}
+  word=${word//\"/\\\"}
+  word=${word//$'\n'/\\n}
+  printf '"%s"' "${word//$'\t'/\\t}"
+}
+
+manifest() {
+  local word arguments=""
+  for word in "${REST[@]}" --workdir "${FLAG[shared]}/runs/${FLAG[run]}"; do
+    arguments+=", $(quoted "$word")"
+  done
+  cat <<YAML
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: ${FLAG[run]}
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    maxRestarts: ${FLAG[restarts]}
+  replicatedJobs:
+    - name: slice
+      replicas: 1
+      template:
+        spec:
+          parallelism: $hosts
+          completions: $hosts
+          backoffLimit: 0
+          template:
+            spec:
+              restartPolicy: Never
+              serviceAccountName: ${FLAG[account]}
+              terminationGracePeriodSeconds: 120
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $kind
+                cloud.google.com/gke-tpu-topology: $grid
+                cloud.google.com/gke-nodepool: ${FLAG[name]}
+              containers:
+                - name: trainer
+                  image: $(quoted "${FLAG[image]}")
+                  command: ["python", "-m", "igrpo_jax.main"$arguments]
+                  ports:
+                    - containerPort: 8471
+                    - containerPort: 8080
+                  resources:
+                    limits:
+                      google.com/tpu: $per_host
+YAML
+}
+
+pools=(gcloud container node-pools)
+where=("--cluster=${FLAG[cluster]}" "--zone=${FLAG[zone]}")
+[[ ${FLAG[project]} == - ]] || where+=("--project=${FLAG[project]}")
+create=("${pools[@]}" create "${FLAG[name]}" "${where[@]}" "--machine-type=$machine" "--num-nodes=$hosts"
+  --scopes=cloud-platform --quiet)
+# A machine that is a slice by itself needs no topology.
+((hosts == 1)) || create+=("--tpu-topology=$grid")
+[[ ! ${SWITCH[spot]} ]] || create+=(--spot)
+if [[ ${SWITCH[dry-run]} ]]; then
+  run "${create[@]}"
+  echo "kubectl apply -f - <<'YAML'"
+  manifest
+  echo YAML
+  exit 0
+fi
+"${pools[@]}" describe "${FLAG[name]}" "${where[@]}" "--format=value(name)" >/dev/null 2>&1 || "${create[@]}"
+manifest | kubectl apply -f -
