@@ -29,6 +29,9 @@ from igrpo_jax.models import decoder
 
 Shapes = Mapping[str, tuple[int, ...]]
 ROOT_MEAN_SQUARE = 0.2  # of Muon's steps before the learning rate
+# Muon's own coefficients, for each of its five steps. Given one by one they become a loop; given once, optax writes the
+# steps out, and a program with hundreds of matrices takes minutes to compile.
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 def make_optimizer(
@@ -56,6 +59,7 @@ def make_optimizer(
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.contrib.muon(
         1.0,
+        NEWTON_SCHULZ,
         beta=config.b1,
         adam_b1=config.b1,
         adam_b2=config.b2,
