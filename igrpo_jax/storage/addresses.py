@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -63,8 +63,8 @@ def path_of(source: str, address: str | Path) -> Path:
             f'{source}: {scheme}:// needs {LIBRARY[scheme]}; pip install "igrpo_jax[{scheme}]", or give a local folder'
         )
     path = _remote(f"{scheme}://{name.rstrip('/')}")
-    with refusing(source):
-        names(path)
+    with refusing(source), suppress(FileNotFoundError):
+        filesystem(path).ls(str(path), detail=False)  # once: who has just typed an address does not wait for minutes
     return path
 
 
@@ -134,6 +134,8 @@ def reason(error: BaseException) -> str:
     """Returns what is wrong, in at most 300 characters."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, FileNotFoundError):
+        return f"not found: {one_line(error)}"[:300]
     return (one_line(error) or type(error).__name__)[:300]
 
 

@@ -103,6 +103,13 @@ def test_nothing_there_and_nothing_allowed(bucket):
         reading.local(SOURCE, bucket / "nothing")
 
 
+def test_an_address_that_was_just_typed_is_asked_for_once(bucket, monkeypatch):
+    monkeypatch.setattr(addresses, "patiently", None)
+    assert str(addresses.path_of(SOURCE, bucket / "new")) == bucket / "new"
+    wrong = addresses.path_of(SOURCE, "gs://no-such-bucket/x")
+    assert addresses.reason(FileNotFoundError(str(wrong))) == "not found: gs://no-such-bucket/x"
+
+
 def test_what_fails_for_now_is_tried_again(bucket):
     bucket.write("x.txt", "text")
     bucket.fault(status=503, times=1)
