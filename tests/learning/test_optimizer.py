@@ -203,4 +203,4 @@ def test_the_predicted_memory_counts_each_optimizers_own_state(tiny):
     whole = sum(4 * x.size for x in params.values())
     matrices = sum(4 * x.size for path, x in params.items() if sharding.matrix_inputs(path) is not None)
     assert kept["adamw"] == pytest.approx(2 * whole, abs=16) and kept["adafactor"] < kept["muon"]
-    assert kept["muon"] == pytest.approx(2 * whole - matrices, abs=64)
+    assert kept["muon"] == pytest.approx(2 * whole - matrices, abs=128)  # and its coefficients
