@@ -19,6 +19,7 @@ from igrpo_jax.learning import draft_signal
 from igrpo_jax.probe.estimates import Estimate
 
 CLEAR = 0.3  # width of an interval of a success, below which no difference is taken for none
+CUT = 0.5  # of the plain answers; where more are cut, the length is named first
 COPIES = 0.5  # of the refinements of wrong drafts; where more state the draft's answer, the model is said to copy
 
 
@@ -52,8 +53,9 @@ def conclude(figures: Mapping[str, Estimate], setting: Setting) -> Conclusion:
 
     Args:
         figures: those of `estimates.estimate`; and, where they were measured, `cosine` (between the gradient on plain
-            prompts and that of the refinements), `reliance` (rho) and `same_wrong` (fraction of the refinements of
-            wrong drafts that state the draft's answer), and `successes` (x, what GRPO would see in the run).
+            prompts and that of the refinements), `reliance` (rho), `same_wrong` (fraction of the refinements of wrong
+            drafts that state the draft's answer), `successes` (x, what GRPO would see in the run), and `cut_plain`
+            (fraction of plain answers that were cut).
     """
     behaviour = behaves(figures)
     answer, pays, reasons = _signal(figures, setting)
@@ -139,8 +141,16 @@ def _more(ratio: Estimate, setting: Setting) -> str:
 
 def _rare(figures: Mapping[str, Estimate], setting: Setting) -> list[str]:
     """Returns the reasons where success is rare."""
-    p, times, expected = figures["p"], figures["times"], figures.get("successes")
+    p, times = figures["p"], figures["times"]
+    cut, expected = figures.get("cut_plain"), figures.get("successes")
     sentences = []
+    if cut is not None and cut.is_known and cut.low > CUT:
+        sentences.append(
+            f"{shown(cut)} of the plain answers are cut at the limit, so a higher rollout.max_completion_length may "
+            "change all of this"
+        )
+    if p.value == 0:
+        sentences.append(f"no plain answer is right, so p is at most {_number(p.high)}")
     if expected is not None and expected.is_known:
         text = f"GRPO would see {shown(expected)} right completions in the run that the settings describe"
         few = expected.high < 10

@@ -142,9 +142,13 @@ def test_without_any_success():
     figures = estimate(simulated(0.0, 0.5, 0.0, problems=64))
     assert figures["p"].value == 0 and figures["p"].high == pytest.approx(1 - 0.025 ** (1 / 64))
     assert (figures["ratio"].low, figures["ratio"].high) == (0, math.inf) and not figures["r"].is_known
-    figures["successes"] = figures["p"].times(100)
+    figures |= {"successes": figures["p"].times(100), "cut_plain": Estimate(0.9, 0.8, 1.0)}
     conclusion = conclude(figures, Setting(64, N, G, "group"))
     assert conclusion.pays is None and any("hardly any to learn from" in reason for reason in conclusion.reasons)
+    assert any("no plain answer is right, so p is at most 0.056" in reason for reason in conclusion.reasons)
+    assert any("0.90 (0.80 to 1.00) of the plain answers are cut" in reason for reason in conclusion.reasons)
+    figures["cut_plain"] = Estimate(0.6, 0.4, 0.8)
+    assert not any("are cut" in reason for reason in conclude(figures, Setting(64, N, G, "group")).reasons)
 
 
 def test_repair_where_no_plain_answer_is_right():
