@@ -79,7 +79,10 @@ def behaves(figures: Mapping[str, Estimate]) -> str:
         return "is misled"
     share = figures["kept"].value
     parts = [(share, trust), (1 - share, repair)]
-    if sum(weight * (part.high - part.low) for weight, part in parts if weight) < CLEAR:  # NaN is not
+    if (
+        figures["refined"].value > 0
+        and sum(weight * (part.high - part.low) for weight, part in parts if weight) < CLEAR
+    ):  # NaN is not
         return "ignores"
     return "unclear"
 

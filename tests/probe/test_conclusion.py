@@ -145,6 +145,7 @@ def test_without_any_success():
     figures |= {"successes": figures["p"].times(100), "cut_plain": Estimate(0.9, 0.8, 1.0)}
     conclusion = conclude(figures, Setting(64, N, G, "group"))
     assert conclusion.pays is None and any("hardly any to learn from" in reason for reason in conclusion.reasons)
+    assert conclusion.behaviour == "unclear"  # no success shows nothing of what the model makes of drafts
     assert any("no plain answer is right, so p is at most 0.056" in reason for reason in conclusion.reasons)
     assert any("0.90 (0.80 to 1.00) of the plain answers are cut" in reason for reason in conclusion.reasons)
     figures["cut_plain"] = Estimate(0.6, 0.4, 0.8)
