@@ -187,9 +187,9 @@ def measured_table() -> str:
     return table(("model", "p", "r", "w", "ratio, 4 + 4"), rows)
 
 
-# The starts of the study by the names of their probes; and the row of its table that has what training did.
-PROBED = {"start": "igrpo | grpo", "trusting": "trusting_igrpo | trusting_grpo"}
-STARTS = {"start": "drafts of random steps", "trusting": "drafts as good as the teacher's"}
+# The row of the study's table that has what training did, by the name of a probe; and its start in words.
+PROBED = {"trusting": "trusting_igrpo | trusting_grpo"}
+STARTS = {"trusting": "drafts as good as the teacher's"}
 
 
 def take(name: str, folder: Path) -> None:
@@ -270,7 +270,7 @@ def wrapped(block: str) -> str:
 
 def page() -> str:
     """Returns the text of docs/when_drafts_pay.md."""
-    tables = (main_table, scale_table, split_table, variant_table, beta_table, measured_table)
+    tables = (main_table, scale_table, split_table, variant_table, beta_table, measured_table, probe_table)
     words = OUT.with_suffix(".txt").read_text(encoding="utf-8")
     filled = words.format(**numbers(), **{part.__name__: part() for part in tables})
     return "\n\n".join(wrapped(block) for block in filled.strip().split("\n\n")) + "\n"
