@@ -103,8 +103,10 @@ def test_examples_of_the_supervised_start():
     draft, completion = task.example(wrong, problem, True, rng)
     assert (digits_of(draft) == problem.digits).all() and (digits_of(completion) != problem.digits).all()
     checking = chosen(error_rate=0.4, draft_error_rate=0.3, refinements="checked")
-    seeded = lambda: np.random.default_rng(9)
+    seeded, twin = (lambda: np.random.default_rng(9)), np.random.default_rng(9)
     assert task.example(checking, problem, True, seeded()) == checked(problem, 0.4, 0.3, seeded())
+    apart = solution(problem, 0.3, twin), solution(problem, 0.4, twin)
+    assert task.example(chosen(error_rate=0.4, draft_error_rate=0.3), problem, True, seeded()) == apart
 
 
 def test_a_run_trains_and_evaluates_on_the_task_that_is_named():
