@@ -2,14 +2,17 @@
 
     python -m igrpo_jax.main --config configs/study_lookups.py
 
-A decoder with 0.6 M parameters imitates a teacher that is wrong at every second of 12 look-ups. So a sample is right
-once in 4,096 times, although at each look-up the right digit is by far the most likely one. With a draft the teacher
-looks up again where it disagrees with it, and is right eleven times as often. In 100 steps of 16 prompts with 8
-completions GRPO sees three right answers, if nothing is learnt meanwhile.
+A decoder with 0.6 M parameters imitates a teacher that is wrong at every second of 12 look-ups. The teacher is right
+once in 4,096 times, although at each look-up the right digit is by far the most likely one. With a draft it looks up
+again where it disagrees with it, and is right eleven times as often. A model as good as the teacher gives three right
+answers in 100 steps of 16 prompts with 8 completions, if nothing is learnt meanwhile.
 
 How dense right answers are follows from warm_start.error_rate, which draft_error_rate is set to as well: at 0.3 there
-are 177 in such a run, at 0.5 three, at 0.55 fewer than one. With warm_start.refinements=independent the model learns to
-ignore drafts, which is the control. The reward is the accuracy alone: 1 only if all look-ups are right.
+are 177 in such a run, at 0.5 three, at 0.55 fewer than one. With warm_start.refinements=independent the model learns
+to ignore drafts, which is the control. Whether a start does with drafts what its teacher does is seen in refine/fixed
+and refine/copy_ratio of the first steps, and has to be looked at: one with 2 layers of 96 units, 6 look-ups and 1,400
+steps at 0.3 solved as often as its teacher (0.117), but copied drafts and hardly repaired any (0.81 and 0.01). The
+reward is the accuracy alone: 1 only if all look-ups are right.
 """
 
 from igrpo_jax.config import default
