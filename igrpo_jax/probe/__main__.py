@@ -1,9 +1,10 @@
-"""Will drafts pay for a model and its data? `python -m igrpo_jax.probe --model MODEL --data FILE --workdir OUT`.
+"""Will drafts pay for a model and its data? `python -m igrpo_jax.probe --model MODEL --data FILE`.
 
 MODEL is the folder of a run (its newest checkpoint, or that of --step N), a Hugging Face directory or a hub id. DATA is
 what config.data.train may be: a file, a folder, a known name or a hub id. With the settings of the training that is
 planned (--config), the model answers --problems of the problems, plain and with its own drafts; nothing is trained.
-OUT gets probe.html, probe.json and all answers, and the same command goes on where it was killed.
+The folder --workdir gets probe.html, probe.json and all answers, and the same command goes on where it was
+killed.
 
 docs/when_drafts_pay.md explains the figures and the conclusion.
 """
@@ -25,15 +26,16 @@ if TYPE_CHECKING:
     from igrpo_jax.session.task import Task
 
 USAGE = (
-    "python -m igrpo_jax.probe [--config FILE] --model MODEL --data DATA [--problems P] --workdir OUT "
+    "python -m igrpo_jax.probe [--config FILE] --model MODEL --data DATA [--problems P] [--workdir OUT] "
     "[--config.FIELD=VALUE ...]"
 )
+FOLDER = "probe"
 FLAGS = {
     "data": "problems: a file, a folder, a known name or a hub id; default: those of --config or of the run",
     "problems": "problems that are answered, of those that the run would read first; default: 64",
     "answers": "plain answers to each problem; default: N + G, the least",
     "gradients": "problems whose gradients are compared; default: 32, and 0 for none",
-    "workdir": "folder to write the answers, the gradients and the conclusion to",
+    "workdir": f"folder to write the answers, the gradients and the conclusion to; default: {FOLDER}",
     "step": "step of the checkpoint that answers, where --model is a run; default: the newest",
 }
 # Settings that decide which answers and gradients there are, beside the model's name and the rewards' weights.
@@ -49,9 +51,8 @@ DECIDING = (
 
 def main(argv: list[str]) -> None:
     config, values = cli.parse_model(argv, USAGE, FLAGS)
-    for flag, fix in (("model", "the folder of a run, a Hugging Face directory or a hub id"), ("workdir", "a folder")):
-        if not values[flag]:
-            raise InputError(f"--{flag}: missing; give {fix}")
+    if not values["model"]:
+        raise InputError("--model: missing; give the folder of a run, a Hugging Face directory or a hub id")
     if cli.address(argv):
         raise InputError("--processes: a probe is one process; leave it out, and --coordinator and --process")
     model = values["model"]
@@ -61,7 +62,8 @@ def main(argv: list[str]) -> None:
     if values["data"]:
         config = replace(config, data=replace(config.data, train=values["data"]))
     numbers = {name: cli.number(name, values[name]) for name in ("problems", "answers", "gradients", "step")}
-    probe(config, model, values["workdir"], **{name: value for name, value in numbers.items() if value is not None})
+    workdir = values["workdir"] or FOLDER
+    probe(config, model, workdir, **{name: value for name, value in numbers.items() if value is not None})
 
 
 def probe(

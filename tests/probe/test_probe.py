@@ -91,8 +91,7 @@ def test_every_figure_has_a_meaning():
     ("flags", "words"),
     [
         ([], "--model: missing; give the folder of a run"),
-        (["--model=m"], "--workdir: missing; give a folder"),
-        (["--model=m", "--workdir=w"], "--data: missing; give the problems to train on"),
+        (["--model=m"], "--data: missing; give the problems to train on"),
         (["--model=m", "--workdir=w", "--data=d", "--answers=7"], "--answers 7: must be at least N \\+ G = 8"),
         (["--model=m", "--workdir=w", "--data=d", "--problems=0"], "--problems 0: must be at least 1"),
         (["--model=m", "--workdir=w", "--data=d", "--problems=many"], "--problems many: must be a whole number"),
