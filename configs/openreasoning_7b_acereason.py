@@ -10,7 +10,7 @@ tokens. Paper, after training: AIME24 85.6, AIME25 79.6. The model thinks at len
 4,096 tokens have no answer: watch `completions/clipped_ratio`, and raise rollout.max_completion_length where it is
 high.
 
-configs/tpu_v5p.py, a model of the same shape with larger micro-batches and twice the slots, takes 57.8 of 95.7 GiB per
+configs/tpu_v5p.py, a model of the same shape with larger micro-batches and twice the slots, takes 48.1 of 95.7 GiB per
 chip there by the compiler's count (docs/scaling.md). It has not been run on a TPU.
 """
 
