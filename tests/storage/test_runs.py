@@ -14,10 +14,12 @@ import whole_runs
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from igrpo_jax import config as config_lib
+from igrpo_jax import export, generate
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.outputs import checkpoint
 from igrpo_jax.outputs import workdir as workdirs
 from igrpo_jax.outputs.writer import Writer
+from igrpo_jax.report import __main__ as draw
 from igrpo_jax.report import runs
 from igrpo_jax.session import ending
 from igrpo_jax.storage import lease as leases
@@ -204,3 +206,30 @@ def test_a_run_in_a_bucket_goes_on_and_equals_one_in_a_folder(whole, folder, buc
     assert ".lock" not in bucket.names() and ending.FILE in bucket.names()
     (run,) = runs.read([copy])
     assert run.steps == [1, 2, 3, 4, 5] and run.notes == []
+
+
+@pytest.mark.proof
+def test_a_run_in_a_bucket_is_drawn_exported_and_asked(whole, bucket, tmp_path, capsys):
+    """The same report, the same weights and the same answer as of the run in a folder."""
+    reference, _ = whole
+    bucket.put(reference)
+    elsewhere = f"{bucket.address}_exported"
+
+    def called(command, *flags):
+        command.main([command.__name__.rpartition(".")[2], *flags])
+        return capsys.readouterr().out
+
+    reports = {
+        str(run): called(draw, f"--workdir={run}", f"--out={out}").splitlines()[:-1]
+        for run, out in ((bucket.address, bucket / "report"), (reference, tmp_path / "report"))
+    }
+    drawn, expected = ([line.partition(": ")[2] for line in lines] for lines in reports.values())
+    assert drawn == expected and "report/index.html" in bucket.names()
+    called(export, f"--workdir={bucket.address}", f"--out={elsewhere}")
+    called(export, f"--workdir={reference}", f"--out={tmp_path / 'export'}")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
+    assert {name: path_of("", f"{elsewhere}/{name}").read_bytes() for name in files} == files
+    sizes = ("--config.rollout.slots=8", "--config.evaluation.max_completion_length=12")
+    asked = [called(generate, f"--model={model}", "--prompt=1+2", *sizes) for model in (bucket.address, reference)]
+    answers = [text.rpartition("1+2")[2] for text in asked]
+    assert answers[0] == answers[1] and "answer 1: " in answers[0]
