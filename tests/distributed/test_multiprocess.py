@@ -183,6 +183,7 @@ def test_one_process_restores_what_two_saved(two, one, folder):
         np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=25)
 def test_four_processes_go_on_from_what_two_saved(four, one):
     workdir, processes = four
@@ -215,6 +216,7 @@ cli.run(main)
 """
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=20)
 def test_a_group_of_devices_may_span_processes():
     """In its process, and over both: the tokens of one device, although pages run out, and scores come whenever they

@@ -282,6 +282,7 @@ def test_a_hybrid_samples_as_its_full_forward(hybrid):
         np.testing.assert_array_equal(results[1][key].tokens, one.tokens)
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=10)
 def test_a_hybrid_on_a_mesh_samples_the_same(hybrid):
     c, host = hybrid

@@ -374,6 +374,7 @@ np.savez(sys.argv[4], found=np.array(found, dtype=object))
 """
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=12)
 def test_two_processes_sample_side_by_side(tiny, expected, tmp_path):
     """Each on its half of a 2 x 2 mesh, with unequal work and no lockstep: one has 3 of the prompts, the other 2."""
