@@ -45,6 +45,7 @@ def get_config():
         "give a complete and correct answer of your own.\n\n<draft>\n{draft}\n</draft>"
     )
 
+    config.rewards.format = 0.0  # which refinement is kept depends on its answer alone
     config.rollout.max_completion_length = 6144
     config.rollout.temperature = 1.0
     config.learner.minibatches = 2

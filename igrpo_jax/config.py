@@ -796,10 +796,11 @@ def _custom_rewards(rewards: RewardsConfig) -> Iterator[tuple[str, str]]:
 def _drafts(config: Config) -> Iterator[tuple[str, str]]:
     """Yields what is wrong with the departures from the paper that concern drafts."""
     algorithm = config.algorithm
-    if algorithm.num_generations == 1 and (algorithm.group == "stage" or not algorithm.num_drafts):
+    alone = algorithm.group == "stage" or not algorithm.num_drafts or algorithm.alternate or algorithm.draft_dropout
+    if algorithm.num_generations == 1 and alone:
         fix = "must be at least 2: a group's completions are compared; 1 is for drafts with algorithm.group = prompt"
         yield "algorithm.num_generations", fix
-    if algorithm.train_drafts and algorithm.num_drafts == 1:
+    if algorithm.train_drafts and algorithm.num_drafts == 1 and algorithm.group == "stage":
         fix = "one draft has no other to be compared with; set algorithm.num_drafts to at least 2"
         yield "algorithm.train_drafts", fix
     if algorithm.train_drafts and algorithm.draft_early_stop:

@@ -4,6 +4,7 @@ Token ids are plain int32 numpy arrays on the host until the update; nothing sam
 its way to a loss. Lengths, not pad ids, say which tokens are real. Nothing here imports jax: verifier workers read it.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ class Score:
     @property
     def is_right(self) -> bool:
         """Whether the answer is right: its accuracy is 1. False without an accuracy reward and without a verdict."""
-        return self.rewards.get("accuracy", 0.0) >= 1.0
+        return not math.isnan(self.reward) and self.rewards.get("accuracy", 0.0) >= 1.0
 
 
 # "ok": graded. "unparseable": no answer was found, which is a verdict like any other. "timeout" and "error": the

@@ -192,7 +192,7 @@ def test_smollm2_is_evaluated_from_a_bucket(call, folder, bucket):
 
 
 @pytest.mark.slow(seconds=12)
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.proof), 4])
 def test_a_run_and_its_export_answer_alike(call, model, rank, tmp_path):
     """A checkpoint of float32 weights, or of LoRA's, and the bfloat16 directory made of it, at temperature 0 and at 1:
     red where the checkpoint's own weights are asked, which answers drawn at random tell from the rounded ones.
@@ -226,6 +226,7 @@ evaluate.main(["evaluate", *sys.argv[3:]])
 """
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=18)
 def test_two_processes_split_the_problems_and_end_with_the_files_of_one(call, model, folder, tmp_path):
     """Rounds included: each refines its own problems, and the summary is of all. Killed rows of both are taken up."""

@@ -277,6 +277,7 @@ def test_steps_of_a_nemotron_h(hybrid_files, tmp_path, letters):
     assert not same, same
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=16)
 def test_lora_on_a_nemotron_h(hybrid_files, tmp_path, letters):
     """Adapters of all its linear layers; in the files those of Mamba's z, x, B, C and dt are one tensor."""

@@ -348,7 +348,7 @@ def test_workdirs_that_cannot_be_used(refused, tmp_path):
     ("command", "flags"),
     [
         (main, {"config", "workdir", "coordinator", "processes", "process"}),
-        (aot, {"config", "topology"}),
+        (aot, {"config", "slices", "topology"}),
         (evaluate, {"config", "model", "benchmarks", "samples", "rounds", "workdir", "step", "compare", *cli.CLUSTER}),
         (generate, {"config", "model", "prompt", "prompts", "samples", "rounds", "step", *cli.CLUSTER}),
         (export, {"workdir", "out", "step", "push", "public", "adapter", "help"}),

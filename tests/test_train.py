@@ -35,7 +35,8 @@ def test_a_run_says_that_it_replaces_one_without_a_checkpoint(tmp_path):
     printed = io.StringIO()
     for seed in (0, 1):
         with contextlib.ExitStack() as stack, Console(printed) as console:
-            assert opening._claim(tmp_path, config.Config(seed=seed), stack, console) is False
+            resumes, _ = opening._claim(tmp_path, config.Config(seed=seed), stack, console)
+            assert not resumes
     assert " ".join(printed.getvalue().split()) == (
         f"--workdir {tmp_path}: the run in it ended before its first checkpoint; this one takes its place, with other "
         "settings (seed: 0 -> 1)"
@@ -425,7 +426,7 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
     written = start("2026-11-26", seed=7)
     assert written["data"]["template_date"] == "2026-11-26" and written["seed"] == 7
     fields["seed"] = 7
-    (workdir / "damaged_checkpoints").mkdir()  # from here on the run has something to lose
+    (workdir / "damaged_checkpoints" / "1").mkdir(parents=True)  # from here on the run has something to lose
     assert start("2026-11-27") == written
     tasks.pop(0)
     assert tasks[0].fingerprint == tasks[1].fingerprint

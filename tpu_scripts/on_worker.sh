@@ -67,7 +67,7 @@ run() {
     source ./environment
     set +a
   fi
-  while sleep 60; do keep "$name"; done >/dev/null 2>&1 &
+  while sleep 60; do keep "$name" || true; done >/dev/null 2>&1 &
   keeper=$!
   set -- "$@" --workdir "$(runs)/$name"
   (cd igrpo_jax && exec ../venv/bin/python -m igrpo_jax.main "$@") 2>&1 |

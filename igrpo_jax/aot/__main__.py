@@ -47,7 +47,9 @@ def main(argv: list[str]) -> None:
     began = time.perf_counter()
     with Progress(functools.partial(print, flush=True)) as progress:
         slices = cli.number("slices", given["slices"]) or 1
-        where = f"{slices} x {given['topology']}" if given["topology"] else "the devices of this machine"
+        where = given["topology"] or "the devices of this machine"
+        if slices > 1:
+            where = f"{slices} x {where}"
         progress.message(f"compiling the programs of {given['config']} for {where}; this takes minutes")
         run = compiled(config, given["topology"], slices, progress)
     print("\n".join(["", *table(run), "", *step_lines(run), *dcn_lines(run), "", *conclusion(run)]))

@@ -59,7 +59,7 @@ def _ask(cells: dict[str, Any], hub: Hub, columns: Choices) -> tuple[str, str] |
     else:
         choices.sort(key=lambda choice: hashlib.sha256(f"{question}\n{choice}".encode()).digest())
         letters = [letter for letter, choice in zip(LETTERS, choices, strict=False) if choice == right.strip()]
-    if len(choices) > len(LETTERS) or letters[0] not in LETTERS[: len(choices)]:
+    if not letters or len(choices) > len(LETTERS) or letters[0] not in LETTERS[: len(choices)]:
         return None
     listed = "\n".join(f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
     return f"{question.strip()}\n\n{listed}\n\n{REQUEST}", golds.any_of(letters)

@@ -15,9 +15,9 @@ Two more, off by default, change which prompts are refined. With algorithm.alter
 has no drafts, and the step after it drafts the same prompts (ThinkTwice, 2604.01591). With algorithm.draft_when =
 "unsolved" only a prompt without a right draft goes on to Stage 2. Each position of the step may sample N + G
 completions, as in the paper. Its first prompt has N drafts. If none is right, G refinements follow. If one is, the G
-completions are left to fresh prompts, which take the position one after another: each has N drafts, and goes on to
-Stage 2 only where none is right and G completions are still left. This ends when fewer than N are left, which is at
-none, since N divides G. So a step samples P (N + G) completions whatever is solved, and no position waits for another.
+completions are drafts of fresh prompts, which take the position one after another and are not refined: after N drafts
+fewer than G completions are left. This ends at none, since N divides G. So a step samples P (N + G) completions
+whatever is solved, and no position waits for another.
 """
 
 import functools

@@ -28,7 +28,8 @@ from igrpo_jax.models.decoder import Params
 from igrpo_jax.models.hf_tables import Entry
 from igrpo_jax.storage import addresses
 from igrpo_jax.storage.addresses import failures, is_remote, reason, resolved
-from igrpo_jax.storage.writing import spool_folder, upload_folder
+from igrpo_jax.storage.reading import kept_in
+from igrpo_jax.storage.writing import upload_folder
 
 SHARD = "5GB"  # the most that one file holds; transformers has the same default
 TOKENIZER = (
@@ -54,7 +55,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     check_free(out)
     first = jax.process_index() == 0
     # Left behind only by a process that was killed.
-    temporary = spool_folder(out) if is_remote(out) else out.with_name(f".{out.name}.partial")
+    temporary = kept_in("exports", out) if is_remote(out) else out.with_name(f".{out.name}.partial")
     try:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -16,6 +16,7 @@ import huggingface_hub
 from igrpo_jax import __version__
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS
+from igrpo_jax.data.readers import SUFFIXES
 from igrpo_jax.outputs.workdir import SUPERVISED
 from igrpo_jax.storage.addresses import names
 
@@ -173,7 +174,9 @@ def _without_places(tree: dict[str, Any], above: tuple[str, ...]) -> dict[str, A
 
 
 def _hub_id(path: str) -> str | None:
-    """Returns a hub id; None for paths of this machine and for buckets."""
+    """Returns a hub id; None for paths of this machine, files of problems that are elsewhere, and buckets."""
+    if path.endswith(SUFFIXES):
+        return None
     return path if _HUB_ID.fullmatch(path) and not Path(path).exists() else None
 
 

@@ -141,8 +141,11 @@ def planned(config: Config) -> Config:
         raise InputError("config.algorithm.num_drafts = 0: must be at least 1, the drafts that a probe asks about")
     if not config.rewards.accuracy:
         raise InputError("config.rewards.accuracy = 0: must be above 0, because a probe counts right answers")
+    if config.algorithm.draft_selection == "refined":
+        raise InputError('config.algorithm.draft_selection = "refined": a probe shows one draft; choose "best"')
     return replace(
         config,
+        rewards=replace(config.rewards, judge=replace(config.rewards.judge, budget=0)),  # that of a step is too small
         evaluation=replace(config.evaluation, every=0),
         checkpoint=replace(config.checkpoint, best_metric=""),
         log=replace(config.log, trackers=(), profile_steps=()),

@@ -109,6 +109,10 @@ class Answers:
         asked = [(prompt, path, tokens) for prompt in prompts for path, tokens in self._contexts(prompt)]
         self._sample(params, asked, self._config.algorithm.num_generations, "refine", "refinements")
         answered = [self._answered(prompt) for prompt in prompts]
+        # Those of an earlier start too: else what failed there would count as wrong from the second start on.
+        drawn = [draft for each in answered for draft in each.plain]
+        drawn += [completion for each in answered for refined in each.refined for completion in refined.completions]
+        check_errors([completion.score for completion in drawn], self._config.rewards.max_error_fraction)
         self._rows.join()
         return answered
 
@@ -126,7 +130,8 @@ class Answers:
         first: dict[bool, int] = {}
         for draft in self._kept(prompt):
             first.setdefault(plain[draft].score.is_right, draft)
-        return [((draft,), self._renderer.with_draft(prompt.question, plain[draft].tokens)) for draft in first.values()]
+        shown = lambda draft: self._renderer.with_draft(prompt.question, draft.tokens, draft.score.is_right)
+        return [((draft,), shown(plain[draft])) for draft in first.values()]
 
     def _answered(self, prompt: Prompt) -> Answered:
         plain, size = self._plain(prompt), self._config.algorithm.num_generations

@@ -94,7 +94,8 @@ def measure(
     everyone = drawn.collect(lora.attach(frozen, params, config.model.lora.scaling), prompts)
     answered = [problem for problem in everyone if problem.is_graded]
     if not answered:
-        raise RunError("no problem has a verdict for each of its answers; see whether the judge replies, then go on")
+        fix = "see whether the judge replies, then give another --workdir"
+        raise RunError(f"no problem has a verdict for each of its answers; {fix}")
     if len(answered) < len(everyone):
         console.message(f"{len(everyone) - len(answered)} problems have answers without a verdict and are left out")
     return answered, Gradients(learner, params, frozen, console, folder).measure(answered, asked.gradients)

@@ -120,7 +120,7 @@ def _start(
 
 def _open_scheduler(config: Config, task: Task, learner: Learner) -> Scheduler:
     """Returns the sampler's queue, which training and evaluation share."""
-    policy, memory = task.policy, device_bytes()
+    policy, memory = task.policy, cluster.from_first(device_bytes)  # processes of a team need as many pages
     if memory is not None:
         memory -= overview.resting_bytes(config, task.mesh, learner)
     engine = sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated, memory)

@@ -145,7 +145,7 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
         supervised.learner_config(config), task.policy.model, task.mesh, max_context=task.max_context, total_steps=total
     )
     resumes, _ = cluster.from_first(functools.partial(_claim, workdir, task))
-    stack.enter_context(locked(workdir))
+    still_ours = stack.enter_context(locked(workdir))
     console.table("Supervised start", _overview(task, workdir))
     store = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     stack.enter_context(showing_waits(console.waiting))
@@ -167,8 +167,10 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
                 raise Preempted
             state = _step(task, learner, state, step, progress, writer, console)
             done = step
+            still_ours()
             store.save(step, state, {"step": step}, force=step == total)
     except Preempted:
+        still_ours()
         store.save(done, state, {"step": done}, force=True)
         store.wait()
         raise Preempted(f"preempted: step {done} of {total} is saved in {workdir}") from None

@@ -74,7 +74,8 @@ def _remove_others(copy: Path, objects: dict[str, Any]) -> None:
     if copy.is_file():
         copy.unlink()
     for file in [file for file in copy.rglob("*") if file.is_file()]:
-        if file.relative_to(copy).as_posix() not in objects:
+        is_arriving = file.name.startswith(".") and file.suffix == ".tmp"  # another process fetches it
+        if not is_arriving and file.relative_to(copy).as_posix() not in objects:
             file.unlink()
 
 

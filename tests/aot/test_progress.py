@@ -57,7 +57,7 @@ def test_the_first_line_is_printed_before_jax_is_loaded(tmp_path, monkeypatch, c
     file = tmp_path / "config.py"
     file.write_text(whole_runs.CONFIG)
 
-    def topology(name):
+    def topology(name, slices):
         assert capsys.readouterr().out == f"compiling the programs of {file} for v5e:2x2; this takes minutes\n"
         sys.exit(9)
 

@@ -13,6 +13,7 @@ from igrpo_jax import config
 from igrpo_jax.data.problems import Row
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import cluster, sharding
+from igrpo_jax.distributed.teams import Team
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import planning, results, summaries
 from igrpo_jax.evaluation.evaluator import Evaluator
@@ -260,15 +261,21 @@ def test_the_draft_is_in_the_prompt_as_it_was_sampled(evaluator, params, monkeyp
         assert one.index == other.index and (one.key != other.key).any()
 
 
+def become(part, number, monkeypatch):
+    """Makes `part` the evaluator of process `number` of two, each of which samples by itself."""
+    part._process, part._processes = number, 2
+    monkeypatch.setattr(part._scheduler.engine, "team", Team(number, 2))
+
+
 @pytest.mark.slow
-def test_processes_split_the_problems(evaluator, params, tmp_path):
+def test_processes_split_the_problems(evaluator, params, tmp_path, monkeypatch):
     """In turn, here; `test_evaluate` has two that run side by side."""
     whole = evaluator(evaluation__rounds=1).run(params, tmp_path / "whole")
     parts = [evaluator(evaluation__rounds=1) for _ in range(2)]
-    for number, part in enumerate(parts):
-        part._process, part._processes = number, 2
+    become(parts[1], 1, monkeypatch)
     parts[1].sampled(params, "small", tmp_path / "parts", resume=True)
     assert {json.loads(line)["index"] for line in (tmp_path / "parts" / "small.process-1.jsonl").open()} == {3, 9}
+    become(parts[0], 0, monkeypatch)
     assert parts[0].run(params, tmp_path / "parts", resume=True) == whole
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["small.jsonl", "summary.json", "summary.md"]
@@ -282,9 +289,9 @@ def test_without_a_folder_processes_send_each_other_their_rows(evaluator, params
     sent = []
     monkeypatch.setattr(cluster, "gather", lambda data: (sent.append(data), sent)[1])
     monkeypatch.setattr(cluster, "any_of", bool)
-    for number, part in enumerate(parts):
-        part._process, part._processes = number, 2
+    become(parts[1], 1, monkeypatch)
     assert len(list(parts[1].sampled(params, "small", chains=("vote",)).values())) < len(list(whole.values()))
+    become(parts[0], 0, monkeypatch)
     assert answers(parts[0].sampled(params, "small", chains=("vote",))) == answers(whole)
 
 

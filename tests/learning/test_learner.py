@@ -234,6 +234,7 @@ def test_shared_equals_unshared(build, tiny, base):
     assert_same_metrics(metrics, base[1])
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_hybrid_shared_equals_unshared(hybrid):
     """The states after a context are those that all its completions start from."""

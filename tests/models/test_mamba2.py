@@ -287,7 +287,7 @@ def test_a_completion_is_seen_by_itself_alone(hybrid):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1)])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.proof)])
 def test_a_mesh_changes_nothing_of_packed_axes(hybrid, sizes):
     """Shards over `data` and `fsdp`, heads and groups over `tensor`: outputs and gradients, under remat."""
     c, weights, _, _ = of_layer(hybrid)

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from igrpo_jax.distributed.teams import Team
 from igrpo_jax.sampling.programs import WIDTH, Sizes
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
@@ -256,6 +257,10 @@ class Engine:
         self.shard_slots, self.slots = sizes.shard_slots, sizes.shard_slots * shards
         self.programs = SimpleNamespace(reads={1: (), sizes.shard_slots: ()})
         self.dispatches = 0
+        self.team = Team()
+
+    def ended(self):
+        pass
 
     def weights(self, params):
         return params
