@@ -350,7 +350,7 @@ def test_the_configuration_file_of_the_page_trains_and_evaluates(tmp_path, monke
     model_files.save_byte_model(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    changed = {"model.path": "model", "steps": 1, "log.trackers": (), "compilation_cache": ""}
+    changed = {"model.path": "model", "steps": 1, "log.trackers": (), "compilation_cache": "", "rollout.slots": 8}
     igrpo_jax.train_model(load_config("mine.py", changed), "runs/mine")
     rows = [json.loads(line) for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
     assert any({"rewards/accuracy/mean", "rewards/short/mean"} <= row.keys() for row in rows)

@@ -123,6 +123,7 @@ def texts(out: Path) -> list[str]:
     return [json.loads(line)["text"] for line in (out / "mine.jsonl").open()]
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=10)
 def test_a_run_and_its_weights_elsewhere_answer_alike(call, model, run, folder, tmp_path):
     """Greedy answers of a checkpoint and of the Hugging Face directory with the same weights."""

@@ -444,6 +444,7 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
     assert day in str(caught.value)
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_learning_rate_zero_changes_nothing_but_is_evaluated(tmp_path):
     run(tmp_path, tmp_path / "run", "optimizer.learning_rate=0", "steps=2")

@@ -290,6 +290,7 @@ def test_a_public_model_is_described_without_a_download():
     assert described.num_params == pytest.approx(7.62e9, rel=0.01)
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_gradients_of_weights_are_not_left_to_the_end():
     """What they are products of would wait for them: of each of 6 layers 4,096 tokens x 2,048, three times."""

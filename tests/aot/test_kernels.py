@@ -15,6 +15,7 @@ pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
 pytestmark = pytest.mark.usefixtures("environment")
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=30)
 def test_attention_of_a_packed_axis_compiles():
     """Of the heads of Qwen2-7B, with short and with full loops, in memory that grows with the tokens alone."""

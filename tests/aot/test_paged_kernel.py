@@ -89,6 +89,7 @@ def test_decoding_with_heads_on_two_chips():
     check(*compiled("v5e:2x2", 2, heads=12, kv_heads=2, size=128, sequences=128, positions=32768, count=16))
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=25)
 def test_a_chunk_of_prompts():
     """2,048 tokens of up to eight prompts, as `test_decoding`."""

@@ -215,6 +215,7 @@ def test_factors_lie_as_their_weight_does():
     assert spec("blocks/1/mixer/down_proj/lora_b") == (None, "fsdp")
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=15)
 def test_memory_is_that_of_adapters_and_one_sublayer(tiny):
     """Of wider layers, so that weights are what counts: moments, gradients and master weights of adapters only, and
