@@ -21,9 +21,11 @@ if [[ ${FLAG[shared]} == gs://* ]]; then
   run mkdir -p "$to/$run" "$to/$run.logs"
   copy=(gcloud storage rsync --recursive)
   [[ ${FLAG[project]} == - ]] || copy+=("--project=${FLAG[project]}")
-  run "${copy[@]}" "${FLAG[shared]}/runs/$run.logs" "$to/$run.logs"
+  logs=("${copy[@]}")
   [[ ${SWITCH[checkpoints]} ]] || copy+=('--exclude=^(checkpoints|export|reference)/')
   run "${copy[@]}" "${FLAG[shared]}/runs/$run" "$to/$run"
+  # Runs on GKE have no logs there, and others have none in their first minute.
+  run "${logs[@]}" "${FLAG[shared]}/runs/$run.logs" "$to/$run.logs" || echo "fetch.sh: no logs of $run yet" >&2
 else
   [[ ${FLAG[name]} != - && ${FLAG[zone]} != - ]] ||
     die "--name, --zone: missing; ${FLAG[shared]} is read through a worker"

@@ -176,7 +176,7 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
         raise Preempted(f"preempted: step {done} of {total} is saved in {workdir}") from None
     with console.phase("writing the last checkpoint"):
         store.wait()
-    console.message(f"step {total} is in {workdir}; python -m igrpo_jax.export --workdir {workdir} --out HF_DIR")
+    console.message(f"step {done} is in {workdir}; python -m igrpo_jax.export --workdir {workdir} --out HF_DIR")
 
 
 def _step(
@@ -224,10 +224,11 @@ def _claim(workdir: Path, task: SupervisedTask) -> tuple[bool, list[str]]:
         InputError: it holds another run, a run of reinforcement learning, or a start on other examples.
     """
     kind, present = workdir / SUPERVISED, names(workdir)
-    if "config.json" in present and kind.name not in present:
+    # A start that was killed before it wrote this file has neither checkpoints nor samples.
+    if kind.name not in present and present & {"checkpoints", "samples"}:
         raise InputError(f"--workdir {workdir}: holds a run that is no supervised start; give another folder")
     claim = prepare_workdir(workdir, task.config)
-    if claim.resumes and json.loads(read_bytes(kind))["examples"] != task.fingerprint:
+    if claim.resumes and kind.name in present and json.loads(read_bytes(kind))["examples"] != task.fingerprint:
         raise InputError(
             f"config.data.train = {task.config.data.train!r}: its examples are not those that the start in {workdir} "
             "began with; bring them back, or give another --workdir"
