@@ -7,6 +7,7 @@ import pytest
 from model_files import error_of, save_byte_model
 
 from igrpo_jax import config, export
+from igrpo_jax.outputs import workdir as workdirs
 from igrpo_jax.outputs.writer import rows_until
 from igrpo_jax.session import opening, supervised
 
@@ -53,9 +54,13 @@ def test_what_a_supervised_start_needs(settings, tmp_path):
     assert "needs a model and solutions" in error_of(supervised.open_supervised, bare)
     short = dataclasses.replace(settings, rollout=config.RolloutConfig(max_completion_length=8))
     assert "all 20 solutions are longer" in error_of(supervised.open_supervised, short)
-    (tmp_path / "config.json").write_text("{}")
     task = supervised.open_supervised(settings)
-    assert "holds a run that is no supervised start" in error_of(supervised._claim, tmp_path, task)
+    (tmp_path / "of_a_run" / "samples").mkdir(parents=True)
+    (tmp_path / "of_a_run" / "config.json").write_text("{}")
+    assert "holds a run that is no supervised start" in error_of(supervised._claim, tmp_path / "of_a_run", task)
+    # One that was killed as soon as it had written its settings.
+    workdirs.prepare_workdir(tmp_path / "killed", task.config)
+    assert supervised._claim(tmp_path / "killed", task) == (True, [])
     tree = config.default()
     tree.sft.draft_fraction = 0.5
     assert "config.sft.draft_column = ''" in error_of(config.freeze, tree)

@@ -590,11 +590,11 @@ def test_results_come_from_the_bucket_or_from_worker_0(cloud, tmp_path):
     to = str(tmp_path / "here")
     bucket = ("--shared", "gs://b", "--to", to)
     assert cloud.run("fetch.sh", *bucket).returncode == 0
-    logs, results = cloud.calls
+    results, logs = cloud.calls
     assert logs[-2:] == ["gs://b/runs/igrpo.logs", f"{to}/igrpo.logs"]
     assert results[-3:] == ["--exclude=^(checkpoints|export|reference)/", "gs://b/runs/igrpo", f"{to}/igrpo"]
     assert cloud.run("fetch.sh", *bucket, "--checkpoints").returncode == 0
-    assert cloud.calls[-1][-3:] == ["--recursive", "gs://b/runs/igrpo", f"{to}/igrpo"]
+    assert cloud.calls[-2][-3:] == ["--recursive", "gs://b/runs/igrpo", f"{to}/igrpo"]
 
 
 def test_results_come_through_worker_0_from_a_server(cloud, tmp_path):

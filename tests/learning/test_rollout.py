@@ -280,7 +280,7 @@ def test_a_verifier_that_hangs_dies_and_raises(collect, rollout, tmp_path, monke
     """Nothing deadlocks, no sample is lost or scored twice; what has no verdict says why and scores 0."""
     (tmp_path / "faulty_rewards.py").write_text(FAULTY)
     monkeypatch.syspath_prepend(tmp_path)
-    settings = config.RewardsConfig(accuracy=0.0, format=0.0, custom="faulty_rewards:faulty", workers=2, timeout=1.0)
+    settings = config.RewardsConfig(accuracy=0.0, format=0.0, custom="faulty_rewards:faulty", workers=2, timeout=2.0)
     with Verifier(settings) as verifier:
         groups, metrics = collect(verifier, rewards__max_error_fraction=1.0)
     plain, _ = rollout
