@@ -109,10 +109,6 @@ class Answers:
         asked = [(prompt, path, tokens) for prompt in prompts for path, tokens in self._contexts(prompt)]
         self._sample(params, asked, self._config.algorithm.num_generations, "refine", "refinements")
         answered = [self._answered(prompt) for prompt in prompts]
-        # Those of an earlier start too: else what failed there would count as wrong from the second start on.
-        drawn = [draft for each in answered for draft in each.plain]
-        drawn += [completion for each in answered for refined in each.refined for completion in refined.completions]
-        check_errors([completion.score for completion in drawn], self._config.rewards.max_error_fraction)
         self._rows.join()
         return answered
 
@@ -150,21 +146,38 @@ class Answers:
         stage: str,
         what: str,
     ) -> None:
-        """Draws and scores those of `count` samples of each prompt that the rows lack."""
+        """Draws and scores those of `count` samples of each prompt that the rows lack.
+
+        Raises:
+            VerifierError: too many gradings failed. Those of an earlier start count, or what failed there would be
+                taken for wrong answers from the second start on.
+        """
         missing = [(*each, range(len(self._rows.of(each[0].index, each[1])), count)) for each in asked]
-        done = sum(count - len(numbers) for *_, numbers in missing)
-        if done == len(asked) * count:
-            return
-        settings, right, scores = self._config.rollout, 0, []
+        if any(numbers for *_, numbers in missing):
+            self._draw(params, missing, len(asked) * count, stage, what)
+        rows = [row for prompt, path, _ in asked for row in self._rows.of(prompt.index, path)[:count]]
+        scores = [completion_of(row, stage).score for row in rows]
+        check_errors(scores, self._config.rewards.max_error_fraction)
+
+    def _draw(
+        self,
+        params: decoder.Params,
+        missing: Sequence[tuple[Prompt, tuple[int, ...], np.ndarray, range]],
+        total: int,
+        stage: str,
+        what: str,
+    ) -> None:
+        """Draws and scores the samples of these numbers; `total` counts those that are there already too."""
+        done = total - sum(len(numbers) for *_, numbers in missing)
+        settings, right, drawn = self._config.rollout, 0, 0
         key = stage_key(self._config.seed, 0, STAGES[stage])  # steps of training begin at 1
-        with self._console.phase(what, len(asked) * count, done) as update, watchdog.phase("rollout", what):
+        with self._console.phase(what, total, done) as update, watchdog.phase("rollout", what):
 
             def scored(prompt: Prompt, path: tuple[int, ...], completion: Completion) -> None:
-                nonlocal done, right
+                nonlocal done, right, drawn
                 self._rows.add(_row(prompt, path, completion))
-                scores.append(completion.score)
-                done, right = done + 1, right + completion.score.is_right
-                update(done, f"right {right / len(scores):.3f}")
+                done, drawn, right = done + 1, drawn + 1, right + completion.score.is_right
+                update(done, f"right {right / drawn:.3f}")
 
             self._scheduler.start(params, Sampling(settings.temperature, settings.top_p, settings.top_k))
             for prompt, path, tokens, numbers in missing:
@@ -184,7 +197,6 @@ class Answers:
                     )
             sample_and_score(self._scheduler, self._verifier.submit, self._renderer)
             self._scheduler.finish()
-        check_errors(scores, self._config.rewards.max_error_fraction)
 
 
 def kept_drafts(plain: Sequence[Completion], drafts: int, selection: str, seed: Sequence[int]) -> list[int]:

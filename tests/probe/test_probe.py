@@ -56,6 +56,10 @@ def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatc
     printed = call()
     assert "plain answers ..." not in printed and "refinements ..." not in printed  # all is there
     assert "holds an evaluation of another kind (seed: 0 -> 1" in call("--config.seed=1", code=2)
+    # What failed in an earlier start is no wrong answer in a later one.
+    failed = [json.dumps(json.loads(row) | {"status": "error"}) + "\n" for row in rows]
+    (out / "answers.jsonl").write_text("".join(failed))
+    assert "of 12 gradings 0 timed out, 12 failed" in call(code=1)
 
 
 def test_model_text_is_escaped(tmp_path):
