@@ -1,5 +1,5 @@
 """When two mathematical answers are equal, and what the answer of a text is. Pure Python.
 
 In order: exact, functions, spelling, tokens, spoken, units, numerals, expression, nodes, regions, words, leaves,
-answers, symbolic, extraction, golds, comparison, grader.
+letters, answers, symbolic, extraction, golds, comparison, grader.
 """

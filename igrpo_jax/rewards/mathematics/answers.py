@@ -13,7 +13,7 @@ Limit: MAX_PARTS.
 import itertools
 import re
 
-from igrpo_jax.rewards.mathematics import leaves, regions, spoken, words
+from igrpo_jax.rewards.mathematics import leaves, letters, regions, spoken, words
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
 from igrpo_jax.rewards.mathematics.nodes import Choice, Leaf, Matrix, Named, Node, Region, Relation, Sequence, Words
 from igrpo_jax.rewards.mathematics.tokens import Token, is_enclosed, latex, split, tokenize
@@ -34,7 +34,7 @@ def read(answer: str) -> Node | None:
         day = words.date(answer)
         if day:
             return Words(day, day)
-        answer = words.without_label(spoken.rewritten(answer))
+        answer = words.without_label(spoken.rewritten(letters.unnamed(answer)))
     tokens = tokenize(answer)
     while tokens and tokens[-1].is_in(_EDGES):
         tokens.pop()
@@ -126,25 +126,13 @@ def _signs(tokens: list[Token]) -> list[list[Token]]:
     return readings
 
 
-# Behind the letter of a choice: another letter, or words that take it back or name a second one.
-_NO_CONTENT = re.compile(r"[\s{(,]*(?:(?:or|and|is|not|isn)\b|[A-J](?:\s*[).]|\s*$))")
-
-
 def _choice(tokens: list[Token], nested: int) -> Node | None:
     """Reads `(D) Alina`, `D) 12` or `\\textbf{(D)}\\ 12`, and `D)` or `D.` as the letter alone."""
-    is_text = tokens[0].kind == "text"
-    length = 1 if is_text else 2 + (tokens[0].text == "(")
-    label = "".join(token.text for token in tokens[:length])
-    match, rest = re.fullmatch(r"\s*\(?([A-J])[).:]+\s*" if is_text else r"\(?([A-J])[).]", label), tokens[length:]
-    if not match or (tokens[0].text == "(" and not rest):
+    label = letters.split_label(tokens)
+    if label is None:
         return None
-    letter = Leaf(match[1], Value.symbol(match[1]))
-    if not rest:
-        return letter
-    is_apart = rest[0].spaced or is_text or (rest[0].kind in ("text", "letters") and tokens[1].text != ".")
-    if not is_apart or rest[0].text in words.OPERATORS or _NO_CONTENT.match(" ".join(t.text for t in rest[:3])):
-        return None
-    return Choice(latex(tokens), letter, _read(rest, nested + 1))
+    letter, rest = Leaf(label[0], Value.symbol(label[0])), label[1]
+    return Choice(latex(tokens), letter, _read(rest, nested + 1)) if rest else letter
 
 
 def _read_unlisted(tokens: list[Token], nested: int, from_text: bool = False) -> Node:

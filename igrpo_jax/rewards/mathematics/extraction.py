@@ -46,6 +46,8 @@ _CLAUSE = re.compile(
     r"[.!?;]?\s+(?:because|since|so|which|as|for|where|when|therefore)\b"
     r"|,\s+(?:it|but|because|since|so|which|as|the|this|that|we|not)\b|[.!?](?:\s|$)|\n"
 )
+# "B. Alina or C. Ben": the end of the first sentence is no end of what is stated.
+_TWO_CHOICES = re.compile(r"\(?[A-J][).:]\s[^\n]{1,200}?(?:\b(?:or|and)|,)\s+\(?[A-J][).:]\s[^\n]{0,200}")
 _IS = re.compile(r"\s(?:is|are|equals)\s(?!not\b)")
 
 _LAST_STATEMENTS = 8  # how many are tried, from the last one
@@ -218,6 +220,8 @@ def _stated(text: str, phrase: re.Match) -> str | None:
 
 def _clause(text: str) -> str:
     """Returns the clause that `text` begins with, or its formula alone where no word beside it may change it."""
+    if choices := _TWO_CHOICES.match(text):
+        return choices[0]
     first = _MATH.match(text)
     start = first.end() if first else 0
     clause = text[:start] + _CLAUSE.split(text[start:], maxsplit=1)[0]

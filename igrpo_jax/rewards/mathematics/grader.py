@@ -26,7 +26,8 @@ Conventions, where usage differs:
   list equals a set, and it equals a tuple in the same order. A tuple is no set. (a, b) is a pair or an interval,
   depending on the other side. A column equals a row vector, ⟨a, b⟩ and (a, b). ± stands for both values. The answer
   "1/2 or 0.5" is one value.
-- A single letter equals `(D)`, `D.` and `(D) Alina`. Words are compared without case; a single letter keeps its case.
+- A single letter equals `(D)`, `D.`, `(D) Alina`, `D: Alina` and "Option D", but no text that names a second letter.
+  Words are compared without case; a single letter keeps its case.
   Words of four and more letters, and capitals such as CD, are names and not products.
 - k, m or n beside π stands for any integer: kπ, nπ and (k + 1)π are the same answer.
 - Symbols under roots are read as positive. log without a base is not taken for ln. 2:4 is 1:2, but not as times of day.

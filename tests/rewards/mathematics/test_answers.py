@@ -95,6 +95,7 @@ def shape(node):
         ("(D) Alina", ("choice", "D", "words alina")),
         (r"\textbf{(D)}\ 12", ("choice", "D", "12")),
         ("D)", "D"),
+        ("Option D: Alina", ("choice", "D", "words alina")),
         ("(A)(B)", "(A)(B)"),  # a product
         (r"\text{no solution}", "words empty set"),
         (r"\{\}", "words empty set"),

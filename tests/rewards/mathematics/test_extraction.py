@@ -34,6 +34,8 @@ EXTRACTED = [
     ("The answer is 42", "42"),
     ("Therefore, answer is 189.\n\nAnother thought", "189"),
     ("The answer is 3.5.", "3.5"),
+    ("The answer is B. Alina", "B"),
+    ("The answer is B. Alina or C. Ben\nI hope so", "B. Alina or C. Ben"),
     ("The answer is 42 because geometry proves it", "42"),
     ("**Final Answer:** 73", "73"),
     ("Final Answer: **73**", "73"),
