@@ -14,17 +14,16 @@ from pathlib import Path
 import jax
 
 from igrpo_jax.config import Config
-from igrpo_jax.distributed import preemption, watchdog
+from igrpo_jax.distributed import watchdog
 from igrpo_jax.distributed.preemption import Preempted
-from igrpo_jax.distributed.programs import compilations, peak_memory, use_disk_cache
+from igrpo_jax.distributed.programs import compilations, peak_memory
 from igrpo_jax.learning import credit
 from igrpo_jax.learning.train_state import TrainState
-from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.metrics import rollout_metrics
 from igrpo_jax.session import ending
 from igrpo_jax.session.opening import open_run
 from igrpo_jax.session.run import Run, StepResult
-from igrpo_jax.storage.addresses import path_of
+from igrpo_jax.session.surroundings import surroundings
 from igrpo_jax.storage.writing import spool_folder
 
 OnStep = Callable[[int, Mapping[str, float]], object]
@@ -43,14 +42,10 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
         RunError: the run cannot go on: a full disk, too many verifier failures or steps that are not finite.
         Preempted: SIGTERM came, and what can be resumed is saved.
     """
-    workdir = path_of(f"--workdir {workdir}", workdir)
-    use_disk_cache(config.compilation_cache)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(preemption.noticed(config.checkpoint.preemption_grace))
-        console = stack.enter_context(Console())
-        if ending.is_finished(workdir, config, console):
+    with surroundings(config, workdir) as (path, console, stack):
+        if ending.is_finished(path, config, console):
             return
-        run, state = open_run(config, workdir, console, stack)
+        run, state = open_run(config, path, console, stack)
         done = run.first_step
         try:
             for step in range(run.first_step + 1, run.task.total_steps + 1):

@@ -35,6 +35,9 @@ class Bucket:
     def write(self, name: str, content: str | bytes) -> None:
         self._files.pipe_file(self / name, content.encode() if isinstance(content, str) else content)
 
+    def remove(self, name: str) -> None:
+        self._files.rm_file(self / name)
+
     def read(self, name: str) -> str:
         return self._files.cat_file(self / name).decode()
 

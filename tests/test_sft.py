@@ -2,14 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 
+import jax
+import numpy as np
 import pytest
 from model_files import error_of, save_byte_model
 
 from igrpo_jax import config, export
+from igrpo_jax.distributed import sharding
+from igrpo_jax.outputs import weights
 from igrpo_jax.outputs import workdir as workdirs
+from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.writer import rows_until
 from igrpo_jax.session import opening, supervised
+from igrpo_jax.storage import lease as leases
+from igrpo_jax.storage import writing
+from igrpo_jax.storage.addresses import path_of
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +56,59 @@ def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path):
     assert "holds a supervised start; export it, and train the export (model.path) in another --workdir" in message
 
 
-def test_what_a_supervised_start_needs(settings, tmp_path):
-    import dataclasses
+def uploads(monkeypatch):
+    """Returns the list to which the name of each file is added that is uploaded, where nothing is after a time."""
+    monkeypatch.setattr(leases, "SETTLED", 0.01)
+    monkeypatch.setattr(writing, "EVERY", 1e9)
+    uploaded, upload = [], writing.upload
+    monkeypatch.setattr(writing, "upload", lambda file, path: uploaded.append(path.name) or upload(file, path))
+    return uploaded
 
-    bare = dataclasses.replace(settings, model=config.ModelConfig(), data=config.DataConfig())
+
+@pytest.mark.proof
+def test_a_start_in_a_bucket_goes_on_and_equals_one_in_a_folder(settings, tmp_path, bucket, monkeypatch):
+    uploaded = uploads(monkeypatch)
+    settings = replace(settings, checkpoint=config.CheckpointConfig(every=2))
+    supervised.train_supervised(settings, tmp_path / "run")
+    supervised.train_supervised(settings, bucket / "run")
+    assert uploaded == ["metrics.jsonl"] * 2  # with the checkpoints of steps 2 and 3, and none of step 1
+    for name in [name for name in bucket.names() if name.startswith("run/checkpoints/3/")]:
+        bucket.remove(name)
+    supervised.train_supervised(settings, bucket / "run")
+    assert losses(path_of("", bucket / "run")) == losses(tmp_path / "run")
+    assert uploaded == ["metrics.jsonl"] * 3 and "run/.lock" not in bucket.names()
+    mine, theirs = (saved(settings, path) for path in (path_of("", bucket / "run"), tmp_path / "run"))
+    assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+
+
+def saved(settings, workdir):
+    """The parameters of the last checkpoint, by name, on the host."""
+    task = supervised.open_supervised(settings)
+    with jax.set_mesh(task.mesh), Console() as console:
+        params, step = weights.saved(task.config, task.policy, workdir, task.mesh, console, None, "float32")
+    assert step == 3
+    return {name: np.asarray(x) for name, x in params.items()}
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_start_on_a_mesh_equals_one_on_a_device(settings, tmp_path, rank, monkeypatch):
+    """All weights, and LoRA's alone, with two replicas of weights that four devices share."""
+    lora = config.LoraConfig(rank=rank, alpha=4.0)
+    settings = replace(settings, model=replace(settings.model, lora=lora), mesh=config.MeshConfig(data=2))
+    supervised.train_supervised(settings, tmp_path / "mesh")
+    alone = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: alone)
+    supervised.train_supervised(settings, tmp_path / "alone")
+    mine, theirs = losses(tmp_path / "mesh"), losses(tmp_path / "alone")
+    np.testing.assert_allclose(mine, theirs, rtol=2e-5)
+    assert mine[2] < mine[0]
+
+
+def test_what_a_supervised_start_needs(settings, tmp_path):
+    bare = replace(settings, model=config.ModelConfig(), data=config.DataConfig())
     assert "needs a model and solutions" in error_of(supervised.open_supervised, bare)
-    short = dataclasses.replace(settings, rollout=config.RolloutConfig(max_completion_length=8))
+    short = replace(settings, rollout=config.RolloutConfig(max_completion_length=8))
     assert "all 20 solutions are longer" in error_of(supervised.open_supervised, short)
     task = supervised.open_supervised(settings)
     (tmp_path / "of_a_run" / "samples").mkdir(parents=True)

@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,13 @@ class Checkpointer:
         self.close()
 
     def save(
-        self, step: int, state: Any, meta: dict[str, Any], force: bool = False, score: float | None = None
+        self,
+        step: int,
+        state: Any,
+        meta: dict[str, Any],
+        force: bool = False,
+        score: float | None = None,
+        before: Callable[[], None] = lambda: None,
     ) -> bool:
         """Starts to save `state` where `step` is a multiple of `settings.every`, or at any step with `force`.
 
@@ -82,6 +88,8 @@ class Checkpointer:
 
         Args:
             score: the value by which the best checkpoint is chosen; a step without a score never is the best.
+            before: is called before a save is started, and brings the rows that the checkpoint counts on to the disk
+                or into the bucket.
 
         Returns:
             Whether a save was started.
@@ -98,6 +106,7 @@ class Checkpointer:
         if bad:
             raise RunError(f"step {step}: not saved, {bad[0]} of the training state is not finite{self._last_good()}")
         self._check_space(sum(x.nbytes for x in jax.tree.leaves(state)))
+        before()
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta | {"checksums": sums})
         )

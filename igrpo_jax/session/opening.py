@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from igrpo_jax.config import Config, to_dict
+from igrpo_jax.config import Config
 from igrpo_jax.data.builtin import TASKS
 from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.distributed.compiling import Wanted, compiling
@@ -38,6 +38,7 @@ from igrpo_jax.session import ending, overview
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run import Run
 from igrpo_jax.session.supervised import refuse_supervised
+from igrpo_jax.session.surroundings import enter_mesh
 from igrpo_jax.session.task import Task, open_task, sampler
 
 
@@ -58,9 +59,7 @@ def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.
     task = open_task(config, cluster.from_first(functools.partial(recorded_date, workdir)))
     config = task.config
     problems = {"training problems": task.fingerprint, "evaluation problems": task.evaluated.fingerprint}
-    cluster.check_same({"config": to_dict(config), **problems})
-    stack.enter_context(jax.set_mesh(task.mesh))
-    stack.enter_context(watchdog.watching(config.watchdog))
+    enter_mesh(stack, config, task.mesh, problems)
     with watchdog.phase("start"):
         return _start(config, task, workdir, console, stack)
 

@@ -158,14 +158,13 @@ class Run:
         """
         config, best_metric = self.config, self.config.checkpoint.best_metric
         self.check_lock()
-        self.writer.sync()
         read = config.algorithm.batches_until(step) * config.prompts_per_step
         epoch, index = divmod(read, len(self.task.prompts))
         meta = {"step": step, "seed": config.seed, "epoch": epoch, "index": index, "metrics_rows": self.writer.rows}
         meta |= {"data": self.task.fingerprint} | self.progress.meta()
         force = force or step in (0, self.task.total_steps) or self.progress.is_best(step, best_metric)
         score = self.progress.scores.get(step, {}).get(best_metric)
-        self.checkpointer.save(step, state, meta, force=force, score=score)
+        self.checkpointer.save(step, state, meta, force=force, score=score, before=self.writer.sync)
 
     def stop_if_preempted(self) -> None:
         """Raises Preempted where any process has had a notice, so that all leave after the same step."""

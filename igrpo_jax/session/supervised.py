@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from igrpo_jax.config import Config, to_dict
+from igrpo_jax.config import Config
 from igrpo_jax.data import problems, solutions
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import cluster, preemption, sharding, watchdog
 from igrpo_jax.distributed.preemption import Preempted
-from igrpo_jax.distributed.programs import peak_memory, showing_waits, use_disk_cache
+from igrpo_jax.distributed.programs import peak_memory, showing_waits
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.learning import supervised
 from igrpo_jax.learning.learner import Learner
@@ -37,7 +37,8 @@ from igrpo_jax.outputs.workdir import SUPERVISED, locked, prepare_workdir, recor
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Prompt
 from igrpo_jax.session.progress import Progress
-from igrpo_jax.storage.addresses import names, path_of
+from igrpo_jax.session.surroundings import enter_mesh, surroundings
+from igrpo_jax.storage.addresses import names
 from igrpo_jax.storage.reading import read_bytes
 
 
@@ -81,16 +82,10 @@ def train_supervised(config: Config, workdir: str | Path) -> None:
         RunError: the run cannot go on: a full disk, or steps that are not finite.
         Preempted: SIGTERM came, and what can be resumed is saved.
     """
-    workdir = path_of(f"--workdir {workdir}", workdir)
-    use_disk_cache(config.compilation_cache)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(preemption.noticed(config.checkpoint.preemption_grace))
-        console = stack.enter_context(Console())
-        task = open_supervised(config, cluster.from_first(functools.partial(recorded_date, workdir)))
-        cluster.check_same({"config": to_dict(task.config), "examples": task.fingerprint})
-        stack.enter_context(jax.set_mesh(task.mesh))
-        stack.enter_context(watchdog.watching(config.watchdog))
-        _run(task, workdir, console, stack)
+    with surroundings(config, workdir) as (path, console, stack):
+        task = open_supervised(config, cluster.from_first(functools.partial(recorded_date, path)))
+        enter_mesh(stack, task.config, task.mesh, {"examples": task.fingerprint})
+        _run(task, path, console, stack)
 
 
 def open_supervised(config: Config, recorded_date: str | None = None) -> SupervisedTask:
@@ -168,14 +163,15 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
             state = _step(task, learner, state, step, progress, writer, console)
             done = step
             still_ours()
-            store.save(step, state, {"step": step}, force=step == total)
+            store.save(step, state, {"step": step}, force=step == total, before=writer.sync)
     except Preempted:
         still_ours()
-        store.save(done, state, {"step": done}, force=True)
+        store.save(done, state, {"step": done}, force=True, before=writer.sync)
         store.wait()
         raise Preempted(f"preempted: step {done} of {total} is saved in {workdir}") from None
     with console.phase("writing the last checkpoint"):
         store.wait()
+    writer.sync()
     console.message(f"step {done} is in {workdir}; python -m igrpo_jax.export --workdir {workdir} --out HF_DIR")
 
 
@@ -202,7 +198,6 @@ def _step(
     row: dict[str, Any] = supervised.metrics(learned, made)
     row |= {"perf/step_time": time.perf_counter() - began, "perf/wall_time": time.time(), **peak_memory()}
     writer.write(step, row)
-    writer.sync()
     progress.count_skipped(round(row["nonfinite_steps"]))
     if progress.skipped_in_a_row >= config.learner.max_nonfinite_steps:
         raise RunError(

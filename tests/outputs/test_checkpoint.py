@@ -83,6 +83,17 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
 
 
+def test_rows_are_brought_to_safety_where_a_checkpoint_counts_on_them(tmp_path):
+    """Before a save that is due, and at no other step: in a bucket that would upload all rows with each step."""
+    store, events = checkpoint.Checkpointer(tmp_path, config_lib.CheckpointConfig(every=2)), []
+    saved = {"x": jax.device_put(jnp.zeros(2), NamedSharding(mesh_of(1, 1, 1), PartitionSpec()))}
+    with store:
+        for step in (1, 2, 3, 4, 4):
+            before = lambda step=step: events.append((step, store.latest_step()))
+            store.save(step, saved, {}, force=step == 3, before=before)
+    assert events == [(2, None), (3, 2), (4, 3)]
+
+
 needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 EVERY_STEP = config_lib.CheckpointConfig(every=1, keep=2)
 
