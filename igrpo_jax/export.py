@@ -49,14 +49,12 @@ def main(argv: list[str]) -> None:
     if values.public and not values.push:
         raise InputError("--public: is about the repository of --push; give that too, or leave it out")
     jax.config.update("jax_platforms", "cpu")
-    with tempfile.TemporaryDirectory(prefix="igrpo-export-") as folder:
-        out = values.out or Path(folder, "model")
-        export(values.workdir, out, values.step, values.adapter, values.dtype, values.push, not values.public)
+    export(values.workdir, values.out, values.step, values.adapter, values.dtype, values.push, not values.public)
 
 
 def export(
     workdir: str | Path,
-    out: str | Path,
+    out: str | Path | None,
     step: int | None = None,
     adapter: bool = False,
     dtype: str | None = None,
@@ -66,6 +64,7 @@ def export(
     """Writes the policy of a checkpoint of the run in `workdir`, the newest or that of `step`, to `out`.
 
     Args:
+        out: a folder that is new or empty; None, with `push`, for one that is removed at the end.
         adapter: write LoRA's adapters alone, in float32.
         dtype: one of DTYPES; None for `export_dtype` of the policy.
         push: repository of the hub that `out` is put into, with a model card; None for none.
@@ -76,7 +75,8 @@ def export(
             repository that may not be written to.
         RunError: the hub can't be reached.
     """
-    workdir, out = path_of(f"--workdir {workdir}", workdir), path_of(f"--out {out}", out)
+    workdir = path_of(f"--workdir {workdir}", workdir)
+    place = path_of(f"--out {out}", out) if out else None
     config = read_config(workdir)
     if adapter and not config.model.lora.rank:
         raise InputError(
@@ -84,27 +84,30 @@ def export(
         )
     if adapter and dtype:
         raise InputError(f"--dtype {dtype}: adapters are always written in float32; leave it out")
-    hf_write.check_free(out)
+    if place:
+        hf_write.check_free(place)
     policy = open_policy(config.model, config.data)
     repository = hub.open_repository(push, "--push", config, private) if push else None
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    with Console() as console, jax.set_mesh(mesh):
+    with Console() as console, jax.set_mesh(mesh), tempfile.TemporaryDirectory(prefix="igrpo-export-") as temporary:
+        folder = place or Path(temporary, "model")
         trained = "float32" if "float32" in (config.model.dtype, dtype) else "bfloat16"
         params, step = weights.saved(config, policy, workdir, mesh, console, step, trained)
         if adapter:
-            policy.save_adapter(out, config.model.lora, params)
-            console.message(f"step {step} is in {out}; read back, they give the trained policy's logits")
+            policy.save_adapter(folder, config.model.lora, params)
+            written = "adapters in float32; read back, they give the trained policy's logits"
         else:
-            _write_model(out, policy, params, dtype or export_dtype(params), step, console)
+            written = _write_model(folder, policy, params, dtype or export_dtype(params), console)
+        console.message(f"step {step} is in {place}, {written}" if place else f"step {step}, {written}")
         if repository:
-            console.message(hub.upload(repository, local(f"--out {out}", out), config, workdir, step))
+            console.message(hub.upload(repository, local(f"--out {out}", folder), config, workdir, step, place))
 
 
-def _write_model(out: Path, policy: Policy, params: decoder.Params, dtype: str, step: int, console: Console) -> None:
-    """Writes a complete model, and says what it gives when it is read back."""
+def _write_model(folder: Path, policy: Policy, params: decoder.Params, dtype: str, console: Console) -> str:
+    """Writes a complete model, and returns its dtype and what it gives when it is read back."""
     with console.phase("writing weights (MB)", hf_write.model_bytes(policy.model, dtype) >> 20) as update:
-        compared = policy.save(out, params, lambda done: update(done >> 20), dtype)
-    console.message(f"step {step} is in {out}, {dtype}; read back, {compared}")
+        compared = policy.save(folder, params, lambda done: update(done >> 20), dtype)
+    return f"{dtype}; read back, {compared}"
 
 
 if __name__ == "__main__":

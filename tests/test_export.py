@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -164,7 +165,7 @@ def test_flags_that_can_not_be_followed(flags, said):
 
 
 @pytest.mark.slow(seconds=9)
-def test_a_run_and_an_export_are_put_into_a_repository(trained, tmp_path, monkeypatch):
+def test_a_run_and_an_export_are_put_into_a_repository(trained, tmp_path, monkeypatch, capsys):
     """A finished run that is asked to push goes on; an earlier step then replaces it, from no folder that stays."""
     shutil.copytree(trained, tmp_path / "run")
     with hub_server.serving(monkeypatch) as hub:
@@ -174,7 +175,12 @@ def test_a_run_and_an_export_are_put_into_a_repository(trained, tmp_path, monkey
         files = hub.repositories["org/name"]["files"]
         assert files["model.safetensors"] == (tmp_path / "run" / "export" / "model.safetensors").read_bytes()
         assert json.loads(files["igrpo_jax.json"])["step"] == 2 and b"built-in model" in files["README.md"]
+        capsys.readouterr()
         export.main(["export", f"--workdir={tmp_path / 'run'}", "--push=org/name", "--step=1"])
+        (written, pushed) = capsys.readouterr().out.strip().splitlines()[-2:]
+        assert re.match("step 1, bfloat16; read back, ", written) and pushed.startswith(
+            f"step 1 is in {hub.url}/org/name"
+        )
         assert json.loads(files["igrpo_jax.json"])["step"] == 1
         assert files["model.safetensors"] != (tmp_path / "run" / "export" / "model.safetensors").read_bytes()
         message = error_of(export.main, ["export", f"--workdir={tmp_path / 'run'}", "--push=bad/a/b"])

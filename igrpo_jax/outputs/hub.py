@@ -63,21 +63,22 @@ def open_repository(name: str, where: str, config: Config, private: bool = True)
     return Repository(name, where)
 
 
-def upload(repository: Repository, folder: Path, config: Config, workdir: Path, step: int) -> str:
+def upload(repository: Repository, folder: Path, config: Config, workdir: Path, step: int, place: Path | None) -> str:
     """Uploads the export in `folder`, with a model card and MARKER that it writes there; returns a line about it.
 
     Args:
         workdir: the run's, whose own evaluations the card reports.
         step: of the checkpoint that was exported.
+        place: where the export stays, `folder` or the bucket of which that is a copy; None where it is removed.
 
     Raises:
-        InputError, RunError: as `open_repository`; the files in `folder` stay.
+        InputError, RunError: as `open_repository`.
     """
     adapter = (folder / "adapter_config.json").exists()
     marker = {"version": __version__, "step": step, "settings": card.settings(config)}
     write_atomically(folder / MARKER, json.dumps(marker, indent=2) + "\n")
     write_atomically(folder / "README.md", card.model_card(config, workdir, step, repository.name, adapter))
-    with _telling(repository.name, repository.where, f"; the export in {folder} is complete"):
+    with _telling(repository.name, repository.where, f"; the export in {place} is complete" if place else ""):
         api = huggingface_hub.HfApi()
         commit = api.upload_folder(
             repo_id=repository.name,

@@ -202,7 +202,8 @@ class Run:
         if self.config.checkpoint.push:
             repository = hub.Repository(self.config.checkpoint.push, hub.SETTING)
             copy = local(f"--workdir {self.workdir}", out)
-            push = functools.partial(hub.upload, repository, copy, self.config, self.workdir, self.task.total_steps)
+            total = self.task.total_steps
+            push = functools.partial(hub.upload, repository, copy, self.config, self.workdir, total, out)
             with self.console.phase("writing to the hub"):
                 pushed = cluster.from_first(push)
             self.console.message(pushed)

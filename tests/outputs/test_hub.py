@@ -55,9 +55,9 @@ def summary(folder, step, **values):
     path.write_text(json.dumps({"benchmarks": {"gsm8k": {"problems": 4, "samples": 2, "single_shot": shot}}}))
 
 
-def push(folder, workdir, config=CONFIG, name="org/name", **more):
+def push(folder, workdir, config=CONFIG, name="org/name", place=None, **more):
     repository = hub.open_repository(name, "--push", config, **more)
-    return hub.upload(repository, folder, config, workdir, 3)
+    return hub.upload(repository, folder, config, workdir, 3, place)
 
 
 def front_matter(text):
@@ -106,9 +106,12 @@ def test_what_is_in_the_repository_is_never_replaced_by_another_thing(server, fo
 def test_what_the_hub_refuses_is_one_line_without_the_token(server, folder, tmp_path, refused, says):
     server.refused = refused
     with pytest.raises(InputError, match=says) as error:
-        push(folder, tmp_path)
+        push(folder, tmp_path, place=folder)
     assert "\n" not in str(error.value) and "hf_secret_token" not in str(error.value)
     assert (folder / "model.safetensors").exists()
+    with pytest.raises(InputError) as error:
+        push(folder, tmp_path)
+    assert "is complete" not in str(error.value)  # a folder that is removed is not named
 
 
 def test_without_a_token_or_a_network_nothing_is_asked(server, monkeypatch):
