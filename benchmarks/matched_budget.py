@@ -2,6 +2,7 @@
 
     python benchmarks/matched_budget.py --out studies/arithmetic                          # 10 paired seeds
     python benchmarks/matched_budget.py --out studies/arithmetic --groups all             # and 3 of the other groups
+    python benchmarks/matched_budget.py --out studies/lookups --setting lookups --groups all
     python benchmarks/matched_budget.py --out studies/smollm2 --setting smollm2 --model SMOLLM2_DIR --data DATA_DIR
     python benchmarks/matched_budget.py --out studies/qwen05 --setting qwen05 --model QWEN05_DIR --data DATA_DIR \\
         --minutes 9
@@ -18,7 +19,15 @@ machine, each on its own cores, so that their seconds can be compared. The group
     beta          iGRPO with a KL term of 1e-4, 1e-3, 1e-2
     completions   GRPO and iGRPO with 4, 16 and 32 completions in total
 
-and --groups takes names of single arms too. With --setting qwen05 they are GRPO (8), iGRPO (4 + 4), and the iGRPO that
+and --groups takes names of single arms too. With --setting lookups each group but the last is a start, and has
+GRPO (8), GRPO (4), iGRPO (4 + 4), and its variants that refine unsolved prompts alone, or train refinements as answers
+to the plain prompt:
+
+    dense, sparse, rare   right answers are expected 177, 3 and 0.9 times in a run that learns nothing
+    ignoring              as dense, from a start that has learned to ignore drafts
+    variants              from the sparse start: further variants, and the paper's other baselines
+
+With --setting qwen05 they are GRPO (8), iGRPO (4 + 4), and the iGRPO that
 trains on its drafts, which is the best variant in docs/study.md.
 
 After a kill the same command continues: it skips finished runs and resumes an unfinished one. With --minutes it is
@@ -48,18 +57,17 @@ from typing import Any
 
 import study_report
 import study_runs
-from study_arms import ARMS, Arm
+from study_arms import Arm
 from study_commands import OutOfTime, call, in_parallel
 from study_settings import SETTINGS, Study, open_study, read_config
 
 from igrpo_jax.distributed.preemption import EXIT_CODE
 
-ALONE = {arm.name: [arm] for arms in ARMS.values() for arm in arms}  # groups of a single arm
-
 
 def seeds_of(args: argparse.Namespace, group: str) -> int:
-    """Returns how many seeds the arms of a group have."""
-    return args.seeds or (10 if group == "main" or group in ALONE else 3)
+    """Returns how many seeds the arms of a group have: 10 where it is the main one or a single arm."""
+    setting = SETTINGS[args.setting]
+    return args.seeds or (setting.seeds if group in setting.arms and group != "main" else 10)
 
 
 def wanted_runs(args: argparse.Namespace) -> list[tuple[int, Arm]]:
@@ -121,7 +129,7 @@ def keep(study: Study, arm: str, seed: int) -> dict[str, Any]:
 def report(args: argparse.Namespace, study: Study) -> dict[str, Any]:
     """Writes results.json, tables.md and the plots of all finished runs into OUT, and returns the results."""
     results: dict[str, Any] = {"setting": args.setting, "steps": study.steps, "groups": {}, "arms": {}}
-    for group, arms in ARMS.items():
+    for group, arms in SETTINGS[args.setting].arms.items():
         for arm in arms:
             runs = {}
             for folder in sorted((study.out / "runs" / arm.name).glob("seed_*"), key=lambda x: int(x.name[5:])):
@@ -167,7 +175,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--setting", choices=tuple(SETTINGS), default="arithmetic")
     parser.add_argument("--groups", help="names of groups or arms with commas between them, or all")
     parser.add_argument(
-        "--seeds", type=int, default=0, help="seeds of every group; default 10 of main and of single arms, 3 of others"
+        "--seeds", type=int, default=0, help="of every group; default 10 of main, of single arms and of lookups, else 3"
     )
     parser.add_argument("--steps", type=int, default=0, help="default: the configuration's")
     parser.add_argument("--jobs", type=int, help="runs at a time; default 2, qwen05 1")
@@ -188,11 +196,13 @@ def parse() -> argparse.Namespace:
     args.jobs = args.jobs or setting.jobs
     args.screen = setting.screen if args.screen is None else args.screen
     args.held_out = setting.held_out if args.held_out is None else args.held_out
-    names = list(ARMS) if args.groups == "all" else (args.groups or setting.groups).split(",")
-    unknown = [name for name in names if name not in ARMS and name not in ALONE]
+    alone = {arm.name: [arm] for arms in setting.arms.values() for arm in arms}  # groups of a single arm
+    names = list(setting.arms) if args.groups == "all" else (args.groups or setting.groups).split(",")
+    unknown = [name for name in names if name not in setting.arms and name not in alone]
     if unknown:
-        parser.error(f"--groups {','.join(unknown)}: there are {', '.join(ARMS)}, and the arms {', '.join(ALONE)}")
-    args.groups = {name: ARMS.get(name) or ALONE[name] for name in names}
+        known = f"there are {', '.join(setting.arms)}, and the arms {', '.join(alone)}"
+        parser.error(f"--groups {','.join(unknown)}: {known}")
+    args.groups = {name: setting.arms.get(name) or alone[name] for name in names}
     if setting.screen and not (args.model and args.data):
         parser.error(f"--setting {args.setting} needs --model and --data")
     return args

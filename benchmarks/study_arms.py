@@ -1,4 +1,7 @@
-"""The arms of the study for matched_budget.py: methods with their settings, in groups, and the starts of their runs."""
+"""The arms of the studies for matched_budget.py: methods with their settings, in groups, and the starts of their runs.
+
+ARMS are those of the arithmetic model and of pretrained models, and LOOKUPS those of the look-ups.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +62,77 @@ ARMS: dict[str, list[Arm]] = {
         )
     ],
 }
-# The supervised starts of the arithmetic model. In the first, drafts are random steps, from which nothing can be
-# learned; in the second, they are as good as the teacher's own solutions.
-STARTS = {"start": {}, "trusting": {"warm_start.draft_error_rate": 0.25}}
+
+# Variants of iGRPO that depart from the paper, and the paper's other baselines, at 8 sampled completions.
+TRAINED = IGRPO | {"algorithm.train_drafts": True}
+UNSOLVED = TRAINED | {"algorithm.draft_when": "unsolved"}
+PLAIN_CREDIT = TRAINED | {"algorithm.group": "prompt", "algorithm.refine_credit": "plain"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "worst": IGRPO | {"algorithm.draft_selection": "worst"},
+    # The draft with the most right digits, which earn nothing.
+    "graded": IGRPO
+    | {
+        "algorithm.draft_metric": "right_digits",
+        "rewards.functions": "('benchmarks.study_rewards:right_digits',)",
+        "rewards.function_weights": "(0.0,)",
+    },
+    "train_drafts": TRAINED,
+    "one_group": TRAINED | {"algorithm.group": "prompt"},
+    "improvement": TRAINED | {"algorithm.group": "prompt", "algorithm.improvement_bonus": 1.0},
+    "refinements_to_plain": IGRPO | {"algorithm.refine_credit": "plain"},
+    # 6 completions, and then 4 drafts and 6 refinements: 8 on average.
+    "alternate": {
+        "algorithm.num_drafts": 4,
+        "algorithm.num_generations": 6,
+        "algorithm.alternate": True,
+        "algorithm.draft_selection": "random",
+    },
+    # As in configs/critique_grpo.py, without words about the draft: 4 drafts, each refined once.
+    "critique_grpo": {
+        "algorithm.num_drafts": 4,
+        "algorithm.num_generations": 1,
+        "algorithm.loss_type": "dr_grpo",
+        "algorithm.draft_selection": "refined",
+        "algorithm.train_drafts": True,
+        "algorithm.group": "prompt",
+        "algorithm.refine_credit": "plain",
+        "algorithm.credit_completions": "all",
+    },
+}
+
+
+def compared(start: str, methods: dict[str, dict[str, Any]]) -> list[Arm]:
+    """Returns the arms of one start of the look-ups, which are compared with GRPO from the same start."""
+    return [Arm(f"{start}_{name}", settings, f"{start}_grpo", start) for name, settings in methods.items()]
+
+
+CLAIM = {"igrpo": IGRPO, "unsolved": UNSOLVED, "plain_credit": PLAIN_CREDIT}
+
+
+def of_claim(start: str) -> list[Arm]:
+    """Returns the arms that are run from every start of the look-ups."""
+    half = Arm(f"{start}_grpo_4", budget(4, False), f"{start}_grpo", start)
+    return [Arm(f"{start}_grpo", GRPO, start=start), half, *compared(start, CLAIM)]
+
+
+LOOKUPS: dict[str, list[Arm]] = {start: of_claim(start) for start in ("dense", "sparse", "rare", "ignoring")}
+LOOKUPS["variants"] = compared("sparse", VARIANTS)
+
+
+def look_ups(error_rate: float, refinements: str) -> dict[str, Any]:
+    """Returns the settings of a start whose teacher is wrong this often, as its drafts are."""
+    errors = {"warm_start.error_rate": error_rate, "warm_start.draft_error_rate": error_rate}
+    return errors | {"warm_start.refinements": refinements}
+
+
+# The supervised starts. Those of the arithmetic model: in the first, drafts are random steps, from which nothing can be
+# learned; in the second, they are as good as the teacher's own solutions. Those of the look-ups expect 177, 3 and 0.9
+# right answers in a run of GRPO that learns nothing; the last one has learned to ignore drafts, and expects 177.
+STARTS = {
+    "start": {},
+    "trusting": {"warm_start.draft_error_rate": 0.25},
+    "dense": look_ups(0.3, "checked"),
+    "sparse": look_ups(0.5, "checked"),
+    "rare": look_ups(0.55, "checked"),
+    "ignoring": look_ups(0.3, "independent"),
+}

@@ -77,7 +77,7 @@ def computed_figures(run: Path, benchmark: str) -> dict[str, Any]:
     Returns:
         `curve` holds lists over the evaluations: `step`, `pass@1` (single shot), `length`, and what had been spent by
         then: `sampled` and `trained` tokens, `completions` sampled, `seconds` of rollout and update.
-        `series` holds the metrics of SERIES as lists over the steps.
+        `series` holds the metrics of SERIES as lists over the steps, where every step has one.
         All other entries are single numbers: `before`, `after` (pass@1), `area` (mean height of the pass@1 curve over
         the steps), `entropy_10`, `entropy_30`, `entropy_100` (means of the 5 steps that end at this percentage of the
         run), `sampled_tokens`, `trained_tokens`, `completions`, `seconds`, `rollout_seconds`, `update_seconds`,
@@ -86,15 +86,15 @@ def computed_figures(run: Path, benchmark: str) -> dict[str, Any]:
     rows = read_rows(run / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     evaluations = {row["step"]: row for row in rows if f"eval/{benchmark}/pass@1" in row}
-    trains_drafts = json.loads((run / "config.json").read_text())["algorithm"]["train_drafts"]
+    algorithm = json.loads((run / "config.json").read_text())["algorithm"]
     groups = [group for row in steps for group in read_groups(run, row["step"])]
 
     drafts = np.array([row.get("perf/draft_tokens", 0) for row in steps])
     refined = np.array([row["perf/completion_tokens"] for row in steps])
     spent = {
         "sampled": np.cumsum(drafts + refined),
-        "trained": np.cumsum(refined + trains_drafts * drafts),
-        "completions": np.cumsum(_counts(groups, len(steps))),
+        "trained": np.cumsum(refined + algorithm["train_drafts"] * drafts),
+        "completions": np.cumsum(_counts(groups, len(steps), algorithm)),
         "seconds": np.cumsum([row["perf/step_time"] for row in steps]),
     }
     curve: dict[str, list] = {"step": sorted(evaluations)}
@@ -103,7 +103,8 @@ def computed_figures(run: Path, benchmark: str) -> dict[str, Any]:
     for name, values in spent.items():
         total = np.concatenate([[0], values])
         curve[name] = [round(float(total[at]), 1) for at in curve["step"]]
-    series = {name: [_rounded(row[key]) for row in steps] for name, key in SERIES.items() if key in steps[0]}
+    known = {name: [row[key] for row in steps if row.get(key) is not None] for name, key in SERIES.items()}
+    series = {name: [*map(_rounded, values)] for name, values in known.items() if len(values) == len(steps)}
     result = {
         "before": curve["pass@1"][0],
         "after": curve["pass@1"][-1],
@@ -121,11 +122,11 @@ def computed_figures(run: Path, benchmark: str) -> dict[str, Any]:
         **zero_variance(groups),
         **{name: float(np.mean(values)) for name, values in _moves(steps).items()},
     }
-    if "copy_ratio" in series:
-        known = [group.same_answer for group in groups if group.same_answer is not None]
-        result["same_answer"] = float(np.mean(known))
-        result["copy_ratio"] = float(np.mean(series["copy_ratio"]))
-        result["copy_ratio_end"] = _ending(series["copy_ratio"], 100)
+    same = [group.same_answer for group in groups if group.same_answer is not None]
+    if same:  # some prompts have refinements of a draft
+        result["same_answer"] = float(np.mean(same))
+        result["copy_ratio"] = float(np.mean(known["copy_ratio"]))
+        result["copy_ratio_end"] = _ending(known["copy_ratio"], 100)
     return {name: _rounded(value) for name, value in result.items()} | {"curve": curve, "series": series}
 
 
@@ -137,7 +138,7 @@ class GroupRow:
     sampled: int  # drafts and completions together
     draft_right: bool | None  # None where no draft was shown
     same_answer: float | None  # fraction of completions that state the draft's answer; None where no draft was shown
-    equal: bool  # all rewards of the trained completions are the same: their advantages are 0
+    equal: bool  # the refinements, or the drafts where there are none, have no advantage
 
 
 def read_groups(run: Path, step: int) -> list[GroupRow]:
@@ -148,7 +149,7 @@ def read_groups(run: Path, step: int) -> list[GroupRow]:
 
 def _group(step: int, rows: Sequence[dict]) -> GroupRow:
     """Returns the counts of the rows of one prompt."""
-    trained = [row for row in rows if row["stage"] != "draft"]
+    trained = [row for row in rows if row["stage"] != "draft"] or rows
     parent = trained[0]["parent_draft_id"]
     drafts = {row["sample_id"]: row for row in rows if row["stage"] == "draft"}
     right = None if parent is None else drafts[parent]["rewards"]["accuracy"] >= 1
@@ -170,17 +171,25 @@ def zero_variance(groups: Sequence[GroupRow]) -> dict[str, float]:
     }
 
 
-def _counts(groups: Sequence[GroupRow], steps: int) -> list[int]:
-    """Returns how many drafts and completions were sampled in each step."""
+def _counts(groups: Sequence[GroupRow], steps: int, algorithm: dict[str, Any]) -> list[int]:
+    """Returns how many drafts and completions were sampled in each step.
+
+    Where every draft is refined, the files have the refinements of the kept draft alone.
+    """
+    left_out = 0
+    if algorithm["draft_selection"] == "refined":
+        left_out = (algorithm["num_drafts"] - 1) * algorithm["num_generations"]
     counts: collections.Counter[int] = collections.Counter()
     for group in groups:
-        counts[group.step] += group.sampled
+        counts[group.step] += group.sampled + left_out
     return [counts[step] for step in range(1, steps + 1)]
 
 
 def _moves(steps: Sequence[dict]) -> dict[str, list[float]]:
-    """Returns the metrics of MOVES by step; empty for a run without drafts."""
-    return {name: [row[f"refine/{name}"] for row in steps] for name in MOVES if f"refine/{name}" in steps[0]}
+    """Returns the metrics of MOVES by step, of the steps that have refinements; empty for a run without drafts."""
+    keys = {name: f"refine/{name}" for name in MOVES}
+    moves = {name: [row[key] for row in steps if row.get(key) is not None] for name, key in keys.items()}
+    return {name: values for name, values in moves.items() if values}
 
 
 def _ending(values: Sequence[float], percent: float) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import study_runs
-from study_arms import STARTS, Arm
+from study_arms import ARMS, LOOKUPS, STARTS, Arm
 from study_commands import ROOT, call, in_parallel, main_command
 
 
@@ -56,6 +56,8 @@ class Setting:
 
     config: Path
     groups: str = "main"
+    arms: dict[str, list[Arm]] = dataclasses.field(default_factory=lambda: ARMS)  # by group
+    seeds: int = 3  # of each group but main
     jobs: int = 2
     screen: int = 0  # problems that a pretrained model is asked first; 0 for the built-in model
     held_out: int = 0  # kept problems that are evaluated and not trained on; 0 evaluates those that are trained on
@@ -65,7 +67,7 @@ class Setting:
 CONFIGS = ROOT / "configs"
 SETTINGS = {
     "arithmetic": Setting(CONFIGS / "study_arithmetic.py"),
-    "lookups": Setting(CONFIGS / "study_lookups.py"),
+    "lookups": Setting(CONFIGS / "study_lookups.py", "dense,sparse,rare,ignoring", LOOKUPS, seeds=10),
     "smollm2": Setting(CONFIGS / "study_smollm2.py", screen=400),
     "qwen05": Setting(CONFIGS / "study_qwen05.py", "main,igrpo_train_drafts", jobs=1, screen=1024, held_out=128),
 }

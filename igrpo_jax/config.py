@@ -205,6 +205,10 @@ class AlgorithmConfig:
     # Which of the drafts that have a verdict enters q'. With "refined" each does, with num_generations refinements, and
     # the draft whose refinements earn most is kept with them. All but "best" depart from the paper.
     draft_selection: Annotated[str, Choice("best", "random", "worst", "first", "refined")] = "best"
+    # What draft_selection compares: the name of a reward, such as "judge" or your function's, or "reward" for the
+    # weighted sum. A function of weight 0 chooses the draft without being trained on. All but "reward" depart from the
+    # paper.
+    draft_metric: str = "reward"
     # Whether the drafts of a prompt are drawn one after another, until one has the largest possible reward. This
     # departs from the paper.
     draft_early_stop: bool = False
@@ -396,7 +400,7 @@ class RewardsConfig:
     # A reward of your own, written as "module:function"; empty for none. It gets all drafts or all refinements of a
     # prompt at once.
     custom: Annotated[str, Matches(r"([\w.]+:\w+)?", "written as module:function")] = ""
-    # Weight of rewards.custom.
+    # Weight of rewards.custom. At 0 it is computed and logged, and counts for nothing but what names it.
     custom_weight: float = 1.0
     # Several rewards of your own, in place of rewards.custom; each has the name of its function.
     functions: Annotated[tuple[str, ...], Each(Matches(r"[\w.]+:\w+", "written as module:function"), once=True)] = ()
@@ -423,15 +427,15 @@ class RewardsConfig:
 
     @property
     def custom_weights(self) -> dict[str, float]:
-        """The weights of the custom rewards by "module:function", those of weight 0 included."""
+        """The weights of the custom rewards by "module:function"; one of weight 0 is computed and logged."""
         if self.functions:
             return dict(zip(self.functions, self.function_weights or (1.0,) * len(self.functions), strict=False))
         return {self.custom: self.custom_weight} if self.custom else {}
 
     @property
     def custom_names(self) -> tuple[str, ...]:
-        """The names of the custom rewards in use."""
-        return tuple(path.rpartition(":")[2] for path, weight in self.custom_weights.items() if weight)
+        """The names of the custom rewards."""
+        return tuple(path.rpartition(":")[2] for path in self.custom_weights)
 
     @property
     def largest(self) -> float:
@@ -765,7 +769,7 @@ def _rewards(config: Config) -> Iterator[tuple[str, str]]:
     rewards = config.rewards
     longest = config.rollout.max_completion_length
     yield from _custom_rewards(rewards)
-    if not (rewards.largest > 0 or rewards.custom_names):
+    if not (rewards.largest > 0 or any(rewards.custom_weights.values())):
         fix = "with rewards.format, rewards.judge.weight, rewards.custom and rewards.functions also unused there is no "
         yield "rewards.accuracy", fix + "reward"
     if rewards.overlong and not 1 <= rewards.overlong_cache <= longest:
@@ -774,8 +778,12 @@ def _rewards(config: Config) -> Iterator[tuple[str, str]]:
     if rewards.judge.weight and not rewards.judge.model:
         yield "rewards.judge.model", "name the model of the endpoint"
     metrics = ["reward", *rewards.names]
-    if config.algorithm.filter_groups_metric not in (None, *metrics):
-        yield "algorithm.filter_groups_metric", f"no reward in use; give one of {', '.join(metrics)}"
+    for field_name, wanted in (
+        ("filter_groups_metric", config.algorithm.filter_groups_metric),
+        ("draft_metric", config.algorithm.draft_metric),
+    ):
+        if wanted not in (None, *metrics):
+            yield f"algorithm.{field_name}", f"no reward in use; give one of {', '.join(metrics)}"
 
 
 def _custom_rewards(rewards: RewardsConfig) -> Iterator[tuple[str, str]]:
@@ -808,7 +816,7 @@ def _drafts(config: Config) -> Iterator[tuple[str, str]]:
             "drafts that stop at a success are a biased sample of the policy's; set algorithm.draft_early_stop to False"
         )
         yield "algorithm.train_drafts", fix
-    if algorithm.draft_early_stop and config.rewards.custom_names:
+    if algorithm.draft_early_stop and any(config.rewards.custom_weights.values()):
         yield "algorithm.draft_early_stop", "the largest possible reward is not known with a reward of your own"
     if algorithm.alternate and not algorithm.num_drafts:
         yield "algorithm.alternate", "no step has drafts; set algorithm.num_drafts to at least 1"

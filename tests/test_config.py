@@ -1,5 +1,6 @@
 """Settings: one declaration each, names that are right or corrected, values that a run can use."""
 
+import copy
 import dataclasses
 import importlib.util
 from pathlib import Path
@@ -207,17 +208,19 @@ def test_functions_that_do_not_go_together(changes, says):
 
 
 def test_custom_rewards_by_name_and_weight():
-    """Each in use may filter groups; one of weight 0 is not in use."""
+    """Each may filter groups and choose drafts, also one of weight 0, which alone is no reward to train on."""
     tree = config.default()
     tree.rewards.functions, tree.rewards.function_weights = ("a.b:f", "c:g", "c:h"), (2.0, 0.0, -1.0)
-    for metric in ("reward", "accuracy", "f", "h"):
-        tree.algorithm.filter_groups_metric = metric
+    for metric in ("reward", "accuracy", "f", "g", "h"):
+        tree.algorithm.filter_groups_metric = tree.algorithm.draft_metric = metric
         rewards = config.freeze(tree).rewards
     assert rewards.custom_weights == {"a.b:f": 2.0, "c:g": 0.0, "c:h": -1.0}
-    assert rewards.custom_names == ("f", "h") and rewards.names == ("accuracy", "format", "f", "h")
-    tree.algorithm.filter_groups_metric = "g"
-    with pytest.raises(InputError, match="give one of reward, accuracy, format, f, h"):
-        config.freeze(tree)
+    assert rewards.custom_names == ("f", "g", "h") and rewards.names == ("accuracy", "format", "f", "g", "h")
+    for field in ("filter_groups_metric", "draft_metric"):
+        other = copy.deepcopy(tree)
+        other.algorithm[field] = "i"
+        with pytest.raises(InputError, match=rf"{field} = 'i': .*give one of reward, accuracy, format, f, g, h"):
+            config.freeze(other)
     equal = config.RewardsConfig(functions=("a:f", "a:g"))
     assert equal.custom_weights == {"a:f": 1.0, "a:g": 1.0}
     assert config.RewardsConfig(custom="a:f", custom_weight=3.0).custom_weights == {"a:f": 3.0}

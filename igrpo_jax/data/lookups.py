@@ -1,10 +1,9 @@
 """The second built-in task: a list of look-ups in a table that only the weights can hold, right only if all are right.
 
-A problem is a list of keys of two digits, written in two rows: "390 710" has the keys 37, 91 and 00. The answer has
-one digit for each key, TABLE's entry: "<answer>991</answer>". In rows every digit of an answer is as far from its key
-as any other, which a small model can learn. The first digit of an answer is not 0, so that two answers are equal as
-numbers only where all digits are. Everything is generated from a seed, without a download. Train and test problems
-are disjoint.
+A problem is a list of letters, "jzc". The answer has one digit for each, TABLE's entry: "<answer>637</answer>". Every
+digit of an answer is as far from its letter as any other, which a small model can learn. The first digit of an answer
+is not 0, so that two answers are equal as numbers only where all digits are. Everything is generated from a seed,
+without a download. Train and test problems are disjoint.
 
 The task is made for the question when drafts pay. Each look-up is easy, all n of them are hard: with an error rate e a
 solution is right with probability (1 - e)^n, which is as small as one likes. A draft holds one guess for each key, and
@@ -20,6 +19,7 @@ Texts consist of ASCII characters and the tags of an answer, each a token of the
 (`arithmetic.tokenizer`); so the task needs none of its own.
 """
 
+import string
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,25 +27,21 @@ import numpy as np
 from igrpo_jax.config import LookupsConfig
 from igrpo_jax.errors import InputError
 
-# [10, 10] int, the digit of each key. No rule meets the eye, and each digit stands ten times: k -> k^3 modulo 101 is a
-# permutation.
-TABLE = np.array([pow(key + 1, 3, 101) % 10 for key in range(100)]).reshape(10, 10)
+# [52] int, the digit of each letter. No rule meets the eye, and each digit stands five or six times: k -> k^3 modulo 53
+# is a permutation.
+TABLE = np.array([pow(key + 1, 3, 53) % 10 for key in range(len(string.ascii_letters))])
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A list of keys, each of two digits."""
+    """A list of letters."""
 
-    keys: tuple[tuple[int, int], ...]
-
-    @property
-    def question(self) -> str:
-        return " ".join("".join(map(str, row)) for row in zip(*self.keys, strict=True))
+    question: str
 
     @property
     def digits(self) -> np.ndarray:
-        """The digit of each key, [n] int."""
-        return np.array([TABLE[key] for key in self.keys])
+        """The digit of each letter, [n] int."""
+        return np.array([TABLE[string.ascii_letters.index(letter)] for letter in self.question])
 
     @property
     def answer(self) -> str:
@@ -64,10 +60,9 @@ def problems(settings: LookupsConfig, seed: int) -> tuple[list[Problem], list[Pr
     for _ in range(50 * wanted):
         if len(distinct) == wanted:
             break
-        keys = rng.integers(0, 10, (settings.items, 2))
-        while TABLE[tuple(keys[0])] == 0:
-            keys[0] = rng.integers(0, 10, 2)
-        distinct.setdefault(Problem(tuple((int(first), int(second)) for first, second in keys)))
+        keys = rng.integers(0, len(TABLE), settings.items)
+        keys[0] = rng.choice(np.flatnonzero(TABLE))
+        distinct.setdefault(Problem("".join(string.ascii_letters[key] for key in keys)))
     if len(distinct) < wanted:
         raise InputError(
             f"config.data.lookups.train_problems = {settings.train_problems}: found only {len(distinct)} different "

@@ -22,7 +22,7 @@ def passes(groups: Sequence[Group], metric: str) -> np.ndarray:
         groups: of any size; drafts are not looked at.
         metric: name of a reward, or "reward" for the weighted sum. Completions without a verdict are not compared.
     """
-    values = [np.array([[_value(completion, metric) for completion in group.completions]]) for group in groups]
+    values = [np.array([[value(completion, metric) for completion in group.completions]]) for group in groups]
     return np.array([bool(objectives.has_signal(row)[0]) for row in values], bool)
 
 
@@ -38,7 +38,8 @@ def trained_rewards(groups: Sequence[Group], config: Config) -> np.ndarray:
     return rewards
 
 
-def _value(completion: Completion, metric: str) -> float:
+def value(completion: Completion, metric: str) -> float:
+    """Returns one of a completion's rewards, or "reward", their weighted sum; NaN without a verdict."""
     score = completion.score
     if metric == "reward" or np.isnan(score.reward):
         return score.reward

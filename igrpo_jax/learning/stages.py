@@ -1,11 +1,12 @@
 """What each prompt of a step does next, once a score has come: further drafts, refinements, or a fresh prompt.
 
-Departures from the paper, off by default: another draft than the best is kept (`algorithm.draft_selection`), or none
-(`algorithm.draft_dropout`); drafting ends at the first draft, in the order of their numbers, with the largest possible
-reward (`algorithm.draft_early_stop`); and DAPO's dynamic sampling (2503.14476): where all completions of a prompt are
-right, or all are wrong (`filtering` has the metric), a fresh prompt takes its position, at most `algorithm.max_redraws`
-times. DAPO draws whole batches and keeps what it needs of them; here each position of the step has redraws of its own,
-and the last one stays, without an advantage where it is filtered out too.
+Departures from the paper, off by default: another draft than the best is kept (`algorithm.draft_selection`), the best
+by one reward alone (`algorithm.draft_metric`), or none (`algorithm.draft_dropout`); drafting ends at the first draft,
+in the order of their numbers, with the largest possible reward (`algorithm.draft_early_stop`); and DAPO's dynamic
+sampling (2503.14476): where all completions of a prompt are right, or all are wrong (`filtering` has the metric), a
+fresh prompt takes its position, at most `algorithm.max_redraws` times. DAPO draws whole batches and keeps what it needs
+of them; here each position of the step has redraws of its own, and the last one stays, without an advantage where it is
+filtered out too.
 
 With algorithm.draft_selection = "refined" every draft that has a verdict is refined, as in Critique-GRPO (2506.03106),
 with G refinements each. The draft whose refinements earn most on average is kept with them, the first of equals; the
@@ -52,9 +53,15 @@ _SELECT: dict[str, Callable[[np.ndarray, np.random.Generator], int]] = {
 }
 
 
-def select_draft(drafts: Sequence[Completion], selection: str, rng: np.random.Generator) -> int | None:
-    """Returns the index of the draft that q' shows, by algorithm.draft_selection; None where no draft has a verdict."""
-    rewards = np.array([draft.score.reward for draft in drafts])
+def select_draft(
+    drafts: Sequence[Completion], selection: str, rng: np.random.Generator, metric: str = "reward"
+) -> int | None:
+    """Returns the index of the draft that q' shows, by algorithm.draft_selection; None where no draft has a verdict.
+
+    Args:
+        metric: what is compared (algorithm.draft_metric); a draft that lacks this reward has no verdict.
+    """
+    rewards = np.array([filtering.value(draft, metric) for draft in drafts])
     (known,) = np.nonzero(~np.isnan(rewards))
     return int(known[_SELECT[selection](rewards[known], rng)]) if len(known) else None
 
@@ -213,7 +220,8 @@ class StepRollout:
         known = [i for i, draft in enumerate(drafts) if not np.isnan(draft.score.reward)]
         if self._algorithm.draft_selection == "refined" and known:
             return [*known]
-        return [select_draft(drafts, self._algorithm.draft_selection, self._rng(work, SELECTION))]
+        algorithm = self._algorithm
+        return [select_draft(drafts, algorithm.draft_selection, self._rng(work, SELECTION), algorithm.draft_metric)]
 
     def _context(self, work: PromptRollout, shown: int | None) -> np.ndarray:
         """Returns q' with a draft, or the plain prompt."""

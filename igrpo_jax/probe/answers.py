@@ -118,7 +118,10 @@ class Answers:
     def _kept(self, prompt: Prompt) -> list[int]:
         """Returns the number of the kept draft of each set of drafts that has one with a verdict."""
         plain, algorithm, seed = self._plain(prompt), self._config.algorithm, self._config.seed
-        return kept_drafts(plain, algorithm.num_drafts, algorithm.draft_selection, [seed, prompt.index, SELECTION])
+        seed_of_prompt = [seed, prompt.index, SELECTION]
+        return kept_drafts(
+            plain, algorithm.num_drafts, algorithm.draft_selection, algorithm.draft_metric, seed_of_prompt
+        )
 
     def _contexts(self, prompt: Prompt) -> list[tuple[tuple[int, ...], np.ndarray]]:
         """Returns the number of each draft that is refined, with q'."""
@@ -199,7 +202,9 @@ class Answers:
             self._scheduler.finish()
 
 
-def kept_drafts(plain: Sequence[Completion], drafts: int, selection: str, seed: Sequence[int]) -> list[int]:
+def kept_drafts(
+    plain: Sequence[Completion], drafts: int, selection: str, metric: str, seed: Sequence[int]
+) -> list[int]:
     """Returns the number of the draft that Stage 1 keeps of the `drafts` answers from each one on, in a circle.
 
     A set without a verdict has none and is left out.
@@ -207,7 +212,7 @@ def kept_drafts(plain: Sequence[Completion], drafts: int, selection: str, seed: 
     numbers = []
     for start in range(len(plain)):
         of_set = [(start + i) % len(plain) for i in range(drafts)]
-        kept = select_draft([plain[i] for i in of_set], selection, np.random.default_rng([*seed, start]))
+        kept = select_draft([plain[i] for i in of_set], selection, np.random.default_rng([*seed, start]), metric)
         if kept is not None:
             numbers.append(of_set[kept])
     return numbers

@@ -62,8 +62,13 @@ def score(candidate: Candidate, rules: Rules) -> Score:
 
 
 def total(partial: Score, weights: dict[str, float]) -> Score:
-    """Returns `partial` with its reward: the weighted sum of what was not skipped, or NaN where all was skipped."""
-    counted = [weights[name] * value for name, value in partial.rewards.items() if not math.isnan(value)]
-    if counted or not weights:
+    """Returns `partial` with its reward: the weighted sum of what was not skipped, or NaN where all was skipped.
+
+    A reward of weight 0 does not count as one, so that it alone is no verdict.
+    """
+    counting = {name: weight for name, weight in weights.items() if weight}
+    known = {name: value for name, value in partial.rewards.items() if name in counting and not math.isnan(value)}
+    counted = [counting[name] * value for name, value in known.items()]
+    if counted or not counting:
         return replace(partial, reward=float(sum(counted)))
     return replace(partial, reward=math.nan, status="invalid", detail="every reward function returned None")

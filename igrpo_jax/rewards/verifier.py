@@ -47,7 +47,7 @@ class VerifierError(RunError):
 
 
 def custom_rewards(settings: RewardsConfig, answer_column: str = "answer") -> list[CustomReward]:
-    """Returns the custom rewards in use.
+    """Returns the custom rewards.
 
     Raises:
         InputError: a path names nothing that can be called, or a function has the name of another reward.
@@ -62,7 +62,7 @@ def custom_rewards(settings: RewardsConfig, answer_column: str = "answer") -> li
                 f'config.rewards.{setting} = {path!r}: "{reward.name}" is a reward of the library; rename the function'
             )
         rewards.append(reward)
-    return [reward for reward in rewards if reward.weight != 0]
+    return rewards
 
 
 def check(settings: RewardsConfig) -> None:

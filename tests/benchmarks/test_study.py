@@ -24,9 +24,12 @@ from igrpo_jax import config
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-matched_budget, study_arms, study_commands, study_report, study_runs, study_settings = map(
+matched_budget, study_arms, study_commands, study_report, study_rewards, study_runs, study_settings = map(
     importlib.import_module,
-    ("matched_budget", "study_arms", "study_commands", "study_report", "study_runs", "study_settings"),
+    (
+        *("matched_budget", "study_arms", "study_commands", "study_report", "study_rewards", "study_runs"),
+        "study_settings",
+    ),
 )
 
 
@@ -38,10 +41,11 @@ def sample(stage, number, advantage=None, parent=None, accuracy=0.0):
     }
 
 
-def write_run(folder, drafts=True, trains_drafts=False, gain=0.1):
+def write_run(folder, drafts=True, trains_drafts=False, gain=0.1, **algorithm):
     """Two steps of two groups with an evaluation before, between and after."""
     (folder / "samples").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"algorithm": {"train_drafts": trains_drafts}}))
+    settings = {"train_drafts": trains_drafts, "draft_selection": "best", **algorithm}
+    (folder / "config.json").write_text(json.dumps({"algorithm": settings}))
     rows = [{"step": 0, "eval/x/pass@1": 0.2, "eval/x/mean_length": 9.0}]
     for step in (1, 2):
         row = dict.fromkeys(study_runs.SERIES.values(), 0.1 * step)
@@ -85,6 +89,35 @@ def test_groups_without_drafts(tmp_path):
     assert run["completions"] == 8
 
 
+def test_completions_that_are_left_out_of_the_files_are_counted(tmp_path):
+    """Of 2 drafts with 2 refinements each, the file has the 2 of the kept draft: 4 of 6 completions."""
+    write_run(tmp_path, draft_selection="refined", num_drafts=2, num_generations=2)
+    assert study_runs.figures(tmp_path, 2, "x")["completions"] == 2 * 2 * 6
+
+
+def test_prompts_and_steps_without_refinements(tmp_path):
+    """The drafts of a prompt without refinements are its group; steps without a value are left out of a mean."""
+    write_run(tmp_path, trains_drafts=True)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1]]
+    rows[1] |= {"refine/copy_ratio": None, "reward": None, **{f"refine/{move}": None for move in study_runs.MOVES}}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drafts = [sample("draft", 0, advantage=-0.7), sample("draft", 1, accuracy=1.0, advantage=0.7)]
+    lines = "".join(json.dumps(one) + "\n" for one in drafts)
+    (tmp_path / "samples" / "step_000001.jsonl").write_text(lines)
+    run = study_runs.figures(tmp_path, 2, "x")
+    assert run["completions"] == 2 + 8
+    assert run["zero_variance"] == pytest.approx(
+        1 / 3, abs=1e-4
+    )  # of one group in the first step and two in the second
+    assert run["fixed"] == 0.25 and run["copy_ratio"] == pytest.approx(0.2)
+    assert "reward" not in run["series"] and "copy_ratio" not in run["series"] and len(run["series"]["entropy"]) == 2
+
+
+def test_digits_that_are_right_are_counted_in_their_places():
+    texts = ["<answer>123</answer>", "<answer>923</answer>", "12", "<answer>1234</answer>", "<answer>31"]
+    assert study_rewards.right_digits(texts, ["123"] * 5, keys="x") == pytest.approx([1, 2 / 3, 0, 1, 0])
+
+
 def test_a_run_is_finished_with_its_last_evaluation(tmp_path):
     assert not study_runs.finished(tmp_path, 2, "x")
     write_run(tmp_path)
@@ -114,16 +147,24 @@ def test_entropies_are_compared_where_runs_have_trained_as_much():
     assert study_runs.entropies_at_equal(long, short) == (16, 7)
 
 
+def sampled(arm):
+    """Returns how many completions an arm samples for a prompt, on average over its steps."""
+    drafts, refined = (arm.settings[f"algorithm.num_{name}"] for name in ("drafts", "generations"))
+    if arm.settings.get("algorithm.alternate"):
+        return drafts / 2 + refined
+    return drafts + refined * (drafts if arm.settings.get("algorithm.draft_selection") == "refined" else 1)
+
+
 def test_arms_sample_as_much_as_what_they_are_compared_with():
-    arms = {arm.name: arm for group in study_arms.ARMS.values() for arm in group}
-    assert len(arms) == sum(map(len, study_arms.ARMS.values()))  # names are folders
-    total = lambda arm: arm.settings["algorithm.num_drafts"] + arm.settings["algorithm.num_generations"]
+    groups = [*study_arms.ARMS.values(), *study_arms.LOOKUPS.values()]
+    arms = {arm.name: arm for group in groups for arm in group}
+    assert len(arms) == sum(map(len, groups))  # names are folders
     for arm in arms.values():
         for name in arm.settings:
             config.check_field(name)
-        if arm.against:
+        if arm.against and not arm.name.endswith("_grpo_4"):  # as many trained completions, but half of the samples
             other = arms[arm.against]
-            assert total(arm) == total(other) and arm.start == other.start, arm.name
+            assert sampled(arm) == sampled(other) and arm.start == other.start, arm.name
     for setting in study_settings.SETTINGS.values():
         config.freeze(study_settings.read_config(setting.config))
 
@@ -264,6 +305,10 @@ def test_each_setting_has_its_own_defaults(tmp_path, monkeypatch):
     args = parse(monkeypatch, *qwen05, "--held-out", "0", "--groups", "main,igrpo,controls")
     assert args.held_out == 0
     assert len(matched_budget.wanted_runs(args)) == 2 * 10 + 3 * len(study_arms.ARMS["controls"])  # igrpo counts once
+    args = parse(monkeypatch, "--out", str(tmp_path), "--setting", "lookups", "--groups", "sparse,sparse_worst")
+    assert len(matched_budget.wanted_runs(args)) == 10 * (5 + 1)
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--out", str(tmp_path), "--setting", "lookups", "--groups", "main")
 
 
 def test_minutes_that_leave_no_time_are_refused(tmp_path, monkeypatch, capsys):

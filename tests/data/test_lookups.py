@@ -30,23 +30,23 @@ def test_train_and_test_are_disjoint_and_depend_on_the_seed_alone():
     larger = config.LookupsConfig(items=12, train_problems=400, test_problems=50)
     assert problems(larger, seed=1)[1] == test  # evaluations of runs with larger training sets compare
     for problem in (*train, *test):
-        assert re.fullmatch(r"\d{12} \d{12}", problem.question)
+        assert re.fullmatch(r"[a-zA-Z]{12}", problem.question)
         assert re.fullmatch(r"[1-9]\d{11}", problem.answer)
 
 
 def test_too_few_different_problems():
-    """90 of the 100 keys have another digit than 0, which a first digit may not be."""
-    with pytest.raises(InputError, match=r"config\.data\.lookups\.train_problems = 90: found only 90 different"):
-        problems(config.LookupsConfig(items=1, train_problems=90, test_problems=1), seed=0)
-    assert len(problems(config.LookupsConfig(items=1, train_problems=89, test_problems=1), seed=0)[0]) == 89
+    """47 of the 52 letters have another digit than 0, which a first digit may not be."""
+    with pytest.raises(InputError, match=r"config\.data\.lookups\.train_problems = 47: found only 47 different"):
+        problems(config.LookupsConfig(items=1, train_problems=47, test_problems=1), seed=0)
+    assert len(problems(config.LookupsConfig(items=1, train_problems=46, test_problems=1), seed=0)[0]) == 46
 
 
 def test_the_table_and_a_problem_written_out():
-    """Cubes modulo 101 by hand: 38^3 = 54872 = 543 x 101 + 29, 92^3 = (-9)^3 = -729 = 79 - 8 x 101, 1^3 = 1."""
-    problem = Problem(((3, 7), (9, 1), (0, 0)))
-    assert (problem.question, problem.answer) == ("390 710", "991")
-    assert np.bincount(TABLE.ravel()).tolist() == [10] * 10  # one guess for all keys is right for a tenth of them
-    assert all(len(set(row)) > 4 for row in (*TABLE, *TABLE.T))  # neither digit of a key says much alone
+    """Cubes modulo 53 by hand: 10^3 = 46 + 18 x 53, 26^3 = 33 + 331 x 53, 3^3 = 27, 52^3 = (-1)^3 = 52 - 53."""
+    problem = Problem("jzcZ")
+    assert (problem.question, problem.answer) == ("jzcZ", "6372")
+    counts = np.bincount(TABLE)
+    assert counts.sum() == 52 and set(counts) == {5, 6}  # one guess for all letters is right for a tenth of them
 
 
 def test_a_teacher_without_errors_scores_and_one_wrong_look_up_does_not():
@@ -118,13 +118,13 @@ def test_a_run_trains_and_evaluates_on_the_task_that_is_named():
     rows = evaluation_rows(settings)
     assert [(row.question, row.answer) for row in rows["lookups"]] == [(each.question, each.answer) for each in test]
     assert re.fullmatch(r"\d+([+-]\d+)+", rows["arithmetic"][0].question)
-    # The built-in tokenizer has a token for every character: two rows of 12 digits with a blank, and 12 in tags.
+    # The built-in tokenizer has a token for every character: 12 letters, and 12 digits in tags.
     tokenizer = arithmetic.tokenizer()
     counts = [
         len(tokenizer(text, add_special_tokens=False)["input_ids"])
         for text in (train[0].question, solution(train[0], 0.5, np.random.default_rng(0)))
     ]
-    assert counts == [25, 14]
+    assert counts == [12, 14]
 
 
 def test_only_look_ups_can_be_checked():

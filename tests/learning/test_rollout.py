@@ -490,6 +490,18 @@ def test_other_drafts_than_the_best():
         assert selected(drafts_with([math.nan] * 2), selection) is None
 
 
+def test_the_best_draft_by_one_reward():
+    """All are wrong; the judge's partial credit chooses, whatever the weighted sum is. A missing value is none."""
+    none, judged = np.zeros(0), [0.1, 0.7, math.nan, 0.7]
+    scores = [Score(0.0, {"accuracy": 0.0, "judge": value}, None, "ok") for value in judged]
+    scores.append(Score(math.nan, {"accuracy": 0.0, "judge": 1.0}, None, "invalid"))
+    drafts = [Completion("draft", i, none, none, True, score=score) for i, score in enumerate(scores)]
+    rng = np.random.default_rng(0)
+    assert select_draft(drafts, "best", rng, "judge") == 1 and select_draft(drafts, "worst", rng, "judge") == 0
+    assert select_draft(drafts, "best", rng) == 0
+    assert select_draft(drafts[2:3], "best", rng, "judge") is None
+
+
 @pytest.mark.parametrize("selection", ["worst", "first", "random"])
 def test_the_kept_draft_can_be_another(collect, rollout, renderer, selection):
     """The drafts are the same; what q' shows follows from the seed, the step and the position, not from arrival."""

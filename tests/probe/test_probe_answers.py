@@ -20,18 +20,18 @@ def test_every_set_of_drafts_keeps_what_stage_one_would():
     plain = [completion("draft", i, [5], float(reward > 1), float(reward)) for i, reward in enumerate((0, 1, 1, 1))]
     plain[1] = completion("draft", 1, [5], 1.0, 1.0)
     plain[3] = completion("draft", 3, [5], 1.0, 1.0)
-    assert kept_drafts(plain, 2, "best", [0]) == [1, 1, 3, 3]
-    assert kept_drafts(plain, 2, "first", [0]) == [0, 1, 2, 3]
-    assert kept_drafts(plain, 2, "worst", [0]) == [0, 2, 2, 0]
-    drawn = kept_drafts(plain, 2, "random", [0])
-    assert drawn == kept_drafts(plain, 2, "random", [0]) and all(i in (s, (s + 1) % 4) for s, i in enumerate(drawn))
+    assert kept_drafts(plain, 2, "best", "reward", [0]) == [1, 1, 3, 3]
+    assert kept_drafts(plain, 2, "first", "reward", [0]) == [0, 1, 2, 3]
+    assert kept_drafts(plain, 2, "worst", "reward", [0]) == [0, 2, 2, 0]
+    drawn = kept_drafts(plain, 2, "random", "reward", [0])
+    assert drawn == kept_drafts(plain, 2, "random", "reward", [0]) and all(i in (s, (s + 1) % 4) for s, i in enumerate(drawn))
 
 
 def test_drafts_without_a_verdict_are_not_kept():
     score = Score(float("nan"), {"accuracy": 0.0}, None, "invalid")
     plain = [completion("draft", i, [5], 1.0) for i in range(4)]
     plain[1:3] = [plain[1].__class__(**{**vars(x), "score": score}) for x in plain[1:3]]
-    assert kept_drafts(plain, 2, "best", [0]) == [0, 3, 3]  # the set of answers 1 and 2 has none
+    assert kept_drafts(plain, 2, "best", "reward", [0]) == [0, 3, 3]  # the set of answers 1 and 2 has none
     assert not answered(plain, [], [True] * 4).is_graded
 
 

@@ -18,6 +18,7 @@ from igrpo_jax import config
 from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate, Score
 from igrpo_jax.rewards.custom import Batch, rehearse
+from igrpo_jax.rewards.rules import total
 from igrpo_jax.rewards.verifier import Verifier, check, custom_rewards
 
 RIGHT = "<think>2+2</think><answer>4</answer>"
@@ -38,6 +39,10 @@ def by_length(prompts, completions, solution, level, completion_ids, **columns):
 def position(completions, completion_ids, **columns):
     """Tells each completion the batch's size, its place in it, and how many tokens the first one has."""
     return [100 * len(completions) + 10 * place + len(completion_ids[0]) for place in range(len(completions))]
+
+
+def length(completions, **columns):
+    return [len(text) for text in completions]
 
 
 def above_mean(completions, **columns):
@@ -165,11 +170,13 @@ def test_a_custom_reward_that_cannot_be_used(path, message):
 
 
 @pytest.mark.slow
-def test_a_custom_reward_of_weight_zero_is_not_called():
-    assert custom_rewards(settings("by_length", custom_weight=0.0)) == []
-    with Verifier(settings("wrong_length", custom_weight=0.0, accuracy=1.0)) as verifier:
-        graded = verifier.submit(Candidate(RIGHT, "4"), Batch(2)).result(timeout=60)
-    assert graded.rewards == {"accuracy": 1.0} and graded.status == "ok"
+def test_a_custom_reward_of_weight_zero_is_computed_and_counts_for_nothing():
+    """As in TRL. Alone it is no verdict."""
+    with Verifier(settings("length", custom_weight=0.0, accuracy=1.0)) as verifier:
+        graded = verifier.submit(Candidate(RIGHT, "4"), Batch(1)).result(timeout=60)
+    assert graded.reward == 1.0 and graded.rewards == {"accuracy": 1.0, "length": len(RIGHT)}
+    skipped = Score(0.0, {"accuracy": math.nan, "length": 3.0}, None, "ok")
+    assert total(skipped, {"accuracy": 1.0, "length": 0.0}).status == "invalid"
 
 
 @pytest.mark.slow
