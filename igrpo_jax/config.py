@@ -185,6 +185,9 @@ class SftConfig:
     completion: Annotated[str, HoldsOnce("{solution}")] = "<think>\n{solution}\n</think>\n<answer>{answer}</answer>"
     # Column of drafts to a problem, a text or a list of texts, such as answers that the model gave before.
     draft_column: str = ""
+    # In place of a column: the --workdir of a run, of `igrpo_jax.evaluate` or of `igrpo_jax.probe`, or one of their
+    # files, whose answers to the plain question are the drafts; also in a bucket.
+    drafts_from: str = ""
     # Fraction of the examples whose prompt shows a draft, as Stage 2 of iGRPO does; of problems that have one.
     draft_fraction: Annotated[float, Between(0, 1)] = 0.0
 
@@ -758,8 +761,10 @@ def _sources(config: Config) -> Iterator[tuple[str, str]]:
         yield "warm_start.refinements", fix
     if config.warm_start.steps and config.model.path:
         yield "warm_start.steps", "the supervised start is for the built-in model; set it to 0 with model.path"
-    if config.sft.draft_fraction and not config.sft.draft_column:
-        yield "sft.draft_column", "name the column of the drafts that sft.draft_fraction asks for"
+    if config.sft.draft_fraction and not (config.sft.draft_column or config.sft.drafts_from):
+        yield "sft.draft_column", "name the column of the drafts that sft.draft_fraction asks for, or sft.drafts_from"
+    if config.sft.draft_column and config.sft.drafts_from:
+        yield "sft.drafts_from", "drafts are read from one place; leave it out, or sft.draft_column"
     if config.data.train and not config.model.path:
         yield "model.path", "data.train needs a model and its tokenizer; the built-in model only knows its own task"
 

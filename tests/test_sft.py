@@ -120,3 +120,5 @@ def test_what_a_supervised_start_needs(settings, tmp_path):
     tree = config.default()
     tree.sft.draft_fraction = 0.5
     assert "config.sft.draft_column = ''" in error_of(config.freeze, tree)
+    tree.sft.draft_column, tree.sft.drafts_from = "old", "runs/before"
+    assert "config.sft.drafts_from = 'runs/before'" in error_of(config.freeze, tree)

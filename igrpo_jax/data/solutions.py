@@ -5,12 +5,15 @@ that are blank, are left out and counted. Not here: tokens, prompts and batches.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from igrpo_jax.config import Config
-from igrpo_jax.data import columns, problems
+from igrpo_jax.data import columns, drafts, problems
+from igrpo_jax.data.drafts import Draft
 from igrpo_jax.data.problems import Row
 from igrpo_jax.errors import InputError
 from igrpo_jax.rewards.mathematics import golds
@@ -24,7 +27,7 @@ class Solution:
 
     row: Row
     text: str
-    drafts: tuple[str, ...]  # may be empty
+    drafts: tuple[Draft, ...]  # may be empty
 
 
 def load_solutions(config: Config, opening: str = "") -> tuple[list[Solution], list[tuple[str, str]]]:
@@ -40,25 +43,55 @@ def load_solutions(config: Config, opening: str = "") -> tuple[list[Solution], l
     source = f"config.data.train = {config.data.train!r}"
     rows, mapping, _ = problems.load_rows(config.data)
     name = _column(rows, config.sft.solution_column, SOLUTIONS, f"{source}: has no column of solutions", "solution")
-    drafts = ""
-    if config.sft.draft_fraction:
-        drafts = _column(rows, config.sft.draft_column, (), f"{source}: has no column of drafts", "draft")
+    drafts_of = _drafts(config, rows, source)
     found = []
     for row in rows:
         text = columns.cell(row.columns, name)
         if isinstance(text, str) and text.strip():
-            texts = _texts(columns.cell(row.columns, drafts)) if drafts else ()
-            found.append(Solution(row, _imitated(config, row, text, opening), texts))
+            found.append(Solution(row, _imitated(config, row, text, opening), drafts_of(row)))
     if not found:
         raise InputError(f"{source}: none of its {len(rows)} rows has a text in {name!r}; name another column")
-    notes = [("columns", f"{mapping}, solution from {name!r}" + (f", drafts from {drafts!r}" if drafts else ""))]
+    notes = [("columns", f"{mapping}, solution from {name!r}")]
     if len(found) < len(rows):
         notes.append(("problems without a solution", f"{len(rows) - len(found):,} of {len(rows):,}, left out"))
-    if drafts and not all(each.drafts for each in found):
-        notes.append(("problems without a draft", f"{sum(not each.drafts for each in found):,}, never shown with one"))
-    if drafts and not any(each.drafts for each in found):
-        raise InputError(f"{source}: none of its rows has a text in {drafts!r}; name another config.sft.draft_column")
-    return found, notes
+    return found, notes + (_draft_notes(config, found) if config.sft.draft_fraction else [])
+
+
+def _drafts(config: Config, rows: Sequence[Row], source: str) -> Callable[[Row], tuple[Draft, ...]]:
+    """Returns a function that gives the drafts of a row.
+
+    Raises:
+        InputError: there is no such column, or there are no such answers.
+    """
+    if not config.sft.draft_fraction:
+        return lambda row: ()
+    if config.sft.drafts_from:
+        answers = drafts.answers_of(config.sft.drafts_from, _drafts_source(config))
+        return lambda row: answers.get(row.question.strip(), ())
+    name = _column(rows, config.sft.draft_column, (), f"{source}: has no column of drafts", "draft")
+    return lambda row: tuple(Draft(text, None) for text in _texts(columns.cell(row.columns, name)))
+
+
+def _drafts_source(config: Config) -> str:
+    field = "drafts_from" if config.sft.drafts_from else "draft_column"
+    return f"config.sft.{field} = {getattr(config.sft, field)!r}"
+
+
+def _draft_notes(config: Config, found: Sequence[Solution]) -> list[tuple[str, str]]:
+    """Returns notes about the drafts.
+
+    Raises:
+        InputError: there is none.
+    """
+    every = [draft for solution in found for draft in solution.drafts]
+    if not every:
+        raise InputError(f"{_drafts_source(config)}: has no draft for any of the {len(found)} problems; give others")
+    known = [draft.is_right for draft in every if draft.is_right is not None]
+    right = f", {np.mean(known):.0%} of {len(known):,} right" if known else ""
+    notes = [("drafts", f"{len(every):,} from {config.sft.drafts_from or config.sft.draft_column!r}{right}")]
+    if without := sum(not solution.drafts for solution in found):
+        notes.append(("problems without a draft", f"{without:,}, never shown with one"))
+    return notes
 
 
 def _imitated(config: Config, row: Row, solution: str, opening: str) -> str:

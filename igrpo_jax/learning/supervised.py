@@ -11,6 +11,7 @@ whether, follows from (seed, step) alone.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,13 +22,20 @@ from igrpo_jax.records import Completion, Group, Prompt
 _CROSS_ENTROPY = "sampling/sampling_logp_difference/mean"
 
 
+class ExampleDraft(NamedTuple):
+    """A draft that a prompt may show."""
+
+    tokens: np.ndarray  # [T] int32
+    is_right: bool | None  # None where this is not known
+
+
 @dataclass(frozen=True)
 class Example:
     """A prompt with the completion that is imitated, and drafts that the prompt may show."""
 
     prompt: Prompt
     target: np.ndarray  # [T] int32, EOS included
-    drafts: tuple[np.ndarray, ...]  # [T_i] int32 each; may be empty
+    drafts: tuple[ExampleDraft, ...]  # may be empty
 
 
 def learner_config(config: Config) -> Config:
@@ -50,10 +58,18 @@ def groups(config: Config, examples: Sequence[Example], renderer: Renderer, step
         context = example.prompt.tokens
         if example.drafts and u < config.sft.draft_fraction:
             draft = example.drafts[int(v * len(example.drafts))]
-            context = renderer.with_draft(example.prompt.question, draft)
-        silent = np.zeros(len(example.target), np.float32)  # log-probs of a sampler that says 0
-        made.append(Group(example.prompt, (), None, context, (Completion("refine", 0, example.target, silent, True),)))
+            context = renderer.with_draft(example.prompt.question, draft.tokens, draft.is_right)
+        made.append(Group(example.prompt, (), None, context, (imitated(example.target),)))
     return made
+
+
+def imitated(target: np.ndarray) -> Completion:
+    """Returns the completion that is imitated, with the log-probs of a sampler that says 0.
+
+    Args:
+        target: [T] int32, EOS included.
+    """
+    return Completion("refine", 0, target, np.zeros(len(target), np.float32), True)
 
 
 def metrics(learned: Mapping[str, float], made: Sequence[Group]) -> dict[str, float]:

@@ -18,11 +18,11 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import length_buckets, pick_bucket
 from igrpo_jax.learning import packing
 from igrpo_jax.learning.packing import MicroBatch, Piece, TrainBatch, Unit
+from igrpo_jax.learning.supervised import imitated
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.logprobs import packed_logprobs
 from igrpo_jax.models.segments import BLOCK
-from igrpo_jax.records import Completion
 
 
 def warm_start(
@@ -87,8 +87,7 @@ def _example(config: Config, rng: np.random.Generator, problems, renderer: Rende
     if draft is not None:
         is_right = f"<answer>{problem.answer}</answer>" in draft
         context = renderer.with_draft(problem.question, encode(draft), is_right)
-    target = encode(completion)
-    return Unit(context, (Completion("refine", 0, target, np.zeros(len(target), np.float32), True),), np.zeros(1))
+    return Unit(context, (imitated(encode(completion)),), np.zeros(1))
 
 
 def _pack(cfg: DecoderConfig, units: Sequence[Unit], shards: int) -> TrainBatch:

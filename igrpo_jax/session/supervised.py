@@ -26,7 +26,7 @@ from igrpo_jax.distributed.programs import peak_memory, showing_waits
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.learning import supervised
 from igrpo_jax.learning.learner import Learner
-from igrpo_jax.learning.supervised import Example
+from igrpo_jax.learning.supervised import Example, ExampleDraft
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.models.policy import Policy, fit_to_mesh, open_model
 from igrpo_jax.outputs import trackers, weights
@@ -59,7 +59,11 @@ class SupervisedTask:
     def fingerprint(self) -> str:
         """A hash of the examples in their order; a resume needs the same ones."""
         rows = [
-            [example.prompt.tokens.tolist(), example.target.tolist(), [x.tolist() for x in example.drafts]]
+            [
+                example.prompt.tokens.tolist(),
+                example.target.tolist(),
+                [(draft.tokens.tolist(), draft.is_right) for draft in example.drafts],
+            ]
             for example in self.examples
         ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
@@ -110,7 +114,8 @@ def open_supervised(config: Config, recorded_date: str | None = None) -> Supervi
         target = policy.encode_completion(each.text)
         if len(target) <= longest:
             prompt = Prompt(row.id, row.index, row.question, row.answer, tokens)
-            examples.append(Example(prompt, target, tuple(map(policy.encode_completion, each.drafts))))
+            encoded = (ExampleDraft(policy.encode_completion(draft.text), draft.is_right) for draft in each.drafts)
+            examples.append(Example(prompt, target, tuple(encoded)))
     if not examples:
         raise InputError(
             f"config.rollout.max_completion_length = {longest}: all {len(kept)} solutions are longer; raise it"
@@ -119,7 +124,7 @@ def open_supervised(config: Config, recorded_date: str | None = None) -> Supervi
     notes += [("too long", f"{left_out:,} of {len(found):,}, left out")] * bool(left_out)
     max_context = max(len(example.prompt.tokens) for example in examples)
     if config.sft.draft_fraction:
-        drafts = max((len(draft) for example in examples for draft in example.drafts), default=0)
+        drafts = max((len(draft.tokens) for example in examples for draft in example.drafts), default=0)
         max_context += renderer.draft_overhead(drafts, [example.prompt.question for example in examples])
     context = policy.model.max_position_embeddings
     if max_context + longest > context:

@@ -7,6 +7,7 @@ from model_files import error_of
 
 from igrpo_jax.config import Config, DataConfig, SftConfig
 from igrpo_jax.data import solutions
+from igrpo_jax.data.drafts import Draft
 
 GSM8K = {"question": "What is 2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
 MATH = {"problem": "What is 2 + 3?", "solution": "It is {answer}: $\\boxed{5}$"}
@@ -35,11 +36,30 @@ def test_a_think_that_the_template_writes_is_not_imitated(tmp_path):
 def test_rows_without_a_solution_or_a_draft_are_counted(tmp_path):
     rows = [MATH | {"mine": "no", "old": ["a", " ", "b"]}, MATH | {"mine": None, "old": "c"}, MATH | {"mine": "d"}]
     found, notes = load(tmp_path, rows, solution_column="mine", draft_column="old", draft_fraction=0.5)
-    assert [each.drafts for each in found] == [("a", "b"), ()] and [each.row.index for each in found] == [0, 2]
+    assert [each.drafts for each in found] == [(Draft("a", None), Draft("b", None)), ()]
+    assert [each.row.index for each in found] == [0, 2]
     assert notes[1:] == [
         ("problems without a solution", "1 of 3, left out"),
+        ("drafts", "2 from 'old'"),
         ("problems without a draft", "1, never shown with one"),
     ]
+
+
+def test_drafts_from_the_answers_of_a_run_have_its_verdicts(tmp_path):
+    """They belong to the problem with their question, whatever its number; those of other problems are left."""
+    answers = [("What is 2 + 3?", "5.", 1.0), ("What is 2 + 3?", "6.", 0.0), ("What is 2 + 9?", "11.", 1.0)]
+    rows = [{"stage": "draft", "prompt": q, "text": text, "rewards": {"accuracy": x}} for q, text, x in answers]
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    (tmp_path / "run" / "samples" / "step_000001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"draft_fraction": 0.5, "drafts_from": str(tmp_path / "run")}
+    found, notes = load(tmp_path, [MATH | {"problem": "Another?"}, MATH], **asked)
+    assert [each.drafts for each in found] == [(), (Draft("5.", True), Draft("6.", False))]
+    assert notes[1:] == [
+        ("drafts", f"2 from {asked['drafts_from']!r}, 50% of 2 right"),
+        ("problems without a draft", "1, never shown with one"),
+    ]
+    message = error_of(lambda: load(tmp_path, [MATH | {"problem": "Another?"}], **asked))
+    assert "config.sft.drafts_from = " in message and "has no draft for any of the 1 problems" in message
 
 
 @pytest.mark.parametrize(

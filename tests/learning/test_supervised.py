@@ -7,20 +7,21 @@ import numpy as np
 from igrpo_jax.config import Config, LearnerConfig, RolloutConfig, SftConfig
 from igrpo_jax.learning import objectives, supervised
 from igrpo_jax.learning.loss import TokenValues, loss
-from igrpo_jax.learning.supervised import Example
+from igrpo_jax.learning.supervised import Example, ExampleDraft
 from igrpo_jax.records import Prompt
 
 
 class Plain:
-    """A renderer whose q' is the question's number, a draft, and 7."""
+    """A renderer whose q' is the question's number, a draft, and 7 where the draft is right."""
 
-    def with_draft(self, question, draft):
-        return np.concatenate([[int(question)], draft, [7]])
+    def with_draft(self, question, draft, is_right):
+        return np.concatenate([[int(question)], draft, [7 if is_right else 6]])
 
 
 def example(number, drafts=1):
     prompt = Prompt(str(number), number, str(number), "", np.array([number], np.int32))
-    return Example(prompt, np.array([5, 6, 0], np.int32), tuple(np.array([10 + i], np.int32) for i in range(drafts)))
+    shown = (ExampleDraft(np.array([10 + i], np.int32), i == 0) for i in range(drafts))
+    return Example(prompt, np.array([5, 6, 0], np.int32), tuple(shown))
 
 
 def test_the_gradient_is_that_of_the_mean_cross_entropy():
@@ -47,7 +48,7 @@ def test_which_draft_an_example_shows_follows_from_seed_and_step():
     made = supervised.groups(config, examples, Plain(), 7)
     shown = [group.context.tolist() for group in made if len(group.context) > 1]
     assert 65 < len(shown) < 135 and {context[1] for context in shown} == {10, 11}  # 100 +- 8.7 are expected
-    assert all(context[2] == 7 for context in shown)
+    assert all(context[2] == {10: 7, 11: 6}[context[1]] for context in shown)
     again = supervised.groups(config, examples, Plain(), 7)
     assert [x.context.tolist() for x in again] == [x.context.tolist() for x in made]
     other = supervised.groups(config, examples, Plain(), 8)
