@@ -20,7 +20,7 @@ from igrpo_jax import cli
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.errors import InputError
 from igrpo_jax.loading import check_model
-from igrpo_jax.storage.addresses import is_remote, path_of
+from igrpo_jax.storage.addresses import path_of
 
 if TYPE_CHECKING:
     from igrpo_jax.session.task import Task
@@ -106,8 +106,6 @@ def probe(
 
     check_model(config, model)
     began, folder = time.perf_counter(), path_of(f"--workdir {workdir}", workdir)
-    if is_remote(folder):
-        raise InputError(f"--workdir {folder}: a probe writes to a local folder; give one, and copy it afterwards")
     config = planned(config)
     samples = checked(config, answers, problems)
     run, step = inference.checkpoint_of(str(model), step)

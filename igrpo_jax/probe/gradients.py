@@ -18,6 +18,7 @@ Legend: P problems.
 """
 
 import functools
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,9 @@ from igrpo_jax.outputs.files import writing
 from igrpo_jax.probe.answers import Answered
 from igrpo_jax.probe.estimates import FEW, UNKNOWN, Estimate, resamples
 from igrpo_jax.records import Completion
+from igrpo_jax.storage.addresses import make_folder, names
+from igrpo_jax.storage.reading import read_bytes
+from igrpo_jax.storage.writing import write_bytes
 
 KINDS = ("plain", "refine", "credited")
 WIDTH = 65_521  # a prime, so that no row of a weight comes to lie on another
@@ -70,11 +74,13 @@ class Gradients:
         self._frozen = frozen
         self._console = console
         self._folder = folder / FOLDER
+        self._present: set[str] = set()  # names of files that an earlier start has written
 
     def measure(self, answered: Sequence[Answered], compared: int) -> list[Measured]:
         """Returns what is measured of each problem: reliance of all, and gradients of the first `compared`."""
         with writing(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
+            self._present = names(self._folder)
         results = []
         with self._console.phase("gradients", len(answered)) as update, watchdog.phase("update", "gradients"):
             for number, problem in enumerate(answered):
@@ -85,8 +91,8 @@ class Gradients:
     def _of(self, problem: Answered, with_gradients: bool) -> Measured:
         path = self._folder / f"{problem.prompt.index:06d}.npz"
         kinds = KINDS if with_gradients else ()
-        if path.exists():
-            with np.load(path) as kept:
+        if path.name in self._present:
+            with np.load(io.BytesIO(read_bytes(path))) as kept:
                 if all(kind in kept for kind in kinds):
                     reliance = {draft: kept[f"reliance_{draft}"] for draft in ("right", "wrong")}
                     return Measured({kind: kept[kind] for kind in kinds}, reliance)
@@ -94,11 +100,10 @@ class Gradients:
         sketches = {kind: self._sketch(units[kind]) for kind in kinds}
         reliance = {draft: self._reliance(problem, draft == "right") for draft in ("right", "wrong")}
         arrays = sketches | {f"reliance_{draft}": values for draft, values in reliance.items()}
-        temporary = path.with_suffix(".tmp")
+        file = io.BytesIO()
+        np.savez(file, **arrays)
         with writing(path):
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)
-            temporary.replace(path)
+            write_bytes(path, file.getvalue())
         return Measured(sketches, reliance)
 
     def _sketch(self, units: Sequence[Unit]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Files that are written into a bucket: texts, files that grow, and folders that libraries fill by themselves.
 
-- A text is one object, written at once (`write_text`).
+- A text is one object, written at once (`write_text`, `write_bytes`).
 - A file that grows, such as metrics.jsonl, is kept on the local disk and uploaded as a whole, so a reader never sees
   half a row, and the bucket has the same files as a folder (`Lines`). It is uploaded when `sync` asks for it, and with
   a new line where the last upload was EVERY seconds ago. An object for each step would be cheaper to upload, but every
@@ -26,15 +26,19 @@ _MOST_OF_TIME = 0.1  # share of the time that uploads of a file that grows may t
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a text as `write_bytes` does. A lone surrogate, which model text may hold, is written as \\udXXX, which is
+    also how JSON spells it."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file at once: a kill leaves either the old one or the whole new one.
 
-    On a disk the text goes to `path` + ".tmp" first, which may be left behind by a kill. A lone surrogate, which model
-    text may hold, is written as \\udXXX, which is also how JSON spells it.
+    On a disk the data goes to `path` + ".tmp" first, which may be left behind by a kill.
 
     Raises:
         OSError, or another one of `failures`: the file cannot be written.
     """
-    data = text.encode("utf-8", "backslashreplace")
     if is_remote(path):
         patiently(path, filesystem(path).pipe_file, str(path), data)
         return

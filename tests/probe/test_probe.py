@@ -19,7 +19,7 @@ from igrpo_jax.records import Prompt
 
 
 @pytest.mark.slow(seconds=10)
-def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatch):
+def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatch, bucket):
     out = tmp_path / "out"
 
     def call(*more, code=None):
@@ -49,13 +49,20 @@ def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatc
     assert len(list((out / "gradients").iterdir())) == 3
 
     (out / "answers.jsonl").write_text("".join(rows[: len(rows) // 2]) + rows[-1][:20])
-    (out / "gradients" / sorted(path.name for path in (out / "gradients").iterdir())[0]).unlink()
+    removed = f"gradients/{min(path.name for path in (out / 'gradients').iterdir())}"
+    (out / removed).unlink()
     printed = call()
     assert "plain answers ..." in printed
     assert {name: (out / name).read_text() for name in names} == written
     printed = call()
     assert "plain answers ..." not in printed and "refinements ..." not in printed  # all is there
     assert "holds an evaluation of another kind (seed: 0 -> 1" in call("--config.seed=1", code=2)
+    # In a bucket it goes on too.
+    bucket.put(out)
+    for name in (removed, "probe.json"):
+        bucket.remove(name)
+    assert f"written to {bucket / 'probe.html'}" in call("--workdir", bucket.address)
+    assert bucket.read("probe.json") == written["probe.json"] and removed in bucket.names()
     # What failed in an earlier start is no wrong answer in a later one.
     failed = [json.dumps(json.loads(row) | {"status": "error"}) + "\n" for row in rows]
     (out / "answers.jsonl").write_text("".join(failed))

@@ -24,7 +24,9 @@ def test_every_set_of_drafts_keeps_what_stage_one_would():
     assert kept_drafts(plain, 2, "first", "reward", [0]) == [0, 1, 2, 3]
     assert kept_drafts(plain, 2, "worst", "reward", [0]) == [0, 2, 2, 0]
     drawn = kept_drafts(plain, 2, "random", "reward", [0])
-    assert drawn == kept_drafts(plain, 2, "random", "reward", [0]) and all(i in (s, (s + 1) % 4) for s, i in enumerate(drawn))
+    assert drawn == kept_drafts(plain, 2, "random", "reward", [0]) and all(
+        i in (s, (s + 1) % 4) for s, i in enumerate(drawn)
+    )
 
 
 def test_drafts_without_a_verdict_are_not_kept():
