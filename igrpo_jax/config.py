@@ -222,6 +222,9 @@ class AlgorithmConfig:
     # saves are drafts of further prompts, and a step samples as many completions as with "always". Departs from the
     # paper.
     draft_when: Annotated[str, Choice("always", "unsolved")] = "always"
+    # Fraction of a prompt's drafts that must be right for it to count as solved where draft_when = "unsolved"; at 0 one
+    # right draft is enough.
+    solved_fraction: Annotated[float, Between(0, 1)] = 0.0
     # Prompt under which refinements are scored and trained on: the "context" that they were sampled with, which shows a
     # draft, or the "plain" prompt. The latter departs from the paper.
     refine_credit: Annotated[str, Choice("context", "plain")] = "context"

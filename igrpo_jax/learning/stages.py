@@ -14,15 +14,15 @@ other refinements are left out of the group. So a prompt samples N + N G complet
 
 Two more, off by default, change which prompts are refined. With algorithm.alternate every other step, from step 1 on,
 has no drafts, and the step after it drafts the same prompts (ThinkTwice, 2604.01591). With algorithm.draft_when =
-"unsolved" only a prompt without a right draft goes on to Stage 2. Each position of the step may sample N + G
-completions, as in the paper. Its first prompt has N drafts. If none is right, G refinements follow. If one is, the G
-completions are drafts of fresh prompts, which take the position one after another and are not refined: after N drafts
-fewer than G completions are left. This ends at none, since N divides G. So a step samples P (N + G) completions
-whatever is solved, and no position waits for another.
+"unsolved" only a prompt without a right draft goes on to Stage 2, or one with fewer than algorithm.solved_fraction.
+Each position of the step may sample N + G completions, as in the paper. Its first prompt has N drafts. If none is
+right, G refinements follow. If one is, the G completions are drafts of fresh prompts, which take the position one after
+another and are not refined: after N drafts fewer than G completions are left. This ends at none, since N divides G. So
+a step samples P (N + G) completions whatever is solved, and no position waits for another.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -66,14 +66,16 @@ def select_draft(
     return int(known[_SELECT[selection](rewards[known], rng)]) if len(known) else None
 
 
-def needs_refinement(drafts: Iterable[Completion], left: int, algorithm: AlgorithmConfig) -> bool:
-    """Returns whether a prompt is refined where algorithm.draft_when = "unsolved".
+def needs_refinement(drafts: Collection[Completion], left: int, algorithm: AlgorithmConfig) -> bool:
+    """Returns whether a prompt is refined where algorithm.draft_when = "unsolved": it has no or too few right drafts.
 
     Args:
         drafts: all N of it; one without a verdict is not right.
         left: completions that its position may still sample.
     """
-    return left >= algorithm.num_generations and not any(draft.score.is_right for draft in drafts)
+    right = sum(draft.score.is_right for draft in drafts)
+    is_solved = right > 0 and right >= algorithm.solved_fraction * len(drafts)
+    return left >= algorithm.num_generations and not is_solved
 
 
 @dataclass

@@ -624,6 +624,17 @@ def test_which_prompts_are_refined(right, left, refines):
     assert needs_refinement(drafts, left, settings().algorithm) == refines
 
 
+@pytest.mark.parametrize(("fraction", "refines"), [(0.0, False), (0.5, False), (0.6, True), (1.0, True)])
+def test_a_prompt_may_need_several_right_drafts_to_be_solved(fraction, refines):
+    drafts = [
+        replace(draft, score=replace(draft.score, rewards={"accuracy": draft.score.reward}))
+        for draft in drafts_with([1, 0])
+    ]
+    chosen = settings(algorithm__solved_fraction=fraction).algorithm
+    assert needs_refinement(drafts, 4, chosen) == refines
+    assert needs_refinement(drafts[1:], 4, chosen)
+
+
 def test_every_draft_can_be_refined(collect, rollout, renderer):
     """N = 4, G = 2: 4 + 8 completions of a prompt are sampled, and of the 8 refinements those of one draft are kept.
 
