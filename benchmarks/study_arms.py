@@ -119,6 +119,28 @@ LOOKUPS: dict[str, list[Arm]] = {start: of_claim(start) for start in ("dense", "
 LOOKUPS["variants"] = compared("sparse", VARIANTS)
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What was written down before the look-ups were run: where an arm ends, against GRPO with as many samples."""
+
+    arm: str
+    low: float  # pass@1 of the arm less that of GRPO at the end, in percentage points
+    high: float
+    words: str
+
+
+FAR = 100.0
+PREDICTIONS = (
+    Prediction("dense_igrpo", -FAR, -30, "30 points behind or more"),
+    Prediction("sparse_igrpo", -35, 5, "between 35 points behind and 5 ahead"),
+    Prediction("rare_igrpo", 0, FAR, "ahead"),
+    Prediction("ignoring_igrpo", -FAR, 0, "behind"),
+    Prediction("dense_unsolved", -5, 5, "within 5 points"),
+    Prediction("sparse_unsolved", 0, FAR, "ahead"),
+    Prediction("rare_unsolved", 0, FAR, "ahead"),
+)
+
+
 def look_ups(error_rate: float, refinements: str) -> dict[str, Any]:
     """Returns the settings of a start whose teacher is wrong this often, as its drafts are."""
     errors = {"warm_start.error_rate": error_rate, "warm_start.draft_error_rate": error_rate}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import study_runs
+from study_arms import PREDICTIONS, Prediction
 from study_runs import MOVES, interval
 
 from igrpo_jax.outputs.files import write_atomically
@@ -63,7 +64,37 @@ def tables(results: Results) -> str:
         arms = {name: results["arms"][name] for name in _with_reference(results, names)}
         parts += [f"## {group}", _learning(arms), _differences(results, names), _dynamics(arms), _drafts(arms)]
         parts.append(_cost(arms))
+    parts.append(_predictions(results))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _predictions(results: Results) -> str:
+    """Returns the table of what was predicted and what came; "" where no such arm has pairs."""
+    lines = [
+        "## predictions",
+        "",
+        "pass@1 at the end, less that of the same seeds with GRPO, in percentage points. A prediction holds where the",
+        "whole interval lies in its range, and is falsified where none of it does.",
+        "",
+        "| arm | predicted | pairs | observed | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for prediction in PREDICTIONS:
+        pairs = _pairs(results, prediction.arm) if prediction.arm in results["arms"] else []
+        if len(pairs) > 1:
+            gaps = [100 * (run["after"] - other["after"]) for run, other in pairs]
+            cells = [prediction.arm, prediction.words, str(len(pairs)), _cell(gaps, ".1f", True, "+")]
+            lines.append("| " + " | ".join([*cells, verdict(prediction, gaps)]) + " |")
+    return "\n".join(lines) if len(lines) > 7 else ""
+
+
+def verdict(prediction: Prediction, gaps: Sequence[float]) -> str:
+    """Returns whether a prediction holds, is falsified, or is open, by the 95 % interval of the differences."""
+    mean, width = interval(gaps)
+    low, high = mean - width, mean + width
+    if prediction.low <= low and high <= prediction.high:
+        return "held"
+    return "falsified" if high < prediction.low or low > prediction.high else "open"
 
 
 Column = tuple[str, Callable[[dict], float | None], str]  # heading, function from a run to its value, format

@@ -113,6 +113,16 @@ def test_prompts_and_steps_without_refinements(tmp_path):
     assert "reward" not in run["series"] and "copy_ratio" not in run["series"] and len(run["series"]["entropy"]) == 2
 
 
+def test_a_prediction_holds_where_the_whole_interval_does():
+    """By hand: 1, 2, 3 have the interval 2 ± 2.48, so from -0.48 to 4.48."""
+    predicted = lambda low, high: study_report.verdict(study_arms.Prediction("x", low, high, ""), [1.0, 2.0, 3.0])
+    assert predicted(-0.5, 4.5) == predicted(-100, 100) == "held"
+    assert predicted(0, 100) == predicted(-100, 4.4) == "open"
+    assert predicted(4.5, 100) == predicted(-100, -0.5) == "falsified"
+    arms = {arm.name for group in study_arms.LOOKUPS.values() for arm in group}
+    assert {prediction.arm for prediction in study_arms.PREDICTIONS} <= arms
+
+
 def test_digits_that_are_right_are_counted_in_their_places():
     texts = ["<answer>123</answer>", "<answer>923</answer>", "12", "<answer>1234</answer>", "<answer>31"]
     assert study_rewards.right_digits(texts, ["123"] * 5, keys="x") == pytest.approx([1, 2 / 3, 0, 1, 0])
