@@ -169,8 +169,9 @@ class WarmStartConfig:
     # In the task "arithmetic" nothing in a draft can be trusted at 1.
     draft_error_rate: Annotated[float, Between(0, 1)] = 1.0
     # What the teacher does with a draft: "independent" pays no attention to it; "checked", in the task "lookups", looks
-    # up again where its own first look-up differs from the draft.
-    refinements: Annotated[str, Choice("independent", "checked")] = "independent"
+    # up again where its own first look-up differs from the draft; "verdicts" says whether the draft is right, as
+    # algorithm.second_stage = "verify" asks; half of the drafts are right then.
+    refinements: Annotated[str, Choice("independent", "checked", "verdicts")] = "independent"
 
 
 @dataclass(frozen=True)
@@ -200,14 +201,19 @@ class AlgorithmConfig:
     loss_type: Annotated[str, Choice(*LOSS_TYPES)] = "grpo"
     # Number of Stage 1 drafts per prompt, N in the paper; 0 for no draft stage, which is the base algorithm.
     num_drafts: Annotated[int, AtLeast(0)] = 4
+    # What Stage 2 asks for: "refine" for a better answer than the draft, "verify" for a verdict on it, 1 if it is right
+    # and 0 if it is wrong, which refine.instruction has to ask for. Drafts are then solutions, and are trained on. The
+    # latter departs from the paper.
+    second_stage: Annotated[str, Choice("refine", "verify")] = "refine"
     # Number of completions per prompt that are trained on, G in the paper.
     # With group = "prompt" it may be 1.
     num_generations: Annotated[int, AtLeast(1)] = 4
     # Fraction of groups that see the plain prompt in Stage 2. Above 0 it departs from the paper.
     draft_dropout: Annotated[float, Between(0, 1)] = 0.0
     # Which of the drafts that have a verdict enters q'. With "refined" each does, with num_generations refinements, and
-    # the draft whose refinements earn most is kept with them. All but "best" depart from the paper.
-    draft_selection: Annotated[str, Choice("best", "random", "worst", "first", "refined")] = "best"
+    # the draft whose refinements earn most is kept with them. "balanced", for second_stage = "verify", is a right one
+    # and a wrong one equally often. All but "best" depart from the paper.
+    draft_selection: Annotated[str, Choice("best", "random", "worst", "first", "refined", "balanced")] = "best"
     # What draft_selection compares: the name of a reward, such as "judge" or your function's, or "reward" for the
     # weighted sum. A function of weight 0 chooses the draft without being trained on. All but "reward" depart from the
     # paper.
@@ -277,6 +283,13 @@ class AlgorithmConfig:
     importance_sampling_cap: Annotated[float, AtLeast(0)] = 0.0
     # Whether completions that were cut at the length limit carry no loss.
     mask_truncated_completions: bool = False
+
+    @property
+    def trained_stages(self) -> tuple[str, ...]:
+        """The stages whose completions are trained on. The metrics of the first one have TRL's names."""
+        if self.second_stage == "verify":
+            return ("draft", "verify")
+        return ("refine", "draft") if self.train_drafts else ("refine",)
 
     def drafts_in(self, step: int) -> int:
         """Returns the number of drafts of each prompt in `step` (from 1)."""
@@ -831,6 +844,11 @@ def _drafts(config: Config) -> Iterator[tuple[str, str]]:
     if algorithm.num_drafts:  # without drafts all of this is the base algorithm
         yield from _draft_when(algorithm)
         yield from _credit(config)
+    if algorithm.second_stage == "verify":
+        yield from _verifications(config)
+    elif algorithm.draft_selection == "balanced":
+        fix = 'is for verifications; choose another, or set algorithm.second_stage to "verify"'
+        yield "algorithm.draft_selection", fix
 
 
 def _draft_when(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
@@ -876,6 +894,44 @@ def _credit(config: Config) -> Iterator[tuple[str, str]]:
     if algorithm.improvement_bonus and algorithm.group == "stage":
         fix = "all refinements of a prompt have improved on one draft, so their baseline takes the bonus away again"
         yield "algorithm.improvement_bonus", f'{fix}; set algorithm.group to "prompt"'
+
+
+def _verifications(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields what does not go together with verifications in the place of refinements."""
+    algorithm, wording = config.algorithm, config.refine.instruction
+    if not algorithm.num_drafts:
+        yield "algorithm.second_stage", "there is no solution to verify; set algorithm.num_drafts to at least 2"
+    if not algorithm.train_drafts:
+        yield "algorithm.train_drafts", "the drafts are the solutions that are learned from; set it to True"
+    if wording == RefineConfig().instruction:
+        yield "refine.instruction", "asks for a better answer; ask whether {draft} is right, to be answered with 1 or 0"
+    if "{verdict}" in wording:
+        yield "refine.instruction", "{verdict} gives the answer to a verification away; leave it out"
+    if not config.rewards.accuracy:
+        yield "rewards.accuracy", "verifications are graded against the verdict on their solution; set it above 0"
+    # For each field the values that it may have, and why no others.
+    needs = [
+        (
+            "algorithm.draft_selection",
+            ("random", "first", "balanced"),
+            "a solution chosen by its reward, or all of them, would give its verdict away",
+        ),
+        ("algorithm.draft_when", ("always",), "prompts with right and wrong drafts are verified, whatever it says"),
+        ("algorithm.draft_dropout", (0,), "without a solution in the prompt there is nothing to verify"),
+        ("algorithm.alternate", (False,), "without a solution in the prompt there is nothing to verify"),
+        ("algorithm.group", ("stage",), "rewards of solutions and of verdicts on them have no common baseline"),
+        ("algorithm.refine_credit", ("context",), "a verdict is no answer to the plain prompt"),
+        ("algorithm.improvement_bonus", (0,), "a verdict does not improve on its solution"),
+        ("algorithm.repeat_penalty", (0,), "a verdict does not repeat the answer of its solution"),
+        ("algorithm.max_redraws", (0,), "dynamic sampling looks at Stage 2 alone"),
+        ("rewards.judge.weight", (0,), "a judge would take a verdict for an answer to the problem"),
+        ("evaluation.rounds", (0,), "the policy learns to give verdicts on drafts, not to refine them"),
+        ("sft.draft_fraction", (0,), "the solution of a problem is no verdict on its draft"),
+    ]
+    for path, allowed, reason in needs:
+        if fields.value_at(config, path) not in allowed:
+            choices = " or ".join(map(str, allowed))
+            yield path, f'{reason}; with algorithm.second_stage = "verify" it must be {choices}'
 
 
 def _batch_and_mesh(config: Config) -> Iterator[tuple[str, str]]:

@@ -36,6 +36,10 @@ class Score:
 STATUSES = ("ok", "unparseable", "timeout", "error", "invalid")
 
 
+# The answer that a verification should give, by whether the solution that it was shown is right.
+VERDICTS = {True: "1", False: "0"}
+
+
 def same_answer(draft: str | None, refinement: str | None) -> bool:
     """Returns whether both texts state an answer, and the answers are the same characters; None states none."""
     return draft is not None and draft == refinement
@@ -68,9 +72,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer: a draft (Stage 1), a refinement (Stage 2), or an answer of an evaluation."""
+    """One sampled answer: a draft (Stage 1), a refinement or a verification (Stage 2), or one of an evaluation."""
 
-    stage: str  # "draft" or "refine" in a rollout, "eval" in an evaluation
+    stage: str  # "draft", "refine" or "verify" in a rollout, "eval" in an evaluation
     sample_id: int  # 0..N-1 or 0..G-1 within its prompt; below N G where every draft is refined (draft_selection)
     tokens: np.ndarray  # [T] int32, the EOS included where the model ended by itself
     logprobs: np.ndarray  # [T] float32, of each token under the sampler at the sampling temperature, in nats
@@ -85,14 +89,22 @@ class Completion:
 class Group:
     """A prompt with its N drafts, the draft that was kept, and the G refinements with one advantage baseline.
 
-    Drafts are not among the `completions`: these are the refinements alone, also where drafts are trained on.
+    Drafts are not among the `completions`: these are the refinements alone, also where drafts are trained on. With
+    algorithm.second_stage = "verify" drafts are solutions, and the completions are verifications of the kept one.
     """
 
     prompt: Prompt
     drafts: tuple[Completion, ...]  # N, may be empty
     kept: int | None  # index into drafts of the draft in q' (algorithm.draft_selection); None = the plain prompt
     context: np.ndarray  # [L'] int32: q' = prompt with the kept draft spliced in; the plain prompt where kept is None
-    completions: tuple[Completion, ...]  # the G refinements; none where algorithm.draft_when leaves them out
+    completions: tuple[Completion, ...]  # the G refinements; none where `stages` leaves Stage 2 out
+
+    def reference_answer(self, completion: Completion) -> str:
+        """Returns what one of the samples is graded against: a verification against the verdict on its solution."""
+        if completion.stage != "verify":
+            return self.prompt.answer
+        assert self.kept is not None, "a verification was shown a solution"
+        return VERDICTS[self.drafts[self.kept].score.is_right]
 
     @property
     def rewards(self) -> np.ndarray:

@@ -185,6 +185,49 @@ def test_draft_controls_that_do_not_go_together(changes, says):
         config.freeze(tree)
 
 
+VERIFYING = {
+    "algorithm.second_stage": "verify",
+    "algorithm.train_drafts": True,
+    "algorithm.draft_selection": "balanced",
+    "refine.instruction": "{draft} is right:",
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("algorithm.draft_selection", "random", None),
+        ("algorithm.num_drafts", 0, "algorithm.second_stage = 'verify': .* set algorithm.num_drafts to at least 2"),
+        ("algorithm.train_drafts", False, "train_drafts = False: .* set it to True"),
+        ("algorithm.draft_selection", "best", "draft_selection = 'best': .* must be random or first or balanced"),
+        ("algorithm.draft_selection", "refined", "draft_selection = 'refined': .* must be random or first or balanced"),
+        ("algorithm.draft_when", "unsolved", "draft_when = 'unsolved': .* must be always"),
+        ("algorithm.draft_dropout", 0.5, "draft_dropout = 0.5: .* must be 0"),
+        ("algorithm.alternate", True, "alternate = True: .* must be False"),
+        ("algorithm.group", "prompt", "group = 'prompt': .* must be stage"),
+        ("algorithm.refine_credit", "plain", "refine_credit = 'plain': .* must be context"),
+        ("algorithm.repeat_penalty", 0.5, "repeat_penalty = 0.5: .* must be 0"),
+        ("algorithm.max_redraws", 1, "max_redraws = 1: .* must be 0"),
+        ("refine.instruction", config.RefineConfig().instruction, "refine.instruction = .*: asks for a better answer"),
+        ("refine.instruction", "{draft} is {verdict}", "refine.instruction = .*: {verdict} gives the answer"),
+        ("rewards.accuracy", 0.0, "rewards.accuracy = 0.0: verifications are graded"),
+        ("rewards.judge.weight", 1.0, "judge.weight = 1.0: .* must be 0"),
+        ("evaluation.rounds", 1, "evaluation.rounds = 1: .* must be 0"),
+        ("sft.draft_fraction", 0.5, "sft.draft_fraction = 0.5: .* must be 0"),
+        ("algorithm.second_stage", "refine", "draft_selection = 'balanced': is for verifications"),
+    ],
+)
+def test_what_verifications_do_not_go_together_with(path, value, says):
+    tree = config.default()
+    tree.rewards.judge.model, tree.sft.draft_column = "judge", "drafts"
+    tree.update_from_flattened_dict(VERIFYING | {path: value})
+    if says is None:
+        assert config.freeze(tree).algorithm.trained_stages == ("draft", "verify")
+        return
+    with pytest.raises(InputError, match=says):
+        config.freeze(tree)
+
+
 @pytest.mark.parametrize(
     "changes, says",
     [

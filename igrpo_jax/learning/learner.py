@@ -11,8 +11,9 @@ Their entropy, for the metrics, is that of the sampler.
 
 With algorithm.train_drafts the drafts of a prompt are a group as well, on the plain prompt, with a baseline of their
 own (or with that of the refinements, see `credit`). They are rows of the same optimizer steps, each minibatch has its
-part of them, and a row of either kind weighs the same. Metrics under TRL's names still describe the refinements alone;
-loss and gradient norm are those of all rows.
+part of them, and a row of either kind weighs the same. Metrics under TRL's names still describe the refinements alone,
+or with algorithm.second_stage = "verify" the drafts, which are the answers then; loss and gradient norm are those of
+all rows.
 
 An optimizer step whose loss or gradient is not finite changes nothing and is counted.
 """
@@ -156,7 +157,8 @@ class Learner:
         sums, applied = sharding.to_host((sums, applied))
         padding = 1 - sum(unit.tokens for unit in trained) / padded if padded else 0.0
         stages = {unit.stage for unit in units}
-        measured = optimizer_step_metrics(sums, idle, stages, self.algorithm.plain_credit)
+        main = self.programs.stages[0]
+        measured = optimizer_step_metrics(sums, idle, stages, self.algorithm.plain_credit, main)
         return state, applied | measured | {"perf/padding_frac": padding}
 
     def _rescored(
@@ -218,7 +220,10 @@ class Learner:
         are those that sampled.
         """
         right = [
-            (group, x) for group in groups if group.kept is not None for x in group.completions if x.score.is_right
+            (group, x)
+            for group in groups
+            for x in group.completions
+            if group.kept is not None and x.stage == "refine" and x.score.is_right
         ]
         alone = lambda context, completion: Unit(context, (completion,), np.zeros(1, np.float32))
         batch = self.packer.leading([alone(group.context, completion) for group, completion in right])

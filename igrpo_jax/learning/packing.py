@@ -39,7 +39,7 @@ class Unit:
 
     @property
     def stage(self) -> str:
-        """The stage of its completions: "refine", or "draft" with algorithm.train_drafts."""
+        """The stage of its completions: "refine" or "verify", or "draft" with algorithm.train_drafts."""
         return self.completions[0].stage
 
     @property

@@ -76,7 +76,7 @@ class LearnerPrograms:
             remat="none",  # `rescore` differentiates nothing
             lora_scaling=config.model.lora.scaling,
         )
-        self.stages = ("refine", "draft") if config.algorithm.train_drafts else ("refine",)
+        self.stages = config.algorithm.trained_stages
         shapes, rank = decoder.shapes(cfg), config.model.lora.rank
         self._shapes = lora.shapes(config.model.lora, shapes) if rank else shapes
         self.frozen = _abstract_frozen(shapes, config.model.dtype, mesh) if rank else {}
@@ -136,7 +136,7 @@ class LearnerPrograms:
             correction_cap=self._config.algorithm.importance_sampling_cap,
         )
         platform = self._mesh.devices.flat[0].platform  # of a topology it may differ from the default platform
-        params, sums = self.state.params, self._abstract_sums()["refine"]
+        params, sums = self.state.params, self._abstract_sums()[self.stages[0]]
         return Program(
             "accumulate",
             jax.jit(

@@ -19,11 +19,15 @@ Each position of the step may sample N + G completions, as in the paper. Its fir
 right, G refinements follow. If one is, the G completions are drafts of fresh prompts, which take the position one after
 another and are not refined: after N drafts fewer than G completions are left. This ends at none, since N divides G. So
 a step samples P (N + G) completions whatever is solved, and no position waits for another.
+
+With algorithm.second_stage = "verify" the drafts are solutions, and Stage 2 asks the policy whether one of them is
+right, as in Self-Verification (2506.01369). G verifications are graded against the solution's own verdict: the
+reference answer is 1 or 0. A prompt whose solutions are all right or all wrong has no Stage 2.
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +35,7 @@ import numpy as np
 from igrpo_jax.config import AlgorithmConfig, Config
 from igrpo_jax.learning import exchange, filtering
 from igrpo_jax.learning.exchange import StepPosition
-from igrpo_jax.records import Completion, Group, Prompt
+from igrpo_jax.records import VERDICTS, Completion, Group, Prompt
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.sampling.scoring import stage_key
@@ -39,7 +43,7 @@ from igrpo_jax.sampling.scoring import stage_key
 if TYPE_CHECKING:
     from igrpo_jax.data.prompts import Renderer  # with transformers, which sampling does not need
 
-STAGES = {"draft": 1, "refine": 2}
+STAGES = {"draft": 1, "refine": 2, "verify": 2}
 DROPOUT, SELECTION = 0xD20B, 0x5E1E  # tags of the random streams that drop and select drafts
 
 
@@ -50,6 +54,7 @@ _SELECT: dict[str, Callable[[np.ndarray, np.random.Generator], int]] = {
     "first": lambda rewards, rng: 0,
     "random": lambda rewards, rng: int(rng.integers(len(rewards))),
     "refined": lambda rewards, rng: int(np.argmax(rewards)),  # where nothing is refined yet
+    "balanced": lambda rewards, rng: int(rng.integers(len(rewards))),  # among those that `select_draft` leaves
 }
 
 
@@ -63,6 +68,10 @@ def select_draft(
     """
     rewards = np.array([filtering.value(draft, metric) for draft in drafts])
     (known,) = np.nonzero(~np.isnan(rewards))
+    if selection == "balanced":
+        is_right = np.array([draft.score.is_right for draft in drafts])[known]
+        wanted = is_right == (rng.random() < 0.5)
+        known = known[wanted] if wanted.any() else known
     return int(known[_SELECT[selection](rewards[known], rng)]) if len(known) else None
 
 
@@ -76,6 +85,16 @@ def needs_refinement(drafts: Collection[Completion], left: int, algorithm: Algor
     right = sum(draft.score.is_right for draft in drafts)
     is_solved = right > 0 and right >= algorithm.solved_fraction * len(drafts)
     return left >= algorithm.num_generations and not is_solved
+
+
+def needs_verification(drafts: Iterable[Completion]) -> bool:
+    """Returns whether a prompt is verified where algorithm.second_stage = "verify": whether some drafts are right and
+    some wrong, of those with a verdict.
+
+    Self-Verification multiplies the reward of a verification by 2 x the fraction of the prompt's solutions whose
+    verdict differs from that of the solution shown, which is 0 where there is none.
+    """
+    return len({draft.score.is_right for draft in drafts if not np.isnan(draft.score.reward)}) == 2
 
 
 @dataclass
@@ -160,7 +179,7 @@ class StepRollout:
         algorithm = self._algorithm
         dropped = algorithm.draft_dropout > 0 and self._rng(work, DROPOUT).random() < algorithm.draft_dropout
         if dropped or not self._num_drafts:
-            self._refine(work)
+            self._start_second(work)
         else:
             self._drafting.add(work.position.index)
             self._draft(work, 1 if algorithm.draft_early_stop else self._num_drafts)
@@ -190,11 +209,17 @@ class StepRollout:
     def _drafted(self, work: PromptRollout) -> None:
         """Goes on from a prompt whose drafts are scored: to its refinements, or to a fresh prompt at its position."""
         algorithm = self._algorithm
-        if algorithm.draft_when == "always" or needs_refinement(work.drafts.values(), work.left, algorithm):
-            self._refine(work)
+        if algorithm.second_stage == "verify":
+            goes_on = needs_verification(work.drafts.values())
+        elif algorithm.draft_when == "unsolved":
+            goes_on = needs_refinement(work.drafts.values(), work.left, algorithm)
+        else:
+            goes_on = True
+        if goes_on:
+            self._start_second(work)
             return
         work.context = work.prompt.tokens
-        if work.left >= self._num_drafts:
+        if algorithm.draft_when == "unsolved" and work.left >= self._num_drafts:
             self.unrefined.append(work)
             self._begin(self._fresh(work, work.left - self._num_drafts))
 
@@ -205,14 +230,14 @@ class StepRollout:
         self.latest[index] = fresh
         return fresh
 
-    def _refine(self, work: PromptRollout) -> None:
+    def _start_second(self, work: PromptRollout) -> None:
         """Starts Stage 2 of a prompt: on q' where a draft has a verdict, on the plain prompt where none has."""
         samples = self._algorithm.num_generations
         work.contexts = {shown: self._context(work, shown) for shown in self._shown(work)}
         work.kept, work.context = next(iter(work.contexts.items()))
         scored = functools.partial(self._refinement_scored, work)
         for place, context in enumerate(work.contexts.values()):
-            self._submit(work, "refine", context, samples, place * samples, scored)
+            self._submit(work, self._algorithm.second_stage, context, samples, place * samples, scored)
 
     def _shown(self, work: PromptRollout) -> list[int | None]:
         """Returns the numbers of the drafts to refine; None stands for the plain prompt."""
@@ -253,6 +278,11 @@ class StepRollout:
         first: int,
         scored: Callable[[Completion], None],
     ) -> None:
+        """Queues samples of one stage; verifications are graded against the verdict on the solution that they see."""
+        prompt = work.prompt
+        if stage == "verify":
+            assert work.kept is not None, "only a prompt with a right and a wrong solution is verified"
+            prompt = replace(prompt, answer=VERDICTS[work.drafts[work.kept].score.is_right])
         self._scheduler.submit(
             Request(
                 tokens=tokens,
@@ -262,7 +292,7 @@ class StepRollout:
                 limit=self._rollout.max_completion_length,
                 stage=stage,
                 first=first,
-                prompt=work.prompt,
+                prompt=prompt,
                 scored=scored,
             )
         )

@@ -15,11 +15,15 @@ _COMPARED = ("sampling/sampling_logp_difference/mean", *_LARGEST, _PLAIN)
 
 
 def optimizer_step_metrics(
-    sums: dict[str, MicroBatchSums], idle: Sequence[Unit], stages: Collection[str], plain_credit: bool = False
+    sums: dict[str, MicroBatchSums],
+    idle: Sequence[Unit],
+    stages: Collection[str],
+    plain_credit: bool = False,
+    main: str = "refine",
 ) -> dict[str, float]:
-    """Returns the metrics of one optimizer step: the loss of all rows, and the metrics of the refinements.
+    """Returns the metrics of one optimizer step: the loss of all rows, and the metrics of the stage `main`.
 
-    Drafts that are trained on are measured as `draft/kl` and `draft/clip_ratio`.
+    Another stage that is trained on is measured as `draft/kl` and `draft/clip_ratio`, or `verify/kl` and so on.
 
     Args:
         sums: by stage, of the rows that were trained on.
@@ -31,13 +35,13 @@ def optimizer_step_metrics(
     by_stage = {}
     for stage in stages:
         by_stage[stage] = _stage_metrics(sums[stage], [unit for unit in idle if unit.stage == stage])
-    refined = by_stage.get("refine", {})
-    if refined and plain_credit:
-        refined[_PLAIN] = refined.pop("sampling/sampling_logp_difference/mean")
-        del refined["sampling/sampling_logp_difference/max"]
+    named = by_stage.pop(main, {})
+    if named and plain_credit:
+        named[_PLAIN] = named.pop("sampling/sampling_logp_difference/mean")
+        del named["sampling/sampling_logp_difference/max"]
     names = {"kl": "kl", "clip_ratio/region_mean": "clip_ratio"}
-    drafts = {f"draft/{short}": by_stage["draft"][name] for name, short in names.items() if "draft" in by_stage}
-    return refined | drafts | {"loss": sum(stage_sums.loss_sums.loss for stage_sums in sums.values())}
+    others = {f"{stage}/{short}": of[name] for stage, of in by_stage.items() for name, short in names.items()}
+    return named | others | {"loss": sum(stage_sums.loss_sums.loss for stage_sums in sums.values())}
 
 
 def _stage_metrics(sums: MicroBatchSums, idle: Sequence[Unit]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from igrpo_jax.config import Config
-from igrpo_jax.data.builtin import TASKS, Problem
+from igrpo_jax.data.builtin import TASKS, Problem, is_right
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import length_buckets, pick_bucket
@@ -85,8 +85,7 @@ def _example(config: Config, rng: np.random.Generator, problems, renderer: Rende
     draft, completion = TASKS[config.data.task].example(config, problem, shows_draft, rng)
     context = renderer.plain(problem.question)
     if draft is not None:
-        is_right = f"<answer>{problem.answer}</answer>" in draft
-        context = renderer.with_draft(problem.question, encode(draft), is_right)
+        context = renderer.with_draft(problem.question, encode(draft), is_right(problem, draft))
     return Unit(context, (imitated(encode(completion)),), np.zeros(1))
 
 

@@ -91,7 +91,8 @@ def _is_supervised(workdir: Path) -> bool:
 def _tags(config: Config, workdir: Path) -> list[str]:
     if _is_supervised(workdir):
         return ["sft"]
-    return ["reinforcement-learning", "grpo", *["igrpo"] * bool(config.algorithm.num_drafts)]
+    is_igrpo = config.algorithm.num_drafts > 0 and config.algorithm.second_stage == "refine"
+    return ["reinforcement-learning", "grpo", *["igrpo"] * is_igrpo]
 
 
 def _method(config: Config, workdir: Path) -> str:
@@ -102,6 +103,12 @@ def _method(config: Config, workdir: Path) -> str:
         )
         return f"A supervised start: the solutions are imitated, {config.prompts_per_step} examples a step{drafts}."
     loss, count = algorithm.loss_type.upper().replace("DR_GRPO", "Dr. GRPO"), config.prompts_per_step
+    if algorithm.second_stage == "verify":
+        return (
+            f"{loss} with self-verification: for each of {count} prompts a step, {algorithm.num_drafts} solutions, and "
+            f"{algorithm.num_generations} verifications of one of them ({algorithm.draft_selection}) where some are "
+            "right and some wrong; both are trained."
+        )
     if algorithm.num_drafts:
         return (
             f"iGRPO ({PAPER}): for each of {count} prompts a step, {algorithm.num_drafts} drafts, and "

@@ -11,6 +11,7 @@ Parts = Sequence[tuple[str, str, str]]
 STEP: Parts = (
     ("solved", "rewards/accuracy/mean", ".3f"),
     ("drafts solved", "draft/accuracy", ".3f"),
+    ("verdicts right", "verify/accuracy", ".3f"),
     ("reward", "reward", ".3f"),
     ("entropy", "entropy", ".3f"),
     ("length", "completions/mean_length", ".0f"),
@@ -22,6 +23,7 @@ SOLVED: Parts = (
     ("fixed", "refine/fixed", ".3f"),
     ("broken", "refine/broken", ".3f"),
     ("copied", "refine/copy_ratio", ".2f"),
+    ("verdicts right", "verify/accuracy", ".3f"),
     ("reward", "reward", ".3f"),
     ("entropy", "entropy", ".3f"),
     ("length", "completions/mean_length", ".0f"),
@@ -101,7 +103,7 @@ def plain_text(text: str) -> str:
 
 
 def sample_blocks(group: Group, advantage: float) -> list[tuple[str, str]]:
-    """Returns (title, text) of a question, the draft in its prompt, its first completion and the right answer.
+    """Returns (title, text) of a question, the draft in its prompt, its first completion and the answer to that.
 
     Args:
         advantage: the advantage of the first completion.
@@ -111,9 +113,9 @@ def sample_blocks(group: Group, advantage: float) -> list[tuple[str, str]]:
         draft = group.drafts[group.kept]
         blocks.append((f"kept of {len(group.drafts)} drafts, {_score_text(draft)}", draft.text))
     first, count = group.completions[0], len(group.completions)
-    stage = "completion" if group.kept is None else "refinement"
+    stage = {"refine": "refinement", "verify": "verification"}[first.stage] if group.kept is not None else "completion"
     blocks.append((f"{stage} 1 of {count}, {_score_text(first)}, advantage {advantage:+.2f}", first.text))
-    blocks.append(("right answer", group.prompt.answer))
+    blocks.append(("right answer", group.reference_answer(first)))
     return [(title, _shorten(text)) for title, text in blocks]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from igrpo_jax.config import Config
-from igrpo_jax.records import Completion, Group, same_answer
+from igrpo_jax.records import VERDICTS, Completion, Group, same_answer
 
 
 def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]:
@@ -20,7 +20,9 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
     The trained completions have TRL's names: `reward`, `reward_std` (mean over groups of the std with ddof = 1),
     `frac_reward_zero_std`, `rewards/<name>/mean`, `completions/mean_length|min_length|max_length` (tokens, EOS
     included), `completions/clipped_ratio` (fraction that was cut at the length limit). Drafts are in the groups of the
-    second and third with algorithm.group = "prompt". Prompts without refinements are left out.
+    second and third with algorithm.group = "prompt". Prompts without refinements are left out. With
+    algorithm.second_stage = "verify" all of these describe the drafts, which are the answers to the problems then; what
+    has a name under `draft/` beside that is left out.
 
     The metrics of drafts are over the groups that have drafts: `draft/reward` and `draft/accuracy` (means),
     `draft/best_reward` (mean over groups of the best draft), `draft/kept_reward` (mean of the draft that q' shows,
@@ -33,17 +35,24 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
     `copy_ratio`), `refine/same_answer` (fraction that states the kept draft's answer in the same characters, whatever
     the reasoning), `refine/draft_truncated` (fraction of kept drafts that were cut to `refine.max_draft_length`).
 
+    The metrics of verifications are over the prompts that have some, `verify/prompts`, in the place of those of
+    refinements: `verify/accuracy` (fraction with the right verdict), `verify/accuracy_right|wrong` (the same over
+    verifications of right and of wrong solutions), `verify/says_right` (fraction that states 1), `verify/mean_length`.
+
     "Right" is accuracy = 1. Without an accuracy reward the metrics that need one are absent. Completions without a
     verdict (reward NaN) are left out of means; a mean over no value is NaN, which is written as null.
     """
     refined = [group for group in groups if group.completions]
+    is_verify = config.algorithm.second_stage == "verify"
+    answered = [group.of_drafts for group in groups if group.drafts] if is_verify else refined
     samples = [sample for group in groups for sample in (*group.drafts, *group.completions)]
     with_accuracy = any("accuracy" in sample.score.rewards for sample in samples)
-    metrics = _completion_metrics(refined, config) if refined else {}
-    metrics |= _draft_metrics([group.drafts for group in groups if group.drafts], with_accuracy)
-    metrics |= _refine_metrics(
-        [group for group in refined if group.kept is not None], with_accuracy, config.draft_limit
-    )
+    metrics = _completion_metrics(answered, config) if answered else {}
+    drafted = _draft_metrics([group.drafts for group in groups if group.drafts], with_accuracy)
+    same = ("draft/reward", "draft/accuracy", "draft/mean_length") if is_verify else ()  # under TRL's names then
+    metrics |= {name: value for name, value in drafted.items() if name not in same}
+    shown = [group for group in refined if group.kept is not None]
+    metrics |= _verify_metrics(shown) if is_verify else _refine_metrics(shown, with_accuracy, config.draft_limit)
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -148,6 +157,22 @@ def _refine_metrics(groups: list[Group], with_accuracy: bool, max_draft_length: 
         metrics["refine/broken"] = moves[True, False] / len(pairs)
         metrics["refine/kept_right"] = moves[True, True] / len(pairs)
         metrics["refine/kept_wrong"] = moves[False, False] / len(pairs)
+    return metrics
+
+
+def _verify_metrics(groups: list[Group]) -> dict[str, float]:
+    """Returns the metrics of the verifications of `groups`; those over no verification are absent, but for a count."""
+    metrics: dict[str, Any] = {"verify/prompts": len(groups)}
+    pairs = [(group.reference_answer(x) == VERDICTS[True], x) for group in groups for x in group.completions]
+    known = [(is_right, x.score) for is_right, x in pairs if not math.isnan(x.score.reward)]
+    if known:
+        metrics["verify/accuracy"] = np.mean([score.is_right for _, score in known])
+        metrics["verify/says_right"] = np.mean([score.extracted == VERDICTS[True] for _, score in known])
+        metrics["verify/mean_length"] = np.mean([len(x.tokens) for _, x in pairs])
+    for name, shown in (("right", True), ("wrong", False)):
+        of_kind = [score.is_right for is_right, score in known if is_right == shown]
+        if of_kind:
+            metrics[f"verify/accuracy_{name}"] = np.mean(of_kind)
     return metrics
 
 

@@ -182,7 +182,7 @@ def _sample_row(group: Group, completion: Completion, parent: int | None, advant
         "reward": None if score is None else number(score.reward),
         "status": None if score is None else score.status,
         "extracted": None if score is None else score.extracted,
-        "answer": group.prompt.answer,
+        "answer": group.reference_answer(completion),
         "advantage": advantage,
         **({"extra": score.extra} if score and score.extra else {}),  # only where a custom reward gave something
     }

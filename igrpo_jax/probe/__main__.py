@@ -140,6 +140,8 @@ def planned(config: Config) -> Config:
         raise InputError("config.algorithm.num_drafts = 0: must be at least 1, the drafts that a probe asks about")
     if not config.rewards.accuracy:
         raise InputError("config.rewards.accuracy = 0: must be above 0, because a probe counts right answers")
+    if config.algorithm.second_stage == "verify":
+        raise InputError('config.algorithm.second_stage = "verify": a probe asks about refinements; choose "refine"')
     if config.algorithm.draft_selection == "refined":
         raise InputError('config.algorithm.draft_selection = "refined": a probe shows one draft; choose "best"')
     return replace(

@@ -52,6 +52,7 @@ def write(run: RecordedRun, folder: Path) -> Written:
     index: list[Row] = []
     counts_by_step: dict[int, Counts] = {}
     notes: list[str] = []
+    verifies = run.setting("algorithm.second_stage") == "verify"
     for step, path in run.samples.items():
         try:
             rows = list(whole_rows(path))
@@ -65,7 +66,7 @@ def write(run: RecordedRun, folder: Path) -> Written:
             lost = counted(len(rows) - len(readable), "line")
             notes.append(f"samples of step {step}: {lost} left out that are no whole row; the step may lack samples")
         counts, prompts = Counts(), [_prompt(rows) for rows in groups(readable)]
-        flags = [_count(prompt, counts) for prompt in prompts]
+        flags = [_count(prompt, counts, verifies) for prompt in prompts]
         parts = _parts([json.dumps(prompt) for prompt in prompts])
         for part_number, part in enumerate(parts):
             name = f"{step:06d}_{part_number}"
@@ -129,18 +130,20 @@ def _prompt(rows: list[Row]) -> Row:
     completions = [row for row in rows if row["stage"] != "draft"]
     kept = completions[0].get("parent_draft_id") if completions else None
     shown = next((row for row in drafts if row["sample_id"] == kept), None)
+    is_verified = any(row["stage"] == "verify" for row in completions)
     return {
         "id": first["prompt_id"],
         "question": first["prompt"],
         "answer": _text(first.get("answer")),
         "kept": kept if shown is not None else None,
+        "verified": is_verified,
         "drafts": [_sample(row, None) for row in drafts],
-        "completions": [_sample(row, shown) for row in completions],
+        "completions": [_sample(row, None if is_verified else shown) for row in completions],
     }
 
 
 def _sample(row: Row, shown: Row | None) -> Row:
-    """Returns a sample as the page reads it; `shown` is the draft in its prompt.
+    """Returns a sample as the page reads it; `shown` is the draft in its prompt, None for a verification.
 
     Rewards are pairs and not an object, because users choose their names.
     """
@@ -179,15 +182,23 @@ def _copied(draft: str, refinement: str) -> float:
     return copy_ratio(*(np.frombuffer(part, "<u4") for part in characters))
 
 
-def _count(prompt: Row, counts: Counts) -> int:
-    """Adds a prompt to `counts`, and returns its flags."""
+def _count(prompt: Row, counts: Counts, verifies: bool) -> int:
+    """Adds a prompt to `counts`, and returns its flags.
+
+    Args:
+        verifies: the run has algorithm.second_stage = "verify", and its metrics of groups describe the drafts.
+    """
     flags = 0
     for sample in (*prompt["drafts"], *prompt["completions"]):
         flags |= sample["flags"]
     counts.prompts += 1
     counts.flagged.update(name for bit, name in enumerate(FLAGS) if flags >> bit & 1)
     trained = [sample for sample in prompt["completions"] if sample["advantage"] is not None]
-    if trained and not any(sample["advantage"] for sample in trained):
+    is_equal = bool(trained) and not any(sample["advantage"] for sample in trained)
+    if verifies:  # advantages of drafts are not written
+        trained = [sample for sample in prompt["drafts"] if sample["reward"] is not None]
+        is_equal = len({sample["reward"] for sample in trained}) < 2
+    if is_equal:
         kinds = {sample["right"] for sample in trained}
         counts.equal["right" if kinds == {True} else "wrong" if kinds == {False} else "mixed"] += 1
     return flags

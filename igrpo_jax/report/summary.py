@@ -176,6 +176,8 @@ def _facts(run: RecordedRun) -> list[str]:
         facts.insert(0, f"{model}, {run.setting('model.dtype')}")
         drafts, refined = run.setting("algorithm.num_drafts"), run.setting("algorithm.num_generations")
         counts = f"{drafts} drafts, {refined} refinements" if drafts else f"{refined} completions, no drafts"
+        if run.setting("algorithm.second_stage") == "verify":
+            counts = f"{drafts} solutions, {refined} verifications"
         facts.append(f"{run.setting('algorithm.loss_type')}, {counts}")
         facts.append(f"{run.setting('prompts_per_step')} prompts a step")
     if seconds := run.curve("perf/step_time"):

@@ -39,6 +39,19 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "nothing to learn.",
             (Line("refinements", "trained", ("reward_std",)),),
         ),
+        Panel(
+            "verdicts",
+            "Verdicts on own solutions",
+            "% of verifications",
+            "Verdicts that agree with the verifier, on right and on wrong solutions; and how many say that the "
+            "solution is right. Where one line is near 100 and the other near 0, all verdicts are alike.",
+            (
+                Line("on right ones", "good", ("verify/accuracy_right",)),
+                Line("on wrong ones", "bad", ("verify/accuracy_wrong",)),
+                Line("says right", "muted", ("verify/says_right",)),
+            ),
+            100,
+        ),
     ),
     REFINING: (
         Panel(

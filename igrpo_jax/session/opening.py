@@ -76,7 +76,8 @@ def _start(
     if config.checkpoint.push:
         cluster.from_first(functools.partial(_claim_repository, config))
     ending.forget(workdir)
-    title = "iGRPO run" if config.algorithm.num_drafts else "Run"
+    is_igrpo = config.algorithm.num_drafts > 0 and config.algorithm.second_stage == "refine"
+    title = "iGRPO run" if is_igrpo else "Run"
     console.table(title, overview.before(config, task, scheduler.engine, learner, workdir))
     verifier = stack.enter_context(_verifier(config, workdir, task.total_steps, scheduler.engine.team.count))
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))

@@ -65,6 +65,9 @@ def _stages(config: Config) -> list[tuple[str, str]]:
         refinements += " of the drafts that are kept, and as many of every other draft"
     if algorithm.num_drafts and algorithm.draft_when == "unsolved":
         drafts, refinements = f"{drafts}, and those of further prompts", f"at most {refinements}"
+    if algorithm.second_stage == "verify":
+        verifications = f"at most {refinements}, of prompts with right and wrong solutions, trained"
+        return [("solutions per step", f"{drafts}, trained"), ("verifications per step", verifications)]
     if algorithm.alternate:
         drafts += ", in every other step"
     trained = ", both trained" if algorithm.train_drafts else ", the trained completions"

@@ -109,6 +109,24 @@ def test_examples_of_the_supervised_start():
     assert task.example(chosen(error_rate=0.4, draft_error_rate=0.3), problem, True, seeded()) == apart
 
 
+@pytest.mark.parametrize("task", ["arithmetic", "lookups"])
+def test_the_teacher_of_verdicts_says_whether_the_draft_is_right(task):
+    """Half of the drafts are right, also where a teacher with this error rate would hardly ever be; no verdict errs."""
+    teacher = config.WarmStartConfig(refinements="verdicts", draft_error_rate=0.9, error_rate=1.0)
+    settings = config.Config(data=config.DataConfig(task=task, lookups=SETTINGS), warm_start=teacher)
+    chosen, rng = builtin.TASKS[task], np.random.default_rng(3)
+    verdicts = []
+    for problem in chosen.problems(settings)[0][:400]:
+        draft, completion = chosen.example(settings, problem, True, rng)
+        stated = draft[draft.index("<answer>") + 8 : draft.index("</answer>")]
+        assert completion == f"<answer>{int(stated == str(problem.answer))}</answer>"
+        verdicts.append(completion)
+        draft, completion = chosen.example(settings, problem, False, rng)
+        assert draft is None and completion not in ("<answer>0</answer>", "<answer>1</answer>")
+    right = np.mean([verdict == "<answer>1</answer>" for verdict in verdicts])
+    assert 0.42 < right < 0.62  # a sum of random steps is right by chance too
+
+
 def test_a_run_trains_and_evaluates_on_the_task_that_is_named():
     data = config.DataConfig(task="lookups", lookups=SETTINGS)
     both = config.EvaluationConfig(benchmarks=("lookups", "arithmetic"))

@@ -126,6 +126,23 @@ def test_repeating_the_answer_of_a_wrong_draft_costs():
     assert metric == pytest.approx(-0.4 / 12)
 
 
+def test_what_an_update_leaves_of_the_dynamic_reward_of_verifications():
+    """A factor that all verifications of a solution share is not in advantages over the group's std, unless it is 0.
+
+    Self-Verification has 2 (1 - k/N) or 2 k/N there, with k right ones of N solutions.
+    """
+    chosen = settings(num_drafts=4, num_generations=4, second_stage="verify")
+    verified = lambda factor: make_group([0, 1, 1, 1], np.multiply(factor, [1, 0, 0, 1]), kept=1)
+    (plain,) = credit.refinement_advantages([verified(1)], chosen)
+    for factor in (2 * (1 - 3 / 4), 2 * 3 / 4):
+        np.testing.assert_allclose(credit.refinement_advantages([verified(factor)], chosen), [plain], rtol=1e-3)
+    assert_advantages(credit.refinement_advantages([verified(0)], chosen), [[0] * 4])
+    unit = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    assert_advantages([plain], [[unit, -unit, -unit, unit]])
+    third = 0.25 / (0.5 + 1e-4)  # the solutions are a group of their own, with mean 3/4 and std 1/2
+    assert_advantages(credit.draft_advantages([verified(1)], chosen), [[-3 * third, third, third, third]])
+
+
 def test_completions_without_a_verdict_stay_out():
     """One of two refinements has no verdict: nothing is left to compare; with the drafts there is."""
     groups = [make_group([0, 1], [math.nan, 1], kept=1)]

@@ -60,7 +60,8 @@ def build(tiny):
         key = repr((mesh, sorted(changes.items())))
         if key not in made:
             learner, mesh = made[key] = make_learner(tiny[0], mesh, **changes)
-            loss = {name: x for name, x in changes.items() if name.startswith("algorithm__") and "drafts" not in name}
+            loss = {name: x for name, x in changes.items() if name.startswith("algorithm__") and "draft" not in name}
+            loss.pop("algorithm__second_stage", None)  # the same programs, for other rows
             loss["algorithm__num_iterations"] = learner.optimizer_steps_per_update > 1
             if loss.get("algorithm__loss_type") in ("grpo", "dr_grpo", "dapo"):  # token weights come from the host
                 del loss["algorithm__loss_type"]
@@ -692,6 +693,11 @@ def test_how_much_right_refinements_rely_on_their_draft(build, tiny):
 
 
 DRAFTED = {"algorithm__train_drafts": True, "algorithm__num_drafts": N}
+VERIFYING = {
+    "algorithm__second_stage": "verify",
+    "algorithm__draft_selection": "random",
+    "refine__instruction": "{draft} is right:",
+}
 
 
 @pytest.mark.slow
@@ -712,6 +718,39 @@ def test_drafts_can_be_rows_too(build, tiny, base, reference_gradient, left_out)
     assert metrics["loss"] == pytest.approx(float(loss), abs=1e-6)
     assert_same_metrics(metrics, base[1], "loss", "grad_norm")
     assert metrics["draft/kl"] == metrics["draft/clip_ratio"] == 0
+
+
+@pytest.mark.slow
+def test_verifications_and_solutions_are_rows_alike(build, tiny):
+    """The update is that of drafts and refinements with these tokens; TRL's names are those of the solutions."""
+    groups = with_drafts(make_groups())
+    groups[2] = dataclasses.replace(groups[2], kept=None, completions=())  # all its solutions are alike
+    advantages = [own[: len(group.completions)] for own, group in zip(ADVANTAGES, groups, strict=True)]
+    refined, measured = updated(build(**DRAFTED), tiny[1], groups, advantages)
+    renamed = [
+        dataclasses.replace(group, completions=tuple(dataclasses.replace(x, stage="verify") for x in group.completions))
+        for group in groups
+    ]
+    state, metrics = updated(build(**DRAFTED, **VERIFYING), tiny[1], renamed, advantages)
+    assert_close(gradient_of(state), gradient_of(refined), 1e-5)
+    assert metrics["loss"] == pytest.approx(measured["loss"], abs=1e-6)
+    *_, weights = rows_with_drafts(groups)
+    alone = build(algorithm__num_drafts=0, algorithm__num_generations=N)
+    solved = [group.of_drafts for group in groups]
+    _, of_solutions = updated(alone, tiny[1], solved, weights.reshape(P, N))
+    names = [name for name in of_solutions if name not in ("loss", "grad_norm") and not name.startswith("perf/")]
+    assert {"entropy", "kl", "ratio/mean", MISMATCH[0]} <= set(names)
+    for name in names:
+        assert metrics[name] == pytest.approx(of_solutions[name], rel=1e-5, abs=1e-6), name
+    assert metrics["entropy"] != pytest.approx(measured["entropy"], rel=1e-3)
+    assert metrics["verify/kl"] == metrics["verify/clip_ratio"] == 0 and "draft/kl" not in metrics
+    learner, mesh = build(**DRAFTED, **VERIFYING)
+    is_right = {"accuracy": 1.0}
+    for group in renamed:
+        for x in group.completions:
+            x.score.rewards.update(is_right)
+    with jax.set_mesh(mesh):
+        assert learner.reliance(put(tiny[1], mesh), renamed) == {}  # a verdict is no answer to the plain prompt
 
 
 @pytest.mark.slow

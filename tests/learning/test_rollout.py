@@ -17,9 +17,16 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.learning import credit, filtering, objectives
 from igrpo_jax.learning.exchange import StepPosition
 from igrpo_jax.learning.rollout import Rollout
-from igrpo_jax.learning.stages import PromptRollout, keep_best_refined, needs_refinement, select_draft
+from igrpo_jax.learning.stages import (
+    PromptRollout,
+    keep_best_refined,
+    needs_refinement,
+    needs_verification,
+    select_draft,
+)
 from igrpo_jax.models.policy import open_policy
-from igrpo_jax.records import Completion, Prompt, Score
+from igrpo_jax.records import VERDICTS, Candidate, Completion, Prompt, Score
+from igrpo_jax.rewards.rules import rules_of, score
 from igrpo_jax.rewards.verifier import Verifier, VerifierError, statistics
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
@@ -502,6 +509,18 @@ def test_the_best_draft_by_one_reward():
     assert select_draft(drafts[2:3], "best", rng, "judge") is None
 
 
+def test_a_right_and_a_wrong_draft_can_be_shown_equally_often():
+    """One of four drafts with a verdict is right: it is shown in half of the cases, the others in a sixth each."""
+    drafts = drafts_with([math.nan, 0.5, 1, 0, 0])
+    drafts = [replace(x, score=replace(x.score, rewards={"accuracy": x.score.reward})) for x in drafts]
+    rng = np.random.default_rng(0)
+    counts = np.bincount([select_draft(drafts, "balanced", rng) for _ in range(6000)], minlength=5)
+    assert counts[0] == 0 and abs(counts[2] - 3000) < 160 and np.abs(counts[[1, 3, 4]] - 1000).max() < 120
+    alike = [select_draft(drafts[3:], "balanced", rng) for _ in range(50)]
+    assert set(alike) == {0, 1}  # no right one is there: any
+    assert select_draft(drafts[:1], "balanced", rng) is None
+
+
 @pytest.mark.parametrize("selection", ["worst", "first", "random"])
 def test_the_kept_draft_can_be_another(collect, rollout, renderer, selection):
     """The drafts are the same; what q' shows follows from the seed, the step and the position, not from arrival."""
@@ -633,6 +652,83 @@ def test_a_prompt_may_need_several_right_drafts_to_be_solved(fraction, refines):
     chosen = settings(algorithm__solved_fraction=fraction).algorithm
     assert needs_refinement(drafts, 4, chosen) == refines
     assert needs_refinement(drafts[1:], 4, chosen)
+
+
+VERIFYING = {
+    "algorithm__second_stage": "verify",
+    "algorithm__train_drafts": True,
+    "algorithm__draft_selection": "random",
+}
+
+
+class Marking(StubVerifier):
+    """Solutions earn what they always do, 0 to 2; the verdict of a verification is its text's, "1" for an odd one."""
+
+    def _grade(self, text, answer, delay):
+        score = super()._grade(text, answer, delay)
+        if answer == "sum":
+            return score
+        verdict = str(zlib.crc32(text.encode()) % 2)
+        accuracy = float(verdict == answer)
+        return Score(accuracy, {"accuracy": accuracy}, verdict, "ok")
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_solutions_are_verified_where_some_are_right_and_some_wrong(collect, rollout, prompts, renderer, streamed):
+    """The drafts are those of iGRPO. A verification is graded against the verdict on the solution that it is shown."""
+    asked = [replace(prompt, answer="sum") for prompt in prompts]
+    verifier = Marking(delay=0.01)
+    groups, metrics = collect(verifier, wanted=asked, rollout__streamed=streamed, **VERIFYING)
+    again, _ = collect(Marking(delay=0.0), wanted=asked, slots=3, **VERIFYING)
+    graded = []
+    for group, repeated, plain in zip(groups, again, rollout[0], strict=True):
+        same(group, repeated)
+        assert [x.text for x in group.drafts] == [x.text for x in plain.drafts]
+        assert {group.reference_answer(draft) for draft in group.drafts} == {"sum"}
+        is_right = [draft.score.is_right for draft in group.drafts]
+        if len(set(is_right)) == 1:
+            assert group.completions == () and group.kept is None and group.context is group.prompt.tokens
+            continue
+        shown, verdict = group.drafts[group.kept], "1" if is_right[group.kept] else "0"
+        np.testing.assert_array_equal(group.context, renderer.with_draft(group.prompt.question, shown.tokens))
+        assert [(x.stage, x.sample_id) for x in group.completions] == [("verify", i) for i in range(G)]
+        assert all(x.score.is_right == (x.score.extracted == verdict) for x in group.completions)
+        assert {group.reference_answer(x) for x in group.completions} == {verdict}
+        assert group.prompt.answer == "sum"
+        graded += [(x.text, verdict) for x in group.completions]
+    assert 0 < len(graded) < G * len(prompts) and {verdict for _, verdict in graded} == {"0", "1"}
+    assert sorted(call for call in verifier.submitted if call[1] != "sum") == sorted(graded)
+    of_verifications = sum(len(x.tokens) for group in groups for x in group.completions)
+    assert metrics["perf/completion_tokens"] == of_verifications
+
+
+@pytest.mark.parametrize(
+    ("right", "verifies"),
+    [([0, 1], True), ([1, 1], False), ([0, 0], False), ([math.nan, 1], False), ([math.nan, 0, 1], True), ([1], False)],
+)
+def test_which_prompts_are_verified(right, verifies):
+    drafts = [
+        replace(draft, score=replace(draft.score, rewards={"accuracy": x}))
+        for draft, x in zip(drafts_with(right), right, strict=True)
+    ]
+    assert needs_verification(drafts) == verifies
+
+
+@pytest.mark.parametrize(
+    ("solution_right", "text", "accuracy"),
+    [
+        (True, "<think>It adds up.</think><answer>1</answer>", 1),
+        (True, "<answer>0</answer>", 0),
+        (False, "The sum is off, so $\\boxed{0}$", 1),
+        (False, "<answer>1</answer>", 0),
+        (False, "<answer>7</answer>", 0),
+        (True, "it is right", 0),
+    ],
+)
+def test_the_grader_marks_a_verdict(solution_right, text, accuracy):
+    """The reference answers 1 and 0 go to the same reward functions as the answer to a problem."""
+    rules = rules_of(config.RewardsConfig(format=0.0), LENGTH)
+    assert score(Candidate(text, VERDICTS[solution_right]), rules).reward == accuracy
 
 
 def test_every_draft_can_be_refined(collect, rollout, renderer):

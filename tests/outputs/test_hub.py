@@ -138,6 +138,9 @@ def test_the_card_says_what_was_done_and_what_was_measured(tmp_path):
     assert "| <code>gsm8k</code> | 4 | 2 | 50.0 (25.0 to 75.0) | 62.5 (25.0 to 75.0) |" in text
     assert "6 drafts, and 4 refinements" in text and "LoRA of rank 8" in text and f"{__version__}" in text
     assert '"rank": 8' in text and "compilation_cache" not in text and "learning_rate" not in text
+    verifying = dataclasses.replace(CONFIG, algorithm=dataclasses.replace(CONFIG.algorithm, second_stage="verify"))
+    text = card.model_card(verifying, tmp_path, 7, "org/name", adapter=False)
+    assert "6 solutions, and 4 verifications of one of them" in text and "igrpo" not in front_matter(text)["tags"]
     plain = card.model_card(Config(), tmp_path, 3, "org/name", adapter=False)
     assert "made no evaluation after step 3" in plain and "model-index" not in front_matter(plain)
     assert front_matter(card.model_card(CONFIG, tmp_path, 7, "o/n", adapter=True))["library_name"] == "peft"

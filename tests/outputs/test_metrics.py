@@ -1,12 +1,14 @@
 """Metrics of a rollout, against numbers derived by hand."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 from builders import completion, group, run_config
 
 from igrpo_jax.outputs import metrics
+from igrpo_jax.records import Score
 
 
 def test_rollout_metrics_against_numbers_derived_by_hand(two_groups):
@@ -52,6 +54,40 @@ def test_prompts_without_refinements_count_among_the_drafts_alone(two_groups):
     for name in ("reward", "frac_reward_zero_std", "completions/mean_length", "refine/fixed", "draft/kept_reward"):
         assert both[name] == alone[name]
     assert set(metrics.rollout_metrics([solved], run_config())) == set(of_drafts)
+
+
+def test_verifications_have_metrics_of_their_own_and_solutions_those_of_trl(two_groups):
+    """A right solution with verdicts 1 (right), 0 and 1 (right), a wrong one with 0 (right), 1 and one ungraded."""
+    right, wrong = two_groups
+    verdict = lambda i, says, accuracy: dataclasses.replace(
+        completion("verify", i, [5] * (i + 1), accuracy),
+        score=Score(math.nan if says is None else accuracy, {"accuracy": accuracy}, says, "ok"),
+    )
+    groups = [
+        dataclasses.replace(right, completions=(verdict(0, "1", 1.0), verdict(1, "0", 0.0), verdict(2, "1", 1.0))),
+        dataclasses.replace(wrong, completions=(verdict(0, "0", 1.0), verdict(1, "1", 0.0), verdict(2, None, 0.0))),
+        dataclasses.replace(wrong, kept=None, completions=()),
+    ]
+    algorithm = dataclasses.replace(run_config().algorithm, second_stage="verify", train_drafts=True)
+    config = dataclasses.replace(run_config(), algorithm=algorithm)
+    got = metrics.rollout_metrics(groups, config)
+    verified = {name: value for name, value in got.items() if name.startswith("verify/")}
+    assert verified == {
+        "verify/prompts": 2,
+        "verify/accuracy": pytest.approx(3 / 5),
+        "verify/says_right": pytest.approx(3 / 5),
+        "verify/accuracy_right": pytest.approx(2 / 3),
+        "verify/accuracy_wrong": 1 / 2,
+        "verify/mean_length": 2,
+    }
+    # The drafts of all three prompts: rewards 2, 1 and twice 1, 0, of which one is right; lengths 3, 2, 4, 2, 4, 2.
+    assert (got["reward"], got["rewards/accuracy/mean"]) == (pytest.approx(5 / 6), pytest.approx(1 / 6))
+    assert got["completions/mean_length"] == pytest.approx(17 / 6) and got["frac_reward_zero_std"] == 0
+    assert got["draft/solved_some"] == pytest.approx(1 / 3)
+    assert not [name for name in got if name.startswith("refine/")]
+    assert not {"draft/reward", "draft/accuracy", "draft/mean_length", "draft/kept_reward"} & set(got)
+    none = metrics.rollout_metrics(groups[2:], config)
+    assert [name for name in none if name.startswith("verify/")] == ["verify/prompts"] and none["verify/prompts"] == 0
 
 
 def test_the_entropy_of_drafts_is_the_mean_over_their_tokens(two_groups):

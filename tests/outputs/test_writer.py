@@ -1,6 +1,7 @@
 """The files that a run writes step by step, and what a resume does to them."""
 
 import json
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from builders import completion, group, run_config
 
 from igrpo_jax.errors import RunError
+from igrpo_jax.outputs import lines
 from igrpo_jax.outputs import writer as writers
 
 
@@ -52,6 +54,21 @@ def test_sample_rows(tmp_path, two_groups):
     assert [row["reward"] for row in rows] == [2.0, 1.0, 2.0, 0.0, 1.0, 0.0] and rows[0]["status"] == "ok"
     assert rows[3]["finished"] is False and rows[0]["answer"] == "7" and rows[0]["prompt"] == "3 + 4"
     assert rows[4]["text"] == odd.text
+
+
+def test_rows_of_verifications_name_the_verdict_that_they_should_give(tmp_path, two_groups):
+    """The first draft of the first prompt is right, that of the second wrong; the problems' answer is 7."""
+    verified = [replace(each, completions=(completion("verify", 0, [9], 1.0),)) for each in two_groups]
+    advantages = np.zeros((2, 1), np.float32)
+    with writers.Writer(tmp_path, run_config()) as writer:
+        writer.samples(1, verified, advantages)
+    rows = rows_of(tmp_path / "samples" / "step_000001.jsonl")
+    assert [(row["stage"], row["answer"], row["parent_draft_id"]) for row in rows] == [
+        *[("draft", "7", None), ("draft", "7", None), ("verify", "1", 0)],
+        *[("draft", "7", None), ("draft", "7", None), ("verify", "0", 0)],
+    ]
+    titles, texts = zip(*lines.sample_blocks(verified[1], 0.5), strict=True)
+    assert titles[2].startswith("verification 1 of 1, reward 1") and texts[-1] == "0"
 
 
 def test_resume_drops_what_the_resumed_run_writes_again(tmp_path, two_groups):

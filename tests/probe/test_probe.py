@@ -115,6 +115,14 @@ def test_every_figure_has_a_meaning():
             "config.algorithm.num_drafts = 0: must be at least 1",
         ),
         (
+            [
+                *("--model=m", "--workdir=w", "--data=d", "--config.algorithm.second_stage=verify"),
+                *("--config.algorithm.train_drafts=True", "--config.algorithm.draft_selection=random"),
+                "--config.refine.instruction={draft} is right:",
+            ],
+            'config.algorithm.second_stage = "verify": a probe asks about refinements',
+        ),
+        (
             ["--model=m", "--workdir=w", "--data=d", "--config.rewards.accuracy=0"],
             "config.rewards.accuracy = 0: must be above 0",
         ),

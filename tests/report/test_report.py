@@ -148,6 +148,24 @@ def test_flags_compare_a_refinement_with_the_draft_it_was_shown(tmp_path):
     assert dict(found.counts[3].flagged) == {"fixed": 1, "copied": 2, "truncated": 1, "unparseable": 1, "broken": 1}
 
 
+def test_verifications_are_no_versions_of_the_solution_that_they_see(tmp_path):
+    """They have no flags of refinements. Groups without a gradient are those of the solutions, by their rewards."""
+    texts = {"text": "<answer>1</answer>", "reward": 1.0}
+    rows = [
+        sample("draft", 0, right=True, **texts),
+        sample("draft", 1, right=False, reward=0.0),
+        sample("verify", 0, right=False, parent=0, advantage=0.0, **texts),
+        sample("verify", 1, right=False, parent=0, advantage=0.0, **texts),
+        sample("draft", 0, right=False, prompt="p1", reward=0.0),
+        sample("draft", 1, right=False, prompt="p1", reward=0.0),
+    ]
+    found, path = written(tmp_path, rows, algorithm={"second_stage": "verify"})
+    first, second = data(path)
+    assert (first["verified"], second["verified"], first["kept"]) == (True, False, 0)
+    assert [one["flags"] for one in first["completions"]] == [0, 0]
+    assert dict(found.counts[3].equal) == {"wrong": 1}
+
+
 def test_samples_of_before_the_status_was_written(tmp_path):
     row = sample("refine", 0, extracted=None)
     del row["status"], row["reward"]

@@ -202,7 +202,8 @@ function card(one, step) {
   const kept = one.drafts.find((draft) => draft.sample === one.kept);
   const head = node("header", {}, node("b", {}, `step ${step} · ${short(one.id)}`), node("span", {}, `right answer: ${short(one.answer ?? "none")}`));
   if (one.drafts.length) head.append(node("span", {}, `drafts: ${rights(one.drafts)}`));
-  const what = kept ? "refinements" : "completions";
+  const what = !kept ? "completions" : one.verified ? "verifications" : "refinements";
+  const against = one.verified ? null : kept; // a verification is no new version of what it was shown
   head.append(node("span", {}, `${what}: ${rights(one.completions)}`));
   const result = node("article", { className: "prompt" }, head, node("pre", { className: "question" }, clipped(one.question)));
   if (one.drafts.length) {
@@ -211,8 +212,8 @@ function card(one, step) {
     result.append(...(others.length ? [node("div", { className: "grid" }, ...others)] : []));
     if (kept) result.append(sample(kept, one, { open: true, kept: true }));
   }
-  const grid = node("div", { className: "grid" }, ...one.completions.map((done) => sample(done, one, { open: true, draft: kept })));
-  const heading = node("h3", {}, kept ? `Refinements of the kept draft, ${title(kept, one)}` : "Completions");
+  const grid = node("div", { className: "grid" }, ...one.completions.map((done) => sample(done, one, { open: true, draft: against })));
+  const heading = node("h3", {}, kept ? `${one.verified ? "Verifications" : "Refinements"} of the kept draft, ${title(kept, one)}` : "Completions");
   result.append(node("div", { className: "refinements" }, heading, grid));
   return result;
 }
@@ -222,10 +223,10 @@ function rights(samples) {
   return known.length ? `${known.filter((one) => one.right).length} of ${known.length} right` : "not graded";
 }
 
-// The words of the console: "draft 2 of 4", "refinement 1 of 4".
+// The words of the console: "draft 2 of 4", "refinement 1 of 4", "verification 1 of 4".
 function title(one, group) {
   const isDraft = group.drafts.includes(one);
-  const stage = isDraft ? "draft" : group.kept === null ? "completion" : "refinement";
+  const stage = isDraft ? "draft" : group.kept === null ? "completion" : group.verified ? "verification" : "refinement";
   return `${stage} ${one.sample + 1} of ${(isDraft ? group.drafts : group.completions).length}`;
 }
 
