@@ -56,6 +56,7 @@ SHAPES = {
     "Qwen/Qwen2.5-1.5B-Instruct": dense(
         _QWEN2, 1536, 28, 12, 2, 8960, 151_936, True, rope_theta=1_000_000.0, max_position_embeddings=32_768
     ),
+    "Qwen/Qwen2.5-Math-7B": _QWEN2_7B | {"max_position_embeddings": 4096},
     "Qwen/Qwen2.5-7B-Instruct": _QWEN2_7B | {"rope_theta": 1_000_000.0, "max_position_embeddings": 32_768},
     "Qwen/Qwen3-8B": dense(_QWEN3, 4096, 36, 32, 8, 12_288, 151_936, False, head_dim=128),
     "HuggingFaceTB/SmolLM2-135M-Instruct": dense(_LLAMA, 576, 30, 9, 3, 1536, 49_152, True, rope_theta=100_000.0),

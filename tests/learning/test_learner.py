@@ -736,7 +736,12 @@ def test_verifications_and_solutions_are_rows_alike(build, tiny):
     assert metrics["loss"] == pytest.approx(measured["loss"], abs=1e-6)
     *_, weights = rows_with_drafts(groups)
     alone = build(algorithm__num_drafts=0, algorithm__num_generations=N)
-    solved = [group.of_drafts for group in groups]
+    solved = [
+        dataclasses.replace(
+            group.of_drafts, completions=tuple(dataclasses.replace(x, stage="refine") for x in group.drafts)
+        )
+        for group in groups
+    ]
     _, of_solutions = updated(alone, tiny[1], solved, weights.reshape(P, N))
     names = [name for name in of_solutions if name not in ("loss", "grad_norm") and not name.startswith("perf/")]
     assert {"entropy", "kl", "ratio/mean", MISMATCH[0]} <= set(names)

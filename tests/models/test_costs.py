@@ -29,6 +29,7 @@ PUBLISHED = {
     "nvidia/OpenMath-Nemotron-14B": 14.77,
     "Qwen/Qwen2.5-0.5B-Instruct": 0.49,
     "Qwen/Qwen2.5-1.5B-Instruct": 1.54,
+    "Qwen/Qwen2.5-Math-7B": 7.62,
     "Qwen/Qwen2.5-7B-Instruct": 7.62,
     "Qwen/Qwen3-8B": 8.19,
     "HuggingFaceTB/SmolLM2-135M-Instruct": 0.135,
