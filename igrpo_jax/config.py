@@ -921,7 +921,6 @@ def _verifications(config: Config) -> Iterator[tuple[str, str]]:
         ("algorithm.alternate", (False,), "without a solution in the prompt there is nothing to verify"),
         ("algorithm.group", ("stage",), "rewards of solutions and of verdicts on them have no common baseline"),
         ("algorithm.refine_credit", ("context",), "a verdict is no answer to the plain prompt"),
-        ("algorithm.improvement_bonus", (0,), "a verdict does not improve on its solution"),
         ("algorithm.repeat_penalty", (0,), "a verdict does not repeat the answer of its solution"),
         ("algorithm.max_redraws", (0,), "dynamic sampling looks at Stage 2 alone"),
         ("rewards.judge.weight", (0,), "a judge would take a verdict for an answer to the problem"),

@@ -88,9 +88,8 @@ def test_a_meaning_can_be_read_without_the_row_above():
 
 PATTERN = r"<\w+>"  # what stands for any part of a name, in the reference
 NAMESPACES = (
-    "rewards custom completions draft refine verify redraw unsolved clip_ratio ratio sampling verifier judge perf warm_start "
-    "sft "
-    "eval"
+    "rewards custom completions draft refine verify redraw unsolved clip_ratio ratio sampling verifier judge perf "
+    "warm_start sft eval"
 )
 
 

@@ -57,7 +57,7 @@ def test_prompts_without_refinements_count_among_the_drafts_alone(two_groups):
 
 
 def test_verifications_have_metrics_of_their_own_and_solutions_those_of_trl(two_groups):
-    """A right solution with verdicts 1 (right), 0 and 1 (right), a wrong one with 0 (right), 1 and one ungraded."""
+    """A right solution with verdicts 1 (right), 0 and 1 (right), a wrong one with 1, 1 and one ungraded."""
     right, wrong = two_groups
     verdict = lambda i, says, accuracy: dataclasses.replace(
         completion("verify", i, [5] * (i + 1), accuracy),
@@ -65,7 +65,7 @@ def test_verifications_have_metrics_of_their_own_and_solutions_those_of_trl(two_
     )
     groups = [
         dataclasses.replace(right, completions=(verdict(0, "1", 1.0), verdict(1, "0", 0.0), verdict(2, "1", 1.0))),
-        dataclasses.replace(wrong, completions=(verdict(0, "0", 1.0), verdict(1, "1", 0.0), verdict(2, None, 0.0))),
+        dataclasses.replace(wrong, completions=(verdict(0, "1", 0.0), verdict(1, "1", 0.0), verdict(2, None, 0.0))),
         dataclasses.replace(wrong, kept=None, completions=()),
     ]
     algorithm = dataclasses.replace(run_config().algorithm, second_stage="verify", train_drafts=True)
@@ -74,10 +74,10 @@ def test_verifications_have_metrics_of_their_own_and_solutions_those_of_trl(two_
     verified = {name: value for name, value in got.items() if name.startswith("verify/")}
     assert verified == {
         "verify/prompts": 2,
-        "verify/accuracy": pytest.approx(3 / 5),
-        "verify/says_right": pytest.approx(3 / 5),
+        "verify/accuracy": pytest.approx(2 / 5),
+        "verify/says_right": pytest.approx(4 / 5),
         "verify/accuracy_right": pytest.approx(2 / 3),
-        "verify/accuracy_wrong": 1 / 2,
+        "verify/accuracy_wrong": 0,
         "verify/mean_length": 2,
     }
     # The drafts of all three prompts: rewards 2, 1 and twice 1, 0, of which one is right; lengths 3, 2, 4, 2, 4, 2.

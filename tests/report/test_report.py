@@ -152,10 +152,10 @@ def test_verifications_are_no_versions_of_the_solution_that_they_see(tmp_path):
     """They have no flags of refinements. Groups without a gradient are those of the solutions, by their rewards."""
     texts = {"text": "<answer>1</answer>", "reward": 1.0}
     rows = [
-        sample("draft", 0, right=True, **texts),
-        sample("draft", 1, right=False, reward=0.0),
-        sample("verify", 0, right=False, parent=0, advantage=0.0, **texts),
-        sample("verify", 1, right=False, parent=0, advantage=0.0, **texts),
+        sample("draft", 0, right=False, **texts | {"reward": 0.0}),
+        sample("draft", 1, right=True),
+        sample("verify", 0, right=True, parent=0, advantage=0.0, **texts),
+        sample("verify", 1, right=True, parent=0, advantage=0.0, **texts),
         sample("draft", 0, right=False, prompt="p1", reward=0.0),
         sample("draft", 1, right=False, prompt="p1", reward=0.0),
     ]

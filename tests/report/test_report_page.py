@@ -312,6 +312,26 @@ def test_a_prompt_shows_drafts_choice_refinements_and_scores(page, out):
     page.wait(f"{one}.querySelector('.sample pre').textContent.length > 10")
 
 
+def test_verifications_are_called_by_their_name(page, browser, tmp_path):
+    row = {"prompt_id": "p", "prompt": "1 + 1", "token_count": 3, "finished": True, "status": "ok", "reward": 1.0}
+    rows = [
+        row | {"stage": "draft", "sample_id": i, "text": f"It is {i}.", "rewards": {"accuracy": 0.0}, "answer": "2"}
+        for i in range(2)
+    ]
+    verdict = {"text": "It is 0, so no.", "rewards": {"accuracy": 1.0}, "extracted": "0", "answer": "0"}
+    rows.append(row | verdict | {"stage": "verify", "sample_id": 0, "parent_draft_id": 1, "advantage": 0.5})
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\n')
+    (tmp_path / "run" / "samples" / "step_000001.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    pages.build([tmp_path / "run"], tmp_path / "report")
+    open_samples(page, tmp_path / "report")
+    card = page.run("document.querySelector('.prompt').textContent")
+    assert "Verifications of the kept draft, draft 2 of 2" in card and "verification 1 of 1" in card
+    assert "verifications: 1 of 1 right" in card and "right answer: 2" in card and "efinement" not in card
+    assert page.run("document.querySelector('ins, del')") is None and "are not shown" not in card  # no comparison
+    browser.requests.clear()  # this report lies elsewhere
+
+
 def test_hostile_text_is_inert(page, out):
     seen = ""
     for number in (1, 2):
