@@ -916,6 +916,7 @@ def _verifications(config: Config) -> Iterator[tuple[str, str]]:
             ("random", "first", "balanced"),
             "a solution chosen by its reward, or all of them, would give its verdict away",
         ),
+        ("algorithm.draft_metric", ("reward",), "the solution is not chosen by how good it is"),
         ("algorithm.draft_when", ("always",), "prompts with right and wrong drafts are verified, whatever it says"),
         ("algorithm.draft_dropout", (0,), "without a solution in the prompt there is nothing to verify"),
         ("algorithm.alternate", (False,), "without a solution in the prompt there is nothing to verify"),

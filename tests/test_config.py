@@ -201,6 +201,7 @@ VERIFYING = {
         ("algorithm.train_drafts", False, "train_drafts = False: .* set it to True"),
         ("algorithm.draft_selection", "best", "draft_selection = 'best': .* must be random or first or balanced"),
         ("algorithm.draft_selection", "refined", "draft_selection = 'refined': .* must be random or first or balanced"),
+        ("algorithm.draft_metric", "accuracy", "draft_metric = 'accuracy': .* must be reward"),
         ("algorithm.draft_when", "unsolved", "draft_when = 'unsolved': .* must be always"),
         ("algorithm.draft_dropout", 0.5, "draft_dropout = 0.5: .* must be 0"),
         ("algorithm.alternate", True, "alternate = True: .* must be False"),
