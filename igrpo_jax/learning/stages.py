@@ -26,7 +26,7 @@ reference answer is 1 or 0. A prompt whose solutions are all right or all wrong 
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -87,7 +87,7 @@ def needs_refinement(drafts: Collection[Completion], left: int, algorithm: Algor
     return left >= algorithm.num_generations and not is_solved
 
 
-def needs_verification(drafts: Iterable[Completion]) -> bool:
+def needs_verification(drafts: Collection[Completion]) -> bool:
     """Returns whether a prompt is verified where algorithm.second_stage = "verify": whether some drafts are right and
     some wrong, of those with a verdict.
 
