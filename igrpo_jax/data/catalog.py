@@ -8,6 +8,7 @@ Ids and columns were last compared with what is published about the data sets on
 was downloaded for it. "card" means the data set's own card with its list of columns, "loaders" means public programs
 that read it.
 
+- aime24, aime25, math500, amc23, gsm8k, minerva: id, split and columns from loaders.
 - gpqa_diamond: id, subsets, columns and the condition of access from its card; 198 problems from loaders.
 - mmlu_pro: id, columns and the splits from its card; 12,032 problems from the card of a copy (an older card says
   12,187).
@@ -65,8 +66,10 @@ class Benchmark:
 
 # fmt: off
 BENCHMARKS = {
-    "aime24": Benchmark(30, 64, Hub("HuggingFaceH4/aime_2024", "problem", "answer"), ("aime_2024",)),
-    "aime25": Benchmark(30, 64, Hub("math-ai/aime25", "problem", "answer", split="test"), ("aime_2025",)),
+    "aime24": Benchmark(30, 64, Hub("HuggingFaceH4/aime_2024", "problem", "answer"), ("aime_2024",),
+                        checked="2026-11-27"),
+    "aime25": Benchmark(30, 64, Hub("math-ai/aime25", "problem", "answer", split="test"), ("aime_2025",),
+                        checked="2026-11-27"),
     "aime26": Benchmark(30, 64, Hub("MathArena/aime_2026", "problem", "answer"), ("aime_2026",), checked="2026-11-27"),
     "hmmt_feb25": Benchmark(30, 64, Hub("MathArena/hmmt_feb_2025", "problem", "answer"), ("hmmt_feb_2025",),
                             checked="2026-11-27"),
@@ -74,10 +77,13 @@ BENCHMARKS = {
                             checked="2026-11-27"),
     "brumo25": Benchmark(30, 64, Hub("MathArena/brumo_2025", "problem", "answer"), ("brumo_2025",),
                          checked="2026-11-27"),
-    "math500": Benchmark(500, 8, Hub("HuggingFaceH4/MATH-500", "problem", "answer", split="test"), ("math-500",)),
-    "amc23": Benchmark(40, 8, Hub("math-ai/amc23", "question", "answer", split="test")),
-    "gsm8k": Benchmark(1319, 8, Hub("openai/gsm8k", "question", "answer", "main", "test"), ("gsm8k_test",)),
-    "minerva": Benchmark(272, 8, Hub("math-ai/minervamath", "question", "answer", split="test"), ("minerva_math",)),
+    "math500": Benchmark(500, 8, Hub("HuggingFaceH4/MATH-500", "problem", "answer", split="test"), ("math-500",),
+                         checked="2026-11-27"),
+    "amc23": Benchmark(40, 8, Hub("math-ai/amc23", "question", "answer", split="test"), checked="2026-11-27"),
+    "gsm8k": Benchmark(1319, 8, Hub("openai/gsm8k", "question", "answer", "main", "test"), ("gsm8k_test",),
+                       checked="2026-11-27"),
+    "minerva": Benchmark(272, 8, Hub("math-ai/minervamath", "question", "answer", split="test"), ("minerva_math",),
+                         checked="2026-11-27"),
     "olympiadbench": Benchmark(674, 8, Hub("Hothan/OlympiadBench", "context+question", "final_answer",
                                            "OE_TO_maths_en_COMP"), ("OE_TO_maths_en_COMP",), checked="2026-11-27"),
     "gpqa_diamond": Benchmark(198, 8, Hub("Idavidrein/gpqa", "Question", "Correct Answer", "gpqa_diamond", gated=True),

@@ -117,12 +117,13 @@ def probe(
         stack.enter_context(jax.set_mesh(task.mesh))
         learner, engine = measure.programs(asked)  # checks settings before anything is written
         results.claim(folder, {"kind": "probe", **head, "samples": samples, **deciding(task)})
-        stack.enter_context(locked(folder))
+        still_ours = stack.enter_context(locked(folder))
         console = stack.enter_context(Console())
         console.table("Probe", measure.plan(asked))
         use_disk_cache(config.compilation_cache)
         stack.enter_context(watchdog.watching(config.watchdog))
         answered, measured = measure.measure(asked, learner, engine, folder, console, stack)
+        still_ours()
         summary = measure.finish(task, folder, head, answered, measured, console)
         console.message(f"{time.perf_counter() - began:.1f} s; written to {folder / 'probe.html'}")
     return summary

@@ -1,6 +1,7 @@
 """Benchmarks in the schemas of their data sets, with rows of our own: multiple choice, contests, lists of answers."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -72,7 +73,6 @@ def test_a_row_in_the_schema_of_the_data_set_from_the_hub_and_from_a_file(name, 
     hub = BENCHMARKS[name].hub
     assert asked == [(hub.id, hub.subset or None, hub.split)]
     assert row.answer == ANSWERS.get(name, "\\frac{4}{2}")
-    assert BENCHMARKS[name].checked
     (tmp_path / f"{name}.jsonl").write_text(json.dumps(SCHEMAS[name]), "utf-8")
     (local,) = problems.benchmark_rows(name, EvaluationConfig(data_dir=str(tmp_path)))
     assert (local.question, local.answer) == (row.question, row.answer)
@@ -80,6 +80,10 @@ def test_a_row_in_the_schema_of_the_data_set_from_the_hub_and_from_a_file(name, 
     (tmp_path / f"{name}.jsonl").write_text('{"prompt": "Q: A) 1 B) 2", "answer": "B"}', "utf-8")
     (plain,) = problems.benchmark_rows(name, EvaluationConfig(data_dir=str(tmp_path)))
     assert (plain.question, plain.answer) == ("Q: A) 1 B) 2", "B")
+
+
+def test_each_benchmark_says_when_it_was_looked_up():
+    assert all(re.fullmatch(r"20\d\d-\d\d-\d\d", benchmark.checked) for benchmark in BENCHMARKS.values())
 
 
 def test_the_question_of_olympiadbench_has_its_context_and_its_answers_are_a_list(monkeypatch):

@@ -16,7 +16,7 @@ import whole_runs
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from igrpo_jax import config as config_lib
-from igrpo_jax import export, generate
+from igrpo_jax import evaluate, export, generate
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.outputs import checkpoint
 from igrpo_jax.outputs import workdir as workdirs
@@ -215,8 +215,8 @@ def test_a_run_in_a_bucket_goes_on_and_equals_one_in_a_folder(whole, folder, buc
 
 
 @pytest.mark.proof
-def test_a_run_in_a_bucket_is_drawn_exported_and_asked(whole, bucket, tmp_path, capsys):
-    """The same report, the same weights and the same answer as of the run in a folder."""
+def test_a_run_in_a_bucket_is_drawn_exported_evaluated_and_asked(whole, bucket, tmp_path, capsys):
+    """The same report, the same weights and the same answers as of the run in a folder."""
     reference, _ = whole
     bucket.put(reference)
     elsewhere = f"{bucket.address}_exported"
@@ -236,6 +236,11 @@ def test_a_run_in_a_bucket_is_drawn_exported_and_asked(whole, bucket, tmp_path, 
     files = {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
     assert {name: path_of("", f"{elsewhere}/{name}").read_bytes() for name in files} == files
     sizes = ("--config.rollout.slots=8", "--config.evaluation.max_completion_length=12")
+    for model, out in ((bucket.address, f"{bucket.address}_evaluated"), (reference, tmp_path / "evaluated")):
+        given = (f"--model={model}", "--benchmarks=arithmetic", "--samples=2", f"--workdir={out}")
+        called(evaluate, *given, "--config.rollout.slots=8")
+    rows = (tmp_path / "evaluated" / "arithmetic.jsonl").read_bytes()
+    assert rows.count(b"\n") == 8 and path_of("", f"{bucket.address}_evaluated/arithmetic.jsonl").read_bytes() == rows
     asked = [called(generate, f"--model={model}", "--prompt=1+2", *sizes) for model in (bucket.address, reference)]
     answers = [text.rpartition("1+2")[2] for text in asked]
     assert answers[0] == answers[1] and "answer 1: " in answers[0]
