@@ -40,6 +40,7 @@ TPU = ["jax[tpu]>=0.10.2,<0.13"]
 GS = ["gcsfs>=2025.5"]  # what reaches gs://
 REPORT = ["matplotlib>=3.9"]  # plots of igrpo_jax.report
 STUDY = [*REPORT, "scipy>=1.13"]  # plots and intervals of benchmarks/matched_budget.py
+S3 = ["s3fs>=2025.5"]
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]  # what runs notebooks/colab_tpu.ipynb in tests
 # What a change needs before it is shown to others: fast tests, linter, types.
 DEV = [
@@ -59,7 +60,7 @@ EXTRAS_REQUIRE = {
     "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
     "judge": ["openai>=2.0"],  # the generative judge, rewards.judge
     "gs": GS,
-    "s3": ["s3fs>=2025.5"],
+    "s3": S3,
     "report": REPORT,
     "study": STUDY,
     "tensorboard": ["tensorboard>=2.18"],  # the viewer of workdir/tensorboard, which tensorboardX writes
@@ -68,7 +69,7 @@ EXTRAS_REQUIRE = {
     "trackio": ["trackio>=0.20"],
     "mlflow": ["mlflow>=3.0"],  # mlflow-skinny is enough with an MLFLOW_TRACKING_URI
     "dev": DEV,
-    "test": [*DEV, *NOTEBOOK, *TPU],
+    "test": [*DEV, *S3, "flask-cors>=5.0", "moto[s3]>=5.1", *NOTEBOOK, *TPU],  # moto: a stand-in of s3://
     # What decoder, objectives and LoRA are compared with.
     "parity": ["torch==2.13.0", "trl==1.16.0", "peft>=0.18,<1"],
 }
