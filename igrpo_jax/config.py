@@ -775,6 +775,11 @@ def _sources(config: Config) -> Iterator[tuple[str, str]]:
     if config.warm_start.refinements == "checked" and config.data.task != "lookups":
         fix = "a step of a sum depends on those before it and cannot be checked alone; set data.task to lookups"
         yield "warm_start.refinements", fix
+    if config.warm_start.refinements == "verdicts" and not config.warm_start.draft_error_rate:
+        yield (
+            "warm_start.draft_error_rate",
+            "half of the drafts are wrong in a start that teaches verdicts; set it above 0",
+        )
     if config.warm_start.steps and config.model.path:
         yield "warm_start.steps", "the supervised start is for the built-in model; set it to 0 with model.path"
     if config.sft.draft_fraction and not (config.sft.draft_column or config.sft.drafts_from):

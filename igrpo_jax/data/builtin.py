@@ -17,14 +17,21 @@ def is_right(problem: Problem, solution: str) -> bool:
     return f"<answer>{problem.answer}</answer>" in solution
 
 
-def _verified_error_rate(config: Config, rng: np.random.Generator) -> float:
-    """Returns the error rate of a draft to verify: 0 for one half of them, which are then right however long they
-    are."""
-    return 0.0 if rng.random() < 0.5 else config.warm_start.draft_error_rate
+def _verified(
+    config: Config, problem: Problem, solution: Callable[[float], str], rng: np.random.Generator
+) -> tuple[str, str]:
+    """Returns a draft, which is right with probability one half, and the verdict on it.
 
-
-def _verdict(problem: Problem, draft: str) -> str:
-    return f"<answer>{VERDICTS[is_right(problem, draft)]}</answer>"
+    Args:
+        solution: writes a solution with this error rate.
+    """
+    error_rate = 0.0 if rng.random() < 0.5 else config.warm_start.draft_error_rate
+    draft = solution(error_rate)
+    for _ in range(1000):  # where the teacher is nearly always right, some drafts stay so
+        if not error_rate or not is_right(problem, draft):
+            break
+        draft = solution(error_rate)
+    return draft, f"<answer>{VERDICTS[is_right(problem, draft)]}</answer>"
 
 
 class Task(NamedTuple):
@@ -40,8 +47,7 @@ def _arithmetic_example(
 ) -> tuple[str | None, str]:
     settings, top = config.warm_start, config.data.arithmetic.max_total
     if has_draft and settings.refinements == "verdicts":
-        draft = arithmetic.solution(problem, _verified_error_rate(config, rng), top, rng)
-        return draft, _verdict(problem, draft)
+        return _verified(config, problem, lambda error_rate: arithmetic.solution(problem, error_rate, top, rng), rng)
     draft = arithmetic.solution(problem, settings.draft_error_rate, top, rng) if has_draft else None
     return draft, arithmetic.solution(problem, settings.error_rate, top, rng)
 
@@ -53,8 +59,7 @@ def _lookups_example(
     if has_draft and settings.refinements == "checked":
         return lookups.checked(problem, settings.error_rate, settings.draft_error_rate, rng)
     if has_draft and settings.refinements == "verdicts":
-        draft = lookups.solution(problem, _verified_error_rate(config, rng), rng)
-        return draft, _verdict(problem, draft)
+        return _verified(config, problem, lambda error_rate: lookups.solution(problem, error_rate, rng), rng)
     draft = lookups.solution(problem, settings.draft_error_rate, rng) if has_draft else None
     return draft, lookups.solution(problem, settings.error_rate, rng)
 
