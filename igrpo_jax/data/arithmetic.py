@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from igrpo_jax.config import ArithmeticConfig
-from igrpo_jax.errors import InputError
+from igrpo_jax.data import drawing
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -71,19 +71,8 @@ def problems(settings: ArithmeticConfig, seed: int) -> tuple[list[Problem], list
         InputError: there are too few different problems of this size.
     """
     rng = np.random.default_rng([seed, 0xA217])
-    wanted = settings.train_problems + settings.test_problems
-    distinct: dict[Problem, None] = {}
-    for _ in range(50 * wanted):
-        if len(distinct) == wanted:
-            break
-        distinct.setdefault(_problem(settings, rng))
-    if len(distinct) < wanted:
-        raise InputError(
-            f"config.data.arithmetic.train_problems = {settings.train_problems}: found only {len(distinct)} different "
-            f"problems for train and test; ask for fewer or raise max_terms or max_operand"
-        )
-    test_first = list(distinct)
-    return test_first[settings.test_problems :], test_first[: settings.test_problems]
+    draw = lambda: _problem(settings, rng)
+    return drawing.train_and_test(draw, settings, "arithmetic", "max_terms or max_operand")
 
 
 def _problem(settings: ArithmeticConfig, rng: np.random.Generator) -> Problem:

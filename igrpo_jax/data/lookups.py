@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from igrpo_jax.config import LookupsConfig
-from igrpo_jax.errors import InputError
+from igrpo_jax.data import drawing
 
 # [52] int, the digit of each letter. No rule meets the eye, and each digit stands five or six times: k -> k^3 modulo 53
 # is a permutation.
@@ -55,21 +55,13 @@ def problems(settings: LookupsConfig, seed: int) -> tuple[list[Problem], list[Pr
         InputError: there are too few different problems of this length.
     """
     rng = np.random.default_rng([seed, 0x100C])
-    wanted = settings.train_problems + settings.test_problems
-    distinct: dict[Problem, None] = {}
-    for _ in range(50 * wanted):
-        if len(distinct) == wanted:
-            break
+
+    def draw() -> Problem:
         keys = rng.integers(0, len(TABLE), settings.items)
         keys[0] = rng.choice(np.flatnonzero(TABLE))
-        distinct.setdefault(Problem("".join(string.ascii_letters[key] for key in keys)))
-    if len(distinct) < wanted:
-        raise InputError(
-            f"config.data.lookups.train_problems = {settings.train_problems}: found only {len(distinct)} different "
-            "problems for train and test; ask for fewer or raise items"
-        )
-    test_first = list(distinct)
-    return test_first[settings.test_problems :], test_first[: settings.test_problems]
+        return Problem("".join(string.ascii_letters[key] for key in keys))
+
+    return drawing.train_and_test(draw, settings, "lookups", "items")
 
 
 def solution(problem: Problem, error_rate: float, rng: np.random.Generator) -> str:
