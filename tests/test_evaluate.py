@@ -178,7 +178,7 @@ def test_a_model_in_a_bucket_answers_as_on_a_disk(call, model, folder, bucket, t
     assert "| mine | 3 | " in compared
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 @pytest.mark.skipif(
     "IGRPO_SMOLLM2" not in os.environ, reason="set IGRPO_SMOLLM2 to a directory with SmolLM2-135M-Instruct"
 )

@@ -1,7 +1,9 @@
 """A supervised start as a whole: it learns, goes on exactly where it stopped, is exported, and is no run of main."""
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import jax
@@ -11,6 +13,7 @@ from model_files import error_of, save_byte_model
 
 from igrpo_jax import config, export
 from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs import workdir as workdirs
 from igrpo_jax.outputs.console import Console
@@ -79,6 +82,28 @@ def test_a_start_in_a_bucket_goes_on_and_equals_one_in_a_folder(settings, tmp_pa
     assert uploaded == ["metrics.jsonl"] * 3 and "run/.lock" not in bucket.names()
     mine, theirs = (saved(settings, path) for path in (path_of("", bucket / "run"), tmp_path / "run"))
     assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.proof
+def test_a_start_in_a_bucket_is_saved_on_sigterm(settings, tmp_path, bucket, monkeypatch):
+    uploaded = uploads(monkeypatch)
+    settings = replace(settings, checkpoint=config.CheckpointConfig(every=99))
+    step = supervised._step
+
+    def interrupted(task, learner, state, number, *rest):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(task, learner, state, number, *rest)
+
+    monkeypatch.setattr(supervised, "_step", interrupted)
+    with pytest.raises(Preempted, match=r"preempted: step 2 of 3 is saved in gs://bucket/"):
+        supervised.train_supervised(settings, bucket / "run")
+    assert uploaded == ["metrics.jsonl"] and "run/.lock" not in bucket.names()
+    assert len(losses(path_of("", bucket / "run"))) == 2
+    monkeypatch.setattr(supervised, "_step", step)
+    for place in (bucket / "run", tmp_path / "run"):
+        supervised.train_supervised(settings, place)
+    assert losses(path_of("", bucket / "run")) == losses(tmp_path / "run")
 
 
 def saved(settings, workdir):
