@@ -99,7 +99,7 @@ def test_a_start_in_a_bucket_is_saved_on_sigterm(settings, tmp_path, bucket, mon
     with pytest.raises(Preempted, match=r"preempted: step 2 of 3 is saved in gs://bucket/"):
         supervised.train_supervised(settings, bucket / "run")
     assert uploaded == ["metrics.jsonl"] and "run/.lock" not in bucket.names()
-    assert len(losses(path_of("", bucket / "run"))) == 2
+    assert len(losses(path_of("", bucket / "run"))) == 2 and "run/checkpoints/2/commit_success.txt" in bucket.names()
     monkeypatch.setattr(supervised, "_step", step)
     for place in (bucket / "run", tmp_path / "run"):
         supervised.train_supervised(settings, place)
