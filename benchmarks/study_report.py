@@ -154,17 +154,25 @@ def _differences(results: Results, names: Sequence[str]) -> str:
         gaps = [[(run[key], other[key]) for run, other in pairs] for key in ("after", "area")]
         gaps += [[study_runs.at_equal(axis, *pair) for pair in pairs] for axis in ("sampled", "trained")]
         cells += [_cell([100 * (first - second) for first, second in gap], ".1f", True, "+") for gap in gaps]
-        gaps = [[(run["entropy_100"], other["entropy_100"]) for run, other in pairs]]
-        gaps += [[study_runs.entropies_at_equal(*pair) for pair in pairs]]
-        cells += [_cell([first - second for first, second in gap], ".3f", True, "+") for gap in gaps]
+        cells += _entropy_differences(pairs)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) if len(lines) > 5 else ""
+
+
+def _entropy_differences(pairs: Sequence[tuple[dict, dict]]) -> list[str]:
+    """Returns the cells of entropy, at the end and at equal trained tokens; of the pairs where both have it."""
+    known = [pair for pair in pairs if all("entropy_100" in run for run in pair)]
+    if not known:
+        return ["", ""]
+    gaps = [[(run["entropy_100"], other["entropy_100"]) for run, other in known]]
+    gaps += [[study_runs.entropies_at_equal(*pair) for pair in known]]
+    return [_cell([first - second for first, second in gap], ".3f", True, "+") for gap in gaps]
 
 
 def _dynamics(arms: dict[str, Arm]) -> str:
     """Returns the table of entropy and of groups with equal rewards."""
     columns: list[Column] = [
-        *((f"entropy at {k} %", lambda run, k=k: run[f"entropy_{k}"], ".3f") for k in (10, 30, 100)),
+        *((f"entropy at {k} %", lambda run, k=k: run.get(f"entropy_{k}"), ".3f") for k in (10, 30, 100)),
         ("equal groups", _percent("zero_variance"), ".0f"),
         ("where the draft was right", _percent("zero_variance_right_draft"), ".0f"),
         ("where it was wrong", _percent("zero_variance_wrong_draft"), ".0f"),
@@ -223,7 +231,7 @@ def plot(path: Path, arms: dict[str, Arm]) -> None:
         _line(panels[0], curves[0]["step"], heights, look)
         _line(panels[1], np.mean([curve["trained"] for curve in curves], axis=0) / 1e3, heights, look)
         for panel, (_, series) in zip(panels[2:], PANELS, strict=True):
-            if series in runs[0]["series"]:
+            if all(series in run["series"] for run in runs):
                 each = [_smooth(run["series"][series]) for run in runs]
                 _line(panel, each[0][0], [values for _, values in each], look)
     panels[0].set_title("single-shot pass@1, by step")

@@ -29,6 +29,7 @@ SERIES = {
     "length": "completions/mean_length",
     "draft_accuracy": "draft/accuracy",
     "accuracy": "rewards/accuracy/mean",
+    "overlong": "completions/clipped_ratio",
 }
 MOVES = ("fixed", "broken", "kept_right", "kept_wrong")
 
@@ -79,9 +80,10 @@ def computed_figures(run: Path, benchmark: str) -> dict[str, Any]:
         then: `sampled` and `trained` tokens, `completions` sampled, `seconds` of rollout and update.
         `series` holds the metrics of SERIES as lists over the steps, where every step has one.
         All other entries are single numbers: `before`, `after` (pass@1), `area` (mean height of the pass@1 curve over
-        the steps), `entropy_10`, `entropy_30`, `entropy_100` (means of the 5 steps that end at this percentage of the
-        run), `sampled_tokens`, `trained_tokens`, `completions`, `seconds`, `rollout_seconds`, `update_seconds`,
-        `length` (single shot, at the end), and `zero_variance` and the moves as means over all steps.
+        the steps), where every step has an entropy `entropy_10`, `entropy_30`, `entropy_100` (means of the 5 steps that
+        end at this percentage of the run), `sampled_tokens`, `trained_tokens`, `completions`, `seconds`,
+        `rollout_seconds`, `update_seconds`, `length` (single shot, at the end), and `zero_variance` and the moves as
+        means over all steps.
     """
     rows = read_rows(run / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
@@ -109,7 +111,6 @@ def computed_figures(run: Path, benchmark: str) -> dict[str, Any]:
         "before": curve["pass@1"][0],
         "after": curve["pass@1"][-1],
         "area": area(curve["step"], curve["pass@1"]),
-        **{f"entropy_{percent}": _ending(series["entropy"], percent) for percent in (10, 30, 100)},
         "length_before": curve["length"][0],
         "length": curve["length"][-1],
         "sampled_tokens": int(spent["sampled"][-1]),
@@ -118,11 +119,13 @@ def computed_figures(run: Path, benchmark: str) -> dict[str, Any]:
         "seconds": float(spent["seconds"][-1]),
         "rollout_seconds": sum(row["perf/rollout_time"] for row in steps),
         "update_seconds": sum(row["perf/update_time"] for row in steps),
-        "overlong": float(np.mean([row["completions/clipped_ratio"] for row in steps])),
+        "overlong": float(np.mean(known["overlong"])),
         **zero_variance(groups),
         **{name: float(np.mean(values)) for name, values in _moves(steps).items()},
     }
     same = [group.same_answer for group in groups if group.same_answer is not None]
+    if "entropy" in series:  # it is that of refinements, which a step may lack
+        result |= {f"entropy_{percent}": _ending(series["entropy"], percent) for percent in (10, 30, 100)}
     if same:  # some prompts have refinements of a draft
         result["same_answer"] = float(np.mean(same))
         result["copy_ratio"] = float(np.mean(known["copy_ratio"]))

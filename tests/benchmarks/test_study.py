@@ -99,7 +99,12 @@ def test_prompts_and_steps_without_refinements(tmp_path):
     """The drafts of a prompt without refinements are its group; steps without a value are left out of a mean."""
     write_run(tmp_path, trains_drafts=True)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1]]
-    rows[1] |= {"refine/copy_ratio": None, "reward": None, **{f"refine/{move}": None for move in study_runs.MOVES}}
+    rows[1] |= {
+        "refine/copy_ratio": None,
+        "reward": None,
+        "entropy": None,
+        **{f"refine/{move}": None for move in study_runs.MOVES},
+    }
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     drafts = [sample("draft", 0, advantage=-0.7), sample("draft", 1, accuracy=1.0, advantage=0.7)]
     lines = "".join(json.dumps(one) + "\n" for one in drafts)
@@ -110,7 +115,11 @@ def test_prompts_and_steps_without_refinements(tmp_path):
         1 / 3, abs=1e-4
     )  # of one group in the first step and two in the second
     assert run["fixed"] == 0.25 and run["copy_ratio"] == pytest.approx(0.2)
-    assert "reward" not in run["series"] and "copy_ratio" not in run["series"] and len(run["series"]["entropy"]) == 2
+    assert {"reward", "copy_ratio", "entropy"} & {*run["series"]} == set() and "entropy_100" not in run
+    arm = {"settings": {}, "against": "", "start": "", "seeds": {"0": run}}
+    results = {"setting": "x", "steps": 2, "groups": {"g": ["a", "b"]}, "arms": {"a": arm, "b": arm | {"against": "a"}}}
+    study_report.write(tmp_path, results)
+    assert "| b | a | 1 | +0.0 | +0.0 | +0.0 | +0.0 |  |  |" in (tmp_path / "tables.md").read_text()
 
 
 def test_a_prediction_holds_where_the_whole_interval_does():
