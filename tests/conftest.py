@@ -28,14 +28,14 @@ PROGRAMS = pytest.StashKey[str]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Three processes, each with whole files, where pytest-xdist is installed and nothing else is asked for.
+    """Two processes, each with whole files, where pytest-xdist is installed and nothing else is asked for.
 
-    A third of the time of a test is waiting, for subprocesses and time limits, so three keep two cores busy. One process, for example with a debugger: pytest -n 0.
+    One process, for example with a debugger: pytest -n 0.
     """
     options = config.option
     is_worker = hasattr(config, "workerinput")
     if config.pluginmanager.hasplugin("xdist") and options.numprocesses is None and not (is_worker or options.usepdb):
-        options.numprocesses = 3
+        options.numprocesses = 2
         options.dist = "loadfile"
         options.loadscopereorder = False  # the order is that of pytest_collection_modifyitems
 
