@@ -27,8 +27,8 @@ to the plain prompt:
     ignoring              as dense, from a start that has learned to ignore drafts
     variants              from the sparse start: further variants, and the paper's other baselines
 
-With --setting qwen05 they are GRPO (8), iGRPO (4 + 4), and the iGRPO that
-trains on its drafts, which is the best variant in docs/study.md.
+With --setting qwen05 they are GRPO (8), iGRPO (4 + 4), and the iGRPO that trains on its drafts, which is the best
+variant in docs/study.md.
 
 After a kill the same command continues: it skips finished runs and resumes an unfinished one. With --minutes it is
 over after so many minutes: runs that are still going get SIGTERM earlier, by the setting's preemption_grace, save a

@@ -64,11 +64,11 @@ ARMS: dict[str, list[Arm]] = {
 }
 
 # Variants of iGRPO that depart from the paper, and the paper's other baselines, at 8 sampled completions.
-TRAINED = IGRPO | {"algorithm.train_drafts": True}
+TRAINED = IGRPO | CONTROLS["train_drafts"]
 UNSOLVED = TRAINED | {"algorithm.draft_when": "unsolved"}
 PLAIN_CREDIT = TRAINED | {"algorithm.group": "prompt", "algorithm.refine_credit": "plain"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "worst": IGRPO | {"algorithm.draft_selection": "worst"},
+    "worst": IGRPO | CONTROLS["worst"],
     # The draft with the most right digits, which earn nothing.
     "graded": IGRPO
     | {
@@ -88,14 +88,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "algorithm.draft_selection": "random",
     },
     # As in configs/critique_grpo.py, without words about the draft: 4 drafts, each refined once.
-    "critique_grpo": {
-        "algorithm.num_drafts": 4,
+    "critique_grpo": PLAIN_CREDIT
+    | {
         "algorithm.num_generations": 1,
         "algorithm.loss_type": "dr_grpo",
         "algorithm.draft_selection": "refined",
-        "algorithm.train_drafts": True,
-        "algorithm.group": "prompt",
-        "algorithm.refine_credit": "plain",
         "algorithm.credit_completions": "all",
     },
 }

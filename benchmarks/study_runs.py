@@ -29,7 +29,6 @@ SERIES = {
     "length": "completions/mean_length",
     "draft_accuracy": "draft/accuracy",
     "accuracy": "rewards/accuracy/mean",
-    "overlong": "completions/clipped_ratio",
 }
 MOVES = ("fixed", "broken", "kept_right", "kept_wrong")
 
@@ -105,7 +104,7 @@ def computed_figures(run: Path, benchmark: str) -> dict[str, Any]:
     for name, values in spent.items():
         total = np.concatenate([[0], values])
         curve[name] = [round(float(total[at]), 1) for at in curve["step"]]
-    known = {name: [row[key] for row in steps if row.get(key) is not None] for name, key in SERIES.items()}
+    known = {name: _known(steps, key) for name, key in SERIES.items()}
     series = {name: [*map(_rounded, values)] for name, values in known.items() if len(values) == len(steps)}
     result = {
         "before": curve["pass@1"][0],
@@ -119,7 +118,7 @@ def computed_figures(run: Path, benchmark: str) -> dict[str, Any]:
         "seconds": float(spent["seconds"][-1]),
         "rollout_seconds": sum(row["perf/rollout_time"] for row in steps),
         "update_seconds": sum(row["perf/update_time"] for row in steps),
-        "overlong": float(np.mean(known["overlong"])),
+        "overlong": float(np.mean(_known(steps, "completions/clipped_ratio"))),
         **zero_variance(groups),
         **{name: float(np.mean(values)) for name, values in _moves(steps).items()},
     }
@@ -188,10 +187,14 @@ def _counts(groups: Sequence[GroupRow], steps: int, algorithm: dict[str, Any]) -
     return [counts[step] for step in range(1, steps + 1)]
 
 
+def _known(steps: Sequence[dict], key: str) -> list[float]:
+    """Returns a metric by step, of the steps that have a value of it."""
+    return [row[key] for row in steps if row.get(key) is not None]
+
+
 def _moves(steps: Sequence[dict]) -> dict[str, list[float]]:
     """Returns the metrics of MOVES by step, of the steps that have refinements; empty for a run without drafts."""
-    keys = {name: f"refine/{name}" for name in MOVES}
-    moves = {name: [row[key] for row in steps if row.get(key) is not None] for name, key in keys.items()}
+    moves = {name: _known(steps, f"refine/{name}") for name in MOVES}
     return {name: values for name, values in moves.items() if values}
 
 

@@ -21,11 +21,11 @@ from igrpo_jax.config import DataConfig, RefineConfig
 from igrpo_jax.data import templates
 
 # What replaces {verdict}, by whether the draft's answer is right; None = not verified.
-VERDICTS = {True: "correct", False: "incorrect", None: "unverified"}
+VERDICT_WORDS = {True: "correct", False: "incorrect", None: "unverified"}
 
 
 def _with_verdict(text: str, is_right: bool | None) -> str:
-    return text.replace("{verdict}", VERDICTS[is_right])
+    return text.replace("{verdict}", VERDICT_WORDS[is_right])
 
 
 class Renderer:
@@ -54,7 +54,7 @@ class Renderer:
         lead, tail = refine.instruction.split("{draft}")
         self._lead = "\n\n" + lead
         self._tail = tail
-        self._after_draft = {known: self._frame.ids_after(_with_verdict(tail, known)) for known in VERDICTS}
+        self._after_draft = {known: self._frame.ids_after(_with_verdict(tail, known)) for known in VERDICT_WORDS}
 
     def _words(self, question: str) -> str:
         return f"{self._instruction}\n\n{question}" if self._instruction else question
@@ -86,7 +86,7 @@ class Renderer:
         """
         marks = self._frame.marks
         length = lambda text, known: len(templates.text_ids(self._tokenizer, _with_verdict(text, known), marks))
-        wording = max(length(self._lead, known) + length(self._tail, known) for known in VERDICTS)
+        wording = max(length(self._lead, known) + length(self._tail, known) for known in VERDICT_WORDS)
         blanks = max((len(text.encode()) - len(text.rstrip().encode()) for text in questions), default=0)
         # The lead is encoded together with the question, so it may split into other tokens than it does alone.
         return wording + blanks + min(longest, self._max_draft_length) + 8

@@ -163,7 +163,7 @@ def _refine_metrics(groups: list[Group], with_accuracy: bool, max_draft_length: 
 def _verify_metrics(groups: list[Group]) -> dict[str, float]:
     """Returns the metrics of the verifications of `groups`; those over no verification are absent, but for a count."""
     metrics: dict[str, Any] = {"verify/prompts": len(groups)}
-    pairs = [(group.reference_answer(x) == VERDICTS[True], x) for group in groups for x in group.completions]
+    pairs = [(group.drafts[group.kept].score.is_right, x) for group in groups for x in group.completions]
     known = [(is_right, x.score) for is_right, x in pairs if not math.isnan(x.score.reward)]
     if known:
         metrics["verify/accuracy"] = np.mean([score.is_right for _, score in known])

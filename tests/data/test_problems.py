@@ -301,7 +301,7 @@ def test_presets_and_hub_ids_ask_the_hub_for_the_right_thing(monkeypatch):
     for name in TRAINING_SETS:
         assert [(row.question, row.answer) for row in load(name, "", "")] == [("Q", "2")]
     load("owner/name", "", "", subset="hard", split="test")
-    for name in (name for name, known in BENCHMARKS.items() if not known.checked):  # test_choices.py has the others
+    for name in ("aime24", "aime25", "math500", "amc23", "gsm8k", "minerva"):  # test_choices.py has the others
         assert [(row.question, row.answer) for row in problems.benchmark_rows(name, EvaluationConfig())] == [("Q", "2")]
     assert asked[:5] == [
         ("DigitalLearningGmbH/MATH-lighteval", None, "train"),
