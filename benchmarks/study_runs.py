@@ -140,7 +140,7 @@ class GroupRow:
     sampled: int  # drafts and completions together
     draft_right: bool | None  # None where no draft was shown
     same_answer: float | None  # fraction of completions that state the draft's answer; None where no draft was shown
-    equal: bool  # the refinements, or the drafts where there are none, have no advantage
+    equal: bool  # the refinements have no advantage, or the drafts where there are no refinements
 
 
 def read_groups(run: Path, step: int) -> list[GroupRow]:
@@ -151,13 +151,16 @@ def read_groups(run: Path, step: int) -> list[GroupRow]:
 
 def _group(step: int, rows: Sequence[dict]) -> GroupRow:
     """Returns the counts of the rows of one prompt."""
-    trained = [row for row in rows if row["stage"] != "draft"] or rows
+    refined = [row for row in rows if row["stage"] != "draft"]
+    trained = refined or rows
     parent = trained[0]["parent_draft_id"]
     drafts = {row["sample_id"]: row for row in rows if row["stage"] == "draft"}
     right = None if parent is None else drafts[parent]["rewards"]["accuracy"] >= 1
     same = None if parent is None else [same_answer(drafts[parent]["extracted"], row["extracted"]) for row in trained]
     same_fraction = None if same is None else float(np.mean(same))
-    return GroupRow(step, len(rows), right, same_fraction, equal=not any(row["advantage"] for row in trained))
+    # The files have no advantages of drafts, so that these are told by their rewards.
+    differs = any(row["advantage"] for row in refined) if refined else len({row["reward"] for row in rows}) > 1
+    return GroupRow(step, len(rows), right, same_fraction, equal=not differs)
 
 
 def zero_variance(groups: Sequence[GroupRow]) -> dict[str, float]:

@@ -106,7 +106,7 @@ def test_prompts_and_steps_without_refinements(tmp_path):
         **{f"refine/{move}": None for move in study_runs.MOVES},
     }
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    drafts = [sample("draft", 0, advantage=-0.7), sample("draft", 1, accuracy=1.0, advantage=0.7)]
+    drafts = [sample("draft", 0) | {"reward": 0.0}, sample("draft", 1, accuracy=1.0) | {"reward": 1.0}]
     lines = "".join(json.dumps(one) + "\n" for one in drafts)
     (tmp_path / "samples" / "step_000001.jsonl").write_text(lines)
     run = study_runs.figures(tmp_path, 2, "x")
