@@ -16,6 +16,7 @@ N heads, G groups, W tokens that a convolution sees.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,26 @@ from jax.sharding import NamedSharding
 
 from igrpo_jax.distributed.sharding import constrain, spec
 from igrpo_jax.models.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """How a page holds the keys and values of its C positions: as the kernel that reads it wants them.
+
+    Keys and values alternate by head, [C, 2K, H], unless they are `apart`, [2, C, K, H].
+    """
+
+    apart: bool = False  # whether all keys stand before all values
+    heads_per_row: int = 1  # kv heads that stand side by side where they alternate, [C, 2K / 2, 2H] for two
+
+    def shape(self, page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        """Returns the shape of a page."""
+        if self.apart:
+            return 2, page_size, kv_heads, head_dim
+        return page_size, 2 * kv_heads // self.heads_per_row, head_dim * self.heads_per_row
+
+
+ALTERNATING = PageLayout()
 
 
 class KV(NamedTuple):
@@ -49,11 +70,9 @@ class MambaState(NamedTuple):
     state: jax.Array  # [B, N, H, P] float32, because it sums over thousands of tokens
 
 
-# One entry per sublayer: the pool of an attention sublayer, [P, C, 2K, H], in which keys and values alternate by head
-# (where a kernel wants wider rows, heads that share one stand side by side: [P, C, 2K / 2, 2H] for two),
-# or a KV where the rows of its pages lie side by side; None for an MLP, which keeps nothing.
+# One entry per sublayer: the pool of an attention sublayer, P pages of a `PageLayout`, or a KV where the rows of its
+# pages lie side by side; None for an MLP, which keeps nothing.
 Cache = tuple[jax.Array | KV | MambaState | None, ...]
-POOL_AXES = ("batch", "time", "kv_heads", "head_dim")  # the pages of each shard of the batch are its own
 AXES = ("batch", "kv_heads", "time", "head_dim")  # of the keys and values of packed axes
 MAMBA_AXES = MambaState(
     ("batch", "width", "heads", "head_dim"),
@@ -64,18 +83,14 @@ MAMBA_AXES = MambaState(
 
 
 def empty(
-    cfg: DecoderConfig, pages: int, page_size: int, slots: int, dtype: jnp.dtype, heads_per_row: int = 1
+    cfg: DecoderConfig, pages: int, page_size: int, slots: int, dtype: jnp.dtype, layout: PageLayout = ALTERNATING
 ) -> Cache:
-    """Returns pools of zeros with `pages` pages, and empty states of `slots` slots.
-
-    Args:
-        heads_per_row: kv heads that stand side by side in the pools, a divisor of K.
-    """
-    shape = (pages, page_size, 2 * cfg.num_kv_heads // heads_per_row, cfg.head_dim * heads_per_row)
+    """Returns pools of zeros with `pages` pages, and empty states of `slots` slots."""
+    shape = (pages, *layout.shape(page_size, cfg.num_kv_heads, cfg.head_dim))
 
     def entry(kind: str) -> jax.Array | MambaState | None:
         if kind == "*":
-            return constrain(jnp.zeros(shape, dtype), *POOL_AXES)
+            return constrain(jnp.zeros(shape, dtype), *pool_axes(len(shape)))
         return empty_state(cfg, slots, dtype) if kind == "M" else None
 
     return tuple(entry(kind) for kind in cfg.pattern)
@@ -95,10 +110,18 @@ def empty_state(cfg: DecoderConfig, rows: int, dtype: jnp.dtype) -> MambaState:
     return MambaState(*(constrain(x, *axes) for x, axes in zip(zeros, MAMBA_AXES, strict=True)))
 
 
-def shardings(cfg: DecoderConfig, mesh: jax.sharding.Mesh, kinds: str = "*M") -> Cache:
+def pool_axes(dimensions: int) -> tuple[str | None, ...]:
+    """Returns the axes of a pool of so many dimensions; the pages of each shard of the batch are its own."""
+    return "batch", *[None] * (dimensions - 3), "kv_heads", "head_dim"
+
+
+def shardings(
+    cfg: DecoderConfig, mesh: jax.sharding.Mesh, kinds: str = "*M", layout: PageLayout = ALTERNATING
+) -> Cache:
     """Returns a tree like a cache, with a NamedSharding instead of each array; None for sublayers not of `kinds`."""
+    pool = NamedSharding(mesh, spec(pool_axes(1 + len(layout.shape(1, 1, 1)))))
     states = MambaState(*(NamedSharding(mesh, spec(axes)) for axes in MAMBA_AXES))
-    every: dict[str, Any] = {"*": NamedSharding(mesh, spec(POOL_AXES)), "M": states}
+    every: dict[str, Any] = {"*": pool, "M": states}
     return tuple(every[kind] if kind in kinds and kind in every else None for kind in cfg.pattern)
 
 
@@ -108,16 +131,31 @@ def append(entry: KV, k: jax.Array, v: jax.Array, positions: jax.Array) -> KV:
     return KV(entry.k.at[rows, :, :, positions].set(k), entry.v.at[rows, :, positions].set(v))
 
 
-def interleaved(k: jax.Array, v: jax.Array, pool: jax.Array) -> jax.Array:
-    """Returns keys and values [..., K, H] as `pool` holds them: [..., 2K, H], of each head its key and its value."""
+def put(pool: jax.Array, page: jax.Array, offset: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Returns `pool` with keys and values [..., K, H] written, in place where `pool` is donated.
+
+    Args:
+        page, offset: [...] int32, where they belong; those with a page of P or more are dropped.
+    """
+    if pool.ndim == 5:  # apart
+        return pool.at[page, :, offset].set(jnp.stack([k, v], axis=-3).astype(pool.dtype), mode="drop")
     k, v = (x.reshape(*x.shape[:-2], -1, pool.shape[3]) for x in (k, v))
-    return jnp.stack([k, v], axis=-2).reshape(*k.shape[:-2], *pool.shape[2:])
+    alternating = jnp.stack([k, v], axis=-2).reshape(*k.shape[:-2], *pool.shape[2:])
+    return pool.at[page, offset].set(alternating.astype(pool.dtype), mode="drop")
+
+
+def take(pool: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the keys and values that `pages` [R] int32 hold, each [R C, K, H]; those past the last page are any."""
+    held = pool.at[pages].get(mode="clip")
+    apart = (held[:, 0], held[:, 1]) if pool.ndim == 5 else (held[:, :, 0::2], held[:, :, 1::2])
+    k, v = (x.reshape(-1, *x.shape[2:]) for x in apart)
+    return k, v
 
 
 def rows_of(cache: Cache, slots: jax.Array) -> Cache:
     """Returns the pools of `cache`, and of its states those of `slots` [n] int32."""
-    take = lambda x: x.at[slots].get(mode="clip")
-    return tuple(jax.tree.map(take, entry) if isinstance(entry, MambaState) else entry for entry in cache)
+    of_slots = lambda x: x.at[slots].get(mode="clip")
+    return tuple(jax.tree.map(of_slots, entry) if isinstance(entry, MambaState) else entry for entry in cache)
 
 
 def put_rows(cache: Cache, rows: Cache, slots: jax.Array) -> Cache:
@@ -125,9 +163,9 @@ def put_rows(cache: Cache, rows: Cache, slots: jax.Array) -> Cache:
 
     Rows whose slot is past the last one are dropped.
     """
-    put = lambda x, new: x.at[slots].set(new.astype(x.dtype), mode="drop")
+    put_row = lambda x, new: x.at[slots].set(new.astype(x.dtype), mode="drop")
     return tuple(
-        jax.tree.map(put, entry, row) if isinstance(entry, MambaState) else row
+        jax.tree.map(put_row, entry, row) if isinstance(entry, MambaState) else row
         for entry, row in zip(cache, rows, strict=True)
     )
 
@@ -136,7 +174,7 @@ def window(cache: Cache, table: jax.Array) -> Cache:
     """Returns the cache of some rows with the pages of each row side by side.
 
     Args:
-        cache: pools, and the states of the rows.
+        cache: pools whose keys and values alternate, and the states of the rows.
         table: [n, R] int32, the pages of each row; of a number that is no page, the content is meaningless.
 
     Returns:
@@ -162,18 +200,18 @@ def restore(cache: Cache, part: Cache, table: jax.Array, begin: jax.Array, end: 
         most: at least the largest number of new positions.
     """
 
-    def put(pool: jax.Array, new: KV) -> jax.Array:
+    def put_new(pool: jax.Array, new: KV) -> jax.Array:
         size, rows = min(most, new.v.shape[2]), jnp.arange(len(table))[:, None]
         first = jnp.minimum(begin, new.v.shape[2] - size)  # so many positions up to the end of the window
         at = first[:, None] + jnp.arange(size)  # [n, size]
-        take = jax.vmap(jax.lax.dynamic_slice_in_dim, in_axes=(0, 0, None, None))
-        k = take(new.k, first, size, 2).transpose(0, 3, 1, 2)  # [n, size, K, H]
-        v = take(new.v, first, size, 1).swapaxes(1, 2)
+        cut = jax.vmap(jax.lax.dynamic_slice_in_dim, in_axes=(0, 0, None, None))
+        k = cut(new.k, first, size, 2).transpose(0, 3, 1, 2)  # [n, size, K, H]
+        v = cut(new.v, first, size, 1).swapaxes(1, 2)
         is_new = (at >= begin[:, None]) & (at < end[:, None])
         page = jnp.where(is_new, table[rows, at // pool.shape[1]], pool.shape[0])
-        return pool.at[page, at % pool.shape[1]].set(interleaved(k, v, pool), mode="drop")
+        return put(pool, page, at % pool.shape[1], k, v)
 
-    return _pools(put, cache, part)
+    return _pools(put_new, cache, part)
 
 
 def fork(cache: Cache, lanes: Cache, lane: jax.Array, slot: jax.Array, source: jax.Array, target: jax.Array) -> Cache:

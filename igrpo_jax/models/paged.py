@@ -1,10 +1,11 @@
 """Attention to a cache of pages, for new tokens of several sequences that stand one after another on one axis.
 
 The cache is a pool of pages, and a table says which pages hold a sequence. The new tokens are written first. Then they
-attend, in one of two ways:
+attend, in one of three ways:
 
 - The TPU's kernel reads the pages of every sequence. It serves decoding, where each sequence has one new token, and
   chunks of prompts.
+- cuDNN's kernel for pages reads those of every sequence too. It serves decoding.
 - All others serve chunks of prompts alone, of which only the first sequence can have tokens before the chunk. Their
   keys are [pages of the first sequence | new tokens].
 
@@ -29,7 +30,9 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as lib
 from igrpo_jax.distributed.sharding import spec
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
+from igrpo_jax.models import cudnn
 from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
+from igrpo_jax.models.cache import PageLayout
 from igrpo_jax.models.segments import BLOCK, readable
 
 HEAD_DIM = 128  # of the kernel: it copies whole registers of 128 lanes, and loads from arrays of no other width
@@ -59,7 +62,7 @@ class Ragged(NamedTuple):
 class Paged(NamedTuple):
     """The pool of pages of one attention sublayer, and the sequences that are read and written."""
 
-    pages: jax.Array  # [P, C, 2K, H], keys and values interleaved by head (k0, v0, k1, v1, ...), as the kernel wants it
+    pages: jax.Array  # P pages of C positions, in the `PageLayout` of the implementation
     ragged: Ragged
 
 
@@ -85,31 +88,32 @@ def write(pages: jax.Array, k: jax.Array, v: jax.Array, ragged: Ragged) -> jax.A
     Padding is dropped, and so is a token whose page is P or more or beyond its table.
 
     Args:
-        pages: [P, C, 2K, H], or with heads side by side.
+        pages: of any layout.
         k, v: [F, K, H], cast to the dtype of `pages`.
     """
-    count, size = pages.shape[:2]
+    size = pages.shape[-3]
     sequence, position = places(ragged, k.shape[0])
-    page = ragged.table.at[sequence, position // size].get(mode="fill", fill_value=count)
-    return pages.at[page, position % size].set(caches.interleaved(k, v, pages).astype(pages.dtype), mode="drop")
+    page = ragged.table.at[sequence, position // size].get(mode="fill", fill_value=len(pages))
+    return caches.put(pages, page, position % size, k, v)
 
 
-def heads_per_row(attention: str, head_dim: int, kv_heads: int) -> int:
-    """Returns how many kv heads stand side by side in a page for the TPU's kernel; 0 where the kernel does not run.
+def page_layout(attention: str, head_dim: int, kv_heads: int) -> PageLayout | None:
+    """Returns the layout of pages for a kernel that reads them in place when tokens are decoded; None without one.
 
-    Only the kernel reads pages in place when tokens are decoded. Narrower heads share its rows: a query is zero where
-    other heads stand.
+    On TPUs narrower heads share the rows of the kernel: a query is zero where other heads stand.
 
     Args:
         attention: of DecoderConfig.
         head_dim: H.
         kv_heads: K of one device, which is that of the model over the size of the mesh axis `tensor`.
     """
+    if attention == "cudnn":
+        return PageLayout(apart=True)
     together, rest = divmod(HEAD_DIM, head_dim)
     if attention not in ("splash", "splash_interpret") or rest or kv_heads % together:
-        return 0
+        return None
     rows = kv_heads // together
-    return together if rows in TILES or rows % 8 == 0 else 0
+    return PageLayout(heads_per_row=together) if rows in TILES or rows % 8 == 0 else None
 
 
 def paged_attention(
@@ -121,8 +125,8 @@ def paged_attention(
     kernel, and nothing may communicate in loops whose trip counts differ between shards.
 
     Args:
-        implementation: a key of `attention.PACKED`. Where the TPU's kernel does not run (`heads_per_row`),
-            "splash" is "chunked", and without it only the first sequence can have tokens before the new ones.
+        implementation: a key of `attention.PACKED`. Where the TPU's kernel does not run (`page_layout`), "splash" is
+            "chunked". Without a kernel that reads pages, only the first sequence can have tokens before the new ones.
         q: [F, N, H]; for "chunked", F is a multiple of BLOCK.
         k, v: [F, K, H].
 
@@ -135,7 +139,7 @@ def paged_attention(
     if not split:
         return run(q, k, v, entry)
     heads, kv_heads = (spec(("time", name, "head_dim")) for name in ("heads", "kv_heads"))
-    pages = spec((None, *caches.POOL_AXES[1:]))
+    pages = spec((None, *caches.pool_axes(entry.pages.ndim)[1:]))
     in_specs = heads, kv_heads, kv_heads, Paged(pages, Ragged(*[spec(())] * len(Ragged._fields)))
     # check_vma is off because the results of a Pallas kernel do not say over which axes they vary.
     on_devices = jax.shard_map(run, in_specs=in_specs, out_specs=(heads, pages), axis_names=split, check_vma=False)
@@ -161,16 +165,17 @@ class _Keys(NamedTuple):
 
 def _keys(k: jax.Array, v: jax.Array, entry: Paged, block: int = 1) -> _Keys:
     """Returns the keys of a chunk; those of the pages are padded to a multiple of `block`."""
-    pages, ragged = entry
+    ragged = entry.ragged
     # Reading the pages after the write leaves it in place. What it wrote is read from k and v alone.
-    held = pages.at[ragged.table[0]].get(mode="clip").reshape(-1, *pages.shape[2:])
-    held = jnp.pad(held, ((0, -held.shape[0] % block), (0, 0), (0, 0)))
-    position = jnp.arange(held.shape[0], dtype=jnp.int32)
+    held_k, held_v = (
+        jnp.pad(x, ((0, -len(x) % block), (0, 0), (0, 0))) for x in caches.take(entry.pages, ragged.table[0])
+    )
+    position = jnp.arange(len(held_k), dtype=jnp.int32)
     is_before = (position < _before(ragged)).astype(jnp.int32)
     own = places(ragged, k.shape[0])
     return _Keys(
-        jnp.concatenate([held[:, 0::2].astype(k.dtype), k]),
-        jnp.concatenate([held[:, 1::2].astype(v.dtype), v]),
+        jnp.concatenate([held_k.astype(k.dtype), k]),
+        jnp.concatenate([held_v.astype(v.dtype), v]),
         jnp.concatenate([is_before, _numbers(own, ragged)]),
         jnp.concatenate([position, own.position]),
     )
@@ -232,17 +237,39 @@ def chunked_paged_attention(q: jax.Array, k: jax.Array, v: jax.Array, entry: Pag
 def cudnn_paged_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, entry: Paged, implementation: str = "cudnn"
 ) -> jax.Array:
-    """Computes `xla_paged_attention` with cuDNN's kernel and a mask [F, E]; arguments and result are the same.
+    """Computes the attention of new tokens with cuDNN: in decoding with its kernel for pages, else with a mask [F, E].
+
+    Arguments and result are those of `xla_paged_attention`.
 
     Args:
-        implementation: of `jax.nn.dot_product_attention`; tests without a GPU take "xla".
+        implementation: "cudnn", or for tests without a GPU "xla".
     """
-    keys, size = _keys(k, v, entry), q.shape[0]
+    size = q.shape[0]
+    if size == entry.ragged.table.shape[0]:  # a chunk has more tokens than sequences
+        pages, ragged = entry
+        halves = pages.reshape(-1, *pages.shape[2:])  # the keys of a page, then its values
+        table = jnp.minimum(ragged.table, len(pages) - 1)  # the kernel would read past the pool
+        decode = cudnn.read_pages if implementation == "cudnn" else _gathered
+        return decode(q, halves, 2 * table, 2 * table + 1, ragged.length)
+    keys = _keys(k, v, entry)
     # Padding reads itself, because a softmax over nothing would not be finite.
     itself = jnp.eye(size, keys.k.shape[0], keys.k.shape[0] - size, dtype=bool)
     mask = (_mask(keys, size) | itself)[None, None]
     mixed = jax.nn.dot_product_attention(q[None], keys.k[None], keys.v[None], mask=mask, implementation=implementation)
     return mixed[0]
+
+
+def _gathered(q: jax.Array, pages: jax.Array, k_table: jax.Array, v_table: jax.Array, length: jax.Array) -> jax.Array:
+    """Computes `cudnn.read_pages` in plain JAX, for tests."""
+
+    def of_row(q: jax.Array, k_table: jax.Array, v_table: jax.Array, length: jax.Array) -> jax.Array:
+        k, v = (pages[table].reshape(-1, *pages.shape[2:]) for table in (k_table, v_table))
+        grouped = q.reshape(k.shape[1], -1, q.shape[1]) * q.shape[1] ** -0.5
+        scores = jnp.einsum("KGH,EKH->KGE", grouped, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(jnp.where(jnp.arange(len(k)) < length, scores, NEVER), axis=-1).astype(v.dtype)
+        return jnp.einsum("KGE,EKH->KGH", weights, v).reshape(q.shape)
+
+    return jax.vmap(of_row)(q, k_table, v_table, length)
 
 
 def splash_paged_attention(

@@ -14,7 +14,7 @@ from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.models.heads import spread_config
-from igrpo_jax.models.paged import heads_per_row
+from igrpo_jax.models.paged import page_layout
 from igrpo_jax.sampling.pages import pages_for
 
 SIZES = (1, 2, 4, 8)  # of a group
@@ -91,7 +91,7 @@ def sampler_mesh(cfg: DecoderConfig, mesh: jax.sharding.Mesh, tensor: int, slots
 
 def reads_pages(cfg: DecoderConfig, tensor: int) -> bool:
     """Returns whether decoding reads pages where they lie, with the heads of `cfg` split over `tensor` devices."""
-    return heads_per_row(cfg.attention, cfg.head_dim, cfg.num_kv_heads // tensor) > 0
+    return page_layout(cfg.attention, cfg.head_dim, cfg.num_kv_heads // tensor) is not None
 
 
 def divides(cfg: DecoderConfig, tensor: int) -> bool:

@@ -23,7 +23,7 @@ from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
-from igrpo_jax.models.paged import heads_per_row
+from igrpo_jax.models.paged import page_layout
 from igrpo_jax.models.segments import BLOCK
 from igrpo_jax.sampling import decoding, state, steps
 from igrpo_jax.sampling.pages import pages_for
@@ -87,8 +87,9 @@ class SamplerPrograms:
         # Every process of a team reads the results of all its shards.
         self._status_sharding = sharding.replicated(mesh) if sharding.processes(mesh) > 1 else self.batch_sharding
         self.costs = ModelCosts(cfg, dtype, mesh.shape["tensor"])
-        together = heads_per_row(cfg.attention, cfg.head_dim, cfg.num_kv_heads // mesh.shape["tensor"])
-        self.in_place = together > 0
+        layout = page_layout(cfg.attention, cfg.head_dim, cfg.num_kv_heads // mesh.shape["tensor"])
+        self.in_place = layout is not None
+        layout = layout or caches.ALTERNATING
         self.on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.chunks = _chunks(min(sizes.prefill_chunk, sizes.lanes * sizes.max_context), self.on_cpu)
         self.weights = _abstract_weights(cfg, mesh, dtype)
@@ -100,7 +101,7 @@ class SamplerPrograms:
         self._shards = sharding.batch_shards(mesh)
         self._replicated = sharding.replicated(mesh)
         vocab = NamedSharding(mesh, sharding.spec(("batch", "vocab")))
-        cache, lanes = caches.shardings(cfg, mesh), caches.shardings(cfg, mesh, "M")
+        cache, lanes = caches.shardings(cfg, mesh, layout=layout), caches.shardings(cfg, mesh, "M")
         self._state_sharding = State(cache, lanes, vocab, *[self.batch_sharding] * 9)
         self._build_empty = partial(
             state.empty,
@@ -109,7 +110,7 @@ class SamplerPrograms:
             lanes=sizes.lanes * self._shards,
             pages=sizes.pages * self._shards,
             page_size=sizes.page_size,
-            heads_per_row=max(1, together),
+            layout=layout,
             max_completion=sizes.max_completion,
             dtype=dtype,
         )

@@ -89,14 +89,14 @@ def empty(
     lanes: int,
     pages: int,
     page_size: int,
-    heads_per_row: int,
+    layout: caches.PageLayout,
     max_completion: int,
     dtype: str,
 ) -> State:
     """Returns free slots, lanes and pages, numbers of all shards together."""
     ints = jnp.zeros((slots,), jnp.int32)
     return State(
-        cache=caches.empty(cfg, pages, page_size, slots, jnp.dtype(dtype), heads_per_row),
+        cache=caches.empty(cfg, pages, page_size, slots, jnp.dtype(dtype), layout),
         lanes=caches.empty_lanes(cfg, lanes, jnp.dtype(dtype)),
         logits=jnp.zeros((lanes, cfg.vocab_size), jnp.float32),
         token=ints,

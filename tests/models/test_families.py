@@ -16,7 +16,7 @@ from tiny_models import one_device
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder, hf_files, hf_read
 from igrpo_jax.models.lane_scan import Lanes
-from igrpo_jax.models.paged import Paged, Ragged, heads_per_row
+from igrpo_jax.models.paged import Paged, Ragged, page_layout
 
 STEPS = 32
 
@@ -112,7 +112,7 @@ def test_decode_from_pages_in_place(tmp_path):
     model = family_model("Qwen3", LAYERS | {"head_dim": 128} | rope(1e6))
     model.save_pretrained(tmp_path)
     cfg = dataclasses.replace(hf_files.load_config(str(tmp_path)), attention="splash_interpret")
-    assert heads_per_row(cfg.attention, cfg.head_dim, cfg.num_kv_heads)
+    assert page_layout(cfg.attention, cfg.head_dim, cfg.num_kv_heads)
     params = hf_read.load_params(str(tmp_path), cfg, one_device())
     lengths = np.array([1, 15, 23], np.int32)
     logits, table, cache = prefill(cfg, params, lengths)

@@ -17,6 +17,7 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import paged
 from igrpo_jax.models.attention import PACKED
+from igrpo_jax.models.cache import PageLayout
 from igrpo_jax.models.paged import Paged, Ragged
 from igrpo_jax.models.segments import BLOCK
 
@@ -207,11 +208,25 @@ def side_by_side(pages, heads):
 )
 def test_narrow_heads_share_the_rows_of_the_kernel(sequences, kv_heads, groups, head_dim, size):
     """Of distinct heads each query finds its own."""
-    heads = paged.heads_per_row("splash_interpret", head_dim, kv_heads)
+    heads = paged.page_layout("splash_interpret", head_dim, kv_heads).heads_per_row
     space = len(sequences) if size == len(sequences) else SPACE
     (*new, entry), mixed, written = inputs(sequences, 16, kv_heads, groups, head_dim, size=size, space=space)
     arguments = (*new, entry._replace(pages=side_by_side(entry.pages, heads)))
     check(run("splash_interpret", arguments), arguments, mixed, side_by_side(written, heads))
+
+
+def apart(pages):
+    """Returns pages [P, C, 2K, H] with all keys before all values: [P, 2, C, K, H]."""
+    return np.stack([pages[:, :, 0::2], pages[:, :, 1::2]], axis=1)
+
+
+@pytest.mark.parametrize(("sequences", "size"), [(DECODED, len(DECODED)), (RAGGED, SIZE)])
+def test_pages_with_keys_and_values_apart(sequences, size):
+    """As cuDNN reads them; the page of a row that is not active is past the pool."""
+    space = len(sequences) if size == len(sequences) else SPACE
+    (*new, entry), mixed, written = inputs(sequences, size=size, space=space)
+    arguments = (*new, entry._replace(pages=apart(entry.pages)))
+    check(run("cudnn", arguments), arguments, mixed, apart(written))
 
 
 @pytest.mark.slow
@@ -261,21 +276,22 @@ def test_heads_that_the_kernel_does_not_suit():
 @pytest.mark.parametrize(
     ("attention", "head_dim", "kv_heads", "expected"),
     [
-        ("splash", 128, 1, 1),
-        ("splash_interpret", 128, 16, 1),
-        ("splash", 64, 4, 2),
-        ("splash", 64, 32, 2),
-        ("splash", 32, 4, 4),
-        ("splash", 64, 3, 0),
-        ("splash", 64, 6, 0),
-        ("splash", 48, 4, 0),
-        ("splash", 256, 4, 0),
-        ("splash", 128, 3, 0),
-        ("chunked", 128, 4, 0),
+        ("splash", 128, 1, PageLayout()),
+        ("splash_interpret", 128, 16, PageLayout()),
+        ("splash", 64, 4, PageLayout(heads_per_row=2)),
+        ("splash", 64, 32, PageLayout(heads_per_row=2)),
+        ("splash", 32, 4, PageLayout(heads_per_row=4)),
+        ("splash", 64, 3, None),
+        ("splash", 64, 6, None),
+        ("splash", 48, 4, None),
+        ("splash", 256, 4, None),
+        ("splash", 128, 3, None),
+        ("cudnn", 64, 3, PageLayout(apart=True)),
+        ("chunked", 128, 4, None),
     ],
 )
-def test_where_the_kernel_runs(attention, head_dim, kv_heads, expected):
-    assert paged.heads_per_row(attention, head_dim, kv_heads) == expected
+def test_where_a_kernel_reads_pages(attention, head_dim, kv_heads, expected):
+    assert paged.page_layout(attention, head_dim, kv_heads) == expected
 
 
 def test_what_has_no_page_is_dropped():

@@ -1,6 +1,7 @@
 """The engine against the full forward and against transformers; where completions end; what does not fit."""
 
 import dataclasses
+import functools
 import os
 import re
 
@@ -14,7 +15,7 @@ from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import compilations
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import decoder, hf_files, hf_read
+from igrpo_jax.models import decoder, hf_files, hf_read, paged
 from igrpo_jax.sampling import programs as sampler_programs
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
@@ -198,19 +199,21 @@ def test_prompts_read_in_one_chunk_or_in_several_give_the_same_samples(tiny, att
 
 
 @pytest.mark.slow(seconds=12)
-def test_pages_read_in_place_give_the_same_samples_as_pages_side_by_side():
-    """The TPU's kernel, emulated, in prefill and in decoding, against plain attention; heads of 128."""
+def test_pages_read_in_place_give_the_same_samples_as_pages_side_by_side(monkeypatch):
+    """The kernels of TPUs and GPUs, emulated, in prefill and in decoding, against plain attention; heads of 128."""
+    monkeypatch.setitem(paged.PAGED, "cudnn", functools.partial(paged.cudnn_paged_attention, implementation="xla"))
     c = tiny_models.tiny_config(head_dim=128, num_heads=2, num_kv_heads=2)
     host, results = tiny_models.random_params(c), []
     sizes = {"slots": 3, "max_context": 70, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
-    for attention in ("splash_interpret", "xla"):
+    for attention in ("xla", "splash_interpret", "cudnn"):
         engine = Engine(dataclasses.replace(c, attention=attention), one_device(), EOS, **sizes, prefill_chunk=64)
-        assert engine.programs.in_place == (attention == "splash_interpret")
+        assert engine.programs.in_place == (attention != "xla")
         requests = [Request(prompt(length), length, 3, KEY, 8) for length in (5, 70)]
         results.append(sample(engine, put(host, engine.mesh), requests, Sampling(0.8)))
     for key, one in results[0].items():
-        np.testing.assert_array_equal(results[1][key].tokens, one.tokens)
-        np.testing.assert_allclose(results[1][key].logprobs, one.logprobs, atol=1e-4, rtol=0)
+        for in_place in results[1:]:
+            np.testing.assert_array_equal(in_place[key].tokens, one.tokens)
+            np.testing.assert_allclose(in_place[key].logprobs, one.logprobs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
