@@ -123,7 +123,8 @@ class Checked:
         return _floats(figures), {"gap": 1e-3, "logprob": 1e-3} if close else {"gap": 0.3, "logprob": 0.4}
 
     def _sampled(self, dtype: str) -> list:
-        """Returns one greedy Sample of each context, in their order."""
+        """Returns one greedy Sample of each context, in their order, by the attention that a run has here."""
+        from igrpo_jax.models import attention
         from igrpo_jax.sampling.engine import Engine
         from igrpo_jax.sampling.requests import Request
         from igrpo_jax.sampling.scheduler import Scheduler
@@ -131,9 +132,9 @@ class Checked:
 
         lengths = {"max_context": reference.PREFIX, "max_completion": reference.COMPLETION}
         never = (self.cfg.vocab_size,)  # an EOS that is not drawn
-        engine = Engine(
-            self.cfg, self.mesh, never, slots=reference.CONTEXTS, **lengths, dtype=dtype, steps_per_dispatch=8
-        )
+        own = attention.choose("auto", self.mesh, dtype, self.cfg.head_dim)
+        cfg = dataclasses.replace(self.cfg, attention=own)
+        engine = Engine(cfg, self.mesh, never, slots=reference.CONTEXTS, **lengths, dtype=dtype, steps_per_dispatch=8)
         scheduler = Scheduler(engine)
         scheduler.start(self.weights, Sampling(0.0))
         key = np.zeros(2, np.uint32)

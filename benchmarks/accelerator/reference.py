@@ -72,7 +72,7 @@ def outputs(cfg, weights, data: Batch, dtype: str) -> dict[str, np.ndarray]:
     """Returns the arrays of the module's docstring, computed in `dtype` on the mesh that is set."""
     import jax
 
-    packed = _packed(data, cfg.mamba and cfg.mamba.chunk_size)
+    packed = _packed(cfg, data)
     *per_token, gradient = jax.jit(partial(_gradient, cfg, dtype=dtype))(weights, *packed[:2])
     logprob, entropy = (np.asarray(x)[packed.places].reshape(data.completions.shape) for x in per_token)
     logits = jax.jit(partial(_logits, cfg, dtype=dtype))(weights, data)
@@ -94,13 +94,14 @@ class Packed(NamedTuple):
     places: tuple[np.ndarray, np.ndarray]  # where the tokens of all completions stand, in their order
 
 
-def _packed(data: Batch, chunk: int | None) -> Packed:
-    """Returns `data` packed for the mesh that is set; `chunk` as for `packing.fill`."""
+def _packed(cfg, data: Batch) -> Packed:
+    """Returns `data` packed for a model on the mesh that is set."""
     import jax
 
     from igrpo_jax.distributed import sharding
     from igrpo_jax.learning.packing import MicroBatch, Piece, Unit, fill
-    from igrpo_jax.models.segments import BLOCK
+    from igrpo_jax.models import spans
+    from igrpo_jax.models.segments import BLOCK, most_segments
     from igrpo_jax.records import Completion
 
     mesh = jax.sharding.get_abstract_mesh()
@@ -121,7 +122,9 @@ def _packed(data: Batch, chunk: int | None) -> Packed:
     by_shard = [pieces[i::shards] for i in range(shards)]
     most = max(sum(piece.family.tokens for piece in own) for own in by_shard)
     micro_batch = MicroBatch(-(-most // BLOCK) * BLOCK, by_shard)
-    batch = fill(micro_batch, chunk)
+    width = spans.width(cfg, 1 if mesh.empty else mesh.shape["tensor"])
+    segments = most_segments(micro_batch.size, width) if width else None
+    batch = fill(micro_batch, cfg.mamba and cfg.mamba.chunk_size, segments)
     number = {id(piece.unit): at for at, piece in enumerate(pieces)}
     places = np.zeros((2, *data.completions.shape), int)
     for shard, start, unit, i in micro_batch.places():

@@ -33,7 +33,7 @@ from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.learning.rescoring import rescore_units
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.learning.update_metrics import mean_over_steps, optimizer_step_metrics, sampler_mismatches
-from igrpo_jax.models import decoder, lora
+from igrpo_jax.models import decoder, lora, spans
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.records import Group
 
@@ -63,7 +63,8 @@ class Learner:
         self.algorithm = objectives.resolve(config.algorithm)
         self.optimizer_steps_per_update = config.learner.minibatches * self._iterations
         shapes = MicroShapes(config, sharding.batch_shards(mesh), max_context)
-        self.packer = Packer(self.algorithm, shapes, cfg.mamba.chunk_size if cfg.mamba else None)
+        width = spans.width(cfg, mesh.shape["tensor"])
+        self.packer = Packer(self.algorithm, shapes, cfg.mamba.chunk_size if cfg.mamba else None, width)
         total_optimizer_steps = total_steps * self.optimizer_steps_per_update
         self.programs = LearnerPrograms(config, cfg, mesh, self.algorithm, self.packer, total_optimizer_steps)
 

@@ -83,6 +83,22 @@ class TrainBatch(NamedTuple):
     shaped: np.ndarray | None = None  # [S, F] bool, see `Unit`; None where credit_gamma = 0
 
 
+class Space(NamedTuple):
+    """What a family takes of an axis, or what is left of one; chunks and segments only where they are limited."""
+
+    tokens: int
+    chunks: int
+    segments: int
+
+    def fits(self, left: "Space") -> bool:
+        """Returns whether `left` has as much."""
+        return all(own <= space for own, space in zip(self, left, strict=True))
+
+    def less(self, taken: "Space") -> "Space":
+        """Returns what is left when `taken` is gone."""
+        return Space(*(own - part for own, part in zip(self, taken, strict=True)))
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Which pieces stand on which shard of a micro-batch."""
@@ -109,12 +125,20 @@ class Packer:
 
     Args:
         chunk: tokens of a chunk of Mamba-2; None = the model has no such sublayer.
+        width: query features of a sublayer on one device, where attention reads spans; None where it does not.
     """
 
-    def __init__(self, algorithm: objectives.Resolved, shapes: MicroShapes, chunk: int | None = None):
+    def __init__(
+        self,
+        algorithm: objectives.Resolved,
+        shapes: MicroShapes,
+        chunk: int | None = None,
+        width: int | None = None,
+    ):
         self.shapes = shapes
         self._algorithm = algorithm
         self._chunk = chunk
+        self._width = width
 
     def units(self, groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> list[Unit]:
         """Returns the units of `groups`, in their order.
@@ -151,8 +175,8 @@ class Packer:
         if not pieces:
             return []
         families = [piece.family for piece in pieces]
-        needs = [(family.tokens, self._chunks(family)) for family in families]
-        choices = self.shapes.choices(sum(tokens for tokens, _ in needs))
+        needs = [self._needs(family) for family in families]
+        choices = self.shapes.choices(sum(needed.tokens for needed in needs))
         for sizes in choices:  # without an end; a full micro-batch for every piece would do
             axes = [size for size in sizes for _ in range(self.shapes.shards)]
             places = self._places(needs, axes, max) or self._places(needs, axes, min)
@@ -166,12 +190,14 @@ class Packer:
 
     def leading(self, units: Sequence[Unit]) -> MicroBatch:
         """Returns a full micro-batch with the first of `units`, as many as one shard of it holds."""
-        pieces, tokens, chunks = [], 0, 0
+        pieces: list[Piece] = []
+        left = self._space(self.shapes.largest)
         for unit in units:
             piece = Piece(unit, 0, len(unit.completions))
-            tokens, chunks = tokens + unit.tokens, chunks + self._chunks(piece.family)
-            if tokens > self.shapes.largest or chunks > self._most_chunks(self.shapes.largest):
+            needed = self._needs(piece.family)
+            if not needed.fits(left):
                 break
+            left = left.less(needed)
             pieces.append(piece)
         return MicroBatch(self.shapes.largest, [pieces, *([] for _ in range(self.shapes.shards - 1))])
 
@@ -186,51 +212,59 @@ class Packer:
             yield Piece(unit, start, len(unit.completions))
 
     def _fits(self, family: Family) -> bool:
-        return family.tokens <= self.shapes.largest and self._chunks(family) <= self._most_chunks(self.shapes.largest)
+        return self._needs(family).fits(self._space(self.shapes.largest))
 
-    def _chunks(self, family: Family) -> int:
-        return segments.chunk_count(family, self._chunk) if self._chunk else 0
+    def _needs(self, family: Family) -> Space:
+        """Returns what a family takes of an axis."""
+        chunks = segments.chunk_count(family, self._chunk) if self._chunk else 0
+        return Space(family.tokens, chunks, 1 + len(family.completions) if self._width else 0)
 
-    def _most_chunks(self, size: int) -> int:
-        return segments.most_chunks(size, self._chunk) if self._chunk else 0
+    def _space(self, size: int) -> Space:
+        """Returns what an axis of `size` tokens has."""
+        chunks = segments.most_chunks(size, self._chunk) if self._chunk else 0
+        return Space(size, chunks, segments.most_segments(size, self._width) if self._width else 0)
 
-    def _places(self, needs: Sequence[tuple[int, int]], sizes: Sequence[int], choose: Callable) -> list[int] | None:
+    def _places(self, needs: Sequence[Space], sizes: Sequence[int], choose: Callable) -> list[int] | None:
         """Returns on which of the axes of these `sizes` each piece stands; None where a piece finds no place.
 
         Args:
-            needs: tokens and chunks of each piece.
+            needs: what each piece takes.
             choose: `max` puts each piece where the most space is left, `min` where the least is.
         """
         places = []
-        tokens = list(sizes)  # what is left of each
-        chunks = [self._most_chunks(size) for size in sizes]
-        for needed, needed_chunks in needs:
-            fitting = [i for i, left in enumerate(tokens) if left >= needed and chunks[i] >= needed_chunks]
+        left = [self._space(size) for size in sizes]
+        for needed in needs:
+            fitting = [i for i, space in enumerate(left) if needed.fits(space)]
             if not fitting:
                 return None
-            place = choose(fitting, key=tokens.__getitem__)
+            place = choose(fitting, key=lambda i: left[i].tokens)
             places.append(place)
-            tokens[place] -= needed
-            chunks[place] -= needed_chunks
+            left[place] = left[place].less(needed)
         return places
 
     def fill(self, batch: MicroBatch) -> TrainBatch:
         """Returns the host arrays of a micro-batch."""
-        return fill(batch, self._chunk, has_shaped=self._algorithm.credit_gamma > 0)
+        most = segments.most_segments(batch.size, self._width) if self._width else None
+        return fill(batch, self._chunk, most, has_shaped=self._algorithm.credit_gamma > 0)
 
     def empty(self, size: int) -> TrainBatch:
         """Returns the arrays of a micro-batch of padding, for their shapes and dtypes."""
         return self.fill(MicroBatch(size, [[] for _ in range(self.shapes.shards)]))
 
 
-def fill(batch: MicroBatch, chunk: int | None, has_shaped: bool = False) -> TrainBatch:
-    """Returns the host arrays of a micro-batch; `chunk` as for `Packer`, and `shaped` only where asked for."""
+def fill(batch: MicroBatch, chunk: int | None, most: int | None = None, has_shaped: bool = False) -> TrainBatch:
+    """Returns the host arrays of a micro-batch.
+
+    Args:
+        chunk, most: as for `segments.pack`.
+        has_shaped: whether `shaped` is wanted.
+    """
     of_tokens = lambda dtype: np.zeros((len(batch.shards), batch.size), dtype)
     families = [[piece.family for piece in pieces] for pieces in batch.shards]
     arrays = TrainBatch(
         tokens=of_tokens(np.int32),
         targets=of_tokens(np.int32),
-        segments=segments.pack(families, batch.size, chunk),
+        segments=segments.pack(families, batch.size, chunk, most),
         completion_tokens=np.array(
             max(sum(sum(family.completions) for family in shard) for shard in families), np.int32
         ),

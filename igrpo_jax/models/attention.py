@@ -1,9 +1,7 @@
 """Grouped-query attention: of decoded tokens to keys that lie side by side, of rows, and of segments in training.
 
 Of the attention of segments there are four implementations; `choose` selects one for a run. `paged` has those of the
-same names for tokens whose keys lie in pages. Each computes one
-float32 softmax over all that a query reads. Two partial softmaxes that are merged by their log-sum-exp would not do:
-cuDNN would lose a part of the gradient, and splash has no gradient for them.
+same names for tokens whose keys lie in pages. Each computes one float32 softmax over all that a query reads.
 
 - xla: holds all scores in memory. It is the reference for the others.
 - chunked: flash attention in plain JAX, which holds the scores of one pair of blocks.
@@ -29,6 +27,7 @@ from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
 from igrpo_jax.models.cache import KV
 from igrpo_jax.models.config import RopeScaling
 from igrpo_jax.models.segments import Segments, dense_mask
+from igrpo_jax.models.spans import packed_cudnn_attention
 from igrpo_jax.models.splash import packed_splash_attention
 
 
@@ -113,20 +112,6 @@ def _reading(segments: Segments) -> Reading:
     return Reading(
         segments.segment, segments.parent, segments.position, segments.segment, segments.position, segments.blocks
     )
-
-
-def packed_cudnn_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments, implementation: str = "cudnn"
-) -> jax.Array:
-    """Computes `packed_xla_attention` with cuDNN's kernel and a mask [S, 1, F, F]; no pair of tokens is left out.
-
-    Args:
-        implementation: of `jax.nn.dot_product_attention`; tests without a GPU take "xla".
-    """
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    # Padding reads itself, because a softmax over nothing would not be finite.
-    mask = dense_mask(segments) | jnp.eye(q.shape[1], dtype=bool)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
 
 
 # The values of DecoderConfig.attention. "splash_interpret" emulates the TPU's kernel, for tests on other platforms.

@@ -3,25 +3,20 @@
 JAX binds them for its own functions, under names that are not public. A change of these names or of their arguments
 shows here alone.
 
-Legend: F tokens of an axis, M ranges, N heads, K kv heads, H head dim, W rows, R pages of a row, P pages of C positions.
+Legend: F tokens of an axis, M ranges, N heads, K kv heads, H head dim, W rows, R pages of a row, P pages of C
+positions.
 """
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax._src.cudnn import fused_attention_stablehlo as kernels
 
+from igrpo_jax.models.segments import Ranges
+
 MaskType = kernels.MaskType
-
-
-class Ranges(NamedTuple):
-    """Parts of an axis that follow one another, perhaps with gaps."""
-
-    start: np.ndarray  # [..., M + 1] int32, the first token of each, then the end of the last one; -1 from there on
-    length: np.ndarray  # [..., M] int32, tokens of each; -1 where there is none
 
 
 def read_pages(q: jax.Array, pages: jax.Array, k_table: jax.Array, v_table: jax.Array, length: jax.Array) -> jax.Array:
@@ -39,13 +34,12 @@ def read_pages(q: jax.Array, pages: jax.Array, k_table: jax.Array, v_table: jax.
     none = jnp.zeros(0, q.dtype)
     tables = (table[:, None, :, None] for table in (k_table, v_table))
     lengths = jnp.ones_like(length), length
-    return _forward(q[:, None], pages, pages, *lengths, none, none, *tables, mask=MaskType.PADDING, stats=False)[0][
-        :, 0
-    ]
+    out, *_ = _forward(q[:, None], pages, pages, *lengths, none, none, *tables, mask=MaskType.PADDING, stats=False)
+    return out[:, 0]
 
 
 def read_ranges(
-    q: jax.Array, k: jax.Array, v: jax.Array, queries: Ranges, keys: Ranges, mask: MaskType
+    q: jax.Array, k: jax.Array, v: jax.Array, queries: Ranges, keys: Ranges, mask: kernels.MaskType
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the attention of each range of queries to the range of keys of the same number.
 
@@ -71,7 +65,7 @@ def read_ranges_gradient(
     v: jax.Array,
     queries: Ranges,
     keys: Ranges,
-    mask: MaskType,
+    mask: kernels.MaskType,
     stats: jax.Array,
     out: jax.Array,
     out_gradient: jax.Array,
@@ -91,7 +85,9 @@ def read_ranges_gradient(
     return tuple(gradients[:3])
 
 
-def _forward(q, k, v, q_length, k_length, q_start, k_start, k_table, v_table, *, mask: MaskType, stats: bool) -> list:
+def _forward(
+    q, k, v, q_length, k_length, q_start, k_start, k_table, v_table, *, mask: kernels.MaskType, stats: bool
+) -> list:
     """Runs the kernel of the forward pass."""
     settings = _settings(kernels._dot_product_attention_fwd_impl, q, mask) | {"is_training": stats}
     bias = jnp.zeros(0, q.dtype)
@@ -100,7 +96,7 @@ def _forward(q, k, v, q_length, k_length, q_start, k_start, k_table, v_table, *,
     )
 
 
-def _settings(implementation: Any, q: jax.Array, mask: MaskType) -> dict[str, Any]:
+def _settings(implementation: Any, q: jax.Array, mask: kernels.MaskType) -> dict[str, Any]:
     """Returns the arguments by name of a kernel: no dropout, no bias, no window."""
     settings = {
         "scale": q.shape[-1] ** -0.5,

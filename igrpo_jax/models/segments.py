@@ -2,13 +2,13 @@
 
 A segment is a prefix, or a completion that continues one. A token reads the tokens of its own segment up to itself, and
 all tokens of the prefix that its segment continues. What works on single tokens needs to know nothing of this. What
-mixes positions does: attention reads `blocks`, which says of each pair of blocks whether it can be left out, and
-Mamba-2 reads `chain`.
+mixes positions does: attention reads `blocks`, which says of each pair of blocks whether it can be left out, or
+`spans`, and Mamba-2 reads `chain`.
 
 `pack` makes these arrays on the host. The completions stand before all prefixes, so that what is only wanted of
 completions, such as their log-probs, is at the start of the axis.
 
-Legend: S shards of the batch, F tokens of the axis, I and J blocks of BLOCK tokens, N chunks of C tokens.
+Legend: S shards of the batch, F tokens of the axis, I and J blocks of BLOCK tokens, N chunks of C tokens, M segments.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,9 @@ import numpy as np
 # 128, and about that of blocks of 32. Kernels read several blocks as one.
 BLOCK = 64
 NOTHING, SOME, ALL = 0, 1, 2  # what a block of queries reads of a block of keys
+# cuDNN's gradient takes two float32 copies of all queries for each segment; so many bytes at most.
+SPANS_BYTES = 6 << 30
+SHORTEST = 16  # tokens of a segment in the mean, at least, on an axis that is full
 
 
 class Chain(NamedTuple):
@@ -34,6 +37,21 @@ class Chain(NamedTuple):
     chunk_before: np.ndarray  # [S, N] int32, the chunk whose final state a chunk continues; N where there is none
 
 
+class Ranges(NamedTuple):
+    """Parts of an axis that follow one another, perhaps with gaps."""
+
+    start: np.ndarray  # [S, M + 1] int32, the first token of each, then the end of the last one; -1 from there on
+    length: np.ndarray  # [S, M] int32, tokens of each; -1 where there is none
+
+
+class Spans(NamedTuple):
+    """The segments as ranges, for a kernel that takes these instead of a mask."""
+
+    segments: Ranges  # of which each token reads its own up to itself
+    readers: Ranges  # of each family with a prefix, all its completions
+    prefixes: Ranges  # which they read whole
+
+
 class Segments(NamedTuple):
     """The segments of a packed axis."""
 
@@ -42,6 +60,7 @@ class Segments(NamedTuple):
     position: np.ndarray  # [S, F] int32, of each token in its text, the prefix included
     blocks: np.ndarray  # [S, I, J] int8, what queries of block i read of the keys of block j: NOTHING, SOME or ALL
     chain: Chain | None  # None where the model has no Mamba-2 sublayer
+    spans: Spans | None = None  # None where attention does not read them
 
 
 class Family(NamedTuple):
@@ -66,16 +85,22 @@ def most_chunks(size: int, chunk: int) -> int:
     return 2 * -(-size // chunk)
 
 
-def pack(shards: Sequence[Sequence[Family]], size: int, chunk: int | None = None) -> Segments:
+def most_segments(size: int, width: int) -> int:
+    """Returns M of an axis of `size` tokens with `width` query features on one device, N H."""
+    return max(4, min(size // SHORTEST, SPANS_BYTES // (8 * size * width)))
+
+
+def pack(shards: Sequence[Sequence[Family]], size: int, chunk: int | None = None, most: int | None = None) -> Segments:
     """Returns the segments of axes of `size` tokens that hold the given families, in their order.
 
     Args:
         shards: the families of each shard. Together they have at most `size` tokens, and at most `most_chunks` chunks
-            where `chunk` is given.
+            where `chunk` is given, and at most `most` segments.
         size: F, a multiple of BLOCK.
         chunk: tokens of a chunk of Mamba-2, C; None = the model has no such sublayer.
+        most: M of the spans, at least 4; None = attention does not read them.
     """
-    packed = [_pack_shard(families, size, chunk) for families in shards]
+    packed = [_pack_shard(families, size, chunk, most) for families in shards]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
 
 
@@ -90,7 +115,7 @@ def starts(families: Sequence[Family]) -> list[tuple[int, list[int]]]:
     return list(zip(of_prefixes, of_completions, strict=False))
 
 
-def _pack_shard(families: Sequence[Family], size: int, chunk: int | None) -> Segments:
+def _pack_shard(families: Sequence[Family], size: int, chunk: int | None, most: int | None) -> Segments:
     segment, parent, position = (np.zeros(size, np.int32) for _ in range(3))
     blocks = np.zeros((size // BLOCK, size // BLOCK), np.int8)
     number = 0
@@ -109,7 +134,29 @@ def _pack_shard(families: Sequence[Family], size: int, chunk: int | None) -> Seg
             _mark_causal(blocks, own)
             _mark(blocks, own, prefix)
     chain = None if chunk is None else _chain(families, size, chunk)
-    return Segments(segment, parent, position, blocks, chain)
+    spans = None if most is None else _spans(families, most)
+    return Segments(segment, parent, position, blocks, chain, spans)
+
+
+def _spans(families: Sequence[Family], most: int) -> Spans:
+    completions, readers, prefixes = [], [], []
+    for family, (prefix, of_completions) in zip(families, starts(families), strict=True):
+        own = [part for part in zip(of_completions, family.completions, strict=True) if part[1]]
+        completions += own
+        if family.prefix:
+            prefixes.append((prefix, family.prefix))
+            readers.append((own[0][0], sum(family.completions)) if own else (prefix, 0))
+    return Spans(_ranges([*completions, *prefixes], most), _ranges(readers, most // 2), _ranges(prefixes, most // 2))
+
+
+def _ranges(parts: Sequence[tuple[int, int]], most: int) -> Ranges:
+    """Returns parts of an axis, each with its start and its tokens, as Ranges of one shard."""
+    start, length = np.full(most + 1, -1, np.int32), np.full(most, -1, np.int32)
+    for i, part in enumerate(parts):
+        start[i], length[i] = part
+    if parts:
+        start[len(parts)] = sum(parts[-1])
+    return Ranges(start, length)
 
 
 def _touched(part: slice) -> slice:

@@ -90,7 +90,7 @@ class SamplerPrograms:
         layout = page_layout(cfg.attention, cfg.head_dim, cfg.num_kv_heads // mesh.shape["tensor"])
         self.in_place = layout is not None
         layout = layout or caches.ALTERNATING
-        self.on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self.on_cpu, self.on_gpu = (mesh.devices.flat[0].platform == name for name in ("cpu", "gpu"))
         self.chunks = _chunks(min(sizes.prefill_chunk, sizes.lanes * sizes.max_context), self.on_cpu)
         self.weights = _abstract_weights(cfg, mesh, dtype)
         self._cfg = cfg
@@ -188,8 +188,9 @@ class SamplerPrograms:
         """Returns the lengths that decoding copies side by side, by the rows of a shard that it runs, fewest first."""
         sizes = self._sizes
         length, slots = sizes.slot_pages * sizes.page_size, sizes.shard_slots
-        if self.in_place:
-            return dict.fromkeys(sorted({slots >> 3, slots} - {0}), (length,))
+        if self.in_place:  # one program of few rows; on GPUs, which compile one in seconds, some between
+            halvings = (0, 1, 2, 3) if self.on_gpu else (0, 3)
+            return dict.fromkeys(sorted({slots >> i for i in halvings} - {0}), (length,))
         if not self.on_cpu:
             return self._side_by_side([slots >> 3], (length,), tuple(max(1, length >> i) for i in (2, 1, 0)))
         for each in (1, 2):  # halves of the slots, or quarters where lengths make too many programs of them

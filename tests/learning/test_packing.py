@@ -16,12 +16,12 @@ MAX_CONTEXT, MAX_COMPLETION = 100, 60
 LONGEST = 99 + 8 * 60  # tokens of the longest unit of a prompt and its 8 completions
 
 
-def make_packer(shards=1, chunk=None, **changes):
+def make_packer(shards=1, chunk=None, width=None, **changes):
     tree = config.default()
     settings = {"prompts_per_step": 4, "rollout.max_completion_length": MAX_COMPLETION, "algorithm.num_generations": 8}
     tree.update_from_flattened_dict(settings | {name.replace("__", "."): x for name, x in changes.items()})
     c = config.freeze(tree)
-    return Packer(objectives.resolve(c.algorithm), MicroShapes(c, shards, MAX_CONTEXT), chunk)
+    return Packer(objectives.resolve(c.algorithm), MicroShapes(c, shards, MAX_CONTEXT), chunk, width)
 
 
 def completion(i, tokens, finished=True):
@@ -217,6 +217,20 @@ def test_chunks_of_a_state_space_model_are_counted():
         used = sum(segments.chunk_count(piece.family, 64) for pieces in batch.shards for piece in pieces)
         assert used <= segments.most_chunks(batch.size, 64)
     assert sum(len(placed(batch)) for batch in batches) == 32
+
+
+def test_segments_are_counted_where_attention_reads_spans():
+    """32 completions and 4 contexts, of which an axis of 512 tokens has at most 8 where a segment takes 2**28 bytes."""
+    width = segments.SPANS_BYTES // (8 * 512 * 8)
+    packer = make_packer(width=width, learner__tokens_per_microbatch=512, prompts_per_step=64)
+    groups = [make_group([1, 2], [completion(i, [5]) for i in range(8)]) for _ in range(4)]
+    batches = packer.micro_batches(packer.units(groups, np.zeros((4, 8), np.float32)))
+    for batch in batches:
+        most, spans = segments.most_segments(batch.size, width), packer.fill(batch).segments.spans
+        assert spans.segments.length.shape == (1, most)
+        used = sum(1 + len(piece.family.completions) for piece in batch.shards[0])
+        assert (spans.segments.length >= 0).sum() == used <= most
+    assert len(batches) >= 4 and sum(len(placed(batch)) for batch in batches) == 32
 
 
 def test_the_first_units_fill_a_shard():

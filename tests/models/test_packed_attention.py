@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import plain_attention
+import plain_ranges
 import pytest
 
 from igrpo_jax import config
@@ -17,11 +18,17 @@ from igrpo_jax.models import attention
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.segments import ALL, NOTHING, SOME, Family, pack, starts
 
-# cuDNN's layout and mask are run by XLA.
+
+def with_mask(q, k, v, segments):
+    """Computes cuDNN's attention of segments without spans."""
+    return attention.packed_cudnn_attention(q, k, v, segments._replace(spans=None), kernels=plain_ranges)
+
+
 RUNS_HERE = {
     "xla": attention.packed_xla_attention,
     "chunked": attention.packed_chunked_attention,
-    "cudnn": functools.partial(attention.packed_cudnn_attention, implementation="xla"),
+    "cudnn": functools.partial(attention.packed_cudnn_attention, kernels=plain_ranges),
+    "cudnn with a mask": with_mask,
 }
 AXES = ("batch", "time", "heads", "head_dim"), caches.AXES, caches.AXES
 
@@ -40,7 +47,7 @@ CASES = {  # shards, kv heads, heads per kv head
 def inputs(shards, kv_heads, groups, head_dim=8, dtype="float32"):
     """Segments; q, k and v; and the weight of each output, which is 0 at padding."""
     rng = np.random.default_rng(0)
-    segments = pack(shards, SIZE)
+    segments = pack(shards, SIZE, most=12)
     queries, keys = (len(shards), SIZE, kv_heads * groups, head_dim), (len(shards), kv_heads, SIZE, head_dim)
     q, k, v, weight = (rng.normal(size=shape).astype(dtype) for shape in (queries, keys, keys, queries))
     padding = segments.segment == 0

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from igrpo_jax.models.segments import Family, chunk_count, most_chunks, pack, starts
+from igrpo_jax.models.segments import SPANS_BYTES, Family, chunk_count, most_chunks, most_segments, pack, starts
 
 SIZE = 256
 
@@ -58,3 +58,37 @@ def test_a_chain_holds_every_token_once_and_in_order(chunk):
         assert filled == sum(chunk_count(family, chunk) for family in families)
         assert (chain.chunks[shard, filled:] == SIZE).all()
         assert (chain.chunk_before[shard, filled:] == chain.chunks.shape[1]).all()
+
+
+def test_spans_hold_every_segment_once_and_of_each_family_who_reads_its_prefix():
+    rng = np.random.default_rng(0)
+    shards = [random_shard(rng, 4) for _ in range(8)]
+    segments = pack(shards, SIZE, most=64)
+    for shard, families in enumerate(shards):
+        spans = [
+            [(int(start), int(start + length)) for start, length in zip(ranges.start[shard, :-1], own, strict=True)]
+            for ranges in segments.spans
+            for own in [ranges.length[shard]]
+        ]
+        counts = [int((ranges.length[shard] >= 0).sum()) for ranges in segments.spans]
+        filled = [(own.start, own.stop) for own, _ in walk(families) if own]
+        assert sorted(spans[0][: counts[0]]) == sorted(filled)
+        assert spans[0][: counts[0]] == sorted(filled)  # in the order of the axis
+        with_prefix = [family for family in families if family.prefix]
+        assert counts[1] == counts[2] == len(with_prefix)
+        for (start, stop), (first, last), family in zip(spans[1], spans[2], with_prefix, strict=False):
+            number = segments.segment[shard, first]
+            assert (segments.segment[shard, first:last] == number).all() and last - first == family.prefix
+            reads = np.flatnonzero((segments.parent[shard] == number) & (segments.segment[shard] != number))
+            assert reads.tolist() == list(range(start, stop))
+        for ranges, count in zip(segments.spans, counts, strict=True):
+            assert (ranges.start[shard, count + 1 :] == -1).all() and (ranges.length[shard, count:] == -1).all()
+            if count:
+                assert ranges.start[shard, count] == ranges.start[shard, count - 1] + ranges.length[shard, count - 1]
+
+
+@pytest.mark.parametrize("size", [64, 4096, 16384])
+@pytest.mark.parametrize("width", [64, 1536, 8192])
+def test_the_workspace_of_spans_is_bounded(size, width):
+    most = most_segments(size, width)
+    assert most == 4 or (8 * most * size * width <= SPANS_BYTES and most <= size / 16)
