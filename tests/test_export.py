@@ -76,6 +76,7 @@ def test_only_adapters_are_trained_and_saved(adapted):
     assert all(np.isfinite(row["reward"]) and np.isfinite(row["loss"]) for row in lines)
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_resumed_lora_run_equals_an_uninterrupted_one(adapted, tmp_path):
     """Base, reference and adapters are what they were; red where the base of the resume is not the warm start's."""
@@ -269,6 +270,7 @@ def hybrid_files(tmp_path_factory):
     return path
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=16)
 def test_steps_of_a_nemotron_h(hybrid_files, tmp_path, letters):
     """All weights of a base model: drafts, refinements, update, export; every tensor of it has learned."""

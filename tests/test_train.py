@@ -376,6 +376,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_overwritten(whole, tmp_path):
     assert rows(copy) == before and len(samples(copy)) == 5
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=14)
 def test_a_resumed_run_keeps_its_reference(tmp_path):
     """With beta > 0, kl shows which policy the reference is: were it the policy at the time of the resume, the kl of

@@ -247,9 +247,10 @@ FRESH = ("warm_start.steps=0", "evaluation.every=0", "checkpoint.best_metric=", 
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (
+        pytest.param(
             ("rewards.custom=hanging:hangs", "rewards.timeout=0.5"),
             "of 4 gradings 4 timed out, 0 failed and 0 have no verdict",
+            marks=pytest.mark.proof,
         ),
         (
             tuple(

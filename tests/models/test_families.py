@@ -106,6 +106,7 @@ def assert_decoded(model, lengths, ours):
             past, read = out.past_key_values, torch.tensor(TOKENS[row : row + 1, length + i : length + i + 1]).long()
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_decode_from_pages_in_place(tmp_path):
     """With heads that suit the TPU's kernel, which is emulated: some tokens, up to the next page of one prompt."""

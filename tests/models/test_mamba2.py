@@ -164,6 +164,7 @@ def test_a_new_model_starts_with_finite_gradients(hybrid):
     assert np.abs(gradient["blocks/0/mixer/o_proj"]).max() > 0  # zero itself, and what the rest is reached through
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_mesh_changes_nothing(hybrid):
     """Heads and groups over `tensor`: values and gradients of rows."""

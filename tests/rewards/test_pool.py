@@ -92,7 +92,7 @@ def test_values_in_order_once_each(pool):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["loop", "hang_in_c", "ignore_sigterm"])
+@pytest.mark.parametrize("kind", [pytest.param("loop", marks=pytest.mark.proof), "hang_in_c", "ignore_sigterm"])
 def test_killed_at_the_deadline_while_others_go_on(pool, kind, monkeypatch):
     if kind != "ignore_sigterm":
         monkeypatch.setattr(CONSTS, "term_timeout", 30)  # SIGTERM must do; there is no waiting for SIGKILL
