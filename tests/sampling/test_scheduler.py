@@ -135,7 +135,10 @@ def test_each_sample_comes_once_with_its_request(expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("slots", "steps_per_dispatch", "page_size"), [(3, 5, 128), *(pytest.param(*each, marks=pytest.mark.proof) for each in ((1, 16, 64), (8, 1, 16)))])
+@pytest.mark.parametrize(
+    ("slots", "steps_per_dispatch", "page_size"),
+    [(3, 5, 128), *(pytest.param(*each, marks=pytest.mark.proof) for each in ((1, 16, 64), (8, 1, 16)))],
+)
 def test_samples_do_not_depend_on_slots_dispatches_or_pages(tiny, expected, slots, steps_per_dispatch, page_size):
     engine = make_engine(tiny[0], slots, steps_per_dispatch, one_device(), page_size=page_size)
     samples, scheduler = sample(engine, tiny, requests())
