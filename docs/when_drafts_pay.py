@@ -188,8 +188,14 @@ def measured_table() -> str:
 
 
 # The row of the study's table that has what training did, by the name of a probe; and its start in words.
-PROBED = {"trusting": "trusting_igrpo | trusting_grpo"}
-STARTS = {"trusting": "drafts as good as the teacher's"}
+# The starts that were probed: the folder of their study in docs/study, and what they are.
+PROBED = {
+    "trusting": ("arithmetic", "arithmetic, drafts as good as the teacher's"),
+    "dense": ("lookups", "look-ups, dense"),
+    "sparse": ("lookups", "look-ups, sparse"),
+    "rare": ("lookups", "look-ups, rare"),
+    "ignoring": ("lookups", "look-ups, ignores drafts"),
+}
 
 
 def take(name: str, folder: Path) -> None:
@@ -201,17 +207,28 @@ def take(name: str, folder: Path) -> None:
 
 
 def probe_table() -> str:
-    """Returns what a probe of each start of the study says, and what training then did."""
-    tables, rows = (DOCS / "study" / "arithmetic" / "tables.md").read_text(encoding="utf-8"), []
-    for name, arms in PROBED.items():
+    """Returns what a probe of each start of the studies says, and what training then did."""
+    rows = []
+    for name, (folder, start) in PROBED.items():
+        tables = (DOCS / "study" / folder / "tables.md").read_text(encoding="utf-8")
         probe = json.loads((PROBES / f"{name}.json").read_text(encoding="utf-8"))
-        figures = probe["figures"]
-        cell = lambda key, figures=figures: "{value:.2f} ({low:.2f} to {high:.2f})".format(**figures[key])
-        observed = re.search(rf"\| {re.escape(arms)} \| \d+ \| ([^|]+) \|", tables)[1]
+        cells = (_interval(probe["figures"][key]) for key in ("p", "r", "w", "ratio", "cosine", "reliance"))
         conclusion = f"{probe['conclusion']['behaviour']}; {probe['conclusion']['answer']}"
-        keys = ("p", "r", "w", "ratio", "cosine", "reliance")
-        rows.append((STARTS[name], *(cell(key) for key in keys), conclusion, observed))
-    return table(("start", "p", "r", "w", "ratio", "k", "rho", "conclusion", "observed"), rows)
+        observed = (
+            re.search(rf"\| {name}_{arm} \| {name}_grpo \| \d+ \| ([^|]+) \|", tables)
+            for arm in ("igrpo", "unsolved")
+        )
+        rows.append((start, *cells, conclusion, *(found[1] if found else "" for found in observed)))
+    return table(("start", "p", "r", "w", "ratio", "k", "rho", "conclusion", "observed", "`unsolved`"), rows)
+
+
+def _interval(figure: dict[str, float | None]) -> str:
+    """Returns a figure with its interval; nothing where it could not be measured."""
+    if figure["value"] is None:
+        return ""
+    value, low, high = (figure[name] for name in ("value", "low", "high"))
+    digits = 4 if high is not None and high < 0.1 else 2
+    return f"{value:.{digits}f} ({low:.{digits}f} to {'any' if high is None else f'{high:.{digits}f}'})"
 
 
 def numbers() -> dict[str, object]:
