@@ -2,11 +2,11 @@
 
     python -m igrpo_jax.main --config configs/unsolved.py --workdir runs/unsolved
 
-Each prompt has 4 drafts, which are trained on as a GRPO group. Where none of them is right, the best is refined 4 times,
-and the refinements are trained on too. Where one is right nothing is refined, and as many completions are drafts of a
-further prompt, so that a step samples what it would sample with the paper's settings.
+Each prompt has 4 drafts, which are trained on as a GRPO group. Where none of them is right, the best is refined 4
+times, and the refinements are trained on too. Where one is right nothing is refined, and as many completions are drafts
+of a further prompt, so that a step samples what it would sample with the paper's settings.
 
-In our study (docs/study.md, part two) this gained most where a model solves few of its prompts, and lost a point or less
+In our study (docs/study.md, part two) this gained most where a model solves few of its prompts, and lost about a point
 where it solves many. It was run on small models alone.
 
 Other settings are those of configs/r1_distill_qwen_1_5b.py.

@@ -215,8 +215,7 @@ def probe_table() -> str:
         cells = (_interval(probe["figures"][key]) for key in ("p", "r", "w", "ratio", "cosine", "reliance"))
         conclusion = f"{probe['conclusion']['behaviour']}; {probe['conclusion']['answer']}"
         observed = (
-            re.search(rf"\| {name}_{arm} \| {name}_grpo \| \d+ \| ([^|]+) \|", tables)
-            for arm in ("igrpo", "unsolved")
+            re.search(rf"\| {name}_{arm} \| {name}_grpo \| \d+ \| ([^|]+) \|", tables) for arm in ("igrpo", "unsolved")
         )
         rows.append((start, *cells, conclusion, *(found[1] if found else "" for found in observed)))
     return table(("start", "p", "r", "w", "ratio", "k", "rho", "conclusion", "observed", "`unsolved`"), rows)

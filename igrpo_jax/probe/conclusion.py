@@ -5,7 +5,8 @@ The rules are those of docs/when_drafts_pay.md, in this order:
 1. GRPO's SNR^2 surely exceeds the largest that a group of G can have: no drafts can give more signal.
 2. The ratio of SNR^2 is surely below 1: drafts give less signal.
 3. Only the part of the signal counts that points along the gradient on plain prompts, the ratio times the squared
-   cosine. It is surely above 1: drafts pay; surely below 1: they do not, although they give more signal.
+   cosine. It is surely above 1: drafts pay in the first steps; surely below 1: they do not, although they give more
+   signal.
 4. Else these problems are too few to tell, or the cosine could not be measured.
 
 "Surely" is: with the whole 95 % interval.
@@ -21,6 +22,11 @@ from igrpo_jax.probe.estimates import Estimate
 CLEAR = 0.3  # width of an interval of a success, below which no difference is taken for none
 CUT = 0.5  # of the plain answers; where more are cut, the length is named first
 COPIES = 0.5  # of the refinements of wrong drafts; where more state the draft's answer, the model is said to copy
+# What a study observed of a model that repaired (docs/study.md, part two): it lost where GRPO had signal too.
+LATER = (
+    "later, when drafts are right more often, copying them may be all that is learnt, so keep plain answers in "
+    "training (algorithm.train_drafts, or algorithm.draft_when = unsolved), and watch refine/copy_ratio"
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ def _signal(figures: Mapping[str, Estimate], setting: Setting) -> tuple[str, boo
             f"{compared}, and {shown(along)} of it points along the gradient on plain prompts (cosine {shown(cosine)})"
         )
         if along.low > 1:
-            return "drafts pay", True, [moved]
+            return "drafts pay in the first steps", True, [moved, LATER]
         if along.high < 1:
             return "drafts do not pay: their signal points elsewhere", False, [moved]
         return "cannot tell", None, [moved, _more(along, setting)]

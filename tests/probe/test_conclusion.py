@@ -86,7 +86,7 @@ def test_a_model_that_copies_and_one_that_repairs_are_told_apart():
     copies = concluded(p, *draft_signal.copying(p, 0.9))
     assert copies.behaviour == "copies" and copies.pays is False
     repairs = concluded(p, 0.8, np.minimum(p + 0.4, 1), cosine=(0.95, 0.9, 0.99))
-    assert repairs.behaviour == "repairs" and repairs.pays is True and repairs.answer == "drafts pay"
+    assert repairs.behaviour == "repairs" and repairs.pays is True and repairs.answer == "drafts pay in the first steps"
     ignores = concluded(p, p, p)
     assert ignores.behaviour == "ignores" and ignores.pays is False
     misled = concluded(0.4, 0.4, 0.05)
