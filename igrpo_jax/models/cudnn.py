@@ -38,6 +38,12 @@ def read_pages(q: jax.Array, pages: jax.Array, k_table: jax.Array, v_table: jax.
     return out[:, 0]
 
 
+def takes_ranges(device: jax.Device) -> bool:
+    """Returns whether `read_ranges` runs on a device: on NVIDIA's from Hopper on (compute capability 9.0)."""
+    capability = getattr(device, "compute_capability", "0")
+    return tuple(map(int, str(capability).split("."))) >= (9, 0)
+
+
 def read_ranges(
     q: jax.Array, k: jax.Array, v: jax.Array, queries: Ranges, keys: Ranges, mask: kernels.MaskType
 ) -> tuple[jax.Array, jax.Array]:

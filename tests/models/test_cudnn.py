@@ -1,10 +1,14 @@
 """cuDNN's kernels as JAX binds them: what it takes and gives in the installed version. They run on a GPU alone."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny_models
 
-from igrpo_jax.models import cudnn
+from igrpo_jax.models import cudnn, spans
 from igrpo_jax.models.segments import Ranges
 
 F, N, K, H, M = 256, 6, 2, 64, 8
@@ -28,6 +32,15 @@ def test_pages():
             cudnn.read_pages, array(5, N, H), array(pages, 16, K, H), table, table, array(5, dtype=jnp.int32)
         )
         assert out.shape == (5, N, H) and out.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("capability", "takes"), [("8.0", False), ("8.9", False), ("9.0", True), ("10.3", True)])
+def test_from_hopper_on(capability, takes, monkeypatch):
+    cfg = dataclasses.replace(tiny_models.tiny_config(), attention="cudnn")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    assert spans.width(cfg, 2) == (cfg.num_heads * cfg.head_dim // 2 if takes else None)
+    assert spans.width(dataclasses.replace(cfg, attention="chunked"), 2) is None
+    assert not cudnn.takes_ranges(SimpleNamespace())
 
 
 @pytest.mark.parametrize("mask", MASKS)
