@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from igrpo_jax.models.paged import Ragged
+from igrpo_jax.models.ragged import Ragged
 from igrpo_jax.models.tree_scan import put_tokens, tokens_of
 
 Tree = Any  # a pytree of arrays

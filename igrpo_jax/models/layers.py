@@ -16,7 +16,8 @@ from igrpo_jax.models import cache as caches
 from igrpo_jax.models.attention import PACKED, cached_attention, rope, row_attention
 from igrpo_jax.models.cache import KV
 from igrpo_jax.models.config import DecoderConfig
-from igrpo_jax.models.paged import Paged, paged_attention
+from igrpo_jax.models.paged import paged_attention
+from igrpo_jax.models.ragged import Paged
 from igrpo_jax.models.segments import Segments
 
 

@@ -16,85 +16,20 @@ heads, G heads per kv head (N = K * G), H head dim, E keys, I blocks of queries,
 """
 
 import functools
-import importlib.util
-import types
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as library
 
 from igrpo_jax.distributed.sharding import spec
-from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import cudnn
 from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
 from igrpo_jax.models.cache import PageLayout
+from igrpo_jax.models.paged_splash import HEAD_DIM, TILES, splash_paged_attention
+from igrpo_jax.models.ragged import Paged, Places, Ragged, places, write
 from igrpo_jax.models.segments import BLOCK, readable
-
-HEAD_DIM = 128  # of the kernel: it copies whole registers of 128 lanes, and loads from arrays of no other width
-TILES = (1, 2, 4)  # numbers of kv heads that the kernel reads, besides the multiples of 8
-# The kernel's blocks. Keys: those of the tables that come with it for full pages, up to 1,024 positions, because a copy
-# has to be large to hide its latency. Queries: of a chunk also theirs; in decoding a block of queries computes all its
-# rows for each of its sequences and keeps one, so that it is as small as the registers allow.
-KEY_POSITIONS, CHUNK_QUERIES, DECODE_QUERIES = 1024, 32, 8
-VMEM_BYTES = 32 * 2**20  # vector memory that the kernel may use; the limit of the compiler is 16 MiB on most TPUs
-TABLE_BYTES = 2**20 - 2**14  # of a table, which the kernel holds in scalar memory; 1 MiB less what else it keeps there
-
-
-class Ragged(NamedTuple):
-    """Sequences whose new tokens stand one after another on one axis, and the pages that hold each of them.
-
-    Token t of sequence w (start[w] <= t < start[w + 1], w < count) has position length[w] - start[w + 1] + t, and reads
-    the positions 0 to its own of its sequence. Tokens from start[count] on are padding. Sequences may share pages that
-    none of them writes to.
-    """
-
-    length: jax.Array  # [W] int32, tokens of each sequence, its new ones included
-    table: jax.Array  # [W, R] int32, the pages of each sequence in their order; P or more means none
-    start: jax.Array  # [W + 1] int32, where the new tokens of each begin; from `count` on, the end of the last one
-    count: jax.Array  # [1] int32, sequences; the others hold nothing
-
-
-class Paged(NamedTuple):
-    """The pool of pages of one attention sublayer, and the sequences that are read and written."""
-
-    pages: jax.Array  # P pages of C positions, in the `PageLayout` of the implementation
-    ragged: Ragged
-
-
-class Places(NamedTuple):
-    """Where the new tokens belong."""
-
-    sequence: jax.Array  # [F] int32, number of each token's sequence; W at padding
-    position: jax.Array  # [F] int32, in its sequence; meaningless at padding
-
-
-def places(ragged: Ragged, size: int) -> Places:
-    """Returns where the tokens of an axis of `size` tokens belong."""
-    token = jnp.arange(size, dtype=jnp.int32)
-    ends = ragged.start[1:]
-    sequence = jnp.searchsorted(ends, token, side="right", method="compare_all").astype(jnp.int32)
-    last = jnp.minimum(sequence, ends.shape[0] - 1)
-    return Places(sequence, ragged.length[last] - ends[last] + token)
-
-
-def write(pages: jax.Array, k: jax.Array, v: jax.Array, ragged: Ragged) -> jax.Array:
-    """Returns `pages` with the new tokens written, in place where `pages` is donated.
-
-    Padding is dropped, and so is a token whose page is P or more or beyond its table.
-
-    Args:
-        pages: of any layout.
-        k, v: [F, K, H], cast to the dtype of `pages`.
-    """
-    size = pages.shape[-3]
-    sequence, position = places(ragged, k.shape[0])
-    page = ragged.table.at[sequence, position // size].get(mode="fill", fill_value=len(pages))
-    return caches.put(pages, page, position % size, k, v)
 
 
 def page_layout(attention: str, head_dim: int, kv_heads: int) -> PageLayout | None:
@@ -270,83 +205,6 @@ def _gathered(q: jax.Array, pages: jax.Array, k_table: jax.Array, v_table: jax.A
         return jnp.einsum("KGE,EKH->KGH", weights, v).reshape(q.shape)
 
     return jax.vmap(of_row)(q, k_table, v_table, length)
-
-
-def splash_paged_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, entry: Paged, interpret: bool = False
-) -> jax.Array:
-    """Computes the attention of new tokens with the TPU's kernel, whatever stands before them.
-
-    Arguments and result are those of `xla_paged_attention`; k and v are read from the pages.
-
-    Args:
-        interpret: emulates the kernel, slowly, on any platform.
-
-    Raises:
-        InputError: the table is larger than the memory that the kernel has for it.
-    """
-    (pages, ragged), size = entry, q.shape[0]
-    together = pages.shape[3] // q.shape[2]
-    grouped = q.reshape(size, k.shape[1] // together, together, -1, q.shape[2])  # the queries of each head of a row
-    sequences, of_sequence = ragged.table.shape
-    if -(-sequences // 8) * 8 * -(-of_sequence // 128) * 128 * 4 > TABLE_BYTES:
-        raise InputError(
-            f"config.rollout.page_size = {pages.shape[1]}: a TPU cannot hold the numbers of {of_sequence:,} pages for "
-            f"each of {sequences:,} slots; raise it, or lower config.rollout.slots"
-        )
-    kernel = _emulated_kernel() if interpret else library.ragged_paged_attention
-    mixed = kernel(
-        _widened(grouped),
-        pages,
-        ragged.length,
-        jnp.minimum(ragged.table, pages.shape[0] - 1),  # the kernel would read past the pool
-        ragged.start,
-        ragged.count,
-        sm_scale=q.shape[2] ** -0.5,
-        num_kv_pages_per_block=min(of_sequence, max(KEY_POSITIONS // pages.shape[1], 1)),
-        num_queries_per_block=min(size, DECODE_QUERIES if size <= sequences else CHUNK_QUERIES),
-        vmem_limit_bytes=VMEM_BYTES,
-    )
-    mixed = _narrowed(mixed, grouped).reshape(q.shape)
-    # The kernel writes nothing at padding.
-    return jnp.where((jnp.arange(size) < ragged.start[-1])[:, None, None], mixed, 0)
-
-
-def _widened(grouped: jax.Array) -> jax.Array:
-    """Returns queries [F, rows, heads of a row, G, H] as [F, N, width of a row], zero where other heads stand."""
-    size, rows, together, groups, head_dim = grouped.shape
-    own = jnp.eye(together, dtype=bool)[:, None, :, None]
-    wide = jnp.where(own, grouped[..., None, :], 0)  # [F, rows, heads, G, heads, H]
-    return wide.reshape(size, rows * together * groups, together * head_dim)
-
-
-def _narrowed(mixed: jax.Array, grouped: jax.Array) -> jax.Array:
-    """Returns of results [F, N, width of a row] what is of each query's own head, in the shape of `grouped`."""
-    together = grouped.shape[2]
-    mixed = mixed.reshape(*grouped.shape[:4], together, -1)
-    return jnp.stack([mixed[:, :, head, :, head] for head in range(together)], axis=2)
-
-
-@functools.cache
-def _emulated_kernel() -> Callable[..., jax.Array]:
-    """Returns the kernel in plain JAX, from a second copy of its module, because the kernel has no argument for it.
-
-    There, `pallas_call` interprets, and a store with a mask is a load, a select and a store: JAX's interpreter fails on
-    such a store to a part of a scratch array, and its emulation of TPUs on the array of keys with another shape.
-    """
-    source = importlib.util.find_spec(library.__name__)
-    assert source is not None and source.loader is not None
-    copy = importlib.util.module_from_spec(source)
-    source.loader.exec_module(copy)
-
-    def store(ref, value, *, mask):
-        ref[...] = jnp.where(mask, value, ref[...])
-
-    pallas_call = functools.partial(pl.pallas_call, interpret=True)
-    replaced = {"pl": vars(pl) | {"pallas_call": pallas_call}, "pltpu": vars(pltpu) | {"store": store}}
-    for name, members in replaced.items():
-        setattr(copy, name, types.SimpleNamespace(**members))
-    return copy.ragged_paged_attention
 
 
 # The values of DecoderConfig.attention, as in `attention.PACKED`.

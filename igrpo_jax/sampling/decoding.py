@@ -16,7 +16,7 @@ from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import DecoderConfig
-from igrpo_jax.models.paged import Paged, Ragged
+from igrpo_jax.models.ragged import Paged, Ragged
 from igrpo_jax.sampling.draw import draw
 from igrpo_jax.sampling.state import Rows, Sampling, State, Status
 from igrpo_jax.sampling.steps import BATCH, per_shard, position_keys

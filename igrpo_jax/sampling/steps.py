@@ -26,7 +26,7 @@ from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.lane_scan import Lanes
-from igrpo_jax.models.paged import Paged, Ragged, places
+from igrpo_jax.models.ragged import Paged, Ragged, places
 from igrpo_jax.sampling.draw import draw
 from igrpo_jax.sampling.state import Chunk, Fork, Sampling, State
 

@@ -13,7 +13,7 @@ from igrpo_jax import config
 from igrpo_jax.aot import __main__ as aot
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import paged
-from igrpo_jax.models.paged import Paged, Ragged
+from igrpo_jax.models.ragged import Paged, Ragged
 
 pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
 pytestmark = pytest.mark.usefixtures("environment")

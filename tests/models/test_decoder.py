@@ -15,7 +15,7 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import builtin
-from igrpo_jax.models.paged import Paged, Ragged
+from igrpo_jax.models.ragged import Paged, Ragged
 
 TINY = tiny_models.tiny_config(
     vocab_size=48, hidden_size=24, intermediate_size=40, num_heads=6, max_position_embeddings=64

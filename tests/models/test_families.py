@@ -16,7 +16,8 @@ from tiny_models import one_device
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder, hf_files, hf_read
 from igrpo_jax.models.lane_scan import Lanes
-from igrpo_jax.models.paged import Paged, Ragged, page_layout
+from igrpo_jax.models.paged import page_layout
+from igrpo_jax.models.ragged import Paged, Ragged
 
 STEPS = 32
 

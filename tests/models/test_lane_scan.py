@@ -12,7 +12,7 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.cache import MambaState
 from igrpo_jax.models.lane_scan import Lanes, lane_scan
-from igrpo_jax.models.paged import Ragged
+from igrpo_jax.models.ragged import Ragged
 
 # The convolution sees 4 tokens, and chunks of the hybrid model have 8.
 PROMPTS = (21, 1, 2, 3, 8, 16, 4, 1, 30)

@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import paged
+from igrpo_jax.models import paged, paged_splash
+from igrpo_jax.models import ragged as ragged_pages
 from igrpo_jax.models.attention import PACKED
 from igrpo_jax.models.cache import PageLayout
-from igrpo_jax.models.paged import Paged, Ragged
+from igrpo_jax.models.ragged import Paged, Ragged
 from igrpo_jax.models.segments import BLOCK
 
 SIZE, SPACE = 192, 5  # of an axis: tokens, and sequences that it has space for
@@ -185,8 +186,8 @@ def test_a_chunk_by_the_kernel(case):
 )
 def test_decoding_by_the_kernel(page, kv_heads, groups, dtype, monkeypatch):
     """In blocks of four rows, and of 64 positions unless a page is larger."""
-    monkeypatch.setattr(paged, "KEY_POSITIONS", 64)
-    monkeypatch.setattr(paged, "DECODE_QUERIES", 4)
+    monkeypatch.setattr(paged_splash, "KEY_POSITIONS", 64)
+    monkeypatch.setattr(paged_splash, "DECODE_QUERIES", 4)
     rows = len(DECODED)
     arguments, mixed, written = inputs(DECODED, page, kv_heads, groups, 128, dtype, rows, rows)
     check(run("splash_interpret", arguments), arguments, mixed, written)
@@ -246,7 +247,7 @@ def test_the_kernel_gets_pages_of_the_pool_alone(monkeypatch):
         tables.append(table)
         return q
 
-    monkeypatch.setattr(paged, "_emulated_kernel", lambda: kernel)
+    monkeypatch.setattr(paged_splash, "_emulated_kernel", lambda: kernel)
     rows = len(DECODED)
     (q, k, v, (pages, ragged)), _, _ = inputs(DECODED, head_dim=128, size=rows, space=rows)
     table = np.where(ragged.table < len(pages), ragged.table, np.iinfo(np.int32).max)
@@ -299,12 +300,12 @@ def test_what_has_no_page_is_dropped():
     (_, k, v, (pages, ragged)), _, _ = inputs([None, (0, 16), None], size=64)
     ragged = ragged._replace(length=np.array([1, 33, 1, 0, 0], np.int32), table=ragged.table[:, :1])
     assert ragged.table[1, 0] < len(pages)
-    np.testing.assert_array_equal(jax.jit(paged.write)(pages, k, v, ragged), pages)
+    np.testing.assert_array_equal(jax.jit(ragged_pages.write)(pages, k, v, ragged), pages)
 
 
 def test_the_pool_is_written_in_place():
     (_, k, v, (pages, ragged)), _, written = inputs(RAGGED)
-    program = jax.jit(paged.write, donate_argnums=0).lower(pages, k, v, ragged).compile()
+    program = jax.jit(ragged_pages.write, donate_argnums=0).lower(pages, k, v, ragged).compile()
     assert program.memory_analysis().alias_size_in_bytes == pages.nbytes
     np.testing.assert_array_equal(program(jnp.asarray(pages), k, v, ragged), written)
 
