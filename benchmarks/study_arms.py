@@ -114,6 +114,12 @@ def of_claim(start: str) -> list[Arm]:
 
 LOOKUPS: dict[str, list[Arm]] = {start: of_claim(start) for start in ("dense", "sparse", "rare", "ignoring")}
 LOOKUPS["variants"] = compared("sparse", VARIANTS)
+# As in configs/self_verification.py: 4 solutions and 4 verdicts on one of them, all trained on.
+VERIFY = TRAINED | {"algorithm.second_stage": "verify", "algorithm.draft_selection": "balanced"}
+LOOKUPS["verifying"] = [
+    Arm("verifying_grpo", GRPO, start="verifying"),
+    *compared("verifying", {"self_verification": VERIFY}),
+]
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,8 @@ def look_ups(error_rate: float, refinements: str) -> dict[str, Any]:
 
 # The supervised starts. Those of the arithmetic model: in the first, drafts are random steps, from which nothing can be
 # learned; in the second, they are as good as the teacher's own solutions. Those of the look-ups expect 177, 3 and 0.9
-# right answers in a run of GRPO that learns nothing; the last one has learned to ignore drafts, and expects 177.
+# right answers in a run of GRPO that learns nothing; the last two have learned to ignore drafts and to give verdicts on
+# them, and expect 177.
 STARTS = {
     "start": {},
     "trusting": {"warm_start.draft_error_rate": 0.25},
@@ -154,4 +161,5 @@ STARTS = {
     "sparse": look_ups(0.5, "checked"),
     "rare": look_ups(0.55, "checked"),
     "ignoring": look_ups(0.3, "independent"),
+    "verifying": look_ups(0.3, "verdicts"),
 }

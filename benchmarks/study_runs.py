@@ -125,7 +125,7 @@ def computed_figures(run: Path, benchmark: str) -> dict[str, Any]:
     same = [group.same_answer for group in groups if group.same_answer is not None]
     if "entropy" in series:  # it is that of refinements, which a step may lack
         result |= {f"entropy_{percent}": _ending(series["entropy"], percent) for percent in (10, 30, 100)}
-    if same:  # some prompts have refinements of a draft
+    if same and len(known["copy_ratio"]):  # some prompts have refinements of a draft, and not verifications
         result["same_answer"] = float(np.mean(same))
         result["copy_ratio"] = float(np.mean(known["copy_ratio"]))
         result["copy_ratio_end"] = _ending(known["copy_ratio"], 100)

@@ -89,6 +89,16 @@ def test_groups_without_drafts(tmp_path):
     assert run["completions"] == 8
 
 
+def test_verifications_copy_nothing(tmp_path):
+    """Steps of second_stage = verify have no refine/copy_ratio."""
+    write_run(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    kept = [{key: value for key, value in row.items() if not key.startswith("refine/")} for row in rows]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    run = study_runs.figures(tmp_path, 2, "x")
+    assert "copy_ratio" not in run and "same_answer" not in run and "fixed" not in run
+
+
 def test_completions_that_are_left_out_of_the_files_are_counted(tmp_path):
     """Of 2 drafts with 2 refinements each, the file has the 2 of the kept draft: 4 of 6 completions."""
     write_run(tmp_path, draft_selection="refined", num_drafts=2, num_generations=2)
