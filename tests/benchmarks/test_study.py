@@ -92,7 +92,7 @@ def test_groups_without_drafts(tmp_path):
 def test_verifications_copy_nothing(tmp_path):
     """Steps of second_stage = verify have no refine/copy_ratio."""
     write_run(tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1]]
     kept = [{key: value for key, value in row.items() if not key.startswith("refine/")} for row in rows]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     run = study_runs.figures(tmp_path, 2, "x")
