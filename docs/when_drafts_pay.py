@@ -187,7 +187,6 @@ def measured_table() -> str:
     return table(("model", "p", "r", "w", "ratio, 4 + 4"), rows)
 
 
-# The row of the study's table that has what training did, by the name of a probe; and its start in words.
 # The starts that were probed: the folder of their study in docs/study, and what they are.
 PROBED = {
     "trusting": ("arithmetic", "arithmetic, drafts as good as the teacher's"),

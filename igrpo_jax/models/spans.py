@@ -72,12 +72,14 @@ def _attend(kernels: ModuleType, q: jax.Array, k: jax.Array, v: jax.Array, spans
 
 
 def _attend_forward(kernels, q, k, v, spans: Spans):
-    own, own_stats = kernels.read_ranges(q, k, v, spans.segments, spans.segments, MaskType.PADDING_CAUSAL)
-    of_prefix, prefix_stats = kernels.read_ranges(q, k, v, spans.readers, spans.prefixes, MaskType.PADDING)
-    sums = _by_token(own_stats, spans.segments), _by_token(prefix_stats, spans.readers)  # [F, N]
+    outs, sums = [], []
+    for queries, keys, mask in _parts(spans):
+        part, stats = kernels.read_ranges(q, k, v, queries, keys, mask)
+        outs.append(part)
+        sums.append(_by_token(stats, queries))  # [F, N]
     total = jnp.logaddexp(*sums)
     out = jnp.zeros(q.shape, jnp.float32)
-    for part, of_part in zip((own, of_prefix), sums, strict=True):
+    for part, of_part in zip(outs, sums, strict=True):
         is_read = jnp.isfinite(of_part)[None, ..., None]
         weight = jnp.exp(jnp.where(is_read, (of_part - total)[None, ..., None], 0.0))
         out += jnp.where(is_read, weight * part, 0.0)
@@ -87,12 +89,8 @@ def _attend_forward(kernels, q, k, v, spans: Spans):
 
 def _attend_backward(kernels, saved, out_gradient):
     q, k, v, spans, out, total = saved
-    parts = (
-        (spans.segments, spans.segments, MaskType.PADDING_CAUSAL),
-        (spans.readers, spans.prefixes, MaskType.PADDING),
-    )
     sums = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
-    for queries, keys, mask in parts:
+    for queries, keys, mask in _parts(spans):
         stats = _by_range(total, queries)
         gradients = kernels.read_ranges_gradient(q, k, v, queries, keys, mask, stats, out, out_gradient)
         for i, (gradient, ranges) in enumerate(zip(gradients, (queries, keys, keys), strict=True)):
@@ -102,6 +100,14 @@ def _attend_backward(kernels, saved, out_gradient):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _parts(spans: Spans) -> tuple[tuple[Ranges, Ranges, cudnn.kernels.MaskType], ...]:
+    """Returns the ranges of queries and keys, and the mask, of the two parts: segments alone, and their prefixes."""
+    return (
+        (spans.segments, spans.segments, MaskType.PADDING_CAUSAL),
+        (spans.readers, spans.prefixes, MaskType.PADDING),
+    )
 
 
 def _places(ranges: Ranges, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
