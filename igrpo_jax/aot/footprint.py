@@ -38,6 +38,7 @@ from igrpo_jax.models.policy import fit_to_mesh, open_policy
 from igrpo_jax.models.shapes import SHAPES
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.pages import pages_for
+from igrpo_jax.sampling.row_sync import SyncProgram
 from igrpo_jax.session import overview
 from igrpo_jax.session.task import check_context, sampler
 from igrpo_jax.storage import addresses
@@ -92,7 +93,7 @@ class Footprint:
     cfg: DecoderConfig
     learner: Learner
     engine: Engine
-    syncs: dict[Program, int]  # the programs that make the rollout copy of the weights, with their calls in a step
+    syncs: list[SyncProgram]  # what makes the rollout copy of the weights
     max_context: int  # tokens of the longest q or q'
     programs: list[ProgramFootprint] = field(default_factory=list)
 
@@ -135,7 +136,7 @@ class Footprint:
     @property
     def weights_received(self) -> float:
         """Bytes that a device receives from its slice for the rollout copy of the weights."""
-        return sum(self.received(program) * calls for program, calls in self.syncs.items())
+        return sum(self.received(sync.program) * sync.calls for sync in self.syncs)
 
     @property
     def slices(self) -> int:
@@ -145,10 +146,11 @@ class Footprint:
     @property
     def over_dcn(self) -> float:
         """Bytes that a device receives from other slices in a step in which every completion is as long as allowed."""
-        calls = self._update_calls(self.max_context, self.config.rollout.max_completion_length)
+        calls = {sync.program: sync.calls for sync in self.syncs}
+        calls |= self._update_calls(self.max_context, self.config.rollout.max_completion_length)
         most = lambda program: max((part.over_dcn for part in self.programs if part.program is program), default=0.0)
         # Groups of the sampler lie within a slice, and exchange nothing with others.
-        return sum(most(program) * times for program, times in (self.syncs | calls).items())
+        return sum(most(program) * times for program, times in calls.items())
 
     def least(self, cost: Cost, received: float = 0.0) -> tuple[float, str]:
         """Returns the least seconds that the work can take, and what bounds it: "compute", "memory" or "links"."""
@@ -168,7 +170,7 @@ class Footprint:
         algorithm, prompt = self.config.algorithm, self.config.data.max_prompt_length
         length = math.ceil(self.config.rollout.max_completion_length * part)
         context = prompt + math.ceil((self.max_context - prompt) * part)
-        synced = [self._calls(program, program.shapes[0], times) for program, times in self.syncs.items()]
+        synced = [self._calls(sync.program, sync.program.shapes[0], sync.calls) for sync in self.syncs]
         parts = {"weights": (sum(seconds for seconds, _ in synced), max(synced)[1])}
         parts |= self._sampling("drafts", prompt, algorithm.num_drafts, length)
         parts |= self._sampling("refinements", context, algorithm.num_generations, length)
@@ -302,7 +304,7 @@ def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
         learner.rescore: training.rescore,
         learner.apply: training.apply,
         # The arguments are a part of the training state, and the output is one of the weights.
-        **{sync: resting + weights - int(sync.cost(*sync.shapes[0]).bytes) for sync in footprint.syncs},
+        **{sync.program: resting + weights - sync.held for sync in footprint.syncs},
         engine.empty: resting + weights,
         engine.harvest: resting + weights,
         engine.fork: resting + weights,

@@ -2,8 +2,10 @@
 
 It goes part by part, where a part is a sublayer, or a parameter that belongs to none: in one program for all weights
 the compiler exchanges many of them at once, and holds gigabytes beside the result. Parts of the same shapes share a
-program.
+program. A matrix that is larger than any of a sublayer comes in pieces (`row_sync`).
 """
+
+import math
 
 import jax
 from jax.sharding import NamedSharding
@@ -12,6 +14,7 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import Cost, Program, tree_bytes
 from igrpo_jax.models import decoder, heads, lora
 from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.sampling.row_sync import RowSync, SyncProgram
 
 
 class WeightSync:
@@ -34,31 +37,38 @@ class WeightSync:
         self._tensor = tensor
         self._dtype = dtype
         self._shapes = decoder.shapes(heads.spread_config(cfg, tensor))
+        self._by_rows = {
+            path: RowSync(path, self._shapes[path], mesh, shardings[path], dtype, pieces)
+            for path in self._shapes
+            if (pieces := self._pieces(path)) > 1
+        }
         self._jitted = {
             first: jax.jit(self._synced, out_shardings={path: shardings[path] for path in paths})
             for first, paths in _parts(self._shapes).items()
-            if first == self._first_of(first)
+            if first == self._first_of(first) and first not in self._by_rows
         }
 
     def __call__(self, params: decoder.Params) -> decoder.Params:
         """Returns the rollout copy of `params`; these themselves where they are that already."""
         if all(self._is_ready(path, x) for path, x in params.items()):
             return params
-        synced = {}
+        synced = {path: by_rows(params[path]) for path, by_rows in self._by_rows.items()}
         for part, paths in _parts(params).items():
+            if part in synced:
+                continue
             first = self._first_of(part)
             own = self._jitted[first]({first + path.removeprefix(part): params[path] for path in paths})
             synced |= {part + path.removeprefix(first): x for path, x in own.items()}
         return {path: synced[path] for path in self._shapes}
 
-    def programs(self, params: decoder.Params) -> dict[Program, int]:
-        """Returns each program, and for how many parts of the abstract `params` it is called."""
-        calls: dict[Program, int] = {}
+    def programs(self, params: decoder.Params) -> list[SyncProgram]:
+        """Returns each program, as it is called for the abstract `params`."""
+        synced = [by_rows.program(params[path]) for path, by_rows in self._by_rows.items()]
         parts = _parts(params)
         firsts = [self._first_of(part) for part in parts]
         for first, jitted in self._jitted.items():
             own = {path: params[path] for path in parts[first]}
-            moved = Cost(0, tree_bytes(own) + self.copy_bytes(first))
+            held = tree_bytes(own) + self.copy_bytes(first)
             name = self._cfg.pattern[int(first.split("/")[1])] if first.startswith("blocks/") else first
             program = Program(
                 "weights",
@@ -66,19 +76,26 @@ class WeightSync:
                 lambda name, own=own: (own,),
                 self._mesh,
                 shapes=[(name,)],
-                cost=lambda name, moved=moved: moved,
+                cost=lambda name, held=held: Cost(0, held),
             )
-            calls[program] = firsts.count(first)
-        return calls
+            synced.append(SyncProgram(program, firsts.count(first), held))
+        return synced
 
     def copy_bytes(self, part: str) -> int:
         """Returns the bytes of the rollout copy of a part on each device."""
-        paths = [path for path in self._shapes if _part(path) == part]
-        abstract = {
-            path: jax.ShapeDtypeStruct(self._shapes[path], self._dtype, sharding=self._shardings[path])
-            for path in paths
-        }
-        return tree_bytes(abstract)
+        return sum(self._bytes(path) for path in self._shapes if _part(path) == part)
+
+    def _bytes(self, path: str) -> int:
+        """Returns the bytes of the rollout copy of a parameter on each device."""
+        return tree_bytes(jax.ShapeDtypeStruct(self._shapes[path], self._dtype, sharding=self._shardings[path]))
+
+    def _pieces(self, path: str) -> int:
+        """Returns in how many pieces, none larger than the largest weight of a sublayer, a parameter is exchanged."""
+        trained = sharding.param_sharding(self._mesh, path)
+        is_exchanged = not self._shardings[path].is_equivalent_to(trained, len(self._shapes[path]))
+        if _part(path) != path or not is_exchanged:
+            return 1
+        return math.ceil(self._bytes(path) / max(self._bytes(other) for other in self._shapes if _part(other) != other))
 
     def _first_of(self, part: str) -> str:
         """Returns the first part with the shapes of `part`."""

@@ -1,0 +1,101 @@
+"""Brings one large matrix, the embedding or the head, to the sampler's mesh, some of its rows at a time.
+
+To exchange a matrix the compiler holds up to two and a half times its result. In pieces that is so of one piece.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.programs import Cost, Program, tree_bytes
+
+SPLIT = "split"  # devices of a group of the sampler that are neighbours on the axis fsdp of the training
+
+
+class SyncProgram(NamedTuple):
+    """A program of the sync of weights."""
+
+    program: Program
+    calls: int  # of a sync
+    held: int  # bytes on each device of its arguments and its result
+
+
+class RowSync:
+    """The program that fills some rows of the rollout copy of a matrix.
+
+    Rows are taken from each block of the first axis that a device holds before, on the way or in the end, so that all
+    devices take part in each piece, and none holds more of it than of the whole.
+
+    Args:
+        path: of the parameter.
+        shape: of the matrix.
+        mesh: of the training.
+        copy: sharding and mesh of the copy; its devices are those of `mesh`, in the same order.
+        dtype: of the copy.
+        pieces: how many there are.
+    """
+
+    def __init__(
+        self, path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh, copy: NamedSharding, dtype: str, pieces: int
+    ):
+        self._path = path
+        self._mesh = mesh
+        self._whole = jax.ShapeDtypeStruct(shape, dtype, sharding=copy)
+        self._way = [sharding.param_sharding(mesh, path), *between(mesh, copy.mesh, path), copy]
+        self._blocks = math.lcm(*(shape[0] // way.shard_shape(shape)[0] for way in self._way))
+        self._rows = shape[0] // self._blocks
+        self._taken = -(-self._rows // pieces)
+        self._starts = range(0, self._rows, self._taken)  # the last piece begins earlier where it would be shorter
+        self._empty = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=copy)
+        self._fill = jax.jit(self._filled, out_shardings=copy, donate_argnums=0)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the rollout copy of the matrix `x`."""
+        copy = self._empty()
+        for start in self._starts:
+            copy = self._fill(copy, x, np.int32(start))
+        return copy
+
+    def program(self, x: jax.ShapeDtypeStruct) -> "SyncProgram":
+        """Returns the program that fills one piece from the abstract matrix `x`; its only shape is the path."""
+        start = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self._mesh))
+        arguments, held, calls = (self._whole, x, start), tree_bytes([x, self._whole]), len(self._starts)
+        cost = lambda path: Cost(0, held / calls)
+        shapes = [(self._path,)]
+        program = Program("weights", self._fill, lambda path: arguments, self._mesh, shapes=shapes, cost=cost)
+        return SyncProgram(program, calls, held)
+
+    def _filled(self, copy: jax.Array, x: jax.Array, start: jax.Array) -> jax.Array:
+        """Returns `copy` with the rows from `start` on of each block of `x`."""
+        start = jnp.minimum(start, self._rows - self._taken)
+        in_blocks = lambda y: y.reshape(self._blocks, self._rows, *y.shape[1:])
+        piece = jax.lax.dynamic_slice_in_dim(in_blocks(x), start, self._taken, axis=1).astype(copy.dtype)
+        piece = piece.reshape(-1, *x.shape[1:])
+        for way in self._way:
+            piece = jax.lax.with_sharding_constraint(piece, way)
+        piece = piece.reshape(self._blocks, self._taken, *x.shape[1:])
+        return jax.lax.dynamic_update_slice_in_dim(in_blocks(copy), piece, start, axis=1).reshape(x.shape)
+
+
+def between(mesh: jax.sharding.Mesh, sampler: jax.sharding.Mesh, path: str) -> list[NamedSharding]:
+    """Returns the sharding that a matrix has on its way from one mesh to the other, at most one.
+
+    With it the compiler first exchanges blocks within each group of the sampler, and then gathers those of the groups.
+    Without it some pieces are brought to every device whole. Where groups cross the axis `data` there is none.
+    """
+    data, fsdp, tensor = mesh.devices.shape
+    group = sampler.shape["tensor"]
+    if group % tensor or (fsdp * tensor) % group:
+        return []
+    split = group // tensor
+    devices = mesh.devices.reshape(data, fsdp // split, split, tensor)
+    axes = ("data", "fsdp", SPLIT, "tensor")
+    wanted = sharding.spec(sharding.logical_axes(path))
+    spec = PartitionSpec(*((SPLIT, "tensor") if axis == "tensor" else axis for axis in wanted))
+    return [NamedSharding(jax.sharding.Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes)), spec)]
