@@ -12,3 +12,8 @@ class RunError(Exception):
 def one_line(message: object) -> str:
     """Returns an error, or any other text, as one line: every run of white space becomes one blank."""
     return " ".join(str(message).split())
+
+
+def named(error: BaseException) -> str:
+    """Returns the kind of an error and its message as one line of at most 300 characters."""
+    return one_line(f"{type(error).__name__}: {error}")[:300]

@@ -12,9 +12,15 @@ def environment(service: str, cache: Path) -> dict[str, str]:
     return {"STORAGE_EMULATOR_HOST": service, "TENSORSTORE_GCS_HTTP_URL": service, **kinds, **folder}
 
 
+def s3_environment(service: str, cache: Path) -> dict[str, str]:
+    """Returns the variables with which s3fs asks the service at this address."""
+    keys = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "none")
+    return {"AWS_ENDPOINT_URL": service, **keys, "XDG_CACHE_HOME": str(cache / "cache")}
+
+
 class Bucket:
-    def __init__(self, service: str, name: str):
-        self.service, self.address = service, f"gs://bucket/{name}"
+    def __init__(self, service: str, name: str, scheme: str = "gs"):
+        self.service, self.scheme, self.address = service, scheme, f"{scheme}://bucket/{name}"
 
     def __truediv__(self, name: str) -> str:
         """Returns the address of a file or folder."""
@@ -22,9 +28,9 @@ class Bucket:
 
     @property
     def _files(self):
-        import gcsfs
+        import fsspec
 
-        return gcsfs.GCSFileSystem(use_listings_cache=False)
+        return fsspec.filesystem(self.scheme, use_listings_cache=False)
 
     def put(self, folder: Path) -> None:
         """Puts the files of a local folder into this one."""
@@ -43,10 +49,10 @@ class Bucket:
 
     def names(self) -> list[str]:
         """Returns the names of all objects, in order."""
-        root = self.address.removeprefix("gs://") + "/"
+        root = self.address.partition("://")[2] + "/"
         return sorted(name.removeprefix(root) for name in self._files.find(self.address))
 
     def fault(self, **fault) -> None:
-        """Sets the fault of the requests that follow, see bucket_server.py; none without arguments."""
+        """Sets the fault of the requests to gs:// that follow, see bucket_server.py; none without arguments."""
         data = json.dumps(fault).encode()
         urllib.request.urlopen(urllib.request.Request(f"{self.service}/faults", data, method="PUT")).close()

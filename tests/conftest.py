@@ -140,6 +140,30 @@ def bucket(bucket_service, monkeypatch, tmp_path):
     bucket.fault()
 
 
+@pytest.fixture(scope="session")
+def s3_service():
+    """The address of moto's stand-in of S3. There is one, since s3fs keeps the address for the rest of the process."""
+    pytest.importorskip("s3fs", reason="s3fs is missing; the extra test brings it")
+    moto = pytest.importorskip("moto.server", reason="moto is missing; the extra test brings it")
+    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_service, monkeypatch, tmp_path):
+    """As `bucket`, in S3."""
+    import buckets
+
+    for name, value in buckets.s3_environment(s3_service, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    bucket = buckets.Bucket(s3_service, tmp_path.name, "s3")
+    if not bucket._files.exists("s3://bucket"):
+        bucket._files.mkdir("s3://bucket")
+    return bucket
+
+
 @pytest.fixture(scope="module")
 def environment():
     """As it was, once the module ends: libtpu is told by variables that no chip is here."""

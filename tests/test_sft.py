@@ -60,16 +60,20 @@ def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path):
 
 
 def uploads(monkeypatch):
-    """Returns the list to which the name of each file is added that is uploaded, where nothing is after a time."""
+    """Returns the list to which the name of each file is added that is uploaded, where nothing is after a time, except
+    for those of checkpoints."""
     monkeypatch.setattr(leases, "SETTLED", 0.01)
     monkeypatch.setattr(writing, "EVERY", 1e9)
     uploaded, upload = [], writing.upload
-    monkeypatch.setattr(writing, "upload", lambda file, path: uploaded.append(path.name) or upload(file, path))
+    add = lambda path: uploaded.append(path.name) if "checkpoints" not in str(path) else None
+    monkeypatch.setattr(writing, "upload", lambda file, path: add(path) or upload(file, path))
     return uploaded
 
 
-@pytest.mark.proof
-def test_a_start_in_a_bucket_goes_on_and_equals_one_in_a_folder(settings, tmp_path, bucket, monkeypatch):
+@pytest.mark.slow(seconds=10)
+@pytest.mark.parametrize("kind", [pytest.param("bucket", marks=pytest.mark.proof), "s3_bucket"])
+def test_a_start_in_a_bucket_goes_on_and_equals_one_in_a_folder(settings, tmp_path, kind, request, monkeypatch):
+    bucket = request.getfixturevalue(kind)
     uploaded = uploads(monkeypatch)
     settings = replace(settings, checkpoint=config.CheckpointConfig(every=2))
     supervised.train_supervised(settings, tmp_path / "run")

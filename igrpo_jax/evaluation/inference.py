@@ -23,7 +23,7 @@ from igrpo_jax.evaluation.planning import Plan, make_plan, samples_per_problem
 from igrpo_jax.models import decoder, hf_read
 from igrpo_jax.models.policy import Policy, export_dtype, fit_to_mesh, open_model, written
 from igrpo_jax.outputs import weights
-from igrpo_jax.outputs.checkpoint import saved_step
+from igrpo_jax.outputs.checkpoint_reading import saved_step
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine

@@ -1,4 +1,4 @@
-"""Checkpoints of a run (orbax, asynchronous, atomic), and what others read of them.
+"""Checkpoints of a run (orbax, asynchronous, atomic). What others read of them is in `checkpoint_reading`.
 
 A checkpoint is one folder per step with two items: `state`, the pytree of arrays, and `meta`, JSON (data position,
 seed, metrics cursor, a checksum of every array). Orbax writes a step under a temporary name and renames it once every
@@ -11,6 +11,7 @@ are read must have the checksums with which they were saved, so a flipped bit is
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import shutil
@@ -19,25 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers as policies
 
 from igrpo_jax.config import CheckpointConfig
 from igrpo_jax.distributed import cluster, watchdog
-from igrpo_jax.errors import InputError, RunError, one_line
+from igrpo_jax.errors import InputError, RunError, named, one_line
+from igrpo_jax.outputs.checkpoint_mirror import WRITTEN, Mirror, read_copy
 from igrpo_jax.outputs.checksums import Damaged, check, fingerprint, named_leaves
-from igrpo_jax.outputs.workdir import DAMAGED
+from igrpo_jax.outputs.workdir import DAMAGED, is_mirrored
 from igrpo_jax.storage.addresses import is_remote, make_folder, names, resolved
 from igrpo_jax.storage.writing import move_tree
-
-_READ_AT_ONCE = 2 << 30  # bytes of parameters, over all devices, that `read_params` reads and checks at a time
-
-
-def _named_error(error: Exception) -> str:
-    """Returns the kind of an error and its message as one line of at most 300 characters."""
-    return one_line(f"{type(error).__name__}: {error}")[:300]
 
 
 class Checkpointer:
@@ -52,6 +46,8 @@ class Checkpointer:
         self._every = settings.every
         self._has_best = bool(settings.best_metric)
         self._path = resolved(workdir) / "checkpoints"
+        self._mirror = Mirror(self._path) if is_mirrored(workdir) else None
+        self._folder = self._mirror.folder if self._mirror else self._path  # that orbax writes to
         keep = [policies.LatestN(settings.keep)]
         score = lambda metrics: metrics["best"]
         if self._has_best:
@@ -62,7 +58,7 @@ class Checkpointer:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(self._path, options=options)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._writing: tuple[int, dict] | None = None  # the step, and shapes and dtypes that its files must hold
         self._failed: int | None = None  # the step whose save failed, of which orbax tells again at the end
 
@@ -113,16 +109,19 @@ class Checkpointer:
         metrics = {"best": -math.inf if score is None else score} if self._has_best else None
         self._writing = step, {name: (x.shape, x.dtype) for name, x in named_leaves(state).items()}
         with self._errors(step), watchdog.phase("checkpoint", f"writing step {step}"):
-            return self._manager.save(step, args=items, metrics=metrics, force=True)
+            is_started = self._manager.save(step, args=items, metrics=metrics, force=True)
+            if self._mirror:
+                self._mirror.start(functools.partial(self._complete, *self._writing))
+        return is_started
 
     def _check_space(self, need: int) -> None:
         """Raises RunError where the disk has less than `need` bytes. A bucket does not say what it has."""
-        if is_remote(self._path):
+        if is_remote(self._folder):
             return
-        free = shutil.disk_usage(self._path).free
+        free = shutil.disk_usage(self._folder).free
         if need > free:
             raise RunError(
-                f"{self._path}: a checkpoint takes {need / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free"
+                f"{self._folder}: a checkpoint takes {need / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free"
                 f"{self._last_good()}"
             )
 
@@ -156,8 +155,10 @@ class Checkpointer:
                 with watchdog.phase("checkpoint", f"reading step {step}"):
                     state, meta = self._read(step, abstract_state)
                 break
+            except InputError:  # the bucket cannot be read, which says nothing of the checkpoint
+                raise
             except Exception as error:  # what orbax raises depends on which byte of which file is wrong
-                failed[step] = _named_error(error)
+                failed[step] = named(error)
                 if jax.process_count() > 1 and not isinstance(
                     error, Damaged
                 ):  # the other processes may have read theirs
@@ -173,6 +174,10 @@ class Checkpointer:
         return step, state, meta
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        read = functools.partial(self._read_folder, step, abstract_state)
+        return read_copy(self._path, step, WRITTEN, read) if self._mirror else read()
+
+    def _read_folder(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         meta = dict(restored["meta"])
@@ -186,12 +191,14 @@ class Checkpointer:
             taken = names(folder)
             free = next(name for number in itertools.count(1) if (name := f"{step}.{number}") not in taken)
             move_tree(self._path / str(step), folder / free)
+            if self._mirror:
+                self._mirror.drop(step)
 
         cluster.from_first(move)
         self._manager.reload()
 
     def wait(self) -> None:
-        """Returns when every save that was started is complete on disk.
+        """Returns when every save that was started is complete on the disk or in the bucket.
 
         Raises:
             RunError: a save failed.
@@ -200,13 +207,21 @@ class Checkpointer:
             return
         step, expected = self._writing
         with self._errors(step), watchdog.phase("checkpoint", f"writing step {step}"):
-            self._manager.wait_until_finished()
-            if jax.process_index() == 0:  # which completes it: in a bucket the others may be here before
-                self._check_written(step, expected)
+            if self._mirror:
+                self._mirror.wait()
+            else:
+                self._complete(step, expected)
         self._writing = None
 
-    def _check_written(self, step: int, expected: dict) -> None:
-        """Raises Damaged where the files of a step do not hold arrays of the `expected` names, shapes and dtypes."""
+    def _complete(self, step: int, expected: dict) -> None:
+        """Returns when orbax has written a step, whose arrays must have the `expected` names, shapes and dtypes.
+
+        Raises:
+            Damaged: they do not. Or orbax's error.
+        """
+        self._manager.wait_until_finished()
+        if jax.process_index() != 0:  # 0 completes it: in a bucket the others may be here before
+            return
         written = named_leaves(self._manager.item_metadata(step)["state"].tree)
         written = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in written.items()}
         if written != expected:
@@ -235,72 +250,8 @@ class Checkpointer:
 
     def _last_good(self, failed: int | None = None) -> str:
         """Returns the end of an error message: the newest step that is saved, other than the one that failed."""
-        steps = [step for step in self._manager.all_steps() if step != failed]
+        saved = self._mirror.steps if self._mirror else self._manager.all_steps()
+        steps = [step for step in saved if step != failed]
         if not steps:
             return "; no step was saved before"
         return f"; make it possible and run the same command again, which goes on from step {max(steps)}"
-
-
-def saved_step(workdir: Path, step: int | None = None) -> int:
-    """Returns `step` where the run in `workdir` has a checkpoint of it, and its newest step where `step` is None.
-
-    Raises:
-        InputError: there is no such checkpoint.
-    """
-    with _reader(workdir) as manager:
-        steps = sorted(manager.all_steps())
-    if not steps or step not in (None, *steps):
-        fix = f"those there are: {', '.join(map(str, steps))}" if steps else "wait for the first one (of step 0)"
-        raise InputError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}; {fix}")
-    return steps[-1] if step is None else step
-
-
-def read_params(workdir: Path, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Reads the parameters of a run's checkpoint, and nothing else, in the shardings and dtypes of `abstract`.
-
-    They are read and checked in float32, in which they were saved, a part at a time.
-
-    Raises:
-        InputError: the checkpoint is damaged.
-    """
-    params: dict[str, jax.Array] = {}
-    with _reader(workdir) as manager:
-        try:
-            sums = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]["checksums"]
-            for part in _parts(abstract):
-                saved = {
-                    path: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for path, x in part.items()
-                }
-                item = {"params": saved}
-                how = ocp.checkpoint_utils.construct_restore_args(item)
-                state = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
-                read = manager.restore(step, args=ocp.args.Composite(state=state))["state"]["params"]
-                check(read, sums, "params.")
-                params |= {path: x.astype(abstract[path].dtype) for path, x in read.items()}
-        except Exception as error:  # what orbax raises depends on which byte of which file is wrong
-            raise InputError(
-                f"{workdir}: its checkpoint of step {step} can't be used ({_named_error(error)}); give another --step"
-            ) from error
-    return params
-
-
-def _parts(abstract: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
-    """Yields `abstract` in parts of at most _READ_AT_ONCE bytes, or of one array that is larger."""
-    part, size = {}, 0
-    for path, x in abstract.items():
-        if part and size + 4 * x.size > _READ_AT_ONCE:
-            yield part
-            part, size = {}, 0
-        part[path] = x
-        size += 4 * x.size
-    yield part
-
-
-def _reader(workdir: Path) -> ocp.CheckpointManager:
-    """Returns a manager that reads the checkpoints of the run in `workdir`, and writes nothing."""
-    path = resolved(workdir) / "checkpoints"
-    if not path.is_dir():
-        raise InputError(
-            f"{workdir}: has no checkpoints: it is not the folder of a run, or its first one is not written yet"
-        )
-    return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(create=False))

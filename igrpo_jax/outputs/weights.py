@@ -9,7 +9,8 @@ from igrpo_jax.config import Config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.policy import Policy
-from igrpo_jax.outputs.checkpoint import Checkpointer, read_params, saved_step
+from igrpo_jax.outputs.checkpoint import Checkpointer
+from igrpo_jax.outputs.checkpoint_reading import read_params, saved_step
 from igrpo_jax.outputs.console import Console
 
 

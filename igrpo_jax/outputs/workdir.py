@@ -45,9 +45,11 @@ def prepare_workdir(workdir: Path, config: Config) -> Claim:
         InputError: `workdir` holds a run of another configuration, a run that is under way, or files that belong to no
             run; or it cannot be written. Nothing is left behind.
     """
-    if is_remote(workdir) and not str(workdir).startswith("gs://"):
+    if is_mirrored(workdir) and jax.process_count() > 1:
         raise InputError(
-            f"--workdir {workdir}: orbax writes checkpoints to disks and to gs:// alone; give such a folder"
+            f"--workdir {workdir}: checkpoints come there from the disk of one machine, and each of the "
+            f"{jax.process_count()} processes would have its part of them on its own; give gs://BUCKET/NAME, or a "
+            "folder that all machines see"
         )
     path = workdir / "config.json"
     temporary = workdir / "config.json.tmp"  # of write_text
@@ -94,15 +96,19 @@ def _other_settings(workdir: Path, changed: list[str]) -> InputError:
     )
 
 
+def is_mirrored(workdir: Path) -> bool:
+    """Returns whether orbax, which writes to disks and gs:// alone, can't write there: see `checkpoint_mirror`."""
+    return is_remote(workdir) and not str(workdir).startswith("gs://")
+
+
 def _has_results(workdir: Path) -> bool:
     """Returns whether the run in `workdir` has a checkpoint, even a damaged one, or samples of a step."""
-    return bool(_finished_checkpoints(workdir) or names(workdir / DAMAGED)) or has_samples(workdir)
+    return bool(finished(workdir / "checkpoints") or names(workdir / DAMAGED)) or has_samples(workdir)
 
 
-def _finished_checkpoints(workdir: Path) -> list[str]:
-    """Returns the names of the checkpoints that were written to their end."""
-    folder = workdir / "checkpoints"
-    if is_remote(workdir):
+def finished(folder: Path) -> list[str]:
+    """Returns the names of the checkpoints in a folder that were written to their end."""
+    if is_remote(folder):
         return [name for name in names(folder) if COMMITTED in names(folder / name)]
     return [name for name in names(folder) if UNFINISHED not in name]
 
@@ -114,7 +120,7 @@ def has_samples(workdir: Path) -> bool:
 
 def _check_finished(workdir: Path) -> None:
     """Raises InputError where orbax would take the checkpoints of a bucket for unfinished ones, and remove them."""
-    if is_remote(workdir) and has_samples(workdir) and not _finished_checkpoints(workdir):
+    if is_remote(workdir) and has_samples(workdir) and not finished(workdir / "checkpoints"):
         raise InputError(
             f"--workdir {workdir}: none of its checkpoints holds {COMMITTED}, the last file of a save in a bucket; "
             "those of a run that was copied from a folder lack it: go on in a folder, or begin a new run"

@@ -14,7 +14,7 @@ from typing import Any
 from igrpo_jax.errors import InputError
 from igrpo_jax.storage.addresses import filesystem, is_remote, path_of, patiently, refusing, written_at
 
-AT_ONCE = 8  # files that are fetched side by side
+AT_ONCE = 8  # files that are fetched or uploaded side by side
 TRIES = 5  # for a file that is replaced while it is fetched
 
 Wanted = Callable[[str], bool]  # takes the name of a file below a folder, such as "samples/step_000001.jsonl"
@@ -31,7 +31,7 @@ def read_bytes(path: Path) -> bytes:
     return patiently(path, filesystem(path).cat_file, str(path)) if is_remote(path) else path.read_bytes()
 
 
-def local(source: str, address: str | Path, wanted: Wanted = lambda name: True) -> Path:
+def local(source: str, address: str | Path, wanted: Wanted = lambda name: True, kind: str = "copies") -> Path:
     """Returns a local path: `address` itself where it is one, else the copy of the file or folder of a bucket.
 
     While something is fetched, a bar on stderr counts bytes.
@@ -39,6 +39,7 @@ def local(source: str, address: str | Path, wanted: Wanted = lambda name: True) 
     Args:
         source: the flag or the field that gives the address, and its value, with which errors begin.
         wanted: which files of a folder are fetched; the copy holds these alone.
+        kind: of the copy: those of one kind do not touch those of another.
 
     Raises:
         InputError: there is nothing at that address, or it cannot be read.
@@ -46,15 +47,31 @@ def local(source: str, address: str | Path, wanted: Wanted = lambda name: True) 
     path = path_of(source, address)
     if not is_remote(path):
         return path
-    copy = kept_in("copies", path)
+    copy = kept_in(kind, path)
     with refusing(source):
         objects = _objects(path, wanted)
         if not objects:
             raise InputError(f"{source}: there is nothing at this address; give another")
         if set(objects) != {""}:
             _remove_others(copy, objects)
-        _fetch(path, copy, objects)
+        _fetch(path, copy, kept_in(f"{kind}_tags", path), objects)
     return copy
+
+
+def note_uploaded(path: Path, kind: str) -> None:
+    """Notes that a folder of a bucket was just uploaded from its copy of this kind, so that `local` does not fetch it.
+
+    Raises:
+        OSError, or another one of `failures`: the bucket does not hold what the copy holds.
+    """
+    copy, tags, objects = kept_in(kind, path), kept_in(f"{kind}_tags", path), _objects(path, lambda name: True)
+    sizes = {file.relative_to(copy).as_posix(): file.stat().st_size for file in copy.rglob("*") if file.is_file()}
+    if wrong := sizes.items() ^ {(name, int(info["size"])) for name, info in objects.items()}:
+        raise OSError(f"{path}: {min(wrong)[0]} is not in the bucket as it was uploaded")
+    for name, info in objects.items():
+        tag = _beside(tags, name)
+        tag.parent.mkdir(parents=True, exist_ok=True)
+        tag.write_text(_tag(info))
 
 
 def _objects(path: Path, wanted: Wanted) -> dict[str, dict[str, Any]]:
@@ -84,8 +101,7 @@ def _tag(info: dict[str, Any]) -> str:
     return f"{info.get('generation') or info.get('ETag') or info.get('etag')} {info['size']}"
 
 
-def _fetch(path: Path, copy: Path, objects: dict[str, dict[str, Any]]) -> None:
-    tags = kept_in("tags", path)
+def _fetch(path: Path, copy: Path, tags: Path, objects: dict[str, dict[str, Any]]) -> None:
     missing = {}
     for name, info in objects.items():
         tag, file = _beside(tags, name), copy / name

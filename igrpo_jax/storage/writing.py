@@ -15,11 +15,12 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 from igrpo_jax.storage.addresses import filesystem, is_remote, patiently
-from igrpo_jax.storage.reading import kept_in, read_bytes
+from igrpo_jax.storage.reading import AT_ONCE, kept_in, read_bytes
 
 EVERY = 10.0  # seconds between two uploads of a file that grows, if nobody asks for one
 _MOST_OF_TIME = 0.1  # share of the time that uploads of a file that grows may take
@@ -78,14 +79,15 @@ def move_tree(folder: Path, target: Path) -> None:
 
 
 def upload_folder(folder: Path, target: Path, last: tuple[str, ...] = ()) -> None:
-    """Copies the files of a local folder into a bucket.
+    """Copies the files of a local folder into a bucket, some side by side.
 
     Args:
         last: names of files that are uploaded after all others, because their presence says that these are there.
     """
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    for file in sorted(files, key=lambda file: file.name in last):
-        upload(file, target / file.relative_to(folder).as_posix())
+    for part in ([file for file in files if (file.name in last) == is_last] for is_last in (False, True)):
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lambda file: upload(file, target / file.relative_to(folder).as_posix()), part))
 
 
 def spool_folder(path: Path) -> Path:

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from igrpo_jax import config as config_lib
 from igrpo_jax.errors import InputError, RunError
-from igrpo_jax.outputs import checkpoint, checksums
+from igrpo_jax.outputs import checkpoint, checkpoint_reading, checksums
 
 
 class State(NamedTuple):
@@ -197,11 +197,11 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
                     score=scores[step],
                 )
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
-    assert checkpoint.saved_step(tmp_path) == 5 and checkpoint.saved_step(tmp_path, 2) == 2
+    assert checkpoint_reading.saved_step(tmp_path) == 5 and checkpoint_reading.saved_step(tmp_path, 2) == 2
     with pytest.raises(InputError, match="holds no checkpoint of step 3; those there are: 2, 4, 5"):
-        checkpoint.saved_step(tmp_path, 3)
+        checkpoint_reading.saved_step(tmp_path, 3)
     with pytest.raises(InputError, match="is not the folder of a run"):
-        checkpoint.saved_step(tmp_path / "none")
+        checkpoint_reading.saved_step(tmp_path / "none")
 
 
 def test_parameters_alone_are_read_onto_another_mesh(tmp_path):
@@ -212,7 +212,7 @@ def test_parameters_alone_are_read_onto_another_mesh(tmp_path):
     abstract = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state.params, shardings(mesh).params
     )
-    params = checkpoint.read_params(tmp_path, 7, abstract)
+    params = checkpoint_reading.read_params(tmp_path, 7, abstract)
     for name, value in state.params.items():
         np.testing.assert_array_equal(params[name], value)
         assert params[name].sharding == abstract[name].sharding
@@ -254,7 +254,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
             store.save(step, state, {"step": step})
     damage(tmp_path / "checkpoints" / "2")
     with pytest.raises(InputError, match="its checkpoint of step 2 can't be used"):
-        checkpoint.read_params(tmp_path, 2, abstract_on(mesh).params)
+        checkpoint_reading.read_params(tmp_path, 2, abstract_on(mesh).params)
     with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
         step, state, meta = store.restore(abstract_on(mesh))
         assert (step, meta) == (1, {"step": 1})

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from igrpo_jax import config as config_lib
 from igrpo_jax import evaluate, export, generate
 from igrpo_jax.errors import InputError, RunError
-from igrpo_jax.outputs import checkpoint
+from igrpo_jax.outputs import checkpoint, checkpoint_reading
 from igrpo_jax.outputs import workdir as workdirs
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.report import __main__ as draw
@@ -65,15 +65,17 @@ def test_a_folder_belongs_to_one_run(folder, bucket):
         workdirs.prepare_workdir(folder / "mine", config)
 
 
-def test_a_run_needs_a_bucket_that_orbax_writes_to(tmp_path):
-    from etils import epath
-
-    with pytest.raises(InputError, match=r"--workdir s3://b/x: orbax writes checkpoints to disks and to gs:// alone"):
-        workdirs.prepare_workdir(epath.Path("s3://b/x"), configured())
+def test_several_processes_need_a_bucket_that_orbax_writes_to(s3_bucket, monkeypatch):
+    monkeypatch.setattr(workdirs.jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match=r"--workdir s3://.*: checkpoints come there from the disk of one machine, "):
+        workdirs.prepare_workdir(path_of("", s3_bucket.address), configured())
+    assert s3_bucket.names() == []
 
 
 @pytest.mark.slow
-def test_compiled_programs_lie_in_a_bucket(bucket):
+@pytest.mark.parametrize("kind", ["bucket", pytest.param("s3_bucket", marks=pytest.mark.proof)])
+def test_compiled_programs_lie_in_a_bucket(kind, request):
+    bucket = request.getfixturevalue(kind)
     code = f"""
 import jax
 from igrpo_jax.distributed.programs import use_disk_cache
@@ -159,7 +161,7 @@ def test_checkpoints_are_kept_and_damaged_ones_set_aside(folder, bucket):
     # A kill leaves a checkpoint without its last file; one that has it may lack another.
     bucket.write("checkpoints/4/state/d/1", "not finished")
     bucket._files.rm_file(bucket / "checkpoints/3/state/manifest.ocdbt")
-    assert checkpoint.saved_step(folder) == 3
+    assert checkpoint_reading.saved_step(folder) == 3
     with checkpoint.Checkpointer(folder, settings) as store:
         step, restored, meta = store.restore(abstract)
     assert step == 2 and meta == {"step": 2}
@@ -171,7 +173,7 @@ def test_checkpoints_are_kept_and_damaged_ones_set_aside(folder, bucket):
         time.sleep(0.1)
     assert rest() == []
     assert any(name.startswith("damaged_checkpoints/3.1/state/") for name in bucket.names())
-    assert checkpoint.saved_step(folder) == 2
+    assert checkpoint_reading.saved_step(folder) == 2
 
 
 def test_a_checkpoint_that_the_bucket_refuses_ends_the_run(folder, bucket):
@@ -187,7 +189,7 @@ def test_a_checkpoint_that_the_bucket_refuses_ends_the_run(folder, bucket):
     with pytest.raises(RunError, match=message):
         store.close()
     bucket.fault()
-    assert checkpoint.saved_step(folder) == 1
+    assert checkpoint_reading.saved_step(folder) == 1
 
 
 @pytest.mark.slow(seconds=15)
@@ -215,9 +217,40 @@ def test_a_run_in_a_bucket_goes_on_and_equals_one_in_a_folder(whole, folder, buc
 
 
 @pytest.mark.proof
-def test_a_run_in_a_bucket_is_drawn_exported_evaluated_and_asked(whole, bucket, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["bucket", "s3_bucket"])
+def test_a_run_in_a_bucket_that_is_stopped_goes_on_elsewhere_and_equals_one_in_a_folder(
+    whole, kind, request, monkeypatch, tmp_path
+):
+    """SIGTERM comes after step 3, at which no checkpoint is due. The second machine has no copies of anything."""
+    inject = """
+def stopped(self, step, *rest):
+    report(self, step, *rest)
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+report, Run.report = Run.report, stopped
+"""
+    bucket, (reference, _) = request.getfixturevalue(kind), whole
+    done = whole_runs.faulty(inject, tmp_path, bucket.address)
+    assert done.returncode == 75, done.stderr
+    assert f"preempted: step 3 of 5 is saved in {bucket.address}; the same command goes on from there" in done.stderr
+    assert "checkpoints/3/commit_success.txt" in bucket.names() and ".lock" not in bucket.names()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another_machine"))
+    assert "resumed after 3" in whole_runs.run(tmp_path, bucket.address)
+    copy, settings = runs.local_copy(bucket.address), whole_runs.settings()
+    whole_runs.check_same_rows(whole_runs.rows(copy), whole_runs.rows(reference))
+    assert whole_runs.samples(copy) == whole_runs.samples(reference)
+    places = (path_of("", bucket.address), reference)
+    mine, theirs = (whole_runs.final_state(path, settings) for path in places)
+    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[name], theirs[name]) for name in mine)
+    steps = {name.split("/")[1] for name in bucket.names() if name.startswith("checkpoints/")}
+    assert {"4", "5"} <= steps and "3" not in steps
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("kind", ["bucket", "s3_bucket"])
+def test_a_run_in_a_bucket_is_drawn_exported_evaluated_and_asked(whole, kind, request, tmp_path, capsys):
     """The same report, the same weights and the same answers as of the run in a folder."""
-    reference, _ = whole
+    bucket, (reference, _) = request.getfixturevalue(kind), whole
     bucket.put(reference)
     elsewhere = f"{bucket.address}_exported"
 

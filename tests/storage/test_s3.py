@@ -10,29 +10,15 @@ from igrpo_jax.storage.addresses import filesystem, names, path_of
 from igrpo_jax.storage.lease import Held, Lease
 from igrpo_jax.storage.writing import Lines, move_tree, remove_tree, write_text
 
-pytest.importorskip("s3fs", reason="s3fs is missing; the extra test brings it")
-moto = pytest.importorskip("moto.server", reason="moto is missing; the extra test brings it")
-
 
 @pytest.fixture
-def folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "none")
+def folder(s3_bucket, monkeypatch):
     monkeypatch.setattr(leases, "RENEWED", 0.1)
     monkeypatch.setattr(leases, "SETTLED", 0.01)
-    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    path = path_of("--workdir X", "s3://bucket/run")
-    filesystem(path).mkdir("s3://bucket")
-    yield path
-    server.stop()
+    return path_of("--workdir X", s3_bucket / "run")
 
 
 def test_what_lies_in_a_bucket_of_s3(folder, monkeypatch):
-    """One test for all of it: s3fs keeps the address of the service for the rest of the process."""
     write_text(folder / "config.json", "{}")
     monkeypatch.setattr(writes, "EVERY", 1e9)
     lines = Lines(folder / "metrics.jsonl", "0\n")
