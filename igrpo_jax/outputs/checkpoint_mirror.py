@@ -17,7 +17,7 @@ from typing import TypeVar
 import jax
 
 from igrpo_jax.outputs.workdir import COMMITTED, finished
-from igrpo_jax.storage.addresses import filesystem, names, patiently
+from igrpo_jax.storage.addresses import filesystem, names, patiently, refusing
 from igrpo_jax.storage.reading import kept_in, local, note_uploaded
 from igrpo_jax.storage.writing import remove_tree, upload_folder, write_text
 
@@ -27,8 +27,13 @@ WRITTEN, READ = "checkpoints", "steps"  # kinds of local copies: that of a run, 
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Returns the steps that are complete in a folder of checkpoints in a bucket, rising."""
-    return sorted(int(name) for name in finished(folder) if name.isdecimal())
+    """Returns the steps that are complete in a folder of checkpoints in a bucket, rising.
+
+    Raises:
+        InputError: the bucket cannot be read.
+    """
+    with refusing(str(folder)):
+        return sorted(int(name) for name in finished(folder) if name.isdecimal())
 
 
 def read_copy(path: Path, step: int, kind: str, read: Callable[[], T]) -> T:
@@ -80,6 +85,8 @@ class Mirror:
     def __init__(self, path: Path):
         self.folder, self.steps = kept_in(WRITTEN, path), set(steps_in(path))
         self._path = path
+        with refusing(str(path)):
+            self._leftovers = {int(name) for name in names(path) if name.isdecimal()} - self.steps
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         for name in names(self.folder) - {str(step) for step in self.steps}:
@@ -116,14 +123,16 @@ class Mirror:
         self.steps.discard(step)
 
     def _push(self) -> None:
-        """Uploads the steps that the bucket lacks, and then removes those that orbax has removed, and leftovers."""
+        """Uploads the steps that the bucket lacks, and then removes those that orbax has removed, and leftovers.
+
+        Steps that were not there at the opening, and are not our own, are those of a run that took this one's place
+        while it was cut off from the bucket: they are let alone.
+        """
         here = {int(name) for name in names(self.folder) if name.isdecimal()}
-        self.steps = set(steps_in(self._path))
         for step in sorted(here - self.steps):
             self._upload(step)
-        for name in names(self._path):
-            if name.isdecimal() and int(name) not in here:
-                self._remove(int(name))
+        for step in (self.steps | self._leftovers) - here:
+            self._remove(step)
 
     def _upload(self, step: int) -> None:
         folder, target = self.folder / str(step), self._path / str(step)
@@ -137,6 +146,7 @@ class Mirror:
     def _remove(self, step: int) -> None:
         target = self._path / str(step)
         self.steps.discard(step)
+        self._leftovers.discard(step)
         with contextlib.suppress(FileNotFoundError):
             patiently(target, filesystem(target).rm_file, str(target / COMMITTED))
         remove_tree(target)

@@ -168,9 +168,21 @@ def patiently(path: Path, function: Callable[P, T], *args: P.args, **kwargs: P.k
 
 
 def _is_transient(error: BaseException) -> bool:
-    code = str(getattr(error, "code", ""))
-    if code.isdecimal():
-        return int(code) in _TRANSIENT or int(code) >= 500
-    if isinstance(error, OSError):
-        return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("requests")
-    return type(error).__module__.startswith(("aiohttp", "gcsfs"))
+    """Returns whether what failed may succeed in a while: a service that is busy or down, or a connection that is."""
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    status = str(getattr(error, "code", "") or _status_of_s3(error))
+    if status.isdecimal():
+        return int(status) in _TRANSIENT or int(status) >= 500
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    if kinds & {"botocore.exceptions.HTTPClientError", "botocore.exceptions.ConnectionError"}:
+        return True
+    return type(error).__module__.startswith(("requests", "aiohttp", "gcsfs"))
+
+
+def _status_of_s3(error: BaseException) -> int | str:
+    """Returns the status of the answer that s3fs has made an OSError of, "" where there is none."""
+    response = getattr(error.__cause__, "response", None)
+    if not isinstance(response, dict):
+        return ""
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode", "")

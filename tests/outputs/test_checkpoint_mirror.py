@@ -139,11 +139,24 @@ def test_a_kill_while_an_old_step_is_removed_leaves_no_checkpoint_without_files(
     assert checkpoint_reading.saved_step(folder) == 3
 
 
+def test_the_steps_of_a_run_that_took_the_place_of_this_one_stay(folder, s3_bucket):
+    """This one was cut off from the bucket for longer than its lock lasts, and notices that before its next save."""
+    with checkpoint.Checkpointer(folder, EVERY_STEP) as store:
+        store.save(1, state(1), {})
+        store.wait()
+        s3_bucket.write("checkpoints/8/state/d/x", "of the other run")
+        s3_bucket.write("checkpoints/9/state/d/x", "of the other run")
+        s3_bucket.write(f"checkpoints/9/{MARKER}", "of the other run")
+        for step in (2, 3):
+            store.save(step, state(step), {})
+    assert steps_of(s3_bucket) == ["2", "3", "8", "9"]
+
+
 def test_an_upload_does_not_hold_up_training_and_comes_after_the_rows(folder, s3_bucket, monkeypatch):
     may_go_on, upload = threading.Event(), checkpoint_mirror.upload_folder
 
     def slow(*args):
-        may_go_on.wait()
+        may_go_on.wait(5)
         upload(*args)
 
     monkeypatch.setattr(checkpoint_mirror, "upload_folder", slow)
@@ -196,10 +209,11 @@ def test_a_damaged_checkpoint_is_set_aside_in_the_bucket(folder, s3_bucket):
     s3_bucket.write("checkpoints/2/meta/metadata", "{")
     with pytest.raises(InputError, match=r"its checkpoint of step 2 can't be used"):
         checkpoint_reading.read_params(folder, 2, abstract()["params"])
-    assert restored(folder) == 1
-    assert steps_of(s3_bucket) == ["1"]
-    assert s3_bucket.read("damaged_checkpoints/2.1/meta/metadata") == "{"
-    saved(folder, 2)
+    with checkpoint.Checkpointer(folder, EVERY_STEP) as store:
+        assert store.restore(abstract())[0] == 1
+        assert steps_of(s3_bucket) == ["1"]
+        assert s3_bucket.read("damaged_checkpoints/2.1/meta/metadata") == "{"
+        assert store.save(2, state(2), {"step": 2})
     assert restored(folder) == 2
 
 
@@ -227,6 +241,9 @@ def test_a_bucket_that_cannot_be_read_damages_nothing(folder, s3_bucket, monkeyp
         patch.setattr(reading, "_objects", refuse)
         with pytest.raises(InputError, match=r"checkpoints/2: cannot be read \(Access Denied\)"):
             store.restore(abstract())
+        patch.setattr(checkpoint_mirror, "finished", refuse)
+        with pytest.raises(InputError, match=r"checkpoints: cannot be read \(Access Denied\)"):
+            checkpoint_reading.saved_step(folder)
     assert restored(folder) == 2
 
 

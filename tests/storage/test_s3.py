@@ -3,8 +3,8 @@
 import pytest
 from model_files import error_of
 
+from igrpo_jax.storage import addresses, reading
 from igrpo_jax.storage import lease as leases
-from igrpo_jax.storage import reading
 from igrpo_jax.storage import writing as writes
 from igrpo_jax.storage.addresses import filesystem, names, path_of
 from igrpo_jax.storage.lease import Held, Lease
@@ -49,3 +49,36 @@ def test_what_lies_in_a_bucket_of_s3(folder, monkeypatch):
     assert names(folder) == set() and names(folder.parent / "moved") == {"config.json"}
     remove_tree(folder.parent / "moved")
     assert "there is nothing at this address" in error_of(reading.local, "--model X", str(folder.parent / "moved"))
+
+
+def test_an_outage_that_s3fs_gives_up_on_is_waited_for(folder, monkeypatch):
+    """As s3fs reports it: answers become errors of the system, what happens to connections stays."""
+    from aiohttp import ClientOSError
+    from botocore import exceptions
+    from s3fs.errors import translate_boto_error
+
+    def answer(status, code):
+        response = {"Error": {"Code": code, "Message": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        return translate_boto_error(exceptions.ClientError(response, "PutObject"))
+
+    busy = [answer(503, "SlowDown"), answer(500, "InternalError"), answer(400, "RequestTimeout"), answer(429, "Busy")]
+    cut = [
+        exceptions.EndpointConnectionError(endpoint_url="x"),
+        exceptions.ReadTimeoutError(endpoint_url="x"),
+        ClientOSError(104, "Connection reset by peer"),
+    ]
+    errors = busy + cut
+
+    def write():
+        if errors:
+            raise errors.pop()
+        return "there"
+
+    waited = []
+    monkeypatch.setattr(addresses.time, "sleep", waited.append)
+    assert addresses.patiently(folder, write) == "there" and len(waited) == 7
+    for refused in (answer(403, "AccessDenied"), answer(404, "NoSuchBucket"), exceptions.NoCredentialsError()):
+        errors.append(refused)
+        with pytest.raises(type(refused)):
+            addresses.patiently(folder, write)
+    assert len(waited) == 7
