@@ -54,6 +54,21 @@ class Faults:
             return self.fault
 
 
+class Objects(Storage):
+    """The emulator's storage without what makes each request take longer than the last: a file of all that there is,
+    written anew with every object, and deleted objects that are kept."""
+
+    def _write_config_to_file(self) -> None:
+        pass
+
+    def _bucket_soft_delete_retention_seconds(self, bucket_name: str) -> int:
+        return 0
+
+
+class Service(server.ThreadingHTTPServer):
+    request_queue_size = 128  # connections that wait: a checkpoint opens dozens at once, and 5 is the default
+
+
 class Handler(RequestHandler):
     """Answers one request after another: the emulator's storage is not made for threads."""
 
@@ -160,10 +175,10 @@ class _Again:
 
 
 def main() -> None:
-    storage = Storage(data_dir=sys.argv[1])
+    storage = Objects(data_dir=sys.argv[1])
     if BUCKET not in storage.buckets:
         buckets.create_bucket(BUCKET, storage)
-    service = server.ThreadingHTTPServer(("localhost", 0), partial(Handler, storage))
+    service = Service(("localhost", 0), partial(Handler, storage))
     print(f"http://localhost:{service.server_port}", flush=True)
     service.serve_forever()
 
