@@ -32,7 +32,8 @@ def get_config():
     c.algorithm.num_drafts, c.algorithm.num_generations = 2, 2
     c.learner.minibatches, c.learner.microbatch_sizes = 2, (1.0,)  # each size is a program to compile
     c.rollout.max_completion_length, c.rollout.slots, c.rollout.temperature = 24, 2, 0.7
-    c.rewards.workers = 1  # each takes a second to start
+    # A worker takes a second to start. On a machine that is busy an answer may wait for longer than the default.
+    c.rewards.workers, c.rewards.timeout = 1, 60.0
     c.optimizer.learning_rate = 1e-2
     c.evaluation.every, c.evaluation.benchmarks = 2, ("arithmetic",)
     c.checkpoint.every, c.checkpoint.keep, c.checkpoint.best_metric = 2, 2, "eval/arithmetic/pass@1"

@@ -11,6 +11,7 @@
 Each function takes a local path too, and then simply writes there.
 """
 
+import contextlib
 import os
 import shutil
 import time
@@ -63,7 +64,8 @@ def remove_tree(folder: Path) -> None:
         return
     service = filesystem(folder)
     if found := patiently(folder, service.find, str(folder)):
-        patiently(folder, service.rm, found)
+        with contextlib.suppress(FileNotFoundError):  # another removes them too, as orbax does with what is unfinished
+            patiently(folder, service.rm, found)
 
 
 def move_tree(folder: Path, target: Path) -> None:
@@ -75,7 +77,7 @@ def move_tree(folder: Path, target: Path) -> None:
     root, names = service._strip_protocol(str(folder)), patiently(folder, service.find, str(folder))
     for name in names:
         patiently(folder, service.cp_file, name, service._strip_protocol(str(target)) + name.removeprefix(root))
-    patiently(folder, service.rm, names)
+    remove_tree(folder)
 
 
 def upload_folder(folder: Path, target: Path, last: tuple[str, ...] = ()) -> None:

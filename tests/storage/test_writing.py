@@ -75,6 +75,22 @@ def test_folders_are_moved_and_removed(folder, bucket):
     assert bucket.names() == ["checkpoints/30/meta"]
 
 
+def test_what_another_has_removed_meanwhile_is_removed(folder, bucket, monkeypatch):
+    bucket.write("checkpoints/3/meta", "x")
+    service = addresses.filesystem(folder)
+    find = service.find
+
+    def late(path):
+        found = find(path)
+        bucket.remove("checkpoints/3/meta")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service, "find", late)
+        remove_tree(folder / "checkpoints/3")
+    assert bucket.names() == []
+
+
 @pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429}, {"drop": True}, {"seconds": 0.5}], ids=str)
 def test_what_fails_for_now_is_written_in_the_end(folder, bucket, fault):
     bucket.fault(times=1, method="POST", **fault)
