@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -192,6 +193,16 @@ def test_a_checkpoint_that_the_bucket_refuses_ends_the_run(folder, bucket):
     assert checkpoint_reading.saved_step(folder) == 1
 
 
+def check_equal(bucket, reference):
+    """The run in a bucket has the rows, samples and last state of the run in a folder."""
+    copy, settings = runs.local_copy(bucket.address), whole_runs.settings()
+    whole_runs.check_same_rows(whole_runs.rows(copy), whole_runs.rows(reference))
+    assert whole_runs.samples(copy) == whole_runs.samples(reference)
+    places = (path_of("", bucket.address), reference)
+    mine, theirs = (whole_runs.final_state(path, settings) for path in places)
+    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[name], theirs[name]) for name in mine)
+
+
 @pytest.mark.slow(seconds=15)
 def test_a_run_in_a_bucket_goes_on_and_equals_one_in_a_folder(whole, folder, bucket, tmp_path):
     reference, _ = whole
@@ -205,14 +216,9 @@ def test_a_run_in_a_bucket_goes_on_and_equals_one_in_a_folder(whole, folder, buc
     bucket.put(tmp_path / "run")
     printed = whole_runs.run(tmp_path, bucket.address)
     assert "resumed after 4" in printed and f"checkpoints             {bucket.address}/checkpoints" in printed
-    settings = whole_runs.settings()
-    copy = runs.local_copy(bucket.address)
-    whole_runs.check_same_rows(whole_runs.rows(copy), whole_runs.rows(reference))
-    assert whole_runs.samples(copy) == whole_runs.samples(reference)
-    mine, theirs = (whole_runs.final_state(path, settings) for path in (folder, reference))
-    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[name], theirs[name]) for name in mine)
+    check_equal(bucket, reference)
     assert ".lock" not in bucket.names() and ending.FILE in bucket.names()
-    (run,) = runs.read([copy])
+    (run,) = runs.read([runs.local_copy(bucket.address)])
     assert run.steps == [1, 2, 3, 4, 5] and run.notes == []
 
 
@@ -236,14 +242,31 @@ report, Run.report = Run.report, stopped
     assert "checkpoints/3/commit_success.txt" in bucket.names() and ".lock" not in bucket.names()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another_machine"))
     assert "resumed after 3" in whole_runs.run(tmp_path, bucket.address)
-    copy, settings = runs.local_copy(bucket.address), whole_runs.settings()
-    whole_runs.check_same_rows(whole_runs.rows(copy), whole_runs.rows(reference))
-    assert whole_runs.samples(copy) == whole_runs.samples(reference)
-    places = (path_of("", bucket.address), reference)
-    mine, theirs = (whole_runs.final_state(path, settings) for path in places)
-    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[name], theirs[name]) for name in mine)
+    check_equal(bucket, reference)
     steps = {name.split("/")[1] for name in bucket.names() if name.startswith("checkpoints/")}
     assert {"4", "5"} <= steps and "3" not in steps
+
+
+@pytest.mark.proof
+def test_a_run_that_is_killed_before_the_last_file_of_an_upload_goes_on_from_the_step_before(
+    whole, s3_bucket, tmp_path
+):
+    """Its own local folder has the step that the bucket lacks, which is dropped."""
+    inject = """
+from igrpo_jax.outputs import checkpoint_mirror
+def killed(path, text):
+    if path.parent.name == "4":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, text)
+write, checkpoint_mirror.write_text = checkpoint_mirror.write_text, killed
+"""
+    done = whole_runs.faulty(inject, tmp_path, s3_bucket.address)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = {name for name in s3_bucket.names() if name.startswith("checkpoints/4/")}
+    assert left and "checkpoints/4/commit_success.txt" not in left
+    assert "resumed after 2" in whole_runs.run(tmp_path, s3_bucket.address)
+    check_equal(s3_bucket, whole[0])
+    assert {"checkpoints/4/commit_success.txt", "checkpoints/5/commit_success.txt"} <= set(s3_bucket.names())
 
 
 @pytest.mark.proof

@@ -75,6 +75,17 @@ def test_folders_are_moved_and_removed(folder, bucket):
     assert bucket.names() == ["checkpoints/30/meta"]
 
 
+def test_the_file_that_says_that_all_are_there_is_uploaded_last(folder, bucket, tmp_path, monkeypatch):
+    (tmp_path / "export" / "parts").mkdir(parents=True)
+    for name in ("config.json", "parts/1.bin", "parts/2.bin", "weights.bin"):
+        (tmp_path / "export" / name).write_text(name)
+    uploaded, upload = [], writes.upload
+    monkeypatch.setattr(writes, "upload", lambda file, path: upload(file, path) or uploaded.append(file.name))
+    writes.upload_folder(tmp_path / "export", folder, last=("config.json",))
+    assert sorted(uploaded[:3]) == ["1.bin", "2.bin", "weights.bin"] and uploaded[3:] == ["config.json"]
+    assert bucket.names() == ["config.json", "parts/1.bin", "parts/2.bin", "weights.bin"]
+
+
 def test_what_another_has_removed_meanwhile_is_removed(folder, bucket, monkeypatch):
     bucket.write("checkpoints/3/meta", "x")
     service = addresses.filesystem(folder)
