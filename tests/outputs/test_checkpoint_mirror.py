@@ -64,6 +64,7 @@ def steps_of(bucket):
     return sorted({name.split("/")[1] for name in bucket.names() if name.startswith("checkpoints/")})
 
 
+@pytest.mark.slow
 def test_the_bucket_has_what_the_folder_has_and_each_is_fetched_where_it_is_not(
     folder, s3_bucket, fetched, monkeypatch, tmp_path
 ):
@@ -204,6 +205,7 @@ def flipped(data):
     return bytes([data[0] ^ 1]) + data[1:]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_in_the_bucket(folder, s3_bucket):
     saved(folder, 1, 2)
     s3_bucket.write("checkpoints/2/meta/metadata", "{")
