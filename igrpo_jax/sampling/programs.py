@@ -166,7 +166,6 @@ class SamplerPrograms:
                 partial(run, steps=sizes.steps_per_dispatch, reads_pages=self.in_place),
                 donate_argnums=1,
                 out_shardings=(self._state_sharding, self._status_sharding),
-                compiler_options=decode_options(self._mesh.devices.flat[0].platform),
             ),
             lambda rows, read: (self.weights, self.state, self._rows(rows, read), _abstract_sampling()),
             self._mesh,
@@ -228,15 +227,6 @@ class SamplerPrograms:
 
     def _ints(self, *size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self._shards, *size), jnp.int32, sharding=self.batch_sharding)
-
-
-def decode_options(platform: str) -> dict[str, str]:
-    """Returns compiler options for decoding on `platform` ("cpu", "gpu", "tpu").
-
-    TPUs' compiler looks for what it can move out of the loop over tokens. In 28 layers it finds hardly anything, but
-    its search may take half a minute or hours, depending on no more than the line numbers in the program.
-    """
-    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if platform == "tpu" else {}
 
 
 def weight_shardings(cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
