@@ -46,6 +46,12 @@ def make(traced=None):
     )
 
 
+def test_an_operation_names_a_line_and_not_the_calls_that_led_to_it():
+    """With these XLA for TPUs may compile for ever."""
+    text = make()[0].lower(2).as_text(debug_info=True)
+    assert f'loc("{__file__}":' in text and "callsite" not in text
+
+
 def test_a_program_is_called_as_its_function():
     """Each shape has its own result; a shape that was not listed is compiled when it is first asked for."""
     traced = []
