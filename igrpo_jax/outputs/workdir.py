@@ -123,7 +123,7 @@ def _check_finished(workdir: Path) -> None:
     if is_remote(workdir) and has_samples(workdir) and not finished(workdir / "checkpoints"):
         raise InputError(
             f"--workdir {workdir}: none of its checkpoints holds {COMMITTED}, the last file of a save in a bucket; "
-            "those of a run that was copied from a folder lack it: go on in a folder, or begin a new run"
+            "those of a run that was copied from a folder may lack it: go on in a folder, or begin a new run"
         )
 
 

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import Cost, Program, tree_bytes
 
+TILE = 16  # rows of bfloat16 that lie together in a TPU's memory
 SPLIT = "split"  # devices of a group of the sampler that are neighbours on the axis fsdp of the training
 
 
@@ -50,7 +51,7 @@ class RowSync:
         self._way = [sharding.param_sharding(mesh, path), *between(mesh, copy.mesh, path), copy]
         self._blocks = math.lcm(*(shape[0] // way.shard_shape(shape)[0] for way in self._way))
         self._rows = shape[0] // self._blocks
-        self._taken = -(-self._rows // pieces)
+        self._taken = min(self._rows, -(-self._rows // pieces // TILE) * TILE)
         self._starts = range(0, self._rows, self._taken)  # the last piece begins earlier where it would be shorter
         self._empty = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=copy)
         self._fill = jax.jit(self._filled, out_shardings=copy, donate_argnums=0)
@@ -74,13 +75,22 @@ class RowSync:
     def _filled(self, copy: jax.Array, x: jax.Array, start: jax.Array) -> jax.Array:
         """Returns `copy` with the rows from `start` on of each block of `x`."""
         start = jnp.minimum(start, self._rows - self._taken)
-        in_blocks = lambda y: y.reshape(self._blocks, self._rows, *y.shape[1:])
-        piece = jax.lax.dynamic_slice_in_dim(in_blocks(x), start, self._taken, axis=1).astype(copy.dtype)
-        piece = piece.reshape(-1, *x.shape[1:])
+        in_blocks = lambda y: y.reshape(self._blocks, -1, *y.shape[1:])
+        piece = self._taken_from(x, start).astype(copy.dtype)
         for way in self._way:
             piece = jax.lax.with_sharding_constraint(piece, way)
-        piece = piece.reshape(self._blocks, self._taken, *x.shape[1:])
-        return jax.lax.dynamic_update_slice_in_dim(in_blocks(copy), piece, start, axis=1).reshape(x.shape)
+        return jax.lax.dynamic_update_slice_in_dim(in_blocks(copy), in_blocks(piece), start, axis=1).reshape(x.shape)
+
+    def _taken_from(self, x: jax.Array, start: jax.Array) -> jax.Array:
+        """Returns the rows from `start` on of each block of `x`, one block after another.
+
+        Each block of a device is sliced by itself: in a reshape of all blocks the compiler may copy the matrix.
+        """
+        shards = x.shape[0] // self._way[0].shard_shape(x.shape)[0]
+        of_shards = x.reshape(shards, -1, *x.shape[1:])
+        first = range(0, of_shards.shape[1], self._rows)
+        taken = [jax.lax.dynamic_slice_in_dim(of_shards, row + start, self._taken, axis=1) for row in first]
+        return jnp.stack(taken, axis=1).reshape(-1, *x.shape[1:])
 
 
 def between(mesh: jax.sharding.Mesh, sampler: jax.sharding.Mesh, path: str) -> list[NamedSharding]:

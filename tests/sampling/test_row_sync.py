@@ -9,7 +9,7 @@ from igrpo_jax.distributed import sharding, teams
 from igrpo_jax.distributed.programs import tree_bytes
 from igrpo_jax.sampling.row_sync import RowSync
 
-SHAPES = {"embedding": (208, 64), "lm_head": (64, 208)}
+SHAPES = {"embedding": (1664, 512), "lm_head": (512, 1664)}
 # data, fsdp and tensor of the training, and the devices of a group of the sampler
 MESHES = [
     ((1, 8, 1), 4),
@@ -36,7 +36,7 @@ def trained(path: str, shape: tuple[int, int], sizes: tuple[int, int, int]) -> j
 @pytest.mark.parametrize("path", SHAPES)
 @pytest.mark.parametrize(("sizes", "group"), MESHES)
 def test_the_copy_has_every_row(path, sizes, group):
-    """Three pieces divide no block evenly, so that the last one covers rows of the one before."""
+    """Three pieces divide a block unevenly, so that the last one covers rows of the one before."""
     shape = SHAPES[path]
     values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     copied = sync_of(path, shape, sizes, group, 3)(jax.device_put(values, trained(path, shape, sizes).sharding))
