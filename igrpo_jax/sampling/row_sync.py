@@ -63,7 +63,7 @@ class RowSync:
             copy = self._fill(copy, x, np.int32(start))
         return copy
 
-    def program(self, x: jax.ShapeDtypeStruct) -> "SyncProgram":
+    def program(self, x: jax.ShapeDtypeStruct) -> SyncProgram:
         """Returns the program that fills one piece from the abstract matrix `x`; its only shape is the path."""
         start = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self._mesh))
         arguments, held, calls = (self._whole, x, start), tree_bytes([x, self._whole]), len(self._starts)

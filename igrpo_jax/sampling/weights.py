@@ -90,7 +90,7 @@ class WeightSync:
         return tree_bytes(jax.ShapeDtypeStruct(self._shapes[path], self._dtype, sharding=self._shardings[path]))
 
     def _pieces(self, path: str) -> int:
-        """Returns in how many pieces, none larger than the largest weight of a sublayer, a parameter is exchanged."""
+        """Returns in how many pieces, each about as large as a sublayer's largest weight, a parameter is exchanged."""
         trained = sharding.param_sharding(self._mesh, path)
         is_exchanged = not self._shardings[path].is_equivalent_to(trained, len(self._shapes[path]))
         if _part(path) != path or not is_exchanged:
