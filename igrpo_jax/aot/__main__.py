@@ -12,15 +12,14 @@ It cannot show how near a chip comes to its published peaks, what its links deli
 
 import functools
 import json
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
 from igrpo_jax import cli
 from igrpo_jax.aot.progress import Progress
+from igrpo_jax.aot.slices import topology
 from igrpo_jax.config import Config
 from igrpo_jax.distributed.chips import size
-from igrpo_jax.errors import InputError
 
 if TYPE_CHECKING:
     from igrpo_jax.aot.footprint import Footprint, ProgramFootprint
@@ -32,8 +31,6 @@ FLAGS = {
 }
 DOES_NOT_FIT = 3  # exit code
 PRACTICAL = 1 / 3  # mean length of completions over the limit, as math problems with a generous limit have it
-# Chips of a host where they are not 2 x 2: slices of v5e and v6e that are one host.
-HOSTS = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}
 
 # Columns of the table of programs.
 COLUMNS = (
@@ -76,39 +73,6 @@ def compiled(config: Config, slice_name: str | None, slices: int, progress: Prog
     progress.message("\n".join(head(run)))
     footprint.build(run, progress)
     return run
-
-
-def topology(name: str | None, slices: int = 1) -> list:
-    """Returns the devices of `slices` slices, which need not exist here; without a name, the devices of this machine.
-
-    Raises:
-        InputError: libtpu is not installed, or knows no such slices.
-    """
-    if name is None and slices > 1:
-        raise InputError(f"--slices {slices}: of what? Give --topology too, such as --topology v5p:2x2x2")
-    if name is None:
-        import jax
-
-        return jax.devices()
-    # None of these chips is in this machine. Without these variables libtpu would look for them, ask the cloud about
-    # the machine (any answer will do), and keep other processes from compiling meanwhile.
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-16"}
-    os.environ.update(quiet | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
-    try:
-        import libtpu  # noqa: F401
-    except ImportError as error:
-        fix = 'pip install "igrpo-jax[tpu]"'
-        raise InputError(f"--topology {name}: needs the compiler of TPUs, libtpu; {fix}") from error
-    import jax
-    from jax.experimental import topologies
-
-    try:
-        host = {"chips_per_host_bounds": HOSTS[layout]} if (layout := name.rpartition(":")[2]) in HOSTS else {}
-        several = {"num_slices": slices} if slices > 1 else {}
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **host, **several).devices)
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        message = str(error).splitlines()[0][:200]
-        raise InputError(f"--topology {name}: {message}; give a slice such as v5e:1x1, v6e:2x4 or v5p:2x2x2") from error
 
 
 def head(footprint: "Footprint") -> list[str]:
@@ -194,7 +158,7 @@ def advice(footprint: "Footprint") -> list[str]:
     lines = []
     if fullest in (training.accumulate, training.rescore):
         lines = _advise_update(config)
-    elif fullest in tuple(footprint.engine.programs):
+    elif fullest in tuple(footprint.sampler):
         lines = _advise_rollout(footprint)
     if sizes["data"] > 1:
         lines.append(f"mesh.fsdp = {sizes['fsdp']}: a larger one, in the place of mesh.data, splits the training state")
@@ -220,7 +184,7 @@ def _advise_update(config: Config) -> list[str]:
 
 def _advise_rollout(footprint: "Footprint") -> list[str]:
     config, sizes, fullest = footprint.config, footprint.engine.sizes, footprint.fullest
-    page = footprint.engine.programs.costs.token_bytes * sizes.page_size
+    page = footprint.sampler.costs.token_bytes * sizes.page_size
     over = fullest.total + footprint.code - footprint.chip.hbm_bytes
     most = 0 if fullest.refused or not page else int(sizes.pages - over / page)
     lines = []

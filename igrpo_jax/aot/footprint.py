@@ -24,6 +24,7 @@ import jax
 
 from igrpo_jax.aot.collectives import OVER_DCN, Traffic, collectives
 from igrpo_jax.aot.progress import Progress
+from igrpo_jax.aot.slices import alone
 from igrpo_jax.config import Config, ModelConfig
 from igrpo_jax.data.prompts import most_overhead
 from igrpo_jax.distributed import chips, sharding
@@ -32,12 +33,13 @@ from igrpo_jax.distributed.programs import Cost, Program
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import planning
 from igrpo_jax.learning.learner import Learner
-from igrpo_jax.models import hf_files
+from igrpo_jax.models import heads, hf_files
 from igrpo_jax.models.config import DecoderConfig, from_hf
 from igrpo_jax.models.policy import fit_to_mesh, open_policy
 from igrpo_jax.models.shapes import SHAPES
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.pages import pages_for
+from igrpo_jax.sampling.programs import SamplerPrograms
 from igrpo_jax.sampling.row_sync import SyncProgram
 from igrpo_jax.session import overview
 from igrpo_jax.session.task import check_context, sampler
@@ -93,6 +95,7 @@ class Footprint:
     cfg: DecoderConfig
     learner: Learner
     engine: Engine
+    sampler: SamplerPrograms  # of one team of processes
     syncs: list[SyncProgram]  # what makes the rollout copy of the weights
     max_context: int  # tokens of the longest q or q'
     programs: list[ProgramFootprint] = field(default_factory=list)
@@ -183,6 +186,7 @@ class Footprint:
     def _sampling(self, stage: str, context: int, samples: int, length: int) -> dict[str, tuple[float, str]]:
         """Returns `least` of prefilling and decoding `samples` completions of `length` tokens of each prompt."""
         engine, prompts, shards = self.engine, self.config.prompts_per_step, self.engine.groups
+        programs = self.sampler
         completions = -(-prompts * samples // shards)  # of a shard
         if not completions:
             return {}
@@ -191,15 +195,15 @@ class Footprint:
         rows = min(completions, engine.shard_slots, max(1, engine.sizes.pages // held))
         is_longest = length == self.config.rollout.max_completion_length
         steps = (-(-completions // rows) if is_longest else completions / rows) * length
-        costs, prefill = engine.programs.costs, engine.programs.prefill
+        costs, prefill = programs.costs, programs.prefill
         read = context + length / 2
         # `collectives` counts the decode loop once, since its length is not known: `received` is that of one token.
-        token, bound = self.least(costs.decode(rows, read), self.received(engine.programs.decode))
+        token, bound = self.least(costs.decode(rows, read), self.received(programs.decode))
         token = max(
             token, costs.decode_seconds(self.chip, rows, read)
         )  # with the time that devices wait for reductions
         own = -(-prompts // shards)
-        chunks = -(-own * context // engine.programs.chunks[-1])
+        chunks = -(-own * context // programs.chunks[-1])
         return {
             f"prefill of {stage}": self.least(costs.prefill(context) * own, self.received(prefill) * chunks),
             f"decoding of {stage}": (token * steps, bound),
@@ -271,7 +275,15 @@ def prepare(config: Config, devices: list) -> Footprint:
     memory = int(chip.hbm_bytes) - overview.resting_bytes(config, mesh, learner)
     engine = sampler(config, cfg, mesh, (cfg.vocab_size - 1,), max_context, evaluated, memory)
     syncs = engine.sync.programs(learner.abstract_policy())
-    return Footprint(config, chip, mesh, cfg, learner, engine, syncs, max_context)
+    return Footprint(config, chip, mesh, cfg, learner, engine, _of_team(engine, cfg, mesh), syncs, max_context)
+
+
+def _of_team(engine: Engine, cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> SamplerPrograms:
+    """Returns the sampler's programs, compiled for the chips of one team as if no others were there."""
+    if engine.mesh.size == mesh.size:
+        return engine.programs
+    cfg, own = heads.spread_config(cfg, engine.tensor), alone(engine.mesh)
+    return SamplerPrograms(cfg, own, tuple(engine.eos_ids), engine.dtype, engine.sizes)
 
 
 def build(footprint: Footprint, progress: Progress) -> None:
@@ -295,7 +307,7 @@ def build(footprint: Footprint, progress: Progress) -> None:
 
 def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
     """Returns, for each program of a run, the bytes that lie on each device beside its arguments while it runs."""
-    learner, engine = footprint.learner.programs, footprint.engine.programs
+    learner, sampler = footprint.learner.programs, footprint.sampler
     training = learner.waiting_bytes
     resting = overview.resting_bytes(footprint.config, footprint.mesh, footprint.learner)
     weights = footprint.engine.weight_bytes
@@ -305,11 +317,11 @@ def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
         learner.apply: training.apply,
         # The arguments are a part of the training state, and the output is one of the weights.
         **{sync.program: resting + weights - sync.held for sync in footprint.syncs},
-        engine.empty: resting + weights,
-        engine.harvest: resting + weights,
-        engine.fork: resting + weights,
-        engine.prefill: resting,
-        engine.decode: resting,
+        sampler.empty: resting + weights,
+        sampler.harvest: resting + weights,
+        sampler.fork: resting + weights,
+        sampler.prefill: resting,
+        sampler.decode: resting,
     }
 
 

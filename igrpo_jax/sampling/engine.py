@@ -52,7 +52,7 @@ class Start(NamedTuple):
 class Engine:
     """Compiled programs and static sizes; the state itself is passed in and donated.
 
-    It samples on a mesh of its own over the devices of the run (`teams.sampler_mesh`), to which `weights` brings the
+    It samples on a mesh of its own over the devices of the run (`layout.sampler_mesh`), to which `weights` brings the
     weights. Where that needs more key and value heads than the model has, it samples with copies of them
     (`models.heads`). On several processes each team of them has its part of this mesh and of the slots, and no team
     waits for another while it samples. Within a team the leader calls the methods, and the others `follow`.

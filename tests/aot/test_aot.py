@@ -243,6 +243,14 @@ def test_a_group_of_two_hosts_is_one_team_of_neighbours(name, spread):
     assert teams.team_mesh(whole, team).size == 8
 
 
+def test_a_team_that_is_a_part_of_the_slice():
+    """libtpu aborts the process where it gets the chips of a team as a part of a larger slice."""
+    made = footprint.prepare(whole_runs.settings(**SETTINGS), aot.topology("v5e:4x4"))
+    assert made.engine.mesh.size == 4 < made.mesh.size
+    assert made.sampler is not made.engine.programs
+    assert collectives(made.sampler.fork.compile().as_text(), 4)
+
+
 @pytest.mark.slow
 def test_between_slices_goes_the_gradient_alone():
     """With a weight that is split within each of two slices, and a batch over both: one float32 sum of its shards."""

@@ -1,0 +1,83 @@
+"""Describes slices of TPUs that need not be there, so that libtpu, the compiler of TPUs, compiles programs for them.
+
+jax is imported by the functions, because the variables that it reads are set here.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from igrpo_jax.distributed import chips
+from igrpo_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import jax
+
+# Chips of a host where they are not 2 x 2: slices of v5e and v6e that are one host.
+HOSTS = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}
+# None of the chips is in this machine. Without these variables libtpu would look for them, ask the cloud about the
+# machine (any answer will do), and keep other processes from compiling meanwhile.
+QUIET = {
+    **{"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-16"},
+    **{"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+}
+
+
+def topology(name: str | None, slices: int = 1) -> "list[jax.Device]":
+    """Returns the devices of `slices` slices, which need not exist here; without a name, the devices of this machine.
+
+    Raises:
+        InputError: libtpu is not installed, or knows no such slices.
+    """
+    if name is None and slices > 1:
+        raise InputError(f"--slices {slices}: of what? Give --topology too, such as --topology v5p:2x2x2")
+    if name is None:
+        import jax
+
+        return jax.devices()
+    layout = name.rpartition(":")[2]
+    host = {"chips_per_host_bounds": HOSTS[layout]} if layout in HOSTS else {}
+    several = {"num_slices": slices} if slices > 1 else {}
+    return _described(name, **host, **several)
+
+
+def alone(mesh: "jax.sharding.Mesh") -> "jax.sharding.Mesh":
+    """Returns a mesh like `mesh` over a described slice that has no other chips than those of `mesh`.
+
+    libtpu (0.0.42) aborts when it compiles for some chips of a described slice whose numbers are not the first of all,
+    and has collectives among them. A team of processes samples on such chips. Where they do not fill a box, `mesh`
+    itself is returned.
+    """
+    import jax
+
+    devices = mesh.devices.ravel().tolist()
+    places = np.array([device.coords for device in devices])
+    first, box = places.min(0), np.ptp(places, axis=0) + 1
+    if box.prod() != mesh.size:
+        return mesh
+    host = np.ptp([device.coords for device in devices if device.process_index == devices[0].process_index], axis=0) + 1
+    kind = chips.of(devices[0].device_kind).name
+    shape = box if kind == "v5p" else box[:2]
+    described = _described(f"{kind}:{'x'.join(map(str, shape))}", chips_per_host_bounds=tuple(host.tolist()))
+    at = {tuple(device.coords): device for device in described}
+    same = np.array([at[tuple(place)] for place in (places - first).tolist()])
+    return jax.sharding.Mesh(same.reshape(mesh.devices.shape), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def _described(name: str, **settings: Any) -> "list[jax.Device]":
+    """Returns the devices that libtpu describes. Raises InputError where it is missing or refuses."""
+    os.environ.update(QUIET)
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        fix = 'pip install "igrpo-jax[tpu]"'
+        raise InputError(f"--topology {name}: needs the compiler of TPUs, libtpu; {fix}") from error
+    import jax
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **settings).devices)
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        message = str(error).splitlines()[0][:200]
+        raise InputError(f"--topology {name}: {message}; give a slice such as v5e:1x1, v6e:2x4 or v5p:2x2x2") from error
