@@ -21,9 +21,9 @@ import jax
 from igrpo_jax.distributed import watchdog
 from igrpo_jax.storage.addresses import path_of
 
-# Each operation names one line of Python, not the calls that led to it. XLA for TPUs (libtpu 0.0.42) looks these up in
-# a wrong table while it looks for the trip count of a loop, and does not end where that table happens to have a circle.
-jax.config.update("jax_include_full_tracebacks_in_locations", False)
+# Operations name the scopes that they are in, and no lines of Python. XLA for TPUs (libtpu 0.0.42) looks lines up in a
+# wrong table while it looks for the trip count of a loop, and does not end where that table happens to have a circle.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 Shape = tuple[Hashable, ...]  # what tells the compiled programs of one kind apart, such as (rows, positions to read)
 ShowWait = Callable[[str], contextlib.AbstractContextManager]  # gets the title of the program that is waited for
