@@ -75,22 +75,29 @@ class RowSync:
     def _filled(self, copy: jax.Array, x: jax.Array, start: jax.Array) -> jax.Array:
         """Returns `copy` with the rows from `start` on of each block of `x`."""
         start = jnp.minimum(start, self._rows - self._taken)
-        in_blocks = lambda y: y.reshape(self._blocks, -1, *y.shape[1:])
         piece = self._taken_from(x, start).astype(copy.dtype)
         for way in self._way:
             piece = jax.lax.with_sharding_constraint(piece, way)
-        return jax.lax.dynamic_update_slice_in_dim(in_blocks(copy), in_blocks(piece), start, axis=1).reshape(x.shape)
+        # As they are taken, block by block: the compiler may have laid the copy out by columns.
+        of_shards = self._of_shards(copy, self._way[-1])
+        pieces = piece.reshape(len(of_shards), -1, self._taken, *x.shape[1:])
+        for i, row in enumerate(range(0, of_shards.shape[1], self._rows)):
+            of_shards = jax.lax.dynamic_update_slice_in_dim(of_shards, pieces[:, i], row + start, axis=1)
+        return of_shards.reshape(x.shape)
 
     def _taken_from(self, x: jax.Array, start: jax.Array) -> jax.Array:
         """Returns the rows from `start` on of each block of `x`, one block after another.
 
         Each block of a device is sliced by itself: in a reshape of all blocks the compiler may copy the matrix.
         """
-        shards = x.shape[0] // self._way[0].shard_shape(x.shape)[0]
-        of_shards = x.reshape(shards, -1, *x.shape[1:])
+        of_shards = self._of_shards(x, self._way[0])
         first = range(0, of_shards.shape[1], self._rows)
         taken = [jax.lax.dynamic_slice_in_dim(of_shards, row + start, self._taken, axis=1) for row in first]
         return jnp.stack(taken, axis=1).reshape(-1, *x.shape[1:])
+
+    def _of_shards(self, x: jax.Array, where: NamedSharding) -> jax.Array:
+        """Returns `x`, which is sharded as `where` says, with the shards of its rows as another first axis."""
+        return x.reshape(x.shape[0] // where.shard_shape(x.shape)[0], -1, *x.shape[1:])
 
 
 def between(mesh: jax.sharding.Mesh, sampler: jax.sharding.Mesh, path: str) -> list[NamedSharding]:
