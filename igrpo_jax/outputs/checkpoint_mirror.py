@@ -8,7 +8,6 @@ The copies of a run and those of its readers lie apart: a reader fetches one ste
 copy meets orbax.
 """
 
-import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TypeVar
 import jax
 
 from igrpo_jax.outputs.workdir import COMMITTED, finished
-from igrpo_jax.storage.addresses import filesystem, names, patiently, refusing
+from igrpo_jax.storage.addresses import names, refusing
 from igrpo_jax.storage.reading import kept_in, local, note_uploaded
 from igrpo_jax.storage.writing import remove_tree, upload_folder, write_text
 
@@ -147,6 +146,5 @@ class Mirror:
         target = self._path / str(step)
         self.steps.discard(step)
         self._leftovers.discard(step)
-        with contextlib.suppress(FileNotFoundError):
-            patiently(target, filesystem(target).rm_file, str(target / COMMITTED))
+        remove_tree(target / COMMITTED)  # first
         remove_tree(target)

@@ -18,7 +18,7 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.storage.addresses import failures, is_remote, make_folder, names, reason
 from igrpo_jax.storage.lease import Held, Lease, make_free
 from igrpo_jax.storage.reading import read_bytes
-from igrpo_jax.storage.writing import remove_tree, write_text
+from igrpo_jax.storage.writing import guarded, remove_tree, write_text
 
 LOCK = ".lock"  # file in a workdir that is locked while a run is under way
 DAMAGED = "damaged_checkpoints"  # folder in a workdir for checkpoints that a resume could not use
@@ -187,7 +187,7 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
     """Keeps other runs out of `workdir` inside the `with` block. The system frees the lock when the process ends.
 
     In a bucket the lock is one that expires. So a process that was cut off from it for a minute may lose it. The
-    function that this yields raises RunError then.
+    function that this yields raises RunError then, and so does whatever this process writes there (`guarded`).
 
     Raises:
         InputError: a run is under way there.
@@ -200,7 +200,8 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
         with _naming_holder(workdir):
             lease.acquire()
         try:
-            yield lease.check
+            with guarded(workdir, lease.check):
+                yield lease.check
         finally:
             lease.release()
         return

@@ -3,7 +3,8 @@
 It is created on the condition that there is none (GCS: ifGenerationMatch=0, S3: If-None-Match), and written anew every
 RENEWED seconds with another number. Whoever meets it watches it: where it does not change for EXPIRES seconds, its
 holder is gone. No two clocks are compared. The end of a holder on the same machine is seen at once, from its process
-number. A holder that was cut off for so long that another took its place finds another's token in the object, and ends.
+number. A holder that was cut off for so long that another took its place finds another's token in the object, or no
+object where the other is done, and ends.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ class Lease:
         self._ended = threading.Event()
         self._number = 0
         self._is_lost = False
+        self._renewed = 0.0  # when it was last known to be ours
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def acquire(self) -> None:
@@ -62,10 +64,21 @@ class Lease:
         if holder is None or holder["token"] != self._token:
             raise Held(_who(holder))
         _held.add(self._token)
+        self._renewed = time.monotonic()
         self._thread.start()
 
     def check(self) -> None:
-        """Raises RunError where another holder has taken the lock meanwhile."""
+        """Raises RunError where another holder has taken the lock meanwhile, or where this cannot be seen.
+
+        The bucket is asked only where the last renewal is so long ago that another may have taken the lock.
+        """
+        if time.monotonic() - self._renewed > EXPIRES / 2:
+            try:
+                self._look()
+            except failures() as error:
+                raise RunError(
+                    f"{self._path}: cannot be read ({reason(error)}); make it possible and run the same command again"
+                ) from error
         if self._is_lost:
             raise RunError(
                 f"{self._path}: another run took this folder while this one was cut off from it; it is the other's now"
@@ -86,14 +99,21 @@ class Lease:
         holder = {"token": self._token, "number": self._number, "process": os.getpid(), "host": platform.node()}
         return json.dumps(holder | {"machine": _machine()}).encode()
 
+    def _look(self) -> None:
+        """Notes whether the lock is another's now, or gone, as it is where another took it and is done."""
+        holder = _read(self._path)
+        if holder is None or holder["token"] != self._token:
+            self._is_lost = True
+
     def _renew(self) -> None:
         while not self._ended.wait(RENEWED):
             try:
-                holder = _read(self._path)
-                if holder and holder["token"] != self._token:
-                    self._is_lost = True
+                self._look()
+                if self._is_lost:
                     return
+                began = time.monotonic()
                 filesystem(self._path).pipe_file(str(self._path), self._content())
+                self._renewed = began
             except failures() as error:
                 logging.warning("%s: not renewed (%s)", self._path, reason(error))
 

@@ -9,22 +9,59 @@
   which it is brought into the bucket (`Spool`).
 
 Each function takes a local path too, and then simply writes there.
+
+A run that has lost its folder in a bucket to another run must not touch what the other writes: see `guarded`.
 """
 
 import contextlib
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from igrpo_jax.storage.addresses import filesystem, is_remote, patiently
 from igrpo_jax.storage.reading import AT_ONCE, kept_in, read_bytes
 
 EVERY = 10.0  # seconds between two uploads of a file that grows, if nobody asks for one
 _MOST_OF_TIME = 0.1  # share of the time that uploads of a file that grows may take
+
+_guards: dict[str, Callable[[], None]] = {}  # by folder of a bucket: what raises where it is another's now
+
+
+@contextlib.contextmanager
+def guarded(folder: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Calls `check` before every attempt to write into or below a folder of a bucket, inside the block.
+
+    The attempts count, because a run loses its folder while it is cut off, which is when it tries again and again.
+
+    Args:
+        check: raises where the folder is another's now.
+    """
+    _guards[str(folder)] = check
+    try:
+        yield
+    finally:
+        del _guards[str(folder)]
+
+
+def _check(path: Path) -> None:
+    """Raises what the guard of a folder raises, if `path` is in one."""
+    for folder, check in list(_guards.items()):
+        if f"{path}/".startswith(f"{folder}/"):
+            check()
+
+
+def _write(path: Path, function: Callable[..., Any], *args: Any) -> None:
+    """Calls `function`, which writes at `path` in a bucket, until it succeeds or what fails is not for now alone."""
+
+    def attempt() -> None:
+        _check(path)
+        function(*args)
+
+    patiently(path, attempt)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,7 +79,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         OSError, or another one of `failures`: the file cannot be written.
     """
     if is_remote(path):
-        patiently(path, filesystem(path).pipe_file, str(path), data)
+        _write(path, filesystem(path).pipe_file, str(path), data)
         return
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -54,7 +91,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def upload(file: Path, path: Path) -> None:
     """Copies a local file into a bucket."""
-    patiently(path, filesystem(path).put_file, str(file), str(path))
+    _write(path, filesystem(path).put_file, str(file), str(path))
 
 
 def remove_tree(folder: Path) -> None:
@@ -65,7 +102,7 @@ def remove_tree(folder: Path) -> None:
     service = filesystem(folder)
     if found := patiently(folder, service.find, str(folder)):
         with contextlib.suppress(FileNotFoundError):  # another removes them too, as orbax does with what is unfinished
-            patiently(folder, service.rm, found)
+            _write(folder, service.rm, found)
 
 
 def move_tree(folder: Path, target: Path) -> None:
@@ -76,7 +113,7 @@ def move_tree(folder: Path, target: Path) -> None:
     service = filesystem(folder)
     root, names = service._strip_protocol(str(folder)), patiently(folder, service.find, str(folder))
     for name in names:
-        patiently(folder, service.cp_file, name, service._strip_protocol(str(target)) + name.removeprefix(root))
+        _write(folder, service.cp_file, name, service._strip_protocol(str(target)) + name.removeprefix(root))
     remove_tree(folder)
 
 
@@ -175,6 +212,7 @@ class Lines:
             self._file.close()
 
     def _upload(self) -> None:
+        _check(self.path)  # also where nothing is new: the local copy is the other's too, if it is on this machine
         if self._is_new:
             began = time.monotonic()
             upload(Path(self._file.name), self.path)

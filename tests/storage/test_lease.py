@@ -99,6 +99,35 @@ def test_a_holder_that_was_replaced_ends_and_leaves_the_lock(lock, bucket):
     assert json.loads(bucket.read(".lock"))["host"] == "elsewhere"
 
 
+@pytest.mark.parametrize("is_done", [False, True])
+def test_a_holder_that_was_asleep_sees_at_once_that_it_was_replaced(lock, bucket, monkeypatch, is_done):
+    """Before its next renewal, and also where the other has ended meanwhile."""
+    monkeypatch.setattr(leases, "RENEWED", 3600.0)
+    lease = leases.Lease(lock)
+    lease.acquire()
+    write(bucket)
+    if is_done:
+        bucket.remove(".lock")
+    lease.check()  # too early for another to have taken it
+    time.sleep(leases.EXPIRES / 2)
+    with pytest.raises(RunError, match=r"\.lock: another run took this folder"):
+        lease.check()
+    lease.release()
+
+
+def test_a_lock_that_cannot_be_seen_is_an_error_of_the_run(lock, bucket, monkeypatch):
+    monkeypatch.setattr(leases, "RENEWED", 3600.0)
+    lease = leases.Lease(lock)
+    lease.acquire()
+    bucket.fault(status=403, path="lock")
+    time.sleep(leases.EXPIRES / 2)
+    with pytest.raises(RunError, match=r"\.lock: cannot be read \(Forbidden: .*; make it possible"):
+        lease.check()
+    bucket.fault()
+    lease.check()
+    lease.release()
+
+
 def test_a_renewal_that_fails_is_tried_again(lock, bucket):
     lease = leases.Lease(lock)
     lease.acquire()

@@ -21,6 +21,7 @@ from igrpo_jax import evaluate, export, generate
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.outputs import checkpoint, checkpoint_reading
 from igrpo_jax.outputs import workdir as workdirs
+from igrpo_jax.outputs.files import write_rows
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.report import __main__ as draw
 from igrpo_jax.report import runs
@@ -28,6 +29,7 @@ from igrpo_jax.session import ending
 from igrpo_jax.storage import lease as leases
 from igrpo_jax.storage.addresses import path_of
 from igrpo_jax.storage.reading import kept_in
+from igrpo_jax.storage.writing import move_tree, remove_tree, upload_folder
 
 
 @pytest.fixture
@@ -144,6 +146,35 @@ def test_what_the_last_upload_lacks_is_an_error_and_stays_on_the_disk(folder, bu
     assert bucket.read("metrics.jsonl") == ""
     kept = kept_in("lines", folder / "metrics.jsonl")
     assert json.loads(kept.read_text()) == {"step": 1, "loss": 1.0}
+
+
+def test_who_lost_the_lock_writes_nothing_over_the_rows_of_who_has_it(folder, bucket):
+    """Neither at the next upload, nor at the end."""
+    lost, board = r"\.lock: another run took this folder", configured(**{"log.trackers": ("tensorboard",)})
+    with pytest.raises(RunError, match=lost), workdirs.locked(folder) as check, Writer(folder, board) as writer:
+        writer.write(1, {"loss": 1.0})
+        theirs = {"token": "t", "number": 1, "process": 7, "host": "elsewhere", "machine": "another"}
+        bucket.write(".lock", json.dumps(theirs))
+        bucket.write("metrics.jsonl", '{"step": 1}\n' * 3)
+        with pytest.raises(RunError, match=lost):
+            until = time.monotonic() + 20
+            while time.monotonic() < until:
+                check()
+                time.sleep(0.05)
+        (kept_in("spool", folder) / "profile").write_text("large")
+        for write in (
+            writer.sync,
+            lambda: write_rows(folder / "samples" / "step_000001.jsonl", [{}]),
+            lambda: upload_folder(kept_in("spool", folder), folder / "export"),
+            lambda: remove_tree(folder),
+            lambda: move_tree(folder / "metrics.jsonl", folder / "damaged_checkpoints"),
+        ):
+            with pytest.raises(RunError, match=lost):
+                write()
+    assert bucket.names() == [".lock", "metrics.jsonl"] and bucket.read("metrics.jsonl").count("\n") == 3
+    assert json.loads(bucket.read(".lock")) == theirs
+    assert json.loads(kept_in("lines", folder / "metrics.jsonl").read_text())["loss"] == 1.0
+    write_rows(folder / "samples" / "step_000001.jsonl", [{}])  # of a later run of this process
 
 
 def state():

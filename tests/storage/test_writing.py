@@ -125,6 +125,31 @@ def test_an_outage_that_the_library_gives_up_on_is_waited_for(monkeypatch, tmp_p
         addresses.patiently(tmp_path, upload)
 
 
+def test_a_guard_is_asked_before_each_attempt(folder, bucket, monkeypatch):
+    """A folder is lost while an upload is tried again and again."""
+    monkeypatch.setattr(addresses.time, "sleep", lambda seconds: None)
+    asked, errors = [], [ConnectionResetError("gone"), ConnectionResetError("gone")]
+    service = addresses.filesystem(folder)
+    pipe = service.pipe_file
+
+    def check():
+        asked.append(len(errors))
+        if not errors:
+            raise RunError("another run took this folder")
+
+    def cut(*args):
+        if errors:
+            raise errors.pop()
+        pipe(*args)
+
+    with monkeypatch.context() as patch, writes.guarded(folder, check):
+        patch.setattr(service, "pipe_file", cut)
+        with pytest.raises(RunError, match="took this folder"):
+            write_text(folder / "x.json", "mine")
+        write_text(folder.parent / f"{folder.name}_beside.json", "not in it")
+    assert asked == [2, 1, 0] and bucket.names() == []
+
+
 def test_a_quota_that_is_full_names_the_file_and_loses_nothing(folder, bucket, monkeypatch):
     monkeypatch.setattr(writes, "EVERY", 0.0)
     lines = Lines(folder / "metrics.jsonl", "0\n")
