@@ -3,15 +3,19 @@
     python tests/bucket_server.py FOLDER     # keeps its bucket, gs://bucket, in FOLDER, and prints its address
 
 Of the real service it lacks threads, conditions on an object's generation, by which locks are taken and which
-tensorstore relies on, and the header that says the generation of what is downloaded. They are added here. A JSON object
-PUT to /faults names the faults of the requests that follow:
+tensorstore relies on, the header that says the generation of what is downloaded, and that nothing is stored of an
+upload whose client is gone. They are added here. A JSON object PUT to /faults names the faults of the requests that
+follow:
 
     {"status": 503, "times": 3}            the next three requests are answered with this status
     {"status": 403, "path": "metrics"}     requests whose line has this text in it, until other faults are set
     {"drop": true, "times": 1}             the connection is closed without an answer
-    {"seconds": 2.0}                       the answer comes late
+    {"seconds": 2.0}                       the second half of the request is read late, and so the answer comes late
     {"method": "POST"}                     only requests of this method
     {"every": 100, "kinds": [...]}         every hundredth request has one of these faults, in turn
+
+GET /faults answers how many requests with the fault were read by half ("begun"), and how many of them are over
+("ended").
 """
 
 import json
@@ -39,6 +43,11 @@ class Faults:
     def set(self, fault: dict) -> None:
         with self.lock:
             self.fault, self.left, self.requests = fault, fault.get("times", 10**9) if fault else 0, 0
+            self.met = {"begun": 0, "ended": 0}
+
+    def note(self, what: str) -> None:
+        with self.lock:
+            self.met[what] += 1
 
     def of(self, method: str, path: str) -> dict:
         """Returns the fault of a request, {} where it has none."""
@@ -87,27 +96,41 @@ class Handler(RequestHandler):
 
     def _answer(self, method: str) -> None:
         if self.path == "/faults":
-            self.faults.set(json.loads(self._body()))
+            if method == "GET":
+                return self._json(200, self.faults.met)
+            self.faults.set(json.loads(self.rfile.read(self._length)))
             return self._status(200)
         fault = self.faults.of(method, self.path)
+        try:
+            return self._answer_with(fault, method)
+        finally:
+            if fault:
+                self.faults.note("ended")
+
+    def _answer_with(self, fault: dict, method: str) -> None:
+        body = self.rfile.read(self._length // 2)
+        if fault:
+            self.faults.note("begun")
         time.sleep(fault.get("seconds", 0))
-        if fault.get("drop"):
+        body += self.rfile.read(self._length - len(body))
+        if fault.get("drop") or len(body) < self._length:
             self.close_connection = True
             return None
         if status := fault.get("status"):
-            self._body()
             return self._status(status)
+        if body:
+            self.rfile = _Again(body)
         with self.storage_lock:
-            if status := self._refusal(method):
-                self._body()
+            if status := self._refusal(method, body):
                 return self._status(status)
             getattr(super(), f"do_{method}")()
         return None
 
-    def _body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    @property
+    def _length(self) -> int:
+        return int(self.headers.get("Content-Length") or 0)
 
-    def _refusal(self, method: str) -> int:
+    def _refusal(self, method: str, body: bytes) -> int:
         """Returns 412 or 304 where the generation of the object is not that of the request's condition, else 0."""
         url = urlparse(self.path)
         query = parse_qs(url.query)
@@ -117,8 +140,7 @@ class Handler(RequestHandler):
             return 0
         if "name" in query:
             name = query["name"][0]
-        elif method == "POST" and not url.path.partition("/o/")[2]:  # it is in the body, which is read again
-            self.rfile = _Again(body := self._body())
+        elif method == "POST" and not url.path.partition("/o/")[2]:  # it is in the body
             name = json.loads(body[body.index(b"{") : body.index(b"}") + 1])["name"]
         else:
             name = unquote(url.path.partition("/o/")[2])
@@ -137,7 +159,10 @@ class Handler(RequestHandler):
         super().end_headers()
 
     def _status(self, status: int) -> None:
-        body = b"" if status == 304 else json.dumps({"error": {"code": status, "message": "refused"}}).encode()
+        self._json(status, {"error": {"code": status, "message": "refused"}})
+
+    def _json(self, status: int, content: dict) -> None:
+        body = b"" if status == 304 else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

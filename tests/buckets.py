@@ -1,6 +1,7 @@
 """A folder of the bucket that bucket_server.py keeps, as tests see it: put, get, list, and faults."""
 
 import json
+import time
 import urllib.request
 from pathlib import Path
 
@@ -56,3 +57,13 @@ class Bucket:
         """Sets the fault of the requests to gs:// that follow, see bucket_server.py; none without arguments."""
         data = json.dumps(fault).encode()
         urllib.request.urlopen(urllib.request.Request(f"{self.service}/faults", data, method="PUT")).close()
+
+    def wait_for(self, what: str) -> None:
+        """Returns when a request with the fault that was set last has "begun" or "ended", see bucket_server.py."""
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            with urllib.request.urlopen(f"{self.service}/faults") as answer:
+                if json.load(answer)[what]:
+                    return
+            time.sleep(0.02)
+        raise AssertionError(f"no request has {what}")

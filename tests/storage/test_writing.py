@@ -168,18 +168,31 @@ def test_a_quota_that_is_full_names_the_file_and_loses_nothing(folder, bucket, m
     lines.close()
 
 
-def test_a_kill_in_the_middle_of_an_upload_leaves_the_old_file(folder, bucket):
+@pytest.mark.slow(seconds=5)
+@pytest.mark.parametrize(
+    ("way", "request_path"),
+    [
+        ("upload(file, path)", "upload_id"),
+        pytest.param("write_text(path, text)", "/upload/", marks=pytest.mark.proof),
+    ],
+)
+def test_a_kill_in_the_middle_of_an_upload_leaves_the_old_file(folder, bucket, tmp_path, way, request_path):
+    """The service has read half of the body, and the rest is more than the system keeps for a process that is gone."""
     write_text(folder / "metrics.jsonl", "old\n")
-    bucket.fault(seconds=3.0, method="POST", times=1)
+    bucket.fault(seconds=2.0, path=request_path, times=1)
     code = f"""
-from igrpo_jax.storage import addresses, writing
-path = addresses.path_of("--workdir X", {bucket.address!r})
-print("ready", flush=True)
-writing.write_text(path / "metrics.jsonl", "new" * 100000)
+from pathlib import Path
+from igrpo_jax.storage.addresses import path_of
+from igrpo_jax.storage.writing import upload, write_text
+file, text, path = Path({str(tmp_path / "new")!r}), "new" * 10 * 2**20, path_of("", {bucket / "metrics.jsonl"!r})
+file.write_text(text)
+{way}
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ) as process:
-        assert process.stdout.readline() == b"ready\n"
+    with subprocess.Popen([sys.executable, "-c", code], env=os.environ) as process:
+        bucket.wait_for("begun")
+        assert process.poll() is None
         process.send_signal(signal.SIGKILL)
+    bucket.wait_for("ended")
     assert bucket.read("metrics.jsonl") == "old\n"
 
 
