@@ -288,7 +288,10 @@ def _of_team(engine: Engine, cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> Sam
 
 def build(footprint: Footprint, progress: Progress) -> None:
     """Compiles the programs of `footprint`, several at a time; `progress` names each while and after it is compiled."""
-    waiting = _waiting_bytes(footprint)
+    began = time.perf_counter()
+    with progress.doing("choosing learner.remat, for which gradients may be compiled"):
+        waiting = _waiting_bytes(footprint)
+    choosing = time.perf_counter() - began
     wanted = [(program, beside, shape) for program, beside in waiting.items() for shape in program.largest]
     progress.expect(len(wanted))
     with ThreadPoolExecutor(THREADS) as pool:
@@ -297,6 +300,9 @@ def build(footprint: Footprint, progress: Progress) -> None:
             name = _name(program, shape)
             part = ProgramFootprint(program, name, program.cost(*shape), beside)
             footprint.programs.append(part)
+            if program.is_ready(*shape):
+                _fill_in(part, program.compile(*shape), footprint.mesh.size, choosing, progress)
+                continue
             # Tracing is Python and stays in this thread, which the mesh is set in.
             with progress.doing(f"tracing {name}"):
                 lowered = program.lower(*shape)
@@ -333,6 +339,7 @@ def _name(program: Program, shape: tuple) -> str:
 def _compile(part: ProgramFootprint, lowered: jax.stages.Lowered, devices: int, progress: Progress) -> None:
     """Compiles `lowered`, fills in the figures of `part`, and prints how long it took."""
     began = time.perf_counter()
+    compiled = None
     with progress.doing(f"compiling {part.name}"):
         try:
             compiled = lowered.compile()
@@ -340,15 +347,22 @@ def _compile(part: ProgramFootprint, lowered: jax.stages.Lowered, devices: int, 
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             part.refused = str(error).splitlines()[0]
-        else:
-            memory = compiled.memory_analysis()
-            part.arguments = memory.argument_size_in_bytes
-            part.temporaries = memory.temp_size_in_bytes
-            part.output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-            part.code = memory.generated_code_size_in_bytes
-            part.sent = collectives(_text(compiled), devices)
-    part.seconds = time.perf_counter() - began
-    progress.compiled(f"  {part.name}: compiled in {part.seconds:.1f} s")
+    _fill_in(part, compiled, devices, time.perf_counter() - began, progress)
+
+
+def _fill_in(
+    part: ProgramFootprint, compiled: jax.stages.Compiled | None, devices: int, seconds: float, progress: Progress
+) -> None:
+    """Fills in the figures of `part`, which was compiled in `seconds`, None where it was refused; prints a line."""
+    if compiled is not None:
+        memory = compiled.memory_analysis()
+        part.arguments = memory.argument_size_in_bytes
+        part.temporaries = memory.temp_size_in_bytes
+        part.output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        part.code = memory.generated_code_size_in_bytes
+        part.sent = collectives(_text(compiled), devices)
+    part.seconds = seconds
+    progress.compiled(f"  {part.name}: compiled in {seconds:.1f} s")
 
 
 def _text(compiled: jax.stages.Compiled) -> str:

@@ -94,6 +94,13 @@ def test_each_program_has_a_line_as_soon_as_it_is_compiled(found, printed):
 
 
 @pytest.mark.slow
+def test_the_time_of_gradients_is_that_of_choosing_remat(found):
+    """They are compiled then, and not again: that would seem to take no time."""
+    assert found.learner.programs.remat == "none"
+    assert one(found, "accumulate").seconds > 1
+
+
+@pytest.mark.slow
 def test_arguments_are_what_the_parts_say(found):
     """The compiler's bytes, which pad to whole tiles, against shapes and shardings."""
     state, engine = found.learner.abstract_state(), found.engine
