@@ -57,14 +57,18 @@ class Answered:
 
     prompt: Prompt
     plain: tuple[Completion, ...]  # K
-    kept: np.ndarray  # [K] bool, whether the kept draft of each set is right
+    kept: np.ndarray  # [K] bool, whether the kept draft of each set is right; shorter where a set keeps none
     refined: tuple[Refined, ...]  # of a right draft, of a wrong one, or of both
 
     @property
-    def is_graded(self) -> bool:
-        """Whether all answers have a verdict."""
+    def lacks(self) -> str:
+        """What it lacks to be counted; "" where it lacks nothing."""
         every = [*self.plain, *(completion for part in self.refined for completion in part.completions)]
-        return not any(np.isnan(completion.score.reward) for completion in every)
+        if any(np.isnan(completion.score.reward) for completion in every):
+            return "a verdict on an answer"
+        if len(self.kept) < len(self.plain):
+            return "a draft in each set that has config.algorithm.draft_metric"
+        return ""
 
     def weight(self, part: Refined) -> float:
         """Returns how often Stage 1 keeps a draft that is right, or wrong, as that of `part` is."""
@@ -116,7 +120,7 @@ class Answers:
         return [completion_of(row, "draft") for row in self._rows.of(prompt.index)][: self._samples]
 
     def _kept(self, prompt: Prompt) -> list[int]:
-        """Returns the number of the kept draft of each set of drafts that has one with a verdict."""
+        """Returns the number of the kept draft of each set of drafts that has one with algorithm.draft_metric."""
         plain, algorithm, seed = self._plain(prompt), self._config.algorithm, self._config.seed
         seed_of_prompt = [seed, prompt.index, SELECTION]
         return kept_drafts(
@@ -207,7 +211,7 @@ def kept_drafts(
 ) -> list[int]:
     """Returns the number of the draft that Stage 1 keeps of the `drafts` answers from each one on, in a circle.
 
-    A set without a verdict has none and is left out.
+    A set of which no draft has the reward `metric` has none and is left out.
     """
     numbers = []
     for start in range(len(plain)):
@@ -219,7 +223,7 @@ def kept_drafts(
 
 
 def counts(answered: Sequence[Answered], drafts: int) -> Counts:
-    """Returns the counts of problems whose answers all have a verdict."""
+    """Returns the counts of problems that lack nothing."""
 
     def after(problem: Answered, draft: bool) -> int:
         parts = [part for part in problem.refined if part.is_right == draft]

@@ -30,6 +30,8 @@ from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.session import overview
 from igrpo_jax.session.task import Task, sampler
 
+NAMED = 5  # ids of problems that are left out, in a message
+
 
 @dataclass(frozen=True)
 class ProbeTask:
@@ -70,7 +72,7 @@ def programs(asked: ProbeTask) -> tuple[Learner, Engine]:
 def measure(
     asked: ProbeTask, learner: Learner, engine: Engine, folder: Path, console: Console, stack: contextlib.ExitStack
 ) -> tuple[list[Answered], list[Measured]]:
-    """Returns the problems whose answers all have verdicts, and what was measured of each of them.
+    """Returns the problems that lack nothing, and what was measured of each of them.
 
     Args:
         learner, engine: what `programs` returned.
@@ -78,7 +80,7 @@ def measure(
         stack: gets what must be closed.
 
     Raises:
-        RunError: no problem has all its verdicts.
+        RunError: every problem lacks something.
     """
     task, config, prompts = asked.task, asked.task.config, asked.prompts
     stack.enter_context(showing_waits(console.waiting))
@@ -92,13 +94,23 @@ def measure(
     scheduler = Scheduler(engine, config.rollout.dispatches_ahead)
     drawn = Answers(config, task.renderer, scheduler, verifier, console, folder, asked.samples)
     everyone = drawn.collect(lora.attach(frozen, params, config.model.lora.scaling), prompts)
-    answered = [problem for problem in everyone if problem.is_graded]
+    answered = [problem for problem in everyone if not problem.lacks]
     if not answered:
-        fix = "see whether the judge replies, then give another --workdir"
-        raise RunError(f"no problem has a verdict for each of its answers; {fix}")
+        fix = "see whether the judge and the reward functions reply, then give another --workdir"
+        raise RunError(f"no problem can be counted: {left_out(everyone)}; {fix}")
     if len(answered) < len(everyone):
-        console.message(f"{len(everyone) - len(answered)} problems have answers without a verdict and are left out")
+        console.message(f"left out: {left_out(everyone)}")
     return answered, Gradients(learner, params, frozen, console, folder).measure(answered, asked.gradients)
+
+
+def left_out(everyone: Sequence[Answered]) -> str:
+    """Returns which problems cannot be counted, and why; the first NAMED of each kind by their ids."""
+    ids: dict[str, list[str]] = {}
+    for problem in everyone:
+        if problem.lacks:
+            ids.setdefault(problem.lacks, []).append(problem.prompt.id)
+    named = lambda of: ", ".join(of[:NAMED]) + (", ..." if len(of) > NAMED else "")
+    return "; ".join(f"{len(of)} without {lacks} ({named(of)})" for lacks, of in ids.items())
 
 
 def _weights(asked: ProbeTask, console: Console) -> tuple[decoder.Params, decoder.Params]:

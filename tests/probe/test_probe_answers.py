@@ -1,10 +1,12 @@
 """What is drawn, kept and counted: which drafts are refined, and the figures of texts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from builders import completion
 
-from igrpo_jax.probe import answers
+from igrpo_jax.probe import answers, measure
 from igrpo_jax.probe.answers import Answered, Refined, completion_of, kept_drafts
 from igrpo_jax.probe.estimates import NONE
 from igrpo_jax.records import Prompt, Score
@@ -34,7 +36,30 @@ def test_drafts_without_a_verdict_are_not_kept():
     plain = [completion("draft", i, [5], 1.0) for i in range(4)]
     plain[1:3] = [plain[1].__class__(**{**vars(x), "score": score}) for x in plain[1:3]]
     assert kept_drafts(plain, 2, "best", "reward", [0]) == [0, 3, 3]  # the set of answers 1 and 2 has none
-    assert not answered(plain, [], [True] * 4).is_graded
+    assert answered(plain, [], [True] * 4).lacks == "a verdict on an answer"
+
+
+def test_a_problem_with_a_set_without_the_metric_is_left_out():
+    """Two neighbours lack the reward that chooses drafts, and have verdicts. Counts of three sets fit none of four."""
+
+    def problem(index, near):
+        drafts = [completion("draft", i, [5], float(i == 0)) for i in range(4)]
+        plain = [
+            replace(draft, score=replace(draft.score, rewards=draft.score.rewards | {"near": value}))
+            for draft, value in zip(drafts, near, strict=True)
+        ]
+        numbers = kept_drafts(plain, 2, "best", "near", [0])
+        refined = Refined(plain[3], None, (completion("refine", 0, [7], 1.0), completion("refine", 1, [7], 0.0)))
+        return answered(plain, [refined], [plain[number].score.is_right for number in numbers], index)
+
+    nan = float("nan")
+    cases = [problem(0, [0.5] * 4), problem(1, [0.5, nan, nan, 0.5]), problem(2, [nan, 0.5, nan, 0.5])]
+    assert [len(case.kept) for case in cases] == [4, 3, 4]
+    chosen = [case for case in cases if not case.lacks]
+    assert chosen == [cases[0], cases[2]] and answers.counts(chosen, 2).kept.shape == (2, 4)
+    expected = "1 without a draft in each set that has config.algorithm.draft_metric (p1)"
+    assert measure.left_out(cases) == expected
+    assert measure.left_out([problem(i, [nan] * 4) for i in range(9)]).endswith("(p0, p1, p2, p3, p4, ...)")
 
 
 def test_counts_by_hand():
