@@ -63,7 +63,7 @@ ARMS: dict[str, list[Arm]] = {
     ],
 }
 
-# Variants of iGRPO that depart from the paper, and the paper's other baselines, at 8 sampled completions.
+# Variants of iGRPO that depart from the paper, at 8 sampled completions.
 TRAINED = IGRPO | CONTROLS["train_drafts"]
 UNSOLVED = TRAINED | {"algorithm.draft_when": "unsolved"}
 PLAIN_CREDIT = TRAINED | {"algorithm.group": "prompt", "algorithm.refine_credit": "plain"}
@@ -87,7 +87,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "algorithm.alternate": True,
         "algorithm.draft_selection": "random",
     },
-    # As in configs/critique_grpo.py, without words about the draft: 4 drafts, each refined once.
+    # The groups and the credit of configs/critique_grpo.py, with 4 drafts, each refined once. This is not all of
+    # Critique-GRPO: the prompt has no {verdict}, drafts keep the clip, and there is no entropy bonus.
     "critique_grpo": PLAIN_CREDIT
     | {
         "algorithm.num_generations": 1,
@@ -141,6 +142,18 @@ PREDICTIONS = (
     Prediction("dense_unsolved", -5, 5, "within 5 points"),
     Prediction("sparse_unsolved", 0, FAR, "ahead"),
     Prediction("rare_unsolved", 0, FAR, "ahead"),
+)
+
+# Arms that the pages compare, beside those that each arm names itself.
+CONTRASTS = (
+    ("igrpo", "grpo_4"),
+    ("trusting_train_drafts", "trusting_grpo"),
+    *((f"{start}_igrpo", f"{start}_grpo_4") for start in ("dense", "sparse", "rare", "ignoring")),
+    *(
+        (f"sparse_{name}", "sparse_unsolved")
+        for name in ("train_drafts", "one_group", "improvement", "refinements_to_plain", "alternate", "igrpo")
+    ),
+    ("sparse_plain_credit", "sparse_refinements_to_plain"),
 )
 
 

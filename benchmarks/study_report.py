@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import study_findings
 import study_runs
-from study_arms import PREDICTIONS, Prediction
+from study_findings import Arm, Results, cell, pairs
 from study_runs import MOVES, interval
 
 from igrpo_jax.outputs.files import write_atomically
-
-Results = dict[str, Any]
-Arm = dict[str, Any]
 
 
 def write(out: Path, results: Results) -> None:
@@ -32,9 +30,9 @@ def last_line(results: Results) -> str:
         runs = arm["seeds"].values()
         arms[name] = {key: round(interval([run[key] for run in runs])[0], 4) for key in ("before", "after", "area")}
         arms[name]["seeds"] = len(runs)
-        pairs = _pairs(results, name)
-        if pairs:
-            mean, width = interval([run["after"] - other["after"] for run, other in pairs])
+        found = pairs(results, name)
+        if found:
+            mean, width = interval([run["after"] - other["after"] for run, other in found])
             arms[name] |= {"against": arm["against"], "difference": round(mean, 4), "half_width": _or_none(width)}
     return json.dumps({"setting": results["setting"], "steps": results["steps"], "arms": arms})
 
@@ -50,13 +48,6 @@ def _with_reference(results: Results, names: Sequence[str]) -> list[str]:
     return [name for name in others if name and name not in names and name in results["arms"]] + list(names)
 
 
-def _pairs(results: Results, name: str) -> list[tuple[dict, dict]]:
-    """Returns, for each seed that both have, the run of an arm and the run of the arm with which it is compared."""
-    arm = results["arms"][name]
-    other = results["arms"].get(arm["against"], {"seeds": {}})["seeds"]
-    return [(run, other[seed]) for seed, run in arm["seeds"].items() if seed in other]
-
-
 def tables(results: Results) -> str:
     """Returns the tables of all groups as Markdown."""
     parts = []
@@ -64,37 +55,9 @@ def tables(results: Results) -> str:
         arms = {name: results["arms"][name] for name in _with_reference(results, names)}
         parts += [f"## {group}", _learning(arms), _differences(results, names), _dynamics(arms), _drafts(arms)]
         parts.append(_cost(arms))
-    parts.append(_predictions(results))
+    parts += [study_findings.predictions(results), study_findings.contrasts(results)]
+    parts += [study_findings.each_run(results), study_findings.first_steps(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _predictions(results: Results) -> str:
-    """Returns the table of what was predicted and what came; "" where no such arm has pairs."""
-    lines = [
-        "## predictions",
-        "",
-        "pass@1 at the end, less that of the same seeds with GRPO, in percentage points. A prediction holds where the",
-        "whole interval lies in its range, and is falsified where none of it does.",
-        "",
-        "| arm | predicted | pairs | observed | verdict |",
-        "|---|---|---|---|---|",
-    ]
-    for prediction in PREDICTIONS:
-        pairs = _pairs(results, prediction.arm) if prediction.arm in results["arms"] else []
-        if len(pairs) > 1:
-            gaps = [100 * (run["after"] - other["after"]) for run, other in pairs]
-            cells = [prediction.arm, prediction.words, str(len(pairs)), _cell(gaps, ".1f", True, "+")]
-            lines.append("| " + " | ".join([*cells, verdict(prediction, gaps)]) + " |")
-    return "\n".join(lines) if len(lines) > 7 else ""
-
-
-def verdict(prediction: Prediction, gaps: Sequence[float]) -> str:
-    """Returns whether a prediction holds, is falsified, or is open, by the 95 % interval of the differences."""
-    mean, width = interval(gaps)
-    low, high = mean - width, mean + width
-    if prediction.low <= low and high <= prediction.high:
-        return "held"
-    return "falsified" if high < prediction.low or low > prediction.high else "open"
 
 
 Column = tuple[str, Callable[[dict], float | None], str]  # heading, function from a run to its value, format
@@ -113,16 +76,9 @@ def _table(arms: dict[str, Arm], columns: Sequence[Column], with_interval: bool 
         cells = []
         for _, read, form in columns:
             values = [value for value in map(read, arm["seeds"].values()) if value is not None]
-            cells.append(_cell(values, form, with_interval) if values else "")
+            cells.append(cell(values, form, with_interval) if values else "")
         lines.append(f"| {name} | {len(arm['seeds'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _cell(values: Sequence[float], form: str, with_interval: bool, sign: str = "") -> str:
-    """Returns the mean of values as text, with its 95 % interval if it has one."""
-    mean, width = interval(values)
-    text = format(mean, sign + form)
-    return f"{text} ± {format(width, form)}" if with_interval and math.isfinite(width) else text
 
 
 def _learning(arms: dict[str, Arm]) -> str:
@@ -147,14 +103,14 @@ def _differences(results: Results, names: Sequence[str]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in names:
-        pairs = _pairs(results, name)
-        if not pairs:
+        found = pairs(results, name)
+        if not found:
             continue
-        cells = [name, results["arms"][name]["against"], str(len(pairs))]
-        gaps = [[(run[key], other[key]) for run, other in pairs] for key in ("after", "area")]
-        gaps += [[study_runs.at_equal(axis, *pair) for pair in pairs] for axis in ("sampled", "trained")]
-        cells += [_cell([100 * (first - second) for first, second in gap], ".1f", True, "+") for gap in gaps]
-        cells += _entropy_differences(pairs)
+        cells = [name, results["arms"][name]["against"], str(len(found))]
+        gaps = [[(run[key], other[key]) for run, other in found] for key in ("after", "area")]
+        gaps += [[study_runs.at_equal(axis, *pair) for pair in found] for axis in ("sampled", "trained")]
+        cells += [cell([100 * (first - second) for first, second in gap], ".1f", True, "+") for gap in gaps]
+        cells += _entropy_differences(found)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) if len(lines) > 5 else ""
 
@@ -166,7 +122,7 @@ def _entropy_differences(pairs: Sequence[tuple[dict, dict]]) -> list[str]:
         return ["", ""]
     gaps = [[(run["entropy_100"], other["entropy_100"]) for run, other in known]]
     gaps += [[study_runs.entropies_at_equal(*pair) for pair in known]]
-    return [_cell([first - second for first, second in gap], ".3f", True, "+") for gap in gaps]
+    return [cell([first - second for first, second in gap], ".3f", True, "+") for gap in gaps]
 
 
 def _dynamics(arms: dict[str, Arm]) -> str:
