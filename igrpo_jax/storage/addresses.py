@@ -15,7 +15,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from logging import CRITICAL, NOTSET, getLogger
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -29,6 +30,13 @@ T = TypeVar("T")
 LIBRARY = {"gs": "gcsfs", "s3": "s3fs"}  # by scheme: what reaches it; an extra of the package has the scheme's name
 PATIENCE = 300.0  # seconds for which an operation that fails for now is tried again
 _TRANSIENT = (408, 425, 429)  # codes that are worth another attempt, besides all from 500
+_CUT = {  # errors of connections, by name, because their modules may not be installed
+    "botocore.exceptions.HTTPClientError",
+    "botocore.exceptions.ConnectionError",
+    "google.auth.exceptions.TransportError",  # the service that gives credentials, or the metadata server of a machine
+    "google.auth.exceptions.RefreshError",
+}
+_MADE = {"gs": "gcloud storage buckets create gs://{}", "s3": "aws s3 mb s3://{}"}  # what makes a bucket
 # Errors of the libraries that are no OSError, by module. The modules are looked up only where something loaded them.
 _ERRORS = {
     "gcsfs.retry": ("HttpError", "ChecksumError"),
@@ -50,28 +58,52 @@ def path_of(source: str, address: str | Path) -> Path:
         source: the flag or the field that gives it, and its value, with which errors begin.
 
     Raises:
-        InputError: a scheme that is not known, a library that is missing, or a bucket that refuses to be listed.
+        InputError: a scheme that is not known, a library that is missing, or a bucket that is not named, does not exist
+            or refuses to be listed.
     """
-    parts = re.fullmatch(r"([A-Za-z][\w+.-]+):/+(.+)", str(address))  # pathlib has made gs:/x of gs://x
+    parts = re.fullmatch(r"([A-Za-z][\w+.-]+):(/.*)?", str(address))  # pathlib has made gs:/x of gs://x
     if not parts:
         return Path(address)
-    scheme, name = parts.groups()
+    scheme, name = parts[1], (parts[2] or "").strip("/")
+    if scheme in LIBRARY and not name:
+        raise InputError(f"{source}: names no bucket; give {scheme}://BUCKET/NAME")
     if scheme not in LIBRARY:
         raise InputError(f"{source}: {scheme}:// is not supported; give a folder, gs://BUCKET/NAME or s3://BUCKET/NAME")
     if importlib.util.find_spec(LIBRARY[scheme]) is None:
         raise InputError(
             f'{source}: {scheme}:// needs {LIBRARY[scheme]}; pip install "igrpo_jax[{scheme}]", or give a local folder'
         )
-    path = _remote(f"{scheme}://{name.rstrip('/')}")
-    with refusing(source), suppress(FileNotFoundError):
-        filesystem(path).ls(str(path), detail=False)  # once: who has just typed an address does not wait for minutes
+    path = _remote(f"{scheme}://{name}")
+    with refusing(source):
+        try:
+            filesystem(path).ls(str(path), detail=False)  # once: who has just typed an address does not wait for minutes
+        except FileNotFoundError as error:
+            if not _has_bucket(path, error):
+                bucket = name.partition("/")[0]
+                fix = f"correct the name, or make it: {_MADE[scheme].format(bucket)}"
+                raise InputError(f"{source}: there is no bucket {scheme}://{bucket}; {fix}") from error
     return path
+
+
+def _has_bucket(path: Path, error: FileNotFoundError) -> bool:
+    """Returns whether the bucket of a path exists, where there is nothing at the path itself, as `error` says."""
+    if str(path).startswith("s3://"):
+        return _answer_of_s3(error).get("Error", {}).get("Code") != "NoSuchBucket"
+    try:
+        filesystem(path).ls("/".join(str(path).split("/")[:3]), detail=False, max_results=1)
+    except FileNotFoundError:
+        return False
+    except failures():  # who may see a part of a bucket alone
+        pass
+    return True
 
 
 def _remote(address: str) -> Path:
     import fsspec
     from etils import epath
 
+    if (logger := getLogger("gcsfs")).level == NOTSET:  # it logs with its stack what it then raises
+        logger.setLevel(CRITICAL)
     for protocol in ("gs", "gcs", "s3"):  # other processes write there: a listing is never what it was
         fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
     path: Any = epath.Path(address)
@@ -171,18 +203,16 @@ def _is_transient(error: BaseException) -> bool:
     """Returns whether what failed may succeed in a while: a service that is busy or down, or a connection that is."""
     if isinstance(error, ConnectionError | TimeoutError):
         return True
-    status = str(getattr(error, "code", "") or _status_of_s3(error))
+    status = str(getattr(error, "code", "") or _answer_of_s3(error).get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
     if status.isdecimal():
         return int(status) in _TRANSIENT or int(status) >= 500
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
-    if kinds & {"botocore.exceptions.HTTPClientError", "botocore.exceptions.ConnectionError"}:
+    if kinds & _CUT:
         return True
     return type(error).__module__.startswith(("requests", "aiohttp", "gcsfs"))
 
 
-def _status_of_s3(error: BaseException) -> int | str:
-    """Returns the status of the answer that s3fs has made an OSError of, "" where there is none."""
+def _answer_of_s3(error: BaseException) -> dict[str, Any]:
+    """Returns the answer of the service that s3fs has made an OSError of, {} where there is none."""
     response = getattr(error.__cause__, "response", None)
-    if not isinstance(response, dict):
-        return ""
-    return response.get("ResponseMetadata", {}).get("HTTPStatusCode", "")
+    return response if isinstance(response, dict) else {}

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from model_files import error_of
 
 from igrpo_jax.config import EvaluationConfig
 from igrpo_jax.data import problems, readers
@@ -106,8 +107,48 @@ def test_nothing_there_and_nothing_allowed(bucket):
 def test_an_address_that_was_just_typed_is_asked_for_once(bucket, monkeypatch):
     monkeypatch.setattr(addresses, "patiently", None)
     assert str(addresses.path_of(SOURCE, bucket / "new")) == bucket / "new"
-    wrong = addresses.path_of(SOURCE, "gs://no-such-bucket/x")
-    assert addresses.reason(FileNotFoundError(str(wrong))) == "not found: gs://no-such-bucket/x"
+    assert addresses.reason(FileNotFoundError(bucket / "new")) == f"not found: {bucket / 'new'}"
+
+
+def test_a_bucket_that_does_not_exist_is_said_to_be_missing(bucket):
+    fix = "there is no bucket gs://nobucket; correct the name, or make it: gcloud storage buckets create gs://nobucket"
+    for address in ("gs://nobucket/runs/x", "gs://nobucket"):
+        assert error_of(addresses.path_of, SOURCE, address) == f"{SOURCE}: {fix}"
+    assert str(addresses.path_of(SOURCE, "gs://bucket/")) == "gs://bucket"
+    bucket.fault(status=403, times=1)
+    with pytest.raises(InputError, match="Forbidden"):
+        addresses.path_of(SOURCE, bucket / "new")
+
+
+def test_who_may_see_a_part_of_a_bucket_alone_is_let_in(bucket, monkeypatch):
+    service = addresses.filesystem(addresses.path_of(SOURCE, bucket / "new"))
+    ls = service.ls
+
+    def refused(path, **options):
+        if path == "gs://bucket":
+            raise OSError("Forbidden")
+        return ls(path, **options)
+
+    monkeypatch.setattr(service, "ls", refused)
+    assert str(addresses.path_of(SOURCE, bucket / "new")) == bucket / "new"
+
+
+@pytest.mark.parametrize("address", ["gs://", "gs:///", "s3://", Path("gs://")])
+def test_an_address_without_a_bucket_is_refused(address):
+    wanted = f"--workdir X: names no bucket; give {str(address)[:2]}://BUCKET/NAME"
+    assert error_of(addresses.path_of, "--workdir X", address) == wanted
+
+
+def test_the_error_is_all_that_is_said(bucket, caplog):
+    """gcsfs logs a stack with each error that it raises."""
+    caplog.set_level("NOTSET", "gcsfs")
+    bucket.fault(status=401)
+    assert "cannot be read (refused, 401)" in error_of(addresses.path_of, SOURCE, bucket / "x")
+    assert [record.name for record in caplog.records if record.name.startswith("gcsfs")] == []
+    caplog.set_level("WARNING", "gcsfs")
+    with pytest.raises(InputError):  # who asks for it gets it
+        addresses.path_of(SOURCE, bucket / "x")
+    assert [record.name for record in caplog.records if record.name.startswith("gcsfs")] == ["gcsfs"]
 
 
 def test_what_fails_for_now_is_tried_again(bucket):

@@ -51,6 +51,12 @@ def test_what_lies_in_a_bucket_of_s3(folder, monkeypatch):
     assert "there is nothing at this address" in error_of(reading.local, "--model X", str(folder.parent / "moved"))
 
 
+def test_a_bucket_of_s3_that_does_not_exist_is_said_to_be_missing(folder):
+    fix = "there is no bucket s3://nobucket; correct the name, or make it: aws s3 mb s3://nobucket"
+    for address in ("s3://nobucket/runs/x", "s3://nobucket"):
+        assert error_of(path_of, "--model X", address) == f"--model X: {fix}"
+
+
 def test_an_outage_that_s3fs_gives_up_on_is_waited_for(folder, monkeypatch):
     """As s3fs reports it: answers become errors of the system, what happens to connections stays."""
     from aiohttp import ClientOSError

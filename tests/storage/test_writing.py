@@ -125,6 +125,24 @@ def test_an_outage_that_the_library_gives_up_on_is_waited_for(monkeypatch, tmp_p
         addresses.patiently(tmp_path, upload)
 
 
+def test_an_outage_of_credentials_is_waited_for(monkeypatch, tmp_path):
+    """They are renewed every hour, by a service of their own or by the metadata server of a machine in the cloud."""
+    exceptions = pytest.importorskip("google.auth.exceptions", reason="google-auth is missing; gcsfs brings it")
+    waited = []
+    monkeypatch.setattr(addresses.time, "sleep", waited.append)
+    errors = [exceptions.TransportError("no route"), exceptions.RefreshError("503")]
+
+    def upload():
+        if errors:
+            raise errors.pop()
+        return "there"
+
+    assert addresses.patiently(tmp_path, upload) == "there" and len(waited) == 2
+    errors.append(exceptions.DefaultCredentialsError("log in"))
+    with pytest.raises(exceptions.DefaultCredentialsError):
+        addresses.patiently(tmp_path, upload)
+
+
 def test_a_guard_is_asked_before_each_attempt(folder, bucket, monkeypatch):
     """A folder is lost while an upload is tried again and again."""
     monkeypatch.setattr(addresses.time, "sleep", lambda seconds: None)
