@@ -75,8 +75,8 @@ def path_of(source: str, address: str | Path) -> Path:
         )
     path = _remote(f"{scheme}://{name}")
     with refusing(source):
-        try:
-            filesystem(path).ls(str(path), detail=False)  # once: who has just typed an address does not wait for minutes
+        try:  # once: who has just typed an address does not wait for minutes
+            filesystem(path).ls(str(path), detail=False)
         except FileNotFoundError as error:
             if not _has_bucket(path, error):
                 bucket = name.partition("/")[0]
@@ -203,7 +203,8 @@ def _is_transient(error: BaseException) -> bool:
     """Returns whether what failed may succeed in a while: a service that is busy or down, or a connection that is."""
     if isinstance(error, ConnectionError | TimeoutError):
         return True
-    status = str(getattr(error, "code", "") or _answer_of_s3(error).get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+    answered = _answer_of_s3(error).get("ResponseMetadata", {})
+    status = str(getattr(error, "code", "") or answered.get("HTTPStatusCode", ""))
     if status.isdecimal():
         return int(status) in _TRANSIENT or int(status) >= 500
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
