@@ -43,7 +43,7 @@ DECIDING = (
     *("seed", "model.dtype", "model.lora.rank", "model.lora.alpha", "model.lora.targets"),
     *("data.train", "data.instruction", "data.system_prompt", "data.template_kwargs", "data.max_prompt_length"),
     *("algorithm.num_drafts", "algorithm.num_generations", "algorithm.draft_selection", "algorithm.draft_metric"),
-    "algorithm.loss_type",
+    *("algorithm.loss_type", "algorithm.credit_gamma"),
     *("algorithm.scale_rewards", "algorithm.baseline", "algorithm.mask_truncated_completions"),
     *("refine.instruction", "refine.max_draft_length"),
     *("rollout.max_completion_length", "rollout.temperature", "rollout.top_p", "rollout.top_k"),

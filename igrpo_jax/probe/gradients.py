@@ -4,7 +4,8 @@ Three gradients of each problem, of the objective that config.algorithm names, f
 
     plain      GRPO on the plain prompt, over all K plain answers
     refine     iGRPO on q', over the refinements of a right and of a wrong draft, weighted by how often each is kept
-    credited   the right ones among the same refinements, with the same advantages, scored under the plain prompt
+    credited   the right ones among the same refinements, with the same advantages, scored under the plain prompt as
+               algorithm.refine_credit = "plain" trains on them: with p / (p + credit_gamma) for their tokens
 
 The cosine is that of their means over all problems of the kind, not over those that were asked, whose noise would pull
 it towards 0: products of the gradients of two different problems have no common noise, so their mean is an unbiased
@@ -150,14 +151,15 @@ class Gradients:
 def learner_config(config: Config) -> Config:
     """Returns the settings of a learner that computes the gradient of one problem, at the policy that sampled it.
 
-    It is that of the objective alone, without the terms and the departures from the paper that are off by default.
+    It is that of the objective alone, without the terms and the departures from the paper that are off by default, but
+    for algorithm.refine_credit, whose units are marked.
     """
     base = AlgorithmConfig()
     neutral = (
         *("beta", "entropy_coef", "num_iterations", "importance_sampling_cap", "train_drafts", "draft_when"),
-        *("refine_credit", "group", "improvement_bonus", "repeat_penalty", "alternate"),
+        *("group", "improvement_bonus", "repeat_penalty", "alternate"),
     )
-    algorithm = replace(config.algorithm, **{name: getattr(base, name) for name in neutral})
+    algorithm = replace(config.algorithm, refine_credit="plain", **{name: getattr(base, name) for name in neutral})
     return replace(config, algorithm=algorithm, learner=replace(config.learner, minibatches=1), prompts_per_step=1)
 
 
@@ -174,7 +176,7 @@ def of_kinds(problem: Answered, algorithm: objectives.Resolved, longest: int) ->
     q, parts = problem.prompt.tokens, [(part, problem.weight(part)) for part in problem.refined]
     plain = unit(q, problem.plain)
     refined = [unit(part.context, part.completions, factor=weight) for part, weight in parts]
-    credited = [unit(q, part.completions, factor=weight, right_only=True) for part, weight in parts]
+    credited = [unit(q, part.completions, factor=weight, is_credit=True) for part, weight in parts]
     every = {"plain": [plain], "refine": refined, "credited": credited}
     return {kind: [each for each in units if each is not None] for kind, units in every.items()}
 
@@ -185,9 +187,14 @@ def _unit(
     algorithm: objectives.Resolved,
     longest: int,
     factor: float = 1.0,
-    right_only: bool = False,
+    is_credit: bool = False,
 ) -> Unit | None:
-    """Returns a group as a unit, None where it has no gradient; its advantages are multiplied by `factor`."""
+    """Returns a group as a unit, None where it has no gradient.
+
+    Args:
+        factor: what its advantages are multiplied by.
+        is_credit: the completions were sampled after another prompt: the right ones are taken, and shaped.
+    """
     right = np.array([completion.score.is_right for completion in completions])
     # A divisor that is the same for all groups does not turn the gradient.
     scale = "none" if algorithm.scale_rewards == "batch" else algorithm.scale_rewards
@@ -195,12 +202,12 @@ def _unit(
     lengths = np.array([len(completion.tokens) for completion in completions])
     finished = np.array([completion.finished for completion in completions])
     weight = objectives.row_weights(algorithm, lengths, finished, longest)
-    chosen = right if right_only else np.ones(len(right), bool)
+    chosen = right if is_credit else np.ones(len(right), bool)
     if not advantage[chosen].any():
         return None
     kept = tuple(replace(x, stage="refine") for x, is_kept in zip(completions, chosen, strict=True) if is_kept)
     no_bonus = np.zeros(len(kept), np.float32)
-    return Unit(context, kept, advantage[chosen], weight=weight[chosen], entropy_weight=no_bonus)
+    return Unit(context, kept, advantage[chosen], is_credit, weight=weight[chosen], entropy_weight=no_bonus)
 
 
 def sketch(grads: Mapping[str, jax.Array]) -> np.ndarray:

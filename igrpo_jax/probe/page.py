@@ -60,7 +60,7 @@ FIGURES = {
     },
     "Transfer": {
         "cosine": "cosine of the gradients on q' and on the plain prompt",
-        "cosine_credited": "the same, where right refinements are scored under the plain prompt",
+        "cosine_credited": "the same of right refinements that algorithm.refine_credit = plain trains on",
         "along": "ratio of SNR^2 times the squared cosine",
         "reliance": "rho, log pi(o | q') - log pi(o | q) of right refinements, nats",
         "reliance_right": "rho after right drafts",

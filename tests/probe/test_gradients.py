@@ -1,16 +1,22 @@
 """The cosine of two gradients: of made-up ones, of sketches, and of a tiny model; and the reliance on drafts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import completion
-from learner_cases import make_learner, put
+from builders import completion, run_config
+from learner_cases import DEFAULTS, MAX_CONTEXT, TEMPERATURE, make_learner, put
 
+from igrpo_jax.config import MeshConfig
+from igrpo_jax.distributed import sharding
+from igrpo_jax.learning.learner import Learner
+from igrpo_jax.models import decoder
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.probe import gradients
 from igrpo_jax.probe.answers import Answered, Refined
-from igrpo_jax.probe.gradients import KINDS, WIDTH, Gradients, Measured, cosine, of_kinds, sketch
+from igrpo_jax.probe.gradients import KINDS, WIDTH, Gradients, Measured, cosine, learner_config, of_kinds, sketch
 from igrpo_jax.records import Group, Prompt
 
 G = 4
@@ -139,6 +145,40 @@ def test_the_same_objective_has_the_cosine_one_and_no_reliance(learner, tmp_path
         jax.tree.map(np.testing.assert_array_equal, first._asdict(), second._asdict())
     (more,) = Gradients(*learner, {}, Console(), tmp_path).measure(cases[-1:], 1)  # it had reliance alone
     assert set(more.sketches) == set(KINDS)
+
+
+def test_credited_refinements_are_shaped_as_they_are_trained_on(tiny, tmp_path):
+    """Against losses written out: the plain answers by A log p, the right refinements by A p / (p + 0.1) of a token.
+
+    Unshaped, as plain credit with credit_gamma = 0, the second gradient has another direction.
+    """
+    settings = run_config(**DEFAULTS | {"algorithm.num_drafts": G, "algorithm.refine_credit": "context"})
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    case = problem(0, {False: np.arange(1, 9, dtype=np.int32)}, kept=[False] * G)
+    with jax.set_mesh(mesh):
+        built = Learner(learner_config(settings), tiny[0], mesh, max_context=MAX_CONTEXT, total_steps=1)
+        (each,) = Gradients(built, put(tiny[1], mesh), {}, Console(), tmp_path).measure([case], 1)
+    size, gamma = 0.5 / (np.sqrt(1 / 3) + 1e-4), settings.algorithm.credit_gamma
+    assert gamma == 0.1
+
+    def loss(value, completions, params):
+        total = 0.0
+        for one in completions:
+            tokens = np.concatenate([case.prompt.tokens, one.tokens])[None]
+            hidden = decoder.apply(tiny[0], params, tokens, np.arange(tokens.size)[None])[0]
+            logp = jax.nn.log_softmax(decoder.logits(tiny[0], params, hidden)[0, :-1] / TEMPERATURE)
+            own = logp[np.arange(len(logp)), tokens[0, 1:]][-len(one.tokens) :]
+            total -= (size if one.score.is_right else -size) * jnp.mean(value(own)) / G
+        return total
+
+    shaped = lambda logp: jnp.exp(logp) / (jnp.exp(logp) + gamma)
+    gradients_of = lambda *chosen: np.asarray(sketch(jax.jit(jax.grad(functools.partial(loss, *chosen)))(tiny[1])))
+    near = lambda got, expected: np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
+    right = case.refined[0].completions[:2]
+    assert near(each.sketches["plain"], gradients_of(lambda logp: logp, case.plain))
+    assert near(each.sketches["credited"], gradients_of(shaped, right))
+    credited, unshaped = each.sketches["credited"], gradients_of(lambda logp: logp, right)
+    assert credited @ unshaped < 0.99 * np.linalg.norm(credited) * np.linalg.norm(unshaped)
 
 
 def test_reliance_by_hand(learner, tmp_path):
