@@ -473,7 +473,8 @@ class LearnerConfig:
     microbatch_sizes: Annotated[tuple[float, ...], Each(Between(0.01, 1))] = (1.0, 0.5, 0.125)
     # Whether a prompt, with its draft, is run once for all its completions; False is for comparisons.
     shared_prefix: bool = True
-    # Number of optimizer steps per pass over a rollout.
+    # Number of optimizer steps per pass over a rollout. With more than one, which completions share a step depends on
+    # the number of devices, because completions of a group that are updated together stay together.
     minibatches: Annotated[int, AtLeast(1)] = 1
     # Number of steps in a row with a loss or gradient that is not finite before the run stops; each changes nothing
     # and leaves its batch in WORKDIR/nonfinite.

@@ -18,6 +18,7 @@ from processes import Started, ended, free_port
 
 from igrpo_jax import cli, config, evaluate, export, generate
 from igrpo_jax.data import arithmetic
+from igrpo_jax.data.problems import Row
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import inference
@@ -218,6 +219,24 @@ def test_a_run_and_its_export_answer_alike(call, model, rank, tmp_path):
     assert len(set(texts(tmp_path / "run 1"))) > 20
 
 
+@pytest.mark.parametrize(("changes", "is_kept"), [({}, False), ({"mesh.fsdp": 1, "mesh.data": -1}, True)])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_weights_that_stay_beside_the_copy_to_sample_with_leave_less_for_pages(
+    model, monkeypatch, changes, is_kept, tensor
+):
+    asked = configured(**{"model.path": str(model), "rollout.mesh.tensor": tensor} | changes)
+    rows = {"mine": [Row("0", 0, "1+2", "3", {})]}
+    task = inference.open_evaluation(asked, str(model), None, rows)
+    seen = []
+    monkeypatch.setattr(inference, "device_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(inference, "Engine", lambda *given, memory, **named: seen.append(memory))
+    monkeypatch.setattr(inference, "Scheduler", lambda *given: None)
+    inference._scheduler(task.config, task.policy, task.mesh, task.plan)
+    read = 4 * task.policy.model.num_params / task.mesh.shape["fsdp"]
+    held = 0 if is_kept and tensor == 1 else read
+    assert (1 << 30) - seen[0] == pytest.approx(held, rel=0.1)
+
+
 PROCESS = """
 import sys
 import jax
@@ -229,10 +248,14 @@ evaluate.main(["evaluate", *sys.argv[3:]])
 
 @pytest.mark.proof
 @pytest.mark.slow(seconds=18)
-def test_two_processes_split_the_problems_and_end_with_the_files_of_one(call, model, folder, tmp_path):
-    """Rounds included: each refines its own problems, and the summary is of all. Killed rows of both are taken up."""
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_two_processes_split_the_problems_and_end_with_the_files_of_one(call, model, folder, tmp_path, tensor):
+    """Rounds included: each refines its own problems, and the summary is of all. Killed rows of both are taken up.
+
+    With groups of four devices, two of each process, they sample in lockstep, and process 0 has all problems.
+    """
     given = ["--model", model, "--benchmarks=mine", "--samples=2", "--rounds=1", "--config.evaluation.drafts=2"]
-    given += [f"--config.evaluation.data_dir={folder}"]
+    given += [f"--config.evaluation.data_dir={folder}", f"--config.rollout.mesh.tensor={tensor}"]
     call(evaluate, *given, "--workdir", tmp_path / "one")
     names = ("evaluation.json", "mine.jsonl", "summary.json", "summary.md")
     whole = {name: (tmp_path / "one" / name).read_text() for name in names}

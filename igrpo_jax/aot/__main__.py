@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
             where = f"{slices} x {where}"
         progress.message(f"compiling the programs of {given['config']} for {where}; this takes minutes")
         run = compiled(config, given["topology"], slices, progress)
-    print("\n".join(["", *table(run), "", *step_lines(run), *dcn_lines(run), "", *conclusion(run)]))
+    print("\n".join(["", *table(run), "", *step_lines(run), *traffic_lines(run), "", *conclusion(run)]))
     figures = {"topology": given["topology"] or run.chip.name, "slices": slices} | summary(run)
     print(json.dumps(figures | {"seconds": round(time.perf_counter() - began, 1)}))
     if not run.fits:
@@ -131,12 +131,14 @@ def step_lines(footprint: "Footprint") -> list[str]:
     ]
 
 
-def dcn_lines(footprint: "Footprint") -> list[str]:
-    """Returns the line of what a step sends between slices, where there are several."""
-    if footprint.slices == 1:
-        return []
-    count = footprint.over_dcn / 1e9
-    return [f"between the {footprint.slices} slices: {count:.3g} GB over DCN to each chip in the longest step"]
+def traffic_lines(footprint: "Footprint") -> list[str]:
+    """Returns the lines of what a step brings to each chip: the weights to sample with, and what other slices send."""
+    calls, received = sum(sync.calls for sync in footprint.syncs), footprint.weights_received / 1e9
+    lines = [f"weights to sample with: {calls} calls of their programs, {received:.3g} GB to each chip in a step"]
+    if footprint.slices > 1:
+        count = footprint.over_dcn / 1e9
+        lines.append(f"between the {footprint.slices} slices: {count:.3g} GB over DCN to each chip in the longest step")
+    return lines
 
 
 def conclusion(footprint: "Footprint") -> list[str]:

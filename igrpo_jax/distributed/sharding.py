@@ -109,16 +109,17 @@ def _arranged(sizes: list[int], devices: list) -> np.ndarray:
 
 def _of_slice(sizes: list[int], devices: list) -> np.ndarray:
     """Returns the `devices` of a slice as an array of these sizes (data, fsdp, tensor)."""
-    by_neighbours = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    by_neighbours = _grouped(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True))
     owner = owners(by_neighbours)
     processes, each = np.unique(owner, return_counts=True)
     data, fsdp, tensor = sizes
-    if all(_is_box(owner == process) for process in processes) or set(each % tensor) != {0} or len(set(each)) != 1:
-        return _grouped(by_neighbours)
+    is_together = all(_is_box(owner == process) and _is_run(owner == process) for process in processes)
+    if is_together or set(each % tensor) != {0} or len(set(each)) != 1:
+        return by_neighbours
     inner_fsdp = math.gcd(fsdp, each[0] // tensor)
     inner_data = each[0] // tensor // inner_fsdp
     if data % inner_data:
-        return _grouped(by_neighbours)
+        return by_neighbours
     inner, outer = (inner_data, inner_fsdp, tensor), (data // inner_data, fsdp // inner_fsdp, 1)
     return mesh_utils.create_hybrid_device_mesh(
         inner, outer, devices, process_is_granule=True, allow_split_physical_axes=True
@@ -158,6 +159,11 @@ def _is_box(own: np.ndarray) -> bool:
     """
     box = np.ix_(*(np.flatnonzero(own.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)))
     return bool(own[box].all()) and own[box].shape[2] == own.shape[2]
+
+
+def _is_run(own: np.ndarray) -> bool:
+    """Returns whether the places where `own` is true come one after another."""
+    return bool((np.diff(np.flatnonzero(own)) == 1).all())
 
 
 def spec(logical: tuple[str | None, ...]) -> PartitionSpec:

@@ -16,7 +16,7 @@ from igrpo_jax.data.problems import Row
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import cluster, sharding
 from igrpo_jax.distributed.compiling import compiling
-from igrpo_jax.distributed.programs import device_bytes, showing_waits, use_disk_cache
+from igrpo_jax.distributed.programs import device_bytes, showing_waits, tree_bytes, use_disk_cache
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.evaluation.planning import Plan, make_plan, samples_per_problem
@@ -27,6 +27,7 @@ from igrpo_jax.outputs.checkpoint_reading import saved_step
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.layout import keeps_weights
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.storage.addresses import is_remote, modified, path_of
 
@@ -116,6 +117,10 @@ def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) ->
 
 def _scheduler(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan) -> Scheduler:
     """Returns a sampler with hardly more slots than there are samples."""
+    memory = cluster.from_first(device_bytes)  # processes of a team need as many pages
+    if memory is not None and (config.model.lora.rank or not keeps_weights(mesh, config.rollout.mesh.tensor)):
+        # The weights as they are read stay beside the sampler's copy.
+        memory -= tree_bytes(weights.abstract(decoder.shapes(policy.model), mesh, config.model.dtype))
     shards = max(1, mesh.size // (config.rollout.mesh.tensor or 1))  # at most, whatever the layout is
     samples = sum(len(prompts) * samples_per_problem(config, name) for name, prompts in plan.prompts.items())
     engine = Engine(
@@ -131,6 +136,6 @@ def _scheduler(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Pl
         steps_per_dispatch=config.rollout.steps_per_dispatch,
         pages=config.rollout.pages,
         page_size=config.rollout.page_size,
-        memory=device_bytes(),
+        memory=memory,
     )
     return Scheduler(engine, config.rollout.dispatches_ahead)

@@ -94,6 +94,16 @@ def reads_pages(cfg: DecoderConfig, tensor: int) -> bool:
     return page_layout(cfg.attention, cfg.head_dim, cfg.num_kv_heads // tensor) is not None
 
 
+def keeps_weights(mesh: jax.sharding.Mesh, tensor: int | None) -> bool:
+    """Returns whether weights on `mesh` are sure to lie as the sampler takes them, so that it needs no copy.
+
+    Args:
+        tensor: config.rollout.mesh.tensor, None where it is chosen.
+    """
+    as_given = mesh.devices.flat[0].platform == "cpu" if tensor is None else tensor == mesh.shape["tensor"]
+    return mesh.shape["fsdp"] == 1 and (as_given or mesh.size == 1)
+
+
 def divides(cfg: DecoderConfig, tensor: int) -> bool:
     """Returns whether all that is split over `tensor` devices can be split evenly."""
     split = {size for path, shape in decoder.shapes(cfg).items() for size in _split(path, shape)}

@@ -13,6 +13,7 @@ from igrpo_jax.distributed.programs import device_bytes, tree_bytes
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.outputs.writer import rows_until
 from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.layout import keeps_weights
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.task import Task
 
@@ -135,10 +136,8 @@ def resting_bytes(config: Config, mesh: jax.sharding.Mesh, learner: Learner) -> 
     Where the sampler is sure to use the trained weights themselves (float32, not split over mesh.fsdp, without LoRA,
     with the layout of the training), these are counted with the rollout and not here.
     """
-    tensor, chosen = mesh.shape["tensor"], config.rollout.mesh.tensor
-    same_layout = mesh.devices.flat[0].platform == "cpu" if chosen is None else chosen == tensor
-    same = config.model.dtype == "float32" and mesh.shape["fsdp"] == 1 and not config.model.lora.rank
-    same = same and (same_layout or mesh.size == 1)
+    same = config.model.dtype == "float32" and not config.model.lora.rank
+    same = same and keeps_weights(mesh, config.rollout.mesh.tensor)
     return learner.resting_bytes - same * tree_bytes(learner.abstract_state().params)
 
 

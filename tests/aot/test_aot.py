@@ -174,6 +174,8 @@ def test_the_command(found, file, monkeypatch, capsys):
     assert figures["fits"] and figures["devices"] == 4 and figures["topology"] == "v5e:2x2"
     assert said[-2].startswith("fits: ") and f"in {figures['fullest']}" in said[-2]
     assert len(figures["programs"]) == len(found.programs)
+    calls, received = sum(sync.calls for sync in found.syncs), found.weights_received / 1e9
+    assert f"weights to sample with: {calls} calls of their programs, {received:.3g} GB to each chip in a step" in said
 
 
 @pytest.mark.slow
@@ -227,9 +229,10 @@ def test_a_process_has_whole_replicas(name, sizes):
         assert len(places[2]) == mesh.shape["tensor"]
 
 
-@pytest.mark.parametrize("name", ["v5p:2x2x2", "v6e:4x4", "v5e:2x4", "v5p:4x4x4"])
-def test_groups_to_sample_in_are_neighbours_within_a_host(name):
-    mesh = sharding.make_mesh(config.MeshConfig(), aot.topology(name))
+@pytest.mark.parametrize("name", ["v5p:2x2x2", "v5p:2x2x4", "v5e:4x4", "v6e:4x4", "v5e:2x4", "v5e:4x8", "v5p:4x4x4"])
+@pytest.mark.parametrize("sizes", [(1, -1, 1), (2, -1, 1), (4, -1, 1), (-1, 4, 1), (1, -1, 2)])
+def test_groups_to_sample_in_are_neighbours_within_a_host(name, sizes):
+    mesh = sharding.make_mesh(config.MeshConfig(*sizes), aot.topology(name))
     assert {1, 2, 4} <= set(teams.tensors(mesh))
     for group in teams.sampler_mesh(mesh, 4).devices.reshape(-1, 4):
         assert len({device.process_index for device in group}) == 1

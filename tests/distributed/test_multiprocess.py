@@ -83,8 +83,8 @@ def codes_and_texts(processes: list[Started]) -> list[tuple[int, str]]:
     return [(done.returncode, done.stdout + done.stderr) for done in ended(processes)]
 
 
-def run(folder: Path, workdir: Path, count: int, inject: dict[int, str], slurm: bool, **fields) -> list:
-    """A run of `count` processes that have eight devices together; `inject` are statements for some of them."""
+def run(folder: Path, workdir: Path, count: int, inject: dict[int, str], slurm: bool, whole: int = 8, **fields) -> list:
+    """A run of `count` processes that have `whole` devices together; `inject` are statements for some of them."""
     overrides = [f"{name}={value}" for name, value in (SETTINGS | fields).items()]
     arguments = ["igrpo_jax.main", *whole_runs.command(folder, workdir, *overrides)]
     port, processes = free_port(), []
@@ -97,7 +97,7 @@ def run(folder: Path, workdir: Path, count: int, inject: dict[int, str], slurm: 
             job = {}
             flags = ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process", str(own)]
         program = f"{inject.get(own, '')}\nfrom igrpo_jax import cli, main\ncli.run(main.main)\n"
-        env = devices.environment(8 // count, JAX_PLATFORMS="cpu", PYTHONPATH=str(folder), **job)
+        env = devices.environment(whole // count, JAX_PLATFORMS="cpu", PYTHONPATH=str(folder), **job)
         processes.append(Started(program, arguments + flags, env))
     return codes_and_texts(processes)
 
@@ -149,6 +149,22 @@ def tokens_of(workdir: Path) -> list[tuple[float, float]]:
     """Drafts' and refinements' of each step, those of redrawn groups included."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [(row["perf/draft_tokens"], row["perf/completion_tokens"]) for row in rows if "loss" in row]
+
+
+@pytest.mark.proof
+@pytest.mark.slow(seconds=60)
+def test_training_on_eight_devices_and_sampling_in_two_groups_of_them_is_as_on_one_device(folder):
+    """Weights are split over eight devices in an update, and over four to sample with."""
+    runs = []
+    for whole, layout in ((1, {}), (8, {"rollout.mesh.tensor": 4})):
+        workdir = folder / f"on {whole}"
+        processes = run(folder, workdir, 1, {}, slurm=False, whole=whole, **layout)
+        assert [code for code, _ in processes] == [0], processes
+        assert ("2 groups of 4 devices" in processes[0][1]) == bool(layout)
+        runs.append(workdir)
+    check_close(*map(whole_runs.rows, runs))
+    assert sum("loss" in row and row["grad_norm"] > 0 for row in whole_runs.rows(runs[0])) == 4
+    assert whole_runs.samples(runs[0]) == whole_runs.samples(runs[1])
 
 
 @pytest.mark.slow(seconds=30)

@@ -64,8 +64,8 @@ def sample(engine, params, sampling):
     [
         ("2 kv heads", (2, 8)),
         pytest.param("2 kv heads", (1, 4), marks=pytest.mark.proof),
-        pytest.param("4 kv heads", (4, 8), marks=pytest.mark.proof),
-        pytest.param("hybrid", (2, 8), marks=pytest.mark.proof),
+        pytest.param("4 kv heads", (1, 2, 4, 8), marks=pytest.mark.proof),
+        pytest.param("hybrid", (1, 2, 4, 8), marks=pytest.mark.proof),
     ],
 )
 def test_tokens_do_not_depend_on_the_layout(name, tensors):
