@@ -93,22 +93,31 @@ def first_steps(results: Results) -> str:
     lines = [
         "## first steps",
         "",
-        "Plain answers to training prompts that are right, in percent: iGRPO's drafts, and GRPO's completions.",
+        "Plain answers to training prompts that are right, in percent: iGRPO's drafts, and GRPO's completions. Beside",
+        "them iGRPO's refinements that are right, and the tokens that these share with their draft.",
         "",
-        "| start | steps | iGRPO's drafts | GRPO (8) | GRPO (4) | iGRPO less GRPO (8) | iGRPO less GRPO (4) |",
-        "|---|---|---|---|---|---|---|",
+        "| start | steps | drafts | GRPO (8) | GRPO (4) | less GRPO (8) | less GRPO (4) | refinements | copied |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for start in FIRST_STARTS:
-        metrics = {f"{start}_igrpo": "draft_accuracy", f"{start}_grpo": "accuracy", f"{start}_grpo_4": "accuracy"}
-        if not set(metrics) <= set(results["arms"]):
-            continue
-        for first, last in FIRST:
-            means = [
-                {seed: 100 * np.mean(run["series"][metric][first - 1 : last]) for seed, run in seeds.items()}
-                for metric, seeds in ((metrics[name], results["arms"][name]["seeds"]) for name in metrics)
-            ]
-            drafts = means[0]
-            gaps = [[drafts[seed] - other[seed] for seed in drafts if seed in other] for other in means[1:]]
-            cells = [start, f"{first} to {last}", *(cell([*mean.values()], ".1f", False) for mean in means)]
-            lines.append("| " + " | ".join([*cells, *(cell(gap, ".1f", True, "+") for gap in gaps)]) + " |")
-    return "\n".join(lines) if len(lines) > 6 else ""
+        arms = [results["arms"].get(f"{start}_{name}") for name in ("igrpo", "grpo", "grpo_4")]
+        if None not in arms:
+            lines += ["| " + " | ".join([start, *_first(arms, *steps)]) + " |" for steps in FIRST]
+    return "\n".join(lines) if len(lines) > 7 else ""
+
+
+def _first(arms: Sequence[Arm], first: int, last: int) -> list[str]:
+    """Returns the cells of the steps from first to last, of iGRPO, GRPO (8) and GRPO (4)."""
+
+    def means(arm: Arm, metric: str) -> dict[str, float]:
+        return {
+            seed: 100 * float(np.mean(run["series"][metric][first - 1 : last])) for seed, run in arm["seeds"].items()
+        }
+
+    igrpo, *others = arms
+    drafts = means(igrpo, "draft_accuracy")
+    plain = [means(arm, "accuracy") for arm in others]
+    gaps = [[drafts[seed] - other[seed] for seed in drafts if seed in other] for other in plain]
+    cells = [f"{first} to {last}", *(cell([*one.values()], ".1f", False) for one in (drafts, *plain))]
+    cells += [cell(gap, ".1f", True, "+") for gap in gaps]
+    return cells + [cell([*means(igrpo, metric).values()], ".1f", False) for metric in ("accuracy", "copy_ratio")]

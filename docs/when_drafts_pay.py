@@ -216,8 +216,23 @@ def probe_table() -> str:
         observed = (
             re.search(rf"\| {name}_{arm} \| {name}_grpo \| \d+ \| ([^|]+) \|", tables) for arm in ("igrpo", "unsolved")
         )
-        rows.append((start, *cells, conclusion, *(found[1] if found else "" for found in observed)))
-    return table(("start", "p", "r", "w", "ratio", "k", "rho", "conclusion", "observed", "`unsolved`"), rows)
+        rows.append(
+            (start, right_in_a_run(name), *cells, conclusion, *(found[1] if found else "" for found in observed))
+        )
+    return table(("start", "x", "p", "r", "w", "ratio", "k", "rho", "conclusion", "observed", "`unsolved`"), rows)
+
+
+def first_steps_table() -> str:
+    """Returns how plain success went in the first steps from the look-ups' starts of equal success."""
+    tables = (DOCS / "study" / "lookups" / "tables.md").read_text(encoding="utf-8")
+    return tables.partition("## first steps\n")[2].strip().split("\n\n")[1]
+
+
+def right_in_a_run(name: str) -> str:
+    """Returns x, the right answers that GRPO's samples of a run would hold from a probed start without learning."""
+    found = json.loads((PROBES / f"{name}.json").read_text(encoding="utf-8"))["figures"]["successes"]
+    value, low, high = (f"{found[key]:,.{int(found['high'] < 10)}f}" for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
 
 
 def _interval(figure: dict[str, float | None]) -> str:
@@ -285,7 +300,16 @@ def wrapped(block: str) -> str:
 
 def page() -> str:
     """Returns the text of docs/when_drafts_pay.md."""
-    tables = (main_table, scale_table, split_table, variant_table, beta_table, measured_table, probe_table)
+    tables = (
+        main_table,
+        scale_table,
+        split_table,
+        variant_table,
+        beta_table,
+        measured_table,
+        probe_table,
+        first_steps_table,
+    )
     words = OUT.with_suffix(".txt").read_text(encoding="utf-8")
     filled = words.format(**numbers(), **{part.__name__: part() for part in tables})
     return "\n\n".join(wrapped(block) for block in filled.strip().split("\n\n")) + "\n"
