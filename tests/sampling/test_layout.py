@@ -11,7 +11,7 @@ from tiny_models import one_device
 
 from igrpo_jax import config
 from igrpo_jax.aot.collectives import collectives
-from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed import sharding, teams
 from igrpo_jax.errors import InputError
 from igrpo_jax.models.config import from_hf
 from igrpo_jax.models.shapes import SHAPES
@@ -21,6 +21,7 @@ from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.sampling.scoring import stage_key
 from igrpo_jax.sampling.state import Sampling
+from igrpo_jax.session import overview
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="divides eight devices")
 
@@ -186,3 +187,18 @@ def test_the_choice_fits_memory_and_slots():
     small = devices_of("TPU v5 lite", 8, 8)
     assert chosen("Qwen-14B", small, memory=15.75 * 2**30) == 8
     assert chosen("Qwen-14B", small, memory=2**30) == 1  # nothing fits: that of the training
+
+
+def test_the_choice_for_a_hybrid():
+    cfg = from_hf(SHAPES[name := "nvidia/Nemotron-H-8B-Base-8K"], name)
+    cfg = dataclasses.replace(cfg, attention="splash")
+    assert layout.choose_tensor(cfg, devices_of("TPU v5", 8, 4), "bfloat16", memory=None, **CHOICES) == 8
+
+
+def test_what_the_table_of_a_run_says_of_the_layout():
+    engine = Engine(MODELS["2 kv heads"], training_mesh(), EOS, tensor=4, **SIZES)
+    assert overview.sampling_layout(engine) == "2 groups of 4 devices (rollout.mesh.tensor), 4 slots each"
+    engine.team = teams.Team(processes=(0, 1))
+    assert overview.sampling_layout(engine).endswith(
+        "; 2 processes sample in lockstep, since a group has devices of several"
+    )
