@@ -1,7 +1,8 @@
 """What a study found: the tables across its groups by hand, its files, and its page.
 
 What these tests catch: a verdict on a prediction that its interval does not give, a difference of runs with different
-seeds, tables that are not those of results.json, and a number in docs/study.md that no table of its section holds.
+seeds, tables that are not those of results.json, a number in docs/study.md that no table of its section holds, and a
+setting that is said to have been tried and was not.
 """
 
 import importlib
@@ -106,6 +107,25 @@ def test_every_number_of_the_page_is_in_a_file_of_the_study():
     assert unfounded(page) == []
     for picture in re.findall(r"\]\(([^)]+\.png)\)", page):
         assert (ROOT / "docs" / picture).is_file(), picture
+
+
+def test_departures_are_said_to_be_tried_where_an_arm_has_their_setting():
+    """In the table of docs/igrpo.md, whose last cell names the arms."""
+    arms = {
+        name: set(arm.settings)
+        for groups in (study_arms.ARMS, study_arms.LOOKUPS)
+        for group in groups.values()
+        for arm in group
+        for name in (arm.name, re.sub("^(igrpo|sparse|trusting|verifying)_", "", arm.name))
+    }
+    page = (ROOT / "docs" / "igrpo.md").read_text(encoding="utf-8")
+    table = page.partition("| in [the study]")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert len(rows) == 15
+    for row in rows:
+        setting = re.findall(r"(?:algorithm|refine)\.\w+", row[0])[0]
+        with_it = {name for name, settings in arms.items() if setting in settings}
+        assert with_it & set(re.findall(r"\w+", row[-1])) if with_it else row[-1] == "**not tried**", row
 
 
 def test_numbers_of_other_sections_and_other_intervals_are_seen():
