@@ -80,6 +80,7 @@ def run(model, tmp_path_factory):
     """The folder of a run with the model's weights in the checkpoint of step 3, and others in that of step 1."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     c = configured(**{"model.path": str(model)})
+    workdir.mkdir()
     prepare_workdir(workdir, c)
     mesh = sharding.make_mesh(c.mesh)
     params = open_policy(c.model).load(mesh, 0)
@@ -200,6 +201,7 @@ def test_a_run_and_its_export_answer_alike(call, model, rank, tmp_path):
     red where the checkpoint's own weights are asked, which answers drawn at random tell from the rounded ones.
     """
     c = configured(**{"model.path": str(model), "model.lora.rank": rank})
+    (tmp_path / "run").mkdir()
     prepare_workdir(tmp_path / "run", c)
     policy, mesh = open_policy(c.model), sharding.make_mesh(c.mesh)
     trained = weights.adapters(c, policy, mesh) if rank else policy.load(mesh, 0)
@@ -439,6 +441,7 @@ def test_a_run_and_its_export_have_the_same_prompts_on_any_day(call, dated_model
     begun = configured(**{"model.path": str(dated_model), "data.template_kwargs": {"mark": "x"}})
     run_config, policy, _ = open_model(begun)
     workdir, mesh = tmp_path / "run", sharding.make_mesh(run_config.mesh)
+    workdir.mkdir()
     prepare_workdir(workdir, run_config)
     with Checkpointer(workdir, run_config.checkpoint) as store:
         count = jax.device_put(jnp.int32(0), sharding.replicated(mesh))

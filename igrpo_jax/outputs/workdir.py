@@ -1,4 +1,8 @@
-"""A run's folder: `prepare_workdir` claims it, `locked` keeps a second run out, `read_config` reads its settings."""
+"""A run's folder: `check_workdir` looks at it, `locked` keeps a second run out, `prepare_workdir` claims it.
+
+They are called in this order. So a folder that is no run's gets no lock, and of two runs that start at once the
+settings in config.json are those of the one that holds the lock.
+"""
 
 import contextlib
 import fcntl
@@ -7,8 +11,9 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -16,11 +21,12 @@ from absl import logging
 from igrpo_jax.config import Config, differences, freeze, to_dict, with_defaults
 from igrpo_jax.errors import InputError
 from igrpo_jax.storage.addresses import failures, is_remote, make_folder, names, reason
-from igrpo_jax.storage.lease import Held, Lease, make_free
+from igrpo_jax.storage.lease import Held, Lease
 from igrpo_jax.storage.reading import read_bytes
 from igrpo_jax.storage.writing import guarded, remove_tree, write_text
 
 LOCK = ".lock"  # file in a workdir that is locked while a run is under way
+HALF_WRITTEN = "config.json.tmp"  # what a kill may leave of write_text
 DAMAGED = "damaged_checkpoints"  # folder in a workdir for checkpoints that a resume could not use
 SUPERVISED = "sft.json"  # file in a workdir that says that its run is a supervised start
 UNFINISHED = "orbax-checkpoint-tmp"  # part of the name of a checkpoint that was not written to its end, on a disk
@@ -36,51 +42,62 @@ class Claim(NamedTuple):
     replaced: list[str]  # what changed where a run without a checkpoint is replaced, as "name: old -> new"
 
 
-def prepare_workdir(workdir: Path, config: Config) -> Claim:
-    """Makes `workdir`, or recognises the run in it, and writes the resolved configuration to `workdir/config.json`.
-
-    A run of another configuration that has neither a checkpoint nor samples has nothing to lose: it is replaced.
-
-    Raises:
-        InputError: `workdir` holds a run of another configuration, a run that is under way, or files that belong to no
-            run; or it cannot be written. Nothing is left behind.
-    """
+def check_workdir(workdir: Path, config: Config) -> None:
+    """Raises InputError where `workdir` cannot hold the run of `config`, as `prepare_workdir` does; writes nothing."""
     if is_mirrored(workdir) and jax.process_count() > 1:
         raise InputError(
             f"--workdir {workdir}: checkpoints come there from the disk of one machine, and each of the "
             f"{jax.process_count()} processes would have its part of them on its own; give gs://BUCKET/NAME, or a "
             "folder that all machines see"
         )
-    path = workdir / "config.json"
-    temporary = workdir / "config.json.tmp"  # of write_text
+    with _naming_refusals(workdir):
+        _examine(workdir, to_dict(config))
+
+
+def prepare_workdir(workdir: Path, config: Config) -> Claim:
+    """Recognises the run in `workdir`, or begins one, and writes the resolved configuration to `workdir/config.json`.
+
+    It is called inside of `locked`. A run of another configuration that has neither a checkpoint nor samples has
+    nothing to lose: it is replaced.
+
+    Raises:
+        InputError: `workdir` holds a run of another configuration, or files that belong to no run; or it cannot be
+            written, and is left as it was.
+    """
     settings = to_dict(config)
-    made = [] if is_remote(workdir) else [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-    try:
-        make_folder(workdir)
-        present = names(workdir)
-        resumes, changed = path.name in present, []
-        if resumes:
-            changed = _changed_settings(path, settings)
-            if changed and _has_results(workdir):
-                raise _other_settings(workdir, changed)
-            _check_free(workdir)
-            _check_finished(workdir)
-            if changed:
-                for name in REMAINS:
-                    remove_tree(workdir / name)
-        elif foreign := sorted(present - {temporary.name}):
-            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-            raise InputError(
-                f"--workdir {workdir}: holds {foreign[0]}{more} but no config.json of a run; "
-                "give an empty or new folder"
-            )
-        write_text(path, json.dumps(settings, indent=2) + "\n")
-    except failures() as error:
-        for undo in (temporary.unlink, *(folder.rmdir for folder in made)):
+    with _naming_refusals(workdir):
+        resumes, changed = _examine(workdir, settings)
+        for name in REMAINS if changed else ():
+            remove_tree(workdir / name)
+        try:
+            write_text(workdir / "config.json", json.dumps(settings, indent=2) + "\n")
+        except OSError:
             with contextlib.suppress(OSError):
-                undo()
-        raise InputError(f"--workdir {workdir}: cannot be written ({reason(error)}); give a folder that can") from error
+                (workdir / HALF_WRITTEN).unlink()
+            raise
     return Claim(resumes and not changed, changed)
+
+
+def _examine(workdir: Path, settings: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Returns whether `workdir` holds a run, and what changes in its settings.
+
+    Raises:
+        InputError: it holds a run of other settings that has something to lose, or files that belong to no run.
+        OSError, or another one of `failures`: it cannot be read.
+    """
+    path, present = workdir / "config.json", names(workdir)
+    if path.name in present:
+        changed = _changed_settings(path, settings)
+        if changed and _has_results(workdir):
+            raise _other_settings(workdir, changed)
+        _check_finished(workdir)
+        return True, changed
+    if foreign := sorted(present - {HALF_WRITTEN, LOCK}):
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise InputError(
+            f"--workdir {workdir}: holds {foreign[0]}{more} but no config.json of a run; give an empty or new folder"
+        )
+    return False, []
 
 
 def check_settings(workdir: Path, config: Config) -> None:
@@ -140,17 +157,23 @@ def _changed_settings(path: Path, settings: dict[str, Any]) -> list[str]:
         ) from None
 
 
-def _check_free(workdir: Path) -> None:
-    """Raises InputError where a run is under way in `workdir`: its config.json must stay as it is."""
-    if is_remote(workdir):
-        with _naming_holder(workdir):
-            make_free(workdir / LOCK)
-        return
-    with contextlib.suppress(FileNotFoundError), open(workdir / LOCK, "r+", encoding="utf-8") as file:
-        _lock(file, workdir)
+def _open_lock(workdir: Path) -> FileIO:
+    """Opens the lock file of a local folder, which is made where there is none, and goes again where this fails.
+
+    It has no buffer, which would be written once more when it is closed, to a disk that is full.
+    """
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    try:
+        make_folder(workdir)
+        return open(workdir / LOCK, "a+b", buffering=0)
+    except OSError:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
-def _lock(file: TextIO, workdir: Path) -> None:
+def _lock(file: FileIO, workdir: Path) -> None:
     """Locks the lock file of `workdir`, or warns where the file system has no locks.
 
     Raises:
@@ -160,20 +183,20 @@ def _lock(file: TextIO, workdir: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise _under_way(workdir, file.read().strip() or "of another process") from None
+        raise _under_way(workdir, file.read().decode().strip() or "of another process") from None
     except OSError as error:  # a file system without locks
         logging.warning("%s: cannot be locked (%s); don't start a second run there", workdir, error.strerror)
 
 
 @contextlib.contextmanager
-def _naming_holder(workdir: Path) -> Iterator[None]:
-    """Turns `Held`, and what a bucket refuses, into an InputError."""
+def _naming_refusals(workdir: Path) -> Iterator[None]:
+    """Turns `Held`, and what a disk or a bucket refuses, into an InputError."""
     try:
         yield
     except Held as error:
         raise _under_way(workdir, str(error)) from None
     except failures() as error:
-        raise InputError(f"--workdir {workdir}: cannot be locked ({reason(error)}); give a folder that can") from error
+        raise InputError(f"--workdir {workdir}: cannot be written ({reason(error)}); give a folder that can") from error
 
 
 def _under_way(workdir: Path, holder: str) -> InputError:
@@ -184,20 +207,21 @@ def _under_way(workdir: Path, holder: str) -> InputError:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[Callable[[], None]]:
-    """Keeps other runs out of `workdir` inside the `with` block. The system frees the lock when the process ends.
+    """Keeps other runs out of `workdir`, which it makes, inside the `with` block.
 
+    The system frees the lock when the process ends.
     In a bucket the lock is one that expires. So a process that was cut off from it for a minute may lose it. The
     function that this yields raises RunError then, and so does whatever this process writes there (`guarded`).
 
     Raises:
-        InputError: a run is under way there.
+        InputError: a run is under way there, or it cannot be written. No folders are left behind then.
     """
     if jax.process_index() != 0:
         yield lambda: None
         return
     if is_remote(workdir):
         lease = Lease(workdir / LOCK)
-        with _naming_holder(workdir):
+        with _naming_refusals(workdir):
             lease.acquire()
         try:
             with guarded(workdir, lease.check):
@@ -205,12 +229,13 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
         finally:
             lease.release()
         return
-    with open(workdir / LOCK, "a+", encoding="utf-8") as file:
-        _lock(file, workdir)
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+    with contextlib.ExitStack() as stack:
+        with _naming_refusals(workdir):
+            file = stack.enter_context(_open_lock(workdir))
+            _lock(file, workdir)
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         yield lambda: None
 
 

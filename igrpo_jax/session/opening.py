@@ -29,7 +29,7 @@ from igrpo_jax.models import decoder, hf_write
 from igrpo_jax.outputs import hub, weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.outputs.workdir import has_samples, locked, prepare_workdir, recorded_date
+from igrpo_jax.outputs.workdir import check_workdir, has_samples, locked, prepare_workdir, recorded_date
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine
@@ -146,6 +146,8 @@ def _claim(
         InputError: it holds another run, or files that are no run's; it cannot be written; it is not the same folder
             on all processes.
     """
+    cluster.from_first(functools.partial(check_workdir, workdir, config))
+    still_ours = stack.enter_context(locked(workdir))
     resumes, replaced = cluster.from_first(functools.partial(prepare_workdir, workdir, config))
     if replaced:
         console.message(
@@ -154,7 +156,7 @@ def _claim(
         )
     if not (workdir / "config.json").is_file():
         raise InputError(f"--workdir {workdir}: process 0 made it, here it is not; give a folder that all hosts share")
-    return resumes, stack.enter_context(locked(workdir))
+    return resumes, still_ours
 
 
 def _verifier(config: Config, workdir: Path, total_steps: int, teams: int) -> Verifier:

@@ -33,7 +33,7 @@ from igrpo_jax.outputs import trackers, weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import write_atomically
-from igrpo_jax.outputs.workdir import SUPERVISED, locked, prepare_workdir, recorded_date
+from igrpo_jax.outputs.workdir import SUPERVISED, check_workdir, locked, prepare_workdir, recorded_date
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Prompt
 from igrpo_jax.session.progress import Progress
@@ -144,8 +144,9 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
     learner = Learner(
         supervised.learner_config(config), task.policy.model, task.mesh, max_context=task.max_context, total_steps=total
     )
-    resumes, _ = cluster.from_first(functools.partial(_claim, workdir, task))
+    cluster.from_first(functools.partial(_check, workdir, config))
     still_ours = stack.enter_context(locked(workdir))
+    resumes, _ = cluster.from_first(functools.partial(_claim, workdir, task))
     console.table("Supervised start", _overview(task, workdir))
     store = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     stack.enter_context(showing_waits(console.waiting))
@@ -217,16 +218,23 @@ def _step(
     return state
 
 
+def _check(workdir: Path, config: Config) -> None:
+    """Raises InputError where `workdir` holds another run, or a run of reinforcement learning; writes nothing."""
+    present = names(workdir)
+    # A start that was killed before it wrote this file has neither checkpoints nor samples.
+    if SUPERVISED not in present and present & {"checkpoints", "samples"}:
+        raise InputError(f"--workdir {workdir}: holds a run that is no supervised start; give another folder")
+    check_workdir(workdir, config)
+
+
 def _claim(workdir: Path, task: SupervisedTask) -> tuple[bool, list[str]]:
     """Claims `workdir` for a supervised start on these examples; returns whether it is resumed, and what changed.
 
     Raises:
         InputError: it holds another run, a run of reinforcement learning, or a start on other examples.
     """
+    _check(workdir, task.config)
     kind, present = workdir / SUPERVISED, names(workdir)
-    # A start that was killed before it wrote this file has neither checkpoints nor samples.
-    if kind.name not in present and present & {"checkpoints", "samples"}:
-        raise InputError(f"--workdir {workdir}: holds a run that is no supervised start; give another folder")
     claim = prepare_workdir(workdir, task.config)
     if claim.resumes and kind.name in present and json.loads(read_bytes(kind))["examples"] != task.fingerprint:
         raise InputError(

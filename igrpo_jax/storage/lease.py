@@ -53,9 +53,7 @@ class Lease:
             Held: another holder has it.
         """
         make_free(self._path)
-        with contextlib.suppress(FileNotFoundError):
-            if _read(self._path) is None:
-                filesystem(self._path).rm_file(str(self._path))
+        _remove(self._path, None)
         # Where it exists, another was faster, or the answer to our own request was lost and it was sent again.
         with contextlib.suppress(FileExistsError):
             patiently(self._path, filesystem(self._path).pipe_file, str(self._path), self._content(), mode="create")
@@ -137,8 +135,25 @@ def make_free(path: Path) -> None:
                 if now is None:
                     return
                 raise Held(_who(now))
-    with contextlib.suppress(FileNotFoundError):
-        patiently(path, filesystem(path).rm_file, str(path))
+    _remove(path, before)
+
+
+def _remove(path: Path, holder: dict[str, Any] | None) -> None:
+    """Removes the lock if it is what `holder` wrote, or with None, if nobody did.
+
+    In gs:// it goes on the condition that it has not been replaced. In s3:// one that another has taken in this very
+    moment may go; of the two, the one that writes last has the lock then, and the other sees this after SETTLED.
+    """
+    service, name = filesystem(path), str(path)
+    with contextlib.suppress(FileNotFoundError, FileExistsError):
+        generation = patiently(path, service.info, name).get("generation")
+        if _read(path) != holder:
+            return
+        if generation is None:
+            patiently(path, service.rm_file, name)
+        else:
+            bucket, _, key = name.partition("://")[2].partition("/")
+            patiently(path, service.call, "DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=generation)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

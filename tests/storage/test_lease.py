@@ -99,6 +99,25 @@ def test_a_holder_that_was_replaced_ends_and_leaves_the_lock(lock, bucket):
     assert json.loads(bucket.read(".lock"))["host"] == "elsewhere"
 
 
+def test_a_slow_starter_does_not_remove_a_lock_that_was_taken_meanwhile(lock, bucket, monkeypatch):
+    """It has seen that an old lock may go, and another removes it and takes its place before it does."""
+    monkeypatch.setattr(leases, "EXPIRES", 60.0)
+    write(bucket, machine=leases._machine(), process=2**22 + 1)  # it has ended
+    service, other = leases.filesystem(lock), leases.Lease(lock)
+    remove = service.call
+
+    def late(*args, **kwargs):
+        monkeypatch.setattr(service, "call", remove)
+        other.acquire()
+        return remove(*args, **kwargs)
+
+    monkeypatch.setattr(service, "call", late)
+    with pytest.raises(leases.Held):
+        leases.Lease(lock).acquire()
+    assert json.loads(bucket.read(".lock"))["token"] == other._token
+    other.release()
+
+
 @pytest.mark.parametrize("is_done", [False, True])
 def test_a_holder_that_was_asleep_sees_at_once_that_it_was_replaced(lock, bucket, monkeypatch, is_done):
     """Before its next renewal, and also where the other has ended meanwhile."""

@@ -1,5 +1,7 @@
 """Runs whose workdir lies in a bucket: claimed, killed, resumed and read as those in a folder."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -21,11 +23,12 @@ from igrpo_jax import evaluate, export, generate
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.outputs import checkpoint, checkpoint_reading
 from igrpo_jax.outputs import workdir as workdirs
+from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import write_rows
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.report import __main__ as draw
 from igrpo_jax.report import runs
-from igrpo_jax.session import ending
+from igrpo_jax.session import ending, opening
 from igrpo_jax.storage import lease as leases
 from igrpo_jax.storage.addresses import path_of
 from igrpo_jax.storage.reading import kept_in
@@ -71,7 +74,7 @@ def test_a_folder_belongs_to_one_run(folder, bucket):
 def test_several_processes_need_a_bucket_that_orbax_writes_to(s3_bucket, monkeypatch):
     monkeypatch.setattr(workdirs.jax, "process_count", lambda: 2)
     with pytest.raises(InputError, match=r"--workdir s3://.*: checkpoints come there from the disk of one machine, "):
-        workdirs.prepare_workdir(path_of("", s3_bucket.address), configured())
+        workdirs.check_workdir(path_of("", s3_bucket.address), configured())
     assert s3_bucket.names() == []
 
 
@@ -107,16 +110,39 @@ def test_one_run_at_a_time(folder):
         check()
         with pytest.raises(InputError, match=refusal), workdirs.locked(folder):
             pass
-        with pytest.raises(InputError, match=refusal):
-            workdirs.prepare_workdir(folder, configured(steps=9))
     with workdirs.locked(folder):
         pass
 
 
+def test_of_two_runs_that_start_at_once_the_settings_are_those_of_the_one_that_has_the_lock(
+    folder, bucket, monkeypatch, tmp_path
+):
+    take, (first, second) = opening.locked, (contextlib.ExitStack(), contextlib.ExitStack())
+    for place in (folder, tmp_path / "run"):
+
+        def locked(path):
+            """The other run starts now, and is about to take the lock when this one does."""
+
+            def slow(path):
+                first.enter_context(take(path))
+                return take(path)
+
+            monkeypatch.setattr(opening, "locked", slow)
+            with pytest.raises(InputError, match="a run is under way there"):
+                opening._claim(path, configured(seed=1), second, Console(io.StringIO()))
+            return contextlib.nullcontext()
+
+        monkeypatch.setattr(opening, "locked", locked)
+        with first, second:
+            opening._claim(place, configured(seed=0), first, Console(io.StringIO()))
+            assert workdirs.read_config(place).seed == 0
+
+
 def test_a_bucket_that_takes_nothing_is_refused(folder, bucket):
     bucket.fault(status=403, method="POST")
-    with pytest.raises(InputError, match=r"--workdir gs://.*: cannot be written \(Forbidden: .*\); give a folder that"):
-        workdirs.prepare_workdir(folder, configured())
+    refusal = r"--workdir gs://.*: cannot be written \(Forbidden: .*\); give a folder that"
+    with pytest.raises(InputError, match=refusal), workdirs.locked(folder):
+        pass
     bucket.fault()
     assert bucket.names() == []
 
