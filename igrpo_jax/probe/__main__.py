@@ -11,6 +11,7 @@ docs/when_drafts_pay.md explains the figures and the conclusion.
 
 import contextlib
 import functools
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +65,20 @@ def main(argv: list[str]) -> None:
         config = replace(config, data=replace(config.data, train=values["data"]))
     numbers = {name: cli.number(name, values[name]) for name in ("problems", "answers", "gradients", "step")}
     workdir = values["workdir"] or FOLDER
-    probe(config, model, workdir, **{name: value for name, value in numbers.items() if value is not None})
+    chosen = {name: value for name, value in numbers.items() if value is not None}
+    probe(config, model, workdir, **chosen, command=again(argv))
+
+
+def again(argv: list[str]) -> str:
+    """Returns the command line that makes a probe again, without the --workdir that it was written to."""
+    kept, words = [], iter(argv[1:])
+    for word in words:
+        name = word.lstrip("-").partition("=")[0]
+        if not (word.startswith("-") and name == "workdir"):
+            kept.append(word)
+        elif "=" not in word:
+            next(words, None)
+    return shlex.join(["python", "-m", "igrpo_jax.probe", *kept])
 
 
 def probe(
@@ -75,6 +89,7 @@ def probe(
     answers: int | None = None,
     gradients: int = 32,
     step: int | None = None,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Measures whether drafts will pay, or goes on where `workdir` ends, and prints the conclusion.
 
@@ -86,6 +101,7 @@ def probe(
         answers: plain answers to each; None for N + G.
         gradients: of how many problems gradients are compared.
         step: the step of the checkpoint, where `model` is a run; None for the newest.
+        command: the command line that makes it again, for the record; None where there is none.
 
     Returns:
         What `workdir`/probe.json holds.
@@ -124,7 +140,7 @@ def probe(
         stack.enter_context(watchdog.watching(config.watchdog))
         answered, measured = measure.measure(asked, learner, engine, folder, console, stack)
         still_ours()
-        summary = measure.finish(task, folder, head, answered, measured, console)
+        summary = measure.finish(task, folder, {**head, "command": command}, answered, measured, console)
         console.message(f"{time.perf_counter() - began:.1f} s; written to {folder / 'probe.html'}")
     return summary
 

@@ -1,12 +1,12 @@
-"""What the figures of a probe say, in words: will drafts pay for this model and data? A pure function of the figures.
+"""What the figures of a probe say, in words: do drafts give more signal? A pure function of the figures.
 
-The rules are those of docs/when_drafts_pay.md, in this order:
+The rules are those of docs/when_drafts_pay.md, whose table is made of ANSWERS, in this order:
 
 1. GRPO's SNR^2 surely exceeds the largest that a group of G can have: no drafts can give more signal.
 2. The ratio of SNR^2 is surely below 1: drafts give less signal.
 3. Only the part of the signal counts that points along the gradient on plain prompts, the ratio times the squared
-   cosine. It is surely above 1: drafts pay in the first steps; surely below 1: they do not, although they give more
-   signal.
+   cosine. It is surely above 1: drafts give more signal at the first step; surely below 1: they do not. More signal at
+   the first step is no promise: where GRPO surely takes off by itself, iGRPO lost in spite of it (OBSERVED).
 4. Else these problems are too few to tell, or the cosine could not be measured.
 
 "Surely" is: with the whole 95 % interval.
@@ -17,16 +17,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from igrpo_jax.learning import draft_signal
-from igrpo_jax.probe.estimates import Estimate
+from igrpo_jax.probe.estimates import Estimate, problems_needed
 
 CLEAR = 0.3  # width of an interval of a success, below which no difference is taken for none
 CUT = 0.5  # of the plain answers; where more are cut, the length is named first
 COPIES = 0.5  # of the refinements of wrong drafts; where more state the draft's answer, the model is said to copy
-# What a study observed of a model that repaired (docs/study.md, part two): it lost where GRPO had signal too.
+SOLVED = (
+    0.5  # of the groups of N plain answers; where fewer have a right one, and drafts are repaired, "unsolved" is named
+)
+# Starts of a model that repaired (docs/study.md, part two): x, and the points of pass@1 by which iGRPO and
+# algorithm.draft_when = unsolved ended ahead of GRPO.
+OBSERVED = {
+    "rare": (0.4, "+3.5 ± 2.5", "+12.7 ± 7.3"),
+    "sparse": (2.3, "+8.0 ± 26.4", "+44.7 ± 24.1"),
+    "dense": (168, "-52.7 ± 1.5", "-0.8 ± 0.3"),
+}
+# x from which GRPO takes off by itself. At 2.3 four runs of ten did. If each right completion of a run does it with the
+# same probability, 1 - exp(-0.22 x) of the runs do: 99 % at 20.
+TAKES_OFF = 20
 LATER = (
     "later, when drafts are right more often, copying them may be all that is learnt, so keep plain answers in "
-    "training (algorithm.train_drafts, or algorithm.draft_when = unsolved), and watch refine/copy_ratio"
+    "training (algorithm.train_drafts), and watch refine/copy_ratio"
 )
+# The answers, and where each is given.
+ANSWERS = {
+    "drafts cannot pay by signal": (
+        "GRPO's SNR^2 is surely above the largest that a group of G can have: the grey band, for unequal problems"
+    ),
+    "drafts do not pay by signal": "the ratio of SNR^2 is surely below 1",
+    "more signal at the first step": "the ratio times k^2 is surely above 1",
+    "more signal at the first step, but GRPO takes off by itself": (
+        f"so it is, and GRPO would surely see at least {TAKES_OFF} right completions in the run (x)"
+    ),
+    "drafts do not pay: their signal points elsewhere": ("the ratio may be above 1, but times k^2 it is surely below"),
+    "cannot tell: more signal, unknown transfer": "the ratio is surely above 1, and k could not be measured",
+    "cannot tell": "the interval holds 1; it says how many problems might do",
+}
+HOPELESS, LESS, MORE, MORE_AND_GRPO, ELSEWHERE, UNKNOWN_TRANSFER, CANNOT_TELL = ANSWERS
 
 
 @dataclass(frozen=True)
@@ -34,6 +61,7 @@ class Setting:
     """What the figures were measured for."""
 
     problems: int
+    samples: int  # K, plain answers to each
     drafts: int  # N
     refinements: int  # G
     scale: str  # as algorithm.scale_rewards
@@ -44,14 +72,15 @@ class Conclusion:
     """The answer with its reasons, as sentences without their full stop."""
 
     answer: str
-    pays: bool | None  # None = cannot tell
+    more_signal: bool | None  # at the first step, along the gradient on plain prompts; None = cannot tell
     behaviour: str  # "repairs", "copies", "ignores", "is misled" or "unclear"
+    unsolved: bool  # algorithm.draft_when = unsolved is what the study would try
     reasons: list[str]
 
     @property
     def tone(self) -> str:
-        """The class of the answer on a page: "good", "bad" or "" where it cannot tell."""
-        return {True: "good", False: "bad", None: ""}[self.pays]
+        """The class of the answer on a page: "good", "bad" or "" where it cannot tell or is no promise."""
+        return {MORE: "good"}.get(self.answer, "bad" if self.more_signal is False else "")
 
 
 def conclude(figures: Mapping[str, Estimate], setting: Setting) -> Conclusion:
@@ -64,14 +93,19 @@ def conclude(figures: Mapping[str, Estimate], setting: Setting) -> Conclusion:
             (fraction of plain answers that were cut).
     """
     behaviour = behaves(figures)
-    answer, pays, reasons = _signal(figures, setting)
+    answer, reasons = _signal(figures, setting)
+    more = {MORE: True, MORE_AND_GRPO: True, HOPELESS: False, LESS: False, ELSEWHERE: False}.get(answer)
+    unsolved = behaviour == "repairs" and figures["best"].high < SOLVED
     reasons += [
+        *([LATER] if more else []),
+        *_expected(figures, more),
+        *([_unsolved(figures, setting)] if unsolved else []),
         *_rare(figures, setting),
         *_model(figures, behaviour),
         *_needed(figures, setting),
         *_transfer(figures),
     ]
-    return Conclusion(answer, pays, behaviour, reasons)
+    return Conclusion(answer, more, behaviour, unsolved, reasons)
 
 
 def behaves(figures: Mapping[str, Estimate]) -> str:
@@ -93,40 +127,40 @@ def behaves(figures: Mapping[str, Estimate]) -> str:
     return "unclear"
 
 
-def _signal(figures: Mapping[str, Estimate], setting: Setting) -> tuple[str, bool | None, list[str]]:
-    """Returns the answer, whether drafts pay, and the reasons that decide it."""
+def _signal(figures: Mapping[str, Estimate], setting: Setting) -> tuple[str, list[str]]:
+    """Returns the answer, and the reasons that decide it."""
     ratio, cosine, plain = figures["ratio"], figures.get("cosine"), figures["plain_snr"]
     total, most = setting.drafts + setting.refinements, draft_signal.largest_signal(setting.refinements, setting.scale)
     names = f"iGRPO ({setting.drafts} + {setting.refinements})", f"GRPO ({total})"
     compared = f"the SNR^2 of {names[0]} over that of {names[1]} is {shown(ratio)}"
     if plain.low > most:
         low = draft_signal.hopeless_from(setting.drafts, setting.refinements, setting.scale)
-        return (
-            "drafts cannot pay by signal",
-            False,
-            [
-                f"plain answers differ so often that a group of {names[1]} has an SNR^2 of {shown(plain)}, and a group "
-                f"of {setting.refinements} has at most {most:.2f}, whatever it is shown (if all problems were alike, "
-                f"for p from {low:.3f} to {1 - low:.3f})",
-                compared,
-            ],
+        limit = (
+            f"plain answers differ so often that a group of {names[1]} has an SNR^2 of {shown(plain)}, and a group of "
+            f"{setting.refinements} has at most {_number(most)}, whatever it is shown (if all problems were alike, for "
+            f"p from {low:.3g} to {1 - low:.3g})"
         )
+        return HOPELESS, [limit, compared]
     if ratio.high < 1:
-        return "drafts do not pay by signal", False, [compared]
+        return LESS, [compared]
     if cosine is not None and cosine.is_known:
         along = along_plain(ratio, cosine)
         moved = (
             f"{compared}, and {shown(along)} of it points along the gradient on plain prompts (cosine {shown(cosine)})"
         )
         if along.low > 1:
-            return "drafts pay in the first steps", True, [moved, LATER]
+            x = figures.get("successes")
+            return (MORE_AND_GRPO if x is not None and x.low >= TAKES_OFF else MORE), [moved]
         if along.high < 1:
-            return "drafts do not pay: their signal points elsewhere", False, [moved]
-        return "cannot tell", None, [moved, _more(along, setting)]
+            return ELSEWHERE, [moved]
+        return CANNOT_TELL, [moved, _more(figures, along, setting)]
     if ratio.low > 1:
-        unknown = "whether it moves the plain prompt is not known, because the two gradients could not be compared"
-        return "cannot tell: more signal, unknown transfer", None, [compared, unknown]
-    return "cannot tell", None, [compared, _more(ratio, setting)]
+        unknown = (
+            "whether it moves the plain prompt is not known, because the two gradients could not be compared; "
+            f"{_wanting(figures, math.nan, setting)}, with as many --gradients"
+        )
+        return UNKNOWN_TRANSFER, [compared, unknown]
+    return CANNOT_TELL, [compared, _more(figures, ratio, setting)]
 
 
 def along_plain(ratio: Estimate, cosine: Estimate) -> Estimate:
@@ -136,11 +170,14 @@ def along_plain(ratio: Estimate, cosine: Estimate) -> Estimate:
     return Estimate(*(product(x, square) for x, square in zip(ratio, squares, strict=True)))
 
 
-def _more(ratio: Estimate, setting: Setting) -> str:
+def _more(figures: Mapping[str, Estimate], ratio: Estimate, setting: Setting) -> str:
     """Returns the sentence about the number of problems that could tell."""
-    text = f"the interval holds 1, so {setting.problems} problems are too few to tell"
+    text = f"the interval holds 1, so {setting.problems:,} problems are too few to tell"
+    cosine = figures.get("cosine")
+    if ratio.low == 0 and figures["ratio"].low > 0 and cosine is not None:
+        return f"{text}; the cosine is lost in noise, so compare the gradients of more problems (--gradients)"
     if not 0 < ratio.low <= ratio.value <= ratio.high < math.inf or ratio.value == 1:
-        return text
+        return f"{text}; {_wanting(figures, ratio.value, setting)}"
     width = max(math.log(ratio.high / ratio.value), math.log(ratio.value / ratio.low))
     needed = setting.problems * (width / math.log(ratio.value)) ** 2
     if needed > 100 * setting.problems:
@@ -148,10 +185,56 @@ def _more(ratio: Estimate, setting: Setting) -> str:
     return f"{text}; if the ratio is what it seems, about {math.ceil(needed / 10) * 10:,} would do"
 
 
+def _wanting(figures: Mapping[str, Estimate], ratio: float, setting: Setting) -> str:
+    """Returns how many problems would do where right answers are wanting, by `problems_needed`.
+
+    K answers are active in as many more problems than N + G are, where few are. Of what was never seen the upper end
+    is taken, so that more problems may be needed.
+    """
+    plain, refined = figures["plain_active"], figures["refined_active"]
+    of_answers = setting.samples / (setting.drafts + setting.refinements)
+    shares = min(1.0, (plain.value or plain.high) * of_answers), refined.value or refined.high
+    needed = problems_needed(*shares, ratio)
+    if not math.isfinite(needed):
+        return "the ratio is so near 1 that it matters little"
+    problems = math.ceil(needed / 10) * 10
+    answers = f"{setting.samples} answers to each, {problems * setting.samples:,} in all"
+    least = "about" if plain.value and refined.value else "at least"
+    return f"right answers are wanting, and {least} {problems:,} problems would do ({answers})"
+
+
+def _expected(figures: Mapping[str, Estimate], more: bool | None) -> list[str]:
+    """Returns what x, the right completions that GRPO would see, makes of more signal at the first step."""
+    x = figures.get("successes")
+    if x is None or not x.is_known:
+        return []
+    text = f"GRPO would see {shown(x)} right completions in the run that the settings describe (x)"
+    (rare, rare_points, _), (sparse, sparse_points, _), (dense, dense_points, _) = OBSERVED.values()
+    if more is False:
+        return [text]
+    if x.low >= TAKES_OFF:
+        lost = f"from a start with {dense} of them iGRPO ended at {dense_points} points against GRPO in the study"
+        return [f"{text}, enough to take off by itself: {lost}, in spite of more signal at the first step"]
+    if x.high < TAKES_OFF:
+        ended = f"iGRPO ended at {rare_points} points against GRPO at {rare}, and at {sparse_points} at {sparse}"
+        return [f"{text}, which is hardly any to learn from: in the study {ended}"]
+    return [f"{text}, which may be enough to take off by itself; the study has no start between {sparse} and {dense}"]
+
+
+def _unsolved(figures: Mapping[str, Estimate], setting: Setting) -> str:
+    """Returns what the study recommends where drafts are repaired and most plain groups have no right answer."""
+    points = [f"{points} points at x = {x}" for x, _, points in OBSERVED.values()]
+    return (
+        "try algorithm.draft_when = unsolved with algorithm.train_drafts (configs/unsolved.py): the model repairs, and "
+        f"{shown(figures['best'])} of the groups of {setting.drafts} plain answers have a right one; in the study it "
+        f"ended at {points[0]}, {points[1]} and {points[2]} against GRPO"
+    )
+
+
 def _rare(figures: Mapping[str, Estimate], setting: Setting) -> list[str]:
     """Returns the reasons where success is rare."""
     p, times = figures["p"], figures["times"]
-    cut, expected = figures.get("cut_plain"), figures.get("successes")
+    cut = figures.get("cut_plain")
     sentences = []
     if cut is not None and cut.is_known and cut.low > CUT:
         sentences.append(
@@ -160,16 +243,12 @@ def _rare(figures: Mapping[str, Estimate], setting: Setting) -> list[str]:
         )
     if p.value == 0:
         sentences.append(f"no plain answer is right, so p is at most {_number(p.high)}")
-    if expected is not None and expected.is_known:
-        text = f"GRPO would see {shown(expected)} right completions in the run that the settings describe"
-        few = expected.high < 10
-        sentences.append(f"{text}, which is hardly any to learn from" if few else text)
     if p.high < draft_signal.hopeless_from(setting.drafts, setting.refinements, setting.scale) / 2 and times.is_known:
         bound = draft_signal.rare_bound(times.high, setting.drafts, setting.refinements, setting.scale)
         if math.isfinite(float(bound)):
             sentences.append(
                 f"success is rare, so the ratio is bounded by how much likelier a wrong draft makes a right answer: "
-                f"w is {shown(times)} times p on the same problems, and the ratio at most {float(bound):.2f}"
+                f"w is {shown(times)} times p on the same problems, and the ratio at most {_number(float(bound))}"
             )
     return sentences
 
@@ -200,12 +279,12 @@ def _needed(figures: Mapping[str, Estimate], setting: Setting) -> list[str]:
     transfer = cosine.value if cosine is not None and known else 1.0
     sizes = (setting.drafts, setting.refinements, setting.scale)
     least, _ = draft_signal.repair_range(p.value, r.value, *sizes, transfer=transfer)
-    where = f"at p = {p.value:.3f}, r = {r.value:.2f}" + (f" and the cosine {transfer:.2f}" if known else "")
+    where = f"at p = {_number(p.value)}, r = {_number(r.value)}"
+    where += f" and the cosine {_number(transfer)}" if known else ""
     if math.isnan(float(least)):
         return [f"were all problems alike, {where}, no w would be enough for more signal than GRPO has"]
-    return [
-        f"were all problems alike, {where}, w would have to be at least {float(least):.3f}; it is {shown(figures['w'])}"
-    ]
+    enough = f"w would have to be at least {_number(float(least))}; it is {shown(figures['w'])}"
+    return [f"were all problems alike, {where}, {enough}"]
 
 
 def _transfer(figures: Mapping[str, Estimate]) -> list[str]:
@@ -213,10 +292,11 @@ def _transfer(figures: Mapping[str, Estimate]) -> list[str]:
     rho = figures.get("reliance")
     if rho is None or not rho.is_known:
         return []
-    bound = float(draft_signal.plain_success_bound(figures["refined"].value, max(rho.value, 0.0)))
+    refined = figures["refined"].value
+    bound = float(draft_signal.plain_success_bound(refined, max(rho.value, 0.0)))
     return [
         f"right refinements are exp(rho) times likelier with the draft than without it, rho = {shown(rho)} nats; of a "
-        f"success of {figures['refined'].value:.3f} with drafts this leaves at least {bound:.3f} on the plain prompt"
+        f"success of {_number(refined)} with drafts this leaves at least {_number(bound)} on the plain prompt"
     ]
 
 

@@ -154,10 +154,12 @@ def finish(
 
     config, algorithm = task.config, task.config.algorithm
     scale = objectives.resolve(algorithm).scale_rewards
-    setting = Setting(len(answered), algorithm.num_drafts, algorithm.num_generations, scale)
+    samples = len(answered[0].plain)
+    setting = Setting(len(answered), samples, algorithm.num_drafts, algorithm.num_generations, scale)
     figures = all_figures(task, answered, measured, scale)
     conclusion = conclude(figures, setting)
-    about = {**head, "data": config.data.train or "the built-in task"}
+    compared = sum(bool(each.sketches) for each in measured)
+    about = {**head, "data": config.data.train or "the built-in task", "gradients": compared}
     summary = page.write(folder, about, setting, figures, conclusion, answered)
     for section, lines in page.table(figures).items():
         if lines:

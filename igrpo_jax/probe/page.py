@@ -109,7 +109,8 @@ def write(
     """Writes probe.json, and probe.html beside its style.css; returns what probe.json holds.
 
     Args:
-        head: what probe.json begins with; its values stand under the title of the page too.
+        head: what probe.json begins with; its values stand under the title of the page too. `gradients` is the number
+            of problems whose gradients were compared.
     """
     values = {
         name: {"value": number(x.value), "low": number(x.low), "high": number(x.high)} for name, x in figures.items()
@@ -126,6 +127,7 @@ def write(
         "conclusion": conclusion,
         "sections": table(figures),
         "setting": setting,
+        "compared": head["gradients"],
         "examples": examples(answered),
         "rows": [_row(problem) for problem in answered],
     }

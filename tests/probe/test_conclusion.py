@@ -1,17 +1,19 @@
 """The conclusion on simulated counts: models that copy, repair or ignore drafts, regions, and too few problems."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from igrpo_jax.learning import draft_signal
 from igrpo_jax.probe import estimates
-from igrpo_jax.probe.conclusion import Setting, conclude
+from igrpo_jax.probe.conclusion import OBSERVED, Setting, conclude, shown
 from igrpo_jax.probe.estimates import NONE, UNKNOWN, Counts, Estimate, estimate
 
 N, G, K = 4, 4, 8
-SETTING = Setting(400, N, G, "group")
+SETTING = Setting(400, K, N, G, "group")
 
 
 def simulated(success, after_right, after_wrong, problems=400, seed=0, samples=K):
@@ -24,11 +26,14 @@ def simulated(success, after_right, after_wrong, problems=400, seed=0, samples=K
     return Counts(plain, kept, drawn(r, kept.any(axis=1)), drawn(w, ~kept.all(axis=1)), N, G)
 
 
-def concluded(*args, problems=400, cosine=None, **more):
+def concluded(*args, problems=400, cosine=None, run=None, **more):
+    """The conclusion for simulated counts, where `run` is the number of completions of a run of GRPO."""
     figures = estimate(simulated(*args, problems=problems, **more))
+    if run:
+        figures["successes"] = figures["p"].times(run)
     if cosine:
         figures["cosine"] = Estimate(*cosine)
-    return conclude(figures, Setting(problems, N, G, "group"))
+    return conclude(figures, Setting(problems, K, N, G, "group"))
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -84,11 +89,15 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 def test_a_model_that_copies_and_one_that_repairs_are_told_apart():
     p = np.random.default_rng(4).beta(0.4, 8, 400)  # rare, and unequal
     copies = concluded(p, *draft_signal.copying(p, 0.9))
-    assert copies.behaviour == "copies" and copies.pays is False
+    assert copies.behaviour == "copies" and copies.more_signal is False
     repairs = concluded(p, 0.8, np.minimum(p + 0.4, 1), cosine=(0.95, 0.9, 0.99))
-    assert repairs.behaviour == "repairs" and repairs.pays is True and repairs.answer == "drafts pay in the first steps"
+    assert (
+        repairs.behaviour == "repairs"
+        and repairs.more_signal is True
+        and repairs.answer == "more signal at the first step"
+    )
     ignores = concluded(p, p, p)
-    assert ignores.behaviour == "ignores" and ignores.pays is False
+    assert ignores.behaviour == "ignores" and ignores.more_signal is False
     misled = concluded(0.4, 0.4, 0.05)
     assert misled.behaviour == "is misled"
 
@@ -104,7 +113,7 @@ def test_a_model_that_ignores_drafts_is_not_taken_for_one_that_trusts_them():
 def test_a_hopeless_region():
     """p = .4: GRPO has more signal than a group of four can have, also where drafts repair everything."""
     conclusion = concluded(0.4, 0.5, 0.5)
-    assert conclusion.pays is False and conclusion.answer == "drafts cannot pay by signal"
+    assert conclusion.more_signal is False and conclusion.answer == "drafts cannot pay by signal"
     assert "at most 0.75" in conclusion.reasons[0] and "p from 0.125 to 0.875" in conclusion.reasons[0]
     assert "less" not in concluded(0.05, 0.5, 0.5).answer
 
@@ -116,14 +125,104 @@ def test_the_rare_region_has_the_bound_of_how_much_likelier_a_wrong_draft_makes_
     assert not any("success is rare" in reason for reason in concluded(0.3, 1.0, 0.3).reasons)
 
 
+REPAIRED = {"problems": 800, "cosine": (0.95, 0.93, 0.97)}
+
+
+def test_more_signal_at_the_first_step_is_no_promise_where_grpo_takes_off():
+    """p = .013 with runs of 12,800, 800 and 60 completions: about 170, 10 and 1 right ones."""
+    found = {run: concluded(0.013, 0.12, 0.12, run=run, **REPAIRED) for run in (12_800, 1_600, 60)}
+    assert all(each.more_signal is True and "pay" not in each.answer for each in found.values())
+    large, between, small = (" ".join(each.reasons) for each in found.values())
+    assert found[12_800].answer == "more signal at the first step, but GRPO takes off by itself"
+    assert found[1_600].answer == found[60].answer == "more signal at the first step"
+    assert [each.tone for each in found.values()] == ["", "good", "good"]
+    assert "enough to take off by itself: from a start with 168 of them iGRPO ended at -52.7 ± 1.5 points" in large
+    assert "may be enough to take off by itself; the study has no start between 2.3 and 168" in between
+    assert "hardly any to learn from: in the study iGRPO ended at +3.5 ± 2.5 points against GRPO at 0.4" in small
+    assert all("copying them may be all that is learnt" in text for text in (large, between, small))
+    less = concluded(0.4, 0.5, 0.5, run=12_800)  # nothing is said of a start that has more signal
+    assert "right completions in the run that the settings describe (x)" in " ".join(less.reasons)
+    assert "the study" not in " ".join(less.reasons) and less.tone == "bad"
+
+
+def test_what_the_study_observed_is_in_its_tables():
+    tables = (Path(__file__).parents[2] / "docs" / "study" / "lookups" / "tables.md").read_text(encoding="utf-8")
+    for start, (_, *points) in OBSERVED.items():
+        for arm, ended in zip(("igrpo", "unsolved"), points, strict=True):
+            assert f"| {start}_{arm} | {start}_grpo | 10 | {ended} |" in tables
+
+
+def test_unsolved_is_named_where_drafts_are_repaired_and_few_groups_have_a_right_answer():
+    rare = concluded(0.01, 0.3, 0.2)
+    (sentence,) = [reason for reason in rare.reasons if "unsolved" in reason]
+    assert rare.unsolved and "+12.7 ± 7.3 points at x = 0.4, +44.7 ± 24.1 points at x = 2.3" in sentence
+    assert f"{shown(estimate(simulated(0.01, 0.3, 0.2))['best'])} of the groups of 4 plain answers" in sentence
+    for others in (concluded(0.01, 0.3, 0.01), concluded(0.4, 0.8, 0.8)):  # no repair; most groups have a right answer
+        assert not others.unsolved and not any("unsolved" in reason for reason in others.reasons)
+
+
+def test_small_numbers_are_not_shown_as_zero():
+    """p = .0002 and w = .004, as on the sparse start of the study."""
+    figures = estimate(simulated(0.0002, 0.0, 0.004, problems=4000, samples=32))
+    figures |= {"reliance": Estimate(2.39, 2.37, 2.42), "cosine": Estimate(0.004, 0.003, 0.005)}
+    text = " ".join(conclude(figures, Setting(4000, 32, N, G, "group")).reasons)
+    assert "were all problems alike, at p = 0.000" in text and "with drafts this leaves at least 0.000" in text
+    assert not re.search(r"\b0\.0+\b(?!\d)", text)
+    assert "of at least 0" not in text and "r = 0 and the cosine 0.004" in text
+
+
+def test_the_mean_of_which_few_active_problems_are_surely_seen():
+    below = sum(math.exp(-estimates.SEEN) * estimates.SEEN**k / math.factorial(k) for k in range(estimates.FEW))
+    assert below == pytest.approx(0.01, abs=1e-6)
+
+
+def test_the_number_of_problems_by_hand():
+    """5 % and 20 % active: 20 + 5 by the two proportions, times (3.24 / 2)^2 where the log is 2; 11.6 / 5 % is more."""
+    assert estimates.problems_needed(0.05, 0.2, math.exp(2)) == pytest.approx(232.09, abs=0.01)
+    assert estimates.problems_needed(0.05, 0.2, math.exp(-0.5)) == pytest.approx(6.48**2 * 25)
+    assert estimates.problems_needed(0.2, 0.05, math.nan) == pytest.approx(232.09, abs=0.01)
+    assert estimates.problems_needed(0.2, 0.05, 0.0) == pytest.approx(232.09, abs=0.01)
+    assert estimates.problems_needed(0.2, 0.05, 1.0) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("chances", "most", "samples"), [((0.013, 0.12, 0.12), 250, 8), ((0.0018, 0.02, 0.02), 400, 32)]
+)
+def test_a_probe_that_cannot_tell_says_how_many_problems_can(chances, most, samples):
+    """Where right answers are wanting: of 30 probes of so many problems, at least two thirds tell."""
+    p, r, w = chances
+    plain = 1 - (1 - p) ** (N + G)
+    figures = {"plain_active": Estimate(plain, plain, plain)}
+    refined = 1 - (1 - w) ** G
+    figures["refined_active"] = Estimate(refined, refined, refined)
+    figures["ratio"] = Estimate(draft_signal.snr_ratio(p, r, w, N, G), 0.0, math.inf)
+    figures |= dict.fromkeys(("trust", "repair", "times", "alone_wrong", "r", "w"), UNKNOWN)
+    figures |= {name: Estimate(p, p, p) for name in ("p", "best", "kept", "refined", "plain_snr")}
+    conclusion = conclude(figures, Setting(64, samples, N, G, "group"))
+    text = " ".join(conclusion.reasons)
+    problems, drawn = (
+        int(x.replace(",", ""))
+        for x in re.search(rf"about ([\d,]+) problems would do \({samples} answers to each, ([\d,]+) in", text).groups()
+    )
+    assert 64 < problems <= most and drawn == problems * samples
+    told = [
+        concluded(p, r, w, problems=problems, samples=samples, seed=seed, cosine=(0.95, 0.9, 1.0)).more_signal
+        for seed in range(30)
+    ]
+    assert told.count(True) >= 20 and False not in told
+    few = [concluded(p, r, w, problems=64, seed=seed, cosine=(0.95, 0.9, 1.0)) for seed in range(30)]
+    wanting = [each for each in few if "right answers are wanting" in " ".join(each.reasons)]
+    assert len(wanting) >= 5 and all(each.more_signal is None for each in wanting)
+
+
 def test_too_few_problems():
     conclusion = concluded(0.08, 0.7, 0.25, problems=24, cosine=(0.9, 0.8, 1.0))
-    assert conclusion.pays is None and conclusion.answer == "cannot tell"
+    assert conclusion.more_signal is None and conclusion.answer == "cannot tell"
     assert "24 problems are too few to tell" in " ".join(conclusion.reasons)
     figures = estimate(simulated(0.02, 0.5, 0.02))
     for ratio in (Estimate(0.9, 0.6, 1.1), Estimate(1.2, 0.9, 1.6)):
         conclusion = conclude(figures | {"ratio": ratio, "cosine": Estimate(1.0, 0.99, 1.0)}, SETTING)
-        assert conclusion.pays is None and "too few to tell" in " ".join(conclusion.reasons)
+        assert conclusion.more_signal is None and "too few to tell" in " ".join(conclusion.reasons)
     # Widths shrink with the square root, and log(1.2 / (0.9 0.99^2)) must become log(1.2): 400 times 2.85.
     assert "about 1,140 would do" in " ".join(conclusion.reasons)
 
@@ -132,9 +231,9 @@ def test_signal_that_points_elsewhere_and_signal_whose_direction_is_unknown():
     counted = (0.02, 0.6, 0.3)
     assert concluded(*counted, problems=800).answer == "cannot tell: more signal, unknown transfer"
     elsewhere = concluded(*counted, problems=800, cosine=(0.1, 0.0, 0.2))
-    assert elsewhere.pays is False and elsewhere.answer == "drafts do not pay: their signal points elsewhere"
+    assert elsewhere.more_signal is False and elsewhere.answer == "drafts do not pay: their signal points elsewhere"
     backwards = concluded(*counted, problems=800, cosine=(-0.9, -1.0, -0.8))
-    assert backwards.pays is False  # a large square is no help where the sign is wrong
+    assert backwards.more_signal is False  # a large square is no help where the sign is wrong
 
 
 def test_without_any_success():
@@ -143,13 +242,13 @@ def test_without_any_success():
     assert figures["p"].value == 0 and figures["p"].high == pytest.approx(1 - 0.025 ** (1 / 64))
     assert (figures["ratio"].low, figures["ratio"].high) == (0, math.inf) and not figures["r"].is_known
     figures |= {"successes": figures["p"].times(100), "cut_plain": Estimate(0.9, 0.8, 1.0)}
-    conclusion = conclude(figures, Setting(64, N, G, "group"))
-    assert conclusion.pays is None and any("hardly any to learn from" in reason for reason in conclusion.reasons)
+    conclusion = conclude(figures, Setting(64, K, N, G, "group"))
+    assert conclusion.more_signal is None and any("hardly any to learn from" in reason for reason in conclusion.reasons)
     assert conclusion.behaviour == "unclear"  # no success shows nothing of what the model makes of drafts
     assert any("no plain answer is right, so p is at most 0.056" in reason for reason in conclusion.reasons)
     assert any("0.90 (0.80 to 1.00) of the plain answers are cut" in reason for reason in conclusion.reasons)
     figures["cut_plain"] = Estimate(0.6, 0.4, 0.8)
-    assert not any("are cut" in reason for reason in conclude(figures, Setting(64, N, G, "group")).reasons)
+    assert not any("are cut" in reason for reason in conclude(figures, Setting(64, K, N, G, "group")).reasons)
 
 
 def test_repair_where_no_plain_answer_is_right():
@@ -157,7 +256,7 @@ def test_repair_where_no_plain_answer_is_right():
     figures = estimate(simulated(0.0, 0.5, 0.5))
     most = estimates.proportion_at_most(0, 400) * (N + G) / 4
     assert figures["ratio"].low == pytest.approx(figures["refined_snr"].low / most) and figures["ratio"].low > 1
-    assert concluded(0.0, 0.5, 0.5, cosine=(0.9, 0.8, 1.0)).pays is True
+    assert concluded(0.0, 0.5, 0.5, cosine=(0.9, 0.8, 1.0)).more_signal is True
 
 
 def test_the_exact_bound_of_a_proportion():

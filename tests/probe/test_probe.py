@@ -24,7 +24,7 @@ def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatc
 
     def call(*more, code=None):
         argv = ["probe", "--model", str(whole[0]), "--problems=3", "--workdir", str(out)]
-        argv += ["--config.rollout.slots=8", *more]  # one for each device
+        argv += ["--config.rollout.slots=8", "--gradients=2", *more]  # slots: one for each device
         monkeypatch.setattr(sys, "argv", argv)
         if code is None:
             cli.run(command.main)
@@ -43,9 +43,13 @@ def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatc
     rows, summary = written["answers.jsonl"].splitlines(keepends=True), json.loads(written["probe.json"])
     plain = [json.loads(row) for row in rows if not json.loads(row)["drafts"]]
     assert len(plain) == 3 * 4 and len(rows) >= len(plain) + 3 * 2  # K = N + G = 4, and G = 2 of each draft
-    assert summary["problems"] == 3 and summary["conclusion"]["pays"] is None and summary["step"] == 5
-    assert summary["figures"]["p"]["high"] > 0
-    assert "cannot tell" in (out / "probe.html").read_text()
+    assert summary["problems"] == 3 and summary["conclusion"]["more_signal"] is None and summary["step"] == 5
+    assert summary["figures"]["p"]["high"] > 0 and (summary["samples"], summary["gradients"]) == (4, 2)
+    again = f"python -m igrpo_jax.probe --model {whole[0]} --problems=3 --config.rollout.slots=8 --gradients=2"
+    assert summary["command"] == again
+    html = (out / "probe.html").read_text()
+    assert "cannot tell" in html and again in html
+    assert "K = 4 plain answers to each of 3 problems; the gradients of the first 2 were compared" in html
     assert len(list((out / "gradients").iterdir())) == 3
 
     (out / "answers.jsonl").write_text("".join(rows[: len(rows) // 2]) + rows[-1][:20])
@@ -75,9 +79,10 @@ def test_model_text_is_escaped(tmp_path):
     draft = completion("draft", 0, [5], 0.0, text=attack)
     fixed = completion("refine", 0, [6], 1.0, text=attack)
     problem = Answered(prompt, (draft,), np.array([False]), (Refined(draft, prompt.tokens, (fixed,)),))
-    conclusion = Conclusion(f"cannot tell {attack}", None, "unclear", [attack])
+    conclusion = Conclusion(f"cannot tell {attack}", None, "unclear", False, [attack])
     figures = {"p": Estimate(0.5, 0.25, 1.0), "ratio": Estimate(float("nan"), 0.0, float("inf"))}
-    summary = page.write(tmp_path, {"model": attack}, Setting(1, 4, 4, "group"), figures, conclusion, [problem])
+    head, setting = {"model": attack, "gradients": 0}, Setting(1, 8, 4, 4, "group")
+    summary = page.write(tmp_path, head, setting, figures, conclusion, [problem])
     text = (tmp_path / "probe.html").read_text()
     assert "<script" not in text and text.count("&lt;script&gt;") >= 9
     assert "0.50 (0.25 to 1.00)" in text and "not known (0 to any)" in text
