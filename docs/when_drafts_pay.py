@@ -20,6 +20,7 @@ import numpy as np
 
 from igrpo_jax.learning import draft_signal
 from igrpo_jax.learning.draft_signal import Signal, igrpo_counts, right_counts, signal, snr_ratio
+from igrpo_jax.probe.conclusion import ANSWERS, MORE_AND_GRPO
 
 DOCS = Path(__file__).parent
 OUT = Path(__file__).with_suffix(".md")
@@ -200,7 +201,8 @@ PROBED = {
 def take(name: str, folder: Path) -> None:
     """Writes what a probe found into docs/study/probes/NAME.json."""
     probe = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
-    kept = {key: probe[key] for key in ("problems", "drafts", "refinements", "scale", "conclusion", "figures")}
+    names = ("problems", "samples", "gradients", "drafts", "refinements", "scale", "conclusion", "figures")
+    kept = {key: probe[key] for key in names}
     PROBES.mkdir(parents=True, exist_ok=True)
     (PROBES / f"{name}.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
@@ -220,6 +222,12 @@ def probe_table() -> str:
             (start, right_in_a_run(name), *cells, conclusion, *(found[1] if found else "" for found in observed))
         )
     return table(("start", "x", "p", "r", "w", "ratio", "k", "rho", "conclusion", "observed", "`unsolved`"), rows)
+
+
+def conclusion_table() -> str:
+    """Returns the answers of a probe, and where each is given."""
+    failed = "; the study's one such start lost, [the prediction that failed](#the-prediction-that-failed)"
+    return table(("conclusion", "where"), (ANSWERS | {MORE_AND_GRPO: ANSWERS[MORE_AND_GRPO] + failed}).items())
 
 
 def first_steps_table() -> str:
@@ -307,6 +315,7 @@ def page() -> str:
         variant_table,
         beta_table,
         measured_table,
+        conclusion_table,
         probe_table,
         first_steps_table,
     )

@@ -36,8 +36,8 @@ OBSERVED = {
 # same probability, 1 - exp(-0.22 x) of the runs do: 99 % at 20.
 TAKES_OFF = 20
 LATER = (
-    "later, when drafts are right more often, copying them may be all that is learnt, so keep plain answers in "
-    "training (algorithm.train_drafts), and watch refine/copy_ratio"
+    "what is learnt after drafts need not reach the plain prompt, so keep plain answers in training "
+    "(algorithm.train_drafts), and watch whether draft/accuracy rises as GRPO's accuracy does"
 )
 # The answers, and where each is given.
 ANSWERS = {

@@ -139,7 +139,7 @@ def test_more_signal_at_the_first_step_is_no_promise_where_grpo_takes_off():
     assert "enough to take off by itself: from a start with 168 of them iGRPO ended at -52.7 ± 1.5 points" in large
     assert "may be enough to take off by itself; the study has no start between 2.3 and 168" in between
     assert "hardly any to learn from: in the study iGRPO ended at +3.5 ± 2.5 points against GRPO at 0.4" in small
-    assert all("copying them may be all that is learnt" in text for text in (large, between, small))
+    assert all("learnt after drafts need not reach the plain prompt" in text for text in (large, between, small))
     less = concluded(0.4, 0.5, 0.5, run=12_800)  # nothing is said of a start that has more signal
     assert "right completions in the run that the settings describe (x)" in " ".join(less.reasons)
     assert "the study" not in " ".join(less.reasons) and less.tone == "bad"
