@@ -58,12 +58,14 @@ class Bucket:
         data = json.dumps(fault).encode()
         urllib.request.urlopen(urllib.request.Request(f"{self.service}/faults", data, method="PUT")).close()
 
+    def met(self) -> dict[str, int]:
+        """Returns how many requests have had the fault that was set last, see bucket_server.py."""
+        with urllib.request.urlopen(f"{self.service}/faults") as answer:
+            return json.load(answer)
+
     def wait_for(self, what: str) -> None:
-        """Returns when a request with the fault that was set last has "begun" or "ended", see bucket_server.py."""
+        """Returns when a request with the fault that was set last has "begun" or "ended"."""
         until = time.monotonic() + 60
-        while time.monotonic() < until:
-            with urllib.request.urlopen(f"{self.service}/faults") as answer:
-                if json.load(answer)[what]:
-                    return
+        while not self.met()[what]:
+            assert time.monotonic() < until, f"no request has {what}"
             time.sleep(0.02)
-        raise AssertionError(f"no request has {what}")

@@ -234,6 +234,36 @@ def test_checkpoints_are_kept_and_damaged_ones_set_aside(folder, bucket):
     assert checkpoint_reading.saved_step(folder) == 2
 
 
+ANY, ARRAYS = {"path": ""}, {"path": "/d/"}  # any requests, and those of tensorstore for the arrays
+
+
+@pytest.mark.slow(seconds=5)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 503, **ARRAYS},
+        *(
+            pytest.param(fault, marks=pytest.mark.proof)
+            for fault in ({"drop": True, **ARRAYS}, {"status": 503, **ANY}, {"drop": True, **ANY})
+        ),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_is_saved_and_read_where_the_bucket_fails_for_now(folder, bucket, fault):
+    settings, saved = config_lib.CheckpointConfig(every=1), state()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved)
+    with checkpoint.Checkpointer(folder, settings) as store:
+        bucket.fault(method="POST", times=1, **fault)
+        store.save(1, saved, {"step": 1})
+        store.wait()
+        assert bucket.met()["ended"] == 1
+    with checkpoint.Checkpointer(folder, settings) as store:
+        bucket.fault(method="GET", times=1, **fault)
+        step, restored, meta = store.restore(abstract)
+        assert bucket.met()["ended"] == 1
+    assert step == 1 and meta == {"step": 1} and np.array_equal(restored["params"]["x"], saved["params"]["x"])
+
+
 def test_a_checkpoint_that_the_bucket_refuses_ends_the_run(folder, bucket):
     settings = config_lib.CheckpointConfig(every=1)
     store = checkpoint.Checkpointer(folder, settings)
