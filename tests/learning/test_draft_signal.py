@@ -32,6 +32,14 @@ def simulated_scores(rng, rewards, success):
     return rewards - success + SIGMA * rng.normal(size=rewards.shape)
 
 
+def simulated_snr_squared(rng, rewards, means):
+    """SNR^2 of a group's gradient, in units of |D|^2 / sigma^2, by the means of its scores along the plain gradient."""
+    advantages = objectives.group_advantages(rewards, "group").astype(float)
+    gradients = np.mean(advantages * (means + SIGMA * rng.normal(size=rewards.shape)), axis=1)
+    noise = gradients - np.mean(advantages * means, axis=1)
+    return np.mean(gradients) ** 2 / np.mean(noise**2) * SIGMA**2
+
+
 def near(samples, expected):
     """Whether the mean of independent samples is within five standard errors of what is expected."""
     error = np.std(samples, ddof=1) / math.sqrt(len(samples))
@@ -142,6 +150,33 @@ def test_simulated_groups_with_drafts(context, scale, sizes):
     noise = np.square(gradients - means)
     assert near(noise, SIGMA**2 * expected.squared_advantage / sizes[1])
     assert np.mean(gradients) ** 2 / np.mean(noise) * SIGMA**2 == pytest.approx(expected.snr_squared, rel=0.1)
+
+
+@pytest.mark.parametrize("cosine", [1.0, 0.7, 0.3])
+def test_simulated_gradients_of_which_a_part_moves_the_plain_prompt(cosine):
+    """Right and wrong scores on q' lie apart by 1 in a direction with this cosine to the plain one."""
+    rng, (p, r, w), sizes = np.random.default_rng(5), CONTEXTS[0], (4, 4)
+    rewards, success, _ = simulated_refinements(rng, p, r, w, *sizes)
+    refined = simulated_snr_squared(rng, rewards, cosine * (rewards - success))
+    drawn = (rng.random((GROUPS, sum(sizes))) < p).astype(np.float32)
+    plain = simulated_snr_squared(rng, drawn, drawn - p)
+    assert refined / plain == pytest.approx(float(snr_ratio(p, r, w, *sizes, transfer=cosine)), rel=0.1)
+
+
+@pytest.mark.parametrize("context", CONTEXTS[:3])
+def test_simulated_signal_per_sample_with_drafts_that_stop_early(context):
+    """Drafts of a prompt are drawn up to the first right one; the samples that are left pay for further prompts."""
+    rng, (p, r, w), drafts, size = np.random.default_rng(6), context, 4, 4
+    tried = rng.random((GROUPS, drafts)) < p
+    found = tried.any(axis=1)
+    samples = np.where(found, tried.argmax(axis=1) + 1, drafts) + size
+    success = np.where(found, r, w)[:, None]
+    rewards = (rng.random((GROUPS, size)) < success).astype(np.float32)
+    refined = simulated_snr_squared(rng, rewards, rewards - success) / samples.mean()
+    drawn = (rng.random((GROUPS, drafts + size)) < p).astype(np.float32)
+    plain = simulated_snr_squared(rng, drawn, drawn - p) / (drafts + size)
+    saved = (drafts + size) / (float(draft_signal.expected_drafts(p, drafts)) + size)
+    assert refined / plain == pytest.approx(float(snr_ratio(p, r, w, drafts, size)) * saved, rel=0.1)
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -103,10 +103,10 @@ def assert_same_metrics(got, expected, *but):
         assert got[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
 
 
-def layout():
+def layout(rows=None):
     """Rows by hand: tokens [R, ROW], and the mask [R, ROW - 1] of the positions whose next token is a completion's."""
     tokens, mask = np.zeros((P * G, ROW), np.int32), np.zeros((P * G, ROW - 1), bool)
-    for i, (context, one) in enumerate(rows_of(make_groups())):
+    for i, (context, one) in enumerate(rows or rows_of(make_groups())):
         tokens[i, : len(context)] = context
         tokens[i, len(context) : len(context) + len(one.tokens)] = one.tokens
         mask[i, len(context) - 1 : len(context) + len(one.tokens) - 1] = True
@@ -123,22 +123,28 @@ def full_logprobs(c, params, tokens):
 
 @pytest.fixture(scope="module")
 def score_in_full(tiny):
-    """Log-probs and entropies [R, ROW - 1] of the rows of `layout`, for any parameters."""
-    run = jax.jit(lambda params: full_logprobs(tiny[0], params, layout()[0]))
-    return lambda params: [np.asarray(x) for x in run(params)]
+    """Log-probs and entropies [R, ROW - 1] of the rows of `layout`, or of other tokens, for any parameters."""
+    run, usual = jax.jit(lambda params, tokens: full_logprobs(tiny[0], params, tokens)), layout()[0]
+    return lambda params, tokens=usual: [np.asarray(x) for x in run(params, tokens)]
 
 
 @pytest.fixture(scope="module")
 def reference_gradient(tiny):
-    """Of GRPO on policy, for any mask [R, ROW - 1], advantages [R], and factors of the tokens [R, ROW - 1]."""
+    """Of GRPO on policy, for any mask [R, ROW - 1], advantages [R], and factors of the tokens [R, ROW - 1].
+
+    The tokens of the rows `shaped` [R] stand in it as p / (p + 0.1), with p the policy's probability.
+    """
 
     @jax.jit
-    def run(tokens, mask, advantage, factor=1.0):
+    def run(tokens, mask, advantage, factor=1.0, shaped=False):
         def loss(params):
             logprob, _ = full_logprobs(tiny[0], params, tokens)
             ratio = jnp.exp(logprob - jax.lax.stop_gradient(logprob))
             a = advantage[:, None]
-            value = jnp.minimum(ratio * a, jnp.clip(ratio, 0.8, 1.2) * a) * factor
+            probability = jnp.exp(logprob)
+            clipped = jnp.minimum(ratio * a, jnp.clip(ratio, 0.8, 1.2) * a)
+            credited = jnp.asarray(shaped).reshape(-1, 1)
+            value = jnp.where(credited, probability / (probability + 0.1) * a, clipped) * factor
             return -jnp.mean(jnp.sum(value * mask, axis=1) / jnp.sum(mask, axis=1))
 
         return jax.value_and_grad(loss)(tiny[1])
@@ -985,6 +991,74 @@ def test_tokens_can_be_weighed_against_their_sampler(build, tiny, score_in_full,
     state, metrics = updated(build(algorithm__importance_sampling_cap=0.3), tiny[1])
     assert_close(gradient_of(state), expected, 1e-5)
     assert metrics["loss"] == pytest.approx(float(loss), abs=1e-6)
+
+
+# Credit to the plain prompt.
+
+PLAIN = {"algorithm__refine_credit": "plain", "algorithm__credit_completions": "all"}
+
+
+def credited_groups():
+    """Groups that saw a draft behind a shorter plain prompt; the last two saw none."""
+    groups = make_groups()
+    for i, group in enumerate(groups[:-2]):
+        plain = dataclasses.replace(group.prompt, tokens=group.context[: 1 + len(group.context) // 2])
+        groups[i] = dataclasses.replace(group, prompt=plain)
+    return groups[:-2] + [dataclasses.replace(group, drafts=(), kept=None) for group in groups[-2:]]
+
+
+def credited_layout():
+    return layout([(group.prompt.tokens, one) for group in credited_groups() for one in group.completions])
+
+
+@pytest.mark.slow(seconds=15)
+def test_plain_credit_against_a_loss_written_out(build, tiny, reference_gradient, score_in_full):
+    """After the plain prompt, shaped where there was a draft. Far away: all rows shaped, none, and after q'."""
+    (tokens, mask), shaped = credited_layout(), np.arange(P * G) < (P - 2) * G
+    loss, expected = reference_gradient(tokens, mask, ADVANTAGES.reshape(-1), 1.0, shaped)
+    state, metrics = updated(build(**PLAIN), tiny[1], credited_groups())
+    got = gradient_of(state)
+    assert_close(got, expected, 1e-5)
+    assert metrics["loss"] == pytest.approx(float(loss), abs=1e-6)
+    for rows, marked in ((credited_layout(), shaped | True), (credited_layout(), shaped & False), (layout(), shaped)):
+        _, far = reference_gradient(*rows, ADVANTAGES.reshape(-1), 1.0, marked)
+        assert max(np.abs(got[path] - far[path]).max() / np.abs(far[path]).max() for path in got) > 0.05
+    # How far the plain prompt is from what was sampled with the draft says nothing of the sampler.
+    sampler = np.concatenate([one.logprobs for _, one in rows_of(make_groups())])
+    gap = np.abs(score_in_full(tiny[1], tokens)[0][mask] - sampler)
+    assert metrics["refine/plain_logp_difference"] == pytest.approx(gap.mean(), rel=1e-5)
+    assert not any(name.startswith("sampling/sampling_logp_difference") for name in metrics)
+
+
+@pytest.mark.slow(seconds=10)
+def test_plain_credit_can_be_weighed_against_the_sampler_that_saw_the_draft(
+    build, tiny, reference_gradient, score_in_full
+):
+    """With credit_gamma = 0: by min(pi(o | q) / sampler, 0.3), which binds for many tokens and not for all."""
+    tokens, mask = credited_layout()
+    sampler = np.zeros(mask.shape, np.float32)
+    sampler[mask] = np.concatenate([one.logprobs for _, one in rows_of(make_groups())])
+    apart = np.exp(np.where(mask, score_in_full(tiny[1], tokens)[0] - sampler, 0))
+    assert 0.1 < (apart[mask] > 0.3).mean() < 0.9
+    loss, expected = reference_gradient(tokens, mask, ADVANTAGES.reshape(-1), np.minimum(apart, 0.3))
+    weighed = {"algorithm__credit_gamma": 0.0, "algorithm__importance_sampling_cap": 0.3}
+    state, metrics = updated(build(**PLAIN, **weighed), tiny[1], credited_groups())
+    assert_close(gradient_of(state), expected, 1e-5)
+    assert metrics["loss"] == pytest.approx(float(loss), abs=1e-6)
+
+
+@pytest.mark.slow(seconds=5)
+def test_settings_of_variants_that_are_off_leave_the_program_of_the_paper_as_it_is(tiny):
+    """As lowered text. Read where refine_credit is "context", credit_gamma would bring its branch into the program."""
+
+    def text(**changes):
+        changes = {f"algorithm__{name}": value for name, value in {"num_drafts": 4, **changes}.items()}
+        return make_learner(tiny[0], **changes)[0].programs.accumulate.lower(WHOLE).as_text()
+
+    of_paper = text()
+    others = {"credit_gamma": 0.7, "credit_completions": "all", "solved_fraction": 0.5, "draft_metric": "accuracy"}
+    assert text(**others) == of_paper
+    assert text(refine_credit="plain") != of_paper
 
 
 # The optimizer.
