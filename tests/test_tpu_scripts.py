@@ -274,6 +274,7 @@ WRONG = [
     ("launch.sh", [*NAMED, "--run", "a b", *MAIN], "--run a b: must be the name of the run"),
     ("launch.sh", [*NAMED, *MAIN, "--workdir=x"], "--workdir=x: the folder is that of --run"),
     ("fetch.sh", [*SHARED], "--name, --zone: missing; 10.0.0.2:/runs is read through a worker"),
+    ("gke.sh", [*GKE, "--secret", "HF_TOKEN=x", *MAIN], "--secret HF_TOKEN=x: must be the Kubernetes secret whose"),
     ("gpu_node.sh", [], "give the arguments of igrpo_jax.main"),
     ("slurm.sbatch", [], "give the arguments of igrpo_jax.main"),
 ]
@@ -576,6 +577,19 @@ def test_a_jobset_has_a_pod_for_each_host_and_the_arguments_as_they_are(cloud, t
 def test_kubernetes_puts_no_variable_into_an_argument(cloud):
     done = cloud.run("gke.sh", *GKE, "--dry-run", *MAIN, "--config.data.instruction=$(HOME) {prompt}")
     assert '"--config.data.instruction=$$(HOME) {prompt}"' in done.stdout
+
+
+def test_the_entries_of_a_secret_are_variables_of_every_pod(cloud):
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed; huggingface_hub brings it")
+    seen = []
+    for given in ([], ["--secret", "tokens"]):
+        done = cloud.run("gke.sh", *GKE, *given, "--dry-run", *MAIN)
+        manifest = yaml.safe_load(done.stdout.partition("<<'YAML'\n")[2].partition("YAML\n")[0])
+        (slices,) = manifest["spec"]["replicatedJobs"]
+        (container,) = slices["template"]["spec"]["template"]["spec"]["containers"]
+        seen.append(container.pop("envFrom", None))
+        assert container["command"][-1] == "gs://b/runs/first" and container["ports"]
+    assert seen == [None, [{"secretRef": {"name": "tokens"}}]]
 
 
 def test_a_worker_says_which_command_failed(cloud):

@@ -8,16 +8,18 @@
 # The cluster needs JobSet (jobset.sigs.k8s.io). The image needs a checkout of this repository in its working directory,
 # and `pip install -e '.[tpu,gs]'`. --account may write to the bucket, by Workload Identity. Where a pod ends, as after a
 # preemption, JobSet starts all of them again, and the run resumes. `kubectl logs` shows a pod's output. To end it:
-# `kubectl delete jobset RUN`, then `gcloud container node-pools delete NAME`.
+# `kubectl delete jobset RUN`, then `gcloud container node-pools delete NAME`. A secret is made of a file of NAME=value
+# lines, without quotes, by `kubectl create secret generic SECRET --from-env-file FILE`.
 #
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-FLAG[cluster]="" FLAG[image]="" FLAG[account]=default FLAG[restarts]=100
+FLAG[cluster]="" FLAG[image]="" FLAG[account]=default FLAG[secret]=- FLAG[restarts]=100
 FORM[cluster]='^[a-z][a-z0-9-]*$'
 FORM[image]='^[a-z0-9][A-Za-z0-9._/:@-]*$'
 FORM[account]='^[a-z0-9][a-z0-9.-]*$'
+FORM[secret]='^[a-z0-9][a-z0-9.-]*$'
 FORM[shared]='^gs://[a-z0-9][a-z0-9._-]*$'
 FORM[run]='^[a-z][a-z0-9-]*$'
 MEANS[cluster]="GKE cluster, in the zone of --zone"
@@ -25,10 +27,11 @@ MEANS[image]="container image with this repository"
 FORM[restarts]='^[0-9]+$'
 MEANS[restarts]="how often JobSet starts all pods again before it gives up, whatever ended them: a whole number"
 MEANS[account]="Kubernetes service account of the pods"
+MEANS[secret]="Kubernetes secret whose entries the run gets as variables, such as HF_TOKEN and WANDB_API_KEY"
 MEANS[shared]="bucket of runs, gs://BUCKET"
 MEANS[run]="name of the run, of its JobSet and folder: small letters, digits, -"
 MEANS[name]="name of the node pool: small letters, digits, -"
-parse_flags name zone project cluster topology spot shared image account run restarts -- "$@"
+parse_flags name zone project cluster topology spot shared image account secret run restarts -- "$@"
 command -v kubectl >/dev/null || [[ ${SWITCH[dry-run]} ]] || die "kubectl: not on PATH; gcloud components install kubectl"
 [[ " ${REST[*]} " == *" --config"[\ =]* ]] || die "--config: missing; give it after --, such as -- --config configs/X.py"
 [[ " ${REST[*]} " != *" --workdir"[\ =]* ]] || die "--workdir: the folder is that of --run in the bucket; leave it out"
@@ -55,10 +58,14 @@ quoted() {
 }
 
 manifest() {
-  local word arguments=""
+  local word arguments="" variables=""
   for word in "${REST[@]}" --workdir "${FLAG[shared]}/runs/${FLAG[run]}"; do
     arguments+=", $(quoted "$word")"
   done
+  [[ ${FLAG[secret]} == - ]] || variables="
+                  envFrom:
+                    - secretRef:
+                        name: $(quoted "${FLAG[secret]}")"
   cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -89,7 +96,7 @@ spec:
               containers:
                 - name: trainer
                   image: $(quoted "${FLAG[image]}")
-                  command: ["python", "-m", "igrpo_jax.main"$arguments]
+                  command: ["python", "-m", "igrpo_jax.main"$arguments]$variables
                   ports:
                     - containerPort: 8471
                     - containerPort: 8080
