@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from igrpo_jax.outputs.trackers import TRACKERS
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tpu_scripts"
 NAMED = ("--name", "n1", "--zone", "us-east5-a")
@@ -577,6 +579,11 @@ def test_a_jobset_has_a_pod_for_each_host_and_the_arguments_as_they_are(cloud, t
 def test_kubernetes_puts_no_variable_into_an_argument(cloud):
     done = cloud.run("gke.sh", *GKE, "--dry-run", *MAIN, "--config.data.instruction=$(HOME) {prompt}")
     assert '"--config.data.instruction=$$(HOME) {prompt}"' in done.stdout
+
+
+def test_a_worker_has_what_every_tracker_needs():
+    extras = re.search(r"igrpo_jax\[(.*)\]", (SCRIPTS / "on_worker.sh").read_text())[1].split(",")
+    assert set(TRACKERS) - {"tensorboard"} <= set(extras)  # tensorboardX comes with the package
 
 
 def test_the_entries_of_a_secret_are_variables_of_every_pod(cloud):

@@ -14,7 +14,7 @@ setup() {
   # The images' own Python is older than the package needs; uv brings one.
   python3 -m pip install --quiet --user uv
   [[ -d venv ]] || .local/bin/uv venv --quiet --python 3.12 venv
-  .local/bin/uv pip install --quiet --python venv/bin/python -e 'igrpo_jax[tpu,judge,wandb,gs]'
+  .local/bin/uv pip install --quiet --python venv/bin/python -e 'igrpo_jax[tpu,judge,wandb,trackio,mlflow,gs]'
   rm -f bucket
   case $1 in
     gs://*) echo "$1" >bucket ;;
