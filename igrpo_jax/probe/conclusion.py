@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from igrpo_jax.learning import draft_signal
-from igrpo_jax.probe.estimates import Estimate, problems_needed
+from igrpo_jax.probe.estimates import UNKNOWN, Estimate, problems_needed
 
 CLEAR = 0.3  # width of an interval of a success, below which no difference is taken for none
 CUT = 0.5  # of the plain answers; where more are cut, the length is named first
@@ -95,11 +95,12 @@ def conclude(figures: Mapping[str, Estimate], setting: Setting) -> Conclusion:
     behaviour = behaves(figures)
     answer, reasons = _signal(figures, setting)
     more = {MORE: True, MORE_AND_GRPO: True, HOPELESS: False, LESS: False, ELSEWHERE: False}.get(answer)
-    unsolved = behaviour == "repairs" and figures["best"].high < SOLVED
+    x = figures.get("successes", UNKNOWN)
+    unsolved = behaviour == "repairs" and x.high < TAKES_OFF  # as docs/study.md has it
     reasons += [
         *([LATER] if more else []),
         *_expected(figures, more),
-        *([_unsolved(figures, setting)] if unsolved else []),
+        *([_unsolved(x)] if unsolved else []),
         *_rare(figures, setting),
         *_model(figures, behaviour),
         *_needed(figures, setting),
@@ -149,8 +150,8 @@ def _signal(figures: Mapping[str, Estimate], setting: Setting) -> tuple[str, lis
             f"{compared}, and {shown(along)} of it points along the gradient on plain prompts (cosine {shown(cosine)})"
         )
         if along.low > 1:
-            x = figures.get("successes")
-            return (MORE_AND_GRPO if x is not None and x.low >= TAKES_OFF else MORE), [moved]
+            x = figures.get("successes", UNKNOWN)
+            return (MORE_AND_GRPO if x.low >= TAKES_OFF else MORE), [moved]
         if along.high < 1:
             return ELSEWHERE, [moved]
         return CANNOT_TELL, [moved, _more(figures, along, setting)]
@@ -205,8 +206,8 @@ def _wanting(figures: Mapping[str, Estimate], ratio: float, setting: Setting) ->
 
 def _expected(figures: Mapping[str, Estimate], more: bool | None) -> list[str]:
     """Returns what x, the right completions that GRPO would see, makes of more signal at the first step."""
-    x = figures.get("successes")
-    if x is None or not x.is_known:
+    x = figures.get("successes", UNKNOWN)
+    if not x.is_known:
         return []
     text = f"GRPO would see {shown(x)} right completions in the run that the settings describe (x)"
     (rare, rare_points, _), (sparse, sparse_points, _), (dense, dense_points, _) = OBSERVED.values()
@@ -221,18 +222,18 @@ def _expected(figures: Mapping[str, Estimate], more: bool | None) -> list[str]:
     return [f"{text}, which may be enough to take off by itself; the study has no start between {sparse} and {dense}"]
 
 
-def _unsolved(figures: Mapping[str, Estimate], setting: Setting) -> str:
-    """Returns what the study recommends where drafts are repaired and most plain groups have no right answer."""
-    points = [f"{points} points at x = {x}" for x, _, points in OBSERVED.values()]
+def _unsolved(x: Estimate) -> str:
+    """Returns what the study recommends where drafts are repaired and GRPO has hardly a right answer."""
+    points = [f"{points} points at {x}" for x, _, points in OBSERVED.values()]
     return (
-        "try algorithm.draft_when = unsolved with algorithm.train_drafts (configs/unsolved.py): the model repairs, and "
-        f"{shown(figures['best'])} of the groups of {setting.drafts} plain answers have a right one; in the study it "
-        f"ended at {points[0]}, {points[1]} and {points[2]} against GRPO"
+        f"the model repairs and x is at most {_number(x.high)}, so try algorithm.draft_when = unsolved with "
+        "algorithm.train_drafts (configs/unsolved.py), which no ratio here describes: in the study it ended at "
+        f"{points[0]}, {points[1]} and {points[2]} against GRPO"
     )
 
 
 def _rare(figures: Mapping[str, Estimate], setting: Setting) -> list[str]:
-    """Returns the reasons where success is rare."""
+    """Returns the reasons where p is small."""
     p, times = figures["p"], figures["times"]
     cut = figures.get("cut_plain")
     sentences = []
@@ -247,7 +248,7 @@ def _rare(figures: Mapping[str, Estimate], setting: Setting) -> list[str]:
         bound = draft_signal.rare_bound(times.high, setting.drafts, setting.refinements, setting.scale)
         if math.isfinite(float(bound)):
             sentences.append(
-                f"success is rare, so the ratio is bounded by how much likelier a wrong draft makes a right answer: "
+                f"p is small, so the ratio is bounded by how much likelier a wrong draft makes a right answer: "
                 f"w is {shown(times)} times p on the same problems, and the ratio at most {_number(float(bound))}"
             )
     return sentences
