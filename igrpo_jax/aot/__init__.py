@@ -1,4 +1,4 @@
 """Whether a configuration fits a TPU slice, and what bounds it: `python -m igrpo_jax.aot`.
 
-In order: progress, slices, collectives, footprint, __main__.
+In order: progress, slices, collectives, footprint, building, __main__.
 """

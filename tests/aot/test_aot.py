@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from igrpo_jax import config
 from igrpo_jax.aot import __main__ as aot
-from igrpo_jax.aot import footprint
+from igrpo_jax.aot import building, footprint
 from igrpo_jax.aot.collectives import collectives
 from igrpo_jax.aot.progress import Progress
 from igrpo_jax.distributed import sharding, teams
@@ -64,7 +64,7 @@ def found(printed):
     with pytest.MonkeyPatch.context() as patch:  # logits are larger than what is drawn from them
         patch.setattr(footprint, "describe", lambda settings: dataclasses.replace(described, vocab_size=4096))
         made = footprint.prepare(whole_runs.settings(**SETTINGS), aot.topology("v5e:2x2"))
-    footprint.build(made, Progress(printed.append))
+    building.build(made, Progress(printed.append))
     return made
 
 
@@ -302,7 +302,7 @@ def test_a_libtpu_of_another_jax_is_named():
             raise jax.errors.JaxRuntimeError("INTERNAL: async-update should have 1 operands but sees 3\nmore")
 
     with pytest.raises(InputError, match=r"libtpu [\d.]+ writes .* cannot read .*sees 3\).* \"jax\[tpu\]==\d"):
-        footprint._text(Compiled())
+        building._text(Compiled())
 
 
 def test_a_public_model_is_described_without_a_download():
