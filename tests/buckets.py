@@ -6,11 +6,29 @@ import urllib.request
 from pathlib import Path
 
 
+class Control:
+    """Google's storage control service, as far as gcsfs asks it for the kind of a bucket: here, one without folders."""
+
+    async def get_storage_layout(self, **_):
+        from google.cloud.storage_control_v2 import StorageLayout
+
+        return StorageLayout(location_type="region")
+
+
+def answer_of_control() -> None:
+    """Lets gcsfs ask `Control` in this process, since bucket_server.py does not speak gRPC."""
+    from gcsfs.extended_gcsfs import ExtendedGcsFileSystem
+
+    async def client(self) -> Control:
+        return Control()
+
+    ExtendedGcsFileSystem._get_control_plane_client = client
+
+
 def environment(service: str, cache: Path) -> dict[str, str]:
     """Returns the variables with which gcsfs and tensorstore ask the service at this address."""
-    kinds = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # gcsfs asks for the kind of a bucket elsewhere
     folder = {"XDG_CACHE_HOME": str(cache / "cache")}
-    return {"STORAGE_EMULATOR_HOST": service, "TENSORSTORE_GCS_HTTP_URL": service, **kinds, **folder}
+    return {"STORAGE_EMULATOR_HOST": service, "TENSORSTORE_GCS_HTTP_URL": service, **folder}
 
 
 def s3_environment(service: str, cache: Path) -> dict[str, str]:

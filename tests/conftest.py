@@ -119,9 +119,11 @@ def whole(tmp_path_factory, pytestconfig):
 @pytest.fixture(scope="session")
 def bucket_service(tmp_path_factory):
     """The address of a storage service on localhost, see bucket_server.py."""
-    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read at its import: it asks Google's own service
     pytest.importorskip("gcsfs", reason="gcsfs is missing; the extra dev brings it")
     pytest.importorskip("gcp_storage_emulator", reason="gcp-storage-emulator is missing; the extra dev brings it")
+    import buckets
+
+    buckets.answer_of_control()
     command = [sys.executable, Path(__file__).with_name("bucket_server.py"), tmp_path_factory.mktemp("service")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         yield process.stdout.readline().strip()

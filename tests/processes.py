@@ -73,4 +73,8 @@ def _become(program: str, argv: list[str], env: dict[str, str], folder: str) -> 
     import jax
 
     jax.config.update("jax_platforms", env.get("JAX_PLATFORMS"))  # JAX read this variable in the server
+    if "STORAGE_EMULATOR_HOST" in env:
+        import buckets
+
+        buckets.answer_of_control()
     exec(program, {"__name__": "igrpo_jax_test"})

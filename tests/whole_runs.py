@@ -96,7 +96,7 @@ def rewind(workdir: Path, target: Path, step: int) -> None:
     (target / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
-def command(tmp_path: Path, workdir: Path, *overrides: str) -> list[str]:
+def command(tmp_path: Path, workdir: Path | str, *overrides: str) -> list[str]:
     """Returns the flags of `igrpo_jax.main` for a run of CONFIG with `overrides`, as field=value."""
     (tmp_path / "micro.py").write_text(CONFIG)
     flags = ["--config", str(tmp_path / "micro.py"), "--workdir", str(workdir)]

@@ -24,6 +24,9 @@ from processes import Started, ended, free_port
 
 from igrpo_jax import train
 from igrpo_jax.learning import stages
+from igrpo_jax.outputs.checkpoint_reading import saved_step
+from igrpo_jax.report.runs import local_copy
+from igrpo_jax.storage.addresses import path_of
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="compares with one process of eight devices")
 
@@ -83,7 +86,7 @@ def codes_and_texts(processes: list[Started]) -> list[tuple[int, str]]:
     return [(done.returncode, done.stdout + done.stderr) for done in ended(processes)]
 
 
-def run(folder: Path, workdir: Path, count: int, inject: dict[int, str], slurm: bool, whole: int = 8, **fields) -> list:
+def run(folder: Path, workdir: Path | str, count: int, inject: dict[int, str], slurm: bool, whole=8, **fields) -> list:
     """A run of `count` processes that have `whole` devices together; `inject` are statements for some of them."""
     overrides = [f"{name}={value}" for name, value in (SETTINGS | fields).items()]
     arguments = ["igrpo_jax.main", *whole_runs.command(folder, workdir, *overrides)]
@@ -217,6 +220,30 @@ def test_four_processes_go_on_from_what_two_saved(four, one):
     for name, tensor in exported[0].items():
         mine, theirs = (x.astype(np.float32) for x in (tensor, exported[1][name]))
         np.testing.assert_allclose(mine, theirs, rtol=2**-6, atol=1e-5, err_msg=name)  # in bfloat16
+
+
+@pytest.mark.proof
+@pytest.mark.slow(seconds=60)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_processes_share_a_bucket_and_go_on_there_after_a_kill(folder, one, bucket, victim):
+    """The first process holds the lock and writes rows and samples; both write checkpoints."""
+    layout, sudden = {"rollout.mesh.tensor": 4}, NOTICE.replace("SIGTERM", "SIGKILL")
+    inject = {own: UNEVEN + sudden * (own == victim) for own in range(2)}
+    processes = run(folder, bucket.address, 2, inject, slurm=False, **layout)
+    codes = [code for code, _ in processes]
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] in (1, -signal.SIGABRT), processes  # or JAX's abort
+    place = path_of("", bucket.address)
+    assert saved_step(place) in (2, 3)  # the save of the third may not have ended
+    processes = run(folder, bucket.address, 2, {0: UNEVEN, 1: UNEVEN}, slurm=False, **layout)
+    assert [code for code, _ in processes] == [0, 0], processes
+    assert "resumed after" in processes[0][1]
+    copy, settings = local_copy(bucket.address), whole_runs.settings(**SETTINGS)
+    check_close(whole_runs.rows(copy), whole_runs.rows(one))
+    assert whole_runs.samples(copy) == whole_runs.samples(one)
+    mine, theirs = (whole_runs.final_state(workdir, settings) for workdir in (place, one))
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 TOGETHER = """

@@ -1,9 +1,11 @@
 """What is fetched from a bucket, against a storage service on localhost."""
 
+import asyncio
 import json
 import time
 from pathlib import Path
 
+import buckets
 import pytest
 from model_files import error_of
 
@@ -11,7 +13,7 @@ from igrpo_jax.config import EvaluationConfig
 from igrpo_jax.data import problems, readers
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import hf_files
-from igrpo_jax.storage import addresses, reading
+from igrpo_jax.storage import addresses, reading, writing
 
 SOURCE = "--model X"
 
@@ -94,6 +96,34 @@ def test_an_object_that_is_replaced_while_it_is_fetched_is_fetched_again(bucket,
 
     monkeypatch.setattr(service, "get_file", slow)
     assert reading.local(SOURCE, path).read_text() == "new"
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_bucket_is_reached_as_gcsfs_does_by_default_whether_or_not_it_may_ask_for_its_kind(
+    bucket, monkeypatch, allowed
+):
+    """It asks Google's storage control service, of which an account that may read and write can be kept out."""
+    path = addresses.path_of(SOURCE, bucket / "x")
+    files, refusal = addresses.filesystem(path), pytest.importorskip("google.api_core.exceptions").PermissionDenied
+    answer, asked = asyncio.run(buckets.Control().get_storage_layout()), []
+
+    async def layout(self, name, **_):
+        asked.append(name)
+        if not allowed:
+            raise refusal("no")
+        return answer
+
+    monkeypatch.setattr(buckets.Control, "get_storage_layout", layout)
+    monkeypatch.setattr(files, "_storage_layout_cache", {})
+    assert type(files).__name__ == "ExtendedGcsFileSystem"
+    writing.write_text(path, "text")
+    known = len(asked)
+    assert files.cat_file(str(path)) == b"text" and addresses.names(path.parent) == {"x"}
+    kind = "NON_HIERARCHICAL" if allowed else "UNKNOWN"
+    assert files._sync_lookup_bucket_type("bucket").name == kind
+    assert set(asked) == {"projects/_/buckets/bucket/storageLayout"} and (len(asked) == known) == allowed
+    writing.remove_tree(path.parent)
+    assert bucket.names() == []
 
 
 def test_nothing_there_and_nothing_allowed(bucket):
