@@ -42,6 +42,7 @@ class Peers:
         # Seconds that `_look` has counted. Time in which this process was stopped is not among them: it could not have
         # heard the others.
         self._clock = 0.0
+        self._last_beat = time.monotonic()  # when process 0 last took a sign of life
         self._heard = {i: (f"process {i}", "", 0.0) for i in range(self._processes)}  # name, phase, time on `_clock`
         self._numbers = dict.fromkeys(self._heard, -1)  # number of the last sign of life of each process
         self._done = threading.Event()  # the block has ended without a failure, or has told the others of one
@@ -106,6 +107,7 @@ class Peers:
             text = json.dumps(sign | {"number": number})
             with contextlib.suppress(RuntimeError):
                 self._client.key_value_set(f"{_ALIVE}{self._process}", text, allow_overwrite=True)
+                self._last_beat = time.monotonic()
                 for key, text in self._client.key_value_dir_get(_ALIVE):
                     self._hear(int(key.rpartition("/")[2]), json.loads(text))
             self._done.wait(_INTERVAL)
@@ -121,12 +123,18 @@ class Peers:
             preemption.notice(f"SIGTERM of {name}")
 
     def _look(self) -> None:
-        """Ends this process, or all, when another has been silent for too long."""
+        """Ends this process, or all, when another has been silent for too long, or process 0 is gone.
+
+        `_listen` may hear nothing of the latter: JAX aborts in the thread that would tell it. So where process 0 takes
+        no signs of life, this looks for itself, while `abort.delay_abort` still holds the end back.
+        """
         last = time.monotonic()
         while not self._done.wait(_INTERVAL):
             now = time.monotonic()
             self._clock += min(now - last, 2 * _INTERVAL)
             last = now
+            if self._process and now - self._last_beat > 2 * _INTERVAL and _is_refused(abort.coordinator_address()):
+                self._end_without_first()
             for process, (name, _, heard) in self._heard.items():
                 silent = self._clock - heard
                 if process != self._process and silent > self._silence:
@@ -149,7 +157,7 @@ class Peers:
                 if self._done.is_set():
                     return
                 if "DEADLINE_EXCEEDED" not in str(error):
-                    self._end(f"{self._heard[0][0]} has ended or cannot be reached; {self._was_in(0)}")
+                    self._end_without_first()
         if not self._done.is_set():
             self._follow(over)
 
@@ -160,6 +168,9 @@ class Peers:
         if not self._failing.wait(2 * _INTERVAL):
             self._end(over["text"])
 
+    def _end_without_first(self) -> NoReturn:
+        self._end(f"{self._heard[0][0]} has ended or cannot be reached; {self._was_in(0)}")
+
     def _was_in(self, process: int) -> str:
         return f"it was in {self._heard[process][1] or 'no phase of a run'}"
 
@@ -167,6 +178,18 @@ class Peers:
         self._ending.acquire()  # never released: the first text is the one that is printed
         say(f"{text}. This process ends too; the same command on all goes on from what was saved")
         os._exit(1)
+
+
+def _is_refused(address: str | None) -> bool:
+    """Returns whether nothing listens at HOST:PORT any more; False where this cannot be seen."""
+    host, _, port = (address or "").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_INTERVAL).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 def say(message: str) -> None:

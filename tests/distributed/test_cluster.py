@@ -1,5 +1,7 @@
 """How processes are found, and which errors may follow from another's end; `test_multiprocess` really starts some."""
 
+import socket
+
 import jax
 import pytest
 
@@ -100,3 +102,11 @@ def test_which_errors_may_follow_from_anothers_end():
     )
     for error in (InputError("--model: missing"), full, wrapped(full), memory, wrapped(memory), ValueError("x: y")):
         assert not peers.may_follow(error)
+
+
+def test_a_port_at_which_nothing_listens_any_more():
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+        assert not peers._is_refused(address)
+    assert peers._is_refused(address)
+    assert not any(peers._is_refused(unknown) for unknown in (None, "", "localhost", "localhost:no", "no.invalid:1"))
