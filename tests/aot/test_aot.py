@@ -167,7 +167,7 @@ def test_weights_are_gathered_once_for_sampling_and_neither_cache_nor_logits_in_
 @pytest.mark.slow
 def test_the_command(found, file, monkeypatch, capsys):
     monkeypatch.setattr(footprint, "prepare", lambda c, devices: found)
-    monkeypatch.setattr(footprint, "build", lambda made, progress: None)
+    monkeypatch.setattr(building, "build", lambda made, progress: None)
     aot.main(["aot", "--config", file, "--topology", "v5e:2x2", *COMMAND])
     said = capsys.readouterr().out.splitlines()
     figures = json.loads(said[-1])
