@@ -227,6 +227,15 @@ def param_sharding(mesh: jax.sharding.Mesh, path: str, gathered: bool = False) -
     return NamedSharding(mesh, partition)
 
 
+def abstract_params(
+    mesh: jax.sharding.Mesh, shapes: dict[str, tuple[int, ...]], dtype: str
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns parameters of these shapes by path as abstract arrays, each with its sharding on `mesh`."""
+    return {
+        path: jax.ShapeDtypeStruct(shape, dtype, sharding=param_sharding(mesh, path)) for path, shape in shapes.items()
+    }
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Returns `x` with a sharding constraint by logical axes, wherever a mesh is set (also on virtual CPU devices).
 

@@ -79,7 +79,7 @@ class LearnerPrograms:
         self.stages = config.algorithm.trained_stages
         shapes, rank = decoder.shapes(cfg), config.model.lora.rank
         self._shapes = lora.shapes(config.model.lora, shapes) if rank else shapes
-        self.frozen = _abstract_frozen(shapes, config.model.dtype, mesh) if rank else {}
+        self.frozen = sharding.abstract_params(mesh, shapes, config.model.dtype) if rank else {}
         self.state_sharding, self.state = self._make_state()
 
     def _make_state(self) -> tuple[TrainState, TrainState]:
@@ -234,10 +234,3 @@ class LearnerPrograms:
 
 def _with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _abstract_frozen(shapes: dict[str, tuple[int, ...]], dtype: str, mesh: jax.sharding.Mesh) -> decoder.Params:
-    return {
-        path: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.param_sharding(mesh, path))
-        for path, shape in shapes.items()
-    }

@@ -1,6 +1,5 @@
 """The weights of a run: those with which it starts, those that LoRA adapts, and those of one of its checkpoints."""
 
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -49,7 +48,7 @@ def first(
     with Checkpointer(workdir / "reference", config.checkpoint) as store:
         if params is not None:
             store.save(0, params, {}, force=True)
-        _, params, _ = store.restore(abstract(decoder.shapes(policy.model), mesh, "float32"))
+        _, params, _ = store.restore(sharding.abstract_params(mesh, decoder.shapes(policy.model), "float32"))
     return decoder.cast(params, dtype)
 
 
@@ -83,13 +82,9 @@ def saved(
     """
     shapes, step = decoder.shapes(policy.model), saved_step(workdir, step)
     if not config.model.lora.rank:
-        return read_params(workdir, step, abstract(shapes, mesh, dtype)), step
-    trained = read_params(workdir, step, abstract(lora.shapes(config.model.lora, shapes), mesh, "float32"))
+        return read_params(workdir, step, sharding.abstract_params(mesh, shapes, dtype)), step
+    trained = read_params(
+        workdir, step, sharding.abstract_params(mesh, lora.shapes(config.model.lora, shapes), "float32")
+    )
     frozen = first(config, policy, workdir, mesh, config.model.dtype, console)
     return lora.attach(frozen, trained, config.model.lora.scaling), step
-
-
-def abstract(shapes: dict[str, tuple[int, ...]], mesh: jax.sharding.Mesh, dtype: str) -> dict:
-    """Returns abstract arrays of these shapes, each with the sharding of its parameter."""
-    of_path = partial(sharding.param_sharding, mesh)
-    return {path: jax.ShapeDtypeStruct(shape, dtype, sharding=of_path(path)) for path, shape in shapes.items()}
