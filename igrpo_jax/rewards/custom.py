@@ -182,7 +182,8 @@ def rehearse(
     Raises:
         InputError: a function failed, took too long, or returned what is no number.
     """
-    with Pool(functions.call, workers=1, timeout=timeout) as pool:
+    preload = tuple(reward.module for reward in rewards)
+    with Pool(functions.call, workers=1, timeout=timeout, preload=preload) as pool:
         calls = CustomCalls(rewards, pool.submit, timeout)
         submitted = []
         for candidates in batches:

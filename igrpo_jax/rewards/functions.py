@@ -38,6 +38,11 @@ class CustomReward:
     conversational: bool = False  # whether prompts and completions are lists of chat messages
 
     @property
+    def module(self) -> str:
+        """The name of the module that holds the function."""
+        return self.path.partition(":")[0]
+
+    @property
     def name(self) -> str:
         """The name of the function, under which its values are reported."""
         return self.path.partition(":")[2]

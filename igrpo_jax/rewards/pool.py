@@ -8,7 +8,8 @@ cores with two workers, so items are sent one by one, each with its own deadline
 
 - A worker starts with all accelerators hidden, because it must never claim the TPU or GPU of its parent, and with
   bounded memory.
-- A worker imports its modules before it asks for its first item, so imports do not count against a deadline.
+- A worker imports its modules before it asks for its first item, so imports do not count against a deadline. An
+  import that fails is left to the item that needs it, which can say so.
 - SIGTERM kills a worker at once even while C code runs, and a worker whose parent was killed ends itself.
 - An item whose worker is killed (by the kernel's out-of-memory killer) is sent again, a few times at most, because the
   item may not be at fault.
@@ -18,10 +19,11 @@ Workers are spawned, so they import the parent's `__main__` again: a program tha
 `main()`, behind `if __name__ == "__main__"`. Not here: what is graded (`verifier`), order, retries of slow items.
 """
 
-import importlib
+import contextlib
 import itertools
 import multiprocessing
 import os
+import pkgutil
 import resource
 import signal
 import threading
@@ -82,8 +84,8 @@ class Pool:
         workers: number of processes. They start at once and warm up while the caller goes on.
         timeout: seconds that one item may run, unless `submit` gives it another number. The worker is killed within
             about 0.2 s after that, or 0.7 s if it ignores SIGTERM.
-        preload: names of modules that a worker imports before its first item. Where such a module has a function
-            `warm_up`, the worker calls it.
+        preload: what a worker imports before its first item: names of modules, or of functions without arguments as
+            "module:function", which it calls then.
     """
 
     def __init__(
@@ -231,9 +233,10 @@ def _start_worker(memory_bytes: int, preload: tuple[str, ...]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for name in preload:
-        warm_up = getattr(importlib.import_module(name), "warm_up", None)
-        if warm_up is not None:
-            warm_up()
+        with contextlib.suppress(Exception):  # it would end the worker, and the next one, and so on
+            found = pkgutil.resolve_name(name)
+            if ":" in name:
+                found()
 
 
 def _run(function: Callable, args: tuple, orphan_after: float) -> Outcome:

@@ -102,8 +102,8 @@ class Verifier:
         if settings.judge.weight:
             path = settings.judge.cache or cache
             self._judge = Judge(settings.judge, path_of(f"config.rewards.judge.cache = {str(path)!r}", path))
-        preload = ("igrpo_jax.rewards.verifier", "igrpo_jax.rewards.mathematics.grader")
-        self._pool = Pool(_call, settings.workers, settings.timeout, preload=preload)
+        modules = (__name__, f"{grader.__name__}:{grader.warm_up.__name__}", *(reward.module for reward in rewards))
+        self._pool = Pool(_call, settings.workers, settings.timeout, preload=modules)
         call = functools.partial(self._pool.submit, functions.call)
         self._custom = CustomCalls(rewards, call, settings.timeout, max_steps) if rewards else None
 

@@ -428,3 +428,14 @@ def test_a_rehearsal_refuses_a_function_that_fails(name, timeout, words):
         InputError, match=rf"^config\.rewards\.functions = '{path}': fails on .* 'What is it\?': {words}"
     ):
         rehearse(rewards, PROBLEMS, timeout)
+
+
+@pytest.mark.slow
+def test_the_import_of_a_function_does_not_count_against_its_deadline(tmp_path, monkeypatch):
+    text = "import time\ntime.sleep(3)\ndef reward(completions, **columns):\n    return [1.0] * len(completions)\n"
+    (tmp_path / "imports_slowly.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = config.RewardsConfig(functions=("imports_slowly:reward",), accuracy=0.0, workers=1, timeout=0.5)
+    assert rehearse(custom_rewards(settings), PROBLEMS, settings.timeout) == [[[1.0, 1.0]] * 2]
+    with Verifier(settings) as verifier:
+        assert statuses(scores(verifier, ["a", "b"])) == [("ok", 1.0)] * 2

@@ -185,7 +185,12 @@ def test_the_clock_starts_after_the_imports(tmp_path, monkeypatch):
         "import time\ntime.sleep(2.0)\ndef warm_up():\n    time.sleep(2.0)\n", encoding="utf-8"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with Pool(work, workers=1, timeout=TIMEOUT, preload=("slow_to_import",)) as pool:
+    with Pool(work, workers=1, timeout=TIMEOUT, preload=("slow_to_import:warm_up",)) as pool:
+        assert settle([pool.submit("echo", 1)])[0].status == "ok"
+
+
+def test_an_import_that_fails_is_left_to_the_item_that_needs_it():
+    with Pool(work, workers=1, timeout=TIMEOUT, preload=("no_such_module", "wave:no_such_function")) as pool:
         assert settle([pool.submit("echo", 1)])[0].status == "ok"
 
 
