@@ -3,15 +3,17 @@
     python benchmarks/soak.py --out OUT                  # SIGKILL 30 times, configs/tiny_cpu.py with 8 prompts a step
     python benchmarks/soak.py --out OUT --kills 30 --signals KILL,TERM --seed 1
     python benchmarks/soak.py --out OUT --processes 2 --kills 10
-    python benchmarks/soak.py --out OUT --bucket --kills 10   # the killed run in a bucket, the clean one in a folder
+    python benchmarks/soak.py --out OUT --bucket gs --kills 10   # the killed run in a bucket, the clean one in a folder
+    python benchmarks/soak.py --out OUT --bucket s3 --kills 10
 
 The run is started, killed after a random time, and started again until it has been killed --kills times; then it runs
 to its end. The times are drawn so that kills hit every part of a run: start, warm start, evaluation, rollout, update
 and the writing of checkpoints. The benchmark fails (exit 1) if the run ends before it was killed --kills times, or if
 its result differs from that of the clean run. Where a run has several processes, one of them is killed, drawn at
 random, and the others must end by themselves within a minute. With --bucket the killed run writes to a storage service
-on localhost (tests/bucket_server.py), which answers every hundredth request with 503 or not at all. The last line is
-one JSON object:
+on localhost, and every second start has an empty disk, as on another machine. The service of gs:// is
+tests/bucket_server.py, which answers every hundredth request with 503 or not at all; that of s3:// is moto. The last
+line is one JSON object:
 
     kills                 number of kills by signal
     phases                number of kills by the beginning of the last line that the console had printed
@@ -60,7 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="processes of the run, with one device each")
     parser.add_argument("--signals", default="KILL", help="KILL, TERM or both, taken in turn")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
-    parser.add_argument("--bucket", action="store_true", help="the killed run writes to a bucket on localhost")
+    parser.add_argument("--bucket", choices=("gs", "s3"), help="the killed run writes to such a bucket on localhost")
     parser.add_argument("--steps", type=int, default=180)
     return parser.parse_args()
 
@@ -97,19 +99,43 @@ def last_step(workdir: Path) -> int:
 
 
 @contextlib.contextmanager
-def bucket(folder: Path) -> Iterator[Path]:
-    """Yields a folder in a bucket on localhost, whose service answers one request in a hundred badly."""
-    command = [sys.executable, str(ROOT / "tests" / "bucket_server.py"), str(folder.absolute())]
+def bucket(scheme: str, folder: Path) -> Iterator[Path]:
+    """Yields a folder in a bucket on localhost."""
+    with _google(folder.absolute()) if scheme == "gs" else _amazon():
+        yield path_of("--workdir", f"{scheme}://bucket/soaked")
+
+
+@contextlib.contextmanager
+def _google(folder: Path) -> Iterator[None]:
+    """Serves gs://, and answers one request in a hundred badly."""
+    command = [sys.executable, str(ROOT / "tests" / "bucket_server.py"), str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as service:
         address = service.stdout.readline().strip()
         os.environ |= {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
-        os.environ |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "XDG_CACHE_HOME": str(folder.absolute() / "cache")}
+        os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
         faults = json.dumps({"every": 100, "kinds": [{"status": 503}, {"drop": True}]}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{address}/faults", faults, method="PUT")).close()
         try:
-            yield path_of("--workdir", "gs://bucket/soaked")
+            yield
         finally:
             service.kill()
+
+
+@contextlib.contextmanager
+def _amazon() -> Iterator[None]:
+    """Serves s3://."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    os.environ["AWS_ENDPOINT_URL"] = "http://{}:{}".format(*server.get_host_and_port())
+    os.environ |= dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "none")
+    fsspec.filesystem("s3").mkdir("s3://bucket")
+    try:
+        yield
+    finally:
+        server.stop()
 
 
 def soak(args: argparse.Namespace, workdir: Path, start_seconds: float) -> dict:
@@ -121,6 +147,8 @@ def soak(args: argparse.Namespace, workdir: Path, start_seconds: float) -> dict:
     names, log = args.signals.split(","), args.out / "soaked.log"
     while True:
         number = kills.total()
+        if args.bucket:
+            os.environ["XDG_CACHE_HOME"] = str(args.out.absolute() / "disks" / str(number // 2))
         before = last_step(workdir)
         processes = started(args, workdir, log)
         process = rng.choice(processes)
@@ -211,7 +239,7 @@ def main() -> None:
     start_seconds = finished(args, clean, args.out / "clean.log")
     began = time.monotonic()
     if args.bucket:
-        with bucket(args.out / "service") as remote:
+        with bucket(args.bucket, args.out / "service") as remote:
             result = soak(args, remote, start_seconds)
             shutil.copytree(local("--workdir", remote), soaked)
     else:

@@ -73,12 +73,12 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
     Raises:
         InputError: `config` is not that of `model`, or something in it is wrong; `out` holds another evaluation.
     """
-    import jax
 
     from igrpo_jax.data import problems
     from igrpo_jax.distributed import cluster
-    from igrpo_jax.evaluation import evaluator, inference, results
+    from igrpo_jax.evaluation import inference, results
     from igrpo_jax.outputs.console import Console
+    from igrpo_jax.outputs.workdir import locked
 
     check_model(config, model)
     model, out = str(model), path_of(f"--workdir {out}", out)
@@ -93,9 +93,9 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
             "weights_written": task.weights_written,
             **results.settings(task.config, task.plan.wanted),
         }
-        if jax.process_index() == 0:
-            results.claim(out, settings)
-        evaluator.wait_for_all()
+        cluster.from_first(functools.partial(results.check, out, settings))  # a folder of something else gets no lock
+        stack.enter_context(locked(out))
+        cluster.from_first(functools.partial(results.claim, out, settings))
         console.table("Evaluation", overview(task))
         benchmarks, params = inference.load(task, console, stack)
         began = time.perf_counter()

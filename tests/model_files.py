@@ -35,8 +35,26 @@ def save_tokenizer(path, template, special=WORDS[:6]):
     tokenizer.save_pretrained(path)
 
 
-def save_byte_model(path, context=2048):
-    """Writes a tiny random Llama with a tokenizer of one token per byte and a chat template; it needs no torch."""
+HYBRID = {  # of save_byte_model
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": "M-*",
+    "mamba_num_heads": 2,
+    "mamba_head_dim": 8,
+    "n_groups": 1,
+    "ssm_state_size": 8,
+    "conv_kernel": 4,
+    "chunk_size": 8,
+    "head_dim": 8,
+    "layer_norm_epsilon": 1e-5,
+}
+
+
+def save_byte_model(path, context=2048, **settings):
+    """Writes a tiny random Llama with a tokenizer of one token per byte and a chat template; it needs no torch.
+
+    Args:
+        settings: replace those of config.json.
+    """
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(letters)} | {"</s>": len(letters)}
     raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
@@ -47,10 +65,10 @@ def save_byte_model(path, context=2048):
     tokenizer.save_pretrained(path)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     shape |= {"vocab_size": len(vocabulary), "max_position_embeddings": context, "rms_norm_eps": 1e-5}
-    settings = shape | {"model_type": "llama", "eos_token_id": len(letters)}
+    settings = shape | {"model_type": "llama", "eos_token_id": len(letters)} | settings
     (path / "config.json").write_text(json.dumps(settings))
     cfg = from_hf(settings, "config.json")
-    entries = hf_tables.table("llama", cfg)
+    entries = hf_tables.table(settings["model_type"], cfg)
     tensors = {entries[name].name: entries[name].write(value) for name, value in random_params(cfg).items()}
     safetensors.numpy.save_file(tensors, path / "model.safetensors")
 

@@ -25,7 +25,7 @@ from igrpo_jax.evaluation import inference
 from igrpo_jax.models.policy import open_model, open_policy
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
-from igrpo_jax.outputs.workdir import prepare_workdir
+from igrpo_jax.outputs.workdir import LOCK, locked, prepare_workdir
 
 HF = {
     "model_type": "llama",
@@ -170,7 +170,10 @@ def test_a_model_in_a_bucket_answers_as_on_a_disk(call, model, folder, bucket, t
         name.removeprefix("out/") for name in bucket.names() if name.startswith("out/")
     }
     before = bucket.read("out/mine.jsonl")
-    call(evaluate, "--model", model, "--workdir", tmp_path / "a", *given, f"--config.evaluation.data_dir={folder}")
+    local = ("--model", model, "--workdir", tmp_path / "a", f"--config.evaluation.data_dir={folder}")
+    call(evaluate, *local, *given)
+    with locked(tmp_path / "a"):
+        assert "a run is under way there (process " in call(evaluate, *local, *given, code=2)
     assert before == (tmp_path / "a" / "mine.jsonl").read_text() and before.count("\n") == 6
     # A kill leaves half of the answers: the same command draws those that are missing.
     bucket.write("out/mine.jsonl", "".join(before.splitlines(keepends=True)[:3]))
@@ -273,7 +276,7 @@ def test_two_processes_split_the_problems_and_end_with_the_files_of_one(call, mo
     assert [process.returncode for process in done] == [0, 0], done
     said = [process.stdout + process.stderr for process in done]
     assert "| mine | 3 | 2 | " in said[0] and "mine" not in said[1]
-    assert {path.name: path.read_text() for path in out.iterdir()} == whole
+    assert {path.name: path.read_text() for path in out.iterdir() if path.name != LOCK} == whole
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from model_files import error_of, save_byte_model
+from model_files import HYBRID, error_of, save_byte_model
 
 from igrpo_jax import config, export
 from igrpo_jax.distributed import sharding
@@ -40,12 +40,20 @@ def settings(tmp_path_factory):
     return config.freeze(tree)
 
 
+def with_hybrid(settings, path):
+    """The settings with a Nemotron-H, which is written to `path`."""
+    save_byte_model(path, **HYBRID)
+    return replace(settings, model=replace(settings.model, path=str(path)))
+
+
 def losses(workdir):
     return [row["sft/loss"] for row in map(json.loads, rows_until(workdir / "metrics.jsonl", 99))]
 
 
 @pytest.mark.slow(seconds=12)
-def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path):
+@pytest.mark.parametrize("kind", ["llama", pytest.param("nemotron_h", marks=pytest.mark.proof)])
+def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path, kind):
+    settings = settings if kind == "llama" else with_hybrid(settings, tmp_path / "model")
     supervised.train_supervised(settings, tmp_path / "run")
     before = losses(tmp_path / "run")
     assert len(before) == 3 and before[2] < before[1] < before[0]
@@ -54,6 +62,7 @@ def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path):
     supervised.train_supervised(settings, tmp_path / "cut")
     assert losses(tmp_path / "cut") == before
     export.export(tmp_path / "cut", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == kind
     assert (tmp_path / "out" / "model.safetensors").exists()
     message = error_of(opening.open_run, settings, tmp_path / "run", None, None)
     assert "holds a supervised start; export it, and train the export (model.path) in another --workdir" in message
@@ -120,9 +129,10 @@ def saved(settings, workdir):
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_start_on_a_mesh_equals_one_on_a_device(settings, tmp_path, rank, monkeypatch):
+@pytest.mark.parametrize("kind, rank", [("llama", 0), ("llama", 2), ("nemotron_h", 0)])
+def test_a_start_on_a_mesh_equals_one_on_a_device(settings, tmp_path, kind, rank, monkeypatch):
     """All weights, and LoRA's alone, with two replicas of weights that four devices share."""
+    settings = settings if kind == "llama" else with_hybrid(settings, tmp_path / "model")
     lora = config.LoraConfig(rank=rank, alpha=4.0)
     settings = replace(settings, model=replace(settings.model, lora=lora), mesh=config.MeshConfig(data=2))
     supervised.train_supervised(settings, tmp_path / "mesh")

@@ -118,7 +118,7 @@ class Evaluator:
         if out is not None and not resume:
             if self._process == 0:
                 results.clear(out, name)
-            wait_for_all()
+            _wait_for_all()
         rows = Rows(out, name, self._process if self._processes > 1 else None)
         self._check(name, rows)
         own = [prompts[position] for position in self._scheduler.engine.team.positions(len(prompts))]
@@ -129,9 +129,9 @@ class Evaluator:
             for part in cluster.gather(json.dumps(list(rows.values())).encode()):
                 rows.take(json.loads(part))
         else:
-            wait_for_all()
+            _wait_for_all()
             rows.reload()
-            wait_for_all()
+            _wait_for_all()
             if self._process == 0:
                 rows.join()
         return rows
@@ -229,7 +229,7 @@ class Evaluator:
                 )
 
 
-def wait_for_all() -> None:
+def _wait_for_all() -> None:
     """Waits until every process has come here; after that, all may read what one has written."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("evaluation")

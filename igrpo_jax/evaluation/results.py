@@ -7,15 +7,17 @@
 Several processes write files of their own (NAME.process-3.jsonl), which the first joins at the end.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.outputs.files import rows_text, write_atomically, write_rows, writing
+from igrpo_jax.outputs.workdir import LOCK
 from igrpo_jax.storage.addresses import failures, make_folder, names
 from igrpo_jax.storage.reading import read_bytes
 from igrpo_jax.storage.writing import Lines
@@ -174,9 +176,15 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         InputError: it holds an evaluation with other settings, other files, or cannot be written.
     """
+    check(folder, settings)
+    with _naming_refusals(folder):
+        write_settings(folder, settings)
+
+
+def check(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises InputError where `folder` cannot become that of an evaluation with these settings; writes nothing."""
     path = folder / "evaluation.json"
-    try:
-        make_folder(folder)
+    with _naming_refusals(folder):
         present = names(folder)
         if path.name in present:
             old = json.loads(read_bytes(path))
@@ -189,11 +197,17 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
                     f"--workdir {folder}: holds an evaluation of another kind ({changed}); give another --workdir, "
                     "or the old values"
                 )
-        elif foreign := sorted(present):
+        elif foreign := sorted(present - {LOCK}):
             raise InputError(
                 f"--workdir {folder}: holds {foreign[0]} but no evaluation.json; give an empty or new folder"
             )
-        write_settings(folder, settings)
+
+
+@contextlib.contextmanager
+def _naming_refusals(folder: Path) -> Iterator[None]:
+    """Turns a refusal of the file system, or a file that can't be read, into an InputError that names the folder."""
+    try:
+        yield
     except failures(RunError, ValueError, AttributeError) as error:
         raise InputError(f"--workdir {folder}: cannot be used ({error}); give another folder") from error
 

@@ -132,8 +132,10 @@ def probe(
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(task.mesh))
         learner, engine = measure.programs(asked)  # checks settings before anything is written
-        results.claim(folder, {"kind": "probe", **head, "samples": samples, **deciding(task)})
+        settings = {"kind": "probe", **head, "samples": samples, **deciding(task)}
+        results.check(folder, settings)  # a folder of something else gets no lock
         still_ours = stack.enter_context(locked(folder))
+        results.claim(folder, settings)
         console = stack.enter_context(Console())
         console.table("Probe", measure.plan(asked))
         use_disk_cache(config.compilation_cache)

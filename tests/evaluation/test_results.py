@@ -58,6 +58,9 @@ def test_a_folder_is_of_one_kind_of_evaluation(tmp_path):
     (tmp_path / "other" / "notes.txt").write_text("x")
     with pytest.raises(InputError, match=r"holds notes.txt but no evaluation\.json"):
         results.claim(tmp_path / "other", {})
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / ".lock").write_text("process 1")
+    results.claim(tmp_path / "locked", {"model": "a"})
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot be used"):
         results.claim(tmp_path / "file", {})

@@ -9,6 +9,7 @@ from builders import completion, run_config
 
 from igrpo_jax import cli
 from igrpo_jax.errors import InputError
+from igrpo_jax.outputs import workdir
 from igrpo_jax.probe import __main__ as command
 from igrpo_jax.probe import answers, estimates, gradients, page
 from igrpo_jax.probe.answers import Answered, Refined
@@ -36,6 +37,9 @@ def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatc
 
     assert "config.rollout.slots = 4: must be a multiple of 8" in call("--config.rollout.slots=4", code=2)
     assert not out.exists()
+    with workdir.locked(out):
+        assert "a run is under way there (process " in call(code=2)
+        assert [path.name for path in out.iterdir()] == [".lock"]
     printed = call()
     assert "conclusion: " in printed and "plain answers" in printed and "success of a plain answer, p" in printed
     names = ("answers.jsonl", "probe.json")
