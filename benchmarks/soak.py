@@ -31,6 +31,7 @@ import argparse
 import collections
 import contextlib
 import json
+import logging
 import os
 import random
 import re
@@ -127,6 +128,7 @@ def _amazon() -> Iterator[None]:
     import fsspec
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would print a line for each request
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     os.environ["AWS_ENDPOINT_URL"] = "http://{}:{}".format(*server.get_host_and_port())
