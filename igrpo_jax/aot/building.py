@@ -31,12 +31,12 @@ def build(footprint: Footprint, progress: Progress) -> None:
             part = ProgramFootprint(program, name, program.cost(*shape), beside)
             footprint.programs.append(part)
             if program.is_ready(*shape):
-                _fill_in(part, program.compile(*shape), footprint.mesh.size, choosing, progress)
+                _fill_in(part, program.compile(*shape), choosing, progress)
                 continue
             # Tracing is Python and stays in this thread, which the mesh is set in.
             with progress.doing(f"tracing {name}"):
                 lowered = program.lower(*shape)
-            pending.append(pool.submit(_compile, part, lowered, footprint.mesh.size, progress))
+            pending.append(pool.submit(_compile, part, lowered, progress))
         for future in pending:
             future.result()
 
@@ -66,7 +66,7 @@ def _name(program: Program, shape: tuple) -> str:
     return " ".join([program.name, " x ".join(map(str, shape))]).strip()
 
 
-def _compile(part: ProgramFootprint, lowered: jax.stages.Lowered, devices: int, progress: Progress) -> None:
+def _compile(part: ProgramFootprint, lowered: jax.stages.Lowered, progress: Progress) -> None:
     """Compiles `lowered`, fills in the figures of `part`, and prints how long it took."""
     began = time.perf_counter()
     compiled = None
@@ -77,12 +77,10 @@ def _compile(part: ProgramFootprint, lowered: jax.stages.Lowered, devices: int, 
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             part.refused = str(error).splitlines()[0]
-    _fill_in(part, compiled, devices, time.perf_counter() - began, progress)
+    _fill_in(part, compiled, time.perf_counter() - began, progress)
 
 
-def _fill_in(
-    part: ProgramFootprint, compiled: jax.stages.Compiled | None, devices: int, seconds: float, progress: Progress
-) -> None:
+def _fill_in(part: ProgramFootprint, compiled: jax.stages.Compiled | None, seconds: float, progress: Progress) -> None:
     """Fills in the figures of `part`, which was compiled in `seconds`, None where it was refused; prints a line."""
     if compiled is not None:
         memory = compiled.memory_analysis()
@@ -90,7 +88,7 @@ def _fill_in(
         part.temporaries = memory.temp_size_in_bytes
         part.output = memory.output_size_in_bytes - memory.alias_size_in_bytes
         part.code = memory.generated_code_size_in_bytes
-        part.sent = collectives(_text(compiled), devices)
+        part.sent = collectives(_text(compiled), part.program.mesh.size)
     part.seconds = seconds
     progress.compiled(f"  {part.name}: compiled in {seconds:.1f} s")
 

@@ -84,7 +84,7 @@ class Program:
         self.largest = list(self.shapes[-1:] if largest is None else largest)
         self.cost = cost
         self._arguments = arguments
-        self._mesh = mesh
+        self.mesh = mesh
         self._static = static
         self._lock = threading.Lock()
         self._compiled: dict[Shape, Future[jax.stages.Compiled]] = {}  # also of shapes that are being compiled
@@ -139,7 +139,7 @@ class Program:
     def lower(self, *shape: Hashable) -> jax.stages.Lowered:
         """Returns the traced program of `shape`, for a caller that compiles it by itself."""
         static = dict(zip(self._static, shape, strict=True)) if self._static else {}
-        with jax.set_mesh(self._mesh):
+        with jax.set_mesh(self.mesh):
             return self.jitted.lower(*self._arguments(*shape), **static)
 
     def title(self, *shape: Hashable) -> str:
