@@ -26,7 +26,7 @@ to the plain prompt:
     dense, sparse, rare   right answers are expected 177, 3 and 0.9 times in a run that learns nothing
     ignoring              as dense, from a start that has learned to ignore drafts
     variants              from the sparse start: further variants, and the paper's other baselines
-    single                from the sparse start: iGRPO with one field more, each against the arm without it
+    repeats               from the sparse start: iGRPO with a penalty on repeats of wrong answers, against iGRPO
     verifying             from a start that gives verdicts on drafts: GRPO, and Self-Verification
 
 With --setting qwen05 they are GRPO (8), iGRPO (4 + 4), and the iGRPO that trains on its drafts, which is the best

@@ -99,19 +99,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-# What the fields of refinements do that no other arm sets, each beside the arm that differs in this alone.
-TO_PLAIN = VARIANTS["refinements_to_plain"]
-SINGLE: dict[str, tuple[dict[str, Any], str]] = {
-    "repeat_penalty": (IGRPO | {"algorithm.repeat_penalty": 0.5}, "igrpo"),
-    "all_to_plain": (TO_PLAIN | {"algorithm.credit_completions": "all"}, "refinements_to_plain"),
-    # min(pi_old / pi_sampler, 2), in the place of the shaping p / (p + 0.1).
-    "weighted_to_plain": (
-        TO_PLAIN | {"algorithm.credit_gamma": 0.0, "algorithm.importance_sampling_cap": 2.0},
-        "refinements_to_plain",
-    ),
-}
-
-
 def compared(start: str, methods: dict[str, dict[str, Any]]) -> list[Arm]:
     """Returns the arms of one start of the look-ups, which are compared with GRPO from the same start."""
     return [Arm(f"{start}_{name}", settings, f"{start}_grpo", start) for name, settings in methods.items()]
@@ -128,9 +115,9 @@ def of_claim(start: str) -> list[Arm]:
 
 LOOKUPS: dict[str, list[Arm]] = {start: of_claim(start) for start in ("dense", "sparse", "rare", "ignoring")}
 LOOKUPS["variants"] = compared("sparse", VARIANTS)
-LOOKUPS["single"] = [
-    Arm(f"sparse_{name}", settings, f"sparse_{other}", "sparse") for name, (settings, other) in SINGLE.items()
-]
+# A refinement that states the answer of a wrong draft gets less than one with another wrong answer.
+REPEATS = IGRPO | {"algorithm.repeat_penalty": 0.5}
+LOOKUPS["repeats"] = [Arm("sparse_repeat_penalty", REPEATS, "sparse_igrpo", "sparse")]
 # As in configs/self_verification.py: 4 solutions and 4 verdicts on one of them, all trained on.
 VERIFY = TRAINED | {"algorithm.second_stage": "verify", "algorithm.draft_selection": "balanced"}
 LOOKUPS["verifying"] = [

@@ -174,6 +174,8 @@ def test_a_run_and_an_export_are_put_into_a_repository(trained, tmp_path, monkey
         done = faulty(there, tmp_path, tmp_path / "run", *CONSTANT, "steps=2", "checkpoint.push=org/name")
         assert done.returncode == 0, done.stderr
         files = hub.repositories["org/name"]["files"]
+        token = os.environ["HF_TOKEN"]
+        assert token not in done.stdout + done.stderr and not any(token.encode() in data for data in files.values())
         assert files["model.safetensors"] == (tmp_path / "run" / "export" / "model.safetensors").read_bytes()
         assert json.loads(files["igrpo_jax.json"])["step"] == 2 and b"built-in model" in files["README.md"]
         capsys.readouterr()

@@ -82,7 +82,10 @@ def uploads(monkeypatch):
 @pytest.mark.slow(seconds=10)
 @pytest.mark.parametrize("kind", [pytest.param("bucket", marks=pytest.mark.proof), "s3_bucket"])
 def test_a_start_in_a_bucket_goes_on_and_equals_one_in_a_folder(settings, tmp_path, kind, request, monkeypatch):
+    """All weights in one kind of bucket, and LoRA's alone in the other."""
     bucket = request.getfixturevalue(kind)
+    lora = config.LoraConfig(rank=2 if kind == "s3_bucket" else 0, alpha=4.0)
+    settings = replace(settings, model=replace(settings.model, lora=lora))
     uploaded = uploads(monkeypatch)
     settings = replace(settings, checkpoint=config.CheckpointConfig(every=2))
     supervised.train_supervised(settings, tmp_path / "run")

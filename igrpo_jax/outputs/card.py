@@ -78,7 +78,7 @@ def _about(config: Config, step: int) -> str:
 
 def _data(config: Config) -> str:
     if not config.data.train:
-        return "The library's built-in arithmetic task."
+        return f"The library's built-in task, {_code(config.data.task)}."
     columns = [config.data.prompt_column, config.data.answer_column]
     named = f", columns {' and '.join(map(_code, columns))}" if all(columns) else ""
     return f"Problems of {_code(_short(config.data.train))}, split {_code(config.data.split)}{named}."

@@ -141,7 +141,9 @@ def test_the_card_says_what_was_done_and_what_was_measured(tmp_path):
     verifying = dataclasses.replace(CONFIG, algorithm=dataclasses.replace(CONFIG.algorithm, second_stage="verify"))
     text = card.model_card(verifying, tmp_path, 7, "org/name", adapter=False)
     assert "6 solutions, and 4 verifications of one of them" in text and "igrpo" not in front_matter(text)["tags"]
-    plain = card.model_card(Config(), tmp_path, 3, "org/name", adapter=False)
+    lookups = dataclasses.replace(Config().data, task="lookups")
+    plain = card.model_card(Config(data=lookups), tmp_path, 3, "org/name", adapter=False)
+    assert "The library's built-in task, <code>lookups</code>." in plain
     assert "made no evaluation after step 3" in plain and "model-index" not in front_matter(plain)
     assert front_matter(card.model_card(CONFIG, tmp_path, 7, "o/n", adapter=True))["library_name"] == "peft"
     (tmp_path / "sft.json").write_text("{}")
