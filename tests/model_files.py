@@ -1,7 +1,9 @@
 """Model directories in tests: their tensors, tokenizers and JSON files, and the errors of those that are wrong."""
 
+import collections
 import json
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
@@ -68,8 +70,10 @@ def save_byte_model(path, context=2048, **settings):
     settings = shape | {"model_type": "llama", "eos_token_id": len(letters)} | settings
     (path / "config.json").write_text(json.dumps(settings))
     cfg = from_hf(settings, "config.json")
-    entries = hf_tables.table(settings["model_type"], cfg)
-    tensors = {entries[name].name: entries[name].write(value) for name, value in random_params(cfg).items()}
+    params, parts = random_params(cfg), collections.defaultdict(list)  # some parameters share a tensor
+    for name, entry in hf_tables.table(settings["model_type"], cfg).items():
+        parts[entry.name].append(entry.write(params[name]))
+    tensors = {name: np.concatenate(values) for name, values in parts.items()}
     safetensors.numpy.save_file(tensors, path / "model.safetensors")
 
 

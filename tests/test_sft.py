@@ -123,12 +123,12 @@ def test_a_start_in_a_bucket_is_saved_on_sigterm(settings, tmp_path, bucket, mon
 
 
 def saved(settings, workdir):
-    """The parameters of the last checkpoint, by name, on the host."""
+    """The parameters of the last checkpoint, by path, on the host."""
     task = supervised.open_supervised(settings)
     with jax.set_mesh(task.mesh), Console() as console:
         params, step = weights.saved(task.config, task.policy, workdir, task.mesh, console, None, "float32")
     assert step == 3
-    return {name: np.asarray(x) for name, x in params.items()}
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
 
 @pytest.mark.proof
