@@ -5,6 +5,7 @@ the compiler exchanges many of them at once, and holds gigabytes beside the resu
 program. A matrix that is larger than any of a sublayer comes in pieces (`row_sync`).
 """
 
+import collections
 import math
 
 import jax
@@ -15,6 +16,10 @@ from igrpo_jax.distributed.programs import Cost, Program, tree_bytes
 from igrpo_jax.models import decoder, heads, lora
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.sampling.row_sync import RowSync, SyncProgram
+
+# Parts that are dispatched before the host waits for the first of them. With 32 programs on a device in progress, XLA
+# lets its threads wait for the end of one. On CPUs these are the threads that the end needs, where it has collectives.
+AHEAD = 8
 
 
 class WeightSync:
@@ -53,12 +58,16 @@ class WeightSync:
         if all(self._is_ready(path, x) for path, x in params.items()):
             return params
         synced = {path: by_rows(params[path]) for path, by_rows in self._by_rows.items()}
+        dispatched: collections.deque[decoder.Params] = collections.deque()
         for part, paths in _parts(params).items():
             if part in synced:
                 continue
             first = self._first_of(part)
             own = self._jitted[first]({first + path.removeprefix(part): params[path] for path in paths})
             synced |= {part + path.removeprefix(first): x for path, x in own.items()}
+            dispatched.append(own)
+            if len(dispatched) > AHEAD:
+                jax.block_until_ready(dispatched.popleft())
         return {path: synced[path] for path in self._shapes}
 
     def programs(self, params: decoder.Params) -> list[SyncProgram]:

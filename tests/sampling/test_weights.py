@@ -1,0 +1,40 @@
+"""The sync of weights as a whole: how many of its programs are in progress at once."""
+
+import jax
+import numpy as np
+from tiny_models import random_params, tiny_config
+
+from igrpo_jax.config import MeshConfig
+from igrpo_jax.distributed import sharding
+from igrpo_jax.sampling import weights
+from igrpo_jax.sampling.programs import weight_shardings
+
+
+def test_few_programs_are_in_progress_and_all_weights_arrive(monkeypatch):
+    """Of a model of many layers; with all of them in progress XLA may wait for ever on CPUs."""
+    cfg = tiny_config(pattern="*-" * 20)
+    mesh, sampler = (sharding.make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor)) for fsdp, tensor in ((8, 1), (4, 2)))
+    params = {path: jax.device_put(x, sharding.param_sharding(mesh, path)) for path, x in random_params(cfg).items()}
+    sync = weights.WeightSync(cfg, mesh, weight_shardings(cfg, sampler), 2, "float32")
+    in_progress, most, wait = 0, 0, jax.block_until_ready
+
+    def counted(jitted):
+        def call(own):
+            nonlocal in_progress, most
+            in_progress += 1
+            most = max(most, in_progress)
+            return jitted(own)
+
+        return call
+
+    def waited(own):
+        nonlocal in_progress
+        in_progress -= 1
+        return wait(own)
+
+    sync._jitted = {first: counted(jitted) for first, jitted in sync._jitted.items()}
+    monkeypatch.setattr(jax, "block_until_ready", waited)
+    synced = sync(params)
+    assert most == weights.AHEAD + 1
+    assert synced.keys() == params.keys()
+    assert all(np.array_equal(synced[path], x) for path, x in params.items())
