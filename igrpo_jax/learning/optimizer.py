@@ -9,8 +9,8 @@
 - adafactor: of a matrix with at least 128 inputs and outputs only the means over rows and columns of the squared
   gradient, without momentum (arXiv 1804.04235); steps are not scaled by the size of the parameters.
 
-Weight decay is decoupled, as in AdamW, for all of them. There are no 8-bit moments: optax has none, and no library that
-is kept up has them for it; bitsandbytes and torchao are for PyTorch.
+Weight decay is decoupled, as in AdamW, for all of them. There are no 8-bit moments: optax has none, and
+bitsandbytes and torchao, which have them, are for PyTorch.
 """
 
 import math
