@@ -1,10 +1,11 @@
 """A lock in a bucket, where no system frees it when a process ends: an object that its holder renews.
 
 It is created on the condition that there is none (GCS: ifGenerationMatch=0, S3: If-None-Match), and written anew every
-RENEWED seconds with another number. Whoever meets it watches it: where it does not change for EXPIRES seconds, its
-holder is gone. No two clocks are compared. The end of a holder on the same machine is seen at once, from its process
-number. A holder that was cut off for so long that another took its place finds another's token in the object, or no
-object where the other is done, and ends.
+RENEWED seconds with another number, on the condition that it is what its holder wrote last (GCS: ifGenerationMatch, S3:
+If-Match). Whoever meets it watches it: where it does not change for EXPIRES seconds, its holder is gone. No two clocks
+are compared. The end of a holder on the same machine is seen at once, from its process number. A holder that was cut
+off for so long that another took its place finds another's token in the object, or no object where the other is done,
+and ends.
 """
 
 import contextlib
@@ -88,30 +89,38 @@ class Lease:
         self._thread.join()
         _held.discard(self._token)
         with contextlib.suppress(*failures()):
-            holder = _read(self._path)
-            if holder and holder["token"] == self._token:
-                filesystem(self._path).rm_file(str(self._path))
+            if (version := self._look()) is not None:
+                _delete(self._path, version)
 
     def _content(self) -> bytes:
         self._number += 1
         holder = {"token": self._token, "number": self._number, "process": os.getpid(), "host": platform.node()}
         return json.dumps(holder | {"machine": _machine()}).encode()
 
-    def _look(self) -> None:
-        """Notes whether the lock is another's now, or gone, as it is where another took it and is done."""
+    def _look(self) -> str | None:
+        """Returns the version of the object where it is ours.
+
+        It notes where the lock is another's now, or gone, as it is where another took it and is done.
+        """
+        version = _version(self._path)  # before the content: a version read after it might be another's
         holder = _read(self._path)
-        if holder is None or holder["token"] != self._token:
+        if version is None or holder is None or holder["token"] != self._token:
             self._is_lost = True
+            return None
+        return version
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEWED):
             try:
-                self._look()
-                if self._is_lost:
-                    return
                 began = time.monotonic()
-                filesystem(self._path).pipe_file(str(self._path), self._content())
-                self._renewed = began
+                if (version := self._look()) is None:
+                    return
+                try:
+                    _replace(self._path, self._content(), version)
+                    self._renewed = began
+                except (FileExistsError, FileNotFoundError):  # another took it just now
+                    if self._look() is None:  # else the answer was lost, and the request sent again
+                        return
             except failures() as error:
                 logging.warning("%s: not renewed (%s)", self._path, reason(error))
 
@@ -144,16 +153,62 @@ def _remove(path: Path, holder: dict[str, Any] | None) -> None:
     In gs:// it goes on the condition that it has not been replaced. In s3:// one that another has taken in this very
     moment may go; of the two, the one that writes last has the lock then, and the other sees this after SETTLED.
     """
-    service, name = filesystem(path), str(path)
     with contextlib.suppress(FileNotFoundError, FileExistsError):
-        generation = patiently(path, service.info, name).get("generation")
-        if _read(path) != holder:
-            return
-        if generation is None:
-            patiently(path, service.rm_file, name)
-        else:
-            bucket, _, key = name.partition("://")[2].partition("/")
-            patiently(path, service.call, "DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=generation)
+        version = _version(path)
+        if version is not None and _read(path) == holder:
+            _delete(path, version)
+
+
+def _version(path: Path) -> str | None:
+    """Returns the generation (GCS) or the entity tag (S3) of the object at `path`, None where there is none."""
+    try:
+        info = patiently(path, filesystem(path).info, str(path))
+    except FileNotFoundError:
+        return None
+    return info.get("generation") or info.get("ETag")
+
+
+def _replace(path: Path, content: bytes, version: str) -> None:
+    """Writes the object at `path` on the condition that it has this version.
+
+    Raises:
+        FileExistsError: it has another one.
+        FileNotFoundError: it is gone.
+    """
+    service = filesystem(path)
+    if str(path).startswith("s3://"):
+        service.pipe_file(str(path), content, IfMatch=version)
+        return
+    bucket, key = _bucket_and_key(path)
+    service.call(
+        "POST",
+        service.base.replace("/storage/v1/", "/upload/storage/v1/") + "b/{}/o",
+        bucket,
+        uploadType="media",
+        name=key,
+        ifGenerationMatch=version,
+        data=content,
+        headers={"Content-Type": "application/octet-stream"},
+    )
+
+
+def _delete(path: Path, version: str) -> None:
+    """Removes the object at `path`, in gs:// on the condition that it has this version.
+
+    Raises:
+        FileExistsError: it has another one.
+    """
+    service = filesystem(path)
+    if str(path).startswith("s3://"):
+        patiently(path, service.rm_file, str(path))
+        return
+    bucket, key = _bucket_and_key(path)
+    patiently(path, service.call, "DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=version)
+
+
+def _bucket_and_key(path: Path) -> tuple[str, str]:
+    bucket, _, key = str(path).partition("://")[2].partition("/")
+    return bucket, key
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -20,6 +20,11 @@ def lock(bucket, monkeypatch):
     return path_of("--workdir X", bucket.address) / ".lock"
 
 
+@pytest.fixture
+def s3_lock(s3_bucket, lock):
+    return path_of("--workdir X", s3_bucket.address) / ".lock"
+
+
 def write(bucket, **other):
     """Writes the lock of a holder elsewhere."""
     holder = {"token": "t", "number": 1, "process": 7, "host": "elsewhere", "machine": "another"}
@@ -97,6 +102,31 @@ def test_a_holder_that_was_replaced_ends_and_leaves_the_lock(lock, bucket):
         lease.check()
     lease.release()
     assert json.loads(bucket.read(".lock"))["host"] == "elsewhere"
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+@pytest.mark.parametrize("kind", ["", "s3_"])
+def test_a_holder_does_not_take_back_a_lock_that_was_taken_while_it_renewed_it(kind, is_done, request, monkeypatch):
+    """It was asleep between looking whose lock it is and writing it anew."""
+    lock, bucket = request.getfixturevalue(f"{kind}lock"), request.getfixturevalue(f"{kind}bucket")
+    replace = leases._replace
+
+    def late(*args):
+        monkeypatch.setattr(leases, "_replace", replace)
+        write(bucket)
+        if is_done:
+            bucket.remove(".lock")
+        replace(*args)
+
+    lease = leases.Lease(lock)
+    monkeypatch.setattr(leases, "_replace", late)
+    lease.acquire()
+    lease._thread.join(2)
+    with pytest.raises(RunError, match=r"\.lock: another run took this folder"):
+        lease.check()
+    lease.release()
+    assert is_done or json.loads(bucket.read(".lock"))["host"] == "elsewhere"
+    assert bucket.names() == [".lock"] * (not is_done)
 
 
 def test_a_slow_starter_does_not_remove_a_lock_that_was_taken_meanwhile(lock, bucket, monkeypatch):
