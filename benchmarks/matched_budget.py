@@ -27,6 +27,7 @@ to the plain prompt:
     ignoring              as dense, from a start that has learned to ignore drafts
     variants              from the sparse start: further variants, and the paper's other baselines
     repeats               from the sparse start: iGRPO with a penalty on repeats of wrong answers, against iGRPO
+    credit                from the sparse start: other ways to credit refinements to the plain prompt
     verifying             from a start that gives verdicts on drafts: GRPO, and Self-Verification
 
 With --setting qwen05 they are GRPO (8), iGRPO (4 + 4), and the iGRPO that trains on its drafts, which is the best

@@ -118,6 +118,16 @@ LOOKUPS["variants"] = compared("sparse", VARIANTS)
 # A refinement that states the answer of a wrong draft gets less than one with another wrong answer.
 REPEATS = IGRPO | {"algorithm.repeat_penalty": 0.5}
 LOOKUPS["repeats"] = [Arm("sparse_repeat_penalty", REPEATS, "sparse_igrpo", "sparse")]
+# Other ways to credit refinements to the plain prompt than that of refinements_to_plain, each with one change.
+TO_PLAIN = VARIANTS["refinements_to_plain"]
+CREDIT = {
+    "credit_all": {"algorithm.credit_completions": "all"},
+    "credit_weighted": {"algorithm.credit_gamma": 0.0, "algorithm.importance_sampling_cap": 2.0},
+    "credit_and_drafts": {"algorithm.train_drafts": True},
+}
+LOOKUPS["credit"] = [
+    Arm(f"sparse_{name}", TO_PLAIN | change, "sparse_refinements_to_plain", "sparse") for name, change in CREDIT.items()
+]
 # As in configs/self_verification.py: 4 solutions and 4 verdicts on one of them, all trained on.
 VERIFY = TRAINED | {"algorithm.second_stage": "verify", "algorithm.draft_selection": "balanced"}
 LOOKUPS["verifying"] = [

@@ -78,7 +78,6 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
     from igrpo_jax.distributed import cluster
     from igrpo_jax.evaluation import inference, results
     from igrpo_jax.outputs.console import Console
-    from igrpo_jax.outputs.workdir import locked
 
     check_model(config, model)
     model, out = str(model), path_of(f"--workdir {out}", out)
@@ -93,9 +92,7 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
             "weights_written": task.weights_written,
             **results.settings(task.config, task.plan.wanted),
         }
-        cluster.from_first(functools.partial(results.check, out, settings))  # a folder of something else gets no lock
-        stack.enter_context(locked(out))
-        cluster.from_first(functools.partial(results.claim, out, settings))
+        stack.enter_context(results.held(out, settings))
         console.table("Evaluation", overview(task))
         benchmarks, params = inference.load(task, console, stack)
         began = time.perf_counter()

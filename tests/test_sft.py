@@ -14,6 +14,7 @@ from model_files import HYBRID, error_of, save_byte_model
 from igrpo_jax import config, export
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.preemption import Preempted
+from igrpo_jax.errors import InputError
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs import workdir as workdirs
 from igrpo_jax.outputs.console import Console
@@ -145,6 +146,18 @@ def test_a_start_on_a_mesh_equals_one_on_a_device(settings, tmp_path, kind, rank
     mine, theirs = losses(tmp_path / "mesh"), losses(tmp_path / "alone")
     np.testing.assert_allclose(mine, theirs, rtol=2e-5)
     assert mine[2] < mine[0]
+
+
+def test_a_start_says_that_it_replaces_one_without_a_checkpoint(settings, tmp_path, monkeypatch, capfd):
+    workdirs.prepare_workdir(tmp_path, supervised.open_supervised(settings).config)
+
+    def over(*_):
+        raise InputError("over")
+
+    monkeypatch.setattr(supervised, "Checkpointer", over)
+    assert error_of(supervised.train_supervised, replace(settings, seed=1), tmp_path) == "over"
+    said = " ".join("".join(capfd.readouterr()).split())
+    assert "ended before its first checkpoint; this one takes its place, with other settings (seed: 0 -> 1)" in said
 
 
 def test_what_a_supervised_start_needs(settings, tmp_path):

@@ -8,16 +8,18 @@ Several processes write files of their own (NAME.process-3.jsonl), which the fir
 """
 
 import contextlib
+import functools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from igrpo_jax.config import Config
+from igrpo_jax.distributed import cluster
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.outputs.files import rows_text, write_atomically, write_rows, writing
-from igrpo_jax.outputs.workdir import LOCK
+from igrpo_jax.outputs.workdir import LOCK, locked
 from igrpo_jax.storage.addresses import failures, make_folder, names
 from igrpo_jax.storage.reading import read_bytes
 from igrpo_jax.storage.writing import Lines
@@ -168,6 +170,21 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     with writing(folder):
         make_folder(folder)
     write_atomically(folder / "evaluation.json", json.dumps(settings, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def held(folder: Path, settings: dict[str, Any]) -> Iterator[Callable[[], None]]:
+    """Makes `folder` that of an evaluation with these settings, and keeps others out of it inside the `with` block.
+
+    What it yields raises RunError where another has taken the folder meanwhile; see `locked`.
+
+    Raises:
+        InputError: as `claim`; another evaluation is at work there.
+    """
+    cluster.from_first(functools.partial(check, folder, settings))  # a folder of something else gets no lock
+    with locked(folder) as still_ours:
+        cluster.from_first(functools.partial(claim, folder, settings))
+        yield still_ours
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:

@@ -41,6 +41,15 @@ class Claim(NamedTuple):
     resumes: bool  # whether the folder holds a run of this configuration, which is to be resumed
     replaced: list[str]  # what changed where a run without a checkpoint is replaced, as "name: old -> new"
 
+    def notice(self, workdir: Path) -> str:
+        """Returns what the user is told, "" where nothing is replaced."""
+        if not self.replaced:
+            return ""
+        return (
+            f"--workdir {workdir}: the run in it ended before its first checkpoint; this one takes its place, with "
+            f"other settings ({', '.join(self.replaced)})"
+        )
+
 
 def check_workdir(workdir: Path, config: Config) -> None:
     """Raises InputError where `workdir` cannot hold the run of `config`, as `prepare_workdir` does; writes nothing."""

@@ -116,7 +116,6 @@ def probe(
     from igrpo_jax.distributed.programs import use_disk_cache
     from igrpo_jax.evaluation import inference, results
     from igrpo_jax.outputs.console import Console
-    from igrpo_jax.outputs.workdir import locked
     from igrpo_jax.probe import measure
     from igrpo_jax.session.task import open_task
 
@@ -133,9 +132,7 @@ def probe(
         stack.enter_context(jax.set_mesh(task.mesh))
         learner, engine = measure.programs(asked)  # checks settings before anything is written
         settings = {"kind": "probe", **head, "samples": samples, **deciding(task)}
-        results.check(folder, settings)  # a folder of something else gets no lock
-        still_ours = stack.enter_context(locked(folder))
-        results.claim(folder, settings)
+        still_ours = stack.enter_context(results.held(folder, settings))
         console = stack.enter_context(Console())
         console.table("Probe", measure.plan(asked))
         use_disk_cache(config.compilation_cache)

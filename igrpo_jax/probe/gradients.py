@@ -13,14 +13,15 @@ estimate of the product of the means.
 
 A gradient is as large as the model, so a sketch of it is kept: WIDTH sums over all parameters with random signs
 (Charikar, Chen & Farach-Colton 2002). It keeps the product of two gradients up to about 1 / sqrt(WIDTH) = 0.4 % of the
-product of their lengths. Each problem has a file, and a second start computes what is missing.
+product of their lengths. Each problem has a file, and a second start computes what is missing. Reliance needs no
+gradient, so several problems are scored together.
 
 Legend: P problems.
 """
 
 import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +47,7 @@ from igrpo_jax.storage.reading import read_bytes
 from igrpo_jax.storage.writing import write_bytes
 
 KINDS = ("plain", "refine", "credited")
+DRAFTS = ("right", "wrong")
 WIDTH = 65_521  # a prime, so that no row of a weight comes to lie on another
 FOLDER = "gradients"
 
@@ -54,9 +56,7 @@ class Measured(NamedTuple):
     """What is kept of a problem."""
 
     sketches: dict[str, np.ndarray]  # by kind, [WIDTH] float32; 0 where the problem has no such gradient
-    reliance: dict[
-        str, np.ndarray
-    ]  # log pi(o|q') - log pi(o|q) of right refinements after a "right" and a "wrong" draft
+    reliance: dict[str, np.ndarray]  # log pi(o|q') - log pi(o|q) of right refinements, by their draft, one of DRAFTS
 
 
 class Gradients:
@@ -82,27 +82,56 @@ class Gradients:
         with writing(self._folder):
             make_folder(self._folder)
             self._present = names(self._folder)
-        results = []
+        kinds = [KINDS if number < compared else () for number in range(len(answered))]
+        kept = {number: self._kept(problem, kinds[number]) for number, problem in enumerate(answered)}
+        results = {number: measured for number, measured in kept.items() if measured is not None}
+        missing = [number for number in kept if number not in results]
         with self._console.phase("gradients", len(answered)) as update, watchdog.phase("update", "gradients"):
-            for number, problem in enumerate(answered):
-                results.append(self._of(problem, number < compared))
-                update(number + 1)
-        return results
+            update(len(results))
+            for numbers in self._together(missing, answered):
+                reliance = self._reliance([answered[number] for number in numbers])
+                for number, values in zip(numbers, reliance, strict=True):
+                    results[number] = self._of(answered[number], kinds[number], values)
+                    update(len(results))
+        return [results[number] for number in range(len(answered))]
 
-    def _of(self, problem: Answered, with_gradients: bool) -> Measured:
-        path = self._folder / f"{problem.prompt.index:06d}.npz"
-        kinds = KINDS if with_gradients else ()
-        if path.name in self._present:
-            with np.load(io.BytesIO(read_bytes(path))) as kept:
-                if all(kind in kept for kind in kinds):
-                    reliance = {draft: kept[f"reliance_{draft}"] for draft in ("right", "wrong")}
-                    return Measured({kind: kept[kind] for kind in kinds}, reliance)
+    def _kept(self, problem: Answered, kinds: Sequence[str]) -> Measured | None:
+        """Returns what an earlier start has measured, None where something is missing."""
+        path = self._path(problem)
+        if path.name not in self._present:
+            return None
+        with np.load(io.BytesIO(read_bytes(path))) as kept:
+            if not all(kind in kept for kind in kinds):
+                return None
+            reliance = {draft: kept[f"reliance_{draft}"] for draft in DRAFTS}
+            return Measured({kind: kept[kind] for kind in kinds}, reliance)
+
+    def _path(self, problem: Answered) -> Path:
+        return self._folder / f"{problem.prompt.index:06d}.npz"
+
+    def _together(self, numbers: Sequence[int], answered: Sequence[Answered]) -> Iterator[list[int]]:
+        """Yields the numbers of problems whose reliance fills a micro-batch, at least one."""
+        chosen: list[int] = []
+        left = 0
+        for number in numbers:
+            tokens = sum(unit.tokens for pair in reliance_units(answered[number]).values() for unit in pair)
+            if chosen and tokens > left:
+                yield chosen
+                chosen = []
+            if not chosen:
+                left = self._learner.packer.shapes.largest * self._learner.packer.shapes.shards
+            chosen.append(number)
+            left -= tokens
+        if chosen:
+            yield chosen
+
+    def _of(self, problem: Answered, kinds: Sequence[str], reliance: dict[str, np.ndarray]) -> Measured:
+        """Returns what is measured of a problem, after its file is written."""
         units = of_kinds(problem, self._learner.algorithm, self._learner.packer.shapes.max_completion)
         sketches = {kind: self._sketch(units[kind]) for kind in kinds}
-        reliance = {draft: self._reliance(problem, draft == "right") for draft in ("right", "wrong")}
         arrays = sketches | {f"reliance_{draft}": values for draft, values in reliance.items()}
-        file = io.BytesIO()
-        np.savez(file, **arrays)
+        file, path = io.BytesIO(), self._path(problem)
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # its own keywords have other types
         with writing(path):
             write_bytes(path, file.getvalue())
         return Measured(sketches, reliance)
@@ -120,32 +149,29 @@ class Gradients:
             )
         return sketch(grads)
 
-    def _reliance(self, problem: Answered, draft: bool) -> np.ndarray:
+    def _reliance(self, problems: Sequence[Answered]) -> list[dict[str, np.ndarray]]:
         """Returns log pi(o | q') - log pi(o | q) of each right refinement of a right, or wrong, draft; in nats."""
-        pairs = [
-            (part, completion)
-            for part in problem.refined
-            if part.is_right == draft
-            for completion in part.completions
-            if completion.score.is_right
-        ]
-        if not pairs:
-            return np.zeros(0, np.float32)
-        scored = [
-            self._logprobs(
-                [(problem.prompt.tokens if plain else part.context, completion) for part, completion in pairs]
-            )
-            for plain in (False, True)
-        ]
-        return scored[0] - scored[1]
-
-    def _logprobs(self, answers: Sequence[tuple[np.ndarray, Completion]]) -> np.ndarray:
-        """Returns the log-prob of each completion in its context, in nats."""
+        pairs = [reliance_units(problem) for problem in problems]
+        units = [unit for of in pairs for pair in of.values() for unit in pair]
         programs, packer = self._learner.programs, self._learner.packer
-        units = [Unit(context, (completion,), np.zeros(1, np.float32)) for context, completion in answers]
-        batches = packer.micro_batches(units)
-        rescored = rescore_units(programs, packer, self._params, self._frozen, batches, units)
-        return np.array([logprobs.sum(dtype=np.float64) for (logprobs,) in rescored])
+        rescored = rescore_units(programs, packer, self._params, self._frozen, packer.micro_batches(units), units)
+        sums = iter([np.array([x.sum(dtype=np.float64) for x in logprobs]) for logprobs in rescored])
+        none = dict.fromkeys(DRAFTS, np.zeros(0))
+        return [none | {draft: next(sums) - next(sums) for draft in of} for of in pairs]
+
+
+def reliance_units(problem: Answered) -> dict[str, tuple[Unit, Unit]]:
+    """Returns by its draft, "right" or "wrong", the right refinements of it, after q' and after the plain prompt q."""
+    units = {}
+    for part in problem.refined:
+        right = tuple(completion for completion in part.completions if completion.score.is_right)
+        if right:
+            q_prime, q = (
+                Unit(context, right, np.zeros(len(right), np.float32))
+                for context in (part.context, problem.prompt.tokens)
+            )
+            units["right" if part.is_right else "wrong"] = q_prime, q
+    return units
 
 
 def learner_config(config: Config) -> Config:
@@ -267,12 +293,12 @@ def reliance(answered: Sequence[Answered], measured: Sequence[Measured]) -> dict
     A refinement of a draft counts as often as such a draft is kept. The interval is a bootstrap over problems.
     """
     weights, sums = resamples(len(answered)), {}
-    for draft in ("right", "wrong"):
+    for draft in DRAFTS:
         weight = np.array([np.mean(problem.kept == (draft == "right")) for problem in answered])
         values = [each.reliance[draft] for each in measured]
         sums[draft] = weight * [x.sum() for x in values], weight * [len(x) for x in values]
     figures = {}
-    for name, drafts in (("", ("right", "wrong")), ("_right", ("right",)), ("_wrong", ("wrong",))):
+    for name, drafts in (("", DRAFTS), ("_right", ("right",)), ("_wrong", ("wrong",))):
         total, count = (np.sum([sums[draft][i] for draft in drafts], axis=0) for i in (0, 1))
         figures[f"reliance{name}"] = _mean(total, count, weights)
     return figures

@@ -29,7 +29,7 @@ from igrpo_jax.models import decoder, hf_write
 from igrpo_jax.outputs import hub, weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.outputs.workdir import check_workdir, has_samples, locked, prepare_workdir, recorded_date
+from igrpo_jax.outputs.workdir import Claim, check_workdir, has_samples, locked, prepare_workdir, recorded_date
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine
@@ -148,15 +148,12 @@ def _claim(
     """
     cluster.from_first(functools.partial(check_workdir, workdir, config))
     still_ours = stack.enter_context(locked(workdir))
-    resumes, replaced = cluster.from_first(functools.partial(prepare_workdir, workdir, config))
-    if replaced:
-        console.message(
-            f"--workdir {workdir}: the run in it ended before its first checkpoint; this one takes its place, with "
-            f"other settings ({', '.join(replaced)})"
-        )
+    claim = Claim(*cluster.from_first(functools.partial(prepare_workdir, workdir, config)))
+    if notice := claim.notice(workdir):
+        console.message(notice)
     if not (workdir / "config.json").is_file():
         raise InputError(f"--workdir {workdir}: process 0 made it, here it is not; give a folder that all hosts share")
-    return resumes, still_ours
+    return claim.resumes, still_ours
 
 
 def _verifier(config: Config, workdir: Path, total_steps: int, teams: int) -> Verifier:

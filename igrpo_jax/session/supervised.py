@@ -33,7 +33,7 @@ from igrpo_jax.outputs import trackers, weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import write_atomically
-from igrpo_jax.outputs.workdir import SUPERVISED, check_workdir, locked, prepare_workdir, recorded_date
+from igrpo_jax.outputs.workdir import SUPERVISED, Claim, check_workdir, locked, prepare_workdir, recorded_date
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Prompt
 from igrpo_jax.session.progress import Progress
@@ -146,11 +146,13 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
     )
     cluster.from_first(functools.partial(_check, workdir, config))
     still_ours = stack.enter_context(locked(workdir))
-    resumes, _ = cluster.from_first(functools.partial(_claim, workdir, task))
+    claim = Claim(*cluster.from_first(functools.partial(_claim, workdir, task)))
+    if notice := claim.notice(workdir):
+        console.message(notice)
     console.table("Supervised start", _overview(task, workdir))
     store = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     stack.enter_context(showing_waits(console.waiting))
-    latest = cluster.from_first(lambda: store.latest_step() if resumes else None)
+    latest = cluster.from_first(lambda: store.latest_step() if claim.resumes else None)
     if latest is not None:
         with console.phase(f"restoring step {latest}"):
             done, state, _ = store.restore(learner.abstract_state())
@@ -227,8 +229,8 @@ def _check(workdir: Path, config: Config) -> None:
     check_workdir(workdir, config)
 
 
-def _claim(workdir: Path, task: SupervisedTask) -> tuple[bool, list[str]]:
-    """Claims `workdir` for a supervised start on these examples; returns whether it is resumed, and what changed.
+def _claim(workdir: Path, task: SupervisedTask) -> Claim:
+    """Claims `workdir` for a supervised start on these examples.
 
     Raises:
         InputError: it holds another run, a run of reinforcement learning, or a start on other examples.
@@ -242,7 +244,7 @@ def _claim(workdir: Path, task: SupervisedTask) -> tuple[bool, list[str]]:
             "began with; bring them back, or give another --workdir"
         )
     write_atomically(kind, json.dumps({"examples": task.fingerprint}) + "\n")
-    return claim.resumes, claim.replaced
+    return claim
 
 
 def _first_state(task: SupervisedTask, learner: Learner, console: Console) -> TrainState:
