@@ -20,7 +20,9 @@ import numpy as np
 
 from igrpo_jax.learning import draft_signal
 from igrpo_jax.learning.draft_signal import Signal, igrpo_counts, right_counts, signal, snr_ratio
-from igrpo_jax.probe.conclusion import ANSWERS, MORE_AND_GRPO
+from igrpo_jax.probe.conclusion import ANSWERS, MORE_AND_GRPO, shown
+from igrpo_jax.probe.estimates import Estimate
+from igrpo_jax.probe.page import FIGURES
 
 DOCS = Path(__file__).parent
 OUT = Path(__file__).with_suffix(".md")
@@ -198,6 +200,13 @@ PROBED = {
 }
 
 
+# What is shown of the probe of a real model.
+OF_REAL = (
+    *("p", "best", "successes", "r", "alone_right", "w", "alone_wrong", "same_right", "same_wrong"),
+    *("plain_active", "refined_active", "ratio", "reliance"),
+)
+
+
 def take(name: str, folder: Path) -> None:
     """Writes what a probe found into docs/study/probes/NAME.json."""
     probe = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
@@ -222,6 +231,15 @@ def probe_table() -> str:
             (start, right_in_a_run(name), *cells, conclusion, *(found[1] if found else "" for found in observed))
         )
     return table(("start", "x", "p", "r", "w", "ratio", "k", "rho", "conclusion", "observed", "`unsolved`"), rows)
+
+
+def real_table() -> str:
+    """Returns what a probe of Qwen2.5-Coder-0.5B-Instruct found."""
+    found = json.loads((PROBES / "qwen05.json").read_text(encoding="utf-8"))["figures"]
+    names = {name: words for section in FIGURES.values() for name, words in section.items()}
+    return table(
+        ("figure", "value"), [(names[name].replace("|", "\\|"), shown(Estimate(**found[name]))) for name in OF_REAL]
+    )
 
 
 def conclusion_table() -> str:
@@ -317,6 +335,7 @@ def page() -> str:
         measured_table,
         conclusion_table,
         probe_table,
+        real_table,
         first_steps_table,
     )
     words = OUT.with_suffix(".txt").read_text(encoding="utf-8")

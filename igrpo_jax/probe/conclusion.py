@@ -20,6 +20,7 @@ from igrpo_jax.learning import draft_signal
 from igrpo_jax.probe.estimates import UNKNOWN, Estimate, problems_needed
 
 CLEAR = 0.3  # width of an interval of a success, below which no difference is taken for none
+LEAST_BOUND = 1e-3  # of the success with drafts; a bound on plain success below this part of it is left out
 CUT = 0.5  # of the plain answers; where more are cut, the length is named first
 COPIES = 0.5  # of the refinements of wrong drafts; where more state the draft's answer, the model is said to copy
 SOLVED = (
@@ -295,9 +296,11 @@ def _transfer(figures: Mapping[str, Estimate]) -> list[str]:
         return []
     refined = figures["refined"].value
     bound = float(draft_signal.plain_success_bound(refined, max(rho.value, 0.0)))
+    left = f"of a success of {_number(refined)} with drafts this leaves at least {_number(bound)} on the plain prompt"
+    if bound < LEAST_BOUND * refined:
+        left = "so the success with drafts says nothing about that on the plain prompt"
     return [
-        f"right refinements are exp(rho) times likelier with the draft than without it, rho = {shown(rho)} nats; of a "
-        f"success of {_number(refined)} with drafts this leaves at least {_number(bound)} on the plain prompt"
+        f"right refinements are exp(rho) times likelier with the draft than without it, rho = {shown(rho)} nats; {left}"
     ]
 
 
