@@ -6,9 +6,12 @@ program. A matrix that is larger than any of a sublayer comes in pieces (`row_sy
 """
 
 import collections
+import functools
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from igrpo_jax.distributed import sharding
@@ -90,6 +93,19 @@ class WeightSync:
             synced.append(SyncProgram(program, firsts.count(first), held))
         return synced
 
+    @functools.cached_property
+    def received_bytes(self) -> int:
+        """Bytes of the copy that a device has to get from others, those of the device that lacks most."""
+        counted: dict[tuple, np.ndarray] = {}
+        total = np.zeros(self._mesh.size, np.int64)
+        for path, shape in self._shapes.items():
+            trained, copied = sharding.param_sharding(self._mesh, path), self._shardings[path]
+            key = shape, trained.spec, copied.spec
+            if key not in counted:
+                counted[key] = _lacking(shape, trained, copied)
+            total += counted[key]
+        return int(total.max()) * jnp.dtype(self._dtype).itemsize
+
     def copy_bytes(self, part: str) -> int:
         """Returns the bytes of the rollout copy of a part on each device."""
         return sum(self._bytes(path) for path in self._shapes if _part(path) == part)
@@ -127,6 +143,18 @@ class WeightSync:
         where = {path: sharding.param_sharding(self._mesh, path) for path in spread}
         kept = lambda path, x: x if x.shape == params[path].shape else jax.lax.with_sharding_constraint(x, where[path])
         return {path: kept(path, x) for path, x in spread.items()}
+
+
+def _lacking(shape: tuple[int, ...], before: NamedSharding, after: NamedSharding) -> np.ndarray:
+    """Returns for each device [devices] how many values of an array it needs `after` and does not hold `before`."""
+    held, needed = (x.devices_indices_map(shape) for x in (before, after))
+    bounds = lambda index: np.array([part.indices(size)[:2] for part, size in zip(index, shape, strict=True)])
+    counts = []
+    for device in held:
+        (start, stop), (first, last) = bounds(needed[device]).T, bounds(held[device]).T
+        common = np.minimum(stop, last) - np.maximum(start, first)
+        counts.append(np.prod(stop - start) - np.prod(np.maximum(common, 0)))
+    return np.array(counts, np.int64)
 
 
 def _part(path: str) -> str:

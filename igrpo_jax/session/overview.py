@@ -29,6 +29,7 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
     tokens = config.trained_completions * config.rollout.max_completion_length
     shapes = learner.packer.shapes
     sizes = ", ".join(f"{size:,}" for size in shapes.sizes)
+    received = engine.sync.received_bytes
     frozen, trained = learner.programs.frozen, sum(x.size for x in learner.abstract_state().params.values())
     return [
         (
@@ -37,6 +38,7 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
         ),
         ("mesh", f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']}"),
         ("sampling", sampling_layout(engine)),
+        *([("weights to sample with", f"{size(received)} to each device in a step")] * bool(received)),
         ("attention", f"{model.attention} (training and prefill)"),
         *([("LoRA", f"rank {config.model.lora.rank}, {trained / 1e6:,.2f} M trained parameters")] * bool(frozen)),
         ("objective", f"{config.algorithm.loss_type}, beta {config.algorithm.beta:g}"),

@@ -6,6 +6,7 @@ from tiny_models import random_params, tiny_config
 
 from igrpo_jax.config import MeshConfig
 from igrpo_jax.distributed import sharding
+from igrpo_jax.models import decoder
 from igrpo_jax.sampling import weights
 from igrpo_jax.sampling.programs import weight_shardings
 
@@ -38,3 +39,19 @@ def test_few_programs_are_in_progress_and_all_weights_arrive(monkeypatch):
     assert most == weights.AHEAD + 1
     assert synced.keys() == params.keys()
     assert all(np.array_equal(synced[path], x) for path, x in params.items())
+
+
+def test_the_bytes_that_a_device_receives():
+    """Of a weight that is split over eight devices, seven eighths of what a device of a group of two needs."""
+    cfg = tiny_config()
+    mesh, sampler = (sharding.make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor)) for fsdp, tensor in ((8, 1), (4, 2)))
+    sync = weights.WeightSync(cfg, mesh, weight_shardings(cfg, sampler), 2, "bfloat16")
+    expected = 0.0
+    for path, shape in decoder.shapes(cfg).items():
+        axes = sharding.param_sharding(mesh, path).spec
+        expected += 2 * np.prod(shape) / (2 if "tensor" in axes else 1) * (7 / 8 if "fsdp" in axes else 0)
+    assert sync.received_bytes == expected > 0
+    same = weights.WeightSync(cfg, sampler, weight_shardings(cfg, sampler), 2, "bfloat16")
+    assert 0 < same.received_bytes < sync.received_bytes  # split over four, of which each has one
+    alone = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    assert weights.WeightSync(cfg, alone, weight_shardings(cfg, alone), 1, "bfloat16").received_bytes == 0
