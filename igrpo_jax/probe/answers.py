@@ -2,7 +2,8 @@
 
 Each problem gets K plain answers. Every N of them that follow each other, in a circle, are drafts as Stage 1 draws
 them, of which `select_draft` keeps one. The first kept draft that is right and the first that is wrong, where there are
-such, are each refined G times, with the temperature, lengths and wording of training.
+such, are each refined G times, with the temperature, lengths and wording of training, while other problems still get
+plain answers.
 
 A row of `answers.jsonl` has the number of the draft behind it in `drafts` (none for a plain answer), as the rows of an
 evaluation have. Nothing is drawn twice: a second start draws what is missing.
@@ -105,14 +106,17 @@ class Answers:
         """Returns the answers to `prompts`, in their order.
 
         Raises:
-            VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
+            VerifierError: more gradings failed than config.rewards.max_error_fraction allows. Those of an earlier start
+                count, or what failed there would be taken for wrong answers from the second start on.
         """
         self._verifier.start_step(1)
-        plain = [(prompt, (), prompt.tokens) for prompt in prompts]
-        self._sample(params, plain, self._samples, "draft", "plain answers")
-        asked = [(prompt, path, tokens) for prompt in prompts for path, tokens in self._contexts(prompt)]
-        self._sample(params, asked, self._config.algorithm.num_generations, "refine", "refinements")
+        if any(self._next(prompt) for prompt in prompts):
+            self._draw(params, prompts)
         answered = [self._answered(prompt) for prompt in prompts]
+        plain = [completion.score for problem in answered for completion in problem.plain]
+        refined = [x.score for problem in answered for part in problem.refined for x in part.completions]
+        for scores in (plain, refined):
+            check_errors(scores, self._config.rewards.max_error_fraction)
         self._rows.join()
         return answered
 
@@ -145,63 +149,72 @@ class Answers:
         kept = np.array([plain[draft].score.is_right for draft in self._kept(prompt)], bool)
         return Answered(prompt, tuple(plain), kept, tuple(refined))
 
-    def _sample(
-        self,
-        params: decoder.Params,
-        asked: Sequence[tuple[Prompt, tuple[int, ...], np.ndarray]],
-        count: int,
-        stage: str,
-        what: str,
-    ) -> None:
-        """Draws and scores those of `count` samples of each prompt that the rows lack.
+    def _next(self, prompt: Prompt) -> list[tuple[str, tuple[int, ...], np.ndarray, range]]:
+        """Returns what is to be drawn next: the stage, the draft in the context, the context, and numbers of samples.
 
-        Raises:
-            VerifierError: too many gradings failed. Those of an earlier start count, or what failed there would be
-                taken for wrong answers from the second start on.
+        Refinements are next where all plain answers are there.
         """
-        missing = [(*each, range(len(self._rows.of(each[0].index, each[1])), count)) for each in asked]
-        if any(numbers for *_, numbers in missing):
-            self._draw(params, missing, len(asked) * count, stage, what)
-        rows = [row for prompt, path, _ in asked for row in self._rows.of(prompt.index, path)[:count]]
-        scores = [completion_of(row, stage).score for row in rows]
-        check_errors(scores, self._config.rewards.max_error_fraction)
+        wanted: list[tuple[str, tuple[int, ...], np.ndarray, int]] = [("draft", (), prompt.tokens, self._samples)]
+        if len(self._plain(prompt)) == self._samples:
+            size = self._config.algorithm.num_generations
+            wanted = [("refine", path, context, size) for path, context in self._contexts(prompt)]
+        parts = [
+            (stage, path, context, range(len(self._rows.of(prompt.index, path)), count))
+            for stage, path, context, count in wanted
+        ]
+        return [part for part in parts if part[-1]]
 
-    def _draw(
-        self,
-        params: decoder.Params,
-        missing: Sequence[tuple[Prompt, tuple[int, ...], np.ndarray, range]],
-        total: int,
-        stage: str,
-        what: str,
-    ) -> None:
-        """Draws and scores the samples of these numbers; `total` counts those that are there already too."""
-        done = total - sum(len(numbers) for *_, numbers in missing)
-        settings, right, drawn = self._config.rollout, 0, 0
-        key = stage_key(self._config.seed, 0, STAGES[stage])  # steps of training begin at 1
-        with self._console.phase(what, total, done) as update, watchdog.phase("rollout", what):
+    def _counted(self, prompt: Prompt) -> int:
+        """Returns how many of a prompt's K + 2 G samples are there, or need not be, as those of a draft it lacks."""
+        plain, size = len(self._plain(prompt)), self._config.algorithm.num_generations
+        if plain < self._samples:
+            return plain
+        return plain + 2 * size - sum(len(numbers) for *_, numbers in self._next(prompt))
+
+    def _draw(self, params: decoder.Params, prompts: Sequence[Prompt]) -> None:
+        """Draws and scores what the rows lack; a prompt is refined as soon as it has all its plain answers."""
+        settings, right, drawn, refining = self._config.rollout, 0, 0, set()
+        done = {prompt.index: self._counted(prompt) for prompt in prompts}
+        total = len(prompts) * (self._samples + 2 * self._config.algorithm.num_generations)
+
+        def submit(prompt: Prompt) -> None:
+            for stage, path, context, numbers in self._next(prompt):
+                self._scheduler.submit(
+                    Request(
+                        tokens=context,
+                        index=prompt.index,
+                        samples=len(numbers),
+                        key=stage_key(self._config.seed, 0, STAGES[stage]),  # steps of training begin at 1
+                        limit=settings.max_completion_length,
+                        stage=stage,
+                        first=numbers.start,
+                        prompt=prompt,
+                        scored=functools.partial(scored, prompt, path),
+                    )
+                )
+
+        with (
+            self._console.phase("answers", total, sum(done.values())) as update,
+            watchdog.phase("rollout", "answers"),
+        ):
 
             def scored(prompt: Prompt, path: tuple[int, ...], completion: Completion) -> None:
-                nonlocal done, right, drawn
+                nonlocal right, drawn
                 self._rows.add(_row(prompt, path, completion))
-                done, drawn, right = done + 1, drawn + 1, right + completion.score.is_right
-                update(done, f"right {right / drawn:.3f}")
+                if not path:
+                    drawn, right = drawn + 1, right + completion.score.is_right
+                # What a kill left behind a gap is drawn again, and by then the prompt may be refined already.
+                if not path and len(self._plain(prompt)) == self._samples and prompt.index not in refining:
+                    refining.add(prompt.index)
+                    submit(prompt)
+                done[prompt.index] = self._counted(prompt)
+                update(sum(done.values()), f"plain ones right {right / drawn:.3f}" if drawn else "")
 
             self._scheduler.start(params, Sampling(settings.temperature, settings.top_p, settings.top_k))
-            for prompt, path, tokens, numbers in missing:
-                if numbers:
-                    self._scheduler.submit(
-                        Request(
-                            tokens=tokens,
-                            index=prompt.index,
-                            samples=len(numbers),
-                            key=key,
-                            limit=settings.max_completion_length,
-                            stage=stage,
-                            first=numbers.start,
-                            prompt=prompt,
-                            scored=functools.partial(scored, prompt, path),
-                        )
-                    )
+            for prompt in prompts:
+                if len(self._plain(prompt)) == self._samples:
+                    refining.add(prompt.index)
+                submit(prompt)
             sample_and_score(self._scheduler, self._verifier.submit, self._renderer)
             self._scheduler.finish()
 

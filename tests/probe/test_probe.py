@@ -60,10 +60,10 @@ def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatc
     removed = f"gradients/{min(path.name for path in (out / 'gradients').iterdir())}"
     (out / removed).unlink()
     printed = call()
-    assert "plain answers ..." in printed
+    assert "answers ..." in printed
     assert {name: (out / name).read_text() for name in names} == written
     printed = call()
-    assert "plain answers ..." not in printed and "refinements ..." not in printed  # all is there
+    assert "answers ..." not in printed  # all is there
     assert "holds an evaluation of another kind (seed: 0 -> 1" in call("--config.seed=1", code=2)
     # In a bucket it goes on too.
     bucket.put(out)
