@@ -112,6 +112,7 @@ def test_the_export_is_the_policy_of_the_checkpoint(trained):
     one = open_policy(config.ModelConfig(path=str(trained / "export")))
     for path, x in one.load(one_device(), 0, "bfloat16").items():
         assert (np.asarray(x) == state[f".params['{path}']"].astype("bfloat16")).all(), path
+    pytest.importorskip("torch", reason="PyTorch is not installed; the extra parity brings it")
     model = transformers.AutoModelForCausalLM.from_pretrained(trained / "export")
     assert model.generation_config.eos_token_id == one.eos_ids[0]
 

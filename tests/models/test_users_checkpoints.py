@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import safetensors.torch
 from hf_models import TOKENS, dense_model, logits_of, logits_of_reference, torch, transformers
 from model_files import CHATML, edit_json, error_of, save_tokenizer
 from tiny_models import one_device
@@ -14,6 +13,7 @@ from igrpo_jax import config
 from igrpo_jax.models import hf_files, hf_read, hf_tensors
 from igrpo_jax.models.policy import open_policy
 
+tensor_files = pytest.importorskip("safetensors.torch", reason="PyTorch is not installed; the extra parity brings it")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -30,9 +30,9 @@ def tied(saved, tmp_path):
 
 
 def edit(path, change):
-    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    tensors = tensor_files.load_file(path / "model.safetensors")
     change(tensors)
-    safetensors.torch.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    tensor_files.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def check_like_transformers(path):
@@ -117,11 +117,11 @@ def test_a_head_that_does_not_fit_is_refused(tied, head, expected):
 
 def test_the_head_may_be_in_another_file(tied):
     edit(tied, lambda tensors: tensors.update({HEAD: other_head()}))
-    tensors = safetensors.torch.load_file(tied / "model.safetensors")
+    tensors = tensor_files.load_file(tied / "model.safetensors")
     files = {name: "b.safetensors" if name == HEAD else "a.safetensors" for name in tensors}
     for file in set(files.values()):
         part = {name: tensors[name] for name in tensors if files[name] == file}
-        safetensors.torch.save_file(part, tied / file, metadata={"format": "pt"})
+        tensor_files.save_file(part, tied / file, metadata={"format": "pt"})
     (tied / "model.safetensors").unlink()
     (tied / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     assert not check_like_transformers(tied).tie_embeddings
