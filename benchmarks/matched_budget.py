@@ -19,7 +19,7 @@ machine, each on its own cores, so that their seconds can be compared. The group
     beta          iGRPO with a KL term of 1e-4, 1e-3, 1e-2
     completions   GRPO and iGRPO with 4, 16 and 32 completions in total
 
-and --groups takes names of single arms too. With --setting lookups each group but the last three is a start, and has
+and --groups takes names of single arms too. With --setting lookups each group but the last four is a start, and has
 GRPO (8), GRPO (4), iGRPO (4 + 4), and its variants that refine unsolved prompts alone, or train refinements as answers
 to the plain prompt:
 

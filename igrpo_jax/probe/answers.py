@@ -13,7 +13,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,6 +76,15 @@ class Answered:
         return float(np.mean(self.kept == part.is_right))
 
 
+class Part(NamedTuple):
+    """Samples of a problem that are drawn together."""
+
+    stage: str  # "draft" of plain answers, "refine" of refinements
+    path: tuple[int, ...]  # the number of the draft in the context
+    context: np.ndarray  # [L] int32
+    numbers: range  # of the samples
+
+
 class Answers:
     """Draws what the rows in `folder` lack, and returns all of it.
 
@@ -110,8 +119,9 @@ class Answers:
                 count, or what failed there would be taken for wrong answers from the second start on.
         """
         self._verifier.start_step(1)
-        if any(self._next(prompt) for prompt in prompts):
-            self._draw(params, prompts)
+        missing = [(prompt, self._next(prompt)) for prompt in prompts]
+        if any(parts for _, parts in missing):
+            self._draw(params, missing)
         answered = [self._answered(prompt) for prompt in prompts]
         plain = [completion.score for problem in answered for completion in problem.plain]
         refined = [x.score for problem in answered for part in problem.refined for x in part.completions]
@@ -149,72 +159,61 @@ class Answers:
         kept = np.array([plain[draft].score.is_right for draft in self._kept(prompt)], bool)
         return Answered(prompt, tuple(plain), kept, tuple(refined))
 
-    def _next(self, prompt: Prompt) -> list[tuple[str, tuple[int, ...], np.ndarray, range]]:
-        """Returns what is to be drawn next: the stage, the draft in the context, the context, and numbers of samples.
-
-        Refinements are next where all plain answers are there.
-        """
+    def _next(self, prompt: Prompt) -> list[Part]:
+        """Returns what is to be drawn next of a prompt: refinements, where all plain answers are there."""
         wanted: list[tuple[str, tuple[int, ...], np.ndarray, int]] = [("draft", (), prompt.tokens, self._samples)]
         if len(self._plain(prompt)) == self._samples:
             size = self._config.algorithm.num_generations
             wanted = [("refine", path, context, size) for path, context in self._contexts(prompt)]
         parts = [
-            (stage, path, context, range(len(self._rows.of(prompt.index, path)), count))
+            Part(stage, path, context, range(len(self._rows.of(prompt.index, path)), count))
             for stage, path, context, count in wanted
         ]
-        return [part for part in parts if part[-1]]
+        return [part for part in parts if part.numbers]
 
-    def _counted(self, prompt: Prompt) -> int:
-        """Returns how many of a prompt's K + 2 G samples are there, or need not be, as those of a draft it lacks."""
-        plain, size = len(self._plain(prompt)), self._config.algorithm.num_generations
-        if plain < self._samples:
-            return plain
-        return plain + 2 * size - sum(len(numbers) for *_, numbers in self._next(prompt))
+    def _draw(self, params: decoder.Params, missing: Sequence[tuple[Prompt, list[Part]]]) -> None:
+        """Draws and scores what is missing; a prompt is refined as soon as it has all its plain answers."""
+        settings, right, drawn = self._config.rollout, 0, 0
+        most = 2 * self._config.algorithm.num_generations  # refinements of a prompt; of a draft it lacks none are drawn
+        drafting = {prompt.index for prompt, parts in missing if parts and parts[0].stage == "draft"}
+        total = len(missing) * (self._samples + most)
+        done = total - most * len(drafting) - sum(len(part.numbers) for _, parts in missing for part in parts)
 
-    def _draw(self, params: decoder.Params, prompts: Sequence[Prompt]) -> None:
-        """Draws and scores what the rows lack; a prompt is refined as soon as it has all its plain answers."""
-        settings, right, drawn, refining = self._config.rollout, 0, 0, set()
-        done = {prompt.index: self._counted(prompt) for prompt in prompts}
-        total = len(prompts) * (self._samples + 2 * self._config.algorithm.num_generations)
-
-        def submit(prompt: Prompt) -> None:
-            for stage, path, context, numbers in self._next(prompt):
+        def submit(prompt: Prompt, parts: Sequence[Part]) -> None:
+            for part in parts:
                 self._scheduler.submit(
                     Request(
-                        tokens=context,
+                        tokens=part.context,
                         index=prompt.index,
-                        samples=len(numbers),
-                        key=stage_key(self._config.seed, 0, STAGES[stage]),  # steps of training begin at 1
+                        samples=len(part.numbers),
+                        key=stage_key(self._config.seed, 0, STAGES[part.stage]),  # steps of training begin at 1
                         limit=settings.max_completion_length,
-                        stage=stage,
-                        first=numbers.start,
+                        stage=part.stage,
+                        first=part.numbers.start,
                         prompt=prompt,
-                        scored=functools.partial(scored, prompt, path),
+                        scored=functools.partial(scored, prompt, part.path),
                     )
                 )
 
-        with (
-            self._console.phase("answers", total, sum(done.values())) as update,
-            watchdog.phase("rollout", "answers"),
-        ):
+        with self._console.phase("answers", total, done) as update, watchdog.phase("rollout", "answers"):
 
             def scored(prompt: Prompt, path: tuple[int, ...], completion: Completion) -> None:
-                nonlocal right, drawn
+                nonlocal done, right, drawn
                 self._rows.add(_row(prompt, path, completion))
+                done += 1
                 if not path:
                     drawn, right = drawn + 1, right + completion.score.is_right
                 # What a kill left behind a gap is drawn again, and by then the prompt may be refined already.
-                if not path and len(self._plain(prompt)) == self._samples and prompt.index not in refining:
-                    refining.add(prompt.index)
-                    submit(prompt)
-                done[prompt.index] = self._counted(prompt)
-                update(sum(done.values()), f"plain ones right {right / drawn:.3f}" if drawn else "")
+                if prompt.index in drafting and len(self._plain(prompt)) == self._samples:
+                    drafting.remove(prompt.index)
+                    parts = self._next(prompt)
+                    done += most - sum(len(part.numbers) for part in parts)
+                    submit(prompt, parts)
+                update(done, f"plain ones right {right / drawn:.3f}" if drawn else "")
 
             self._scheduler.start(params, Sampling(settings.temperature, settings.top_p, settings.top_k))
-            for prompt in prompts:
-                if len(self._plain(prompt)) == self._samples:
-                    refining.add(prompt.index)
-                submit(prompt)
+            for prompt, parts in missing:
+                submit(prompt, parts)
             sample_and_score(self._scheduler, self._verifier.submit, self._renderer)
             self._scheduler.finish()
 
