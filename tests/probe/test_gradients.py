@@ -196,15 +196,21 @@ def test_reliance_by_hand(learner, tmp_path):
 
 
 def test_reliance_of_several_problems_together_is_that_of_each_alone(learner, tmp_path):
-    """Of one without right refinements, and of more than a micro-batch holds."""
+    """Also of one without right refinements; of each draft it is what a training step would measure."""
     context = lambda start: np.arange(start, start + 11, dtype=np.int32)
     cases = [problem(index, {True: context(1 + index), False: context(20 + index)}) for index in range(5)]
     cases.insert(2, problem(5, {False: context(40)}, answers=0))
     together = Gradients(*learner, {}, Console(), tmp_path / "together").measure(cases, 0)
+    built, params = learner
     for number, case in enumerate(cases):
         (alone,) = Gradients(*learner, {}, Console(), tmp_path / f"{number}").measure([case], 0)
         for draft in ("right", "wrong"):
             np.testing.assert_allclose(together[number].reliance[draft], alone.reliance[draft], atol=1e-5)
+        for part in case.refined:
+            group = Group(case.prompt, (part.draft,), 0, part.context, part.completions)
+            values = together[number].reliance["right" if part.is_right else "wrong"]
+            for expected in built.reliance(params, [group]).values():
+                assert np.mean(values) == pytest.approx(expected, abs=1e-4)
     assert [len(each.reliance["right"]) for each in together] == [2, 2, 0, 2, 2, 2]
     values = np.concatenate([each.reliance[draft] for each in together for draft in ("right", "wrong")])
     assert len(np.unique(values.round(4))) == len(values)  # so that none can stand for another
