@@ -19,7 +19,7 @@ machine, each on its own cores, so that their seconds can be compared. The group
     beta          iGRPO with a KL term of 1e-4, 1e-3, 1e-2
     completions   GRPO and iGRPO with 4, 16 and 32 completions in total
 
-and --groups takes names of single arms too. With --setting lookups each group but the last four is a start, and has
+and --groups takes names of single arms too. With --setting lookups each group but the last five is a start, and has
 GRPO (8), GRPO (4), iGRPO (4 + 4), and its variants that refine unsolved prompts alone, or train refinements as answers
 to the plain prompt:
 
@@ -28,6 +28,7 @@ to the plain prompt:
     variants              from the sparse start: further variants, and the paper's other baselines
     repeats               from the sparse start: iGRPO with a penalty on repeats of wrong answers, against iGRPO
     credit                from the sparse start: other ways to credit refinements to the plain prompt
+    critique              from a start that uses a critique of drafts: GRPO, iGRPO with it, and Critique-GRPO
     verifying             from a start that gives verdicts on drafts: GRPO, and Self-Verification
 
 With --setting qwen05 they are GRPO (8), iGRPO (4 + 4), and the iGRPO that trains on its drafts, which is the best

@@ -88,7 +88,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "algorithm.draft_selection": "random",
     },
     # The groups and the credit of configs/critique_grpo.py, with 4 drafts, each refined once. This is not all of
-    # Critique-GRPO: the prompt has no {verdict}, drafts keep the clip, and there is no entropy bonus.
+    # Critique-GRPO, which CRITIQUE is: here the prompt has no {verdict}, drafts keep the clip, and there is no entropy
+    # bonus.
     "critique_grpo": PLAIN_CREDIT
     | {
         "algorithm.num_generations": 1,
@@ -127,6 +128,21 @@ CREDIT = {
 }
 LOOKUPS["credit"] = [
     Arm(f"sparse_{name}", TO_PLAIN | change, "sparse_refinements_to_plain", "sparse") for name, change in CREDIT.items()
+]
+# q' says whether the draft is correct, to a model that was taught to use it. critique_grpo has all settings of
+# configs/critique_grpo.py but its sizes, with 4 drafts, each refined once; critique_right trains on right refinements.
+TOLD = {"refine.instruction": "{verdict} {draft}"}
+CRITIQUE = VARIANTS["critique_grpo"] | {"algorithm.epsilon": 1e9, "algorithm.entropy_coef": 0.001} | TOLD
+LOOKUPS["critique"] = [
+    Arm("critiqued_grpo", GRPO, start="critiqued"),
+    *compared(
+        "critiqued",
+        {
+            "igrpo": IGRPO | TOLD,
+            "critique_grpo": CRITIQUE,
+            "critique_right": CRITIQUE | {"algorithm.credit_completions": "right"},
+        },
+    ),
 ]
 # As in configs/self_verification.py: 4 solutions and 4 verdicts on one of them, all trained on.
 VERIFY = TRAINED | {"algorithm.second_stage": "verify", "algorithm.draft_selection": "balanced"}
@@ -167,6 +183,8 @@ CONTRASTS = (
         for name in ("train_drafts", "one_group", "improvement", "refinements_to_plain", "alternate", "igrpo")
     ),
     ("sparse_plain_credit", "sparse_refinements_to_plain"),
+    ("critiqued_critique_grpo", "critiqued_igrpo"),
+    ("critiqued_critique_right", "critiqued_igrpo"),
 )
 
 
@@ -178,8 +196,8 @@ def look_ups(error_rate: float, refinements: str) -> dict[str, Any]:
 
 # The supervised starts. Those of the arithmetic model: in the first, drafts are random steps, from which nothing can be
 # learned; in the second, they are as good as the teacher's own solutions. Those of the look-ups expect 177, 3 and 0.9
-# right answers in a run of GRPO that learns nothing; the last two have learned to ignore drafts and to give verdicts on
-# them, and expect 177.
+# right answers in a run of GRPO that learns nothing. The last three have learned to ignore drafts, to give verdicts on
+# them, and to use a critique of them; they expect 177, 177 and 3.
 STARTS = {
     "start": {},
     "trusting": {"warm_start.draft_error_rate": 0.25},
@@ -188,4 +206,5 @@ STARTS = {
     "rare": look_ups(0.55, "checked"),
     "ignoring": look_ups(0.3, "independent"),
     "verifying": look_ups(0.3, "verdicts"),
+    "critiqued": look_ups(0.5, "critiqued") | TOLD,
 }

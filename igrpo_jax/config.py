@@ -169,9 +169,10 @@ class WarmStartConfig:
     # In the task "arithmetic" nothing in a draft can be trusted at 1.
     draft_error_rate: Annotated[float, Between(0, 1)] = 1.0
     # What the teacher does with a draft: "independent" pays no attention to it; "checked", in the task "lookups", looks
-    # up again where its own first look-up differs from the draft; "verdicts" says whether the draft is right, as
-    # algorithm.second_stage = "verify" asks; half of the drafts are right then.
-    refinements: Annotated[str, Choice("independent", "checked", "verdicts")] = "independent"
+    # up again where its own first look-up differs from the draft; "critiqued", there too, repeats a draft that
+    # {verdict} in refine.instruction calls correct, and checks others; "verdicts" says whether the draft is right, as
+    # algorithm.second_stage = "verify" asks. With the last two half of the drafts are right.
+    refinements: Annotated[str, Choice("independent", "checked", "critiqued", "verdicts")] = "independent"
 
 
 @dataclass(frozen=True)
@@ -773,14 +774,14 @@ def _sources(config: Config) -> Iterator[tuple[str, str]]:
         yield "model.lora.targets", "name at least one weight to adapt"
     if config.data.arithmetic.max_terms < config.data.arithmetic.min_terms:
         yield "data.arithmetic.max_terms", "must be at least data.arithmetic.min_terms"
-    if config.warm_start.refinements == "checked" and config.data.task != "lookups":
+    if config.warm_start.refinements in ("checked", "critiqued") and config.data.task != "lookups":
         fix = "a step of a sum depends on those before it and cannot be checked alone; set data.task to lookups"
         yield "warm_start.refinements", fix
-    if config.warm_start.refinements == "verdicts" and not config.warm_start.draft_error_rate:
-        yield (
-            "warm_start.draft_error_rate",
-            "half of the drafts are wrong in a start that teaches verdicts; set it above 0",
-        )
+    if config.warm_start.refinements in ("verdicts", "critiqued") and not config.warm_start.draft_error_rate:
+        yield "warm_start.draft_error_rate", "half of the drafts are wrong in such a start; set it above 0"
+    if config.warm_start.refinements == "critiqued" and "{verdict}" not in config.refine.instruction:
+        fix = "only {verdict} tells the model which drafts its teacher repeats; put it in refine.instruction"
+        yield "warm_start.refinements", fix
     if config.warm_start.steps and config.model.path:
         yield "warm_start.steps", "the supervised start is for the built-in model; set it to 0 with model.path"
     if config.sft.draft_fraction and not (config.sft.draft_column or config.sft.drafts_from):

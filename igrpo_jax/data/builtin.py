@@ -17,10 +17,10 @@ def is_right(problem: Problem, solution: str) -> bool:
     return f"<answer>{problem.answer}</answer>" in solution
 
 
-def _verified(
+def _half_right(
     config: Config, problem: Problem, solution: Callable[[float], str], rng: np.random.Generator
-) -> tuple[str, str]:
-    """Returns a draft, which is right with probability one half, and the verdict on it.
+) -> tuple[str, bool]:
+    """Returns a draft, which is right with probability one half, and whether it is.
 
     Args:
         solution: writes a solution with this error rate.
@@ -31,7 +31,11 @@ def _verified(
         if not error_rate or not is_right(problem, draft):
             break
         draft = solution(error_rate)
-    return draft, f"<answer>{VERDICTS[is_right(problem, draft)]}</answer>"
+    return draft, is_right(problem, draft)
+
+
+def _verdict(known: bool) -> str:
+    return f"<answer>{VERDICTS[known]}</answer>"
 
 
 class Task(NamedTuple):
@@ -47,7 +51,9 @@ def _arithmetic_example(
 ) -> tuple[str | None, str]:
     settings, top = config.warm_start, config.data.arithmetic.max_total
     if has_draft and settings.refinements == "verdicts":
-        return _verified(config, problem, lambda error_rate: arithmetic.solution(problem, error_rate, top, rng), rng)
+        solution = lambda error_rate: arithmetic.solution(problem, error_rate, top, rng)
+        draft, known = _half_right(config, problem, solution, rng)
+        return draft, _verdict(known)
     draft = arithmetic.solution(problem, settings.draft_error_rate, top, rng) if has_draft else None
     return draft, arithmetic.solution(problem, settings.error_rate, top, rng)
 
@@ -56,12 +62,18 @@ def _lookups_example(
     config: Config, problem: lookups.Problem, has_draft: bool, rng: np.random.Generator
 ) -> tuple[str | None, str]:
     settings = config.warm_start
-    if has_draft and settings.refinements == "checked":
-        return lookups.checked(problem, settings.error_rate, settings.draft_error_rate, rng)
-    if has_draft and settings.refinements == "verdicts":
-        return _verified(config, problem, lambda error_rate: lookups.solution(problem, error_rate, rng), rng)
-    draft = lookups.solution(problem, settings.draft_error_rate, rng) if has_draft else None
-    return draft, lookups.solution(problem, settings.error_rate, rng)
+    solution = lambda error_rate: lookups.solution(problem, error_rate, rng)
+    if not has_draft:
+        return None, solution(settings.error_rate)
+    if settings.refinements in ("verdicts", "critiqued"):
+        draft, known = _half_right(config, problem, solution, rng)
+        if settings.refinements == "verdicts":
+            return draft, _verdict(known)
+        return draft, draft if known else lookups.checked(problem, settings.error_rate, draft, rng)
+    draft = solution(settings.draft_error_rate)
+    if settings.refinements == "checked":
+        return draft, lookups.checked(problem, settings.error_rate, draft, rng)
+    return draft, solution(settings.error_rate)
 
 
 TASKS = {

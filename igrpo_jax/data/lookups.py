@@ -69,11 +69,11 @@ def solution(problem: Problem, error_rate: float, rng: np.random.Generator) -> s
     return _written(_looked_up(problem.digits, error_rate, rng))
 
 
-def checked(problem: Problem, error_rate: float, draft_error_rate: float, rng: np.random.Generator) -> tuple[str, str]:
-    """Returns a draft, and the solution of a teacher that looks up again where it disagrees with the draft."""
-    draft = _looked_up(problem.digits, draft_error_rate, rng)
+def checked(problem: Problem, error_rate: float, draft: str, rng: np.random.Generator) -> str:
+    """Returns the written solution of a teacher that looks up again where it disagrees with `draft`, a solution."""
+    shown = np.array([int(digit) for digit in draft if digit.isdigit()])
     own, again = (_looked_up(problem.digits, error_rate, rng) for _ in range(2))
-    return _written(draft), _written(np.where(own == draft, own, again))
+    return _written(np.where(own == shown, own, again))
 
 
 def _looked_up(digits: np.ndarray, error_rate: float, rng: np.random.Generator) -> np.ndarray:

@@ -116,7 +116,7 @@ def test_departures_are_said_to_be_tried_where_an_arm_has_their_setting():
         for groups in (study_arms.ARMS, study_arms.LOOKUPS)
         for group in groups.values()
         for arm in group
-        for name in (arm.name, re.sub("^(igrpo|sparse|trusting|verifying)_", "", arm.name))
+        for name in (arm.name, re.sub("^(igrpo|sparse|trusting|verifying|critiqued)_", "", arm.name))
     }
     page = (ROOT / "docs" / "igrpo.md").read_text(encoding="utf-8")
     table = page.partition("| in [the study]")[2].partition("\n\n")[0]

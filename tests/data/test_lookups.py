@@ -68,8 +68,9 @@ def test_a_teacher_that_checks_is_right_more_often_than_one_that_does_not(error,
     """
     rng, train = np.random.default_rng(0), problems(SETTINGS, seed=0)[0]
     truth = np.stack([problem.digits for problem in train * 5])
-    texts = [checked(problem, error, draft_error, rng) for problem in train * 5]
-    drafts, refined = (np.stack([digits_of(text) for text in column]) for column in zip(*texts, strict=True))
+    shown = [solution(problem, draft_error, rng) for problem in train * 5]
+    texts = [checked(problem, error, draft, rng) for problem, draft in zip(train * 5, shown, strict=True)]
+    drafts, refined = (np.stack([digits_of(text) for text in column]) for column in (shown, texts))
     assert (drafts == truth).mean() == pytest.approx(1 - draft_error, abs=0.01)
     assert (refined == truth).mean() == pytest.approx(right, abs=0.01)
     alone = np.stack([digits_of(solution(problem, error, rng)) for problem in train * 5])
@@ -104,7 +105,8 @@ def test_examples_of_the_supervised_start():
     assert (digits_of(draft) == problem.digits).all() and (digits_of(completion) != problem.digits).all()
     checking = chosen(error_rate=0.4, draft_error_rate=0.3, refinements="checked")
     seeded, twin = (lambda: np.random.default_rng(9)), np.random.default_rng(9)
-    assert task.example(checking, problem, True, seeded()) == checked(problem, 0.4, 0.3, seeded())
+    draft = solution(problem, 0.3, again := seeded())
+    assert task.example(checking, problem, True, seeded()) == (draft, checked(problem, 0.4, draft, again))
     apart = solution(problem, 0.3, twin), solution(problem, 0.4, twin)
     assert task.example(chosen(error_rate=0.4, draft_error_rate=0.3), problem, True, seeded()) == apart
 
@@ -127,9 +129,35 @@ def test_the_teacher_of_verdicts_says_whether_the_draft_is_right(task, draft_err
     assert 0.42 < right < 0.58  # std .025
 
 
-def test_a_teacher_of_verdicts_has_wrong_drafts():
+def test_a_teacher_that_hears_the_critique_repeats_right_drafts_and_checks_wrong_ones():
+    """With no errors of its own it mends every wrong draft; always wrong, it still repeats the right ones."""
+    for error_rate in (0.0, 1.0):
+        teacher = config.WarmStartConfig(refinements="critiqued", draft_error_rate=0.5, error_rate=error_rate)
+        settings = config.Config(data=config.DataConfig(task="lookups", lookups=SETTINGS), warm_start=teacher)
+        chosen, rng = builtin.TASKS["lookups"], np.random.default_rng(3)
+        right = []
+        for problem in chosen.problems(settings)[0][:200]:
+            draft, completion = chosen.example(settings, problem, True, rng)
+            right.append(builtin.is_right(problem, draft))
+            assert builtin.is_right(problem, completion) == (right[-1] or error_rate == 0.0)
+            assert not right[-1] or completion == draft
+        assert 0.4 < np.mean(right) < 0.6  # std .035
+
+
+def test_a_teacher_that_hears_the_critique_needs_it_in_the_prompt():
     tree = config.default()
-    tree.warm_start.refinements, tree.warm_start.draft_error_rate = "verdicts", 0.0
+    tree.data.task, tree.warm_start.refinements = "lookups", "critiqued"
+    with pytest.raises(InputError, match=r"warm_start\.refinements = 'critiqued': only \{verdict\} tells the model"):
+        config.freeze(tree)
+    tree.refine.instruction = "{verdict} {draft}"
+    config.freeze(tree)
+
+
+@pytest.mark.parametrize("refinements", ["verdicts", "critiqued"])
+def test_a_teacher_of_verdicts_has_wrong_drafts(refinements):
+    tree = config.default()
+    tree.data.task, tree.refine.instruction = "lookups", "{verdict} {draft}"
+    tree.warm_start.refinements, tree.warm_start.draft_error_rate = refinements, 0.0
     with pytest.raises(InputError, match=r"warm_start\.draft_error_rate = 0\.0: half of the drafts are wrong"):
         config.freeze(tree)
 
@@ -152,10 +180,11 @@ def test_a_run_trains_and_evaluates_on_the_task_that_is_named():
     assert counts == [12, 14]
 
 
-def test_only_look_ups_can_be_checked():
+@pytest.mark.parametrize("refinements", ["checked", "critiqued"])
+def test_only_look_ups_can_be_checked(refinements):
     tree = config.default()
-    tree.warm_start.refinements = "checked"
-    with pytest.raises(InputError, match=r"warm_start\.refinements = 'checked': .* set data.task to lookups"):
+    tree.warm_start.refinements, tree.refine.instruction = refinements, "{verdict} {draft}"
+    with pytest.raises(InputError, match=rf"warm_start\.refinements = '{refinements}': .* set data.task to lookups"):
         config.freeze(tree)
     tree.data.task = "lookups"
     config.freeze(tree)

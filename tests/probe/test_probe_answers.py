@@ -1,11 +1,15 @@
 """What is drawn, kept and counted: which drafts are refined, and the figures of texts."""
 
+import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from builders import completion
 
+from igrpo_jax import config
+from igrpo_jax.outputs.console import Console
 from igrpo_jax.probe import answers, measure
 from igrpo_jax.probe.answers import Answered, Refined, completion_of, kept_drafts
 from igrpo_jax.probe.estimates import NONE
@@ -60,6 +64,49 @@ def test_a_problem_with_a_set_without_the_metric_is_left_out():
     expected = "1 without a draft in each set that has config.algorithm.draft_metric (p1)"
     assert measure.left_out(cases) == expected
     assert measure.left_out([problem(i, [nan] * 4) for i in range(9)]).endswith("(p0, p1, p2, p3, p4, ...)")
+
+
+class Queue:
+    """Stands in for the scheduler: notes what is asked for, and after how many answers."""
+
+    def __init__(self):
+        self.asked, self.answers, self.log = [], 0, []
+
+    def start(self, params, sampling): ...
+
+    def finish(self): ...
+
+    def submit(self, request):
+        self.asked.append(request)
+        self.log.append((request.index, request.stage, request.tokens.tolist(), self.answers))
+
+    def answer(self):
+        """Answers in the order of the requests, the first of each one right; requests may come meanwhile."""
+        for request in self.asked:
+            for i in range(request.samples):
+                self.answers += 1
+                request.scored(completion(request.stage, request.first + i, [request.index, i], float(i == 0)))
+
+
+def test_a_problem_is_refined_before_others_have_their_plain_answers(tmp_path, monkeypatch):
+    """Of four plain answers the first is right, and pairs of them are drafts: 01 is right, and 12 keeps the wrong 1."""
+    settings = config.Config(algorithm=config.AlgorithmConfig(num_drafts=2, num_generations=2))
+    monkeypatch.setattr(answers, "sample_and_score", lambda queue, submit, renderer: queue.answer())
+    renderer = SimpleNamespace(with_draft=lambda question, draft, is_right: np.concatenate([[9], draft]))
+    verifier = SimpleNamespace(submit=None, start_step=lambda step: None)
+    prompts = [Prompt(f"p{i}", i, "1 + 2", "3", np.array([i], np.int32)) for i in range(2)]
+    queue = Queue()
+    drawn = answers.Answers(settings, renderer, queue, verifier, Console(io.StringIO()), tmp_path, 4)
+    problems = drawn.collect({}, prompts)
+    assert queue.log == [
+        *((0, "draft", [0], 0), (1, "draft", [1], 0)),
+        *((0, "refine", [9, 0, 0], 4), (0, "refine", [9, 0, 1], 4)),  # problem 1 has no answer by then
+        *((1, "refine", [9, 1, 0], 8), (1, "refine", [9, 1, 1], 8)),
+    ]
+    assert queue.answers == 16 and [[part.is_right for part in problem.refined] for problem in problems] == [
+        [True, False],
+        [True, False],
+    ]
 
 
 def test_counts_by_hand():
