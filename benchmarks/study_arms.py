@@ -206,5 +206,5 @@ STARTS = {
     "rare": look_ups(0.55, "checked"),
     "ignoring": look_ups(0.3, "independent"),
     "verifying": look_ups(0.3, "verdicts"),
-    "critiqued": look_ups(0.5, "critiqued") | TOLD,
+    "critiqued": look_ups(0.5, "critiqued") | TOLD | {"model.builtin.max_position_embeddings": 96},
 }
