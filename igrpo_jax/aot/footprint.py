@@ -186,7 +186,8 @@ class Footprint:
             return {}
         # The full pages of a prompt are held once for its samples. The others are held by each to its last token.
         held = pages_for(context / samples + length, engine.sizes.page_size) + 1
-        rows = min(completions, engine.shard_slots, max(1, engine.sizes.pages // held))
+        parts = engine.sizes.parts
+        rows = min(completions, parts * engine.shard_slots, parts * max(1, engine.sizes.pages // held))
         is_longest = length == self.config.rollout.max_completion_length
         steps = (-(-completions // rows) if is_longest else completions / rows) * length
         costs, prefill = programs.costs, programs.prefill

@@ -17,6 +17,7 @@ N heads, G groups, W tokens that a convolution sees.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -214,18 +215,59 @@ def restore(cache: Cache, part: Cache, table: jax.Array, begin: jax.Array, end: 
     return _pools(put_new, cache, part)
 
 
-def fork(cache: Cache, lanes: Cache, lane: jax.Array, slot: jax.Array, source: jax.Array, target: jax.Array) -> Cache:
+def fork(
+    cache: Cache,
+    lanes: Cache,
+    lane: jax.Array,
+    slot: jax.Array,
+    source: jax.Array,
+    target: jax.Array,
+    parts: int = 1,
+) -> Cache:
     """Returns `cache` after samples of prompts have taken slots.
 
     Args:
         lanes: the states of the prompts.
         lane, slot: [n] int32; each slot gets the state of its lane; past the last slot means none.
-        source, target: [n] int32, pages: each target becomes a copy of its source; past the last page means none.
+        source, target: [n] int32, pages: each target becomes a copy of its source, which is of the same part; past the
+            last page means none.
+        parts: of `own_pages`.
     """
-    copy = lambda pool: pool.at[target].set(pool.at[source].get(mode="clip"), mode="drop")
-    copied = _pools(copy, cache)
+    copy = partial(_copy_pages, parts) if parts > 1 else _copy
+    copied = _pools(lambda pool: copy(pool, source, target), cache)
     states = tuple(copied[i] if entry is None else entry for i, entry in enumerate(rows_of(lanes, lane)))
     return put_rows(copied, states, slot)
+
+
+def _copy(pool: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+    return pool.at[target].set(pool.at[source].get(mode="clip"), mode="drop")
+
+
+def _copy_pages(parts: int, pool: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+    """Returns `pool` after each device has copied the pages of its own part."""
+    mesh = jax.sharding.get_abstract_mesh()
+    own = lambda pool, *numbers: _copy(pool, *(own_pages(x, len(pool), parts) for x in numbers))
+    pages = spec((None, *pool_axes(pool.ndim)[1:]))
+    on_devices = jax.shard_map(
+        own,
+        in_specs=(pages, spec(()), spec(())),
+        out_specs=pages,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
+    )
+    return on_devices(pool, source, target)
+
+
+def own_pages(numbers: jax.Array, count: int, parts: int) -> jax.Array:
+    """Returns the numbers of pages as this device counts its own, from 0, and `count` for those of other parts.
+
+    Args:
+        numbers: int32, of the pages of all parts: part i has i * count to (i + 1) * count - 1. A device is in the part
+            that its place on the mesh axis `tensor` gives, modulo `parts`.
+        count: pages of a part.
+    """
+    first = jax.lax.axis_index("tensor") % parts * count
+    return jnp.where((numbers >= first) & (numbers < first + count), numbers - first, count)
 
 
 def _pools(of_pool: Callable, *caches: Cache) -> Cache:

@@ -57,6 +57,7 @@ class DecoderConfig:
     mlp: str = "swiglu"  # or "relu2", which has no gate
     mamba: MambaConfig | None = None  # where the pattern has an M
     attention: str = "xla"  # of prefill and training, a key of attention.PACKED; `attention.choose` picks it
+    row_parts: int = 1  # neighbours on the axis `tensor` that hold the same kv head, each for other sequences (`heads`)
 
     @property
     def num_params(self) -> int:

@@ -48,7 +48,7 @@ class ModelCosts:
 
     @property
     def token_bytes(self) -> float:
-        """Bytes of the cache per position of a slot."""
+        """Bytes of the cache per position of a slot, on a device that holds the slot."""
         return self._key_values / self.tensor
 
     @property
@@ -89,13 +89,15 @@ class ModelCosts:
         flops = rows * (2 * weights + 4 * self._attended * read + states) / self.tensor
         logits = 3 * 4 * rows * self.cfg.vocab_size / self.tensor  # written, and read to weigh and to draw
         moved = self.item_bytes * weights / self.tensor + logits
-        return Cost(flops, moved + rows * (read * self.token_bytes + 2 * self.state_bytes))
+        held = rows / self.cfg.row_parts
+        return Cost(flops, moved + held * read * self.token_bytes + 2 * rows * self.state_bytes)
 
     def decode_seconds(self, chip: Chip, rows: int, read: float) -> float:
         """Returns the least time of `decode` on a chip, with the reductions that `tensor` devices wait for.
 
         Each is taken to last REDUCTION_SECONDS, and as long as its bytes need on the links. They are two of each layer
-        (one of Mamba-2), one of the embedding and two of the draw.
+        (one of Mamba-2), one of the embedding and two of the draw; and where attention splits rows, two exchanges of
+        query heads in each of its sublayers.
         """
         cost = self.decode(rows, read)
         seconds = max(cost.flops / chip.flops, cost.bytes / chip.bandwidth)
@@ -103,7 +105,12 @@ class ModelCosts:
             return seconds
         sublayers = len(self.cfg.pattern)
         received = 2 * (self.tensor - 1) / self.tensor * rows * self.cfg.hidden_size * self.item_bytes
-        return seconds + (sublayers + 3) * REDUCTION_SECONDS + (sublayers + 1) * received / chip.links
+        seconds += (sublayers + 3) * REDUCTION_SECONDS + (sublayers + 1) * received / chip.links
+        others, exchanges = self.cfg.row_parts - 1, 2 * self.cfg.pattern.count("*")
+        if not others:
+            return seconds
+        sent = others * rows * self.cfg.num_heads / self.tensor * self.cfg.head_dim * self.item_bytes
+        return seconds + exchanges * (REDUCTION_SECONDS + sent / chip.links)
 
     def useful_flops(self, context: int, lengths: Sequence[int], passes: float) -> float:
         """Returns the FLOPs of `passes` forward passes over completions of `lengths` tokens after one shared context.

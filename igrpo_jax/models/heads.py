@@ -5,6 +5,10 @@ times, and the G query heads that read it are dealt to the copies. Where R does 
 up the last copy; the output projection reads nothing from these. The result is that of the model itself: nothing is
 approximated.
 
+Where every copy lies on a device of its own, and the TPU's kernel reads pages, the devices with copies of one head
+split the sequences instead of holding each of them R times: the keys of a sequence lie on one of them alone, in one of
+R parts, and this one attends for the query heads of all R (`paged`). That takes two exchanges of a sublayer.
+
 Legend: D model, N query heads, K key and value heads, G query heads of each (N = K G), R copies, H head dim.
 """
 
@@ -15,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.models.paged import page_layout
 
 QUERIES = {"q_proj": 1, "q_bias": 0, "o_proj": 0}  # the axis of the query heads, by the name of the parameter
 KEYS = {"k_proj": 1, "v_proj": 1, "k_bias": 0, "v_bias": 0}  # the axis of the key and value heads
@@ -26,11 +31,14 @@ def copies(cfg: DecoderConfig, tensor: int) -> int:
 
 
 def spread_config(cfg: DecoderConfig, tensor: int) -> DecoderConfig:
-    """Returns the shape of the model after `spread`."""
+    """Returns the shape of the model after `spread`, and into how many parts its attention splits sequences."""
     times = copies(cfg, tensor)
     kv_heads = cfg.num_kv_heads * times
     of_copy = -(-cfg.num_heads // kv_heads)
-    return replace(cfg, num_heads=kv_heads * of_copy, num_kv_heads=kv_heads)
+    # The states of Mamba-2 are not split by sequences, and other kernels read chunks of one sequence that goes on.
+    in_place = cfg.attention.startswith("splash") and page_layout(cfg.attention, cfg.head_dim, 1) is not None
+    parts = times if kv_heads == tensor and in_place and "M" not in cfg.pattern else 1
+    return replace(cfg, num_heads=kv_heads * of_copy, num_kv_heads=kv_heads, row_parts=parts)
 
 
 def spread(cfg: DecoderConfig, tensor: int, path: str, weight: jax.Array) -> jax.Array:

@@ -63,6 +63,7 @@ class Attention(nnx.Module):
         self.qkv_bias = cfg.qkv_bias
         self.qk_norm = cfg.qk_norm
         self.attention = cfg.attention
+        self.row_parts = cfg.row_parts
         self.rope_theta = cfg.rope_theta
         self.rope_scaling = cfg.rope_scaling
 
@@ -94,7 +95,7 @@ class Attention(nnx.Module):
         """Returns what `q` [B, T, N, H] reads, in its shape, and what is kept of `k` and `v` [B, T, K, H]."""
         if isinstance(entry, Paged):
             tokens = lambda y: y.reshape(-1, *y.shape[2:])
-            mixed, pool = paged_attention(self.attention, tokens(q), tokens(k), tokens(v), entry)
+            mixed, pool = paged_attention(self.attention, tokens(q), tokens(k), tokens(v), entry, self.row_parts)
             return mixed.reshape(q.shape), pool
         if isinstance(entry, KV):
             entry = caches.append(entry, k[:, 0], v[:, 0], positions[:, 0])

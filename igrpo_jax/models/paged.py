@@ -52,7 +52,7 @@ def page_layout(attention: str, head_dim: int, kv_heads: int) -> PageLayout | No
 
 
 def paged_attention(
-    implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, entry: Paged
+    implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, entry: Paged, parts: int = 1
 ) -> tuple[jax.Array, jax.Array]:
     """Writes new tokens to their pages, and computes their attention to their sequences.
 
@@ -64,11 +64,15 @@ def paged_attention(
             "chunked". Without a kernel that reads pages, only the first sequence can have tokens before the new ones.
         q: [F, N, H]; for "chunked", F is a multiple of BLOCK.
         k, v: [F, K, H].
+        parts: neighbours on `tensor` that hold the same kv head, each for other sequences: part i those whose pages
+            have the numbers i P to (i + 1) P - 1.
 
     Returns:
         [F, N, H] in q's dtype, which is finite and meaningless at padding, and the pages with the new tokens.
     """
     run = functools.partial(_on_one_device, implementation)
+    if parts > 1:
+        run = functools.partial(_of_own_part, run, parts)
     mesh = jax.sharding.get_abstract_mesh()
     split = set(mesh.axis_names) - set(mesh.manual_axes)
     if not split:
@@ -87,6 +91,25 @@ def _on_one_device(implementation, q, k, v, entry):
     if implementation.startswith("splash") and entry.pages.shape[3] != HEAD_DIM:
         implementation = "chunked"
     return PAGED[implementation](q, k, v, entry), entry.pages
+
+
+def _of_own_part(run, parts: int, q: jax.Array, k: jax.Array, v: jax.Array, entry: Paged):
+    """Computes `run` of the sequences that this device holds, for the query heads of all devices with its kv head.
+
+    Each of them sends its query heads to the others, and gets back what these heads read of every sequence.
+    """
+    (pages, ragged), size = entry, jax.lax.axis_size("tensor")
+    neighbours = [list(range(first, first + parts)) for first in range(0, size, parts)]
+    table = caches.own_pages(ragged.table, len(pages), parts)
+    is_own = table[:, 0] < len(pages)
+    # Of the others the kernel reads as little as it can, and nothing is written.
+    length = jnp.where(is_own, ragged.length, jnp.maximum(jnp.diff(ragged.start), 1))
+    q = jax.lax.all_gather(q, "tensor", axis=1, tiled=True, axis_index_groups=neighbours)
+    mixed, pages = run(q, k, v, Paged(pages, ragged._replace(table=table, length=length)))
+    of_token = is_own.at[places(ragged, q.shape[0]).sequence].get(mode="fill", fill_value=False)
+    mixed = jnp.where(of_token[:, None, None], mixed, 0)
+    scatter = functools.partial(jax.lax.psum_scatter, scatter_dimension=1, tiled=True, axis_index_groups=neighbours)
+    return scatter(mixed, "tensor"), pages
 
 
 class _Keys(NamedTuple):

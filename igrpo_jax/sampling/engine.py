@@ -54,7 +54,8 @@ class Engine:
 
     It samples on a mesh of its own over the devices of the run (`layout.sampler_mesh`), to which `weights` brings the
     weights. Where that needs more key and value heads than the model has, it samples with copies of them
-    (`models.heads`). On several processes each team of them has its part of this mesh and of the slots, and no team
+    (`models.heads`); where these split sequences, each shard of the slots has several parts, which the caller counts as
+    shards. On several processes each team of them has its part of this mesh and of the slots, and no team
     waits for another while it samples. Within a team the leader calls the methods, and the others `follow`.
 
     Args:
@@ -65,7 +66,7 @@ class Engine:
         max_completion: most tokens of a completion (M).
         length: most tokens of the two together; None = their sum.
         steps_per_dispatch: decode steps of one call at most (K).
-        pages: pages of the cache on each shard; 0 = as many as all slots can need, if `memory` holds them.
+        pages: pages of the cache on each device; 0 = as many as all slots can need, if `memory` holds them.
         page_size: positions of a page; 0 = 16 on a CPU, 64 elsewhere.
         memory: bytes of each device that sampling may use; None = any.
         prefill_chunk: tokens of each shard that are read at once, at most.
@@ -76,8 +77,9 @@ class Engine:
         team: the processes that sample together with this one.
         mesh: the part of the sampler's mesh that belongs to the team.
         tensor: devices that share one copy of the weights.
-        groups: of so many devices each, over all processes; each is a shard of the slots.
+        groups: of so many devices each, over all processes; each is a shard of the batch.
         sizes: what the programs are compiled for.
+        shards: the shards of the slots of the team: its groups, or the parts of them.
         slots, shard_slots: completions decoded at once by the team, and by each of its shards.
 
     Raises:
@@ -115,9 +117,10 @@ class Engine:
         self.eos_ids = frozenset(eos_ids)
         self.team = teams.team_of(self._whole_mesh)
         self.mesh = teams.team_mesh(self._whole_mesh, self.team)
-        self.shards = sharding.batch_shards(self.mesh)
+        self._own_groups = sharding.batch_shards(self.mesh)
+        self.shards = self._own_groups * cfg.row_parts
         self.groups = sharding.batch_shards(self._whole_mesh)
-        self.shard_slots = slots // self.groups
+        self.shard_slots = slots // (self.groups * cfg.row_parts)
         self.slots = self.shard_slots * self.shards
         self.sizes = Sizes(
             shard_slots=self.shard_slots,
@@ -128,6 +131,7 @@ class Engine:
             max_completion=max_completion,
             steps_per_dispatch=steps_per_dispatch,
             prefill_chunk=prefill_chunk,
+            parts=cfg.row_parts,
         )
         if not pages:
             self.sizes = _with_pages(self.sizes, ModelCosts(cfg, dtype, tensor), memory)
@@ -155,7 +159,7 @@ class Engine:
         unread = -(-sum(admitted) // self.shards)
         rows = self.rows(min(-(-len(lengths) * samples // self.shards), self.shard_slots))
         read = pick_bucket(programs.reads[rows], min(max(admitted) + sizes.steps_per_dispatch, sizes.length))
-        calls = [(programs.prefill, (self.chunk_size(unread),)), (programs.fork, ())]
+        calls = [(programs.prefill, (self._chunk(self.chunk_size(unread)),)), (programs.fork, ())]
         return [(programs.decode, (rows, read)), *calls, (programs.empty, ()), (programs.harvest, ())]
 
     @property
@@ -193,45 +197,76 @@ class Engine:
 
     def chunk_size(self, unread: int) -> int:
         """Returns the tokens of the next chunk where a shard has at most `unread` tokens to read."""
-        fits = [size for size in self.programs.chunks if size <= unread]
-        return max(fits, default=self.programs.chunks[0])
+        parts = self.sizes.parts
+        fits = [size for size in self.programs.chunks if size <= unread * parts]
+        return max(fits, default=self.programs.chunks[0]) // parts
+
+    def _chunk(self, size: int) -> int:
+        """Returns the tokens of the program that reads up to `size` tokens of each shard."""
+        return pick_bucket(self.programs.chunks, size * self.sizes.parts)
+
+    def _of_groups(self, of_shards: Sequence[Sequence[Any]], placed: Callable[[Any, int], Any]) -> list[list[Any]]:
+        """Returns what `of_shards` has for each shard, for each group of devices.
+
+        Args:
+            placed: gives an item, and the number of its part within the group, as the programs see it: slots, lanes and
+                pages are counted over all parts.
+        """
+        parts = self.sizes.parts
+        groups = (of_shards[first : first + parts] for first in range(0, len(of_shards), parts))
+        return [[placed(item, part) for part, own in enumerate(group) for item in own] for group in groups]
 
     def prefill(self, weights: decoder.Params, state: State, size: int, pieces: Sequence[Sequence[Piece]]) -> State:
         """Reads the pieces of each shard, together at most `size` tokens, of which the first alone may go on."""
-        shards, sizes = self.shards, self.sizes
-        table_pages = pages_for(sizes.max_context, sizes.page_size)
+        groups, sizes, size = self._own_groups, self.sizes, self._chunk(size)
+        lanes, table_pages = sizes.parts * sizes.lanes, pages_for(sizes.max_context, sizes.page_size)
         chunk = Chunk(
-            tokens=np.zeros((shards, size), np.int32),
-            length=np.ones((shards, sizes.lanes), np.int32),
-            table=np.full((shards, sizes.lanes, table_pages), sizes.pages, np.int32),
-            start=np.zeros((shards, sizes.lanes + 1), np.int32),
-            prompts=np.array([[len(own)] for own in pieces], np.int32),
-            lane=np.full((shards, sizes.lanes), sizes.lanes, np.int32),
+            tokens=np.zeros((groups, size), np.int32),
+            length=np.ones((groups, lanes), np.int32),
+            table=np.full((groups, lanes, table_pages), sizes.parts * sizes.pages, np.int32),
+            start=np.zeros((groups, lanes + 1), np.int32),
+            prompts=np.zeros((groups, 1), np.int32),
+            lane=np.full((groups, lanes), lanes, np.int32),
         )
-        for shard, own in enumerate(pieces):
+        for group, own in enumerate(self._of_groups(pieces, self._placed_piece)):
             ends = np.cumsum([0, *(len(piece.tokens) for piece in own)])
-            chunk.start[shard] = np.append(ends, [ends[-1]] * (sizes.lanes - len(own)))
+            chunk.start[group] = np.append(ends, [ends[-1]] * (lanes - len(own)))
+            chunk.prompts[group] = len(own)
             for i, piece in enumerate(own):
-                chunk.tokens[shard, ends[i] : ends[i + 1]] = piece.tokens
-                chunk.length[shard, i] = piece.before + len(piece.tokens)
-                chunk.table[shard, i, : len(piece.pages)] = piece.pages
-                chunk.lane[shard, i] = piece.lane
+                chunk.tokens[group, ends[i] : ends[i + 1]] = piece.tokens
+                chunk.length[group, i] = piece.before + len(piece.tokens)
+                chunk.table[group, i, : len(piece.pages)] = piece.pages
+                chunk.lane[group, i] = piece.lane
         return self._run(Call("prefill", (size,), chunk, None), weights, state)
+
+    def _placed_piece(self, piece: Piece, part: int) -> Piece:
+        pages = [page + part * self.sizes.pages for page in piece.pages]
+        return piece._replace(lane=piece.lane + part * self.sizes.lanes, pages=pages)
+
+    def _placed_start(self, start: Start, part: int) -> Start:
+        sizes, copied = self.sizes, start.copied
+        return start._replace(
+            lane=start.lane + part * sizes.lanes,
+            slot=start.slot + part * sizes.shard_slots,
+            copied=copied and (copied[0] + part * sizes.pages, copied[1] + part * sizes.pages),
+        )
 
     def fork(self, state: State, starts: Sequence[Sequence[Start]], sampling: Sampling) -> State:
         """Starts the given samples of each shard, and returns the state."""
-        for first in range(0, max(map(len, starts)), WIDTH):
-            fork = Fork(*(np.zeros((self.shards, WIDTH), np.int32) for _ in Fork._fields))
-            fork = fork._replace(key=np.zeros((self.shards, WIDTH, 2), np.uint32))
-            fork.slot[:] = self.shard_slots
-            fork.target[:] = self.sizes.pages
-            for shard, own in enumerate(starts):
+        groups, sizes = self._own_groups, self.sizes
+        of_groups = self._of_groups(starts, self._placed_start)
+        for first in range(0, max(map(len, of_groups)), WIDTH):
+            fork = Fork(*(np.zeros((groups, WIDTH), np.int32) for _ in Fork._fields))
+            fork = fork._replace(key=np.zeros((groups, WIDTH, 2), np.uint32))
+            fork.slot[:] = sizes.parts * sizes.shard_slots
+            fork.target[:] = sizes.parts * sizes.pages
+            for group, own in enumerate(of_groups):
                 for i, start in enumerate(own[first : first + WIDTH]):
                     *values, copied = start
                     named = dict(zip(Start._fields, values, strict=False))
                     named |= dict(zip(("source", "target"), copied or (), strict=False))
                     for name, value in named.items():
-                        getattr(fork, name)[shard, i] = value
+                        getattr(fork, name)[group, i] = value
             state = self._run(Call("fork", (), fork, traced(sampling)), state)
         return state
 
@@ -255,21 +290,26 @@ class Engine:
             slots: of each shard those to decode.
             tables: of each shard the pages of all its slots, [B, pages].
             furthest: the largest number of positions that a slot may have after the dispatch.
-            least: a shard with fewer active slots stops early.
+            least: a shard with fewer active slots stops early, where it has no other parts; else all of them together.
         """
+        groups, sizes, size = self._own_groups, self.sizes, self.shard_slots
         rows = self.rows(max(map(len, slots)))
-        read = pick_bucket(self.programs.reads[rows], min(furthest, self.sizes.length))
-        index = np.full((self.shards, rows), self.shard_slots, np.int32)
-        runs = np.zeros((self.shards, rows), bool)
-        table = np.zeros((self.shards, rows, read // self.sizes.page_size), np.int32)
-        for shard, own in enumerate(slots):
+        read = pick_bucket(self.programs.reads[rows], min(furthest, sizes.length))
+        width, every = rows * sizes.parts, size * sizes.parts
+        index = np.full((groups, width), every, np.int32)
+        runs = np.zeros((groups, width), bool)
+        table = np.zeros((groups, width, read // sizes.page_size), np.int32)
+        for group, own in enumerate(self._of_groups(slots, lambda slot, part: slot + part * size)):
             # All slots stand in their order, so that their states need no copy.
-            place = own if rows == self.shard_slots else np.arange(len(own))
-            index[shard, place], runs[shard, place] = own, True
-            table[shard, place] = tables[shard][own, : table.shape[2]]
-        if rows == self.shard_slots:
-            index[:] = np.arange(rows)
-        chosen = Rows(index, runs, table, np.asarray(least, np.int32))
+            place = own if width == every else np.arange(len(own))
+            index[group, place], runs[group, place] = own, True
+            of_parts = tables[group * sizes.parts : (group + 1) * sizes.parts]
+            pages = np.concatenate([own + part * sizes.pages for part, own in enumerate(of_parts)])
+            table[group, place] = pages[own, : table.shape[2]]
+        if width == every:
+            index[:] = np.arange(width)
+        fewest = [min(n, len(own)) for n, own in zip(least, slots, strict=True)]
+        chosen = Rows(index, runs, table, np.reshape(fewest, (groups, -1)).sum(axis=1, dtype=np.int32))
         return self._run(Call("decode", (rows, read), chosen, traced(sampling)), weights, state)
 
     def harvest(self, state: State, slots: Sequence[int]) -> list[tuple[jax.Array, ...]]:
@@ -320,7 +360,7 @@ def _with_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> Sizes:
     of_slots = sizes.shard_slots * sizes.slot_pages
     pages = of_slots + sizes.lanes
     if memory is not None:
-        held = pages_in(memory, costs, sizes.shard_slots + sizes.lanes, sizes.page_size)
+        held = pages_in(memory, costs, sizes.parts * (sizes.shard_slots + sizes.lanes), sizes.page_size)
         # Where attention does not read pages in place, decoding copies those of all slots.
         pages = max(sizes.least_pages, min(pages, held if reads_pages(costs.cfg, costs.tensor) else held - of_slots))
     return replace(sizes, pages=pages)

@@ -1,8 +1,8 @@
 """How many neighbouring devices share a copy of the weights while completions are sampled, chosen by formula.
 
 With more devices in a group each reads a smaller part of the weights for every token, and has more rows. What it costs
-are the reductions that the group waits for, and copies of key and value heads where there are fewer of them than
-devices in the group (`models.heads`).
+are the reductions that the group waits for; and where there are fewer key and value heads than devices in the group,
+copies of them, or exchanges between devices that hold the same head for different sequences (`models.heads`).
 """
 
 import jax
@@ -18,6 +18,7 @@ from igrpo_jax.models.paged import page_layout
 from igrpo_jax.sampling.pages import pages_for
 
 SIZES = (1, 2, 4, 8)  # of a group
+NEARLY = 1.05  # times the least time that a smaller group may take: fewer devices wait for each other
 USABLE = 0.9  # of the memory that sampling may use; the rest is for the code and the temporaries of programs
 
 
@@ -32,7 +33,7 @@ def choose_tensor(
     page_size: int,
     memory: float | None,
 ) -> int:
-    """Returns the size of a group with the least time for each token, as `ModelCosts.decode_seconds` counts it.
+    """Returns the smallest group with NEARLY the least time for each token, as `ModelCosts.decode_seconds` counts it.
 
     Rows are taken to hold half of the longest sequence in the mean. Of the slots of a group, as many count as have
     pages in its memory. A group lies within a slice (of GPUs: a node), and its size divides the model. Sizes with which
@@ -53,17 +54,20 @@ def choose_tensor(
     seconds: dict[int, tuple[bool, float]] = {}
     for tensor in sorted({*SIZES, given} & set(teams.tensors(mesh))):
         groups, spread = mesh.size // tensor, spread_config(cfg, tensor)
-        if slots % groups or not divides(spread, tensor):
+        if slots % (groups * spread.row_parts) or not divides(spread, tensor):
             continue
         rows, costs, read = slots // groups, ModelCosts(spread, dtype, tensor), length // 2
         held, in_place = rows, reads_pages(spread, tensor)
         if memory is not None:
             pages = pages_in(memory, costs, rows + lanes, page_size)
             of_row = pages_for(read, page_size) * (1 if in_place else 2)  # decoding copies what it cannot read in place
-            held = min(rows, pages // of_row) if pages > pages_for(length, page_size) else 0
+            held = min(rows, spread.row_parts * (pages // of_row)) if pages > pages_for(length, page_size) else 0
         if held:
             seconds[tensor] = not in_place, costs.decode_seconds(chip, held, read) * rows / held
-    return min(seconds, key=seconds.__getitem__, default=given)
+    if not seconds:
+        return given
+    copies, least = min(seconds.values())
+    return min(tensor for tensor, time in seconds.items() if time <= (copies, NEARLY * least))
 
 
 def sampler_mesh(cfg: DecoderConfig, mesh: jax.sharding.Mesh, tensor: int, slots: int) -> jax.sharding.Mesh:
@@ -79,12 +83,14 @@ def sampler_mesh(cfg: DecoderConfig, mesh: jax.sharding.Mesh, tensor: int, slots
             f"config.rollout.mesh.tensor = {tensor}: devices that share weights lie within a slice (of GPUs: a node); "
             f"set it to {' or '.join(map(str, allowed))}"
         )
-    sharding.check_divides(whole, decoder.shapes(spread_config(cfg, tensor)), "config.rollout.mesh", only="tensor")
-    groups = sharding.batch_shards(whole)
-    if slots % groups:
+    spread = spread_config(cfg, tensor)
+    sharding.check_divides(whole, decoder.shapes(spread), "config.rollout.mesh", only="tensor")
+    groups, parts = sharding.batch_shards(whole), spread.row_parts
+    if slots % (groups * parts):
+        of_parts = f" times {parts} devices with the same key and value head = {groups * parts}" if parts > 1 else ""
         raise InputError(
             f"config.rollout.slots = {slots}: must be a multiple of {mesh.size} devices / {tensor} that share weights "
-            f"(rollout.mesh.tensor) = {groups}, over which the slots are split"
+            f"(rollout.mesh.tensor) = {groups}{of_parts}, over which the slots are split"
         )
     return whole
 

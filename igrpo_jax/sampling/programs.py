@@ -40,19 +40,20 @@ LANES = 8  # prompts of a shard that are being read, or wait for slots of their 
 class Sizes:
     """What the programs of a sampler are compiled for."""
 
-    shard_slots: int  # slots of each shard of the batch (B)
-    pages: int  # pages of each shard
+    shard_slots: int  # slots of each shard of the batch (B), or of each part of one
+    pages: int  # pages of each shard, or of each part
     page_size: int  # positions of a page
     length: int  # most tokens of a prompt and its completion
     max_context: int  # tokens of the longest prompt
     max_completion: int  # most tokens of a completion (M)
     steps_per_dispatch: int  # decode steps of one call at most (K)
     prefill_chunk: int  # tokens of a shard that are read at once, at most
+    parts: int = 1  # of a shard, with slots, lanes and pages of their own: those of `DecoderConfig.row_parts`
 
     @property
     def lanes(self) -> int:
-        """Lanes of each shard."""
-        return min(LANES, self.shard_slots)
+        """Lanes of each part."""
+        return min(max(1, LANES // self.parts), self.shard_slots)
 
     @property
     def slot_pages(self) -> int:
@@ -73,7 +74,7 @@ class SamplerPrograms:
         eos_ids: the tokens that end a completion.
 
     Attributes:
-        reads: the lengths that decoding may copy side by side, by how many slots of a shard it runs; where attention
+        reads: the lengths that decoding may copy side by side, by how many slots of a part it runs; where attention
             reads pages in place, the longest alone.
         chunks: the numbers of tokens that `prefill` may read.
         state: the pages, lanes and slots of all shards, as abstract arrays.
@@ -91,7 +92,7 @@ class SamplerPrograms:
         self.in_place = layout is not None
         layout = layout or caches.ALTERNATING
         self.on_cpu, self.on_gpu = (mesh.devices.flat[0].platform == name for name in ("cpu", "gpu"))
-        self.chunks = _chunks(min(sizes.prefill_chunk, sizes.lanes * sizes.max_context), self.on_cpu)
+        self.chunks = _chunks(min(sizes.prefill_chunk, sizes.parts * sizes.lanes * sizes.max_context), self.on_cpu)
         self.weights = _abstract_weights(cfg, mesh, dtype)
         self._cfg = cfg
         self._mesh = mesh
@@ -106,8 +107,8 @@ class SamplerPrograms:
         self._build_empty = partial(
             state.empty,
             cfg,
-            slots=sizes.shard_slots * self._shards,
-            lanes=sizes.lanes * self._shards,
+            slots=sizes.shard_slots * sizes.parts * self._shards,
+            lanes=sizes.lanes * sizes.parts * self._shards,
             pages=sizes.pages * self._shards,
             page_size=sizes.page_size,
             layout=layout,
@@ -148,9 +149,10 @@ class SamplerPrograms:
     @cached_property
     def fork(self) -> Program:
         """Starts samples of prompts that are read."""
+        run = partial(steps.fork, self._mesh, self._eos, self._sizes.parts)
         return Program(
             "fork",
-            jax.jit(partial(steps.fork, self._mesh, self._eos), donate_argnums=0, out_shardings=self._state_sharding),
+            jax.jit(run, donate_argnums=0, out_shardings=self._state_sharding),
             lambda: (self.state, self._fork(), _abstract_sampling()),
             self._mesh,
             cost=lambda: self.costs.cache_slots(2 * WIDTH, self._sizes.page_size),
@@ -158,7 +160,7 @@ class SamplerPrograms:
 
     @cached_property
     def decode(self) -> Program:
-        """Draws up to K tokens in each active row; the shape is (rows of a shard, positions of each)."""
+        """Draws up to K tokens in each active row; the shape is (rows of a part, positions of each)."""
         sizes, run = self._sizes, partial(decoding.decode, self._cfg, self._mesh, self._eos)
         return Program(
             "decode",
@@ -170,7 +172,7 @@ class SamplerPrograms:
             lambda rows, read: (self.weights, self.state, self._rows(rows, read), _abstract_sampling()),
             self._mesh,
             shapes=[(rows, read) for rows, reads in self.reads.items() for read in reads],
-            cost=lambda rows, read: self.costs.decode(rows, read) * sizes.steps_per_dispatch,
+            cost=lambda rows, read: self.costs.decode(rows * sizes.parts, read) * sizes.steps_per_dispatch,
         )
 
     @cached_property
@@ -212,7 +214,7 @@ class SamplerPrograms:
         }
 
     def _chunk(self, size: int) -> Chunk:
-        lanes, pages = self._sizes.lanes, pages_for(self._sizes.max_context, self._sizes.page_size)
+        lanes, pages = self._sizes.parts * self._sizes.lanes, pages_for(self._sizes.max_context, self._sizes.page_size)
         ints = self._ints
         return Chunk(ints(size), ints(lanes), ints(lanes, pages), ints(lanes + 1), ints(1), ints(lanes))
 
@@ -221,6 +223,7 @@ class SamplerPrograms:
         return Fork(**dict.fromkeys(Fork._fields, self._ints(WIDTH)) | {"key": keys})
 
     def _rows(self, rows: int, read: int) -> Rows:
+        rows *= self._sizes.parts
         runs = jax.ShapeDtypeStruct((self._shards, rows), jnp.bool_, sharding=self.batch_sharding)
         pages = read // self._sizes.page_size
         return Rows(self._ints(rows), runs, self._ints(rows, pages), self._ints())

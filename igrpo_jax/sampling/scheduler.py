@@ -257,7 +257,7 @@ class Scheduler:
         """Reads the results of a dispatch, and frees the slots of the samples that it finished."""
         status = jax.device_get(dispatch.status)
         size, drawn = self.engine.shard_slots, 0
-        slot_steps = int(status.steps.sum()) * size
+        slot_steps = int(status.steps.sum()) * size * self.engine.sizes.parts
         done, slots = [], []
         for number, shard in enumerate(self.shards):
             for local, running in list(shard.running.items()):

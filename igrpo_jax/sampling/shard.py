@@ -1,5 +1,7 @@
 """What the host knows of one shard of the batch: which prompts are in its lanes, and which samples in its slots.
 
+Where attention splits sequences, a shard has several parts (`Sizes.parts`), and one of them is what "shard" means here.
+
 A prompt takes a lane and all its pages, is read piece by piece, and stays until its last sample has a slot. A sample
 shares the full pages of its prompt, has a copy of the partly filled one, and takes further pages before each dispatch.
 Where pages run out, what began last is given up and begins anew later: first prompts from which no sample runs, then

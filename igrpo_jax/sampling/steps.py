@@ -61,8 +61,12 @@ def prefill(cfg: DecoderConfig, mesh: jax.sharding.Mesh, weights: decoder.Params
     return per_shard(mesh, run, (False, True, True), True)(weights, state, chunk)
 
 
-def fork(mesh: jax.sharding.Mesh, eos: jax.Array, state: State, fork: Fork, sampling: Sampling) -> State:
-    """Gives slots to samples of prompts that are read, and draws the first token of each."""
+def fork(mesh: jax.sharding.Mesh, eos: jax.Array, parts: int, state: State, fork: Fork, sampling: Sampling) -> State:
+    """Gives slots to samples of prompts that are read, and draws the first token of each.
+
+    Args:
+        parts: of `caches.own_pages`.
+    """
 
     def run(state: State, fork: Fork, sampling: Sampling) -> State:
         fork = Fork(*(x[0] for x in fork))
@@ -72,7 +76,7 @@ def fork(mesh: jax.sharding.Mesh, eos: jax.Array, state: State, fork: Fork, samp
         active = ~jnp.isin(token, eos) & (fork.limit > 1)
         put = lambda x, value: x.at[fork.slot].set(value, mode="drop")
         return State(
-            cache=caches.fork(state.cache, state.lanes, fork.lane, fork.slot, fork.source, fork.target),
+            cache=caches.fork(state.cache, state.lanes, fork.lane, fork.slot, fork.source, fork.target, parts),
             lanes=state.lanes,
             logits=state.logits,
             token=put(state.token, token),

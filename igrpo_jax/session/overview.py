@@ -82,13 +82,16 @@ def sampling_layout(engine: Engine) -> str:
     groups, tensor, costs = engine.groups, engine.tensor, engine.programs.costs
     plural = lambda count, name: f"{count} {name}{'s' * (count > 1)}"
     text = f"{plural(groups, 'group')} of {plural(tensor, 'device')} (rollout.mesh.tensor)"
-    text += f", {engine.shard_slots} slots each"
+    rows = engine.sizes.parts * engine.shard_slots
+    text += f", {rows} slots each"
+    if engine.sizes.parts > 1:
+        text += f"; {engine.sizes.parts} devices have the same key and value heads, each for {engine.shard_slots} slots"
     if len(engine.team.processes) > 1:
         text += f"; {len(engine.team.processes)} processes sample in lockstep, since a group has devices of several"
     chip = CHIPS.get(engine.mesh.devices.flat[0].device_kind)
     if chip is None:
         return text
-    seconds = costs.decode_seconds(chip, engine.shard_slots, engine.sizes.length // 2)
+    seconds = costs.decode_seconds(chip, rows, engine.sizes.length // 2)
     return f"{text}; a decode step takes at least {1e3 * seconds:.2g} ms"
 
 
@@ -98,7 +101,8 @@ def _cache(engine: Engine) -> str:
     pages = size(sizes.pages * sizes.page_size * costs.token_bytes)
     how = "read in place" if engine.programs.in_place else "copied side by side to decode"
     held = f"{sizes.pages:,} pages of {sizes.page_size} tokens ({pages})"
-    return f"{held} for {sizes.shard_slots} slots on each shard, {how}"
+    where = "shard" if sizes.parts == 1 else f"of {sizes.parts} parts of a shard"
+    return f"{held} for {sizes.shard_slots} slots on each {where}, {how}"
 
 
 def _padding(workdir: Path) -> str:

@@ -11,6 +11,7 @@ from processes import ROOT
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.chips import CHIPS
 from igrpo_jax.distributed.programs import Cost, tree_bytes
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
@@ -78,6 +79,19 @@ def test_a_decode_step_by_hand(tiny):
     attention = 2 * (32 + 32) * 10 * 2  # scores and sums over 4 heads of 8, two layers, multiply-adds
     logits, cache = 3 * 4 * 3 * 64, 3 * 10 * 2 * 2 * 2 * 8 * 4
     assert costs.decode(3, 10) == Cost(3 * (2 * weights + attention), 4 * weights + logits + cache)
+
+
+def test_devices_that_split_sequences_read_a_part_of_the_cache_and_exchange_query_heads(tiny):
+    """4 devices with a kv head and a query head of 8 each, in pairs; 6 rows read 10 positions in 2 layers."""
+    cfg, chip = dataclasses.replace(tiny[0], num_kv_heads=4), CHIPS["TPU v5"]
+    together = ModelCosts(cfg, "float32", 4)
+    split = ModelCosts(dataclasses.replace(cfg, row_parts=2), "float32", 4)
+    cache = 2 * 2 * 8 * 4 * 10  # keys and values of a row on a device
+    assert split.token_bytes * 10 == cache
+    assert together.decode(6, 10).bytes - split.decode(6, 10).bytes == 3 * cache
+    exchanged = 2 * 2 * (8e-6 + 6 * 8 * 4 / chip.links)  # of 6 rows a query head, there, and back what it reads
+    seconds = together.decode_seconds(chip, 6, 10) + exchanged - 3 * cache / chip.bandwidth
+    assert split.decode_seconds(chip, 6, 10) == pytest.approx(seconds, rel=1e-9)
 
 
 def test_a_forward_pass_is_what_xla_counts(tiny):

@@ -40,6 +40,26 @@ def test_the_result_is_that_of_the_model(query_heads, kv_heads, tensor, expected
     np.testing.assert_allclose(logits(more, spread), logits(cfg, params), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "changes", "parts"),
+    [
+        (8, {}, 4),
+        (4, {}, 2),
+        (2, {}, 1),  # no head is copied
+        (8, {"num_kv_heads": 4, "num_heads": 8}, 2),
+        (4, {"num_kv_heads": 6, "num_heads": 6}, 1),  # a device has copies of two heads
+        (8, {"head_dim": 64}, 1),  # the kernel reads heads of 128
+        (8, {"attention": "xla"}, 1),
+        (8, {"attention": "cudnn"}, 1),
+    ],
+)
+def test_copies_of_a_head_split_sequences_where_the_kernel_of_tpus_reads_pages(tensor, changes, parts):
+    cfg = tiny_models.tiny_config(**{"num_kv_heads": 2, "head_dim": 128, "attention": "splash"} | changes)
+    assert heads.spread_config(cfg, tensor).row_parts == parts
+    hybrid = dataclasses.replace(tiny_models.hybrid_config(), head_dim=128, attention="splash")
+    assert heads.spread_config(hybrid, 8).row_parts == 1
+
+
 def test_mamba_keeps_its_heads():
     """Its output projection has the name of that of attention."""
     cfg = dataclasses.replace(tiny_models.hybrid_config(), num_heads=6)
