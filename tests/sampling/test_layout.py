@@ -50,11 +50,11 @@ def put(params, mesh):
     return {path: sharding.to_global(x, sharding.param_sharding(mesh, path)) for path, x in params.items()}
 
 
-def sample(engine, params, sampling):
-    scheduler, samples = Scheduler(engine, 0), {}
+def sample(engine, params, sampling, lengths=(5, 24), scheduler=None):
+    scheduler, samples = scheduler or Scheduler(engine, 0), {}
     scheduler.start(params, sampling)
     assert scheduler.weight_seconds > 0
-    for length in (5, 24):
+    for length in lengths:
         tokens = np.random.default_rng(length).integers(1, 64, length).astype(np.int32)
         scheduler.submit(Request(tokens, length, 4, KEY, 8))
     for one in scheduler.drain():
@@ -98,9 +98,9 @@ def test_tokens_do_not_depend_on_the_layout(name, tensors):
 @pytest.mark.parametrize(("tensor", "parts"), [(4, 2), pytest.param(8, 4, marks=pytest.mark.proof)])
 def test_tokens_do_not_depend_on_which_device_holds_a_sequence(tensor, parts):
     """Pages are so few that sequences are given up and begun anew; prompts end within a page, which is copied."""
-    host = tiny_models.random_params(SPLIT)
-    plain = dataclasses.replace(SPLIT, attention="xla")
-    expected = sample(Engine(plain, one_device(), EOS, **SIZES), put(host, one_device()), SAMPLINGS[0])
+    host, lengths = tiny_models.random_params(SPLIT), (5, 23)  # of both parts of a group
+    plain = Engine(dataclasses.replace(SPLIT, attention="xla"), one_device(), EOS, **SIZES)
+    expected = sample(plain, put(host, one_device()), SAMPLINGS[0], lengths)
     sizes = SIZES | {"slots": 16, "pages": 10, "page_size": 4}
     engine = Engine(SPLIT, training_mesh(), EOS, tensor=tensor, **sizes)
     assert (engine.sizes.parts, engine.shards, engine.shard_slots) == (parts, 8 // tensor * parts, 4)
@@ -108,11 +108,7 @@ def test_tokens_do_not_depend_on_which_device_holds_a_sequence(tensor, parts):
     assert pool.sharding.shard_shape(pool.shape) == (10, 4, 2, 128)  # keys and values of one head
     with jax.set_mesh(engine.mesh):
         scheduler = Scheduler(engine, 0)
-        scheduler.start(put(host, training_mesh()), SAMPLINGS[0])
-        for length in (5, 24):
-            tokens = np.random.default_rng(length).integers(1, 64, length).astype(np.int32)
-            scheduler.submit(Request(tokens, length, 4, KEY, 8))
-        ours = {(one.request.index, one.sample_id): one for one in scheduler.drain()}
+        ours = sample(engine, put(host, training_mesh()), SAMPLINGS[0], lengths, scheduler)
     assert scheduler.usage.preempted > 0 and all(shard.pool.free == 10 for shard in scheduler.shards)
     assert ours.keys() == expected.keys()
     for key, one in expected.items():
