@@ -130,9 +130,11 @@ LOOKUPS["credit"] = [
     Arm(f"sparse_{name}", TO_PLAIN | change, "sparse_refinements_to_plain", "sparse") for name, change in CREDIT.items()
 ]
 # q' says whether the draft is correct, to a model that was taught to use it. critique_grpo has all settings of
-# configs/critique_grpo.py but its sizes, with 4 drafts, each refined once; critique_right trains on right refinements.
+# configs/critique_grpo.py but its sizes, with 4 drafts, each refined once. The two others have no entropy bonus, and
+# critique_right trains on right refinements alone.
 TOLD = {"refine.instruction": "{verdict} {draft}"}
 CRITIQUE = VARIANTS["critique_grpo"] | {"algorithm.epsilon": 1e9, "algorithm.entropy_coef": 0.001} | TOLD
+NO_BONUS = {"algorithm.entropy_coef": 0.0}
 LOOKUPS["critique"] = [
     Arm("critiqued_grpo", GRPO, start="critiqued"),
     *compared(
@@ -140,7 +142,8 @@ LOOKUPS["critique"] = [
         {
             "igrpo": IGRPO | TOLD,
             "critique_grpo": CRITIQUE,
-            "critique_right": CRITIQUE | {"algorithm.credit_completions": "right"},
+            "critique_no_bonus": CRITIQUE | NO_BONUS,
+            "critique_right": CRITIQUE | NO_BONUS | {"algorithm.credit_completions": "right"},
         },
     ),
 ]
@@ -183,8 +186,7 @@ CONTRASTS = (
         for name in ("train_drafts", "one_group", "improvement", "refinements_to_plain", "alternate", "igrpo")
     ),
     ("sparse_plain_credit", "sparse_refinements_to_plain"),
-    ("critiqued_critique_grpo", "critiqued_igrpo"),
-    ("critiqued_critique_right", "critiqued_igrpo"),
+    *((f"critiqued_{name}", "critiqued_igrpo") for name in ("critique_grpo", "critique_no_bonus", "critique_right")),
 )
 
 
