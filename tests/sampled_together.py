@@ -10,6 +10,7 @@ import threading
 import time
 import types
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -26,6 +27,9 @@ from igrpo_jax.sampling.scoring import sample_and_score, stage_key
 from igrpo_jax.sampling.state import Sampling
 
 CFG = tiny_models.tiny_config(num_heads=6, intermediate_size=64, pattern="*-")
+# In groups of eight, four devices have the same key and value head, each for other sequences.
+SPLIT = replace(CFG, head_dim=128, attention="splash_interpret")
+LAYOUTS = ((4, CFG), (8, CFG), (8, SPLIT))  # devices of a group, and the model
 RENDERER = types.SimpleNamespace(text=str, opening="")
 PROMPTS, SAMPLES = 6, 3
 
@@ -33,12 +37,12 @@ PROMPTS, SAMPLES = 6, 3
 class Sampler:
     """A sampler on all devices with groups of `tensor`, whose pages do not hold all slots."""
 
-    def __init__(self, tensor, devices=None):
+    def __init__(self, tensor, cfg, devices=None):
         mesh = sharding.make_mesh(config.MeshConfig(), devices)
         sizes = {"slots": 8, "max_context": 24, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 2}
-        self.engine = Engine(CFG, mesh, (0, 17), tensor=tensor, pages=6, page_size=8, **sizes)
+        self.engine = Engine(cfg, mesh, (0, 17), tensor=tensor, pages=6, page_size=8, **sizes)
         self.scheduler = Scheduler(self.engine, ahead=1)
-        host = tiny_models.random_params(CFG)
+        host = tiny_models.random_params(cfg)
         self.params = {path: sharding.to_global(x, sharding.param_sharding(mesh, path)) for path, x in host.items()}
 
     def sample(self, grade):
@@ -80,11 +84,11 @@ def graded(pool, seconds):
     return lambda candidate, batch: pool.submit(score, candidate.tokens, seconds * waits.random())
 
 
-def process(tensors):
+def process():
     """Returns what this process sampled in each layout, with its team, and whether it heard of a notice to the last."""
     seen = []
-    for tensor in tensors:
-        sampler = Sampler(tensor)
+    for tensor, cfg in LAYOUTS:
+        sampler = Sampler(tensor, cfg)
         with ThreadPoolExecutor(4) as pool:
             drawn = sampler.sample(graded(pool, seconds=0.1))
         usage = sampler.scheduler.usage

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import devices
@@ -255,7 +256,7 @@ from igrpo_jax.distributed import cluster, preemption
 
 def main(argv):
     with cluster.joined(config.ClusterConfig(), cli.address(argv)), preemption.noticed(60):
-        print(json.dumps(sampled_together.process([4, 8])))
+        print(json.dumps(sampled_together.process()))
 cli.run(main)
 """
 
@@ -271,11 +272,12 @@ def test_a_group_of_devices_may_span_processes():
     processes = codes_and_texts([Started(TOGETHER, [*flags, own], env) for own in range(2)])
     assert [code for code, _ in processes] == [0, 0], processes
     ours = [json.loads(text[text.index('{"layouts"') :].splitlines()[0]) for _, text in processes]
-    alone = sampled_together.Sampler(1, jax.devices()[:1])
-    with ThreadPoolExecutor(4) as pool:
-        expected = alone.sample(sampled_together.graded(pool, seconds=0))
-    assert len(expected) == 36 and len({tuple(tokens) for tokens in expected.values()}) > 20
-    for layout, teams in enumerate([[[0], [1]], [[0, 1], [0, 1]]]):
+    for layout, teams in enumerate([[[0], [1]], [[0, 1], [0, 1]], [[0, 1], [0, 1]]]):
+        cfg = replace(sampled_together.LAYOUTS[layout][1], attention="xla")
+        alone = sampled_together.Sampler(1, cfg, jax.devices()[:1])
+        with ThreadPoolExecutor(4) as pool:
+            expected = alone.sample(sampled_together.graded(pool, seconds=0))
+        assert len(expected) == 36 and len({tuple(tokens) for tokens in expected.values()}) > 20
         each = [process["layouts"][layout] for process in ours]
         assert [part["team"] for part in each] == teams
         assert each[0]["drawn"] | each[1]["drawn"] == expected
