@@ -270,8 +270,8 @@ class AlgorithmConfig:
     epsilon_high: Annotated[float | None, AtLeast(0)] = None
     # Upper bound of the ratio where the advantage is negative, such as 3.0 (dual clip); None for no bound.
     delta: Annotated[float | None, Above(1, "above 1 + epsilon_high")] = None
-    # Coefficient of the entropy bonus, which is the mean entropy of the trained tokens in nats. Where hardly a group has
-    # an advantage it is the only gradient: Adam makes whole steps of it, and the policy becomes uniform.
+    # Coefficient of the entropy bonus, which is the mean entropy of the trained tokens in nats. Where no group has an
+    # advantage it is the only gradient: Adam makes whole steps of it, and the policy becomes uniform.
     entropy_coef: Annotated[float, AtLeast(0)] = 0.0
     # What is subtracted from a reward: the "mean" of its group, or that of the group's other rewards ("leave_one_out",
     # RLOO).
