@@ -13,7 +13,8 @@ What differs: the wording of the critique and of the refinement prompt, which ar
 wrong the first one is kept; the constant that the sum over tokens is divided by (that of Dr. GRPO); and the critique,
 which is the verdict alone. The authors' critique with the reference answer, and one that the model writes itself, are
 not available. The problems are MATH's train split. A prompt samples 14 completions, so compare with GRPO at equal
-samples.
+samples. Where right answers are rare, set algorithm.entropy_coef to 0: in our study (docs/study.md) the bonus alone
+then moved the policy, and nothing was learnt.
 """
 
 from igrpo_jax.config import default
