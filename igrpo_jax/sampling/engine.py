@@ -15,38 +15,16 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, heads
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
-from igrpo_jax.sampling import lockstep
+from igrpo_jax.sampling import inputs, lockstep
+from igrpo_jax.sampling.inputs import Piece, Start
 from igrpo_jax.sampling.layout import choose_tensor, pages_in, reads_pages, sampler_mesh
 from igrpo_jax.sampling.lockstep import Call
-from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.programs import LANES, WIDTH, SamplerPrograms, Sizes, traced, weight_shardings
-from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State, Status
+from igrpo_jax.sampling.state import Sampling, State, Status
 from igrpo_jax.sampling.weights import WeightSync
 
 PAGE_SIZE = {"cpu": 16}  # positions of a page by platform: a kernel reads larger ones faster, smaller ones waste less
 OTHER_PAGE_SIZE = 64
-
-
-class Piece(NamedTuple):
-    """Tokens of a prompt that are read in one chunk."""
-
-    lane: int
-    tokens: np.ndarray  # [T] int32
-    before: int  # tokens of the prompt that earlier chunks have read
-    pages: Sequence[int]  # of the prompt
-
-
-class Start(NamedTuple):
-    """A sample of a prompt that is read, and the slot that it takes."""
-
-    lane: int  # of the prompt
-    slot: int
-    sample: int  # derives, with `prompt` and `key`, the key of the sample
-    prompt: int
-    key: np.ndarray  # [2] uint32, key data of the step and stage
-    length: int  # tokens of the prompt
-    limit: int  # most tokens to draw, at most max_completion
-    copied: tuple[int, int] | None  # the prompt's partly filled last page, and the page that becomes its copy
 
 
 class Engine:
@@ -156,10 +134,10 @@ class Engine:
             return []
         programs, sizes = self.programs, self.sizes
         admitted = lengths[: min(-(-self.slots // samples), sizes.lanes * self.shards)]
-        unread = -(-sum(admitted) // self.shards)
+        unread = -(-sum(admitted) // self._own_groups)
         rows = self.rows(min(-(-len(lengths) * samples // self.shards), self.shard_slots))
         read = pick_bucket(programs.reads[rows], min(max(admitted) + sizes.steps_per_dispatch, sizes.length))
-        calls = [(programs.prefill, (self._chunk(self.chunk_size(unread)),)), (programs.fork, ())]
+        calls = [(programs.prefill, (self.chunk_size(unread),)), (programs.fork, ())]
         return [(programs.decode, (rows, read)), *calls, (programs.empty, ()), (programs.harvest, ())]
 
     @property
@@ -196,77 +174,17 @@ class Engine:
         return self.programs.empty()
 
     def chunk_size(self, unread: int) -> int:
-        """Returns the tokens of the next chunk where a shard has at most `unread` tokens to read."""
-        parts = self.sizes.parts
-        fits = [size for size in self.programs.chunks if size <= unread * parts]
-        return max(fits, default=self.programs.chunks[0]) // parts
-
-    def _chunk(self, size: int) -> int:
-        """Returns the tokens of the program that reads up to `size` tokens of each shard."""
-        return pick_bucket(self.programs.chunks, size * self.sizes.parts)
-
-    def _of_groups(self, of_shards: Sequence[Sequence[Any]], placed: Callable[[Any, int], Any]) -> list[list[Any]]:
-        """Returns what `of_shards` has for each shard, for each group of devices.
-
-        Args:
-            placed: gives an item, and the number of its part within the group, as the programs see it: slots, lanes and
-                pages are counted over all parts.
-        """
-        parts = self.sizes.parts
-        groups = (of_shards[first : first + parts] for first in range(0, len(of_shards), parts))
-        return [[placed(item, part) for part, own in enumerate(group) for item in own] for group in groups]
+        """Returns the tokens of the next chunk where a group has at most `unread` tokens to read."""
+        fits = [size for size in self.programs.chunks if size <= unread]
+        return max(fits, default=self.programs.chunks[0])
 
     def prefill(self, weights: decoder.Params, state: State, size: int, pieces: Sequence[Sequence[Piece]]) -> State:
-        """Reads the pieces of each shard, together at most `size` tokens, of which the first alone may go on."""
-        groups, sizes, size = self._own_groups, self.sizes, self._chunk(size)
-        lanes, table_pages = sizes.parts * sizes.lanes, pages_for(sizes.max_context, sizes.page_size)
-        chunk = Chunk(
-            tokens=np.zeros((groups, size), np.int32),
-            length=np.ones((groups, lanes), np.int32),
-            table=np.full((groups, lanes, table_pages), sizes.parts * sizes.pages, np.int32),
-            start=np.zeros((groups, lanes + 1), np.int32),
-            prompts=np.zeros((groups, 1), np.int32),
-            lane=np.full((groups, lanes), lanes, np.int32),
-        )
-        for group, own in enumerate(self._of_groups(pieces, self._placed_piece)):
-            ends = np.cumsum([0, *(len(piece.tokens) for piece in own)])
-            chunk.start[group] = np.append(ends, [ends[-1]] * (lanes - len(own)))
-            chunk.prompts[group] = len(own)
-            for i, piece in enumerate(own):
-                chunk.tokens[group, ends[i] : ends[i + 1]] = piece.tokens
-                chunk.length[group, i] = piece.before + len(piece.tokens)
-                chunk.table[group, i, : len(piece.pages)] = piece.pages
-                chunk.lane[group, i] = piece.lane
-        return self._run(Call("prefill", (size,), chunk, None), weights, state)
-
-    def _placed_piece(self, piece: Piece, part: int) -> Piece:
-        pages = [page + part * self.sizes.pages for page in piece.pages]
-        return piece._replace(lane=piece.lane + part * self.sizes.lanes, pages=pages)
-
-    def _placed_start(self, start: Start, part: int) -> Start:
-        sizes, copied = self.sizes, start.copied
-        return start._replace(
-            lane=start.lane + part * sizes.lanes,
-            slot=start.slot + part * sizes.shard_slots,
-            copied=copied and (copied[0] + part * sizes.pages, copied[1] + part * sizes.pages),
-        )
+        """Reads the pieces of each shard, of a group together at most `size` tokens; of a shard the first may go on."""
+        return self._run(Call("prefill", (size,), inputs.chunk(self.sizes, size, pieces), None), weights, state)
 
     def fork(self, state: State, starts: Sequence[Sequence[Start]], sampling: Sampling) -> State:
         """Starts the given samples of each shard, and returns the state."""
-        groups, sizes = self._own_groups, self.sizes
-        of_groups = self._of_groups(starts, self._placed_start)
-        for first in range(0, max(map(len, of_groups)), WIDTH):
-            fork = Fork(*(np.zeros((groups, WIDTH), np.int32) for _ in Fork._fields))
-            fork = fork._replace(key=np.zeros((groups, WIDTH, 2), np.uint32))
-            fork.slot[:] = sizes.parts * sizes.shard_slots
-            fork.target[:] = sizes.parts * sizes.pages
-            for group, own in enumerate(of_groups):
-                for i, start in enumerate(own[first : first + WIDTH]):
-                    *values, copied = start
-                    named = dict(zip(Start._fields, values, strict=False))
-                    named |= dict(zip(("source", "target"), copied or (), strict=False))
-                    for name, value in named.items():
-                        getattr(fork, name)[group, i] = value
+        for fork in inputs.forks(self.sizes, starts):
             state = self._run(Call("fork", (), fork, traced(sampling)), state)
         return state
 
@@ -292,25 +210,10 @@ class Engine:
             furthest: the largest number of positions that a slot may have after the dispatch.
             least: a shard with fewer active slots stops early, where it has no other parts; else all of them together.
         """
-        groups, sizes, size = self._own_groups, self.sizes, self.shard_slots
-        rows = self.rows(max(map(len, slots)))
-        read = pick_bucket(self.programs.reads[rows], min(furthest, sizes.length))
-        width, every = rows * sizes.parts, size * sizes.parts
-        index = np.full((groups, width), every, np.int32)
-        runs = np.zeros((groups, width), bool)
-        table = np.zeros((groups, width, read // sizes.page_size), np.int32)
-        for group, own in enumerate(self._of_groups(slots, lambda slot, part: slot + part * size)):
-            # All slots stand in their order, so that their states need no copy.
-            place = own if width == every else np.arange(len(own))
-            index[group, place], runs[group, place] = own, True
-            of_parts = tables[group * sizes.parts : (group + 1) * sizes.parts]
-            pages = np.concatenate([own + part * sizes.pages for part, own in enumerate(of_parts)])
-            table[group, place] = pages[own, : table.shape[2]]
-        if width == every:
-            index[:] = np.arange(width)
-        fewest = [min(n, len(own)) for n, own in zip(least, slots, strict=True)]
-        chosen = Rows(index, runs, table, np.reshape(fewest, (groups, -1)).sum(axis=1, dtype=np.int32))
-        return self._run(Call("decode", (rows, read), chosen, traced(sampling)), weights, state)
+        width = self.rows(max(map(len, slots)))
+        read = pick_bucket(self.programs.reads[width], min(furthest, self.sizes.length))
+        rows = inputs.rows(self.sizes, width, read, slots, tables, least)
+        return self._run(Call("decode", (width, read), rows, traced(sampling)), weights, state)
 
     def harvest(self, state: State, slots: Sequence[int]) -> list[tuple[jax.Array, ...]]:
         """Returns tokens and log-probs [WIDTH, M] and summed entropies [WIDTH] of `slots`, WIDTH at a time.

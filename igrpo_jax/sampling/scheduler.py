@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
 from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.inputs import Piece
 from igrpo_jax.sampling.programs import WIDTH
 from igrpo_jax.sampling.requests import Request, Sample, Usage
 from igrpo_jax.sampling.shard import Running, Shard, Waiting
@@ -81,6 +82,8 @@ class Scheduler:
         self.ahead = int(jax.default_backend() != "cpu") if ahead is None else ahead
         self.usage = Usage()
         self.shards = [Shard(engine.sizes) for _ in range(engine.shards)]
+        parts = engine.sizes.parts
+        self._groups = [self.shards[first : first + parts] for first in range(0, engine.shards, parts)]
         self._weights: decoder.Params = {}
         self._arrival: _Arrival | None = None
         self._sampling = Sampling(1.0)
@@ -182,9 +185,9 @@ class Scheduler:
         """Reads prompts and starts samples as slots and pages allow: one chunk, or more while many slots are free."""
         self._begin()
         self._start_samples()
-        while unread := max(shard.unread for shard in self.shards):
+        while unread := max(sum(shard.unread for shard in group) for group in self._groups):
             size = self.engine.chunk_size(unread)
-            pieces = [shard.pieces(size) for shard in self.shards]
+            pieces = [piece for group in self._groups for piece in _pieces(group, size)]
             self._state = self.engine.prefill(self._weights, self._state, size, pieces)
             self._start_samples()
             self._begin()
@@ -289,3 +292,11 @@ class Scheduler:
             finished = int(tokens[-1]) in self.engine.eos_ids
             samples.append(Sample(running.request, running.sample_id, tokens, logprobs, finished, float(entropy)))
         return samples
+
+
+def _pieces(group: Sequence[Shard], size: int) -> Iterator[list[Piece]]:
+    """Yields of each part of a group the next unread tokens of its prompts, up to `size` of all parts together."""
+    for shard in group:
+        pieces = shard.pieces(size)
+        size -= sum(len(piece.tokens) for piece in pieces)
+        yield pieces

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from igrpo_jax.sampling.engine import Piece, Start
+from igrpo_jax.sampling.inputs import Piece, Start
 from igrpo_jax.sampling.pages import PagePool, pages_for
 from igrpo_jax.sampling.programs import Sizes
 from igrpo_jax.sampling.requests import Request

@@ -1,0 +1,140 @@
+"""Makes the arrays that the programs of the sampler take of what the host knows of each shard.
+
+Where attention splits sequences, the shards of the host are parts of a group of devices (`Sizes.parts`). The programs
+count the slots, lanes and pages of all parts of a group together.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from igrpo_jax.sampling.pages import pages_for
+from igrpo_jax.sampling.programs import WIDTH, Sizes
+from igrpo_jax.sampling.state import Chunk, Fork, Rows
+
+Item = TypeVar("Item")
+
+
+class Piece(NamedTuple):
+    """Tokens of a prompt that are read in one chunk."""
+
+    lane: int
+    tokens: np.ndarray  # [T] int32
+    before: int  # tokens of the prompt that earlier chunks have read
+    pages: Sequence[int]  # of the prompt
+
+
+class Start(NamedTuple):
+    """A sample of a prompt that is read, and the slot that it takes."""
+
+    lane: int  # of the prompt
+    slot: int
+    sample: int  # derives, with `prompt` and `key`, the key of the sample
+    prompt: int
+    key: np.ndarray  # [2] uint32, key data of the step and stage
+    length: int  # tokens of the prompt
+    limit: int  # most tokens to draw, at most max_completion
+    copied: tuple[int, int] | None  # the prompt's partly filled last page, and the page that becomes its copy
+
+
+def chunk(sizes: Sizes, size: int, pieces: Sequence[Sequence[Piece]]) -> Chunk:
+    """Returns a chunk of `size` tokens for each group with the `pieces` of its shards, in their order."""
+
+    def placed(piece: Piece, part: int) -> Piece:
+        pages = [page + part * sizes.pages for page in piece.pages]
+        return piece._replace(lane=piece.lane + part * sizes.lanes, pages=pages)
+
+    groups = len(pieces) // sizes.parts
+    lanes, table_pages = sizes.parts * sizes.lanes, pages_for(sizes.max_context, sizes.page_size)
+    made = Chunk(
+        tokens=np.zeros((groups, size), np.int32),
+        length=np.ones((groups, lanes), np.int32),
+        table=np.full((groups, lanes, table_pages), sizes.parts * sizes.pages, np.int32),
+        start=np.zeros((groups, lanes + 1), np.int32),
+        prompts=np.zeros((groups, 1), np.int32),
+        lane=np.full((groups, lanes), lanes, np.int32),
+    )
+    for group, own in enumerate(_of_groups(sizes, pieces, placed)):
+        ends = np.cumsum([0, *(len(piece.tokens) for piece in own)])
+        made.start[group] = np.append(ends, [ends[-1]] * (lanes - len(own)))
+        made.prompts[group] = len(own)
+        for i, piece in enumerate(own):
+            made.tokens[group, ends[i] : ends[i + 1]] = piece.tokens
+            made.length[group, i] = piece.before + len(piece.tokens)
+            made.table[group, i, : len(piece.pages)] = piece.pages
+            made.lane[group, i] = piece.lane
+    return made
+
+
+def forks(sizes: Sizes, starts: Sequence[Sequence[Start]]) -> Iterator[Fork]:
+    """Yields the `starts` of each shard, up to WIDTH of a group at a time."""
+
+    def placed(start: Start, part: int) -> Start:
+        first, copied = part * sizes.pages, start.copied
+        return start._replace(
+            lane=start.lane + part * sizes.lanes,
+            slot=start.slot + part * sizes.shard_slots,
+            copied=copied and (copied[0] + first, copied[1] + first),
+        )
+
+    of_groups = _of_groups(sizes, starts, placed)
+    shape = len(of_groups), WIDTH
+    for first in range(0, max(map(len, of_groups)), WIDTH):
+        made = Fork(*(np.zeros(shape, np.int32) for _ in Fork._fields))._replace(key=np.zeros((*shape, 2), np.uint32))
+        made.slot[:] = sizes.parts * sizes.shard_slots
+        made.target[:] = sizes.parts * sizes.pages
+        for group, own in enumerate(of_groups):
+            for i, start in enumerate(own[first : first + WIDTH]):
+                *values, copied = start
+                named = dict(zip(Start._fields, values, strict=False))
+                named |= dict(zip(("source", "target"), copied or (), strict=False))
+                for name, value in named.items():
+                    getattr(made, name)[group, i] = value
+        yield made
+
+
+def rows(
+    sizes: Sizes,
+    width: int,
+    read: int,
+    slots: Sequence[Sequence[int]],
+    tables: Sequence[np.ndarray],
+    least: Sequence[int],
+) -> Rows:
+    """Returns the slots of a dispatch.
+
+    Args:
+        width: rows of a shard.
+        read: positions of a row that may be read.
+        slots, tables, least: of `Engine.decode`.
+    """
+    groups, size, every = len(slots) // sizes.parts, width * sizes.parts, sizes.shard_slots * sizes.parts
+    index = np.full((groups, size), every, np.int32)
+    runs = np.zeros((groups, size), bool)
+    table = np.zeros((groups, size, read // sizes.page_size), np.int32)
+    for group, own in enumerate(_of_groups(sizes, slots, lambda slot, part: slot + part * sizes.shard_slots)):
+        # All slots stand in their order, so that their states need no copy.
+        place = own if size == every else np.arange(len(own))
+        index[group, place], runs[group, place] = own, True
+        of_parts = tables[group * sizes.parts : (group + 1) * sizes.parts]
+        pages = np.concatenate([of_part + part * sizes.pages for part, of_part in enumerate(of_parts)])
+        table[group, place] = pages[own, : table.shape[2]]
+    if size == every:
+        index[:] = np.arange(size)
+    # A part with fewer active slots than it should have stops nothing; the sum over the parts is what counts.
+    fewest = [min(n, len(own)) for n, own in zip(least, slots, strict=True)]
+    return Rows(index, runs, table, np.reshape(fewest, (groups, -1)).sum(axis=1, dtype=np.int32))
+
+
+def _of_groups(
+    sizes: Sizes, of_shards: Sequence[Sequence[Item]], placed: Callable[[Item, int], Item]
+) -> list[list[Item]]:
+    """Returns what `of_shards` has for each shard, for each group of devices.
+
+    Args:
+        placed: takes an item and the number of its part, and returns the item as the programs count slots, lanes and
+            pages.
+    """
+    groups = (of_shards[first : first + sizes.parts] for first in range(0, len(of_shards), sizes.parts))
+    return [[placed(item, part) for part, own in enumerate(group) for item in own] for group in groups]
