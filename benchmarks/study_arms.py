@@ -141,6 +141,7 @@ LOOKUPS["critique"] = [
         "critiqued",
         {
             "igrpo": IGRPO | TOLD,
+            "unsolved": UNSOLVED | TOLD,
             "critique_grpo": CRITIQUE,
             "critique_no_bonus": CRITIQUE | NO_BONUS,
             "critique_right": CRITIQUE | NO_BONUS | {"algorithm.credit_completions": "right"},
