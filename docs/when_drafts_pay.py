@@ -197,6 +197,7 @@ PROBED = {
     "sparse": ("lookups", "look-ups, sparse"),
     "rare": ("lookups", "look-ups, rare"),
     "ignoring": ("lookups", "look-ups, ignores drafts"),
+    "critiqued": ("critique", "look-ups, hears a critique of drafts"),
 }
 
 
