@@ -23,9 +23,8 @@ CLEAR = 0.3  # width of an interval of a success, below which no difference is t
 LEAST_BOUND = 1e-3  # of the success with drafts; a bound on plain success below this part of it is left out
 CUT = 0.5  # of the plain answers; where more are cut, the length is named first
 COPIES = 0.5  # of the refinements of wrong drafts; where more state the draft's answer, the model is said to copy
-SOLVED = (
-    0.5  # of the groups of N plain answers; where fewer have a right one, and drafts are repaired, "unsolved" is named
-)
+# Of the groups of N plain answers; where fewer have a right one, and drafts are repaired, "unsolved" is named.
+SOLVED = 0.5
 # Starts of a model that repaired (docs/study.md, part two): x, and the points of pass@1 by which iGRPO and
 # algorithm.draft_when = unsolved ended ahead of GRPO.
 OBSERVED = {
