@@ -119,12 +119,12 @@ def team_mesh(mesh: jax.sharding.Mesh, team: Team) -> jax.sharding.Mesh:
     return mesh if own.all() else _mesh(mesh.devices[own], mesh.shape["tensor"])
 
 
-def team_view(tree: dict[str, jax.Array], shardings: dict[str, NamedSharding]) -> dict[str, jax.Array]:
+def team_view(tree: dict, shardings: dict) -> dict:
     """Returns global arrays as arrays on a team's part of the mesh, without a copy.
 
     Args:
-        tree: arrays by path, each of which every group of devices holds completely.
-        shardings: by path the sharding of the result, on the mesh of `team_mesh`.
+        tree: of arrays, each of which every group of devices holds completely.
+        shardings: a tree like it with the shardings of the result, on the mesh of `team_mesh`.
     """
 
     def view(x: jax.Array, sharding: NamedSharding) -> jax.Array:
@@ -132,7 +132,7 @@ def team_view(tree: dict[str, jax.Array], shardings: dict[str, NamedSharding]) -
         shards = [by_device[device] for device in sharding.mesh.devices.flat if device in by_device]
         return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
 
-    return {path: view(x, shardings[path]) for path, x in tree.items()}
+    return jax.tree.map(view, tree, shardings)
 
 
 def _mesh(devices: np.ndarray, tensor: int) -> jax.sharding.Mesh:

@@ -17,6 +17,7 @@ from igrpo_jax.models.attention import PACKED, cached_attention, rope, row_atten
 from igrpo_jax.models.cache import KV
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.paged import paged_attention
+from igrpo_jax.models.products import product
 from igrpo_jax.models.ragged import Paged
 from igrpo_jax.models.segments import Segments
 
@@ -78,9 +79,9 @@ class Attention(nnx.Module):
             x: [B, T, D].
             positions: [B, T] int32.
         """
-        q = jnp.einsum("BTD,DNH->BTNH", x, self.q_proj[...])
-        k = jnp.einsum("BTD,DKH->BTKH", x, self.k_proj[...])
-        v = jnp.einsum("BTD,DKH->BTKH", x, self.v_proj[...])
+        q = product("BTD,DNH->BTNH", x, self.q_proj)
+        k = product("BTD,DKH->BTKH", x, self.k_proj)
+        v = product("BTD,DKH->BTKH", x, self.v_proj)
         if self.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if self.qk_norm:
@@ -89,7 +90,7 @@ class Attention(nnx.Module):
             q, k = (rope(y, positions, self.rope_theta, self.rope_scaling) for y in (q, k))
         q = constrain(q, "batch", "time", "heads", "head_dim")
         mixed, kept = self._attend(q, k, v, positions, entry)
-        return jnp.einsum("BTNH,NHD->BTD", mixed, self.o_proj[...]), kept
+        return product("BTNH,NHD->BTD", mixed, self.o_proj), kept
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, entry):
         """Returns what `q` [B, T, N, H] reads, in its shape, and what is kept of `k` and `v` [B, T, K, H]."""
@@ -119,10 +120,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array, entry: None):
         """Returns the output [B, T, D], and None because an MLP keeps nothing."""
-        up = jnp.einsum("BTD,DF->BTF", x, self.up_proj[...])
-        if self.gated:
-            hidden = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x, self.gate_proj[...])) * up
-        else:
-            hidden = jax.nn.relu(up) ** 2
+        up = product("BTD,DF->BTF", x, self.up_proj)
+        hidden = jax.nn.silu(product("BTD,DF->BTF", x, self.gate_proj)) * up if self.gated else jax.nn.relu(up) ** 2
         hidden = constrain(hidden, "batch", "time", "ffn")
-        return jnp.einsum("BTF,FD->BTD", hidden, self.down_proj[...]), None
+        return product("BTF,FD->BTD", hidden, self.down_proj), None

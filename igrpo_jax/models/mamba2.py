@@ -34,6 +34,7 @@ from igrpo_jax.models.cache import MambaState
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.lane_scan import Lanes, lane_scan
 from igrpo_jax.models.layers import normal, zeros
+from igrpo_jax.models.products import product
 from igrpo_jax.models.segments import Chain, Segments
 from igrpo_jax.models.tree_scan import tree_scan
 
@@ -79,8 +80,8 @@ class Mamba2(nnx.Module):
                 tokens.
         """
         inputs = self._project(x)
-        z = constrain(jnp.einsum("BTD,DNH->BTNH", x, self.z_proj[...]), *HEADS)
-        dt = jnp.einsum("BTD,DN->BTN", x, self.dt_proj[...]).astype(jnp.float32)
+        z = constrain(product("BTD,DNH->BTNH", x, self.z_proj), *HEADS)
+        dt = product("BTD,DN->BTN", x, self.dt_proj).astype(jnp.float32)
         dt = jax.nn.softplus(dt + self.dt_bias[...].astype(jnp.float32))
         dt = jnp.clip(dt, *self.cfg.mamba.time_step_limit)
         weights = {name: getattr(self, name)[...].astype(jnp.float32) for name in MIXED}
@@ -93,14 +94,14 @@ class Mamba2(nnx.Module):
             after, y = _mixed(weights, before, inputs, dt, None, self.cfg.mamba.chunk_size)
             kept = None if entry is None else after
         y = self._gated_norm(y, z).astype(x.dtype) * self.gated_scale[...]
-        return jnp.einsum("BTNH,NHD->BTD", y, self.o_proj[...]), kept
+        return product("BTNH,NHD->BTD", y, self.o_proj), kept
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
         """Returns x [B, T, N, H], B and C [B, T, G, P], the inputs of the convolution."""
         inputs = [
-            jnp.einsum("BTD,DNH->BTNH", x, self.x_proj[...]),
-            jnp.einsum("BTD,DGP->BTGP", x, self.b_proj[...]),
-            jnp.einsum("BTD,DGP->BTGP", x, self.c_proj[...]),
+            product("BTD,DNH->BTNH", x, self.x_proj),
+            product("BTD,DGP->BTGP", x, self.b_proj),
+            product("BTD,DGP->BTGP", x, self.c_proj),
         ]
         return [constrain(y, *axes) for y, axes in zip(inputs, caches.MAMBA_AXES, strict=False)]
 

@@ -115,7 +115,7 @@ class Engine:
             self.sizes = _with_pages(self.sizes, ModelCosts(cfg, dtype, tensor), memory)
         _check_pages(self.sizes)
         self.programs = SamplerPrograms(cfg, self.mesh, eos_ids, dtype, self.sizes)
-        self.sync = WeightSync(model, mesh, weight_shardings(cfg, self._whole_mesh), tensor, dtype)
+        self.sync = WeightSync(model, mesh, self._whole_mesh, dtype)
         self._team_shardings = weight_shardings(cfg, self.mesh)
 
     @property

@@ -100,14 +100,19 @@ def reads_pages(cfg: DecoderConfig, tensor: int) -> bool:
     return page_layout(cfg.attention, cfg.head_dim, cfg.num_kv_heads // tensor) is not None
 
 
+def lies_by_outputs(mesh: jax.sharding.Mesh) -> bool:
+    """Returns whether the rollout copy of the weights on `mesh` lies by outputs (`models.products`): on CPUs."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def keeps_weights(mesh: jax.sharding.Mesh, tensor: int | None) -> bool:
     """Returns whether weights on `mesh` are sure to lie as the sampler takes them, so that it needs no copy.
 
     Args:
         tensor: config.rollout.mesh.tensor, None where it is chosen.
     """
-    as_given = mesh.devices.flat[0].platform == "cpu" if tensor is None else tensor == mesh.shape["tensor"]
-    return mesh.shape["fsdp"] == 1 and (as_given or mesh.size == 1)
+    as_given = mesh.size == 1 or tensor == mesh.shape["tensor"]
+    return mesh.shape["fsdp"] == 1 and as_given and not lies_by_outputs(mesh)
 
 
 def divides(cfg: DecoderConfig, tensor: int) -> bool:

@@ -24,8 +24,10 @@ from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.models.paged import page_layout
+from igrpo_jax.models.products import ByOutputs, shape_by_outputs, sharding_by_outputs
 from igrpo_jax.models.segments import BLOCK
 from igrpo_jax.sampling import decoding, state, steps
+from igrpo_jax.sampling.layout import lies_by_outputs
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State
 
@@ -232,9 +234,12 @@ class SamplerPrograms:
         return jax.ShapeDtypeStruct((self._shards, *size), jnp.int32, sharding=self.batch_sharding)
 
 
-def weight_shardings(cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding]:
-    """Returns the shardings of the rollout copy of the weights, gathered over data and fsdp."""
-    return {path: sharding.param_sharding(mesh, path, gathered=True) for path in decoder.shapes(cfg)}
+def weight_shardings(cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding | ByOutputs]:
+    """Returns the shardings of the rollout copy of the weights, gathered over data and fsdp; on CPUs by outputs."""
+    shardings = {path: sharding.param_sharding(mesh, path, gathered=True) for path in decoder.shapes(cfg)}
+    if not lies_by_outputs(mesh):
+        return shardings
+    return {path: sharding_by_outputs(path, where) for path, where in shardings.items()}
 
 
 def traced(sampling: Sampling) -> Sampling:
@@ -246,11 +251,14 @@ def _abstract_sampling() -> Sampling:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), traced(Sampling(1.0)))
 
 
-def _abstract_weights(cfg: DecoderConfig, mesh: jax.sharding.Mesh, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-    shardings = weight_shardings(cfg, mesh)
+def _abstract_weights(cfg: DecoderConfig, mesh: jax.sharding.Mesh, dtype: str) -> dict:
+    abstract = lambda shape, where: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=where)
+    shapes = decoder.shapes(cfg)
     return {
-        path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=shardings[path])
-        for path, shape in decoder.shapes(cfg).items()
+        path: ByOutputs(abstract(shape_by_outputs(path, shapes[path]), where.stored))
+        if isinstance(where, ByOutputs)
+        else abstract(shapes[path], where)
+        for path, where in weight_shardings(cfg, mesh).items()
     }
 
 

@@ -1,5 +1,7 @@
 """Brings the policy's weights to the sampler's mesh, once a step: LoRA's changes merged, cast, and with copied heads.
 
+On CPUs the copy has its weights by outputs (`models.products`).
+
 It goes part by part, where a part is a sublayer, or a parameter that belongs to none: in one program for all weights
 the compiler exchanges many of them at once, and holds gigabytes beside the result. Parts of the same shapes share a
 program. A matrix that is larger than any of a sublayer comes in pieces (`row_sync`).
@@ -18,6 +20,8 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import Cost, Program, tree_bytes
 from igrpo_jax.models import decoder, heads, lora
 from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.models.products import ByOutputs, by_outputs, shape_by_outputs
+from igrpo_jax.sampling.programs import weight_shardings
 from igrpo_jax.sampling.row_sync import RowSync, SyncProgram
 
 # Parts that are dispatched before the host waits for the first of them. With 32 programs on a device in progress, XLA
@@ -31,39 +35,39 @@ class WeightSync:
     Args:
         cfg: the model that is trained.
         mesh: of the training.
-        shardings: of the copy, by path, on a mesh with the same devices in the same order.
-        tensor: devices that share one copy.
+        sampler_mesh: of the copy, with the same devices in the same order; those of its axis `tensor` share one copy.
         dtype: of the copy.
     """
 
-    def __init__(
-        self, cfg: DecoderConfig, mesh: jax.sharding.Mesh, shardings: dict[str, NamedSharding], tensor: int, dtype: str
-    ):
+    def __init__(self, cfg: DecoderConfig, mesh: jax.sharding.Mesh, sampler_mesh: jax.sharding.Mesh, dtype: str):
         self._cfg = cfg
         self._mesh = mesh
-        self._shardings = shardings
-        self._tensor = tensor
+        self._tensor = sampler_mesh.shape["tensor"]
         self._dtype = dtype
-        self._shapes = decoder.shapes(heads.spread_config(cfg, tensor))
+        spread = heads.spread_config(cfg, self._tensor)
+        self._shapes = decoder.shapes(spread)
+        self._shardings = {path: sharding.param_sharding(sampler_mesh, path, gathered=True) for path in self._shapes}
+        self._stored = weight_shardings(spread, sampler_mesh)
         self._by_rows = {
-            path: RowSync(path, self._shapes[path], mesh, shardings[path], dtype, pieces)
+            path: RowSync(path, self._shapes[path], mesh, self._shardings[path], dtype, pieces)
             for path in self._shapes
             if (pieces := self._pieces(path)) > 1
         }
         self._jitted = {
-            first: jax.jit(self._synced, out_shardings={path: shardings[path] for path in paths})
+            first: jax.jit(self._synced, out_shardings={path: self._stored[path] for path in paths})
             for first, paths in _parts(self._shapes).items()
             if first == self._first_of(first) and first not in self._by_rows
         }
 
     def __call__(self, params: decoder.Params) -> decoder.Params:
-        """Returns the rollout copy of `params`; these themselves where they are that already."""
-        if all(self._is_ready(path, x) for path, x in params.items()):
-            return params
+        """Returns the rollout copy of `params`; of a part that is that already, its own arrays."""
         synced = {path: by_rows(params[path]) for path, by_rows in self._by_rows.items()}
         dispatched: collections.deque[decoder.Params] = collections.deque()
         for part, paths in _parts(params).items():
             if part in synced:
+                continue
+            if all(self._is_ready(path, params[path]) for path in paths):
+                synced |= {path: params[path] for path in paths}
                 continue
             first = self._first_of(part)
             own = self._jitted[first]({first + path.removeprefix(part): params[path] for path in paths})
@@ -127,12 +131,17 @@ class WeightSync:
         top, _, number = part.partition("/")
         return f"{top}/{self._cfg.pattern.index(self._cfg.pattern[int(number)])}" if number else part
 
-    def _is_ready(self, path: str, x: jax.Array | lora.Adapted) -> bool:
+    def _is_ready(self, path: str, x: jax.Array | ByOutputs | lora.Adapted) -> bool:
+        where, shape = self._stored[path], self._shapes[path]
+        if isinstance(where, ByOutputs):
+            if not isinstance(x, ByOutputs):
+                return False
+            x, where, shape = x.stored, where.stored, shape_by_outputs(path, shape)
         return (
             isinstance(x, jax.Array)
             and x.dtype == self._dtype
-            and x.shape == self._shapes[path]
-            and x.sharding.is_equivalent_to(self._shardings[path], x.ndim)
+            and x.shape == shape
+            and x.sharding.is_equivalent_to(where, x.ndim)
         )
 
     def _synced(self, params: decoder.Params) -> decoder.Params:
@@ -141,8 +150,11 @@ class WeightSync:
         spread = {path: heads.spread(self._cfg, self._tensor, path, x) for path, x in params.items()}
         # Heads are copied and dealt where the weights lie; else the compiler would bring these whole to every device.
         where = {path: sharding.param_sharding(self._mesh, path) for path in spread}
-        kept = lambda path, x: x if x.shape == params[path].shape else jax.lax.with_sharding_constraint(x, where[path])
-        return {path: kept(path, x) for path, x in spread.items()}
+        for path, x in spread.items():
+            if x.shape != params[path].shape:
+                x = jax.lax.with_sharding_constraint(x, where[path])
+            spread[path] = by_outputs(path, x) if isinstance(self._stored[path], ByOutputs) else x
+        return spread
 
 
 def _lacking(shape: tuple[int, ...], before: NamedSharding, after: NamedSharding) -> np.ndarray:

@@ -8,7 +8,6 @@ from igrpo_jax.config import MeshConfig
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import decoder
 from igrpo_jax.sampling import weights
-from igrpo_jax.sampling.programs import weight_shardings
 
 
 def test_few_programs_are_in_progress_and_all_weights_arrive(monkeypatch):
@@ -16,7 +15,7 @@ def test_few_programs_are_in_progress_and_all_weights_arrive(monkeypatch):
     cfg = tiny_config(pattern="*-" * 20)
     mesh, sampler = (sharding.make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor)) for fsdp, tensor in ((8, 1), (4, 2)))
     params = {path: jax.device_put(x, sharding.param_sharding(mesh, path)) for path, x in random_params(cfg).items()}
-    sync = weights.WeightSync(cfg, mesh, weight_shardings(cfg, sampler), 2, "float32")
+    sync = weights.WeightSync(cfg, mesh, sampler, "float32")
     in_progress, most, wait = 0, 0, jax.block_until_ready
 
     def counted(jitted):
@@ -45,13 +44,13 @@ def test_the_bytes_that_a_device_receives():
     """Of a weight that is split over eight devices, seven eighths of what a device of a group of two needs."""
     cfg = tiny_config()
     mesh, sampler = (sharding.make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor)) for fsdp, tensor in ((8, 1), (4, 2)))
-    sync = weights.WeightSync(cfg, mesh, weight_shardings(cfg, sampler), 2, "bfloat16")
+    sync = weights.WeightSync(cfg, mesh, sampler, "bfloat16")
     expected = 0.0
     for path, shape in decoder.shapes(cfg).items():
         axes = sharding.param_sharding(mesh, path).spec
         expected += 2 * np.prod(shape) / (2 if "tensor" in axes else 1) * (7 / 8 if "fsdp" in axes else 0)
     assert sync.received_bytes == expected > 0
-    same = weights.WeightSync(cfg, sampler, weight_shardings(cfg, sampler), 2, "bfloat16")
+    same = weights.WeightSync(cfg, sampler, sampler, "bfloat16")
     assert 0 < same.received_bytes < sync.received_bytes  # split over four, of which each has one
     alone = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    assert weights.WeightSync(cfg, alone, weight_shardings(cfg, alone), 1, "bfloat16").received_bytes == 0
+    assert weights.WeightSync(cfg, alone, alone, "bfloat16").received_bytes == 0
