@@ -13,7 +13,6 @@ segments see `segments`.
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -25,7 +24,6 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
 from igrpo_jax.models.cache import KV
-from igrpo_jax.models.config import RopeScaling
 from igrpo_jax.models.segments import Segments, dense_mask
 from igrpo_jax.models.spans import packed_cudnn_attention
 from igrpo_jax.models.splash import packed_splash_attention
@@ -152,30 +150,3 @@ def choose(requested: str, mesh: jax.sharding.Mesh, dtype: str, head_dim: int) -
         chosen = next((name for name in ("splash", "cudnn") if name not in cannot), "chunked")
     logging.info("attention: %s (config.learner.attention = %s, %s)", chosen, requested, platform)
     return chosen
-
-
-def rope(x: jax.Array, positions: jax.Array, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
-    """Applies the rotary position embedding (Su et al., arXiv 2104.09864), computed in float32.
-
-    The layout is that of Hugging Face: dimension i of the first half of a head rotates with dimension i of the second.
-
-    Args:
-        x: [B, T, N, H].
-        positions: [B, T] int32.
-        theta: base of the frequencies.
-        scaling: how Llama 3 stretches the low frequencies, or None.
-
-    Returns:
-        [B, T, N, H] in x's dtype.
-    """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if scaling is not None:
-        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-        unscaled = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        unscaled = jnp.clip(unscaled, 0, 1)  # 1 where the frequency stays as it is, 0 where it is divided by the factor
-        frequency *= unscaled + (1 - unscaled) / scaling.factor
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency  # [B, T, 1, H/2]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

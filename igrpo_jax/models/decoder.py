@@ -20,6 +20,7 @@ from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.layers import MLP, Attention, RMSNorm
 from igrpo_jax.models.mamba2 import Mamba2
+from igrpo_jax.models.rotary import with_angles
 from igrpo_jax.models.segments import Segments
 
 Params = dict[str, jax.Array]
@@ -57,6 +58,7 @@ class Decoder(nnx.Module):
     """The embedding, the sublayers of the pattern, the final norm and the head of a decoder."""
 
     def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs):
+        self.cfg = cfg
         shape = (cfg.vocab_size, cfg.hidden_size)
         # The standard deviation is small because a tied embedding is also the head, and a token's own logit starts at
         # std * D.
@@ -72,6 +74,7 @@ class Decoder(nnx.Module):
         # batch cannot be resharded cheaply.
         table = sharding.constrain(self.embedding[...], "vocab", None)
         x = sharding.constrain(table[tokens], "batch", "time", "features")
+        places = with_angles(self.cfg, positions)
         blocks = [nnx.split(block) for block in self.blocks]
         kinds = "".join(block.kind for block in self.blocks)
         segments = cache if isinstance(cache, Segments) else None
@@ -85,7 +88,7 @@ class Decoder(nnx.Module):
             run = _run_block if times == 1 else _run_constrained_block
             if remat != "none":
                 run = jax.checkpoint(run, static_argnums=0, policy=KEPT[remat])
-            group = functools.partial(_run_group, run, graphs, positions, segments)
+            group = functools.partial(_run_group, run, graphs, places, segments)
             x, more = group(x, (states, entries)) if times == 1 else _loop(group, width, x, states, entries)
             kept += more
         return self.norm(x), tuple(kept)

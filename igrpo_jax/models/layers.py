@@ -13,12 +13,13 @@ from flax import nnx
 
 from igrpo_jax.distributed.sharding import constrain
 from igrpo_jax.models import cache as caches
-from igrpo_jax.models.attention import PACKED, cached_attention, rope, row_attention
+from igrpo_jax.models.attention import PACKED, cached_attention, row_attention
 from igrpo_jax.models.cache import KV
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.paged import paged_attention
 from igrpo_jax.models.products import product
 from igrpo_jax.models.ragged import Paged
+from igrpo_jax.models.rotary import Positions, rope
 from igrpo_jax.models.segments import Segments
 
 
@@ -65,10 +66,8 @@ class Attention(nnx.Module):
         self.qk_norm = cfg.qk_norm
         self.attention = cfg.attention
         self.row_parts = cfg.row_parts
-        self.rope_theta = cfg.rope_theta
-        self.rope_scaling = cfg.rope_scaling
 
-    def __call__(self, x: jax.Array, positions: jax.Array, entry: KV | Paged | Segments | None):
+    def __call__(self, x: jax.Array, positions: Positions, entry: KV | Paged | Segments | None):
         """Returns the output [B, T, D], and the keys and values that the caller keeps.
 
         Without `entry` each row attends to itself alone. With a KV (T = 1) the token is written at its position, with
@@ -77,7 +76,7 @@ class Attention(nnx.Module):
 
         Args:
             x: [B, T, D].
-            positions: [B, T] int32.
+            positions: of its tokens.
         """
         q = product("BTD,DNH->BTNH", x, self.q_proj)
         k = product("BTD,DKH->BTKH", x, self.k_proj)
@@ -86,21 +85,21 @@ class Attention(nnx.Module):
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope_theta is not None:
-            q, k = (rope(y, positions, self.rope_theta, self.rope_scaling) for y in (q, k))
+        if positions.sin is not None:
+            q, k = rope(q, positions), rope(k, positions)
         q = constrain(q, "batch", "time", "heads", "head_dim")
         mixed, kept = self._attend(q, k, v, positions, entry)
         return product("BTNH,NHD->BTD", mixed, self.o_proj), kept
 
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, entry):
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: Positions, entry):
         """Returns what `q` [B, T, N, H] reads, in its shape, and what is kept of `k` and `v` [B, T, K, H]."""
         if isinstance(entry, Paged):
             tokens = lambda y: y.reshape(-1, *y.shape[2:])
             mixed, pool = paged_attention(self.attention, tokens(q), tokens(k), tokens(v), entry, self.row_parts)
             return mixed.reshape(q.shape), pool
         if isinstance(entry, KV):
-            entry = caches.append(entry, k[:, 0], v[:, 0], positions[:, 0])
-            return cached_attention(q, entry, positions), entry
+            entry = caches.append(entry, k[:, 0], v[:, 0], positions.number[:, 0])
+            return cached_attention(q, entry, positions.number), entry
         if isinstance(entry, Segments):
             k, v = (constrain(y.swapaxes(1, 2), *caches.AXES) for y in (k, v))
             return PACKED[self.attention](q, k, v, entry), None
@@ -118,7 +117,7 @@ class MLP(nnx.Module):
         self.up_proj = normal(rngs, (d, f), d)
         self.down_proj = zeros((f, d))
 
-    def __call__(self, x: jax.Array, positions: jax.Array, entry: None):
+    def __call__(self, x: jax.Array, positions: Positions, entry: None):
         """Returns the output [B, T, D], and None because an MLP keeps nothing."""
         up = product("BTD,DF->BTF", x, self.up_proj)
         hidden = jax.nn.silu(product("BTD,DF->BTF", x, self.gate_proj)) * up if self.gated else jax.nn.relu(up) ** 2

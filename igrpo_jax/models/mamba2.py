@@ -35,6 +35,7 @@ from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.lane_scan import Lanes, lane_scan
 from igrpo_jax.models.layers import normal, zeros
 from igrpo_jax.models.products import product
+from igrpo_jax.models.rotary import Positions
 from igrpo_jax.models.segments import Chain, Segments
 from igrpo_jax.models.tree_scan import tree_scan
 
@@ -70,7 +71,7 @@ class Mamba2(nnx.Module):
         self.o_proj = zeros((*heads, d))  # with the residual, a sublayer starts as the identity
         self.cfg = cfg
 
-    def __call__(self, x: jax.Array, positions: jax.Array, entry: MambaState | Lanes | Segments | None):
+    def __call__(self, x: jax.Array, positions: Positions, entry: MambaState | Lanes | Segments | None):
         """Returns the output [B, T, D], and what the states of `entry` become; None where it has no states.
 
         Args:

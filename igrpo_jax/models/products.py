@@ -64,14 +64,14 @@ def product(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
     value = weight.get_value()
     if not isinstance(value, ByOutputs):
         return jnp.einsum(subscripts, x, value)
-    factors, result = subscripts.split("->")
+    factors, _ = subscripts.split("->")
     left, right = factors.split(",")
-    inputs = "".join(axis for axis in right if axis in left)
-    rows, outputs = result[: len(left) - len(inputs)], result[len(left) - len(inputs) :]
-    stored = outputs + inputs
-    if math.prod(x.shape[: len(rows)]) > FEW_ROWS:
-        return jnp.einsum(f"{left},{stored}->{result}", x, value.stored)
-    turned = jnp.einsum(f"{stored},{left}->{outputs}{rows}", value.stored, x)
+    inputs = sum(axis in left for axis in right)
+    rows, outputs = x.shape[: len(left) - inputs], value.stored.shape[: len(right) - inputs]
+    # As matrices, because XLA would turn round a weight that has two axes of inputs.
+    flat = x.reshape(math.prod(rows), -1)
+    matrix = value.stored.reshape(math.prod(outputs), -1)
+    if len(flat) > FEW_ROWS:
+        return jnp.einsum("RI,OI->RO", flat, matrix).reshape(*rows, *outputs)
     # Without the barrier XLA would put the activations on the left again.
-    turned = jax.lax.optimization_barrier(turned)
-    return jnp.moveaxis(turned, range(len(outputs)), range(-len(outputs), 0))
+    return jax.lax.optimization_barrier(jnp.einsum("OI,RI->OR", matrix, flat)).T.reshape(*rows, *outputs)
