@@ -20,6 +20,8 @@ Peers run in processes of their own, one after the other. The last line is one J
     compiles              programs compiled in the run that does not count; `recompiles` of those after that
     step_over_products    (--products) a decode step of all slots over its matrix products alone, both in loops on the
                           device, in turns; dense models on one device
+    step_over_plain_products    the same over the products with weights as they are trained (on a CPU the sampler's lie
+                          by outputs, which is faster)
     peers                 tokens_per_second of each; `speedup`: ours over the best
     ideal_fraction        (lognormal) time of ideal list scheduling over ours, geometric mean over the seeds: samples
                           take slots in order, no slot waits, nothing but decode steps of all slots is paid, at the
@@ -266,7 +268,7 @@ def ours(args: argparse.Namespace) -> dict:
     figures = measured(bench, args, lengths, models.bandwidth()) | models.machine("numpy")
     medians = figures["rollout_seconds"]
     if args.products:
-        figures |= rollout_products.ratio(bench)
+        figures |= rollout_products.ratios(bench)
     if args.lengths == "lognormal":
         cost = bench.step_seconds()
         ideal = [_ideal(bench, args, row, cost) for row in lengths]

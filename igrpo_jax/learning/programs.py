@@ -143,7 +143,7 @@ class LearnerPrograms:
                 partial(loss.accumulate, settings),
                 donate_argnums=(1, 2),
                 out_shardings=(self.state_sharding.params, self._replicated),
-                compiler_options=decoder.remat_options(platform) if remat != "none" else None,
+                compiler_options=decoder.barrier_options(platform),
             ),
             lambda size: (params, params, sums, self._abstract_batch(size), self.frozen),
             self._mesh,

@@ -182,24 +182,26 @@ def window(cache: Cache, table: jax.Array) -> Cache:
         A KV of R C positions for each pool.
     """
 
-    def by_pages(pool: jax.Array) -> KV:
-        pages = pool.at[table].get(mode="clip")  # [n, R, C, 2K, H]
-        pairs = pages.reshape(len(table), -1, pool.shape[2] // 2, 2, pool.shape[3])
-        return KV(pairs[:, :, :, 0].transpose(0, 2, 3, 1), pairs[:, :, :, 1].swapaxes(1, 2))
+    by_heads, by_pages = (partial(copied, table=table) for copied in (_by_heads, _by_pages))
+    return _pools(lambda pool: jax.lax.platform_dependent(pool, cpu=by_heads, default=by_pages), cache)
 
-    def by_heads(pool: jax.Array) -> KV:
-        """Takes a third of the time of `by_pages` on a CPU; a TPU copies so few values at once more slowly."""
-        _, size, heads, head_dim = pool.shape
-        position = jnp.arange(table.shape[1] * size)
-        row = (table[:, position // size] * size + position % size) * heads  # [n, S]
-        key = row[:, None] + 2 * jnp.arange(heads // 2)[:, None]  # [n, K, S]
-        taken = lambda rows: pool.reshape(-1, head_dim).at[rows].get(mode="clip")  # [n, K, S, H]
-        return KV(taken(key).swapaxes(2, 3), taken(key + 1))
 
-    def side_by_side(pool: jax.Array) -> KV:
-        return jax.lax.platform_dependent(pool, cpu=by_heads, default=by_pages)
+def _by_pages(pool: jax.Array, table: jax.Array) -> KV:
+    """Returns the keys and values of the pages of each row side by side."""
+    pages = pool.at[table].get(mode="clip")  # [n, R, C, 2K, H]
+    pairs = pages.reshape(len(table), -1, pool.shape[2] // 2, 2, pool.shape[3])
+    return KV(pairs[:, :, :, 0].transpose(0, 2, 3, 1), pairs[:, :, :, 1].swapaxes(1, 2))
 
-    return _pools(side_by_side, cache)
+
+def _by_heads(pool: jax.Array, table: jax.Array) -> KV:
+    """Does what `_by_pages` does in a third of the time on a CPU; on TPUs copies of so few values are slow."""
+    size = pool.shape[1]
+    position = jnp.arange(table.shape[1] * size)
+    rows = table[:, position // size] * size + position % size  # [n, S]
+    pairs = pool.reshape(-1, pool.shape[2] // 2, 2, pool.shape[3])  # [P C, K, 2, H]
+    of_head = lambda which, held: held.at[rows, which].get(mode="clip")
+    k, v = (jax.vmap(partial(of_head, which), in_axes=1, out_axes=1)(pairs) for which in (0, 1))
+    return KV(k.swapaxes(2, 3), v)
 
 
 def restore(cache: Cache, part: Cache, table: jax.Array, begin: jax.Array, end: jax.Array, most: int) -> Cache:

@@ -35,6 +35,14 @@ def by_outputs(path: str, weight: jax.Array) -> jax.Array | ByOutputs:
     return ByOutputs(jnp.transpose(weight, _turned(path, tuple(range(weight.ndim)))))
 
 
+def as_trained(path: str, weight: jax.Array | ByOutputs) -> jax.Array:
+    """Returns the weight at `path` [inputs..., outputs...], of which `by_outputs` has been given."""
+    if not isinstance(weight, ByOutputs):
+        return weight
+    outputs = weight.stored.ndim - sharding.input_axes(path)
+    return jnp.moveaxis(weight.stored, range(outputs), range(-outputs, 0))
+
+
 def shape_by_outputs(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the shape of what `by_outputs` stores."""
     return _turned(path, shape) if sharding.is_linear(path) else shape

@@ -63,10 +63,15 @@ def test_what_is_kept_of_each_kind_of_sublayer():
             assert entry is None and lane is None
 
 
+@pytest.mark.parametrize("copied", [None, caches._by_pages, caches._by_heads])
 @pytest.mark.parametrize("width", [1, 3])
-def test_a_window_has_the_positions_of_each_row_in_their_order(width):
+def test_a_window_has_the_positions_of_each_row_in_their_order(monkeypatch, width, copied):
+    """By the way of this platform, and by each way in the place of both."""
     cache = random_cache(slots=len(TABLE))
-    part = jax.jit(caches.window)(cache, TABLE[:, :width])
+    if copied is not None:
+        monkeypatch.setattr(caches, "_by_pages", copied)
+        monkeypatch.setattr(caches, "_by_heads", copied)
+    part = jax.jit(lambda *of: caches.window(*of))(cache, TABLE[:, :width])
     assert_equal(states(part), states(cache))
     assert part[CFG.pattern.index("-")] is None
     for pool, rows in zip(pools(cache), pools(part), strict=True):

@@ -105,7 +105,7 @@ def gradient(c, remat):
         hidden, _ = decoder.apply(c, params, tokens, positions, remat=remat)
         return jnp.mean(decoder.logits(c, params, hidden) ** 2)
 
-    return jax.jit(jax.grad(loss), compiler_options=decoder.remat_options(jax.default_backend()))
+    return jax.jit(jax.grad(loss), compiler_options=decoder.barrier_options(jax.default_backend()))
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_remat_saves_memory_and_changes_no_gradient():
     """The compiler may undo or hoist a recomputation that was asked for: hence its memory, and not a flag.
 
     At these sizes the scores alone, [4, 6, 64, 64] float32, are 0.4 MB a layer and several copies of them are kept:
-    over 6 layers 7.7 MB without remat. With it there is one layer's at a time. (Without `remat_options` both arms of
+    over 6 layers 7.7 MB without remat. With it there is one layer's at a time. (Without `barrier_options` both arms of
     the test need the same memory on CPU, where the compiler runs every recomputation at the start.)
     """
     c = dataclasses.replace(TINY, pattern="*-" * 6)
@@ -229,3 +229,13 @@ def test_logits_of_few_rows_are_those_of_many(tied):
 def test_a_builtin_shape_that_can_not_be():
     with pytest.raises(InputError, match=r"config\.model\.builtin\.num_heads = 3"):
         builtin(config.BuiltinModelConfig(num_heads=3), 64)
+
+
+def test_sines_and_cosines_are_computed_once_for_all_sublayers(params):
+    """XLA's CPU compiler would compute them anew for the queries and keys of each sublayer."""
+    tokens, positions = tokens_and_positions(2, 8)
+    options = decoder.barrier_options(jax.default_backend())
+    run = jax.jit(lambda *inputs: decoder.apply(TINY, *inputs)[0], compiler_options=options)
+    text = run.lower(params, tokens, positions).compile().as_text()
+    assert TINY.pattern.count("*") > 1
+    assert text.count(" cosine(") == text.count(" sine(") == 1

@@ -15,6 +15,7 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, lora
+from igrpo_jax.models.products import as_trained
 from igrpo_jax.sampling.engine import Engine
 
 MESHES = {"one": None, "sharded": config.MeshConfig(data=2, fsdp=2, tensor=2)}
@@ -198,12 +199,13 @@ def test_the_sampler_draws_from_the_trainers_sum(tiny, mesh):
         weights = engine.weights(learner.policy(put(adapters, mesh)))
     base = {path: np.asarray(jnp.asarray(x, "bfloat16"), np.float32) for path, x in tiny[1].items()}
     for path, x in by_hand(base, adapters, 2.0).items():
-        assert weights[path].dtype == "bfloat16" and weights[path].shape == x.shape
-        assert weights[path].sharding.is_equivalent_to(sharding.param_sharding(mesh, path, gathered=True), x.ndim)
+        summed = as_trained(path, weights[path])
+        assert summed.dtype == "bfloat16" and summed.shape == x.shape
+        assert summed.sharding.is_equivalent_to(sharding.param_sharding(mesh, path, gathered=True), x.ndim)
         # Half a unit in the last place of bfloat16, and what float32 leaves open between two of them.
-        np.testing.assert_allclose(np.asarray(weights[path], np.float32), x, rtol=2**-8, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(np.asarray(summed, np.float32), x, rtol=2**-8, atol=1e-6, err_msg=path)
         inside = jax.jit(lora.merge)(learner.policy(put(adapters, mesh))[path])
-        assert (np.asarray(inside) == np.asarray(weights[path])).mean() > 0.999
+        assert (np.asarray(inside) == np.asarray(summed)).mean() > 0.999
 
 
 def test_factors_lie_as_their_weight_does():

@@ -342,12 +342,13 @@ def test_weights_are_cast_and_gathered_once(tiny):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
     sizes = {"slots": 2, "max_context": 8, "max_completion": 8, "steps_per_dispatch": 4}
     weights = Engine(tiny[0], mesh, EOS, dtype="bfloat16", **sizes).weights(put(tiny[1], mesh))
-    assert {x.dtype for x in weights.values()} == {jnp.dtype(jnp.bfloat16)}
-    # [D, N, H] = (32, 4, 8): whole over fsdp, heads over tensor.
-    assert weights["blocks/0/mixer/q_proj"].addressable_shards[0].data.shape == (32, 2, 8)
-    params = put(tiny[1], one_device())
-    same = Engine(tiny[0], one_device(), EOS, dtype="float32", **sizes).weights(params)
-    assert all(same[path] is params[path] for path in params)  # nothing to do: no copy
+    assert {x.dtype for x in jax.tree.leaves(weights)} == {jnp.dtype(jnp.bfloat16)}
+    # [N, H, D] = (4, 8, 32): whole over fsdp, heads over tensor.
+    assert weights["blocks/0/mixer/q_proj"].stored.addressable_shards[0].data.shape == (2, 8, 32)
+    engine = Engine(tiny[0], one_device(), EOS, dtype="float32", **sizes)
+    ready = engine.weights(put(tiny[1], one_device()))
+    again = engine.weights(ready)
+    assert all(again[path] is ready[path] for path in ready)  # nothing to do: no copy
 
 
 def test_slots_must_divide_over_the_mesh(tiny):

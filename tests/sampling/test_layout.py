@@ -14,6 +14,7 @@ from igrpo_jax.aot.collectives import collectives
 from igrpo_jax.distributed import sharding, teams
 from igrpo_jax.errors import InputError
 from igrpo_jax.models.config import from_hf
+from igrpo_jax.models.products import as_trained
 from igrpo_jax.models.shapes import SHAPES
 from igrpo_jax.sampling import layout
 from igrpo_jax.sampling.engine import Engine
@@ -147,8 +148,9 @@ def test_weights_go_to_the_samplers_mesh():
     engine = Engine(cfg, training_mesh(), EOS, tensor=8, **SIZES | {"dtype": "bfloat16"})
     host = tiny_models.random_params(cfg)
     weights = engine.weights(put(host, training_mesh()))
-    assert {x.dtype for x in weights.values()} == {jax.numpy.dtype("bfloat16")}
-    queries, keys = (weights[f"blocks/0/mixer/{name}"] for name in ("q_proj", "k_proj"))
+    assert {x.dtype for x in jax.tree.leaves(weights)} == {jax.numpy.dtype("bfloat16")}
+    paths = [f"blocks/0/mixer/{name}" for name in ("q_proj", "k_proj")]
+    queries, keys = (as_trained(path, weights[path]) for path in paths)
     assert queries.shape == keys.shape == (32, 8, 8)  # 3 query heads of a kv head, dealt to its 4 copies: 1, 1, 1, 0
     assert queries.addressable_shards[0].data.shape == (32, 1, 8)
     whole = np.asarray(queries, np.float32)

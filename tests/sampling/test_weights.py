@@ -7,6 +7,7 @@ from tiny_models import random_params, tiny_config
 from igrpo_jax.config import MeshConfig
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import decoder
+from igrpo_jax.models.products import as_trained
 from igrpo_jax.sampling import weights
 
 
@@ -37,7 +38,7 @@ def test_few_programs_are_in_progress_and_all_weights_arrive(monkeypatch):
     synced = sync(params)
     assert most == weights.AHEAD + 1
     assert synced.keys() == params.keys()
-    assert all(np.array_equal(synced[path], x) for path, x in params.items())
+    assert all(np.array_equal(as_trained(path, synced[path]), x) for path, x in params.items())
 
 
 def test_the_bytes_that_a_device_receives():
