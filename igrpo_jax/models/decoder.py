@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from igrpo_jax.distributed import sharding
-from igrpo_jax.models import lora
+from igrpo_jax.models import lora, products
 from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.layers import MLP, Attention, RMSNorm
@@ -27,17 +27,8 @@ Params = dict[str, jax.Array]
 MIXERS: dict[str, Callable[..., nnx.Module]] = {"*": Attention, "-": MLP, "M": Mamba2}
 
 
-def _products(primitive, *inputs, **params) -> bool:
-    """Returns whether a primitive is a product of activations with weights.
-
-    Attention scores are none, because they have batch dimensions, and neither is LoRA's product of two matrices.
-    """
-    is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params)
-    return is_product and max(x.ndim for x in inputs) > 2
-
-
 # What remat keeps of a sublayer for the backward pass besides its input: nothing, or its products with weights.
-KEPT = {"full": None, "dots": _products}
+KEPT = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(products.NAME)}
 
 
 class Block(nnx.Module):

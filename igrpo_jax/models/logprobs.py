@@ -12,7 +12,7 @@ Legend: R rows, T positions, C positions of a chunk, S shards of the batch, F to
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +131,16 @@ def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.arange(logits.shape[-1]) == targets[..., None]
 
 
+def _sums(*parts: jax.Array) -> Sequence[jax.Array]:
+    """Returns the sum of each of `parts` [R, C, V] over the vocabulary, [R, C].
+
+    They are one reduction, because XLA's CPU compiler would write each of the parts to memory for a reduction of its
+    own: for 512 positions and a vocabulary of 49,152 that takes 365 ms in the place of 109.
+    """
+    add = lambda sums, more: tuple(map(jax.lax.add, sums, more))
+    return jax.lax.reduce(parts, (0.0,) * len(parts), add, (2,))
+
+
 def _per_shard(run: Callable, in_specs: tuple, out_specs: tuple) -> Callable:
     """Returns a function that runs `run` on every shard of the batch separately."""
     if jax.sharding.get_abstract_mesh().empty:
@@ -155,10 +165,9 @@ def _forward(hidden, head, targets, trips, temperature, axes, entropy_gradient):
             logits = _logits(h, head, temperature, axes)
             top = jnp.max(logits, axis=-1)
             weight = jnp.exp(logits - top[..., None])
-            total = jnp.sum(weight, axis=-1)
+            total, weighted, picked = _sums(weight, weight * logits, jnp.where(_is_target(logits, target), logits, 0.0))
             lse = top + jnp.log(total)
-            entropy = lse - jnp.sum(weight * logits, axis=-1) / total
-            picked = jnp.sum(jnp.where(_is_target(logits, target), logits, 0.0), axis=-1)
+            entropy = lse - weighted / total
             return None, (picked - lse, entropy, lse)
 
         return _loop(trips, body, None, xs)[1]

@@ -49,7 +49,6 @@ class Adapted:
     def merged(self) -> jax.Array:
         """Returns the sum, computed in float32 and rounded once."""
         rank = self.b.shape[0]
-        # A product of two matrices, because `decoder.KEPT` recognises it by that.
         change = jnp.dot(self.a.reshape(-1, rank), self.b.reshape(rank, -1)).reshape(self.weight.shape)
         return (self.weight.astype(jnp.float32) + self.scaling * change).astype(self.weight.dtype)
 

@@ -4,6 +4,7 @@ A weight of a sublayer is [inputs..., outputs...], as it is trained. XLA's CPU b
 where the weight is the left factor and lies by outputs, so the sampler on CPUs has its copy in that order.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from igrpo_jax.distributed import sharding
@@ -18,6 +20,8 @@ from igrpo_jax.distributed import sharding
 # Up to so many rows a product with the weight on the left is faster: 2 times with 4 and 8, 1.6 with 16 and 32 rows of
 # SmolLM2-135M on two cores, and as fast with 64.
 FEW_ROWS = 64
+
+NAME = "product"  # by which a policy of jax.checkpoint finds the products of activations with weights
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +75,7 @@ def product(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
     """
     value = weight.get_value()
     if not isinstance(value, ByOutputs):
-        return jnp.einsum(subscripts, x, value)
+        return checkpoint_name(_product(subscripts, x, value), NAME)
     factors, _ = subscripts.split("->")
     left, right = factors.split(",")
     inputs = sum(axis in left for axis in right)
@@ -83,3 +87,35 @@ def product(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
         return jnp.einsum("RI,OI->RO", flat, matrix).reshape(*rows, *outputs)
     # Without the barrier XLA would put the activations on the left again.
     return jax.lax.optimization_barrier(jnp.einsum("OI,RI->OR", matrix, flat)).T.reshape(*rows, *outputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns the einsum of activations and a weight as it is trained.
+
+    The gradient of the weight is written by hand, with the narrower one of its factors on the left: XLA's CPU compiler
+    makes a transposed copy of that one together with what it is computed from, element by element. In JAX's own rule
+    the gradient of the result is always on the left, and copies of those of an MLP, with the derivative of silu, took
+    a tenth of the time of SmolLM2-135M's updates.
+    """
+    return jnp.einsum(subscripts, x, weight)
+
+
+def _forward(subscripts: str, x: jax.Array, weight: jax.Array):
+    return _product(subscripts, x, weight), (x, weight)
+
+
+def _backward(subscripts: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Array):
+    x, weight = kept
+    factors, result = subscripts.split("->")
+    left, right = factors.split(",")
+    inputs = "".join(axis for axis in right if axis in left)
+    outputs = right.removeprefix(inputs)
+    of_x = jnp.einsum(f"{result},{right}->{left}", gradient, weight)
+    if x.size <= gradient.size:
+        return of_x, jnp.einsum(f"{left},{result}->{right}", x, gradient)
+    turned = jnp.einsum(f"{result},{left}->{outputs}{inputs}", gradient, x)  # in one step einsum would swap the factors
+    return of_x, jnp.moveaxis(turned, range(len(outputs)), range(-len(outputs), 0))
+
+
+_product.defvjp(_forward, _backward)
