@@ -139,8 +139,8 @@ def predicted_bytes(config: Config, task: Task, engine: Engine, learner: Learner
 def resting_bytes(config: Config, mesh: jax.sharding.Mesh, learner: Learner) -> int:
     """Returns the bytes that the learner holds on each device while completions are sampled.
 
-    Where the sampler is sure to use the trained weights themselves (float32, not split over mesh.fsdp, without LoRA,
-    with the layout of the training), these are counted with the rollout and not here.
+    Where the sampler is sure to use the trained weights themselves (on an accelerator, float32, not split over
+    mesh.fsdp, without LoRA, with the layout of the training), these are counted with the rollout and not here.
     """
     same = config.model.dtype == "float32" and not config.model.lora.rank
     same = same and keeps_weights(mesh, config.rollout.mesh.tensor)

@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,6 +14,7 @@ from tiny_models import one_device, random_params, tiny_config
 from igrpo_jax.config import MeshConfig
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import products
+from igrpo_jax.models.layers import MLP
 from igrpo_jax.models.products import ByOutputs
 from igrpo_jax.sampling.weights import WeightSync
 
@@ -88,3 +90,22 @@ def test_weights_are_turned_once_and_all_others_are_those_of_the_training():
             assert synced[path] is x
     again = sync(synced)
     assert all(again[path] is x for path, x in synced.items())
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other compilers choose what they copy themselves")
+def test_gradients_of_an_mlp_make_no_transposed_copy_of_its_wide_activations():
+    """Such a copy [F, T] would be computed element by element together with the derivative of silu."""
+    cfg = tiny_config(hidden_size=16, intermediate_size=56)
+    graph, state = nnx.split(nnx.eval_shape(lambda: MLP(cfg, nnx.Rngs(0))))
+    weights = {path[0]: random(leaf.get_value().shape, i) for i, (path, leaf) in enumerate(nnx.to_flat_state(state))}
+
+    def loss(weights, x):
+        values = nnx.map_state(lambda path, leaf: leaf.replace(weights[path[0]]), state)
+        return jnp.sum(nnx.merge(graph, values)(x, None, None)[0] ** 2)
+
+    x = random((1, 40, 16))
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(weights, x).compile().as_text()
+    assert "f32[40,56]" in text and "f32[56,40]" not in text
+    numeric = jax.test_util.check_grads
+    numeric(lambda w: loss(weights | {"down_proj": w}, x), (weights["down_proj"],), 1, modes=["rev"], rtol=0.05)
+    numeric(lambda w: loss(weights | {"up_proj": w}, x), (weights["up_proj"],), 1, modes=["rev"], rtol=0.05)
