@@ -128,6 +128,21 @@ def test_remat_saves_memory_and_changes_no_gradient():
         np.testing.assert_allclose(full[path], none[path], atol=1e-5 * scale, rtol=0, err_msg=path)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts products in the text of a CPU's program")
+def test_what_is_computed_again(params):
+    """With "dots" only the two products of attention, scores and what they weigh; with "full" those of weights too."""
+    batch = tokens_and_positions(2, 16)
+    none, dots, full = (
+        gradient(TINY, remat).lower(params, *batch).compile().as_text().count(" dot(")
+        for remat in ("none", "dots", "full")
+    )
+    attention = TINY.pattern.count("*")
+    assert none == 3 * (len([path for path in params if sharding.is_linear(path)]) + 2 * attention + 1)
+    assert dots == none + 2 * attention
+    # The last product of a sublayer is needed by the next one alone.
+    assert full == dots + 3 * attention + 2 * TINY.pattern.count("-")
+
+
 @pytest.mark.parametrize(
     ("pattern", "pieces"),
     [
