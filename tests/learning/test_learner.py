@@ -429,6 +429,7 @@ def gathered(text):
 def test_only_weights_are_gathered(tiny, remat):
     """The constraints hold on virtual devices too: weights travel over fsdp, and of activations only sums.
 
+    On CPUs the sums over the two parts of the vocabulary are gathered and then added, elsewhere they are reduced.
     Sizes of which none is another: 112 words (56 a shard), 192 tokens, chunks of 42.
     """
     model, size = dataclasses.replace(tiny[0], vocab_size=112, attention="chunked"), 192
@@ -441,7 +442,8 @@ def test_only_weights_are_gathered(tiny, remat):
     for path, shape in decoder.shapes(model).items():
         local = sharding.param_sharding(mesh, path, gathered=True).shard_shape(shape)
         weights.add(tuple(sorted(x for x in local if x != 1)))
-    assert gathered(text) and gathered(text) <= weights
+    sums = {(2, 42)} if jax.default_backend() == "cpu" else set()
+    assert gathered(text) - sums and gathered(text) <= weights | sums
     # Each device has the logits of its own axis and words only, and keys of its own heads.
     positions = {int(x) * int(y) for x, y in re.findall(r"f32\[(\d+),(\d+),56\]", text)}
     assert max(positions) == 42
