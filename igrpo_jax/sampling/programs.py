@@ -93,9 +93,7 @@ class SamplerPrograms:
         layout = page_layout(cfg.attention, cfg.head_dim, cfg.num_kv_heads // mesh.shape["tensor"])
         self.in_place = layout is not None
         layout = layout or caches.ALTERNATING
-        platform = mesh.devices.flat[0].platform
-        self.on_cpu, self.on_gpu = (platform == name for name in ("cpu", "gpu"))
-        self._options = decoder.barrier_options(platform)
+        self.on_cpu, self.on_gpu = (mesh.devices.flat[0].platform == name for name in ("cpu", "gpu"))
         self.chunks = _chunks(min(sizes.prefill_chunk, sizes.parts * sizes.lanes * sizes.max_context), self.on_cpu)
         self.weights = _abstract_weights(cfg, mesh, dtype)
         self._cfg = cfg
@@ -142,10 +140,7 @@ class SamplerPrograms:
         return Program(
             "prefill",
             jax.jit(
-                partial(steps.prefill, self._cfg, self._mesh),
-                donate_argnums=1,
-                out_shardings=self._state_sharding,
-                compiler_options=self._options,
+                partial(steps.prefill, self._cfg, self._mesh), donate_argnums=1, out_shardings=self._state_sharding
             ),
             lambda size: (self.weights, self.state, self._chunk(size)),
             self._mesh,
@@ -175,7 +170,6 @@ class SamplerPrograms:
                 partial(run, steps=sizes.steps_per_dispatch, reads_pages=self.in_place),
                 donate_argnums=1,
                 out_shardings=(self._state_sharding, self._status_sharding),
-                compiler_options=self._options,
             ),
             lambda rows, read: (self.weights, self.state, self._rows(rows, read), _abstract_sampling()),
             self._mesh,
