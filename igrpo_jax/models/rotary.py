@@ -32,8 +32,8 @@ def with_angles(cfg: DecoderConfig, positions: jax.Array) -> Positions:
         unscaled = jnp.clip(unscaled, 0, 1)  # 1 where the frequency stays as it is, 0 where it is divided by the factor
         frequency *= unscaled + (1 - unscaled) / scaling.factor
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency
-    # Without the barrier, where it is kept (`decoder.barrier_options`), XLA's CPU compiler computes sines and cosines anew
-    # for every head of every sublayer.
+    # Without the barrier, where `decoder.barrier_options` keeps it, XLA's CPU compiler computes sines and cosines
+    # anew for every head of every sublayer.
     return Positions(positions, *jax.lax.optimization_barrier((jnp.sin(angle), jnp.cos(angle))))
 
 
