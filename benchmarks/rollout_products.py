@@ -8,8 +8,8 @@ import models
 def ratios(bench, repeats: int = 10) -> dict[str, float]:
     """Returns the seconds of a decode step of all slots, those of its products alone, and their ratio.
 
-    All run the steps of a dispatch in one loop on the device, in turns, and the median of the ratios is taken. Where
-    the engine's weights lie by outputs, the products are also timed with the weights as they are trained.
+    All run the steps of a dispatch in one loop on the device, in turns, and the median of the ratios is taken. The
+    products are also timed with the weights as they are trained: on CPUs the engine's lie by outputs.
 
     Args:
         bench: a `rollout.Bench` on one device.

@@ -76,8 +76,7 @@ def product(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
     value = weight.get_value()
     if not isinstance(value, ByOutputs):
         return checkpoint_name(_product(subscripts, x, value), NAME)
-    factors, _ = subscripts.split("->")
-    left, right = factors.split(",")
+    left, right, _ = _axes(subscripts)
     inputs = sum(axis in left for axis in right)
     rows, outputs = x.shape[: len(left) - inputs], value.stored.shape[: len(right) - inputs]
     # As matrices, because XLA would turn round a weight that has two axes of inputs.
@@ -87,6 +86,13 @@ def product(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
         return jnp.einsum("RI,OI->RO", flat, matrix).reshape(*rows, *outputs)
     # Without the barrier XLA would put the activations on the left again.
     return jax.lax.optimization_barrier(jnp.einsum("OI,RI->OR", matrix, flat)).T.reshape(*rows, *outputs)
+
+
+def _axes(subscripts: str) -> tuple[str, str, str]:
+    """Returns the axes of the activations, of the weight and of their product."""
+    factors, result = subscripts.split("->")
+    left, right = factors.split(",")
+    return left, right, result
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -107,8 +113,7 @@ def _forward(subscripts: str, x: jax.Array, weight: jax.Array):
 
 def _backward(subscripts: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Array):
     x, weight = kept
-    factors, result = subscripts.split("->")
-    left, right = factors.split(",")
+    left, right, result = _axes(subscripts)
     inputs = "".join(axis for axis in right if axis in left)
     outputs = right.removeprefix(inputs)
     of_x = jnp.einsum(f"{result},{right}->{left}", gradient, weight)

@@ -338,7 +338,7 @@ def test_decoding_asks_no_other_shard(tiny):
     assert all(re.search(r"= s32\[\]\S* all-reduce", line) for line in across), across
 
 
-def test_weights_are_cast_and_gathered_once(tiny):
+def test_weights_are_cast_and_gathered_once(tiny, monkeypatch):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
     sizes = {"slots": 2, "max_context": 8, "max_completion": 8, "steps_per_dispatch": 4}
     weights = Engine(tiny[0], mesh, EOS, dtype="bfloat16", **sizes).weights(put(tiny[1], mesh))
@@ -349,6 +349,10 @@ def test_weights_are_cast_and_gathered_once(tiny):
     ready = engine.weights(put(tiny[1], one_device()))
     again = engine.weights(ready)
     assert all(again[path] is ready[path] for path in ready)  # nothing to do: no copy
+    monkeypatch.setattr(sampler_programs, "lies_by_outputs", lambda mesh: False)  # as on an accelerator
+    params = put(tiny[1], one_device())
+    same = Engine(tiny[0], one_device(), EOS, dtype="float32", **sizes).weights(params)
+    assert all(same[path] is params[path] for path in params)  # nothing to do: no copy
 
 
 def test_slots_must_divide_over_the_mesh(tiny):
