@@ -20,7 +20,7 @@ from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.layers import MLP, Attention, RMSNorm
 from igrpo_jax.models.mamba2 import Mamba2
-from igrpo_jax.models.rotary import with_angles
+from igrpo_jax.models.rotary import Positions, with_angles
 from igrpo_jax.models.segments import Segments
 
 Params = dict[str, jax.Array]
@@ -65,7 +65,7 @@ class Decoder(nnx.Module):
         # batch cannot be resharded cheaply.
         table = sharding.constrain(self.embedding[...], "vocab", None)
         x = sharding.constrain(table[tokens], "batch", "time", "features")
-        places = with_angles(self.cfg, positions)
+        places = positions if isinstance(positions, Positions) else with_angles(self.cfg, positions)
         blocks = [nnx.split(block) for block in self.blocks]
         kinds = "".join(block.kind for block in self.blocks)
         segments = cache if isinstance(cache, Segments) else None
@@ -187,7 +187,7 @@ def apply(
     cfg: DecoderConfig,
     params: Params,
     tokens: jax.Array,
-    positions: jax.Array,
+    positions: jax.Array | Positions,
     cache: Cache | Segments | None = None,
     remat: str = "none",
 ) -> tuple[jax.Array, Cache]:
@@ -196,6 +196,7 @@ def apply(
     Args:
         params: by path an array, or a weight with its LoRA change (`lora.Adapted`).
         tokens, positions: [B, T] int32. Without `cache`, position t of a row is t: rows start at their first token.
+            Positions may come with their angles.
         cache: an entry for each sublayer: for attention a KV (T = 1) or a Paged, for Mamba-2 the states of the rows
             (T = 1) or Lanes. With Segments instead, the rows are packed axes. With neither, rows begin with their
             first token.

@@ -17,6 +17,7 @@ from igrpo_jax.models import decoder
 from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.ragged import Paged, Ragged
+from igrpo_jax.models.rotary import Positions, with_angles
 from igrpo_jax.sampling.draw import draw
 from igrpo_jax.sampling.state import Rows, Sampling, State, Status
 from igrpo_jax.sampling.steps import BATCH, per_shard, position_keys
@@ -29,6 +30,9 @@ class _Carry(NamedTuple):
     goes_on: jax.Array  # [] bool
     cache: Cache  # of the rows
     token: jax.Array  # [n]
+    # Of the tokens, [n, 1]. That they come from the step before spares their sines and cosines in each sublayer, where
+    # XLA's CPU compiler would compute them anew.
+    position: Positions
     count: jax.Array  # [n]
     active: jax.Array  # [n]
     entropy: jax.Array  # [n]
@@ -67,6 +71,7 @@ def decode(
             goes_on=goes_on(jnp.int32(0), active),
             cache=_taken_out(state, rows, reads_pages),
             token=of_rows(state.token),
+            position=with_angles(cfg, before[:, None]),
             count=of_rows(state.count),
             active=active,
             entropy=of_rows(state.entropy),
@@ -126,20 +131,21 @@ def _step(cfg, eos, weights, state: State, rows: Rows, sampling: Sampling, goes_
     length, limit, key = (x.at[rows.slot].get(mode="clip") for x in (state.length, state.limit, state.key))
 
     def step(carry: _Carry) -> _Carry:
-        position = length - 1 + carry.count
-        cache = _entries(carry, position, rows.table) if reads_pages else carry.cache
-        hidden, cache = decoder.apply(cfg, weights, carry.token[:, None], position[:, None], cache)
+        cache = _entries(carry, rows.table) if reads_pages else carry.cache
+        hidden, cache = decoder.apply(cfg, weights, carry.token[:, None], carry.position, cache)
         token, logprob, entropy = draw(
             decoder.logits(cfg, weights, hidden[:, 0]), position_keys(key, carry.count), *sampling
         )
         active = carry.active & ~jnp.isin(token, eos) & (carry.count + 1 < limit)
         slot = jnp.where(carry.active, rows.slot, slots)  # past the last slot: dropped
+        count = carry.count + carry.active
         return _Carry(
             taken=carry.taken + 1,
             goes_on=goes_on(carry.taken + 1, active),
             cache=cache,
             token=jnp.where(carry.active, token, carry.token),
-            count=carry.count + carry.active,
+            position=with_angles(cfg, (length - 1 + count)[:, None]),
+            count=count,
             active=active,
             entropy=carry.entropy + jnp.where(carry.active, entropy, 0.0),
             out=carry.out.at[slot, carry.count].set(token, mode="drop"),
@@ -149,10 +155,10 @@ def _step(cfg, eos, weights, state: State, rows: Rows, sampling: Sampling, goes_
     return step
 
 
-def _entries(carry: _Carry, position: jax.Array, table: jax.Array) -> Cache:
+def _entries(carry: _Carry, table: jax.Array) -> Cache:
     """Returns the cache with what attention needs to read pages; a row that is not active writes to none."""
     count = jnp.full((1,), len(table), jnp.int32)
-    length = jnp.where(carry.active, position + 1, 1)
+    length = jnp.where(carry.active, carry.position.number[:, 0] + 1, 1)
     largest = jnp.iinfo(jnp.int32).max
     ragged = Ragged(length, jnp.where(carry.active[:, None], table, largest), jnp.arange(len(table) + 1), count)
     return tuple(Paged(entry, ragged) if isinstance(entry, jax.Array) else entry for entry in carry.cache)
