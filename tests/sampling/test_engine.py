@@ -338,6 +338,15 @@ def test_decoding_asks_no_other_shard(tiny):
     assert all(re.search(r"= s32\[\]\S* all-reduce", line) for line in across), across
 
 
+def test_a_decode_step_computes_sines_once_for_all_sublayers(tiny):
+    """Once before the loop for the first token, and once in it."""
+    sizes = {"slots": 2, "max_context": 8, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    decode = Engine(tiny[0], one_device(), EOS, **sizes).programs.decode
+    text = decode.compiled(*decode.shapes[-1]).as_text()
+    assert tiny[0].pattern.count("*") > 1
+    assert text.count(" cosine(") == text.count(" sine(") == 2
+
+
 def test_weights_are_cast_and_gathered_once(tiny, monkeypatch):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
     sizes = {"slots": 2, "max_context": 8, "max_completion": 8, "steps_per_dispatch": 4}
