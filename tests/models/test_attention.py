@@ -79,7 +79,7 @@ def test_decoded_tokens_read_the_positions_up_to_their_own(dtype):
         k[b, :, end:], v[b, :, end:] = 40, 40
         own, keys, values = q[b, :, n], k[b, n // 3, :end], v[b, n // 3, :end]
         expected[b, :, n] = plain_attention.attend(own, keys, values, own).mixed
-    keys = KV(k, v)
+    keys = KV(k.swapaxes(2, 3), v)
     mixed = jax.jit(attention.cached_attention)(q, keys, positions[:, None] + np.arange(time, dtype=np.int32))
     assert mixed.dtype == q.dtype
     atol = 5e-5 if dtype == "float32" else 0.02 * np.abs(expected).max()

@@ -75,12 +75,13 @@ def test_a_window_has_the_positions_of_each_row_in_their_order(monkeypatch, widt
     assert_equal(states(part), states(cache))
     assert part[CFG.pattern.index("-")] is None
     for pool, rows in zip(pools(cache), pools(part), strict=True):
-        assert isinstance(rows, KV) and rows.k.shape == rows.v.shape == (len(TABLE), 4, width * SIZE, 8)
+        assert isinstance(rows, KV) and rows.v.shape == (len(TABLE), 4, width * SIZE, 8)
+        assert rows.k.shape == (len(TABLE), 4, 8, width * SIZE)
         for row, position in np.ndindex(len(TABLE), width * SIZE):
             page = TABLE[row, position // SIZE]
             if page < PAGES:
                 of_position = pool[page, position % SIZE]  # key, value, key, value
-                np.testing.assert_array_equal(rows.k[row, :, position], of_position[0::2])
+                np.testing.assert_array_equal(rows.k[row, :, :, position], of_position[0::2])
                 np.testing.assert_array_equal(rows.v[row, :, position], of_position[1::2])
 
 
@@ -99,7 +100,7 @@ def test_only_new_positions_are_restored(begin, end, most):
         for row in range(len(TABLE)):
             for position in range(begin[row], end[row]):
                 of_position = pool[TABLE[row, position // SIZE], position % SIZE]
-                of_position[0::2], of_position[1::2] = rows.k[row, :, position], rows.v[row, :, position]
+                of_position[0::2], of_position[1::2] = rows.k[row, :, :, position], rows.v[row, :, position]
     restore = jax.jit(caches.restore, static_argnames="most")
     after = restore(cache, part, TABLE, np.array(begin), np.array(end), most=most)
     assert_equal(pools(after), expected)

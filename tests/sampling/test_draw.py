@@ -1,5 +1,7 @@
 """Drawing: the exact distribution, the filters of a plain sort, and never an entry of weight 0."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,7 +159,12 @@ def test_the_ends_of_the_uniform_numbers(size):
     share = np.where(np.arange(rows) % 2, 0.2, 0.005)[:, None]  # of entries above 0; at 0.005 also whole blocks are 0
     weights = rng.random((rows, size), np.float32) * (rng.random((rows, size)) < share)
     weights[np.arange(rows), rng.integers(0, size, rows)] = 0.7
-    index = jax.jit(room._inverse_cdf)
+
+    @jax.jit
+    def index(weights, uniform):
+        blocks = room._blocks(weights, 0.0)
+        return room._inverse_cdf(blocks.sum(axis=-1), functools.partial(room._take, blocks), uniform)
+
     for uniform in (0.0, 1 - 2**-24, 1.0):
         picked = np.asarray(index(weights, np.full(rows, uniform, np.float32)))
         assert (picked < size).all()
