@@ -2,7 +2,8 @@
 
 A dispatch names the slots that it decodes, so that at the end of a rollout a program of few rows serves those that are
 left, wherever they are. Attention reads pages where they lie if there is a kernel for that. Otherwise the pages of each
-row are copied side by side before the loop, and the positions that the loop adds are written back after it.
+row are copied side by side before the loop, to their windows, and the positions that the loop adds are written back
+after it.
 
 For the letters of shapes see `state`.
 """
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
-from igrpo_jax.models.cache import Cache
+from igrpo_jax.models.cache import KV, Cache
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.ragged import Paged, Ragged
 from igrpo_jax.models.rotary import Positions, with_angles
@@ -46,21 +47,25 @@ def decode(
     eos: jax.Array,
     weights: decoder.Params,
     state: State,
+    windows: Cache,
     rows: Rows,
     sampling: Sampling,
     *,
     steps: int,
     reads_pages: bool,
-) -> tuple[State, Status]:
+) -> tuple[State, Cache, Status]:
     """Draws up to `steps` tokens in each of `rows`, whose pages hold the positions that this needs.
 
     A shard stops early when fewer than its `rows.least` rows are active.
 
     Args:
-        reads_pages: whether attention reads pages where they lie.
+        windows: donated memory for the windows of the rows, of any content. It is given back for the next dispatch:
+            memory that is new each time must be cleared by the operating system, which takes longer than the copies.
+        reads_pages: whether attention reads pages where they lie; `windows` has no arrays then.
     """
 
-    def run(weights, state: State, rows: Rows, sampling: Sampling) -> tuple[State, Status]:
+    def run(weights, state: State, windows: Cache, rows: Rows, sampling: Sampling) -> tuple[State, Cache, Status]:
+        del windows  # XLA puts the windows that are returned in its place
         rows = Rows(*(x[0] for x in rows))
         of_rows = lambda x: x.at[rows.slot].get(mode="clip")
         before = of_rows(state.length) - 1 + of_rows(state.count)  # the position of each row's token
@@ -81,6 +86,7 @@ def decode(
         step = _step(cfg, eos, weights, state, rows, sampling, goes_on, reads_pages)
         end = jax.lax.while_loop(lambda carry: carry.goes_on, step, start)
         cache = end.cache
+        windows = tuple(entry if isinstance(entry, KV) else None for entry in cache)
         if not reads_pages:
             after = of_rows(state.length) - 1 + end.count
             cache = caches.restore(state.cache, cache, rows.table, before, after, steps)
@@ -94,10 +100,10 @@ def decode(
             out=end.out,
             logprob=end.logprob,
         )
-        return state, Status(state.active, state.count, end.taken[None])
+        return state, windows, Status(state.active, state.count, end.taken[None])
 
-    run = per_shard(mesh, run, (False, True, True, False), (True, True))
-    return run(weights, state, rows, sampling)
+    run = per_shard(mesh, run, (False, True, True, True, False), (True, True, True))
+    return run(weights, state, windows, rows, sampling)
 
 
 def _condition(mesh: jax.sharding.Mesh, least: jax.Array, steps: int):

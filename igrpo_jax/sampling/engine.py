@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from igrpo_jax.distributed.compiling import Wanted, all_shapes, compile_all
 from igrpo_jax.distributed.programs import Program, pick_bucket, tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, heads
+from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.sampling import inputs, lockstep
@@ -28,7 +29,7 @@ OTHER_PAGE_SIZE = 64
 
 
 class Engine:
-    """Compiled programs and static sizes; the state itself is passed in and donated.
+    """Compiled programs and static sizes; the state itself is passed in and donated, and only memory is kept.
 
     It samples on a mesh of its own over the devices of the run (`layout.sampler_mesh`), to which `weights` brings the
     weights. Where that needs more key and value heads than the model has, it samples with copies of them
@@ -117,6 +118,7 @@ class Engine:
         self.programs = SamplerPrograms(cfg, self.mesh, eos_ids, dtype, self.sizes)
         self.sync = WeightSync(model, mesh, self._whole_mesh, dtype)
         self._team_shardings = weight_shardings(cfg, self.mesh)
+        self._kept: tuple[tuple[int, ...], Cache] | None = None  # windows of the last dispatch, by its shape
 
     @property
     def wanted(self) -> Wanted:
@@ -134,7 +136,7 @@ class Engine:
             return []
         programs, sizes = self.programs, self.sizes
         admitted = lengths[: min(-(-self.slots // samples), sizes.lanes * self.shards)]
-        unread = -(-sum(admitted) // self._own_groups)
+        unread = max(max(admitted), -(-sum(admitted) // self._own_groups))
         rows = self.rows(min(-(-len(lengths) * samples // self.shards), self.shard_slots))
         read = pick_bucket(programs.reads[rows], min(max(admitted) + sizes.steps_per_dispatch, sizes.length))
         calls = [(programs.prefill, (self.chunk_size(unread),)), (programs.fork, ())]
@@ -175,8 +177,7 @@ class Engine:
 
     def chunk_size(self, unread: int) -> int:
         """Returns the tokens of the next chunk where a group has at most `unread` tokens to read."""
-        fits = [size for size in self.programs.chunks if size <= unread]
-        return max(fits, default=self.programs.chunks[0])
+        return self.programs.next_chunk[min(unread, self.programs.chunks[-1])]
 
     def prefill(self, weights: decoder.Params, state: State, size: int, pieces: Sequence[Sequence[Piece]]) -> State:
         """Reads the pieces of each shard, of a group together at most `size` tokens; of a shard the first may go on."""
@@ -235,10 +236,12 @@ class Engine:
                 state = self._execute(call, weights, state)
             else:
                 state, _ = self._execute(call, weights, state)
+        self._kept = None
 
     def ended(self) -> None:
         """Says to the processes that follow that nothing more is to run before the next `empty`."""
         lockstep.tell(self.team, None)
+        self._kept = None
 
     def _run(self, call: Call, *on_device: Any) -> Any:
         """Runs a program on all processes of the team, and returns its result."""
@@ -248,14 +251,26 @@ class Engine:
     def _execute(self, call: Call, *on_device: Any) -> Any:
         """Runs a program with what is on the devices and what `call` brings."""
         program: Program = getattr(self.programs, call.program)
-        split = () if call.split is None else (self._put(call.split),)
+        split = () if call.split is None else (self._put(call.split, self.programs.batch_sharding),)
         whole = () if call.whole is None else (call.whole,)
-        return program(*on_device, *split, *whole, shape=call.shape)
+        if call.program != "decode":
+            return program(*on_device, *split, *whole, shape=call.shape)
+        windows = self._windows(call.shape)
+        state, windows, status = program(*on_device, windows, *split, *whole, shape=call.shape)
+        self._kept = call.shape, windows
+        return state, status
 
-    def _put(self, tree: NamedTuple) -> NamedTuple:
-        split = self.programs.batch_sharding
+    def _windows(self, shape: tuple[int, ...]) -> Cache:
+        """Returns the windows of the last dispatch if they have the shape for this one, or else new ones."""
+        kept, self._kept = self._kept, None  # they are donated, or make room
+        if kept and kept[0] == shape:
+            return kept[1]
+        zeros = lambda x: self._put(np.zeros(x.shape, x.dtype), x.sharding)
+        return jax.tree.map(zeros, self.programs.windows(*shape))
+
+    def _put(self, tree: Any, where: jax.sharding.NamedSharding) -> Any:
         # `device_put` would compare the values on all processes of the run.
-        return jax.device_put(tree, split) if len(self.team.processes) == 1 else sharding.to_global(tree, split)
+        return jax.device_put(tree, where) if len(self.team.processes) == 1 else sharding.to_global(tree, where)
 
 
 def _with_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> Sizes:

@@ -7,7 +7,7 @@ they need no programs of their own.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import Cost, Program, length_buckets
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
+from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.models.paged import page_layout
@@ -31,9 +32,12 @@ from igrpo_jax.sampling.layout import lies_by_outputs
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State
 
-HARDLY_MORE = 1.125  # bytes that a decode step may move in place of 1, to save a program
-MOST_READS = 4  # lengths that a number of rows may copy side by side
-MOST_DECODES = 12  # programs of decoding on a CPU
+HARDLY_MORE = 1.1  # work that a decode step may do in place of 1, to save a program
+MOST_DECODES = 13  # programs of decoding; with those of reading prompts and the others no more than 20
+# On a CPU, as measured: operations of a product in the time of a byte of memory, and bytes in the time that a sublayer
+# takes however little it does.
+CPU_BALANCE = 8
+CPU_SUBLAYER = 5e5
 WIDTH = 16  # slots of a shard that one call starts, and slots that one call harvests; more take several calls
 LANES = 8  # prompts of a shard that are being read, or wait for slots of their samples, at most
 
@@ -97,6 +101,7 @@ class SamplerPrograms:
         self.chunks = _chunks(min(sizes.prefill_chunk, sizes.parts * sizes.lanes * sizes.max_context), self.on_cpu)
         self.weights = _abstract_weights(cfg, mesh, dtype)
         self._cfg = cfg
+        self._dtype = dtype
         self._mesh = mesh
         self._sizes = sizes
         self.reads = self._decode_shapes()
@@ -106,6 +111,7 @@ class SamplerPrograms:
         vocab = NamedSharding(mesh, sharding.spec(("batch", "vocab")))
         cache, lanes = caches.shardings(cfg, mesh, layout=layout), caches.shardings(cfg, mesh, "M")
         self._state_sharding = State(cache, lanes, vocab, *[self.batch_sharding] * 9)
+        self._window_sharding = jax.tree.map(lambda x: x.sharding, self.windows(1, sizes.page_size))
         self._build_empty = partial(
             state.empty,
             cfg,
@@ -168,10 +174,17 @@ class SamplerPrograms:
             "decode",
             jax.jit(
                 partial(run, steps=sizes.steps_per_dispatch, reads_pages=self.in_place),
-                donate_argnums=1,
-                out_shardings=(self._state_sharding, self._status_sharding),
+                donate_argnums=(1, 2),
+                keep_unused=True,  # the memory of the windows
+                out_shardings=(self._state_sharding, self._window_sharding, self._status_sharding),
             ),
-            lambda rows, read: (self.weights, self.state, self._rows(rows, read), _abstract_sampling()),
+            lambda rows, read: (
+                self.weights,
+                self.state,
+                self.windows(rows, read),
+                self._rows(rows, read),
+                _abstract_sampling(),
+            ),
             self._mesh,
             shapes=[(rows, read) for rows, reads in self.reads.items() for read in reads],
             cost=lambda rows, read: self.costs.decode(rows * sizes.parts, read) * sizes.steps_per_dispatch,
@@ -188,6 +201,33 @@ class SamplerPrograms:
             cost=lambda: Cost(0, 2 * WIDTH * 8 * self._sizes.max_completion),
         )
 
+    def windows(self, rows: int, read: int) -> Cache:
+        """Returns the windows of `decode` of this shape as abstract arrays; no arrays where attention reads pages."""
+        if self.in_place:
+            return (None,) * len(self._cfg.pattern)
+        rows *= self._sizes.parts * self._shards
+        return caches.abstract_windows(self._cfg, rows, read, jnp.dtype(self._dtype), self._mesh)
+
+    def work(self, cost: Cost) -> float:
+        """Returns the bytes of memory that pass in the time of a call of this cost, more or less."""
+        if not self.on_cpu:  # waits for memory alone
+            return cost.bytes
+        return cost.bytes + cost.flops / CPU_BALANCE + len(self._cfg.pattern) * CPU_SUBLAYER
+
+    @cached_property
+    def next_chunk(self) -> list[int]:
+        """The tokens of the next chunk, by how many are unread, up to those of the largest.
+
+        It and those after it do least work together; of several such, it is the largest.
+        """
+        work = {size: round(self.work(self.costs.prefill(size))) for size in self.chunks}
+        least, chosen = [0], [self.chunks[0]]
+        for unread in range(1, self.chunks[-1] + 1):
+            together = {size: work[size] + least[max(0, unread - size)] for size in reversed(self.chunks)}
+            chosen.append(min(together, key=together.__getitem__))
+            least.append(together[chosen[-1]])
+        return chosen
+
     def _decode_shapes(self) -> dict[int, tuple[int, ...]]:
         """Returns the lengths that decoding copies side by side, by the rows of a shard that it runs, fewest first."""
         sizes = self._sizes
@@ -195,25 +235,18 @@ class SamplerPrograms:
         if self.in_place:  # one program of few rows; on GPUs, which compile one in seconds, some between
             halvings = (0, 1, 2, 3) if self.on_gpu else (0, 3)
             return dict.fromkeys(sorted({slots >> i for i in halvings} - {0}), (length,))
-        if not self.on_cpu:
-            return self._side_by_side([slots >> 3], (length,), tuple(max(1, length >> i) for i in (2, 1, 0)))
-        for each in (1, 2):  # halves of the slots, or quarters where lengths make too many programs of them
-            fewer = [slots >> i for i in range(each, 7, each)]
-            shapes = self._side_by_side(fewer, _doubled(length, 128), length_buckets(length, 128))
-            if sum(map(len, shapes.values())) <= MOST_DECODES:
-                return shapes
-        return {rows: shapes[rows] for rows in sorted(shapes)[-MOST_DECODES // MOST_READS :]}
-
-    def _side_by_side(
-        self, fewer: Sequence[int], coarse: tuple[int, ...], fine: tuple[int, ...]
-    ) -> dict[int, tuple[int, ...]]:
-        """Returns the lengths that are worth it: of `fine` for all slots, of `coarse` for `fewer` of them."""
-        slots, page_size = self._sizes.shard_slots, self._sizes.page_size
-        lengths = {rows: coarse for rows in sorted(fewer) if rows} | {slots: fine}
-        cost = lambda rows: partial(self.costs.decode, rows)
-        return {
-            rows: _worthwhile(_multiples(reads, page_size), cost(rows), MOST_READS) for rows, reads in lengths.items()
-        }
+        if self.on_cpu:
+            lengths = dict.fromkeys(length_buckets(slots, max(1, slots >> 6)), length_buckets(length, 128))
+        else:
+            lengths = {slots >> 3: (length,), slots: tuple(max(1, length >> i) for i in (2, 1, 0))}
+        shapes = [
+            (rows, read)
+            for rows, reads in lengths.items()
+            if rows
+            for read in dict.fromkeys(pages_for(read, sizes.page_size) * sizes.page_size for read in reads)
+        ]
+        kept = _worthwhile(shapes, [self.work(self.costs.decode(*shape)) for shape in shapes])
+        return {rows: tuple(sorted(read for n, read in kept if n == rows)) for rows in sorted({n for n, _ in kept})}
 
     def _chunk(self, size: int) -> Chunk:
         lanes, pages = self._sizes.parts * self._sizes.lanes, pages_for(self._sizes.max_context, self._sizes.page_size)
@@ -278,32 +311,29 @@ def _chunks(longest: int, on_cpu: bool) -> tuple[int, ...]:
     return (*smaller, largest) if on_cpu else (largest,)
 
 
-def _worthwhile(reads: tuple[int, ...], cost: Callable[[int], Cost], most: int) -> tuple[int, ...]:
-    """Returns `reads` without the lengths in whose place the next one may be read for hardly more.
+def _worthwhile(shapes: Sequence[tuple[int, int]], work: Sequence[float]) -> list[tuple[int, int]]:
+    """Returns those of `shapes`, which are (rows, positions to read), that are worth a program.
 
-    That is the case where few slots decode: then a step reads the weights and little else. Each length is a program, so
-    there are at most `most`: where more are left, "hardly more" is taken to be more.
+    In place of a shape that has none, the one of least work runs that has as many rows and positions. One after another
+    the shape goes that adds least to the work of all together, as if each were needed equally often: where there are
+    more than MOST_DECODES, and where this does hardly more for none of them. Of the shapes with the same rows, the one
+    of most positions goes last.
 
     Args:
-        cost: maps a length to the cost of a decode step that reads it.
+        work: of a decode step of each.
     """
-    factor = HARDLY_MORE
+    (rows, reads), own = np.array(shapes).T, np.array(work)
+    does = np.where((rows >= rows[:, None]) & (reads >= reads[:, None]), own, np.inf)  # [shape, the one that runs]
+    kept = np.ones(len(shapes), bool)
     while True:
-        kept = [reads[-1]]
-        for read in reversed(reads[:-1]):
-            if cost(kept[0]).bytes > factor * cost(read).bytes:
-                kept.insert(0, read)
-        if len(kept) <= most:
-            return tuple(kept)
-        factor *= HARDLY_MORE
-
-
-def _doubled(longest: int, smallest: int) -> tuple[int, ...]:
-    """Returns lengths from `smallest`, each twice the one before, the last one `longest`."""
-    sizes = itertools.takewhile(lambda size: size < longest, (smallest << i for i in range(32)))
-    return (*sizes, longest)
-
-
-def _multiples(lengths: tuple[int, ...], page_size: int) -> tuple[int, ...]:
-    """Returns lengths rounded up to multiples of a page, each once."""
-    return tuple(dict.fromkeys(pages_for(length, page_size) * page_size for length in lengths))
+        options = []
+        for i in np.flatnonzero(kept):
+            left = kept & (np.arange(len(kept)) != i)
+            if reads[i] < reads.max() or not left[rows == rows[i]].any():
+                least = np.where(left, does, np.inf).min(axis=1)
+                options.append((least.sum(), (least / own).max(), i))
+        if kept.sum() <= MOST_DECODES:
+            options = [option for option in options if option[1] <= HARDLY_MORE]
+        if not options:
+            return [shape for shape, is_kept in zip(shapes, kept, strict=True) if is_kept]
+        kept[min(options)[2]] = False

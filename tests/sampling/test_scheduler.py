@@ -12,7 +12,7 @@ from processes import Started, ended, free_port
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
-from igrpo_jax.distributed.programs import Cost, Program
+from igrpo_jax.distributed.programs import Program
 from igrpo_jax.errors import InputError
 from igrpo_jax.records import Prompt
 from igrpo_jax.sampling import programs
@@ -29,8 +29,11 @@ SAMPLING = Sampling(0.9, 0.95)
 
 @functools.cache
 def make_engine(c, slots, steps_per_dispatch, mesh, **pages):
+    """All shapes have a program of their own, as those of a large model, although a step of this one does little."""
     sizes = {"slots": slots, "max_context": 110, "max_completion": 24, "steps_per_dispatch": steps_per_dispatch}
-    return Engine(c, mesh, EOS, dtype="float32", **sizes, **pages)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "HARDLY_MORE", 1.0)
+        return Engine(c, mesh, EOS, dtype="float32", **sizes, **pages)
 
 
 def requests():
@@ -101,14 +104,42 @@ def test_the_first_dispatch_needs_the_programs_that_are_named_for_it(tiny, slots
     assert engine.first_wanted([], 1) == []
 
 
-def test_lengths_of_the_cache_that_cost_hardly_more_than_the_next_share_its_program():
-    """A step that reads 1,000 bytes of weights and 1 for each position. 256 is not worth it below 300 (1,256 x 1.125 =
-    1,413 against 1,300), and 128 is below 300 (1,269)."""
-    cost = lambda read: Cost(0, 1000 + read)
-    assert programs._worthwhile((128, 256, 300), cost, 4) == (128, 300)
-    assert programs._worthwhile((192, 256), cost, 4) == (256,) and programs._worthwhile((64,), cost, 4) == (64,)
-    assert programs._worthwhile((128, 192, 256), lambda read: Cost(0, read), 4) == (128, 192, 256)
-    assert programs._worthwhile((128, 192, 256), lambda read: Cost(0, read), 2) == (128, 256)
+def test_shapes_of_decoding_that_do_hardly_more_share_a_program(monkeypatch):
+    """A step that reads 1,000 bytes of weights and 1 for each position: 300 does 1.04 times the work of 256, and 1.15
+    times that of 128."""
+    monkeypatch.setattr(programs, "HARDLY_MORE", 1.1)
+    kept = lambda shapes, work: programs._worthwhile(shapes, [work(*shape) for shape in shapes])
+    reads = lambda *lengths: [(4, length) for length in lengths]
+    weights = lambda rows, read: 1000 + read
+    assert kept(reads(128, 256, 300), weights) == reads(128, 300)
+    assert kept(reads(192, 256), weights) == reads(256) and kept(reads(64), weights) == reads(64)
+    assert kept([(1, 64), (2, 64), (4, 64)], lambda rows, read: 100 + 2 * rows**2) == [(2, 64), (4, 64)]
+    every = reads(128, 192, 256)
+    assert kept(every, lambda rows, read: read) == every
+    monkeypatch.setattr(programs, "MOST_DECODES", 2)
+    assert kept(every, lambda rows, read: read) == reads(128, 256)  # 192 in place of 128 would do 1.5 times the work
+    monkeypatch.setattr(programs, "MOST_DECODES", 3)
+    # 2 rows that read 128 positions would cost least to go without, but those that read 64 may grow.
+    work = {(2, 64): 1, (2, 128): 9, (4, 64): 8, (4, 128): 10}
+    assert kept(list(work), lambda *shape: work[shape]) == [(2, 64), (2, 128), (4, 128)]
+
+
+def test_chunks_that_a_cpu_reads_do_least_work_together(engine):
+    """Against all ways to read so many tokens; of several that are the best, the largest chunk comes first."""
+    sampler = engine.programs
+    assert sampler.chunks == (64, 256, 896)
+    work = {size: round(sampler.work(sampler.costs.prefill(size))) for size in sampler.chunks}
+
+    @functools.cache
+    def least(unread):
+        return min(work[size] + least(unread - size) for size in sampler.chunks) if unread > 0 else 0
+
+    for unread in (1, 64, 65, 130, 256, 257, 300, 500, 700, 896):
+        chosen = engine.chunk_size(unread)
+        assert work[chosen] + least(unread - chosen) == least(unread)
+        larger = [size for size in sampler.chunks if size > chosen]
+        assert all(work[size] + least(unread - size) > least(unread) for size in larger)
+    assert engine.chunk_size(5000) == engine.chunk_size(896)
 
 
 def check_same(samples, expected):
@@ -185,7 +216,7 @@ def test_few_slots_that_are_left_decode_in_a_program_of_few_rows(engine, tiny, m
     request = Request(whole.tokens, 5, 8, KEY, limits)
     used.clear()
     samples, _ = sample(engine, tiny, [request])
-    assert used[0][0] == 8 and used[-1] == (1, [longest]) and engine.programs.reads.keys() == {1, 2, 4, 8}
+    assert used[0][0] == 8 and used[-1] == (1, [longest]) and engine.programs.reads.keys() == {1, 2, 3, 4, 6, 8}
     for one in samples:
         np.testing.assert_array_equal(one.tokens, plain[one.sample_id][: limits[one.sample_id]])
 
