@@ -92,11 +92,11 @@ def _draw_in_parts(axis: str | None, logits: jax.Array, keys: jax.Array, tempera
 
     # Each returns the part in which the token lies and, where that is the part of this device, its place in the part.
     # Only what is asked for runs, because XLA's argmax and the search for a threshold cost more than everything else.
-    def plain(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def plain(_, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
         part, rest = _part_of(uniform, factor * parts.total)
-        return part, _inverse_cdf(sums, lambda index: weights_of(_take(_blocks(logits, -jnp.inf), index)), rest)
+        return part, _inverse_cdf(sums, lambda index: weights_of(_take(blocks, index)), rest)
 
-    def filtered(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def filtered(logits: jax.Array, _) -> tuple[jax.Array, jax.Array]:
         kept = weights_of(logits) * factor[_own(axis)][:, None]
         keep = lambda weights: _keep_top_p(_keep_top_k(weights, top_k), top_p)
         kept = keep(kept) if axis is None else jnp.where(kept >= _least_kept(axis, kept, keep), kept, 0.0)
@@ -104,11 +104,11 @@ def _draw_in_parts(axis: str | None, logits: jax.Array, keys: jax.Array, tempera
         blocks = _blocks(kept, 0.0)
         return part, _inverse_cdf(blocks.sum(axis=-1), functools.partial(_take, blocks), rest)
 
-    def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def greedy(logits: jax.Array, _) -> tuple[jax.Array, jax.Array]:
         return jnp.argmax(parts.largest, axis=0).astype(jnp.int32), jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     branch = jnp.where(temperature > 0, ((top_p < 1) | (top_k > 0)).astype(jnp.int32), 2)
-    part, place = jax.lax.switch(branch, (plain, filtered, greedy), logits)
+    part, place = jax.lax.switch(branch, (plain, filtered, greedy), logits, blocks)
     token, drawn = _from_part(axis, logits, part, place)
     total = (factor * parts.total).sum(axis=0)
     gap = jnp.where(factor * parts.total > 0, factor * (parts.below + parts.total * lower), 0.0).sum(axis=0)
