@@ -32,7 +32,9 @@ from igrpo_jax.sampling.layout import lies_by_outputs
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State
 
-HARDLY_MORE = 1.1  # work that a decode step may do in place of 1, to save a program
+# Work that a decode step may do in addition, to save a program: a share of its own, and what a CPU does in 0.1 ms.
+MORE = 0.1
+LITTLE = 5e6
 MOST_DECODES = 13  # programs of decoding; with those of reading prompts and the others no more than 20
 # On a CPU, as measured: operations of a product in the time of a byte of memory, and bytes in the time that a sublayer
 # takes however little it does.
@@ -311,6 +313,11 @@ def _chunks(longest: int, on_cpu: bool) -> tuple[int, ...]:
     return (*smaller, largest) if on_cpu else (largest,)
 
 
+def _hardly_more(work: np.ndarray) -> np.ndarray:
+    """Returns the work that each decode step may do in place of its own, to save a program."""
+    return work * (1 + MORE) + LITTLE
+
+
 def _worthwhile(shapes: Sequence[tuple[int, int]], work: Sequence[float]) -> list[tuple[int, int]]:
     """Returns those of `shapes`, which are (rows, positions to read), that are worth a program.
 
@@ -331,9 +338,9 @@ def _worthwhile(shapes: Sequence[tuple[int, int]], work: Sequence[float]) -> lis
             left = kept & (np.arange(len(kept)) != i)
             if reads[i] < reads.max() or not left[rows == rows[i]].any():
                 least = np.where(left, does, np.inf).min(axis=1)
-                options.append((least.sum(), (least / own).max(), i))
+                options.append((least.sum(), (least <= _hardly_more(own)).all(), i))
         if kept.sum() <= MOST_DECODES:
-            options = [option for option in options if option[1] <= HARDLY_MORE]
+            options = [option for option in options if option[1]]
         if not options:
             return [shape for shape, is_kept in zip(shapes, kept, strict=True) if is_kept]
         kept[min(options)[2]] = False

@@ -60,7 +60,7 @@ def engine(tiny):
     """All shapes have a program of their own, as those of a large model, although a step of this one does little."""
     sizes = {"slots": 6, "max_context": 110, "max_completion": 32, "dtype": "float32", "steps_per_dispatch": 16}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler_programs, "HARDLY_MORE", 1.0)
+        patch.setattr(sampler_programs, "_hardly_more", lambda work: work)
         return Engine(tiny[0], one_device(), EOS, **sizes)
 
 
@@ -297,7 +297,7 @@ def test_a_hybrid_samples_as_its_full_forward(hybrid, monkeypatch):
 
     Eight slots and forty samples; chunks of Mamba-2 are of 8 tokens.
     """
-    monkeypatch.setattr(sampler_programs, "HARDLY_MORE", 1.0)
+    monkeypatch.setattr(sampler_programs, "_hardly_more", lambda work: work)
     c, host = hybrid
     sizes = {"slots": 8, "max_context": 70, "max_completion": LIMIT, "dtype": "float32", "steps_per_dispatch": 4}
     params, results = put(host, one_device()), []
