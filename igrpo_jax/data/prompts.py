@@ -47,8 +47,9 @@ class Renderer:
         self._tokenizer = tokenizer
         self._instruction = data.instruction
         self._max_draft_length = max_draft_length
-        self._special = np.array(sorted({*tokenizer.all_special_ids, *eos_ids}), np.int32)
+        self._special = {*tokenizer.all_special_ids, *eos_ids}
         self._frame = templates.open_frame(tokenizer, data)
+        self._not_kept = self._special.union(self._frame.marks.tolist())  # of a draft
         after = self._frame.after
         self.opening = after[after.rindex("<think>") :] if "<think>" in after else ""
         lead, tail = refine.instruction.split("{draft}")
@@ -76,8 +77,8 @@ class Renderer:
 
     def kept_draft(self, draft: np.ndarray) -> np.ndarray:
         """Returns the ids of `draft` that q' contains."""
-        clean = draft[~np.isin(draft, [*self._special, *self._frame.marks])]
-        return clean[-self._max_draft_length :]
+        clean = [token for token in draft.tolist() if token not in self._not_kept]
+        return np.array(clean[-self._max_draft_length :], np.int32)
 
     def draft_overhead(self, longest: int, questions: Iterable[str] = ()) -> int:
         """Returns the most tokens that q' has beyond q: the wording and a draft of at most `longest` tokens.
@@ -93,7 +94,8 @@ class Renderer:
 
     def text(self, tokens: np.ndarray) -> str:
         """Returns the text that people and verifiers read, without special tokens."""
-        return self._tokenizer.decode(tokens[~np.isin(tokens, self._special)].tolist(), skip_special_tokens=True)
+        seen = [token for token in tokens.tolist() if token not in self._special]
+        return self._tokenizer.decode(seen, skip_special_tokens=True)
 
 
 def most_overhead(refine: RefineConfig, max_draft_length: int) -> int:

@@ -103,7 +103,7 @@ class ChatTemplate:
         # An unknown character of a question is no token that somebody wrote there.
         marks = (_marks(tokenizer, self.before + self.after) | _special(tokenizer)) - {tokenizer.unk_token_id}
         self.marks = _array(marks)
-        self._controls = _array(marks | {*tokenizer.all_special_ids} - {tokenizer.unk_token_id})
+        self._controls = marks | {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
         contents = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, contents)) or r"(?!)")
         # The special tokens of a prompt that the template writes, by the template's text after the words.
@@ -193,7 +193,7 @@ class ChatTemplate:
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _controls_in(self, ids: np.ndarray) -> list[int]:
-        return ids[np.isin(ids, self._controls)].tolist()
+        return [id for id in ids.tolist() if id in self._controls]
 
     def _encode(self, text: str, after: str) -> np.ndarray:
         """Returns the ids of a prompt or of its part up to a draft, [L] int32.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -251,7 +251,7 @@ class Engine:
     def _execute(self, call: Call, *on_device: Any) -> Any:
         """Runs a program with what is on the devices and what `call` brings."""
         program: Program = getattr(self.programs, call.program)
-        split = () if call.split is None else (self._put(call.split, self.programs.batch_sharding),)
+        split = () if call.split is None else (self._split(call.split),)
         whole = () if call.whole is None else (call.whole,)
         if call.program != "decode":
             return program(*on_device, *split, *whole, shape=call.shape)
@@ -265,12 +265,13 @@ class Engine:
         kept, self._kept = self._kept, None  # they are donated, or make room
         if kept and kept[0] == shape:
             return kept[1]
-        zeros = lambda x: self._put(np.zeros(x.shape, x.dtype), x.sharding)
+        zeros = lambda x: sharding.to_global(np.zeros(x.shape, x.dtype), x.sharding)
         return jax.tree.map(zeros, self.programs.windows(*shape))
 
-    def _put(self, tree: Any, where: jax.sharding.NamedSharding) -> Any:
-        # `device_put` would compare the values on all processes of the run.
-        return jax.device_put(tree, where) if len(self.team.processes) == 1 else sharding.to_global(tree, where)
+    def _split(self, tree: NamedTuple) -> NamedTuple:
+        """Returns what a program takes for numpy arrays whose first dimension is split over the shards."""
+        # Given numpy arrays, a program puts them on devices of this process in a quarter of the time of `device_put`.
+        return tree if len(self.team.processes) == 1 else sharding.to_global(tree, self.programs.batch_sharding)
 
 
 def _with_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> Sizes:
