@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
-from igrpo_jax.models.cache import KV, Cache
+from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.ragged import Paged, Ragged
 from igrpo_jax.models.rotary import Positions, with_angles
@@ -59,13 +59,13 @@ def decode(
     A shard stops early when fewer than its `rows.least` rows are active.
 
     Args:
-        windows: donated memory for the windows of the rows, of any content. It is given back for the next dispatch:
-            memory that is new each time must be cleared by the operating system, which takes longer than the copies.
-        reads_pages: whether attention reads pages where they lie; `windows` has no arrays then.
+        windows: donated memory for the windows of the rows, of any content, which is given back for the next dispatch.
+            On a CPU memory that is new each time must be cleared by the operating system, which takes longer than the
+            copies. None of a sublayer that has no window, or whose window XLA allocates.
+        reads_pages: whether attention reads pages where they lie.
     """
 
     def run(weights, state: State, windows: Cache, rows: Rows, sampling: Sampling) -> tuple[State, Cache, Status]:
-        del windows  # XLA puts the windows that are returned in its place
         rows = Rows(*(x[0] for x in rows))
         of_rows = lambda x: x.at[rows.slot].get(mode="clip")
         before = of_rows(state.length) - 1 + of_rows(state.count)  # the position of each row's token
@@ -86,7 +86,8 @@ def decode(
         step = _step(cfg, eos, weights, state, rows, sampling, goes_on, reads_pages)
         end = jax.lax.while_loop(lambda carry: carry.goes_on, step, start)
         cache = end.cache
-        windows = tuple(entry if isinstance(entry, KV) else None for entry in cache)
+        # XLA puts them where those lay that were donated.
+        windows = tuple(given if given is None else entry for given, entry in zip(windows, cache, strict=True))
         if not reads_pages:
             after = of_rows(state.length) - 1 + end.count
             cache = caches.restore(state.cache, cache, rows.table, before, after, steps)

@@ -20,7 +20,8 @@ from igrpo_jax.sampling import inputs, lockstep
 from igrpo_jax.sampling.inputs import Piece, Start
 from igrpo_jax.sampling.layout import choose_tensor, pages_in, reads_pages, sampler_mesh
 from igrpo_jax.sampling.lockstep import Call
-from igrpo_jax.sampling.programs import LANES, WIDTH, SamplerPrograms, Sizes, traced, weight_shardings
+from igrpo_jax.sampling.programs import SamplerPrograms, traced, weight_shardings
+from igrpo_jax.sampling.shapes import LANES, WIDTH, Sizes
 from igrpo_jax.sampling.state import Sampling, State, Status
 from igrpo_jax.sampling.weights import WeightSync
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from igrpo_jax.sampling.pages import pages_for
-from igrpo_jax.sampling.programs import WIDTH, Sizes
+from igrpo_jax.sampling.shapes import WIDTH, Sizes
 from igrpo_jax.sampling.state import Chunk, Fork, Rows
 
 Item = TypeVar("Item")

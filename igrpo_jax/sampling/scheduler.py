@@ -20,8 +20,8 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.inputs import Piece
-from igrpo_jax.sampling.programs import WIDTH
 from igrpo_jax.sampling.requests import Request, Sample, Usage
+from igrpo_jax.sampling.shapes import WIDTH
 from igrpo_jax.sampling.shard import Running, Shard, Waiting
 from igrpo_jax.sampling.state import Sampling, State, Status
 

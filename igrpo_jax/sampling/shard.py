@@ -20,8 +20,8 @@ import numpy as np
 
 from igrpo_jax.sampling.inputs import Piece, Start
 from igrpo_jax.sampling.pages import PagePool, pages_for
-from igrpo_jax.sampling.programs import Sizes
 from igrpo_jax.sampling.requests import Request
+from igrpo_jax.sampling.shapes import Sizes
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ from igrpo_jax.distributed.programs import compilations
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, hf_files, hf_read, paged
 from igrpo_jax.sampling import programs as sampler_programs
+from igrpo_jax.sampling import shapes
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
@@ -60,7 +61,7 @@ def engine(tiny):
     """All shapes have a program of their own, as those of a large model, although a step of this one does little."""
     sizes = {"slots": 6, "max_context": 110, "max_completion": 32, "dtype": "float32", "steps_per_dispatch": 16}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler_programs, "_hardly_more", lambda work: work)
+        patch.setattr(shapes, "_hardly_more", lambda work: work)
         return Engine(tiny[0], one_device(), EOS, **sizes)
 
 
@@ -248,6 +249,20 @@ def test_windows_lie_where_those_of_the_last_dispatch_lay_whatever_these_hold(en
 
 
 @pytest.mark.slow
+def test_where_xla_allocates_windows_samples_are_the_same(engine, params, requests, samples):
+    """As on accelerators that have no kernel for pages."""
+    other = Engine(
+        engine.programs._cfg, engine.mesh, EOS, slots=6, max_context=110, max_completion=32, dtype="float32",
+        steps_per_dispatch=16,
+    )  # fmt: skip
+    other.programs._on_cpu = False
+    assert not jax.tree.leaves(other.programs.windows(6, 144)) and jax.tree.leaves(engine.programs.windows(6, 144))
+    found = sample(other, params, requests, Sampling(0.8))
+    for key, one in samples.items():
+        np.testing.assert_array_equal(found[key].tokens, one.tokens)
+
+
+@pytest.mark.slow
 def test_memory_of_a_long_prefill_is_that_of_a_chunk(tiny):
     c = dataclasses.replace(tiny[0], attention="chunked", hidden_size=256, intermediate_size=1024)
     sizes = {"slots": 1, "max_context": 4096, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
@@ -269,8 +284,8 @@ def test_programs_are_few(tiny, platform):
     )  # fmt: skip
     programs = engine.programs
     if platform == "tpu":
-        programs.on_cpu = False
-        programs.reads, programs.chunks = programs._decode_shapes(), sampler_programs._chunks(2048, False)
+        programs.reads = shapes.decode_shapes(engine.sizes, programs.costs, platform, in_place=False)
+        programs.chunks = shapes.chunk_sizes(engine.sizes, platform)
     assert len(engine.wanted) <= {"cpu": 20, "tpu": 8}[platform], [program.title(*x) for program, x in engine.wanted]
 
 
@@ -297,7 +312,7 @@ def test_a_hybrid_samples_as_its_full_forward(hybrid, monkeypatch):
 
     Eight slots and forty samples; chunks of Mamba-2 are of 8 tokens.
     """
-    monkeypatch.setattr(sampler_programs, "_hardly_more", lambda work: work)
+    monkeypatch.setattr(shapes, "_hardly_more", lambda work: work)
     c, host = hybrid
     sizes = {"slots": 8, "max_context": 70, "max_completion": LIMIT, "dtype": "float32", "steps_per_dispatch": 4}
     params, results = put(host, one_device()), []

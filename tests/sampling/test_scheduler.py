@@ -15,7 +15,7 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import Program
 from igrpo_jax.errors import InputError
 from igrpo_jax.records import Prompt
-from igrpo_jax.sampling import programs
+from igrpo_jax.sampling import shapes
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
@@ -32,7 +32,7 @@ def make_engine(c, slots, steps_per_dispatch, mesh, **pages):
     """All shapes have a program of their own, as those of a large model, although a step of this one does little."""
     sizes = {"slots": slots, "max_context": 110, "max_completion": 24, "steps_per_dispatch": steps_per_dispatch}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs, "_hardly_more", lambda work: work)
+        patch.setattr(shapes, "_hardly_more", lambda work: work)
         return Engine(c, mesh, EOS, dtype="float32", **sizes, **pages)
 
 
@@ -107,8 +107,8 @@ def test_the_first_dispatch_needs_the_programs_that_are_named_for_it(tiny, slots
 def test_shapes_of_decoding_that_do_hardly_more_share_a_program(monkeypatch):
     """A step that reads 1,000 bytes of weights and 1 for each position: 300 does 1.04 times the work of 256, and 1.15
     times that of 128."""
-    monkeypatch.setattr(programs, "LITTLE", 0)
-    kept = lambda shapes, work: programs._worthwhile(shapes, [work(*shape) for shape in shapes])
+    monkeypatch.setattr(shapes, "LITTLE", 0)
+    kept = lambda choice, work: shapes._worthwhile(choice, [work(*shape) for shape in choice])
     reads = lambda *lengths: [(4, length) for length in lengths]
     weights = lambda rows, read: 1000 + read
     assert kept(reads(128, 256, 300), weights) == reads(128, 300)
@@ -116,9 +116,9 @@ def test_shapes_of_decoding_that_do_hardly_more_share_a_program(monkeypatch):
     assert kept([(1, 64), (2, 64), (4, 64)], lambda rows, read: 100 + 2 * rows**2) == [(2, 64), (4, 64)]
     every = reads(128, 200, 256)
     assert kept(every, lambda rows, read: read) == every
-    monkeypatch.setattr(programs, "MOST_DECODES", 2)
+    monkeypatch.setattr(shapes, "MOST_DECODES", 2)
     assert kept(every, lambda rows, read: read) == reads(128, 256)  # 200 in place of 128 would add more
-    monkeypatch.setattr(programs, "MOST_DECODES", 3)
+    monkeypatch.setattr(shapes, "MOST_DECODES", 3)
     # 2 rows that read 128 positions would cost least to go without, but those that read 64 may grow.
     work = {(2, 64): 1, (2, 128): 9, (4, 64): 8, (4, 128): 10}
     assert kept(list(work), lambda *shape: work[shape]) == [(2, 64), (2, 128), (4, 128)]
@@ -128,7 +128,8 @@ def test_chunks_that_a_cpu_reads_do_least_work_together(engine):
     """Against all ways to read so many tokens; of several that are the best, the largest chunk comes first."""
     sampler = engine.programs
     assert sampler.chunks == (64, 256, 896)
-    work = {size: round(sampler.work(sampler.costs.prefill(size))) for size in sampler.chunks}
+    of_cost = shapes._work(sampler.costs, "cpu")
+    work = {size: round(of_cost(sampler.costs.prefill(size))) for size in sampler.chunks}
 
     @functools.cache
     def least(unread):

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igrpo_jax.distributed.teams import Team
-from igrpo_jax.sampling.programs import WIDTH, Sizes
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
+from igrpo_jax.sampling.shapes import WIDTH, Sizes
 from igrpo_jax.sampling.shard import Shard, Waiting
 from igrpo_jax.sampling.state import Sampling, Status
 

@@ -1,0 +1,152 @@
+"""The shapes that the programs of the sampler are compiled for: sizes of a run, rows and positions of a decode step,
+and tokens that are read at once.
+
+Each shape is a program, which takes seconds to minutes to compile. Where attention reads pages in place, two shapes of
+decoding serve all lengths. Elsewhere a step takes as long as its rows and the positions that are copied side by side
+are many, and the few shapes are chosen that save most.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from igrpo_jax.distributed.programs import Cost, length_buckets
+from igrpo_jax.models.costs import ModelCosts
+from igrpo_jax.models.segments import BLOCK
+from igrpo_jax.sampling.pages import pages_for
+
+WIDTH = 16  # slots of a shard that one call starts, and slots that one call harvests; more take several calls
+LANES = 8  # prompts of a shard that are being read, or wait for slots of their samples, at most
+MOST_DECODES = 13  # programs of decoding; with those of reading prompts and the others no more than 20
+# Work that a decode step may do in addition, to save a program: a share of its own, and what a CPU does in 0.1 ms.
+MORE = 0.1
+LITTLE = 5e6
+# On a CPU, as measured: operations of a product in the time of a byte of memory, and bytes in the time that a sublayer
+# takes however little it does.
+CPU_BALANCE = 8
+CPU_SUBLAYER = 5e5
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the programs of a sampler are compiled for."""
+
+    shard_slots: int  # slots of each shard of the batch (B), or of each part of one
+    pages: int  # pages of each shard, or of each part
+    page_size: int  # positions of a page
+    length: int  # most tokens of a prompt and its completion
+    max_context: int  # tokens of the longest prompt
+    max_completion: int  # most tokens of a completion (M)
+    steps_per_dispatch: int  # decode steps of one call at most (K)
+    prefill_chunk: int  # tokens of a shard that are read at once, at most
+    parts: int = 1  # of a shard, with slots, lanes and pages of their own: those of `DecoderConfig.row_parts`
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of each part."""
+        return min(max(1, LANES // self.parts), self.shard_slots)
+
+    @property
+    def slot_pages(self) -> int:
+        """Most pages of a slot."""
+        return pages_for(self.length, self.page_size)
+
+    @property
+    def least_pages(self) -> int:
+        """The pages with which one sample can always be drawn: its own, and its prompt's partly filled one."""
+        return self.slot_pages + 1
+
+
+def decode_shapes(sizes: Sizes, costs: ModelCosts, platform: str, in_place: bool) -> dict[int, tuple[int, ...]]:
+    """Returns the lengths that decoding may copy side by side, by the rows of a part that it runs, fewest rows first.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+        in_place: whether attention reads pages where they lie: the only length is the longest then.
+    """
+    length, slots = sizes.slot_pages * sizes.page_size, sizes.shard_slots
+    if in_place:  # one program of few rows; on GPUs, which compile one in seconds, some between
+        halvings = (0, 1, 2, 3) if platform == "gpu" else (0, 3)
+        return dict.fromkeys(sorted({slots >> i for i in halvings} - {0}), (length,))
+    if platform == "cpu":
+        lengths = dict.fromkeys(length_buckets(slots, max(1, slots >> 6)), length_buckets(length, 128))
+    else:
+        lengths = {slots >> 3: (length,), slots: tuple(max(1, length >> i) for i in (2, 1, 0))}
+    shapes = [
+        (rows, read)
+        for rows, reads in lengths.items()
+        if rows
+        for read in dict.fromkeys(pages_for(read, sizes.page_size) * sizes.page_size for read in reads)
+    ]
+    work = _work(costs, platform)
+    kept = _worthwhile(shapes, [work(costs.decode(*shape)) for shape in shapes])
+    return {rows: tuple(sorted(read for n, read in kept if n == rows)) for rows in sorted({n for n, _ in kept})}
+
+
+def chunk_sizes(sizes: Sizes, platform: str) -> tuple[int, ...]:
+    """Returns numbers of tokens of a chunk, multiples of BLOCK: one, or on a CPU some, since padding costs there."""
+    longest = min(sizes.prefill_chunk, sizes.parts * sizes.lanes * sizes.max_context)
+    largest = -(-longest // BLOCK) * BLOCK
+    smaller = itertools.takewhile(lambda size: size < largest, (BLOCK << 2 * i for i in range(16)))
+    return (*smaller, largest) if platform == "cpu" else (largest,)
+
+
+def next_chunks(chunks: Sequence[int], costs: ModelCosts, platform: str) -> list[int]:
+    """Returns the tokens of the next chunk, by how many are unread, from 0 to those of the largest.
+
+    It and those after it do least work together; of several such, it is the largest.
+
+    Args:
+        chunks: the sizes that there are, smallest first.
+    """
+    of_cost = _work(costs, platform)
+    work = {size: round(of_cost(costs.prefill(size))) for size in reversed(chunks)}
+    least, chosen = [0], [chunks[0]]
+    for unread in range(1, chunks[-1] + 1):
+        together = {size: work[size] + least[max(0, unread - size)] for size in work}
+        chosen.append(min(together, key=together.__getitem__))
+        least.append(together[chosen[-1]])
+    return chosen
+
+
+def _work(costs: ModelCosts, platform: str) -> Callable[[Cost], float]:
+    """Returns a function that gives the bytes of memory that pass in the time of a call, more or less, by its cost."""
+    if platform != "cpu":
+        return lambda cost: cost.bytes  # sampling waits for memory alone
+    sublayers = len(costs.cfg.pattern) * CPU_SUBLAYER
+    return lambda cost: cost.bytes + cost.flops / CPU_BALANCE + sublayers
+
+
+def _hardly_more(work: np.ndarray) -> np.ndarray:
+    """Returns the work that each decode step may do in place of its own, to save a program."""
+    return work * (1 + MORE) + LITTLE
+
+
+def _worthwhile(shapes: Sequence[tuple[int, int]], work: Sequence[float]) -> list[tuple[int, int]]:
+    """Returns those of `shapes`, which are (rows, positions to read), that are worth a program.
+
+    In place of a shape that has none, the one of least work runs that has as many rows and positions. One after another
+    the shape goes that adds least to the work of all together, as if each were needed equally often: where there are
+    more than MOST_DECODES, and where this does hardly more for none of them. Of the shapes with the same rows, the one
+    of most positions goes last.
+
+    Args:
+        work: of a decode step of each.
+    """
+    (rows, reads), own = np.array(shapes).T, np.array(work)
+    does = np.where((rows >= rows[:, None]) & (reads >= reads[:, None]), own, np.inf)  # [shape, the one that runs]
+    kept = np.ones(len(shapes), bool)
+    while True:
+        options = []
+        for i in np.flatnonzero(kept):
+            left = kept & (np.arange(len(kept)) != i)
+            if reads[i] < reads.max() or not left[rows == rows[i]].any():
+                least = np.where(left, does, np.inf).min(axis=1)
+                options.append((least.sum(), (least <= _hardly_more(own)).all(), i))
+        if kept.sum() <= MOST_DECODES:
+            options = [option for option in options if option[1]]
+        if not options:
+            return [shape for shape, is_kept in zip(shapes, kept, strict=True) if is_kept]
+        kept[min(options)[2]] = False
