@@ -137,14 +137,14 @@ def _worthwhile(shapes: Sequence[tuple[int, int]], work: Sequence[float]) -> lis
     """
     (rows, reads), own = np.array(shapes).T, np.array(work)
     does = np.where((rows >= rows[:, None]) & (reads >= reads[:, None]), own, np.inf)  # [shape, the one that runs]
-    kept = np.ones(len(shapes), bool)
+    kept, most = np.ones(len(shapes), bool), _hardly_more(own)
     while True:
         options = []
         for i in np.flatnonzero(kept):
             left = kept & (np.arange(len(kept)) != i)
             if reads[i] < reads.max() or not left[rows == rows[i]].any():
                 least = np.where(left, does, np.inf).min(axis=1)
-                options.append((least.sum(), (least <= _hardly_more(own)).all(), i))
+                options.append((least.sum(), (least <= most).all(), i))
         if kept.sum() <= MOST_DECODES:
             options = [option for option in options if option[1]]
         if not options:
