@@ -70,6 +70,8 @@ def compiled(config: Config, slice_name: str | None, slices: int, progress: Prog
         programs.use_disk_cache(config.compilation_cache)  # where a run on these devices finds what was compiled
     with progress.doing("dividing the model among the devices"):
         run = footprint.prepare(config, devices)
+    with progress.doing("counting how many pages fit"):
+        run.fit_pages()
     progress.message("\n".join(head(run)))
     building.build(run, progress)
     return run

@@ -94,6 +94,15 @@ class Footprint:
     max_context: int  # tokens of the longest q or q'
     programs: list[ProgramFootprint] = field(default_factory=list)
 
+    def fit_pages(self) -> None:
+        """Does what `Engine.fit_pages` does; where the compiler refuses the fewest pages, the table will say so."""
+        try:
+            self.engine.fit_pages(self.sampler)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+        self.sampler = _of_team(self.engine, self.cfg, self.mesh)
+
     @property
     def code(self) -> int:
         """Bytes of machine code of all programs that a run may load, each as large as the largest of its kind here."""

@@ -100,8 +100,9 @@ def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) ->
     stack.enter_context(showing_waits(console.waiting))
     settings = RewardsConfig(accuracy=1.0, format=0.0, workers=config.rewards.workers, timeout=config.rewards.timeout)
     verifier = stack.enter_context(Verifier(settings))
-    scheduler = _scheduler(config, policy, mesh, task.plan)
-    engine = scheduler.engine
+    engine = _engine(config, policy, mesh, task.plan)
+    engine.fit_pages()
+    scheduler = Scheduler(engine, config.rollout.dispatches_ahead)
     tell = lambda: console.message(
         f"{engine.slots} answers at once take {engine.predicted_bytes() / 2**30:.2f} GiB on each device"
     )
@@ -115,7 +116,7 @@ def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) ->
     return Evaluator(config, task.plan, scheduler, task.renderer, verifier, console), params
 
 
-def _scheduler(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan) -> Scheduler:
+def _engine(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan) -> Engine:
     """Returns a sampler with hardly more slots than there are samples."""
     memory = cluster.from_first(device_bytes)  # processes of a team need as many pages
     if memory is not None and (config.model.lora.rank or not keeps_weights(mesh, config.rollout.mesh.tensor)):
@@ -123,7 +124,7 @@ def _scheduler(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Pl
         memory -= tree_bytes(sharding.abstract_params(mesh, decoder.shapes(policy.model), config.model.dtype))
     shards = max(1, mesh.size // (config.rollout.mesh.tensor or 1))  # at most, whatever the layout is
     samples = sum(len(prompts) * samples_per_problem(config, name) for name, prompts in plan.prompts.items())
-    engine = Engine(
+    return Engine(
         policy.model,
         mesh,
         policy.eos_ids,
@@ -138,4 +139,3 @@ def _scheduler(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Pl
         page_size=config.rollout.page_size,
         memory=memory,
     )
-    return Scheduler(engine, config.rollout.dispatches_ahead)

@@ -84,6 +84,7 @@ def measure(
     """
     task, config, prompts = asked.task, asked.task.config, asked.prompts
     stack.enter_context(showing_waits(console.waiting))
+    engine.fit_pages()
     column, limit = config.data.answer_column or "answer", config.rollout.max_completion_length
     verifier = stack.enter_context(
         Verifier(config.rewards, limit, column, folder / "judge.sqlite", max_steps=task.total_steps)

@@ -16,9 +16,9 @@ from igrpo_jax.models import decoder, heads
 from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
-from igrpo_jax.sampling import inputs, lockstep
+from igrpo_jax.sampling import filling, inputs, lockstep
 from igrpo_jax.sampling.inputs import Piece, Start
-from igrpo_jax.sampling.layout import choose_tensor, pages_in, reads_pages, sampler_mesh
+from igrpo_jax.sampling.layout import choose_tensor, sampler_mesh
 from igrpo_jax.sampling.lockstep import Call
 from igrpo_jax.sampling.programs import SamplerPrograms, traced, weight_shardings
 from igrpo_jax.sampling.shapes import LANES, WIDTH, Sizes
@@ -113,13 +113,30 @@ class Engine:
             prefill_chunk=prefill_chunk,
             parts=cfg.row_parts,
         )
+        self._memory = None if pages else memory
         if not pages:
-            self.sizes = _with_pages(self.sizes, ModelCosts(cfg, dtype, tensor), memory)
+            estimated = filling.estimated_pages(self.sizes, ModelCosts(cfg, dtype, tensor), memory)
+            self.sizes = replace(self.sizes, pages=estimated)
         _check_pages(self.sizes)
         self.programs = SamplerPrograms(cfg, self.mesh, eos_ids, dtype, self.sizes)
         self.sync = WeightSync(model, mesh, self._whole_mesh, dtype)
         self._team_shardings = weight_shardings(cfg, self.mesh)
         self._kept: tuple[tuple[int, ...], Cache] | None = None  # windows of the last dispatch, by its shape
+
+    def fit_pages(self, programs: SamplerPrograms | None = None) -> None:
+        """Makes the pages as many as `memory` holds by the compiler's count, where it bounds them.
+
+        It compiles for it and replaces `programs` and `sizes`, so it comes before all else that is done with them.
+
+        Args:
+            programs: are compiled in the place of the engine's own.
+        """
+        if self._memory is None or self.sizes.pages == self.sizes.most_pages:
+            return
+        # Compilers of several processes may talk to each other: all of them count, and the first one's count is taken.
+        counted = filling.counted_pages(programs or self.programs, self._memory)
+        self.sizes = replace(self.sizes, pages=cluster.from_first(lambda: counted))
+        self.programs = self.programs.resized(self.sizes)
 
     @property
     def wanted(self) -> Wanted:
@@ -146,7 +163,7 @@ class Engine:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the rollout copy of the weights on each device."""
-        return tree_bytes(self.programs.weights)
+        return self.programs.weight_bytes
 
     @property
     def state_bytes(self) -> int:
@@ -159,12 +176,7 @@ class Engine:
 
     def predicted_bytes(self) -> int:
         """Returns the bytes on each device, weights and state included, while the largest compiled program runs."""
-        programs = self.programs
-        return max(
-            programs.decode.peak_bytes,
-            programs.prefill.peak_bytes,
-            programs.fork.peak_bytes + self.weight_bytes,
-        )
+        return self.programs.predicted_bytes
 
     def weights(self, params: decoder.Params) -> decoder.Params:
         """Returns the rollout copy of the policy's parameters: LoRA's changes merged, cast, with the heads that the
@@ -273,17 +285,6 @@ class Engine:
         """Returns what a program takes for numpy arrays whose first dimension is split over the shards."""
         # Given numpy arrays, a program puts them on devices of this process in a quarter of the time of `device_put`.
         return tree if len(self.team.processes) == 1 else sharding.to_global(tree, self.programs.batch_sharding)
-
-
-def _with_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> Sizes:
-    """Returns `sizes` with as many pages as all slots can need without sharing, or as USABLE of `memory` holds."""
-    of_slots = sizes.shard_slots * sizes.slot_pages
-    pages = of_slots + sizes.lanes
-    if memory is not None:
-        held = pages_in(memory, costs, sizes.parts * (sizes.shard_slots + sizes.lanes), sizes.page_size)
-        # Where attention does not read pages in place, decoding copies those of all slots.
-        pages = max(sizes.least_pages, min(pages, held if reads_pages(costs.cfg, costs.tensor) else held - of_slots))
-    return replace(sizes, pages=pages)
 
 
 def _check_pages(sizes: Sizes) -> None:

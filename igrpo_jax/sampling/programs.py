@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from igrpo_jax.distributed import sharding
-from igrpo_jax.distributed.programs import Cost, Program
+from igrpo_jax.distributed.programs import Cost, Program, tree_bytes
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
 from igrpo_jax.models.cache import Cache
@@ -47,9 +47,12 @@ class SamplerPrograms:
         weights: the rollout copy of the weights, as abstract arrays.
         batch_sharding: splits arrays over the shards of the batch by their first dimension.
         costs: the costs of the model on this mesh.
+        sizes: what they are compiled for.
+        resized: returns the programs of other sizes.
     """
 
     def __init__(self, cfg: DecoderConfig, mesh: jax.sharding.Mesh, eos_ids: tuple[int, ...], dtype: str, sizes: Sizes):
+        self.resized = partial(SamplerPrograms, cfg, mesh, eos_ids, dtype)
         self.batch_sharding = sharding.batch_sharding(mesh)
         # Every process of a team reads the results of all its shards.
         self._status_sharding = sharding.replicated(mesh) if sharding.processes(mesh) > 1 else self.batch_sharding
@@ -66,7 +69,7 @@ class SamplerPrograms:
         self._cfg = cfg
         self._dtype = dtype
         self._mesh = mesh
-        self._sizes = sizes
+        self.sizes = sizes
         self._eos = np.asarray(eos_ids, np.int32)
         self._shards = sharding.batch_shards(mesh)
         self._replicated = sharding.replicated(mesh)
@@ -89,10 +92,20 @@ class SamplerPrograms:
     def __iter__(self) -> Iterator[Program]:
         return iter((self.empty, self.harvest, self.fork, self.prefill, self.decode))
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the rollout copy of the weights on each device."""
+        return tree_bytes(self.weights)
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Bytes on each device, weights and state included, while the largest program compiled so far runs."""
+        return max(self.decode.peak_bytes, self.prefill.peak_bytes, self.fork.peak_bytes + self.weight_bytes)
+
     @cached_property
     def empty(self) -> Program:
         """Makes all pages, lanes and slots, free."""
-        pool = self._sizes.pages * self._sizes.page_size
+        pool = self.sizes.pages * self.sizes.page_size
         return Program(
             "empty",
             jax.jit(self._build_empty, out_shardings=self._state_sharding),
@@ -118,19 +131,19 @@ class SamplerPrograms:
     @cached_property
     def fork(self) -> Program:
         """Starts samples of prompts that are read."""
-        run = partial(steps.fork, self._mesh, self._eos, self._sizes.parts)
+        run = partial(steps.fork, self._mesh, self._eos, self.sizes.parts)
         return Program(
             "fork",
             jax.jit(run, donate_argnums=0, out_shardings=self._state_sharding),
             lambda: (self.state, self._fork(), _abstract_sampling()),
             self._mesh,
-            cost=lambda: self.costs.cache_slots(2 * WIDTH, self._sizes.page_size),
+            cost=lambda: self.costs.cache_slots(2 * WIDTH, self.sizes.page_size),
         )
 
     @cached_property
     def decode(self) -> Program:
         """Draws up to K tokens in each active row; the shape is (rows of a part, positions of each)."""
-        sizes, run = self._sizes, partial(decoding.decode, self._cfg, self._mesh, self._eos)
+        sizes, run = self.sizes, partial(decoding.decode, self._cfg, self._mesh, self._eos)
         of_windows = jax.tree.map(lambda x: x.sharding, self.windows(1, sizes.page_size))
         return Program(
             "decode",
@@ -160,7 +173,7 @@ class SamplerPrograms:
             jax.jit(steps.harvest, out_shardings=self._replicated),
             lambda: (self.state, jax.ShapeDtypeStruct((WIDTH,), jnp.int32, sharding=self._replicated)),
             self._mesh,
-            cost=lambda: Cost(0, 2 * WIDTH * 8 * self._sizes.max_completion),
+            cost=lambda: Cost(0, 2 * WIDTH * 8 * self.sizes.max_completion),
         )
 
     def windows(self, rows: int, read: int) -> Cache:
@@ -168,11 +181,11 @@ class SamplerPrograms:
         accelerators, whose memory XLA keeps."""
         if self.in_place or not self._on_cpu:
             return (None,) * len(self._cfg.pattern)
-        rows *= self._sizes.parts * self._shards
+        rows *= self.sizes.parts * self._shards
         return caches.abstract_windows(self._cfg, rows, read, jnp.dtype(self._dtype), self._mesh)
 
     def _chunk(self, size: int) -> Chunk:
-        lanes, pages = self._sizes.parts * self._sizes.lanes, pages_for(self._sizes.max_context, self._sizes.page_size)
+        lanes, pages = self.sizes.parts * self.sizes.lanes, pages_for(self.sizes.max_context, self.sizes.page_size)
         ints = self._ints
         return Chunk(ints(size), ints(lanes), ints(lanes, pages), ints(lanes + 1), ints(1), ints(lanes))
 
@@ -181,9 +194,9 @@ class SamplerPrograms:
         return Fork(**dict.fromkeys(Fork._fields, self._ints(WIDTH)) | {"key": keys})
 
     def _rows(self, rows: int, read: int) -> Rows:
-        rows *= self._sizes.parts
+        rows *= self.sizes.parts
         runs = jax.ShapeDtypeStruct((self._shards, rows), jnp.bool_, sharding=self.batch_sharding)
-        pages = read // self._sizes.page_size
+        pages = read // self.sizes.page_size
         return Rows(self._ints(rows), runs, self._ints(rows, pages), self._ints())
 
     def _ints(self, *size: int) -> jax.ShapeDtypeStruct:

@@ -58,6 +58,11 @@ class Sizes:
         """The pages with which one sample can always be drawn: its own, and its prompt's partly filled one."""
         return self.slot_pages + 1
 
+    @property
+    def most_pages(self) -> int:
+        """The pages of all slots where none are shared, and a partly filled one of each lane."""
+        return self.shard_slots * self.slot_pages + self.lanes
+
 
 def decode_shapes(sizes: Sizes, costs: ModelCosts, platform: str, in_place: bool) -> dict[int, tuple[int, ...]]:
     """Returns the lengths that decoding may copy side by side, by the rows of a part that it runs, fewest rows first.

@@ -71,20 +71,23 @@ def _start(
     # These two check slots, mesh, the objective's settings and LoRA's targets, before anything is written.
     sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
     learner = Learner(config, task.policy.model, task.mesh, **sizes)
-    scheduler = _open_scheduler(config, task, learner)
+    engine = _open_engine(config, task, learner)
     resumes, still_ours = _claim(workdir, config, stack, console)
     if config.checkpoint.push:
         cluster.from_first(functools.partial(_claim_repository, config))
     ending.forget(workdir)
     is_igrpo = config.algorithm.num_drafts > 0 and config.algorithm.second_stage == "refine"
     title = "iGRPO run" if is_igrpo else "Run"
-    console.table(title, overview.before(config, task, scheduler.engine, learner, workdir))
-    verifier = stack.enter_context(_verifier(config, workdir, task.total_steps, scheduler.engine.team.count))
+    with showing_waits(console.waiting):
+        engine.fit_pages()
+    scheduler = Scheduler(engine, config.rollout.dispatches_ahead)
+    console.table(title, overview.before(config, task, engine, learner, workdir))
+    verifier = stack.enter_context(_verifier(config, workdir, task.total_steps, engine.team.count))
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)
     if latest != task.total_steps:
-        first = _first_wanted(config, task, scheduler.engine, latest)
-        stack.enter_context(_compiling(config, task, scheduler.engine, learner, first, console))
+        first = _first_wanted(config, task, engine, latest)
+        stack.enter_context(_compiling(config, task, engine, learner, first, console))
     stack.enter_context(showing_waits(console.waiting))
     if latest is None:
         first_step, progress = 0, Progress()
@@ -118,13 +121,12 @@ def _start(
     return run, state
 
 
-def _open_scheduler(config: Config, task: Task, learner: Learner) -> Scheduler:
-    """Returns the sampler's queue, which training and evaluation share."""
+def _open_engine(config: Config, task: Task, learner: Learner) -> Engine:
+    """Returns the sampler's programs, which training and evaluation share."""
     policy, memory = task.policy, cluster.from_first(device_bytes)  # processes of a team need as many pages
     if memory is not None:
         memory -= overview.resting_bytes(config, task.mesh, learner)
-    engine = sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated, memory)
-    return Scheduler(engine, config.rollout.dispatches_ahead)
+    return sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated, memory)
 
 
 def _claim_repository(config: Config) -> None:

@@ -13,11 +13,11 @@ import tiny_models
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
-from igrpo_jax.distributed.programs import compilations
+from igrpo_jax.distributed.programs import Program, compilations
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, hf_files, hf_read, paged
+from igrpo_jax.sampling import filling, shapes
 from igrpo_jax.sampling import programs as sampler_programs
-from igrpo_jax.sampling import shapes
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
@@ -304,6 +304,35 @@ def test_pages_are_as_many_as_slots_need_or_memory_holds(tiny):
     weights, copied = 4 * tiny[0].num_params, 4 * 4  # decoding copies the pages of all slots
     assert pages((weights + (copied + 10) * 4096 + 99) / 0.9) == 10
     assert pages(weights) == 5  # the least with which a run can begin
+
+
+def test_pages_fill_what_the_compiler_leaves(tiny):
+    """Of all programs together with a page more would not fit; nothing is compiled where memory is no bound."""
+    sizes = {"slots": 32, "max_context": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
+    engine = Engine(tiny[0], one_device(), EOS, **sizes, memory=4 * tiny[0].num_params + 800_000, prefill_chunk=64)
+    estimated = engine.sizes.pages
+    engine.fit_pages()
+    pages = engine.sizes.pages
+    assert engine.sizes.least_pages < pages < engine.sizes.most_pages and pages != estimated
+    assert engine.programs.sizes.pages == pages
+    engine.compile()
+    used = engine.predicted_bytes()
+    code = sum(len(program.shapes) * program.code_bytes for program in engine.programs)
+    assert 0 <= 0.95 * engine._memory - used - code < 4096
+    for bounds in ({"pages": 9}, {"memory": 1e9}, {}):
+        engine = Engine(tiny[0], one_device(), EOS, **sizes, **bounds)
+        before = engine.programs
+        engine.fit_pages()
+        assert engine.programs is before and not any(program.is_ready(*shape) for program, shape in engine.wanted)
+
+
+def test_the_code_of_all_programs_leaves_fewer_pages(tiny, monkeypatch):
+    sizes = {"slots": 32, "max_context": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
+    memory = 4 * tiny[0].num_params + 900_000
+    programs = Engine(tiny[0], one_device(), EOS, **sizes, memory=memory, prefill_chunk=64).programs
+    without, number = filling.counted_pages(programs, memory), sum(len(program.shapes) for program in programs) - 2
+    monkeypatch.setattr(Program, "code_bytes", 4096)  # a page; not that of `empty` and `harvest`
+    assert filling.counted_pages(programs, memory) == without - number > programs.sizes.least_pages
 
 
 @pytest.mark.slow(seconds=14)
