@@ -481,14 +481,16 @@ class LearnerConfig:
     # Number of steps in a row with a loss or gradient that is not finite before the run stops; each changes nothing
     # and leaves its batch in WORKDIR/nonfinite.
     max_nonfinite_steps: Annotated[int, AtLeast(1)] = 5
-    # What the backward pass recomputes of each sublayer: all ("full"), all but matrix products ("dots"), or nothing
-    # ("none"); "auto" is the least of them that fits into memory by the compiler's count.
-    remat: Annotated[str, Choice("auto", "full", "dots", "none")] = "auto"
+    # What the backward pass recomputes: logits and of each sublayer all ("full"), or all but matrix products ("dots"),
+    # or logits alone ("logits"), or nothing ("none"); "auto" is the least of them that fits into memory by the
+    # compiler's count.
+    remat: Annotated[str, Choice("auto", "full", "dots", "logits", "none")] = "auto"
     # Kernel of attention: "cudnn" is for GPUs and "splash" for TPUs; "auto" chooses by device and dtype.
     attention: Annotated[str, Choice("auto", "xla", "chunked", "cudnn", "splash")] = "auto"
     # Whether the reference model (beta > 0) stays in host memory between its forward passes.
     offload_reference: bool = False
-    # Number of completion positions on each shard of the batch whose logits exist at once; None for 128 MiB of them.
+    # Number of completion positions on each shard of the batch whose logits exist at once; None for up to 1,024, on a
+    # CPU 256, as many as 1/128 of the device's memory holds.
     logprob_chunk: Annotated[int | None, AtLeast(1)] = None
 
 

@@ -150,7 +150,7 @@ def _gradient(cfg, weights, batch, weight, dtype: str) -> tuple:
             batch.completion_tokens,
             dtype=dtype,
             temperature=1.0,
-            chunk=None,
+            chunk=256,
             remat="full",
         )
         return (logprob * weight).sum(), (logprob, entropy)

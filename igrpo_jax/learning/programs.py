@@ -23,6 +23,7 @@ from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import TrainingCosts
+from igrpo_jax.models.logprobs import chunk_positions
 
 FILLED = 0.95  # of a device's memory, which never fits together without gaps
 
@@ -72,7 +73,7 @@ class LearnerPrograms:
             cfg=cfg,
             dtype=config.model.dtype,
             temperature=config.rollout.temperature,
-            chunk=config.learner.logprob_chunk,
+            chunk=chunk_positions(config.learner.logprob_chunk, cfg.vocab_size, mesh),
             remat="none",  # `rescore` differentiates nothing
             lora_scaling=config.model.lora.scaling,
         )
@@ -109,7 +110,7 @@ class LearnerPrograms:
         usable = chips.usable_bytes(self._mesh.devices.flat[0]) * FILLED
         size, waiting = self._sizes[0], self.waiting_bytes.accumulate
         state = waiting + 2 * tree_bytes(self.state.params) + tree_bytes(self.frozen)
-        for remat in ("none", "dots"):
+        for remat in ("none", "logits", "dots"):
             if state + self.costs.least_kept_bytes(*size, remat) > usable:
                 continue
             try:

@@ -21,7 +21,7 @@ from igrpo_jax.learning.packing import MicroBatch, Piece, TrainBatch, Unit
 from igrpo_jax.learning.supervised import imitated
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
-from igrpo_jax.models.logprobs import packed_logprobs
+from igrpo_jax.models.logprobs import chunk_positions, packed_logprobs
 from igrpo_jax.models.segments import BLOCK
 
 
@@ -56,8 +56,8 @@ def warm_start(
             batch.completion_tokens,
             dtype=config.model.dtype,
             temperature=1.0,
-            chunk=config.learner.logprob_chunk,
-            remat="none",
+            chunk=chunk_positions(config.learner.logprob_chunk, cfg.vocab_size, mesh),
+            remat="logits",
         )
         return -jnp.sum(jnp.where(batch.mask, logprob, 0.0)) / jnp.sum(batch.mask)
 

@@ -143,7 +143,7 @@ class TrainingCosts:
 
     def __init__(self, config: Config, cfg: DecoderConfig, mesh: jax.sharding.Mesh, unit: tuple[int, int, int]):
         self.model = ModelCosts(cfg, config.model.dtype, mesh.shape["tensor"])
-        self._config = config
+        self._chunk = chunk_positions(config.learner.logprob_chunk, cfg.vocab_size, mesh)
         self._unit = unit
         tensor = self.model.tensor
         shapes = decoder.shapes(cfg)
@@ -154,24 +154,27 @@ class TrainingCosts:
         self._orthogonalized = sum(map(_newton_schulz, trained, trained.values())) / pieces if is_muon else 0
 
     def accumulate(self, size: int, remat: str) -> Cost:
-        """Returns the cost of the gradient of `size` tokens on each shard: forward, backward (twice as much), with full
-        remat forward once more; gradients are added in float32."""
+        """Returns the cost of the gradient of `size` tokens on each shard: forward, backward (twice as much), and
+        forward once more of what is recomputed; gradients are added in float32."""
         model = self.model
         layers, positions = self._forward(size)
         passes = 4 if remat == "full" else 3
         added = 2 * 4 * (model.linear_weights / model.tensor + self._trained)
-        # The backward pass of the head: logits once more, two products, and the sum of its gradient per chunk.
+        # The backward pass of the head: logits once more or kept, two products, and the sum of its gradient per chunk.
         head_gradient = Cost(0, self._chunks(positions) * 8 * model.head_weights / model.tensor)
-        backward = self._logits(positions) * 3 + head_gradient
+        backward = self._logits(positions) * (2 if remat == "none" else 3) + head_gradient
         return layers * passes + self._logits(positions) + backward + Cost(0, added)
 
     def least_kept_bytes(self, size: int, remat: str) -> float:
         """Returns fewer bytes than the backward pass of `size` tokens keeps on a device.
 
-        With "dots" they are what products give, with "none" half as much again, for the inputs of other functions.
+        With "dots" they are what products give, with "logits" half as much again, for the inputs of other functions,
+        and with "none" the logits too.
         """
-        kept = {"full": 0.0, "dots": 1.0, "none": 1.5}[remat]
-        return kept * size * self.model.outputs * self.model.item_bytes / self.model.tensor
+        model = self.model
+        kept = {"full": 0.0, "dots": 1.0, "logits": 1.5, "none": 1.5}[remat]
+        logits = 4 * self._forward(size)[1] * model.cfg.vocab_size if remat == "none" else 0
+        return (kept * size * model.outputs * model.item_bytes + logits) / model.tensor
 
     def rescore(self, size: int) -> Cost:
         """Returns the cost of the log-probs of a micro-batch of `size` tokens on each shard."""
@@ -198,8 +201,7 @@ class TrainingCosts:
 
     def _chunks(self, positions: float) -> float:
         """Returns how many chunks the head runs in, as `models.logprobs` cuts them."""
-        chunk = self._config.learner.logprob_chunk or chunk_positions(self.model.cfg.vocab_size, self.model.tensor)
-        return max(1.0, positions / chunk)
+        return max(1.0, positions / self._chunk)
 
 
 def _pairs(prefix: int, lengths: Sequence[int]) -> float:

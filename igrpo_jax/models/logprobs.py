@@ -1,8 +1,8 @@
 """Log-probs and entropy of given tokens by a loop over chunks of positions, so that [R, T, V] never exists.
 
-The logits of a chunk are computed, used and dropped, and computed again in the backward pass. That pass is written by
-hand: it keeps the logsumexp, and so needs one exponential and no reduction over the vocabulary. Chunks past the last
-position that is asked for are left out: how many are run is known when the loop runs.
+The logits of a chunk are computed, used and dropped, and computed again in the backward pass, unless they are to be
+kept. That pass is written by hand: it keeps the logsumexp, and so needs one exponential and no reduction over the
+vocabulary. Chunks past the last position that is asked for are left out: how many are run is known when the loop runs.
 
 Each shard of the batch runs its own loop. The head is gathered once before the loop. Its gradient is summed over the
 chunks in float32, and summed over the shards once after the loop. Without `shard_map` the compiler would gather and sum
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed import chips, sharding
 from igrpo_jax.distributed.sharding import constrain
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
@@ -29,10 +29,12 @@ BATCH = sharding.RULES["batch"]
 # or not at all.
 ROWS, PARTS, REPLICATED = PartitionSpec(None, BATCH), PartitionSpec(BATCH), PartitionSpec()
 
-LOGITS_BYTES = 128 << 20  # most bytes of a chunk's float32 logits on one device, where no other size is asked for
-# Most positions of a chunk, so that the last chunk, which may hold a single one, costs little; smaller chunks would add
-# to the gradient of the head more often.
-LONGEST_CHUNK = 512
+LOGITS_SHARE = 1 / 128  # of a device's memory, for the float32 logits of a chunk
+# Most positions of a chunk, so that the last chunk, which may hold a single one, costs little. With fewer, the sum of
+# the head's gradient, which is read and written once for each chunk, costs more: by the published peaks as much as the
+# products of 300 positions on an H100 and of 170 on a v5p; on a CPU about as much as those of ten.
+LONGEST_CHUNK = {"cpu": 256}
+OTHER_LONGEST_CHUNK = 1024
 
 
 def token_logprobs(
@@ -40,10 +42,11 @@ def token_logprobs(
     head: jax.Array,
     targets: jax.Array,
     temperature: float,
-    chunk: int | None = None,
+    chunk: int,
     tied: bool = False,
     entropy_gradient: bool = False,
     count: jax.Array | None = None,
+    keep_logits: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns log-prob and entropy of the tempered policy softmax(logits / temperature).
 
@@ -54,11 +57,12 @@ def token_logprobs(
             have a narrower dtype.
         targets: [R, T] int32.
         temperature: sampling temperature; 0 (greedy) is read as 1.
-        chunk: positions on each shard of the batch whose logits exist at once, at least one per row; None = up to
-            LONGEST_CHUNK, as many as LOGITS_BYTES hold, so that a larger vocabulary needs no more memory.
+        chunk: positions on each shard of the batch whose logits exist at once, at least one per row.
         tied: whether `head` is the embedding.
         entropy_gradient: whether the entropy is differentiated. False where it is only a metric.
         count: [] int32, the first positions of each row that are wanted; None = all.
+        keep_logits: whether the logits, [R, T, V] float32, stay in memory for the backward pass, which computes one of
+            four products less then.
 
     Returns:
         logprob [R, T] float32, and entropy [R, T] float32 in nats. Past the chunk that holds position `count` both are
@@ -66,25 +70,28 @@ def token_logprobs(
     """
     rows, time = targets.shape
     mesh = jax.sharding.get_abstract_mesh()
-    shards, parts = (1, 1) if mesh.empty else (sharding.batch_shards(mesh), mesh.shape["tensor"])
-    if chunk is None:
-        chunk = chunk_positions(head.shape[0 if tied else 1], parts)
+    shards = 1 if mesh.empty else sharding.batch_shards(mesh)
     length = min(max(1, chunk // -(-rows // shards)), time)
     chunks = -(-time // length)
     trips = jnp.int32(chunks) if count is None else (count + length - 1) // length
     pad = lambda x: jnp.pad(x, ((0, 0), (0, chunks * length - time), *[(0, 0)] * (x.ndim - 2)))
     split = lambda x: pad(x).reshape(rows, chunks, length, *x.shape[2:]).swapaxes(0, 1)
     axes = "VD" if tied else "DV"
-    results = _chunked(split(hidden), head, split(targets), trips, temperature or 1.0, axes, entropy_gradient)
+    how = temperature or 1.0, axes, entropy_gradient, keep_logits
+    results = _chunked(split(hidden), head, split(targets), trips, *how)
     return tuple(x.swapaxes(0, 1).reshape(rows, -1)[:, :time] for x in results)
 
 
-def chunk_positions(vocab_size: int, tensor: int) -> int:
-    """Returns the positions of a chunk where no other number is asked for; the vocabulary is split `tensor` ways."""
-    return max(1, min(LONGEST_CHUNK, LOGITS_BYTES // (4 * vocab_size // tensor)))
+def chunk_positions(asked: int | None, vocab_size: int, mesh: jax.sharding.Mesh) -> int:
+    """Returns the positions of a chunk: those that are `asked` for or, for None, as many as LOGITS_SHARE of a device's
+    memory holds, so that a larger vocabulary needs no more of it."""
+    device = mesh.devices.flat[0]
+    longest = LONGEST_CHUNK.get(device.platform, OTHER_LONGEST_CHUNK)
+    held = int(LOGITS_SHARE * chips.usable_bytes(device) / (4 * vocab_size / mesh.shape["tensor"]))
+    return asked or max(1, min(longest, held))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _chunked(
     hidden: jax.Array,
     head: jax.Array,
@@ -93,6 +100,7 @@ def _chunked(
     temperature: float,
     axes: str,
     entropy_gradient: bool,
+    keep_logits: bool,
 ):
     """Returns log-prob and entropy [n, R, C] float32 of n chunks, of which the first `trips` are computed.
 
@@ -102,7 +110,7 @@ def _chunked(
         trips: [] int32.
         axes: the axes of head, "DV" or "VD".
     """
-    return _forward(hidden, head, targets, trips, temperature, axes, entropy_gradient)[0]
+    return _forward(hidden, head, targets, trips, temperature, axes, entropy_gradient, False)[0]
 
 
 def _loop(trips: jax.Array, body: Callable, carry, xs):
@@ -163,7 +171,7 @@ def _constrained(head: jax.Array, axes: str, embed: str | None = None) -> jax.Ar
     return constrain(head, *("vocab" if axis == "V" else embed for axis in axes))
 
 
-def _forward(hidden, head, targets, trips, temperature, axes, entropy_gradient):
+def _forward(hidden, head, targets, trips, temperature, axes, entropy_gradient, keep_logits):
     """Returns (log-prob, entropy), and what the backward pass keeps."""
 
     def run(head, trips, *xs):
@@ -177,29 +185,29 @@ def _forward(hidden, head, targets, trips, temperature, axes, entropy_gradient):
             total, weighted, picked = _sums(weight, weight * logits, jnp.where(_is_target(logits, target), logits, 0.0))
             lse = top + jnp.log(total)
             entropy = lse - weighted / total
-            return None, (picked - lse, entropy, lse)
+            return None, (picked - lse, entropy, lse, logits if keep_logits else None)
 
         return _loop(trips, body, None, xs)[1]
 
-    run = _per_shard(run, (REPLICATED, REPLICATED, ROWS, ROWS), (ROWS,) * 3)
-    logprob, entropy, lse = run(head.astype(hidden.dtype), trips, hidden, targets)
-    return (logprob, entropy), (hidden, head, targets, trips, lse, entropy)
+    run = _per_shard(run, (REPLICATED, REPLICATED, ROWS, ROWS), (ROWS,) * 4)
+    logprob, entropy, lse, logits = run(head.astype(hidden.dtype), trips, hidden, targets)
+    return (logprob, entropy), (hidden, head, targets, trips, lse, entropy, logits)
 
 
-def _backward(temperature, axes, entropy_gradient, kept, gradients):
+def _backward(temperature, axes, entropy_gradient, keep_logits, kept, gradients):
     """Returns the gradients of hidden and head, by d log p / d z = [target] - p and d H / d z = -p (log p + H).
 
     Here z are the tempered logits, p their softmax and H the entropy.
     """
-    hidden, head, targets, trips, lse, entropy = kept
+    hidden, head, targets, trips, lse, entropy, logits = kept
     logprob_gradients, entropy_gradients = gradients
 
     def run(head, trips, *xs):
         head = _constrained(head, axes)
 
         def body(total, xs):
-            h, target, norm, gradient, *of_entropy = xs
-            logits = _logits(h, head, temperature, axes)
+            h, target, norm, gradient, kept, *of_entropy = xs
+            logits = _logits(h, head, temperature, axes) if kept is None else kept
             logp = logits - norm[..., None]
             probability = jnp.exp(logp)
             inner = jnp.where(_is_target(logits, target), 1.0, 0.0) - probability
@@ -217,7 +225,7 @@ def _backward(temperature, axes, entropy_gradient, kept, gradients):
         total, inner = _loop(trips, body, _constrained(jnp.zeros(head.shape, jnp.float32), axes), xs)
         return total[None], inner
 
-    xs = (hidden, targets, lse, logprob_gradients, *([entropy, entropy_gradients] if entropy_gradient else []))
+    xs = (hidden, targets, lse, logprob_gradients, logits, *([entropy, entropy_gradients] if entropy_gradient else []))
     run = _per_shard(run, (REPLICATED, REPLICATED, *[ROWS] * len(xs)), (PARTS, ROWS))
     totals, inner = run(head.astype(hidden.dtype), trips, *xs)
     return inner, _constrained(totals.sum(axis=0), axes, "embed").astype(head.dtype), None, None
@@ -237,7 +245,7 @@ def packed_logprobs(
     *,
     dtype: str,
     temperature: float,
-    chunk: int | None,
+    chunk: int,
     remat: str,
     entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -254,12 +262,15 @@ def packed_logprobs(
         count: [] int32, the tokens of completions on the shard with the most of them.
         dtype: dtype of the computation.
         temperature, chunk, entropy_gradient: as for `token_logprobs`.
-        remat: as for `decoder.apply`.
+        remat: what the backward pass computes anew: logits alone ("logits"), nothing ("none"), or logits and what
+            `decoder.apply` says.
 
     Returns:
         Log-prob and entropy (nats), each [S, F] float32. They are meaningless where no completion's token is.
     """
     weights = decoder.cast(params, dtype)
-    hidden, _ = decoder.apply(cfg, weights, tokens, segments.position, segments, remat=remat)
+    of_sublayers = "none" if remat == "logits" else remat
+    hidden, _ = decoder.apply(cfg, weights, tokens, segments.position, segments, remat=of_sublayers)
     head = params["embedding" if cfg.tie_embeddings else "lm_head"]
-    return token_logprobs(hidden, head, targets, temperature, chunk, cfg.tie_embeddings, entropy_gradient, count)
+    how = cfg.tie_embeddings, entropy_gradient, count, remat == "none"
+    return token_logprobs(hidden, head, targets, temperature, chunk, *how)

@@ -20,7 +20,7 @@ from igrpo_jax.session.task import Task
 SEEN_STEPS = 20  # of a resumed run, whose mean predicts the next ones
 
 # By config.learner.remat.
-_RECOMPUTED = {"none": "nothing", "dots": "all but matrix products", "full": "all"}
+_RECOMPUTED = {"none": "nothing", "logits": "logits", "dots": "all but matrix products", "full": "all"}
 
 
 def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir: Path) -> list[tuple[str, object]]:

@@ -425,7 +425,7 @@ def gathered(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "logits", "full"])
 def test_only_weights_are_gathered(tiny, remat):
     """The constraints hold on virtual devices too: weights travel over fsdp, and of activations only sums.
 
@@ -444,9 +444,10 @@ def test_only_weights_are_gathered(tiny, remat):
         weights.add(tuple(sorted(x for x in local if x != 1)))
     sums = {(2, 42)} if jax.default_backend() == "cpu" else set()
     assert gathered(text) - sums and gathered(text) <= weights | sums
-    # Each device has the logits of its own axis and words only, and keys of its own heads.
-    positions = {int(x) * int(y) for x, y in re.findall(r"f32\[(\d+),(\d+),56\]", text)}
-    assert max(positions) == 42
+    # Each device has the logits of its own axis and words only, of a chunk unless all are kept, and keys of its own
+    # heads.
+    positions = {int(n or 1) * int(x) * int(y) for n, x, y in re.findall(r"f32\[(?:(\d+),)?(\d+),(\d+),56\]", text)}
+    assert max(positions) == (5 * 42 if remat == "none" else 42)
     assert not re.search(r"\[(\d+,)+112\]|\[112,(\d+,)+", text.replace("[32,112]", "").replace("[112,32]", ""))
     assert re.search(r"\[1,192,2,8\]", text) and not re.search(r"\[(\d+,)*192,4,8\]", text)
 
@@ -459,16 +460,16 @@ def test_remat(build, tiny):
     """The compiler may undo a recomputation that was asked for: hence its memory."""
     memory, gradient, sums = {}, {}, {}
     model = dataclasses.replace(tiny[0], attention="chunked")
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "logits", "dots", "full"):
         learner, _ = built = make_learner(model, learner__remat=remat)
         batch = one_batch(learner.packer, weighted_units(learner))
         gradient[remat], sums[remat] = accumulated(built, tiny[1], batch)
         memory[remat] = learner.programs.accumulate.compiled(WHOLE).memory_analysis().temp_size_in_bytes
-    for remat in ("dots", "full"):
+    for remat in ("logits", "dots", "full"):
         assert_close(gradient[remat], gradient["none"], 5e-6)
         assert float(sums[remat].loss_sums.loss) == pytest.approx(float(sums["none"].loss_sums.loss), abs=1e-6)
     assert all(np.abs(g).max() > 0 for g in gradient["none"].values())
-    assert memory["full"] < memory["dots"] < memory["none"], memory
+    assert memory["full"] < memory["dots"] < memory["logits"] < memory["none"], memory
     assert memory["full"] < 0.6 * memory["none"], memory
 
 

@@ -112,8 +112,8 @@ def test_an_update_is_forward_and_backward_and_with_remat_forward_again(tiny):
     costs = training(tiny[0])
     head = 2 * 32 * 64 * 2 * 3 * 32
     forward = costs.rescore(size).flops - head
-    for remat, passes in (("none", 3), ("dots", 3), ("full", 4)):
-        assert costs.accumulate(size, remat).flops == pytest.approx(passes * forward + 4 * head)
+    for remat, passes, heads in (("none", 3, 3), ("logits", 3, 4), ("dots", 3, 4), ("full", 4, 4)):
+        assert costs.accumulate(size, remat).flops == pytest.approx(passes * forward + heads * head)
 
 
 def test_a_micro_batch_is_as_many_units_as_its_tokens_make(tiny):
@@ -155,10 +155,9 @@ def test_useful_work_is_that_of_programs_without_padding(name, request):
     four = training(c, sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]))
     assert one.model.useful_flops(17, [32] * 3, 1) == pytest.approx(one.rescore(TOKENS).flops)
     assert four.model.useful_flops(17, [32] * 3, 1) == pytest.approx(one.rescore(TOKENS).flops)  # of all devices
-    head = 2 * c.hidden_size * c.vocab_size * 3 * 32
-    assert one.model.useful_flops(17, [32] * 3, 3) == pytest.approx(
-        one.accumulate(TOKENS, "none").flops - head
-    )  # recomputed logits
+    useful, head = one.model.useful_flops(17, [32] * 3, 3), 2 * c.hidden_size * c.vocab_size * 3 * 32
+    assert useful == pytest.approx(one.accumulate(TOKENS, "none").flops)
+    assert useful == pytest.approx(one.accumulate(TOKENS, "logits").flops - head)  # without what is recomputed
     # Padding costs the program as much as tokens do, and is of no use.
     assert (
         one.model.useful_flops(17, [32, 5, 1], 1)
@@ -217,16 +216,21 @@ def test_less_is_kept_than_the_compiler_counts(tiny):
     costs = training(c)
     by_hand = 4 * (32 + 2 * 16 + 64 + 2 * 512 + 64)  # q, k and v, o, gate and up, down; in 4 layers
     assert costs.least_kept_bytes(256, "dots") == 4 * 256 * by_hand
-    assert costs.least_kept_bytes(256, "none") == 1.5 * 4 * 256 * by_hand and costs.least_kept_bytes(256, "full") == 0
+    assert costs.least_kept_bytes(256, "logits") == 1.5 * 4 * 256 * by_hand and costs.least_kept_bytes(256, "full") == 0
+    completions = 256 / TOKENS * 3 * 32
+    logits = 4 * completions * c.vocab_size
+    assert costs.least_kept_bytes(256, "none") == pytest.approx(costs.least_kept_bytes(256, "logits") + logits)
     four = training(c, sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]))
     assert four.least_kept_bytes(256, "dots") == costs.least_kept_bytes(256, "dots") / 2
     shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in decoder.shapes(c).items()}
     tokens = jax.ShapeDtypeStruct((1, 256), jnp.int32)
 
     def temporaries(remat):
-        loss = lambda params, tokens: decoder.apply(c, params, tokens, jnp.arange(256)[None], remat=remat)[0].sum()
+        of_sublayers = "none" if remat == "logits" else remat
+        run = lambda params, tokens: decoder.apply(c, params, tokens, jnp.arange(256)[None], remat=of_sublayers)
+        loss = lambda params, tokens: run(params, tokens)[0].sum()
         program = jax.jit(jax.grad(loss)).lower(shapes, tokens)
         return program.compile(decoder.barrier_options("cpu")).memory_analysis()
 
-    for remat in ("dots", "none"):
+    for remat in ("dots", "logits"):
         assert costs.least_kept_bytes(256, remat) < temporaries(remat).temp_size_in_bytes

@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 
 from igrpo_jax import config
-from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed import chips, sharding
 from igrpo_jax.models import decoder, logprobs
 from igrpo_jax.models.logprobs import packed_logprobs, token_logprobs
 from igrpo_jax.models.segments import Family, pack, starts
@@ -44,12 +44,13 @@ def value_and_gradients(function, bonus=0.0):
     return [np.asarray(x) for x in (*values, *gradients)]
 
 
+@pytest.mark.parametrize("keep_logits", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 @pytest.mark.parametrize("chunk", [1, 3, 10, 64])
-def test_equal_to_full_logits(chunk, temperature):
+def test_equal_to_full_logits(chunk, temperature, keep_logits):
     """10 positions of 3 rows leave a rest of T = 10, 64 are more than all; temperature 0 (greedy) is read as 1."""
     expected = value_and_gradients(lambda *x: naive(*x, temperature))
-    got = value_and_gradients(lambda *x: token_logprobs(*x, temperature, chunk))
+    got = value_and_gradients(lambda *x: token_logprobs(*x, temperature, chunk, keep_logits=keep_logits))
     for a, b in zip(got, expected, strict=True):
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=0)
@@ -214,6 +215,18 @@ SIZE = 64
 CONTEXTS, COMPLETIONS = (6, 1, 9), ((4, 6), (5, 1), (3, 6))  # tokens; a context of one token has no prefix
 MODELS = {"tiny": tiny_models.tiny_config, "hybrid": tiny_models.hybrid_config}
 SHARDS = ((0, 1), (2,))  # which contexts stand on which axis
+
+
+def test_a_chunk_has_as_many_positions_as_memory_holds(monkeypatch):
+    """100 of a vocabulary of 500 in 1/128 of the memory; a device has half of the words where two share them."""
+    monkeypatch.setattr(chips, "usable_bytes", lambda device: 128 * 100 * 500 * 4)
+    one, two = (sharding.make_mesh(config.MeshConfig(tensor=n), jax.devices()[:n]) for n in (1, 2))
+    chunk = functools.partial(logprobs.chunk_positions, None)
+    assert (chunk(500, one), chunk(500, two), chunk(10**9, one)) == (100, 200, 1)
+    assert chunk(5, one) == logprobs.LONGEST_CHUNK["cpu"]
+    assert logprobs.chunk_positions(7, 500, one) == 7
+
+
 SETTINGS = {"dtype": "float32", "temperature": 0.8, "chunk": 16, "remat": "none"}
 
 
