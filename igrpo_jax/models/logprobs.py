@@ -1,4 +1,4 @@
-"""Log-probs and entropy of given tokens by a loop over chunks of positions, so that [R, T, V] never exists.
+"""Log-probs and entropy of given tokens by a loop over chunks of positions, so that [R, T, V] need not exist.
 
 The logits of a chunk are computed, used and dropped, and computed again in the backward pass, unless they are to be
 kept. That pass is written by hand: it keeps the logsumexp, and so needs one exponential and no reduction over the
@@ -33,7 +33,7 @@ LOGITS_SHARE = 1 / 128  # of a device's memory, for the float32 logits of a chun
 # Most positions of a chunk, so that the last chunk, which may hold a single one, costs little. With fewer, the sum of
 # the head's gradient, which is read and written once for each chunk, costs more: by the published peaks as much as the
 # products of 300 positions on an H100 and of 170 on a v5p; on a CPU about as much as those of ten.
-LONGEST_CHUNK = {"cpu": 256}
+LONGEST_CHUNK = {"cpu": 192}
 OTHER_LONGEST_CHUNK = 1024
 
 
