@@ -490,7 +490,7 @@ class LearnerConfig:
     # Whether the reference model (beta > 0) stays in host memory between its forward passes.
     offload_reference: bool = False
     # Number of completion positions on each shard of the batch whose logits are computed at once; None for up to 1,024,
-    # on a CPU 192, as many as 1/128 of the device's memory holds.
+    # on a CPU 256, as many as 1/128 of the device's memory holds.
     logprob_chunk: Annotated[int | None, AtLeast(1)] = None
 
 

@@ -33,7 +33,7 @@ LOGITS_SHARE = 1 / 128  # of a device's memory, for the float32 logits of a chun
 # Most positions of a chunk, so that the last chunk, which may hold a single one, costs little. With fewer, the sum of
 # the head's gradient, which is read and written once for each chunk, costs more: by the published peaks as much as the
 # products of 300 positions on an H100 and of 170 on a v5p; on a CPU about as much as those of ten.
-LONGEST_CHUNK = {"cpu": 192}
+LONGEST_CHUNK = {"cpu": 256}
 OTHER_LONGEST_CHUNK = 1024
 
 
