@@ -196,6 +196,22 @@ def window(cache: Cache, table: jax.Array) -> Cache:
     return _pools(lambda pool: jax.lax.platform_dependent(pool, cpu=by_heads, default=by_pages), cache)
 
 
+def update_windows(windows: Cache, cache: Cache, table: jax.Array, rows: jax.Array, count: jax.Array) -> Cache:
+    """Returns what `window` returns, of which `windows` hold all but the first `count` of `rows`, [n] int32.
+
+    It copies one row after another, in place where `windows` are donated, and is for CPUs.
+    """
+    pools = [i for i, given in enumerate(windows) if isinstance(given, KV)]
+
+    def copy(i: jax.Array, held: list[KV]) -> list[KV]:
+        row = rows[i]
+        own = [_by_heads(cache[pool], table[row][None]) for pool in pools]
+        return [jax.tree.map(lambda x, y: x.at[row].set(y[0]), *each) for each in zip(held, own, strict=True)]
+
+    copied = jax.lax.fori_loop(0, count, copy, [windows[pool] for pool in pools])
+    return tuple(copied[pools.index(i)] if i in pools else entry for i, entry in enumerate(cache))
+
+
 def _by_pages(pool: jax.Array, table: jax.Array) -> KV:
     """Returns the keys and values of the pages of each row side by side."""
     pages = pool.at[table].get(mode="clip")  # [n, R, C, 2K, H]

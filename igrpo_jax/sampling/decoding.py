@@ -59,9 +59,9 @@ def decode(
     A shard stops early when fewer than its `rows.least` rows are active.
 
     Args:
-        windows: donated memory for the windows of the rows, of any content, which is given back for the next dispatch.
-            On a CPU memory that is new each time must be cleared by the operating system, which takes longer than the
-            copies. None of a sublayer that has no window, or whose window XLA allocates.
+        windows: the windows of the rows, donated, and given back for the next dispatch. Those of the rows that are
+            `stale` are of any content. On a CPU memory that is new each time must be cleared by the operating system,
+            which takes longer than the copies. None of a sublayer that has no window, or whose window XLA allocates.
         reads_pages: whether attention reads pages where they lie.
     """
 
@@ -74,7 +74,7 @@ def decode(
         start = _Carry(
             taken=jnp.int32(0),
             goes_on=goes_on(jnp.int32(0), active),
-            cache=_taken_out(state, rows, reads_pages),
+            cache=_taken_out(state, windows, rows, reads_pages),
             token=of_rows(state.token),
             position=with_angles(cfg, before[:, None]),
             count=of_rows(state.count),
@@ -126,10 +126,14 @@ def _is_all(state: State, rows: Rows) -> bool:
     return len(rows.slot) == len(state.token)
 
 
-def _taken_out(state: State, rows: Rows, reads_pages: bool) -> Cache:
+def _taken_out(state: State, windows: Cache, rows: Rows, reads_pages: bool) -> Cache:
     """Returns the cache as the loop sees it."""
     cache = state.cache if _is_all(state, rows) else caches.rows_of(state.cache, rows.slot)
-    return cache if reads_pages else caches.window(cache, rows.table)
+    if reads_pages:
+        return cache
+    if any(given is not None for given in windows):
+        return caches.update_windows(windows, cache, rows.table, rows.stale, rows.stale_count)
+    return caches.window(cache, rows.table)
 
 
 def _step(cfg, eos, weights, state: State, rows: Rows, sampling: Sampling, goes_on, reads_pages: bool):

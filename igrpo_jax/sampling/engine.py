@@ -122,6 +122,8 @@ class Engine:
         self.sync = WeightSync(model, mesh, self._whole_mesh, dtype)
         self._team_shardings = weight_shardings(cfg, self.mesh)
         self._kept: tuple[tuple[int, ...], Cache] | None = None  # windows of the last dispatch, by its shape
+        # Of each group, the row of each slot whose window is as its pages.
+        self._rows: list[dict[int, int]] = [{} for _ in range(self._own_groups)]
 
     def fit_pages(self, programs: SamplerPrograms | None = None) -> None:
         """Makes the pages as many as `memory` holds by the compiler's count, where it bounds them.
@@ -186,6 +188,7 @@ class Engine:
 
     def empty(self) -> State:
         """Returns a state in which all pages, lanes and slots are free."""
+        self._forget_windows()
         return self.programs.empty()
 
     def chunk_size(self, unread: int) -> int:
@@ -198,6 +201,10 @@ class Engine:
 
     def fork(self, state: State, starts: Sequence[Sequence[Start]], sampling: Sampling) -> State:
         """Starts the given samples of each shard, and returns the state."""
+        for shard, own in enumerate(starts):
+            group, part = divmod(shard, self.sizes.parts)
+            for start in own:
+                self._rows[group].pop(start.slot + part * self.shard_slots, None)
         for fork in inputs.forks(self.sizes, starts):
             state = self._run(Call("fork", (), fork, traced(sampling)), state)
         return state
@@ -226,7 +233,9 @@ class Engine:
         """
         width = self.rows(max(map(len, slots)))
         read = pick_bucket(self.programs.reads[width], min(furthest, self.sizes.length))
-        rows = inputs.rows(self.sizes, width, read, slots, tables, least)
+        if not self._kept or self._kept[0] != (width, read):
+            self._forget_windows()
+        rows, self._rows = inputs.rows(self.sizes, width, read, slots, tables, least, self._rows)
         return self._run(Call("decode", (width, read), rows, traced(sampling)), weights, state)
 
     def harvest(self, state: State, slots: Sequence[int]) -> list[tuple[jax.Array, ...]]:
@@ -249,12 +258,12 @@ class Engine:
                 state = self._execute(call, weights, state)
             else:
                 state, _ = self._execute(call, weights, state)
-        self._kept = None
+        self._forget_windows()
 
     def ended(self) -> None:
         """Says to the processes that follow that nothing more is to run before the next `empty`."""
         lockstep.tell(self.team, None)
-        self._kept = None
+        self._forget_windows()
 
     def _run(self, call: Call, *on_device: Any) -> Any:
         """Runs a program on all processes of the team, and returns its result."""
@@ -272,6 +281,11 @@ class Engine:
         state, windows, status = program(*on_device, windows, *split, *whole, shape=call.shape)
         self._kept = call.shape, windows
         return state, status
+
+    def _forget_windows(self) -> None:
+        """Lets the windows of the last dispatch go."""
+        self._kept = None
+        self._rows = [{} for _ in self._rows]
 
     def _windows(self, shape: tuple[int, ...]) -> Cache:
         """Returns the windows of the last dispatch if they have the shape for this one, or else new ones."""

@@ -101,21 +101,28 @@ def rows(
     slots: Sequence[Sequence[int]],
     tables: Sequence[np.ndarray],
     least: Sequence[int],
-) -> Rows:
-    """Returns the slots of a dispatch.
+    before: Sequence[dict[int, int]],
+) -> tuple[Rows, list[dict[int, int]]]:
+    """Returns the slots of a dispatch, and of each group the row of each of its slots.
 
     Args:
         width: rows of a shard.
         read: positions of a row that may be read.
         slots, tables, least: of `Engine.decode`.
+        before: of each group the row of each slot whose window is up to date. It stays there.
     """
     groups, size, every = len(slots) // sizes.parts, width * sizes.parts, sizes.shard_slots * sizes.parts
     index = np.full((groups, size), every, np.int32)
     runs = np.zeros((groups, size), bool)
     table = np.zeros((groups, size, read // sizes.page_size), np.int32)
+    stale, counts, held = np.zeros((groups, size), np.int32), np.zeros(groups, np.int32), []
     for group, own in enumerate(_of_groups(sizes, slots, lambda slot, part: slot + part * sizes.shard_slots)):
         # All slots stand in their order, so that their states need no copy.
-        place = own if size == every else np.arange(len(own))
+        kept = before[group]
+        place = own if size == every else _places(own, kept, size)
+        new = [row for slot, row in zip(own, place, strict=True) if slot not in kept]
+        stale[group, : len(new)], counts[group] = new, len(new)
+        held.append(dict(zip(own, place, strict=True)))
         index[group, place], runs[group, place] = own, True
         of_parts = tables[group * sizes.parts : (group + 1) * sizes.parts]
         pages = np.concatenate([of_part + part * sizes.pages for part, of_part in enumerate(of_parts)])
@@ -124,7 +131,15 @@ def rows(
         index[:] = np.arange(size)
     # A part with fewer active slots than it should have stops nothing; the sum over the parts is what counts.
     fewest = [min(n, len(own)) for n, own in zip(least, slots, strict=True)]
-    return Rows(index, runs, table, np.reshape(fewest, (groups, -1)).sum(axis=1, dtype=np.int32))
+    least_of_groups = np.reshape(fewest, (groups, -1)).sum(axis=1, dtype=np.int32)
+    return Rows(index, runs, table, least_of_groups, stale, counts), held
+
+
+def _places(slots: Sequence[int], kept: dict[int, int], size: int) -> list[int]:
+    """Returns one of `size` rows for each of `slots`: that of `kept`, or else the first that is free."""
+    taken = {kept[slot] for slot in slots if slot in kept}
+    free = iter([row for row in range(size) if row not in taken])
+    return [kept[slot] if slot in kept else next(free) for slot in slots]
 
 
 def _of_groups(

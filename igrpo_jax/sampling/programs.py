@@ -197,7 +197,7 @@ class SamplerPrograms:
         rows *= self.sizes.parts
         runs = jax.ShapeDtypeStruct((self._shards, rows), jnp.bool_, sharding=self.batch_sharding)
         pages = read // self.sizes.page_size
-        return Rows(self._ints(rows), runs, self._ints(rows, pages), self._ints())
+        return Rows(self._ints(rows), runs, self._ints(rows, pages), self._ints(), self._ints(rows), self._ints())
 
     def _ints(self, *size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self._shards, *size), jnp.int32, sharding=self.batch_sharding)

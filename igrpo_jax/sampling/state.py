@@ -72,6 +72,8 @@ class Rows(NamedTuple):
     runs: np.ndarray  # [Z, n] bool, False for a slot that the host has given up
     table: np.ndarray  # [Z, n, R] int32, its pages
     least: np.ndarray  # [Z] int32, a shard stops when fewer of its rows are active
+    stale: np.ndarray  # [Z, n] int32, the rows whose windows are not as their pages, first
+    stale_count: np.ndarray  # [Z] int32, how many these are
 
 
 class Status(NamedTuple):
