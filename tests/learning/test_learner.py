@@ -1100,7 +1100,7 @@ def test_a_larger_vocabulary_adds_chunks_of_logits_only(tiny):
     used = []
     for size in (2000, 6000):
         model = dataclasses.replace(tiny[0], vocab_size=size, pattern="*", attention="chunked")
-        learner, mesh = make_learner(model, learner__logprob_chunk=128)
+        learner, mesh = make_learner(model, learner__logprob_chunk=128, learner__remat="logits")
         with jax.set_mesh(mesh):
             used.append(learner.programs.accumulate.compiled(WHOLE).memory_analysis().temp_size_in_bytes)
     assert 0 < used[1] - used[0] < 4000 * 4 * (4 * 128 + 2 * 32)

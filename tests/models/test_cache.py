@@ -85,6 +85,24 @@ def test_a_window_has_the_positions_of_each_row_in_their_order(monkeypatch, widt
                 np.testing.assert_array_equal(rows.v[row, :, position], of_position[1::2])
 
 
+@pytest.mark.parametrize("stale", [[], [2], [3, 0], [0, 1, 2, 3]])
+def test_only_stale_windows_are_copied(stale):
+    """The others stay as they are, and so do the numbers of rows past the count."""
+    cache = on_device(random_cache(slots=len(TABLE)))
+    fresh = caches.window(cache, TABLE)
+    held = tuple(x if isinstance(x, KV) else None for x in noise(fresh, 1))
+    rows = np.array([*stale, *[3] * (len(TABLE) - len(stale))], np.int32)
+    part = jax.jit(caches.update_windows)(held, cache, TABLE, rows, np.int32(len(stale)))
+    assert_equal(states(part), states(cache))
+    assert len(part) == len(cache) and part[CFG.pattern.index("-")] is None
+    for new, old, copied in zip(pools(part), pools(held), pools(fresh), strict=True):
+        expected = jax.tree.map(lambda x, y: np.array(x).copy(), old, copied)
+        for row in stale:
+            for x, y in zip(expected, copied, strict=True):
+                x[row] = y[row]
+        assert_equal(new, expected)
+
+
 # Of each row the new positions, from `begin` on: of none, within a page, from one page to the next, up to the end.
 NEW = [([6, 8, 3, 5], [6, 8, 3, 5]), ([6, 8, 4, 5], [8, 9, 4, 7]), ([9, 12, 2, 5], [12, 12, 5, 8])]
 
