@@ -9,7 +9,7 @@ import jax
 from igrpo_jax.aot.collectives import collectives
 from igrpo_jax.aot.footprint import Footprint, ProgramFootprint
 from igrpo_jax.aot.progress import Progress
-from igrpo_jax.distributed.programs import Program
+from igrpo_jax.distributed.programs import Program, is_refused
 from igrpo_jax.errors import InputError
 from igrpo_jax.session import overview
 
@@ -74,7 +74,7 @@ def _compile(part: ProgramFootprint, lowered: jax.stages.Lowered, progress: Prog
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_refused(error):
                 raise
             part.refused = str(error).splitlines()[0]
     _fill_in(part, compiled, time.perf_counter() - began, progress)

@@ -25,7 +25,7 @@ from igrpo_jax.config import Config, ModelConfig
 from igrpo_jax.data.prompts import most_overhead
 from igrpo_jax.distributed import chips, sharding
 from igrpo_jax.distributed.chips import Chip
-from igrpo_jax.distributed.programs import Cost, Program
+from igrpo_jax.distributed.programs import Cost, Program, is_refused
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import planning
 from igrpo_jax.learning.learner import Learner
@@ -99,7 +99,7 @@ class Footprint:
         try:
             self.engine.fit_pages(self.sampler)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_refused(error):
                 raise
         self.sampler = _of_team(self.engine, self.cfg, self.mesh)
 

@@ -213,6 +213,11 @@ def program_bytes(program: jax.stages.Compiled) -> int:
     return kept + memory.temp_size_in_bytes
 
 
+def is_refused(error: jax.errors.JaxRuntimeError) -> bool:
+    """Returns whether a compiler refuses a program that needs more memory than there is."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def device_bytes() -> int | None:
     """Returns what JAX may use of the memory of a device; None where it does not say, as on a CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

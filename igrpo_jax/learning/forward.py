@@ -21,7 +21,7 @@ class PolicyLogprobs:
     cfg: DecoderConfig
     dtype: str
     temperature: float
-    chunk: int  # positions whose logits exist at once
+    chunk: int  # positions whose logits are computed at once
     remat: str
     lora_scaling: float
 

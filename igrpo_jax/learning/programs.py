@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import chips, sharding
 from igrpo_jax.distributed.compiling import Wanted
-from igrpo_jax.distributed.programs import Program, program_bytes, tree_bytes
+from igrpo_jax.distributed.programs import Program, is_refused, program_bytes, tree_bytes
 from igrpo_jax.learning import forward, loss, train_state
 from igrpo_jax.learning.forward import PolicyLogprobs
 from igrpo_jax.learning.loss import LossSettings, MicroBatchSums
@@ -24,8 +24,6 @@ from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import TrainingCosts
 from igrpo_jax.models.logprobs import chunk_positions
-
-FILLED = 0.95  # of a device's memory, which never fits together without gaps
 
 
 class WaitingBytes(NamedTuple):
@@ -107,7 +105,7 @@ class LearnerPrograms:
         requested = self._config.learner.remat
         if requested != "auto":
             return requested
-        usable = chips.usable_bytes(self._mesh.devices.flat[0]) * FILLED
+        usable = chips.usable_bytes(self._mesh.devices.flat[0]) * chips.FILLED
         size, waiting = self._sizes[0], self.waiting_bytes.accumulate
         state = waiting + 2 * tree_bytes(self.state.params) + tree_bytes(self.frozen)
         for remat in ("none", "logits", "dots"):
@@ -116,7 +114,7 @@ class LearnerPrograms:
             try:
                 needed = program_bytes(self._gradient_program(remat).compile(*size)) + waiting
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
+                if not is_refused(error):
                     raise
                 continue
             if needed <= usable:

@@ -191,9 +191,7 @@ def window(cache: Cache, table: jax.Array) -> Cache:
     Returns:
         A KV of R C positions for each pool.
     """
-
-    by_heads, by_pages = (partial(copied, table=table) for copied in (_by_heads, _by_pages))
-    return _pools(lambda pool: jax.lax.platform_dependent(pool, cpu=by_heads, default=by_pages), cache)
+    return _pools(partial(_by_pages, table=table), cache)
 
 
 def update_windows(windows: Cache, cache: Cache, table: jax.Array, rows: jax.Array, count: jax.Array) -> Cache:
@@ -201,15 +199,14 @@ def update_windows(windows: Cache, cache: Cache, table: jax.Array, rows: jax.Arr
 
     It copies one row after another, in place where `windows` are donated, and is for CPUs.
     """
-    pools = [i for i, given in enumerate(windows) if isinstance(given, KV)]
 
-    def copy(i: jax.Array, held: list[KV]) -> list[KV]:
+    def copy(i: jax.Array, held: Cache) -> Cache:
         row = rows[i]
-        own = [_by_heads(cache[pool], table[row][None]) for pool in pools]
-        return [jax.tree.map(lambda x, y: x.at[row].set(y[0]), *each) for each in zip(held, own, strict=True)]
+        put_row = lambda x, new: x.at[row].set(new[0])
+        return _pools(lambda pool, kv: jax.tree.map(put_row, kv, _by_heads(pool, table[row][None])), cache, held)
 
-    copied = jax.lax.fori_loop(0, count, copy, [windows[pool] for pool in pools])
-    return tuple(copied[pools.index(i)] if i in pools else entry for i, entry in enumerate(cache))
+    held = jax.lax.fori_loop(0, count, copy, windows)
+    return _pools(lambda pool, kv, _: kv, cache, held, cache)
 
 
 def _by_pages(pool: jax.Array, table: jax.Array) -> KV:

@@ -57,7 +57,7 @@ def token_logprobs(
             have a narrower dtype.
         targets: [R, T] int32.
         temperature: sampling temperature; 0 (greedy) is read as 1.
-        chunk: positions on each shard of the batch whose logits exist at once, at least one per row.
+        chunk: positions on each shard of the batch whose logits are computed at once, at least one per row.
         tied: whether `head` is the embedding.
         entropy_gradient: whether the entropy is differentiated. False where it is only a metric.
         count: [] int32, the first positions of each row that are wanted; None = all.
@@ -85,10 +85,12 @@ def token_logprobs(
 def chunk_positions(asked: int | None, vocab_size: int, mesh: jax.sharding.Mesh) -> int:
     """Returns the positions of a chunk: those that are `asked` for or, for None, as many as LOGITS_SHARE of a device's
     memory holds, so that a larger vocabulary needs no more of it."""
+    if asked:
+        return asked
     device = mesh.devices.flat[0]
     longest = LONGEST_CHUNK.get(device.platform, OTHER_LONGEST_CHUNK)
     held = int(LOGITS_SHARE * chips.usable_bytes(device) / (4 * vocab_size / mesh.shape["tensor"]))
-    return asked or max(1, min(longest, held))
+    return max(1, min(longest, held))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))

@@ -7,12 +7,11 @@ so programs with the fewest pages are compiled for the count.
 
 from dataclasses import replace
 
+from igrpo_jax.distributed import chips
 from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.sampling.layout import pages_in, reads_pages
 from igrpo_jax.sampling.programs import SamplerPrograms
 from igrpo_jax.sampling.shapes import Sizes
-
-FILLED = 0.95  # of what training leaves: arrays leave gaps between them, and the programs of the update have code too
 
 
 def estimated_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> int:
@@ -22,7 +21,7 @@ def estimated_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> in
         sizes: its `pages` count for nothing.
         memory: bytes of each device that sampling may use; None = any.
     """
-    if memory is None:
+    if memory is None or not costs.token_bytes:  # without attention pages have no bytes
         return sizes.most_pages
     held = pages_in(memory, costs, sizes.parts * (sizes.shard_slots + sizes.lanes), sizes.page_size)
     if not reads_pages(costs.cfg, costs.tensor):  # decoding copies the pages of all slots
@@ -31,13 +30,13 @@ def estimated_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> in
 
 
 def counted_pages(programs: SamplerPrograms, memory: float) -> int:
-    """Returns how many pages FILLED of `memory` holds beside all that the compiler counts, once it has compiled
-    programs like `programs` with the fewest pages."""
+    """Returns how many pages `chips.FILLED` of `memory` holds beside all that the compiler counts, once it has compiled
+    programs like `programs` with the fewest pages. What is not filled also holds the code of the update."""
     programs = programs.resized(replace(programs.sizes, pages=programs.sizes.least_pages))
     sizes, compiled = programs.sizes, (programs.decode, programs.prefill, programs.fork)
     for program in compiled:
         program.compiled(*program.largest[0])
     code = sum(len(program.shapes) * program.code_bytes for program in compiled)
-    left = FILLED * memory - programs.predicted_bytes - code
+    left = chips.FILLED * memory - programs.predicted_bytes - code
     more = int(left / (sizes.page_size * programs.costs.token_bytes))
     return max(sizes.least_pages, min(sizes.most_pages, sizes.least_pages + more))

@@ -333,6 +333,15 @@ def test_pages_fill_what_the_compiler_leaves(tiny):
         assert engine.programs is before and not any(program.is_ready(*shape) for program, shape in engine.wanted)
 
 
+def test_pages_without_bytes_are_bound_by_no_memory(hybrid):
+    """A model without attention keeps nothing in pages."""
+    model = dataclasses.replace(hybrid[0], pattern="M-")
+    sizes = {"slots": 4, "max_context": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
+    engine = Engine(model, one_device(), EOS, **sizes, memory=1e3)
+    engine.fit_pages()
+    assert engine.sizes.pages == engine.sizes.most_pages
+
+
 def test_the_code_of_all_programs_leaves_fewer_pages(tiny, monkeypatch):
     sizes = {"slots": 32, "max_context": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
     memory = 4 * tiny[0].num_params + 900_000
