@@ -152,10 +152,12 @@ class Bench:
         return seconds, self.scheduler.usage
 
     def step_seconds(self) -> dict[int, float]:
-        """Returns the seconds of a decode step of all slots by read length, the best of three dispatches each."""
+        """Returns the seconds of a decode step of all slots by the positions that each has, the best of three
+        dispatches each."""
         filled = Filled(self.engine, self.params, self.prompts[0], self.engine.shard_slots)
-        reads = self.engine.programs.reads[self.engine.shard_slots]
-        return {read: min(filled.step_seconds(read) for _ in range(3)) for read in reads}
+        last = self.args.prompt_len + max(0, self.args.new_tokens - self.engine.sizes.steps_per_dispatch)
+        positions = sorted({self.args.prompt_len + (last - self.args.prompt_len) * part // 4 for part in range(5)})
+        return {position: min(filled.step_seconds(position) for _ in range(3)) for position in positions}
 
 
 class Filled:
@@ -170,7 +172,7 @@ class Filled:
         from igrpo_jax.sampling.shard import Shard, Waiting
         from igrpo_jax.sampling.state import Sampling
 
-        self.engine, self.weights, self.sampling = engine, weights, Sampling(1.0)
+        self.engine, self.weights, self.sampling, self.prompt_len = engine, weights, Sampling(1.0), len(prompt)
         self.shards = [Shard(engine.sizes) for _ in range(engine.shards)]
         self.state = engine.empty()
         request = Request(prompt, 0, rows, np.array([0, 1], np.uint32), engine.sizes.max_completion)
@@ -184,24 +186,30 @@ class Filled:
         for shard in self.shards:
             assert not list(shard.make_room(engine.sizes.steps_per_dispatch)), "the pages hold fewer rows"
 
-    def dispatch(self, read: int) -> int:
-        """Runs one dispatch of the same rows from the same positions; returns its steps, summed over the shards."""
+    def dispatch(self, position: int | None = None) -> int:
+        """Runs one dispatch of the same rows; returns its steps, summed over the shards.
+
+        Args:
+            position: positions that each row has, of which those past the prompt may hold anything; None: the prompt.
+        """
         import jax
 
-        self.state = self.state._replace(
-            active=self.state.active | True, count=jax.tree.map(lambda x: x * 0 + 1, self.state.count)
+        engine, state = self.engine, self.state
+        position = position or self.prompt_len
+        filled = lambda x, value: jax.tree.map(lambda x: x * 0 + value, x)
+        self.state = state._replace(
+            active=state.active | True, count=filled(state.count, 1), length=filled(state.length, position)
         )
         jax.block_until_ready(self.state)
         slots, tables = [sorted(shard.running) for shard in self.shards], [shard.table for shard in self.shards]
-        least = [1] * len(self.shards)
-        engine = self.engine
-        self.state, status = engine.decode(self.weights, self.state, slots, tables, read, least, self.sampling)
+        least, furthest = [1] * len(self.shards), position + engine.sizes.steps_per_dispatch
+        self.state, status = engine.decode(self.weights, self.state, slots, tables, furthest, least, self.sampling)
         return int(jax.device_get(status.steps).sum())
 
-    def step_seconds(self, read: int) -> float:
-        """Returns the seconds of a decode step in one dispatch that reads at most `read` positions."""
+    def step_seconds(self, position: int | None = None) -> float:
+        """Returns the seconds of a decode step in one `dispatch`."""
         began = time.perf_counter()
-        steps = self.dispatch(read)
+        steps = self.dispatch(position)
         return (time.perf_counter() - began) * self.engine.shards / steps
 
 
@@ -280,7 +288,7 @@ def ours(args: argparse.Namespace) -> dict:
             "ideal_fractions": [round(fraction, 3) for fraction in fractions],
             "static_seconds": static,
             "static_speedup": round(sum(static) / sum(medians), 2),
-            "step_seconds_by_read_length": {read: round(seconds, 5) for read, seconds in cost.items()},
+            "step_seconds_by_position": {position: round(seconds, 5) for position, seconds in cost.items()},
         }
     return figures
 
@@ -292,6 +300,8 @@ def _cache_positions(args: argparse.Namespace, lengths) -> int:
 
 def _ideal(bench: Bench, args: argparse.Namespace, lengths, cost: dict[int, float]) -> float:
     """Returns the seconds of decode steps under list scheduling: samples in order, each on the first free slot."""
+    import numpy as np
+
     free = [0] * bench.slots
     spans = []
     for n in lengths.ravel().tolist():
@@ -301,7 +311,7 @@ def _ideal(bench: Bench, args: argparse.Namespace, lengths, cost: dict[int, floa
     seconds, end = 0.0, max(free)
     for step in range(end):
         furthest = max(args.prompt_len + step - start + 1 for start, stop in spans if start <= step < stop)
-        seconds += cost[next(read for read in bench.engine.programs.reads[bench.slots] if read >= furthest)]
+        seconds += float(np.interp(furthest, list(cost), list(cost.values())))
     return seconds
 
 

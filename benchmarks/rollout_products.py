@@ -23,8 +23,6 @@ def ratios(bench, repeats: int = 10) -> dict[str, float]:
     engine, cfg = bench.engine, bench.model
     rows, steps = engine.shard_slots, engine.sizes.steps_per_dispatch
     filled = rollout.Filled(engine, bench.params, bench.prompts[0], rows)
-    reads = engine.programs.reads[rows]
-    read = next(size for size in reads if size >= engine.sizes.max_context + steps)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def products(params, x):
@@ -35,8 +33,8 @@ def ratios(bench, repeats: int = 10) -> dict[str, float]:
         return models.timed(lambda: jax.block_until_ready(products(params, x + 0)), 1)[0] / steps
 
     plain = {path: as_trained(path, weight) for path, weight in bench.params.items()}
-    filled.step_seconds(read)
-    timed = [(filled.step_seconds(read), alone(bench.params), alone(plain)) for _ in range(repeats)]
+    filled.step_seconds()
+    timed = [(filled.step_seconds(), alone(bench.params), alone(plain)) for _ in range(repeats)]
     whole, own, trained = (models.median([seconds[i] for seconds in timed]) for i in range(3))
     over = lambda i: round(models.median([seconds[0] / seconds[i] for seconds in timed]), 3)
     return {

@@ -170,10 +170,9 @@ def step_costs(stages, params, prompt) -> tuple[list[int], list[float]]:
     """Returns numbers of rows, and the seconds of a decode step of each: the best of three dispatches, 0 for none."""
     engine, costs = stages.engine, {0: 0.0}
     weights = engine.weights(params)
-    for rows, reads in engine.programs.reads.items():
+    for rows in engine.programs.reads:
         filled = rollout.Filled(engine, weights, prompt, rows)
-        read = next(size for size in reads if size >= len(prompt) + engine.sizes.steps_per_dispatch)
-        costs[rows] = min(filled.step_seconds(read) for _ in range(3))
+        costs[rows] = min(filled.step_seconds() for _ in range(3))
     return list(costs), list(costs.values())
 
 

@@ -38,14 +38,11 @@ def run(task: "Task") -> None:
     if not task.has("decode dispatch"):
         rows = min(task.sizes.rows[0], fitting_rows(task, task.sizes.shape) or task.sizes.rows[-1])
         bench = rollout.Bench(sizes.decoded(task.sizes, task.sizes.shape, rows, "fixed"))
-        needed = task.sizes.prompt + bench.engine.sizes.steps_per_dispatch
-        reads = bench.engine.programs.reads[bench.engine.shard_slots]
-        read = next((size for size in reads if size >= needed), reads[-1])
         filled = rollout.Filled(bench.engine, bench.params, bench.prompts[0], bench.engine.shard_slots)
-        filled.dispatch(read)
+        filled.dispatch()
         steps = []
-        measured = traced(task, lambda: steps.append(filled.dispatch(read)))
-        task.add("decode dispatch", {"rows": rows, "read": read, "steps": steps[0]} | measured)
+        measured = traced(task, lambda: steps.append(filled.dispatch()))
+        task.add("decode dispatch", {"rows": rows, "steps": steps[0]} | measured)
         del bench, filled
     if not task.has("update"):
         shape, reduced = sizes.trainable(task.sizes.shape, task.memory, jax.device_count())

@@ -1,4 +1,4 @@
-"""Grouped-query attention: of decoded tokens to keys that lie side by side, of rows, and of segments in training.
+"""Grouped-query attention: of decoded tokens to windows, of rows, and of segments in training.
 
 Of the attention of segments there are four implementations; `choose` selects one for a run. `paged` has those of the
 same names for tokens whose keys lie in pages. Each computes one float32 softmax over all that a query reads.
@@ -22,36 +22,49 @@ from absl import logging
 from igrpo_jax.distributed.sharding import spec
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
+from igrpo_jax.models import windows
 from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
 from igrpo_jax.models.cache import KV
 from igrpo_jax.models.segments import Segments, dense_mask
 from igrpo_jax.models.spans import packed_cudnn_attention
 from igrpo_jax.models.splash import packed_splash_attention
+from igrpo_jax.models.windows import Window, Windowed
 
 
-def cached_attention(q: jax.Array, keys: KV, positions: jax.Array) -> jax.Array:
-    """Computes the attention of decoded tokens to a cache: a query at position p reads the keys at positions 0 to p.
+def windowed_attention(q: jax.Array, k: jax.Array, v: jax.Array, entry: Windowed) -> tuple[jax.Array, KV]:
+    """Computes the attention of one decoded token of each row to its window, to what the dispatch added, and to itself.
 
     Args:
-        q: [B, T, N, H].
-        keys: keys and values; number s has position s.
-        positions: [B, T] int32, positions of the queries.
+        q: [B, 1, N, H].
+        k, v: [B, 1, K, H].
 
     Returns:
-        [B, T, N, H] in q's dtype. Scores and softmax are float32 and exist in memory: [B, K, G, T, S].
+        [B, 1, N, H] in q's dtype, and `entry.added` with the new keys and values. Scores and softmax are float32 and
+        exist in memory: [B, K, G, S].
     """
-    batch, time, heads, head_dim = q.shape
-    kv_heads, groups = keys.k.shape[1], heads // keys.k.shape[1]
-    # One matmul per (row, kv head) with G and T on one axis is 4 times faster on CPU than one einsum over all axes.
-    rows = q.reshape(batch, time, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
-    rows = rows.reshape(batch, kv_heads, groups * time, head_dim)
-    scores = jnp.einsum("BKXH,BKHS->BKXS", rows, keys.k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    allowed = jnp.arange(keys.k.shape[3])[None, None, :] <= positions[:, :, None]  # [B, T, S]
-    scores = scores.reshape(batch, kv_heads, groups, time, -1)
-    scores = jnp.where(allowed[:, None, None], scores, NEVER)
-    weights = jax.nn.softmax(scores, axis=-1).astype(keys.v.dtype).reshape(batch, kv_heads, groups * time, -1)
-    mixed = jnp.einsum("BKXS,BKSH->BKXH", weights, keys.v).reshape(batch, kv_heads, groups, time, head_dim)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    added = windows.add(entry.added, k, v, entry.step)
+    rows = q.reshape(q.shape[0], k.shape[2], -1, q.shape[3])  # one matmul per row and kv head
+    reads = [functools.partial(_read_blocks, entry.window[: last + 1]) for last in range(len(entry.window))]
+    operands = rows, added, entry.length, entry.step
+    mixed = jax.lax.switch(entry.last, reads, *operands) if len(reads) > 1 else reads[0](*operands)
+    return mixed.reshape(q.shape), added
+
+
+def _read_blocks(window: Window, q: jax.Array, added: KV, length: jax.Array, step: jax.Array) -> jax.Array:
+    """Returns what `q` [B, K, G, H] reads of some blocks of its window, and of `added`, in its shape and dtype."""
+    blocks = (*window, added)
+    score = lambda block: jnp.einsum("BKGH,BKHS->BKGS", q, block.k, preferred_element_type=jnp.float32)
+    scores = jnp.concatenate([*map(score, blocks)], axis=-1) * q.shape[3] ** -0.5
+    position, before = jnp.arange(scores.shape[3]), scores.shape[3] - added.v.shape[2]
+    allowed = jnp.where(position < before, position < length[:, None], position <= before + step)  # [B, S]
+    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, NEVER), axis=-1).astype(added.v.dtype)
+    mixed, start = jnp.zeros(q.shape, jnp.float32), 0
+    for block in blocks:
+        end = start + block.v.shape[2]
+        own = weights[..., start:end]
+        mixed += jnp.einsum("BKGS,BKSH->BKGH", own, block.v, preferred_element_type=jnp.float32)
+        start = end
+    return mixed.astype(q.dtype)
 
 
 def row_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -4,8 +4,7 @@ Attention keeps keys and values of every position, in pages of a few positions t
 which pages hold a sequence, in their order, and several sequences may read the same page. The host decides which pages
 are free (`sampling.pages`); nothing here knows.
 
-Where attention cannot read pages, `window` copies those of some rows side by side, so that one row of keys belongs to
-one sequence, and `restore` writes the positions that were added back into the pages.
+Where attention cannot read pages, they are copied side by side (`windows`).
 
 Mamba-2 keeps one state of fixed size, whatever the length. Each slot has one. A prompt that is being read has one in
 its lane until all its samples have begun; `fork` gives a slot the state of a lane, and a page of its own in place of a
@@ -49,7 +48,7 @@ ALTERNATING = PageLayout()
 
 
 class KV(NamedTuple):
-    """Keys and values of the rows of one attention sublayer, one row for each sequence.
+    """Keys and values of some positions of one attention sublayer, one row for each sequence.
 
     In these layouts both products of attention read memory in its order. On a CPU that takes 0.7 of the time of keys
     [B, K, S, H], which in turn decode 1.3 times faster than [B, S, K, H].
@@ -71,8 +70,8 @@ class MambaState(NamedTuple):
     state: jax.Array  # [B, N, H, P] float32, because it sums over thousands of tokens
 
 
-# One entry per sublayer: the pool of an attention sublayer, P pages of a `PageLayout`, or a KV where the rows of its
-# pages lie side by side; None for an MLP, which keeps nothing.
+# One entry per sublayer: the pool of an attention sublayer, P pages of a `PageLayout`, or a KV of what decode steps
+# have added (`windows`); None for an MLP, which keeps nothing.
 Cache = tuple[jax.Array | KV | MambaState | None, ...]
 AXES = ("batch", "kv_heads", "time", "head_dim")  # of the keys and values of packed axes
 MAMBA_AXES = MambaState(
@@ -126,12 +125,6 @@ def shardings(
     return tuple(every[kind] if kind in kinds and kind in every else None for kind in cfg.pattern)
 
 
-def append(entry: KV, k: jax.Array, v: jax.Array, positions: jax.Array) -> KV:
-    """Returns `entry` with one new position per row, written in place: k and v [B, K, H] at `positions` [B] int32."""
-    rows = jnp.arange(positions.shape[0])
-    return KV(entry.k.at[rows, :, :, positions].set(k), entry.v.at[rows, :, positions].set(v))
-
-
 def put(pool: jax.Array, page: jax.Array, offset: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Returns `pool` with keys and values [..., K, H] written, in place where `pool` is donated.
 
@@ -171,98 +164,6 @@ def put_rows(cache: Cache, rows: Cache, slots: jax.Array) -> Cache:
     )
 
 
-def abstract_windows(cfg: DecoderConfig, rows: int, positions: int, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> Cache:
-    """Returns what `window` makes of the pools for `rows` rows of so many positions, as abstract arrays."""
-    batch, heads, time, inner = AXES
-    axes = KV((batch, heads, inner, time), AXES)
-    sizes = {batch: rows, heads: cfg.num_kv_heads, time: positions, inner: cfg.head_dim}
-    shape = lambda axes: tuple(sizes[axis] for axis in axes)
-    kv = KV(*(jax.ShapeDtypeStruct(shape(x), dtype, sharding=NamedSharding(mesh, spec(x))) for x in axes))
-    return tuple(kv if kind == "*" else None for kind in cfg.pattern)
-
-
-def window(cache: Cache, table: jax.Array) -> Cache:
-    """Returns the cache of some rows with the pages of each row side by side.
-
-    Args:
-        cache: pools whose keys and values alternate, and the states of the rows.
-        table: [n, R] int32, the pages of each row; of a number that is no page, the content is meaningless.
-
-    Returns:
-        A KV of R C positions for each pool.
-    """
-    return _pools(partial(_by_pages, table=table), cache)
-
-
-def update_windows(windows: Cache, cache: Cache, table: jax.Array, rows: jax.Array, count: jax.Array) -> Cache:
-    """Returns what `window` returns, of which `windows` hold all but the first `count` of `rows`, [n] int32.
-
-    It copies one row after another, in place where `windows` are donated, and is for CPUs.
-    """
-
-    def copy(i: jax.Array, held: Cache) -> Cache:
-        row = rows[i]
-        put_row = lambda x, new: x.at[row].set(new[0])
-        return _pools(lambda pool, kv: jax.tree.map(put_row, kv, _by_heads(pool, table[row][None])), cache, held)
-
-    held = jax.lax.fori_loop(0, count, copy, windows)
-    return _pools(lambda pool, kv, _: kv, cache, held, cache)
-
-
-def _by_pages(pool: jax.Array, table: jax.Array) -> KV:
-    """Returns the keys and values of the pages of each row side by side."""
-    pages = pool.at[table].get(mode="clip")  # [n, R, C, 2K, H]
-    pairs = pages.reshape(len(table), -1, pool.shape[2] // 2, 2, pool.shape[3])
-    return KV(pairs[:, :, :, 0].transpose(0, 2, 3, 1), pairs[:, :, :, 1].swapaxes(1, 2))
-
-
-def _by_heads(pool: jax.Array, table: jax.Array) -> KV:
-    """Does what `_by_pages` does in a third of the time on a CPU; on TPUs copies of so few values are slow."""
-    size, heads, head_dim = pool.shape[1], pool.shape[2] // 2, pool.shape[3]
-    position = jnp.arange(table.shape[1] * size)
-    at = table[:, position // size] * size + position % size  # [n, S]
-    at = jnp.broadcast_to(at[:, None], (len(table), heads, len(position)))
-    pairs = pool.reshape(-1, heads, 2, head_dim)  # [P C, K, 2, H]
-    # With the heads as a batch dimension the result lies as it is needed, and devices that have some of them need no
-    # others.
-    numbers = jax.lax.GatherDimensionNumbers(
-        offset_dims=(3,),
-        collapsed_slice_dims=(0, 2),
-        start_index_map=(0, 2),
-        operand_batching_dims=(1,),
-        start_indices_batching_dims=(1,),
-    )
-    of = lambda which: jax.lax.gather(
-        pairs, jnp.stack([at, jnp.full_like(at, which)], -1), numbers, (1, 1, 1, head_dim), mode="clip"
-    )
-    return KV(of(0).swapaxes(2, 3), of(1))
-
-
-def restore(cache: Cache, part: Cache, table: jax.Array, begin: jax.Array, end: jax.Array, most: int) -> Cache:
-    """Returns `cache` with the new positions of a `window` of it, and the states of its rows as they are in `part`.
-
-    Only the new positions are written, in place, because writing all of the window costs as much as two decode steps.
-
-    Args:
-        table: the pages that the window was made of.
-        begin, end: [n] int32, the positions that are new in each row.
-        most: at least the largest number of new positions.
-    """
-
-    def put_new(pool: jax.Array, new: KV) -> jax.Array:
-        size, rows = min(most, new.v.shape[2]), jnp.arange(len(table))[:, None]
-        first = jnp.minimum(begin, new.v.shape[2] - size)  # so many positions up to the end of the window
-        at = first[:, None] + jnp.arange(size)  # [n, size]
-        cut = jax.vmap(jax.lax.dynamic_slice_in_dim, in_axes=(0, 0, None, None))
-        k = cut(new.k, first, size, 2).transpose(0, 3, 1, 2)  # [n, size, K, H]
-        v = cut(new.v, first, size, 1).swapaxes(1, 2)
-        is_new = (at >= begin[:, None]) & (at < end[:, None])
-        page = jnp.where(is_new, table[rows, at // pool.shape[1]], pool.shape[0])
-        return put(pool, page, at % pool.shape[1], k, v)
-
-    return _pools(put_new, cache, part)
-
-
 def fork(
     cache: Cache,
     lanes: Cache,
@@ -282,7 +183,7 @@ def fork(
         parts: of `own_pages`.
     """
     copy = partial(_copy_pages, parts) if parts > 1 else _copy
-    copied = _pools(lambda pool: copy(pool, source, target), cache)
+    copied = of_pools(lambda pool: copy(pool, source, target), cache)
     states = tuple(copied[i] if entry is None else entry for i, entry in enumerate(rows_of(lanes, lane)))
     return put_rows(copied, states, slot)
 
@@ -318,7 +219,7 @@ def own_pages(numbers: jax.Array, count: int, parts: int) -> jax.Array:
     return jnp.where((numbers >= first) & (numbers < first + count), numbers - first, count)
 
 
-def _pools(of_pool: Callable, *caches: Cache) -> Cache:
+def of_pools(of_pool: Callable, *caches: Cache) -> Cache:
     """Returns the result of `of_pool` for each pool, and the other entries of the last of `caches`."""
     return tuple(
         of_pool(*entries) if isinstance(entries[0], jax.Array) else entries[-1] for entries in zip(*caches, strict=True)

@@ -197,15 +197,15 @@ def apply(
         params: by path an array, or a weight with its LoRA change (`lora.Adapted`).
         tokens, positions: [B, T] int32. Without `cache`, position t of a row is t: rows start at their first token.
             Positions may come with their angles.
-        cache: an entry for each sublayer: for attention a KV (T = 1) or a Paged, for Mamba-2 the states of the rows
-            (T = 1) or Lanes. With Segments instead, the rows are packed axes. With neither, rows begin with their
+        cache: an entry for each sublayer: for attention a Windowed (T = 1) or a Paged, for Mamba-2 the states of the
+            rows (T = 1) or Lanes. With Segments instead, the rows are packed axes. With neither, rows begin with their
             first token.
         remat: what the backward pass recomputes of each sublayer: all ("full"), all but products with weights ("dots"),
             or nothing ("none").
 
     Returns:
-        Hidden states [B, T, D] in the dtype of `params`, and for each sublayer what `cache` becomes: the KV, pool or
-        states that were given, with the new tokens; None where nothing was given.
+        Hidden states [B, T, D] in the dtype of `params`, and for each sublayer what `cache` becomes: what a Windowed
+        adds, the pool, or the states that were given, with the new tokens; None where nothing was given.
     """
     graph, state = _split(cfg)
     leaves = [(path, leaf.replace(params["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]

@@ -13,14 +13,14 @@ from flax import nnx
 
 from igrpo_jax.distributed.sharding import constrain
 from igrpo_jax.models import cache as caches
-from igrpo_jax.models.attention import PACKED, cached_attention, row_attention
-from igrpo_jax.models.cache import KV
+from igrpo_jax.models.attention import PACKED, row_attention, windowed_attention
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.paged import paged_attention
 from igrpo_jax.models.products import product
 from igrpo_jax.models.ragged import Paged
 from igrpo_jax.models.rotary import Positions, rope
 from igrpo_jax.models.segments import Segments
+from igrpo_jax.models.windows import Windowed
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
@@ -67,12 +67,13 @@ class Attention(nnx.Module):
         self.attention = cfg.attention
         self.row_parts = cfg.row_parts
 
-    def __call__(self, x: jax.Array, positions: Positions, entry: KV | Paged | Segments | None):
+    def __call__(self, x: jax.Array, positions: Positions, entry: Windowed | Paged | Segments | None):
         """Returns the output [B, T, D], and the keys and values that the caller keeps.
 
-        Without `entry` each row attends to itself alone. With a KV (T = 1) the token is written at its position, with
-        a Paged all tokens are written to their pages, and each attends to what is written of its sequence. With
-        Segments a token attends to its own segment and its prefix. Only a KV and the pool of a Paged are kept.
+        Without `entry` each row attends to itself alone. With a Windowed (T = 1) the token is written beside its
+        window, with a Paged all tokens are written to their pages, and each attends to what is there of its sequence.
+        With Segments a token attends to its own segment and its prefix. Only `Windowed.added` and the pool of a Paged
+        are kept.
 
         Args:
             x: [B, T, D].
@@ -97,9 +98,8 @@ class Attention(nnx.Module):
             tokens = lambda y: y.reshape(-1, *y.shape[2:])
             mixed, pool = paged_attention(self.attention, tokens(q), tokens(k), tokens(v), entry, self.row_parts)
             return mixed.reshape(q.shape), pool
-        if isinstance(entry, KV):
-            entry = caches.append(entry, k[:, 0], v[:, 0], positions.number[:, 0])
-            return cached_attention(q, entry, positions.number), entry
+        if isinstance(entry, Windowed):
+            return windowed_attention(q, k, v, entry)
         if isinstance(entry, Segments):
             k, v = (constrain(y.swapaxes(1, 2), *caches.AXES) for y in (k, v))
             return PACKED[self.attention](q, k, v, entry), None

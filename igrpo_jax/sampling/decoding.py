@@ -2,8 +2,8 @@
 
 A dispatch names the slots that it decodes, so that at the end of a rollout a program of few rows serves those that are
 left, wherever they are. Attention reads pages where they lie if there is a kernel for that. Otherwise the pages of each
-row are copied side by side before the loop, to their windows, and the positions that the loop adds are written back
-after it.
+row are copied side by side before the loop, to their windows (`models.windows`), and the positions that the loop adds
+are written back after it.
 
 For the letters of shapes see `state`.
 """
@@ -15,10 +15,12 @@ import jax.numpy as jnp
 
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
+from igrpo_jax.models import windows as views
 from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.ragged import Paged, Ragged
 from igrpo_jax.models.rotary import Positions, with_angles
+from igrpo_jax.models.windows import Windows
 from igrpo_jax.sampling.draw import draw
 from igrpo_jax.sampling.state import Rows, Sampling, State, Status
 from igrpo_jax.sampling.steps import BATCH, per_shard, position_keys
@@ -29,7 +31,7 @@ class _Carry(NamedTuple):
 
     taken: jax.Array  # [] int32, decode steps
     goes_on: jax.Array  # [] bool
-    cache: Cache  # of the rows
+    cache: Cache  # the pools, or what is added to the windows, and the states of the rows
     token: jax.Array  # [n]
     # Of the tokens, [n, 1]. That they come from the step before spares their sines and cosines in each sublayer, where
     # XLA's CPU compiler would compute them anew.
@@ -47,13 +49,13 @@ def decode(
     eos: jax.Array,
     weights: decoder.Params,
     state: State,
-    windows: Cache,
+    windows: Windows,
     rows: Rows,
     sampling: Sampling,
     *,
     steps: int,
     reads_pages: bool,
-) -> tuple[State, Cache, Status]:
+) -> tuple[State, Windows, Status]:
     """Draws up to `steps` tokens in each of `rows`, whose pages hold the positions that this needs.
 
     A shard stops early when fewer than its `rows.least` rows are active.
@@ -61,20 +63,27 @@ def decode(
     Args:
         windows: the windows of the rows, donated, and given back for the next dispatch. Those of the rows that are
             `stale` are of any content. On a CPU memory that is new each time must be cleared by the operating system,
-            which takes longer than the copies. None of a sublayer that has no window, or whose window XLA allocates.
+            which takes longer than the copies. All are None where windows live for one dispatch alone.
         reads_pages: whether attention reads pages where they lie.
     """
 
-    def run(weights, state: State, windows: Cache, rows: Rows, sampling: Sampling) -> tuple[State, Cache, Status]:
+    def run(weights, state: State, windows: Windows, rows: Rows, sampling: Sampling) -> tuple[State, Windows, Status]:
         rows = Rows(*(x[0] for x in rows))
         of_rows = lambda x: x.at[rows.slot].get(mode="clip")
         before = of_rows(state.length) - 1 + of_rows(state.count)  # the position of each row's token
         goes_on = _condition(mesh, rows.least, steps)
         active = of_rows(state.active) & rows.runs
+        cache = state.cache if _is_all(state, rows) else caches.rows_of(state.cache, rows.slot)
+        if reads_pages:
+            entries = lambda carry: _entries(carry, rows.table)
+        else:
+            seen = _windows(windows, cache, rows, before)
+            cache = views.room(cache, len(before), steps)
+            entries = lambda carry: views.entries(seen, carry.cache, before, active, carry.taken)
         start = _Carry(
             taken=jnp.int32(0),
             goes_on=goes_on(jnp.int32(0), active),
-            cache=_taken_out(state, windows, rows, reads_pages),
+            cache=cache,
             token=of_rows(state.token),
             position=with_angles(cfg, before[:, None]),
             count=of_rows(state.count),
@@ -83,24 +92,13 @@ def decode(
             out=state.out,
             logprob=state.logprob,
         )
-        step = _step(cfg, eos, weights, state, rows, sampling, goes_on, reads_pages)
+        step = _step(cfg, eos, weights, state, rows, sampling, goes_on, entries)
         end = jax.lax.while_loop(lambda carry: carry.goes_on, step, start)
-        cache = end.cache
-        # XLA puts them where those lay that were donated.
-        windows = tuple(given if given is None else entry for given, entry in zip(windows, cache, strict=True))
         if not reads_pages:
-            after = of_rows(state.length) - 1 + end.count
-            cache = caches.restore(state.cache, cache, rows.table, before, after, steps)
-        put = lambda x, value: x.at[rows.slot].set(value, mode="drop")
-        state = state._replace(
-            cache=cache if _is_all(state, rows) else caches.put_rows(state.cache, cache, rows.slot),
-            token=put(state.token, end.token),
-            count=put(state.count, end.count),
-            active=put(state.active, end.active),
-            entropy=put(state.entropy, end.entropy),
-            out=end.out,
-            logprob=end.logprob,
-        )
+            new = before, before + end.count - of_rows(state.count)
+            windows = views.extend(seen, end.cache, *new) if any(windows) else windows
+            end = end._replace(cache=views.write_back(state.cache, end.cache, rows.table, *new))
+        state = _put_back(state, rows, end)
         return state, windows, Status(state.active, state.count, end.taken[None])
 
     run = per_shard(mesh, run, (False, True, True, True, False), (True, True, True))
@@ -126,24 +124,34 @@ def _is_all(state: State, rows: Rows) -> bool:
     return len(rows.slot) == len(state.token)
 
 
-def _taken_out(state: State, windows: Cache, rows: Rows, reads_pages: bool) -> Cache:
-    """Returns the cache as the loop sees it."""
-    cache = state.cache if _is_all(state, rows) else caches.rows_of(state.cache, rows.slot)
-    if reads_pages:
-        return cache
-    if any(given is not None for given in windows):
-        return caches.update_windows(windows, cache, rows.table, rows.stale, rows.stale_count)
-    return caches.window(cache, rows.table)
+def _put_back(state: State, rows: Rows, end: _Carry) -> State:
+    """Returns the state with what the loop has made of the rows; the cache of `end` has the pools."""
+    put = lambda x, value: x.at[rows.slot].set(value, mode="drop")
+    return state._replace(
+        cache=end.cache if _is_all(state, rows) else caches.put_rows(state.cache, end.cache, rows.slot),
+        token=put(state.token, end.token),
+        count=put(state.count, end.count),
+        active=put(state.active, end.active),
+        entropy=put(state.entropy, end.entropy),
+        out=end.out,
+        logprob=end.logprob,
+    )
 
 
-def _step(cfg, eos, weights, state: State, rows: Rows, sampling: Sampling, goes_on, reads_pages: bool):
+def _windows(windows: Windows, cache: Cache, rows: Rows, length: jax.Array) -> Windows:
+    """Returns the windows of the rows, from those of the last dispatch where there are any."""
+    if any(windows):
+        return views.update(windows, cache, rows.table, rows.stale, rows.stale_count, length)
+    return views.of_pages(cache, rows.table)
+
+
+def _step(cfg, eos, weights, state: State, rows: Rows, sampling: Sampling, goes_on, entries):
     """Returns the body of the loop: one token in each active row."""
     slots = len(state.token)
     length, limit, key = (x.at[rows.slot].get(mode="clip") for x in (state.length, state.limit, state.key))
 
     def step(carry: _Carry) -> _Carry:
-        cache = _entries(carry, rows.table) if reads_pages else carry.cache
-        hidden, cache = decoder.apply(cfg, weights, carry.token[:, None], carry.position, cache)
+        hidden, cache = decoder.apply(cfg, weights, carry.token[:, None], carry.position, entries(carry))
         token, logprob, entropy = draw(
             decoder.logits(cfg, weights, hidden[:, 0]), position_keys(key, carry.count), *sampling
         )

@@ -13,9 +13,9 @@ from igrpo_jax.distributed.compiling import Wanted, all_shapes, compile_all
 from igrpo_jax.distributed.programs import Program, pick_bucket, tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, heads
-from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
+from igrpo_jax.models.windows import Windows
 from igrpo_jax.sampling import filling, inputs, lockstep
 from igrpo_jax.sampling.inputs import Piece, Start
 from igrpo_jax.sampling.layout import choose_tensor, sampler_mesh
@@ -121,7 +121,7 @@ class Engine:
         self.programs = SamplerPrograms(cfg, self.mesh, eos_ids, dtype, self.sizes)
         self.sync = WeightSync(model, mesh, self._whole_mesh, dtype)
         self._team_shardings = weight_shardings(cfg, self.mesh)
-        self._kept: tuple[tuple[int, ...], Cache] | None = None  # windows of the last dispatch, by its shape
+        self._kept: tuple[tuple[int, ...], Windows] | None = None  # windows of the last dispatch, by its shape
         # Of each group, the row of each slot whose window is as its pages.
         self._rows: list[dict[int, int]] = [{} for _ in range(self._own_groups)]
 
@@ -287,7 +287,7 @@ class Engine:
         self._kept = None
         self._rows = [{} for _ in self._rows]
 
-    def _windows(self, shape: tuple[int, ...]) -> Cache:
+    def _windows(self, shape: tuple[int, ...]) -> Windows:
         """Returns the windows of the last dispatch if they have the shape for this one, or else new ones."""
         kept, self._kept = self._kept, None  # they are donated, or make room
         if kept and kept[0] == shape:

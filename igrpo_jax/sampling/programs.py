@@ -1,9 +1,9 @@
 """The programs of the sampler: the functions of `steps` and `decoding`, compiled for the few shapes that they have.
 
 Prompts of any length are read in chunks of tokens. Decoding runs all slots, or fewer where few are left. Where
-attention reads pages in place, that is all. Elsewhere the positions of each row are copied side by side, and decoding
-has some lengths to which it copies (`shapes`). Temperature, top-p, top-k, limits, tables of pages and keys are traced,
-so that they need no programs of their own.
+attention reads pages in place, and on CPUs, that is all. Elsewhere the positions of each row are copied side by side,
+and decoding has some lengths to which it copies (`shapes`). Temperature, top-p, top-k, limits, tables of pages and keys
+are traced, so that they need no programs of their own.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ from jax.sharding import NamedSharding
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import Cost, Program, tree_bytes
 from igrpo_jax.models import cache as caches
-from igrpo_jax.models import decoder
-from igrpo_jax.models.cache import Cache
+from igrpo_jax.models import decoder, windows
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.models.paged import page_layout
 from igrpo_jax.models.products import ByOutputs, shape_by_outputs, sharding_by_outputs
+from igrpo_jax.models.windows import Windows
 from igrpo_jax.sampling import decoding, shapes, state, steps
 from igrpo_jax.sampling.layout import lies_by_outputs
 from igrpo_jax.sampling.pages import pages_for
@@ -39,8 +39,8 @@ class SamplerPrograms:
         eos_ids: the tokens that end a completion.
 
     Attributes:
-        reads: the lengths that decoding may copy side by side, by how many slots of a part it runs; where attention
-            reads pages in place, the longest alone.
+        reads: the lengths that decoding may copy side by side, by how many slots of a part it runs; on CPUs and where
+            attention reads pages in place, the longest alone.
         chunks: the numbers of tokens that `prefill` may read.
         next_chunk: of these the next one, by how many tokens are unread, up to the largest.
         state: the pages, lanes and slots of all shards, as abstract arrays.
@@ -144,14 +144,13 @@ class SamplerPrograms:
     def decode(self) -> Program:
         """Draws up to K tokens in each active row; the shape is (rows of a part, positions of each)."""
         sizes, run = self.sizes, partial(decoding.decode, self._cfg, self._mesh, self._eos)
-        of_windows = jax.tree.map(lambda x: x.sharding, self.windows(1, sizes.page_size))
         return Program(
             "decode",
             jax.jit(
                 partial(run, steps=sizes.steps_per_dispatch, reads_pages=self.in_place),
                 donate_argnums=(1, 2),
                 keep_unused=True,  # of the windows the memory alone counts
-                out_shardings=(self._state_sharding, of_windows, self._status_sharding),
+                out_shardings=(self._state_sharding, windows.sharding(self._mesh), self._status_sharding),
             ),
             lambda rows, read: (
                 self.weights,
@@ -176,13 +175,13 @@ class SamplerPrograms:
             cost=lambda: Cost(0, 2 * WIDTH * 8 * self.sizes.max_completion),
         )
 
-    def windows(self, rows: int, read: int) -> Cache:
+    def windows(self, rows: int, read: int) -> Windows:
         """Returns the windows of `decode` of this shape as abstract arrays: none where attention reads pages, or on
         accelerators, whose memory XLA keeps."""
         if self.in_place or not self._on_cpu:
             return (None,) * len(self._cfg.pattern)
         rows *= self.sizes.parts * self._shards
-        return caches.abstract_windows(self._cfg, rows, read, jnp.dtype(self._dtype), self._mesh)
+        return windows.abstract(self._cfg, rows, read, self.sizes.page_size, jnp.dtype(self._dtype), self._mesh)
 
     def _chunk(self, size: int) -> Chunk:
         lanes, pages = self.sizes.parts * self.sizes.lanes, pages_for(self.sizes.max_context, self.sizes.page_size)

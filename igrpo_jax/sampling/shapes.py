@@ -2,8 +2,9 @@
 and tokens that are read at once.
 
 Each shape is a program, which takes seconds to minutes to compile. Where attention reads pages in place, two shapes of
-decoding serve all lengths. Elsewhere a step takes as long as its rows and the positions that are copied side by side
-are many, and the few shapes are chosen that save most.
+decoding serve all lengths. On a CPU, whose programs read as many positions as are needed, a step takes as long as its
+rows are many. Elsewhere it also takes as long as the positions are many that are copied side by side. The few shapes
+are chosen that save most.
 """
 
 import itertools
@@ -23,10 +24,11 @@ MOST_DECODES = 13  # programs of decoding; with those of reading prompts and the
 # Work that a decode step may do in addition, to save a program: a share of its own, and what a CPU does in 0.1 ms.
 MORE = 0.1
 LITTLE = 5e6
-# On a CPU, as measured: operations of a product in the time of a byte of memory, and bytes in the time that a sublayer
-# takes however little it does.
+# On a CPU, as measured: operations of a product in the time of a byte of memory; bytes in the time that a sublayer
+# takes however little it does; the time of products with one row over that with two.
 CPU_BALANCE = 8
 CPU_SUBLAYER = 5e5
+VECTOR = 0.75
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def decode_shapes(sizes: Sizes, costs: ModelCosts, platform: str, in_place: bool
         halvings = (0, 1, 2, 3) if platform == "gpu" else (0, 3)
         return dict.fromkeys(sorted({slots >> i for i in halvings} - {0}), (length,))
     if platform == "cpu":
-        lengths = dict.fromkeys(length_buckets(slots, max(1, slots >> 6)), length_buckets(length, 128))
+        lengths: dict[int, tuple[int, ...]] = dict.fromkeys(_row_counts(slots), (length,))
     else:
         lengths = {slots >> 3: (length,), slots: tuple(max(1, length >> i) for i in (2, 1, 0))}
     shapes = [
@@ -85,9 +87,17 @@ def decode_shapes(sizes: Sizes, costs: ModelCosts, platform: str, in_place: bool
         if rows
         for read in dict.fromkeys(pages_for(read, sizes.page_size) * sizes.page_size for read in reads)
     ]
-    work = _work(costs, platform)
-    kept = _worthwhile(shapes, [work(costs.decode(*shape)) for shape in shapes])
+    of_cost = _work(costs, platform)
+    work = [of_cost(costs.decode(*shape)) for shape in shapes]
+    if platform == "cpu":
+        work = [VECTOR * one if rows == 1 else one for (rows, _), one in zip(shapes, work, strict=True)]
+    kept = _worthwhile(shapes, work)
     return {rows: tuple(sorted(read for n, read in kept if n == rows)) for rows in sorted({n for n, _ in kept})}
+
+
+def _row_counts(slots: int) -> list[int]:
+    """Returns numbers of rows for a CPU: from 8 on multiples of 8, because 12 rows take as long there as 16."""
+    return sorted({rows for rows in (1, 2, 4, 8, *length_buckets(slots, 16)) if rows < slots} | {slots})
 
 
 def chunk_sizes(sizes: Sizes, platform: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Attention of rows, to themselves and to a cache, against plain ones; which implementation a run takes."""
+"""Attention of rows to themselves against a plain one; which implementation a run takes."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -13,7 +13,6 @@ from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import attention, decoder
-from igrpo_jax.models.cache import KV
 from igrpo_jax.models.segments import Family, pack
 
 CASES = {"one token": (2, 1, 2, 1), "groups of heads": (2, 130, 2, 3), "a head for each key": (1, 20, 3, 1)}
@@ -65,25 +64,6 @@ def test_rows_in_bfloat16():
     arrays = inputs(2, 40, 1, 2, dtype=jnp.bfloat16)
     for x, y in zip(value_and_grads(*arrays), plain(*arrays), strict=True):
         assert np.abs(x - y).max() <= 0.02 * np.abs(y).max()  # 8 bits: 0.004 each, over a few roundings
-
-
-@pytest.mark.parametrize("dtype", ["float32", jnp.bfloat16])
-def test_decoded_tokens_read_the_positions_up_to_their_own(dtype):
-    """At the first, some and the last position of a cache; whoever reads a later position is far off."""
-    positions, length, time = np.array([0, 5, 11], np.int32), 13, 2
-    q, _, _, _ = inputs(3, time, 2, 3, dtype=dtype)
-    k, v = (x.swapaxes(1, 2).copy() for x in inputs(3, length, 2, 3, dtype=dtype)[1:3])
-    expected = np.zeros(q.shape)
-    for b, n in np.ndindex(3, 6):
-        end = positions[b] + time
-        k[b, :, end:], v[b, :, end:] = 40, 40
-        own, keys, values = q[b, :, n], k[b, n // 3, :end], v[b, n // 3, :end]
-        expected[b, :, n] = plain_attention.attend(own, keys, values, own).mixed
-    keys = KV(k.swapaxes(2, 3), v)
-    mixed = jax.jit(attention.cached_attention)(q, keys, positions[:, None] + np.arange(time, dtype=np.int32))
-    assert mixed.dtype == q.dtype
-    atol = 5e-5 if dtype == "float32" else 0.02 * np.abs(expected).max()
-    np.testing.assert_allclose(np.asarray(mixed, np.float32), expected, atol=atol, rtol=0)
 
 
 def on(platform):

@@ -13,7 +13,7 @@ from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
-from igrpo_jax.models import decoder
+from igrpo_jax.models import decoder, windows
 from igrpo_jax.models.config import builtin
 from igrpo_jax.models.ragged import Paged, Ragged
 
@@ -67,8 +67,9 @@ def test_cached_decode_equals_the_full_forward(params, full, pages):
 
     def decode(params, token, position, cache):
         own, at = jnp.asarray(table[:, :pages]), position[:, 0]
-        hidden, rows = decoder.apply(TINY, params, token, position, caches.window(cache, own))
-        return hidden, caches.restore(cache, rows, own, at, at + 1, 1)
+        entries = windows.entries(windows.of_pages(cache, own), windows.room(cache, 4, 1), at, at >= 0, 0)
+        hidden, rows = decoder.apply(TINY, params, token, position, entries)
+        return hidden, windows.write_back(cache, rows, own, at, at + 1)
 
     step = jax.jit(decode)
     at = lengths.copy()

@@ -14,7 +14,7 @@ from hf_models import FAMILIES, LAYERS, family_model, rope, torch
 from tiny_models import one_device
 
 from igrpo_jax.models import cache as caches
-from igrpo_jax.models import decoder, hf_files, hf_read
+from igrpo_jax.models import decoder, hf_files, hf_read, windows
 from igrpo_jax.models.lane_scan import Lanes
 from igrpo_jax.models.paged import page_layout
 from igrpo_jax.models.ragged import Paged, Ragged
@@ -89,9 +89,10 @@ def test_prefill_and_decode(family):
     model, cfg, params = family
     lengths = np.array([1, 16, 23], np.int32)
     logits, table, cache = prefill(cfg, params, lengths)
-    ours, cache = [logits], caches.window(cache, table)
+    ours, seen, cache = [logits], windows.of_pages(cache, table), windows.room(cache, 3, STEPS)
     for i in range(STEPS):
-        logits, cache = decode(cfg, params, TOKENS[np.arange(3), lengths + i], lengths + i, cache)
+        entries = windows.entries(seen, cache, lengths, lengths > 0, i)
+        logits, cache = decode(cfg, params, TOKENS[np.arange(3), lengths + i], lengths + i, entries)
         ours.append(logits)
     assert_decoded(model, lengths, ours)
 

@@ -217,7 +217,7 @@ def test_few_slots_that_are_left_decode_in_a_program_of_few_rows(engine, tiny, m
     request = Request(whole.tokens, 5, 8, KEY, limits)
     used.clear()
     samples, _ = sample(engine, tiny, [request])
-    assert used[0][0] == 8 and used[-1] == (1, [longest]) and engine.programs.reads.keys() == {1, 2, 3, 4, 6, 8}
+    assert used[0][0] == 8 and used[-1] == (1, [longest]) and engine.programs.reads.keys() == {1, 2, 4, 8}
     for one in samples:
         np.testing.assert_array_equal(one.tokens, plain[one.sample_id][: limits[one.sample_id]])
 
