@@ -25,7 +25,7 @@ Peers run in processes of their own, one after the other. The last line is one J
     peers                 tokens_per_second of each; `speedup`: ours over the best
     ideal_fraction        (lognormal) time of ideal list scheduling over ours, geometric mean over the seeds: samples
                           take slots in order, no slot waits, nothing but decode steps of all slots is paid, at the
-                          seconds that a step of this engine takes at each read length
+                          seconds that a step of this engine takes, interpolated between some positions of the rows
     static_speedup        (lognormal) seconds of the same engine on static batches over ours
 """
 
@@ -190,7 +190,8 @@ class Filled:
         """Runs one dispatch of the same rows; returns its steps, summed over the shards.
 
         Args:
-            position: positions that each row has, of which those past the prompt may hold anything; None: the prompt.
+            position: positions that each row has; None: the prompt. All positions past the pages of the prompt and of
+                the first dispatch are read in one page, which a kernel that reads pages has in a cache of the device.
         """
         import jax
 

@@ -8,7 +8,7 @@ same names for tokens whose keys lie in pages. Each computes one float32 softmax
 - cudnn: the flash kernel for NVIDIA GPUs.
 - splash: the flash kernel for TPUs.
 
-Legend: B batch, T query, S key, N heads, K kv heads, G heads per kv head (N = K * G), X = G * T, H head dim; of
+Legend: B batch, T query, S key, N heads, K kv heads, G heads per kv head (N = K * G), H head dim; of
 segments see `segments`.
 """
 
@@ -37,6 +37,7 @@ def windowed_attention(q: jax.Array, k: jax.Array, v: jax.Array, entry: Windowed
     Args:
         q: [B, 1, N, H].
         k, v: [B, 1, K, H].
+        entry: the windows, of which the blocks up to `last` are read, and what the steps before have added.
 
     Returns:
         [B, 1, N, H] in q's dtype, and `entry.added` with the new keys and values. Scores and softmax are float32 and
@@ -46,12 +47,17 @@ def windowed_attention(q: jax.Array, k: jax.Array, v: jax.Array, entry: Windowed
     rows = q.reshape(q.shape[0], k.shape[2], -1, q.shape[3])  # one matmul per row and kv head
     reads = [functools.partial(_read_blocks, entry.window[: last + 1]) for last in range(len(entry.window))]
     operands = rows, added, entry.length, entry.step
-    mixed = jax.lax.switch(entry.last, reads, *operands) if len(reads) > 1 else reads[0](*operands)
+    mixed = jax.lax.switch(entry.last, reads, *operands)
     return mixed.reshape(q.shape), added
 
 
 def _read_blocks(window: Window, q: jax.Array, added: KV, length: jax.Array, step: jax.Array) -> jax.Array:
-    """Returns what `q` [B, K, G, H] reads of some blocks of its window, and of `added`, in its shape and dtype."""
+    """Returns what `q` [B, K, G, H] reads of the blocks of `window`, and of `added`, in its shape and dtype.
+
+    Args:
+        length: [B] int32, positions of each row in the window.
+        step: [] int32, the last place of `added` that is read.
+    """
     blocks = (*window, added)
     score = lambda block: jnp.einsum("BKGH,BKHS->BKGS", q, block.k, preferred_element_type=jnp.float32)
     scores = jnp.concatenate([*map(score, blocks)], axis=-1) * q.shape[3] ** -0.5

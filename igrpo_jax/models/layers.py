@@ -89,10 +89,10 @@ class Attention(nnx.Module):
         if positions.sin is not None:
             q, k = rope(q, positions), rope(k, positions)
         q = constrain(q, "batch", "time", "heads", "head_dim")
-        mixed, kept = self._attend(q, k, v, positions, entry)
+        mixed, kept = self._attend(q, k, v, entry)
         return product("BTNH,NHD->BTD", mixed, self.o_proj), kept
 
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: Positions, entry):
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, entry: Windowed | Paged | Segments | None):
         """Returns what `q` [B, T, N, H] reads, in its shape, and what is kept of `k` and `v` [B, T, K, H]."""
         if isinstance(entry, Paged):
             tokens = lambda y: y.reshape(-1, *y.shape[2:])

@@ -1,13 +1,12 @@
 """Windows: the positions of each row side by side, for attention that cannot read pages where they lie.
 
 While a dispatch decodes, windows stay as they were when it began, and the tokens that it adds stand beside them: number
-t of each row at the place t, whatever the row's position. So a decode step writes at one place for all rows, and of the
-windows, which have several blocks of positions, it reads those alone that the longest row needs. After the dispatch
-`write_back` writes the new tokens to the pages. Where windows are kept for the next dispatch, `extend` writes them
-there too.
+t of each row at the place t, whatever the row's position. So a decode step writes at one place for all rows. Windows
+that are kept have several blocks of positions, of which it reads those alone that the longest row needs. After a
+dispatch `write_back` writes the new tokens to the pages, and `extend` to windows that are kept for the next one.
 
 Legend: B rows, K kv heads, H head dim, S positions of a block, T decode steps of a dispatch, P pages of C positions, R
-pages of a row.
+pages of a row, n rows that are copied.
 """
 
 from functools import partial
@@ -25,8 +24,8 @@ from igrpo_jax.models.config import DecoderConfig
 Window = tuple[KV, ...]  # of one attention sublayer, block after block
 Windows = tuple[Window | None, ...]  # of all sublayers; None of one without pages
 
-BLOCKS = 4  # of a window; each is compiled as another attention within the program of decoding
-LEAST = 64  # positions of a block, but for that of a short window
+BLOCKS = 5  # of a window, at most; up to each of them is compiled as another attention of the program of decoding
+LEAST = 64  # positions of the first block of a window that has several
 AXES = ("batch", "kv_heads", None, None)
 
 
@@ -41,10 +40,12 @@ class Windowed(NamedTuple):
 
 
 def block_ends(positions: int, page_size: int) -> tuple[int, ...]:
-    """Returns the position at which each block of a window of so many positions ends; multiples of `page_size`."""
-    size = max(LEAST, -(-positions // BLOCKS))
-    size = -(-size // page_size) * page_size
-    return (*range(size, positions, size), positions)
+    """Returns the position at which each block of a window of so many positions ends: halves of the one after it.
+
+    All are multiples of `page_size`, as `positions` is.
+    """
+    ends = (-(-(positions >> i) // page_size) * page_size for i in range(1, BLOCKS))
+    return (*sorted({end for end in ends if LEAST <= end < positions}), positions)
 
 
 def abstract(
@@ -79,12 +80,13 @@ def update(
 ) -> Windows:
     """Returns `windows` with the positions of the first `count` of `rows` copied from their pages.
 
-    It copies one block of a row after another, in place where `windows` are donated, and those alone that hold some of
-    its positions. It is for CPUs.
+    It copies one block of a row after another, in place where `windows` are donated, and only the blocks in which the
+    row has positions; what stands elsewhere must be finite. It is for CPUs.
 
     Args:
         table: [B, R] int32, the pages of each row.
         rows: [B] int32.
+        count: [] int32.
         length: [B] int32, positions of each row.
     """
     needed = jnp.where(jnp.arange(len(rows)) < count, length[rows], 0)
@@ -109,7 +111,7 @@ def update(
 
 
 def room(cache: Cache, rows: int, steps: int) -> Cache:
-    """Returns a KV of zeros with `steps` places for each of `rows` rows in the place of each pool of `cache`."""
+    """Returns `cache` with a KV of zeros in the place of each pool, with `steps` places for each of `rows` rows."""
 
     def added(pool: jax.Array) -> KV:
         heads, head_dim = pool.shape[2] // 2, pool.shape[3]
@@ -139,6 +141,7 @@ def entries(windows: Windows, cache: Cache, length: jax.Array, active: jax.Array
 def add(added: KV, k: jax.Array, v: jax.Array, step: jax.Array) -> KV:
     """Returns `added` with the keys and values [B, 1, K, H] of new tokens at the place `step`."""
     place = jax.lax.dynamic_update_slice_in_dim
+    k, v = (x.astype(added.k.dtype) for x in (k, v))
     return KV(place(added.k, k.transpose(0, 2, 3, 1), step, 3), place(added.v, v.swapaxes(1, 2), step, 2))
 
 
@@ -146,7 +149,7 @@ def extend(windows: Windows, cache: Cache, begin: jax.Array, end: jax.Array) -> 
     """Returns `windows` with what a dispatch has added, in place where they are donated.
 
     Args:
-        cache: of `entries`, after the last step.
+        cache: what the last step gave: a KV for each sublayer that has a window, and the states of the rows.
         begin, end: [B] int32, the positions that are new in each row.
     """
 
@@ -169,7 +172,7 @@ def write_back(pools: Cache, cache: Cache, table: jax.Array, begin: jax.Array, e
     """Returns `pools` with what a dispatch has added written to the pages, in place, and the states of `cache`.
 
     Args:
-        cache: of `entries`, after the last step.
+        cache: what the last step gave: a KV for each sublayer that has a window, and the states of the rows.
         table: [B, R] int32, the pages of each row.
         begin, end: [B] int32, the positions that are new in each row.
     """

@@ -62,8 +62,9 @@ def decode(
 
     Args:
         windows: the windows of the rows, donated, and given back for the next dispatch. Those of the rows that are
-            `stale` are of any content. On a CPU memory that is new each time must be cleared by the operating system,
-            which takes longer than the copies. All are None where windows live for one dispatch alone.
+            `stale` are of any finite content. On a CPU memory that is new each time must be cleared by the operating
+            system, which takes longer than the copies. All are None where windows live for one dispatch alone, or
+            pages are read.
         reads_pages: whether attention reads pages where they lie.
     """
 

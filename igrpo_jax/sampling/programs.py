@@ -1,9 +1,9 @@
 """The programs of the sampler: the functions of `steps` and `decoding`, compiled for the few shapes that they have.
 
 Prompts of any length are read in chunks of tokens. Decoding runs all slots, or fewer where few are left. Where
-attention reads pages in place, and on CPUs, that is all. Elsewhere the positions of each row are copied side by side,
-and decoding has some lengths to which it copies (`shapes`). Temperature, top-p, top-k, limits, tables of pages and keys
-are traced, so that they need no programs of their own.
+attention does not read pages in place, the positions of each row are copied side by side, and but on CPUs decoding has
+some lengths to which it copies (`shapes`). Temperature, top-p, top-k, limits, tables of pages and keys are traced, so
+that they need no programs of their own.
 """
 
 from collections.abc import Iterator
@@ -149,7 +149,7 @@ class SamplerPrograms:
             jax.jit(
                 partial(run, steps=sizes.steps_per_dispatch, reads_pages=self.in_place),
                 donate_argnums=(1, 2),
-                keep_unused=True,  # of the windows the memory alone counts
+                keep_unused=True,  # where nothing is read of the windows, their memory alone counts
                 out_shardings=(self._state_sharding, windows.sharding(self._mesh), self._status_sharding),
             ),
             lambda rows, read: (

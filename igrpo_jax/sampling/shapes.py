@@ -1,10 +1,10 @@
 """The shapes that the programs of the sampler are compiled for: sizes of a run, rows and positions of a decode step,
 and tokens that are read at once.
 
-Each shape is a program, which takes seconds to minutes to compile. Where attention reads pages in place, two shapes of
-decoding serve all lengths. On a CPU, whose programs read as many positions as are needed, a step takes as long as its
-rows are many. Elsewhere it also takes as long as the positions are many that are copied side by side. The few shapes
-are chosen that save most.
+Each shape is a program, which takes seconds to minutes to compile. Where attention reads pages in place, two to four
+shapes of decoding serve all lengths. On a CPU, whose programs read about as many positions as are needed (`windows`), a
+step takes the longer the more rows it has. Elsewhere it also takes the longer the more positions are copied side by
+side. The few shapes are chosen that save most.
 """
 
 import itertools
@@ -71,7 +71,7 @@ def decode_shapes(sizes: Sizes, costs: ModelCosts, platform: str, in_place: bool
 
     Args:
         platform: "cpu", "gpu" or "tpu".
-        in_place: whether attention reads pages where they lie: the only length is the longest then.
+        in_place: whether attention reads pages where they lie: the only length is the longest then, as on a CPU.
     """
     length, slots = sizes.slot_pages * sizes.page_size, sizes.shard_slots
     if in_place:  # one program of few rows; on GPUs, which compile one in seconds, some between
@@ -96,7 +96,7 @@ def decode_shapes(sizes: Sizes, costs: ModelCosts, platform: str, in_place: bool
 
 
 def _row_counts(slots: int) -> list[int]:
-    """Returns numbers of rows for a CPU: from 8 on multiples of 8, because 12 rows take as long there as 16."""
+    """Returns numbers of rows for a CPU: all slots, and below from 8 on multiples of 8, since 12 take as long as 16."""
     return sorted({rows for rows in (1, 2, 4, 8, *length_buckets(slots, 16)) if rows < slots} | {slots})
 
 

@@ -129,17 +129,21 @@ def test_what_has_no_page_is_not_written():
     assert_equal(of_attention(after), of_attention(cache))
 
 
-def test_pages_keep_their_dtype():
-    cache = random_cache(dtype="bfloat16")
-    added = windows.room(cache, ROWS, 2)
-    after = jax.jit(windows.write_back)(cache, added, TABLE, np.zeros(4, np.int32), np.ones(4, np.int32))
-    assert all(x.dtype == jnp.bfloat16 for x in (*of_attention(after), *jax.tree.leaves(of_attention(added))))
+def test_what_is_added_has_the_dtype_of_the_pages():
+    added = windows.room(random_cache(dtype="bfloat16"), ROWS, 2)
+    k, v = np.random.default_rng(0).normal(size=(2, ROWS, 1, 4, 8)).astype("float32")
+    after = windows.add(added[1], k, v, np.int32(1))
+    assert after.k.dtype == after.v.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(after.k[..., 1], k[:, 0].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(after.v[:, :, 1], v[:, 0].astype(jnp.bfloat16))
+    assert not after.k[..., 0].any() and not after.v[:, :, 0].any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", jnp.bfloat16])
 @pytest.mark.parametrize("lengths", [[4, 1, 3], [5, 12, 9], [7, 3, 12]])
 def test_decoded_tokens_read_their_window_and_what_was_added(dtype, lengths):
-    """Some steps, in which no block, or the first alone, is enough; whoever reads anything else is far off."""
+    """Some steps, for which the first block alone is enough, or both are needed; whoever reads anything else is far
+    off, and a block that no row needs is not read at all."""
     draw, lengths, steps, groups = np.random.default_rng(0).normal, np.array(lengths, np.int32), 3, 3
     k, v = (draw(size=(3, 2, ENDS[-1] + steps, 8)).astype(dtype) for _ in "kv")  # by position
     held_k, held_v = k[:, :, : ENDS[-1]].copy(), v[:, :, : ENDS[-1]].copy()
@@ -151,7 +155,9 @@ def test_decoded_tokens_read_their_window_and_what_was_added(dtype, lengths):
         q, at = draw(size=(3, 1, 2 * groups, 8)).astype(dtype), lengths + step
         new_k, new_v = (x[np.arange(3), :, at][:, None] for x in (k, v))
         (entry,) = windows.entries(window, (added,), lengths, np.array([True] * 3), np.int32(step))
-        assert int(entry.last) == (0 if lengths.max() <= ENDS[0] else 1)
+        needed = 1 if lengths.max() <= ENDS[0] else 2
+        unread = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), entry.window[needed:])
+        entry = entry._replace(window=(*entry.window[:needed], *unread))
         mixed, added = jax.jit(attention.windowed_attention)(q, new_k, new_v, entry)
         expected = np.zeros(q.shape)
         for b, n in np.ndindex(3, 2 * groups):

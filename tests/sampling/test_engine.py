@@ -16,6 +16,7 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import Program, compilations
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, hf_files, hf_read, paged
+from igrpo_jax.models.windows import block_ends
 from igrpo_jax.sampling import filling, shapes
 from igrpo_jax.sampling import programs as sampler_programs
 from igrpo_jax.sampling.engine import Engine
@@ -25,9 +26,9 @@ from igrpo_jax.sampling.state import Sampling
 
 EOS = (0, 17, 40)  # 0 is also what prompts are padded with
 KEY = np.array([1, 2], np.uint32)
-# At, below and above the edge of a page of 16. The cache of 142 positions is read up to 128 or 144; completions of the
-# longest prompt go from the first to the second.
-LENGTHS = (1, 31, 32, 33, 110)
+# At, below and above the edge of a page of 16. The cache of 142 positions has blocks up to 80 and 144; completions of
+# the prompt of 70 go from the first to the second.
+LENGTHS = (1, 31, 32, 33, 70, 110)
 LIMIT = 24
 
 
@@ -108,7 +109,7 @@ def log_softmax(logits):
 
 @pytest.mark.slow
 def test_cached_logprobs_equal_the_full_forward(samples, full_logits):
-    """Also at a bucket's edge, with neighbours of other lengths, and with the padding's id inside the prompt."""
+    """Also at edges of pages and blocks, with neighbours of other lengths, and with the padding's id in the prompt."""
     assert len(samples) == 8 * len(LENGTHS)
     assert max(len(one.request.tokens) + len(one.tokens) for one in samples.values()) > 130
     for one in samples.values():
@@ -263,6 +264,7 @@ def test_where_xla_allocates_windows_samples_are_the_same(engine, params, reques
         steps_per_dispatch=16,
     )  # fmt: skip
     other.programs._on_cpu = False
+    other.programs.reads = {6: (64, 144)}  # several lengths, as there
     assert not jax.tree.leaves(other.programs.windows(6, 144)) and jax.tree.leaves(engine.programs.windows(6, 144))
     found = sample(other, params, requests, Sampling(0.8))
     for key, one in samples.items():
@@ -418,13 +420,16 @@ def leaves_its_replica(line):
 @pytest.mark.slow
 def test_decoding_asks_no_other_shard(tiny):
     """No collective at all; with tensor parallelism only within a replica, but for the trip count all agree on."""
-    sizes = {"slots": 16, "max_context": 20, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"slots": 16, "max_context": 120, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
     engine = Engine(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=4)), EOS, **sizes)
     programs = engine.programs
-    for program in (programs.decode.compiled(2, 32), programs.prefill.compiled(64), programs.fork.compiled()):
+    assert len(block_ends(128, 16)) > 1
+    for program in (programs.decode.compiled(2, 128), programs.prefill.compiled(64), programs.fork.compiled()):
         assert not COLLECTIVES.search(program.as_text())
     engine = Engine(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2)), EOS, **sizes)
-    found = [line for line in engine.programs.decode.compiled(4, 32).as_text().splitlines() if COLLECTIVES.search(line)]
+    found = [
+        line for line in engine.programs.decode.compiled(4, 128).as_text().splitlines() if COLLECTIVES.search(line)
+    ]
     across = [line for line in found if leaves_its_replica(line)]
     assert len(found) > len(across) and across
     assert all(re.search(r"= s32\[\]\S* all-reduce", line) for line in across), across

@@ -37,13 +37,13 @@ def make_engine(c, slots, steps_per_dispatch, mesh, **pages):
 
 
 def requests():
-    """More samples than slots, prompts on both sides of a bucket's edge, and limits of their own.
+    """More samples than slots, prompts on both sides of the edge of a page, and limits of their own.
 
-    A cache of 110 + 24 positions is read up to 128 or to 144: the longest prompt crosses from one to the other while it
+    A cache of 110 + 24 positions has blocks up to 80 and 144: the prompt of 70 crosses from one to the other while it
     is sampled.
     """
     rng = np.random.default_rng(0)
-    shape = {32: (5, 24), 33: (1, 24), 110: (4, 24), 7: (11, 9), 1: (2, 1)}
+    shape = {32: (5, 24), 33: (1, 24), 110: (4, 24), 7: (11, 9), 1: (2, 1), 70: (1, 24)}
     tokens = [rng.integers(0, 64, length, np.int32) for length in shape]
     return [
         Request(ids, index, samples, KEY, limit, prompt=Prompt(f"row {index}", index, "", "", ids))
