@@ -197,9 +197,8 @@ class Filled:
 
         engine, state = self.engine, self.state
         position = position or self.prompt_len
-        filled = lambda x, value: jax.tree.map(lambda x: x * 0 + value, x)
         self.state = state._replace(
-            active=state.active | True, count=filled(state.count, 1), length=filled(state.length, position)
+            active=state.active | True, count=state.count * 0 + 1, length=state.length * 0 + position
         )
         jax.block_until_ready(self.state)
         slots, tables = [sorted(shard.running) for shard in self.shards], [shard.table for shard in self.shards]

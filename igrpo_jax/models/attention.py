@@ -8,8 +8,8 @@ same names for tokens whose keys lie in pages. Each computes one float32 softmax
 - cudnn: the flash kernel for NVIDIA GPUs.
 - splash: the flash kernel for TPUs.
 
-Legend: B batch, T query, S key, N heads, K kv heads, G heads per kv head (N = K * G), H head dim; of
-segments see `segments`.
+Legend: B batch, T query, S key, N heads, K kv heads, G heads per kv head (N = K * G), H head dim; of segments
+see `segments`.
 """
 
 import functools

@@ -53,10 +53,9 @@ def abstract(
 ) -> Windows:
     """Returns the windows of `rows` rows of so many positions, as abstract arrays."""
     ends = block_ends(positions, page_size)
-    of = lambda *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh))
-    rows_heads = rows, cfg.num_kv_heads
+    of = lambda shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh))
     sizes = [end - start for start, end in zip((0, *ends), ends, strict=False)]
-    window = tuple(KV(of(*rows_heads, cfg.head_dim, size), of(*rows_heads, size, cfg.head_dim)) for size in sizes)
+    window = tuple(KV(*map(of, _shapes(rows, cfg.num_kv_heads, cfg.head_dim, size))) for size in sizes)
     return tuple(window if kind == "*" else None for kind in cfg.pattern)
 
 
@@ -114,9 +113,8 @@ def room(cache: Cache, rows: int, steps: int) -> Cache:
     """Returns `cache` with a KV of zeros in the place of each pool, with `steps` places for each of `rows` rows."""
 
     def added(pool: jax.Array) -> KV:
-        heads, head_dim = pool.shape[2] // 2, pool.shape[3]
-        k, v = (rows, heads, head_dim, steps), (rows, heads, steps, head_dim)
-        return KV(*(constrain(jnp.zeros(shape, pool.dtype), *AXES) for shape in (k, v)))
+        shapes = _shapes(rows, pool.shape[2] // 2, pool.shape[3], steps)
+        return KV(*(constrain(jnp.zeros(shape, pool.dtype), *AXES) for shape in shapes))
 
     return caches.of_pools(added, cache)
 
@@ -183,6 +181,11 @@ def write_back(pools: Cache, cache: Cache, table: jax.Array, begin: jax.Array, e
         return caches.put(pool, page, at % pool.shape[1], *_by_token(added))
 
     return caches.of_pools(put_new, pools, cache)
+
+
+def _shapes(rows: int, heads: int, head_dim: int, positions: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the shapes of the keys and of the values of a KV."""
+    return (rows, heads, head_dim, positions), (rows, heads, positions, head_dim)
 
 
 def _by_token(added: KV) -> tuple[jax.Array, jax.Array]:
