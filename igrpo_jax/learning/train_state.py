@@ -1,5 +1,7 @@
 """The state that training carries, and the optimizer step on it."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,6 +10,8 @@ import optax
 
 from igrpo_jax.learning.loss import MicroBatchSums
 from igrpo_jax.models import decoder
+
+Trained = tuple[decoder.Params, optax.OptState]
 
 
 class TrainState(NamedTuple):
@@ -31,13 +35,18 @@ def apply(
     Where the loss or the gradient's norm is not finite, parameters and moments stay as they are.
     """
     norm = optax.global_norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
     # Where the norm is finite, the step is finite too: AdamW and Muon divide by their own moments and an epsilon,
     # Adafactor by means of squares of at least 1e-30. A check of the step itself would keep all of it in memory.
     finite = jnp.isfinite(sum(stage_sums.loss_sums.loss for stage_sums in sums.values())) & jnp.isfinite(norm)
-    keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
-    params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
+
+    def step(params: decoder.Params, opt_state: optax.OptState) -> Trained:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    old = state.params, state.opt_state
+    params, opt_state = jax.lax.platform_dependent(
+        cpu=partial(_branch, finite, step, old), default=partial(_select, finite, step, old)
+    )
     skipped = state.skipped + (~finite).astype(jnp.int32)
     metrics = {
         "grad_norm": norm,
@@ -45,3 +54,13 @@ def apply(
         "nonfinite_steps": skipped,
     }
     return TrainState(params, opt_state, state.step + 1, skipped), metrics
+
+
+def _branch(finite: jax.Array, step: Callable[..., Trained], old: Trained) -> Trained:
+    """Returns `step(*old)` if `finite`, else `old`; with `where` XLA's CPU compiler would copy the moments first."""
+    return jax.lax.cond(finite, step, lambda *unchanged: unchanged, *old)
+
+
+def _select(finite: jax.Array, step: Callable[..., Trained], old: Trained) -> Trained:
+    """Returns `step(*old)` if `finite`, else `old`; with `cond` a TPU would keep a second copy of all of it."""
+    return jax.tree.map(partial(jnp.where, finite), step(*old), old)

@@ -1,5 +1,6 @@
 """The optimizers beside optax alone, where their state lies, and the learning rate by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from learner_cases import make_learner
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
+from igrpo_jax.learning import train_state
 from igrpo_jax.learning.optimizer import make_optimizer, state_shardings
 from igrpo_jax.outputs.checkpoint import Checkpointer
 
@@ -178,6 +180,26 @@ def test_gradients_of_zero_and_of_any_size_make_finite_steps(name):
         grads = {path: scale * (jnp.arange(x.size).reshape(x.shape) % 5 == 0) for path, x in tree(7).items()}
         params, state = step(grads, state, params)
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((params, state))), scale
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_that_is_not_finite_leaves_all_as_it_was_on_any_device(name):
+    """A CPU branches and other devices select: both give the step itself, or what was there before, bit for bit."""
+    init, step = compiled(name)
+    old = tree(0), init(tree(0))
+    after = step(tree(1), old[1], old[0])
+    for keep in (train_state._branch, train_state._select):
+        for finite, expected in ((True, after), (False, old)):
+            kept = keep(jnp.bool_(finite), lambda params, state: step(tree(1), state, params), old)
+            for mine, theirs in zip(*map(jax.tree.leaves, (kept, expected)), strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+
+
+def test_the_step_makes_no_copy_of_moments(tiny):
+    """Beside the state there is room for one gradient, the clipped one, and a little more."""
+    learner, _ = make_learner(dataclasses.replace(tiny[0], vocab_size=1024))
+    params = sum(4 * x.size for x in jax.tree.leaves(learner.abstract_state().params))
+    assert learner.programs.apply.compiled().memory_analysis().temp_size_in_bytes < 1.1 * params
 
 
 def test_bfloat16_is_for_the_first_moment_alone():
