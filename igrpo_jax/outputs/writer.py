@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,18 @@ class Writer:
         resume_step: the step of the checkpoint that was restored; None where the run starts from nothing. Rows and
             sample files of later steps are dropped, because the resumed run writes them again. With None, all that an
             earlier start left is dropped. A line that a kill tore is dropped as well.
+        nullable: metrics that may be without a value, and are then written as null without a warning.
 
     Attributes:
         rows: how many rows `metrics.jsonl` has now, which a checkpoint stores as the metrics cursor.
         history: the rows of RL steps that `metrics.jsonl` had when it was opened.
     """
 
-    def __init__(self, workdir: Path, config: Config, resume_step: int | None = None):
+    def __init__(self, workdir: Path, config: Config, resume_step: int | None = None, nullable: Collection[str] = ()):
         self.rows = 0
         self.history: list[dict[str, Any]] = []
         self._file: Lines | None = None
-        self._without_value: set[str] = set()  # names of metrics that this process has written as null
+        self._without_value = set(nullable)  # names of metrics whose null is nothing new
         self._trackers: list[trackers.Tracker] = []
         if jax.process_index() != 0:
             return
@@ -72,7 +73,7 @@ class Writer:
 
         Args:
             metrics: Python, numpy or jax scalars by name. A value that is not finite is written as null, with a
-                warning where it is the first one of its name.
+                warning where it is the first one of its name, unless it is `nullable`.
 
         Raises:
             RunError: the row cannot be written.

@@ -24,6 +24,7 @@ from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.rollout import Rollout
 from igrpo_jax.learning.train_state import TrainState
+from igrpo_jax.learning.update_metrics import COMPARED
 from igrpo_jax.learning.warm_start import warm_start
 from igrpo_jax.models import decoder, hf_write
 from igrpo_jax.outputs import hub, weights
@@ -91,7 +92,7 @@ def _start(
     stack.enter_context(showing_waits(console.waiting))
     if latest is None:
         first_step, progress = 0, Progress()
-        writer = stack.enter_context(Writer(workdir, config))
+        writer = stack.enter_context(Writer(workdir, config, nullable=COMPARED))
         state = _first_state(config, task, workdir, learner, writer, console)
     else:
         with console.phase(f"restoring step {latest}"):
@@ -99,7 +100,7 @@ def _start(
             _check_data(config, task, workdir, meta["data"])
         progress = Progress.from_meta(meta, int(state.skipped))
         # What the steps after the checkpoint left behind is dropped here: they are run again.
-        writer = stack.enter_context(Writer(workdir, config, first_step))
+        writer = stack.enter_context(Writer(workdir, config, first_step, COMPARED))
         ending.tell_lost_rows(writer.rows, meta["metrics_rows"], first_step, console)
         _set_fixed_weights(config, task, workdir, learner, console)
     run = Run(

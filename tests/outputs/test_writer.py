@@ -35,6 +35,12 @@ def test_a_metric_without_a_value_is_mentioned_once(tmp_path, caplog):
     assert said == ["step 1: no finite value of kl", "step 3: no finite value of loss"]
 
 
+def test_a_metric_that_may_be_without_a_value_is_not_mentioned(tmp_path, caplog):
+    with writers.Writer(tmp_path, run_config(), nullable=("kl",)) as writer:
+        writer.write(1, {"kl": np.nan})
+    assert not caplog.records and rows_of(tmp_path / "metrics.jsonl") == [{"step": 1, "kl": None}]
+
+
 def test_sample_rows(tmp_path, two_groups):
     odd = completion("refine", 0, [3, 9], 1.0, text="\ud800 ∑ \x1b[31m\n</answer>")
     groups = [two_groups[0], group([], None, [odd, completion("refine", 1, [9], 0.0)])]
