@@ -15,9 +15,9 @@ paper's.
 All eight chips share one copy of the weights to sample with, which `rollout.mesh.tensor` chooses by formula (8 is also
 the number of the model's groups), and the two hosts sample in lockstep. By the formulas of `python -m igrpo_jax.aot
 --config configs/nemotron_h_8b.py --topology v5p:2x2x2` a step in which every completion has the greatest length then
-takes at least 35 s (116 s with a copy on each chip and half as many slots), 24 s of which are decoding. By the
-compiler's count an update that recomputes everything (`learner.remat=full`) takes 52.4 of 95.7 GiB per chip, and
-sampling 16.9. It has not been run on a TPU.
+takes at least 33 s, 24 s of which are decoding (116 s in all with a copy on each chip, half as many slots and
+`learner.remat=full`). By the compiler's count an update takes 81.0 of 95.7 GiB per chip, or 52.4 where it recomputes
+everything (`learner.remat=full`), and sampling takes 16.9. It has not been run on a TPU.
 """
 
 from igrpo_jax.config import default
