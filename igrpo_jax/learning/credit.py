@@ -7,9 +7,10 @@
 3. Advantages in groups (`objectives`): the refinements of a prompt, and its drafts where they are trained on; or both
    together with one baseline (algorithm.group = "prompt").
 4. With algorithm.refine_credit = "plain" a wrong refinement has no advantage (algorithm.credit_completions = "right"):
-   the plain policy would not have given it, and so need not be kept from it. It stays in the baseline.
+   the policy would not have sampled it from the plain prompt, so there is no need to train against it there. Its reward
+   stays in the baseline.
 
-The paper has neither 2 nor 4, and no other groups than those of the refinements. All of this is off by default.
+The paper has neither 2 nor 4, and its only groups are those of the refinements. All of this is off by default.
 """
 
 import math

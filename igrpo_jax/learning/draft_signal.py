@@ -215,7 +215,7 @@ def repair_range(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the least and the largest w, [...] each, with which `snr_ratio` is at least 1; NaN where there is none.
 
-    Of 4,001 values of w those that suffice: the squares of evenly spaced ones, which lie closer near 0. success and
+    It tests 4,001 values of w: the squares of evenly spaced numbers, so that they are denser near 0. success and
     after_right have the shape [...].
     """
     w = np.square(np.linspace(0, 1, 4001))

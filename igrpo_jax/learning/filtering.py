@@ -29,8 +29,8 @@ def passes(groups: Sequence[Group], metric: str) -> np.ndarray:
 def trained_rewards(groups: Sequence[Group], config: Config) -> np.ndarray:
     """Returns the rewards that advantages are made of, [P, G] float32.
 
-    Where dynamic sampling is on (algorithm.max_redraws > 0), a group that it filters out but that no fresh prompt
-    could replace any more has NaN: it is no baseline, and its advantages are 0.
+    With dynamic sampling (algorithm.max_redraws > 0), a group that is filtered out and has used up its redraws has NaN
+    rewards: they enter no baseline, and its advantages are 0.
     """
     rewards = np.stack([group.rewards for group in groups])
     if config.algorithm.max_redraws:

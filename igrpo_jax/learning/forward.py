@@ -1,7 +1,7 @@
-"""The log-probs of a micro-batch's completions: the one function that the loss and the rescoring run.
+"""The log-probs of a micro-batch's completions: one function that the loss and the rescoring share.
 
-With unchanged parameters, the ratio of the loss to rescored log-probs is therefore 1 up to rounding: a completion may
-stand elsewhere in another micro-batch.
+With unchanged parameters, the loss's ratio of the policy to rescored pi_old is therefore 1 up to rounding, which can
+differ because a completion may stand at another place in another micro-batch.
 """
 
 from dataclasses import dataclass

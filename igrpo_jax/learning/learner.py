@@ -5,15 +5,14 @@
 3. `apply` (in `train_state`) makes one optimizer step on the float32 master weights.
 
 With several optimizer steps per update, log pi_old is computed first, by the function that the loss uses; with one it
-is the policy itself, and its gradient is stopped. log pi_ref (beta > 0) is computed once per update. Groups whose
-advantages are all zero have no gradient where beta = 0 and no entropy bonus asks for one: nothing is computed for them.
-Their entropy, for the metrics, is that of the sampler.
+is the policy itself, and its gradient is stopped. log pi_ref (beta > 0) is computed once per update. Without a KL term
+(beta = 0) and an entropy bonus, groups whose advantages are all zero have no gradient, and nothing is computed for
+them. Their entropy in the metrics is the one that the sampler measured.
 
-With algorithm.train_drafts the drafts of a prompt are a group as well, on the plain prompt, with a baseline of their
-own (or with that of the refinements, see `credit`). They are rows of the same optimizer steps, each minibatch has its
-part of them, and a row of either kind weighs the same. Metrics under TRL's names still describe the refinements alone,
-or with algorithm.second_stage = "verify" the drafts, which are the answers then; loss and gradient norm are those of
-all rows.
+With algorithm.train_drafts the drafts of a prompt are also trained on as a group, after the plain prompt, with their
+own baseline (or one shared with the refinements, see `credit`). They are rows of the same optimizer steps, split evenly
+over the minibatches, and weigh the same as refinements. Metrics under TRL's names still describe the refinements alone,
+or with algorithm.second_stage = "verify" the drafts, which are then the answers; loss and gradient norm cover all rows.
 
 An optimizer step whose loss or gradient is not finite changes nothing and is counted.
 """

@@ -5,12 +5,12 @@
 
 r is the ratio of the policy to pi_old and A the advantage; k3 = rho - log rho - 1 with rho = pi_ref / pi is the KL
 estimate, non-negative and unbiased under samples of pi; H is the policy's entropy at a token, whose mean over tokens is
-the bonus. Dual clip puts min(r, delta) in the place of the first r. What the objectives choose, A and w among it, is in
-`objectives`. Weights are those of the whole optimizer step, so that micro-batches simply add.
+the bonus. Dual clip replaces the first r by min(r, delta). `objectives` has what differs between objectives, such as A
+and w. Weights are normalised over the whole optimizer step, so that micro-batches simply add.
 
-A departure from iGRPO, off by default: tokens that another context sampled (algorithm.refine_credit = "plain") have
-p / (p + gamma) A in the place of the min, with p = pi of the token: the shaping of Critique-GRPO (2506.03106), which
-nothing clips. Its gradient is gamma p / (p + gamma)^2 A times that of log pi: the largest at p = gamma.
+A departure from iGRPO, off by default: for tokens that were sampled from another context (algorithm.refine_credit =
+"plain"), p / (p + gamma) A replaces the min, where p is pi of the token: the shaping of Critique-GRPO (2506.03106),
+without any clip. Its gradient is gamma p / (p + gamma)^2 A times that of log pi, which is largest at p = gamma.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from igrpo_jax.config import Config
 from igrpo_jax.models.segments import BLOCK
 
-# What a micro-batch costs whatever its size, in tokens of a full one: adding its gradient, and gathering the weights.
+# The fixed cost of a micro-batch, in units of a full one's tokens: adding its gradient, and gathering the weights.
 OVERHEAD = 1 / 32
 
 
@@ -25,7 +25,7 @@ class MicroShapes:
         sizes: tokens of a micro-batch on each shard, the largest first.
         completions_per_unit: how many completions of a group stay together, with one context.
         max_completion: tokens of the longest completion.
-        unit: the longest unit: tokens of its prefix, its completions, and their tokens.
+        unit: the longest unit: tokens of its prefix, number of its completions, and tokens of each completion.
     """
 
     def __init__(self, config: Config, shards: int, max_context: int):
@@ -80,7 +80,8 @@ def _rounded(size: int) -> int:
 
 
 def _most_completions_per_unit(groups: list[int], rows: list[int], minibatches: int, shards: int) -> int:
-    """Returns the largest part of a group that leaves every shard a unit and divides minibatches.
+    """Returns the most completions per unit with which groups divide evenly into units and units into minibatches, and
+    every minibatch has a unit for each shard; 1 if there is no such number.
 
     Args:
         groups: completions of a group, by stage.

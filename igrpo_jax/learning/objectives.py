@@ -97,7 +97,7 @@ class Resolved:
     entropy_coef: float
     mask_truncated: bool
     plain_credit: bool = False  # refinements are scored and trained on after the plain prompt
-    credit_gamma: float = 0.0  # of p / (p + gamma), which their tokens enter the loss as; 0 = the clipped ratio
+    credit_gamma: float = 0.0  # gamma of p / (p + gamma), which replaces the clipped ratio of refinements; 0 = off
 
     @property
     def needs_advantage(self) -> bool:

@@ -29,8 +29,8 @@ from igrpo_jax.models import decoder
 
 Shapes = Mapping[str, tuple[int, ...]]
 ROOT_MEAN_SQUARE = 0.2  # of Muon's steps before the learning rate
-# Muon's own coefficients, for each of its five steps. Given one by one they become a loop; given once, optax writes the
-# steps out, and a program with hundreds of matrices takes minutes to compile.
+# Muon's own coefficients, once for each of its five steps, so that optax runs these in a loop. With coefficients given
+# only once it unrolls the steps, and a program with hundreds of matrices takes minutes to compile.
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
@@ -131,7 +131,7 @@ def _spec(path: str, shape: tuple[int, ...], field: str, kept: tuple[int, ...]) 
         return axes
     inputs, matrix = sharding.matrix_inputs(path), _matrix_shape(path, shape)
     if inputs is not None:
-        axes = PartitionSpec(axes[0], axes[inputs])  # of axes that are one here, the first alone may be sharded
+        axes = PartitionSpec(axes[0], axes[inputs])  # of merged axes only the first may be sharded
     if kept == matrix or len(matrix) < 2:
         return axes if kept == matrix else PartitionSpec()
     *_, second, first = np.argsort(

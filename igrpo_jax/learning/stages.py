@@ -14,11 +14,12 @@ other refinements are left out of the group. So a prompt samples N + N G complet
 
 Two more, off by default, change which prompts are refined. With algorithm.alternate every other step, from step 1 on,
 has no drafts, and the step after it drafts the same prompts (ThinkTwice, 2604.01591). With algorithm.draft_when =
-"unsolved" only a prompt without a right draft goes on to Stage 2, or one with fewer than algorithm.solved_fraction.
-Each position of the step may sample N + G completions, as in the paper. Its first prompt has N drafts. If none is
-right, G refinements follow. If one is, the G completions are drafts of fresh prompts, which take the position one after
-another and are not refined: after N drafts fewer than G completions are left. This ends at none, since N divides G. So
-a step samples P (N + G) completions whatever is solved, and no position waits for another.
+"unsolved" a prompt goes on to Stage 2 only if none of its drafts is right, or a smaller fraction than
+algorithm.solved_fraction. Each position of the step has a budget of N + G completions, as in the paper. Its first
+prompt has N drafts. If it is unsolved, G refinements follow. If it is solved, the other G completions are drafts of
+fresh prompts, which take the position one after another. Fresh prompts are not refined, because after their N drafts
+fewer than G completions are left. The budget is used up exactly, since N divides G. So a step samples P (N + G)
+completions whatever is solved, and no position waits for another.
 
 With algorithm.second_stage = "verify" the drafts are solutions, and Stage 2 asks the policy whether one of them is
 right, as in Self-Verification (2506.01369). G verifications are graded against the solution's own verdict: the

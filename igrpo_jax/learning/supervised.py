@@ -2,11 +2,12 @@
 
 With one optimizer step to an update the ratio of the policy to pi_old is 1 in value, and its gradient is that of the
 log-prob. So the gradient of DAPO's token mean with advantages of 1 is that of the mean cross-entropy over the tokens of
-the batch. What is packed, sharded, recomputed, adapted by LoRA and skipped where it is not finite is therefore what it
-is in reinforcement learning. The cross-entropy itself is the learner's mean distance from a sampler that says 0.
+the batch. Packing, sharding, remat, LoRA and the skipping of steps that are not finite are therefore the same as in
+reinforcement learning. The cross-entropy itself is the learner's metric of the mean log-prob difference from the
+sampler, with sampler log-probs of 0.
 
-An example shows a draft with the probability config.sft.draft_fraction, where its problem has one: which one, and
-whether, follows from (seed, step) alone.
+If its problem has drafts, an example shows one with the probability config.sft.draft_fraction. Whether it does, and
+which draft it shows, follows from (seed, step) alone.
 """
 
 from collections.abc import Mapping, Sequence

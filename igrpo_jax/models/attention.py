@@ -1,7 +1,7 @@
-"""Grouped-query attention: of decoded tokens to windows, of rows, and of segments in training.
+"""Grouped-query attention: of decoded tokens over windows, of plain rows, and of packed segments in training.
 
-Of the attention of segments there are four implementations; `choose` selects one for a run. `paged` has those of the
-same names for tokens whose keys lie in pages. Each computes one float32 softmax over all that a query reads.
+Attention over packed segments has four implementations; `choose` selects one for a run. `paged` has implementations of
+the same names for tokens whose keys lie in pages. Each computes one float32 softmax over all keys that a query reads.
 
 - xla: holds all scores in memory. It is the reference for the others.
 - chunked: flash attention in plain JAX, which holds the scores of one pair of blocks.
@@ -112,7 +112,7 @@ def packed_chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments:
     """Computes `packed_xla_attention` by the pairs of blocks that are read; arguments and result are the same."""
 
     def run(q, k, v, segments):
-        # Each device has one shard, so that this loop runs once; trip counts of several at a time could not differ.
+        # Each device has one shard, so that this loop runs once; a vmap over shards could not differ in trip counts.
         return jax.lax.map(lambda xs: blocked_attention(xs[0], xs[1], xs[2], _reading(xs[3])), (q, k, v, segments))
 
     segments = segments._replace(chain=None)

@@ -61,8 +61,8 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens, positions, cache, remat):
         """Returns hidden states and cache; see `apply`."""
-        # The width of the table is gathered first: rows that are looked up in a table whose width is sharded like the
-        # batch cannot be resharded cheaply.
+        # The embedding table is gathered along its width before the lookup: rows of a table whose width is sharded like
+        # the batch cannot be resharded cheaply.
         table = sharding.constrain(self.embedding[...], "vocab", None)
         x = sharding.constrain(table[tokens], "batch", "time", "features")
         places = positions if isinstance(positions, Positions) else with_angles(self.cfg, positions)
@@ -241,7 +241,7 @@ def logits(cfg: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
     return jnp.einsum("...D,DV->...V", hidden, head(cfg, params), preferred_element_type=jnp.float32)
 
 
-# Turning the logits of 64 rows round on a CPU takes longer than the faster product saves.
+# On a CPU, transposing the logits of 64 rows takes longer than the faster product saves.
 FEW_ROWS = 16
 
 

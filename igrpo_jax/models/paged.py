@@ -6,10 +6,10 @@ attend, in one of three ways:
 - The TPU's kernel reads the pages of every sequence. It serves decoding, where each sequence has one new token, and
   chunks of prompts.
 - cuDNN's kernel for pages reads those of every sequence too. It serves decoding.
-- All others serve chunks of prompts alone, of which only the first sequence can have tokens before the chunk. Their
-  keys are [pages of the first sequence | new tokens].
+- All other cases gather the keys as [pages of the first sequence | new tokens]. That serves chunks of prompts only, in
+  which no sequence but the first can have tokens before the chunk.
 
-Each computes one float32 softmax over all that a query reads, as `attention` does.
+Each computes one float32 softmax over all keys that a query reads, as `attention` does.
 
 Legend: F new tokens, W sequences, R pages of a sequence, P pages of the pool, C positions of a page, N heads, K kv
 heads, G heads per kv head (N = K * G), H head dim, E keys, I blocks of queries, J blocks of keys.
@@ -96,13 +96,13 @@ def _on_one_device(implementation, q, k, v, entry):
 def _of_own_part(run, parts: int, q: jax.Array, k: jax.Array, v: jax.Array, entry: Paged):
     """Computes `run` of the sequences that this device holds, for the query heads of all devices with its kv head.
 
-    Each of them sends its query heads to the others, and gets back what these heads read of every sequence.
+    Each device sends its query heads to the others, and gets back what these heads read of every sequence.
     """
     (pages, ragged), size = entry, jax.lax.axis_size("tensor")
     neighbours = [list(range(first, first + parts)) for first in range(0, size, parts)]
     table = caches.own_pages(ragged.table, len(pages), parts)
     is_own = table[:, 0] < len(pages)
-    # Of the others the kernel reads as little as it can, and nothing is written.
+    # For sequences of other parts the kernel reads as little as it can, and nothing is written.
     length = jnp.where(is_own, ragged.length, jnp.maximum(jnp.diff(ragged.start), 1))
     q = jax.lax.all_gather(q, "tensor", axis=1, tiled=True, axis_index_groups=neighbours)
     mixed, pages = run(q, k, v, Paged(pages, ragged._replace(table=table, length=length)))
@@ -124,7 +124,7 @@ class _Keys(NamedTuple):
 def _keys(k: jax.Array, v: jax.Array, entry: Paged, block: int = 1) -> _Keys:
     """Returns the keys of a chunk; those of the pages are padded to a multiple of `block`."""
     ragged = entry.ragged
-    # Reading the pages after the write leaves it in place. What it wrote is read from k and v alone.
+    # The pages are read after the write, so that it stays in place. The tokens just written are read from k and v only.
     held_k, held_v = (
         jnp.pad(x, ((0, -len(x) % block), (0, 0), (0, 0))) for x in caches.take(entry.pages, ragged.table[0])
     )

@@ -1,9 +1,9 @@
-"""Windows: the positions of each row side by side, for attention that cannot read pages where they lie.
+"""Windows: contiguous copies of the keys and values of each row, for attention that cannot read pages in place.
 
-While a dispatch decodes, windows stay as they were when it began, and the tokens that it adds stand beside them: number
-t of each row at the place t, whatever the row's position. So a decode step writes at one place for all rows. Windows
-that are kept have several blocks of positions, of which it reads those alone that the longest row needs. After a
-dispatch `write_back` writes the new tokens to the pages, and `extend` to windows that are kept for the next one.
+During a dispatch the windows do not change. The keys and values of its new tokens are stored beside them: those of its
+decode step t at index t, whatever the row's position, so that a step writes at one index for all rows. Windows that are
+kept for the next dispatch have several blocks of positions, and a step reads only those that the longest row needs.
+After a dispatch `write_back` writes its keys and values to the pages, and `extend` adds them to windows that are kept.
 
 Legend: B rows, K kv heads, H head dim, S positions of a block, T decode steps of a dispatch, P pages of C positions, R
 pages of a row, n rows that are copied.
@@ -24,7 +24,7 @@ from igrpo_jax.models.config import DecoderConfig
 Window = tuple[KV, ...]  # of one attention sublayer, block after block
 Windows = tuple[Window | None, ...]  # of all sublayers; None of one without pages
 
-BLOCKS = 5  # of a window, at most; up to each of them is compiled as another attention of the program of decoding
+BLOCKS = 5  # of a window, at most; decode programs have one branch of attention for each number of blocks that is read
 LEAST = 64  # positions of the first block of a window that has several
 AXES = ("batch", "kv_heads", None, None)
 
@@ -33,10 +33,10 @@ class Windowed(NamedTuple):
     """What the attention of one sublayer reads, and where it puts the keys and values of the new tokens."""
 
     window: Window  # the positions before the dispatch
-    added: KV  # [B, ., ., .] of T places: those of the dispatch
-    length: jax.Array  # [B] int32, positions of each row that stand in the window
+    added: KV  # [B, ., ., .], keys and values of the tokens of this dispatch: T indices, one for each decode step
+    length: jax.Array  # [B] int32, positions of each row that the window holds
     last: jax.Array  # [] int32, number of the last block that any row needs
-    step: jax.Array  # [] int32, the place of the new tokens; those before it are of earlier steps
+    step: jax.Array  # [] int32, the index of the new tokens in `added`; lower indices are of earlier steps
 
 
 def block_ends(positions: int, page_size: int) -> tuple[int, ...]:

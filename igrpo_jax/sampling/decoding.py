@@ -31,10 +31,10 @@ class _Carry(NamedTuple):
 
     taken: jax.Array  # [] int32, decode steps
     goes_on: jax.Array  # [] bool
-    cache: Cache  # the pools, or what is added to the windows, and the states of the rows
+    cache: Cache  # the pools, or the keys and values to add to the windows; and the Mamba-2 states of the rows
     token: jax.Array  # [n]
-    # Of the tokens, [n, 1]. That they come from the step before spares their sines and cosines in each sublayer, where
-    # XLA's CPU compiler would compute them anew.
+    # [n, 1], of the tokens, with sines and cosines. The previous step computes them, because within a step XLA's CPU
+    # compiler would recompute them in each sublayer.
     position: Positions
     count: jax.Array  # [n]
     active: jax.Array  # [n]
@@ -61,11 +61,11 @@ def decode(
     A shard stops early when fewer than its `rows.least` rows are active.
 
     Args:
-        windows: the windows of the rows, donated, and given back for the next dispatch. Those of the rows that are
-            `stale` are of any finite content. On a CPU memory that is new each time must be cleared by the operating
-            system, which takes longer than the copies. All are None where windows live for one dispatch alone, or
-            pages are read.
-        reads_pages: whether attention reads pages where they lie.
+        windows: the windows of the rows, donated, and returned for the next dispatch. Windows of `stale` rows may have
+            any finite content. They are reused because on a CPU the operating system must clear newly allocated
+            memory, which takes longer than the copies. All are None where windows live for one dispatch only, or
+            where attention reads pages.
+        reads_pages: whether attention reads pages in place.
     """
 
     def run(weights, state: State, windows: Windows, rows: Rows, sampling: Sampling) -> tuple[State, Windows, Status]:

@@ -25,9 +25,10 @@ BLOCK = 128
 
 
 class Draw(NamedTuple):
-    """One token a row, and what is known of the distribution p = softmax(logits / temperature) that it is from.
+    """One token per row, with its log-prob and the entropy of its distribution p = softmax(logits / temperature).
 
-    p is the distribution before top-k and top-p, which is that of the trainer; at temperature 0 that of temperature 1.
+    p is the distribution before top-k and top-p, as the trainer computes it. At temperature 0, p is that of
+    temperature 1.
     """
 
     token: jax.Array  # [B] int32
@@ -90,8 +91,8 @@ def _draw_in_parts(axis: str | None, logits: jax.Array, keys: jax.Array, tempera
     factor = jnp.exp(-lower)
     uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.wrap_key_data(key)))(keys)
 
-    # Each returns the part in which the token lies and, where that is the part of this device, its place in the part.
-    # Only what is asked for runs, because XLA's argmax and the search for a threshold cost more than everything else.
+    # Each branch returns the part that holds the token, and the token's index in it, which is valid only on the device
+    # that has this part. Only one branch runs, because XLA's argmax and the threshold search cost more than all else.
     def plain(_, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
         part, rest = _part_of(uniform, factor * parts.total)
         return part, _inverse_cdf(sums, lambda index: weights_of(_take(blocks, index)), rest)

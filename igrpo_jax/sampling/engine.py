@@ -30,13 +30,14 @@ OTHER_PAGE_SIZE = 64
 
 
 class Engine:
-    """Compiled programs and static sizes; the state itself is passed in and donated, and only memory is kept.
+    """Compiled programs and static sizes; the state is passed in and donated, and only the windows are kept here.
 
-    It samples on a mesh of its own over the devices of the run (`layout.sampler_mesh`), to which `weights` brings the
-    weights. Where that needs more key and value heads than the model has, it samples with copies of them
-    (`models.heads`); where these split sequences, each shard of the slots has several parts, which the caller counts as
-    shards. On several processes each team of them has its part of this mesh and of the slots, and no team
-    waits for another while it samples. Within a team the leader calls the methods, and the others `follow`.
+    It samples on its own mesh over the devices of the run (`layout.sampler_mesh`), to which `weights` brings the
+    weights. Where this mesh needs more key and value heads than the model has, it samples with copies of them
+    (`models.heads`). Where devices with copies of one head split the sequences, each shard of the slots has several
+    parts, and the caller counts each part as a shard. With several processes, each team has its part of this mesh and
+    of the slots, and no team waits for another while it samples. Within a team the leader calls the methods, and the
+    others `follow`.
 
     Args:
         mesh: the mesh of the run, which the weights come from.
@@ -122,7 +123,7 @@ class Engine:
         self.sync = WeightSync(model, mesh, self._whole_mesh, dtype)
         self._team_shardings = weight_shardings(cfg, self.mesh)
         self._kept: tuple[tuple[int, ...], Windows] | None = None  # windows of the last dispatch, by its shape
-        # Of each group, the row of each slot whose window is as its pages.
+        # For each group: the row of each slot whose window is up to date with its pages.
         self._rows: list[dict[int, int]] = [{} for _ in range(self._own_groups)]
 
     def fit_pages(self, programs: SamplerPrograms | None = None) -> None:
@@ -196,7 +197,8 @@ class Engine:
         return self.programs.next_chunk[min(unread, self.programs.chunks[-1])]
 
     def prefill(self, weights: decoder.Params, state: State, size: int, pieces: Sequence[Sequence[Piece]]) -> State:
-        """Reads the pieces of each shard, of a group together at most `size` tokens; of a shard the first may go on."""
+        """Prefills the pieces of each shard, at most `size` tokens per group; only the first of a shard may continue a
+        prompt whose beginning an earlier chunk has read."""
         return self._run(Call("prefill", (size,), inputs.chunk(self.sizes, size, pieces), None), weights, state)
 
     def fork(self, state: State, starts: Sequence[Sequence[Start]], sampling: Sampling) -> State:

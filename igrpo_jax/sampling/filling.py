@@ -30,8 +30,11 @@ def estimated_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> in
 
 
 def counted_pages(programs: SamplerPrograms, memory: float) -> int:
-    """Returns how many pages `chips.FILLED` of `memory` holds beside all that the compiler counts, once it has compiled
-    programs like `programs` with the fewest pages. What is not filled also holds the code of the update."""
+    """Returns how many pages fit in the fraction `chips.FILLED` of `memory` beside everything that the compiler counts.
+
+    For the count, variants of `programs` with the fewest pages are compiled. The rest of the memory also holds the code
+    of the update.
+    """
     programs = programs.resized(replace(programs.sizes, pages=programs.sizes.least_pages))
     sizes, compiled = programs.sizes, (programs.decode, programs.prefill, programs.fork)
     for program in compiled:

@@ -103,13 +103,13 @@ def rows(
     least: Sequence[int],
     before: Sequence[dict[int, int]],
 ) -> tuple[Rows, list[dict[int, int]]]:
-    """Returns the slots of a dispatch, and of each group the row of each of its slots.
+    """Returns the Rows of a dispatch, and for each group a map from each of its slots to the slot's row.
 
     Args:
         width: rows of a shard.
         read: positions of a row that may be read.
-        slots, tables, least: of `Engine.decode`.
-        before: of each group the row of each slot whose window is up to date. It stays there.
+        slots, tables, least: as in `Engine.decode`.
+        before: for each group, the row of each slot whose window is up to date. Such a slot keeps its row.
     """
     groups, size, every = len(slots) // sizes.parts, width * sizes.parts, sizes.shard_slots * sizes.parts
     index = np.full((groups, size), every, np.int32)
@@ -129,7 +129,7 @@ def rows(
         table[group, place] = pages[own, : table.shape[2]]
     if size == every:
         index[:] = np.arange(size)
-    # A part with fewer active slots than it should have stops nothing; the sum over the parts is what counts.
+    # The parts of a group run in one program, which stops early by the sum of their active slots, not by each part's.
     fewest = [min(n, len(own)) for n, own in zip(least, slots, strict=True)]
     least_of_groups = np.reshape(fewest, (groups, -1)).sum(axis=1, dtype=np.int32)
     return Rows(index, runs, table, least_of_groups, stale, counts), held
@@ -145,11 +145,12 @@ def _places(slots: Sequence[int], kept: dict[int, int], size: int) -> list[int]:
 def _of_groups(
     sizes: Sizes, of_shards: Sequence[Sequence[Item]], placed: Callable[[Item, int], Item]
 ) -> list[list[Item]]:
-    """Returns what `of_shards` has for each shard, for each group of devices.
+    """Returns the items of each group of devices: those of its parts, one part after another.
 
     Args:
-        placed: takes an item and the number of its part, and returns the item as the programs count slots, lanes and
-            pages.
+        of_shards: the items of each shard, which is one part of a group.
+        placed: takes an item and the number of its part, and returns the item with its slots, lanes and pages numbered
+            as in the programs, over all parts of the group.
     """
     groups = (of_shards[first : first + sizes.parts] for first in range(0, len(of_shards), sizes.parts))
     return [[placed(item, part) for part, own in enumerate(group) for item in own] for group in groups]

@@ -33,11 +33,11 @@ def choose_tensor(
     page_size: int,
     memory: float | None,
 ) -> int:
-    """Returns the smallest group with NEARLY the least time for each token, as `ModelCosts.decode_seconds` counts it.
+    """Returns the smallest group whose time per token, by `ModelCosts.decode_seconds`, is within NEARLY of the least.
 
-    Rows are taken to hold half of the longest sequence in the mean. Of the slots of a group, as many count as have
-    pages in its memory. A group lies within a slice (of GPUs: a node), and its size divides the model. Sizes with which
-    attention reads pages in place come before all others. Without one that fits, and on devices whose figures are not
+    Rows are assumed to hold half of the longest sequence on average. Only as many slots of a group decode at once as
+    its memory has pages for. A group lies within a slice (of GPUs: a node), and its size divides the model. Sizes with
+    which attention reads pages in place come before all others. If no size fits, and on devices whose figures are not
     known, such as CPUs, the size is that of `mesh`.
 
     Args:

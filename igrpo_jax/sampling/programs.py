@@ -1,9 +1,9 @@
 """The programs of the sampler: the functions of `steps` and `decoding`, compiled for the few shapes that they have.
 
-Prompts of any length are read in chunks of tokens. Decoding runs all slots, or fewer where few are left. Where
-attention does not read pages in place, the positions of each row are copied side by side, and but on CPUs decoding has
-some lengths to which it copies (`shapes`). Temperature, top-p, top-k, limits, tables of pages and keys are traced, so
-that they need no programs of their own.
+Prompts of any length are prefilled in chunks of tokens. Decoding runs all slots, or fewer rows where few slots are
+left. Where attention does not read pages in place, the positions of each row are copied into a window; except on CPUs,
+decode programs are then compiled for several window lengths (`shapes`). Temperature, top-p, top-k, limits, page tables
+and random keys are traced, so that they need no programs of their own.
 """
 
 from collections.abc import Iterator
@@ -39,10 +39,10 @@ class SamplerPrograms:
         eos_ids: the tokens that end a completion.
 
     Attributes:
-        reads: the lengths that decoding may copy side by side, by how many slots of a part it runs; on CPUs and where
-            attention reads pages in place, the longest alone.
-        chunks: the numbers of tokens that `prefill` may read.
-        next_chunk: of these the next one, by how many tokens are unread, up to the largest.
+        reads: the lengths of decode's windows, by the number of rows of a part; on CPUs and where attention reads pages
+            in place, only the longest.
+        chunks: the sizes in tokens of the chunks that `prefill` may read.
+        next_chunk: the size of the next chunk, indexed by the number of unread tokens, up to the largest size.
         state: the pages, lanes and slots of all shards, as abstract arrays.
         weights: the rollout copy of the weights, as abstract arrays.
         batch_sharding: splits arrays over the shards of the batch by their first dimension.
@@ -149,7 +149,7 @@ class SamplerPrograms:
             jax.jit(
                 partial(run, steps=sizes.steps_per_dispatch, reads_pages=self.in_place),
                 donate_argnums=(1, 2),
-                keep_unused=True,  # where nothing is read of the windows, their memory alone counts
+                keep_unused=True,  # unread windows are still arguments: their memory is donated
                 out_shardings=(self._state_sharding, windows.sharding(self._mesh), self._status_sharding),
             ),
             lambda rows, read: (

@@ -1,6 +1,7 @@
 """Brings one large matrix, the embedding or the head, to the sampler's mesh, some of its rows at a time.
 
-To exchange a matrix the compiler holds up to two and a half times its result. In pieces that is so of one piece.
+While a matrix is exchanged, the compiler holds up to two and a half times its result. Piece by piece, this overhead
+applies to one piece only.
 """
 
 import math
@@ -30,8 +31,8 @@ class SyncProgram(NamedTuple):
 class RowSync:
     """The program that fills some rows of the rollout copy of a matrix.
 
-    Rows are taken from each block of the first axis that a device holds before, on the way or in the end, so that all
-    devices take part in each piece, and none holds more of it than of the whole.
+    The first axis is cut into blocks fine enough for the source, intermediate and target shardings. A piece takes rows
+    from each block, so that all devices take part in it, and none holds a larger share of it than of the whole matrix.
 
     Args:
         path: of the parameter.

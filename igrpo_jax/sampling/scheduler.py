@@ -195,7 +195,7 @@ class Scheduler:
                 break
 
     def _begin(self) -> None:
-        """Gives lanes to prompts from the queue; where it is empty, to samples that wait in another shard."""
+        """Gives lanes to queued prompts; when none is left, idle shards take samples that wait in the fullest one."""
         while self._waiting:
             shard = max(self.shards, key=lambda shard: shard.idle)
             if not shard.can_begin(len(self._waiting[0].request.tokens)):
@@ -249,7 +249,7 @@ class Scheduler:
         self._dispatched += 1
 
     def _put_back(self, waiting: Waiting) -> None:
-        """Puts samples that were given up before all others, in their order."""
+        """Puts preempted samples back at the front of the queue, in order of their numbers."""
         first = self._waiting[0] if self._waiting else None
         if first is not None and first.request is waiting.request:
             first.samples = deque(sorted([*waiting.samples, *first.samples]))

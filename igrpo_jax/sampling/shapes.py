@@ -21,11 +21,11 @@ from igrpo_jax.sampling.pages import pages_for
 WIDTH = 16  # slots of a shard that one call starts, and slots that one call harvests; more take several calls
 LANES = 8  # prompts of a shard that are being read, or wait for slots of their samples, at most
 MOST_DECODES = 13  # programs of decoding; with those of reading prompts and the others no more than 20
-# Work that a decode step may do in addition, to save a program: a share of its own, and what a CPU does in 0.1 ms.
+# Extra work that a decode step may do to save a program: a fraction of its own, plus the bytes of 0.1 ms on a CPU.
 MORE = 0.1
 LITTLE = 5e6
-# On a CPU, as measured: operations of a product in the time of a byte of memory; bytes in the time that a sublayer
-# takes however little it does; the time of products with one row over that with two.
+# Measured on a CPU: FLOPs of a product in the time of a byte of memory traffic; the fixed time of a sublayer, in bytes
+# of memory traffic; the time of a product with one row over that of one with two rows.
 CPU_BALANCE = 8
 CPU_SUBLAYER = 5e5
 VECTOR = 0.75
@@ -109,9 +109,9 @@ def chunk_sizes(sizes: Sizes, platform: str) -> tuple[int, ...]:
 
 
 def next_chunks(chunks: Sequence[int], costs: ModelCosts, platform: str) -> list[int]:
-    """Returns the tokens of the next chunk, by how many are unread, from 0 to those of the largest.
+    """Returns the size of the next chunk, indexed by the number of unread tokens, from 0 to the largest size.
 
-    It and those after it do least work together; of several such, it is the largest.
+    It minimises the total work of this chunk and all later ones; of several minima it is the largest size.
 
     Args:
         chunks: the sizes that there are, smallest first.
@@ -127,7 +127,7 @@ def next_chunks(chunks: Sequence[int], costs: ModelCosts, platform: str) -> list
 
 
 def _work(costs: ModelCosts, platform: str) -> Callable[[Cost], float]:
-    """Returns a function that gives the bytes of memory that pass in the time of a call, more or less, by its cost."""
+    """Returns a function from the cost of a call to its approximate time, in bytes of memory traffic."""
     if platform != "cpu":
         return lambda cost: cost.bytes  # sampling waits for memory alone
     sublayers = len(costs.cfg.pattern) * CPU_SUBLAYER
@@ -142,13 +142,13 @@ def _hardly_more(work: np.ndarray) -> np.ndarray:
 def _worthwhile(shapes: Sequence[tuple[int, int]], work: Sequence[float]) -> list[tuple[int, int]]:
     """Returns those of `shapes`, which are (rows, positions to read), that are worth a program.
 
-    In place of a shape that has none, the one of least work runs that has as many rows and positions. One after another
-    the shape goes that adds least to the work of all together, as if each were needed equally often: where there are
-    more than MOST_DECODES, and where this does hardly more for none of them. Of the shapes with the same rows, the one
-    of most positions goes last.
+    A shape without a program is served by the one of least work among those with at least as many rows and positions.
+    One after another, the shape is dropped that adds least to the total work, with all shapes taken as equally
+    frequent: any shape while more than MOST_DECODES are left, and then only one without which no decode step does more
+    work than `_hardly_more`. The shape of most positions is dropped after all others with the same number of rows.
 
     Args:
-        work: of a decode step of each.
+        work: the work of a decode step of each shape.
     """
     (rows, reads), own = np.array(shapes).T, np.array(work)
     does = np.where((rows >= rows[:, None]) & (reads >= reads[:, None]), own, np.inf)  # [shape, the one that runs]

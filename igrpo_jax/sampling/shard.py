@@ -109,9 +109,10 @@ class Shard:
         return sum(len(prompt.request.tokens) - prompt.read for prompt in self._prompts)
 
     def can_begin(self, tokens: int) -> bool:
-        """Returns whether a prompt of so many tokens can take a lane, with a page to spare for each that runs or waits.
+        """Returns whether a prompt of so many tokens can take a lane.
 
-        Without the spare pages something would be given up soon.
+        Each running sample and each prompt in a lane, this one included, must have a page to spare. Otherwise something
+        would soon be preempted.
         """
         needed = pages_for(tokens, self.sizes.page_size) + len(self.running) + len(self._prompts) + 1
         return bool(self._lanes) and self.idle > 0 and self.pool.free >= needed
@@ -122,7 +123,7 @@ class Shard:
         self._prompts.append(InLane(waiting.request, waiting.samples, self._lanes.pop(), pages, self._number()))
 
     def share_out(self, most: int) -> Waiting | None:
-        """Takes up to `most` samples from the last prompt of which more samples wait than slots are free."""
+        """Takes up to `most` waiting samples, no more than exceed the free slots, from the prompt that began last."""
         if self.idle >= 0:
             return None
         prompt = self._prompts[-1]
@@ -214,12 +215,12 @@ class Shard:
             self.pool.give_back(prompt.pages)
 
     def _give_up(self) -> Waiting | None:
-        """Gives up the prompt that began last of those from which no sample runs, or else the sample that began last.
+        """Preempts the prompt that began last of those without a running sample, or else the sample that began last.
 
-        A sample that was given up after its prompt had left its lane reads the prompt anew, in other pages. Such a
-        prompt is given up too, although other samples of its request run.
+        If the prompt of a preempted sample has left its lane, it is prefilled again later, in other pages. Until it has
+        samples of its own that run, it may be preempted too, although other samples of its request run.
 
-        Returns what has no place in a lane of this shard any more.
+        Returns the samples that no longer have a place in a lane of this shard.
         """
         at_work = {running.prompt for running in self.running.values()}
         idle = next((prompt for prompt in reversed(self._prompts) if prompt not in at_work), None)

@@ -24,7 +24,7 @@ class Sampling(NamedTuple):
 
 
 class State(NamedTuple):
-    """Pages, lanes and slots; of those of one shard inside shard_map, else of all."""
+    """Pages, lanes and slots: those of one shard inside `shard_map`, and those of all shards outside."""
 
     cache: Cache  # pools, and the states of the slots
     lanes: Cache  # the states of the prompts in the lanes
@@ -72,8 +72,8 @@ class Rows(NamedTuple):
     runs: np.ndarray  # [Z, n] bool, False for a slot that the host has given up
     table: np.ndarray  # [Z, n, R] int32, its pages
     least: np.ndarray  # [Z] int32, a shard stops when fewer of its rows are active
-    stale: np.ndarray  # [Z, n] int32, the rows whose windows are not as their pages, first
-    stale_count: np.ndarray  # [Z] int32, how many these are
+    stale: np.ndarray  # [Z, n] int32, first the `stale_count` rows whose windows are not up to date with their pages
+    stale_count: np.ndarray  # [Z] int32
 
 
 class Status(NamedTuple):

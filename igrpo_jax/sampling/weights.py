@@ -24,8 +24,8 @@ from igrpo_jax.models.products import ByOutputs, by_outputs, shape_by_outputs
 from igrpo_jax.sampling.programs import weight_shardings
 from igrpo_jax.sampling.row_sync import RowSync, SyncProgram
 
-# Parts that are dispatched before the host waits for the first of them. With 32 programs on a device in progress, XLA
-# lets its threads wait for the end of one. On CPUs these are the threads that the end needs, where it has collectives.
+# Parts that are in flight before the host waits for the oldest. With 32 programs in flight on a device, XLA blocks its
+# threads until one of them ends. On CPUs a program with collectives needs these same threads to end.
 AHEAD = 8
 
 
