@@ -91,9 +91,9 @@ class LossSums(NamedTuple):
 
 
 class MicroBatchSums(NamedTuple):
-    """Sums over the rows of micro-batches, whether a token carries loss or not; all [] float32."""
+    """Sums over the completion tokens of micro-batches; all [] float32."""
 
-    loss_sums: LossSums
+    loss_sums: LossSums  # over the tokens with weight alone; the others below are over all
     entropy: jax.Array  # sum over completion tokens, in nats
     tokens: jax.Array  # number of completion tokens
     mismatch: jax.Array  # sum of |log pi_old - the sampler's log-prob| over completion tokens

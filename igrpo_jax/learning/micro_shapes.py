@@ -53,8 +53,9 @@ class MicroShapes:
         return self.sizes[0]
 
     def choices(self, tokens: int) -> Iterator[tuple[int, ...]]:
-        """Yields the sizes of micro-batches that have space for `tokens` on all shards together, the cheapest first.
+        """Yields the sizes of micro-batches that have space for `tokens` on all shards together.
 
+        They come in rounds, each with one more micro-batch of the largest size, and within a round the cheapest first.
         Of the smaller sizes there are never more than a larger micro-batch would hold.
         """
         most = [-(-larger // size) for larger, size in itertools.pairwise(self.sizes)]

@@ -5,8 +5,9 @@
 2. Token weights are computed on all rows of an optimizer step, so that micro-batches are plain addition.
 3. On each shard a micro-batch is an axis of tokens: the completions of its units one after another, then their
    contexts, each once. `micro_shapes` says how few lengths of this axis there are.
-4. The micro-batches are the cheapest that hold all units. Units are placed from the longest to the shortest, each where
-   the most space is left, so that shards have equal work, or where that does not do, where the least is left.
+4. The micro-batches are the first choice of `micro_shapes` that holds all units. Units are placed from the longest to
+   the shortest, each where the most space is left, so that shards have equal work, or where that does not do, where the
+   least is left.
 
 All of this is done on the host, with numpy alone.
 """
@@ -170,7 +171,7 @@ class Packer:
             unit.entropy_weight = entropy_weights[i * size : (i + 1) * size]
 
     def micro_batches(self, units: Sequence[Unit]) -> list[MicroBatch]:
-        """Returns the cheapest micro-batches that hold all `units`; the largest first."""
+        """Returns the micro-batches of the first choice that holds all `units`; the largest first."""
         pieces = sorted(self._pieces(units), key=lambda piece: piece.family.tokens, reverse=True)
         if not pieces:
             return []

@@ -192,11 +192,11 @@ class LearnerPrograms:
     def waiting_bytes(self) -> WaitingBytes:
         """For each program, the bytes on each device that training keeps there beside the program's arguments."""
         params, moments = tree_bytes(self.state.params), tree_bytes(self.state.opt_state)
-        has_reference = self._algorithm.beta > 0 and not self._config.learner.offload_reference
-        reference = params if has_reference else 0
+        scores_reference = self._algorithm.beta > 0
+        reference = params if scores_reference and not self._config.learner.offload_reference else 0
         return WaitingBytes(
             accumulate=moments + reference,
-            rescore=moments + params + reference,  # the gradient, which is as large as what is trained
+            rescore=moments + (params if scores_reference else 0),  # one of pi and pi_ref waits, the other is scored
             apply=tree_bytes(self.frozen) + reference,
         )
 

@@ -46,9 +46,10 @@ def optimizer_step_metrics(
 
 
 def _stage_metrics(sums: MicroBatchSums, idle: Sequence[Unit]) -> dict[str, float]:
-    """Returns the metrics of the rows of one stage: entropy of all rows, and the others of those that were trained on.
+    """Returns the metrics of the rows of one stage.
 
-    How far the sampler is from the policy is NaN where no row was trained on.
+    Idle rows count as well for the entropy and `perf/idle_frac`. Where their tokens have weight they count with a KL
+    and a clip ratio of 0. How far the sampler is from the policy is NaN where no row was trained on.
     """
     completions = [completion for unit in idle for completion in unit.completions]
     idle_tokens = sum(len(completion.tokens) for completion in completions)

@@ -58,7 +58,8 @@ def decode(
 ) -> tuple[State, Windows, Status]:
     """Draws up to `steps` tokens in each of `rows`, whose pages hold the positions that this needs.
 
-    A shard stops early when fewer than its `rows.least` rows are active.
+    A shard stops early when fewer than its `rows.least` rows are active; with tensor parallelism all stop together,
+    when that holds of each.
 
     Args:
         windows: the windows of the rows, donated, and returned for the next dispatch. Windows of `stale` rows may have

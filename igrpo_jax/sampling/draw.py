@@ -1,6 +1,6 @@
 """Draws one token a row from logits, with temperature, top-k and top-p, but no random tensor or sort of the vocabulary.
 
-1. top-k and top-p keep the entries at or above a threshold, which bisection on the bits of the float finds (32 passes);
+1. top-k and top-p keep the entries at or above a threshold, which bisection on the bits of the float finds (31 passes);
    this runs only when one of them is on. Ties at the threshold are kept.
 2. The token is the inverse of the cumulative distribution at one uniform number per row: summed by blocks of the
    vocabulary, then searched inside one block. The log-prob needs these sums too, so that no pass over the vocabulary

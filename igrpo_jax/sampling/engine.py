@@ -231,7 +231,8 @@ class Engine:
             slots: of each shard those to decode.
             tables: of each shard the pages of all its slots, [B, pages].
             furthest: the largest number of positions that a slot may have after the dispatch.
-            least: a shard with fewer active slots stops early, where it has no other parts; else all of them together.
+            least: a shard with fewer active slots than this stops early. The parts of a group stop by their sum, and
+                with `tensor` > 1 all shards stop together, when each has too few.
         """
         width = self.rows(max(map(len, slots)))
         read = pick_bucket(self.programs.reads[width], min(furthest, self.sizes.length))

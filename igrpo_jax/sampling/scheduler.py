@@ -1,9 +1,10 @@
 """The host side of sampling: a queue of prompts, refilled slots, finished completions as they come.
 
-First in, first out: a prompt is read once by the shard that has slots for its samples, which take slots in order. One
-`advance` is one dispatch of the device: at most K tokens per slot. While most slots run, one chunk of prompts at most
-is read between two dispatches, so that a long prompt does not hold up the others. The host may stay one dispatch
-behind, so that the device has the next one while the results of the last are looked at.
+First in, first out: a prompt is read once by the shard that has slots for its samples, which take slots in order. It is
+read again only after a preemption, or where another shard takes over some of its samples. One `advance` is one dispatch
+of the device: at most K tokens per slot. While most slots run, at most one chunk of prompts is read between two
+dispatches, so that a long prompt does not hold up the others. The host may stay one dispatch behind, so that the device
+has the next one while the results of the last are looked at.
 """
 
 import contextlib

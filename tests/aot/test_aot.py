@@ -119,7 +119,7 @@ def test_what_waits_beside_a_program(found):
     state = found.learner.abstract_state()
     params, moments = tree_bytes(state.params), tree_bytes(state.opt_state)
     assert one(found, "accumulate").beside == moments
-    assert one(found, "rescore").beside == moments + params
+    assert one(found, "rescore").beside == moments  # no reference: the policy, which is scored, is an argument
     assert one(found, "apply").beside == 0
     for kind in ("prefill", "decode"):  # the state of the sampler and the weights to sample with are arguments
         assert one(found, kind).beside == params + moments
