@@ -7,7 +7,9 @@ interrupted. Nothing here imports jax at module level: the verifier's workers im
 import difflib
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -262,8 +264,14 @@ def run(command: Callable[[list[str]], None]) -> None:
     the phase in which it came and what to change.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.unraisablehook = _not_raised
     try:
         command(sys.argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Else Python would try again at its end to write what is left, and complain of that.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(_say("stdout was closed by the command it is piped into; what was saved is there to go on from", 1))
     except InputError as error:
         _leave(_say(error, 2))
     except RunError as error:
@@ -277,6 +285,17 @@ def run(command: Callable[[list[str]], None]) -> None:
         # By name: jax.errors is not imported before a command needs it.
         is_of_jax = type(error).__name__ == "JaxRuntimeError"
         _leave(_say(_device_error(str(error)), 1) if is_of_jax else 1)
+
+
+def _not_raised(unraisable: Any) -> None:
+    """Repeats a Ctrl-C that came where Python drops every exception, and reports other such errors as Python does.
+
+    Destructors are such places, and callbacks of the garbage collector, of which jax has one.
+    """
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _leave(code: int) -> NoReturn:

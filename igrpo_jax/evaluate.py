@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     if values["compare"]:
         from igrpo_jax.evaluation.comparison import compare
 
-        folders = values["compare"].split(",")
+        folders = [folder.strip() for folder in values["compare"].split(",")]
         if len(folders) != 2:
             raise InputError(f"--compare {values['compare']}: give two folders, A,B")
         print(compare(*(reading.local(f"--compare {folder}", folder) for folder in folders)), end="")

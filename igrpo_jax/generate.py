@@ -67,6 +67,8 @@ def read(path: str, column: str) -> list[str]:
             raise InputError(f"{source}: is not text in utf-8 ({error}); save it as that") from error
         questions = [line.strip() for line in text.splitlines() if line.strip()]
     else:
+        if file.is_file() and file.suffix not in readers.SUFFIXES:
+            raise InputError(f"{source}: can't be read; give a file that ends in .txt, {readers.FILES}")
         table = readers.read(str(file), source)
         if table:
             name = columns.choose_prompt(table, column, source)

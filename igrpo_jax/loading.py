@@ -209,13 +209,17 @@ def _holds_run(folder: Path) -> bool:
         keys = json.loads(read_bytes(folder / "config.json"))
     except (OSError, ValueError):
         return False
-    # The config.json of a Hugging Face model has none of these.
-    if isinstance(keys, dict) and {"algorithm", "rollout", "checkpoint"} <= keys.keys():
+    if is_of_a_run(keys):
         raise InputError(
             f"--model {folder}: is the folder of a run that has no checkpoint yet; wait for the first one (of step 0), "
             f"or start the run again with --workdir {folder}"
         )
     return False
+
+
+def is_of_a_run(keys: Any) -> bool:
+    """Returns whether a config.json holds the settings of a run. That of a Hugging Face model has none of these."""
+    return isinstance(keys, dict) and {"algorithm", "rollout", "checkpoint"} <= keys.keys()
 
 
 def _tree_of_run(workdir: Path) -> Any:

@@ -139,7 +139,7 @@ def test_a_run_and_its_weights_elsewhere_answer_alike(call, model, run, folder, 
     assert one == other != older and len(one) == 6
     made = json.loads((tmp_path / "b" / "evaluation.json").read_text())
     assert (made["model"], made["step"], made["temperature"]) == (str(run), 3, 0.0)
-    assert "| mine | 3 | " in call(evaluate, "--compare", f"{tmp_path / 'a'},{tmp_path / 'b'}")
+    assert "| mine | 3 | " in call(evaluate, "--compare", f"{tmp_path / 'a'}, {tmp_path / 'b'}")
     said = call(evaluate, "--model", model, "--workdir", tmp_path / "b", *given, code=2)
     assert "holds an evaluation of another kind (model: " in said
     copy = shutil.copytree(model, tmp_path / "copy")
@@ -306,6 +306,9 @@ def test_questions_of_a_file(tmp_path, caplog):
     for name, words in (("none.txt", "no such file; give one of questions"), ("none.jsonl", "no such file")):
         with pytest.raises(InputError, match=words):
             generate.read(str(tmp_path / name), "")
+    (tmp_path / "x.md").write_text("1+2")
+    with pytest.raises(InputError, match=r"x\.md: can't be read; give a file that ends in \.txt, \.jsonl, \.csv"):
+        generate.read(str(tmp_path / "x.md"), "")
     (tmp_path / "x.txt").write_bytes(b"1+\xff")
     with pytest.raises(InputError, match="is not text in utf-8"):
         generate.read(str(tmp_path / "x.txt"), "")

@@ -261,10 +261,13 @@ def test_model_directories(refused, model, tmp_path):
     other.mkdir()
     for file in model.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    raw = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(raw | {"model_type": "mamba"}))
     assert "model_type = 'mamba' is not supported; supported are llama, qwen2" in refused(f"model.path={other}")
-    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    (other / "config.json").write_text(json.dumps(config.to_dict(config.Config())))
+    said = refused(f"model.path={other}")
+    assert "is the folder of a run" in said and f"igrpo_jax.export --workdir {other} --out DIR" in said
+    (other / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 2}))
     said = refused(f"model.path={other}")
     assert "missing from the files" in said and "model.layers.1." in said
 
@@ -487,3 +490,40 @@ def test_exit_codes(capsys, error, code):
         cli.run(command)
     err = capsys.readouterr().err
     assert stop.value.code == code and err.startswith(f"igrpo_jax: error: {error}") and err.count("\n") == 1
+
+
+# What a command is, after which Ctrl-C has come.
+DROPPED = """
+import gc, signal, time
+from igrpo_jax import cli
+
+class Dropped:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+
+def command(_):
+    {}
+    time.sleep(30)
+
+cli.run(command)
+"""
+
+
+@pytest.mark.parametrize(
+    "where", ["Dropped()", "gc.callbacks.append(lambda *_: Dropped.__del__(0)), gc.collect(), gc.callbacks.clear()"]
+)
+def test_ctrl_c_is_not_lost_where_python_drops_exceptions(where):
+    """In a destructor, and in a callback of the garbage collector, of which jax has one."""
+    done = subprocess.run([sys.executable, "-c", DROPPED.format(where)], capture_output=True, text=True, timeout=25)
+    assert done.returncode == 130 and done.stderr.startswith("igrpo_jax: error: interrupted;"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_pipe_that_is_closed_is_named():
+    code = "from igrpo_jax import cli; cli.run(lambda _: print(100_000 * 'text'))"
+    done = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done.stdout.close()
+    said = done.stderr.read()
+    assert done.wait(timeout=60) == 1 and said.count("\n") == 1
+    assert said.startswith("igrpo_jax: error: stdout was closed by the command it is piped into")

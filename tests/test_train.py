@@ -367,6 +367,21 @@ def test_a_different_configuration_is_refused_by_name(whole):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", [3, 6])
+def test_a_resume_that_is_refused_leaves_the_folder_as_it_was(whole, monkeypatch, steps):
+    """One with fewer steps than the run has made, and one whose problems are not those that it began with."""
+    workdir, said = whole[0], "config.steps = 3: ends after step 3, and the run in .* has come to step 5"
+    if steps > 5:
+        monkeypatch.setattr(opening.Task, "fingerprint", "of other problems")
+        said = "its prompts or answers are not those that the run in"
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(InputError, match=said):
+        train.train(settings(steps=steps, **{"rollout.slots": 8}), workdir)  # one for each device of this process
+    after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before and (workdir / "finished.json").is_file()
+
+
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_gone_is_not_overwritten(whole, tmp_path):
     copy = shutil.copytree(whole[0], tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints")

@@ -15,7 +15,6 @@ word or mark of the wording around it. A run knows its prompts and may need less
 
 import math
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import jax
 
@@ -245,11 +244,12 @@ def describe(config: ModelConfig) -> DecoderConfig:
     path = config.path
     if not path:
         return open_policy(config).model
-    if addresses.is_remote(path) or Path(path).is_dir():
+    source = f"config.model.path = {path!r}"
+    if addresses.is_remote(path) or addresses.path_of(source, path).is_dir():
         return hf_files.load_config(path)
     if path not in SHAPES:
         raise InputError(
-            f"config.model.path = {path!r}: no such directory, and not among the models whose shape is known without a "
+            f"{source}: no such directory, and not among the models whose shape is known without a "
             f"download ({', '.join(SHAPES)}); give a directory that holds its config.json"
         )
     return from_hf(SHAPES[path], path)

@@ -30,7 +30,6 @@ from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS, Benchmark, Hub
 from igrpo_jax.data.readers import Table
 from igrpo_jax.errors import InputError
 from igrpo_jax.rewards.mathematics import grader
-from igrpo_jax.storage import addresses
 
 MAX_UNEQUAL = 0.1  # share of a training set's reference answers that may be such that nothing equals them
 
@@ -178,11 +177,10 @@ def benchmark_rows(name: str, settings: EvaluationConfig) -> list[Row]:
             can't be reached.
     """
     source = f"config.evaluation.benchmarks = {name!r}"
-    known, folder = BENCHMARKS.get(name), Path(settings.data_dir)
-    if addresses.is_remote(settings.data_dir):
-        folder = readers.local_copy(settings.data_dir, f"config.evaluation.data_dir = {settings.data_dir!r}")
+    known, where = BENCHMARKS.get(name), f"config.evaluation.data_dir = {settings.data_dir!r}"
+    folder = readers.local_copy(settings.data_dir, where)
     if settings.data_dir and not folder.is_dir():
-        raise InputError(f"config.evaluation.data_dir = {settings.data_dir!r}: no such directory")
+        raise InputError(f"{where}: no such directory")
     files = [file for file in folder.iterdir() if file.suffix in readers.SUFFIXES] if settings.data_dir else []
     by_stem = {file.stem: file for file in sorted(files)}
     for stem in (name, *(known.files if known else ())):

@@ -1,7 +1,8 @@
 """Reads tables from files, folders, buckets and the hub: unchanged rows with their numbers. `columns` interprets them.
 
 JSON Lines and CSV are read here, so that an error names the bad line and every cell stays the text that it is. `.json`,
-`.parquet` and hub ids go through `datasets`. A broken line of JSON Lines or row of CSV is left out, and what is no
+`.parquet` and hub ids go through `datasets`. A column of CSV without a name, as the index that pandas writes, is left
+out. A broken line of JSON Lines or row of CSV is left out, and what is no
 character in JSON Lines becomes U+FFFD; warnings count both and name the rows. A file with more than MAX_BROKEN of its
 rows broken is refused.
 """
@@ -20,7 +21,7 @@ from typing import Any
 from absl import logging as absl_logging
 
 from igrpo_jax.errors import InputError
-from igrpo_jax.storage import addresses, reading
+from igrpo_jax.storage import reading
 
 Table = list[tuple[int, dict[str, Any]]]  # (number, columns) of each row; numbers start at 1, as editors count lines
 
@@ -49,7 +50,7 @@ def read(path: str, source: str, subset: str = "", split: str = "train", fix: st
     Raises:
         InputError: there is nothing to read, or it can't be read.
     """
-    file = local_copy(path, source) if addresses.is_remote(path) else Path(path)
+    file = local_copy(path, source)
     if file.is_dir():
         return _read_folder(file, source, split)
     if file.is_file() and file.suffix in SUFFIXES:
@@ -63,10 +64,12 @@ def read(path: str, source: str, subset: str = "", split: str = "train", fix: st
 
 
 def local_copy(address: str, source: str) -> Path:
-    """Returns the local copy of a file in a bucket, or of a folder with the files that can be read.
+    """Returns the path of a local file or folder, which may not exist, or of the copy of one in a bucket.
+
+    Of a folder in a bucket the files that can be read are copied.
 
     Raises:
-        InputError: there are none, or they can't be fetched.
+        InputError: a bucket holds none, or they can't be fetched.
     """
     return reading.local(source, address, lambda name: "/" not in name and name.endswith(SUFFIXES))
 
@@ -93,6 +96,8 @@ def _read_files(files: list[Path], source: str) -> Table:
     suffix = files[0].suffix
     if suffix in KINDS:
         fix = "give a file in JSON Lines"
+        if not any(file.stat().st_size for file in files):  # on which the libraries fail, each in its own words
+            return []
         return _read_datasets(source, fix, KINDS[suffix], data_files=[str(file) for file in files], split="train")
     reader, table = {".jsonl": _read_jsonl, ".csv": _read_csv}[suffix], []
     for file in files:
@@ -170,12 +175,16 @@ def _read_csv(file: Path, source: str) -> Table:
     """Returns the rows with cells as text. `datasets` would turn the answer 025 into the number 25 and lose NA.
 
     Raises:
-        InputError: more than MAX_BROKEN of the rows are broken, or a quote that is never closed swallows the last rows.
+        InputError: more than MAX_BROKEN of the rows are broken, the header is no CSV or names a column twice, or a
+            quote that is never closed swallows the last rows.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     table: Table = []
     broken = []  # "row N ..." of broken rows
-    fix = "save it as CSV in utf-8, with quotes around cells that hold commas or quotes, and these quotes doubled"
+    fix = (
+        "save it as CSV in utf-8, with commas between cells, quotes around cells that hold commas or quotes, and these "
+        "quotes doubled"
+    )
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader, header = csv.reader(lines, strict=True), [""]
         for number in itertools.count():  # row 0 is the header
@@ -192,14 +201,23 @@ def _read_csv(file: Path, source: str) -> Table:
                 problem = "has more cells than the header" if number and len(cells) > len(header) else problem
             if not number:
                 header = cells
-                if problem:
+                if problem := problem or _header_problem(cells):
                     raise InputError(f"{source}: the header {problem}; {fix}")
             elif problem:
                 broken.append(f"row {number} {problem}")
             else:
-                table.append((number, dict(itertools.zip_longest(header, cells))))
+                named = itertools.zip_longest(header, cells)
+                table.append((number, {name: text for name, text in named if name.strip()}))
     _warn_of_broken(source, "row", broken, len(table), fix)
     return table
+
+
+def _header_problem(names: list[str]) -> str:
+    """Returns what is wrong with the names of the columns of CSV, "" where nothing is."""
+    if len(names) == 1 and re.search("[;\t]", names[0]):
+        return f"has one cell, {names[0]!r}, without a comma"
+    twice = next((name for name in names if name.strip() and names.count(name) > 1), "")
+    return f"names {twice!r} twice" if twice else ""
 
 
 def _read_datasets(source: str, fix: str, *args: str | None, **kwargs: Any) -> Table:

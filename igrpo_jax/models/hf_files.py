@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from absl import logging
 
+from igrpo_jax.loading import is_of_a_run
 from igrpo_jax.models import config, hf_tensors
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.hf_paths import first_line, path_error, read_json, resolve
@@ -41,7 +42,11 @@ def config_json(path: str) -> dict:
     file = resolve(path) / "config.json"
     if not file.is_file():
         raise path_error(path, "no config.json in it; give the directory of a Hugging Face model")
-    return read_json(path, file)
+    raw = read_json(path, file)
+    if is_of_a_run(raw):
+        fix = f"write its policy with `python -m igrpo_jax.export --workdir {path} --out DIR`, and give that DIR"
+        raise path_error(path, f"is the folder of a run; {fix}")
+    return raw
 
 
 def load_tokenizer(path: str):

@@ -25,8 +25,8 @@ def resolve(path: str) -> Path:
     """
     if addresses.is_remote(path):
         return _copy(path)
-    if Path(path).is_dir():
-        return Path(path)
+    if (folder := addresses.path_of(f"config.model.path = {path!r}", path)).is_dir():
+        return folder
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise path_error(path, "no such directory; give a Hugging Face model directory or a hub id such as owner/name")
     return _download(path)

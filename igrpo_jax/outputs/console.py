@@ -37,6 +37,15 @@ SILENT = 5.0  # seconds that a phase runs before its quarters are printed
 NOTICED = 1.0  # seconds that a program is waited for before that is printed
 
 
+class _Out(rich.console.Console):
+    """rich's console, whose own way with a pipe that was closed is to end the process without a word."""
+
+    def on_broken_pipe(self) -> None:
+        """Prints nothing more, and lets the BrokenPipeError go on to whom it may concern."""
+        self.quiet = True
+        raise
+
+
 class Console:
     """Prints the progress of a run: on a terminal a live display under the lines, elsewhere plain lines only.
 
@@ -47,9 +56,7 @@ class Console:
     def __init__(self, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         quiet = jax.process_index() != 0
         # In a notebook too the lines are text. rich would make a table of HTML of each.
-        self._out = rich.console.Console(
-            file=file, markup=False, highlight=False, emoji=False, quiet=quiet, force_jupyter=False
-        )
+        self._out = _Out(file=file, markup=False, highlight=False, emoji=False, quiet=quiet, force_jupyter=False)
         # The stream itself is asked, because rich takes every stream for a terminal where FORCE_COLOR is set, as it is
         # in notebooks and CI.
         self._is_live = self._out.file.isatty() and not self._out.is_dumb_terminal and not quiet

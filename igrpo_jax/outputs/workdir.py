@@ -1,7 +1,8 @@
 """A run's folder: `check_workdir` looks at it, `locked` keeps a second run out, `prepare_workdir` claims it.
 
 They are called in this order. So a folder that is no run's gets no lock, and of two runs that start at once the
-settings in config.json are those of the one that holds the lock.
+settings in config.json are those of the one that holds the lock. Last comes `record_settings`, when nothing can be
+refused any more: a resume that is refused leaves the folder as it was.
 """
 
 import contextlib
@@ -64,7 +65,7 @@ def check_workdir(workdir: Path, config: Config) -> None:
 
 
 def prepare_workdir(workdir: Path, config: Config) -> Claim:
-    """Recognises the run in `workdir`, or begins one, and writes the resolved configuration to `workdir/config.json`.
+    """Recognises the run in `workdir`, or begins one, whose resolved configuration goes to `workdir/config.json`.
 
     It is called inside of `locked`. A run of another configuration that has neither a checkpoint nor samples has
     nothing to lose: it is replaced.
@@ -73,18 +74,29 @@ def prepare_workdir(workdir: Path, config: Config) -> Claim:
         InputError: `workdir` holds a run of another configuration, or files that belong to no run; or it cannot be
             written, and is left as it was.
     """
-    settings = to_dict(config)
     with _naming_refusals(workdir):
-        resumes, changed = _examine(workdir, settings)
+        resumes, changed = _examine(workdir, to_dict(config))
         for name in REMAINS if changed else ():
             remove_tree(workdir / name)
+    claim = Claim(resumes and not changed, changed)
+    if not claim.resumes:
+        record_settings(workdir, config)
+    return claim
+
+
+def record_settings(workdir: Path, config: Config) -> None:
+    """Writes the resolved configuration to `workdir/config.json`, with what a resume has changed in it.
+
+    Raises:
+        InputError: it cannot be written, and is left as it was.
+    """
+    with _naming_refusals(workdir):
         try:
-            write_text(workdir / "config.json", json.dumps(settings, indent=2) + "\n")
+            write_text(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
         except OSError:
             with contextlib.suppress(OSError):
                 (workdir / HALF_WRITTEN).unlink()
             raise
-    return Claim(resumes and not changed, changed)
 
 
 def _examine(workdir: Path, settings: dict[str, Any]) -> tuple[bool, list[str]]:

@@ -18,6 +18,7 @@ Not here: what a function receives and returns (`functions`); weights, and the s
 processes and deadlines (`pool`). No jax.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -183,8 +184,10 @@ def rehearse(
         InputError: a function failed, took too long, or returned what is no number.
     """
     preload = tuple(reward.module for reward in rewards)
-    with Pool(functions.call, workers=1, timeout=timeout, preload=preload) as pool:
-        calls = CustomCalls(rewards, pool.submit, timeout)
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(Pool(functions.call, workers=1, timeout=timeout, preload=preload))
+        # Closed first, so that what is under way when a function fails is neither called again nor complained of.
+        calls = stack.enter_context(contextlib.closing(CustomCalls(rewards, pool.submit, timeout)))
         submitted = []
         for candidates in batches:
             batch = Batch(len(candidates))
@@ -195,7 +198,6 @@ def rehearse(
             for completions in submitted:
                 outcomes = [(candidate, futures[number].result()) for candidate, futures in completions]
                 values[-1].append([_rehearsed(reward, *outcome) for outcome in outcomes])
-        calls.close()
     return values
 
 

@@ -5,7 +5,8 @@ right) and the text `prediction` (the whole text of a completion). OUT has the s
 0), `extracted` (the answer found, or null), `status` ("ok", "unparseable", "timeout", "error") and `seconds` added.
 Rows that time out are results, not failures: the exit code is 0. A line that is broken costs its own row alone: it
 scores 0 with the status "error" and a `detail`, and a warning on stderr names it. Where more than half of the lines are
-broken, and for other wrong input, there is one line on stderr and exit code 2. OUT is written completely or not at all.
+broken, and for other wrong input, there is one line on stderr and exit code 2. OUT is written completely or not at all,
+unless it is a pipe or a device.
 
 Not here: the format reward, which judges the layout of a text and not its answer.
 """
@@ -13,13 +14,15 @@ Not here: the format reward, which judges the layout of a text and not its answe
 import argparse
 import codecs
 import collections
+import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from igrpo_jax.config import RewardsConfig
 from igrpo_jax.errors import InputError
@@ -52,6 +55,8 @@ def read_rows(path: Path) -> list[Row]:
     lines = [line.removeprefix(codecs.BOM_UTF8).strip() for line in lines]
     rows = {number: _row(line) for number, line in enumerate(lines, start=1) if line}
     faults = [f"row {number}: {row.fault}" for number, row in rows.items() if row.fault]
+    if not rows:
+        raise InputError(f"{path}: is empty; give a file with one JSON object per line")
     if 2 * len(faults) > len(rows):
         more = f" (and {len(faults) - 1} more of {len(rows)} rows)" if len(faults) > 1 else ""
         raise InputError(f"{path}, {faults[0]}{more}")
@@ -75,7 +80,8 @@ def _row(line: bytes) -> Row:
     try:
         gold = golds.gold_text(columns["gold"])
     except TypeError:
-        return Row(columns, _BLANK, f'"gold" = {columns["gold"]!r}: must be a string, a number or a list of these')
+        what = "must be a string, a number, or a list of these of which any is right"
+        return Row(columns, _BLANK, f'"gold" = {columns["gold"]!r}: {what}')
     if not isinstance(columns["prediction"], str):
         return Row(columns, _BLANK, f'"prediction" = {columns["prediction"]!r}: must be a string')
     return Row(columns, Candidate(columns["prediction"], gold or ""))
@@ -93,17 +99,33 @@ def grade_rows(rows: list[Row], workers: int, timeout: float) -> Iterator[Score]
 def run(source: Path, target: Path, workers: int, timeout: float) -> None:
     """Grades `source` into `target`. Raises InputError as `read_rows` does, or where `target` cannot be written."""
     rows = read_rows(source)
-    # The temporary file is in the target's folder because a rename does not cross file systems.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as out:
+        with _written(target) as out:
             for row, score in zip(rows, _progress(grade_rows(rows, workers, timeout), len(rows)), strict=True):
                 graded = {"score": score.reward, "extracted": score.extracted, "status": score.status}
                 graded |= {"seconds": round(score.seconds, 6)} | ({"detail": row.fault} if row.fault else {})
                 out.write(_line(row.columns | graded))
-        temporary.replace(target)
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _written(target: Path) -> Iterator[TextIO]:
+    """Opens a text that becomes the file `target`, or the one that this links to, when the block ends without an error.
+
+    A pipe or a device, such as /dev/stdout, is written to at once, since it cannot be replaced.
+    """
+    if target.exists() and not target.is_file():
+        with target.open("w", encoding="utf-8") as out:
+            yield out
+        return
+    place = target.resolve()
+    # The temporary file is in the target's folder because a rename does not cross file systems.
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as out:
+            yield out
+        temporary.replace(place)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -144,8 +166,13 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"error: interrupted before {options.target} was complete", file=sys.stderr)
+        return 130
     return 0
 
 
 if __name__ == "__main__":
+    # SIGTERM unwinds the stack, so that no temporary file and no worker stays behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

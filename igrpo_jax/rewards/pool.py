@@ -28,10 +28,11 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 import pebble
@@ -39,6 +40,7 @@ from pebble.common import CONSTS
 
 MAX_TASKS = 10_000  # items after which a worker is replaced, against slow leaks in what it runs
 MEMORY_BYTES = 4 << 30  # address space of one worker; an item that wants more ends in MemoryError
+CLOSED = "the pool was closed"  # detail of an item that has no result when the pool is closed
 ATTEMPTS = 3  # times an item is sent at most, where its worker is killed or the pool itself breaks
 _ORPHAN_GRACE = 10.0  # seconds past the deadline after which a worker that nobody killed ends itself
 
@@ -136,7 +138,7 @@ class Pool:
             if not self._closed.is_set():
                 self._send(number, item)
         if self._closed.is_set():
-            self._answer(number, Outcome("error", detail="the pool is closed"))
+            self._answer(number, Outcome("error", detail=CLOSED))
         return item.future
 
     def close(self) -> None:
@@ -148,11 +150,12 @@ class Pool:
         self._watcher.join()
         self._end(self._pool)
         for number in list(self._unanswered):
-            self._answer(number, Outcome("error", detail="the pool was closed"))
+            self._answer(number, Outcome("error", detail=CLOSED))
 
     def _start(self) -> pebble.ProcessPool:
         pool = pebble.ProcessPool(**self._options)
-        _ = pool.active  # reading it starts the workers
+        with _without_interrupts():
+            _ = pool.active  # reading it starts the workers
         return pool
 
     @staticmethod
@@ -222,6 +225,21 @@ class Pool:
             for number in given_up:
                 self._answer(number, Outcome("error", detail=f"the worker pool broke {ATTEMPTS} times"))
             self._end(broken)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Starts processes and threads that Ctrl-C does not reach, and this thread gets it when the block ends.
+
+    A terminal sends SIGINT to the workers too, which would print the traceback of whatever they import. Pebble makes
+    them ignore it, but not before that; and its threads, which replace workers, are started here as well.
+    """
+    resource_tracker.ensure_running()  # its own start would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(memory_bytes: int, preload: tuple[str, ...]) -> None:

@@ -37,7 +37,7 @@ from igrpo_jax.rewards.custom import Batch, CustomCalls
 from igrpo_jax.rewards.functions import CustomReward
 from igrpo_jax.rewards.judge import Judge, Judgement
 from igrpo_jax.rewards.mathematics import grader
-from igrpo_jax.rewards.pool import Outcome, Pool
+from igrpo_jax.rewards.pool import CLOSED, Outcome, Pool
 from igrpo_jax.rewards.rules import REWARDS, Rules, rules_of, score, total
 from igrpo_jax.storage.addresses import path_of
 
@@ -254,7 +254,8 @@ def _to_score(outcome: Outcome, rules: Rules) -> Score:
 
 def _failure(outcome: Outcome, weights: dict[str, float]) -> Score:
     """Returns the score of a grading that failed: 0 on all rewards."""
-    logging.log_every_n(logging.WARNING, "verifier: %s: %s", 100, outcome.status, outcome.detail)
+    if outcome.detail != CLOSED:  # nobody waits for it any more
+        logging.log_every_n(logging.WARNING, "verifier: %s: %s", 100, outcome.status, outcome.detail)
     return Score(0.0, dict.fromkeys(weights, 0.0), None, outcome.status, outcome.seconds, outcome.detail)
 
 

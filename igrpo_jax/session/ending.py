@@ -1,4 +1,4 @@
-"""What a finished run leaves in its folder, so that the same command says at once that there is nothing to do."""
+"""The end of a run: what it leaves, so that the same command says at once that there is nothing to do."""
 
 import functools
 import json
@@ -10,6 +10,7 @@ import jax
 
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.distributed import cluster
+from igrpo_jax.errors import InputError
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import write_atomically
 from igrpo_jax.outputs.workdir import check_settings, recorded_date
@@ -25,6 +26,25 @@ def note(workdir: Path, config: Config, step: int, metrics_rows: int, progress: 
     if jax.process_index() == 0:
         seen = {"step": step, "asked": _asked(config), "metrics_rows": metrics_rows, "progress": progress.meta()}
         write_atomically(workdir / FILE, json.dumps(seen, indent=2) + "\n")
+
+
+def check(config: Config, total_steps: int, workdir: Path, latest: int | None) -> None:
+    """Checks that a run does not end before the step that it has come to.
+
+    Args:
+        total_steps: the step at which `config` ends it.
+        latest: the step of its newest checkpoint, None for a new run.
+
+    Raises:
+        InputError: it does.
+    """
+    if latest is None or latest <= total_steps:
+        return
+    asked = f"config.steps = {config.steps}" if config.steps else f"config.epochs = {config.epochs:g}"
+    raise InputError(
+        f"{asked}: ends after step {total_steps}, and the run in {workdir} has come to step {latest}; ask for as many "
+        "steps at least, or start a new run with another --workdir"
+    )
 
 
 def forget(workdir: Path) -> None:

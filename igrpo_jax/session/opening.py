@@ -3,7 +3,8 @@
 1. All that is given is read and checked, by every process in the same way; nothing is written yet.
 2. The folder is claimed, and the table of what the run will do is printed. Nothing has been compiled so far.
 3. What must be closed is opened: verifier, checkpoints, metrics, and threads that compile (`distributed.compiling`).
-4. The state comes from the newest checkpoint, or from the model's weights and a warm start.
+4. The state comes from the newest checkpoint, or from the model's weights and a warm start. A resume that does not fit
+   its checkpoint is refused here, before it has changed anything in the folder.
 """
 
 import contextlib
@@ -30,7 +31,15 @@ from igrpo_jax.models import decoder, hf_write
 from igrpo_jax.outputs import hub, weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.outputs.workdir import Claim, check_workdir, has_samples, locked, prepare_workdir, recorded_date
+from igrpo_jax.outputs.workdir import (
+    Claim,
+    check_workdir,
+    has_samples,
+    locked,
+    prepare_workdir,
+    record_settings,
+    recorded_date,
+)
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine
@@ -76,7 +85,6 @@ def _start(
     resumes, still_ours = _claim(workdir, config, stack, console)
     if config.checkpoint.push:
         cluster.from_first(functools.partial(_claim_repository, config))
-    ending.forget(workdir)
     is_igrpo = config.algorithm.num_drafts > 0 and config.algorithm.second_stage == "refine"
     title = "iGRPO run" if is_igrpo else "Run"
     with showing_waits(console.waiting):
@@ -86,6 +94,7 @@ def _start(
     verifier = stack.enter_context(_verifier(config, workdir, task.total_steps, engine.team.count))
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)
+    ending.check(config, task.total_steps, workdir, latest)
     if latest != task.total_steps:
         first = _first_wanted(config, task, engine, latest)
         stack.enter_context(_compiling(config, task, engine, learner, first, console))
@@ -103,6 +112,8 @@ def _start(
         writer = stack.enter_context(Writer(workdir, config, first_step, COMPARED))
         ending.tell_lost_rows(writer.rows, meta["metrics_rows"], first_step, console)
         _set_fixed_weights(config, task, workdir, learner, console)
+    if resumes:
+        cluster.from_first(functools.partial(_go_on, workdir, config))
     run = Run(
         config=config,
         workdir=workdir,
@@ -204,6 +215,12 @@ def _compiling(
     course of the run, and prints the memory that they need once that is known."""
     tell = lambda: console.table("Memory", overview.memory(config, task, engine, learner))
     return compiling(first, engine.wanted, lambda: learner.programs.wanted, console.phase, tell)
+
+
+def _go_on(workdir: Path, config: Config) -> None:
+    """Records that the run in `workdir` is resumed with the settings `config`."""
+    ending.forget(workdir)
+    record_settings(workdir, config)
 
 
 def _check_data(config: Config, task: Task, workdir: Path, fingerprint: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -162,11 +163,18 @@ def after(workdir: Path, progress: Progress, best_metric: str, first: int, total
         rows.append(("best checkpoint", f"step {best}, by {best_metric}"))
     names = {name for values in scores.values() for name in values if name.endswith("pass@1")}
     for name in sorted(names):
-        values = [scores[step][name] for step in sorted(scores) if name in scores[step]]
-        change = values[-1] - values[0]
-        rows.append((name, f"{values[0]:.3f} before, {values[-1]:.3f} after ({change:+.3f})"))
+        rows.append((name, _change({step: scores[step][name] for step in scores if name in scores[step]})))
     trackers = ("tensorboard", "wandb", "trackio", "mlflow")
     for name in ("metrics.jsonl", "samples", "evaluations", *trackers, "checkpoints", "export", "profile"):
         if (workdir / name).exists():
             rows.append((name, workdir / name))
     return rows
+
+
+def _change(values: Mapping[int, float]) -> str:
+    """Returns the first and the last of the values by step, and the difference; a single one for itself."""
+    (first, before), (last, now) = min(values.items()), max(values.items())
+    if first == last:
+        return f"{now:.3f} at step {last}"
+    began = f"at step {first}" if first else "before"
+    return f"{before:.3f} {began}, {now:.3f} after ({now - before:+.3f})"

@@ -33,9 +33,18 @@ from igrpo_jax.outputs import trackers, weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import write_atomically
-from igrpo_jax.outputs.workdir import SUPERVISED, Claim, check_workdir, locked, prepare_workdir, recorded_date
+from igrpo_jax.outputs.workdir import (
+    SUPERVISED,
+    Claim,
+    check_workdir,
+    locked,
+    prepare_workdir,
+    record_settings,
+    recorded_date,
+)
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Prompt
+from igrpo_jax.session import ending
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.surroundings import enter_mesh, surroundings
 from igrpo_jax.storage.addresses import names
@@ -153,6 +162,8 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
     store = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     stack.enter_context(showing_waits(console.waiting))
     latest = cluster.from_first(lambda: store.latest_step() if claim.resumes else None)
+    ending.check(config, total, workdir, latest)
+    cluster.from_first(functools.partial(record_settings, workdir, config))
     if latest is not None:
         with console.phase(f"restoring step {latest}"):
             done, state, _ = store.restore(learner.abstract_state())

@@ -11,6 +11,7 @@ old object or the new one, never a part. How files grow all the same is in `writ
 """
 
 import importlib.util
+import os
 import re
 import sys
 import time
@@ -54,6 +55,8 @@ def is_remote(address: str | Path) -> bool:
 def path_of(source: str, address: str | Path) -> Path:
     """Returns the path of an address: a pathlib.Path of a local one, an epath.Path of one in a bucket.
 
+    `~` at its beginning is the home folder: shells leave it in `--workdir=~/run`, and Python in a configuration.
+
     Args:
         source: the flag or the field that gives it, and its value, with which errors begin.
 
@@ -63,7 +66,7 @@ def path_of(source: str, address: str | Path) -> Path:
     """
     parts = re.fullmatch(r"([A-Za-z][\w+.-]+):(/.*)?", str(address))  # pathlib has made gs:/x of gs://x
     if not parts:
-        return Path(address)
+        return Path(os.path.expanduser(address))
     scheme, name = parts[1], (parts[2] or "").strip("/")
     if scheme in LIBRARY and not name:
         raise InputError(f"{source}: names no bucket; give {scheme}://BUCKET/NAME")

@@ -9,7 +9,7 @@ import pytest
 from model_files import error_of
 
 from igrpo_jax.config import ArithmeticConfig, Config, DataConfig, EvaluationConfig
-from igrpo_jax.data import overlap, problems
+from igrpo_jax.data import overlap, problems, readers
 from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS
 from igrpo_jax.errors import InputError
 from igrpo_jax.rewards.mathematics import grader
@@ -51,6 +51,13 @@ def test_csv_cells_stay_text(tmp_path):
     assert [(row.question, row.answer) for row in rows] == [("Sum, of 20 and 5?", "025"), ("Symbol?", "NA")]
 
 
+def test_a_column_of_csv_without_a_name_is_left_out(tmp_path):
+    """As the index that pandas writes: nobody can ask for it, and a custom reward would get an argument "" with it."""
+    (tmp_path / "x.csv").write_text(",prompt,answer,\n0,a,1,\n1,b,2,x\n", "utf-8")
+    table = readers.read(str(tmp_path / "x.csv"), "x.csv")
+    assert table == [(1, {"prompt": "a", "answer": "1"}), (2, {"prompt": "b", "answer": "2"})]
+
+
 @pytest.mark.slow
 def test_json_and_parquet_go_through_datasets(tmp_path, monkeypatch):
     import datasets
@@ -87,10 +94,12 @@ def test_a_hub_id_that_can_not_be_had(monkeypatch, caplog):
     assert "local file" in message and not caplog.records
 
 
-@pytest.mark.parametrize("text", ["", "\n\n"])
-def test_an_empty_file(tmp_path, text):
-    (tmp_path / "x.jsonl").write_text(text)
-    assert "is empty" in error_of(load, str(tmp_path / "x.jsonl"), "prompt", "answer")
+@pytest.mark.parametrize(
+    ("name", "text"), [("x.jsonl", ""), ("x.jsonl", "\n\n"), ("x.csv", ""), ("x.json", ""), ("x.parquet", "")]
+)
+def test_an_empty_file(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert "is empty" in error_of(load, str(tmp_path / name), "prompt", "answer")
 
 
 @pytest.mark.parametrize(
@@ -141,6 +150,8 @@ def test_a_broken_row_of_csv_costs_that_row_and_is_named(tmp_path, caplog, row, 
         (b"probl\xe8me,answer\na,1\n", "the header has bytes that are not utf-8"),
         (GOOD_CSV.decode().encode("utf-16"), "the header has bytes that are not utf-8"),
         (b'"a"b,c\na,1\n', "the header is no CSV"),
+        (b"prompt,answer,answer\na,1,2\n", "the header names 'answer' twice"),
+        (b"prompt;answer\na;1\n", "the header has one cell, 'prompt;answer', without a comma"),
     ],
 )
 def test_a_csv_file_of_which_rows_would_be_lost_is_refused(tmp_path, text, said):

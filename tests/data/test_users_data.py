@@ -1,5 +1,6 @@
 """Files of problems that users have: broken lines, printed lists, solutions, Alpaca, chats, several right answers."""
 
+import decimal
 import json
 from pathlib import Path
 
@@ -207,11 +208,26 @@ def test_ordinary_golds_accept_themselves(gold):
         (["1/2", "0.50"], 'any of ["1/2", "0.50"]'),
         (["7", 7, "7"], "7"),
         (["\\boxed{\\frac{1}{2}}", None, "so\n#### 1,000"], 'any of ["\\\\frac{1}{2}", "1000"]'),
-        ([["1", "2"], ["3"]], 'any of ["1", "2", "3"]'),
+        (decimal.Decimal("27.00"), "27"),  # as Parquet has them
+        (decimal.Decimal("0.50"), "0.5"),
+        (decimal.Decimal("-1E-7"), "-0.0000001"),
     ],
 )
 def test_numbers_and_lists_of_answers(tmp_path, value, text):
-    assert only(tmp_path, {"question": "q", "answer": value}) == ("q", text)
+    assert columns.answer(value) == text
+    if not isinstance(value, decimal.Decimal):  # which JSON lacks
+        assert only(tmp_path, {"question": "q", "answer": value}) == ("q", text)
+
+
+def test_a_list_of_lists_is_no_answer(tmp_path, caplog):
+    """A matrix as rows of numbers is one answer, which "any of 0, 1" is not: every 0 and every 1 would be right."""
+    rows = [{"question": "q", "answer": answer} for answer in ("1", [[0, 1], [1, 0]], "[[0,1],[1,0]]")]
+    assert [row.answer for row in load(tmp_path, rows)] == ["1", "[[0,1],[1,0]]"]
+    said = (
+        "1 of 3 rows has a 'answer' that can't be read (a list in a list; write each right answer as one text): row 2"
+    )
+    assert said in caplog.records[0].getMessage()
+    assert "1 of 1 rows has a 'answer'" in error_of(load, tmp_path, rows[1:2])
 
 
 def test_any_of_several_answers_is_right():

@@ -5,6 +5,7 @@ import time
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import rich.console
 from builders import completion, group
 
@@ -43,6 +44,19 @@ def drawn(shown):
     out = io.StringIO()
     rich.console.Console(file=out, width=shown._out.width).print(shown._display())
     return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def test_a_pipe_that_is_closed_is_an_error_of_its_own():
+    """rich would end the process, without a word."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    with console.Console(Closed()) as shown:
+        with pytest.raises(BrokenPipeError):
+            shown.message("one")
+        shown.message("two")
 
 
 def test_plain_console_prints_one_unwrapped_line_a_step():

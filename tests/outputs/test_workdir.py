@@ -37,6 +37,8 @@ def test_a_new_folder_then_a_resume_that_may_change_some_fields(tmp_path):
     assert json.loads((workdir / "config.json").read_text()) == config_lib.to_dict(config)
     longer = configured(**{"steps": 9, "log.every": 5, "checkpoint.keep": 1})
     assert claim(workdir, longer) == (True, [])
+    assert json.loads((workdir / "config.json").read_text()) == config_lib.to_dict(config)  # it may be refused yet
+    workdirs.record_settings(workdir, longer)
     assert json.loads((workdir / "config.json").read_text()) == config_lib.to_dict(longer)
     assert sorted(os.listdir(workdir)) == [".lock", "config.json"]
 
@@ -89,7 +91,9 @@ def test_the_day_and_the_variables_of_the_template_are_the_runs(tmp_path):
     refused(
         tmp_path, configured(**variables), r"other settings \(data.template_kwargs.enable_thinking: None -> False\)"
     )
-    assert claim(tmp_path, configured(**{"data.template_date": "2026-11-26"})) == (True, [])
+    dated = configured(**{"data.template_date": "2026-11-26"})
+    assert claim(tmp_path, dated) == (True, [])
+    workdirs.record_settings(tmp_path, dated)
     assert workdirs.recorded_date(tmp_path) == "2026-11-26"
     refused(
         tmp_path,

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,11 +81,15 @@ def test_rows_that_time_out_are_results(tmp_path, monkeypatch):
 
 BAD = {
     "in.jsonl: cannot be read": None,
+    "in.jsonl: is empty": "\n",
     "row 1: not valid JSON": '{"gold": \n',
     "row 1: must be an object, not list": "[1, 2]\n",
     'row 2: has no column "gold"': '\n{"answer": "1", "prediction": "1"}\n',
     'row 1: has no column "prediction"': '{"gold": "1"}\n',
     'row 1: "gold" = {}: must be a string': '{"gold": {}, "prediction": "1"}\n',
+    'row 1: "gold" = [[0, 1]]: must be a string, a number, or a list of these': (
+        '{"gold": [[0, 1]], "prediction": "1"}\n'
+    ),
     'row 1: "prediction" = 1: must be a string': '{"gold": "1", "prediction": 1}\n',
     "row 1: not valid JSON (Expecting": b"\xff\xfe{}\n",
     "row 2: not valid JSON (Expecting value: line 1 column 1 (char 0)) (and 1 more of 3 rows)": (
@@ -161,6 +168,35 @@ def test_an_output_that_cannot_be_written(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
     assert grade.main([str(source), str(tmp_path / "out.jsonl"), "--workers", "0"]) == 2
     assert "--workers" in capsys.readouterr().err
+
+
+def test_a_pipe_is_written_to_and_a_link_is_followed(tmp_path):
+    """Neither is replaced: /dev/stdout would become a file, and the link too."""
+    source, pipe, link, target = write(tmp_path / "in.jsonl", ROWS[:1]), *(tmp_path / name for name in "pld")
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    with ThreadPoolExecutor(1) as thread:
+        received = thread.submit(read, pipe)
+        assert grade.main([str(source), str(pipe), "--workers", "1"]) == 0
+    assert [row["score"] for row in received.result()] == [1.0] and pipe.is_fifo()
+    assert grade.main([str(source), str(link), "--workers", "1"]) == 0
+    assert link.is_symlink() and [row["score"] for row in read(target)] == [1.0]
+    assert sorted(os.listdir(tmp_path)) == sorted(["in.jsonl", *"pld"])
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_is_stopped_leaves_nothing_behind(tmp_path, sent, code):
+    source = write(tmp_path / "in.jsonl", ROWS[:1] * 50_000)
+    arguments = [sys.executable, "-m", "igrpo_jax.rewards.grade", str(source), str(tmp_path / "out.jsonl")]
+    running = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(tmp_path.glob(".out.jsonl.*.tmp")):
+        assert running.poll() is None
+        time.sleep(0.02)
+    os.killpg(running.pid, sent)  # as a terminal does: to the workers too
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == code and os.listdir(tmp_path) == ["in.jsonl"]
+    assert "Traceback" not in said and "warning" not in said.lower() and "closed" not in said
+    assert (f"error: interrupted before {tmp_path / 'out.jsonl'} was complete" in said) == (sent == signal.SIGINT)
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):

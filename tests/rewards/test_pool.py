@@ -62,6 +62,8 @@ def work(kind, value=None):
         return len(bytearray(value))
     if kind == "environment":
         return {name: os.environ.get(name) for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS")}
+    if kind == "blocked":
+        return signal.pthread_sigmask(signal.SIG_BLOCK, [])
     if kind == "modules":
         return sorted(name for name in sys.modules if re.fullmatch(r"jax(lib)?|flax|sympy|wave", name))
     raise AssertionError(kind)
@@ -163,6 +165,14 @@ def test_environment_and_modules_of_a_worker(pool):
     environment, modules = settle([pool.submit("environment"), pool.submit("modules")])
     assert environment.value == {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TPU_VISIBLE_CHIPS": ""}
     assert modules.value == ["wave"]  # preloaded; no jax, no sympy
+
+
+def test_ctrl_c_does_not_reach_a_worker_and_still_reaches_the_parent():
+    """From its first moment on: while a worker imports, it would print a traceback. So with workers that replace it."""
+    with Pool(work, workers=1, timeout=TIMEOUT, max_tasks=1) as pool:
+        outcomes = settle([pool.submit("blocked") for _ in range(3)])
+    assert [outcome.value for outcome in outcomes] == [{signal.SIGINT}] * 3
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_from_many_threads(pool):

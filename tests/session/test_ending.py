@@ -10,7 +10,7 @@ from igrpo_jax.distributed.programs import compilations
 from igrpo_jax.errors import InputError
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.workdir import prepare_workdir
-from igrpo_jax.session import ending
+from igrpo_jax.session import ending, overview
 from igrpo_jax.session.progress import Progress
 
 NAME = "eval/x/pass@1"
@@ -49,6 +49,15 @@ def test_it_says_done_with_the_scores_and_compiles_nothing(workdir):
 def test_what_does_not_matter_to_a_finished_run_may_change(workdir):
     changed = settings(rollout=config.RolloutConfig(slots=4), log=config.LogConfig(every=2))
     assert ended(workdir, changed)[0]
+
+
+def test_scores_are_before_only_where_no_step_was_made(tmp_path):
+    """A benchmark that a resume adds has no score of before, and its first one has no change."""
+    scores = {0: {NAME: 0.25}, 2: {"eval/y/pass@1": 0.5}, 5: {NAME: 0.5, "eval/y/pass@1": 0.625, "eval/z/pass@1": 1.0}}
+    table = dict(overview.after(tmp_path, Progress(scores), "", 2, 5))
+    assert table[NAME] == "0.250 before, 0.500 after (+0.250)"
+    assert table["eval/y/pass@1"] == "0.500 at step 2, 0.625 after (+0.125)"
+    assert table["eval/z/pass@1"] == "1.000 at step 5"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from model_files import error_of
 from igrpo_jax.config import EvaluationConfig
 from igrpo_jax.data import problems, readers
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import hf_files
+from igrpo_jax.models import hf_files, hf_paths
 from igrpo_jax.storage import addresses, reading, writing
 
 SOURCE = "--model X"
@@ -22,6 +22,18 @@ def test_local_paths_stay_as_they_are(tmp_path):
     assert reading.local(SOURCE, tmp_path / "x") == tmp_path / "x"
     assert addresses.path_of(SOURCE, "a/b").parts == ("a", "b")
     assert not addresses.is_remote("runs/gs:/x")
+
+
+def test_the_home_folder_is_read_as_shells_do(tmp_path, monkeypatch):
+    """Who gives --workdir=~/run means the home folder, which bash reads only where ~ begins a word."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert addresses.path_of(SOURCE, "~/runs/a") == addresses.path_of(SOURCE, Path("~/runs/a")) == tmp_path / "runs/a"
+    assert addresses.path_of(SOURCE, "a~/b").parts == ("a~", "b") and addresses.path_of(SOURCE, "~no-user/b").parts
+    (tmp_path / "x.jsonl").write_text('{"prompt": "p", "answer": "1"}\n')
+    assert readers.read("~/x.jsonl", SOURCE) == [(1, {"prompt": "p", "answer": "1"})]
+    assert hf_paths.resolve("~/") == tmp_path
+    rows = problems.benchmark_rows("x", EvaluationConfig(benchmarks=("x",), data_dir="~"))
+    assert [row.question for row in rows] == ["p"]
 
 
 def test_a_path_of_pathlib_is_an_address_too(bucket):

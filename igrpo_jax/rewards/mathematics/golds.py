@@ -30,7 +30,7 @@ def gold_text(value: Any, read: Callable[[str], str | None] = str.strip) -> str 
     """Returns a reference answer as the text that the grader takes, None where it is blank.
 
     A number becomes its digits (27.0 is 27, 1e-07 is 0.0000001). Of a list any item is right, and its text is that of
-    `any_of`.
+    `any_of`. A list in a list is refused: it may be one answer, such as a matrix, or more alternatives.
 
     Args:
         value: text, a number, or a list of these.
@@ -40,11 +40,13 @@ def gold_text(value: Any, read: Callable[[str], str | None] = str.strip) -> str 
         TypeError: the value is anything else.
     """
     if isinstance(value, list | tuple):
+        if any(isinstance(item, list | tuple) for item in value):
+            raise TypeError("a list in a list; write each right answer as one text")
         golds = [text for text in (gold_text(item, read) for item in value) if text]
         return any_of([gold for text in golds for gold in alternatives(text)]) if golds else None
     if value is None or value != value:
         return None
-    if isinstance(value, int | float):
+    if isinstance(value, int | float | decimal.Decimal):
         return _number_text(value)
     if not isinstance(value, str):
         raise TypeError("not text")
@@ -97,7 +99,9 @@ def _unquoted(item: str) -> str:
     return _UNICODE.sub(lambda match: chr(int(match[1], 16)), text)
 
 
-def _number_text(value: float) -> str:
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else f"{decimal.Decimal(str(value)):f}"
-    return str(value)
+def _number_text(value: float | decimal.Decimal) -> str:
+    """Returns the digits of a number, without an exponent and without zeros at the end of a fraction."""
+    if isinstance(value, int):
+        return str(value)
+    digits = f"{decimal.Decimal(str(value)):f}"
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits
