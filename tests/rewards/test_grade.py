@@ -188,7 +188,7 @@ def test_a_command_that_is_stopped_leaves_nothing_behind(tmp_path, sent, code):
     source = write(tmp_path / "in.jsonl", ROWS[:1] * 50_000)
     arguments = [sys.executable, "-m", "igrpo_jax.rewards.grade", str(source), str(tmp_path / "out.jsonl")]
     running = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not list(tmp_path.glob(".out.jsonl.*.tmp")):
+    while not [file for file in tmp_path.glob(".out.jsonl.*.tmp") if file.stat().st_size]:
         assert running.poll() is None
         time.sleep(0.02)
     os.killpg(running.pid, sent)  # as a terminal does: to the workers too
