@@ -1,4 +1,4 @@
-"""What the completions of a step earn: the rewards that are trained on, and the advantages that follow from them.
+"""Computes the rewards that a step trains on, and the advantages of its completions from these rewards.
 
 1. The verifier's rewards, without those that dynamic sampling filters out (`filtering`).
 2. Changes of a refinement's reward by the draft that it was shown: algorithm.improvement_bonus adds

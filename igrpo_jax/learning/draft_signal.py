@@ -133,7 +133,8 @@ def signal(counts: ArrayLike, scale: str = "group", baseline: str = "mean") -> S
 
 
 def trained_together(*signals: Signal) -> Signal:
-    """Returns the signal of groups of one prompt that one update takes the mean over, as algorithm.train_drafts does.
+    """Returns the joint signal of several groups of one prompt over which an update takes one mean, as with
+    algorithm.train_drafts.
 
     Fields are averaged by the number of completions, which assumes that D is the same in each group.
     """

@@ -1,4 +1,4 @@
-"""Makes what each process sampled of a step known to all processes.
+"""Exchanges the rollouts of a step, so that every process has what each of them sampled.
 
 The leader of team i of n (`teams`) samples and scores the prompts at the positions i, i + n, ... of a step. Advantages,
 metrics and the update, which is one program over all devices, need every group on every process, in the same order. So

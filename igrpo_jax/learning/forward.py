@@ -45,5 +45,5 @@ class PolicyLogprobs:
 
 
 def rescore(policy: PolicyLogprobs, params: decoder.Params, batch: TrainBatch, frozen: decoder.Params) -> jax.Array:
-    """Returns log-probs [S, F] float32 of a micro-batch, in nats; what is off the completions is meaningless."""
+    """Returns log-probs [S, F] float32 of a micro-batch, in nats; values off the completions are meaningless."""
     return policy(params, batch, frozen)[0]

@@ -1,7 +1,7 @@
 """The few shapes of micro-batches that a run has: how many tokens each shard of the batch runs at once.
 
-They follow from the configuration and the longest texts alone, so that their programs are compiled before the first
-update. A step's tokens fill micro-batches of the full size, and what is left goes into smaller ones.
+They follow from the configuration and the longest texts alone, so that their programs can be compiled before the first
+update. A step's tokens fill micro-batches of the full size, and the remainder goes into smaller ones.
 """
 
 import itertools

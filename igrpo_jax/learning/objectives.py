@@ -1,4 +1,4 @@
-"""The objectives side by side: each is a record of pure functions, which the one loss of `loss` is computed with.
+"""The objectives side by side: each is a record of pure functions, from which `loss` computes its one loss.
 
 1. Advantages (Eq. 1 of arXiv 2602.09000): rewards of one group, less their mean, over their std. The baseline may be
    the mean of the others (RLOO), the scale that of the batch, or none.
@@ -25,7 +25,7 @@ ADVANTAGE_EPSILON = 1e-4  # delta of Eq. 1, TRL's value
 
 @dataclass(frozen=True)
 class Objective:
-    """One objective. Its clips and scale are those of its paper, and give way to the configuration."""
+    """One objective. Its clips and scale are the defaults of its paper; the configuration overrides them."""
 
     row_weight: Callable[[np.ndarray, int], np.ndarray]  # (lengths [R], L_max) -> weight of each token of a row [R]
     # (log pi - log pi_old, mask, number of the token's row), all [S, F] -> [S, F]

@@ -50,7 +50,7 @@ def make_optimizer(
             mu_dtype=config.mu_dtype,
         )
         return optax.chain(clip, adamw), schedule
-    # These two have no mask of the decay for all parameters: it is added to a step of learning rate 1.
+    # Muon and Adafactor cannot mask weight decay for all parameters: it is added to their updates of learning rate 1.
     step = _muon(config) if config.name == "muon" else _adafactor()
     decay = optax.add_decayed_weights(-config.weight_decay, mask=_decays)
     return optax.chain(clip, step, decay, optax.scale_by_schedule(schedule)), schedule
@@ -107,7 +107,7 @@ def _decays(params: decoder.Params) -> dict[str, bool]:
 
 
 def state_shardings(mesh: jax.sharding.Mesh, opt_state: Any, shapes: Shapes) -> Any:
-    """Returns the sharding of each array of an optimizer's state: that of its parameter, or of what is left of it.
+    """Returns the sharding of each array of an optimizer's state: that of its parameter, on the axes that it has.
 
     Args:
         opt_state: arrays, or abstract ones.

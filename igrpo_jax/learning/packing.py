@@ -85,7 +85,7 @@ class TrainBatch(NamedTuple):
 
 
 class Space(NamedTuple):
-    """What a family takes of an axis, or what is left of one; chunks and segments only where they are limited."""
+    """The space that a family needs on an axis, or that an axis has left; chunks and segments are 0 if not limited."""
 
     tokens: int
     chunks: int

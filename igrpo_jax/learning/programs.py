@@ -97,10 +97,10 @@ class LearnerPrograms:
 
     @cached_property
     def remat(self) -> str:
-        """What the backward pass recomputes: for "auto" the least that fits by the compiler's count.
+        """What the backward pass recomputes: for "auto" the least recomputation that fits by the compiler's count.
 
-        Reading it compiles the program of a full micro-batch. What cannot fit by a formula is not tried, because a
-        program takes minutes to compile.
+        With "auto", reading this property compiles the program of a full micro-batch. Choices that cannot fit by a
+        formula are skipped, because a program takes minutes to compile.
         """
         requested = self._config.learner.remat
         if requested != "auto":

@@ -4,9 +4,9 @@ Departures from the paper, off by default: another draft than the best is kept (
 by one reward alone (`algorithm.draft_metric`), or none (`algorithm.draft_dropout`); drafting ends at the first draft,
 in the order of their numbers, with the largest possible reward (`algorithm.draft_early_stop`); and DAPO's dynamic
 sampling (2503.14476): where all completions of a prompt are right, or all are wrong (`filtering` has the metric), a
-fresh prompt takes its position, at most `algorithm.max_redraws` times. DAPO draws whole batches and keeps what it needs
-of them; here each position of the step has redraws of its own, and the last one stays, without an advantage where it is
-filtered out too.
+fresh prompt takes its position, at most `algorithm.max_redraws` times. DAPO draws whole batches and keeps the groups
+that it needs. Here each position of the step has its own redraws. The group of the last redraw stays; if it is filtered
+out too, its advantages are 0.
 
 With algorithm.draft_selection = "refined" every draft that has a verdict is refined, as in Critique-GRPO (2506.03106),
 with G refinements each. The draft whose refinements earn most on average is kept with them, the first of equals; the
@@ -77,11 +77,11 @@ def select_draft(
 
 
 def needs_refinement(drafts: Collection[Completion], left: int, algorithm: AlgorithmConfig) -> bool:
-    """Returns whether a prompt is refined where algorithm.draft_when = "unsolved": it has no or too few right drafts.
+    """Returns whether algorithm.draft_when = "unsolved" refines a prompt: it has no or too few right drafts.
 
     Args:
-        drafts: all N of it; one without a verdict is not right.
-        left: completions that its position may still sample.
+        drafts: all N drafts of the prompt; one without a verdict is not right.
+        left: completions that its position may still sample; with fewer than G the prompt is not refined.
     """
     right = sum(draft.score.is_right for draft in drafts)
     is_solved = right > 0 and right >= algorithm.solved_fraction * len(drafts)

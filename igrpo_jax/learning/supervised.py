@@ -65,7 +65,7 @@ def groups(config: Config, examples: Sequence[Example], renderer: Renderer, step
 
 
 def imitated(target: np.ndarray) -> Completion:
-    """Returns the completion that is imitated, with the log-probs of a sampler that says 0.
+    """Returns the completion that is imitated, with sampler log-probs of 0.
 
     Args:
         target: [T] int32, EOS included.

@@ -62,5 +62,5 @@ def _branch(finite: jax.Array, step: Callable[..., Trained], old: Trained) -> Tr
 
 
 def _select(finite: jax.Array, step: Callable[..., Trained], old: Trained) -> Trained:
-    """Returns `step(*old)` if `finite`, else `old`; with `cond` a TPU would keep a second copy of all of it."""
+    """Returns `step(*old)` if `finite`, else `old`; `cond` would take more memory on a TPU."""
     return jax.tree.map(partial(jnp.where, finite), step(*old), old)

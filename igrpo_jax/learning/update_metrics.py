@@ -11,7 +11,7 @@ from igrpo_jax.learning.packing import Unit
 _LAST = ("learning_rate", "nonfinite_steps")  # a rate or a count: that of the last optimizer step
 _LARGEST = ("sampling/sampling_logp_difference/max",)
 _PLAIN = "refine/plain_logp_difference"  # how far the plain prompt's log-probs are from those with the draft
-# Have no value, which is NaN, where no group has a gradient.
+# Metrics that are NaN in a step in which no group has a gradient.
 COMPARED = ("sampling/sampling_logp_difference/mean", *_LARGEST, _PLAIN)
 
 
@@ -30,8 +30,8 @@ def optimizer_step_metrics(
         sums: by stage, of the rows that were trained on.
         idle: units without a gradient, for which nothing was computed.
         stages: those of which the optimizer step has units; others have no metrics.
-        plain_credit: refinements are scored after another prompt than their sampler's, which tells nothing about the
-            sampler. The difference then has a name of its own.
+        plain_credit: whether refinements are scored after the plain prompt instead of the one that they were sampled
+            from. Their log-prob difference then says nothing about the sampler, and has another name.
     """
     by_stage = {}
     for stage in stages:
@@ -86,8 +86,8 @@ def sampler_mismatches(units: Sequence[Unit], logprobs: Sequence[list[np.ndarray
 
 
 def mean_over_steps(parts: list[dict[str, float]]) -> dict[str, float]:
-    """Returns the mean of each metric over the optimizer steps of an update; of a max the largest, of a count or rate
-    the last."""
+    """Returns the mean of each metric over the optimizer steps of an update; for a maximum the largest value, and for a
+    count or a learning rate the last one."""
     merged = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         values = [part[name] for part in parts if name in part]  # a minibatch may have no drafts

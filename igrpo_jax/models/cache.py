@@ -1,14 +1,14 @@
-"""The cache of a decoder: what it keeps of the tokens that it has read, one entry per sublayer, and its operations.
+"""The cache of a decoder, with one entry per sublayer for the tokens that it has read, and the operations on it.
 
-Attention keeps keys and values of every position, in pages of a few positions that lie anywhere in a pool. A table says
-which pages hold a sequence, in their order, and several sequences may read the same page. The host decides which pages
-are free (`sampling.pages`); nothing here knows.
+Attention keeps the keys and values of every position, in pages of a few positions each, at any place in a pool. A page
+table lists the pages of a sequence in order, and several sequences may share a page. The host decides which pages are
+free (`sampling.pages`); nothing here knows.
 
-Where attention cannot read pages, they are copied side by side (`windows`).
+Where attention cannot read pages in place, they are copied into contiguous windows (`windows`).
 
-Mamba-2 keeps one state of fixed size, whatever the length. Each slot has one. A prompt that is being read has one in
-its lane until all its samples have begun; `fork` gives a slot the state of a lane, and a page of its own in place of a
-partly filled one that others read too.
+Mamba-2 keeps one state of fixed size, whatever the length. Each slot has one. A prompt that is being prefilled has one
+in its lane until all its samples have begun. `fork` copies the state of the lane to a slot, and the partly filled last
+page of the prompt, which other samples read too, to a page of the slot's own.
 
 Legend: B rows or slots, L lanes, K kv heads, S key positions, H head dim, P pages of C positions, R pages of a row,
 N heads, G groups, W tokens that a convolution sees.
@@ -139,7 +139,7 @@ def put(pool: jax.Array, page: jax.Array, offset: jax.Array, k: jax.Array, v: ja
 
 
 def take(pool: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the keys and values that `pages` [R] int32 hold, each [R C, K, H]; those past the last page are any."""
+    """Returns the keys and values that `pages` [R] int32 hold, each [R C, K, H]; arbitrary past the last page."""
     held = pool.at[pages].get(mode="clip")
     apart = (held[:, 0], held[:, 1]) if pool.ndim == 5 else (held[:, :, 0::2], held[:, :, 1::2])
     k, v = (x.reshape(-1, *x.shape[2:]) for x in apart)
@@ -208,7 +208,7 @@ def _copy_pages(parts: int, pool: jax.Array, source: jax.Array, target: jax.Arra
 
 
 def own_pages(numbers: jax.Array, count: int, parts: int) -> jax.Array:
-    """Returns the numbers of pages as this device counts its own, from 0, and `count` for those of other parts.
+    """Returns page numbers relative to this device's own pages, from 0, and `count` for the pages of other parts.
 
     Args:
         numbers: int32, of the pages of all parts: part i has i * count to (i + 1) * count - 1. A device is in the part

@@ -88,9 +88,9 @@ class Decoder(nnx.Module):
 def _pieces(kinds: str, dtype: jnp.dtype, remat: str) -> list[tuple[int, int]]:
     """Returns the sublayers that run as loops, as (width, times): `stretches`, or all sublayers once without a loop.
 
-    A loop stacks its weights, so they exist twice. That costs nothing in a narrower dtype than float32, because those
-    weights are a copy that was made for this call. LoRA's frozen weights are the exception: the update then needs a
-    copy of them.
+    A loop stacks its weights, so they exist twice. In a dtype narrower than float32 that costs no memory, because the
+    weights were cast for this call anyway. LoRA's frozen weights are the exception: the update then needs a copy of
+    them.
     """
     return stretches(kinds) if dtype != jnp.float32 and remat != "none" else [(len(kinds), 1)]
 
@@ -219,7 +219,7 @@ def barrier_options(platform: str) -> dict[str, str]:
     XLA's CPU compiler removes barriers before it fuses and orders operations. Then all recomputations of jax.checkpoint
     run at the start, so that six attention sublayers of 4 x 512 tokens need 488 MB instead of 104 MB, as without
     remat; and sines and cosines are computed anew in each sublayer. The compilers of the other platforms keep barriers
-    by default. The sampler's programs do without, because in jax 0.12 that of Mamba-2 does not compile with barriers.
+    by default. The sampler's programs do not have this option, with which in jax 0.12 that of Mamba-2 does not compile.
     """
     return {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else {}
 

@@ -35,7 +35,7 @@ from igrpo_jax.models.segments import BLOCK, readable
 def page_layout(attention: str, head_dim: int, kv_heads: int) -> PageLayout | None:
     """Returns the layout of pages for a kernel that reads them in place when tokens are decoded; None without one.
 
-    On TPUs narrower heads share the rows of the kernel: a query is zero where other heads stand.
+    On TPUs several narrow heads share one row of the kernel's HEAD_DIM: a query is zero at the features of other heads.
 
     Args:
         attention: of DecoderConfig.
@@ -183,8 +183,8 @@ def chunked_paged_attention(q: jax.Array, k: jax.Array, v: jax.Array, entry: Pag
     is_real = row * BLOCK < ragged.start[-1]
     continues = row * BLOCK < ragged.start[1]  # blocks that hold tokens of the first sequence
     held = continues[:, None] & (first < _before(ragged))
-    # Sequences stand in their order, so that two blocks share one if the earlier ends with the one that the later
-    # begins with.
+    # Sequences stand in order, so that two blocks share a sequence if the later block begins with the one that the
+    # earlier block ends with.
     sequence = places(ragged, size).sequence.reshape(-1, BLOCK)
     own = (row <= row[:, None]) & (sequence[:, -1] >= sequence[:, :1]) & is_real[:, None]
     blocks = jnp.concatenate([held, own], axis=1)

@@ -40,9 +40,9 @@ class Windowed(NamedTuple):
 
 
 def block_ends(positions: int, page_size: int) -> tuple[int, ...]:
-    """Returns the position at which each block of a window of so many positions ends: halves of the one after it.
+    """Returns the position at which each block of a window of so many positions ends: each end is half of the next one.
 
-    All are multiples of `page_size`, as `positions` is.
+    All ends are rounded up to multiples of `page_size`; `positions` is one already.
     """
     ends = (-(-(positions >> i) // page_size) * page_size for i in range(1, BLOCKS))
     return (*sorted({end for end in ends if LEAST <= end < positions}), positions)
@@ -68,8 +68,8 @@ def of_pages(cache: Cache, table: jax.Array) -> Windows:
     """Returns windows of one block with all pages of each row.
 
     Args:
-        cache: pools whose keys and values alternate; states have no windows.
-        table: [B, R] int32, the pages of each row; of a number that is no page, the content is meaningless.
+        cache: pools whose keys and values alternate; Mamba-2 states have no windows.
+        table: [B, R] int32, the pages of each row; where a number is not a page, the window's content is meaningless.
     """
     return tuple((_by_pages(entry, table),) if isinstance(entry, jax.Array) else None for entry in cache)
 
@@ -79,8 +79,8 @@ def update(
 ) -> Windows:
     """Returns `windows` with the positions of the first `count` of `rows` copied from their pages.
 
-    It copies one block of a row after another, in place where `windows` are donated, and only the blocks in which the
-    row has positions; what stands elsewhere must be finite. It is for CPUs.
+    It copies block by block and row by row, in place where `windows` are donated, and only the blocks in which the row
+    has positions; all other content must be finite already. It is for CPUs.
 
     Args:
         table: [B, R] int32, the pages of each row.
@@ -215,8 +215,8 @@ def _by_heads(pool: jax.Array, table: jax.Array) -> KV:
     at = table[:, position // size] * size + position % size  # [n, S]
     at = jnp.broadcast_to(at[:, None], (len(table), heads, len(position)))
     pairs = pool.reshape(-1, heads, 2, head_dim)  # [P C, K, 2, H]
-    # With the heads as a batch dimension the result lies as it is needed, and devices that have some of them need no
-    # others.
+    # With the heads as a batch dimension the result has the layout that is needed, and a device that holds some of the
+    # heads needs no data of others.
     numbers = jax.lax.GatherDimensionNumbers(
         offset_dims=(3,),
         collapsed_slice_dims=(0, 2),

@@ -1,9 +1,9 @@
 """Decoding: up to K tokens in every running slot, inside one `while_loop` on the device.
 
-A dispatch names the slots that it decodes, so that at the end of a rollout a program of few rows serves those that are
-left, wherever they are. Attention reads pages where they lie if there is a kernel for that. Otherwise the pages of each
-row are copied side by side before the loop, to their windows (`models.windows`), and the positions that the loop adds
-are written back after it.
+Each dispatch lists the slots that it decodes, so that at the end of a rollout a program with few rows can decode the
+remaining slots, whatever their numbers. Attention reads pages in place if there is a kernel for that. Otherwise the
+pages of each row are copied side by side into a window (`models.windows`) before the loop, and the positions that the
+loop adds are written back to the pages after it.
 
 For the letters of shapes see `state`.
 """
@@ -56,7 +56,7 @@ def decode(
     steps: int,
     reads_pages: bool,
 ) -> tuple[State, Windows, Status]:
-    """Draws up to `steps` tokens in each of `rows`, whose pages hold the positions that this needs.
+    """Draws up to `steps` tokens in each of `rows`, whose page tables already have room for the new positions.
 
     A shard stops early when fewer than its `rows.least` rows are active; with tensor parallelism all stop together,
     when that holds of each.
@@ -177,7 +177,7 @@ def _step(cfg, eos, weights, state: State, rows: Rows, sampling: Sampling, goes_
 
 
 def _entries(carry: _Carry, table: jax.Array) -> Cache:
-    """Returns the cache with what attention needs to read pages; a row that is not active writes to none."""
+    """Returns the cache with the page tables that attention reads; inactive rows write to no page."""
     count = jnp.full((1,), len(table), jnp.int32)
     length = jnp.where(carry.active, carry.position.number[:, 0] + 1, 1)
     largest = jnp.iinfo(jnp.int32).max

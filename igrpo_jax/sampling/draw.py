@@ -130,7 +130,7 @@ def _own(axis: str | None) -> jax.Array | int:
 def _least_kept(axis: str, weights: jax.Array, keep: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Returns the smallest weight of each row that `keep` keeps, [B, 1].
 
-    Each device filters some rows of the complete vocabulary, so that no pass of the bisection asks another.
+    Each device filters some of the rows over the whole vocabulary, so that the bisection needs no communication.
     """
     rows, parts = len(weights), jax.lax.axis_size(axis)
     padded = jnp.pad(weights, ((0, -rows % parts), (0, 0)))

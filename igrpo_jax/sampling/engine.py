@@ -127,12 +127,12 @@ class Engine:
         self._rows: list[dict[int, int]] = [{} for _ in range(self._own_groups)]
 
     def fit_pages(self, programs: SamplerPrograms | None = None) -> None:
-        """Makes the pages as many as `memory` holds by the compiler's count, where it bounds them.
+        """Sets the number of pages to what fits in `memory` by the compiler's count, where memory limits it.
 
-        It compiles for it and replaces `programs` and `sizes`, so it comes before all else that is done with them.
+        It compiles programs for this and replaces `programs` and `sizes`, so it must be called before either is used.
 
         Args:
-            programs: are compiled in the place of the engine's own.
+            programs: compiled for the count instead of the engine's own.
         """
         if self._memory is None or self.sizes.pages == self.sizes.most_pages:
             return

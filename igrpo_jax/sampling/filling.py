@@ -1,7 +1,7 @@
-"""How many pages of the cache a device holds: by a formula before anything is compiled, and by the compiler's count.
+"""How many pages of the KV cache a device holds: by a formula before anything is compiled, then by the compiler.
 
-There are as many as all slots can need, where memory holds them. Where it doesn't, what is left for pages is known
-once the compiler has counted temporaries and code of the sampler's programs. Neither depends on the number of pages,
+If memory allows, there are as many pages as all slots can need. Otherwise the pages get the memory that is left once
+the compiler has counted the temporaries and the code of the sampler's programs. Neither depends on the number of pages,
 so programs with the fewest pages are compiled for the count.
 """
 

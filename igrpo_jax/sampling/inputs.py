@@ -1,4 +1,4 @@
-"""Makes the arrays that the programs of the sampler take of what the host knows of each shard.
+"""Builds the input arrays of the sampler's programs from the host's record of each shard.
 
 Where attention splits sequences, the shards of the host are parts of a group of devices (`Sizes.parts`). The programs
 count the slots, lanes and pages of all parts of a group together.

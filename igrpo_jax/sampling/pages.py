@@ -17,7 +17,7 @@ class PagePool:
 
     def __init__(self, count: int):
         self.count = count
-        self._free = list(range(count - 1, -1, -1))  # a stack, whose pages were used last
+        self._free = list(range(count - 1, -1, -1))  # a stack: the page freed last is taken first
         self._users = [0] * count
 
     @property

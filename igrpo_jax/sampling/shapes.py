@@ -2,9 +2,9 @@
 and tokens that are read at once.
 
 Each shape is a program, which takes seconds to minutes to compile. Where attention reads pages in place, two to four
-shapes of decoding serve all lengths. On a CPU, whose programs read about as many positions as are needed (`windows`), a
-step takes the longer the more rows it has. Elsewhere it also takes the longer the more positions are copied side by
-side. The few shapes are chosen that save most.
+decode shapes serve all lengths. On a CPU, whose programs read about as many positions as are needed (`windows`), the
+time of a decode step grows with the number of rows. Elsewhere it also grows with the number of positions that are
+copied into windows. The few shapes that save the most time are chosen.
 """
 
 import itertools
@@ -67,7 +67,7 @@ class Sizes:
 
 
 def decode_shapes(sizes: Sizes, costs: ModelCosts, platform: str, in_place: bool) -> dict[int, tuple[int, ...]]:
-    """Returns the lengths that decoding may copy side by side, by the rows of a part that it runs, fewest rows first.
+    """Returns the lengths of decode's windows, by the number of rows of a part, fewest rows first.
 
     Args:
         platform: "cpu", "gpu" or "tpu".

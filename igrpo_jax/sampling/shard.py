@@ -1,11 +1,11 @@
-"""What the host knows of one shard of the batch: which prompts are in its lanes, and which samples in its slots.
+"""The host's record of one shard of the batch: which prompts are in its lanes, and which samples are in its slots.
 
 Where attention splits sequences, a shard has several parts (`Sizes.parts`), and one of them is what "shard" means here.
 
-A prompt takes a lane and all its pages, is read piece by piece, and stays until its last sample has a slot. A sample
-shares the full pages of its prompt, has a copy of the partly filled one, and takes further pages before each dispatch.
-Where pages run out, what began last is given up and begins anew later: first prompts from which no sample runs, then
-samples. What began first can always go on, because the pool holds the longest sequence.
+A prompt takes a lane and all its pages, is prefilled piece by piece, and stays until its last sample has a slot. A
+sample shares the full pages of its prompt, has its own copy of the partly filled page, and takes further pages before
+each dispatch. When pages run out, the most recently started work is preempted and restarted later: first prompts of
+which no sample runs, then samples. The oldest sample can always continue, because the pool holds the longest sequence.
 
 A page that is given back may be taken again at once, although the device still has a dispatch to run: the device works
 in order, and a slot that is not decoded any more writes nothing.

@@ -1,4 +1,4 @@
-"""What the programs of the sampler take and give: the state of all slots, and what the host tells them to do.
+"""The inputs and outputs of the sampler's programs: the state of all slots, and the host's instructions.
 
 Legend: Z shards, B slots of a shard, L lanes of a shard, M tokens of the longest completion, F tokens of a chunk,
 W prompts of a chunk or slots of a call, n rows that decode, R pages of a row, V vocabulary.

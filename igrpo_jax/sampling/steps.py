@@ -1,4 +1,4 @@
-"""What runs on the device while completions are sampled, but for decoding, as functions that `programs` compiles.
+"""The device functions of the sampler except decoding (`decoding`); `programs` compiles them.
 
 1. `prefill` reads a chunk of tokens of some prompts into their pages, and keeps the logits after each prompt's last
    token in its lane.

@@ -2,9 +2,9 @@
 
 On CPUs the copy has its weights by outputs (`models.products`).
 
-It goes part by part, where a part is a sublayer, or a parameter that belongs to none: in one program for all weights
-the compiler exchanges many of them at once, and holds gigabytes beside the result. Parts of the same shapes share a
-program. A matrix that is larger than any of a sublayer comes in pieces (`row_sync`).
+The weights are copied part by part, where a part is a sublayer or a parameter outside the sublayers: in one program for
+all weights the compiler would exchange many at once, and hold gigabytes beside the result. Parts with the same shapes
+share a program. A matrix that is larger than every matrix of the sublayers is copied in pieces (`row_sync`).
 """
 
 import collections
@@ -60,7 +60,7 @@ class WeightSync:
         }
 
     def __call__(self, params: decoder.Params) -> decoder.Params:
-        """Returns the rollout copy of `params`; of a part that is that already, its own arrays."""
+        """Returns the rollout copy of `params`; parts that need no change are passed through without a copy."""
         synced = {path: by_rows(params[path]) for path, by_rows in self._by_rows.items()}
         dispatched: collections.deque[decoder.Params] = collections.deque()
         for part, paths in _parts(params).items():
