@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 3 does not fit (aot), 75 pree
 interrupted. Nothing here imports jax at module level: the verifier's workers import the main module again.
 """
 
+import contextlib
 import difflib
 import os
 import re
@@ -179,12 +180,12 @@ def _parse(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[dict[str
         raise SystemExit(0)
     if len(rest) > 1:
         raise InputError(f"{rest[1]}: not understood; {_meant(rest[1])}")
-    file = values["config"].value
+    file = values["config"].value and os.path.expanduser(values["config"].value)
     if file is not None and not Path(file).is_file():
         near = difflib.get_close_matches(file, map(str, Path("configs").glob("*.py")), n=1, cutoff=0.0)
         fix = f"the nearest is {near[0]}" if near else "give a Python file that has get_config()"
         raise InputError(f"--config {file}: no such file; {fix}")
-    return {name: values[name].value for name in ("config", *texts)}, settings
+    return {"config": file} | {name: values[name].value for name in texts}, settings
 
 
 def _settings(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -267,11 +268,12 @@ def run(command: Callable[[list[str]], None]) -> None:
     sys.unraisablehook = _not_raised
     try:
         command(sys.argv)
-        sys.stdout.flush()
+        if sys.stdout:  # None where the command was started with a stdout that is closed
+            sys.stdout.flush()
     except BrokenPipeError:
         # Else Python would try again at its end to write what is left, and complain of that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _leave(_say("stdout was closed by the command it is piped into; what was saved is there to go on from", 1))
+        _leave(_say(f"stdout was closed by the command that it is piped into; {GOES_ON}", 1))
     except InputError as error:
         _leave(_say(error, 2))
     except RunError as error:
@@ -279,12 +281,15 @@ def run(command: Callable[[list[str]], None]) -> None:
     except preemption.Preempted as error:
         _leave(_say(f"{error}; the same command goes on from there", preemption.EXIT_CODE))
     except KeyboardInterrupt:
-        _leave(_say("interrupted; the same command goes on from what was saved, if something was", 130))
+        _leave(_say(f"interrupted; {GOES_ON}", 130))
     except Exception as error:
         traceback.print_exc()
         # By name: jax.errors is not imported before a command needs it.
         is_of_jax = type(error).__name__ == "JaxRuntimeError"
         _leave(_say(_device_error(str(error)), 1) if is_of_jax else 1)
+
+
+GOES_ON = "the same command goes on from what was saved, if something was"
 
 
 def _not_raised(unraisable: Any) -> None:
@@ -325,5 +330,6 @@ def _device_error(text: str) -> str:
 
 def _say(message: object, code: int) -> int:
     """Prints an error; returns the exit code."""
-    print(f"igrpo_jax: error: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # stderr may go into the pipe that is closed
+        print(f"igrpo_jax: error: {message}", file=sys.stderr, flush=True)
     return code

@@ -218,7 +218,7 @@ def _holds_run(folder: Path) -> bool:
 
 
 def is_of_a_run(keys: Any) -> bool:
-    """Returns whether a config.json holds the settings of a run. That of a Hugging Face model has none of these."""
+    """Returns whether a config.json holds the settings of a run. The config.json of a Hugging Face model does not."""
     return isinstance(keys, dict) and {"algorithm", "rollout", "checkpoint"} <= keys.keys()
 
 

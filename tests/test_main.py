@@ -492,10 +492,12 @@ def test_exit_codes(capsys, error, code):
     assert stop.value.code == code and err.startswith(f"igrpo_jax: error: {error}") and err.count("\n") == 1
 
 
-# What a command is, after which Ctrl-C has come.
+# A command to which Ctrl-C comes in a place of its own.
 DROPPED = """
 import gc, signal, time
 from igrpo_jax import cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
 
 class Dropped:
     def __del__(self):
@@ -526,4 +528,4 @@ def test_a_pipe_that_is_closed_is_named():
     done.stdout.close()
     said = done.stderr.read()
     assert done.wait(timeout=60) == 1 and said.count("\n") == 1
-    assert said.startswith("igrpo_jax: error: stdout was closed by the command it is piped into")
+    assert said.startswith("igrpo_jax: error: stdout was closed by the command that it is piped into")

@@ -1,10 +1,9 @@
 """Reads tables from files, folders, buckets and the hub: unchanged rows with their numbers. `columns` interprets them.
 
 JSON Lines and CSV are read here, so that an error names the bad line and every cell stays the text that it is. `.json`,
-`.parquet` and hub ids go through `datasets`. A column of CSV without a name, as the index that pandas writes, is left
-out. A broken line of JSON Lines or row of CSV is left out, and what is no
-character in JSON Lines becomes U+FFFD; warnings count both and name the rows. A file with more than MAX_BROKEN of its
-rows broken is refused.
+`.parquet` and hub ids go through `datasets`. A column of CSV without a name, such as the index that pandas writes, is
+left out. A broken line of JSON Lines or row of CSV is left out, and what is no character in JSON Lines becomes U+FFFD;
+warnings count both and name the rows. A file with more than MAX_BROKEN of its rows broken is refused.
 """
 
 import codecs
@@ -175,8 +174,8 @@ def _read_csv(file: Path, source: str) -> Table:
     """Returns the rows with cells as text. `datasets` would turn the answer 025 into the number 25 and lose NA.
 
     Raises:
-        InputError: more than MAX_BROKEN of the rows are broken, the header is no CSV or names a column twice, or a
-            quote that is never closed swallows the last rows.
+        InputError: more than MAX_BROKEN of the rows are broken; the header is no CSV, has semicolons or tabs in place
+            of commas, or names a column twice; or a quote that is never closed swallows the last rows.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     table: Table = []

@@ -201,7 +201,7 @@ def use_disk_cache(folder: str) -> None:
     """Keeps compiled programs in `folder` ("" = nowhere); the JAX_COMPILATION_CACHE_DIR of the environment wins."""
     if folder and not jax.config.jax_compilation_cache_dir:
         path = path_of(f"config.compilation_cache = {folder!r}", folder)
-        jax.config.update("jax_compilation_cache_dir", str(path.expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(path))
         # JAX's own threshold of 1 s leaves out the many small programs of a small model.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

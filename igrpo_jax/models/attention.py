@@ -112,7 +112,7 @@ def packed_chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments:
     """Computes `packed_xla_attention` by the pairs of blocks that are read; arguments and result are the same."""
 
     def run(q, k, v, segments):
-        # Each device has one shard, so that this loop runs once; a vmap over shards could not differ in trip counts.
+        # Each device has one shard, so that this loop runs once; under a vmap over shards trip counts could not differ.
         return jax.lax.map(lambda xs: blocked_attention(xs[0], xs[1], xs[2], _reading(xs[3])), (q, k, v, segments))
 
     segments = segments._replace(chain=None)

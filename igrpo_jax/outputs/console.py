@@ -38,10 +38,10 @@ NOTICED = 1.0  # seconds that a program is waited for before that is printed
 
 
 class _Out(rich.console.Console):
-    """rich's console, whose own way with a pipe that was closed is to end the process without a word."""
+    """A console of rich that raises BrokenPipeError where rich would end the process without a word."""
 
     def on_broken_pipe(self) -> None:
-        """Prints nothing more, and lets the BrokenPipeError go on to whom it may concern."""
+        """Prints nothing more, and raises the BrokenPipeError again, which `cli.run` reports."""
         self.quiet = True
         raise
 

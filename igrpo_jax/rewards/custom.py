@@ -184,10 +184,11 @@ def rehearse(
         InputError: a function failed, took too long, or returned what is no number.
     """
     preload = tuple(reward.module for reward in rewards)
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(Pool(functions.call, workers=1, timeout=timeout, preload=preload))
-        # Closed first, so that what is under way when a function fails is neither called again nor complained of.
-        calls = stack.enter_context(contextlib.closing(CustomCalls(rewards, pool.submit, timeout)))
+    with (
+        Pool(functions.call, workers=1, timeout=timeout, preload=preload) as pool,
+        # Closed first, so that calls in progress when a function fails are neither repeated nor warned about.
+        contextlib.closing(CustomCalls(rewards, pool.submit, timeout)) as calls,
+    ):
         submitted = []
         for candidates in batches:
             batch = Batch(len(candidates))

@@ -40,7 +40,6 @@ from pebble.common import CONSTS
 
 MAX_TASKS = 10_000  # items after which a worker is replaced, against slow leaks in what it runs
 MEMORY_BYTES = 4 << 30  # address space of one worker; an item that wants more ends in MemoryError
-CLOSED = "the pool was closed"  # detail of an item that has no result when the pool is closed
 ATTEMPTS = 3  # times an item is sent at most, where its worker is killed or the pool itself breaks
 _ORPHAN_GRACE = 10.0  # seconds past the deadline after which a worker that nobody killed ends itself
 
@@ -138,7 +137,7 @@ class Pool:
             if not self._closed.is_set():
                 self._send(number, item)
         if self._closed.is_set():
-            self._answer(number, Outcome("error", detail=CLOSED))
+            self._answer(number, Outcome("error", detail="the pool is closed"))
         return item.future
 
     def close(self) -> None:
@@ -150,7 +149,7 @@ class Pool:
         self._watcher.join()
         self._end(self._pool)
         for number in list(self._unanswered):
-            self._answer(number, Outcome("error", detail=CLOSED))
+            self._answer(number, Outcome("error", detail="the pool was closed"))
 
     def _start(self) -> pebble.ProcessPool:
         pool = pebble.ProcessPool(**self._options)
@@ -229,7 +228,7 @@ class Pool:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Starts processes and threads that Ctrl-C does not reach, and this thread gets it when the block ends.
+    """Keeps Ctrl-C from the processes and threads that the block starts; this thread gets it when the block ends.
 
     A terminal sends SIGINT to the workers too, which would print the traceback of whatever they import. Pebble makes
     them ignore it, but not before that; and its threads, which replace workers, are started here as well.

@@ -37,7 +37,7 @@ from igrpo_jax.rewards.custom import Batch, CustomCalls
 from igrpo_jax.rewards.functions import CustomReward
 from igrpo_jax.rewards.judge import Judge, Judgement
 from igrpo_jax.rewards.mathematics import grader
-from igrpo_jax.rewards.pool import CLOSED, Outcome, Pool
+from igrpo_jax.rewards.pool import Outcome, Pool
 from igrpo_jax.rewards.rules import REWARDS, Rules, rules_of, score, total
 from igrpo_jax.storage.addresses import path_of
 
@@ -97,6 +97,7 @@ class Verifier:
         rewards = custom_rewards(settings, answer_column)
         self._weights = self._rules.weights | {reward.name: reward.weight for reward in rewards}
         self._judge_weight = settings.judge.weight
+        self._is_closed = False  # gradings without a result are then given up, which is no fault
         self._judge: Judge | None = None
         self._judgements: list[Judgement] = []
         if settings.judge.weight:
@@ -151,7 +152,7 @@ class Verifier:
 
         def settle(done: Future) -> None:
             outcome = done.result()
-            if outcome.status != "ok":
+            if outcome.status != "ok" and not self._is_closed:
                 logging.warning("answers are compared by their text alone: %s: %s", outcome.status, outcome.detail)
             texts = list(dict.fromkeys(answers))
             by_text = [-1 if answer is None else texts.index(answer) for answer in answers]
@@ -171,6 +172,7 @@ class Verifier:
 
     def close(self) -> None:
         """Ends workers and requests. Gradings without a result get the status "error" or "invalid"."""
+        self._is_closed = True
         if self._custom:
             self._custom.close()
         self._pool.close()
@@ -183,8 +185,14 @@ class Verifier:
             result.set_result(Score(0.0, {}, None, "ok"))
             return result
         graded = self._pool.submit(score, candidate, rules)
-        graded.add_done_callback(lambda done: result.set_result(_to_score(done.result(), rules)))
+        graded.add_done_callback(lambda done: result.set_result(_to_score(self._noticed(done.result()), rules)))
         return result
+
+    def _noticed(self, outcome: Outcome) -> Outcome:
+        """Returns an outcome, and warns of a failure."""
+        if outcome.status != "ok" and not self._is_closed:
+            logging.log_every_n(logging.WARNING, "verifier: %s: %s", 100, outcome.status, outcome.detail)
+        return outcome
 
     def _with_custom(self, graded: Score, outcomes: Sequence[Outcome]) -> Score:
         """Returns the score combined with the custom rewards' outcomes. Where any failed, everything is 0."""
@@ -194,7 +202,7 @@ class Verifier:
             return replace(graded, rewards=dict.fromkeys(self._weights, 0.0), seconds=seconds)
         for outcome in outcomes:
             if outcome.status != "ok":
-                return replace(_failure(outcome, self._weights), seconds=seconds)
+                return replace(_failure(self._noticed(outcome), self._weights), seconds=seconds)
         rewards, logged, extra = dict(graded.rewards), {}, {}
         for reward, outcome in zip(self._custom.rewards, outcomes, strict=True):
             rewards[reward.name] = outcome.value.value
@@ -254,8 +262,6 @@ def _to_score(outcome: Outcome, rules: Rules) -> Score:
 
 def _failure(outcome: Outcome, weights: dict[str, float]) -> Score:
     """Returns the score of a grading that failed: 0 on all rewards."""
-    if outcome.detail != CLOSED:  # nobody waits for it any more
-        logging.log_every_n(logging.WARNING, "verifier: %s: %s", 100, outcome.status, outcome.detail)
     return Score(0.0, dict.fromkeys(weights, 0.0), None, outcome.status, outcome.seconds, outcome.detail)
 
 

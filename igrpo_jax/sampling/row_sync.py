@@ -105,8 +105,8 @@ def between(mesh: jax.sharding.Mesh, sampler: jax.sharding.Mesh, path: str) -> l
     """Returns the sharding that a matrix has on its way from one mesh to the other, at most one.
 
     With it the compiler first exchanges blocks within each group of the sampler, and then gathers those of the groups.
-    Without it some pieces are brought to every device whole. There is none where groups cross the axis
-    `data`, or do not divide into the training mesh's groups of `tensor` devices.
+    Without it some pieces are brought to every device whole. No such sharding exists where groups cross
+    the axis `data`, or do not divide into the training mesh's groups of `tensor` devices.
     """
     data, fsdp, tensor = mesh.devices.shape
     group = sampler.shape["tensor"]

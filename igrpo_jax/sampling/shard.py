@@ -123,7 +123,7 @@ class Shard:
         self._prompts.append(InLane(waiting.request, waiting.samples, self._lanes.pop(), pages, self._number()))
 
     def share_out(self, most: int) -> Waiting | None:
-        """Takes up to `most` waiting samples, no more than exceed the free slots, from the prompt that began last."""
+        """Takes up to `most` waiting samples for which no slot is free, from the prompt that began last."""
         if self.idle >= 0:
             return None
         prompt = self._prompts[-1]

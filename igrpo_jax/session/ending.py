@@ -28,22 +28,19 @@ def note(workdir: Path, config: Config, step: int, metrics_rows: int, progress: 
         write_atomically(workdir / FILE, json.dumps(seen, indent=2) + "\n")
 
 
-def check(config: Config, total_steps: int, workdir: Path, latest: int | None) -> None:
-    """Checks that a run does not end before the step that it has come to.
+def check(config: Config, total_steps: int, workdir: Path, done: int) -> None:
+    """Raises InputError where `config` ends a run before the step that it has come to.
 
     Args:
         total_steps: the step at which `config` ends it.
-        latest: the step of its newest checkpoint, None for a new run.
-
-    Raises:
-        InputError: it does.
+        done: the step of the checkpoint that it is resumed from.
     """
-    if latest is None or latest <= total_steps:
+    if done <= total_steps:
         return
     asked = f"config.steps = {config.steps}" if config.steps else f"config.epochs = {config.epochs:g}"
     raise InputError(
-        f"{asked}: ends after step {total_steps}, and the run in {workdir} has come to step {latest}; ask for as many "
-        "steps at least, or start a new run with another --workdir"
+        f"{asked}: ends after step {total_steps}, and the run in {workdir} has come to step {done}; ask for at least "
+        "as many steps, or start a new run with another --workdir"
     )
 
 

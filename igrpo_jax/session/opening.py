@@ -83,6 +83,8 @@ def _start(
     learner = Learner(config, task.policy.model, task.mesh, **sizes)
     engine = _open_engine(config, task, learner)
     resumes, still_ours = _claim(workdir, config, stack, console)
+    if not resumes:
+        ending.forget(workdir)  # of a run that this one replaces
     if config.checkpoint.push:
         cluster.from_first(functools.partial(_claim_repository, config))
     is_igrpo = config.algorithm.num_drafts > 0 and config.algorithm.second_stage == "refine"
@@ -94,7 +96,6 @@ def _start(
     verifier = stack.enter_context(_verifier(config, workdir, task.total_steps, engine.team.count))
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)
-    ending.check(config, task.total_steps, workdir, latest)
     if latest != task.total_steps:
         first = _first_wanted(config, task, engine, latest)
         stack.enter_context(_compiling(config, task, engine, learner, first, console))
@@ -107,6 +108,7 @@ def _start(
         with console.phase(f"restoring step {latest}"):
             first_step, state, meta = checkpointer.restore(learner.abstract_state())
             _check_data(config, task, workdir, meta["data"])
+            ending.check(config, task.total_steps, workdir, first_step)
         progress = Progress.from_meta(meta, int(state.skipped))
         # What the steps after the checkpoint left behind is dropped here: they are run again.
         writer = stack.enter_context(Writer(workdir, config, first_step, COMPARED))

@@ -162,11 +162,10 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
     store = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     stack.enter_context(showing_waits(console.waiting))
     latest = cluster.from_first(lambda: store.latest_step() if claim.resumes else None)
-    ending.check(config, total, workdir, latest)
-    cluster.from_first(functools.partial(record_settings, workdir, config))
     if latest is not None:
         with console.phase(f"restoring step {latest}"):
             done, state, _ = store.restore(learner.abstract_state())
+        ending.check(config, total, workdir, done)
         writer = stack.enter_context(Writer(workdir, config, done))
     else:
         done, state = 0, _first_state(task, learner, console)
@@ -174,6 +173,8 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
     if config.model.lora.rank:
         fixed = functools.partial(weights.first, config, task.policy, workdir, task.mesh, console=console)
         learner.set_frozen(fixed(config.model.dtype))
+    if claim.resumes:
+        cluster.from_first(functools.partial(record_settings, workdir, config))
     progress = Progress(skipped_optimizer_steps=int(state.skipped))
     try:
         for step in range(done + 1, total + 1):

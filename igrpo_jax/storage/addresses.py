@@ -28,6 +28,9 @@ from igrpo_jax.errors import InputError, one_line
 P = ParamSpec("P")
 T = TypeVar("T")
 
+ADDRESSES = (
+    "a folder, gs://BUCKET/NAME or s3://BUCKET/NAME, or a hub id (owner/name) where a model or a data set is meant"
+)
 LIBRARY = {"gs": "gcsfs", "s3": "s3fs"}  # by scheme: what reaches it; an extra of the package has the scheme's name
 PATIENCE = 300.0  # seconds for which an operation that fails for now is tried again
 _TRANSIENT = (408, 425, 429)  # codes that are worth another attempt, besides all from 500
@@ -55,7 +58,7 @@ def is_remote(address: str | Path) -> bool:
 def path_of(source: str, address: str | Path) -> Path:
     """Returns the path of an address: a pathlib.Path of a local one, an epath.Path of one in a bucket.
 
-    `~` at its beginning is the home folder: shells leave it in `--workdir=~/run`, and Python in a configuration.
+    `~` at its beginning is the home folder: bash does not expand it in `--workdir=~/run`, nor does Python.
 
     Args:
         source: the flag or the field that gives it, and its value, with which errors begin.
@@ -71,7 +74,7 @@ def path_of(source: str, address: str | Path) -> Path:
     if scheme in LIBRARY and not name:
         raise InputError(f"{source}: names no bucket; give {scheme}://BUCKET/NAME")
     if scheme not in LIBRARY:
-        raise InputError(f"{source}: {scheme}:// is not supported; give a folder, gs://BUCKET/NAME or s3://BUCKET/NAME")
+        raise InputError(f"{source}: {scheme}:// is not supported; give {ADDRESSES}")
     if importlib.util.find_spec(LIBRARY[scheme]) is None:
         raise InputError(
             f'{source}: {scheme}:// needs {LIBRARY[scheme]}; pip install "igrpo_jax[{scheme}]", or give a local folder'

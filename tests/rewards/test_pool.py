@@ -168,7 +168,7 @@ def test_environment_and_modules_of_a_worker(pool):
 
 
 def test_ctrl_c_does_not_reach_a_worker_and_still_reaches_the_parent():
-    """From its first moment on: while a worker imports, it would print a traceback. So with workers that replace it."""
+    """From its first moment on: while a worker imports, it would print a traceback. Workers that replace it too."""
     with Pool(work, workers=1, timeout=TIMEOUT, max_tasks=1) as pool:
         outcomes = settle([pool.submit("blocked") for _ in range(3)])
     assert [outcome.value for outcome in outcomes] == [{signal.SIGINT}] * 3

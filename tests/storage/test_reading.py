@@ -28,7 +28,10 @@ def test_the_home_folder_is_read_as_shells_do(tmp_path, monkeypatch):
     """Who gives --workdir=~/run means the home folder, which bash reads only where ~ begins a word."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert addresses.path_of(SOURCE, "~/runs/a") == addresses.path_of(SOURCE, Path("~/runs/a")) == tmp_path / "runs/a"
-    assert addresses.path_of(SOURCE, "a~/b").parts == ("a~", "b") and addresses.path_of(SOURCE, "~no-user/b").parts
+    assert addresses.path_of(SOURCE, "a~/b").parts == ("a~", "b") and addresses.path_of(SOURCE, "~no-user/b").parts == (
+        "~no-user",
+        "b",
+    )
     (tmp_path / "x.jsonl").write_text('{"prompt": "p", "answer": "1"}\n')
     assert readers.read("~/x.jsonl", SOURCE) == [(1, {"prompt": "p", "answer": "1"})]
     assert hf_paths.resolve("~/") == tmp_path
@@ -44,7 +47,7 @@ def test_a_path_of_pathlib_is_an_address_too(bucket):
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("az://b/x", "az:// is not supported; give a folder, gs://BUCKET/NAME or s3://BUCKET/NAME"),
+        ("az://b/x", f"az:// is not supported; give {addresses.ADDRESSES}"),
         ("s3://b/x", 's3:// needs s3fs; pip install "igrpo_jax[s3]", or give a local folder'),
     ],
 )

@@ -103,5 +103,5 @@ def _number_text(value: float | decimal.Decimal) -> str:
     """Returns the digits of a number, without an exponent and without zeros at the end of a fraction."""
     if isinstance(value, int):
         return str(value)
-    digits = f"{decimal.Decimal(str(value)):f}"
+    digits = f"{decimal.Decimal(str(value or 0)):f}"  # or -0.0 would be -0
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
