@@ -11,7 +11,7 @@ in its lane until all its samples have begun. `fork` copies the state of the lan
 page of the prompt, which other samples read too, to a page of the slot's own.
 
 Legend: B rows or slots, L lanes, K kv heads, S key positions, H head dim, P pages of C positions, R pages of a row,
-N heads, G groups, W tokens that a convolution sees.
+N heads, G groups, Z state, W tokens that a convolution sees.
 """
 
 from collections.abc import Callable
@@ -65,9 +65,9 @@ class MambaState(NamedTuple):
     """
 
     x: jax.Array  # [B, W - 1, N, H]
-    b: jax.Array  # [B, W - 1, G, P]
-    c: jax.Array  # [B, W - 1, G, P]
-    state: jax.Array  # [B, N, H, P] float32, because it sums over thousands of tokens
+    b: jax.Array  # [B, W - 1, G, Z]
+    c: jax.Array  # [B, W - 1, G, Z]
+    state: jax.Array  # [B, N, H, Z] float32, because it sums over thousands of tokens
 
 
 # One entry per sublayer: the pool of an attention sublayer, P pages of a `PageLayout`, or a KV of what decode steps
