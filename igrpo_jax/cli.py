@@ -280,8 +280,12 @@ def run(command: Callable[[list[str]], None]) -> None:
         _leave(_say(error, 1))
     except preemption.Preempted as error:
         _leave(_say(f"{error}; the same command goes on from there", preemption.EXIT_CODE))
-    except KeyboardInterrupt:
-        _leave(_say(f"interrupted; {GOES_ON}", 130))
+    except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends exit handlers that wait
+        code = _say(f"interrupted; {GOES_ON}", 130)
+        if isinstance(error.__context__, KeyboardInterrupt):  # it came while the first one's clean-up was waiting
+            os._exit(code)
+        _leave(code)
     except Exception as error:
         traceback.print_exc()
         # By name: jax.errors is not imported before a command needs it.

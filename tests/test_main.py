@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -512,14 +513,42 @@ cli.run(command)
 """
 
 
-@pytest.mark.parametrize(
-    "where", ["Dropped()", "gc.callbacks.append(lambda *_: Dropped.__del__(0)), gc.collect(), gc.callbacks.clear()"]
-)
+GARBAGE = "gc.callbacks.append(lambda phase, _: phase == 'start' and Dropped.__del__(0)), gc.collect()"
+
+
+@pytest.mark.parametrize("where", ["Dropped()", GARBAGE], ids=["destructor", "garbage"])
 def test_ctrl_c_is_not_lost_where_python_drops_exceptions(where):
     """In a destructor, and in a callback of the garbage collector, of which jax has one."""
     done = subprocess.run([sys.executable, "-c", DROPPED.format(where)], capture_output=True, text=True, timeout=25)
     assert done.returncode == 130 and done.stderr.startswith("igrpo_jax: error: interrupted;"), done.stderr
     assert done.stderr.count("\n") == 1
+
+
+# A command with an exit handler, which Ctrl-C ends while it cleans up, or while its exit handler runs.
+TWICE = """
+import atexit, os, signal, time
+from igrpo_jax import cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(lambda: (os.write(1, b"exit handler"), signal.raise_signal(signal.SIGINT), time.sleep(20)))
+
+def command(_):
+    try:
+        raise KeyboardInterrupt
+    finally:
+        {}
+
+cli.run(command)
+"""
+
+
+@pytest.mark.parametrize(
+    "meanwhile, code, printed", [("raise KeyboardInterrupt", 130, ""), ("pass", -signal.SIGINT, "exit handler")]
+)
+def test_a_second_ctrl_c_ends_the_process_at_once_and_without_a_traceback(meanwhile, code, printed):
+    done = subprocess.run([sys.executable, "-c", TWICE.format(meanwhile)], capture_output=True, text=True, timeout=15)
+    assert (done.returncode, done.stdout) == (code, printed)
+    assert done.stderr.startswith("igrpo_jax: error: interrupted;") and done.stderr.count("\n") == 1
 
 
 def test_a_pipe_that_is_closed_is_named():
