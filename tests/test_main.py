@@ -513,7 +513,9 @@ cli.run(command)
 """
 
 
-GARBAGE = "gc.callbacks.append(lambda phase, _: phase == 'start' and Dropped.__del__(0)), gc.collect()"
+GARBAGE = (
+    "gc.callbacks.append(lambda phase, _: phase == 'start' and Dropped.__del__(0)), gc.collect(), gc.callbacks.clear()"
+)
 
 
 @pytest.mark.parametrize("where", ["Dropped()", GARBAGE], ids=["destructor", "garbage"])
