@@ -406,6 +406,7 @@ for tokens, index, samples, limit in given["requests"][int(sys.argv[2]) :: 2]:
     scheduler.submit(Request(tokens, index, samples, np.array([3, 4], np.uint32), limit))
 found = {(one.request.index, one.sample_id): (one.tokens, one.logprobs) for one in scheduler.drain()}
 np.savez(sys.argv[4], found=np.array(found, dtype=object))
+jax.distributed.shutdown()  # waits for the other process, as JAX does at the exit of one that is not a fork
 """
 
 
