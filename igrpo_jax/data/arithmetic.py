@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a tokenizer with one token per printable ASCII character and newline, and one per tag of the four."""
+    """Returns a tokenizer with one token per printable ASCII character and newline, and one per tag of TAGS."""
     characters = ["\n", *map(chr, range(32, 127))]
     vocab = {token: i for i, token in enumerate([PAD, END, USER, ASSISTANT, *TAGS, "<|unknown|>", *characters])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<|unknown|>"))

@@ -23,11 +23,11 @@ def _half_right(
     """Returns a draft, which is right with probability one half, and whether it is.
 
     Args:
-        solution: writes a solution with this error rate.
+        solution: returns a solution written with the error rate that it is given.
     """
     error_rate = 0.0 if rng.random() < 0.5 else config.warm_start.draft_error_rate
     draft = solution(error_rate)
-    for _ in range(1000):  # where the teacher is nearly always right, some drafts stay so
+    for _ in range(1000):  # where the teacher is nearly always right, some drafts stay right
         if not error_rate or not is_right(problem, draft):
             break
         draft = solution(error_rate)
@@ -42,7 +42,7 @@ class Task(NamedTuple):
     """A built-in task."""
 
     problems: Callable[[Config], tuple[Sequence[Problem], Sequence[Problem]]]  # to train and to test on
-    # Gives (the draft in the prompt, the completion) of an example, where a draft is wanted; else (None, completion).
+    # Returns (the draft in the prompt, the completion) of an example; the draft is None where none is wanted.
     example: Callable[[Config, Any, bool, np.random.Generator], tuple[str | None, str]]
 
 

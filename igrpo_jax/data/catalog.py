@@ -1,12 +1,13 @@
 """The benchmarks and training sets that are known by name: where they are, their columns, and how often they are asked.
 
-The prompts of all benchmarks have `data.instruction`, and `rewards/mathematics/grader` grades their answers, of
-multiple choice the letter. The paper (arXiv 2602.09000) reports means of 64 samples on AIME and of 8 on its other
-benchmarks, at temperature 0.6 and top-p 0.95 (the defaults of `evaluation`), with up to 65,000 tokens.
+`data.instruction` stands before the questions of all benchmarks, and `rewards/mathematics/grader` grades the answers;
+the answer to a multiple-choice question is a letter. The paper (arXiv 2602.09000) reports means of 64 samples on AIME
+and of 8 on its other benchmarks, at temperature 0.6 and top-p 0.95 (the defaults of `evaluation`), with up to 65,000
+tokens.
 
-Ids and columns were last compared with what is published about the data sets on the day in `Benchmark.checked`; nothing
-was downloaded for it. "card" means the data set's own card with its list of columns, "loaders" means public programs
-that read it.
+On the day in `Benchmark.checked`, ids and columns were last compared with what is published about the data sets; no
+data set was downloaded for that. "card" means the data set's own card with its list of columns, "loaders" means public
+programs that read it.
 
 - aime24, aime25, math500, amc23, gsm8k, minerva: id, split and columns from loaders.
 - gpqa_diamond: id, subsets, columns and the condition of access from its card; 198 problems from loaders.
@@ -36,10 +37,10 @@ class Hub:
 
 @dataclass(frozen=True)
 class Choices:
-    """The columns of the choices of a multiple-choice question; `choices` puts them into the question.
+    """The columns that hold the choices of a multiple-choice question; `choices` puts them into the question.
 
-    Either `options` names one column with all of them, in the order that the letters of the answers count, or `wrong`
-    names columns beside the answer's, which holds the right choice itself: those are put into an order of their own.
+    Either `options` names one column that lists all choices in the order of their letters, or `wrong` names the columns
+    of the wrong choices, and the answer's column holds the text of the right one; `choices` then orders them.
     """
 
     options: str = ""
@@ -56,7 +57,7 @@ class Benchmark:
     """A benchmark and how it is evaluated."""
 
     problems: int
-    samples: int  # completions per problem: the paper's, or those of its benchmark of that size
+    samples: int  # completions per problem: the paper's for its benchmarks, chosen by size for the others
     hub: Hub
     files: tuple[str, ...] = ()  # other names that its file in evaluation.data_dir may have, without the ending
     choices: Choices | None = None

@@ -1,8 +1,8 @@
 """Multiple-choice questions as problems: the choices stand below the question, and the answer is a letter.
 
-Where a data set gives the right choice in a column of its own, the order is that of hashes of the question with each
-choice. So it depends on the question alone: neither on the order of the rows nor on the seed, and every evaluation asks
-the same prompt. Not here: which benchmarks have choices (`catalog`), and grading, which the grader of all answers does.
+Where a data set gives the right choice in a column of its own, the choices are sorted by a hash of the question and the
+choice. So their order depends on neither the order of the rows nor the seed, and every evaluation asks the same prompt.
+Not here: which benchmarks have choices (`catalog`), and grading (`rewards/mathematics/grader`, as for all answers).
 """
 
 import hashlib

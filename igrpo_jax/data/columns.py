@@ -2,7 +2,7 @@
 
 A column is found by name, in the order of PROMPTS and of ANSWERS. A name with a dot reaches into a nested column, and
 names with a plus between them are columns whose texts are put together, such as Alpaca's instruction+input. A question
-may be a list of chat messages; where no column is an answer's, their last reply is the answer. Where the answer is a
+may be a list of chat messages; where no column holds an answer, their last reply is the answer. Where the answer is a
 worked solution, only its final answer is kept: the last `\\boxed{…}`, what follows GSM8K's `####`, or what follows
 "the answer is".
 """
@@ -39,7 +39,8 @@ class Mapping:
     def rest(self, columns: dict[str, Any]) -> dict[str, Any]:
         """Returns the columns that are not the question's, unchanged; nested ones are kept complete.
 
-        The answer's is one of them: a reward that was written for TRL asks for it by its own name, such as `solution`.
+        The answer's column is kept unless it is the question's too: a reward that was written for TRL asks for it by
+        its own name, such as `solution`.
         """
         read = {self.prompt, *self.prompt.split("+")}
         return {name: value for name, value in columns.items() if name not in read}
@@ -71,8 +72,8 @@ def choose_prompt(table: Table, prompt: str, source: str, fix: str = FIX) -> str
 def cell(columns: dict[str, Any], name: str) -> Any:
     """Returns the value of a column, None where the row lacks it.
 
-    A dot reaches into a nested column. Of columns with a plus between them the texts that are not blank are put
-    together, with a blank line between them.
+    A dot reaches into a nested column. Where names have a plus between them, the texts that are not blank are joined by
+    blank lines.
     """
     if name in columns:
         return columns[name]
@@ -182,7 +183,7 @@ def texts(table: Table, reads: Sequence[tuple[str, Read]], source: str) -> list[
 
 
 def _counted(numbers: list[int], table: Table, what: str) -> str:
-    """Returns how many and which rows of a table have something."""
+    """Returns a text that says how many and which rows of a table have the problem `what`."""
     have, word = ("has", "row") if len(numbers) == 1 else ("have", "rows")
     return f"{len(numbers)} of {len(table)} rows {have} {what}: {word} {readers.few(numbers)}"
 

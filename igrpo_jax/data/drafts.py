@@ -1,8 +1,9 @@
 """Answers that a model gave before, as drafts that a supervised start may show: from the files of a run and others.
 
 These are the drafts and, without a draft stage, the completions in the samples of a run, and the single-shot answers of
-`igrpo_jax.evaluate` and `igrpo_jax.probe`. Their rows say whether an answer is right. What an answer is to is told by
-its question, since the numbers of problems mean other ones in other files. Not here: drafts in a column (`solutions`).
+`igrpo_jax.evaluate` and `igrpo_jax.probe`. Their rows say whether an answer is right. Answers are matched to problems
+by the text of the question, since the same number means another problem in another file. Not here: drafts in a column
+(`solutions`).
 """
 
 from dataclasses import dataclass

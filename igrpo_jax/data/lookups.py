@@ -5,9 +5,9 @@ digit of an answer is as far from its letter as any other, which a small model c
 is not 0, so that two answers are equal as numbers only where all digits are. Everything is generated from a seed,
 without a download. Train and test problems are disjoint.
 
-The task is made for the question when drafts pay. Each look-up is easy, all n of them are hard: with an error rate e a
-solution is right with probability (1 - e)^n, which is as small as one likes. A draft holds one guess for each key, and
-whoever looks up again can find its mistakes: repairing is easier than solving, with the same skill.
+The task was made to study when drafts pay. Each look-up is easy, but all n together are hard: with an error rate e, a
+solution is right with probability (1 - e)^n, which n makes as small as wanted. A draft holds one guess for each letter,
+and looking up again can find its mistakes: with the same skill, repairing is easier than solving.
 
 1. A teacher is wrong at each look-up with a given probability, and then writes one of the nine wrong digits. For a
    model that imitates it the right digit stays the most likely one, which reinforcement learning can sharpen.
@@ -27,8 +27,8 @@ import numpy as np
 from igrpo_jax.config import LookupsConfig
 from igrpo_jax.data import drawing
 
-# [52] int, the digit of each letter. No rule meets the eye, and each digit stands five or six times: k -> k^3 modulo 53
-# is a permutation.
+# [52] int, the digit of each letter. The digits follow no obvious rule, and each occurs five or six times, because
+# k -> k^3 modulo 53 is a permutation.
 TABLE = np.array([pow(key + 1, 3, 53) % 10 for key in range(len(string.ascii_letters))])
 
 

@@ -1,4 +1,4 @@
-"""Chat messages in the cells of a table: OpenAI's (role, content), ShareGPT's (from, value), and either as a text."""
+"""Chat messages in cells of a table: OpenAI's (role, content), ShareGPT's (from, value), or either printed as text."""
 
 import ast
 import json

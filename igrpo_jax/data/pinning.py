@@ -1,4 +1,4 @@
-"""The text of a chat template with the values of its variables that a run keeps: its day, and data.template_kwargs.
+"""Fixes the values of a chat template's variables for a run: the day, and data.template_kwargs.
 
 They are written into the head of the template itself. So a run, its resumes, its evaluations and the model that it
 exports have the same prompts on any day, with transformers and with every other program that reads the template.
@@ -80,14 +80,14 @@ def _check_names(template: str, data: DataConfig) -> None:
 def pinned(template: str, kwargs: Mapping[str, TemplateValue], date: str) -> str:
     """Returns the chat template with these values of its variables, and with `date` (YYYY-MM-DD) for today.
 
-    What calls it may still give other values to the variables. Without variables and date the text is unchanged.
+    A caller of the template may still pass other values. Without variables and date the text is unchanged.
     """
     head = "".join(f"{{% set {name} = {name} | default({_literal(value)}) %}}\n" for name, value in kwargs.items())
     if date and "strftime_now" in template:
         midnight = datetime.datetime.fromisoformat(date)
         codes = sorted(set(re.findall(r"(?<!\{)%-?[aAbBcdeFGHIjmMpSuUVwWxXyYzZ]", template + str(dict(kwargs)))))
         replaced = "".join(f".replace({_literal(code)}, {_literal(midnight.strftime(code))})" for code in codes)
-        # It replaces the function of this name that transformers gives to a template.
+        # This macro hides the function of the same name that transformers passes to a template.
         head += f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
     return head + template  # Jinja drops the line end after each statement of the head
 

@@ -8,7 +8,7 @@ named, and more than MAX_UNEQUAL of them are an error. Problems that repeat, or 
 The order is a pure function of the seed. Epoch e is the permutation of (seed, e), and rollout s reads the problems
 s*P .. s*P + P-1 of the concatenated epochs, where P is the number of prompts per step. So the step alone determines the
 position in the data, and a resumed run continues without replaying anything. Redraws (algorithm.max_redraws) do not
-move the position: they read an order of their own for each step, and the problems that they read still have their turn.
+move the position: each step has a separate order for them, and the problems that they use still have their turn.
 
 Not here: grading, the wording of prompts, and the tokenizer; `fit` receives a function that encodes a question.
 `readers` reads files, `columns` finds columns, and `catalog` lists the known names.
@@ -31,7 +31,7 @@ from igrpo_jax.data.readers import Table
 from igrpo_jax.errors import InputError
 from igrpo_jax.rewards.mathematics import grader
 
-MAX_UNEQUAL = 0.1  # share of a training set's reference answers that may be such that nothing equals them
+MAX_UNEQUAL = 0.1  # largest share of a training set's reference answers that nothing can equal
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _builtin_rows(problems: Sequence[Problem], split: str) -> list[Row]:
 
 
 def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, int]:
-    """Returns the rows of config.data.train, the columns that were read, and the number of rows left out for no answer.
+    """Returns the rows of config.data.train, the columns that were read, and how many unanswered rows were left out.
 
     `data.train` is a name of TRAINING_SETS, a file or folder, or a hub id. Rows without an answer are left out where
     `data.clean` is set.
@@ -218,7 +218,7 @@ def _benchmark(
 ) -> list[Row]:
     """Returns the rows of a benchmark's table.
 
-    A file of a known benchmark may have the columns that the benchmark has on the hub, which are then read as there.
+    If a file of a known benchmark has the same columns as on the hub, they are read in the same way.
     """
     _check_not_empty(table, source)
     hub = known.hub if known else None
@@ -264,10 +264,10 @@ def step_indices(step: int, per_step: int, count: int, seed: int) -> list[int]:
 
 
 def redraw_indices(step: int, redraw: int, per_step: int, count: int, seed: int) -> list[int]:
-    """Returns the rows that redraw 1, 2, … of rollout `step` has for each of its `per_step` positions.
+    """Returns the row that redraw number `redraw` (from 1) of rollout `step` uses at each of its `per_step` positions.
 
-    While there are enough rows, they differ from redraw to redraw and from those that the rollout reads itself; a small
-    data set starts again. A row does not depend on which positions need a redraw.
+    While there are enough rows, no redraw repeats a row of another redraw or of the rollout itself; in a small data set
+    rows repeat. The row of a position does not depend on which other positions need a redraw.
     """
     draws = np.random.Philox(np.random.SeedSequence([seed, step, 0x5EDA])).random_raw(count)
     order = np.argsort(draws, kind="stable")

@@ -2,7 +2,7 @@
 
 The text around a draft is that of the chat template (`templates`), encoded in one piece. A draft enters q' as the ids
 that were sampled (q' = Concat(q, d) in arXiv 2602.09000) and is never decoded. Special tokens and marks of a turn are
-removed from it, so that neither a draft nor a question can open a turn.
+removed from it, so a draft can't open a turn. Neither can a question (`templates`).
 
 R1 templates open <think> for the assistant and remove the thinking of its earlier turns. A draft is not such a turn: it
 is part of the user's words, so q' contains all of it as it was sampled, including its reasoning. It begins inside the

@@ -2,8 +2,9 @@
 
 JSON Lines and CSV are read here, so that an error names the bad line and every cell stays the text that it is. `.json`,
 `.parquet` and hub ids go through `datasets`. A column of CSV without a name, such as the index that pandas writes, is
-left out. A broken line of JSON Lines or row of CSV is left out, and what is no character in JSON Lines becomes U+FFFD;
-warnings count both and name the rows. A file with more than MAX_BROKEN of its rows broken is refused.
+left out. A broken line of JSON Lines or row of CSV is left out. In JSON Lines, lone surrogates and bytes that are not
+utf-8 become U+FFFD. Warnings count both and name the rows. A file with more than MAX_BROKEN of its rows broken is
+refused.
 """
 
 import codecs
@@ -65,7 +66,7 @@ def read(path: str, source: str, subset: str = "", split: str = "train", fix: st
 def local_copy(address: str, source: str) -> Path:
     """Returns the path of a local file or folder, which may not exist, or of the copy of one in a bucket.
 
-    Of a folder in a bucket the files that can be read are copied.
+    For a folder in a bucket, only the files with one of SUFFIXES are copied.
 
     Raises:
         InputError: a bucket holds none, or they can't be fetched.
@@ -95,7 +96,7 @@ def _read_files(files: list[Path], source: str) -> Table:
     suffix = files[0].suffix
     if suffix in KINDS:
         fix = "give a file in JSON Lines"
-        if not any(file.stat().st_size for file in files):  # on which the libraries fail, each in its own words
+        if not any(file.stat().st_size for file in files):  # the libraries fail on empty files, each in its own way
             return []
         return _read_datasets(source, fix, KINDS[suffix], data_files=[str(file) for file in files], split="train")
     reader, table = {".jsonl": _read_jsonl, ".csv": _read_csv}[suffix], []
@@ -141,7 +142,7 @@ def _read_jsonl(file: Path, source: str) -> Table:
 
 
 def _warn_of_broken(source: str, word: str, broken: list[str], kept: int, fix: str) -> None:
-    """Warns of the rows that are left out. `broken` says of each what is wrong, and `word` is what a row is called.
+    """Warns of the rows that are left out. `broken` says what is wrong with each, and `word` is what a row is called.
 
     Raises:
         InputError: they are more than MAX_BROKEN of all rows.

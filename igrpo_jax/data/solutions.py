@@ -1,7 +1,7 @@
-"""Worked solutions to imitate, from the same rows as the problems: texts that a supervised start puts to the model.
+"""Worked solutions to imitate, from the same rows as the problems: texts that a supervised start trains the model on.
 
-The text is config.sft.completion with the row's solution and final answer in it. Rows without a solution, and drafts
-that are blank, are left out and counted. Not here: tokens, prompts and batches.
+The text is config.sft.completion with the row's solution and final answer filled in. Rows without a solution are left
+out and counted. Blank drafts are left out. Not here: tokens, prompts and batches.
 """
 
 import re
@@ -95,7 +95,7 @@ def _draft_notes(config: Config, found: Sequence[Solution]) -> list[tuple[str, s
 
 
 def _imitated(config: Config, row: Row, solution: str, opening: str) -> str:
-    """Returns config.sft.completion of a row. What a solution says, such as {answer}, is not filled in."""
+    """Returns config.sft.completion filled in for a row. A solution's own {answer} or the like stays as it is."""
     values = {"solution": solution.strip(), "answer": golds.alternatives(row.answer)[0]}
     text = re.sub(r"\{(solution|answer)\}", lambda match: values[match[1]], config.sft.completion)
     return text.removeprefix("<think>").lstrip("\n") if "<think>" in opening else text

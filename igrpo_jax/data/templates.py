@@ -1,12 +1,11 @@
-"""The chat template in token space: what it writes around the user's words, with these words, as token ids.
+"""The chat template in token space: the user's words and what the template writes around them, as token ids.
 
     frame = open_frame(tokenizer, config.data)
     q = frame.ids(words)                                          # as apply_chat_template gives them
     left, right = frame.ids_before(start), frame.ids_after(end)   # beside a draft between `start` and `end`
 
 The text of a chat template is always encoded in one piece. In pieces, the tokenizers of Llama 2 and its relatives would
-put a space before each piece, and others would join or part the characters at a seam in another way than the model has
-seen.
+put a space before each piece, and others would split the text at a seam into tokens that the model has not seen there.
 
 Questions are text: a special token written in a question does not become one. Marks of a turn count as special even
 where the tokenizer does not list them (R1's <｜User｜>), so a question can't open a turn.
@@ -63,7 +62,7 @@ def open_frame(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Frame:
 
 
 class PlainText:
-    """The frame of a base model: BOS before the user's words, a line end after them; the three are encoded apart."""
+    """The frame of a base model: BOS before the user's words, a line end after them, each encoded separately."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
@@ -85,7 +84,7 @@ class ChatTemplate:
 
     Args:
         template: its text, with the run's values of its variables (`pinning.pinned`).
-        system_prompt: text of the system turn; "" for no such turn but the template's own.
+        system_prompt: text of the system turn; "" adds none, but the template may write its own.
 
     Raises:
         InputError: the template fails, does not show the words of the user or of the system once, or can't be encoded
@@ -100,13 +99,13 @@ class ChatTemplate:
             self._check_system_turn(system_prompt)
         self._system_prompt = system_prompt
         self.before, self.after = self._around(SENTINEL)
-        # An unknown character of a question is no token that somebody wrote there.
+        # The unknown token stands for a character of the question, and nobody wrote it there as a token.
         marks = (_marks(tokenizer, self.before + self.after) | _special(tokenizer)) - {tokenizer.unk_token_id}
         self.marks = _array(marks)
         self._controls = marks | {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
         contents = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, contents)) or r"(?!)")
-        # The special tokens of a prompt that the template writes, by the template's text after the words.
+        # The special tokens that the template itself writes into a prompt, by the template's text after the words.
         self._own = {
             "": self._controls_in(_ids(tokenizer, self.before)),
             self.after: self._controls_in(_ids(tokenizer, self._render(PROBE))),
@@ -170,7 +169,7 @@ class ChatTemplate:
     def ids_before(self, start: str) -> np.ndarray:
         text, _, _ = self._render(start + SENTINEL).rpartition(SENTINEL)  # the last one: `start` may contain another
         alone, followed = self._encode(text, ""), self._encode(text + STAND_IN, "")[:-1]
-        # As the text is encoded where more follows, unless the stand-in has taken a space at its end into its token.
+        # Prefers the encoding with more text behind, unless the stand-in's token absorbed a space at the end of `text`.
         is_complete = np.array_equal(followed, alone) or self._text(followed) == self._text(alone)
         return followed if is_complete else alone
 
@@ -207,8 +206,8 @@ class ChatTemplate:
     def _encode_apart(self, text: str, after: str) -> np.ndarray:
         """Returns what `_encode` does for words that contain special tokens, which stay text here.
 
-        The words are encoded with the template's text around them up to its nearest added tokens, since a tokenizer
-        encodes what lies between two of these on its own.
+        The words are encoded with the template's text around them, up to the nearest added token on each side, since a
+        tokenizer encodes the text between two added tokens independently.
         """
         if not (text.startswith(self.before) and text.endswith(after)):
             raise InputError(
@@ -245,9 +244,9 @@ def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> set[int]:
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Returns ids of added tokens that the tokenizer calls special, by which transformers may know no name.
+    """Returns ids of the added tokens that the tokenizer calls special, even if transformers does not list them.
 
-    The tags of an answer and the bytes of a text are none.
+    The tags of an answer and byte tokens such as <0x0A> count as text.
     """
     is_text = lambda content: content in TAGS or re.fullmatch(r"<0x[0-9A-F]{2}>", content)
     return {id for id, token in tokenizer.added_tokens_decoder.items() if token.special and not is_text(token.content)}

@@ -1,4 +1,4 @@
-"""Two evaluations compared: first in what else than the model they differ, then by how much the second is better.
+"""Compares two evaluations: lists all differences besides the model, then says by how much the second is better.
 
 Problems are compared in pairs: those that both folders hold, by the mean accuracy of their single-shot answers.
 """
@@ -55,7 +55,7 @@ def paired(first: Path, second: Path) -> dict[str, Paired]:
 
 
 def compare(first: Path, second: Path) -> str:
-    """Returns in what else than the model two evaluations differ, and `paired` as a Markdown table.
+    """Returns the differences of two evaluations besides the model, and `paired` as a Markdown table.
 
     Raises:
         InputError: as `paired` does.
@@ -91,7 +91,7 @@ def _pair(first: Problems, second: Problems) -> Paired:
 def _differences(
     folders: list[Path], settings: list[dict[str, Any] | None], benchmarks: dict[str, tuple[Problems, Problems]]
 ) -> list[str]:
-    """Returns lines that name both evaluations and, in a table, all but the model in which they differ."""
+    """Returns lines that name both evaluations, and a table of all their differences besides the model."""
     lines, known = [], [part for part in settings if part is not None]
     for label, folder, part in zip("AB", folders, settings, strict=True):
         lines.append(f"{label} = {folder}" + (f": {_model(part)}" if part else ", which records no settings"))
@@ -123,7 +123,7 @@ def _changed_answer(own: Problems, other: Problems) -> str:
     return next((f"{key[0]}: {own[key].answer}" for key in changed), "none")
 
 
-# What is told of a benchmark's data in one folder, from its problems there and in the other folder.
+# What is compared of a benchmark's data: each function gets its problems in one folder and those in the other.
 DATA: dict[str, Callable[[Problems, Problems], object]] = {
     "problems": lambda own, other: len(own),
     "problems that the other lacks": lambda own, other: _only(own, other),

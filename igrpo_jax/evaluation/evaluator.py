@@ -125,7 +125,7 @@ class Evaluator:
         with contextlib.closing(rows):
             self._sample_all(params, name, own, rows, chains)
         if out is None:
-            # As JSON, as in NAME.jsonl: the rows are what that file holds, and a text may hold lone surrogates.
+            # JSON makes the rows the same as those of NAME.jsonl, and in ASCII it can hold lone surrogates.
             for part in cluster.gather(json.dumps(list(rows.values())).encode()):
                 rows.take(json.loads(part))
         else:
@@ -165,7 +165,7 @@ class Evaluator:
         count, settings = samples_per_problem(self._config, name), self._config.evaluation
         present = [[rows.get((each.prompt.index, each.drafts, i)) for i in range(count)] for each in asked]
         missing = [(each, gap) for each, samples in zip(asked, present, strict=True) for gap in _gaps(samples)]
-        # The weights come to the sampler's mesh by a program of all processes, also of those that lack nothing.
+        # A program that all processes must run, even if they lack nothing, moves the weights to the sampler's mesh.
         if not cluster.any_of(bool(missing)):
             return
         before = [row["accuracy"] for samples in present for row in samples if row]

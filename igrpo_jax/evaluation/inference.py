@@ -1,7 +1,7 @@
 """A model by its name, ready to answer: what `evaluate` and `generate` share.
 
-The name is the folder of a run (its newest checkpoint, or that of a step), a Hugging Face directory, or a hub id. Of a
-run the weights are those that its export holds where no dtype is asked for, so that both give the same answers.
+The name is the folder of a run (its newest checkpoint, or that of a step), a Hugging Face directory, or a hub id. The
+weights of a run are cast and merged as in its export without a given dtype, so that both give the same answers.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ class EvaluationTask:
     renderer: Renderer
     plan: Plan
     mesh: jax.sharding.Mesh
-    run: Path | None  # folder of the run that the model is of; None for a model that is no run's
-    step: int | None  # step of the run's checkpoint; None where the model is no run's
+    run: Path | None  # folder of the run whose model this is; None for other models
+    step: int | None  # step of the run's checkpoint; None without a run
     name: str  # absolute, where the model is a folder
     weights_written: str  # when, in UTC: newer weights at the same path are another model
 
@@ -50,13 +50,13 @@ class EvaluationTask:
 def open_evaluation(
     config: Config, model: str, step: int | None, rows: dict[str, list[Row]], recorded_date: str | None = None
 ) -> EvaluationTask:
-    """Returns the model of this name with the plan for some problems.
+    """Returns the model named `model`, with the plan for the problems in `rows`.
 
     Args:
         config: its `model` fits `model` (see `cli.parse_model`).
         step: of a run's checkpoint, None = the newest.
         rows: problems by benchmark.
-        recorded_date: the day that an evaluation which goes on has recorded for its chat template.
+        recorded_date: the day that a resumed evaluation has recorded for its chat template; None = a new evaluation.
 
     Raises:
         InputError: no such model or checkpoint; problems that don't fit its context; a mesh that doesn't divide it.
@@ -71,7 +71,7 @@ def open_evaluation(
 
 
 def checkpoint_of(model: str, step: int | None) -> tuple[Path | None, int | None]:
-    """Returns the run that `model` is the folder of and the step of its checkpoint; None and None for other models.
+    """Returns the folder of a run and the step of its checkpoint if `model` names a run, else None and None.
 
     Raises:
         InputError: the run has no such checkpoint, or a step is given where there is no run.
@@ -93,7 +93,7 @@ def identity(model: str, run: Path | None, step: int | None) -> tuple[str, str]:
 
 
 def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) -> tuple[Evaluator, decoder.Params]:
-    """Starts the verifier, makes the sampler and reads the weights; `stack` gets what must be closed."""
+    """Starts the verifier, makes the sampler and reads the weights; `stack` closes what must be closed."""
     config, policy, mesh = task.config, task.policy, task.mesh
     use_disk_cache(config.compilation_cache)
     stack.enter_context(jax.set_mesh(mesh))
@@ -120,7 +120,7 @@ def _engine(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan)
     """Returns a sampler with hardly more slots than there are samples."""
     memory = cluster.from_first(device_bytes)  # processes of a team need as many pages
     if memory is not None and (config.model.lora.rank or not keeps_weights(mesh, config.rollout.mesh.tensor)):
-        # The weights as they are read stay beside the sampler's copy.
+        # The loaded weights stay on the devices beside the sampler's copy.
         memory -= tree_bytes(sharding.abstract_params(mesh, decoder.shapes(policy.model), config.model.dtype))
     shards = max(1, mesh.size // (config.rollout.mesh.tensor or 1))  # at most, whatever the layout is
     samples = sum(len(prompts) * samples_per_problem(config, name) for name, prompts in plan.prompts.items())

@@ -2,8 +2,8 @@
 
     pass@k   1 - C(n-c, k) / C(n, k) of a problem with c of n samples right (Chen et al. 2021, arXiv 2107.03374): the
              chance that at least one of k of them, drawn without replacement, is right. pass@1 is the mean accuracy.
-    maj@k    whether the largest class of equal answers is right, the one that came first among equals; the mean over
-             the n // k disjoint runs of k samples, in order. A sample without an answer has no vote.
+    maj@k    whether the largest class of equal answers is right (the first one in a tie); the mean over the n // k
+             disjoint runs of k consecutive samples. A sample without an answer has no vote.
     interval the 2.5 and 97.5 percent points of the mean when the problems are drawn again with replacement: it shows
              how much other problems of the same kind would change it, not how much other samples of these would. Where
              all problems have the same value the bootstrap is one point, and the interval is exact instead: 0 of n
@@ -37,7 +37,7 @@ class Answers:
 
 
 def summary(answers: Answers, ks: Sequence[int] = ()) -> dict[str, float]:
-    """Returns all measures by name; those of no samples (the length of solved ones where none is) are absent.
+    """Returns all measures by name; one that has no samples (such as solved_length where none is solved) is absent.
 
     Args:
         ks: the k of pass@k and maj@k, each at most K.
@@ -80,7 +80,7 @@ def pass_at(correct: np.ndarray, k: int) -> np.ndarray:
 
 
 def vote(classes: Sequence[int]) -> int | None:
-    """Returns the index of the first answer of the largest class, of equally large ones the class that came first.
+    """Returns the index of the first answer of the largest class; among equally large ones, the class that came first.
 
     Returns None without answers.
     """
@@ -146,7 +146,7 @@ REFINED = ("fixed", "broken", "kept_right", "kept_wrong")  # names of what `refi
 
 
 def refined(drafts: np.ndarray, correct: np.ndarray) -> dict[str, float]:
-    """Returns what refining did, as fractions of all refinements: drafts that were wrong or right, and are so after it.
+    """Returns fractions of all refinements by whether the draft and the refinement are right, under the names REFINED.
 
     Args:
         drafts: [P] bool, whether the draft in the prompt is right; correct: [P, K] bool of its refinements.

@@ -1,4 +1,4 @@
-"""What an evaluation asks, before any device work: the prompts of each benchmark, in how many tokens, how often.
+"""Plans an evaluation before any device work: the prompts of each benchmark, their lengths and numbers of samples.
 
 Also the names of the metrics that such an evaluation writes, so that a setting that names one can be checked early.
 """
@@ -24,7 +24,7 @@ class Plan:
     """The prompts of an evaluation, and the lengths in tokens that a sampler needs for them."""
 
     prompts: dict[str, list[Prompt]]  # by benchmark
-    context: int  # tokens the model can read
+    context: int  # tokens of the model's context
     max_context: int  # tokens of the longest prompt, with a draft in it where there are rounds
     max_completion: int  # tokens of the longest completion that any prompt leaves space for
     wanted: int  # tokens that a completion may have where the model's context allows it
@@ -42,7 +42,7 @@ class Plan:
         return min(self.wanted, self.context - len(tokens))
 
     def first(self, config: Config) -> tuple[list[int], int]:
-        """Returns the tokens of each prompt that is sampled first, and the completions of each."""
+        """Returns the token count of each prompt of the first benchmark, and the number of completions per prompt."""
         name = next(iter(self.prompts), None)
         if name is None:
             return [], 0
@@ -74,7 +74,7 @@ def make_plan(config: Config, rows: dict[str, list[Row]], renderer: Renderer, co
 
     Args:
         rows: problems by benchmark.
-        context: tokens the model can read.
+        context: tokens of the model's context.
 
     Raises:
         InputError: a prompt leaves no space for an answer in the model's context.
@@ -114,7 +114,7 @@ def reported_ks(config: Config, name: str) -> list[int]:
 
 
 def subjects_of(name: str, prompts: Sequence[Prompt]) -> list[str]:
-    """Returns the subject of each problem of a benchmark; nothing where it has none, or where one has none."""
+    """Returns the subject of each problem of a benchmark; an empty list where any problem has none."""
     subjects = [str(prompt.columns.get(subject_of(name)) or "").strip() for prompt in prompts]
     return subjects if all(subjects) else []
 

@@ -4,7 +4,7 @@
     evaluation.json  model and settings, so that another command with the same --workdir goes on, or is refused
     summary.json, summary.md   the measures of every benchmark in the folder; no timings, so that files can be compared
 
-Several processes write files of their own (NAME.process-3.jsonl), which the first joins at the end.
+Several processes write files of their own (NAME.process-3.jsonl), which the first process joins at the end.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class Rows:
         return self._rows.values()
 
     def of(self, index: int, drafts: tuple[int, ...] = ()) -> list[dict[str, Any]]:
-        """Returns the samples of a problem's prompt with these drafts on the way to it, in order, up to a gap."""
+        """Returns the samples of the prompt that a problem has after these drafts, in order, up to the first gap."""
         samples: list[dict[str, Any]] = []
         while (index, drafts, len(samples)) in self._rows:
             samples.append(self._rows[index, drafts, len(samples)])
@@ -176,7 +176,7 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
 def held(folder: Path, settings: dict[str, Any]) -> Iterator[Callable[[], None]]:
     """Makes `folder` that of an evaluation with these settings, and keeps others out of it inside the `with` block.
 
-    What it yields raises RunError where another has taken the folder meanwhile; see `locked`.
+    Yields a function that raises RunError if another process has taken the folder meanwhile; see `locked`.
 
     Raises:
         InputError: as `claim`; another evaluation is at work there.
@@ -230,7 +230,7 @@ def _naming_refusals(folder: Path) -> Iterator[None]:
 
 
 def write_summary(folder: Path, head: dict[str, Any], benchmarks: dict[str, dict[str, Any]]) -> str:
-    """Writes summary.json and summary.md, with the folder's earlier other benchmarks; returns the Markdown."""
+    """Writes summary.json and summary.md, keeps other benchmarks that are in the folder, and returns the Markdown."""
     path = folder / "summary.json"
     before = json.loads(_text(path) or '{"benchmarks": {}}')["benchmarks"]
     every = dict(sorted((before | benchmarks).items()))

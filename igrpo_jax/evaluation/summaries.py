@@ -27,11 +27,11 @@ class Summaries:
         self._config = config
         self._plan = plan
         self._verifier = verifier
-        # Classes of equal answers by the answers: a vote must not differ the second time.
+        # Classes of equal answers, kept by the answers so that a repeated vote has the same result.
         self._known_classes: dict[tuple[str | None, ...], list[int]] = {}
 
     def chosen(self, prompts: Sequence[Prompt], rows: Rows, chain: str, number: int) -> list[tuple[int, ...]]:
-        """Returns for each problem the drafts on the way to its prompt of round `number`, in the chain of this name."""
+        """Returns for each problem the drafts that lead to its prompt of round `number`, in the chain of this name."""
         paths: list[tuple[int, ...]] = [()] * len(prompts)
         for _ in range(number):
             drafts = [
@@ -82,7 +82,7 @@ class Summaries:
         )
 
     def _classes(self, samples: list[list[dict[str, Any]]]) -> list[list[int]]:
-        """Returns the numbers of the classes of equal answers, for each problem's rows."""
+        """Returns the class number of the answer in each row, by problem; equal answers have the same number."""
         keys = [tuple(row["extracted"] for row in of_problem) for of_problem in samples]
         new = [key for key in dict.fromkeys(keys) if key not in self._known_classes]
         futures = {key: self._verifier.classes(key) for key in new}

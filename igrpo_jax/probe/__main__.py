@@ -91,15 +91,15 @@ def probe(
     step: int | None = None,
     command: str | None = None,
 ) -> dict[str, Any]:
-    """Measures whether drafts will pay, or goes on where `workdir` ends, and prints the conclusion.
+    """Measures whether drafts will pay, resuming what `workdir` holds, and prints the conclusion.
 
     Args:
         config: what `load_config(..., model=model)` returns, with the settings of the planned training.
         model: the folder of a run, a Hugging Face directory or a hub id.
         workdir: gets probe.html, probe.json, answers.jsonl and gradients/.
-        problems: how many are answered, at most.
+        problems: how many problems are answered, at most.
         answers: plain answers to each; None for N + G.
-        gradients: of how many problems gradients are compared.
+        gradients: the number of problems whose gradients are compared, at most.
         step: the step of the checkpoint, where `model` is a run; None for the newest.
         command: the command line that makes it again, for the record; None where there is none.
 
@@ -162,7 +162,8 @@ def planned(config: Config) -> Config:
         raise InputError('config.algorithm.draft_selection = "refined": a probe shows one draft; choose "best"')
     return replace(
         config,
-        rewards=replace(config.rewards, judge=replace(config.rewards.judge, budget=0)),  # that of a step is too small
+        # The judge's budget for a step is too small for a probe.
+        rewards=replace(config.rewards, judge=replace(config.rewards.judge, budget=0)),
         evaluation=replace(config.evaluation, every=0),
         checkpoint=replace(config.checkpoint, best_metric=""),
         log=replace(config.log, trackers=(), profile_steps=()),
@@ -171,7 +172,7 @@ def planned(config: Config) -> Config:
 
 
 def checked(config: Config, answers: int | None, problems: int) -> int:
-    """Returns K. Raises InputError where there are too few answers or problems."""
+    """Returns K, the plain answers to each problem. Raises InputError where there are too few answers or problems."""
     least = config.algorithm.num_drafts + config.algorithm.num_generations
     if answers is not None and answers < least:
         raise InputError(f"--answers {answers}: must be at least N + G = {least}, the completions of a group of GRPO")

@@ -1,7 +1,7 @@
 """The answers of a probe: plain ones, and refinements of drafts that Stage 1 would keep. They are kept in a file.
 
-Each problem gets K plain answers. Every N of them that follow each other, in a circle, are drafts as Stage 1 draws
-them, of which `select_draft` keeps one. The first kept draft that is right and the first that is wrong, where there are
+Each problem gets K plain answers. Any N consecutive ones, in a circle, are a set of drafts as Stage 1 draws it, of
+which `select_draft` keeps one. The first kept draft that is right and the first that is wrong, where there are
 such, are each refined G times, with the temperature, lengths and wording of training, while other problems still get
 plain answers.
 
@@ -72,7 +72,7 @@ class Answered:
         return ""
 
     def weight(self, part: Refined) -> float:
-        """Returns how often Stage 1 keeps a draft that is right, or wrong, as that of `part` is."""
+        """Returns the fraction of sets whose kept draft is right or wrong in the same way as that of `part`."""
         return float(np.mean(self.kept == part.is_right))
 
 
@@ -86,7 +86,7 @@ class Part(NamedTuple):
 
 
 class Answers:
-    """Draws what the rows in `folder` lack, and returns all of it.
+    """Draws the answers that the rows in `folder` lack, and returns all answers.
 
     Args:
         samples: K, plain answers to each problem.
@@ -134,7 +134,7 @@ class Answers:
         return [completion_of(row, "draft") for row in self._rows.of(prompt.index)][: self._samples]
 
     def _kept(self, prompt: Prompt) -> list[int]:
-        """Returns the number of the kept draft of each set of drafts that has one with algorithm.draft_metric."""
+        """Returns the number of each set's kept draft, without sets in which no draft has algorithm.draft_metric."""
         plain, algorithm, seed = self._plain(prompt), self._config.algorithm, self._config.seed
         seed_of_prompt = [seed, prompt.index, SELECTION]
         return kept_drafts(
@@ -160,7 +160,7 @@ class Answers:
         return Answered(prompt, tuple(plain), kept, tuple(refined))
 
     def _next(self, prompt: Prompt) -> list[Part]:
-        """Returns what is to be drawn next of a prompt: refinements, where all plain answers are there."""
+        """Returns the parts of a prompt to draw next: plain answers, or refinements once all plain answers exist."""
         wanted: list[tuple[str, tuple[int, ...], np.ndarray, int]] = [("draft", (), prompt.tokens, self._samples)]
         if len(self._plain(prompt)) == self._samples:
             size = self._config.algorithm.num_generations
@@ -174,7 +174,7 @@ class Answers:
     def _draw(self, params: decoder.Params, missing: Sequence[tuple[Prompt, list[Part]]]) -> None:
         """Draws and scores what is missing; a prompt is refined as soon as it has all its plain answers."""
         settings, right, drawn = self._config.rollout, 0, 0
-        most = 2 * self._config.algorithm.num_generations  # refinements of a prompt; of a draft it lacks none are drawn
+        most = 2 * self._config.algorithm.num_generations  # refinements of a prompt; half if its kept drafts agree
         drafting = {prompt.index for prompt, parts in missing if parts and parts[0].stage == "draft"}
         total = len(missing) * (self._samples + most)
         done = total - most * len(drafting) - sum(len(part.numbers) for _, parts in missing for part in parts)
@@ -203,7 +203,7 @@ class Answers:
                 done += 1
                 if not path:
                     drawn, right = drawn + 1, right + completion.score.is_right
-                # What a kill left behind a gap is drawn again, and by then the prompt may be refined already.
+                # What a kill left behind a gap is drawn again, perhaps only after the prompt is refined.
                 if prompt.index in drafting and len(self._plain(prompt)) == self._samples:
                     drafting.remove(prompt.index)
                     parts = self._next(prompt)
@@ -221,9 +221,9 @@ class Answers:
 def kept_drafts(
     plain: Sequence[Completion], drafts: int, selection: str, metric: str, seed: Sequence[int]
 ) -> list[int]:
-    """Returns the number of the draft that Stage 1 keeps of the `drafts` answers from each one on, in a circle.
+    """Returns the number of the draft that Stage 1 keeps of each set of `drafts` consecutive answers, in a circle.
 
-    A set of which no draft has the reward `metric` has none and is left out.
+    A set in which no draft has the reward `metric` is left out.
     """
     numbers = []
     for start in range(len(plain)):
@@ -252,7 +252,7 @@ def counts(answered: Sequence[Answered], drafts: int) -> Counts:
 
 
 def texts(answered: Sequence[Answered], draft_limit: int) -> dict[str, np.ndarray]:
-    """Returns what the texts of each problem are like, [P] each; NaN where a problem has no such text.
+    """Returns measures of the texts of each problem, [P] each; NaN where a problem has no such text.
 
     Mean lengths in tokens (length_plain, length_refined), the fraction that was cut (cut_plain, cut_refined), copy (as
     refine/copy_ratio), same_answer (as refine/same_answer), same_right and same_wrong (the same after right and after
@@ -264,7 +264,7 @@ def texts(answered: Sequence[Answered], draft_limit: int) -> dict[str, np.ndarra
 
 
 def _texts(problem: Answered, draft_limit: int) -> dict[str, float]:
-    """Returns what the texts of one problem are like; means over its refinements, by how often each draft is kept."""
+    """Returns measures of the texts of one problem; refinements are weighted by how often such a draft is kept."""
     values = {
         "length_plain": float(np.mean([len(completion.tokens) for completion in problem.plain])),
         "cut_plain": float(np.mean([not completion.finished for completion in problem.plain])),

@@ -4,12 +4,12 @@ The rules are those of docs/when_drafts_pay.md, whose table is made of ANSWERS, 
 
 1. GRPO's SNR^2 surely exceeds the largest that a group of G can have: no drafts can give more signal.
 2. The ratio of SNR^2 is surely below 1: drafts give less signal.
-3. Only the part of the signal counts that points along the gradient on plain prompts, the ratio times the squared
-   cosine. It is surely above 1: drafts give more signal at the first step; surely below 1: they do not. More signal at
-   the first step is no promise: where GRPO surely takes off by itself, iGRPO lost in spite of it (OBSERVED).
+3. Only the signal that points along the gradient on plain prompts counts: the ratio times the squared cosine. If it is
+   surely above 1, drafts give more signal at the first step; if surely below 1, they do not. More signal at the first
+   step is no promise: where GRPO surely takes off by itself, iGRPO lost in spite of it (OBSERVED).
 4. Else these problems are too few to tell, or the cosine could not be measured.
 
-"Surely" is: with the whole 95 % interval.
+"Surely" means that it holds for the whole 95 % interval.
 """
 
 import math
@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from igrpo_jax.learning import draft_signal
 from igrpo_jax.probe.estimates import UNKNOWN, Estimate, problems_needed
 
-CLEAR = 0.3  # width of an interval of a success, below which no difference is taken for none
-LEAST_BOUND = 1e-3  # of the success with drafts; a bound on plain success below this part of it is left out
-CUT = 0.5  # of the plain answers; where more are cut, the length is named first
-COPIES = 0.5  # of the refinements of wrong drafts; where more state the draft's answer, the model is said to copy
-# Of the groups of N plain answers; where fewer have a right one, and drafts are repaired, "unsolved" is named.
-SOLVED = 0.5
+CLEAR = 0.3  # mean width of the intervals of trust and repair below which an unseen effect counts as none
+LEAST_BOUND = 1e-3  # fraction of the success with drafts; a smaller bound on plain success is not reported
+CUT = 0.5  # fraction of plain answers; where surely more are cut, a reason names the length limit
+COPIES = 0.5  # fraction of refinements of wrong drafts; where surely more repeat the answer, it "copies"
 # Starts of a model that repaired (docs/study.md, part two): x, and the points of pass@1 by which iGRPO and
 # algorithm.draft_when = unsolved ended ahead of GRPO.
 OBSERVED = {
@@ -33,8 +31,8 @@ OBSERVED = {
     "critiqued": (2.5, "-52.1 ± 27.8", "+20.9 ± 29.1"),
     "dense": (168, "-52.7 ± 1.5", "-0.8 ± 0.3"),
 }
-# x from which GRPO takes off by itself. At 2.3 four runs of ten did, at 2.5 and from another start eight. If each right
-# completion of a run does it with the same probability, by the lower count 1 - exp(-0.22 x) of the runs do: 99 % at 20.
+# x from which GRPO takes off by itself. Four of ten runs did at 2.3, eight of ten from another start at 2.5. If each
+# right completion sets a run off with the same probability, the lower count gives 1 - exp(-0.22 x) of runs: 99 % at 20.
 TAKES_OFF = 20
 LATER = (
     "what is learnt after drafts need not reach the plain prompt, so keep plain answers in training "
@@ -75,7 +73,7 @@ class Conclusion:
     answer: str
     more_signal: bool | None  # at the first step, along the gradient on plain prompts; None = cannot tell
     behaviour: str  # "repairs", "copies", "ignores", "is misled" or "unclear"
-    unsolved: bool  # algorithm.draft_when = unsolved is what the study would try
+    unsolved: bool  # whether a reason recommends algorithm.draft_when = unsolved
     reasons: list[str]
 
     @property
@@ -111,7 +109,7 @@ def conclude(figures: Mapping[str, Estimate], setting: Setting) -> Conclusion:
 
 
 def behaves(figures: Mapping[str, Estimate]) -> str:
-    """Returns what the model makes of drafts, by plain answers to the same problems (`trust` and `repair`)."""
+    """Returns how the model uses drafts, compared with plain answers to the same problems (`trust` and `repair`)."""
     repair, trust, same = figures["repair"], figures["trust"], figures.get("same_wrong")
     if repair.is_known and repair.low > 0:
         return "repairs"
@@ -124,7 +122,7 @@ def behaves(figures: Mapping[str, Estimate]) -> str:
     if (
         figures["refined"].value > 0
         and sum(weight * (part.high - part.low) for weight, part in parts if weight) < CLEAR
-    ):  # NaN is not
+    ):  # False for NaN
         return "ignores"
     return "unclear"
 
@@ -188,10 +186,10 @@ def _more(figures: Mapping[str, Estimate], ratio: Estimate, setting: Setting) ->
 
 
 def _wanting(figures: Mapping[str, Estimate], ratio: float, setting: Setting) -> str:
-    """Returns how many problems would do where right answers are wanting, by `problems_needed`.
+    """Returns a text on how many problems would do where right answers are wanting, by `problems_needed`.
 
-    K answers are active in as many more problems than N + G are, where few are. Of what was never seen the upper end
-    is taken, so that more problems may be needed.
+    Where few problems are active, K answers make K / (N + G) times as many active as N + G answers do. A fraction that
+    was 0 is replaced by the upper end of its interval, so more problems may be needed.
     """
     plain, refined = figures["plain_active"], figures["refined_active"]
     of_answers = setting.samples / (setting.drafts + setting.refinements)
@@ -206,7 +204,7 @@ def _wanting(figures: Mapping[str, Estimate], ratio: float, setting: Setting) ->
 
 
 def _expected(figures: Mapping[str, Estimate], more: bool | None) -> list[str]:
-    """Returns what x, the right completions that GRPO would see, makes of more signal at the first step."""
+    """Returns the reason about x, the right completions that GRPO would see: whether it takes off by itself."""
     x = figures.get("successes", UNKNOWN)
     if not x.is_known:
         return []
@@ -262,7 +260,7 @@ def _rare(figures: Mapping[str, Estimate], setting: Setting) -> list[str]:
 
 
 def _model(figures: Mapping[str, Estimate], behaviour: str) -> list[str]:
-    """Returns what the model makes of drafts."""
+    """Returns the reason about how the model uses drafts."""
     meaning = {
         "repairs": "the model repairs",
         "copies": "the model trusts drafts, and no repair is seen",
@@ -296,7 +294,7 @@ def _needed(figures: Mapping[str, Estimate], setting: Setting) -> list[str]:
 
 
 def _transfer(figures: Mapping[str, Estimate]) -> list[str]:
-    """Returns what reliance on the draft leaves to the plain prompt."""
+    """Returns the reason about the least success on the plain prompt, given the reliance on drafts."""
     rho = figures.get("reliance")
     if rho is None or not rho.is_known:
         return []

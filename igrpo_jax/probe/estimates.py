@@ -3,12 +3,12 @@
 docs/when_drafts_pay.md explains the symbols and the formulas, which `learning.draft_signal` has. Every figure here is a
 function of means over problems, and each of these means is unbiased:
 
-1. K plain answers of a problem (K >= N + G) are seen as K sets of N drafts, those from each answer on, in a circle. The
-   fraction of sets whose kept draft is right estimates a, by whatever rule the draft is chosen.
+1. The K plain answers of a problem (K >= N + G) give K sets of N consecutive drafts, in a circle. The fraction of sets
+   whose kept draft is right estimates a, by whatever rule the draft is chosen.
 2. One right and one wrong kept draft of a problem, where it has such, are each refined G times. Their counts are
    weighted by a and 1 - a.
-3. Right drafts come from easy problems, so r and w are compared with plain answers on the same problems: those to
-   problems whose draft was right, or wrong, in each set the K - N answers that are not in it.
+3. Right drafts come from easy problems, so r and w are compared with plain answers to the same problems: for each set
+   whose kept draft is right (or wrong), with the K - N answers outside the set.
 
 Intervals are percentiles of a bootstrap over problems. Where a count is the same for all problems they are exact.
 
@@ -27,8 +27,8 @@ from igrpo_jax.learning import draft_signal
 
 RESAMPLES = 2000
 FEW = 5  # fewer active problems than this are too few for a bootstrap
-SEEN = 11.6046  # mean of a Poisson number that is FEW or more with 99 % (Garwood 1936, Biometrika 28)
-SHOWN = 1.96 + 1.28  # standard deviations of what lies so far from 0 that nine of ten 95 % intervals leave out 0
+SEEN = 11.6046  # mean of a Poisson count that is at least FEW with probability 99 % (Garwood 1936, Biometrika 28)
+SHOWN = 1.96 + 1.28  # distance from 0, in standard deviations, at which nine of ten 95 % intervals exclude 0
 NONE = -1  # a count of refinements of a draft that was not shown
 
 
@@ -45,7 +45,7 @@ class Estimate(NamedTuple):
         return not math.isnan(self.low)
 
     def times(self, factor: float) -> "Estimate":
-        """Returns it in another unit; `factor` is not negative."""
+        """Returns the estimate times `factor`, which is not negative."""
         return Estimate(self.value * factor, self.low * factor, self.high * factor)
 
 
@@ -57,7 +57,7 @@ class Counts:
     """Which answers to P problems were right."""
 
     plain: np.ndarray  # [P, K] bool, plain answers
-    kept: np.ndarray  # [P, K] bool, the draft that is kept of the N answers from each one on
+    kept: np.ndarray  # [P, K] bool, whether the draft kept of the N answers from each one on is right
     after_right: np.ndarray  # [P] int, right ones among G refinements of a right draft; NONE where none was shown
     after_wrong: np.ndarray  # [P] int, the same of a wrong draft
     drafts: int  # N
@@ -205,7 +205,7 @@ def _interval(value: float, resampled: np.ndarray, least: float, most: float, pr
 
 
 def _ratios(counts: Counts, figures: dict[str, Estimate]) -> dict[str, Estimate]:
-    """Returns the ratios of SNR^2 where few problems are active: then from bounds, which no bootstrap can give.
+    """Returns figures of SNR^2 from bounds where too few problems are active for a bootstrap, else nothing.
 
     A group of n with the probability M of a gradient has at most SNR^2 = M n / 4, whatever the scale, because k right
     ones of n have the variance k (n - k) / (n (n - 1)) <= n / (4 (n - 1)). M is bounded by the exact interval of the
@@ -241,11 +241,11 @@ def proportion_at_most(successes: int, trials: int) -> float:
 def problems_needed(plain: float, refined: float, ratio: float) -> float:
     """Returns how many problems a probe needs to tell a ratio of SNR^2 from 1 where right answers are rare.
 
-    FEW problems of each method must be active, or there is no bootstrap; of a rare event SEEN are expected then. The
-    log of the ratio of two rare proportions has the variance 1 / a + 1 / b, where a and b were counted (Katz, Baptista,
-    Azen & Pike 1978, Biometrics 34). A ratio of SNR^2 is as sure as that of the active groups, because the SNR^2 of
-    rare groups is proportional to how many are active. The log must lie SHOWN standard deviations from 0. With so few
-    counts these are rough: of 30 simulated probes of so many problems 22 to 30 tell.
+    FEW problems of each method must be active for a bootstrap; so that they surely are, SEEN must be expected. The log
+    of the ratio of two rare proportions has the variance 1 / a + 1 / b, where a and b are the counts (Katz, Baptista,
+    Azen & Pike 1978, Biometrics 34). A ratio of SNR^2 is as uncertain as that of the active groups, because the SNR^2
+    of rare groups is proportional to how many are active. The log must lie SHOWN standard deviations from 0. With so
+    few counts this is rough: of 30 simulated probes of so many problems, 22 to 30 tell.
 
     Args:
         plain, refined: fraction of the problems that are active with GRPO and with iGRPO.

@@ -1,4 +1,4 @@
-"""Do drafts teach what moves the plain prompt? Gradients of a probe compared, and how much refinements rely on drafts.
+"""Do drafts teach what moves the plain prompt? Compares gradients, and tells how much refinements rely on drafts.
 
 Three gradients of each problem, of the objective that config.algorithm names, for accuracy alone:
 
@@ -7,14 +7,14 @@ Three gradients of each problem, of the objective that config.algorithm names, f
     credited   the right ones among the same refinements, with the same advantages, scored under the plain prompt as
                algorithm.refine_credit = "plain" trains on them: with p / (p + credit_gamma) for their tokens
 
-The cosine is that of their means over all problems of the kind, not over those that were asked, whose noise would pull
-it towards 0: products of the gradients of two different problems have no common noise, so their mean is an unbiased
-estimate of the product of the means.
+The cosine is that of the expected gradients, not of the means over the measured problems, whose noise would pull it
+towards 0: the gradients of two different problems have no common noise, so the mean of their products is an unbiased
+estimate of the product of the expected gradients.
 
-A gradient is as large as the model, so a sketch of it is kept: WIDTH sums over all parameters with random signs
-(Charikar, Chen & Farach-Colton 2002). It keeps the product of two gradients up to about 1 / sqrt(WIDTH) = 0.4 % of the
-product of their lengths. Each problem has a file, and a second start computes what is missing. Reliance needs no
-gradient, so several problems are scored together.
+A gradient is as large as the model, so only a sketch of it is kept: each value is added, with a random sign, to one of
+WIDTH sums (Charikar, Chen & Farach-Colton 2002). It keeps the product of two gradients up to about 1 / sqrt(WIDTH) =
+0.4 % of the product of their lengths. Each problem has a file, and a second start computes what is missing. Reliance
+needs no gradient, so several problems are scored together.
 
 Legend: P problems.
 """
@@ -48,7 +48,7 @@ from igrpo_jax.storage.writing import write_bytes
 
 KINDS = ("plain", "refine", "credited")
 DRAFTS = ("right", "wrong")
-WIDTH = 65_521  # a prime, so that no row of a weight comes to lie on another
+WIDTH = 65_521  # a prime, so that the rows of a weight do not line up in the sums
 FOLDER = "gradients"
 
 
@@ -177,8 +177,8 @@ def reliance_units(problem: Answered) -> dict[str, tuple[Unit, Unit]]:
 def learner_config(config: Config) -> Config:
     """Returns the settings of a learner that computes the gradient of one problem, at the policy that sampled it.
 
-    It is that of the objective alone, without the terms and the departures from the paper that are off by default, but
-    for algorithm.refine_credit, whose units are marked.
+    It is the gradient of the objective alone, without the terms and the departures from the paper that are off by
+    default, except algorithm.refine_credit, whose units are marked.
     """
     base = AlgorithmConfig()
     neutral = (
@@ -219,10 +219,10 @@ def _unit(
 
     Args:
         factor: what its advantages are multiplied by.
-        is_credit: the completions were sampled after another prompt: the right ones are taken, and shaped.
+        is_credit: the completions were sampled after another prompt: only right ones are kept, and they are `shaped`.
     """
     right = np.array([completion.score.is_right for completion in completions])
-    # A divisor that is the same for all groups does not turn the gradient.
+    # A divisor that is the same for all groups does not change the direction of the gradient.
     scale = "none" if algorithm.scale_rewards == "batch" else algorithm.scale_rewards
     advantage = factor * objectives.group_advantages(right[None].astype(np.float32), scale, algorithm.baseline)[0]
     lengths = np.array([len(completion.tokens) for completion in completions])
@@ -237,7 +237,7 @@ def _unit(
 
 
 def sketch(grads: Mapping[str, jax.Array]) -> np.ndarray:
-    """Returns WIDTH sums [WIDTH] float32 over all values of `grads`, each with a random sign of its own.
+    """Returns WIDTH sums [WIDTH] float32 of the values of `grads`; each value enters one sum, with a random sign.
 
     The signs are the same in every call.
     """
@@ -247,7 +247,7 @@ def sketch(grads: Mapping[str, jax.Array]) -> np.ndarray:
 
 @jax.jit
 def _sums(values: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns WIDTH sums of `values` with random signs, [WIDTH] float32; it is compiled once for each shape."""
+    """Returns the WIDTH sums of one array, [WIDTH] float32; it is compiled once for each shape."""
     rows = -(-values.size // WIDTH)
     bits = jax.random.bits(key, (rows * WIDTH,), jnp.uint8)
     padded = jnp.pad(values.astype(jnp.float32).ravel(), (0, rows * WIDTH - values.size))
@@ -255,11 +255,11 @@ def _sums(values: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def cosine(first: np.ndarray, second: np.ndarray) -> Estimate:
-    """Returns the cosine of the means of two gradients over all problems, from those of P problems, [P, number] each.
+    """Returns the cosine of two expected gradients, estimated from the gradients of P problems, [P, number] each.
 
     It is unknown where fewer than FEW problems have one of the gradients, or where one of the means is lost in its
-    noise. The interval is a bootstrap over problems; where a mean is lost in more than one of forty resamples, it has
-    all values.
+    noise. The interval is a bootstrap over problems; where a mean is lost in more than one of forty resamples, it is
+    -1 to 1.
     """
     if min(np.count_nonzero(x.any(axis=1)) for x in (first, second)) < FEW:
         return UNKNOWN
@@ -279,7 +279,7 @@ def cosine(first: np.ndarray, second: np.ndarray) -> Estimate:
 
 
 def _products(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns the sum of products of two different problems, as they are and for each row of `weights`, [1 + B]."""
+    """Returns weighted sums of products of two different problems: equal weights, then rows of `weights`, [1 + B]."""
     gram = first.astype(np.float64) @ second.T.astype(np.float64)
     np.fill_diagonal(gram, 0.0)
     every = np.concatenate([np.full((1, len(gram)), 1 / len(gram)), weights])

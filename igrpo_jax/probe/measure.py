@@ -1,4 +1,4 @@
-"""Measures a model on its problems: opens what that needs, draws answers and gradients, and draws the conclusion."""
+"""Measures a model on its problems: starts its parts, draws answers, computes gradients, and concludes."""
 
 import contextlib
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class ProbeTask:
     """What is measured, of which model."""
 
     task: Task
-    run: Path | None  # the folder of the run that the model is of; None for a model that is no run's
+    run: Path | None  # folder of the run whose model this is; None for other models
     step: int | None  # the step of the run's checkpoint
     problems: int  # at most
     samples: int  # K, plain answers to each

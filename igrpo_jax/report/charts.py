@@ -17,7 +17,7 @@ from igrpo_jax.report.figures import RUNS, labels, smoothing
 from igrpo_jax.report.plots import Line, Panel
 from igrpo_jax.report.runs import Curve, RecordedRun
 
-POINTS = 4000  # of a line at most; of a longer one each stretch of steps is shown by its most unusual step
+POINTS = 4000  # the most of a line; a longer one shows one step for each stretch, the one farthest from its median
 
 
 def write(path: Path, sections: dict[str, list[Panel]], runs: Sequence[RecordedRun]) -> None:
@@ -61,7 +61,7 @@ def _points(panel: Panel, line: Line, run: RecordedRun) -> dict[str, Any]:
 
 
 def thinned(values: np.ndarray, most: int) -> np.ndarray:
-    """Returns rising places in `values` [S], at most `most`: of each stretch that farthest from its median."""
+    """Returns at most `most` rising indices of `values` [S]: in each stretch, the value farthest from its median."""
     if len(values) <= most:
         return np.arange(len(values))
     edges = np.linspace(0, len(values), most + 1).astype(int)

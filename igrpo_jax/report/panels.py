@@ -49,7 +49,7 @@ def _file_name(name: str) -> str:
 def panels(runs: Sequence[RecordedRun]) -> dict[str, list[Panel]]:
     """Returns by section the panels that have data in at least one run. The solve rate comes first.
 
-    Every metric of the runs is in a panel: the last section has those that no other panel shows.
+    Every metric of the runs but AXES is in a panel: the last section has those that no other panel shows.
     """
     benchmarks = sorted({name for run in runs for name in run.benchmarks})
     rewards = sorted({match[1] for run in runs for name in run.metrics if (match := REWARD.fullmatch(name))})

@@ -17,7 +17,7 @@ from igrpo_jax.evaluation import comparison
 from igrpo_jax.outputs.alerts import alerts, is_watched
 from igrpo_jax.report.runs import Curve, RecordedRun, counted
 
-CHANCE = 0.05  # p-value of the sign test below which a change is taken for one
+CHANCE = 0.05  # p-value of the sign test below which a change counts as real
 ENDS = 0.1  # fraction of a run's steps at either end whose means are compared
 
 
@@ -49,7 +49,7 @@ class Summary:
     facts: list[str]
     conclusion: Conclusion
     changes: list[Change]
-    over: str  # over which steps the first and the last numbers are means
+    over: str  # says over which steps the first and the last numbers are averaged
     alerts: list[str]
 
 

@@ -4,7 +4,8 @@
     batch = Batch(size)                         # one for each request
     futures = calls.submit(candidate, batch)    # of an Outcome, one for each function; its value is a Graded
 
-Each function is called for itself, with its own deadline, so that one that fails or is slow spoils no other's values.
+Each function is called separately, with its own deadline, so that a failing or slow one does not disturb the others;
+but a completion on which any function fails scores 0 on everything (`verifier`).
 The completions are in the order of the sample ids, so what a function sees does not depend on which completion was
 drawn first. A resumed run calls it with the same batches.
 
@@ -181,7 +182,7 @@ def rehearse(
         The values by function, batch and completion; NaN where a function gave None.
 
     Raises:
-        InputError: a function failed, took too long, or returned what is no number.
+        InputError: a function failed, took too long, or returned something that is not a number.
     """
     preload = tuple(reward.module for reward in rewards)
     with (

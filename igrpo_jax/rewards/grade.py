@@ -111,10 +111,10 @@ def run(source: Path, target: Path, workers: int, timeout: float) -> None:
 
 @contextlib.contextmanager
 def _written(target: Path) -> Iterator[TextIO]:
-    """Opens a text that becomes the file `target`, or the one that this links to, when the block ends without an error.
+    """Opens a temporary file that replaces `target`, or the file it links to, when the block ends without an error.
 
-    A pipe or a device is written to at once, since it cannot be replaced. So is /dev/stdout where it stands for a file:
-    the shell has opened that, and may write more.
+    A pipe or a device is written to directly, since it cannot be replaced. So is /dev/stdout where it stands for a
+    file: the shell has opened that, and may write more.
     """
     if target.exists() and (not target.is_file() or target.is_relative_to("/dev")):
         with target.open("a", encoding="utf-8") as out:

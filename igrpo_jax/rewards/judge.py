@@ -53,7 +53,7 @@ class Judgement:
     score: float | None  # within 0 and 1; None = no verdict
     detail: str = ""  # why there is no verdict
     cached: bool = False  # the verdict came from the file, or from an identical submission in flight
-    requests: int = 0  # that were sent for this submission, retries included
+    requests: int = 0  # sent for this submission, retries included
     seconds: float = 0.0  # wall time since the submission
 
 

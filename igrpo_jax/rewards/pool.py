@@ -230,8 +230,8 @@ class Pool:
 def _without_interrupts() -> Iterator[None]:
     """Keeps Ctrl-C from the processes and threads that the block starts; this thread gets it when the block ends.
 
-    A terminal sends SIGINT to the workers too, which would print the traceback of whatever they import. Pebble makes
-    them ignore it, but not before that; and its threads, which replace workers, are started here as well.
+    A terminal sends SIGINT to the workers too, and each would print a traceback while it imports `__main__`: pebble
+    makes workers ignore SIGINT only after that. Pebble's threads, which replace workers, are started here as well.
     """
     resource_tracker.ensure_running()  # its own start would let the signal through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -1,4 +1,4 @@
-"""What a worker computes of one completion alone: its rewards by rules, their weights, and their sum.
+"""What a worker computes from one completion alone: its rewards by rules, their weights, and their sum.
 
     accuracy   the stated answer equals the reference answer                           0 or 1
     format     one think block, then one answer block, nothing else                    0 or 1
@@ -20,7 +20,7 @@ from igrpo_jax.rewards.mathematics import grader
 
 @dataclass(frozen=True)
 class Rules:
-    """The rewards that a worker computes of one completion alone, and their weights in the sum."""
+    """The rewards that a worker computes from one completion alone, and their weights in the sum."""
 
     weights: dict[str, float]  # of the rewards in use, by name; without the judge and custom rewards
     limit: int = 0  # the most tokens that a completion may have, for the over-long penalty
@@ -64,7 +64,7 @@ def score(candidate: Candidate, rules: Rules) -> Score:
 def total(partial: Score, weights: dict[str, float]) -> Score:
     """Returns `partial` with its reward: the weighted sum of what was not skipped, or NaN where all was skipped.
 
-    A reward of weight 0 does not count as one, so that it alone is no verdict.
+    A reward of weight 0, which only a custom one can have, does not count: it alone is no verdict.
     """
     counting = {name: weight for name, weight in weights.items() if weight}
     known = {name: value for name, value in partial.rewards.items() if name in counting and not math.isnan(value)}

@@ -1,18 +1,19 @@
-"""The verifier: computes the rewards of completions. Trainer and evaluation use this module of the folder.
+"""The verifier: computes the rewards of completions. The trainer and the evaluation grade through this module.
 
     with Verifier(config.rewards, limit=config.rollout.max_completion_length) as verifier:
         futures = [verifier.submit(candidate) for candidate in …]   # returns at once
         scores = [future.result() for future in futures]            # never raises
     check_errors(scores, config.rewards.max_error_fraction)         # raises: no silent zeros
 
-The reward is the weighted sum of the rewards in use. A reward of weight 0 is neither computed nor reported.
+The reward is the weighted sum of the rewards in use. A reward of weight 0 is neither computed nor reported, except a
+custom one, which is computed and reported but adds nothing.
 
     (rules)    accuracy, format and overlong, which a worker computes (`rules`)        see there
-    (custom)   functions of the user, under their own names, of all completions at once any number, or None
+    (custom)   functions of the user, by name, called with all completions at once     any number, or None
     judge      a model behind an OpenAI-compatible endpoint                            0 to 1, or none
 
 A grading that failed or exceeded its deadline scores 0 on everything, and its status says so. Where the judge gives no
-verdict, or where every reward is a custom None, there is no reward at all: it is NaN with the status "invalid".
+verdict, or where all rewards are custom and all returned None, the reward is NaN and the status "invalid".
 
 Not here: what an answer is and when two are equal (`mathematics.grader`), processes and deadlines (`pool`), calls
 of the user's functions (`custom`), requests to the judge and the file of its verdicts (`judge`). No jax.
@@ -97,7 +98,7 @@ class Verifier:
         rewards = custom_rewards(settings, answer_column)
         self._weights = self._rules.weights | {reward.name: reward.weight for reward in rewards}
         self._judge_weight = settings.judge.weight
-        self._is_closed = False  # gradings without a result are then given up, which is no fault
+        self._is_closed = False  # failures of the gradings that `close` gives up are not logged
         self._judge: Judge | None = None
         self._judgements: list[Judgement] = []
         if settings.judge.weight:
@@ -127,8 +128,8 @@ class Verifier:
         """Returns a future of the Score. Does not block; the future never raises: see Score.status.
 
         Args:
-            batch: of the candidate's request; None makes a batch of one. Only custom rewards read it: with one, no
-                future of the batch is done before all its completions were submitted.
+            batch: of the candidate's request; None makes a batch of one. Only custom rewards read it: where there is
+                one, no future of the batch is done before all its completions were submitted.
         """
         graded = self._grade(candidate, self._rules)
         if self._custom:

@@ -85,7 +85,7 @@ _INTEGERS = "\\in \\mathbb {Z}"
 
 
 def _renamed(tokens: list[Token], parameter: str) -> list[Token]:
-    """Returns tokens with k for the parameter of which `n \\in \\mathbb{Z}` says that it is any integer."""
+    """Returns tokens with k in place of the parameter, such as the n of `n \\in \\mathbb{Z}`, that is any integer."""
     if len(parameter) != 1 or any("k" in token.text for token in tokens if token.kind == "letters"):
         return tokens
     return [t._replace(text=t.text.replace(parameter, "k")) if t.kind == "letters" else t for t in tokens]
@@ -108,7 +108,7 @@ def _systems(tokens: list[Token], nested: int) -> list[Node]:
 
 
 def _signs(tokens: list[Token]) -> list[list[Token]]:
-    """Returns the readings of ± outside of sets. Each ± has its own sign, but with ∓ all have one, and ∓ the other."""
+    """Returns the readings of ± outside of sets. Each ± has its own sign; with a ∓, all ± agree and ∓ is opposite."""
     if not any(token.text in ("pm", "mp") for token in tokens):
         return [tokens]
     depths = itertools.accumulate(token.is_in(("\\{",)) - token.is_in(("\\}",)) for token in tokens)

@@ -272,7 +272,7 @@ _TIME = re.compile(r"\d?\d:[0-5]\d(:[0-5]\d)?")
 
 
 def _hours(time: Ratio) -> set[Fraction]:
-    """Returns the hour of a time as it stands there and from 0 to 23: 3 and 15 for 3:30 p.m."""
+    """Returns the hour of a time as written and, with a.m. or p.m., from 0 to 23: 3 and 15 for 3:30 p.m."""
     first = _values(time)[0]
     hour = first and first.constant()
     if hour is None:

@@ -28,7 +28,7 @@ MAX_TERMS = 100  # of a polynomial
 MAX_BITS = 150_000  # of a numerator or denominator; 10000! has 118,458
 DIGITS = 330  # with which opaque symbols are evaluated
 CLOSE = 300  # digits in which equal values agree
-LARGE = 1e100  # beyond which numbers are not compared so
+LARGE = 1e100  # beyond which numbers are not compared by their digits
 
 
 class NoValue(ArithmeticError):
@@ -239,8 +239,8 @@ def approximate(value: Value) -> complex | None:
 def _same_numbers(a: Value, b: Value) -> bool | None:
     """Returns whether the numbers of two values are equal, None where that is not certain.
 
-    Values with free symbols or with a `log` of unknown base are never certain to be equal. They differ where they do
-    at two points.
+    Values with free symbols or with a `log` of unknown base are never certain to be equal. They are different if they
+    differ at both of two points.
     """
     if (closed := _close(a, b, None)) is not None:
         return closed
@@ -269,10 +269,10 @@ def _context():
 
 
 def _evaluated(value: Value, point: int | None) -> tuple:
-    """Returns (value, the size of its largest parts, to which rounding errors are relative), of mpmath.
+    """Returns mpmath's (value, sum of the sizes of its terms, to which rounding errors are relative).
 
     `point` selects positive numbers for free symbols, and whether `log` is the natural one (0) or that to base 10 (1).
-    Raises ArithmeticError, or ValueError for an unknown function, and without a point for all that needs one.
+    Raises ArithmeticError; ValueError for an unknown function, or where `point` is None but needed.
     """
     top, top_scale = _sum(value.numerator, point)
     bottom, bottom_scale = _sum(value.denominator, point)

@@ -61,7 +61,7 @@ _LONGEST_LEAD = 60  # characters between the formula's beginning and "answer"
 _CLOSINGS = {"$": "$", "$$": "$$", "\\[": "\\]", "\\(": "\\)"}
 _IN_BOX = re.compile(rf"\s*({_TEXT})?\s*{_LEAD}[Aa]nswer\s{{0,4}}(?:is\b|:|=)\s*:?\s*(\}})?")
 
-# Words between "the answer is" and the answer, words that are none, and words about an answer that was given before.
+# Words between "the answer is" and the answer, words that are no answer, and words about one that was given before.
 _FILLERS = re.compile(
     r"(?:\s*(?:indeed|therefore|thus|hence|simply|just|clearly|obviously|then|now|actually|definitely|really|certainly"
     r"|also|again|still|exactly|precisely|equal to|given by|as follows|for sure|of course"

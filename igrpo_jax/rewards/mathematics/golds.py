@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 ANY_OF = "any of "  # begins the text of several reference answers, any of which is right
-MAX_WORDS = 8  # of a gold; more is prose that no answer repeats
+MAX_WORDS = 8  # of a gold; a longer one is prose that no answer repeats
 
 _QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _ITEM = rf"(?:{_QUOTED}|[-+]?\d[\d./]*)"

@@ -77,7 +77,7 @@ def grade(text: str, gold: str) -> tuple[float, str | None, str]:
 
 
 def accepts_itself(gold: str) -> bool:
-    """Returns whether any answer can be right: `\\boxed{gold}` is, and the gold is not prose. Not for model text."""
+    """Returns whether any answer can equal the gold: it is no prose, and `\\boxed{gold}` does. Not for model text."""
     answers_of_gold = map(golds.printed_list, golds.alternatives(gold))
     return any(not golds.is_prose(answer) and _is_right_for_itself(answer) for answer in answers_of_gold)
 
@@ -107,7 +107,7 @@ def classes(predictions: Collection[str | None]) -> list[int]:
 
 
 def warm_up() -> None:
-    """Prepares imports and tables of the first use, which take seconds. Each worker calls this once."""
+    """Does the imports and builds the tables of the first use, which takes seconds. Each worker calls this once."""
     symbolic.warm_up()
 
 

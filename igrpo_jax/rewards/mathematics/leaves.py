@@ -28,7 +28,7 @@ def based(tokens: list[Token], _: int) -> Node | None:
         number = int(match[1] + match[2], base or 1)
     except ValueError:  # a digit that the base lacks, or not a base
         return Words(latex(tokens), match[0])
-    text = latex(tokens)  # words that are read have no capitals, so that none equal these
+    text = latex(tokens)  # words of prose are in lower case, so none equal these
     digits = Words(text, f"BASED {number}")
     return Choice(text, Leaf(text, Value.number(number)), digits) if base == 10 else digits
 

@@ -106,7 +106,7 @@ def without(text: str, base: Node, points: Node) -> Region | None:
 
 
 def _joined(text: str, name: str, regions: list[Region], join: Callable[[set, set], set]) -> Region | None:
-    """Returns what `join` makes of the regions, in order; None for the empty set.
+    """Returns the regions combined by `join`, in order; None if the result is empty.
 
     The n different ends cut the real line into cells: cell 2k + 1 is end k, the even cells lie between and outside.
     """

@@ -51,7 +51,7 @@ def _ascii(source: str) -> str:
 _GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _SINGLE = r"(\d|[A-Za-z]|\\(?:pi|theta|alpha|beta|lambda|phi|omega|mu)(?![A-Za-z]))"  # an argument without braces
 _SEPARATED = re.compile(r"(?<=\d)[ ]?(?:\{[ ]?,[ ]?\}|,[ ]?\\!)(?:\\!|[ ])*(?=\d)")
-# What is not seen or changes only the look, and what it becomes.
+# Patterns for what is invisible or changes only the look, and their replacements.
 _LOOKS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (

@@ -20,7 +20,7 @@ MAX_EXPONENT = 10_000  # integer exponents, factorials and binomials beyond this
 _EXPONENT = re.compile(r"\^\s*\{?\s*[({]*\s*-?(\d+)")
 _FACTORIAL = re.compile(r"(\d+)\s*[)}]*\s*!")
 _SUM = re.compile(r"\\[dt]?binom|\\Gamma|\\zeta|\\prod|\\sum|\\int")
-# Needs all digits of its argument, or its factors.
+# Functions that need all digits of their argument, or its factors.
 _COSTLY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|sqrt)|\^\{?\\frac")
 _DIGITS = re.compile(r"\d+")
 # What math-verify ignores, so that 5, \ldots would be 5; and what has no place in mathematics.
@@ -85,7 +85,7 @@ def _verified(a: str, b: str) -> bool:
     import latex2sympy2_extended  # these import sympy
     import math_verify
 
-    # It warns once that nothing stops a slow parse. The pool does.
+    # It warns once that nothing stops a slow parse, but the pool's deadline does.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     # Its own removal of units would read 3m as 3.

@@ -17,7 +17,7 @@ from igrpo_jax.rewards.mathematics.spoken import NUMBER_WORDS, OPERATION_WORDS
 
 
 class Unit(NamedTuple):
-    """What is measured or counted, as powers of base units or as a noun, and how many of those one unit is."""
+    """What is measured or counted, as powers of base units or as a noun, and how many of these make up the unit."""
 
     name: str
     scale: Fraction
@@ -104,7 +104,7 @@ def known(word: str) -> tuple[Fraction, dict[str, int]] | None:
 def read(text: str, is_single: bool = False) -> Unit | None:
     """Returns the unit that the words after a number name, None where they may change the number or name nothing.
 
-    Behind a single thing (1, a fraction, a percentage) the noun may be in the singular: "of the cake".
+    With `is_single` (after 1, a fraction or a percentage) the noun may be in the singular: "of the cake".
     """
     text = _FILLERS.sub(" ", _HALF_OF_DAY.sub(r"\1m", _COMMANDS.sub(" ", text.replace("\\mu ", "μ"))))
     text = TEMPERATURE.sub(lambda match: "celsius" if match[1] else "fahrenheit", _QUOTIENT.sub("}/{", text))
