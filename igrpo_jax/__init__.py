@@ -1,6 +1,6 @@
 """iGRPO (arXiv 2602.09000) in JAX and Flax: two-stage, self-feedback reinforcement learning for reasoning models.
 
-From Python, in a notebook or a program, five functions do what the commands do, which call the same ones:
+From Python, in a notebook or a program, five functions do what the commands do; the commands call them too:
 
     from igrpo_jax import load_config, train_model, evaluate_model, generate_answers, make_report
 

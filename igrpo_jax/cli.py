@@ -1,4 +1,4 @@
-"""What every command shares: it turns flags into a checked configuration, and errors into one line and an exit code.
+"""What all commands share: turning flags into a checked configuration, and errors into one line and an exit code.
 
 Exit codes: 0 done, 1 the run failed, 2 bad input, 3 does not fit (aot), 75 preempted (the same command goes on), 130
 interrupted. Nothing here imports jax at module level: the verifier's workers import the main module again.
@@ -63,7 +63,7 @@ def parse_config(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[Co
 
 CONFIG_FLAG = "Python file whose get_config() returns igrpo_jax.config.default(), with its own settings"
 
-# Flags of a process among several. Slurm, Open MPI and TPU pods need none of them: they tell JAX themselves.
+# Flags of a process among several. Slurm, Open MPI and TPU pods need none of them: JAX reads these values from them.
 CLUSTER = {
     "coordinator": "HOST:PORT of process 0, where the processes meet",
     "processes": "number of processes that run together",
@@ -132,7 +132,7 @@ def read_flags(argv: list[str], values: flags.FlagValues, text: str, example: st
     except flags.Error as error:
         raise InputError(_flag_error(error, values)) from error
     if values.help:
-        # absl adds to the text of a flag that may be repeated.
+        # absl appends a note to the text of a flag that may be repeated.
         _print_help(text.strip(), {name: values[name].help.partition(";\n")[0] for name in values if len(name) > 1})
         raise SystemExit(0)
     if len(rest) > 1:
@@ -221,7 +221,7 @@ def _print_help(text: str, meanings: Mapping[str, str]) -> None:
 
 
 def _last_value(argv: list[str], name: str) -> str | None:
-    """Returns what `argv` gives last for a flag, which counts as with every flag; None where it is not given."""
+    """Returns the last value that `argv` gives for a flag, which is the one that counts; None if it is not given."""
     value = None
     for i, argument in enumerate(argv):
         if match := re.fullmatch(rf"--?{name}(?:=(.*))?", argument):
@@ -261,8 +261,8 @@ def _unknown_flag(name: str, known: list[str]) -> str:
 def run(command: Callable[[list[str]], None]) -> None:
     """Runs `command(sys.argv)`, and ends the process with an exit code where it fails.
 
-    Errors that need no traceback are one line. All others show theirs; below that of an error of JAX, one line names
-    the phase in which it came and what to change.
+    Errors that need no traceback are printed as one line. All others are printed with their traceback; below that of an
+    error of JAX, one line names the phase in which it occurred and what to change.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.unraisablehook = _not_raised
@@ -271,7 +271,7 @@ def run(command: Callable[[list[str]], None]) -> None:
         if sys.stdout:  # None where the command was started with a stdout that is closed
             sys.stdout.flush()
     except BrokenPipeError:
-        # Else Python would try again at its end to write what is left, and complain of that.
+        # Else Python would try again at exit to write what is left, and report another error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _leave(_say(f"stdout was closed by the command that it is piped into; {GOES_ON}", 1))
     except InputError as error:
@@ -281,9 +281,9 @@ def run(command: Callable[[list[str]], None]) -> None:
     except preemption.Preempted as error:
         _leave(_say(f"{error}; the same command goes on from there", preemption.EXIT_CODE))
     except KeyboardInterrupt as error:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends exit handlers that wait
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends exit handlers that wait
         code = _say(f"interrupted; {GOES_ON}", 130)
-        if isinstance(error.__context__, KeyboardInterrupt):  # it came while the first one's clean-up was waiting
+        if isinstance(error.__context__, KeyboardInterrupt):  # this is the second, during the clean-up of the first
             os._exit(code)
         _leave(code)
     except Exception as error:
@@ -299,7 +299,7 @@ GOES_ON = "the same command goes on from what was saved, if something was"
 def _not_raised(unraisable: Any) -> None:
     """Repeats a Ctrl-C that came where Python drops every exception, and reports other such errors as Python does.
 
-    Destructors are such places, and callbacks of the garbage collector, of which jax has one.
+    Such places are destructors and callbacks of the garbage collector; jax has one of the latter.
     """
     if unraisable.exc_type is KeyboardInterrupt:
         threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()

@@ -1,10 +1,10 @@
 """Evaluates a model: `python -m igrpo_jax.evaluate --config configs/X.py --model MODEL --benchmarks a,b --workdir OUT`.
 
 MODEL is the folder of a run (its newest checkpoint, or that of --step N), a Hugging Face directory or a hub id.
---samples K, --rounds R and --benchmarks stand for the fields of `evaluation` of those names; --config may be left out.
+--samples K, --rounds R and --benchmarks set the fields of these names in `evaluation`; --config may be left out.
 The same command goes on where it was killed, and --compare A,B compares two such OUTs instead.
 
-jax is imported inside `main` only: the verifier's worker processes import this module too.
+jax is imported inside functions only: the verifier's worker processes import this module too.
 """
 
 import contextlib

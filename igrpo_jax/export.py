@@ -71,8 +71,8 @@ def export(
         private: whether that is made private, if it is new.
 
     Raises:
-        InputError: no such run or checkpoint; `out` is there already; `adapter` without LoRA, or with a `dtype`; a
-            repository that may not be written to.
+        InputError: no such run or checkpoint; `out` is neither new nor empty; `adapter` without LoRA, or with `dtype`;
+            a repository that may not be written to.
         RunError: the hub can't be reached.
     """
     workdir = path_of(f"--workdir {workdir}", workdir)

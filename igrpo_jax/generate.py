@@ -1,11 +1,11 @@
 """Answers questions, to try a model by hand: `python -m igrpo_jax.generate --model MODEL --prompt "What is 7 * 8?"`.
 
-MODEL is the folder of a run, a Hugging Face directory or a hub id. --prompts FILE reads questions from a file: one a
-line of a .txt, or a column of JSON Lines, CSV, JSON or Parquet. --samples K answers each K times; --rounds 1 refines
-as well: of the first `evaluation.drafts` answers the majority's is put into the prompt as a draft. How answers are
-drawn is config.evaluation's temperature, top_p and max_completion_length.
+MODEL is the folder of a run, a Hugging Face directory or a hub id. --prompts FILE reads questions from a file: the
+lines of a .txt, or a column of JSON Lines, CSV, JSON or Parquet. --samples K answers each K times; --rounds 1 refines
+as well: an answer of the majority among the first `evaluation.drafts` is put into the prompt as a draft. The settings
+temperature, top_p and max_completion_length of config.evaluation say how answers are drawn.
 
-jax is imported inside `main` only: the verifier's worker processes import this module too.
+jax is imported inside functions only: the verifier's worker processes import this module too.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ FLAGS = {
     "rounds": "rounds of draft -> refine after the first answers; default: 0",
     "step": "step of the checkpoint that answers, where --model is a run; default: the newest",
 }
-NAME = "prompts"  # the name under which the questions are a benchmark
+NAME = "prompts"  # the name of the benchmark that the questions form
 
 
 def main(argv: list[str]) -> None:

@@ -95,7 +95,7 @@ def _checked(tree: Any, overrides: Mapping[str, Any], file: str | None) -> Confi
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Loads a module and leaves no compiled file beside it, which would be stale where an edit keeps time and size."""
+    """Loads a module without leaving a compiled file, which would be stale after an edit that keeps time and size."""
 
     def set_data(self, path: str, data: Any, **_: Any) -> None:
         """Writes nothing."""
@@ -126,7 +126,7 @@ def _tree_of_file(file: str) -> ml_collections.ConfigDict:
 
 
 def _file_error(error: BaseException, file: str, path: str) -> str:
-    """Returns what went wrong in a config file as one line: the file, the line, and what stands there."""
+    """Returns what went wrong in a config file as one line: the file, the line number, and the line itself."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:
         lines, text = [error.lineno], f"{type(error).__name__}: {error.msg}"
@@ -180,7 +180,7 @@ def _tuple(setting: Setting, path: str, text: str) -> tuple:
 
 
 def _scalar(kind: type, text: str) -> Any:
-    """Returns a text as a bool, an int, a float or itself; None where it is none."""
+    """Returns a text as a value of type `kind`; None if it does not spell one."""
     if kind is bool:
         return {"true": True, "false": False}.get(text.strip().lower())
     try:
@@ -190,7 +190,7 @@ def _scalar(kind: type, text: str) -> Any:
 
 
 def _literal(text: str) -> Any:
-    """Returns the value that Python writes as `text`, None where it writes none so."""
+    """Returns the value of a Python literal; None if `text` is not one."""
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -1,7 +1,8 @@
-"""The structs that travel through a step: Prompt -> Completion -> Group. No logic but derived facts.
+"""The structs that travel through a step: Prompt -> Completion -> Group. They have no logic except derived facts.
 
 Token ids are plain int32 numpy arrays on the host until the update; nothing sampled is ever decoded and re-encoded on
-its way to a loss. Lengths, not pad ids, say which tokens are real. Nothing here imports jax: verifier workers read it.
+its way to a loss. Lengths, not pad ids, say which tokens are real. Nothing here imports jax, because verifier workers
+import this module.
 """
 
 import math
@@ -75,7 +76,7 @@ class Completion:
     """One sampled answer: a draft (Stage 1), a refinement or a verification (Stage 2), or one of an evaluation."""
 
     stage: str  # "draft", "refine" or "verify" in a rollout, "eval" in an evaluation
-    sample_id: int  # 0..N-1 or 0..G-1 within its prompt; below N G where every draft is refined (draft_selection)
+    sample_id: int  # 0..N-1 or 0..G-1 within its prompt; below N * G where every draft is refined (draft_selection)
     tokens: np.ndarray  # [T] int32, the EOS included where the model ended by itself
     logprobs: np.ndarray  # [T] float32, of each token under the sampler at the sampling temperature, in nats
     finished: bool  # ended by an EOS token, not by the length limit

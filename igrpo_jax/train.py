@@ -33,9 +33,9 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
     """Runs or resumes the training that `config` describes in `workdir`.
 
     Args:
-        on_step: called after each step, when it is reported and saved, with its number and its metrics
-            (docs/metrics.md), among them the scores of an evaluation after it. An error that it raises ends the run,
-            which can be resumed.
+        on_step: called after each step has been reported and saved, with its number and its metrics (docs/metrics.md),
+            which include the scores of an evaluation after it. An error that it raises ends the run, which can be
+            resumed.
 
     Raises:
         InputError: something in `config` or what it names is wrong, or `workdir` holds another run.

@@ -30,7 +30,7 @@ FLAGS = {
     "slices": "how many such slices, which the data center's network (DCN) connects; default: 1",
 }
 DOES_NOT_FIT = 3  # exit code
-PRACTICAL = 1 / 3  # mean length of completions over the limit, as math problems with a generous limit have it
+PRACTICAL = 1 / 3  # mean length of completions relative to the limit, typical of math problems with a generous limit
 
 # Columns of the table of programs.
 COLUMNS = (
@@ -121,7 +121,7 @@ def _row(footprint: "Footprint", part: "ProgramFootprint") -> list[str]:
 
 
 def step_lines(footprint: "Footprint") -> list[str]:
-    """Returns the lines of the least time of the longest step and of its parts, and of a step of practical lengths."""
+    """Returns lines with the least time of the longest step, of its parts, and of a step with practical lengths."""
     parts, practical = footprint.step(), footprint.step(PRACTICAL)
     total, usual = (sum(seconds for seconds, _ in of.values()) for of in (parts, practical))
     longest = footprint.config.rollout.max_completion_length
@@ -134,7 +134,7 @@ def step_lines(footprint: "Footprint") -> list[str]:
 
 
 def traffic_lines(footprint: "Footprint") -> list[str]:
-    """Returns the lines of what a step brings to each chip: the weights to sample with, and what other slices send."""
+    """Returns lines on what each chip receives in a step: the weights to sample with, and data of other slices."""
     calls, received = sum(sync.calls for sync in footprint.syncs), footprint.weights_received / 1e9
     lines = [f"weights to sample with: {calls} calls of their programs, {received:.3g} GB to each chip in a step"]
     if footprint.slices > 1:

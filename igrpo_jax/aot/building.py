@@ -42,7 +42,7 @@ def build(footprint: Footprint, progress: Progress) -> None:
 
 
 def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
-    """Returns, for each program of a run, the bytes that lie on each device beside its arguments while it runs."""
+    """Returns, for each program of a run, the bytes that lie on each device besides its arguments while it runs."""
     learner, sampler = footprint.learner.programs, footprint.sampler
     training = learner.waiting_bytes
     resting = overview.resting_bytes(footprint.config, footprint.mesh, footprint.learner)
@@ -51,7 +51,7 @@ def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
         learner.accumulate: training.accumulate,
         learner.rescore: training.rescore,
         learner.apply: training.apply,
-        # The arguments are a part of the training state, and the output is one of the weights.
+        # Its arguments and its output are already counted in the training state and in the weights.
         **{sync.program: resting + weights - sync.held for sync in footprint.syncs},
         sampler.empty: resting + weights,
         sampler.harvest: resting + weights,
@@ -81,7 +81,7 @@ def _compile(part: ProgramFootprint, lowered: jax.stages.Lowered, progress: Prog
 
 
 def _fill_in(part: ProgramFootprint, compiled: jax.stages.Compiled | None, seconds: float, progress: Progress) -> None:
-    """Fills in the figures of `part`, which was compiled in `seconds`, None where it was refused; prints a line."""
+    """Fills in the figures of `part`, compiled in `seconds` (`compiled` is None if it was refused); prints a line."""
     if compiled is not None:
         memory = compiled.memory_analysis()
         part.arguments = memory.argument_size_in_bytes
@@ -94,7 +94,7 @@ def _fill_in(part: ProgramFootprint, compiled: jax.stages.Compiled | None, secon
 
 
 def _text(compiled: jax.stages.Compiled) -> str:
-    """Returns the compiled text. Raises InputError where jaxlib cannot read what another libtpu than its own wrote."""
+    """Returns the compiled text. Raises InputError if jaxlib cannot read what a libtpu of another version wrote."""
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError as error:

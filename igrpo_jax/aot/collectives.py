@@ -2,10 +2,10 @@
 
 Each collective is counted as often as it runs: in the body of a loop as often as the loop runs, where the text gives
 that number (a count from 0 to a constant), else once. Of the branches of a conditional the one that receives least is
-counted: drawing tokens without filters. Bytes are those that one device receives if no byte comes twice:
-with n devices and a result of B bytes, an all-gather (n - 1) / n B, an all-reduce twice that, and a reduce-scatter
-(n - 1) B. What goes between slices, over the data center's network, is a transfer of the host in the text. It is
-counted alike, with n slices, under a kind that ends in OVER_DCN.
+counted, which for drawing tokens is the one without filters. Bytes are those that one device receives if no byte comes
+twice: with n devices and a result of B bytes, an all-gather receives (n - 1) / n B, an all-reduce twice that, and a
+reduce-scatter (n - 1) B. What goes between slices, over the data center's network, is a host transfer in the text. It
+is counted in the same way, with n slices, under a kind that ends in OVER_DCN.
 """
 
 import collections
@@ -32,7 +32,7 @@ _TRIPS = re.compile(r"known_trip_count\D*(\d+)")
 _CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 _CONSTANT = re.compile(r"^\s*%?(\S+) = [su]32\[\]\S* constant\((\d+)\)")
 _BELOW = re.compile(r"^\s*ROOT %?\S+ = pred\[\]\S* compare\(%?\S+, %?(\S+)\), direction=LT")
-# TPUs add and scatter in one fusion, an all-reduce inside of it.
+# On TPUs a reduce-scatter is a fusion with an all-reduce inside.
 _SCATTERS = "all-reduce-scatter"
 
 
@@ -53,14 +53,14 @@ def collectives(text: str, devices: int) -> dict[str, Traffic]:
     """Returns the traffic of each kind of collective in a compiled program, and leaves out kinds that it does not have.
 
     Args:
-        text: of the program, from `jax.stages.Compiled.as_text`.
-        devices: how many it runs on.
+        text: the text of the program, from `jax.stages.Compiled.as_text`.
+        devices: how many devices it runs on.
     """
     own: dict[str, dict[str, Traffic]] = collections.defaultdict(lambda: collections.defaultdict(Traffic))
-    # What a computation calls: one of some branches, and how often (trips, or the loop's condition).
+    # What a computation calls: one of these branches, this often (a number, or the loop's condition).
     called: dict[str, list[tuple[list[str], float | str]]] = collections.defaultdict(list)
     constants: dict[str, float] = {}
-    bounds: dict[str, float] = {}  # of counts, by condition
+    bounds: dict[str, float] = {}  # trip counts of loops, by condition
     entry, name = "", ""
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
@@ -100,7 +100,7 @@ def collectives(text: str, devices: int) -> dict[str, Traffic]:
 
 
 def _choices(line: str) -> list[list[str]]:
-    """Returns the computations that an instruction calls: all of a list's entries, and of each entry one."""
+    """Returns the computations that an instruction calls, as lists of alternatives: of each list it calls one."""
     inner = [*_CALLED.findall(line), *_NAME.findall(" ".join(_ALL_CALLED.findall(line)))]
     branches = [*_BRANCH.findall(line), *_NAME.findall(" ".join(_BRANCHES.findall(line)))]
     return [[name] for name in inner] + [branches] * bool(branches)
@@ -131,15 +131,15 @@ def _group(rest: str, devices: int) -> int:
 
 
 def _slices(line: str) -> int:
-    """Returns how many slices take part in a transfer, of numbers and ranges such as "1,2" and "1:4"."""
+    """Returns how many slices take part in a transfer, which lists them as "1,2" or as a range such as "1:4"."""
     ranges = [part.split(":") for part in _SLICES.search(line)[1].split(",")]
     return sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
 
 
 def _received(kind: str, size: float, group: int, started: bool) -> float:
-    """Returns the bytes that a device receives of a collective with a result of `size` bytes.
+    """Returns the bytes that a device receives in a collective with a result of `size` bytes.
 
-    The result of one that is only started holds its operands too.
+    The result of the start of an asynchronous collective holds its operands too.
     """
     if started and kind in ("all-gather", "collective-permute", "reduce-scatter"):
         # The size of the result over that of the operands.

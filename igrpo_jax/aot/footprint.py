@@ -1,4 +1,4 @@
-"""What a run needs of its devices, by compiling its programs for them (`building`): memory, work, and communication.
+"""What a run needs of its devices, found by compiling its programs (`building`): memory, work, and communication.
 
 Of each kind of program, the shape that needs most memory is compiled, by the same code that trains, without weights or
 a tokenizer; the devices need not be there (`jax.experimental.topologies`).
@@ -48,7 +48,7 @@ class ProgramFootprint:
     program: Program
     name: str
     cost: Cost  # the work of one call
-    beside: int  # of what is on the device beside its arguments while it runs
+    beside: int  # bytes of what else is on the device while it runs
     seconds: float = 0.0  # time that it took to compile
     arguments: int = 0
     temporaries: int = 0
@@ -94,7 +94,7 @@ class Footprint:
     programs: list[ProgramFootprint] = field(default_factory=list)
 
     def fit_pages(self) -> None:
-        """Does what `Engine.fit_pages` does; where the compiler refuses the fewest pages, the table will say so."""
+        """Does what `Engine.fit_pages` does; if even the fewest pages are refused, the table will say so."""
         try:
             self.engine.fit_pages(self.sampler)
         except jax.errors.JaxRuntimeError as error:
@@ -192,7 +192,7 @@ class Footprint:
         completions = -(-prompts * samples // shards)  # of a shard
         if not completions:
             return {}
-        # The full pages of a prompt are held once for its samples. The others are held by each to its last token.
+        # The samples of a prompt share its full pages. Each holds its other pages until its last token.
         held = pages_for(context / samples + length, engine.sizes.page_size) + 1
         parts = engine.sizes.parts
         rows = min(completions, parts * engine.shard_slots, parts * max(1, engine.sizes.pages // held))

@@ -1,6 +1,6 @@
-"""Says what `aot` is doing: at once where something begins, and every 15 seconds while it lasts.
+"""Says every 15 seconds what `aot` is doing, and when a program is compiled.
 
-A slice's programs take minutes to compile, and nothing of that is seen without these lines.
+The programs of a slice take minutes to compile, during which nothing else would be printed.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Describes slices of TPUs that need not be there, so that libtpu, the compiler of TPUs, compiles programs for them.
 
-jax is imported by the functions, because the variables that it reads are set here.
+jax is imported inside the functions, because environment variables that it reads are set here first.
 """
 
 import os
@@ -14,7 +14,7 @@ from igrpo_jax.errors import InputError
 if TYPE_CHECKING:
     import jax
 
-# Chips of a host where they are not 2 x 2: slices of v5e and v6e that are one host.
+# Chips per host, by layout, where they are not 2 x 2: slices of v5e and v6e that have one host.
 HOSTS = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}
 # None of the chips is in this machine. Without these variables libtpu would look for them, ask the cloud about the
 # machine (any answer will do), and keep other processes from compiling meanwhile.
@@ -45,9 +45,9 @@ def topology(name: str | None, slices: int = 1) -> "list[jax.Device]":
 def alone(mesh: "jax.sharding.Mesh") -> "jax.sharding.Mesh":
     """Returns a mesh like `mesh` over a described slice that has no other chips than those of `mesh`.
 
-    libtpu (0.0.42) aborts when it compiles for some chips of a described slice whose numbers are not the first of all,
-    and has collectives among them. A team of processes samples on such chips. Where they do not fill a box, `mesh`
-    itself is returned.
+    libtpu (0.0.42) aborts when it compiles a program with collectives for a part of the chips of a described slice that
+    does not begin with the first chip. A team of processes samples on such a part. If its chips do not fill a box,
+    `mesh` itself is returned.
     """
     import jax
 

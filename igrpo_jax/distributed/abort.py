@@ -1,6 +1,6 @@
-"""What several processes need of JAX and of C that neither offers in public: all uses of `jax._src` are in this file.
+"""What several processes need from JAX and C beyond their public interfaces, such as parts of `jax._src`.
 
-1. `launcher`: what has started this process as one of several. JAX can only act on it, not say it.
+1. `launcher`: what has started this process as one of several. JAX acts on it, but does not report it.
 2. `client`, `coordinator_address`: the key-value store of jax.distributed, through which processes say that they live.
 3. `delay_abort`: six seconds between JAX's decision to abort and the end of the process, in which it can say why.
 
@@ -33,7 +33,7 @@ except (ImportError, AttributeError) as error:
 def launcher() -> str | None:
     """Returns the name of JAX's class for what has started several processes, such as "SlurmCluster"; None if nothing.
 
-    None, with a warning, also where the metadata server of a TPU machine does not answer, or JAX cannot be asked.
+    Also returns None, with a warning, if the metadata server of a TPU machine does not answer, or JAX cannot be asked.
     """
     if MISSING:
         logging.warning("runs alone: JAX %s cannot be asked for a cluster (%s)", jax.__version__, MISSING)
@@ -68,10 +68,10 @@ def coordinator_address() -> str | None:
 
 
 def delay_abort() -> int | None:
-    """Makes SIGABRT wait for six seconds; returns the handler before, for `restore_abort`.
+    """Makes SIGABRT wait for six seconds; returns the previous handler, for `restore_abort`.
 
-    JAX aborts in a thread of its own, within milliseconds after process 0 has ended, and runs nothing of Python's
-    before it. With C's `sleep` as its handler, SIGABRT sleeps as many seconds as its number says, which is 6.
+    JAX aborts in a thread of its own, within milliseconds after process 0 has ended, and runs no Python code before
+    that. With C's `sleep` as its handler, SIGABRT sleeps as many seconds as its number says, which is 6.
     """
     if (library := _c_library()) is None:
         return None
@@ -79,7 +79,7 @@ def delay_abort() -> int | None:
 
 
 def restore_abort(handler: int | None) -> None:
-    """Sets the handler of SIGABRT that `delay_abort` returned; None is the system's own."""
+    """Sets the handler of SIGABRT that `delay_abort` returned; None is the system's default."""
     if (library := _c_library()) is not None:
         library.signal(signal.SIGABRT, handler)
 

@@ -47,8 +47,8 @@ def size(count: float) -> str:
 def usable_bytes(device: "jax.Device") -> float:
     """Returns the bytes of memory that a program on `device` may use.
 
-    JAX says it of a device that is there. Of one that is only described it is the published figure, and of a CPU its
-    part of half of the machine's memory.
+    JAX reports it for a device that is present. For one that is only described it is the figure in CHIPS, and for a CPU
+    device its share of half of the machine's memory.
     """
     import jax  # `aot` imports this module before it sets the variables that jax reads
 

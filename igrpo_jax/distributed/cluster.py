@@ -50,10 +50,10 @@ _ROUND = 1 << 18  # bytes of each process that one collective of `gather` carrie
 
 
 def gather(data: bytes) -> list[bytes]:
-    """Returns, on every process, the `data` of each in their order. All call it; sizes may differ."""
+    """Returns, on every process, the `data` of all processes, in order. All call it; sizes may differ."""
     if jax.process_count() == 1:
         return [data]
-    # Each row says itself which process it is from, and how many bytes of it count.
+    # Each row begins with the index of its process and with the number of its bytes that count.
     framed = np.frombuffer(np.array([jax.process_index(), len(data)], np.int64).tobytes() + data, np.uint8)
     start = np.dtype(np.int64).itemsize * 2
 
@@ -73,7 +73,7 @@ def gather(data: bytes) -> list[bytes]:
 
 
 def from_first(decide: Callable[[], Value]) -> Value:
-    """Returns on every process what `decide`, which runs on process 0 alone, returns; JSON must be able to hold it."""
+    """Runs `decide` on process 0 alone, and returns its result on every process; JSON must be able to hold it."""
     value = decide() if jax.process_index() == 0 else None
     return value if jax.process_count() == 1 else json.loads(gather(json.dumps(value).encode())[0])
 
@@ -124,7 +124,7 @@ def _source() -> str:
 
 
 def _meet(settings: ClusterConfig, address: Mapping[str, Any]) -> bool:
-    """Joins the other processes; returns False where there are none. Ends the process where they don't all come.
+    """Joins the other processes; returns False if there are none. Ends the process if not all of them come in time.
 
     Raises:
         RunError: the version of JAX lacks what several processes need.
@@ -134,7 +134,7 @@ def _meet(settings: ClusterConfig, address: Mapping[str, Any]) -> bool:
         if given is None or given.get("num_processes") == 1:
             return False
         abort.check_supported()
-        # JAX's own notice of preemption takes SIGTERM and tells nobody but those who ask it.
+        # JAX's own preemption service would take SIGTERM, and tells only those who ask it.
         jax.config.update("jax_enable_preemption_service", False)
         # After a time-out of its own, JAX aborts and does not say what to do.
         timer = threading.Timer(settings.start_timeout, _not_met, [settings.start_timeout, given])

@@ -2,10 +2,10 @@
 
 - **Several processes**: before the first step. Each compiles the same programs in the same order, so that none waits in
   the middle of a step for another that compiles, and compilers that talk to each other, as those of GPUs do, meet.
-- **One process with an accelerator**: by threads, those that the first dispatch needs first, while the run goes on. The
-  host has little else to do.
-- **One process on the CPU**: those that the first dispatch needs by threads, while weights are read; the others when
-  they are first called, and what is left of a training run's in its first step. Before that, threads would take the
+- **One process with an accelerator**: in threads while the run goes on, beginning with the programs that the first
+  dispatch needs. The host has little else to do.
+- **One process on the CPU**: those that the first dispatch needs in threads, while weights are read; the others when
+  they are first called. A training run compiles what is left in its first step. Before that, threads would take the
   cores that the programs themselves need.
 """
 
@@ -23,23 +23,23 @@ from igrpo_jax.distributed.programs import Program, Shape, leave_uncounted
 Wanted = Sequence[tuple[Program, Shape]]  # programs, each with a shape that it may be called with
 Phase = Callable[[str, int | None], contextlib.AbstractContextManager[Callable[[int], None]]]
 
-_tracing = threading.Lock()  # for the threads of a pool: several that trace would take Python from the main thread
+_tracing = threading.Lock()  # one thread of a pool traces at a time: several would starve the main thread
 
 
 @contextlib.contextmanager
 def compiling(
     first: Wanted, own: Wanted, joint: Callable[[], Wanted] | None, phase: Phase, then: Callable[[], object]
 ) -> Iterator[None]:
-    """Compiles programs before the block or while it runs, as the first lines of this file say.
+    """Compiles programs before the block or while it runs, as the docstring of this module says.
 
     Args:
-        first: those of `own` that the first dispatch needs, the one that takes longest first.
+        first: those of `own` that the first dispatch needs, the slowest to compile first.
         own: programs on the devices of this process alone.
-        joint: returns the programs on the devices of all processes; it may compile some of them to know which. None
+        joint: returns the programs on the devices of all processes; it may compile some to find out which. None
             where there are none.
-        phase: shows a phase by its name and the number of its parts; what it yields gets the number done.
-        then: is called once all programs are compiled, perhaps by another thread; never on the CPU of one process,
-            where that may never be.
+        phase: a context that shows a phase, given its name and number of parts; yields a function of the number done.
+        then: called once all programs are compiled, perhaps in another thread; never with one process on the CPU, where
+            some may never be compiled.
     """
     if jax.process_count() > 1:
         with phase("compiling the sampler", len(own)) as update:

@@ -1,8 +1,8 @@
 """Signs of life between the processes of a run: each writes that it lives, and ends when another one has ended.
 
-Process 0 keeps the key-value store through which they tell each other. Of its keys, `alive/I` holds what process I
-writes every second, `over` holds why they all end and through which process, and `told/I` says that process I has read
-it. See `cluster` for what follows from them.
+Process 0 keeps the key-value store through which they communicate. Its key `alive/I` holds what process I writes every
+second, `over` holds why they all end and because of which process, and `told/I` says that process I has read that. See
+`cluster` for the consequences.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from igrpo_jax.errors import one_line
 
 _ALIVE, _TOLD, _OVER = "igrpo_jax/alive/", "igrpo_jax/told/", "igrpo_jax/over"  # keys; the first two by process
 _INTERVAL = 1.0  # seconds between two signs of life, and between two looks at the others
-_NOTICE = 10.0  # seconds in which the others have taken notice of the end, or never will
+_NOTICE = 10.0  # seconds that the others are given to take note of the end
 FOREVER = 1 << 30  # ms
 
 
@@ -83,12 +83,12 @@ class Peers:
         self._notice(culprit=self._process)
 
     def _publish(self, culprit: int, text: str) -> None:
-        """Tells all processes why they end, and through which process."""
+        """Tells all processes why they end, and because of which process."""
         with contextlib.suppress(RuntimeError):  # another was first, or process 0 is gone
             self._client.key_value_set(_OVER, json.dumps({"culprit": culprit, "text": text}))
 
     def _notice(self, culprit: int) -> None:
-        """Says that this process knows; process 0, which keeps what all read, waits until the others have ended."""
+        """Says that this process knows; process 0, which keeps the store, gives the others time to read it and end."""
         with contextlib.suppress(RuntimeError):
             if self._process:
                 self._client.key_value_set(f"{_TOLD}{self._process}", "", allow_overwrite=True)
@@ -113,7 +113,7 @@ class Peers:
             self._done.wait(_INTERVAL)
 
     def _hear(self, process: int, sign: Mapping[str, Any]) -> None:
-        """Takes note of a sign of life, where it is a new one; a notice of preemption in it is one here too."""
+        """Takes note of a sign of life, if it is a new one; a notice of preemption in it counts here too."""
         if sign["number"] == self._numbers[process]:
             return
         self._numbers[process] = sign["number"]
@@ -125,8 +125,8 @@ class Peers:
     def _look(self) -> None:
         """Ends this process, or all, when another has been silent for too long, or process 0 is gone.
 
-        `_listen` may hear nothing of the latter: JAX aborts in the thread that would tell it. So where process 0 takes
-        no signs of life, this looks for itself, while `abort.delay_abort` still holds the end back.
+        `_listen` may not learn that process 0 is gone, because JAX aborts in the thread that would tell it. So if
+        process 0 takes no signs of life, this checks its address, while `abort.delay_abort` still delays the end.
         """
         last = time.monotonic()
         while not self._done.wait(_INTERVAL):
@@ -146,8 +146,8 @@ class Peers:
     def _listen(self) -> None:
         """Ends this process when another has failed, or process 0 is gone.
 
-        It always has a request at process 0: a request that is there already fails at once when process 0 ends, a new
-        one would wait.
+        It always keeps a request open at process 0, because an open request fails at once when process 0 ends, while a
+        new one would wait.
         """
         over = None
         while over is None:
@@ -162,7 +162,7 @@ class Peers:
             self._follow(over)
 
     def _follow(self, over: Mapping[str, Any]) -> None:
-        """Ends this process too, unless it is about to end by itself: each process tells an error that all have."""
+        """Ends this process too, unless it is about to end by itself: each process reports an error that all have."""
         self._over.set()
         self._notice(over["culprit"])
         if not self._failing.wait(2 * _INTERVAL):

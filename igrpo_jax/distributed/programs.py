@@ -21,8 +21,8 @@ import jax
 from igrpo_jax.distributed import watchdog
 from igrpo_jax.storage.addresses import path_of
 
-# Operations name the scopes that they are in, and no lines of Python. XLA for TPUs (libtpu 0.0.42) looks lines up in a
-# wrong table while it looks for the trip count of a loop, and does not end where that table happens to have a circle.
+# Operations carry the names of their scopes, but no lines of Python. XLA for TPUs (libtpu 0.0.42) looks lines up in a
+# wrong table while it determines the trip count of a loop, and hangs if that table happens to contain a cycle.
 jax.config.update("jax_traceback_in_locations_limit", 0)
 
 Shape = tuple[Hashable, ...]  # what tells the compiled programs of one kind apart, such as (rows, positions to read)
@@ -94,7 +94,7 @@ class Program:
         return self.compiled(*shape)(*arguments)
 
     def compiled(self, *shape: Hashable) -> jax.stages.Compiled:
-        """Returns the compiled program of `shape`, which is compiled now where it was not before.
+        """Returns the compiled program of `shape`, and compiles it now if it was not compiled before.
 
         `showing_waits` says how the wait is shown.
         """
@@ -108,8 +108,8 @@ class Program:
     def compile(self, *shape: Hashable, tracing: contextlib.AbstractContextManager = _NO_LOCK) -> jax.stages.Compiled:
         """Returns the compiled program of `shape`, for a thread that only prepares it.
 
-        The first thread that asks compiles, the others wait. Where compiling fails all of them get the error, and the
-        next one that asks tries again.
+        The first thread that asks compiles, the others wait. If compiling fails, all of them get the error, and the
+        next thread that asks tries again.
 
         Args:
             tracing: is entered while the program is traced.
@@ -164,7 +164,7 @@ class Program:
 
 @contextlib.contextmanager
 def showing_waits(show: ShowWait) -> Iterator[None]:
-    """Lets `show(title)` be the context of each wait, within the block, for a program that is not compiled yet."""
+    """Makes each wait within the block for a program that is not compiled yet run in the context `show(title)`."""
     token = _show_wait.set(show)
     try:
         yield
@@ -176,8 +176,8 @@ def showing_waits(show: ShowWait) -> Iterator[None]:
 def compilations() -> Iterator[list[str]]:
     """Yields a list that gets the name of every program that XLA compiles, or loads from disk, meanwhile.
 
-    Those of threads that called `leave_uncounted` are left out, because nobody waits for them. The name is the title of
-    a `Program`, kind first, or the name of any other function.
+    Programs of threads that called `leave_uncounted` are left out, because nobody waits for them. The name is the title
+    of a `Program`, kind first, or the name of any other function.
     """
     seen: list[str] = []
 
@@ -193,7 +193,7 @@ def compilations() -> Iterator[list[str]]:
 
 
 def leave_uncounted() -> None:
-    """Lets `compilations` leave out what this thread compiles from now on."""
+    """Makes `compilations` ignore what this thread compiles from now on."""
     _is_uncounted.set(True)
 
 
@@ -219,7 +219,7 @@ def is_refused(error: jax.errors.JaxRuntimeError) -> bool:
 
 
 def device_bytes() -> int | None:
-    """Returns what JAX may use of the memory of a device; None where it does not say, as on a CPU."""
+    """Returns how many bytes of a device's memory JAX may use; None if it does not say, as on a CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
@@ -243,8 +243,8 @@ def tree_bytes(tree: Any) -> int:
 def length_buckets(longest: int, smallest: int) -> tuple[int, ...]:
     """Returns lengths in tokens from `smallest`, each 1.5 or 1.33 times the one before, the last one `longest`.
 
-    A program is compiled for each of them that is used, and at most a third of a row is padding. For example 64 up to
-    200: 64, 96, 128, 192, 200.
+    A program is compiled for each of them that is used. Above `smallest`, at most a third of a row is padding. For
+    example 64 up to 200: 64, 96, 128, 192, 200.
     """
     sizes = []
     while smallest < longest:

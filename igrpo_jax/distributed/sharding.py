@@ -69,12 +69,12 @@ def make_mesh(settings: MeshConfig, devices: list | None = None) -> jax.sharding
     """Returns the mesh over `devices` (default: all). The size that is -1 becomes what the other sizes leave.
 
     Neighbours in the mesh are neighbours in the torus of a TPU slice, and the devices of a process come one after
-    another, because groups of neighbours sample together (`teams`). Where neighbourhood would split these over
-    separate parts of the mesh, the devices of a process stay together instead. Of several slices of TPUs each holds
-    complete replicas of the weights: only the axis `data` crosses them, as it does nodes of GPUs where it can.
+    another, because groups of neighbours sample together (`teams`). Where the order of the torus would scatter the
+    devices of a process over the mesh, they are kept together instead. Each of several TPU slices holds complete
+    replicas of the weights: only the axis `data` crosses slices and, where possible, GPU processes.
 
     Raises:
-        InputError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
+        InputError: the sizes do not multiply to the number of devices, or `data` is no multiple of the TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [settings.data, settings.fsdp, settings.tensor]
@@ -93,7 +93,7 @@ def make_mesh(settings: MeshConfig, devices: list | None = None) -> jax.sharding
 
 
 def _arranged(sizes: list[int], devices: list) -> np.ndarray:
-    """Returns `devices` as an array of these sizes (data, fsdp, tensor), one slice after another on the axis `data`."""
+    """Returns `devices` as an array of these sizes (data, fsdp, tensor), slice by slice on `data` if it can."""
     grid, (data, *inner) = np.array(devices, object), sizes
     numbers = slice_of(grid)
     slices = [list(grid[numbers == number]) for number in np.unique(numbers)]
@@ -127,7 +127,7 @@ def _of_slice(sizes: list[int], devices: list) -> np.ndarray:
 
 
 def _grouped(devices: np.ndarray) -> np.ndarray:
-    """Returns `devices` with those places on the axis `fsdp` that belong to the same processes next to each other."""
+    """Returns `devices` reordered along the axis `fsdp` so that places of the same processes are adjacent."""
     of_place = [tuple(place.flat) for place in owners(devices).swapaxes(0, 1)]
     return devices[:, sorted(range(len(of_place)), key=lambda place: of_place.index(of_place[place]))]
 
@@ -143,7 +143,7 @@ def processes(mesh: jax.sharding.Mesh) -> int:
 
 
 def slice_of(devices: np.ndarray) -> np.ndarray:
-    """Returns the number of the slice of each device, in the shape of `devices`; of GPUs a node is a slice."""
+    """Returns the number of the slice of each device, in the shape of `devices`; the GPUs of a process are a slice."""
     return np.vectorize(_slice, otypes=[int])(devices)
 
 
@@ -155,14 +155,14 @@ def _slice(device: jax.Device) -> int:
 def _is_box(own: np.ndarray) -> bool:
     """Returns whether the part of a mesh where `own` [data, fsdp, tensor] bool is true is a box.
 
-    It must hold complete replicas of the weights too.
+    It must also span the whole axis `tensor`.
     """
     box = np.ix_(*(np.flatnonzero(own.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)))
     return bool(own[box].all()) and own[box].shape[2] == own.shape[2]
 
 
 def _is_run(own: np.ndarray) -> bool:
-    """Returns whether the places where `own` is true come one after another."""
+    """Returns whether the places where `own` is true are consecutive in the flattened mesh."""
     return bool((np.diff(np.flatnonzero(own)) == 1).all())
 
 
@@ -276,7 +276,7 @@ def to_global(tree, sharding: NamedSharding):
 
 
 def to_global_batch(tree, mesh: jax.sharding.Mesh):
-    """Returns `to_global` of host arrays whose first dimension is split over the batch; numbers are replicated."""
+    """Returns global arrays from host arrays whose first dimension is the batch; scalars are replicated."""
     return jax.tree.map(lambda x: to_global(x, batch_sharding(mesh) if np.ndim(x) else replicated(mesh)), tree)
 
 
@@ -292,8 +292,8 @@ def check_divides(
 
     Args:
         shapes: shapes of the parameters by path.
-        section: of the settings that the mesh follows from, for errors.
-        only: the mesh axis that is checked; all where it is empty.
+        section: the settings that define the mesh, for errors.
+        only: the mesh axis that is checked; all if it is empty.
 
     Raises:
         InputError: a mesh axis does not divide a dimension.

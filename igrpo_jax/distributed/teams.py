@@ -29,8 +29,8 @@ class Team:
     would wait behind the programs that already run, and the devices would idle after each of them.
 
     Attributes:
-        number: of this team among all teams, from 0.
-        count: of all teams.
+        number: the index of this team among all teams, from 0.
+        count: the number of teams.
         processes: indices of its processes, in ascending order; the first one leads.
     """
 
@@ -49,13 +49,13 @@ class Team:
         return range(self.number, count, self.count) if self.leads else range(0)
 
     def tell(self, message: bytes) -> None:
-        """Sends a message to all processes of the team but the first one, which calls this."""
+        """Sends a message to the other processes of the team; the first process calls this."""
         for process in self.processes[1:]:
             abort.client().key_value_set_bytes(_key(process, self._told), message)
         self._told += 1
 
     def messages(self) -> Iterator[bytes]:
-        """Yields what the first process tells, as it comes, on another process of the team."""
+        """Yields the messages of the first process as they come; the other processes of the team call this."""
         client = abort.client()
         while True:
             key = _key(jax.process_index(), self._told)
@@ -107,7 +107,7 @@ def sampler_mesh(mesh: jax.sharding.Mesh, tensor: int) -> jax.sharding.Mesh:
 
 
 def tensors(mesh: jax.sharding.Mesh) -> list[int]:
-    """Returns the sizes of the axis `tensor` of a sampler's mesh whose groups each lie within one slice."""
+    """Returns the sizes of the axis `tensor` for which each group of a sampler's mesh lies within one slice."""
     sizes = [size for size in range(1, mesh.size + 1) if mesh.size % size == 0]
     numbers = slice_of(mesh.devices).reshape(-1)
     return [size for size in sizes if (np.diff(numbers.reshape(-1, size), axis=1) == 0).all()]
@@ -123,8 +123,8 @@ def team_view(tree: dict, shardings: dict) -> dict:
     """Returns global arrays as arrays on a team's part of the mesh, without a copy.
 
     Args:
-        tree: of arrays, each of which every group of devices holds completely.
-        shardings: a tree like it with the shardings of the result, on the mesh of `team_mesh`.
+        tree: a tree of arrays, each of which every group of devices holds completely.
+        shardings: a tree of the same structure with the shardings of the result, on the mesh of `team_mesh`.
     """
 
     def view(x: jax.Array, sharding: NamedSharding) -> jax.Array:

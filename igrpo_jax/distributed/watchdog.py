@@ -39,7 +39,7 @@ class _Phase:
     detail: str
     budget: float  # seconds without progress; 0 = no limit
     since: float  # of the last progress
-    limit: float  # seconds after which it is named next
+    limit: float  # seconds without progress after which it is reported next
 
     def __str__(self) -> str:
         return f"{self.name} ({self.detail})" if self.detail else self.name

@@ -14,7 +14,7 @@ import numpy as np
 Row = Mapping[str, float | None]  # metrics of a step by name; None where a value is not finite
 
 RECENT = 5  # steps
-MANY = 20  # steps in which a reward may be constant
+MANY = 20  # steps after which a constant reward raises an alert
 
 
 def _mean(rows: Sequence[Row], *names: str) -> float | None:

@@ -1,8 +1,8 @@
 """The model card of a run: base model, data, method, settings and measured results, as README.md of a repository.
 
-What stands in it is untrusted text: names of files, settings and problems may hold any sign. Front matter is written by
-huggingface_hub's YAML, settings stand in a block of code, and cells of tables are escaped. Paths of this machine are
-shortened to their last part.
+Its contents are untrusted text: names of files, settings and problems may hold any character. The front matter is
+written by huggingface_hub's YAML, settings are in a code block, and table cells are escaped. Paths of the model and of
+the data that are not hub ids are shortened to their last part.
 """
 
 import html
@@ -181,7 +181,7 @@ def _without_places(tree: dict[str, Any], above: tuple[str, ...]) -> dict[str, A
 
 
 def _hub_id(path: str) -> str | None:
-    """Returns a hub id; None for paths of this machine, files of problems that are elsewhere, and buckets."""
+    """Returns `path` if it is a hub id; None for local paths, remote files of problems, and buckets."""
     if path.endswith(SUFFIXES):
         return None
     return path if _HUB_ID.fullmatch(path) and not Path(path).exists() else None
@@ -194,7 +194,7 @@ def _dataset(config: Config) -> str | None:
 
 
 def _short(path: str) -> str:
-    """Returns a hub id as it is, and of any other path its last part."""
+    """Returns a hub id unchanged, and the last part of any other path."""
     return _hub_id(path) or path.rstrip("/").rpartition("/")[2]
 
 

@@ -1,12 +1,12 @@
-"""Checkpoints of a run (orbax, asynchronous, atomic). What others read of them is in `checkpoint_reading`.
+"""Checkpoints of a run (orbax, asynchronous, atomic). How others read them is in `checkpoint_reading`.
 
 A checkpoint is one folder per step with two items: `state`, the pytree of arrays, and `meta`, JSON (data position,
 seed, metrics cursor, a checksum of every array). Orbax writes a step under a temporary name and renames it once every
 part is there; in a bucket it adds a last file, commit_success.txt, instead. So a killed save leaves nothing that a
-restore could take for a checkpoint. `save` returns after the
-arrays are copied from the devices to the host, so they may be donated to the next update at once.
+restore could take for a checkpoint. `save` returns after the arrays are copied from the devices to the host, so they
+may be donated to the next update at once.
 
-A state is saved only if it is finite. Names, shapes and dtypes of what was written are compared with it. Arrays that
+A state is saved only if it is finite. Names, shapes and dtypes of the written arrays are compared with it. Arrays that
 are read must have the checksums with which they were saved, so a flipped bit is noticed wherever it flipped.
 """
 
@@ -47,7 +47,7 @@ class Checkpointer:
         self._has_best = bool(settings.best_metric)
         self._path = resolved(workdir) / "checkpoints"
         self._mirror = Mirror(self._path) if is_mirrored(workdir) else None
-        self._folder = self._mirror.folder if self._mirror else self._path  # that orbax writes to
+        self._folder = self._mirror.folder if self._mirror else self._path  # the folder that orbax writes to
         keep = [policies.LatestN(settings.keep)]
         score = lambda metrics: metrics["best"]
         if self._has_best:
@@ -60,7 +60,7 @@ class Checkpointer:
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._writing: tuple[int, dict] | None = None  # the step, and shapes and dtypes that its files must hold
-        self._failed: int | None = None  # the step whose save failed, of which orbax tells again at the end
+        self._failed: int | None = None  # the step whose save failed, which orbax reports again at the end
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -79,13 +79,13 @@ class Checkpointer:
     ) -> bool:
         """Starts to save `state` where `step` is a multiple of `settings.every`, or at any step with `force`.
 
-        Waits for the save before it, and returns before its own files are written (see `wait`). A step that is already
-        saved is left as it is.
+        Waits for the previous save, and returns before its own files are written (see `wait`). Does nothing where
+        `step` is the newest step that is saved.
 
         Args:
-            score: the value by which the best checkpoint is chosen; a step without a score never is the best.
-            before: is called before a save is started, and brings the rows that the checkpoint counts on to the disk
-                or into the bucket.
+            score: the value by which the best checkpoint is chosen; a step with a score is better than any without.
+            before: called before a save is started; writes the rows that the checkpoint relies on to the disk or the
+                bucket.
 
         Returns:
             Whether a save was started.
@@ -140,8 +140,8 @@ class Checkpointer:
                 its leaf, whose mesh may differ from the mesh on which the array was saved.
 
         Raises:
-            InputError: there is no checkpoint.
-            RunError: no checkpoint can be used.
+            InputError: there is no checkpoint, or the bucket cannot be read.
+            RunError: no checkpoint can be used; or, with several processes, one of them cannot be read.
         """
         self.wait()
         cluster.from_first(lambda: None)  # process 0 is the last to complete a checkpoint
@@ -155,7 +155,7 @@ class Checkpointer:
                 with watchdog.phase("checkpoint", f"reading step {step}"):
                     state, meta = self._read(step, abstract_state)
                 break
-            except InputError:  # the bucket cannot be read, which says nothing of the checkpoint
+            except InputError:  # the bucket cannot be read, which says nothing about the checkpoint
                 raise
             except Exception as error:  # what orbax raises depends on which byte of which file is wrong
                 failed[step] = named(error)
@@ -217,10 +217,10 @@ class Checkpointer:
         """Returns when orbax has written a step, whose arrays must have the `expected` names, shapes and dtypes.
 
         Raises:
-            Damaged: they do not. Or orbax's error.
+            Damaged: they do not. Errors of orbax are raised as they are.
         """
         self._manager.wait_until_finished()
-        if jax.process_index() != 0:  # 0 completes it: in a bucket the others may be here before
+        if jax.process_index() != 0:  # 0 completes it; in a bucket the others may get here first
             return
         written = named_leaves(self._manager.item_metadata(step)["state"].tree)
         written = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in written.items()}

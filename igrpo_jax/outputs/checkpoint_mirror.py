@@ -1,11 +1,11 @@
-"""Checkpoints in a bucket that orbax cannot write to, which is any but gs://: orbax has a local folder instead.
+"""Checkpoints in a bucket that orbax cannot write to (any but gs://): orbax writes to a local folder instead.
 
-`Mirror` brings what orbax writes there into the bucket. A step is complete in the bucket once it holds
-commit_success.txt, which is uploaded after its files and removed before them. So what a kill leaves of a step is never
-taken for a checkpoint, and the bucket keeps the steps before it until the next one is complete.
+`Mirror` uploads what orbax writes there to the bucket. A step is complete in the bucket once it holds
+commit_success.txt, which is uploaded after its files and removed before them. So a step that a kill leaves incomplete
+is never taken for a checkpoint, and the bucket keeps the steps before it until the next one is complete.
 
-The copies of a run and those of its readers lie apart: a reader fetches one step, and nothing that it does to its own
-copy meets orbax.
+The local copies of a run and those of its readers are separate: a reader fetches one step, and nothing that it does to
+its own copy affects orbax.
 """
 
 import threading
@@ -26,7 +26,7 @@ WRITTEN, READ = "checkpoints", "steps"  # kinds of local copies: that of a run, 
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Returns the steps that are complete in a folder of checkpoints in a bucket, rising.
+    """Returns the steps that are complete in a folder of checkpoints in a bucket, in ascending order.
 
     Raises:
         InputError: the bucket cannot be read.
@@ -38,7 +38,7 @@ def steps_in(folder: Path) -> list[int]:
 def read_copy(path: Path, step: int, kind: str, read: Callable[[], T]) -> T:
     """Returns what `read` returns, which reads the local copy of a step.
 
-    Where it fails, the step is fetched again: the disk may have spoilt the copy, and the bucket still holds the step.
+    If it fails in a run of one process, the step is fetched and read again: the disk may have damaged the copy.
     """
     _fetch(path, step, kind)
     try:
@@ -52,7 +52,7 @@ def read_copy(path: Path, step: int, kind: str, read: Callable[[], T]) -> T:
 
 
 def _fetch(path: Path, step: int, kind: str) -> None:
-    """Makes the local copy of a step what the bucket has.
+    """Makes the local copy of a step equal to what the bucket has.
 
     Raises:
         InputError: the bucket cannot be read.
@@ -62,7 +62,7 @@ def _fetch(path: Path, step: int, kind: str) -> None:
 
 
 def copy_for_readers(path: Path) -> Path:
-    """Returns the folder of the steps that `read_copy` fetches of READ, without those that left the bucket."""
+    """Returns the folder that `read_copy` fetches steps into for READ, after removing those that left the bucket."""
     copy = kept_in(READ, path)
     for name in names(copy) - {str(step) for step in steps_in(path)}:
         remove_tree(copy / name)
@@ -74,7 +74,7 @@ class Mirror:
     """Keeps the checkpoints at `path`, in a bucket, equal to those that one process writes into a local folder.
 
     Attributes:
-        folder: the local folder. It has the complete steps of the bucket from the beginning, and nothing else.
+        folder: the local folder. At first it has the complete steps of the bucket, and nothing else.
         steps: those that are complete in the bucket.
 
     Raises:
@@ -122,10 +122,10 @@ class Mirror:
         self.steps.discard(step)
 
     def _push(self) -> None:
-        """Uploads the steps that the bucket lacks, and then removes those that orbax has removed, and leftovers.
+        """Uploads the steps that the bucket lacks, then removes those that orbax has removed and incomplete leftovers.
 
-        Steps that were not there at the opening, and are not our own, are those of a run that took this one's place
-        while it was cut off from the bucket: they are let alone.
+        Steps that are not our own and were not there when the mirror was opened belong to a run that took this one's
+        place while it was cut off from the bucket: they are left alone.
         """
         here = {int(name) for name in names(self.folder) if name.isdecimal()}
         for step in sorted(here - self.steps):

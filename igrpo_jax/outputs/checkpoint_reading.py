@@ -1,4 +1,4 @@
-"""What others read of the checkpoints of a run, which may be under way: the steps that there are, and parameters."""
+"""How others read the checkpoints of a run, which may be under way: which steps there are, and their parameters."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ def read_params(workdir: Path, step: int, abstract: dict[str, jax.ShapeDtypeStru
     """Reads the parameters of a run's checkpoint, and nothing else, in the shardings and dtypes of `abstract`.
 
     Raises:
-        InputError: the checkpoint is damaged.
+        InputError: the checkpoint is damaged, or cannot be read.
     """
     path = _folder(workdir)
     try:
@@ -46,7 +46,7 @@ def read_params(workdir: Path, step: int, abstract: dict[str, jax.ShapeDtypeStru
             copy = copy_for_readers(path)
             return read_copy(path, step, READ, lambda: _read(copy, step, abstract))
         return _read(path, step, abstract)
-    except InputError:  # the bucket cannot be read, which says nothing of the checkpoint
+    except InputError:  # the bucket cannot be read, which says nothing about the checkpoint
         raise
     except Exception as error:  # what orbax raises depends on which byte of which file is wrong
         raise InputError(

@@ -34,7 +34,7 @@ from igrpo_jax.records import Group
 
 REMEMBERED = 50  # steps from which the time left is estimated
 SILENT = 5.0  # seconds that a phase runs before its quarters are printed
-NOTICED = 1.0  # seconds that a program is waited for before that is printed
+NOTICED = 1.0  # seconds that the run waits for a program before a line says so
 
 
 class _Out(rich.console.Console):
@@ -55,7 +55,7 @@ class Console:
 
     def __init__(self, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         quiet = jax.process_index() != 0
-        # In a notebook too the lines are text. rich would make a table of HTML of each.
+        # Lines are text in a notebook too, where rich would turn each of them into an HTML table.
         self._out = _Out(file=file, markup=False, highlight=False, emoji=False, quiet=quiet, force_jupyter=False)
         # The stream itself is asked, because rich takes every stream for a terminal where FORCE_COLOR is set, as it is
         # in notebooks and CI.
@@ -70,7 +70,7 @@ class Console:
             console=self._out,
         )
         self._clock = clock
-        self._waited_for: set[str] = set()  # kinds of programs of which a line said that the run waits for one
+        self._waited_for: set[str] = set()  # kinds of programs that a line has said the run waits for
         self._total = 0  # RL steps of the run
         self._every = 1  # steps from one line to the next
         self._done = 0  # RL steps that are done
@@ -148,7 +148,7 @@ class Console:
         self._show()
 
     def sample(self, group: Group, advantages: np.ndarray) -> None:
-        """Prints a question, the draft in its prompt, its first refinement and the right answer.
+        """Prints a question, the draft in its prompt, its first completion and the right answer.
 
         Args:
             advantages: [G] float32, the advantages of the group's completions.
@@ -210,9 +210,9 @@ class Console:
 
     @contextlib.contextmanager
     def waiting(self, program: str) -> Iterator[None]:
-        """Shows that the run waits for `program`, its kind first, to be compiled.
+        """Shows that the run waits for `program`, whose title begins with its kind, to be compiled.
 
-        On a terminal a bar says so meanwhile. Elsewhere there is a line after NOTICED seconds, for the first of its
+        On a terminal a bar says so meanwhile. Elsewhere a line is printed after NOTICED seconds, but only once for each
         kind.
         """
         title, kind = f"compiling {program}", program.partition(" ")[0]

@@ -1,11 +1,11 @@
-"""Puts exports into model repositories of the Hugging Face hub, private ones where this makes them.
+"""Uploads exports to model repositories of the Hugging Face hub. Those that it creates are private by default.
 
     open_repository   before any work: is there a token, may it write there, and is the repository free?
     upload            the files of an export, with a model card and MARKER, in one commit
 
-MARKER holds the run's settings and shows that a repository is this library's own. One with other files, or with the
-policy of a run with other settings, is never written to. The token is the hub's own (HF_TOKEN, or `hf auth login`); it
-is never logged, and what the hub answers is shortened to one line without it.
+MARKER holds the run's settings and shows that this library made the repository. A repository with other files, or with
+the policy of a run with other settings, is never written to. The token is the hub's own (HF_TOKEN, or `hf auth login`);
+it is never logged, and answers of the hub are shortened to one line without it.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ class Repository:
 
 
 def open_repository(name: str, where: str, config: Config, private: bool = True) -> Repository:
-    """Makes a repository, or checks that the one of this name holds an earlier export of a run like that of `config`.
+    """Creates a repository, or checks that the existing one is empty or holds an export of a run like that of `config`.
 
     Args:
         where: the flag or field that names it.
-        private: whether a new one is private; one that is there stays as it is.
+        private: whether a new repository is private; an existing one stays as it is.
 
     Raises:
         InputError: no token, or one that may not write there; the repository holds something else.
@@ -69,7 +69,7 @@ def upload(repository: Repository, folder: Path, config: Config, workdir: Path, 
     Args:
         workdir: the run's, whose own evaluations the card reports.
         step: of the checkpoint that was exported.
-        place: where the export stays, `folder` or the bucket of which that is a copy; None where it is removed.
+        place: where the export stays: `folder`, or the path in a bucket that it is a copy of; None if it is removed.
 
     Raises:
         InputError, RunError: as `open_repository`.
@@ -91,7 +91,7 @@ def upload(repository: Repository, folder: Path, config: Config, workdir: Path, 
 
 
 def _check_own(name: str, where: str, config: Config, files: set[str]) -> None:
-    """Raises InputError where a repository with these files is not that of a run like `config`'s."""
+    """Raises InputError if these files of a repository are not an export of a run like that of `config`."""
     if not files:
         return
     fix = "give a name of your own that is free, or delete the repository"
@@ -114,7 +114,7 @@ def _check_own(name: str, where: str, config: Config, files: set[str]) -> None:
 
 @contextlib.contextmanager
 def _telling(name: str, where: str, kept: str = "") -> Iterator[None]:
-    """Turns what the hub refuses into an InputError, and what fails on the way there into a RunError."""
+    """Turns a refusal by the hub into an InputError, and a failure to reach it into a RunError."""
     try:
         yield
     except hub_errors.HFValidationError as error:

@@ -103,7 +103,7 @@ def plain_text(text: str) -> str:
 
 
 def sample_blocks(group: Group, advantage: float) -> list[tuple[str, str]]:
-    """Returns (title, text) of a question, the draft in its prompt, its first completion and the answer to that.
+    """Returns (title, text) of a question, the draft in its prompt, its first completion and the right answer.
 
     Args:
         advantage: the advantage of the first completion.
@@ -120,7 +120,7 @@ def sample_blocks(group: Group, advantage: float) -> list[tuple[str, str]]:
 
 
 def _shorten(text: str, limit: int = 2000) -> str:
-    """Returns the head and the tail of a text of more than `limit` characters; the answer is at the end."""
+    """Returns a text, or only its head and tail if it is longer than `limit` characters; the answer is at the end."""
     if len(text) <= limit:
         return text
     return f"{text[: limit // 4]}\n[... {len(text) - limit} characters ...]\n{text[-(limit - limit // 4) :]}"

@@ -19,28 +19,29 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
 
     The trained completions have TRL's names: `reward`, `reward_std` (mean over groups of the std with ddof = 1),
     `frac_reward_zero_std`, `rewards/<name>/mean`, `completions/mean_length|min_length|max_length` (tokens, EOS
-    included), `completions/clipped_ratio` (fraction that was cut at the length limit). Drafts are in the groups of the
-    second and third with algorithm.group = "prompt". Prompts without refinements are left out. With
-    algorithm.second_stage = "verify" all of these describe the drafts, which are the answers to the problems then; what
-    has a name under `draft/` beside that is left out.
+    included), `completions/clipped_ratio` (fraction that was cut at the length limit). With algorithm.group = "prompt",
+    the groups of `reward_std` and `frac_reward_zero_std` include the drafts. Prompts without refinements are left out.
+    With algorithm.second_stage = "verify" all of these describe the drafts, which are then the answers to the problems;
+    the metrics under `draft/` that would repeat them are left out.
 
     The metrics of drafts are over the groups that have drafts: `draft/reward` and `draft/accuracy` (means),
-    `draft/best_reward` (mean over groups of the best draft), `draft/kept_reward` (mean of the draft that q' shows,
-    which algorithm.draft_selection may choose otherwise), `draft/solved_none|some|all` (fractions of groups by how many
-    of their drafts are right), `draft/mean_length`, `draft/entropy` (the sampler's, mean over tokens).
+    `draft/best_reward` (mean over groups of the best draft), `draft/solved_none|some|all` (fractions of groups by how
+    many of their drafts are right), `draft/mean_length`, `draft/entropy` (the sampler's, mean over tokens).
 
-    The metrics of refinements are over the groups whose context holds a draft, the kept draft:
-    `refine/fixed|broken|kept_right|kept_wrong` (accuracy of the kept draft against that of each refinement),
-    `refine/gain_vs_best_draft` (reward of a refinement minus that of the group's best draft), `refine/copy_ratio` (see
-    `copy_ratio`), `refine/same_answer` (fraction that states the kept draft's answer in the same characters, whatever
-    the reasoning), `refine/draft_truncated` (fraction of kept drafts that were cut to `refine.max_draft_length`).
+    The metrics of refinements are over the groups whose context holds a draft, the kept draft: `draft/kept_reward`
+    (mean reward of the kept drafts, which need not be the best ones), `refine/fixed|broken|kept_right|kept_wrong`
+    (accuracy of the kept draft against that of each refinement), `refine/gain_vs_best_draft` (reward of a refinement
+    minus that of the group's best draft), `refine/copy_ratio` (see `copy_ratio`), `refine/same_answer` (fraction that
+    states the kept draft's answer in the same characters, whatever the reasoning), `refine/draft_truncated` (fraction
+    of kept drafts that were cut to `refine.max_draft_length`).
 
-    The metrics of verifications are over the prompts that have some, `verify/prompts`, in the place of those of
-    refinements: `verify/accuracy` (fraction with the right verdict), `verify/accuracy_right|wrong` (the same over
-    verifications of right and of wrong solutions), `verify/says_right` (fraction that states 1), `verify/mean_length`.
+    With verifications, the following replace the metrics of refinements, over the prompts that have verifications:
+    `verify/prompts` (their number), `verify/accuracy` (fraction with the right verdict), `verify/accuracy_right|wrong`
+    (the same over verifications of right and of wrong solutions), `verify/says_right` (fraction that states 1),
+    `verify/mean_length`.
 
-    "Right" is accuracy = 1. Without an accuracy reward the metrics that need one are absent. Completions without a
-    verdict (reward NaN) are left out of means; a mean over no value is NaN, which is written as null.
+    "Right" is accuracy = 1. Without an accuracy reward the metrics that need one are absent. Means of rewards leave out
+    NaN, the reward of a completion without a verdict; a mean over no value is NaN, which is written as null.
     """
     refined = [group for group in groups if group.completions]
     is_verify = config.algorithm.second_stage == "verify"

@@ -1,8 +1,8 @@
 """Trackers with a package of their own: Weights & Biases, trackio and MLflow. Each is imported when it is opened.
 
-A workdir is one run of each, also when its run is resumed: the run's id is in `workdir/NAME/run_id`. Rows that a
-resumed run writes again are left out, because these services keep the rows that they have been given. Samples are not
-sent: problems and the model's text stay on this machine. Every method may raise any error; `trackers` reports them.
+A workdir is one run in each service, even after a resume: the run's id is in `workdir/NAME/run_id`. Rows that a resumed
+run writes again are not sent, because these services keep the rows that they have been given. Samples are not sent:
+problems and the model's text stay on this machine. Every method may raise any error; `trackers` reports them.
 """
 
 import os
@@ -64,8 +64,8 @@ class WandB:
 class Trackio:
     """Sends rows to trackio, which keeps them on this machine or in a Space of the hub.
 
-    Where is trackio's own setting: TRACKIO_DIR, or TRACKIO_SPACE_ID. The project is TRACKIO_PROJECT, or igrpo_jax. A
-    run has the name of its folder with an id behind it, because trackio finds runs by name.
+    Where they are kept is trackio's own setting: TRACKIO_DIR, or TRACKIO_SPACE_ID. The project is TRACKIO_PROJECT, or
+    igrpo_jax. A run is named after its folder and an id, because trackio finds runs by name.
     """
 
     def __init__(self, workdir: Path, config: Config, resume_step: int | None):
@@ -102,8 +102,9 @@ class Trackio:
 class MLflow:
     """Sends rows to MLflow: to MLFLOW_TRACKING_URI, else to `workdir/mlflow/mlflow.db`.
 
-    The experiment is MLFLOW_EXPERIMENT_NAME, or igrpo_jax. Names have few signs in MLflow, so `pass@1` is `pass_at_1`.
-    Settings are the parameters of the run; those that change on resume keep their first value, as MLflow demands.
+    The experiment is MLFLOW_EXPERIMENT_NAME, or igrpo_jax. MLflow allows few characters in names: `pass@1` is
+    `pass_at_1`. Settings are the parameters of the run; those that change on resume keep their first value, as MLflow
+    demands.
     """
 
     def __init__(self, workdir: Path, config: Config, resume_step: int | None):
@@ -135,7 +136,7 @@ class MLflow:
         experiment_id = known.experiment_id if known else self._client.create_experiment(experiment)
         run_id = self._client.create_run(experiment_id, run_name=name).info.run_id
         params = [param(path, str(value)[:6000]) for path, value in _flat(to_dict(config))]
-        for first in range(0, len(params), 100):  # of one request
+        for first in range(0, len(params), 100):  # at most 100 in one request
             self._client.log_batch(run_id, params=params[first : first + 100])
         return run_id
 
@@ -157,7 +158,7 @@ class MLflow:
 
 
 def _step(row: Row) -> int:
-    """Returns the step of a row, of the supervised start's by its own count."""
+    """Returns the step of a row; rows of the warm start have a count of their own."""
     return int(row.get("warm_start/step") or row["step"] or 0)
 
 
@@ -176,7 +177,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _run_id(folder: Path, resume_step: int | None) -> tuple[str, int]:
-    """Returns the id of the run that goes on and the rows that it has been given; a new id and 0 for a new run."""
+    """Returns the id of the resumed run and the number of rows that were sent; for a new run, a new id and 0."""
     folder.mkdir(parents=True, exist_ok=True)
     if resume_step is None or not (folder / "run_id").exists():
         (folder / "rows").unlink(missing_ok=True)

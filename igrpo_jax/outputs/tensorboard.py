@@ -15,9 +15,9 @@ from igrpo_jax.outputs.lines import plain_text
 class TensorBoard:
     """Writes scalars, settings and sample texts to `workdir/tensorboard`, which `tensorboard --logdir DIR` shows.
 
-    The supervised start is a run of its own there, `warm_start`, because it counts steps of its own. Names are those of
-    metrics.jsonl. It does not use a SummaryWriter, whose thread ends where the disk is full: whoever then adds to its
-    queue waits for ever; and whose names have "_" for "@".
+    The warm start is a run of its own there, `warm_start`, because it has its own count of steps. Names are those of
+    metrics.jsonl. A SummaryWriter is not used: its thread ends when the disk is full, and whoever then adds to its
+    queue waits for ever; and it replaces "@" by "_" in names.
     """
 
     def __init__(self, workdir: Path, config: Config, resume_step: int | None):
@@ -49,7 +49,7 @@ class TensorBoard:
 
 
 class _Events:
-    """A file of events in `folder`; of what earlier starts wrote, TensorBoard hides step `purge` and later ones."""
+    """A file of events in `folder`. TensorBoard hides what earlier starts wrote for step `purge` and later ones."""
 
     def __init__(self, folder: Path, purge: int):
         from tensorboardX.event_file_writer import EventsWriter  # this import takes half a second
@@ -67,7 +67,7 @@ class _Events:
         self._add(step, self._summary(value=[self._summary.Value(tag=tag, simple_value=value)]))
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Writes a text that is shown as it is: an indented line is code to Markdown, which has no markup."""
+        """Writes a text that is shown as it is: to Markdown an indented line is code, in which nothing is markup."""
         lines = plain_text(text).split("\n")
         self._add(step, self._text(name, "\n".join(f"    {line}" for line in lines)))
         self.flush()

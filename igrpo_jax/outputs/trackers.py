@@ -1,9 +1,9 @@
 """Trackers, which take a run's rows beside `metrics.jsonl`: those that config.log.trackers names.
 
 Process 0 opens a tracker for a workdir and hands it each row as it is written. A tracker of the user's own is a class
-like those of `TRACKERS`, named as "module:Class". Rows that a resumed run writes again have the numbers that they had.
+like those of `TRACKERS`, named as "module:Class". Rows that a resumed run writes again keep their numbers.
 
-An error of TensorBoard is one of the run's own disk, and ends the run. Any other tracker that fails after its start,
+An error of TensorBoard comes from the run's own disk, and ends the run. Any other tracker that fails after its start,
 for example because a service was killed, is reported in a warning, and the training run goes on.
 """
 
@@ -21,15 +21,15 @@ from igrpo_jax.outputs.services import MLflow, Trackio, WandB
 from igrpo_jax.outputs.tensorboard import TensorBoard
 from igrpo_jax.schema import objects
 
-# Files in a workdir by which a resumed run goes on with a tracker's own run.
+# Files in a workdir that let a resumed run continue a tracker's own run.
 KEPT = ("*/run_id", "*/rows", "mlflow/mlflow.db")
 REPORTED = 100  # calls that fail for each warning
 
 
 class Tracker(Protocol):
-    """What a tracker does. It is made with (workdir, config, resume_step).
+    """The interface of a tracker, which is constructed with (workdir, config, resume_step).
 
-    Of these, `resume_step` is the step from which the run goes on, and None where it starts from nothing.
+    `resume_step` is the step from which the run goes on, or None for a run that starts from nothing.
     """
 
     def write(self, number: int, row: Row) -> None:
@@ -115,7 +115,7 @@ def _own(settings: LogConfig, name: str) -> Open:
 
 
 def _started(name: str, settings: LogConfig) -> Open:
-    """Returns the user's class, whose errors at its start are one line."""
+    """Returns a function that opens the tracker of the user's class, and raises its errors at the start as one line."""
     own = _own(settings, name)
 
     def start(workdir: Path, config: Config, resume_step: int | None) -> Tracker:

@@ -1,8 +1,8 @@
 """A run's folder: `check_workdir` looks at it, `locked` keeps a second run out, `prepare_workdir` claims it.
 
-They are called in this order. So a folder that is no run's gets no lock, and of two runs that start at once the
-settings in config.json are those of the one that holds the lock. Last comes `record_settings`, when nothing can be
-refused any more: a resume that is refused leaves the folder as it was.
+They are called in this order, so a folder that belongs to no run gets no lock, and if two runs start at once,
+config.json has the settings of the one that holds the lock. Last comes `record_settings`, once nothing can be refused
+any more, so that a refused resume leaves config.json as it was.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ DAMAGED = "damaged_checkpoints"  # folder in a workdir for checkpoints that a re
 SUPERVISED = "sft.json"  # file in a workdir that says that its run is a supervised start
 UNFINISHED = "orbax-checkpoint-tmp"  # part of the name of a checkpoint that was not written to its end, on a disk
 COMMITTED = "commit_success.txt"  # file in a checkpoint that was written to its end, in a bucket
-# What a run may leave before its first checkpoint, and a run in its place does not write anew in any case.
+# What a run may leave before its first checkpoint, and what a run in its place might not overwrite.
 REMAINS = ("checkpoints", "reference", "evaluations")
 
 
@@ -43,7 +43,7 @@ class Claim(NamedTuple):
     replaced: list[str]  # what changed where a run without a checkpoint is replaced, as "name: old -> new"
 
     def notice(self, workdir: Path) -> str:
-        """Returns what the user is told, "" where nothing is replaced."""
+        """Returns the message for the user; "" if nothing is replaced."""
         if not self.replaced:
             return ""
         return (
@@ -135,7 +135,7 @@ def _other_settings(workdir: Path, changed: list[str]) -> InputError:
 
 
 def is_mirrored(workdir: Path) -> bool:
-    """Returns whether orbax, which writes to disks and gs:// alone, can't write there: see `checkpoint_mirror`."""
+    """Returns whether `workdir` is in a bucket that orbax can't write to, any but gs://: see `checkpoint_mirror`."""
     return is_remote(workdir) and not str(workdir).startswith("gs://")
 
 
@@ -157,7 +157,7 @@ def has_samples(workdir: Path) -> bool:
 
 
 def _check_finished(workdir: Path) -> None:
-    """Raises InputError where orbax would take the checkpoints of a bucket for unfinished ones, and remove them."""
+    """Raises InputError if orbax would take all checkpoints in a bucket for unfinished ones and remove them."""
     if is_remote(workdir) and has_samples(workdir) and not finished(workdir / "checkpoints"):
         raise InputError(
             f"--workdir {workdir}: none of its checkpoints holds {COMMITTED}, the last file of a save in a bucket; "
@@ -166,7 +166,7 @@ def _check_finished(workdir: Path) -> None:
 
 
 def _changed_settings(path: Path, settings: dict[str, Any]) -> list[str]:
-    """Returns the settings that differ between config.json at `path` and `settings`, and must not on a resume."""
+    """Returns the settings that differ between config.json at `path` and `settings` but may not change on a resume."""
     try:
         old = with_defaults(json.loads(read_bytes(path)))
         # A run without a day may get its day now. Whether it is the right one is seen from the prompts.
@@ -179,9 +179,9 @@ def _changed_settings(path: Path, settings: dict[str, Any]) -> list[str]:
 
 
 def _open_lock(workdir: Path) -> FileIO:
-    """Opens the lock file of a local folder, which is made where there is none, and goes again where this fails.
+    """Opens the lock file of a local folder, which is created if it is missing, and removed again if this fails.
 
-    It has no buffer, which would be written once more when it is closed, to a disk that is full.
+    The file is unbuffered, because closing it on a full disk would try to write the buffer once more.
     """
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
@@ -228,11 +228,11 @@ def _under_way(workdir: Path, holder: str) -> InputError:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[Callable[[], None]]:
-    """Keeps other runs out of `workdir`, which it makes, inside the `with` block.
+    """Creates `workdir`, and keeps other runs out of it inside the `with` block.
 
-    The system frees the lock when the process ends.
-    In a bucket the lock is one that expires. So a process that was cut off from it for a minute may lose it. The
-    function that this yields raises RunError then, and so does whatever this process writes there (`guarded`).
+    The system frees the lock when the process ends. In a bucket the lock expires instead, so a process that is cut off
+    from the bucket for a minute may lose it. The yielded function then raises RunError, and so does every attempt of
+    this process to write there (`guarded`).
 
     Raises:
         InputError: a run is under way there, or it cannot be written. No folders are left behind then.
@@ -263,8 +263,8 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
 def recorded_date(workdir: Path) -> str | None:
     """Returns the day that the chat template of the run in `workdir` takes for today, None where the run begins now.
 
-    A run that has neither a checkpoint nor samples begins anew, as one in an empty folder does. It is "" for a run
-    whose template does not ask for the day, and for one of a version that did not record it.
+    A run that has neither a checkpoint nor samples begins anew, as one in an empty folder does. The day is "" for a run
+    whose template does not ask for it, and for one of a version that did not record it.
     """
     if not _has_results(workdir):
         return None

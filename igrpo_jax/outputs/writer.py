@@ -30,7 +30,7 @@ class Writer:
     Args:
         resume_step: the step of the checkpoint that was restored; None where the run starts from nothing. Rows and
             sample files of later steps are dropped, because the resumed run writes them again. With None, all that an
-            earlier start left is dropped. A line that a kill tore is dropped as well.
+            earlier start left is dropped. A line that a kill cut short is dropped as well.
         nullable: metrics that may be without a value, and are then written as null without a warning.
 
     Attributes:
@@ -94,7 +94,9 @@ class Writer:
         self.rows += 1
 
     def samples(self, step: int, groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> None:
-        """Writes `samples/step_000123.jsonl`, with one row per draft and completion; trackers get the first prompt.
+        """Writes `samples/step_000123.jsonl`, with one row per draft and completion.
+
+        Trackers get the first group that has completions.
 
         Args:
             advantages: of the completions of each group, [G] float32.
@@ -146,7 +148,7 @@ class Writer:
                 self._spool.push()
 
     def close(self) -> None:
-        """Closes the file and the trackers, each also where closing another fails. It may be called twice."""
+        """Closes the file and the trackers, each of them even if closing another fails. It may be called twice."""
         if self._file is not None:
             closing: list[Lines | trackers.Tracker] = [self._file, *self._trackers]
             self._file = None

@@ -4,10 +4,10 @@
     max_draft_length: Annotated[int | None, AtLeast(1)] = None
     dtype: Annotated[str, Choice("bfloat16", "float32")] = "bfloat16"
 
-A field is one of bool, int, float and str, a tuple of one of them, or any of these or None; or a mapping from names to
-values of such types. Or it is another dataclass (a section), and then its own fields are named with a dot:
-`model.lora.rank`. A field that may be None needs no rule for None. This folder knows no setting: igrpo_jax/config.py
-declares them, and its tree is called `config` in messages.
+The type of a field is bool, int, float or str, a tuple of one of them, or any of these or None; or a mapping from names
+to values of such types; or another dataclass (a section), whose own fields are named with a dot: `model.lora.rank`. A
+field that may be None needs no rule for None. This folder knows no setting: igrpo_jax/config.py declares them, and its
+tree is called `config` in messages.
 
 In order: rules, fields, trees, objects.
 """

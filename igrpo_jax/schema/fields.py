@@ -21,7 +21,7 @@ class FieldError(InputError):
 
 
 class UnknownField(FieldError, AttributeError):
-    """A field is read that does not exist."""
+    """A field is read or set that does not exist."""
 
 
 # What values of a type are called in errors.
@@ -73,7 +73,7 @@ class Setting(NamedTuple):
 
     @property
     def subject(self) -> str:
-        """What must be so: "each " entry of a tuple, or the value itself, which needs no name."""
+        """The subject of "must be": "each " for the entries of a tuple, empty for the value itself."""
         return "each " if any(rule.on_entries for rule in self.rules) else ""
 
 
@@ -111,7 +111,7 @@ def check_path(cls: type, path: str) -> None:
 
 
 def paths_named(cls: type, name: str) -> list[str]:
-    """Returns the dotted names of the fields that have the last name of `name`."""
+    """Returns the dotted names of the fields whose last part is that of `name`."""
     return [path for path in field_paths(cls) if path.rpartition(".")[2] == name.rpartition(".")[2]]
 
 

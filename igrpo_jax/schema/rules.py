@@ -15,7 +15,7 @@ class Rule(NamedTuple):
     secret: bool = False  # a value that breaks the rule may be a secret, and is not repeated
 
 
-# Rules are written as types are, because they stand beside them. `text` replaces the one that follows from the bound.
+# Rules are named like types, because they stand beside them. `text` replaces the text derived from the bound.
 
 
 def AtLeast(low: float, text: str = "", also: float | None = None) -> Rule:

@@ -1,4 +1,4 @@
-"""A configuration as a ConfigDict that knows where each field was set, and back as checked dataclasses."""
+"""Converts a configuration to a ConfigDict that knows where each field was set, and back to checked dataclasses."""
 
 import contextlib
 import sys
@@ -61,7 +61,7 @@ def to_config_dict(config: Any, root: type | None = None, prefix: str = "") -> T
     """Returns a dataclass as a ConfigDict.
 
     Args:
-        root: the class of the whole configuration, of which `config` is the section `prefix`; None where it is all.
+        root: the class of the whole configuration, of which `config` is the section `prefix`; None if it is the whole.
     """
     tree, root = Tree(), root or type(config)
     object.__setattr__(tree, "_declared", (root, prefix))

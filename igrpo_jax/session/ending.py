@@ -1,4 +1,4 @@
-"""The end of a run: what it leaves, so that the same command says at once that there is nothing to do."""
+"""The end of a run: a record of it, from which the same command sees at once that there is nothing left to do."""
 
 import functools
 import json
@@ -22,18 +22,18 @@ FILE = "finished.json"  # in the folder of a run
 
 
 def note(workdir: Path, config: Config, step: int, metrics_rows: int, progress: Progress) -> None:
-    """Writes that the run of `config` in `workdir` ended after `step`, its last, with all that it writes."""
+    """Records that the run of `config` in `workdir` ended after `step`, its last, with all its files written."""
     if jax.process_index() == 0:
         seen = {"step": step, "asked": _asked(config), "metrics_rows": metrics_rows, "progress": progress.meta()}
         write_atomically(workdir / FILE, json.dumps(seen, indent=2) + "\n")
 
 
 def check(config: Config, total_steps: int, workdir: Path, done: int) -> None:
-    """Raises InputError where `config` ends a run before the step that it has come to.
+    """Raises InputError if `config` would end a run before the step that it has already reached.
 
     Args:
-        total_steps: the step at which `config` ends it.
-        done: the step of the checkpoint that it is resumed from.
+        total_steps: the step at which `config` ends the run.
+        done: the step of the checkpoint that the run is resumed from.
     """
     if done <= total_steps:
         return
@@ -51,7 +51,7 @@ def forget(workdir: Path) -> None:
 
 
 def is_finished(workdir: Path, config: Config, console: Console) -> bool:
-    """Returns whether the run of `config` in `workdir` has ended; if so, prints the table of its end.
+    """Returns whether the run of `config` in `workdir` has ended; if so, prints the final table.
 
     Neither the model nor the problems are read.
 
@@ -68,7 +68,7 @@ def is_finished(workdir: Path, config: Config, console: Console) -> bool:
 
 
 def tell_lost_rows(rows: int, expected: int, step: int, console: Console) -> None:
-    """Says where metrics.jsonl has fewer rows up to `step` than were written."""
+    """Prints a message if metrics.jsonl has fewer rows up to `step` than were written."""
     if rows < expected:
         console.message(
             f"metrics.jsonl has {rows} rows up to step {step}, {expected} were written: rows were lost, and stay so"
@@ -76,7 +76,7 @@ def tell_lost_rows(rows: int, expected: int, step: int, console: Console) -> Non
 
 
 def _read(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """Returns what `note` wrote; None where it did not, where more is asked for now, or where a part is gone.
+    """Returns what `note` wrote; None if it wrote nothing, if settings of `_asked` differ, or if results are missing.
 
     Raises:
         InputError: the folder holds a finished run with other settings.
@@ -97,7 +97,7 @@ def _read(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def _asked(config: Config) -> dict[str, Any]:
-    """Returns the settings that may change on a resume and that a finished run may have to do more for."""
+    """Returns the settings that may change on a resume and may then leave a finished run with more to do."""
     settings = json.loads(json.dumps(to_dict(config)))
     return {name: settings[name] for name in ("steps", "evaluation", "checkpoint")}
 

@@ -1,8 +1,9 @@
-"""Opens a run: from a configuration to where the first step can begin, restored, or warm and evaluated.
+"""Opens a run: goes from a configuration to the point where the first step can begin, with the state restored or new.
 
-1. All that is given is read and checked, by every process in the same way; nothing is written yet.
+1. All inputs are read and checked, by every process in the same way; nothing is written yet.
 2. The folder is claimed, and the table of what the run will do is printed. Nothing has been compiled so far.
-3. What must be closed is opened: verifier, checkpoints, metrics, and threads that compile (`distributed.compiling`).
+3. The parts that must be closed later are opened: verifier, checkpoints, metrics, and the threads that compile
+   (`distributed.compiling`).
 4. The state comes from the newest checkpoint, or from the model's weights and a warm start. A resume that does not fit
    its checkpoint is refused here, before it has changed anything in the folder.
 """
@@ -78,13 +79,13 @@ def _start(
     config: Config, task: Task, workdir: Path, console: Console, stack: contextlib.ExitStack
 ) -> tuple[Run, TrainState]:
     """Claims `workdir`, puts the parts together, and brings them to where the first step can begin."""
-    # These two check slots, mesh, the objective's settings and LoRA's targets, before anything is written.
+    # Making these two checks slots, mesh, the objective's settings and LoRA's targets, before anything is written.
     sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
     learner = Learner(config, task.policy.model, task.mesh, **sizes)
     engine = _open_engine(config, task, learner)
     resumes, still_ours = _claim(workdir, config, stack, console)
     if not resumes:
-        ending.forget(workdir)  # of a run that this one replaces
+        ending.forget(workdir)  # left by a run that this one replaces
     if config.checkpoint.push:
         cluster.from_first(functools.partial(_claim_repository, config))
     is_igrpo = config.algorithm.num_drafts > 0 and config.algorithm.second_stage == "refine"
@@ -110,7 +111,7 @@ def _start(
             _check_data(config, task, workdir, meta["data"])
             ending.check(config, task.total_steps, workdir, first_step)
         progress = Progress.from_meta(meta, int(state.skipped))
-        # What the steps after the checkpoint left behind is dropped here: they are run again.
+        # Rows and samples of steps after the checkpoint are dropped here, because those steps are run again.
         writer = stack.enter_context(Writer(workdir, config, first_step, COMPARED))
         ending.tell_lost_rows(writer.rows, meta["metrics_rows"], first_step, console)
         _set_fixed_weights(config, task, workdir, learner, console)
@@ -136,15 +137,15 @@ def _start(
 
 
 def _open_engine(config: Config, task: Task, learner: Learner) -> Engine:
-    """Returns the sampler's programs, which training and evaluation share."""
-    policy, memory = task.policy, cluster.from_first(device_bytes)  # processes of a team need as many pages
+    """Returns the engine that samples, which training and evaluation share."""
+    policy, memory = task.policy, cluster.from_first(device_bytes)  # processes of a team need equally many pages
     if memory is not None:
         memory -= overview.resting_bytes(config, task.mesh, learner)
     return sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated, memory)
 
 
 def _claim_repository(config: Config) -> None:
-    """Makes or checks the repository that the policy will be put into, so that no run ends with one that is refused."""
+    """Creates or checks the repository that the policy will be uploaded to, so that no run is refused at its end."""
     hub.open_repository(config.checkpoint.push, hub.SETTING, config)
 
 
@@ -153,14 +154,15 @@ def _claim(
 ) -> tuple[bool, Callable[[], None]]:
     """Claims `workdir` for this run alone.
 
-    Returns:
-        Whether it holds a run of this configuration already, and what raises RunError where the claim is lost.
+    Prints a message if it replaces a run with other settings that ended before its first checkpoint.
 
-    Says so where a run with other settings, which ended before its first checkpoint, is replaced.
+    Returns:
+        Whether `workdir` already holds a run of this configuration, and a function that raises RunError if the claim
+        has been lost.
 
     Raises:
-        InputError: it holds another run, or files that are no run's; it cannot be written; it is not the same folder
-            on all processes.
+        InputError: it holds another run, or files that belong to no run; it cannot be written; it is not the same
+            folder on all processes.
     """
     cluster.from_first(functools.partial(check_workdir, workdir, config))
     still_ours = stack.enter_context(locked(workdir))
@@ -176,9 +178,9 @@ def _verifier(config: Config, workdir: Path, total_steps: int, teams: int) -> Ve
     """Returns the verifier, whose judge keeps its verdicts in `workdir`; entering it starts the workers.
 
     Args:
-        teams: how many processes sample and score by themselves.
+        teams: how many teams of processes sample and score independently; they share the judge's budget.
     """
-    # SQLite can't lock a file across machines: each process has a file of its own, and its part of the judge's budget.
+    # SQLite can't lock a file across machines: each process has its own file, and its team's share of the budget.
     process, judge = jax.process_index(), config.rewards.judge
     cache = workdir / (f"judge.process-{process}.sqlite" if process else "judge.sqlite")
     judge = replace(judge, budget=judge.budget and max(1, judge.budget // teams))
@@ -199,7 +201,7 @@ def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> in
 
 
 def _first_wanted(config: Config, task: Task, engine: Engine, latest: int | None) -> Wanted:
-    """Returns the programs of the first dispatch of a run that goes on after the step `latest`, None for a new one."""
+    """Returns the programs that the first dispatch needs after the step `latest`; `latest` is None for a new run."""
     if latest is None and config.evaluation.every:
         return engine.first_wanted(*task.evaluated.first(config))
     algorithm, prompts = config.algorithm, task.step_prompts((latest or 0) + 1)
@@ -213,8 +215,8 @@ def _first_wanted(config: Config, task: Task, engine: Engine, latest: int | None
 def _compiling(
     config: Config, task: Task, engine: Engine, learner: Learner, first: Wanted, console: Console
 ) -> contextlib.AbstractContextManager[None]:
-    """Returns what compiles the programs of the sampler and the largest of the update, before the first step or in the
-    course of the run, and prints the memory that they need once that is known."""
+    """Returns a context that compiles the programs of sampler and update ahead, as `distributed.compiling` says, and
+    prints the memory that they need once all are compiled."""
     tell = lambda: console.table("Memory", overview.memory(config, task, engine, learner))
     return compiling(first, engine.wanted, lambda: learner.programs.wanted, console.phase, tell)
 
@@ -266,7 +268,7 @@ def _set_fixed_weights(
     """Gives the learner the weights that no update changes: those that LoRA adapts, and those of the reference.
 
     Args:
-        params: what a new run starts from; None where it is read again, from the model's files or workdir/reference.
+        params: the weights that a new run starts from; None to read them from the model's files or workdir/reference.
     """
     first = functools.partial(weights.first, config, task.policy, workdir, task.mesh, console=console, params=params)
     lora = config.model.lora.rank > 0
@@ -291,7 +293,7 @@ def _warm(config: Config, task: Task, params: decoder.Params, writer: Writer, co
 
 
 def _evaluate_start(run: Run, state: TrainState, is_new: bool) -> None:
-    """Evaluates and saves a new run before its first step; makes up for an evaluation that a resumed one lacks."""
+    """Evaluates and saves a new run before its first step; in a resumed run, makes up for an evaluation it lacks."""
     step = run.first_step
     if is_new:
         if run.config.evaluation.every:

@@ -1,4 +1,4 @@
-"""The tables of a run: what it will do, what memory it needs, and at its end the scores."""
+"""The tables of a run: what it will do, how much memory it needs, and its scores at the end."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from igrpo_jax.sampling.layout import keeps_weights
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.task import Task
 
-SEEN_STEPS = 20  # of a resumed run, whose mean predicts the next ones
+SEEN_STEPS = 20  # last steps of a resumed run, whose mean padding predicts that of the next ones
 
 # By config.learner.remat.
 _RECOMPUTED = {"none": "nothing", "logits": "logits", "dots": "all but matrix products", "full": "all"}
@@ -79,7 +79,7 @@ def _stages(config: Config) -> list[tuple[str, str]]:
 
 
 def sampling_layout(engine: Engine) -> str:
-    """Returns how the devices share the weights to sample with, and where it is known the least time of a token."""
+    """Returns how devices share the weights to sample with and, for a known chip, the least time of a decode step."""
     groups, tensor, costs = engine.groups, engine.tensor, engine.programs.costs
     plural = lambda count, name: f"{count} {name}{'s' * (count > 1)}"
     text = f"{plural(groups, 'group')} of {plural(tensor, 'device')} (rollout.mesh.tensor)"
@@ -107,7 +107,7 @@ def _cache(engine: Engine) -> str:
 
 
 def _padding(workdir: Path) -> str:
-    """Returns how much of the next updates will be padding: as much as of the last ones, where there were any."""
+    """Returns how much of the next updates will be padding, as predicted from the last ones, if there were any."""
     rows = [json.loads(row) for row in rows_until(workdir / "metrics.jsonl", math.inf)]
     seen = [row["perf/padding_frac"] for row in rows if row.get("perf/padding_frac") is not None][-SEEN_STEPS:]
     if not seen:
@@ -116,8 +116,7 @@ def _padding(workdir: Path) -> str:
 
 
 def memory(config: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[str, object]]:
-    """Returns the rows of the table that is printed once all programs of the sampler and the largest of the update are
-    compiled."""
+    """Returns the rows of the table that is printed once all programs of the sampler and the update are compiled."""
     needs, available = predicted_bytes(config, task, engine, learner), device_bytes()
     predicted = ", ".join(f"{phase} {size(need)}" for phase, need in needs.items())
     return [
@@ -172,7 +171,7 @@ def after(workdir: Path, progress: Progress, best_metric: str, first: int, total
 
 
 def _change(values: Mapping[int, float]) -> str:
-    """Returns the first and the last of the values by step, and the difference; a single one for itself."""
+    """Returns, as text, the first and the last of the values by step and their difference; or the only value."""
     (first, before), (last, now) = min(values.items()), max(values.items())
     if first == last:
         return f"{now:.3f} at step {last}"

@@ -1,4 +1,4 @@
-"""What a run remembers from step to step beside its TrainState: scores, skipped steps, warnings given."""
+"""What a run remembers from step to step besides its TrainState: scores, skipped steps, warnings given."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ class Progress:
     scores: dict[int, dict[str, float]] = field(default_factory=dict)  # metrics of evaluations, by step
     skipped_optimizer_steps: int = 0  # all so far; they changed nothing, since loss or gradient was not finite
     skipped_in_a_row: int = 0  # steps in a row, up to the last one, that skipped an optimizer step
-    named_programs: set[str] = field(default_factory=set)  # kinds of compiled programs that were warned of
+    named_programs: set[str] = field(default_factory=set)  # kinds of compiled programs that a warning has named
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any], skipped_optimizer_steps: int) -> "Progress":
@@ -21,7 +21,7 @@ class Progress:
         return cls(scores, skipped_optimizer_steps, meta["bad_steps"])
 
     def meta(self) -> dict[str, Any]:
-        """Returns what a checkpoint has to hold of it, as JSON can hold it."""
+        """Returns the part that a checkpoint has to hold, in a form that JSON can represent."""
         return {"bad_steps": self.skipped_in_a_row, "evaluations": {str(step): x for step, x in self.scores.items()}}
 
     def count_skipped(self, optimizer_steps: int) -> bool:
@@ -39,7 +39,7 @@ class Progress:
         return new
 
     def is_best(self, step: int, metric: str) -> bool:
-        """Returns whether `step` was evaluated and `metric` is the highest there so far."""
+        """Returns whether `step` was evaluated and has the highest `metric` so far."""
         known = {at: scores[metric] for at, scores in self.scores.items() if metric in scores}
         return step in known and known[step] >= max(known.values())
 

@@ -66,7 +66,7 @@ class Run:
     check_lock: Callable[[], None]  # raises RunError where another run has taken the workdir
 
     def compile_rest(self) -> None:
-        """Waits until all programs of the run are compiled, which on a CPU most are not before."""
+        """Compiles the programs of the run that are not compiled yet, which on a CPU are most of them."""
         with self.console.waiting("the programs of later steps"):
             compile_all([*self.rollout.wanted, *self.learner.programs.wanted])
 
@@ -80,7 +80,7 @@ class Run:
         metrics = result.metrics | throughput(result.metrics, list(self.task.mesh.devices.flat))
         self._warn_of_compiles(step, result.compiled)
         if step == 1:
-            self.checkpointer.wait()  # of step 0: a folder with samples and without a checkpoint is taken for damaged
+            self.checkpointer.wait()  # for step 0: a folder with samples but no checkpoint is taken for damaged
         self.writer.write(step, metrics)
         self.writer.samples(step, groups, advantages)
         self._check_finite(step, result)
@@ -92,7 +92,7 @@ class Run:
     def _warn_of_compiles(self, step: int, compiled: Sequence[str]) -> None:
         """Names the programs that were compiled after the first step, the first one of each kind."""
         if step == self.first_step + 1:
-            return  # all that it needs is compiled in it
+            return  # the first step compiles all that it needs
         if new := self.progress.first_of_their_kind(compiled):
             self.console.message(
                 f"step {step}: compiled {'; '.join(new)}: shapes not met before. Later ones of the kind are only "
@@ -123,7 +123,7 @@ class Run:
         return self.config.log.samples_every > 0 and step % self.config.log.samples_every == 0
 
     def evaluation_due(self, step: int) -> bool:
-        """Returns whether `step` ends with an evaluation; the last step does wherever there are any."""
+        """Returns whether `step` ends with an evaluation; the last step always does unless evaluations are off."""
         every = self.config.evaluation.every
         return every > 0 and (step % every == 0 or step == self.task.total_steps)
 

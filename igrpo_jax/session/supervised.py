@@ -148,7 +148,7 @@ def open_supervised(config: Config, recorded_date: str | None = None) -> Supervi
 
 
 def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextlib.ExitStack) -> None:
-    """Claims `workdir`, restores or makes the state, and makes the steps that are left."""
+    """Claims `workdir`, restores or creates the state, and runs the steps that are left."""
     config, total = task.config, task.total_steps
     learner = Learner(
         supervised.learner_config(config), task.policy.model, task.mesh, max_context=task.max_context, total_steps=total

@@ -1,4 +1,4 @@
-"""What every run works within: its folder, the programs that are kept, the notice of SIGTERM, console and mesh."""
+"""What every run works within: its folder, the compilation cache, the handling of SIGTERM, console and mesh."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from igrpo_jax.storage.addresses import path_of
 
 
 class Surroundings(NamedTuple):
-    """What is there before anything of a run is read."""
+    """What is set up before any input of a run is read."""
 
     workdir: Path
     console: Console
@@ -24,7 +24,7 @@ class Surroundings(NamedTuple):
 
 @contextlib.contextmanager
 def surroundings(config: Config, workdir: str | Path) -> Iterator[Surroundings]:
-    """Yields the path of `workdir`, a console and a stack; SIGTERM is taken for a notice within the block.
+    """Yields the path of `workdir`, a console and a stack; within the block, SIGTERM is a notice of preemption.
 
     Raises:
         InputError: `workdir` or config.compilation_cache is an address that cannot be reached.
@@ -37,10 +37,10 @@ def surroundings(config: Config, workdir: str | Path) -> Iterator[Surroundings]:
 
 
 def enter_mesh(stack: contextlib.ExitStack, config: Config, mesh: jax.sharding.Mesh, read: Mapping[str, Any]) -> None:
-    """Makes sure that all processes run the same, then sets the mesh and watches the waits of the run.
+    """Checks that all processes run the same thing, then sets the mesh and starts the watchdog.
 
     Args:
-        read: fingerprints of what was read, by what it is called.
+        read: fingerprints of the inputs that were read, by name.
 
     Raises:
         InputError: the processes have different settings, or have read different things.

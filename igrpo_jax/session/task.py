@@ -40,7 +40,7 @@ class Task:
     mesh: jax.sharding.Mesh
     prompts: list[Prompt]
     skipped: int  # training prompts longer than config.data.max_prompt_length
-    notes: list[tuple[str, str]]  # what was found in the training set, and what custom rewards gave at their first call
+    notes: list[tuple[str, str]]  # findings in the training set, and what custom rewards returned at their first call
     evaluated: planning.Plan
     max_context: int  # tokens of the longest q or q' in training
     total_steps: int

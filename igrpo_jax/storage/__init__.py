@@ -1,4 +1,4 @@
-"""Folders of runs, models and problems that lie in a bucket, `gs://` or `s3://`, wherever a path goes.
+"""Runs, models and problems in a bucket, `gs://` or `s3://`, wherever a path is accepted.
 
 In order: addresses, reading, writing, lease.
 """

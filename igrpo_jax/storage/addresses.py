@@ -1,8 +1,8 @@
 """Paths from addresses: a local folder, or one in a bucket, `gs://BUCKET/NAME` or `s3://BUCKET/NAME`.
 
 A path in a bucket is an `etils.epath.Path`, which has the methods of `pathlib.Path` and asks fsspec, and through it
-gcsfs or s3fs, for what is there. epath is the path of orbax and of JAX's compilation cache, and comes with them, as
-fsspec comes with datasets. So checkpoints, compiled programs and our own files go through one library with one set of
+gcsfs or s3fs, for what is there. Orbax and JAX's compilation cache use epath too, and it comes with them, as fsspec
+comes with datasets. So checkpoints, compiled programs and our own files go through one library with one set of
 credentials, and a user installs gcsfs or s3fs alone. universal-pathlib would be a second such library; `gsutil` and
 mounts need commands outside of Python.
 
@@ -33,14 +33,14 @@ ADDRESSES = (
 )
 LIBRARY = {"gs": "gcsfs", "s3": "s3fs"}  # by scheme: what reaches it; an extra of the package has the scheme's name
 PATIENCE = 300.0  # seconds for which an operation that fails for now is tried again
-_TRANSIENT = (408, 425, 429)  # codes that are worth another attempt, besides all from 500
+_TRANSIENT = (408, 425, 429)  # HTTP status codes worth another attempt, besides 500 and above
 _CUT = {  # errors of connections, by name, because their modules may not be installed
     "botocore.exceptions.HTTPClientError",
     "botocore.exceptions.ConnectionError",
     "google.auth.exceptions.TransportError",  # the service that gives credentials, or the metadata server of a machine
     "google.auth.exceptions.RefreshError",
 }
-_MADE = {"gs": "gcloud storage buckets create gs://{}", "s3": "aws s3 mb s3://{}"}  # what makes a bucket
+_MADE = {"gs": "gcloud storage buckets create gs://{}", "s3": "aws s3 mb s3://{}"}  # the command that creates a bucket
 # Errors of the libraries that are no OSError, by module. The modules are looked up only where something loaded them.
 _ERRORS = {
     "gcsfs.retry": ("HttpError", "ChecksumError"),
@@ -81,7 +81,7 @@ def path_of(source: str, address: str | Path) -> Path:
         )
     path = _remote(f"{scheme}://{name}")
     with refusing(source):
-        try:  # once: who has just typed an address does not wait for minutes
+        try:  # only once: a user who has just typed an address should not wait for minutes
             filesystem(path).ls(str(path), detail=False)
         except FileNotFoundError as error:
             if not _has_bucket(path, error):
@@ -99,7 +99,7 @@ def _has_bucket(path: Path, error: FileNotFoundError) -> bool:
         filesystem(path).ls("/".join(str(path).split("/")[:3]), detail=False, max_results=1)
     except FileNotFoundError:
         return False
-    except failures():  # who may see a part of a bucket alone
+    except failures():  # a user may have access to a part of the bucket only
         pass
     return True
 
@@ -108,9 +108,9 @@ def _remote(address: str) -> Path:
     import fsspec
     from etils import epath
 
-    if (logger := getLogger("gcsfs")).level == NOTSET:  # it logs with its stack what it then raises
+    if (logger := getLogger("gcsfs")).level == NOTSET:  # it logs every error with its stack, and then raises it
         logger.setLevel(CRITICAL)
-    for protocol in ("gs", "gcs", "s3"):  # other processes write there: a listing is never what it was
+    for protocol in ("gs", "gcs", "s3"):  # other processes write there, so a cached listing may be stale
         fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
     path: Any = epath.Path(address)
     return path
@@ -150,7 +150,7 @@ def names(folder: Path) -> set[str]:
 
 
 def modified(path: Path) -> float:
-    """Returns when a file or a folder of a disk, or the newest object in a folder of a bucket, was written, in s."""
+    """Returns when a file or folder on a disk, or the newest object at `path` in a bucket, was written (Unix time)."""
     if not is_remote(path):
         return path.stat().st_mtime
     found = patiently(path, filesystem(path).find, str(path), detail=True)
@@ -158,7 +158,7 @@ def modified(path: Path) -> float:
 
 
 def written_at(info: dict[str, Any]) -> float:
-    """Returns the time of an object, by what the service says of it."""
+    """Returns when an object was written, in Unix time, from what the service reports about it."""
     return (info.get("mtime") or info["LastModified"]).timestamp()
 
 
@@ -188,10 +188,10 @@ def refusing(source: str) -> Iterator[None]:
 
 
 def patiently(path: Path, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Returns what `function` returns, which asks the bucket of `path`.
+    """Returns what `function` returns, which sends requests to the bucket of `path`.
 
-    The libraries themselves try again for about half a minute. What fails for now, such as a service that answers 503
-    or a connection that drops, is tried again for PATIENCE seconds, with a warning.
+    The libraries themselves try again for about half a minute. After a temporary failure, such as a 503 or a dropped
+    connection, the call is repeated for up to PATIENCE seconds, with a warning each time.
     """
     deadline, wait = time.monotonic() + PATIENCE, 1.0
     while True:
@@ -206,7 +206,7 @@ def patiently(path: Path, function: Callable[P, T], *args: P.args, **kwargs: P.k
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Returns whether what failed may succeed in a while: a service that is busy or down, or a connection that is."""
+    """Returns whether a failed call may succeed in a while: the service is busy or down, or the connection is."""
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     answered = _answer_of_s3(error).get("ResponseMetadata", {})
@@ -220,6 +220,6 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _answer_of_s3(error: BaseException) -> dict[str, Any]:
-    """Returns the answer of the service that s3fs has made an OSError of, {} where there is none."""
+    """Returns the service's answer that s3fs turned into an OSError; {} if there is none."""
     response = getattr(error.__cause__, "response", None)
     return response if isinstance(response, dict) else {}

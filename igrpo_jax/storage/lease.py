@@ -2,10 +2,10 @@
 
 It is created on the condition that there is none (GCS: ifGenerationMatch=0, S3: If-None-Match), and written anew every
 RENEWED seconds with another number, on the condition that it is what its holder wrote last (GCS: ifGenerationMatch, S3:
-If-Match). Whoever meets it watches it: where it does not change for EXPIRES seconds, its holder is gone. No two clocks
-are compared. The end of a holder on the same machine is seen at once, from its process number. A holder that was cut
-off for so long that another took its place finds another's token in the object, or no object where the other is done,
-and ends.
+If-Match). A process that finds the lock taken watches it: if it does not change for EXPIRES seconds, its holder is
+gone. No two clocks are compared. The end of a holder on the same machine is seen at once, from its process number. A
+holder that was cut off for so long that another took its place finds the other's token in the object, or no object if
+the other has finished, and ends.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from igrpo_jax.errors import RunError
 from igrpo_jax.storage.addresses import failures, filesystem, patiently, reason
 from igrpo_jax.storage.reading import read_bytes
 
-RENEWED = 15.0  # seconds
-EXPIRES = 60.0  # seconds
+RENEWED = 15.0  # seconds between two renewals
+EXPIRES = 60.0  # seconds without a change after which the holder is gone
 SETTLED = 1.0  # seconds after which one of several that replace an old lock sees who did so last
 
 
@@ -55,7 +55,7 @@ class Lease:
         """
         make_free(self._path)
         _remove(self._path, None)
-        # Where it exists, another was faster, or the answer to our own request was lost and it was sent again.
+        # If it exists, another was faster, or our own request succeeded but its answer was lost and it was sent again.
         with contextlib.suppress(FileExistsError):
             patiently(self._path, filesystem(self._path).pipe_file, str(self._path), self._content(), mode="create")
         time.sleep(SETTLED)
@@ -67,9 +67,9 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises RunError where another holder has taken the lock meanwhile, or where this cannot be seen.
+        """Raises RunError where another holder has taken the lock meanwhile, or where this cannot be determined.
 
-        The bucket is asked only where the last renewal is so long ago that another may have taken the lock.
+        The bucket is read only if the last renewal is so long ago that another may soon take the lock, or has done so.
         """
         if time.monotonic() - self._renewed > EXPIRES / 2:
             try:
@@ -98,9 +98,9 @@ class Lease:
         return json.dumps(holder | {"machine": _machine()}).encode()
 
     def _look(self) -> str | None:
-        """Returns the version of the object where it is ours.
+        """Returns the version of the object if it is ours, else None.
 
-        It notes where the lock is another's now, or gone, as it is where another took it and is done.
+        Notes that the lock is lost if it is another's now, or gone, as when another took it and has finished.
         """
         version = _version(self._path)  # before the content: a version read after it might be another's
         holder = _read(self._path)
@@ -148,10 +148,10 @@ def make_free(path: Path) -> None:
 
 
 def _remove(path: Path, holder: dict[str, Any] | None) -> None:
-    """Removes the lock if it is what `holder` wrote, or with None, if nobody did.
+    """Removes the lock if it is what `holder` wrote; with None, a lock file that no holder wrote.
 
-    In gs:// it goes on the condition that it has not been replaced. In s3:// one that another has taken in this very
-    moment may go; of the two, the one that writes last has the lock then, and the other sees this after SETTLED.
+    In gs:// it is removed only if it has not been replaced meanwhile. In s3:// a lock that another has just taken may
+    be removed; of the two, the one that writes last then has the lock, and the other sees this after SETTLED.
     """
     with contextlib.suppress(FileNotFoundError, FileExistsError):
         version = _version(path)
@@ -212,7 +212,7 @@ def _bucket_and_key(path: Path) -> tuple[str, str]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Returns what the holder wrote, None where there is no lock, or that of a folder, which was copied there."""
+    """Returns what the holder wrote; None if there is no lock, or only that of a local folder, copied there."""
     try:
         return json.loads(read_bytes(path))
     except (FileNotFoundError, ValueError):
@@ -224,7 +224,7 @@ def _who(holder: dict[str, Any] | None) -> str:
 
 
 def _machine() -> str:
-    """Returns a name of what process numbers belong to: boot and container; "" where they are not known."""
+    """Returns a name for the scope of process numbers, which is boot and container; "" if it is not known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -244,7 +244,7 @@ def _is_dead(holder: dict[str, Any]) -> bool:
         return True
     except PermissionError:
         return False
-    try:  # a process that was killed and whose parent has not asked for its end yet
+    try:  # a zombie: it has ended, but its parent has not waited for it yet
         return Path(f"/proc/{holder['process']}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return False

@@ -1,7 +1,7 @@
 """Local copies of what lies in a bucket: a model, a file of problems, the folder of a run.
 
-A copy is kept, and what has not changed in the bucket is not fetched again. A file is fetched under a temporary name,
-gets its own once all of it is there, and is the object of one moment: size and etag are the same before and after.
+A copy is kept, and what has not changed in the bucket is not fetched again. A file is fetched under a temporary name
+and renamed once it is complete. It is never a mix of two versions: size and etag are the same before and after.
 """
 
 import os
@@ -27,7 +27,7 @@ def kept_in(kind: str, path: Path) -> Path:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Returns the contents of a file: those of one moment, also where it is replaced meanwhile."""
+    """Returns the contents of a file: those of one version, even if it is replaced meanwhile."""
     return patiently(path, filesystem(path).cat_file, str(path)) if is_remote(path) else path.read_bytes()
 
 
@@ -38,8 +38,8 @@ def local(source: str, address: str | Path, wanted: Wanted = lambda name: True, 
 
     Args:
         source: the flag or the field that gives the address, and its value, with which errors begin.
-        wanted: which files of a folder are fetched; the copy holds these alone.
-        kind: of the copy: those of one kind do not touch those of another.
+        wanted: which files of a folder are fetched; the copy holds only these.
+        kind: the kind of copy; copies of different kinds are kept apart.
 
     Raises:
         InputError: there is nothing at that address, or it cannot be read.
@@ -75,7 +75,7 @@ def note_uploaded(path: Path, kind: str) -> None:
 
 
 def _objects(path: Path, wanted: Wanted) -> dict[str, dict[str, Any]]:
-    """Returns what the service says of the file at `path`, by "", or of the files below it, by their names."""
+    """Returns what the service reports about the file at `path`, under "", or about the files below it, by name."""
     service = filesystem(path)
     root = service._strip_protocol(str(path))
     found = patiently(path, service.find, str(path), detail=True)
@@ -97,7 +97,7 @@ def _remove_others(copy: Path, objects: dict[str, Any]) -> None:
 
 
 def _tag(info: dict[str, Any]) -> str:
-    """Returns what changes whenever an object is replaced."""
+    """Returns a text that changes whenever an object is replaced."""
     return f"{info.get('generation') or info.get('ETag') or info.get('etag')} {info['size']}"
 
 
@@ -153,6 +153,6 @@ def _bar(title: str, total: int) -> Any:
 
     class Bytes(TqdmCallback):
         def set_size(self, size: int) -> None:
-            """Keeps the size of all files."""
+            """Does nothing, since the size is that of all files together."""
 
     return Bytes(size=total, tqdm_kwargs={"desc": title, "unit": "B", "unit_scale": True})

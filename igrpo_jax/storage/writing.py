@@ -3,10 +3,10 @@
 - A text is one object, written at once (`write_text`, `write_bytes`).
 - A file that grows, such as metrics.jsonl, is kept on the local disk and uploaded as a whole, so a reader never sees
   half a row, and the bucket has the same files as a folder (`Lines`). It is uploaded when `sync` asks for it, and with
-  a new line where the last upload was EVERY seconds ago. An object for each step would be cheaper to upload, but every
-  reader, `jq` and `gcloud storage cat` too, would have to join them.
-- What libraries write by themselves (events of TensorBoard, profiles, exports) lies in a local folder, the spool, from
-  which it is brought into the bucket (`Spool`).
+  a new line if the last upload was at least EVERY seconds ago. An object for each step would be cheaper to upload, but
+  every reader, `jq` and `gcloud storage cat` too, would have to join them.
+- What libraries write by themselves (events of TensorBoard, profiles, exports) goes to a local folder, the spool, from
+  which it is uploaded to the bucket (`Spool`).
 
 Each function takes a local path too, and then simply writes there.
 
@@ -25,20 +25,20 @@ from typing import IO, Any
 from igrpo_jax.storage.addresses import filesystem, is_remote, patiently
 from igrpo_jax.storage.reading import AT_ONCE, kept_in, read_bytes
 
-EVERY = 10.0  # seconds between two uploads of a file that grows, if nobody asks for one
+EVERY = 10.0  # least seconds between two uploads of a file that grows, if nobody asks for one
 _MOST_OF_TIME = 0.1  # share of the time that uploads of a file that grows may take
 
-_guards: dict[str, Callable[[], None]] = {}  # by folder of a bucket: what raises where it is another's now
+_guards: dict[str, Callable[[], None]] = {}  # by folder of a bucket: raises if another run has taken it
 
 
 @contextlib.contextmanager
 def guarded(folder: Path, check: Callable[[], None]) -> Iterator[None]:
     """Calls `check` before every attempt to write into or below a folder of a bucket, inside the block.
 
-    The attempts count, because a run loses its folder while it is cut off, which is when it tries again and again.
+    Every attempt is checked, because a run loses its folder while it is cut off, which is just when it keeps retrying.
 
     Args:
-        check: raises where the folder is another's now.
+        check: raises if another run has taken the folder.
     """
     _guards[str(folder)] = check
     try:
@@ -55,7 +55,7 @@ def _check(path: Path) -> None:
 
 
 def _write(path: Path, function: Callable[..., Any], *args: Any) -> None:
-    """Calls `function`, which writes at `path` in a bucket, until it succeeds or what fails is not for now alone."""
+    """Calls `function`, which writes at `path` in a bucket, until it succeeds or fails for good (`patiently`)."""
 
     def attempt() -> None:
         _check(path)
@@ -71,7 +71,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file at once: a kill leaves either the old one or the whole new one.
+    """Writes a file atomically: a kill leaves either the old file or the whole new one.
 
     On a disk the data goes to `path` + ".tmp" first, which may be left behind by a kill.
 
@@ -135,10 +135,10 @@ def spool_folder(path: Path) -> Path:
 
 
 class Spool:
-    """The folder for what libraries write into `path` by themselves. It is empty at first where `path` is in a bucket.
+    """The folder for what libraries write into `path` by themselves. For one in a bucket it first has only `kept`.
 
     Args:
-        kept: patterns of files that the folder has from the beginning, as the bucket has them.
+        kept: patterns of files that are copied from the bucket at first.
 
     Attributes:
         folder: a local folder, `path` itself where that is local.
@@ -173,7 +173,7 @@ class Lines:
         text: what the file begins with; what it held before is replaced.
 
     Raises:
-        OSError, or another one of `failures`: by each method too, where the file cannot be written.
+        OSError, or another one of `failures`: the file cannot be written. Each method may raise it too.
     """
 
     def __init__(self, path: Path, text: str = ""):
@@ -188,7 +188,7 @@ class Lines:
         self._next = time.monotonic() + EVERY  # when a new line is uploaded with those before it
 
     def add(self, line: str) -> None:
-        """Adds a line, and hands it to the system at once, or soon to the bucket."""
+        """Adds a line. It is handed to the operating system at once; a bucket may get it with a later upload."""
         self._file.write(line + "\n")
         self._file.flush()
         self._is_new = True
@@ -203,7 +203,7 @@ class Lines:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Uploads what is missing. The local copy stays where that fails, and is closed in any case."""
+        """Uploads what is missing. The local copy is closed in any case, and kept if the upload fails."""
         try:
             if self._is_remote:
                 self._upload()
@@ -212,7 +212,7 @@ class Lines:
             self._file.close()
 
     def _upload(self) -> None:
-        _check(self.path)  # also where nothing is new: the local copy is the other's too, if it is on this machine
+        _check(self.path)  # even if nothing is new: another run on this machine has the same local copy
         if self._is_new:
             began = time.monotonic()
             upload(Path(self._file.name), self.path)
