@@ -6,7 +6,8 @@ decimal, other spacing, dollar signs, another order of a list, …) and a wrong 
 shuffled with a fixed seed and the first N graded:
 
 - worker: `grader.grade` in this process, on one core, with cleared caches. Most answers are new to the process.
-- pool: the same rows through `rewards.verifier.Verifier`, from the first submit to the last result, workers warm.
+- pool: the same rows through `rewards.verifier.Verifier`, from the first submit to the last result, workers warm. As
+  in a run, equal rows are graded once.
 - math-verify: `math_verify.parse` and `verify` as in its README, for LaTeX and plain expressions, without its time
   limits, on the same texts and reference answers. It is slow and runs on a subsample of --baseline-rows.
 - fallback_fraction: share of rows that exact arithmetic could not decide, so that sympy decided.

@@ -21,6 +21,7 @@ of the user's functions (`custom`), requests to the judge and the file of its ve
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -41,6 +42,8 @@ from igrpo_jax.rewards.mathematics import grader
 from igrpo_jax.rewards.pool import Outcome, Pool
 from igrpo_jax.rewards.rules import REWARDS, Rules, rules_of, score, total
 from igrpo_jax.storage.addresses import path_of
+
+REMEMBERED = 1024  # gradings whose outcome an equal completion gets too
 
 
 class VerifierError(RunError):
@@ -98,6 +101,8 @@ class Verifier:
         rewards = custom_rewards(settings, answer_column)
         self._weights = self._rules.weights | {reward.name: reward.weight for reward in rewards}
         self._judge_weight = settings.judge.weight
+        self._lock = threading.Lock()
+        self._recent: dict[tuple, Future[Outcome]] = {}  # gradings, the latest last
         self._is_closed = False  # failures of the gradings that `close` gives up are not logged
         self._judge: Judge | None = None
         self._judgements: list[Judgement] = []
@@ -185,9 +190,24 @@ class Verifier:
         if self._custom and not rules.weights:  # there are custom rewards only
             result.set_result(Score(0.0, {}, None, "ok"))
             return result
-        graded = self._pool.submit(score, candidate, rules)
+        graded = self._graded_once(candidate, rules)
         graded.add_done_callback(lambda done: result.set_result(_to_score(self._noticed(done.result()), rules)))
         return result
+
+    def _graded_once(self, candidate: Candidate, rules: Rules) -> Future[Outcome]:
+        """Returns a future of the outcome of a grading, one for all recent completions that must be graded alike.
+
+        Once a problem is learned, most samples of its group are the same text. A failure is not remembered.
+        """
+        key = (candidate.opening, candidate.text, candidate.answer, len(candidate.tokens), rules is self._rules)
+        with self._lock:
+            graded = self._recent.pop(key, None)
+            if graded is None or (graded.done() and graded.result().status != "ok"):
+                graded = self._pool.submit(score, candidate, rules)
+            self._recent[key] = graded
+            if len(self._recent) > REMEMBERED:
+                del self._recent[next(iter(self._recent))]
+        return graded
 
     def _noticed(self, outcome: Outcome) -> Outcome:
         """Returns an outcome, and warns of a failure."""

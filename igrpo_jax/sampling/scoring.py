@@ -9,6 +9,7 @@ The verifier works while the device samples. Scores come in any order; no result
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -37,8 +38,13 @@ def stage_key(seed: int, step: int, stage: int) -> np.ndarray:
         step: the step of the run, or in an evaluation a number that stands for the benchmark.
         stage: the number of the stage, 1 or 2, or in an evaluation that of the round, 0 for the single shot.
     """
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), stage)
-    return np.asarray(jax.random.key_data(key))
+    return np.asarray(_stage_key(seed, np.uint32(step), np.uint32(stage)))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # in eager mode each operation would be a dispatch
+def _stage_key(seed: int, step: jax.Array, stage: jax.Array) -> jax.Array:
+    """Returns the key data of `stage_key`."""
+    return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), stage))
 
 
 def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: "Renderer") -> float:

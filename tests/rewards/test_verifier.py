@@ -157,9 +157,31 @@ def faked(monkeypatch):
 def test_submit_does_not_wait(faked):
     with Verifier(config.RewardsConfig(workers=1, timeout=60.0)) as verifier:
         first = verifier.submit(Candidate("hang", "4"))
-        futures = [verifier.submit(Candidate(RIGHT, "4")) for _ in range(130)]
+        futures = [verifier.submit(Candidate(RIGHT, str(i))) for i in range(130)]
         assert not any(future.done() for future in (first, *futures))
     assert {future.result(timeout=1).status for future in (first, *futures)} == {"error"}
+
+
+def test_equal_completions_are_graded_once(faked, monkeypatch):
+    """All that a grading reads counts: text, answer, length, and which rewards are asked for. Failures are repeated."""
+    monkeypatch.setattr(verifier_module, "REMEMBERED", 3)
+    with Verifier(config.RewardsConfig(overlong=1.0, overlong_cache=2, workers=1), limit=4) as verifier:
+        sent, submit = [], verifier._pool.submit
+        monkeypatch.setattr(verifier._pool, "submit", lambda *args: sent.append(args[1].text) or submit(*args))
+        one = Candidate(RIGHT, "4", tokens=np.zeros(4, np.int32))
+        short = dataclasses.replace(one, tokens=np.zeros(2, np.int32), sample_id=1)
+        other = dataclasses.replace(one, answer="5")
+        futures = [verifier.submit(each) for each in (one, one, short, other, short, one)]
+        assert [future.result(timeout=60).reward for future in futures] == [1.0, 1.0, 2.0, 0.0, 2.0, 1.0]
+        assert len(sent) == 3 and verifier.check_answer(one).result(timeout=60).reward == 1.0
+        assert len(sent) == 4 and verifier.submit(one).result(timeout=60).reward == 1.0
+        assert (
+            len(sent) == 4 and verifier.submit(other).result(timeout=60).reward == 0.0
+        )  # the least recent one is gone
+        assert len(sent) == 5
+        for _ in range(2):
+            assert verifier.submit(Candidate("fail", "4")).result(timeout=60).status == "error"
+        assert sent[5:] == ["fail"] * 2
 
 
 def test_a_worker_has_imported_the_grader_before_its_first_item(faked):
