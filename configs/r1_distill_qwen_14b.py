@@ -9,8 +9,8 @@ The chat template opens <think> for the model, so that a completion starts insid
 the completion together. A draft's reasoning enters q' as it was sampled (see igrpo_jax/data/prompts.py).
 
 These settings are for 8 devices of 80 GB. Two devices share a copy of the weights and its slots. Memory by arithmetic,
-not measured: weights, gradient and both moments take 236 GB over all devices, the sampler's bfloat16 copy takes 30 GB
-on each device, and each slot takes at most 1.8 GB.
+not measured: weights, gradient and both moments take 236 GB over all devices, the sampler's bfloat16 copy takes 15 GB
+on each device, and each slot takes at most 0.9 GB there.
 """
 
 from igrpo_jax.config import default

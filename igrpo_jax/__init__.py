@@ -21,6 +21,8 @@ API = {
     "make_report": ("igrpo_jax.report.pages", "build"),
 }
 
+__all__ = [*API]
+
 
 def __getattr__(name: str) -> Any:
     """Returns a function of API."""

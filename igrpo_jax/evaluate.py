@@ -108,7 +108,7 @@ def overview(task: "EvaluationTask") -> list[tuple[str, object]]:
     config, settings, plan = task.config, task.config.evaluation, task.plan
     rounds = "none"
     if settings.rounds:
-        rounds = f"{settings.rounds} of draft -> refine, each from one of {settings.drafts} answers"
+        rounds = f"{settings.rounds} of draft -> refine, each from one of up to {settings.drafts} answers"
     step = "" if task.step is None else f", step {task.step}"
     size = f"{task.policy.model.num_params / 1e6:,.1f} M parameters"
     return [

@@ -31,6 +31,7 @@ FLAGS = {
     "rounds": "rounds of draft -> refine after the first answers; default: 0",
     "step": "step of the checkpoint that answers, where --model is a run; default: the newest",
 }
+FIELDS = ("text", "extracted", "token_count", "finished", "sample_id", "drafts")  # of an answer; nothing is graded
 NAME = "prompts"  # the name of the benchmark that the questions form
 
 
@@ -87,6 +88,7 @@ def generate(
     Args:
         config: what `load_config(..., model=model)` returns; `evaluation` says how answers are drawn.
         model: the folder of a run, a Hugging Face directory or a hub id.
+        questions: the texts to answer, none of them blank.
         step: the step of the checkpoint, where `model` is a run; None for the newest.
 
     Returns:
@@ -96,6 +98,10 @@ def generate(
     Raises:
         InputError: `config` is not that of `model`, or something in it is wrong.
     """
+    if isinstance(questions, str) or not questions:
+        raise InputError(f"questions = {questions!r}: give a list with at least one question")
+    if wrong := [question for question in questions if not isinstance(question, str) or not question.strip()]:
+        raise InputError(f"questions: {wrong[0]!r} is no question; give texts that are not blank")
     check_model(config, model)
     from igrpo_jax.data.problems import Row
     from igrpo_jax.evaluation import inference
@@ -111,7 +117,11 @@ def generate(
         evaluator, params = inference.load(task, console, stack)
         drawn = evaluator.sampled(params, NAME, chains=("vote",))
         return [
-            [row for path in evaluator.paths(prompt, drawn) for row in drawn.of(prompt.index, path)]
+            [
+                {name: row[name] for name in FIELDS}
+                for path in evaluator.paths(prompt, drawn)
+                for row in drawn.of(prompt.index, path)
+            ]
             for prompt in task.plan.prompts[NAME]
         ]
 

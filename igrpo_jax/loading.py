@@ -19,7 +19,7 @@ from typing import Any
 
 import ml_collections
 
-from igrpo_jax.config import Config, check_field, default, freeze
+from igrpo_jax.config import Config, check_field, default, freeze, to_dict
 from igrpo_jax.errors import InputError, one_line
 from igrpo_jax.schema.fields import KINDS, FieldError, Setting, refusal, setting_at, settings
 from igrpo_jax.schema.trees import Tree
@@ -28,15 +28,15 @@ from igrpo_jax.storage.reading import read_bytes
 
 
 def load_config(
-    source: str | Path | ml_collections.ConfigDict | None = None,
+    source: str | Path | ml_collections.ConfigDict | Config | None = None,
     overrides: Mapping[str, Any] | None = None,
     model: str | Path = "",
 ) -> Config:
     """Returns the checked configuration of a config file, with `overrides`.
 
     Args:
-        source: the path of a config file, or `igrpo_jax.config.default()` with values of its own. Without it the
-            configuration is that of the run in `model`, or the default one.
+        source: the path of a config file, `igrpo_jax.config.default()` with values of its own, or what this function
+            returned before. Without it the configuration is that of the run in `model`, or the default one.
         overrides: values by the dotted names of their fields, such as {"algorithm.num_drafts": 4}.
         model: what is to be evaluated or asked: the folder of a run or a Hugging Face directory, also in a bucket, or
             a hub id. Where it is the folder of a run, `config.model` is the run's own, and so are the variables and the
@@ -50,6 +50,8 @@ def load_config(
     folder = path_of(f"--model {model}", model)
     run = _tree_of_run(folder) if model and _holds_run(folder) else None
     file = str(source) if isinstance(source, (str, Path)) else None
+    if isinstance(source, Config):
+        source = _tree_of_dict(to_dict(source))
     tree = _tree_of_file(file) if file else copy.deepcopy(source) or run or default()
     config = _checked(tree, overrides, file)
     if run is None:
@@ -222,11 +224,17 @@ def is_of_a_run(keys: Any) -> bool:
     return isinstance(keys, dict) and {"algorithm", "rollout", "checkpoint"} <= keys.keys()
 
 
+def _tree_of_dict(settings: Mapping[str, Any]) -> Any:
+    """Returns the ConfigDict of settings; fields that are not among them have their defaults."""
+    tree = default()
+    tree.update(settings)
+    return tree
+
+
 def _tree_of_run(workdir: Path) -> Any:
     """Returns the ConfigDict of a run's config.json; fields that an older version did not write have their defaults."""
-    tree = default()
     try:
-        tree.update(json.loads(read_bytes(workdir / "config.json")))
+        tree = _tree_of_dict(json.loads(read_bytes(workdir / "config.json")))
         freeze(tree)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, InputError) as error:
         raise InputError(

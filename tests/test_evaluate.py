@@ -16,6 +16,7 @@ import pytest
 import transformers
 from processes import Started, ended, free_port
 
+import igrpo_jax
 from igrpo_jax import cli, config, evaluate, export, generate
 from igrpo_jax.data import arithmetic
 from igrpo_jax.data.problems import Row
@@ -291,6 +292,10 @@ def test_generate_answers_and_refines(call, model, tmp_path):
         "--- round 1, from draft 1, answer 1",
         "--- round 1, from draft 1, answer 2",
     ]
+    asked = igrpo_jax.load_config(None, TINY | {"evaluation.samples": 2}, model=model)
+    ((first, second),) = igrpo_jax.generate_answers(asked, model, ["1+2"])
+    assert first.keys() == {"text", "extracted", "token_count", "finished", "sample_id", "drafts"}  # nothing is graded
+    assert (first["sample_id"], second["sample_id"]) == (0, 1)
     (tmp_path / "questions.txt").write_text("1+2\n\n3+4\n")
     said = call(generate, "--model", model, "--prompts", tmp_path / "questions.txt")
     assert said.count("--- answer 1: ") == 2 and "=== 3+4" in said

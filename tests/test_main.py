@@ -1,5 +1,6 @@
 """The command line on bad input: one line that names the field, the value and the fix, exit code 2, nothing written."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -414,12 +415,25 @@ def test_a_configuration_from_python(tmp_path):
     tree.steps = 7
     assert igrpo_jax.load_config(tree, {"algorithm.num_drafts": 2}).steps == 7 and tree.algorithm.num_drafts == 4
     assert igrpo_jax.load_config(model="owner/name").model.path == "owner/name"
+    again = igrpo_jax.load_config(made, {"steps": 7})
+    assert again == dataclasses.replace(made, steps=7) and again != made
     for wrong, words in (
         ({"num_drafts": 2}, "the nearest is config.algorithm.num_drafts"),
         ({"steps": "2"}, "write 2"),
     ):
         with pytest.raises(InputError, match=words):
             igrpo_jax.load_config(tmp_path / "tiny.py", wrong)
+
+
+def test_questions_that_are_none_are_refused():
+    for wrong, words in (
+        ([], "at least one"),
+        ("7-3", "give a list"),
+        (["1", None], "None is no"),
+        ([" "], "' ' is no"),
+    ):
+        with pytest.raises(InputError, match=words):
+            generate.generate(config.Config(), "m", wrong)
 
 
 @pytest.mark.parametrize(

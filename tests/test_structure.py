@@ -215,6 +215,8 @@ def is_of_the_api(node):
     if isinstance(node, ast.FunctionDef):
         return node.name in ("__getattr__", "__dir__")
     if isinstance(node, ast.Assign):
+        if is_named(node, "__all__"):
+            return ast.unparse(node.value) == "[*API]"
         return is_named(node, "API") and len(ast.literal_eval(node.value)) <= 5
     return ast.unparse(node) in ("import importlib", "from typing import Any")
 

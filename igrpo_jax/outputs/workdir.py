@@ -21,6 +21,7 @@ from absl import logging
 
 from igrpo_jax.config import Config, differences, freeze, to_dict, with_defaults
 from igrpo_jax.errors import InputError
+from igrpo_jax.loading import is_of_a_run
 from igrpo_jax.storage.addresses import failures, is_remote, make_folder, names, reason
 from igrpo_jax.storage.lease import Held, Lease
 from igrpo_jax.storage.reading import read_bytes
@@ -281,6 +282,9 @@ def read_config(workdir: Path) -> Config:
         InputError: `workdir` holds no readable config.json.
     """
     try:
-        return freeze(with_defaults(json.loads(read_bytes(workdir / "config.json"))))
+        settings = json.loads(read_bytes(workdir / "config.json"))
+        if is_of_a_run(settings):
+            return freeze(with_defaults(settings))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"--workdir {workdir}: holds no run (no readable config.json); give a run's folder") from error
+    raise InputError(f"--workdir {workdir}: holds no run (its config.json is not that of one); give a run's folder")

@@ -17,6 +17,7 @@ import numpy as np
 from igrpo_jax.errors import InputError, one_line
 from igrpo_jax.storage import reading
 
+LOSS = "sft/loss"  # the metric of a step of a supervised start, which has no `loss`
 PARTS = ("config.json", "metrics.jsonl", "samples", "evaluations")  # what a report reads in the folder of a run
 
 
@@ -38,7 +39,7 @@ class RecordedRun:
     name: str  # name of the folder, made unique where several runs are shown
     folder: Path
     config: dict[str, Any]  # the contents of config.json; empty where there is none
-    steps: list[int]  # RL steps that have a row, rising
+    steps: list[int]  # steps of training that have a row, rising
     metrics: dict[str, dict[int, float]]  # values by name, then by step; a null in the file is absent here
     nulls: dict[str, list[int]]  # by name the steps at which the metric was not finite
     samples: dict[int, Path]  # files of samples by step, rising
@@ -62,6 +63,11 @@ class RecordedRun:
         return value
 
     @property
+    def is_supervised(self) -> bool:
+        """Whether it is a supervised start (`igrpo_jax.sft`), which samples nothing."""
+        return LOSS in self.metrics
+
+    @property
     def benchmarks(self) -> list[str]:
         """Returns the names of the benchmarks that were evaluated, in alphabetical order."""
         matches = [re.fullmatch(r"eval/([^/]+)/pass@1", name) for name in self.metrics]
@@ -82,9 +88,9 @@ def read(folders: list[Path]) -> list[RecordedRun]:
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"--workdir {folder}: no such folder; give the --workdir of a run")
-        if not any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "samples")):
+        if not any((folder / name).exists() for name in ("metrics.jsonl", "samples")) and not _has_settings(folder):
             raise InputError(
-                f"--workdir {folder}: holds no config.json, metrics.jsonl or samples; give the --workdir of a run"
+                f"--workdir {folder}: holds no config.json of a run, metrics.jsonl or samples; give the folder of a run"
             )
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
@@ -112,8 +118,8 @@ def _read(folder: Path, name: str) -> RecordedRun:
             continue
         step = row["step"]
         if "loss" not in row and (own := number(row.get("warm_start/step"))) is not None:
-            step = int(own)  # the supervised start counts steps of its own
-        if "loss" in row:
+            step = int(own)  # the warm start counts steps of its own
+        if "loss" in row or LOSS in row:
             steps.add(step)
         for key, value in row.items():
             if value is None:
@@ -128,7 +134,7 @@ def _read(folder: Path, name: str) -> RecordedRun:
         notes.append("no training step is finished yet")
     samples = _samples(folder / "samples")
     without = [step for step in sorted(steps) if step not in samples]
-    if without:
+    if without and LOSS not in metrics:
         notes.append(f"samples are missing of {counted(len(without), 'step')}: {_ranges(without)}")
     skipped = sorted(set(range(min(steps), max(steps))) - steps) if steps else []
     if skipped:
@@ -180,6 +186,12 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         notes.append(f"config.json cannot be read ({one_line(error)})")
     return {}
+
+
+def _has_settings(folder: Path) -> bool:
+    """Returns whether there is a config.json in `folder` that is not that of a Hugging Face model."""
+    file = folder / "config.json"
+    return file.exists() and "model_type" not in _config(file, [])
 
 
 def _samples(folder: Path) -> dict[int, Path]:

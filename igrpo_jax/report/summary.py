@@ -79,6 +79,7 @@ def conclusion(run: RecordedRun) -> Conclusion:
         reasons.append(reason)
     if not spans:
         why = "its evaluation.every is 0" if run.setting("evaluation.every") == 0 else "no evaluation is finished yet"
+        why = "a supervised start has no evaluations" if run.is_supervised else why
         reasons.append(f"Single-shot answers to held-out problems were not measured ({why})")
     if not tones:
         return Conclusion("Not known", "open", reasons)
@@ -178,8 +179,9 @@ def _facts(run: RecordedRun) -> list[str]:
         counts = f"{drafts} drafts, {refined} refinements" if drafts else f"{refined} completions, no drafts"
         if run.setting("algorithm.second_stage") == "verify":
             counts = f"{drafts} solutions, {refined} verifications"
-        facts.append(f"{run.setting('algorithm.loss_type')}, {counts}")
-        facts.append(f"{run.setting('prompts_per_step')} prompts a step")
+        kind = "supervised start" if run.is_supervised else f"{run.setting('algorithm.loss_type')}, {counts}"
+        unit = "examples" if run.is_supervised else "prompts"
+        facts += [kind, f"{run.setting('prompts_per_step')} {unit} a step"]
     if seconds := run.curve("perf/step_time"):
         facts.append(f"{np.median(seconds.values):.3g} s a step, {_duration(seconds.values.sum())} of steps in all")
     if ends := run.curve("perf/wall_time"):

@@ -178,9 +178,10 @@ def test_evaluations_are_printed_beside_the_best_so_far():
             shown.evaluation(step, {"eval/a/pass@1": score, "eval/b/pass@1": score / 2, "eval/a/mean_length": 9.0})
     lines = out.getvalue().splitlines()
     assert lines[0] == "eval/a/pass@1 0.500 at step 0"
+    assert lines[2] == "eval/a/pass@1 0.700 at step 20, the best so far"
     assert lines[4:] == [
-        "eval/a/pass@1 0.700 at step 40, the best so far",
-        "eval/b/pass@1 0.350 at step 40, the best so far",
+        "eval/a/pass@1 0.700 at step 40, as good as the best so far",
+        "eval/b/pass@1 0.350 at step 40, as good as the best so far",
         "eval/a/pass@1 0.600 at step 60, best 0.700 at step 40",
         "eval/b/pass@1 0.300 at step 60, best 0.350 at step 40",
     ]

@@ -74,6 +74,12 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_replaced(tmp_path):
     assert claim(tmp_path, other) == (True, [])
 
 
+def test_the_folder_of_a_hugging_face_model_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(InputError, match=r"holds no run \(its config\.json is not that of one\)"):
+        workdirs.read_config(tmp_path)
+
+
 def test_the_day_and_the_variables_of_the_template_are_the_runs(tmp_path):
     """A run of a version that wrote neither goes on, and may be given its day; a run with a day keeps it."""
     variables = {"data.template_kwargs": {"enable_thinking": False}}
