@@ -73,10 +73,10 @@ def evaluation_lines(evaluations: Mapping[int, Mapping[str, float]]) -> list[str
     for name in sorted(names):
         known = {step: scores[name] for step, scores in evaluations.items() if name in scores}
         best, newest = max(known, key=lambda step: (known[step], step)), max(known)
+        earlier = [score for step, score in known.items() if step != newest]
         beside = f"best {known[best]:.3f} at step {best}"
         if best == newest:
-            is_tie = list(known.values()).count(known[best]) > 1
-            beside = "as good as the best so far" if is_tie else "the best so far"
+            beside = "as good as the best so far" if known[newest] in earlier else "the best so far"
         lines.append(f"{name} {known[newest]:.3f} at step {newest}" + f", {beside}" * (len(known) > 1))
     return lines
 

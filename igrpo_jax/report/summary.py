@@ -79,7 +79,8 @@ def conclusion(run: RecordedRun) -> Conclusion:
         reasons.append(reason)
     if not spans:
         why = "its evaluation.every is 0" if run.setting("evaluation.every") == 0 else "no evaluation is finished yet"
-        why = "a supervised start has no evaluations" if run.is_supervised else why
+        if run.is_supervised:
+            why = "a supervised start has no evaluations"
         reasons.append(f"Single-shot answers to held-out problems were not measured ({why})")
     if not tones:
         return Conclusion("Not known", "open", reasons)
