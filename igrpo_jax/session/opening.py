@@ -5,7 +5,7 @@
 3. The parts that must be closed later are opened: verifier, checkpoints, metrics, and the threads that compile
    (`distributed.compiling`).
 4. The state comes from the newest checkpoint, or from the model's weights and a warm start. A resume that does not fit
-   its checkpoint is refused here, before it has changed anything in the folder.
+   its checkpoint is refused here, before settings, rows or samples in the folder change.
 """
 
 import contextlib
