@@ -28,6 +28,7 @@ INSTALL_REQUIRES = [
     "protobuf>=5.0",  # sentencepiece tokenizers
     "rich>=13.7",
     "safetensors>=0.5",
+    "scipy>=1.13",  # comes with jax
     "sentencepiece>=0.2",
     "sympy>=1.13",
     "tensorboardX>=2.6.2",
@@ -39,7 +40,7 @@ INSTALL_REQUIRES = [
 TPU = ["jax[tpu]>=0.10.2,<0.13"]
 GS = ["gcsfs>=2025.5"]  # what reaches gs://
 REPORT = ["matplotlib>=3.9"]  # plots of igrpo_jax.report
-STUDY = [*REPORT, "scipy>=1.13"]  # plots and intervals of benchmarks/matched_budget.py
+STUDY = REPORT  # plots of benchmarks/matched_budget.py
 S3 = ["s3fs>=2025.5"]
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]  # what runs notebooks/colab_tpu.ipynb in tests
 # What a change needs before it is shown to others: fast tests, linter, types.

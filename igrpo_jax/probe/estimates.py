@@ -10,17 +10,23 @@ function of means over problems, and each of these means is unbiased:
 3. Right drafts come from easy problems, so r and w are compared with plain answers to the same problems: for each set
    whose kept draft is right (or wrong), with the K - N answers outside the set.
 
-Intervals are percentiles of a bootstrap over problems. Where a count is the same for all problems they are exact.
+4. Repair, what a wrong draft adds to plain success, compares the refinements of the draft kept of the first N answers,
+   where it is wrong, with the K - N answers that follow. Each problem counts once or not at all. With all K sets a problem
+   whose answers are all wrong would weigh K times as much as one with a single wrong set; most probes hold none such
+   where success is likely, and a bootstrap of them then says of models that ignore drafts that wrong ones mislead them.
+
+Intervals are percentiles of a bootstrap over problems; that of repair is Student's. Where a count is the same for all
+problems they are exact.
 
 Legend: P problems, K plain answers, N drafts, G refinements, B resamples.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from igrpo_jax.evaluation import measures
 from igrpo_jax.learning import draft_signal
@@ -108,7 +114,7 @@ def estimate(counts: Counts, scale: str = "group") -> dict[str, Estimate]:
         name: _interval(float(observed[name]), resampled[name], *BOUNDS.get(name, (0, 1)), _sources(name, counts))
         for name in observed
     }
-    return figures | _ratios(counts, figures)
+    return figures | {"repair": repair(counts)} | _ratios(counts, figures)
 
 
 def resamples(problems: int) -> np.ndarray:
@@ -122,7 +128,6 @@ def resamples(problems: int) -> np.ndarray:
 BOUNDS = {
     "spread": (0, 0.25),
     "trust": (-1, 1),
-    "repair": (-1, 1),
     **dict.fromkeys(
         ("times", "drawn", "plain_snr", "refined_snr", "ratio", "ratio_early", "ratio_trained"), (0, math.inf)
     ),
@@ -166,7 +171,7 @@ def _figures(mean: dict[str, np.ndarray], counts: Counts, scale: str) -> dict[st
     return {
         **{name: mean[name] for name in ("p", "best", "spread", "kept", "fixed", "drawn")},
         **{"r": r, "w": w, "alone_right": alone_right, "alone_wrong": alone_wrong},
-        **{"trust": r - alone_right, "repair": w - alone_wrong, "times": _over(w, alone_wrong)},
+        **{"trust": r - alone_right, "times": _over(w, alone_wrong)},
         "refined": mean["right"] + mean["fixed"],
         "broken": a - mean["right"],
         **{"plain_active": plain.active, "refined_active": refined.active},
@@ -186,7 +191,7 @@ def _sources(name: str, counts: Counts) -> int:
     """Returns on how many problems a figure rests."""
     if name in ("r", "alone_right", "trust"):
         return int(np.sum(counts.weight > 0))
-    if name in ("w", "alone_wrong", "repair", "times"):
+    if name in ("w", "alone_wrong", "times"):
         return int(np.sum(counts.weight < 1))
     return counts.problems
 
@@ -202,6 +207,22 @@ def _interval(value: float, resampled: np.ndarray, least: float, most: float, pr
         return Estimate(value, value - other * (value - least), high)
     low, high = np.quantile(known, (0.025, 0.975), method="inverted_cdf")
     return Estimate(value, float(low), float(high))
+
+
+def repair(counts: Counts) -> Estimate:
+    """Returns the mean gain of refinements over plain answers where the draft kept of the first N answers is wrong.
+
+    Its interval is that of Student (1908, Biometrika 6); with fewer than FEW such problems it is all that is possible.
+    """
+    wrong = ~counts.kept[:, 0]
+    gains = counts.after_wrong[wrong] / counts.refinements - counts.plain[wrong, counts.drafts :].mean(axis=1)
+    if len(gains) < FEW:
+        return Estimate(float(gains.mean()) if len(gains) else math.nan, -1.0, 1.0)
+    value = float(gains.mean())
+    if np.ptp(gains) < 1e-9:
+        return Estimate(value, *measures.interval(gains, (-1.0, 1.0)))
+    half = float(stats.t.ppf(0.975, len(gains) - 1) * stats.sem(gains))
+    return Estimate(value, max(value - half, -1.0), min(value + half, 1.0))
 
 
 def _ratios(counts: Counts, figures: dict[str, Estimate]) -> dict[str, Estimate]:
@@ -232,10 +253,7 @@ def _ratios(counts: Counts, figures: dict[str, Estimate]) -> dict[str, Estimate]
 
 def proportion_at_most(successes: int, trials: int) -> float:
     """Returns the upper end of the exact 95 % interval of a proportion (Clopper & Pearson 1934, Biometrika 26)."""
-    if successes >= trials:
-        return 1.0
-    tail = lambda p: sum(math.comb(trials, k) * p**k * (1 - p) ** (trials - k) for k in range(successes + 1))
-    return _falling_root(lambda p: tail(p) - 0.025)
+    return float(stats.binomtest(successes, trials).proportion_ci(0.95, "exact").high)
 
 
 def problems_needed(plain: float, refined: float, ratio: float) -> float:
@@ -256,12 +274,3 @@ def problems_needed(plain: float, refined: float, ratio: float) -> float:
         return least
     distance = abs(math.log(ratio)) if ratio > 0 else math.inf
     return max(least, (SHOWN / distance) ** 2 * (1 / plain + 1 / refined)) if distance else math.inf
-
-
-def _falling_root(function: Callable[[float], float]) -> float:
-    """Returns where a function that falls from above 0 to below 0 between 0 and 1 is 0, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) > 0 else (low, middle)
-    return high

@@ -37,7 +37,7 @@ FIGURES = {
         "alone_right": "plain success on the problems of right drafts",
         "w": "success after a wrong draft, w",
         "alone_wrong": "plain success on the problems of wrong drafts",
-        "repair": "what a wrong draft adds, w less plain success",
+        "repair": "what a wrong draft adds to plain success, by the first N answers",
         "times": "how much likelier a wrong draft makes a right answer",
         "fixed": "refinements that are right after a wrong draft, of all",
         "broken": "refinements that are wrong after a right draft, of all",

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from igrpo_jax.evaluation import measures
 
@@ -83,11 +84,10 @@ def test_a_paired_difference_knows_that_the_problems_are_the_same():
 @pytest.mark.parametrize("count", [1, 6, 30])
 def test_equal_problems_have_the_exact_interval(count):
     """At 0 and at all right it is that of Clopper and Pearson; the bootstrap is a point there."""
-    exact = pytest.importorskip("scipy.stats").binomtest
     for right in (0, count):
-        interval = exact(right, count).proportion_ci(0.95, "exact")
+        interval = stats.binomtest(right, count).proportion_ci(0.95, "exact")
         assert measures.interval(np.full(count, right / count)) == pytest.approx((interval.low, interval.high))
-    if count == 6:  # 1 - 0.025^(1/6), for readers without scipy
+    if count == 6:  # 1 - 0.025^(1/6)
         assert measures.interval(np.zeros(6)) == (0, pytest.approx(0.45926, abs=1e-5))
         # A quarter solved of each: all other problems may be unsolved, or solved.
         assert measures.interval(np.full(6, 0.25)) == pytest.approx((0.25 * 0.54074, 0.25 + 0.75 * 0.45926), abs=1e-5)
