@@ -11,9 +11,9 @@ function of means over problems, and each of these means is unbiased:
    whose kept draft is right (or wrong), with the K - N answers outside the set.
 
 4. Repair, what a wrong draft adds to plain success, compares the refinements of the draft kept of the first N answers,
-   where it is wrong, with the K - N answers that follow. Each problem counts once or not at all. With all K sets a problem
-   whose answers are all wrong would weigh K times as much as one with a single wrong set; most probes hold none such
-   where success is likely, and a bootstrap of them then says of models that ignore drafts that wrong ones mislead them.
+   where it is wrong, with the K - N answers that follow. A problem counts once or not at all. With all K sets a
+   problem whose answers are all wrong would weigh K times as much as one with a single wrong set; most probes hold none
+   such where success is likely, and a bootstrap then says of models that ignore drafts that wrong ones mislead them.
 
 Intervals are percentiles of a bootstrap over problems; that of repair is Student's. Where a count is the same for all
 problems they are exact.
