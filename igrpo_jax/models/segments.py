@@ -180,9 +180,10 @@ def _mark_causal(blocks: np.ndarray, own: slice) -> None:
     """Notes in `blocks` that each token of a segment reads those up to itself."""
     touched, filled = _touched(own), _filled(own)
     some = blocks[touched, touched]
-    some[np.tril_indices(len(some))] = np.maximum(some[np.tril_indices(len(some))], SOME)
-    every = blocks[filled, filled]
-    every[np.tril_indices(len(every), -1)] = ALL
+    np.maximum(some, SOME * np.tri(len(some), dtype=np.int8), out=some)
+    if filled.stop > filled.start + 1:
+        every = blocks[filled, filled]
+        every[np.tri(len(every), k=-1, dtype=bool)] = ALL
 
 
 def _chain(families: Sequence[Family], size: int, chunk: int) -> Chain:
