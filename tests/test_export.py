@@ -192,10 +192,14 @@ def test_a_run_and_an_export_are_put_into_a_repository(trained, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_checkpoints_and_folders_that_can_not_be_used(trained, tmp_path):
+def test_checkpoints_and_folders_that_can_not_be_used(trained, tmp_path, monkeypatch):
     message = error_of(export.export, trained, tmp_path / "out", 7)
     assert message == f"{trained}: holds no checkpoint of step 7; those there are: 1, 2"
     assert "is there already" in error_of(export.export, trained, trained / "samples")
+    monkeypatch.setattr(weights, "saved", None)  # refused before the checkpoint is read
+    message = error_of(export.export, trained, trained / "metrics.jsonl" / "out")
+    assert "can't be written (" in message and message.endswith("; give a folder that can")
+    monkeypatch.undo()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_bytes((trained / "config.json").read_bytes())
     assert "has no checkpoints" in error_of(export.export, tmp_path / "run", tmp_path / "out")

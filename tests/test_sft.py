@@ -62,6 +62,9 @@ def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path, 
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "3")
     supervised.train_supervised(settings, tmp_path / "cut")
     assert losses(tmp_path / "cut") == before
+    with pytest.MonkeyPatch.context() as patch:  # one that has ended says so, and reads no checkpoint
+        patch.setattr(supervised.Checkpointer, "restore", None)
+        supervised.train_supervised(settings, tmp_path / "cut")
     export.export(tmp_path / "cut", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == kind
     assert (tmp_path / "out" / "model.safetensors").exists()

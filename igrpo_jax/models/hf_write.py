@@ -57,21 +57,29 @@ def new_folder(out: Path) -> Iterator[Path]:
     # Left behind only by a process that was killed.
     temporary = kept_in("exports", out) if is_remote(out) else out.with_name(f".{out.name}.partial")
     try:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        multihost_utils.sync_global_devices("the folder exists")
-        yield temporary
-        multihost_utils.sync_global_devices("the folder is complete")
-        if first and is_remote(out):
-            upload_folder(temporary, out, last=("adapter_config.json", "config.json"))
-        elif first:
-            temporary.replace(out)
-    except failures(safetensors.SafetensorError) as error:
-        raise _out_error(out, f"can't be written ({reason(error)})", "give a folder that can") from error
+        with _naming_refusals(out):
+            if first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            multihost_utils.sync_global_devices("the folder exists")
+            yield temporary
+            multihost_utils.sync_global_devices("the folder is complete")
+            if first and is_remote(out):
+                upload_folder(temporary, out, last=("adapter_config.json", "config.json"))
+            elif first:
+                temporary.replace(out)
     finally:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _naming_refusals(out: Path) -> Iterator[None]:
+    """Turns an error of a disk or a bucket into an InputError that names `out`."""
+    try:
+        yield
+    except failures(safetensors.SafetensorError) as error:
+        raise _out_error(out, f"can't be written ({reason(error)})", "give a folder that can") from error
 
 
 def check_free(out: Path) -> None:
@@ -79,6 +87,15 @@ def check_free(out: Path) -> None:
     if addresses.names(out) or (not is_remote(out) and out.exists() and not out.is_dir()):
         raise _out_error(out, "is there already", "give a new folder")
     check_place(out)
+
+
+def try_out(out: Path) -> None:
+    """Raises InputError where no folder can be made at `out`. Makes the folders above it."""
+    if not is_remote(out):
+        tried = resolved(out).with_name(f".{out.name}.tried")
+        with _naming_refusals(out):
+            tried.mkdir(parents=True, exist_ok=True)
+            tried.rmdir()
 
 
 def check_place(out: Path) -> None:

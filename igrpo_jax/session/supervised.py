@@ -162,6 +162,10 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
     store = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     stack.enter_context(showing_waits(console.waiting))
     latest = cluster.from_first(lambda: store.latest_step() if claim.resumes else None)
+    ended = f"step {total} is in {workdir}; python -m igrpo_jax.export --workdir {workdir} --out HF_DIR"
+    if latest == total:
+        console.message(ended)
+        return
     if latest is not None:
         with console.phase(f"restoring step {latest}"):
             done, state, _ = store.restore(learner.abstract_state())
@@ -192,7 +196,7 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
     with console.phase("writing the last checkpoint"):
         store.wait()
     writer.sync()
-    console.message(f"step {done} is in {workdir}; python -m igrpo_jax.export --workdir {workdir} --out HF_DIR")
+    console.message(ended)
 
 
 def _step(
