@@ -114,6 +114,7 @@ def warm_up() -> None:
 def clear_cache() -> None:
     """Forgets the answers that were read so far, for measurements."""
     _read.cache_clear()
+    symbolic.equal.cache_clear()
 
 
 @functools.lru_cache(maxsize=2048)  # completions of a group share the reference answer, and often their own

@@ -10,7 +10,7 @@ from igrpo_jax.rewards.mathematics.tokens import Token, Unreadable, latex, split
 
 _BASES = {"binary": 2, "ternary": 3, "octal": 8, "decimal": 10, "hexadecimal": 16, "hex": 16}
 _BASED = re.compile(
-    r"(-?)\(?([0-9A-Za-z]*?[0-9][0-9A-Za-z]*?)\)?(?:_\{?\(?(?:base\s*)?(\d{1,2})\)?\}?|\s*(?:in\s*)?\(?\s*(?:in\s*)?"
+    r"(-?)\(?([A-Za-z]*[0-9][0-9A-Za-z]*?)\)?(?:_\{?\(?(?:base\s*)?(\d{1,2})\)?\}?|\s*(?:in\s*)?\(?\s*(?:in\s*)?"
     rf"(?:base\s*-?(\d{{1,2}})|({'|'.join(_BASES)}))\s*\)?)"
 )
 _RESIDUE = re.compile(r"(-?\d{1,30})\(?[pb]?mod[({]*([1-9]\d{0,30})[)}]*")
