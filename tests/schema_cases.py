@@ -19,5 +19,7 @@ class Outer:
     mode: Annotated[str | None, Choice(None, "a", "b")] = None
     sizes: Annotated[tuple[int, ...], Each(AtLeast(1), once=True)] = (1, 2)
     free: bool = False
+    scale: float = 1.0
+    scales: tuple[float, ...] = ()
     named: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     inner: Inner = dataclasses.field(default_factory=Inner)

@@ -14,10 +14,11 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging as absl_logging
 
 from igrpo_jax.errors import InputError
@@ -220,13 +221,25 @@ def _header_problem(names: list[str]) -> str:
     return f"names {twice!r} twice" if twice else ""
 
 
+def _with_short_numbers(rows: Any) -> Iterator[dict[str, Any]]:
+    """Yields the rows with the shortest decimals that single and half precision numbers stand for: 0.1 for 0.100000001.
+
+    The library makes Python's numbers of them, which have double precision.
+    """
+    columns = getattr(rows, "features", None) or {}
+    types = {name: getattr(feature, "dtype", "") for name, feature in columns.items()}
+    short = {name: np.dtype(kind).type for name, kind in types.items() if kind in ("float32", "float16")}
+    for row in rows:
+        yield row | {name: float(str(kind(row[name]))) for name, kind in short.items() if row[name] is not None}
+
+
 def _read_datasets(source: str, fix: str, *args: str | None, **kwargs: Any) -> Table:
     import datasets  # takes seconds to import; JSON Lines don't need it
 
     # Each attempt to reach the hub would log a warning of its own; the error below reports the result.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
-        return list(enumerate(datasets.load_dataset(*args, **kwargs), 1))
+        return list(enumerate(_with_short_numbers(datasets.load_dataset(*args, **kwargs)), 1))
     except Exception as error:  # arrow, the hub and the builders share no base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{source}: can't be loaded ({type(error).__name__}: {reason}); {fix}") from error

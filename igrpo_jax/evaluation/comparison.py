@@ -26,7 +26,7 @@ class Problem:
     accuracies: list[float]  # of the answers
 
 
-Problems = dict[tuple[str, str], Problem]  # by id and question
+Problems = dict[tuple[str, str, int], Problem]  # by id, question, and how many rows with both stood before
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,15 @@ def _benchmarks(folder: Path) -> dict[str, Problems]:
     if not folder.is_dir():
         raise InputError(f"--compare: {str(folder)!r} is no folder; give two folders of evaluations, A,B")
     benchmarks: dict[str, Problems] = {}
+    places: dict[tuple[str, str, str], dict[int, int]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for row in read_rows(path):
+        for row in sorted(read_rows(path), key=lambda row: row["index"]):
             if not row["drafts"]:
-                problems = benchmarks.setdefault(path.name.partition(".")[0], {})
-                problem = problems.setdefault((row["prompt_id"], row["prompt"]), Problem(row.get("answer"), []))
+                name, id, question = path.name.partition(".")[0], row["prompt_id"], row["prompt"]
+                # Numbers of problems differ where a folder holds some of them only, so they only tell repeats apart.
+                repeats = places.setdefault((name, id, question), {})
+                key = id, question, repeats.setdefault(row["index"], len(repeats))
+                problem = benchmarks.setdefault(name, {}).setdefault(key, Problem(row.get("answer"), []))
                 problem.accuracies.append(row["accuracy"])
     if not benchmarks:
         raise InputError(f"--compare: {str(folder)!r} holds no rows of an evaluation; give the --workdir of one")

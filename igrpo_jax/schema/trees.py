@@ -1,6 +1,7 @@
 """Converts a configuration to a ConfigDict that knows where each field was set, and back to checked dataclasses."""
 
 import contextlib
+import math
 import sys
 import typing
 from typing import Any, NamedTuple
@@ -166,3 +167,6 @@ def _check_rules(config: Any, prefix: str) -> None:
                 raise FieldError(path, f"config.{path}: {fix}")
             if broken:
                 raise refusal(path, value, fix)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise refusal(path, value, f"{'each ' * isinstance(value, tuple)}must be a finite number")

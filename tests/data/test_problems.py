@@ -59,6 +59,19 @@ def test_a_column_of_csv_without_a_name_is_left_out(tmp_path):
 
 
 @pytest.mark.slow
+def test_numbers_of_single_precision_have_their_short_decimals(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    kinds = {"answer": "float32", "half": "float16", "question": "string"}
+    rows = {"answer": [0.1, 1 / 3, None], "half": [0.1, 2.0, 0.5], "question": ["a", "b", "c"]}
+    features = datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "x.parquet"))
+    table = readers.read(str(tmp_path / "x.parquet"), "config.data.train", "", "train")
+    assert [columns["answer"] for _, columns in table] == [0.1, 0.33333334, None]
+    assert [columns["half"] for _, columns in table] == [0.1, 2.0, 0.5]
+
+
 def test_json_and_parquet_go_through_datasets(tmp_path, monkeypatch):
     import datasets
 

@@ -45,6 +45,19 @@ def test_two_folders_compared(tmp_path):
         comparison.compare(tmp_path / "empty", first)
 
 
+def test_rows_of_equal_id_and_question_are_problems_of_their_own(tmp_path):
+    def twice(path, accuracies):
+        rows = Rows(path, "b")
+        for index, accuracy in accuracies.items():
+            base = {"prompt_id": "x", "index": index, "prompt": "q", "answer": "2", "text": "t"}
+            rows.add(base | {"drafts": [], "sample_id": 0, "accuracy": accuracy})
+        rows.close()
+        return path
+
+    both = twice(tmp_path / "a", {0: 1, 4: 1}), twice(tmp_path / "b", {4: 0, 0: 1})
+    assert "| b | 2 | 100.00 | 50.00 | -50.00 |" in comparison.compare(*both)
+
+
 def test_nothing_solved_twice_is_no_certainty(tmp_path):
     """0 of 6 against 0 of 6: 1 - 0.025^(1/6) = 0.459 of all problems may have changed, either way."""
     none = {index: [0] for index in range(6)}

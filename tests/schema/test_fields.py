@@ -15,6 +15,8 @@ def test_a_declaration_gives_type_rules_and_default():
         "mode": "one of None, a, b",
         "sizes": "at least 1, once",
         "free": "",
+        "scale": "",
+        "scales": "",
         "named": "",
         "inner": "",
     }

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 
 import pytest
 from schema_cases import Inner, Outer
@@ -11,7 +12,7 @@ from igrpo_jax.schema.trees import from_config_dict, to_config_dict
 
 
 def test_a_config_dict_comes_back_as_it_went():
-    changed = Outer(2, 7, "a", (4,), True, {"x": False, "y": 2.5}, Inner(1.0, "OTHER"))
+    changed = Outer(2, 7, "a", (4,), True, 0.5, (1.5,), {"x": False, "y": 2.5}, Inner(1.0, "OTHER"))
     for config in (Outer(), changed):
         assert from_config_dict(Outer, to_config_dict(config)) == config
     tree = to_config_dict(Outer())
@@ -47,6 +48,8 @@ def test_a_config_dict_comes_back_as_it_went():
         ({"named": {"a b": 1}}, "config.named = {'a b': 1}: 'a b' is no name of a variable"),
         ({"cuont": 1}, "config.cuont: no such field; the nearest is config.count"),
         ({"inner": {"fraction": 2.0, "name": "KEY"}}, "config.inner.fraction = 2.0: must be above 0 and at most 1"),
+        ({"scale": math.inf}, "config.scale = inf: must be a finite number"),
+        ({"scales": (1.0, math.nan)}, "config.scales = (1.0, nan): each must be a finite number"),
         ({"inner": {"fraction": True, "name": "A"}}, "config.inner.fraction = True: must be a number"),
         ({"inner": {"fraction": 1.0, "name": "secret"}}, "config.inner.name: must be in capitals"),
         (

@@ -23,7 +23,7 @@ _MAX_NESTED = 6  # levels of lists in tuples in sets …
 
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
 _EDGES = frozenset((".", ",", ";", "\\", '"', "`"))
-_LEADING = frozenset(("=", "approx", "therefore", "implies", "to"))  # before an answer
+_LEADING = frozenset(("=", "approx", "approximately", "about", "therefore", "implies", "to"))  # before an answer
 _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
 
 
@@ -157,7 +157,7 @@ def _read_unlisted(tokens: list[Token], nested: int, from_text: bool = False) ->
         node = reader(tokens, nested)
         if node:
             return node
-    return leaves.leaf(tokens, from_text)
+    return leaves.with_symbol(tokens) or leaves.leaf(tokens, from_text)
 
 
 def _bracketed(tokens: list[Token], nested: int) -> Node | None:

@@ -18,6 +18,7 @@ Conventions, where usage differs:
   more digits separates a list: if it were a decimal comma, 1,2 would equal 1.2.
 - A unit, a currency or a degree sign that is missing on one side is forgiven. Two different units are not, unless one
   converts to the other exactly and in one system: 5 g is 0.005 kg. Degrees are not radians, but sin 30° is in degrees.
+- 10 m, with a blank, is ten metres or 10 times m, whichever the other side means; 10m is a product.
 - Words behind a number are a unit only where they can't change it: 5 apples is 5, "5 hundred" is 500, "5 or more" is
   no number. Numbers in words are numbers: "two and a half" is 2.5.
 - `x = 5` equals 5, and `f(x) = …` its right side. `x = 5` is not `y = 5`. `2x + z = 1` is an equation and nothing else,

@@ -81,6 +81,23 @@ def leaf(tokens: list[Token], from_text: bool = False) -> Node:
     return Leaf(latex(core), value, unit, percent)
 
 
+def with_symbol(tokens: list[Token]) -> Node | None:
+    """Reads "10 m" as ten metres or as 10 times m, whichever the other answer means. Returns None for anything else.
+
+    There must be a blank before the letter: 10m is a product alone.
+    """
+    at = 1 + (tokens[0].text == "-")
+    kinds = [token.kind for token in tokens[at - 1 :]]
+    if kinds not in (["number", "letters"], ["number", "letters", "mark", "number"]) or not tokens[at].spaced:
+        return None
+    unit = units.read(words.spelled(tokens[at:])) if tokens[at].text in units.SYMBOLS else None
+    if not unit:
+        return None
+    number = tokens[:at]
+    text = latex(tokens)
+    return Choice(text, leaf(tokens), Leaf(latex(number), expression.value_of(number), unit))
+
+
 def symbols(node: Node) -> set[str] | None:
     """Returns the symbols of an expression, None where the node is no expression with a value."""
     return node.value.symbols() if isinstance(node, Leaf) and node.value is not None else None

@@ -33,7 +33,8 @@ _ORDINAL_DAY = r"(\d{1,2})(?:\s?(?:st|nd|rd|th))?"
 _DATE = re.compile(rf"(?:(?:the )?{_ORDINAL_DAY}(?: of)? MONTH|MONTH (?:the )?{_ORDINAL_DAY})(?: (\d{{4}}))?")
 _PERCENT = frozenset(("percent", "pct", "percentage", "%"))
 _CURRENCIES = {"\\$": "dollar", "€": "euro", "£": "gbp", "¥": "yen", "USD": "dollar", "EUR": "euro", "GBP": "gbp"}
-_SHORT_UNITS = "cm mm km ft kg lb oz ml mi hr yd sq cu"  # units of two letters that need no \text
+_CURRENCIES["₹"] = "rupee"
+_SHORT_UNITS = "cm mm km ft in kg lb oz ml mi hr yd sq cu"  # units of two letters that need no \text
 _BARE_UNITS = frozenset(_SHORT_UNITS.split())
 _QUOTIENT = re.compile(r"[mg]/(?:s|h|min|l|ml|L|mL|m|cm|mol)(?:\^.*)?")
 _ORDINALS = frozenset(("st", "nd", "rd", "th"))
@@ -101,7 +102,7 @@ def without_unit(tokens: list[Token]) -> tuple[list[Token], Unit, bool]:
         before = core[start - 1]
         if before.is_in(OPERATORS) or not _may_begin_unit(core, start):
             continue
-        text = _spelled(core[start:]).strip()
+        text = spelled(core[start:]).strip()
         first, _, rest = text.strip(" .").casefold().partition(" ")
         is_single = first in _PERCENT or core[0].text == "1" or any(t.is_in(("frac", "/")) for t in core[:start])
         if first in _PERCENT and (rest in ("", "points") or units.read(rest, is_single)):
@@ -142,10 +143,10 @@ def _may_begin_unit(tokens: list[Token], at: int) -> bool:
         return len(tokens) > at + 2 and tokens[at + 2].kind in ("text", "letters") and _may_begin_unit(tokens, at + 2)
     if token.text == "/":
         return tokens[at + 1].kind == "text" if len(tokens) > at + 1 else False
-    return token.text in ("%", "in") or (token.text == "^" and bool(units.TEMPERATURE.match(_spelled(tokens[at:]))))
+    return token.text in ("%", "in") or (token.text == "^" and bool(units.TEMPERATURE.match(spelled(tokens[at:]))))
 
 
-def _spelled(tokens: list[Token]) -> str:
+def spelled(tokens: list[Token]) -> str:
     """Returns the words and marks of a unit."""
     return " ".join(token.text for token in tokens if token.text != "frac")
 

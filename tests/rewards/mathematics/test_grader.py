@@ -17,6 +17,18 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    ("10 m", r"10 \text{ m}"),
+    ("10 m", r"10\,\mathrm{m}"),
+    ("10 m", "10 meters"),
+    ("10 m", "10"),
+    ("10 m", "10m"),
+    ("10 m^2", r"10\text{ m}^2"),
+    ("-5 g", r"-5 \text{ grams}"),
+    ("10 s", r"10\text{ seconds}"),
+    ("1000 m", "1 km"),
+    ("5 in", r"5 \text{ inches}"),
+    ("₹5", r"5\text{ rupees}"),
+    ("approximately 12", "12"),
     (r"x \equiv 3 \text{ (mod 5)}", r"x\equiv 3\pmod 5"),
     ("x_1=4, x_2=3", "3,4"),
     (r"x_{1}=4, x_{2}=3", r"\{3,4\}"),
@@ -1079,6 +1091,11 @@ SAME = [
 ]
 
 DIFFERENT = [
+    ("10 m", "10 s"),
+    ("10 m", "11 m"),
+    ("10m", "10"),
+    ("3 x", "3"),
+    ("4 m", r"4\text{ seconds}"),
     (r"x \equiv 3 \text{ (mod 5)}", r"x\equiv 3\pmod 6"),
     ("x_1=4, x_2=3", "x_1=3, x_2=4"),
     ("x_1=4, x_2=3", "(3,4)"),
