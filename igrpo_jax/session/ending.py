@@ -11,6 +11,7 @@ import jax
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.distributed import cluster
 from igrpo_jax.errors import InputError
+from igrpo_jax.learning.optimizer import make_schedule
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import write_atomically
 from igrpo_jax.outputs.workdir import check_settings, recorded_date
@@ -41,6 +42,24 @@ def check(config: Config, total_steps: int, workdir: Path, done: int) -> None:
     raise InputError(
         f"{asked}: ends after step {total_steps}, and the run in {workdir} has come to step {done}; ask for at least "
         "as many steps, or start a new run with another --workdir"
+    )
+
+
+def new_schedule(config: Config, steps: int, done: int, per_step: int) -> str:
+    """Returns the message on a learning rate that changes because the run gets another number of steps; "" for none.
+
+    Args:
+        steps: config.steps before the resume; 0 if it followed from config.epochs.
+        done: the step that the run is resumed from.
+        per_step: optimizer steps of a step.
+    """
+    if not (steps and config.steps and done) or steps == config.steps:
+        return ""
+    before, now = (make_schedule(config.optimizer, total * per_step) for total in (steps, config.steps))
+    was, becomes = float(before(done * per_step - 1)), float(now(done * per_step))
+    return (
+        f"config.steps: {steps} -> {config.steps}: the learning rate rises and falls as in a run of {config.steps} "
+        f"steps from now on; it was {was:.3g} at the end of step {done}, and is {becomes:.3g} in step {done + 1}"
     )
 
 

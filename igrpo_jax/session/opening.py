@@ -38,6 +38,7 @@ from igrpo_jax.outputs.workdir import (
     has_samples,
     locked,
     prepare_workdir,
+    read_config,
     record_settings,
     recorded_date,
 )
@@ -114,6 +115,9 @@ def _start(
         # Rows and samples of steps after the checkpoint are dropped here, because those steps are run again.
         writer = stack.enter_context(Writer(workdir, config, first_step, COMPARED))
         ending.tell_lost_rows(writer.rows, meta["metrics_rows"], first_step, console)
+        steps = cluster.from_first(lambda: read_config(workdir).steps)
+        if told := ending.new_schedule(config, steps, first_step, learner.optimizer_steps_per_update):
+            console.message(told)
         _set_fixed_weights(config, task, workdir, learner, console)
     if resumes:
         cluster.from_first(functools.partial(_go_on, workdir, config))

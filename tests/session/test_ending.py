@@ -117,3 +117,16 @@ def test_a_row_that_was_lost_is_missed(workdir):
 def test_a_note_that_is_no_note_is_ignored(workdir, text):
     (workdir / ending.FILE).write_text(text)
     assert not ended(workdir, settings())[0]
+
+
+def test_another_number_of_steps_changes_the_learning_rate_and_says_so():
+    """A cosine without a warm-up: half of its peak in the middle, and next to nothing before the last step."""
+    tree = config.default()
+    tree.steps, tree.optimizer.learning_rate, tree.optimizer.warmup_ratio = 100, 1e-3, 0.0
+    tree.optimizer.min_lr_ratio = 0.0
+    settings = config.freeze(tree)
+    told = ending.new_schedule(settings, 50, 50, 1)
+    assert told.startswith("config.steps: 50 -> 100: the learning rate rises and falls as in a run of 100 steps")
+    assert told.endswith("it was 9.87e-07 at the end of step 50, and is 0.0005 in step 51")
+    for steps, done in ((100, 50), (50, 0), (0, 50)):
+        assert not ending.new_schedule(settings, steps, done, 1)
