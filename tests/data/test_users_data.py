@@ -172,6 +172,11 @@ def test_answers_of_a_benchmark_that_nothing_can_equal_are_named(tmp_path, caplo
         "Since 2r=36 we get r=18, and the total time is 180 minutes",
         "设速度为 r。那么 2r=36，所以 r=18。",
         "Пусть скорость равна r. Тогда время равно 18.",
+        "We have 3 apples and 4 pears so 7 fruits.",
+        "Then x=3. Therefore 12",
+        "It is 12",
+        "The total is 12",
+        "The total is 12 because 3 times 4 is 12.",
         "\\frac{1}{2",
         "5}",
         "x" * 1001,
@@ -188,7 +193,12 @@ def test_every_row_with_such_an_answer_is_found():
 
 
 @pytest.mark.parametrize(
-    "gold", ["12", "x = 5", "\\text{Monday, Tuesday and Friday}", "(D) The cat sat on the mat", "π", "无解", "是的。"]
+    "gold",
+    [
+        *("12", "x = 5", "\\text{Monday, Tuesday and Friday}", "(D) The cat sat on the mat", "π", "无解", "是的。"),
+        *("every even integer", "no solution", "All real numbers", "There are no solutions", "12 square inches"),
+        *("The answer is 12", "(D) It is 12", "D: 2 is even, so 12", "n is a multiple of 3", "rotations SO(3) of space"),
+    ],
 )
 def test_ordinary_golds_accept_themselves(gold):
     assert grader.accepts_itself(gold)

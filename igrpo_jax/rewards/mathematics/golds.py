@@ -24,6 +24,16 @@ _UNICODE = re.compile(r"\\u([0-9a-fA-F]{4})")
 _WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
 _NEXT_SENTENCE = re.compile(r"[\w$})\]][.!?:]\s+[^\W\d_a-z]")
 _NEXT_IDEOGRAPHIC = re.compile(r"[。！？；]\s*\w")
+_LETTERED = re.compile(r"\s*\(?[A-Z][).:]")  # the beginning of a choice, as in "(D) It is 12"
+_CONNECTIVE = r"[Ss]o|[Tt]herefore|[Tt]hus|[Hh]ence|[Bb]ecause"
+_VERB = "is|are|was|were|has|have|had|gets?|got|needs?|pays?|paid|costs?|takes?|took|makes?|made|equals?"
+_SENTENCE = re.compile(
+    rf"(?:.*(?<![\\\w]))?(?:{_CONNECTIVE}),?\s.*"
+    rf"|\s*(?i:it|we|he|she|they|there|this|that)\s(?i:{_VERB})\s+\\?\$?\d.*"
+    rf"|\s*[^\W\d_]+(?:\s+[^\W\d_]+){{0,4}}\s(?i:{_VERB})\s+\\?\$?\d[\d.,]*\s*",
+    re.DOTALL,
+)
+_NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 def gold_text(value: Any, read: Callable[[str], str | None] = str.strip) -> str | None:
@@ -90,6 +100,12 @@ def is_prose(gold: str) -> bool:
     words = len(_WORD.findall(gold))
     several = bool(_NEXT_IDEOGRAPHIC.search(gold)) or (words >= 4 and bool(_NEXT_SENTENCE.search(gold)))
     return words > MAX_WORDS or several
+
+
+def stated_number(gold: str) -> str:
+    """Returns the last number of a gold that is one sentence, such as "2x = 24, so x = 12" or "It is 12"; else ""."""
+    is_sentence = len(_WORD.findall(gold)) >= 2 and not _LETTERED.match(gold) and _SENTENCE.fullmatch(gold)
+    return (_NUMBER.findall(gold) or [""])[-1] if is_sentence else ""
 
 
 def _unquoted(item: str) -> str:

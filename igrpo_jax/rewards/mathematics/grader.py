@@ -78,9 +78,17 @@ def grade(text: str, gold: str) -> tuple[float, str | None, str]:
 
 
 def accepts_itself(gold: str) -> bool:
-    """Returns whether any answer can equal the gold: it is no prose, and `\\boxed{gold}` does. Not for model text."""
+    """Returns whether a bare answer can equal the gold: it is no prose, and `\\boxed{gold}` does. Not for model text."""
     answers_of_gold = map(golds.printed_list, golds.alternatives(gold))
-    return any(not golds.is_prose(answer) and _is_right_for_itself(answer) for answer in answers_of_gold)
+    return any(not _is_prose(answer) and _is_right_for_itself(answer) for answer in answers_of_gold)
+
+
+def _is_prose(answer: str) -> bool:
+    """Returns whether a gold is a text of sentences, or one sentence that its bare number does not equal."""
+    if golds.is_prose(answer):
+        return True
+    number = golds.stated_number(answer)
+    return bool(number) and not equivalent(number, answer)
 
 
 def _is_right_for_itself(answer: str) -> bool:
