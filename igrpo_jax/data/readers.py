@@ -1,10 +1,10 @@
 """Reads tables from files, folders, buckets and the hub: unchanged rows with their numbers. `columns` interprets them.
 
 JSON Lines and CSV are read here, so that an error names the bad line and every cell stays the text that it is. `.json`,
-`.parquet` and hub ids go through `datasets`. A column of CSV without a name, such as the index that pandas writes, is
-left out. A broken line of JSON Lines or row of CSV is left out. In JSON Lines, lone surrogates and bytes that are not
-utf-8 become U+FFFD. Warnings count both and name the rows. A file with more than MAX_BROKEN of its rows broken is
-refused.
+`.parquet`, folders of its `save_to_disk` and hub ids go through `datasets`. A column of CSV without a name, such as the
+index that pandas writes, is left out. A broken line of JSON Lines or row of CSV is left out. In JSON Lines, lone
+surrogates and bytes that are not utf-8 become U+FFFD. Warnings count both and name the rows. A file with more than
+MAX_BROKEN of its rows broken is refused.
 """
 
 import codecs
@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ SUFFIXES = (".jsonl", ".csv", *KINDS)
 FILES = ", ".join(SUFFIXES)
 MAX_BROKEN = 0.5  # share of the rows of a file that may be broken; they are left out
 _SURROGATE = re.compile("[\ud800-\udfff]")
+SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder of `save_to_disk`: of splits, or of one
 SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}  # words that name a split in a file name
 
 
@@ -38,11 +39,11 @@ def read(path: str, source: str, subset: str = "", split: str = "train", fix: st
     """Returns the rows of a file, of the files of a folder in the order of their names, or of a hub data set.
 
     Where a word in a file name of a folder is a split (gsm8k_test.jsonl, train-00000-of-00002.parquet), only the files
-    of `split` are read.
+    of `split` are read. Of a folder that `DatasetDict.save_to_disk` wrote, `split` is read.
 
     Args:
-        path: a file with one of SUFFIXES, a folder of files with one of them, also in a bucket, or a hub id such as
-            owner/name.
+        path: a file with one of SUFFIXES, a folder of files with one of them, also in a bucket, a local folder of
+            `datasets`' save_to_disk, or a hub id such as owner/name.
         source: the field and its value, with which errors begin.
         subset: the subset of a hub data set.
         split: the split of a hub data set, or of a folder's files.
@@ -61,7 +62,7 @@ def read(path: str, source: str, subset: str = "", split: str = "train", fix: st
     if file.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise InputError(f"{source}: no such file; give one that ends in {FILES}, or a hub id (owner/name)")
     fix = fix or f"give a local file in JSON Lines, or a hub id with a split {split!r}"
-    return _read_datasets(source, fix, path, subset or None, split=split)
+    return _read_datasets(source, fix, lambda datasets: datasets.load_dataset(path, subset or None, split=split))
 
 
 def local_copy(address: str, source: str) -> Path:
@@ -76,6 +77,8 @@ def local_copy(address: str, source: str) -> Path:
 
 
 def _read_folder(folder: Path, source: str, split: str) -> Table:
+    if any((folder / name).is_file() for name in SAVED):
+        return _read_saved(folder, source, split)
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
     if not files:
         raise InputError(f"{source}: holds no file that ends in {FILES}; give a folder of them, or one file")
@@ -93,13 +96,29 @@ def _read_folder(folder: Path, source: str, split: str) -> Table:
     return _read_files(files, source)
 
 
+def _read_saved(folder: Path, source: str, split: str) -> Table:
+    """Returns the rows of a folder that `save_to_disk` wrote; of several splits, those of `split`."""
+    if (folder / SAVED[0]).is_file():
+        splits = sorted(file.parent.name for file in folder.glob(f"*/{SAVED[1]}"))
+        if split not in splits:
+            has = f"splits {', '.join(splits)}" if splits else "no split"
+            raise InputError(
+                f"{source}: was saved with {has}, and has none of the name {split!r}; set config.data.split"
+            )
+        folder /= split
+    fix = "give a local folder that save_to_disk wrote, or a file in JSON Lines"
+    return _read_datasets(source, fix, lambda datasets: datasets.load_from_disk(str(folder)))
+
+
 def _read_files(files: list[Path], source: str) -> Table:
     suffix = files[0].suffix
     if suffix in KINDS:
         fix = "give a file in JSON Lines"
         if not any(file.stat().st_size for file in files):  # the libraries fail on empty files, each in its own way
             return []
-        return _read_datasets(source, fix, KINDS[suffix], data_files=[str(file) for file in files], split="train")
+        names = [str(file) for file in files]
+        load = lambda datasets: datasets.load_dataset(KINDS[suffix], data_files=names, split="train")
+        return _read_datasets(source, fix, load)
     reader, table = {".jsonl": _read_jsonl, ".csv": _read_csv}[suffix], []
     for file in files:
         where = source if len(files) == 1 else f"{source}: {file.name}"
@@ -233,13 +252,14 @@ def _with_short_numbers(rows: Any) -> Iterator[dict[str, Any]]:
         yield row | {name: float(str(kind(row[name]))) for name, kind in short.items() if row[name] is not None}
 
 
-def _read_datasets(source: str, fix: str, *args: str | None, **kwargs: Any) -> Table:
+def _read_datasets(source: str, fix: str, load: Callable[[Any], Any]) -> Table:
+    """Returns the rows of what `load` returns, which receives the module `datasets`."""
     import datasets  # takes seconds to import; JSON Lines don't need it
 
     # Each attempt to reach the hub would log a warning of its own; the error below reports the result.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
-        return list(enumerate(_with_short_numbers(datasets.load_dataset(*args, **kwargs)), 1))
+        return list(enumerate(_with_short_numbers(load(datasets)), 1))
     except Exception as error:  # arrow, the hub and the builders share no base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{source}: can't be loaded ({type(error).__name__}: {reason}); {fix}") from error

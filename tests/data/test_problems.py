@@ -85,6 +85,21 @@ def test_json_and_parquet_go_through_datasets(tmp_path, monkeypatch):
     assert "can't be loaded" in error_of(load, str(tmp_path / "bad.parquet"), "prompt", "answer")
 
 
+def test_folders_of_save_to_disk(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list(sums(3))
+    rows.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=rows, test=rows.select([2])).save_to_disk(str(tmp_path / "splits"))
+    read = lambda name, split: [columns for _, columns in readers.read(str(tmp_path / name), "F", split=split)]
+    assert read("one", "train") == read("splits", "train") == sums(3)
+    assert read("splits", "test") == sums(3)[2:]
+    assert "F: was saved with splits test, train, and has none of the name 'dev'" in error_of(read, "splits", "dev")
+    for file in (tmp_path / "one").glob("*.arrow"):  # as the copy of one in a bucket
+        file.unlink()
+    assert "F: can't be loaded (" in error_of(read, "one", "train")
+
+
 def test_a_missing_file_is_named(tmp_path):
     message = error_of(load, str(tmp_path / "none.jsonl"), "prompt", "answer")
     assert message.startswith(f"config.data.train = {str(tmp_path / 'none.jsonl')!r}: no such file")

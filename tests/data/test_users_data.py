@@ -197,7 +197,7 @@ def test_every_row_with_such_an_answer_is_found():
     [
         *("12", "x = 5", "\\text{Monday, Tuesday and Friday}", "(D) The cat sat on the mat", "π", "无解", "是的。"),
         *("every even integer", "no solution", "All real numbers", "There are no solutions", "12 square inches"),
-        *("The answer is 12", "(D) It is 12", "D: 2 is even, so 12", "n is a multiple of 3", "rotations SO(3) of space"),
+        *("The answer is 12", "(D) It is 12", "D: 2 is even, so 12", "n is a multiple of 3", "rotations of SO(3)"),
     ],
 )
 def test_ordinary_golds_accept_themselves(gold):

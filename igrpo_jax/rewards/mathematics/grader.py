@@ -78,7 +78,7 @@ def grade(text: str, gold: str) -> tuple[float, str | None, str]:
 
 
 def accepts_itself(gold: str) -> bool:
-    """Returns whether a bare answer can equal the gold: it is no prose, and `\\boxed{gold}` does. Not for model text."""
+    """Returns whether any answer can equal the gold: it is no prose, and `\\boxed{gold}` does. Not for model text."""
     answers_of_gold = map(golds.printed_list, golds.alternatives(gold))
     return any(not _is_prose(answer) and _is_right_for_itself(answer) for answer in answers_of_gold)
 
