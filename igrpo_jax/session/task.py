@@ -79,7 +79,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     training = problems.training_set(config, held_out)
     kept, skipped = problems.fit(training.rows, renderer.plain, config.data.max_prompt_length)
     prompts = [Prompt(row.id, row.index, row.question, row.answer, tokens, row.columns) for row, tokens in kept]
-    check_prompts_per_step(config.prompts_per_step, len(prompts))
+    check_prompts_per_step(config, len(prompts), skipped)
     max_context = max(len(prompt.tokens) for prompt in prompts)
     if config.algorithm.num_drafts:
         questions = [prompt.question for prompt in prompts]
@@ -140,13 +140,23 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
     return notes
 
 
-def check_prompts_per_step(wanted: int, count: int) -> None:
-    """Raises InputError where a step needs more prompts than there are: it would hold some of them several times."""
-    if wanted > count:
-        raise InputError(
-            f"config.prompts_per_step = {wanted}: there are {count} training problems, so a step would hold some of "
-            f"them several times; set it to {count} or less, or give more problems"
-        )
+def check_prompts_per_step(config: Config, count: int, skipped: int) -> None:
+    """Raises InputError where a step needs more prompts than there are: it would hold some of them several times.
+
+    Args:
+        skipped: how many were left out, since they are longer than config.data.max_prompt_length.
+    """
+    if config.prompts_per_step <= count:
+        return
+    left, fix = "", "give more problems"
+    if skipped:
+        limit = f"config.data.max_prompt_length = {config.data.max_prompt_length}"
+        left, fix = f" left of {count + skipped} ({limit} leaves out {skipped})", f"raise that limit, or {fix}"
+    raise InputError(
+        f"config.prompts_per_step = {config.prompts_per_step}: there {'is' if count == 1 else 'are'} {count} training "
+        f"problem{'s' * (count > 1)}{left}, so a step would hold some of them several times; set it to {count} or "
+        f"less, or {fix}"
+    )
 
 
 def check_profiler(settings: LogConfig) -> None:

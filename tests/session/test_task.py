@@ -1,9 +1,11 @@
-"""Which prompts a step has."""
+"""Which prompts a step has, and whether there are enough."""
 
 from types import SimpleNamespace
 
+from model_files import error_of
+
 from igrpo_jax import config
-from igrpo_jax.session.task import Task
+from igrpo_jax.session.task import Task, check_prompts_per_step
 
 
 def test_alternating_steps_share_their_prompts():
@@ -17,3 +19,12 @@ def test_alternating_steps_share_their_prompts():
         shared = [step_prompts(step, redraw, alternate=True) for step in (1, 2, 3, 4)]
         alone = [step_prompts(step, redraw) for step in (1, 2)]
         assert shared == [alone[0], alone[0], alone[1], alone[1]] and alone[0] != alone[1]
+
+
+def test_problems_that_are_too_long_for_a_step_of_all_are_counted():
+    settings = config.Config(prompts_per_step=4, data=config.DataConfig(max_prompt_length=64))
+    check_prompts_per_step(settings, 4, 2)
+    message = error_of(check_prompts_per_step, settings, 2, 2)
+    assert "there are 2 training problems left of 4 (config.data.max_prompt_length = 64 leaves out 2)" in message
+    assert message.endswith("set it to 2 or less, or raise that limit, or give more problems")
+    assert "there are 2 training problems, so" in error_of(check_prompts_per_step, settings, 2, 0)
