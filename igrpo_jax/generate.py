@@ -18,6 +18,7 @@ from igrpo_jax import cli
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError
 from igrpo_jax.loading import check_model
+from igrpo_jax.rewards import pool
 from igrpo_jax.storage import reading
 
 USAGE = (
@@ -102,6 +103,7 @@ def generate(
         raise InputError(f"questions = {questions!r}: give a list with at least one question")
     if wrong := [question for question in questions if not isinstance(question, str) or not question.strip()]:
         raise InputError(f"questions: {wrong[0]!r} is no question; give texts that are not blank")
+    pool.check_main()
     check_model(config, model)
     from igrpo_jax.data.problems import Row
     from igrpo_jax.evaluation import inference

@@ -20,6 +20,7 @@ from igrpo_jax.distributed.programs import compilations, peak_memory
 from igrpo_jax.learning import credit
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.outputs.metrics import rollout_metrics
+from igrpo_jax.rewards import pool
 from igrpo_jax.session import ending
 from igrpo_jax.session.opening import open_run
 from igrpo_jax.session.run import Run, StepResult
@@ -42,6 +43,7 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
         RunError: the run cannot go on: a full disk, too many verifier failures or steps that are not finite.
         Preempted: SIGTERM came, and what can be resumed is saved.
     """
+    pool.check_main()
     with surroundings(config, workdir) as (path, console, stack):
         if ending.is_finished(path, config, console):
             return

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from pebble.common import CONSTS
 
+from igrpo_jax.errors import InputError
 from igrpo_jax.rewards.pool import Pool
 
 TIMEOUT = 3.0  # long enough for what is quick to be so on a busy machine
@@ -264,3 +265,57 @@ def test_a_program_that_imports_jax_in_main_has_workers_without_it(tmp_path):
         timeout=60,
     )
     assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+CALLS = """
+from igrpo_jax.errors import InputError
+from igrpo_jax.rewards.pool import Pool
+import igrpo_jax
+
+def calls():
+    for call in (
+        lambda: Pool(print, 1, 5.0).close(),
+        lambda: igrpo_jax.train_model(None, "runs/x"),
+        lambda: igrpo_jax.evaluate_model(None, "model", "out"),
+        lambda: igrpo_jax.generate_answers(None, "model", ["q"]),
+    ):
+        try:
+            call()
+        except InputError as error:
+            print(error)
+        except AttributeError:
+            print("began")
+        else:
+            print("done")
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "command", "said"),
+    [
+        ("calls()", "{0}", 'put its calls under `if __name__ == "__main__":`'),
+        ("if True:\n    calls()", "-m program", 'put its calls under `if __name__ == "__main__":`'),
+        ("calls()", "- < {0}", "<stdin>: is no file, so the verifier's processes can't import it; run"),
+        ('if __name__ == "__main__":\n    calls()', "{0}", ""),
+        ('if __name__ == "__main__":\n    calls()', "-m program", ""),
+        ("calls()", '-c "$(cat {0})"', ""),
+        ("calls()", "-m folder", ""),
+    ],
+)
+def test_a_program_that_workers_can_not_import_is_refused_before_any_work(tmp_path, end, command, said):
+    (tmp_path / "folder").mkdir()
+    for name in ("program.py", "folder/__main__.py"):
+        (tmp_path / name).write_text(CALLS + end)
+    line = f"{sys.executable} {command.format(tmp_path / 'program.py')}"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])}
+    shell = subprocess.run(line, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    printed = shell.stdout.splitlines()
+    assert shell.stderr == "" and len(printed) == 4, shell
+    assert all(said in text for text in printed) if said else printed == ["done", "began", "began", "began"]
+
+
+def test_a_worker_whose_import_of_the_program_opens_a_pool_says_so(monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(InputError, match="put its calls under"):
+        Pool(work, 1, TIMEOUT)
