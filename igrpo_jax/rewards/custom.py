@@ -20,6 +20,7 @@ processes and deadlines (`pool`). No jax.
 """
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -203,11 +204,21 @@ def rehearse(
     return values
 
 
+# What Python says where a function treats a text as chat messages, and chat messages as a text.
+_TAKES_TEXTS = re.compile(r"TypeError: string indices must be integers|AttributeError: 'str' object has no attribute")
+_TAKES_LISTS = re.compile(
+    r"AttributeError: 'list' object has no attribute|TypeError: (?:expected string or bytes-like|list indices must be)"
+)
+
+
 def _rehearsed(reward: CustomReward, candidate: Candidate, outcome: Outcome) -> float:
     if outcome.status == "ok":
         return outcome.value.value
     detail = " ".join(outcome.detail.removeprefix(f"{reward.path}: ").split())
     fix = "; raise config.rewards.timeout, or make it faster" if outcome.status == "timeout" else ""
+    if _TAKES_LISTS.search(detail) if reward.conversational else _TAKES_TEXTS.search(detail):
+        wanted = "texts" if reward.conversational else "chat messages"
+        fix = f"; set config.rewards.conversational = {not reward.conversational} if it expects {wanted}"
     question = " ".join(candidate.question.split())
     raise InputError(
         f"config.rewards.{reward.setting} = {reward.path!r}: fails on the training problem "

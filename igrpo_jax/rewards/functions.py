@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 from igrpo_jax.records import Candidate
 from igrpo_jax.schema import objects
 
+LARGEST = 1e18  # of a value; advantages are computed in float32, which the square of 1e19 and more leaves
+
 
 @dataclass(frozen=True)
 class CustomReward:
@@ -143,7 +145,11 @@ def _checked(value: Any) -> float | str:
         number = float(value)
     except Exception as error:  # whatever an object of the user's raises
         return f"returned {value!r}, which is no number ({type(error).__name__}: {error})"[:500]
-    return number if math.isfinite(number) else f"returned {value!r}; return None to skip a completion"
+    if not math.isfinite(number):
+        return f"returned {value!r}; return None to skip a completion"
+    if abs(number) > LARGEST:
+        return f"returned {value!r}, which is beyond what training can square; return at most {LARGEST:g}"
+    return number
 
 
 class _Log:

@@ -439,6 +439,25 @@ def test_a_rehearsal_refuses_a_function_that_fails(name, timeout, words):
         rehearse(rewards, PROBLEMS, timeout)
 
 
+def of_messages(completions, **columns):
+    """Written for chat messages, as many of TRL's examples are."""
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+def of_texts(completions, **columns):
+    return [float(len(completion.strip())) for completion in completions]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "right", "expects"), [("of_messages", True, "chat messages"), ("of_texts", False, "texts")]
+)
+def test_a_function_for_the_other_form_of_completions_is_told_the_setting(name, right, expects):
+    assert len(rehearse(custom_rewards(settings(name, conversational=right)), PROBLEMS, timeout=10.0)) == 1
+    with pytest.raises(InputError, match=rf"; set config\.rewards\.conversational = {right} if it expects {expects}$"):
+        rehearse(custom_rewards(settings(name, conversational=not right)), PROBLEMS, timeout=10.0)
+
+
 @pytest.mark.slow
 def test_a_rehearsal_that_ends_early_does_not_complain_of_what_was_under_way(monkeypatch):
     warned = []

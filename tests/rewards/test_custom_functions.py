@@ -102,6 +102,18 @@ def test_values_are_numbers_or_none_in_any_collection():
     assert math.isnan(none) and wrong.startswith("returned 'many', which is no number (ValueError")
 
 
+def huge(completions, **_):
+    return [-1e200, np.float64(1e18)]
+
+
+def test_a_value_whose_square_leaves_float32_is_an_error_of_its_completion():
+    """All advantages of its group would be 0."""
+    assert call(huge).values == [
+        "returned -1e+200, which is beyond what training can square; return at most 1e+18",
+        1e18,
+    ]
+
+
 def logs(completions, log_metric, log_extra, **_):
     log_metric("length", np.float32(18))
     log_metric("length", 7)
