@@ -179,12 +179,8 @@ def _parse(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[dict[str
         _print_help(usage, {"config": CONFIG_FLAG} | texts | field)
         raise SystemExit(0)
     if len(rest) > 1:
-        raise InputError(f"{rest[1]}: not understood; {_meant(rest[1])}")
+        raise InputError(f"{rest[1]}: not understood; {_meant(rest[1], texts)}")
     file = values["config"].value and os.path.expanduser(values["config"].value)
-    if file is not None and not Path(file).is_file():
-        near = difflib.get_close_matches(file, map(str, Path("configs").glob("*.py")), n=1, cutoff=0.0)
-        fix = f"the nearest is {near[0]}" if near else "give a Python file that has get_config()"
-        raise InputError(f"--config {file}: no such file; {fix}")
     return {"config": file} | {name: values[name].value for name in texts}, settings
 
 
@@ -205,13 +201,15 @@ def _settings(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     return others, settings
 
 
-def _meant(argument: str) -> str:
-    """Returns what was probably meant by an argument that is no flag."""
+def _meant(argument: str, known: Collection[str]) -> str:
+    """Returns what was probably meant by an argument that is no flag, in a command with the flags `known`."""
     if argument.endswith(".py"):
         return f"a configuration file is given as --config {argument}"
     name, equals, value = argument.partition("=")
     if equals and (paths := paths_named(Config, name)):
         return f"did you mean --config.{paths[0]}={value}"
+    if "prompt" in known:
+        return f'a question is given as --prompt "{argument}"'
     return "settings are given as --config.field=value"
 
 

@@ -112,11 +112,12 @@ def overview(task: "EvaluationTask") -> list[tuple[str, object]]:
     if settings.rounds:
         rounds = f"{settings.rounds} of draft -> refine, each from one of up to {settings.drafts} answers"
     step = "" if task.step is None else f", step {task.step}"
+    answers = {name: samples_per_problem(config, name) for name in plan.prompts}
     size = f"{task.policy.model.num_params / 1e6:,.1f} M parameters"
     return [
         ("model", f"{task.name}{step}, {size}, {config.model.dtype}"),
         *(
-            (name, f"{len(prompts):,} problems, {samples_per_problem(config, name)} answers each")
+            (name, f"{len(prompts):,} problems, {answers[name]} answer{'s' * (answers[name] != 1)} each")
             for name, prompts in plan.prompts.items()
         ),
         *([("day of the chat template", config.data.template_date)] * bool(config.data.template_date)),

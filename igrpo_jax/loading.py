@@ -6,6 +6,7 @@ in it is one line with the file, the line, the field, its value and what to give
 
 import ast
 import copy
+import difflib
 import importlib.machinery
 import importlib.util
 import json
@@ -46,13 +47,16 @@ def load_config(
         InputError: the file cannot be used; a field is unknown, or has a value that no run can use; `model` is a run
             without a checkpoint.
     """
+    if isinstance(source, Mapping):
+        fix = f"settings are the second argument, as in load_config(None, {source!r})"
+        raise InputError(f"source = {source!r}: is no config file; {fix}")
     overrides, model = dict(overrides or {}), str(model)
     folder = path_of(f"--model {model}", model)
     run = _tree_of_run(folder) if model and _holds_run(folder) else None
     file = str(source) if isinstance(source, (str, Path)) else None
     if isinstance(source, Config):
         source = _tree_of_dict(to_dict(source))
-    tree = _tree_of_file(file) if file else copy.deepcopy(source) or run or default()
+    tree = _tree_of_file(file) if file is not None else copy.deepcopy(source) or run or default()
     config = _checked(tree, overrides, file)
     if run is None:
         return replace(config, model=replace(config.model, path=model)) if model else config
@@ -107,8 +111,12 @@ def _tree_of_file(file: str) -> ml_collections.ConfigDict:
     """Returns what `get_config` of a config file returns.
 
     Raises:
-        InputError: the file fails, has no `get_config`, or it returns something else than a ConfigDict.
+        InputError: the file is not there, fails, has no `get_config`, or it returns something else than a ConfigDict.
     """
+    if not Path(file).is_file():
+        near = difflib.get_close_matches(file, map(str, Path("configs").glob("*.py")), n=1, cutoff=0.0)
+        fix = f"the nearest is {near[0]}" if near else "give a Python file that has get_config()"
+        raise InputError(f"--config {file}: no such file; {fix}")
     name, path = "igrpo_config_file", str(Path(file).absolute())
     spec = importlib.util.spec_from_file_location(name, path, loader=_Loader(name, path))
     module = sys.modules[name] = importlib.util.module_from_spec(spec)

@@ -17,6 +17,7 @@ from igrpo_jax.config import Config
 from igrpo_jax.distributed import watchdog
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import compilations, peak_memory
+from igrpo_jax.errors import InputError
 from igrpo_jax.learning import credit
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.outputs.metrics import rollout_metrics
@@ -44,6 +45,8 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
         Preempted: SIGTERM came, and what can be resumed is saved.
     """
     pool.check_main()
+    if on_step is not None and not callable(on_step):
+        raise InputError(f"on_step = {on_step!r}: must be a function of a step's number and its metrics, or None")
     with surroundings(config, workdir) as (path, console, stack):
         if ending.is_finished(path, config, console):
             return

@@ -321,7 +321,7 @@ def test_questions_of_a_file(tmp_path, caplog):
         (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "1+2"}) + "\n" + json.dumps(row))
         caplog.clear()
         assert generate.read(str(tmp_path / "x.jsonl"), "") == ["1+2"]
-        assert re.search(r"1 of 2 rows has a 'prompt' that can't be read \(.*\): row 2; left out", caplog.text)
+        assert re.search(r"1 of 2 rows has no readable 'prompt' \(.*\): row 2; left out", caplog.text)
 
 
 @pytest.mark.slow

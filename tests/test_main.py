@@ -188,6 +188,11 @@ def test_arguments_that_are_no_flags(argument, meant):
     assert str(error.value) == f"{argument}: not understood; {meant}"
 
 
+def test_a_question_without_its_flag():
+    with pytest.raises(InputError, match=r'^What is 2\+2\?: not understood; a question is given as --prompt "What is'):
+        generate.main(["generate", "--model", "M", "What is 2+2?"])
+
+
 @pytest.mark.parametrize("argv", [[], ["--config.steps=3"], ["--workdir=x"]])
 @pytest.mark.parametrize("folder", [ROOT, None])
 def test_a_forgotten_config_names_an_example(monkeypatch, tmp_path, argv, folder):
@@ -423,6 +428,16 @@ def test_a_configuration_from_python(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             igrpo_jax.load_config(tmp_path / "tiny.py", wrong)
+    with pytest.raises(InputError, match=r"settings are the second argument, as in load_config\(None, {'steps': 3}\)"):
+        igrpo_jax.load_config({"steps": 3})
+    with pytest.raises(InputError, match=r"^--config nope.py: no such file; (the nearest is|give a Python file)"):
+        igrpo_jax.load_config("nope.py")
+
+
+def test_a_function_of_steps_that_is_none_is_refused_at_once(tmp_path):
+    with pytest.raises(InputError, match="on_step = 5: must be a function"):
+        igrpo_jax.train_model(config.Config(), tmp_path / "run", on_step=5)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_questions_that_are_none_are_refused():

@@ -169,7 +169,7 @@ def texts(table: Table, reads: Sequence[tuple[str, Read]], source: str) -> list[
     is_refused = sum(map(len, unread)) > readers.MAX_BROKEN * len(table)
     for at in sorted(range(len(reads)), key=lambda at: -len(unread[at])):
         if unread[at]:
-            what = _counted(unread[at], table, f"a {reads[at][0]!r} that can't be read ({reasons[at][0]})")
+            what = _counted(unread[at], table, f"no readable {reads[at][0]!r} ({reasons[at][0]})")
             if is_refused:
                 raise InputError(f"{source}: {what}; write it as a string")
             logging.warning("%s: %s; left out", source, what)
@@ -218,7 +218,9 @@ def _column(names: list[str], wanted: str, known: tuple[str, ...], source: str, 
     for name in [wanted] if wanted else known:
         if name in names or ("+" in name and all(part in names for part in name.split("+"))):
             return name
-    near = difflib.get_close_matches(wanted or known[0], names, n=1, cutoff=0.0)
+    folded = {name.casefold(): name for name in reversed(names)}
+    near = [folded[name.casefold()] for name in ([wanted] if wanted else known) if name.casefold() in folded]
+    near = near or difflib.get_close_matches(wanted or known[0], names, n=1, cutoff=0.0)
     advice = f"its columns are {', '.join(names)}; the nearest is {near[0]!r}" if near else "it has none"
     what = f"column {wanted!r}" if wanted else f"column {', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
     raise InputError(f"{source}: has no {what}; {advice} ({fix})")

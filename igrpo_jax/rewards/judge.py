@@ -11,6 +11,7 @@ file of verdicts.
 
 - Each request has a wall-clock deadline. A request that is worth another attempt waits as long as the server says, or
   twice as long as the last time, and keeps its place among the `concurrency` in flight while it waits.
+- `rehearse` asks once before a run starts.
 - Identical submissions share one request while it is in flight, and its verdict afterwards, across runs. Their key is
   made of the model's name, everything that it is shown and how it is sampled. The endpoint is not part of it: a server
   that serves another model under the same name needs another file.
@@ -25,6 +26,7 @@ import hashlib
 import json
 import os
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -225,6 +227,24 @@ class Judge:
             future.set_result(replace(result, seconds=time.monotonic() - start))
 
 
+def rehearse(settings: JudgeConfig, question: str, answer: str, completion: str) -> float:
+    """Asks the judge about one completion before a run starts, with one further attempt. Returns its score.
+
+    Raises:
+        InputError: as `Judge`; or it gave no verdict.
+    """
+    once = replace(settings, budget=0, max_retries=min(settings.max_retries, 1))
+    with tempfile.TemporaryDirectory() as folder, Judge(once, Path(folder, "judge.sqlite")) as judge:
+        judgement = judge.submit(question, answer, completion).result()
+    if judgement.score is None:
+        raise InputError(
+            f"config.rewards.judge.base_url = {settings.base_url!r}: the judge {settings.model!r} gives no verdict on "
+            f"a training problem: {judgement.detail}; check base_url, model, timeout, max_tokens and the key in "
+            f"{settings.api_key_env}"
+        )
+    return judgement.score
+
+
 class _Failure(Exception):
     """A request that returned no verdict."""
 
@@ -266,10 +286,12 @@ def connect(settings: JudgeConfig) -> tuple[Any, str]:
     if url and not url.startswith(("http://", "https://")):
         raise InputError(f"config.rewards.judge.base_url = {url!r}: must start with http:// or https://")
     key = os.environ.get(settings.api_key_env, "").strip()
-    if not key and not url:
+    is_named = settings.api_key_env != JudgeConfig.api_key_env  # a name of the user's own says that there is a key
+    if not key and (is_named or not url):
+        none = "leave it out where the server" if url else "set config.rewards.judge.base_url to a server that"
         raise InputError(
             f"config.rewards.judge.api_key_env = {settings.api_key_env!r}: no such environment variable; export the "
-            "key in it, or set config.rewards.judge.base_url to a server that asks for none"
+            f"key in it, or {none} asks for none"
         )
     # The client requires a key in any case. Its own retries are off because they would bypass the budget.
     client = openai.AsyncOpenAI(api_key=key or "none", base_url=url or None, max_retries=0, timeout=settings.timeout)

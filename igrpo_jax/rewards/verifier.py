@@ -308,6 +308,9 @@ def check_errors(scores: Sequence[Score], max_error_fraction: float) -> None:
         return
     count = {status: sum(score.status == status for score in failed) for status in STATUSES}
     detail = next((score.detail for score in failed if score.detail), "")
+    unjudged = [score for score in failed if score.status == "invalid" and math.isnan(score.rewards.get("judge", 0.0))]
+    if unjudged:
+        detail = f"the judge of config.rewards.judge (base_url, model, api_key_env) gave none: {unjudged[0].detail}"
     hint = ". A larger config.rewards.timeout helps where the machine is overloaded" if count["timeout"] else ""
     raise VerifierError(
         f"of {len(scores)} gradings {count['timeout']} timed out, {count['error']} failed and {count['invalid']} have "

@@ -61,13 +61,15 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
 
 
 def _stages(config: Config) -> list[tuple[str, str]]:
-    """Returns the rows about the two stages of a step."""
+    """Returns the rows about the two stages of a step, or about the one that there is without drafts."""
     algorithm, prompts = config.algorithm, config.prompts_per_step
+    if not algorithm.num_drafts:
+        return [("completions per step", f"{prompts * algorithm.num_generations:,} (G = {algorithm.num_generations})")]
     drafts = f"{prompts * algorithm.num_drafts:,} (N = {algorithm.num_drafts})"
     refinements = f"{prompts * algorithm.num_generations:,} (G = {algorithm.num_generations})"
-    if algorithm.num_drafts and algorithm.draft_selection == "refined":
+    if algorithm.draft_selection == "refined":
         refinements += " of the drafts that are kept, and as many of every other draft"
-    if algorithm.num_drafts and algorithm.draft_when == "unsolved":
+    if algorithm.draft_when == "unsolved":
         drafts, refinements = f"{drafts}, and those of further prompts", f"at most {refinements}"
     if algorithm.second_stage == "verify":
         verifications = f"at most {refinements}, of prompts with right and wrong solutions, trained"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from igrpo_jax.config import Config, LogConfig
+from igrpo_jax.config import Config, JudgeConfig, LogConfig
 from igrpo_jax.data import problems
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
@@ -23,9 +23,10 @@ from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.policy import Policy, fit_to_mesh, open_model
 from igrpo_jax.outputs import trackers
 from igrpo_jax.records import Candidate, Prompt
-from igrpo_jax.rewards import custom, verifier
+from igrpo_jax.rewards import custom, judge, verifier
 from igrpo_jax.rewards.mathematics import golds
 from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.storage.addresses import path_of
 
 WRONG_ANSWER = "-987654321"  # what custom rewards see as a wrong answer before a run starts
 
@@ -40,7 +41,7 @@ class Task:
     mesh: jax.sharding.Mesh
     prompts: list[Prompt]
     skipped: int  # training prompts longer than config.data.max_prompt_length
-    notes: list[tuple[str, str]]  # findings in the training set, and what custom rewards returned at their first call
+    notes: list[tuple[str, str]]  # findings in the training set, and what rewards gave at their first call
     evaluated: planning.Plan
     max_context: int  # tokens of the longest q or q' in training
     total_steps: int
@@ -90,6 +91,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     evaluated = planning.make_plan(config, asked, renderer, context)
     check_best_metric(config, evaluated)
     notes = training.notes + rehearsed_rewards(config, prompts, policy, renderer.opening)
+    notes += rehearsed_judge(config.rewards.judge, prompts[0], renderer.opening)
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, model=fit_to_mesh(config, policy.model, mesh))
     shards = sharding.batch_shards(mesh)
@@ -124,7 +126,7 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
     batches = []
     for prompt in prompts[:2]:
         answers = (golds.alternatives(prompt.answer)[0], WRONG_ANSWER)
-        texts = [f"{'' if '<think>' in opening else '<think>'}Done.</think><answer>{x}</answer>" for x in answers]
+        texts = [_reply(x, opening) for x in answers]
         row = functools.partial(Candidate, question=prompt.question, columns=prompt.columns)
         batches.append(
             [
@@ -138,6 +140,30 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
         texts = [f"{right:g} for a right answer, {wrong:g} for a wrong one" for right, wrong in by_problem]
         notes.append((f"reward {reward.name}", "; ".join(dict.fromkeys(texts)).replace("nan", "None")))
     return notes
+
+
+def rehearsed_judge(settings: JudgeConfig, prompt: Prompt, opening: str) -> list[tuple[str, str]]:
+    """Asks the judge about a right answer to `prompt`.
+
+    It is not asked where config.rewards.judge.cache is there already, whose verdicts may be all that a run needs.
+
+    Returns:
+        Its score, for the table that a run prints; nothing where it was not asked.
+
+    Raises:
+        InputError: it gave no verdict.
+    """
+    cache = settings.cache
+    if not settings.weight or (cache and path_of(f"config.rewards.judge.cache = {cache!r}", cache).exists()):
+        return []
+    text = _reply(golds.alternatives(prompt.answer)[0], opening)
+    score = judge.rehearse(settings, prompt.question, prompt.answer, opening + text)
+    return [("reward judge", f"{score:g} for a right answer")]
+
+
+def _reply(answer: str, opening: str) -> str:
+    """Returns a reply in the wanted format that states `answer`, without its `opening`."""
+    return f"{'' if '<think>' in opening else '<think>'}Done.</think><answer>{answer}</answer>"
 
 
 def check_prompts_per_step(config: Config, count: int, skipped: int) -> None:

@@ -198,6 +198,10 @@ def test_a_column_that_is_not_there(tmp_path):
     message = error_of(load, file, "problem", "answer")
     assert "nearest is 'answers'" in message
     assert "config.data.answer_column" in message
+    file = write(tmp_path / "x.jsonl", [{"Question": "x", "Answer": "1"}] * 2)
+    assert "its columns are Question, Answer; the nearest is 'Question'" in error_of(load, file, "", "")
+    assert "the nearest is 'Answer'" in error_of(load, file, "Question", "")
+    assert "the nearest is 'Question'" in error_of(load, file, "question", "")
 
 
 def test_blank_cells_are_counted_and_their_rows_named(tmp_path):
@@ -244,7 +248,7 @@ def test_a_row_that_can_not_be_read_costs_that_row_and_is_named(tmp_path, caplog
 def test_rows_that_can_not_be_read_are_counted_over_both_columns(tmp_path):
     rows = sums(5)
     rows[0]["prompt"] = rows[3]["answer"] = rows[4]["answer"] = {"a": 1}
-    assert "2 of 5 rows have a 'answer' that can't be read (not text): rows 4, 5;" in error_of(
+    assert "2 of 5 rows have no readable 'answer' (not text): rows 4, 5;" in error_of(
         load, write(tmp_path / "x.jsonl", rows)
     )
 

@@ -233,11 +233,9 @@ def test_a_list_of_lists_is_no_answer(tmp_path, caplog):
     """A matrix as rows of numbers is one answer, which "any of 0, 1" is not: every 0 and every 1 would be right."""
     rows = [{"question": "q", "answer": answer} for answer in ("1", [[0, 1], [1, 0]], "[[0,1],[1,0]]")]
     assert [row.answer for row in load(tmp_path, rows)] == ["1", "[[0,1],[1,0]]"]
-    said = (
-        "1 of 3 rows has a 'answer' that can't be read (a list in a list; write each right answer as one text): row 2"
-    )
+    said = "1 of 3 rows has no readable 'answer' (a list in a list; write each right answer as one text): row 2"
     assert said in caplog.records[0].getMessage()
-    assert "1 of 1 rows has a 'answer'" in error_of(load, tmp_path, rows[1:2])
+    assert "1 of 1 rows has no readable 'answer'" in error_of(load, tmp_path, rows[1:2])
 
 
 def test_any_of_several_answers_is_right():
@@ -268,7 +266,7 @@ def test_alpacas_instruction_and_input_are_both_asked(tmp_path):
     named = {"context": "C", "body": {"text": "B"}, "answer": "1"}
     assert only(tmp_path, named, prompt_column="context+body.text") == ("C\n\nB", "1")
     wrong = [{"instruction": {"a": 1}, "input": "x", "output": "1"}]
-    assert "that can't be read (not text): row 1;" in error_of(load, tmp_path, wrong)
+    assert "has no readable 'instruction+input' (not text): row 1;" in error_of(load, tmp_path, wrong)
     assert "blank 'instruction+input': row 1;" in error_of(
         load, tmp_path, [{"instruction": "", "input": " ", "output": 1}]
     )
@@ -335,7 +333,7 @@ def test_a_chat_of_several_turns_costs_that_row(tmp_path, caplog):
         ("5", "S\n\nQ", "5"),
     ]
     (record,) = caplog.records
-    said = "2 of 5 rows have a 'messages' that can't be read (messages of the roles user, assistant, user, assistant"
+    said = "2 of 5 rows have no readable 'messages' (messages of the roles user, assistant, user, assistant"
     assert said in record.getMessage() and record.getMessage().endswith("rows 1, 3; left out")
     rows[0]["messages"] = [USER]  # it has no reply, and the others tell where the answers are
     assert [row.id for row in load(tmp_path, rows)] == ["2", "4", "5"]

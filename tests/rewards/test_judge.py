@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import whole_runs
 
 from igrpo_jax import config
 from igrpo_jax.errors import InputError
@@ -21,6 +22,7 @@ from igrpo_jax.rewards import judge as judge_module
 from igrpo_jax.rewards import judge_messages, verdicts
 from igrpo_jax.rewards.judge import Judge, Judgement, statistics
 from igrpo_jax.rewards.judge_messages import parse_score, render
+from igrpo_jax.session import task
 
 KEY = "sk-a-secret-0123456789"
 
@@ -590,13 +592,45 @@ def test_without_the_client(make, monkeypatch):
 
 
 def test_without_a_key(endpoint, make, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-someone-else")
-    with pytest.raises(InputError, match=r"config.rewards.judge.api_key_env = 'NO_SUCH_KEY'"):
-        make(base_url="", api_key_env="NO_SUCH_KEY")
-    assert ask(make(api_key_env="NO_SUCH_KEY")).score == 0.5
+    with pytest.raises(
+        InputError, match=r"config.rewards.judge.api_key_env = 'OPENAI_API_KEY': .* set .*base_url to a"
+    ):
+        make(base_url="", api_key_env="OPENAI_API_KEY")
+    assert ask(make(api_key_env="OPENAI_API_KEY")).score == 0.5
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{endpoint.server_port}/v1")
-    assert ask(make(base_url="", api_key_env="NO_SUCH_KEY"), "5").score == 0.5
+    assert ask(make(base_url="", api_key_env="OPENAI_API_KEY"), "5").score == 0.5
     assert endpoint.keys == ["Bearer none"] * 2
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-someone-else")
+    for changes in ({}, {"base_url": ""}):  # a name of the user's own is not done without, whatever the address
+        with pytest.raises(InputError, match=r"config.rewards.judge.api_key_env = 'NO_SUCH_KEY': .*; export the key"):
+            make(api_key_env="NO_SUCH_KEY", **changes)
+
+
+def test_a_rehearsal_asks_once_and_names_the_judge_that_gives_no_verdict(endpoint, tmp_path):
+    url = f"http://127.0.0.1:{endpoint.server_port}/v1"
+    settings = config.JudgeConfig(weight=1.0, model="grader", base_url=url, api_key_env="JUDGE_KEY", budget=1)
+    endpoint.script = [status(503), say(0.5), status(404)]
+    assert judge_module.rehearse(settings, "1+1", "2", "2") == 0.5  # the budget is that of a step
+    named = (
+        f"config.rewards.judge.base_url = {url!r}: the judge 'grader' gives no verdict on a training problem: HTTP 404"
+    )
+    with pytest.raises(InputError, match=re.escape(named)):
+        judge_module.rehearse(settings, "1+1", "2", "2")
+    assert len(endpoint.requests) == 3
+
+
+def test_a_judge_is_tried_before_a_run_unless_there_are_verdicts(endpoint, tmp_path):
+    url, cache = f"http://127.0.0.1:{endpoint.server_port}/v1", tmp_path / "verdicts.sqlite"
+    settings = config.JudgeConfig(weight=1.0, model="m", base_url=url, api_key_env="JUDGE_KEY", cache=str(cache))
+    c = whole_runs.settings()
+    c = dataclasses.replace(c, rewards=dataclasses.replace(c.rewards, judge=settings))
+    assert ("reward judge", "0.5 for a right answer") in task.open_task(c).notes
+    assert len(endpoint.requests) == 1 and not cache.exists()
+    endpoint.script = [status(401)]
+    with pytest.raises(InputError, match="gives no verdict on a training problem: HTTP 401"):
+        task.open_task(c)
+    cache.touch()
+    assert not any(name == "reward judge" for name, _ in task.open_task(c).notes) and len(endpoint.requests) == 2
 
 
 def test_an_address_that_is_none(make):

@@ -233,6 +233,10 @@ def test_errors_stop_the_run():
     stated = r"of 4 gradings 1 timed out, 1 failed and 1 have no verdict.*rewards\.max_error_fraction.*first: no memory"
     with pytest.raises(VerifierError, match=stated):
         check_errors(failed + wrong[:1], 0.5)
+    unjudged = Score(math.nan, {"accuracy": 1.0, "judge": math.nan}, "1", "invalid", detail="connection failed")
+    stated = r"\. The first: the judge of config\.rewards\.judge \(base_url, .*\) gave none: connection failed"
+    with pytest.raises(VerifierError, match=stated):
+        check_errors([*failed, unjudged], 0.5)
 
 
 def test_latency_is_that_of_the_worker():

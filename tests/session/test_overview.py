@@ -2,6 +2,7 @@
 
 import json
 
+from igrpo_jax import config
 from igrpo_jax.session import overview
 
 
@@ -15,3 +16,8 @@ def test_the_padding_of_the_next_updates_is_that_of_the_last_ones(tmp_path):
     assert overview._padding(tmp_path) == "about 90%, as in the last 3 steps"
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert overview._padding(tmp_path) == "about 10%, as in the last 20 steps"
+
+
+def test_a_step_without_drafts_has_completions_and_no_refinements():
+    settings = config.Config(prompts_per_step=2, algorithm=config.AlgorithmConfig(num_drafts=0, num_generations=8))
+    assert overview._stages(settings) == [("completions per step", "16 (G = 8)")]
