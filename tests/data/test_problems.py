@@ -236,7 +236,7 @@ def test_a_row_that_can_not_be_read_costs_that_row_and_is_named(tmp_path, caplog
     assert [row.question for row in loaded] == [rows[at]["prompt"] for at in (0, 2, 3)]
     (record,) = caplog.records
     message = record.getMessage()
-    assert message.startswith(f"config.data.train = {file!r}: 1 of 4 rows has a {name!r} that can't be read ({reason}")
+    assert message.startswith(f"config.data.train = {file!r}: 1 of 4 rows has no readable {name!r} ({reason}")
     assert message.endswith(": row 2; left out")
     rows[2][name] = cell
     assert len(load(write(tmp_path / "x.jsonl", rows))) == 2  # half of them
