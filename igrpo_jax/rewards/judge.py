@@ -38,7 +38,7 @@ from typing import Any
 from absl import logging
 
 from igrpo_jax.config import JudgeConfig
-from igrpo_jax.errors import InputError
+from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.rewards.judge_messages import parse_score, render
 from igrpo_jax.rewards.verdicts import Verdicts
 
@@ -231,13 +231,14 @@ def rehearse(settings: JudgeConfig, question: str, answer: str, completion: str)
     """Asks the judge about one completion before a run starts, with one further attempt. Returns its score.
 
     Raises:
-        InputError: as `Judge`; or it gave no verdict.
+        InputError: as `Judge`.
+        RunError: it gave no verdict. A judge that is down may be up again when the same command is run again.
     """
     once = replace(settings, budget=0, max_retries=min(settings.max_retries, 1))
     with tempfile.TemporaryDirectory() as folder, Judge(once, Path(folder, "judge.sqlite")) as judge:
         judgement = judge.submit(question, answer, completion).result()
     if judgement.score is None:
-        raise InputError(
+        raise RunError(
             f"config.rewards.judge.base_url = {settings.base_url!r}: the judge {settings.model!r} gives no verdict on "
             f"a training problem: {judgement.detail}; check base_url, model, timeout, max_tokens and the key in "
             f"{settings.api_key_env}"

@@ -71,6 +71,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
 
     Raises:
         InputError: a file cannot be used, or the settings do not fit the model, the problems or the devices.
+        RunError: the judge gives no verdict.
     """
     verifier.check(config.rewards)
     trackers.check(config.log)
@@ -151,7 +152,7 @@ def rehearsed_judge(settings: JudgeConfig, prompt: Prompt, opening: str) -> list
         Its score, for the table that a run prints; nothing where it was not asked.
 
     Raises:
-        InputError: it gave no verdict.
+        RunError: it gave no verdict.
     """
     cache = settings.cache
     if not settings.weight or (cache and path_of(f"config.rewards.judge.cache = {cache!r}", cache).exists()):

@@ -256,7 +256,7 @@ FRESH = ("warm_start.steps=0", "evaluation.every=0", "checkpoint.best_metric=", 
             tuple(
                 f"rewards.judge.{x}" for x in ("weight=1", "model=m", "base_url=http://127.0.0.1:9/v1", "max_retries=0")
             ),
-            "of 4 gradings 0 timed out, 0 failed and 4 have no verdict",
+            "config.rewards.judge.base_url = 'http://127.0.0.1:9/v1': the judge 'm' gives no verdict",
         ),
     ],
     ids=["the verifier hangs", "the judge is down"],
@@ -267,7 +267,7 @@ def test_a_run_without_rewards_ends_when(tmp_path, monkeypatch, overrides, words
     monkeypatch.setenv("OPENAI_API_KEY", "a-secret")
     done = faulty("", tmp_path, tmp_path / "run", *FRESH, *overrides)
     assert done.returncode == 1, done.stderr
-    assert words in done.stderr and "config.rewards.max_error_fraction" in done.stderr
+    assert words in done.stderr
     assert "a-secret" not in done.stdout + done.stderr
     assert not any(b"a-secret" in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
 

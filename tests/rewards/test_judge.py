@@ -17,7 +17,7 @@ import pytest
 import whole_runs
 
 from igrpo_jax import config
-from igrpo_jax.errors import InputError
+from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.rewards import judge as judge_module
 from igrpo_jax.rewards import judge_messages, verdicts
 from igrpo_jax.rewards.judge import Judge, Judgement, statistics
@@ -614,7 +614,7 @@ def test_a_rehearsal_asks_once_and_names_the_judge_that_gives_no_verdict(endpoin
     named = (
         f"config.rewards.judge.base_url = {url!r}: the judge 'grader' gives no verdict on a training problem: HTTP 404"
     )
-    with pytest.raises(InputError, match=re.escape(named)):
+    with pytest.raises(RunError, match=re.escape(named)):
         judge_module.rehearse(settings, "1+1", "2", "2")
     assert len(endpoint.requests) == 3
 
@@ -627,7 +627,7 @@ def test_a_judge_is_tried_before_a_run_unless_there_are_verdicts(endpoint, tmp_p
     assert ("reward judge", "0.5 for a right answer") in task.open_task(c).notes
     assert len(endpoint.requests) == 1 and not cache.exists()
     endpoint.script = [status(401)]
-    with pytest.raises(InputError, match="gives no verdict on a training problem: HTTP 401"):
+    with pytest.raises(RunError, match="gives no verdict on a training problem: HTTP 401"):
         task.open_task(c)
     cache.touch()
     assert not any(name == "reward judge" for name, _ in task.open_task(c).notes) and len(endpoint.requests) == 2
