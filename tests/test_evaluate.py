@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import chat_templates
@@ -483,3 +484,12 @@ def test_the_model_of_a_run_is_the_runs_own(run, tmp_path):
     assert (c.seed, c.model.dtype) == (0, "float32")
     c, _ = cli.parse_model(["x", "--model=owner/name", "--benchmarks", "a, b", "--rounds=2"], "", evaluate.FLAGS)
     assert (c.model.path, c.evaluation.benchmarks, c.evaluation.rounds) == ("owner/name", ("a", "b"), 2)
+
+
+def test_the_table_counts_one_answer_as_one():
+    for samples, said in ((1, "2 problems, 1 answer each"), (2, "2 problems, 2 answers each")):
+        settings = config.Config(evaluation=config.EvaluationConfig(samples=samples))
+        policy = SimpleNamespace(model=SimpleNamespace(num_params=1))
+        plan = SimpleNamespace(prompts={"mine": [1, 2]}, wanted=8, notes=[])
+        task = SimpleNamespace(config=settings, plan=plan, step=None, policy=policy, name="m")
+        assert ("mine", said) in evaluate.overview(task)

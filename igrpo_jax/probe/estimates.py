@@ -96,7 +96,7 @@ def estimate(counts: Counts, scale: str = "group") -> dict[str, Estimate]:
     """Returns the figures of `counts` by name.
 
     p, best (of N), spread (the mean of p (1 - p)), kept (a), r, w, alone_right and alone_wrong (plain success on the
-    problems whose kept draft is right or wrong), trust (r - alone_right), repair (w - alone_wrong), times
+    problems whose kept draft is right or wrong), trust (r - alone_right), repair (as 4 above), times
     (w / alone_wrong), refined (success of a refinement), fixed, broken, drawn (drafts of algorithm.draft_early_stop),
     plain_active and refined_active (fractions of groups with a gradient), plain_snr and refined_snr, ratio (of the
     latter two), and the ratios per sample with early stopping and with algorithm.train_drafts: ratio_early,
@@ -216,9 +216,9 @@ def repair(counts: Counts) -> Estimate:
     """
     wrong = ~counts.kept[:, 0]
     gains = counts.after_wrong[wrong] / counts.refinements - counts.plain[wrong, counts.drafts :].mean(axis=1)
+    value = float(gains.mean()) if len(gains) else math.nan
     if len(gains) < FEW:
-        return Estimate(float(gains.mean()) if len(gains) else math.nan, -1.0, 1.0)
-    value = float(gains.mean())
+        return Estimate(value, -1.0, 1.0)
     if np.ptp(gains) < 1e-9:
         return Estimate(value, *measures.interval(gains, (-1.0, 1.0)))
     half = float(stats.t.ppf(0.975, len(gains) - 1) * stats.sem(gains))

@@ -32,8 +32,10 @@ _LABEL = re.compile(r"\s*(?:\\text\w*\{([A-Za-z][a-z ]{2,40}):\s*\}|(\\text\w*\{
 _ORDINAL_DAY = r"(\d{1,2})(?:\s?(?:st|nd|rd|th))?"
 _DATE = re.compile(rf"(?:(?:the )?{_ORDINAL_DAY}(?: of)? MONTH|MONTH (?:the )?{_ORDINAL_DAY})(?: (\d{{4}}))?")
 _PERCENT = frozenset(("percent", "pct", "percentage", "%"))
-_CURRENCIES = {"\\$": "dollar", "€": "euro", "£": "gbp", "¥": "yen", "USD": "dollar", "EUR": "euro", "GBP": "gbp"}
-_CURRENCIES["₹"] = "rupee"
+_CURRENCIES = {
+    **{"\\$": "dollar", "€": "euro", "£": "gbp", "¥": "yen", "₹": "rupee"},
+    **{"USD": "dollar", "EUR": "euro", "GBP": "gbp"},
+}
 _SHORT_UNITS = "cm mm km ft in kg lb oz ml mi hr yd sq cu"  # units of two letters that need no \text
 _BARE_UNITS = frozenset(_SHORT_UNITS.split())
 _QUOTIENT = re.compile(r"[mg]/(?:s|h|min|l|ml|L|mL|m|cm|mol)(?:\^.*)?")
