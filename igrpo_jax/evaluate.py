@@ -30,8 +30,9 @@ USAGE = (
 )
 FLAGS = {
     "benchmarks": "names of the benchmarks, with commas between them",
-    "samples": "answers to each problem; default: on the paper's benchmarks as many as there, on others 1",
-    "rounds": "rounds of draft -> refine after the single-shot answers; default: 0",
+    "samples": "answers to each problem; default: evaluation.samples, or if it is None 64 or 8 on benchmarks known by "
+    "name, 1 on mmlu_pro and files of your own",
+    "rounds": "rounds of draft -> refine after the single-shot answers; default: evaluation.rounds",
     "workdir": "folder to write the answers and the summary to",
     "step": "step of the checkpoint to evaluate, where --model is a run; default: the newest",
     "compare": "A,B, the --workdir of two evaluations: prints how much better B is, and samples nothing",
@@ -105,7 +106,7 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
 
 def overview(task: "EvaluationTask") -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before the first answer."""
-    from igrpo_jax.evaluation.planning import samples_per_problem
+    from igrpo_jax.evaluation.planning import left_out, samples_per_problem
 
     config, settings, plan = task.config, task.config.evaluation, task.plan
     rounds = "none"
@@ -122,7 +123,7 @@ def overview(task: "EvaluationTask") -> list[tuple[str, object]]:
         ),
         *([("day of the chat template", config.data.template_date)] * bool(config.data.template_date)),
         ("answers", f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, up to {plan.wanted:,} tokens"),
-        *(("note", note) for note in plan.notes),
+        *(("note", note) for note in [*plan.notes, *left_out(config, plan)]),
         ("rounds", rounds),
     ]
 

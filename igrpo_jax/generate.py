@@ -9,6 +9,7 @@ jax is imported inside functions only: the verifier's worker processes import th
 """
 
 import contextlib
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,8 @@ USAGE = (
 FLAGS = {
     "prompt": "the question to answer",
     "prompts": "file of questions: .txt with one on each line, .jsonl, .csv, .json or .parquet",
-    "samples": "answers to each question; default: 1, or evaluation.drafts with --rounds",
-    "rounds": "rounds of draft -> refine after the first answers; default: 0",
+    "samples": "answers to each question; default: evaluation.samples, or if None 1, with rounds evaluation.drafts",
+    "rounds": "rounds of draft -> refine after the first answers; default: evaluation.rounds",
     "step": "step of the checkpoint that answers, where --model is a run; default: the newest",
 }
 FIELDS = ("text", "extracted", "token_count", "finished", "sample_id", "drafts")  # of an answer; nothing is graded
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> None:
         raise InputError("--model: missing; give the folder of a run, a Hugging Face directory or a hub id")
     if bool(values["prompt"]) == bool(values["prompts"]):
         raise InputError('--prompt: give either --prompt "a question" or --prompts FILE')
+    if (given := sum(bool(re.match(r"--?prompts?(=|$)", argument)) for argument in argv)) > 1:
+        raise InputError(f"--prompt: given {given} times; put several questions into a file, for --prompts FILE")
     questions = [values["prompt"]] if values["prompt"] else read(values["prompts"], config.data.prompt_column)
     step = cli.number("step", values["step"])
     from igrpo_jax.distributed import cluster
@@ -51,10 +54,10 @@ def main(argv: list[str]) -> None:
 
 
 def read(path: str, column: str) -> list[str]:
-    """Returns the questions of a file; blank lines and rows are left out.
+    """Returns the questions of a file; blank lines of a .txt are left out.
 
     Raises:
-        InputError: no such file, no question in it, no column of questions, or a cell that is no text.
+        InputError: no such file, no question in it, no column of questions, or rows without one.
     """
     from igrpo_jax.data import columns, readers
 
@@ -74,8 +77,7 @@ def read(path: str, column: str) -> list[str]:
         table = readers.read(str(file), source)
         if table:
             name = columns.choose_prompt(table, column, source)
-            asked = [row for row in table if not columns.is_blank(columns.question, columns.cell(row[1], name))]
-            questions = [text for _, _, (text,) in columns.texts(asked, [(name, columns.question)], source)]
+            questions = [text for _, _, (text,) in columns.texts(table, [(name, columns.question)], source)]
     if not questions:
         raise InputError(f"{source}: is empty; give a file with at least one question")
     return questions

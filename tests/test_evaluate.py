@@ -325,6 +325,16 @@ def test_questions_of_a_file(tmp_path, caplog):
         assert re.search(r"1 of 2 rows has no readable 'prompt' \(.*\): row 2; left out", caplog.text)
 
 
+def test_questions_that_would_be_left_out_are_named(tmp_path, caplog):
+    file, rows = tmp_path / "x.jsonl", [{"prompt": "1+2"}, {"prompt": " "}, {"prompt": None}, {"text": "1"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"3 of 4 rows have a blank 'prompt': rows 2, 3, 4; fill them in or take"):
+        generate.read(str(file), "")
+    for flags in (["--prompt=1+2", "--prompt", "3+4"], ["--prompts=a.txt", "--prompts=b.txt"]):
+        with pytest.raises(InputError, match="--prompt: given 2 times; put several questions into a file"):
+            generate.main(["generate", "--model=m", *flags])
+
+
 @pytest.mark.slow
 def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
     out = ("--workdir", tmp_path / "out")

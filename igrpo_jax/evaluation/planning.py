@@ -113,6 +113,18 @@ def reported_ks(config: Config, name: str) -> list[int]:
     return [k for k in config.evaluation.pass_at or _doubled(count) if k <= count]
 
 
+def left_out(config: Config, plan: Plan) -> list[str]:
+    """Returns a line for each benchmark that has fewer samples than a k of config.evaluation.pass_at."""
+    lines = []
+    for name in plan.prompts:
+        above = sorted(set(config.evaluation.pass_at) - set(reported_ks(config, name)))
+        if above:
+            wanted, count = ", ".join(f"pass@{k}" for k in above), samples_per_problem(config, name)
+            fix = f"evaluation.samples = {above[-1]} gives all"
+            lines.append(f"no {wanted} of {name}, which has {count} sample{'s' * (count > 1)} per problem; {fix}")
+    return lines
+
+
 def subjects_of(name: str, prompts: Sequence[Prompt]) -> list[str]:
     """Returns the subject of each problem of a benchmark; an empty list where any problem has none."""
     subjects = [str(prompt.columns.get(subject_of(name)) or "").strip() for prompt in prompts]

@@ -11,6 +11,7 @@ from igrpo_jax.config import Config
 from igrpo_jax.distributed import watchdog
 from igrpo_jax.distributed.chips import CHIPS, size
 from igrpo_jax.distributed.programs import device_bytes, tree_bytes
+from igrpo_jax.evaluation import planning
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.outputs.writer import rows_until
 from igrpo_jax.sampling.engine import Engine
@@ -46,7 +47,7 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
         ("training prompts", f"{len(task.prompts):,} ({task.skipped} longer than data.max_prompt_length skipped)"),
         *([("day of the chat template", config.data.template_date)] * bool(config.data.template_date)),
         *task.notes,
-        *(("evaluation", note) for note in task.evaluated.notes),
+        *(("evaluation", note) for note in [*task.evaluated.notes, *planning.left_out(config, task.evaluated)]),
         ("steps", f"{task.total_steps:,} of {config.prompts_per_step} prompts"),
         *_stages(config),
         ("trained tokens per step", f"at most {tokens:,}"),

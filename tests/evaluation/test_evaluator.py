@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from igrpo_jax import config
+from igrpo_jax import config, evaluate
 from igrpo_jax.data.problems import Row
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import cluster, sharding
 from igrpo_jax.distributed.teams import Team
 from igrpo_jax.errors import InputError
-from igrpo_jax.evaluation import planning, results, summaries
+from igrpo_jax.evaluation import inference, planning, results, summaries
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
@@ -140,6 +140,18 @@ def test_the_names_of_the_metrics_are_known_before_an_evaluation(evaluator, para
     assert planning.metric_names(settings(**changes), made.plan) == list(written)
     both = evaluator(rows=ROWS | other, **changes).plan
     assert len(planning.metric_names(settings(**changes), both)) == 2 * len(written)
+
+
+def test_a_k_above_the_samples_is_named_where_the_user_asks_for_it(policy):
+    c = settings(evaluation__pass_at=(3, 9, 7))
+    renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
+    plan = planning.make_plan(c, ROWS, renderer, 100)
+    for quiet in (settings(), settings(evaluation__pass_at=(1, 5))):
+        assert planning.left_out(quiet, plan) == []
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    said = "no pass@7, pass@9 of small, which has 5 samples per problem; evaluation.samples = 9 gives all"
+    task = inference.EvaluationTask(c, policy, renderer, plan, mesh, None, None, "m", "")
+    assert ("note", said) in evaluate.overview(task)
 
 
 @pytest.mark.slow
