@@ -139,11 +139,15 @@ def read_flags(argv: list[str], values: flags.FlagValues, text: str, example: st
         raise InputError(f"{rest[1]}: not understood; settings are given as {example}")
 
 
-def number(flag: str, value: str | None) -> int | None:
-    """Returns the value of a flag as an integer, None where it is not given. Raises InputError where it is none."""
-    if value is None or value.isdecimal():
+def number(flag: str, value: str | None, least: int = 0) -> int | None:
+    """Returns the value of a flag as an integer, None where it is not given.
+
+    Raises:
+        InputError: it is no integer, or below `least`.
+    """
+    if value is None or (value.isdecimal() and int(value) >= least):
         return None if value is None else int(value)
-    raise InputError(f"--{flag} {value}: must be a whole number")
+    raise InputError(f"--{flag} {value}: must be a whole number, {least} or more")
 
 
 def _spelled_out(argv: list[str], short: Collection[str]) -> list[str]:

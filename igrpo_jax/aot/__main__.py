@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from igrpo_jax import cli
 from igrpo_jax.aot.progress import Progress
-from igrpo_jax.aot.slices import topology
+from igrpo_jax.aot.slices import check, topology
 from igrpo_jax.config import Config
 from igrpo_jax.distributed.chips import size
 
@@ -43,7 +43,8 @@ def main(argv: list[str]) -> None:
     config, given = cli.parse_config(argv, USAGE, FLAGS)
     began = time.perf_counter()
     with Progress(functools.partial(print, flush=True)) as progress:
-        slices = cli.number("slices", given["slices"]) or 1
+        slices = cli.number("slices", given["slices"], least=1) or 1
+        check(given["topology"], slices)
         where = given["topology"] or "the devices of this machine"
         if slices > 1:
             where = f"{slices} x {where}"

@@ -3,7 +3,9 @@
 jax is imported inside the functions, because environment variables that it reads are set here first.
 """
 
+import math
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,17 +23,44 @@ HOSTS = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}
 QUIET = {
     **{"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-16"},
     **{"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+    # Without a chip a program can be written into JAX's cache, but not read from it.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
+# Dimensions and most chips of a slice, by its kind. libtpu would take other shapes, and take for ever over huge ones.
+LARGEST = {"v4": (3, 4096), "v5e": (2, 256), "v5p": (3, 8960), "v6e": (2, 256)}
+
+
+def check(name: str | None, slices: int = 1) -> None:
+    """Raises InputError for a topology that no slice has, or several slices without one; libtpu refuses others."""
+    if name is None and slices > 1:
+        raise InputError(f"--slices {slices}: of what? Give --topology too, such as --topology v5p:2x2x2")
+    if name is None:
+        return
+    if not name:
+        raise InputError("--topology: is empty; give a slice such as v5p:2x2x2, or leave it out for this machine")
+    kind, _, layout = name.partition(":")
+    if kind not in LARGEST or not re.fullmatch(r"\d+(x\d+)*", layout):
+        return
+    (dimensions, most), sizes = LARGEST[kind], [int(size) for size in layout.split("x")]
+    if len(sizes) != dimensions:
+        example = f"{kind}:{'x'.join(['2'] * dimensions)}"
+        raise InputError(
+            f"--topology {name}: a slice of {kind} has {dimensions} dimensions; give one such as {example}"
+        )
+    if math.prod(sizes) > most:
+        raise InputError(
+            f"--topology {name}: a slice of {kind} has at most {most:,} chips; give a smaller one, and several of them "
+            "as --slices N"
+        )
 
 
 def topology(name: str | None, slices: int = 1) -> "list[jax.Device]":
     """Returns the devices of `slices` slices, which need not exist here; without a name, the devices of this machine.
 
     Raises:
-        InputError: libtpu is not installed, or knows no such slices.
+        InputError: as `check`; libtpu is not installed, or knows no such slices.
     """
-    if name is None and slices > 1:
-        raise InputError(f"--slices {slices}: of what? Give --topology too, such as --topology v5p:2x2x2")
+    check(name, slices)
     if name is None:
         import jax
 

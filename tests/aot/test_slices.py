@@ -1,5 +1,8 @@
 """A team's chips, described as a slice of their own: libtpu aborts the process where it gets them as a part of one."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +42,19 @@ def test_chips_that_fill_no_box_stay_as_they_are():
     mesh = sharding.make_mesh(config.MeshConfig(), slices.topology("v5e:2x2"))
     some = jax.sharding.Mesh(mesh.devices.reshape(-1)[:3].reshape(3, 1, 1), mesh.axis_names)
     assert slices.alone(some) is some
+
+
+def test_nothing_is_read_from_a_cache_of_programs(tmp_path, monkeypatch):
+    """What is compiled for a slice that is not here can be written there, and not read: JAX would warn."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
+    code = (
+        "from igrpo_jax.aot import slices; device = slices.topology('v5e:1x1')[0]; import jax; "
+        "one = jax.sharding.SingleDeviceSharding(device); x = jax.ShapeDtypeStruct((8, 128), 'float32', sharding=one); "
+        "jax.jit(lambda x: x + 1).lower(x).compile()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "programs").exists()
 
 
 def test_what_a_team_exchanges_is_compiled():
