@@ -85,8 +85,11 @@ def export(
     if adapter and dtype:
         raise InputError(f"--dtype {dtype}: adapters are always written in float32; leave it out")
     if place:
-        hf_write.check_free(place)
-        hf_write.try_out(place)
+        try:
+            hf_write.check_free(place)
+            hf_write.try_out(place)
+        except InputError as error:
+            raise InputError(f"--out {error}") from error
     policy = open_policy(config.model, config.data)
     repository = hub.open_repository(push, "--push", config, private) if push else None
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])

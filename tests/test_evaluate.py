@@ -150,7 +150,7 @@ def test_a_run_and_its_weights_elsewhere_answer_alike(call, model, run, folder, 
     said = call(evaluate, "--model", copy, "--workdir", tmp_path / "e", "--samples=2", *given, code=2)
     assert "holds an evaluation of another kind (weights_written: '" in said
     said = call(evaluate, "--model", run, "--step", 2, "--workdir", tmp_path / "d", *given, code=2)
-    assert "holds no checkpoint of step 2; those there are: 1, 3" in said
+    assert "holds no checkpoint of it; those there are: 1, 3" in said
 
 
 @pytest.mark.slow(seconds=8)

@@ -193,9 +193,11 @@ def test_a_run_and_an_export_are_put_into_a_repository(trained, tmp_path, monkey
 
 @pytest.mark.slow
 def test_checkpoints_and_folders_that_can_not_be_used(trained, tmp_path, monkeypatch):
-    message = error_of(export.export, trained, tmp_path / "out", 7)
-    assert message == f"{trained}: holds no checkpoint of step 7; those there are: 1, 2"
-    assert "is there already" in error_of(export.export, trained, trained / "samples")
+    message = error_of(export.export, trained, tmp_path / "new" / "out", 7)
+    assert message == f"--step 7: {trained} holds no checkpoint of it; those there are: 1, 2"
+    assert not (tmp_path / "new").exists()  # where the export has tried to make its folder
+    message = error_of(export.export, trained, trained / "samples")
+    assert message == f"--out {trained / 'samples'}: is there already; give a new folder"
     monkeypatch.setattr(weights, "saved", None)  # refused before the checkpoint is read
     message = error_of(export.export, trained, trained / "metrics.jsonl" / "out")
     assert "can't be written (" in message and message.endswith("; give a folder that can")

@@ -90,12 +90,17 @@ def check_free(out: Path) -> None:
 
 
 def try_out(out: Path) -> None:
-    """Raises InputError where no folder can be made at `out`. Makes the folders above it."""
+    """Raises InputError where no folder can be made at `out`. Leaves nothing behind."""
     if not is_remote(out):
         tried = resolved(out).with_name(f".{out.name}.tried")
         with _naming_refusals(out):
-            tried.mkdir(parents=True, exist_ok=True)
-            tried.rmdir()
+            made = [tried, *(folder for folder in tried.parents if not folder.exists())]
+            try:
+                tried.mkdir(parents=True, exist_ok=True)
+            finally:
+                for folder in made:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
 
 
 def check_place(out: Path) -> None:

@@ -30,7 +30,10 @@ def saved_step(workdir: Path, step: int | None = None) -> int:
             steps = sorted(manager.all_steps())
     if not steps or step not in (None, *steps):
         fix = f"those there are: {', '.join(map(str, steps))}" if steps else "wait for the first one (of step 0)"
-        raise InputError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}; {fix}")
+        lacks = (
+            f"{workdir}: holds no checkpoint" if step is None else f"--step {step}: {workdir} holds no checkpoint of it"
+        )
+        raise InputError(f"{lacks}; {fix}")
     return steps[-1] if step is None else step
 
 
