@@ -1,6 +1,7 @@
 """igrpo_jax.rewards.format: exactly one think block, then one answer block."""
 
 import time
+import timeit
 
 import pytest
 
@@ -50,11 +51,12 @@ def test_anything_else(text):
 
 def test_linear_time():
     # A pattern such as <think>.*</think>.*<answer>.*</answer> needs minutes on these.
-    start = time.thread_time()
-    for tag in ("<think>", "</think>", "<think></think>", "<answer>", "<"):
-        assert format_reward(tag * 100_000) == 0.0
-    assert format_reward("<think>" + "a\n " * 300_000 + "</think><answer>b</answer>") == 1.0
-    assert time.thread_time() - start < 2
+    def score():
+        for tag in ("<think>", "</think>", "<think></think>", "<answer>", "<"):
+            assert format_reward(tag * 100_000) == 0.0
+        assert format_reward("<think>" + "a\n " * 300_000 + "</think><answer>b</answer>") == 1.0
+
+    assert timeit.timeit(score, timer=time.thread_time, number=1) < 2
 
 
 def test_overlong_penalty():

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+import timeit
 
 import pytest
 from hypothesis import given, settings
@@ -2239,16 +2240,17 @@ SLOW = [
 
 @pytest.mark.parametrize("piece", SLOW)
 def test_repeated_pieces_are_read_quickly(piece):
-    start = time.thread_time()
-    equivalent(piece * (900 // len(piece)) + "1", "1")
-    assert time.thread_time() - start < 2
+    answer = piece * (900 // len(piece)) + "1"
+    assert timeit.timeit(lambda: equivalent(answer, "1"), timer=time.thread_time, number=1) < 2
 
 
 @pytest.mark.parametrize("argument", ["10^{4000}", "7^{5000}/3", "9999!", "10^{4000}x"])
 @pytest.mark.parametrize("function", [r"\sin(%s)", r"\tan(%s)", r"\sqrt{%s+1}"])
 def test_functions_of_huge_numbers_are_compared_quickly(function, argument):
     grader.warm_up()
-    start = time.thread_time()
-    for gold in ("1", function % argument + "+1", r"\sin(10^{3999})"):
-        assert not equivalent(function % argument, gold)
-    assert time.thread_time() - start < 2
+
+    def compare():
+        for gold in ("1", function % argument + "+1", r"\sin(10^{3999})"):
+            assert not equivalent(function % argument, gold)
+
+    assert timeit.timeit(compare, timer=time.thread_time, number=1) < 2
