@@ -190,6 +190,7 @@ class Answers:
                         limit=settings.max_completion_length,
                         stage=part.stage,
                         first=part.numbers.start,
+                        leads_on=part.stage == "draft",
                         prompt=prompt,
                         scored=functools.partial(scored, prompt, part.path),
                     )

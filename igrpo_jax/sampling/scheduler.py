@@ -160,6 +160,12 @@ class Scheduler:
     def _running(self) -> int:
         return sum(len(shard.running) for shard in self.shards)
 
+    @property
+    def demand(self) -> int:
+        """Samples that have a slot, or wait for one; the next dispatch decodes at most as many."""
+        waiting = sum(len(waiting.samples) for waiting in self._waiting)
+        return self._running + waiting + sum(shard.pending for shard in self.shards)
+
     def drain(self) -> Iterator[Sample]:
         """Yields the samples of all queued requests, as they finish."""
         while self.pending:

@@ -1,6 +1,8 @@
 """Sampling and scoring at once: each sample is scored once, its request's callback gets it, and may ask for more."""
 
+import functools
 import itertools
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -33,15 +35,34 @@ class StubScheduler:
     def pending(self):
         return bool(self.waiting)
 
+    @property
+    def demand(self):
+        return len(self.waiting)
+
     def advance(self):
         request, sample_id = self.waiting.pop(0)
         tokens = np.array([next(self.numbers)], np.int32)
         return [Sample(request, sample_id, tokens, np.zeros(1, np.float32), True, 0.0)]
 
 
-def request(index, samples, scored, stage="draft", first=0):
+class SlowScheduler(StubScheduler):
+    """Draws all that waits in each `advance`, which takes `seconds`."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds, self.dispatches = seconds, []
+
+    def advance(self):
+        time.sleep(self.seconds)
+        samples = [sample for _ in range(self.demand) for sample in super(SlowScheduler, self).advance()]
+        self.dispatches.append(sorted((sample.request.stage, sample.request.index) for sample in samples))
+        return samples
+
+
+def request(index, samples, scored, **fields):
     prompt = Prompt(f"row {index}", index, f"question {index}", "7", np.zeros(2, np.int32), {"level": index})
-    return Request(prompt.tokens, index, samples, KEY, 4, stage=stage, first=first, prompt=prompt, scored=scored)
+    fields = {"stage": "draft", **fields}
+    return Request(prompt.tokens, index, samples, KEY, 4, prompt=prompt, scored=scored, **fields)
 
 
 @pytest.fixture
@@ -127,6 +148,41 @@ def test_a_callback_may_ask_for_more_after_the_queue_is_empty(pool):
     scheduler.submit(request(0, 1, scored))
     sample_and_score(scheduler, lambda candidate, batch: pool.submit(Score, 1.0, {}, None, "ok"), RENDERER)
     assert told == [0, 1, 2, 3]
+
+
+def test_a_dispatch_waits_for_scores_that_bring_most_of_its_samples(pool):
+    """The scores come one after another: red if the first one's refinement were drawn alone."""
+    scheduler, began = SlowScheduler(0.6), time.perf_counter()
+    refine = lambda completion: scheduler.submit(request(int(completion.tokens[0]), 1, print, stage="refine"))
+
+    def grade(candidate, batch) -> Future:
+        return pool.submit(lambda: time.sleep(0.05 * candidate.tokens[0]) or Score(1.0, {}, None, "ok"))
+
+    for index in range(4):
+        scheduler.submit(request(index, 1, refine, leads_on=True))
+    waited = sample_and_score(scheduler, grade, RENDERER)
+    drafts, refinements = ([(stage, index) for index in range(4)] for stage in ("draft", "refine"))
+    assert scheduler.dispatches == [drafts, refinements] and 0.1 < waited < time.perf_counter() - began
+
+
+def test_a_dispatch_does_not_wait_for_a_score_that_takes_long():
+    """The score of one draft comes after that of another's refinement: red if all scores were waited for."""
+    scheduler, futures = SlowScheduler(0.01), []
+    done = lambda: Score(1.0, {}, None, "ok")
+
+    def grade(candidate, batch) -> Future:
+        futures.append(Future())
+        if len(futures) > 1:
+            futures[-1].set_result(done())
+        if len(futures) > 2 and not futures[0].done():
+            futures[0].set_result(done())
+        return futures[-1]
+
+    for index in range(2):
+        refine = functools.partial(lambda i, _: scheduler.submit(request(i, 1, print, stage="refine")), index)
+        scheduler.submit(request(index, 1, refine, leads_on=True))
+    sample_and_score(scheduler, grade, RENDERER)
+    assert scheduler.dispatches == [[("draft", 0), ("draft", 1)], [("refine", 1)], [("refine", 0)]]
 
 
 @pytest.mark.slow
