@@ -14,7 +14,8 @@ from model_files import HYBRID, error_of, save_byte_model
 from igrpo_jax import config, export
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.preemption import Preempted
-from igrpo_jax.errors import InputError
+from igrpo_jax.errors import InputError, RunError
+from igrpo_jax.learning.learner import Learner
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs import workdir as workdirs
 from igrpo_jax.outputs.console import Console
@@ -70,6 +71,26 @@ def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path, 
     assert (tmp_path / "out" / "model.safetensors").exists()
     message = error_of(opening.open_run, settings, tmp_path / "run", None, None)
     assert "holds a supervised start; export it, and train the export (model.path) in another --workdir" in message
+
+
+def test_steps_that_are_not_finite_are_counted_across_a_resume(settings, tmp_path, monkeypatch):
+    settings = replace(settings, learner=replace(settings.learner, max_nonfinite_steps=3))
+    update, killed_in = Learner.update, 2
+
+    def not_finite(self, state, groups, advantages, step):
+        if step == killed_in:
+            raise KeyboardInterrupt
+        return update(self, state, groups, [one * np.float32("nan") for one in advantages], step)
+
+    monkeypatch.setattr(Learner, "update", not_finite)
+    with pytest.raises(KeyboardInterrupt):
+        supervised.train_supervised(settings, tmp_path)
+    killed_in = None
+    with pytest.raises(RunError, match=r"step 3: loss or gradient was not finite, .* = 3 times in a row"):
+        supervised.train_supervised(settings, tmp_path)
+    assert [path.name for path in sorted((tmp_path / "nonfinite").iterdir())] == [
+        f"step_{step:06d}.jsonl" for step in (1, 2, 3)
+    ]
 
 
 def uploads(monkeypatch):

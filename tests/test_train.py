@@ -21,9 +21,11 @@ from whole_runs import check_same_rows, faulty, final_state, rewind, rows, run, 
 from igrpo_jax import config, train
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import sharding, watchdog
+from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import compilations
 from igrpo_jax.errors import InputError
-from igrpo_jax.evaluation import comparison, planning
+from igrpo_jax.evaluation import comparison, planning, summaries
+from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.session import opening, overview, task
@@ -255,6 +257,29 @@ def test_the_best_checkpoint_is_kept(whole):
     assert {int(path.name) for path in (workdir / "checkpoints").iterdir()} == {4, 5, best}
     summary = json.loads((workdir / "evaluations" / "step_000004" / "summary.json").read_text())
     assert summary["benchmarks"]["arithmetic"]["single_shot"]["pass@1"] == scores[4]
+
+
+@pytest.mark.slow(seconds=12)
+def test_a_step_that_is_evaluated_after_a_resume_may_be_the_best(tmp_path, monkeypatch):
+    """The evaluation of step 1 is preempted, and its score comes when the step is saved already."""
+    fields = {"steps": 3, "evaluation.every": 1, "warm_start.steps": 0, "learner.minibatches": 1, "rollout.slots": 8}
+    c = settings(**fields, **{"checkpoint.every": 1, "checkpoint.keep": 1})
+    scores, preempted = {0: 0.1, 1: 0.9, 2: 0.2, 3: 0.3}, {1}
+
+    def evaluated(self, params, out, head):
+        if head["step"] in preempted:
+            raise Preempted
+        return head["step"]
+
+    monkeypatch.setattr(Evaluator, "run", evaluated)
+    monkeypatch.setattr(summaries, "flat", lambda step: {"eval/arithmetic/pass@1": scores[step]})
+    with pytest.raises(Preempted):
+        train.train(c, tmp_path)
+    preempted.clear()
+    train.train(c, tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
+    written = [row for row in rows(tmp_path) if "eval/arithmetic/pass@1" in row]
+    assert {row["step"]: row["eval/arithmetic/pass@1"] for row in written} == scores and len(written) == len(scores)
 
 
 @pytest.mark.slow

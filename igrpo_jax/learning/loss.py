@@ -33,8 +33,11 @@ def loss(algorithm: Resolved, tokens: "TokenValues") -> "LossSums":
     log_ratio = algorithm.objective.log_ratio(tokens.logprob - tokens.old, tokens.mask, tokens.row)
     ratio = jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     advantage = tokens.advantage
+    too_low = (ratio < 1 - algorithm.epsilon) & (advantage < 0)
+    too_high = (ratio > 1 + algorithm.epsilon_high) & (advantage > 0)
+    # The min of both products, without their ties: there, as at a ratio of 1 and an epsilon of 0, JAX halves gradients.
     clipped_ratio = jnp.clip(ratio, 1 - algorithm.epsilon, 1 + algorithm.epsilon_high)
-    value = jnp.minimum(jnp.minimum(ratio, algorithm.delta) * advantage, clipped_ratio * advantage)
+    value = jnp.where(too_low | too_high, clipped_ratio, jnp.minimum(ratio, algorithm.delta)) * advantage
     if tokens.shaped is not None:
         shaped = jax.nn.sigmoid(tokens.logprob - jnp.log(algorithm.credit_gamma))  # p / (p + gamma)
         value = jnp.where(tokens.shaped, shaped * advantage, value)
@@ -46,8 +49,6 @@ def loss(algorithm: Resolved, tokens: "TokenValues") -> "LossSums":
         k3 = jnp.exp(log_rho) - log_rho - 1
         value = value - algorithm.beta * k3
     counted = tokens.weight > 0
-    too_low = (ratio < 1 - algorithm.epsilon) & (advantage < 0)
-    too_high = (ratio > 1 + algorithm.epsilon_high) & (advantage > 0)
     if tokens.shaped is not None:
         too_low, too_high = too_low & ~tokens.shaped, too_high & ~tokens.shaped
 

@@ -13,9 +13,8 @@ are read must have the checksums with which they were saved, so a flipped bit is
 import contextlib
 import functools
 import itertools
-import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +33,42 @@ from igrpo_jax.storage.addresses import is_remote, make_folder, names, resolved
 from igrpo_jax.storage.writing import move_tree
 
 
+def best_of(scores: Mapping[int, float], steps: Iterable[int]) -> int | None:
+    """Returns which of `steps` has the highest score, the latest of equals; None where none has a score."""
+    return max((step for step in steps if step in scores), key=lambda step: (scores[step], step), default=None)
+
+
+class _Best(policies.PreservationPolicy):
+    """Preserves the checkpoint with the highest score.
+
+    Orbax's own policy reads the scores that were saved with the checkpoints. But a run that is preempted during an
+    evaluation saves the step first, and has its score only after the resume.
+    """
+
+    def __init__(self) -> None:
+        self.scores: Mapping[int, float] = {}
+
+    def should_preserve(self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: Any) -> list[bool]:
+        best = best_of(self.scores, [info.step for info in checkpoints])
+        return [info.step == best for info in checkpoints]
+
+
 class Checkpointer:
     """Saves and restores checkpoints under `workdir/checkpoints`, in one folder per step.
 
-    It keeps the newest `settings.keep` checkpoints, and the best by `settings.best_metric` where that is set. Every
+    It keeps the newest `settings.keep` checkpoints, and of those that have a score the best one. Every
     leaf of a state is a jax.Array on the mesh, scalars too, because orbax refuses arrays that live on one host only.
     All processes call every method with the same arguments.
     """
 
     def __init__(self, workdir: Path, settings: CheckpointConfig):
         self._every = settings.every
-        self._has_best = bool(settings.best_metric)
         self._path = resolved(workdir) / "checkpoints"
         self._mirror = Mirror(self._path) if is_mirrored(workdir) else None
         self._folder = self._mirror.folder if self._mirror else self._path  # the folder that orbax writes to
-        keep = [policies.LatestN(settings.keep)]
-        score = lambda metrics: metrics["best"]
-        if self._has_best:
-            keep.append(policies.BestN(get_metric_fn=score, n=1))
+        self._best = _Best()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            best_fn=score if self._has_best else None,  # orbax writes no metrics without it
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(settings.keep), self._best]),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
@@ -74,16 +88,18 @@ class Checkpointer:
         state: Any,
         meta: dict[str, Any],
         force: bool = False,
-        score: float | None = None,
+        scores: Mapping[int, float] | None = None,
         before: Callable[[], None] = lambda: None,
     ) -> bool:
-        """Starts to save `state` where `step` is a multiple of `settings.every`, or at any step with `force`.
+        """Starts to save `state` where `step` is a multiple of `settings.every` or better than what is saved, or at any
+        step with `force`.
 
         Waits for the previous save, and returns before its own files are written (see `wait`). Does nothing where
         `step` is the newest step that is saved.
 
         Args:
-            score: the value by which the best checkpoint is chosen; a step with a score is better than any without.
+            scores: of steps so far, saved or not, by which the best checkpoint is chosen. An earlier step may have got
+                its score after it was saved.
             before: called before a save is started; writes the rows that the checkpoint relies on to the disk or the
                 bucket.
 
@@ -94,7 +110,12 @@ class Checkpointer:
             RunError: the state is not finite, the disk lacks the space, or the save before this one failed. Earlier
                 checkpoints stay as they are.
         """
-        due = force or (self._every > 0 and step % self._every == 0)
+        scores = scores or {}
+        due = (
+            force
+            or (self._every > 0 and step % self._every == 0)
+            or best_of(scores, [*self._manager.all_steps(), step]) == step
+        )
         if not due or step == self.latest_step():
             return False
         self.wait()
@@ -106,10 +127,10 @@ class Checkpointer:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta | {"checksums": sums})
         )
-        metrics = {"best": -math.inf if score is None else score} if self._has_best else None
+        self._best.scores = scores
         self._writing = step, {name: (x.shape, x.dtype) for name, x in named_leaves(state).items()}
         with self._errors(step), watchdog.phase("checkpoint", f"writing step {step}"):
-            is_started = self._manager.save(step, args=items, metrics=metrics, force=True)
+            is_started = self._manager.save(step, args=items, force=True)
             if self._mirror:
                 self._mirror.start(functools.partial(self._complete, *self._writing))
         return is_started

@@ -36,11 +36,13 @@ class Writer:
     Attributes:
         rows: how many rows `metrics.jsonl` has now, which a checkpoint stores as the metrics cursor.
         history: the rows of RL steps that `metrics.jsonl` had when it was opened.
+        scores: the metrics of its evaluations, by step.
     """
 
     def __init__(self, workdir: Path, config: Config, resume_step: int | None = None, nullable: Collection[str] = ()):
         self.rows = 0
         self.history: list[dict[str, Any]] = []
+        self.scores: dict[int, dict[str, float]] = {}
         self._file: Lines | None = None
         self._without_value = set(nullable)  # names of metrics whose null is nothing new
         self._trackers: list[trackers.Tracker] = []
@@ -57,7 +59,9 @@ class Writer:
                     (self._samples / name).unlink()
             rows = rows_until(self._path, keep)
             self.rows = len(rows)
-            self.history = [row for row in map(json.loads, rows) if "loss" in row]
+            read = [*map(json.loads, rows)]
+            self.history = [row for row in read if "loss" in row]
+            self.scores = {row["step"]: scores for row in read if (scores := _scores(row))}
             self._file = Lines(self._path, "".join(rows))
             self._spool = Spool(workdir, trackers.KEPT)
             self._trackers = trackers.open_trackers(self._spool.folder, config, resume_step)
@@ -189,6 +193,11 @@ def _sample_row(group: Group, completion: Completion, parent: int | None, advant
         "advantage": advantage,
         **({"extra": score.extra} if score and score.extra else {}),  # only where a custom reward gave something
     }
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the metrics of an evaluation that a row holds."""
+    return {name: value for name, value in row.items() if name.startswith("eval/") and value is not None}
 
 
 def rows_until(path: Path, last_step: float) -> list[str]:

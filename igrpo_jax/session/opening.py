@@ -114,6 +114,8 @@ def _start(
         progress = Progress.from_meta(meta, int(state.skipped))
         # Rows and samples of steps after the checkpoint are dropped here, because those steps are run again.
         writer = stack.enter_context(Writer(workdir, config, first_step, COMPARED))
+        # An evaluation after the checkpoint was saved is in the rows alone.
+        progress.scores = cluster.from_first(lambda: writer.scores) | progress.scores
         ending.tell_lost_rows(writer.rows, meta["metrics_rows"], first_step, console)
         steps = cluster.from_first(lambda: read_config(workdir).steps)
         if told := ending.new_schedule(config, steps, first_step, learner.optimizer_steps_per_update):

@@ -13,11 +13,13 @@ from igrpo_jax.distributed.chips import CHIPS, size
 from igrpo_jax.distributed.programs import device_bytes, tree_bytes
 from igrpo_jax.evaluation import planning
 from igrpo_jax.learning.learner import Learner
+from igrpo_jax.outputs.checkpoint import best_of
 from igrpo_jax.outputs.writer import rows_until
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.layout import keeps_weights
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.task import Task
+from igrpo_jax.storage.addresses import names
 
 SEEN_STEPS = 20  # last steps of a resumed run, whose mean padding predicts that of the next ones
 
@@ -160,11 +162,12 @@ def after(workdir: Path, progress: Progress, best_metric: str, first: int, total
         total: the number of steps of the run.
     """
     rows: list[tuple[str, object]] = [("steps", f"{total}" + (f", resumed after {first}" if first else ""))]
-    best, scores = progress.best_step(best_metric), progress.scores
+    saved = [int(name) for name in names(workdir / "checkpoints") if name.isdecimal()]
+    best, scores = best_of(progress.values(best_metric), saved), progress.scores
     if best is not None:
         rows.append(("best checkpoint", f"step {best}, by {best_metric}"))
-    names = {name for values in scores.values() for name in values if name.endswith("pass@1")}
-    for name in sorted(names):
+    single_shot = {name for values in scores.values() for name in values if name.endswith("pass@1")}
+    for name in sorted(single_shot):
         rows.append((name, _change({step: scores[step][name] for step in scores if name in scores[step]})))
     trackers = ("tensorboard", "wandb", "trackio", "mlflow")
     for name in ("metrics.jsonl", "samples", "evaluations", *trackers, "checkpoints", "export", "profile"):

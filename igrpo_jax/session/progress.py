@@ -17,8 +17,8 @@ class Progress:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any], skipped_optimizer_steps: int) -> "Progress":
         """Returns the progress that a checkpoint holds; its TrainState counts the `skipped_optimizer_steps`."""
-        scores = {int(step): scores for step, scores in meta["evaluations"].items()}
-        return cls(scores, skipped_optimizer_steps, meta["bad_steps"])
+        scores = {int(step): scores for step, scores in meta.get("evaluations", {}).items()}
+        return cls(scores, skipped_optimizer_steps, meta.get("bad_steps", 0))  # supervised starts once saved neither
 
     def meta(self) -> dict[str, Any]:
         """Returns the part that a checkpoint has to hold, in a form that JSON can represent."""
@@ -38,11 +38,6 @@ class Progress:
         self.named_programs |= by_kind.keys()
         return new
 
-    def is_best(self, step: int, metric: str) -> bool:
-        """Returns whether `step` was evaluated and has the highest `metric` so far."""
-        known = {at: scores[metric] for at, scores in self.scores.items() if metric in scores}
-        return step in known and known[step] >= max(known.values())
-
-    def best_step(self, metric: str) -> int | None:
-        """Returns the step with the highest `metric`, the latest of equals; None where no step has it."""
-        return max((step for step in self.scores if self.is_best(step, metric)), default=None)
+    def values(self, metric: str) -> dict[int, float]:
+        """Returns `metric` by step, of the evaluations that have it."""
+        return {step: scores[metric] for step, scores in self.scores.items() if metric in scores}

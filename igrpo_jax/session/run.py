@@ -151,7 +151,7 @@ class Run:
         """Saves a checkpoint where one is due, or at any step with `force`.
 
         It is due at multiples of config.checkpoint.every, before the first step, after the last, and where
-        config.checkpoint.best_metric is the highest so far.
+        config.checkpoint.best_metric is higher than at the steps that are saved.
 
         Raises:
             RunError: see `Checkpointer.save`.
@@ -162,9 +162,9 @@ class Run:
         epoch, index = divmod(read, len(self.task.prompts))
         meta = {"step": step, "seed": config.seed, "epoch": epoch, "index": index, "metrics_rows": self.writer.rows}
         meta |= {"data": self.task.fingerprint} | self.progress.meta()
-        force = force or step in (0, self.task.total_steps) or self.progress.is_best(step, best_metric)
-        score = self.progress.scores.get(step, {}).get(best_metric)
-        self.checkpointer.save(step, state, meta, force=force, score=score, before=self.writer.sync)
+        force = force or step in (0, self.task.total_steps)
+        scores = self.progress.values(best_metric)
+        self.checkpointer.save(step, state, meta, force=force, scores=scores, before=self.writer.sync)
 
     def stop_if_preempted(self) -> None:
         """Raises Preempted where any process has had a notice, so that all leave after the same step."""

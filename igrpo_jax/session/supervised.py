@@ -168,18 +168,18 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
         return
     if latest is not None:
         with console.phase(f"restoring step {latest}"):
-            done, state, _ = store.restore(learner.abstract_state())
+            done, state, meta = store.restore(learner.abstract_state())
         ending.check(config, total, workdir, done)
         writer = stack.enter_context(Writer(workdir, config, done))
+        progress = Progress.from_meta(meta, int(state.skipped))
     else:
-        done, state = 0, _first_state(task, learner, console)
+        done, state, progress = 0, _first_state(task, learner, console), Progress()
         writer = stack.enter_context(Writer(workdir, config))
     if config.model.lora.rank:
         fixed = functools.partial(weights.first, config, task.policy, workdir, task.mesh, console=console)
         learner.set_frozen(fixed(config.model.dtype))
     if claim.resumes:
         cluster.from_first(functools.partial(record_settings, workdir, config))
-    progress = Progress(skipped_optimizer_steps=int(state.skipped))
     try:
         for step in range(done + 1, total + 1):
             if cluster.any_of(preemption.noted()):
@@ -187,10 +187,10 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
             state = _step(task, learner, state, step, progress, writer, console)
             done = step
             still_ours()
-            store.save(step, state, {"step": step}, force=step == total, before=writer.sync)
+            store.save(step, state, {"step": step} | progress.meta(), force=step == total, before=writer.sync)
     except Preempted:
         still_ours()
-        store.save(done, state, {"step": done}, force=True, before=writer.sync)
+        store.save(done, state, {"step": done} | progress.meta(), force=True, before=writer.sync)
         store.wait()
         raise Preempted(f"preempted: step {done} of {total} is saved in {workdir}") from None
     with console.phase("writing the last checkpoint"):
@@ -217,12 +217,15 @@ def _step(
     config, began = task.config, time.perf_counter()
     indices = problems.step_indices(step - 1, config.prompts_per_step, len(task.examples), config.seed)
     made = supervised.groups(config, [task.examples[i] for i in indices], task.renderer, step)
+    advantages = [np.ones(1, np.float32)] * len(made)
     with watchdog.phase("update", f"step {step}"), watchdog.phase("dispatch"):
-        state, learned = learner.update(state, made, [np.ones(1, np.float32)] * len(made), step)
+        state, learned = learner.update(state, made, advantages, step)
     row: dict[str, Any] = supervised.metrics(learned, made)
     row |= {"perf/step_time": time.perf_counter() - began, "perf/wall_time": time.time(), **peak_memory()}
     writer.write(step, row)
-    progress.count_skipped(round(row["nonfinite_steps"]))
+    if progress.count_skipped(round(row["nonfinite_steps"])):
+        writer.nonfinite(step, made, advantages)
+        console.message(f"step {step}: loss or gradient is not finite: nothing changed; its batch is in nonfinite/")
     if progress.skipped_in_a_row >= config.learner.max_nonfinite_steps:
         raise RunError(
             f"step {step}: loss or gradient was not finite, config.learner.max_nonfinite_steps = "

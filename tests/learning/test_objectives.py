@@ -340,6 +340,19 @@ def packed_values(r):
     return values, places
 
 
+@pytest.mark.parametrize("clips", [{"epsilon": 0.0}, {"epsilon_high": 0.0}, {"epsilon": 0.0, "epsilon_high": 0.2}])
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo"])
+def test_clips_of_zero_leave_the_gradient_on_policy(loss_type, clips):
+    """At a ratio of 1 the two products of the min are equal, and JAX would take half of each gradient."""
+    r = resolved(loss_type, **clips)
+    ones = jnp.ones((1, 4), jnp.float32)
+    advantage = jnp.array([[1.0, 1.0, -2.0, -2.0]])
+    row = jnp.array([[0, 0, 1, 1]], jnp.int32)
+    values = TokenValues(-ones, -ones, None, advantage, ones / 4, ones > 0, row)
+    gradient = jax.grad(lambda logprob: objective_loss(r, values._replace(logprob=logprob)).loss)(values.logprob)
+    np.testing.assert_allclose(gradient, -advantage / 4, rtol=1e-6)
+
+
 def by_completion(r, loss_type, values, places):
     """The sums of LossSums over completions, in float64: each alone, by the formulas of the papers."""
     sums = collections.Counter()

@@ -183,25 +183,29 @@ def test_no_checkpoint_and_a_wrong_shape_are_errors(tmp_path):
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
-    """Across a restart too, since the metrics are read again from the files; a step without a metric is never best."""
-    settings, mesh = config_lib.CheckpointConfig(every=1, keep=2, best_metric="m"), mesh_of(1, 8, 1)
-    state = state_on(mesh, 0)
-    scores = [None, 0.3, 0.9, None, 0.2, 0.5]
-    for steps in (range(4), range(4, 6)):
-        with checkpoint.Checkpointer(tmp_path, settings) as store:
+    """A step without a score is never best. That of step 2 comes after a restart, when the step is saved already."""
+    state = state_on(mesh_of(1, 8, 1), 0)
+    scores = {0: {}, 1: {1: 0.3}, 2: {1: 0.3}, 3: {1: 0.3, 2: 0.9}, 4: {1: 0.3, 2: 0.9, 4: 0.2}, 5: {2: 0.9, 5: 0.5}}
+    for steps in (range(3), range(3, 6)):
+        with checkpoint.Checkpointer(tmp_path, config_lib.CheckpointConfig(every=1, keep=2)) as store:
             for step in steps:
-                store.save(
-                    step,
-                    state._replace(step=jax.device_put(jnp.int32(step), state.step.sharding)),
-                    {},
-                    score=scores[step],
-                )
+                at = state._replace(step=jax.device_put(jnp.int32(step), state.step.sharding))
+                store.save(step, at, {}, scores=scores[step])
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
     assert checkpoint_reading.saved_step(tmp_path) == 5 and checkpoint_reading.saved_step(tmp_path, 2) == 2
     with pytest.raises(InputError, match="holds no checkpoint of it; those there are: 2, 4, 5"):
         checkpoint_reading.saved_step(tmp_path, 3)
     with pytest.raises(InputError, match="is not the folder of a run"):
         checkpoint_reading.saved_step(tmp_path / "none")
+
+
+def test_a_step_that_is_better_than_those_that_are_saved_is_saved(tmp_path):
+    """A better step than it, 1, was never saved, and the others are no multiples of `every`."""
+    scores, state = {0: 0.2, 1: 0.9, 2: 0.5, 3: 0.4}, state_on(mesh_of(1, 8, 1))
+    with checkpoint.Checkpointer(tmp_path, config_lib.CheckpointConfig(every=0, keep=1)) as store:
+        store.save(0, state, {}, force=True, scores={0: 0.2})
+        saved = [store.save(step, state, {}, scores={at: scores[at] for at in range(step + 1)}) for step in (2, 3)]
+    assert saved == [True, False]
 
 
 def test_parameters_alone_are_read_onto_another_mesh(tmp_path):

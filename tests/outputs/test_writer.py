@@ -27,6 +27,16 @@ def test_writer_takes_any_scalar_and_writes_null_for_what_is_not_finite(tmp_path
     assert second == '{"step": 2, "loss": null, "kl": null, "perf/recompiles": 3.0}'
 
 
+def test_the_scores_of_evaluations_are_read_again(tmp_path):
+    with writers.Writer(tmp_path, run_config()) as writer:
+        for step, metrics in ((0, {"eval/a/pass@1": 0.5}), (1, {"loss": 1.0}), (1, {"eval/a/pass@1": np.nan})):
+            writer.write(step, metrics | {"perf/wall_time": 1.0})
+        writer.write(2, {"eval/a/pass@1": 0.75, "eval/a/maj@2": 1.0})
+        writer.write(3, {"eval/a/pass@1": 0.25})
+    with writers.Writer(tmp_path, run_config(), 2) as writer:
+        assert writer.scores == {0: {"eval/a/pass@1": 0.5}, 2: {"eval/a/pass@1": 0.75, "eval/a/maj@2": 1.0}}
+
+
 def test_a_metric_without_a_value_is_mentioned_once(tmp_path, caplog):
     with writers.Writer(tmp_path, run_config()) as writer:
         for step, metrics in enumerate(({"kl": np.nan}, {"kl": np.nan}, {"kl": np.nan, "loss": np.inf}), 1):
