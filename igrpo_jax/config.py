@@ -399,8 +399,9 @@ class JudgeConfig:
     max_retries: Annotated[int, AtLeast(0)] = 4
     # Number of requests to the judge that are in flight at once.
     concurrency: Annotated[int, AtLeast(1)] = 16
-    # Largest number of requests to the judge in a step, retries included; completions beyond it have no verdict. 0 for
-    # no limit.
+    # Largest number of requests to the judge in a step, retries included; completions beyond it have no verdict. A run
+    # is refused where more than rewards.max_error_fraction of a step's completions could be without one. 0 for no
+    # limit.
     budget: Annotated[int, AtLeast(0)] = 0
     # File of the judge's verdicts, shared by the runs that name it; empty for WORKDIR/judge.sqlite.
     cache: str = ""
@@ -699,7 +700,10 @@ MAY_CHANGE_ON_RESUME = (
     ),
     *("learner.remat", "learner.attention", "learner.offload_reference"),
     *("rewards.workers", "rewards.timeout", "rewards.max_error_fraction"),
-    *(f"rewards.judge.{name}" for name in ("base_url", "api_key_env", "timeout", "max_retries", "concurrency")),
+    *(
+        f"rewards.judge.{name}"
+        for name in ("base_url", "api_key_env", "timeout", "max_retries", "concurrency", "budget")
+    ),
 )
 
 

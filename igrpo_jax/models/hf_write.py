@@ -26,7 +26,7 @@ from igrpo_jax.models import decoder, hf_files, hf_paths
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.decoder import Params
 from igrpo_jax.models.hf_tables import Entry
-from igrpo_jax.storage import addresses
+from igrpo_jax.storage import addresses, writing
 from igrpo_jax.storage.addresses import failures, is_remote, reason, resolved
 from igrpo_jax.storage.reading import kept_in
 from igrpo_jax.storage.writing import upload_folder
@@ -91,16 +91,8 @@ def check_free(out: Path) -> None:
 
 def try_out(out: Path) -> None:
     """Raises InputError where no folder can be made at `out`. Leaves nothing behind."""
-    if not is_remote(out):
-        tried = resolved(out).with_name(f".{out.name}.tried")
-        with _naming_refusals(out):
-            made = [tried, *(folder for folder in tried.parents if not folder.exists())]
-            try:
-                tried.mkdir(parents=True, exist_ok=True)
-            finally:
-                for folder in made:
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
+    with _naming_refusals(out):
+        writing.try_out(out)
 
 
 def check_place(out: Path) -> None:

@@ -11,13 +11,38 @@ from pathlib import Path
 
 from absl import logging
 
+from igrpo_jax.config import JudgeConfig
 from igrpo_jax.errors import InputError
-from igrpo_jax.storage.addresses import failures, is_remote, reason
+from igrpo_jax.storage.addresses import failures, is_remote, path_of, reason
 from igrpo_jax.storage.reading import kept_in, read_bytes
-from igrpo_jax.storage.writing import upload
+from igrpo_jax.storage.writing import try_out, upload
 
 SAVED = 60.0  # seconds between two uploads
 OPEN_TIMEOUT = 10.0  # seconds to wait for a file that another process has locked
+
+
+def named(settings: JudgeConfig) -> Path | None:
+    """Returns the path of the file in config.rewards.judge.cache; None where a run has its own."""
+    cache = settings.cache
+    return path_of(f"config.rewards.judge.cache = {cache!r}", cache) if cache else None
+
+
+def check(path: Path) -> None:
+    """Raises InputError where `path` cannot be used as a file of verdicts. Makes none where there is none."""
+    if path.exists():
+        Verdicts(path).close()
+        return
+    try:
+        try_out(path)
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: Path, error: BaseException) -> InputError:
+    return InputError(
+        f"config.rewards.judge.cache = {str(path)!r}: cannot be used as the file of verdicts ({error}); move it away, "
+        "or name another"
+    )
 
 
 class Verdicts:
@@ -45,10 +70,7 @@ class Verdicts:
             self._connection.execute("SELECT key, score FROM verdicts LIMIT 1").fetchone()
             self._connection.execute("PRAGMA busy_timeout=200")  # milliseconds, during which the event loop waits
         except failures(sqlite3.Error) as error:
-            raise InputError(
-                f"config.rewards.judge.cache = {str(self._remote or path)!r}: cannot be used as the file of verdicts "
-                f"({error}); move it away, or name another"
-            ) from error
+            raise _refusal(self._remote or path, error) from error
 
     def _copied(self, path: Path) -> Path:
         """Returns a new local file with the contents of the one in the bucket."""

@@ -33,7 +33,7 @@ from absl import logging
 from igrpo_jax.config import RewardsConfig
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.records import STATUSES, Candidate, Score
-from igrpo_jax.rewards import functions
+from igrpo_jax.rewards import functions, verdicts
 from igrpo_jax.rewards import judge as judge_module
 from igrpo_jax.rewards.custom import Batch, CustomCalls
 from igrpo_jax.rewards.functions import CustomReward
@@ -41,7 +41,6 @@ from igrpo_jax.rewards.judge import Judge, Judgement
 from igrpo_jax.rewards.mathematics import grader
 from igrpo_jax.rewards.pool import Outcome, Pool
 from igrpo_jax.rewards.rules import REWARDS, Rules, rules_of, score, total
-from igrpo_jax.storage.addresses import path_of
 
 REMEMBERED = 1024  # gradings whose outcome an equal completion gets too
 
@@ -74,6 +73,8 @@ def check(settings: RewardsConfig) -> None:
     custom_rewards(settings)
     if settings.judge.weight:
         judge_module.connect(settings.judge)
+        if cache := verdicts.named(settings.judge):
+            verdicts.check(cache)
 
 
 class Verifier:
@@ -107,8 +108,7 @@ class Verifier:
         self._judge: Judge | None = None
         self._judgements: list[Judgement] = []
         if settings.judge.weight:
-            path = settings.judge.cache or cache
-            self._judge = Judge(settings.judge, path_of(f"config.rewards.judge.cache = {str(path)!r}", path))
+            self._judge = Judge(settings.judge, verdicts.named(settings.judge) or cache)
         modules = (__name__, f"{grader.__name__}:{grader.warm_up.__name__}", *(reward.module for reward in rewards))
         self._pool = Pool(_call, settings.workers, settings.timeout, preload=modules)
         call = functools.partial(self._pool.submit, functions.call)

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,10 +24,9 @@ from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.policy import Policy, fit_to_mesh, open_model
 from igrpo_jax.outputs import trackers
 from igrpo_jax.records import Candidate, Prompt
-from igrpo_jax.rewards import custom, judge, verifier
+from igrpo_jax.rewards import custom, judge, verdicts, verifier
 from igrpo_jax.rewards.mathematics import golds
 from igrpo_jax.sampling.engine import Engine
-from igrpo_jax.storage.addresses import path_of
 
 WRONG_ANSWER = "-987654321"  # what custom rewards see as a wrong answer before a run starts
 
@@ -74,6 +74,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
         RunError: the judge gives no verdict.
     """
     verifier.check(config.rewards)
+    budget = checked_budget(config)
     trackers.check(config.log)
     check_profiler(config.log)
     config, policy, renderer = open_model(config, recorded_date)
@@ -92,7 +93,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     evaluated = planning.make_plan(config, asked, renderer, context)
     check_best_metric(config, evaluated)
     notes = training.notes + rehearsed_rewards(config, prompts, policy, renderer.opening)
-    notes += rehearsed_judge(config.rewards.judge, prompts[0], renderer.opening)
+    notes += rehearsed_judge(config.rewards.judge, prompts[0], renderer.opening) + budget
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, model=fit_to_mesh(config, policy.model, mesh))
     shards = sharding.batch_shards(mesh)
@@ -154,12 +155,36 @@ def rehearsed_judge(settings: JudgeConfig, prompt: Prompt, opening: str) -> list
     Raises:
         RunError: it gave no verdict.
     """
-    cache = settings.cache
-    if not settings.weight or (cache and path_of(f"config.rewards.judge.cache = {cache!r}", cache).exists()):
+    if not settings.weight or ((cache := verdicts.named(settings)) and cache.exists()):
         return []
     text = _reply(golds.alternatives(prompt.answer)[0], opening)
     score = judge.rehearse(settings, prompt.question, prompt.answer, opening + text)
     return [("reward judge", f"{score:g} for a right answer")]
+
+
+def checked_budget(config: Config) -> list[tuple[str, str]]:
+    """Compares config.rewards.judge.budget with what a step asks the judge where all its completions differ.
+
+    Returns:
+        What some completions will lack, for the table that a run prints; nothing where none need lack a verdict.
+
+    Raises:
+        InputError: so many would lack one that the run would stop.
+    """
+    algorithm, rewards = config.algorithm, config.rewards
+    budget = rewards.judge.budget
+    refined = algorithm.num_drafts if algorithm.draft_selection == "refined" and algorithm.num_drafts else 1
+    asked = config.prompts_per_step * (algorithm.num_drafts + refined * algorithm.num_generations)
+    if not rewards.judge.weight or not budget or budget >= asked:
+        return []
+    if (asked - budget) / asked > rewards.max_error_fraction:
+        raise InputError(
+            f"config.rewards.judge.budget = {budget}: a step asks for up to {asked} verdicts, and the run stops where "
+            f"more than config.rewards.max_error_fraction = {rewards.max_error_fraction:g} of them are missing; set it "
+            f"to 0 for no limit, to at least {asked - math.floor(asked * rewards.max_error_fraction)} ({asked} and "
+            "some for retries let all have one), or raise that fraction"
+        )
+    return [("judge", f"{budget} requests for up to {asked} completions of a step, of which the others get no verdict")]
 
 
 def _reply(answer: str, opening: str) -> str:

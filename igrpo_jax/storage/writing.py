@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from igrpo_jax.storage.addresses import filesystem, is_remote, patiently
+from igrpo_jax.storage.addresses import filesystem, is_remote, patiently, resolved
 from igrpo_jax.storage.reading import AT_ONCE, kept_in, read_bytes
 
 EVERY = 10.0  # least seconds between two uploads of a file that grows, if nobody asks for one
@@ -127,6 +127,20 @@ def upload_folder(folder: Path, target: Path, last: tuple[str, ...] = ()) -> Non
     for part in ([file for file in files if (file.name in last) == is_last] for is_last in (False, True)):
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(lambda file: upload(file, target / file.relative_to(folder).as_posix()), part))
+
+
+def try_out(path: Path) -> None:
+    """Raises OSError where nothing can be made at `path` on a disk. Leaves nothing behind."""
+    if is_remote(path):
+        return
+    tried = resolved(path).with_name(f".{path.name}.tried")
+    made = [tried, *(folder for folder in tried.parents if not folder.exists())]
+    try:
+        tried.mkdir(parents=True, exist_ok=True)
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def spool_folder(path: Path) -> Path:

@@ -620,10 +620,8 @@ def test_a_rehearsal_asks_once_and_names_the_judge_that_gives_no_verdict(endpoin
 
 
 def test_a_judge_is_tried_before_a_run_unless_there_are_verdicts(endpoint, tmp_path):
-    url, cache = f"http://127.0.0.1:{endpoint.server_port}/v1", tmp_path / "verdicts.sqlite"
-    settings = config.JudgeConfig(weight=1.0, model="m", base_url=url, api_key_env="JUDGE_KEY", cache=str(cache))
-    c = whole_runs.settings()
-    c = dataclasses.replace(c, rewards=dataclasses.replace(c.rewards, judge=settings))
+    cache = tmp_path / "verdicts.sqlite"
+    c = judged(endpoint, cache)
     assert ("reward judge", "0.5 for a right answer") in task.open_task(c).notes
     assert len(endpoint.requests) == 1 and not cache.exists()
     endpoint.script = [status(401)]
@@ -631,6 +629,55 @@ def test_a_judge_is_tried_before_a_run_unless_there_are_verdicts(endpoint, tmp_p
         task.open_task(c)
     cache.touch()
     assert not any(name == "reward judge" for name, _ in task.open_task(c).notes) and len(endpoint.requests) == 2
+
+
+def judged(endpoint, cache="", budget=0, **rewards):
+    """The settings of a run whose steps have 16 completions, with a judge."""
+    url, c = f"http://127.0.0.1:{endpoint.server_port}/v1", whole_runs.settings()
+    settings = config.JudgeConfig(
+        weight=1.0, model="m", base_url=url, api_key_env="JUDGE_KEY", cache=str(cache), budget=budget
+    )
+    return dataclasses.replace(c, rewards=dataclasses.replace(c.rewards, judge=settings, **rewards))
+
+
+def test_a_budget_that_would_stop_the_run_is_refused(endpoint):
+    refusal = (
+        "config.rewards.judge.budget = 7: a step asks for up to 16 verdicts, and the run stops where more than "
+        "config.rewards.max_error_fraction = 0.5 of them are missing; set it to 0 for no limit, to at least 8 "
+    )
+    with pytest.raises(InputError, match=re.escape(refusal)):
+        task.open_task(judged(endpoint, budget=7))
+    assert not endpoint.requests
+    fewer = ("judge", "{} requests for up to 16 completions of a step, of which the others get no verdict")
+    for budget, fraction in ((8, 0.5), (15, 0.5), (1, 1.0)):
+        notes = task.open_task(judged(endpoint, budget=budget, max_error_fraction=fraction)).notes
+        assert notes[-1] == (fewer[0], fewer[1].format(budget))
+    for budget in (0, 16, 99):
+        assert not any(name == "judge" for name, _ in task.open_task(judged(endpoint, budget=budget)).notes)
+    every = judged(endpoint, budget=7)
+    every = dataclasses.replace(every, algorithm=dataclasses.replace(every.algorithm, draft_selection="refined"))
+    with pytest.raises(InputError, match="up to 24 verdicts"):  # two drafts, and two refinements of each
+        task.open_task(every)
+
+
+def test_the_budget_may_change_on_a_resume():
+    old, new = (config.to_dict(config.Config()) for _ in range(2))
+    new["rewards"]["judge"]["budget"] = 5
+    assert config.differences(old, new) == []
+
+
+@pytest.mark.parametrize("kind", ["garbage", "below a file", "below a new folder"])
+def test_a_cache_is_tried_with_the_other_checks(endpoint, tmp_path, kind):
+    (tmp_path / "file").write_bytes(b"not a database, by any means" * 100)
+    cache = {"garbage": "file", "below a file": "file/verdicts", "below a new folder": "new/verdicts"}[kind]
+    c = judged(endpoint, tmp_path / cache)
+    if kind == "below a new folder":
+        task.open_task(c)
+    else:
+        with pytest.raises(InputError, match=rf"config.rewards.judge.cache = '.*{cache}': cannot be used"):
+            task.open_task(c)
+    assert len(endpoint.requests) == (kind == "below a new folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing is made before the run begins
 
 
 def test_an_address_that_is_none(make):
