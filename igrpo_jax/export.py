@@ -71,8 +71,8 @@ def export(
         private: whether that is made private, if it is new.
 
     Raises:
-        InputError: no such run or checkpoint; `out` is neither new nor empty; `adapter` without LoRA, or with `dtype`;
-            a repository that may not be written to.
+        InputError: no such run or checkpoint; `out` is neither new nor empty; `adapter` without LoRA, with `dtype`, or
+            for the built-in model; a repository that may not be written to.
         RunError: the hub can't be reached.
     """
     workdir = path_of(f"--workdir {workdir}", workdir)
@@ -84,6 +84,11 @@ def export(
         )
     if adapter and dtype:
         raise InputError(f"--dtype {dtype}: adapters are always written in float32; leave it out")
+    if adapter and not config.model.path:
+        raise InputError(
+            f"--adapter: the run in {workdir} adapts the built-in model (config.model.path = ''), which is in no files "
+            "that peft could load the adapters on; leave it out, and the merged model is written"
+        )
     if place:
         try:
             hf_write.check_free(place)

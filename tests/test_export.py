@@ -118,20 +118,17 @@ def test_the_export_is_the_policy_of_the_checkpoint(trained):
 
 
 @pytest.mark.slow
-def test_adapters_alone(adapted, trained, tmp_path):
-    export.main(["export", f"--workdir={adapted}", f"--out={tmp_path / 'peft'}", "--adapter"])
-    told = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert told["target_modules"] == ["o_proj", "q_proj", "up_proj"] and (told["r"], told["lora_alpha"]) == (2, 32.0)
-    assert len(tensors_of(tmp_path / "peft")) == 6
+def test_adapters_that_nobody_could_use_are_refused(adapted, trained, tmp_path):
+    for workdir, why in ((trained, "trained all weights"), (adapted, "adapts the built-in model")):
+        message = error_of(export.export, workdir, tmp_path / "none", None, True)
+        assert message.startswith(f"--adapter: the run in {workdir} {why}") and is_gone(tmp_path / "none")
     message = error_of(export.export, adapted, tmp_path / "none", None, True, "bfloat16")
     assert message == "--dtype bfloat16: adapters are always written in float32; leave it out"
-    message = error_of(export.export, trained, tmp_path / "none", None, True)
-    assert message.startswith("--adapter: the run in") and is_gone(tmp_path / "none")
 
 
 @pytest.mark.slow(seconds=9)
 def test_lora_on_a_model_of_files(trained, tmp_path):
-    """The base is read from the files, sharded, in model.dtype, and is not in the checkpoint."""
+    """The base is read from the files, sharded, in model.dtype, and is not in the checkpoint. The adapters name it."""
     more = (*LORA, *CONSTANT, f"model.path={trained / 'export'}", "warm_start.steps=0", "steps=2")
     run(tmp_path, tmp_path / "run", *more)
     assert all("lora_" in name for name, x in state_of(tmp_path / "run").items() if x.ndim)
@@ -147,6 +144,12 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
     ours = jax.jit(lambda x: decoder.cast(lora.merge(x), "bfloat16"))(params)
     for path, x in open_policy(config.ModelConfig(path=str(tmp_path / "out"))).load(mesh, 0, "bfloat16").items():
         assert (np.asarray(x) == np.asarray(ours[path])).all()
+    export.main(["export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'peft'}", "--adapter"])
+    told = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == str(trained / "export") and len(tensors_of(tmp_path / "peft")) == 6
+    assert told["target_modules"] == ["o_proj", "q_proj", "up_proj"] and (told["r"], told["lora_alpha"]) == (2, 32.0)
+    message = error_of(open_policy, config.ModelConfig(path=str(tmp_path / "peft")))
+    assert f"is a LoRA adapter (of {str(trained / 'export')!r}) and no whole model; write one with `python" in message
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,25 @@ def config_json(path: str) -> dict:
     """Returns the config.json of the directory or hub id `path`, parsed."""
     file = resolve(path) / "config.json"
     if not file.is_file():
+        _refuse_adapter(path)
         raise path_error(path, "no config.json in it; give the directory of a Hugging Face model")
     raw = read_json(path, file)
     if is_of_a_run(raw):
         fix = f"write its policy with `python -m igrpo_jax.export --workdir {path} --out DIR`, and give that DIR"
         raise path_error(path, f"is the folder of a run; {fix}")
     return raw
+
+
+def _refuse_adapter(path: str) -> None:
+    """Raises InputError where the directory or hub id `path` holds LoRA's adapters without the model they change."""
+    file = resolve(path) / "adapter_config.json"
+    if file.is_file():
+        base = read_json(path, file).get("base_model_name_or_path")
+        raise path_error(
+            path,
+            f"is a LoRA adapter (of {base!r}) and no whole model; write one with `python -m igrpo_jax.export --workdir "
+            "RUN --out DIR`, without --adapter, or with peft's merge_and_unload, and give that DIR",
+        )
 
 
 def load_tokenizer(path: str):
