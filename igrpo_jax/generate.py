@@ -111,7 +111,7 @@ def generate(
     from igrpo_jax.evaluation import inference
     from igrpo_jax.outputs.console import Console
 
-    rows = {NAME: [Row(str(i), i, question, "", {}) for i, question in enumerate(questions)]}
+    rows = {NAME: [Row(str(i + 1), i, question, "", {}) for i, question in enumerate(questions)]}
     config = replace(config, evaluation=replace(config.evaluation, samples=config.evaluation.samples or drafts(config)))
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())

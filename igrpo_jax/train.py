@@ -14,10 +14,10 @@ from pathlib import Path
 import jax
 
 from igrpo_jax.config import Config
-from igrpo_jax.distributed import watchdog
+from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import compilations, peak_memory
-from igrpo_jax.errors import InputError
+from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.learning import credit
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.outputs.metrics import rollout_metrics
@@ -36,12 +36,13 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
 
     Args:
         on_step: called after each step has been reported and saved, with its number and its metrics (docs/metrics.md),
-            which include the scores of an evaluation after it. An error that it raises ends the run, which can be
-            resumed.
+            which include the scores of an evaluation after it. An error that it raises ends the run, whose step is
+            saved first; the same call goes on after it.
 
     Raises:
         InputError: something in `config` or what it names is wrong, or `workdir` holds another run.
         RunError: the run cannot go on: a full disk, too many verifier failures or steps that are not finite.
+        Exception: what `on_step` raised, with a note that says so.
         Preempted: SIGTERM came, and what can be resumed is saved.
     """
     pool.check_main()
@@ -63,10 +64,32 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
                     run.evaluate(state.params, step)
                 run.save(step, state)
                 if on_step:
-                    on_step(step, result.metrics | run.progress.scores.get(step, {}))
+                    _call(on_step, run, state, step, result.metrics | run.progress.scores.get(step, {}))
         except Preempted:
             run.leave(done, state)
         run.finish(state)
+
+
+def _call(on_step: OnStep, run: Run, state: TrainState, step: int, metrics: Mapping[str, float]) -> None:
+    """Calls `on_step`. Where it raises on any process, all of them save `state` and end the run.
+
+    Raises:
+        Exception: what `on_step` raised here.
+        RunError: it raised on another process.
+    """
+    failed: Exception | None = None
+    try:
+        on_step(step, metrics)
+    except Exception as error:  # it is the user's code, which may raise anything
+        failed = error
+    if not cluster.any_of(failed is not None):
+        return
+    run.keep(step, state)
+    told = f"step {step} is saved in {run.workdir}, and the same call of train_model goes on after it"
+    if failed is None:
+        raise RunError(f"on_step: raised an error on another process; {told}")
+    failed.add_note(f"on_step raised this; {told}")
+    raise failed
 
 
 def train_step(run: Run, state: TrainState, step: int) -> StepResult:

@@ -357,7 +357,9 @@ def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
     assert "has no column 'tex'" in said and "the nearest is 'text'" in said
     (folder / "mine.jsonl").write_text(json.dumps({"prompt": "1+" * 40, "answer": "2"}))
     said = call(evaluate, "--model", model, "--benchmarks", "mine", data, *out, code=2)
-    assert "model's context of 64 leaves no room" in said
+    assert "problem 1 of mine has" in said and "model's context of 64 leaves no room" in said
+    (folder / "long.txt").write_text("1+1\n" + "1+" * 40)
+    assert "problem 2 of prompts has" in call(generate, "--model", model, "--prompts", folder / "long.txt", code=2)
     said = call(evaluate, "--model", model, "--benchmarks=arithmetic", "--samples", "0", *out, code=2)
     assert "config.evaluation.samples = 0" in said
     said = call(evaluate, "--model", tmp_path / "no", "--benchmarks=arithmetic", *out, code=2)

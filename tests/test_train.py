@@ -23,7 +23,7 @@ from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import sharding, watchdog
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import compilations
-from igrpo_jax.errors import InputError
+from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.evaluation import comparison, planning, summaries
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.models.policy import open_policy
@@ -66,6 +66,33 @@ def test_a_callback_gets_each_step_with_the_scores_after_it(monkeypatch, tmp_pat
         *("report 3", "save 3", (3, {"reward": 1.5})),
         *("report 4", "save 4", (4, {"reward": 2.0, "eval/x": 0.5})),
     ]
+
+
+def test_a_step_whose_callback_raises_is_saved(monkeypatch, tmp_path):
+    calls = []
+
+    class Run:
+        first_step, task, progress, workdir = 0, SimpleNamespace(total_steps=9), SimpleNamespace(scores={}), tmp_path
+        stop_if_preempted = report = save = lambda self, *_: None
+        evaluation_due = lambda self, step: False
+        keep = lambda self, step, state: calls.append((step, state.params))
+
+    monkeypatch.setattr(train, "open_run", lambda *_: (Run(), SimpleNamespace(params=0)))
+    more = lambda state: SimpleNamespace(params=state.params + 1)
+    monkeypatch.setattr(train, "train_step", lambda run, state, step: train.StepResult(more(state), [], [], {}, []))
+
+    def enough(step, metrics):
+        if step == 3:
+            raise OverflowError("enough")
+
+    with pytest.raises(OverflowError, match="enough") as caught:
+        train.train(config.Config(compilation_cache=""), tmp_path, enough)
+    told = f"step 3 is saved in {tmp_path}, and the same call of train_model goes on after it"
+    assert calls == [(3, 3)] and caught.value.__notes__ == [f"on_step raised this; {told}"]
+    monkeypatch.setattr(train.cluster, "any_of", lambda here: True)  # it raised on another process, in its first step
+    with pytest.raises(RunError, match="on_step: raised an error on another process; step 1 is saved"):
+        train.train(config.Config(compilation_cache=""), tmp_path, lambda *_: None)
+    assert calls == [(3, 3), (1, 1)]
 
 
 @pytest.mark.slow(seconds=20)

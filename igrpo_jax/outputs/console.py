@@ -176,7 +176,9 @@ class Console:
         self._out.print(table)
 
     @contextlib.contextmanager
-    def phase(self, name: str, total: int | None = None, done: int = 0) -> Iterator[Callable[..., None]]:
+    def phase(
+        self, name: str, total: int | None = None, done: int = 0, unit: str = ""
+    ) -> Iterator[Callable[..., None]]:
         """Shows that something long runs (compiling, warm start, evaluation).
 
         On a terminal there is a bar while it lasts, and a line with its seconds after it. Elsewhere there is a line at
@@ -185,16 +187,17 @@ class Console:
         Args:
             total: what the phase counts to; None where it does not count.
             done: what it counts from.
+            unit: of what it counts, such as MiB; then the lines at its start and end say how much it is.
 
         Yields:
             `update(done, note="")`, which the phase calls as it counts.
         """
-        start = self._clock()
+        start, title = self._clock(), f"{name}, {total:,} {unit}" if total and unit else name
         if not self._is_live:
-            self.message(f"{name} ...")
-            yield self._quarters(name, total, done)
+            self.message(f"{title} ...")
+            yield self._quarters(name, total, done, unit)
             return
-        count = lambda done: f"{done:,}/{total:,}" if total else ""
+        count = lambda done: f"{done:,}/{total:,} {unit}".rstrip() if total else ""
         task = self._phases.add_task(plain_text(name), total=total, completed=done, count=count(done))
         self._show()
 
@@ -206,7 +209,7 @@ class Console:
             yield update
         finally:
             self._phases.remove_task(task)
-        self.message(f"{name}: {self._clock() - start:.1f} s")
+        self.message(f"{title}: {self._clock() - start:.1f} s")
 
     @contextlib.contextmanager
     def waiting(self, program: str) -> Iterator[None]:
@@ -238,7 +241,7 @@ class Console:
         finally:
             timer.cancel()
 
-    def _quarters(self, name: str, total: int | None, first: int) -> Callable[..., None]:
+    def _quarters(self, name: str, total: int | None, first: int, unit: str) -> Callable[..., None]:
         """Returns `update(done, note="")`, which prints a line at each quarter of the way from 0 to `total`."""
         start = self._clock()
         printed = 4 * first // total if total else 0
@@ -250,7 +253,8 @@ class Console:
                 passed = self._clock() - start
                 left = (total - done) * passed / max(done - first, 1)
                 if passed > SILENT:
-                    self.message(f"{name} {done}/{total}  {note}  left {hours(left)}")
+                    counted = f"{done}/{total} {unit}".rstrip()
+                    self.message(f"{name} {counted}  {note}  left {hours(left)}")
 
         return update
 

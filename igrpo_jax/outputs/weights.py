@@ -21,7 +21,7 @@ def load(policy: Policy, mesh: jax.sharding.Mesh, seed: int, dtype: str, console
     """
     if not policy.path:
         return policy.load(mesh, seed, dtype)
-    with console.phase("reading weights (MB)", policy.file_bytes >> 20) as update:
+    with console.phase("reading weights", policy.file_bytes >> 20, unit="MiB") as update:
         return policy.load(mesh, seed, dtype, lambda done: update(done >> 20))
 
 

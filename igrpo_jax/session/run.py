@@ -171,10 +171,14 @@ class Run:
         if cluster.any_of(preemption.noted()):
             raise Preempted
 
-    def leave(self, step: int, state: TrainState) -> NoReturn:
-        """Saves the state after `step`, and raises Preempted with a message that says so."""
+    def keep(self, step: int, state: TrainState) -> None:
+        """Saves the state after `step`, at which the run ends early, and returns when it is written."""
         self.save(step, state, force=True)
         self.checkpointer.wait()
+
+    def leave(self, step: int, state: TrainState) -> NoReturn:
+        """Saves the state after `step`, and raises Preempted with a message that says so."""
+        self.keep(step, state)
         raise Preempted(f"preempted: step {step} of {self.task.total_steps} is saved in {self.workdir}")
 
     def finish(self, state: TrainState) -> None:
@@ -196,7 +200,7 @@ class Run:
         params = decoder.cast(self.learner.policy(state.params), self.config.model.dtype)  # as it samples
         dtype = export_dtype(params)
         size = hf_write.model_bytes(self.task.policy.model, dtype)
-        with self.console.phase("exporting (MB)", size >> 20) as update:
+        with self.console.phase("exporting", size >> 20, unit="MiB") as update:
             compared = self.task.policy.save(out, params, lambda done: update(done >> 20), dtype)
         self.console.message(f"the export is {dtype}; read back, {compared}")
         if self.config.checkpoint.push:

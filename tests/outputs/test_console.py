@@ -85,6 +85,26 @@ def test_plain_console_prints_one_unwrapped_line_a_step():
     assert "\x1b" not in out.getvalue()
 
 
+def test_a_phase_with_a_unit_says_how_much_it_is(monkeypatch):
+    out, clock = io.StringIO(), Clock()
+    with console.Console(out, clock) as shown:
+        with shown.phase("reading weights", total=2000, unit="MiB") as update:
+            clock.now += 10
+            update(1000)
+        with shown.phase("reading weights", total=0, unit="MiB"):  # less than one
+            pass
+    assert out.getvalue().splitlines() == [
+        "reading weights, 2,000 MiB ...",
+        "reading weights 1000/2000 MiB    left 0:00:10",
+        "reading weights ...",
+    ]
+    shown, _ = on_terminal(monkeypatch)
+    with shown, shown.phase("reading weights", total=2000, unit="MiB") as update:
+        update(1000)
+        assert any("1,000/2,000 MiB" in line for line in drawn(shown))
+    assert "reading weights, 2,000 MiB: " in lines.plain_text(shown._out.file.getvalue())
+
+
 def test_a_stream_that_only_wants_colours_is_no_terminal(monkeypatch):
     """Jupyter and CI services set FORCE_COLOR: a display would be drawn again and again into their logs."""
     monkeypatch.setenv("FORCE_COLOR", "1")
