@@ -2,26 +2,36 @@
 
 A training problem overlaps an evaluation problem if it contains at least half of the latter's runs of 13 words. A word
 is a run of letters and digits; case does not count. Shorter texts must match completely, including their signs: 7 + 5
-is not 7 - 5. Repetitions are found in the same way as shorter texts.
+is not 7 - 5. Repetitions are found in the same way as shorter texts, and have the same answer too: signs such as
+"!" do not count, and "What is 5!?" is not "What is 5?".
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from igrpo_jax.rewards.mathematics import grader
+
 RUN = 13  # words
 
 
-def repeated(questions: Sequence[str]) -> set[int]:
-    """Returns the positions of questions that repeat an earlier one, apart from case, spaces and punctuation."""
-    seen: set[tuple[str, ...]] = set()
-    repeats = set()
-    for position, text in enumerate(questions):
-        signs = _signs(text)
-        if signs in seen:
-            repeats.add(position)
-        seen.add(signs)
-    return repeats
+def repeated(questions: Sequence[str], answers: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Returns the positions of questions that repeat an earlier one, apart from case, spaces and punctuation.
+
+    Args:
+        answers: the reference answer to each question.
+
+    Returns:
+        Those whose answer equals that to the first such question, and those that have another answer.
+    """
+    first: dict[tuple[str, ...], int] = {}
+    repeats, others = [], []
+    for position, (text, answer) in enumerate(zip(questions, answers, strict=True)):
+        before = first.setdefault(_signs(text), position)
+        if before != position:
+            is_same = answer == answers[before] or grader.equivalent(answer, answers[before])
+            (repeats if is_same else others).append(position)
+    return repeats, others
 
 
 def overlapping(questions: Sequence[str], held_out: Iterable[str]) -> dict[int, int]:

@@ -3,7 +3,7 @@
 Rows keep their id and columns. Every row is checked before a run starts: a blank or missing cell is an error that names
 the rows, and a row with a cell that can't be read is left out and named. Answers that nothing can equal are counted and
 named, and more than MAX_UNEQUAL of them are an error. Problems that repeat, or that evaluation uses too, are counted.
-`data.clean` leaves all of these out.
+`data.clean` leaves all of these out. Questions that repeat with another answer are problems of their own, and named.
 
 The order is a pure function of the seed. Epoch e is the permutation of (seed, e), and rollout s reads the problems
 s*P .. s*P + P-1 of the concatenated epochs, where P is the number of prompts per step. So the step alone determines the
@@ -63,7 +63,7 @@ def training_set(config: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
         return TrainingSet(_builtin_rows(TASKS[config.data.task].problems(config)[0], "train"), [])
     rows, mapping, unanswered = load_rows(config.data)
     questions = [row.question for row in rows]
-    repeats = overlap.repeated(questions)
+    repeats, others = overlap.repeated(questions, [row.answer for row in rows])
     left_out = set(repeats) if config.data.clean else set()
     treatment = "left out" if config.data.clean else "kept"
     notes = [("columns", str(mapping))]
@@ -71,12 +71,14 @@ def training_set(config: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
         notes.append(("problems without an answer", f"{unanswered:,}, left out"))
     if repeats:
         notes.append(("repeated problems", f"{len(repeats):,} of {len(rows):,}, {treatment}"))
+    if others:
+        notes.append(("repeated questions with other answers", f"{_counted(rows, others)}, kept"))
     if config.rewards.accuracy and (unequal := unequal_rows(rows)):
         what = check_unequal(rows, unequal, config.data)
         notes.append(("answers that nothing can equal", f"{what}, {treatment}"))
         left_out |= set(unequal) if config.data.clean else set()
-    for name, others in held_out.items():
-        same = overlap.overlapping(questions, [row.question for row in others])
+    for name, benchmark in held_out.items():
+        same = overlap.overlapping(questions, [row.question for row in benchmark])
         left_out |= set(same) if config.data.clean else set()
         if same:
             notes.append((f"training problems like {name}'s", f"{len(same):,} of {len(rows):,}, {treatment}"))
@@ -106,7 +108,7 @@ def check_unequal(rows: Sequence[Row], unequal: Sequence[int], settings: DataCon
     Raises:
         InputError: they are more than MAX_UNEQUAL of the rows, and data.clean does not leave them out.
     """
-    what = f"{len(unequal):,} of {len(rows):,}: {_named([rows[position] for position in unequal])}"
+    what = _counted(rows, unequal)
     if len(unequal) > MAX_UNEQUAL * len(rows) and not settings.clean:
         example = rows[unequal[0]].answer
         raise InputError(
@@ -117,8 +119,10 @@ def check_unequal(rows: Sequence[Row], unequal: Sequence[int], settings: DataCon
     return what
 
 
-def _named(rows: Sequence[Row]) -> str:
-    return f"row{'s' * (len(rows) > 1)} {readers.few([row.id for row in rows])}"
+def _counted(rows: Sequence[Row], positions: Sequence[int]) -> str:
+    """Returns how many and which of the rows are at these positions."""
+    named = readers.few([rows[position].id for position in positions])
+    return f"{len(positions):,} of {len(rows):,}: row{'s' * (len(positions) > 1)} {named}"
 
 
 def evaluation_rows(config: Config) -> dict[str, list[Row]]:
@@ -230,10 +234,15 @@ def _benchmark(
         prompt, answer = choices.PROMPT, choices.ANSWER
     rows = _rows(table, columns.choose(table, prompt, answer, source, fix), source)
     if unequal := unequal_rows(rows):
-        named = _named([rows[position] for position in unequal])
         logging.warning(
-            "%s: nothing can equal %d of %d answers: %s; mend them, or each counts as wrong",
-            *(source, len(unequal), len(rows), named),
+            "%s: nothing can equal the answers of %s; mend them, or each counts as wrong",
+            *(source, _counted(rows, unequal)),
+        )
+    _, others = overlap.repeated([row.question for row in rows], [row.answer for row in rows])
+    if others:
+        logging.warning(
+            "%s: questions stand there before with another answer: %s; each counts as a problem of its own",
+            *(source, _counted(rows, others)),
         )
     return rows
 

@@ -26,7 +26,9 @@ class Problem:
     accuracies: list[float]  # of the answers
 
 
-Problems = dict[tuple[str, str, int], Problem]  # by id, question, and how many rows with both stood before
+# By id, question, reference answer and how many problems with the same stood before. The answer is None unless problems
+# of one id and question differ in it: a reference answer may be mended between two evaluations of a problem.
+Problems = dict[tuple[str, str, Any, int], Problem]
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,9 @@ def _settings(folder: Path) -> dict[str, Any] | None:
 
 def _common(first: Path, second: Path) -> dict[str, tuple[Problems, Problems]]:
     """Returns the problems of both folders for each benchmark that both hold; raises as `paired` does."""
-    firsts, seconds = _benchmarks(first), _benchmarks(second)
+    parts = [_rows(folder) for folder in (first, second)]
+    repeated = set().union(*map(_repeated, parts))
+    firsts, seconds = (_problems(part, repeated) for part in parts)
     names = [name for name in firsts if name in seconds]
     if not names:
         raise InputError(
@@ -165,21 +169,39 @@ def _common(first: Path, second: Path) -> dict[str, tuple[Problems, Problems]]:
     return {name: (firsts[name], seconds[name]) for name in names}
 
 
-def _benchmarks(folder: Path) -> dict[str, Problems]:
-    """Returns the problems of each benchmark with their single-shot answers."""
+def _rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Returns the rows of the single shot of each benchmark, in the order of the problems."""
     if not folder.is_dir():
         raise InputError(f"--compare: {str(folder)!r} is no folder; give two folders of evaluations, A,B")
-    benchmarks: dict[str, Problems] = {}
-    places: dict[tuple[str, str, str], dict[int, int]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for row in sorted(read_rows(path), key=lambda row: row["index"]):
-            if not row["drafts"]:
-                name, id, question = path.name.partition(".")[0], row["prompt_id"], row["prompt"]
-                # Numbers of problems differ where a folder holds some of them only, so they only tell repeats apart.
-                repeats = places.setdefault((name, id, question), {})
-                key = id, question, repeats.setdefault(row["index"], len(repeats))
-                problem = benchmarks.setdefault(name, {}).setdefault(key, Problem(row.get("answer"), []))
-                problem.accuracies.append(row["accuracy"])
-    if not benchmarks:
+        if shot := [row for row in read_rows(path) if not row["drafts"]]:
+            rows.setdefault(path.name.partition(".")[0], []).extend(shot)
+    if not rows:
         raise InputError(f"--compare: {str(folder)!r} holds no rows of an evaluation; give the --workdir of one")
+    return {name: sorted(part, key=lambda row: row["index"]) for name, part in rows.items()}
+
+
+def _repeated(rows: dict[str, list[dict[str, Any]]]) -> set[tuple[str, str, str]]:
+    """Returns benchmark, id and question of the problems that are there with several reference answers."""
+    answers: dict[tuple[str, str, str], set[str]] = {}
+    for name, part in rows.items():
+        for row in part:
+            answers.setdefault((name, row["prompt_id"], row["prompt"]), set()).add(str(row.get("answer")))
+    return {key for key, several in answers.items() if len(several) > 1}
+
+
+def _problems(rows: dict[str, list[dict[str, Any]]], repeated: set[tuple[str, str, str]]) -> dict[str, Problems]:
+    """Returns the problems of each benchmark with their single-shot answers; those in `repeated` by their answers."""
+    benchmarks: dict[str, Problems] = {}
+    for name, part in rows.items():
+        places: dict[tuple[str, str, Any], dict[int, int]] = {}
+        for row in part:
+            id, question = row["prompt_id"], row["prompt"]
+            named = id, question, str(row.get("answer")) if (name, id, question) in repeated else None
+            # Numbers of problems differ where a folder holds some of them only, so they only tell repeats apart.
+            same = places.setdefault(named, {})
+            key = *named, same.setdefault(row["index"], len(same))
+            problem = benchmarks.setdefault(name, {}).setdefault(key, Problem(row.get("answer"), []))
+            problem.accuracies.append(row["accuracy"])
     return benchmarks

@@ -431,6 +431,21 @@ def test_what_is_left_out_of_the_training_set(tmp_path):
     assert "leaves none of the 1 problems" in error_of(problems.training_set, everything, held_out)
 
 
+def test_a_question_with_another_answer_is_another_problem(tmp_path, caplog):
+    rows = [("What is 5?", "5"), ("What is 5!?", "120"), ("what is 5", "5.0"), ("What is 5?", "10/2"), ("6?", "6")]
+    file = write(tmp_path / "mine.jsonl", [{"prompt": question, "answer": answer} for question, answer in rows])
+    for clean, kept, treatment in ((False, [0, 1, 2, 3, 4], "kept"), (True, [0, 1, 4], "left out")):
+        found = problems.training_set(Config(data=DataConfig(train=file, clean=clean)), {})
+        assert [row.index for row in found.rows] == kept
+        assert found.notes[1:] == [
+            ("repeated problems", f"2 of 5, {treatment}"),
+            ("repeated questions with other answers", "1 of 5: row 2, kept"),
+        ]
+    assert len(problems.benchmark_rows("mine", EvaluationConfig(data_dir=str(tmp_path)))) == 5
+    (warning,) = caplog.records
+    assert "questions stand there before with another answer: 1 of 5: row 2; each counts" in warning.getMessage()
+
+
 @pytest.mark.skipif("IGRPO_DATA" not in os.environ, reason="IGRPO_DATA names no folder of the real problems")
 def test_the_real_problems():
     """Every gold is found and accepted by the grader, and overlaps are those that an independent count found."""
@@ -443,15 +458,19 @@ def test_the_real_problems():
         assert len({row.id for row in rows}) == len(rows)
         for row in rows:
             assert grader.grade(f"So \\boxed{{{row.answer}}}.", row.answer)[0] == 1.0, (name, row.id)
-    questions = []
+    questions, answers = [], []
     for file, count in (("gsm8k_train", 7473), ("math_train", 7500)):
         rows = load(f"{folder}/{file}.jsonl", "", "")
         assert len(rows) == count
         questions += [row.question for row in rows]
+        answers += [row.answer for row in rows]
     asked = {name: [row.question for row in rows] for name, rows in held_out.items()}
     hit = {name: len(set(overlap.overlapping(questions, texts).values())) for name, texts in asked.items()}
     assert hit == {"aime24": 0, "aime25": 0, "amc23": 0, "minerva": 0, "gsm8k": 1, "math500": 17}
-    assert len(overlap.repeated(questions)) == 2  # 5 more have the same words and other signs
+    assert [len(part) for part in overlap.repeated(questions, answers)] == [
+        2,
+        0,
+    ]  # 5 more have the same words and other signs
 
 
 def test_training_rows_are_the_file_or_the_built_in_task(tmp_path):

@@ -162,7 +162,7 @@ def test_answers_that_nothing_can_equal_are_counted_and_named(tmp_path):
 def test_answers_of_a_benchmark_that_nothing_can_equal_are_named(tmp_path, caplog):
     write(tmp_path / "mine.jsonl", [{"problem": "a", "answer": PROSE}, {"problem": "b", "answer": "1"}])
     assert len(problems.benchmark_rows("mine", EvaluationConfig(data_dir=str(tmp_path)))) == 2
-    assert "nothing can equal 1 of 2 answers: row 1" in caplog.records[0].getMessage()
+    assert "nothing can equal the answers of 1 of 2: row 1; mend them" in caplog.records[0].getMessage()
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,23 @@ def test_rows_of_equal_id_and_question_are_problems_of_their_own(tmp_path):
     assert "| b | 2 | 100.00 | 50.00 | -50.00 |" in comparison.compare(*both)
 
 
+def test_problems_of_one_question_are_paired_by_their_answers(tmp_path):
+    def answered(path, answers):
+        rows = Rows(path, "b")
+        for index, (answer, accuracy) in enumerate(answers):
+            base = {"prompt_id": "x", "index": index, "prompt": "q", "answer": answer, "text": "t"}
+            rows.add(base | {"drafts": [], "sample_id": 0, "accuracy": accuracy})
+        rows.close()
+        return path
+
+    first = answered(tmp_path / "a", [("2", 1), ("3", 0), ("3", 1)])
+    assert "| b | 3 | 66.67 | 66.67 | +0.00 |" in comparison.compare(
+        first, answered(tmp_path / "b", [("3", 0), ("3", 1), ("2", 1)])
+    )
+    text = comparison.compare(first, answered(tmp_path / "c", [("3", 0)]))  # one of them only: 3, not 2
+    assert "| b | 1 (2 in one only) | 0.00 | 0.00 | +0.00 |" in text and "reference answer" not in text
+
+
 def test_nothing_solved_twice_is_no_certainty(tmp_path):
     """0 of 6 against 0 of 6: 1 - 0.025^(1/6) = 0.459 of all problems may have changed, either way."""
     none = {index: [0] for index in range(6)}
