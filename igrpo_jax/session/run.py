@@ -42,7 +42,7 @@ class StepResult(NamedTuple):
     groups: list[Group]  # one per prompt
     advantages: list[np.ndarray]  # of the refinements of each group, [G] float32
     metrics: dict[str, float]
-    compiled: list[str]  # the programs that were compiled during the step, as "kind shape"
+    compiled: list[str]  # programs that were compiled during the step, as "kind shape"; none of a start's first step
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,6 @@ class Run:
 
     def _warn_of_compiles(self, step: int, compiled: Sequence[str]) -> None:
         """Names the programs that were compiled after the first step, the first one of each kind."""
-        if step == self.first_step + 1:
-            return  # the first step compiles all that it needs
         if new := self.progress.first_of_their_kind(compiled):
             self.console.message(
                 f"step {step}: compiled {'; '.join(new)}: shapes not met before. Later ones of the kind are only "

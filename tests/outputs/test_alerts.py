@@ -75,7 +75,7 @@ def test_entropy_is_compared_with_the_start_of_the_run():
     assert names(QUIET | {"entropy": 0.01}, steps(40, entropy=0.01)) == []  # a policy that was sure from the start
 
 
-def test_compiling_is_expected_at_the_start_and_after_a_resume():
+def test_compiling_is_expected_at_the_start_and_now_and_then():
     busy = QUIET | {"perf/recompiles": 2.0}
     assert names(busy, [busy] * 9) == []
     assert names(busy, [busy] * 10) == ["recompiles"]
