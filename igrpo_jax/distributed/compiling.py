@@ -6,7 +6,7 @@
   dispatch needs. The host has little else to do.
 - **One process on the CPU**: those that the first dispatch needs in threads, while weights are read; the others when
   they are first called. A training run compiles what is left in its first step. Before that, threads would take the
-  cores that the programs themselves need.
+  cores that the programs themselves need. But a warm start has no use for all cores, so all are compiled meanwhile.
 """
 
 import contextlib
@@ -28,7 +28,12 @@ _tracing = threading.Lock()  # one thread of a pool traces at a time: several wo
 
 @contextlib.contextmanager
 def compiling(
-    first: Wanted, own: Wanted, joint: Callable[[], Wanted] | None, phase: Phase, then: Callable[[], object]
+    first: Wanted,
+    own: Wanted,
+    joint: Callable[[], Wanted] | None,
+    phase: Phase,
+    then: Callable[[], object],
+    warms_up: bool = False,
 ) -> Iterator[None]:
     """Compiles programs before the block or while it runs, as the docstring of this module says.
 
@@ -40,6 +45,7 @@ def compiling(
         phase: a context that shows a phase, given its name and number of parts; yields a function of the number done.
         then: called once all programs are compiled, perhaps in another thread; never with one process on the CPU, where
             some may never be compiled.
+        warms_up: whether the block begins with a warm start.
     """
     if jax.process_count() > 1:
         with phase("compiling the sampler", len(own)) as update:
@@ -50,13 +56,15 @@ def compiling(
                     program.compiled(*shape)
         then()
         yield
-    elif jax.default_backend() == "cpu":
+        return
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and not warms_up:
         with compiling_ahead(first):
             yield
-    else:
-        rest = [each for each in own if each not in first]
-        with compiling_ahead([*first, *rest], joint or tuple, then):
-            yield
+        return
+    rest = [each for each in own if each not in first]
+    with compiling_ahead([*first, *rest], joint or tuple, (lambda: None) if on_cpu else then):
+        yield
 
 
 def all_shapes(programs: Sequence[Program]) -> Wanted:

@@ -100,7 +100,8 @@ def _start(
     latest = _latest_step(workdir, checkpointer, resumes)
     if latest != task.total_steps:
         first = _first_wanted(config, task, engine, latest)
-        stack.enter_context(_compiling(config, task, engine, learner, first, console))
+        warms_up = latest is None and config.warm_start.steps > 0
+        stack.enter_context(_compiling(config, task, engine, learner, first, console, warms_up))
     stack.enter_context(showing_waits(console.waiting))
     if latest is None:
         first_step, progress = 0, Progress()
@@ -219,12 +220,12 @@ def _first_wanted(config: Config, task: Task, engine: Engine, latest: int | None
 
 
 def _compiling(
-    config: Config, task: Task, engine: Engine, learner: Learner, first: Wanted, console: Console
+    config: Config, task: Task, engine: Engine, learner: Learner, first: Wanted, console: Console, warms_up: bool
 ) -> contextlib.AbstractContextManager[None]:
     """Returns a context that compiles the programs of sampler and update ahead, as `distributed.compiling` says, and
     prints the memory that they need once all are compiled."""
     tell = lambda: console.table("Memory", overview.memory(config, task, engine, learner))
-    return compiling(first, engine.wanted, lambda: learner.programs.wanted, console.phase, tell)
+    return compiling(first, engine.wanted, lambda: learner.programs.wanted, console.phase, tell, warms_up)
 
 
 def _go_on(workdir: Path, config: Config) -> None:

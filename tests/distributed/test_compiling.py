@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,18 @@ def test_on_one_cpu_a_program_is_compiled_when_it_is_due_and_no_other():
         power(jnp.ones(4), shape=(3,))
         power(jnp.ones(4), shape=(4,))
     assert sorted(traced) == [3, 4] and not log
+
+
+def test_on_one_cpu_all_are_compiled_during_a_warm_start():
+    (own, _), (joint, _), log = make(shapes=(2, 3, 4)), make(shapes=(5,)), []
+    wanted, until = all_shapes([own]), time.monotonic() + 30
+    with compiling.compiling(
+        wanted[:1], wanted, lambda: all_shapes([joint]), phases(log), lambda: log.append("all"), warms_up=True
+    ):
+        while not all(program.is_ready(*shape) for program, shape in [*wanted, *all_shapes([joint])]):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    assert not log
 
 
 def test_several_processes_compile_all_at_the_start_and_joint_programs_one_after_the_other(monkeypatch):
