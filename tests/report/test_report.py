@@ -481,6 +481,8 @@ def test_settings_are_shown_with_their_defaults_and_compared(tmp_path):
     pages.build([run.folder for run in both], tmp_path / "out")
     page = Page(tmp_path / "out" / "index.html")
     assert "3 settings differ" in page.text and '"<b>Think</b>"' in page.text and "b" not in page.tags
+    pages.build([both[0].folder, write(tmp_path / "c", [], first | {"gone": {"by": 1}})], tmp_path / "one")
+    assert "1 setting differs" in Page(tmp_path / "one" / "index.html").text
 
 
 def test_thinned_lines_keep_their_spikes():
