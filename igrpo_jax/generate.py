@@ -63,7 +63,7 @@ def read(path: str, column: str) -> list[str]:
 
     source, questions = f"--prompts {path}", []
     file = reading.local(source, path)
-    if file.suffix == ".txt":
+    if file.suffix.lower() == ".txt":
         if not file.is_file():
             raise InputError(f"{source}: no such file; give one of questions, a line each")
         try:
@@ -72,7 +72,7 @@ def read(path: str, column: str) -> list[str]:
             raise InputError(f"{source}: is not text in utf-8 ({error}); save it as that") from error
         questions = [line.strip() for line in text.splitlines() if line.strip()]
     else:
-        if file.is_file() and file.suffix not in readers.SUFFIXES:
+        if file.is_file() and not readers.ending(file):
             raise InputError(f"{source}: can't be read; give a file that ends in .txt, {readers.FILES}")
         table = readers.read(str(file), source)
         if table:

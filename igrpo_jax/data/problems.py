@@ -185,7 +185,7 @@ def benchmark_rows(name: str, settings: EvaluationConfig) -> list[Row]:
     folder = readers.local_copy(settings.data_dir, where)
     if settings.data_dir and not folder.is_dir():
         raise InputError(f"{where}: no such directory")
-    files = [file for file in folder.iterdir() if file.suffix in readers.SUFFIXES] if settings.data_dir else []
+    files = [file for file in folder.iterdir() if readers.ending(file)] if settings.data_dir else []
     by_stem = {file.stem: file for file in sorted(files)}
     for stem in (name, *(known.files if known else ())):
         if stem in by_stem:

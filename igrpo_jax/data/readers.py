@@ -4,7 +4,7 @@ JSON Lines and CSV are read here, so that an error names the bad line and every 
 `.parquet`, folders of its `save_to_disk` and hub ids go through `datasets`. A column of CSV without a name, such as the
 index that pandas writes, is left out. A broken line of JSON Lines or row of CSV is left out. In JSON Lines, lone
 surrogates and bytes that are not utf-8 become U+FFFD. Warnings count both and name the rows. A file with more than
-MAX_BROKEN of its rows broken is refused.
+MAX_BROKEN of its rows broken is refused. The ending of a file's name is read without regard to case.
 """
 
 import codecs
@@ -35,6 +35,12 @@ SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder of `sa
 SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}  # words that name a split in a file name
 
 
+def ending(name: str | Path) -> str:
+    """Returns which of SUFFIXES a file's name ends in, in either case; "" for other names."""
+    suffix = Path(name).suffix.lower()
+    return suffix if suffix in SUFFIXES else ""
+
+
 def read(path: str, source: str, subset: str = "", split: str = "train", fix: str = "") -> Table:
     """Returns the rows of a file, of the files of a folder in the order of their names, or of a hub data set.
 
@@ -55,11 +61,11 @@ def read(path: str, source: str, subset: str = "", split: str = "train", fix: st
     file = local_copy(path, source)
     if file.is_dir():
         return _read_folder(file, source, split)
-    if file.is_file() and file.suffix in SUFFIXES:
+    if file.is_file() and ending(file):
         return _read_files([file], source)
     if file.exists():
         raise InputError(f"{source}: can't be read; give a file that ends in {FILES}")
-    if file.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+    if ending(file) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise InputError(f"{source}: no such file; give one that ends in {FILES}, or a hub id (owner/name)")
     fix = fix or f"give a local file in JSON Lines, or a hub id with a split {split!r}"
     return _read_datasets(source, fix, lambda datasets: datasets.load_dataset(path, subset or None, split=split))
@@ -73,13 +79,13 @@ def local_copy(address: str, source: str) -> Path:
     Raises:
         InputError: a bucket holds none, or they can't be fetched.
     """
-    return reading.local(source, address, lambda name: "/" not in name and name.endswith(SUFFIXES))
+    return reading.local(source, address, lambda name: "/" not in name and bool(ending(name)))
 
 
 def _read_folder(folder: Path, source: str, split: str) -> Table:
     if any((folder / name).is_file() for name in SAVED):
         return _read_saved(folder, source, split)
-    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    files = sorted(file for file in folder.iterdir() if ending(file))
     if not files:
         raise InputError(f"{source}: holds no file that ends in {FILES}; give a folder of them, or one file")
     splits = {file: SPLITS.intersection(re.split("[^a-z]+", file.stem.lower())) for file in files}
@@ -90,7 +96,7 @@ def _read_folder(folder: Path, source: str, split: str) -> Table:
                 f"{source}: has files of {', '.join(sorted(named))}, and none of the split {split!r}; set "
                 "config.data.split, or give one file"
             )
-    kinds = sorted({file.suffix for file in files})
+    kinds = sorted({ending(file) for file in files})
     if len(kinds) > 1:
         raise InputError(f"{source}: holds files of several kinds ({', '.join(kinds)}); give one file, or one kind")
     return _read_files(files, source)
@@ -111,7 +117,7 @@ def _read_saved(folder: Path, source: str, split: str) -> Table:
 
 
 def _read_files(files: list[Path], source: str) -> Table:
-    suffix = files[0].suffix
+    suffix = ending(files[0])
     if suffix in KINDS:
         fix = "give a file in JSON Lines"
         if not any(file.stat().st_size for file in files):  # the libraries fail on empty files, each in its own way

@@ -15,8 +15,8 @@ import huggingface_hub
 
 from igrpo_jax import __version__
 from igrpo_jax.config import Config, to_dict
+from igrpo_jax.data import readers
 from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS
-from igrpo_jax.data.readers import SUFFIXES
 from igrpo_jax.outputs.workdir import SUPERVISED
 from igrpo_jax.storage.addresses import names
 
@@ -182,7 +182,7 @@ def _without_places(tree: dict[str, Any], above: tuple[str, ...]) -> dict[str, A
 
 def _hub_id(path: str) -> str | None:
     """Returns `path` if it is a hub id; None for local paths, remote files of problems, and buckets."""
-    if path.endswith(SUFFIXES):
+    if readers.ending(path):
         return None
     return path if _HUB_ID.fullmatch(path) and not Path(path).exists() else None
 

@@ -344,3 +344,22 @@ def test_the_settings_name_what_is_found():
     """The comments of data.prompt_column and answer_column list the names that are looked for."""
     text = " ".join(Path(config.__file__).read_text("utf-8").replace("#", " ").split())
     assert ", ".join(columns.PROMPTS) in text and ", ".join(columns.ANSWERS) in text
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "json", "parquet"])
+def test_an_ending_in_capitals_is_read_like_one_in_small_letters(tmp_path, kind):
+    import pandas
+
+    row = {"question": "1+1?", "answer": "2"}
+    file, folder = tmp_path / f"MINE.{kind.upper()}", str(tmp_path)
+    if kind == "parquet":
+        pandas.DataFrame([row]).to_parquet(file)
+    else:
+        file.write_text("question,answer\n1+1?,2\n" if kind == "csv" else json.dumps(row) + "\n", "utf-8")
+    for read in (
+        lambda: problems.load_rows(DataConfig(train=str(file)))[0],
+        lambda: problems.load_rows(DataConfig(train=folder))[0],
+        lambda: problems.benchmark_rows("MINE", EvaluationConfig(data_dir=folder)),
+    ):
+        assert [(each.question, each.answer) for each in read()] == [("1+1?", "2")]
+    assert generate.read(str(file), "") == ["1+1?"]
