@@ -120,7 +120,7 @@ class Evaluator:
                 results.clear(out, name)
             _wait_for_all()
         rows = Rows(out, name, self._process if self._processes > 1 else None)
-        self._check(name, rows)
+        self._check(name, rows, out)
         own = [prompts[position] for position in self._scheduler.engine.team.positions(len(prompts))]
         with contextlib.closing(rows):
             self._sample_all(params, name, own, rows, chains)
@@ -213,20 +213,31 @@ class Evaluator:
         finally:
             self._scheduler.finish()
 
-    def _check(self, name: str, rows: Rows) -> None:
-        """Raises InputError where `rows` are of other problems, or lack what the rounds need."""
-        known = {prompt.index: (prompt.question, prompt.answer) for prompt in self.plan.prompts[name]}
+    def _check(self, name: str, rows: Rows, out: Path | None) -> None:
+        """Raises InputError where `rows`, which `out` holds, are of other problems, or lack what the rounds need."""
+        known = {prompt.index: prompt for prompt in self.plan.prompts[name]}
         for row in rows.values():
-            if known.get(row["index"], (row["prompt"], row["answer"])) != (row["prompt"], row["answer"]):
+            prompt = known.get(row["index"])
+            if prompt is not None and (row["prompt"], row["answer"]) != (prompt.question, prompt.answer):
                 raise InputError(
-                    f"--workdir: its {name}.jsonl answers other problems than {name} has now (the first: "
-                    f"{row['prompt_id']}); give another --workdir"
+                    f"--workdir {out}: {_changed(name, row, prompt)}; give another --workdir, or the old {name}"
                 )
             if self._config.evaluation.rounds and "tokens" not in row:
                 raise InputError(
-                    f"config.evaluation.rounds = {self._config.evaluation.rounds}: {name}.jsonl in --workdir was "
-                    "written without rounds, and its rows lack the tokens of the drafts; give another --workdir"
+                    f"config.evaluation.rounds = {self._config.evaluation.rounds}: {name}.jsonl in {out} was written "
+                    "without rounds, and its rows lack the tokens of the drafts; give another --workdir"
                 )
+
+
+def _changed(name: str, row: dict[str, Any], prompt: Prompt) -> str:
+    """Returns how a problem of the benchmark `name` differs from that of a row that an earlier evaluation wrote."""
+    if row["prompt"] != prompt.question:
+        return f"its {name}.jsonl answers other questions than {name} has now (the first is in row {row['prompt_id']})"
+    before, now = (repr(text[:60] + "..." * (len(text) > 60)) for text in (row["answer"], prompt.answer))
+    return (
+        f"its {name}.jsonl was graded by other reference answers than {name} has now (the first is in row {prompt.id}: "
+        f"{before} there, {now} now)"
+    )
 
 
 def _wait_for_all() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -328,7 +329,14 @@ def test_an_accuracy_is_told_only_where_there_are_reference_answers(evaluator, p
 def test_rows_of_other_problems_or_without_tokens_are_refused(evaluator, params, tmp_path):
     evaluator().run(params, tmp_path)
     other = {"small": [replace(row, question=row.question + "+1") for row in ROWS["small"]]}
-    with pytest.raises(InputError, match="answers other problems than small has now"):
+    first, said = ROWS["small"][0], rf"^--workdir {re.escape(str(tmp_path))}: its small\.jsonl "
+    with pytest.raises(InputError, match=rf"{said}answers other questions .* \(the first is in row {first.id}\)"):
+        evaluator(rows=other).run(params, tmp_path, resume=True)
+    other = {"small": [replace(row, answer="x" * 99) for row in ROWS["small"]]}
+    words = (
+        rf"was graded by other reference answers .* row {first.id}: '{first.answer}' there, '{'x' * 60}\.\.\.' now\)"
+    )
+    with pytest.raises(InputError, match=f"{said}{words}; give another --workdir, or the old small"):
         evaluator(rows=other).run(params, tmp_path, resume=True)
     with pytest.raises(InputError, match=r"config\.evaluation\.rounds = 1: .*written without rounds"):
         evaluator(evaluation__rounds=1).run(params, tmp_path, resume=True)
