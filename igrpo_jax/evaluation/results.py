@@ -209,7 +209,7 @@ def check(folder: Path, settings: dict[str, Any]) -> None:
             old = {"system_prompt": "", "template_kwargs": {}, "template_date": settings.get("template_date")} | old
             differing = [name for name in settings if old.get(name) != settings[name]]
             if differing:
-                changed = ", ".join(f"{name}: {old.get(name)!r} -> {settings[name]!r}" for name in differing)
+                changed = ", ".join(_difference(name, old, settings) for name in differing)
                 raise InputError(
                     f"--workdir {folder}: holds an evaluation of another kind ({changed}); give another --workdir, "
                     "or the old values"
@@ -218,6 +218,13 @@ def check(folder: Path, settings: dict[str, Any]) -> None:
             raise InputError(
                 f"--workdir {folder}: holds {foreign[0]} but no evaluation.json; give an empty or new folder"
             )
+
+
+def _difference(name: str, old: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Returns what has changed in a setting; the hash of a probe's problems says nothing, so it is named in words."""
+    if name == "data":
+        return f"data: the prompts or answers of {settings['data.train'] or 'the built-in task'} are not those of then"
+    return f"{name}: {old.get(name)!r} -> {settings[name]!r}"
 
 
 @contextlib.contextmanager

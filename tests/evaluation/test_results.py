@@ -54,6 +54,10 @@ def test_a_folder_is_of_one_kind_of_evaluation(tmp_path):
     results.claim(tmp_path / "out", {"model": "a", "seed": 0})
     with pytest.raises(InputError, match="holds an evaluation of another kind \\(model: 'a' -> 'b'\\)"):
         results.claim(tmp_path / "out", {"model": "b", "seed": 0})
+    probed = {"data.train": "x.jsonl", "data": "1615ed05"}
+    results.claim(tmp_path / "probe", probed)
+    with pytest.raises(InputError, match=r"\(data: the prompts or answers of x\.jsonl are not those of then\); give"):
+        results.claim(tmp_path / "probe", probed | {"data": "782810f8"})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("x")
     with pytest.raises(InputError, match=r"holds notes.txt but no evaluation\.json"):
