@@ -22,6 +22,7 @@ from igrpo_jax.probe.estimates import UNKNOWN, Estimate, problems_needed
 CLEAR = 0.3  # mean width of the intervals of trust and repair below which an unseen effect counts as none
 LEAST_BOUND = 1e-3  # fraction of the success with drafts; a smaller bound on plain success is not reported
 CUT = 0.5  # fraction of plain answers; where surely more are cut, a reason names the length limit
+MOST = 100  # times the problems of a probe; where more are needed, it says no number
 COPIES = 0.5  # fraction of refinements of wrong drafts; where surely more repeat the answer, it "copies"
 # Starts of a model that repaired (docs/study.md, part two): x, and the points of pass@1 by which iGRPO and
 # algorithm.draft_when = unsolved ended ahead of GRPO.
@@ -180,7 +181,7 @@ def _more(figures: Mapping[str, Estimate], ratio: Estimate, setting: Setting) ->
         return f"{text}; {_wanting(figures, ratio.value, setting)}"
     width = max(math.log(ratio.high / ratio.value), math.log(ratio.value / ratio.low))
     needed = setting.problems * (width / math.log(ratio.value)) ** 2
-    if needed > 100 * setting.problems:
+    if needed > MOST * setting.problems:
         return f"{text}; the ratio is so near 1 that it matters little"
     return f"{text}; if the ratio is what it seems, about {math.ceil(needed / 10) * 10:,} would do"
 
@@ -197,6 +198,8 @@ def _wanting(figures: Mapping[str, Estimate], ratio: float, setting: Setting) ->
     needed = problems_needed(*shares, ratio)
     if not math.isfinite(needed):
         return "the ratio is so near 1 that it matters little"
+    if needed > MOST * setting.problems:
+        return f"right answers are wanting, and it would take more than {MOST * setting.problems:,} problems to tell"
     problems = math.ceil(needed / 10) * 10
     answers = f"{setting.samples} answers to each, {problems * setting.samples:,} in all"
     least = "about" if plain.value and refined.value else "at least"

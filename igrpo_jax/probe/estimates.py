@@ -35,6 +35,7 @@ RESAMPLES = 2000
 FEW = 5  # fewer active problems than this are too few for a bootstrap
 SEEN = 11.6046  # mean of a Poisson count that is at least FEW with probability 99 % (Garwood 1936, Biometrika 28)
 SHOWN = 1.96 + 1.28  # distance from 0, in standard deviations, at which nine of ten 95 % intervals exclude 0
+ROUNDED = 1e-12  # a figure nearer to 0 is what rounding leaves of 0; no share of counts is as small
 NONE = -1  # a count of refinements of a draft that was not shown
 
 
@@ -53,6 +54,10 @@ class Estimate(NamedTuple):
     def times(self, factor: float) -> "Estimate":
         """Returns the estimate times `factor`, which is not negative."""
         return Estimate(self.value * factor, self.low * factor, self.high * factor)
+
+    def without_noise(self) -> "Estimate":
+        """Returns the estimate with 0 in place of what rounding left of it."""
+        return Estimate(*(0.0 if abs(x) < ROUNDED else x for x in self))
 
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
@@ -114,7 +119,7 @@ def estimate(counts: Counts, scale: str = "group") -> dict[str, Estimate]:
         name: _interval(float(observed[name]), resampled[name], *BOUNDS.get(name, (0, 1)), _sources(name, counts))
         for name in observed
     }
-    return figures | {"repair": repair(counts)} | _ratios(counts, figures)
+    return figures | {"repair": repair(counts).without_noise()} | _ratios(counts, figures)
 
 
 def resamples(problems: int) -> np.ndarray:
@@ -184,7 +189,7 @@ def _figures(mean: dict[str, np.ndarray], counts: Counts, scale: str) -> dict[st
 def _over(part: np.ndarray, total: np.ndarray) -> np.ndarray:
     """Returns part / total, NaN where the total is 0."""
     part, total = np.asarray(part, float), np.asarray(total, float)
-    return np.divide(part, total, out=np.full(total.shape, np.nan), where=total > 1e-12)
+    return np.divide(part, total, out=np.full(total.shape, np.nan), where=total > ROUNDED)
 
 
 def _sources(name: str, counts: Counts) -> int:
@@ -204,9 +209,9 @@ def _interval(value: float, resampled: np.ndarray, least: float, most: float, pr
     if np.ptp(known) < 1e-9:
         other = 1 - 0.025 ** (1 / max(problems, 1))
         high = math.inf if math.isinf(most) else value + other * (most - value)
-        return Estimate(value, value - other * (value - least), high)
+        return Estimate(value, value - other * (value - least), high).without_noise()
     low, high = np.quantile(known, (0.025, 0.975), method="inverted_cdf")
-    return Estimate(value, float(low), float(high))
+    return Estimate(value, float(low), float(high)).without_noise()
 
 
 def repair(counts: Counts) -> Estimate:

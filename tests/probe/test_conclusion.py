@@ -309,3 +309,22 @@ def test_the_bound_of_a_signal_holds():
 
 def test_an_unknown_figure_says_so():
     assert not UNKNOWN.is_known and not UNKNOWN.times(3).is_known
+
+
+@pytest.mark.parametrize("right", range(1, 24))
+def test_a_share_that_is_0_up_to_rounding_is_0(right):
+    """Some problems are always right and the others never, so no group has a gradient and no draft is broken."""
+    alone = np.repeat([1.0, 0.0], [right, 24 - right])
+    figures = estimate(simulated(alone, alone, alone, problems=24, samples=11))
+    for name in ("plain_active", "refined_active", "plain_snr", "refined_snr", "broken", "fixed", "trust", "repair"):
+        assert figures[name].value == 0 and (figures[name].low == 0 or name in ("trust", "repair")), name
+    text = " ".join(conclude(figures, Setting(24, 11, N, G, "group")).reasons)
+    assert re.search(r"right answers are wanting, and at least \d{2,3} problems would do", text)
+
+
+def test_more_problems_than_can_be_asked_for_are_no_number():
+    figures = estimate(simulated(0.02, 0.02, 0.02, problems=64))
+    figures["ratio"] = Estimate(1 + 1e-6, 0.0, math.inf)
+    text = " ".join(conclude(figures, Setting(64, K, N, G, "group")).reasons)
+    assert "right answers are wanting, and it would take more than 6,400 problems to tell" in text
+    assert "would do" not in text
