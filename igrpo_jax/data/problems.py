@@ -2,8 +2,9 @@
 
 Rows keep their id and columns. Every row is checked before a run starts: a blank or missing cell is an error that names
 the rows, and a row with a cell that can't be read is left out and named. Answers that nothing can equal are counted and
-named, and more than MAX_UNEQUAL of them are an error. Problems that repeat, or that evaluation uses too, are counted.
-`data.clean` leaves all of these out. Questions that repeat with another answer are problems of their own, and named.
+named, and more than MAX_UNEQUAL of them are an error, in a benchmark too. Problems that repeat, or that evaluation uses
+too, are counted. `data.clean` leaves all of these out. Questions that repeat with another answer are problems of their
+own, and named.
 
 The order is a pure function of the seed. Epoch e is the permutation of (seed, e), and rollout s reads the problems
 s*P .. s*P + P-1 of the concatenated epochs, where P is the number of prompts per step. So the step alone determines the
@@ -31,7 +32,7 @@ from igrpo_jax.data.readers import Table
 from igrpo_jax.errors import InputError
 from igrpo_jax.rewards.mathematics import grader
 
-MAX_UNEQUAL = 0.1  # largest share of a training set's reference answers that nothing can equal
+MAX_UNEQUAL = 0.1  # largest share of reference answers that nothing can equal
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,10 @@ def training_set(config: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
     if others:
         notes.append(("repeated questions with other answers", f"{_counted(rows, others)}, kept"))
     if config.rewards.accuracy and (unequal := unequal_rows(rows)):
-        what = check_unequal(rows, unequal, config.data)
+        what = _counted(rows, unequal)
+        if not config.data.clean:
+            fix = f"{columns.FIX.format('answer_column')}, or set config.data.clean=True"
+            _check_unequal(rows, unequal, f"config.data.train = {config.data.train!r}", fix)
         notes.append(("answers that nothing can equal", f"{what}, {treatment}"))
         left_out |= set(unequal) if config.data.clean else set()
     for name, benchmark in held_out.items():
@@ -102,21 +106,14 @@ def unequal_rows(rows: Sequence[Row]) -> list[int]:
     return sorted(position for gold in where if not grader.accepts_itself(gold) for position in where[gold])
 
 
-def check_unequal(rows: Sequence[Row], unequal: Sequence[int], settings: DataConfig) -> str:
-    """Returns how many and which rows are `unequal`.
-
-    Raises:
-        InputError: they are more than MAX_UNEQUAL of the rows, and data.clean does not leave them out.
-    """
-    what = _counted(rows, unequal)
-    if len(unequal) > MAX_UNEQUAL * len(rows) and not settings.clean:
+def _check_unequal(rows: Sequence[Row], unequal: Sequence[int], source: str, fix: str) -> None:
+    """Raises InputError where more than MAX_UNEQUAL of the rows are `unequal`."""
+    if len(unequal) > MAX_UNEQUAL * len(rows):
         example = rows[unequal[0]].answer
         raise InputError(
-            f"config.data.train = {settings.train!r}: nothing can equal the answers of {what}, more than "
-            f"{MAX_UNEQUAL:.0%}; the first is {example[:60] + '...' * (len(example) > 60)!r}. Name another column in "
-            "config.data.answer_column, put final answers into \\boxed{}, or set config.data.clean=True"
+            f"{source}: nothing can equal the answers of {_counted(rows, unequal)}, more than {MAX_UNEQUAL:.0%}; the "
+            f"first is {example[:60] + '...' * (len(example) > 60)!r}; put final answers into \\boxed{{}} ({fix})"
         )
-    return what
 
 
 def _counted(rows: Sequence[Row], positions: Sequence[int]) -> str:
@@ -234,6 +231,7 @@ def _benchmark(
         prompt, answer = choices.PROMPT, choices.ANSWER
     rows = _rows(table, columns.choose(table, prompt, answer, source, fix), source)
     if unequal := unequal_rows(rows):
+        _check_unequal(rows, unequal, source, fix.format("answer_column"))
         logging.warning(
             "%s: nothing can equal the answers of %s; mend them, or each counts as wrong",
             *(source, _counted(rows, unequal)),

@@ -160,9 +160,16 @@ def test_answers_that_nothing_can_equal_are_counted_and_named(tmp_path):
 
 
 def test_answers_of_a_benchmark_that_nothing_can_equal_are_named(tmp_path, caplog):
-    write(tmp_path / "mine.jsonl", [{"problem": "a", "answer": PROSE}, {"problem": "b", "answer": "1"}])
-    assert len(problems.benchmark_rows("mine", EvaluationConfig(data_dir=str(tmp_path)))) == 2
-    assert "nothing can equal the answers of 1 of 2: row 1; mend them" in caplog.records[0].getMessage()
+    rows = [{"problem": f"{i}", "answer": PROSE if i == 0 else "1"} for i in range(10)]
+    write(tmp_path / "mine.jsonl", rows)
+    settings = EvaluationConfig(data_dir=str(tmp_path))
+    assert len(problems.benchmark_rows("mine", settings)) == 10
+    assert "nothing can equal the answers of 1 of 10: row 1; mend them" in caplog.records[0].getMessage()
+    rows[3]["answer"] = PROSE
+    write(tmp_path / "mine.jsonl", rows)
+    message = error_of(problems.benchmark_rows, "mine", settings)
+    assert "mine.jsonl: nothing can equal the answers of 2 of 10: rows 1, 4, more than 10%" in message
+    assert "We let x be the rate." in message and "config.evaluation.answer_column names another" in message
 
 
 @pytest.mark.parametrize(
