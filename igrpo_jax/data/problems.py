@@ -167,6 +167,8 @@ def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, int]:
         unanswered, table = len(table) - len(answered), answered
         if not answered:
             raise InputError(f"{source}: none of its {unanswered} rows has a {mapping.answer!r}; name another column")
+    if not prompt:
+        table, mapping = choices.shown(table, mapping, source, "config.data.prompt_column")
     return _rows(table, mapping, source), mapping, unanswered
 
 
@@ -225,11 +227,14 @@ def _benchmark(
     hub = known.hub if known else None
     if hub and not (prompt or answer) and all(name in table[0][1] for name in (*hub.prompt.split("+"), hub.answer)):
         prompt, answer = hub.prompt, hub.answer
-    shown = known.choices if hub and (prompt, answer) == (hub.prompt, hub.answer) else None
-    if shown and table[0][1].keys() & set(shown.columns):  # without them, the questions hold their choices already
-        table = choices.lettered(table, hub, shown, source)
+    of_hub = known.choices if hub and (prompt, answer) == (hub.prompt, hub.answer) else None
+    if of_hub and table[0][1].keys() & set(of_hub.columns):  # without them, the questions hold their choices already
+        table = choices.lettered(table, hub, of_hub, source)
         prompt, answer = choices.PROMPT, choices.ANSWER
-    rows = _rows(table, columns.choose(table, prompt, answer, source, fix), source)
+    mapping = columns.choose(table, prompt, answer, source, fix)
+    if not prompt:
+        table, mapping = choices.shown(table, mapping, source, "config.evaluation.prompt_column")
+    rows = _rows(table, mapping, source)
     if unequal := unequal_rows(rows):
         _check_unequal(rows, unequal, source, fix.format("answer_column"))
         logging.warning(

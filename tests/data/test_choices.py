@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from model_files import error_of
 
-from igrpo_jax.config import EvaluationConfig
+from igrpo_jax.config import DataConfig, EvaluationConfig
 from igrpo_jax.data import choices, problems
 from igrpo_jax.data.catalog import BENCHMARKS
 from igrpo_jax.rewards.mathematics import grader
@@ -168,3 +168,82 @@ def test_a_gated_data_set_says_how_to_get_access(monkeypatch):
     assert "is a gated dataset" in message and "https://huggingface.co/datasets/Idavidrein/gpqa" in message
     assert "HF_TOKEN" in message and "config.evaluation.data_dir=FOLDER with gpqa_diamond.jsonl" in message
     assert "gated:" not in error_of(problems.benchmark_rows, "mmlu_pro", EvaluationConfig())
+
+
+# --------------------------------------------------------------------------------------------- files of a user's own
+
+MMLU = {"question": "Which is prime?", "choices": ["4", "7", "8", "9"]}
+ROW = MMLU | {"answer": 1}
+
+
+def of_own(path, *rows, **more):
+    """The rows of a file as training problems, which equal those that a benchmark has, and the columns read."""
+    (path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    trained, mapping, _ = problems.load_rows(DataConfig(train=str(path / "own.jsonl"), **more))
+    assert trained == problems.benchmark_rows("own", EvaluationConfig(data_dir=str(path), **more))
+    return trained, mapping
+
+
+def refused(path, *rows):
+    """What training and evaluation say of a file."""
+    (path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    evaluated = error_of(problems.benchmark_rows, "own", EvaluationConfig(data_dir=str(path)))
+    assert "config.evaluation.prompt_column=question" in evaluated
+    return error_of(problems.load_rows, DataConfig(train=str(path / "own.jsonl")))
+
+
+@pytest.mark.parametrize("name", ["choices", "Options"])
+def test_choices_in_a_file_of_ones_own_are_shown_and_the_letter_is_graded(tmp_path, name):
+    base = {"question": "Which is prime?", name: ["4", "7", "8", "9"]}
+    zero = {"question": "Which is odd?", name: ["one", "two"], "answer": 0}
+    for answer in ("B", "7", 1):
+        rows, mapping = of_own(tmp_path, base | {"answer": answer}, zero)
+        assert rows[0].question == f"Which is prime?\n\nA) 4\nB) 7\nC) 8\nD) 9\n\n{choices.REQUEST}"
+        assert [row.answer for row in rows] == ["B", "A"] and rows[0].columns[name] == base[name]
+        assert str(mapping) == "question from 'question with choices', answer from 'letter'"
+
+
+def test_choices_that_have_letters_keep_them(tmp_path):
+    row = {"question": "Find it.", "options": ["A)21", "B)21.5", "C)22"], "answer": "B", "rationale": "So B."}
+    ((row,), _) = of_own(tmp_path, row)
+    assert row.question.startswith("Find it.\n\nA)21\nB)21.5\nC)22\n\n") and row.answer == "B"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"answer": 5}, "in 1 of 2 rows: row 2"),  # no choice has this number
+        ({"answer": -1}, "in 1 of 2 rows: row 2"),
+        ({"answer": True}, "in 1 of 2 rows: row 2"),
+        ({"answer": "E"}, "in 1 of 2 rows: row 2"),
+        ({"answer": "1"}, "in 1 of 2 rows: row 2"),
+        ({"choices": [0, 1, 2, 3], "answer": 1}, ""),  # its text and its number agree
+        ({"choices": [1, 2, 3, 4], "answer": 1}, "in 1 of 2 rows: row 2"),
+        ({"choices": ["7", "7"], "answer": "7"}, "in 1 of 2 rows: row 2"),
+        ({"choices": {"text": ["4", "7"], "label": ["A", "B"]}, "answer": "B"}, "in 1 of 2 rows: row 2"),
+        ({"choices": "['4', '7']", "answer": "B"}, "in 1 of 2 rows: row 2"),  # as CSV has it
+        ({"choices": None, "answer": "7"}, "in 1 of 2 rows: row 2"),
+    ],
+)
+def test_a_right_choice_that_is_not_certain_is_refused(tmp_path, change, words):
+    first = MMLU | {"answer": 0}
+    if not words:
+        assert [row.answer for row in of_own(tmp_path, first, ROW | change)[0]] == ["A", "B"]
+        return
+    message = refused(tmp_path, first, ROW | change)
+    assert "do not show the choices in 'choices'" in message and words in message
+    assert "write its letter into 'answer'" in message and "config.data.prompt_column=question" in message
+
+
+def test_numbers_of_which_none_is_0_are_refused(tmp_path):
+    assert "none is 0: they may count from 0 or from 1" in refused(tmp_path, ROW, ROW | {"answer": 3})
+
+
+def test_a_question_that_holds_its_choices_and_a_named_column_are_taken_as_they_are(tmp_path):
+    holds = {"question": "Which is larger, 3 or 5?", "choices": ["3", "5"], "answer": "5"}
+    ((row,), _) = of_own(tmp_path, holds)
+    assert (row.question, row.answer) == ("Which is larger, 3 or 5?", "5")
+    ((row,), _) = of_own(tmp_path, ROW, prompt_column="question")
+    assert (row.question, row.answer) == ("Which is prime?", "1")
+    ((row,), _) = of_own(tmp_path, {"question": "1+1?", "answer": "2", "choices": None})
+    assert (row.question, row.answer) == ("1+1?", "2")
