@@ -2,9 +2,9 @@
 
 Rows keep their id and columns. Every row is checked before a run starts: a blank or missing cell is an error that names
 the rows, and a row with a cell that can't be read is left out and named. Answers that nothing can equal are counted and
-named, and more than MAX_UNEQUAL of them are an error, in a benchmark too. Problems that repeat, or that evaluation uses
-too, are counted. `data.clean` leaves all of these out. Questions that repeat with another answer are problems of their
-own, and named.
+named, and more than MAX_UNEQUAL of them are an error, in a benchmark of one's own too. Problems that repeat, or that
+evaluation uses too, are counted. `data.clean` leaves all of these out. Questions that repeat with another answer are
+problems of their own, and named.
 
 The order is a pure function of the seed. Epoch e is the permutation of (seed, e), and rollout s reads the problems
 s*P .. s*P + P-1 of the concatenated epochs, where P is the number of prompts per step. So the step alone determines the
@@ -236,7 +236,8 @@ def _benchmark(
         table, mapping = choices.shown(table, mapping, source, "config.evaluation.prompt_column")
     rows = _rows(table, mapping, source)
     if unequal := unequal_rows(rows):
-        _check_unequal(rows, unequal, source, fix.format("answer_column"))
+        if known is None:  # the answers of a known benchmark are what they are
+            _check_unequal(rows, unequal, source, fix.format("answer_column"))
         logging.warning(
             "%s: nothing can equal the answers of %s; mend them, or each counts as wrong",
             *(source, _counted(rows, unequal)),
