@@ -630,7 +630,7 @@ class LogConfig:
         ),
     ] = ("tensorboard",)
     # Steps that the JAX profiler records into WORKDIR/profile.
-    profile_steps: tuple[int, ...] = ()
+    profile_steps: Annotated[tuple[int, ...], Each(AtLeast(1))] = ()
 
 
 @dataclass(frozen=True)

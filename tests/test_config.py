@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from igrpo_jax import config
@@ -105,6 +106,7 @@ def test_a_field_that_a_config_file_adds_is_refused():
         ("evaluation.samples", 0, "must be at least 1, or None"),
         ("log.trackers", ("wandb", "wandb"), "each must be tensorboard, wandb, trackio, mlflow or module:Class, once"),
         ("rollout.dispatches_ahead", 2, "must be one of None, 0, 1"),
+        ("log.profile_steps", (0,), "each must be at least 1"),
     ],
 )
 def test_a_value_that_no_run_can_use_is_one_line_with_field_value_and_fix(path, value, says):
@@ -306,6 +308,27 @@ def test_types_are_checked_and_whole_numbers_pass_as_floats():
     tree = config.default()
     tree.evaluation.benchmarks = (1,)
     with pytest.raises(InputError, match=r"evaluation\.benchmarks = \(1,\): each entry must be a text"):
+        config.freeze(tree)
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = {
+        "steps": np.int64(3),
+        "optimizer.learning_rate": np.float32(0.5),
+        "algorithm.alternate": np.bool_(True),
+        "evaluation.pass_at": (np.int32(1), 2),
+        "model.path": np.str_("owner/name"),
+    }
+    tree = config.default()
+    tree.update_from_flattened_dict(given)
+    tree.data.template_kwargs.depth = np.int64(2)
+    made = config.freeze(tree)
+    for path, value in given.items():
+        assert fields.value_at(made, path) == value
+        assert type(fields.value_at(made, path)).__module__ == "builtins"
+    config.to_dict(made)  # which JSON can hold
+    tree.steps = np.float64(3.5)
+    with pytest.raises(InputError, match=r"config\.steps = 3\.5: must be a whole number"):
         config.freeze(tree)
 
 

@@ -111,18 +111,24 @@ def _typed(setting: Setting, value: Any, path: str) -> Any:
     """Returns the value in the type of its field: a whole number passes as a float, a list as a tuple."""
     if setting.value_type is dict:
         return _mapping(setting, value, path)
+    value = _of_python(value)
     if value is None and setting.is_optional:
         return None
     wanted = setting.value_type
     if wanted is float and type(value) is int:
         value = float(value)
     if wanted is tuple and isinstance(value, (list, tuple)):
-        value = tuple(value)
+        value = tuple(map(_of_python, value))
         if not all(type(entry) is setting.entry_type for entry in value):
             raise refusal(path, value, f"each entry must be {KINDS[setting.entry_type]}")
     if type(value) is not wanted:
         raise refusal(path, value, f"must be {setting.kind}{_rewritten(setting, value)}")
     return value
+
+
+def _of_python(value: Any) -> Any:
+    """Returns a scalar of numpy as the number, text or truth value that it holds, and any other value as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _rewritten(setting: Setting, value: Any) -> str:
@@ -144,7 +150,7 @@ def _mapping(setting: Setting, value: Any, path: str) -> dict[str, Any]:
     types_of_values = typing.get_args(typing.get_args(setting.hint)[1])
     if not isinstance(value, (dict, ml_collections.ConfigDict)):
         raise refusal(path, value, f"must be a mapping from names to values, not {type(value).__name__}")
-    mapping = dict(value.items())
+    mapping = {name: _of_python(entry) for name, entry in value.items()}
     for name, entry in mapping.items():
         if not (isinstance(name, str) and name.isidentifier()):
             raise refusal(path, mapping, f"{name!r} is no name of a variable")

@@ -49,7 +49,7 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
         ("training prompts", f"{len(task.prompts):,} ({task.skipped} longer than data.max_prompt_length skipped)"),
         *([("day of the chat template", config.data.template_date)] * bool(config.data.template_date)),
         *task.notes,
-        *(("evaluation", note) for note in [*task.evaluated.notes, *planning.left_out(config, task.evaluated)]),
+        *(("evaluation", note) for note in _evaluation(config, task.evaluated)),
         ("steps", f"{task.total_steps:,} of {config.prompts_per_step} prompts"),
         *_stages(config),
         ("trained tokens per step", f"at most {tokens:,}"),
@@ -61,6 +61,14 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
             f"at most {len(engine.wanted)} of the sampler, and of the update one for each size of micro-batch",
         ),
     ]
+
+
+def _evaluation(config: Config, evaluated: planning.Plan) -> list[str]:
+    """Returns what a user should know of the evaluations of a run, and of those that it will not make."""
+    given = [f"evaluation.{name}" for name in ("benchmarks", "data_dir") if getattr(config.evaluation, name)]
+    if given and not config.evaluation.every:
+        return [f"off: {' and '.join(given)} given, but evaluation.every = 0; set it to the steps between evaluations"]
+    return [*evaluated.notes, *planning.left_out(config, evaluated)]
 
 
 def _stages(config: Config) -> list[tuple[str, str]]:

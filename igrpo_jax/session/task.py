@@ -104,6 +104,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
         )
     batches = max(1, int(config.epochs * len(prompts) / config.prompts_per_step))
     steps = config.steps or batches * (2 if config.algorithm.alternate else 1)
+    check_profiled(config.log, steps)
     return Task(config, policy, renderer, mesh, prompts, skipped, notes, evaluated, max_context, steps)
 
 
@@ -219,6 +220,15 @@ def check_profiler(settings: LogConfig) -> None:
         raise InputError(
             f"config.log.profile_steps = {settings.profile_steps}: libtpu is installed and there is no TPU, where "
             "JAX's profiler crashes; export JAX_PLATFORMS=cpu, or cuda, or profile no step"
+        )
+
+
+def check_profiled(settings: LogConfig, steps: int) -> None:
+    """Raises InputError where a step is to be profiled that comes after the last one, `steps`."""
+    if settings.profile_steps and max(settings.profile_steps) > steps:
+        raise InputError(
+            f"config.log.profile_steps = {settings.profile_steps}: the run ends after step {steps}; name steps from 1 "
+            f"to {steps}"
         )
 
 

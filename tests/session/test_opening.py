@@ -32,11 +32,13 @@ def test_the_table_comes_after_the_users_reward_and_before_anything_is_compiled(
         raise TableEnds
 
     monkeypatch.setattr(Console, "table", table)
-    own = settings(**{"rewards.functions": ("my_reward:brevity",), "rollout.slots": 8})
+    unseen = {"evaluation.every": 0, "checkpoint.best_metric": ""}
+    own = settings(**{"rewards.functions": ("my_reward:brevity",), "rollout.slots": 8}, **unseen)
     with compilations() as compiled, pytest.raises(TableEnds):
         train.train(own, tmp_path / "run")
     (first, (title, rows)) = events
     assert first == "reward" and title == "iGRPO run"
     assert set(compiled) <= {"jit(convert_element_type)"}  # a scalar of optax, no program of the run
     assert "programs to compile" in rows and any("brevity" in f"{name} {value}" for name, value in rows.items())
+    assert rows["evaluation"].startswith("off: evaluation.benchmarks given, but evaluation.every = 0; ")
     sys.modules.pop("my_reward", None)

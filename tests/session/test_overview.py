@@ -1,6 +1,7 @@
 """What the table of a run says before its first step."""
 
 import json
+from types import SimpleNamespace
 
 from igrpo_jax import config
 from igrpo_jax.session import overview
@@ -16,6 +17,18 @@ def test_the_padding_of_the_next_updates_is_that_of_the_last_ones(tmp_path):
     assert overview._padding(tmp_path) == "about 90%, as in the last 3 steps"
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert overview._padding(tmp_path) == "about 10%, as in the last 20 steps"
+
+
+def test_evaluations_that_are_off_although_there_are_benchmarks_are_named():
+    plan = SimpleNamespace(notes=["a note"], prompts={})
+    for given, said in (
+        ({"benchmarks": ("mine",), "data_dir": "d"}, "off: evaluation.benchmarks and evaluation.data_dir given, but "),
+        ({"data_dir": "d"}, "off: evaluation.data_dir given, but evaluation.every = 0; set it to the steps between"),
+        ({"benchmarks": ("mine",), "every": 2}, "a note"),
+    ):
+        (line,) = overview._evaluation(config.Config(evaluation=config.EvaluationConfig(**given)), plan)
+        assert line.startswith(said)
+    assert overview._evaluation(config.Config(), SimpleNamespace(notes=[], prompts={})) == []
 
 
 def test_a_step_without_drafts_has_completions_and_no_refinements():

@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 from model_files import error_of
+from whole_runs import settings
 
 from igrpo_jax import config
-from igrpo_jax.session.task import Task, check_prompts_per_step
+from igrpo_jax.session.task import Task, check_profiled, check_prompts_per_step, open_task
 
 
 def test_alternating_steps_share_their_prompts():
@@ -28,3 +29,10 @@ def test_problems_that_are_too_long_for_a_step_of_all_are_counted():
     assert "there are 2 training problems left of 4 (config.data.max_prompt_length = 64 leaves out 2)" in message
     assert message.endswith("set it to 2 or less, or raise that limit, or give more problems")
     assert "there are 2 training problems, so" in error_of(check_prompts_per_step, settings, 2, 0)
+
+
+def test_a_profile_of_a_step_that_never_comes_is_refused():
+    check_profiled(config.LogConfig(profile_steps=(1, 5)), 5)
+    check_profiled(config.LogConfig(), 5)
+    message = error_of(open_task, settings(**{"log.profile_steps": (2, 6)}))
+    assert message == "config.log.profile_steps = (2, 6): the run ends after step 5; name steps from 1 to 5"
