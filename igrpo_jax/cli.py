@@ -284,7 +284,8 @@ def run(command: Callable[[list[str]], None]) -> None:
         _leave(_say(f"{error}; the same command goes on from there", preemption.EXIT_CODE))
     except KeyboardInterrupt as error:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends exit handlers that wait
-        code = _say(f"interrupted; {GOES_ON}", 130)
+        # A run has noted what it has saved, and where.
+        code = _say(f"interrupted; {'; '.join(getattr(error, '__notes__', [])) or GOES_ON}", 130)
         if isinstance(error.__context__, KeyboardInterrupt):  # this is the second, during the clean-up of the first
             os._exit(code)
         _leave(code)

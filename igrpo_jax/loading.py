@@ -68,8 +68,16 @@ def load_config(
     return replace(config, model=own.model)
 
 
+def check_config(config: Any) -> None:
+    """Raises InputError where `config` is not what `load_config` returns, but a file or what a file returns."""
+    if not isinstance(config, Config):
+        given = one_line(repr(config))[:80]
+        raise InputError(f"config = {given}: is no checked configuration; give what load_config(...) makes of it")
+
+
 def check_model(config: Config, model: str | Path) -> None:
     """Raises InputError where `config` does not describe `model`, as that of `load_config(..., model=model)` does."""
+    check_config(config)
     path, folder = str(model), path_of(f"--model {model}", model)
     if (folder / "checkpoints").is_dir():
         own = freeze(_tree_of_run(folder)).model
@@ -84,6 +92,10 @@ def _checked(tree: Any, overrides: Mapping[str, Any], file: str | None) -> Confi
     """Returns `tree` with `overrides` as dataclasses. An error names the line of `file` that set the field."""
     for path, value in overrides.items():
         check_field(path)
+        if setting_at(Config, path).is_section:
+            field = next(settings(setting_at(Config, path).hint)).name
+            fix = f"is a group of settings; give them by their dotted names, as in {{'{path}.{field}': VALUE}}"
+            raise FieldError(path, f"config.{path} = {one_line(repr(value))[:80]}: {fix}")
         *sections, name = path.split(".")
         section = tree
         for part in sections:

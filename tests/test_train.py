@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from whole_runs import check_same_rows, faulty, final_state, rewind, rows, run, samples, settings, start
 
-from igrpo_jax import config, train
+from igrpo_jax import cli, config, train
 from igrpo_jax.data import arithmetic
-from igrpo_jax.distributed import sharding, watchdog
+from igrpo_jax.distributed import cluster, sharding, watchdog
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import compilations
 from igrpo_jax.errors import InputError, RunError
@@ -28,7 +28,7 @@ from igrpo_jax.evaluation import comparison, planning, summaries
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.session import opening, overview, task
+from igrpo_jax.session import opening, overview, surroundings, task
 from igrpo_jax.session.run import utilization
 from igrpo_jax.session.task import open_task
 
@@ -93,6 +93,30 @@ def test_a_step_whose_callback_raises_is_saved(monkeypatch, tmp_path):
     with pytest.raises(RunError, match="on_step: raised an error on another process; step 1 is saved"):
         train.train(config.Config(compilation_cache=""), tmp_path, lambda *_: None)
     assert calls == [(3, 3), (1, 1)]
+
+
+def test_a_run_that_is_interrupted_says_what_it_has_saved(monkeypatch, tmp_path, capsys):
+    """The temporary folder is a save that did not end; of a bucket nothing is asked."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "open_run", interrupted)
+    workdir = tmp_path / "run"
+    command = lambda _: train.train(config.Config(compilation_cache=""), workdir)
+
+    def said():
+        with pytest.raises(SystemExit) as stop:
+            cli.run(command)
+        assert stop.value.code == 130
+        return capsys.readouterr().err.removeprefix("igrpo_jax: error: interrupted; ")
+
+    assert said() == f"no step is saved in {workdir}; started again, the run begins anew\n"
+    for name in ("2", "10", "12.orbax-checkpoint-tmp"):
+        (workdir / "checkpoints" / name).mkdir(parents=True)
+    assert said() == f"step 10 is saved in {workdir}; started again, the run goes on from there\n"
+    monkeypatch.setattr(surroundings, "is_remote", lambda path: True)
+    assert said() == f"started again, the run goes on from what is saved in {workdir}, if something is\n"
 
 
 @pytest.mark.slow(seconds=20)
@@ -291,8 +315,11 @@ def test_the_best_checkpoint_is_kept(whole):
 
 
 @pytest.mark.slow(seconds=12)
-def test_a_step_that_is_evaluated_after_a_resume_may_be_the_best(tmp_path, monkeypatch):
-    """The evaluation of step 1 is preempted, and its score comes when the step is saved already."""
+def test_a_step_that_is_evaluated_after_a_resume_may_be_the_best(tmp_path, monkeypatch, capsys):
+    """The evaluation of step 1 is preempted, and its score comes when the step is saved already.
+
+    A resume of 400 steps was killed before it saved anything, and processes tell each other things in JSON.
+    """
     fields = {"steps": 3, "evaluation.every": 1, "warm_start.steps": 0, "learner.minibatches": 1, "rollout.slots": 8}
     c = settings(**fields, **{"checkpoint.every": 1, "checkpoint.keep": 1})
     scores, preempted = {0: 0.1, 1: 0.9, 2: 0.2, 3: 0.3}, {1}
@@ -307,7 +334,15 @@ def test_a_step_that_is_evaluated_after_a_resume_may_be_the_best(tmp_path, monke
     with pytest.raises(Preempted):
         train.train(c, tmp_path)
     preempted.clear()
+    kept = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(kept | {"steps": 400}))
+    monkeypatch.setattr(cluster, "from_first", lambda decide: json.loads(json.dumps(decide())))
+    capsys.readouterr()
     train.train(c, tmp_path)
+    said = capsys.readouterr().out
+    assert "eval/arithmetic/pass@1 0.900 at step 1, the best so far\n" in said
+    rate = next(row["learning_rate"] for row in rows(tmp_path) if row["step"] == 1)
+    assert f"it was {rate:.3g} at the end of step 1, and is" in said
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
     written = [row for row in rows(tmp_path) if "eval/arithmetic/pass@1" in row]
     assert {row["step"]: row["eval/arithmetic/pass@1"] for row in written} == scores and len(written) == len(scores)

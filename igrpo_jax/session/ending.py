@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,18 +46,26 @@ def check(config: Config, total_steps: int, workdir: Path, done: int) -> None:
     )
 
 
-def new_schedule(config: Config, steps: int, done: int, per_step: int) -> str:
+def last_rate(rows: Sequence[Mapping[str, Any]], done: int) -> float | None:
+    """Returns the learning rate that step `done` had, by `rows` of metrics.jsonl; None if its row was lost."""
+    return next((row.get("learning_rate") for row in reversed(rows) if row["step"] == done), None)
+
+
+def new_schedule(config: Config, steps: int, done: int, per_step: int, rate: float | None) -> str:
     """Returns the message on a learning rate that changes because the run gets another number of steps; "" for none.
 
     Args:
         steps: config.steps before the resume; 0 if it followed from config.epochs.
         done: the step that the run is resumed from.
         per_step: optimizer steps of a step.
+        rate: `last_rate` of that step. Where it is None, the rate is that of a run of `steps`, which may be those of a
+            resume that was killed before it saved anything.
     """
     if not (steps and config.steps and done) or steps == config.steps:
         return ""
     before, now = (make_schedule(config.optimizer, total * per_step) for total in (steps, config.steps))
-    was, becomes = float(before(done * per_step - 1)), float(now(done * per_step))
+    was = float(before(done * per_step - 1)) if rate is None else rate
+    becomes = float(now(done * per_step))
     return (
         f"config.steps: {steps} -> {config.steps}: the learning rate rises and falls as in a run of {config.steps} "
         f"steps from now on; it was {was:.3g} at the end of step {done}, and is {becomes:.3g} in step {done + 1}"

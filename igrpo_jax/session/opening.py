@@ -116,10 +116,12 @@ def _start(
         # Rows and samples of steps after the checkpoint are dropped here, because those steps are run again.
         writer = stack.enter_context(Writer(workdir, config, first_step, COMPARED))
         # An evaluation after the checkpoint was saved is in the rows alone.
-        progress.scores = cluster.from_first(lambda: writer.scores) | progress.scores
+        progress.recall(cluster.from_first(lambda: writer.scores))
         ending.tell_lost_rows(writer.rows, meta["metrics_rows"], first_step, console)
-        steps = cluster.from_first(lambda: read_config(workdir).steps)
-        if told := ending.new_schedule(config, steps, first_step, learner.optimizer_steps_per_update):
+        steps, rate = cluster.from_first(
+            lambda: (read_config(workdir).steps, ending.last_rate(writer.history, first_step))
+        )
+        if told := ending.new_schedule(config, steps, first_step, learner.optimizer_steps_per_update, rate):
             console.message(told)
         _set_fixed_weights(config, task, workdir, learner, console)
     if resumes:
@@ -138,8 +140,8 @@ def _start(
         progress=progress,
         check_lock=still_ours,
     )
-    _evaluate_start(run, state, is_new=latest is None)
     console.start(task.total_steps, first_step, config.log.every, writer.history, progress.scores)
+    _evaluate_start(run, state, is_new=latest is None)
     return run, state
 
 

@@ -24,6 +24,10 @@ class Progress:
         """Returns the part that a checkpoint has to hold, in a form that JSON can represent."""
         return {"bad_steps": self.skipped_in_a_row, "evaluations": {str(step): x for step, x in self.scores.items()}}
 
+    def recall(self, scores: Mapping[Any, dict[str, float]]) -> None:
+        """Adds metrics of evaluations that the checkpoint does not hold, by step; JSON has made texts of the steps."""
+        self.scores = {int(step): values for step, values in scores.items()} | self.scores
+
     def count_skipped(self, optimizer_steps: int) -> bool:
         """Takes the number of optimizer steps skipped so far; returns whether the last step skipped one."""
         grown = optimizer_steps > self.skipped_optimizer_steps

@@ -10,8 +10,9 @@ import jax
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.distributed import cluster, preemption, watchdog
 from igrpo_jax.distributed.programs import use_disk_cache
+from igrpo_jax.loading import check_config
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.storage.addresses import path_of
+from igrpo_jax.storage.addresses import is_remote, names, path_of
 
 
 class Surroundings(NamedTuple):
@@ -27,13 +28,30 @@ def surroundings(config: Config, workdir: str | Path) -> Iterator[Surroundings]:
     """Yields the path of `workdir`, a console and a stack; within the block, SIGTERM is a notice of preemption.
 
     Raises:
-        InputError: `workdir` or config.compilation_cache is an address that cannot be reached.
+        InputError: `config` is no configuration; `workdir` or config.compilation_cache is an address that cannot be
+            reached.
     """
+    check_config(config)
     path = path_of(f"--workdir {workdir}", workdir)
     use_disk_cache(config.compilation_cache)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(preemption.noticed(config.checkpoint.preemption_grace))
-        yield Surroundings(path, stack.enter_context(Console()), stack)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(preemption.noticed(config.checkpoint.preemption_grace))
+            yield Surroundings(path, stack.enter_context(Console()), stack)
+    except KeyboardInterrupt as error:
+        error.add_note(_saved(path))  # now that no checkpoint is being written any more
+        raise
+
+
+def _saved(workdir: Path) -> str:
+    """Returns what a run that is interrupted has saved. A bucket, which may make a user wait, is not asked."""
+    with contextlib.suppress(OSError):
+        if not is_remote(workdir):
+            steps = [int(name) for name in names(workdir / "checkpoints") if name.isdecimal()]
+            if not steps:
+                return f"no step is saved in {workdir}; started again, the run begins anew"
+            return f"step {max(steps)} is saved in {workdir}; started again, the run goes on from there"
+    return f"started again, the run goes on from what is saved in {workdir}, if something is"
 
 
 def enter_mesh(stack: contextlib.ExitStack, config: Config, mesh: jax.sharding.Mesh, read: Mapping[str, Any]) -> None:
