@@ -137,6 +137,7 @@ def read_flags(argv: list[str], values: flags.FlagValues, text: str, example: st
         raise SystemExit(0)
     if len(rest) > 1:
         raise InputError(f"{rest[1]}: not understood; settings are given as {example}")
+    _refuse_empty({name: values[name].value for name in values})
 
 
 def number(flag: str, value: str | None, least: int = 0) -> int | None:
@@ -182,10 +183,19 @@ def _parse(argv: list[str], usage: str, texts: dict[str, str]) -> tuple[dict[str
         field = {"config.FIELD": "any setting of igrpo_jax/config.py; it replaces the one of the file"}
         _print_help(usage, {"config": CONFIG_FLAG} | texts | field)
         raise SystemExit(0)
+    given = {name: values[name].value for name in texts}
     if len(rest) > 1:
-        raise InputError(f"{rest[1]}: not understood; {_meant(rest[1], texts)}")
+        raise InputError(f"{rest[1]}: not understood; {_meant(rest[1], given)}")
+    _refuse_empty(given | {"config": values["config"].value})
     file = values["config"].value and os.path.expanduser(values["config"].value)
-    return {"config": file} | {name: values[name].value for name in texts}, settings
+    return {"config": file} | given, settings
+
+
+def _refuse_empty(given: Mapping[str, Any]) -> None:
+    """Raises InputError where a flag has an empty value, for which a default would be taken in silence."""
+    for name, value in given.items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise InputError(f'--{name} "": is empty, as a variable of the shell that is not set; give it a value')
 
 
 def _settings(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -205,14 +215,17 @@ def _settings(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     return others, settings
 
 
-def _meant(argument: str, known: Collection[str]) -> str:
-    """Returns what was probably meant by an argument that is no flag, in a command with the flags `known`."""
+def _meant(argument: str, given: Mapping[str, str | None]) -> str:
+    """Returns what was probably meant by an argument that is no flag, in a command with these flags and values."""
+    first = (given.get("compare") or "").rstrip(",")
+    if first and "," not in first:
+        return f"two evaluations are given as --compare {first},{argument.lstrip(',')}"
     if argument.endswith(".py"):
         return f"a configuration file is given as --config {argument}"
     name, equals, value = argument.partition("=")
     if equals and (paths := paths_named(Config, name)):
         return f"did you mean --config.{paths[0]}={value}"
-    if "prompt" in known:
+    if "prompt" in given:
         return f'a question is given as --prompt "{argument}"'
     return "settings are given as --config.field=value"
 
@@ -252,12 +265,16 @@ def _unknown_flag(name: str, known: list[str]) -> str:
     """Returns the error for a flag that is none of `known`: the setting that has this name, or the nearest flag."""
     settings = field_paths(Config) if "config" in known else []
     named = name.replace("-", "_")
+    if "workdir" in known and (named == "out" or (named == "model" and not settings)):
+        return f"--{name}: no such flag; did you mean --workdir"
     if paths := [path for path in settings if path == named or path.endswith(f".{named}")]:
         meant = " or ".join(f"--config.{path}" for path in paths)
         return f"--{name}: no such flag; did you mean {meant}"
     flag_of = {path.rpartition(".")[2]: f"--config.{path}" for path in settings} | {flag: f"--{flag}" for flag in known}
-    (near,) = difflib.get_close_matches(named, flag_of, n=1, cutoff=0.0)
-    return f"--{name}: no such flag; the nearest is {flag_of[near]}"
+    if near := difflib.get_close_matches(named, flag_of, n=1, cutoff=0.7):
+        return f"--{name}: no such flag; the nearest is {flag_of[near[0]]}"
+    others = [f"--{flag}" for flag in known if flag not in ("help", "h")]
+    return f"--{name}: no such flag; the command has {', '.join(others)}" + " and --config.FIELD" * bool(settings)
 
 
 def run(command: Callable[[list[str]], None]) -> None:

@@ -45,12 +45,23 @@ def main(argv: list[str]) -> None:
         raise InputError('--prompt: give either --prompt "a question" or --prompts FILE')
     if (given := sum(bool(re.match(r"--?prompts?(=|$)", argument)) for argument in argv)) > 1:
         raise InputError(f"--prompt: given {given} times; put several questions into a file, for --prompts FILE")
+    if values["prompt"] and not is_text(values["prompt"]):
+        raise InputError(f"--prompt {values['prompt']!r}: is not text in utf-8; give it in that, or in a file")
     questions = [values["prompt"]] if values["prompt"] else read(values["prompts"], config.data.prompt_column)
     step = cli.number("step", values["step"])
     from igrpo_jax.distributed import cluster
 
     with cluster.joined(config.cluster, cli.address(argv)):
         show(questions, generate(config, values["model"], questions, step))
+
+
+def is_text(question: str) -> bool:
+    """Returns whether a tokenizer can read `question`: no lone surrogates, which stand for bytes that are no utf-8."""
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read(path: str, column: str) -> list[str]:
@@ -103,8 +114,8 @@ def generate(
     """
     if isinstance(questions, str) or not questions:
         raise InputError(f"questions = {questions!r}: give a list with at least one question")
-    if wrong := [question for question in questions if not isinstance(question, str) or not question.strip()]:
-        raise InputError(f"questions: {wrong[0]!r} is no question; give texts that are not blank")
+    if wrong := [text for text in questions if not isinstance(text, str) or not text.strip() or not is_text(text)]:
+        raise InputError(f"questions: {wrong[0]!r} is no question; give texts in utf-8 that are not blank")
     pool.check_main()
     check_model(config, model)
     from igrpo_jax.data.problems import Row

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 
+from igrpo_jax import cli
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.distributed.preemption import Preempted
@@ -68,6 +69,11 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
         except Preempted:
             run.leave(done, state)
         run.finish(state)
+
+
+def _refuse(argv: list[str]) -> None:
+    """Raises InputError with the command that trains, since it is looked for under the name of this module too."""
+    raise InputError("igrpo_jax.train: is no command; python -m igrpo_jax.main --config FILE trains")
 
 
 def _call(on_step: OnStep, run: Run, state: TrainState, step: int, metrics: Mapping[str, float]) -> None:
@@ -127,3 +133,7 @@ def _profiled(config: Config, workdir: Path, step: int):
             yield
     else:
         yield
+
+
+if __name__ == "__main__":
+    cli.run(_refuse)

@@ -20,6 +20,7 @@ from igrpo_jax.aot import __main__ as aot
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import InputError, RunError
+from igrpo_jax.probe import __main__ as probe
 from igrpo_jax.report import __main__ as report
 from igrpo_jax.schema import fields
 
@@ -191,6 +192,48 @@ def test_arguments_that_are_no_flags(argument, meant):
 def test_a_question_without_its_flag():
     with pytest.raises(InputError, match=r'^What is 2\+2\?: not understood; a question is given as --prompt "What is'):
         generate.main(["generate", "--model", "M", "What is 2+2?"])
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "said"),
+    [
+        (export, ["--model=x"], "--model: no such flag; did you mean --workdir"),
+        (main, ["--out=x"], "--out: no such flag; did you mean --workdir"),
+        (generate, ["--out=x"], "--out: no such flag; the command has --config, --model, --prompt, "),
+        (evaluate, ["--compare", "a", "b"], "b: not understood; two evaluations are given as --compare a,b"),
+        (evaluate, ["--compare", "a,", "b"], "b: not understood; two evaluations are given as --compare a,b"),
+    ],
+)
+def test_what_is_known_of_another_command_is_put_right(command, flags, said):
+    with pytest.raises(InputError) as error:
+        command.main(["command", *flags])
+    assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "empty"),
+    [
+        (main, ["--config=configs/tiny_cpu.py", "--workdir", ""], "workdir"),
+        (main, ["--config=", "--workdir=x"], "config"),
+        (sft, ["--config=configs/tiny_cpu.py", "--workdir="], "workdir"),
+        (evaluate, ["--model=", "--workdir=x", "--benchmarks=arithmetic"], "model"),
+        (probe, ["--model=x", "--data=x", "--workdir="], "workdir"),
+        (export, ["--workdir=x", "--out="], "out"),
+        (export, ["--workdir=", "--out=x"], "workdir"),
+        (report, ["--workdir=x", "--workdir="], "workdir"),
+    ],
+)
+def test_an_empty_flag_is_no_flag_that_is_left_out(command, flags, empty, tmp_path, monkeypatch):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f'^--{empty} "": is empty'):
+        command.main(["command", *flags])
+
+
+def test_a_question_that_is_no_text_is_named():
+    """Bytes of the command line that are no utf-8 are lone surrogates in Python."""
+    with pytest.raises(InputError, match=r"^--prompt '\\udcbd\+1': is not text in utf-8"):
+        generate.main(["generate", "--model", "M", "--prompt", "\udcbd+1"])
 
 
 @pytest.mark.parametrize("argv", [[], ["--config.steps=3"], ["--workdir=x"]])
@@ -392,6 +435,13 @@ def test_a_command_that_does_not_exist_names_the_nearest(capsys, monkeypatch):
     assert capsys.readouterr().err == "igrpo_jax: error: evalute: no such command; the nearest is evaluate\n"
 
 
+def test_the_module_of_training_names_the_command_that_trains():
+    start = [sys.executable, "-m", "igrpo_jax.train", "--config", "configs/tiny_cpu.py"]
+    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "is no command; python -m igrpo_jax.main --config FILE trains" in done.stderr
+
+
 def test_the_console_script_runs_a_command_as_python_m_does(tmp_path):
     """The script that setup.py declares, with a config file whose module lies in the current folder."""
     (entry,) = re.findall(r'"console_scripts": \["igrpo-jax=([\w.]+:\w+)"\]', (ROOT / "setup.py").read_text())
@@ -425,6 +475,7 @@ def test_a_configuration_from_python(tmp_path):
     for wrong, words in (
         ({"num_drafts": 2}, "the nearest is config.algorithm.num_drafts"),
         ({"steps": "2"}, "write 2"),
+        ({"algorithm": {"num_drafts": 0}}, r"dotted names, as in {'algorithm.loss_type': VALUE}"),
     ):
         with pytest.raises(InputError, match=words):
             igrpo_jax.load_config(tmp_path / "tiny.py", wrong)
@@ -432,6 +483,16 @@ def test_a_configuration_from_python(tmp_path):
         igrpo_jax.load_config({"steps": 3})
     with pytest.raises(InputError, match=r"^--config nope.py: no such file; (the nearest is|give a Python file)"):
         igrpo_jax.load_config("nope.py")
+
+
+@pytest.mark.parametrize("call", [igrpo_jax.train_model, igrpo_jax.evaluate_model, igrpo_jax.generate_answers])
+@pytest.mark.parametrize("given", ["own.py", config.default()], ids=["a file", "a tree"])
+def test_a_configuration_that_nobody_has_checked_is_refused(call, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = {igrpo_jax.train_model: ["run"], igrpo_jax.evaluate_model: ["m", "out"]}.get(call, ["m", ["1"]])
+    with pytest.raises(InputError, match=r"^config = .*: is no checked configuration; give what load_config") as error:
+        call(given, *arguments)
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
 def test_a_function_of_steps_that_is_none_is_refused_at_once(tmp_path):
@@ -446,6 +507,7 @@ def test_questions_that_are_none_are_refused():
         ("7-3", "give a list"),
         (["1", None], "None is no"),
         ([" "], "' ' is no"),
+        (["1", "\udcbd"], r"'\\udcbd' is no"),
     ):
         with pytest.raises(InputError, match=words):
             generate.generate(config.Config(), "m", wrong)
