@@ -36,8 +36,6 @@ def check(name: str | None, slices: int = 1) -> None:
         raise InputError(f"--slices {slices}: of what? Give --topology too, such as --topology v5p:2x2x2")
     if name is None:
         return
-    if not name:
-        raise InputError("--topology: is empty; give a slice such as v5p:2x2x2, or leave it out for this machine")
     kind, _, layout = name.partition(":")
     if kind not in LARGEST or not re.fullmatch(r"\d+(x\d+)*", layout):
         return

@@ -281,10 +281,8 @@ def calls():
     ):
         try:
             call()
-        except InputError as error:
-            print(error)
-        except AttributeError:
-            print("began")
+        except InputError as error:  # a program that is not refused begins, and then its configuration is
+            print("began" if "config = None" in str(error) else error)
         else:
             print("done")
 
