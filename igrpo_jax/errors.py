@@ -14,6 +14,11 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
+def quoted(text: str) -> str:
+    """Returns the beginning of a text of any length, at most 60 characters, as it stands in a message."""
+    return repr(text[:60] + "..." * (len(text) > 60))
+
+
 def named(error: BaseException) -> str:
     """Returns the kind of an error and its message as one line of at most 300 characters."""
     return one_line(f"{type(error).__name__}: {error}")[:300]

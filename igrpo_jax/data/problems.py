@@ -29,7 +29,7 @@ from igrpo_jax.data import choices, columns, overlap, readers
 from igrpo_jax.data.builtin import TASKS, Problem
 from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS, Benchmark, Hub
 from igrpo_jax.data.readers import Table
-from igrpo_jax.errors import InputError
+from igrpo_jax.errors import InputError, quoted
 from igrpo_jax.rewards.mathematics import grader
 
 MAX_UNEQUAL = 0.1  # largest share of reference answers that nothing can equal
@@ -109,10 +109,9 @@ def unequal_rows(rows: Sequence[Row]) -> list[int]:
 def _check_unequal(rows: Sequence[Row], unequal: Sequence[int], source: str, fix: str) -> None:
     """Raises InputError where more than MAX_UNEQUAL of the rows are `unequal`."""
     if len(unequal) > MAX_UNEQUAL * len(rows):
-        example = rows[unequal[0]].answer
         raise InputError(
             f"{source}: nothing can equal the answers of {_counted(rows, unequal)}, more than {MAX_UNEQUAL:.0%}; the "
-            f"first is {example[:60] + '...' * (len(example) > 60)!r}; put final answers into \\boxed{{}} ({fix})"
+            f"first is {quoted(rows[unequal[0]].answer)}; put final answers into \\boxed{{}} ({fix})"
         )
 
 

@@ -32,7 +32,7 @@ from igrpo_jax.config import Config
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import cluster, preemption
 from igrpo_jax.distributed.preemption import Preempted
-from igrpo_jax.errors import InputError
+from igrpo_jax.errors import InputError, quoted
 from igrpo_jax.evaluation import results
 from igrpo_jax.evaluation.planning import Plan, samples_per_problem
 from igrpo_jax.evaluation.results import Rows
@@ -233,10 +233,9 @@ def _changed(name: str, row: dict[str, Any], prompt: Prompt) -> str:
     """Returns how a problem of the benchmark `name` differs from that of a row that an earlier evaluation wrote."""
     if row["prompt"] != prompt.question:
         return f"its {name}.jsonl answers other questions than {name} has now (the first is in row {row['prompt_id']})"
-    before, now = (repr(text[:60] + "..." * (len(text) > 60)) for text in (row["answer"], prompt.answer))
     return (
         f"its {name}.jsonl was graded by other reference answers than {name} has now (the first is in row {prompt.id}: "
-        f"{before} there, {now} now)"
+        f"{quoted(row['answer'])} there, {quoted(prompt.answer)} now)"
     )
 
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from igrpo_jax.errors import InputError
+from igrpo_jax.errors import InputError, one_line, quoted
 from igrpo_jax.records import Candidate
 from igrpo_jax.rewards import functions
 from igrpo_jax.rewards.functions import CustomReward, TrainerState
@@ -219,8 +219,7 @@ def _rehearsed(reward: CustomReward, candidate: Candidate, outcome: Outcome) -> 
     if _TAKES_LISTS.search(detail) if reward.conversational else _TAKES_TEXTS.search(detail):
         wanted = "texts" if reward.conversational else "chat messages"
         fix = f"; set config.rewards.conversational = {not reward.conversational} if it expects {wanted}"
-    question = " ".join(candidate.question.split())
     raise InputError(
         f"config.rewards.{reward.setting} = {reward.path!r}: fails on the training problem "
-        f"{question[:60] + '...' * (len(question) > 60)!r}: {detail}{fix}"
+        f"{quoted(one_line(candidate.question))}: {detail}{fix}"
     )
