@@ -482,7 +482,7 @@ class LearnerConfig:
     max_nonfinite_steps: Annotated[int, AtLeast(1)] = 5
     # What the backward pass recomputes: logits and of each sublayer all ("full"), or all but matrix products ("dots"),
     # or logits alone ("logits"), or nothing ("none"); "auto" is the least of them that fits into memory by the
-    # compiler's count.
+    # compiler's count, but at least logits on a CPU.
     remat: Annotated[str, Choice("auto", "full", "dots", "logits", "none")] = "auto"
     # Kernel of attention: "cudnn" is for GPUs and "splash" for TPUs; "auto" chooses by device and dtype.
     attention: Annotated[str, Choice("auto", "xla", "chunked", "cudnn", "splash")] = "auto"

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from igrpo_jax.models.sums import sums
+
 BLOCK = 128
 
 
@@ -82,10 +84,10 @@ def _draw_in_parts(axis: str | None, logits: jax.Array, keys: jax.Array, tempera
     weights_of = lambda x: jnp.exp((x - jnp.expand_dims(largest, range(1, x.ndim))) / scale)
     weights = weights_of(blocks)
     # An entry of weight 0 adds 0, also where its logit is -inf.
-    below = jnp.where(weights > 0, weights * ((largest[:, None, None] - blocks) / scale), 0.0).sum(axis=(1, 2))
+    below = jnp.where(weights > 0, weights * ((largest[:, None, None] - blocks) / scale), 0.0)
     # Without the barrier, XLA would sum the vocabulary once more for the sum of the blocks.
-    sums = jax.lax.optimization_barrier(weights.sum(axis=-1))  # [B, V / BLOCK]
-    parts = _Parts(*_gathered(axis, jnp.stack([largest, sums.sum(axis=-1), below]), 1))
+    of_blocks, below = jax.lax.optimization_barrier(sums(weights, below))  # [B, V / BLOCK]
+    parts = _Parts(*_gathered(axis, jnp.stack([largest, of_blocks.sum(axis=-1), below.sum(axis=-1)]), 1))
     top = parts.largest.max(axis=0)
     lower = (top - parts.largest) / scale  # [S, B]
     factor = jnp.exp(-lower)
@@ -95,7 +97,7 @@ def _draw_in_parts(axis: str | None, logits: jax.Array, keys: jax.Array, tempera
     # that has this part. Only one branch runs, because XLA's argmax and the threshold search cost more than all else.
     def plain(_, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
         part, rest = _part_of(uniform, factor * parts.total)
-        return part, _inverse_cdf(sums, lambda index: weights_of(_take(blocks, index)), rest)
+        return part, _inverse_cdf(of_blocks, lambda index: weights_of(_take(blocks, index)), rest)
 
     def filtered(logits: jax.Array, _) -> tuple[jax.Array, jax.Array]:
         kept = weights_of(logits) * factor[_own(axis)][:, None]
@@ -178,14 +180,14 @@ def _take(blocks: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(blocks, index[..., None], axis=1)[:, 0]
 
 
-def _inverse_cdf(sums: jax.Array, weights_in: Callable[[jax.Array], jax.Array], uniform: jax.Array) -> jax.Array:
+def _inverse_cdf(of_blocks: jax.Array, weights_in: Callable[[jax.Array], jax.Array], uniform: jax.Array) -> jax.Array:
     """Returns an index [B] drawn in proportion to weights, by uniform numbers [B] in [0, 1).
 
     Args:
-        sums: [B, V / BLOCK], the weight of each block.
+        of_blocks: [B, V / BLOCK], the weight of each block.
         weights_in: gives the weights [B, BLOCK] in one block of each row, by index [B, 1].
     """
-    edges = jnp.cumsum(sums, axis=-1)
+    edges = jnp.cumsum(of_blocks, axis=-1)
     target = uniform[:, None] * edges[:, -1:]
     # Rounding may leave the target past the last edge, or in a block or entry of weight 0, which must not be picked.
     rises = edges > jnp.pad(edges, ((0, 0), (1, 0)))[:, :-1]

@@ -446,7 +446,8 @@ def test_only_weights_are_gathered(tiny, remat):
     assert gathered(text) - sums and gathered(text) <= weights | sums
     # Each device has the logits of its own axis and words only, of a chunk unless all are kept, and keys of its own
     # heads.
-    positions = {int(n or 1) * int(x) * int(y) for n, x, y in re.findall(r"f32\[(?:(\d+),)?(\d+),(\d+),56\]", text)}
+    logits = re.findall(r"f32\[((?:\d+,)+)56\]|f32\[56,((?:\d+,)*\d+)\]", text)
+    positions = {np.prod([int(n) for n in (first or last).split(",") if n]) for first, last in logits}
     assert max(positions) == (5 * 42 if remat == "none" else 42)
     assert not re.search(r"\[(\d+,)+112\]|\[112,(\d+,)+", text.replace("[32,112]", "").replace("[112,32]", ""))
     assert re.search(r"\[1,192,2,8\]", text) and not re.search(r"\[(\d+,)*192,4,8\]", text)

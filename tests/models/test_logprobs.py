@@ -59,15 +59,6 @@ def test_equal_to_full_logits(chunk, temperature, keep_logits):
         assert all(np.abs(a - b).max() > 0.1 for a, b in zip(got, untempered, strict=True))
 
 
-@pytest.mark.parametrize("sums", [logprobs._sums, logprobs._sums_together, logprobs._sums_apart])
-def test_sums_over_the_vocabulary_are_those_of_each_part(sums):
-    """By the way of this platform, of CPUs, and of accelerators."""
-    parts = np.random.default_rng(2).normal(size=(3, R, T, V)).astype(np.float32)
-    found = jax.jit(sums)(*parts)
-    assert len(found) == 3
-    np.testing.assert_allclose(found, parts.sum(axis=-1), atol=1e-5, rtol=0)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
