@@ -322,7 +322,9 @@ def _not_raised(unraisable: Any) -> None:
     Such places are destructors and callbacks of the garbage collector; jax has one of the latter.
     """
     if unraisable.exc_type is KeyboardInterrupt:
-        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        # Not sooner: a signal between Python's last look at signals and a system call that waits stops nothing before
+        # that call ends, and a busy machine may hold the thread just there.
+        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(unraisable)
 
