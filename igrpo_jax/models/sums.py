@@ -35,6 +35,7 @@ def _together(parts: Sequence[jax.Array], shards: int) -> Sequence[jax.Array]:
 
 
 def _reduced(parts: Sequence[jax.Array], axis: int) -> Sequence[jax.Array]:
+    """Returns the sum of each of `parts` over `axis`, by one reduction of all."""
     add = lambda totals, more: tuple(map(jax.lax.add, totals, more))
     return tuple(jax.lax.reduce(tuple(parts), (0.0,) * len(parts), add, (axis,)))
 
