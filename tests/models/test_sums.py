@@ -25,7 +25,7 @@ def test_each_part_has_its_own_sum(way, shape):
     parts = np.random.default_rng(2).normal(size=(3, *shape)).astype(np.float32)
     found = jax.jit(WAYS[way])(*parts)
     assert len(found) == 3
-    np.testing.assert_allclose(found, parts.sum(axis=-1), atol=2e-5, rtol=0)
+    np.testing.assert_allclose(found, parts.sum(axis=-1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [512, 384])
@@ -37,4 +37,4 @@ def test_a_split_axis_is_not_gathered(size):
     with jax.set_mesh(mesh):
         program = jax.jit(functools.partial(sums.sums, shards=2)).lower(*parts).compile()
     assert f"f32[4,{size}]" not in program.as_text() and f"f32[4,{size // 2}]" in program.as_text()
-    np.testing.assert_allclose(program(*parts), np.sum(parts, axis=-1), atol=2e-5, rtol=0)
+    np.testing.assert_allclose(program(*parts), np.sum(parts, axis=-1), atol=1e-5, rtol=0)
