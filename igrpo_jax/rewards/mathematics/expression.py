@@ -3,10 +3,11 @@ r"""Reads expressions in LaTeX and plain text to exact values: a recursive-desce
     tokenize(r"\dfrac{1}{2}x") -> [Token("command", "frac", …), …]
     value_of(tokens)           -> exact.Value
 
-Expressions are read as people write them. Juxtaposition is a product, but 2\frac12 and "2 1/2" are mixed numbers. A run
-of letters is a product of one-letter symbols unless it is a name such as `sqrt` or `pi`; `x_1` and `\lambda_{red}` are
-one symbol; `i` and `e` are the numbers. 1,234 is one number, except inside (), [] and \{\}, where a comma separates;
-3{,}5 is 3.5; 4.5e33 is 4.5·10^33; 0.\overline{3} is 1/3. \log without a base is left undecided.
+Expressions are read as people write them. Juxtaposition is a product, but 2\frac12 and "2 1/2" are mixed numbers, and
+other numbers side by side have no value. A run of letters is a product of one-letter symbols unless it is a name such
+as `sqrt` or `pi`; `x_1` and `\lambda_{red}` are one symbol; `i` and `e` are the numbers. 1,234 is one number, except
+inside (), [] and \{\}, where a comma separates; 3{,}5 is 3.5; 4.5e33 is 4.5·10^33; 0.\overline{3} is 1/3. \log without
+a base is left undecided.
 
 Not here: answers that are no single expression (`answers`); arithmetic (`exact`). Nothing is ever evaluated as Python.
 Takes linear time, apart from the arithmetic. Limit: MAX_DEPTH.
@@ -89,13 +90,15 @@ class Parser:
                 value = Value.number(n % modulus)
             elif self._starts_factor():
                 value = value * self._factor()
+            elif self._cursor.kind(-1) == self._cursor.kind() == "number":
+                raise NoValue("numbers side by side")  # 2 2 is not 4, which computer algebra would make of it
             else:
                 return value
 
     def _starts_factor(self) -> bool:
         kind, text = self._cursor.kind(), self._cursor.peek()
         if kind == "number":
-            return False  # 1 2 is not the product 2, and 28_9 is none
+            return False  # 28_9 is no product
         if kind == "command":
             return not self._cursor.tokens[self._cursor.at].closes
         return kind in ("letters", "text") or text in ("(", "[", "{")

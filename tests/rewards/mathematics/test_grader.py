@@ -1092,6 +1092,12 @@ SAME = [
 ]
 
 DIFFERENT = [
+    ("2 2", "4"),
+    ("0 1", "1"),
+    ("2 2x", "4x"),
+    (r"2 \cdot 2 2", "8"),
+    (r"\frac{2 2}{3}", r"\frac43"),
+    ("3 4 5", "3, 4, 5"),
     ("10 m", "10 s"),
     ("10 m", "11 m"),
     ("10m", "10"),
@@ -2081,6 +2087,7 @@ def test_grade():
         ("7" * 900, r"\sqrt{2}"),
         ("x" * 100_000, r"\sqrt{2}"),
         ("some words of prose", r"\sum_{k=1}^{3} k"),
+        ("17 4 39", r"\sqrt{2}"),
     ],
 )
 def test_decided_without_sympy(prediction, gold, monkeypatch):
