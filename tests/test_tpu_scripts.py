@@ -470,6 +470,55 @@ def test_secrets_are_in_a_file_only(cloud):
     assert len(texts) == 6 and not any("hf_secret" in text or "a b" in text for text in texts)
 
 
+TAKEN = {
+    "JUDGE_KEY=a b": "a b",
+    "JUDGE_KEY=pa$word`id`\\\\n": "pa$word`id`\\\\n",
+    "export JUDGE_KEY='$HOME'": "$HOME",
+    'JUDGE_KEY="a\'b" \t': "a'b",
+    "JUDGE_KEY='a": "'a",
+    "  JUDGE_KEY=x=#y\r": "x=#y",
+    "JUDGE_KEY=": "",
+}
+
+
+@pytest.mark.parametrize(("line", "value"), TAKEN.items())
+def test_a_secret_is_taken_as_it_stands(cloud, line, value):
+    home = worker(cloud)
+    (home / "environment").write_text(f"# judges\n\nFIRST=1\n{line}", newline="")
+    given = ("--environment", str(home / "environment"))
+    assert cloud.run("setup.sh", *NAMED, *SHARED, *given, "--dry-run").returncode == 0
+    shown = '#!/usr/bin/env bash\nprintf "%s," "$FIRST" "$JUDGE_KEY" >"$STUB/seen"\n'
+    cloud.program(home / "venv" / "bin" / "python", shown)
+    assert cloud.run("launch.sh", *NAMED, *MAIN).returncode == 0
+    assert (cloud.folder / "seen").read_text() == f"1,{value},"
+
+
+def test_a_line_that_is_no_secret_is_refused_by_its_number(cloud):
+    file = cloud.folder / "secrets"
+    file.write_text("# judges\n\nHF_TOKEN=x\nhf_secret\n")
+    done = cloud.run("create.sh", *NAMED, *SHAPE, *SHARED, "--environment", str(file))
+    assert done.returncode == 2 and f"--environment {file}: line 4 is not NAME=value" in done.stderr
+    assert "hf_secret" not in done.stderr and cloud.calls == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said", "code"),
+    [
+        ("hf_secret", "line 2 of the --environment file is not NAME=value", 2),
+        ("A B=hf_secret", "line 2 of the --environment file is not NAME=value", 2),
+        ("UID=1", "UID: readonly variable", 1),
+    ],
+)
+def test_a_secret_that_cannot_be_set_ends_the_run_and_is_not_taken_for_a_preemption(cloud, line, said, code):
+    home = worker(cloud)
+    (home / "environment").write_text(f"HF_TOKEN=x\n{line}\n")
+    assert cloud.run("launch.sh", *NAMED, *MAIN).returncode == 0
+    (log,) = (home / "shared" / "runs" / "igrpo.logs").iterdir()
+    assert said in log.read_text() and "hf_secret" not in log.read_text()
+    assert on_worker(cloud, "status", "igrpo").communicate()[0] == f"{code}\n"
+    assert [call[0] for call in cloud.calls] == ["gcloud"]
+
+
 def on_worker(cloud, *arguments):
     path = f"{cloud.folder / 'bin'}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "STUB": str(cloud.folder), "HOME": str(cloud.folder / "home")}

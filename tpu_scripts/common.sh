@@ -79,6 +79,15 @@ check_flag() {
   [[ ${FLAG[$1]} ]] || die "--$1: missing; give the ${MEANS[$1]}"
   [[ ! -v FORM[$1] || ${FLAG[$1]} =~ ${FORM[$1]} ]] || die "--$1 ${FLAG[$1]}: must be the ${MEANS[$1]}"
   [[ $1 != environment || -r ${FLAG[$1]} ]] || die "--environment ${FLAG[$1]}: no such file, or it cannot be read"
+  [[ $1 != environment ]] || check_environment "${FLAG[$1]}"
+}
+
+# check_environment FILE ends before anything is asked of the cloud, unless on_worker.sh can read all lines of the file.
+# The line may be a part of a secret, so only its number is printed.
+check_environment() {
+  local wrong
+  wrong=$(grep -anvEm1 '^[[:space:]]*(#.*|(export[[:space:]]+)?[A-Za-z_][A-Za-z0-9_]*=.*)?$' "$1") || return 0
+  die "--environment $1: line ${wrong%%:*} is not NAME=value; give each variable a line of its own, and comments a #"
 }
 
 # usage FLAGS... prints the comment at the head of the script, and its flags.

@@ -9,7 +9,7 @@
 # and `pip install -e '.[tpu,gs]'`. --account may write to the bucket, by Workload Identity. Where a pod ends, as after a
 # preemption, JobSet starts all of them again, and the run resumes. `kubectl logs` shows a pod's output. To end it:
 # `kubectl delete jobset RUN`, then `gcloud container node-pools delete NAME`. A secret is made of a file of NAME=value
-# lines, without quotes, by `kubectl create secret generic SECRET --from-env-file FILE`.
+# lines by `kubectl create secret generic SECRET --from-env-file FILE`, which takes quotes as a part of the value.
 #
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh

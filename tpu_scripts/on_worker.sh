@@ -61,20 +61,36 @@ run() {
   mkdir -p "logs/$name"
   trap '' HUP # tmux sends it when it is ended first, as the machine is taken away
   trap : TERM # the trainer gets it too, and saves; its exit code must still be written
-  if [[ -f environment ]]; then
-    set -a
-    # shellcheck disable=SC1091 # the file is the user's
-    source ./environment
-    set +a
-  fi
   while sleep 60; do keep "$name" || true; done >/dev/null 2>&1 &
   keeper=$!
   set -- "$@" --workdir "$(runs)/$name"
-  (cd igrpo_jax && exec ../venv/bin/python -m igrpo_jax.main "$@") 2>&1 |
+  # What fails before the trainer starts is in its log too, with an exit code, so that it is not taken for a preemption.
+  (read_environment && cd igrpo_jax && exec ../venv/bin/python -m igrpo_jax.main "$@") 2>&1 |
     (trap '' TERM && exec tee -a "logs/$name/log.txt") || status=${PIPESTATUS[0]}
   kill "$keeper" 2>/dev/null || true
   keep "$name" || echo "on_worker.sh: the log could not be copied to the shared folder" >&2
   echo "$status" >"logs/$name/exit_code"
+}
+
+# read_environment exports the NAME=value lines of the file `environment`. A value is taken as it stands, since a secret
+# may hold what a shell would expand. A line that is none is told by its number, since it may be a part of a secret.
+read_environment() {
+  local number=0 value
+  local blank='^[[:space:]]*(#.*)?$' entry='^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$'
+  local quoted="^'(.*)'\$|^\"(.*)\"\$"
+  [[ -f environment ]] || return 0
+  while read -r || [[ $REPLY ]]; do
+    ((number += 1))
+    [[ ! $REPLY =~ $blank ]] || continue
+    [[ $REPLY =~ $entry ]] || {
+      echo "on_worker.sh: error: $(hostname): line $number of the --environment file is not NAME=value; correct it, then: setup.sh" >&2
+      return 2
+    }
+    value=${BASH_REMATCH[3]%"${BASH_REMATCH[3]##*[![:space:]]}"} # without the blanks, or a carriage return, at its end
+    REPLY=${BASH_REMATCH[2]}
+    [[ ! $value =~ $quoted ]] || value=${BASH_REMATCH[1]}${BASH_REMATCH[2]}
+    export "$REPLY=$value"
+  done <environment
 }
 
 # Copies the output of a run to where it outlives the machine. A new slice has other host names.
