@@ -423,6 +423,7 @@ def worker(cloud):
     tmux = '#!/usr/bin/env bash\n[[ $1 != has-session ]] || exit 1\nshift 4\nexec "$@"\n'
     cloud.program(cloud.folder / "bin" / "tmux", tmux)
     cloud.program(cloud.folder / "bin" / "mountpoint", "#!/usr/bin/env bash\nexit 0\n")
+    cloud.program(cloud.folder / "bin" / "findmnt", f"#!/usr/bin/env bash\necho {SHARED[1]}\n")
     return home
 
 
@@ -457,8 +458,7 @@ def test_secrets_are_in_a_file_only(cloud):
     assert cloud.verbs == ["copy", "copy", "setup"] and "n1:environment" in cloud.calls[1]
     home = worker(cloud)
     shutil.copy(cloud.folder / "sent.environment", home / "environment")
-    for path in (home / ".local" / "bin" / "uv", cloud.folder / "bin" / "python3"):
-        cloud.program(path, "#!/usr/bin/env bash\nexit 0\n")
+    installs_nothing(cloud)
     assert on_worker(cloud, "setup", SHARED[1]).communicate()[0] == ""
     assert (home / "environment").stat().st_mode & 0o777 == 0o600
     shown = '#!/usr/bin/env bash\necho "$HF_TOKEN,$WANDB_API_KEY" >"$STUB/seen"\n'
@@ -526,6 +526,23 @@ def on_worker(cloud, *arguments):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def installs_nothing(cloud):
+    for path in (cloud.folder / "home" / ".local" / "bin" / "uv", cloud.folder / "bin" / "python3"):
+        cloud.program(path, "#!/usr/bin/env bash\nexit 0\n")
+
+
+@pytest.mark.parametrize(
+    ("export", "taken"), [("10.0.0.2:/runs", True), ("10.0.0.2:/runs/", True), ("other:/r", False)]
+)
+def test_another_folder_than_the_one_that_is_mounted_is_refused(cloud, export, taken):
+    worker(cloud)
+    installs_nothing(cloud)
+    run = on_worker(cloud, "setup", export)
+    said = run.communicate()[0]
+    assert (run.returncode, said) == (0, "") if taken else (run.returncode, len(said.splitlines())) == (1, 1)
+    assert taken or "--shared other:/r: 10.0.0.2:/runs is mounted in its place; end the runs" in said
+
+
 TRAINER = """
 import signal, sys, time
 def save(*_):
@@ -576,8 +593,7 @@ def test_a_worker_without_the_shared_folder_starts_nothing(cloud):
 def test_a_bucket_is_not_mounted_and_gets_the_run_and_its_log(cloud):
     home = worker(cloud)
     cloud.program(cloud.folder / "bin" / "mountpoint", "#!/usr/bin/env bash\nexit 1\n")
-    for path in (home / ".local" / "bin" / "uv", cloud.folder / "bin" / "python3"):
-        cloud.program(path, "#!/usr/bin/env bash\nexit 0\n")
+    installs_nothing(cloud)
     assert on_worker(cloud, "setup", "gs://b").communicate()[0] == "" and cloud.calls == []
     assert cloud.run("launch.sh", *NAMED, "--run", "r1", *MAIN).returncode == 0
     command = next(call for call in cloud.calls if call[0] == "python")

@@ -22,13 +22,20 @@ setup() {
   esac
 }
 
-# mount_shared HOST:/EXPORT
+# mount_shared HOST:/EXPORT. What is mounted already stays, since a run may be using it.
 mount_shared() {
+  local mounted
   mkdir -p shared
   if ! mountpoint -q shared; then
     apt_get install nfs-common
     sudo mount -t nfs "$1" shared
     [[ -w shared ]] || sudo chown "$(id -un)" shared
+  else
+    mounted=$(findmnt -nro SOURCE --mountpoint "$PWD/shared" | tail -n 1) # the last one hides those below it
+    [[ ${mounted%/} == "${1%/}" ]] || {
+      echo "on_worker.sh: error: $(hostname): --shared $1: $mounted is mounted in its place; end the runs, then on each worker: sudo umount ~/shared" >&2
+      exit 1
+    }
   fi
   mkdir -p shared/runs
 }
