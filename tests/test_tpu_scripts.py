@@ -678,14 +678,18 @@ def test_results_come_from_the_bucket_or_from_worker_0(cloud, tmp_path):
     assert cloud.run("fetch.sh", *bucket).returncode == 0
     results, logs = cloud.calls
     assert logs[-2:] == ["gs://b/runs/igrpo.logs", f"{to}/igrpo.logs"]
-    assert results[-3:] == ["--exclude=^(checkpoints|export|reference)/", "gs://b/runs/igrpo", f"{to}/igrpo"]
+    assert results[-3:] == [
+        "--exclude=^(checkpoints|damaged_checkpoints|export|reference)/",
+        "gs://b/runs/igrpo",
+        f"{to}/igrpo",
+    ]
     assert cloud.run("fetch.sh", *bucket, "--checkpoints").returncode == 0
     assert cloud.calls[-2][-3:] == ["--recursive", "gs://b/runs/igrpo", f"{to}/igrpo"]
 
 
 def test_results_come_through_worker_0_from_a_server(cloud, tmp_path):
     home, to = worker(cloud), tmp_path / "here"
-    for name in ("metrics.jsonl", "checkpoints/5/state"):
+    for name in ("metrics.jsonl", "checkpoints/5/state", "damaged_checkpoints/4.1/state"):
         (home / "shared" / "runs" / "r1" / name).parent.mkdir(parents=True, exist_ok=True)
         (home / "shared" / "runs" / "r1" / name).write_text(name)
     (home / "shared" / "runs" / "r1.logs").mkdir()
@@ -699,7 +703,19 @@ def test_results_come_through_worker_0_from_a_server(cloud, tmp_path):
 
     assert found() == ["r1/metrics.jsonl"] and (to / "r1.logs").is_dir() and "--worker=0" in cloud.calls[-1]
     assert cloud.run("fetch.sh", *arguments, "--checkpoints").returncode == 0
-    assert found() == ["r1/checkpoints/5/state", "r1/metrics.jsonl"]
+    assert found() == ["r1/checkpoints/5/state", "r1/damaged_checkpoints/4.1/state", "r1/metrics.jsonl"]
+
+    # A run that has just begun, and one under way, whose files grow.
+    (home / "shared" / "runs" / "r1.logs").rmdir()
+    for code, expected in ((0, 0), (1, 0), (2, 1)):
+        shutil.rmtree(to)
+        stub = f'#!/usr/bin/env bash\n{shutil.which("tar")} "$@" || exit\n[[ $1 != -czf ]] || exit {code}\n'
+        cloud.program(cloud.folder / "bin" / "tar", stub)
+        done = cloud.run("fetch.sh", *arguments)
+        assert (done.returncode, found()) == (expected, [] if expected else ["r1/metrics.jsonl"]), done.stderr
+        assert "fetch.sh: no logs of r1 yet" in done.stderr
+    missing = cloud.run("fetch.sh", *arguments[:-3], "r2", "--to", str(to))
+    assert missing.returncode and "r2: Cannot stat" in missing.stderr and found() == []
 
 
 def test_one_machine_of_gpus(cloud):

@@ -22,17 +22,19 @@ if [[ ${FLAG[shared]} == gs://* ]]; then
   copy=(gcloud storage rsync --recursive)
   [[ ${FLAG[project]} == - ]] || copy+=("--project=${FLAG[project]}")
   logs=("${copy[@]}")
-  [[ ${SWITCH[checkpoints]} ]] || copy+=('--exclude=^(checkpoints|export|reference)/')
+  [[ ${SWITCH[checkpoints]} ]] || copy+=('--exclude=^(checkpoints|damaged_checkpoints|export|reference)/')
   run "${copy[@]}" "${FLAG[shared]}/runs/$run" "$to/$run"
   # Runs on GKE have no logs there, and others have none in their first minute.
   run "${logs[@]}" "${FLAG[shared]}/runs/$run.logs" "$to/$run.logs" || echo "fetch.sh: no logs of $run yet" >&2
 else
   [[ ${FLAG[name]} != - && ${FLAG[zone]} != - ]] ||
     die "--name, --zone: missing; ${FLAG[shared]} is read through a worker"
-  left_out="--exclude=$run/checkpoints --exclude=$run/export --exclude=$run/reference"
+  left_out="--exclude=$run/checkpoints --exclude=$run/damaged_checkpoints --exclude=$run/export --exclude=$run/reference"
   [[ ! ${SWITCH[checkpoints]} ]] || left_out=""
   run mkdir -p "$to"
-  on 0 "tar -czf run.tar.gz $left_out -C shared/runs $run $run.logs"
+  # Logs may be missing as above. tar ends with 1 where a file has grown while it was read, as in a run under way.
+  with_logs="\$([ -d shared/runs/$run.logs ] && echo $run.logs || echo fetch.sh: no logs of $run yet >&2)"
+  on 0 "tar -czf run.tar.gz $left_out -C shared/runs $run $with_logs || [ \$? = 1 ]"
   tpus tpu-vm scp "${FLAG[name]}:run.tar.gz" "$to/$run.tar.gz" --worker=0
   run "${GCLOUD[@]}"
   run tar -xzf "$to/$run.tar.gz" -C "$to"
