@@ -616,12 +616,12 @@ def test_a_bucket_is_not_mounted_and_gets_the_run_and_its_log(cloud):
 )
 def test_a_jobset_has_a_pod_for_each_host_and_the_arguments_as_they_are(cloud, topology, machine, hosts, chips, kind):
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed; huggingface_hub brings it")
-    cloud.program(cloud.folder / "bin" / "kubectl", '#!/usr/bin/env bash\ncat >"$STUB/manifest"\n')
+    cluster(cloud)
     cloud.answers(gcloud=["1 NOT_FOUND", "0 made"])
     given = [*GKE, "--topology", topology, "--spot", "--", *OVERRIDES]
     done = cloud.run("gke.sh", *given)
     assert done.returncode == 0, done.stderr
-    create = cloud.calls[1]
+    create = cloud.calls[2]
     assert (
         create[3:5] == ["create", "n1"] and f"--machine-type={machine}" in create and f"--num-nodes={hosts}" in create
     )
@@ -638,7 +638,40 @@ def test_a_jobset_has_a_pod_for_each_host_and_the_arguments_as_they_are(cloud, t
     assert [word.replace("$$(", "$(") for word in container["command"]] == arguments
     cloud.answers(gcloud=["0 n1"])  # the pool is there
     before = len(cloud.calls)
-    assert cloud.run("gke.sh", *given).returncode == 0 and len(cloud.calls) == before + 1
+    assert cloud.run("gke.sh", *given).returncode == 0
+    assert [call[0] for call in cloud.calls[before:]] == ["kubectl", "gcloud", "kubectl"]
+
+
+@pytest.mark.parametrize(
+    ("state", "done", "said"),
+    [
+        ("0", ["get", "create"], ""),
+        ("0 there", ["get"], "run first is under way, and is left as it is"),
+        ("0 there StartupPolicyCompleted", ["get"], "kubectl delete jobset first"),
+        ("0 there Completed", ["get", "delete", "create"], ""),
+        ("0 there StartupPolicyCompleted Failed", ["get", "delete", "create"], ""),
+        (
+            "1 no such resource type",
+            ["get"],
+            "no such resource type\ngke.sh: error: kubectl cannot tell whether run first",
+        ),
+    ],
+)
+def test_a_jobset_that_has_ended_is_made_anew_and_one_under_way_is_left_alone(cloud, state, done, said):
+    cluster(cloud)
+    cloud.answers(kubectl=[state, "0"])
+    run = cloud.run("gke.sh", *GKE, *MAIN)
+    calls = [call for call in cloud.calls if call[0] == "kubectl"]
+    assert [call[1] for call in calls] == done and run.returncode == int(state[0]) and said in run.stdout + run.stderr
+    assert (cloud.folder / "manifest").exists() == ("create" in done)
+    if "delete" in done:  # its pods too, before the new ones get their names
+        assert calls[1][2:] == ["jobset", "first", "--cascade=foreground"]
+
+
+def cluster(cloud):
+    """A cluster whose kubectl keeps the manifest that it gets."""
+    keeps = '[[ $* != *"-f -"* ]] || cat >"$STUB/manifest"\n'
+    cloud.program(cloud.folder / "bin" / "kubectl", STUB.replace("case ", keeps + "case ", 1))
 
 
 def test_kubernetes_puts_no_variable_into_an_argument(cloud):

@@ -7,9 +7,10 @@
 #
 # The cluster needs JobSet (jobset.sigs.k8s.io). The image needs a checkout of this repository in its working directory,
 # and `pip install -e '.[tpu,gs]'`. --account may write to the bucket, by Workload Identity. Where a pod ends, as after a
-# preemption, JobSet starts all of them again, and the run resumes. `kubectl logs` shows a pod's output. To end it:
-# `kubectl delete jobset RUN`, then `gcloud container node-pools delete NAME`. A secret is made of a file of NAME=value
-# lines by `kubectl create secret generic SECRET --from-env-file FILE`, which takes quotes as a part of the value.
+# preemption, JobSet starts all of them again, and the run resumes. The same command starts a run anew that has ended, and
+# leaves one under way as it is. `kubectl logs` shows a pod's output. To end it: `kubectl delete jobset RUN`, then `gcloud
+# container node-pools delete NAME`. A secret is made of a file of NAME=value lines by `kubectl create secret generic SECRET
+# --from-env-file FILE`, which takes quotes as a part of the value.
 #
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
@@ -51,6 +52,7 @@ hosts=$((chips / per_host))
 # quoted WORD prints it as a string of JSON, which YAML reads too. Kubernetes would put a variable in place of $(NAME).
 quoted() {
   local word=${1//\\/\\\\}
+  # shellcheck disable=SC2016 # the text $(, not a command
   word=${word//'$('/'$$('}
   word=${word//\"/\\\"}
   word=${word//$'\n'/\\n}
@@ -116,10 +118,21 @@ create=("${pools[@]}" create "${FLAG[name]}" "${where[@]}" "--machine-type=$mach
 [[ ! ${SWITCH[spot]} ]] || create+=(--spot)
 if [[ ${SWITCH[dry-run]} ]]; then
   run "${create[@]}"
-  echo "kubectl apply -f - <<'YAML'"
+  echo "kubectl create -f - <<'YAML'"
   manifest
   echo YAML
   exit 0
 fi
+# Nothing is printed where there is no such JobSet. One that has ended has the condition Completed or Failed.
+state=$(kubectl get jobset "${FLAG[run]}" --ignore-not-found \
+  -o 'jsonpath=there {.status.conditions[?(@.status=="True")].type}') ||
+  fail "kubectl cannot tell whether run ${FLAG[run]} is under way, see above; nothing is changed"
+if [[ $state && ! " $state " =~ \ (Completed|Failed)\  ]]; then
+  echo "run ${FLAG[run]} is under way, and is left as it is; to end it: kubectl delete jobset ${FLAG[run]}"
+  exit 0
+fi
 "${pools[@]}" describe "${FLAG[name]}" "${where[@]}" "--format=value(name)" >/dev/null 2>&1 || "${create[@]}"
-manifest | kubectl apply -f -
+# Applied again, a JobSet that has ended starts no pods. It is deleted first, and waited for with its pods, whose names the
+# new ones have.
+[[ ! $state ]] || kubectl delete jobset "${FLAG[run]}" --cascade=foreground
+manifest | kubectl create -f -
