@@ -21,6 +21,7 @@ from igrpo_jax.distributed.programs import compilations, peak_memory
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.learning import credit
 from igrpo_jax.learning.train_state import TrainState
+from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.metrics import rollout_metrics
 from igrpo_jax.rewards import pool
 from igrpo_jax.session import ending
@@ -50,25 +51,31 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
     if on_step is not None and not callable(on_step):
         raise InputError(f"on_step = {on_step!r}: must be a function of a step's number and its metrics, or None")
     with surroundings(config, workdir) as (path, console, stack):
-        if ending.is_finished(path, config, console):
-            return
-        run, state = open_run(config, path, console, stack)
-        done = run.first_step
-        try:
-            for step in range(run.first_step + 1, run.task.total_steps + 1):
-                run.stop_if_preempted()
-                result = train_step(run, state, step)
-                state = result.state
-                run.report(step, result)
-                done = step
-                if run.evaluation_due(step):
-                    run.evaluate(state.params, step)
-                run.save(step, state)
-                if on_step:
-                    _call(on_step, run, state, step, result.metrics | run.progress.scores.get(step, {}))
-        except Preempted:
-            run.leave(done, state)
-        run.finish(state)
+        if not ending.is_finished(path, config, console):
+            _train(config, path, console, stack, on_step)
+
+
+def _train(
+    config: Config, workdir: Path, console: Console, stack: contextlib.ExitStack, on_step: OnStep | None
+) -> None:
+    """Opens the run, and takes the steps that are left. `surroundings` drops the state in this frame if interrupted."""
+    run, state = open_run(config, workdir, console, stack)
+    done = run.first_step
+    try:
+        for step in range(run.first_step + 1, run.task.total_steps + 1):
+            run.stop_if_preempted()
+            result = train_step(run, state, step)
+            state = result.state
+            run.report(step, result)
+            done = step
+            if run.evaluation_due(step):
+                run.evaluate(state.params, step)
+            run.save(step, state)
+            if on_step:
+                _call(on_step, run, state, step, result.metrics | run.progress.scores.get(step, {}))
+    except Preempted:
+        run.leave(done, state)
+    run.finish(state)
 
 
 def _refuse(argv: list[str]) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import time
+import weakref
 from types import SimpleNamespace
 
 import chat_templates
@@ -117,6 +118,30 @@ def test_a_run_that_is_interrupted_says_what_it_has_saved(monkeypatch, tmp_path,
     assert said() == f"step 10 is saved in {workdir}; started again, the run goes on from there\n"
     monkeypatch.setattr(surroundings, "is_remote", lambda path: True)
     assert said() == f"started again, the run goes on from what is saved in {workdir}, if something is\n"
+
+
+def test_an_interrupt_leaves_no_state_on_the_devices(monkeypatch, tmp_path):
+    """A notebook keeps the error and its traceback while the cell is run again, as pytest does here."""
+    arrays = []
+
+    def array():
+        made = jax.numpy.zeros(3)
+        arrays.append(weakref.ref(made))
+        return made
+
+    class Run:
+        first_step, task = 0, SimpleNamespace(total_steps=1)
+        stop_if_preempted = lambda self: None
+
+    def interrupted(run, state, step):
+        made = array()
+        raise KeyboardInterrupt(made.shape)
+
+    monkeypatch.setattr(train, "open_run", lambda *_: (Run(), SimpleNamespace(params=array())))
+    monkeypatch.setattr(train, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train.train(config.Config(compilation_cache=""), tmp_path)
+    assert caught.value.__traceback__ and [made() for made in arrays] == [None, None]
 
 
 @pytest.mark.slow(seconds=20)

@@ -1,6 +1,7 @@
 """What every run works within: its folder, the compilation cache, the handling of SIGTERM, console and mesh."""
 
 import contextlib
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ def surroundings(config: Config, workdir: str | Path) -> Iterator[Surroundings]:
             yield Surroundings(path, stack.enter_context(Console()), stack)
     except KeyboardInterrupt as error:
         error.add_note(_saved(path))  # now that no checkpoint is being written any more
+        # A notebook keeps the traceback of a cell, and the state would stay on the devices while the cell is run again.
+        traceback.clear_frames(error.__traceback__)
         raise
 
 
