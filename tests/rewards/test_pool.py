@@ -296,9 +296,9 @@ def calls():
         ("if True:\n    calls()", "-m program", 'put its calls under `if __name__ == "__main__":`'),
         ("calls()", "- < {0}", "<stdin>: is no file, so the verifier's processes can't import it; run"),
         ('if __name__ == "__main__":\n    calls()', "{0}", ""),
-        ('if __name__ == "__main__":\n    calls()', "-m program", ""),
         ("calls()", '-c "$(cat {0})"', ""),
-        ("calls()", "-m folder", ""),
+        pytest.param('if __name__ == "__main__":\n    calls()', "-m program", "", marks=pytest.mark.proof),
+        pytest.param("calls()", "-m folder", "", marks=pytest.mark.proof),
     ],
 )
 def test_a_program_that_workers_can_not_import_is_refused_before_any_work(tmp_path, end, command, said):

@@ -340,7 +340,7 @@ def run(sizes, shards, ahead, later, totals):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranges", [ANY, TIGHT], ids=["any", "tight"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_a_scheduler_draws_all_from_pages_that_hold_what_they_should(ranges, data):
     sizes = data.draw(sizes_of(ranges))
