@@ -90,7 +90,7 @@ class Evaluator:
         Args:
             out: folder of rows and summaries (see `results`); None writes nothing.
             head: what summary.json begins with.
-            resume: keep the rows in `out`, and draw only what is missing.
+            resume: keep the rows in `out`, and draw only what is missing, or what a verifier failed on too often.
 
         Raises:
             VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
@@ -115,9 +115,9 @@ class Evaluator:
     ) -> Rows:
         """Returns all rows of a benchmark: the single shot, and the rounds of the given `chains`."""
         prompts = self.plan.prompts[name]
-        if out is not None and not resume:
+        if out is not None:
             if self._process == 0:
-                results.clear(out, name)
+                self._tidy(out, name, resume)
             _wait_for_all()
         rows = Rows(out, name, self._process if self._processes > 1 else None)
         self._check(name, rows, out)
@@ -135,6 +135,13 @@ class Evaluator:
             if self._process == 0:
                 rows.join()
         return rows
+
+    def _tidy(self, out: Path, name: str, resume: bool) -> None:
+        """Removes the rows of a benchmark in `out`; with `resume` only those of a verifier that failed too often."""
+        if resume:
+            results.drop_failed(out, name, self._config.rewards.max_error_fraction)
+        else:
+            results.clear(out, name)
 
     def paths(self, prompt: Prompt, rows: Rows) -> list[tuple[int, ...]]:
         """Returns `RoundPrompt.drafts` of the plain prompt, (), and of each round's prompt in the chain "vote"."""
@@ -168,10 +175,10 @@ class Evaluator:
         # A program that all processes must run, even if they lack nothing, moves the weights to the sampler's mesh.
         if not cluster.any_of(bool(missing)):
             return
-        before = [row["accuracy"] for samples in present for row in samples if row]
-        right, done = sum(before), len(before)
+        before = [row for samples in present for row in samples if row]
+        right, done = sum(row["accuracy"] for row in before), len(before)
         graded = any(each.prompt.answer for each in asked)  # questions of `generate` have no reference answer
-        scores: list[Score] = []
+        scores = [Score(row["accuracy"], {}, row["extracted"], row["status"]) for row in before]
         with self._console.phase(f"{name}, {what}", len(asked) * count, done) as update:
 
             def scored(asked: RoundPrompt, completion: Completion) -> None:

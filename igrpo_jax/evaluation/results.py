@@ -20,6 +20,7 @@ from igrpo_jax.distributed import cluster
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.outputs.files import rows_text, write_atomically, write_rows, writing
 from igrpo_jax.outputs.workdir import LOCK, locked
+from igrpo_jax.rewards.verifier import FAILED, fail
 from igrpo_jax.storage.addresses import failures, make_folder, names
 from igrpo_jax.storage.reading import read_bytes
 from igrpo_jax.storage.writing import Lines
@@ -103,6 +104,22 @@ def clear(folder: Path, name: str) -> None:
     """Removes the rows of a benchmark."""
     for path in _paths(folder, name):
         path.unlink(missing_ok=True)
+
+
+def drop_failed(folder: Path, name: str, most: float) -> None:
+    """Removes the failed gradings of each round in which they are more than the share `most`.
+
+    An evaluation ends there with a VerifierError, and would take them for wrong answers when it is started again.
+    """
+    files = {path: read_rows(path) for path in _paths(folder, name)}
+    rounds: dict[int, list[str]] = {}
+    for row in (row for rows in files.values() for row in rows):
+        rounds.setdefault(len(row["drafts"]), []).append(row["status"])
+    failing = {number for number, statuses in rounds.items() if fail(statuses, most)}
+    for path, rows in files.items():
+        kept = [row for row in rows if not (len(row["drafts"]) in failing and row["status"] in FAILED)]
+        if len(kept) < len(rows):
+            write_rows(path, kept)
 
 
 def _paths(folder: Path, name: str) -> list[Path]:

@@ -42,6 +42,7 @@ from igrpo_jax.rewards.mathematics import grader
 from igrpo_jax.rewards.pool import Outcome, Pool
 from igrpo_jax.rewards.rules import REWARDS, Rules, rules_of, score, total
 
+FAILED = ("timeout", "error", "invalid")  # statuses of a score without a verdict
 REMEMBERED = 1024  # gradings whose outcome an equal completion gets too
 
 
@@ -297,15 +298,21 @@ def statistics(scores: Sequence[Score]) -> dict[str, float]:
     return metrics
 
 
+def fail(statuses: Sequence[str], max_error_fraction: float) -> bool:
+    """Returns whether more than `max_error_fraction` of gradings timed out, failed or have no verdict."""
+    failed = sum(status in FAILED for status in statuses)
+    return bool(failed) and failed / len(statuses) > max_error_fraction
+
+
 def check_errors(scores: Sequence[Score], max_error_fraction: float) -> None:
     """Stops a run in which too many gradings failed.
 
     Raises:
         VerifierError: more than `max_error_fraction` of `scores` timed out, failed or have no verdict.
     """
-    failed = [score for score in scores if score.status in ("timeout", "error", "invalid")]
-    if not scores or len(failed) / len(scores) <= max_error_fraction:
+    if not fail([score.status for score in scores], max_error_fraction):
         return
+    failed = [score for score in scores if score.status in FAILED]
     count = {status: sum(score.status == status for score in failed) for status in STATUSES}
     detail = next((score.detail for score in failed if score.detail), "")
     unjudged = [score for score in failed if score.status == "invalid" and math.isnan(score.rewards.get("judge", 0.0))]

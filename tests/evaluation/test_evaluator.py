@@ -22,6 +22,7 @@ from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.records import Score
 from igrpo_jax.rewards.mathematics import grader
+from igrpo_jax.rewards.verifier import VerifierError
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
 
@@ -170,6 +171,55 @@ def test_a_killed_evaluation_resumes_to_the_same_files(evaluator, params, tmp_pa
     assert resumed == whole
     for name in ("small.jsonl", "summary.json", "summary.md"):
         assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+class FailingVerifier(StubVerifier):
+    """Its workers die from the grading after the first `sound` ones on, until `dead` have died."""
+
+    def __init__(self, sound, dead=1000):
+        super().__init__()
+        self.sound, self.dead = sound, dead
+
+    def check_answer(self, candidate, batch) -> Future:
+        self.sound -= 1
+        if not -self.dead <= self.sound < 0:
+            return super().check_answer(candidate, batch)
+        done = Future()
+        done.set_result(Score(0.0, {"accuracy": 0.0}, None, "error", detail="the worker died"))
+        return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sound", [20, 30])
+def test_what_a_verifier_failed_on_too_often_is_graded_anew(evaluator, params, tmp_path, sound):
+    """In the single shot and in a round: red if rows of dead workers count as wrong answers at the next start."""
+    changes = {"evaluation__rounds": 1, "rewards__max_error_fraction": 0.1}
+    whole = evaluator(**changes).run(params, tmp_path / "whole")
+    failing = evaluator(**changes)
+    for _ in range(2):  # and what no start mends is refused again
+        failing._verifier = FailingVerifier(sound)
+        with pytest.raises(VerifierError, match=r"max_error_fraction. The first: the worker died"):
+            failing.run(params, tmp_path / "failed", resume=True)
+        sound = 0
+    assert evaluator(**changes).run(params, tmp_path / "failed", resume=True) == whole
+    assert lines(tmp_path / "failed") == lines(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_few_failed_gradings_stay_results(evaluator, params, tmp_path):
+    """Red if the same command changes the scores of an evaluation that is complete."""
+    failing = evaluator(rewards__max_error_fraction=0.2)
+    failing._verifier = FailingVerifier(20, dead=2)
+    few = failing.run(params, tmp_path, resume=True)
+    kept = lines(tmp_path)
+    assert sum('"status": "error"' in line for line in kept) == 2
+    assert evaluator(rewards__max_error_fraction=0.2).run(params, tmp_path, resume=True) == few
+    assert lines(tmp_path) == kept
+    # All of what is drawn later may fail, as long as it is few of all.
+    (tmp_path / "small.jsonl").write_text("\n".join(kept[:-1]) + "\n")
+    failing._verifier = FailingVerifier(0, dead=1)
+    failing.run(params, tmp_path, resume=True)
+    assert sum('"status": "error"' in line for line in lines(tmp_path)) == 3
 
 
 @pytest.mark.slow
