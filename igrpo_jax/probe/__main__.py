@@ -39,7 +39,7 @@ FLAGS = {
     "workdir": f"folder to write the answers, the gradients and the conclusion to; default: {FOLDER}",
     "step": "step of the checkpoint that answers, where --model is a run; default: the newest",
 }
-# Settings that decide which answers and gradients there are, beside the model's name and the rewards' weights.
+# Settings that decide which answers and gradients there are, beside the model's name.
 DECIDING = (
     *("seed", "model.dtype", "model.lora.rank", "model.lora.alpha", "model.lora.targets"),
     *("data.train", "data.instruction", "data.system_prompt", "data.template_kwargs", "data.max_prompt_length"),
@@ -48,6 +48,10 @@ DECIDING = (
     *("algorithm.scale_rewards", "algorithm.baseline", "algorithm.mask_truncated_completions"),
     *("refine.instruction", "refine.max_draft_length"),
     *("rollout.max_completion_length", "rollout.temperature", "rollout.top_p", "rollout.top_k"),
+    *("rewards.accuracy", "rewards.format", "rewards.overlong", "rewards.overlong_cache"),
+    *("rewards.custom", "rewards.custom_weight", "rewards.functions", "rewards.function_weights"),
+    *("rewards.conversational", "rewards.judge.weight", "rewards.judge.model", "rewards.judge.instruction"),
+    *("rewards.judge.show_reference", "rewards.judge.temperature", "rewards.judge.max_tokens"),
 )
 
 
@@ -185,8 +189,7 @@ def deciding(task: "Task") -> dict[str, Any]:
     """Returns by their dotted names the settings that decide which answers and gradients there are."""
     tree = to_dict(task.config)  # as JSON has it
     settings = {path: functools.reduce(lambda part, key: part[key], path.split("."), tree) for path in DECIDING}
-    weights = {name: getattr(task.config.rewards, name, None) for name in task.config.rewards.names}
-    return {**settings, "rewards": weights, "data": task.fingerprint, "template_date": task.config.data.template_date}
+    return {**settings, "data": task.fingerprint, "template_date": task.config.data.template_date}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The command: a whole probe of a tiny model that goes on where it was killed, its page, and bad input."""
 
 import json
+import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from builders import completion, run_config
 
 from igrpo_jax import cli
 from igrpo_jax.errors import InputError
+from igrpo_jax.evaluation import results
 from igrpo_jax.outputs import workdir
 from igrpo_jax.probe import __main__ as command
 from igrpo_jax.probe import answers, estimates, gradients, page
@@ -142,6 +145,39 @@ def test_bad_input(flags, words, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=words):
         command.main(["probe", *flags])
     assert list(tmp_path.iterdir()) == []
+
+
+def holds(folder, **changes):
+    """Makes `folder` that of a probe with these settings; raises InputError where it is one with others."""
+    config = run_config(**{name.replace("__", "."): value for name, value in changes.items()})
+    results.claim(folder, command.deciding(SimpleNamespace(config=config, fingerprint="the same problems")))
+
+
+JUDGED = {"rewards__judge__weight": 0.5, "rewards__judge__model": "one"}
+OWN = {"rewards__custom": "mine:reward"}
+OVERLONG = {"rewards__overlong": 1.0, "rewards__overlong_cache": 4}
+SEVERAL = {"rewards__functions": ("mine:one", "mine:other")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed", "named"),
+    [
+        ({}, {"rewards__format": 0.5}, "rewards.format: 1.0 -> 0.5"),
+        (JUDGED, {"rewards__judge__weight": 0.0}, "rewards.judge.weight: 0.5 -> 0.0"),
+        (JUDGED, {"rewards__judge__model": "other"}, "rewards.judge.model: 'one' -> 'other'"),
+        (JUDGED, {"rewards__judge__show_reference": False}, "rewards.judge.show_reference: True -> False"),
+        ({}, OWN, "rewards.custom: '' -> 'mine:reward'"),
+        (OWN, {"rewards__custom_weight": 2.0}, "rewards.custom_weight: 1.0 -> 2.0"),
+        (SEVERAL, {"rewards__function_weights": (1.0, 2.0)}, "rewards.function_weights: [] -> [1.0, 2.0]"),
+        (OVERLONG, {"rewards__overlong_cache": 8}, "rewards.overlong_cache: 4 -> 8"),
+    ],
+)
+def test_answers_with_other_rewards_are_another_probe(settings, changed, named, tmp_path):
+    """Red if a resume mixes old rewards with new ones; how the judge is asked is another matter."""
+    holds(tmp_path, **settings)
+    holds(tmp_path, **settings, rewards__workers=1, rewards__judge__timeout=1.0, rewards__judge__concurrency=1)
+    with pytest.raises(InputError, match=rf"holds an evaluation of another kind \({re.escape(named)}\)"):
+        holds(tmp_path, **settings | changed)
 
 
 def test_the_built_in_model_has_no_other_problems():
