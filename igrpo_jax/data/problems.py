@@ -63,13 +63,25 @@ def training_set(config: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
     if not config.data.train:
         return TrainingSet(_builtin_rows(TASKS[config.data.task].problems(config)[0], "train"), [])
     rows, mapping, unanswered = load_rows(config.data)
+    kept, notes = cleaned(config, rows, held_out)
+    return TrainingSet(kept, [("columns", str(mapping)), *unanswered, *notes])
+
+
+def cleaned(config: Config, rows: list[Row], held_out: dict[str, list[Row]]) -> tuple[list[Row], list[tuple[str, str]]]:
+    """Returns those of the rows of config.data.train that are trained on, and notes about what config.data.clean leaves
+    out, or would leave out.
+
+    Args:
+        held_out: as for `training_set`.
+
+    Raises:
+        InputError: nothing can equal too many of the answers; no row is kept.
+    """
     questions = [row.question for row in rows]
     repeats, others = overlap.repeated(questions, [row.answer for row in rows])
     left_out = set(repeats) if config.data.clean else set()
     treatment = "left out" if config.data.clean else "kept"
-    notes = [("columns", str(mapping))]
-    if unanswered:
-        notes.append(("problems without an answer", f"{unanswered:,}, left out"))
+    notes = []
     if repeats:
         notes.append(("repeated problems", f"{len(repeats):,} of {len(rows):,}, {treatment}"))
     if others:
@@ -92,7 +104,7 @@ def training_set(config: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
             f"config.data.clean = True: leaves none of the {len(rows)} problems of {config.data.train!r}: evaluation "
             "asks for them, or nothing can equal their answers; train on others"
         )
-    return TrainingSet(kept, notes)
+    return kept, notes
 
 
 def unequal_rows(rows: Sequence[Row]) -> list[int]:
@@ -141,8 +153,8 @@ def _builtin_rows(problems: Sequence[Problem], split: str) -> list[Row]:
     return [Row(f"{split}-{i}", i, problem.question, str(problem.answer), {}) for i, problem in enumerate(problems)]
 
 
-def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, int]:
-    """Returns the rows of config.data.train, the columns that were read, and how many unanswered rows were left out.
+def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, list[tuple[str, str]]]:
+    """Returns the rows of config.data.train, the columns that were read, and a note about rows that were left out.
 
     `data.train` is a name of TRAINING_SETS, a file or folder, or a hub id. Rows without an answer are left out where
     `data.clean` is set.
@@ -160,15 +172,17 @@ def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, int]:
     table = readers.read(path, source, subset, split)
     _check_not_empty(table, source)
     mapping = columns.choose(table, prompt, answer, source)
-    unanswered = 0
+    notes = []
     if settings.clean:
         answered = [row for row in table if not columns.is_blank(columns.answer, columns.cell(row[1], mapping.answer))]
-        unanswered, table = len(table) - len(answered), answered
         if not answered:
-            raise InputError(f"{source}: none of its {unanswered} rows has a {mapping.answer!r}; name another column")
+            raise InputError(f"{source}: none of its {len(table)} rows has a {mapping.answer!r}; name another column")
+        if unanswered := len(table) - len(answered):
+            notes.append(("problems without an answer", f"{unanswered:,}, left out"))
+        table = answered
     if not prompt:
         table, mapping = choices.shown(table, mapping, source, "config.data.prompt_column")
-    return _rows(table, mapping, source), mapping, unanswered
+    return _rows(table, mapping, source), mapping, notes
 
 
 def benchmark_rows(name: str, settings: EvaluationConfig) -> list[Row]:

@@ -1,7 +1,8 @@
 """Worked solutions to imitate, from the same rows as the problems: texts that a supervised start trains the model on.
 
 The text is config.sft.completion with the row's solution and final answer filled in. Rows without a solution are left
-out and counted. Blank drafts are left out. Not here: tokens, prompts and batches.
+out and counted, and `data.clean` leaves out of the others what it leaves out of a run. Blank drafts are left out. Not
+here: tokens, prompts and batches.
 """
 
 import re
@@ -38,10 +39,10 @@ def load_solutions(config: Config, opening: str = "") -> tuple[list[Solution], l
 
     Raises:
         InputError: as `problems.load_rows`; no column of solutions, or none of drafts where they are asked for; no row
-            has a solution.
+            has a solution; `data.clean` leaves none.
     """
     source = f"config.data.train = {config.data.train!r}"
-    rows, mapping, _ = problems.load_rows(config.data)
+    rows, mapping, unanswered = problems.load_rows(config.data)
     name = _column(rows, config.sft.solution_column, SOLUTIONS, f"{source}: has no column of solutions", "solution")
     drafts_of = _drafts(config, rows, source)
     found = []
@@ -51,9 +52,13 @@ def load_solutions(config: Config, opening: str = "") -> tuple[list[Solution], l
             found.append(Solution(row, _imitated(config, row, text, opening), drafts_of(row)))
     if not found:
         raise InputError(f"{source}: none of its {len(rows)} rows has a text in {name!r}; name another column")
-    notes = [("columns", f"{mapping}, solution from {name!r}")]
+    notes = [("columns", f"{mapping}, solution from {name!r}"), *unanswered]
     if len(found) < len(rows):
         notes.append(("problems without a solution", f"{len(rows) - len(found):,} of {len(rows):,}, left out"))
+    if config.data.clean:  # a solution is no reward, so answers that nothing can equal are no error otherwise
+        kept, cleaned = problems.cleaned(config, [each.row for each in found], problems.evaluation_rows(config))
+        indices = {row.index for row in kept}
+        found, notes = [each for each in found if each.row.index in indices], notes + cleaned
     return found, notes + (_draft_notes(config, found) if config.sft.draft_fraction else [])
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from model_files import error_of
 
-from igrpo_jax.config import Config, DataConfig, SftConfig
+from igrpo_jax.config import Config, DataConfig, EvaluationConfig, SftConfig
 from igrpo_jax.data import solutions
 from igrpo_jax.data.drafts import Draft
 
@@ -42,6 +42,26 @@ def test_rows_without_a_solution_or_a_draft_are_counted(tmp_path):
         ("problems without a solution", "1 of 3, left out"),
         ("drafts", "2 from 'old'"),
         ("problems without a draft", "1, never shown with one"),
+    ]
+
+
+def test_what_is_left_out_of_a_run_is_left_out_here(tmp_path):
+    """A repeat whose first row has no solution is the first that has one."""
+    asked, other = MATH | {"problem": "What is 3 + 3?"}, MATH | {"problem": "What is 4 + 1?"}
+    rows = [MATH | {"solution": " ", "answer": "5"}, MATH, MATH, asked, other, MATH | {"answer": " "}]
+    rows = [{"answer": "5"} | row for row in rows]
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"prompt": "What is 3 + 3?", "answer": "6"}) + "\n", "utf-8")
+    evaluation = EvaluationConfig(benchmarks=("mine",), data_dir=str(tmp_path))
+    assert len(load(tmp_path, rows[:5])[0]) == 4
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    data = DataConfig(train=str(tmp_path / "x.jsonl"), clean=True)
+    found, notes = solutions.load_solutions(Config(data=data, evaluation=evaluation))
+    assert [each.row.question for each in found] == ["What is 2 + 3?", "What is 4 + 1?"]
+    assert notes[1:] == [
+        ("problems without an answer", "1, left out"),
+        ("problems without a solution", "1 of 5, left out"),
+        ("repeated problems", "1 of 4, left out"),
+        ("training problems like mine's", "1 of 4, left out"),
     ]
 
 
