@@ -184,6 +184,21 @@ def test_a_start_says_that_it_replaces_one_without_a_checkpoint(settings, tmp_pa
     assert "ended before its first checkpoint; this one takes its place, with other settings (seed: 0 -> 1)" in said
 
 
+def test_what_evaluations_ask_is_no_example_and_a_resume_asks_the_same(settings, tmp_path):
+    """With data.clean; other benchmarks mean other examples, and the refusal says so."""
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "3 + 1?", "answer": "4"}\n')
+    asked = config.EvaluationConfig(benchmarks=("mine",), data_dir=str(tmp_path))
+    settings = replace(settings, data=replace(settings.data, clean=True), evaluation=asked)
+    task = supervised.open_supervised(settings)
+    assert len(task.examples) == 19 and ("training problems like mine's", "1 of 20, left out") in task.notes
+    (tmp_path / "run").mkdir()
+    supervised._claim(tmp_path / "run", task)
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    other = supervised.open_supervised(replace(settings, evaluation=config.EvaluationConfig()))
+    message = error_of(supervised._claim, tmp_path / "run", other)
+    assert "bring back the problems, config.evaluation.benchmarks and config.evaluation.data_dir" in message
+
+
 def test_what_a_supervised_start_needs(settings, tmp_path):
     bare = replace(settings, model=config.ModelConfig(), data=config.DataConfig())
     assert "needs a model and solutions" in error_of(supervised.open_supervised, bare)

@@ -574,6 +574,11 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
         opening._check_data(tasks[2].config, tasks[2], workdir, tasks[0].fingerprint)
     day = "(the chat template writes the date, here config.data.template_date = '2026-11-27'; where the run began on"
     assert day in str(caught.value)
+    assert "bring the problems, the tokenizer," in str(caught.value)
+    cleaned = dataclasses.replace(tasks[2].config, data=dataclasses.replace(tasks[2].config.data, clean=True))
+    named = "bring the problems, config.evaluation.benchmarks and config.evaluation.data_dir (what they ask"
+    with pytest.raises(InputError, match=re.escape(named)):
+        opening._check_data(cleaned, tasks[2], workdir, tasks[0].fingerprint)
 
 
 @pytest.mark.proof

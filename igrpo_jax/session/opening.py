@@ -51,7 +51,7 @@ from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run import Run
 from igrpo_jax.session.supervised import refuse_supervised
 from igrpo_jax.session.surroundings import enter_mesh
-from igrpo_jax.session.task import Task, open_task, sampler
+from igrpo_jax.session.task import Task, open_task, origin, sampler
 
 
 def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
@@ -248,8 +248,8 @@ def _check_data(config: Config, task: Task, workdir: Path, fingerprint: str) -> 
         )
     raise InputError(
         f"config.data.train = {config.data.train!r}: its prompts or answers are not those that the run in "
-        f"{workdir} began with{day}; bring the problems, the tokenizer, its chat template and the version of igrpo_jax "
-        "back, or start a new run with another --workdir"
+        f"{workdir} began with{day}; bring {origin(config)}, the tokenizer, its chat template and the version "
+        "of igrpo_jax back, or start a new run with another --workdir"
     )
 
 

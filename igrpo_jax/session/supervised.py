@@ -47,6 +47,7 @@ from igrpo_jax.records import Prompt
 from igrpo_jax.session import ending
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.surroundings import enter_mesh, surroundings
+from igrpo_jax.session.task import origin
 from igrpo_jax.storage.addresses import names
 from igrpo_jax.storage.reading import read_bytes
 
@@ -260,7 +261,7 @@ def _claim(workdir: Path, task: SupervisedTask) -> Claim:
     if claim.resumes and kind.name in present and json.loads(read_bytes(kind))["examples"] != task.fingerprint:
         raise InputError(
             f"config.data.train = {task.config.data.train!r}: its examples are not those that the start in {workdir} "
-            "began with; bring them back, or give another --workdir"
+            f"began with; bring back {origin(task.config)} and the tokenizer, or give another --workdir"
         )
     write_atomically(kind, json.dumps({"examples": task.fingerprint}) + "\n")
     return claim

@@ -63,6 +63,16 @@ class Task:
         return [self.prompts[i] for i in indices]
 
 
+def origin(config: Config) -> str:
+    """Returns in words what decides which problems are trained on, for a resume that must bring them back."""
+    if not config.data.clean:
+        return "the problems"
+    return (
+        "the problems, config.evaluation.benchmarks and config.evaluation.data_dir (what they ask, config.data.clean = "
+        "True leaves out)"
+    )
+
+
 def open_task(config: Config, recorded_date: str | None = None) -> Task:
     """Reads model files (not weights) and problems, and checks that they fit together.
 
