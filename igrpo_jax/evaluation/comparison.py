@@ -13,7 +13,7 @@ import numpy as np
 
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import measures
-from igrpo_jax.evaluation.results import percent, read_rows
+from igrpo_jax.evaluation.results import benchmark_of, percent, read_rows
 
 MODEL = ("model", "step", "weights_written")  # the settings of evaluation.json that say which weights answered
 
@@ -176,7 +176,7 @@ def _rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
     rows: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         if shot := [row for row in read_rows(path) if not row["drafts"]]:
-            rows.setdefault(path.name.partition(".")[0], []).extend(shot)
+            rows.setdefault(benchmark_of(path), []).extend(shot)
     if not rows:
         raise InputError(f"--compare: {str(folder)!r} holds no rows of an evaluation; give the --workdir of one")
     return {name: sorted(part, key=lambda row: row["index"]) for name, part in rows.items()}

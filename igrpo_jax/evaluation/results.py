@@ -128,6 +128,11 @@ def _paths(folder: Path, name: str) -> list[Path]:
     return [folder / f"{name}.jsonl", *(folder / each for each in sorted(filter(part.fullmatch, names(folder))))]
 
 
+def benchmark_of(path: Path) -> str:
+    """Returns the name of the benchmark that a file of rows belongs to."""
+    return re.sub(r"(\.process-\d+)?\.jsonl$", "", path.name)
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Returns the complete rows of a file; a broken line, as a kill leaves it, is dropped."""
     rows = []

@@ -45,6 +45,16 @@ def test_two_folders_compared(tmp_path):
         comparison.compare(tmp_path / "empty", first)
 
 
+def test_benchmarks_with_dots_in_their_names_are_not_one(tmp_path):
+    """The file of a process belongs to the benchmark of its name."""
+    for name, right in (("a", 0), ("b", 1)):
+        folder(tmp_path / name, {0: [0]}, "mine.v1")
+        folder(tmp_path / name, {1: [right]}, "mine.v1.process-1")
+        folder(tmp_path / name, {0: [1], 1: [right]}, "mine.v2")
+    text = comparison.compare(tmp_path / "a", tmp_path / "b")
+    assert "| mine.v1 | 2 | 0.00 | 50.00 |" in text and "| mine.v2 | 2 | 50.00 | 100.00 |" in text
+
+
 def test_rows_of_equal_id_and_question_are_problems_of_their_own(tmp_path):
     def twice(path, accuracies):
         rows = Rows(path, "b")
