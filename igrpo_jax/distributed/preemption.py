@@ -60,7 +60,6 @@ def noticed(grace: float) -> Iterator[None]:
         return
     timer = threading.Timer(grace, _give_up, [grace])
     timer.daemon = True
-    _notice.clear()
     _timers[:] = [timer]
     before = signal.signal(signal.SIGTERM, lambda *_: notice("SIGTERM"))
     try:
@@ -69,6 +68,7 @@ def noticed(grace: float) -> Iterator[None]:
         timer.cancel()
         _timers.clear()
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        _notice.clear()  # a program that goes on may evaluate what was saved
 
 
 def _give_up(grace: float) -> None:

@@ -20,8 +20,9 @@ def test_the_notice_is_seen_at_the_next_check_and_the_handler_put_back():
         with pytest.raises(preemption.Preempted):
             preemption.check()
     assert signal.getsignal(signal.SIGTERM) == before
+    preemption.check()  # of what the same program does next, such as an evaluation
     with preemption.noticed(60):
-        preemption.check()  # of a later run in the same process
+        preemption.check()  # of a later run
 
 
 def test_in_another_thread_nothing_changes():
