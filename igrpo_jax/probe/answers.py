@@ -9,6 +9,7 @@ A row of `answers.jsonl` has the number of the draft behind it in `drafts` (none
 evaluation have. Nothing is drawn twice: a second start draws what is missing.
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,8 +121,9 @@ class Answers:
         """
         self._verifier.start_step(1)
         missing = [(prompt, self._next(prompt)) for prompt in prompts]
-        if any(parts for _, parts in missing):
-            self._draw(params, missing)
+        with contextlib.closing(self._rows):
+            if any(parts for _, parts in missing):
+                self._draw(params, missing)
         answered = [self._answered(prompt) for prompt in prompts]
         plain = [completion.score for problem in answered for completion in problem.plain]
         refined = [x.score for problem in answered for part in problem.refined for x in part.completions]

@@ -14,6 +14,7 @@ from igrpo_jax.probe import answers, measure
 from igrpo_jax.probe.answers import Answered, Refined, completion_of, kept_drafts
 from igrpo_jax.probe.estimates import NONE
 from igrpo_jax.records import Prompt, Score
+from igrpo_jax.storage.writing import Lines
 
 
 def answered(plain, refined, kept, index=0):
@@ -88,16 +89,37 @@ class Queue:
                 request.scored(completion(request.stage, request.first + i, [request.index, i], float(i == 0)))
 
 
-def test_a_problem_is_refined_before_others_have_their_plain_answers(tmp_path, monkeypatch):
-    """Of four plain answers the first is right, and pairs of them are drafts: 01 is right, and 12 keeps the wrong 1."""
+def drawing(folder, queue):
+    """Returns what draws four plain answers to a problem, and two refinements of two drafts, with stubs of all else."""
     settings = config.Config(algorithm=config.AlgorithmConfig(num_drafts=2, num_generations=2))
-    monkeypatch.setattr(answers, "sample_and_score", lambda queue, submit, renderer: queue.answer())
     renderer = SimpleNamespace(with_draft=lambda question, draft, is_right: np.concatenate([[9], draft]))
     verifier = SimpleNamespace(submit=None, start_step=lambda step: None)
-    prompts = [Prompt(f"p{i}", i, "1 + 2", "3", np.array([i], np.int32)) for i in range(2)]
+    return answers.Answers(settings, renderer, queue, verifier, Console(io.StringIO()), folder, 4)
+
+
+PROMPTS = [Prompt(f"p{i}", i, "1 + 2", "3", np.array([i], np.int32)) for i in range(2)]
+
+
+def test_the_file_of_answers_is_closed_where_drawing_fails(tmp_path, monkeypatch):
+    """Only then has a bucket the last answers."""
+
+    def stop(queue, submit, renderer):
+        queue.answer()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answers, "sample_and_score", stop)
+    closed = []
+    monkeypatch.setattr(Lines, "close", lambda lines: closed.append(lines.path.name))
+    with pytest.raises(KeyboardInterrupt):
+        drawing(tmp_path, Queue()).collect({}, PROMPTS)
+    assert closed == ["answers.jsonl"]
+
+
+def test_a_problem_is_refined_before_others_have_their_plain_answers(tmp_path, monkeypatch):
+    """Of four plain answers the first is right, and pairs of them are drafts: 01 is right, and 12 keeps the wrong 1."""
+    monkeypatch.setattr(answers, "sample_and_score", lambda queue, submit, renderer: queue.answer())
     queue = Queue()
-    drawn = answers.Answers(settings, renderer, queue, verifier, Console(io.StringIO()), tmp_path, 4)
-    problems = drawn.collect({}, prompts)
+    problems = drawing(tmp_path, queue).collect({}, PROMPTS)
     assert queue.log == [
         *((0, "draft", [0], 0), (1, "draft", [1], 0)),
         *((0, "refine", [9, 0, 0], 4), (0, "refine", [9, 0, 1], 4)),  # problem 1 has no answer by then
