@@ -2,7 +2,7 @@
 
 MODEL is the folder of a run (its newest checkpoint, or that of --step N), a Hugging Face directory or a hub id.
 --samples K, --rounds R and --benchmarks set the fields of these names in `evaluation`; --config may be left out.
-The same command goes on where it was killed, and --compare A,B compares two such OUTs instead.
+The same command goes on where it was killed or preempted, and --compare A,B compares two such OUTs instead.
 
 jax is imported inside functions only: the verifier's worker processes import this module too.
 """
@@ -74,10 +74,11 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
 
     Raises:
         InputError: `config` is not that of `model`, or something in it is wrong; `out` holds another evaluation.
+        Preempted: SIGTERM came, and the answers so far are in `out`.
     """
 
     from igrpo_jax.data import problems
-    from igrpo_jax.distributed import cluster
+    from igrpo_jax.distributed import cluster, preemption
     from igrpo_jax.evaluation import inference, results
     from igrpo_jax.outputs.console import Console
 
@@ -86,6 +87,7 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
     model, out = str(model), path_of(f"--workdir {out}", out)
     rows = problems.asked(problems.evaluation_rows(config), config.evaluation.limit)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(preemption.noticed(config.checkpoint.preemption_grace))
         console = stack.enter_context(Console())
         recorded_date = cluster.from_first(functools.partial(results.recorded_date, out))
         task = inference.open_evaluation(config, model, step, rows, recorded_date)
@@ -99,7 +101,10 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
         console.table("Evaluation", overview(task))
         benchmarks, params = inference.load(task, console, stack)
         began = time.perf_counter()
-        summaries = benchmarks.run(params, out, settings, resume=True)
+        try:
+            summaries = benchmarks.run(params, out, settings, resume=True)
+        except preemption.Preempted:
+            raise preemption.Preempted(f"preempted: the answers so far are in {out}") from None
         console.message(f"{results.markdown(summaries)}\n{time.perf_counter() - began:.1f} s; written to {out}")
     return summaries
 

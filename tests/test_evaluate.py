@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from igrpo_jax.models.policy import open_model, open_policy
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.workdir import LOCK, locked, prepare_workdir
+from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling import layout
 
 HF = {
@@ -281,6 +283,68 @@ def test_two_processes_split_the_problems_and_end_with_the_files_of_one(call, mo
     said = [process.stdout + process.stderr for process in done]
     assert "| mine | 3 | 2 | " in said[0] and "mine" not in said[1]
     assert {path.name: path.read_text() for path in out.iterdir() if path.name != LOCK} == whole
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_an_evaluation_that_the_same_command_continues(call, model, folder, tmp_path, monkeypatch):
+    given = ["--model", model, "--benchmarks=mine", "--samples=8", f"--config.evaluation.data_dir={folder}"]
+    call(evaluate, *given, "--workdir", tmp_path / "whole")
+    check, graded = Verifier.check_answer, []
+
+    def told(self, candidate, batch=None):
+        graded.append(candidate)
+        if len(graded) == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return check(self, candidate, batch)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # else it would end the tests where nothing takes it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Verifier, "check_answer", told)
+            said = call(evaluate, *given, "--workdir", tmp_path / "cut", code=75)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert f"preempted: the answers so far are in {tmp_path / 'cut'}; the same command goes on from there" in said
+    assert len(texts(tmp_path / "cut")) < 24
+    call(evaluate, *given, "--workdir", tmp_path / "cut")
+    assert texts(tmp_path / "cut") == texts(tmp_path / "whole")
+
+
+TOLD = """
+import os, signal, sys
+import jax
+from igrpo_jax import cli, evaluate
+from igrpo_jax.rewards.verifier import Verifier
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+check, told = Verifier.check_answer, sys.argv[2] == "1"
+def graded(self, candidate, batch=None):
+    if told:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return check(self, candidate, batch)
+Verifier.check_answer = graded
+sys.argv = ["evaluate", *sys.argv[3:]]
+cli.run(evaluate.main)
+"""
+
+
+@pytest.mark.proof
+@pytest.mark.slow(seconds=18)
+def test_sigterm_to_one_of_two_processes_ends_both(call, model, folder, tmp_path):
+    given = ["--model", model, "--benchmarks=mine", "--samples=8", f"--config.evaluation.data_dir={folder}"]
+    call(evaluate, *given, "--workdir", tmp_path / "one")
+    given += [f"--config.{name}={value}" for name, value in TINY.items()] + ["--workdir", tmp_path / "two"]
+    env = devices.environment(2, JAX_PLATFORMS="cpu")
+
+    def both(program):
+        address = f"localhost:{free_port()}"
+        return ended([Started(program, ["process", address, rank, *given], env) for rank in (0, 1)])
+
+    for process in both(TOLD):
+        assert process.returncode == 75, process
+        assert "preempted: the answers so far are in" in process.stderr
+    assert not (tmp_path / "two" / "summary.json").exists()
+    assert [process.returncode for process in both(PROCESS)] == [0, 0]
+    assert texts(tmp_path / "two") == texts(tmp_path / "one")
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@
 
 A rollout is left between two calls of the sampler, and its step is dropped; an update is finished. Where the run has
 not ended `grace` seconds after the notice, the process ends all the same, and a resume goes on from the checkpoint
-before. Of several processes, each hears of a notice to any other (`peers`), and all leave after the same step.
+before. Of several processes, each hears of a notice to any other (`peers`), and all leave after the same step. The
+command `evaluate` is left in the same way, between two calls of the sampler.
 """
 
 import contextlib
@@ -73,5 +74,5 @@ def noticed(grace: float) -> Iterator[None]:
 
 def _give_up(grace: float) -> None:
     text = f"igrpo_jax: not saved within config.checkpoint.preemption_grace = {grace:g} s of SIGTERM; the same command "
-    os.write(2, (text + "goes on from the checkpoint before\n").encode())
+    os.write(2, (text + "goes on from what was saved before\n").encode())
     os._exit(EXIT_CODE)
