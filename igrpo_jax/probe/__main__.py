@@ -158,6 +158,11 @@ def planned(config: Config) -> Config:
         raise InputError("--data: the built-in model only knows its own task; leave it out, or name another --model")
     if not config.algorithm.num_drafts:
         raise InputError("config.algorithm.num_drafts = 0: must be at least 1, the drafts that a probe asks about")
+    if config.algorithm.num_generations < 2:
+        raise InputError(
+            "config.algorithm.num_generations = 1: must be at least 2 in a probe, which compares the refinements of "
+            "one draft with each other"
+        )
     if not config.rewards.accuracy:
         raise InputError("config.rewards.accuracy = 0: must be above 0, because a probe counts right answers")
     if config.algorithm.second_stage == "verify":

@@ -128,6 +128,13 @@ def test_every_figure_has_a_meaning():
         ),
         (
             [
+                *("--model=m", "--workdir=w", "--data=d", "--config.algorithm.num_generations=1"),
+                *("--config.algorithm.group=prompt", "--config.algorithm.train_drafts=True"),
+            ],
+            "config.algorithm.num_generations = 1: must be at least 2 in a probe",
+        ),
+        (
+            [
                 *("--model=m", "--workdir=w", "--data=d", "--config.algorithm.second_stage=verify"),
                 *("--config.algorithm.train_drafts=True", "--config.algorithm.draft_selection=random"),
                 "--config.refine.instruction={draft} is right:",
