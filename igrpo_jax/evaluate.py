@@ -102,7 +102,7 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
         benchmarks, params = inference.load(task, console, stack)
         began = time.perf_counter()
         try:
-            summaries = benchmarks.run(params, out, settings, resume=True)
+            summaries = benchmarks.run(params, out, settings)
         except preemption.Preempted:
             raise preemption.Preempted(f"preempted: the answers so far are in {out}") from None
         console.message(f"{results.markdown(summaries)}\n{time.perf_counter() - began:.1f} s; written to {out}")

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -29,6 +30,7 @@ from igrpo_jax.evaluation import comparison, planning, summaries
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
+from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.session import opening, overview, surroundings, task
 from igrpo_jax.session.run import utilization
 from igrpo_jax.session.task import open_task
@@ -337,6 +339,38 @@ def test_the_best_checkpoint_is_kept(whole):
     assert {int(path.name) for path in (workdir / "checkpoints").iterdir()} == {4, 5, best}
     summary = json.loads((workdir / "evaluations" / "step_000004" / "summary.json").read_text())
     assert summary["benchmarks"]["arithmetic"]["single_shot"]["pass@1"] == scores[4]
+
+
+@pytest.mark.slow(seconds=12)
+@pytest.mark.parametrize(("changed", "kept"), [({}, True), ({"evaluation.temperature": 0.9}, False)])
+def test_an_evaluation_that_was_preempted_goes_on(tmp_path, monkeypatch, changed, kept):
+    """Its answers are those of the state that was saved; other settings need others. What a kill left is of no use."""
+    c = {"steps": 1, "evaluation.every": 1, "warm_start.steps": 0, "learner.minibatches": 1, "rollout.slots": 8}
+    c |= {"evaluation.samples": 8, "compilation_cache": str(tmp_path / "cache")}
+    check, graded = Verifier.check_answer, []
+
+    def told(self, candidate, batch=None):
+        graded.append(candidate)
+        if len(graded) == 1 and not folder.exists():  # as a run that was killed in this evaluation would leave it
+            folder.mkdir(parents=True)
+            left = {"index": 0, "drafts": [], "sample_id": 0, "status": "ok", "accuracy": 7.0}
+            (folder / "arithmetic.jsonl").write_text(json.dumps(left) + "\n")
+        if len(graded) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return check(self, candidate, batch)
+
+    monkeypatch.setattr(Verifier, "check_answer", told)
+    folder = tmp_path / "run" / "evaluations" / "step_000001"
+    stop = 32 + 12  # in the middle of the evaluation of step 1
+    with pytest.raises(Preempted):
+        train.train(settings(**c), tmp_path / "run")
+    before = (folder / "arithmetic.jsonl").read_text().splitlines()
+    assert 0 < len(before) < 32 and "7.0" not in before[0]
+    graded.clear()
+    train.train(settings(**c, **changed), tmp_path / "run")
+    after = (folder / "arithmetic.jsonl").read_text().splitlines()
+    assert len(graded) == (32 - len(before) if kept else 32) and len(after) == 32
+    assert (set(before) <= set(after)) == kept
 
 
 @pytest.mark.slow(seconds=12)

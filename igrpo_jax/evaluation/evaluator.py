@@ -83,22 +83,22 @@ class Evaluator:
         self._processes = jax.process_count()
 
     def run(
-        self, params: decoder.Params, out: Path | None = None, head: dict[str, Any] | None = None, resume: bool = False
+        self, params: decoder.Params, out: Path | None = None, head: dict[str, Any] | None = None
     ) -> dict[str, dict[str, Any]]:
         """Returns the summary of every benchmark by its name; `summaries.flat` makes metrics of it.
 
         Args:
-            out: folder of rows and summaries (see `results`); None writes nothing.
+            out: folder of rows and summaries (see `results`); None writes nothing. Of the rows that it holds only what
+                is missing is drawn, and what a verifier failed on too often.
             head: what summary.json begins with.
-            resume: keep the rows in `out`, and draw only what is missing, or what a verifier failed on too often.
 
         Raises:
             VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
-            InputError: with `resume`, rows of other problems.
+            InputError: `out` holds rows of other problems.
         """
         summaries: dict[str, dict[str, Any]] = {}
         for name in self.plan.prompts:
-            rows = self.sampled(params, name, out, resume)
+            rows = self.sampled(params, name, out)
             # One process decides: where the verifier takes too long for a vote, processes might decide differently.
             summaries[name] = cluster.from_first(functools.partial(self._summaries.summary, name, rows))
             if out is not None and self._process == 0:
@@ -110,14 +110,13 @@ class Evaluator:
         params: decoder.Params,
         name: str,
         out: Path | None = None,
-        resume: bool = False,
         chains: Sequence[str] = CHAINS,
     ) -> Rows:
         """Returns all rows of a benchmark: the single shot, and the rounds of the given `chains`."""
         prompts = self.plan.prompts[name]
         if out is not None:
             if self._process == 0:
-                self._tidy(out, name, resume)
+                results.drop_failed(out, name, self._config.rewards.max_error_fraction)
             _wait_for_all()
         rows = Rows(out, name, self._process if self._processes > 1 else None)
         self._check(name, rows, out)
@@ -135,13 +134,6 @@ class Evaluator:
             if self._process == 0:
                 rows.join()
         return rows
-
-    def _tidy(self, out: Path, name: str, resume: bool) -> None:
-        """Removes the rows of a benchmark in `out`; with `resume` only those of a verifier that failed too often."""
-        if resume:
-            results.drop_failed(out, name, self._config.rewards.max_error_fraction)
-        else:
-            results.clear(out, name)
 
     def paths(self, prompt: Prompt, rows: Rows) -> list[tuple[int, ...]]:
         """Returns `RoundPrompt.drafts` of the plain prompt, (), and of each round's prompt in the chain "vote"."""

@@ -100,12 +100,6 @@ class Rows:
             path.unlink()
 
 
-def clear(folder: Path, name: str) -> None:
-    """Removes the rows of a benchmark."""
-    for path in _paths(folder, name):
-        path.unlink(missing_ok=True)
-
-
 def drop_failed(folder: Path, name: str, most: float) -> None:
     """Removes the failed gradings of each round in which they are more than the share `most`.
 

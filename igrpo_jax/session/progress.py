@@ -13,16 +13,19 @@ class Progress:
     skipped_optimizer_steps: int = 0  # all so far; they changed nothing, since loss or gradient was not finite
     skipped_in_a_row: int = 0  # steps in a row, up to the last one, that skipped an optimizer step
     named_programs: set[str] = field(default_factory=set)  # kinds of compiled programs that a warning has named
+    evaluating: dict[str, Any] | None = None  # what the evaluation that is under way asks, with its step
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any], skipped_optimizer_steps: int) -> "Progress":
         """Returns the progress that a checkpoint holds; its TrainState counts the `skipped_optimizer_steps`."""
         scores = {int(step): scores for step, scores in meta.get("evaluations", {}).items()}
-        return cls(scores, skipped_optimizer_steps, meta.get("bad_steps", 0))  # supervised starts once saved neither
+        in_a_row = meta.get("bad_steps", 0)  # supervised starts once saved neither
+        return cls(scores, skipped_optimizer_steps, in_a_row, evaluating=meta.get("evaluating"))
 
     def meta(self) -> dict[str, Any]:
         """Returns the part that a checkpoint has to hold, in a form that JSON can represent."""
-        return {"bad_steps": self.skipped_in_a_row, "evaluations": {str(step): x for step, x in self.scores.items()}}
+        scores = {str(step): values for step, values in self.scores.items()}
+        return {"bad_steps": self.skipped_in_a_row, "evaluations": scores, "evaluating": self.evaluating}
 
     def recall(self, scores: Mapping[Any, dict[str, float]]) -> None:
         """Adds metrics of evaluations that the checkpoint does not hold, by step; JSON has made texts of the steps."""

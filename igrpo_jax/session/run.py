@@ -128,6 +128,9 @@ class Run:
     def evaluate(self, params: decoder.Params, step: int) -> None:
         """Evaluates the policy after `step`, and writes its scores under that step.
 
+        Where it is preempted, the checkpoint of this very policy says so, and its answers are kept. Any others that are
+        there may be those of other weights, of a step that was run again.
+
         Raises:
             Preempted: SIGTERM came meanwhile.
             VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
@@ -136,11 +139,15 @@ class Run:
         began = time.perf_counter()
         settings = {"model": str(resolved(self.workdir)), "step": step}
         settings |= results.settings(self.config, self.evaluator.plan.wanted)
+        asked = {"rounds": self.config.evaluation.rounds, "problems": self.evaluator.plan.fingerprint} | settings
         if jax.process_index() == 0:
+            if self.progress.evaluating != asked:
+                remove_tree(out)
             results.write_settings(out, settings)
+        self.progress.evaluating = asked
         with watchdog.phase("evaluation", f"step {step}"):
             scores = summaries.flat(self.evaluator.run(self.learner.policy(params), out, {"step": step}))
-        self.progress.scores[step] = scores
+        self.progress.scores[step], self.progress.evaluating = scores, None
         times = {"perf/evaluation_time": time.perf_counter() - began, "perf/wall_time": time.time()}
         self.writer.write(step, {**scores, **times})
         self.console.evaluation(step, scores)

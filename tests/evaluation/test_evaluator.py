@@ -162,12 +162,12 @@ def test_a_killed_evaluation_resumes_to_the_same_files(evaluator, params, tmp_pa
     """Stopped in the single shot or in a round, and the last line torn: red if a sample knew what ran before it."""
     whole = evaluator(evaluation__rounds=2).run(params, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        evaluator(stop_after=stop_after, evaluation__rounds=2).run(params, tmp_path / "cut", resume=True)
+        evaluator(stop_after=stop_after, evaluation__rounds=2).run(params, tmp_path / "cut")
     written = lines(tmp_path / "cut")
     assert len(written) <= stop_after < len(lines(tmp_path / "whole"))
     if written:
         (tmp_path / "cut" / "small.jsonl").write_text("\n".join([*written[:-1], written[-1][:40]]))
-    resumed = evaluator(slots=3, evaluation__rounds=2).run(params, tmp_path / "cut", resume=True)
+    resumed = evaluator(slots=3, evaluation__rounds=2).run(params, tmp_path / "cut")
     assert resumed == whole
     for name in ("small.jsonl", "summary.json", "summary.md"):
         assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
@@ -199,9 +199,9 @@ def test_what_a_verifier_failed_on_too_often_is_graded_anew(evaluator, params, t
     for _ in range(2):  # and what no start mends is refused again
         failing._verifier = FailingVerifier(sound)
         with pytest.raises(VerifierError, match=r"max_error_fraction. The first: the worker died"):
-            failing.run(params, tmp_path / "failed", resume=True)
+            failing.run(params, tmp_path / "failed")
         sound = 0
-    assert evaluator(**changes).run(params, tmp_path / "failed", resume=True) == whole
+    assert evaluator(**changes).run(params, tmp_path / "failed") == whole
     assert lines(tmp_path / "failed") == lines(tmp_path / "whole")
 
 
@@ -210,15 +210,15 @@ def test_a_few_failed_gradings_stay_results(evaluator, params, tmp_path):
     """Red if the same command changes the scores of an evaluation that is complete."""
     failing = evaluator(rewards__max_error_fraction=0.2)
     failing._verifier = FailingVerifier(20, dead=2)
-    few = failing.run(params, tmp_path, resume=True)
+    few = failing.run(params, tmp_path)
     kept = lines(tmp_path)
     assert sum('"status": "error"' in line for line in kept) == 2
-    assert evaluator(rewards__max_error_fraction=0.2).run(params, tmp_path, resume=True) == few
+    assert evaluator(rewards__max_error_fraction=0.2).run(params, tmp_path) == few
     assert lines(tmp_path) == kept
     # All of what is drawn later may fail, as long as it is few of all.
     (tmp_path / "small.jsonl").write_text("\n".join(kept[:-1]) + "\n")
     failing._verifier = FailingVerifier(0, dead=1)
-    failing.run(params, tmp_path, resume=True)
+    failing.run(params, tmp_path)
     assert sum('"status": "error"' in line for line in lines(tmp_path)) == 3
 
 
@@ -251,20 +251,10 @@ def test_more_samples_keep_the_first_ones(evaluator, params, tmp_path):
     kept = lines(tmp_path / "more")
     file = tmp_path / "more" / "small.jsonl"
     file.write_text("".join(f"{line}\n" for i, line in enumerate(kept) if i != 2))  # a gap at a first sample
-    assert evaluator().run(params, tmp_path / "more", resume=True) == whole
+    assert evaluator().run(params, tmp_path / "more") == whole
     assert lines(tmp_path / "more") == lines(tmp_path / "whole")
-    fewer = evaluator(evaluation__samples=2).run(params, tmp_path / "more", resume=True)["small"]
+    fewer = evaluator(evaluation__samples=2).run(params, tmp_path / "more")["small"]
     assert fewer["samples"] == 2 and "pass@5" not in fewer["single_shot"]
-
-
-@pytest.mark.slow
-def test_without_resume_old_rows_are_gone(evaluator, params, tmp_path):
-    evaluator().run(params, tmp_path)
-    before = lines(tmp_path)
-    (tmp_path / "small.jsonl").write_text(before[0].replace('"accuracy": ', '"accuracy": 7') + "\n")
-    (tmp_path / "small.process-1.jsonl").write_text(before[3].replace('"accuracy": ', '"accuracy": 7') + "\n")
-    evaluator().run(params, tmp_path)
-    assert lines(tmp_path) == before and not list(tmp_path.glob("*process*"))
 
 
 @pytest.mark.slow
@@ -336,10 +326,10 @@ def test_processes_split_the_problems(evaluator, params, tmp_path, monkeypatch):
     whole = evaluator(evaluation__rounds=1).run(params, tmp_path / "whole")
     parts = [evaluator(evaluation__rounds=1) for _ in range(2)]
     become(parts[1], 1, monkeypatch)
-    parts[1].sampled(params, "small", tmp_path / "parts", resume=True)
+    parts[1].sampled(params, "small", tmp_path / "parts")
     assert {json.loads(line)["index"] for line in (tmp_path / "parts" / "small.process-1.jsonl").open()} == {3, 9}
     become(parts[0], 0, monkeypatch)
-    assert parts[0].run(params, tmp_path / "parts", resume=True) == whole
+    assert parts[0].run(params, tmp_path / "parts") == whole
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["small.jsonl", "summary.json", "summary.md"]
 
@@ -381,15 +371,15 @@ def test_rows_of_other_problems_or_without_tokens_are_refused(evaluator, params,
     other = {"small": [replace(row, question=row.question + "+1") for row in ROWS["small"]]}
     first, said = ROWS["small"][0], rf"^--workdir {re.escape(str(tmp_path))}: its small\.jsonl "
     with pytest.raises(InputError, match=rf"{said}answers other questions .* \(the first is in row {first.id}\)"):
-        evaluator(rows=other).run(params, tmp_path, resume=True)
+        evaluator(rows=other).run(params, tmp_path)
     other = {"small": [replace(row, answer="x" * 99) for row in ROWS["small"]]}
     words = (
         rf"was graded by other reference answers .* row {first.id}: '{first.answer}' there, '{'x' * 60}\.\.\.' now\)"
     )
     with pytest.raises(InputError, match=f"{said}{words}; give another --workdir, or the old small"):
-        evaluator(rows=other).run(params, tmp_path, resume=True)
+        evaluator(rows=other).run(params, tmp_path)
     with pytest.raises(InputError, match=r"config\.evaluation\.rounds = 1: .*written without rounds"):
-        evaluator(evaluation__rounds=1).run(params, tmp_path, resume=True)
+        evaluator(evaluation__rounds=1).run(params, tmp_path)
 
 
 def test_the_plan_fits_the_models_context(policy):

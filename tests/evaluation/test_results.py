@@ -43,9 +43,9 @@ def test_a_torn_line_does_not_take_the_next_one_with_it(tmp_path):
 def test_a_name_is_no_pattern(tmp_path):
     for name in ("aime24", "aime24x"):
         rows = Rows(tmp_path, name, process=0)
-        rows.add(row(0, 0))
+        rows.add(row(0, 0) | {"status": "error"})
         rows.close()
-    results.clear(tmp_path, "aime24")
+    results.drop_failed(tmp_path, "aime24", 0.5)
     assert [path.name for path in tmp_path.iterdir() if path.stat().st_size] == ["aime24x.process-0.jsonl"]
 
 
