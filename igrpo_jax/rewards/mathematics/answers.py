@@ -262,7 +262,11 @@ def _relation(tokens: list[Token], sides: list[list[Token]], signs: list[str], n
 
 def _equation(text: str, tokens: list[Token], sides: list[list[Token]], nested: int) -> Node:
     left, right = sides[0], sides[-1]
-    difference = leaves.difference(left, right) if len(sides) == 2 else None
+    difference, hopeless = None, False
+    try:
+        difference = leaves.difference(left, right) if len(sides) == 2 else None
+    except NoValue:  # a name may have none, as S_\infty
+        hopeless = True
     if words.is_name(left, right):
         explained = 0 if _has_symbols(right) else sum(1 for _ in itertools.takewhile(_has_symbols, sides[1:-1]))
         rest = tokens[sum(len(side) + 1 for side in sides[: 1 + explained]) :]  # A = bh/2 = 6 says that A = 6
@@ -273,7 +277,7 @@ def _equation(text: str, tokens: list[Token], sides: list[list[Token]], nested: 
     values = [leaves.leaf(side) for side in sides]
     if all(leaves.symbols(leaf) == set() and leaves.agree(values[0], leaf) for leaf in values):
         return values[0]
-    return Relation(text, "=", difference)
+    return Leaf(text, None, hopeless=True) if hopeless else Relation(text, "=", difference)
 
 
 def _has_symbols(side: list[Token]) -> bool:

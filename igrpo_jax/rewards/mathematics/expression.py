@@ -4,10 +4,10 @@ r"""Reads expressions in LaTeX and plain text to exact values: a recursive-desce
     value_of(tokens)           -> exact.Value
 
 Expressions are read as people write them. Juxtaposition is a product, but 2\frac12 and "2 1/2" are mixed numbers, and
-other numbers side by side have no value. A run of letters is a product of one-letter symbols unless it is a name such
-as `sqrt` or `pi`; `x_1` and `\lambda_{red}` are one symbol; `i` and `e` are the numbers. 1,234 is one number, except
-inside (), [] and \{\}, where a comma separates; 3{,}5 is 3.5; 4.5e33 is 4.5·10^33; 0.\overline{3} is 1/3. \log without
-a base is left undecided.
+any other number behind a factor, as in 2 2 or \frac12 12, leaves no value. A run of letters is a product of one-letter
+symbols unless it is a name such as `sqrt` or `pi`; `x_1` and `\lambda_{red}` are one symbol; `i` and `e` are numbers.
+1,234 is one number, except inside (), [] and \{\}, where a comma separates; 3{,}5 is 3.5; 4.5e33 is 4.5·10^33;
+0.\overline{3} is 1/3. \log without a base is left undecided.
 
 Not here: answers that are no single expression (`answers`); arithmetic (`exact`). Nothing is ever evaluated as Python.
 Takes linear time, apart from the arithmetic. Limit: MAX_DEPTH.
@@ -90,8 +90,9 @@ class Parser:
                 value = Value.number(n % modulus)
             elif self._starts_factor():
                 value = value * self._factor()
-            elif self._cursor.kind(-1) == self._cursor.kind() == "number":
-                raise NoValue("numbers side by side")  # 2 2 is not 4, which computer algebra would make of it
+            elif self._cursor.kind() == "number":
+                # Computer algebra would make 4 of 2 2, 6 of \frac12 12 and 7x of x 3 4.
+                raise NoValue("a number behind a factor")
             else:
                 return value
 

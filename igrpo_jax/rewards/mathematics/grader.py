@@ -16,6 +16,7 @@ Conventions, where usage differs:
   guessing a near one. 0.\overline{3} is 1/3.
 - 1,234 is one thousand two hundred thirty-four, and so is 1{,}234; 3{,}5 is 3.5. A bare comma before one, two, four or
   more digits separates a list: if it were a decimal comma, 1,2 would equal 1.2.
+- Numbers side by side, or a number behind another factor, are no product: 2 2, \frac12 12 and x 3 have no value.
 - A unit, a currency or a degree sign that is missing on one side is forgiven. Two different units are not, unless one
   converts to the other exactly and in one system: 5 g is 0.005 kg. Degrees are not radians, but sin 30° is in degrees.
 - 10 m, with a blank, is ten metres or 10 times m, whichever the other side means; 10m is a product.

@@ -69,13 +69,12 @@ def leaf(tokens: list[Token], from_text: bool = False) -> Node:
     parser = expression.Parser(core)
     try:
         value = parser.parse()
-    except NoValue:
-        return Leaf(text, None, unit, percent, hopeless=True)
-    except Unreadable:
+    except (NoValue, Unreadable) as error:
         named = [at for at, token in enumerate(core) if token.text in ("begin", "end")]
         if any(words.is_prose(token) for at, token in enumerate(core) if at - 2 not in named):
             return Words(text, " ".join(token.text for token in tokens).casefold())
-        return Leaf(latex(core), None, unit, percent)
+        hopeless = isinstance(error, NoValue)
+        return Leaf(text if hopeless else latex(core), None, unit, percent, hopeless)
     if parser.degrees and not unit.name:
         unit = units.read("degrees")
     return Leaf(latex(core), value, unit, percent)
@@ -110,10 +109,10 @@ def agree(a: Leaf, b: Leaf) -> bool:
 
 
 def difference(left: list[Token], right: list[Token]) -> Value | None:
-    """Returns left side minus right side, None where one of them has no value."""
+    """Returns left side minus right side, None where one of them cannot be read. Raises NoValue."""
     try:
         return _side(left) - _side(right)
-    except (Unreadable, NoValue):
+    except Unreadable:
         return None
 
 

@@ -31,6 +31,8 @@ _DIGITS = re.compile(r"\d+")
 _FUNCTION = re.compile(r"\\?(?:arc)?(?:log|ln|lg|exp|sin|cos|tan|cot|sec|csc)")
 # What math-verify ignores, so that 5, \ldots would be 5; and what has no place in mathematics.
 _DROPPED = re.compile(r"\\[lcv]?dots|['\"]|\\\$|\d\s?_|\.\.|__")
+# Numbers behind a factor, which it takes for a product: 2 2, 4!2 and \frac{1}{2}12.
+_BESIDE = re.compile(r"(?<![_^\d])\d+\s+\d|[!)]\s*\d|\\frac ?\{[^{}]*\}\{[^{}]*\}\s*\d")
 _DOUBLE = re.compile(r"![\s)}\]]*!|\^\s*\{?[\w.]*\}?\s*\^")  # (9!)!, 9^9^9
 
 
@@ -69,7 +71,7 @@ def _acceptable(answer: str) -> bool:
         and all(int(digits[:9]) <= most for digits in expanded)
         and answer.count("|") <= MAX_BARS
         and len(_FUNCTION.findall(answer)) <= MAX_FUNCTIONS
-        and not (_is_tower(answer) or _DOUBLE.search(answer) or _DROPPED.search(answer))
+        and not (_is_tower(answer) or any(refused.search(answer) for refused in (_DOUBLE, _DROPPED, _BESIDE)))
     )
 
 

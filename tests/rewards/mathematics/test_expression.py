@@ -80,7 +80,7 @@ def test_different(a, b):
 
 @pytest.mark.parametrize(
     "source",
-    ["", "28_9", "x3", "2^3^2", "9!!!", "1,2", "x=1", "(1", r"\foo", r"\sum_{k=1}^3 k", r"1+\ldots", "+", "5!+",
+    ["", "28_9", "2^3^2", "9!!!", "1,2", "x=1", "(1", r"\foo", r"\sum_{k=1}^3 k", r"1+\ldots", "+", "5!+",
      r"\frac{1}", "(" * (expression.MAX_DEPTH + 1) + "1" + ")" * (expression.MAX_DEPTH + 1), r"\sqrt" * 100 + "2",
      r"\sin" * 300 + "x", "sin " * 200, r"\text{ two words}"],
 )  # fmt: skip
@@ -91,7 +91,18 @@ def test_unreadable(source):
 
 @pytest.mark.parametrize(
     "source",
-    ["1/0", r"\frac{1}{x-x}", "2^{2^{49}}", "10^{99999}", "99999!", r"\binom{99999}{5}", "1e99999", "1 2", "|x + 1 2|"],
+    [
+        "1/0",
+        r"\frac{1}{x-x}",
+        "2^{2^{49}}",
+        "10^{99999}",
+        "99999!",
+        r"\binom{99999}{5}",
+        "1e99999",
+        "1 2",
+        "|x + 1 2|",
+        "x3",
+    ],
 )
 def test_no_value(source):
     with pytest.raises(NoValue):

@@ -18,6 +18,15 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # numbers behind what is no factor
+    (r"\sum_{k=1}^{3} 2k", "12"),
+    (r"2\begin{pmatrix}\frac{1}{2}\\1\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    ("Step 2", "step 2"),
+    (r"S_\infty=a/(1-r)", r"\frac{a}{1-r}"),
+    (
+        r"\begin{pmatrix}\log_2 3\\1\end{pmatrix}+\begin{pmatrix}0\\1\end{pmatrix}",
+        r"\begin{pmatrix}\frac{\ln 3}{\ln 2}\\2\end{pmatrix}",
+    ),
     ("10 m", r"10 \text{ m}"),
     ("10 m", r"10\,\mathrm{m}"),
     ("10 m", "10 meters"),
@@ -1092,6 +1101,28 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # numbers behind a factor
+    ("x+y=2 2", "x+y=4"),
+    ("x+y=2 3", "x+y=5"),
+    ("2x - y + 3z + 4 4 = 0", "2x - y + 3z + 8 = 0"),
+    ("x^2+y^2=2 2", "x^2+y^2=4"),
+    ("x+y<2 2", "x+y<4"),
+    (r"\frac{1}{2}12", "3/2"),
+    (r"\frac{1}{3}12", "1"),
+    (r"\frac{1}{2}0.5", "0"),
+    (r"\binom{4}{2}33", "39"),
+    (r"\pi 10 10", r"20\pi"),
+    ("x 3 4", "7x"),
+    ("4!10 2", "288"),
+    ("|3| 7", "21"),
+    (r"8 \pi1", r"8\pi"),
+    (r"\frac{47}{128} 1", r"\frac{47}{128}"),
+    (r"\frac12\begin{pmatrix}2 4\\2\end{pmatrix}", r"\begin{pmatrix}3\\1\end{pmatrix}"),
+    (r"1\begin{pmatrix}2 2\\1\end{pmatrix}", r"\begin{pmatrix}4\\1\end{pmatrix}"),
+    (r"\{2 2\} \cup \{3\}", r"\{4,3\}"),
+    (r"2\begin{pmatrix}\frac123\\1\end{pmatrix}", r"\begin{pmatrix}3\\2\end{pmatrix}"),
+    (r"2\begin{pmatrix}3!2\\1\end{pmatrix}", r"\begin{pmatrix}24\\2\end{pmatrix}"),
+    (r"x+2y=\frac123", r"x+2y=\frac32"),
     ("2 2", "4"),
     ("0 1", "1"),
     ("2 2x", "4x"),
