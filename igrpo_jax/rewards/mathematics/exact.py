@@ -132,9 +132,9 @@ def same(a: Value, b: Value) -> bool | None:
 
 
 def proportional(a: Value, b: Value) -> Fraction | None:
-    """Returns the rational c ≠ 0 with a = c·b, None where there is none or an opaque symbol is involved."""
+    """Returns a rational c ≠ 0 with a = c·b, None where none is found. With opaque symbols there may be one."""
     left, right = _times(a.numerator, b.denominator), _times(b.numerator, a.denominator)
-    if a.opaque or b.opaque or not left or left.keys() != right.keys():
+    if not left or left.keys() != right.keys():
         return None
     ratios = {left[key] / right[key] for key in left}
     return ratios.pop() if len(ratios) == 1 else None

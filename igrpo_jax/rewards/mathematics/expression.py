@@ -5,7 +5,7 @@ r"""Reads expressions in LaTeX and plain text to exact values: a recursive-desce
 
 Expressions are read as people write them. Juxtaposition is a product, but 2\frac12 and "2 1/2" are mixed numbers, and
 any other number behind a factor, as in 2 2 or \frac12 12, leaves no value. A run of letters is a product of one-letter
-symbols unless it is a name such as `sqrt` or `pi`; `x_1` and `\lambda_{red}` are one symbol; `i` and `e` are numbers.
+symbols unless it is a name such as `sqrt` or `pi`; `x_1`, `\lambda_{red}` and dx/dt are symbols; `i` and `e` are numbers.
 1,234 is one number, except inside (), [] and \{\}, where a comma separates; 3{,}5 is 3.5; 4.5e33 is 4.5·10^33;
 0.\overline{3} is 1/3. \log without a base is left undecided.
 
@@ -14,11 +14,10 @@ Takes linear time, apart from the arithmetic. Limit: MAX_DEPTH.
 """
 
 import math
-import re
 
-from igrpo_jax.rewards.mathematics import exact, functions, numerals
+from igrpo_jax.rewards.mathematics import derivatives, exact, functions, numerals
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
-from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Cursor, Token, Unreadable, latex, tokenize
+from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Cursor, Token, Unreadable, tokenize
 
 MAX_DEPTH = 30  # of nested brackets, roots, fractions, …
 
@@ -26,7 +25,6 @@ MAX_DEPTH = 30  # of nested brackets, roots, fractions, …
 _LONG_NAMES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _ACCENT_NAMES = "vec hat bar overline dot ddot tilde overrightarrow widehat mathcal mathbb"
 _ACCENTS = frozenset(_ACCENT_NAMES.split())
-_DERIVATIVE = re.compile(r"\{d[^}]*\}\{d *[A-Za-z\\]")
 _MODULES = ("np", "math", "sympy")  # of functions, as in np.arcsin
 _CLOSINGS = {"(": ")", "[": "]", "{": "}", "|": "|"}
 _PRIMES = (("'",), ("^", "prime"), ("^", "{", "prime", "}"))
@@ -161,6 +159,8 @@ class Parser:
             raise Unreadable
         if kind == "number":
             value = numerals.number(self._cursor)
+        elif derivative := derivatives.quotient(self._cursor):
+            value = Value.symbol(derivative)
         elif kind in ("letters", "command", "text"):
             value = {"letters": self._letters, "command": self._command, "text": self._text}[kind]()
         elif text in _CLOSINGS:
@@ -232,9 +232,8 @@ class Parser:
     def _command(self) -> Value:
         name = self._cursor.next()
         if name == "frac":
-            if self._is_derivative():
-                raise Unreadable
-            return self._argument() / self._argument()
+            derivative = derivatives.fraction(self._cursor)
+            return Value.symbol(derivative) if derivative else self._argument() / self._argument()
         if name in _NAMES:
             return self._named(name)
         if name == "binom":
@@ -247,16 +246,22 @@ class Parser:
             return Value.number(math.floor(value) if name == "lfloor" else math.ceil(value))
         if name in ("triangle", "angle") and self._cursor.kind() == "letters":
             return Value.symbol(f"{name} {self._cursor.next()}")
-        accented = self._cursor.peek(1)
-        if name in _ACCENTS and self._cursor.kind(1) == "letters" and self._cursor.take("{", accented, "}"):
-            if name in ("hat", "vec") and accented in ("i", "j", "k"):  # unit vectors, also written \mathbf{i}
-                return exact.I if accented == "i" else Value.symbol(accented)
-            return self._symbol(f"{name} {accented}")
+        if name in _ACCENTS:
+            return self._accented(name)
         raise Unreadable
 
-    def _is_derivative(self) -> bool:
-        """Returns whether `\\frac` is a derivative such as dy/dx."""
-        return bool(_DERIVATIVE.match(latex(self._cursor.tokens[self._cursor.at : self._cursor.at + 12])))
+    def _accented(self, accent: str) -> Value:
+        """Reads the argument of an accent: a Greek letter, or letters in braces. \\vec v is \\vec{v}."""
+        is_braced = self._cursor.peek() == "{"
+        if self._cursor.kind(is_braced) == "letters" and not is_braced:
+            self._cursor.split_token(1)
+        letters = self._cursor.peek(is_braced)
+        is_letter = self._cursor.kind(is_braced) == "letters" or letters in GREEK
+        if not is_letter or not self._cursor.take(*(("{", letters, "}") if is_braced else (letters,))):
+            raise Unreadable
+        if accent in ("hat", "vec") and letters in ("i", "j", "k"):  # unit vectors, also written \mathbf{i}
+            return exact.I if letters == "i" else Value.symbol(letters)
+        return self._symbol(derivatives.dotted(accent, letters))
 
     def _argument(self) -> Value:
         """Reads a macro's argument: a group, one letter or command, or a number.

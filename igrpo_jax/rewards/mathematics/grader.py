@@ -24,6 +24,7 @@ Conventions, where usage differs:
   no number. Numbers in words are numbers: "two and a half" is 2.5.
 - `x = 5` equals 5, and `f(x) = …` its right side. `x = 5` is not `y = 5`. `2x + z = 1` is an equation and nothing else,
   equal to its multiples. Where several named values meet unnamed ones, the order counts, x_1 and x_2 aside.
+- dx/dt, \frac{d x}{d t} and \dot{x} are one symbol, which is no quotient.
 - Lists are unordered and count repetitions (roots with multiplicity), except repeated points. Sets ignore both. A bare
   list equals a set, and it equals a tuple in the same order. A tuple is no set. (a, b) is a pair or an interval,
   depending on the other side. A column equals a row vector, ⟨a, b⟩ and (a, b). ± stands for both values. The answer

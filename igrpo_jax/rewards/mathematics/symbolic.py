@@ -13,6 +13,8 @@ import itertools
 import logging
 import re
 
+from igrpo_jax.rewards.mathematics import derivatives
+
 MAX_LENGTH = 300  # characters; the longest reference answer of MATH has 159
 MAX_DEPTH = 12  # nested braces and brackets
 MAX_DIGITS = 400  # of one number literal
@@ -34,6 +36,7 @@ _DROPPED = re.compile(r"\\[lcv]?dots|['\"]|\\\$|\d\s?_|\.\.|__")
 # Numbers behind a factor, which it takes for a product: 2 2, 4!2 and \frac{1}{2}12.
 _BESIDE = re.compile(r"(?<![_^\d])\d+\s+\d|[!)]\s*\d|\\frac ?\{[^{}]*\}\{[^{}]*\}\s*\d")
 _DOUBLE = re.compile(r"![\s)}\]]*!|\^\s*\{?[\w.]*\}?\s*\^")  # (9!)!, 9^9^9
+_REFUSED = (_DOUBLE, _DROPPED, _BESIDE)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -71,7 +74,8 @@ def _acceptable(answer: str) -> bool:
         and all(int(digits[:9]) <= most for digits in expanded)
         and answer.count("|") <= MAX_BARS
         and len(_FUNCTION.findall(answer)) <= MAX_FUNCTIONS
-        and not (_is_tower(answer) or any(refused.search(answer) for refused in (_DOUBLE, _DROPPED, _BESIDE)))
+        and not (_is_tower(answer) or any(refused.search(answer) for refused in _REFUSED))
+        and not derivatives.is_misread(answer)
     )
 
 

@@ -18,6 +18,29 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # derivatives
+    (r"\frac{d x}{d t}=k x-a", "dx/dt = kx - a"),
+    (r"\frac{d x}{d t}=k x-a", r"\dot{x}=kx-a"),
+    (r"\frac{d x}{d t}=k x-a", r"\dot x+a=kx"),
+    (r"m \frac{d v}{d t}+b v=f", r"m\dot{v}+bv=f"),
+    (r"m \frac{d v}{d t}+b v=f", r"m \frac{\mathrm{d}v}{\mathrm{d}t}+bv=f"),
+    (r"m \frac{d v}{d t}+b v=f", "f = m dv/dt + bv"),
+    (r"m \frac{d v}{d t}+b v=f", r"\frac{dv}{dt}=\frac{f-bv}{m}"),
+    (r"I \frac{d \omega}{d t}+2 B \omega=T", r"I\dot\omega+2B\omega=T"),
+    (r"I \frac{d \omega}{d t}+2 B \omega=T", "I dω/dt + 2Bω = T"),
+    (r"\frac{d^2x}{dt^2}+4x=0", r"\ddot{x}=-4x"),
+    (r"\frac{d^{2}x}{dt^{2}}+4x=0", "d^2x/dt^2 = -4x"),
+    (r"\frac{dx_1}{dt}=x_1", r"\dot{x}_1 = x_1"),
+    (r"\frac{\partial u}{\partial t}=u+1", r"\frac{\partial u}{\partial t}-1=u"),
+    (r"\frac{da+1}{2}", r"\frac{1+ad}{2}"),
+    (r"\frac{d}{a+d}", r"\frac{d}{d+a}"),
+    (r"\frac{d}{dx}x^2", "2x"),
+    (r"\frac{d}{d x}\sin x+x", r"\cos x+x"),
+    (
+        r"ml\ddot{\theta}(t)-mg\sin\theta(t)=f(t)\cos\theta(t)",
+        r"m l \ddot{\theta}(t)-m g \sin \theta(t)=f(t) \cos \theta(t)",
+    ),
+    (r"y=\sin x", r"2y=2\sin x"),
     # numbers behind what is no factor
     (r"\sum_{k=1}^{3} 2k", "12"),
     (r"2\begin{pmatrix}\frac{1}{2}\\1\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
@@ -1101,6 +1124,27 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # derivatives
+    (r"\frac{d}{dx}y+5", "5"),
+    (r"\dot x = kx", r"\ddot x=kx"),
+    (r"\frac{d^2 x}{d t^2}=kx", r"\frac{dx}{dt}=kx"),
+    (r"\ddot\theta=\sin\theta", r"-\ddot\theta=\sin\theta"),
+    # derivatives, which math-verify takes for 0
+    (r"\frac{d x}{d t}=k x-a", r"\frac{dx}{dt}=a-kx"),
+    (r"\frac{d x}{d t}=k x-a", "0=kx-a"),
+    (r"\frac{d x}{d t}=k x-a", r"\frac{dx}{dt}=7(kx-a)"),
+    (r"\frac{d x}{d t}=k x-a", r"\frac{dt}{dx}=kx-a"),
+    (r"m \frac{d v}{d t}+b v=f", r"\frac{dv}{dt}+bv=f"),
+    (r"m \frac{d v}{d t}+b v=f", r"-m\frac{dv}{dt}+bv=f"),
+    (r"m \frac{d v}{d t}+b v=f", r"m \frac{dx}{dt}+bv=f"),
+    (r"I \frac{d \omega}{d t}+2 B \omega=T", r"2B\omega=T"),
+    (r"I \frac{d \omega}{d t}+2 B \omega=T", r"\frac{d\omega}{dt}+2B\omega=T"),
+    (r"5+\frac{dy}{dx}", "5"),
+    (r"\frac{dy}{dx}", "0"),
+    (r"\frac{\partial u}{\partial t}+5", "5"),
+    (r"\frac{d}{dx}(y)+5", "5"),
+    (r"2\begin{pmatrix}\frac{dy}{dx}\\1\end{pmatrix}", r"\begin{pmatrix}0\\2\end{pmatrix}"),
+    (r"\frac{\partial u}{\partial t}", r"\frac{du}{dt}"),
     # numbers behind a factor
     ("x+y=2 2", "x+y=4"),
     ("x+y=2 3", "x+y=5"),
