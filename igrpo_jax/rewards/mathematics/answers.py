@@ -256,7 +256,10 @@ def _relation(tokens: list[Token], sides: list[list[Token]], signs: list[str], n
     for left, sign, right in zip(sides[:-1], signs, sides[1:], strict=True):
         if sign in (">", "geq"):
             left, sign, right = right, "<" if sign == ">" else "leq", left
-        parts.append(regions.inequality(text, leaves.difference(left, right), sign))
+        difference = leaves.difference(left, right)
+        if difference is None and (leaves.has_words(left) or leaves.has_words(right)):
+            return Leaf(text, None, hopeless=True)
+        parts.append(regions.inequality(text, difference, sign))
     return parts[0] if len(parts) == 1 else regions.intersected(text, parts) or Leaf(text, None)
 
 
@@ -277,6 +280,7 @@ def _equation(text: str, tokens: list[Token], sides: list[list[Token]], nested: 
     values = [leaves.leaf(side) for side in sides]
     if all(leaves.symbols(leaf) == set() and leaves.agree(values[0], leaf) for leaf in values):
         return values[0]
+    hopeless |= difference is None and any(map(leaves.has_words, sides))
     return Leaf(text, None, hopeless=True) if hopeless else Relation(text, "=", difference)
 
 

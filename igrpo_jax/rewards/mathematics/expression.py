@@ -4,10 +4,10 @@ r"""Reads expressions in LaTeX and plain text to exact values: a recursive-desce
     value_of(tokens)           -> exact.Value
 
 Expressions are read as people write them. Juxtaposition is a product, but 2\frac12 and "2 1/2" are mixed numbers, and
-any other number behind a factor, as in 2 2 or \frac12 12, leaves no value. A run of letters is a product of one-letter
-symbols unless it is a name such as `sqrt` or `pi`; `x_1`, `\lambda_{red}` and dx/dt are symbols; `i` and `e` are numbers.
-1,234 is one number, except inside (), [] and \{\}, where a comma separates; 3{,}5 is 3.5; 4.5e33 is 4.5·10^33;
-0.\overline{3} is 1/3. \log without a base is left undecided.
+any other number behind a factor, as in 2 2, 2{2} or \frac12 12, leaves no value. A run of letters is a product of
+one-letter symbols unless it is a name such as `sqrt` or `pi`; `x_1`, `\lambda_{red}` and dx/dt are symbols; `i` and `e`
+are numbers. 1,234 is one number, except inside (), [] and \{\}, where a comma separates; 3{,}5 is 3.5; 4.5e33 is
+4.5·10^33; 0.\overline{3} is 1/3. \log without a base is left undecided.
 
 Not here: answers that are no single expression (`answers`); arithmetic (`exact`). Nothing is ever evaluated as Python.
 Takes linear time, apart from the arithmetic. Limit: MAX_DEPTH.
@@ -86,9 +86,9 @@ class Parser:
                 if self._starts_factor():
                     raise Unreadable  # 17 \bmod 5x
                 value = Value.number(n % modulus)
-            elif self._starts_factor():
+            elif self._starts_factor() and not self._starts_with_digit():
                 value = value * self._factor()
-            elif self._cursor.kind() == "number":
+            elif self._cursor.kind() == "number" or self._starts_factor():
                 # Computer algebra would make 4 of 2 2, 6 of \frac12 12 and 7x of x 3 4.
                 raise NoValue("a number behind a factor")
             else:
@@ -101,6 +101,15 @@ class Parser:
         if kind == "command":
             return not self._cursor.tokens[self._cursor.at].closes
         return kind in ("letters", "text") or text in ("(", "[", "{")
+
+    def _starts_with_digit(self) -> bool:
+        """Returns whether a number comes next, in braces or in \\text{…}: 2{2} looks like 22."""
+        ahead = 0
+        while self._cursor.peek(ahead) == "{":
+            ahead += 1
+        if self._cursor.kind(ahead) == "text":
+            return self._cursor.tokens[self._cursor.at + ahead].text.lstrip(" {")[:1].isdecimal()
+        return self._cursor.kind(ahead) == "number"
 
     def _signed(self) -> Value:
         negative = False

@@ -116,6 +116,11 @@ def difference(left: list[Token], right: list[Token]) -> Value | None:
         return None
 
 
+def has_words(tokens: list[Token]) -> bool:
+    """Returns whether one side of a relation holds words that name no unit. Computer algebra would drop them."""
+    return any(map(words.is_prose, tokens)) and len(words.without_unit(tokens)[0]) == len(tokens)
+
+
 def _side(tokens: list[Token]) -> Value:
     """Returns the value of one side of a relation. g(x) alone is one symbol."""
     if words.is_applied(tokens) and tokens[0].text in words.FUNCTION_LETTERS:

@@ -18,6 +18,11 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # braces around factors
+    ("2{x}", "2x"),
+    ("(2){(3)}", "6"),
+    (r"2\mathbf{x}", "2x"),
+    (r"\log_2{8}", "3"),
     # derivatives
     (r"\frac{d x}{d t}=k x-a", "dx/dt = kx - a"),
     (r"\frac{d x}{d t}=k x-a", r"\dot{x}=kx-a"),
@@ -1124,6 +1129,23 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # words behind an equation
+    ("2x - y + 3z + 8 = 0", r"2x - y + 3z + 8 = 0 \text{ or less}"),
+    ("2x - y + 3z + 8 = 0", r"2x - y + 3z + 8 = 0 \text{ is wrong}"),
+    ("2x - y + 3z + 8 = 0", r"2x - y + 3z + 8 = 0 \text{ (false)}"),
+    ("2x - y + 3z + 8 = 0", r"2x - y + 3z + 8 = 0 \text{ hello } 7"),
+    ("2x - y + 3z + 8 = 0", r"\text{it cannot be }2x - y + 3z + 8 = 0"),
+    ("x + y < 0", r"x + y < 0 \text{ is wrong}"),
+    # braces that nobody sees
+    ("2{2}", "4"),
+    ("{2}{2}", "4"),
+    (r"2\text{2}", "4"),
+    ("(2{2},5)", "(4,5)"),
+    ("1{0}", "0"),
+    (r"1\mathbf{2}", "2"),
+    (r"3\textbf{4}", "12"),
+    ("2{{2}}", "4"),
+    ("x=2{2}", "4"),
     # derivatives
     (r"\frac{d}{dx}y+5", "5"),
     (r"\dot x = kx", r"\ddot x=kx"),
