@@ -86,7 +86,7 @@ class Parser:
                 if self._starts_factor():
                     raise Unreadable  # 17 \bmod 5x
                 value = Value.number(n % modulus)
-            elif self._starts_factor() and not self._starts_with_digit():
+            elif self._starts_factor() and not numerals.is_hidden(self._cursor):
                 value = value * self._factor()
             elif self._cursor.kind() == "number" or self._starts_factor():
                 # Computer algebra would make 4 of 2 2, 6 of \frac12 12 and 7x of x 3 4.
@@ -101,15 +101,6 @@ class Parser:
         if kind == "command":
             return not self._cursor.tokens[self._cursor.at].closes
         return kind in ("letters", "text") or text in ("(", "[", "{")
-
-    def _starts_with_digit(self) -> bool:
-        """Returns whether a number comes next, in braces or in \\text{…}: 2{2} looks like 22."""
-        ahead = 0
-        while self._cursor.peek(ahead) == "{":
-            ahead += 1
-        if self._cursor.kind(ahead) == "text":
-            return self._cursor.tokens[self._cursor.at + ahead].text.lstrip(" {")[:1].isdecimal()
-        return self._cursor.kind(ahead) == "number"
 
     def _signed(self) -> Value:
         negative = False

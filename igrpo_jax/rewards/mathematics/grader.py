@@ -13,10 +13,11 @@ Conventions, where usage differs:
   A line such as `#### Step 2` is a heading of Markdown; `####` counts before a number, or before the text's last words.
 - 28% equals both 28 and 0.28, because data sets write the same answer in all three ways, but not 0.28%.
 - A decimal is exact: 0.333 is not 1/3, and 1.41421356 is not √2. A tolerance would reward rounding a right answer and
-  guessing a near one. 0.\overline{3} is 1/3.
+  guessing a near one. 0.\overline{3} is 1/3. 0.333... goes on in a way that it does not say: it equals its own text.
 - 1,234 is one thousand two hundred thirty-four, and so is 1{,}234; 3{,}5 is 3.5. A bare comma before one, two, four or
   more digits separates a list: if it were a decimal comma, 1,2 would equal 1.2.
-- Numbers side by side, or a number behind another factor, are no product: 2 2, \frac12 12 and x 3 have no value.
+- Numbers side by side, or a number behind another factor, are no product: 2 2, \frac12 12 and x 3 have no value, and
+  neither has 3\frac53, which is no mixed number.
 - A unit, a currency or a degree sign that is missing on one side is forgiven. Two different units are not, unless one
   converts to the other exactly and in one system: 5 g is 0.005 kg. Degrees are not radians, but sin 30° is in degrees.
 - 10 m, with a blank, is ten metres or 10 times m, whichever the other side means; 10m is a product.

@@ -16,6 +16,16 @@ def bare_number(cursor: Cursor) -> Value | None:
     return Value.number(_decimal(cursor.next()))
 
 
+def is_hidden(cursor: Cursor) -> bool:
+    """Returns whether a number comes next in braces or in \\text{…}, which nobody sees: 2{2} looks like 22."""
+    ahead = 0
+    while cursor.peek(ahead) == "{":
+        ahead += 1
+    if cursor.kind(ahead) == "text":
+        return cursor.tokens[cursor.at + ahead].text.lstrip(" {")[:1].isdecimal()
+    return cursor.kind(ahead) == "number"
+
+
 def number(cursor: Cursor) -> Value:
     """Reads a decimal, a mixed number or a repeating decimal."""
     text, digits = cursor.next(), cursor.peek(2)
@@ -34,16 +44,20 @@ def number(cursor: Cursor) -> Value:
 
 
 def _mixed(cursor: Cursor) -> Fraction:
-    """Reads the fraction of a mixed number: proper and of plain integers. Returns 0 where there is none."""
+    """Reads the fraction of a mixed number, of plain integers. Returns 0 where there is none.
+
+    Raises NoValue for 3\\frac{5}{3}, which is no mixed number and hardly a product.
+    """
     top = bottom = ""
     texts = [cursor.peek(ahead) for ahead in range(7)]
     if texts[0] == "frac" and (texts[1], texts[3], texts[4], texts[6]) == ("{", "}", "{", "}"):
         top, bottom, length = texts[2], texts[5], 7
     elif texts[1] == "/" and cursor.kind() == "number" and cursor.tokens[cursor.at].spaced:
         top, bottom, length = texts[0], texts[2], 3
-    is_proper = top.isdecimal() and bottom.isdecimal() and int(top) < int(bottom)
-    if not is_proper or cursor.peek(length) in ("^", "!"):
+    if not (top.isdecimal() and bottom.isdecimal()) or cursor.peek(length) in ("^", "!"):
         return Fraction(0)
+    if int(top) >= int(bottom):
+        raise NoValue("an improper mixed number")
     cursor.at += length
     return Fraction(int(top), int(bottom))
 

@@ -85,11 +85,16 @@ _INFIX = re.compile(r"\{((?:[^{}]|\{[^{}]*\})*)\\(over|choose)(?![A-Za-z])((?:[^
 _INTERVAL = re.compile(r"([\[\]])([^\[\],;(){}]+[,;][^\[\],;(){}]+)([\[\]])")
 
 
+_DOTS = re.compile(r"(?<=[^\s.])\s*\.{2,}")  # 0.333... goes on, unlike ...0.333
+
+
 def normal(source: str) -> str:
     """Returns the text in ASCII (letters and money of other scripts aside), with one spelling of macros."""
     if not source.isascii():
         source = _ascii(source)
     source = _SEPARATED.sub(SEPARATOR, source)
+    if ".." in source:
+        source = _DOTS.sub(r"\\ldots ", source)
     if "{.}" in source or "{:}" in source:
         source = re.sub(r"(?:\\text)?\{([.:])\}", r"\1", source)
     if "\\" in source:

@@ -124,9 +124,15 @@ def _verified(a: str, b: str) -> bool:
 
 
 def _confirmed(a, b) -> bool:
-    """Compares two sympy numbers, which math-verify found equal within 6 decimals, again to 40 relative digits."""
+    """Compares sympy's numbers, which math-verify found equal within 6 decimals, again to 40 relative digits.
+
+    Those of two matrices are compared one by one.
+    """
     import sympy
 
+    if isinstance(a, sympy.MatrixBase | sympy.MatrixExpr) and isinstance(b, sympy.MatrixBase | sympy.MatrixExpr):
+        a, b = (sympy.ImmutableMatrix(side.doit()) for side in (a, b))
+        return a.shape == b.shape and all(map(_confirmed, a, b))
     if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and a.is_number and b.is_number):
         return True
     if a.is_Rational and b.is_Rational:

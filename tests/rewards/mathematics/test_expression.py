@@ -14,7 +14,6 @@ SAME = [
     (r"2\frac{1}{2}", "5/2"),
     (r"2\frac12", "5/2"),
     ("2 1/2", "5/2"),
-    (r"2\frac{3}{2}", "3"),  # improper, so a product
     (r"2\frac{x}{3}", r"\frac{2x}{3}"),
     (r"\frac12", "0.5"),
     (r"\frac 3 8", "3/8"),
@@ -102,6 +101,8 @@ def test_unreadable(source):
         "1 2",
         "|x + 1 2|",
         "x3",
+        "2{2}",
+        r"2\frac{3}{2}",
     ],
 )
 def test_no_value(source):

@@ -18,6 +18,17 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # dots and mixed numbers
+    (r"0.5\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}\frac12\\1\end{pmatrix}"),
+    (
+        r"\frac{1}{\sqrt3}\begin{pmatrix}1\\1\end{pmatrix}",
+        r"\begin{pmatrix} \frac{\sqrt3}{3} \\ \frac{1}{\sqrt3}\end{pmatrix}",
+    ),
+    ("1,2,...,10", r"1,2,\ldots,10"),
+    ("0.333...", r"0.333\ldots"),
+    (r"3\frac{2}{3}", r"\frac{11}{3}"),
+    (r"1.5\frac{4}{3}", "2"),
+    ("5.", "5"),
     # braces around factors
     ("2{x}", "2x"),
     ("(2){(3)}", "6"),
@@ -1129,6 +1140,23 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # dots at the end, improper mixed numbers, and matrices of rounded decimals
+    (
+        r"0.577350\begin{pmatrix}1\\1\\1\end{pmatrix}",
+        r"\begin{pmatrix} \frac{1}{\sqrt3} \\ \frac{1}{\sqrt3} \\ \frac{1}{\sqrt3} \end{pmatrix}",
+    ),
+    (
+        r"1\begin{pmatrix}-0.333333\\0.666667\\1.666667\end{pmatrix}",
+        r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}",
+    ),
+    ("1, 2, ...", "1,2"),
+    ("12,9...", "12,9"),
+    ("0.333...", "0.333"),
+    ("0.999...", "0.999"),
+    ("5..", "5"),
+    (r"3\frac{5}{3}", "5"),
+    (r"2\frac{10}{5}", "4"),
+    (r"1\frac{64}{9}", r"\frac{64}{9}"),
     # words behind an equation
     ("2x - y + 3z + 8 = 0", r"2x - y + 3z + 8 = 0 \text{ or less}"),
     ("2x - y + 3z + 8 = 0", r"2x - y + 3z + 8 = 0 \text{ is wrong}"),

@@ -20,6 +20,7 @@ def _no_verdict_is_remembered():
         (r"\begin{vmatrix} 2 & 1 \\ 1 & 2 \end{vmatrix}", "3", True),
         (r"\frac{1}{2006!}", r"\frac{1}{2004!}", False),  # equal within 6 decimals
         (r"\frac{\sqrt{2}}{10^{9}}", r"\frac{\sqrt{3}}{10^{9}}", False),
+        (r"0.5\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}\frac{1}{2}\\1\end{pmatrix}", True),
         ("1", "2x + z = 1", False),  # math-verify takes it in one order
         (r"5\ldots", "5", False),  # it would read over the dots
         ("5'", "5", False),
