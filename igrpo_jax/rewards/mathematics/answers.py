@@ -29,7 +29,7 @@ _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
 
 def read(answer: str) -> Node | None:
     """Returns the structure of a bare answer, None for an empty one. Never raises."""
-    answer = answer.strip().strip("*")
+    answer = _unwrapped(answer.strip().strip("*"))
     if _WORD.search(answer):
         day = words.date(answer)
         if day:
@@ -46,6 +46,15 @@ def read(answer: str) -> Node | None:
         return _read(tokens, 0)
     except NoValue:
         return Leaf(latex(tokens), None, hopeless=True)
+
+
+def _unwrapped(answer: str) -> str:
+    """Returns the answer without the \\(…\\) or \\[…\\] around all of it, which would look like a tuple's brackets."""
+    for opening, closing in (("\\(", "\\)"), ("\\[", "\\]")):
+        bare = answer.removesuffix(".")
+        if bare.startswith(opening) and bare.endswith(closing) and bare.count(opening) == 1:
+            return bare[2:-2].strip()
+    return answer
 
 
 _RELATIONS = frozenset(("=", "<", ">", "leq", "geq", "ne", "in", "approx", "simeq", "sim"))

@@ -87,6 +87,9 @@ _INTERVAL = re.compile(r"([\[\]])([^\[\],;(){}]+[,;][^\[\],;(){}]+)([\[\]])")
 
 _DOTS = re.compile(r"(?<=[^\s.])\s*\.{2,}")  # 0.333... goes on, unlike ...0.333
 
+_DEGREE = re.compile(r"(\^\s*\{?\s*)?\\(?:text)?degree(?![A-Za-z])")
+_TIMES = re.compile(r"(?<=\d)\s*(?:[xX]|\\text\s*\{\s*[xX]\s*\})\s*(?=10\s*\^)")  # 4.5 x 10^33
+
 
 def normal(source: str) -> str:
     """Returns the text in ASCII (letters and money of other scripts aside), with one spelling of macros."""
@@ -97,6 +100,10 @@ def normal(source: str) -> str:
         source = _DOTS.sub(r"\\ldots ", source)
     if "{.}" in source or "{:}" in source:
         source = re.sub(r"(?:\\text)?\{([.:])\}", r"\1", source)
+    if "10" in source:
+        source = _TIMES.sub(r"\\times ", source)
+    if "degree" in source:
+        source = _DEGREE.sub(lambda match: f"{match[1] or '^'}\\circ ", source)
     if "\\" in source:
         for pattern, replacement in _LOOKS if _LOOK.search(source) else ():
             source = pattern.sub(replacement, source)

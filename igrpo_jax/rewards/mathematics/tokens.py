@@ -70,7 +70,7 @@ _SPACE = re.compile(
     r"(?:[\s$~]|\\[,;:!> \t\n]|\\q?quad|\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits"
     r"|thinspace|enspace|hfill|strut|rm|bf|tiny|small|large|Large|LARGE|huge)(?![A-Za-z])\.?)+"
 )
-_EXPONENT = r"(?:[eE][+-]?\d{1,5}(?![\d.]))?"
+_EXPONENT = r"(?:[eE][+-]?\d{1,5}(?!\d|\.\d))?"
 _EXPLICIT = re.compile(rf"[1-9]\d{{0,2}}(?:{SEPARATOR}\d{{3}})+(?:\.\d+)?(?!\d)")
 _DECIMAL_COMMA = re.compile(rf"\d+{SEPARATOR}\d+(?!{SEPARATOR}\d{{3}}|\.?\d)")
 _SPACED = re.compile(r"[1-9]\d{0,2}(?:(?:\\[,;: ]|[ ~\u2009])\d{3})+(?:\.\d+)?(?![\d,])")

@@ -64,6 +64,7 @@ _FILLERS = re.compile(
     r"\b(?:(?:of|for|on|at|in(?=\s+[A-Za-z]))(?:\s+an?\b)?|the|total|altogether|each|all|long|tall|wide|high|deep|old)\b",
     re.IGNORECASE,
 )
+_REMARK = re.compile(r"(?:in )?total|altogether|each|left(?: over)?|remaining|profit", re.IGNORECASE)
 _WORDS = re.compile(r"\^[\s{(]*(-?)\s*(\d)[\s})]*|[^\W\d_]+(\d?)|[^\s\w]|\d+")
 _COMMANDS = re.compile(r"\\(?:[dt]?frac|cdot|times|[,;: ])")
 _QUOTIENT = re.compile(r"\}\s*\{")  # of the arguments of \frac
@@ -99,6 +100,11 @@ def known(word: str) -> tuple[Fraction, dict[str, int]] | None:
     folded = word.casefold()
     singular = folded[:-2] if folded.endswith("ches") else folded.removesuffix("s")
     return _KNOWN.get(folded) or (_KNOWN.get(singular) if len(singular) > 1 else None)
+
+
+def is_remark(text: str) -> bool:
+    """Returns whether words alone behind a number, such as "in total", name no unit and leave the number as it is."""
+    return bool(_REMARK.fullmatch(text.strip(" .")))
 
 
 def read(text: str, is_single: bool = False) -> Unit | None:

@@ -111,6 +111,8 @@ def without_unit(tokens: list[Token]) -> tuple[list[Token], Unit, bool]:
             return core[:start], units.NONE, True
         if first in _ORDINALS and not rest and before.kind == "number":
             return core[:start], units.NONE, False
+        if units.is_remark(text):
+            return core[:start], money, False
         unit = units.read(f"{currency} {text}" if first in ("per", "a", "an", "/") else text, is_single)
         if unit:
             return core[:start], unit, False

@@ -18,6 +18,27 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # delimiters, degrees, remarks, powers of ten
+    (r"\(98,634\)", "98,634"),
+    (r"\[1,2\]", "1,2"),
+    (r"45\degree", r"45^\circ"),
+    (r"45\degree", "45"),
+    (r"\tan 15\degree", r"\tan 15^\circ"),
+    (r"\sin 30 \degree", r"\frac12"),
+    (r"30\degree C", r"30^\circ C"),
+    (r"5 \text{ total}", "5"),
+    (r"5 \text{ in total}", "5"),
+    (r"5\text{ each}", "5"),
+    ("5 left", "5"),
+    (r"5 \text{ left}", "5"),
+    (r"5 \text{ remaining}", "5"),
+    (r"\$5 \text{ total}", "5"),
+    (r"\$5 \text{ left}", "5"),
+    (r"\$5 \text{ profit}", "5"),
+    ("4.5 x 10^{33}", "4.5e33"),
+    ("4.5x10^33", "4.5e33"),
+    (r"4.5 \text{ x } 10^{33}", "4.5e33"),
+    ("4.5e33.", "4.5e33"),
     # dots and mixed numbers
     (r"0.5\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}\frac12\\1\end{pmatrix}"),
     (
@@ -1140,6 +1161,11 @@ SAME = [
 ]
 
 DIFFERENT = [
+    (r"\(1\),\(2\)", "1"),
+    (r"45\degree", r"\frac{\pi}{4}"),
+    ("x 10", "10x"),
+    ("3x10^2", "30x"),
+    (r"5 \text{ less}", "5"),
     # dots at the end, improper mixed numbers, and matrices of rounded decimals
     (
         r"0.577350\begin{pmatrix}1\\1\\1\end{pmatrix}",
@@ -2185,6 +2211,8 @@ def test_different():
 def test_grade():
     assert grade("<think>\nhm\n</think>\n<answer>1/2</answer>", "0.5") == (1.0, "1/2", "ok")
     assert grade(r"\boxed{7}", "8") == (0.0, "7", "ok")
+    assert grade(r"<answer>\(98,634\)</answer>", "98,634")[0] == 1.0
+    assert grade(r"#### \(98,634\).", "98,634")[0] == 1.0
     assert grade("no statement of 8", "8") == (0.0, None, "unparseable")
     assert grade(r"\boxed{1} or \boxed{2}", "2") == (0.0, "1 or 2", "ok")  # a guess among two is no answer
     assert grade(r"\boxed{\frac12} or \boxed{0.5}", "1/2")[0] == 1.0
