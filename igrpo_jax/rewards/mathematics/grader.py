@@ -24,7 +24,7 @@ Conventions, where usage differs:
 - Words behind a number are a unit only where they can't change it: 5 apples is 5, "5 hundred" is 500, "5 or more" is
   no number. "total", "each", "left" and "remaining" say nothing about it. Numbers in words are numbers: "two and a
   half" is 2.5.
-- `x = 5` equals 5, and `f(x) = …` its right side. `x = 5` is not `y = 5`. `2x + z = 1` is an equation and nothing else,
+- `x = 5` equals 5, and `f(x) = …` and `a_n = …` their right sides. `x = 5` is not `y = 5`. `2x + z = 1` is an equation and nothing else,
   equal to its multiples. Where several named values meet unnamed ones, the order counts, x_1 and x_2 aside.
 - dx/dt, \frac{d x}{d t} and \dot{x} are one symbol, which is no quotient.
 - Lists are unordered and count repetitions (roots with multiplicity), except repeated points. Sets ignore both. A bare

@@ -6,7 +6,7 @@ Not here: numbers (`expression`).
 import re
 
 from igrpo_jax.rewards.mathematics import units
-from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Cursor, Token
+from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Cursor, Token, is_enclosed
 from igrpo_jax.rewards.mathematics.units import Unit
 
 OPERATORS = frozenset(("+", "-", "*", "/", "^", "_", "=", "<", ">", "!", "'", "cup"))
@@ -164,15 +164,18 @@ def _without_ordinal(tokens: list[Token]) -> list[Token]:
 
 
 _DENIALS = frozenset(("not", "no", "never", "wrong", "incorrect", "false"))
-_NAMING = "angle triangle overline overrightarrow vec mathbf mathcal mathbb frac dot bar hat circ cdot"
+_NAMING = "angle triangle overline overrightarrow vec mathbf mathcal mathbb frac dot bar hat circ cdot langle rangle"
 _NAMED_BY = frozenset(_NAMING.split()) | frozenset(("(", ")", "[", "]", "{", "}", "|", ":", "'", "_", ",", "^"))
 
 
 def is_applied(tokens: list[Token]) -> bool:
-    """Returns whether the tokens look like f(x) or f^{-1}(x)."""
-    if [token.text for token in tokens[1:6]] == ["^", "{", "-", "1", "}"]:  # an inverse function
-        tokens = [tokens[0], *tokens[6:]]
-    return len(tokens) > 3 and tokens[0].kind == "letters" and tokens[1].text == "(" and tokens[-1].text == ")"
+    """Returns whether the tokens look like f(x), f^{-1}(x), x_p(t) or \\omega(r)."""
+    if not tokens or not (tokens[0].kind == "letters" or tokens[0].is_in(GREEK)):
+        return False
+    rest = _without_subscripts(tokens[1:])
+    if [token.text for token in rest[:5]] == ["^", "{", "-", "1", "}"]:  # an inverse function
+        rest = rest[5:]
+    return len(rest) > 2 and rest[0].is_in(("(",)) and is_enclosed(rest)
 
 
 def is_name(tokens: list[Token], value: list[Token]) -> bool:
@@ -180,7 +183,11 @@ def is_name(tokens: list[Token], value: list[Token]) -> bool:
     if tokens[0].is_in(("lim",)):
         return True
     applied = is_applied(tokens)
-    if applied and tokens[0].text not in FUNCTION_LETTERS and any(token.is_in(OPERATORS) for token in tokens):
+    if (
+        applied
+        and tokens[0].text not in FUNCTION_LETTERS
+        and any(token.is_in(OPERATORS) for token in _without_subscripts(tokens))
+    ):
         return False  # x(x+1) is a product
     for at, token in enumerate(tokens):
         if token.is_in(("'",)) and (tokens[at - 1].kind != "letters" or tokens[-1].kind == "letters"):
@@ -192,7 +199,7 @@ def is_name(tokens: list[Token], value: list[Token]) -> bool:
     has_letters = any(token.kind in ("letters", "text") or token.text in GREEK for token in named)
     if not has_letters or (len(tokens) == 1 and tokens[0].text in ("i", "e")):
         return False
-    return applied or not (_letters_of(tokens) & _letters_of(value))
+    return applied or not (_symbols_of(tokens) & _symbols_of(value))
 
 
 def _may_name(token: Token) -> bool:
@@ -217,6 +224,28 @@ def _without_subscripts(tokens: list[Token]) -> list[Token]:
     return kept
 
 
-def _letters_of(tokens: list[Token]) -> set[str]:
-    named = [t for t in tokens if t.kind == "letters" and t.text not in FUNCTIONS and not units.known(t.text)]
-    return {letter for token in named for letter in token.text} | {t.text for t in tokens if t.text in GREEK}
+def _symbols_of(tokens: list[Token]) -> set[str]:
+    """Returns the letters of an expression, each with its subscript: a_n is another symbol than n."""
+    symbols: list[str] = []
+    cursor = Cursor(tokens)
+    while cursor.kind():
+        is_run = cursor.kind() == "letters" and cursor.peek() not in FUNCTIONS
+        is_unit = is_run and cursor.peek(1) != "_" and units.known(cursor.peek())
+        text = cursor.next()
+        if (is_run and not is_unit) or text in GREEK:
+            symbols += list(text) if is_run and text not in GREEK else [text]
+            if cursor.take("_"):
+                symbols[-1] += "_" + _subscript(cursor)
+    return set(symbols)
+
+
+def _subscript(cursor: Cursor) -> str:
+    """Returns what stands behind "_": what is in braces, or one letter, number or command."""
+    if cursor.kind() == "letters":
+        cursor.split_token(1)
+    if not cursor.take("{"):
+        return cursor.next() if cursor.kind() else ""
+    content = ""
+    while cursor.kind() and not cursor.take("}"):
+        content += cursor.next()
+    return content

@@ -18,6 +18,17 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # names with subscripts and Greek letters
+    ("a_n = 2^n", "2^n"),
+    (r"S_n=\frac{n(n+1)}{2}", r"\frac{n(n+1)}{2}"),
+    (r"P_n=\frac1n", r"\frac1n"),
+    (r"\theta_a=\arcsin(1.3\sin\theta_w)", r"\arcsin{1.3 \sin{\theta_w}}"),
+    (r"E_v = \hbar\omega(v+1/2)", r"\hbar\omega(v+\frac12)"),
+    (r"\langle E\rangle=\frac13 E_1+\frac23 E_2", r"\frac13 E_1+\frac23 E_2"),
+    (r"\lambda=\lambda_{\text{red}}/\sqrt2", r"\lambda_{\text{red}}/\sqrt2"),
+    (r"x_p(t) = \frac t4\sin 2t", r"\frac t4\sin 2t"),
+    (r"\omega(r)=\frac{v}{r}", r"\frac vr"),
+    ("f_1(x)=x^2", "x^2"),
     # delimiters, degrees, remarks, powers of ten
     (r"\(98,634\)", "98,634"),
     (r"\[1,2\]", "1,2"),
@@ -1161,6 +1172,16 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # what is no name
+    ("a_n = a_n + 2", "a_n+2"),
+    ("x_1 = 2x_1+3", "2x_1+3"),
+    ("n = 2n+1", "2n+1"),
+    ("a_n=2^n", "b_n=2^n"),
+    ("x_1(x+1)=5", "5"),
+    ("f(x)+g(x)=5", "5"),
+    (r"x = \log_x 5", r"\log_x 5"),
+    (r"F_n = \sum_{k=0}^{n-1} F_k", r"F_n = \sum_{k=0}^{n-2} F_k"),
+    (r"\lambda(\lambda+1)=5", "5"),
     (r"\(1\),\(2\)", "1"),
     (r"45\degree", r"\frac{\pi}{4}"),
     ("x 10", "10x"),
