@@ -20,12 +20,14 @@ Conventions, where usage differs:
   neither has 3\frac53, which is no mixed number.
 - A unit, a currency or a degree sign that is missing on one side is forgiven. Two different units are not, unless one
   converts to the other exactly and in one system: 5 g is 0.005 kg. Degrees are not radians, but sin 30° is in degrees.
-- 10 m, with a blank, is ten metres or 10 times m, whichever the other side means; 10m is a product.
+- 10 m, with a blank, is ten metres or 10 times m, whichever the other side means; 10m is a product. So are 700 nm,
+  50 \mu m, 5 \Omega and 5 M_\odot.
 - Words behind a number are a unit only where they can't change it: 5 apples is 5, "5 hundred" is 500, "5 or more" is
   no number. "total", "each", "left" and "remaining" say nothing about it. Numbers in words are numbers: "two and a
   half" is 2.5.
-- `x = 5` equals 5, and `f(x) = …` and `a_n = …` their right sides. `x = 5` is not `y = 5`. `2x + z = 1` is an equation and nothing else,
-  equal to its multiples. Where several named values meet unnamed ones, the order counts, x_1 and x_2 aside.
+- `x = 5` equals 5, and `f(x) = …` and `a_n = …` their right sides. `x = 5` is not `y = 5`. `2x + z = 1` is an equation
+  and nothing else, equal to its multiples. Where several named values meet unnamed ones, the order counts, x_1 and x_2
+  aside.
 - dx/dt, \frac{d x}{d t} and \dot{x} are one symbol, which is no quotient.
 - Lists are unordered and count repetitions (roots with multiplicity), except repeated points. Sets ignore both. A bare
   list equals a set, and it equals a tuple in the same order. A tuple is no set. (a, b) is a pair or an interval,

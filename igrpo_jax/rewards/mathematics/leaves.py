@@ -80,21 +80,32 @@ def leaf(tokens: list[Token], from_text: bool = False) -> Node:
     return Leaf(latex(core), value, unit, percent)
 
 
+# The number, in scientific notation too, and the symbol of a unit behind it. Other symbols of two letters are read as
+# units alone, or look more like products.
+_NUMBER = re.compile(r"-?[\d.]+(?:e[+-]?\d+)?(?:\*10)?(?:\^(?:\{-?\d+\}|\d+))?")
+_SYMBOL = re.compile(
+    rf"(?:[{''.join(sorted(name for name in units.SYMBOLS if name.isascii()))}]|nm|ns|pc)(?:\^\d)?"
+    r"|Omega|mu(?:[A-Z]|[gmls])|M_\{?odot\}?"
+)
+
+
 def with_symbol(tokens: list[Token]) -> Node | None:
     """Reads "10 m" as ten metres or as 10 times m, whichever the other answer means. Returns None for anything else.
 
     There must be a blank before the letter: 10m is a product alone.
     """
-    at = 1 + (tokens[0].text == "-")
-    kinds = [token.kind for token in tokens[at - 1 :]]
-    if kinds not in (["number", "letters"], ["number", "letters", "mark", "number"]) or not tokens[at].spaced:
+    at = next((at for at, token in enumerate(tokens) if token.kind in ("letters", "command", "text")), 0)
+    number, symbol = tokens[:at], tokens[at:]
+    if not at or not symbol[0].spaced or symbol[0].kind == "text" or len(symbol) > 5:
         return None
-    unit = units.read(words.spelled(tokens[at:])) if tokens[at].text in units.SYMBOLS else None
-    if not unit:
+    if not _SYMBOL.fullmatch("".join(token.text.strip() for token in symbol)):
         return None
-    number = tokens[:at]
-    text = latex(tokens)
-    return Choice(text, leaf(tokens), Leaf(latex(number), expression.value_of(number), unit))
+    if not _NUMBER.fullmatch("".join(token.text for token in number)):
+        return None
+    amount, unit = leaf(number), units.read(words.spelled(symbol))
+    if not isinstance(amount, Leaf) or amount.value is None or not unit:
+        return None
+    return Choice(latex(tokens), leaf(tokens), Leaf(amount.text, amount.value, unit))
 
 
 def symbols(node: Node) -> set[str] | None:

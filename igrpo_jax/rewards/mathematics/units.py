@@ -27,7 +27,8 @@ NONE = Unit("", Fraction(1))
 _METRIC = """m meter metre = 1 m | g gram gramme = 1 g | s sec second = 1 s | L l liter litre = 1/1000 m3
 J joule = 1000 g m2 s-2 | N newton = 1000 g m s-2 | W watt = 1000 g m2 s-3 | Pa pascal = 1000 g m-1 s-2
 Hz hertz = 1 s-1 | A amp ampere = 1 A | C coulomb = 1 A s | V volt = 1 V | K kelvin = 1 K | mol mole = 1 mol
-eV electronvolt = 1 eV | cal calorie = 1 cal | T tesla = 1 T | F farad = 1 F | ohm = 1 ohm"""
+eV electronvolt = 1 eV | cal calorie = 1 cal | T tesla = 1 T | F farad = 1 F | ohm = 1 ohm
+erg = 1/10000 g m2 s-2 | pc parsec = 1 pc"""
 _OTHER = """h hr hour = 3600 s | min minute = 60 s | day = 86400 s | week wk = 604800 s | month = 1 month
 year yr = 12 month | decade = 120 month | century = 1200 month | in inch = 1 in | ft foot feet = 12 in | yd yard = 36 in
 mi mile = 63360 in | acre = 6272640 in2 | ha hectare = 10000 m2 | cc = 1/1000000 m3 | tonne = 1000000 g
@@ -37,7 +38,9 @@ dollar usd buck = 100 cent | euro eur = 1 euro | gbp sterling = 1 gbp | yen jpy 
 rupee inr rs = 1 rupee | won = 1 won | peso = 1 peso | ruble rouble = 1 ruble | franc = 1 franc | krona = 1 krona
 degree deg = 1 degree | celsius = 1 celsius | fahrenheit = 1 fahrenheit | rad radian = 1 rad | unit = 1 unit
 mph = 63360/3600 in s-1 | kph kmh kmph = 1000/3600 m s-1 | fps = 12 in s-1 | knot = 1 knot | rpm = 1 rpm
-KB = 1/1000 MB | MB = 1 MB | GB = 1000 MB | kWh = 3600000000 g m2 s-2 | am = 1 am | pm = 1 pm"""
+KB = 1/1000 MB | MB = 1 MB | GB = 1000 MB | kWh = 3600000000 g m2 s-2 | am = 1 am | pm = 1 pm
+Å angstrom = 1/10000000000 m | atm = 101325000 g m-1 s-2 | AU = 1 AU | amu = 1 amu | arcsec arcsecond = 1/3600 degree
+arcmin arcminute = 1/60 degree | solarmass = 1 solarmass"""
 _PREFIXES = """k kilo 1000 | c centi 1/100 | m milli 1/1000 | d deci 1/10 | h hecto 100 | M mega 1e6 | μ micro 1e-6
 G giga 1e9 | n nano 1e-9 | T tera 1e12"""
 _CHANGING = """is are was were be been being isn aren wasn not no nor neither never none nothing cannot can could may
@@ -67,6 +70,12 @@ _FILLERS = re.compile(
 _REMARK = re.compile(r"(?:in )?total|altogether|each|left(?: over)?|remaining|profit", re.IGNORECASE)
 _WORDS = re.compile(r"\^[\s{(]*(-?)\s*(\d)[\s})]*|[^\W\d_]+(\d?)|[^\s\w]|\d+")
 _COMMANDS = re.compile(r"\\(?:[dt]?frac|cdot|times|[,;: ])")
+# Units that LaTeX writes as commands: \Omega, \mu m, M_\odot.
+_WRITTEN = (
+    (re.compile(r"\\?\bmu\s+(?=[A-Za-z])"), "μ"),
+    (re.compile(r"\\?\bOmega\b"), "ohm"),
+    (re.compile(r"\bM\s?_\s?\{?\s?\\?odot\b\s?\}?"), "solarmass"),
+)
 _QUOTIENT = re.compile(r"\}\s*\{")  # of the arguments of \frac
 _HALF_OF_DAY = re.compile(r"\b([ap])\.\s?m\b\.?", re.IGNORECASE)
 _DEGREE = r"(?:\bdegrees?|\^ ?(?:\{ ?)?\\?circ(?: ?\})?)\s+"
@@ -112,7 +121,9 @@ def read(text: str, is_single: bool = False) -> Unit | None:
 
     With `is_single` (after 1, a fraction or a percentage) the noun may be in the singular: "of the cake".
     """
-    text = _FILLERS.sub(" ", _HALF_OF_DAY.sub(r"\1m", _COMMANDS.sub(" ", text.replace("\\mu ", "μ"))))
+    for pattern, name in _WRITTEN:
+        text = pattern.sub(name, text)
+    text = _FILLERS.sub(" ", _HALF_OF_DAY.sub(r"\1m", _COMMANDS.sub(" ", text)))
     text = TEMPERATURE.sub(lambda match: "celsius" if match[1] else "fahrenheit", _QUOTIENT.sub("}/{", text))
     powers: Counter[str] = Counter()  # of base units and nouns
     nouns: dict[int, list[str]] = {1: [], -1: []}  # words that are no known units, above and below "per"

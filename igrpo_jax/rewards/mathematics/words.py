@@ -98,7 +98,7 @@ def without_unit(tokens: list[Token]) -> tuple[list[Token], Unit, bool]:
     """Returns (the expression, its unit, whether it is in percent)."""
     core, currency = _without_currency(tokens)
     money = (units.read(currency) if currency else None) or units.NONE
-    if not any(token.kind in ("letters", "text") or token.text == "%" for token in core[1:]):
+    if not any(token.kind in ("letters", "text") or token.text in ("%", "Å") for token in core[1:]):
         return core, money, False
     for start in range(1, len(core)):
         before = core[start - 1]
@@ -147,7 +147,7 @@ def _may_begin_unit(tokens: list[Token], at: int) -> bool:
         return len(tokens) > at + 2 and tokens[at + 2].kind in ("text", "letters") and _may_begin_unit(tokens, at + 2)
     if token.text == "/":
         return tokens[at + 1].kind == "text" if len(tokens) > at + 1 else False
-    return token.text in ("%", "in") or (token.text == "^" and bool(units.TEMPERATURE.match(spelled(tokens[at:]))))
+    return token.text in ("%", "in", "Å") or (token.text == "^" and bool(units.TEMPERATURE.match(spelled(tokens[at:]))))
 
 
 def spelled(tokens: list[Token]) -> str:

@@ -18,6 +18,38 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    ("10 m^2", r"10\text{ m}^2"),
+    (r"5 \times 10^3 m", r"5 \text{ km}"),
+    ("9.6 Å", "9.6"),
+    (r"10 \text{ Å}", r"1 \text{ nm}"),
+    (r"5 \Omega", r"\Omega \cdot 5"),
+    ("5. m", "5. m"),
+    # units of physics
+    (r"4.5 \times 10^{33} \text{ erg/s}", "4.5e33"),
+    (r"9.6 \text{ \AA}", "9.6"),
+    (r"9.6~\text{Å}", "9.6"),
+    (r"9.6 \AA", "9.6"),
+    (r"50\,\mu m", "50"),
+    (r"50\ \mu\mathrm{m}", "50"),
+    (r"50 \mu m", r"50 \text{ micrometers}"),
+    (r"100 \text{ pc}", "100"),
+    (r"0.05\text{ arcsec}", "0.05"),
+    (r"4.03188 \text{ amu}", "4.03188"),
+    (r"5 \Omega", "5"),
+    (r"5\,\Omega", r"5 \text{ ohms}"),
+    (r"5\text{ atm}", "5"),
+    (r"5 M_\odot", "5"),
+    (r"5 M_{\odot}", "5"),
+    (r"5\text{ AU}", "5"),
+    (r"5 \text{ AU}", "5"),
+    (r"2.88 \times 10^{-19} J", "2.88e-19"),
+    (r"2.88 \times 10^{-19} \text{ J}", "2.88e-19"),
+    ("700 nm", "700"),
+    ("10 m^2", r"10\text{ m}^2"),
+    (r"5 \times 10^3 m", r"5 \text{ km}"),
+    ("9.6 Å", "9.6"),
+    (r"10 \text{ Å}", r"1 \text{ nm}"),
+    (r"5 \Omega", r"\Omega \cdot 5"),
     # names with subscripts and Greek letters
     ("a_n = 2^n", "2^n"),
     (r"S_n=\frac{n(n+1)}{2}", r"\frac{n(n+1)}{2}"),
@@ -1172,6 +1204,16 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # units of physics, and products
+    (r"5 \text{ pc}", r"5 \text{ m}"),
+    (r"5 \Omega", r"5 \text{ V}"),
+    (r"5\Omega", "5"),
+    (r"50\mu m", "50"),
+    (r"50 \mu", "50"),
+    ("5 rs", "5"),
+    (r"5 \text{ AA batteries}", r"5 \text{ Å}"),
+    (r"2.88 \times 10^{-19} J", "2.88"),
+    (r"2.88 \times 10^{-19} J", r"2.88e-19 \text{ N}"),
     # what is no name
     ("a_n = a_n + 2", "a_n+2"),
     ("x_1 = 2x_1+3", "2x_1+3"),

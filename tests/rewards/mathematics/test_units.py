@@ -45,6 +45,11 @@ from igrpo_jax.rewards.mathematics import units
         ("(square units)", "unit2", 1),
         ("times", "time", 1),
         ("people", "people", 1),
+        ("erg/s", "g m2 s-3", Fraction(1, 10**4)),
+        ("Å", "m", Fraction(1, 10**10)),
+        ("\\mu m", "m", Fraction(1, 10**6)),
+        ("kpc", "pc", 1000),
+        ("M _ { odot }", "solarmass", 1),
     ],
 )
 def test_read(text, name, scale):
