@@ -162,7 +162,7 @@ def _read_unlisted(tokens: list[Token], nested: int, from_text: bool = False) ->
             pieces[1] = [marks[0], *pieces[1][1:-1], marks[1]]
         unread = Leaf(latex(tokens), None)
         return regions.without(unread.text, *(_read_unlisted(piece, nested + 1) for piece in pieces)) or unread
-    for reader in (leaves.congruence, _bracketed, _matrix, leaves.based, leaves.ratio):
+    for reader in (leaves.congruence, _bracketed, _transposed, _matrix, leaves.based, leaves.ratio):
         node = reader(tokens, nested)
         if node:
             return node
@@ -187,6 +187,18 @@ def _bracketed(tokens: list[Token], nested: int) -> Node | None:
         return Leaf(text, None)
     brackets = "()" if opening == "langle" else opening + closing
     return Sequence(text, brackets, tuple(_read(part, nested + 1) for part in parts))
+
+
+_TRANSPOSED = (["^", "T"], ["^", "{", "T", "}"], ["^", "top"], ["^", "{", "top", "}"])
+
+
+def _transposed(tokens: list[Token], nested: int) -> Node | None:
+    """Reads (1, 2, 3)^T as a column. Returns None for anything else."""
+    ending = next((end for end in _TRANSPOSED if [token.text for token in tokens[-len(end) :]] == end), None)
+    node = _bracketed(tokens[: -len(ending)], nested) if ending and len(tokens) > len(ending) else None
+    if not isinstance(node, Sequence) or node.kind not in ("()", "[]"):
+        return None
+    return Matrix(latex(tokens), tuple((item,) for item in node.items))
 
 
 def _set(text: str, content: list[Token], nested: int) -> Node:

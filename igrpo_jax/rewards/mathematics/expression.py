@@ -25,6 +25,7 @@ MAX_DEPTH = 30  # of nested brackets, roots, fractions, …
 _LONG_NAMES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _ACCENT_NAMES = "vec hat bar overline dot ddot tilde overrightarrow widehat mathcal mathbb"
 _ACCENTS = frozenset(_ACCENT_NAMES.split())
+_INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "sec": "arccos", "csc": "arcsin"}  # sec^{-1}: of 1/x
 _MODULES = ("np", "math", "sympy")  # of functions, as in np.arcsin
 _CLOSINGS = {"(": ")", "[": "]", "{": "}", "|": "|"}
 _PRIMES = (("'",), ("^", "prime"), ("^", "{", "prime", "}"))
@@ -303,8 +304,9 @@ class Parser:
         outer, self._in_angle = self._in_angle, name in ("sin", "cos", "tan", "cot", "sec", "csc", "cis")
         argument = self._angle()
         self._in_angle = outer
-        if exponent is not None and exponent.constant() == -1 and name in ("sin", "cos", "tan"):
-            name, exponent = "arc" + name, None
+        if exponent is not None and exponent.constant() == -1 and name in _INVERSES:
+            argument = Value.number(1) / argument if name in ("sec", "csc") else argument
+            name, exponent = _INVERSES[name], None
         if base is not None and name != "log":
             raise Unreadable
         value = functions.function("ln" if base is not None else name, argument)

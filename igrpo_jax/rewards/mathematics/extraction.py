@@ -18,7 +18,8 @@ _BRACES = re.compile(
 )
 _SPECIAL = re.compile(r"<\|[^|<>\n]{1,40}\|>|</?s>|<(?:eos|pad|bos)>|<(?:end|start)_of_turn>")
 _PHRASE = re.compile(
-    r"\banswer\s{0,4}(?:(?:is\b|:|=|\*\*:|:\*\*)\s{0,4}:?|(?=\$|\\\(|\\\[)"
+    r"\banswer\s{0,4}(?:(?:(?:to\s(?:the|this)\s(?:question|problem)\s{1,4})?is\b|equals(?=\s{0,4}[-+−]?[\d$\\])"
+    r"|(?:would|should)\sbe(?=\s{0,4}(?:\$[^$\n]{1,200}\$|-?[\d,./]{1,40})\s{0,4}(?:\.\s|\.?$|\n))|:|=|\*\*:|:\*\*)\s{0,4}:?|(?=\$|\\\(|\\\[)"
     r"|(?:\*\*)?[ \t]{0,4}\n(?=\s{0,4}[-+$\\]{0,3}\d))",
     re.IGNORECASE,
 )

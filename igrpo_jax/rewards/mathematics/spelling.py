@@ -88,6 +88,7 @@ _INTERVAL = re.compile(r"([\[\]])([^\[\],;(){}]+[,;][^\[\],;(){}]+)([\[\]])")
 _DOTS = re.compile(r"(?<=[^\s.])\s*\.{2,}")  # 0.333... goes on, unlike ...0.333
 
 _ANGSTROM = re.compile(r"\\AA(?![A-Za-z])")
+_UNION = re.compile(r"(?<=[)\]])\s*U\s*(?=(?:\\left\s*)?[(\[])")  # (-\infty, 1] U [2, 3]
 _DEGREE = re.compile(r"(\^\s*\{?\s*)?\\(?:text)?degree(?![A-Za-z])")
 _TIMES = re.compile(r"(?<=\d)\s*(?:[xX]|\\text\s*\{\s*[xX]\s*\})\s*(?=10\s*\^)")  # 4.5 x 10^33
 
@@ -105,6 +106,8 @@ def normal(source: str) -> str:
         source = _TIMES.sub(r"\\times ", source)
     if "\\AA" in source:
         source = _ANGSTROM.sub("Å", source)
+    if "U" in source:
+        source = _UNION.sub(r"\\cup ", source)
     if "degree" in source:
         source = _DEGREE.sub(lambda match: f"{match[1] or '^'}\\circ ", source)
     if "\\" in source:

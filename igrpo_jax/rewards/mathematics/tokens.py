@@ -53,7 +53,14 @@ _SAME_AS = {
     **{"lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "lparen": "(", "rparen": ")"},
     **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
     **{"lt": "<", "gt": ">", "colon": ":", "ast": "*", "cdot": "*", "times": "*", "div": "/"},
-    **{"degree": "circ", "emptyset": "varnothing", "backslash": "setminus", "varepsilon": "epsilon", "varphi": "phi"},
+    **{
+        "degree": "circ",
+        "bigcup": "cup",
+        "emptyset": "varnothing",
+        "backslash": "setminus",
+        "varepsilon": "epsilon",
+        "varphi": "phi",
+    },
     **{"vee": "lor", "wedge": "land", "lnot": "neg", "mod": "bmod", "rightarrow": "to", "Rightarrow": "implies"},
 }
 _AND_OR = frozenset(("and", "or"))

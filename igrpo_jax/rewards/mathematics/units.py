@@ -156,7 +156,7 @@ def read(text: str, is_single: bool = False) -> Unit | None:
             return None
         else:
             plural = folded.endswith("s") and not folded.endswith(("ss", "us", "is")) and len(folded) > 2
-            single = is_single and not folded.endswith(("ed", "ing", "ly"))
+            single = is_single and len(word) > 1 and not folded.endswith(("ed", "ing", "ly"))
             counts |= sign == 1 and (plural or single or folded in _IRREGULAR)
             nouns[sign].append(folded.removesuffix("s"))
             last = None

@@ -29,6 +29,7 @@ _MONTH = re.compile(
     r"\b(jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)(?:uary|ruary|ch|il|ust|ember|ober)?\b", re.IGNORECASE
 )
 _LABEL = re.compile(r"\s*(?:\\text\w*\{([A-Za-z][a-z ]{2,40}):\s*\}|(\\text\w*\{)?([A-Za-z][a-z ]{2,40}):)(?=.*\S)")
+_ROOT = re.compile(r"\b(?:square|cube) root")
 _ORDINAL_DAY = r"(\d{1,2})(?:\s?(?:st|nd|rd|th))?"
 _DATE = re.compile(rf"(?:(?:the )?{_ORDINAL_DAY}(?: of)? MONTH|MONTH (?:the )?{_ORDINAL_DAY})(?: (\d{{4}}))?")
 _PERCENT = frozenset(("percent", "pct", "percentage", "%"))
@@ -89,7 +90,8 @@ def date(answer: str) -> str | None:
 def without_label(answer: str) -> str:
     """Returns the answer behind a label such as "Total:"."""
     label = _LABEL.match(answer)
-    if not label or any(word.casefold() in units.BLOCKED for word in (label[1] or label[3]).split()):
+    name = (label[1] or label[3]).casefold() if label else ""
+    if not label or not units.BLOCKED.isdisjoint(name.split()) or is_denied(name) or _ROOT.search(name):
         return answer
     return (label[2] or "") + answer[label.end() :]
 
@@ -163,7 +165,15 @@ def _without_ordinal(tokens: list[Token]) -> list[Token]:
     return tokens[: len(texts) - 1 - texts[::-1].index("^")]
 
 
-_DENIALS = frozenset(("not", "no", "never", "wrong", "incorrect", "false"))
+_DENIED = "not no never cannot wrong incorrect false excluded excluding except invalid impossible extraneous rejected"
+_DENIALS = frozenset(_DENIED.split())
+
+
+def is_denied(name: str) -> bool:
+    """Returns whether a name takes back what it names, as in "cannot be x"."""
+    return any(word in _DENIALS or word.endswith(("n't", "n’t")) for word in name.casefold().split())
+
+
 _NAMING = "angle triangle overline overrightarrow vec mathbf mathcal mathbb frac dot bar hat circ cdot langle rangle"
 _NAMED_BY = frozenset(_NAMING.split()) | frozenset(("(", ")", "[", "]", "{", "}", "|", ":", "'", "_", ",", "^"))
 
@@ -204,8 +214,8 @@ def is_name(tokens: list[Token], value: list[Token]) -> bool:
 
 def _may_name(token: Token) -> bool:
     if token.kind in ("letters", "text"):
-        denied = not token.text.isupper() and _DENIALS & set(token.text.casefold().split())
-        return token.text.casefold() not in FUNCTIONS and not denied
+        denied = not token.text.isupper() and is_denied(token.text)
+        return any(map(str.isalpha, token.text)) and token.text.casefold() not in FUNCTIONS and not denied
     return token.text in _NAMED_BY or token.text in GREEK
 
 

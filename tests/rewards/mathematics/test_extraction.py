@@ -33,6 +33,13 @@ EXTRACTED = [
     (r"<think>so \boxed{42}", "42"),
     (r"so \boxed{1}</think><answer>2</answer>", "2"),  # <think> was opened by the template
     ("The answer is 42", "42"),
+    ("The answer equals $5$.", "5"),
+    ("So the answer would be 5.", "5"),
+    ("The answer should be $5$.\nI checked it.", "5"),
+    ("The answer to the question is 5", "5"),
+    ("The answer is 6. The answer should be an integer.", "6"),
+    ("The answer is 6. If n were 2, the answer would be 5, but n is odd.", "6"),
+    ("The answer is 6. The answer equals the sum.", "6"),
     ("Therefore, answer is 189.\n\nAnother thought", "189"),
     ("The answer is 3.5.", "3.5"),
     ("The answer is B. Alina", "B"),

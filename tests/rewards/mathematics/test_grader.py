@@ -18,6 +18,16 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # columns, unions, inverse functions, labels
+    ("(-18,-49,96)^T", r"\begin{pmatrix}-18\\-49\\96\end{pmatrix}"),
+    ("[-18, -49, 96]^T", r"\begin{pmatrix}-18\\-49\\96\end{pmatrix}"),
+    (r"(1,2)^{\top}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"(-\infty,-1] U [1,\infty)", r"(-\infty,-1] \cup [1,\infty)"),
+    (r"(-\infty,-1] \bigcup [1,\infty)", r"(-\infty,-1] \cup [1,\infty)"),
+    (r"\left(-\infty,-1\right] U \left[1,\infty\right)", r"(-\infty,-1] \cup [1,\infty)"),
+    (r"\sec^{-1}x", r"\arccos\frac1x"),
+    ("Roots: 1, 2", "1,2"),
+    (r"\text{Area} = 5", "5"),
     ("10 m^2", r"10\text{ m}^2"),
     (r"5 \times 10^3 m", r"5 \text{ km}"),
     ("9.6 Å", "9.6"),
@@ -1204,6 +1214,18 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # denials, roots, inverse functions, columns
+    (r"\text{6} = 5", "5"),
+    (r"\text{cannot be }x = 5", "5"),
+    (r"\text{x isn't} = 5", "5"),
+    ("Excluded: 5", "5"),
+    (r"\text{Square root: }25", "25"),
+    (r"\sec^{-1}x", r"\cos x"),
+    (r"\csc^{-1}x", r"\sin x"),
+    (r"73\%x", r"73\%"),
+    ("(1,2)^T", "(2,1)"),
+    ("[1,2]^T", r"1 \le x \le 2"),
+    ("(3)^T", "3"),
     # units of physics, and products
     (r"5 \text{ pc}", r"5 \text{ m}"),
     (r"5 \Omega", r"5 \text{ V}"),
