@@ -149,7 +149,9 @@ def _may_begin_unit(tokens: list[Token], at: int) -> bool:
         return len(tokens) > at + 2 and tokens[at + 2].kind in ("text", "letters") and _may_begin_unit(tokens, at + 2)
     if token.text == "/":
         return tokens[at + 1].kind == "text" if len(tokens) > at + 1 else False
-    return token.text in ("%", "in", "Å") or (token.text == "^" and bool(units.TEMPERATURE.match(spelled(tokens[at:]))))
+    if token.text == "Å":
+        return tokens[at - 1].text != "Å"  # or a row of them takes quadratic time
+    return token.text in ("%", "in") or (token.text == "^" and bool(units.TEMPERATURE.match(spelled(tokens[at:]))))
 
 
 def spelled(tokens: list[Token]) -> str:
