@@ -23,7 +23,8 @@ def is_hidden(cursor: Cursor) -> bool:
         ahead += 1
     if cursor.kind(ahead) == "text":
         return cursor.tokens[cursor.at + ahead].text.lstrip(" {")[:1].isdecimal()
-    return cursor.kind(ahead) == "number"
+    is_mixed = ahead > 0 and cursor.kind(-1) == "number" and cursor.peek(ahead) == "frac"  # 2{\frac12}
+    return is_mixed or cursor.kind(ahead) == "number"
 
 
 def number(cursor: Cursor) -> Value:

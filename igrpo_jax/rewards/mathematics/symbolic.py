@@ -34,7 +34,7 @@ _FUNCTION = re.compile(r"\\?(?:arc)?(?:log|ln|lg|exp|sin|cos|tan|cot|sec|csc)")
 # What math-verify ignores, so that 5, \ldots would be 5; and what has no place in mathematics.
 _DROPPED = re.compile(r"\\[lcv]?dots|['\"]|\\\$|\d\s?_|\.\.|__")
 # Numbers behind a factor, which it takes for a product: 2 2, 4!2 and \frac{1}{2}12.
-_BESIDE = re.compile(r"(?<![_^\d])\d+\s+\d|[!)]\s*\d|\\frac ?\{[^{}]*\}\{[^{}]*\}\s*\d")
+_BESIDE = re.compile(r"(?<![_^\d])\d+(?:\s+|\s*\{)\d|[!)]\s*\d|\\frac ?\{[^{}]*\}\{[^{}]*\}\s*\d")
 _DOUBLE = re.compile(r"![\s)}\]]*!|\^\s*\{?[\w.]*\}?\s*\^")  # (9!)!, 9^9^9
 _REFUSED = (_DOUBLE, _DROPPED, _BESIDE)
 

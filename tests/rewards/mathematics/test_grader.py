@@ -1214,6 +1214,8 @@ SAME = [
 ]
 
 DIFFERENT = [
+    (r"2\begin{pmatrix}2{2}\\1\end{pmatrix}", r"\begin{pmatrix}8\\2\end{pmatrix}"),
+    (r"2{\frac{1}{2}}", "1"),
     # denials, roots, inverse functions, columns
     (r"\text{6} = 5", "5"),
     (r"\text{cannot be }x = 5", "5"),
