@@ -73,12 +73,14 @@ def rewritten(gold: str, rng: random.Random) -> str:
             forms.append(f"{sign}{top / bottom}")
     if root := re.fullmatch(r"(\d*)\\sqrt\{(\d+)\}", gold):
         forms.append(f"\\sqrt{{{int(root[1] or 1) ** 2 * int(root[2])}}}")
-    if re.fullmatch(r"[^(){}\[\]]*,[^(){}\[\]]*", gold) and "\\!" not in gold and not re.search(r"\d,\d{3}\b", gold):
+    is_list = "," in gold and "\\!" not in gold and not re.search(r"\d,\d{3}\b", gold)  # no thousands
+    if is_list and re.fullmatch(r"[^(){}\[\]]*", gold):
         forms.append(", ".join(reversed(gold.split(","))))
     if gold.startswith("\\$"):
         forms.append(gold[2:])
     if "\\text" not in gold and "\\mbox" not in gold:
-        forms += [gold.replace(" ", ""), gold.replace(",", ", ") if "\\!" not in gold and "," in gold else gold]
+        dense = re.sub(r"(\\[A-Za-z]+ )(?=[A-Za-z])| ", r"\1", gold)  # a blank ends the name of a command
+        forms += [dense, gold.replace(",", ", ") if is_list else gold]
     forms += [f"${gold}$", f" {gold} ", gold.replace("(", "\\left(").replace(")", "\\right)")]
     return rng.choice([form for form in forms if form != gold] or [gold])
 
