@@ -1,7 +1,9 @@
 """Copied and dealt heads give the model's own result."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (2, 12)).astype(np.int32)
 POSITIONS = np.broadcast_to(np.arange(12, dtype=np.int32), TOKENS.shape)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits(cfg, params):
     return decoder.logits(cfg, params, decoder.apply(cfg, params, TOKENS, POSITIONS)[0])
 
