@@ -103,7 +103,7 @@ class Peers:
         number = 0
         while not self._done.is_set():
             number += 1
-            sign = {"host": socket.gethostname(), "phase": watchdog.current(), "preempted": preemption.noted()}
+            sign = {"host": socket.gethostname(), "phase": watchdog.current(), "preempted": preemption.is_told()}
             text = json.dumps(sign | {"number": number})
             with contextlib.suppress(RuntimeError):
                 self._client.key_value_set(f"{_ALIVE}{self._process}", text, allow_overwrite=True)

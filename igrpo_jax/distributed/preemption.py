@@ -29,7 +29,12 @@ class Preempted(Exception):
 
 
 def noted() -> bool:
-    """Returns whether the notice has come."""
+    """Returns whether the notice has come, within `noticed`."""
+    return bool(_timers) and _notice.is_set()
+
+
+def is_told() -> bool:
+    """Returns whether other processes are to hear of a notice: also when this one has left `noticed` before they do."""
     return _notice.is_set()
 
 
@@ -61,6 +66,7 @@ def noticed(grace: float) -> Iterator[None]:
         return
     timer = threading.Timer(grace, _give_up, [grace])
     timer.daemon = True
+    _notice.clear()
     _timers[:] = [timer]
     before = signal.signal(signal.SIGTERM, lambda *_: notice("SIGTERM"))
     try:
@@ -69,7 +75,6 @@ def noticed(grace: float) -> Iterator[None]:
         timer.cancel()
         _timers.clear()
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
-        _notice.clear()  # a program that goes on may evaluate what was saved
 
 
 def _give_up(grace: float) -> None:
