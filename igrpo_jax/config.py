@@ -233,7 +233,7 @@ class AlgorithmConfig:
     # Prompt under which refinements are scored and trained on: the "context" that they were sampled with, which shows a
     # draft, or the "plain" prompt. The latter departs from the paper.
     refine_credit: Annotated[str, Choice("context", "plain")] = "context"
-    # Which refinements carry loss where refine_credit = "plain": the "right" ones, or "all".
+    # Which refinements have an advantage where refine_credit = "plain": the "right" ones, or "all".
     credit_completions: Annotated[str, Choice("right", "all")] = "right"
     # Tokens of refinements enter the loss as p / (p + credit_gamma) where refine_credit = "plain", with p the policy's
     # probability of the token after the plain prompt; 0 for the clipped ratio to the old policy. With 0,
@@ -279,7 +279,8 @@ class AlgorithmConfig:
     # Advantages are divided by the standard deviation of the "group" or the "batch", or by nothing ("none"); None for
     # the objective's own.
     scale_rewards: Annotated[str | None, Choice(None, "group", "batch", "none")] = None
-    # Tokens are weighted by min(pi_old / pi_sampler, cap), as TRL does; 0 for no weights.
+    # Tokens are weighted by min(pi_old / pi_sampler, cap), as TRL does; 0 for no weights. Above 0 it needs
+    # rollout.top_p = 1 and rollout.top_k = 0.
     importance_sampling_cap: Annotated[float, AtLeast(0)] = 0.0
     # Whether completions that were cut at the length limit carry no loss.
     mask_truncated_completions: bool = False
@@ -420,7 +421,8 @@ class RewardsConfig:
     # A reward of your own, written as "module:function"; empty for none. It gets all drafts or all refinements of a
     # prompt at once.
     custom: Annotated[str, Matches(r"([\w.]+:\w+)?", "written as module:function")] = ""
-    # Weight of rewards.custom. At 0 it is computed and logged, and counts for nothing but what names it.
+    # Weight of rewards.custom. At 0 it is computed and logged, does not count in the reward, and may
+    # still be named by settings such as algorithm.draft_metric.
     custom_weight: float = 1.0
     # Several rewards of your own, in place of rewards.custom; each has the name of its function.
     functions: Annotated[tuple[str, ...], Each(Matches(r"[\w.]+:\w+", "written as module:function"), once=True)] = ()
@@ -497,7 +499,8 @@ class LearnerConfig:
 class OptimizerConfig:
     """An optimizer with linear warm-up and cosine decay."""
 
-    # Optimizer: "muon" keeps one moment for each matrix of a sublayer and orthogonalizes it, "adafactor" hardly any.
+    # Optimizer: "muon" keeps one moment for each matrix of a sublayer and orthogonalizes it, "adafactor"
+    # keeps hardly any state.
     name: Annotated[str, Choice("adamw", "muon", "adafactor")] = "adamw"
     # Peak learning rate. Muon's steps are scaled to the size of AdamW's.
     learning_rate: Annotated[float, AtLeast(0), Below(1000)] = 1e-6

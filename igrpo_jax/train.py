@@ -26,7 +26,7 @@ from igrpo_jax.outputs.metrics import rollout_metrics
 from igrpo_jax.rewards import pool
 from igrpo_jax.session import ending
 from igrpo_jax.session.opening import open_run
-from igrpo_jax.session.run import Run, StepResult
+from igrpo_jax.session.run import Run, StepResult, throughput
 from igrpo_jax.session.surroundings import surroundings
 from igrpo_jax.storage.writing import spool_folder
 
@@ -129,6 +129,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
     times["perf/wall_time"] = time.time()
     metrics = {**checked, **learned, **rollout_metrics(groups, run.config), **sampled}
     metrics |= {**credit.reward_metrics(groups, run.config), **times, **peak_memory()}
+    metrics |= throughput(metrics, list(run.task.mesh.devices.flat))
     return StepResult(state, groups, advantages, metrics, compiled)
 
 

@@ -135,6 +135,14 @@ UNSOLVED = {"draft_when": "unsolved", "train_drafts": True}
         ({"train_drafts": True, "num_drafts": 0, "num_generations": 8}, None),  # the base algorithm: there are none
         ({"draft_early_stop": True, "custom": "my:reward"}, "algorithm.draft_early_stop = True: .* not known"),
         ({"draft_early_stop": True, "custom": ""}, None),
+        (
+            {"draft_early_stop": True, "draft_selection": "first"},
+            "early_stop = True: .* algorithm.draft_selection to .best",
+        ),
+        (
+            {"draft_early_stop": True, "draft_metric": "format"},
+            "early_stop = True: .* algorithm.draft_metric to .reward",
+        ),
         ({"draft_when": "unsolved"}, "draft_when = 'unsolved': .* set algorithm.train_drafts to True"),
         ({**UNSOLVED, "num_drafts": 3}, "draft_when = 'unsolved': .* to a multiple of algorithm.num_drafts"),
         ({**UNSOLVED, "max_redraws": 1}, "draft_when = 'unsolved': .* set algorithm.max_redraws to 0"),
@@ -155,6 +163,9 @@ UNSOLVED = {"draft_when": "unsolved", "train_drafts": True}
         ),
         ({"refine_credit": "plain", "importance_sampling_cap": 2.0, "credit_gamma": 0.0}, None),
         ({"importance_sampling_cap": 2.0}, None),
+        ({"importance_sampling_cap": 2.0, "top_p": 0.9}, "sampling_cap = 2.0: .* set it to 0, or rollout.top_p"),
+        ({"importance_sampling_cap": 2.0, "top_k": 9}, "importance_sampling_cap = 2.0: .* rollout.top_k to 0"),
+        ({"top_p": 0.9, "top_k": 9}, None),
         ({"group": "prompt"}, "group = 'prompt': .* set algorithm.train_drafts to True"),
         (
             {"group": "prompt", "train_drafts": True, "max_redraws": 1},
@@ -178,7 +189,8 @@ def test_draft_controls_that_do_not_go_together(changes, says):
     tree.algorithm.num_generations = 4
     tree.rewards.accuracy = changes.get("accuracy", 1.0)
     tree.rewards.custom = changes.get("custom", "")
-    others = ("custom", "accuracy", "verdict")
+    tree.rollout.update({name: changes[name] for name in ("top_p", "top_k") if name in changes})
+    others = ("custom", "accuracy", "verdict", "top_p", "top_k")
     tree.algorithm.update({name: value for name, value in changes.items() if name not in others})
     if says is None:
         config.freeze(tree)

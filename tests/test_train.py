@@ -397,7 +397,8 @@ def test_a_step_that_is_evaluated_after_a_resume_may_be_the_best(tmp_path, monke
     (tmp_path / "config.json").write_text(json.dumps(kept | {"steps": 400}))
     monkeypatch.setattr(cluster, "from_first", lambda decide: json.loads(json.dumps(decide())))
     capsys.readouterr()
-    train.train(c, tmp_path)
+    seen = {}
+    train.train(c, tmp_path, lambda step, metrics: seen.update({step: metrics}))
     said = capsys.readouterr().out
     assert "eval/arithmetic/pass@1 0.900 at step 1, the best so far\n" in said
     rate = next(row["learning_rate"] for row in rows(tmp_path) if row["step"] == 1)
@@ -405,6 +406,11 @@ def test_a_step_that_is_evaluated_after_a_resume_may_be_the_best(tmp_path, monke
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
     written = [row for row in rows(tmp_path) if "eval/arithmetic/pass@1" in row]
     assert {row["step"]: row["eval/arithmetic/pass@1"] for row in written} == scores and len(written) == len(scores)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    steps = {row["step"]: row.keys() - {"step"} for row in lines if "loss" in row}
+    for step, metrics in seen.items():
+        assert metrics.keys() - {"eval/arithmetic/pass@1"} == steps[step]  # on_step gets all of the step's row
+    assert seen.keys() == {2, 3}
 
 
 @pytest.mark.slow

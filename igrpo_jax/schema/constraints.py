@@ -106,6 +106,10 @@ def _drafts(config: "Config") -> Iterator[tuple[str, str]]:
         yield "algorithm.train_drafts", fix
     if algorithm.draft_early_stop and any(config.rewards.custom_weights.values()):
         yield "algorithm.draft_early_stop", "the largest possible reward is not known with a reward of your own"
+    if algorithm.draft_early_stop and (algorithm.draft_selection, algorithm.draft_metric) != ("best", "reward"):
+        fix = "the draft that ends drafting, which has the largest reward, is to be shown"
+        choices = 'algorithm.draft_selection to "best" and algorithm.draft_metric to "reward"'
+        yield "algorithm.draft_early_stop", f"{fix}; set {choices}"
     if algorithm.alternate and not algorithm.num_drafts:
         yield "algorithm.alternate", "no step has drafts; set algorithm.num_drafts to at least 1"
     if algorithm.num_drafts:  # without drafts all of this is the base algorithm
@@ -209,6 +213,9 @@ def _batch_and_mesh(config: "Config") -> Iterator[tuple[str, str]]:
     for completions in [config.prompts_per_step * count for count in counts]:
         if completions % config.learner.minibatches:
             yield "learner.minibatches", f"must divide the {completions} trained completions of a stage per step"
+    if algorithm.importance_sampling_cap and (config.rollout.top_p < 1 or config.rollout.top_k):
+        fix = "the sampler's log-probs are those before top-p and top-k, not of what it draws from; set it to 0, or "
+        yield "algorithm.importance_sampling_cap", f"{fix}rollout.top_p to 1 and rollout.top_k to 0"
     if 1 not in config.learner.microbatch_sizes:
         yield "learner.microbatch_sizes", "add 1.0, the size that holds the longest context with a completion"
     if config.optimizer.name == "adafactor" and config.optimizer.max_grad_norm > MAX_ADAFACTOR_NORM:

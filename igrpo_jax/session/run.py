@@ -76,8 +76,7 @@ class Run:
         Raises:
             RunError: as `_check_finite`; a file cannot be written.
         """
-        groups, advantages = result.groups, result.advantages
-        metrics = result.metrics | throughput(result.metrics, list(self.task.mesh.devices.flat))
+        groups, advantages, metrics = result.groups, result.advantages, result.metrics
         self._warn_of_compiles(step, result.compiled)
         if step == 1:
             self.checkpointer.wait()  # for step 0: a folder with samples but no checkpoint is taken for damaged
