@@ -60,8 +60,9 @@ def paged_attention(
     kernel, and nothing may communicate in loops whose trip counts differ between shards.
 
     Args:
-        implementation: a key of `attention.PACKED`. Where the TPU's kernel does not run (`page_layout`), "splash" is
-            "chunked". Without a kernel that reads pages, only the first sequence can have tokens before the new ones.
+        implementation: a key of `attention.PACKED`. "splash" stands for "chunked" where `page_layout` says that the
+            TPU's kernel does not run. Without a kernel that reads pages, only the first sequence can have tokens before
+            the new ones.
         q: [F, N, H]; for "chunked", F is a multiple of BLOCK.
         k, v: [F, K, H].
         parts: neighbours on `tensor` that hold the same kv head, each for other sequences: part i those whose pages
@@ -88,7 +89,8 @@ def paged_attention(
 def _on_one_device(implementation, q, k, v, entry):
     """Computes `paged_attention` of the heads of one device."""
     entry = entry._replace(pages=write(entry.pages, k, v, entry.ragged))
-    if implementation.startswith("splash") and entry.pages.shape[3] != HEAD_DIM:
+    kv_heads, head_dim = k.shape[1:]
+    if implementation.startswith("splash") and page_layout(implementation, head_dim, kv_heads) is None:
         implementation = "chunked"
     return PAGED[implementation](q, k, v, entry), entry.pages
 
