@@ -21,11 +21,10 @@ from absl import logging
 
 from igrpo_jax.distributed.sharding import spec
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import cache as caches
 from igrpo_jax.models import windows
 from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
 from igrpo_jax.models.cache import KV
-from igrpo_jax.models.segments import Segments, dense_mask
+from igrpo_jax.models.segments import KV_AXES, Segments, dense_mask
 from igrpo_jax.models.spans import packed_cudnn_attention
 from igrpo_jax.models.splash import packed_splash_attention
 from igrpo_jax.models.windows import Window, Windowed
@@ -118,9 +117,9 @@ def packed_chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments:
     segments = segments._replace(chain=None)
     if jax.sharding.get_abstract_mesh().empty:
         return run(q, k, v, segments)
-    rows, cache = spec(("batch", "time", "heads", "head_dim")), spec(caches.AXES)
+    rows, keys = spec(("batch", "time", "heads", "head_dim")), spec(KV_AXES)
     # check_vma is off because the trip counts of the loops differ between shards.
-    run = jax.shard_map(run, in_specs=(rows, cache, cache, spec(("batch",))), out_specs=rows, check_vma=False)
+    run = jax.shard_map(run, in_specs=(rows, keys, keys, spec(("batch",))), out_specs=rows, check_vma=False)
     return run(q, k, v, segments)
 
 

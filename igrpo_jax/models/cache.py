@@ -50,8 +50,8 @@ ALTERNATING = PageLayout()
 class KV(NamedTuple):
     """Keys and values of some positions of one attention sublayer, one row for each sequence.
 
-    In these layouts both products of attention read memory in its order. On a CPU that takes 0.7 of the time of keys
-    [B, K, S, H], which in turn decode 1.3 times faster than [B, S, K, H].
+    In these layouts both products of attention read memory in its order. On a CPU a decode step takes 0.7 of the time
+    that it takes with keys [B, K, S, H], and with [B, S, K, H] it takes 1.3 times as long as with those.
     """
 
     k: jax.Array  # [B, K, H, S]
@@ -73,7 +73,6 @@ class MambaState(NamedTuple):
 # One entry per sublayer: the pool of an attention sublayer, P pages of a `PageLayout`, or a KV of what decode steps
 # have added (`windows`); None for an MLP, which keeps nothing.
 Cache = tuple[jax.Array | KV | MambaState | None, ...]
-AXES = ("batch", "kv_heads", "time", "head_dim")  # of the keys and values of packed axes
 MAMBA_AXES = MambaState(
     ("batch", "width", "heads", "head_dim"),
     ("batch", "width", "groups", "state"),

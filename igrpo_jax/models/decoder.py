@@ -86,11 +86,11 @@ class Decoder(nnx.Module):
 
 
 def _pieces(kinds: str, dtype: jnp.dtype, remat: str) -> list[tuple[int, int]]:
-    """Returns the sublayers that run as loops, as (width, times): `stretches`, or all sublayers once without a loop.
+    """Returns how the sublayers run, as (width, times) for each piece: `times` passes of a scan over `width` sublayers.
 
-    A loop stacks its weights, so they exist twice. In a dtype narrower than float32 that costs no memory, because the
-    weights were cast for this call anyway. LoRA's frozen weights are the exception: the update then needs a copy of
-    them.
+    Without scans it is one piece with all of them. A scan stacks its weights, so they exist twice. In a dtype narrower
+    than float32 that costs no memory, because the weights were cast for this call anyway. LoRA's frozen weights are the
+    exception: the update then needs a copy of them.
     """
     return stretches(kinds) if dtype != jnp.float32 and remat != "none" else [(len(kinds), 1)]
 
@@ -204,8 +204,9 @@ def apply(
             or nothing ("none").
 
     Returns:
-        Hidden states [B, T, D] in the dtype of `params`, and for each sublayer what `cache` becomes: what a Windowed
-        adds, the pool, or the states that were given, with the new tokens; None where nothing was given.
+        Hidden states [B, T, D] in the dtype of `params`, and the new cache with one entry per sublayer:
+        `Windowed.added`, the pool of a Paged, or the Mamba-2 states, each with the new tokens; None where no entry was
+        given.
     """
     graph, state = _split(cfg)
     leaves = [(path, leaf.replace(params["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from igrpo_jax.distributed.sharding import constrain
-from igrpo_jax.models import cache as caches
 from igrpo_jax.models.attention import PACKED, row_attention, windowed_attention
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.paged import paged_attention
 from igrpo_jax.models.products import product
 from igrpo_jax.models.ragged import Paged
 from igrpo_jax.models.rotary import Positions, rope
-from igrpo_jax.models.segments import Segments
+from igrpo_jax.models.segments import KV_AXES, Segments
 from igrpo_jax.models.windows import Windowed
 
 
@@ -70,10 +69,10 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, positions: Positions, entry: Windowed | Paged | Segments | None):
         """Returns the output [B, T, D], and the keys and values that the caller keeps.
 
-        Without `entry` each row attends to itself alone. With a Windowed (T = 1) the token is written beside its
-        window, with a Paged all tokens are written to their pages, and each attends to what is there of its sequence.
-        With Segments a token attends to its own segment and its prefix. Only `Windowed.added` and the pool of a Paged
-        are kept.
+        Without `entry` each row attends causally to itself. With a Windowed (T = 1) the new token is stored in `added`
+        and attends to the window and to `added`. With a Paged all new tokens are written to their pages and attend to
+        the pages of their sequence. With Segments a token attends to its own segment and to its prefix, and nothing is
+        kept.
 
         Args:
             x: [B, T, D].
@@ -101,7 +100,7 @@ class Attention(nnx.Module):
         if isinstance(entry, Windowed):
             return windowed_attention(q, k, v, entry)
         if isinstance(entry, Segments):
-            k, v = (constrain(y.swapaxes(1, 2), *caches.AXES) for y in (k, v))
+            k, v = (constrain(y.swapaxes(1, 2), *KV_AXES) for y in (k, v))
             return PACKED[self.attention](q, k, v, entry), None
         return row_attention(q, k, v), None
 

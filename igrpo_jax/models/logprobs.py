@@ -67,8 +67,8 @@ def token_logprobs(
             four products less then.
 
     Returns:
-        logprob [R, T] float32, and entropy [R, T] float32 in nats. Past the chunk that holds position `count` both are
-        0 and have no gradient.
+        logprob [R, T] float32, and entropy [R, T] float32 in nats. Chunks after the one that holds the last wanted
+        position, `count` - 1, are not computed: there both are 0 and have no gradient.
     """
     rows, time = targets.shape
     mesh = jax.sharding.get_abstract_mesh()

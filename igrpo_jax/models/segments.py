@@ -20,6 +20,7 @@ import numpy as np
 # Tokens of a block; F is a multiple of it. On CPU, attention by blocks of 64 takes 0.55 to 0.8 of the time of blocks of
 # 128, and about that of blocks of 32. Kernels read several blocks as one.
 BLOCK = 64
+KV_AXES = ("batch", "kv_heads", "time", "head_dim")  # of the keys and values of packed axes
 NOTHING, SOME, ALL = 0, 1, 2  # what a block of queries reads of a block of keys
 # cuDNN's gradient takes two float32 copies of all queries for each segment; so many bytes at most.
 SPANS_BYTES = 6 << 30

@@ -21,9 +21,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from igrpo_jax.distributed.sharding import spec
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import cache as caches
 from igrpo_jax.models import visits
-from igrpo_jax.models.segments import Segments
+from igrpo_jax.models.segments import KV_AXES, Segments
 
 LANES = 128  # lanes of a TPU's vector registers; the kernel works on multiples of it
 BLOCKS = (512, 384, 256)  # sizes of the blocks of longer sequences; smaller blocks leave the matrix unit idle
@@ -85,9 +84,9 @@ def packed_splash_attention(
     arguments = (q, k, v, *(jnp.asarray(x) for x in (segments.segment, segments.parent, segments.blocks)))
     if jax.sharding.get_abstract_mesh().empty:
         return run(*arguments)
-    rows, cache = spec(("batch", "time", "heads", "head_dim")), spec(caches.AXES)
+    rows, keys = spec(("batch", "time", "heads", "head_dim")), spec(KV_AXES)
     axis, blocks = spec(("batch", "time")), spec(("batch", None, None))
-    specs = (rows, cache, cache, axis, axis, blocks)
+    specs = (rows, keys, keys, axis, axis, blocks)
     return jax.shard_map(run, in_specs=specs, out_specs=rows, check_vma=False)(*arguments)
 
 

@@ -80,7 +80,8 @@ def update(
     """Returns `windows` with the positions of the first `count` of `rows` copied from their pages.
 
     It copies block by block and row by row, in place where `windows` are donated, and only the blocks in which the row
-    has positions; all other content must be finite already. It is for CPUs.
+    has positions; all other content must be finite already. This is fast on CPUs only; elsewhere `of_pages` copies
+    everything.
 
     Args:
         table: [B, R] int32, the pages of each row.

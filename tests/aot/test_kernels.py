@@ -7,8 +7,7 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.aot import __main__ as aot
 from igrpo_jax.distributed import sharding
-from igrpo_jax.models import cache as caches
-from igrpo_jax.models.segments import BLOCK, Segments
+from igrpo_jax.models.segments import BLOCK, KV_AXES, Segments
 from igrpo_jax.models.splash import packed_splash_attention
 
 pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
@@ -28,7 +27,7 @@ def test_attention_of_a_packed_axis_compiles():
         return jax.ShapeDtypeStruct((len(devices), *shape), dtype, sharding=put)
 
     q = array((size, heads, head_dim), jnp.bfloat16, "batch", "time", "heads", "head_dim")
-    k = array((kv_heads, size, head_dim), jnp.bfloat16, *caches.AXES)
+    k = array((kv_heads, size, head_dim), jnp.bfloat16, *KV_AXES)
     of_tokens = array((size,), jnp.int32, "batch", "time")
     blocks = array((size // BLOCK, size // BLOCK), jnp.int8, "batch", None, None)
     segments = Segments(of_tokens, of_tokens, of_tokens, blocks, None)

@@ -15,8 +15,7 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import attention
-from igrpo_jax.models import cache as caches
-from igrpo_jax.models.segments import ALL, NOTHING, SOME, Family, pack, starts
+from igrpo_jax.models.segments import ALL, KV_AXES, NOTHING, SOME, Family, pack, starts
 
 
 def with_mask(q, k, v, segments):
@@ -30,7 +29,7 @@ RUNS_HERE = {
     "cudnn": functools.partial(attention.packed_cudnn_attention, kernels=plain_ranges),
     "cudnn with a mask": with_mask,
 }
-AXES = ("batch", "time", "heads", "head_dim"), caches.AXES, caches.AXES
+AXES = ("batch", "time", "heads", "head_dim"), KV_AXES, KV_AXES
 
 RAGGED = [Family(70, [50, 1, 20]), Family(0, [9, 5]), Family(20, [3])]  # 178 tokens
 LONG = [Family(3, [150]), Family(90, [1])]  # a completion and a prefix that are longer than a block

@@ -10,13 +10,12 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import cache as caches
 from igrpo_jax.models import segments as packed
 from igrpo_jax.models import splash, visits
 from igrpo_jax.models.segments import Family, Segments
 from igrpo_jax.models.visits import Lengths
 
-AXES = (("batch", "time", "heads", "head_dim"), caches.AXES, caches.AXES)
+AXES = (("batch", "time", "heads", "head_dim"), packed.KV_AXES, packed.KV_AXES)
 attend = functools.partial(splash.packed_splash_attention, interpret=True)
 
 RAGGED = [Family(70, [50, 1, 60]), Family(0, [30, 5]), Family(40, [3, 20])]  # 279 tokens
