@@ -105,7 +105,7 @@ class Bench:
         bench = self
 
         class Watched(scheduler):
-            def _read(self, dispatch):
+            def _fetch(self, dispatch):
                 counts = jax.device_get(dispatch.status.count).reshape(len(self.shards), -1)
                 pages, tokens = sum(shard.pool.used for shard in self.shards), 0
                 for shard, count in zip(self.shards, counts, strict=True):
@@ -116,7 +116,7 @@ class Bench:
                         filled |= {page: min(size, end - i * size) for i, page in enumerate(running.pages)}
                     tokens += sum(max(0, n) for n in filled.values())
                 bench.fullest = max(bench.fullest, (pages * shard.sizes.page_size, tokens))
-                return super()._read(dispatch)
+                return super()._fetch(dispatch)
 
         return Watched
 
@@ -178,8 +178,8 @@ class Filled:
         request = Request(prompt, 0, rows, np.array([0, 1], np.uint32), engine.sizes.max_completion)
         for shard in self.shards:
             shard.begin(Waiting(request, deque(range(rows))))
-        while self.shards[0].unread:
-            size = engine.chunk_size(self.shards[0].unread)
+        while self.shards[0].to_prefill:
+            size = engine.chunk_size(self.shards[0].to_prefill)
             pieces = [shard.pieces(size) for shard in self.shards]
             self.state = engine.prefill(weights, self.state, size, pieces)
         self.state = engine.fork(self.state, [shard.starts(0) for shard in self.shards], self.sampling)

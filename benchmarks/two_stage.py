@@ -170,7 +170,7 @@ def step_costs(stages, params, prompt) -> tuple[list[int], list[float]]:
     """Returns numbers of rows, and the seconds of a decode step of each: the best of three dispatches, 0 for none."""
     engine, costs = stages.engine, {0: 0.0}
     weights = engine.weights(params)
-    for rows in engine.programs.reads:
+    for rows in engine.programs.window_lengths:
         filled = rollout.Filled(engine, weights, prompt, rows)
         costs[rows] = min(filled.step_seconds() for _ in range(3))
     return list(costs), list(costs.values())

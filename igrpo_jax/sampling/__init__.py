@@ -1,4 +1,5 @@
-"""The sampler: completions of queued prompts, drawn in slots that are refilled, with a cache of pages.
+"""The sampler: continuous batching with a paged KV cache. Slots are refilled from a queue, prompts are prefilled in
+chunks, and the samples of a prompt share its pages (prefix sharing).
 
 In order: draw, pages, shapes, layout, state, lockstep, steps, decoding, programs, filling, inputs, row_sync, weights,
 engine, requests, shard, scheduler, scoring.

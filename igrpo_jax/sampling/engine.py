@@ -50,7 +50,7 @@ class Engine:
         pages: pages of the cache on each device; 0 = as many as all slots can need, if `memory` holds them.
         page_size: positions of a page; 0 = 16 on a CPU, 64 elsewhere.
         memory: bytes of each device that sampling may use; None = any.
-        prefill_chunk: tokens of each shard that are read at once, at most.
+        prefill_chunk: tokens of each shard that are prefilled at once, at most.
 
     Attributes:
         programs: all programs of the sampler.
@@ -123,8 +123,8 @@ class Engine:
         self.sync = WeightSync(model, mesh, self._whole_mesh, dtype)
         self._team_shardings = weight_shardings(cfg, self.mesh)
         self._kept: tuple[tuple[int, ...], Windows] | None = None  # windows of the last dispatch, by its shape
-        # For each group: the row of each slot whose window is up to date with its pages.
-        self._rows: list[dict[int, int]] = [{} for _ in range(self._own_groups)]
+        # By group: slot -> the row whose window is up to date with the slot's pages.
+        self._window_row: list[dict[int, int]] = [{} for _ in range(self._own_groups)]
 
     def fit_pages(self, programs: SamplerPrograms | None = None) -> None:
         """Sets the number of pages to what fits in `memory` by the compiler's count, where memory limits it.
@@ -157,11 +157,12 @@ class Engine:
             return []
         programs, sizes = self.programs, self.sizes
         admitted = lengths[: min(-(-self.slots // samples), sizes.lanes * self.shards)]
-        unread = max(max(admitted), -(-sum(admitted) // self._own_groups))
-        rows = self.rows(min(-(-len(lengths) * samples // self.shards), self.shard_slots))
-        read = pick_bucket(programs.reads[rows], min(max(admitted) + sizes.steps_per_dispatch, sizes.length))
-        calls = [(programs.prefill, (self.chunk_size(unread),)), (programs.fork, ())]
-        return [(programs.decode, (rows, read)), *calls, (programs.empty, ()), (programs.harvest, ())]
+        to_prefill = max(max(admitted), -(-sum(admitted) // self._own_groups))
+        rows = self.row_bucket(min(-(-len(lengths) * samples // self.shards), self.shard_slots))
+        furthest = min(max(admitted) + sizes.steps_per_dispatch, sizes.length)
+        window_length = pick_bucket(programs.window_lengths[rows], furthest)
+        calls = [(programs.prefill, (self.chunk_size(to_prefill),)), (programs.fork, ())]
+        return [(programs.decode, (rows, window_length)), *calls, (programs.empty, ()), (programs.harvest, ())]
 
     @property
     def weight_bytes(self) -> int:
@@ -192,13 +193,13 @@ class Engine:
         self._forget_windows()
         return self.programs.empty()
 
-    def chunk_size(self, unread: int) -> int:
-        """Returns the tokens of the next chunk where a group has at most `unread` tokens to read."""
-        return self.programs.next_chunk[min(unread, self.programs.chunks[-1])]
+    def chunk_size(self, to_prefill: int) -> int:
+        """Returns the tokens of the next chunk where a group has at most `to_prefill` tokens to prefill."""
+        return self.programs.next_chunk[min(to_prefill, self.programs.chunks[-1])]
 
     def prefill(self, weights: decoder.Params, state: State, size: int, pieces: Sequence[Sequence[Piece]]) -> State:
         """Prefills the pieces of each shard, at most `size` tokens per group; only the first of a shard may continue a
-        prompt whose beginning an earlier chunk has read."""
+        prompt whose beginning was in an earlier chunk."""
         return self._run(Call("prefill", (size,), inputs.chunk(self.sizes, size, pieces), None), weights, state)
 
     def fork(self, state: State, starts: Sequence[Sequence[Start]], sampling: Sampling) -> State:
@@ -206,14 +207,14 @@ class Engine:
         for shard, own in enumerate(starts):
             group, part = divmod(shard, self.sizes.parts)
             for start in own:
-                self._rows[group].pop(start.slot + part * self.shard_slots, None)
+                self._window_row[group].pop(start.slot + part * self.shard_slots, None)
         for fork in inputs.forks(self.sizes, starts):
             state = self._run(Call("fork", (), fork, traced(sampling)), state)
         return state
 
-    def rows(self, needed: int) -> int:
+    def row_bucket(self, needed: int) -> int:
         """Returns how many rows of a shard decode where `needed` slots run."""
-        return pick_bucket(tuple(self.programs.reads), needed)
+        return pick_bucket(tuple(self.programs.window_lengths), needed)
 
     def decode(
         self,
@@ -234,12 +235,13 @@ class Engine:
             least: a shard with fewer active slots than this stops early. The parts of a group stop by their sum, and
                 with `tensor` > 1 all shards stop together, when each has too few.
         """
-        width = self.rows(max(map(len, slots)))
-        read = pick_bucket(self.programs.reads[width], min(furthest, self.sizes.length))
-        if not self._kept or self._kept[0] != (width, read):
+        width = self.row_bucket(max(map(len, slots)))
+        window_length = pick_bucket(self.programs.window_lengths[width], min(furthest, self.sizes.length))
+        shape = width, window_length
+        if not self._kept or self._kept[0] != shape:
             self._forget_windows()
-        rows, self._rows = inputs.rows(self.sizes, width, read, slots, tables, least, self._rows)
-        return self._run(Call("decode", (width, read), rows, traced(sampling)), weights, state)
+        rows, self._window_row = inputs.rows(self.sizes, *shape, slots, tables, least, self._window_row)
+        return self._run(Call("decode", shape, rows, traced(sampling)), weights, state)
 
     def harvest(self, state: State, slots: Sequence[int]) -> list[tuple[jax.Array, ...]]:
         """Returns tokens and log-probs [WIDTH, M] and summed entropies [WIDTH] of `slots`, WIDTH at a time.
@@ -288,7 +290,7 @@ class Engine:
     def _forget_windows(self) -> None:
         """Lets the windows of the last dispatch go."""
         self._kept = None
-        self._rows = [{} for _ in self._rows]
+        self._window_row = [{} for _ in self._window_row]
 
     def _windows(self, shape: tuple[int, ...]) -> Windows:
         """Returns the windows of the last dispatch if they have the shape for this one, or else new ones."""

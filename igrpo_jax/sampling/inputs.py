@@ -17,16 +17,16 @@ Item = TypeVar("Item")
 
 
 class Piece(NamedTuple):
-    """Tokens of a prompt that are read in one chunk."""
+    """Tokens of a prompt that are prefilled in one chunk."""
 
     lane: int
     tokens: np.ndarray  # [T] int32
-    before: int  # tokens of the prompt that earlier chunks have read
+    before: int  # tokens of the prompt that earlier chunks have prefilled
     pages: Sequence[int]  # of the prompt
 
 
 class Start(NamedTuple):
-    """A sample of a prompt that is read, and the slot that it takes."""
+    """A sample of a prefilled prompt, and the slot that it takes."""
 
     lane: int  # of the prompt
     slot: int
@@ -97,7 +97,7 @@ def forks(sizes: Sizes, starts: Sequence[Sequence[Start]]) -> Iterator[Fork]:
 def rows(
     sizes: Sizes,
     width: int,
-    read: int,
+    window_length: int,
     slots: Sequence[Sequence[int]],
     tables: Sequence[np.ndarray],
     least: Sequence[int],
@@ -107,14 +107,14 @@ def rows(
 
     Args:
         width: rows of a shard.
-        read: positions of a row that may be read.
+        window_length: positions of a row that attention may read.
         slots, tables, least: as in `Engine.decode`.
         before: for each group, the row of each slot whose window is up to date. Such a slot keeps its row.
     """
     groups, size, every = len(slots) // sizes.parts, width * sizes.parts, sizes.shard_slots * sizes.parts
     index = np.full((groups, size), every, np.int32)
     runs = np.zeros((groups, size), bool)
-    table = np.zeros((groups, size, read // sizes.page_size), np.int32)
+    table = np.zeros((groups, size, window_length // sizes.page_size), np.int32)
     stale, counts, held = np.zeros((groups, size), np.int32), np.zeros(groups, np.int32), []
     for group, own in enumerate(_of_groups(sizes, slots, lambda slot, part: slot + part * sizes.shard_slots)):
         # All slots stand in their order, so that their states need no copy.

@@ -44,7 +44,7 @@ def choose_tensor(
         mesh: of the training.
         slots: completions decoded at once, over all devices.
         length: most tokens of a prompt and its completion.
-        lanes: prompts that a group reads at once.
+        lanes: prompts that a group prefills at once.
         page_size: positions of a page.
         memory: bytes of each device that sampling may use; None = any.
     """

@@ -25,7 +25,7 @@ from igrpo_jax.models.paged import page_layout
 from igrpo_jax.models.products import ByOutputs, shape_by_outputs, sharding_by_outputs
 from igrpo_jax.models.windows import Windows
 from igrpo_jax.sampling import decoding, shapes, state, steps
-from igrpo_jax.sampling.layout import lies_by_outputs
+from igrpo_jax.sampling.layout import lies_by_outputs, reads_pages
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.shapes import WIDTH, Sizes
 from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State
@@ -39,10 +39,11 @@ class SamplerPrograms:
         eos_ids: the tokens that end a completion.
 
     Attributes:
-        reads: the lengths of decode's windows, by the number of rows of a part; on CPUs and where attention reads pages
-            in place, only the longest.
-        chunks: the sizes in tokens of the chunks that `prefill` may read.
-        next_chunk: the size of the next chunk, indexed by the number of unread tokens, up to the largest size.
+        window_lengths: the lengths of decode's windows, by the number of rows of a part; on CPUs and where attention
+            reads pages in place, only the longest.
+        reads_pages: whether attention reads pages where they lie, so that decode needs no windows.
+        chunks: the sizes in tokens of the chunks of `prefill`.
+        next_chunk: the size of the next chunk, indexed by the number of tokens to prefill, up to the largest size.
         state: the pages, lanes and slots of all shards, as abstract arrays.
         weights: the rollout copy of the weights, as abstract arrays.
         batch_sharding: splits arrays over the shards of the batch by their first dimension.
@@ -56,13 +57,13 @@ class SamplerPrograms:
         self.batch_sharding = sharding.batch_sharding(mesh)
         # Every process of a team reads the results of all its shards.
         self._status_sharding = sharding.replicated(mesh) if sharding.processes(mesh) > 1 else self.batch_sharding
-        self.costs = ModelCosts(cfg, dtype, mesh.shape["tensor"])
-        layout = page_layout(cfg.attention, cfg.head_dim, cfg.num_kv_heads // mesh.shape["tensor"])
-        self.in_place = layout is not None
-        layout = layout or caches.ALTERNATING
+        tensor = mesh.shape["tensor"]
+        self.costs = ModelCosts(cfg, dtype, tensor)
+        self.reads_pages = reads_pages(cfg, tensor)
+        layout = page_layout(cfg.attention, cfg.head_dim, cfg.num_kv_heads // tensor) or caches.ALTERNATING
         platform = mesh.devices.flat[0].platform
         self._on_cpu = platform == "cpu"
-        self.reads = shapes.decode_shapes(sizes, self.costs, platform, self.in_place)
+        self.window_lengths = shapes.decode_shapes(sizes, self.costs, platform, self.reads_pages)
         self.chunks = shapes.chunk_sizes(sizes, platform)
         self.next_chunk = shapes.next_chunks(self.chunks, self.costs, platform)
         self.weights = _abstract_weights(cfg, mesh, dtype)
@@ -75,12 +76,16 @@ class SamplerPrograms:
         self._replicated = sharding.replicated(mesh)
         vocab = NamedSharding(mesh, sharding.spec(("batch", "vocab")))
         cache, lanes = caches.shardings(cfg, mesh, layout=layout), caches.shardings(cfg, mesh, "M")
-        self._state_sharding = State(cache, lanes, vocab, *[self.batch_sharding] * 9)
+        self._state_sharding = State(
+            **dict.fromkeys(State._fields, self.batch_sharding) | {"cache": cache, "lanes": lanes, "logits": vocab}
+        )
         self._build_empty = partial(
             state.empty,
             cfg,
             slots=sizes.shard_slots * sizes.parts * self._shards,
             lanes=sizes.lanes * sizes.parts * self._shards,
+            # Not times parts: each part has its own copies of the kv heads, and these hold the pages of that part
+            # alone.
             pages=sizes.pages * self._shards,
             page_size=sizes.page_size,
             layout=layout,
@@ -116,7 +121,7 @@ class SamplerPrograms:
 
     @cached_property
     def prefill(self) -> Program:
-        """Reads a chunk of prompts on each shard; the shape is the tokens of a chunk."""
+        """Prefills a chunk of prompts on each shard; the shape is the tokens of a chunk."""
         return Program(
             "prefill",
             jax.jit(
@@ -130,7 +135,7 @@ class SamplerPrograms:
 
     @cached_property
     def fork(self) -> Program:
-        """Starts samples of prompts that are read."""
+        """Starts samples of prefilled prompts."""
         run = partial(steps.fork, self._mesh, self._eos, self.sizes.parts)
         return Program(
             "fork",
@@ -142,26 +147,26 @@ class SamplerPrograms:
 
     @cached_property
     def decode(self) -> Program:
-        """Draws up to K tokens in each active row; the shape is (rows of a part, positions of each)."""
+        """Draws up to K tokens in each active row; the shape is (rows of a part, window length)."""
         sizes, run = self.sizes, partial(decoding.decode, self._cfg, self._mesh, self._eos)
         return Program(
             "decode",
             jax.jit(
-                partial(run, steps=sizes.steps_per_dispatch, reads_pages=self.in_place),
+                partial(run, steps=sizes.steps_per_dispatch, reads_pages=self.reads_pages),
                 donate_argnums=(1, 2),
                 keep_unused=True,  # unread windows are still arguments: their memory is donated
                 out_shardings=(self._state_sharding, windows.sharding(self._mesh), self._status_sharding),
             ),
-            lambda rows, read: (
+            lambda rows, window_length: (
                 self.weights,
                 self.state,
-                self.windows(rows, read),
-                self._rows(rows, read),
+                self.windows(rows, window_length),
+                self._rows(rows, window_length),
                 _abstract_sampling(),
             ),
             self._mesh,
-            shapes=[(rows, read) for rows, reads in self.reads.items() for read in reads],
-            cost=lambda rows, read: self.costs.decode(rows * sizes.parts, read) * sizes.steps_per_dispatch,
+            shapes=[(rows, length) for rows, lengths in self.window_lengths.items() for length in lengths],
+            cost=lambda rows, length: self.costs.decode(rows * sizes.parts, length) * sizes.steps_per_dispatch,
         )
 
     @cached_property
@@ -175,28 +180,39 @@ class SamplerPrograms:
             cost=lambda: Cost(0, 2 * WIDTH * 8 * self.sizes.max_completion),
         )
 
-    def windows(self, rows: int, read: int) -> Windows:
+    def windows(self, rows: int, window_length: int) -> Windows:
         """Returns the windows of `decode` of this shape as abstract arrays: none where attention reads pages, or on
         accelerators, whose memory XLA keeps."""
-        if self.in_place or not self._on_cpu:
+        if self.reads_pages or not self._on_cpu:
             return (None,) * len(self._cfg.pattern)
         rows *= self.sizes.parts * self._shards
-        return windows.abstract(self._cfg, rows, read, self.sizes.page_size, jnp.dtype(self._dtype), self._mesh)
+        page_size, dtype = self.sizes.page_size, jnp.dtype(self._dtype)
+        return windows.abstract(self._cfg, rows, window_length, page_size, dtype, self._mesh)
 
     def _chunk(self, size: int) -> Chunk:
         lanes, pages = self.sizes.parts * self.sizes.lanes, pages_for(self.sizes.max_context, self.sizes.page_size)
         ints = self._ints
-        return Chunk(ints(size), ints(lanes), ints(lanes, pages), ints(lanes + 1), ints(1), ints(lanes))
+        return Chunk(
+            tokens=ints(size),
+            length=ints(lanes),
+            table=ints(lanes, pages),
+            start=ints(lanes + 1),
+            prompts=ints(1),
+            lane=ints(lanes),
+        )
 
     def _fork(self) -> Fork:
         keys = jax.ShapeDtypeStruct((self._shards, WIDTH, 2), jnp.uint32, sharding=self.batch_sharding)
         return Fork(**dict.fromkeys(Fork._fields, self._ints(WIDTH)) | {"key": keys})
 
-    def _rows(self, rows: int, read: int) -> Rows:
+    def _rows(self, rows: int, window_length: int) -> Rows:
         rows *= self.sizes.parts
         runs = jax.ShapeDtypeStruct((self._shards, rows), jnp.bool_, sharding=self.batch_sharding)
-        pages = read // self.sizes.page_size
-        return Rows(self._ints(rows), runs, self._ints(rows, pages), self._ints(), self._ints(rows), self._ints())
+        pages = window_length // self.sizes.page_size
+        ints = self._ints
+        return Rows(
+            slot=ints(rows), runs=runs, table=ints(rows, pages), least=ints(), stale=ints(rows), stale_count=ints()
+        )
 
     def _ints(self, *size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self._shards, *size), jnp.int32, sharding=self.batch_sharding)

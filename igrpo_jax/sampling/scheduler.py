@@ -1,10 +1,10 @@
-"""The host side of sampling: a queue of prompts, refilled slots, finished completions as they come.
+"""Continuous batching on the host: a queue of prompts, slots that are refilled, and completions as they finish.
 
-First in, first out: a prompt is read once by the shard that has slots for its samples, which take slots in order. It is
-read again only after a preemption, or where another shard takes over some of its samples. One `advance` is one dispatch
-of the device: at most K tokens per slot. While most slots run, at most one chunk of prompts is read between two
-dispatches, so that a long prompt does not hold up the others. The host may stay one dispatch behind, so that the device
-has the next one while the results of the last are looked at.
+First in, first out: a prompt is prefilled once by the shard that has slots for its samples, which take slots in order.
+It is prefilled again only after a preemption, or where another shard takes over some of its samples. One `advance` is
+one dispatch of the device: at most K tokens per slot. While most slots run, at most one chunk of prompts is prefilled
+between two dispatches, so that a long prompt does not hold up the others. The host may stay one dispatch behind, so
+that the device has the next one while the results of the last are looked at.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from igrpo_jax.sampling.state import Sampling, State, Status
 
 @dataclass(frozen=True)
 class _Dispatch:
-    """A dispatch whose results the host has not read yet."""
+    """A dispatch whose results the host has not fetched yet."""
 
     number: int
     status: Status
@@ -91,7 +91,7 @@ class Scheduler:
         self._state: State | None = None  # between `start` and `finish`: the cache makes room for the update
         self._waiting: deque[Waiting] = deque()
         self._spare = max(1, engine.shard_slots // 8)  # free slots of a shard that are refilled together
-        self._unread: deque[_Dispatch] = deque()
+        self._in_flight: deque[_Dispatch] = deque()
         self._harvests: deque[_Harvest] = deque()
         self._dispatched = 0
 
@@ -179,21 +179,21 @@ class Scheduler:
         self._fill()
         if self._running:
             self._dispatch()
-            while len(self._unread) > self.ahead:
-                self._harvests.append(self._read(self._unread.popleft()))
+            while len(self._in_flight) > self.ahead:
+                self._harvests.append(self._fetch(self._in_flight.popleft()))
         if not self._running:
-            self._unread.clear()  # nothing ran in it
+            self._in_flight.clear()  # nothing ran in it
         samples = []
         while len(self._harvests) > (self.ahead if self._running else 0):
             samples += self._collect(self._harvests.popleft())
         return samples
 
     def _fill(self) -> None:
-        """Reads prompts and starts samples as slots and pages allow: one chunk, or more while many slots are free."""
+        """Prefills prompts and starts samples as slots and pages allow: one chunk, or more if many slots are free."""
         self._begin()
         self._start_samples()
-        while unread := max(sum(shard.unread for shard in group) for group in self._groups):
-            size = self.engine.chunk_size(unread)
+        while to_prefill := max(sum(shard.to_prefill for shard in group) for group in self._groups):
+            size = self.engine.chunk_size(to_prefill)
             pieces = [piece for group in self._groups for piece in _pieces(group, size)]
             self._state = self.engine.prefill(self._weights, self._state, size, pieces)
             self._start_samples()
@@ -226,8 +226,8 @@ class Scheduler:
 
     def _dispatch(self) -> None:
         engine, sizes = self.engine, self.engine.sizes
-        # The host assumes that the dispatches that it has not read yet drew as many tokens as they could.
-        ahead = (len(self._unread) + 1) * sizes.steps_per_dispatch
+        # The host assumes that the dispatches that it has not fetched yet drew as many tokens as they could.
+        ahead = (len(self._in_flight) + 1) * sizes.steps_per_dispatch
         for shard in self.shards:
             for waiting in shard.make_room(ahead):
                 self._put_back(waiting)
@@ -235,10 +235,10 @@ class Scheduler:
         busy = [len(shard.running) for shard in self.shards]
         running = [one for shard in self.shards for one in shard.running.values()]
         furthest = max(one.cached for one in running) + ahead
-        rows = engine.rows(max(busy))
+        rows = engine.row_bucket(max(busy))
         # While something waits, slots are refilled a few at a time; later a shard stops where fewer rows would do.
         queued = self._queued
-        fewer = max((size for size in engine.programs.reads if size < rows), default=0)
+        fewer = max((size for size in engine.programs.window_lengths if size < rows), default=0)
         least = [max(1, n - self._spare + 1 if queued else fewer + 1 if n > fewer else 1) for n in busy]
         self._state, status = engine.decode(
             self._weights,
@@ -252,7 +252,7 @@ class Scheduler:
         for x in status:
             x.copy_to_host_async()
         mixed = len({one.request.stage for one in running}) > 1
-        self._unread.append(_Dispatch(self._dispatched, status, queued, mixed))
+        self._in_flight.append(_Dispatch(self._dispatched, status, queued, mixed))
         self._dispatched += 1
 
     def _put_back(self, waiting: Waiting) -> None:
@@ -263,8 +263,8 @@ class Scheduler:
         else:
             self._waiting.appendleft(waiting)
 
-    def _read(self, dispatch: _Dispatch) -> _Harvest:
-        """Reads the results of a dispatch, and frees the slots of the samples that it finished."""
+    def _fetch(self, dispatch: _Dispatch) -> _Harvest:
+        """Fetches the results of a dispatch, and frees the slots of the samples that it finished."""
         status = jax.device_get(dispatch.status)
         size, drawn = self.engine.shard_slots, 0
         slot_steps = int(status.steps.sum()) * size * self.engine.sizes.parts
@@ -302,7 +302,7 @@ class Scheduler:
 
 
 def _pieces(group: Sequence[Shard], size: int) -> Iterator[list[Piece]]:
-    """Yields of each part of a group the next unread tokens of its prompts, up to `size` of all parts together."""
+    """Yields of each part of a group the next tokens to prefill of its prompts, up to `size` of all parts together."""
     for shard in group:
         pieces = shard.pieces(size)
         size -= sum(len(piece.tokens) for piece in pieces)

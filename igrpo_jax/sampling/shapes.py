@@ -1,5 +1,5 @@
 """The shapes that the programs of the sampler are compiled for: sizes of a run, rows and positions of a decode step,
-and tokens that are read at once.
+and tokens that are prefilled at once.
 
 Each shape is a program, which takes seconds to minutes to compile. Where attention reads pages in place, two to four
 decode shapes serve all lengths. On a CPU, whose programs read about as many positions as are needed (`windows`), the
@@ -19,8 +19,8 @@ from igrpo_jax.models.segments import BLOCK
 from igrpo_jax.sampling.pages import pages_for
 
 WIDTH = 16  # slots of a shard that one call starts, and slots that one call harvests; more take several calls
-LANES = 8  # prompts of a shard that are being read, or wait for slots of their samples, at most
-MOST_DECODES = 13  # programs of decoding; with those of reading prompts and the others no more than 20
+LANES = 8  # prompts of a shard that are being prefilled, or wait for slots of their samples, at most
+MOST_DECODES = 13  # programs of decoding; with those of prefilling and the others no more than 20
 # Extra work that a decode step may do to save a program: a fraction of its own, plus the bytes of 0.1 ms on a CPU.
 MORE = 0.1
 LITTLE = 5e6
@@ -42,7 +42,7 @@ class Sizes:
     max_context: int  # tokens of the longest prompt
     max_completion: int  # most tokens of a completion (M)
     steps_per_dispatch: int  # decode steps of one call at most (K)
-    prefill_chunk: int  # tokens of a shard that are read at once, at most
+    prefill_chunk: int  # tokens of a shard that are prefilled at once, at most
     parts: int = 1  # of a shard, with slots, lanes and pages of their own: those of `DecoderConfig.row_parts`
 
     @property
@@ -66,15 +66,15 @@ class Sizes:
         return self.shard_slots * self.slot_pages + self.lanes
 
 
-def decode_shapes(sizes: Sizes, costs: ModelCosts, platform: str, in_place: bool) -> dict[int, tuple[int, ...]]:
+def decode_shapes(sizes: Sizes, costs: ModelCosts, platform: str, reads_pages: bool) -> dict[int, tuple[int, ...]]:
     """Returns the lengths of decode's windows, by the number of rows of a part, fewest rows first.
 
     Args:
         platform: "cpu", "gpu" or "tpu".
-        in_place: whether attention reads pages where they lie: the only length is the longest then, as on a CPU.
+        reads_pages: whether attention reads pages where they lie: the only length is the longest then, as on a CPU.
     """
     length, slots = sizes.slot_pages * sizes.page_size, sizes.shard_slots
-    if in_place:  # one program of few rows; on GPUs, which compile one in seconds, some between
+    if reads_pages:  # one program of few rows; on GPUs, which compile one in seconds, some between
         halvings = (0, 1, 2, 3) if platform == "gpu" else (0, 3)
         return dict.fromkeys(sorted({slots >> i for i in halvings} - {0}), (length,))
     if platform == "cpu":
@@ -82,17 +82,17 @@ def decode_shapes(sizes: Sizes, costs: ModelCosts, platform: str, in_place: bool
     else:
         lengths = {slots >> 3: (length,), slots: tuple(max(1, length >> i) for i in (2, 1, 0))}
     shapes = [
-        (rows, read)
-        for rows, reads in lengths.items()
+        (rows, window_length)
+        for rows, of_rows in lengths.items()
         if rows
-        for read in dict.fromkeys(pages_for(read, sizes.page_size) * sizes.page_size for read in reads)
+        for window_length in dict.fromkeys(pages_for(each, sizes.page_size) * sizes.page_size for each in of_rows)
     ]
     of_cost = _work(costs, platform)
     work = [of_cost(costs.decode(*shape)) for shape in shapes]
     if platform == "cpu":
         work = [VECTOR * one if rows == 1 else one for (rows, _), one in zip(shapes, work, strict=True)]
     kept = _worthwhile(shapes, work)
-    return {rows: tuple(sorted(read for n, read in kept if n == rows)) for rows in sorted({n for n, _ in kept})}
+    return {rows: tuple(sorted(each for n, each in kept if n == rows)) for rows in sorted({n for n, _ in kept})}
 
 
 def _row_counts(slots: int) -> list[int]:
@@ -109,7 +109,7 @@ def chunk_sizes(sizes: Sizes, platform: str) -> tuple[int, ...]:
 
 
 def next_chunks(chunks: Sequence[int], costs: ModelCosts, platform: str) -> list[int]:
-    """Returns the size of the next chunk, indexed by the number of unread tokens, from 0 to the largest size.
+    """Returns the size of the next chunk, indexed by the number of tokens to prefill, from 0 to the largest size.
 
     It minimises the total work of this chunk and all later ones; of several minima it is the largest size.
 
@@ -119,8 +119,8 @@ def next_chunks(chunks: Sequence[int], costs: ModelCosts, platform: str) -> list
     of_cost = _work(costs, platform)
     work = {size: round(of_cost(costs.prefill(size))) for size in reversed(chunks)}
     least, chosen = [0], [chunks[0]]
-    for unread in range(1, chunks[-1] + 1):
-        together = {size: work[size] + least[max(0, unread - size)] for size in work}
+    for to_prefill in range(1, chunks[-1] + 1):
+        together = {size: work[size] + least[max(0, to_prefill - size)] for size in work}
         chosen.append(min(together, key=together.__getitem__))
         least.append(together[chosen[-1]])
     return chosen
@@ -140,24 +140,24 @@ def _hardly_more(work: np.ndarray) -> np.ndarray:
 
 
 def _worthwhile(shapes: Sequence[tuple[int, int]], work: Sequence[float]) -> list[tuple[int, int]]:
-    """Returns those of `shapes`, which are (rows, positions to read), that are worth a program.
+    """Returns those of `shapes`, which are (rows, window length), that are worth a program.
 
-    A shape without a program is served by the one of least work among those with at least as many rows and positions.
-    One after another, the shape is dropped that adds least to the total work, with all shapes taken as equally
+    A shape without a program is served by the one of least work among those with at least as many rows and as long
+    windows. One after another, the shape is dropped that adds least to the total work, with all shapes taken as equally
     frequent: any shape while more than MOST_DECODES are left, and then only one without which no decode step does more
-    work than `_hardly_more`. The shape of most positions is dropped after all others with the same number of rows.
+    work than `_hardly_more`. The shape of the longest windows is dropped after all others with the same number of rows.
 
     Args:
         work: the work of a decode step of each shape.
     """
-    (rows, reads), own = np.array(shapes).T, np.array(work)
-    does = np.where((rows >= rows[:, None]) & (reads >= reads[:, None]), own, np.inf)  # [shape, the one that runs]
+    (rows, lengths), own = np.array(shapes).T, np.array(work)
+    does = np.where((rows >= rows[:, None]) & (lengths >= lengths[:, None]), own, np.inf)  # [shape, the one that runs]
     kept, most = np.ones(len(shapes), bool), _hardly_more(own)
     while True:
         options = []
         for i in np.flatnonzero(kept):
             left = kept & (np.arange(len(kept)) != i)
-            if reads[i] < reads.max() or not left[rows == rows[i]].any():
+            if lengths[i] < lengths.max() or not left[rows == rows[i]].any():
                 least = np.where(left, does, np.inf).min(axis=1)
                 options.append((least.sum(), (least <= most).all(), i))
         if kept.sum() <= MOST_DECODES:

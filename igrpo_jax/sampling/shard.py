@@ -39,7 +39,7 @@ class InLane(Waiting):
     lane: int
     pages: list[int]
     began: int  # what begins later has a larger number
-    read: int = 0  # tokens of the prompt that chunks have read
+    prefilled: int = 0  # tokens of the prompt that are prefilled
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class Running:
     pages: list[int]
     began: int
     since: int  # number of the first dispatch that decodes it
-    count: int = 1  # tokens drawn, as of the last dispatch that the host has read
+    count: int = 1  # tokens drawn, as of the last dispatch that the host has fetched
 
     @property
     def request(self) -> Request:
@@ -64,7 +64,7 @@ class Running:
 
     @property
     def cached(self) -> int:
-        """Tokens in the cache, as of the last dispatch that the host has read."""
+        """Tokens in the cache, as of the last dispatch that the host has fetched."""
         return len(self.request.tokens) + self.count - 1
 
     @property
@@ -104,9 +104,9 @@ class Shard:
         return len(self._slots) - self.pending
 
     @property
-    def unread(self) -> int:
-        """Tokens of prompts in lanes that no chunk has read."""
-        return sum(len(prompt.request.tokens) - prompt.read for prompt in self._prompts)
+    def to_prefill(self) -> int:
+        """Tokens of prompts in lanes that are not prefilled yet."""
+        return sum(len(prompt.request.tokens) - prompt.prefilled for prompt in self._prompts)
 
     def can_begin(self, tokens: int) -> bool:
         """Returns whether a prompt of so many tokens can take a lane.
@@ -134,26 +134,26 @@ class Shard:
         return Waiting(prompt.request, samples)
 
     def pieces(self, size: int) -> list[Piece]:
-        """Returns the next unread tokens of prompts in lanes, up to `size` together."""
+        """Returns the next tokens to prefill of prompts in lanes, up to `size` together."""
         pieces = []
         for prompt in self._prompts:
-            end = min(len(prompt.request.tokens), prompt.read + size)
-            if size and end > prompt.read:
-                tokens = prompt.request.tokens[prompt.read : end]
-                pieces.append(Piece(prompt.lane, tokens, prompt.read, tuple(prompt.pages)))
+            end = min(len(prompt.request.tokens), prompt.prefilled + size)
+            if size and end > prompt.prefilled:
+                tokens = prompt.request.tokens[prompt.prefilled : end]
+                pieces.append(Piece(prompt.lane, tokens, prompt.prefilled, tuple(prompt.pages)))
                 size -= len(tokens)
-                prompt.read = end
+                prompt.prefilled = end
         return pieces
 
     def starts(self, dispatch: int) -> list[Start]:
-        """Gives free slots to samples of prompts that are read, in order, while a page is left for each that runs.
+        """Gives free slots to samples of prefilled prompts, in order, while a page is left for each that runs.
 
         Args:
             dispatch: number of the next dispatch.
         """
         starts = []
         for prompt in list(self._prompts):
-            if prompt.read < len(prompt.request.tokens):
+            if prompt.prefilled < len(prompt.request.tokens):
                 break
             while prompt.samples and self._slots and self.pool.free > len(self.running):
                 starts.append(self._start(prompt, dispatch))

@@ -28,7 +28,7 @@ class State(NamedTuple):
 
     cache: Cache  # pools, and the states of the slots
     lanes: Cache  # the states of the prompts in the lanes
-    logits: jax.Array  # [L, V] float32, after the last token that was read of each lane's prompt
+    logits: jax.Array  # [L, V] float32, after the last prefilled token of each lane's prompt
     token: jax.Array  # [B] int32, the last one drawn, not yet in the cache
     length: jax.Array  # [B] int32, tokens of the prompt
     count: jax.Array  # [B] int32, tokens drawn so far, `token` included
@@ -54,10 +54,10 @@ class Chunk(NamedTuple):
 class Fork(NamedTuple):
     """Samples of prompts, and the slots that they take."""
 
-    lane: np.ndarray  # [Z, W] int32
+    lane: np.ndarray  # [Z, W] int32, of the sample's prompt
     slot: np.ndarray  # [Z, W] int32; B = none
-    sample: np.ndarray  # [Z, W] int32
-    prompt: np.ndarray  # [Z, W] int32
+    sample: np.ndarray  # [Z, W] int32, its number within the prompt; derives its key
+    prompt: np.ndarray  # [Z, W] int32, Request.index; derives its key
     key: np.ndarray  # [Z, W, 2] uint32, key data of the step and stage
     length: np.ndarray  # [Z, W] int32, tokens of the prompt
     limit: np.ndarray  # [Z, W] int32, most tokens to draw
@@ -77,7 +77,7 @@ class Rows(NamedTuple):
 
 
 class Status(NamedTuple):
-    """What the host reads after a dispatch."""
+    """What the host fetches after a dispatch."""
 
     active: jax.Array  # [Z B] bool
     count: jax.Array  # [Z B] int32

@@ -1,8 +1,8 @@
 """The device functions of the sampler except decoding (`decoding`); `programs` compiles them.
 
-1. `prefill` reads a chunk of tokens of some prompts into their pages, and keeps the logits after each prompt's last
+1. `prefill` runs a chunk of tokens of some prompts, fills their pages, and keeps the logits after each prompt's last
    token in its lane.
-2. `fork` gives a slot to each of some samples of prompts that are read, and draws their first tokens.
+2. `fork` gives a slot to each of some samples of prefilled prompts, and draws their first tokens.
 3. `decode` (`decoding`) draws up to K tokens in every running slot.
 4. `harvest` reads the tokens, log-probs and entropies of finished slots.
 
@@ -34,7 +34,7 @@ BATCH = sharding.RULES["batch"]
 
 
 def prefill(cfg: DecoderConfig, mesh: jax.sharding.Mesh, weights: decoder.Params, state: State, chunk: Chunk) -> State:
-    """Reads a chunk of prompts into their pages and lanes.
+    """Prefills a chunk of prompts into their pages and lanes.
 
     Only the first prompt may have tokens before the chunk.
     """
@@ -43,10 +43,13 @@ def prefill(cfg: DecoderConfig, mesh: jax.sharding.Mesh, weights: decoder.Params
         tokens, length, table, start, count, lane = (x[0] for x in chunk)
         ragged = Ragged(length, table, start, count)
         pools, states = state.cache, state.lanes
-        entries = tuple(
-            Lanes(own, lane, ragged) if own else None if pool is None else Paged(pool, ragged)
-            for pool, own in zip(pools, states, strict=True)
-        )
+
+        def entry(pool, lanes):  # of one sublayer: Mamba-2 has lanes, attention a pool, an MLP neither
+            if lanes:
+                return Lanes(lanes, lane, ragged)
+            return None if pool is None else Paged(pool, ragged)
+
+        entries = tuple(entry(pool, own) for pool, own in zip(pools, states, strict=True))
         position = places(ragged, len(tokens)).position
         hidden, kept = decoder.apply(cfg, weights, tokens[None], position[None], entries)
         last = hidden[0, jnp.maximum(start[1:] - 1, 0)]  # [W, D]
@@ -62,7 +65,7 @@ def prefill(cfg: DecoderConfig, mesh: jax.sharding.Mesh, weights: decoder.Params
 
 
 def fork(mesh: jax.sharding.Mesh, eos: jax.Array, parts: int, state: State, fork: Fork, sampling: Sampling) -> State:
-    """Gives slots to samples of prompts that are read, and draws the first token of each.
+    """Gives slots to samples of prefilled prompts, and draws the first token of each.
 
     Args:
         parts: of `caches.own_pages`.

@@ -113,7 +113,7 @@ def _cache(engine: Engine) -> str:
     """Returns the slots and pages of each shard, and the memory of the pages on each device."""
     sizes, costs = engine.sizes, engine.programs.costs
     pages = size(sizes.pages * sizes.page_size * costs.token_bytes)
-    how = "read in place" if engine.programs.in_place else "copied side by side to decode"
+    how = "read in place" if engine.programs.reads_pages else "copied side by side to decode"
     held = f"{sizes.pages:,} pages of {sizes.page_size} tokens ({pages})"
     where = "shard" if sizes.parts == 1 else f"of {sizes.parts} parts of a shard"
     return f"{held} for {sizes.shard_slots} slots on each {where}, {how}"

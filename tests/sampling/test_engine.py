@@ -211,7 +211,7 @@ def test_pages_read_in_place_give_the_same_samples_as_pages_side_by_side(monkeyp
     sizes = {"slots": 3, "max_context": 70, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
     for attention in ("xla", "splash_interpret", "cudnn"):
         engine = Engine(dataclasses.replace(c, attention=attention), one_device(), EOS, **sizes, prefill_chunk=64)
-        assert engine.programs.in_place == (attention != "xla")
+        assert engine.programs.reads_pages == (attention != "xla")
         requests = [Request(prompt(length), length, 3, KEY, 8) for length in (5, 70)]
         results.append(sample(engine, put(host, engine.mesh), requests, Sampling(0.8)))
     for key, one in results[0].items():
@@ -264,7 +264,7 @@ def test_where_xla_allocates_windows_samples_are_the_same(engine, params, reques
         steps_per_dispatch=16,
     )  # fmt: skip
     other.programs._on_cpu = False
-    other.programs.reads = {6: (64, 144)}  # several lengths, as there
+    other.programs.window_lengths = {6: (64, 144)}  # several lengths, as there
     assert not jax.tree.leaves(other.programs.windows(6, 144)) and jax.tree.leaves(engine.programs.windows(6, 144))
     found = sample(other, params, requests, Sampling(0.8))
     for key, one in samples.items():
@@ -293,7 +293,7 @@ def test_programs_are_few(tiny, platform):
     )  # fmt: skip
     programs = engine.programs
     if platform == "tpu":
-        programs.reads = shapes.decode_shapes(engine.sizes, programs.costs, platform, in_place=False)
+        programs.window_lengths = shapes.decode_shapes(engine.sizes, programs.costs, platform, reads_pages=False)
         programs.chunks = shapes.chunk_sizes(engine.sizes, platform)
     assert len(engine.wanted) <= {"cpu": 20, "tpu": 8}[platform], [program.title(*x) for program, x in engine.wanted]
 
@@ -367,7 +367,7 @@ def test_a_hybrid_samples_as_its_full_forward(hybrid, monkeypatch):
     full = forward_of(c, params)
     for chunk in (64, 2048):
         engine, calls = Engine(c, one_device(), EOS, **sizes, prefill_chunk=chunk), []
-        decode, rows = engine.decode, engine.rows
+        decode, rows = engine.decode, engine.row_bucket
         engine.decode = lambda *x, decode=decode, rows=rows, calls=calls: calls.append(rows(len(x[2][0]))) or decode(*x)
         results.append(sample(engine, params, requests, Sampling(0.8)))
         assert {4, 8} <= set(calls)

@@ -132,14 +132,14 @@ def test_chunks_that_a_cpu_reads_do_least_work_together(engine):
     work = {size: round(of_cost(sampler.costs.prefill(size))) for size in sampler.chunks}
 
     @functools.cache
-    def least(unread):
-        return min(work[size] + least(unread - size) for size in sampler.chunks) if unread > 0 else 0
+    def least(to_prefill):
+        return min(work[size] + least(to_prefill - size) for size in sampler.chunks) if to_prefill > 0 else 0
 
-    for unread in (1, 64, 65, 130, 256, 257, 300, 500, 700, 896):
-        chosen = engine.chunk_size(unread)
-        assert work[chosen] + least(unread - chosen) == least(unread)
+    for to_prefill in (1, 64, 65, 130, 256, 257, 300, 500, 700, 896):
+        chosen = engine.chunk_size(to_prefill)
+        assert work[chosen] + least(to_prefill - chosen) == least(to_prefill)
         larger = [size for size in sampler.chunks if size > chosen]
-        assert all(work[size] + least(unread - size) > least(unread) for size in larger)
+        assert all(work[size] + least(to_prefill - size) > least(to_prefill) for size in larger)
     assert engine.chunk_size(5000) == engine.chunk_size(896)
 
 
@@ -192,9 +192,9 @@ def test_the_device_has_work_while_the_host_reads(engine, tiny):
     with jax.set_mesh(engine.mesh):
         scheduler = start(engine, tiny, ahead=1)
         scheduler.submit(requests()[0])
-        assert scheduler.advance() == [] and len(scheduler._unread) == 1
+        assert scheduler.advance() == [] and len(scheduler._in_flight) == 1
         scheduler.advance()
-        assert len(scheduler._unread) == 1  # the second, the first one is read
+        assert len(scheduler._in_flight) == 1  # the second, the first one is fetched
         list(scheduler.drain())
 
 
@@ -205,7 +205,7 @@ def test_few_slots_that_are_left_decode_in_a_program_of_few_rows(engine, tiny, m
     decode = engine.decode
 
     def watched(weights, state, slots, *rest):
-        used.append((engine.rows(len(slots[0])), slots[0]))
+        used.append((engine.row_bucket(len(slots[0])), slots[0]))
         return decode(weights, state, slots, *rest)
 
     monkeypatch.setattr(engine, "decode", watched)
@@ -217,7 +217,7 @@ def test_few_slots_that_are_left_decode_in_a_program_of_few_rows(engine, tiny, m
     request = Request(whole.tokens, 5, 8, KEY, limits)
     used.clear()
     samples, _ = sample(engine, tiny, [request])
-    assert used[0][0] == 8 and used[-1] == (1, [longest]) and engine.programs.reads.keys() == {1, 2, 4, 8}
+    assert used[0][0] == 8 and used[-1] == (1, [longest]) and engine.programs.window_lengths.keys() == {1, 2, 4, 8}
     for one in samples:
         np.testing.assert_array_equal(one.tokens, plain[one.sample_id][: limits[one.sample_id]])
 

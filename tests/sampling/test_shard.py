@@ -32,7 +32,7 @@ def request_of(index, tokens, limits):
     return Request(1000 * index + np.arange(tokens), index, len(limits), KEY, np.array(limits))
 
 
-# Ranges of sizes. In small pools most samples are given up, and prompts take several chunks to be read anew.
+# Ranges of sizes. In small pools most samples are given up, and prompts take several chunks to be prefilled anew.
 ANY = {"context": (1, 8), "completion": (1, 20), "page_size": (1, 4), "slots": (1, 5), "steps": (1, 4), "chunk": (1, 8)}
 TIGHT = ANY | {"context": (4, 8), "completion": (8, 20), "page_size": (1, 2), "slots": (2, 4), "steps": (1, 2)}
 TIGHT |= {"chunk": (1, 2)}
@@ -84,7 +84,7 @@ def check_pages(shard):
 
 
 def check_is_free(shard):
-    assert not shard.running and not shard.pending and not shard.unread
+    assert not shard.running and not shard.pending and not shard.to_prefill
     assert shard.pool.free == shard.sizes.pages
     assert sorted(shard._slots) == list(range(shard.sizes.shard_slots))
     assert sorted(shard._lanes) == list(range(shard.sizes.lanes))
@@ -119,7 +119,7 @@ class AnyOrder:
         assert not starts or self.shard.pool.free >= len(self.shard.running) - 1
         for start in starts:
             prompt, running = prompts[start.lane], self.shard.running[start.slot]
-            assert prompt.request is running.request and prompt.read == len(prompt.request.tokens) == start.length
+            assert prompt.request is running.request and prompt.prefilled == len(prompt.request.tokens) == start.length
             assert start.sample == running.sample_id and start.limit == running.request.limit_of(running.number)
             full, rest = divmod(start.length, self.shard.sizes.page_size)
             assert running.pages[:full] == prompt.pages[:full] and len(running.pages) == len(prompt.pages)
@@ -178,7 +178,7 @@ def test_events_in_any_order(ranges, data):
         case.draw(sizes.max_completion)
         case.end(0)
         check_pages(case.shard)
-        assert len(case.ended) > ended or case.shard.unread
+        assert len(case.ended) > ended or case.shard.to_prefill
     assert case.samples() == case.wanted
     check_is_free(case.shard)
 
@@ -207,7 +207,7 @@ class Device:
 
     sizes: Sizes
     pages: dict = field(default_factory=dict)  # by page and offset, whose token it holds
-    lanes: dict = field(default_factory=dict)  # the prompt, and how many of its tokens are read
+    lanes: dict = field(default_factory=dict)  # the prompt, and how many of its tokens are prefilled
     slots: dict = field(default_factory=dict)
     steps: int = 0
 
@@ -255,7 +255,7 @@ class Engine:
     def __init__(self, sizes, shards, totals):
         self.sizes, self.shards, self.totals = sizes, shards, totals
         self.shard_slots, self.slots = sizes.shard_slots, sizes.shard_slots * shards
-        self.programs = SimpleNamespace(reads={1: (), sizes.shard_slots: ()})
+        self.programs = SimpleNamespace(window_lengths={1: (), sizes.shard_slots: ()})
         self.dispatches = 0
         self.team = Team()
 
@@ -268,11 +268,11 @@ class Engine:
     def empty(self):
         return [Device(self.sizes) for _ in range(self.shards)]
 
-    def chunk_size(self, unread):
-        return min(unread, self.sizes.prefill_chunk)
+    def chunk_size(self, to_prefill):
+        return min(to_prefill, self.sizes.prefill_chunk)
 
-    def rows(self, needed):
-        return min(rows for rows in self.programs.reads if rows >= needed)
+    def row_bucket(self, needed):
+        return min(rows for rows in self.programs.window_lengths if rows >= needed)
 
     def prefill(self, weights, state, size, pieces):
         for device, own in zip(state, pieces, strict=True):
@@ -402,7 +402,7 @@ def test_the_prompt_that_began_last_is_given_up_first():
 
 
 def test_a_sample_that_begins_anew_does_not_stop_the_one_that_began_first():
-    """Both are of one prompt. Its pages are in use twice: by the sample that goes on, and to be read for the other."""
+    """Both are of one prompt. Its pages are in use twice: by the sample that goes on, and to prefill for the other."""
     tokens, total = 4, 13
     sizes = Sizes(
         shard_slots=2,
