@@ -110,10 +110,10 @@ class Bench:
                 pages, tokens = sum(shard.pool.used for shard in self.shards), 0
                 for shard, count in zip(self.shards, counts, strict=True):
                     filled = {}
-                    for slot, running in shard.running.items():
-                        end = len(running.request.tokens) + int(count[slot]) - 1
+                    for slot, sample in shard.running.items():
+                        end = len(sample.request.tokens) + int(count[slot]) - 1
                         size = shard.sizes.page_size
-                        filled |= {page: min(size, end - i * size) for i, page in enumerate(running.pages)}
+                        filled |= {page: min(size, end - i * size) for i, page in enumerate(sample.pages)}
                     tokens += sum(max(0, n) for n in filled.values())
                 bench.fullest = max(bench.fullest, (pages * shard.sizes.page_size, tokens))
                 return super()._fetch(dispatch)
@@ -169,7 +169,7 @@ class Filled:
         import numpy as np
 
         from igrpo_jax.sampling.requests import Request
-        from igrpo_jax.sampling.shard import Shard, Waiting
+        from igrpo_jax.sampling.shard import QueuedSamples, Shard
         from igrpo_jax.sampling.state import Sampling
 
         self.engine, self.weights, self.sampling, self.prompt_len = engine, weights, Sampling(1.0), len(prompt)
@@ -177,7 +177,7 @@ class Filled:
         self.state = engine.empty()
         request = Request(prompt, 0, rows, np.array([0, 1], np.uint32), engine.sizes.max_completion)
         for shard in self.shards:
-            shard.begin(Waiting(request, deque(range(rows))))
+            shard.begin(QueuedSamples(request, deque(range(rows))))
         while self.shards[0].to_prefill:
             size = engine.chunk_size(self.shards[0].to_prefill)
             pieces = [shard.pieces(size) for shard in self.shards]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import jax
 
 GIB = 1 << 30
-FILLED = 0.95  # of a device's memory: arrays leave gaps between them
+FILL_FRACTION = 0.95  # of a device's memory: arrays leave gaps between them
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class LearnerPrograms:
         requested = self._config.learner.remat
         if requested != "auto":
             return requested
-        usable = chips.usable_bytes(self._mesh.devices.flat[0]) * chips.FILLED
+        usable = chips.usable_bytes(self._mesh.devices.flat[0]) * chips.FILL_FRACTION
         size, waiting = self._sizes[0], self.waiting_bytes.accumulate
         state = waiting + 2 * tree_bytes(self.state.params) + tree_bytes(self.frozen)
         for remat in FASTEST_REMAT.get(self._mesh.devices.flat[0].platform, OTHER_FASTEST_REMAT):

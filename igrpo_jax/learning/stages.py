@@ -293,7 +293,7 @@ class StepRollout:
                 limit=self._rollout.max_completion_length,
                 stage=stage,
                 first=first,
-                leads_on=stage == "draft" or self._algorithm.max_redraws > 0,
+                may_follow_up=stage == "draft" or self._algorithm.max_redraws > 0,
                 prompt=prompt,
                 scored=scored,
             )

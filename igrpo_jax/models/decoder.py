@@ -70,7 +70,7 @@ class Decoder(nnx.Module):
         kinds = "".join(block.kind for block in self.blocks)
         segments = cache if isinstance(cache, Segments) else None
         kept = []
-        for width, times in _pieces(kinds, x.dtype, remat):
+        for width, times in _repeats(kinds, x.dtype, remat):
             at = len(kept)
             graphs = [graph for graph, _ in blocks[at : at + width]]
             states = [state for _, state in blocks[at : at + width * times]]
@@ -85,7 +85,7 @@ class Decoder(nnx.Module):
         return self.norm(x), tuple(kept)
 
 
-def _pieces(kinds: str, dtype: jnp.dtype, remat: str) -> list[tuple[int, int]]:
+def _repeats(kinds: str, dtype: jnp.dtype, remat: str) -> list[tuple[int, int]]:
     """Returns how the sublayers run, as (width, times) for each piece: `times` passes of a scan over `width` sublayers.
 
     Without scans it is one piece with all of them. A scan stacks its weights, so they exist twice. In a dtype narrower

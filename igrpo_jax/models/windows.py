@@ -25,7 +25,7 @@ Window = tuple[KV, ...]  # of one attention sublayer, block after block
 Windows = tuple[Window | None, ...]  # of all sublayers; None of one without pages
 
 BLOCKS = 5  # of a window, at most; decode programs have one branch of attention for each number of blocks that is read
-LEAST = 64  # positions of the first block of a window that has several
+MIN_BLOCK = 64  # positions of the first block of a window that has several
 AXES = ("batch", "kv_heads", None, None)
 
 
@@ -45,7 +45,7 @@ def block_ends(positions: int, page_size: int) -> tuple[int, ...]:
     All ends are rounded up to multiples of `page_size`; `positions` is one already.
     """
     ends = (-(-(positions >> i) // page_size) * page_size for i in range(1, BLOCKS))
-    return (*sorted({end for end in ends if LEAST <= end < positions}), positions)
+    return (*sorted({end for end in ends if MIN_BLOCK <= end < positions}), positions)
 
 
 def abstract(

@@ -192,7 +192,7 @@ class Answers:
                         limit=settings.max_completion_length,
                         stage=part.stage,
                         first=part.numbers.start,
-                        leads_on=part.stage == "draft",
+                        may_follow_up=part.stage == "draft",
                         prompt=prompt,
                         scored=functools.partial(scored, prompt, part.path),
                     )

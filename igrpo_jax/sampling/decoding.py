@@ -8,6 +8,7 @@ loop adds are written back to the pages after it.
 For the letters of shapes see `state`.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -68,43 +69,47 @@ def decode(
             where attention reads pages.
         reads_pages: whether attention reads pages in place.
     """
-
-    def run(weights, state: State, windows: Windows, rows: Rows, sampling: Sampling) -> tuple[State, Windows, Status]:
-        rows = Rows(*(x[0] for x in rows))
-        of_rows = lambda x: x.at[rows.slot].get(mode="clip")
-        before = of_rows(state.length) - 1 + of_rows(state.count)  # the position of each row's token
-        goes_on = _condition(mesh, rows.least, steps)
-        active = of_rows(state.active) & rows.runs
-        cache = state.cache if _is_all(state, rows) else caches.rows_of(state.cache, rows.slot)
-        if reads_pages:
-            entries = lambda carry: _entries(carry, rows.table)
-        else:
-            seen = _windows(windows, cache, rows, before)
-            cache = views.room(cache, len(before), steps)
-            entries = lambda carry: views.entries(seen, carry.cache, before, active, carry.taken)
-        start = _Carry(
-            taken=jnp.int32(0),
-            goes_on=goes_on(jnp.int32(0), active),
-            cache=cache,
-            token=of_rows(state.token),
-            position=with_angles(cfg, before[:, None]),
-            count=of_rows(state.count),
-            active=active,
-            entropy=of_rows(state.entropy),
-            out=state.out,
-            logprob=state.logprob,
-        )
-        step = _step(cfg, eos, weights, state, rows, sampling, goes_on, entries)
-        end = jax.lax.while_loop(lambda carry: carry.goes_on, step, start)
-        if not reads_pages:
-            new = before, before + end.count - of_rows(state.count)
-            windows = views.extend(seen, end.cache, *new) if any(windows) else windows
-            end = end._replace(cache=views.write_back(state.cache, end.cache, rows.table, *new))
-        state = _put_back(state, rows, end)
-        return state, windows, Status(state.active, state.count, end.taken[None])
-
+    run = functools.partial(_decode_shard, cfg, mesh, eos, steps=steps, reads_pages=reads_pages)
     run = per_shard(mesh, run, (False, True, True, True, False), (True, True, True))
     return run(weights, state, windows, rows, sampling)
+
+
+def _decode_shard(
+    cfg, mesh, eos, weights, state: State, windows: Windows, rows: Rows, sampling: Sampling, *, steps, reads_pages
+) -> tuple[State, Windows, Status]:
+    """Computes `decode` of one shard; `rows` have a first axis of length 1."""
+    rows = Rows(*(x[0] for x in rows))
+    of_rows = lambda x: x.at[rows.slot].get(mode="clip")
+    before = of_rows(state.length) - 1 + of_rows(state.count)  # the position of each row's token
+    goes_on = _condition(mesh, rows.least, steps)
+    active = of_rows(state.active) & rows.runs
+    cache = state.cache if _is_all(state, rows) else caches.rows_of(state.cache, rows.slot)
+    if reads_pages:
+        entries = lambda carry: _entries(carry, rows.table)
+    else:
+        seen = _windows(windows, cache, rows, before)
+        cache = views.room(cache, len(before), steps)
+        entries = lambda carry: views.entries(seen, carry.cache, before, active, carry.taken)
+    start = _Carry(
+        taken=jnp.int32(0),
+        goes_on=goes_on(jnp.int32(0), active),
+        cache=cache,
+        token=of_rows(state.token),
+        position=with_angles(cfg, before[:, None]),
+        count=of_rows(state.count),
+        active=active,
+        entropy=of_rows(state.entropy),
+        out=state.out,
+        logprob=state.logprob,
+    )
+    step = _step(cfg, eos, weights, state, rows, sampling, goes_on, entries)
+    end = jax.lax.while_loop(lambda carry: carry.goes_on, step, start)
+    if not reads_pages:
+        new = before, before + end.count - of_rows(state.count)
+        windows = views.extend(seen, end.cache, *new) if any(windows) else windows
+        end = end._replace(cache=views.write_back(state.cache, end.cache, rows.table, *new))
+    state = _put_back(state, rows, end)
+    return state, windows, Status(state.active, state.count, end.taken[None])
 
 
 def _condition(mesh: jax.sharding.Mesh, least: jax.Array, steps: int):

@@ -17,7 +17,7 @@ from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.models.windows import Windows
 from igrpo_jax.sampling import filling, inputs, lockstep
-from igrpo_jax.sampling.inputs import Piece, Start
+from igrpo_jax.sampling.inputs import PromptChunk, Start
 from igrpo_jax.sampling.layout import choose_tensor, sampler_mesh
 from igrpo_jax.sampling.lockstep import Call
 from igrpo_jax.sampling.programs import SamplerPrograms, traced, weight_shardings
@@ -197,7 +197,9 @@ class Engine:
         """Returns the tokens of the next chunk where a group has at most `to_prefill` tokens to prefill."""
         return self.programs.next_chunk[min(to_prefill, self.programs.chunks[-1])]
 
-    def prefill(self, weights: decoder.Params, state: State, size: int, pieces: Sequence[Sequence[Piece]]) -> State:
+    def prefill(
+        self, weights: decoder.Params, state: State, size: int, pieces: Sequence[Sequence[PromptChunk]]
+    ) -> State:
         """Prefills the pieces of each shard, at most `size` tokens per group; only the first of a shard may continue a
         prompt whose beginning was in an earlier chunk."""
         return self._run(Call("prefill", (size,), inputs.chunk(self.sizes, size, pieces), None), weights, state)

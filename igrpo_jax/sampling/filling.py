@@ -30,7 +30,7 @@ def estimated_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> in
 
 
 def counted_pages(programs: SamplerPrograms, memory: float) -> int:
-    """Returns how many pages fit in the fraction `chips.FILLED` of `memory` beside everything that the compiler counts.
+    """Returns how many pages fit in `chips.FILL_FRACTION` of `memory` beside everything that the compiler counts.
 
     For the count, variants of `programs` with the fewest pages are compiled. The rest of the memory also holds the code
     of the update.
@@ -40,6 +40,6 @@ def counted_pages(programs: SamplerPrograms, memory: float) -> int:
     for program in compiled:
         program.compiled(*program.largest[0])
     code = sum(len(program.shapes) * program.code_bytes for program in compiled)
-    left = chips.FILLED * memory - programs.predicted_bytes - code
+    left = chips.FILL_FRACTION * memory - programs.predicted_bytes - code
     more = int(left / (sizes.page_size * programs.costs.token_bytes))
     return max(sizes.least_pages, min(sizes.most_pages, sizes.least_pages + more))

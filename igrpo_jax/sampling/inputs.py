@@ -16,7 +16,7 @@ from igrpo_jax.sampling.state import Chunk, Fork, Rows
 Item = TypeVar("Item")
 
 
-class Piece(NamedTuple):
+class PromptChunk(NamedTuple):
     """Tokens of a prompt that are prefilled in one chunk."""
 
     lane: int
@@ -38,10 +38,10 @@ class Start(NamedTuple):
     copied: tuple[int, int] | None  # the prompt's partly filled last page, and the page that becomes its copy
 
 
-def chunk(sizes: Sizes, size: int, pieces: Sequence[Sequence[Piece]]) -> Chunk:
+def chunk(sizes: Sizes, size: int, pieces: Sequence[Sequence[PromptChunk]]) -> Chunk:
     """Returns a chunk of `size` tokens for each group with the `pieces` of its shards, in their order."""
 
-    def placed(piece: Piece, part: int) -> Piece:
+    def placed(piece: PromptChunk, part: int) -> PromptChunk:
         pages = [page + part * sizes.pages for page in piece.pages]
         return piece._replace(lane=piece.lane + part * sizes.lanes, pages=pages)
 
@@ -86,11 +86,10 @@ def forks(sizes: Sizes, starts: Sequence[Sequence[Start]]) -> Iterator[Fork]:
         made.target[:] = sizes.parts * sizes.pages
         for group, own in enumerate(of_groups):
             for i, start in enumerate(own[first : first + WIDTH]):
-                *values, copied = start
-                named = dict(zip(Start._fields, values, strict=False))
-                named |= dict(zip(("source", "target"), copied or (), strict=False))
-                for name, value in named.items():
-                    getattr(made, name)[group, i] = value
+                for name in ("lane", "slot", "sample", "prompt", "key", "length", "limit"):
+                    getattr(made, name)[group, i] = getattr(start, name)
+                if start.copied:
+                    made.source[group, i], made.target[group, i] = start.copied
         yield made
 
 

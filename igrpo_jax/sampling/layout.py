@@ -18,8 +18,8 @@ from igrpo_jax.models.paged import page_layout
 from igrpo_jax.sampling.pages import pages_for
 
 SIZES = (1, 2, 4, 8)  # of a group
-NEARLY = 1.05  # times the least time that a smaller group may take: fewer devices wait for each other
-USABLE = 0.9  # of the memory that sampling may use; the rest is for the code and the temporaries of programs
+TIME_TOLERANCE = 1.05  # times the least time that a smaller group may take: fewer devices wait for each other
+MEMORY_FRACTION = 0.9  # of the memory that sampling may use; the rest is for the code and the temporaries of programs
 
 
 def choose_tensor(
@@ -33,12 +33,12 @@ def choose_tensor(
     page_size: int,
     memory: float | None,
 ) -> int:
-    """Returns the smallest group whose time per token, by `ModelCosts.decode_seconds`, is within NEARLY of the least.
+    """Returns the smallest group whose time per token is at most TIME_TOLERANCE times the least.
 
-    Rows are assumed to hold half of the longest sequence on average. Only as many slots of a group decode at once as
-    its memory has pages for. A group lies within a slice (of GPUs: a node), and its size divides the model. Sizes with
-    which attention reads pages in place come before all others. If no size fits, and on devices whose figures are not
-    known, such as CPUs, the size is that of `mesh`.
+    The time is that of `ModelCosts.decode_seconds`. Rows are assumed to hold half of the longest sequence on average.
+    Only as many slots of a group decode at once as its memory has pages for. A group lies within a slice (of GPUs: a
+    node), and its size divides the model. Sizes with which attention reads pages in place come before all others. If no
+    size fits, and on devices whose figures are not known, such as CPUs, the size is that of `mesh`.
 
     Args:
         mesh: of the training.
@@ -67,7 +67,7 @@ def choose_tensor(
     if not seconds:
         return given
     copies, least = min(seconds.values())
-    return min(tensor for tensor, time in seconds.items() if time <= (copies, NEARLY * least))
+    return min(tensor for tensor, time in seconds.items() if time <= (copies, TIME_TOLERANCE * least))
 
 
 def sampler_mesh(cfg: DecoderConfig, mesh: jax.sharding.Mesh, tensor: int, slots: int) -> jax.sharding.Mesh:
@@ -128,12 +128,12 @@ def _split(path: str, shape: tuple[int, ...]) -> list[int]:
 
 
 def pages_in(memory: float, costs: ModelCosts, states: int, page_size: int) -> int:
-    """Returns how many pages USABLE of `memory` holds beside the weights and `states` states of Mamba-2.
+    """Returns how many pages MEMORY_FRACTION of `memory` holds beside the weights and `states` states of Mamba-2.
 
     The number is not positive where these alone do not fit. Without attention pages have no bytes, and 2**31 fit.
     """
     weights = costs.item_bytes * costs.cfg.num_params / costs.tensor
-    free = USABLE * memory - weights - states * costs.state_bytes
+    free = MEMORY_FRACTION * memory - weights - states * costs.state_bytes
     if not costs.token_bytes:
         return 2**31 if free > 0 else 0
     return int(free / (costs.token_bytes * page_size))

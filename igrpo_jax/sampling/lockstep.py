@@ -28,28 +28,28 @@ class Call(NamedTuple):
 def tell(team: Team, call: Call | None) -> None:
     """Tells the other processes of `team` to run `call`; None says that the rollout or evaluation has ended."""
     if len(team.processes) > 1:
-        team.tell(encode(call))
+        team.tell(to_bytes(call))
 
 
 def told(team: Team) -> Iterator[Call]:
     """Yields the calls that the leader tells, until the rollout or evaluation has ended."""
     for message in team.messages():
-        call = decode(message)
+        call = from_bytes(message)
         if call is None:
             return
         yield call
 
 
-def encode(call: Call | None) -> bytes:
-    """Returns `call` as MessagePack, for `decode`."""
+def to_bytes(call: Call | None) -> bytes:
+    """Returns `call` as MessagePack, for `from_bytes`."""
     if call is None:
         return b""
     parts: list[Any] = [list(part) if isinstance(part, tuple) else part for part in call]
     return serialization.msgpack_serialize(parts)
 
 
-def decode(message: bytes) -> Call | None:
-    """Returns what `encode` made `message` of."""
+def from_bytes(message: bytes) -> Call | None:
+    """Returns what `to_bytes` made `message` of."""
     if not message:
         return None
     program, shape, split, whole = serialization.msgpack_restore(message)

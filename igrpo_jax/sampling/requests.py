@@ -19,7 +19,8 @@ class Request:
     limit: int | np.ndarray  # most tokens of a completion, for all samples or [samples] for each
     stage: str = ""  # as in Completion; Usage.overlap counts the decode steps in which several stages run
     first: int = 0  # number of the first sample
-    leads_on: bool = False  # whether its scores may bring further requests; then a dispatch may wait for them
+    # Whether its scores may bring further requests; a dispatch then waits a little for them.
+    may_follow_up: bool = False
     # Where the samples are scored (see `scoring`): the problem, and the callback that gets each scored completion.
     prompt: Prompt | None = None
     scored: Callable[[Completion], None] | None = None

@@ -65,7 +65,10 @@ class RowSync:
         return copy
 
     def program(self, x: jax.ShapeDtypeStruct) -> SyncProgram:
-        """Returns the program that fills one piece from the abstract matrix `x`; its only shape is the path."""
+        """Returns the program that fills one piece, as `aot` compiles it, for the abstract matrix `x`.
+
+        Its only shape is the path. A run calls the jitted function itself.
+        """
         start = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self._mesh))
         arguments, held, calls = (self._whole, x, start), tree_bytes([x, self._whole]), len(self._starts)
         cost = lambda path: Cost(0, held / calls)

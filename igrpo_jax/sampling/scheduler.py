@@ -20,10 +20,10 @@ import numpy as np
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
 from igrpo_jax.sampling.engine import Engine
-from igrpo_jax.sampling.inputs import Piece
+from igrpo_jax.sampling.inputs import PromptChunk
 from igrpo_jax.sampling.requests import Request, Sample, Usage
 from igrpo_jax.sampling.shapes import WIDTH
-from igrpo_jax.sampling.shard import Running, Shard, Waiting
+from igrpo_jax.sampling.shard import QueuedSamples, RunningSample, Shard
 from igrpo_jax.sampling.state import Sampling, State, Status
 
 
@@ -41,8 +41,8 @@ class _Dispatch:
 class _Harvest:
     """Finished samples whose tokens are on their way to the host."""
 
-    done: list[Running] = field(default_factory=list)
-    pieces: list[tuple[jax.Array, ...]] = field(default_factory=list)
+    done: list[RunningSample] = field(default_factory=list)
+    results: list[tuple[jax.Array, ...]] = field(default_factory=list)  # of `Engine.harvest`
 
 
 class _Arrival:
@@ -89,7 +89,7 @@ class Scheduler:
         self._arrival: _Arrival | None = None
         self._sampling = Sampling(1.0)
         self._state: State | None = None  # between `start` and `finish`: the cache makes room for the update
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[QueuedSamples] = deque()
         self._spare = max(1, engine.shard_slots // 8)  # free slots of a shard that are refilled together
         self._in_flight: deque[_Dispatch] = deque()
         self._harvests: deque[_Harvest] = deque()
@@ -145,11 +145,11 @@ class Scheduler:
                 "config.data.max_prompt_length, config.refine.max_draft_length or config.rollout.max_completion_length"
             )
         if request.samples > 0:
-            self._waiting.append(Waiting(request, deque(range(request.samples))))
+            self._waiting.append(QueuedSamples(request, deque(range(request.samples))))
 
     @property
     def pending(self) -> bool:
-        return bool(self._queued or self._running or self._harvests)
+        return bool(self._queued or self._running_count or self._harvests)
 
     @property
     def _queued(self) -> bool:
@@ -157,14 +157,14 @@ class Scheduler:
         return bool(self._waiting) or any(shard.pending for shard in self.shards)
 
     @property
-    def _running(self) -> int:
+    def _running_count(self) -> int:
         return sum(len(shard.running) for shard in self.shards)
 
     @property
     def demand(self) -> int:
         """Samples that have a slot, or wait for one; the next dispatch decodes at most as many."""
         waiting = sum(len(waiting.samples) for waiting in self._waiting)
-        return self._running + waiting + sum(shard.pending for shard in self.shards)
+        return self._running_count + waiting + sum(shard.pending for shard in self.shards)
 
     def drain(self) -> Iterator[Sample]:
         """Yields the samples of all queued requests, as they finish."""
@@ -177,14 +177,14 @@ class Scheduler:
         With `ahead` = 1 the samples returned are those of earlier dispatches, while the device still runs this one.
         """
         self._fill()
-        if self._running:
+        if self._running_count:
             self._dispatch()
             while len(self._in_flight) > self.ahead:
                 self._harvests.append(self._fetch(self._in_flight.popleft()))
-        if not self._running:
+        if not self._running_count:
             self._in_flight.clear()  # nothing ran in it
         samples = []
-        while len(self._harvests) > (self.ahead if self._running else 0):
+        while len(self._harvests) > (self.ahead if self._running_count else 0):
             samples += self._collect(self._harvests.popleft())
         return samples
 
@@ -198,7 +198,7 @@ class Scheduler:
             self._state = self.engine.prefill(self._weights, self._state, size, pieces)
             self._start_samples()
             self._begin()
-            if self._running >= max(1, self.engine.slots - self._spare * self.engine.shards):
+            if self._running_count >= max(1, self.engine.slots - self._spare * self.engine.shards):
                 break
 
     def _begin(self) -> None:
@@ -233,8 +233,8 @@ class Scheduler:
                 self._put_back(waiting)
         self.usage.most_pages = max(self.usage.most_pages, sum(shard.pool.used for shard in self.shards))
         busy = [len(shard.running) for shard in self.shards]
-        running = [one for shard in self.shards for one in shard.running.values()]
-        furthest = max(one.cached for one in running) + ahead
+        samples = [sample for shard in self.shards for sample in shard.running.values()]
+        furthest = max(sample.cached for sample in samples) + ahead
         rows = engine.row_bucket(max(busy))
         # While something waits, slots are refilled a few at a time; later a shard stops where fewer rows would do.
         queued = self._queued
@@ -251,11 +251,11 @@ class Scheduler:
         )
         for x in status:
             x.copy_to_host_async()
-        mixed = len({one.request.stage for one in running}) > 1
+        mixed = len({sample.request.stage for sample in samples}) > 1
         self._in_flight.append(_Dispatch(self._dispatched, status, queued, mixed))
         self._dispatched += 1
 
-    def _put_back(self, waiting: Waiting) -> None:
+    def _put_back(self, waiting: QueuedSamples) -> None:
         """Puts preempted samples back at the front of the queue, in order of their numbers."""
         first = self._waiting[0] if self._waiting else None
         if first is not None and first.request is waiting.request:
@@ -270,12 +270,12 @@ class Scheduler:
         slot_steps = int(status.steps.sum()) * size * self.engine.sizes.parts
         done, slots = [], []
         for number, shard in enumerate(self.shards):
-            for local, running in list(shard.running.items()):
-                if running.since > dispatch.number:
+            for local, sample in list(shard.running.items()):
+                if sample.since > dispatch.number:
                     continue  # another sample was in the slot at that time
                 slot = number * size + local
-                drawn += int(status.count[slot]) - running.count
-                running.count = int(status.count[slot])
+                drawn += int(status.count[slot]) - sample.count
+                sample.count = int(status.count[slot])
                 if not status.active[slot]:
                     done.append(shard.end(local))
                     slots.append(slot)
@@ -286,22 +286,24 @@ class Scheduler:
         usage.queued_slot_steps += slot_steps * dispatch.queued
         usage.queued_tokens += drawn * dispatch.queued
         usage.preempted = sum(shard.preempted for shard in self.shards)
+        # A later dispatch may have run since. It wrote nothing to these slots, because they were inactive, and no fork
+        # has taken them yet.
         return _Harvest(done, self.engine.harvest(self._state, slots))
 
     def _collect(self, harvest: _Harvest) -> list[Sample]:
         if not harvest.done:
             return []
-        pieces = jax.device_get(harvest.pieces)
+        results = jax.device_get(harvest.results)
         samples = []
-        for i, running in enumerate(harvest.done):
-            *rows, entropy = (piece[i % WIDTH] for piece in pieces[i // WIDTH])
-            tokens, logprobs = (row[: running.count].copy() for row in rows)
+        for i, sample in enumerate(harvest.done):
+            *rows, entropy = (result[i % WIDTH] for result in results[i // WIDTH])
+            tokens, logprobs = (row[: sample.count].copy() for row in rows)
             finished = int(tokens[-1]) in self.engine.eos_ids
-            samples.append(Sample(running.request, running.sample_id, tokens, logprobs, finished, float(entropy)))
+            samples.append(Sample(sample.request, sample.sample_id, tokens, logprobs, finished, float(entropy)))
         return samples
 
 
-def _pieces(group: Sequence[Shard], size: int) -> Iterator[list[Piece]]:
+def _pieces(group: Sequence[Shard], size: int) -> Iterator[list[PromptChunk]]:
     """Yields of each part of a group the next tokens to prefill of its prompts, up to `size` of all parts together."""
     for shard in group:
         pieces = shard.pieces(size)

@@ -79,18 +79,18 @@ def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: "Renderer") -
                 with watchdog.phase("dispatch"):
                     samples = scheduler.advance()
                 patience = (time.perf_counter() - began) / 2
-                leading: list[Future[Score]] = []
+                awaited: list[Future[Score]] = []
                 for sample in samples:
                     completion, candidate = _completed(sample, renderer)
                     batch = batches.setdefault(sample.request, Batch(sample.request.samples))
                     future = grade(candidate, batch)
                     grading[future] = (sample.request, completion)
-                    if sample.request.leads_on:
-                        leading.append(future)
+                    if sample.request.may_follow_up:
+                        awaited.append(future)
                 # Half a dispatch is the most that this can lose where scores take long.
-                if 2 * len(leading) > scheduler.demand:
+                if 2 * len(awaited) > scheduler.demand:
                     began = time.perf_counter()
-                    wait(leading, timeout=patience)
+                    wait(awaited, timeout=patience)
                     waited += time.perf_counter() - began
             else:
                 began = time.perf_counter()

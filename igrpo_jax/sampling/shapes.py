@@ -21,14 +21,14 @@ from igrpo_jax.sampling.pages import pages_for
 WIDTH = 16  # slots of a shard that one call starts, and slots that one call harvests; more take several calls
 LANES = 8  # prompts of a shard that are being prefilled, or wait for slots of their samples, at most
 MOST_DECODES = 13  # programs of decoding; with those of prefilling and the others no more than 20
-# Extra work that a decode step may do to save a program: a fraction of its own, plus the bytes of 0.1 ms on a CPU.
-MORE = 0.1
-LITTLE = 5e6
+# Extra work that a decode step may do to save a program: a fraction of its own, and the bytes of 0.1 ms on a CPU.
+EXTRA_WORK_FRACTION = 0.1
+EXTRA_WORK_BYTES = 5e6
 # Measured on a CPU: FLOPs of a product in the time of a byte of memory traffic; the fixed time of a sublayer, in bytes
 # of memory traffic; the time of a product with one row over that of one with two rows.
 CPU_BALANCE = 8
 CPU_SUBLAYER = 5e5
-VECTOR = 0.75
+ONE_ROW_TIME_RATIO = 0.75
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def decode_shapes(sizes: Sizes, costs: ModelCosts, platform: str, reads_pages: b
     of_cost = _work(costs, platform)
     work = [of_cost(costs.decode(*shape)) for shape in shapes]
     if platform == "cpu":
-        work = [VECTOR * one if rows == 1 else one for (rows, _), one in zip(shapes, work, strict=True)]
+        work = [ONE_ROW_TIME_RATIO * one if rows == 1 else one for (rows, _), one in zip(shapes, work, strict=True)]
     kept = _worthwhile(shapes, work)
     return {rows: tuple(sorted(each for n, each in kept if n == rows)) for rows in sorted({n for n, _ in kept})}
 
@@ -136,7 +136,7 @@ def _work(costs: ModelCosts, platform: str) -> Callable[[Cost], float]:
 
 def _hardly_more(work: np.ndarray) -> np.ndarray:
     """Returns the work that each decode step may do in place of its own, to save a program."""
-    return work * (1 + MORE) + LITTLE
+    return work * (1 + EXTRA_WORK_FRACTION) + EXTRA_WORK_BYTES
 
 
 def _worthwhile(shapes: Sequence[tuple[int, int]], work: Sequence[float]) -> list[tuple[int, int]]:

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from igrpo_jax.sampling.inputs import Piece, Start
+from igrpo_jax.sampling.inputs import PromptChunk, Start
 from igrpo_jax.sampling.pages import PagePool, pages_for
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.shapes import Sizes
 
 
 @dataclass(eq=False)
-class Waiting:
+class QueuedSamples:
     """Samples of a request that have no slot yet."""
 
     request: Request
@@ -33,7 +33,7 @@ class Waiting:
 
 
 @dataclass(eq=False)
-class InLane(Waiting):
+class PromptInLane(QueuedSamples):
     """A prompt in a lane, with the samples that wait for slots."""
 
     lane: int
@@ -43,10 +43,10 @@ class InLane(Waiting):
 
 
 @dataclass(eq=False)
-class Running:
+class RunningSample:
     """The sample that a slot draws."""
 
-    prompt: InLane  # in whose lane it began
+    prompt: PromptInLane  # in whose lane it began
     number: int  # within the request
     slot: int
     pages: list[int]
@@ -85,12 +85,12 @@ class Shard:
     def __init__(self, sizes: Sizes):
         self.sizes = sizes
         self.pool = PagePool(sizes.pages)
-        self.running: dict[int, Running] = {}
+        self.running: dict[int, RunningSample] = {}
         self.table = np.zeros((sizes.shard_slots, sizes.slot_pages), np.int32)
         self.preempted = 0
         self._slots = list(range(sizes.shard_slots))  # free ones, a heap: the lowest first
         self._lanes = list(range(sizes.lanes))  # free ones
-        self._prompts: deque[InLane] = deque()  # in the order in which they began
+        self._prompts: deque[PromptInLane] = deque()  # in the order in which they began
         self._began = 0
 
     @property
@@ -117,12 +117,12 @@ class Shard:
         needed = pages_for(tokens, self.sizes.page_size) + len(self.running) + len(self._prompts) + 1
         return bool(self._lanes) and self.idle > 0 and self.pool.free >= needed
 
-    def begin(self, waiting: Waiting) -> None:
+    def begin(self, waiting: QueuedSamples) -> None:
         """Gives a lane to a prompt, where `can_begin`."""
         pages = self.pool.take(pages_for(len(waiting.request.tokens), self.sizes.page_size))
-        self._prompts.append(InLane(waiting.request, waiting.samples, self._lanes.pop(), pages, self._number()))
+        self._prompts.append(PromptInLane(waiting.request, waiting.samples, self._lanes.pop(), pages, self._number()))
 
-    def share_out(self, most: int) -> Waiting | None:
+    def share_out(self, most: int) -> QueuedSamples | None:
         """Takes up to `most` waiting samples for which no slot is free, from the prompt that began last."""
         if self.idle >= 0:
             return None
@@ -131,16 +131,16 @@ class Shard:
         samples = deque(prompt.samples.pop() for _ in range(count))
         samples.reverse()
         self._release_if_done(prompt)
-        return Waiting(prompt.request, samples)
+        return QueuedSamples(prompt.request, samples)
 
-    def pieces(self, size: int) -> list[Piece]:
+    def pieces(self, size: int) -> list[PromptChunk]:
         """Returns the next tokens to prefill of prompts in lanes, up to `size` together."""
         pieces = []
         for prompt in self._prompts:
             end = min(len(prompt.request.tokens), prompt.prefilled + size)
             if size and end > prompt.prefilled:
                 tokens = prompt.request.tokens[prompt.prefilled : end]
-                pieces.append(Piece(prompt.lane, tokens, prompt.prefilled, tuple(prompt.pages)))
+                pieces.append(PromptChunk(prompt.lane, tokens, prompt.prefilled, tuple(prompt.pages)))
                 size -= len(tokens)
                 prompt.prefilled = end
         return pieces
@@ -160,34 +160,34 @@ class Shard:
             self._release_if_done(prompt)
         return starts
 
-    def make_room(self, ahead: int) -> Iterator[Waiting]:
+    def make_room(self, ahead: int) -> Iterator[QueuedSamples]:
         """Gives each slot the pages for `ahead` further tokens, those that began first before the others.
 
         Yields what was given up for that.
         """
-        for running in sorted(self.running.values(), key=lambda running: running.began):
-            needed = pages_for(min(running.cached + ahead, running.most), self.sizes.page_size) - len(running.pages)
-            while running.slot in self.running and needed > self.pool.free:
+        for sample in sorted(self.running.values(), key=lambda sample: sample.began):
+            needed = pages_for(min(sample.cached + ahead, sample.most), self.sizes.page_size) - len(sample.pages)
+            while sample.slot in self.running and needed > self.pool.free:
                 given_up = self._give_up()
                 if given_up is not None:
                     yield given_up
-            if running.slot in self.running and needed > 0:
+            if sample.slot in self.running and needed > 0:
                 more = self.pool.take(needed)
-                self.table[running.slot, len(running.pages) : len(running.pages) + needed] = more
-                running.pages += more
+                self.table[sample.slot, len(sample.pages) : len(sample.pages) + needed] = more
+                sample.pages += more
 
-    def end(self, slot: int) -> Running:
+    def end(self, slot: int) -> RunningSample:
         """Frees a slot and its pages, and returns the sample that it drew."""
-        running = self.running.pop(slot)
+        sample = self.running.pop(slot)
         heapq.heappush(self._slots, slot)
-        self.pool.give_back(running.pages)
-        return running
+        self.pool.give_back(sample.pages)
+        return sample
 
     def _number(self) -> int:
         self._began += 1
         return self._began
 
-    def _start(self, prompt: InLane, dispatch: int) -> Start:
+    def _start(self, prompt: PromptInLane, dispatch: int) -> Start:
         request, slot = prompt.request, heapq.heappop(self._slots)
         full, rest = divmod(len(request.tokens), self.sizes.page_size)
         shared, own = prompt.pages[:full], self.pool.take(1 if rest else 0)
@@ -195,7 +195,7 @@ class Shard:
         pages = [*shared, *own]
         self.table[slot, : len(pages)] = pages
         number = prompt.samples.popleft()
-        self.running[slot] = Running(prompt, number, slot, pages, self._number(), dispatch)
+        self.running[slot] = RunningSample(prompt, number, slot, pages, self._number(), dispatch)
         return Start(
             lane=prompt.lane,
             slot=slot,
@@ -207,14 +207,14 @@ class Shard:
             copied=(prompt.pages[full], own[0]) if rest else None,
         )
 
-    def _release_if_done(self, prompt: InLane) -> None:
+    def _release_if_done(self, prompt: PromptInLane) -> None:
         """Frees the lane of a prompt none of whose samples waits for a slot."""
         if not prompt.samples:
             self._prompts.remove(prompt)
             self._lanes.append(prompt.lane)
             self.pool.give_back(prompt.pages)
 
-    def _give_up(self) -> Waiting | None:
+    def _give_up(self) -> QueuedSamples | None:
         """Preempts the prompt that began last of those without a running sample, or else the sample that began last.
 
         If the prompt of a preempted sample has left its lane, it is prefilled again later, in other pages. Until it has
@@ -222,17 +222,17 @@ class Shard:
 
         Returns the samples that no longer have a place in a lane of this shard.
         """
-        at_work = {running.prompt for running in self.running.values()}
+        at_work = {sample.prompt for sample in self.running.values()}
         idle = next((prompt for prompt in reversed(self._prompts) if prompt not in at_work), None)
         if idle is not None:
-            given_up = Waiting(idle.request, deque(idle.samples))
+            given_up = QueuedSamples(idle.request, deque(idle.samples))
             idle.samples.clear()
             self._release_if_done(idle)
             return given_up
-        last = self.end(max(self.running.values(), key=lambda running: running.began).slot)
+        last = self.end(max(self.running.values(), key=lambda sample: sample.began).slot)
         self.preempted += 1
         for prompt in self._prompts:
             if prompt.request is last.request:
                 prompt.samples.appendleft(last.number)
                 return None
-        return Waiting(last.request, deque([last.number]))
+        return QueuedSamples(last.request, deque([last.number]))

@@ -26,7 +26,7 @@ from igrpo_jax.sampling.row_sync import RowSync, SyncProgram
 
 # Parts that are in flight before the host waits for the oldest. With 32 programs in flight on a device, XLA blocks its
 # threads until one of them ends. On CPUs a program with collectives needs these same threads to end.
-AHEAD = 8
+MAX_IN_FLIGHT = 8
 
 
 class WeightSync:
@@ -73,12 +73,12 @@ class WeightSync:
             own = self._jitted[first]({first + path.removeprefix(part): params[path] for path in paths})
             synced |= {part + path.removeprefix(first): x for path, x in own.items()}
             dispatched.append(own)
-            if len(dispatched) > AHEAD:
+            if len(dispatched) > MAX_IN_FLIGHT:
                 jax.block_until_ready(dispatched.popleft())
         return {path: synced[path] for path in self._shapes}
 
     def programs(self, params: decoder.Params) -> list[SyncProgram]:
-        """Returns each program, as it is called for the abstract `params`."""
+        """Returns each program as `aot` compiles it, for the abstract `params`; a run calls the jitted functions."""
         synced = [by_rows.program(params[path]) for path, by_rows in self._by_rows.items()]
         parts = _parts(params)
         firsts = [self._first_of(part) for part in parts]

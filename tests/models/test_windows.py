@@ -54,7 +54,7 @@ def in_blocks(one_block):
 def test_blocks_are_of_whole_pages_and_end_with_the_window(pages, page_size):
     ends = windows.block_ends(pages * page_size, page_size)
     assert ends[-1] == pages * page_size and list(ends) == sorted(set(ends)) and len(ends) <= windows.BLOCKS
-    assert all(end % page_size == 0 for end in ends) and (len(ends) == 1 or ends[0] >= windows.LEAST)
+    assert all(end % page_size == 0 for end in ends) and (len(ends) == 1 or ends[0] >= windows.MIN_BLOCK)
 
 
 @pytest.mark.parametrize("copied", [windows._by_pages, windows._by_heads])

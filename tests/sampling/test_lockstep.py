@@ -25,7 +25,7 @@ def arrays(kind):
     ids=lambda call: call.program,
 )
 def test_a_call_arrives_as_it_was_told(call):
-    heard = lockstep.decode(lockstep.encode(call))
+    heard = lockstep.from_bytes(lockstep.to_bytes(call))
     assert (heard.program, heard.shape, type(heard.split)) == (call.program, call.shape, type(call.split))
     for ours, theirs in ((heard.split, call.split), (heard.whole, call.whole)):
         assert type(ours) is type(theirs)
@@ -35,4 +35,4 @@ def test_a_call_arrives_as_it_was_told(call):
 
 
 def test_the_end_is_no_call():
-    assert lockstep.decode(lockstep.encode(None)) is None
+    assert lockstep.from_bytes(lockstep.to_bytes(None)) is None

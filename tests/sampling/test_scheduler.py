@@ -107,7 +107,7 @@ def test_the_first_dispatch_needs_the_programs_that_are_named_for_it(tiny, slots
 def test_shapes_of_decoding_that_do_hardly_more_share_a_program(monkeypatch):
     """A step that reads 1,000 bytes of weights and 1 for each position: 300 does 1.04 times the work of 256, and 1.15
     times that of 128."""
-    monkeypatch.setattr(shapes, "LITTLE", 0)
+    monkeypatch.setattr(shapes, "EXTRA_WORK_BYTES", 0)
     kept = lambda choice, work: shapes._worthwhile(choice, [work(*shape) for shape in choice])
     reads = lambda *lengths: [(4, length) for length in lengths]
     weights = lambda rows, read: 1000 + read
@@ -248,7 +248,7 @@ def test_samples_of_a_prompt_share_its_full_pages(engine, tiny):
         scheduler._fill()
         (shard,) = scheduler.shards
         assert shard.pool.used == 6 + len(shard.running) == 6 + 7
-        assert len({tuple(running.pages[:6]) for running in shard.running.values()}) == 1
+        assert len({tuple(sample.pages[:6]) for sample in shard.running.values()}) == 1
         list(scheduler.drain())
     assert all_free(scheduler)
 

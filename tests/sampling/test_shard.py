@@ -20,7 +20,7 @@ from igrpo_jax.distributed.teams import Team
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.sampling.shapes import WIDTH, Sizes
-from igrpo_jax.sampling.shard import Shard, Waiting
+from igrpo_jax.sampling.shard import QueuedSamples, Shard
 from igrpo_jax.sampling.state import Sampling, Status
 
 KEY = np.array([1, 2], np.uint32)
@@ -78,9 +78,9 @@ def check_pages(shard):
     counts = [len(holders[page]) for page in range(shard.sizes.pages)]
     assert counts == shard.pool._users and max(holders, default=0) < shard.sizes.pages
     assert shard.pool.used == sum(map(bool, counts)) and shard.pool.used + shard.pool.free == shard.sizes.pages
-    for slot, running in shard.running.items():
-        assert running.slot == slot
-        np.testing.assert_array_equal(shard.table[slot, : len(running.pages)], running.pages)
+    for slot, sample in shard.running.items():
+        assert sample.slot == slot
+        np.testing.assert_array_equal(shard.table[slot, : len(sample.pages)], sample.pages)
 
 
 def check_is_free(shard):
@@ -95,14 +95,14 @@ class AnyOrder:
 
     def __init__(self, sizes, requests):
         self.shard, self.queue, self.ended = Shard(sizes), deque(), []
-        self.queue += [Waiting(request, deque(range(request.samples))) for request in requests]
+        self.queue += [QueuedSamples(request, deque(range(request.samples))) for request in requests]
         self.wanted = self.samples()
 
     def samples(self):
         """Every sample that is known, wherever it is."""
         waiting = [(part.request, number) for part in [*self.queue, *self.shard._prompts] for number in part.samples]
-        running = [(running.request, running.number) for running in self.shard.running.values()]
-        return collections.Counter(waiting + running + self.ended)
+        in_slots = [(sample.request, sample.number) for sample in self.shard.running.values()]
+        return collections.Counter(waiting + in_slots + self.ended)
 
     def begin(self, _):
         if self.queue and self.shard.can_begin(len(self.queue[0].request.tokens)):
@@ -118,37 +118,37 @@ class AnyOrder:
         starts = self.shard.starts(dispatch)
         assert not starts or self.shard.pool.free >= len(self.shard.running) - 1
         for start in starts:
-            prompt, running = prompts[start.lane], self.shard.running[start.slot]
-            assert prompt.request is running.request and prompt.prefilled == len(prompt.request.tokens) == start.length
-            assert start.sample == running.sample_id and start.limit == running.request.limit_of(running.number)
+            prompt, sample = prompts[start.lane], self.shard.running[start.slot]
+            assert prompt.request is sample.request and prompt.prefilled == len(prompt.request.tokens) == start.length
+            assert start.sample == sample.sample_id and start.limit == sample.request.limit_of(sample.number)
             full, rest = divmod(start.length, self.shard.sizes.page_size)
-            assert running.pages[:full] == prompt.pages[:full] and len(running.pages) == len(prompt.pages)
-            assert start.copied == ((prompt.pages[full], running.pages[full]) if rest else None)
+            assert sample.pages[:full] == prompt.pages[:full] and len(sample.pages) == len(prompt.pages)
+            assert start.copied == ((prompt.pages[full], sample.pages[full]) if rest else None)
 
     def draw(self, ahead):
         """Makes room for some tokens, and draws some of them in each slot."""
         shard = self.shard
-        before = sorted(shard.running.values(), key=lambda running: running.began)
-        at_work = [running.prompt for running in before]
+        before = sorted(shard.running.values(), key=lambda sample: sample.began)
+        at_work = [sample.prompt for sample in before]
         in_lanes = list(shard._prompts)
         idle = [prompt for prompt in in_lanes if prompt not in at_work]
         self.queue.extendleft(shard.make_room(ahead))
         # What began last is given up: prompts before samples, and never all samples.
-        goes_on = [running for running in before if shard.running.get(running.slot) is running]
+        goes_on = [sample for sample in before if shard.running.get(sample.slot) is sample]
         left = [prompt for prompt in idle if prompt in shard._prompts]
         assert goes_on == before[: len(goes_on)] and left == idle[: len(left)]
         assert len(goes_on) == len(before) or (goes_on and not left)
-        assert all(running.prompt in shard._prompts for running in goes_on if running.prompt in in_lanes)
-        for running in shard.running.values():
-            held = len(running.pages) * shard.sizes.page_size
-            assert held >= min(running.cached + ahead, running.most)
-            running.count = min(running.count + ahead, running.request.limit_of(running.number))
+        assert all(sample.prompt in shard._prompts for sample in goes_on if sample.prompt in in_lanes)
+        for sample in shard.running.values():
+            held = len(sample.pages) * shard.sizes.page_size
+            assert held >= min(sample.cached + ahead, sample.most)
+            sample.count = min(sample.count + ahead, sample.request.limit_of(sample.number))
 
     def end(self, number):
         if self.shard.running:
             slot = sorted(self.shard.running)[number % len(self.shard.running)]
-            running = self.shard.end(slot)
-            self.ended.append((running.request, running.number))
+            sample = self.shard.end(slot)
+            self.ended.append((sample.request, sample.number))
 
     def hand_over(self, most):
         waiting = list(self.shard._prompts[-1].samples) if self.shard._prompts else []
@@ -366,14 +366,14 @@ def test_a_prompt_begins_where_a_page_is_left_for_each_that_runs_or_waits():
     )
     shard = Shard(sizes)
     assert shard.can_begin(8) and not shard.can_begin(40)  # 2 pages and 1; 10 and 1
-    shard.begin(Waiting(request_of(0, 5, [4, 4]), deque([0, 1])))
+    shard.begin(QueuedSamples(request_of(0, 5, [4, 4]), deque([0, 1])))
     assert shard.pool.used == 2
     assert shard.can_begin(24) and not shard.can_begin(25)  # with the page of the prompt that waits
     shard.pieces(64)
     assert len(shard.starts(0)) == 2 and not shard.pending
     assert shard.pool.used == 3  # each has the first page of the prompt, and a copy of the second one
     assert shard.can_begin(16) and not shard.can_begin(17)  # 4 pages, and 1 for each of three
-    shard.begin(Waiting(request_of(1, 1, [4, 4]), deque([0, 1])))
+    shard.begin(QueuedSamples(request_of(1, 1, [4, 4]), deque([0, 1])))
     assert not shard.can_begin(1)  # the slots are those of the samples that wait
 
 
@@ -390,11 +390,11 @@ def test_the_prompt_that_began_last_is_given_up_first():
     )
     shard = Shard(sizes)
     first, *others = (request_of(index, tokens, [6]) for index, tokens in enumerate((1, 2, 2)))
-    shard.begin(Waiting(first, deque([0])))
+    shard.begin(QueuedSamples(first, deque([0])))
     shard.pieces(64)
     shard.starts(0)
     for request in others:
-        shard.begin(Waiting(request, deque([0])))
+        shard.begin(QueuedSamples(request, deque([0])))
     assert shard.pool.free == 4
     given_up = list(shard.make_room(5))  # one page more than are free
     assert [(waiting.request, list(waiting.samples)) for waiting in given_up] == [(others[1], [0])]

@@ -36,7 +36,7 @@ def test_few_programs_are_in_progress_and_all_weights_arrive(monkeypatch):
     sync._jitted = {first: counted(jitted) for first, jitted in sync._jitted.items()}
     monkeypatch.setattr(jax, "block_until_ready", waited)
     synced = sync(params)
-    assert most == weights.AHEAD + 1
+    assert most == weights.MAX_IN_FLIGHT + 1
     assert synced.keys() == params.keys()
     assert all(np.array_equal(as_trained(path, synced[path]), x) for path, x in params.items())
 
