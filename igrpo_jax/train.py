@@ -119,7 +119,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
         with watchdog.phase("update", name), watchdog.phase("dispatch"):
             checked = {}
             if run.shows_samples(step):
-                checked = learner.draft_check(state.params, groups) | learner.reliance(state.params, groups)
+                checked = learner.draft_mismatch(state.params, groups) | learner.reliance(state.params, groups)
             updating = time.perf_counter()
             state, learned = learner.update(state, groups, advantages, step)
             ended = time.perf_counter()

@@ -20,7 +20,7 @@ WRITTEN = "docs/configuration.md"  # what `python docs/configuration.py` writes
 OBJECTIVE = {
     "igrpo_jax/learning/objectives.py": (
         "OBJECTIVES = {\n",
-        "def _sequence_sum(lengths: np.ndarray, budget: int) -> np.ndarray:\n"
+        "def _sequence_sum(lengths: np.ndarray, max_completion: int) -> np.ndarray:\n"
         '    """1 / rows: a sequence weighs its length."""\n'
         "    return np.full(len(lengths), 1.0 / len(lengths))\n\n\n"
         '{}    "luspo": Objective(_sequence_sum, _sequence_log_ratio, epsilon=3e-4, epsilon_high=4e-4),\n',

@@ -14,7 +14,7 @@ The paper has neither 2 nor 4, and its only groups are those of the refinements.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,34 +25,24 @@ from igrpo_jax.records import Group, same_answer
 
 def refinement_advantages(groups: Sequence[Group], config: Config) -> list[np.ndarray]:
     """Returns the advantages of the refinements of each group, [G] float32; [0] where a group has none."""
-    refined = [i for i, group in enumerate(groups) if group.completions]
     if config.algorithm.group == "prompt":
         return [joint[: len(group.completions)] for group, joint in zip(groups, _joint(groups, config), strict=True)]
-    advantages = [np.zeros(0, np.float32) for _ in groups]
-    if refined:
-        chosen = [groups[i] for i in refined]
-        grouped = _grouped(list(trained_rewards(chosen, config)), config.algorithm)
-        for i, group, own in zip(refined, chosen, grouped, strict=True):
-            advantages[i] = own * _has_credit(group, config.algorithm)
-    return advantages
+    rewards_of = lambda chosen: trained_rewards(chosen, config)
+    advantages = _scattered(groups, [bool(group.completions) for group in groups], rewards_of, config.algorithm)
+    return [own * _has_credit(group, config.algorithm) for group, own in zip(groups, advantages, strict=True)]
 
 
 def draft_advantages(groups: Sequence[Group], config: Config) -> list[np.ndarray]:
     """Returns the advantages of the drafts of each group, [N] float32; [0] where a prompt has none."""
     if config.algorithm.group == "prompt":
         return [joint[len(group.completions) :] for group, joint in zip(groups, _joint(groups, config), strict=True)]
-    drafted = [i for i, group in enumerate(groups) if group.drafts]
-    advantages = [np.zeros(0, np.float32) for _ in groups]
-    if drafted:
-        rewards = filtering.trained_rewards([groups[i].of_drafts for i in drafted], config)
-        for i, own in zip(drafted, _grouped(list(rewards), config.algorithm), strict=True):
-            advantages[i] = own
-    return advantages
+    rewards_of = lambda chosen: filtering.unfiltered_rewards([group.of_drafts for group in chosen], config)
+    return _scattered(groups, [bool(group.drafts) for group in groups], rewards_of, config.algorithm)
 
 
 def trained_rewards(groups: Sequence[Group], config: Config) -> np.ndarray:
     """Returns the rewards of refinements that advantages are made of, [P, G] float32; NaN without a verdict."""
-    return filtering.trained_rewards(groups, config) + reward_changes(groups, config.algorithm)
+    return filtering.unfiltered_rewards(groups, config) + reward_changes(groups, config.algorithm)
 
 
 def reward_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]:
@@ -98,10 +88,30 @@ def _has_credit(group: Group, algorithm: AlgorithmConfig) -> np.ndarray:
     return np.array([completion.score.is_right for completion in group.completions], bool)
 
 
+def _scattered(
+    groups: Sequence[Group],
+    keep: Sequence[bool],
+    rewards_of: Callable[[list[Group]], np.ndarray],
+    algorithm: AlgorithmConfig,
+) -> list[np.ndarray]:
+    """Returns the advantages of the groups to `keep`, and [0] float32 for each of the others.
+
+    Args:
+        rewards_of: returns the rewards of the groups that are kept, which have one size.
+    """
+    kept = [i for i, is_kept in enumerate(keep) if is_kept]
+    advantages = [np.zeros(0, np.float32) for _ in groups]
+    if kept:
+        rewards = rewards_of([groups[i] for i in kept])
+        for i, own in zip(kept, _grouped(list(rewards), algorithm), strict=True):
+            advantages[i] = own
+    return advantages
+
+
 def _grouped(rewards: Sequence[np.ndarray], algorithm: AlgorithmConfig) -> list[np.ndarray]:
     """Returns the advantages of groups that may differ in size, by their rewards."""
-    resolved = objectives.resolve(algorithm)
+    objective = objectives.resolve(algorithm)
     longest = max(len(own) for own in rewards)
     padded = np.stack([np.pad(own, (0, longest - len(own)), constant_values=np.nan) for own in rewards])
-    advantages = objectives.group_advantages(padded, resolved.scale_rewards, resolved.baseline)
+    advantages = objectives.group_advantages(padded, objective.scale_rewards, objective.baseline)
     return [row[: len(own)] for row, own in zip(advantages, rewards, strict=True)]

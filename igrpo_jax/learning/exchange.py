@@ -2,7 +2,7 @@
 
 The leader of team i of n (`teams`) samples and scores the prompts at the positions i, i + n, ... of a step. Advantages,
 metrics and the update, which is one program over all devices, need every group on every process, in the same order. So
-each process sends its ProcessRollout as MessagePack (`flax.serialization`, which keeps the dtypes of arrays). Prompts
+each process sends its RolloutPart as MessagePack (`flax.serialization`, which keeps the dtypes of arrays). Prompts
 don't travel: a StepPosition says which they are. Scores are sent as they are, so that all processes count, and fail,
 alike.
 """
@@ -38,7 +38,7 @@ class StepPosition(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ProcessRollout:
+class RolloutPart:
     """One process's part of a step."""
 
     groups: dict[StepPosition, Group]  # the groups that enter the update
@@ -54,23 +54,23 @@ class ProcessRollout:
     waited: float  # the part of `seconds` in which nothing was left to sample and only scores were awaited
 
 
-def everywhere(own: ProcessRollout | None, prompts: Prompts) -> list[ProcessRollout]:
+def everywhere(own: RolloutPart | None, prompts: Prompts) -> list[RolloutPart]:
     """Returns the parts of all processes, on each of them, in the order of the processes.
 
     Raises:
         Preempted: a process gives None, since it was told to leave; then all leave.
     """
     if jax.process_count() > 1:
-        parts = cluster.gather(encode(own) if own else b"")
+        parts = cluster.gather(to_bytes(own) if own else b"")
         if all(parts):
-            return [decode(part, prompts) for part in parts]
+            return [from_bytes(part, prompts) for part in parts]
     elif own:
         return [own]
     raise Preempted
 
 
-def encode(rollout: ProcessRollout) -> bytes:
-    """Returns `rollout` as bytes, for `decode`."""
+def to_bytes(part: RolloutPart) -> bytes:
+    """Returns `part` as bytes, for `from_bytes`."""
     groups = [
         {
             "position": list(position),
@@ -79,21 +79,21 @@ def encode(rollout: ProcessRollout) -> bytes:
             "drafts": [asdict(draft) for draft in group.drafts],
             "completions": [asdict(completion) for completion in group.completions],
         }
-        for position, group in rollout.groups.items()
+        for position, group in part.groups.items()
     ]
     tree = {
-        **vars(rollout),
+        **vars(part),
         "groups": groups,
-        "usage": asdict(rollout.usage),
-        "scores": [asdict(score) for score in rollout.scores],
-        "judgements": [asdict(judgement) for judgement in rollout.judgements],
+        "usage": asdict(part.usage),
+        "scores": [asdict(score) for score in part.scores],
+        "judgements": [asdict(judgement) for judgement in part.judgements],
     }
     # In place, because a copy by `jax.tree.map` would sort the keys of the rewards.
     return serialization.msgpack_serialize(_encoded_texts(tree), in_place=True)
 
 
-def decode(data: bytes, prompts: Prompts) -> ProcessRollout:
-    """Returns the ProcessRollout that `encode` made `data` of; its arrays can't be written to."""
+def from_bytes(data: bytes, prompts: Prompts) -> RolloutPart:
+    """Returns the RolloutPart that `to_bytes` made `data` of; its arrays can't be written to."""
     tree = _decoded_texts(serialization.msgpack_restore(data))
     groups = {}
     for fields in tree["groups"]:
@@ -111,7 +111,7 @@ def decode(data: bytes, prompts: Prompts) -> ProcessRollout:
         "scores": [Score(**score) for score in tree["scores"]],
         "judgements": [Judgement(**judgement) for judgement in tree["judgements"]],
     }
-    return ProcessRollout(**tree)
+    return RolloutPart(**tree)
 
 
 def _completion(fields: dict[str, Any]) -> Completion:

@@ -26,11 +26,11 @@ def passes(groups: Sequence[Group], metric: str) -> np.ndarray:
     return np.array([bool(objectives.has_signal(row)[0]) for row in values], bool)
 
 
-def trained_rewards(groups: Sequence[Group], config: Config) -> np.ndarray:
-    """Returns the rewards that advantages are made of, [P, G] float32.
+def unfiltered_rewards(groups: Sequence[Group], config: Config) -> np.ndarray:
+    """Returns the verifier's rewards, [P, G] float32.
 
-    With dynamic sampling (algorithm.max_redraws > 0), a group that is filtered out and has used up its redraws has NaN
-    rewards: they enter no baseline, and its advantages are 0.
+    They are NaN in a group that dynamic sampling filters out after its last redraw, so that it enters no baseline and
+    its advantages are 0.
     """
     rewards = np.stack([group.rewards for group in groups])
     if config.algorithm.max_redraws:

@@ -52,20 +52,20 @@ class Learner:
     def __init__(
         self, config: Config, cfg: DecoderConfig, mesh: jax.sharding.Mesh, *, max_context: int, total_steps: int
     ):
-        self._run_config = config
-        self._config = config.learner
+        self._config = config
+        self._settings = config.learner
         self._lora = config.model.lora
         self._seed = config.seed
         self._iterations = config.algorithm.num_iterations
         self._frozen: decoder.Params = {}
         self._reference: decoder.Params | None = None
-        self.algorithm = objectives.resolve(config.algorithm)
+        self.objective = objectives.resolve(config.algorithm)
         self.optimizer_steps_per_update = config.learner.minibatches * self._iterations
         shapes = MicroShapes(config, sharding.batch_shards(mesh), max_context)
         width = spans.width(cfg, mesh.shape["tensor"])
-        self.packer = Packer(self.algorithm, shapes, cfg.mamba.chunk_size if cfg.mamba else None, width)
+        self.packer = Packer(self.objective, shapes, cfg.mamba.chunk_size if cfg.mamba else None, width)
         total_optimizer_steps = total_steps * self.optimizer_steps_per_update
-        self.programs = LearnerPrograms(config, cfg, mesh, self.algorithm, self.packer, total_optimizer_steps)
+        self.programs = LearnerPrograms(config, cfg, mesh, self.objective, self.packer, total_optimizer_steps)
 
     def init(self, params: decoder.Params) -> TrainState:
         """Returns a fresh optimizer state around `params`, which the state takes over."""
@@ -88,7 +88,7 @@ class Learner:
 
     def set_reference(self, params: decoder.Params) -> None:
         """Sets pi_ref as a state's params, where beta > 0; with learner.offload_reference it waits in host memory."""
-        if self._config.offload_reference:
+        if self._settings.offload_reference:
             shardings = self.programs.state_sharding.params.items()
             params = jax.device_put(params, {path: where.with_memory_kind("pinned_host") for path, where in shardings})
         self._reference = params
@@ -127,14 +127,14 @@ class Learner:
         if self.optimizer_steps_per_update > 1:
             for unit, logprobs in zip(units, self._rescored(params, units), strict=True):
                 unit.old = logprobs
-        if self.algorithm.beta > 0:
+        if self.objective.beta > 0:
             reference = jax.device_put(self._reference, self.programs.state_sharding.params)
             for unit, logprobs in zip(units, self._rescored(reference, units), strict=True):
                 unit.reference = logprobs
 
     def _minibatches(self, units_by_stage: list[list[Unit]], step: int, iteration: int) -> Iterator[list[Unit]]:
         """Yields the units of each optimizer step of one iteration: an equal part of the units of each stage."""
-        count = self._config.minibatches
+        count = self._settings.minibatches
         rng = np.random.default_rng([self._seed, step, iteration, 0x313B])
         orders = [rng.permutation(len(units)) if count > 1 else np.arange(len(units)) for units in units_by_stage]
         for parts in zip(*(np.array_split(order, count) for order in orders), strict=True):
@@ -158,7 +158,7 @@ class Learner:
         padding = 1 - sum(unit.tokens for unit in trained) / padded if padded else 0.0
         stages = {unit.stage for unit in units}
         main = self.programs.stages[0]
-        measured = optimizer_step_metrics(sums, idle, stages, self.algorithm.plain_credit, main)
+        measured = optimizer_step_metrics(sums, idle, stages, self.objective.plain_credit, main)
         return state, applied | measured | {"perf/padding_frac": padding}
 
     def _rescored(
@@ -170,13 +170,13 @@ class Learner:
     def _has_gradient(self, unit: Unit) -> bool:
         """Returns whether a unit has a gradient: where only the advantage gives one, a unit without advantages has
         none."""
-        return not self.algorithm.needs_advantage or bool(unit.advantage.any())
+        return not self.objective.needs_advantage or bool(unit.advantage.any())
 
     def _model_flops(self, units: Sequence[Unit]) -> float:
         """Returns the model FLOPs of an update of `units`; a backward pass is two forward passes, or one where the
         base is frozen."""
         # Passes for log pi_old and log pi_ref.
-        before = (self.optimizer_steps_per_update > 1) + (self.algorithm.beta > 0)
+        before = (self.optimizer_steps_per_update > 1) + (self.objective.beta > 0)
         backward = 1 if self._lora.rank else 2
         return sum(
             self.programs.costs.model.useful_flops(
@@ -192,10 +192,10 @@ class Learner:
         """Returns the units of drafts, where they are trained on; a group that skipped Stage 1 has none."""
         if "draft" not in self.programs.stages:
             return []
-        advantages = credit.draft_advantages(groups, self._run_config)
+        advantages = credit.draft_advantages(groups, self._config)
         return self.packer.units([group.of_drafts for group in groups], advantages)
 
-    def draft_check(self, params: decoder.Params, groups: Sequence[Group]) -> dict[str, float]:
+    def draft_mismatch(self, params: decoder.Params, groups: Sequence[Group]) -> dict[str, float]:
         """Returns how far rescored log-probs of the first drafts, one micro-batch of them, are from the sampler's.
 
         This checks the sampler in Stage 1, whose tokens usually carry no loss. `params` are those that sampled.

@@ -21,25 +21,25 @@ import jax
 import jax.numpy as jnp
 
 from igrpo_jax.learning.forward import PolicyLogprobs
-from igrpo_jax.learning.objectives import Resolved
+from igrpo_jax.learning.objectives import ResolvedObjective
 from igrpo_jax.learning.packing import TrainBatch
 from igrpo_jax.models import decoder
 
 MAX_LOG_RATIO = 20.0  # exp of more is noise, and inf * 0 is NaN
 
 
-def loss(algorithm: Resolved, tokens: "TokenValues") -> "LossSums":
+def loss(objective: ResolvedObjective, tokens: "TokenValues") -> "LossSums":
     """Returns the objective on some tokens, to be minimised. Its gradient per token is Eq. 29 of arXiv 2602.09000."""
-    log_ratio = algorithm.objective.log_ratio(tokens.logprob - tokens.old, tokens.mask, tokens.row)
+    log_ratio = objective.functions.log_ratio(tokens.logprob - tokens.old, tokens.mask, tokens.row)
     ratio = jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     advantage = tokens.advantage
-    too_low = (ratio < 1 - algorithm.epsilon) & (advantage < 0)
-    too_high = (ratio > 1 + algorithm.epsilon_high) & (advantage > 0)
+    too_low = (ratio < 1 - objective.epsilon) & (advantage < 0)
+    too_high = (ratio > 1 + objective.epsilon_high) & (advantage > 0)
     # The min of both products, without their ties: there, as at a ratio of 1 and an epsilon of 0, JAX halves gradients.
-    clipped_ratio = jnp.clip(ratio, 1 - algorithm.epsilon, 1 + algorithm.epsilon_high)
-    value = jnp.where(too_low | too_high, clipped_ratio, jnp.minimum(ratio, algorithm.delta)) * advantage
+    clipped_ratio = jnp.clip(ratio, 1 - objective.epsilon, 1 + objective.epsilon_high)
+    value = jnp.where(too_low | too_high, clipped_ratio, jnp.minimum(ratio, objective.delta)) * advantage
     if tokens.shaped is not None:
-        shaped = jax.nn.sigmoid(tokens.logprob - jnp.log(algorithm.credit_gamma))  # p / (p + gamma)
+        shaped = jax.nn.sigmoid(tokens.logprob - jnp.log(objective.credit_gamma))  # p / (p + gamma)
         value = jnp.where(tokens.shaped, shaped * advantage, value)
     if tokens.correction is not None:
         value = value * tokens.correction
@@ -47,7 +47,7 @@ def loss(algorithm: Resolved, tokens: "TokenValues") -> "LossSums":
     if tokens.reference is not None:
         log_rho = jnp.clip(tokens.reference - tokens.logprob, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         k3 = jnp.exp(log_rho) - log_rho - 1
-        value = value - algorithm.beta * k3
+        value = value - objective.beta * k3
     counted = tokens.weight > 0
     if tokens.shaped is not None:
         too_low, too_high = too_low & ~tokens.shaped, too_high & ~tokens.shaped
@@ -116,10 +116,10 @@ class MicroBatchSums(NamedTuple):
 class LossSettings:
     """The settings that the loss of a micro-batch is compiled with."""
 
-    algorithm: Resolved
+    objective: ResolvedObjective
     policy: PolicyLogprobs
     on_policy: bool  # one optimizer step per update: pi_old is the policy itself
-    correction_cap: float | None  # largest importance weight of a token against its sampler; 0 or None = no correction
+    correction_cap: float  # largest importance weight of a token against its sampler; 0 = no correction
 
 
 def accumulate(
@@ -141,8 +141,8 @@ def microbatch_loss(
     settings: LossSettings, params: decoder.Params, batch: TrainBatch, frozen: decoder.Params
 ) -> tuple[jax.Array, MicroBatchSums]:
     """Returns a micro-batch's part of the loss of an optimizer step, and its sums; `frozen` is what LoRA adapts."""
-    algorithm, mask = settings.algorithm, batch.mask
-    has_bonus = algorithm.entropy_coef > 0
+    objective, mask = settings.objective, batch.mask
+    has_bonus = objective.entropy_coef > 0
     logprob, entropy = (
         jnp.where(mask, x, 0.0) for x in settings.policy(params, batch, frozen, entropy_gradient=has_bonus)
     )
@@ -153,7 +153,7 @@ def microbatch_loss(
     tokens = TokenValues(
         logprob=logprob,
         old=old,
-        reference=batch.reference_logprob if algorithm.beta > 0 else None,
+        reference=batch.reference_logprob if objective.beta > 0 else None,
         advantage=batch.advantage,
         weight=batch.weight,
         mask=mask,
@@ -163,7 +163,7 @@ def microbatch_loss(
         entropy_weight=batch.entropy_weight if has_bonus else None,
         shaped=batch.shaped,
     )
-    loss_sums = loss(algorithm, tokens)
+    loss_sums = loss(objective, tokens)
     mismatch = jnp.abs(drift)
     sums = MicroBatchSums(
         loss_sums=loss_sums,

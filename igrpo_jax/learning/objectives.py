@@ -35,17 +35,17 @@ class Objective:
     scale_rewards: str = "group"
 
 
-def _sequence_mean(lengths: np.ndarray, budget: int) -> np.ndarray:
+def _sequence_mean(lengths: np.ndarray, max_completion: int) -> np.ndarray:
     """Returns 1 / (rows |o_i|): the mean over rows of the mean over tokens."""
     return 1.0 / (len(lengths) * np.maximum(lengths, 1))
 
 
-def _constant(lengths: np.ndarray, budget: int) -> np.ndarray:
+def _constant(lengths: np.ndarray, max_completion: int) -> np.ndarray:
     """Returns 1 / (rows L_max): long completions are not discounted (2503.20783)."""
-    return np.full(len(lengths), 1.0 / (len(lengths) * budget))
+    return np.full(len(lengths), 1.0 / (len(lengths) * max_completion))
 
 
-def _token_mean(lengths: np.ndarray, budget: int) -> np.ndarray:
+def _token_mean(lengths: np.ndarray, max_completion: int) -> np.ndarray:
     """Returns 1 / (all tokens): every token of the batch counts the same (2503.14476)."""
     return np.full(len(lengths), 1.0 / max(lengths.sum(), 1))
 
@@ -84,10 +84,10 @@ OBJECTIVES = {
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedObjective:
     """An objective with the configuration's choices applied."""
 
-    objective: Objective
+    functions: Objective
     epsilon: float
     epsilon_high: float
     delta: float  # upper bound of the ratio where A < 0; infinite = none
@@ -105,7 +105,7 @@ class Resolved:
         return self.beta == 0 and self.entropy_coef == 0
 
 
-def resolve(config: AlgorithmConfig) -> Resolved:
+def resolve(config: AlgorithmConfig) -> ResolvedObjective:
     """Returns the configured objective; None in `config` means the objective's own value.
 
     Raises:
@@ -118,8 +118,8 @@ def resolve(config: AlgorithmConfig) -> Resolved:
     delta = math.inf if config.delta is None else config.delta
     if delta <= 1 + high:
         raise InputError(f"config.algorithm.delta = {delta:g}: must be above 1 + epsilon_high = {1 + high:g}")
-    return Resolved(
-        objective=own,
+    return ResolvedObjective(
+        functions=own,
         epsilon=low,
         epsilon_high=high,
         delta=delta,
@@ -163,28 +163,30 @@ def group_advantages(rewards: np.ndarray, scale: str, baseline: str = "mean") ->
     return np.where(has_signal(rewards)[:, None], centred.filled(0.0), 0.0).astype(np.float32)
 
 
-def row_weights(algorithm: Resolved, lengths: np.ndarray, finished: np.ndarray, budget: int) -> np.ndarray:
+def row_weights(
+    objective: ResolvedObjective, lengths: np.ndarray, finished: np.ndarray, max_completion: int
+) -> np.ndarray:
     """Returns the weight [R] float32 of each token of each row, computed over all rows of one optimizer step.
 
     Args:
         lengths: [R] int, completion tokens. With mask_truncated rows that were cut count as 0 tokens and weigh 0.
         finished: [R] bool, ended by EOS.
-        budget: L_max, the generation budget in tokens.
+        max_completion: L_max, the tokens of the longest completion.
     """
-    counted = _counted(algorithm, lengths, finished)
-    return np.where(counted > 0, algorithm.objective.row_weight(counted, budget), 0.0).astype(np.float32)
+    counted = _counted(objective, lengths, finished)
+    return np.where(counted > 0, objective.functions.row_weight(counted, max_completion), 0.0).astype(np.float32)
 
 
-def entropy_weights(algorithm: Resolved, lengths: np.ndarray, finished: np.ndarray) -> np.ndarray:
+def entropy_weights(objective: ResolvedObjective, lengths: np.ndarray, finished: np.ndarray) -> np.ndarray:
     """Returns the weight [R] float32 of each token's entropy: entropy_coef over all tokens that carry loss, as in TRL.
 
     The arguments are those of `row_weights`. The mean is over tokens whatever the objective, so that the coefficient
     means the same.
     """
-    counted = _counted(algorithm, lengths, finished)
-    return np.where(counted > 0, algorithm.entropy_coef * _token_mean(counted, 0), 0.0).astype(np.float32)
+    counted = _counted(objective, lengths, finished)
+    return np.where(counted > 0, objective.entropy_coef * _token_mean(counted, 0), 0.0).astype(np.float32)
 
 
-def _counted(algorithm: Resolved, lengths: np.ndarray, finished: np.ndarray) -> np.ndarray:
+def _counted(objective: ResolvedObjective, lengths: np.ndarray, finished: np.ndarray) -> np.ndarray:
     """Returns the tokens [R] that carry loss: with mask_truncated none of a row that was cut."""
-    return np.where(finished, lengths, 0) if algorithm.mask_truncated else lengths
+    return np.where(finished, lengths, 0) if objective.mask_truncated else lengths

@@ -6,8 +6,8 @@
 3. On each shard a micro-batch is an axis of tokens: the completions of its units one after another, then their
    contexts, each once. `micro_shapes` says how few lengths of this axis there are.
 4. The micro-batches are the first choice of `micro_shapes` that holds all units. Units are placed from the longest to
-   the shortest, each where the most space is left, so that shards have equal work, or where that does not do, where the
-   least is left.
+   the shortest, each where the most space is left, so that shards have equal work. If some find no place, all are
+   placed anew where the least space is left (best fit).
 
 All of this is done on the host, with numpy alone.
 """
@@ -131,13 +131,13 @@ class Packer:
 
     def __init__(
         self,
-        algorithm: objectives.Resolved,
+        objective: objectives.ResolvedObjective,
         shapes: MicroShapes,
         chunk: int | None = None,
         width: int | None = None,
     ):
         self.shapes = shapes
-        self._algorithm = algorithm
+        self._objective = objective
         self._chunk = chunk
         self._width = width
 
@@ -151,8 +151,8 @@ class Packer:
         """
         units, size = [], self.shapes.completions_per_unit
         for group, advantage in zip(groups, advantages, strict=True):
-            context = group.prompt.tokens if self._algorithm.plain_credit else group.context
-            shaped = self._algorithm.credit_gamma > 0 and group.kept is not None
+            context = group.prompt.tokens if self._objective.plain_credit else group.context
+            shaped = self._objective.credit_gamma > 0 and group.kept is not None
             for start in range(0, len(group.completions), size):
                 part = slice(start, start + size)
                 units.append(Unit(context, group.completions[part], advantage[part], shaped))
@@ -163,8 +163,10 @@ class Packer:
         completions = [completion for unit in units for completion in unit.completions]
         lengths = np.array([len(completion.tokens) for completion in completions])
         finished = np.array([completion.finished for completion in completions])
-        weights = objectives.row_weights(self._algorithm, lengths, finished, self.shapes.max_completion)
-        entropy_weights = objectives.entropy_weights(self._algorithm, lengths, finished)
+        weights = objectives.row_weights(self._objective, lengths, finished, self.shapes.max_completion)
+        entropy_weights = objectives.entropy_weights(self._objective, lengths, finished)
+        # Every unit has exactly completions_per_unit completions, because that number divides every group
+        # (`MicroShapes`).
         size = self.shapes.completions_per_unit
         for i, unit in enumerate(units):
             unit.weight = weights[i * size : (i + 1) * size]
@@ -178,7 +180,8 @@ class Packer:
         families = [piece.family for piece in pieces]
         needs = [self._needs(family) for family in families]
         choices = self.shapes.choices(sum(needed.tokens for needed in needs))
-        for sizes in choices:  # without an end; a full micro-batch for every piece would do
+        # choices never ends, but this loop does: at the latest when there is a full micro-batch for each piece.
+        for sizes in choices:
             axes = [size for size in sizes for _ in range(self.shapes.shards)]
             places = self._places(needs, axes, max) or self._places(needs, axes, min)
             if places:
@@ -246,7 +249,7 @@ class Packer:
     def fill(self, batch: MicroBatch) -> TrainBatch:
         """Returns the host arrays of a micro-batch."""
         most = segments.most_segments(batch.size, self._width) if self._width else None
-        return fill(batch, self._chunk, most, has_shaped=self._algorithm.credit_gamma > 0)
+        return fill(batch, self._chunk, most, has_shaped=self._objective.credit_gamma > 0)
 
     def empty(self, size: int) -> TrainBatch:
         """Returns the arrays of a micro-batch of padding, for their shapes and dtypes."""
@@ -270,7 +273,12 @@ def fill(batch: MicroBatch, chunk: int | None, most: int | None = None, has_shap
             max(sum(sum(family.completions) for family in shard) for shard in families), np.int32
         ),
         mask=of_tokens(bool),
-        **{name: of_tokens(np.float32) for name in TrainBatch._fields[5:-1]},
+        advantage=of_tokens(np.float32),
+        weight=of_tokens(np.float32),
+        entropy_weight=of_tokens(np.float32),
+        old_logprob=of_tokens(np.float32),
+        reference_logprob=of_tokens(np.float32),
+        sampler_logprob=of_tokens(np.float32),
         shaped=of_tokens(bool) if has_shaped else None,
     )
     for shard, pieces in enumerate(batch.shards):

@@ -16,7 +16,7 @@ from igrpo_jax.distributed.programs import Program, is_refused, program_bytes, t
 from igrpo_jax.learning import forward, loss, train_state
 from igrpo_jax.learning.forward import PolicyLogprobs
 from igrpo_jax.learning.loss import LossSettings, MicroBatchSums
-from igrpo_jax.learning.objectives import Resolved
+from igrpo_jax.learning.objectives import ResolvedObjective
 from igrpo_jax.learning.optimizer import make_optimizer, state_shardings
 from igrpo_jax.learning.packing import Packer, TrainBatch
 from igrpo_jax.learning.train_state import TrainState
@@ -58,7 +58,7 @@ class LearnerPrograms:
         config: Config,
         cfg: DecoderConfig,
         mesh: jax.sharding.Mesh,
-        algorithm: Resolved,
+        objective: ResolvedObjective,
         packer: Packer,
         total_optimizer_steps: int,
     ):
@@ -66,7 +66,7 @@ class LearnerPrograms:
         self.costs = TrainingCosts(config, cfg, mesh, packer.shapes.unit)
         self._config = config
         self._mesh = mesh
-        self._algorithm = algorithm
+        self._objective = objective
         self._packer = packer
         self._optimizer_steps = config.learner.minibatches * config.algorithm.num_iterations  # of an update
         self._gradient_programs: dict[str, Program] = {}
@@ -134,7 +134,7 @@ class LearnerPrograms:
 
     def _make_gradient_program(self, remat: str) -> Program:
         settings = LossSettings(
-            algorithm=self._algorithm,
+            objective=self._objective,
             policy=replace(self._policy, remat=remat),
             on_policy=self._optimizer_steps == 1,
             correction_cap=self._config.algorithm.importance_sampling_cap,
@@ -197,7 +197,7 @@ class LearnerPrograms:
     def waiting_bytes(self) -> WaitingBytes:
         """For each program, the bytes on each device that training keeps there beside the program's arguments."""
         params, moments = tree_bytes(self.state.params), tree_bytes(self.state.opt_state)
-        scores_reference = self._algorithm.beta > 0
+        scores_reference = self._objective.beta > 0
         reference = params if scores_reference and not self._config.learner.offload_reference else 0
         return WaitingBytes(
             accumulate=moments + reference,
@@ -208,9 +208,9 @@ class LearnerPrograms:
     @property
     def wanted(self) -> Wanted:
         """All programs that an update may call."""
-        rescored = self._sizes if self._optimizer_steps > 1 or self._algorithm.beta > 0 else []
+        rescored = self._sizes if self._optimizer_steps > 1 or self._objective.beta > 0 else []
         if not rescored and self._config.algorithm.num_drafts and self._config.log.samples_every:
-            rescored = self._sizes[:1]  # for `Learner.draft_check` and `Learner.reliance`
+            rescored = self._sizes[:1]  # for `Learner.draft_mismatch` and `Learner.reliance`
         sizes = [
             (program, size) for program, of in ((self.accumulate, self._sizes), (self.rescore, rescored)) for size in of
         ]

@@ -29,8 +29,8 @@ from igrpo_jax.distributed import watchdog
 from igrpo_jax.distributed.compiling import Wanted
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.learning import exchange, filtering, objectives
-from igrpo_jax.learning.exchange import ProcessRollout
-from igrpo_jax.learning.stages import StepRollout
+from igrpo_jax.learning.exchange import RolloutPart
+from igrpo_jax.learning.stages import StageRunner
 from igrpo_jax.models import decoder
 from igrpo_jax.records import Group, Score
 from igrpo_jax.rewards.verifier import Verifier, check_errors
@@ -110,25 +110,25 @@ class Rollout:
         }
         return RolloutResult(groups, metrics)
 
-    def _collect_own(self, params: decoder.Params, step: int, prompts: exchange.Prompts) -> ProcessRollout:
+    def _collect_own(self, params: decoder.Params, step: int, prompts: exchange.Prompts) -> RolloutPart:
         """Samples and scores this process's positions of a step."""
         began, settings = time.perf_counter(), self._config.rollout
         self._scheduler.start(params, Sampling(settings.temperature, settings.top_p, settings.top_k))
         try:
-            running = StepRollout(self._config, self._renderer, self._scheduler, step, prompts)
+            runner = StageRunner(self._config, self._renderer, self._scheduler, step, prompts)
             waited = sample_and_score(self._scheduler, self._verifier.submit, self._renderer)
         finally:
             self._scheduler.finish()
-        groups = {work.position: work.group() for work in (*running.unrefined, *running.latest.values())}
-        sampled = [*groups.values(), *running.redrawn]
+        groups = {progress.position: progress.group() for progress in (*runner.unrefined, *runner.latest.values())}
+        sampled = [*groups.values(), *runner.redrawn]
         refinements = [completion for group in sampled for completion in group.completions]
-        return ProcessRollout(
+        return RolloutPart(
             groups=groups,
-            redrawn=len(running.redrawn),
-            redrawn_equal=_equal(running.redrawn),
-            scores=_scores(running.redrawn) + [completion.score for completion in running.left_out],
+            redrawn=len(runner.redrawn),
+            redrawn_equal=_equal(runner.redrawn),
+            scores=_scores(runner.redrawn) + [completion.score for completion in runner.left_out],
             draft_tokens=sum(len(draft.tokens) for group in sampled for draft in group.drafts),
-            completion_tokens=sum(len(completion.tokens) for completion in (*refinements, *running.left_out)),
+            completion_tokens=sum(len(completion.tokens) for completion in (*refinements, *runner.left_out)),
             judgements=self._verifier.judgements,
             usage=self._scheduler.usage,
             seconds=time.perf_counter() - began,
@@ -136,7 +136,7 @@ class Rollout:
             waited=waited,
         )
 
-    def _redraws(self, groups: Sequence[Group], parts: Sequence[ProcessRollout]) -> dict[str, float]:
+    def _redraws(self, groups: Sequence[Group], parts: Sequence[RolloutPart]) -> dict[str, float]:
         most, metric = self._config.algorithm.max_redraws, self._config.filter_groups_metric
         if not most:
             return {}
@@ -175,7 +175,7 @@ def _equal(groups: Sequence[Group]) -> int:
     return sum(not objectives.has_signal(group.rewards[None])[0] for group in groups)
 
 
-def _usage_metrics(parts: Sequence[ProcessRollout]) -> dict[str, float]:
+def _usage_metrics(parts: Sequence[RolloutPart]) -> dict[str, float]:
     """Returns what the rollout cost over all processes."""
     usage = sum((part.usage for part in parts), Usage())
     seconds = [part.seconds for part in parts]

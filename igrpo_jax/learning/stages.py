@@ -89,17 +89,16 @@ def needs_refinement(drafts: Collection[Completion], left: int, algorithm: Algor
 
 
 def needs_verification(drafts: Collection[Completion]) -> bool:
-    """Returns whether a prompt is verified where algorithm.second_stage = "verify": whether some drafts are right and
-    some wrong, of those with a verdict.
+    """Returns whether algorithm.second_stage = "verify" verifies a prompt.
 
-    Self-Verification multiplies the reward of a verification by 2 x the fraction of the prompt's solutions whose
-    verdict differs from that of the solution shown, which is 0 where there is none.
+    It does where, of the prompt's drafts with a verdict, some are right and some are wrong. Self-Verification
+    (2506.01369) gives all other prompts the weight 0.
     """
     return len({draft.score.is_right for draft in drafts if not np.isnan(draft.score.reward)}) == 2
 
 
 @dataclass
-class PromptRollout:
+class PromptProgress:
     """One prompt on its way through the two stages."""
 
     prompt: Prompt
@@ -121,23 +120,23 @@ def _ordered(samples: dict[int, Completion]) -> tuple[Completion, ...]:
     return tuple(samples[number] for number in sorted(samples))
 
 
-def keep_best_refined(work: PromptRollout) -> list[Completion]:
+def keep_best_refined(progress: PromptProgress) -> list[Completion]:
     """Keeps the draft whose refinements earn most on average, and returns the refinements of the others.
 
     Refinements without a verdict are not counted; of drafts that are equally good the first one is kept.
     """
-    samples = len(work.completions) // len(work.contexts)
-    rewards = np.array([completion.score.reward for completion in _ordered(work.completions)])
+    samples = len(progress.completions) // len(progress.contexts)
+    rewards = np.array([completion.score.reward for completion in _ordered(progress.completions)])
     means = np.ma.masked_invalid(rewards.reshape(-1, samples)).mean(axis=1).filled(-np.inf)
     best = int(np.argmax(means))
-    work.kept, work.context = list(work.contexts.items())[best]
+    progress.kept, progress.context = list(progress.contexts.items())[best]
     kept = range(best * samples, (best + 1) * samples)
-    left_out = [completion for number, completion in sorted(work.completions.items()) if number not in kept]
-    work.completions = {number: work.completions[number] for number in kept}
+    left_out = [completion for number, completion in sorted(progress.completions.items()) if number not in kept]
+    progress.completions = {number: progress.completions[number] for number in kept}
     return left_out
 
 
-class StepRollout:
+class StageRunner:
     """This process's prompts of one step: it decides what each prompt does next, once a score has come."""
 
     def __init__(
@@ -163,116 +162,117 @@ class StepRollout:
         self._drafting: set[int] = set()  # positions whose drafts are not all scored
         # The latest prompt of each position of this process.
         self.latest = {
-            index: PromptRollout(prompts(0)[index], StepPosition(index), left=config.algorithm.num_generations)
+            index: PromptProgress(prompts(0)[index], StepPosition(index), left=config.algorithm.num_generations)
             for index in scheduler.engine.team.positions(self._count)
         }
         self.left_out: list[Completion] = []  # refinements of drafts that are not kept
-        self.unrefined: list[PromptRollout] = []  # prompts without Stage 2, whose position a fresh prompt took
+        self.unrefined: list[PromptProgress] = []  # prompts without Stage 2, whose position a fresh prompt took
         self.redrawn: list[Group] = []  # groups that were filtered out, whose position a fresh prompt took
-        for work in self.latest.values():
-            self._begin(work)
+        for progress in self.latest.values():
+            self._begin(progress)
 
-    def _rng(self, work: PromptRollout, tag: int) -> np.random.Generator:
-        return np.random.default_rng([self._seed, self._step, work.position.random_index(self._count), tag])
+    def _rng(self, progress: PromptProgress, tag: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, self._step, progress.position.random_index(self._count), tag])
 
-    def _begin(self, work: PromptRollout) -> None:
+    def _begin(self, progress: PromptProgress) -> None:
         """Starts Stage 1 of a prompt, or Stage 2 where it has no drafts."""
         algorithm = self._algorithm
-        dropped = algorithm.draft_dropout > 0 and self._rng(work, DROPOUT).random() < algorithm.draft_dropout
+        dropped = algorithm.draft_dropout > 0 and self._rng(progress, DROPOUT).random() < algorithm.draft_dropout
         if dropped or not self._num_drafts:
-            self._start_second(work)
+            self._start_second(progress)
         else:
-            self._drafting.add(work.position.index)
-            self._draft(work, 1 if algorithm.draft_early_stop else self._num_drafts)
+            self._drafting.add(progress.position.index)
+            self._draft(progress, 1 if algorithm.draft_early_stop else self._num_drafts)
 
-    def _draft(self, work: PromptRollout, samples: int) -> None:
+    def _draft(self, progress: PromptProgress, samples: int) -> None:
         """Queues further drafts of a prompt."""
-        scored = functools.partial(self._draft_scored, work)
-        self._submit(work, "draft", work.prompt.tokens, samples, len(work.drafts), scored)
+        scored = functools.partial(self._draft_scored, progress)
+        self._submit(progress, "draft", progress.prompt.tokens, samples, len(progress.drafts), scored)
 
-    def _draft_scored(self, work: PromptRollout, draft: Completion) -> None:
+    def _draft_scored(self, progress: PromptProgress, draft: Completion) -> None:
         """Keeps a draft; a further draft or what comes after Stage 1 may follow."""
-        drafts = work.drafts
+        drafts = progress.drafts
         drafts[draft.sample_id] = draft
         if len(drafts) < self._num_drafts:
             if not self._algorithm.draft_early_stop:
                 return
             if not draft.score.reward >= self._largest:  # NaN is no success
-                self._draft(work, 1)
+                self._draft(progress, 1)
                 return
-        self._drafting.remove(work.position.index)
+        self._drafting.remove(progress.position.index)
         if self._rollout.streamed:
-            self._drafted(work)
+            self._drafted(progress)
         elif not self._drafting:
             for waiting in [other for other in self.latest.values() if other.context is None]:
                 self._drafted(waiting)
 
-    def _drafted(self, work: PromptRollout) -> None:
+    def _drafted(self, progress: PromptProgress) -> None:
         """Goes on from a prompt whose drafts are scored: to its refinements, or to a fresh prompt at its position."""
         algorithm = self._algorithm
         if algorithm.second_stage == "verify":
-            goes_on = needs_verification(work.drafts.values())
+            goes_on = needs_verification(progress.drafts.values())
         elif algorithm.draft_when == "unsolved":
-            goes_on = needs_refinement(work.drafts.values(), work.left, algorithm)
+            goes_on = needs_refinement(progress.drafts.values(), progress.left, algorithm)
         else:
             goes_on = True
         if goes_on:
-            self._start_second(work)
+            self._start_second(progress)
             return
-        work.context = work.prompt.tokens
-        if algorithm.draft_when == "unsolved" and work.left >= self._num_drafts:
-            self.unrefined.append(work)
-            self._begin(self._fresh(work, work.left - self._num_drafts))
+        progress.context = progress.prompt.tokens
+        if algorithm.draft_when == "unsolved" and progress.left >= self._num_drafts:
+            self.unrefined.append(progress)
+            self._begin(self._fresh(progress, progress.left - self._num_drafts))
 
-    def _fresh(self, work: PromptRollout, left: int = 0) -> PromptRollout:
-        """Returns the fresh prompt that takes the position of `work`."""
-        index, redraw = work.position
-        fresh = PromptRollout(self._prompts(redraw + 1)[index], StepPosition(index, redraw + 1), left=left)
+    def _fresh(self, progress: PromptProgress, left: int = 0) -> PromptProgress:
+        """Returns the fresh prompt that takes the position of `progress`."""
+        index, redraw = progress.position
+        fresh = PromptProgress(self._prompts(redraw + 1)[index], StepPosition(index, redraw + 1), left=left)
         self.latest[index] = fresh
         return fresh
 
-    def _start_second(self, work: PromptRollout) -> None:
+    def _start_second(self, progress: PromptProgress) -> None:
         """Starts Stage 2 of a prompt: on q' where a draft has a verdict, on the plain prompt where none has."""
         samples = self._algorithm.num_generations
-        work.contexts = {shown: self._context(work, shown) for shown in self._shown(work)}
-        work.kept, work.context = next(iter(work.contexts.items()))
-        scored = functools.partial(self._refinement_scored, work)
-        for place, context in enumerate(work.contexts.values()):
-            self._submit(work, self._algorithm.second_stage, context, samples, place * samples, scored)
+        progress.contexts = {shown: self._context(progress, shown) for shown in self._shown(progress)}
+        progress.kept, progress.context = next(iter(progress.contexts.items()))
+        scored = functools.partial(self._refinement_scored, progress)
+        # The refinements of context number c have the sample ids c G to (c + 1) G - 1; keep_best_refined relies on it.
+        for place, context in enumerate(progress.contexts.values()):
+            self._submit(progress, self._algorithm.second_stage, context, samples, place * samples, scored)
 
-    def _shown(self, work: PromptRollout) -> list[int | None]:
+    def _shown(self, progress: PromptProgress) -> list[int | None]:
         """Returns the numbers of the drafts to refine; None stands for the plain prompt."""
-        drafts = _ordered(work.drafts)
+        drafts = _ordered(progress.drafts)
         if not drafts:
             return [None]
         known = [i for i, draft in enumerate(drafts) if not np.isnan(draft.score.reward)]
         if self._algorithm.draft_selection == "refined" and known:
             return [*known]
         algorithm = self._algorithm
-        return [select_draft(drafts, algorithm.draft_selection, self._rng(work, SELECTION), algorithm.draft_metric)]
+        return [select_draft(drafts, algorithm.draft_selection, self._rng(progress, SELECTION), algorithm.draft_metric)]
 
-    def _context(self, work: PromptRollout, shown: int | None) -> np.ndarray:
+    def _context(self, progress: PromptProgress, shown: int | None) -> np.ndarray:
         """Returns q' with a draft, or the plain prompt."""
         if shown is None:
-            return work.prompt.tokens
-        draft = work.drafts[shown]
-        return self._renderer.with_draft(work.prompt.question, draft.tokens, draft.score.is_right)
+            return progress.prompt.tokens
+        draft = progress.drafts[shown]
+        return self._renderer.with_draft(progress.prompt.question, draft.tokens, draft.score.is_right)
 
-    def _refinement_scored(self, work: PromptRollout, completion: Completion) -> None:
+    def _refinement_scored(self, progress: PromptProgress, completion: Completion) -> None:
         """Keeps a refinement; after the last one of a group that is filtered out, a redraw follows."""
-        work.completions[completion.sample_id] = completion
-        if len(work.completions) < self._algorithm.num_generations * len(work.contexts):
+        progress.completions[completion.sample_id] = completion
+        if len(progress.completions) < self._algorithm.num_generations * len(progress.contexts):
             return
-        if len(work.contexts) > 1:
-            self.left_out += keep_best_refined(work)
+        if len(progress.contexts) > 1:
+            self.left_out += keep_best_refined(progress)
         redraws = self._algorithm.max_redraws
-        if work.position.redraw < redraws and not filtering.passes([work.group()], self._filter_metric)[0]:
-            self.redrawn.append(work.group())
-            self._begin(self._fresh(work))
+        if progress.position.redraw < redraws and not filtering.passes([progress.group()], self._filter_metric)[0]:
+            self.redrawn.append(progress.group())
+            self._begin(self._fresh(progress))
 
     def _submit(
         self,
-        work: PromptRollout,
+        progress: PromptProgress,
         stage: str,
         tokens: np.ndarray,
         samples: int,
@@ -280,14 +280,14 @@ class StepRollout:
         scored: Callable[[Completion], None],
     ) -> None:
         """Queues samples of one stage; verifications are graded against the verdict on the solution that they see."""
-        prompt = work.prompt
+        prompt = progress.prompt
         if stage == "verify":
-            assert work.kept is not None, "only a prompt with a right and a wrong solution is verified"
-            prompt = replace(prompt, answer=VERDICTS[work.drafts[work.kept].score.is_right])
+            assert progress.kept is not None, "only a prompt with a right and a wrong solution is verified"
+            prompt = replace(prompt, answer=VERDICTS[progress.drafts[progress.kept].score.is_right])
         self._scheduler.submit(
             Request(
                 tokens=tokens,
-                index=work.position.random_index(self._count),
+                index=progress.position.random_index(self._count),
                 samples=samples,
                 key=self._keys[stage],
                 limit=self._rollout.max_completion_length,

@@ -11,8 +11,8 @@ from igrpo_jax.learning.packing import Unit
 _LAST = ("learning_rate", "nonfinite_steps")  # a rate or a count: that of the last optimizer step
 _LARGEST = ("sampling/sampling_logp_difference/max",)
 _PLAIN = "refine/plain_logp_difference"  # how far the plain prompt's log-probs are from those with the draft
-# Metrics that are NaN in a step in which no group has a gradient.
-COMPARED = ("sampling/sampling_logp_difference/mean", *_LARGEST, _PLAIN)
+# NaN in a step in which no group has a gradient; metrics.jsonl has null for it.
+NULLABLE = ("sampling/sampling_logp_difference/mean", *_LARGEST, _PLAIN)
 
 
 def optimizer_step_metrics(
@@ -91,7 +91,7 @@ def mean_over_steps(parts: list[dict[str, float]]) -> dict[str, float]:
     merged = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         values = [part[name] for part in parts if name in part]  # a minibatch may have no drafts
-        if name in COMPARED:  # a minibatch may have no group with a gradient
+        if name in NULLABLE:  # a minibatch may have no group with a gradient
             values = [value for value in values if not math.isnan(value)] or [math.nan]
         merged[name] = float(max(values) if name in _LARGEST else np.mean(values))
     return merged | {name: float(parts[-1][name]) for name in _LAST}

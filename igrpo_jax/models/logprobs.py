@@ -80,9 +80,16 @@ def token_logprobs(
     split = lambda x: pad(x).reshape(rows, chunks, length, *x.shape[2:]).swapaxes(0, 1)
     # One axis, because XLA's CPU compiler transposes a copy of the chunk for a product over two axes.
     flat = lambda x: x.reshape(chunks, rows * length, *x.shape[3:])
-    axes = "VD" if tied else "DV"
-    how = temperature or 1.0, axes, entropy_gradient, keep_logits
-    results = _chunked(flat(split(hidden)), head, flat(split(targets)), trips, *how)
+    results = _chunked(
+        flat(split(hidden)),
+        head,
+        flat(split(targets)),
+        trips,
+        temperature=temperature or 1.0,
+        axes="VD" if tied else "DV",
+        entropy_gradient=entropy_gradient,
+        keep_logits=keep_logits,
+    )
     return tuple(x.reshape(chunks, rows, length).swapaxes(0, 1).reshape(rows, -1)[:, :time] for x in results)
 
 
@@ -269,5 +276,14 @@ def packed_logprobs(
     of_sublayers = "none" if remat == "logits" else remat
     hidden, _ = decoder.apply(cfg, weights, tokens, segments.position, segments, remat=of_sublayers)
     head = params["embedding" if cfg.tie_embeddings else "lm_head"]
-    how = cfg.tie_embeddings, entropy_gradient, count, remat == "none"
-    return token_logprobs(hidden, head, targets, temperature, chunk, *how)
+    return token_logprobs(
+        hidden,
+        head,
+        targets,
+        temperature,
+        chunk,
+        tied=cfg.tie_embeddings,
+        entropy_gradient=entropy_gradient,
+        count=count,
+        keep_logits=remat == "none",
+    )

@@ -127,7 +127,7 @@ class Gradients:
 
     def _of(self, problem: Answered, kinds: Sequence[str], reliance: dict[str, np.ndarray]) -> Measured:
         """Returns what is measured of a problem, after its file is written."""
-        units = of_kinds(problem, self._learner.algorithm, self._learner.packer.shapes.max_completion)
+        units = of_kinds(problem, self._learner.objective, self._learner.packer.shapes.max_completion)
         sketches = {kind: self._sketch(units[kind]) for kind in kinds}
         arrays = sketches | {f"reliance_{draft}": values for draft, values in reliance.items()}
         file, path = io.BytesIO(), self._path(problem)
@@ -189,7 +189,7 @@ def learner_config(config: Config) -> Config:
     return replace(config, algorithm=algorithm, learner=replace(config.learner, minibatches=1), prompts_per_step=1)
 
 
-def of_kinds(problem: Answered, algorithm: objectives.Resolved, longest: int) -> dict[str, list[Unit]]:
+def of_kinds(problem: Answered, objective: objectives.ResolvedObjective, longest: int) -> dict[str, list[Unit]]:
     """Returns the units of each kind of gradient, with advantages and weights; none where all rewards are equal.
 
     The weights of tokens are those of a step that has this group alone, so that the mean over problems is that of a
@@ -198,7 +198,7 @@ def of_kinds(problem: Answered, algorithm: objectives.Resolved, longest: int) ->
     Args:
         longest: the budget of a completion, in tokens.
     """
-    unit = functools.partial(_unit, algorithm=algorithm, longest=longest)
+    unit = functools.partial(_unit, objective=objective, longest=longest)
     q, parts = problem.prompt.tokens, [(part, problem.weight(part)) for part in problem.refined]
     plain = unit(q, problem.plain)
     refined = [unit(part.context, part.completions, factor=weight) for part, weight in parts]
@@ -210,7 +210,7 @@ def of_kinds(problem: Answered, algorithm: objectives.Resolved, longest: int) ->
 def _unit(
     context: np.ndarray,
     completions: Sequence[Completion],
-    algorithm: objectives.Resolved,
+    objective: objectives.ResolvedObjective,
     longest: int,
     factor: float = 1.0,
     is_credit: bool = False,
@@ -223,11 +223,11 @@ def _unit(
     """
     right = np.array([completion.score.is_right for completion in completions])
     # A divisor that is the same for all groups does not change the direction of the gradient.
-    scale = "none" if algorithm.scale_rewards == "batch" else algorithm.scale_rewards
-    advantage = factor * objectives.group_advantages(right[None].astype(np.float32), scale, algorithm.baseline)[0]
+    scale = "none" if objective.scale_rewards == "batch" else objective.scale_rewards
+    advantage = factor * objectives.group_advantages(right[None].astype(np.float32), scale, objective.baseline)[0]
     lengths = np.array([len(completion.tokens) for completion in completions])
     finished = np.array([completion.finished for completion in completions])
-    weight = objectives.row_weights(algorithm, lengths, finished, longest)
+    weight = objectives.row_weights(objective, lengths, finished, longest)
     chosen = right if is_credit else np.ones(len(right), bool)
     if not advantage[chosen].any():
         return None

@@ -26,14 +26,14 @@ def format_reward(text: str) -> float:
     return 0.0 if any(tag in thought or tag in answer for tag in TAGS) else 1.0
 
 
-def overlong_penalty(length: int, limit: int, cache: int) -> float:
+def overlong_penalty(length: int, max_completion: int, cache: int) -> float:
     """Returns the soft over-long penalty of DAPO (arXiv 2503.14476, Eq. 13).
 
-    It is 0 up to `limit - cache` and then falls linearly to -1 at `limit`.
+    It is 0 up to `max_completion - cache` and then falls linearly to -1 at `max_completion`.
 
     Args:
         length: tokens of the completion, including EOS.
-        limit: L_max, the most tokens that a completion may have.
+        max_completion: L_max, the most tokens that a completion may have.
         cache: L_cache, the last tokens over which the penalty grows; at least 1.
     """
-    return -min(max(length - (limit - cache), 0) / cache, 1.0)
+    return -min(max(length - (max_completion - cache), 0) / cache, 1.0)

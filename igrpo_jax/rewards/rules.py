@@ -23,7 +23,7 @@ class Rules:
     """The rewards that a worker computes from one completion alone, and their weights in the sum."""
 
     weights: dict[str, float]  # of the rewards in use, by name; without the judge and custom rewards
-    limit: int = 0  # the most tokens that a completion may have, for the over-long penalty
+    max_completion: int = 0  # the most tokens that a completion may have, for the over-long penalty
     overlong_cache: int = 0  # the number of last tokens over which the penalty grows
 
 
@@ -37,18 +37,18 @@ def _format(candidate: Candidate, rules: Rules) -> tuple[float, str | None, str]
 
 def _overlong(candidate: Candidate, rules: Rules) -> tuple[float, str | None, str]:
     length = len(candidate.tokens)
-    return overlong_penalty(length, rules.limit, rules.overlong_cache), None, "ok"
+    return overlong_penalty(length, rules.max_completion, rules.overlong_cache), None, "ok"
 
 
 # Name -> function of (candidate, rules) that returns (unweighted reward, extracted answer, status).
 REWARDS: dict[str, Callable] = {"accuracy": _accuracy, "format": _format, "overlong": _overlong}
 
 
-def rules_of(settings: RewardsConfig, limit: int = 0) -> Rules:
+def rules_of(settings: RewardsConfig, max_completion: int = 0) -> Rules:
     """Returns the rules that `settings` ask for."""
     weights = {name: getattr(settings, name) for name in REWARDS}
     used = {name: weight for name, weight in weights.items() if weight != 0}
-    return Rules(used, limit, settings.overlong_cache)
+    return Rules(used, max_completion, settings.overlong_cache)
 
 
 def score(candidate: Candidate, rules: Rules) -> Score:

@@ -1,6 +1,6 @@
 """The verifier: computes the rewards of completions. The trainer and the evaluation grade through this module.
 
-    with Verifier(config.rewards, limit=config.rollout.max_completion_length) as verifier:
+    with Verifier(config.rewards, max_completion=config.rollout.max_completion_length) as verifier:
         futures = [verifier.submit(candidate) for candidate in …]   # returns at once
         scores = [future.result() for future in futures]            # never raises
     check_errors(scores, config.rewards.max_error_fraction)         # raises: no silent zeros
@@ -82,7 +82,7 @@ class Verifier:
     """Grades completions in killable processes and asks the judge; a context manager, usable from any thread.
 
     Args:
-        limit: the most tokens that a completion may have, for the over-long penalty.
+        max_completion: the most tokens that a completion may have, for the over-long penalty.
         answer_column: the column of the data set under whose name custom rewards receive the reference answer.
         cache: the file of the judge's verdicts, used where config.rewards.judge.cache is empty.
         max_steps: number of updates of the run, for custom rewards that ask.
@@ -94,12 +94,12 @@ class Verifier:
     def __init__(
         self,
         settings: RewardsConfig,
-        limit: int = 0,
+        max_completion: int = 0,
         answer_column: str = "answer",
         cache: Path = Path("judge.sqlite"),
         max_steps: int = 0,
     ):
-        self._rules = rules_of(settings, limit)
+        self._rules = rules_of(settings, max_completion)
         rewards = custom_rewards(settings, answer_column)
         self._weights = self._rules.weights | {reward.name: reward.weight for reward in rewards}
         self._judge_weight = settings.judge.weight

@@ -26,7 +26,7 @@ from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.rollout import Rollout
 from igrpo_jax.learning.train_state import TrainState
-from igrpo_jax.learning.update_metrics import COMPARED
+from igrpo_jax.learning.update_metrics import NULLABLE
 from igrpo_jax.learning.warm_start import warm_start
 from igrpo_jax.models import decoder, hf_write
 from igrpo_jax.outputs import hub, weights
@@ -105,7 +105,7 @@ def _start(
     stack.enter_context(showing_waits(console.waiting))
     if latest is None:
         first_step, progress = 0, Progress()
-        writer = stack.enter_context(Writer(workdir, config, nullable=COMPARED))
+        writer = stack.enter_context(Writer(workdir, config, nullable=NULLABLE))
         state = _first_state(config, task, workdir, learner, writer, console)
     else:
         with console.phase(f"restoring step {latest}"):
@@ -114,7 +114,7 @@ def _start(
             ending.check(config, task.total_steps, workdir, first_step)
         progress = Progress.from_meta(meta, int(state.skipped))
         # Rows and samples of steps after the checkpoint are dropped here, because those steps are run again.
-        writer = stack.enter_context(Writer(workdir, config, first_step, COMPARED))
+        writer = stack.enter_context(Writer(workdir, config, first_step, NULLABLE))
         # An evaluation after the checkpoint was saved is in the rows alone.
         progress.recall(cluster.from_first(lambda: writer.scores))
         ending.tell_lost_rows(writer.rows, meta["metrics_rows"], first_step, console)

@@ -60,14 +60,14 @@ SETTINGS = {
 UNEVEN = """
 import dataclasses
 from igrpo_jax.learning import stages
-submit = stages.StepRollout._submit
+submit = stages.StageRunner._submit
 def uneven(self, work, *args, **kwargs):
     settings = self._rollout
     if self._step == 2 and work.position.index % 2:
         self._rollout = dataclasses.replace(settings, max_completion_length=2)
     submit(self, work, *args, **kwargs)
     self._rollout = settings
-stages.StepRollout._submit = uneven
+stages.StageRunner._submit = uneven
 """
 NOTICE = """
 import os, signal
@@ -135,7 +135,7 @@ def four(folder, two):
 def one(folder):
     """One process that runs to the end."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages.StepRollout, "_submit", stages.StepRollout._submit)  # so that it is put back
+        patch.setattr(stages.StageRunner, "_submit", stages.StageRunner._submit)  # so that it is put back
         exec(UNEVEN, {})
         train.train(whole_runs.settings(**SETTINGS, **{"checkpoint.export": True}), folder / "one")
     return folder / "one"

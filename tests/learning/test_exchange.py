@@ -8,7 +8,7 @@ import pytest
 
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.learning import exchange
-from igrpo_jax.learning.exchange import ProcessRollout, StepPosition, decode, encode, everywhere
+from igrpo_jax.learning.exchange import RolloutPart, StepPosition, everywhere, from_bytes, to_bytes
 from igrpo_jax.records import Completion, Group, Prompt, Score
 from igrpo_jax.rewards.judge import Judgement
 from igrpo_jax.sampling.requests import Usage
@@ -46,7 +46,7 @@ def process_rollout():
     }
     scores = [one.score for one in refined]
     judged = [Judgement(None, "no answer", requests=3, seconds=0.5), Judgement(0.25, cached=True)]
-    return ProcessRollout(groups, 2, 1, scores, 11, 12, judged, Usage(1, 2, 3, 4, 5), 1.5, 0.125, 0.25)
+    return RolloutPart(groups, 2, 1, scores, 11, 12, judged, Usage(1, 2, 3, 4, 5), 1.5, 0.125, 0.25)
 
 
 def check_same(one, other):
@@ -72,11 +72,11 @@ def check_same(one, other):
 
 def test_it_arrives_as_it_was():
     sent = process_rollout()
-    received = decode(encode(sent), PROMPTS.__getitem__)
+    received = from_bytes(to_bytes(sent), PROMPTS.__getitem__)
     check_same(received, sent)
     assert received.groups[2, 0].prompt is PROMPTS[0][2] and received.groups[0, 1].prompt is PROMPTS[1][0]
     nothing = replace(sent, groups={}, scores=[], judgements=[])
-    check_same(decode(encode(nothing), PROMPTS.__getitem__), nothing)
+    check_same(from_bytes(to_bytes(nothing), PROMPTS.__getitem__), nothing)
 
 
 def test_arrays_keep_their_dtype_and_may_be_empty():
@@ -86,7 +86,7 @@ def test_arrays_keep_their_dtype_and_may_be_empty():
     )
     group = Group(PROMPTS[0][1], (), None, np.zeros(0, np.int32), (empty,))
     sent = replace(process_rollout(), groups={StepPosition(1): group})
-    check_same(decode(encode(sent), PROMPTS.__getitem__), sent)
+    check_same(from_bytes(to_bytes(sent), PROMPTS.__getitem__), sent)
 
 
 @pytest.mark.parametrize("text", ["", "\ud800", "a\udfffb", "\U0001f600", "\x00\x1b", "é" * 70_000])
@@ -97,7 +97,7 @@ def test_texts_arrive_as_they_were(text):
     group = Group(PROMPTS[0][1], (), None, np.arange(3, dtype=np.int32), completions)
     judged = [Judgement(None, text)]
     sent = replace(process_rollout(), groups={StepPosition(1): group}, scores=[score], judgements=judged)
-    check_same(decode(encode(sent), PROMPTS.__getitem__), sent)
+    check_same(from_bytes(to_bytes(sent), PROMPTS.__getitem__), sent)
 
 
 def test_the_integer_that_randomness_comes_of():
@@ -119,7 +119,7 @@ def test_one_process_sends_nothing(monkeypatch):
 
 def test_where_one_process_was_told_to_leave_all_leave(monkeypatch):
     monkeypatch.setattr(exchange.jax, "process_count", lambda: 2)
-    other = [encode(process_rollout())]
+    other = [to_bytes(process_rollout())]
     monkeypatch.setattr(exchange.cluster, "gather", lambda data: [data, *other])
     assert len(everywhere(process_rollout(), PROMPTS.__getitem__)) == 2
     with pytest.raises(Preempted):

@@ -74,7 +74,7 @@ def build(tiny):
                 programs.rescore._compiled = shared.setdefault(("rescore", alike), {})
                 programs.apply._compiled = shared.setdefault(repr(kept), {})
                 programs.apply.compiled()
-                if learner.algorithm.beta:
+                if learner.objective.beta:
                     learner.set_reference(put(tiny[1], mesh))
         return made[key]
 
@@ -593,10 +593,10 @@ def test_drafts_are_compared_to_their_sampler(build, tiny, score_in_full):
     assert 20 < len(first) < P * (G + 2)
     learner, mesh = build()
     with jax.set_mesh(mesh):
-        found = learner.draft_check(put(tiny[1], mesh), drafted)
+        found = learner.draft_mismatch(put(tiny[1], mesh), drafted)
     with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
         patch.delattr(learner, "_frozen")  # without drafts nothing is run
-        assert learner.draft_check(put(tiny[1], mesh), [dataclasses.replace(groups[0], drafts=())]) == {}
+        assert learner.draft_mismatch(put(tiny[1], mesh), [dataclasses.replace(groups[0], drafts=())]) == {}
     first = np.concatenate(first)
     assert found["sampling/draft_logp_difference/mean"] == pytest.approx(first.mean(), rel=1e-5)
     assert found["sampling/draft_logp_difference/max"] == pytest.approx(first.max(), rel=1e-5)

@@ -420,7 +420,7 @@ def test_a_completion_changes_no_other_ones_ratio(loss_type):
     """Bit for bit, and so do tokens of prefixes and padding, whatever they hold."""
     r = resolved(loss_type)
     values, places = packed_values(r)
-    log_ratio = lambda difference: np.asarray(r.objective.log_ratio(difference, values.mask, values.row))
+    log_ratio = lambda difference: np.asarray(r.functions.log_ratio(difference, values.mask, values.row))
     difference = np.asarray(values.logprob - values.old)
     before = log_ratio(difference)
     changed = np.where(values.mask, difference, 99.0)
@@ -437,7 +437,7 @@ def test_an_axis_of_as_many_completions_as_there_can_be(loss_type):
     row = pack([[Family(0, [1])] * SIZE], SIZE).segment
     assert row.max() == 2 * SIZE
     difference = np.random.default_rng(0).normal(size=(1, SIZE)).astype(np.float32)
-    ratio = resolved(loss_type).objective.log_ratio(jnp.asarray(difference), jnp.ones((1, SIZE), bool), row)
+    ratio = resolved(loss_type).functions.log_ratio(jnp.asarray(difference), jnp.ones((1, SIZE), bool), row)
     np.testing.assert_array_equal(ratio, difference)
 
 

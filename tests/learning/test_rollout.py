@@ -18,7 +18,7 @@ from igrpo_jax.learning import credit, filtering, objectives
 from igrpo_jax.learning.exchange import StepPosition
 from igrpo_jax.learning.rollout import Rollout
 from igrpo_jax.learning.stages import (
-    PromptRollout,
+    PromptProgress,
     keep_best_refined,
     needs_refinement,
     needs_verification,
@@ -779,10 +779,12 @@ def test_the_draft_with_the_best_refinements(rewards, kept):
     """The drafts are numbers 0, 3 and 5 of those sampled: the others have no verdict."""
     prompt = Prompt("", 0, "", "", np.zeros(1, np.int32))
     contexts = {number: np.array([number]) for number in (0, 3, 5)}
-    work = PromptRollout(prompt, StepPosition(0), contexts=contexts, completions=dict(enumerate(drafts_with(rewards))))
-    left_out = keep_best_refined(work)
+    progress = PromptProgress(
+        prompt, StepPosition(0), contexts=contexts, completions=dict(enumerate(drafts_with(rewards)))
+    )
+    left_out = keep_best_refined(progress)
     first = 2 * list(contexts).index(kept)
-    assert (work.kept, work.context.tolist(), list(work.completions)) == (kept, [kept], [first, first + 1])
+    assert (progress.kept, progress.context.tolist(), list(progress.completions)) == (kept, [kept], [first, first + 1])
     assert [one.sample_id for one in left_out] == [i for i in range(6) if i not in (first, first + 1)]
 
 
@@ -879,13 +881,13 @@ def test_dynamic_sampling_looks_at_the_accuracy_and_not_at_the_reward(collect, p
     sampled = 3 + len(redrawn)
     assert metrics["redraw/filtered_frac"] == (len(redrawn) + metrics["redraw/exhausted"]) / sampled
     assert metrics["redraw/equal_reward_frac"] == 1 / sampled
-    rewards = filtering.trained_rewards(groups, settings(**changes))
+    rewards = filtering.unfiltered_rewards(groups, settings(**changes))
     assert np.isnan(rewards).all(axis=1).tolist() == [by_accuracy, by_accuracy, False]
     advantages = objectives.group_advantages(rewards, "group")
     assert not advantages[2].any() or metric == "reward"  # equal rewards have no advantage, whatever is filtered
     assert advantages[:2].any() != by_accuracy
     untouched = settings(**changes | {"algorithm__max_redraws": 0})
-    assert np.isfinite(filtering.trained_rewards(groups, untouched)).all()
+    assert np.isfinite(filtering.unfiltered_rewards(groups, untouched)).all()
 
 
 def test_redraws_end_on_an_unsolvable_set(renderer, schedulers, params, prompts, caplog):

@@ -107,7 +107,7 @@ def test_units_by_hand(learner):
     """Two of four are right: advantages +- 0.5 / 0.577. The wrong draft is kept in one of four sets."""
     longer = np.arange(1, 9, dtype=np.int32)
     case = problem(0, {True: longer, False: longer[1:]})
-    units = of_kinds(case, learner[0].algorithm, 18)
+    units = of_kinds(case, learner[0].objective, 18)
     (plain,), size = units["plain"], 0.5 / (np.sqrt(1 / 3) + 1e-4)
     np.testing.assert_allclose(plain.advantage, size * np.array([1, 1, -1, -1]), rtol=1e-5)
     np.testing.assert_allclose(plain.weight, [1 / (4 * length) for length in (4, 5, 6, 7)], rtol=1e-6)
@@ -120,7 +120,7 @@ def test_units_by_hand(learner):
         np.testing.assert_allclose(unit.advantage, weight * plain.advantage[:2], rtol=1e-5)
         np.testing.assert_allclose(unit.weight, plain.weight[:2])
     equal = problem(0, {True: longer}, answers=4)
-    assert of_kinds(equal, learner[0].algorithm, 18) == {kind: [] for kind in KINDS}
+    assert of_kinds(equal, learner[0].objective, 18) == {kind: [] for kind in KINDS}
 
 
 def test_the_same_objective_has_the_cosine_one_and_no_reliance(learner, tmp_path):

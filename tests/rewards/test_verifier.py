@@ -58,7 +58,7 @@ def test_a_reward_of_weight_zero_is_not_computed(monkeypatch):
 
 
 def test_the_overlong_penalty_counts_tokens():
-    rules = rules_of(config.RewardsConfig(format=0.0, overlong=0.5, overlong_cache=4), limit=10)
+    rules = rules_of(config.RewardsConfig(format=0.0, overlong=0.5, overlong_cache=4), max_completion=10)
     graded = [score(Candidate(RIGHT, "4", tokens=np.zeros(n, np.int32)), rules).reward for n in (1, 6, 7, 8, 10)]
     assert graded == [1.0, 1.0, 0.875, 0.75, 0.5]
 
@@ -165,7 +165,7 @@ def test_submit_does_not_wait(faked):
 def test_equal_completions_are_graded_once(faked, monkeypatch):
     """All that a grading reads counts: text, answer, length, and which rewards are asked for. Failures are repeated."""
     monkeypatch.setattr(verifier_module, "REMEMBERED", 3)
-    with Verifier(config.RewardsConfig(overlong=1.0, overlong_cache=2, workers=1), limit=4) as verifier:
+    with Verifier(config.RewardsConfig(overlong=1.0, overlong_cache=2, workers=1), max_completion=4) as verifier:
         sent, submit = [], verifier._pool.submit
         monkeypatch.setattr(verifier._pool, "submit", lambda *args: sent.append(args[1].text) or submit(*args))
         one = Candidate(RIGHT, "4", tokens=np.zeros(4, np.int32))
