@@ -3,7 +3,7 @@
     python docs/when_drafts_pay.py && python docs/when_drafts_pay_figure.py
     python docs/when_drafts_pay.py NAME=PROBE_DIR ...
 
-Every number is computed with igrpo_jax/learning/draft_signal.py; the measured examples are read from the files of the
+Every number is computed with igrpo_jax/probe/draft_signal.py; the measured examples are read from the files of the
 study. In the words a number is a name in braces (`numbers`), and so is a table. The second command writes the figure.
 The third takes what `python -m igrpo_jax.probe` found into docs/study/probes/NAME.json first, without names of folders.
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from igrpo_jax.learning import draft_signal
-from igrpo_jax.learning.draft_signal import Signal, igrpo_counts, right_counts, signal, snr_ratio
+from igrpo_jax.probe import draft_signal
 from igrpo_jax.probe.conclusion import ANSWERS, MORE_AND_GRPO, shown
+from igrpo_jax.probe.draft_signal import Signal, igrpo_counts, right_counts, signal, snr_ratio
 from igrpo_jax.probe.estimates import Estimate
 from igrpo_jax.probe.page import FIGURES
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from when_drafts_pay import COPIES, IGNORES, MODELS, READS, REPAIRS, G, N, ratio
 
-from igrpo_jax.learning import draft_signal
+from igrpo_jax.probe import draft_signal
 
 OUT = Path(__file__).with_name("when_drafts_pay.svg")
 TOP, HEIGHT, WIDTH = 62, 270, 350  # of the axes, in pixels

@@ -67,7 +67,7 @@ WITHOUT_JAX = (
         "sft",
         "aot/__main__",
     ),
-    *("distributed/preemption", "distributed/watchdog", "distributed/chips", "learning/draft_signal", "probe/__main__"),
+    *("distributed/preemption", "distributed/watchdog", "distributed/chips", "probe/draft_signal", "probe/__main__"),
 )
 
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from igrpo_jax.learning import draft_signal
+from igrpo_jax.probe import draft_signal
 from igrpo_jax.probe.estimates import UNKNOWN, Estimate, problems_needed
 
 CLEAR = 0.3  # mean width of the intervals of trust and repair below which an unseen effect counts as none

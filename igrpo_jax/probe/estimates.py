@@ -1,6 +1,6 @@
 """What the counts of right answers say of drafts: p, r, w and the signal of GRPO and iGRPO, with 95 % intervals.
 
-docs/when_drafts_pay.md explains the symbols and the formulas, which `learning.draft_signal` has. Every figure here is a
+docs/when_drafts_pay.md explains the symbols and the formulas, which `draft_signal` has. Every figure here is a
 function of means over problems, and each of these means is unbiased:
 
 1. The K plain answers of a problem (K >= N + G) give K sets of N consecutive drafts, in a circle. The fraction of sets
@@ -29,7 +29,7 @@ import numpy as np
 from scipy import stats
 
 from igrpo_jax.evaluation import measures
-from igrpo_jax.learning import draft_signal
+from igrpo_jax.probe import draft_signal
 
 RESAMPLES = 2000
 FEW = 5  # fewer active problems than this are too few for a bootstrap

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from igrpo_jax.learning import draft_signal
-from igrpo_jax.probe import estimates
+from igrpo_jax.probe import draft_signal, estimates
 from igrpo_jax.probe.conclusion import OBSERVED, Setting, conclude
 from igrpo_jax.probe.estimates import NONE, UNKNOWN, Counts, Estimate, estimate
 

@@ -251,15 +251,3 @@ def plain_success_bound(success: ArrayLike, reliance: ArrayLike) -> np.ndarray:
     the mean being over right refinements, and the exponential is convex (Jensen).
     """
     return np.asarray(success, float) * np.exp(-np.asarray(reliance, float))
-
-
-def graded_snr_squared(correlation_squared: ArrayLike, size: int) -> np.ndarray:
-    """Returns SNR^2 of a group whose rewards are any numbers, undivided: (G - 1) |Cov(R, S)|^2 / (Var(R) sigma^2).
-
-    The mean of (1/G) sum_i A_i S_i is (G - 1) / G Cov(R, S), and that of (1/G) sum_i A_i^2 is (G - 1) / G Var(R). For a
-    reward of 0 or 1 the covariance is p (1 - p) D, and this is `signal` with the scale "none".
-
-    Args:
-        correlation_squared: |Cov(R, S)|^2 / (Var(R) sigma^2) of one completion. Here the result has no unit.
-    """
-    return (size - 1) * np.asarray(correlation_squared, float)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from builders import completion
 
-from igrpo_jax.learning import draft_signal, objectives, stages
-from igrpo_jax.learning.draft_signal import igrpo_counts, kept_right, right_counts, signal, snr_ratio
+from igrpo_jax.learning import objectives, stages
+from igrpo_jax.probe import draft_signal
+from igrpo_jax.probe.draft_signal import igrpo_counts, kept_right, right_counts, signal, snr_ratio
 
 SCALES = ("group", "batch", "none")
 GROUPS = 40_000
@@ -204,24 +205,6 @@ def test_simulated_problems_that_differ():
         expected = signal(right_counts(p, 6).mean(axis=0), scale)
         assert near(np.mean(advantages**2, axis=1), expected.squared_advantage)
         assert near(np.mean(advantages * (rewards - p[:, None]), axis=1), expected.gradient)
-
-
-def test_simulated_graded_rewards():
-    """Rewards between 0 and 1 in which scores go along with the reward: Cov(R, S) = slope Var(R)."""
-    rng, size, slope = np.random.default_rng(3), 4, 1.5
-    rewards = rng.random((GROUPS, size)).astype(np.float32)
-    scores = slope * (rewards - 0.5) + SIGMA * rng.normal(size=rewards.shape)
-    assert objectives.has_signal(rewards).all()  # no group is equal
-    advantages = objectives.group_advantages(rewards, "none").astype(float)
-    gradients, noise = np.mean(advantages * scores, axis=1), SIGMA**2 * np.mean(advantages**2, axis=1) / size
-    variance = 1 / 12
-    assert near(gradients, (size - 1) / size * slope * variance)
-    expected = draft_signal.graded_snr_squared((slope * variance) ** 2 / (variance * SIGMA**2), size)
-    assert np.mean(gradients) ** 2 / np.mean(noise) == pytest.approx(expected, rel=0.1)
-    scaled = objectives.group_advantages(rewards, "group").astype(float)
-    assert near(np.mean(scaled**2, axis=1), (size - 1) / size)  # whatever the rewards differ by
-    binary = signal(right_counts(0.3, size), "none").snr_squared  # Cov = p (1 - p) D, Var = p (1 - p)
-    assert binary == pytest.approx(draft_signal.graded_snr_squared(0.3 * 0.7, size))
 
 
 # Drafts.
