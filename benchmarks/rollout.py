@@ -233,6 +233,7 @@ def measured(bench: Bench, args: argparse.Namespace, lengths: list, bandwidth: f
     import jax
 
     from igrpo_jax.distributed.programs import compilations
+    from igrpo_jax.sampling.requests import Usage
 
     with compilations() as before:
         bench.run(lengths[0])
@@ -240,22 +241,20 @@ def measured(bench: Bench, args: argparse.Namespace, lengths: list, bandwidth: f
     with compilations() as after:
         runs = [[bench.run(row) for _ in range(args.steps)] for row in lengths]
     medians = [models.median([seconds for seconds, _ in each]) for each in runs]
-    usages = [each[0][1] for each in runs]
+    usage = sum((each[0][1] for each in runs), Usage())
     tokens = sum(int(row.sum()) for row in lengths)
-    steps = sum(usage.slot_steps for usage in usages) / bench.engine.shard_slots  # of all shards
+    steps = usage.slot_steps / bench.engine.shard_slots  # of all shards
     costs = bench.engine.programs.costs
     weights = costs.item_bytes * (costs.linear_weights + costs.head_weights)
     read = steps * weights + sum(_cache_positions(args, row) for row in lengths) * costs.token_bytes * costs.tensor
-    drawn, slot_steps = (sum(getattr(usage, name) for usage in usages) for name in ("tokens", "slot_steps"))
-    queued, queued_steps = (sum(getattr(u, f"queued_{name}") for u in usages) for name in ("tokens", "slot_steps"))
     return {
         "tokens_per_second": round(tokens / sum(medians)),
         "rollout_seconds": medians,
         "decode_step_seconds": round(sum(medians) * bench.engine.shards / steps, 6),
-        "slot_utilization": round(drawn / slot_steps, 4),
-        "queued_slot_utilization": round(queued / queued_steps, 4) if queued_steps else None,
+        "slot_utilization": round(usage.slot_utilization, 4),
+        "queued_slot_utilization": round(usage.queued_slot_utilization, 4) if usage.queued_slot_steps else None,
         "cache_over_tokens": round(bench.fullest[0] / bench.fullest[1], 3),
-        "preempted": sum(usage.preempted for usage in usages),
+        "preempted": usage.preempted,
         "peak_memory_bytes": models.peak_bytes() or memory,
         "roofline_fraction": round(read / bandwidth / bench.mesh.size / sum(medians), 4),
         "bandwidth": round(bandwidth),

@@ -61,8 +61,6 @@ class Program:
         mesh: the mesh that `jitted` is traced on.
         shapes: all shapes that a run may need; () is the only one where there is nothing to tell apart.
         largest: those of `shapes` that need most memory, for predictions; None = the last.
-        static: keywords of `jitted` that the entries of a shape are passed as, because they must be known when it is
-            traced.
         cost: maps the entries of a shape to the work of one call.
     """
 
@@ -75,7 +73,6 @@ class Program:
         *,
         shapes: Sequence[Shape] = ((),),
         largest: Sequence[Shape] | None = None,
-        static: Sequence[str] = (),
         cost: Callable[..., Cost] | None = None,
     ):
         self.name = name
@@ -85,7 +82,6 @@ class Program:
         self.cost = cost
         self._arguments = arguments
         self.mesh = mesh
-        self._static = static
         self._lock = threading.Lock()
         self._compiled: dict[Shape, Future[jax.stages.Compiled]] = {}  # also of shapes that are being compiled
 
@@ -138,9 +134,8 @@ class Program:
 
     def lower(self, *shape: Hashable) -> jax.stages.Lowered:
         """Returns the traced program of `shape`, for a caller that compiles it by itself."""
-        static = dict(zip(self._static, shape, strict=True)) if self._static else {}
         with jax.set_mesh(self.mesh):
-            return self.jitted.lower(*self._arguments(*shape), **static)
+            return self.jitted.lower(*self._arguments(*shape))
 
     def title(self, *shape: Hashable) -> str:
         """Returns the name with the shape, such as "decode 64 256"."""

@@ -253,9 +253,9 @@ def _parts(axis: str | tuple[str, ...] | None) -> set[str]:
     return {axis} if isinstance(axis, str) else set(axis or ())
 
 
-def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
-    """Returns the sharding of an array whose dimension `axis` is the batch."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Returns the sharding of an array whose first dimension is the batch."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

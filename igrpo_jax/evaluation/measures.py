@@ -107,7 +107,7 @@ def majority_at(classes: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
     return np.array(fractions)
 
 
-def interval(values: np.ndarray, bounds: tuple[float, float] = (0.0, 1.0), seed: int = 0) -> tuple[float, float]:
+def interval(values: np.ndarray, bounds: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
     """Returns the 95 % interval of the mean of `values` [P] over the problems, by percentiles of the bootstrap.
 
     Where all values are equal the interval is exact: P equal values have a chance of at least 0.025 as long as up to
@@ -120,7 +120,7 @@ def interval(values: np.ndarray, bounds: tuple[float, float] = (0.0, 1.0), seed:
     if np.ptp(values) < 1e-9:  # sums of fractions differ in their last digits
         value, other = float(values[0]), 1 - 0.025 ** (1 / len(values))
         return value - other * (value - bounds[0]), value + other * (bounds[1] - value)
-    draw = np.random.Generator(np.random.PCG64(seed))
+    draw = np.random.Generator(np.random.PCG64(0))
     means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(REDRAWN)]
     low, high = np.quantile(means, (0.025, 0.975), method="inverted_cdf")
     return float(low), float(high)

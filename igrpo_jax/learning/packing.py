@@ -133,8 +133,8 @@ class Packer:
         self,
         objective: objectives.ResolvedObjective,
         shapes: MicroShapes,
-        chunk: int | None = None,
-        width: int | None = None,
+        chunk: int | None,
+        width: int | None,
     ):
         self.shapes = shapes
         self._objective = objective

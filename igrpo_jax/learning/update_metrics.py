@@ -19,8 +19,8 @@ def optimizer_step_metrics(
     sums: dict[str, MicroBatchSums],
     idle: Sequence[Unit],
     stages: Collection[str],
-    plain_credit: bool = False,
-    main: str = "refine",
+    plain_credit: bool,
+    main: str,
 ) -> dict[str, float]:
     """Returns the metrics of one optimizer step: the loss of all rows, and the metrics of the stage `main`.
 

@@ -36,6 +36,7 @@ TIME: Parts = (
     ("MFU of updates", "perf/mfu", ".0%"),
     ("slots in use", "perf/slot_utilization", ".0%"),
 )
+MOST_SHOWN = 2000  # characters of a text that are printed
 
 
 def values_text(row: Row, parts: Parts) -> str:
@@ -122,11 +123,12 @@ def sample_blocks(group: Group, advantage: float) -> list[tuple[str, str]]:
     return [(title, _shorten(text)) for title, text in blocks]
 
 
-def _shorten(text: str, limit: int = 2000) -> str:
-    """Returns a text, or only its head and tail if it is longer than `limit` characters; the answer is at the end."""
-    if len(text) <= limit:
+def _shorten(text: str) -> str:
+    """Returns a text, or only its head and tail if it has more than MOST_SHOWN characters; the answer is at the end."""
+    if len(text) <= MOST_SHOWN:
         return text
-    return f"{text[: limit // 4]}\n[... {len(text) - limit} characters ...]\n{text[-(limit - limit // 4) :]}"
+    head = MOST_SHOWN // 4
+    return f"{text[:head]}\n[... {len(text) - MOST_SHOWN} characters ...]\n{text[-(MOST_SHOWN - head) :]}"
 
 
 def _score_text(completion: Completion) -> str:

@@ -26,22 +26,21 @@ FLOATS = jax.ShapeDtypeStruct((4,), jnp.float32)
 
 
 def make(traced=None):
-    """Programs power(n) and total() on [4] floats; `traced` collects what was traced."""
+    """Programs power(n), x**n on [n] floats, and total() on [4]; `traced` collects what was traced."""
     traced = [] if traced is None else traced
     mesh = jax.sharding.Mesh(jax.devices()[:1], "x")
 
-    def power(x, *, n):
-        traced.append(("power", n))
-        return x**n
+    def power(x):
+        traced.append(("power", len(x)))
+        return x ** len(x)
 
     def total(x):
         traced.append(("total",))
         return jnp.sum(x)
 
-    jitted = jax.jit(power, static_argnames="n")
-    shapes = [(2,), (3,)]
+    arguments = lambda n: (jax.ShapeDtypeStruct((n,), jnp.float32),)
     return (
-        Program("power", jitted, lambda n: (FLOATS,), mesh, shapes=shapes, static=("n",)),
+        Program("power", jax.jit(power), arguments, mesh, shapes=[(2,), (3,)]),
         Program("total", jax.jit(total), lambda: (FLOATS,), mesh),
     )
 
@@ -58,9 +57,8 @@ def test_a_program_is_called_as_its_function():
     """Each shape has its own result; a shape that was not listed is compiled when it is first asked for."""
     traced = []
     power, total = make(traced)
-    x = jnp.array([1.0, 2.0, 3.0, 4.0])
-    assert [float(power(x, shape=(n,))[1]) for n in (2, 5, 2, 5)] == [4, 32, 4, 32]
-    assert float(total(x)) == 10
+    assert [float(power(jnp.full(n, 2.0), shape=(n,))[1]) for n in (2, 5, 2, 5)] == [4, 32, 4, 32]
+    assert float(total(jnp.array([1.0, 2.0, 3.0, 4.0]))) == 10
     assert traced == [("power", 2), ("power", 5), ("total",)]
 
 
@@ -82,7 +80,7 @@ def test_a_shape_of_another_program_is_an_error():
     power, total = make()
     with pytest.raises(TypeError):
         total.compiled(3)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(TypeError):
         power.compiled()
 
 
@@ -92,7 +90,7 @@ def test_bytes():
     for program in programs:
         for shape in program.shapes:
             program.compile(*shape)
-    assert power.peak_bytes == program_bytes(power.compiled(2)) >= 32
+    assert power.peak_bytes == program_bytes(power.compiled(3)) >= 24
     assert total.peak_bytes >= 16
     assert tree_bytes({"a": jnp.zeros((3, 2)), "b": jnp.zeros((), jnp.bfloat16)}) == 26
 
@@ -149,10 +147,10 @@ def test_a_wait_for_a_program_is_shown_by_its_title():
 
     total.compile()
     with showing_waits(show):
-        power(jnp.ones(4), shape=(2,))
-        power(jnp.ones(4), shape=(2,))
+        power(jnp.ones(2), shape=(2,))
+        power(jnp.ones(2), shape=(2,))
         total(jnp.ones(4))
-    power(jnp.ones(4), shape=(3,))
+    power(jnp.ones(3), shape=(3,))
     assert shown == ["power 2", "done"]
 
 

@@ -168,8 +168,8 @@ def test_constrain_holds_on_virtual_devices_and_is_idle_without_a_mesh():
 
 def test_host_arrays_go_to_the_mesh_and_come_back():
     mesh = cube()
-    tree = {"a": np.arange(48).reshape(2, 8, 3), "b": np.ones((2, 4), np.int32)}
-    there = sharding.to_global(tree, sharding.batch_sharding(mesh, axis=1))
+    tree = {"a": np.arange(48).reshape(8, 2, 3), "b": np.ones((4, 2), np.int32)}
+    there = sharding.to_global(tree, sharding.batch_sharding(mesh))
     assert there["a"].addressable_shards[0].data.shape == (2, 2, 3)
     back = sharding.to_host(there)
     for name in tree:

@@ -75,9 +75,9 @@ class Value:
         return Value({ONE: fraction} if fraction else {})
 
     @staticmethod
-    def symbol(name: str, opaque: bool = False) -> "Value":
+    def symbol(name: str) -> "Value":
         """Returns a symbol."""
-        return Value({(0, (), ((name, 1),)): Fraction(1)}, opaque=opaque)
+        return Value({(0, (), ((name, 1),)): Fraction(1)})
 
     def constant(self) -> Fraction | None:
         """Returns the value where it is a rational number, else None."""
