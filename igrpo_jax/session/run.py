@@ -161,14 +161,10 @@ class Run:
         Raises:
             RunError: see `Checkpointer.save`.
         """
-        config, best_metric = self.config, self.config.checkpoint.best_metric
         self.check_lock()
-        read = config.algorithm.batches_until(step) * config.prompts_per_step
-        epoch, index = divmod(read, len(self.task.prompts))
-        meta = {"step": step, "seed": config.seed, "epoch": epoch, "index": index, "metrics_rows": self.writer.rows}
-        meta |= {"data": self.task.fingerprint} | self.progress.meta()
+        meta = {"step": step, "metrics_rows": self.writer.rows, "data": self.task.fingerprint} | self.progress.meta()
         force = force or step in (0, self.task.total_steps)
-        scores = self.progress.values(best_metric)
+        scores = self.progress.values(self.config.checkpoint.best_metric)
         self.checkpointer.save(step, state, meta, force=force, scores=scores, before=self.writer.sync)
 
     def stop_if_preempted(self) -> None:
