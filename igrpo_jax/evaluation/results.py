@@ -20,7 +20,7 @@ from igrpo_jax.distributed import cluster
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.outputs.files import rows_text, write_atomically, write_rows, writing
 from igrpo_jax.outputs.workdir import LOCK, locked
-from igrpo_jax.rewards.verifier import FAILED, fail
+from igrpo_jax.rewards.verifier import FAILED, too_many_failed
 from igrpo_jax.storage.addresses import failures, make_folder, names
 from igrpo_jax.storage.reading import read_bytes
 from igrpo_jax.storage.writing import Lines
@@ -109,7 +109,7 @@ def drop_failed(folder: Path, name: str, most: float) -> None:
     rounds: dict[int, list[str]] = {}
     for row in (row for rows in files.values() for row in rows):
         rounds.setdefault(len(row["drafts"]), []).append(row["status"])
-    failing = {number for number, statuses in rounds.items() if fail(statuses, most)}
+    failing = {number for number, statuses in rounds.items() if too_many_failed(statuses, most)}
     for path, rows in files.items():
         kept = [row for row in rows if not (len(row["drafts"]) in failing and row["status"] in FAILED)]
         if len(kept) < len(rows):

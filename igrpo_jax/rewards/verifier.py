@@ -42,7 +42,8 @@ from igrpo_jax.rewards.mathematics import grader
 from igrpo_jax.rewards.pool import Outcome, Pool
 from igrpo_jax.rewards.rules import REWARDS, Rules, rules_of, score, total
 
-FAILED = ("timeout", "error", "invalid")  # statuses of a score without a verdict
+# Statuses that count towards max_error_fraction: no grading took place, or it gave no verdict.
+FAILED = ("timeout", "error", "invalid")
 REMEMBERED = 1024  # gradings whose outcome an equal completion gets too
 
 
@@ -147,7 +148,10 @@ class Verifier:
         return _combined(graded, judged, self._with_judge)
 
     def check_answer(self, candidate: Candidate, batch: Batch | None = None) -> Future[Score]:
-        """Returns a future of the accuracy alone, whatever the rewards of training are. Evaluation counts this."""
+        """Returns a future of the accuracy alone, whatever the rewards of training are. Evaluation counts this.
+
+        `batch` is not read; with it this method is a `Grade` (`sampling.scoring`).
+        """
         return self._grade(candidate, Rules({"accuracy": 1.0}))
 
     def classes(self, answers: Sequence[str | None]) -> Future[list[int]]:
@@ -298,7 +302,7 @@ def statistics(scores: Sequence[Score]) -> dict[str, float]:
     return metrics
 
 
-def fail(statuses: Sequence[str], max_error_fraction: float) -> bool:
+def too_many_failed(statuses: Sequence[str], max_error_fraction: float) -> bool:
     """Returns whether more than `max_error_fraction` of gradings timed out, failed or have no verdict."""
     failed = sum(status in FAILED for status in statuses)
     return bool(failed) and failed / len(statuses) > max_error_fraction
@@ -310,7 +314,7 @@ def check_errors(scores: Sequence[Score], max_error_fraction: float) -> None:
     Raises:
         VerifierError: more than `max_error_fraction` of `scores` timed out, failed or have no verdict.
     """
-    if not fail([score.status for score in scores], max_error_fraction):
+    if not too_many_failed([score.status for score in scores], max_error_fraction):
         return
     failed = [score for score in scores if score.status in FAILED]
     count = {status: sum(score.status == status for score in failed) for status in STATUSES}
