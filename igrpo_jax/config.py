@@ -305,7 +305,7 @@ class RefineConfig:
     """The augmented prompt q' of Stage 2: how the question and its draft are put to the model."""
 
     # How the draft enters q': "embed" puts it inside the user turn, after the question.
-    template: Annotated[str, Choice("embed")] = "embed"
+    template: Annotated[str, Choice("embed")] = "embed"  # nothing here reads it: outside tools name the choice by it
     # Number of tokens of the draft that q' keeps, from its end; None for rollout.max_completion_length.
     max_draft_length: Annotated[int | None, AtLeast(1)] = None
     # Text that is put after the question; the draft's tokens replace {draft}. A critique departs from the paper: the

@@ -124,7 +124,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
             state, learned = learner.update(state, groups, advantages, step)
             ended = time.perf_counter()
     if step == run.first_step + 1:
-        compiled = []  # after each start of the run, the first step compiles all that it needs
+        compiled = []  # the first step after a start compiles the run's programs, which are no recompilations
     times = {"perf/update_time": ended - updating, "perf/step_time": ended - began, "perf/recompiles": len(compiled)}
     times["perf/wall_time"] = time.time()
     metrics = {**checked, **learned, **rollout_metrics(groups, run.config), **sampled}
