@@ -31,7 +31,7 @@ from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.rewards.verifier import Verifier
-from igrpo_jax.session import opening, overview, surroundings, task
+from igrpo_jax.session import opening, overview, run_context, task
 from igrpo_jax.session.run import utilization
 from igrpo_jax.session.task import open_task
 
@@ -53,7 +53,7 @@ def test_a_callback_gets_each_step_with_the_scores_after_it(monkeypatch, tmp_pat
     calls = []
 
     class Run:
-        first_step, task, progress = 2, SimpleNamespace(total_steps=4), SimpleNamespace(scores={})
+        resumed_after, task, progress = 2, SimpleNamespace(total_steps=4), SimpleNamespace(scores={})
         stop_if_preempted = finish = lambda self, *_: None
         report = lambda self, step, _: calls.append(f"report {step}")
         save = lambda self, step, _: calls.append(f"save {step}")
@@ -75,7 +75,7 @@ def test_a_step_whose_callback_raises_is_saved(monkeypatch, tmp_path):
     calls = []
 
     class Run:
-        first_step, task, progress, workdir = 0, SimpleNamespace(total_steps=9), SimpleNamespace(scores={}), tmp_path
+        resumed_after, task, progress, workdir = 0, SimpleNamespace(total_steps=9), SimpleNamespace(scores={}), tmp_path
         stop_if_preempted = report = save = lambda self, *_: None
         evaluation_due = lambda self, step: False
         keep = lambda self, step, state: calls.append((step, state.params))
@@ -118,7 +118,7 @@ def test_a_run_that_is_interrupted_says_what_it_has_saved(monkeypatch, tmp_path,
     for name in ("2", "10", "12.orbax-checkpoint-tmp"):
         (workdir / "checkpoints" / name).mkdir(parents=True)
     assert said() == f"step 10 is saved in {workdir}; started again, the run goes on from there\n"
-    monkeypatch.setattr(surroundings, "is_remote", lambda path: True)
+    monkeypatch.setattr(run_context, "is_remote", lambda path: True)
     assert said() == f"started again, the run goes on from what is saved in {workdir}, if something is\n"
 
 
@@ -132,7 +132,7 @@ def test_an_interrupt_leaves_no_state_on_the_devices(monkeypatch, tmp_path):
         return made
 
     class Run:
-        first_step, task = 0, SimpleNamespace(total_steps=1)
+        resumed_after, task = 0, SimpleNamespace(total_steps=1)
         stop_if_preempted = lambda self: None
 
     def interrupted(run, state, step):

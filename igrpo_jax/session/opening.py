@@ -46,11 +46,11 @@ from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
-from igrpo_jax.session import ending, overview
+from igrpo_jax.session import ending, overview, resuming
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run import Run
+from igrpo_jax.session.run_context import enter_mesh
 from igrpo_jax.session.supervised import refuse_supervised
-from igrpo_jax.session.surroundings import enter_mesh
 from igrpo_jax.session.task import Task, open_task, origin, sampler
 
 
@@ -86,9 +86,9 @@ def _start(
     engine = _open_engine(config, task, learner)
     resumes, still_ours = _claim(workdir, config, stack, console)
     if not resumes:
-        ending.forget(workdir)  # left by a run that this one replaces
-    if config.checkpoint.push:
-        cluster.from_first(functools.partial(_claim_repository, config))
+        ending.remove_finished(workdir)  # left by a run that this one replaces
+    if config.checkpoint.push:  # so that no run is refused at its end
+        cluster.from_first(functools.partial(hub.open_repository, config.checkpoint.push, hub.SETTING, config))
     is_igrpo = config.algorithm.num_drafts > 0 and config.algorithm.second_stage == "refine"
     title = "iGRPO run" if is_igrpo else "Run"
     with showing_waits(console.waiting):
@@ -101,29 +101,18 @@ def _start(
     if latest != task.total_steps:
         first = _first_wanted(config, task, engine, latest)
         warms_up = latest is None and config.warm_start.steps > 0
-        stack.enter_context(_compiling(config, task, engine, learner, first, console, warms_up))
+        update = lambda: learner.programs.wanted
+        tell = lambda: console.table("Memory", overview.memory(config, task, engine, learner))
+        stack.enter_context(compiling(first, engine.wanted, update, console.phase, tell, warms_up))
     stack.enter_context(showing_waits(console.waiting))
     if latest is None:
-        first_step, progress = 0, Progress()
+        resumed_after, progress = 0, Progress()
         writer = stack.enter_context(Writer(workdir, config, nullable=COMPARED))
         state = _first_state(config, task, workdir, learner, writer, console)
     else:
-        with console.phase(f"restoring step {latest}"):
-            first_step, state, meta = checkpointer.restore(learner.abstract_state())
-            _check_data(config, task, workdir, meta["data"])
-            ending.check(config, task.total_steps, workdir, first_step)
-        progress = Progress.from_meta(meta, int(state.skipped))
-        # Rows and samples of steps after the checkpoint are dropped here, because those steps are run again.
-        writer = stack.enter_context(Writer(workdir, config, first_step, COMPARED))
-        # An evaluation after the checkpoint was saved is in the rows alone.
-        progress.recall(cluster.from_first(lambda: writer.scores))
-        ending.tell_lost_rows(writer.rows, meta["metrics_rows"], first_step, console)
-        steps, rate = cluster.from_first(
-            lambda: (read_config(workdir).steps, ending.last_rate(writer.history, first_step))
+        resumed_after, state, progress, writer = _resumed(
+            config, task, workdir, learner, checkpointer, latest, console, stack
         )
-        if told := ending.new_schedule(config, steps, first_step, learner.optimizer_steps_per_update, rate):
-            console.message(told)
-        _set_fixed_weights(config, task, workdir, learner, console)
     if resumes:
         cluster.from_first(functools.partial(_go_on, workdir, config))
     run = Run(
@@ -136,11 +125,11 @@ def _start(
         writer=writer,
         checkpointer=checkpointer,
         console=console,
-        first_step=first_step,
+        resumed_after=resumed_after,
         progress=progress,
         check_lock=still_ours,
     )
-    console.start(task.total_steps, first_step, config.log.every, writer.history, progress.scores)
+    console.start(task.total_steps, resumed_after, config.log.every, writer.history, progress.scores)
     _evaluate_start(run, state, is_new=latest is None)
     return run, state
 
@@ -151,11 +140,6 @@ def _open_engine(config: Config, task: Task, learner: Learner) -> Engine:
     if memory is not None:
         memory -= overview.resting_bytes(config, task.mesh, learner)
     return sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated, memory)
-
-
-def _claim_repository(config: Config) -> None:
-    """Creates or checks the repository that the policy will be uploaded to, so that no run is refused at its end."""
-    hub.open_repository(config.checkpoint.push, hub.SETTING, config)
 
 
 def _claim(
@@ -209,6 +193,35 @@ def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> in
     return latest
 
 
+def _resumed(
+    config: Config,
+    task: Task,
+    workdir: Path,
+    learner: Learner,
+    checkpointer: Checkpointer,
+    latest: int,
+    console: Console,
+    stack: contextlib.ExitStack,
+) -> tuple[int, TrainState, Progress, Writer]:
+    """Returns the step, state, progress and writer of the newest checkpoint; refuses one that the configuration does
+    not fit."""
+    with console.phase(f"restoring step {latest}"):
+        step, state, meta = checkpointer.restore(learner.abstract_state())
+        _check_data(config, task, workdir, meta["data"])
+        resuming.check_not_past_end(config, task.total_steps, workdir, step)
+    progress = Progress.from_meta(meta, int(state.skipped))
+    # Rows and samples of steps after the checkpoint are dropped here, because those steps are run again.
+    writer = stack.enter_context(Writer(workdir, config, step, COMPARED))
+    # An evaluation after the checkpoint was saved is in the rows alone.
+    progress.recall(cluster.from_first(lambda: writer.scores))
+    resuming.tell_lost_rows(writer.rows, meta["metrics_rows"], step, console)
+    steps, rate = cluster.from_first(lambda: (read_config(workdir).steps, resuming.last_rate(writer.history, step)))
+    if told := resuming.new_schedule(config, steps, step, learner.optimizer_steps_per_update, rate):
+        console.message(told)
+    _set_fixed_weights(config, task, workdir, learner, console)
+    return step, state, progress, writer
+
+
 def _first_wanted(config: Config, task: Task, engine: Engine, latest: int | None) -> Wanted:
     """Returns the programs that the first dispatch needs after the step `latest`; `latest` is None for a new run."""
     if latest is None and config.evaluation.every:
@@ -221,18 +234,9 @@ def _first_wanted(config: Config, task: Task, engine: Engine, latest: int | None
     return engine.first_wanted([len(prompt.tokens) for prompt in prompts], samples)
 
 
-def _compiling(
-    config: Config, task: Task, engine: Engine, learner: Learner, first: Wanted, console: Console, warms_up: bool
-) -> contextlib.AbstractContextManager[None]:
-    """Returns a context that compiles the programs of sampler and update ahead, as `distributed.compiling` says, and
-    prints the memory that they need once all are compiled."""
-    tell = lambda: console.table("Memory", overview.memory(config, task, engine, learner))
-    return compiling(first, engine.wanted, lambda: learner.programs.wanted, console.phase, tell, warms_up)
-
-
 def _go_on(workdir: Path, config: Config) -> None:
     """Records that the run in `workdir` is resumed with the settings `config`."""
-    ending.forget(workdir)
+    ending.remove_finished(workdir)
     record_settings(workdir, config)
 
 
@@ -303,7 +307,7 @@ def _warm(config: Config, task: Task, params: decoder.Params, writer: Writer, co
 
 def _evaluate_start(run: Run, state: TrainState, is_new: bool) -> None:
     """Evaluates and saves a new run before its first step; in a resumed run, makes up for an evaluation it lacks."""
-    step = run.first_step
+    step = run.resumed_after
     if is_new:
         if run.config.evaluation.every:
             run.evaluate(state.params, step)

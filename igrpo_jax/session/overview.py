@@ -160,16 +160,20 @@ def resting_bytes(config: Config, mesh: jax.sharding.Mesh, learner: Learner) -> 
     return learner.resting_bytes - same * tree_bytes(learner.abstract_state().params)
 
 
-def after(workdir: Path, progress: Progress, best_metric: str, first: int, total: int) -> list[tuple[str, object]]:
+def after(
+    workdir: Path, progress: Progress, best_metric: str, resumed_after: int, total: int
+) -> list[tuple[str, object]]:
     """Returns the rows of the table at a run's end.
 
     Args:
         progress: its scores are the metrics of the run's evaluations.
         best_metric: config.checkpoint.best_metric.
-        first: the step after which the run was resumed, 0 where it was not.
+        resumed_after: the step whose state the run began with, 0 where it was not resumed.
         total: the number of steps of the run.
     """
-    rows: list[tuple[str, object]] = [("steps", f"{total}" + (f", resumed after {first}" if first else ""))]
+    rows: list[tuple[str, object]] = [
+        ("steps", f"{total}" + (f", resumed after {resumed_after}" if resumed_after else ""))
+    ]
     saved = [int(name) for name in names(workdir / "checkpoints") if name.isdecimal()]
     best, scores = best_of(progress.values(best_metric), saved), progress.scores
     if best is not None:
