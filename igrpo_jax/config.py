@@ -148,6 +148,11 @@ class DataConfig:
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
     lookups: LookupsConfig = field(default_factory=LookupsConfig)
 
+    @property
+    def answer_name(self) -> str:
+        """The name under which custom rewards receive the reference answers."""
+        return self.answer_column or "answer"
+
 
 @dataclass(frozen=True)
 class WarmStartConfig:
@@ -674,6 +679,11 @@ class Config:
         """Number of completions that a step trains on, where no draft is dropped."""
         drafts = self.algorithm.num_drafts if self.algorithm.train_drafts else 0
         return self.prompts_per_step * (self.algorithm.num_generations + drafts)
+
+    @property
+    def optimizer_steps_per_update(self) -> int:
+        """Number of minibatches of an update over all its iterations."""
+        return self.learner.minibatches * self.algorithm.num_iterations
 
     @property
     def draft_limit(self) -> int:

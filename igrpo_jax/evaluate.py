@@ -95,7 +95,7 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
             "model": task.name,
             "step": task.step,
             "weights_written": task.weights_written,
-            **results.settings(task.config, task.plan.wanted),
+            **results.settings(task.config, task.plan.max_new_tokens),
         }
         stack.enter_context(results.held(out, settings))
         console.table("Evaluation", overview(task))
@@ -127,7 +127,10 @@ def overview(task: "EvaluationTask") -> list[tuple[str, object]]:
             for name, prompts in plan.prompts.items()
         ),
         *([("day of the chat template", config.data.template_date)] * bool(config.data.template_date)),
-        ("answers", f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, up to {plan.wanted:,} tokens"),
+        (
+            "answers",
+            f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, up to {plan.max_new_tokens:,} tokens",
+        ),
         *(("note", note) for note in [*plan.notes, *left_out(config, plan)]),
         ("rounds", rounds),
     ]

@@ -566,6 +566,6 @@ def test_the_table_counts_one_answer_as_one():
     for samples, said in ((1, "2 problems, 1 answer each"), (2, "2 problems, 2 answers each")):
         settings = config.Config(evaluation=config.EvaluationConfig(samples=samples))
         policy = SimpleNamespace(model=SimpleNamespace(num_params=1))
-        plan = SimpleNamespace(prompts={"mine": [1, 2]}, wanted=8, notes=[])
+        plan = SimpleNamespace(prompts={"mine": [1, 2]}, max_new_tokens=8, notes=[])
         task = SimpleNamespace(config=settings, plan=plan, step=None, policy=policy, name="m")
         assert ("mine", said) in evaluate.overview(task)

@@ -326,7 +326,7 @@ def test_clean_compares_with_all_that_evaluation_may_ask(tmp_path):
         task = open_task(dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, **held_out)))
         assert [prompt.question for prompt in task.prompts] == ["1+1"]
         assert ("training problems like mine's", "1 of 2, left out") in task.notes
-        assert {name: [one.question for one in some] for name, some in task.evaluated.prompts.items()} == asked
+        assert {name: [one.question for one in some] for name, some in task.evaluation_plan.prompts.items()} == asked
 
 
 @pytest.mark.slow
@@ -475,7 +475,7 @@ def test_a_best_metric_without_benchmarks():
 @pytest.mark.slow
 def test_a_run_evaluates_what_a_best_metric_may_name(whole):
     task = open_task(settings())
-    known = set(planning.metric_names(task.config, task.evaluated))
+    known = set(planning.metric_names(task.config, task.evaluation_plan))
     for row in rows(whole[0]):
         written = {name for name in row if name.startswith("eval/")}
         assert written <= known and (not written or known - written <= {"eval/arithmetic/solved_length"})
@@ -637,13 +637,12 @@ def test_learning_rate_zero_changes_nothing_but_is_evaluated(tmp_path):
 
 def test_what_does_not_fit_is_said(monkeypatch):
     """By the phase that needs more than a device has, with what to lower."""
-    task = open_task(settings())
     needs = {"update": 3 << 30, "rollout": 1 << 30}
     monkeypatch.setattr(overview, "predicted_bytes", lambda *_: needs)
     learner = SimpleNamespace(programs=SimpleNamespace(remat="dots"))
     for there, expected in ((None, ["update 3.00 GiB, rollout 1.00 GiB"]), (2 << 30, None)):
         monkeypatch.setattr(overview, "device_bytes", lambda there=there: there)
-        recomputed, *lines = overview.memory(task.config, task, None, learner)
+        recomputed, *lines = overview.memory(None, learner)
         assert recomputed == ("recomputed in the backward pass", "all but matrix products")
         assert [str(value) for _, value in lines] == (
             expected

@@ -78,7 +78,7 @@ def final_state(workdir: Path, run_config: config.Config) -> dict[str, np.ndarra
         learner = Learner(
             run_config, task.policy.model, task.mesh, max_context=task.max_context, total_steps=task.total_steps
         )
-        step, state, meta = store.restore(learner.abstract_state())
+        step, state, meta = store.restore(learner.programs.state)
     assert meta["step"] == step == run_config.steps
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 

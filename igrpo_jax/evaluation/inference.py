@@ -104,10 +104,10 @@ def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) ->
     engine.fit_pages()
     scheduler = Scheduler(engine, config.rollout.dispatches_ahead)
     tell = lambda: console.message(
-        f"{engine.slots} answers at once take {engine.predicted_bytes() / 2**30:.2f} GiB on each device"
+        f"{engine.slots} answers at once take {engine.programs.predicted_bytes / 2**30:.2f} GiB on each device"
     )
-    first = engine.first_wanted(*task.plan.first(config))
-    stack.enter_context(compiling(first, engine.wanted, None, console.phase, tell))
+    first = engine.first_program_shapes(*task.plan.first(config))
+    stack.enter_context(compiling(first, engine.program_shapes, None, console.phase, tell))
     if task.run is None:
         params = weights.load(policy, mesh, config.seed, config.model.dtype, console)
     else:

@@ -164,7 +164,7 @@ def settings(config: Config, max_completion_length: int) -> dict[str, Any]:
 
     Args:
         config: with the day of the chat template.
-        max_completion_length: tokens that an answer may have (`Plan.wanted`).
+        max_completion_length: tokens that an answer may have (`Plan.max_new_tokens`).
     """
     return {
         "dtype": config.model.dtype,

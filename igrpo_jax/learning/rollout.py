@@ -26,7 +26,7 @@ from absl import logging
 
 from igrpo_jax.config import AlgorithmConfig, Config
 from igrpo_jax.distributed import watchdog
-from igrpo_jax.distributed.compiling import Wanted
+from igrpo_jax.distributed.compiling import ProgramShapes
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.learning import exchange, filtering, objectives
 from igrpo_jax.learning.exchange import ProcessRollout
@@ -61,9 +61,9 @@ class Rollout:
         self._warned = False
 
     @property
-    def wanted(self) -> Wanted:
+    def program_shapes(self) -> ProgramShapes:
         """The programs that sampling may need, with their shapes."""
-        return self._scheduler.engine.wanted
+        return self._scheduler.engine.program_shapes
 
     def collect(self, params: decoder.Params, step: int, prompts: exchange.Prompts) -> RolloutResult:
         """Returns one group per prompt, in the order of `prompts(0)`, and the metrics of the rollout.

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from igrpo_jax.distributed import cluster, sharding, teams
-from igrpo_jax.distributed.compiling import Wanted, all_shapes, compile_all
+from igrpo_jax.distributed.compiling import ProgramShapes, all_shapes, compile_all
 from igrpo_jax.distributed.programs import Program, pick_bucket, tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, heads
@@ -142,11 +142,11 @@ class Engine:
         self.programs = self.programs.resized(self.sizes)
 
     @property
-    def wanted(self) -> Wanted:
+    def program_shapes(self) -> ProgramShapes:
         """The programs that sampling may need, with their shapes."""
         return all_shapes(list(self.programs))
 
-    def first_wanted(self, lengths: Sequence[int], samples: int) -> Wanted:
+    def first_program_shapes(self, lengths: Sequence[int], samples: int) -> ProgramShapes:
         """Returns the programs that a rollout needs until its first dispatch has ended.
 
         Args:
@@ -164,22 +164,13 @@ class Engine:
         return [(programs.decode, (rows, read)), *calls, (programs.empty, ()), (programs.harvest, ())]
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of the rollout copy of the weights on each device."""
-        return self.programs.weight_bytes
-
-    @property
     def state_bytes(self) -> int:
         """Bytes of all pages, lanes and slots on each device."""
         return tree_bytes(self.programs.state)
 
     def compile(self, report: Callable[[int], None] = lambda done: None) -> None:
         """Compiles all programs; `report` is given the number done so far."""
-        compile_all(self.wanted, report)
-
-    def predicted_bytes(self) -> int:
-        """Returns the bytes on each device, weights and state included, while the largest compiled program runs."""
-        return self.programs.predicted_bytes
+        compile_all(self.program_shapes, report)
 
     def weights(self, params: decoder.Params) -> decoder.Params:
         """Returns the rollout copy of the policy's parameters: LoRA's changes merged, cast, with the heads that the

@@ -19,7 +19,7 @@ import jax
 from igrpo_jax.config import Config
 from igrpo_jax.data.builtin import TASKS
 from igrpo_jax.distributed import cluster, watchdog
-from igrpo_jax.distributed.compiling import Wanted, compiling
+from igrpo_jax.distributed.compiling import ProgramShapes, compiling
 from igrpo_jax.distributed.programs import device_bytes, showing_waits
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
@@ -70,7 +70,7 @@ def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.
         hf_write.check_place(workdir / "export")
     task = open_task(config, cluster.from_first(functools.partial(recorded_date, workdir)))
     config = task.config
-    problems = {"training problems": task.fingerprint, "evaluation problems": task.evaluated.fingerprint}
+    problems = {"training problems": task.fingerprint, "evaluation problems": task.evaluation_plan.fingerprint}
     enter_mesh(stack, config, task.mesh, problems)
     with watchdog.phase("start"):
         return _start(config, task, workdir, console, stack)
@@ -99,11 +99,11 @@ def _start(
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)
     if latest != task.total_steps:
-        first = _first_wanted(config, task, engine, latest)
+        first = _first_program_shapes(config, task, engine, latest)
         warms_up = latest is None and config.warm_start.steps > 0
-        update = lambda: learner.programs.wanted
-        tell = lambda: console.table("Memory", overview.memory(config, task, engine, learner))
-        stack.enter_context(compiling(first, engine.wanted, update, console.phase, tell, warms_up))
+        update = lambda: learner.programs.program_shapes
+        tell = lambda: console.table("Memory", overview.memory(engine, learner))
+        stack.enter_context(compiling(first, engine.program_shapes, update, console.phase, tell, warms_up))
     stack.enter_context(showing_waits(console.waiting))
     if latest is None:
         resumed_after, progress = 0, Progress()
@@ -121,7 +121,7 @@ def _start(
         task=task,
         learner=learner,
         rollout=Rollout(config, task.renderer, scheduler, verifier),
-        evaluator=Evaluator(config, task.evaluated, scheduler, task.renderer, verifier, console),
+        evaluator=Evaluator(config, task.evaluation_plan, scheduler, task.renderer, verifier, console),
         writer=writer,
         checkpointer=checkpointer,
         console=console,
@@ -138,8 +138,8 @@ def _open_engine(config: Config, task: Task, learner: Learner) -> Engine:
     """Returns the engine that samples, which training and evaluation share."""
     policy, memory = task.policy, cluster.from_first(device_bytes)  # processes of a team need equally many pages
     if memory is not None:
-        memory -= overview.resting_bytes(config, task.mesh, learner)
-    return sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated, memory)
+        memory -= learner.resting_bytes
+    return sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluation_plan, memory)
 
 
 def _claim(
@@ -177,8 +177,8 @@ def _verifier(config: Config, workdir: Path, total_steps: int, teams: int) -> Ve
     process, judge = jax.process_index(), config.rewards.judge
     cache = workdir / (f"judge.process-{process}.sqlite" if process else "judge.sqlite")
     judge = replace(judge, budget=judge.budget and max(1, judge.budget // teams))
-    limit, answer_column = config.rollout.max_completion_length, config.data.answer_column or "answer"
-    return Verifier(replace(config.rewards, judge=judge), limit, answer_column, cache, total_steps)
+    limit, name = config.rollout.max_completion_length, config.data.answer_name
+    return Verifier(replace(config.rewards, judge=judge), limit, name, cache, total_steps)
 
 
 def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> int | None:
@@ -206,7 +206,7 @@ def _resumed(
     """Returns the step, state, progress and writer of the newest checkpoint; refuses one that the configuration does
     not fit."""
     with console.phase(f"restoring step {latest}"):
-        step, state, meta = checkpointer.restore(learner.abstract_state())
+        step, state, meta = checkpointer.restore(learner.programs.state)
         _check_data(config, task, workdir, meta["data"])
         resuming.check_not_past_end(config, task.total_steps, workdir, step)
     progress = Progress.from_meta(meta, int(state.skipped))
@@ -216,22 +216,22 @@ def _resumed(
     progress.recall(cluster.from_first(lambda: writer.scores))
     resuming.tell_lost_rows(writer.rows, meta["metrics_rows"], step, console)
     steps, rate = cluster.from_first(lambda: (read_config(workdir).steps, resuming.last_rate(writer.history, step)))
-    if told := resuming.new_schedule(config, steps, step, learner.optimizer_steps_per_update, rate):
+    if told := resuming.new_schedule(config, steps, step, config.optimizer_steps_per_update, rate):
         console.message(told)
     _set_fixed_weights(config, task, workdir, learner, console)
     return step, state, progress, writer
 
 
-def _first_wanted(config: Config, task: Task, engine: Engine, latest: int | None) -> Wanted:
+def _first_program_shapes(config: Config, task: Task, engine: Engine, latest: int | None) -> ProgramShapes:
     """Returns the programs that the first dispatch needs after the step `latest`; `latest` is None for a new run."""
     if latest is None and config.evaluation.every:
-        return engine.first_wanted(*task.evaluated.first(config))
+        return engine.first_program_shapes(*task.evaluation_plan.first(config))
     algorithm, prompts = config.algorithm, task.step_prompts((latest or 0) + 1)
     drafts = algorithm.drafts_in((latest or 0) + 1)
     samples = drafts or algorithm.num_generations
     if drafts and algorithm.draft_early_stop:
         samples = 1
-    return engine.first_wanted([len(prompt.tokens) for prompt in prompts], samples)
+    return engine.first_program_shapes([len(prompt.tokens) for prompt in prompts], samples)
 
 
 def _go_on(workdir: Path, config: Config) -> None:

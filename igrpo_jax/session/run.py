@@ -68,7 +68,7 @@ class Run:
     def compile_rest(self) -> None:
         """Compiles the programs of the run that are not compiled yet, which on a CPU are most of them."""
         with self.console.waiting("the programs of later steps"):
-            compile_all([*self.rollout.wanted, *self.learner.programs.wanted])
+            compile_all([*self.rollout.program_shapes, *self.learner.programs.program_shapes])
 
     def report(self, step: int, result: StepResult) -> None:
         """Writes the files of a step, and prints what it did.
@@ -121,7 +121,7 @@ class Run:
         out = self.workdir / "evaluations" / f"step_{step:06d}"
         began = time.perf_counter()
         settings = {"model": str(resolved(self.workdir)), "step": step}
-        settings |= results.settings(self.config, self.evaluator.plan.wanted)
+        settings |= results.settings(self.config, self.evaluator.plan.max_new_tokens)
         asked = {"rounds": self.config.evaluation.rounds, "problems": self.evaluator.plan.fingerprint} | settings
         if jax.process_index() == 0:
             if self.progress.evaluating != asked:

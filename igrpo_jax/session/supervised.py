@@ -169,7 +169,7 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
         return
     if latest is not None:
         with console.phase(f"restoring step {latest}"):
-            done, state, meta = store.restore(learner.abstract_state())
+            done, state, meta = store.restore(learner.programs.state)
         resuming.check_not_past_end(config, total, workdir, done)
         writer = stack.enter_context(Writer(workdir, config, done))
         progress = Progress.from_meta(meta, int(state.skipped))

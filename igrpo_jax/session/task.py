@@ -42,7 +42,7 @@ class Task:
     prompts: list[Prompt]
     skipped: int  # training prompts longer than config.data.max_prompt_length
     notes: list[tuple[str, str]]  # findings in the training set, and what rewards gave at their first call
-    evaluated: planning.Plan
+    evaluation_plan: planning.Plan
     max_context: int  # tokens of the longest q or q' in training
     total_steps: int
 
@@ -100,8 +100,8 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     context = policy.model.max_position_embeddings
     check_context(config, context, max_context)
     asked = problems.asked(held_out, config.evaluation.limit) if config.evaluation.every else {}
-    evaluated = planning.make_plan(config, asked, renderer, context)
-    check_best_metric(config, evaluated)
+    evaluation_plan = planning.make_plan(config, asked, renderer, context)
+    check_best_metric(config, evaluation_plan)
     notes = training.notes + rehearsed_rewards(config, prompts, policy, renderer.opening)
     notes += rehearsed_judge(config.rewards.judge, prompts[0], renderer.opening) + budget
     mesh = sharding.make_mesh(config.mesh)
@@ -115,7 +115,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     batches = max(1, int(config.epochs * len(prompts) / config.prompts_per_step))
     steps = config.steps or batches * (2 if config.algorithm.alternate else 1)
     check_profiled(config.log, steps)
-    return Task(config, policy, renderer, mesh, prompts, skipped, notes, evaluated, max_context, steps)
+    return Task(config, policy, renderer, mesh, prompts, skipped, notes, evaluation_plan, max_context, steps)
 
 
 def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy, opening: str) -> list[tuple[str, str]]:
@@ -133,7 +133,7 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
     Raises:
         InputError: a function failed.
     """
-    rewards = verifier.custom_rewards(config.rewards, config.data.answer_column or "answer")
+    rewards = verifier.custom_rewards(config.rewards, config.data.answer_name)
     if not rewards:
         return []
     batches = []
@@ -242,10 +242,10 @@ def check_profiled(settings: LogConfig, steps: int) -> None:
         )
 
 
-def check_best_metric(config: Config, evaluated: planning.Plan) -> None:
+def check_best_metric(config: Config, plan: planning.Plan) -> None:
     """Raises InputError, with the nearest right name, where no evaluation writes config.checkpoint.best_metric."""
     name = config.checkpoint.best_metric
-    names = planning.metric_names(config, evaluated)
+    names = planning.metric_names(config, plan)
     if name and name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
         fix = f"the nearest is {near[0]!r}" if near else "name a benchmark in evaluation.benchmarks"

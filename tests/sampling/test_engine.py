@@ -295,7 +295,9 @@ def test_programs_are_few(tiny, platform):
     if platform == "tpu":
         programs.reads = shapes.decode_shapes(engine.sizes, programs.costs, platform, in_place=False)
         programs.chunks = shapes.chunk_sizes(engine.sizes, platform)
-    assert len(engine.wanted) <= {"cpu": 20, "tpu": 8}[platform], [program.title(*x) for program, x in engine.wanted]
+    assert len(engine.program_shapes) <= {"cpu": 20, "tpu": 8}[platform], [
+        program.title(*x) for program, x in engine.program_shapes
+    ]
 
 
 def test_pages_that_do_not_hold_one_sequence_are_refused(tiny):
@@ -325,14 +327,16 @@ def test_pages_fill_what_the_compiler_leaves(tiny):
     assert engine.sizes.least_pages < pages < engine.sizes.most_pages and pages != estimated
     assert engine.programs.sizes.pages == pages
     engine.compile()
-    used = engine.predicted_bytes()
+    used = engine.programs.predicted_bytes
     code = sum(len(program.shapes) * program.code_bytes for program in engine.programs)
     assert 0 <= 0.95 * engine._memory - used - code < 4096
     for bounds in ({"pages": 9}, {"memory": 1e9}, {}):
         engine = Engine(tiny[0], one_device(), EOS, **sizes, **bounds)
         before = engine.programs
         engine.fit_pages()
-        assert engine.programs is before and not any(program.is_ready(*shape) for program, shape in engine.wanted)
+        assert engine.programs is before and not any(
+            program.is_ready(*shape) for program, shape in engine.program_shapes
+        )
 
 
 def test_pages_without_bytes_are_bound_by_no_memory(hybrid):
