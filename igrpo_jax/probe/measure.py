@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from igrpo_jax.probe.estimates import UNKNOWN, Estimate
 from igrpo_jax.probe.gradients import Gradients, Measured, learner_config
 from igrpo_jax.records import Prompt
 from igrpo_jax.rewards.verifier import Verifier
+from igrpo_jax.sampling.configured import with_slots_for
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.session.task import Task, sampler
@@ -61,9 +62,7 @@ def programs(asked: ProbeTask) -> tuple[Learner, Engine]:
     learner = Learner(learner_config(config), policy.model, task.mesh, **sizes)
     memory = device_bytes()
     memory = memory and memory - learner.resting_bytes
-    shards = max(1, task.mesh.size // (config.rollout.mesh.tensor or 1))  # at most, whatever the layout is
-    slots = min(config.rollout.slots, -(-len(asked.prompts) * asked.samples // shards) * shards)
-    config = replace(config, rollout=replace(config.rollout, slots=slots))
+    config = with_slots_for(config, task.mesh, len(asked.prompts) * asked.samples)
     engine = sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluation_plan, memory)
     return learner, engine
 

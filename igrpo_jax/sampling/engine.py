@@ -16,7 +16,7 @@ from igrpo_jax.models import decoder, heads
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.models.windows import Windows
-from igrpo_jax.sampling import filling, inputs, lockstep
+from igrpo_jax.sampling import inputs, lockstep, page_count
 from igrpo_jax.sampling.inputs import Piece, Start
 from igrpo_jax.sampling.layout import choose_tensor, sampler_mesh
 from igrpo_jax.sampling.lockstep import Call
@@ -116,7 +116,7 @@ class Engine:
         )
         self._memory = None if pages else memory
         if not pages:
-            estimated = filling.estimated_pages(self.sizes, ModelCosts(cfg, dtype, tensor), memory)
+            estimated = page_count.estimated_pages(self.sizes, ModelCosts(cfg, dtype, tensor), memory)
             self.sizes = replace(self.sizes, pages=estimated)
         _check_pages(self.sizes)
         self.programs = SamplerPrograms(cfg, self.mesh, eos_ids, dtype, self.sizes)
@@ -137,7 +137,7 @@ class Engine:
         if self._memory is None or self.sizes.pages == self.sizes.most_pages:
             return
         # Compilers of several processes may talk to each other: all of them count, and the first one's count is taken.
-        counted = filling.counted_pages(programs or self.programs, self._memory)
+        counted = page_count.counted_pages(programs or self.programs, self._memory)
         self.sizes = replace(self.sizes, pages=cluster.from_first(lambda: counted))
         self.programs = self.programs.resized(self.sizes)
 

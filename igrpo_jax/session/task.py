@@ -26,6 +26,7 @@ from igrpo_jax.outputs import trackers
 from igrpo_jax.records import Candidate, Prompt
 from igrpo_jax.rewards import custom, judge, verdicts, verifier
 from igrpo_jax.rewards.mathematics import golds
+from igrpo_jax.sampling.configured import open_engine
 from igrpo_jax.sampling.engine import Engine
 
 WRONG_ANSWER = "-987654321"  # what custom rewards see as a wrong answer before a run starts
@@ -269,26 +270,22 @@ def sampler(
     mesh: jax.sharding.Mesh,
     eos_ids: tuple[int, ...],
     max_context: int,
-    evaluated: planning.Plan,
+    plan: planning.Plan,
     memory: int | None,
 ) -> Engine:
     """Returns the engine of a run, large enough for training and for what is evaluated in it.
 
     Args:
+        plan: that of its evaluations.
         memory: bytes of each device that training leaves to sampling; None = any.
     """
-    return Engine(
+    return open_engine(
+        config,
         model,
         mesh,
         eos_ids,
-        tensor=config.rollout.mesh.tensor,
-        slots=config.rollout.slots,
-        max_context=max(max_context, evaluated.max_context),
-        max_completion=max(config.rollout.max_completion_length, evaluated.max_completion),
-        length=max(max_context + config.rollout.max_completion_length, evaluated.length),
-        dtype=config.model.dtype,
-        steps_per_dispatch=config.rollout.steps_per_dispatch,
-        pages=config.rollout.pages,
-        page_size=config.rollout.page_size,
-        memory=memory,
+        memory,
+        max_context=max(max_context, plan.max_context),
+        max_completion=max(config.rollout.max_completion_length, plan.max_completion),
+        length=max(max_context + config.rollout.max_completion_length, plan.length),
     )

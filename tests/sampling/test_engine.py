@@ -17,7 +17,7 @@ from igrpo_jax.distributed.programs import Program, compilations
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, hf_files, hf_read, paged
 from igrpo_jax.models.windows import block_ends
-from igrpo_jax.sampling import filling, shapes
+from igrpo_jax.sampling import page_count, shapes
 from igrpo_jax.sampling import programs as sampler_programs
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
@@ -352,9 +352,9 @@ def test_the_code_of_all_programs_leaves_fewer_pages(tiny, monkeypatch):
     sizes = {"slots": 32, "max_context": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
     memory = 4 * tiny[0].num_params + 900_000
     programs = Engine(tiny[0], one_device(), EOS, **sizes, memory=memory, prefill_chunk=64).programs
-    without, number = filling.counted_pages(programs, memory), sum(len(program.shapes) for program in programs) - 2
+    without, number = page_count.counted_pages(programs, memory), sum(len(program.shapes) for program in programs) - 2
     monkeypatch.setattr(Program, "code_bytes", 4096)  # a page; not that of `empty` and `harvest`
-    assert filling.counted_pages(programs, memory) == without - number > programs.sizes.least_pages
+    assert page_count.counted_pages(programs, memory) == without - number > programs.sizes.least_pages
 
 
 @pytest.mark.slow(seconds=14)
