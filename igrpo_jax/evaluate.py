@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igrpo_jax import cli
+from igrpo_jax.cli import exits, parsing
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError
 from igrpo_jax.loading import check_model
@@ -40,7 +40,7 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> None:
-    config, values = cli.parse_model(argv, USAGE, FLAGS)
+    config, values = parsing.parse_model(argv, USAGE, FLAGS)
     if values["compare"]:
         from igrpo_jax.evaluation.comparison import compare
 
@@ -54,10 +54,10 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--{flag}: missing; give {fix}")
     if not config.evaluation.benchmarks:
         raise InputError("--benchmarks: missing; name at least one, for example --benchmarks aime24,math500")
-    step = cli.number("step", values["step"])
+    step = parsing.number("step", values["step"])
     from igrpo_jax.distributed import cluster
 
-    with cluster.joined(config.cluster, cli.address(argv)):
+    with cluster.joined(config.cluster, parsing.cluster_arguments(argv)):
         evaluate(config, values["model"], values["workdir"], step)
 
 
@@ -137,4 +137,4 @@ def overview(task: "EvaluationTask") -> list[tuple[str, object]]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    exits.run(main)

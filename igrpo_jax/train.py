@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from igrpo_jax import cli
+from igrpo_jax.cli import exits
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.distributed.preemption import Preempted
@@ -143,4 +143,4 @@ def _profiled(config: Config, workdir: Path, step: int):
 
 
 if __name__ == "__main__":
-    cli.run(_refuse)
+    exits.run(_refuse)

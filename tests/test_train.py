@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from whole_runs import check_same_rows, faulty, final_state, rewind, rows, run, samples, settings, start
 
-from igrpo_jax import cli, config, train
+from igrpo_jax import config, train
+from igrpo_jax.cli import exits
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import cluster, sharding, watchdog
 from igrpo_jax.distributed.preemption import Preempted
@@ -110,7 +111,7 @@ def test_a_run_that_is_interrupted_says_what_it_has_saved(monkeypatch, tmp_path,
 
     def said():
         with pytest.raises(SystemExit) as stop:
-            cli.run(command)
+            exits.run(command)
         assert stop.value.code == 130
         return capsys.readouterr().err.removeprefix("igrpo_jax: error: interrupted; ")
 

@@ -106,7 +106,8 @@ def command(tmp_path: Path, workdir: Path | str, *overrides: str) -> list[str]:
 # What the statements of `start` see, and what runs after them: the module as `python -m` would run it.
 SEEN = """
 import os, runpy, signal, sys
-from igrpo_jax import cli, main
+from igrpo_jax import main
+from igrpo_jax.cli import exits
 from igrpo_jax.learning import objectives
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.rewards.verifier import Verifier

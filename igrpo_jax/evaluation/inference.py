@@ -54,7 +54,7 @@ def open_evaluation(
     """Returns the model named `model`, with the plan for the problems in `rows`.
 
     Args:
-        config: its `model` fits `model` (see `cli.parse_model`).
+        config: its `model` fits `model` (see `cli.parsing.parse_model`).
         step: of a run's checkpoint, None = the newest.
         rows: problems by benchmark.
         recorded_date: the day that a resumed evaluation has recorded for its chat template; None = a new evaluation.

@@ -41,7 +41,7 @@ class _Out(rich.console.Console):
     """A console of rich that raises BrokenPipeError where rich would end the process without a word."""
 
     def on_broken_pipe(self) -> None:
-        """Prints nothing more, and raises the BrokenPipeError again, which `cli.run` reports."""
+        """Prints nothing more, and raises the BrokenPipeError again, which `cli.exits.run` reports."""
         self.quiet = True
         raise
 
