@@ -17,7 +17,7 @@ from igrpo_jax.cli import exits, parsing
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError
 from igrpo_jax.loading import check_model
-from igrpo_jax.rewards import pool
+from igrpo_jax.rewards import main_guard
 from igrpo_jax.storage import reading
 from igrpo_jax.storage.addresses import path_of
 
@@ -82,7 +82,7 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
     from igrpo_jax.evaluation import inference, results
     from igrpo_jax.outputs.console import Console
 
-    pool.check_main()
+    main_guard.check_main()
     check_model(config, model)
     model, out = str(model), path_of(f"--workdir {out}", out)
     rows = problems.asked(problems.evaluation_rows(config), config.evaluation.limit)

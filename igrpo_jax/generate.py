@@ -19,7 +19,7 @@ from igrpo_jax.cli import exits, parsing
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError
 from igrpo_jax.loading import check_model
-from igrpo_jax.rewards import pool
+from igrpo_jax.rewards import main_guard
 from igrpo_jax.storage import reading
 
 USAGE = (
@@ -116,7 +116,7 @@ def generate(
         raise InputError(f"questions = {questions!r}: give a list with at least one question")
     if wrong := [text for text in questions if not isinstance(text, str) or not text.strip() or not is_text(text)]:
         raise InputError(f"questions: {wrong[0]!r} is no question; give texts in utf-8 that are not blank")
-    pool.check_main()
+    main_guard.check_main()
     check_model(config, model)
     from igrpo_jax.data.problems import Row
     from igrpo_jax.evaluation import inference

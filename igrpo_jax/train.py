@@ -23,7 +23,7 @@ from igrpo_jax.learning import credit
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.metrics import rollout_metrics
-from igrpo_jax.rewards import pool
+from igrpo_jax.rewards import main_guard
 from igrpo_jax.session import ending
 from igrpo_jax.session.opening import open_run
 from igrpo_jax.session.run import Run, StepResult
@@ -47,7 +47,7 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
         Exception: what `on_step` raised, with a note that says so.
         Preempted: SIGTERM came, and what can be resumed is saved.
     """
-    pool.check_main()
+    main_guard.check_main()
     if on_step is not None and not callable(on_step):
         raise InputError(f"on_step = {on_step!r}: must be a function of a step's number and its metrics, or None")
     with run_context(config, workdir) as (path, console, stack):

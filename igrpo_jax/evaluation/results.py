@@ -20,7 +20,7 @@ from igrpo_jax.distributed import cluster
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.outputs.files import rows_text, write_atomically, write_rows, writing
 from igrpo_jax.outputs.workdir import LOCK, locked
-from igrpo_jax.rewards.verifier import FAILED, too_many_failed
+from igrpo_jax.rewards.failures import FAILED, too_many_failed
 from igrpo_jax.storage.addresses import failures, make_folder, names
 from igrpo_jax.storage.reading import read_bytes
 from igrpo_jax.storage.writing import Lines

@@ -33,7 +33,8 @@ from igrpo_jax.learning.exchange import ProcessRollout
 from igrpo_jax.learning.stages import StepRollout
 from igrpo_jax.models import decoder
 from igrpo_jax.records import Group, Score
-from igrpo_jax.rewards.verifier import Verifier, check_errors
+from igrpo_jax.rewards.failures import check_errors
+from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.requests import Usage
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.sampling.scoring import sample_and_score
