@@ -242,7 +242,7 @@ def test_weights_that_stay_beside_the_copy_to_sample_with_leave_less_for_pages(
     seen = []
     monkeypatch.setattr(inference, "device_bytes", lambda: 1 << 30)
     monkeypatch.setattr(layout, "lies_by_outputs", lambda mesh: by_outputs)
-    monkeypatch.setattr(inference, "Engine", lambda *given, memory, **named: seen.append(memory))
+    monkeypatch.setattr(inference, "open_engine", lambda c, model, mesh, eos_ids, memory, **sizes: seen.append(memory))
     inference._engine(task.config, task.policy, task.mesh, task.plan)
     read = 4 * task.policy.model.num_params / task.mesh.shape["fsdp"]
     held = 0 if is_kept and tensor == 1 and not by_outputs else read

@@ -585,7 +585,7 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
         assert says in str(caught.value)
         return json.loads((workdir / "config.json").read_text())
 
-    monkeypatch.setattr(opening, "_compiling", compiles)
+    monkeypatch.setattr(opening, "_first_program_shapes", compiles)
     written = start("2026-11-26")
     assert written["data"]["template_date"] == "2026-11-26"
     written["data"]["template_date"] = "2026-11-25"  # of a run that ended before its first checkpoint, and is replaced
