@@ -79,7 +79,7 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
 
     from igrpo_jax.data import problems
     from igrpo_jax.distributed import cluster, preemption
-    from igrpo_jax.evaluation import inference, results
+    from igrpo_jax.evaluation import inference, results, summary_tables
     from igrpo_jax.outputs.console import Console
 
     main_guard.check_main()
@@ -105,7 +105,7 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
             summaries = benchmarks.run(params, out, settings)
         except preemption.Preempted:
             raise preemption.Preempted(f"preempted: the answers so far are in {out}") from None
-        console.message(f"{results.markdown(summaries)}\n{time.perf_counter() - began:.1f} s; written to {out}")
+        console.message(f"{summary_tables.markdown(summaries)}\n{time.perf_counter() - began:.1f} s; written to {out}")
     return summaries
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from igrpo_jax.data.problems import step_indices
+from igrpo_jax.data.order import step_indices
 from igrpo_jax.distributed.compiling import compiling
 from igrpo_jax.distributed.programs import device_bytes, showing_waits
 from igrpo_jax.errors import RunError

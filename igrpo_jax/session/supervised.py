@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from igrpo_jax.config import Config
-from igrpo_jax.data import problems, solutions
+from igrpo_jax.data import order, problems, solutions
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import cluster, preemption, sharding, watchdog
 from igrpo_jax.distributed.preemption import Preempted
@@ -216,7 +216,7 @@ def _step(
             finite.
     """
     config, began = task.config, time.perf_counter()
-    indices = problems.step_indices(step - 1, config.prompts_per_step, len(task.examples), config.seed)
+    indices = order.step_indices(step - 1, config.prompts_per_step, len(task.examples), config.seed)
     made = supervised.groups(config, [task.examples[i] for i in indices], task.renderer, step)
     advantages = [np.ones(1, np.float32)] * len(made)
     with watchdog.phase("update", f"step {step}"), watchdog.phase("dispatch"):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from igrpo_jax.config import Config, JudgeConfig, LogConfig
-from igrpo_jax.data import problems
+from igrpo_jax.data import order, problems
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
@@ -58,9 +58,9 @@ class Task:
         config, count = self.config, len(self.prompts)
         batch = config.algorithm.batches_until(step) - 1
         if redraw:
-            indices = problems.redraw_indices(batch, redraw, config.prompts_per_step, count, config.seed)
+            indices = order.redraw_indices(batch, redraw, config.prompts_per_step, count, config.seed)
         else:
-            indices = problems.step_indices(batch, config.prompts_per_step, count, config.seed)
+            indices = order.step_indices(batch, config.prompts_per_step, count, config.seed)
         return [self.prompts[i] for i in indices]
 
 
