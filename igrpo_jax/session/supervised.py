@@ -169,20 +169,21 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
         return
     if latest is not None:
         with console.phase(f"restoring step {latest}"):
-            done, state, meta = store.restore(learner.programs.state)
-        resuming.check_not_past_end(config, total, workdir, done)
-        writer = stack.enter_context(Writer(workdir, config, done))
+            resumed_after, state, meta = store.restore(learner.programs.state)
+        resuming.check_not_past_end(config, total, workdir, resumed_after)
+        writer = stack.enter_context(Writer(workdir, config, resumed_after))
         progress = Progress.from_meta(meta, int(state.skipped))
     else:
-        done, state, progress = 0, _first_state(task, learner, console), Progress()
+        resumed_after, state, progress = 0, _first_state(task, learner, console), Progress()
         writer = stack.enter_context(Writer(workdir, config))
     if config.model.lora.rank:
         fixed = functools.partial(weights.first, config, task.policy, workdir, task.mesh, console=console)
         learner.set_frozen(fixed(config.model.dtype))
     if claim.resumes:
         cluster.from_first(functools.partial(record_settings, workdir, config))
+    done = resumed_after
     try:
-        for step in range(done + 1, total + 1):
+        for step in range(resumed_after + 1, total + 1):
             if cluster.any_of(preemption.noted()):
                 raise Preempted
             state = _step(task, learner, state, step, progress, writer, console)
