@@ -237,7 +237,7 @@ def measured(bench: Bench, args: argparse.Namespace, lengths: list, bandwidth: f
 
     with compilations() as before:
         bench.run(lengths[0])
-    memory = bench.engine.predicted_bytes()
+    memory = bench.engine.programs.predicted_bytes
     with compilations() as after:
         runs = [[bench.run(row) for _ in range(args.steps)] for row in lengths]
     medians = [models.median([seconds for seconds, _ in each]) for each in runs]

@@ -50,8 +50,8 @@ class Step:
     def peak_bytes(self) -> int:
         from igrpo_jax.distributed.programs import tree_bytes
 
-        moments = tree_bytes(self._learner.abstract_state().opt_state)
-        return max(self._learner.predicted_bytes(), self._stages.engine.predicted_bytes() + moments)
+        moments = tree_bytes(self._learner.programs.state.opt_state)
+        return max(self._learner.programs.predicted_bytes(), self._stages.engine.programs.predicted_bytes + moments)
 
     def run(self, lengths, seed: int) -> tuple[float, float]:
         """Makes one step and returns the seconds of its rollout and of its update; see `groups` and `metrics`."""

@@ -114,7 +114,7 @@ class Bench:
         from igrpo_jax.distributed.compiling import compile_all
 
         began = time.perf_counter()
-        compile_all(self.learner.programs.wanted)
+        compile_all(self.learner.programs.program_shapes)
         return time.perf_counter() - began
 
     def step(self) -> dict:
@@ -139,7 +139,7 @@ def ours(args: argparse.Namespace) -> dict:
         step = lambda: updates.append(bench.step() | {"compiled": len(compiled)})
         figures = models.step_figures(step, args.steps, 4 * bench.model.num_params)
     first, last = updates[0], updates[-1]
-    predicted, measured = bench.learner.predicted_bytes(), models.peak_bytes()
+    predicted, measured = bench.learner.programs.predicted_bytes(), models.peak_bytes()
     per_second = last["perf/update_flops"] / figures["update_seconds"] / bench.mesh.size
     figures |= bench.rows.rates(figures["update_seconds"])
     return figures | {

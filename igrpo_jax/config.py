@@ -148,6 +148,11 @@ class DataConfig:
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
     lookups: LookupsConfig = field(default_factory=LookupsConfig)
 
+    @property
+    def answer_name(self) -> str:
+        """The name under which custom rewards receive the reference answers."""
+        return self.answer_column or "answer"
+
 
 @dataclass(frozen=True)
 class WarmStartConfig:
@@ -306,7 +311,7 @@ class RefineConfig:
     """The augmented prompt q' of Stage 2: how the question and its draft are put to the model."""
 
     # How the draft enters q': "embed" puts it inside the user turn, after the question.
-    template: Annotated[str, Choice("embed")] = "embed"
+    template: Annotated[str, Choice("embed")] = "embed"  # nothing here reads it: outside tools name the choice by it
     # Number of tokens of the draft that q' keeps, from its end; None for rollout.max_completion_length.
     max_draft_length: Annotated[int | None, AtLeast(1)] = None
     # Text that is put after the question; the draft's tokens replace {draft}. A critique departs from the paper: the
@@ -677,6 +682,11 @@ class Config:
         """Number of completions that a step trains on, where no draft is dropped."""
         drafts = self.algorithm.num_drafts if self.algorithm.train_drafts else 0
         return self.prompts_per_step * (self.algorithm.num_generations + drafts)
+
+    @property
+    def optimizer_steps_per_update(self) -> int:
+        """Number of minibatches of an update over all its iterations."""
+        return self.learner.minibatches * self.algorithm.num_iterations
 
     @property
     def draft_limit(self) -> int:

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igrpo_jax import cli
+from igrpo_jax.cli import exits, parsing
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError
 from igrpo_jax.loading import check_model
-from igrpo_jax.rewards import pool
+from igrpo_jax.rewards import main_guard
 from igrpo_jax.storage import reading
 from igrpo_jax.storage.addresses import path_of
 
@@ -40,7 +40,7 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> None:
-    config, values = cli.parse_model(argv, USAGE, FLAGS)
+    config, values = parsing.parse_model(argv, USAGE, FLAGS)
     if values["compare"]:
         from igrpo_jax.evaluation.comparison import compare
 
@@ -54,10 +54,10 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--{flag}: missing; give {fix}")
     if not config.evaluation.benchmarks:
         raise InputError("--benchmarks: missing; name at least one, for example --benchmarks aime24,math500")
-    step = cli.number("step", values["step"])
+    step = parsing.number("step", values["step"])
     from igrpo_jax.distributed import cluster
 
-    with cluster.joined(config.cluster, cli.address(argv)):
+    with cluster.joined(config.cluster, parsing.cluster_arguments(argv)):
         evaluate(config, values["model"], values["workdir"], step)
 
 
@@ -79,10 +79,10 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
 
     from igrpo_jax.data import problems
     from igrpo_jax.distributed import cluster, preemption
-    from igrpo_jax.evaluation import inference, results
+    from igrpo_jax.evaluation import inference, results, summary_tables
     from igrpo_jax.outputs.console import Console
 
-    pool.check_main()
+    main_guard.check_main()
     check_model(config, model)
     model, out = str(model), path_of(f"--workdir {out}", out)
     rows = problems.asked(problems.evaluation_rows(config), config.evaluation.limit)
@@ -95,7 +95,7 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
             "model": task.name,
             "step": task.step,
             "weights_written": task.weights_written,
-            **results.settings(task.config, task.plan.wanted),
+            **results.settings(task.config, task.plan.max_new_tokens),
         }
         stack.enter_context(results.held(out, settings))
         console.table("Evaluation", overview(task))
@@ -105,7 +105,7 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
             summaries = benchmarks.run(params, out, settings)
         except preemption.Preempted:
             raise preemption.Preempted(f"preempted: the answers so far are in {out}") from None
-        console.message(f"{results.markdown(summaries)}\n{time.perf_counter() - began:.1f} s; written to {out}")
+        console.message(f"{summary_tables.markdown(summaries)}\n{time.perf_counter() - began:.1f} s; written to {out}")
     return summaries
 
 
@@ -127,11 +127,14 @@ def overview(task: "EvaluationTask") -> list[tuple[str, object]]:
             for name, prompts in plan.prompts.items()
         ),
         *([("day of the chat template", config.data.template_date)] * bool(config.data.template_date)),
-        ("answers", f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, up to {plan.wanted:,} tokens"),
+        (
+            "answers",
+            f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, up to {plan.max_new_tokens:,} tokens",
+        ),
         *(("note", note) for note in [*plan.notes, *left_out(config, plan)]),
         ("rounds", rounds),
     ]
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    exits.run(main)

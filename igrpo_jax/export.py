@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from igrpo_jax import cli
+from igrpo_jax.cli import exits, parsing
 from igrpo_jax.config import MeshConfig
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("push", None, "repository of the hub, OWNER/NAME", flag_values=values)
     flags.DEFINE_bool("public", False, "make the repository of --push public, if it is new", flag_values=values)
     flags.DEFINE_bool("adapter", False, "write LoRA's adapters alone, as peft loads them", flag_values=values)
-    cli.read_flags(argv, values, __doc__, "--out=HF_DIR")
+    parsing.read_flags(argv, values, __doc__, "--out=HF_DIR")
     for name in ["workdir", *["out"] * (not values.push)]:
         if not values[name].value:
             raise InputError(f"--{name}: missing; give --workdir DIR --out HF_DIR")
@@ -120,4 +120,4 @@ def _write_model(folder: Path, policy: Policy, params: decoder.Params, dtype: st
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    exits.run(main)

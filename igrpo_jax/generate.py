@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from igrpo_jax import cli
+from igrpo_jax.cli import exits, parsing
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError
 from igrpo_jax.loading import check_model
-from igrpo_jax.rewards import pool
+from igrpo_jax.rewards import main_guard
 from igrpo_jax.storage import reading
 
 USAGE = (
@@ -38,7 +38,7 @@ NAME = "prompts"  # the name of the benchmark that the questions form
 
 
 def main(argv: list[str]) -> None:
-    config, values = cli.parse_model(argv, USAGE, FLAGS)
+    config, values = parsing.parse_model(argv, USAGE, FLAGS)
     if not values["model"]:
         raise InputError("--model: missing; give the folder of a run, a Hugging Face directory or a hub id")
     if bool(values["prompt"]) == bool(values["prompts"]):
@@ -48,10 +48,10 @@ def main(argv: list[str]) -> None:
     if values["prompt"] and not is_text(values["prompt"]):
         raise InputError(f"--prompt {values['prompt']!r}: is not text in utf-8; give it in that, or in a file")
     questions = [values["prompt"]] if values["prompt"] else read(values["prompts"], config.data.prompt_column)
-    step = cli.number("step", values["step"])
+    step = parsing.number("step", values["step"])
     from igrpo_jax.distributed import cluster
 
-    with cluster.joined(config.cluster, cli.address(argv)):
+    with cluster.joined(config.cluster, parsing.cluster_arguments(argv)):
         show(questions, generate(config, values["model"], questions, step))
 
 
@@ -116,7 +116,7 @@ def generate(
         raise InputError(f"questions = {questions!r}: give a list with at least one question")
     if wrong := [text for text in questions if not isinstance(text, str) or not text.strip() or not is_text(text)]:
         raise InputError(f"questions: {wrong[0]!r} is no question; give texts in utf-8 that are not blank")
-    pool.check_main()
+    main_guard.check_main()
     check_model(config, model)
     from igrpo_jax.data.problems import Row
     from igrpo_jax.evaluation import inference
@@ -166,4 +166,4 @@ def drafts(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    exits.run(main)

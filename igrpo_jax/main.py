@@ -6,17 +6,17 @@ of the first, --processes N and --process I.
 jax is imported inside `main` only: the verifier's worker processes import this module too.
 """
 
-from igrpo_jax import cli
+from igrpo_jax.cli import exits, parsing
 
 
 def main(argv: list[str]) -> None:
-    config, workdir = cli.parse(argv)
+    config, workdir = parsing.parse(argv)
     from igrpo_jax.distributed import cluster
     from igrpo_jax.train import train
 
-    with cluster.joined(config.cluster, cli.address(argv)):
+    with cluster.joined(config.cluster, parsing.cluster_arguments(argv)):
         train(config, workdir)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    exits.run(main)

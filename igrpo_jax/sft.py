@@ -4,22 +4,22 @@ A supervised start of a model from files, on the problems and solutions of confi
 it. `python -m igrpo_jax.export` writes its checkpoint, which reinforcement learning takes as model.path.
 """
 
-from igrpo_jax import cli
+from igrpo_jax.cli import exits, parsing
 from igrpo_jax.errors import InputError
 
 USAGE = "python -m igrpo_jax.sft --config FILE --workdir DIR [--config.FIELD=VALUE ...]"
 
 
 def main(argv: list[str]) -> None:
-    config, values = cli.parse_config(argv, USAGE, {"workdir": "folder of the supervised start"} | cli.CLUSTER)
+    config, values = parsing.parse_config(argv, USAGE, {"workdir": "folder of the supervised start"} | parsing.CLUSTER)
     if not values["workdir"]:
         raise InputError("--workdir: missing; give a folder")
     from igrpo_jax.distributed import cluster
     from igrpo_jax.session.supervised import train_supervised
 
-    with cluster.joined(config.cluster, cli.address(argv)):
+    with cluster.joined(config.cluster, parsing.cluster_arguments(argv)):
         train_supervised(config, values["workdir"])
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    exits.run(main)

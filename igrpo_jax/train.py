@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from igrpo_jax import cli
+from igrpo_jax.cli import exits
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.distributed.preemption import Preempted
@@ -23,11 +23,11 @@ from igrpo_jax.learning import credit
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.metrics import rollout_metrics
-from igrpo_jax.rewards import pool
+from igrpo_jax.rewards import main_guard
 from igrpo_jax.session import ending
 from igrpo_jax.session.opening import open_run
 from igrpo_jax.session.run import Run, StepResult, throughput
-from igrpo_jax.session.surroundings import surroundings
+from igrpo_jax.session.run_context import run_context
 from igrpo_jax.storage.writing import spool_folder
 
 OnStep = Callable[[int, Mapping[str, float]], object]
@@ -47,10 +47,10 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
         Exception: what `on_step` raised, with a note that says so.
         Preempted: SIGTERM came, and what can be resumed is saved.
     """
-    pool.check_main()
+    main_guard.check_main()
     if on_step is not None and not callable(on_step):
         raise InputError(f"on_step = {on_step!r}: must be a function of a step's number and its metrics, or None")
-    with surroundings(config, workdir) as (path, console, stack):
+    with run_context(config, workdir) as (path, console, stack):
         if not ending.is_finished(path, config, console):
             _train(config, path, console, stack, on_step)
 
@@ -58,11 +58,11 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
 def _train(
     config: Config, workdir: Path, console: Console, stack: contextlib.ExitStack, on_step: OnStep | None
 ) -> None:
-    """Opens the run, and takes the steps that are left. `surroundings` drops the state in this frame if interrupted."""
+    """Opens the run, and takes the steps that are left. `run_context` drops the state in this frame if interrupted."""
     run, state = open_run(config, workdir, console, stack)
-    done = run.first_step
+    done, first = run.resumed_after, run.resumed_after + 1
     try:
-        for step in range(run.first_step + 1, run.task.total_steps + 1):
+        for step in range(first, run.task.total_steps + 1):
             run.stop_if_preempted()
             result = train_step(run, state, step)
             state = result.state
@@ -107,13 +107,13 @@ def _call(on_step: OnStep, run: Run, state: TrainState, step: int, metrics: Mapp
 
 def train_step(run: Run, state: TrainState, step: int) -> StepResult:
     """Runs one step of Algorithm 1: samples both stages, scores them, and makes one update, which donates `state`."""
-    learner, name = run.learner, f"step {step}"
+    learner, name, is_first = run.learner, f"step {step}", step == run.resumed_after + 1
     with _profiled(run.config, run.workdir, step), compilations() as compiled:
         began = time.perf_counter()
         prompts = functools.partial(run.task.step_prompts, step)  # by the number of the redraw
         with watchdog.phase("rollout", name):
             groups, sampled = run.rollout.collect(learner.policy(state.params), step, prompts)
-        if step == run.first_step + 1:
+        if is_first:
             run.compile_rest()
         advantages = credit.refinement_advantages(groups, run.config)
         with watchdog.phase("update", name), watchdog.phase("dispatch"):
@@ -123,8 +123,8 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
             updating = time.perf_counter()
             state, learned = learner.update(state, groups, advantages, step)
             ended = time.perf_counter()
-    if step == run.first_step + 1:
-        compiled = []  # after each start of the run, the first step compiles all that it needs
+    if is_first:
+        compiled = []  # the first step after a start compiles the run's programs, which are no recompilations
     times = {"perf/update_time": ended - updating, "perf/step_time": ended - began, "perf/recompiles": len(compiled)}
     times["perf/wall_time"] = time.time()
     metrics = {**checked, **learned, **rollout_metrics(groups, run.config), **sampled}
@@ -144,4 +144,4 @@ def _profiled(config: Config, workdir: Path, step: int):
 
 
 if __name__ == "__main__":
-    cli.run(_refuse)
+    exits.run(_refuse)

@@ -19,7 +19,8 @@ import transformers
 from processes import Started, ended, free_port
 
 import igrpo_jax
-from igrpo_jax import cli, config, evaluate, export, generate
+from igrpo_jax import config, evaluate, export, generate
+from igrpo_jax.cli import exits, parsing
 from igrpo_jax.data import arithmetic
 from igrpo_jax.data.problems import Row
 from igrpo_jax.distributed import sharding
@@ -115,12 +116,12 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["command", *overrides, *map(str, arguments)])
         if code:
             with pytest.raises(SystemExit) as stop:
-                cli.run(command.main)
+                exits.run(command.main)
             assert stop.value.code == code
             said = capsys.readouterr().err
             assert said.startswith("igrpo_jax: error: ") and said.count("\n") == 1 and "Traceback" not in said
             return said
-        cli.run(command.main)
+        exits.run(command.main)
         return capsys.readouterr().out
 
     return call
@@ -241,7 +242,7 @@ def test_weights_that_stay_beside_the_copy_to_sample_with_leave_less_for_pages(
     seen = []
     monkeypatch.setattr(inference, "device_bytes", lambda: 1 << 30)
     monkeypatch.setattr(layout, "lies_by_outputs", lambda mesh: by_outputs)
-    monkeypatch.setattr(inference, "Engine", lambda *given, memory, **named: seen.append(memory))
+    monkeypatch.setattr(inference, "open_engine", lambda c, model, mesh, eos_ids, memory, **sizes: seen.append(memory))
     inference._engine(task.config, task.policy, task.mesh, task.plan)
     read = 4 * task.policy.model.num_params / task.mesh.shape["fsdp"]
     held = 0 if is_kept and tensor == 1 and not by_outputs else read
@@ -313,7 +314,8 @@ def test_sigterm_leaves_an_evaluation_that_the_same_command_continues(call, mode
 TOLD = """
 import os, signal, sys
 import jax
-from igrpo_jax import cli, evaluate
+from igrpo_jax import evaluate
+from igrpo_jax.cli import exits
 from igrpo_jax.rewards.verifier import Verifier
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 check, told = Verifier.check_answer, sys.argv[2] == "1"
@@ -323,7 +325,7 @@ def graded(self, candidate, batch=None):
     return check(self, candidate, batch)
 Verifier.check_answer = graded
 sys.argv = ["evaluate", *sys.argv[3:]]
-cli.run(evaluate.main)
+exits.run(evaluate.main)
 """
 
 
@@ -452,7 +454,7 @@ def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
 
 def test_help_names_the_flags_that_stand_for_fields(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.parse_model(["evaluate", "--help"], evaluate.USAGE, evaluate.FLAGS)
+        parsing.parse_model(["evaluate", "--help"], evaluate.USAGE, evaluate.FLAGS)
     said = capsys.readouterr().out
     assert stop.value.code == 0 and len(said.splitlines()) < 20
     for flag in ("benchmarks", "samples", "rounds", "model", "workdir", "compare"):
@@ -468,10 +470,10 @@ def test_the_chat_template_of_a_run_has_the_runs_values(tmp_path):
     (tmp_path / "other.py").write_text("from igrpo_jax.config import default as get_config\n")
     other = ["x", "--model", str(run), "--config", str(tmp_path / "other.py")]
     for command in (["x", "--model", str(run)], other):
-        c, _ = cli.parse_model(command, "", {})
+        c, _ = parsing.parse_model(command, "", {})
         assert (c.data.template_kwargs, c.data.template_date) == tuple(own.values())
         given = ["--config.data.template_kwargs={'enable_thinking': True}", "--config.data.template_date=2026-11-27"]
-        c, _ = cli.parse_model([*command, *given], "", {})
+        c, _ = parsing.parse_model([*command, *given], "", {})
         assert (c.data.template_kwargs, c.data.template_date) == ({"enable_thinking": True}, "2026-11-27")
 
 
@@ -551,14 +553,14 @@ def test_a_run_and_its_export_have_the_same_prompts_on_any_day(call, dated_model
 def test_the_model_of_a_run_is_the_runs_own(run, tmp_path):
     (run / "config.json").write_text(json.dumps({"seed": 4, "model": {"dtype": "float32"}, "gone": 1}))
     with pytest.raises(InputError, match=r"config\.gone: no such field"):
-        cli.parse_model(["x", "--model", str(run)], "", {})
+        parsing.parse_model(["x", "--model", str(run)], "", {})
     (run / "config.json").write_text(json.dumps({"seed": 4, "model": {"dtype": "float32"}}))
-    c, _ = cli.parse_model(["x", "--model", str(run), "--config.evaluation.samples=3"], "", {})
+    c, _ = parsing.parse_model(["x", "--model", str(run), "--config.evaluation.samples=3"], "", {})
     assert (c.seed, c.model.dtype, c.evaluation.samples) == (4, "float32", 3)
     (tmp_path / "other.py").write_text("from igrpo_jax.config import default as get_config\n")
-    c, _ = cli.parse_model(["x", "--model", str(run), "--config", str(tmp_path / "other.py")], "", {})
+    c, _ = parsing.parse_model(["x", "--model", str(run), "--config", str(tmp_path / "other.py")], "", {})
     assert (c.seed, c.model.dtype) == (0, "float32")
-    c, _ = cli.parse_model(["x", "--model=owner/name", "--benchmarks", "a, b", "--rounds=2"], "", evaluate.FLAGS)
+    c, _ = parsing.parse_model(["x", "--model=owner/name", "--benchmarks", "a, b", "--rounds=2"], "", evaluate.FLAGS)
     assert (c.model.path, c.evaluation.benchmarks, c.evaluation.rounds) == ("owner/name", ("a", "b"), 2)
 
 
@@ -566,6 +568,6 @@ def test_the_table_counts_one_answer_as_one():
     for samples, said in ((1, "2 problems, 1 answer each"), (2, "2 problems, 2 answers each")):
         settings = config.Config(evaluation=config.EvaluationConfig(samples=samples))
         policy = SimpleNamespace(model=SimpleNamespace(num_params=1))
-        plan = SimpleNamespace(prompts={"mine": [1, 2]}, wanted=8, notes=[])
+        plan = SimpleNamespace(prompts={"mine": [1, 2]}, max_new_tokens=8, notes=[])
         task = SimpleNamespace(config=settings, plan=plan, step=None, policy=policy, name="m")
         assert ("mine", said) in evaluate.overview(task)

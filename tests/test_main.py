@@ -5,21 +5,19 @@ import importlib.util
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 import igrpo_jax
 from igrpo_jax import __main__ as commands
-from igrpo_jax import cli, config, evaluate, export, generate, main, sft
+from igrpo_jax import config, evaluate, export, generate, main, sft
 from igrpo_jax.aot import __main__ as aot
+from igrpo_jax.cli import exits, parsing
 from igrpo_jax.data import arithmetic
-from igrpo_jax.distributed import preemption, watchdog
-from igrpo_jax.errors import InputError, RunError
+from igrpo_jax.errors import InputError
 from igrpo_jax.probe import __main__ as probe
 from igrpo_jax.report import __main__ as report
 from igrpo_jax.schema import fields
@@ -81,7 +79,7 @@ def refused(tmp_path, monkeypatch, capsys):
         argv = ["main", "--config", str(tmp_path / "tiny.py"), "--workdir", str(where)]
         monkeypatch.setattr(sys, "argv", argv + [f"--config.{x}" if x[0] != "-" else x for x in overrides])
         with pytest.raises(SystemExit) as stop:
-            cli.run(main.main)
+            exits.run(main.main)
         out = capsys.readouterr()
         assert stop.value.code == 2
         assert out.err.startswith("igrpo_jax: error: ") and out.err.count("\n") == 1 and "Traceback" not in out.err
@@ -140,7 +138,7 @@ def test_values_of_flags(tmp_path, override, path, value):
     (tmp_path / "tiny.py").write_text(TINY)
     flags = f"--config.{override}"
     flags = flags.split() if "--config.steps=5" in flags or " 0.28" in flags else [flags]
-    made, _ = cli.parse(["main", *flags, "--config", str(tmp_path / "tiny.py")])
+    made, _ = parsing.parse(["main", *flags, "--config", str(tmp_path / "tiny.py")])
     assert fields.value_at(made, path) == value and type(fields.value_at(made, path)) is type(value)
 
 
@@ -185,7 +183,7 @@ def test_flags_that_are_not_understood(refused, flag, words):
 )
 def test_arguments_that_are_no_flags(argument, meant):
     with pytest.raises(InputError) as error:
-        cli.parse(["main", "--config", "configs/tiny_cpu.py", argument])
+        parsing.parse(["main", "--config", "configs/tiny_cpu.py", argument])
     assert str(error.value) == f"{argument}: not understood; {meant}"
 
 
@@ -241,7 +239,7 @@ def test_a_question_that_is_no_text_is_named():
 def test_a_forgotten_config_names_an_example(monkeypatch, tmp_path, argv, folder):
     monkeypatch.chdir(folder or tmp_path)
     with pytest.raises(InputError, match=r"^--config: missing; .* for example --config (.*)$") as error:
-        cli.parse(["main", *argv])
+        parsing.parse(["main", *argv])
     assert str(error.value).endswith("configs/tiny_cpu.py" if folder else "my_config.py")
 
 
@@ -367,7 +365,7 @@ def test_a_bucket_that_nothing_reaches_is_no_folder(command, flags, named, tmp_p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["command", *flags])
     with pytest.raises(SystemExit) as stop:
-        cli.run(command.main)
+        exits.run(command.main)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith(f"igrpo_jax: error: {named}az:// is not supported; give a folder")
     assert [path.name for path in tmp_path.iterdir()] == ["configs"]
@@ -402,10 +400,13 @@ def test_workdirs_that_cannot_be_used(refused, tmp_path):
     [
         (main, {"config", "workdir", "coordinator", "processes", "process"}),
         (aot, {"config", "slices", "topology"}),
-        (evaluate, {"config", "model", "benchmarks", "samples", "rounds", "workdir", "step", "compare", *cli.CLUSTER}),
-        (generate, {"config", "model", "prompt", "prompts", "samples", "rounds", "step", *cli.CLUSTER}),
+        (
+            evaluate,
+            {"config", "model", "benchmarks", "samples", "rounds", "workdir", "step", "compare", *parsing.CLUSTER},
+        ),
+        (generate, {"config", "model", "prompt", "prompts", "samples", "rounds", "step", *parsing.CLUSTER}),
         (export, {"workdir", "out", "step", "push", "public", "adapter", "help"}),
-        (sft, {"config", "workdir", *cli.CLUSTER}),
+        (sft, {"config", "workdir", *parsing.CLUSTER}),
         (report, {"workdir", "out", "help"}),
     ],
 )
@@ -413,7 +414,7 @@ def test_help_lists_the_commands_own_flags(monkeypatch, capsys, command, flags):
     """A line each, neither those of absl nor those that mean nothing here, and no path of this machine."""
     monkeypatch.setattr(sys, "argv", ["command", "--help"])
     with pytest.raises(SystemExit) as stop:
-        cli.run(command.main)
+        exits.run(command.main)
     out = capsys.readouterr().out
     assert stop.value.code == 0 and str(ROOT) not in out
     assert set(re.findall(r"^  --(\w+) +\w", out, re.MULTILINE)) == flags
@@ -521,133 +522,3 @@ def test_a_configuration_of_another_model_is_refused(call, tmp_path, monkeypatch
     with pytest.raises(InputError, match=r"config\.model: is not that of m; use what load_config\(..., model='m'\)"):
         call(igrpo_jax.load_config(model="another"))
     assert list(tmp_path.iterdir()) == []
-
-
-HIDDEN = """
-import sys
-sys.modules["torch"] = None  # as where it is not installed
-{first}
-import transformers
-transformers.logging.get_logger("transformers").warning("a real warning")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", ["from igrpo_jax import cli", "from igrpo_jax import export", "pass"])
-def test_without_pytorch_transformers_gives_no_advice_and_still_warns(first):
-    """The third shows that there is advice, and that the test would see it."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
-    start = [sys.executable, "-c", HIDDEN.format(first=first)]
-    done = subprocess.run(start, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "a real warning" in done.stderr
-    assert ("PyTorch was not found" in done.stderr) == (first == "pass")
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        (
-            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore",
-            "out of device memory in update (step 3), last program accumulate 8 64 4 32: lower "
-            "learner.tokens_per_microbatch or learner.logprob_chunk",
-        ),
-        (
-            "INTERNAL: the compiler gave up\nmore",
-            "JAX failed in update (step 3), last program accumulate 8 64 4 32: INTERNAL: the compiler gave up",
-        ),
-    ],
-)
-def test_what_jax_raises_is_named_with_its_phase_and_shapes(monkeypatch, capsys, text, words):
-    def command(_):
-        with watchdog.watching(config.WatchdogConfig()), watchdog.phase("update", "step 3"):
-            watchdog.running("accumulate 8 64 4 32")
-            raise jax.errors.JaxRuntimeError(text)
-
-    with pytest.raises(SystemExit) as stop:
-        cli.run(command)
-    err = capsys.readouterr().err
-    assert stop.value.code == 1 and "Traceback" in err
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("igrpo_jax: error: ") and words in last
-
-
-@pytest.mark.parametrize(
-    "error, code", [(RunError("the disk is full"), 1), (preemption.Preempted("step 3 is saved"), 75)]
-)
-def test_exit_codes(capsys, error, code):
-    def command(_):
-        raise error
-
-    with pytest.raises(SystemExit) as stop:
-        cli.run(command)
-    err = capsys.readouterr().err
-    assert stop.value.code == code and err.startswith(f"igrpo_jax: error: {error}") and err.count("\n") == 1
-
-
-# A command to which Ctrl-C comes in a place of its own.
-DROPPED = """
-import gc, signal, time
-from igrpo_jax import cli
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
-
-class Dropped:
-    def __del__(self):
-        signal.raise_signal(signal.SIGINT)
-        time.sleep(0)
-
-def command(_):
-    {}
-    time.sleep(30)
-
-cli.run(command)
-"""
-
-
-GARBAGE = (
-    "gc.callbacks.append(lambda phase, _: phase == 'start' and Dropped.__del__(0)), gc.collect(), gc.callbacks.clear()"
-)
-
-
-@pytest.mark.parametrize("where", ["Dropped()", GARBAGE], ids=["destructor", "garbage"])
-def test_ctrl_c_is_not_lost_where_python_drops_exceptions(where):
-    """In a destructor, and in a callback of the garbage collector, of which jax has one."""
-    done = subprocess.run([sys.executable, "-c", DROPPED.format(where)], capture_output=True, text=True, timeout=25)
-    assert done.returncode == 130 and done.stderr.startswith("igrpo_jax: error: interrupted;"), done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-# A command with an exit handler, which Ctrl-C ends while it cleans up, or while its exit handler runs.
-TWICE = """
-import atexit, os, signal, time
-from igrpo_jax import cli
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-atexit.register(lambda: (os.write(1, b"exit handler"), signal.raise_signal(signal.SIGINT), time.sleep(20)))
-
-def command(_):
-    try:
-        raise KeyboardInterrupt
-    finally:
-        {}
-
-cli.run(command)
-"""
-
-
-@pytest.mark.parametrize(
-    "meanwhile, code, printed", [("raise KeyboardInterrupt", 130, ""), ("pass", -signal.SIGINT, "exit handler")]
-)
-def test_a_second_ctrl_c_ends_the_process_at_once_and_without_a_traceback(meanwhile, code, printed):
-    done = subprocess.run([sys.executable, "-c", TWICE.format(meanwhile)], capture_output=True, text=True, timeout=15)
-    assert (done.returncode, done.stdout) == (code, printed)
-    assert done.stderr.startswith("igrpo_jax: error: interrupted;") and done.stderr.count("\n") == 1
-
-
-def test_a_pipe_that_is_closed_is_named():
-    code = "from igrpo_jax import cli; cli.run(lambda _: print(100_000 * 'text'))"
-    done = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    done.stdout.close()
-    said = done.stderr.read()
-    assert done.wait(timeout=60) == 1 and said.count("\n") == 1
-    assert said.startswith("igrpo_jax: error: stdout was closed by the command that it is piped into")

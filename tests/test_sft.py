@@ -86,7 +86,7 @@ def test_steps_that_are_not_finite_are_counted_across_a_resume(settings, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         supervised.train_supervised(settings, tmp_path)
     killed_in = None
-    with pytest.raises(RunError, match=r"step 3: loss or gradient was not finite, .* = 3 times in a row"):
+    with pytest.raises(RunError, match=r"steps 1 to 3: loss or gradient was not finite, .* = 3 times in a row"):
         supervised.train_supervised(settings, tmp_path)
     assert [path.name for path in sorted((tmp_path / "nonfinite").iterdir())] == [
         f"step_{step:06d}.jsonl" for step in (1, 2, 3)

@@ -47,7 +47,8 @@ COMMANDS = {
     "report/__main__",
     "probe/__main__",
     "rewards/grade",
-    "cli",
+    "cli/parsing",
+    "cli/exits",
 }
 
 # Libraries that import jax; importing one is importing it.
@@ -60,7 +61,8 @@ WITHOUT_JAX = (
         "config",
         "loading",
         "records",
-        "cli",
+        "cli/parsing",
+        "cli/exits",
         "main",
         "evaluate",
         "generate",

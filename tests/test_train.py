@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from whole_runs import check_same_rows, faulty, final_state, rewind, rows, run, samples, settings, start
 
-from igrpo_jax import cli, config, train
+from igrpo_jax import config, train
+from igrpo_jax.cli import exits
 from igrpo_jax.data import arithmetic
 from igrpo_jax.distributed import cluster, sharding, watchdog
 from igrpo_jax.distributed.preemption import Preempted
@@ -31,7 +32,7 @@ from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.rewards.verifier import Verifier
-from igrpo_jax.session import opening, overview, surroundings, task
+from igrpo_jax.session import opening, overview, run_context, task
 from igrpo_jax.session.run import utilization
 from igrpo_jax.session.task import open_task
 
@@ -53,7 +54,7 @@ def test_a_callback_gets_each_step_with_the_scores_after_it(monkeypatch, tmp_pat
     calls = []
 
     class Run:
-        first_step, task, progress = 2, SimpleNamespace(total_steps=4), SimpleNamespace(scores={})
+        resumed_after, task, progress = 2, SimpleNamespace(total_steps=4), SimpleNamespace(scores={})
         stop_if_preempted = finish = lambda self, *_: None
         report = lambda self, step, _: calls.append(f"report {step}")
         save = lambda self, step, _: calls.append(f"save {step}")
@@ -75,7 +76,7 @@ def test_a_step_whose_callback_raises_is_saved(monkeypatch, tmp_path):
     calls = []
 
     class Run:
-        first_step, task, progress, workdir = 0, SimpleNamespace(total_steps=9), SimpleNamespace(scores={}), tmp_path
+        resumed_after, task, progress, workdir = 0, SimpleNamespace(total_steps=9), SimpleNamespace(scores={}), tmp_path
         stop_if_preempted = report = save = lambda self, *_: None
         evaluation_due = lambda self, step: False
         keep = lambda self, step, state: calls.append((step, state.params))
@@ -110,7 +111,7 @@ def test_a_run_that_is_interrupted_says_what_it_has_saved(monkeypatch, tmp_path,
 
     def said():
         with pytest.raises(SystemExit) as stop:
-            cli.run(command)
+            exits.run(command)
         assert stop.value.code == 130
         return capsys.readouterr().err.removeprefix("igrpo_jax: error: interrupted; ")
 
@@ -118,7 +119,7 @@ def test_a_run_that_is_interrupted_says_what_it_has_saved(monkeypatch, tmp_path,
     for name in ("2", "10", "12.orbax-checkpoint-tmp"):
         (workdir / "checkpoints" / name).mkdir(parents=True)
     assert said() == f"step 10 is saved in {workdir}; started again, the run goes on from there\n"
-    monkeypatch.setattr(surroundings, "is_remote", lambda path: True)
+    monkeypatch.setattr(run_context, "is_remote", lambda path: True)
     assert said() == f"started again, the run goes on from what is saved in {workdir}, if something is\n"
 
 
@@ -132,7 +133,7 @@ def test_an_interrupt_leaves_no_state_on_the_devices(monkeypatch, tmp_path):
         return made
 
     class Run:
-        first_step, task = 0, SimpleNamespace(total_steps=1)
+        resumed_after, task = 0, SimpleNamespace(total_steps=1)
         stop_if_preempted = lambda self: None
 
     def interrupted(run, state, step):
@@ -326,7 +327,7 @@ def test_clean_compares_with_all_that_evaluation_may_ask(tmp_path):
         task = open_task(dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, **held_out)))
         assert [prompt.question for prompt in task.prompts] == ["1+1"]
         assert ("training problems like mine's", "1 of 2, left out") in task.notes
-        assert {name: [one.question for one in some] for name, some in task.evaluated.prompts.items()} == asked
+        assert {name: [one.question for one in some] for name, some in task.evaluation_plan.prompts.items()} == asked
 
 
 @pytest.mark.slow
@@ -481,7 +482,7 @@ def test_a_best_metric_without_benchmarks():
 @pytest.mark.slow
 def test_a_run_evaluates_what_a_best_metric_may_name(whole):
     task = open_task(settings())
-    known = set(planning.metric_names(task.config, task.evaluated))
+    known = set(planning.metric_names(task.config, task.evaluation_plan))
     for row in rows(whole[0]):
         written = {name for name in row if name.startswith("eval/")}
         assert written <= known and (not written or known - written <= {"eval/arithmetic/solved_length"})
@@ -590,7 +591,7 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
         assert says in str(caught.value)
         return json.loads((workdir / "config.json").read_text())
 
-    monkeypatch.setattr(opening, "_compiling", compiles)
+    monkeypatch.setattr(opening, "_first_program_shapes", compiles)
     written = start("2026-11-26")
     assert written["data"]["template_date"] == "2026-11-26"
     written["data"]["template_date"] = "2026-11-25"  # of a run that ended before its first checkpoint, and is replaced
@@ -643,13 +644,12 @@ def test_learning_rate_zero_changes_nothing_but_is_evaluated(tmp_path):
 
 def test_what_does_not_fit_is_said(monkeypatch):
     """By the phase that needs more than a device has, with what to lower."""
-    task = open_task(settings())
     needs = {"update": 3 << 30, "rollout": 1 << 30}
     monkeypatch.setattr(overview, "predicted_bytes", lambda *_: needs)
     learner = SimpleNamespace(programs=SimpleNamespace(remat="dots"))
     for there, expected in ((None, ["update 3.00 GiB, rollout 1.00 GiB"]), (2 << 30, None)):
         monkeypatch.setattr(overview, "device_bytes", lambda there=there: there)
-        recomputed, *lines = overview.memory(task.config, task, None, learner)
+        recomputed, *lines = overview.memory(None, learner)
         assert recomputed == ("recomputed in the backward pass", "all but matrix products")
         assert [str(value) for _, value in lines] == (
             expected

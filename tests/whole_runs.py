@@ -78,7 +78,7 @@ def final_state(workdir: Path, run_config: config.Config) -> dict[str, np.ndarra
         learner = Learner(
             run_config, task.policy.model, task.mesh, max_context=task.max_context, total_steps=task.total_steps
         )
-        step, state, meta = store.restore(learner.abstract_state())
+        step, state, meta = store.restore(learner.programs.state)
     assert meta["step"] == step == run_config.steps
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
@@ -106,7 +106,8 @@ def command(tmp_path: Path, workdir: Path | str, *overrides: str) -> list[str]:
 # What the statements of `start` see, and what runs after them: the module as `python -m` would run it.
 SEEN = """
 import os, runpy, signal, sys
-from igrpo_jax import cli, main
+from igrpo_jax import main
+from igrpo_jax.cli import exits
 from igrpo_jax.learning import objectives
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.rewards.verifier import Verifier

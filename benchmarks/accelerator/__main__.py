@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.accelerator import plan, table
 from benchmarks.accelerator.plan import Part
 from benchmarks.accelerator.results import Results
-from igrpo_jax import cli
+from igrpo_jax.cli import exits
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.storage.writing import write_text
 
@@ -174,4 +174,4 @@ def conclusion(results: Results, failed: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    exits.run(main)

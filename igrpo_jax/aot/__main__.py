@@ -15,9 +15,9 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from igrpo_jax import cli
 from igrpo_jax.aot.progress import Progress
 from igrpo_jax.aot.slices import check, topology
+from igrpo_jax.cli import exits, parsing
 from igrpo_jax.config import Config
 from igrpo_jax.distributed.chips import size
 
@@ -40,10 +40,10 @@ COLUMNS = (
 
 
 def main(argv: list[str]) -> None:
-    config, given = cli.parse_config(argv, USAGE, FLAGS)
+    config, given = parsing.parse_config(argv, USAGE, FLAGS)
     began = time.perf_counter()
     with Progress(functools.partial(print, flush=True)) as progress:
-        slices = cli.number("slices", given["slices"], least=1) or 1
+        slices = parsing.number("slices", given["slices"], least=1) or 1
         check(given["topology"], slices)
         where = given["topology"] or "the devices of this machine"
         if slices > 1:
@@ -238,4 +238,4 @@ def _figures(footprint: "Footprint", part: "ProgramFootprint") -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    exits.run(main)

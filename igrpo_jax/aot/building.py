@@ -11,7 +11,6 @@ from igrpo_jax.aot.footprint import Footprint, ProgramFootprint
 from igrpo_jax.aot.progress import Progress
 from igrpo_jax.distributed.programs import Program, is_refused
 from igrpo_jax.errors import InputError
-from igrpo_jax.session import overview
 
 THREADS = 2  # programs compiled at once; each takes gigabytes of the host's memory
 
@@ -45,8 +44,7 @@ def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
     """Returns, for each program of a run, the bytes that lie on each device besides its arguments while it runs."""
     learner, sampler = footprint.learner.programs, footprint.sampler
     training = learner.waiting_bytes
-    resting = overview.resting_bytes(footprint.config, footprint.mesh, footprint.learner)
-    weights = footprint.engine.weight_bytes
+    resting, weights = footprint.learner.resting_bytes, footprint.engine.programs.weight_bytes
     return {
         learner.accumulate: training.accumulate,
         learner.rescore: training.rescore,

@@ -36,7 +36,6 @@ from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.programs import SamplerPrograms
 from igrpo_jax.sampling.row_sync import SyncProgram
-from igrpo_jax.session import overview
 from igrpo_jax.session.task import check_context, sampler
 from igrpo_jax.storage import addresses
 
@@ -114,8 +113,8 @@ class Footprint:
     def resting(self) -> dict[str, int]:
         """Bytes that lie on each device while completions are sampled, whatever program runs, by what they are for."""
         return {
-            "training state": overview.resting_bytes(self.config, self.mesh, self.learner),
-            "weights to sample with": self.engine.weight_bytes,
+            "training state": self.learner.resting_bytes,
+            "weights to sample with": self.engine.programs.weight_bytes,
             "cache": self.engine.state_bytes,
         }
 
@@ -224,7 +223,11 @@ class Footprint:
     def _update_calls(self, context: int, length: int) -> dict[Program, int]:
         """Returns how often an update calls each of its programs."""
         learner, algorithm = self.learner, self.config.algorithm
-        programs, shapes, optimizer_steps = learner.programs, learner.packer.shapes, learner.optimizer_steps_per_update
+        programs, shapes, optimizer_steps = (
+            learner.programs,
+            learner.packer.shapes,
+            self.config.optimizer_steps_per_update,
+        )
         completions = shapes.completions_per_unit
         tokens = self.config.trained_completions // completions * (context - 1 + completions * length)
         batches = -(-tokens // (shapes.largest * shapes.shards))
@@ -266,18 +269,18 @@ def prepare(config: Config, devices: list) -> Footprint:
     drafted = most_overhead(config.refine, min(config.draft_limit, config.rollout.max_completion_length))
     max_context = config.data.max_prompt_length + (drafted if config.algorithm.num_drafts else 0)
     check_context(config, context, max_context)
-    wanted = config.evaluation.max_completion_length or config.rollout.max_completion_length
-    evaluated = planning.Plan({}, context, 0, 0, wanted)
+    max_new_tokens = config.evaluation.max_completion_length or config.rollout.max_completion_length
+    evaluation_plan = planning.Plan({}, context, 0, 0, max_new_tokens)
     if config.evaluation.every:
-        drafted = most_overhead(config.refine, min(config.draft_limit, wanted))
+        drafted = most_overhead(config.refine, min(config.draft_limit, max_new_tokens))
         longest = config.data.max_prompt_length + (drafted if config.evaluation.rounds else 0)
-        evaluated = replace(evaluated, max_context=longest, max_completion=min(wanted, context - 1))
+        evaluation_plan = replace(evaluation_plan, max_context=longest, max_completion=min(max_new_tokens, context - 1))
     mesh = sharding.make_mesh(config.mesh, devices)
     cfg = fit_to_mesh(config, cfg, mesh)
     chip = chips.of(devices[0].device_kind)
     learner = Learner(config, cfg, mesh, max_context=max_context, total_steps=config.steps or 1)
-    memory = int(chip.hbm_bytes) - overview.resting_bytes(config, mesh, learner)
-    engine = sampler(config, cfg, mesh, (cfg.vocab_size - 1,), max_context, evaluated, memory)
+    memory = int(chip.hbm_bytes) - learner.resting_bytes
+    engine = sampler(config, cfg, mesh, (cfg.vocab_size - 1,), max_context, evaluation_plan, memory)
     syncs = engine.sync.programs(learner.abstract_policy())
     return Footprint(config, chip, mesh, cfg, learner, engine, _of_team(engine, cfg, mesh), syncs, max_context)
 

@@ -20,7 +20,7 @@ import jax
 from igrpo_jax.distributed import watchdog
 from igrpo_jax.distributed.programs import Program, Shape, leave_uncounted
 
-Wanted = Sequence[tuple[Program, Shape]]  # programs, each with a shape that it may be called with
+ProgramShapes = Sequence[tuple[Program, Shape]]  # programs, each with a shape that it may be called with
 Phase = Callable[[str, int | None], contextlib.AbstractContextManager[Callable[[int], None]]]
 
 _tracing = threading.Lock()  # one thread of a pool traces at a time: several would starve the main thread
@@ -28,9 +28,9 @@ _tracing = threading.Lock()  # one thread of a pool traces at a time: several wo
 
 @contextlib.contextmanager
 def compiling(
-    first: Wanted,
-    own: Wanted,
-    joint: Callable[[], Wanted] | None,
+    first: ProgramShapes,
+    own: ProgramShapes,
+    joint: Callable[[], ProgramShapes] | None,
     phase: Phase,
     then: Callable[[], object],
     warms_up: bool = False,
@@ -67,22 +67,22 @@ def compiling(
         yield
 
 
-def all_shapes(programs: Sequence[Program]) -> Wanted:
+def all_shapes(programs: Sequence[Program]) -> ProgramShapes:
     """Returns the programs with each of their shapes."""
     return [(program, shape) for program in programs for shape in program.shapes]
 
 
-def compile_all(wanted: Wanted, report: Callable[[int], None] = lambda done: None) -> None:
-    """Compiles those of `wanted` that are not compiled yet, several at a time.
+def compile_all(program_shapes: ProgramShapes, report: Callable[[int], None] = lambda done: None) -> None:
+    """Compiles those of `program_shapes` that are not compiled yet, several at a time.
 
     Args:
         report: is given the number done so far.
     """
-    missing = [(program, shape) for program, shape in wanted if not program.is_ready(*shape)]
-    report(len(wanted) - len(missing))
+    missing = [(program, shape) for program, shape in program_shapes if not program.is_ready(*shape)]
+    report(len(program_shapes) - len(missing))
     with _pool() as pool:
         futures = {pool.submit(_compile, program, shape): program.title(*shape) for program, shape in missing}
-        for done, future in enumerate(as_completed(futures), len(wanted) - len(missing) + 1):
+        for done, future in enumerate(as_completed(futures), len(program_shapes) - len(missing) + 1):
             watchdog.running(futures[future])
             future.result()
             report(done)
@@ -90,9 +90,9 @@ def compile_all(wanted: Wanted, report: Callable[[int], None] = lambda done: Non
 
 @contextlib.contextmanager
 def compiling_ahead(
-    wanted: Wanted, more: Callable[[], Wanted] = tuple, then: Callable[[], object] = lambda: None
+    program_shapes: ProgramShapes, more: Callable[[], ProgramShapes] = tuple, then: Callable[[], object] = lambda: None
 ) -> Iterator[None]:
-    """Compiles `wanted` in threads while the block runs.
+    """Compiles `program_shapes` in threads while the block runs.
 
     A program that is called before its turn is compiled by the caller. An error of a thread is left to the caller that
     needs the program. The end of the block waits for what is being compiled, and leaves out the rest.
@@ -101,7 +101,7 @@ def compiling_ahead(
         more: returns further programs, and is called by one of the threads.
         then: is called by one of the threads once all are compiled.
     """
-    left, lock = len(wanted) + 1, threading.Lock()
+    left, lock = len(program_shapes) + 1, threading.Lock()
 
     def count(future: Future) -> None:
         nonlocal left
@@ -123,7 +123,7 @@ def compiling_ahead(
                 pool.submit(_compile, program, shape).add_done_callback(count)
 
     with _pool(leave_uncounted) as pool:
-        for program, shape in wanted:
+        for program, shape in program_shapes:
             pool.submit(_compile, program, shape).add_done_callback(count)
         pool.submit(compile_more).add_done_callback(count)
         try:

@@ -1,4 +1,4 @@
 """Benchmarks: single-shot answers, pass@k with intervals, in a run or on their own.
 
-In order: measures, results, comparison, planning, summaries, evaluator, inference.
+In order: measures, summary_tables, results, comparison, planning, summaries, evaluator, inference.
 """

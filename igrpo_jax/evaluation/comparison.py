@@ -13,7 +13,8 @@ import numpy as np
 
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import measures
-from igrpo_jax.evaluation.results import benchmark_of, percent, read_rows
+from igrpo_jax.evaluation.results import benchmark_of, read_rows
+from igrpo_jax.evaluation.summary_tables import percent
 
 MODEL = ("model", "step", "weights_written")  # the settings of evaluation.json that say which weights answered
 

@@ -40,7 +40,8 @@ from igrpo_jax.evaluation.summaries import CHAINS, Summaries
 from igrpo_jax.models import decoder
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.records import Completion, Prompt, Score
-from igrpo_jax.rewards.verifier import Verifier, check_errors
+from igrpo_jax.rewards.failures import check_errors
+from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.sampling.scoring import sample_and_score, stage_key

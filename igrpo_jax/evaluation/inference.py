@@ -26,6 +26,7 @@ from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.checkpoint_reading import saved_step
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.rewards.verifier import Verifier
+from igrpo_jax.sampling.configured import open_engine, with_slots_for
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.layout import keeps_weights
 from igrpo_jax.sampling.scheduler import Scheduler
@@ -53,7 +54,7 @@ def open_evaluation(
     """Returns the model named `model`, with the plan for the problems in `rows`.
 
     Args:
-        config: its `model` fits `model` (see `cli.parse_model`).
+        config: its `model` fits `model` (see `cli.parsing.parse_model`).
         step: of a run's checkpoint, None = the newest.
         rows: problems by benchmark.
         recorded_date: the day that a resumed evaluation has recorded for its chat template; None = a new evaluation.
@@ -104,10 +105,10 @@ def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) ->
     engine.fit_pages()
     scheduler = Scheduler(engine, config.rollout.dispatches_ahead)
     tell = lambda: console.message(
-        f"{engine.slots} answers at once take {engine.predicted_bytes() / 2**30:.2f} GiB on each device"
+        f"{engine.slots} answers at once take {engine.programs.predicted_bytes / 2**30:.2f} GiB on each device"
     )
-    first = engine.first_wanted(*task.plan.first(config))
-    stack.enter_context(compiling(first, engine.wanted, None, console.phase, tell))
+    first = engine.first_program_shapes(*task.plan.first(config))
+    stack.enter_context(compiling(first, engine.program_shapes, None, console.phase, tell))
     if task.run is None:
         params = weights.load(policy, mesh, config.seed, config.model.dtype, console)
     else:
@@ -122,20 +123,14 @@ def _engine(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan)
     if memory is not None and (config.model.lora.rank or not keeps_weights(mesh, config.rollout.mesh.tensor)):
         # The loaded weights stay on the devices beside the sampler's copy.
         memory -= tree_bytes(sharding.abstract_params(mesh, decoder.shapes(policy.model), config.model.dtype))
-    shards = max(1, mesh.size // (config.rollout.mesh.tensor or 1))  # at most, whatever the layout is
     samples = sum(len(prompts) * samples_per_problem(config, name) for name, prompts in plan.prompts.items())
-    return Engine(
+    return open_engine(
+        with_slots_for(config, mesh, samples),
         policy.model,
         mesh,
         policy.eos_ids,
-        tensor=config.rollout.mesh.tensor,
-        slots=min(config.rollout.slots, -(-samples // shards) * shards),
+        memory,
         max_context=plan.max_context,
         max_completion=plan.max_completion,
         length=plan.length,
-        dtype=config.model.dtype,
-        steps_per_dispatch=config.rollout.steps_per_dispatch,
-        pages=config.rollout.pages,
-        page_size=config.rollout.page_size,
-        memory=memory,
     )

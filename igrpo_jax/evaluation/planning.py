@@ -27,7 +27,7 @@ class Plan:
     context: int  # tokens of the model's context
     max_context: int  # tokens of the longest prompt, with a draft in it where there are rounds
     max_completion: int  # tokens of the longest completion that any prompt leaves space for
-    wanted: int  # tokens that a completion may have where the model's context allows it
+    max_new_tokens: int  # tokens that a completion may have where the model's context allows it
 
     @property
     def length(self) -> int:
@@ -39,7 +39,7 @@ class Plan:
 
         It does not depend on the other prompts, so that a sample depends on its own prompt alone.
         """
-        return min(self.wanted, self.context - len(tokens))
+        return min(self.max_new_tokens, self.context - len(tokens))
 
     def first(self, config: Config) -> tuple[list[int], int]:
         """Returns the token count of each prompt of the first benchmark, and the number of completions per prompt."""
@@ -61,11 +61,11 @@ class Plan:
     def notes(self) -> list[str]:
         """What a user should know before the first answer."""
         shortest = self.context - self.max_context
-        if shortest >= self.wanted:
+        if shortest >= self.max_new_tokens:
             return []
         return [
             f"completions end with the model's context of {self.context} tokens, at {shortest} tokens after the "
-            f"longest prompt, not at {self.wanted}"
+            f"longest prompt, not at {self.max_new_tokens}"
         ]
 
 
@@ -87,19 +87,19 @@ def make_plan(config: Config, rows: dict[str, list[Row]], renderer: Renderer, co
         for name, benchmark in rows.items()
     }
     lengths = [(len(prompt.tokens), name, prompt.id) for name, some in prompts.items() for prompt in some]
-    wanted = config.evaluation.max_completion_length or config.rollout.max_completion_length
+    max_new_tokens = config.evaluation.max_completion_length or config.rollout.max_completion_length
     if not lengths:
-        return Plan(prompts, context, 0, 0, wanted)
+        return Plan(prompts, context, 0, 0, max_new_tokens)
     longest, name, problem = max(lengths)
     if config.evaluation.rounds:
-        longest += renderer.draft_overhead(wanted, [row.question for some in rows.values() for row in some])
+        longest += renderer.draft_overhead(max_new_tokens, [row.question for some in rows.values() for row in some])
     if longest >= context:
         drafts = " with a draft (at most config.refine.max_draft_length)" if config.evaluation.rounds else ""
         raise InputError(
             f"problem {problem} of {name} has {longest} tokens{drafts}, and the model's context of {context} leaves no "
             "room for an answer; use a model with a longer one, or leave it out"
         )
-    return Plan(prompts, context, longest, min(wanted, context - min(lengths)[0]), wanted)
+    return Plan(prompts, context, longest, min(max_new_tokens, context - min(lengths)[0]), max_new_tokens)
 
 
 def samples_per_problem(config: Config, name: str) -> int:

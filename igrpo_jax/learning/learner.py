@@ -35,6 +35,7 @@ from igrpo_jax.learning.update_metrics import mean_over_steps, optimizer_step_me
 from igrpo_jax.models import decoder, lora, spans
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.records import Group
+from igrpo_jax.sampling.layout import keeps_weights
 
 
 class Learner:
@@ -54,13 +55,14 @@ class Learner:
     ):
         self._config = config
         self._settings = config.learner
+        self._mesh = mesh
         self._lora = config.model.lora
         self._seed = config.seed
         self._iterations = config.algorithm.num_iterations
         self._frozen: decoder.Params = {}
         self._reference: decoder.Params | None = None
         self.objective = objectives.resolve(config.algorithm)
-        self.optimizer_steps_per_update = config.learner.minibatches * self._iterations
+        self.optimizer_steps_per_update = config.optimizer_steps_per_update
         shapes = MicroShapes(config, sharding.batch_shards(mesh), max_context)
         width = spans.width(cfg, mesh.shape["tensor"])
         self.packer = Packer(self.objective, shapes, cfg.mamba.chunk_size if cfg.mamba else None, width)
@@ -92,10 +94,6 @@ class Learner:
             shardings = self.programs.state_sharding.params.items()
             params = jax.device_put(params, {path: where.with_memory_kind("pinned_host") for path, where in shardings})
         self._reference = params
-
-    def abstract_state(self) -> TrainState:
-        """Returns shapes, dtypes and shardings of the state, for a checkpoint to be restored into."""
-        return self.programs.state
 
     def update(
         self, state: TrainState, groups: list[Group], advantages: Sequence[np.ndarray], step: int
@@ -239,9 +237,13 @@ class Learner:
 
     @property
     def resting_bytes(self) -> int:
-        """Bytes that training keeps on each device while completions are sampled."""
-        return tree_bytes((self.programs.state.params, self.programs.frozen)) + self.programs.waiting_bytes.accumulate
+        """Bytes that training keeps on each device while completions are sampled.
 
-    def predicted_bytes(self) -> int:
-        """Returns the bytes per device that an update needs, state included."""
-        return self.programs.predicted_bytes()
+        Where the sampler is sure to use the trained weights themselves (on an accelerator, float32, not split over
+        mesh.fsdp, without LoRA, with the layout of the training), these are counted with the rollout and not here.
+        """
+        config, programs = self._config, self.programs
+        is_shared = config.model.dtype == "float32" and not config.model.lora.rank
+        is_shared = is_shared and keeps_weights(self._mesh, config.rollout.mesh.tensor)
+        params = 0 if is_shared else tree_bytes(programs.state.params)
+        return params + tree_bytes(programs.frozen) + programs.waiting_bytes.accumulate

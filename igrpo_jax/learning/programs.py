@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import chips, sharding
-from igrpo_jax.distributed.compiling import Wanted
+from igrpo_jax.distributed.compiling import ProgramShapes
 from igrpo_jax.distributed.programs import Program, is_refused, program_bytes, tree_bytes
 from igrpo_jax.learning import forward, loss, train_state
 from igrpo_jax.learning.forward import PolicyLogprobs
@@ -68,7 +68,6 @@ class LearnerPrograms:
         self._mesh = mesh
         self._objective = objective
         self._packer = packer
-        self._optimizer_steps = config.learner.minibatches * config.algorithm.num_iterations  # of an update
         self._gradient_programs: dict[str, Program] = {}
         self._sizes = [(size,) for size in packer.shapes.sizes]
         self._replicated = sharding.replicated(mesh)
@@ -136,7 +135,7 @@ class LearnerPrograms:
         settings = LossSettings(
             objective=self._objective,
             policy=replace(self._policy, remat=remat),
-            on_policy=self._optimizer_steps == 1,
+            on_policy=self._config.optimizer_steps_per_update == 1,
             correction_cap=self._config.algorithm.importance_sampling_cap,
         )
         platform = self._mesh.devices.flat[0].platform  # of a topology it may differ from the default platform
@@ -206,9 +205,10 @@ class LearnerPrograms:
         )
 
     @property
-    def wanted(self) -> Wanted:
+    def program_shapes(self) -> ProgramShapes:
         """All programs that an update may call."""
-        rescored = self._sizes if self._optimizer_steps > 1 or self._objective.beta > 0 else []
+        is_rescored = self._config.optimizer_steps_per_update > 1 or self._objective.beta > 0
+        rescored = self._sizes if is_rescored else []
         if not rescored and self._config.algorithm.num_drafts and self._config.log.samples_every:
             rescored = self._sizes[:1]  # for `Learner.draft_mismatch` and `Learner.reliance`
         sizes = [

@@ -26,14 +26,15 @@ from absl import logging
 
 from igrpo_jax.config import AlgorithmConfig, Config
 from igrpo_jax.distributed import watchdog
-from igrpo_jax.distributed.compiling import Wanted
+from igrpo_jax.distributed.compiling import ProgramShapes
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.learning import exchange, filtering, objectives
 from igrpo_jax.learning.exchange import RolloutPart
 from igrpo_jax.learning.stages import StageRunner
 from igrpo_jax.models import decoder
 from igrpo_jax.records import Group, Score
-from igrpo_jax.rewards.verifier import Verifier, check_errors
+from igrpo_jax.rewards.failures import check_errors
+from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.requests import Usage
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.sampling.scoring import sample_and_score
@@ -61,9 +62,9 @@ class Rollout:
         self._warned = False
 
     @property
-    def wanted(self) -> Wanted:
+    def program_shapes(self) -> ProgramShapes:
         """The programs that sampling may need, with their shapes."""
-        return self._scheduler.engine.wanted
+        return self._scheduler.engine.program_shapes
 
     def collect(self, params: decoder.Params, step: int, prompts: exchange.Prompts) -> RolloutResult:
         """Returns one group per prompt, in the order of `prompts(0)`, and the metrics of the rollout.

@@ -1,10 +1,10 @@
 """Checkpoints of a run (orbax, asynchronous, atomic). How others read them is in `checkpoint_reading`.
 
-A checkpoint is one folder per step with two items: `state`, the pytree of arrays, and `meta`, JSON (data position,
-seed, metrics cursor, a checksum of every array). Orbax writes a step under a temporary name and renames it once every
-part is there; in a bucket it adds a last file, commit_success.txt, instead. So a killed save leaves nothing that a
-restore could take for a checkpoint. `save` returns after the arrays are copied from the devices to the host, so they
-may be donated to the next update at once.
+A checkpoint is one folder per step with two items: `state`, the pytree of arrays, and `meta`, JSON (scores, the
+number of rows of metrics.jsonl, a checksum of every array). Orbax writes a step under a temporary name and renames it
+once every part is there; in a bucket it adds a last file, commit_success.txt, instead. So a killed save leaves nothing
+that a restore could take for a checkpoint. `save` returns after the arrays are copied from the devices to the host, so
+they may be donated to the next update at once.
 
 A state is saved only if it is finite. Names, shapes and dtypes of the written arrays are compared with it. Arrays that
 are read must have the checksums with which they were saved, so a flipped bit is noticed wherever it flipped.

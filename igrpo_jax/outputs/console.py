@@ -41,7 +41,7 @@ class _Out(rich.console.Console):
     """A console of rich that raises BrokenPipeError where rich would end the process without a word."""
 
     def on_broken_pipe(self) -> None:
-        """Prints nothing more, and raises the BrokenPipeError again, which `cli.run` reports."""
+        """Prints nothing more, and raises the BrokenPipeError again, which `cli.exits.run` reports."""
         self.quiet = True
         raise
 
@@ -92,7 +92,7 @@ class Console:
     def start(
         self,
         total_steps: int,
-        first_step: int = 0,
+        resumed_after: int = 0,
         every: int = 1,
         history: Sequence[Row] = (),
         evaluations: Mapping[int, Mapping[str, float]] | None = None,
@@ -101,14 +101,14 @@ class Console:
 
         Args:
             total_steps: steps of the run.
-            first_step: steps that are already done.
+            resumed_after: the step whose state the run begins with.
             every: steps from one printed line to the next.
             history: metrics of the steps that are done, which alerts need.
             evaluations: scores of the evaluations that are done, by step.
         """
         self._total = total_steps
         self._every = every
-        self._done = first_step
+        self._done = resumed_after
         self._history = [_watched(row) for row in history]
         self._evaluations |= evaluations or {}
         self._began = self._clock()

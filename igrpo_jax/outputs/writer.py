@@ -40,6 +40,7 @@ class Writer:
     """
 
     def __init__(self, workdir: Path, config: Config, resume_step: int | None = None, nullable: Collection[str] = ()):
+        self._workdir = workdir
         self.rows = 0
         self.history: list[dict[str, Any]] = []
         self.scores: dict[int, dict[str, float]] = {}
@@ -119,8 +120,8 @@ class Writer:
             for tracker in self._trackers:
                 tracker.sample(step, lines.sample_blocks(groups[first], float(advantages[first][0])))
 
-    def nonfinite(self, step: int, groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> None:
-        """Writes the batch of a step whose update was skipped to `nonfinite/step_000123.jsonl`.
+    def nonfinite(self, step: int, groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> Path:
+        """Writes the batch of a step whose update was skipped to `nonfinite/step_000123.jsonl`, and returns that file.
 
         The rows are those of `samples`, each with the tokens of its context, its own tokens and the sampler's log-probs
         (null where they are not finite).
@@ -131,17 +132,18 @@ class Writer:
         Raises:
             RunError: the file cannot be written.
         """
+        file = self._workdir / "nonfinite" / f"step_{step:06d}.jsonl"
         if self._file is None:
-            return
+            return file
         rows = []
         for row, group, completion in _sample_rows(groups, advantages):
             context = group.prompt.tokens if completion.stage == "draft" else group.context
             row |= {"context": context.tolist(), "tokens": completion.tokens.tolist()}
             rows.append(row | {"logprobs": [number(value) for value in completion.logprobs]})
-        folder = self._samples.with_name("nonfinite")
-        with writing(folder):
-            make_folder(folder)
-        write_rows(folder / f"step_{step:06d}.jsonl", rows)
+        with writing(file.parent):
+            make_folder(file.parent)
+        write_rows(file, rows)
+        return file
 
     def sync(self) -> None:
         """Returns when the rows so far are on disk or in the bucket, so that a checkpoint that counts on them may

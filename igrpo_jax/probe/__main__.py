@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igrpo_jax import cli
+from igrpo_jax.cli import exits, parsing
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.errors import InputError
 from igrpo_jax.loading import check_model
@@ -56,10 +56,10 @@ DECIDING = (
 
 
 def main(argv: list[str]) -> None:
-    config, values = cli.parse_model(argv, USAGE, FLAGS)
+    config, values = parsing.parse_model(argv, USAGE, FLAGS)
     if not values["model"]:
         raise InputError("--model: missing; give the folder of a run, a Hugging Face directory or a hub id")
-    if cli.address(argv):
+    if parsing.cluster_arguments(argv):
         raise InputError("--processes: a probe is one process; leave it out, and --coordinator and --process")
     model = values["model"]
     is_run = (path_of(f"--model {model}", model) / "checkpoints").is_dir()
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         raise InputError("--data: missing; give the problems to train on, a file or what config.data.train may be")
     if values["data"]:
         config = replace(config, data=replace(config.data, train=values["data"]))
-    numbers = {name: cli.number(name, values[name]) for name in ("problems", "answers", "gradients", "step")}
+    numbers = {name: parsing.number(name, values[name]) for name in ("problems", "answers", "gradients", "step")}
     workdir = values["workdir"] or FOLDER
     chosen = {name: value for name, value in numbers.items() if value is not None}
     probe(config, model, workdir, **chosen, command=again(argv))
@@ -198,4 +198,4 @@ def deciding(task: "Task") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    exits.run(main)

@@ -29,7 +29,8 @@ from igrpo_jax.outputs.files import number
 from igrpo_jax.outputs.metrics import content, copy_ratio, same_answer
 from igrpo_jax.probe.estimates import NONE, Counts
 from igrpo_jax.records import Completion, Prompt, Score
-from igrpo_jax.rewards.verifier import Verifier, check_errors
+from igrpo_jax.rewards.failures import check_errors
+from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.sampling.scoring import sample_and_score, stage_key

@@ -2,13 +2,13 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from igrpo_jax.data.problems import step_indices
+from igrpo_jax.data.order import step_indices
 from igrpo_jax.distributed.compiling import compiling
 from igrpo_jax.distributed.programs import device_bytes, showing_waits
 from igrpo_jax.errors import RunError
@@ -25,9 +25,9 @@ from igrpo_jax.probe.estimates import UNKNOWN, Estimate
 from igrpo_jax.probe.gradients import Gradients, Measured, learner_config
 from igrpo_jax.records import Prompt
 from igrpo_jax.rewards.verifier import Verifier
+from igrpo_jax.sampling.configured import with_slots_for
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
-from igrpo_jax.session import overview
 from igrpo_jax.session.task import Task, sampler
 
 NAMED = 5  # ids of problems that are left out, in a message
@@ -61,11 +61,9 @@ def programs(asked: ProbeTask) -> tuple[Learner, Engine]:
     sizes = {"max_context": task.max_context, "total_steps": 1}
     learner = Learner(learner_config(config), policy.model, task.mesh, **sizes)
     memory = device_bytes()
-    memory = memory and memory - overview.resting_bytes(config, task.mesh, learner)
-    shards = max(1, task.mesh.size // (config.rollout.mesh.tensor or 1))  # at most, whatever the layout is
-    slots = min(config.rollout.slots, -(-len(asked.prompts) * asked.samples // shards) * shards)
-    config = replace(config, rollout=replace(config.rollout, slots=slots))
-    engine = sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated, memory)
+    memory = memory and memory - learner.resting_bytes
+    config = with_slots_for(config, task.mesh, len(asked.prompts) * asked.samples)
+    engine = sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluation_plan, memory)
     return learner, engine
 
 
@@ -85,12 +83,12 @@ def measure(
     task, config, prompts = asked.task, asked.task.config, asked.prompts
     stack.enter_context(showing_waits(console.waiting))
     engine.fit_pages()
-    column, limit = config.data.answer_column or "answer", config.rollout.max_completion_length
+    name, limit = config.data.answer_name, config.rollout.max_completion_length
     verifier = stack.enter_context(
-        Verifier(config.rewards, limit, column, folder / "judge.sqlite", max_steps=task.total_steps)
+        Verifier(config.rewards, limit, name, folder / "judge.sqlite", max_steps=task.total_steps)
     )
-    first = engine.first_wanted([len(prompt.tokens) for prompt in prompts], asked.samples)
-    stack.enter_context(compiling(first, engine.wanted, None, console.phase, lambda: None))
+    first = engine.first_program_shapes([len(prompt.tokens) for prompt in prompts], asked.samples)
+    stack.enter_context(compiling(first, engine.program_shapes, None, console.phase, lambda: None))
     params, frozen = _weights(asked, console)
     scheduler = Scheduler(engine, config.rollout.dispatches_ahead)
     drawn = Answers(config, task.renderer, scheduler, verifier, console, folder, asked.samples)

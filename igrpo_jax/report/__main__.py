@@ -7,7 +7,7 @@ over each other. It needs matplotlib (pip install "igrpo-jax[report]"), and neit
 
 from absl import flags
 
-from igrpo_jax import cli
+from igrpo_jax.cli import exits, parsing
 from igrpo_jax.errors import InputError
 from igrpo_jax.outputs.lines import plain_text
 from igrpo_jax.report import pages
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
         "workdir", None, "folder of a run; give it several times to draw runs over each other", flag_values=values
     )
     flags.DEFINE_string("out", None, "folder to write; default: report in the first --workdir", flag_values=values)
-    cli.read_flags(argv, values, __doc__, "--workdir=DIR")
+    parsing.read_flags(argv, values, __doc__, "--workdir=DIR")
     if not values.workdir:
         raise InputError("--workdir: missing; give the folder of a run")
     for shown in pages.build(values.workdir, values.out):
@@ -31,4 +31,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    exits.run(main)

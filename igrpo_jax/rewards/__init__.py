@@ -1,4 +1,5 @@
 """How good a completion is: rewards, the worker processes that compute them, and the judge. Never imports jax.
 
-In order: format, pool, verdicts, judge_messages, judge, functions, custom, rules, verifier, grade.
+In order: format, main_guard, pool, verdicts, judge_messages, endpoint, judge, functions, custom, rules, failures,
+verifier, grade.
 """

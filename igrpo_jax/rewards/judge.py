@@ -16,36 +16,33 @@ file of verdicts.
   made of the model's name, everything that it is shown and how it is sampled. The endpoint is not part of it: a server
   that serves another model under the same name needs another file.
 
-Not here: the messages (`judge_messages`), the file of verdicts (`verdicts`), and what a missing verdict means for a
-reward (`verifier`). No jax.
+Not here: the client and its errors (`endpoint`), the messages (`judge_messages`), the file of verdicts (`verdicts`),
+and what a missing verdict means for a reward (`verifier`). No jax.
 """
 
 import asyncio
-import email.utils
 import hashlib
 import json
-import os
 import random
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from absl import logging
 
 from igrpo_jax.config import JudgeConfig
-from igrpo_jax.errors import InputError, RunError
+from igrpo_jax.errors import RunError
+from igrpo_jax.rewards.endpoint import Failure, connect, failure_of
 from igrpo_jax.rewards.judge_messages import parse_score, render
 from igrpo_jax.rewards.verdicts import Verdicts
 
 BACKOFF = 1.0  # seconds before the second attempt; doubles for each further one, plus up to half of it at random
 MAX_WAIT = 60.0  # seconds; a server that asks for a longer wait is not asked again
 CLOSE_TIMEOUT = 5.0  # seconds that `close` waits for the thread; only a stuck name lookup takes longer than a moment
-_TRANSIENT = (408, 409, 425, 429)  # codes that are worth another attempt, besides all from 500
 
 
 @dataclass(frozen=True)
@@ -173,7 +170,7 @@ class Judge:
             sent += 1
             try:
                 return Judgement(await self._send(messages), requests=sent)
-            except _Failure as failure:
+            except Failure as failure:
                 detail, garbled = str(failure), garbled + failure.garbled
                 # A model that writes no JSON gets one more attempt. After a second failure a third rarely succeeds.
                 final = not failure.transient or failure.wait > MAX_WAIT or garbled > 1
@@ -193,7 +190,7 @@ class Judge:
         return granted
 
     async def _send(self, messages: list[dict]) -> float:
-        """Sends one request and returns its score. Raises _Failure and nothing else."""
+        """Sends one request and returns its score. Raises Failure and nothing else."""
         try:
             # The client's own time-out measures silence only: a server that sends a byte now and then never exceeds it.
             async with asyncio.timeout(self._settings.timeout):
@@ -201,17 +198,17 @@ class Judge:
                     model=self._settings.model, messages=messages, **self._sampling
                 )
         except Exception as error:
-            raise _failure(error, self._settings.timeout) from error
+            raise failure_of(error, self._settings.timeout) from error
         try:
             choice = reply.choices[0]
             text, cut = choice.message.content, getattr(choice, "finish_reason", None) == "length"
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise _Failure("the server's answer is not a chat completion") from error
+            raise Failure("the server's answer is not a chat completion") from error
         try:
             return parse_score(text if isinstance(text, str) else "")
         except ValueError as error:
             why = f"; it was cut at max_tokens = {self._settings.max_tokens}" if cut else ""
-            raise _Failure(f"the reply is no verdict: {error}{why}", garbled=True) from error
+            raise Failure(f"the reply is no verdict: {error}{why}", garbled=True) from error
 
     def _answer(self, key: str, judgement: Judgement) -> None:
         with self._lock:
@@ -246,16 +243,6 @@ def rehearse(settings: JudgeConfig, question: str, answer: str, completion: str)
     return judgement.score
 
 
-class _Failure(Exception):
-    """A request that returned no verdict."""
-
-    def __init__(self, detail: str, transient: bool = True, wait: float = 0.0, garbled: bool = False):
-        super().__init__(detail)
-        self.transient = transient  # worth another attempt
-        self.wait = wait  # seconds that the server asks to wait before it
-        self.garbled = garbled  # the model replied, but not with a verdict
-
-
 def statistics(judgements: Sequence[Judgement]) -> dict[str, float]:
     """Returns the `judge/…` metrics of a step.
 
@@ -268,63 +255,3 @@ def statistics(judgements: Sequence[Judgement]) -> dict[str, float]:
         "judge/invalid_frac": sum(judgement.score is None for judgement in judgements) / max(len(judgements), 1),
         "judge/latency_p50": seconds[(len(seconds) - 1) // 2],
     }
-
-
-def connect(settings: JudgeConfig) -> tuple[Any, str]:
-    """Returns the client, and the key, which must stay out of the log because servers quote it ("" = no secret).
-
-    Raises:
-        InputError: no openai client, no key, or a wrong address.
-    """
-    try:
-        import openai
-    except ImportError as error:
-        raise InputError(
-            f"config.rewards.judge.weight = {settings.weight}: the judge needs the openai client; "
-            'pip install "igrpo-jax[judge]"'
-        ) from error
-    url = settings.base_url or os.environ.get("OPENAI_BASE_URL", "")
-    if url and not url.startswith(("http://", "https://")):
-        raise InputError(f"config.rewards.judge.base_url = {url!r}: must start with http:// or https://")
-    key = os.environ.get(settings.api_key_env, "").strip()
-    is_named = settings.api_key_env != JudgeConfig.api_key_env  # a name of the user's own says that there is a key
-    if not key and (is_named or not url):
-        none = "leave it out where the server" if url else "set config.rewards.judge.base_url to a server that"
-        raise InputError(
-            f"config.rewards.judge.api_key_env = {settings.api_key_env!r}: no such environment variable; export the "
-            f"key in it, or {none} asks for none"
-        )
-    # The client requires a key in any case. Its own retries are off because they would bypass the budget.
-    client = openai.AsyncOpenAI(api_key=key or "none", base_url=url or None, max_retries=0, timeout=settings.timeout)
-    return client, key if len(key) >= 8 else ""  # servers without keys are often given "EMPTY" or "x"
-
-
-def _failure(error: Exception, timeout: float) -> _Failure:
-    """Returns the failure that an error of the client stands for."""
-    import openai
-
-    if isinstance(error, TimeoutError | openai.APITimeoutError):
-        return _Failure(f"no answer within {timeout} s")
-    if isinstance(error, openai.APIStatusError):
-        transient = error.status_code in _TRANSIENT or error.status_code >= 500
-        wait = _retry_after(error.response.headers)
-        asked = f", asks for a wait of {wait:.0f} s" if wait else ""
-        return _Failure(f"HTTP {error.status_code}{asked}: {error.response.text or error.message}", transient, wait)
-    if isinstance(error, openai.APIConnectionError):
-        return _Failure(f"connection failed: {error.__cause__ or error}")
-    if isinstance(error, ValueError | openai.APIResponseValidationError):
-        return _Failure(f"the server's answer is not JSON: {error}")
-    return _Failure(f"{type(error).__name__}: {error}", transient=False)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float:
-    """Returns the seconds that the server asks to wait, given as a number or a date; 0 where it does not say."""
-    value = headers.get("retry-after", "")
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError, OverflowError):
-            return 0.0
-    return seconds if seconds > 0 else 0.0  # nan too

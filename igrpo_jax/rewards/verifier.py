@@ -3,7 +3,7 @@
     with Verifier(config.rewards, max_completion=config.rollout.max_completion_length) as verifier:
         futures = [verifier.submit(candidate) for candidate in …]   # returns at once
         scores = [future.result() for future in futures]            # never raises
-    check_errors(scores, config.rewards.max_error_fraction)         # raises: no silent zeros
+    check_errors(scores, config.rewards.max_error_fraction)         # of `failures`; raises: no silent zeros
 
 The reward is the weighted sum of the rewards in use. A reward of weight 0 is neither computed nor reported, except a
 custom one, which is computed and reported but adds nothing.
@@ -31,9 +31,9 @@ from typing import Any
 from absl import logging
 
 from igrpo_jax.config import RewardsConfig
-from igrpo_jax.errors import InputError, RunError
+from igrpo_jax.errors import InputError
 from igrpo_jax.records import STATUSES, Candidate, Score
-from igrpo_jax.rewards import functions, verdicts
+from igrpo_jax.rewards import endpoint, functions, verdicts
 from igrpo_jax.rewards import judge as judge_module
 from igrpo_jax.rewards.custom import Batch, CustomCalls
 from igrpo_jax.rewards.functions import CustomReward
@@ -42,12 +42,7 @@ from igrpo_jax.rewards.mathematics import grader
 from igrpo_jax.rewards.pool import Outcome, Pool
 from igrpo_jax.rewards.rules import REWARDS, Rules, rules_of, score, total
 
-FAILED = ("timeout", "error", "invalid")  # statuses of a score without a verdict
 REMEMBERED = 1024  # gradings whose outcome an equal completion gets too
-
-
-class VerifierError(RunError):
-    """So many gradings failed that training on the rest would teach the wrong thing."""
 
 
 def custom_rewards(settings: RewardsConfig, answer_column: str = "answer") -> list[CustomReward]:
@@ -73,7 +68,7 @@ def check(settings: RewardsConfig) -> None:
     """Raises InputError for rewards that cannot be computed: a wrong custom function, a judge that cannot be asked."""
     custom_rewards(settings)
     if settings.judge.weight:
-        judge_module.connect(settings.judge)
+        endpoint.connect(settings.judge)
         if cache := verdicts.named(settings.judge):
             verdicts.check(cache)
 
@@ -147,7 +142,10 @@ class Verifier:
         return _combined(graded, judged, self._with_judge)
 
     def check_answer(self, candidate: Candidate, batch: Batch | None = None) -> Future[Score]:
-        """Returns a future of the accuracy alone, whatever the rewards of training are. Evaluation counts this."""
+        """Returns a future of the accuracy alone, whatever the rewards of training are. Evaluation counts this.
+
+        `batch` is not read; with it this method is a `Grade` (`sampling.scoring`).
+        """
         return self._grade(candidate, Rules({"accuracy": 1.0}))
 
     def classes(self, answers: Sequence[str | None]) -> Future[list[int]]:
@@ -296,32 +294,3 @@ def statistics(scores: Sequence[Score]) -> dict[str, float]:
     for name, fraction in (("p50", 0.5), ("p99", 0.99)):  # nearest rank
         metrics[f"verifier/latency_{name}"] = seconds[max(math.ceil(fraction * len(seconds)) - 1, 0)]
     return metrics
-
-
-def fail(statuses: Sequence[str], max_error_fraction: float) -> bool:
-    """Returns whether more than `max_error_fraction` of gradings timed out, failed or have no verdict."""
-    failed = sum(status in FAILED for status in statuses)
-    return bool(failed) and failed / len(statuses) > max_error_fraction
-
-
-def check_errors(scores: Sequence[Score], max_error_fraction: float) -> None:
-    """Stops a run in which too many gradings failed.
-
-    Raises:
-        VerifierError: more than `max_error_fraction` of `scores` timed out, failed or have no verdict.
-    """
-    if not fail([score.status for score in scores], max_error_fraction):
-        return
-    failed = [score for score in scores if score.status in FAILED]
-    count = {status: sum(score.status == status for score in failed) for status in STATUSES}
-    detail = next((score.detail for score in failed if score.detail), "")
-    unjudged = [score for score in failed if score.status == "invalid" and math.isnan(score.rewards.get("judge", 0.0))]
-    if unjudged:
-        detail = f"the judge of config.rewards.judge (base_url, model, api_key_env) gave none: {unjudged[0].detail}"
-    hint = ". A larger config.rewards.timeout helps where the machine is overloaded" if count["timeout"] else ""
-    raise VerifierError(
-        f"of {len(scores)} gradings {count['timeout']} timed out, {count['error']} failed and {count['invalid']} have "
-        f"no verdict: more than the share of {max_error_fraction} in config.rewards.max_error_fraction"
-        + (f". The first: {detail}" if detail else "")
-        + hint
-    )

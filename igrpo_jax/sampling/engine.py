@@ -9,14 +9,14 @@ import jax
 import numpy as np
 
 from igrpo_jax.distributed import cluster, sharding, teams
-from igrpo_jax.distributed.compiling import Wanted, all_shapes, compile_all
+from igrpo_jax.distributed.compiling import ProgramShapes, all_shapes, compile_all
 from igrpo_jax.distributed.programs import Program, pick_bucket, tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, heads
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.models.windows import Windows
-from igrpo_jax.sampling import filling, inputs, lockstep
+from igrpo_jax.sampling import inputs, lockstep, page_count
 from igrpo_jax.sampling.inputs import PromptChunk, Start
 from igrpo_jax.sampling.layout import choose_tensor, sampler_mesh
 from igrpo_jax.sampling.lockstep import Call
@@ -116,7 +116,7 @@ class Engine:
         )
         self._memory = None if pages else memory
         if not pages:
-            estimated = filling.estimated_pages(self.sizes, ModelCosts(cfg, dtype, tensor), memory)
+            estimated = page_count.estimated_pages(self.sizes, ModelCosts(cfg, dtype, tensor), memory)
             self.sizes = replace(self.sizes, pages=estimated)
         _check_pages(self.sizes)
         self.programs = SamplerPrograms(cfg, self.mesh, eos_ids, dtype, self.sizes)
@@ -137,16 +137,16 @@ class Engine:
         if self._memory is None or self.sizes.pages == self.sizes.most_pages:
             return
         # Compilers of several processes may talk to each other: all of them count, and the first one's count is taken.
-        counted = filling.counted_pages(programs or self.programs, self._memory)
+        counted = page_count.counted_pages(programs or self.programs, self._memory)
         self.sizes = replace(self.sizes, pages=cluster.from_first(lambda: counted))
         self.programs = self.programs.resized(self.sizes)
 
     @property
-    def wanted(self) -> Wanted:
+    def program_shapes(self) -> ProgramShapes:
         """The programs that sampling may need, with their shapes."""
         return all_shapes(list(self.programs))
 
-    def first_wanted(self, lengths: Sequence[int], samples: int) -> Wanted:
+    def first_program_shapes(self, lengths: Sequence[int], samples: int) -> ProgramShapes:
         """Returns the programs that a rollout needs until its first dispatch has ended.
 
         Args:
@@ -165,22 +165,13 @@ class Engine:
         return [(programs.decode, (rows, window_length)), *calls, (programs.empty, ()), (programs.harvest, ())]
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of the rollout copy of the weights on each device."""
-        return self.programs.weight_bytes
-
-    @property
     def state_bytes(self) -> int:
         """Bytes of all pages, lanes and slots on each device."""
         return tree_bytes(self.programs.state)
 
     def compile(self, report: Callable[[int], None] = lambda done: None) -> None:
         """Compiles all programs; `report` is given the number done so far."""
-        compile_all(self.wanted, report)
-
-    def predicted_bytes(self) -> int:
-        """Returns the bytes on each device, weights and state included, while the largest compiled program runs."""
-        return self.programs.predicted_bytes
+        compile_all(self.program_shapes, report)
 
     def weights(self, params: decoder.Params) -> decoder.Params:
         """Returns the rollout copy of the policy's parameters: LoRA's changes merged, cast, with the heads that the

@@ -211,7 +211,7 @@ class Scheduler:
         while True:
             shard = max(self.shards, key=lambda shard: shard.idle)
             fullest = min(self.shards, key=lambda shard: shard.idle)
-            moved = fullest.share_out(shard.idle) if shard.idle > 0 else None
+            moved = fullest.hand_over(shard.idle) if shard.idle > 0 else None
             if moved is None:
                 return
             if not shard.can_begin(len(moved.request.tokens)):

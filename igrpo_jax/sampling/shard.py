@@ -122,8 +122,8 @@ class Shard:
         pages = self.pool.take(pages_for(len(waiting.request.tokens), self.sizes.page_size))
         self._prompts.append(PromptInLane(waiting.request, waiting.samples, self._lanes.pop(), pages, self._number()))
 
-    def share_out(self, most: int) -> QueuedSamples | None:
-        """Takes up to `most` waiting samples for which no slot is free, from the prompt that began last."""
+    def hand_over(self, most: int) -> QueuedSamples | None:
+        """Takes up to `most` samples for which no slot is free from the prompt that began last, and returns them."""
         if self.idle >= 0:
             return None
         prompt = self._prompts[-1]

@@ -19,7 +19,7 @@ import jax
 from igrpo_jax.config import Config
 from igrpo_jax.data.builtin import TASKS
 from igrpo_jax.distributed import cluster, watchdog
-from igrpo_jax.distributed.compiling import Wanted, compiling
+from igrpo_jax.distributed.compiling import ProgramShapes, compiling
 from igrpo_jax.distributed.programs import device_bytes, showing_waits
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
@@ -46,11 +46,11 @@ from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
-from igrpo_jax.session import ending, overview
+from igrpo_jax.session import ending, overview, resuming
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run import Run
+from igrpo_jax.session.run_context import enter_mesh
 from igrpo_jax.session.supervised import refuse_supervised
-from igrpo_jax.session.surroundings import enter_mesh
 from igrpo_jax.session.task import Task, open_task, origin, sampler
 
 
@@ -70,7 +70,7 @@ def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.
         hf_write.check_place(workdir / "export")
     task = open_task(config, cluster.from_first(functools.partial(recorded_date, workdir)))
     config = task.config
-    problems = {"training problems": task.fingerprint, "evaluation problems": task.evaluated.fingerprint}
+    problems = {"training problems": task.fingerprint, "evaluation problems": task.evaluation_plan.fingerprint}
     enter_mesh(stack, config, task.mesh, problems)
     with watchdog.phase("start"):
         return _start(config, task, workdir, console, stack)
@@ -86,9 +86,9 @@ def _start(
     engine = _open_engine(config, task, learner)
     resumes, still_ours = _claim(workdir, config, stack, console)
     if not resumes:
-        ending.forget(workdir)  # left by a run that this one replaces
-    if config.checkpoint.push:
-        cluster.from_first(functools.partial(_claim_repository, config))
+        ending.remove_finished(workdir)  # left by a run that this one replaces
+    if config.checkpoint.push:  # so that no run is refused at its end
+        cluster.from_first(functools.partial(hub.open_repository, config.checkpoint.push, hub.SETTING, config))
     is_igrpo = config.algorithm.num_drafts > 0 and config.algorithm.second_stage == "refine"
     title = "iGRPO run" if is_igrpo else "Run"
     with showing_waits(console.waiting):
@@ -99,31 +99,20 @@ def _start(
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)
     if latest != task.total_steps:
-        first = _first_wanted(config, task, engine, latest)
+        first = _first_program_shapes(config, task, engine, latest)
         warms_up = latest is None and config.warm_start.steps > 0
-        stack.enter_context(_compiling(config, task, engine, learner, first, console, warms_up))
+        update = lambda: learner.programs.program_shapes
+        tell = lambda: console.table("Memory", overview.memory(engine, learner))
+        stack.enter_context(compiling(first, engine.program_shapes, update, console.phase, tell, warms_up))
     stack.enter_context(showing_waits(console.waiting))
     if latest is None:
-        first_step, progress = 0, Progress()
+        resumed_after, progress = 0, Progress()
         writer = stack.enter_context(Writer(workdir, config, nullable=NULLABLE))
         state = _first_state(config, task, workdir, learner, writer, console)
     else:
-        with console.phase(f"restoring step {latest}"):
-            first_step, state, meta = checkpointer.restore(learner.abstract_state())
-            _check_data(config, task, workdir, meta["data"])
-            ending.check(config, task.total_steps, workdir, first_step)
-        progress = Progress.from_meta(meta, int(state.skipped))
-        # Rows and samples of steps after the checkpoint are dropped here, because those steps are run again.
-        writer = stack.enter_context(Writer(workdir, config, first_step, NULLABLE))
-        # An evaluation after the checkpoint was saved is in the rows alone.
-        progress.recall(cluster.from_first(lambda: writer.scores))
-        ending.tell_lost_rows(writer.rows, meta["metrics_rows"], first_step, console)
-        steps, rate = cluster.from_first(
-            lambda: (read_config(workdir).steps, ending.last_rate(writer.history, first_step))
+        resumed_after, state, progress, writer = _resumed(
+            config, task, workdir, learner, checkpointer, latest, console, stack
         )
-        if told := ending.new_schedule(config, steps, first_step, learner.optimizer_steps_per_update, rate):
-            console.message(told)
-        _set_fixed_weights(config, task, workdir, learner, console)
     if resumes:
         cluster.from_first(functools.partial(_go_on, workdir, config))
     run = Run(
@@ -132,15 +121,15 @@ def _start(
         task=task,
         learner=learner,
         rollout=Rollout(config, task.renderer, scheduler, verifier),
-        evaluator=Evaluator(config, task.evaluated, scheduler, task.renderer, verifier, console),
+        evaluator=Evaluator(config, task.evaluation_plan, scheduler, task.renderer, verifier, console),
         writer=writer,
         checkpointer=checkpointer,
         console=console,
-        first_step=first_step,
+        resumed_after=resumed_after,
         progress=progress,
         check_lock=still_ours,
     )
-    console.start(task.total_steps, first_step, config.log.every, writer.history, progress.scores)
+    console.start(task.total_steps, resumed_after, config.log.every, writer.history, progress.scores)
     _evaluate_start(run, state, is_new=latest is None)
     return run, state
 
@@ -149,13 +138,8 @@ def _open_engine(config: Config, task: Task, learner: Learner) -> Engine:
     """Returns the engine that samples, which training and evaluation share."""
     policy, memory = task.policy, cluster.from_first(device_bytes)  # processes of a team need equally many pages
     if memory is not None:
-        memory -= overview.resting_bytes(config, task.mesh, learner)
-    return sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluated, memory)
-
-
-def _claim_repository(config: Config) -> None:
-    """Creates or checks the repository that the policy will be uploaded to, so that no run is refused at its end."""
-    hub.open_repository(config.checkpoint.push, hub.SETTING, config)
+        memory -= learner.resting_bytes
+    return sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluation_plan, memory)
 
 
 def _claim(
@@ -193,8 +177,8 @@ def _verifier(config: Config, workdir: Path, total_steps: int, teams: int) -> Ve
     process, judge = jax.process_index(), config.rewards.judge
     cache = workdir / (f"judge.process-{process}.sqlite" if process else "judge.sqlite")
     judge = replace(judge, budget=judge.budget and max(1, judge.budget // teams))
-    limit, answer_column = config.rollout.max_completion_length, config.data.answer_column or "answer"
-    return Verifier(replace(config.rewards, judge=judge), limit, answer_column, cache, total_steps)
+    limit, name = config.rollout.max_completion_length, config.data.answer_name
+    return Verifier(replace(config.rewards, judge=judge), limit, name, cache, total_steps)
 
 
 def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> int | None:
@@ -209,30 +193,50 @@ def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> in
     return latest
 
 
-def _first_wanted(config: Config, task: Task, engine: Engine, latest: int | None) -> Wanted:
+def _resumed(
+    config: Config,
+    task: Task,
+    workdir: Path,
+    learner: Learner,
+    checkpointer: Checkpointer,
+    latest: int,
+    console: Console,
+    stack: contextlib.ExitStack,
+) -> tuple[int, TrainState, Progress, Writer]:
+    """Returns the step, state, progress and writer of the newest checkpoint; refuses one that the configuration does
+    not fit."""
+    with console.phase(f"restoring step {latest}"):
+        step, state, meta = checkpointer.restore(learner.programs.state)
+        _check_data(config, task, workdir, meta["data"])
+        resuming.check_not_past_end(config, task.total_steps, workdir, step)
+    progress = Progress.from_meta(meta, int(state.skipped))
+    # Rows and samples of steps after the checkpoint are dropped here, because those steps are run again.
+    writer = stack.enter_context(Writer(workdir, config, step, NULLABLE))
+    # An evaluation after the checkpoint was saved is in the rows alone.
+    progress.recall(cluster.from_first(lambda: writer.scores))
+    resuming.tell_lost_rows(writer.rows, meta["metrics_rows"], step, console)
+    steps, rate = cluster.from_first(lambda: (read_config(workdir).steps, resuming.last_rate(writer.history, step)))
+    if told := resuming.new_schedule(config, steps, step, config.optimizer_steps_per_update, rate):
+        console.message(told)
+    _set_fixed_weights(config, task, workdir, learner, console)
+    return step, state, progress, writer
+
+
+def _first_program_shapes(config: Config, task: Task, engine: Engine, latest: int | None) -> ProgramShapes:
     """Returns the programs that the first dispatch needs after the step `latest`; `latest` is None for a new run."""
     if latest is None and config.evaluation.every:
-        return engine.first_wanted(*task.evaluated.first(config))
+        return engine.first_program_shapes(*task.evaluation_plan.first(config))
     algorithm, prompts = config.algorithm, task.step_prompts((latest or 0) + 1)
     drafts = algorithm.drafts_in((latest or 0) + 1)
     samples = drafts or algorithm.num_generations
     if drafts and algorithm.draft_early_stop:
         samples = 1
-    return engine.first_wanted([len(prompt.tokens) for prompt in prompts], samples)
-
-
-def _compiling(
-    config: Config, task: Task, engine: Engine, learner: Learner, first: Wanted, console: Console, warms_up: bool
-) -> contextlib.AbstractContextManager[None]:
-    """Returns a context that compiles the programs of sampler and update ahead, as `distributed.compiling` says, and
-    prints the memory that they need once all are compiled."""
-    tell = lambda: console.table("Memory", overview.memory(config, task, engine, learner))
-    return compiling(first, engine.wanted, lambda: learner.programs.wanted, console.phase, tell, warms_up)
+    return engine.first_program_shapes([len(prompt.tokens) for prompt in prompts], samples)
 
 
 def _go_on(workdir: Path, config: Config) -> None:
     """Records that the run in `workdir` is resumed with the settings `config`."""
-    ending.forget(workdir)
+    ending.remove_finished(workdir)
     record_settings(workdir, config)
 
 
@@ -303,7 +307,7 @@ def _warm(config: Config, task: Task, params: decoder.Params, writer: Writer, co
 
 def _evaluate_start(run: Run, state: TrainState, is_new: bool) -> None:
     """Evaluates and saves a new run before its first step; in a resumed run, makes up for an evaluation it lacks."""
-    step = run.first_step
+    step = run.resumed_after
     if is_new:
         if run.config.evaluation.every:
             run.evaluate(state.params, step)

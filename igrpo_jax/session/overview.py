@@ -5,18 +5,15 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import watchdog
 from igrpo_jax.distributed.chips import CHIPS, size
-from igrpo_jax.distributed.programs import device_bytes, tree_bytes
+from igrpo_jax.distributed.programs import device_bytes
 from igrpo_jax.evaluation import planning
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.outputs.checkpoint import best_of
 from igrpo_jax.outputs.writer import rows_until
 from igrpo_jax.sampling.engine import Engine
-from igrpo_jax.sampling.layout import keeps_weights
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.task import Task
 from igrpo_jax.storage.addresses import names
@@ -34,7 +31,7 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
     shapes = learner.packer.shapes
     sizes = ", ".join(f"{size:,}" for size in shapes.sizes)
     received = engine.sync.received_bytes
-    frozen, trained = learner.programs.frozen, sum(x.size for x in learner.abstract_state().params.values())
+    frozen, trained = learner.programs.frozen, sum(x.size for x in learner.programs.state.params.values())
     return [
         (
             "model",
@@ -49,7 +46,7 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
         ("training prompts", f"{len(task.prompts):,} ({task.skipped} longer than data.max_prompt_length skipped)"),
         *([("day of the chat template", config.data.template_date)] * bool(config.data.template_date)),
         *task.notes,
-        *(("evaluation", note) for note in _evaluation(config, task.evaluated)),
+        *(("evaluation", note) for note in _evaluation(config, task.evaluation_plan)),
         ("steps", f"{task.total_steps:,} of {config.prompts_per_step} prompts"),
         *_stages(config),
         ("trained tokens per step", f"at most {tokens:,}"),
@@ -58,17 +55,17 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
         ("cache", _cache(engine)),
         (
             "programs to compile",
-            f"at most {len(engine.wanted)} of the sampler, and of the update one for each size of micro-batch",
+            f"at most {len(engine.program_shapes)} of the sampler, and of the update one for each size of micro-batch",
         ),
     ]
 
 
-def _evaluation(config: Config, evaluated: planning.Plan) -> list[str]:
+def _evaluation(config: Config, plan: planning.Plan) -> list[str]:
     """Returns what a user should know of the evaluations of a run, and of those that it will not make."""
     given = [f"evaluation.{name}" for name in ("benchmarks", "data_dir") if getattr(config.evaluation, name)]
     if given and not config.evaluation.every:
         return [f"off: {' and '.join(given)} given, but evaluation.every = 0; set it to the steps between evaluations"]
-    return [*evaluated.notes, *planning.left_out(config, evaluated)]
+    return [*plan.notes, *planning.left_out(config, plan)]
 
 
 def _stages(config: Config) -> list[tuple[str, str]]:
@@ -128,9 +125,9 @@ def _padding(workdir: Path) -> str:
     return f"about {sum(seen) / len(seen):.0%}, as in the last {len(seen)} steps"
 
 
-def memory(config: Config, task: Task, engine: Engine, learner: Learner) -> list[tuple[str, object]]:
+def memory(engine: Engine, learner: Learner) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed once all programs of the sampler and the update are compiled."""
-    needs, available = predicted_bytes(config, task, engine, learner), device_bytes()
+    needs, available = predicted_bytes(engine, learner), device_bytes()
     predicted = ", ".join(f"{phase} {size(need)}" for phase, need in needs.items())
     return [
         ("recomputed in the backward pass", _RECOMPUTED[learner.programs.remat]),
@@ -143,33 +140,26 @@ def memory(config: Config, task: Task, engine: Engine, learner: Learner) -> list
     ]
 
 
-def predicted_bytes(config: Config, task: Task, engine: Engine, learner: Learner) -> dict[str, int]:
+def predicted_bytes(engine: Engine, learner: Learner) -> dict[str, int]:
     """Returns the bytes that update and rollout need on each device, as the compiler counts them."""
-    rollout = engine.predicted_bytes() + resting_bytes(config, task.mesh, learner)
-    return {"update": learner.predicted_bytes(), "rollout": rollout}
+    rollout = engine.programs.predicted_bytes + learner.resting_bytes
+    return {"update": learner.programs.predicted_bytes(), "rollout": rollout}
 
 
-def resting_bytes(config: Config, mesh: jax.sharding.Mesh, learner: Learner) -> int:
-    """Returns the bytes that the learner holds on each device while completions are sampled.
-
-    Where the sampler is sure to use the trained weights themselves (on an accelerator, float32, not split over
-    mesh.fsdp, without LoRA, with the layout of the training), these are counted with the rollout and not here.
-    """
-    same = config.model.dtype == "float32" and not config.model.lora.rank
-    same = same and keeps_weights(mesh, config.rollout.mesh.tensor)
-    return learner.resting_bytes - same * tree_bytes(learner.abstract_state().params)
-
-
-def after(workdir: Path, progress: Progress, best_metric: str, first: int, total: int) -> list[tuple[str, object]]:
+def after(
+    workdir: Path, progress: Progress, best_metric: str, resumed_after: int, total: int
+) -> list[tuple[str, object]]:
     """Returns the rows of the table at a run's end.
 
     Args:
         progress: its scores are the metrics of the run's evaluations.
         best_metric: config.checkpoint.best_metric.
-        first: the step after which the run was resumed, 0 where it was not.
+        resumed_after: the step whose state the run began with, 0 where it was not resumed.
         total: the number of steps of the run.
     """
-    rows: list[tuple[str, object]] = [("steps", f"{total}" + (f", resumed after {first}" if first else ""))]
+    rows: list[tuple[str, object]] = [
+        ("steps", f"{total}" + (f", resumed after {resumed_after}" if resumed_after else ""))
+    ]
     saved = [int(name) for name in names(workdir / "checkpoints") if name.isdecimal()]
     best, scores = best_of(progress.values(best_metric), saved), progress.scores
     if best is not None:

@@ -4,6 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from igrpo_jax.errors import RunError
+from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.writer import Writer
+from igrpo_jax.records import Group
+
 
 @dataclass
 class Progress:
@@ -48,3 +55,34 @@ class Progress:
     def values(self, metric: str) -> dict[int, float]:
         """Returns `metric` by step, of the evaluations that have it."""
         return {step: scores[metric] for step, scores in self.scores.items() if metric in scores}
+
+
+def check_finite(
+    step: int,
+    skipped_optimizer_steps: int,
+    groups: Sequence[Group],
+    advantages: Sequence[np.ndarray],
+    progress: Progress,
+    most_in_a_row: int,
+    writer: Writer,
+    console: Console,
+) -> None:
+    """Counts the optimizer steps that are skipped so far, and writes the groups of a step that skipped one.
+
+    Args:
+        most_in_a_row: config.learner.max_nonfinite_steps.
+
+    Raises:
+        RunError: so many steps in a row skipped one.
+    """
+    if not progress.count_skipped(skipped_optimizer_steps):
+        return
+    kept = writer.nonfinite(step, groups, advantages)
+    console.message(f"step {step}: loss or gradient is not finite: nothing changed; its batch is in {kept}")
+    in_a_row = progress.skipped_in_a_row
+    if in_a_row >= most_in_a_row:
+        raise RunError(
+            f"steps {step - in_a_row + 1} to {step}: loss or gradient was not finite, "
+            f"config.learner.max_nonfinite_steps = {in_a_row} times in a row (batches in {kept.parent}); "
+            "lower optimizer.learning_rate in a new run, or see whether the model's own weights are sound"
+        )

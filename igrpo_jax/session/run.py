@@ -14,7 +14,6 @@ from igrpo_jax.config import Config
 from igrpo_jax.distributed import chips, cluster, preemption, watchdog
 from igrpo_jax.distributed.compiling import compile_all
 from igrpo_jax.distributed.preemption import Preempted
-from igrpo_jax.errors import RunError
 from igrpo_jax.evaluation import results, summaries
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.learning.learner import Learner
@@ -28,7 +27,8 @@ from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Group
 from igrpo_jax.session import ending, overview
-from igrpo_jax.session.progress import Progress
+from igrpo_jax.session.progress import Progress, check_finite
+from igrpo_jax.session.run_context import preempted_after
 from igrpo_jax.session.task import Task
 from igrpo_jax.storage.addresses import resolved
 from igrpo_jax.storage.reading import local
@@ -61,20 +61,21 @@ class Run:
     writer: Writer
     checkpointer: Checkpointer
     console: Console
-    first_step: int  # the step that the run goes on from; 0 is before the first update
+    resumed_after: int  # the step whose state the run begins with; 0 is before the first update
     progress: Progress
     check_lock: Callable[[], None]  # raises RunError where another run has taken the workdir
 
     def compile_rest(self) -> None:
         """Compiles the programs of the run that are not compiled yet, which on a CPU are most of them."""
         with self.console.waiting("the programs of later steps"):
-            compile_all([*self.rollout.wanted, *self.learner.programs.wanted])
+            compile_all([*self.rollout.program_shapes, *self.learner.programs.program_shapes])
 
     def report(self, step: int, result: StepResult) -> None:
         """Writes the files of a step, and prints what it did.
 
         Raises:
-            RunError: as `_check_finite`; a file cannot be written.
+            RunError: config.learner.max_nonfinite_steps steps in a row skipped an optimizer step; a file cannot be
+                written.
         """
         groups, advantages, metrics = result.groups, result.advantages, result.metrics
         self._warn_of_compiles(step, result.compiled)
@@ -82,7 +83,8 @@ class Run:
             self.checkpointer.wait()  # for step 0: a folder with samples but no checkpoint is taken for damaged
         self.writer.write(step, metrics)
         self.writer.samples(step, groups, advantages)
-        self._check_finite(step, result)
+        skipped, most = round(result.metrics["nonfinite_steps"]), self.config.learner.max_nonfinite_steps
+        check_finite(step, skipped, groups, advantages, self.progress, most, self.writer, self.console)
         self.console.step(step, metrics)
         if self.shows_samples(step) and any(group.completions for group in groups):
             best = max(range(len(groups)), key=lambda i: np.abs(advantages[i]).max(initial=-1))
@@ -94,25 +96,6 @@ class Run:
             self.console.message(
                 f"step {step}: compiled {'; '.join(new)}: shapes not met before. Later ones of the kind are only "
                 "counted, in perf/recompiles"
-            )
-
-    def _check_finite(self, step: int, result: StepResult) -> None:
-        """Writes the groups of a step that skipped an optimizer step.
-
-        Raises:
-            RunError: config.learner.max_nonfinite_steps steps in a row skipped one.
-        """
-        if not self.progress.count_skipped(round(result.metrics["nonfinite_steps"])):
-            return
-        self.writer.nonfinite(step, result.groups, result.advantages)
-        kept = self.workdir / "nonfinite" / f"step_{step:06d}.jsonl"
-        self.console.message(f"step {step}: loss or gradient is not finite: nothing changed; its batch is in {kept}")
-        in_a_row = self.progress.skipped_in_a_row
-        if in_a_row >= self.config.learner.max_nonfinite_steps:
-            raise RunError(
-                f"steps {step - in_a_row + 1} to {step}: loss or gradient was not finite, "
-                f"config.learner.max_nonfinite_steps = {in_a_row} times in a row (batches in {kept.parent}); "
-                "lower optimizer.learning_rate in a new run, or see whether the model's own weights are sound"
             )
 
     def shows_samples(self, step: int) -> bool:
@@ -137,7 +120,7 @@ class Run:
         out = self.workdir / "evaluations" / f"step_{step:06d}"
         began = time.perf_counter()
         settings = {"model": str(resolved(self.workdir)), "step": step}
-        settings |= results.settings(self.config, self.evaluator.plan.wanted)
+        settings |= results.settings(self.config, self.evaluator.plan.max_new_tokens)
         asked = {"rounds": self.config.evaluation.rounds, "problems": self.evaluator.plan.fingerprint} | settings
         if jax.process_index() == 0:
             if self.progress.evaluating != asked:
@@ -160,14 +143,10 @@ class Run:
         Raises:
             RunError: see `Checkpointer.save`.
         """
-        config, best_metric = self.config, self.config.checkpoint.best_metric
         self.check_lock()
-        read = config.algorithm.batches_until(step) * config.prompts_per_step
-        epoch, index = divmod(read, len(self.task.prompts))
-        meta = {"step": step, "seed": config.seed, "epoch": epoch, "index": index, "metrics_rows": self.writer.rows}
-        meta |= {"data": self.task.fingerprint} | self.progress.meta()
+        meta = {"step": step, "metrics_rows": self.writer.rows, "data": self.task.fingerprint} | self.progress.meta()
         force = force or step in (0, self.task.total_steps)
-        scores = self.progress.values(best_metric)
+        scores = self.progress.values(self.config.checkpoint.best_metric)
         self.checkpointer.save(step, state, meta, force=force, scores=scores, before=self.writer.sync)
 
     def stop_if_preempted(self) -> None:
@@ -183,7 +162,7 @@ class Run:
     def leave(self, step: int, state: TrainState) -> NoReturn:
         """Saves the state after `step`, and raises Preempted with a message that says so."""
         self.keep(step, state)
-        raise Preempted(f"preempted: step {step} of {self.task.total_steps} is saved in {self.workdir}")
+        raise preempted_after(step, self.task.total_steps, self.workdir)
 
     def finish(self, state: TrainState) -> None:
         """Waits for the last checkpoint, exports where asked, and prints the final scores and where the files are."""
@@ -193,8 +172,8 @@ class Run:
             self._export(state)
         self.writer.sync()
         total, best_metric = self.task.total_steps, self.config.checkpoint.best_metric
-        ending.note(self.workdir, self.config, total, self.writer.rows, self.progress)
-        self.console.table("Done", overview.after(self.workdir, self.progress, best_metric, self.first_step, total))
+        ending.write_finished(self.workdir, self.config, total, self.writer.rows, self.progress)
+        self.console.table("Done", overview.after(self.workdir, self.progress, best_metric, self.resumed_after, total))
 
     def _export(self, state: TrainState) -> None:
         """Writes the policy as a Hugging Face directory to workdir/export, and to the hub where that is asked for."""

@@ -18,12 +18,12 @@ import jax
 import numpy as np
 
 from igrpo_jax.config import Config
-from igrpo_jax.data import problems, solutions
+from igrpo_jax.data import order, problems, solutions
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import cluster, preemption, sharding, watchdog
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import peak_memory, showing_waits
-from igrpo_jax.errors import InputError, RunError
+from igrpo_jax.errors import InputError
 from igrpo_jax.learning import supervised
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.supervised import Example, ExampleDraft
@@ -44,9 +44,9 @@ from igrpo_jax.outputs.workdir import (
 )
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Prompt
-from igrpo_jax.session import ending
-from igrpo_jax.session.progress import Progress
-from igrpo_jax.session.surroundings import enter_mesh, surroundings
+from igrpo_jax.session import resuming
+from igrpo_jax.session.progress import Progress, check_finite
+from igrpo_jax.session.run_context import enter_mesh, preempted_after, run_context
 from igrpo_jax.session.task import origin
 from igrpo_jax.storage.addresses import names
 from igrpo_jax.storage.reading import read_bytes
@@ -96,7 +96,7 @@ def train_supervised(config: Config, workdir: str | Path) -> None:
         RunError: the run cannot go on: a full disk, or steps that are not finite.
         Preempted: SIGTERM came, and what can be resumed is saved.
     """
-    with surroundings(config, workdir) as (path, console, stack):
+    with run_context(config, workdir) as (path, console, stack):
         task = open_supervised(config, cluster.from_first(functools.partial(recorded_date, path)))
         enter_mesh(stack, task.config, task.mesh, {"examples": task.fingerprint})
         _run(task, path, console, stack)
@@ -169,20 +169,21 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
         return
     if latest is not None:
         with console.phase(f"restoring step {latest}"):
-            done, state, meta = store.restore(learner.abstract_state())
-        ending.check(config, total, workdir, done)
-        writer = stack.enter_context(Writer(workdir, config, done))
+            resumed_after, state, meta = store.restore(learner.programs.state)
+        resuming.check_not_past_end(config, total, workdir, resumed_after)
+        writer = stack.enter_context(Writer(workdir, config, resumed_after))
         progress = Progress.from_meta(meta, int(state.skipped))
     else:
-        done, state, progress = 0, _first_state(task, learner, console), Progress()
+        resumed_after, state, progress = 0, _first_state(task, learner, console), Progress()
         writer = stack.enter_context(Writer(workdir, config))
     if config.model.lora.rank:
         fixed = functools.partial(weights.first, config, task.policy, workdir, task.mesh, console=console)
         learner.set_frozen(fixed(config.model.dtype))
     if claim.resumes:
         cluster.from_first(functools.partial(record_settings, workdir, config))
+    done = resumed_after
     try:
-        for step in range(done + 1, total + 1):
+        for step in range(resumed_after + 1, total + 1):
             if cluster.any_of(preemption.noted()):
                 raise Preempted
             state = _step(task, learner, state, step, progress, writer, console)
@@ -193,7 +194,7 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
         still_ours()
         store.save(done, state, {"step": done} | progress.meta(), force=True, before=writer.sync)
         store.wait()
-        raise Preempted(f"preempted: step {done} of {total} is saved in {workdir}") from None
+        raise preempted_after(done, total, workdir) from None
     with console.phase("writing the last checkpoint"):
         store.wait()
     writer.sync()
@@ -216,7 +217,7 @@ def _step(
             finite.
     """
     config, began = task.config, time.perf_counter()
-    indices = problems.step_indices(step - 1, config.prompts_per_step, len(task.examples), config.seed)
+    indices = order.step_indices(step - 1, config.prompts_per_step, len(task.examples), config.seed)
     made = supervised.groups(config, [task.examples[i] for i in indices], task.renderer, step)
     advantages = [np.ones(1, np.float32)] * len(made)
     with watchdog.phase("update", f"step {step}"), watchdog.phase("dispatch"):
@@ -224,14 +225,8 @@ def _step(
     row: dict[str, Any] = supervised.metrics(learned, made)
     row |= {"perf/step_time": time.perf_counter() - began, "perf/wall_time": time.time(), **peak_memory()}
     writer.write(step, row)
-    if progress.count_skipped(round(row["nonfinite_steps"])):
-        writer.nonfinite(step, made, advantages)
-        console.message(f"step {step}: loss or gradient is not finite: nothing changed; its batch is in nonfinite/")
-    if progress.skipped_in_a_row >= config.learner.max_nonfinite_steps:
-        raise RunError(
-            f"step {step}: loss or gradient was not finite, config.learner.max_nonfinite_steps = "
-            f"{progress.skipped_in_a_row} times in a row; lower optimizer.learning_rate in a new run"
-        )
+    skipped, most = round(row["nonfinite_steps"]), config.learner.max_nonfinite_steps
+    check_finite(step, skipped, made, advantages, progress, most, writer, console)
     if step % config.log.every == 0 or step == task.total_steps:
         console.message(
             f"step {step}/{task.total_steps}  loss {row['sft/loss']:.4f}  gradient {row['grad_norm']:.3f}  "
@@ -255,7 +250,7 @@ def _claim(workdir: Path, task: SupervisedTask) -> Claim:
     Raises:
         InputError: it holds another run, a run of reinforcement learning, or a start on other examples.
     """
-    _check(workdir, task.config)
+    _check(workdir, task.config)  # again, inside the lock: another process may have begun a run since
     kind, present = workdir / SUPERVISED, names(workdir)
     claim = prepare_workdir(workdir, task.config)
     if claim.resumes and kind.name in present and json.loads(read_bytes(kind))["examples"] != task.fingerprint:

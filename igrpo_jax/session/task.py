@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from igrpo_jax.config import Config, JudgeConfig, LogConfig
-from igrpo_jax.data import problems
+from igrpo_jax.data import order, problems
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
@@ -26,6 +26,7 @@ from igrpo_jax.outputs import trackers
 from igrpo_jax.records import Candidate, Prompt
 from igrpo_jax.rewards import custom, judge, verdicts, verifier
 from igrpo_jax.rewards.mathematics import golds
+from igrpo_jax.sampling.configured import open_engine
 from igrpo_jax.sampling.engine import Engine
 
 WRONG_ANSWER = "-987654321"  # what custom rewards see as a wrong answer before a run starts
@@ -42,7 +43,7 @@ class Task:
     prompts: list[Prompt]
     skipped: int  # training prompts longer than config.data.max_prompt_length
     notes: list[tuple[str, str]]  # findings in the training set, and what rewards gave at their first call
-    evaluated: planning.Plan
+    evaluation_plan: planning.Plan
     max_context: int  # tokens of the longest q or q' in training
     total_steps: int
 
@@ -57,9 +58,9 @@ class Task:
         config, count = self.config, len(self.prompts)
         batch = config.algorithm.batches_until(step) - 1
         if redraw:
-            indices = problems.redraw_indices(batch, redraw, config.prompts_per_step, count, config.seed)
+            indices = order.redraw_indices(batch, redraw, config.prompts_per_step, count, config.seed)
         else:
-            indices = problems.step_indices(batch, config.prompts_per_step, count, config.seed)
+            indices = order.step_indices(batch, config.prompts_per_step, count, config.seed)
         return [self.prompts[i] for i in indices]
 
 
@@ -100,8 +101,8 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     context = policy.model.max_position_embeddings
     check_context(config, context, max_context)
     asked = problems.asked(held_out, config.evaluation.limit) if config.evaluation.every else {}
-    evaluated = planning.make_plan(config, asked, renderer, context)
-    check_best_metric(config, evaluated)
+    evaluation_plan = planning.make_plan(config, asked, renderer, context)
+    check_best_metric(config, evaluation_plan)
     notes = training.notes + rehearsed_rewards(config, prompts, policy, renderer.opening)
     notes += rehearsed_judge(config.rewards.judge, prompts[0], renderer.opening) + budget
     mesh = sharding.make_mesh(config.mesh)
@@ -115,7 +116,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     batches = max(1, int(config.epochs * len(prompts) / config.prompts_per_step))
     steps = config.steps or batches * (2 if config.algorithm.alternate else 1)
     check_profiled(config.log, steps)
-    return Task(config, policy, renderer, mesh, prompts, skipped, notes, evaluated, max_context, steps)
+    return Task(config, policy, renderer, mesh, prompts, skipped, notes, evaluation_plan, max_context, steps)
 
 
 def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy, opening: str) -> list[tuple[str, str]]:
@@ -133,7 +134,7 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
     Raises:
         InputError: a function failed.
     """
-    rewards = verifier.custom_rewards(config.rewards, config.data.answer_column or "answer")
+    rewards = verifier.custom_rewards(config.rewards, config.data.answer_name)
     if not rewards:
         return []
     batches = []
@@ -242,10 +243,10 @@ def check_profiled(settings: LogConfig, steps: int) -> None:
         )
 
 
-def check_best_metric(config: Config, evaluated: planning.Plan) -> None:
+def check_best_metric(config: Config, plan: planning.Plan) -> None:
     """Raises InputError, with the nearest right name, where no evaluation writes config.checkpoint.best_metric."""
     name = config.checkpoint.best_metric
-    names = planning.metric_names(config, evaluated)
+    names = planning.metric_names(config, plan)
     if name and name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
         fix = f"the nearest is {near[0]!r}" if near else "name a benchmark in evaluation.benchmarks"
@@ -269,26 +270,22 @@ def sampler(
     mesh: jax.sharding.Mesh,
     eos_ids: tuple[int, ...],
     max_context: int,
-    evaluated: planning.Plan,
+    plan: planning.Plan,
     memory: int | None,
 ) -> Engine:
     """Returns the engine of a run, large enough for training and for what is evaluated in it.
 
     Args:
+        plan: that of its evaluations.
         memory: bytes of each device that training leaves to sampling; None = any.
     """
-    return Engine(
+    return open_engine(
+        config,
         model,
         mesh,
         eos_ids,
-        tensor=config.rollout.mesh.tensor,
-        slots=config.rollout.slots,
-        max_context=max(max_context, evaluated.max_context),
-        max_completion=max(config.rollout.max_completion_length, evaluated.max_completion),
-        length=max(max_context + config.rollout.max_completion_length, evaluated.length),
-        dtype=config.model.dtype,
-        steps_per_dispatch=config.rollout.steps_per_dispatch,
-        pages=config.rollout.pages,
-        page_size=config.rollout.page_size,
-        memory=memory,
+        memory,
+        max_context=max(max_context, plan.max_context),
+        max_completion=max(config.rollout.max_completion_length, plan.max_completion),
+        length=max(max_context + config.rollout.max_completion_length, plan.length),
     )

@@ -103,12 +103,12 @@ def test_the_time_of_gradients_is_that_of_choosing_remat(found):
 @pytest.mark.slow
 def test_arguments_are_what_the_parts_say(found):
     """The compiler's bytes, which pad to whole tiles, against shapes and shardings."""
-    state, engine = found.learner.abstract_state(), found.engine
+    state, engine = found.learner.programs.state, found.engine
     params, moments = tree_bytes(state.params), tree_bytes(state.opt_state)
     expected = {
         "apply": 2 * params + moments,  # the gradient too
-        "prefill": engine.weight_bytes + engine.state_bytes,
-        "decode": engine.weight_bytes + engine.state_bytes,
+        "prefill": engine.programs.weight_bytes + engine.state_bytes,
+        "decode": engine.programs.weight_bytes + engine.state_bytes,
     }
     assert {kind: one(found, kind).arguments for kind in expected} == pytest.approx(expected, rel=0.15)
 
@@ -116,7 +116,7 @@ def test_arguments_are_what_the_parts_say(found):
 @pytest.mark.slow
 def test_what_waits_beside_a_program(found):
     """The training state while completions are sampled, the moments during a backward pass, and never twice."""
-    state = found.learner.abstract_state()
+    state = found.learner.programs.state
     params, moments = tree_bytes(state.params), tree_bytes(state.opt_state)
     assert one(found, "accumulate").beside == moments
     assert one(found, "rescore").beside == moments  # no reference: the policy, which is scored, is an argument
@@ -124,7 +124,7 @@ def test_what_waits_beside_a_program(found):
     for kind in ("prefill", "decode"):  # the state of the sampler and the weights to sample with are arguments
         assert one(found, kind).beside == params + moments
     for kind in ("empty", "fork", "harvest"):
-        assert one(found, kind).beside == params + moments + found.engine.weight_bytes
+        assert one(found, kind).beside == params + moments + found.engine.programs.weight_bytes
 
 
 def test_a_reference_waits_too():
@@ -136,7 +136,7 @@ def test_a_reference_waits_too():
         model = footprint.describe(c.model)
         learner = footprint.Learner(c, model, mesh, max_context=64, total_steps=1)
         waiting[beta] = learner.programs.waiting_bytes
-    size = tree_bytes(learner.abstract_state().params)
+    size = tree_bytes(learner.programs.state.params)
     assert [x - size for x in waiting[0.1]] == list(waiting[0.0])
 
 
@@ -145,18 +145,20 @@ def test_weights_are_gathered_once_for_sampling_and_neither_cache_nor_logits_in_
     engine, decode = found.engine, one(found, "decode")
     syncs = {sync.program: sync for sync in found.syncs}
     synced = [(part, syncs[part.program].calls) for part in found.programs if part.kind == "weights"]
-    assert sum(part.received * calls for part, calls in synced) > 0.99 * engine.weight_bytes / 2
+    assert sum(part.received * calls for part, calls in synced) > 0.99 * engine.programs.weight_bytes / 2
     # Each call for the embedding takes it whole and fills a piece of its copy.
     in_pieces = [part for part, _ in synced if part.name == "weights embedding"]
     held = sum((part.arguments + part.output) * (1 if part in in_pieces else calls) for part, calls in synced)
-    expected = tree_bytes(found.learner.abstract_state().params) + engine.weight_bytes
+    expected = tree_bytes(found.learner.programs.state.params) + engine.programs.weight_bytes
     assert held == pytest.approx(expected, rel=0.15)
     assert [calls for part, calls in synced if part in in_pieces] == [8]
-    state = sum(map(tree_bytes, (found.learner.abstract_state().params, found.learner.abstract_state().opt_state)))
+    state = sum(map(tree_bytes, (found.learner.programs.state.params, found.learner.programs.state.opt_state)))
     for part, _ in synced:  # its arguments are part of the state, and it holds no copy beside the result
         copy = engine.sync.copy_bytes("embedding") / 4 if part in in_pieces else part.output
         assert "/" not in part.name and (part.name == "weights final_norm" or part.temporaries <= 1.1 * copy)
-        assert part.beside + part.arguments + part.output == pytest.approx(state + engine.weight_bytes, rel=0.15)
+        assert part.beside + part.arguments + part.output == pytest.approx(
+            state + engine.programs.weight_bytes, rel=0.15
+        )
     cache = engine.state_bytes / engine.shard_slots  # of one slot
     logits = 4 * engine.shard_slots * found.cfg.vocab_size
     # Partial sums of the two chips that share the weights, of two sublayers and the embedding; an exchange of the draw;

@@ -97,7 +97,7 @@ def test_all_programs_are_compiled_before_the_first_update(quick, monkeypatch):
 
     def checked(bench):
         benches.append(bench)
-        assert all(program.is_ready(*shape) for program, shape in bench.learner.programs.wanted)
+        assert all(program.is_ready(*shape) for program, shape in bench.learner.programs.program_shapes)
         return step(bench)
 
     monkeypatch.setattr(update.Bench, "step", checked)

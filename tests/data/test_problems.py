@@ -485,45 +485,6 @@ def test_training_rows_are_the_file_or_the_built_in_task(tmp_path):
     assert all(int(row.answer) >= 0 for row in rows)
 
 
-def test_an_epoch_is_a_permutation_of_its_seed_and_number():
-    orders = {(seed, epoch): problems.epoch_order(50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)}
-    assert all(sorted(order) == list(range(50)) for order in orders.values())
-    assert len({tuple(order) for order in orders.values()}) == 4
-    assert orders[0, 1] == problems.epoch_order(50, 0, 1).tolist()
-    # The very numbers: a run that is resumed under another numpy must go on in the same order.
-    assert problems.epoch_order(8, 7, 2).tolist() == [0, 3, 5, 1, 4, 2, 6, 7]
-
-
-def test_steps_are_slices_of_the_epochs_laid_end_to_end():
-    epochs = np.concatenate([problems.epoch_order(7, 3, epoch) for epoch in range(4)]).tolist()
-    for step in range(9):  # 27 of 28 places, three per step: steps 2, 4 and 6 straddle two epochs
-        assert problems.step_indices(step, 3, 7, seed=3) == epochs[3 * step : 3 * step + 3]
-    assert problems.step_indices(0, 28, 7, seed=3) == epochs  # a step may even be longer than an epoch
-
-
-def test_every_row_is_read_once_before_any_is_read_twice():
-    read = [index for step in range(5) for index in problems.step_indices(step, 4, 10, seed=0)]
-    assert sorted(read) == sorted(list(range(10)) * 2)
-    assert sorted(read[:10]) == list(range(10))
-
-
-def test_redraws_take_rows_that_the_step_has_not():
-    """3 of 20 rows a step: five redraws read 15 different ones of the other 17, in an order of the step's own."""
-    own = problems.step_indices(4, 3, 20, seed=1)
-    draws = [problems.redraw_indices(4, redraw, 3, 20, seed=1) for redraw in range(1, 6)]
-    read = [row for rows in draws for row in rows]
-    assert len(set(read)) == 15 and not set(read) & set(own)
-    assert problems.redraw_indices(4, 3, 3, 20, seed=1) == draws[2]  # of what it is asked alone
-    assert problems.redraw_indices(5, 1, 3, 20, seed=1) != draws[0] != problems.redraw_indices(4, 1, 3, 20, seed=2)
-
-
-def test_redraws_of_a_small_data_set_begin_it_again():
-    own = set(problems.step_indices(0, 3, 5, seed=0))
-    one, two = (problems.redraw_indices(0, redraw, 3, 5, seed=0) for redraw in (1, 2))
-    assert set(one) == set(two) == set(range(5)) - own and one != two
-    assert set(problems.redraw_indices(0, 1, 3, 3, seed=0)) == {0, 1, 2}  # there are no others
-
-
 def test_long_prompts_are_skipped_and_counted(tmp_path):
     file = write(tmp_path / "x.jsonl", [{"prompt": "a" * n, "answer": "1"} for n in (3, 5, 4, 9)])
     rows = load(file, "prompt", "answer")

@@ -5,7 +5,7 @@ import socket
 import jax
 import pytest
 
-from igrpo_jax import cli
+from igrpo_jax.cli import parsing
 from igrpo_jax.config import ClusterConfig
 from igrpo_jax.distributed import abort, cluster, peers
 from igrpo_jax.errors import InputError, RunError
@@ -70,15 +70,19 @@ def test_a_metadata_server_that_does_not_answer_is_no_pod(monkeypatch, caplog):
 )
 def test_flags_that_make_no_sense(flags, expected):
     with pytest.raises(InputError, match=expected):
-        cli.address(["main", *flags.split()])
+        parsing.cluster_arguments(["main", *flags.split()])
 
 
 def test_flags_are_jaxs_arguments():
     flags = ["--coordinator", "h:1", "--processes=2", "--process", "1"]
-    assert cli.address(["main", *flags]) == {"coordinator_address": "h:1", "num_processes": 2, "process_id": 1}
-    assert cli.address(["main", "--config", "x"]) == {}
-    cli.parse(["main", "--config", "configs/tiny_cpu.py", *flags])
-    cli.parse_model(["main", "--model", "x", *flags], "", {})
+    assert parsing.cluster_arguments(["main", *flags]) == {
+        "coordinator_address": "h:1",
+        "num_processes": 2,
+        "process_id": 1,
+    }
+    assert parsing.cluster_arguments(["main", "--config", "x"]) == {}
+    parsing.parse(["main", "--config", "configs/tiny_cpu.py", *flags])
+    parsing.parse_model(["main", "--model", "x", *flags], "", {})
 
 
 def wrapped(cause):

@@ -100,7 +100,8 @@ def run(folder: Path, workdir: Path | str, count: int, inject: dict[int, str], s
         else:
             job = {}
             flags = ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process", str(own)]
-        program = f"{inject.get(own, '')}\nfrom igrpo_jax import cli, main\ncli.run(main.main)\n"
+        program = "from igrpo_jax import main\nfrom igrpo_jax.cli import exits\nexits.run(main.main)\n"
+        program = f"{inject.get(own, '')}\n{program}"
         env = devices.environment(whole // count, JAX_PLATFORMS="cpu", PYTHONPATH=str(folder), **job)
         processes.append(Started(program, arguments + flags, env))
     return codes_and_texts(processes)
@@ -251,13 +252,14 @@ def test_two_processes_share_a_bucket_and_go_on_there_after_a_kill(folder, one, 
 TOGETHER = """
 import json, sys
 import sampled_together
-from igrpo_jax import cli, config
+from igrpo_jax import config
+from igrpo_jax.cli import exits, parsing
 from igrpo_jax.distributed import cluster, preemption
 
 def main(argv):
-    with cluster.joined(config.ClusterConfig(), cli.address(argv)), preemption.noticed(60):
+    with cluster.joined(config.ClusterConfig(), parsing.cluster_arguments(argv)), preemption.noticed(60):
         print(json.dumps(sampled_together.process()))
-cli.run(main)
+exits.run(main)
 """
 
 
@@ -289,15 +291,16 @@ def test_a_group_of_devices_may_span_processes():
 DRIVER = """
 import os, signal, sys, time
 import jax
-from igrpo_jax import cli, config
+from igrpo_jax import config
+from igrpo_jax.cli import exits, parsing
 from igrpo_jax.distributed import cluster, preemption, watchdog
 from igrpo_jax.errors import InputError, RunError
 
 def main(argv):
-    address, own = cli.address(argv), int(argv[-1])
+    address, own = parsing.cluster_arguments(argv), int(argv[-1])
     with cluster.joined(config.ClusterConfig(start_timeout=START, silence=6), address):
         {body}
-cli.run(main)
+exits.run(main)
 """
 AGREE = """
         cluster.check_same({"config": {"seed": 1}})

@@ -21,8 +21,8 @@ from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.records import Score
+from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.rewards.mathematics import grader
-from igrpo_jax.rewards.verifier import VerifierError
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from igrpo_jax.config import Config
-from igrpo_jax.evaluation import measures, planning, results, summaries
+from igrpo_jax.evaluation import measures, planning, summaries, summary_tables
 from igrpo_jax.evaluation.planning import Plan
 from igrpo_jax.records import Prompt
 
@@ -22,7 +22,7 @@ def test_results_by_subject():
         correct, np.ones(shape, int), *[np.ones(shape, bool)] * 2, ~np.ones(shape, bool), correct
     )
     shot = measures.summary(answers)
-    text = results.markdown({"b": summary | {"problems": 3, "samples": 2, "single_shot": shot}})
+    text = summary_tables.markdown({"b": summary | {"problems": 3, "samples": 2, "single_shot": shot}})
     assert "| b | computer science | 2 | 75.00 |" in text
 
 

@@ -351,7 +351,7 @@ def test_lengths_that_vary_compile_nothing(build, tiny):
     assert 1 < len(sizes) <= 3 and sizes <= set(learner.packer.shapes.sizes)
     with jax.set_mesh(mesh):
         state = learner.init(put(tiny[1], mesh))
-    compile_all(learner.programs.wanted)
+    compile_all(learner.programs.program_shapes)
     state, _ = updated(built, tiny[1], make_groups(), ADVANTAGES, state)
     with train.compilations() as compiled:
         for groups in steps:
@@ -1087,12 +1087,12 @@ def test_the_first_moment_in_bfloat16(build, tiny):
 def test_predicted_bytes(build, tiny):
     """Weights, two moments and the gradient at the least; more with larger micro-batches, less on more devices."""
     params = sum(x.size for x in tiny[1].values())
-    whole = build()[0].predicted_bytes()
+    whole = build()[0].programs.predicted_bytes()
     assert whole > 16 * params
-    assert 16 * params < build(learner__tokens_per_microbatch=ONE)[0].predicted_bytes() < whole
+    assert 16 * params < build(learner__tokens_per_microbatch=ONE)[0].programs.predicted_bytes() < whole
     learner, mesh = build(MESHES["2x2x2"])
     with jax.set_mesh(mesh):
-        assert 16 * params / 4 < learner.predicted_bytes() < whole / 4
+        assert 16 * params / 4 < learner.programs.predicted_bytes() < whole / 4
 
 
 @pytest.mark.slow

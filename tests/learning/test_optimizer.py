@@ -198,7 +198,7 @@ def test_a_step_that_is_not_finite_leaves_all_as_it_was_on_any_device(name):
 def test_the_step_makes_no_copy_of_moments(tiny):
     """Beside the state there is room for one gradient, the clipped one, and a little more."""
     learner, _ = make_learner(dataclasses.replace(tiny[0], vocab_size=1024))
-    params = sum(4 * x.size for x in jax.tree.leaves(learner.abstract_state().params))
+    params = sum(4 * x.size for x in jax.tree.leaves(learner.programs.state.params))
     assert learner.programs.apply.compiled().memory_analysis().temp_size_in_bytes < 1.1 * params
 
 
@@ -219,7 +219,7 @@ def test_the_predicted_memory_counts_each_optimizers_own_state(tiny):
     kept = {}
     for name in NAMES:
         learner, _ = make_learner(tiny[0], optimizer__name=name, optimizer__max_grad_norm=1.0)
-        state, params = learner.abstract_state().opt_state, learner.abstract_state().params
+        state, params = learner.programs.state.opt_state, learner.programs.state.params
         kept[name] = learner.programs.waiting_bytes.accumulate
         assert kept[name] == sum(4 * x.size for x in jax.tree.leaves(state))
     whole = sum(4 * x.size for x in params.values())

@@ -26,8 +26,9 @@ from igrpo_jax.learning.stages import (
 )
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.records import VERDICTS, Candidate, Completion, Prompt, Score
+from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.rewards.rules import rules_of, score
-from igrpo_jax.rewards.verifier import Verifier, VerifierError, statistics
+from igrpo_jax.rewards.verifier import Verifier, statistics
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler

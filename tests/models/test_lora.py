@@ -231,9 +231,9 @@ def test_memory_is_that_of_adapters_and_one_sublayer(tiny):
         )
         with jax.set_mesh(mesh):
             program = learner.programs.accumulate.compiled(learner.packer.shapes.largest)
-            needs, temporary = learner.predicted_bytes(), program.memory_analysis().temp_size_in_bytes
+            needs, temporary = learner.programs.predicted_bytes(), program.memory_analysis().temp_size_in_bytes
         assert temporary < 0.6 * weights, remat
-        moments = tree_bytes(learner.abstract_state().opt_state)
+        moments = tree_bytes(learner.programs.state.opt_state)
         assert moments < 0.1 * weights < weights < needs - temporary - moments < 1.1 * weights
 
 

@@ -62,7 +62,7 @@ def test_a_pipe_that_is_closed_is_an_error_of_its_own():
 def test_plain_console_prints_one_unwrapped_line_a_step():
     out, clock = io.StringIO(), Clock()
     with console.Console(out, clock) as shown:
-        shown.start(total_steps=10, first_step=2, every=2)
+        shown.start(total_steps=10, resumed_after=2, every=2)
         for step, length in ((3, 100), (4, jnp.float32(100))):
             clock.now += 3
             shown.step(step, {**STEP, "completions/mean_length": length, "draft/mean_length": 90.0})
@@ -152,7 +152,7 @@ def test_the_display_shows_solve_rate_phases_best_evaluation_and_alerts(monkeypa
     shown, clock = on_terminal(monkeypatch, width=100)
     times = {"perf/rollout_time": 1.2, "perf/update_time": 0.7, "perf/verify_wait_time": 0.0}
     with shown:
-        shown.start(total_steps=240, first_step=20, evaluations={0: {"eval/a/pass@1": 0.5, "eval/a/maj@2": 0.9}})
+        shown.start(total_steps=240, resumed_after=20, evaluations={0: {"eval/a/pass@1": 0.5, "eval/a/maj@2": 0.9}})
         assert [line.split()[0] for line in drawn(shown)] == ["step", "eval"]  # nothing else is known yet
         shown.evaluation(20, {"eval/a/pass@1": 0.7, "eval/a/refine_1/pass@1": 0.8})
         shown.evaluation(40, {"eval/a/pass@1": 0.6})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from builders import completion, run_config
 
-from igrpo_jax import cli
+from igrpo_jax.cli import exits
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import results
 from igrpo_jax.outputs import workdir
@@ -31,10 +31,10 @@ def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatc
         argv += ["--config.rollout.slots=8", "--gradients=2", *more]  # slots: one for each device
         monkeypatch.setattr(sys, "argv", argv)
         if code is None:
-            cli.run(command.main)
+            exits.run(command.main)
             return capsys.readouterr().out
         with pytest.raises(SystemExit) as stop:
-            cli.run(command.main)
+            exits.run(command.main)
         assert stop.value.code == code
         return capsys.readouterr().err
 

@@ -21,8 +21,8 @@ import jax
 import numpy as np
 import pytest
 
-from igrpo_jax import cli
 from igrpo_jax import config as config_lib
+from igrpo_jax.cli import exits
 from igrpo_jax.errors import InputError
 from igrpo_jax.report import __main__ as report
 from igrpo_jax.report import charts, figures, pages, panels, runs, samples, settings, summary, table
@@ -647,7 +647,7 @@ def test_out_must_be_ones_own(tmp_path, monkeypatch):
 def test_wrong_flags_are_one_line(flags, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", *flags])
     with pytest.raises(SystemExit) as ended:
-        cli.run(report.main)
+        exits.run(report.main)
     said = capsys.readouterr().err
     assert ended.value.code == 2 and message in said and said.count("\n") == 1
 

@@ -18,6 +18,7 @@ import whole_runs
 
 from igrpo_jax import config
 from igrpo_jax.errors import InputError, RunError
+from igrpo_jax.rewards import endpoint as endpoint_module
 from igrpo_jax.rewards import judge as judge_module
 from igrpo_jax.rewards import judge_messages, verdicts
 from igrpo_jax.rewards.judge import Judge, Judgement, statistics
@@ -257,11 +258,11 @@ def test_who_asks_for_too_long_a_wait_is_left_alone(endpoint, make):
 
 def test_retry_after():
     soon = email.utils.formatdate(time.time() + 30, usegmt=True)
-    assert 25 < judge_module._retry_after({"retry-after": soon}) < 31
+    assert 25 < endpoint_module._retry_after({"retry-after": soon}) < 31
     past = email.utils.formatdate(time.time() - 30, usegmt=True)
     values = {"1.5": 1.5, "0": 0, "-3": 0, "nan": 0, "soon": 0, "": 0, past: 0, "inf": float("inf")}
-    assert {value: judge_module._retry_after({"retry-after": value}) for value in values} == values
-    assert judge_module._retry_after({}) == 0
+    assert {value: endpoint_module._retry_after({"retry-after": value}) for value in values} == values
+    assert endpoint_module._retry_after({}) == 0
 
 
 @pytest.mark.slow

@@ -16,10 +16,11 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.records import Candidate, Score
 from igrpo_jax.rewards import verifier as verifier_module
+from igrpo_jax.rewards.failures import VerifierError, check_errors
 from igrpo_jax.rewards.judge import Judgement
 from igrpo_jax.rewards.pool import Outcome, Pool
 from igrpo_jax.rewards.rules import Rules, rules_of, score
-from igrpo_jax.rewards.verifier import Verifier, VerifierError, check_errors, statistics
+from igrpo_jax.rewards.verifier import Verifier, statistics
 
 BOTH = {"accuracy": 1.0, "format": 1.0}
 RIGHT = "<think>2+2</think><answer>4</answer>"

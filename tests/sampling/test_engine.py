@@ -17,7 +17,7 @@ from igrpo_jax.distributed.programs import Program, compilations
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, hf_files, hf_read, paged
 from igrpo_jax.models.windows import block_ends
-from igrpo_jax.sampling import filling, shapes
+from igrpo_jax.sampling import page_count, shapes
 from igrpo_jax.sampling import programs as sampler_programs
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
@@ -295,7 +295,9 @@ def test_programs_are_few(tiny, platform):
     if platform == "tpu":
         programs.window_lengths = shapes.decode_shapes(engine.sizes, programs.costs, platform, reads_pages=False)
         programs.chunks = shapes.chunk_sizes(engine.sizes, platform)
-    assert len(engine.wanted) <= {"cpu": 20, "tpu": 8}[platform], [program.title(*x) for program, x in engine.wanted]
+    assert len(engine.program_shapes) <= {"cpu": 20, "tpu": 8}[platform], [
+        program.title(*x) for program, x in engine.program_shapes
+    ]
 
 
 def test_pages_that_do_not_hold_one_sequence_are_refused(tiny):
@@ -325,14 +327,16 @@ def test_pages_fill_what_the_compiler_leaves(tiny):
     assert engine.sizes.least_pages < pages < engine.sizes.most_pages and pages != estimated
     assert engine.programs.sizes.pages == pages
     engine.compile()
-    used = engine.predicted_bytes()
+    used = engine.programs.predicted_bytes
     code = sum(len(program.shapes) * program.code_bytes for program in engine.programs)
     assert 0 <= 0.95 * engine._memory - used - code < 4096
     for bounds in ({"pages": 9}, {"memory": 1e9}, {}):
         engine = Engine(tiny[0], one_device(), EOS, **sizes, **bounds)
         before = engine.programs
         engine.fit_pages()
-        assert engine.programs is before and not any(program.is_ready(*shape) for program, shape in engine.wanted)
+        assert engine.programs is before and not any(
+            program.is_ready(*shape) for program, shape in engine.program_shapes
+        )
 
 
 def test_pages_without_bytes_are_bound_by_no_memory(hybrid):
@@ -348,9 +352,9 @@ def test_the_code_of_all_programs_leaves_fewer_pages(tiny, monkeypatch):
     sizes = {"slots": 32, "max_context": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
     memory = 4 * tiny[0].num_params + 900_000
     programs = Engine(tiny[0], one_device(), EOS, **sizes, memory=memory, prefill_chunk=64).programs
-    without, number = filling.counted_pages(programs, memory), sum(len(program.shapes) for program in programs) - 2
+    without, number = page_count.counted_pages(programs, memory), sum(len(program.shapes) for program in programs) - 2
     monkeypatch.setattr(Program, "code_bytes", 4096)  # a page; not that of `empty` and `harvest`
-    assert filling.counted_pages(programs, memory) == without - number > programs.sizes.least_pages
+    assert page_count.counted_pages(programs, memory) == without - number > programs.sizes.least_pages
 
 
 @pytest.mark.slow(seconds=14)

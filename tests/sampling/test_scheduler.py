@@ -98,10 +98,10 @@ def test_the_first_dispatch_needs_the_programs_that_are_named_for_it(tiny, slots
         for request in requests():
             scheduler.submit(dataclasses.replace(request, samples=samples, limit=2))  # end with the first dispatch
         scheduler.advance()
-    wanted = engine.first_wanted([len(request.tokens) for request in requests()], samples)
+    wanted = engine.first_program_shapes([len(request.tokens) for request in requests()], samples)
     named = [program.title(*shape) for program, shape in wanted]
     assert named[0].startswith("decode") and sorted(named) == sorted(set(used))
-    assert engine.first_wanted([], 1) == []
+    assert engine.first_program_shapes([], 1) == []
 
 
 def test_shapes_of_decoding_that_do_hardly_more_share_a_program(monkeypatch):

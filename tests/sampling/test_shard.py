@@ -152,7 +152,7 @@ class AnyOrder:
 
     def hand_over(self, most):
         waiting = list(self.shard._prompts[-1].samples) if self.shard._prompts else []
-        if (moved := self.shard.share_out(most)) is not None:
+        if (moved := self.shard.hand_over(most)) is not None:
             assert 0 < len(moved.samples) <= most and list(moved.samples) == waiting[-len(moved.samples) :]
             self.queue.append(moved)
 

@@ -22,7 +22,7 @@ def workdir(tmp_path):
     prepare_workdir(tmp_path, settings())
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text("{}\n" * 6)
-    ending.note(tmp_path, settings(), 5, 6, Progress({0: {NAME: 0.25}, 5: {NAME: 0.5}}))
+    ending.write_finished(tmp_path, settings(), 5, 6, Progress({0: {NAME: 0.25}, 5: {NAME: 0.5}}))
     return tmp_path
 
 
@@ -75,7 +75,7 @@ def test_a_run_that_is_asked_for_more_goes_on(workdir, more):
 
 def test_a_run_whose_export_is_gone_goes_on(workdir):
     asked = settings(checkpoint=config.CheckpointConfig(export=True))
-    ending.note(workdir, asked, 5, 6, Progress())
+    ending.write_finished(workdir, asked, 5, 6, Progress())
     assert not ended(workdir, asked)[0]
     (workdir / "export").mkdir()
     assert ended(workdir, asked)[0]
@@ -87,9 +87,9 @@ def test_a_run_whose_last_checkpoint_is_gone_goes_on(workdir):
 
 
 def test_a_run_that_goes_on_is_no_longer_finished(workdir):
-    ending.forget(workdir)
+    ending.remove_finished(workdir)
     assert not ended(workdir, settings())[0]
-    ending.forget(workdir)
+    ending.remove_finished(workdir)
 
 
 def test_other_settings_are_refused_by_name(workdir):
@@ -101,7 +101,7 @@ def test_the_day_that_the_run_recorded_is_taken(tmp_path):
     dated = settings(data=config.DataConfig(template_date="2026-01-31"))
     prepare_workdir(tmp_path, dated)
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-    ending.note(tmp_path, dated, 5, 0, Progress())
+    ending.write_finished(tmp_path, dated, 5, 0, Progress())
     assert ended(tmp_path, settings())[0]
     with pytest.raises(InputError, match="template_date"):
         ended(tmp_path, settings(data=config.DataConfig(template_date="2026-02-01")))
@@ -117,19 +117,3 @@ def test_a_row_that_was_lost_is_missed(workdir):
 def test_a_note_that_is_no_note_is_ignored(workdir, text):
     (workdir / ending.FILE).write_text(text)
     assert not ended(workdir, settings())[0]
-
-
-def test_another_number_of_steps_changes_the_learning_rate_and_says_so():
-    """A cosine without a warm-up: half of its peak in the middle, and next to nothing before the last step."""
-    tree = config.default()
-    tree.steps, tree.optimizer.learning_rate, tree.optimizer.warmup_ratio = 100, 1e-3, 0.0
-    tree.optimizer.min_lr_ratio = 0.0
-    settings = config.freeze(tree)
-    told = ending.new_schedule(settings, 50, 50, 1, None)
-    assert told.startswith("config.steps: 50 -> 100: the learning rate rises and falls as in a run of 100 steps")
-    assert told.endswith("it was 9.87e-07 at the end of step 50, and is 0.0005 in step 51")
-    for steps, done in ((100, 50), (50, 0), (0, 50)):
-        assert not ending.new_schedule(settings, steps, done, 1, None)
-    rows = [{"step": step, "learning_rate": step * 1e-5} for step in (3, 4)]
-    assert "it was 4e-05 at the end of step 4" in ending.new_schedule(settings, 50, 4, 1, ending.last_rate(rows, 4))
-    assert ending.last_rate(rows, 5) is None and ending.last_rate([], 4) is None

@@ -9,3 +9,9 @@ def test_of_programs_of_a_kind_the_first_is_named_once():
     compiled = ["decode 16 128", "apply", "decode 16 256"]
     assert sorted(progress.first_of_their_kind(compiled)) == ["apply", "decode 16 128"]
     assert progress.first_of_their_kind(["decode 8 128", "harvest"]) == ["harvest"]
+
+
+def test_a_checkpoint_of_an_older_version_holds_more_and_is_read():
+    progress = Progress({2: {"eval/x/pass@1": 0.5}}, skipped_optimizer_steps=1, skipped_in_a_row=1)
+    older = {"step": 3, "seed": 0, "epoch": 0, "index": 24, "metrics_rows": 4, "data": "a hash"}
+    assert Progress.from_meta(older | progress.meta(), 1) == progress

@@ -10,13 +10,14 @@ import jax
 
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.distributed import cluster, preemption, watchdog
+from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import use_disk_cache
 from igrpo_jax.loading import check_config
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.storage.addresses import is_remote, names, path_of
 
 
-class Surroundings(NamedTuple):
+class RunContext(NamedTuple):
     """What is set up before any input of a run is read."""
 
     workdir: Path
@@ -25,7 +26,7 @@ class Surroundings(NamedTuple):
 
 
 @contextlib.contextmanager
-def surroundings(config: Config, workdir: str | Path) -> Iterator[Surroundings]:
+def run_context(config: Config, workdir: str | Path) -> Iterator[RunContext]:
     """Yields the path of `workdir`, a console and a stack; within the block, SIGTERM is a notice of preemption.
 
     Raises:
@@ -38,7 +39,7 @@ def surroundings(config: Config, workdir: str | Path) -> Iterator[Surroundings]:
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(preemption.noticed(config.checkpoint.preemption_grace))
-            yield Surroundings(path, stack.enter_context(Console()), stack)
+            yield RunContext(path, stack.enter_context(Console()), stack)
     except KeyboardInterrupt as error:
         error.add_note(_saved(path))  # now that no checkpoint is being written any more
         # A notebook keeps the traceback of a cell, and the state would stay on the devices while the cell is run again.
@@ -55,6 +56,11 @@ def _saved(workdir: Path) -> str:
                 return f"no step is saved in {workdir}; started again, the run begins anew"
             return f"step {max(steps)} is saved in {workdir}; started again, the run goes on from there"
     return f"started again, the run goes on from what is saved in {workdir}, if something is"
+
+
+def preempted_after(step: int, total_steps: int, workdir: Path) -> Preempted:
+    """Returns what a run raises that is preempted after `step`, which it has saved."""
+    return Preempted(f"preempted: step {step} of {total_steps} is saved in {workdir}")
 
 
 def enter_mesh(stack: contextlib.ExitStack, config: Config, mesh: jax.sharding.Mesh, read: Mapping[str, Any]) -> None:

@@ -1,0 +1,104 @@
+"""Runs a command: its errors become one line and an exit code.
+
+Exit codes: 0 done, 1 the run failed, 2 bad input, 3 does not fit (aot), 75 preempted (the same command goes on), 130
+interrupted.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from igrpo_jax.distributed import preemption, watchdog
+from igrpo_jax.errors import InputError, RunError, one_line
+
+GOES_ON = "the same command goes on from what was saved, if something was"
+
+# Read by transformers when it is first imported: without PyTorch, which nothing here needs, it prints advice to install
+# it. Its warnings are not affected.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def run(command: Callable[[list[str]], None]) -> None:
+    """Runs `command(sys.argv)`, and ends the process with an exit code where it fails.
+
+    Errors that need no traceback are printed as one line. All others are printed with their traceback; below that of an
+    error of JAX, one line names the phase in which it occurred and what to change.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.unraisablehook = _not_raised
+    try:
+        command(sys.argv)
+        if sys.stdout:  # None where the command was started with a stdout that is closed
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Else Python would try again at exit to write what is left, and report another error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _exit(_print_error(f"stdout was closed by the command that it is piped into; {GOES_ON}", 1))
+    except InputError as error:
+        _exit(_print_error(error, 2))
+    except RunError as error:
+        _exit(_print_error(error, 1))
+    except preemption.Preempted as error:
+        _exit(_print_error(f"{error}; the same command goes on from there", preemption.EXIT_CODE))
+    except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends exit handlers that wait
+        # A run has noted what it has saved, and where.
+        code = _print_error(f"interrupted; {'; '.join(getattr(error, '__notes__', [])) or GOES_ON}", 130)
+        if isinstance(error.__context__, KeyboardInterrupt):  # this is the second, during the clean-up of the first
+            os._exit(code)
+        _exit(code)
+    except Exception as error:
+        traceback.print_exc()
+        # By name: jax.errors is not imported before a command needs it.
+        is_of_jax = type(error).__name__ == "JaxRuntimeError"
+        _exit(_print_error(_device_error(str(error)), 1) if is_of_jax else 1)
+
+
+def _not_raised(unraisable: Any) -> None:
+    """Repeats a Ctrl-C that came where Python drops every exception, and reports other such errors as Python does.
+
+    Such places are destructors and callbacks of the garbage collector; jax has one of the latter.
+    """
+    if unraisable.exc_type is KeyboardInterrupt:
+        # Not sooner: a signal between Python's last look at signals and a system call that waits stops nothing before
+        # that call ends, and a busy machine may hold the thread just there.
+        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends the process. One of several ends at once, since JAX's exit handlers would wait for the others in vain."""
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _device_error(text: str) -> str:
+    """Returns one line about an error of JAX: the phase with its shapes, its message, and what to change."""
+    phase = watchdog.current() or "no phase of a run"
+    message = one_line(text.partition("\n")[0])[:300]
+    if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+        return (
+            f"JAX failed in {phase}: {message}; if it comes again where a program is compiled, try learner.attention = "
+            "xla, or another version of jax"
+        )
+    smaller = next((fields for name, fields in watchdog.SMALLER.items() if name in phase), "the sizes of what runs")
+    return (
+        f"out of device memory in {phase}: lower {smaller}; more devices on mesh.fsdp or mesh.tensor hold smaller "
+        f"parts of the weights ({message})"
+    )
+
+
+def _print_error(message: object, code: int) -> int:
+    """Prints an error; returns the exit code."""
+    with contextlib.suppress(BrokenPipeError):  # stderr may go into the pipe that is closed
+        print(f"igrpo_jax: error: {message}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,43 @@
+"""When gradings that failed stop a run: above the share of them in config.rewards.max_error_fraction."""
+
+import math
+from collections.abc import Sequence
+
+from igrpo_jax.errors import RunError
+from igrpo_jax.records import STATUSES, Score
+
+# Statuses that count towards max_error_fraction: no grading took place, or it gave no verdict.
+FAILED = ("timeout", "error", "invalid")
+
+
+class VerifierError(RunError):
+    """So many gradings failed that training on the rest would teach the wrong thing."""
+
+
+def too_many_failed(statuses: Sequence[str], max_error_fraction: float) -> bool:
+    """Returns whether more than `max_error_fraction` of gradings timed out, failed or have no verdict."""
+    failed = sum(status in FAILED for status in statuses)
+    return bool(failed) and failed / len(statuses) > max_error_fraction
+
+
+def check_errors(scores: Sequence[Score], max_error_fraction: float) -> None:
+    """Stops a run in which too many gradings failed.
+
+    Raises:
+        VerifierError: more than `max_error_fraction` of `scores` timed out, failed or have no verdict.
+    """
+    if not too_many_failed([score.status for score in scores], max_error_fraction):
+        return
+    failed = [score for score in scores if score.status in FAILED]
+    count = {status: sum(score.status == status for score in failed) for status in STATUSES}
+    detail = next((score.detail for score in failed if score.detail), "")
+    unjudged = [score for score in failed if score.status == "invalid" and math.isnan(score.rewards.get("judge", 0.0))]
+    if unjudged:
+        detail = f"the judge of config.rewards.judge (base_url, model, api_key_env) gave none: {unjudged[0].detail}"
+    hint = ". A larger config.rewards.timeout helps where the machine is overloaded" if count["timeout"] else ""
+    raise VerifierError(
+        f"of {len(scores)} gradings {count['timeout']} timed out, {count['error']} failed and {count['invalid']} have "
+        f"no verdict: more than the share of {max_error_fraction} in config.rewards.max_error_fraction"
+        + (f". The first: {detail}" if detail else "")
+        + hint
+    )

@@ -1,0 +1,49 @@
+"""The engine that a configuration asks for."""
+
+from dataclasses import replace
+
+import jax
+
+from igrpo_jax.config import Config
+from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.sampling.engine import Engine
+
+
+def open_engine(
+    config: Config,
+    model: DecoderConfig,
+    mesh: jax.sharding.Mesh,
+    eos_ids: tuple[int, ...],
+    memory: int | None,
+    *,
+    max_context: int,
+    max_completion: int,
+    length: int,
+) -> Engine:
+    """Returns an engine with the settings of `config`, of the sizes that `Engine` describes.
+
+    Args:
+        memory: bytes of each device that sampling may use; None = any.
+    """
+    return Engine(
+        model,
+        mesh,
+        eos_ids,
+        tensor=config.rollout.mesh.tensor,
+        slots=config.rollout.slots,
+        max_context=max_context,
+        max_completion=max_completion,
+        length=length,
+        dtype=config.model.dtype,
+        steps_per_dispatch=config.rollout.steps_per_dispatch,
+        pages=config.rollout.pages,
+        page_size=config.rollout.page_size,
+        memory=memory,
+    )
+
+
+def with_slots_for(config: Config, mesh: jax.sharding.Mesh, samples: int) -> Config:
+    """Returns `config` with hardly more slots than there are samples."""
+    shards = max(1, mesh.size // (config.rollout.mesh.tensor or 1))  # at most, whatever the layout is
+    slots = min(config.rollout.slots, -(-samples // shards) * shards)
+    return replace(config, rollout=replace(config.rollout, slots=slots))

@@ -1,0 +1,145 @@
+"""What a command that fails prints, and the code with which it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from igrpo_jax import config
+from igrpo_jax.cli import exits
+from igrpo_jax.distributed import preemption, watchdog
+from igrpo_jax.errors import RunError
+
+ROOT = Path(__file__).parents[2]
+HIDDEN = """
+import sys
+sys.modules["torch"] = None  # as where it is not installed
+{first}
+import transformers
+transformers.logging.get_logger("transformers").warning("a real warning")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["from igrpo_jax.cli import exits", "from igrpo_jax import export", "pass"])
+def test_without_pytorch_transformers_gives_no_advice_and_still_warns(first):
+    """The third shows that there is advice, and that the test would see it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    start = [sys.executable, "-c", HIDDEN.format(first=first)]
+    done = subprocess.run(start, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "a real warning" in done.stderr
+    assert ("PyTorch was not found" in done.stderr) == (first == "pass")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (
+            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore",
+            "out of device memory in update (step 3), last program accumulate 8 64 4 32: lower "
+            "learner.tokens_per_microbatch or learner.logprob_chunk",
+        ),
+        (
+            "INTERNAL: the compiler gave up\nmore",
+            "JAX failed in update (step 3), last program accumulate 8 64 4 32: INTERNAL: the compiler gave up",
+        ),
+    ],
+)
+def test_what_jax_raises_is_named_with_its_phase_and_shapes(monkeypatch, capsys, text, words):
+    def command(_):
+        with watchdog.watching(config.WatchdogConfig()), watchdog.phase("update", "step 3"):
+            watchdog.running("accumulate 8 64 4 32")
+            raise jax.errors.JaxRuntimeError(text)
+
+    with pytest.raises(SystemExit) as stop:
+        exits.run(command)
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and "Traceback" in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("igrpo_jax: error: ") and words in last
+
+
+@pytest.mark.parametrize(
+    "error, code", [(RunError("the disk is full"), 1), (preemption.Preempted("step 3 is saved"), 75)]
+)
+def test_exit_codes(capsys, error, code):
+    def command(_):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        exits.run(command)
+    err = capsys.readouterr().err
+    assert stop.value.code == code and err.startswith(f"igrpo_jax: error: {error}") and err.count("\n") == 1
+
+
+# A command to which Ctrl-C comes in a place of its own.
+DROPPED = """
+import gc, signal, time
+from igrpo_jax.cli import exits
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
+
+class Dropped:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+
+def command(_):
+    {}
+    time.sleep(30)
+
+exits.run(command)
+"""
+
+
+GARBAGE = (
+    "gc.callbacks.append(lambda phase, _: phase == 'start' and Dropped.__del__(0)), gc.collect(), gc.callbacks.clear()"
+)
+
+
+@pytest.mark.parametrize("where", ["Dropped()", GARBAGE], ids=["destructor", "garbage"])
+def test_ctrl_c_is_not_lost_where_python_drops_exceptions(where):
+    """In a destructor, and in a callback of the garbage collector, of which jax has one."""
+    done = subprocess.run([sys.executable, "-c", DROPPED.format(where)], capture_output=True, text=True, timeout=25)
+    assert done.returncode == 130 and done.stderr.startswith("igrpo_jax: error: interrupted;"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# A command with an exit handler, which Ctrl-C ends while it cleans up, or while its exit handler runs.
+TWICE = """
+import atexit, os, signal, time
+from igrpo_jax.cli import exits
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(lambda: (os.write(1, b"exit handler"), signal.raise_signal(signal.SIGINT), time.sleep(20)))
+
+def command(_):
+    try:
+        raise KeyboardInterrupt
+    finally:
+        {}
+
+exits.run(command)
+"""
+
+
+@pytest.mark.parametrize(
+    "meanwhile, code, printed", [("raise KeyboardInterrupt", 130, ""), ("pass", -signal.SIGINT, "exit handler")]
+)
+def test_a_second_ctrl_c_ends_the_process_at_once_and_without_a_traceback(meanwhile, code, printed):
+    done = subprocess.run([sys.executable, "-c", TWICE.format(meanwhile)], capture_output=True, text=True, timeout=15)
+    assert (done.returncode, done.stdout) == (code, printed)
+    assert done.stderr.startswith("igrpo_jax: error: interrupted;") and done.stderr.count("\n") == 1
+
+
+def test_a_pipe_that_is_closed_is_named():
+    code = "from igrpo_jax.cli import exits; exits.run(lambda _: print(100_000 * 'text'))"
+    done = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done.stdout.close()
+    said = done.stderr.read()
+    assert done.wait(timeout=60) == 1 and said.count("\n") == 1
+    assert said.startswith("igrpo_jax: error: stdout was closed by the command that it is piped into")
