@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from model_files import error_of, is_gone, tensors_of
+from model_files import edit_tensors, error_of, is_gone, tensors_of
 from tiny_models import one_device
 from whole_runs import check_same_rows, faulty, final_state, rewind, rows, run, samples
 
@@ -132,7 +132,7 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
     more = (*LORA, *CONSTANT, f"model.path={trained / 'export'}", "warm_start.steps=0", "steps=2")
     run(tmp_path, tmp_path / "run", *more)
     assert all("lora_" in name for name, x in state_of(tmp_path / "run").items() if x.ndim)
-    assert not (tmp_path / "run" / "reference").exists()
+    assert [path.name for path in (tmp_path / "run" / "reference").iterdir()] == ["weights.json"]
     c = read_config(tmp_path / "run")
     policy, mesh = open_policy(c.model), one_device()
     params, step = weights.saved(c, policy, tmp_path / "run", mesh, Console())
@@ -148,6 +148,12 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
     told = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert told["base_model_name_or_path"] == str(trained / "export") and len(tensors_of(tmp_path / "peft")) == 6
     assert told["target_modules"] == ["o_proj", "q_proj", "up_proj"] and (told["r"], told["lora_alpha"]) == (2, 32.0)
+    changed = Path(shutil.copytree(trained / "export", tmp_path / "changed"))
+    edit_tensors(changed, lambda tensors: tensors.update({name: -x for name, x in tensors.items()}))
+    settings = tmp_path / "run" / "config.json"
+    settings.write_text(settings.read_text().replace(str(trained / "export"), str(changed)))
+    message = error_of(export.export, tmp_path / "run", tmp_path / "other")
+    assert f"config.model.path = '{changed}': its weights are not those that the run in" in message
     message = error_of(open_policy, config.ModelConfig(path=str(tmp_path / "peft")))
     assert f"is a LoRA adapter (of {str(trained / 'export')!r}) and no whole model; write one with `python" in message
 

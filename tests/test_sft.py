@@ -5,11 +5,12 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from model_files import HYBRID, error_of, save_byte_model
+from model_files import HYBRID, edit_tensors, error_of, save_byte_model
 
 from igrpo_jax import config, export
 from igrpo_jax.distributed import sharding
@@ -71,6 +72,26 @@ def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path, 
     assert (tmp_path / "out" / "model.safetensors").exists()
     message = error_of(opening.open_run, settings, tmp_path / "run", None, None)
     assert "holds a supervised start; export it, and train the export (model.path) in another --workdir" in message
+
+
+def test_a_step_does_not_hold_an_example_twice(settings, tmp_path):
+    message = error_of(supervised.train_supervised, replace(settings, prompts_per_step=21), tmp_path)
+    assert "config.prompts_per_step = 21: there are 20 training problems, so a step would hold some" in message
+
+
+@pytest.mark.slow(seconds=8)
+def test_more_steps_and_another_base_are_noticed(settings, tmp_path, capsys):
+    """More steps change the learning rate from there on; adapters belong to the weights that they adapt."""
+    folder = Path(shutil.copytree(settings.model.path, tmp_path / "model"))
+    model = replace(settings.model, path=str(folder), lora=config.LoraConfig(rank=2, alpha=4.0))
+    settings = replace(settings, model=model, steps=1)
+    supervised.train_supervised(settings, tmp_path / "run")
+    supervised.train_supervised(replace(settings, steps=2), tmp_path / "run")
+    told = "2 steps in place of 1: the learning rate rises and falls as in a run of 2 steps from now on"
+    assert told in capsys.readouterr().out
+    edit_tensors(folder, lambda tensors: tensors.update({name: -x for name, x in tensors.items()}))
+    message = error_of(supervised.train_supervised, replace(settings, steps=3), tmp_path / "run")
+    assert f"config.model.path = '{folder}': its weights are not those that the run in" in message
 
 
 def test_steps_that_are_not_finite_are_counted_across_a_resume(settings, tmp_path, monkeypatch):

@@ -67,7 +67,8 @@ def open_evaluation(
     plan = make_plan(config, rows, renderer, policy.model.max_position_embeddings)
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, model=fit_to_mesh(config, policy.model, mesh))
-    cluster.check_same({"config": to_dict(config), "model": model, "step": step, "problems": plan.fingerprint})
+    read = {"problems": plan.fingerprint, "weights of the model": "" if run else policy.fingerprint}
+    cluster.check_same({"config": to_dict(config), "model": model, "step": step, **read})
     return EvaluationTask(config, policy, renderer, plan, mesh, run, step, *identity(model, run, step))
 
 

@@ -7,6 +7,7 @@ tensors.
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from igrpo_jax.models.hf_paths import path_error
 from igrpo_jax.models.hf_tables import Entry, Index, table, tensor_shapes
 from igrpo_jax.models.hf_tensors import BYTES, HEAD, StoredTensor, headers, named, opened, stored_tensors
 
+PROBES, PROBE = 256, 1 << 14  # parts of a file that its fingerprint reads, and their bytes
+
 
 def check_weights(path: str, cfg: DecoderConfig) -> int:
     """Returns the bytes that loading the model reads from its files. Reads only their headers.
@@ -37,6 +40,23 @@ def check_weights(path: str, cfg: DecoderConfig) -> int:
 def weight_files(path: str) -> list[Path]:
     """Returns the files that hold the weights."""
     return sorted({tensor.file for tensor in stored_tensors(path).values()})
+
+
+def weights_fingerprint(path: str) -> str:
+    """Returns a hash of the files that hold the weights, which tells newer weights at `path` from older ones.
+
+    It reads PROBES parts of each file, at even distances, because a whole model takes minutes. Training changes every
+    part; a file of up to 4 MiB is read whole.
+    """
+    digest = hashlib.sha256()
+    for file in weight_files(path):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as data:
+            for i in range(PROBES):
+                data.seek(size * i // PROBES)
+                digest.update(data.read(PROBE))
+    return digest.hexdigest()
 
 
 def load_params(

@@ -60,6 +60,11 @@ class Policy:
     file_bytes: int = 0  # bytes of the weights' files, which `load` reads
     template: str = ""  # the chat template with the run's values of its variables, which `save` writes
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the files of the weights (`hf_read.weights_fingerprint`); "" for the built-in model."""
+        return hf_read.weights_fingerprint(self.path) if self.path else ""
+
     def load(
         self, mesh: jax.sharding.Mesh, seed: int, dtype: str = "float32", report: Report = lambda bytes_done: None
     ) -> decoder.Params:

@@ -1,16 +1,23 @@
 """The weights of a run: those with which it starts, those that LoRA adapts, and those of one of its checkpoints."""
 
+import json
 from pathlib import Path
 
 import jax
 
 from igrpo_jax.config import Config
-from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed import cluster, sharding
+from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.policy import Policy
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.checkpoint_reading import read_params, saved_step
 from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.files import write_atomically, writing
+from igrpo_jax.storage.addresses import make_folder, names
+from igrpo_jax.storage.reading import read_bytes
+
+FIRST = Path("reference", "weights.json")  # file in a workdir: the fingerprint of the weights that its run began with
 
 
 def load(policy: Policy, mesh: jax.sharding.Mesh, seed: int, dtype: str, console: Console) -> decoder.Params:
@@ -23,6 +30,32 @@ def load(policy: Policy, mesh: jax.sharding.Mesh, seed: int, dtype: str, console
         return policy.load(mesh, seed, dtype)
     with console.phase("reading weights", policy.file_bytes >> 20, unit="MiB") as update:
         return policy.load(mesh, seed, dtype, lambda done: update(done >> 20))
+
+
+def record_first(policy: Policy, workdir: Path) -> None:
+    """Writes the fingerprint of the weights that a new run in `workdir` begins with, for `first` to compare.
+
+    The built-in model has none, because `first` keeps its weights themselves.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    if policy.path and jax.process_index() == 0:
+        with writing(file := workdir / FIRST):
+            make_folder(file.parent)
+        write_atomically(file, json.dumps({"path": policy.path, "fingerprint": policy.fingerprint}) + "\n")
+
+
+def _check_first(policy: Policy, workdir: Path) -> None:
+    """Raises InputError where the files of the policy hold other weights than those that the run began with."""
+    file = workdir / FIRST
+    recorded = cluster.from_first(lambda: json.loads(read_bytes(file)) if file.name in names(file.parent) else {})
+    if recorded.get("fingerprint", policy.fingerprint) != policy.fingerprint:  # runs of older versions have no record
+        raise InputError(
+            f"config.model.path = {policy.path!r}: its weights are not those that the run in {workdir} began with, "
+            "which it needs again (for LoRA, or algorithm.beta); bring them back, of a hub id the revision of then, or "
+            "start a new run with another --workdir"
+        )
 
 
 def first(
@@ -42,8 +75,12 @@ def first(
     Args:
         dtype: the dtype of the result; its shardings are those of training.
         params: the built-in model after its warm start, float32, to be kept; None to read what was kept.
+
+    Raises:
+        InputError: the files hold other weights than those that `record_first` has recorded.
     """
     if policy.path:
+        _check_first(policy, workdir)
         return load(policy, mesh, config.seed, dtype, console)
     with Checkpointer(workdir / "reference", config.checkpoint) as store:
         if params is not None:

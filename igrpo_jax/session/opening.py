@@ -20,6 +20,7 @@ from igrpo_jax.config import Config
 from igrpo_jax.data.builtin import TASKS
 from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.distributed.compiling import ProgramShapes, compiling
+from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import device_bytes, showing_waits
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
@@ -38,7 +39,6 @@ from igrpo_jax.outputs.workdir import (
     has_samples,
     locked,
     prepare_workdir,
-    read_config,
     record_settings,
     recorded_date,
 )
@@ -70,8 +70,8 @@ def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.
         hf_write.check_place(workdir / "export")
     task = open_task(config, cluster.from_first(functools.partial(recorded_date, workdir)))
     config = task.config
-    problems = {"training problems": task.fingerprint, "evaluation problems": task.evaluation_plan.fingerprint}
-    enter_mesh(stack, config, task.mesh, problems)
+    read = {"training problems": task.fingerprint, "evaluation problems": task.evaluation_plan.fingerprint}
+    enter_mesh(stack, config, task.mesh, read | {"weights of config.model.path": task.policy.fingerprint})
     with watchdog.phase("start"):
         return _start(config, task, workdir, console, stack)
 
@@ -215,8 +215,7 @@ def _resumed(
     # An evaluation after the checkpoint was saved is in the rows alone.
     progress.recall(cluster.from_first(lambda: writer.scores))
     resuming.tell_lost_rows(writer.rows, meta["metrics_rows"], step, console)
-    steps, rate = cluster.from_first(lambda: (read_config(workdir).steps, resuming.last_rate(writer.history, step)))
-    if told := resuming.new_schedule(config, steps, step, config.optimizer_steps_per_update, rate):
+    if told := resuming.new_schedule(config, meta.get("total_steps", task.total_steps), task.total_steps, step):
         console.message(told)
     _set_fixed_weights(config, task, workdir, learner, console)
     return step, state, progress, writer
@@ -261,6 +260,7 @@ def _first_state(
     config: Config, task: Task, workdir: Path, learner: Learner, writer: Writer, console: Console
 ) -> TrainState:
     """Returns the state before the first update of a new run, and gives the learner the weights that stay fixed."""
+    weights.record_first(task.policy, workdir)
     params, lora = None, config.model.lora.rank > 0
     if not (lora and task.policy.path):  # LoRA on a real model reads it once, as the weights that stay fixed
         params = weights.load(task.policy, task.mesh, config.seed, "float32", console)
@@ -310,7 +310,15 @@ def _evaluate_start(run: Run, state: TrainState, is_new: bool) -> None:
     step = run.resumed_after
     if is_new:
         if run.config.evaluation.every:
-            run.evaluate(state.params, step)
+            _evaluate(run, state, step)
         run.save(step, state)
     elif run.evaluation_due(step) and step not in run.progress.scores:
+        _evaluate(run, state, step)
+
+
+def _evaluate(run: Run, state: TrainState, step: int) -> None:
+    """Evaluates before the first step. At a notice it saves the state, to which the answers so far belong."""
+    try:
         run.evaluate(state.params, step)
+    except Preempted:
+        run.leave(step, state)

@@ -1,8 +1,6 @@
 """What a resume refuses and tells: a run that is past its end, lost rows, and a learning rate that changes."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError
@@ -34,28 +32,21 @@ def tell_lost_rows(rows: int, expected: int, step: int, console: Console) -> Non
         )
 
 
-def last_rate(rows: Sequence[Mapping[str, Any]], step: int) -> float | None:
-    """Returns the learning rate that `step` had, by `rows` of metrics.jsonl; None if its row was lost."""
-    return next((row.get("learning_rate") for row in reversed(rows) if row["step"] == step), None)
-
-
-def new_schedule(config: Config, steps: int, resumed_after: int, per_step: int, rate: float | None) -> str:
+def new_schedule(config: Config, before: int, now: int, resumed_after: int) -> str:
     """Returns the message on a learning rate that changes because the run gets another number of steps; "" for none.
 
     Args:
-        steps: config.steps before the resume; 0 if it followed from config.epochs.
+        config: the settings that the learner gets.
+        before: steps of the run, from config.steps or config.epochs, when the checkpoint was saved.
+        now: steps of the run from now on.
         resumed_after: the step that the run is resumed from.
-        per_step: optimizer steps of a step.
-        rate: `last_rate` of that step. Where it is None, the rate is that of a run of `steps`, which may be those of a
-            resume that was killed before it saved anything.
     """
-    if not (steps and config.steps and resumed_after) or steps == config.steps:
+    if before == now or not resumed_after:
         return ""
-    before, now = (make_schedule(config.optimizer, total * per_step) for total in (steps, config.steps))
-    was = float(before(resumed_after * per_step - 1)) if rate is None else rate
-    becomes = float(now(resumed_after * per_step))
+    per_step = config.optimizer_steps_per_update
+    old, new = (make_schedule(config.optimizer, steps * per_step) for steps in (before, now))
+    was, becomes = float(old(resumed_after * per_step - 1)), float(new(resumed_after * per_step))
     return (
-        f"config.steps: {steps} -> {config.steps}: the learning rate rises and falls as in a run of {config.steps} "
-        f"steps from now on; it was {was:.3g} at the end of step {resumed_after}, "
-        f"and is {becomes:.3g} in step {resumed_after + 1}"
+        f"{now} steps in place of {before}: the learning rate rises and falls as in a run of {now} steps from now on; "
+        f"it was {was:.3g} at the end of step {resumed_after}, and is {becomes:.3g} in step {resumed_after + 1}"
     )

@@ -144,7 +144,8 @@ class Run:
             RunError: see `Checkpointer.save`.
         """
         self.check_lock()
-        meta = {"step": step, "metrics_rows": self.writer.rows, "data": self.task.fingerprint} | self.progress.meta()
+        meta = {"step": step, "total_steps": self.task.total_steps, "metrics_rows": self.writer.rows}
+        meta |= {"data": self.task.fingerprint} | self.progress.meta()
         force = force or step in (0, self.task.total_steps)
         scores = self.progress.values(self.config.checkpoint.best_metric)
         self.checkpointer.save(step, state, meta, force=force, scores=scores, before=self.writer.sync)

@@ -47,7 +47,7 @@ from igrpo_jax.records import Prompt
 from igrpo_jax.session import resuming
 from igrpo_jax.session.progress import Progress, check_finite
 from igrpo_jax.session.run_context import enter_mesh, preempted_after, run_context
-from igrpo_jax.session.task import origin
+from igrpo_jax.session.task import check_prompts_per_step, origin
 from igrpo_jax.storage.addresses import names
 from igrpo_jax.storage.reading import read_bytes
 
@@ -98,7 +98,8 @@ def train_supervised(config: Config, workdir: str | Path) -> None:
     """
     with run_context(config, workdir) as (path, console, stack):
         task = open_supervised(config, cluster.from_first(functools.partial(recorded_date, path)))
-        enter_mesh(stack, task.config, task.mesh, {"examples": task.fingerprint})
+        read = {"examples": task.fingerprint, "weights of config.model.path": task.policy.fingerprint}
+        enter_mesh(stack, task.config, task.mesh, read)
         _run(task, path, console, stack)
 
 
@@ -130,6 +131,7 @@ def open_supervised(config: Config, recorded_date: str | None = None) -> Supervi
         raise InputError(
             f"config.rollout.max_completion_length = {longest}: all {len(kept)} solutions are longer; raise it"
         )
+    check_prompts_per_step(config, len(examples), skipped if len(examples) == len(kept) else 0)
     left_out = skipped + len(kept) - len(examples)
     notes += [("too long", f"{left_out:,} of {len(found):,}, left out")] * bool(left_out)
     max_context = max(len(example.prompt.tokens) for example in examples)
@@ -151,9 +153,8 @@ def open_supervised(config: Config, recorded_date: str | None = None) -> Supervi
 def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextlib.ExitStack) -> None:
     """Claims `workdir`, restores or creates the state, and runs the steps that are left."""
     config, total = task.config, task.total_steps
-    learner = Learner(
-        supervised.learner_config(config), task.policy.model, task.mesh, max_context=task.max_context, total_steps=total
-    )
+    made_for = supervised.learner_config(config)
+    learner = Learner(made_for, task.policy.model, task.mesh, max_context=task.max_context, total_steps=total)
     cluster.from_first(functools.partial(_check, workdir, config))
     still_ours = stack.enter_context(locked(workdir))
     claim = Claim(*cluster.from_first(functools.partial(_claim, workdir, task)))
@@ -171,9 +172,12 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
         with console.phase(f"restoring step {latest}"):
             resumed_after, state, meta = store.restore(learner.programs.state)
         resuming.check_not_past_end(config, total, workdir, resumed_after)
+        if told := resuming.new_schedule(made_for, meta.get("total_steps", total), total, resumed_after):
+            console.message(told)
         writer = stack.enter_context(Writer(workdir, config, resumed_after))
         progress = Progress.from_meta(meta, int(state.skipped))
     else:
+        weights.record_first(task.policy, workdir)
         resumed_after, state, progress = 0, _first_state(task, learner, console), Progress()
         writer = stack.enter_context(Writer(workdir, config))
     if config.model.lora.rank:
@@ -181,7 +185,7 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
         learner.set_frozen(fixed(config.model.dtype))
     if claim.resumes:
         cluster.from_first(functools.partial(record_settings, workdir, config))
-    done = resumed_after
+    done, meta_of = resumed_after, lambda step: {"step": step, "total_steps": total} | progress.meta()
     try:
         for step in range(resumed_after + 1, total + 1):
             if cluster.any_of(preemption.noted()):
@@ -189,10 +193,10 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
             state = _step(task, learner, state, step, progress, writer, console)
             done = step
             still_ours()
-            store.save(step, state, {"step": step} | progress.meta(), force=step == total, before=writer.sync)
+            store.save(step, state, meta_of(step), force=step == total, before=writer.sync)
     except Preempted:
         still_ours()
-        store.save(done, state, {"step": done} | progress.meta(), force=True, before=writer.sync)
+        store.save(done, state, meta_of(done), force=True, before=writer.sync)
         store.wait()
         raise preempted_after(done, total, workdir) from None
     with console.phase("writing the last checkpoint"):

@@ -397,7 +397,7 @@ def test_a_mesh_equals_one_device(build, tiny, base, mesh):
 @pytest.mark.slow
 def test_a_loop_over_sublayers_on_a_mesh(tiny, base, monkeypatch):
     """The stacked weights and their gradients lie over fsdp and tensor as each of them does. Not only in bfloat16."""
-    monkeypatch.setattr(decoder, "_pieces", lambda kinds, dtype, remat: decoder.stretches(kinds))
+    monkeypatch.setattr(decoder, "_repeats", lambda kinds, dtype, remat: decoder.stretches(kinds))
     state, metrics = updated(make_learner(tiny[0], MESHES["2x2x2"], learner__remat="full"), tiny[1])
     assert_close(gradient_of(state), gradient_of(base[0]), 1e-5)
     assert_same_metrics(metrics, base[1])

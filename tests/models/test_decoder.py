@@ -163,8 +163,8 @@ def test_what_repeats(pattern, pieces):
 
 
 def test_weights_that_nothing_has_cast_are_not_stacked():
-    assert decoder._pieces("*-*-", jnp.bfloat16, "full") == [(2, 2)]
-    assert decoder._pieces("*-*-", jnp.bfloat16, "none") == decoder._pieces("*-*-", jnp.float32, "full") == [(4, 1)]
+    assert decoder._repeats("*-*-", jnp.bfloat16, "full") == [(2, 2)]
+    assert decoder._repeats("*-*-", jnp.bfloat16, "none") == decoder._repeats("*-*-", jnp.float32, "full") == [(4, 1)]
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_a_loop_is_its_sublayers_one_after_the_other(hybrid, remat, monkeypatch)
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     plain = run(params, remat)
-    monkeypatch.setattr(decoder, "_pieces", lambda kinds, dtype, remat: decoder.stretches(kinds))
+    monkeypatch.setattr(decoder, "_repeats", lambda kinds, dtype, remat: decoder.stretches(kinds))
     run.clear_cache()
     looped = run(params, remat)
     assert jax.tree.structure(plain) == jax.tree.structure(looped)

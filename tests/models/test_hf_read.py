@@ -54,6 +54,16 @@ def test_logits_of_smollm2_equal_transformers():
     assert hf_files.eos_ids(path, tokenizer) == (2,)
 
 
+def test_a_fingerprint_tells_newer_weights_from_older_ones(saved, tmp_path):
+    """Wherever the files lie; by any of their values, where the files are small, and by some of them in larger ones."""
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    before = hf_read.weights_fingerprint(str(saved))
+    assert hf_read.weights_fingerprint(str(copy)) == before
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")  # the last value has another sign or exponent
+    assert hf_read.weights_fingerprint(str(copy)) != before
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("qwen2")

@@ -154,7 +154,7 @@ def test_adapters_get_the_gradient_of_the_chain_rule(tiny, chain_rule, changes):
 def test_a_loop_over_adapted_sublayers(tiny, chain_rule, monkeypatch):
     """On a mesh. Not only in bfloat16, where it is used."""
     adapters, expected, _ = chain_rule
-    monkeypatch.setattr(decoder, "_pieces", lambda kinds, dtype, remat: decoder.stretches(kinds))
+    monkeypatch.setattr(decoder, "_repeats", lambda kinds, dtype, remat: decoder.stretches(kinds))
     state, _ = updated(lora_learner(tiny, mesh=MESHES["sharded"], learner__remat="full"), adapters)
     assert_close(gradient_of(state), expected, 2e-4)
 
