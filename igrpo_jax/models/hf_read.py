@@ -24,7 +24,7 @@ from igrpo_jax.models.hf_paths import path_error
 from igrpo_jax.models.hf_tables import Entry, Index, table, tensor_shapes
 from igrpo_jax.models.hf_tensors import BYTES, HEAD, StoredTensor, headers, named, opened, stored_tensors
 
-PROBES, PROBE = 256, 1 << 14  # parts of a file that its fingerprint reads, and their bytes
+PROBES, PROBE = 64, 1 << 14  # parts of a file that its fingerprint reads, and their bytes
 
 
 def check_weights(path: str, cfg: DecoderConfig) -> int:
@@ -45,18 +45,25 @@ def weight_files(path: str) -> list[Path]:
 def weights_fingerprint(path: str) -> str:
     """Returns a hash of the files that hold the weights, which tells newer weights at `path` from older ones.
 
-    It reads PROBES parts of each file, at even distances, because a whole model takes minutes. Training changes every
-    part; a file of up to 4 MiB is read whole.
+    Of each file it reads its size and PROBES parts, at even distances, because a whole model takes minutes. Training
+    changes every part; a file of up to 1 MiB is read whole.
     """
     digest = hashlib.sha256()
     for file in weight_files(path):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as data:
-            for i in range(PROBES):
-                data.seek(size * i // PROBES)
-                digest.update(data.read(PROBE))
+        state = file.stat()
+        digest.update(f"{file.name} {state.st_size}\n".encode() + _parts(file, state.st_size, state.st_mtime_ns))
     return digest.hexdigest()
+
+
+@functools.cache  # a slow file system takes seconds, and a start asks more than once
+def _parts(file: Path, size: int, written: int) -> bytes:
+    """Returns a hash of PROBES parts of a file that was `written` at this time."""
+    digest = hashlib.sha256()
+    with file.open("rb") as data:
+        for i in range(PROBES):
+            data.seek(size * i // PROBES)
+            digest.update(data.read(PROBE))
+    return digest.digest()
 
 
 def load_params(
