@@ -15,6 +15,7 @@ import functools
 import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,12 @@ class Checkpointer:
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta | {"checksums": sums})
         )
         self._best.scores = scores
-        self._writing = step, {name: (x.shape, x.dtype) for name, x in named_leaves(state).items()}
+        expected = {name: (x.shape, x.dtype) for name, x in named_leaves(state).items()}
         with self._errors(step), watchdog.phase("checkpoint", f"writing step {step}"):
             is_started = self._manager.save(step, args=items, force=True)
             if self._mirror:
-                self._mirror.start(functools.partial(self._complete, *self._writing))
+                self._mirror.start(functools.partial(self._complete, step, expected))
+        self._writing = step, expected  # not before: a save that Ctrl-C stops here leaves nothing to wait for
         return is_started
 
     def _check_space(self, need: int) -> None:
@@ -240,7 +242,9 @@ class Checkpointer:
         Raises:
             Damaged: they do not. Errors of orbax are raised as they are.
         """
-        self._manager.wait_until_finished()
+        # In a thread of its own, which no Ctrl-C reaches: orbax takes a wait that is interrupted for a failed save.
+        with ThreadPoolExecutor(1, "checkpoint") as apart:
+            apart.submit(self._manager.wait_until_finished).result()
         if jax.process_index() != 0:  # 0 completes it; in a bucket the others may get here first
             return
         written = named_leaves(self._manager.item_metadata(step)["state"].tree)

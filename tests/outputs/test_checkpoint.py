@@ -1,7 +1,10 @@
 """Checkpoints come back bit for bit, on any mesh; a killed save is no checkpoint; a folder belongs to one run."""
 
+import contextlib
 import os
 import shutil
+import signal
+import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint._src.checkpointers import async_checkpointer
 
 from igrpo_jax import config as config_lib
 from igrpo_jax.errors import InputError, RunError
@@ -327,3 +331,27 @@ def test_a_save_that_was_not_written_whole_is_an_error(tmp_path, monkeypatch):
     ):
         store.wait()
     store.close()
+
+
+@pytest.mark.parametrize("failure", [None, OSError("no space")], ids=["written", "failed"])
+def test_ctrl_c_while_a_checkpoint_is_written_does_not_fail_it(tmp_path, monkeypatch, failure):
+    """When it is closed the step is complete, and a failure is still one."""
+    gate, finish = threading.Event(), async_checkpointer._background_wait_for_commit_futures
+
+    def held(*arguments, **options):
+        gate.wait(60)
+        if failure:
+            raise failure
+        finish(*arguments, **options)
+
+    monkeypatch.setattr(async_checkpointer, "_background_wait_for_commit_futures", held)
+    store = checkpoint.Checkpointer(tmp_path, EVERY_STEP)
+    store.save(1, state_on(mesh_of(1, jax.device_count(), 1), 1), {})
+    threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    threading.Timer(0.6, gate.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        store.wait()
+    expected = pytest.raises(RunError, match=r"step 1 could not be written .no space.; no step was saved before")
+    with expected if failure else contextlib.nullcontext():
+        store.close()
+    assert (tmp_path / "checkpoints" / "1").is_dir() == (not failure)
