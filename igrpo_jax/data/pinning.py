@@ -8,10 +8,13 @@ import datetime
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import jinja2.meta
+from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from igrpo_jax.config import DataConfig, TemplateValue
 from igrpo_jax.errors import InputError, one_line
@@ -67,14 +70,41 @@ def dated(data: DataConfig, tokenizer: PreTrainedTokenizerBase, recorded: str | 
 
 def _check_names(template: str, data: DataConfig) -> None:
     """Raises InputError for a name in data.template_kwargs that is no variable of the template."""
-    code = " ".join(re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
-    names = {*re.findall(r"[A-Za-z_]\w*", code)} - {*GIVEN}
+    names = _variables(template) if data.template_kwargs else set()
     for name, value in data.template_kwargs.items():
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             fix = f"the nearest is {near[0]}" if near else "leave it out"
             message = f"the chat template of the model has no such variable to set; {fix}"
             raise refusal(f"data.template_kwargs.{name}", value, message)
+
+
+def _variables(template: str) -> set[str]:
+    """Returns the names that a template reads before it sets them itself, other than those that it is given.
+
+    Of a template that transformers cannot read, which fails where a prompt is made, these are all words of its code.
+    """
+    try:
+        environment = chat_template_utils._compile_jinja_template(template).environment  # with its statements
+        parsed = environment.parse(template)
+        first = {name.name: name.ctx for name in reversed([*_in_order(parsed)])}
+        names = jinja2.meta.find_undeclared_variables(parsed) - environment.globals.keys()
+        names = {name for name in names if first[name] == "load"}
+    except jinja2.TemplateError:
+        code = " ".join(re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
+        names = {*re.findall(r"[A-Za-z_]\w*", code)}
+    return names - {*GIVEN}
+
+
+def _in_order(node: nodes.Node) -> Iterator[nodes.Name]:
+    """Yields the names below a node of a template in the order in which it comes to them."""
+    if isinstance(node, nodes.Name):
+        yield node
+    children = [*node.iter_child_nodes()]
+    if isinstance(node, nodes.Assign | nodes.AssignBlock):
+        children.reverse()  # the value is computed before its name is set
+    for child in children:
+        yield from _in_order(child)
 
 
 def pinned(template: str, kwargs: Mapping[str, TemplateValue], date: str) -> str:

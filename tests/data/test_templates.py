@@ -97,6 +97,21 @@ def test_a_variable_that_the_template_lacks():
         assert f"template_kwargs.{name} = 1: " in error_of(lambda: opened(tokenizer, template_kwargs={name: 1}))  # noqa: B023
 
 
+def test_words_of_a_template_that_are_no_variables_of_it():
+    """Text, attributes, filters, loops, what it sets itself, and what transformers gives it."""
+    words = ("think", "im_start", "role", "content", "trim", "message", "rest", "loop", "raise_exception", "namespace")
+    for template in chat_templates.ALL.values():
+        tokenizer = chat_templates.byte_tokenizer(template)
+        for name in words:
+            assert f"template_kwargs.{name} = False: " in error_of(
+                lambda: opened(tokenizer, template_kwargs={name: False})  # noqa: B023
+            )
+    marked = "{% generation %}{{ text }}{% endgeneration %}{% for m in messages %}{% break %}{% endfor %}"
+    assert pinning._variables(marked) == {"text"}
+    assert pinning._variables("{% set deep = deep | default(1) %}{{ deep }}") == {"deep"}
+    assert {"text", "endif"} <= pinning._variables("{% for m in text %}{% endif %}")
+
+
 @pytest.mark.parametrize("name", ["Llama 2", "Llama 3.2", "Qwen2.5", "Qwen3", "Mistral", "Vicuna", "Zephyr"])
 def test_the_system_turn(name):
     tokenizer = chat_templates.byte_tokenizer(chat_templates.ALL[name])
