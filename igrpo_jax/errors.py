@@ -19,6 +19,14 @@ def quoted(text: str) -> str:
     return repr(text[:60] + "..." * (len(text) > 60))
 
 
+def both_ends(text: str) -> str:
+    """Returns a text of at most 300 characters whole, and of a longer one its beginning and its end.
+
+    Errors of tensorstore begin with paths and options, and end with the cause, such as "No space left on device".
+    """
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
+
+
 def named(error: BaseException) -> str:
     """Returns the kind of an error and its message as one line of at most 300 characters."""
     return one_line(f"{type(error).__name__}: {error}")[:300]

@@ -26,7 +26,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from igrpo_jax.config import CheckpointConfig
 from igrpo_jax.distributed import cluster, watchdog
-from igrpo_jax.errors import InputError, RunError, named, one_line
+from igrpo_jax.errors import InputError, RunError, both_ends, named, one_line
 from igrpo_jax.outputs.checkpoint_mirror import WRITTEN, Mirror, read_copy
 from igrpo_jax.outputs.checksums import Damaged, check, fingerprint, named_leaves
 from igrpo_jax.outputs.workdir import DAMAGED, is_mirrored
@@ -268,7 +268,7 @@ class Checkpointer:
             yield
         except Exception as error:
             self._writing, self._failed = None, step
-            cause = one_line(error)[:300] or type(error).__name__
+            cause = both_ends(one_line(error)) or type(error).__name__
             raise RunError(
                 f"{self._path}: step {step} could not be written ({cause}){self._last_good(step)}"
             ) from error

@@ -333,6 +333,19 @@ def test_a_save_that_was_not_written_whole_is_an_error(tmp_path, monkeypatch):
     store.close()
 
 
+def test_the_reason_at_the_end_of_a_long_error_is_told(tmp_path, monkeypatch):
+    store = checkpoint.Checkpointer(tmp_path, EVERY_STEP)
+
+    def full(*_, **__):
+        raise ValueError(f"Error writing {'a/' * 500}: File too large")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._manager, "save", full)
+        with pytest.raises(RunError, match=r"could not be written .Error writing a/.* \.\.\. .*/: File too large.; "):
+            store.save(1, state_on(mesh_of(1, jax.device_count(), 1), 1), {})
+    store.close()
+
+
 @pytest.mark.parametrize("failure", [None, OSError("no space")], ids=["written", "failed"])
 def test_ctrl_c_while_a_checkpoint_is_written_does_not_fail_it(tmp_path, monkeypatch, failure):
     """When it is closed the step is complete, and a failure is still one."""
