@@ -18,6 +18,7 @@ from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError
 from igrpo_jax.loading import check_model
 from igrpo_jax.rewards import main_guard
+from igrpo_jax.schema.fields import refusal
 from igrpo_jax.storage import reading
 from igrpo_jax.storage.addresses import path_of
 
@@ -52,8 +53,6 @@ def main(argv: list[str]) -> None:
     for flag, fix in (("model", "the folder of a run, a Hugging Face directory or a hub id"), ("workdir", "a folder")):
         if not values[flag]:
             raise InputError(f"--{flag}: missing; give {fix}")
-    if not config.evaluation.benchmarks:
-        raise InputError("--benchmarks: missing; name at least one, for example --benchmarks aime24,math500")
     step = parsing.number("step", values["step"])
     from igrpo_jax.distributed import cluster
 
@@ -73,7 +72,8 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
         The summary of each benchmark by its name, as `out`/summary.json holds it.
 
     Raises:
-        InputError: `config` is not that of `model`, or something in it is wrong; `out` holds another evaluation.
+        InputError: `config` is not that of `model`, names no benchmark, or something in it is wrong; `out` holds
+            another evaluation.
         Preempted: SIGTERM came, and the answers so far are in `out`.
     """
 
@@ -84,6 +84,9 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
 
     main_guard.check_main()
     check_model(config, model)
+    if not config.evaluation.benchmarks:
+        fix = "name at least one, such as aime24 and math500 with --benchmarks aime24,math500"
+        raise refusal("evaluation.benchmarks", config.evaluation.benchmarks, fix)
     model, out = str(model), path_of(f"--workdir {out}", out)
     rows = problems.asked(problems.evaluation_rows(config), config.evaluation.limit)
     with contextlib.ExitStack() as stack:

@@ -407,7 +407,7 @@ def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
     data = f"--config.evaluation.data_dir={folder}"
     assert "--model: missing" in call(evaluate, "--benchmarks", "mine", *out, code=2)
     assert "--workdir: missing" in call(evaluate, "--model", model, "--benchmarks=mine", code=2)
-    assert "--benchmarks: missing" in call(evaluate, "--model", model, *out, code=2)
+    assert "config.evaluation.benchmarks = (): name at least one" in call(evaluate, "--model", model, *out, code=2)
     assert "the nearest is 'mine'" in call(evaluate, "--model", model, "--benchmarks", "mien", data, *out, code=2)
     said = call(evaluate, "--model", model, "--benchmarks", "aime24", data, *out, code=2)
     assert "without the hub, give its folder" in said and "aime24.jsonl" in said
@@ -571,3 +571,9 @@ def test_the_table_counts_one_answer_as_one():
         plan = SimpleNamespace(prompts={"mine": [1, 2]}, max_new_tokens=8, notes=[])
         task = SimpleNamespace(config=settings, plan=plan, step=None, policy=policy, name="m")
         assert ("mine", said) in evaluate.overview(task)
+
+
+def test_no_benchmark_is_refused_by_the_function_too(tmp_path):
+    settings = igrpo_jax.load_config(None, {"model.path": "m"})
+    with pytest.raises(InputError, match=r"config\.evaluation\.benchmarks = \(\): name at least one, such as aime24"):
+        igrpo_jax.evaluate_model(settings, "m", tmp_path / "out")

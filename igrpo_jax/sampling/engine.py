@@ -302,8 +302,8 @@ class Engine:
 def _check_pages(sizes: Sizes) -> None:
     """Raises InputError where the longest sequence does not fit in the pages beside its prompt's last page."""
     if sizes.pages < sizes.least_pages:
+        need = f"{sizes.least_pages} page{'s' * (sizes.least_pages != 1)} of {sizes.page_size}"
         raise InputError(
             f"config.rollout.pages = {sizes.pages}: a prompt and its completion may take {sizes.length} tokens, which "
-            f"need {sizes.least_pages} pages of {sizes.page_size}; set it to at least that, or to 0 for what memory "
-            "holds"
+            f"need {need}; set it to at least that, or to 0 for what memory holds"
         )

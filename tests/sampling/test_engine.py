@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from igrpo_jax.distributed.programs import Program, compilations
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, hf_files, hf_read, paged
 from igrpo_jax.models.windows import block_ends
+from igrpo_jax.sampling import engine as sampling_engine
 from igrpo_jax.sampling import page_count, shapes
 from igrpo_jax.sampling import programs as sampler_programs
 from igrpo_jax.sampling.engine import Engine
@@ -305,6 +307,8 @@ def test_pages_that_do_not_hold_one_sequence_are_refused(tiny):
     with pytest.raises(InputError, match=r"config.rollout.pages = 4: .* 49 tokens, which need 5 pages of 16"):
         Engine(tiny[0], one_device(), EOS, **sizes, pages=4)
     assert Engine(tiny[0], one_device(), EOS, **sizes, pages=5).sizes.pages == 5
+    with pytest.raises(InputError, match="9 tokens, which need 1 page of 16; set"):
+        sampling_engine._check_pages(SimpleNamespace(pages=0, least_pages=1, length=9, page_size=16))
 
 
 def test_pages_are_as_many_as_slots_need_or_memory_holds(tiny):
