@@ -36,8 +36,7 @@ def run(command: Callable[[list[str]], None]) -> None:
         if sys.stdout:  # None where the command was started with a stdout that is closed
             sys.stdout.flush()
     except BrokenPipeError:
-        # Else Python would try again at exit to write what is left, and report another error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         _exit(_print_error(f"stdout was closed by the command that it is piped into; {GOES_ON}", 1))
     except InputError as error:
         _exit(_print_error(error, 2))
@@ -53,10 +52,29 @@ def run(command: Callable[[list[str]], None]) -> None:
             os._exit(code)
         _exit(code)
     except Exception as error:
+        # Another file's error has its name, and a line end more does no harm where stdout can be written after all.
+        if isinstance(error, OSError) and not error.filename and (reason := _stdout_failure("\n")):
+            fix = f"free some space, or send it elsewhere; {GOES_ON}"
+            _exit(_print_error(f"stdout: cannot be written ({reason}); {fix}", 1))
         traceback.print_exc()
         # By name: jax.errors is not imported before a command needs it.
         is_of_jax = type(error).__name__ == "JaxRuntimeError"
         _exit(_print_error(_device_error(str(error)), 1) if is_of_jax else 1)
+
+
+def _stdout_failure(text: str = "") -> str:
+    """Writes `text` and what stdout still holds; returns why this fails, and drops it then, or "" where it does not."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        _drop_stdout()
+        return error.strerror or type(error).__name__
+    return ""
+
+
+def _drop_stdout() -> None:
+    """Sends what is left to nowhere. Else Python would try again at exit to write it, and report another error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _not_raised(unraisable: Any) -> None:
@@ -74,9 +92,9 @@ def _not_raised(unraisable: Any) -> None:
 
 def _exit(code: int) -> NoReturn:
     """Ends the process. One of several ends at once, since JAX's exit handlers would wait for the others in vain."""
+    _stdout_failure()
     jax = sys.modules.get("jax")
     if jax and jax.distributed.is_initialized():
-        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -99,6 +117,6 @@ def _device_error(text: str) -> str:
 
 def _print_error(message: object, code: int) -> int:
     """Prints an error; returns the exit code."""
-    with contextlib.suppress(BrokenPipeError):  # stderr may go into the pipe that is closed
+    with contextlib.suppress(OSError):  # stderr may go into the pipe that is closed, or to the disk that is full
         print(f"igrpo_jax: error: {message}", file=sys.stderr, flush=True)
     return code

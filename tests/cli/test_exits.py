@@ -143,3 +143,33 @@ def test_a_pipe_that_is_closed_is_named():
     said = done.stderr.read()
     assert done.wait(timeout=60) == 1 and said.count("\n") == 1
     assert said.startswith("igrpo_jax: error: stdout was closed by the command that it is piped into")
+
+
+LINES = "print('text')"
+CONSOLE = "__import__('igrpo_jax.outputs.console').outputs.console.Console().message('text')"
+UNBUFFERED = "print('text'), print('more')"
+FAILS = "(print('text'), [][1])"
+WRONG = "(print('text'), exec('raise exits.InputError(1)'))"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize(
+    "command, code, words",
+    [
+        (LINES, 1, "error: stdout: cannot be written (No space left on device); free some space"),
+        (f"{LINES}, print(100_000 * 'text')", 1, "error: stdout: cannot be written (No space left on device)"),
+        (UNBUFFERED, 1, "error: stdout: cannot be written (No space left on device)"),
+        (CONSOLE, 1, "error: stdout: cannot be written (No space left on device)"),
+        (FAILS, 1, "IndexError: list index out of range"),
+        (WRONG, 2, "error: 1"),
+    ],
+    ids=["end", "middle", "unbuffered", "console", "other", "input"],
+)
+def test_a_full_disk_under_stdout_is_named(command, code, words):
+    start = [sys.executable, "-c", f"from igrpo_jax.cli import exits; exits.run(lambda _: ({command}))"]
+    env = os.environ | {"PYTHONUNBUFFERED": "1" if command == UNBUFFERED else ""}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(start, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=env)
+    assert done.returncode == code and words in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert ("Traceback" in done.stderr) == (command == FAILS)
