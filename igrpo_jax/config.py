@@ -13,8 +13,9 @@ S.2).
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import ml_collections
 
@@ -644,6 +645,19 @@ class LogConfig:
 @dataclass(frozen=True)
 class Config:
     """All settings of a run."""
+
+    # What other libraries call a field, or what is no field but a flag; an error then names it.
+    ALIASES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "lr": ("optimizer.learning_rate", "warm_start.learning_rate"),
+        "learning_rate": ("optimizer.learning_rate", "warm_start.learning_rate"),
+        "batch_size": ("prompts_per_step", "warm_start.batch_size"),
+        "max_tokens": ("rollout.max_completion_length", "evaluation.max_completion_length"),
+        "max_new_tokens": ("rollout.max_completion_length", "evaluation.max_completion_length"),
+        "num_epochs": ("epochs",),
+        "num_train_epochs": ("epochs",),
+        "max_steps": ("steps",),
+        "output_dir": ("--workdir",),
+    }
 
     # Seed of the order of problems and of all that is sampled.
     seed: Annotated[int, AtLeast(0), Below(2**31, "below 2**31")] = 0

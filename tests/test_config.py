@@ -50,11 +50,29 @@ def test_every_config_file_is_valid(path):
         ("optimiser.learning_rate", "optimizer.learning_rate"),
         ("learning_rate", "learning_rate"),
         ("rollout.temprature", "rollout.temperature"),
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("lr", "optimizer.learning_rate"),
+        ("warm_start.lr", "warm_start.learning_rate"),
+        ("sft.learning_rate", "optimizer.learning_rate"),
+        ("batch_size", "prompts_per_step"),
+        ("max_new_tokens", "rollout.max_completion_length"),
+        ("evaluation.max_tokens", "evaluation.max_completion_length"),
+        ("num_train_epochs", "epochs"),
+        ("max_steps", "steps"),
+        ("optimizer.warmup", "optimizer.warmup_ratio"),  # and none of another group
     ],
 )
 def test_a_misspelt_field_names_the_nearest(given, nearest):
     with pytest.raises(InputError, match=rf"config\.{given}: no such field; the nearest is config\.\S*{nearest}$"):
         config.check_field(given)
+
+
+def test_aliases_are_no_fields_themselves():
+    known = set(fields.field_paths(config.Config))
+    for name, meant in config.Config.ALIASES.items():
+        assert name not in known and all(path in known or path.startswith("--") for path in meant)
+    with pytest.raises(InputError, match=r"^config\.output_dir: no such field; it is given as --workdir$"):
+        config.check_field("output_dir")
 
 
 def test_a_field_that_a_config_file_adds_is_refused():

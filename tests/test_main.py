@@ -153,6 +153,15 @@ def test_values_of_flags(tmp_path, override, path, value):
             "--temperature: no such flag; did you mean --config.rollout.temperature or "
             "--config.rewards.judge.temperature or --config.evaluation.temperature",
         ),
+        ("--lr=1", "--lr: no such flag; did you mean --config.optimizer.learning_rate or --config.warm_start."),
+        ("--learning_rate=1", "--learning_rate: no such flag; did you mean --config.optimizer.learning_rate or --"),
+        ("--max-steps=8", "--max-steps: no such flag; did you mean --config.steps\n"),
+        ("--output_dir=x", "--output_dir: no such flag; did you mean --workdir\n"),
+        ("--optimiser=adamw", "--optimiser: no such flag; the command has --config, "),
+        (
+            "--config.optimizer.lr=1",
+            "config.optimizer.lr: no such field; the nearest is config.optimizer.learning_rate",
+        ),
         ("--rollout.slots=8", "--rollout.slots: no such flag; did you mean --config.rollout.slots"),
         ("-num_drafts=4", "--num_drafts: no such flag; did you mean --config.algorithm.num_drafts"),
         ("--config.steps", "--config.steps: has no value; give it as --config.steps=VALUE"),
@@ -177,6 +186,8 @@ def test_flags_that_are_not_understood(refused, flag, words):
     ("argument", "meant"),
     [
         ("num_drafts=4", "did you mean --config.algorithm.num_drafts=4"),
+        ("lr=4", "did you mean --config.optimizer.learning_rate=4"),
+        ("output_dir=x", "did you mean --workdir=x"),
         ("configs/tiny_cpu.py", "a configuration file is given as --config configs/tiny_cpu.py"),
         ("train", "settings are given as --config.field=value"),
     ],

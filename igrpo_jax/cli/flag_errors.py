@@ -8,7 +8,7 @@ from absl import flags
 
 from igrpo_jax.config import Config
 from igrpo_jax.errors import one_line
-from igrpo_jax.schema.fields import field_paths, paths_named
+from igrpo_jax.schema.fields import field_paths, paths_named, setting_at
 
 # What absl says of a value, and what the value must be instead.
 _KINDS = {"literal for int": "a whole number", "Non-boolean": "True or False"}
@@ -33,10 +33,14 @@ def _unknown_flag(name: str, known: list[str]) -> str:
     named = name.replace("-", "_")
     if "workdir" in known and (named == "out" or (named == "model" and not settings)):
         return f"--{name}: no such flag; did you mean --workdir"
-    if paths := [path for path in settings if path == named or path.endswith(f".{named}")]:
-        meant = " or ".join(f"--config.{path}" for path in paths)
+    paths = [path for path in settings if path == named or path.endswith(f".{named}")] if "." in named else []
+    if settings and not paths:
+        paths = [path for path in paths_named(Config, named) if not path.startswith("--") or path[2:] in known]
+    if paths:
+        meant = " or ".join(path if path.startswith("--") else f"--config.{path}" for path in paths)
         return f"--{name}: no such flag; did you mean {meant}"
-    flag_of = {path.rpartition(".")[2]: f"--config.{path}" for path in settings} | {flag: f"--{flag}" for flag in known}
+    single = [path for path in settings if not setting_at(Config, path).is_section]
+    flag_of = {path.rpartition(".")[2]: f"--config.{path}" for path in single} | {flag: f"--{flag}" for flag in known}
     if near := difflib.get_close_matches(named, flag_of, n=1, cutoff=0.7):
         return f"--{name}: no such flag; the nearest is {flag_of[near[0]]}"
     others = [f"--{flag}" for flag in known if flag not in ("help", "h")]
@@ -52,7 +56,8 @@ def suggestion(argument: str, given: Mapping[str, str | None]) -> str:
         return f"a configuration file is given as --config {argument}"
     name, equals, value = argument.partition("=")
     if equals and (paths := paths_named(Config, name)):
-        return f"did you mean --config.{paths[0]}={value}"
+        flag = paths[0] if paths[0].startswith("--") else f"--config.{paths[0]}"
+        return f"did you mean {flag}={value}"
     if "prompt" in given:
         return f'a question is given as --prompt "{argument}"'
     return "settings are given as --config.field=value"

@@ -101,18 +101,38 @@ def check_path(cls: type, path: str) -> None:
     """Checks that a dotted name is that of a field.
 
     Raises:
-        InputError: there is no such field; the message gives the nearest name.
+        InputError: there is no such field; the message gives the field that was probably meant.
     """
-    known = field_paths(cls)
-    if path not in known:
-        # A right last name in the wrong section ("learning_rate") is as common as a misspelling.
-        nearest = difflib.get_close_matches(path, paths_named(cls, path) or known, n=1, cutoff=0.0)
-        raise UnknownField(path, f"config.{path}: no such field; the nearest is config.{nearest[0]}")
+    if path not in field_paths(cls):
+        meant = _meant(cls, path)
+        fix = f"it is given as {meant}" if meant.startswith("--") else f"the nearest is config.{meant}"
+        raise UnknownField(path, f"config.{path}: no such field; {fix}")
+
+
+def _meant(cls: type, path: str) -> str:
+    """Returns the field, or the flag, that a dotted name of none probably means."""
+    group, _, name = path.rpartition(".")
+    if known := paths_named(cls, path):
+        # A right last name in the wrong group is as common as a misspelling.
+        in_group = [other for other in known if other.rpartition(".")[0] == group]
+        is_known_elsewhere = name in getattr(cls, "ALIASES", {})
+        return (in_group or (known if is_known_elsewhere else difflib.get_close_matches(path, known, 1, 0.0)))[0]
+    paths = field_paths(cls)
+    beside = {other.rpartition(".")[2]: other for other in paths if other.rpartition(".")[0] == group}
+    groups = {other.rpartition(".")[0] for other in paths}
+    single = {other.rpartition(".")[2]: other for other in paths if other not in groups}
+    for names, cutoff in ((beside, 0.6), (single, 0.7)):
+        if near := difflib.get_close_matches(name, names, 1, cutoff):
+            return names[near[0]]
+    return difflib.get_close_matches(path, single.values(), 1, 0.0)[0]
 
 
 def paths_named(cls: type, name: str) -> list[str]:
-    """Returns the dotted names of the fields whose last part is that of `name`."""
-    return [path for path in field_paths(cls) if path.rpartition(".")[2] == name.rpartition(".")[2]]
+    """Returns the fields whose last part is that of a dotted name, or for which it is an alias (`cls.ALIASES`)."""
+    last = name.rpartition(".")[2]
+    if aliases := getattr(cls, "ALIASES", {}).get(last):
+        return list(aliases)
+    return [path for path in field_paths(cls) if path.rpartition(".")[2] == last]
 
 
 def setting_at(cls: type, path: str) -> Setting:
