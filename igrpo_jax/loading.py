@@ -47,11 +47,10 @@ def load_config(
         InputError: the file cannot be used; a field is unknown, or has a value that no run can use; `model` is a run
             without a checkpoint.
     """
-    if isinstance(source, Mapping):
-        fix = f"settings are the second argument, as in load_config(None, {source!r})"
-        raise InputError(f"source = {source!r}: is no config file; {fix}")
-    overrides, model = dict(overrides or {}), str(model)
+    _check_source(source)
+    overrides = _checked_overrides({} if overrides is None else overrides)
     folder = path_of(f"--model {model}", model)
+    model = str(model)
     run = _tree_of_run(folder) if model and _holds_run(folder) else None
     file = str(source) if isinstance(source, (str, Path)) else None
     if isinstance(source, Config):
@@ -66,6 +65,30 @@ def load_config(
         date = config.data.template_date or own.data.template_date
         config = replace(config, data=replace(config.data, template_kwargs=kwargs, template_date=date))
     return replace(config, model=own.model)
+
+
+def _check_source(source: Any) -> None:
+    """Raises InputError where `source` is nothing that `load_config` takes."""
+    if isinstance(source, (str, Path, ml_collections.ConfigDict, Config, type(None))):
+        return
+    fix = "give its path, or igrpo_jax.config.default() with values of your own"
+    if isinstance(source, Mapping):
+        fix = f"settings are the second argument, as in load_config(None, {source!r})"
+    raise InputError(f"source = {one_line(repr(source))[:80]}: is no config file; {fix}")
+
+
+def _checked_overrides(overrides: Any) -> dict[str, Any]:
+    """Returns the overrides of `load_config` as a dictionary.
+
+    Raises:
+        InputError: they are no mapping, or not from texts.
+    """
+    given, example = f"overrides = {one_line(repr(overrides))[:80]}", "such as {'steps': 3}"
+    if not isinstance(overrides, (Mapping, ml_collections.ConfigDict)):
+        raise InputError(f"{given}: must be a mapping from names of fields to values, {example}")
+    if wrong := [name for name in overrides if not isinstance(name, str)]:
+        raise InputError(f"{given}: {wrong[0]!r} is no name of a field; give a mapping from names to values, {example}")
+    return dict(overrides)
 
 
 def check_config(config: Any) -> None:

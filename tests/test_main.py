@@ -493,6 +493,17 @@ def test_a_configuration_from_python(tmp_path):
             igrpo_jax.load_config(tmp_path / "tiny.py", wrong)
     with pytest.raises(InputError, match=r"settings are the second argument, as in load_config\(None, {'steps': 3}\)"):
         igrpo_jax.load_config({"steps": 3})
+    fields_to_values = "must be a mapping from names of fields to values, such as {'steps': 3}"
+    for arguments, words in (
+        ((None, ["steps=3"]), f"overrides = ['steps=3']: {fields_to_values}"),
+        ((None, "steps=3"), f"overrides = 'steps=3': {fields_to_values}"),
+        ((None, []), f"overrides = []: {fields_to_values}"),
+        ((None, {3: 3}), "overrides = {3: 3}: 3 is no name of a field; give a mapping from names to values"),
+        ((3,), "source = 3: is no config file; give its path, or igrpo_jax.config.default() with"),
+        ((None, None, 3), "--model 3: is no path; give a text or a pathlib.Path"),
+    ):
+        with pytest.raises(InputError, match=f"^{re.escape(words)}"):
+            igrpo_jax.load_config(*arguments)
     with pytest.raises(InputError, match=r"^--config nope.py: no such file; (the nearest is|give a Python file)"):
         igrpo_jax.load_config("nope.py")
 
@@ -511,6 +522,11 @@ def test_a_function_of_steps_that_is_none_is_refused_at_once(tmp_path):
     with pytest.raises(InputError, match="on_step = 5: must be a function"):
         igrpo_jax.train_model(config.Config(), tmp_path / "run", on_step=5)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"^--workdir None: is no path; give a text or a pathlib.Path, such as 'runs"):
+        igrpo_jax.train_model(config.Config(), None)
 
 
 def test_questions_that_are_none_are_refused():

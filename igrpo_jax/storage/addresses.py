@@ -64,9 +64,11 @@ def path_of(source: str, address: str | Path) -> Path:
         source: the flag or the field that gives it, and its value, with which errors begin.
 
     Raises:
-        InputError: a scheme that is not known, a library that is missing, or a bucket that is not named, does not exist
-            or refuses to be listed.
+        InputError: an address that is no text and no path, a scheme that is not known, a library that is missing, or a
+            bucket that is not named, does not exist or refuses to be listed.
     """
+    if not isinstance(address, (str, os.PathLike)):
+        raise InputError(f"{source}: is no path; give a text or a pathlib.Path, such as 'runs/mine'")
     parts = re.fullmatch(r"([A-Za-z][\w+.-]+):(/.*)?", str(address))  # pathlib has made gs:/x of gs://x
     if not parts:
         return Path(os.path.expanduser(address))
