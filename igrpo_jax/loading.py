@@ -148,6 +148,8 @@ def _tree_of_file(file: str) -> ml_collections.ConfigDict:
     Raises:
         InputError: the file is not there, fails, has no `get_config`, or it returns something else than a ConfigDict.
     """
+    if wrong := _no_config_file(Path(file)):
+        raise InputError(f"--config {file}: {wrong}")
     if not Path(file).is_file():
         near = difflib.get_close_matches(file, map(str, Path("configs").glob("*.py")), n=1, cutoff=0.0)
         fix = f"the nearest is {near[0]}" if near else "give a Python file that has get_config()"
@@ -168,6 +170,26 @@ def _tree_of_file(file: str) -> ml_collections.ConfigDict:
     if not isinstance(tree, ml_collections.ConfigDict):
         raise InputError(f"{file}: get_config() must return a ConfigDict, not {tree!r}; end it with `return config`")
     return tree
+
+
+def _no_config_file(path: Path) -> str:
+    """Returns what a path is that is none of a config file, and what to give; "" where it may be one.
+
+    A file with another ending is not run as Python, whatever it holds.
+    """
+    needed = "a config file is a Python file that has get_config()"
+    if path.is_dir():
+        return f"is a folder; {needed}"
+    if not path.is_file() or path.suffix in (".py", ""):
+        return ""
+    try:
+        is_of_run = path.suffix == ".json" and is_of_a_run(json.loads(path.read_bytes()))
+    except (OSError, ValueError):
+        is_of_run = False
+    if not is_of_run:
+        return f"ends in {path.suffix}; {needed}, such as configs/tiny_cpu.py"
+    fix = "a run's settings come from its --config file; give that file"
+    return f"is what a run has written; {fix}, or the run itself as --model to commands about a model"
 
 
 def _file_error(error: BaseException, file: str, path: str) -> str:

@@ -524,6 +524,22 @@ def test_a_function_of_steps_that_is_none_is_refused_at_once(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_no_config_file_is_not_run(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict(config.Config())))
+    (tmp_path / "model.json").write_text("{}")
+    for name in ("a.yaml", "a.txt"):
+        (tmp_path / name).write_text(TINY)
+    for name, words in (
+        ("", "is a folder; a config file is a Python file that has get_config()"),
+        ("config.json", "is what a run has written; a run's settings come from its --config file; give that file"),
+        ("model.json", "ends in .json; a config file is a Python file that has get_config()"),
+        ("a.yaml", "ends in .yaml; a config file is a Python file"),
+        ("a.txt", "ends in .txt; a config file is a Python file"),
+    ):
+        with pytest.raises(InputError, match=f"^--config {re.escape(f'{tmp_path / name}: {words}')}"):
+            igrpo_jax.load_config(tmp_path / name)
+
+
 def test_a_folder_that_is_none_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"^--workdir None: is no path; give a text or a pathlib.Path, such as 'runs"):
         igrpo_jax.train_model(config.Config(), None)
