@@ -20,13 +20,28 @@ from typing import Annotated, Any, ClassVar
 import ml_collections
 
 from igrpo_jax.schema import constraints, fields, trees
-from igrpo_jax.schema.rules import Above, AtLeast, AtMost, Below, Between, Choice, Each, HoldsOnce, IsDate, Matches
+from igrpo_jax.schema.rules import (
+    Above,
+    AtLeast,
+    AtMost,
+    Below,
+    Between,
+    Choice,
+    Each,
+    HoldsOnce,
+    IsDate,
+    Matches,
+    Otherwise,
+)
 
 Seconds = Annotated[float, Above(0, "a number of seconds above 0")]
 AxisSize = Annotated[int, AtLeast(1, "-1 (the rest of the devices) or at least 1", also=-1)]
 TemplateValue = bool | int | float | str
 # The keys of OBJECTIVES in learning/objectives.py, which this module cannot import; a test compares the two.
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "gspo_token")
+
+# What to do with a function, which the processes of the verifier import by its name.
+IN_A_FILE = "write the function into a file and name it, as in 'my_rewards:rew'"
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,7 @@ class DataConfig:
 
     # Training problems: math, acereason-math, openr1-math-220k or gsm8k; a file, a folder of files, or a hub id; empty
     # for the built-in task that data.task names.
-    train: str = ""
+    train: Annotated[str, Otherwise("write the rows to a .jsonl file and give its path")] = ""
     # Built-in task where data.train is empty: "arithmetic", or "lookups", where it is easier to repair a draft than to
     # solve alone.
     task: Annotated[str, Choice("arithmetic", "lookups")] = "arithmetic"
@@ -426,12 +441,14 @@ class RewardsConfig:
     overlong_cache: Annotated[int, AtLeast(0)] = 0
     # A reward of your own, written as "module:function"; empty for none. It gets all drafts or all refinements of a
     # prompt at once.
-    custom: Annotated[str, Matches(r"([\w.]+:\w+)?", "written as module:function")] = ""
+    custom: Annotated[str, Matches(r"([\w.]+:\w+)?", "written as module:function", otherwise=IN_A_FILE)] = ""
     # Weight of rewards.custom. At 0 it is computed and logged, does not count in the reward, and may
     # still be named by settings such as algorithm.draft_metric.
     custom_weight: float = 1.0
     # Several rewards of your own, in place of rewards.custom; each has the name of its function.
-    functions: Annotated[tuple[str, ...], Each(Matches(r"[\w.]+:\w+", "written as module:function"), once=True)] = ()
+    functions: Annotated[
+        tuple[str, ...], Each(Matches(r"[\w.]+:\w+", "written as module:function", otherwise=IN_A_FILE), once=True)
+    ] = ()
     # Weight of each of rewards.functions, in the same order; empty for 1 each.
     function_weights: tuple[float, ...] = ()
     # Whether rewards of your own receive each prompt and completion as a list of chat messages (role, content), as TRL

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from igrpo_jax import config
+from igrpo_jax import config, loading
 from igrpo_jax.data.catalog import TRAINING_SETS
 from igrpo_jax.errors import InputError
 from igrpo_jax.schema import fields
@@ -65,6 +65,47 @@ def test_every_config_file_is_valid(path):
 def test_a_misspelt_field_names_the_nearest(given, nearest):
     with pytest.raises(InputError, match=rf"config\.{given}: no such field; the nearest is config\.\S*{nearest}$"):
         config.check_field(given)
+
+
+def rew(completions, **columns):
+    return [0.0] * len(completions)
+
+
+class Table:
+    """Prints itself as data frames do."""
+
+    def __repr__(self):
+        return "   question  answer\n" * 100
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (
+            "rewards.custom",
+            rew,
+            r"<function rew .*>: must be a text; write the function into a file and name it, as in",
+        ),
+        ("rewards.functions", (rew,), r".*: each entry must be a text; write the function into a file and name it"),
+        ("rewards.functions", rew, r".*: must be a tuple, each entry a text; write the function into a file and name"),
+        ("data.train", [{"question": "1"}] * 99, r".{80}\.\.\.: must be a text; write the rows to a \.jsonl file and"),
+        (
+            "data.train",
+            Table(),
+            r"question answer .{60,70}\.\.\.: must be a text; write the rows to a \.jsonl file and give",
+        ),
+        ("data.train", 3, "3: must be a text$"),
+        ("data.task", rew, r"<function rew .*>: must be a text$"),
+    ],
+)
+def test_objects_in_the_place_of_settings(path, value, says):
+    with pytest.raises(InputError, match=rf"^config\.{path} = {says}") as error:
+        loading.load_config(None, {path: value})
+    assert "\n" not in str(error.value)
+
+
+def test_paths_are_settings_as_they_are():
+    assert loading.load_config(None, {"data.train": Path("a") / "b.jsonl", "model.path": "m"}).data.train == "a/b.jsonl"
 
 
 def test_aliases_are_no_fields_themselves():

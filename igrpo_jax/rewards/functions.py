@@ -18,11 +18,14 @@ import asyncio
 import functools
 import inspect
 import math
+import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from igrpo_jax.config import IN_A_FILE
+from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate
 from igrpo_jax.schema import objects
 
@@ -70,8 +73,11 @@ def load(path: str, setting: str = "custom") -> Callable:
     """Returns the function that "module:function" names. Python searches for the module in its usual places.
 
     Raises:
-        InputError: there is no such module or function.
+        InputError: there is no such module or function, or it was written in a notebook or a shell.
     """
+    if path.startswith("__main__:") and not getattr(sys.modules["__main__"], "__file__", None):
+        where = f"config.rewards.{setting} = {path!r}"
+        raise InputError(f"{where}: the verifier's processes can't import what no file holds; {IN_A_FILE}")
     return objects.load(path, f"config.rewards.{setting} = {path!r}")
 
 

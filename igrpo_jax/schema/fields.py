@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from igrpo_jax.errors import InputError
+from igrpo_jax.errors import InputError, one_line
 from igrpo_jax.schema.rules import Rule
 
 
@@ -68,7 +68,7 @@ class Setting(NamedTuple):
     @property
     def allowed(self) -> str:
         """What the rules allow, as it follows "must be": "at least 0 and below 1"; empty without rules."""
-        text = " and ".join(rule.text for rule in self.rules)
+        text = " and ".join(rule.text for rule in self.rules if rule.text)
         return f"{text}, or None" if text and self.is_optional and "None" not in text else text
 
     @property
@@ -148,5 +148,11 @@ def value_at(config: Any, path: str) -> Any:
 
 
 def refusal(path: str, value: Any, fix: str) -> FieldError:
-    """Returns the error that says in one line which field has which value, and what to do."""
-    return FieldError(path, f"config.{path} = {value!r}: {fix}")
+    """Returns the error that says in one line which field has which value, and what to do.
+
+    Of a table or another large object only the beginning is shown.
+    """
+    shown = one_line(repr(value))
+    if not isinstance(value, str) and len(shown) > 80:
+        shown = f"{shown[:80]}..."
+    return FieldError(path, f"config.{path} = {shown}: {fix}")

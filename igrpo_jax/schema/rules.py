@@ -13,6 +13,7 @@ class Rule(NamedTuple):
     allows: Callable[[Any], bool]
     on_entries: bool = False  # whether the condition is one on each entry of a tuple
     secret: bool = False  # a value that breaks the rule may be a secret, and is not repeated
+    otherwise: str = ""  # what to do where the value is an object of another type than the field's
 
 
 # Rules are named like types, because they stand beside them. `text` replaces the text derived from the bound.
@@ -54,7 +55,7 @@ def Each(rule: Rule, once: bool = False) -> Rule:
     def allows(entries: tuple) -> bool:
         return all(map(rule.allows, entries)) and not (once and len(set(entries)) < len(entries))
 
-    return Rule(rule.text + ", once" * once, allows, on_entries=True)
+    return Rule(rule.text + ", once" * once, allows, on_entries=True, otherwise=rule.otherwise)
 
 
 def HoldsOnce(part: str) -> Rule:
@@ -62,9 +63,14 @@ def HoldsOnce(part: str) -> Rule:
     return Rule(f"a text that holds {part} exactly once", lambda value: value.count(part) == 1)
 
 
-def Matches(pattern: str, text: str, secret: bool = False) -> Rule:
+def Matches(pattern: str, text: str, secret: bool = False, otherwise: str = "") -> Rule:
     """Allows texts that match the regular expression from end to end."""
-    return Rule(text, lambda value: re.fullmatch(pattern, value) is not None, secret=secret)
+    return Rule(text, lambda value: re.fullmatch(pattern, value) is not None, secret=secret, otherwise=otherwise)
+
+
+def Otherwise(fix: str) -> Rule:
+    """Allows every value of the field's type, and says what to do with an object of another."""
+    return Rule("", lambda value: True, otherwise=fix)
 
 
 def IsDate() -> Rule:

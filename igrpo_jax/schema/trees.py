@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import sys
 import typing
 from typing import Any, NamedTuple
@@ -108,7 +109,7 @@ def _read(root: type, cls: type, tree: Any, prefix: str) -> Any:
 
 
 def _typed(setting: Setting, value: Any, path: str) -> Any:
-    """Returns the value in the type of its field: a whole number passes as a float, a list as a tuple."""
+    """Returns the value in the type of its field: a whole number as a float, a list as a tuple, a path as a text."""
     if setting.value_type is dict:
         return _mapping(setting, value, path)
     value = _of_python(value)
@@ -117,10 +118,12 @@ def _typed(setting: Setting, value: Any, path: str) -> Any:
     wanted = setting.value_type
     if wanted is float and type(value) is int:
         value = float(value)
+    if wanted is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if wanted is tuple and isinstance(value, (list, tuple)):
         value = tuple(map(_of_python, value))
         if not all(type(entry) is setting.entry_type for entry in value):
-            raise refusal(path, value, f"each entry must be {KINDS[setting.entry_type]}")
+            raise refusal(path, value, f"each entry must be {KINDS[setting.entry_type]}{_otherwise(setting)}")
     if type(value) is not wanted:
         raise refusal(path, value, f"must be {setting.kind}{_rewritten(setting, value)}")
     return value
@@ -142,7 +145,12 @@ def _rewritten(setting: Setting, value: Any) -> str:
         with contextlib.suppress(ValueError):
             wanted(value)
             return f"; write {value.strip()} without quotation marks"
-    return ""
+    return _otherwise(setting) if type(value) not in (bool, int, float, str, type(None)) else ""
+
+
+def _otherwise(setting: Setting) -> str:
+    """Returns what to do with an object that the field does not take, as the end of an error."""
+    return "".join(f"; {rule.otherwise}" for rule in setting.rules if rule.otherwise)
 
 
 def _mapping(setting: Setting, value: Any, path: str) -> dict[str, Any]:

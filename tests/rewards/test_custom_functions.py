@@ -3,10 +3,12 @@
 import asyncio
 import inspect
 import math
+import sys
 
 import numpy as np
 import pytest
 
+from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate
 from igrpo_jax.rewards import functions
 from igrpo_jax.rewards.functions import CustomReward, TrainerState
@@ -178,3 +180,11 @@ def test_an_error_says_where_and_which_columns_there_are(function, error, place,
     (note,) = caught.value.__notes__
     given = "it was given prompts, completions, completion_ids and the columns level, gold"
     assert note == f"(in {place}, {__file__}, line {line}; {given})"
+
+
+def test_a_function_of_a_notebook_is_refused_at_once(monkeypatch):
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    with pytest.raises(
+        InputError, match=r"^config\.rewards\.custom = '__main__:rew': the verifier's .* into a file and"
+    ):
+        functions.load("__main__:rew")
