@@ -35,6 +35,8 @@ from igrpo_jax.rewards import functions
 from igrpo_jax.rewards.functions import CustomReward, TrainerState
 from igrpo_jax.rewards.pool import Outcome, Pool
 
+_REPEATED = "custom reward: %s failed on a batch of %d completions, which are now called one by one: %s"
+
 
 class Graded(NamedTuple):
     """What one function gave for one completion."""
@@ -95,6 +97,11 @@ class CustomCalls:
         submit: calls `functions.call` in a worker, with the arguments that it gets and a `timeout` in seconds.
         timeout: seconds that a function may take for each completion of a batch.
         max_steps: number of updates of the run, for functions that ask.
+        rehearses: whether this is no run yet. Then no call that fails is warned about, and a completion that fails
+            again alone has the error of its batch, whose counts are those that the function will see.
+
+    Attributes:
+        repeated: in a rehearsal, the failures of batches that were called again one by one, by the function.
     """
 
     def __init__(
@@ -103,6 +110,7 @@ class CustomCalls:
         submit: Callable[..., Future[Outcome]],
         timeout: float,
         max_steps: int = 0,
+        rehearses: bool = False,
     ):
         self.rewards = tuple(rewards)
         self._submit = submit
@@ -111,6 +119,8 @@ class CustomCalls:
         self._lock = threading.Lock()
         self._incomplete: set[Batch] = set()
         self._closed = False
+        self._rehearses = rehearses
+        self.repeated: dict[str, Outcome] = {}
 
     def start_step(self, step: int) -> None:
         """Begins a step of training (from 1), which functions see as the number of updates that are done."""
@@ -159,14 +169,15 @@ class CustomCalls:
                     settled = Outcome("ok", Graded(value, reply.logged, extra), seconds=seconds)
                 row.futures[number].set_result(settled)
         elif len(rows) > 1 and not self._closed:
-            logging.log_every_n(
-                logging.WARNING,
-                "custom reward: %s failed on a batch of %d completions, which are now called one by one: %s",
-                *(100, path, len(rows), outcome.detail),
-            )
+            if self._rehearses:
+                self.repeated[path] = outcome
+            else:
+                logging.log_every_n(logging.WARNING, _REPEATED, 100, path, len(rows), outcome.detail)
             for row in rows:
                 self._call(number, [row])
         else:
+            first = self.repeated.get(path)
+            outcome = first if first and first.status == outcome.status == "error" else outcome
             for row in rows:
                 row.futures[number].set_result(replace(outcome, detail=f"{path}: {outcome.detail}", seconds=seconds))
 
@@ -189,7 +200,7 @@ def rehearse(
     with (
         Pool(functions.call, workers=1, timeout=timeout, preload=preload) as pool,
         # Closed first, so that calls in progress when a function fails are neither repeated nor warned about.
-        contextlib.closing(CustomCalls(rewards, pool.submit, timeout)) as calls,
+        contextlib.closing(CustomCalls(rewards, pool.submit, timeout, rehearses=True)) as calls,
     ):
         submitted = []
         for candidates in batches:
@@ -201,6 +212,8 @@ def rehearse(
             for completions in submitted:
                 outcomes = [(candidate, futures[number].result()) for candidate, futures in completions]
                 values[-1].append([_rehearsed(reward, *outcome) for outcome in outcomes])
+        for path, failure in calls.repeated.items():  # alone, each completion has its value
+            logging.warning(_REPEATED, path, max(map(len, batches)), failure.detail)
     return values
 
 
@@ -211,6 +224,9 @@ _TAKES_LISTS = re.compile(
 )
 
 
+_UNEXPECTED = re.compile(r"got an unexpected keyword argument '(\w+)'")
+
+
 def _rehearsed(reward: CustomReward, candidate: Candidate, outcome: Outcome) -> float:
     if outcome.status == "ok":
         return outcome.value.value
@@ -219,6 +235,8 @@ def _rehearsed(reward: CustomReward, candidate: Candidate, outcome: Outcome) -> 
     if _TAKES_LISTS.search(detail) if reward.conversational else _TAKES_TEXTS.search(detail):
         wanted = "texts" if reward.conversational else "chat messages"
         fix = f"; set config.rewards.conversational = {not reward.conversational} if it expects {wanted}"
+    if unknown := _UNEXPECTED.search(detail):
+        fix = "; end its parameters with **columns" if unknown[1] in functions.given(reward, candidate) else fix
     raise InputError(
         f"config.rewards.{reward.setting} = {reward.path!r}: fails on the training problem "
         f"{quoted(one_line(candidate.question))}: {detail}{fix}"

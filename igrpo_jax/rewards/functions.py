@@ -112,6 +112,11 @@ def _arguments(reward: CustomReward, candidates: Sequence[Candidate]) -> dict[st
     return arguments
 
 
+def given(reward: CustomReward, candidate: Candidate) -> set[str]:
+    """Returns the names of the arguments that every function receives, whether it names them or not."""
+    return set(_arguments(reward, [candidate]))
+
+
 def _message(role: str, text: str, reward: CustomReward) -> Any:
     """Returns a text as the function receives it."""
     return [{"role": role, "content": text}] if reward.conversational else text
@@ -140,8 +145,12 @@ def _listed(returned: Any, count: int) -> list[float | str]:
     if not isinstance(returned, Collection) or isinstance(returned, str | bytes | dict | set):
         raise TypeError(f"{expected}, not {returned!r}")
     if len(returned) != count:
-        raise ValueError(f"{expected}: {len(returned)} values for {count} completions")
+        raise ValueError(f"{expected}: {_counted(len(returned), 'value')} for {_counted(count, 'completion')}")
     return [_checked(value) for value in returned]
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
 
 
 def _checked(value: Any) -> float | str:
@@ -172,7 +181,8 @@ class _Log:
     def column(self, column: str, values: Sequence) -> None:
         """Keeps a value for each completion; TRL's `log_extra`."""
         if len(values) != len(self.extra):
-            raise ValueError(f"log_extra({column!r}): {len(values)} values for {len(self.extra)} completions")
+            given, wanted = _counted(len(values), "value"), _counted(len(self.extra), "completion")
+            raise ValueError(f"log_extra({column!r}): {given} for {wanted}")
         for row, value in zip(self.extra, values, strict=True):
             row[_plain(column)] = _jsonable(value)
 

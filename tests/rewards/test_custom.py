@@ -3,6 +3,7 @@
 Workers import this file, so it must not import jax.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -185,7 +186,7 @@ def test_a_custom_reward_of_weight_zero_is_computed_and_counts_for_nothing():
     [
         (
             "wrong_length",
-            "ValueError: must return a list with one number or None per completion: 2 values for 1 completions",
+            "ValueError: must return a list with one number or None per completion: 2 values for 1 completion",
         ),
         ("not_finite", "returned nan; return None to skip a completion"),
         ("no_list", "TypeError: must return a list with one number or None per completion, not 1.0"),
@@ -267,7 +268,7 @@ def test_a_wrong_number_of_values_is_repeated_one_by_one():
     with Verifier(settings("count_of_good")) as verifier:
         graded = scores(verifier, ["good", "bad", "good"])
     assert statuses(graded) == [("ok", 1.0), ("error", 0.0), ("ok", 1.0)]
-    expected = "must return a list with one number or None per completion: 0 values for 1 completions"
+    expected = "must return a list with one number or None per completion: 0 values for 1 completion"
     assert graded[1].detail.startswith(f"{custom('count_of_good')}: ValueError: {expected} (in count_of_good, ")
 
 
@@ -279,7 +280,7 @@ def test_a_function_written_for_one_completion_still_works(monkeypatch):
     with Verifier(settings("first_only")) as verifier:
         assert statuses(scores(verifier, ["a", "bbb"])) == [("ok", 1.0), ("ok", 3.0)]
     (line,) = logged
-    assert f"{custom('first_only')} failed on a batch of 2 completions" in line and "1 values for 2 completions" in line
+    assert f"{custom('first_only')} failed on a batch of 2 completions" in line and "1 value for 2 completions" in line
 
 
 @pytest.mark.slow
@@ -476,3 +477,30 @@ def test_the_import_of_a_function_does_not_count_against_its_deadline(tmp_path, 
     assert rehearse(custom_rewards(settings), PROBLEMS, settings.timeout) == [[[1.0, 1.0]] * 2]
     with Verifier(settings) as verifier:
         assert statuses(scores(verifier, ["a", "b"])) == [("ok", 1.0)] * 2
+
+
+def one_too_many(completions, **columns):
+    return [1.0] * (len(completions) + 1)
+
+
+def without_columns(completions):
+    return [1.0] * len(completions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("one_too_many", r"one number or None per completion: 3 values for 2 completions \(in one_too_many, "),
+        ("without_columns", r"got an unexpected keyword argument '.*'.*; end its parameters with \*\*columns$"),
+        ("first_only", ""),
+    ],
+)
+def test_a_rehearsal_says_once_what_fails(monkeypatch, name, words):
+    """A function for one completion per call is warned about, and the error of another is that of the whole batch."""
+    warned = []
+    monkeypatch.setattr(logging, "log_every_n", lambda *arguments: warned.append("too early"))
+    monkeypatch.setattr(logging, "warning", lambda text, *values: warned.append(text % values))
+    with pytest.raises(InputError, match=words) if words else contextlib.nullcontext():
+        rehearse(custom_rewards(settings(name)), PROBLEMS, timeout=10.0)
+    assert len(warned) == (not words) and all("1 value for 2 completions" in text for text in warned)

@@ -138,7 +138,7 @@ def test_what_a_function_logs():
     reply = call(logs)
     assert reply.logged == {"length": [18.0, 7.0], "odd ? name": [1.0]}
     assert reply.extra == [{"words": 1, "odd": None}, {"words": 2, "odd": "{'a': 1}"}]
-    with pytest.raises(ValueError, match=r"log_extra\('words'\): 1 values for 2 completions"):
+    with pytest.raises(ValueError, match=r"log_extra\('words'\): 1 value for 2 completions"):
         call(too_few)
     with pytest.raises(ValueError, match="many"):
         call(no_metric)
