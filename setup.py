@@ -26,6 +26,7 @@ INSTALL_REQUIRES = [
     "orbax-checkpoint>=0.12",
     "pebble>=5.1",
     "protobuf>=5.0",  # sentencepiece tokenizers
+    "pyarrow>=21.0",  # comes with datasets
     "rich>=13.7",
     "safetensors>=0.5",
     "scipy>=1.13",  # comes with jax

@@ -29,6 +29,7 @@ Table = list[tuple[int, dict[str, Any]]]  # (number, columns) of each row; numbe
 KINDS = {".json": "json", ".parquet": "parquet"}  # formats that `datasets` reads, with its names for them
 SUFFIXES = (".jsonl", ".csv", *KINDS)
 FILES = ", ".join(SUFFIXES)
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 MAX_BROKEN = 0.5  # share of the rows of a file that may be broken; they are left out
 _SURROGATE = re.compile("[\ud800-\udfff]")
 SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder of `save_to_disk`: of splits, or of one
@@ -63,6 +64,8 @@ def read(path: str, source: str, subset: str = "", split: str = "train", fix: st
         return _read_folder(file, source, split)
     if file.is_file() and ending(file):
         return _read_files([file], source)
+    if file.suffix.lower() in PACKED and file.is_file():
+        raise InputError(f"{source}: is packed; unpack it first, and give a file that ends in {FILES}")
     if file.exists():
         raise InputError(f"{source}: can't be read; give a file that ends in {FILES}")
     if ending(file) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
@@ -118,11 +121,16 @@ def _read_saved(folder: Path, source: str, split: str) -> Table:
 
 def _read_files(files: list[Path], source: str) -> Table:
     suffix = ending(files[0])
+    for file in files if suffix != ".parquet" else []:
+        with file.open("rb") as opened:
+            if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise InputError(f"{source}{f': {file.name}' * (len(files) > 1)}: is UTF-16; save it as utf-8")
     if suffix in KINDS:
         fix = "give a file in JSON Lines"
-        if not any(file.stat().st_size for file in files):  # the libraries fail on empty files, each in its own way
+        # The libraries fail on empty files, each in its own way.
+        names = [str(file) for file in files if not _is_empty(file)]
+        if not names:
             return []
-        names = [str(file) for file in files]
         load = lambda datasets: datasets.load_dataset(KINDS[suffix], data_files=names, split="train")
         return _read_datasets(source, fix, load)
     reader, table = {".jsonl": _read_jsonl, ".csv": _read_csv}[suffix], []
@@ -130,6 +138,21 @@ def _read_files(files: list[Path], source: str) -> Table:
         where = source if len(files) == 1 else f"{source}: {file.name}"
         table += reader(file, where)
     return table if len(files) == 1 else list(enumerate((columns for _, columns in table), 1))
+
+
+def _is_empty(file: Path) -> bool:
+    """Returns whether a file of one of KINDS has no rows; False where it can't be read, which its reader reports."""
+    if ending(file) == ".json":
+        with file.open("rb") as opened:
+            return b"".join(opened.read(1000).removeprefix(codecs.BOM_UTF8).split()) in (b"", b"[]")
+    if not file.stat().st_size:
+        return True
+    from pyarrow import ArrowException, parquet  # of `datasets`, and as slow to import
+
+    try:
+        return parquet.read_metadata(file).num_rows == 0
+    except (ArrowException, OSError):
+        return False
 
 
 def _read_jsonl(file: Path, source: str) -> Table:
@@ -264,6 +287,8 @@ def _read_datasets(source: str, fix: str, load: Callable[[Any], Any]) -> Table:
 
     # Each attempt to reach the hub would log a warning of its own; the error below reports the result.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    if not (sys.stderr and sys.stderr.isatty()):  # a log would get a line for each state of the bars
+        datasets.disable_progress_bars()
     try:
         return list(enumerate(_with_short_numbers(load(datasets)), 1))
     except Exception as error:  # arrow, the hub and the builders share no base

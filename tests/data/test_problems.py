@@ -1,12 +1,15 @@
 """Rows, their order, and what is said of files that can't be used."""
 
+import gzip
 import json
 import logging
 import os
 
 import numpy as np
+import pyarrow
 import pytest
 from model_files import error_of
+from pyarrow import parquet
 
 from igrpo_jax.config import ArithmeticConfig, Config, DataConfig, EvaluationConfig
 from igrpo_jax.data import overlap, problems, readers
@@ -123,11 +126,41 @@ def test_a_hub_id_that_can_not_be_had(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("x.jsonl", ""), ("x.jsonl", "\n\n"), ("x.csv", ""), ("x.json", ""), ("x.parquet", "")]
+    ("name", "text"),
+    [
+        *[("x.jsonl", ""), ("x.jsonl", "\n\n"), ("x.csv", ""), ("x.json", ""), ("x.parquet", "")],
+        *[("x.json", "[]"), ("x.json", " [\n]\n"), ("x.parquet", None)],
+    ],
 )
-def test_an_empty_file(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    assert "is empty" in error_of(load, str(tmp_path / name), "prompt", "answer")
+def test_an_empty_file(tmp_path, capfd, name, text):
+    if text is None:
+        empty = {name: pyarrow.array([], pyarrow.string()) for name in ("prompt", "answer")}
+        parquet.write_table(pyarrow.table(empty), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(text)
+    message = error_of(load, str(tmp_path / name), "prompt", "answer")
+    assert message.endswith(f"{name}': is empty; give a file with at least one problem") and not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv"])
+def test_a_file_in_utf_16_is_named(tmp_path, name):
+    text = "prompt,answer\na,1\n" if name == "x.csv" else '{"prompt": "a", "answer": "1"}\n'
+    for encoding in ("utf-16", "utf-16-be"):
+        (tmp_path / name).write_bytes(("\ufeff" * (encoding != "utf-16") + text).encode(encoding))
+        message = error_of(load, str(tmp_path / name), "prompt", "answer")
+        assert message.endswith(f"{name}': is UTF-16; save it as utf-8")
+
+
+def test_a_packed_file_is_to_be_unpacked(tmp_path):
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a", "answer": "1"}\n'))
+    assert "x.jsonl.gz': is packed; unpack it first, and give" in error_of(load, str(tmp_path / "x.jsonl.gz"))
+
+
+def test_bars_are_drawn_on_a_terminal_alone(tmp_path, monkeypatch, capfd):
+    (tmp_path / "x.json").write_text(json.dumps(sums(3)))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    assert len(readers.read(str(tmp_path / "x.json"), "F")) == 3
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -176,7 +209,6 @@ def test_a_broken_row_of_csv_costs_that_row_and_is_named(tmp_path, caplog, row, 
     [
         (GOOD_CSV + b'"c,3\nd,4\n', "row 3 opens a quote that is never closed"),  # or the rest would be its cell
         (b"probl\xe8me,answer\na,1\n", "the header has bytes that are not utf-8"),
-        (GOOD_CSV.decode().encode("utf-16"), "the header has bytes that are not utf-8"),
         (b'"a"b,c\na,1\n', "the header is no CSV"),
         (b"prompt,answer,answer\na,1,2\n", "the header names 'answer' twice"),
         (b"prompt;answer\na;1\n", "the header has one cell, 'prompt;answer', without a comma"),
