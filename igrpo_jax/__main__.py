@@ -8,6 +8,8 @@ import os
 import runpy
 import sys
 
+from igrpo_jax.cli import exits
+
 COMMANDS = {
     "main": "trains, or resumes, the run of a configuration file",
     "sft": "trains a model on solutions before reinforcement learning",
@@ -23,10 +25,8 @@ COMMANDS = {
 
 def main() -> int:
     """Runs the command that the command line names, or lists them; returns the exit code."""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "-help"):
-        for name, purpose in COMMANDS.items():
-            print(f"python -m igrpo_jax.{name:<14} {purpose}")
-        print("\nEach of them explains its flags with --help. igrpo-jax COMMAND is python -m igrpo_jax.COMMAND.")
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "-help", "-V", "--version"):
+        exits.run(lambda _: _list())
         return 0
     name, *arguments = sys.argv[1:]
     if name not in COMMANDS:
@@ -40,6 +40,15 @@ def main() -> int:
     # It becomes the main module, which the workers of the verifier import again.
     runpy.run_module(f"igrpo_jax.{name}", run_name="__main__", alter_sys=True)
     return 0
+
+
+def _list() -> None:
+    for name, purpose in COMMANDS.items():
+        print(f"python -m igrpo_jax.{name:<14} {purpose}")
+    print(
+        "\nEach of them explains its flags with --help, and prints the version with --version. igrpo-jax COMMAND is "
+        "python -m igrpo_jax.COMMAND."
+    )
 
 
 if __name__ == "__main__":

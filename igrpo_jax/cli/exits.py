@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from igrpo_jax import __version__
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import InputError, RunError, one_line
 
@@ -24,7 +25,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def run(command: Callable[[list[str]], None]) -> None:
-    """Runs `command(sys.argv)`, and ends the process with an exit code where it fails.
+    """Runs `command(sys.argv)`, and ends the process with an exit code where it fails. --version prints the version.
 
     Errors that need no traceback are printed as one line. All others are printed with their traceback; below that of an
     error of JAX, one line names the phase in which it occurred and what to change.
@@ -32,7 +33,10 @@ def run(command: Callable[[list[str]], None]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.unraisablehook = _not_raised
     try:
-        command(sys.argv)
+        if {"--version", "-V"} & {*sys.argv[1:]}:
+            print(__version__)
+        else:
+            command(sys.argv)
         if sys.stdout:  # None where the command was started with a stdout that is closed
             sys.stdout.flush()
     except BrokenPipeError:

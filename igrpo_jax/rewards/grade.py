@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from igrpo_jax import __version__
 from igrpo_jax.config import RewardsConfig
 from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate, Score
@@ -153,6 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m igrpo_jax.rewards.grade", description="Grade predictions against reference answers."
     )
+    parser.add_argument("-V", "--version", action="version", version=__version__)
     parser.add_argument("source", metavar="IN.jsonl", type=Path, help='rows with "gold" and "prediction"')
     parser.add_argument(
         "target", metavar="OUT.jsonl", type=Path, help="the file to write: the same rows with their scores"

@@ -1,5 +1,6 @@
 """What a command that fails prints, and the code with which it ends."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from igrpo_jax import config
+import igrpo_jax
+from igrpo_jax import __main__, config
 from igrpo_jax.cli import exits
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import RunError
@@ -173,3 +175,18 @@ def test_a_full_disk_under_stdout_is_named(command, code, words):
     assert done.returncode == code and words in done.stderr
     assert "Exception ignored" not in done.stderr
     assert ("Traceback" in done.stderr) == (command == FAILS)
+
+
+@pytest.mark.parametrize("command", sorted(__main__.COMMANDS))
+def test_every_command_prints_the_version(monkeypatch, capsys, command):
+    module = importlib.import_module(f"igrpo_jax.{command}" + ".__main__" * (command in ("aot", "probe", "report")))
+    for flag in ("--version", "-V"):
+        monkeypatch.setattr(sys, "argv", ["igrpo_jax", flag])
+        if command == "rewards.grade":
+            with pytest.raises(SystemExit) as stop:
+                module.main()
+            assert not stop.value.code
+        else:
+            exits.run(module.main)
+        assert __main__.main() == 0
+        assert capsys.readouterr().out == f"{igrpo_jax.__version__}\n" * 2
