@@ -168,7 +168,8 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
         (["--step=last"], "step"),
         (["--dtype=float16"], "dtype"),
         (["--workdir=w", "--out=x", "--public"], "--public: is about the repository of --push"),
-        (["run", "--out=x"], "run: not understood"),
+        (["run", "--out=x"], "run: not understood; the folder of a run is given as --workdir=run"),
+        (["--workdir=run", "x"], "x: not understood; settings are given as --out=HF_DIR"),
     ],
 )
 def test_flags_that_can_not_be_followed(flags, said):

@@ -119,7 +119,10 @@ def read_flags(argv: list[str], values: flags.FlagValues, text: str, example: st
         _print_help(text.strip(), {name: values[name].help.partition(";\n")[0] for name in values if len(name) > 1})
         raise SystemExit(0)
     if len(rest) > 1:
-        raise InputError(f"{rest[1]}: not understood; settings are given as {example}")
+        meant = f"settings are given as {example}"
+        if "workdir" in values and "=" not in rest[1] and (isinstance(values.workdir, list) or not values.workdir):
+            meant = f"the folder of a run is given as --workdir={rest[1]}"
+        raise InputError(f"{rest[1]}: not understood; {meant}")
     _refuse_empty({name: values[name].value for name in values})
 
 

@@ -13,7 +13,7 @@ A call may take the time-out of one completion times the size of the batch. If t
 completions are called again one by one, each as a batch of one, so that a bad completion spoils no other. If the call
 returns and only some of its values are wrong, these completions fail and the others keep their values.
 
-`rehearse` calls every function with some completions before a run starts.
+`rehearse` calls every function with some completions before a run starts, and warns of columns that none receives.
 
 Not here: what a function receives and returns (`functions`); weights, and the sum with the other rewards (`verifier`);
 processes and deadlines (`pool`). No jax.
@@ -196,6 +196,7 @@ def rehearse(
     Raises:
         InputError: a function failed, took too long, or returned something that is not a number.
     """
+    _warn_of_hidden(rewards, batches)
     preload = tuple(reward.module for reward in rewards)
     with (
         Pool(functions.call, workers=1, timeout=timeout, preload=preload) as pool,
@@ -215,6 +216,18 @@ def rehearse(
         for path, failure in calls.repeated.items():  # alone, each completion has its value
             logging.warning(_REPEATED, path, max(map(len, batches)), failure.detail)
     return values
+
+
+def _warn_of_hidden(rewards: Sequence[CustomReward], batches: Sequence[Sequence[Candidate]]) -> None:
+    """Warns of columns of the data that no function gets, because another of its arguments has their name."""
+    columns = {name for candidates in batches for candidate in candidates for name in candidate.columns}
+    columns |= {reward.answer_column for reward in rewards}
+    for name in (*functions.ALWAYS, *functions.ON_REQUEST):
+        if rewards and name in columns:
+            text = (
+                "custom rewards: they do not get the column %s of the data, which is the name of another argument of "
+            )
+            logging.warning(text + "theirs; rename the column where they need it", name)
 
 
 # What Python says where a function treats a text as chat messages, and chat messages as a text.

@@ -29,6 +29,9 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate
 from igrpo_jax.schema import objects
 
+# What every function receives, and what it receives where it names or accepts it, whatever columns the data have.
+ALWAYS = ("prompts", "completions", "completion_ids")
+ON_REQUEST = ("trainer_state", "log_metric", "log_extra")
 LARGEST = 1e18  # of a value; advantages are computed in float32, which the square of 1e19 and more leaves
 
 
@@ -215,5 +218,5 @@ def _place(function: Callable, error: BaseException) -> str:
 
 
 def _described(arguments: dict[str, list]) -> str:
-    columns = [name for name in arguments if name not in ("prompts", "completions", "completion_ids")]
-    return f"prompts, completions, completion_ids and the columns {', '.join(columns)}"
+    columns = [name for name in arguments if name not in ALWAYS]
+    return f"{', '.join(ALWAYS)} and the columns {', '.join(columns)}"

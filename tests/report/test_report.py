@@ -641,7 +641,9 @@ def test_out_must_be_ones_own(tmp_path, monkeypatch):
         ([], "--workdir: missing"),
         (["--workdir", "none"], "no such folder"),
         (["--worksdir=x"], "worksdir"),
-        (["x"], "not understood"),
+        (["x"], "x: not understood; the folder of a run is given as --workdir=x\n"),
+        (["--workdir=x", "y"], "y: not understood; the folder of a run is given as --workdir=y\n"),
+        (["out=x"], "out=x: not understood; settings are given as --workdir=DIR\n"),
     ],
 )
 def test_wrong_flags_are_one_line(flags, message, monkeypatch, capsys):

@@ -18,7 +18,9 @@ from absl import logging
 from igrpo_jax import config
 from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate, Score
+from igrpo_jax.rewards import custom as custom_calls
 from igrpo_jax.rewards.custom import Batch, rehearse
+from igrpo_jax.rewards.functions import CustomReward
 from igrpo_jax.rewards.rules import total
 from igrpo_jax.rewards.verifier import Verifier, check, custom_rewards
 
@@ -504,3 +506,13 @@ def test_a_rehearsal_says_once_what_fails(monkeypatch, name, words):
     with pytest.raises(InputError, match=words) if words else contextlib.nullcontext():
         rehearse(custom_rewards(settings(name)), PROBLEMS, timeout=10.0)
     assert len(warned) == (not words) and all("1 value for 2 completions" in text for text in warned)
+
+
+def test_columns_with_the_name_of_an_argument_are_warned_about(caplog):
+    candidate = Candidate("4", "4", columns={"prompts": 1, "level": 2})
+    custom_calls._warn_of_hidden([], [[candidate]])
+    assert not caplog.records
+    reward = CustomReward("a:b", answer_column="log_extra")
+    custom_calls._warn_of_hidden([reward], [[candidate]])
+    said = [record.getMessage().partition(" of the data")[0] for record in caplog.records]
+    assert said == [f"custom rewards: they do not get the column {name}" for name in ("prompts", "log_extra")]
