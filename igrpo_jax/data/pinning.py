@@ -10,11 +10,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import ClassVar
 
+import jinja2.ext
 import jinja2.meta
+import jinja2.parser
 from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import chat_template_utils
 
 from igrpo_jax.config import DataConfig, TemplateValue
 from igrpo_jax.errors import InputError, one_line
@@ -85,15 +87,24 @@ def _variables(template: str) -> set[str]:
     Of a template that transformers cannot read, which fails where a prompt is made, these are all words of its code.
     """
     try:
-        environment = chat_template_utils._compile_jinja_template(template).environment  # with its statements
-        parsed = environment.parse(template)
+        parsed = jinja2.Environment(extensions=[jinja2.ext.loopcontrols, _Generation]).parse(template)
         first = {name.name: name.ctx for name in reversed([*_in_order(parsed)])}
-        names = jinja2.meta.find_undeclared_variables(parsed) - environment.globals.keys()
-        names = {name for name in names if first[name] == "load"}
+        names = {name for name in jinja2.meta.find_undeclared_variables(parsed) if first[name] == "load"}
     except jinja2.TemplateError:
         code = " ".join(re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
         names = {*re.findall(r"[A-Za-z_]\w*", code)}
-    return names - {*GIVEN}
+    return names - {*GIVEN, "raise_exception", *jinja2.defaults.DEFAULT_NAMESPACE}
+
+
+class _Generation(jinja2.ext.Extension):
+    """The block {% generation %} of transformers, which marks what the assistant writes."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[nodes.Node]:
+        """Returns the statements in the block."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _in_order(node: nodes.Node) -> Iterator[nodes.Name]:
