@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import ClassVar
 
 import jinja2.ext
 import jinja2.meta
@@ -99,7 +98,7 @@ def _variables(template: str) -> set[str]:
 class _Generation(jinja2.ext.Extension):
     """The block {% generation %} of transformers, which marks what the assistant writes."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (of an instance, for mypy)
 
     def parse(self, parser: jinja2.parser.Parser) -> list[nodes.Node]:
         """Returns the statements in the block."""
