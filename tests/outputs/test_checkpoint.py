@@ -360,8 +360,15 @@ def test_ctrl_c_while_a_checkpoint_is_written_does_not_fail_it(tmp_path, monkeyp
     monkeypatch.setattr(async_checkpointer, "_background_wait_for_commit_futures", held)
     store = checkpoint.Checkpointer(tmp_path, EVERY_STEP)
     store.save(1, state_on(mesh_of(1, jax.device_count(), 1), 1), {})
-    threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
-    threading.Timer(0.6, gate.set).start()
+    wait = store._manager.wait_until_finished
+
+    def waits():  # the signal comes during the wait, however busy the machine is
+        threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        threading.Timer(0.5, gate.set).start()
+        monkeypatch.setattr(store._manager, "wait_until_finished", wait)
+        wait()
+
+    monkeypatch.setattr(store._manager, "wait_until_finished", waits)
     with pytest.raises(KeyboardInterrupt):
         store.wait()
     expected = pytest.raises(RunError, match=r"step 1 could not be written .no space.; no step was saved before")
