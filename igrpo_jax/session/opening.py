@@ -209,6 +209,7 @@ def _resumed(
         step, state, meta = checkpointer.restore(learner.programs.state)
         _check_data(config, task, workdir, meta["data"])
         resuming.check_not_past_end(config, task.total_steps, workdir, step)
+    _set_fixed_weights(config, task, workdir, learner, console)  # which may refuse, so before anything is dropped
     progress = Progress.from_meta(meta, int(state.skipped))
     # Rows and samples of steps after the checkpoint are dropped here, because those steps are run again.
     writer = stack.enter_context(Writer(workdir, config, step, NULLABLE))
@@ -217,7 +218,6 @@ def _resumed(
     resuming.tell_lost_rows(writer.rows, meta["metrics_rows"], step, console)
     if told := resuming.new_schedule(config, meta.get("total_steps", task.total_steps), task.total_steps, step):
         console.message(told)
-    _set_fixed_weights(config, task, workdir, learner, console)
     return step, state, progress, writer
 
 
