@@ -168,6 +168,11 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
     if latest == total:
         console.message(ended)
         return
+    if latest is None:
+        weights.record_first(task.policy, workdir)
+    if config.model.lora.rank:  # other weights are refused before any row is dropped
+        fixed = functools.partial(weights.first, config, task.policy, workdir, task.mesh, console=console)
+        learner.set_frozen(fixed(config.model.dtype))
     if latest is not None:
         with console.phase(f"restoring step {latest}"):
             resumed_after, state, meta = store.restore(learner.programs.state)
@@ -177,12 +182,8 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
         writer = stack.enter_context(Writer(workdir, config, resumed_after))
         progress = Progress.from_meta(meta, int(state.skipped))
     else:
-        weights.record_first(task.policy, workdir)
         resumed_after, state, progress = 0, _first_state(task, learner, console), Progress()
         writer = stack.enter_context(Writer(workdir, config))
-    if config.model.lora.rank:
-        fixed = functools.partial(weights.first, config, task.policy, workdir, task.mesh, console=console)
-        learner.set_frozen(fixed(config.model.dtype))
     if claim.resumes:
         cluster.from_first(functools.partial(record_settings, workdir, config))
     done, meta_of = resumed_after, lambda step: {"step": step, "total_steps": total} | progress.meta()
