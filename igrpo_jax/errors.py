@@ -19,6 +19,11 @@ def quoted(text: str) -> str:
     return repr(text[:60] + "..." * (len(text) > 60))
 
 
+def shown(value: object) -> str:
+    """Returns the beginning of any object, at most 80 characters in one line, as it stands in a message."""
+    return one_line(repr(value))[:80]
+
+
 def both_ends(text: str) -> str:
     """Returns a text of at most 300 characters whole, and of a longer one its beginning and its end.
 

@@ -21,7 +21,7 @@ from typing import Any
 import ml_collections
 
 from igrpo_jax.config import Config, check_field, default, freeze, to_dict
-from igrpo_jax.errors import InputError, one_line
+from igrpo_jax.errors import InputError, one_line, shown
 from igrpo_jax.schema.fields import KINDS, FieldError, Setting, refusal, setting_at, settings
 from igrpo_jax.schema.trees import Tree
 from igrpo_jax.storage.addresses import path_of
@@ -74,7 +74,7 @@ def _check_source(source: Any) -> None:
     fix = "give its path, or igrpo_jax.config.default() with values of your own"
     if isinstance(source, Mapping):
         fix = f"settings are the second argument, as in load_config(None, {source!r})"
-    raise InputError(f"source = {one_line(repr(source))[:80]}: is no config file; {fix}")
+    raise InputError(f"source = {shown(source)}: is no config file; {fix}")
 
 
 def _checked_overrides(overrides: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _checked_overrides(overrides: Any) -> dict[str, Any]:
     Raises:
         InputError: they are no mapping, or not from texts.
     """
-    given, example = f"overrides = {one_line(repr(overrides))[:80]}", "such as {'steps': 3}"
+    given, example = f"overrides = {shown(overrides)}", "such as {'steps': 3}"
     if not isinstance(overrides, (Mapping, ml_collections.ConfigDict)):
         raise InputError(f"{given}: must be a mapping from names of fields to values, {example}")
     if wrong := [name for name in overrides if not isinstance(name, str)]:
@@ -94,7 +94,7 @@ def _checked_overrides(overrides: Any) -> dict[str, Any]:
 def check_config(config: Any) -> None:
     """Raises InputError where `config` is not what `load_config` returns, but a file or what a file returns."""
     if not isinstance(config, Config):
-        given = one_line(repr(config))[:80]
+        given = shown(config)
         raise InputError(f"config = {given}: is no checked configuration; give what load_config(...) makes of it")
 
 
@@ -118,7 +118,7 @@ def _checked(tree: Any, overrides: Mapping[str, Any], file: str | None) -> Confi
         if setting_at(Config, path).is_section:
             field = next(settings(setting_at(Config, path).hint)).name
             fix = f"is a group of settings; give them by their dotted names, as in {{'{path}.{field}': VALUE}}"
-            raise FieldError(path, f"config.{path} = {one_line(repr(value))[:80]}: {fix}")
+            raise FieldError(path, f"config.{path} = {shown(value)}: {fix}")
         *sections, name = path.split(".")
         section = tree
         for part in sections:

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from igrpo_jax.errors import InputError, one_line
+from igrpo_jax.errors import InputError, one_line, shown
 from igrpo_jax.schema.rules import Rule
 
 
@@ -152,7 +152,7 @@ def refusal(path: str, value: Any, fix: str) -> FieldError:
 
     Of a table or another large object only the beginning is shown.
     """
-    shown = one_line(repr(value))
-    if not isinstance(value, str) and len(shown) > 80:
-        shown = f"{shown[:80]}..."
-    return FieldError(path, f"config.{path} = {shown}: {fix}")
+    text = one_line(repr(value))
+    if not isinstance(value, str) and len(text) > 80:
+        text = f"{shown(value)}..."
+    return FieldError(path, f"config.{path} = {text}: {fix}")
