@@ -24,6 +24,7 @@ from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.metrics import rollout_metrics
 from igrpo_jax.rewards import main_guard
+from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.session import ending
 from igrpo_jax.session.opening import open_run
 from igrpo_jax.session.run import Run, StepResult, throughput
@@ -43,7 +44,8 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
 
     Raises:
         InputError: something in `config` or what it names is wrong, or `workdir` holds another run.
-        RunError: the run cannot go on: a full disk, too many verifier failures or steps that are not finite.
+        RunError: the run cannot go on: a full disk, too many steps that are not finite, or too many verifier failures,
+            after which the last step is saved.
         Exception: what `on_step` raised, with a note that says so.
         Preempted: SIGTERM came, and what can be resumed is saved.
     """
@@ -75,6 +77,8 @@ def _train(
                 _call(on_step, run, state, step, result.metrics | run.progress.scores.get(step, {}))
     except Preempted:
         run.leave(done, state)
+    except VerifierError as error:
+        run.leave_unverified(error, done, state)
     run.finish(state)
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import fcntl
+import gc
 import os
 import shutil
 import subprocess
@@ -72,6 +73,12 @@ def pytest_unconfigure(config):
     """Deletes the compiled programs in the process that made their folder, which is the last one to end."""
     if PROGRAMS in config.stash:
         shutil.rmtree(config.stash[PROGRAMS], ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def survivors():
+    """Leaves what earlier files keep, millions of objects of JAX, out of garbage collections; each took over a second."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -5,17 +5,26 @@ igrpo_jax.main` starts by itself is shown by the run of the fixture `whole`, whi
 """
 
 import contextlib
-import multiprocessing
+import multiprocessing.context
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+import unittest.mock
+from multiprocessing import forkserver, popen_forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SERVER = multiprocessing.get_context("forkserver")
+SERVER = forkserver.ForkServer()  # another than that of the verifier's workers, which begin without jax
 SERVER.set_forkserver_preload(["igrpo_jax.main", "igrpo_jax.train"])
+
+
+class _Process(multiprocessing.context.ForkServerProcess):
+    @staticmethod
+    def _Popen(process):
+        with unittest.mock.patch.object(forkserver, "connect_to_new_process", SERVER.connect_to_new_process):
+            return popen_forkserver.Popen(process)
 
 
 def free_port() -> int:
@@ -31,7 +40,7 @@ class Started:
     def __init__(self, program: str, argv: list, env: dict[str, str]):
         self._folder = tempfile.TemporaryDirectory(prefix="igrpo_jax_")
         self.args = [str(argument) for argument in argv]
-        self._process = SERVER.Process(target=_become, args=(program, self.args, env, self._folder.name))
+        self._process = _Process(target=_become, args=(program, self.args, env, self._folder.name))
         self._process.start()
         self.pid = self._process.pid
 

@@ -27,10 +27,12 @@ from igrpo_jax.distributed import cluster, sharding, watchdog
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import compilations
 from igrpo_jax.errors import InputError, RunError
-from igrpo_jax.evaluation import comparison, planning, summaries
+from igrpo_jax.evaluation import comparison, evaluator, planning, summaries
 from igrpo_jax.evaluation.evaluator import Evaluator
+from igrpo_jax.learning import rollout
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
+from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.session import opening, overview, run_context, task
 from igrpo_jax.session.run import utilization
@@ -97,6 +99,35 @@ def test_a_step_whose_callback_raises_is_saved(monkeypatch, tmp_path):
     with pytest.raises(RunError, match="on_step: raised an error on another process; step 1 is saved"):
         train.train(config.Config(compilation_cache=""), tmp_path, lambda *_: None)
     assert calls == [(3, 3), (1, 1)]
+
+
+@pytest.mark.slow(seconds=12)
+def test_where_the_verifier_fails_the_steps_before_are_saved(monkeypatch, tmp_path):
+    """In the rollout of step 2 and, on the way there, in the evaluation before step 1, whose answers are kept."""
+    fields = {"steps": 2, "evaluation.every": 2, "warm_start.steps": 0, "learner.minibatches": 1, "rollout.slots": 8}
+    c = settings(**fields, **{"checkpoint.every": 100, "compilation_cache": str(tmp_path / "cache")})
+    workdir, fails = tmp_path / "run", {"evaluation": 1, "rollout": 2}  # the calls that fail
+    drawn, draw = [], Evaluator._draw
+    monkeypatch.setattr(Evaluator, "_draw", lambda *args: (drawn.append(args), draw(*args)))
+
+    def failing(name):
+        def check(*_):
+            fails[name] -= 1
+            if fails[name] == 0:
+                raise VerifierError("too many gradings failed")
+
+        return check
+
+    monkeypatch.setattr(evaluator, "check_errors", failing("evaluation"))
+    monkeypatch.setattr(rollout, "check_errors", failing("rollout"))
+    for step in range(2):
+        told = f"too many gradings failed. Step {step} is saved in {workdir}; started again, the run goes on from there"
+        with pytest.raises(VerifierError, match=re.escape(told)):
+            train.train(c, workdir)
+        assert {path.name for path in (workdir / "checkpoints").iterdir()} >= {str(step)}
+    assert len(drawn) == 1
+    train.train(c, workdir)
+    assert len(drawn) == 2 and [row["step"] for row in rows(workdir) if "loss" in row] == [1, 2]
 
 
 def test_a_run_that_is_interrupted_says_what_it_has_saved(monkeypatch, tmp_path, capsys):

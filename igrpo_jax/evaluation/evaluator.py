@@ -200,7 +200,11 @@ class Evaluator:
                 self._draw(params, requests)
         if cluster.any_of(preemption.noted()):
             raise Preempted
-        check_errors(scores, self._config.rewards.max_error_fraction)
+        # Of all processes, as `results.drop_failed` counts them, so that none goes on alone.
+        found = json.dumps([(score.status, score.detail) for score in scores])
+        parts = [json.loads(part) for part in cluster.gather(found.encode())]
+        everyone = [Score(0.0, {}, None, status, detail=detail) for part in parts for status, detail in part]
+        check_errors(everyone, self._config.rewards.max_error_fraction)
 
     def _draw(self, params: decoder.Params, requests: Sequence[Request]) -> None:
         """Samples and scores `requests` of this process."""

@@ -6,6 +6,8 @@
 replaces those that die, and recycles them after a number of items. An item costs about 0.1 ms of scheduling on two
 cores with two workers, so items are sent one by one, each with its own deadline. This module adds what pebble lacks:
 
+- A worker starts in milliseconds, as a fork of a server that holds what all of them need (`worker_image`), and shares
+  the server's memory. The server never has devices or threads, so that a fork is as good as a new interpreter.
 - A worker starts with all accelerators hidden, because it must never claim the TPU or GPU of its parent, and with
   bounded memory.
 - A worker imports its modules before it asks for its first item, so imports do not count against a deadline. An
@@ -15,14 +17,15 @@ cores with two workers, so items are sent one by one, each with its own deadline
   item may not be at fault.
 - pebble stops for good when an idle worker dies. A new pool then replaces it and gets the items without a result.
 
-Workers are spawned, so they import the parent's `__main__` again: a program that uses this pool must import jax inside
-`main()`, behind `if __name__ == "__main__"`; `main_guard` refuses one that does without. Not here: what is graded
-(`verifier`), order, retries of slow items.
+Workers import the parent's `__main__` again: a program that uses this pool must import jax inside `main()`, behind
+`if __name__ == "__main__"`; `main_guard` refuses one that does without. Not here: what is graded (`verifier`), order,
+retries of slow items.
 """
 
 import contextlib
 import itertools
 import multiprocessing
+import multiprocessing.context
 import os
 import pkgutil
 import resource
@@ -43,10 +46,11 @@ from igrpo_jax.rewards.main_guard import check_main
 
 MAX_TASKS = 10_000  # items after which a worker is replaced, against slow leaks in what it runs
 MEMORY_BYTES = 4 << 30  # address space of one worker; an item that wants more ends in MemoryError
-ATTEMPTS = 3  # times an item is sent at most, where its worker is killed or the pool itself breaks
+ATTEMPTS = 3  # times an item is sent at most, where its worker is killed or the pool itself breaks, or a worker started
+_IMAGE = "igrpo_jax.rewards.worker_image"  # module that the server imports
 _ORPHAN_GRACE = 10.0  # seconds past the deadline after which a worker that nobody killed ends itself
 
-_BLANK = {
+BLANK = {
     "JAX_PLATFORMS": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
     "ROCR_VISIBLE_DEVICES": "",
@@ -59,6 +63,23 @@ _BLANK = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
+
+
+class _Process(multiprocessing.context.ForkServerProcess):
+    """A fork of the server; where the server was killed, of another one."""
+
+    def start(self) -> None:
+        for attempt in itertools.count(1):
+            try:
+                return super().start()
+            except (OSError, EOFError):  # it died after it was seen alive
+                if attempt == ATTEMPTS:
+                    raise
+                time.sleep(0.1)
+
+
+class _Context(multiprocessing.context.ForkServerContext):
+    Process = _Process
 
 
 @dataclass(frozen=True)
@@ -113,9 +134,11 @@ class Pool:
             "max_workers": workers,
             "max_tasks": max_tasks,
             "initializer": _start_worker,
-            "initargs": (memory_bytes, preload),
-            "context": multiprocessing.get_context("spawn"),
+            "initargs": (memory_bytes, preload, dict(os.environ)),
+            "context": _Context(),
         }
+        # For the first pool of the process. A server of another library, if one runs already, is as good but slower.
+        multiprocessing.set_forkserver_preload([_IMAGE])
         self._lock = threading.RLock()
         self._numbers = itertools.count()
         self._unanswered: dict[int, _Item] = {}
@@ -248,9 +271,14 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(memory_bytes: int, preload: tuple[str, ...]) -> None:
-    """Prepares a new worker, before it asks for an item."""
-    os.environ.update(_BLANK)
+def _start_worker(memory_bytes: int, preload: tuple[str, ...], environment: dict[str, str]) -> None:
+    """Prepares a new worker, before it asks for an item.
+
+    Args:
+        environment: of the parent, which may have changed since the server was started.
+    """
+    os.environ.clear()
+    os.environ.update(environment | BLANK)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # pebble installs a Python handler, which waits for the C call in progress to end.

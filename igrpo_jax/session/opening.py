@@ -43,6 +43,7 @@ from igrpo_jax.outputs.workdir import (
     recorded_date,
 )
 from igrpo_jax.outputs.writer import Writer
+from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
@@ -317,8 +318,10 @@ def _evaluate_start(run: Run, state: TrainState, is_new: bool) -> None:
 
 
 def _evaluate(run: Run, state: TrainState, step: int) -> None:
-    """Evaluates before the first step. At a notice it saves the state, to which the answers so far belong."""
+    """Evaluates before the first step. Where that can't be finished, saves the state, to which the answers belong."""
     try:
         run.evaluate(state.params, step)
     except Preempted:
         run.leave(step, state)
+    except VerifierError as error:
+        run.leave_unverified(error, step, state)

@@ -26,6 +26,7 @@ from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Group
+from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.session import ending, overview
 from igrpo_jax.session.progress import Progress, check_finite
 from igrpo_jax.session.run_context import preempted_after
@@ -115,7 +116,8 @@ class Run:
 
         Raises:
             Preempted: SIGTERM came meanwhile.
-            VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
+            VerifierError: more gradings failed than config.rewards.max_error_fraction allows; the other answers are
+                kept as at a notice.
         """
         out = self.workdir / "evaluations" / f"step_{step:06d}"
         began = time.perf_counter()
@@ -164,6 +166,17 @@ class Run:
         """Saves the state after `step`, and raises Preempted with a message that says so."""
         self.keep(step, state)
         raise preempted_after(step, self.task.total_steps, self.workdir)
+
+    def leave_unverified(self, error: VerifierError, step: int, state: TrainState) -> NoReturn:
+        """Saves the state after `step`, and raises `error` with a message that says so.
+
+        Args:
+            error: of a rollout, which changes no state, or of an evaluation; all processes have it.
+        """
+        self.keep(step, state)
+        raise VerifierError(
+            f"{error}. Step {step} is saved in {self.workdir}; started again, the run goes on from there"
+        )
 
     def finish(self, state: TrainState) -> None:
         """Waits for the last checkpoint, exports where asked, and prints the final scores and where the files are."""

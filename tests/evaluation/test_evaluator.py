@@ -5,6 +5,7 @@ import json
 import re
 from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from igrpo_jax.distributed import cluster, sharding
 from igrpo_jax.distributed.teams import Team
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import inference, planning, results, summaries
-from igrpo_jax.evaluation.evaluator import Evaluator
+from igrpo_jax.evaluation.evaluator import Evaluator, RoundPrompt
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.records import Score
@@ -203,6 +204,30 @@ def test_what_a_verifier_failed_on_too_often_is_graded_anew(evaluator, params, t
         sound = 0
     assert evaluator(**changes).run(params, tmp_path / "failed") == whole
     assert lines(tmp_path / "failed") == lines(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_failed_gradings_are_counted_over_all_processes(evaluator, params, monkeypatch):
+    """Red if each process judges its own: one would end alone, and the others would wait for it."""
+    gathered = []
+
+    def with_another(data):
+        other = [["ok", ""]] * 300 if mostly_sound else [["error", "no memory"]] * 300
+        gathered.append(json.loads(data))
+        return [data, json.dumps(other).encode()]
+
+    failing = evaluator(rewards__max_error_fraction=0.3)
+    here = SimpleNamespace(gather=with_another, any_of=lambda here: here, from_first=lambda decide: decide())
+    monkeypatch.setattr("igrpo_jax.evaluation.evaluator.cluster", here)
+    name = next(iter(failing.plan.prompts))
+    asked = [RoundPrompt(prompt, (), prompt.tokens) for prompt in failing.plan.prompts[name]]
+    for mostly_sound in (True, False):
+        failing._verifier = FailingVerifier(0) if mostly_sound else StubVerifier()
+        expected = contextlib.nullcontext() if mostly_sound else pytest.raises(VerifierError, match="first: no memory")
+        with expected:
+            failing._sample(params, name, asked, results.Rows(None, name, None), "single shot")
+    statuses = [{status for status, _ in mine} for mine in gathered]
+    assert statuses[0] == {"error"} and "error" not in statuses[1]
 
 
 @pytest.mark.slow

@@ -15,12 +15,14 @@ import textwrap
 import threading
 import time
 from collections import Counter
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 from pebble.common import CONSTS
 
 from igrpo_jax.errors import InputError
+from igrpo_jax.rewards import pool as pool_module
 from igrpo_jax.rewards.pool import Pool
 
 TIMEOUT = 3.0  # long enough for what is quick to be so on a busy machine
@@ -61,6 +63,8 @@ def work(kind, value=None):
         return lambda: value
     if kind == "memory":
         return len(bytearray(value))
+    if kind == "variable":
+        return os.environ.get(value)
     if kind == "environment":
         return {name: os.environ.get(name) for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS")}
     if kind == "blocked":
@@ -165,7 +169,22 @@ def test_an_idle_worker_that_dies_does_not_break_the_pool(pool):
 def test_environment_and_modules_of_a_worker(pool):
     environment, modules = settle([pool.submit("environment"), pool.submit("modules")])
     assert environment.value == {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TPU_VISIBLE_CHIPS": ""}
-    assert modules.value == ["wave"]  # preloaded; no jax, no sympy
+    assert modules.value == ["sympy", "wave"]  # of the server and preloaded; no jax
+
+
+@pytest.mark.slow
+def test_workers_get_the_present_environment_and_outlive_their_server(monkeypatch):
+    """A server that is killed, as by a signal to all processes of a job, is replaced; no item is lost."""
+    with Pool(work, workers=1, timeout=TIMEOUT) as pool:  # the server runs from here on at the latest
+        settle([pool.submit("echo", 1)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "set later")
+    monkeypatch.setenv("SET_LATER", "too")
+    with Pool(work, workers=2, timeout=TIMEOUT, max_tasks=2) as pool:
+        before = settle([pool.submit("variable", name) for name in ("CUDA_VISIBLE_DEVICES", "SET_LATER")])
+        assert [outcome.value for outcome in before] == ["", "too"]
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+        outcomes = settle([pool.submit("echo", i) for i in range(12)])
+        assert [outcome.value for outcome in outcomes] == list(range(12))
 
 
 def test_ctrl_c_does_not_reach_a_worker_and_still_reaches_the_parent():
@@ -198,6 +217,20 @@ def test_the_clock_starts_after_the_imports(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with Pool(work, workers=1, timeout=TIMEOUT, preload=("slow_to_import:warm_up",)) as pool:
         assert settle([pool.submit("echo", 1)])[0].status == "ok"
+
+
+def test_a_worker_that_a_dying_server_does_not_start_is_started_by_the_next(monkeypatch):
+    start, failures = pool_module._Process._Popen, [EOFError("unexpected EOF"), ConnectionRefusedError()]
+
+    def started(process):
+        if failures:
+            raise failures.pop()
+        return start(process)
+
+    monkeypatch.setattr(pool_module._Process, "_Popen", staticmethod(started))
+    with Pool(work, workers=1, timeout=TIMEOUT) as pool:
+        assert settle([pool.submit("echo", 1)])[0].status == "ok"
+    assert not failures
 
 
 def test_an_import_that_fails_is_left_to_the_item_that_needs_it():

@@ -55,6 +55,7 @@ def equal(a: str, b: str) -> bool:
         return False
 
 
+@functools.cache  # a worker may be a fork of a process that has done it
 def warm_up() -> None:
     """Prepares the imports and tables of sympy and its LaTeX parser, which take seconds."""
     _verified("x+1", "1+x")
