@@ -8,6 +8,7 @@ shuffled with a fixed seed and the first N graded:
 - worker: `grader.grade` in this process, on one core, with cleared caches. Most answers are new to the process.
 - pool: the same rows through `rewards.verifier.Verifier`, from the first submit to the last result, workers warm. As
   in a run, equal rows are graded once.
+  Also the seconds from nothing to the first result, for a first pool and for a second, and the memory of its workers.
 - math-verify: `math_verify.parse` and `verify` as in its README, for LaTeX and plain expressions, without its time
   limits, on the same texts and reference answers. It is slow and runs on a subsample of --baseline-rows.
 - fallback_fraction: share of rows that exact arithmetic could not decide, so that sympy decided.
@@ -138,32 +139,40 @@ def measure_worker(rows: list) -> dict:
 
 
 def start_verifier(workers: int, timeout: float):
-    """Returns a Verifier with warm workers."""
+    """Returns a Verifier with warm workers, and the seconds until its first result."""
     from igrpo_jax import config
     from igrpo_jax.records import Candidate
     from igrpo_jax.rewards.verifier import Verifier
 
+    start = time.perf_counter()
     verifier = Verifier(config.RewardsConfig(accuracy=1.0, format=0.0, workers=workers, timeout=timeout))
+    verifier.submit(Candidate("\\boxed{1}", "1")).result()
+    seconds = time.perf_counter() - start
     end = time.monotonic() + WARM_UP_SECONDS
     while len(workers_of(os.getpid())) < workers and time.monotonic() < end:
         time.sleep(0.1)
     for future in [verifier.submit(Candidate("\\boxed{1}", "1")) for _ in range(200 * workers)]:
         future.result()
-    return verifier
+    return verifier, seconds
 
 
 def measure_pool(rows: list, workers: int) -> dict:
     from igrpo_jax.records import Candidate
 
     rates = []
-    with start_verifier(workers, timeout=30.0) as verifier:
+    verifier, first = start_verifier(workers, timeout=30.0)
+    with verifier:
         for _ in range(3):
             start = time.perf_counter()
             futures = [verifier.submit(Candidate(text, gold)) for text, gold, _ in rows]
             scores = [future.result() for future in futures]
             rates.append(len(rows) / (time.perf_counter() - start))
     failed = sum(score.status not in ("ok", "unparseable") for score in scores)
-    return {"pool_per_second": round(max(rates), 1), "pool_failed": failed, "workers": workers}
+    verifier, again = start_verifier(workers, timeout=30.0)  # its server runs already
+    with verifier:
+        memory = sum(map(proportional, workers_of(os.getpid())))
+    figures = {"pool_per_second": round(max(rates), 1), "pool_failed": failed, "workers": workers}
+    return figures | {"start_seconds": round(first, 2), "restart_seconds": round(again, 2), "pool_mib": round(memory)}
 
 
 def measure_math_verify(rows: list) -> dict:
@@ -241,7 +250,8 @@ def measure_mixed(golds: list[str], count: int, workers: int, timeout: float) ->
     scores: list[Score] = []
     memory = []  # MiB of the parent and of the largest worker, after each batch
     elapsed = 0.0
-    with start_verifier(workers, timeout) as verifier:
+    verifier, _ = start_verifier(workers, timeout)
+    with verifier:
         for first in range(0, count, BATCH):
             start = time.perf_counter()
             futures = [verifier.submit(Candidate(text, gold)) for text, gold in cases[first : first + BATCH]]
@@ -309,18 +319,18 @@ def measure_deadlines(workers: int, timeout: float) -> dict:
 
 
 def workers_of(parent: int) -> list[int]:
-    """Returns live worker processes of `parent`, without multiprocessing's resource tracker."""
-    workers = []
+    """Returns live worker processes of `parent`: the children of its server, of which they are forks."""
+    parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                command = (entry / "cmdline").read_bytes()
+                is_server = b"forkserver" in (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if int(fields[1]) == parent and fields[0] != "Z" and b"resource_tracker" not in command:
-                workers.append(int(entry.name))
-    return workers
+            if fields[0] != "Z" and is_server:
+                parents[int(entry.name)] = int(fields[1])
+    return [pid for pid, server in parents.items() if parents.get(server) == parent]
 
 
 def resident(pid: int) -> float:
@@ -330,6 +340,12 @@ def resident(pid: int) -> float:
     except OSError:
         return 0.0
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def proportional(pid: int) -> float:
+    """Returns resident memory in MiB, of which a page that several processes share counts in parts."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
 def versions() -> dict:
@@ -359,7 +375,9 @@ def main() -> None:
     print(f"worker: {figures['worker_per_second']} a second, {figures['agreement']:.3%} as written, "
           f"{figures['fallback_fraction']:.2%} asked sympy")  # fmt: skip
     figures |= measure_pool(rows, options.workers)
-    print(f"pool of {options.workers}: {figures['pool_per_second']} a second, {figures['pool_failed']} failed")
+    print(f"pool of {options.workers}: {figures['pool_per_second']} a second, {figures['pool_failed']} failed; its first "
+          f"result after {figures['start_seconds']} s, of a second pool after {figures['restart_seconds']} s; "
+          f"{figures['pool_mib']} MiB")  # fmt: skip
     if options.baseline_rows:
         figures |= measure_math_verify(rows[: options.baseline_rows])
         figures["ratio"] = round(figures["worker_per_second"] / figures["math_verify_per_second"], 1)

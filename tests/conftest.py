@@ -5,6 +5,7 @@ import fcntl
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,8 +78,14 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def survivors():
-    """Leaves what earlier files keep, millions of objects of JAX, out of garbage collections; each took over a second."""
+    """Leaves millions of objects that earlier files keep out of garbage collections; each took over a second."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Lets SIGINT raise KeyboardInterrupt. A job in the background ignores it; a command that was interrupted ends."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

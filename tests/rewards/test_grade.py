@@ -191,16 +191,8 @@ def test_a_pipe_is_written_to_and_a_link_is_followed(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(["in.jsonl", "log", *"pld"])
 
 
-@pytest.fixture
-def hears_ctrl_c():
-    """A process that starts now is one of the foreground, also where the tests run in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_command_that_is_stopped_leaves_nothing_behind(tmp_path, hears_ctrl_c, sent, code):
+def test_a_command_that_is_stopped_leaves_nothing_behind(tmp_path, sent, code):
     source = write(tmp_path / "in.jsonl", ROWS[:1] * 50_000)
     arguments = [sys.executable, "-m", "igrpo_jax.rewards.grade", str(source), str(tmp_path / "out.jsonl")]
     running = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
