@@ -375,8 +375,8 @@ def main() -> None:
     print(f"worker: {figures['worker_per_second']} a second, {figures['agreement']:.3%} as written, "
           f"{figures['fallback_fraction']:.2%} asked sympy")  # fmt: skip
     figures |= measure_pool(rows, options.workers)
-    print(f"pool of {options.workers}: {figures['pool_per_second']} a second, {figures['pool_failed']} failed; its first "
-          f"result after {figures['start_seconds']} s, of a second pool after {figures['restart_seconds']} s; "
+    print(f"pool of {options.workers}: {figures['pool_per_second']} a second, {figures['pool_failed']} failed; its "
+          f"first result after {figures['start_seconds']} s, of a second pool after {figures['restart_seconds']} s; "
           f"{figures['pool_mib']} MiB")  # fmt: skip
     if options.baseline_rows:
         figures |= measure_math_verify(rows[: options.baseline_rows])
