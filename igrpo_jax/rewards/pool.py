@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import pebble
@@ -78,8 +78,23 @@ class _Process(multiprocessing.context.ForkServerProcess):
                 time.sleep(0.1)
 
 
-class _Context(multiprocessing.context.ForkServerContext):
+class _Forking(multiprocessing.context.ForkServerContext):
     Process = _Process
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Returns how workers are started, and starts their server where none runs.
+
+    A server of another library, if one runs already, is as good but slower. So is a new interpreter for each worker,
+    where no server can be made, as with a path of the temporary folder that is too long for a socket.
+    """
+    multiprocessing.set_forkserver_preload([_IMAGE])
+    try:
+        with _without_interrupts():
+            forkserver.ensure_running()
+    except OSError:
+        return multiprocessing.get_context("spawn")
+    return _Forking()
 
 
 @dataclass(frozen=True)
@@ -135,10 +150,8 @@ class Pool:
             "max_tasks": max_tasks,
             "initializer": _start_worker,
             "initargs": (memory_bytes, preload, dict(os.environ)),
-            "context": _Context(),
+            "context": _context(),
         }
-        # For the first pool of the process. A server of another library, if one runs already, is as good but slower.
-        multiprocessing.set_forkserver_preload([_IMAGE])
         self._lock = threading.RLock()
         self._numbers = itertools.count()
         self._unanswered: dict[int, _Item] = {}
@@ -261,7 +274,7 @@ def _without_interrupts() -> Iterator[None]:
     """Keeps Ctrl-C from the processes and threads that the block starts; this thread gets it when the block ends.
 
     A terminal sends SIGINT to the workers too, and each would print a traceback while it imports `__main__`: pebble
-    makes workers ignore SIGINT only after that. Pebble's threads, which replace workers, are started here as well.
+    makes workers ignore SIGINT only after that. The server and pebble's threads, which replace workers, pass this on.
     """
     resource_tracker.ensure_running()  # its own start would let the signal through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -233,6 +233,23 @@ def test_a_worker_that_a_dying_server_does_not_start_is_started_by_the_next(monk
     assert not failures
 
 
+@pytest.mark.slow
+def test_where_no_server_can_be_made_workers_are_spawned(tmp_path):
+    """The path of a socket has 107 bytes at most."""
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os\nfrom igrpo_jax.rewards.pool import Pool\n"
+        "if __name__ == '__main__':\n"
+        "    with Pool(os.getppid, workers=1, timeout=20.0) as pool:\n"
+        "        print(pool.submit().result().value == os.getpid())\n"
+    )
+    env = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, program], env=env, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_an_import_that_fails_is_left_to_the_item_that_needs_it():
     with Pool(work, workers=1, timeout=TIMEOUT, preload=("no_such_module", "wave:no_such_function")) as pool:
         assert settle([pool.submit("echo", 1)])[0].status == "ok"
