@@ -142,10 +142,10 @@ def test_every_metric_that_the_code_spells_out_has_a_line():
     assert sorted(name for name in found if not has_a_line(name, names)) == []
 
 
-@pytest.mark.slow(seconds=50)
-def test_every_metric_of_a_run_has_a_line(notebook):
-    """All rows of the notebook's run: supervised start, evaluations, steps with drafts."""
-    workdir, _ = notebook
+@pytest.mark.slow
+def test_every_metric_of_a_run_has_a_line(whole):
+    """All rows of a run: supervised start, evaluations, steps with drafts."""
+    workdir, _ = whole
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     found = {name for row in rows for name in row} - {"step"}
     assert {"loss", "warm_start/loss", "eval/arithmetic/pass@1", "draft/accuracy", "refine/fixed"} <= found
@@ -153,10 +153,10 @@ def test_every_metric_of_a_run_has_a_line(notebook):
 
 
 @pytest.mark.slow
-def test_the_reference_has_no_line_twice_and_none_of_what_is_gone(notebook):
+def test_the_reference_has_no_line_twice_and_none_of_what_is_gone(whole):
     names = documented()
     assert len(names) == len(set(names))
-    workdir, _ = notebook
+    workdir, _ = whole
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     found = spelt_out() | {name for row in rows for name in row}
     sources = "".join(path.read_text(encoding="utf-8") for path in FILES.values())
@@ -336,6 +336,7 @@ def test_the_configuration_of_the_page_for_users_of_trl():
     assert made.rewards.names == ("correct", "short") and made.trained_completions == 64
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=40)
 def test_the_configuration_file_of_the_page_trains_and_evaluates(tmp_path, monkeypatch):
     """As it is written there, with the page's files beside it; only the model is another one, and there is one step."""
@@ -494,6 +495,7 @@ def notebook(tmp_path_factory):
     return folder / "runs" / "colab", {cell.id: cell.outputs for cell in book.cells if cell.cell_type == "code"}
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=35)
 def test_the_notebook_runs_from_top_to_bottom(notebook):
     workdir, outputs = notebook

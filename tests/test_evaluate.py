@@ -156,6 +156,7 @@ def test_a_run_and_its_weights_elsewhere_answer_alike(call, model, run, folder, 
     assert "holds no checkpoint of it; those there are: 1, 3" in said
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=8)
 def test_a_model_in_a_bucket_answers_as_on_a_disk(call, model, folder, bucket, tmp_path):
     """The model, the problems and the answers lie in a bucket."""

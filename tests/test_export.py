@@ -126,6 +126,7 @@ def test_adapters_that_nobody_could_use_are_refused(adapted, trained, tmp_path):
     assert message == "--dtype bfloat16: adapters are always written in float32; leave it out"
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=9)
 def test_lora_on_a_model_of_files(trained, tmp_path):
     """The base is read from the files, sharded, in model.dtype, and is not in the checkpoint. The adapters name it."""

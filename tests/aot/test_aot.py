@@ -196,6 +196,7 @@ def test_a_chip_that_is_too_small(found):
             config.check_field(name)
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_cache_that_is_too_large(file, monkeypatch, capsys):
     """Too many pages for a chip, by the compiler itself; of the programs only those that need little to compile."""

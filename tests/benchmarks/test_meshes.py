@@ -28,6 +28,7 @@ def cells_of_the_page():
     return {(split(row)[0], name): cell for row in rows for name, cell in zip(names, split(row)[1:], strict=True)}
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_the_page_has_the_figures_of_today(environment, model):

@@ -26,6 +26,7 @@ transformers.logging.get_logger("transformers").warning("a real warning")
 """
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["from igrpo_jax.cli import exits", "from igrpo_jax import export", "pass"])
 def test_without_pytorch_transformers_gives_no_advice_and_still_warns(first):

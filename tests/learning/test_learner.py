@@ -274,7 +274,9 @@ OBJECTIVES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective", ["grpo", "gspo", *(pytest.param(name, marks=pytest.mark.proof) for name in ("dr_grpo", "dapo"))]
+)
 def test_shared_equals_unshared_off_policy(build, tiny, score_in_full, objective):
     """With a log pi_old that is a little off the policy's, so that tokens are clipped on both sides."""
     rng, mask = np.random.default_rng(3), layout()[1]
@@ -381,7 +383,9 @@ MESHES = {"2x2x2": config.MeshConfig(2, 2, 2), "1x4x2": config.MeshConfig(1, 4, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh", ["2x2x2", *(pytest.param(name, marks=pytest.mark.proof) for name in ("1x4x2", "8x1x1"))]
+)
 def test_a_mesh_equals_one_device(build, tiny, base, mesh):
     """Whole groups on each shard of the batch: one or two."""
     learner, _ = built = build(MESHES[mesh])
@@ -425,7 +429,7 @@ def gathered(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "logits", "full"])
+@pytest.mark.parametrize("remat", ["none", "full", pytest.param("logits", marks=pytest.mark.proof)])
 def test_only_weights_are_gathered(tiny, remat):
     """The constraints hold on virtual devices too: weights travel over fsdp, and of activations only sums.
 

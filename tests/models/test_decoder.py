@@ -168,7 +168,7 @@ def test_weights_that_nothing_has_cast_are_not_stacked():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.proof)])
 def test_a_loop_is_its_sublayers_one_after_the_other(hybrid, remat, monkeypatch):
     """Hidden states and gradients; of two different stretches."""
     c = dataclasses.replace(hybrid[0], pattern="M-M-*-*-")

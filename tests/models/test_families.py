@@ -22,7 +22,11 @@ from igrpo_jax.models.ragged import Paged, Ragged
 STEPS = 32
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+MORE = {"llama", "qwen3", "hybrid-one-group", "hybrid-wide-convolution", "hybrid-short-convolution"}
+PARAMS = [pytest.param(name, marks=pytest.mark.proof if name in MORE else ()) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def family(request, tmp_path_factory):
     """The model of transformers, and our config and parameters as read from what it saved."""
     model = family_model(*FAMILIES[request.param])

@@ -460,7 +460,7 @@ print((kib("VmHWM") - before) * 1024 - copy)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.proof)])
 @pytest.mark.parametrize("fsdp", [pytest.param(1, marks=pytest.mark.proof), 4])
 def test_host_memory_of_an_import_is_bounded(tmp_path, monkeypatch, fsdp, dtype):
     """Beyond the parameters themselves (on a CPU they are host memory too) less than 1.5 times one of three files.

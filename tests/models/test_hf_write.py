@@ -42,7 +42,10 @@ def original(tmp_path):
     return path
 
 
-OTHER_FAMILIES = ("llama3", "qwen3", "qwen3-tied", "hybrid", "hybrid-groups-of-one-head")
+OTHER_FAMILIES = (
+    *("llama3", "qwen3-tied", "hybrid"),
+    *(pytest.param(name, marks=pytest.mark.proof) for name in ("qwen3", "hybrid-groups-of-one-head")),
+)
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def prompts_of(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [7, 13, 24, 100])
+@pytest.mark.parametrize("size", [7, 24, *(pytest.param(each, marks=pytest.mark.proof) for each in (13, 100))])
 def test_prompts_in_lanes_equal_one_token_at_a_time(hybrid, size):
     """Cut at many places, or not at all; outputs of all tokens and last states."""
     cfg, weights = hybrid[0], mixer_weights(hybrid[1])

@@ -46,7 +46,7 @@ def value_and_gradients(function, bonus=0.0):
 
 @pytest.mark.parametrize("keep_logits", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
-@pytest.mark.parametrize("chunk", [1, 3, 10, 64])
+@pytest.mark.parametrize("chunk", [3, 64, *(pytest.param(each, marks=pytest.mark.proof) for each in (1, 10))])
 def test_equal_to_full_logits(chunk, temperature, keep_logits):
     """10 positions of 3 rows leave a rest of T = 10, 64 are more than all; temperature 0 (greedy) is read as 1."""
     expected = value_and_gradients(lambda *x: naive(*x, temperature))
@@ -61,7 +61,7 @@ def test_equal_to_full_logits(chunk, temperature, keep_logits):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [0.7, pytest.param(1.0, marks=pytest.mark.proof)])
 @pytest.mark.parametrize("chunk", [3, 64])
 def test_entropy_with_its_gradient(chunk, temperature, tied):
     """Alone too, where the log-probs have none: d H / d z = -p (log p + H)."""
@@ -292,7 +292,10 @@ def weights():
 
 
 @pytest.mark.slow(seconds=12)
-@pytest.mark.parametrize(("model", "attention"), [("tiny", "xla"), ("tiny", "chunked"), ("hybrid", "chunked")])
+@pytest.mark.parametrize(
+    ("model", "attention"),
+    [("tiny", "xla"), ("hybrid", "chunked"), pytest.param("tiny", "chunked", marks=pytest.mark.proof)],
+)
 def test_completions_are_scored_where_they_stand(alone, model, attention):
     """Each as after its context and alone, in a forward pass of its own; so are the gradients of all parameters."""
     cfg, params, expected, gradient = alone(model)

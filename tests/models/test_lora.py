@@ -134,7 +134,11 @@ def chain_rule(tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{}, {"learner__remat": "full"}, {"learner__remat": "dots"}, {"mesh": MESHES["sharded"]}]
+    "changes",
+    [
+        *({"learner__remat": "full"}, {"mesh": MESHES["sharded"]}),
+        *(pytest.param(each, marks=pytest.mark.proof) for each in ({}, {"learner__remat": "dots"})),
+    ],
 )
 def test_adapters_get_the_gradient_of_the_chain_rule(tiny, chain_rule, changes):
     adapters, expected, metrics = chain_rule
@@ -159,6 +163,7 @@ def test_a_loop_over_adapted_sublayers(tiny, chain_rule, monkeypatch):
     assert_close(gradient_of(state), expected, 2e-4)
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_base_in_bfloat16_is_adapted_too(tiny, chain_rule):
     """Its head and embedding are narrow as well, and get no gradient; the adapters' has the direction it should."""
@@ -242,7 +247,9 @@ WHOLE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "targets"), [("qwen2", ("all-linear",)), ("nemotron_h", WHOLE)])
+@pytest.mark.parametrize(
+    ("family", "targets"), [("qwen2", ("all-linear",)), pytest.param("nemotron_h", WHOLE, marks=pytest.mark.proof)]
+)
 def test_peft_loads_the_adapters_and_gives_our_logits(tmp_path, family, targets):
     peft = pytest.importorskip("peft")
     import hf_models

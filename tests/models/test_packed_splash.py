@@ -84,7 +84,7 @@ def test_it_equals_dense_attention(shards, kv_heads, groups, small_blocks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("fits", [True, pytest.param(False, marks=pytest.mark.proof)])
 def test_short_loops_where_they_are_enough(fits, small_blocks, monkeypatch):
     """Two completions, each of a block, read one block of a prefix: in two pieces, each for one of them.
 

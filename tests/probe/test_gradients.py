@@ -147,6 +147,7 @@ def test_the_same_objective_has_the_cosine_one_and_no_reliance(learner, tmp_path
     assert set(more.sketches) == set(KINDS)
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=12)
 def test_credited_refinements_are_shaped_as_they_are_trained_on(tiny, tmp_path):
     """Against losses written out: the plain answers by A log p, the right refinements by A p / (p + 0.1) of a token.

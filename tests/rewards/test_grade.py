@@ -191,7 +191,9 @@ def test_a_pipe_is_written_to_and_a_link_is_followed(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(["in.jsonl", "log", *"pld"])
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.proof)]
+)
 def test_a_command_that_is_stopped_leaves_nothing_behind(tmp_path, sent, code):
     source = write(tmp_path / "in.jsonl", ROWS[:1] * 50_000)
     arguments = [sys.executable, "-m", "igrpo_jax.rewards.grade", str(source), str(tmp_path / "out.jsonl")]

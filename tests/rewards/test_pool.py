@@ -343,10 +343,13 @@ def calls():
     ("end", "command", "said"),
     [
         ("calls()", "{0}", 'put its calls under `if __name__ == "__main__":`'),
-        ("if True:\n    calls()", "-m program", 'put its calls under `if __name__ == "__main__":`'),
+        pytest.param(
+            *("if True:\n    calls()", "-m program", 'put its calls under `if __name__ == "__main__":`'),
+            marks=pytest.mark.proof,
+        ),
         ("calls()", "- < {0}", "<stdin>: is no file, so the verifier's processes can't import it; run"),
         ('if __name__ == "__main__":\n    calls()', "{0}", ""),
-        ("calls()", '-c "$(cat {0})"', ""),
+        pytest.param("calls()", '-c "$(cat {0})"', "", marks=pytest.mark.proof),
         pytest.param('if __name__ == "__main__":\n    calls()', "-m program", "", marks=pytest.mark.proof),
         pytest.param("calls()", "-m folder", "", marks=pytest.mark.proof),
     ],

@@ -258,6 +258,7 @@ def test_windows_lie_where_those_of_the_last_dispatch_lay(engine, params, reques
     assert memory.alias_size_in_bytes == engine.state_bytes + held > memory.temp_size_in_bytes
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_where_xla_allocates_windows_samples_are_the_same(engine, params, requests, samples):
     """As on accelerators that have no kernel for pages."""

@@ -85,7 +85,9 @@ def expected(engine, tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots, shards", [(8, 1), (64, 1), (8, 4)])
+@pytest.mark.parametrize(
+    "slots, shards", [(8, 4), *(pytest.param(slots, 1, marks=pytest.mark.proof) for slots in (8, 64))]
+)
 def test_the_first_dispatch_needs_the_programs_that_are_named_for_it(tiny, slots, shards):
     """More samples than slots, fewer of them, and prompts that are prefilled side by side."""
     mesh = sharding.make_mesh(config.MeshConfig(data=shards), jax.devices()[:shards])
@@ -223,7 +225,9 @@ def test_few_slots_that_are_left_decode_in_a_program_of_few_rows(engine, tiny, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shards", "ahead"), [(1, 0), (1, 1), pytest.param(2, 1, marks=pytest.mark.proof)])
+@pytest.mark.parametrize(
+    ("shards", "ahead"), [(1, 1), *(pytest.param(*each, marks=pytest.mark.proof) for each in ((1, 0), (2, 1)))]
+)
 def test_samples_that_are_put_back_where_pages_run_out_are_the_same(tiny, expected, shards, ahead):
     """The pages of a shard hold one sequence of the longest and little more: some samples begin anew several times."""
     mesh = sharding.make_mesh(config.MeshConfig(data=shards), jax.devices()[:shards])

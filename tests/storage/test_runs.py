@@ -356,8 +356,9 @@ write, checkpoint_mirror.write_text = checkpoint_mirror.write_text, killed
     assert {"checkpoints/4/commit_success.txt", "checkpoints/5/commit_success.txt"} <= set(s3_bucket.names())
 
 
+@pytest.mark.proof
 @pytest.mark.slow(seconds=20)
-@pytest.mark.parametrize("kind", ["bucket", pytest.param("s3_bucket", marks=pytest.mark.proof)])
+@pytest.mark.parametrize("kind", ["bucket", "s3_bucket"])
 def test_a_run_in_a_bucket_is_drawn_exported_evaluated_and_asked(whole, kind, request, tmp_path, capsys):
     """The same report, the same weights and the same answers as of the run in a folder."""
     bucket, (reference, _) = request.getfixturevalue(kind), whole
