@@ -53,7 +53,7 @@ COMMANDS = {
 
 # Libraries that import jax; importing one is importing it.
 IMPORT_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "einshape", "distrax", "rlax"}
-# Importing these must leave jax alone: workers are spawned with them, and bad input is reported before any device work.
+# Importing these must leave jax alone: workers import them, and bad input is reported before any device work.
 WITHOUT_JAX = (
     *(
         "errors",

@@ -6,13 +6,9 @@
 replaces those that die, and recycles them after a number of items. An item costs about 0.1 ms of scheduling on two
 cores with two workers, so items are sent one by one, each with its own deadline. This module adds what pebble lacks:
 
-- A worker starts in milliseconds, as a fork of a server that holds what all of them need (`worker_image`), and shares
-  the server's memory. The server never has devices or threads, so that a fork is as good as a new interpreter.
-- A worker starts with all accelerators hidden, because it must never claim the TPU or GPU of its parent, and with
-  bounded memory.
-- A worker imports its modules before it asks for its first item, so imports do not count against a deadline. An
-  import that fails is left to the item that needs it, which can say so.
-- SIGTERM kills a worker at once even while C code runs, and a worker whose parent was killed ends itself.
+- Workers have no devices, bounded memory, and their imports done when they ask for their first item, so none of this
+  counts against a deadline (`worker_start`).
+- A worker whose parent was killed ends itself.
 - An item whose worker is killed (by the kernel's out-of-memory killer) is sent again, a few times at most, because the
   item may not be at fault.
 - pebble stops for good when an idle worker dies. A new pool then replaces it and gets the items without a result.
@@ -22,79 +18,27 @@ Workers import the parent's `__main__` again: a program that uses this pool must
 retries of slow items.
 """
 
-import contextlib
 import itertools
-import multiprocessing
-import multiprocessing.context
 import os
-import pkgutil
-import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import pebble
 from pebble.common import CONSTS
 
+from igrpo_jax.rewards import worker_start
 from igrpo_jax.rewards.main_guard import check_main
 
 MAX_TASKS = 10_000  # items after which a worker is replaced, against slow leaks in what it runs
 MEMORY_BYTES = 4 << 30  # address space of one worker; an item that wants more ends in MemoryError
-ATTEMPTS = 3  # times an item is sent at most, where its worker is killed or the pool itself breaks, or a worker started
-_IMAGE = "igrpo_jax.rewards.worker_image"  # module that the server imports
+ATTEMPTS = 3  # times an item is sent at most, where its worker is killed or the pool itself breaks
 _ORPHAN_GRACE = 10.0  # seconds past the deadline after which a worker that nobody killed ends itself
-
-BLANK = {
-    "JAX_PLATFORMS": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
-    "ROCR_VISIBLE_DEVICES": "",
-    "HIP_VISIBLE_DEVICES": "",
-    "TPU_VISIBLE_CHIPS": "",
-    "TPU_VISIBLE_DEVICES": "",
-    "TPU_LIBRARY_PATH": "/dev/null",
-    "PJRT_DEVICE": "CPU",
-    # A thread pool of the linear algebra library per worker would eat the address space on machines with many cores.
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-}
-
-
-class _Process(multiprocessing.context.ForkServerProcess):
-    """A fork of the server; where the server was killed, of another one."""
-
-    def start(self) -> None:
-        for attempt in itertools.count(1):
-            try:
-                return super().start()
-            except (OSError, EOFError):  # it died after it was seen alive
-                if attempt == ATTEMPTS:
-                    raise
-                time.sleep(0.1)
-
-
-class _Forking(multiprocessing.context.ForkServerContext):
-    Process = _Process
-
-
-def _context() -> multiprocessing.context.BaseContext:
-    """Returns how workers are started, and starts their server where none runs.
-
-    A server of another library, if one runs already, is as good but slower. So is a new interpreter for each worker,
-    where no server can be made, as with a path of the temporary folder that is too long for a socket.
-    """
-    multiprocessing.set_forkserver_preload([_IMAGE])
-    try:
-        with _without_interrupts():
-            forkserver.ensure_running()
-    except OSError:
-        return multiprocessing.get_context("spawn")
-    return _Forking()
 
 
 @dataclass(frozen=True)
@@ -148,9 +92,9 @@ class Pool:
         self._options = {
             "max_workers": workers,
             "max_tasks": max_tasks,
-            "initializer": _start_worker,
+            "initializer": worker_start.begin,
             "initargs": (memory_bytes, preload, dict(os.environ)),
-            "context": _context(),
+            "context": worker_start.context(),
         }
         self._lock = threading.RLock()
         self._numbers = itertools.count()
@@ -196,7 +140,7 @@ class Pool:
 
     def _start(self) -> pebble.ProcessPool:
         pool = pebble.ProcessPool(**self._options)
-        with _without_interrupts():
+        with worker_start.without_interrupts():
             _ = pool.active  # reading it starts the workers
         return pool
 
@@ -267,41 +211,6 @@ class Pool:
             for number in given_up:
                 self._answer(number, Outcome("error", detail=f"the worker pool broke {ATTEMPTS} times"))
             self._end(broken)
-
-
-@contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Keeps Ctrl-C from the processes and threads that the block starts; this thread gets it when the block ends.
-
-    A terminal sends SIGINT to the workers too, and each would print a traceback while it imports `__main__`: pebble
-    makes workers ignore SIGINT only after that. The server and pebble's threads, which replace workers, pass this on.
-    """
-    resource_tracker.ensure_running()  # its own start would let the signal through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(memory_bytes: int, preload: tuple[str, ...], environment: dict[str, str]) -> None:
-    """Prepares a new worker, before it asks for an item.
-
-    Args:
-        environment: of the parent, which may have changed since the server was started.
-    """
-    os.environ.clear()
-    os.environ.update(environment | BLANK)
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # pebble installs a Python handler, which waits for the C call in progress to end.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for name in preload:
-        with contextlib.suppress(Exception):  # it would end the worker, and the next one, and so on
-            found = pkgutil.resolve_name(name)
-            if ":" in name:
-                found()
 
 
 def _run(function: Callable, args: tuple, orphan_after: float) -> Outcome:

@@ -22,7 +22,7 @@ import pytest
 from pebble.common import CONSTS
 
 from igrpo_jax.errors import InputError
-from igrpo_jax.rewards import pool as pool_module
+from igrpo_jax.rewards import worker_start
 from igrpo_jax.rewards.pool import Pool
 
 TIMEOUT = 3.0  # long enough for what is quick to be so on a busy machine
@@ -166,6 +166,16 @@ def test_an_idle_worker_that_dies_does_not_break_the_pool(pool):
     assert [outcome.value for outcome in outcomes] == list(range(20))
 
 
+@pytest.mark.proof
+def test_a_worker_that_dies_with_the_lock_stops_the_others_for_seconds_only():
+    """Red with pebble's own time-out: it would take two minutes."""
+    with Pool(work, workers=2, timeout=TIMEOUT) as pool:
+        settle([pool.submit("echo", 1)])
+        assert pool._pool._pool_manager.worker_manager.workers_channel.mutex.acquire(timeout=5)
+        outcomes = settle([pool.submit("echo", i) for i in range(4)], within=60)
+    assert [outcome.value for outcome in outcomes] == list(range(4))
+
+
 def test_environment_and_modules_of_a_worker(pool):
     environment, modules = settle([pool.submit("environment"), pool.submit("modules")])
     assert environment.value == {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TPU_VISIBLE_CHIPS": ""}
@@ -220,14 +230,14 @@ def test_the_clock_starts_after_the_imports(tmp_path, monkeypatch):
 
 
 def test_a_worker_that_a_dying_server_does_not_start_is_started_by_the_next(monkeypatch):
-    start, failures = pool_module._Process._Popen, [EOFError("unexpected EOF"), ConnectionRefusedError()]
+    start, failures = worker_start._Process._Popen, [EOFError("unexpected EOF"), ConnectionRefusedError()]
 
     def started(process):
         if failures:
             raise failures.pop()
         return start(process)
 
-    monkeypatch.setattr(pool_module._Process, "_Popen", staticmethod(started))
+    monkeypatch.setattr(worker_start._Process, "_Popen", staticmethod(started))
     with Pool(work, workers=1, timeout=TIMEOUT) as pool:
         assert settle([pool.submit("echo", 1)])[0].status == "ok"
     assert not failures
