@@ -121,7 +121,7 @@ def test_where_the_verifier_fails_the_steps_before_are_saved(monkeypatch, tmp_pa
     monkeypatch.setattr(evaluator, "check_errors", failing("evaluation"))
     monkeypatch.setattr(rollout, "check_errors", failing("rollout"))
     for step in range(2):
-        told = f"too many gradings failed. Step {step} is saved in {workdir}; started again, the run goes on from there"
+        told = f"too many gradings failed; step {step} is saved in {workdir}; started again, the run goes on from there"
         with pytest.raises(VerifierError, match=re.escape(told)):
             train.train(c, workdir)
         assert {path.name for path in (workdir / "checkpoints").iterdir()} >= {str(step)}

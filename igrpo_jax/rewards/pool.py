@@ -18,6 +18,7 @@ Workers import the parent's `__main__` again: a program that uses this pool must
 retries of slow items.
 """
 
+import contextlib
 import itertools
 import os
 import signal
@@ -202,7 +203,9 @@ class Pool:
                 continue
             given_up = []
             with self._lock:
-                broken, self._pool = self._pool, self._start()
+                broken = self._pool
+                with contextlib.suppress(BrokenProcessPool):  # no worker starts; the next round is the next attempt
+                    self._pool = self._start()
                 for number, item in list(self._unanswered.items()):
                     if item.attempts < ATTEMPTS:
                         self._send(number, item)
@@ -210,7 +213,8 @@ class Pool:
                         given_up.append(number)
             for number in given_up:
                 self._answer(number, Outcome("error", detail=f"the worker pool broke {ATTEMPTS} times"))
-            self._end(broken)
+            if broken is not self._pool:
+                self._end(broken)
 
 
 def _run(function: Callable, args: tuple, orphan_after: float) -> Outcome:

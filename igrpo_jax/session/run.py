@@ -174,9 +174,8 @@ class Run:
             error: of a rollout, which changes no state, or of an evaluation; all processes have it.
         """
         self.keep(step, state)
-        raise VerifierError(
-            f"{error}. Step {step} is saved in {self.workdir}; started again, the run goes on from there"
-        )
+        told = f"step {step} is saved in {self.workdir}; started again, the run goes on from there"
+        raise VerifierError(f"{error}; {told}") from error
 
     def finish(self, state: TrainState) -> None:
         """Waits for the last checkpoint, exports where asked, and prints the final scores and where the files are."""

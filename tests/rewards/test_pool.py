@@ -244,6 +244,21 @@ def test_a_worker_that_a_dying_server_does_not_start_is_started_by_the_next(monk
 
 
 @pytest.mark.slow
+def test_where_no_worker_starts_any_more_items_fail(monkeypatch):
+    """Red if the thread that replaces a broken pool ends there: nobody would answer the item."""
+
+    def fails(_):
+        raise EOFError("unexpected EOF")
+
+    with Pool(work, workers=1, timeout=TIMEOUT) as pool:
+        worker = settle([pool.submit("pid")])[0].value
+        monkeypatch.setattr(worker_start._Process, "_Popen", staticmethod(fails))
+        os.kill(worker, signal.SIGKILL)
+        outcome = settle([pool.submit("echo", 1)])[0]
+    assert (outcome.status, outcome.detail) == ("error", "the worker pool broke 3 times")
+
+
+@pytest.mark.slow
 def test_where_no_server_can_be_made_workers_are_spawned(tmp_path):
     """The path of a socket has 107 bytes at most."""
     folder = tmp_path / ("long" * 20)
