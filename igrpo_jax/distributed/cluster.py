@@ -72,6 +72,11 @@ def gather(data: bytes) -> list[bytes]:
     return [data_of[process] for process in range(len(data_of))]
 
 
+def share(value: Any) -> list[Any]:
+    """Returns, on every process, the `value` of all processes, in order. JSON must be able to hold it; all call it."""
+    return [json.loads(part) for part in gather(json.dumps(value).encode())]
+
+
 def from_first(decide: Callable[[], Value]) -> Value:
     """Runs `decide` on process 0 alone, and returns its result on every process; JSON must be able to hold it."""
     value = decide() if jax.process_index() == 0 else None
@@ -93,7 +98,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
         return
     code = {"igrpo_jax": igrpo_jax.__version__, "source of igrpo_jax": _source(), "jax": jax.__version__}
     mine = {"host": socket.gethostname(), "facts": _flat(code | dict(facts))}
-    first, *others = [json.loads(record) for record in gather(json.dumps(mine).encode())]
+    first, *others = share(mine)
     for process, other in enumerate(others, 1):
         for name in first["facts"] | other["facts"]:
             ours, theirs = first["facts"].get(name), other["facts"].get(name)

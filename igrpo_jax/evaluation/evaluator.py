@@ -18,7 +18,6 @@ float32; in bfloat16 the other samples of a batch may decide a near tie.
 
 import contextlib
 import functools
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -126,8 +125,8 @@ class Evaluator:
             self._sample_all(params, name, own, rows, chains)
         if out is None:
             # JSON makes the rows the same as those of NAME.jsonl, and in ASCII it can hold lone surrogates.
-            for part in cluster.gather(json.dumps(list(rows.values())).encode()):
-                rows.take(json.loads(part))
+            for part in cluster.share(list(rows.values())):
+                rows.take(part)
         else:
             _wait_for_all()
             rows.reload()
@@ -201,8 +200,7 @@ class Evaluator:
         if cluster.any_of(preemption.noted()):
             raise Preempted
         # Of all processes, as `results.drop_failed` counts them, so that none goes on alone.
-        found = json.dumps([(score.status, score.detail) for score in scores])
-        parts = [json.loads(part) for part in cluster.gather(found.encode())]
+        parts = cluster.share([(score.status, score.detail) for score in scores])
         everyone = [Score(0.0, {}, None, status, detail=detail) for part in parts for status, detail in part]
         check_errors(everyone, self._config.rewards.max_error_fraction)
 

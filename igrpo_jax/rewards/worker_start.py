@@ -22,7 +22,7 @@ from multiprocessing import forkserver, resource_tracker
 
 from pebble.common import CONSTS
 
-STARTS = 3  # times that the server is asked for a worker at most
+_STARTS = 3  # times that the server is asked for a worker at most
 _IMAGE = "igrpo_jax.rewards.worker_image"  # module that the server imports
 _LOCK_TIMEOUT = 10.0  # seconds that a worker waits for the lock under which an item is taken or a result is given
 
@@ -49,7 +49,7 @@ class _Process(multiprocessing.context.ForkServerProcess):
             try:
                 return super().start()
             except (OSError, EOFError):  # it died after it was seen alive
-                if attempt == STARTS:
+                if attempt == _STARTS:
                     raise
                 time.sleep(0.1)
 

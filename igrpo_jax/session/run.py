@@ -29,7 +29,7 @@ from igrpo_jax.records import Group
 from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.session import ending, overview
 from igrpo_jax.session.progress import Progress, check_finite
-from igrpo_jax.session.run_context import preempted_after
+from igrpo_jax.session.run_context import preempted_after, saved_at
 from igrpo_jax.session.task import Task
 from igrpo_jax.storage.addresses import resolved
 from igrpo_jax.storage.reading import local
@@ -174,8 +174,7 @@ class Run:
             error: of a rollout, which changes no state, or of an evaluation; all processes have it.
         """
         self.keep(step, state)
-        told = f"step {step} is saved in {self.workdir}; started again, the run goes on from there"
-        raise VerifierError(f"{error}; {told}") from error
+        raise VerifierError(f"{error}; {saved_at(step, self.workdir)}") from error
 
     def finish(self, state: TrainState) -> None:
         """Waits for the last checkpoint, exports where asked, and prints the final scores and where the files are."""

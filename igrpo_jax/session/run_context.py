@@ -54,8 +54,13 @@ def _saved(workdir: Path) -> str:
             steps = [int(name) for name in names(workdir / "checkpoints") if name.isdecimal()]
             if not steps:
                 return f"no step is saved in {workdir}; started again, the run begins anew"
-            return f"step {max(steps)} is saved in {workdir}; started again, the run goes on from there"
+            return saved_at(max(steps), workdir)
     return f"started again, the run goes on from what is saved in {workdir}, if something is"
+
+
+def saved_at(step: int, workdir: Path) -> str:
+    """Returns what a run that ends early says where `step` is its last saved one."""
+    return f"step {step} is saved in {workdir}; started again, the run goes on from there"
 
 
 def preempted_after(step: int, total_steps: int, workdir: Path) -> Preempted:

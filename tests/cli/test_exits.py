@@ -84,8 +84,6 @@ DROPPED = """
 import gc, signal, time
 from igrpo_jax.cli import exits
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
-
 class Dropped:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)
@@ -117,7 +115,6 @@ TWICE = """
 import atexit, os, signal, time
 from igrpo_jax.cli import exits
 
-signal.signal(signal.SIGINT, signal.default_int_handler)
 atexit.register(lambda: (os.write(1, b"exit handler"), signal.raise_signal(signal.SIGINT), time.sleep(20)))
 
 def command(_):

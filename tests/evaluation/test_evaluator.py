@@ -5,7 +5,6 @@ import json
 import re
 from concurrent.futures import Future
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -217,8 +216,8 @@ def test_failed_gradings_are_counted_over_all_processes(evaluator, params, monke
         return [data, json.dumps(other).encode()]
 
     failing = evaluator(rewards__max_error_fraction=0.3)
-    here = SimpleNamespace(gather=with_another, any_of=lambda here: here, from_first=lambda decide: decide())
-    monkeypatch.setattr("igrpo_jax.evaluation.evaluator.cluster", here)
+    monkeypatch.setattr(cluster, "gather", with_another)
+    monkeypatch.setattr(cluster, "any_of", bool)
     name = next(iter(failing.plan.prompts))
     asked = [RoundPrompt(prompt, (), prompt.tokens) for prompt in failing.plan.prompts[name]]
     for mostly_sound in (True, False):

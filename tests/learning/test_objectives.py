@@ -389,7 +389,9 @@ PACKED_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("settings", ["all", pytest.param("plain", marks=pytest.mark.proof)])
+@pytest.mark.parametrize(
+    "settings", [pytest.param(name, marks=() if name == "all" else pytest.mark.proof) for name in PACKED_SETTINGS]
+)
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_completions_on_one_axis_are_apart(loss_type, settings):
     """Sums are those of each completion alone, and so is the gradient; a mean of GSPO over others too is off."""
