@@ -47,17 +47,18 @@ def size(count: float) -> str:
 def usable_bytes(device: "jax.Device") -> float:
     """Returns the bytes of memory that a program on `device` may use.
 
-    JAX reports it for a device that is present, except where CUDA alone manages a GPU's memory
-    (XLA_PYTHON_CLIENT_ALLOCATOR=platform). Then, and for a device that is only described, it is the figure in CHIPS, or
-    for a present one of another kind the smallest of these. For a CPU device it is its share of half of the machine's
-    memory.
+    JAX reports it for the devices of this process, which stand for those of others too, except where CUDA alone manages
+    a GPU's memory (XLA_PYTHON_CLIENT_ALLOCATOR=platform). Then, and for a device that is only described, it is the
+    figure in CHIPS, or for a present one of another kind the smallest of these. For a CPU device it is its share of
+    half of the machine's memory.
     """
     import jax  # `aot` imports this module before it sets the variables that jax reads
 
     if device.platform == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / len(jax.local_devices())
-    is_there = device.client is jax.local_devices()[0].client
-    limit = (device.memory_stats() or {}).get("bytes_limit") if is_there else None
+    own = jax.local_devices()[0]
+    is_there = device.client is own.client  # JAX refuses the statistics of another process's device
+    limit = (own.memory_stats() or {}).get("bytes_limit") if is_there else None
     if limit is None and is_there and device.device_kind not in CHIPS:
         return min(chip.hbm_bytes for chip in CHIPS.values())
     return limit or of(device.device_kind).hbm_bytes

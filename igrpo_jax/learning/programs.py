@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from igrpo_jax.config import Config
-from igrpo_jax.distributed import chips, sharding
+from igrpo_jax.distributed import chips, cluster, sharding
 from igrpo_jax.distributed.compiling import ProgramShapes
 from igrpo_jax.distributed.programs import Program, is_refused, program_bytes, tree_bytes
 from igrpo_jax.learning import forward, loss, train_state
@@ -64,6 +64,8 @@ class LearnerPrograms:
     ):
         self.optimizer, self.schedule = make_optimizer(config.optimizer, total_optimizer_steps)
         self.costs = TrainingCosts(config, cfg, mesh, packer.shapes.unit)
+        if config.learner.remat == "auto":  # agreed on now, because the thread that reads `remat` must not meet others
+            self._usable = cluster.from_first(partial(chips.usable_bytes, mesh.devices.flat[0])) * chips.FILL_FRACTION
         self._config = config
         self._mesh = mesh
         self._objective = objective
@@ -109,11 +111,10 @@ class LearnerPrograms:
         requested = self._config.learner.remat
         if requested != "auto":
             return requested
-        usable = chips.usable_bytes(self._mesh.devices.flat[0]) * chips.FILL_FRACTION
         size, waiting = self._sizes[0], self.waiting_bytes.accumulate
         state = waiting + 2 * tree_bytes(self.state.params) + tree_bytes(self.frozen)
         for remat in FASTEST_REMAT.get(self._mesh.devices.flat[0].platform, OTHER_FASTEST_REMAT):
-            if state + self.costs.least_kept_bytes(*size, remat) > usable:
+            if state + self.costs.least_kept_bytes(*size, remat) > self._usable:
                 continue
             try:
                 needed = program_bytes(self._gradient_program(remat).compile(*size)) + waiting
@@ -121,7 +122,7 @@ class LearnerPrograms:
                 if not is_refused(error):
                     raise
                 continue
-            if needed <= usable:
+            if needed <= self._usable:
                 return remat
         return "full"
 

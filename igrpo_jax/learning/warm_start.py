@@ -45,6 +45,7 @@ def warm_start(
     schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.steps // 10, settings.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.0))
     rng = np.random.default_rng([config.seed, 0x5757])
+    chunk = chunk_positions(config.learner.logprob_chunk, cfg.vocab_size, mesh)
 
     def loss(params, batch):
         logprob, _ = packed_logprobs(
@@ -56,7 +57,7 @@ def warm_start(
             batch.completion_tokens,
             dtype=config.model.dtype,
             temperature=1.0,
-            chunk=chunk_positions(config.learner.logprob_chunk, cfg.vocab_size, mesh),
+            chunk=chunk,
             remat="logits",
         )
         return -jnp.sum(jnp.where(batch.mask, logprob, 0.0)) / jnp.sum(batch.mask)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from igrpo_jax.distributed import chips, sharding
+from igrpo_jax.distributed import chips, cluster, sharding
 from igrpo_jax.distributed.sharding import constrain
 from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
@@ -95,12 +95,13 @@ def token_logprobs(
 
 def chunk_positions(asked: int | None, vocab_size: int, mesh: jax.sharding.Mesh) -> int:
     """Returns the positions of a chunk: those that are `asked` for or, for None, as many as LOGITS_SHARE of a device's
-    memory holds, so that a larger vocabulary needs no more of it."""
+    memory holds, so that a larger vocabulary needs no more of it. All processes call it, because process 0 decides."""
     if asked:
         return asked
     device = mesh.devices.flat[0]
     longest = LONGEST_CHUNK.get(device.platform, OTHER_LONGEST_CHUNK)
-    held = int(LOGITS_SHARE * chips.usable_bytes(device) / (4 * vocab_size / mesh.shape["tensor"]))
+    usable = cluster.from_first(functools.partial(chips.usable_bytes, device))  # hosts may report different numbers
+    held = int(LOGITS_SHARE * usable / (4 * vocab_size / mesh.shape["tensor"]))
     return max(1, min(longest, held))
 
 

@@ -12,7 +12,9 @@ from igrpo_jax.distributed import chips
     ("kind", "stats", "gib"),
     [("NVIDIA A100", {"bytes_limit": 30 * chips.GIB}, 30), ("NVIDIA A100", None, 15.75), ("NVIDIA H200", None, 139.8)],
 )
-def test_a_device_that_is_present(kind, stats, gib):
-    client = jax.local_devices()[0].client
-    device = SimpleNamespace(platform="gpu", device_kind=kind, client=client, memory_stats=lambda: stats)
-    assert chips.usable_bytes(device) == gib * chips.GIB
+def test_a_device_that_is_present(monkeypatch, kind, stats, gib):
+    """Of this process or of another one, of whose devices JAX refuses to say anything."""
+    own = SimpleNamespace(platform="gpu", device_kind=kind, client=object(), memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [own])
+    other = SimpleNamespace(platform="gpu", device_kind=kind, client=own.client)
+    assert chips.usable_bytes(own) == chips.usable_bytes(other) == gib * chips.GIB

@@ -290,10 +290,11 @@ def test_a_group_of_devices_may_span_processes():
 
 DRIVER = """
 import os, signal, sys, time
+from types import SimpleNamespace
 import jax
 from igrpo_jax import config
 from igrpo_jax.cli import exits, parsing
-from igrpo_jax.distributed import cluster, preemption, watchdog
+from igrpo_jax.distributed import chips, cluster, preemption, watchdog
 from igrpo_jax.errors import InputError, RunError
 
 def main(argv):
@@ -307,6 +308,11 @@ AGREE = """
         assert cluster.gather(b"x" * own * 600_000) == [b"x" * i * 600_000 for i in range(2)]
         assert cluster.from_first(lambda: [own, "first"]) == [0, "first"]
         assert cluster.any_of(own == 1) and not cluster.any_of(False)
+        # JAX says nothing of the memory of another process's device; ours stand for it, here for a chip.
+        other = next(device for device in jax.devices() if device.process_index != own)
+        facts = {"client": other.client, "memory_stats": other.memory_stats}
+        chip = SimpleNamespace(platform="tpu", device_kind="TPU v5", **facts)
+        assert chips.usable_bytes(chip) == chips.CHIPS["TPU v5"].hbm_bytes
         try:
             cluster.check_same({"config": {"seed": 1, "optimizer": {"b1": own}}})
         except InputError as error:
