@@ -398,7 +398,7 @@ class JudgeConfig:
             r"[A-Z_][A-Z0-9_]*",
             "the name of an environment variable in capitals, such as OPENAI_API_KEY, and not the key itself; export "
             "the key in it",
-            secret=True,  # what is no name is likely the key
+            secret=True,  # what is not a name is likely the key
         ),
     ] = "OPENAI_API_KEY"
     # What the judge is told to look at; the form of the reply that it must give is added.
@@ -529,7 +529,7 @@ class OptimizerConfig:
     learning_rate: Annotated[float, AtLeast(0), Below(1000)] = 1e-6
     # Decay of AdamW's first moment and of Muon's momentum; Adafactor has neither.
     b1: Annotated[float, AtLeast(0), Below(1)] = 0.9
-    # Decay of AdamW's second moment, which Muon has for what is no matrix; Adafactor's follows from the step.
+    # Decay of AdamW's second moment, which Muon has for what is not a matrix; Adafactor's follows from the step.
     b2: Annotated[float, AtLeast(0), Below(1)] = 0.999
     # Decoupled weight decay; biases and norms have none.
     weight_decay: Annotated[float, AtLeast(0)] = 0.0
@@ -639,7 +639,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is seen of a run while it goes on."""
+    """What is seen of a run in progress."""
 
     # Number of steps between lines on the console.
     every: Annotated[int, AtLeast(1)] = 1
@@ -663,7 +663,7 @@ class LogConfig:
 class Config:
     """All settings of a run."""
 
-    # What other libraries call a field, or what is no field but a flag; an error then names it.
+    # What other libraries call a field, or what is not a field but a flag; an error then names it.
     ALIASES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "lr": ("optimizer.learning_rate", "warm_start.learning_rate"),
         "learning_rate": ("optimizer.learning_rate", "warm_start.learning_rate"),

@@ -291,7 +291,7 @@ def test_what_users_of_trl_find_here_are_settings():
         assert ours or note, theirs
         for name in ours:
             config.check_field(name)
-        assert ours or re.match("not needed, because |not there|always |the |a command |`--", note), note
+        assert ours or re.match("not needed, because |not supported|always |the |a command |`--", note), note
 
 
 @pytest.mark.slow
