@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
 
 
 def is_text(question: str) -> bool:
-    """Returns whether a tokenizer can read `question`: no lone surrogates, which stand for bytes that are no utf-8."""
+    """Returns whether a tokenizer can read `question`: no lone surrogates, which stand for bytes that are not utf-8."""
     try:
         question.encode()
     except UnicodeEncodeError:
@@ -115,7 +115,7 @@ def generate(
     if isinstance(questions, str) or not questions:
         raise InputError(f"questions = {questions!r}: give a list with at least one question")
     if wrong := [text for text in questions if not isinstance(text, str) or not text.strip() or not is_text(text)]:
-        raise InputError(f"questions: {wrong[0]!r} is no question; give texts in utf-8 that are not blank")
+        raise InputError(f"questions: {wrong[0]!r} is not a question; give texts in utf-8 that are not blank")
     main_guard.check_main()
     check_model(config, model)
     from igrpo_jax.data.problems import Row

@@ -74,20 +74,20 @@ def _check_source(source: Any) -> None:
     fix = "give its path, or igrpo_jax.config.default() with values of your own"
     if isinstance(source, Mapping):
         fix = f"settings are the second argument, as in load_config(None, {source!r})"
-    raise InputError(f"source = {shown(source)}: is no config file; {fix}")
+    raise InputError(f"source = {shown(source)}: is not a config file; {fix}")
 
 
 def _checked_overrides(overrides: Any) -> dict[str, Any]:
     """Returns the overrides of `load_config` as a dictionary.
 
     Raises:
-        InputError: they are no mapping, or not from texts.
+        InputError: they are not a mapping, or not from texts.
     """
     given, example = f"overrides = {shown(overrides)}", "such as {'steps': 3}"
     if not isinstance(overrides, (Mapping, ml_collections.ConfigDict)):
         raise InputError(f"{given}: must be a mapping from names of fields to values, {example}")
     if wrong := [name for name in overrides if not isinstance(name, str)]:
-        raise InputError(f"{given}: {wrong[0]!r} is no name of a field; give a mapping from names to values, {example}")
+        raise InputError(f"{given}: {wrong[0]!r} is not a field name; give a mapping from names to values, {example}")
     return dict(overrides)
 
 
@@ -95,7 +95,7 @@ def check_config(config: Any) -> None:
     """Raises InputError where `config` is not what `load_config` returns, but a file or what a file returns."""
     if not isinstance(config, Config):
         given = shown(config)
-        raise InputError(f"config = {given}: is no checked configuration; give what load_config(...) makes of it")
+        raise InputError(f"config = {given}: is not a checked configuration; give what load_config(...) makes of it")
 
 
 def check_model(config: Config, model: str | Path) -> None:

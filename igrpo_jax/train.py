@@ -1,8 +1,8 @@
 """Algorithm 1 of iGRPO (arXiv 2602.09000) as a run: `train` is its loop, `train_step` is what the loop does.
 
 Per step: prompts -> drafts -> verifier -> best draft -> q' -> refinements -> verifier -> advantages -> one update.
-Everything random is derived from (seed, step), so a resumed run goes on as if it had never stopped. How a run is opened
-is in `session.opening`, what it reports and saves in `session.run`.
+Everything random is derived from (seed, step), so a resumed run continues as if it had never stopped. How a run is
+opened is in `session.opening`, what it reports and saves in `session.run`.
 """
 
 import contextlib
@@ -38,16 +38,16 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
     """Runs or resumes the training that `config` describes in `workdir`.
 
     Args:
-        on_step: called after each step has been reported and saved, with its number and its metrics (docs/metrics.md),
-            which include the scores of an evaluation after it. An error that it raises ends the run, whose step is
-            saved first; the same call goes on after it.
+        on_step: called after each step has been reported and, where due, saved, with the step's number and metrics
+            (docs/metrics.md), which include the scores of an evaluation after it. If it raises, the step is saved and
+            the run ends; the same call resumes after that step.
 
     Raises:
         InputError: something in `config` or what it names is wrong, or `workdir` holds another run.
-        RunError: the run cannot go on: a full disk, too many steps that are not finite, or too many verifier failures,
-            after which the last step is saved.
+        RunError: the run cannot continue: a full disk, too many steps that are not finite, or too many verifier
+            failures, after which the last step is saved.
         Exception: what `on_step` raised, with a note that says so.
-        Preempted: SIGTERM came, and what can be resumed is saved.
+        Preempted: SIGTERM arrived; the last finished step is saved.
     """
     main_guard.check_main()
     if on_step is not None and not callable(on_step):
@@ -60,7 +60,7 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
 def _train(
     config: Config, workdir: Path, console: Console, stack: contextlib.ExitStack, on_step: OnStep | None
 ) -> None:
-    """Opens the run, and takes the steps that are left. `run_context` drops the state in this frame if interrupted."""
+    """Opens the run and takes its remaining steps. On Ctrl-C `run_context` clears this frame, which frees the state."""
     run, state = open_run(config, workdir, console, stack)
     done, first = run.resumed_after, run.resumed_after + 1
     try:
@@ -83,8 +83,8 @@ def _train(
 
 
 def _refuse(argv: list[str]) -> None:
-    """Raises InputError with the command that trains, since it is looked for under the name of this module too."""
-    raise InputError("igrpo_jax.train: is no command; python -m igrpo_jax.main --config FILE trains")
+    """Raises InputError naming the training command, because users also try `python -m igrpo_jax.train`."""
+    raise InputError("igrpo_jax.train: is not a command; to train, run python -m igrpo_jax.main --config FILE")
 
 
 def _call(on_step: OnStep, run: Run, state: TrainState, step: int, metrics: Mapping[str, float]) -> None:
@@ -102,7 +102,7 @@ def _call(on_step: OnStep, run: Run, state: TrainState, step: int, metrics: Mapp
     if not cluster.any_of(failed is not None):
         return
     run.keep(step, state)
-    told = f"step {step} is saved in {run.workdir}, and the same call of train_model goes on after it"
+    told = f"step {step} is saved in {run.workdir}, and the same call of train_model resumes after it"
     if failed is None:
         raise RunError(f"on_step: raised an error on another process; {told}")
     failed.add_note(f"on_step raised this; {told}")
@@ -114,7 +114,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
     learner, name, is_first = run.learner, f"step {step}", step == run.resumed_after + 1
     with _profiled(run.config, run.workdir, step), compilations() as compiled:
         began = time.perf_counter()
-        prompts = functools.partial(run.task.step_prompts, step)  # by the number of the redraw
+        prompts = functools.partial(run.task.step_prompts, step)  # maps the number of a redraw to its prompts
         with watchdog.phase("rollout", name):
             groups, sampled = run.rollout.collect(learner.policy(state.params), step, prompts)
         if is_first:
@@ -128,7 +128,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
             state, learned = learner.update(state, groups, advantages, step)
             ended = time.perf_counter()
     if is_first:
-        compiled = []  # the first step after a start compiles the run's programs, which are no recompilations
+        compiled = []  # the first step after a start compiles the run's programs, which do not count as recompilations
     times = {"perf/update_time": ended - updating, "perf/step_time": ended - began, "perf/recompiles": len(compiled)}
     times["perf/wall_time"] = time.time()
     metrics = {**checked, **learned, **rollout_metrics(groups, run.config), **sampled}

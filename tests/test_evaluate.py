@@ -306,7 +306,7 @@ def test_sigterm_leaves_an_evaluation_that_the_same_command_continues(call, mode
             said = call(evaluate, *given, "--workdir", tmp_path / "cut", code=75)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert f"preempted: the answers so far are in {tmp_path / 'cut'}; the same command goes on from there" in said
+    assert f"preempted: the answers so far are in {tmp_path / 'cut'}; the same command resumes from there" in said
     assert len(texts(tmp_path / "cut")) < 24
     call(evaluate, *given, "--workdir", tmp_path / "cut")
     assert texts(tmp_path / "cut") == texts(tmp_path / "whole")
@@ -443,7 +443,7 @@ def test_what_is_wrong_is_said_in_one_line(call, model, run, folder, tmp_path):
     said = call(evaluate, "--model", run, "--step=x", "--benchmarks=arithmetic", *out, code=2)
     assert "--step x: must be a whole number" in said
     assert "give two folders" in call(evaluate, "--compare", "a", code=2)
-    assert "is no folder" in call(evaluate, "--compare", "a,b", code=2)
+    assert "is not a folder" in call(evaluate, "--compare", "a,b", code=2)
     assert "--benchmark: no such flag; the nearest is --benchmarks" in call(evaluate, "--benchmark", "mine", code=2)
     assert "--benchmarks: no such flag" in call(generate, "--benchmarks", "mine", code=2)
     assert "config.evaluation.sample: no such field" in call(evaluate, "--config.evaluation.sample=1", code=2)

@@ -451,7 +451,7 @@ def test_the_module_of_training_names_the_command_that_trains():
     start = [sys.executable, "-m", "igrpo_jax.train", "--config", "configs/tiny_cpu.py"]
     done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "is no command; python -m igrpo_jax.main --config FILE trains" in done.stderr
+    assert "is not a command; to train, run python -m igrpo_jax.main --config FILE" in done.stderr
 
 
 def test_the_console_script_runs_a_command_as_python_m_does(tmp_path):
@@ -498,9 +498,9 @@ def test_a_configuration_from_python(tmp_path):
         ((None, ["steps=3"]), f"overrides = ['steps=3']: {fields_to_values}"),
         ((None, "steps=3"), f"overrides = 'steps=3': {fields_to_values}"),
         ((None, []), f"overrides = []: {fields_to_values}"),
-        ((None, {3: 3}), "overrides = {3: 3}: 3 is no name of a field; give a mapping from names to values"),
-        ((3,), "source = 3: is no config file; give its path, or igrpo_jax.config.default() with"),
-        ((None, None, 3), "--model 3: is no path; give a text or a pathlib.Path"),
+        ((None, {3: 3}), "overrides = {3: 3}: 3 is not a field name; give a mapping from names to values"),
+        ((3,), "source = 3: is not a config file; give its path, or igrpo_jax.config.default() with"),
+        ((None, None, 3), "--model 3: is not a path; give a text or a pathlib.Path"),
     ):
         with pytest.raises(InputError, match=f"^{re.escape(words)}"):
             igrpo_jax.load_config(*arguments)
@@ -513,7 +513,7 @@ def test_a_configuration_from_python(tmp_path):
 def test_a_configuration_that_nobody_has_checked_is_refused(call, given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = {igrpo_jax.train_model: ["run"], igrpo_jax.evaluate_model: ["m", "out"]}.get(call, ["m", ["1"]])
-    with pytest.raises(InputError, match=r"^config = .*: is no checked configuration; give what load_config") as error:
+    with pytest.raises(InputError, match=r"^config = .*: is not a checked configuration; give what load") as error:
         call(given, *arguments)
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
@@ -541,7 +541,7 @@ def test_what_is_no_config_file_is_not_run(tmp_path):
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"^--workdir None: is no path; give a text or a pathlib.Path, such as 'runs"):
+    with pytest.raises(InputError, match=r"^--workdir None: is not a path; give a text or a pathlib.Path, such as '"):
         igrpo_jax.train_model(config.Config(), None)
 
 
@@ -549,9 +549,9 @@ def test_questions_that_are_none_are_refused():
     for wrong, words in (
         ([], "at least one"),
         ("7-3", "give a list"),
-        (["1", None], "None is no"),
-        ([" "], "' ' is no"),
-        (["1", "\udcbd"], r"'\\udcbd' is no"),
+        (["1", None], "None is not a question"),
+        ([" "], "' ' is not a question"),
+        (["1", "\udcbd"], r"'\\udcbd' is not a question"),
     ):
         with pytest.raises(InputError, match=words):
             generate.generate(config.Config(), "m", wrong)

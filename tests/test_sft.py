@@ -229,7 +229,7 @@ def test_what_a_supervised_start_needs(settings, tmp_path):
     task = supervised.open_supervised(settings)
     (tmp_path / "of_a_run" / "samples").mkdir(parents=True)
     (tmp_path / "of_a_run" / "config.json").write_text("{}")
-    assert "holds a run that is no supervised start" in error_of(supervised._claim, tmp_path / "of_a_run", task)
+    assert "holds a run that is not a supervised start" in error_of(supervised._claim, tmp_path / "of_a_run", task)
     # One that was killed as soon as it had written its settings.
     (tmp_path / "killed").mkdir()
     workdirs.prepare_workdir(tmp_path / "killed", task.config)

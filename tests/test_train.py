@@ -93,7 +93,7 @@ def test_a_step_whose_callback_raises_is_saved(monkeypatch, tmp_path):
 
     with pytest.raises(OverflowError, match="enough") as caught:
         train.train(config.Config(compilation_cache=""), tmp_path, enough)
-    told = f"step 3 is saved in {tmp_path}, and the same call of train_model goes on after it"
+    told = f"step 3 is saved in {tmp_path}, and the same call of train_model resumes after it"
     assert calls == [(3, 3)] and caught.value.__notes__ == [f"on_step raised this; {told}"]
     monkeypatch.setattr(train.cluster, "any_of", lambda here: True)  # it raised on another process, in its first step
     with pytest.raises(RunError, match="on_step: raised an error on another process; step 1 is saved"):
@@ -121,7 +121,7 @@ def test_where_the_verifier_fails_the_steps_before_are_saved(monkeypatch, tmp_pa
     monkeypatch.setattr(evaluator, "check_errors", failing("evaluation"))
     monkeypatch.setattr(rollout, "check_errors", failing("rollout"))
     for step in range(2):
-        told = f"too many gradings failed; step {step} is saved in {workdir}; started again, the run goes on from there"
+        told = f"too many gradings failed; step {step} is saved in {workdir}; started again, the run resumes from there"
         with pytest.raises(VerifierError, match=re.escape(told)):
             train.train(c, workdir)
         assert {path.name for path in (workdir / "checkpoints").iterdir()} >= {str(step)}
@@ -147,9 +147,9 @@ def test_a_run_that_is_interrupted_says_what_it_has_saved(monkeypatch, tmp_path,
     assert said() == f"no step is saved in {workdir}; started again, the run begins anew\n"
     for name in ("2", "10", "12.orbax-checkpoint-tmp"):
         (workdir / "checkpoints" / name).mkdir(parents=True)
-    assert said() == f"step 10 is saved in {workdir}; started again, the run goes on from there\n"
+    assert said() == f"step 10 is saved in {workdir}; started again, the run resumes from there\n"
     monkeypatch.setattr(run_context, "is_remote", lambda path: True)
-    assert said() == f"started again, the run goes on from what is saved in {workdir}, if something is\n"
+    assert said() == f"started again, the run resumes from what is saved in {workdir}, if something is\n"
 
 
 def test_an_interrupt_leaves_no_state_on_the_devices(monkeypatch, tmp_path):

@@ -130,7 +130,7 @@ def step_lines(footprint: "Footprint") -> list[str]:
     return [
         title,
         *(f"  {name:<24}{seconds:10.3g} s  {bound}" for name, (seconds, bound) in parts.items()),
-        f"one in which drafts and completions are a third as long in the mean: {usual:.3g} s",
+        f"one in which drafts and completions are a third as long on average: {usual:.3g} s",
     ]
 
 

@@ -1,6 +1,6 @@
 """Runs a command: its errors become one line and an exit code.
 
-Exit codes: 0 done, 1 the run failed, 2 bad input, 3 does not fit (aot), 75 preempted (the same command goes on), 130
+Exit codes: 0 done, 1 the run failed, 2 bad input, 3 does not fit (aot), 75 preempted (the same command resumes), 130
 interrupted.
 """
 
@@ -17,7 +17,7 @@ from igrpo_jax import __version__
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import InputError, RunError, one_line
 
-GOES_ON = "the same command goes on from what was saved, if something was"
+GOES_ON = "the same command resumes from what was saved, if something was"
 
 # Read by transformers when it is first imported: without PyTorch, which nothing here needs, it prints advice to install
 # it. Its warnings are not affected.
@@ -47,7 +47,7 @@ def run(command: Callable[[list[str]], None]) -> None:
     except RunError as error:
         _exit(_print_error(error, 1))
     except preemption.Preempted as error:
-        _exit(_print_error(f"{error}; the same command goes on from there", preemption.EXIT_CODE))
+        _exit(_print_error(f"{error}; the same command resumes from there", preemption.EXIT_CODE))
     except KeyboardInterrupt as error:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends exit handlers that wait
         # A run has noted what it has saved, and where.

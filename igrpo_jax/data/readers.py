@@ -183,7 +183,7 @@ def _read_jsonl(file: Path, source: str) -> Table:
             table.append((number, columns))
     _warn_of_broken(source, "line", broken, len(table), "give one object a line")
     if mended:
-        what = "hold surrogates or bytes that are no character, now U+FFFD: line"
+        what = "hold surrogates or bytes that are not characters, now U+FFFD: line"
         absl_logging.warning(
             "%s: %d of %d lines %s %s", source, len(mended), len(table) + len(broken), what, few(mended)
         )
@@ -224,8 +224,8 @@ def _read_csv(file: Path, source: str) -> Table:
     """Returns the rows with cells as text. `datasets` would turn the answer 025 into the number 25 and lose NA.
 
     Raises:
-        InputError: more than MAX_BROKEN of the rows are broken; the header is no CSV, has semicolons or tabs in place
-            of commas, or names a column twice; or a quote that is never closed swallows the last rows.
+        InputError: more than MAX_BROKEN of the rows are broken; the header is not valid CSV, has semicolons or tabs in
+            place of commas, or names a column twice; or a quote that is never closed swallows the last rows.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     table: Table = []
@@ -244,7 +244,7 @@ def _read_csv(file: Path, source: str) -> Table:
             except csv.Error as error:
                 if "end of data" in str(error):
                     raise InputError(f"{source}: row {number} opens a quote that is never closed; {fix}") from error
-                cells, problem = [], f"is no CSV ({error})"
+                cells, problem = [], f"is not valid CSV ({error})"
             else:
                 problem = "has bytes that are not utf-8" if any(map(_SURROGATE.search, cells)) else ""
                 problem = "has more cells than the header" if number and len(cells) > len(header) else problem

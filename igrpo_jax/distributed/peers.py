@@ -176,7 +176,7 @@ class Peers:
 
     def _end(self, text: str) -> NoReturn:
         self._ending.acquire()  # never released: the first text is the one that is printed
-        say(f"{text}. This process ends too; the same command on all goes on from what was saved")
+        say(f"{text}. This process ends too; the same command on all resumes from what was saved")
         os._exit(1)
 
 

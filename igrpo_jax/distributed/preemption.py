@@ -4,7 +4,7 @@
         preemption.check()     # wherever the run can be left: raises Preempted after the notice
 
 A rollout is left between two calls of the sampler, and its step is dropped; an update is finished. Where the run has
-not ended `grace` seconds after the notice, the process ends all the same, and a resume goes on from the checkpoint
+not ended `grace` seconds after the notice, the process ends all the same, and a resume continues from the checkpoint
 before. Of several processes, each hears of a notice to any other (`peers`), and all leave after the same step. The
 command `evaluate` is left in the same way, between two calls of the sampler.
 """
@@ -15,7 +15,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-EXIT_CODE = 75  # EX_TEMPFAIL: the same command goes on from where this one was
+EXIT_CODE = 75  # EX_TEMPFAIL: the same command resumes from where this one was
 
 _notice = threading.Event()
 _timers: list[threading.Timer] = []  # what ends the process after the grace
@@ -79,5 +79,5 @@ def noticed(grace: float) -> Iterator[None]:
 
 def _give_up(grace: float) -> None:
     text = f"igrpo_jax: not saved within config.checkpoint.preemption_grace = {grace:g} s of SIGTERM; the same command "
-    os.write(2, (text + "goes on from what was saved before\n").encode())
+    os.write(2, (text + "resumes from what was saved before\n").encode())
     os._exit(EXIT_CODE)

@@ -88,7 +88,7 @@ def watching(budgets: WatchdogConfig) -> Iterator[None]:
     """Looks at the phases from a thread of its own while the block runs.
 
     Args:
-        budgets: seconds without progress that each phase may take; 0 is no limit.
+        budgets: seconds without progress that each phase may take; 0 means no limit.
     """
     _phases.clear()
     running("")
@@ -111,7 +111,7 @@ def _watch(done: threading.Event, look: float) -> None:
 
 
 def _look() -> None:
-    innermost = next(iter(_phases[-1:]), None)  # of a copy: the main thread goes on
+    innermost = next(iter(_phases[-1:]), None)  # of a copy: the main thread continues
     if innermost is not None and innermost.budget:
         waited = time.monotonic() - innermost.since
         if waited > innermost.limit:
@@ -126,5 +126,5 @@ def _report(slow: _Phase, waited: float) -> None:
     )
     try:
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-    except (AttributeError, OSError, ValueError):  # stderr is no file, as in a notebook
-        logging.error("watchdog: no stacks, since stderr is no file here")
+    except (AttributeError, OSError, ValueError):  # stderr is not a file, as in a notebook
+        logging.error("watchdog: no stacks, since stderr is not a file here")

@@ -173,7 +173,7 @@ def _common(first: Path, second: Path) -> dict[str, tuple[Problems, Problems]]:
 def _rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Returns the rows of the single shot of each benchmark, in the order of the problems."""
     if not folder.is_dir():
-        raise InputError(f"--compare: {str(folder)!r} is no folder; give two folders of evaluations, A,B")
+        raise InputError(f"--compare: {str(folder)!r} is not a folder; give two folders of evaluations, A,B")
     rows: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         if shot := [row for row in read_rows(path) if not row["drafts"]]:

@@ -1,6 +1,6 @@
 """Reads the folder of a run for a report: settings, curves and sample files, and notes on what is missing or torn.
 
-A run may still be going on, or may have crashed in the middle of a line. Nothing here raises an error for files that
+A run may still be under way, or may have crashed in the middle of a line. Nothing here raises an error for files that
 such a run leaves; they become notes that the report shows.
 """
 
@@ -129,7 +129,7 @@ def _read(folder: Path, name: str) -> RecordedRun:
     if not path.exists():
         notes.append("metrics.jsonl is missing, so there are no curves")
     elif torn:
-        notes.append(f"metrics.jsonl: {counted(torn, 'line')} left out that are no whole row, as a kill leaves them")
+        notes.append(f"metrics.jsonl: {counted(torn, 'line')} left out that are not whole rows, as a kill leaves them")
     if not steps:
         notes.append("no training step is finished yet")
     samples = _samples(folder / "samples")
@@ -143,7 +143,7 @@ def _read(folder: Path, name: str) -> RecordedRun:
 
 
 def whole_rows(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Yields the rows of a JSON Lines file, and None for each line that is no JSON object.
+    """Yields the rows of a JSON Lines file, and None for each line that is not a JSON object.
 
     Yields nothing where there is no file. Bytes that are no UTF-8 are read as U+FFFD.
     """

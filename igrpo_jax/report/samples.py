@@ -64,7 +64,7 @@ def write(run: RecordedRun, folder: Path) -> Written:
             notes.append(f"samples of step {step}: the file is empty")
         if len(readable) < len(rows):
             lost = counted(len(rows) - len(readable), "line")
-            notes.append(f"samples of step {step}: {lost} left out that are no whole row; the step may lack samples")
+            notes.append(f"samples of step {step}: {lost} left out that are not whole rows; the step may lack samples")
         counts, prompts = Counts(), [_prompt(rows) for rows in groups(readable)]
         flags = [_count(prompt, counts, verifies) for prompt in prompts]
         parts = _parts([json.dumps(prompt) for prompt in prompts])

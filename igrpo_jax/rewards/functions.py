@@ -162,7 +162,7 @@ def _checked(value: Any) -> float | str:
     try:
         number = float(value)
     except Exception as error:  # whatever an object of the user's raises
-        return f"returned {value!r}, which is no number ({type(error).__name__}: {error})"[:500]
+        return f"returned {value!r}, which is not a number ({type(error).__name__}: {error})"[:500]
     if not math.isfinite(number):
         return f"returned {value!r}; return None to skip a completion"
     if abs(number) > LARGEST:

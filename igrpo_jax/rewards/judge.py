@@ -208,7 +208,7 @@ class Judge:
             return parse_score(text if isinstance(text, str) else "")
         except ValueError as error:
             why = f"; it was cut at max_tokens = {self._settings.max_tokens}" if cut else ""
-            raise Failure(f"the reply is no verdict: {error}{why}", garbled=True) from error
+            raise Failure(f"the reply is not a verdict: {error}{why}", garbled=True) from error
 
     def _answer(self, key: str, judgement: Judgement) -> None:
         with self._lock:

@@ -14,7 +14,7 @@ def check_main() -> None:
     """Checks that workers can import the program that calls this, as each does when it starts; needs no pool.
 
     Raises:
-        InputError: the program is a file that makes this call wherever it is imported, or is no file.
+        InputError: the program is a file that makes this call wherever it is imported, or is not a file.
     """
     main = sys.modules["__main__"]
     file, name = getattr(main, "__file__", None), getattr(getattr(main, "__spec__", None), "name", None)
@@ -23,7 +23,7 @@ def check_main() -> None:
         return  # a notebook, python -c or python -m FOLDER: workers import none of them
     if file and not name and not os.path.isfile(file):
         raise InputError(
-            f"{file}: is no file, so the verifier's processes can't import it; run the program from a file"
+            f"{file}: is not a file, so the verifier's processes can't import it; run the program from a file"
         )
     if is_imported or not _is_guarded(main):
         raise InputError(

@@ -168,7 +168,7 @@ def _credit(config: "Config") -> Iterator[tuple[str, str]]:
 
 
 def _verifications(config: "Config") -> Iterator[tuple[str, str]]:
-    """Yields what does not go together with verifications in the place of refinements."""
+    """Yields what does not go together with verifications instead of refinements."""
     algorithm, wording = config.algorithm, config.refine.instruction
     if not algorithm.num_drafts:
         yield "algorithm.second_stage", "there is no solution to verify; set algorithm.num_drafts to at least 2"
@@ -192,12 +192,12 @@ def _verifications(config: "Config") -> Iterator[tuple[str, str]]:
         ("algorithm.draft_dropout", (0,), "without a solution in the prompt there is nothing to verify"),
         ("algorithm.alternate", (False,), "without a solution in the prompt there is nothing to verify"),
         ("algorithm.group", ("stage",), "rewards of solutions and of verdicts on them have no common baseline"),
-        ("algorithm.refine_credit", ("context",), "a verdict is no answer to the plain prompt"),
+        ("algorithm.refine_credit", ("context",), "a verdict is not an answer to the plain prompt"),
         ("algorithm.repeat_penalty", (0,), "a verdict does not repeat the answer of its solution"),
         ("algorithm.max_redraws", (0,), "dynamic sampling looks at Stage 2 alone"),
         ("rewards.judge.weight", (0,), "a judge would take a verdict for an answer to the problem"),
         ("evaluation.rounds", (0,), "the policy learns to give verdicts on drafts, not to refine them"),
-        ("sft.draft_fraction", (0,), "the solution of a problem is no verdict on its draft"),
+        ("sft.draft_fraction", (0,), "the solution of a problem is not a verdict on its draft"),
     ]
     for path, allowed, reason in needs:
         if fields.value_at(config, path) not in allowed:

@@ -161,7 +161,7 @@ def _mapping(setting: Setting, value: Any, path: str) -> dict[str, Any]:
     mapping = {name: _of_python(entry) for name, entry in value.items()}
     for name, entry in mapping.items():
         if not (isinstance(name, str) and name.isidentifier()):
-            raise refusal(path, mapping, f"{name!r} is no name of a variable")
+            raise refusal(path, mapping, f"{name!r} is not the name of a variable")
         if type(entry) not in types_of_values:
             allowed = ", ".join(kind.__name__ for kind in types_of_values)
             raise refusal(f"{path}.{name}", entry, f"must be one of {allowed}, not {type(entry).__name__}")

@@ -30,7 +30,7 @@ def run_context(config: Config, workdir: str | Path) -> Iterator[RunContext]:
     """Yields the path of `workdir`, a console and a stack; within the block, SIGTERM is a notice of preemption.
 
     Raises:
-        InputError: `config` is no configuration; `workdir` or config.compilation_cache is an address that cannot be
+        InputError: `config` is not a configuration; `workdir` or config.compilation_cache is an address that cannot be
             reached.
     """
     check_config(config)
@@ -55,12 +55,12 @@ def _saved(workdir: Path) -> str:
             if not steps:
                 return f"no step is saved in {workdir}; started again, the run begins anew"
             return saved_at(max(steps), workdir)
-    return f"started again, the run goes on from what is saved in {workdir}, if something is"
+    return f"started again, the run resumes from what is saved in {workdir}, if something is"
 
 
 def saved_at(step: int, workdir: Path) -> str:
     """Returns what a run that ends early says where `step` is its last saved one."""
-    return f"step {step} is saved in {workdir}; started again, the run goes on from there"
+    return f"step {step} is saved in {workdir}; started again, the run resumes from there"
 
 
 def preempted_after(step: int, total_steps: int, workdir: Path) -> Preempted:

@@ -245,7 +245,7 @@ def _check(workdir: Path, config: Config) -> None:
     present = names(workdir)
     # A start that was killed before it wrote this file has neither checkpoints nor samples.
     if SUPERVISED not in present and present & {"checkpoints", "samples"}:
-        raise InputError(f"--workdir {workdir}: holds a run that is no supervised start; give another folder")
+        raise InputError(f"--workdir {workdir}: holds a run that is not a supervised start; give another folder")
     check_workdir(workdir, config)
 
 

@@ -41,7 +41,7 @@ _CUT = {  # errors of connections, by name, because their modules may not be ins
     "google.auth.exceptions.RefreshError",
 }
 _MADE = {"gs": "gcloud storage buckets create gs://{}", "s3": "aws s3 mb s3://{}"}  # the command that creates a bucket
-# Errors of the libraries that are no OSError, by module. The modules are looked up only where something loaded them.
+# Errors of the libraries that are not OSErrors, by module. The modules are looked up only where something loaded them.
 _ERRORS = {
     "gcsfs.retry": ("HttpError", "ChecksumError"),
     "aiohttp": ("ClientError",),
@@ -64,11 +64,11 @@ def path_of(source: str, address: str | Path) -> Path:
         source: the flag or the field that gives it, and its value, with which errors begin.
 
     Raises:
-        InputError: an address that is no text and no path, a scheme that is not known, a library that is missing, or a
-            bucket that is not named, does not exist or refuses to be listed.
+        InputError: an address that is neither a text nor a path, a scheme that is not known, a library that is missing,
+            or a bucket that is not named, does not exist or refuses to be listed.
     """
     if not isinstance(address, (str, os.PathLike)):
-        raise InputError(f"{source}: is no path; give a text or a pathlib.Path, such as 'runs/mine'")
+        raise InputError(f"{source}: is not a path; give a text or a pathlib.Path, such as 'runs/mine'")
     parts = re.fullmatch(r"([A-Za-z][\w+.-]+):(/.*)?", str(address))  # pathlib has made gs:/x of gs://x
     if not parts:
         return Path(os.path.expanduser(address))

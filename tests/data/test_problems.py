@@ -186,7 +186,7 @@ GOOD_CSV = b"prompt,answer\na,1\nb,2\n"
     [
         (b"b, or c,2", "has more cells than the header"),
         (b"\xe9t\xe9,2", "has bytes that are not utf-8"),
-        (b'"What is "x" here?",2', "is no CSV ('"),
+        (b'"What is "x" here?",2', "is not valid CSV ('"),
     ],
 )
 def test_a_broken_row_of_csv_costs_that_row_and_is_named(tmp_path, caplog, row, said):
@@ -209,7 +209,7 @@ def test_a_broken_row_of_csv_costs_that_row_and_is_named(tmp_path, caplog, row, 
     [
         (GOOD_CSV + b'"c,3\nd,4\n', "row 3 opens a quote that is never closed"),  # or the rest would be its cell
         (b"probl\xe8me,answer\na,1\n", "the header has bytes that are not utf-8"),
-        (b'"a"b,c\na,1\n', "the header is no CSV"),
+        (b'"a"b,c\na,1\n', "the header is not valid CSV"),
         (b"prompt,answer,answer\na,1,2\n", "the header names 'answer' twice"),
         (b"prompt;answer\na;1\n", "the header has one cell, 'prompt;answer', without a comma"),
     ],

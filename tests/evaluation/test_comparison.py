@@ -38,7 +38,7 @@ def test_two_folders_compared(tmp_path):
     with pytest.raises(InputError, match="no benchmark is in both"):
         comparison.compare(first, folder(tmp_path / "d", {0: [1]}, "other"))
     for wrong in ("none", "d/other.jsonl"):
-        with pytest.raises(InputError, match="is no folder"):
+        with pytest.raises(InputError, match="is not a folder"):
             comparison.compare(first, tmp_path / wrong)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no rows"):

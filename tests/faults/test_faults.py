@@ -122,7 +122,7 @@ Verifier.submit = graded
     done = faulty(inject, tmp_path, workdir, "steps=7", "checkpoint.every=0", "evaluation.every=20")
     assert done.returncode == 75, done.stderr
     assert "SIGTERM: saving, then ending" in done.stderr
-    assert f"preempted: step 6 of 7 is saved in {workdir}; the same command goes on from there" in done.stderr
+    assert f"preempted: step 6 of 7 is saved in {workdir}; the same command resumes from there" in done.stderr
     assert [row["step"] for row in rows(workdir) if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert "resumed after 6" in whole_runs.run(tmp_path, workdir, "steps=7")
     check_equal(workdir, longer)
@@ -200,7 +200,7 @@ def test_a_full_or_unwritable_disk_ends_the_run_and_keeps_the_last_checkpoint(wh
         done = faulty("", tmp_path, workdir, "steps=7")
         assert done.returncode == 1, done.stderr
         assert "a checkpoint takes " in done.stderr and "MiB are free; make it possible and run" in done.stderr
-        assert "goes on from step 5" in done.stderr
+        assert "resumes from step 5" in done.stderr
         fill = f"""
 report = Run.report
 def full(self, *args):

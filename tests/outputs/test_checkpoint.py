@@ -327,7 +327,7 @@ def test_a_save_that_was_not_written_whole_is_an_error(tmp_path, monkeypatch):
     store._writing[1]["params.more"] = ((3,), np.dtype("float32"))
     with pytest.raises(
         RunError,
-        match=r"step 2 could not be written .params\.more is None in the files, not .*goes on from step 1",
+        match=r"step 2 could not be written .params\.more is None in the files, not .*resumes from step 1",
     ):
         store.wait()
     store.close()

@@ -182,7 +182,7 @@ def test_an_upload_that_fails_ends_the_run(folder, s3_bucket, monkeypatch):
         store = checkpoint.Checkpointer(folder, settings)
         store.save(2, state(2), {})
         with pytest.raises(
-            RunError, match=r"checkpoints: step 2 could not be written \(.*Denied\).* goes on from step 1"
+            RunError, match=r"checkpoints: step 2 could not be written \(.*Denied\).* resumes from step 1"
         ):
             store.close()
     assert restored(folder) == 1

@@ -195,7 +195,7 @@ def test_large_steps_come_in_parts_and_torn_ones_are_said(tmp_path, monkeypatch)
     assert found.index[0]["parts"] == [3, 2]
     parts = [data(tmp_path / "0" / f"000003_{place}.js") for place in (0, 1)]
     assert [one["id"] for part in parts for one in part] == ["p0", "p1", "p2", "p3", "p4"]
-    assert found.notes == ["samples of step 3: 1 line left out that are no whole row; the step may lack samples"]
+    assert found.notes == ["samples of step 3: 1 line left out that are not whole rows; the step may lack samples"]
     found, _ = written(tmp_path / "empty", [])
     assert found.notes == ["samples of step 3: the file is empty"]
 

@@ -250,7 +250,7 @@ def test_none_and_values_that_are_wrong_concern_their_own_row():
     assert [each.status for each in graded] == ["ok", "error", "invalid", "error", "error"]
     assert graded[0].reward == 54.0 and math.isnan(graded[2].reward)
     assert graded[1].detail == f"{custom('by_word')}: returned nan; return None to skip a completion"
-    assert graded[3].detail.startswith(f"{custom('by_word')}: returned 'many', which is no number (ValueError")
+    assert graded[3].detail.startswith(f"{custom('by_word')}: returned 'many', which is not a number (ValueError")
     assert graded[4].reward == 0.0 and "returned inf" in graded[4].detail
 
 

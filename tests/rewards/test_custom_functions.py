@@ -101,7 +101,7 @@ def bad_values(completions, **_):
 def test_values_are_numbers_or_none_in_any_collection():
     assert call(arrays).values == [0.5, 2.0]
     none, wrong = call(bad_values).values
-    assert math.isnan(none) and wrong.startswith("returned 'many', which is no number (ValueError")
+    assert math.isnan(none) and wrong.startswith("returned 'many', which is not a number (ValueError")
 
 
 def huge(completions, **_):

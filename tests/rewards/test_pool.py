@@ -372,7 +372,7 @@ def calls():
             *("if True:\n    calls()", "-m program", 'put its calls under `if __name__ == "__main__":`'),
             marks=pytest.mark.proof,
         ),
-        ("calls()", "- < {0}", "<stdin>: is no file, so the verifier's processes can't import it; run"),
+        ("calls()", "- < {0}", "<stdin>: is not a file, so the verifier's processes can't import it; run"),
         ('if __name__ == "__main__":\n    calls()', "{0}", ""),
         pytest.param("calls()", '-c "$(cat {0})"', "", marks=pytest.mark.proof),
         pytest.param('if __name__ == "__main__":\n    calls()', "-m program", "", marks=pytest.mark.proof),

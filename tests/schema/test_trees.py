@@ -45,7 +45,7 @@ def test_a_config_dict_comes_back_as_it_went():
         ({"inner": 3}, "config.inner = 3: is a group of settings; set its fields one by one"),
         ({"named": "x"}, "config.named = 'x': must be a mapping from names to values, not str"),
         ({"named": {"x": None}}, "config.named.x = None: must be one of bool, int, float, str, not NoneType"),
-        ({"named": {"a b": 1}}, "config.named = {'a b': 1}: 'a b' is no name of a variable"),
+        ({"named": {"a b": 1}}, "config.named = {'a b': 1}: 'a b' is not the name of a variable"),
         ({"cuont": 1}, "config.cuont: no such field; the nearest is config.count"),
         ({"inner": {"fraction": 2.0, "name": "KEY"}}, "config.inner.fraction = 2.0: must be above 0 and at most 1"),
         ({"scale": math.inf}, "config.scale = inf: must be a finite number"),

@@ -270,7 +270,7 @@ def test_a_checkpoint_that_the_bucket_refuses_ends_the_run(folder, bucket):
     store.save(1, state(), {})
     store.wait()
     bucket.fault(status=403, method="POST", path="checkpoints")
-    message = r"checkpoints: step 2 could not be written \(.*goes on from step 1"
+    message = r"checkpoints: step 2 could not be written \(.*resumes from step 1"
     with pytest.raises(RunError, match=message):
         store.save(2, state(), {})
         store.wait()
@@ -325,7 +325,7 @@ report, Run.report = Run.report, stopped
     bucket, (reference, _) = request.getfixturevalue(kind), whole
     done = whole_runs.faulty(inject, tmp_path, bucket.address)
     assert done.returncode == 75, done.stderr
-    assert f"preempted: step 3 of 5 is saved in {bucket.address}; the same command goes on from there" in done.stderr
+    assert f"preempted: step 3 of 5 is saved in {bucket.address}; the same command resumes from there" in done.stderr
     assert "checkpoints/3/commit_success.txt" in bucket.names() and ".lock" not in bucket.names()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another_machine"))
     assert "resumed after 3" in whole_runs.run(tmp_path, bucket.address)
