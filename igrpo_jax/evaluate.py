@@ -2,7 +2,7 @@
 
 MODEL is the folder of a run (its newest checkpoint, or that of --step N), a Hugging Face directory or a hub id.
 --samples K, --rounds R and --benchmarks set the fields of these names in `evaluation`; --config may be left out.
-The same command goes on where it was killed or preempted, and --compare A,B compares two such OUTs instead.
+The same command resumes where it was killed or preempted, and --compare A,B compares two such OUTs instead.
 
 jax is imported inside functions only: the verifier's worker processes import this module too.
 """
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate(config: Config, model: str | Path, out: str | Path, step: int | None = None) -> dict[str, dict[str, Any]]:
-    """Evaluates the benchmarks of `config` into `out`, or goes on where `out` ends, and prints the summary.
+    """Evaluates the benchmarks of `config` into `out`, or resumes where `out` ends, and prints the summary.
 
     Args:
         config: what `load_config(..., model=model)` returns.

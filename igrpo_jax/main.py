@@ -1,7 +1,7 @@
 """`python -m igrpo_jax.main --config configs/X.py [--workdir DIR] [--config.field=value ...]`: trains, or resumes.
 
-On several machines the same command runs on each. Without Slurm, Open MPI or a TPU pod it needs --coordinator HOST:PORT
-of the first, --processes N and --process I.
+On several machines, run the same command on each. Outside Slurm, Open MPI and TPU pods, also give
+--coordinator HOST:PORT (an address of process 0), --processes N and --process I.
 
 jax is imported inside `main` only: the verifier's worker processes import this module too.
 """

@@ -20,7 +20,7 @@ class Score:
     rewards: dict[str, float]  # by reward function: "accuracy", "format", …; unweighted; NaN where it does not apply
     extracted: str | None  # the final answer as found in the text, None where there is none
     status: str  # see STATUSES
-    seconds: float = 0.0  # wall time in the worker; an equal part of a call that many completions share
+    seconds: float = 0.0  # wall time in the worker; a call that several completions share is divided equally
     detail: str = ""  # why a grading failed
     logged: dict[str, list[float]] = field(default_factory=dict)  # what custom rewards gave to `log_metric`, by name
     extra: dict[str, Any] = field(default_factory=dict)  # what they gave to `log_extra` for this completion
@@ -37,12 +37,12 @@ class Score:
 STATUSES = ("ok", "unparseable", "timeout", "error", "invalid")
 
 
-# The answer that a verification should give, by whether the solution that it was shown is right.
+# The answer expected of a verification, by whether the solution that it was shown is right.
 VERDICTS = {True: "1", False: "0"}
 
 
 def same_answer(draft: str | None, refinement: str | None) -> bool:
-    """Returns whether both texts state an answer, and the answers are the same characters; None states none."""
+    """Returns whether both answers were found and are the same string; None means that no answer was found."""
     return draft is not None and draft == refinement
 
 

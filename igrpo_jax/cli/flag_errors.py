@@ -48,7 +48,7 @@ def _unknown_flag(name: str, known: list[str]) -> str:
 
 
 def suggestion(argument: str, given: Mapping[str, str | None]) -> str:
-    """Returns what was probably meant by an argument that is no flag, in a command with these flags and values."""
+    """Returns what was probably meant by an argument that is not a flag, in a command with these flags and values."""
     first = (given.get("compare") or "").rstrip(",")
     if first and "," not in first:
         return f"two evaluations are given as --compare {first},{argument.lstrip(',')}"

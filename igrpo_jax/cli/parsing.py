@@ -106,7 +106,7 @@ def read_flags(argv: list[str], values: flags.FlagValues, text: str, example: st
     """Reads the flags `values` of a command that has no configuration; --help prints `text` and the flags, and ends.
 
     Raises:
-        InputError: an unknown flag, a value of the wrong type, or an argument that is no flag; `example` shows how a
+        InputError: an unknown flag, a value of the wrong type, or an argument that is not a flag; `example` shows how a
             flag is written.
     """
     flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
@@ -130,7 +130,7 @@ def number(flag: str, value: str | None, least: int = 0) -> int | None:
     """Returns the value of a flag as an integer, None where it is not given.
 
     Raises:
-        InputError: it is no integer, or below `least`.
+        InputError: it is not an integer, or below `least`.
     """
     if value is None or (value.isdecimal() and int(value) >= least):
         return None if value is None else int(value)

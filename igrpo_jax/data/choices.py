@@ -81,9 +81,9 @@ class _Asked(NamedTuple):
     """A question of a user's own file with the choices in a column beside it."""
 
     question: str  # "" where there is none
-    options: list[str]  # empty where the cell is no list of choices
+    options: list[str]  # empty where the cell is not a list of choices
     letters: list[str]  # of the choices that may be the right one
-    number: int | None  # the answer, where it is a number that is no choice's text
+    number: int | None  # the answer, where it is a number that is not a choice's text
 
     @property
     def is_shown(self) -> bool:

@@ -60,7 +60,7 @@ def reply(turns: list[Message]) -> str:
 
 
 def _printed(text: str) -> Any:
-    """Returns the list or dict that was printed into a text by JSON or Python, None where it is no such text."""
+    """Returns the list or dict that was printed into a text by JSON or Python, None where it is not such a text."""
     if not text.lstrip().startswith(("[{", '{"', "{'")):
         return None
     for read in (json.loads, ast.literal_eval):  # literal_eval builds literals and calls nothing

@@ -70,7 +70,7 @@ def dated(data: DataConfig, tokenizer: PreTrainedTokenizerBase, recorded: str | 
 
 
 def _check_names(template: str, data: DataConfig) -> None:
-    """Raises InputError for a name in data.template_kwargs that is no variable of the template."""
+    """Raises InputError for a name in data.template_kwargs that is not a variable of the template."""
     names = _variables(template) if data.template_kwargs else set()
     for name, value in data.template_kwargs.items():
         if name not in names:

@@ -55,7 +55,7 @@ def load_solutions(config: Config, opening: str = "") -> tuple[list[Solution], l
     notes = [("columns", f"{mapping}, solution from {name!r}"), *unanswered]
     if len(found) < len(rows):
         notes.append(("problems without a solution", f"{len(rows) - len(found):,} of {len(rows):,}, left out"))
-    if config.data.clean:  # a solution is no reward, so answers that nothing can equal are no error otherwise
+    if config.data.clean:  # a solution is not a reward, so answers that nothing can equal are not errors otherwise
         kept, cleaned = problems.cleaned(config, [each.row for each in found], problems.evaluation_rows(config))
         indices = {row.index for row in kept}
         found, notes = [each for each in found if each.row.index in indices], notes + cleaned

@@ -2,7 +2,7 @@
 
 - **Several processes**: before the first step. Each compiles the same programs in the same order, so that none waits in
   the middle of a step for another that compiles, and compilers that talk to each other, as those of GPUs do, meet.
-- **One process with an accelerator**: in threads while the run goes on, beginning with the programs that the first
+- **One process with an accelerator**: in threads while the run continues, beginning with the programs that the first
   dispatch needs. The host has little else to do.
 - **One process on the CPU**: those that the first dispatch needs in threads, while weights are read; the others when
   they are first called. A training run compiles what is left in its first step. Before that, threads would take the

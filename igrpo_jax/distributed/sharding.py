@@ -74,7 +74,7 @@ def make_mesh(settings: MeshConfig, devices: list | None = None) -> jax.sharding
     replicas of the weights: only the axis `data` crosses slices and, where possible, GPU processes.
 
     Raises:
-        InputError: the sizes do not multiply to the number of devices, or `data` is no multiple of the TPU slices.
+        InputError: the sizes do not multiply to the number of devices, or `data` is not a multiple of the TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [settings.data, settings.fsdp, settings.tensor]
@@ -194,7 +194,7 @@ def input_axes(path: str) -> int:
 def matrix_inputs(path: str) -> int | None:
     """Returns how many of the first axes of a weight of a sublayer, or of a factor of LoRA, are its inputs.
 
-    None for what is no such matrix: embedding, head, convolutions, norms and biases.
+    None for what is not such a matrix: embedding, head, convolutions, norms and biases.
     """
     weight, _, name = path.rpartition("/")
     if name == "lora_a":

@@ -199,7 +199,7 @@ class Evaluator:
                 self._draw(params, requests)
         if cluster.any_of(preemption.noted()):
             raise Preempted
-        # Of all processes, as `results.drop_failed` counts them, so that none goes on alone.
+        # Of all processes, as `results.drop_failed` counts them, so that none continues alone.
         parts = cluster.share([(score.status, score.detail) for score in scores])
         everyone = [Score(0.0, {}, None, status, detail=detail) for part in parts for status, detail in part]
         check_errors(everyone, self._config.rewards.max_error_fraction)

@@ -1,7 +1,7 @@
 """The folder of an evaluation: its rows, its model and settings, its summary.
 
     NAME.jsonl       one row per sample of benchmark NAME: appended while it runs, put in order when it is complete
-    evaluation.json  model and settings, so that another command with the same --workdir goes on, or is refused
+    evaluation.json  model and settings, so that another command with the same --workdir resumes, or is refused
     summary.json, summary.md   the measures of every benchmark in the folder; no timings, so that files can be compared
 
 Several processes write files of their own (NAME.process-3.jsonl), which the first process joins at the end.

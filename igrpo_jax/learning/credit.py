@@ -24,7 +24,7 @@ from igrpo_jax.records import Group, same_answer
 
 
 def refinement_advantages(groups: Sequence[Group], config: Config) -> list[np.ndarray]:
-    """Returns the advantages of the refinements of each group, [G] float32; [0] where a group has none."""
+    """Returns the advantages of the refinements of each group, [G] float32; empty where a group has none."""
     if config.algorithm.group == "prompt":
         return [joint[: len(group.completions)] for group, joint in zip(groups, _joint(groups, config), strict=True)]
     rewards_of = lambda chosen: trained_rewards(chosen, config)
@@ -33,7 +33,7 @@ def refinement_advantages(groups: Sequence[Group], config: Config) -> list[np.nd
 
 
 def draft_advantages(groups: Sequence[Group], config: Config) -> list[np.ndarray]:
-    """Returns the advantages of the drafts of each group, [N] float32; [0] where a prompt has none."""
+    """Returns the advantages of the drafts of each group, [N] float32; empty where a prompt has none."""
     if config.algorithm.group == "prompt":
         return [joint[len(group.completions) :] for group, joint in zip(groups, _joint(groups, config), strict=True)]
     rewards_of = lambda chosen: filtering.unfiltered_rewards([group.of_drafts for group in chosen], config)
@@ -94,7 +94,7 @@ def _scattered(
     rewards_of: Callable[[list[Group]], np.ndarray],
     algorithm: AlgorithmConfig,
 ) -> list[np.ndarray]:
-    """Returns the advantages of the groups to `keep`, and [0] float32 for each of the others.
+    """Returns the advantages of the groups to `keep`, and an empty float32 array for each of the others.
 
     Args:
         rewards_of: returns the rewards of the groups that are kept, which have one size.

@@ -30,7 +30,7 @@ class StepPosition(NamedTuple):
     redraw: int = 0  # how often a fresh prompt took this position
 
     def random_index(self, prompts: int) -> int:
-        """Returns the integer that randomness is derived from, in a step of so many `prompts`.
+        """Returns the integer that randomness is derived from, in a step of `prompts` prompts.
 
         It is not the data set's row, since a short epoch may bring one row twice in a step.
         """
@@ -58,7 +58,7 @@ def everywhere(own: RolloutPart | None, prompts: Prompts) -> list[RolloutPart]:
     """Returns the parts of all processes, on each of them, in the order of the processes.
 
     Raises:
-        Preempted: a process gives None, since it was told to leave; then all leave.
+        Preempted: a process passed None because it received SIGTERM; then all of them stop.
     """
     if jax.process_count() > 1:
         parts = cluster.gather(to_bytes(own) if own else b"")

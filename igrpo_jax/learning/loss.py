@@ -35,7 +35,8 @@ def loss(objective: ResolvedObjective, tokens: "TokenValues") -> "LossSums":
     advantage = tokens.advantage
     too_low = (ratio < 1 - objective.epsilon) & (advantage < 0)
     too_high = (ratio > 1 + objective.epsilon_high) & (advantage > 0)
-    # The min of both products, without their ties: there, as at a ratio of 1 and an epsilon of 0, JAX halves gradients.
+    # The min of both products, but without ties: at a tie, such as a ratio of 1 with epsilon = 0, jnp.minimum would
+    # halve the gradient.
     clipped_ratio = jnp.clip(ratio, 1 - objective.epsilon, 1 + objective.epsilon_high)
     value = jnp.where(too_low | too_high, clipped_ratio, jnp.minimum(ratio, objective.delta)) * advantage
     if tokens.shaped is not None:

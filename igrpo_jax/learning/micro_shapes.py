@@ -75,7 +75,7 @@ class MicroShapes:
 
 
 def _rounded(size: int) -> int:
-    """Returns `size` rounded up to what kernels like."""
+    """Returns `size` rounded up to a multiple of 512 or 128, or of BLOCK if it is small, which kernels handle well."""
     step = next((step for step in (512, 128) if size >= 4 * step), BLOCK)
     return -(-size // step) * step
 

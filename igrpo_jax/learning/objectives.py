@@ -68,7 +68,8 @@ def _sequence_log_ratio(difference: jax.Array, mask: jax.Array, row: jax.Array) 
 def _sequence_token_log_ratio(difference: jax.Array, mask: jax.Array, row: jax.Array) -> jax.Array:
     """Returns the sequence mean in value, with the gradient of the token's own log-prob (Eq. 14 of 2507.18071).
 
-    With one advantage for all tokens of a row it is the same as GSPO; weights of single tokens stay with their tokens.
+    With one advantage for all tokens of a row it equals GSPO; advantages or weights that differ between tokens act on
+    their own tokens.
     """
     mean = _sequence_log_ratio(difference, mask, row)
     return jax.lax.stop_gradient(mean) + (difference - jax.lax.stop_gradient(difference))
@@ -169,7 +170,7 @@ def row_weights(
     """Returns the weight [R] float32 of each token of each row, computed over all rows of one optimizer step.
 
     Args:
-        lengths: [R] int, completion tokens. With mask_truncated rows that were cut count as 0 tokens and weigh 0.
+        lengths: [R] int, completion tokens. With mask_truncated, truncated rows count as 0 tokens and have weight 0.
         finished: [R] bool, ended by EOS.
         max_completion: L_max, the tokens of the longest completion.
     """
@@ -188,5 +189,5 @@ def entropy_weights(objective: ResolvedObjective, lengths: np.ndarray, finished:
 
 
 def _counted(objective: ResolvedObjective, lengths: np.ndarray, finished: np.ndarray) -> np.ndarray:
-    """Returns the tokens [R] that carry loss: with mask_truncated none of a row that was cut."""
+    """Returns the tokens [R] that carry loss: with mask_truncated none of a truncated row."""
     return np.where(finished, lengths, 0) if objective.mask_truncated else lengths

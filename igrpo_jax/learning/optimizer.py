@@ -1,4 +1,5 @@
-"""The optimizers of optax behind a global-norm clip, with a linear warm-up and then a cosine; and where their state is.
+"""The optimizers of optax behind a global-norm clip, with a linear warm-up and then a cosine, and how their state
+is sharded.
 
 - adamw: two moments for each parameter.
 - muon: one momentum for each weight of a sublayer, orthogonalized as a matrix [inputs, outputs]. Heads and their width

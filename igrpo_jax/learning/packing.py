@@ -50,7 +50,7 @@ class Unit:
 
 
 class Piece(NamedTuple):
-    """Completions `start` to `stop` of a unit, which stand on one shard with a context of their own."""
+    """Completions `start` to `stop` of a unit, placed on one shard with their own copy of the context."""
 
     unit: Unit
     start: int
@@ -64,7 +64,7 @@ class Piece(NamedTuple):
 
 
 class TrainBatch(NamedTuple):
-    """The arrays of a micro-batch on S shards of F tokens; see `models.segments` for what stands where.
+    """The arrays of a micro-batch on S shards of F tokens; see `models.segments` for what lies where.
 
     A context is split into its last token, whose state predicts the first token of a completion, and all before it. So
     a completion's segment begins with the last token of the context and lacks its own last token.
@@ -102,7 +102,7 @@ class Space(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Which pieces stand on which shard of a micro-batch."""
+    """The pieces that are placed on each shard of a micro-batch."""
 
     size: int  # F, tokens of the axis of a shard
     shards: list[list[Piece]]  # S
@@ -229,7 +229,7 @@ class Packer:
         return Space(size, chunks, segments.most_segments(size, self._width) if self._width else 0)
 
     def _places(self, needs: Sequence[Space], sizes: Sequence[int], choose: Callable) -> list[int] | None:
-        """Returns on which of the axes of these `sizes` each piece stands; None where a piece finds no place.
+        """Returns on which of the axes of these `sizes` each piece lies; None where a piece finds no place.
 
         Args:
             needs: what each piece takes.

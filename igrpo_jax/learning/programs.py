@@ -25,14 +25,14 @@ from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import TrainingCosts
 from igrpo_jax.models.logprobs import chunk_positions
 
-# Values of learner.remat that "auto" tries, fastest first. On a CPU, which writes and reads memory slowly, logits are
-# computed twice sooner than kept, and take more than half of the activations' memory.
+# Values of learner.remat that "auto" tries, fastest first. On a CPU, where memory is slow, recomputing the logits is
+# faster than keeping them, and kept logits would be more than half of the activation memory.
 FASTEST_REMAT = {"cpu": ("logits", "dots")}
 OTHER_FASTEST_REMAT = ("none", "logits", "dots")
 
 
 class WaitingBytes(NamedTuple):
-    """Bytes on each device that training keeps there while a program runs which does not take them as an argument."""
+    """Bytes of training state that stay on each device while a program runs that does not take them as arguments."""
 
     accumulate: int
     rescore: int

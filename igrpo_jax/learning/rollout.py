@@ -4,14 +4,14 @@
 2. Keep the best draft, the first one where several are equally good, and splice it into the prompt: q'.
 3. Stage 2: sample G completions of q' from the same policy and score them with the same reward.
 
-No barrier separates the stages: a prompt goes on to Stage 2 as soon as its own drafts are scored, while others still
+No barrier separates the stages: a prompt moves on to Stage 2 as soon as its own drafts are scored, while others still
 draft (`rollout.streamed = False` has a barrier, for comparisons). `num_drafts = 0` is the base algorithm through the
 same code: Stage 2 on the plain prompt.
 
 What departs from the paper, off by default, is in `stages`.
 
 Results are ordered by (prompt, sample), never by arrival, and nothing in them depends on it: drafts are drawn all at
-once, or each after those of lower numbers are scored; a redraw's prompt and randomness follow from its StepPosition.
+once, or one by one, each after the one before is scored; a redraw's prompt and randomness follow from its StepPosition.
 The results do not depend on the number of processes either: each team of them works on some positions of the step, and
 `exchange` puts the groups together.
 """
@@ -82,12 +82,12 @@ class Rollout:
         `perf/process_idle_frac` is the fraction of the rollout that the processes, on average, waited for the slowest.
 
         Args:
-            prompts: returns the prompts of this step by the number of the redraw, one for each position: 0 are the
-                first ones, and 1, 2, … are asked for where fresh prompts take their positions.
+            prompts: maps the number of a redraw to the prompts of this step, one for each position: 0 gives the
+                original prompts; 1, 2, … give the fresh prompts that replace them.
 
         Raises:
             VerifierError: more gradings failed than config.rewards.max_error_fraction allows.
-            Preempted: a process was told to leave.
+            Preempted: a process received SIGTERM.
         """
         began = time.perf_counter()
         prompts = functools.cache(prompts)

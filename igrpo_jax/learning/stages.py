@@ -1,7 +1,7 @@
 """What each prompt of a step does next, once a score has come: further drafts, refinements, or a fresh prompt.
 
-Departures from the paper, off by default: another draft than the best is kept (`algorithm.draft_selection`), the best
-by one reward alone (`algorithm.draft_metric`), or none (`algorithm.draft_dropout`); drafting ends at the first draft,
+Departures from the paper, off by default: a draft other than the best is kept (`algorithm.draft_selection`), the best
+by one reward alone (`algorithm.draft_metric`), or none (`algorithm.draft_dropout`); drafting stops at the first draft,
 in the order of their numbers, with the largest possible reward (`algorithm.draft_early_stop`); and DAPO's dynamic
 sampling (2503.14476): where all completions of a prompt are right, or all are wrong (`filtering` has the metric), a
 fresh prompt takes its position, at most `algorithm.max_redraws` times. DAPO draws whole batches and keeps the groups
@@ -14,7 +14,7 @@ other refinements are left out of the group. So a prompt samples N + N G complet
 
 Two more, off by default, change which prompts are refined. With algorithm.alternate every other step, from step 1 on,
 has no drafts, and the step after it drafts the same prompts (ThinkTwice, 2604.01591). With algorithm.draft_when =
-"unsolved" a prompt goes on to Stage 2 only if none of its drafts is right, or a smaller fraction than
+"unsolved" a prompt moves on to Stage 2 only if none of its drafts is right, or a smaller fraction than
 algorithm.solved_fraction. Each position of the step has a budget of N + G completions, as in the paper. Its first
 prompt has N drafts. If it is unsolved, G refinements follow. If it is solved, the other G completions are drafts of
 fresh prompts, which take the position one after another. Fresh prompts are not refined, because after their N drafts
@@ -152,7 +152,7 @@ class StageRunner:
         self._filter_metric = config.filter_groups_metric
         self._rollout = config.rollout
         self._seed = config.seed
-        self._largest = config.rewards.largest - 1e-6  # the margin covers how the sum of the weights is rounded
+        self._largest = config.rewards.largest - 1e-6  # the margin absorbs rounding in the sum of the weights
         self._renderer = renderer
         self._scheduler = scheduler
         self._step = step
@@ -190,13 +190,13 @@ class StageRunner:
         self._submit(progress, "draft", progress.prompt.tokens, samples, len(progress.drafts), scored)
 
     def _draft_scored(self, progress: PromptProgress, draft: Completion) -> None:
-        """Keeps a draft; a further draft or what comes after Stage 1 may follow."""
+        """Records a scored draft. Then asks for the next one, where they come one by one, or moves the prompt on."""
         drafts = progress.drafts
         drafts[draft.sample_id] = draft
         if len(drafts) < self._num_drafts:
             if not self._algorithm.draft_early_stop:
                 return
-            if not draft.score.reward >= self._largest:  # NaN is no success
+            if not draft.score.reward >= self._largest:  # NaN is not a success
                 self._draft(progress, 1)
                 return
         self._drafting.remove(progress.position.index)
@@ -207,7 +207,7 @@ class StageRunner:
                 self._drafted(waiting)
 
     def _drafted(self, progress: PromptProgress) -> None:
-        """Goes on from a prompt whose drafts are scored: to its refinements, or to a fresh prompt at its position."""
+        """Moves on from a prompt whose drafts are all scored: to its Stage 2, or to a fresh prompt at its position."""
         algorithm = self._algorithm
         if algorithm.second_stage == "verify":
             goes_on = needs_verification(progress.drafts.values())
@@ -259,7 +259,7 @@ class StageRunner:
         return self._renderer.with_draft(progress.prompt.question, draft.tokens, draft.score.is_right)
 
     def _refinement_scored(self, progress: PromptProgress, completion: Completion) -> None:
-        """Keeps a refinement; after the last one of a group that is filtered out, a redraw follows."""
+        """Records a scored refinement. If it completes a group that is filtered out, a fresh prompt may be begun."""
         progress.completions[completion.sample_id] = completion
         if len(progress.completions) < self._algorithm.num_generations * len(progress.contexts):
             return

@@ -34,8 +34,8 @@ class PageLayout:
     Keys and values alternate by head, [C, 2K, H], unless they are `apart`, [2, C, K, H].
     """
 
-    apart: bool = False  # whether all keys stand before all values
-    heads_per_row: int = 1  # kv heads that stand side by side where they alternate, [C, 2K / 2, 2H] for two
+    apart: bool = False  # whether all keys come before all values
+    heads_per_row: int = 1  # kv heads that lie side by side where they alternate, [C, 2K / 2, 2H] for two
 
     def shape(self, page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
         """Returns the shape of a page."""
@@ -110,7 +110,7 @@ def empty_state(cfg: DecoderConfig, rows: int, dtype: jnp.dtype) -> MambaState:
 
 
 def pool_axes(dimensions: int) -> tuple[str | None, ...]:
-    """Returns the axes of a pool of so many dimensions; the pages of each shard of the batch are its own."""
+    """Returns the axes of a pool with this many dimensions; the pages of each shard of the batch are its own."""
     return "batch", *[None] * (dimensions - 3), "kv_heads", "head_dim"
 
 
@@ -179,7 +179,7 @@ def fork(
         lane, slot: [n] int32; each slot gets the state of its lane; past the last slot means none.
         source, target: [n] int32, pages: each target becomes a copy of its source, which is of the same part; past the
             last page means none.
-        parts: of `own_pages`.
+        parts: as for `own_pages`.
     """
     copy = partial(_copy_pages, parts) if parts > 1 else _copy
     copied = of_pools(lambda pool: copy(pool, source, target), cache)

@@ -62,7 +62,7 @@ class ModelCosts:
         return self.cfg.pattern.count("M") * (seen + state) / self.tensor
 
     def cache_slots(self, slots: float, length: int) -> Cost:
-        """Returns the cost of reading or writing so many slots of `length` positions once."""
+        """Returns the cost of reading or writing this many slots of `length` positions once."""
         return Cost(0, slots * (length * self.token_bytes + self.state_bytes))
 
     def layers(self, tokens: float, pairs: float) -> Cost:

@@ -7,7 +7,7 @@ approximated.
 
 Where every copy lies on a device of its own, and the TPU's kernel reads pages, the devices with copies of one head
 split the sequences instead of holding each of them R times: the keys of a sequence lie on one of them alone, in one of
-R parts, and this one attends for the query heads of all R (`paged`). That takes two exchanges of a sublayer.
+R parts, and this one attends for the query heads of all R (`paged`). That takes two exchanges per sublayer.
 
 Legend: D model, N query heads, K key and value heads, G query heads of each (N = K G), R copies, H head dim.
 """
@@ -35,7 +35,7 @@ def spread_config(cfg: DecoderConfig, tensor: int) -> DecoderConfig:
     times = copies(cfg, tensor)
     kv_heads = cfg.num_kv_heads * times
     of_copy = -(-cfg.num_heads // kv_heads)
-    # The states of Mamba-2 are not split by sequences, and other kernels read chunks of one sequence that goes on.
+    # The states of Mamba-2 are not split by sequences, and other kernels read chunks of one sequence that continues.
     in_place = cfg.attention.startswith("splash") and page_layout(cfg.attention, cfg.head_dim, 1) is not None
     parts = times if kv_heads == tensor and in_place and "M" not in cfg.pattern else 1
     return replace(cfg, num_heads=kv_heads * of_copy, num_kv_heads=kv_heads, row_parts=parts)

@@ -67,7 +67,7 @@ def headers(path: str, files: list[str]) -> dict[str, StoredTensor]:
         if not (root / name).is_file():
             raise path_error(path, f"{INDEX} names {name}, which is not there; copy or download the directory again")
         with opened(path, root / name) as file:
-            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+            for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 if key in tensors:
                     raise path_error(path, f"tensor {key} is in two files; keep one set of weights in the directory")
                 header = file.get_slice(key)

@@ -1,6 +1,6 @@
-"""A scan over sequences that stand one after another on an axis, each of which continues the state in its lane.
+"""A scan over sequences that lie one after another on an axis, each of which continues the state in its lane.
 
-The sampler reads prompts in this way: a prompt that does not fit on the axis goes on at a later call, from the state
+The sampler reads prompts in this way: a prompt that does not fit on the axis continues in a later call, from the state
 that its lane holds. Sequences are cut into chunks on the device, and the chunks run one after another.
 
 Each turn of the loop first writes to the lanes and then reads what the next turn needs: with reads before, XLA would

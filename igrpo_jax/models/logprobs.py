@@ -63,8 +63,8 @@ def token_logprobs(
         tied: whether `head` is the embedding.
         entropy_gradient: whether the entropy is differentiated. False where it is only a metric.
         count: [] int32, the first positions of each row that are wanted; None = all.
-        keep_logits: whether the logits, [R, T, V] float32, stay in memory for the backward pass, which computes one of
-            four products less then.
+        keep_logits: whether the logits, [R, T, V] float32, stay in memory for the backward pass, which then computes
+            three products instead of four.
 
     Returns:
         logprob [R, T] float32, and entropy [R, T] float32 in nats. Chunks after the one that holds the last wanted
@@ -271,7 +271,7 @@ def packed_logprobs(
             `decoder.apply` says.
 
     Returns:
-        Log-prob and entropy (nats), each [S, F] float32. They are meaningless where no completion's token is.
+        Log-prob and entropy (nats), each [S, F] float32; meaningless at positions that predict no completion token.
     """
     weights = decoder.cast(params, dtype)
     of_sublayers = "none" if remat == "logits" else remat

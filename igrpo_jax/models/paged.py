@@ -1,4 +1,4 @@
-"""Attention to a cache of pages, for new tokens of several sequences that stand one after another on one axis.
+"""Attention to a cache of pages, for new tokens of several sequences, laid out one after another on one axis.
 
 The cache is a pool of pages, and a table says which pages hold a sequence. The new tokens are written first. Then they
 attend, in one of three ways:
@@ -142,7 +142,7 @@ def _keys(k: jax.Array, v: jax.Array, entry: Paged, block: int = 1) -> _Keys:
 
 
 def _before(ragged: Ragged) -> jax.Array:
-    """Returns how many tokens of the first sequence stand before its new ones, [] int32."""
+    """Returns how many tokens of the first sequence come before its new ones, [] int32."""
     return ragged.length[0] - (ragged.start[1] - ragged.start[0])
 
 
@@ -185,7 +185,7 @@ def chunked_paged_attention(q: jax.Array, k: jax.Array, v: jax.Array, entry: Pag
     is_real = row * BLOCK < ragged.start[-1]
     continues = row * BLOCK < ragged.start[1]  # blocks that hold tokens of the first sequence
     held = continues[:, None] & (first < _before(ragged))
-    # Sequences stand in order, so that two blocks share a sequence if the later block begins with the one that the
+    # Sequences lie in order, so that two blocks share a sequence if the later block begins with the one that the
     # earlier block ends with.
     sequence = places(ragged, size).sequence.reshape(-1, BLOCK)
     own = (row <= row[:, None]) & (sequence[:, -1] >= sequence[:, :1]) & is_real[:, None]

@@ -24,12 +24,12 @@ Report = Callable[[int], None]
 
 
 PROBE = 8  # tokens of a row whose logits are compared
-MOST_LOST = 0.1  # of LoRA's change, in an export whose dtype nobody asked for
+MOST_LOST = 0.1  # largest part of LoRA's change that rounding may lose in an export for which no dtype was given
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An export beside the policy that was trained."""
+    """How an export differs from the trained policy."""
 
     dtype: str
     lost: float  # part of LoRA's change that rounding lost, 0 to about 1; 0 without LoRA (see `lora.lost_by`)

@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from igrpo_jax.distributed import sharding
 
-# Up to so many rows a product with the weight on the left is faster: 2 times with 4 and 8, 1.6 with 16 and 32 rows of
-# SmolLM2-135M on two cores, and as fast with 64.
+# Up to this many rows, a product with the weight on the left is faster: 2 times with 4 and 8, 1.6 with 16 and 32 rows
+# of SmolLM2-135M on two cores, and as fast with 64.
 FEW_ROWS = 64
 
 NAME = "product"  # by which a policy of jax.checkpoint finds the products of activations with weights
@@ -33,7 +33,7 @@ class ByOutputs:
 
 
 def by_outputs(path: str, weight: jax.Array) -> jax.Array | ByOutputs:
-    """Returns the weight at `path` by outputs, and what is no weight of a sublayer unchanged."""
+    """Returns the weight at `path` by outputs, and what is not a weight of a sublayer unchanged."""
     if not sharding.is_linear(path):
         return weight
     return ByOutputs(jnp.transpose(weight, _turned(path, tuple(range(weight.ndim)))))
@@ -70,7 +70,7 @@ def product(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
 
     Args:
         subscripts: of an einsum of `x` and the weight [inputs..., outputs...], such as "BTD,DF->BTF". The axes of the
-            result are those of `x` that are no inputs, and then the outputs.
+            result are those of `x` that are not inputs, and then the outputs.
         weight: of which the value is an array, or a ByOutputs.
     """
     value = weight.get_value()

@@ -1,4 +1,4 @@
-"""Sequences whose new tokens stand one after another on one axis, and whose positions lie in pages of a pool.
+"""Sequences whose new tokens are laid out one after another on one axis, and whose positions lie in pages of a pool.
 
 Legend: F new tokens, W sequences, R pages of a sequence, P pages of the pool, C positions of a page, K kv heads, H head
 dim.
@@ -13,7 +13,7 @@ from igrpo_jax.models import cache as caches
 
 
 class Ragged(NamedTuple):
-    """Sequences whose new tokens stand one after another on one axis, and the pages that hold each of them.
+    """Sequences whose new tokens are laid out one after another on one axis, and the pages that hold each of them.
 
     Token t of sequence w (start[w] <= t < start[w + 1], w < count) has position length[w] - start[w + 1] + t, and reads
     the positions 0 to its own of its sequence. Tokens from start[count] on are padding. Sequences may share pages that

@@ -1,11 +1,11 @@
-"""Where each token of a packed axis belongs: prefixes and completions of many groups stand on it without padding.
+"""Where each token of a packed axis belongs: prefixes and completions of many groups lie on it without padding.
 
 A segment is a prefix, or a completion that continues one. A token reads the tokens of its own segment up to itself, and
 all tokens of the prefix that its segment continues. What works on single tokens needs to know nothing of this. What
 mixes positions does: attention reads `blocks`, which says of each pair of blocks whether it can be left out, or
 `spans`, and Mamba-2 reads `chain`.
 
-`pack` makes these arrays on the host. The completions stand before all prefixes, so that what is only wanted of
+`pack` makes these arrays on the host. The completions come before all prefixes, so that what is only wanted of
 completions, such as their log-probs, is at the start of the axis.
 
 Legend: S shards of the batch, F tokens of the axis, I and J blocks of BLOCK tokens, N chunks of C tokens, M segments.
@@ -22,16 +22,16 @@ import numpy as np
 BLOCK = 64
 KV_AXES = ("batch", "kv_heads", "time", "head_dim")  # of the keys and values of packed axes
 NOTHING, SOME, ALL = 0, 1, 2  # what a block of queries reads of a block of keys
-# cuDNN's gradient takes two float32 copies of all queries for each segment; so many bytes at most.
+# cuDNN's gradient takes two float32 copies of all queries for each segment; this many bytes at most.
 SPANS_BYTES = 6 << 30
-SHORTEST = 16  # tokens of a segment in the mean, at least, on an axis that is full
+SHORTEST = 16  # tokens: the shortest mean length of segments that the spans of a full axis have space for
 
 
 class Chain(NamedTuple):
     """The order in which the tokens of an axis follow each other, for mixers whose state passes along it.
 
-    Chunks hold neighbouring tokens of one segment each, those of prefixes stand before those of completions, and chunks
-    without tokens stand at the end. The first chunk of a completion continues the last chunk of its prefix.
+    Chunks hold neighbouring tokens of one segment each, those of prefixes come before those of completions, and chunks
+    without tokens come at the end. The first chunk of a completion continues the last chunk of its prefix.
     """
 
     chunks: np.ndarray  # [S, N, C] int32, the tokens of each chunk in their order; F where there is none

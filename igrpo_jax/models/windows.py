@@ -40,9 +40,9 @@ class Windowed(NamedTuple):
 
 
 def block_ends(positions: int, page_size: int) -> tuple[int, ...]:
-    """Returns the position at which each block of a window of so many positions ends: each end is half of the next one.
+    """Returns the position at which each block of a window of `positions` positions ends.
 
-    All ends are rounded up to multiples of `page_size`; `positions` is one already.
+    Each end is half of the next one, and all are rounded up to multiples of `page_size`; `positions` is one already.
     """
     ends = (-(-(positions >> i) // page_size) * page_size for i in range(1, BLOCKS))
     return (*sorted({end for end in ends if MIN_BLOCK <= end < positions}), positions)
@@ -51,7 +51,7 @@ def block_ends(positions: int, page_size: int) -> tuple[int, ...]:
 def abstract(
     cfg: DecoderConfig, rows: int, positions: int, page_size: int, dtype: jnp.dtype, mesh: jax.sharding.Mesh
 ) -> Windows:
-    """Returns the windows of `rows` rows of so many positions, as abstract arrays."""
+    """Returns the windows of `rows` rows of `positions` positions, as abstract arrays."""
     ends = block_ends(positions, page_size)
     of = lambda shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh))
     sizes = [end - start for start, end in zip((0, *ends), ends, strict=False)]

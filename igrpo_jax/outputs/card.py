@@ -188,7 +188,7 @@ def _hub_id(path: str) -> str | None:
 
 
 def _dataset(config: Config) -> str | None:
-    """Returns the hub id of the training set, None where it is no data set of the hub."""
+    """Returns the hub id of the training set, None where it is not a data set of the hub."""
     train = config.data.train
     return TRAINING_SETS[train].id if train in TRAINING_SETS and not Path(train).exists() else _hub_id(train)
 

@@ -159,7 +159,7 @@ class Console:
         self.message("---")
 
     def message(self, text: str) -> None:
-        """Prints `text` without its terminal escapes; where stdout is no terminal it is never wrapped."""
+        """Prints `text` without its terminal escapes; where stdout is not a terminal it is never wrapped."""
         encoding = self._out.encoding or "utf-8"
         safe = plain_text(text).encode(encoding, "replace").decode(encoding)
         self._out.print(Text(safe), soft_wrap=True)

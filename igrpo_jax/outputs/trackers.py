@@ -4,7 +4,7 @@ Process 0 opens a tracker for a workdir and hands it each row as it is written. 
 like those of `TRACKERS`, named as "module:Class". Rows that a resumed run writes again keep their numbers.
 
 An error of TensorBoard comes from the run's own disk, and ends the run. Any other tracker that fails after its start,
-for example because a service was killed, is reported in a warning, and the training run goes on.
+for example because a service was killed, is reported in a warning, and the training run continues.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ REPORTED = 100  # calls that fail for each warning
 class Tracker(Protocol):
     """The interface of a tracker, which is constructed with (workdir, config, resume_step).
 
-    `resume_step` is the step from which the run goes on, or None for a run that starts from nothing.
+    `resume_step` is the step from which the run resumes, or None for a run that starts from nothing.
     """
 
     def write(self, number: int, row: Row) -> None:
@@ -78,7 +78,7 @@ def check(settings: LogConfig) -> None:
             _own(settings, name)
         elif name != "tensorboard":
             module = importlib.util.find_spec(name)
-            if module is None or module.origin is None:  # a folder of that name in a workdir is no package
+            if module is None or module.origin is None:  # a folder of that name in a workdir is not a package
                 raise InputError(
                     f"config.log.trackers = {settings.trackers!r}: {name} is not installed; "
                     f'pip install "igrpo-jax[{name}]", or leave it out'
@@ -89,7 +89,7 @@ def open_trackers(workdir: Path, config: Config, resume_step: int | None) -> lis
     """Opens the trackers of config.log.trackers.
 
     Args:
-        resume_step: the step from which the run goes on; None where it starts from nothing.
+        resume_step: the step from which the run resumes; None where it starts from nothing.
 
     Raises:
         InputError: one cannot start.

@@ -3,7 +3,7 @@
 MODEL is the folder of a run (its newest checkpoint, or that of --step N), a Hugging Face directory or a hub id. DATA is
 what config.data.train may be: a file, a folder, a known name or a hub id. With the settings of the training that is
 planned (--config), the model answers --problems of the problems, plain and with its own drafts; nothing is trained.
-The folder --workdir gets probe.html, probe.json and all answers, and the same command goes on where it was
+The folder --workdir gets probe.html, probe.json and all answers, and the same command resumes where it was
 killed.
 
 docs/when_drafts_pay.md explains the figures and the conclusion.

@@ -52,7 +52,7 @@ class ProbeTask:
 
 
 def programs(asked: ProbeTask) -> tuple[Learner, Engine]:
-    """Returns what computes gradients, and a sampler with hardly more slots than there are plain answers.
+    """Returns what computes gradients, and a sampler with no more slots than the plain answers need.
 
     Raises:
         InputError: settings that do not fit the model or the devices.

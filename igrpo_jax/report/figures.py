@@ -230,7 +230,7 @@ def _dress(
         "fontweight": "bold",
         "color": ink,
         "parse_math": False,
-    }  # names may hold dollar signs, which are no formulas
+    }  # names may hold dollar signs, which are not formulas
     axes.set_title(panel.title, loc="left", pad=8, **look)
     axes.set_title(panel.unit + cut, loc="right", fontsize=SMALL, color=muted, pad=8)
     axes.set_xlabel(f"step (means of {over} steps)" if means else "step", fontsize=SMALL, color=muted)

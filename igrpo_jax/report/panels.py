@@ -10,7 +10,7 @@ from igrpo_jax.report.runs import RecordedRun
 from igrpo_jax.report.table import LEARNING, OTHER, PANELS
 
 REWARD = re.compile(r"rewards/([^/]+)/mean")
-AXES = ("warm_start/step", "perf/wall_time")  # metrics that are no curves: an axis, and the time of a row
+AXES = ("warm_start/step", "perf/wall_time")  # metrics that are not curves: an axis, and the time of a row
 
 
 def evaluation(name: str) -> Panel:

@@ -97,7 +97,7 @@ class CustomCalls:
         submit: calls `functions.call` in a worker, with the arguments that it gets and a `timeout` in seconds.
         timeout: seconds that a function may take for each completion of a batch.
         max_steps: number of updates of the run, for functions that ask.
-        rehearses: whether this is no run yet. Then no call that fails is warned about, and a completion that fails
+        rehearses: whether this is not a run yet. Then no call that fails is warned about, and a completion that fails
             again alone has the error of its batch, whose counts are those that the function will see.
 
     Attributes:

@@ -66,7 +66,7 @@ class Pool:
 
     Args:
         function: importable by name and, like its arguments and results, picklable.
-        workers: number of processes. They start at once and warm up while the caller goes on.
+        workers: number of processes. They start at once and warm up while the caller continues.
         timeout: seconds that one item may run, unless `submit` gives it another number. The worker is killed within
             about 0.2 s after that, or 0.7 s if it ignores SIGTERM.
         preload: what a worker imports before its first item: names of modules, or of functions without arguments as

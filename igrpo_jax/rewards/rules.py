@@ -64,7 +64,7 @@ def score(candidate: Candidate, rules: Rules) -> Score:
 def total(partial: Score, weights: dict[str, float]) -> Score:
     """Returns `partial` with its reward: the weighted sum of what was not skipped, or NaN where all was skipped.
 
-    A reward of weight 0, which only a custom one can have, does not count: it alone is no verdict.
+    A reward of weight 0, which only a custom one can have, does not count: it alone is not a verdict.
     """
     counting = {name: weight for name, weight in weights.items() if weight}
     known = {name: value for name, value in partial.rewards.items() if name in counting and not math.isnan(value)}

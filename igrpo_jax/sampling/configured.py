@@ -43,7 +43,7 @@ def open_engine(
 
 
 def with_slots_for(config: Config, mesh: jax.sharding.Mesh, samples: int) -> Config:
-    """Returns `config` with hardly more slots than there are samples."""
+    """Returns `config` with no more slots than `samples` need, rounded up to a multiple of the shards."""
     shards = max(1, mesh.size // (config.rollout.mesh.tensor or 1))  # at most, whatever the layout is
     slots = min(config.rollout.slots, -(-samples // shards) * shards)
     return replace(config, rollout=replace(config.rollout, slots=slots))

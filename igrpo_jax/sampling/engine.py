@@ -1,4 +1,4 @@
-"""Calls the sampler's programs with values of the host, such as lists of slots. `scheduler` decides when."""
+"""Runs the sampler's programs on values of the host, such as lists of slots. `scheduler` decides when."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,7 +30,7 @@ OTHER_PAGE_SIZE = 64
 
 
 class Engine:
-    """Compiled programs and static sizes; the state is passed in and donated, and only the windows are kept here.
+    """Holds compiled programs and static sizes. The state is passed in and donated; only the windows are kept here.
 
     It samples on its own mesh over the devices of the run (`layout.sampler_mesh`), to which `weights` brings the
     weights. Where this mesh needs more key and value heads than the model has, it samples with copies of them
@@ -58,7 +58,7 @@ class Engine:
         team: the processes that sample together with this one.
         mesh: the part of the sampler's mesh that belongs to the team.
         tensor: devices that share one copy of the weights.
-        groups: of so many devices each, over all processes; each is a shard of the batch.
+        groups: number of groups over all processes. Each has `tensor` devices and is one shard of the batch.
         sizes: what the programs are compiled for.
         shards: the shards of the slots of the team: its groups, or the parts of them.
         slots, shard_slots: completions decoded at once by the team, and by each of its shards.
@@ -259,7 +259,7 @@ class Engine:
         self._forget_windows()
 
     def ended(self) -> None:
-        """Says to the processes that follow that nothing more is to run before the next `empty`."""
+        """Tells the following processes that nothing more runs until the next `empty`."""
         lockstep.tell(self.team, None)
         self._forget_windows()
 
@@ -294,7 +294,7 @@ class Engine:
         return jax.tree.map(zeros, self.programs.windows(*shape))
 
     def _split(self, tree: NamedTuple) -> NamedTuple:
-        """Returns what a program takes for numpy arrays whose first dimension is split over the shards."""
+        """Returns `tree`, numpy arrays split over the shards by their first dimension, as a program takes it."""
         # Given numpy arrays, a program puts them on devices of this process in a quarter of the time of `device_put`.
         return tree if len(self.team.processes) == 1 else sharding.to_global(tree, self.programs.batch_sharding)
 

@@ -116,7 +116,7 @@ def rows(
     table = np.zeros((groups, size, window_length // sizes.page_size), np.int32)
     stale, counts, held = np.zeros((groups, size), np.int32), np.zeros(groups, np.int32), []
     for group, own in enumerate(_of_groups(sizes, slots, lambda slot, part: slot + part * sizes.shard_slots)):
-        # All slots stand in their order, so that their states need no copy.
+        # All slots are in their order, so that their states need no copy.
         kept = before[group]
         place = own if size == every else _places(own, kept, size)
         new = [row for slot, row in zip(own, place, strict=True) if slot not in kept]

@@ -1,8 +1,9 @@
 """How many neighbouring devices share a copy of the weights while completions are sampled, chosen by formula.
 
-With more devices in a group each reads a smaller part of the weights for every token, and has more rows. What it costs
-are the reductions that the group waits for; and where there are fewer key and value heads than devices in the group,
-copies of them, or exchanges between devices that hold the same head for different sequences (`models.heads`).
+The more devices a group has, the smaller the part of the weights that each reads for a token, and the more rows it
+decodes. The price is the reductions that a group waits for and, where it has more devices than the model has key and
+value heads, copies of heads or exchanges between devices that hold the same head for different sequences
+(`models.heads`).
 """
 
 import jax
@@ -18,7 +19,7 @@ from igrpo_jax.models.paged import page_layout
 from igrpo_jax.sampling.pages import pages_for
 
 SIZES = (1, 2, 4, 8)  # of a group
-TIME_TOLERANCE = 1.05  # times the least time that a smaller group may take: fewer devices wait for each other
+TIME_TOLERANCE = 1.05  # a smaller group may take this multiple of the least time: fewer devices wait for each other
 MEMORY_FRACTION = 0.9  # of the memory that sampling may use; the rest is for the code and the temporaries of programs
 
 

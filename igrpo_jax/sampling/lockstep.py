@@ -1,7 +1,7 @@
 """What the leader of a team tells the other processes: each program that it runs, with what the host gives it.
 
 The leader alone has the queue, the verifier's answers and every decision. The others run what they are told in the same
-order and look at no result, so that nothing that differs between hosts, such as when a score comes, can part them.
+order and look at no result, so nothing that differs between hosts, such as when a score arrives, makes them diverge.
 """
 
 from collections.abc import Iterator

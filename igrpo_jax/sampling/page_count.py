@@ -18,7 +18,7 @@ def estimated_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> in
     """Returns how many pages there are to be, with a tenth of `memory` left to temporaries and code.
 
     Args:
-        sizes: its `pages` count for nothing.
+        sizes: its field `pages` is ignored.
         memory: bytes of each device that sampling may use; None = any.
     """
     if memory is None or not costs.token_bytes:  # without attention pages have no bytes

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 def pages_for(tokens: float, page_size: int) -> int:
-    """Returns how many pages hold so many tokens."""
+    """Returns how many pages hold `tokens` tokens."""
     return math.ceil(tokens / page_size)
 
 
@@ -31,7 +31,7 @@ class PagePool:
         return self.count - self.free
 
     def take(self, count: int) -> list[int]:
-        """Returns `count` free pages, which have one user each from now on; there must be so many."""
+        """Returns `count` free pages, which have one user each from now on; that many must be free."""
         assert count <= self.free, f"{count} pages are asked for, {self.free} are free"
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:

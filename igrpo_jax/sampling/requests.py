@@ -1,4 +1,4 @@
-"""What the sampler is asked for, what it gives, and what that took."""
+"""The sampler's requests, the samples that it returns, and a count of the device work that they took."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -90,7 +90,7 @@ class Scheduler:
         self._sampling = Sampling(1.0)
         self._state: State | None = None  # between `start` and `finish`: the cache makes room for the update
         self._waiting: deque[QueuedSamples] = deque()
-        self._spare = max(1, engine.shard_slots // 8)  # free slots of a shard that are refilled together
+        self._spare = max(1, engine.shard_slots // 8)  # a shard refills its slots once this many are free
         self._in_flight: deque[_Dispatch] = deque()
         self._harvests: deque[_Harvest] = deque()
         self._dispatched = 0
@@ -121,7 +121,7 @@ class Scheduler:
         return self.engine.team.leads
 
     def follow(self) -> None:
-        """Runs what the process runs that leads, until it has called `finish`."""
+        """Runs whatever the leading process runs, until that process calls `finish`."""
         assert self._state is not None, "`start` comes first"
         state, self._state = self._state, None  # the first program is given its memory
         self.engine.follow(self._weights, state)
@@ -149,6 +149,7 @@ class Scheduler:
 
     @property
     def pending(self) -> bool:
+        """Whether a sample is queued, running, or on its way to the host."""
         return bool(self._queued or self._running_count or self._harvests)
 
     @property
@@ -202,7 +203,7 @@ class Scheduler:
                 break
 
     def _begin(self) -> None:
-        """Gives lanes to queued prompts; when none is left, idle shards take samples that wait in the fullest one."""
+        """Gives lanes to queued prompts; once the queue is empty, idle shards take over samples of the fullest one."""
         while self._waiting:
             shard = max(self.shards, key=lambda shard: shard.idle)
             if not shard.can_begin(len(self._waiting[0].request.tokens)):
@@ -236,7 +237,8 @@ class Scheduler:
         samples = [sample for shard in self.shards for sample in shard.running.values()]
         furthest = max(sample.cached for sample in samples) + ahead
         rows = engine.row_bucket(max(busy))
-        # While something waits, slots are refilled a few at a time; later a shard stops where fewer rows would do.
+        # While anything is queued, a shard stops to refill once `_spare` slots are free; with nothing queued, it stops
+        # once the next smaller number of rows would hold its running samples.
         queued = self._queued
         fewer = max((size for size in engine.programs.window_lengths if size < rows), default=0)
         least = [max(1, n - self._spare + 1 if queued else fewer + 1 if n > fewer else 1) for n in busy]
@@ -272,7 +274,7 @@ class Scheduler:
         for number, shard in enumerate(self.shards):
             for local, sample in list(shard.running.items()):
                 if sample.since > dispatch.number:
-                    continue  # another sample was in the slot at that time
+                    continue  # this sample took the slot after that dispatch
                 slot = number * size + local
                 drawn += int(status.count[slot]) - sample.count
                 sample.count = int(status.count[slot])

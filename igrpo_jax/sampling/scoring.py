@@ -50,10 +50,10 @@ def _stage_key(seed: int, step: jax.Array, stage: jax.Array) -> jax.Array:
 
 
 def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: "Renderer") -> float:
-    """Runs until every queued request is sampled and scored, those included that callbacks submit meanwhile.
+    """Runs until every queued request, and every request that a callback submits meanwhile, is sampled and scored.
 
-    A process that does not lead its team has no requests, and runs what the leader runs until that has finished. It is
-    not preempted meanwhile: the leader is, and then ends for both.
+    A process that does not lead its team has no requests: it follows the leader until the leader is done. Only the
+    leader reacts to SIGTERM, and then stops the whole team.
 
     Args:
         scheduler: started; all its requests have a `prompt` and a `scored`.

@@ -69,7 +69,7 @@ class RunningSample:
 
     @property
     def most(self) -> int:
-        """Tokens in the cache at the end of the longest completion, whose last token is not written."""
+        """Tokens in the cache when the completion reaches its limit; its last token is never written."""
         return len(self.request.tokens) + self.request.limit_of(self.number) - 1
 
 
@@ -109,7 +109,7 @@ class Shard:
         return sum(len(prompt.request.tokens) - prompt.prefilled for prompt in self._prompts)
 
     def can_begin(self, tokens: int) -> bool:
-        """Returns whether a prompt of so many tokens can take a lane.
+        """Returns whether a prompt of `tokens` tokens can take a lane.
 
         Each running sample and each prompt in a lane, this one included, must have a page to spare. Otherwise something
         would soon be preempted.
@@ -146,7 +146,7 @@ class Shard:
         return pieces
 
     def starts(self, dispatch: int) -> list[Start]:
-        """Gives free slots to samples of prefilled prompts, in order, while a page is left for each that runs.
+        """Gives free slots to samples of prefilled prompts, in order, while the pool has a page for each that runs.
 
         Args:
             dispatch: number of the next dispatch.
@@ -161,9 +161,9 @@ class Shard:
         return starts
 
     def make_room(self, ahead: int) -> Iterator[QueuedSamples]:
-        """Gives each slot the pages for `ahead` further tokens, those that began first before the others.
+        """Gives each running sample the pages for `ahead` further tokens, oldest sample first.
 
-        Yields what was given up for that.
+        Yields the samples that were preempted to make room.
         """
         for sample in sorted(self.running.values(), key=lambda sample: sample.began):
             needed = pages_for(min(sample.cached + ahead, sample.most), self.sizes.page_size) - len(sample.pages)

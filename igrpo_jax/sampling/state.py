@@ -26,8 +26,8 @@ class Sampling(NamedTuple):
 class State(NamedTuple):
     """Pages, lanes and slots: those of one shard inside `shard_map`, and those of all shards outside."""
 
-    cache: Cache  # pools, and the states of the slots
-    lanes: Cache  # the states of the prompts in the lanes
+    cache: Cache  # the pools of pages of attention, and the Mamba-2 states of the slots
+    lanes: Cache  # the Mamba-2 states of the prompts in the lanes
     logits: jax.Array  # [L, V] float32, after the last prefilled token of each lane's prompt
     token: jax.Array  # [B] int32, the last one drawn, not yet in the cache
     length: jax.Array  # [B] int32, tokens of the prompt
@@ -72,7 +72,7 @@ class Rows(NamedTuple):
     runs: np.ndarray  # [Z, n] bool, False for a slot that the host has given up
     table: np.ndarray  # [Z, n, R] int32, its pages
     least: np.ndarray  # [Z] int32, a shard stops when fewer of its rows are active
-    stale: np.ndarray  # [Z, n] int32, first the `stale_count` rows whose windows are not up to date with their pages
+    stale: np.ndarray  # [Z, n] int32; the first `stale_count` are the rows whose windows lack positions of their pages
     stale_count: np.ndarray  # [Z] int32
 
 
@@ -95,7 +95,7 @@ def empty(
     max_completion: int,
     dtype: str,
 ) -> State:
-    """Returns free slots, lanes and pages, numbers of all shards together."""
+    """Returns a state in which all slots, lanes and pages, counted over all shards, are free."""
     ints = jnp.zeros((slots,), jnp.int32)
     return State(
         cache=caches.empty(cfg, pages, page_size, slots, jnp.dtype(dtype), layout),

@@ -68,7 +68,7 @@ def fork(mesh: jax.sharding.Mesh, eos: jax.Array, parts: int, state: State, fork
     """Gives slots to samples of prefilled prompts, and draws the first token of each.
 
     Args:
-        parts: of `caches.own_pages`.
+        parts: as for `caches.own_pages`.
     """
 
     def run(state: State, fork: Fork, sampling: Sampling) -> State:
@@ -102,7 +102,10 @@ def harvest(state: State, slots: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
 
 
 def per_shard(mesh: jax.sharding.Mesh, run, split_in: tuple[bool, ...], split_out):
-    """Returns `run` for every shard of the batch by itself; arguments are split by their first dimension, or whole."""
+    """Returns a function that runs `run` on each shard of the batch by itself.
+
+    Each argument is split by its first dimension, or given whole.
+    """
     spec = lambda split: PartitionSpec(BATCH) if split else PartitionSpec()
     return jax.shard_map(
         run,

@@ -99,7 +99,7 @@ class WeightSync:
 
     @functools.cached_property
     def received_bytes(self) -> int:
-        """Bytes of the copy that a device has to get from others, those of the device that lacks most."""
+        """Bytes of the copy that a device receives from others, for the device that receives most."""
         counted: dict[tuple, np.ndarray] = {}
         total = np.zeros(self._mesh.size, np.int64)
         for path, shape in self._shapes.items():

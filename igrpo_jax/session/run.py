@@ -111,13 +111,13 @@ class Run:
     def evaluate(self, params: decoder.Params, step: int) -> None:
         """Evaluates the policy after `step`, and writes its scores under that step.
 
-        Where it is preempted, the checkpoint of this very policy says so, and its answers are kept. Any others that are
-        there may be those of other weights, of a step that was run again.
+        If this is preempted, the checkpoint of this policy records it, and a resume keeps the answers so far. Answers
+        that no such record claims are deleted: they may come from other weights, of a step that was run again.
 
         Raises:
             Preempted: SIGTERM came meanwhile.
             VerifierError: more gradings failed than config.rewards.max_error_fraction allows; the other answers are
-                kept as at a notice.
+                kept as on a preemption.
         """
         out = self.workdir / "evaluations" / f"step_{step:06d}"
         began = time.perf_counter()

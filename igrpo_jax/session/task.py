@@ -1,6 +1,6 @@
 """What a run is made of, read and checked before anything is written: model files, problems, prompts, mesh.
 
-Not here: weights (`outputs.weights`), and what lives while a run goes on (`session.run`).
+Not here: weights (`outputs.weights`), and what lives during a run (`session.run`).
 """
 
 import difflib

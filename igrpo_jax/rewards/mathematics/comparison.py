@@ -241,7 +241,7 @@ def _is_vector(items: tuple[Node, ...], b: Leaf) -> bool:
 
 
 def _components(value: Value, length: int) -> list[Node]:
-    """Returns i + 2j + 3k as 1, 2, 3; an empty list where a term is no multiple of i, j or k, or only i occurs."""
+    """Returns i + 2j + 3k as 1, 2, 3; an empty list where a term is not a multiple of i, j or k, or only i occurs."""
     parts: list[dict] = [{}, {}, {}]
     for (imaginary, roots, symbols), c in value.numerator.items():
         units = [0] * imaginary + [" jk".index(name) for name, power in symbols if name in ("j", "k") and power == 1]

@@ -9,7 +9,7 @@ one-letter symbols unless it is a name such as `sqrt` or `pi`; `x_1`, `\lambda_{
 are numbers. 1,234 is one number, except inside (), [] and \{\}, where a comma separates; 3{,}5 is 3.5; 4.5e33 is
 4.5·10^33; 0.\overline{3} is 1/3. \log without a base is left undecided.
 
-Not here: answers that are no single expression (`answers`); arithmetic (`exact`). Nothing is ever evaluated as Python.
+Not here: answers that are not one expression (`answers`); arithmetic (`exact`). Nothing is ever evaluated as Python.
 Takes linear time, apart from the arithmetic. Limit: MAX_DEPTH.
 """
 
@@ -98,7 +98,7 @@ class Parser:
     def _starts_factor(self) -> bool:
         kind, text = self._cursor.kind(), self._cursor.peek()
         if kind == "number":
-            return False  # 28_9 is no product
+            return False  # 28_9 is not a product
         if kind == "command":
             return not self._cursor.tokens[self._cursor.at].closes
         return kind in ("letters", "text") or text in ("(", "[", "{")

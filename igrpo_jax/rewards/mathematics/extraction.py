@@ -47,7 +47,7 @@ _CLAUSE = re.compile(
     r"[.!?;]?\s+(?:because|since|so|which|as|for|where|when|therefore)\b"
     r"|,\s+(?:it|but|because|since|so|which|as|the|this|that|we|not)\b|[.!?](?:\s|$)|\n"
 )
-# "B. Alina or C. Ben": the end of the first sentence is no end of what is stated.
+# "B. Alina or C. Ben": the end of the first sentence is not the end of what is stated.
 _TWO_CHOICES = re.compile(r"\(?[A-J][).:]\s[^\n]{1,200}?(?:\b(?:or|and)|,)\s+\(?[A-J][).:]\s[^\n]{0,200}")
 _IS = re.compile(r"\s(?:is|are|equals)\s(?!not\b)")
 
@@ -62,7 +62,7 @@ _LONGEST_LEAD = 60  # characters between the formula's beginning and "answer"
 _CLOSINGS = {"$": "$", "$$": "$$", "\\[": "\\]", "\\(": "\\)"}
 _IN_BOX = re.compile(rf"\s*({_TEXT})?\s*{_LEAD}[Aa]nswer\s{{0,4}}(?:is\b|:|=)\s*:?\s*(\}})?")
 
-# Words between "the answer is" and the answer, words that are no answer, and words about one that was given before.
+# Words between "the answer is" and the answer, words that are not an answer, and words about one that was given before.
 _FILLERS = re.compile(
     r"(?:\s*(?:indeed|therefore|thus|hence|simply|just|clearly|obviously|then|now|actually|definitely|really|certainly"
     r"|also|again|still|exactly|precisely|equal to|given by|as follows|for sure|of course"

@@ -16,8 +16,8 @@ Conventions, where usage differs:
   guessing a near one. 0.\overline{3} is 1/3. 0.333... goes on in a way that it does not say: it equals its own text.
 - 1,234 is one thousand two hundred thirty-four, and so is 1{,}234; 3{,}5 is 3.5. A bare comma before one, two, four or
   more digits separates a list: if it were a decimal comma, 1,2 would equal 1.2.
-- Numbers side by side, or a number behind another factor, are no product: 2 2, \frac12 12 and x 3 have no value, and
-  neither has 3\frac53, which is no mixed number.
+- Numbers side by side, or a number behind another factor, are not a product: 2 2, \frac12 12 and x 3 have no value, and
+  neither has 3\frac53, which is not a mixed number.
 - A unit, a currency or a degree sign that is missing on one side is forgiven. Two different units are not, unless one
   converts to the other exactly and in one system: 5 g is 0.005 kg. Degrees are not radians, but sin 30° is in degrees.
 - 10 m, with a blank, is ten metres or 10 times m, whichever the other side means; 10m is a product. So are 700 nm,
@@ -28,9 +28,9 @@ Conventions, where usage differs:
 - `x = 5` equals 5, and `f(x) = …` and `a_n = …` their right sides. `x = 5` is not `y = 5`. `2x + z = 1` is an equation
   and nothing else, equal to its multiples. Where several named values meet unnamed ones, the order counts, x_1 and x_2
   aside.
-- dx/dt, \frac{d x}{d t} and \dot{x} are one symbol, which is no quotient.
+- dx/dt, \frac{d x}{d t} and \dot{x} are one symbol, which is not a quotient.
 - Lists are unordered and count repetitions (roots with multiplicity), except repeated points. Sets ignore both. A bare
-  list equals a set, and it equals a tuple in the same order. A tuple is no set. (a, b) is a pair or an interval,
+  list equals a set, and it equals a tuple in the same order. A tuple is not a set. (a, b) is a pair or an interval,
   depending on the other side. A column equals a row vector, ⟨a, b⟩ and (a, b). ± stands for both values. The answer
   "1/2 or 0.5" is one value.
 - A single letter equals `(D)`, `D.`, `(D) Alina`, `D: Alina` and "Option D", but no text that names a second letter.
@@ -84,7 +84,7 @@ def grade(text: str, gold: str) -> tuple[float, str | None, str]:
 
 
 def accepts_itself(gold: str) -> bool:
-    """Returns whether any answer can equal the gold: it is no prose, and `\\boxed{gold}` does. Not for model text."""
+    """Returns whether any answer can equal the gold: it is not prose, and `\\boxed{gold}` does. Not for model text."""
     answers_of_gold = map(golds.printed_list, golds.alternatives(gold))
     return any(not _is_prose(answer) and _is_right_for_itself(answer) for answer in answers_of_gold)
 

@@ -45,7 +45,7 @@ def ratio(tokens: list[Token], _: int) -> Node | None:
 
 
 def congruence(tokens: list[Token], _: int) -> Node | None:
-    """Reads x ≡ 2 (mod 5). Returns None for anything else, also for a residue or modulus that is no integer."""
+    """Reads x ≡ 2 (mod 5). Returns None for anything else, also for a residue or modulus that is not an integer."""
     sides, signs = split(tokens, {"equiv"})
     if len(signs) != 1 or not all(sides):
         return None
@@ -109,7 +109,7 @@ def with_symbol(tokens: list[Token]) -> Node | None:
 
 
 def symbols(node: Node) -> set[str] | None:
-    """Returns the symbols of an expression, None where the node is no expression with a value."""
+    """Returns the symbols of an expression, None where the node is not an expression with a value."""
     return node.value.symbols() if isinstance(node, Leaf) and node.value is not None else None
 
 

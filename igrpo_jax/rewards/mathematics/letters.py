@@ -1,6 +1,6 @@
 r"""Letters of multiple-choice answers: `(D) Alina`, `D: Alina`, `D. Alina`, `Option D`, `\textbf{(D)}\ 12`.
 
-An answer that names a second letter, such as "D. Alina or C. Ben" or "Option D or C", is no choice. Other graders
+An answer that names a second letter, such as "D. Alina or C. Ben" or "Option D or C", is not a choice. Other graders
 (math-verify, lighteval, simple-evals) take the first letter behind "answer" that a dot, a colon, a comma or a blank
 follows. Here a comma or a blank is not enough, since "D, Ben" may be a list and "D 12" a product.
 Not here: when two choices are equal (`comparison`).

@@ -47,7 +47,7 @@ def number(cursor: Cursor) -> Value:
 def _mixed(cursor: Cursor) -> Fraction:
     """Reads the fraction of a mixed number, of plain integers. Returns 0 where there is none.
 
-    Raises NoValue for 3\\frac{5}{3}, which is no mixed number and hardly a product.
+    Raises NoValue for 3\\frac{5}{3}, which is not a mixed number and hardly a product.
     """
     top = bottom = ""
     texts = [cursor.peek(ahead) for ahead in range(7)]

@@ -85,7 +85,7 @@ def region_of(node: Node) -> Region | None:
 
 
 def united(text: str, nodes: list[Node]) -> Region | None:
-    """Returns the union of sets of real numbers in one symbol, None where a node is no such set."""
+    """Returns the union of sets of real numbers in one symbol, None where a node is not such a set."""
     regions = [region_of(node) for node in nodes]
     if not all(regions) or len({region.name for region in regions} - {""}) > 1:
         return None
@@ -93,14 +93,14 @@ def united(text: str, nodes: list[Node]) -> Region | None:
 
 
 def intersected(text: str, nodes: list[Node]) -> Region | None:
-    """Returns the intersection of regions in one symbol; None if it is empty or a node is no region."""
+    """Returns the intersection of regions in one symbol; None if it is empty or a node is not a region."""
     if not all(isinstance(node, Region) for node in nodes) or len({node.name for node in nodes}) != 1:
         return None
     return _joined(text, nodes[0].name, nodes, set.intersection)
 
 
 def without(text: str, base: Node, points: Node) -> Region | None:
-    """Returns a region without the points of another, None if nothing is left or one of them is no region."""
+    """Returns a region without the points of another, None if nothing is left or one of them is not a region."""
     regions = [region_of(base), region_of(points)]
     return _joined(text, regions[0].name, regions, set.difference) if all(regions) else None
 

@@ -126,7 +126,7 @@ def read(text: str, is_single: bool = False) -> Unit | None:
     text = _FILLERS.sub(" ", _HALF_OF_DAY.sub(r"\1m", _COMMANDS.sub(" ", text)))
     text = TEMPERATURE.sub(lambda match: "celsius" if match[1] else "fahrenheit", _QUOTIENT.sub("}/{", text))
     powers: Counter[str] = Counter()  # of base units and nouns
-    nouns: dict[int, list[str]] = {1: [], -1: []}  # words that are no known units, above and below "per"
+    nouns: dict[int, list[str]] = {1: [], -1: []}  # words that are not known units, above and below "per"
     scale, sign, outer, modifier = Fraction(1), 1, 1, 1
     counts, last = False, None
     for match in _WORDS.finditer(text):
