@@ -95,7 +95,7 @@ class Space(NamedTuple):
         """Returns whether `left` has as much."""
         return all(own <= space for own, space in zip(self, left, strict=True))
 
-    def less(self, taken: "Space") -> "Space":
+    def minus(self, taken: "Space") -> "Space":
         """Returns what is left when `taken` is gone."""
         return Space(*(own - part for own, part in zip(self, taken, strict=True)))
 
@@ -201,7 +201,7 @@ class Packer:
             needed = self._needs(piece.family)
             if not needed.fits(left):
                 break
-            left = left.less(needed)
+            left = left.minus(needed)
             pieces.append(piece)
         return MicroBatch(self.shapes.largest, [pieces, *([] for _ in range(self.shapes.shards - 1))])
 
@@ -243,7 +243,7 @@ class Packer:
                 return None
             place = choose(fitting, key=lambda i: left[i].tokens)
             places.append(place)
-            left[place] = left[place].less(needed)
+            left[place] = left[place].minus(needed)
         return places
 
     def fill(self, batch: MicroBatch) -> TrainBatch:
