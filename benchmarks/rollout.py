@@ -202,8 +202,8 @@ class Filled:
         )
         jax.block_until_ready(self.state)
         slots, tables = [sorted(shard.running) for shard in self.shards], [shard.table for shard in self.shards]
-        least, furthest = [1] * len(self.shards), position + engine.sizes.steps_per_dispatch
-        self.state, status = engine.decode(self.weights, self.state, slots, tables, furthest, least, self.sampling)
+        min_active, furthest = [1] * len(self.shards), position + engine.sizes.steps_per_dispatch
+        self.state, status = engine.decode(self.weights, self.state, slots, tables, furthest, min_active, self.sampling)
         return int(jax.device_get(status.steps).sum())
 
     def step_seconds(self, position: int | None = None) -> float:

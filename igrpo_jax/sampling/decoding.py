@@ -59,8 +59,8 @@ def decode(
 ) -> tuple[State, Windows, Status]:
     """Draws up to `steps` tokens in each of `rows`, whose page tables already have room for the new positions.
 
-    A shard stops early when fewer than its `rows.least` rows are active; with tensor parallelism all stop together,
-    when that holds of each.
+    A shard stops early when fewer than its `rows.min_active` rows are active; with tensor parallelism all stop
+    together, when that holds of each.
 
     Args:
         windows: the windows of the rows, donated, and returned for the next dispatch. Windows of `stale` rows may have
@@ -81,7 +81,7 @@ def _decode_shard(
     rows = Rows(*(x[0] for x in rows))
     of_rows = lambda x: x.at[rows.slot].get(mode="clip")
     before = of_rows(state.length) - 1 + of_rows(state.count)  # the position of each row's token
-    goes_on = _condition(mesh, rows.least, steps)
+    goes_on = _condition(mesh, rows.min_active, steps)
     active = of_rows(state.active) & rows.runs
     cache = state.cache if _is_all(state, rows) else caches.rows_of(state.cache, rows.slot)
     if reads_pages:
@@ -112,7 +112,7 @@ def _decode_shard(
     return state, windows, Status(state.active, state.count, end.taken[None])
 
 
-def _condition(mesh: jax.sharding.Mesh, least: jax.Array, steps: int):
+def _condition(mesh: jax.sharding.Mesh, min_active: jax.Array, steps: int):
     """Returns the condition of the loop: a function of the steps taken and of the rows that are active."""
     # Without tensor parallelism a shard may stop earlier than another, because its program communicates with nobody.
     # With it, all shards run as many steps as the longest needs.
@@ -120,7 +120,7 @@ def _condition(mesh: jax.sharding.Mesh, least: jax.Array, steps: int):
 
     def goes_on(taken: jax.Array, active: jax.Array) -> jax.Array:
         running = jnp.sum(active)
-        more = (taken < steps) & (running >= least) & (running > 0)
+        more = (taken < steps) & (running >= min_active) & (running > 0)
         return jax.lax.pmax(more.astype(jnp.int32), BATCH) > 0 if agree else more
 
     return goes_on

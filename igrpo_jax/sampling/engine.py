@@ -216,7 +216,7 @@ class Engine:
         slots: Sequence[Sequence[int]],
         tables: Sequence[np.ndarray],
         furthest: int,
-        least: Sequence[int],
+        min_active: Sequence[int],
         sampling: Sampling,
     ) -> tuple[State, Status]:
         """Draws up to K tokens in each of the given slots.
@@ -225,15 +225,15 @@ class Engine:
             slots: of each shard those to decode.
             tables: of each shard the pages of all its slots, [B, pages].
             furthest: the largest number of positions that a slot may have after the dispatch.
-            least: a shard with fewer active slots than this stops early. The parts of a group stop by their sum, and
-                with `tensor` > 1 all shards stop together, when each has too few.
+            min_active: a shard with fewer active slots than this stops early. The parts of a group stop by their sum,
+                and with `tensor` > 1 all shards stop together, when each has too few.
         """
         width = self.row_bucket(max(map(len, slots)))
         window_length = pick_bucket(self.programs.window_lengths[width], min(furthest, self.sizes.length))
         shape = width, window_length
         if not self._kept or self._kept[0] != shape:
             self._forget_windows()
-        rows, self._window_row = inputs.rows(self.sizes, *shape, slots, tables, least, self._window_row)
+        rows, self._window_row = inputs.rows(self.sizes, *shape, slots, tables, min_active, self._window_row)
         return self._run(Call("decode", shape, rows, traced(sampling)), weights, state)
 
     def harvest(self, state: State, slots: Sequence[int]) -> list[tuple[jax.Array, ...]]:

@@ -99,7 +99,7 @@ def rows(
     window_length: int,
     slots: Sequence[Sequence[int]],
     tables: Sequence[np.ndarray],
-    least: Sequence[int],
+    min_active: Sequence[int],
     before: Sequence[dict[int, int]],
 ) -> tuple[Rows, list[dict[int, int]]]:
     """Returns the Rows of a dispatch, and for each group a map from each of its slots to the slot's row.
@@ -107,7 +107,7 @@ def rows(
     Args:
         width: rows of a shard.
         window_length: positions of a row that attention may read.
-        slots, tables, least: as in `Engine.decode`.
+        slots, tables, min_active: as in `Engine.decode`.
         before: for each group, the row of each slot whose window is up to date. Such a slot keeps its row.
     """
     groups, size, every = len(slots) // sizes.parts, width * sizes.parts, sizes.shard_slots * sizes.parts
@@ -129,9 +129,9 @@ def rows(
     if size == every:
         index[:] = np.arange(size)
     # The parts of a group run in one program, which stops early by the sum of their active slots, not by each part's.
-    fewest = [min(n, len(own)) for n, own in zip(least, slots, strict=True)]
-    least_of_groups = np.reshape(fewest, (groups, -1)).sum(axis=1, dtype=np.int32)
-    return Rows(index, runs, table, least_of_groups, stale, counts), held
+    fewest = [min(n, len(own)) for n, own in zip(min_active, slots, strict=True)]
+    min_active_of_groups = np.reshape(fewest, (groups, -1)).sum(axis=1, dtype=np.int32)
+    return Rows(index, runs, table, min_active_of_groups, stale, counts), held
 
 
 def _places(slots: Sequence[int], kept: dict[int, int], size: int) -> list[int]:

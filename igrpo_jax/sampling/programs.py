@@ -211,7 +211,7 @@ class SamplerPrograms:
         pages = window_length // self.sizes.page_size
         ints = self._ints
         return Rows(
-            slot=ints(rows), runs=runs, table=ints(rows, pages), least=ints(), stale=ints(rows), stale_count=ints()
+            slot=ints(rows), runs=runs, table=ints(rows, pages), min_active=ints(), stale=ints(rows), stale_count=ints()
         )
 
     def _ints(self, *size: int) -> jax.ShapeDtypeStruct:

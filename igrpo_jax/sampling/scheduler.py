@@ -241,14 +241,14 @@ class Scheduler:
         # once the next smaller number of rows would hold its running samples.
         queued = self._queued
         fewer = max((size for size in engine.programs.window_lengths if size < rows), default=0)
-        least = [max(1, n - self._spare + 1 if queued else fewer + 1 if n > fewer else 1) for n in busy]
+        min_active = [max(1, n - self._spare + 1 if queued else fewer + 1 if n > fewer else 1) for n in busy]
         self._state, status = engine.decode(
             self._weights,
             self._state,
             [sorted(shard.running) for shard in self.shards],
             [shard.table for shard in self.shards],
             furthest,
-            least,
+            min_active,
             self._sampling,
         )
         for x in status:

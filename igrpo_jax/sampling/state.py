@@ -71,7 +71,7 @@ class Rows(NamedTuple):
     slot: np.ndarray  # [Z, n] int32; B = none. Where n = B: 0 to B - 1
     runs: np.ndarray  # [Z, n] bool, False for a slot that the host has given up
     table: np.ndarray  # [Z, n, R] int32, its pages
-    least: np.ndarray  # [Z] int32, a shard stops when fewer of its rows are active
+    min_active: np.ndarray  # [Z] int32, a shard stops when fewer of its rows are active
     stale: np.ndarray  # [Z, n] int32; the first `stale_count` are the rows whose windows lack positions of their pages
     stale_count: np.ndarray  # [Z] int32
 

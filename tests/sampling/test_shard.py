@@ -231,12 +231,12 @@ class Device:
             total = min(totals[start.prompt, start.sample], start.limit)
             self.slots[start.slot] = Slot(start.prompt, start.sample, start.length, total)
 
-    def decode(self, slots, table, furthest, least):
+    def decode(self, slots, table, furthest, min_active):
         rows = [self.slots[slot] for slot in slots]
         pages = dict(zip(map(id, rows), table[slots], strict=True))
         self.steps = 0
         is_active = lambda row: row.count < row.total
-        while self.steps < self.sizes.steps_per_dispatch and sum(map(is_active, rows)) >= max(1, least):
+        while self.steps < self.sizes.steps_per_dispatch and sum(map(is_active, rows)) >= max(1, min_active):
             self.steps += 1
             for row in filter(is_active, rows):
                 last = row.length - 1 + row.count
@@ -288,11 +288,11 @@ class Engine:
                 device.start(own[first : first + WIDTH], self.totals)
         return state
 
-    def decode(self, weights, state, slots, tables, furthest, least, sampling):
+    def decode(self, weights, state, slots, tables, furthest, min_active, sampling):
         self.dispatches += 1
         counts, active = np.zeros((2, self.shards, self.shard_slots), int)
         for shard, device in enumerate(state):
-            device.decode(slots[shard], tables[shard].copy(), min(furthest, self.sizes.length), least[shard])
+            device.decode(slots[shard], tables[shard].copy(), min(furthest, self.sizes.length), min_active[shard])
             for slot, row in device.slots.items():
                 counts[shard, slot], active[shard, slot] = row.count, row.count < row.total
         steps = [device.steps for device in state]
