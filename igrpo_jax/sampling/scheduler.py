@@ -45,7 +45,7 @@ class _Harvest:
     results: list[tuple[jax.Array, ...]] = field(default_factory=list)  # of `Engine.harvest`
 
 
-class _Arrival:
+class _WeightTimer:
     """Waits in a thread until weights are ready, so that programs that need them can be sent to the device meanwhile.
 
     Args:
@@ -86,7 +86,7 @@ class Scheduler:
         parts = engine.sizes.parts
         self._groups = [self.shards[first : first + parts] for first in range(0, engine.shards, parts)]
         self._weights: decoder.Params = {}
-        self._arrival: _Arrival | None = None
+        self._weight_timer: _WeightTimer | None = None
         self._sampling = Sampling(1.0)
         self._state: State | None = None  # between `start` and `finish`: the cache makes room for the update
         self._waiting: deque[QueuedSamples] = deque()
@@ -103,7 +103,7 @@ class Scheduler:
         assert not self.pending, "the last rollout or evaluation still has samples to draw"
         began = time.perf_counter()
         self._weights = self.engine.weights(params)
-        self._arrival = _Arrival(self._weights, began)
+        self._weight_timer = _WeightTimer(self._weights, began)
         self._sampling = sampling
         self.usage = Usage(pages=sum(shard.pool.count for shard in self.shards) if self.leads else 0)
         for shard in self.shards:
@@ -113,7 +113,7 @@ class Scheduler:
     @property
     def weight_seconds(self) -> float:
         """Seconds that the weights of the last `start` took to be ready to sample with."""
-        return self._arrival.seconds if self._arrival else 0.0
+        return self._weight_timer.seconds if self._weight_timer else 0.0
 
     @property
     def leads(self) -> bool:
