@@ -51,7 +51,7 @@ class Usage:
     queued_slot_steps: int = 0  # slots x decode steps of the dispatches during which the queue was not empty
     queued_tokens: int = 0  # tokens drawn by the same dispatches
     mixed_slot_steps: int = 0  # slots x decode steps while requests of several stages were running
-    preempted: int = 0  # samples that were given up because pages ran out, and drawn again later
+    preempted: int = 0  # samples preempted because pages ran out, and drawn again later
     pages: int = 0  # pages of the cache
     most_pages: int = 0  # pages in use at once, at most
 

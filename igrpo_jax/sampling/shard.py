@@ -79,7 +79,7 @@ class Shard:
     Attributes:
         running: the sample of each slot in use.
         table: [B, R] int32, the pages of each slot.
-        preempted: samples that were given up so far.
+        preempted: number of preempted samples so far.
     """
 
     def __init__(self, sizes: Sizes):
@@ -168,9 +168,9 @@ class Shard:
         for sample in sorted(self.running.values(), key=lambda sample: sample.began):
             needed = pages_for(min(sample.cached + ahead, sample.most), self.sizes.page_size) - len(sample.pages)
             while sample.slot in self.running and needed > self.pool.free:
-                given_up = self._give_up()
-                if given_up is not None:
-                    yield given_up
+                returned = self._preempt()
+                if returned is not None:
+                    yield returned
             if sample.slot in self.running and needed > 0:
                 more = self.pool.take(needed)
                 self.table[sample.slot, len(sample.pages) : len(sample.pages) + needed] = more
@@ -214,7 +214,7 @@ class Shard:
             self._lanes.append(prompt.lane)
             self.pool.give_back(prompt.pages)
 
-    def _give_up(self) -> QueuedSamples | None:
+    def _preempt(self) -> QueuedSamples | None:
         """Preempts the prompt that began last of those without a running sample, or else the sample that began last.
 
         If the prompt of a preempted sample has left its lane, it is prefilled again later, in other pages. Until it has
@@ -225,10 +225,10 @@ class Shard:
         at_work = {sample.prompt for sample in self.running.values()}
         idle = next((prompt for prompt in reversed(self._prompts) if prompt not in at_work), None)
         if idle is not None:
-            given_up = QueuedSamples(idle.request, deque(idle.samples))
+            returned = QueuedSamples(idle.request, deque(idle.samples))
             idle.samples.clear()
             self._release_if_done(idle)
-            return given_up
+            return returned
         last = self.end(max(self.running.values(), key=lambda sample: sample.began).slot)
         self.preempted += 1
         for prompt in self._prompts:

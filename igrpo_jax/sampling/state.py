@@ -69,7 +69,7 @@ class Rows(NamedTuple):
     """The slots that a dispatch decodes."""
 
     slot: np.ndarray  # [Z, n] int32; B = none. Where n = B: 0 to B - 1
-    runs: np.ndarray  # [Z, n] bool, False for a slot that the host has given up
+    runs: np.ndarray  # [Z, n] bool, False for a slot without a sample, as after a preemption
     table: np.ndarray  # [Z, n, R] int32, its pages
     min_active: np.ndarray  # [Z] int32, a shard stops when fewer of its rows are active
     stale: np.ndarray  # [Z, n] int32; the first `stale_count` are the rows whose windows lack positions of their pages

@@ -99,7 +99,7 @@ def test_tokens_do_not_depend_on_the_layout(name, tensors):
 @pytest.mark.slow(seconds=40)
 @pytest.mark.parametrize(("tensor", "parts"), [(4, 2), (8, 4)])
 def test_tokens_do_not_depend_on_which_device_holds_a_sequence(tensor, parts):
-    """Pages are so few that sequences are given up and begun anew; prompts end within a page, which is copied."""
+    """Pages are so few that sequences are preempted and begun anew; prompts end within a page, which is copied."""
     host, lengths = tiny_models.random_params(SPLIT), (5, 23)  # of both parts of a group
     plain = Engine(dataclasses.replace(SPLIT, attention="xla"), one_device(), EOS, **SIZES)
     expected = sample(plain, put(host, one_device()), SAMPLINGS[0], lengths)

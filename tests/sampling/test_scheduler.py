@@ -232,13 +232,13 @@ def test_samples_that_are_put_back_where_pages_run_out_are_the_same(tiny, expect
     """The pages of a shard hold one sequence of the longest and little more: some samples begin anew several times."""
     mesh = sharding.make_mesh(config.MeshConfig(data=shards), jax.devices()[:shards])
     engine = make_engine(tiny[0], 8 * shards, 3, mesh, page_size=4, pages=math.ceil(134 / 4) + 2)
-    given_up = []
+    returned = []
     with pytest.MonkeyPatch.context() as patch:
-        give_up = Shard._give_up
-        patch.setattr(Shard, "_give_up", lambda own: given_up.append(give_up(own)) or given_up[-1])
+        preempt = Shard._preempt
+        patch.setattr(Shard, "_preempt", lambda own: returned.append(preempt(own)) or returned[-1])
         samples, scheduler = sample(engine, tiny, requests(), ahead)
     check_same(samples, expected[0])
-    assert len(given_up) > 3 and 0 < scheduler.usage.preempted <= len(given_up)
+    assert len(returned) > 3 and 0 < scheduler.usage.preempted <= len(returned)
     assert all_free(scheduler)
 
 

@@ -32,7 +32,7 @@ def request_of(index, tokens, limits):
     return Request(1000 * index + np.arange(tokens), index, len(limits), KEY, np.array(limits))
 
 
-# Ranges of sizes. In small pools most samples are given up, and prompts take several chunks to be prefilled anew.
+# Ranges of sizes. In small pools most samples are preempted, and prompts take several chunks to be prefilled anew.
 ANY = {"context": (1, 8), "completion": (1, 20), "page_size": (1, 4), "slots": (1, 5), "steps": (1, 4), "chunk": (1, 8)}
 TIGHT = ANY | {"context": (4, 8), "completion": (8, 20), "page_size": (1, 2), "slots": (2, 4), "steps": (1, 2)}
 TIGHT |= {"chunk": (1, 2)}
@@ -133,7 +133,7 @@ class AnyOrder:
         in_lanes = list(shard._prompts)
         idle = [prompt for prompt in in_lanes if prompt not in at_work]
         self.queue.extendleft(shard.make_room(ahead))
-        # What began last is given up: prompts before samples, and never all samples.
+        # What began last is preempted: prompts before samples, and never all samples.
         goes_on = [sample for sample in before if shard.running.get(sample.slot) is sample]
         left = [prompt for prompt in idle if prompt in shard._prompts]
         assert goes_on == before[: len(goes_on)] and left == idle[: len(left)]
@@ -377,7 +377,7 @@ def test_a_prompt_begins_where_a_page_is_left_for_each_that_runs_or_waits():
     assert not shard.can_begin(1)  # the slots are those of the samples that wait
 
 
-def test_the_prompt_that_began_last_is_given_up_first():
+def test_the_prompt_that_began_last_is_preempted_first():
     sizes = Sizes(
         shard_slots=3,
         pages=9,
@@ -396,8 +396,8 @@ def test_the_prompt_that_began_last_is_given_up_first():
     for request in others:
         shard.begin(QueuedSamples(request, deque([0])))
     assert shard.pool.free == 4
-    given_up = list(shard.make_room(5))  # one page more than are free
-    assert [(waiting.request, list(waiting.samples)) for waiting in given_up] == [(others[1], [0])]
+    preempted = list(shard.make_room(5))  # one page more than are free
+    assert [(waiting.request, list(waiting.samples)) for waiting in preempted] == [(others[1], [0])]
     assert shard.pool.free == 1 and shard.pending == 1 and len(shard.running) == 1
 
 
