@@ -53,7 +53,7 @@ class Usage:
     mixed_slot_steps: int = 0  # slots x decode steps while requests of several stages were running
     preempted: int = 0  # samples preempted because pages ran out, and drawn again later
     pages: int = 0  # pages of the cache
-    most_pages: int = 0  # pages in use at once, at most
+    peak_pages: int = 0  # pages in use at once, at most
 
     def __add__(self, other: "Usage") -> "Usage":
         """Returns the work of both together."""
@@ -72,7 +72,7 @@ class Usage:
     @property
     def pages_in_use(self) -> float:
         """Fraction of the pages that were in use at the fullest moment."""
-        return self.most_pages / self.pages if self.pages else 0.0
+        return self.peak_pages / self.pages if self.pages else 0.0
 
     @property
     def overlap(self) -> float:

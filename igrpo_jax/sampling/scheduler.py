@@ -232,7 +232,7 @@ class Scheduler:
         for shard in self.shards:
             for waiting in shard.make_room(ahead):
                 self._put_back(waiting)
-        self.usage.most_pages = max(self.usage.most_pages, sum(shard.pool.used for shard in self.shards))
+        self.usage.peak_pages = max(self.usage.peak_pages, sum(shard.pool.used for shard in self.shards))
         busy = [len(shard.running) for shard in self.shards]
         samples = [sample for shard in self.shards for sample in shard.running.values()]
         furthest = max(sample.cached for sample in samples) + ahead
