@@ -37,7 +37,7 @@ class Team:
     number: int = 0
     count: int = 1
     processes: tuple[int, ...] = (0,)
-    _told: int = field(default=0, init=False)  # messages so far
+    _next_message: int = field(default=0, init=False)  # its number, from 0
 
     @property
     def leads(self) -> bool:
@@ -48,17 +48,17 @@ class Team:
         """Returns which of `count` prompts this process samples and scores; a process that does not lead has none."""
         return range(self.number, count, self.count) if self.leads else range(0)
 
-    def tell(self, message: bytes) -> None:
+    def send(self, message: bytes) -> None:
         """Sends a message to the other processes of the team; the first process calls this."""
         for process in self.processes[1:]:
-            abort.client().key_value_set_bytes(_key(process, self._told), message)
-        self._told += 1
+            abort.client().key_value_set_bytes(_key(process, self._next_message), message)
+        self._next_message += 1
 
     def messages(self) -> Iterator[bytes]:
         """Yields the messages of the first process as they come; the other processes of the team call this."""
         client = abort.client()
         while True:
-            key = _key(jax.process_index(), self._told)
+            key = _key(jax.process_index(), self._next_message)
             try:
                 message = client.blocking_key_value_get_bytes(key, _WAIT)
             except RuntimeError as error:
@@ -66,7 +66,7 @@ class Team:
                     raise
                 continue  # Python takes signals between two waits
             client.key_value_delete(key)
-            self._told += 1
+            self._next_message += 1
             yield message
 
 

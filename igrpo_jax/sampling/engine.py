@@ -246,8 +246,8 @@ class Engine:
         return [self._run(Call("harvest", (), None, piece), state) for piece in padded.reshape(-1, WIDTH)]
 
     def follow(self, weights: decoder.Params, state: State) -> None:
-        """Runs what the leader of the team runs, with `weights` and from `state`, until the leader says `ended`."""
-        for call in lockstep.told(self.team):
+        """Runs what the leader of the team runs, with `weights` and from `state`, until `release_followers`."""
+        for call in lockstep.received(self.team):
             if call.program == "harvest":
                 self._execute(call, state)
             elif call.program == "fork":
@@ -258,14 +258,14 @@ class Engine:
                 state, _ = self._execute(call, weights, state)
         self._forget_windows()
 
-    def ended(self) -> None:
+    def release_followers(self) -> None:
         """Tells the following processes that nothing more runs until the next `empty`."""
-        lockstep.tell(self.team, None)
+        lockstep.send(self.team, None)
         self._forget_windows()
 
     def _run(self, call: Call, *on_device: Any) -> Any:
         """Runs a program on all processes of the team, and returns its result."""
-        lockstep.tell(self.team, call)
+        lockstep.send(self.team, call)
         return self._execute(call, *on_device)
 
     def _execute(self, call: Call, *on_device: Any) -> Any:

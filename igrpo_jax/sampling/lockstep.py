@@ -25,14 +25,14 @@ class Call(NamedTuple):
     whole: Sampling | np.ndarray | None  # what every device gets completely
 
 
-def tell(team: Team, call: Call | None) -> None:
-    """Tells the other processes of `team` to run `call`; None says that the rollout or evaluation has ended."""
+def send(team: Team, call: Call | None) -> None:
+    """Sends `call` to the other processes of `team`, which run it; None ends the rollout or evaluation."""
     if len(team.processes) > 1:
-        team.tell(to_bytes(call))
+        team.send(to_bytes(call))
 
 
-def told(team: Team) -> Iterator[Call]:
-    """Yields the calls that the leader tells, until the rollout or evaluation has ended."""
+def received(team: Team) -> Iterator[Call]:
+    """Yields the calls that the leader sends, until the rollout or evaluation has ended."""
     for message in team.messages():
         call = from_bytes(message)
         if call is None:

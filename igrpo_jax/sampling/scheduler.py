@@ -129,7 +129,7 @@ class Scheduler:
     def finish(self) -> None:
         """Ends the rollout or evaluation: frees the weights and the cache."""
         if self.leads:
-            self.engine.ended()
+            self.engine.release_followers()
         self._weights = {}
         self._state = None
 

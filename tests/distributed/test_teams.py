@@ -50,7 +50,7 @@ def test_a_group_lies_within_a_slice():
     assert teams.tensors(mesh_of([0, 0, 1, 1], 1, slices=[0, 0, 1, 1])) == [1, 2]
 
 
-def test_the_others_hear_what_the_first_tells(monkeypatch):
+def test_the_others_hear_what_the_first_sends(monkeypatch):
     store = {}
 
     def take(key, _):
@@ -62,7 +62,7 @@ def test_the_others_hear_what_the_first_tells(monkeypatch):
     monkeypatch.setattr(teams.abort, "client", lambda: client)
     first, second, third = (teams.Team(0, 1, (4, 5, 7)) for _ in range(3))
     for message in (b"a", b"bc", b""):
-        first.tell(message)
+        first.send(message)
     assert len(store) == 6
     for own, team in ((5, second), (7, third)):
         monkeypatch.setattr(jax, "process_index", lambda own=own: own)

@@ -246,7 +246,7 @@ def test_windows_lie_where_those_of_the_last_dispatch_lay(engine, params, reques
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "_execute", watched)
         found = sample(engine, params, requests, Sampling(0.8))
-    engine.ended()
+    engine.release_followers()
     assert engine._kept is None
     assert before and sorted(before) == sorted(after)
     assert 0 < copied < rows / 2

@@ -1,4 +1,4 @@
-"""Every kind of call arrives as it was told."""
+"""Every kind of call arrives as it was sent."""
 
 import jax
 import numpy as np
@@ -24,14 +24,14 @@ def arrays(kind):
     ],
     ids=lambda call: call.program,
 )
-def test_a_call_arrives_as_it_was_told(call):
+def test_a_call_arrives_as_it_was_sent(call):
     heard = lockstep.from_bytes(lockstep.to_bytes(call))
     assert (heard.program, heard.shape, type(heard.split)) == (call.program, call.shape, type(call.split))
     for ours, theirs in ((heard.split, call.split), (heard.whole, call.whole)):
         assert type(ours) is type(theirs)
-        leaves, told = jax.tree.leaves(ours), jax.tree.leaves(theirs)
-        assert [x.dtype for x in leaves] == [x.dtype for x in told]
-        jax.tree.map(np.testing.assert_array_equal, leaves, told)
+        leaves, sent = jax.tree.leaves(ours), jax.tree.leaves(theirs)
+        assert [x.dtype for x in leaves] == [x.dtype for x in sent]
+        jax.tree.map(np.testing.assert_array_equal, leaves, sent)
 
 
 def test_the_end_is_no_call():

@@ -259,7 +259,7 @@ class Engine:
         self.dispatches = 0
         self.team = Team()
 
-    def ended(self):
+    def release_followers(self):
         pass
 
     def weights(self, params):
