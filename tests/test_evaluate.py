@@ -232,21 +232,21 @@ def test_a_run_and_its_export_answer_alike(call, model, rank, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "is_kept"), [({}, False), ({"mesh.fsdp": 1, "mesh.data": -1}, True)])
-@pytest.mark.parametrize(("tensor", "by_outputs"), [(1, False), (1, True), (2, False)])
+@pytest.mark.parametrize(("tensor", "output_major"), [(1, False), (1, True), (2, False)])
 def test_weights_that_stay_beside_the_copy_to_sample_with_leave_less_for_pages(
-    model, monkeypatch, changes, is_kept, tensor, by_outputs
+    model, monkeypatch, changes, is_kept, tensor, output_major
 ):
-    """Where the copy lies by outputs, as on CPUs, it is another one on every mesh."""
+    """Where the copy is output-major, as on CPUs, it is another one on every mesh."""
     asked = configured(**{"model.path": str(model), "rollout.mesh.tensor": tensor} | changes)
     rows = {"mine": [Row("0", 0, "1+2", "3", {})]}
     task = inference.open_evaluation(asked, str(model), None, rows)
     seen = []
     monkeypatch.setattr(inference, "device_bytes", lambda: 1 << 30)
-    monkeypatch.setattr(layout, "lies_by_outputs", lambda mesh: by_outputs)
+    monkeypatch.setattr(layout, "uses_output_major", lambda mesh: output_major)
     monkeypatch.setattr(inference, "open_engine", lambda c, model, mesh, eos_ids, memory, **sizes: seen.append(memory))
     inference._engine(task.config, task.policy, task.mesh, task.plan)
     read = 4 * task.policy.model.num_params / task.mesh.shape["fsdp"]
-    held = 0 if is_kept and tensor == 1 and not by_outputs else read
+    held = 0 if is_kept and tensor == 1 and not output_major else read
     assert (1 << 30) - seen[0] == pytest.approx(held, rel=0.1)
 
 

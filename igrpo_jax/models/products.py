@@ -26,41 +26,41 @@ NAME = "product"  # by which a policy of jax.checkpoint finds the products of ac
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class ByOutputs:
+class OutputMajor:
     """A weight [outputs..., inputs...], or what stands for one: its shape, or its sharding."""
 
     stored: Any
 
 
-def by_outputs(path: str, weight: jax.Array) -> jax.Array | ByOutputs:
-    """Returns the weight at `path` by outputs, and what is not a weight of a sublayer unchanged."""
+def output_major(path: str, weight: jax.Array) -> jax.Array | OutputMajor:
+    """Returns the weight at `path` output-major, and what is not a weight of a sublayer unchanged."""
     if not sharding.is_linear(path):
         return weight
-    return ByOutputs(jnp.transpose(weight, _turned(path, tuple(range(weight.ndim)))))
+    return OutputMajor(jnp.transpose(weight, _turned(path, tuple(range(weight.ndim)))))
 
 
-def as_trained(path: str, weight: jax.Array | ByOutputs) -> jax.Array:
-    """Returns the weight at `path` [inputs..., outputs...], of which `by_outputs` has been given."""
-    if not isinstance(weight, ByOutputs):
+def as_trained(path: str, weight: jax.Array | OutputMajor) -> jax.Array:
+    """Returns the weight at `path` [inputs..., outputs...], of which `output_major` has been given."""
+    if not isinstance(weight, OutputMajor):
         return weight
     outputs = weight.stored.ndim - sharding.input_axes(path)
     return jnp.moveaxis(weight.stored, range(outputs), range(-outputs, 0))
 
 
-def shape_by_outputs(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape of what `by_outputs` stores."""
+def output_major_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of what `output_major` stores."""
     return _turned(path, shape) if sharding.is_linear(path) else shape
 
 
-def sharding_by_outputs(path: str, where: NamedSharding) -> NamedSharding | ByOutputs:
-    """Returns the sharding of what `by_outputs` returns of a weight with the sharding `where`."""
+def output_major_sharding(path: str, where: NamedSharding) -> NamedSharding | OutputMajor:
+    """Returns the sharding of what `output_major` returns of a weight with the sharding `where`."""
     if not sharding.is_linear(path):
         return where
-    return ByOutputs(NamedSharding(where.mesh, PartitionSpec(*_turned(path, tuple(where.spec)))))
+    return OutputMajor(NamedSharding(where.mesh, PartitionSpec(*_turned(path, tuple(where.spec)))))
 
 
 def _turned(path: str, axes: tuple) -> tuple:
-    """Returns what `axes` says of the axes of a weight in the order that `ByOutputs` has."""
+    """Returns what `axes` says of the axes of a weight in the order that `OutputMajor` has."""
     cut = sharding.input_axes(path)
     return *axes[cut:], *axes[:cut]
 
@@ -71,10 +71,10 @@ def product(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
     Args:
         subscripts: of an einsum of `x` and the weight [inputs..., outputs...], such as "BTD,DF->BTF". The axes of the
             result are those of `x` that are not inputs, and then the outputs.
-        weight: of which the value is an array, or a ByOutputs.
+        weight: of which the value is an array, or an OutputMajor.
     """
     value = weight.get_value()
-    if not isinstance(value, ByOutputs):
+    if not isinstance(value, OutputMajor):
         return checkpoint_name(_product(subscripts, x, value), NAME)
     left, right, _ = _axes(subscripts)
     inputs = sum(axis in left for axis in right)

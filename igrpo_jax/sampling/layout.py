@@ -101,8 +101,8 @@ def reads_pages(cfg: DecoderConfig, tensor: int) -> bool:
     return page_layout(cfg.attention, cfg.head_dim, cfg.num_kv_heads // tensor) is not None
 
 
-def lies_by_outputs(mesh: jax.sharding.Mesh) -> bool:
-    """Returns whether the rollout copy of the weights on `mesh` lies by outputs (`models.products`): on CPUs."""
+def uses_output_major(mesh: jax.sharding.Mesh) -> bool:
+    """Returns whether the rollout copy of the weights on `mesh` is output-major (`models.products`): on CPUs."""
     return mesh.devices.flat[0].platform == "cpu"
 
 
@@ -113,7 +113,7 @@ def keeps_weights(mesh: jax.sharding.Mesh, tensor: int | None) -> bool:
         tensor: config.rollout.mesh.tensor, None where it is chosen.
     """
     as_given = mesh.size == 1 or tensor == mesh.shape["tensor"]
-    return mesh.shape["fsdp"] == 1 and as_given and not lies_by_outputs(mesh)
+    return mesh.shape["fsdp"] == 1 and as_given and not uses_output_major(mesh)
 
 
 def divides(cfg: DecoderConfig, tensor: int) -> bool:

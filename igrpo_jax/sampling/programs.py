@@ -22,10 +22,10 @@ from igrpo_jax.models import decoder, windows
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.models.paged import page_layout
-from igrpo_jax.models.products import ByOutputs, shape_by_outputs, sharding_by_outputs
+from igrpo_jax.models.products import OutputMajor, output_major_shape, output_major_sharding
 from igrpo_jax.models.windows import Windows
 from igrpo_jax.sampling import decoding, shapes, state, steps
-from igrpo_jax.sampling.layout import lies_by_outputs, reads_pages
+from igrpo_jax.sampling.layout import reads_pages, uses_output_major
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.shapes import WIDTH, Sizes
 from igrpo_jax.sampling.state import Chunk, Fork, Rows, Sampling, State
@@ -218,12 +218,12 @@ class SamplerPrograms:
         return jax.ShapeDtypeStruct((self._shards, *size), jnp.int32, sharding=self.batch_sharding)
 
 
-def weight_shardings(cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding | ByOutputs]:
-    """Returns the shardings of the rollout copy of the weights, gathered over data and fsdp; on CPUs by outputs."""
+def weight_shardings(cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> dict[str, NamedSharding | OutputMajor]:
+    """Returns the shardings of the rollout copy of the weights, gathered over data and fsdp; output-major on CPUs."""
     shardings = {path: sharding.param_sharding(mesh, path, gathered=True) for path in decoder.shapes(cfg)}
-    if not lies_by_outputs(mesh):
+    if not uses_output_major(mesh):
         return shardings
-    return {path: sharding_by_outputs(path, where) for path, where in shardings.items()}
+    return {path: output_major_sharding(path, where) for path, where in shardings.items()}
 
 
 def traced(sampling: Sampling) -> Sampling:
@@ -239,8 +239,8 @@ def _abstract_weights(cfg: DecoderConfig, mesh: jax.sharding.Mesh, dtype: str) -
     abstract = lambda shape, where: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=where)
     shapes = decoder.shapes(cfg)
     return {
-        path: ByOutputs(abstract(shape_by_outputs(path, shapes[path]), where.stored))
-        if isinstance(where, ByOutputs)
+        path: OutputMajor(abstract(output_major_shape(path, shapes[path]), where.stored))
+        if isinstance(where, OutputMajor)
         else abstract(shapes[path], where)
         for path, where in weight_shardings(cfg, mesh).items()
     }

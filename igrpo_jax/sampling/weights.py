@@ -20,7 +20,7 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import Cost, Program, tree_bytes
 from igrpo_jax.models import decoder, heads, lora
 from igrpo_jax.models.config import DecoderConfig
-from igrpo_jax.models.products import ByOutputs, by_outputs, shape_by_outputs
+from igrpo_jax.models.products import OutputMajor, output_major, output_major_shape
 from igrpo_jax.sampling.programs import weight_shardings
 from igrpo_jax.sampling.row_sync import RowSync, SyncProgram
 
@@ -131,12 +131,12 @@ class WeightSync:
         top, _, number = part.partition("/")
         return f"{top}/{self._cfg.pattern.index(self._cfg.pattern[int(number)])}" if number else part
 
-    def _is_ready(self, path: str, x: jax.Array | ByOutputs | lora.Adapted) -> bool:
+    def _is_ready(self, path: str, x: jax.Array | OutputMajor | lora.Adapted) -> bool:
         where, shape = self._stored[path], self._shapes[path]
-        if isinstance(where, ByOutputs):
-            if not isinstance(x, ByOutputs):
+        if isinstance(where, OutputMajor):
+            if not isinstance(x, OutputMajor):
                 return False
-            x, where, shape = x.stored, where.stored, shape_by_outputs(path, shape)
+            x, where, shape = x.stored, where.stored, output_major_shape(path, shape)
         return (
             isinstance(x, jax.Array)
             and x.dtype == self._dtype
@@ -153,7 +153,7 @@ class WeightSync:
         for path, x in spread.items():
             if x.shape != params[path].shape:
                 x = jax.lax.with_sharding_constraint(x, where[path])
-            spread[path] = by_outputs(path, x) if isinstance(self._stored[path], ByOutputs) else x
+            spread[path] = output_major(path, x) if isinstance(self._stored[path], OutputMajor) else x
         return spread
 
 

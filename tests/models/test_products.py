@@ -1,4 +1,4 @@
-"""Weights that lie by outputs: products equal those of weights as they are trained, and nothing is turned round."""
+"""Output-major weights: products equal those of weights as they are trained, and nothing is turned round."""
 
 import re
 
@@ -15,7 +15,7 @@ from igrpo_jax.config import MeshConfig
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import products
 from igrpo_jax.models.layers import MLP
-from igrpo_jax.models.products import ByOutputs
+from igrpo_jax.models.products import OutputMajor
 from igrpo_jax.sampling.weights import WeightSync
 
 Q_PROJ, O_PROJ = "blocks/0/mixer/q_proj", "blocks/0/mixer/o_proj"
@@ -36,8 +36,8 @@ def random(shape, seed=0):
 def test_a_product_equals_that_of_the_weight_as_it_is_trained(path, rows):
     subscripts, inputs, shape = CASES[path]
     x, weight = random((*rows, *inputs)), jnp.asarray(random(shape, 1))
-    stored = products.by_outputs(path, weight)
-    assert stored.stored.shape == products.shape_by_outputs(path, shape)
+    stored = products.output_major(path, weight)
+    assert stored.stored.shape == products.output_major_shape(path, shape)
     results = [products.product(subscripts, x, nnx.Param(value)) for value in (weight, stored)]
     assert results[0].shape == results[1].shape
     np.testing.assert_allclose(results[0], results[1], rtol=1e-5, atol=1e-5)
@@ -48,8 +48,8 @@ def test_a_product_equals_that_of_the_weight_as_it_is_trained(path, rows):
 @pytest.mark.parametrize("path", CASES)
 def test_the_weight_of_a_product_of_few_rows_is_the_left_factor_and_is_not_copied(path):
     subscripts, inputs, shape = CASES[path]
-    run = lambda x, weight: products.product(subscripts, x, nnx.Param(ByOutputs(weight)))
-    weight = jnp.asarray(random(products.shape_by_outputs(path, shape)))
+    run = lambda x, weight: products.product(subscripts, x, nnx.Param(OutputMajor(weight)))
+    weight = jnp.asarray(random(products.output_major_shape(path, shape)))
     text = jax.jit(run).lower(random((3, 1, *inputs)), weight).compile().as_text()
     rows, size = 3, int(np.prod(inputs))
     outputs = weight.size // size
@@ -61,7 +61,7 @@ def test_the_weight_of_a_product_of_few_rows_is_the_left_factor_and_is_not_copie
 def test_what_is_no_weight_of_a_sublayer_stays_as_it_is():
     for path in ("embedding", "lm_head", "norm/scale", "blocks/0/mixer/q_bias", "blocks/0/mixer/x_conv"):
         x = object()
-        assert products.by_outputs(path, x) is x and products.shape_by_outputs(path, (3, 4)) == (3, 4)
+        assert products.output_major(path, x) is x and products.output_major_shape(path, (3, 4)) == (3, 4)
 
 
 def test_axes_of_the_mesh_go_with_the_axes_of_a_weight():
@@ -70,12 +70,12 @@ def test_axes_of_the_mesh_go_with_the_axes_of_a_weight():
     for path in (Q_PROJ, O_PROJ):
         where = sharding.param_sharding(mesh, path, gathered=True)
         plain.append(where.spec)
-        turned.append(products.sharding_by_outputs(path, where).stored.spec)
+        turned.append(products.output_major_sharding(path, where).stored.spec)
     assert plain == [PartitionSpec(None, "tensor", None), PartitionSpec("tensor", None, None)]
     assert turned == [PartitionSpec("tensor", None, None), PartitionSpec(None, "tensor", None)]
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="weights lie by outputs on CPUs alone")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="weights are output-major on CPUs alone")
 def test_weights_are_turned_once_and_all_others_are_those_of_the_training():
     cfg, mesh = tiny_config(), one_device()
     params = {path: jax.device_put(x, sharding.param_sharding(mesh, path)) for path, x in random_params(cfg).items()}

@@ -464,7 +464,7 @@ def test_weights_are_cast_and_gathered_once(tiny, monkeypatch):
     ready = engine.weights(put(tiny[1], one_device()))
     again = engine.weights(ready)
     assert all(again[path] is ready[path] for path in ready)  # nothing to do: no copy
-    monkeypatch.setattr(sampler_programs, "lies_by_outputs", lambda mesh: False)  # as on an accelerator
+    monkeypatch.setattr(sampler_programs, "uses_output_major", lambda mesh: False)  # as on an accelerator
     params = put(tiny[1], one_device())
     same = Engine(tiny[0], one_device(), EOS, dtype="float32", **sizes).weights(params)
     assert all(same[path] is params[path] for path in params)  # nothing to do: no copy
