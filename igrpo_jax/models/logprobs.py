@@ -213,27 +213,27 @@ def _backward(temperature, axes, entropy_gradient, keep_logits, kept, gradients)
     def run(head, trips, *xs):
         head = _constrained(head, axes)
 
-        def body(total, xs):
-            h, target, norm, gradient, kept, *of_entropy = xs
+        def body(dhead, xs):
+            h, target, chunk_lse, gradient, kept, *of_entropy = xs
             logits = _logits(h, head, temperature, axes, order) if kept is None else kept
-            logp = logits - along_x(norm)
+            logp = logits - along_x(chunk_lse)
             probability = jnp.exp(logp)
-            inner = jnp.where(_is_target(logits, target, vocab_axis), 1.0, 0.0) - probability
-            inner = inner * along_x(gradient / temperature)
+            dlogits = jnp.where(_is_target(logits, target, vocab_axis), 1.0, 0.0) - probability
+            dlogits = dlogits * along_x(gradient / temperature)
             if entropy_gradient:
-                nats, slope = of_entropy
-                inner -= probability * (logp + along_x(nats)) * along_x(slope / temperature)
-            inner = inner.astype(h.dtype)
-            total += jnp.einsum(f"{order},XD->{axes}", inner, h, preferred_element_type=jnp.float32)
-            return _constrained(total, axes), jnp.einsum(f"{order},{axes}->XD", inner, head)
+                chunk_entropy, entropy_grad = of_entropy
+                dlogits -= probability * (logp + along_x(chunk_entropy)) * along_x(entropy_grad / temperature)
+            dlogits = dlogits.astype(h.dtype)
+            dhead += jnp.einsum(f"{order},XD->{axes}", dlogits, h, preferred_element_type=jnp.float32)
+            return _constrained(dhead, axes), jnp.einsum(f"{order},{axes}->XD", dlogits, head)
 
-        total, inner = _loop(trips, body, _constrained(jnp.zeros(head.shape, jnp.float32), axes), xs)
-        return total[None], inner
+        dhead, dhidden = _loop(trips, body, _constrained(jnp.zeros(head.shape, jnp.float32), axes), xs)
+        return dhead[None], dhidden
 
     xs = (hidden, targets, lse, logprob_gradients, logits, *([entropy, entropy_gradients] if entropy_gradient else []))
     run = _per_shard(run, (REPLICATED, REPLICATED, *[ROWS] * len(xs)), (PARTS, ROWS))
-    totals, inner = run(head.astype(hidden.dtype), trips, *xs)
-    return inner, _constrained(totals.sum(axis=0), axes, "embed").astype(head.dtype), None, None
+    dheads, dhidden = run(head.astype(hidden.dtype), trips, *xs)
+    return dhidden, _constrained(dheads.sum(axis=0), axes, "embed").astype(head.dtype), None, None
 
 
 _chunked.defvjp(_forward, _backward)
