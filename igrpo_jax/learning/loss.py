@@ -3,7 +3,7 @@
     loss = - sum over rows i, tokens t of  w_it (min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i) - beta k3_it)
            - entropy_coef / (tokens) sum over the same of  H_it
 
-r is the ratio of the policy to pi_old and A the advantage; k3 = rho - log rho - 1 with rho = pi_ref / pi is the KL
+r is the ratio of the policy to pi_old and A the advantage; k3 = u - log u - 1 with u = pi_ref / pi is the KL
 estimate, non-negative and unbiased under samples of pi; H is the policy's entropy at a token, whose mean over tokens is
 the bonus. Dual clip replaces the first r by min(r, delta). `objectives` has what differs between objectives, such as A
 and w. Weights are normalised over the whole optimizer step, so that micro-batches simply add.
@@ -46,8 +46,8 @@ def loss(objective: ResolvedObjective, tokens: "TokenValues") -> "LossSums":
         value = value * tokens.correction
     k3 = jnp.zeros_like(value)
     if tokens.reference is not None:
-        log_rho = jnp.clip(tokens.reference - tokens.logprob, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-        k3 = jnp.exp(log_rho) - log_rho - 1
+        log_u = jnp.clip(tokens.reference - tokens.logprob, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        k3 = jnp.exp(log_u) - log_u - 1
         value = value - objective.beta * k3
     counted = tokens.weight > 0
     if tokens.shaped is not None:

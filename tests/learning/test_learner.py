@@ -951,8 +951,8 @@ def test_several_updates_of_one_rollout(build, tiny, score_in_full, monkeypatch)
                 old, now = starting[row][mask[row]], current[row][mask[row]]
                 np.testing.assert_allclose(unit.old[i], old, atol=1e-5, rtol=0)
                 np.testing.assert_allclose(unit.reference[i], old, atol=1e-5, rtol=0)
-                ratio, rho = np.exp(now - old), np.exp(old - now)
-                k3 = rho - np.log(rho) - 1
+                ratio, u = np.exp(now - old), np.exp(old - now)
+                k3 = u - np.log(u) - 1
                 terms.append(np.mean(np.minimum(ratio * gain, np.clip(ratio, 0.8, 1.2) * gain) - 0.1 * k3))
                 k3s, ratios = [*k3s, *k3], [*ratios, *ratio]
                 outside += list((ratio > 1.2) & (gain > 0) | (ratio < 0.8) & (gain < 0))

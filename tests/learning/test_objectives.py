@@ -137,12 +137,12 @@ def test_dapo_clips_the_two_sides_apart():
 
 
 RHO = np.array([[2.0, 0.5, 1.0], [1.0, 0.25, 3.0]])  # pi_ref / pi; what stands off row 0 does not count
-# k3 = rho - log rho - 1:  2 -> .306853, .5 -> .193147, 1 -> 0, .25 -> .636294, 3 -> .901388
+# k3 = u - log u - 1:  2 -> .306853, .5 -> .193147, 1 -> 0, .25 -> .636294, 3 -> .901388
 K3 = np.array([[0.306853, 0.193147, 0], [0, 0.636294, 0.901388]])
 
 
 def test_kl_adds_k3_and_eq_29():
-    """The gradient per token is -w (I A r + beta (rho - 1)); the estimator -log rho would give -beta in its place."""
+    """The gradient per token is -w (I A r + beta (u - 1)); the estimator -log u would give -beta in its place."""
     beta = 0.1
     plain, before = evaluate(resolved("grpo"))
     record, gradient = evaluate(resolved("grpo", beta=beta), reference=RHO)
@@ -369,8 +369,8 @@ def by_completion(r, loss_type, values, places):
         value = np.minimum(np.minimum(ratio, r.delta) * advantage, clipped * advantage) * correction
         k3 = np.zeros_like(ratio)
         if r.beta:
-            rho = np.exp(np.asarray(values.reference, np.float64)[place] - logprob)
-            k3 = rho - np.log(rho) - 1
+            u = np.exp(np.asarray(values.reference, np.float64)[place] - logprob)
+            k3 = u - np.log(u) - 1
         counted = weight > 0
         sums["loss"] -= np.sum(weight * (value - r.beta * k3))
         if r.entropy_coef:
