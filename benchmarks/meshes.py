@@ -59,8 +59,8 @@ def measured(config: str, model: str, topology: str, slots: int) -> dict[str, di
         except InputError as error:
             refused = error
             continue
-        sizes = {name: round(count / 2**30, 2) for name, count in run.resting.items()}
-        share = sum(run.resting.values()) / run.chip.hbm_bytes
+        sizes = {name: round(count / 2**30, 2) for name, count in run.resident.items()}
+        share = sum(run.resident.values()) / run.chip.hbm_bytes
         found["x".join(map(str, run.mesh.shape.values()))] = sizes | {
             "share": round(share, 3),
             "sampling_tensor": run.engine.tensor,

@@ -86,17 +86,17 @@ def head(footprint: "Footprint") -> list[str]:
     processes = len({device.process_index for device in mesh.devices.flat})
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     name, slots = config.model.path or "the built-in model", footprint.engine.sizes
-    resting = sum(footprint.resting.values())
+    resident = sum(footprint.resident.values())
     return [
         f"{name}, {footprint.cfg.num_params / 1e9:.2f} B parameters, {config.model.dtype}; "
         f"{mesh.size} x {footprint.chip.name} in {processes} process{'es' * (processes > 1)} ({sizes})",
         f"sampling with {overview.sampling_layout(footprint.engine)}",
         f"contexts of up to {footprint.max_context:,} tokens, completions of {config.rollout.max_completion_length:,}, "
         f"attention {footprint.cfg.attention}",
-        f"on each device: {', '.join(f'{name} {size(count)}' for name, count in footprint.resting.items())} of "
+        f"on each device: {', '.join(f'{name} {size(count)}' for name, count in footprint.resident.items())} of "
         f"{slots.pages:,} pages of {slots.page_size} tokens for {slots.shard_slots} slots; together "
-        f"{resting / footprint.chip.hbm_bytes:.0%} of {size(footprint.chip.hbm_bytes)}, before what programs and their "
-        "code need",
+        f"{resident / footprint.chip.hbm_bytes:.0%} of {size(footprint.chip.hbm_bytes)}, before what programs and "
+        "their code need",
     ]
 
 

@@ -44,18 +44,18 @@ def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
     """Returns, for each program of a run, the bytes that lie on each device besides its arguments while it runs."""
     learner, sampler = footprint.learner.programs, footprint.sampler
     training = learner.waiting_bytes
-    resting, weights = footprint.learner.resting_bytes, footprint.engine.programs.weight_bytes
+    resident, weights = footprint.learner.resident_bytes, footprint.engine.programs.weight_bytes
     return {
         learner.accumulate: training.accumulate,
         learner.rescore: training.rescore,
         learner.apply: training.apply,
         # Its arguments and its output are already counted in the training state and in the weights.
-        **{sync.program: resting + weights - sync.held for sync in footprint.syncs},
-        sampler.empty: resting + weights,
-        sampler.harvest: resting + weights,
-        sampler.fork: resting + weights,
-        sampler.prefill: resting,
-        sampler.decode: resting,
+        **{sync.program: resident + weights - sync.held for sync in footprint.syncs},
+        sampler.empty: resident + weights,
+        sampler.harvest: resident + weights,
+        sampler.fork: resident + weights,
+        sampler.prefill: resident,
+        sampler.decode: resident,
     }
 
 

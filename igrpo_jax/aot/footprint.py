@@ -110,10 +110,10 @@ class Footprint:
         return sum(len(program.shapes) * size for program, size in sizes.items())
 
     @property
-    def resting(self) -> dict[str, int]:
+    def resident(self) -> dict[str, int]:
         """Bytes that lie on each device while completions are sampled, whatever program runs, by what they are for."""
         return {
-            "training state": self.learner.resting_bytes,
+            "training state": self.learner.resident_bytes,
             "weights to sample with": self.engine.programs.weight_bytes,
             "cache": self.engine.state_bytes,
         }
@@ -279,7 +279,7 @@ def prepare(config: Config, devices: list) -> Footprint:
     cfg = fit_to_mesh(config, cfg, mesh)
     chip = chips.of(devices[0].device_kind)
     learner = Learner(config, cfg, mesh, max_context=max_context, total_steps=config.steps or 1)
-    memory = int(chip.hbm_bytes) - learner.resting_bytes
+    memory = int(chip.hbm_bytes) - learner.resident_bytes
     engine = sampler(config, cfg, mesh, (cfg.vocab_size - 1,), max_context, evaluation_plan, memory)
     syncs = engine.sync.programs(learner.abstract_policy())
     return Footprint(config, chip, mesh, cfg, learner, engine, _of_team(engine, cfg, mesh), syncs, max_context)

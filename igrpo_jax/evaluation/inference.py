@@ -28,7 +28,7 @@ from igrpo_jax.outputs.console import Console
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.configured import open_engine, with_slots_for
 from igrpo_jax.sampling.engine import Engine
-from igrpo_jax.sampling.layout import keeps_weights
+from igrpo_jax.sampling.layout import shares_weights
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.storage.addresses import is_remote, modified, path_of
 
@@ -121,7 +121,7 @@ def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) ->
 def _engine(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan) -> Engine:
     """Returns a sampler with hardly more slots than there are samples."""
     memory = cluster.from_first(device_bytes)  # processes of a team need as many pages
-    if memory is not None and (config.model.lora.rank or not keeps_weights(mesh, config.rollout.mesh.tensor)):
+    if memory is not None and (config.model.lora.rank or not shares_weights(mesh, config.rollout.mesh.tensor)):
         # The loaded weights stay on the devices beside the sampler's copy.
         memory -= tree_bytes(sharding.abstract_params(mesh, decoder.shapes(policy.model), config.model.dtype))
     samples = sum(len(prompts) * samples_per_problem(config, name) for name, prompts in plan.prompts.items())

@@ -35,7 +35,7 @@ from igrpo_jax.learning.update_metrics import mean_over_steps, optimizer_step_me
 from igrpo_jax.models import decoder, lora, spans
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.records import Group
-from igrpo_jax.sampling.layout import keeps_weights
+from igrpo_jax.sampling.layout import shares_weights
 
 
 class Learner:
@@ -236,7 +236,7 @@ class Learner:
         return {"refine/reliance": float(np.mean(np.subtract(after, before)))}
 
     @property
-    def resting_bytes(self) -> int:
+    def resident_bytes(self) -> int:
         """Bytes that training keeps on each device while completions are sampled.
 
         Where the sampler is sure to use the trained weights themselves (on an accelerator, float32, not split over
@@ -244,6 +244,6 @@ class Learner:
         """
         config, programs = self._config, self.programs
         is_shared = config.model.dtype == "float32" and not config.model.lora.rank
-        is_shared = is_shared and keeps_weights(self._mesh, config.rollout.mesh.tensor)
+        is_shared = is_shared and shares_weights(self._mesh, config.rollout.mesh.tensor)
         params = 0 if is_shared else tree_bytes(programs.state.params)
         return params + tree_bytes(programs.frozen) + programs.waiting_bytes.accumulate

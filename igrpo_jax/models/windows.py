@@ -110,7 +110,7 @@ def update(
     return windows
 
 
-def room(cache: Cache, rows: int, steps: int) -> Cache:
+def new_token_buffers(cache: Cache, rows: int, steps: int) -> Cache:
     """Returns `cache` with a KV of zeros in the place of each pool, with `steps` places for each of `rows` rows."""
 
     def added(pool: jax.Array) -> KV:
@@ -124,7 +124,7 @@ def entries(windows: Windows, cache: Cache, length: jax.Array, active: jax.Array
     """Returns `cache` with what attention needs to read windows.
 
     Args:
-        cache: a KV of `room` for each sublayer that has a window, and the states of the rows.
+        cache: a KV of `new_token_buffers` for each sublayer that has a window, and the states of the rows.
         length: [B] int32, positions of each row in its window.
         active: [B] bool; what the other rows read is meaningless.
         step: [] int32, decode steps before this one.

@@ -61,7 +61,7 @@ def programs(asked: ProbeTask) -> tuple[Learner, Engine]:
     sizes = {"max_context": task.max_context, "total_steps": 1}
     learner = Learner(learner_config(config), policy.model, task.mesh, **sizes)
     memory = device_bytes()
-    memory = memory and memory - learner.resting_bytes
+    memory = memory and memory - learner.resident_bytes
     config = with_slots_for(config, task.mesh, len(asked.prompts) * asked.samples)
     engine = sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluation_plan, memory)
     return learner, engine

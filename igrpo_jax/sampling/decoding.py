@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder
-from igrpo_jax.models import windows as views
+from igrpo_jax.models import windows as window_ops
 from igrpo_jax.models.cache import Cache
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.ragged import Paged, Ragged
@@ -88,8 +88,8 @@ def _decode_shard(
         entries = lambda carry: _entries(carry, rows.table)
     else:
         seen = _windows(windows, cache, rows, before)
-        cache = views.room(cache, len(before), steps)
-        entries = lambda carry: views.entries(seen, carry.cache, before, active, carry.taken)
+        cache = window_ops.new_token_buffers(cache, len(before), steps)
+        entries = lambda carry: window_ops.entries(seen, carry.cache, before, active, carry.taken)
     start = _Carry(
         taken=jnp.int32(0),
         goes_on=goes_on(jnp.int32(0), active),
@@ -106,8 +106,8 @@ def _decode_shard(
     end = jax.lax.while_loop(lambda carry: carry.goes_on, step, start)
     if not reads_pages:
         new = before, before + end.count - of_rows(state.count)
-        windows = views.extend(seen, end.cache, *new) if any(windows) else windows
-        end = end._replace(cache=views.write_back(state.cache, end.cache, rows.table, *new))
+        windows = window_ops.extend(seen, end.cache, *new) if any(windows) else windows
+        end = end._replace(cache=window_ops.write_back(state.cache, end.cache, rows.table, *new))
     state = _put_back(state, rows, end)
     return state, windows, Status(state.active, state.count, end.taken[None])
 
@@ -148,8 +148,8 @@ def _put_back(state: State, rows: Rows, end: _Carry) -> State:
 def _windows(windows: Windows, cache: Cache, rows: Rows, length: jax.Array) -> Windows:
     """Returns the windows of the rows, from those of the last dispatch where there are any."""
     if any(windows):
-        return views.update(windows, cache, rows.table, rows.stale, rows.stale_count, length)
-    return views.of_pages(cache, rows.table)
+        return window_ops.update(windows, cache, rows.table, rows.stale, rows.stale_count, length)
+    return window_ops.of_pages(cache, rows.table)
 
 
 def _step(cfg, eos, weights, state: State, rows: Rows, sampling: Sampling, goes_on, entries):

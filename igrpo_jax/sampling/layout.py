@@ -106,7 +106,7 @@ def uses_output_major(mesh: jax.sharding.Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def keeps_weights(mesh: jax.sharding.Mesh, tensor: int | None) -> bool:
+def shares_weights(mesh: jax.sharding.Mesh, tensor: int | None) -> bool:
     """Returns whether weights on `mesh` are sure to lie as the sampler takes them, so that it needs no copy.
 
     Args:

@@ -139,7 +139,7 @@ def _open_engine(config: Config, task: Task, learner: Learner) -> Engine:
     """Returns the engine that samples, which training and evaluation share."""
     policy, memory = task.policy, cluster.from_first(device_bytes)  # processes of a team need equally many pages
     if memory is not None:
-        memory -= learner.resting_bytes
+        memory -= learner.resident_bytes
     return sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluation_plan, memory)
 
 

@@ -142,7 +142,7 @@ def memory(engine: Engine, learner: Learner) -> list[tuple[str, object]]:
 
 def predicted_bytes(engine: Engine, learner: Learner) -> dict[str, int]:
     """Returns the bytes that update and rollout need on each device, as the compiler counts them."""
-    rollout = engine.programs.predicted_bytes + learner.resting_bytes
+    rollout = engine.programs.predicted_bytes + learner.resident_bytes
     return {"update": learner.programs.predicted_bytes(), "rollout": rollout}
 
 

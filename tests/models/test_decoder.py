@@ -67,7 +67,7 @@ def test_cached_decode_equals_the_full_forward(params, full, pages):
 
     def decode(params, token, position, cache):
         own, at = jnp.asarray(table[:, :pages]), position[:, 0]
-        entries = windows.entries(windows.of_pages(cache, own), windows.room(cache, 4, 1), at, at >= 0, 0)
+        entries = windows.entries(windows.of_pages(cache, own), windows.new_token_buffers(cache, 4, 1), at, at >= 0, 0)
         hidden, rows = decoder.apply(TINY, params, token, position, entries)
         return hidden, windows.write_back(cache, rows, own, at, at + 1)
 

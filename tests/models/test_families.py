@@ -93,7 +93,7 @@ def test_prefill_and_decode(family):
     model, cfg, params = family
     lengths = np.array([1, 16, 23], np.int32)
     logits, table, cache = prefill(cfg, params, lengths)
-    ours, seen, cache = [logits], windows.of_pages(cache, table), windows.room(cache, 3, STEPS)
+    ours, seen, cache = [logits], windows.of_pages(cache, table), windows.new_token_buffers(cache, 3, STEPS)
     for i in range(STEPS):
         entries = windows.entries(seen, cache, lengths, lengths > 0, i)
         logits, cache = decode(cfg, params, TOKENS[np.arange(3), lengths + i], lengths + i, entries)

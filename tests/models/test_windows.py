@@ -101,7 +101,7 @@ NEW = [([6, 8, 3, 5], [6, 8, 3, 5]), ([6, 8, 4, 5], [8, 9, 4, 7]), ([9, 12, 2, 5
 def test_only_new_positions_are_written(begin, end, steps):
     """All other positions of all pages and windows stay as they are, bit for bit."""
     cache, begin, end = random_cache(), np.array(begin, np.int32), np.array(end, np.int32)
-    added = noise(windows.room(cache, ROWS, steps), 1)
+    added = noise(windows.new_token_buffers(cache, ROWS, steps), 1)
     held = noise(in_blocks(windows.of_pages(cache, TABLE)), 2)
     expected = [pool.copy() for pool in of_attention(cache)], jax.tree.map(np.array, of_attention(held))
     for pool, window, new in zip(*expected, of_attention(added), strict=True):
@@ -123,14 +123,14 @@ def test_only_new_positions_are_written(begin, end, steps):
 
 def test_what_has_no_page_is_not_written():
     cache = random_cache()
-    added = noise(windows.room(cache, ROWS, 4), 1)
+    added = noise(windows.new_token_buffers(cache, ROWS, 4), 1)
     begin, end = np.array([0, 0, 0, 8]), np.array([0, 0, 0, 12])  # in the last row the third page is none
     after = jax.jit(windows.write_back)(cache, added, TABLE, begin, end)
     assert_equal(of_attention(after), of_attention(cache))
 
 
 def test_what_is_added_has_the_dtype_of_the_pages():
-    added = windows.room(random_cache(dtype="bfloat16"), ROWS, 2)
+    added = windows.new_token_buffers(random_cache(dtype="bfloat16"), ROWS, 2)
     k, v = np.random.default_rng(0).normal(size=(2, ROWS, 1, 4, 8)).astype("float32")
     after = windows.add(added[1], k, v, np.int32(1))
     assert after.k.dtype == after.v.dtype == jnp.bfloat16
@@ -171,7 +171,7 @@ def test_decoded_tokens_read_their_window_and_what_was_added(dtype, lengths):
 
 def test_rows_that_are_not_active_need_no_block():
     cache = random_cache()
-    seen, added = in_blocks(windows.of_pages(cache, TABLE)), windows.room(cache, ROWS, 1)
+    seen, added = in_blocks(windows.of_pages(cache, TABLE)), windows.new_token_buffers(cache, ROWS, 1)
     active = np.array([True, True, False, True])
     needed = lambda length: int(windows.entries(seen, added, np.array(length), active, 0)[1].last)
     assert needed([4, 1, 12, 2]) == 0 and needed([5, 1, 12, 2]) == 1
