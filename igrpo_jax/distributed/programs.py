@@ -52,7 +52,7 @@ class Program:
     """One function on the devices, compiled once for each shape: ahead of time, or when it is first called.
 
         decode = Program("decode", jax.jit(steps.decode, ...), arguments, mesh, shapes=[(64, 256), (64, 512)], ...)
-        state, status = decode(weights, state, least, sampling, shape=(64, 256))
+        state, status = decode(weights, state, rows, sampling, shape=(64, 256))
 
     Args:
         name: the kind of program in messages.

@@ -10,7 +10,7 @@ import numpy as np
 
 from igrpo_jax.distributed import cluster, sharding, teams
 from igrpo_jax.distributed.compiling import ProgramShapes, all_shapes, compile_all
-from igrpo_jax.distributed.programs import Program, pick_bucket, tree_bytes
+from igrpo_jax.distributed.programs import pick_bucket, tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, heads
 from igrpo_jax.models.config import DecoderConfig
@@ -193,7 +193,8 @@ class Engine:
     ) -> State:
         """Prefills the pieces of each shard, at most `size` tokens per group; only the first of a shard may continue a
         prompt whose beginning was in an earlier chunk."""
-        return self._run(Call("prefill", (size,), inputs.chunk(self.sizes, size, pieces), None), weights, state)
+        call = Call("prefill", (size,), inputs.chunk(self.sizes, size, pieces), None)
+        return self._run(call, state, weights)[0]
 
     def fork(self, state: State, starts: Sequence[Sequence[Start]], sampling: Sampling) -> State:
         """Starts the given samples of each shard, and returns the state."""
@@ -202,7 +203,7 @@ class Engine:
             for start in own:
                 self._window_row[group].pop(start.slot + part * self.shard_slots, None)
         for fork in inputs.forks(self.sizes, starts):
-            state = self._run(Call("fork", (), fork, traced(sampling)), state)
+            state, _ = self._run(Call("fork", (), fork, traced(sampling)), state)
         return state
 
     def row_bucket(self, needed: int) -> int:
@@ -234,7 +235,7 @@ class Engine:
         if not self._kept or self._kept[0] != shape:
             self._forget_windows()
         rows, self._window_row = inputs.rows(self.sizes, *shape, slots, tables, min_active, self._window_row)
-        return self._run(Call("decode", shape, rows, traced(sampling)), weights, state)
+        return self._run(Call("decode", shape, rows, traced(sampling)), state, weights)
 
     def harvest(self, state: State, slots: Sequence[int]) -> list[tuple[jax.Array, ...]]:
         """Returns tokens and log-probs [WIDTH, M] and summed entropies [WIDTH] of `slots`, WIDTH at a time.
@@ -243,19 +244,12 @@ class Engine:
         """
         padded = np.zeros(-(-len(slots) // WIDTH) * WIDTH, np.int32)
         padded[: len(slots)] = slots
-        return [self._run(Call("harvest", (), None, piece), state) for piece in padded.reshape(-1, WIDTH)]
+        return [self._run(Call("harvest", (), None, piece), state)[1] for piece in padded.reshape(-1, WIDTH)]
 
     def follow(self, weights: decoder.Params, state: State) -> None:
         """Runs what the leader of the team runs, with `weights` and from `state`, until `release_followers`."""
         for call in lockstep.received(self.team):
-            if call.program == "harvest":
-                self._execute(call, state)
-            elif call.program == "fork":
-                state = self._execute(call, state)
-            elif call.program == "prefill":
-                state = self._execute(call, weights, state)
-            else:
-                state, _ = self._execute(call, weights, state)
+            state, _ = self._execute(call, state, weights)
         self._forget_windows()
 
     def release_followers(self) -> None:
@@ -263,20 +257,28 @@ class Engine:
         lockstep.send(self.team, None)
         self._forget_windows()
 
-    def _run(self, call: Call, *on_device: Any) -> Any:
-        """Runs a program on all processes of the team, and returns its result."""
+    def _run(self, call: Call, state: State, weights: decoder.Params | None = None) -> tuple[State, Any]:
+        """Runs a program on all processes of the team, and returns what `_execute` returns."""
         lockstep.send(self.team, call)
-        return self._execute(call, *on_device)
+        return self._execute(call, state, weights)
 
-    def _execute(self, call: Call, *on_device: Any) -> Any:
-        """Runs a program with what is on the devices and what `call` brings."""
-        program: Program = getattr(self.programs, call.program)
-        split = () if call.split is None else (self._split(call.split),)
-        whole = () if call.whole is None else (call.whole,)
-        if call.program != "decode":
-            return program(*on_device, *split, *whole, shape=call.shape)
+    def _execute(self, call: Call, state: State, weights: decoder.Params | None = None) -> tuple[State, Any]:
+        """Runs a program with what is on the devices and what `call` brings.
+
+        Returns:
+            The state after it, and what else the program gives: the Status of "decode", the arrays of "harvest", or
+            None.
+        """
+        programs = self.programs
+        split = None if call.split is None else self._split(call.split)
+        if call.program == "prefill":
+            return programs.prefill(weights, state, split, shape=call.shape), None
+        if call.program == "fork":
+            return programs.fork(state, split, call.whole), None
+        if call.program == "harvest":
+            return state, programs.harvest(state, call.whole)
         windows = self._windows(call.shape)
-        state, windows, status = program(*on_device, windows, *split, *whole, shape=call.shape)
+        state, windows, status = programs.decode(weights, state, windows, split, call.whole, shape=call.shape)
         self._kept = call.shape, windows
         return state, status
 
