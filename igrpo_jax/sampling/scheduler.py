@@ -229,26 +229,21 @@ class Scheduler:
         engine, sizes = self.engine, self.engine.sizes
         # The host assumes that the dispatches that it has not fetched yet drew as many tokens as they could.
         ahead = (len(self._in_flight) + 1) * sizes.steps_per_dispatch
-        for shard in self.shards:
-            for waiting in shard.make_room(ahead):
-                self._put_back(waiting)
+        self._make_room(ahead)
         self.usage.peak_pages = max(self.usage.peak_pages, sum(shard.pool.used for shard in self.shards))
         busy = [len(shard.running) for shard in self.shards]
         samples = [sample for shard in self.shards for sample in shard.running.values()]
         furthest = max(sample.cached for sample in samples) + ahead
         rows = engine.row_bucket(max(busy))
-        # While anything is queued, a shard stops to refill once `_spare` slots are free; with nothing queued, it stops
-        # once the next smaller number of rows would hold its running samples.
         queued = self._queued
         fewer = max((size for size in engine.programs.window_lengths if size < rows), default=0)
-        min_active = [max(1, n - self._spare + 1 if queued else fewer + 1 if n > fewer else 1) for n in busy]
         self._state, status = engine.decode(
             self._weights,
             self._state,
             [sorted(shard.running) for shard in self.shards],
             [shard.table for shard in self.shards],
             furthest,
-            min_active,
+            [self._min_active(running, queued, fewer) for running in busy],
             self._sampling,
         )
         for x in status:
@@ -256,6 +251,27 @@ class Scheduler:
         mixed = len({sample.request.stage for sample in samples}) > 1
         self._in_flight.append(_Dispatch(self._dispatched, status, queued, mixed))
         self._dispatched += 1
+
+    def _min_active(self, running: int, queued: bool, fewer: int) -> int:
+        """Returns the number of active slots below which a shard stops; `running` are active now.
+
+        While anything is queued, a shard stops to refill once `_spare` slots are free; after that, once the next
+        smaller number of rows would hold its running samples.
+
+        Args:
+            fewer: the next smaller number of rows that can be decoded; 0 = none.
+        """
+        if queued:
+            return max(1, running - self._spare + 1)
+        if running > fewer:
+            return fewer + 1
+        return 1
+
+    def _make_room(self, ahead: int) -> None:
+        """Gives each slot the pages for `ahead` further tokens; samples preempted for that go back to the queue."""
+        for shard in self.shards:
+            for waiting in shard.make_room(ahead):
+                self._put_back(waiting)
 
     def _put_back(self, waiting: QueuedSamples) -> None:
         """Puts preempted samples back at the front of the queue, in order of their numbers."""
