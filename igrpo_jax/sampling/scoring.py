@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from igrpo_jax.data.prompts import Renderer  # with transformers, which sampling does not need
 
 Grade = Callable[[Candidate, Batch], Future[Score]]
+_Grading = dict[Future[Score], tuple[Request, Completion]]  # the completions whose scores are to come
 
 
 def stage_key(seed: int, step: int, stage: int) -> np.ndarray:
@@ -70,7 +71,7 @@ def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: "Renderer") -
             scheduler.follow()
         return 0.0
     waited = 0.0
-    grading: dict[Future[Score], tuple[Request, Completion]] = {}
+    grading: _Grading = {}
     with _open_batches() as batches:
         while scheduler.pending or grading:
             preemption.check()
@@ -78,31 +79,54 @@ def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: "Renderer") -
                 began = time.perf_counter()
                 with watchdog.phase("dispatch"):
                     samples = scheduler.advance()
+                # Half a dispatch is the most that waiting can lose where scores take long.
                 patience = (time.perf_counter() - began) / 2
-                awaited: list[Future[Score]] = []
-                for sample in samples:
-                    completion, candidate = _completed(sample, renderer)
-                    batch = batches.setdefault(sample.request, Batch(sample.request.samples))
-                    future = grade(candidate, batch)
-                    grading[future] = (sample.request, completion)
-                    if sample.request.may_follow_up:
-                        awaited.append(future)
-                # Half a dispatch is the most that this can lose where scores take long.
+                awaited = _submit_gradings(samples, grade, renderer, batches, grading)
                 if 2 * len(awaited) > scheduler.demand:
-                    began = time.perf_counter()
-                    wait(awaited, timeout=patience)
-                    waited += time.perf_counter() - began
+                    waited += _wait_for_all(awaited, patience)
             else:
-                began = time.perf_counter()
-                with watchdog.phase("verifier", f"{len(grading)} scores to come"):
-                    while not wait(grading, timeout=1.0, return_when=FIRST_COMPLETED).done:
-                        preemption.check()
-                waited += time.perf_counter() - began
-            for future in [future for future in grading if future.done()]:
-                request, completion = grading.pop(future)
-                assert request.scored is not None, "a request whose samples are scored has a callback"
-                request.scored(replace(completion, score=future.result()))
+                waited += _wait_for_any(grading)
+            _deliver_scores(grading)
     return waited
+
+
+def _submit_gradings(
+    samples: list[Sample], grade: Grade, renderer: "Renderer", batches: dict[Request, Batch], grading: _Grading
+) -> list[Future[Score]]:
+    """Has samples graded, and adds them to `grading`; returns the scores that may bring further requests."""
+    awaited = []
+    for sample in samples:
+        completion, candidate = _completed(sample, renderer)
+        batch = batches.setdefault(sample.request, Batch(sample.request.samples))
+        future = grade(candidate, batch)
+        grading[future] = (sample.request, completion)
+        if sample.request.may_follow_up:
+            awaited.append(future)
+    return awaited
+
+
+def _wait_for_all(awaited: list[Future[Score]], patience: float) -> float:
+    """Waits for these scores, at most `patience` seconds, and returns the seconds that it took."""
+    began = time.perf_counter()
+    wait(awaited, timeout=patience)
+    return time.perf_counter() - began
+
+
+def _wait_for_any(grading: _Grading) -> float:
+    """Waits for the next score, and returns the seconds that it took."""
+    began = time.perf_counter()
+    with watchdog.phase("verifier", f"{len(grading)} scores to come"):
+        while not wait(grading, timeout=1.0, return_when=FIRST_COMPLETED).done:
+            preemption.check()
+    return time.perf_counter() - began
+
+
+def _deliver_scores(grading: _Grading) -> None:
+    """Gives each completion whose score is there to the callback of its request, and takes it out of `grading`."""
+    for future in [future for future in grading if future.done()]:
+        request, completion = grading.pop(future)
+        assert request.scored is not None, "a request whose samples are scored has a callback"
+        request.scored(replace(completion, score=future.result()))
 
 
 @contextlib.contextmanager
