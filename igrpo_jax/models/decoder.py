@@ -66,23 +66,40 @@ class Decoder(nnx.Module):
         table = sharding.constrain(self.embedding[...], "vocab", None)
         x = sharding.constrain(table[tokens], "batch", "time", "features")
         places = positions if isinstance(positions, Positions) else with_angles(self.cfg, positions)
-        blocks = [nnx.split(block) for block in self.blocks]
-        kinds = "".join(block.kind for block in self.blocks)
         segments = cache if isinstance(cache, Segments) else None
-        kept = []
-        for width, times in _repeats(kinds, x.dtype, remat):
-            at = len(kept)
-            graphs = [graph for graph, _ in blocks[at : at + width]]
-            states = [state for _, state in blocks[at : at + width * times]]
-            has_entries = cache is not None and segments is None
-            entries = cache[at : at + width * times] if has_entries else [None] * (width * times)
-            run = _run_block if times == 1 else _run_constrained_block
-            if remat != "none":
-                run = jax.checkpoint(run, static_argnums=0, policy=KEPT[remat])
-            group = functools.partial(_run_group, run, graphs, places, segments)
-            x, more = group(x, (states, entries)) if times == 1 else _loop(group, width, x, states, entries)
-            kept += more
+        entries = [None] * len(self.blocks) if cache is None or segments is not None else cache
+        x, kept = _run_sublayers(self.blocks, x, places, entries, segments, remat)
         return self.norm(x), tuple(kept)
+
+
+def _run_sublayers(blocks, x, places, entries, segments, remat) -> tuple[jax.Array, list]:
+    """Runs all sublayers, repeated ones in loops; returns the last output, and the entries of the cache that they keep.
+
+    Args:
+        blocks: the sublayers, as Blocks.
+        x: [B, T, D].
+        places: the positions with their angles.
+        entries: of the cache, one for each sublayer, or None where it reads none.
+        segments: which all sublayers share where the rows are packed axes, or None.
+        remat: as for `apply`.
+    """
+    # `apply` has just merged these blocks, and they are split again here: `jax.lax.scan` and `jax.checkpoint` take the
+    # states of sublayers as arguments.
+    split = [nnx.split(block) for block in blocks]
+    kinds = "".join(block.kind for block in blocks)
+    kept: list = []
+    for width, times in _repeats(kinds, x.dtype, remat):
+        piece = slice(len(kept), len(kept) + width * times)
+        graphs = [graph for graph, _ in split[piece]][:width]
+        states = [state for _, state in split[piece]]
+        run = _run_block if times == 1 else _run_constrained_block
+        if remat != "none":
+            run = jax.checkpoint(run, static_argnums=0, policy=KEPT[remat])
+        group = functools.partial(_run_group, run, graphs, places, segments)
+        own_entries = entries[piece]
+        x, more = group(x, (states, own_entries)) if times == 1 else _loop(group, width, x, states, own_entries)
+        kept += more
+    return x, kept
 
 
 def _repeats(kinds: str, dtype: jnp.dtype, remat: str) -> list[tuple[int, int]]:
