@@ -255,8 +255,8 @@ class Scheduler:
     def _min_active(self, running: int, queued: bool, fewer: int) -> int:
         """Returns the number of active slots below which a shard stops; `running` are active now.
 
-        While anything is queued, a shard stops to refill once `_spare` slots are free; after that, once the next
-        smaller number of rows would hold its running samples.
+        While anything is queued, a shard stops to refill once `_spare` slots are free; with nothing queued, once the
+        next smaller number of rows would hold its running samples.
 
         Args:
             fewer: the next smaller number of rows that can be decoded; 0 = none.
