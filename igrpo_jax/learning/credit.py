@@ -36,13 +36,13 @@ def draft_advantages(groups: Sequence[Group], config: Config) -> list[np.ndarray
     """Returns the advantages of the drafts of each group, [N] float32; empty where a prompt has none."""
     if config.algorithm.group == "prompt":
         return [joint[len(group.completions) :] for group, joint in zip(groups, _joint(groups, config), strict=True)]
-    rewards_of = lambda chosen: filtering.unfiltered_rewards([group.of_drafts for group in chosen], config)
+    rewards_of = lambda chosen: filtering.rewards_after_filtering([group.of_drafts for group in chosen], config)
     return _scattered(groups, [bool(group.drafts) for group in groups], rewards_of, config.algorithm)
 
 
 def trained_rewards(groups: Sequence[Group], config: Config) -> np.ndarray:
     """Returns the rewards of refinements that advantages are made of, [P, G] float32; NaN without a verdict."""
-    return filtering.unfiltered_rewards(groups, config) + reward_changes(groups, config.algorithm)
+    return filtering.rewards_after_filtering(groups, config) + reward_changes(groups, config.algorithm)
 
 
 def reward_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]:

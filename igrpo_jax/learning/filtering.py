@@ -26,7 +26,7 @@ def passes(groups: Sequence[Group], metric: str) -> np.ndarray:
     return np.array([bool(objectives.has_signal(row)[0]) for row in values], bool)
 
 
-def unfiltered_rewards(groups: Sequence[Group], config: Config) -> np.ndarray:
+def rewards_after_filtering(groups: Sequence[Group], config: Config) -> np.ndarray:
     """Returns the verifier's rewards, [P, G] float32.
 
     They are NaN in a group that dynamic sampling filters out after its last redraw, so that it enters no baseline and

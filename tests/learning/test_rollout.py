@@ -882,13 +882,13 @@ def test_dynamic_sampling_looks_at_the_accuracy_and_not_at_the_reward(collect, p
     sampled = 3 + len(redrawn)
     assert metrics["redraw/filtered_frac"] == (len(redrawn) + metrics["redraw/exhausted"]) / sampled
     assert metrics["redraw/equal_reward_frac"] == 1 / sampled
-    rewards = filtering.unfiltered_rewards(groups, settings(**changes))
+    rewards = filtering.rewards_after_filtering(groups, settings(**changes))
     assert np.isnan(rewards).all(axis=1).tolist() == [by_accuracy, by_accuracy, False]
     advantages = objectives.group_advantages(rewards, "group")
     assert not advantages[2].any() or metric == "reward"  # equal rewards have no advantage, whatever is filtered
     assert advantages[:2].any() != by_accuracy
     untouched = settings(**changes | {"algorithm__max_redraws": 0})
-    assert np.isfinite(filtering.unfiltered_rewards(groups, untouched)).all()
+    assert np.isfinite(filtering.rewards_after_filtering(groups, untouched)).all()
 
 
 def test_redraws_end_on_an_unsolvable_set(renderer, schedulers, params, prompts, caplog):
