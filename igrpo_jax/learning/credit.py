@@ -28,7 +28,7 @@ def refinement_advantages(groups: Sequence[Group], config: Config) -> list[np.nd
     if config.algorithm.group == "prompt":
         return [joint[: len(group.completions)] for group, joint in zip(groups, _joint(groups, config), strict=True)]
     rewards_of = lambda chosen: trained_rewards(chosen, config)
-    advantages = _scattered(groups, [bool(group.completions) for group in groups], rewards_of, config.algorithm)
+    advantages = _advantages_where(groups, [bool(group.completions) for group in groups], rewards_of, config.algorithm)
     return [own * _has_credit(group, config.algorithm) for group, own in zip(groups, advantages, strict=True)]
 
 
@@ -37,7 +37,7 @@ def draft_advantages(groups: Sequence[Group], config: Config) -> list[np.ndarray
     if config.algorithm.group == "prompt":
         return [joint[len(group.completions) :] for group, joint in zip(groups, _joint(groups, config), strict=True)]
     rewards_of = lambda chosen: filtering.rewards_after_filtering([group.of_drafts for group in chosen], config)
-    return _scattered(groups, [bool(group.drafts) for group in groups], rewards_of, config.algorithm)
+    return _advantages_where(groups, [bool(group.drafts) for group in groups], rewards_of, config.algorithm)
 
 
 def trained_rewards(groups: Sequence[Group], config: Config) -> np.ndarray:
@@ -77,7 +77,7 @@ def _joint(groups: Sequence[Group], config: Config) -> list[np.ndarray]:
     credited = [
         np.concatenate([_has_credit(group, config.algorithm), np.ones(len(group.drafts), bool)]) for group in groups
     ]
-    grouped = _grouped(rewards, config.algorithm)
+    grouped = _ragged_group_advantages(rewards, config.algorithm)
     return [advantages * mask for advantages, mask in zip(grouped, credited, strict=True)]
 
 
@@ -88,7 +88,7 @@ def _has_credit(group: Group, algorithm: AlgorithmConfig) -> np.ndarray:
     return np.array([completion.score.is_right for completion in group.completions], bool)
 
 
-def _scattered(
+def _advantages_where(
     groups: Sequence[Group],
     keep: Sequence[bool],
     rewards_of: Callable[[list[Group]], np.ndarray],
@@ -103,12 +103,12 @@ def _scattered(
     advantages = [np.zeros(0, np.float32) for _ in groups]
     if kept:
         rewards = rewards_of([groups[i] for i in kept])
-        for i, own in zip(kept, _grouped(list(rewards), algorithm), strict=True):
+        for i, own in zip(kept, _ragged_group_advantages(list(rewards), algorithm), strict=True):
             advantages[i] = own
     return advantages
 
 
-def _grouped(rewards: Sequence[np.ndarray], algorithm: AlgorithmConfig) -> list[np.ndarray]:
+def _ragged_group_advantages(rewards: Sequence[np.ndarray], algorithm: AlgorithmConfig) -> list[np.ndarray]:
     """Returns the advantages of groups that may differ in size, by their rewards."""
     objective = objectives.resolve(algorithm)
     longest = max(len(own) for own in rewards)

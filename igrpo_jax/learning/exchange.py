@@ -54,7 +54,7 @@ class RolloutPart:
     waited: float  # the part of `seconds` in which nothing was left to sample and only scores were awaited
 
 
-def everywhere(own: RolloutPart | None, prompts: Prompts) -> list[RolloutPart]:
+def all_gather_parts(own: RolloutPart | None, prompts: Prompts) -> list[RolloutPart]:
     """Returns the parts of all processes, on each of them, in the order of the processes.
 
     Raises:

@@ -97,7 +97,7 @@ class Rollout:
         except Preempted:
             own = None
         with watchdog.phase("exchange"):
-            parts = exchange.everywhere(own, prompts)
+            parts = exchange.all_gather_parts(own, prompts)
         by_position = {position: group for part in parts for position, group in part.groups.items()}
         groups = [by_position[position] for position in sorted(by_position)]
         scores = [score for part in parts for score in part.scores] + _scores(groups)

@@ -8,7 +8,7 @@ import pytest
 
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.learning import exchange
-from igrpo_jax.learning.exchange import RolloutPart, StepPosition, everywhere, from_bytes, to_bytes
+from igrpo_jax.learning.exchange import RolloutPart, StepPosition, all_gather_parts, from_bytes, to_bytes
 from igrpo_jax.records import Completion, Group, Prompt, Score
 from igrpo_jax.rewards.judge import Judgement
 from igrpo_jax.sampling.requests import Usage
@@ -112,18 +112,18 @@ def test_the_integer_that_randomness_comes_of():
 def test_one_process_sends_nothing(monkeypatch):
     monkeypatch.setattr(exchange.cluster, "gather", None)
     mine = process_rollout()
-    assert everywhere(mine, PROMPTS.__getitem__)[0] is mine
+    assert all_gather_parts(mine, PROMPTS.__getitem__)[0] is mine
     with pytest.raises(Preempted):
-        everywhere(None, PROMPTS.__getitem__)
+        all_gather_parts(None, PROMPTS.__getitem__)
 
 
 def test_where_one_process_was_told_to_leave_all_leave(monkeypatch):
     monkeypatch.setattr(exchange.jax, "process_count", lambda: 2)
     other = [to_bytes(process_rollout())]
     monkeypatch.setattr(exchange.cluster, "gather", lambda data: [data, *other])
-    assert len(everywhere(process_rollout(), PROMPTS.__getitem__)) == 2
+    assert len(all_gather_parts(process_rollout(), PROMPTS.__getitem__)) == 2
     with pytest.raises(Preempted):
-        everywhere(None, PROMPTS.__getitem__)
+        all_gather_parts(None, PROMPTS.__getitem__)
     other[:] = [b""]
     with pytest.raises(Preempted):
-        everywhere(process_rollout(), PROMPTS.__getitem__)
+        all_gather_parts(process_rollout(), PROMPTS.__getitem__)
