@@ -36,7 +36,7 @@ from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.programs import SamplerPrograms
 from igrpo_jax.sampling.row_sync import SyncProgram
-from igrpo_jax.session.task import check_context, sampler
+from igrpo_jax.session.task import check_context, open_run_engine
 from igrpo_jax.storage import addresses
 
 
@@ -280,7 +280,7 @@ def prepare(config: Config, devices: list) -> Footprint:
     chip = chips.of(devices[0].device_kind)
     learner = Learner(config, cfg, mesh, max_context=max_context, total_steps=config.steps or 1)
     memory = int(chip.hbm_bytes) - learner.resident_bytes
-    engine = sampler(config, cfg, mesh, (cfg.vocab_size - 1,), max_context, evaluation_plan, memory)
+    engine = open_run_engine(config, cfg, mesh, (cfg.vocab_size - 1,), max_context, evaluation_plan, memory)
     syncs = engine.sync.programs(learner.abstract_policy())
     return Footprint(config, chip, mesh, cfg, learner, engine, _of_team(engine, cfg, mesh), syncs, max_context)
 

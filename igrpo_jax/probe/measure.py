@@ -28,7 +28,7 @@ from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.configured import with_slots_for
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
-from igrpo_jax.session.task import Task, sampler
+from igrpo_jax.session.task import Task, open_run_engine
 
 NAMED = 5  # ids of problems that are left out, in a message
 
@@ -63,7 +63,8 @@ def programs(asked: ProbeTask) -> tuple[Learner, Engine]:
     memory = device_bytes()
     memory = memory and memory - learner.resident_bytes
     config = with_slots_for(config, task.mesh, len(asked.prompts) * asked.samples)
-    engine = sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluation_plan, memory)
+    plan = task.evaluation_plan
+    engine = open_run_engine(config, policy.model, task.mesh, policy.eos_ids, task.max_context, plan, memory)
     return learner, engine
 
 

@@ -52,7 +52,7 @@ from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run import Run
 from igrpo_jax.session.run_context import enter_mesh
 from igrpo_jax.session.supervised import refuse_supervised
-from igrpo_jax.session.task import Task, open_task, origin, sampler
+from igrpo_jax.session.task import Task, open_run_engine, open_task, origin
 
 
 def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
@@ -140,7 +140,8 @@ def _open_engine(config: Config, task: Task, learner: Learner) -> Engine:
     policy, memory = task.policy, cluster.from_first(device_bytes)  # processes of a team need equally many pages
     if memory is not None:
         memory -= learner.resident_bytes
-    return sampler(config, policy.model, task.mesh, policy.eos_ids, task.max_context, task.evaluation_plan, memory)
+    plan = task.evaluation_plan
+    return open_run_engine(config, policy.model, task.mesh, policy.eos_ids, task.max_context, plan, memory)
 
 
 def _claim(

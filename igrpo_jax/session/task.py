@@ -264,7 +264,7 @@ def check_context(config: Config, context: int, max_context: int) -> None:
         )
 
 
-def sampler(
+def open_run_engine(
     config: Config,
     model: DecoderConfig,
     mesh: jax.sharding.Mesh,
