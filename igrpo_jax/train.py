@@ -101,7 +101,7 @@ def _call(on_step: OnStep, run: Run, state: TrainState, step: int, metrics: Mapp
         failed = error
     if not cluster.any_of(failed is not None):
         return
-    run.keep(step, state)
+    run.save_and_wait(step, state)
     told = f"step {step} is saved in {run.workdir}, and the same call of train_model resumes after it"
     if failed is None:
         raise RunError(f"on_step: raised an error on another process; {told}")

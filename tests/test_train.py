@@ -81,7 +81,7 @@ def test_a_step_whose_callback_raises_is_saved(monkeypatch, tmp_path):
         resumed_after, task, progress, workdir = 0, SimpleNamespace(total_steps=9), SimpleNamespace(scores={}), tmp_path
         stop_if_preempted = report = save = lambda self, *_: None
         evaluation_due = lambda self, step: False
-        keep = lambda self, step, state: calls.append((step, state.params))
+        save_and_wait = lambda self, step, state: calls.append((step, state.params))
 
     monkeypatch.setattr(train, "open_run", lambda *_: (Run(), SimpleNamespace(params=0)))
     more = lambda state: SimpleNamespace(params=state.params + 1)

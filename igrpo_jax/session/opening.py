@@ -115,7 +115,7 @@ def _start(
             config, task, workdir, learner, checkpointer, latest, console, stack
         )
     if resumes:
-        cluster.from_first(functools.partial(_go_on, workdir, config))
+        cluster.from_first(functools.partial(_record_resume, workdir, config))
     run = Run(
         config=config,
         workdir=workdir,
@@ -235,7 +235,7 @@ def _first_program_shapes(config: Config, task: Task, engine: Engine, latest: in
     return engine.first_program_shapes([len(prompt.tokens) for prompt in prompts], samples)
 
 
-def _go_on(workdir: Path, config: Config) -> None:
+def _record_resume(workdir: Path, config: Config) -> None:
     """Records that the run in `workdir` is resumed with the settings `config`."""
     ending.remove_finished(workdir)
     record_settings(workdir, config)

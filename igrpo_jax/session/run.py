@@ -157,14 +157,14 @@ class Run:
         if cluster.any_of(preemption.noted()):
             raise Preempted
 
-    def keep(self, step: int, state: TrainState) -> None:
+    def save_and_wait(self, step: int, state: TrainState) -> None:
         """Saves the state after `step`, at which the run ends early, and returns when it is written."""
         self.save(step, state, force=True)
         self.checkpointer.wait()
 
     def leave(self, step: int, state: TrainState) -> NoReturn:
         """Saves the state after `step`, and raises Preempted with a message that says so."""
-        self.keep(step, state)
+        self.save_and_wait(step, state)
         raise preempted_after(step, self.task.total_steps, self.workdir)
 
     def leave_unverified(self, error: VerifierError, step: int, state: TrainState) -> NoReturn:
@@ -173,7 +173,7 @@ class Run:
         Args:
             error: of a rollout, which changes no state, or of an evaluation; all processes have it.
         """
-        self.keep(step, state)
+        self.save_and_wait(step, state)
         raise VerifierError(f"{error}; {saved_at(step, self.workdir)}") from error
 
     def finish(self, state: TrainState) -> None:
