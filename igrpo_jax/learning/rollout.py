@@ -117,6 +117,7 @@ class Rollout:
         self._scheduler.start(params, Sampling(settings.temperature, settings.top_p, settings.top_k))
         try:
             runner = StageRunner(self._config, self._renderer, self._scheduler, step, prompts)
+            runner.start()
             waited = sample_and_score(self._scheduler, self._verifier.submit, self._renderer)
         finally:
             self._scheduler.finish()

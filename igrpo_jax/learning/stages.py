@@ -168,6 +168,9 @@ class StageRunner:
         self.left_out: list[Completion] = []  # refinements of drafts that are not kept
         self.unrefined: list[PromptProgress] = []  # prompts without Stage 2, whose position a fresh prompt took
         self.redrawn: list[Group] = []  # groups that were filtered out, whose position a fresh prompt took
+
+    def start(self) -> None:
+        """Queues the first samples of every prompt; what follows them is queued as scores come."""
         for progress in self.latest.values():
             self._begin(progress)
 
