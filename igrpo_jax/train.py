@@ -119,13 +119,13 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
             groups, sampled = run.rollout.collect(learner.policy(state.params), step, prompts)
         if is_first:
             run.compile_rest()
-        advantages = credit.refinement_advantages(groups, run.config)
+        advantages, draft_advantages = credit.advantages(groups, run.config)
         with watchdog.phase("update", name), watchdog.phase("dispatch"):
             checked = {}
             if run.shows_samples(step):
                 checked = learner.draft_mismatch(state.params, groups) | learner.reliance(state.params, groups)
             updating = time.perf_counter()
-            state, learned = learner.update(state, groups, advantages, step)
+            state, learned = learner.update(state, groups, advantages, step, draft_advantages)
             ended = time.perf_counter()
     if is_first:
         compiled = []  # the first step after a start compiles the run's programs, which do not count as recompilations

@@ -4,12 +4,15 @@ The padding id 0 is also the EOS of every finished completion, and stands inside
 so that its completions have no prefix.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
+from igrpo_jax.learning import credit
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.packing import MicroBatch, Piece
 from igrpo_jax.records import Completion, Group, Prompt, Score
@@ -76,8 +79,16 @@ def updated(built, params, groups=None, advantages=ADVANTAGES, state=None):
     """State and metrics after one rollout's updates, from a fresh state unless one is given."""
     learner, mesh = built
     with jax.set_mesh(mesh):
-        state = learner.init(put(params, mesh)) if state is None else state
-        return learner.update(state, groups or make_groups(), advantages, 1)
+        state, groups = learner.init(put(params, mesh)) if state is None else state, groups or make_groups()
+        return learner.update(state, groups, advantages, 1, draft_advantages(learner, groups))
+
+
+def draft_advantages(learner, groups):
+    """Those of a run, by the rewards of the drafts alone; nothing where drafts are not trained on."""
+    if "draft" not in learner.programs.stages:
+        return ()
+    unshown = [dataclasses.replace(group, kept=None) for group in groups]  # some are made with a draft that is none
+    return credit.advantages(unshown, learner._config).drafts
 
 
 def gradient_of(state):

@@ -15,6 +15,7 @@ The paper has neither 2 nor 4, and its only groups are those of the refinements.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,21 +24,29 @@ from igrpo_jax.learning import filtering, objectives
 from igrpo_jax.records import Group, same_answer
 
 
-def refinement_advantages(groups: Sequence[Group], config: Config) -> list[np.ndarray]:
-    """Returns the advantages of the refinements of each group, [G] float32; empty where a group has none."""
-    if config.algorithm.group == "prompt":
-        return [joint[: len(group.completions)] for group, joint in zip(groups, _joint(groups, config), strict=True)]
+class Advantages(NamedTuple):
+    """What the samples of each group are trained with, one array for each group; empty where it has no such samples."""
+
+    refinements: list[np.ndarray]  # [G] float32
+    drafts: list[np.ndarray]  # [N] float32; no array at all where drafts are not trained on
+
+
+def advantages(groups: Sequence[Group], config: Config) -> Advantages:
+    """Returns the advantages of a step's refinements, and of its drafts where they are trained on."""
+    algorithm = config.algorithm
+    if algorithm.group == "prompt":
+        joint = _joint(groups, config)
+        counts = [len(group.completions) for group in groups]
+        refined = [own[:count] for count, own in zip(counts, joint, strict=True)]
+        return Advantages(refined, [own[count:] for count, own in zip(counts, joint, strict=True)])
     rewards_of = lambda chosen: trained_rewards(chosen, config)
-    advantages = _advantages_where(groups, [bool(group.completions) for group in groups], rewards_of, config.algorithm)
-    return [own * _has_credit(group, config.algorithm) for group, own in zip(groups, advantages, strict=True)]
-
-
-def draft_advantages(groups: Sequence[Group], config: Config) -> list[np.ndarray]:
-    """Returns the advantages of the drafts of each group, [N] float32; empty where a prompt has none."""
-    if config.algorithm.group == "prompt":
-        return [joint[len(group.completions) :] for group, joint in zip(groups, _joint(groups, config), strict=True)]
+    refined = _advantages_where(groups, [bool(group.completions) for group in groups], rewards_of, algorithm)
+    refined = [own * _has_credit(group, algorithm) for group, own in zip(groups, refined, strict=True)]
+    if "draft" not in algorithm.trained_stages:
+        return Advantages(refined, [])
     rewards_of = lambda chosen: filtering.rewards_after_filtering([group.of_drafts for group in chosen], config)
-    return _advantages_where(groups, [bool(group.drafts) for group in groups], rewards_of, config.algorithm)
+    drafted = _advantages_where(groups, [bool(group.drafts) for group in groups], rewards_of, algorithm)
+    return Advantages(refined, drafted)
 
 
 def trained_rewards(groups: Sequence[Group], config: Config) -> np.ndarray:

@@ -25,7 +25,7 @@ import numpy as np
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import tree_bytes
-from igrpo_jax.learning import credit, objectives
+from igrpo_jax.learning import objectives
 from igrpo_jax.learning.micro_shapes import MicroShapes
 from igrpo_jax.learning.packing import MicroBatch, Packer, Unit
 from igrpo_jax.learning.programs import LearnerPrograms
@@ -96,20 +96,25 @@ class Learner:
         self._reference = params
 
     def update(
-        self, state: TrainState, groups: list[Group], advantages: Sequence[np.ndarray], step: int
+        self,
+        state: TrainState,
+        groups: list[Group],
+        advantages: Sequence[np.ndarray],
+        step: int,
+        draft_advantages: Sequence[np.ndarray] = (),
     ) -> tuple[TrainState, dict]:
         """Makes all optimizer steps of one update.
 
         Args:
             groups: the groups of a step, in the order of the prompts.
-            advantages: of the refinements of each group, [G] float32. Those of drafts, where they are trained on,
-                follow from the rewards (`credit`).
+            advantages: of the refinements of each group, [G] float32.
             step: the step of the run; with the seed it decides which units share a minibatch.
+            draft_advantages: of the drafts of each group, [N] float32, where they are trained on.
 
         Returns:
             the new state, and the metrics of the update by TRL's names.
         """
-        units_by_stage = [self.packer.units(groups, advantages), self._draft_units(groups)]
+        units_by_stage = [self.packer.units(groups, advantages), self._draft_units(groups, draft_advantages)]
         units = [unit for stage_units in units_by_stage for unit in stage_units]
         self._set_old_and_reference(state.params, units)
         metrics, flops = [], self._model_flops(units)
@@ -186,11 +191,10 @@ class Learner:
             if self._has_gradient(unit)
         )
 
-    def _draft_units(self, groups: Sequence[Group]) -> list[Unit]:
+    def _draft_units(self, groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> list[Unit]:
         """Returns the units of drafts, where they are trained on; a group that skipped Stage 1 has none."""
         if "draft" not in self.programs.stages:
             return []
-        advantages = credit.draft_advantages(groups, self._config)
         return self.packer.units([group.of_drafts for group in groups], advantages)
 
     def draft_mismatch(self, params: decoder.Params, groups: Sequence[Group]) -> dict[str, float]:

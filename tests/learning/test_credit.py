@@ -45,9 +45,9 @@ def assert_advantages(got, expected):
 def test_stages_have_baselines_of_their_own():
     """A prompt without refinements, as one without drafts, is in no group of that stage."""
     groups = [make_group([0, 1], [1, 0], kept=1), make_group([1, 0], [], kept=None), make_group([], [0, 1], kept=None)]
-    assert_advantages(credit.refinement_advantages(groups, settings()), [[PAIR, -PAIR], [], [-PAIR, PAIR]])
-    assert_advantages(credit.draft_advantages(groups, settings()), [[-PAIR, PAIR], [PAIR, -PAIR], []])
-    assert_advantages(credit.refinement_advantages(groups[1:2], settings()), [[]])
+    assert_advantages(credit.advantages(groups, settings()).refinements, [[PAIR, -PAIR], [], [-PAIR, PAIR]])
+    assert_advantages(credit.advantages(groups, settings()).drafts, [[-PAIR, PAIR], [PAIR, -PAIR], []])
+    assert_advantages(credit.advantages(groups[1:2], settings()).refinements, [[]])
 
 
 def test_drafts_and_refinements_can_share_a_baseline():
@@ -55,9 +55,9 @@ def test_drafts_and_refinements_can_share_a_baseline():
     groups = [make_group([0, 0], [1, 1]), make_group([1, 0], [], kept=None)]
     joint = 0.5 / (math.sqrt(1 / 3) + 1e-4)
     together = settings(group="prompt")
-    assert_advantages(credit.refinement_advantages(groups, together), [[joint, joint], []])
-    assert_advantages(credit.draft_advantages(groups, together), [[-joint, -joint], [PAIR, -PAIR]])
-    assert_advantages(credit.refinement_advantages(groups, settings()), [[0, 0], []])
+    assert_advantages(credit.advantages(groups, together).refinements, [[joint, joint], []])
+    assert_advantages(credit.advantages(groups, together).drafts, [[-joint, -joint], [PAIR, -PAIR]])
+    assert_advantages(credit.advantages(groups, settings()).refinements, [[0, 0], []])
 
 
 def test_a_shared_baseline_over_the_batch():
@@ -65,8 +65,8 @@ def test_a_shared_baseline_over_the_batch():
     groups = [make_group([0, 0], [1, 1]), make_group([1, 0], [], kept=None)]
     unit = 0.5 / (math.sqrt(0.3) + 1e-4)
     batch = settings(group="prompt", scale_rewards="batch")
-    assert_advantages(credit.refinement_advantages(groups, batch), [[unit, unit], []])
-    assert_advantages(credit.draft_advantages(groups, batch), [[-unit, -unit], [unit, -unit]])
+    assert_advantages(credit.advantages(groups, batch).refinements, [[unit, unit], []])
+    assert_advantages(credit.advantages(groups, batch).drafts, [[-unit, -unit], [unit, -unit]])
 
 
 def test_wrong_refinements_have_no_credit_on_the_plain_prompt():
@@ -78,18 +78,18 @@ def test_wrong_refinements_have_no_credit_on_the_plain_prompt():
     groups = [make_group([0, 1], [1, 0, 0, 0]), make_group([], [1, 0, 0, 0], kept=None)]
     right, wrong = 0.75 / (0.5 + 1e-4), -0.25 / (0.5 + 1e-4)
     every = [right, wrong, wrong, wrong]
-    assert_advantages(credit.refinement_advantages(groups, settings(**four)), [[right, 0, 0, 0], every])
+    assert_advantages(credit.advantages(groups, settings(**four)).refinements, [[right, 0, 0, 0], every])
     everything = settings(**four, credit_completions="all")
-    assert_advantages(credit.refinement_advantages(groups, everything), [every, every])
-    assert_advantages(credit.draft_advantages(groups, settings(**four)), [[-PAIR, PAIR], []])
+    assert_advantages(credit.advantages(groups, everything).refinements, [every, every])
+    assert_advantages(credit.advantages(groups, settings(**four)).drafts, [[-PAIR, PAIR], []])
 
 
 def test_wrong_refinements_without_credit_stay_in_a_shared_baseline():
     """Drafts 0, 0 and refinements 1, 0: mean 1/4, std 1/2. The drafts are trained on, the wrong refinement is not."""
     chosen = settings(group="prompt", refine_credit="plain")
     groups = [make_group([0, 0], [1, 0])]
-    assert_advantages(credit.refinement_advantages(groups, chosen), [[0.75 / (0.5 + 1e-4), 0]])
-    assert_advantages(credit.draft_advantages(groups, chosen), [[-0.25 / (0.5 + 1e-4)] * 2])
+    assert_advantages(credit.advantages(groups, chosen).refinements, [[0.75 / (0.5 + 1e-4), 0]])
+    assert_advantages(credit.advantages(groups, chosen).drafts, [[-0.25 / (0.5 + 1e-4)] * 2])
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_wrong_refinements_without_credit_stay_in_a_shared_baseline():
 def test_the_bonus_is_for_what_a_refinement_has_beyond_its_draft(kept, refined, drafted):
     chosen = settings(group="prompt", improvement_bonus=0.5, scale_rewards="none")
     groups = [make_group([0, 1], [1, 0], kept=kept)]
-    assert_advantages(credit.refinement_advantages(groups, chosen), [refined])
-    assert_advantages(credit.draft_advantages(groups, chosen), [drafted])
+    assert_advantages(credit.advantages(groups, chosen).refinements, [refined])
+    assert_advantages(credit.advantages(groups, chosen).drafts, [drafted])
     change = {0: 0.25, 1: -0.25, None: 0.0}[kept]
     assert credit.reward_metrics(groups, chosen) == {"refine/reward_change": change}
 
@@ -121,7 +121,7 @@ def test_repeating_the_answer_of_a_wrong_draft_costs():
     right = make_group([1, 0], [1, 0, 1, 1], answers=(["3", "4"], ["3", "4", "3", "3"]))
     silent = make_group([0, 0], [0] * 4, answers=([None, "4"], [None, "4", None, None]))
     expected = [[-0.1, 0.1, -0.1, 0.1], [0.25, -0.75, 0.25, 0.25], [0] * 4]
-    assert_advantages(credit.refinement_advantages([wrong, right, silent], chosen), expected)
+    assert_advantages(credit.advantages([wrong, right, silent], chosen).refinements, expected)
     (metric,) = credit.reward_metrics([wrong, right, silent], chosen).values()
     assert metric == pytest.approx(-0.4 / 12)
 
@@ -133,22 +133,22 @@ def test_what_an_update_leaves_of_the_dynamic_reward_of_verifications():
     """
     chosen = settings(num_drafts=4, num_generations=4, second_stage="verify")
     verified = lambda factor: make_group([0, 1, 1, 1], np.multiply(factor, [1, 0, 0, 1]), kept=1)
-    (plain,) = credit.refinement_advantages([verified(1)], chosen)
+    (plain,) = credit.advantages([verified(1)], chosen).refinements
     for factor in (2 * (1 - 3 / 4), 2 * 3 / 4):
-        np.testing.assert_allclose(credit.refinement_advantages([verified(factor)], chosen), [plain], rtol=1e-3)
-    assert_advantages(credit.refinement_advantages([verified(0)], chosen), [[0] * 4])
+        np.testing.assert_allclose(credit.advantages([verified(factor)], chosen).refinements, [plain], rtol=1e-3)
+    assert_advantages(credit.advantages([verified(0)], chosen).refinements, [[0] * 4])
     unit = 0.5 / (math.sqrt(1 / 3) + 1e-4)
     assert_advantages([plain], [[unit, -unit, -unit, unit]])
     third = 0.25 / (0.5 + 1e-4)  # the solutions are a group of their own, with mean 3/4 and std 1/2
-    assert_advantages(credit.draft_advantages([verified(1)], chosen), [[-3 * third, third, third, third]])
+    assert_advantages(credit.advantages([verified(1)], chosen).drafts, [[-3 * third, third, third, third]])
 
 
 def test_completions_without_a_verdict_stay_out():
     """One of two refinements has no verdict: nothing is left to compare; with the drafts there is."""
     groups = [make_group([0, 1], [math.nan, 1], kept=1)]
-    assert_advantages(credit.refinement_advantages(groups, settings()), [[0, 0]])
+    assert_advantages(credit.advantages(groups, settings()).refinements, [[0, 0]])
     chosen = settings(group="prompt", improvement_bonus=1.0, scale_rewards="none")
-    assert_advantages(credit.refinement_advantages(groups, chosen), [[0, 1 / 3]])  # rewards 1, 0 and 1: mean 2/3
+    assert_advantages(credit.advantages(groups, chosen).refinements, [[0, 1 / 3]])  # rewards 1, 0 and 1: mean 2/3
     assert credit.reward_metrics(groups, chosen) == {"refine/reward_change": 0.0}
     assert credit.reward_metrics([make_group([1, 0], [], kept=None)], chosen) == {}
     assert credit.reward_metrics(groups, settings()) == {}

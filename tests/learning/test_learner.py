@@ -26,6 +26,7 @@ from learner_cases import (
     G,
     P,
     assert_close,
+    draft_advantages,
     gradient_of,
     make_groups,
     make_learner,
@@ -827,21 +828,21 @@ def test_dynamic_sampling_filters_drafts_by_the_metric_too(tiny, monkeypatch, me
             drafts.append(dataclasses.replace(draft, score=score))
         groups.append(dataclasses.replace(group, drafts=tuple(drafts)))
 
-    def draft_advantages(**changes):
+    def advantages_of_drafts(**changes):
         learner, _ = make_learner(tiny[0], **DRAFTED, **changes)
         units = []
         step = lambda state, of_step: units.extend(of_step) or (state, defaultdict(float))
         monkeypatch.setattr(learner, "_optimizer_step", step)
-        learner.update(SimpleNamespace(params=None), groups, ADVANTAGES, 1)
+        learner.update(SimpleNamespace(params=None), groups, ADVANTAGES, 1, draft_advantages(learner, groups))
         refined = [unit.advantage for unit in units if unit.stage == "refine"]
         np.testing.assert_array_equal(np.concatenate(refined), ADVANTAGES.reshape(-1))
         return np.stack([unit.advantage for unit in units if unit.stage == "draft"])
 
     unit = 0.5 / (np.sqrt(0.5) + 1e-4)  # of rewards that differ by 1
     expected = np.array([[unit, -unit], [unit, -unit], [-unit, unit]] + [[0, 0]] * 5)
-    np.testing.assert_allclose(draft_advantages(), expected, rtol=1e-6)
+    np.testing.assert_allclose(advantages_of_drafts(), expected, rtol=1e-6)
     expected[[index for index in range(3) if index not in learns]] = 0
-    filtered = draft_advantages(algorithm__max_redraws=1, algorithm__filter_groups_metric=metric)
+    filtered = advantages_of_drafts(algorithm__max_redraws=1, algorithm__filter_groups_metric=metric)
     np.testing.assert_allclose(filtered, expected, rtol=1e-6)
 
 

@@ -640,7 +640,7 @@ def test_a_position_that_drafts_all_its_completions(collect, prompts):
     texts = {group.drafts[0].text for group in groups[:3]}
     assert len(texts) == 3  # one prompt, three times with randomness of its own
     chosen = settings(**UNSOLVED)
-    assert [len(own) for own in credit.refinement_advantages(groups, chosen)] == [0] * len(groups)
+    assert [len(own) for own in credit.advantages(groups, chosen).refinements] == [0] * len(groups)
 
 
 @pytest.mark.parametrize(
