@@ -19,7 +19,7 @@ from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import compilations, peak_memory
 from igrpo_jax.errors import InputError, RunError
-from igrpo_jax.learning import credit
+from igrpo_jax.learning import credit, diagnostics
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.metrics import rollout_metrics
@@ -121,9 +121,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
             run.compile_rest()
         advantages, draft_advantages = credit.advantages(groups, run.config)
         with watchdog.phase("update", name), watchdog.phase("dispatch"):
-            checked = {}
-            if run.shows_samples(step):
-                checked = learner.draft_mismatch(state.params, groups) | learner.reliance(state.params, groups)
+            checked = diagnostics.rescored_metrics(learner, state.params, groups) if run.shows_samples(step) else {}
             updating = time.perf_counter()
             state, learned = learner.update(state, groups, advantages, step, draft_advantages)
             ended = time.perf_counter()

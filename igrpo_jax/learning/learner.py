@@ -31,7 +31,7 @@ from igrpo_jax.learning.packing import MicroBatch, Packer, Unit
 from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.learning.rescoring import rescore_units
 from igrpo_jax.learning.train_state import TrainState
-from igrpo_jax.learning.update_metrics import mean_over_steps, optimizer_step_metrics, sampler_mismatches
+from igrpo_jax.learning.update_metrics import mean_over_steps, optimizer_step_metrics
 from igrpo_jax.models import decoder, lora, spans
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.records import Group
@@ -128,11 +128,11 @@ class Learner:
         """Sets log pi_old and log pi_ref of each unit, where the loss reads them."""
         units = [unit for unit in units if self._has_gradient(unit)]
         if self.optimizer_steps_per_update > 1:
-            for unit, logprobs in zip(units, self._rescored(params, units), strict=True):
+            for unit, logprobs in zip(units, self.rescored(params, units), strict=True):
                 unit.old = logprobs
         if self.objective.beta > 0:
             reference = jax.device_put(self._reference, self.programs.state_sharding.params)
-            for unit, logprobs in zip(units, self._rescored(reference, units), strict=True):
+            for unit, logprobs in zip(units, self.rescored(reference, units), strict=True):
                 unit.reference = logprobs
 
     def _minibatches(self, units_by_stage: list[list[Unit]], step: int, iteration: int) -> Iterator[list[Unit]]:
@@ -164,9 +164,14 @@ class Learner:
         measured = optimizer_step_metrics(sums, idle, stages, self.objective.plain_credit, main)
         return state, applied | measured | {"perf/padding_frac": padding}
 
-    def _rescored(
+    def rescored(
         self, params: decoder.Params, units: Sequence[Unit], batches: Sequence[MicroBatch] | None = None
     ) -> list[list[np.ndarray]]:
+        """Returns the log-probs of `units` under `params` as `rescore_units` does.
+
+        Args:
+            batches: micro-batches that hold all completions of the units; None to pack them.
+        """
         batches = self.packer.micro_batches(units) if batches is None else batches
         return rescore_units(self.programs, self.packer, params, self._frozen, batches, units)
 
@@ -196,48 +201,6 @@ class Learner:
         if "draft" not in self.programs.stages:
             return []
         return self.packer.units([group.of_drafts for group in groups], advantages)
-
-    def draft_mismatch(self, params: decoder.Params, groups: Sequence[Group]) -> dict[str, float]:
-        """Returns how far rescored log-probs of the first drafts, one micro-batch of them, are from the sampler's.
-
-        This checks the sampler in Stage 1, whose tokens usually carry no loss. `params` are those that sampled.
-        """
-        drafts = [(group.prompt.tokens, draft) for group in groups for draft in group.drafts]
-        units = [Unit(prompt, (draft,), np.zeros(1, np.float32)) for prompt, draft in drafts]
-        batch = self.packer.leading(units)
-        units = [piece.unit for piece in batch.shards[0]]
-        if not units:
-            return {}
-        mismatches_by_unit = sampler_mismatches(units, self._rescored(params, units, [batch]))
-        mismatches = np.concatenate(mismatches_by_unit)
-        return {
-            "sampling/draft_logp_difference/mean": float(np.mean(mismatches)),
-            "sampling/draft_logp_difference/max": float(np.max(mismatches)),
-        }
-
-    def reliance(self, params: decoder.Params, groups: Sequence[Group]) -> dict[str, float]:
-        """Returns how much right refinements rely on their draft: the mean of log pi(o | q') - log pi(o | q), in nats.
-
-        It is the mean over the first right refinements, one micro-batch of them; absent where there are none. `params`
-        are those that sampled.
-        """
-        right = [
-            (group, x)
-            for group in groups
-            for x in group.completions
-            if group.kept is not None and x.stage == "refine" and x.score.is_right
-        ]
-        alone = lambda context, completion: Unit(context, (completion,), np.zeros(1, np.float32))
-        batch = self.packer.leading([alone(group.context, completion) for group, completion in right])
-        drafted = [piece.unit for piece in batch.shards[0]]
-        if not drafted:
-            return {}
-        plain = [alone(group.prompt.tokens, completion) for group, completion in right[: len(drafted)]]  # shorter ones
-        after, before = (
-            [logprobs.sum() for (logprobs,) in self._rescored(params, units, [self.packer.leading(units)])]
-            for units in (drafted, plain)
-        )
-        return {"refine/reliance": float(np.mean(np.subtract(after, before)))}
 
     @property
     def resident_bytes(self) -> int:

@@ -211,7 +211,7 @@ class LearnerPrograms:
         is_rescored = self._config.optimizer_steps_per_update > 1 or self._objective.beta > 0
         rescored = self._sizes if is_rescored else []
         if not rescored and self._config.algorithm.num_drafts and self._config.log.samples_every:
-            rescored = self._sizes[:1]  # for `Learner.draft_mismatch` and `Learner.reliance`
+            rescored = self._sizes[:1]  # for `diagnostics`
         sizes = [
             (program, size) for program, of in ((self.accumulate, self._sizes), (self.rescore, rescored)) for size in of
         ]

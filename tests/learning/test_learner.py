@@ -38,7 +38,7 @@ from learner_cases import (
 from igrpo_jax import config, train
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.compiling import compile_all
-from igrpo_jax.learning import objectives
+from igrpo_jax.learning import diagnostics, objectives
 from igrpo_jax.learning.optimizer import make_optimizer
 from igrpo_jax.learning.update_metrics import mean_over_steps
 from igrpo_jax.models import decoder
@@ -373,7 +373,7 @@ def test_no_completion_sees_another(build, tiny):
     others[2] = dataclasses.replace(units[2], completions=(units[2].completions[0], changed, *units[2].completions[2:]))
     with jax.set_mesh(mesh):
         params = put(tiny[1], mesh)
-        before, after = (learner._rescored(params, of) for of in (units, others))
+        before, after = (learner.rescored(params, of) for of in (units, others))
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
         for j, (x, y) in enumerate(zip(old, new, strict=True)):
             assert np.array_equal(x, y) == ((i, j) != (2, 1))
@@ -553,9 +553,9 @@ def test_groups_without_a_signal_off_policy(build, tiny, sampled_groups, monkeyp
     that of their sampler in the second pass too.
     """
     learner, _ = built = build(algorithm__num_iterations=2, **OBJECTIVES["dapo"])
-    rescored, rescore = [], learner._rescored
+    rescored, rescore = [], learner.rescored
     with monkeypatch.context() as patched:
-        patched.setattr(learner, "_rescored", lambda params, units: rescored.extend(units) or rescore(params, units))
+        patched.setattr(learner, "rescored", lambda params, units: rescored.extend(units) or rescore(params, units))
         _, metrics = updated(built, tiny[1], sampled_groups, advantages=IDLE)
     assert len(rescored) == IDLE.any(axis=1).sum() < len(IDLE)
     tiny_gains = np.where(IDLE == 0, np.float32(1e-30), IDLE)
@@ -599,10 +599,11 @@ def test_drafts_are_compared_to_their_sampler(build, tiny, score_in_full):
     assert 20 < len(first) < P * (G + 2)
     learner, mesh = build()
     with jax.set_mesh(mesh):
-        found = learner.draft_mismatch(put(tiny[1], mesh), drafted)
+        found = diagnostics.draft_mismatch(learner, put(tiny[1], mesh), drafted)
     with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
         patch.delattr(learner, "_frozen")  # without drafts nothing is run
-        assert learner.draft_mismatch(put(tiny[1], mesh), [dataclasses.replace(groups[0], drafts=())]) == {}
+        undrafted = [dataclasses.replace(groups[0], drafts=())]
+        assert diagnostics.draft_mismatch(learner, put(tiny[1], mesh), undrafted) == {}
     first = np.concatenate(first)
     assert found["sampling/draft_logp_difference/mean"] == pytest.approx(first.mean(), rel=1e-5)
     assert found["sampling/draft_logp_difference/max"] == pytest.approx(first.max(), rel=1e-5)
@@ -702,8 +703,8 @@ def test_how_much_right_refinements_rely_on_their_draft(build, tiny):
     after, before = np.sum(np.where(mask, logprob, 0.0), axis=2)
     learner, mesh = build()
     with jax.set_mesh(mesh):
-        found = learner.reliance(put(tiny[1], mesh), groups)
-        assert learner.reliance(put(tiny[1], mesh), make_groups()) == {}  # none is right
+        found = diagnostics.reliance(learner, put(tiny[1], mesh), groups)
+        assert diagnostics.reliance(learner, put(tiny[1], mesh), make_groups()) == {}  # none is right
     assert found == {"refine/reliance": pytest.approx(np.mean(after - before), abs=1e-3)}
     assert np.abs(after - before).max() > 0.1
 
@@ -771,7 +772,8 @@ def test_verifications_and_solutions_are_rows_alike(build, tiny):
         for x in group.completions:
             x.score.rewards.update(is_right)
     with jax.set_mesh(mesh):
-        assert learner.reliance(put(tiny[1], mesh), renamed) == {}  # a verdict is no answer to the plain prompt
+        # A verdict is no answer to the plain prompt.
+        assert diagnostics.reliance(learner, put(tiny[1], mesh), renamed) == {}
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from learner_cases import DEFAULTS, MAX_CONTEXT, TEMPERATURE, make_learner, put
 
 from igrpo_jax.config import MeshConfig
 from igrpo_jax.distributed import sharding
+from igrpo_jax.learning import diagnostics
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.models import decoder
 from igrpo_jax.outputs.console import Console
@@ -191,7 +192,7 @@ def test_reliance_by_hand(learner, tmp_path):
     built, params = learner
     (part,) = case.refined
     group = Group(case.prompt, (part.draft,), 0, part.context, part.completions)
-    expected = built.reliance(params, [group])["refine/reliance"]
+    expected = diagnostics.reliance(built, params, [group])["refine/reliance"]
     assert np.mean(each.reliance["wrong"]) == pytest.approx(expected, abs=1e-4)
     assert np.abs(each.reliance["wrong"]).max() > 0.01
 
@@ -210,7 +211,7 @@ def test_reliance_of_several_problems_together_is_that_of_each_alone(learner, tm
         for part in case.refined:
             group = Group(case.prompt, (part.draft,), 0, part.context, part.completions)
             values = together[number].reliance["right" if part.is_right else "wrong"]
-            for expected in built.reliance(params, [group]).values():
+            for expected in diagnostics.reliance(built, params, [group]).values():
                 assert np.mean(values) == pytest.approx(expected, abs=1e-4)
     assert [len(each.reliance["right"]) for each in together] == [2, 2, 0, 2, 2, 2]
     values = np.concatenate([each.reliance[draft] for each in together for draft in ("right", "wrong")])
