@@ -59,7 +59,7 @@ class Learner:
         self._lora = config.model.lora
         self._seed = config.seed
         self._iterations = config.algorithm.num_iterations
-        self._frozen: decoder.Params = {}
+        self._frozen: decoder.Params | None = None if self._lora.rank else {}  # what LoRA adapts
         self._reference: decoder.Params | None = None
         self.objective = objectives.resolve(config.algorithm)
         self.optimizer_steps_per_update = config.optimizer_steps_per_update
@@ -79,10 +79,16 @@ class Learner:
         """Sets, with LoRA, the model that is adapted, in model.dtype."""
         self._frozen = params
 
+    @property
+    def _adapted(self) -> decoder.Params:
+        """What LoRA adapts, {} without LoRA."""
+        assert self._frozen is not None, "with LoRA, `set_frozen` comes first"
+        return self._frozen
+
     def policy(self, params: decoder.Params) -> decoder.Params:
         """Returns the policy's parameters, for sampling: those of a state, or adapters with the weights that they
         adapt."""
-        return lora.attach(self._frozen, params, self._lora.scaling)
+        return lora.attach(self._adapted, params, self._lora.scaling)
 
     def abstract_policy(self) -> decoder.Params:
         """Returns shapes, dtypes and shardings of what `policy` returns."""
@@ -131,6 +137,7 @@ class Learner:
             for unit, logprobs in zip(units, self.rescored(params, units), strict=True):
                 unit.old = logprobs
         if self.objective.beta > 0:
+            assert self._reference is not None, "where beta > 0, `set_reference` comes first"
             reference = jax.device_put(self._reference, self.programs.state_sharding.params)
             for unit, logprobs in zip(units, self.rescored(reference, units), strict=True):
                 unit.reference = logprobs
@@ -153,7 +160,7 @@ class Learner:
             for batch in self.packer.micro_batches([unit for unit in trained if unit.stage == stage]):
                 arrays = self.programs.to_devices(self.packer.fill(batch))
                 grads, sums[stage] = self.programs.accumulate(
-                    state.params, grads, sums[stage], arrays, self._frozen, shape=(batch.size,)
+                    state.params, grads, sums[stage], arrays, self._adapted, shape=(batch.size,)
                 )
                 padded += batch.padded_tokens
         state, applied = self.programs.apply(state, grads, sums)
@@ -173,7 +180,7 @@ class Learner:
             batches: micro-batches that hold all completions of the units; None to pack them.
         """
         batches = self.packer.micro_batches(units) if batches is None else batches
-        return rescore_units(self.programs, self.packer, params, self._frozen, batches, units)
+        return rescore_units(self.programs, self.packer, params, self._adapted, batches, units)
 
     def _has_gradient(self, unit: Unit) -> bool:
         """Returns whether a unit has a gradient: where only the advantage gives one, a unit without advantages has

@@ -851,6 +851,16 @@ def test_dynamic_sampling_filters_drafts_by_the_metric_too(tiny, monkeypatch, me
 # Steps that go wrong.
 
 
+def test_weights_that_are_missing_are_named(tiny):
+    """The reference of a KL term, and what LoRA adapts."""
+    learner, mesh = make_learner(tiny[0], algorithm__beta=0.1)
+    with jax.set_mesh(mesh), pytest.raises(AssertionError, match="`set_reference` comes first"):
+        learner.update(SimpleNamespace(params={}), make_groups(), ADVANTAGES, 1)
+    learner, _ = make_learner(tiny[0], model__lora__rank=2)
+    with pytest.raises(AssertionError, match="`set_frozen` comes first"):
+        learner.policy({})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing(build, tiny, base, bad):
