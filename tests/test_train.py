@@ -621,7 +621,7 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
     fields |= {"evaluation.every": 0, "checkpoint.best_metric": "", "rollout.slots": 8}
     tasks = []
 
-    def compiles(config, task, *_):
+    def compiles(task, *_):
         tasks.append(task)
         raise InputError("this far")
 
@@ -644,7 +644,7 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
     assert start("2026-11-27") == written
     tasks.pop(0)
     assert tasks[0].fingerprint == tasks[1].fingerprint
-    opening._check_data(tasks[1].config, tasks[1], workdir, tasks[0].fingerprint)
+    opening._check_data(tasks[1], workdir, tasks[0].fingerprint)
     other = {"data.template_date": "2026-11-27"}
     start("2026-11-27", "other settings (data.template_date: '2026-11-26' -> '2026-11-27'); give another", **other)
     # A run of a version that wrote no day must be told its day. What it is told is compared with its prompts.
@@ -653,14 +653,15 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
     assert start("2026-11-27", "that of the first start was not recorded; give the day of that start") == written
     start("2026-11-27", **other)
     with pytest.raises(InputError) as caught:
-        opening._check_data(tasks[2].config, tasks[2], workdir, tasks[0].fingerprint)
+        opening._check_data(tasks[2], workdir, tasks[0].fingerprint)
     day = "(the chat template writes the date, here config.data.template_date = '2026-11-27'; where the run began on"
     assert day in str(caught.value)
     assert "bring the problems, the tokenizer," in str(caught.value)
-    cleaned = dataclasses.replace(tasks[2].config, data=dataclasses.replace(tasks[2].config.data, clean=True))
+    data = dataclasses.replace(tasks[2].config.data, clean=True)
+    cleaned = dataclasses.replace(tasks[2], config=dataclasses.replace(tasks[2].config, data=data))
     named = "bring the problems, config.evaluation.benchmarks and config.evaluation.data_dir (what they ask"
     with pytest.raises(InputError, match=re.escape(named)):
-        opening._check_data(cleaned, tasks[2], workdir, tasks[0].fingerprint)
+        opening._check_data(cleaned, workdir, tasks[0].fingerprint)
 
 
 @pytest.mark.proof

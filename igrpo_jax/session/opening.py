@@ -11,8 +11,9 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -74,17 +75,36 @@ def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.
     read = {"training problems": task.fingerprint, "evaluation problems": task.evaluation_plan.fingerprint}
     enter_mesh(stack, config, task.mesh, read | {"weights of config.model.path": task.policy.fingerprint})
     with watchdog.phase("start"):
-        return _start(config, task, workdir, console, stack)
+        return _start(task, workdir, console, stack)
 
 
-def _start(
-    config: Config, task: Task, workdir: Path, console: Console, stack: contextlib.ExitStack
-) -> tuple[Run, TrainState]:
+@dataclass(frozen=True)
+class _Parts:
+    """What the state that a run begins with is made of."""
+
+    task: Task
+    workdir: Path
+    learner: Learner
+    console: Console
+
+
+class _Beginning(NamedTuple):
+    """Where a run begins, and the files that it goes on to write."""
+
+    resumed_after: int  # the step whose state it is; 0 is before the first update
+    state: TrainState
+    progress: Progress
+    writer: Writer
+
+
+def _start(task: Task, workdir: Path, console: Console, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
     """Claims `workdir`, puts the parts together, and brings them to where the first step can begin."""
+    config, policy, plan = task.config, task.policy, task.evaluation_plan
     # Making these two checks slots, mesh, the objective's settings and LoRA's targets, before anything is written.
-    sizes = {"max_context": task.max_context, "total_steps": task.total_steps}
-    learner = Learner(config, task.policy.model, task.mesh, **sizes)
-    engine = _open_engine(config, task, learner)
+    learner = Learner(config, policy.model, task.mesh, max_context=task.max_context, total_steps=task.total_steps)
+    memory = cluster.from_first(device_bytes)  # processes of a team need equally many pages
+    memory = memory and memory - learner.resident_bytes
+    engine = open_run_engine(config, policy.model, task.mesh, policy.eos_ids, task.max_context, plan, memory)
     resumes, still_ours = _claim(workdir, config, stack, console)
     if not resumes:
         ending.remove_finished(workdir)  # left by a run that this one replaces
@@ -100,20 +120,14 @@ def _start(
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)
     if latest != task.total_steps:
-        first = _first_program_shapes(config, task, engine, latest)
+        first = _first_program_shapes(task, engine, latest)
         warms_up = latest is None and config.warm_start.steps > 0
         update = lambda: learner.programs.program_shapes
         tell = lambda: console.table("Memory", overview.memory(engine, learner))
         stack.enter_context(compiling(first, engine.program_shapes, update, console.phase, tell, warms_up))
     stack.enter_context(showing_waits(console.waiting))
-    if latest is None:
-        resumed_after, progress = 0, Progress()
-        writer = stack.enter_context(Writer(workdir, config, nullable=NULLABLE))
-        state = _first_state(config, task, workdir, learner, writer, console)
-    else:
-        resumed_after, state, progress, writer = _resumed(
-            config, task, workdir, learner, checkpointer, latest, console, stack
-        )
+    parts = _Parts(task, workdir, learner, console)
+    begun = _new_run(parts, stack) if latest is None else _resumed(parts, checkpointer, latest, stack)
     if resumes:
         cluster.from_first(functools.partial(_record_resume, workdir, config))
     run = Run(
@@ -122,26 +136,17 @@ def _start(
         task=task,
         learner=learner,
         rollout=Rollout(config, task.renderer, scheduler, verifier),
-        evaluator=Evaluator(config, task.evaluation_plan, scheduler, task.renderer, verifier, console),
-        writer=writer,
+        evaluator=Evaluator(config, plan, scheduler, task.renderer, verifier, console),
+        writer=begun.writer,
         checkpointer=checkpointer,
         console=console,
-        resumed_after=resumed_after,
-        progress=progress,
+        resumed_after=begun.resumed_after,
+        progress=begun.progress,
         check_lock=still_ours,
     )
-    console.start(task.total_steps, resumed_after, config.log.every, writer.history, progress.scores)
-    _evaluate_start(run, state, is_new=latest is None)
-    return run, state
-
-
-def _open_engine(config: Config, task: Task, learner: Learner) -> Engine:
-    """Returns the engine that samples, which training and evaluation share."""
-    policy, memory = task.policy, cluster.from_first(device_bytes)  # processes of a team need equally many pages
-    if memory is not None:
-        memory -= learner.resident_bytes
-    plan = task.evaluation_plan
-    return open_run_engine(config, policy.model, task.mesh, policy.eos_ids, task.max_context, plan, memory)
+    console.start(task.total_steps, run.resumed_after, config.log.every, run.writer.history, run.progress.scores)
+    _evaluate_start(run, begun.state, is_new=latest is None)
+    return run, begun.state
 
 
 def _claim(
@@ -195,39 +200,32 @@ def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> in
     return latest
 
 
-def _resumed(
-    config: Config,
-    task: Task,
-    workdir: Path,
-    learner: Learner,
-    checkpointer: Checkpointer,
-    latest: int,
-    console: Console,
-    stack: contextlib.ExitStack,
-) -> tuple[int, TrainState, Progress, Writer]:
-    """Returns the step, state, progress and writer of the newest checkpoint; refuses one that the configuration does
-    not fit."""
+def _resumed(parts: _Parts, checkpointer: Checkpointer, latest: int, stack: contextlib.ExitStack) -> _Beginning:
+    """Returns what the newest checkpoint holds, of the step `latest`; refuses one that the configuration does not
+    fit."""
+    task, workdir, console = parts.task, parts.workdir, parts.console
     with console.phase(f"restoring step {latest}"):
-        step, state, meta = checkpointer.restore(learner.programs.state)
-        _check_data(config, task, workdir, meta["data"])
-        resuming.check_not_past_end(config, task.total_steps, workdir, step)
-    _set_fixed_weights(config, task, workdir, learner, console)  # which may refuse, so before anything is dropped
+        step, state, meta = checkpointer.restore(parts.learner.programs.state)
+        _check_data(task, workdir, meta["data"])
+        resuming.check_not_past_end(task.config, task.total_steps, workdir, step)
+    _set_fixed_weights(parts)  # which may refuse, so before anything is dropped
     progress = Progress.from_meta(meta, int(state.skipped))
     # Rows and samples of steps after the checkpoint are dropped here, because those steps are run again.
-    writer = stack.enter_context(Writer(workdir, config, step, NULLABLE))
+    writer = stack.enter_context(Writer(workdir, task.config, step, NULLABLE))
     # An evaluation after the checkpoint was saved is in the rows alone.
     progress.recall(cluster.from_first(lambda: writer.scores))
     resuming.tell_lost_rows(writer.rows, meta["metrics_rows"], step, console)
-    if told := resuming.new_schedule(config, meta.get("total_steps", task.total_steps), task.total_steps, step):
+    before = meta.get("total_steps", task.total_steps)
+    if told := resuming.new_schedule(task.config, before, task.total_steps, step):
         console.message(told)
-    return step, state, progress, writer
+    return _Beginning(step, state, progress, writer)
 
 
-def _first_program_shapes(config: Config, task: Task, engine: Engine, latest: int | None) -> ProgramShapes:
+def _first_program_shapes(task: Task, engine: Engine, latest: int | None) -> ProgramShapes:
     """Returns the programs that the first dispatch needs after the step `latest`; `latest` is None for a new run."""
-    if latest is None and config.evaluation.every:
-        return engine.first_program_shapes(*task.evaluation_plan.first(config))
-    algorithm, prompts = config.algorithm, task.step_prompts((latest or 0) + 1)
+    if latest is None and task.config.evaluation.every:
+        return engine.first_program_shapes(*task.evaluation_plan.first(task.config))
+    algorithm, prompts = task.config.algorithm, task.step_prompts((latest or 0) + 1)
     drafts = algorithm.drafts_in((latest or 0) + 1)
     samples = drafts or algorithm.num_generations
     if drafts and algorithm.draft_early_stop:
@@ -241,10 +239,11 @@ def _record_resume(workdir: Path, config: Config) -> None:
     record_settings(workdir, config)
 
 
-def _check_data(config: Config, task: Task, workdir: Path, fingerprint: str) -> None:
+def _check_data(task: Task, workdir: Path, fingerprint: str) -> None:
     """Raises InputError where the training set is not the one that the run began with."""
     if fingerprint == task.fingerprint:
         return
+    config = task.config
     date, day = config.data.template_date, ""
     if date:
         day = (
@@ -258,34 +257,31 @@ def _check_data(config: Config, task: Task, workdir: Path, fingerprint: str) -> 
     )
 
 
-def _first_state(
-    config: Config, task: Task, workdir: Path, learner: Learner, writer: Writer, console: Console
-) -> TrainState:
-    """Returns the state before the first update of a new run, and gives the learner the weights that stay fixed."""
-    weights.record_first(task.policy, workdir)
+def _new_run(parts: _Parts, stack: contextlib.ExitStack) -> _Beginning:
+    """Returns what a new run begins with, and gives the learner the weights that stay fixed."""
+    task, config = parts.task, parts.task.config
+    writer = stack.enter_context(Writer(parts.workdir, config, nullable=NULLABLE))
+    weights.record_first(task.policy, parts.workdir)
     params, lora = None, config.model.lora.rank > 0
     if not (lora and task.policy.path):  # LoRA on a real model reads it once, as the weights that stay fixed
-        params = weights.load(task.policy, task.mesh, config.seed, "float32", console)
+        params = weights.load(task.policy, task.mesh, config.seed, "float32", parts.console)
         if config.warm_start.steps:
-            params = _warm(config, task, params, writer, console)
-    _set_fixed_weights(config, task, workdir, learner, console, params)
-    return learner.init(weights.adapters(config, task.policy, task.mesh) if lora else params)
+            params = _warm(task, params, writer, parts.console)
+    _set_fixed_weights(parts, params)
+    state = parts.learner.init(weights.adapters(config, task.policy, task.mesh) if lora else params)
+    return _Beginning(0, state, Progress(), writer)
 
 
-def _set_fixed_weights(
-    config: Config,
-    task: Task,
-    workdir: Path,
-    learner: Learner,
-    console: Console,
-    params: decoder.Params | None = None,
-) -> None:
+def _set_fixed_weights(parts: _Parts, params: decoder.Params | None = None) -> None:
     """Gives the learner the weights that no update changes: those that LoRA adapts, and those of the reference.
 
     Args:
         params: the weights that a new run starts from; None to read them from the model's files or workdir/reference.
     """
-    first = functools.partial(weights.first, config, task.policy, workdir, task.mesh, console=console, params=params)
+    task, config, learner = parts.task, parts.task.config, parts.learner
+    first = functools.partial(
+        weights.first, config, task.policy, parts.workdir, task.mesh, console=parts.console, params=params
+    )
     lora = config.model.lora.rank > 0
     if lora:
         learner.set_frozen(first(config.model.dtype))
@@ -293,8 +289,9 @@ def _set_fixed_weights(
         learner.set_reference(weights.adapters(config, task.policy, task.mesh) if lora else first("float32"))
 
 
-def _warm(config: Config, task: Task, params: decoder.Params, writer: Writer, console: Console) -> decoder.Params:
+def _warm(task: Task, params: decoder.Params, writer: Writer, console: Console) -> decoder.Params:
     """Returns `params` after the supervised warm start on the built-in task."""
+    config = task.config
     problems, _ = TASKS[config.data.task].problems(config)
     with console.phase("supervised warm start", config.warm_start.steps) as update:
 
