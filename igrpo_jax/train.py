@@ -16,7 +16,6 @@ import jax
 from igrpo_jax.cli import exits
 from igrpo_jax.config import Config
 from igrpo_jax.distributed import cluster, watchdog
-from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import compilations, peak_memory
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.learning import credit, diagnostics
@@ -24,7 +23,6 @@ from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.metrics import rollout_metrics
 from igrpo_jax.rewards import main_guard
-from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.session import ending
 from igrpo_jax.session.opening import open_run
 from igrpo_jax.session.run import Run, StepResult, throughput
@@ -62,23 +60,18 @@ def _train(
 ) -> None:
     """Opens the run and takes its remaining steps. On Ctrl-C `run_context` clears this frame, which frees the state."""
     run, state = open_run(config, workdir, console, stack)
-    done, first = run.resumed_after, run.resumed_after + 1
-    try:
-        for step in range(first, run.task.total_steps + 1):
+    for step in range(run.resumed_after + 1, run.task.total_steps + 1):
+        with run.saving_at_end(step - 1, state):
             run.stop_if_preempted()
             result = train_step(run, state, step)
-            state = result.state
-            run.report(step, result)
-            done = step
-            if run.evaluation_due(step):
+        state = result.state
+        run.report(step, result)
+        if run.evaluation_due(step):
+            with run.saving_at_end(step, state):
                 run.evaluate(state.params, step)
-            run.save(step, state)
-            if on_step:
-                _call(on_step, run, state, step, result.metrics | run.progress.scores.get(step, {}))
-    except Preempted:
-        run.leave(done, state)
-    except VerifierError as error:
-        run.leave_unverified(error, done, state)
+        run.save(step, state)
+        if on_step:
+            _call(on_step, run, state, step, result.metrics | run.progress.scores.get(step, {}))
     run.finish(state)
 
 

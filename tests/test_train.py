@@ -35,6 +35,7 @@ from igrpo_jax.outputs.console import Console
 from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.session import opening, overview, run_context, task
+from igrpo_jax.session.run import Run as Opened
 from igrpo_jax.session.run import utilization
 from igrpo_jax.session.task import open_task
 
@@ -58,6 +59,7 @@ def test_a_callback_gets_each_step_with_the_scores_after_it(monkeypatch, tmp_pat
     class Run:
         resumed_after, task, progress = 2, SimpleNamespace(total_steps=4), SimpleNamespace(scores={})
         stop_if_preempted = finish = lambda self, *_: None
+        saving_at_end = lambda self, *_: contextlib.nullcontext()
         report = lambda self, step, _: calls.append(f"report {step}")
         save = lambda self, step, _: calls.append(f"save {step}")
         evaluation_due = lambda self, step: step == 4
@@ -80,6 +82,7 @@ def test_a_step_whose_callback_raises_is_saved(monkeypatch, tmp_path):
     class Run:
         resumed_after, task, progress, workdir = 0, SimpleNamespace(total_steps=9), SimpleNamespace(scores={}), tmp_path
         stop_if_preempted = report = save = lambda self, *_: None
+        saving_at_end = lambda self, *_: contextlib.nullcontext()
         evaluation_due = lambda self, step: False
         save_and_wait = lambda self, step, state: calls.append((step, state.params))
 
@@ -164,6 +167,7 @@ def test_an_interrupt_leaves_no_state_on_the_devices(monkeypatch, tmp_path):
     class Run:
         resumed_after, task = 0, SimpleNamespace(total_steps=1)
         stop_if_preempted = lambda self: None
+        saving_at_end = Opened.saving_at_end
 
     def interrupted(run, state, step):
         made = array()

@@ -21,7 +21,6 @@ from igrpo_jax.config import Config
 from igrpo_jax.data.builtin import TASKS
 from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.distributed.compiling import ProgramShapes, compiling
-from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import device_bytes, showing_waits
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
@@ -44,7 +43,6 @@ from igrpo_jax.outputs.workdir import (
     recorded_date,
 )
 from igrpo_jax.outputs.writer import Writer
-from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
@@ -307,19 +305,8 @@ def _warm(task: Task, params: decoder.Params, writer: Writer, console: Console) 
 def _evaluate_start(run: Run, state: TrainState, is_new: bool) -> None:
     """Evaluates and saves a new run before its first step; in a resumed run, makes up for an evaluation it lacks."""
     step = run.resumed_after
+    if run.evaluation_due(step) and step not in run.progress.scores:
+        with run.saving_at_end(step, state):  # the answers so far belong to this state
+            run.evaluate(state.params, step)
     if is_new:
-        if run.config.evaluation.every:
-            _evaluate(run, state, step)
         run.save(step, state)
-    elif run.evaluation_due(step) and step not in run.progress.scores:
-        _evaluate(run, state, step)
-
-
-def _evaluate(run: Run, state: TrainState, step: int) -> None:
-    """Evaluates before the first step. Where that can't be finished, saves the state, to which the answers belong."""
-    try:
-        run.evaluate(state.params, step)
-    except Preempted:
-        run.leave(step, state)
-    except VerifierError as error:
-        run.leave_unverified(error, step, state)

@@ -1,11 +1,12 @@
 """An open run, and what it does between two updates: report, check, evaluate, save; and how it ends."""
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -162,19 +163,22 @@ class Run:
         self.save(step, state, force=True)
         self.checkpointer.wait()
 
-    def leave(self, step: int, state: TrainState) -> NoReturn:
-        """Saves the state after `step`, and raises Preempted with a message that says so."""
-        self.save_and_wait(step, state)
-        raise preempted_after(step, self.task.total_steps, self.workdir)
+    @contextlib.contextmanager
+    def saving_at_end(self, step: int, state: TrainState) -> Iterator[None]:
+        """Saves the state after `step` where the run ends within the block, which samples and saves nothing itself.
 
-    def leave_unverified(self, error: VerifierError, step: int, state: TrainState) -> NoReturn:
-        """Saves the state after `step`, and raises `error` with a message that says so.
-
-        Args:
-            error: of a rollout, which changes no state, or of an evaluation; all processes have it.
+        Raises:
+            Preempted: what the block raised, with a message that says what is saved.
+            VerifierError: the same.
         """
-        self.save_and_wait(step, state)
-        raise VerifierError(f"{error}; {saved_at(step, self.workdir)}") from error
+        try:
+            yield
+        except Preempted:
+            self.save_and_wait(step, state)
+            raise preempted_after(step, self.task.total_steps, self.workdir) from None
+        except VerifierError as error:  # all processes have it
+            self.save_and_wait(step, state)
+            raise VerifierError(f"{error}; {saved_at(step, self.workdir)}") from error
 
     def finish(self, state: TrainState) -> None:
         """Waits for the last checkpoint, exports where asked, and prints the final scores and where the files are."""
