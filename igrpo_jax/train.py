@@ -44,7 +44,8 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
         InputError: something in `config` or what it names is wrong, or `workdir` holds another run.
         RunError: the run cannot continue: a full disk, too many steps that are not finite, or too many verifier
             failures, after which the last step is saved.
-        Exception: what `on_step` raised, with a note that says so.
+        Exception: what `on_step` raised, with a note that says so; or another error, with a note if the last step
+            could be saved.
         Preempted: SIGTERM arrived; the last finished step is saved.
     """
     main_guard.check_main()

@@ -131,6 +131,35 @@ def test_where_the_verifier_fails_the_steps_before_are_saved(monkeypatch, tmp_pa
     assert len(drawn) == 1 and [row["step"] for row in rows(workdir) if "loss" in row] == [1]
 
 
+def test_what_an_error_leaves_whole_is_saved(monkeypatch, tmp_path):
+    """By one process, and unless an update has taken the state; where saving fails too, the first error is raised."""
+    saved, full = [], []
+
+    def save_and_wait(self, step, state):
+        if full:
+            raise RunError("the disk is full")
+        saved.append((step, state))
+
+    monkeypatch.setattr(Opened, "save_and_wait", save_and_wait)
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(Opened))
+    opened, state = Opened(**fields | {"workdir": tmp_path}), {"params": jax.numpy.zeros(3)}
+
+    def notes():
+        with pytest.raises(RunError, match="no more workers") as caught, opened.saving_at_end(4, state):
+            raise RunError("no more workers")
+        return getattr(caught.value, "__notes__", [])
+
+    assert notes() == [run_context.saved_at(4, tmp_path)] and saved == [(4, state)]
+    full.append(True)
+    assert notes() == ["step 4 could not be saved: RunError: the disk is full"]
+    full.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        assert notes() == []
+    state["params"].delete()
+    assert notes() == [] and len(saved) == 1
+
+
 def test_a_run_that_is_interrupted_says_what_it_has_saved(monkeypatch, tmp_path, capsys):
     """The temporary folder is a save that did not end; of a bucket nothing is asked."""
 

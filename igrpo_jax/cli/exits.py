@@ -45,13 +45,13 @@ def run(command: Callable[[list[str]], None]) -> None:
     except InputError as error:
         _exit(_print_error(error, 2))
     except RunError as error:
-        _exit(_print_error(error, 1))
+        _exit(_print_error("; ".join([str(error), *_notes(error)]), 1))
     except preemption.Preempted as error:
         _exit(_print_error(f"{error}; the same command resumes from there", preemption.EXIT_CODE))
     except KeyboardInterrupt as error:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends exit handlers that wait
         # A run has noted what it has saved, and where.
-        code = _print_error(f"interrupted; {'; '.join(getattr(error, '__notes__', [])) or GOES_ON}", 130)
+        code = _print_error(f"interrupted; {'; '.join(_notes(error)) or GOES_ON}", 130)
         if isinstance(error.__context__, KeyboardInterrupt):  # this is the second, during the clean-up of the first
             os._exit(code)
         _exit(code)
@@ -64,6 +64,11 @@ def run(command: Callable[[list[str]], None]) -> None:
         # By name: jax.errors is not imported before a command needs it.
         is_of_jax = type(error).__name__ == "JaxRuntimeError"
         _exit(_print_error(_device_error(str(error)), 1) if is_of_jax else 1)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """Returns what was added to an error on its way, such as what a run has saved."""
+    return getattr(error, "__notes__", [])
 
 
 def _stdout_failure(text: str = "") -> str:

@@ -15,6 +15,7 @@ from igrpo_jax.config import Config
 from igrpo_jax.distributed import chips, cluster, preemption, watchdog
 from igrpo_jax.distributed.compiling import compile_all
 from igrpo_jax.distributed.preemption import Preempted
+from igrpo_jax.errors import named
 from igrpo_jax.evaluation import results, summaries
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.learning.learner import Learner
@@ -132,9 +133,10 @@ class Run:
         self.progress.evaluating = asked
         with watchdog.phase("evaluation", f"step {step}"):
             scores = summaries.flat(self.evaluator.run(self.learner.policy(params), out, {"step": step}))
-        self.progress.scores[step], self.progress.evaluating = scores, None
         times = {"perf/evaluation_time": time.perf_counter() - began, "perf/wall_time": time.time()}
         self.writer.write(step, {**scores, **times})
+        # Not before: where the row can't be written, the run ends, and a resume writes it.
+        self.progress.scores[step], self.progress.evaluating = scores, None
         self.console.evaluation(step, scores)
 
     def save(self, step: int, state: TrainState, force: bool = False) -> None:
@@ -165,11 +167,11 @@ class Run:
 
     @contextlib.contextmanager
     def saving_at_end(self, step: int, state: TrainState) -> Iterator[None]:
-        """Saves the state after `step` where the run ends within the block, which samples and saves nothing itself.
+        """Saves the state after `step` where the run ends within the block, which saves nothing itself.
 
         Raises:
-            Preempted: what the block raised, with a message that says what is saved.
-            VerifierError: the same.
+            Preempted, VerifierError: what the block raised, with a message that says what is saved.
+            Exception: any other error of the block, with a note that says what is saved, if something could be.
         """
         try:
             yield
@@ -179,6 +181,24 @@ class Run:
         except VerifierError as error:  # all processes have it
             self.save_and_wait(step, state)
             raise VerifierError(f"{error}; {saved_at(step, self.workdir)}") from error
+        except Exception as error:
+            self._save_after(error, step, state)
+            raise
+
+    def _save_after(self, error: Exception, step: int, state: TrainState) -> None:
+        """Saves the state after `step`, after which `error` ends the run, and adds a note on it to `error`.
+
+        An update that fails may have donated the state. Of several processes one alone may have the error, and a save
+        takes all of them. In both cases nothing is saved.
+        """
+        if jax.process_count() > 1 or any(array.is_deleted() for array in jax.tree.leaves(state)):
+            return
+        try:
+            self.save_and_wait(step, state)
+        except Exception as failed:  # what ended the run is the first error, whatever the second one is
+            error.add_note(f"step {step} could not be saved: {named(failed)}")
+        else:
+            error.add_note(saved_at(step, self.workdir))
 
     def finish(self, state: TrainState) -> None:
         """Waits for the last checkpoint, exports where asked, and prints the final scores and where the files are."""

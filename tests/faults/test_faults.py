@@ -128,6 +128,28 @@ Verifier.submit = graded
     check_equal(workdir, longer)
 
 
+@pytest.mark.slow(seconds=8)
+def test_an_error_in_a_rollout_loses_its_step_alone(whole, longer, tmp_path):
+    """As where the host is out of memory: in step 7, when step 6 is done and not yet saved."""
+    inject = """
+submit, calls = Verifier.submit, []
+def graded(self, candidate, batch):
+    calls.append(0)
+    if len(calls) == 4 * (2 + 2) + 1:
+        raise MemoryError("no memory is left")
+    return submit(self, candidate, batch)
+Verifier.submit = graded
+"""
+    workdir = copy_of(whole, tmp_path / "run")
+    done = faulty(inject, tmp_path, workdir, "steps=7", "checkpoint.every=0", "evaluation.every=20")
+    assert done.returncode == 1, done.stderr
+    told = f"step 6 is saved in {workdir}; started again, the run goes on from there"
+    assert f"MemoryError: no memory is left\n{told}\n" in done.stderr
+    assert [row["step"] for row in rows(workdir) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert "resumed after 6" in whole_runs.run(tmp_path, workdir, "steps=7")
+    check_equal(workdir, longer)
+
+
 @pytest.mark.slow
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(whole, tmp_path):
     inject = """
