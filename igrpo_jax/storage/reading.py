@@ -4,6 +4,7 @@ A copy is kept, and what has not changed in the bucket is not fetched again. A f
 and renamed once it is complete. It is never a mix of two versions: size and etag are the same before and after.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -26,12 +27,20 @@ def kept_in(kind: str, path: Path) -> Path:
     return Path(root, "igrpo_jax_buckets", kind, *str(path).replace("://", "/").split("/")).expanduser()
 
 
+def apart(path: Path) -> str:
+    """Returns the kind of the copy of a path in a bucket that never lies in the copy of a folder above.
+
+    `local` removes from the copy of a folder whatever it does not want there itself.
+    """
+    return f"copies/{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+
+
 def read_bytes(path: Path) -> bytes:
     """Returns the contents of a file: those of one version, even if it is replaced meanwhile."""
     return patiently(path, filesystem(path).cat_file, str(path)) if is_remote(path) else path.read_bytes()
 
 
-def local(source: str, address: str | Path, wanted: Wanted = lambda name: True, kind: str = "copies") -> Path:
+def local(source: str, address: str | Path, wanted: Wanted = lambda name: True, kind: str = "") -> Path:
     """Returns a local path: `address` itself where it is one, else the copy of the file or folder of a bucket.
 
     While something is fetched, a bar on stderr counts bytes.
@@ -39,7 +48,7 @@ def local(source: str, address: str | Path, wanted: Wanted = lambda name: True, 
     Args:
         source: the flag or the field that gives the address, and its value, with which errors begin.
         wanted: which files of a folder are fetched; the copy holds only these.
-        kind: the kind of copy; copies of different kinds are kept apart.
+        kind: the kind of copy, "" for `apart`; copies of different kinds are kept apart.
 
     Raises:
         InputError: there is nothing at that address, or it cannot be read.
@@ -47,6 +56,7 @@ def local(source: str, address: str | Path, wanted: Wanted = lambda name: True, 
     path = path_of(source, address)
     if not is_remote(path):
         return path
+    kind = kind or apart(path)
     copy = kept_in(kind, path)
     with refusing(source):
         objects = _objects(path, wanted)

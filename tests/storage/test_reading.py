@@ -78,6 +78,18 @@ def test_a_folder_is_fetched_once_and_again_where_it_changes(bucket, monkeypatch
     assert abs((copy / "weights.bin").stat().st_mtime - time.time()) < 60
 
 
+def test_the_copy_of_a_folder_is_no_part_of_that_of_the_folder_above(bucket):
+    """A report of a run fetches only some of its files, while an evaluation may be loading the run's export."""
+    for name in ("run/export/config.json", "run/samples/1.jsonl", "run/samples/2.jsonl"):
+        bucket.write(name, name)
+    export = reading.local(SOURCE, bucket / "run/export")
+    samples = reading.local(SOURCE, bucket / "run/samples", lambda name: name == "1.jsonl")
+    run = reading.local(SOURCE, bucket / "run", lambda name: name.startswith("samples"))
+    assert sorted(file.name for file in run.rglob("*") if file.is_file()) == ["1.jsonl", "2.jsonl"]
+    assert [file.name for file in samples.iterdir()] == ["1.jsonl"]
+    assert (export / "config.json").read_text() == "run/export/config.json"
+
+
 def test_a_fetch_that_is_cut_leaves_nothing_behind(bucket, monkeypatch):
     bucket.write("train.jsonl", "x" * 1000)
     monkeypatch.setattr(addresses, "PATIENCE", 0.0)
@@ -93,7 +105,8 @@ def test_a_fetch_that_is_cut_leaves_nothing_behind(bucket, monkeypatch):
         patch.setattr(service, "get_file", half)
         with pytest.raises(InputError, match="changes while it is read"):
             reading.local(SOURCE, bucket / "train.jsonl")
-    copy = reading.kept_in("copies", addresses.path_of(SOURCE, bucket / "train.jsonl"))
+    path = addresses.path_of(SOURCE, bucket / "train.jsonl")
+    copy = reading.kept_in(reading.apart(path), path)
     assert list(copy.parent.iterdir()) == []
     assert reading.local(SOURCE, bucket / "train.jsonl").read_text() == "x" * 1000
 
