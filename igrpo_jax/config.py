@@ -423,7 +423,8 @@ class JudgeConfig:
     # is refused where more than rewards.max_error_fraction of a step's completions could be without one. 0 for no
     # limit.
     budget: Annotated[int, AtLeast(0)] = 0
-    # File of the judge's verdicts, shared by the runs that name it; empty for WORKDIR/judge.sqlite.
+    # File of the judge's verdicts, shared by the runs of a machine that name it, or by way of a bucket; empty for
+    # WORKDIR/judge.sqlite. Of several processes, each but the first has a file of its own beside it, NAME.process-N.
     cache: str = ""
 
 

@@ -1,11 +1,13 @@
-"""The file of a judge's verdicts: scores by key in SQLite, shared by runs and processes.
+"""The file of a judge's verdicts: scores by key in SQLite, shared by the runs of a machine, or by way of a bucket.
 
-SQLite needs a disk. A file in a bucket is copied to one when it is opened, and uploaded now and then. So runs that go
-on at the same time do not see each other's verdicts, and the last one to upload wins.
+SQLite cannot lock a file across machines, so each process of a run has a file of its own. It needs a disk: a file in a
+bucket is copied to one when it is opened, and now and then uploaded together with what others have uploaded meanwhile.
+So runs that go on at the same time do not see each other's verdicts, but keep them, unless they upload at one moment.
 """
 
 import contextlib
 import sqlite3
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,17 +16,24 @@ from absl import logging
 from igrpo_jax.config import JudgeConfig
 from igrpo_jax.errors import InputError
 from igrpo_jax.storage.addresses import failures, is_remote, path_of, reason
-from igrpo_jax.storage.reading import kept_in, read_bytes
+from igrpo_jax.storage.reading import read_bytes
 from igrpo_jax.storage.writing import try_out, upload
 
 SAVED = 60.0  # seconds between two uploads
 OPEN_TIMEOUT = 10.0  # seconds to wait for a file that another process has locked
+FOLDER = "igrpo_jax_verdicts_"  # how the names of temporary folders begin
+TABLE = "CREATE TABLE IF NOT EXISTS {}.verdicts (key TEXT PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID"
 
 
 def named(settings: JudgeConfig) -> Path | None:
     """Returns the path of the file in config.rewards.judge.cache; None where a run has its own."""
     cache = settings.cache
     return path_of(f"config.rewards.judge.cache = {cache!r}", cache) if cache else None
+
+
+def of_process(path: Path, process: int) -> Path:
+    """Returns the file of a process of a run: `path` of the first, and one beside it of each other."""
+    return path.with_name(f"{path.stem}.process-{process}{path.suffix}") if process else path
 
 
 def check(path: Path) -> None:
@@ -36,6 +45,13 @@ def check(path: Path) -> None:
         try_out(path)
     except OSError as error:
         raise _refusal(path, error) from error
+
+
+def _fetched(path: Path, copy: Path) -> Path:
+    """Returns `copy`, which then has the contents of the file in a bucket, if there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        copy.write_bytes(read_bytes(path))
+    return copy
 
 
 def _refusal(path: Path, error: BaseException) -> InputError:
@@ -64,23 +80,16 @@ class Verdicts:
             )
             self._write_ahead()
             self._connection.execute("PRAGMA synchronous=NORMAL")
-            self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID"
-            )
+            self._connection.execute(TABLE.format("main"))
             self._connection.execute("SELECT key, score FROM verdicts LIMIT 1").fetchone()
             self._connection.execute("PRAGMA busy_timeout=200")  # milliseconds, during which the event loop waits
         except failures(sqlite3.Error) as error:
             raise _refusal(self._remote or path, error) from error
 
     def _copied(self, path: Path) -> Path:
-        """Returns a new local file with the contents of the one in the bucket."""
-        copy = kept_in("verdicts", path)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in ("", "-wal", "-shm"):
-            copy.with_name(copy.name + suffix).unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            copy.write_bytes(read_bytes(path))
-        return copy
+        """Returns a new local file, which no other process has, with the contents of the one in the bucket."""
+        self._folder = tempfile.TemporaryDirectory(prefix=FOLDER)  # removed with this object
+        return _fetched(path, Path(self._folder.name, "verdicts.sqlite"))
 
     def save(self, every: float = SAVED) -> None:
         """Uploads the verdicts to the bucket, if there are new ones and the last upload was `every` seconds ago.
@@ -90,15 +99,18 @@ class Verdicts:
         if not self._remote or not self._is_new or time.monotonic() - self._saved < every:
             return
         self._is_new, self._saved = False, time.monotonic()
-        whole = self._path.with_name(self._path.name + ".whole")
-        whole.unlink(missing_ok=True)
         try:
-            with (
-                contextlib.closing(sqlite3.connect(self._path)) as source,
-                contextlib.closing(sqlite3.connect(whole)) as target,
-            ):
-                source.backup(target)
-            upload(whole, self._remote)
+            with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
+                whole, theirs = Path(folder, "whole"), _fetched(self._remote, Path(folder, "theirs"))
+                with (
+                    contextlib.closing(sqlite3.connect(self._path)) as source,
+                    contextlib.closing(sqlite3.connect(whole, isolation_level=None)) as target,
+                ):
+                    source.backup(target)
+                    target.execute("ATTACH ? AS theirs", (str(theirs),))
+                    target.execute(TABLE.format("theirs"))
+                    target.execute("INSERT OR IGNORE INTO main.verdicts SELECT key, score FROM theirs.verdicts")
+                upload(whole, self._remote)
         except failures(sqlite3.Error) as error:
             self._is_new = True
             logging.warning("judge: the verdicts are not in %s yet: %s", self._remote, reason(error))

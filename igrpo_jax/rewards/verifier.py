@@ -64,13 +64,17 @@ def custom_rewards(settings: RewardsConfig, answer_column: str = "answer") -> li
     return rewards
 
 
-def check(settings: RewardsConfig) -> None:
-    """Raises InputError for rewards that cannot be computed: a wrong custom function, a judge that cannot be asked."""
+def check(settings: RewardsConfig, process: int = 0) -> None:
+    """Raises InputError for rewards that cannot be computed: a wrong custom function, a judge that cannot be asked.
+
+    Args:
+        process: number of this process of a run.
+    """
     custom_rewards(settings)
     if settings.judge.weight:
         endpoint.connect(settings.judge)
         if cache := verdicts.named(settings.judge):
-            verdicts.check(cache)
+            verdicts.check(verdicts.of_process(cache, process))
 
 
 class Verifier:
@@ -81,6 +85,7 @@ class Verifier:
         answer_column: the column of the data set under whose name custom rewards receive the reference answer.
         cache: the file of the judge's verdicts, used where config.rewards.judge.cache is empty.
         max_steps: number of updates of the run, for custom rewards that ask.
+        process: number of this process of a run, each of which has a file of verdicts of its own.
 
     Raises:
         InputError: a custom reward that cannot be imported; a judge that cannot be asked.
@@ -93,6 +98,7 @@ class Verifier:
         answer_column: str = "answer",
         cache: Path = Path("judge.sqlite"),
         max_steps: int = 0,
+        process: int = 0,
     ):
         self._rules = rules_of(settings, max_completion)
         rewards = custom_rewards(settings, answer_column)
@@ -104,7 +110,8 @@ class Verifier:
         self._judge: Judge | None = None
         self._judgements: list[Judgement] = []
         if settings.judge.weight:
-            self._judge = Judge(settings.judge, verdicts.named(settings.judge) or cache)
+            cache = verdicts.of_process(verdicts.named(settings.judge) or cache, process)
+            self._judge = Judge(settings.judge, cache)
         modules = (__name__, f"{grader.__name__}:{grader.warm_up.__name__}", *(reward.module for reward in rewards))
         self._pool = Pool(_call, settings.workers, settings.timeout, preload=modules)
         call = functools.partial(self._pool.submit, functions.call)

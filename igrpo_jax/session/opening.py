@@ -178,12 +178,10 @@ def _verifier(config: Config, workdir: Path, total_steps: int, teams: int) -> Ve
     Args:
         teams: how many teams of processes sample and score independently; they share the judge's budget.
     """
-    # SQLite can't lock a file across machines: each process has its own file, and its team's share of the budget.
-    process, judge = jax.process_index(), config.rewards.judge
-    cache = workdir / (f"judge.process-{process}.sqlite" if process else "judge.sqlite")
-    judge = replace(judge, budget=judge.budget and max(1, judge.budget // teams))
+    judge = config.rewards.judge
+    rewards = replace(config.rewards, judge=replace(judge, budget=judge.budget and max(1, judge.budget // teams)))
     limit, name = config.rollout.max_completion_length, config.data.answer_name
-    return Verifier(replace(config.rewards, judge=judge), limit, name, cache, total_steps)
+    return Verifier(rewards, limit, name, workdir / "judge.sqlite", total_steps, jax.process_index())
 
 
 def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> int | None:

@@ -84,7 +84,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
         InputError: a file cannot be used, or the settings do not fit the model, the problems or the devices.
         RunError: the judge gives no verdict.
     """
-    verifier.check(config.rewards)
+    verifier.check(config.rewards, jax.process_index())
     budget = checked_budget(config)
     trackers.check(config.log)
     check_profiler(config.log)

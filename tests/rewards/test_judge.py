@@ -23,6 +23,7 @@ from igrpo_jax.rewards import judge as judge_module
 from igrpo_jax.rewards import judge_messages, verdicts
 from igrpo_jax.rewards.judge import Judge, Judgement, statistics
 from igrpo_jax.rewards.judge_messages import parse_score, render
+from igrpo_jax.rewards.verifier import Verifier, check
 from igrpo_jax.session import task
 
 KEY = "sk-a-secret-0123456789"
@@ -421,6 +422,20 @@ def test_several_open_one_cache_at_once(tmp_path):
         assert [caches[-1].get(str(number)) for number in range(8)] == [number / 8 for number in range(8)]
         for cache in caches:
             cache.close()
+
+
+def test_each_process_of_a_run_has_a_file_of_its_own(endpoint, tmp_path):
+    """Red if several machines write one file on a shared folder, where SQLite cannot lock it."""
+    rewards = judged(endpoint, tmp_path / "verdicts.sqlite").rewards
+    for process in range(3):
+        with Verifier(rewards, process=process):
+            pass
+    names = ["verdicts.process-1.sqlite", "verdicts.process-2.sqlite", "verdicts.sqlite"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    (tmp_path / names[0]).write_bytes(b"not a database, by any means" * 100)
+    check(rewards, 0)
+    with pytest.raises(InputError, match=r"config.rewards.judge.cache = '.*verdicts\.process-1\.sqlite'"):
+        check(rewards, 1)
 
 
 @pytest.mark.parametrize("kind", ["garbage", "folder", "foreign", "locked", "below a file"])

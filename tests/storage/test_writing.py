@@ -214,6 +214,21 @@ file.write_text(text)
     assert bucket.read("metrics.jsonl") == "old\n"
 
 
+def test_two_runs_that_share_a_file_of_verdicts_keep_both_their_own(folder, bucket):
+    """They are on one machine here. An empty file is none."""
+    bucket.write("judge.sqlite", "")
+    both = [Verdicts(folder / "judge.sqlite") for _ in range(2)]
+    for number, verdicts in enumerate(both):
+        verdicts.put(str(number), number / 4)
+        verdicts.save(every=0.0)
+    both[0].put("2", 0.5)
+    for verdicts in both:
+        verdicts.close()
+    again = Verdicts(folder / "judge.sqlite")
+    assert [again.get(str(number)) for number in range(4)] == [0.0, 0.25, 0.5, None]
+    again.close()
+
+
 def test_verdicts_of_a_judge_are_kept_in_a_bucket(folder, bucket):
     verdicts = Verdicts(folder / "judge.sqlite")
     verdicts.put("a", 0.5)
