@@ -6,8 +6,8 @@
         judgements = [future.result() for future in futures]                        # never raises
 
 A score of None means that there is no verdict: the endpoint failed, its reply was not the JSON object asked for, or the
-budget was spent. It never counts as a 0. One thread runs an event loop with all requests, and only this thread uses the
-file of verdicts.
+budget was spent. It never counts as a 0. One thread runs an event loop with all requests, and reads and writes the file
+of verdicts; the caller's thread uploads and closes it.
 
 - Each request has a wall-clock deadline. A request that is worth another attempt waits as long as the server says, or
   twice as long as the last time, and keeps its place among the `concurrency` in flight while it waits.
@@ -122,7 +122,10 @@ class Judge:
             self._left = self._settings.budget
 
     def close(self) -> None:
-        """Drops the requests in flight promptly. Submissions without a verdict get none. Safe to call twice."""
+        """Drops the requests in flight promptly, and closes the file of verdicts, which a bucket may take a while for.
+
+        Submissions without a verdict get none. Safe to call twice.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -131,6 +134,7 @@ class Judge:
         self._thread.join(CLOSE_TIMEOUT)
         for key in list(self._waiting):
             self._answer(key, Judgement(None, "the judge was closed"))
+        self._verdicts.close()
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
@@ -142,7 +146,6 @@ class Judge:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.close()
-        self._verdicts.close()
 
     def _start(self, key: str, messages: list[dict]) -> None:
         task = self._loop.create_task(self._judge(key, messages))

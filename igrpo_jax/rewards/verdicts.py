@@ -113,7 +113,7 @@ class Verdicts:
                 upload(whole, self._remote)
         except failures(sqlite3.Error) as error:
             self._is_new = True
-            logging.warning("judge: the verdicts are not in %s yet: %s", self._remote, reason(error))
+            logging.warning("judge: the latest verdicts are not in %s: %s", self._remote, reason(error))
 
     def _write_ahead(self) -> None:
         """Turns on write-ahead logging, so that readers and a writer do not wait for each other.
@@ -149,6 +149,6 @@ class Verdicts:
             logging.log_every_n(logging.WARNING, "judge: the file of verdicts cannot be written: %s", 100, error)
 
     def close(self) -> None:
-        """Closes the file, and uploads what is new."""
+        """Closes the file, and returns once what is new is uploaded; where this fails, a warning says so."""
         self._connection.close()
         self.save(every=0.0)

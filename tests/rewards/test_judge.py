@@ -594,6 +594,21 @@ def test_close_is_prompt_and_answers_all(endpoint, make, monkeypatch):
     judge.close()
 
 
+def test_close_returns_once_the_verdicts_are_uploaded(make, monkeypatch):
+    """A bucket that is busy takes minutes, and a thread that nobody waits for ends with the process."""
+    closed, close = [], verdicts.Verdicts.close
+
+    def slow(cache):
+        time.sleep(0.5)
+        close(cache)
+        closed.append(threading.current_thread().name)
+
+    monkeypatch.setattr(judge_module, "CLOSE_TIMEOUT", 0.1)
+    monkeypatch.setattr(verdicts.Verdicts, "close", slow)
+    make().close()
+    assert closed == [threading.current_thread().name]
+
+
 def test_a_future_cannot_be_cancelled(endpoint, make):
     endpoint.script = [say(1.0, after=0.1)]
     future = make().submit("2+2?", "4", "4")
