@@ -102,19 +102,30 @@ class Rows:
 
 
 def drop_failed(folder: Path, name: str, most: float) -> None:
-    """Removes the failed gradings of each round in which they are more than the share `most`.
+    """Removes the failed gradings of each round in which they are more than the share `most`, and what was drawn after
+    them as drafts.
 
-    An evaluation ends there with a VerifierError, and would take them for wrong answers when it is started again.
+    An evaluation ends there with a VerifierError, and would take them for wrong answers when it is started again. So
+    does a probe, which refines drafts before.
     """
     files = {path: read_rows(path) for path in _paths(folder, name)}
+    every = [row for rows in files.values() for row in rows]
     rounds: dict[int, list[str]] = {}
-    for row in (row for rows in files.values() for row in rows):
+    for row in every:
         rounds.setdefault(len(row["drafts"]), []).append(row["status"])
     failing = {number for number, statuses in rounds.items() if too_many_failed(statuses, most)}
+    is_failed = lambda row: len(row["drafts"]) in failing and row["status"] in FAILED
+    failed = {(row["index"], *row["drafts"], row["sample_id"]) for row in every if is_failed(row)}
     for path, rows in files.items():
-        kept = [row for row in rows if not (len(row["drafts"]) in failing and row["status"] in FAILED)]
+        kept = [row for row in rows if not (is_failed(row) or _follows(row, failed))]
         if len(kept) < len(rows):
             write_rows(path, kept)
+
+
+def _follows(row: dict[str, Any], samples: set[tuple[int, ...]]) -> bool:
+    """Returns whether one of the drafts on the way to a row is among these samples: problem, drafts, number."""
+    path = (row["index"], *row["drafts"])
+    return any(path[:end] in samples for end in range(2, len(path) + 1))
 
 
 def _paths(folder: Path, name: str) -> list[Path]:

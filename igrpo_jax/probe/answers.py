@@ -6,7 +6,7 @@ such, are each refined G times, with the temperature, lengths and wording of tra
 plain answers.
 
 A row of `answers.jsonl` has the number of the draft behind it in `drafts` (none for a plain answer), as the rows of an
-evaluation have. Nothing is drawn twice: a second start draws what is missing.
+evaluation have. A second start draws what is missing, and what a verifier failed on too often.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import numpy as np
 from igrpo_jax.config import Config
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import watchdog
-from igrpo_jax.evaluation.results import Rows
+from igrpo_jax.evaluation.results import Rows, drop_failed
 from igrpo_jax.learning.stages import SELECTION, STAGES, select_draft
 from igrpo_jax.models import decoder
 from igrpo_jax.outputs.console import Console
@@ -111,14 +111,15 @@ class Answers:
         self._verifier = verifier
         self._console = console
         self._samples = samples
+        drop_failed(folder, NAME, config.rewards.max_error_fraction)
         self._rows = Rows(folder, NAME)
 
     def collect(self, params: decoder.Params, prompts: Sequence[Prompt]) -> list[Answered]:
         """Returns the answers to `prompts`, in their order.
 
         Raises:
-            VerifierError: more gradings failed than config.rewards.max_error_fraction allows. Those of an earlier start
-                count, or what failed there would be taken for wrong answers from the second start on.
+            VerifierError: more gradings failed than config.rewards.max_error_fraction allows, those of an earlier start
+                among them.
         """
         self._verifier.start_step(1)
         missing = [(prompt, self._next(prompt)) for prompt in prompts]

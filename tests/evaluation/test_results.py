@@ -49,6 +49,23 @@ def test_a_name_is_no_pattern(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.stat().st_size] == ["aime24x.process-0.jsonl"]
 
 
+def test_what_follows_failed_drafts_is_dropped_with_them(tmp_path):
+    rows = Rows(tmp_path, "b")
+    for number, status in enumerate(("ok", "error", "error")):
+        rows.add(row(0, number, status=status))
+    for drafts in ((0,), (1,), (0, 1), (1, 0)):
+        rows.add(row(0, 0, drafts=drafts, status="ok"))
+    rows.add(row(7, 1, status="ok"))  # another problem
+    rows.add(row(7, 0, drafts=(1,), status="ok"))
+    rows.close()
+    before = (tmp_path / "b.jsonl").read_text()
+    results.drop_failed(tmp_path, "b", 0.5)
+    assert (tmp_path / "b.jsonl").read_text() == before
+    results.drop_failed(tmp_path, "b", 0.4)
+    kept = [results.key_of(one) for one in results.read_rows(tmp_path / "b.jsonl")]
+    assert kept == [(0, (), 0), (0, (0,), 0), (0, (0, 1), 0), (7, (), 1), (7, (1,), 0)]
+
+
 def test_a_folder_is_of_one_kind_of_evaluation(tmp_path):
     results.claim(tmp_path / "out", {"model": "a", "seed": 0})
     results.claim(tmp_path / "out", {"model": "a", "seed": 0})

@@ -1,6 +1,7 @@
 """What is drawn, kept and counted: which drafts are refined, and the figures of texts."""
 
 import io
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -129,6 +130,27 @@ def test_a_problem_is_refined_before_others_have_their_plain_answers(tmp_path, m
         [True, False],
         [True, False],
     ]
+
+
+@pytest.mark.parametrize(
+    ("failed", "asked"),
+    [
+        (lambda row: not row["drafts"], ["draft"] * 2 + ["refine"] * 4),
+        (lambda row: row["drafts"], ["refine"] * 4),
+        (lambda row: row["index"] == 0, []),
+    ],
+)
+def test_what_failed_too_often_is_drawn_again(failed, asked, tmp_path, monkeypatch):
+    """And the refinements of what failed, which were shown it as a wrong draft. Half of the gradings may fail."""
+    monkeypatch.setattr(answers, "sample_and_score", lambda queue, submit, renderer: queue.answer())
+    drawing(tmp_path, Queue()).collect({}, PROMPTS)
+    file, queue = tmp_path / "answers.jsonl", Queue()
+    whole = [json.loads(line) for line in file.read_text().splitlines()]
+    before = [row | {"status": "error"} if failed(row) else row for row in whole]
+    file.write_text("".join(json.dumps(row) + "\n" for row in before))
+    drawing(tmp_path, queue).collect({}, PROMPTS)
+    assert [request.stage for request in queue.asked] == asked
+    assert [json.loads(line) for line in file.read_text().splitlines()] == (whole if asked else before)
 
 
 def test_counts_by_hand():
