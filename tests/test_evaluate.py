@@ -14,7 +14,9 @@ import chat_templates
 import devices
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import safetensors.numpy
 import transformers
 from processes import Started, ended, free_port
 
@@ -26,6 +28,7 @@ from igrpo_jax.data.problems import Row
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import inference
+from igrpo_jax.models import hf_paths
 from igrpo_jax.models.policy import open_model, open_policy
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
@@ -154,6 +157,23 @@ def test_a_run_and_its_weights_elsewhere_answer_alike(call, model, run, folder, 
     assert "holds an evaluation of another kind (weights_written: '" in said
     said = call(evaluate, "--model", run, "--step", 2, "--workdir", tmp_path / "d", *given, code=2)
     assert "holds no checkpoint of it; those there are: 1, 3" in said
+
+
+def test_a_model_of_the_hub_is_the_same_on_another_machine(tmp_path, monkeypatch):
+    """Its files have the time of their download there."""
+    machines = [tmp_path / machine / "models--owner--name" / "snapshots" / "c0ffee" for machine in "ab"]
+    for number, folder in enumerate(machines):
+        folder.mkdir(parents=True)
+        safetensors.numpy.save_file({"x": np.zeros(1)}, folder / "model.safetensors")
+        os.utime(folder / "model.safetensors", (number, number))
+    found = []
+    for folder in machines:
+        hf_paths._download.cache_clear()
+        monkeypatch.setattr(hf_paths.huggingface_hub, "snapshot_download", lambda name, folder=folder, **_: str(folder))
+        found.append(inference.identity("owner/name", None, None))
+    hf_paths._download.cache_clear()
+    assert found == [("owner/name", "c0ffee")] * 2
+    assert inference.identity(str(machines[1]), None, None)[1].startswith("1970-01-01 00:00:01")
 
 
 @pytest.mark.proof

@@ -20,7 +20,7 @@ from igrpo_jax.distributed.programs import device_bytes, showing_waits, tree_byt
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.evaluation.planning import Plan, make_plan, samples_per_problem
-from igrpo_jax.models import decoder, hf_read
+from igrpo_jax.models import decoder, hf_paths, hf_read
 from igrpo_jax.models.policy import Policy, export_dtype, fit_to_mesh, open_model, written
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.checkpoint_reading import saved_step
@@ -45,7 +45,7 @@ class EvaluationTask:
     run: Path | None  # folder of the run whose model this is; None for other models
     step: int | None  # step of the run's checkpoint; None without a run
     name: str  # absolute, where the model is a folder
-    weights_written: str  # when, in UTC: newer weights at the same path are another model
+    weights_written: str  # when, in UTC, or the hub's revision: newer weights at the same path are another model
 
 
 def open_evaluation(
@@ -86,9 +86,14 @@ def checkpoint_of(model: str, step: int | None) -> tuple[Path | None, int | None
 
 
 def identity(model: str, run: Path | None, step: int | None) -> tuple[str, str]:
-    """Returns the name of a model, absolute where it is a folder, and when its weights were written, in UTC."""
+    """Returns the name of a model, absolute where it is a folder, and when its weights were written, in UTC.
+
+    For a model of the hub this is its revision: its files have the time at which this machine downloaded them.
+    """
     folder = path_of(f"--model {model}", model)
-    name = model if is_remote(model) or not folder.exists() else str(folder.resolve())
+    if not (is_remote(model) or folder.is_dir()):
+        return model, hf_paths.resolve(model).name
+    name = model if is_remote(model) else str(folder.resolve())
     files = [run / "checkpoints" / str(step)] if run else hf_read.weight_files(model)
     newest = max(modified(file) for file in files)
     return name, datetime.fromtimestamp(newest, UTC).isoformat(sep=" ", timespec="milliseconds")

@@ -249,10 +249,16 @@ def check(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _difference(name: str, old: dict[str, Any], settings: dict[str, Any]) -> str:
-    """Returns what has changed in a setting; the hash of a probe's problems says nothing, so it is named in words."""
+    """Returns what has changed in a setting, and says it in words where the two values alone would tell nothing."""
     if name == "data":
         return f"data: the prompts or answers of {settings['data.train'] or 'the built-in task'} are not those of then"
-    return f"{name}: {old.get(name)!r} -> {settings[name]!r}"
+    changed = f"{name}: {old.get(name)!r} -> {settings[name]!r}"
+    if name == "weights_written" and ":" in str(old.get(name)) and ":" not in settings[name]:
+        changed += (
+            ", the hub's revision, where an older version recorded the time of the download; if it began with this "
+            "revision, write that into its evaluation.json"
+        )
+    return changed
 
 
 @contextlib.contextmanager

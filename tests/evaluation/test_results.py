@@ -87,6 +87,14 @@ def test_a_folder_is_of_one_kind_of_evaluation(tmp_path):
         results.claim(tmp_path / "file", {})
 
 
+def test_an_evaluation_that_recorded_a_download_is_told_the_revision(tmp_path):
+    settings = {"model": "owner/name", "weights_written": "2026-11-26 10:00:00"}
+    results.claim(tmp_path, settings)
+    for written, told in (("c0ffee", ", the hub's revision, where .*evaluation.json"), ("2026-11-27 10:00:00", "")):
+        with pytest.raises(InputError, match=rf"\(weights_written: '2026-11-26 10:00:00' -> '{written}'{told}\); give"):
+            results.claim(tmp_path, settings | {"weights_written": written})
+
+
 def test_an_evaluation_keeps_the_day_and_the_variables_of_its_template(tmp_path):
     """Of an older version, which wrote neither, it goes on with the defaults, and with the day that is given."""
     assert results.recorded_date(tmp_path / "out") is None
