@@ -121,6 +121,13 @@ def _only(own: Problems, other: Problems) -> str:
     return f"{len(missing)}, the first is {missing[0][0]}" if missing else "none"
 
 
+def _answers(own: Problems) -> str:
+    """Returns how many answers each problem has; an evaluation that was killed has fewer to some."""
+    counts = [len(problem.accuracies) for problem in own.values()]
+    low, high = min(counts), max(counts)
+    return f"{high}" if low == high else f"{low} to {high}: incomplete"
+
+
 def _changed_answer(own: Problems, other: Problems) -> str:
     changed = (key for key in own if key in other and own[key].answer != other[key].answer)
     return next((f"{key[0]}: {own[key].answer}" for key in changed), "none")
@@ -130,7 +137,7 @@ def _changed_answer(own: Problems, other: Problems) -> str:
 DATA: dict[str, Callable[[Problems, Problems], object]] = {
     "problems": lambda own, other: len(own),
     "problems that the other lacks": lambda own, other: _only(own, other),
-    "answers to a problem": lambda own, other: max(len(problem.accuracies) for problem in own.values()),
+    "answers to a problem": lambda own, other: _answers(own),
     "first reference answer that differs": lambda own, other: _changed_answer(own, other),
 }
 

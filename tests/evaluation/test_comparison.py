@@ -32,7 +32,7 @@ def test_two_folders_compared(tmp_path):
     text = comparison.compare(first, second)
     # Problems 0 and 1 are in both: 0 -> 0.5 and 0.5 -> 1. Up to 1 - sqrt(0.025) = 0.842 of all problems may be others.
     assert "| b | 2 (2 in one only) | 25.00 | 75.00 | +50.00 | -76.28 to +92.09 | 2, 0 | 0.5 |" in text
-    assert "| b: answers to a problem | 2 | 4 |" in text
+    assert "| b: answers to a problem | 2 | 1 to 4: incomplete |" in text
     with pytest.raises(InputError, match="no problem of b is in both"):
         comparison.compare(first, folder(tmp_path / "c", {7: [1]}))
     with pytest.raises(InputError, match="no benchmark is in both"):
@@ -43,6 +43,15 @@ def test_two_folders_compared(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no rows"):
         comparison.compare(tmp_path / "empty", first)
+
+
+def test_an_evaluation_that_was_killed_is_called_incomplete(tmp_path):
+    """Every problem has answers, and the first as many as in the complete one."""
+    whole = folder(tmp_path / "a", {0: [0, 1, 1], 1: [1, 0, 1]}, settings={"model": "m"})
+    killed = folder(tmp_path / "b", {0: [0, 1, 1], 1: [1]}, settings={"model": "n"})
+    for first, second, cells in ((whole, killed, "3 | 1 to 3: incomplete"), (killed, whole, "1 to 3: incomplete | 3")):
+        assert f"| b: answers to a problem | {cells} |" in comparison.compare(first, second)
+    assert "Settings and problems are the same, and so is the model." in comparison.compare(whole, whole)
 
 
 def test_benchmarks_with_dots_in_their_names_are_not_one(tmp_path):
