@@ -9,7 +9,7 @@ worked solution, only its final answer is kept: the last `\\boxed{…}`, what fo
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,16 +201,17 @@ def _has_replies(table: Table, name: str) -> bool:
 
 
 def _names(table: Table) -> list[str]:
-    """Returns the names of the columns in order, followed by those of nested columns."""
+    """Returns the names of the columns in order, followed by those of nested columns, however deep they lie."""
     top = dict.fromkeys(name for _, columns in table for name in columns)
-    nested = dict.fromkeys(
-        f"{name}.{inner}"
-        for _, columns in table
-        for name, value in columns.items()
-        if isinstance(value, dict)
-        for inner in value
-    )
+    nested = dict.fromkeys(name for _, columns in table for name in _nested(columns))
     return [*top, *nested]
+
+
+def _nested(columns: dict[str, Any]) -> Iterator[str]:
+    """Yields the names of the columns that lie in others, as `cell` takes them."""
+    for name, value in columns.items():
+        if isinstance(value, dict):
+            yield from (f"{name}.{inner}" for inner in (*value, *_nested(value)))
 
 
 def _column(names: list[str], wanted: str, known: tuple[str, ...], source: str, fix: str) -> str:

@@ -330,6 +330,15 @@ def test_a_named_column_wins_over_those_found(tmp_path):
     assert (row.question, row.answer) == ("Q", "2")
 
 
+def test_a_dot_reaches_into_columns_however_deep_they_lie(tmp_path):
+    """As in extra_info of veRL; and an error still names the nearest column."""
+    row = {"prompt": "Q", "extra_info": {"split": "train", "reward": {"ground_truth": "2", "style": {"kind": "rule"}}}}
+    file = write(tmp_path / "x.jsonl", [row])
+    assert [row.answer for row in load(file, "", "extra_info.reward.ground_truth")] == ["2"]
+    assert [row.answer for row in load(file, "", "extra_info.reward.style.kind")] == ["rule"]
+    assert "the nearest is 'extra_info.reward.ground_truth'" in error_of(load, file, "", "reward.ground_truth")
+
+
 def test_no_column_of_a_known_name(tmp_path):
     message = error_of(load, write(tmp_path / "x.jsonl", [{"text": "x", "label": "1"}]), "", "")
     known = "'prompt', 'problem', 'question', 'instruction+input', 'input', 'instruction', 'messages'"
