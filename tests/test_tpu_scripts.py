@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from igrpo_jax.cli import parsing
 from igrpo_jax.outputs.trackers import TRACKERS
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,7 @@ NAMED = ("--name", "n1", "--zone", "us-east5-a")
 SHAPE = ("--topology", "v5p:2x2x2")
 SHARED = ("--shared", "10.0.0.2:/runs")
 MAIN = ("--", "--config", "configs/tpu_v5p.py")
+GRACE = "--config.checkpoint.preemption_grace=110"
 GKE = (*NAMED, *SHAPE, "--cluster", "c1", "--image", "host/p/r/igrpo:1", "--shared", "gs://b", "--run", "first")
 
 # Answers come from the file of their kind, "EXIT_CODE TEXT" a line; the last one stays. No file: nothing, and 0. What
@@ -155,7 +157,7 @@ DRY = [
     (
         "slurm.sbatch",
         ["--config", "x y.py"],
-        "srun --label --kill-on-bad-exit=0 python -m igrpo_jax.main --config x\\ y.py",
+        f"srun --label --kill-on-bad-exit=0 python -m igrpo_jax.main {GRACE} --config x\\ y.py",
     ),
 ]
 
@@ -634,7 +636,7 @@ def test_a_jobset_has_a_pod_for_each_host_and_the_arguments_as_they_are(cloud, t
     assert (manifest["kind"], manifest["metadata"]["name"], job["parallelism"]) == ("JobSet", "first", hosts)
     assert job["completions"] == hosts and pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == kind
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
-    arguments = ["python", "-m", "igrpo_jax.main", *OVERRIDES, "--workdir", "gs://b/runs/first"]
+    arguments = ["python", "-m", "igrpo_jax.main", GRACE, *OVERRIDES, "--workdir", "gs://b/runs/first"]
     assert [word.replace("$$(", "$(") for word in container["command"]] == arguments
     cloud.answers(gcloud=["0 n1"])  # the pool is there
     before = len(cloud.calls)
@@ -761,6 +763,15 @@ def test_one_machine_of_gpus(cloud):
     assert cloud.calls == [["python", "-m", "igrpo_jax.main", "--config", "x.py", OVERRIDES[0]]]
 
 
+@pytest.mark.parametrize(("script", "waits"), [("slurm.sbatch", "TERM@"), ("gke.sh", "GracePeriodSeconds: ")])
+def test_a_run_saves_as_long_as_the_scheduler_waits_and_its_user_wants(script, waits):
+    """What is left before the end is for the other processes and for the exit itself."""
+    seconds = int(re.search(rf"{waits}(\d+)", (SCRIPTS / script).read_text())[1])
+    grace = lambda *more: parsing.parse(["main", GRACE, *MAIN[1:], *more])[0].checkpoint.preemption_grace
+    assert seconds - 20 < grace() < seconds
+    assert grace("--config.checkpoint.preemption_grace=7") == 7
+
+
 def test_slurm_queues_a_preempted_job_again(cloud):
     environment = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "17"}
     for code, after in ((75, [["scontrol", "requeue", "17"]]), (0, []), (9, [])):
@@ -768,7 +779,7 @@ def test_slurm_queues_a_preempted_job_again(cloud):
         cloud.answers(srun=[f"{code}"])
         assert cloud.run("slurm.sbatch", "--config", "x.py", **environment).returncode == code
         first, *rest = cloud.calls
-        assert first[0] == "srun" and first[-5:] == ["python", "-m", "igrpo_jax.main", "--config", "x.py"]
+        assert first[0] == "srun" and first[-6:] == ["python", "-m", "igrpo_jax.main", GRACE, "--config", "x.py"]
         assert rest == after
     elsewhere = cloud.run("slurm.sbatch", "--config", "x.py", SLURM_SUBMIT_DIR="/nowhere")
     assert elsewhere.returncode == 2 and "submit from the checkout" in elsewhere.stderr

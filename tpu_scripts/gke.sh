@@ -61,7 +61,7 @@ quoted() {
 
 manifest() {
   local word arguments="" variables=""
-  for word in "${REST[@]}" --workdir "${FLAG[shared]}/runs/${FLAG[run]}"; do
+  for word in "$GRACE" "${REST[@]}" --workdir "${FLAG[shared]}/runs/${FLAG[run]}"; do
     arguments+=", $(quoted "$word")"
   done
   [[ ${FLAG[secret]} == - ]] || variables="
