@@ -94,7 +94,7 @@ def computed_figures(run: Path, benchmark: str) -> dict[str, Any]:
     refined = np.array([row["perf/completion_tokens"] for row in steps])
     spent = {
         "sampled": np.cumsum(drafts + refined),
-        "trained": np.cumsum(refined + algorithm["train_drafts"] * drafts),
+        "trained": np.cumsum(_trained(groups, len(steps), algorithm)),
         "completions": np.cumsum(_counts(groups, len(steps), algorithm)),
         "seconds": np.cumsum([row["perf/step_time"] for row in steps]),
     }
@@ -138,6 +138,8 @@ class GroupRow:
 
     step: int
     sampled: int  # drafts and completions together
+    draft_tokens: int
+    tokens: int  # of the completions
     draft_right: bool | None  # None where no draft was shown
     same_answer: float | None  # fraction of completions that state the draft's answer; None where no draft was shown
     equal: bool  # the refinements have no advantage, or the drafts where there are no refinements
@@ -160,7 +162,8 @@ def _group(step: int, rows: Sequence[dict]) -> GroupRow:
     same_fraction = None if same is None else float(np.mean(same))
     # The files have no advantages of drafts, so that these are told by their rewards.
     differs = any(row["advantage"] for row in refined) if refined else len({row["reward"] for row in rows}) > 1
-    return GroupRow(step, len(rows), right, same_fraction, equal=not differs)
+    draft_tokens, tokens = (sum(row["token_count"] for row in part) for part in (drafts.values(), refined))
+    return GroupRow(step, len(rows), draft_tokens, tokens, right, same_fraction, equal=not differs)
 
 
 def zero_variance(groups: Sequence[GroupRow]) -> dict[str, float]:
@@ -187,6 +190,14 @@ def _counts(groups: Sequence[GroupRow], steps: int, algorithm: dict[str, Any]) -
     counts: collections.Counter[int] = collections.Counter()
     for group in groups:
         counts[group.step] += group.sampled + left_out
+    return [counts[step] for step in range(1, steps + 1)]
+
+
+def _trained(groups: Sequence[GroupRow], steps: int, algorithm: dict[str, Any]) -> list[int]:
+    """Returns how many tokens each step trained on, by the files, which lack the refinements that are not kept."""
+    counts: collections.Counter[int] = collections.Counter()
+    for group in groups:
+        counts[group.step] += group.tokens + algorithm["train_drafts"] * group.draft_tokens
     return [counts[step] for step in range(1, steps + 1)]
 
 

@@ -35,6 +35,7 @@ matched_budget, study_arms, study_commands, study_report, study_rewards, study_r
 def sample(stage, number, advantage=None, parent=None, accuracy=0.0):
     row = {"prompt_id": "0", "stage": stage, "sample_id": number, "parent_draft_id": parent, "advantage": advantage}
     return row | {
+        "token_count": 25 if stage == "draft" else 2 + (number > 0),
         "rewards": {"accuracy": accuracy, "format": 1.0},
         "extracted": "7" if stage == "draft" else str(number),
     }
@@ -99,9 +100,17 @@ def test_verifications_copy_nothing(tmp_path):
 
 
 def test_completions_that_are_left_out_of_the_files_are_counted(tmp_path):
-    """Of 2 drafts with 2 refinements each, the file has the 2 of the kept draft: 4 of 6 completions."""
-    write_run(tmp_path, draft_selection="refined", num_drafts=2, num_generations=2)
-    assert study_runs.figures(tmp_path, 2, "x")["completions"] == 2 * 2 * 6
+    """Of 2 drafts with 2 refinements each, the file has the 2 of the kept draft: 4 of 6 completions.
+
+    The others are sampled, and not trained on: of the 20 tokens of refinements in each step 10 are.
+    """
+    write_run(tmp_path, trains_drafts=True, draft_selection="refined", num_drafts=2, num_generations=2)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1]]
+    rows = [row | {"perf/completion_tokens": 20} if "loss" in row else row for row in rows]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = study_runs.figures(tmp_path, 2, "x")
+    assert run["completions"] == 2 * 2 * 6 and run["sampled_tokens"] == 2 * (100 + 20)
+    assert run["trained_tokens"] == 2 * (100 + 10) and run["curve"]["trained"] == [0, 110, 220]
 
 
 def test_prompts_and_steps_without_refinements(tmp_path):
