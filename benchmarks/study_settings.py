@@ -6,6 +6,7 @@ A run is `python -m igrpo_jax.main` with a file of configs/, the settings of its
 import argparse
 import collections
 import dataclasses
+import json
 import math
 import runpy
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 import study_runs
 from study_arms import ARMS, LOOKUPS, STARTS, Arm
 from study_commands import ROOT, call, in_parallel, main_command
+
+from igrpo_jax.outputs.files import write_atomically, write_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +86,57 @@ def open_study(args: argparse.Namespace, stop_at: float) -> Study:
 
     Raises:
         OutOfTime: not everything could be made until `stop_at`.
-        SystemExit: a command failed, or the model solves too few problems sometimes.
+        SystemExit: the folder is that of another study, a command failed, or the model solves too few problems
+            sometimes.
     """
+    check_same(args)
     setting = SETTINGS[args.setting]
     return pretrained(args, setting, stop_at) if setting.screen else built_in(args, setting, stop_at)
+
+
+DECISIONS = "study.json"  # in the folder of a study: the arguments that all its runs have in common
+SOLVED = "data/solved.jsonl"  # there too: the problems to train on that the model solves sometimes
+
+
+def decisions(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments that decide what the runs of a study are, by their flags."""
+    setting = SETTINGS[args.setting]
+    decided: dict[str, Any] = {"setting": args.setting, "steps": steps_of(args)}
+    if setting.screen:
+        decided |= {"model": args.model, "data": str(args.data), "screen": args.screen, "held-out": args.held_out}
+    return decided
+
+
+def steps_of(args: argparse.Namespace) -> int:
+    """Returns the number of steps of each run."""
+    return args.steps or read_config(SETTINGS[args.setting].config).steps
+
+
+def check_same(args: argparse.Namespace) -> None:
+    """Checks that the runs or selected problems of the folder are of this study, and notes there what decides.
+
+    Raises:
+        SystemExit: they are of another one, and would be mixed up with those of this one.
+    """
+    file, decided, known = args.out / DECISIONS, decisions(args), {}
+    begun = any((args.out / name).exists() for name in ("runs", SOLVED))  # before that a start may differ from the last
+    if begun and file.exists():  # earlier versions wrote none
+        known = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in decided.items():
+        if known.get(name, value) != value:
+            moved = f"; if it has only moved, change it in {file}" if name in ("model", "data") else ""
+            raise SystemExit(
+                f"--{name} {value}: the study in {args.out} has {known[name]}; give --{name} {known[name]} to resume "
+                f"it, or another --out for a new one{moved}"
+            )
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(known | decided) + "\n")
 
 
 def built_in(args: argparse.Namespace, setting: Setting, stop_at: float) -> Study:
     """Writes the problems as files and makes the supervised starts of the wanted arms; returns the study."""
     from igrpo_jax import config
     from igrpo_jax.data.builtin import TASKS
-    from igrpo_jax.outputs.files import write_rows
 
     tree = read_config(setting.config)
     data = args.out / "data"
@@ -111,8 +154,7 @@ def built_in(args: argparse.Namespace, setting: Setting, stop_at: float) -> Stud
         "evaluation.data_dir": data,
         "evaluation.benchmarks": "('held_out',)",
     }
-    steps = args.steps or tree.steps
-    study = Study(args.out, setting.config, "held_out", settings, steps, args.flags, stop_at=stop_at)
+    study = Study(args.out, setting.config, "held_out", settings, steps_of(args), args.flags, stop_at=stop_at)
     needed = {arm.start for arms in args.groups.values() for arm in arms}
     missing = sorted(name for name in needed if not study.model(name).exists())
     if missing:
@@ -136,13 +178,12 @@ def pretrained(args: argparse.Namespace, setting: Setting, stop_at: float) -> St
     data.mkdir(parents=True, exist_ok=True)
     benchmark = "held_out" if args.held_out else "solved"
     settings = {
-        "data.train": data / "solved.jsonl",
+        "data.train": args.out / SOLVED,
         "evaluation.data_dir": data,
         "evaluation.benchmarks": f"('{benchmark}',)",
     }
-    steps = args.steps or read_config(setting.config).steps
-    study = Study(args.out, setting.config, benchmark, settings, steps, args.flags, args.model, stop_at)
-    if not (data / "solved.jsonl").exists():
+    study = Study(args.out, setting.config, benchmark, settings, steps_of(args), args.flags, args.model, stop_at)
+    if not (args.out / SOLVED).exists():
         select_problems(args, setting, study)
     return study
 
@@ -152,8 +193,6 @@ def select_problems(args: argparse.Namespace, setting: Setting, study: Study) ->
 
     They go to held_out.jsonl, evenly by length, and to solved.jsonl, which is written last.
     """
-    from igrpo_jax.outputs.files import write_rows
-
     data = args.out / "data"
     problems = study_runs.read_rows(args.data / "gsm8k_train.jsonl")
     problems = sorted(problems, key=lambda row: len(row["solution"]))[: args.screen]
@@ -176,7 +215,7 @@ def select_problems(args: argparse.Namespace, setting: Setting, study: Study) ->
     train, held_out = split(kept, args.held_out)
     if held_out:
         write_rows(data / "held_out.jsonl", held_out)
-    write_rows(data / "solved.jsonl", train)
+    write_rows(args.out / SOLVED, train)
 
 
 def split(rows: Sequence[dict], count: int) -> tuple[list[dict], list[dict]]:

@@ -382,3 +382,33 @@ def test_problems_that_the_model_solves_sometimes(tmp_path, monkeypatch):
     args = parse(monkeypatch, "--out", str(tmp_path / "out"), *qwen05, "--held-out", "6")
     with pytest.raises(SystemExit, match="--screen 1024: the model solves 6 of these"):
         study_settings.open_study(args, math.inf)
+    shutil.rmtree(tmp_path / "out" / "screen")
+    args = parse(monkeypatch, "--out", str(tmp_path / "out"), *qwen05, "--held-out", "5")  # as it was told
+    assert study_settings.open_study(args, math.inf).benchmark == "held_out"
+
+
+def test_a_folder_holds_one_study(tmp_path, monkeypatch):
+    """Another start, model or length would be averaged with the runs that are there, or trained on their problems."""
+    monkeypatch.setattr(study_settings, "call", None)  # nothing is screened or made
+    monkeypatch.setattr(study_settings, "in_parallel", lambda *_: None)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "solved.jsonl").touch()
+    given = {"--out": tmp_path, "--setting": "qwen05", "--model": "m", "--data": "d"}
+
+    def opened(**more):
+        flags = {**given, **{f"--{name.replace('_', '-')}": value for name, value in more.items()}}
+        return study_settings.open_study(parse(monkeypatch, *(str(x) for flag in flags.items() for x in flag)), 0.0)
+
+    opened()  # a folder of an earlier version, which does not say whose it is
+    opened(steps=study_settings.read_config(study_settings.SETTINGS["qwen05"].config).steps, screen=1024, held_out=128)
+    others = {"setting": "smollm2", "steps": 7, "model": "m2", "data": "d2", "screen": 9, "held_out": 0}
+    for name, value in others.items():
+        flag = f"--{name.replace('_', '-')}"
+        known = {"--steps": "40", "--screen": "1024", "--held-out": "128"}.get(flag, given.get(flag))
+        with pytest.raises(SystemExit) as refused:
+            opened(**{name: value})
+        text = str(refused.value)
+        assert text.startswith(f"{flag} {value}: the study in {tmp_path} has {known}; give {flag} {known} to resume it")
+        assert ("if it has only moved" in text) == (name in ("model", "data"))
+    opened(seeds=3, groups="main", jobs=1)
+    opened()
