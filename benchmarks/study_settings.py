@@ -195,6 +195,9 @@ def select_problems(args: argparse.Namespace, setting: Setting, study: Study) ->
     """
     data = args.out / "data"
     problems = study_runs.read_rows(args.data / "gsm8k_train.jsonl")
+    for name in ("id", "solution"):  # what is used here; evaluate checks the others before it asks anything
+        if lacking := sum(row.get(name) is None for row in problems):
+            raise SystemExit(f"--data {args.data}: gsm8k_train.jsonl has {lacking} rows without {name}; give each one")
     problems = sorted(problems, key=lambda row: len(row["solution"]))[: args.screen]
     write_rows(data / "screened.jsonl", problems)
     print(f"asking the model {len(problems)} problems, {setting.samples} times each ...", flush=True)
@@ -205,7 +208,7 @@ def select_problems(args: argparse.Namespace, setting: Setting, study: Study) ->
     right: collections.Counter[str] = collections.Counter()
     for row in study_runs.read_rows(args.out / "screen" / "screened.jsonl"):
         right[row["prompt_id"]] += int(row["accuracy"])
-    kept = [row for row in problems if 0 < right[row["id"]] < setting.samples]
+    kept = [row for row in problems if 0 < right[str(row["id"])] < setting.samples]
     print(f"it solves {len(kept)} of them sometimes", flush=True)
     if len(kept) <= args.held_out:
         raise SystemExit(

@@ -354,15 +354,20 @@ def test_the_exit_code_says_that_the_same_command_goes_on(tmp_path, monkeypatch,
     assert "goes on" in capsys.readouterr().out
 
 
-def problem(number):
-    return {"id": f"p{number}", "prompt": f"What is {number}?", "answer": str(number), "solution": "x" * (9 - number)}
+def problem(number, name="p{}".format):
+    return {"id": name(number), "prompt": f"What is {number}?", "answer": str(number), "solution": "x" * (9 - number)}
 
 
-def test_problems_that_the_model_solves_sometimes(tmp_path, monkeypatch):
-    """p2 to p7 are solved sometimes; two of them are held out and not trained on."""
-    rows = [problem(number) for number in range(9)]
-    (tmp_path / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    right = {"p0": 4, "p1": 0, "p8": 0} | {f"p{number}": 1 + number % 3 for number in range(2, 8)}
+def write_problems(folder, rows):
+    (folder / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", ["p{}".format, int], ids=["texts", "numbers"])
+def test_problems_that_the_model_solves_sometimes(tmp_path, monkeypatch, name):
+    """p2 to p7 are solved sometimes; two of them are held out and not trained on. Answers name problems by texts."""
+    write_problems(tmp_path, [problem(number, name) for number in range(9)])
+    right = {"0": 4, "1": 0, "8": 0} | {str(number): 1 + number % 3 for number in range(2, 8)}
+    right = {str(name(int(number))): count for number, count in right.items()}
 
     def call(command, log, stop_at):
         answers = [{"prompt_id": name, "accuracy": float(i < count)} for name, count in right.items() for i in range(4)]
@@ -375,8 +380,8 @@ def test_problems_that_the_model_solves_sometimes(tmp_path, monkeypatch):
     args = parse(monkeypatch, "--out", str(tmp_path / "out"), *qwen05, "--held-out", "2")
     study = study_settings.open_study(args, math.inf)
     ids = lambda name: [row["id"] for row in study_runs.read_rows(tmp_path / "out" / "data" / f"{name}.jsonl")]
-    assert ids("screened")[0] == "p8"  # the shortest solution first
-    assert ids("solved") == ["p6", "p5", "p3", "p2"] and ids("held_out") == ["p7", "p4"]
+    assert ids("screened")[0] == name(8)  # the shortest solution first
+    assert ids("solved") == [*map(name, (6, 5, 3, 2))] and ids("held_out") == [name(7), name(4)]
     assert study.benchmark == "held_out" and study.settings["evaluation.benchmarks"] == "('held_out',)"
     shutil.rmtree(tmp_path / "out")
     args = parse(monkeypatch, "--out", str(tmp_path / "out"), *qwen05, "--held-out", "6")
@@ -385,6 +390,16 @@ def test_problems_that_the_model_solves_sometimes(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "out" / "screen")
     args = parse(monkeypatch, "--out", str(tmp_path / "out"), *qwen05, "--held-out", "5")  # as it was told
     assert study_settings.open_study(args, math.inf).benchmark == "held_out"
+
+
+@pytest.mark.parametrize("column", ["id", "solution"])
+def test_problems_without_a_column_are_refused_before_the_model_is_asked(tmp_path, monkeypatch, column):
+    monkeypatch.setattr(study_settings, "call", None)
+    without = {name: value for name, value in problem(2).items() if name != column}
+    write_problems(tmp_path, [problem(0), problem(1) | {column: None}, without])
+    args = parse(monkeypatch, "--out", str(tmp_path), "--setting", "qwen05", "--model", "m", "--data", str(tmp_path))
+    with pytest.raises(SystemExit, match=f"gsm8k_train.jsonl has 2 rows without {column}; give each one"):
+        study_settings.open_study(args, math.inf)
 
 
 def test_a_folder_holds_one_study(tmp_path, monkeypatch):
