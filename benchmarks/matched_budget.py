@@ -38,8 +38,8 @@ After a kill the same command continues: it skips finished runs and resumes an u
 --setting, --steps, --model, --data, --screen and --held-out, and others are refused in that folder.
 
 With --minutes it is over after so many minutes: runs that are still going get SIGTERM earlier, by the setting's
-preemption_grace, save a checkpoint and end, and the exit code is 75. What must be kept to go on elsewhere is OUT without
-the folders `checkpoints` and `samples`; then only runs that had not ended begin again.
+preemption_grace, save a checkpoint and end, and the exit code is 75. What must be kept to go on elsewhere is OUT
+without the folders `checkpoints` and `samples`; then only runs that had not ended begin again.
 
 After every run OUT/results.json (all numbers), OUT/tables.md and OUT/GROUP.png are written anew; `--report-only` writes
 them from the runs that exist. Intervals are 95 %, by Student's t over the seeds, and differences are differences of

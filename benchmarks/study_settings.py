@@ -82,7 +82,7 @@ def read_config(file: Path) -> Any:
 
 
 def open_study(args: argparse.Namespace, stop_at: float) -> Study:
-    """Makes what the runs of a study need and is not there yet, and returns the study.
+    """Makes what the runs of a study need and is not there yet, nothing with --report-only; returns the study.
 
     Raises:
         OutOfTime: not everything could be made until `stop_at`.
@@ -91,7 +91,11 @@ def open_study(args: argparse.Namespace, stop_at: float) -> Study:
     """
     check_same(args)
     setting = SETTINGS[args.setting]
-    return pretrained(args, setting, stop_at) if setting.screen else built_in(args, setting, stop_at)
+    describe, make = (pretrained, select_problems) if setting.screen else (built_in, make_starts)
+    study = describe(args, setting, stop_at)
+    if not args.report_only:
+        make(args, setting, study)
+    return study
 
 
 DECISIONS = "study.json"  # in the folder of a study: the arguments that all its runs have in common
@@ -115,6 +119,8 @@ def steps_of(args: argparse.Namespace) -> int:
 def check_same(args: argparse.Namespace) -> None:
     """Checks that the runs or selected problems of the folder are of this study, and notes there what decides.
 
+    With --report-only nothing is noted.
+
     Raises:
         SystemExit: they are of another one, and would be mixed up with those of this one.
     """
@@ -130,11 +136,24 @@ def check_same(args: argparse.Namespace) -> None:
                 f"it, or another --out for a new one{moved}"
             )
     args.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(known | decided) + "\n")
+    if not args.report_only:
+        write_atomically(file, json.dumps(known | decided) + "\n")
 
 
 def built_in(args: argparse.Namespace, setting: Setting, stop_at: float) -> Study:
-    """Writes the problems as files and makes the supervised starts of the wanted arms; returns the study."""
+    """Returns the study of a built-in model."""
+    data = args.out / "data"
+    settings = {
+        "warm_start.steps": 0,
+        "data.train": data / "train.jsonl",
+        "evaluation.data_dir": data,
+        "evaluation.benchmarks": "('held_out',)",
+    }
+    return Study(args.out, setting.config, "held_out", settings, steps_of(args), args.flags, stop_at=stop_at)
+
+
+def make_starts(args: argparse.Namespace, setting: Setting, study: Study) -> None:
+    """Writes the problems as files and makes the supervised starts of the wanted arms."""
     from igrpo_jax import config
     from igrpo_jax.data.builtin import TASKS
 
@@ -148,19 +167,11 @@ def built_in(args: argparse.Namespace, setting: Setting, stop_at: float) -> Stud
             for i, problem in enumerate(rows)
         ]
         write_rows(data / f"{name}.jsonl", lines)
-    settings = {
-        "warm_start.steps": 0,
-        "data.train": data / "train.jsonl",
-        "evaluation.data_dir": data,
-        "evaluation.benchmarks": "('held_out',)",
-    }
-    study = Study(args.out, setting.config, "held_out", settings, steps_of(args), args.flags, stop_at=stop_at)
     needed = {arm.start for arms in args.groups.values() for arm in arms}
     missing = sorted(name for name in needed if not study.model(name).exists())
     if missing:
         print(f"supervised starts: {', '.join(missing)} ({tree.warm_start.steps} steps each) ...", flush=True)
     in_parallel(args.jobs, lambda name, cores: make_start(study, name, cores), missing)
-    return study
 
 
 def make_start(study: Study, name: str, cores: list[int] | None) -> None:
@@ -173,27 +184,26 @@ def make_start(study: Study, name: str, cores: list[int] | None) -> None:
 
 
 def pretrained(args: argparse.Namespace, setting: Setting, stop_at: float) -> Study:
-    """Selects the problems that the given model solves sometimes; returns the study."""
-    data = args.out / "data"
-    data.mkdir(parents=True, exist_ok=True)
+    """Returns the study of the given model."""
     benchmark = "held_out" if args.held_out else "solved"
     settings = {
         "data.train": args.out / SOLVED,
-        "evaluation.data_dir": data,
+        "evaluation.data_dir": args.out / "data",
         "evaluation.benchmarks": f"('{benchmark}',)",
     }
-    study = Study(args.out, setting.config, benchmark, settings, steps_of(args), args.flags, args.model, stop_at)
-    if not (args.out / SOLVED).exists():
-        select_problems(args, setting, study)
-    return study
+    return Study(args.out, setting.config, benchmark, settings, steps_of(args), args.flags, args.model, stop_at)
 
 
 def select_problems(args: argparse.Namespace, setting: Setting, study: Study) -> None:
     """Asks the model the problems with the shortest solutions, and writes those that it solves sometimes.
 
-    They go to held_out.jsonl, evenly by length, and to solved.jsonl, which is written last.
+    They go to held_out.jsonl, evenly by length, and to solved.jsonl, which is written last. Where it is there, nothing
+    is done.
     """
+    if (args.out / SOLVED).exists():
+        return
     data = args.out / "data"
+    data.mkdir(parents=True, exist_ok=True)
     problems = study_runs.read_rows(args.data / "gsm8k_train.jsonl")
     for name in ("id", "solution"):  # what is used here; evaluate checks the others before it asks anything
         if lacking := sum(row.get(name) is None for row in problems):

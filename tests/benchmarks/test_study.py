@@ -354,6 +354,26 @@ def test_the_exit_code_says_that_the_same_command_goes_on(tmp_path, monkeypatch,
     assert "goes on" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("setting", ["arithmetic", "qwen05"])
+def test_a_report_alone_makes_nothing(tmp_path, monkeypatch, capsys, setting):
+    """No start, no screening and no note: only the report of the runs that are there."""
+
+    def made(*_, **__):
+        raise AssertionError("something was made")
+
+    monkeypatch.setattr(study_settings, "call", made)
+    monkeypatch.setattr(study_settings, "in_parallel", made)
+    monkeypatch.setattr(study_report, "plot", lambda *_: None)  # it takes seconds
+    monkeypatch.setattr(study_settings.Study, "finished", lambda *_: True)
+    monkeypatch.setattr(study_runs, "figures", lambda folder, *_: study_runs.computed_figures(folder, "x"))
+    write_run(tmp_path / "runs" / "igrpo" / "seed_0")
+    flags = ["--out", str(tmp_path), "--setting", setting, "--model", "m", "--data", str(tmp_path), "--report-only"]
+    monkeypatch.setattr(sys, "argv", ["matched_budget.py", *flags])
+    assert matched_budget.main() == 0
+    assert json.loads(capsys.readouterr().out)["arms"]["igrpo"]["seeds"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "runs", "tables.md"]
+
+
 def problem(number, name="p{}".format):
     return {"id": name(number), "prompt": f"What is {number}?", "answer": str(number), "solution": "x" * (9 - number)}
 
