@@ -638,10 +638,35 @@ def test_a_jobset_has_a_pod_for_each_host_and_the_arguments_as_they_are(cloud, t
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
     arguments = ["python", "-m", "igrpo_jax.main", GRACE, *OVERRIDES, "--workdir", "gs://b/runs/first"]
     assert [word.replace("$$(", "$(") for word in container["command"]] == arguments
-    cloud.answers(gcloud=["0 n1"])  # the pool is there
+    cloud.answers(gcloud=[f"0 {machine},{topology[4:] if hosts > 1 else ''},True"])  # the pool is there
     before = len(cloud.calls)
     assert cloud.run("gke.sh", *given).returncode == 0
     assert [call[0] for call in cloud.calls[before:]] == ["kubectl", "gcloud", "kubectl"]
+
+
+POOL = "0 ct5p-hightpu-4t,2x2x2,"  # what SHAPE asks for
+
+
+@pytest.mark.parametrize(
+    ("pool", "spot", "there", "wanted"),
+    [
+        ("ct5p-hightpu-4t,2x2x4,", [], "ct5p-hightpu-4t, 2x2x4, no", "ct5p-hightpu-4t, 2x2x2, no"),
+        ("ct5lp-hightpu-4t,2x2x2,False", [], "ct5lp-hightpu-4t, 2x2x2, no", "ct5p-hightpu-4t, 2x2x2, no"),
+        ("ct5p-hightpu-4t,2x2x2,True", [], "ct5p-hightpu-4t, 2x2x2, yes", "ct5p-hightpu-4t, 2x2x2, no"),
+        ("ct5p-hightpu-4t,2x2x2,", ["--spot"], "ct5p-hightpu-4t, 2x2x2, no", "ct5p-hightpu-4t, 2x2x2, yes"),
+        ("n1-standard-4,,", [], "n1-standard-4, , no", "ct5p-hightpu-4t, 2x2x2, no"),
+    ],
+)
+def test_another_node_pool_of_the_name_is_refused(cloud, pool, spot, there, wanted):
+    """Its pods would be pending for ever, or cost more or less than was asked for."""
+    cluster(cloud)
+    cloud.answers(kubectl=["0 there Completed", "0"], gcloud=[f"0 {pool}"])
+    run = cloud.run("gke.sh", *GKE, *spot, *MAIN)
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
+    assert f"--name n1: a node pool of this name is there with machine, topology and spot = {there}, and" in run.stderr
+    assert f"asks for {wanted}; give what it has, another --name, or delete it first: gcloud container" in run.stderr
+    assert "node-pools delete n1 --cluster=c1 --zone=us-east5-a" in run.stderr
+    assert [call[0] for call in cloud.calls] == ["kubectl", "gcloud"]  # neither made nor deleted
 
 
 @pytest.mark.parametrize(
@@ -661,7 +686,7 @@ def test_a_jobset_has_a_pod_for_each_host_and_the_arguments_as_they_are(cloud, t
 )
 def test_a_jobset_that_has_ended_is_made_anew_and_one_under_way_is_left_alone(cloud, state, done, said):
     cluster(cloud)
-    cloud.answers(kubectl=[state, "0"])
+    cloud.answers(kubectl=[state, "0"], gcloud=[POOL])
     run = cloud.run("gke.sh", *GKE, *MAIN)
     calls = [call for call in cloud.calls if call[0] == "kubectl"]
     assert [call[1] for call in calls] == done and run.returncode == int(state[0]) and said in run.stdout + run.stderr

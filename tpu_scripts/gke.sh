@@ -8,7 +8,8 @@
 # The cluster needs JobSet (jobset.sigs.k8s.io). The image needs a checkout of this repository in its working directory,
 # and `pip install -e '.[tpu,gs]'`. --account may write to the bucket, by Workload Identity. Where a pod ends, as after a
 # preemption, JobSet starts all of them again, and the run resumes. The same command starts a run anew that has ended, and
-# leaves one under way as it is. `kubectl logs` shows a pod's output. To end it: `kubectl delete jobset RUN`, then `gcloud
+# leaves one under way as it is. A node pool of this name is used where it has the machine, the topology and the --spot of
+# the command. `kubectl logs` shows a pod's output. To end it: `kubectl delete jobset RUN`, then `gcloud
 # container node-pools delete NAME`. A secret is made of a file of NAME=value lines by `kubectl create secret generic SECRET
 # --from-env-file FILE`, which takes quotes as a part of the value.
 #
@@ -108,6 +109,20 @@ spec:
 YAML
 }
 
+# check_pool MACHINE,TOPOLOGY,SPOT ends where the node pool that is there is not what the run asks for: pods would wait
+# in it for ever. That of a machine that is a slice by itself may have no topology.
+check_pool() {
+  local there wanted="$machine, $grid, ${SWITCH[spot]:-no}" its_machine its_grid its_spot
+  IFS=, read -r its_machine its_grid its_spot <<<"$1"
+  ((hosts > 1)) || its_grid=${its_grid:-$grid}
+  if [[ ${its_spot,,} == true ]]; then its_spot=yes; else its_spot=no; fi
+  there="$its_machine, $its_grid, $its_spot"
+  [[ $there == "$wanted" ]] ||
+    die "--name ${FLAG[name]}: a node pool of this name is there with machine, topology and spot = $there, and this" \
+      "run asks for $wanted; give what it has, another --name, or delete it first:" \
+      "${pools[*]} delete ${FLAG[name]} ${where[*]}"
+}
+
 pools=(gcloud container node-pools)
 where=("--cluster=${FLAG[cluster]}" "--zone=${FLAG[zone]}")
 [[ ${FLAG[project]} == - ]] || where+=("--project=${FLAG[project]}")
@@ -131,7 +146,12 @@ if [[ $state && ! " $state " =~ \ (Completed|Failed)\  ]]; then
   echo "run ${FLAG[run]} is under way, and is left as it is; to end it: kubectl delete jobset ${FLAG[run]}"
   exit 0
 fi
-"${pools[@]}" describe "${FLAG[name]}" "${where[@]}" "--format=value(name)" >/dev/null 2>&1 || "${create[@]}"
+facts="config.machineType,placementPolicy.tpuTopology,config.spot"
+if pool=$("${pools[@]}" describe "${FLAG[name]}" "${where[@]}" "--format=csv[no-heading]($facts)" 2>/dev/null); then
+  check_pool "$pool"
+else
+  "${create[@]}"
+fi
 # Applied again, a JobSet that has ended starts no pods. It is deleted first, and waited for with its pods, whose names the
 # new ones have.
 [[ ! $state ]] || kubectl delete jobset "${FLAG[run]}" --cascade=foreground
