@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from igrpo_jax.cli import parsing
+from igrpo_jax.distributed import peers, preemption
 from igrpo_jax.outputs.trackers import TRACKERS
 
 ROOT = Path(__file__).parents[1]
@@ -406,8 +407,30 @@ def test_a_run_that_fails_because_a_worker_is_taken_away_goes_on(cloud):
     assert cloud.verbs == [*LOOK, *LOOK, "request?", "delete", *RENEW, *LOOK]
 
 
-def test_restarts_are_bounded(cloud):
-    cloud.answers(request=["0 ACTIVE"], slice=["0 READY"], status=["0 75"])
+def test_a_run_that_has_lost_a_process_of_another_worker_is_launched_again(cloud):
+    """The slice stays, as where a host was out of memory; after one more look, since it may have been taken away."""
+    cloud.answers(request=["0 ACTIVE"], slice=["0 READY"], status=["0 running", "0 69", "0 69", "0 running", "0 0"])
+    done = resume(cloud)
+    assert done.returncode == 0 and "run igrpo lost a process on another worker (69): attempt 1 of 101" in done.stdout
+    assert cloud.verbs == [*LOOK * 3, "launch", *LOOK * 2]
+
+
+def test_a_run_that_has_lost_its_slice_with_a_process_is_not_launched_on_it(cloud):
+    cloud.answers(request=["0 ACTIVE"] * 2 + ["0 SUSPENDED", "0 ACTIVE"], slice=["0 READY"])
+    cloud.answers(status=["0 running", "0 69", "0 0"])
+    assert resume(cloud).returncode == 0
+    assert cloud.verbs == [*LOOK, *LOOK, "request?", "delete", *RENEW, *LOOK]
+
+
+def test_the_scripts_know_the_exit_codes():
+    for script, codes in (("resume.sh", [preemption.EXIT_CODE, peers.LOST]), ("slurm.sbatch", [preemption.EXIT_CODE])):
+        assert re.findall(r"(?:PREEMPTED|LOST)=(\d+)", (SCRIPTS / script).read_text()) == [*map(str, codes)]
+    assert peers.LOST < preemption.EXIT_CODE  # the highest of all processes is what srun returns
+
+
+@pytest.mark.parametrize("code", [75, 69])
+def test_restarts_are_bounded(cloud, code):
+    cloud.answers(request=["0 ACTIVE"], slice=["0 READY"], status=[f"0 {code}"])
     done = resume(cloud, "--restarts", "2")
     assert done.returncode == 1 and "--restarts 2 are used up" in done.stderr
     assert cloud.verbs.count("launch") == 3
@@ -799,7 +822,7 @@ def test_a_run_saves_as_long_as_the_scheduler_waits_and_its_user_wants(script, w
 
 def test_slurm_queues_a_preempted_job_again(cloud):
     environment = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "17"}
-    for code, after in ((75, [["scontrol", "requeue", "17"]]), (0, []), (9, [])):
+    for code, after in ((75, [["scontrol", "requeue", "17"]]), (0, []), (9, []), (69, [])):
         (cloud.folder / "calls").unlink(missing_ok=True)
         cloud.answers(srun=[f"{code}"])
         assert cloud.run("slurm.sbatch", "--config", "x.py", **environment).returncode == code

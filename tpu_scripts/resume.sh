@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # Keeps a run going until it is done, from any state: it requests the slice if there is none, sets it up, launches the
 # run and watches it. If the slice was taken back (its request is SUSPENDED or FAILED), it deletes the slice, requests a
-# new one and launches the same command. If the run ended with 75 (preempted), it launches the run again.
+# new one and launches the same command. If the run ended with 75 (preempted), or with 69 (a process on another worker
+# is gone) on a slice that is still there, it launches the run again.
 #
 #   tpu_scripts/resume.sh --name NAME --zone ZONE --topology v5p:2x2x2 --spot --shared gs://BUCKET --run RUN \
 #       -- --config configs/tpu_v5p.py --config.steps=100
 #
 # Run it in tmux on a machine that stays up and is not part of the slice. You can stop and restart it at any time.
-# It ends with 0 when the run is done, and with 1 when the run failed for a reason other than preemption or --restarts
-# are used up. The slice stays until delete.sh deletes it.
+# It ends with 0 when the run is done, and with 1 when the run failed for another reason or --restarts are used up. The
+# slice stays until delete.sh deletes it.
 #
 set -euo pipefail
 # shellcheck source=tpu_scripts/slice.sh
 source "$(dirname "${BASH_SOURCE[0]}")/slice.sh"
 
-PREEMPTED=75 # exit code of igrpo_jax.main
+PREEMPTED=75 LOST=69 # exit codes of igrpo_jax.main
 FLAG[restarts]=100
 FORM[restarts]='^[0-9]+$'
 MEANS[restarts]="how often to start again before giving up: a whole number"
@@ -75,10 +76,13 @@ look_after_run() {
       elif [[ $status == "$PREEMPTED" || $status == absent ]]; then
         attempt "run ${FLAG[run]} was preempted ($status)"
         launch
-      elif [[ $status == "$failed" ]]; then
+      elif [[ $status != "$failed" ]]; then
+        failed=$status # another worker may have been taken away, which the cloud does not report yet
+      elif [[ $status == "$LOST" ]]; then
+        attempt "run ${FLAG[run]} lost a process on another worker ($status)"
+        launch
+      else
         fail "run ${FLAG[run]} failed with exit code $status; why: logs.sh, or fetch.sh"
-      else # another worker may have been taken away, which the cloud does not report yet
-        failed=$status
       fi
       ;;
   esac

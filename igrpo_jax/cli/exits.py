@@ -1,7 +1,7 @@
 """Runs a command: its errors become one line and an exit code.
 
-Exit codes: 0 done, 1 the run failed, 2 bad input, 3 does not fit (aot), 75 preempted (the same command resumes), 130
-interrupted.
+Exit codes: 0 done, 1 the run failed, 2 bad input, 3 does not fit (aot), 69 another process of the run is gone and 75
+preempted (after both the same command resumes), 130 interrupted.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Signs of life between the processes of a run: each writes that it lives, and ends when another one has ended.
 
 Process 0 keeps the key-value store through which they communicate. Its key `alive/I` holds what process I writes every
-second, `over` holds why they all end and because of which process, and `told/I` says that process I has read that. See
-`cluster` for the consequences.
+second, `over` holds why they all end, because of which process and with which exit code, and `told/I` says that process
+I has read that. See `cluster` for the consequences.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from igrpo_jax.errors import one_line
 
 _ALIVE, _TOLD, _OVER = "igrpo_jax/alive/", "igrpo_jax/told/", "igrpo_jax/over"  # keys; the first two by process
 _INTERVAL = 1.0  # seconds between two signs of life, and between two looks at the others
+LOST = 69  # exit code, EX_UNAVAILABLE: another process is gone without an error; the same command on all resumes
 _NOTICE = 10.0  # seconds that the others are given to take note of the end
 FOREVER = 1 << 30  # ms
 
@@ -82,10 +83,10 @@ class Peers:
         self._publish(self._process, f"process {self._process} ({socket.gethostname()}) failed{phase}: {reason}")
         self._notice(culprit=self._process)
 
-    def _publish(self, culprit: int, text: str) -> None:
-        """Tells all processes why they end, and because of which process."""
+    def _publish(self, culprit: int, text: str, code: int = 1) -> None:
+        """Tells all processes why they end, because of which process, and with which exit code."""
         with contextlib.suppress(RuntimeError):  # another was first, or process 0 is gone
-            self._client.key_value_set(_OVER, json.dumps({"culprit": culprit, "text": text}))
+            self._client.key_value_set(_OVER, json.dumps({"culprit": culprit, "text": text, "code": code}))
 
     def _notice(self, culprit: int) -> None:
         """Says that this process knows; process 0, which keeps the store, gives the others time to read it and end."""
@@ -140,8 +141,8 @@ class Peers:
                 if process != self._process and silent > self._silence:
                     text = f"{name} has not been heard of for {silent:.0f} s; {self._was_in(process)}"
                     if process == 0:  # nothing reaches the others without it
-                        self._end(text)
-                    self._publish(process, text)
+                        self._end(text, LOST)
+                    self._publish(process, text, LOST)
 
     def _listen(self) -> None:
         """Ends this process when another has failed, or process 0 is gone.
@@ -166,18 +167,18 @@ class Peers:
         self._over.set()
         self._notice(over["culprit"])
         if not self._failing.wait(2 * _INTERVAL):
-            self._end(over["text"])
+            self._end(over["text"], over["code"])
 
     def _end_without_first(self) -> NoReturn:
-        self._end(f"{self._heard[0][0]} has ended or cannot be reached; {self._was_in(0)}")
+        self._end(f"{self._heard[0][0]} has ended or cannot be reached; {self._was_in(0)}", LOST)
 
     def _was_in(self, process: int) -> str:
         return f"it was in {self._heard[process][1] or 'no phase of a run'}"
 
-    def _end(self, text: str) -> NoReturn:
+    def _end(self, text: str, code: int) -> NoReturn:
         self._ending.acquire()  # never released: the first text is the one that is printed
         say(f"{text}. This process ends too; the same command on all resumes from what was saved")
-        os._exit(1)
+        os._exit(code)
 
 
 def _is_refused(address: str | None) -> bool:

@@ -24,6 +24,7 @@ import whole_runs
 from processes import Started, ended, free_port
 
 from igrpo_jax import train
+from igrpo_jax.distributed import peers
 from igrpo_jax.learning import stages
 from igrpo_jax.outputs.checkpoint_reading import saved_step
 from igrpo_jax.report.runs import local_copy
@@ -234,7 +235,7 @@ def test_two_processes_share_a_bucket_and_go_on_there_after_a_kill(folder, one, 
     processes = run(folder, bucket.address, 2, inject, slurm=False, **layout)
     assert processes[victim][0] == -signal.SIGKILL, processes
     code, said = processes[1 - victim]
-    assert code == 1 and f"process {victim} (" in said, processes
+    assert code == peers.LOST and f"process {victim} (" in said, processes
     place = path_of("", bucket.address)
     assert saved_step(place) in (2, 3)  # the save of the third may not have ended
     processes = run(folder, bucket.address, 2, {0: UNEVEN, 1: UNEVEN}, slurm=False, **layout)
@@ -397,7 +398,7 @@ def test_a_killed_process_is_named_by_the_others(failures, name, victim):
     assert processes[victim][0] == -signal.SIGKILL
     for own, (code, said) in enumerate(processes):
         if own != victim:
-            assert code == 1, said
+            assert code == peers.LOST, said
             last = said.strip().splitlines()[-1]
             assert f"error: process {victim} (" in last and f"it was in rollout (step {victim})" in last
 
