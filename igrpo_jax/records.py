@@ -16,7 +16,7 @@ import numpy as np
 class Score:
     """The result of grading one completion. Every completion gets a score, but not every score holds a verdict."""
 
-    reward: float  # weighted sum of `rewards`; NaN where there is no verdict ("invalid")
+    reward: float  # weighted sum of `rewards`; NaN where there is no verdict (see STATUSES)
     rewards: dict[str, float]  # by reward function: "accuracy", "format", …; unweighted; NaN where it does not apply
     extracted: str | None  # the final answer as found in the text, None where there is none
     status: str  # see STATUSES
@@ -31,9 +31,10 @@ class Score:
         return not math.isnan(self.reward) and self.rewards.get("accuracy", 0.0) >= 1.0
 
 
-# "ok": graded. "unparseable": no answer was found, which is a verdict like any other. "timeout" and "error": the
-# grading was killed or raised; it scores 0 and is counted. "invalid": there is no verdict, such as when a judge did not
-# reply. A completion without a verdict is not in its group's baseline, has advantage 0 and is never the kept draft.
+# "ok": graded. "unparseable": no answer was found, which is a verdict like any other. The others have no verdict.
+# "timeout" and "error": the grading was killed or raised. "invalid": nothing said how good it is, such as when a judge
+# did not reply. A completion without a verdict is not in its group's baseline, has advantage 0 and is never the kept
+# draft. An evaluation, which has no groups, counts an answer whose grading failed as wrong.
 STATUSES = ("ok", "unparseable", "timeout", "error", "invalid")
 
 

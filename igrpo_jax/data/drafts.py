@@ -12,6 +12,7 @@ from typing import Any
 
 from igrpo_jax.data import readers
 from igrpo_jax.errors import InputError
+from igrpo_jax.rewards.failures import FAILED
 from igrpo_jax.storage import reading
 
 
@@ -72,4 +73,4 @@ def _is_single_shot(row: dict[str, Any]) -> bool:
 def _is_right(row: dict[str, Any]) -> bool | None:
     """Returns the verdict on an answer; None without an accuracy reward, and where no verdict came."""
     accuracy = row["accuracy"] if "accuracy" in row else (row.get("rewards") or {}).get("accuracy")
-    return None if accuracy is None or row.get("status") == "invalid" else accuracy >= 1
+    return None if accuracy is None or row.get("status") in FAILED else accuracy >= 1

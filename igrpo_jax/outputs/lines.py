@@ -1,5 +1,6 @@
 """The text of the lines that the console prints, from numbers and samples: pure functions."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -135,7 +136,7 @@ def _score_text(completion: Completion) -> str:
     score = completion.score
     if score is None:
         return "not graded"
-    if score.status == "invalid":
+    if math.isnan(score.reward):
         return "no verdict"
     parts = [f"{name} {value:g}" for name, value in sorted(score.rewards.items())]
     return f"reward {score.reward:g} ({', '.join(parts)})" if parts else f"reward {score.reward:g}"

@@ -123,7 +123,7 @@ def _draft_metrics(drafts: list[tuple[Completion, ...]], with_accuracy: bool) ->
         "draft/entropy": sum(draft.entropy for draft in every) / max(sum(len(draft.tokens) for draft in every), 1),
     }
     if with_accuracy:
-        metrics["draft/accuracy"] = np.mean([draft.score.rewards.get("accuracy", 0.0) for draft in every])
+        metrics["draft/accuracy"] = _mean([draft.score.rewards.get("accuracy", 0.0) for draft in every])
         solved = [np.mean([draft.score.is_right for draft in group]) for group in drafts]
         metrics["draft/solved_none"] = np.mean([fraction == 0 for fraction in solved])
         metrics["draft/solved_some"] = np.mean([0 < fraction < 1 for fraction in solved])

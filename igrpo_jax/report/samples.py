@@ -109,7 +109,7 @@ def groups(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def is_right(row: Row) -> bool | None:
-    """Returns whether the answer of a sample is right; None where there is no accuracy reward."""
+    """Returns whether the answer of a sample is right; None without an accuracy reward, and where grading failed."""
     accuracy = row["rewards"].get("accuracy")
     return None if accuracy is None else accuracy >= 1
 
@@ -199,7 +199,7 @@ def _count(prompt: Row, counts: Counts, verifies: bool) -> int:
         trained = [sample for sample in prompt["drafts"] if sample["reward"] is not None]
         is_equal = len({sample["reward"] for sample in trained}) < 2
     if is_equal:
-        kinds = {sample["right"] for sample in trained}
+        kinds = {sample["right"] for sample in trained} - {None}
         counts.equal["right" if kinds == {True} else "wrong" if kinds == {False} else "mixed"] += 1
     return flags
 

@@ -213,7 +213,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "verifier",
             "Errors and time-outs",
             "% of samples",
-            "Gradings that raised or were killed score 0. Samples without a verdict are left out of their groups.",
+            "Samples without a verdict, as after a grading that raised or was killed, are left out of their groups.",
             (
                 Line("errors", "bad", ("verifier/error_frac",)),
                 Line("time-outs", "best", ("verifier/timeout_frac",)),

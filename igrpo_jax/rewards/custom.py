@@ -5,7 +5,7 @@
     futures = calls.submit(candidate, batch)    # of an Outcome, one for each function; its value is a Graded
 
 Each function is called separately, with its own deadline, so that a failing or slow one does not disturb the others;
-but a completion on which any function fails scores 0 on everything (`verifier`).
+but a completion on which any function fails has no verdict (`verifier`).
 The completions are in the order of the sample ids, so what a function sees does not depend on which completion was
 drawn first. A resumed run calls it with the same batches.
 

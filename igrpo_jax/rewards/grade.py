@@ -92,7 +92,7 @@ def grade_rows(rows: list[Row], workers: int, timeout: float) -> Iterator[Score]
     """Yields a Score per row, in order. Killable workers compute those of rows without a fault."""
     settings = RewardsConfig(accuracy=1.0, format=0.0, workers=workers, timeout=timeout)
     with Verifier(settings) as verifier:
-        futures = collections.deque(verifier.submit(row.candidate) for row in rows if not row.fault)
+        futures = collections.deque(verifier.check_answer(row.candidate) for row in rows if not row.fault)
         for row in rows:
             yield Score(0.0, {}, None, "error", detail=row.fault) if row.fault else futures.popleft().result()
 

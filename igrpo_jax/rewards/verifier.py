@@ -12,8 +12,9 @@ custom one, which is computed and reported but adds nothing.
     (custom)   functions of the user, by name, called with all completions at once     any number, or None
     judge      a model behind an OpenAI-compatible endpoint                            0 to 1, or none
 
-A grading that failed or exceeded its deadline scores 0 on everything, and its status says so. Where the judge gives no
-verdict, or where all rewards are custom and all returned None, the reward is NaN and the status "invalid".
+A grading that failed or exceeded its deadline says nothing about the answer: its rewards are NaN, and its status says
+why. An evaluation counts it as wrong. Where the judge gives no verdict, or where all rewards are custom and all
+returned None, the reward is NaN and the status "invalid".
 
 Not here: what an answer is and when two are equal (`mathematics.grader`), processes and deadlines (`pool`), calls
 of the user's functions (`custom`), requests to the judge and the file of its verdicts (`judge`). No jax.
@@ -151,9 +152,10 @@ class Verifier:
     def check_answer(self, candidate: Candidate, batch: Batch | None = None) -> Future[Score]:
         """Returns a future of the accuracy alone, whatever the rewards of training are. Evaluation counts this.
 
+        It is 0 where the grading failed, so that every answer counts.
         `batch` is not read; with it this method is a `Grade` (`sampling.scoring`).
         """
-        return self._grade(candidate, Rules({"accuracy": 1.0}))
+        return self._grade(candidate, Rules({"accuracy": 1.0}), failed=0.0)
 
     def classes(self, answers: Sequence[str | None]) -> Future[list[int]]:
         """Returns a future of `grader.classes` of the answers to one problem.
@@ -191,13 +193,15 @@ class Verifier:
         if self._judge:
             self._judge.close()
 
-    def _grade(self, candidate: Candidate, rules: Rules) -> Future[Score]:
+    def _grade(self, candidate: Candidate, rules: Rules, failed: float = math.nan) -> Future[Score]:
+        """Returns a future of the score by `rules`; all its rewards are `failed` where the grading failed."""
         result: Future[Score] = Future()
         if self._custom and not rules.weights:  # there are custom rewards only
             result.set_result(Score(0.0, {}, None, "ok"))
             return result
         graded = self._graded_once(candidate, rules)
-        graded.add_done_callback(lambda done: result.set_result(_to_score(self._noticed(done.result()), rules)))
+        score_of = lambda outcome: _to_score(self._noticed(outcome), rules, failed)
+        graded.add_done_callback(lambda done: result.set_result(score_of(done.result())))
         return result
 
     def _graded_once(self, candidate: Candidate, rules: Rules) -> Future[Outcome]:
@@ -222,11 +226,11 @@ class Verifier:
         return outcome
 
     def _with_custom(self, graded: Score, outcomes: Sequence[Outcome]) -> Score:
-        """Returns the score combined with the custom rewards' outcomes. Where any failed, everything is 0."""
+        """Returns the score combined with the custom rewards' outcomes. Where any failed, every reward is NaN."""
         assert self._custom is not None, "custom rewards have given the outcomes"
         seconds = graded.seconds + sum(outcome.seconds for outcome in outcomes)
         if graded.status in ("timeout", "error"):
-            return replace(graded, rewards=dict.fromkeys(self._weights, 0.0), seconds=seconds)
+            return replace(graded, rewards=dict.fromkeys(self._weights, math.nan), seconds=seconds)
         for outcome in outcomes:
             if outcome.status != "ok":
                 return replace(_failure(self._noticed(outcome), self._weights), seconds=seconds)
@@ -280,16 +284,16 @@ def _listed(futures: Sequence[Future]) -> Future[list]:
     return results
 
 
-def _to_score(outcome: Outcome, rules: Rules) -> Score:
-    """Returns the score of a worker's outcome; a failure scores 0."""
+def _to_score(outcome: Outcome, rules: Rules, failed: float = math.nan) -> Score:
+    """Returns the score of a worker's outcome; all rewards of a failure are `failed`."""
     if outcome.status == "ok":
         return replace(outcome.value, seconds=outcome.seconds)
-    return _failure(outcome, rules.weights)
+    return _failure(outcome, rules.weights, failed)
 
 
-def _failure(outcome: Outcome, weights: dict[str, float]) -> Score:
-    """Returns the score of a grading that failed: 0 on all rewards."""
-    return Score(0.0, dict.fromkeys(weights, 0.0), None, outcome.status, outcome.seconds, outcome.detail)
+def _failure(outcome: Outcome, weights: dict[str, float], failed: float = math.nan) -> Score:
+    """Returns the score of a grading that failed: `failed` for all rewards."""
+    return Score(failed, dict.fromkeys(weights, failed), None, outcome.status, outcome.seconds, outcome.detail)
 
 
 def statistics(scores: Sequence[Score]) -> dict[str, float]:

@@ -18,7 +18,10 @@ from igrpo_jax.probe import answers as probe_answers
 RIGHT = completion("draft", 0, [5, 9], 1.0, text="It is 7")
 WRONG = completion("draft", 1, [4, 9], 0.0, text="It is 8")
 REFINED = completion("refine", 0, [5, 9], 1.0, text="It is 7 indeed")
-UNGRADED = dataclasses.replace(WRONG, score=dataclasses.replace(WRONG.score, status="invalid", reward=float("nan")))
+UNGRADED = [
+    dataclasses.replace(WRONG, score=dataclasses.replace(WRONG.score, status=status, reward=float("nan")))
+    for status in ("invalid", "timeout", "error")
+]
 
 
 def read(place):
@@ -32,9 +35,9 @@ def test_drafts_of_a_run_and_its_completions_without_a_draft(tmp_path):
     with Writer(tmp_path, run_config()) as writer:
         writer.write(1, {"loss": 1.0})
         writer.samples(1, [stages, plain], [[0.5], [0.5]])
-        writer.samples(2, [group([UNGRADED], 0, [REFINED])], [[0.5]])
+        writer.samples(2, [group(UNGRADED, 0, [REFINED])], [[0.5]])
     first = (Draft("It is 7", True), Draft("It is 8", False))
-    assert read(tmp_path) == {"3 + 4": (*first, Draft("It is 8", None)), "1 + 6": (Draft("7.", True),)}
+    assert read(tmp_path) == {"3 + 4": (*first, *[Draft("It is 8", None)] * 3), "1 + 6": (Draft("7.", True),)}
     assert read(tmp_path / "samples" / "step_000001.jsonl")["3 + 4"] == first
 
 

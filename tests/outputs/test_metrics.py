@@ -177,6 +177,18 @@ def test_completions_without_a_verdict_are_left_out_of_means(two_groups):
     assert got["refine/gain_vs_best_draft"] == 1.0
 
 
+def test_gradings_that_failed_are_left_out_of_means(two_groups):
+    """Of the drafts' accuracies 1, 0, 0, 0 the first is not known, and of the completions' 1, 0, 0, 1 neither is."""
+    nothing = Score(math.nan, {"accuracy": math.nan, "format": math.nan}, None, "timeout")
+    failed = lambda one: dataclasses.replace(one, score=nothing)
+    first, second = two_groups
+    first = group([failed(first.drafts[0]), first.drafts[1]], 1, [failed(first.completions[0]), first.completions[1]])
+    before, got = (metrics.rollout_metrics(groups, run_config()) for groups in (two_groups, [first, second]))
+    assert not any(map(math.isnan, got.values()))
+    for name in ("rewards/accuracy/mean", "draft/accuracy"):
+        assert got[name] == pytest.approx((4 * before[name] - 1) / 3)
+
+
 def test_kept_drafts_cut_to_the_limit_are_counted_without_their_eos(two_groups):
     # Kept drafts: [5 6 EOS] has 2 tokens in q', [4 4 4 4] has 4.
     for limit, share in ((1, 1.0), (2, 0.5), (3, 0.5), (4, 0.0)):

@@ -1,6 +1,7 @@
 """The files that a run writes step by step, and what a resume does to them."""
 
 import json
+import math
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from builders import completion, group, run_config
 from igrpo_jax.errors import RunError
 from igrpo_jax.outputs import lines
 from igrpo_jax.outputs import writer as writers
+from igrpo_jax.records import Score
 
 
 def rows_of(path):
@@ -85,6 +87,17 @@ def test_rows_of_verifications_name_the_verdict_that_they_should_give(tmp_path, 
     ]
     titles, texts = zip(*lines.sample_blocks(verified[1], 0.5), strict=True)
     assert titles[2].startswith("verification 1 of 1, reward 1") and texts[-1] == "0"
+
+
+def test_a_grading_that_failed_has_no_reward_in_the_rows_and_on_the_console(tmp_path, two_groups):
+    failed = Score(math.nan, {"accuracy": math.nan}, None, "timeout")
+    first = replace(two_groups[0].completions[0], score=failed)
+    changed = replace(two_groups[0], completions=(first, two_groups[0].completions[1]))
+    with writers.Writer(tmp_path, run_config()) as writer:
+        writer.samples(1, [changed], np.zeros((1, 2), np.float32))
+    row = rows_of(tmp_path / "samples" / "step_000001.jsonl")[2]
+    assert (row["reward"], row["rewards"], row["status"]) == (None, {"accuracy": None}, "timeout")
+    assert lines.sample_blocks(changed, 0.0)[2][0] == "refinement 1 of 2, no verdict, advantage +0.00"
 
 
 def test_resume_drops_what_the_resumed_run_writes_again(tmp_path, two_groups):

@@ -184,8 +184,10 @@ def test_groups_without_a_gradient_are_split_by_what_they_are(tmp_path):
         for i, right in enumerate(both)
     ]
     rows += [sample("refine", 0, right=True, prompt="p4", advantage=None)]  # torn, or without a verdict
+    rows += [sample("refine", 0, right=False, prompt="p5", advantage=0.0)]
+    rows += [sample("refine", 1, prompt="p5", advantage=0.0, status="timeout", rewards={"accuracy": None}, reward=None)]
     found, _ = written(tmp_path, rows)
-    assert dict(found.counts[3].equal) == {"right": 1, "wrong": 1, "mixed": 1} and found.counts[3].prompts == 5
+    assert dict(found.counts[3].equal) == {"right": 1, "wrong": 2, "mixed": 1} and found.counts[3].prompts == 6
 
 
 def test_large_steps_come_in_parts_and_torn_ones_are_said(tmp_path, monkeypatch):

@@ -117,8 +117,8 @@ def scores(verifier, texts: Sequence[str], order: Sequence[int] | None = None) -
     return [futures[sample_id].result(timeout=60) for sample_id in range(len(texts))]
 
 
-def statuses(graded: Sequence[Score]) -> list[tuple[str, float]]:
-    return [(each.status, each.reward) for each in graded]
+def statuses(graded: Sequence[Score]) -> list[tuple[str, float | None]]:
+    return [(each.status, None if math.isnan(each.reward) else each.reward) for each in graded]
 
 
 @pytest.mark.slow
@@ -198,7 +198,7 @@ def test_what_a_custom_reward_returns_is_checked(name, detail):
     with Verifier(settings(name, accuracy=1.0)) as verifier:
         graded = verifier.submit(Candidate(RIGHT, "4")).result(timeout=60)
     assert graded.status == "error" and graded.detail.startswith(f"{custom(name)}: {detail}")
-    assert graded.reward == 0.0 and graded.rewards == {"accuracy": 0.0, name: 0.0}
+    assert math.isnan(graded.reward) and graded.rewards == {"accuracy": math.nan, name: math.nan}
 
 
 @pytest.mark.slow
@@ -251,7 +251,7 @@ def test_none_and_values_that_are_wrong_concern_their_own_row():
     assert graded[0].reward == 54.0 and math.isnan(graded[2].reward)
     assert graded[1].detail == f"{custom('by_word')}: returned nan; return None to skip a completion"
     assert graded[3].detail.startswith(f"{custom('by_word')}: returned 'many', which is not a number (ValueError")
-    assert graded[4].reward == 0.0 and "returned inf" in graded[4].detail
+    assert math.isnan(graded[4].reward) and "returned inf" in graded[4].detail
 
 
 @pytest.mark.slow
@@ -259,17 +259,29 @@ def test_the_call_of_a_batch_that_fails_is_repeated_one_by_one():
     with Verifier(settings("by_word", format=1.0, workers=2)) as verifier:
         raised = scores(verifier, ["fine", "raise", "good one"])
         died = scores(verifier, ["fine", "exit", "good one"], (2, 1, 0))
-    assert statuses(raised) == statuses(died) == [("ok", 14.0), ("error", 0.0), ("ok", 18.0)]
-    assert raised[1].rewards == {"format": 0.0, "by_word": 0.0}
+    assert statuses(raised) == statuses(died) == [("ok", 14.0), ("error", None), ("ok", 18.0)]
+    assert raised[1].rewards == {"format": math.nan, "by_word": math.nan}
     assert raised[1].detail.startswith(f"{custom('by_word')}: ZeroDivisionError: broken (in by_word, {__file__}, line ")
     assert died[1].detail == f"{custom('by_word')}: the worker ended with code 3"
+
+
+def below_zero(completions, **columns):
+    """Its best value is 0, which is the distance of the right answer."""
+    return [-abs(float(text) - 4) if text.isdigit() else "?" for text in completions]
+
+
+@pytest.mark.slow
+def test_a_failure_is_not_the_best_of_rewards_below_zero():
+    with Verifier(settings("below_zero")) as verifier:
+        graded = scores(verifier, ["1", "3", "2", "malformed"])
+    assert statuses(graded) == [("ok", -3.0), ("ok", -1.0), ("ok", -2.0), ("error", None)]
 
 
 @pytest.mark.slow
 def test_a_wrong_number_of_values_is_repeated_one_by_one():
     with Verifier(settings("count_of_good")) as verifier:
         graded = scores(verifier, ["good", "bad", "good"])
-    assert statuses(graded) == [("ok", 1.0), ("error", 0.0), ("ok", 1.0)]
+    assert statuses(graded) == [("ok", 1.0), ("error", None), ("ok", 1.0)]
     expected = "must return a list with one number or None per completion: 0 values for 1 completion"
     assert graded[1].detail.startswith(f"{custom('count_of_good')}: ValueError: {expected} (in count_of_good, ")
 
@@ -290,7 +302,7 @@ def test_one_row_that_hangs_times_out_alone():
     """The call of the batch is killed; then only the call of the row that hangs is."""
     with Verifier(settings("by_word", timeout=1.0, workers=2)) as verifier:
         graded = scores(verifier, ["fine", "hang", "good one"])
-    assert statuses(graded) == [("ok", 14.0), ("timeout", 0.0), ("ok", 18.0)]
+    assert statuses(graded) == [("ok", 14.0), ("timeout", None), ("ok", 18.0)]
     assert graded[1].detail == f"{custom('by_word')}: no result within 1.0 s" and graded[1].seconds == 1.0
 
 
@@ -309,14 +321,14 @@ def test_a_batch_has_as_much_time_as_its_completions_together():
 
 @pytest.mark.slow
 def test_a_grading_that_fails_takes_the_custom_reward_with_it():
-    """A completion whose accuracy could not be computed scores 0 on everything."""
+    """A completion whose accuracy could not be computed has no reward at all."""
     with Verifier(settings("by_word", accuracy=1.0)) as verifier:
         batch = Batch(2)
         broken = Candidate("fine", "4", opening=None, sample_id=0)  # the grader raises; the custom reward does not
         futures = [verifier.submit(broken, batch), verifier.submit(Candidate("fine", "4", sample_id=1), batch)]
         graded = [future.result(timeout=60) for future in futures]
-    assert graded[0].status == "error" and graded[0].rewards == {"accuracy": 0.0, "by_word": 0.0}
-    assert graded[0].reward == 0.0 and graded[1].reward == 24.0
+    assert graded[0].status == "error" and graded[0].rewards == {"accuracy": math.nan, "by_word": math.nan}
+    assert math.isnan(graded[0].reward) and graded[1].reward == 24.0
 
 
 @pytest.mark.slow
@@ -386,7 +398,7 @@ def test_a_function_that_fails_is_repeated_alone_and_the_others_are_not():
     with Verifier(several("by_word", "late_size")) as verifier:
         graded = scores(verifier, ["fine", "raise"])
     assert graded[0].rewards == {"by_word": 14.0, "late_size": 2.0} and graded[0].status == "ok"
-    assert graded[1].rewards == {"by_word": 0.0, "late_size": 0.0} and graded[1].reward == 0.0
+    assert graded[1].rewards == {"by_word": math.nan, "late_size": math.nan} and math.isnan(graded[1].reward)
     assert graded[1].status == "error" and graded[1].detail.startswith(f"{custom('by_word')}: ZeroDivisionError")
 
 

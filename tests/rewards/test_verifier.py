@@ -193,17 +193,20 @@ def test_a_worker_has_imported_the_grader_before_its_first_item(faked):
 
 
 @pytest.mark.slow
-def test_timeouts_and_errors_are_scores(faked):
+def test_timeouts_and_errors_are_no_verdict_and_wrong_in_an_evaluation(faked):
     before = set(multiprocessing.active_children())
     with Verifier(config.RewardsConfig(workers=1, timeout=3.0)) as verifier:
         futures = [verifier.submit(Candidate(text, "4")) for text in (RIGHT, "hang", "fail", RIGHT)]
         scores = [future.result(timeout=30) for future in futures]
+        evaluated = verifier.check_answer(Candidate("fail", "4")).result(timeout=30)
         pending = verifier.submit(Candidate("hang", "4"))
-    nothing = {"accuracy": 0.0, "format": 0.0}
-    assert [(s.status, s.reward) for s in scores] == [("ok", 2.0), ("timeout", 0.0), ("error", 0.0), ("ok", 2.0)]
-    assert scores[1] == Score(0.0, nothing, None, "timeout", 3.0, "no result within 3.0 s")
-    failed = Score(0.0, nothing, None, "error", detail="RuntimeError: a bug in the grader")
-    assert dataclasses.replace(scores[2], seconds=0.0) == failed
+    nothing = {"accuracy": math.nan, "format": math.nan}
+    assert [(s.status, s.reward) for s in scores[::3]] == [("ok", 2.0)] * 2
+    assert scores[1] == Score(math.nan, nothing, None, "timeout", 3.0, "no result within 3.0 s")
+    failed = Score(math.nan, nothing, None, "error", detail="RuntimeError: a bug in the grader")
+    assert dataclasses.replace(scores[2], seconds=0.0) == failed and not scores[2].is_right
+    wrong = dataclasses.replace(failed, reward=0.0, rewards={"accuracy": 0.0})
+    assert dataclasses.replace(evaluated, seconds=0.0) == wrong
     assert pending.result(timeout=1).status == "error"  # closed before it was graded
     assert set(multiprocessing.active_children()) <= before
 
