@@ -10,8 +10,11 @@ The completions are in the order of the sample ids, so what a function sees does
 drawn first. A resumed run calls it with the same batches.
 
 A call may take the time-out of one completion times the size of the batch. If the call of a batch fails, its
-completions are called again one by one, each as a batch of one, so that a bad completion spoils no other. If the call
-returns and only some of its values are wrong, these completions fail and the others keep their values.
+completions are called again one by one, each as a batch of one, so that a bad completion spoils no other. If some fail
+then too, the others are called once more together, because a reward that compares completions says nothing about one
+alone. Where that call fails, or no single call did (the batch as a whole took too long, or the function is written for
+one completion), the values of the single calls stay. If a call returns and only some of its values are wrong, these
+completions fail and the others keep their values.
 
 `rehearse` calls every function with some completions before a run starts, and warns of columns that none receives.
 
@@ -20,6 +23,7 @@ processes and deadlines (`pool`). No jax.
 """
 
 import contextlib
+import functools
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -141,7 +145,7 @@ class CustomCalls:
             with self._lock:
                 self._incomplete.discard(batch)
             for number in range(len(self.rewards)):
-                self._call(number, rows)
+                self._call(number, rows, functools.partial(self._settle, number, rows))
         return row.futures
 
     def close(self) -> None:
@@ -152,34 +156,71 @@ class CustomCalls:
         for batch in incomplete:
             batch.close()
 
-    def _call(self, number: int, rows: Sequence[_Row]) -> None:
+    def _call(self, number: int, rows: Sequence[_Row], settle: Callable[[Outcome], None]) -> None:
+        """Calls a function with some completions; `settle` gets the outcome of the call, whose value is a Reply."""
         arguments = self.rewards[number], [row.candidate for row in rows], self._state
         called = self._submit(*arguments, timeout=self._timeout * len(rows))
-        called.add_done_callback(lambda done: self._settle(number, rows, done.result()))
+        called.add_done_callback(lambda done: settle(done.result()))
 
     def _settle(self, number: int, rows: Sequence[_Row], outcome: Outcome) -> None:
-        """Answers the completions of a call, or calls them one by one if the call of all of them failed."""
-        path, seconds = self.rewards[number].path, outcome.seconds / len(rows)
-        if outcome.status == "ok":
-            reply = outcome.value
-            for row, value, extra in zip(rows, reply.values, reply.extra, strict=True):
-                if isinstance(value, str):
-                    settled = Outcome("error", detail=f"{path}: {value}", seconds=seconds)
-                else:
-                    settled = Outcome("ok", Graded(value, reply.logged, extra), seconds=seconds)
-                row.futures[number].set_result(settled)
-        elif len(rows) > 1 and not self._closed:
-            if self._rehearses:
-                self.repeated[path] = outcome
-            else:
-                logging.log_every_n(logging.WARNING, _REPEATED, 100, path, len(rows), outcome.detail)
-            for row in rows:
-                self._call(number, [row])
+        """Answers the completions of a batch, or calls them one by one if the call of all of them failed."""
+        if outcome.status == "ok" or len(rows) == 1 or self._closed:
+            self._answer(number, rows, self._by_row(number, len(rows), outcome))
+            return
+        path = self.rewards[number].path
+        if self._rehearses:
+            self.repeated[path] = outcome
         else:
+            logging.log_every_n(logging.WARNING, _REPEATED, 100, path, len(rows), outcome.detail)
+        alone: dict[int, Outcome] = {}
+
+        def settle(place: int, outcome: Outcome) -> None:
+            (own,) = self._by_row(number, 1, outcome)
+            with self._lock:
+                alone[place] = own
+                is_last = len(alone) == len(rows)
+            if is_last:
+                self._settle_alone(number, rows, [alone[i] for i in range(len(rows))])
+
+        for place, row in enumerate(rows):
+            self._call(number, [row], functools.partial(settle, place))
+
+    def _settle_alone(self, number: int, rows: Sequence[_Row], outcomes: list[Outcome]) -> None:
+        """Answers completions that were called one by one. If only some failed, the others are called together before.
+
+        Args:
+            outcomes: of the single calls.
+        """
+        sound = [place for place, outcome in enumerate(outcomes) if outcome.status == "ok"]
+        if not 1 < len(sound) < len(rows) or self._closed:
+            self._answer(number, rows, outcomes)
+            return
+
+        def settle(outcome: Outcome) -> None:
+            if outcome.status == "ok":
+                for place, own in zip(sound, self._by_row(number, len(sound), outcome), strict=True):
+                    outcomes[place] = own
+            self._answer(number, rows, outcomes)
+
+        self._call(number, [rows[place] for place in sound], settle)
+
+    def _by_row(self, number: int, count: int, outcome: Outcome) -> list[Outcome]:
+        """Returns the outcome of each of the `count` completions of a call, whose value is a Graded."""
+        path, seconds = self.rewards[number].path, outcome.seconds / count
+        if outcome.status != "ok":
             first = self.repeated.get(path)
             outcome = first if first and first.status == outcome.status == "error" else outcome
-            for row in rows:
-                row.futures[number].set_result(replace(outcome, detail=f"{path}: {outcome.detail}", seconds=seconds))
+            return [replace(outcome, detail=f"{path}: {outcome.detail}", seconds=seconds)] * count
+        return [
+            Outcome("error", detail=f"{path}: {value}", seconds=seconds)
+            if isinstance(value, str)
+            else Outcome("ok", Graded(value, outcome.value.logged, extra), seconds=seconds)
+            for value, extra in zip(outcome.value.values, outcome.value.extra, strict=True)
+        ]
+
+    def _answer(self, number: int, rows: Sequence[_Row], outcomes: Sequence[Outcome]) -> None:
+        for row, outcome in zip(rows, outcomes, strict=True):
+            row.futures[number].set_result(outcome)
 
 
 def rehearse(

@@ -255,11 +255,11 @@ def test_none_and_values_that_are_wrong_concern_their_own_row():
 
 
 @pytest.mark.slow
-def test_the_call_of_a_batch_that_fails_is_repeated_one_by_one():
+def test_the_call_of_a_batch_that_fails_is_repeated_one_by_one_and_then_without_what_fails():
     with Verifier(settings("by_word", format=1.0, workers=2)) as verifier:
         raised = scores(verifier, ["fine", "raise", "good one"])
         died = scores(verifier, ["fine", "exit", "good one"], (2, 1, 0))
-    assert statuses(raised) == statuses(died) == [("ok", 14.0), ("error", None), ("ok", 18.0)]
+    assert statuses(raised) == statuses(died) == [("ok", 24.0), ("error", None), ("ok", 28.0)]
     assert raised[1].rewards == {"format": math.nan, "by_word": math.nan}
     assert raised[1].detail.startswith(f"{custom('by_word')}: ZeroDivisionError: broken (in by_word, {__file__}, line ")
     assert died[1].detail == f"{custom('by_word')}: the worker ended with code 3"
@@ -281,7 +281,7 @@ def test_a_failure_is_not_the_best_of_rewards_below_zero():
 def test_a_wrong_number_of_values_is_repeated_one_by_one():
     with Verifier(settings("count_of_good")) as verifier:
         graded = scores(verifier, ["good", "bad", "good"])
-    assert statuses(graded) == [("ok", 1.0), ("error", None), ("ok", 1.0)]
+    assert statuses(graded) == [("ok", 2.0), ("error", None), ("ok", 2.0)]
     expected = "must return a list with one number or None per completion: 0 values for 1 completion"
     assert graded[1].detail.startswith(f"{custom('count_of_good')}: ValueError: {expected} (in count_of_good, ")
 
@@ -299,11 +299,36 @@ def test_a_function_written_for_one_completion_still_works(monkeypatch):
 
 @pytest.mark.slow
 def test_one_row_that_hangs_times_out_alone():
-    """The call of the batch is killed; then only the call of the row that hangs is."""
+    """The call of the batch is killed; then only the call of the row that hangs is. The others are called together."""
     with Verifier(settings("by_word", timeout=1.0, workers=2)) as verifier:
         graded = scores(verifier, ["fine", "hang", "good one"])
-    assert statuses(graded) == [("ok", 14.0), ("timeout", None), ("ok", 18.0)]
+    assert statuses(graded) == [("ok", 24.0), ("timeout", None), ("ok", 28.0)]
     assert graded[1].detail == f"{custom('by_word')}: no result within 1.0 s" and graded[1].seconds == 1.0
+
+
+def relative(completions, log_metric, log_extra, **columns):
+    """Takes no "bad" completion, no two that are "odd" in one batch, and more than 2 s for a batch of "slow" ones."""
+    if "bad" in completions or completions.count("odd") > 1:
+        raise ValueError("broken")
+    time.sleep(1.5 * (completions.count("slow") > 1) * len(completions))
+    log_metric("calls", len(completions))
+    log_extra("size", [len(completions)] * len(completions))
+    return above_mean(completions)
+
+
+@pytest.mark.slow
+def test_values_relative_to_the_group_are_so_without_the_completions_that_fail():
+    with Verifier(settings("relative", timeout=1.0)) as verifier:
+        graded = scores(verifier, ["bad", "good", "better", "bad", "the best"], (4, 3, 2, 1, 0))
+        both_fail = scores(verifier, ["bad", "odd", "odd"])
+        too_slow = scores(verifier, ["slow", "slow"])
+        one_left = scores(verifier, ["bad", "good"])
+    assert statuses(graded) == [("error", None), ("ok", -2.0), ("ok", 0.0), ("error", None), ("ok", 2.0)]
+    assert [each.logged for each in graded[1:3]] == [{"calls": [3.0]}] * 2 and graded[4].extra == {"size": 3}
+    assert (graded[0].logged, graded[0].extra) == ({}, {})
+    assert statuses(both_fail) == [("error", None), ("ok", 0.0), ("ok", 0.0)] and both_fail[1].extra == {"size": 1}
+    assert statuses(too_slow) == [("ok", 0.0)] * 2 and too_slow[0].logged == {"calls": [1.0]}
+    assert statuses(one_left) == [("error", None), ("ok", 0.0)]
 
 
 def slow(completions, **columns):
