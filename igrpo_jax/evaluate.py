@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from igrpo_jax.cli import exits, parsing
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError
-from igrpo_jax.loading import check_model
+from igrpo_jax.loading import check_model, config_of_run
 from igrpo_jax.rewards import main_guard
 from igrpo_jax.schema.fields import refusal
 from igrpo_jax.storage import reading
@@ -72,12 +72,12 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
         The summary of each benchmark by its name, as `out`/summary.json holds it.
 
     Raises:
-        InputError: `config` is not that of `model`, names no benchmark, or something in it is wrong; `out` holds
-            another evaluation.
+        InputError: `config` is not that of `model`, names no benchmark, or something in it is wrong, such as settings
+            of a built-in task with which it asks problems that a run was trained on; `out` holds another evaluation.
         Preempted: SIGTERM came, and the answers so far are in `out`.
     """
 
-    from igrpo_jax.data import problems
+    from igrpo_jax.data import builtin, problems
     from igrpo_jax.distributed import cluster, preemption
     from igrpo_jax.evaluation import inference, results, summary_tables
     from igrpo_jax.outputs.console import Console
@@ -89,6 +89,9 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
         raise refusal("evaluation.benchmarks", config.evaluation.benchmarks, fix)
     model, out = str(model), path_of(f"--workdir {out}", out)
     rows = problems.asked(problems.evaluation_rows(config), config.evaluation.limit)
+    if run := config_of_run(model):
+        questions = {name: [row.question for row in benchmark] for name, benchmark in rows.items()}
+        builtin.check_held_out(config, run, model, questions)
     with contextlib.ExitStack() as stack:
         stack.enter_context(preemption.noticed(config.checkpoint.preemption_grace))
         console = stack.enter_context(Console())

@@ -98,15 +98,17 @@ def check_config(config: Any) -> None:
         raise InputError(f"config = {given}: is not a checked configuration; give what load_config(...) makes of it")
 
 
+def config_of_run(model: str | Path) -> Config | None:
+    """Returns the configuration of the run whose folder `model` is; None where it is no folder of a run."""
+    folder = path_of(f"--model {model}", model)
+    return freeze(_tree_of_run(folder)) if (folder / "checkpoints").is_dir() else None
+
+
 def check_model(config: Config, model: str | Path) -> None:
     """Raises InputError where `config` does not describe `model`, as that of `load_config(..., model=model)` does."""
     check_config(config)
-    path, folder = str(model), path_of(f"--model {model}", model)
-    if (folder / "checkpoints").is_dir():
-        own = freeze(_tree_of_run(folder)).model
-        fits = replace(own, dtype=config.model.dtype) == config.model
-    else:
-        fits = config.model.path == path
+    path, own = str(model), config_of_run(model)
+    fits = replace(own.model, dtype=config.model.dtype) == config.model if own else config.model.path == path
     if not fits:
         raise InputError(f"config.model: is not that of {path}; use what load_config(..., model={path!r}) returns")
 

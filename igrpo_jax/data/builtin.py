@@ -1,12 +1,13 @@
 """The built-in tasks by name (data.task): their problems, and the examples of a supervised start."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from igrpo_jax.config import Config
 from igrpo_jax.data import arithmetic, lookups
+from igrpo_jax.errors import InputError
 from igrpo_jax.records import VERDICTS
 
 Problem = arithmetic.Problem | lookups.Problem
@@ -80,3 +81,39 @@ TASKS = {
     "arithmetic": Task(lambda config: arithmetic.problems(config.data.arithmetic, config.seed), _arithmetic_example),
     "lookups": Task(lambda config: lookups.problems(config.data.lookups, config.seed), _lookups_example),
 }
+
+
+def check_held_out(config: Config, run: Config, model: str, questions: Mapping[str, Sequence[str]]) -> None:
+    """Refuses settings of a built-in task with which an evaluation of a run asks problems that it was trained on.
+
+    Test and training problems are the first and the next ones of one stream (`drawing`). So more test problems than the
+    run has reach into its training problems, and another stream may hold any of them; fewer test problems cannot.
+
+    Args:
+        config: the settings of the evaluation.
+        run: those of the run in the folder `model`.
+        questions: what is asked, by benchmark.
+
+    Raises:
+        InputError: any of the questions is in the run's training set.
+    """
+    task = run.data.task
+    if run.data.train or task not in questions:
+        return
+    given, own = _stream(config, task), _stream(run, task)
+    changed = [name for name in given if given[name] != own[name]]
+    if not changed:
+        return
+    trained = {problem.question for problem in TASKS[task].problems(run)[0]}
+    if seen := sum(question in trained for question in questions[task]):
+        raise InputError(
+            f"{', '.join(f'config.{name} = {given[name]}' for name in changed)}: {seen:,} of the "
+            f"{len(questions[task]):,} problems of {task!r} are then among those that the run {model} was trained on "
+            f"(with {', '.join(f'{name} = {own[name]}' for name in changed)}); leave the run's own"
+        )
+
+
+def _stream(config: Config, task: str) -> dict[str, int]:
+    """Returns the settings that decide which test problems a built-in task has, by their dotted names."""
+    fields = vars(getattr(config.data, task)).items()
+    return {"seed": config.seed} | {f"data.{task}.{name}": value for name, value in fields if name != "train_problems"}
