@@ -166,9 +166,7 @@ class Learner:
         state, applied = self.programs.apply(state, grads, sums)
         sums, applied = sharding.to_host((sums, applied))
         padding = 1 - sum(unit.tokens for unit in trained) / padded if padded else 0.0
-        stages = {unit.stage for unit in units}
-        main = self.programs.stages[0]
-        measured = optimizer_step_metrics(sums, idle, stages, self.objective.plain_credit, main)
+        measured = optimizer_step_metrics(sums, units, idle, self.objective, self.programs.stages[0])
         return state, applied | measured | {"perf/padding_frac": padding}
 
     def rescored(

@@ -59,7 +59,7 @@ def loss(objective: ResolvedObjective, tokens: "TokenValues") -> "LossSums":
     bonus = 0.0 if tokens.entropy is None else total(tokens.entropy_weight * tokens.entropy)
     return LossSums(
         loss=-total(tokens.weight * value) - bonus,
-        clipped=total(too_low | too_high),
+        clipped=total((too_low | too_high) * (tokens.weight if objective.functions.by_row else 1.0)),
         kl=total(k3),
         ratio=total(ratio),
         tokens=total(1.0),
@@ -86,19 +86,21 @@ class LossSums(NamedTuple):
     """Sums over the tokens given; every field adds over micro-batches."""
 
     loss: jax.Array  # [] float32
-    clipped: jax.Array  # [] float32, number of tokens whose ratio is in the clipped region
+    # [] float32, number of tokens whose ratio is in the clipped region; where rows are counted (`Objective.by_row`) the
+    # sum of the weights of these tokens, which is the fraction of clipped rows among all rows of the optimizer step.
+    clipped: jax.Array
     kl: jax.Array  # [] float32, sum of k3 over tokens
     ratio: jax.Array  # [] float32, sum of ratios over tokens
     tokens: jax.Array  # [] float32, number of tokens with weight
 
 
 class MicroBatchSums(NamedTuple):
-    """Sums over the completion tokens of micro-batches; all [] float32."""
+    """Sums over the completion tokens with weight of micro-batches; all [] float32."""
 
-    loss_sums: LossSums  # over the tokens with weight alone; the others below are over all
-    entropy: jax.Array  # sum over completion tokens, in nats
-    tokens: jax.Array  # number of completion tokens
-    mismatch: jax.Array  # sum of |log pi_old - the sampler's log-prob| over completion tokens
+    loss_sums: LossSums
+    entropy: jax.Array  # in nats
+    tokens: jax.Array  # number of completion tokens, those without weight too
+    mismatch: jax.Array  # sum of |log pi_old - the sampler's log-prob|
     largest_mismatch: jax.Array  # the largest |log pi_old - the sampler's log-prob|
 
     @classmethod
@@ -165,10 +167,11 @@ def microbatch_loss(
         shaped=batch.shaped,
     )
     loss_sums = loss(objective, tokens)
-    mismatch = jnp.abs(drift)
+    counted = batch.weight > 0  # no row that was cut, where such rows carry no loss
+    mismatch = jnp.where(counted, jnp.abs(drift), 0.0)
     sums = MicroBatchSums(
         loss_sums=loss_sums,
-        entropy=jnp.sum(entropy),
+        entropy=jnp.sum(jnp.where(counted, entropy, 0.0)),
         tokens=jnp.sum(mask, dtype=jnp.float32),
         mismatch=jnp.sum(mismatch),
         largest_mismatch=jnp.max(mismatch),

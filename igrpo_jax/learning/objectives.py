@@ -33,6 +33,7 @@ class Objective:
     epsilon: float = 0.2
     epsilon_high: float = 0.2
     scale_rewards: str = "group"
+    by_row: bool = False  # all tokens of a row have one ratio; clipped rows are counted in place of tokens, as in TRL
 
 
 def _sequence_mean(lengths: np.ndarray, max_completion: int) -> np.ndarray:
@@ -79,8 +80,8 @@ OBJECTIVES = {
     "grpo": Objective(_sequence_mean, _token_log_ratio),
     "dr_grpo": Objective(_constant, _token_log_ratio, scale_rewards="none"),
     "dapo": Objective(_token_mean, _token_log_ratio, epsilon_high=0.28),
-    "gspo": Objective(_sequence_mean, _sequence_log_ratio, epsilon=3e-4, epsilon_high=4e-4),
-    "gspo_token": Objective(_sequence_mean, _sequence_token_log_ratio, epsilon=3e-4, epsilon_high=4e-4),
+    "gspo": Objective(_sequence_mean, _sequence_log_ratio, epsilon=3e-4, epsilon_high=4e-4, by_row=True),
+    "gspo_token": Objective(_sequence_mean, _sequence_token_log_ratio, epsilon=3e-4, epsilon_high=4e-4, by_row=True),
 }
 
 

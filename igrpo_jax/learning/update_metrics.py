@@ -1,11 +1,12 @@
 """The metrics of an update, under TRL's names, from the sums of its programs and the groups that it left out."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from igrpo_jax.learning.loss import MicroBatchSums
+from igrpo_jax.learning.objectives import ResolvedObjective
 from igrpo_jax.learning.packing import Unit
 
 _LAST = ("learning_rate", "nonfinite_steps")  # a rate or a count: that of the last optimizer step
@@ -17,9 +18,9 @@ NULLABLE = ("sampling/sampling_logp_difference/mean", *_LARGEST, _PLAIN)
 
 def optimizer_step_metrics(
     sums: dict[str, MicroBatchSums],
+    units: Sequence[Unit],
     idle: Sequence[Unit],
-    stages: Collection[str],
-    plain_credit: bool,
+    objective: ResolvedObjective,
     main: str,
 ) -> dict[str, float]:
     """Returns the metrics of one optimizer step: the loss of all rows, and the metrics of the stage `main`.
@@ -28,16 +29,19 @@ def optimizer_step_metrics(
 
     Args:
         sums: by stage, of the rows that were trained on.
-        idle: units without a gradient, for which nothing was computed.
-        stages: those of which the optimizer step has units; others have no metrics.
-        plain_credit: whether refinements are scored after the plain prompt instead of the one that they were sampled
-            from. Their log-prob difference then says nothing about the sampler, and has another name.
+        units: all units of the optimizer step; stages without one have no metrics.
+        idle: those without a gradient, for which nothing was computed.
     """
     by_stage = {}
-    for stage in stages:
+    for stage in {unit.stage for unit in units}:
         by_stage[stage] = _stage_metrics(sums[stage], [unit for unit in idle if unit.stage == stage])
+        if objective.functions.by_row:  # `clipped` is a fraction of the rows of all units, which have equally many
+            share = sum(unit.stage == stage for unit in units) / len(units)
+            by_stage[stage]["clip_ratio/region_mean"] = sums[stage].loss_sums.clipped / share
     named = by_stage.pop(main, {})
-    if named and plain_credit:
+    if named and objective.plain_credit:
+        # Refinements are scored after the plain prompt, not after the one that they were sampled from: how their
+        # log-probs differ says nothing about the sampler.
         named[_PLAIN] = named.pop("sampling/sampling_logp_difference/mean")
         del named["sampling/sampling_logp_difference/max"]
     names = {"kl": "kl", "clip_ratio/region_mean": "clip_ratio"}
@@ -48,26 +52,23 @@ def optimizer_step_metrics(
 def _stage_metrics(sums: MicroBatchSums, idle: Sequence[Unit]) -> dict[str, float]:
     """Returns the metrics of the rows of one stage.
 
-    Idle rows count as well for the entropy and `perf/idle_frac`. Where their tokens have weight they count with a KL
-    and a clip ratio of 0. How far the sampler is from the policy is NaN where no row was trained on.
+    Idle rows count as well, with a KL and a clip ratio of 0. As in TRL, only tokens with weight count, but for
+    `perf/idle_frac`: with algorithm.mask_truncated_completions none of a row that was cut. How far the sampler is from
+    the policy is NaN where no row was trained on.
     """
-    completions = [completion for unit in idle for completion in unit.completions]
-    idle_tokens = sum(len(completion.tokens) for completion in completions)
-    idle_with_weight = sum(
-        len(completion.tokens)
-        for unit in idle
-        for completion, weight in zip(unit.completions, unit.weight, strict=True)
-        if weight
-    )
-    tokens = max(sums.tokens + idle_tokens, 1)
-    counted = max(sums.loss_sums.tokens + idle_with_weight, 1)
+    idle_tokens = sum(len(completion.tokens) for unit in idle for completion in unit.completions)
+    with_weight = [
+        completion for unit in idle for completion, weight in zip(unit.completions, unit.weight, strict=True) if weight
+    ]
+    tokens, trained = max(sums.tokens + idle_tokens, 1), sums.loss_sums.tokens
+    counted = max(trained + sum(len(completion.tokens) for completion in with_weight), 1)
     return {
-        "entropy": (sums.entropy + sum(completion.entropy for completion in completions)) / tokens,
+        "entropy": (sums.entropy + sum(completion.entropy for completion in with_weight)) / counted,
         "kl": sums.loss_sums.kl / counted,
         "clip_ratio/region_mean": sums.loss_sums.clipped / counted,
-        "ratio/mean": sums.loss_sums.ratio / sums.loss_sums.tokens if sums.loss_sums.tokens else 1.0,
-        "sampling/sampling_logp_difference/mean": sums.mismatch / sums.tokens if sums.tokens else math.nan,
-        "sampling/sampling_logp_difference/max": sums.largest_mismatch if sums.tokens else math.nan,
+        "ratio/mean": sums.loss_sums.ratio / trained if trained else 1.0,
+        "sampling/sampling_logp_difference/mean": sums.mismatch / trained if trained else math.nan,
+        "sampling/sampling_logp_difference/max": sums.largest_mismatch if trained else math.nan,
         "perf/idle_frac": idle_tokens / tokens,
     }
 

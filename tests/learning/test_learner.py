@@ -295,7 +295,7 @@ def test_shared_equals_unshared_off_policy(build, tiny, score_in_full, objective
         results.append(accumulated(built, tiny[1], one_batch(packer, units, WHOLE if share else 2 * WHOLE)))
     (shared, sums), (alone, others) = results
     assert_close(shared, alone, 1e-5)
-    assert 0.1 < sums.loss_sums.clipped / sums.loss_sums.tokens < 0.9
+    assert 0.1 < sums.loss_sums.clipped / (1 if objective == "gspo" else sums.loss_sums.tokens) < 0.9
     for got, expected in zip(jax.tree.leaves(sums), jax.tree.leaves(others), strict=True):
         assert got == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
@@ -891,8 +891,8 @@ def test_a_batch_that_was_cut_whole_changes_nothing(build, tiny):
         for group in make_groups()
     ]
     state, metrics = updated(build(algorithm__mask_truncated_completions=True), tiny[1], cut)
-    assert metrics["loss"] == metrics["grad_norm"] == metrics["nonfinite_steps"] == 0
-    assert all(np.isfinite(value) for value in metrics.values())
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["nonfinite_steps"] == metrics["entropy"] == 0
+    assert {name for name, value in metrics.items() if not np.isfinite(value)} == set(MISMATCH)  # no row to compare
     for path, value in tiny[1].items():
         np.testing.assert_array_equal(state.params[path], value)
 

@@ -18,8 +18,9 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.errors import InputError
 from igrpo_jax.learning import objectives
-from igrpo_jax.learning.loss import TokenValues
+from igrpo_jax.learning.loss import LossSettings, MicroBatchSums, TokenValues, microbatch_loss
 from igrpo_jax.learning.loss import loss as objective_loss
+from igrpo_jax.learning.update_metrics import optimizer_step_metrics
 from igrpo_jax.models.logprobs import token_logprobs
 from igrpo_jax.models.segments import Family, pack, starts
 
@@ -96,7 +97,7 @@ GRADIENTS = {
     "gspo": [[-math.sqrt(0.75) / 4] * 2 + [0], [0, 0, 0]],
 }
 GRADIENTS["gspo_token"] = GRADIENTS["gspo"]
-CLIPPED = {"grpo": 2, "dr_grpo": 2, "dapo": 2, "gspo": 3, "gspo_token": 3}
+CLIPPED = {"grpo": 2, "dr_grpo": 2, "dapo": 2, "gspo": 0.5, "gspo_token": 0.5}  # tokens, or the fraction of rows
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -104,7 +105,7 @@ def test_loss_and_gradient(loss_type):
     record, gradient = evaluate(resolved(loss_type))
     assert float(record.loss) == pytest.approx(LOSSES[loss_type], abs=1e-6)
     np.testing.assert_allclose(gradient, GRADIENTS[loss_type], atol=1e-6)
-    assert float(record.clipped) == CLIPPED[loss_type]
+    assert float(record.clipped) == pytest.approx(CLIPPED[loss_type])
     assert float(record.tokens) == 5
     assert float(record.kl) == 0
 
@@ -376,7 +377,7 @@ def by_completion(r, loss_type, values, places):
         if r.entropy_coef:
             sums["loss"] -= np.sum(values.entropy_weight[place] * values.entropy[place])
         outside = np.where(advantage > 0, ratio > 1 + r.epsilon_high, ratio < 1 - r.epsilon)
-        sums["clipped"] += np.sum(outside & counted)
+        sums["clipped"] += np.sum((outside & counted) * (weight if loss_type.startswith("gspo") else 1))
         sums["kl"] += np.sum(k3[counted])
         sums["ratio"] += np.sum(ratio[counted])
         sums["tokens"] += np.sum(counted)
@@ -455,6 +456,10 @@ TRL_CASES = {
     "entropy": ({"loss_type": "dr_grpo", "entropy_coef": 0.3}, {"loss_type": "dr_grpo"}),
     "cut": ({"loss_type": "dapo", "mask_truncated_completions": True, "entropy_coef": 0.3}, {"loss_type": "dapo"}),
     "cut rows": ({"loss_type": "grpo", "mask_truncated_completions": True}, {"loss_type": "grpo"}),
+    "cut gspo": (
+        {"loss_type": "gspo", "mask_truncated_completions": True},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    ),
     "all": (
         {"loss_type": "dapo", "epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5, "beta": 0.05, "entropy_coef": 0.01},
         {"loss_type": "dapo"},
@@ -523,7 +528,10 @@ def loss_by_trl(settings, theirs, finished):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", TRL_CASES)
 def test_equal_to_trl(case):
-    """Through our log-probs too: with the identity as head, the gradient of the hidden states is that of the logits."""
+    """Through our log-probs too: with the identity as head, the gradient of the hidden states is that of the logits.
+
+    The metrics are those of an update. TRL's sampler mismatch, outside of its `_compute_loss`, is over the same mask.
+    """
     ours, theirs = TRL_CASES[case]
     finished = np.array([True, True, True, False, True, False])
     expected, gradient, metrics = loss_by_trl(ours, theirs, finished)
@@ -534,7 +542,7 @@ def test_equal_to_trl(case):
     weight = objectives.row_weights(r, TRL_LENGTHS, finished, TRL_L_MAX)[:, None] * mask
     entropy_weight = objectives.entropy_weights(r, TRL_LENGTHS, finished)
 
-    def loss(logits):
+    def rows_of(logits):
         logprob, entropy = token_logprobs(logits, jnp.eye(11), targets, 1.0, 9, entropy_gradient=True)
         rows = on_axes(
             logprob=logprob,
@@ -547,17 +555,53 @@ def test_equal_to_trl(case):
             entropy=entropy if r.entropy_coef else None,
             entropy_weight=entropy_weight,
         )
-        record = objective_loss(r, rows)
-        return record.loss, record
+        return rows, entropy
 
-    (value, record), got = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logits))
+    value, got = jax.value_and_grad(lambda logits: objective_loss(r, rows_of(logits)[0]).loss)(jnp.asarray(logits))
     assert float(value) == pytest.approx(expected, abs=1e-5)
     np.testing.assert_allclose(got, gradient, atol=1e-5, rtol=0)
     assert np.abs(gradient).max() > 0.01
-    if case != "gspo":  # TRL counts its clips by sequence
-        assert float(record.clipped / record.tokens) == pytest.approx(metrics["clip_ratio/region_mean"], abs=1e-6)
+    gap = np.random.default_rng(5).normal(size=mask.shape).astype(np.float32)
+    measured = metrics_of_rows(r, *rows_of(jnp.asarray(logits)), gap)
     assert metrics["clip_ratio/region_mean"] > 0.1
-    assert float(record.kl / record.tokens) == pytest.approx(metrics.get("kl", 0), abs=1e-5)
+    for name in ("clip_ratio/region_mean", "entropy", "kl"):
+        assert measured[name] == pytest.approx(metrics.get(name, 0), abs=1e-5), name
+    sampled = np.abs(gap)[mask & (finished | (not r.mask_truncated))[:, None]]
+    expected = {"mean": sampled.mean(), "max": sampled.max()}
+    for name, value in expected.items():
+        assert measured[f"sampling/sampling_logp_difference/{name}"] == pytest.approx(value, rel=1e-5), name
+
+
+def metrics_of_rows(r, rows, entropy, gap):
+    """The metrics of an optimizer step with these rows, whose sampler is off log pi_old by `gap` [R, T]."""
+    names = ("mask", "advantage", "weight", "entropy_weight")
+    batch = types.SimpleNamespace(
+        **{name: getattr(rows, name) for name in names},
+        **{"old_logprob": rows.old, "sampler_logprob": rows.old - gap, "reference_logprob": rows.reference},
+        **{"segments": types.SimpleNamespace(segment=rows.row), "shaped": None},
+    )
+    policy = lambda params, batch, frozen, entropy_gradient: (rows.logprob, entropy)
+    settings = LossSettings(r, policy, on_policy=False, correction_cap=0.0)
+    sums = jax.tree.map(float, microbatch_loss(settings, {}, batch, {})[1])
+    return optimizer_step_metrics({"refine": sums}, [types.SimpleNamespace(stage="refine")], [], r, "refine")
+
+
+def test_idle_rows_that_were_cut_count_as_idle_alone():
+    """Three tokens with 2 nats each ended, two with 4 nats were cut: together they would have 14 / 5."""
+    rows = [types.SimpleNamespace(tokens=np.zeros(n), entropy=sum_) for n, sum_ in ((3, 6.0), (2, 8.0))]
+    idle = types.SimpleNamespace(stage="refine", completions=rows, weight=np.array([0.5, 0.0]))
+    sums = jax.tree.map(float, MicroBatchSums.zeros())
+    measured = optimizer_step_metrics({"refine": sums}, [idle], [idle], resolved("grpo"), "refine")
+    assert measured["entropy"] == 2.0 and measured["perf/idle_frac"] == 1.0
+
+
+def test_clipped_rows_are_a_fraction_of_those_of_their_stage():
+    """Of three units of refinements and one of drafts a quarter of all rows is clipped in each stage."""
+    units = [types.SimpleNamespace(stage=stage) for stage in ("refine", "refine", "refine", "draft")]
+    zero = jax.tree.map(float, MicroBatchSums.zeros())
+    sums = zero._replace(loss_sums=zero.loss_sums._replace(clipped=0.25, tokens=8.0))
+    measured = optimizer_step_metrics({"refine": sums, "draft": sums}, units, [], resolved("gspo"), "refine")
+    assert measured["clip_ratio/region_mean"] == pytest.approx(1 / 3) and measured["draft/clip_ratio"] == 1.0
 
 
 def test_advantages_divide_by_the_sample_deviation():
