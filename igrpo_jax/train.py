@@ -37,8 +37,9 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
 
     Args:
         on_step: called after each step has been reported and, where due, saved, with the step's number and metrics
-            (docs/metrics.md), which include the scores of an evaluation after it. If it raises, the step is saved and
-            the run ends; the same call resumes after that step.
+            (docs/metrics.md), which include the scores of an evaluation after it. Where the evaluation is interrupted,
+            it is called by the start that makes up for it. If it raises, the step is saved and the run ends; the same
+            call resumes after that step.
 
     Raises:
         InputError: something in `config` or what it names is wrong, or `workdir` holds another run.
@@ -61,7 +62,10 @@ def _train(
 ) -> None:
     """Opens the run and takes its remaining steps. On Ctrl-C `run_context` clears this frame, which frees the state."""
     run, state = open_run(config, workdir, console, stack)
-    for step in range(run.resumed_after + 1, run.task.total_steps + 1):
+    done = run.resumed_after
+    if on_step and done and run.progress.interrupted == done:
+        _call(on_step, run, state, done, run.reported(done) | run.progress.scores.get(done, {}))
+    for step in range(done + 1, run.task.total_steps + 1):
         with run.saving_at_end(step - 1, state):
             run.stop_if_preempted()
             result = train_step(run, state, step)

@@ -57,7 +57,9 @@ def test_a_callback_gets_each_step_with_the_scores_after_it(monkeypatch, tmp_pat
     calls = []
 
     class Run:
-        resumed_after, task, progress = 2, SimpleNamespace(total_steps=4), SimpleNamespace(scores={})
+        resumed_after, task = 2, SimpleNamespace(total_steps=4)
+        progress = SimpleNamespace(scores={2: {"eval/x": 0.25}}, interrupted=2)  # an earlier start ended there
+        reported = lambda self, step: {"reward": step / 2}
         stop_if_preempted = finish = lambda self, *_: None
         saving_at_end = lambda self, *_: contextlib.nullcontext()
         report = lambda self, step, _: calls.append(f"report {step}")
@@ -71,6 +73,7 @@ def test_a_callback_gets_each_step_with_the_scores_after_it(monkeypatch, tmp_pat
     monkeypatch.setattr(train, "train_step", step)
     train.train(config.Config(compilation_cache=""), tmp_path, lambda *call: calls.append(call))
     assert calls == [
+        (2, {"reward": 1.0, "eval/x": 0.25}),
         *("report 3", "save 3", (3, {"reward": 1.5})),
         *("report 4", "save 4", (4, {"reward": 2.0, "eval/x": 0.5})),
     ]
@@ -80,7 +83,8 @@ def test_a_step_whose_callback_raises_is_saved(monkeypatch, tmp_path):
     calls = []
 
     class Run:
-        resumed_after, task, progress, workdir = 0, SimpleNamespace(total_steps=9), SimpleNamespace(scores={}), tmp_path
+        resumed_after, task, workdir = 0, SimpleNamespace(total_steps=9), tmp_path
+        progress = SimpleNamespace(scores={}, interrupted=0)  # in the evaluation before the first step
         stop_if_preempted = report = save = lambda self, *_: None
         saving_at_end = lambda self, *_: contextlib.nullcontext()
         evaluation_due = lambda self, step: False
@@ -485,7 +489,7 @@ def test_a_step_that_is_evaluated_after_a_resume_may_be_the_best(tmp_path, monke
     steps = {row["step"]: row.keys() - {"step"} for row in lines if "loss" in row}
     for step, metrics in seen.items():
         assert metrics.keys() - {"eval/arithmetic/pass@1"} == steps[step]  # on_step gets all of the step's row
-    assert seen.keys() == {2, 3}
+    assert seen.keys() == {1, 2, 3} and seen[1]["eval/arithmetic/pass@1"] == 0.9
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,11 @@ class Run:
         if self.shows_samples(step) and any(group.completions for group in groups):
             best = max(range(len(groups)), key=lambda i: np.abs(advantages[i]).max(initial=-1))
             self.console.sample(groups[best], advantages[best])
+
+    def reported(self, step: int) -> dict[str, float]:
+        """Returns the metrics of a step that an earlier start reported; none where its row is lost."""
+        row = cluster.from_first(lambda: next((row for row in self.writer.history if row["step"] == step), {}))
+        return {name: math.nan if value is None else value for name, value in row.items() if name != "step"}
 
     def _warn_of_compiles(self, step: int, compiled: Sequence[str]) -> None:
         """Names the programs that were compiled after the first step, the first one of each kind."""

@@ -15,3 +15,10 @@ def test_a_checkpoint_of_an_older_version_holds_more_and_is_read():
     progress = Progress({2: {"eval/x/pass@1": 0.5}}, skipped_optimizer_steps=1, skipped_in_a_row=1)
     older = {"step": 3, "seed": 0, "epoch": 0, "index": 24, "metrics_rows": 4, "data": "a hash"}
     assert Progress.from_meta(older | progress.meta(), 1) == progress
+
+
+def test_a_checkpoint_says_which_evaluation_was_interrupted():
+    """What is under way later is none of it."""
+    progress = Progress.from_meta(Progress(evaluating={"step": 3}).meta(), 0)
+    progress.evaluating = None
+    assert progress.interrupted == 3 and Progress.from_meta(progress.meta(), 0).interrupted is None
