@@ -64,7 +64,7 @@ class Decoder(nnx.Module):
         # The embedding table is gathered along its width before the lookup: rows of a table whose width is sharded like
         # the batch cannot be resharded cheaply.
         table = sharding.constrain(self.embedding[...], "vocab", None)
-        x = sharding.constrain(table[tokens], "batch", "time", "features")
+        x = sharding.constrain(_lookup(table, tokens, self.cfg.vocab_size), "batch", "time", "features")
         places = positions if isinstance(positions, Positions) else with_angles(self.cfg, positions)
         segments = cache if isinstance(cache, Segments) else None
         entries = [None] * len(self.blocks) if cache is None or segments is not None else cache
@@ -229,6 +229,28 @@ def apply(
     leaves = [(path, leaf.replace(params["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     values = nnx.from_flat_state(leaves)
     return nnx.merge(graph, values)(tokens, positions, cache, remat)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup(table: jax.Array, tokens: jax.Array, rows: int) -> jax.Array:
+    """Returns rows [..., D] of a table [rows, D]. The gradients of a row's uses are added in float32, and rounded once.
+
+    The gradient of `table[tokens]` would be added in the table's dtype: in bfloat16 the sum over a token that occurs
+    hundreds of times in a micro-batch no longer changes with each of them.
+    """
+    return table[tokens]
+
+
+def _lookup_forward(table, tokens, rows):
+    return table[tokens], tokens
+
+
+def _lookup_backward(rows, tokens, grads):
+    sums = jnp.zeros((rows, grads.shape[-1]), jnp.float32).at[tokens].add(grads.astype(jnp.float32))
+    return sums.astype(grads.dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def barrier_options(platform: str) -> dict[str, str]:

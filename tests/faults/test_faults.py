@@ -143,7 +143,7 @@ Verifier.submit = graded
     workdir = copy_of(whole, tmp_path / "run")
     done = faulty(inject, tmp_path, workdir, "steps=7", "checkpoint.every=0", "evaluation.every=20")
     assert done.returncode == 1, done.stderr
-    told = f"step 6 is saved in {workdir}; started again, the run goes on from there"
+    told = f"step 6 is saved in {workdir}; started again, the run resumes from there"
     assert f"MemoryError: no memory is left\n{told}\n" in done.stderr
     assert [row["step"] for row in rows(workdir) if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert "resumed after 6" in whole_runs.run(tmp_path, workdir, "steps=7")

@@ -255,3 +255,11 @@ def test_sines_and_cosines_are_computed_once_for_all_sublayers(params):
     text = run.lower(params, tokens, positions).compile().as_text()
     assert TINY.pattern.count("*") > 1
     assert text.count(" cosine(") == text.count(" sine(") == 1
+
+
+def test_gradients_of_the_embedding_are_added_in_float32():
+    """In bfloat16 a sum of ones would stay at 256; each of these is added, and a gradient has the table's dtype."""
+    table, tokens = jnp.zeros((3, 2), jnp.bfloat16), jnp.ones((1, 2048), jnp.int32)
+    gradient = jax.jit(jax.grad(lambda table: jnp.sum(decoder._lookup(table, tokens, 3).astype(jnp.float32))))(table)
+    np.testing.assert_array_equal(gradient, [[0, 0], [2048, 2048], [0, 0]])
+    assert gradient.dtype == jnp.bfloat16
