@@ -242,7 +242,7 @@ def _lookup(table: jax.Array, tokens: jax.Array, rows: int) -> jax.Array:
 
 
 def _lookup_forward(table, tokens, rows):
-    return table[tokens], tokens
+    return jnp.asarray(table)[tokens], tokens
 
 
 def _lookup_backward(rows, tokens, grads):
