@@ -107,7 +107,8 @@ def decisions(args: argparse.Namespace) -> dict[str, Any]:
     setting = SETTINGS[args.setting]
     decided: dict[str, Any] = {"setting": args.setting, "steps": steps_of(args)}
     if setting.screen:
-        decided |= {"model": args.model, "data": str(args.data), "screen": args.screen, "held-out": args.held_out}
+        decided |= {"screen": args.screen, "held-out": args.held_out, "data": str(Path(args.data).absolute())}
+        decided["model"] = str(Path(args.model).absolute()) if Path(args.model).is_dir() else args.model
     return decided
 
 

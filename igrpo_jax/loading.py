@@ -99,7 +99,7 @@ def check_config(config: Any) -> None:
 
 
 def config_of_run(model: str | Path) -> Config | None:
-    """Returns the configuration of the run whose folder `model` is; None where it is no folder of a run."""
+    """Returns the configuration of the run whose folder `model` is; None where it is not the folder of a run."""
     folder = path_of(f"--model {model}", model)
     return freeze(_tree_of_run(folder)) if (folder / "checkpoints").is_dir() else None
 
@@ -212,7 +212,7 @@ def value_of_text(path: str, text: str) -> Any:
     A tuple is written as a,b or as Python writes it, a mapping as Python writes it.
 
     Raises:
-        InputError: there is no such field; `text` is no value of its type.
+        InputError: there is no such field; `text` is not a value of its type.
     """
     check_field(path)
     setting = setting_at(Config, path)

@@ -29,8 +29,8 @@ declare -A MEANS=(
 declare -A SWITCH=([spot]="" [dry-run]="") # flags without a value
 REST=()                                    # the arguments after --
 
-# Slurm and Kubernetes are told to wait 120 s between SIGTERM and the kill, and a run would give up saving after 25 s. It
-# stands before the user's own arguments, which win.
+# Slurm (before a time limit) and Kubernetes are told to wait 120 s between SIGTERM and the kill, and a run would give up
+# saving after 25 s. It comes before the user's own arguments, which win.
 GRACE=--config.checkpoint.preemption_grace=110
 
 # die MESSAGE ends after bad input. fail MESSAGE ends after an error with good input.

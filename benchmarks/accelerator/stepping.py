@@ -79,7 +79,7 @@ def _measured(args, drafts: int, generations: int) -> dict:
         "tokens_per_second": round(tokens / (rollout + update)),
         "verify_wait_seconds": round(whole.metrics["perf/verify_wait_time"], 4),
         "slot_utilization": round(whole.metrics["perf/slot_utilization"], 4),
-        "solved": statistics.mean(completion.score.rewards["accuracy"] for completion in completions),
+        "solved": statistics.mean(completion.score.is_right for completion in completions),
         "recompiles": len(recompiled),
         "completions": len(completions),
     }

@@ -43,7 +43,7 @@ def run(command: Callable[[list[str]], None]) -> None:
         _drop_stdout()
         _exit(_print_error(f"stdout was closed by the command that it is piped into; {GOES_ON}", 1))
     except InputError as error:
-        _exit(_print_error(error, 2))
+        _exit(_print_error("; ".join([str(error), *_notes(error)]), 2))
     except RunError as error:
         _exit(_print_error("; ".join([str(error), *_notes(error)]), 1))
     except preemption.Preempted as error:

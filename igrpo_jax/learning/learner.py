@@ -205,6 +205,7 @@ class Learner:
         """Returns the units of drafts, where they are trained on; a group that skipped Stage 1 has none."""
         if "draft" not in self.programs.stages:
             return []
+        assert len(advantages) == len(groups), "drafts are trained on: give their advantages to `update`"
         return self.packer.units([group.of_drafts for group in groups], advantages)
 
     @property

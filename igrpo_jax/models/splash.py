@@ -115,7 +115,7 @@ def _packed_attention(q, k, v, segment, parent, blocks, block, interpret):
         branches = functools.partial(run, given=short), functools.partial(run, given=full)
         mixed = jax.lax.cond(visits.fit(needed, short), *branches, *arguments)
     mixed = jnp.where(visits.fit(needed, full), mixed, jnp.nan)
-    # Padding reads nothing, so what the kernel has for it is no number. With zeros instead, no gradient passes either.
+    # Padding reads nothing, and the kernel has NaN for it. With zeros instead, no gradient passes either.
     return jnp.where((segment > 0)[:, None], mixed, 0)
 
 

@@ -124,10 +124,11 @@ def _draft_metrics(drafts: list[tuple[Completion, ...]], with_accuracy: bool) ->
     }
     if with_accuracy:
         metrics["draft/accuracy"] = _mean([draft.score.rewards.get("accuracy", 0.0) for draft in every])
-        solved = [np.mean([draft.score.is_right for draft in group]) for group in drafts]
-        metrics["draft/solved_none"] = np.mean([fraction == 0 for fraction in solved])
-        metrics["draft/solved_some"] = np.mean([0 < fraction < 1 for fraction in solved])
-        metrics["draft/solved_all"] = np.mean([fraction == 1 for fraction in solved])
+        graded = [[draft.score for draft in group if not np.isnan(draft.score.reward)] for group in drafts]
+        solved = [float(np.mean([score.is_right for score in scores])) for scores in graded if scores]
+        metrics["draft/solved_none"] = _mean([fraction == 0 for fraction in solved])
+        metrics["draft/solved_some"] = _mean([0 < fraction < 1 for fraction in solved])
+        metrics["draft/solved_all"] = _mean([fraction == 1 for fraction in solved])
     return metrics
 
 
@@ -149,15 +150,21 @@ def _refine_metrics(groups: list[Group], with_accuracy: bool, max_draft_length: 
         "refine/copy_ratio": np.mean([copy_ratio(content(draft), content(completion)) for draft, completion in pairs]),
         "refine/draft_truncated": np.mean([len(content(draft)) > max_draft_length for draft in kept]),
     }
+    # A pair of which either has no verdict counts nowhere.
+    moves = collections.Counter(
+        (draft.score.is_right, completion.score.is_right)
+        for draft, completion in pairs
+        if not np.isnan(draft.score.reward + completion.score.reward)
+    )
     if with_accuracy:
         metrics["refine/same_answer"] = np.mean(
             [same_answer(draft.score.extracted, completion.score.extracted) for draft, completion in pairs]
         )
-        moves = collections.Counter((draft.score.is_right, completion.score.is_right) for draft, completion in pairs)
-        metrics["refine/fixed"] = moves[False, True] / len(pairs)
-        metrics["refine/broken"] = moves[True, False] / len(pairs)
-        metrics["refine/kept_right"] = moves[True, True] / len(pairs)
-        metrics["refine/kept_wrong"] = moves[False, False] / len(pairs)
+    if with_accuracy and moves:
+        metrics["refine/fixed"] = moves[False, True] / moves.total()
+        metrics["refine/broken"] = moves[True, False] / moves.total()
+        metrics["refine/kept_right"] = moves[True, True] / moves.total()
+        metrics["refine/kept_wrong"] = moves[False, False] / moves.total()
     return metrics
 
 

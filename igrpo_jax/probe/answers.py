@@ -6,7 +6,7 @@ such, are each refined G times, with the temperature, lengths and wording of tra
 plain answers.
 
 A row of `answers.jsonl` has the number of the draft behind it in `drafts` (none for a plain answer), as the rows of an
-evaluation have. A second start draws what is missing, and what a verifier failed on too often.
+evaluation have. A second start draws what is missing, and what could not be graded.
 """
 
 import contextlib
@@ -111,7 +111,7 @@ class Answers:
         self._verifier = verifier
         self._console = console
         self._samples = samples
-        drop_failed(folder, NAME, config.rewards.max_error_fraction)
+        drop_failed(folder, NAME, 0.0)  # a problem without all its verdicts is left out
         self._rows = Rows(folder, NAME)
 
     def collect(self, params: decoder.Params, prompts: Sequence[Prompt]) -> list[Answered]:

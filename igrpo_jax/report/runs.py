@@ -145,7 +145,7 @@ def _read(folder: Path, name: str) -> RecordedRun:
 def whole_rows(path: Path) -> Iterator[dict[str, Any] | None]:
     """Yields the rows of a JSON Lines file, and None for each line that is not a JSON object.
 
-    Yields nothing where there is no file. Bytes that are no UTF-8 are read as U+FFFD.
+    Yields nothing where there is no file. Bytes that are not UTF-8 are read as U+FFFD.
     """
     if not path.exists():
         return

@@ -42,6 +42,7 @@ from igrpo_jax.rewards.verdicts import Verdicts
 
 BACKOFF = 1.0  # seconds before the second attempt; doubles for each further one, plus up to half of it at random
 MAX_WAIT = 60.0  # seconds; a server that asks for a longer wait is not asked again
+UPLOAD_TIMEOUT = 60.0  # seconds that `close` waits for a bucket, and the other processes of a run with it
 CLOSE_TIMEOUT = 5.0  # seconds that `close` waits for the thread; only a stuck name lookup takes longer than a moment
 
 
@@ -134,7 +135,11 @@ class Judge:
         self._thread.join(CLOSE_TIMEOUT)
         for key in list(self._waiting):
             self._answer(key, Judgement(None, "the judge was closed"))
-        self._verdicts.close()
+        upload = threading.Thread(target=self._verdicts.close, name="verdicts", daemon=True)
+        upload.start()
+        upload.join(UPLOAD_TIMEOUT)
+        if upload.is_alive():
+            logging.warning("judge: the latest verdicts may be lost: their upload takes over %g s", UPLOAD_TIMEOUT)
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:

@@ -152,3 +152,5 @@ class Verdicts:
         """Closes the file, and returns once what is new is uploaded; where this fails, a warning says so."""
         self._connection.close()
         self.save(every=0.0)
+        if self._remote:
+            self._folder.cleanup()

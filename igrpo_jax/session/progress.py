@@ -21,7 +21,7 @@ class Progress:
     skipped_in_a_row: int = 0  # steps in a row, up to the last one, that skipped an optimizer step
     named_programs: set[str] = field(default_factory=set)  # kinds of compiled programs that a warning has named
     evaluating: dict[str, Any] | None = None  # what the evaluation that is under way asks, with its step
-    interrupted: int | None = None  # the step whose evaluation was under way when the checkpoint was saved
+    interrupted: int | None = None  # the step whose evaluation was cut short, and for which no start has made up
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any], skipped_optimizer_steps: int) -> "Progress":
@@ -40,6 +40,8 @@ class Progress:
     def recall(self, scores: Mapping[Any, dict[str, float]]) -> None:
         """Adds metrics of evaluations that the checkpoint does not hold, by step; JSON has made texts of the steps."""
         self.scores = {int(step): values for step, values in scores.items()} | self.scores
+        if self.interrupted in self.scores:
+            self.interrupted = None
 
     def count_skipped(self, optimizer_steps: int) -> bool:
         """Takes the number of optimizer steps skipped so far; returns whether the last step skipped one."""

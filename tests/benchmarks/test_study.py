@@ -428,7 +428,7 @@ def test_a_folder_holds_one_study(tmp_path, monkeypatch):
     monkeypatch.setattr(study_settings, "in_parallel", lambda *_: None)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "solved.jsonl").touch()
-    given = {"--out": tmp_path, "--setting": "qwen05", "--model": "m", "--data": "d"}
+    given = {"--out": tmp_path, "--setting": "qwen05", "--model": "m", "--data": tmp_path / "d"}
 
     def opened(**more):
         flags = {**given, **{f"--{name.replace('_', '-')}": value for name, value in more.items()}}
@@ -436,7 +436,7 @@ def test_a_folder_holds_one_study(tmp_path, monkeypatch):
 
     opened()  # a folder of an earlier version, which does not say whose it is
     opened(steps=study_settings.read_config(study_settings.SETTINGS["qwen05"].config).steps, screen=1024, held_out=128)
-    others = {"setting": "smollm2", "steps": 7, "model": "m2", "data": "d2", "screen": 9, "held_out": 0}
+    others = {"setting": "smollm2", "steps": 7, "model": "m2", "data": tmp_path / "d2", "screen": 9, "held_out": 0}
     for name, value in others.items():
         flag = f"--{name.replace('_', '-')}"
         known = {"--steps": "40", "--screen": "1024", "--held-out": "128"}.get(flag, given.get(flag))

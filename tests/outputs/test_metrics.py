@@ -187,6 +187,11 @@ def test_gradings_that_failed_are_left_out_of_means(two_groups):
     assert not any(map(math.isnan, got.values()))
     for name in ("rewards/accuracy/mean", "draft/accuracy"):
         assert got[name] == pytest.approx((4 * before[name] - 1) / 3)
+    assert (got["refine/fixed"], got["refine/kept_wrong"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    solved = group([two_groups[0].drafts[0], failed(first.drafts[1])], 0, [failed(first.completions[0])])
+    got = metrics.rollout_metrics([solved, second], run_config())
+    assert (got["draft/solved_none"], got["draft/solved_some"], got["draft/solved_all"]) == (0.5, 0.0, 0.5)
+    assert "refine/fixed" not in metrics.rollout_metrics([solved], run_config())
 
 
 def test_kept_drafts_cut_to_the_limit_are_counted_without_their_eos(two_groups):

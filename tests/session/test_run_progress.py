@@ -22,3 +22,12 @@ def test_a_checkpoint_says_which_evaluation_was_interrupted():
     progress = Progress.from_meta(Progress(evaluating={"step": 3}).meta(), 0)
     progress.evaluating = None
     assert progress.interrupted == 3 and Progress.from_meta(progress.meta(), 0).interrupted is None
+
+
+def test_an_evaluation_whose_scores_are_in_the_rows_is_no_longer_interrupted():
+    """A start has made up for it, and called `on_step`, which may have raised."""
+    progress = Progress.from_meta(Progress(evaluating={"step": 3}).meta(), 0)
+    progress.recall({"2": {}})
+    assert progress.interrupted == 3
+    progress.recall({"3": {"eval/x/pass@1": 0.5}})
+    assert progress.interrupted is None
