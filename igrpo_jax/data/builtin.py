@@ -107,9 +107,9 @@ def check_held_out(config: Config, run: Config, model: str, questions: Mapping[s
     trained = {problem.question for problem in TASKS[task].problems(run)[0]}
     if seen := sum(question in trained for question in questions[task]):
         raise InputError(
-            f"{', '.join(f'config.{name} = {given[name]}' for name in changed)}: {seen:,} of the "
-            f"{len(questions[task]):,} problems of {task!r} are then among those that the run {model} was trained on "
-            f"(with {', '.join(f'{name} = {own[name]}' for name in changed)}); leave the run's own"
+            f"{', '.join(f'config.{name} = {given[name]}' for name in changed)}: with this, the run {model} was "
+            f"trained on {seen:,} of the {len(questions[task]):,} problems of {task!r}; leave it out, for the "
+            f"run's own {', '.join(f'{name} = {own[name]}' for name in changed)}"
         )
 
 

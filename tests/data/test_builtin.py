@@ -20,7 +20,7 @@ def check(run, limit=0, **changes):
 def test_more_test_problems_than_a_run_has_are_those_that_it_was_trained_on():
     """320 of 1024 would be 300 that it was trained on; 15 and the first 20 of 1024 are its own test problems."""
     field = "data.arithmetic.test_problems"
-    said = rf"^config\.{field} = 1024: 300 of the 1,024 .* runs/mine .*\(with {field} = 20\)"
+    said = rf"^config\.{field} = 1024: .* runs/mine .* 300 of the 1,024 .* own {field} = 20"
     with pytest.raises(InputError, match=said):
         check(RUN, **{field: 1024})
     check(RUN, **{field: 15})
@@ -31,10 +31,10 @@ def test_more_test_problems_than_a_run_has_are_those_that_it_was_trained_on():
 def test_another_stream_is_refused_where_it_holds_problems_of_the_training_set():
     """Sums of two or three small numbers repeat; twelve letters do not."""
     small = RUN | {"data.arithmetic.max_terms": 3, "data.arithmetic.max_operand": 5}
-    with pytest.raises(InputError, match=r"^config\.seed = 1: .*\(with seed = 0\)"):
+    with pytest.raises(InputError, match=r"^config\.seed = 1: .* own seed = 0"):
         check(small, seed=1)
     changes = {"seed": 1, "data.arithmetic.max_operand": 6}
-    with pytest.raises(InputError, match=r"^config\.seed = 1, config\.data\.arithmetic\.max_operand = 6: .* = 5\)"):
+    with pytest.raises(InputError, match=r"^config\.seed = 1, config\.data\.arithmetic\.max_operand = 6: .* = 5$"):
         check(small, **changes)
     check(small, **changes | {"evaluation.benchmarks": ("lookups",)})
     check(small | {"data.task": "lookups"}, seed=1)
