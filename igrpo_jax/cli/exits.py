@@ -42,10 +42,8 @@ def run(command: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:
         _drop_stdout()
         _exit(_print_error(f"stdout was closed by the command that it is piped into; {GOES_ON}", 1))
-    except InputError as error:
-        _exit(_print_error("; ".join([str(error), *_notes(error)]), 2))
-    except RunError as error:
-        _exit(_print_error("; ".join([str(error), *_notes(error)]), 1))
+    except (InputError, RunError) as error:
+        _exit(_print_error("; ".join([str(error), *_notes(error)]), 2 if isinstance(error, InputError) else 1))
     except preemption.Preempted as error:
         _exit(_print_error(f"{error}; the same command resumes from there", preemption.EXIT_CODE))
     except KeyboardInterrupt as error:

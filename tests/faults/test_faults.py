@@ -106,48 +106,45 @@ def test_sigterm_while_data_is_read_is_a_notice_too(monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow(seconds=8)
-def test_sigterm_in_a_rollout_drops_its_step_alone(whole, longer, tmp_path):
-    """The notice comes when the first completion of step 7 is to be graded; step 6 is done and not yet saved."""
-    inject = """
+def ended_in_step_7(action, tmp_path, workdir):
+    """Runs `action` when the first completion of step 7 is to be graded; step 6 is done and not yet saved."""
+    inject = f"""
 submit, calls = Verifier.submit, []
 def graded(self, candidate, batch):
     calls.append(0)
     if len(calls) == 4 * (2 + 2) + 1:
-        os.kill(os.getpid(), signal.SIGTERM)
+        {action}
     return submit(self, candidate, batch)
 Verifier.submit = graded
 """
-    workdir = copy_of(whole, tmp_path / "run")
-    done = faulty(inject, tmp_path, workdir, "steps=7", "checkpoint.every=0", "evaluation.every=20")
-    assert done.returncode == 75, done.stderr
-    assert "SIGTERM: saving, then ending" in done.stderr
-    assert f"preempted: step 6 of 7 is saved in {workdir}; the same command resumes from there" in done.stderr
+    return faulty(inject, tmp_path, workdir, "steps=7", "checkpoint.every=0", "evaluation.every=20")
+
+
+def check_that_step_7_alone_is_lost(tmp_path, workdir, longer):
     assert [row["step"] for row in rows(workdir) if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert "resumed after 6" in whole_runs.run(tmp_path, workdir, "steps=7")
     check_equal(workdir, longer)
+
+
+@pytest.mark.slow(seconds=8)
+def test_sigterm_in_a_rollout_drops_its_step_alone(whole, longer, tmp_path):
+    workdir = copy_of(whole, tmp_path / "run")
+    done = ended_in_step_7("os.kill(os.getpid(), signal.SIGTERM)", tmp_path, workdir)
+    assert done.returncode == 75, done.stderr
+    assert "SIGTERM: saving, then ending" in done.stderr
+    assert f"preempted: step 6 of 7 is saved in {workdir}; the same command resumes from there" in done.stderr
+    check_that_step_7_alone_is_lost(tmp_path, workdir, longer)
 
 
 @pytest.mark.slow(seconds=8)
 def test_an_error_in_a_rollout_loses_its_step_alone(whole, longer, tmp_path):
-    """As where the host is out of memory: in step 7, when step 6 is done and not yet saved."""
-    inject = """
-submit, calls = Verifier.submit, []
-def graded(self, candidate, batch):
-    calls.append(0)
-    if len(calls) == 4 * (2 + 2) + 1:
-        raise MemoryError("no memory is left")
-    return submit(self, candidate, batch)
-Verifier.submit = graded
-"""
+    """As where the host is out of memory."""
     workdir = copy_of(whole, tmp_path / "run")
-    done = faulty(inject, tmp_path, workdir, "steps=7", "checkpoint.every=0", "evaluation.every=20")
+    done = ended_in_step_7('raise MemoryError("no memory is left")', tmp_path, workdir)
     assert done.returncode == 1, done.stderr
     told = f"step 6 is saved in {workdir}; started again, the run resumes from there"
     assert f"MemoryError: no memory is left\n{told}\n" in done.stderr
-    assert [row["step"] for row in rows(workdir) if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    assert "resumed after 6" in whole_runs.run(tmp_path, workdir, "steps=7")
-    check_equal(workdir, longer)
+    check_that_step_7_alone_is_lost(tmp_path, workdir, longer)
 
 
 @pytest.mark.slow
