@@ -122,7 +122,8 @@ def call(monkeypatch, capsys):
                 exits.run(command.main)
             assert stop.value.code == code
             said = capsys.readouterr().err
-            assert said.startswith("igrpo_jax: error: ") and said.count("\n") == 1 and "Traceback" not in said
+            assert said.startswith("igrpo_jax: preempted" if code == 75 else "igrpo_jax: error: ")
+            assert said.count("\n") == 1 and "Traceback" not in said
             return said
         exits.run(command.main)
         return capsys.readouterr().out

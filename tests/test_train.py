@@ -178,7 +178,7 @@ def test_a_run_that_is_interrupted_says_what_it_has_saved(monkeypatch, tmp_path,
         with pytest.raises(SystemExit) as stop:
             exits.run(command)
         assert stop.value.code == 130
-        return capsys.readouterr().err.removeprefix("igrpo_jax: error: interrupted; ")
+        return capsys.readouterr().err.removeprefix("igrpo_jax: interrupted; ")
 
     assert said() == f"no step is saved in {workdir}; started again, the run begins anew\n"
     for name in ("2", "10", "12.orbax-checkpoint-tmp"):

@@ -45,11 +45,11 @@ def run(command: Callable[[list[str]], None]) -> None:
     except (InputError, RunError) as error:
         _exit(_print_error("; ".join([str(error), *_notes(error)]), 2 if isinstance(error, InputError) else 1))
     except preemption.Preempted as error:
-        _exit(_print_error(f"{error}; the same command resumes from there", preemption.EXIT_CODE))
+        _exit(_said(f"{error}; the same command resumes from there", preemption.EXIT_CODE))
     except KeyboardInterrupt as error:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends exit handlers that wait
         # A run has noted what it has saved, and where.
-        code = _print_error(f"interrupted; {'; '.join(_notes(error)) or GOES_ON}", 130)
+        code = _said(f"interrupted; {'; '.join(_notes(error)) or GOES_ON}", 130)
         if isinstance(error.__context__, KeyboardInterrupt):  # this is the second, during the clean-up of the first
             os._exit(code)
         _exit(code)
@@ -122,8 +122,13 @@ def _device_error(text: str) -> str:
     )
 
 
-def _print_error(message: object, code: int) -> int:
+def _print_error(message: str, code: int) -> int:
     """Prints an error; returns the exit code."""
+    return _said(f"error: {message}", code)
+
+
+def _said(message: str, code: int) -> int:
+    """Prints why the command ends, to stderr; returns the exit code."""
     with contextlib.suppress(OSError):  # stderr may go into the pipe that is closed, or to the disk that is full
-        print(f"igrpo_jax: error: {message}", file=sys.stderr, flush=True)
+        print(f"igrpo_jax: {message}", file=sys.stderr, flush=True)
     return code

@@ -170,6 +170,7 @@ class Peers:
             self._end(over["text"], over["code"])
 
     def _end_without_first(self) -> NoReturn:
+        time.sleep(_INTERVAL)  # JAX prints a stack of its own now, and the reason should be the last line
         self._end(f"{self._heard[0][0]} has ended or cannot be reached; {self._was_in(0)}", LOST)
 
     def _was_in(self, process: int) -> str:

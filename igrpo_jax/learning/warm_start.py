@@ -15,7 +15,7 @@ from igrpo_jax.config import Config
 from igrpo_jax.data.builtin import TASKS, Problem, is_right
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
-from igrpo_jax.distributed.programs import length_buckets, pick_bucket
+from igrpo_jax.distributed.programs import Program, length_buckets, pick_bucket
 from igrpo_jax.learning import packing
 from igrpo_jax.learning.packing import MicroBatch, Piece, TrainBatch, Unit
 from igrpo_jax.learning.supervised import imitated
@@ -67,15 +67,16 @@ def warm_start(
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, mean_loss
 
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    run = jax.jit(step, donate_argnums=(0, 1), out_shardings=(shardings, None, None))
     opt_state = jax.jit(optimizer.init)(params)
+    shardings = jax.tree.map(lambda x: x.sharding, (params, opt_state))
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, None))
+    program = Program("supervised step", jitted, lambda size: (params, opt_state, batch), mesh)
     for number in range(1, settings.steps + 1):
         # Prompts with a draft are twice as long; a batch holds one kind only, so that there are few sizes of it.
         shows_draft = config.algorithm.num_drafts > 0 and rng.random() < settings.draft_fraction
         rows = [_example(config, rng, problems, renderer, encode, shows_draft) for _ in range(settings.batch_size)]
         batch = sharding.to_global_batch(_pack(cfg, rows, sharding.batch_shards(mesh)), mesh)
-        params, opt_state, mean_loss = run(params, opt_state, batch)
+        params, opt_state, mean_loss = program(params, opt_state, batch, shape=batch.tokens.shape[-1:])
         report(number, float(mean_loss))
     return params
 

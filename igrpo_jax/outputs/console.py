@@ -265,9 +265,8 @@ class Console:
             self._live = None
 
     def _left(self) -> float | None:
-        """Returns the seconds to the last step, with the evaluations in between; None before the first step."""
-        known = self._seconds or [self._row.get("perf/step_time")]
-        return None if None in known else float(np.mean(known)) * max(self._total - self._done, 0)
+        """Returns the seconds to the last step, with the evaluations in between; None until two steps are done."""
+        return float(np.mean(self._seconds)) * max(self._total - self._done, 0) if self._seconds else None
 
     def _show(self) -> None:
         if self._is_live and self._live is None:

@@ -173,7 +173,8 @@ def along_plain(ratio: Estimate, cosine: Estimate) -> Estimate:
 
 def _more(figures: Mapping[str, Estimate], ratio: Estimate, setting: Setting) -> str:
     """Returns the sentence about the number of problems that could tell."""
-    text = f"the interval holds 1, so {setting.problems:,} problems are too few to tell"
+    few = "1 problem is" if setting.problems == 1 else f"{setting.problems:,} problems are"
+    text = f"the interval holds 1, so {few} too few to tell"
     cosine = figures.get("cosine")
     if ratio.low == 0 and figures["ratio"].low > 0 and cosine is not None:
         return f"{text}; the cosine is lost in noise, so compare the gradients of more problems (--gradients)"

@@ -39,7 +39,7 @@ from igrpo_jax.rewards import functions
 from igrpo_jax.rewards.functions import CustomReward, TrainerState
 from igrpo_jax.rewards.pool import Outcome, Pool
 
-_REPEATED = "custom reward: %s failed on a batch of %d completions, which are now called one by one: %s"
+_REPEATED = "custom reward %s failed on a batch of %d completions, so it is called with one at a time: %s"
 
 
 class Graded(NamedTuple):

@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"error: interrupted before {options.target} was complete", file=sys.stderr)
+        print(f"interrupted before {options.target} was complete", file=sys.stderr)
         return 130
     return 0
 

@@ -200,7 +200,7 @@ class Verifier:
             result.set_result(Score(0.0, {}, None, "ok"))
             return result
         graded = self._graded_once(candidate, rules)
-        score_of = lambda outcome: _to_score(self._noticed(outcome), rules, failed)
+        score_of = lambda outcome: _to_score(self._noticed(outcome, failed), rules, failed)
         graded.add_done_callback(lambda done: result.set_result(score_of(done.result())))
         return result
 
@@ -219,10 +219,12 @@ class Verifier:
                 del self._recent[next(iter(self._recent))]
         return graded
 
-    def _noticed(self, outcome: Outcome) -> Outcome:
-        """Returns an outcome, and warns of a failure."""
+    def _noticed(self, outcome: Outcome, failed: float = math.nan) -> Outcome:
+        """Returns an outcome, and warns of a failure, whose rewards are `failed`."""
         if outcome.status != "ok" and not self._is_closed:
-            logging.log_every_n(logging.WARNING, "verifier: %s: %s", 100, outcome.status, outcome.detail)
+            counts = "is left out of means and advantages" if math.isnan(failed) else "counts as wrong"
+            text = "verifier: a completion could not be graded and %s (%s): %s"
+            logging.log_every_n(logging.WARNING, text, 100, counts, outcome.status, outcome.detail)
         return outcome
 
     def _with_custom(self, graded: Score, outcomes: Sequence[Outcome]) -> Score:
