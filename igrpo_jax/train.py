@@ -37,9 +37,9 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
 
     Args:
         on_step: called after each step has been reported and, where due, saved, with the step's number and metrics
-            (docs/metrics.md), which include the scores of an evaluation after it. Where the evaluation is interrupted,
-            it is called by the start that makes up for it. If it raises, the step is saved and the run ends; the same
-            call resumes after that step.
+            (docs/metrics.md), which include the scores of an evaluation after it. If an evaluation is interrupted, it
+            is called once the resumed run has completed it. Of several processes, some may have none. If it raises, the
+            step is saved and the run ends; the same call resumes after that step.
 
     Raises:
         InputError: something in `config` or what it names is wrong, or `workdir` holds another run.
@@ -63,7 +63,8 @@ def _train(
     """Opens the run and takes its remaining steps. On Ctrl-C `run_context` clears this frame, which frees the state."""
     run, state = open_run(config, workdir, console, stack)
     done = run.resumed_after
-    if on_step and done and run.progress.interrupted == done:
+    is_watched = cluster.any_of(on_step is not None)  # it may be given on one process only
+    if is_watched and done and run.progress.interrupted == done:
         _call(on_step, run, state, done, run.reported(done) | run.progress.scores.get(done, {}))
     for step in range(done + 1, run.task.total_steps + 1):
         with run.saving_at_end(step - 1, state):
@@ -75,7 +76,7 @@ def _train(
             with run.saving_at_end(step, state):
                 run.evaluate(state.params, step)
         run.save(step, state)
-        if on_step:
+        if is_watched:
             _call(on_step, run, state, step, result.metrics | run.progress.scores.get(step, {}))
     run.finish(state)
 
@@ -85,8 +86,8 @@ def _refuse(argv: list[str]) -> None:
     raise InputError("igrpo_jax.train: is not a command; to train, run python -m igrpo_jax.main --config FILE")
 
 
-def _call(on_step: OnStep, run: Run, state: TrainState, step: int, metrics: Mapping[str, float]) -> None:
-    """Calls `on_step`. Where it raises on any process, all of them save `state` and end the run.
+def _call(on_step: OnStep | None, run: Run, state: TrainState, step: int, metrics: Mapping[str, float]) -> None:
+    """Calls `on_step`, if this process has one. If it raises on any process, all of them save `state` and end the run.
 
     Raises:
         Exception: what `on_step` raised here.
@@ -94,7 +95,8 @@ def _call(on_step: OnStep, run: Run, state: TrainState, step: int, metrics: Mapp
     """
     failed: Exception | None = None
     try:
-        on_step(step, metrics)
+        if on_step:
+            on_step(step, metrics)
     except Exception as error:  # it is the user's code, which may raise anything
         failed = error
     if not cluster.any_of(failed is not None):
@@ -135,9 +137,13 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
 
 @contextlib.contextmanager
 def _profiled(config: Config, workdir: Path, step: int):
-    """Records the JAX profiler's trace of the steps in config.log.profile_steps into workdir/profile."""
+    """Records the JAX profiler's trace of the steps in config.log.profile_steps into workdir/profile.
+
+    Several processes have a folder each, because those of one host would write the same files.
+    """
     if step in config.log.profile_steps:
-        with jax.profiler.trace(str(spool_folder(workdir) / "profile")):
+        folder = spool_folder(workdir) / "profile"
+        with jax.profiler.trace(str(folder / f"process_{jax.process_index()}" if jax.process_count() > 1 else folder)):
             yield
     else:
         yield

@@ -85,7 +85,7 @@ def test_a_step_whose_callback_raises_is_saved(monkeypatch, tmp_path):
     class Run:
         resumed_after, task, workdir = 0, SimpleNamespace(total_steps=9), tmp_path
         progress = SimpleNamespace(scores={}, interrupted=0)  # in the evaluation before the first step
-        stop_if_preempted = report = save = lambda self, *_: None
+        stop_if_preempted = report = save = finish = lambda self, *_: None
         saving_at_end = lambda self, *_: contextlib.nullcontext()
         evaluation_due = lambda self, step: False
         save_and_wait = lambda self, step, state: calls.append((step, state.params))
@@ -106,6 +106,10 @@ def test_a_step_whose_callback_raises_is_saved(monkeypatch, tmp_path):
     with pytest.raises(RunError, match="on_step: raised an error on another process; step 1 is saved"):
         train.train(config.Config(compilation_cache=""), tmp_path, lambda *_: None)
     assert calls == [(3, 3), (1, 1)]
+    asked = []  # no callback here, but on another process, whose answers all must hear
+    monkeypatch.setattr(train.cluster, "any_of", lambda here: asked.append(here) or len(asked) == 1)
+    train.train(config.Config(compilation_cache=""), tmp_path)
+    assert asked == [False] * 10 and calls == [(3, 3), (1, 1)]
 
 
 @pytest.mark.slow(seconds=12)

@@ -94,7 +94,7 @@ def main(name: str, folder: str, scale: str, shape: str) -> None:
     part = next(part for part in plan.PARTS if part.name == name)
     if name != "peers":  # JAX would take the memory that other libraries need
         from igrpo_jax import config
-        from igrpo_jax.distributed.programs import use_disk_cache
+        from igrpo_jax.distributed.disk_cache import use_disk_cache
 
         use_disk_cache(config.Config().compilation_cache)
         check_device(task)

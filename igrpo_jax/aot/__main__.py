@@ -66,9 +66,9 @@ def compiled(config: Config, slice_name: str | None, slices: int, progress: Prog
     with progress.doing("loading jax and the compiler"):
         devices = topology(slice_name, slices)
         from igrpo_jax.aot import building, footprint
-        from igrpo_jax.distributed import programs
+        from igrpo_jax.distributed.disk_cache import use_disk_cache
     if not slice_name:
-        programs.use_disk_cache(config.compilation_cache)  # where a run on these devices finds what was compiled
+        use_disk_cache(config.compilation_cache)  # where a run on these devices finds what was compiled
     with progress.doing("dividing the model among the devices"):
         run = footprint.prepare(config, devices)
     with progress.doing("counting how many pages fit"):

@@ -167,19 +167,33 @@ def _not_met(seconds: float, given: Mapping[str, Any]) -> NoReturn:
 
 
 def _detected() -> dict[str, Any] | None:
-    """Returns arguments of jax.distributed.initialize where Slurm, Open MPI or a TPU pod runs several processes."""
+    """Returns arguments of jax.distributed.initialize where Slurm, Open MPI or a TPU pod runs several processes.
+
+    Raises:
+        InputError: Open MPI runs several processes, but does not say where they can meet.
+    """
     launcher = abort.launcher()
     if launcher is None:
+        if (count := os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) != "1":
+            raise InputError(
+                f"--processes: mpirun has started {count} processes, which JAX {jax.__version__} does not see, as of "
+                "Open MPI 5 and later; "
+                f"give each --coordinator HOST:PORT --processes {count} --process $OMPI_COMM_WORLD_RANK"
+            )
         return None
-    devices = _all_gpus_of_the_node() if launcher == "SlurmCluster" else None
+    devices = _gpus_of_the_task() if launcher == "SlurmCluster" else None
     return {"local_device_ids": devices} if devices else {}
 
 
-def _all_gpus_of_the_node() -> list[int] | None:
-    """Returns all GPUs of a node on which Slurm runs one task, else None; JAX would give that task one GPU."""
+def _gpus_of_the_task() -> list[int] | None:
+    """Returns the local GPUs of this Slurm task where JAX would choose wrongly, else None.
+
+    JAX gives a task the GPU of its local number. But a task that is alone on its node takes all GPUs, and a task to
+    which Slurm shows one GPU takes that, whose number is 0.
+    """
+    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), os.environ.get("SLURM_GPUS_ON_NODE", "")
     if not re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
-        return None
-    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("SLURM_GPUS_ON_NODE", "")
+        return [0] if visible and "," not in visible else None
     if visible:
         return list(range(len(visible.split(","))))
     return list(range(int(count))) if count.isdecimal() else None

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 
 from igrpo_jax.distributed import watchdog
-from igrpo_jax.storage.addresses import path_of
 
 # Operations carry the names of their scopes, but no lines of Python. XLA for TPUs (libtpu 0.0.42) looks lines up in a
 # wrong table while it determines the trip count of a loop, and hangs if that table happens to contain a cycle.
@@ -190,15 +189,6 @@ def compilations() -> Iterator[list[str]]:
 def leave_uncounted() -> None:
     """Makes `compilations` ignore what this thread compiles from now on."""
     _is_uncounted.set(True)
-
-
-def use_disk_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder` ("" = nowhere); the JAX_COMPILATION_CACHE_DIR of the environment wins."""
-    if folder and not jax.config.jax_compilation_cache_dir:
-        path = path_of(f"config.compilation_cache = {folder!r}", folder)
-        jax.config.update("jax_compilation_cache_dir", str(path))
-        # JAX's own threshold of 1 s leaves out the many small programs of a small model.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def program_bytes(program: jax.stages.Compiled) -> int:

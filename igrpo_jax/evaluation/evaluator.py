@@ -145,7 +145,7 @@ class Evaluator:
     ) -> None:
         """Samples the single shot and the rounds of `prompts`."""
         plain = [RoundPrompt(prompt, (), prompt.tokens) for prompt in prompts]
-        self._sample(params, name, plain, rows, "single shot")
+        self._sample(params, name, plain, rows, 0)
         for number in range(1, self._config.evaluation.rounds + 1):
             asked = {}
             for chain in chains:
@@ -153,10 +153,13 @@ class Evaluator:
                     draft = np.array(rows.of(prompt.index, drafts[:-1])[drafts[-1]]["tokens"], np.int32)
                     tokens = self._renderer.with_draft(prompt.question, draft)
                     asked[prompt.index, drafts] = RoundPrompt(prompt, drafts, tokens)
-            self._sample(params, name, list(asked.values()), rows, f"round {number}")
+            self._sample(params, name, list(asked.values()), rows, number)
 
-    def _sample(self, params: decoder.Params, name: str, asked: Sequence[RoundPrompt], rows: Rows, what: str) -> None:
+    def _sample(self, params: decoder.Params, name: str, asked: Sequence[RoundPrompt], rows: Rows, number: int) -> None:
         """Draws and scores those samples of the prompts that `rows` lack.
+
+        Args:
+            number: of the round, 0 for the single shot.
 
         Raises:
             Preempted: a process was told to leave; then all leave here.
@@ -167,10 +170,13 @@ class Evaluator:
         # A program that all processes must run, even if they lack nothing, moves the weights to the sampler's mesh.
         if not cluster.any_of(bool(missing)):
             return
+        # Computed once on all processes: under the mesh of all of them it is a program of all devices.
+        key = stage_key(self._config.seed, zlib.crc32(name.encode()), number)
         before = [row for samples in present for row in samples if row]
         right, done = sum(row["accuracy"] for row in before), len(before)
         graded = any(each.prompt.answer for each in asked)  # questions of `generate` have no reference answer
         scores = [Score(row["accuracy"], {}, row["extracted"], row["status"]) for row in before]
+        what = f"round {number}" if number else "single shot"
         with self._console.phase(f"{name}, {what}", len(asked) * count, done) as update:
 
             def scored(asked: RoundPrompt, completion: Completion) -> None:
@@ -186,7 +192,7 @@ class Evaluator:
                     tokens=each.tokens,
                     index=each.prompt.index,
                     samples=samples,
-                    key=stage_key(self._config.seed, zlib.crc32(name.encode()), len(each.drafts)),
+                    key=key,
                     limit=self.plan.limit(each.tokens),
                     stage="eval",
                     first=first,

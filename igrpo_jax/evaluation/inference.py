@@ -16,7 +16,8 @@ from igrpo_jax.data.problems import Row
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import cluster, sharding
 from igrpo_jax.distributed.compiling import compiling
-from igrpo_jax.distributed.programs import device_bytes, showing_waits, tree_bytes, use_disk_cache
+from igrpo_jax.distributed.disk_cache import use_disk_cache
+from igrpo_jax.distributed.programs import device_bytes, showing_waits, tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.evaluation.planning import Plan, make_plan, samples_per_problem
@@ -82,7 +83,10 @@ def checkpoint_of(model: str, step: int | None) -> tuple[Path | None, int | None
     run = folder if (folder / "checkpoints").is_dir() else None
     if step is not None and run is None:
         raise InputError(f"--step {step}: only the folder of a run has steps, which {model!r} is not; leave it out")
-    return run, saved_step(run, step) if run else None
+    if run is None:
+        return None, None
+    newest = saved_step(run, step)
+    return run, cluster.from_first(lambda: newest)  # a run that goes on may have saved another one meanwhile
 
 
 def identity(model: str, run: Path | None, step: int | None) -> tuple[str, str]:

@@ -111,20 +111,24 @@ class LearnerPrograms:
         requested = self._config.learner.remat
         if requested != "auto":
             return requested
-        size, waiting = self._sizes[0], self.waiting_bytes.accumulate
-        state = waiting + 2 * tree_bytes(self.state.params) + tree_bytes(self.frozen)
+        state = self.waiting_bytes.accumulate + 2 * tree_bytes(self.state.params) + tree_bytes(self.frozen)
         for remat in FASTEST_REMAT.get(self._mesh.devices.flat[0].platform, OTHER_FASTEST_REMAT):
-            if state + self.costs.least_kept_bytes(*size, remat) > self._usable:
+            if state + self.costs.least_kept_bytes(*self._sizes[0], remat) > self._usable:
                 continue
-            try:
-                needed = program_bytes(self._gradient_program(remat).compile(*size)) + waiting
-            except jax.errors.JaxRuntimeError as error:
-                if not is_refused(error):
-                    raise
-                continue
-            if needed <= self._usable:
+            # Compilers of several processes may disagree, and the processes must run the same program.
+            if not cluster.any_of(not self._fits(remat)):
                 return remat
         return "full"
+
+    def _fits(self, remat: str) -> bool:
+        """Returns whether the program of a full micro-batch fits on a device by the compiler's count."""
+        try:
+            program = self._gradient_program(remat).compile(*self._sizes[0])
+        except jax.errors.JaxRuntimeError as error:
+            if not is_refused(error):
+                raise
+            return False
+        return program_bytes(program) + self.waiting_bytes.accumulate <= self._usable
 
     def _gradient_program(self, remat: str) -> Program:
         """Returns the program of `accumulate`, the same one for the same `remat`."""

@@ -21,7 +21,7 @@ from absl import logging
 
 from igrpo_jax.distributed.sharding import spec
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import windows
+from igrpo_jax.models import cudnn, windows
 from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
 from igrpo_jax.models.cache import KV
 from igrpo_jax.models.segments import KV_AXES, Segments, dense_mask
@@ -157,6 +157,8 @@ def choose(requested: str, mesh: jax.sharding.Mesh, dtype: str, head_dim: int) -
         cannot["splash"] = f"is for TPUs, the mesh is of {platform} devices"
     if platform != "gpu":
         cannot["cudnn"] = f"is for GPUs, the mesh is of {platform} devices"
+    elif not cudnn.runs_on(mesh.devices.flat[0]):
+        cannot["cudnn"] = "needs NVIDIA's GPUs, from Ampere on (compute capability 8.0)"
     elif dtype != "bfloat16":
         cannot["cudnn"] = f"needs config.model.dtype = bfloat16, which is {dtype}"
     elif head_dim % 8 or head_dim > 128:

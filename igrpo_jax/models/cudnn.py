@@ -38,10 +38,20 @@ def read_pages(q: jax.Array, pages: jax.Array, k_table: jax.Array, v_table: jax.
     return out[:, 0]
 
 
+def runs_on(device: jax.Device) -> bool:
+    """Returns whether cuDNN's flash attention runs on a device: on NVIDIA's from Ampere on (compute capability 8.0)."""
+    return _capability(device) >= (8, 0)
+
+
 def takes_ranges(device: jax.Device) -> bool:
     """Returns whether `read_ranges` runs on a device: on NVIDIA's from Hopper on (compute capability 9.0)."""
-    capability = getattr(device, "compute_capability", "0")
-    return tuple(map(int, str(capability).split("."))) >= (9, 0)
+    return _capability(device) >= (9, 0)
+
+
+def _capability(device: jax.Device) -> tuple[int, ...]:
+    """Returns the compute capability of one of NVIDIA's GPUs, (0,) of another device, such as AMD's "gfx942"."""
+    parts = str(getattr(device, "compute_capability", "0")).split(".")
+    return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else (0,)
 
 
 def read_ranges(

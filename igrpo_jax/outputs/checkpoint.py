@@ -33,6 +33,10 @@ from igrpo_jax.outputs.workdir import DAMAGED, is_mirrored
 from igrpo_jax.storage.addresses import is_remote, make_folder, names, resolved
 from igrpo_jax.storage.writing import move_tree
 
+# Seconds that the writing of a checkpoint may take, and one process wait for another in it. Orbax allows 20 minutes,
+# less than the state of a large model needs on a slow file system; `watchdog` reports a save that takes long.
+_LONGEST_SAVE = 6 * 3600
+
 
 def best_of(scores: Mapping[int, float], steps: Iterable[int]) -> int | None:
     """Returns which of `steps` has the highest score, the latest of equals; None where none has a score."""
@@ -72,6 +76,7 @@ class Checkpointer:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(settings.keep), self._best]),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(timeout_secs=_LONGEST_SAVE),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._writing: tuple[int, dict] | None = None  # the step, and shapes and dtypes that its files must hold

@@ -117,7 +117,7 @@ def probe(
     import jax
 
     from igrpo_jax.distributed import watchdog
-    from igrpo_jax.distributed.programs import use_disk_cache
+    from igrpo_jax.distributed.disk_cache import use_disk_cache
     from igrpo_jax.evaluation import inference, results
     from igrpo_jax.outputs.console import Console
     from igrpo_jax.probe import measure

@@ -10,8 +10,8 @@ import jax
 
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.distributed import cluster, preemption, watchdog
+from igrpo_jax.distributed.disk_cache import use_disk_cache
 from igrpo_jax.distributed.preemption import Preempted
-from igrpo_jax.distributed.programs import use_disk_cache
 from igrpo_jax.loading import check_config
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.storage.addresses import is_remote, names, path_of

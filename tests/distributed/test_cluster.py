@@ -46,7 +46,15 @@ def test_slurm_is_found_and_a_task_alone_on_its_node_takes_all_gpus(slurm):
     assert slurm() == {}
     assert slurm(SLURM_STEP_TASKS_PER_NODE="1(x2)", SLURM_GPUS_ON_NODE="8") == {"local_device_ids": list(range(8))}
     assert slurm(CUDA_VISIBLE_DEVICES="4,5") == {"local_device_ids": [0, 1]}
-    assert slurm(SLURM_STEP_TASKS_PER_NODE="8(x2)") == {}
+    assert slurm(SLURM_STEP_TASKS_PER_NODE="8(x2)") == {}  # each sees all GPUs, and JAX takes that of its number
+    assert slurm(CUDA_VISIBLE_DEVICES="0", SLURM_LOCALID="3") == {"local_device_ids": [0]}
+
+
+def test_processes_of_mpirun_that_jax_does_not_see_do_not_run_alone(monkeypatch):
+    assert cluster._detected() is None
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"mpirun has started 2 processes, .* --processes 2 --process"):
+        cluster._detected()
 
 
 def test_a_metadata_server_that_does_not_answer_is_no_pod(monkeypatch, caplog):

@@ -290,12 +290,13 @@ def test_a_group_of_devices_may_span_processes():
 
 
 DRIVER = """
-import os, signal, sys, time
+import os, signal, sys, tempfile, time
+from pathlib import Path
 from types import SimpleNamespace
 import jax
 from igrpo_jax import config
 from igrpo_jax.cli import exits, parsing
-from igrpo_jax.distributed import chips, cluster, preemption, watchdog
+from igrpo_jax.distributed import chips, cluster, disk_cache, preemption, watchdog
 from igrpo_jax.errors import InputError, RunError
 
 def main(argv):
@@ -338,9 +339,12 @@ KILLED = """
             cluster.gather(b"")
 """
 OTHERS = """
+        print("shared:", disk_cache.is_shared(Path(tempfile.gettempdir())))
         cluster.check_same({"seed": own})
 """
 NOTICED = """
+        with tempfile.TemporaryDirectory() as mine:
+            print("shared:", disk_cache.is_shared(Path(mine)))
         with preemption.noticed(60):
             if own:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -383,6 +387,12 @@ def test_an_error_of_one_ends_all_with_its_message(failures):
 def test_other_facts_are_told_by_all(failures):
     for code, said in failures["facts"]:
         assert code == 2 and "error: seed: process 1 (" in said and "start every process with the same command" in said
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_another_on_each_host_is_not_taken_for_shared(failures):
+    assert all("shared: True" in said for _, said in failures["facts"])
+    assert all("shared: False" in said for _, said in failures["notice"])
 
 
 @pytest.mark.slow

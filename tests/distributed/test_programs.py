@@ -156,7 +156,7 @@ def test_a_wait_for_a_program_is_shown_by_its_title():
 
 CODE = """
 import sys, jax, jax.numpy as jnp
-from igrpo_jax.distributed.programs import use_disk_cache
+from igrpo_jax.distributed.disk_cache import use_disk_cache
 use_disk_cache(sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 hits = []

@@ -16,6 +16,7 @@ from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import cluster, sharding
 from igrpo_jax.distributed.teams import Team
 from igrpo_jax.errors import InputError
+from igrpo_jax.evaluation import evaluator as module
 from igrpo_jax.evaluation import inference, planning, results, summaries
 from igrpo_jax.evaluation.evaluator import Evaluator, RoundPrompt
 from igrpo_jax.models.policy import open_policy
@@ -269,6 +270,14 @@ def test_where_the_context_ends_a_sample_depends_on_its_own_prompt_alone(evaluat
 
 
 @pytest.mark.slow
+def test_all_processes_compute_as_many_keys(evaluator, params, monkeypatch):
+    """One for each benchmark and round, whatever a process lacks: a key is a program on the devices of all of them."""
+    keys, key = [], module.stage_key
+    monkeypatch.setattr(module, "stage_key", lambda *numbers: keys.append(numbers[2]) or key(*numbers))
+    evaluator(evaluation__rounds=1).run(params)
+    assert sorted(keys) == [0, 1]
+
+
 def test_more_samples_keep_the_first_ones(evaluator, params, tmp_path):
     whole = evaluator().run(params, tmp_path / "whole")
     evaluator(evaluation__samples=2).run(params, tmp_path / "more")

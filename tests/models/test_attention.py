@@ -66,8 +66,11 @@ def test_rows_in_bfloat16():
         assert np.abs(x - y).max() <= 0.02 * np.abs(y).max()  # 8 bits: 0.004 each, over a few roundings
 
 
-def on(platform):
-    return SimpleNamespace(devices=np.array([[SimpleNamespace(platform=platform)]], object))
+def on(device):
+    """A mesh of one device, "gpu" or such, or "gpu CAPABILITY"."""
+    platform, _, capability = device.partition(" ")
+    described = SimpleNamespace(platform=platform, compute_capability=capability or "9.0")
+    return SimpleNamespace(devices=np.array([[described]], object))
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,9 @@ def on(platform):
         ("tpu", "auto", "float32", 12, "splash"),
         ("tpu", "chunked", "bfloat16", 128, "chunked"),
         ("gpu", "auto", "bfloat16", 64, "cudnn"),
+        ("gpu 8.0", "auto", "bfloat16", 64, "cudnn"),
+        ("gpu 7.5", "auto", "bfloat16", 64, "chunked"),
+        ("gpu gfx942", "auto", "bfloat16", 64, "chunked"),
         ("gpu", "auto", "float32", 64, "chunked"),
         ("gpu", "auto", "bfloat16", 12, "chunked"),
         ("gpu", "xla", "bfloat16", 64, "xla"),
@@ -98,6 +104,7 @@ def test_the_choice(platform, requested, dtype, head_dim, expected, caplog):
         ("gpu", "splash", "bfloat16", 64, "config.learner.attention = splash: is for TPUs"),
         ("tpu", "cudnn", "bfloat16", 64, "config.learner.attention = cudnn: is for GPUs, the mesh is of tpu devices"),
         ("gpu", "cudnn", "float32", 64, "needs config.model.dtype = bfloat16, which is float32; set it to auto"),
+        ("gpu gfx942", "cudnn", "bfloat16", 64, "needs NVIDIA's GPUs, from Ampere on (compute capability 8.0); set it"),
         ("gpu", "cudnn", "bfloat16", 12, "needs a head_dim that is a multiple of 8 up to 128, the model's is 12"),
     ],
 )

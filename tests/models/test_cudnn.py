@@ -36,11 +36,12 @@ def test_pages():
 
 @pytest.mark.parametrize(("capability", "takes"), [("8.0", False), ("8.9", False), ("9.0", True), ("10.3", True)])
 def test_from_hopper_on(capability, takes, monkeypatch):
-    cfg = dataclasses.replace(tiny_models.tiny_config(), attention="cudnn")
+    cfg, amd = dataclasses.replace(tiny_models.tiny_config(), attention="cudnn"), SimpleNamespace()
+    amd.compute_capability = "gfx942"
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
     assert spans.width(cfg, 2) == (cfg.num_heads * cfg.head_dim // 2 if takes else None)
     assert spans.width(dataclasses.replace(cfg, attention="chunked"), 2) is None
-    assert not cudnn.takes_ranges(SimpleNamespace())
+    assert not cudnn.takes_ranges(SimpleNamespace()) and not cudnn.takes_ranges(amd)
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -84,9 +84,10 @@ def test_compiled_programs_lie_in_a_bucket(kind, request):
     bucket = request.getfixturevalue(kind)
     code = f"""
 import jax
-from igrpo_jax.distributed.programs import use_disk_cache
+from igrpo_jax.distributed.disk_cache import use_disk_cache
 jax.config.update("jax_compilation_cache_dir", None)
 use_disk_cache({bucket / "programs"!r})
+assert jax.config.jax_persistent_cache_enable_xla_caches == "none"
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("cache_hits")))
