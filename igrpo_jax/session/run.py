@@ -222,6 +222,9 @@ class Run:
         out = self.workdir / "export"
         # A run that ended earlier with fewer steps may have left one.
         cluster.from_first(functools.partial(remove_tree, out))
+        # They are in the last checkpoint, and take as much memory as the copies of the weights that an export holds.
+        for moment in jax.tree.leaves(state.opt_state):
+            moment.delete()
         params = decoder.cast(self.learner.policy(state.params), self.config.model.dtype)  # as it samples
         dtype = export_dtype(params)
         size = hf_write.model_bytes(self.task.policy.model, dtype)
