@@ -30,7 +30,7 @@ USAGE = (
     "--workdir OUT [--config.FIELD=VALUE ...]\npython -m igrpo_jax.evaluate --compare OUT_A,OUT_B"
 )
 FLAGS = {
-    "benchmarks": "names of the benchmarks, with commas between them",
+    "benchmarks": "names of the benchmarks, separated by commas",
     "samples": "answers to each problem; default: evaluation.samples, or if it is None 64 or 8 on benchmarks known by "
     "name, 1 on mmlu_pro and files of your own",
     "rounds": "rounds of draft -> refine after the single-shot answers; default: evaluation.rounds",

@@ -41,13 +41,13 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_enum("dtype", None, DTYPES, "dtype of the weights; default: see above", flag_values=values)
     flags.DEFINE_string("push", None, "repository of the hub, OWNER/NAME", flag_values=values)
     flags.DEFINE_bool("public", False, "make the repository of --push public, if it is new", flag_values=values)
-    flags.DEFINE_bool("adapter", False, "write LoRA's adapters alone, as peft loads them", flag_values=values)
+    flags.DEFINE_bool("adapter", False, "write only LoRA's adapters, in the form that peft loads", flag_values=values)
     parsing.read_flags(argv, values, __doc__, "--out=HF_DIR")
     for name in ["workdir", *["out"] * (not values.push)]:
         if not values[name].value:
             raise InputError(f"--{name}: missing; give --workdir DIR --out HF_DIR")
     if values.public and not values.push:
-        raise InputError("--public: is about the repository of --push; give that too, or leave it out")
+        raise InputError("--public: applies to the repository of --push; give --push too, or leave --public out")
     jax.config.update("jax_platforms", "cpu")
     export(values.workdir, values.out, values.step, values.adapter, values.dtype, values.push, not values.public)
 
@@ -86,8 +86,8 @@ def export(
         raise InputError(f"--dtype {dtype}: adapters are always written in float32; leave it out")
     if adapter and not config.model.path:
         raise InputError(
-            f"--adapter: the run in {workdir} adapts the built-in model (config.model.path = ''), which is in no files "
-            "that peft could load the adapters on; leave it out, and the merged model is written"
+            f"--adapter: the run in {workdir} adapts the built-in model (config.model.path = ''), which has no files "
+            "onto which peft could load the adapters; leave it out, and the merged model is written"
         )
     if place:
         try:

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     if (given := sum(bool(re.match(r"--?prompts?(=|$)", argument)) for argument in argv)) > 1:
         raise InputError(f"--prompt: given {given} times; put several questions into a file, for --prompts FILE")
     if values["prompt"] and not is_text(values["prompt"]):
-        raise InputError(f"--prompt {values['prompt']!r}: is not text in utf-8; give it in that, or in a file")
+        raise InputError(f"--prompt {values['prompt']!r}: is not UTF-8 text; encode it so, or put it into a file")
     questions = [values["prompt"]] if values["prompt"] else read(values["prompts"], config.data.prompt_column)
     step = parsing.number("step", values["step"])
     from igrpo_jax.distributed import cluster
@@ -76,11 +76,11 @@ def read(path: str, column: str) -> list[str]:
     file = reading.local(source, path)
     if file.suffix.lower() == ".txt":
         if not file.is_file():
-            raise InputError(f"{source}: no such file; give one of questions, a line each")
+            raise InputError(f"{source}: no such file; give one with a question on each line")
         try:
             text = file.read_text(encoding="utf-8-sig")
         except ValueError as error:
-            raise InputError(f"{source}: is not text in utf-8 ({error}); save it as that") from error
+            raise InputError(f"{source}: is not UTF-8 text ({error}); save it as UTF-8") from error
         questions = [line.strip() for line in text.splitlines() if line.strip()]
     else:
         if file.is_file() and not readers.ending(file):
@@ -115,7 +115,7 @@ def generate(
     if isinstance(questions, str) or not questions:
         raise InputError(f"questions = {questions!r}: give a list with at least one question")
     if wrong := [text for text in questions if not isinstance(text, str) or not text.strip() or not is_text(text)]:
-        raise InputError(f"questions: {wrong[0]!r} is not a question; give texts in utf-8 that are not blank")
+        raise InputError(f"questions: {wrong[0]!r} is not a question; give UTF-8 texts that are not blank")
     main_guard.check_main()
     check_model(config, model)
     from igrpo_jax.data.problems import Row

@@ -95,7 +95,7 @@ def check_config(config: Any) -> None:
     """Raises InputError where `config` is not what `load_config` returns, but a file or what a file returns."""
     if not isinstance(config, Config):
         given = shown(config)
-        raise InputError(f"config = {given}: is not a checked configuration; give what load_config(...) makes of it")
+        raise InputError(f"config = {given}: is not a checked configuration; give what load_config(...) returns")
 
 
 def config_of_run(model: str | Path) -> Config | None:
@@ -191,7 +191,7 @@ def _no_config_file(path: Path) -> str:
     if not is_of_run:
         return f"ends in {path.suffix}; {needed}, such as configs/tiny_cpu.py"
     fix = "a run's settings come from its --config file; give that file"
-    return f"is what a run has written; {fix}, or the run itself as --model to commands about a model"
+    return f"was written by a run; {fix}, or give the run itself as --model to commands that take a model"
 
 
 def _file_error(error: BaseException, file: str, path: str) -> str:
@@ -241,7 +241,7 @@ def _tuple(setting: Setting, path: str, text: str) -> tuple:
         value = _literal(text)
         if isinstance(value, (str, tuple, list)):
             return (value,) if isinstance(value, str) else tuple(value)
-        raise refusal(path, text, "must be values with commas between them, such as a,b")
+        raise refusal(path, text, "must be values separated by commas, such as a,b")
     entries = [_scalar(setting.entry_type, entry.strip()) for entry in text.split(",") if entry.strip()]
     if None in entries:
         raise refusal(path, text, f"each entry must be {KINDS[setting.entry_type]}")

@@ -150,14 +150,14 @@ def test_a_run_and_its_weights_elsewhere_answer_alike(call, model, run, folder, 
     assert (made["model"], made["step"], made["temperature"]) == (str(run), 3, 0.0)
     assert "| mine | 3 | " in call(evaluate, "--compare", f"{tmp_path / 'a'}, {tmp_path / 'b'}")
     said = call(evaluate, "--model", model, "--workdir", tmp_path / "b", *given, code=2)
-    assert "holds an evaluation of another kind (model: " in said
+    assert "holds an evaluation with other settings (model: " in said
     copy = shutil.copytree(model, tmp_path / "copy")
     call(evaluate, "--model", copy, "--workdir", tmp_path / "e", "--samples=2", *given)
     os.utime(copy / "model.safetensors")  # as other weights would, written to the same place
     said = call(evaluate, "--model", copy, "--workdir", tmp_path / "e", "--samples=2", *given, code=2)
-    assert "holds an evaluation of another kind (weights_written: '" in said
+    assert "holds an evaluation with other settings (weights_written: '" in said
     said = call(evaluate, "--model", run, "--step", 2, "--workdir", tmp_path / "d", *given, code=2)
-    assert "holds no checkpoint of it; those there are: 1, 3" in said
+    assert "holds no checkpoint of it; it has steps 1, 3" in said
 
 
 def test_a_model_of_the_hub_is_the_same_on_another_machine(tmp_path, monkeypatch):
@@ -397,14 +397,14 @@ def test_questions_of_a_file(tmp_path, caplog):
         (tmp_path / "x.txt").write_text(text)
         with pytest.raises(InputError, match="is empty"):
             generate.read(str(tmp_path / "x.txt"), "")
-    for name, words in (("none.txt", "no such file; give one of questions"), ("none.jsonl", "no such file")):
+    for name, words in (("none.txt", "no such file; give one with a question"), ("none.jsonl", "no such file")):
         with pytest.raises(InputError, match=words):
             generate.read(str(tmp_path / name), "")
     (tmp_path / "x.md").write_text("1+2")
     with pytest.raises(InputError, match=r"x\.md: can't be read; give a file that ends in \.txt, \.jsonl, \.csv"):
         generate.read(str(tmp_path / "x.md"), "")
     (tmp_path / "x.txt").write_bytes(b"1+\xff")
-    with pytest.raises(InputError, match="is not text in utf-8"):
+    with pytest.raises(InputError, match="is not UTF-8 text"):
         generate.read(str(tmp_path / "x.txt"), "")
     for row in ({"prompt": 5}, {"prompt": [{"role": "assistant", "content": "2"}]}):
         (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "1+2"}) + "\n" + json.dumps(row))

@@ -154,9 +154,9 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
     settings = tmp_path / "run" / "config.json"
     settings.write_text(settings.read_text().replace(str(trained / "export"), str(changed)))
     message = error_of(export.export, tmp_path / "run", tmp_path / "other")
-    assert f"config.model.path = '{changed}': its weights are not those that the run in" in message
+    assert f"config.model.path = '{changed}': the weights differ" in message
     message = error_of(open_policy, config.ModelConfig(path=str(tmp_path / "peft")))
-    assert f"is a LoRA adapter (of {str(trained / 'export')!r}) and no whole model; write one with `python" in message
+    assert f"is a LoRA adapter (of {str(trained / 'export')!r}) not a whole model; write one with `python" in message
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
         (["--workdri=x"], "workdri"),
         (["--step=last"], "step"),
         (["--dtype=float16"], "dtype"),
-        (["--workdir=w", "--out=x", "--public"], "--public: is about the repository of --push"),
+        (["--workdir=w", "--out=x", "--public"], "--public: applies to the repository of --push"),
         (["run", "--out=x"], "run: not understood; the folder of a run is given as --workdir=run"),
         (["--workdir=run", "x"], "x: not understood; settings are given as --out=HF_DIR"),
     ],
@@ -199,16 +199,16 @@ def test_a_run_and_an_export_are_put_into_a_repository(trained, tmp_path, monkey
         assert json.loads(files["igrpo_jax.json"])["step"] == 1
         assert files["model.safetensors"] != (tmp_path / "run" / "export" / "model.safetensors").read_bytes()
         message = error_of(export.main, ["export", f"--workdir={tmp_path / 'run'}", "--push=bad/a/b"])
-        assert message.startswith("--push bad/a/b: no name of a repository")
+        assert message.startswith("--push bad/a/b: not the name of a repository")
 
 
 @pytest.mark.slow
 def test_checkpoints_and_folders_that_can_not_be_used(trained, tmp_path, monkeypatch):
     message = error_of(export.export, trained, tmp_path / "new" / "out", 7)
-    assert message == f"--step 7: {trained} holds no checkpoint of it; those there are: 1, 2"
+    assert message == f"--step 7: {trained} holds no checkpoint of it; it has steps 1, 2"
     assert not (tmp_path / "new").exists()  # where the export has tried to make its folder
     message = error_of(export.export, trained, trained / "samples")
-    assert message == f"--out {trained / 'samples'}: is there already; give a new folder"
+    assert message == f"--out {trained / 'samples'}: already exists; give a new folder"
     monkeypatch.setattr(weights, "saved", None)  # refused before the checkpoint is read
     message = error_of(export.export, trained, trained / "metrics.jsonl" / "out")
     assert "can't be written (" in message and message.endswith("; give a folder that can")

@@ -173,7 +173,7 @@ def test_values_of_flags(tmp_path, override, path, value):
         ("--config.log.profile_steps=(1.5,)", "config.log.profile_steps = (1.5,): each entry must be a whole number"),
         (
             "--config.log.trackers=(a",
-            "config.log.trackers = '(a': must be values with commas between them, such as a,b",
+            "config.log.trackers = '(a': must be values separated by commas, such as a,b",
         ),
         ("--config.evaluation.samples=2.5", "config.evaluation.samples = '2.5': must be a whole number or None"),
     ],
@@ -241,7 +241,7 @@ def test_an_empty_flag_is_no_flag_that_is_left_out(command, flags, empty, tmp_pa
 
 def test_a_question_that_is_no_text_is_named():
     """Bytes of the command line that are no utf-8 are lone surrogates in Python."""
-    with pytest.raises(InputError, match=r"^--prompt '\\udcbd\+1': is not text in utf-8"):
+    with pytest.raises(InputError, match=r"^--prompt '\\udcbd\+1': is not UTF-8 text"):
         generate.main(["generate", "--model", "M", "--prompt", "\udcbd+1"])
 
 
@@ -355,7 +355,7 @@ def test_lengths_beyond_the_models_context(refused, model, problems):
 def test_a_step_of_more_prompts_than_there_are_problems(refused):
     assert refused("prompts_per_step=5", "data.arithmetic.train_problems=4") == (
         "igrpo_jax: error: config.prompts_per_step = 5: there are 4 training problems, so a step would hold some of "
-        "them several times; set it to 4 or less, or give more problems\n"
+        "them more than once; set it to 4 or less, or give more problems\n"
     )
 
 
@@ -531,7 +531,7 @@ def test_what_is_no_config_file_is_not_run(tmp_path):
         (tmp_path / name).write_text(TINY)
     for name, words in (
         ("", "is a folder; a config file is a Python file that has get_config()"),
-        ("config.json", "is what a run has written; a run's settings come from its --config file; give that file"),
+        ("config.json", "was written by a run; a run's settings come from its --config file; give that file"),
         ("model.json", "ends in .json; a config file is a Python file that has get_config()"),
         ("a.yaml", "ends in .yaml; a config file is a Python file"),
         ("a.txt", "ends in .txt; a config file is a Python file"),

@@ -91,7 +91,7 @@ def test_more_steps_and_another_base_are_noticed(settings, tmp_path, capsys):
     assert told in capsys.readouterr().out
     edit_tensors(folder, lambda tensors: tensors.update({name: -x for name, x in tensors.items()}))
     message = error_of(supervised.train_supervised, replace(settings, steps=3), tmp_path / "run")
-    assert f"config.model.path = '{folder}': its weights are not those that the run in" in message
+    assert f"config.model.path = '{folder}': the weights differ" in message
 
 
 def test_steps_that_are_not_finite_are_counted_across_a_resume(settings, tmp_path, monkeypatch):
@@ -218,7 +218,7 @@ def test_what_evaluations_ask_is_no_example_and_a_resume_asks_the_same(settings,
     (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
     other = supervised.open_supervised(replace(settings, evaluation=config.EvaluationConfig()))
     message = error_of(supervised._claim, tmp_path / "run", other)
-    assert "bring back the problems, config.evaluation.benchmarks and config.evaluation.data_dir" in message
+    assert "restore the problems, config.evaluation.benchmarks and config.evaluation.data_dir" in message
 
 
 def test_what_a_supervised_start_needs(settings, tmp_path):

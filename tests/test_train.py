@@ -132,7 +132,7 @@ def test_where_the_verifier_fails_the_steps_before_are_saved(monkeypatch, tmp_pa
     monkeypatch.setattr(evaluator, "check_errors", failing("evaluation"))
     monkeypatch.setattr(rollout, "check_errors", failing("rollout"))
     for step in range(2):
-        told = f"too many gradings failed; step {step} is saved in {workdir}; started again, the run resumes from there"
+        told = f"too many gradings failed; step {step} is saved in {workdir}; the same command resumes from there"
         with pytest.raises(VerifierError, match=re.escape(told)):
             train.train(c, workdir)
         assert {path.name for path in (workdir / "checkpoints").iterdir()} >= {str(step)}
@@ -184,12 +184,12 @@ def test_a_run_that_is_interrupted_says_what_it_has_saved(monkeypatch, tmp_path,
         assert stop.value.code == 130
         return capsys.readouterr().err.removeprefix("igrpo_jax: interrupted; ")
 
-    assert said() == f"no step is saved in {workdir}; started again, the run begins anew\n"
+    assert said() == f"no step is saved in {workdir}; the same command starts from the beginning\n"
     for name in ("2", "10", "12.orbax-checkpoint-tmp"):
         (workdir / "checkpoints" / name).mkdir(parents=True)
-    assert said() == f"step 10 is saved in {workdir}; started again, the run resumes from there\n"
+    assert said() == f"step 10 is saved in {workdir}; the same command resumes from there\n"
     monkeypatch.setattr(run_context, "is_remote", lambda path: True)
-    assert said() == f"started again, the run resumes from what is saved in {workdir}, if something is\n"
+    assert said() == f"the same command resumes from what is saved in {workdir}, if anything is\n"
 
 
 def test_an_interrupt_leaves_no_state_on_the_devices(monkeypatch, tmp_path):
@@ -305,7 +305,7 @@ def test_all_is_compiled_in_the_first_step(whole):
     workdir, out = whole
     assert out.index("programs to compile") < (out.find("compiling ") if "compiling " in out else len(out))
     assert recompiles(workdir) == [0] * 5
-    assert "shapes not met before" not in out
+    assert "new shapes" not in out
 
 
 @pytest.mark.slow(seconds=17)
@@ -591,7 +591,7 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path):
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (workdir / "metrics.jsonl").write_text("".join(lines[1:]))
     said = run(tmp_path, workdir, "rollout.slots=1", "learner.tokens_per_microbatch=256")
-    assert "resumed after 5" in said and "rows were lost" in said
+    assert "resumed after 5" in said and "missing rows" in said
     assert (workdir / "metrics.jsonl").read_text() == "".join(lines[1:])
 
 
@@ -609,10 +609,10 @@ def test_a_different_configuration_is_refused_by_name(whole):
 @pytest.mark.parametrize("steps", [3, 6])
 def test_a_resume_that_is_refused_leaves_the_folder_as_it_was(whole, monkeypatch, steps):
     """One with fewer steps than the run has made, and one whose problems are not those that it began with."""
-    workdir, said = whole[0], "config.steps = 3: ends after step 3, and the run in .* has come to step 5"
+    workdir, said = whole[0], "config.steps = 3: ends after step 3, but the run in .* has already reached step 5"
     if steps > 5:
         monkeypatch.setattr(opening.Task, "fingerprint", "of other problems")
-        said = "its prompts or answers are not those that the run in"
+        said = "its prompts or answers differ from those that the run in"
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"}
     with pytest.raises(InputError, match=said):
         train.train(settings(steps=steps, **{"rollout.slots": 8}), workdir)  # one for each device of this process
@@ -695,12 +695,12 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
     start("2026-11-27", **other)
     with pytest.raises(InputError) as caught:
         opening._check_data(tasks[2], workdir, tasks[0].fingerprint)
-    day = "(the chat template writes the date, here config.data.template_date = '2026-11-27'; where the run began on"
+    day = "(the chat template writes the date, here config.data.template_date = '2026-11-27'; if the run began on"
     assert day in str(caught.value)
-    assert "bring the problems, the tokenizer," in str(caught.value)
+    assert "restore the problems, the tokenizer," in str(caught.value)
     data = dataclasses.replace(tasks[2].config.data, clean=True)
     cleaned = dataclasses.replace(tasks[2], config=dataclasses.replace(tasks[2].config, data=data))
-    named = "bring the problems, config.evaluation.benchmarks and config.evaluation.data_dir (what they ask"
+    named = "restore the problems, config.evaluation.benchmarks and config.evaluation.data_dir (what they ask"
     with pytest.raises(InputError, match=re.escape(named)):
         opening._check_data(cleaned, workdir, tasks[0].fingerprint)
 

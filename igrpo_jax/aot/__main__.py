@@ -166,7 +166,7 @@ def advice(footprint: "Footprint") -> list[str]:
     elif fullest in tuple(footprint.sampler):
         lines = _advise_rollout(footprint)
     if sizes["data"] > 1:
-        lines.append(f"mesh.fsdp = {sizes['fsdp']}: a larger one, in the place of mesh.data, splits the training state")
+        lines.append(f"mesh.fsdp = {sizes['fsdp']}: a larger one, instead of mesh.data, splits the training state")
     else:
         lines.append(f"a larger slice: mesh.fsdp = {sizes['fsdp']} then splits the training state further")
     if config.optimizer.mu_dtype == "float32" and config.optimizer.name != "adafactor" and not config.model.lora.rank:
@@ -176,7 +176,7 @@ def advice(footprint: "Footprint") -> list[str]:
     if config.algorithm.beta > 0 and not config.learner.offload_reference:
         lines.append("learner.offload_reference = False: True")
     if not config.model.lora.rank:
-        lines.append("model.lora.rank = 0: 16, which trains adapters alone")
+        lines.append("model.lora.rank = 0: 16, which trains only adapters")
     return lines
 
 

@@ -98,6 +98,6 @@ def _text(compiled: jax.stages.Compiled) -> str:
     except jax.errors.JaxRuntimeError as error:
         raise InputError(
             f"libtpu {metadata.version('libtpu')} writes programs that jaxlib {metadata.version('jaxlib')} cannot read "
-            f"({str(error).splitlines()[0][:200]}); install the two that belong together: "
+            f"({str(error).splitlines()[0][:200]}); install matching versions: "
             f'pip install "jax[tpu]=={metadata.version("jax")}"'
         ) from error

@@ -33,7 +33,7 @@ LARGEST = {"v4": (3, 4096), "v5e": (2, 256), "v5p": (3, 8960), "v6e": (2, 256)}
 def check(name: str | None, slices: int = 1) -> None:
     """Raises InputError for a topology that no slice has, or several slices without one; libtpu refuses others."""
     if name is None and slices > 1:
-        raise InputError(f"--slices {slices}: of what? Give --topology too, such as --topology v5p:2x2x2")
+        raise InputError(f"--slices {slices}: needs --topology too, such as --topology v5p:2x2x2")
     if name is None:
         return
     kind, _, layout = name.partition(":")

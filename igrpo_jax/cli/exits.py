@@ -17,7 +17,7 @@ from igrpo_jax import __version__
 from igrpo_jax.distributed import preemption, watchdog
 from igrpo_jax.errors import InputError, RunError, one_line
 
-GOES_ON = "the same command resumes from what was saved, if something was"
+GOES_ON = "the same command resumes from what was saved, if anything was"
 
 # Read by transformers when it is first imported: without PyTorch, which nothing here needs, it prints advice to install
 # it. Its warnings are not affected.
@@ -112,8 +112,8 @@ def _device_error(text: str) -> str:
     message = one_line(text.partition("\n")[0])[:300]
     if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
         return (
-            f"JAX failed in {phase}: {message}; if it comes again where a program is compiled, try learner.attention = "
-            "xla, or another version of jax"
+            f"JAX failed in {phase}: {message}; if it happens again while a program is compiled, try "
+            "learner.attention = xla, or another version of jax"
         )
     smaller = next((fields for name, fields in watchdog.SMALLER.items() if name in phase), "the sizes of what runs")
     return (

@@ -181,7 +181,7 @@ def _refuse_empty(given: Mapping[str, Any]) -> None:
     """Raises InputError where a flag has an empty value, for which a default would be taken in silence."""
     for name, value in given.items():
         if value == "" or (isinstance(value, list) and "" in value):
-            raise InputError(f'--{name} "": is empty, as a variable of the shell that is not set; give it a value')
+            raise InputError(f'--{name} "": is empty (an unset shell variable?); give it a value')
 
 
 def _settings(argv: list[str]) -> tuple[list[str], dict[str, Any]]:

@@ -108,8 +108,8 @@ def check_held_out(config: Config, run: Config, model: str, questions: Mapping[s
     if seen := sum(question in trained for question in questions[task]):
         raise InputError(
             f"{', '.join(f'config.{name} = {given[name]}' for name in changed)}: with this, the run {model} was "
-            f"trained on {seen:,} of the {len(questions[task]):,} problems of {task!r}; leave it out, for the "
-            f"run's own {', '.join(f'{name} = {own[name]}' for name in changed)}"
+            f"trained on {seen:,} of the {len(questions[task]):,} problems of {task!r}; leave it out to use "
+            f"the run's own {', '.join(f'{name} = {own[name]}' for name in changed)}"
         )
 
 

@@ -117,7 +117,7 @@ def shown(table: Table, mapping: Mapping, source: str, setting: str) -> tuple[Ta
         why = f"in {len(broken)} of {len(table)} rows: row {readers.few(broken)}"
         why = why if broken else "from numbers of which none is 0: they may count from 0 or from 1"
         raise InputError(
-            f"{source}: the questions do not show the choices in {name!r}, and which of them is right is not certain "
+            f"{source}: the questions do not show the choices in {name!r}, and it is not clear which of them is right "
             f"{why}; write its letter into {mapping.answer!r}, A for the first, or ask without the choices by "
             f"{setting}={mapping.prompt}"
         )

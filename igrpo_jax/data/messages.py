@@ -44,7 +44,7 @@ def question(turns: list[Message]) -> str:
     asked = turns[:-1] if len(turns) > 1 and turns[-1].role == "assistant" else turns
     if [turn.role for turn in asked] not in (["user"], ["system", "user"]):
         roles = ", ".join(turn.role for turn in turns)
-        raise TypeError(f"messages of the roles {roles}, where one of a user is read")
+        raise TypeError(f"messages with the roles {roles}, where one user message is expected")
     return "\n\n".join(turn.text for turn in asked if turn.text.strip())
 
 
@@ -55,7 +55,7 @@ def reply(turns: list[Message]) -> str:
         TypeError: the chat ends with another turn.
     """
     if turns[-1].role != "assistant":
-        raise TypeError("messages without a reply of the assistant")
+        raise TypeError("messages without a reply from the assistant")
     return turns[-1].text
 
 

@@ -87,7 +87,7 @@ def cleaned(config: Config, rows: list[Row], held_out: dict[str, list[Row]]) -> 
         if not config.data.clean:
             fix = f"{columns.FIX.format('answer_column')}, or set config.data.clean=True"
             _check_unequal(rows, unequal, f"config.data.train = {config.data.train!r}", fix)
-        notes.append(("answers that nothing can equal", f"{what}, {treatment}"))
+        notes.append(("answers that no completion can match", f"{what}, {treatment}"))
         left_out |= set(unequal) if config.data.clean else set()
     for name, benchmark in held_out.items():
         same = overlap.overlapping(questions, [row.question for row in benchmark])
@@ -98,7 +98,7 @@ def cleaned(config: Config, rows: list[Row], held_out: dict[str, list[Row]]) -> 
     if not kept:
         raise InputError(
             f"config.data.clean = True: leaves none of the {len(rows)} problems of {config.data.train!r}: evaluation "
-            "asks for them, or nothing can equal their answers; train on others"
+            "asks them too, or no completion can match their answers; train on others"
         )
     return kept, notes
 
@@ -118,8 +118,9 @@ def _check_unequal(rows: Sequence[Row], unequal: Sequence[int], source: str, fix
     """Raises InputError where more than MAX_UNEQUAL of the rows are `unequal`."""
     if len(unequal) > MAX_UNEQUAL * len(rows):
         raise InputError(
-            f"{source}: nothing can equal the answers of {_counted(rows, unequal)}, more than {MAX_UNEQUAL:.0%}; the "
-            f"first is {quoted(rows[unequal[0]].answer)}; put final answers into \\boxed{{}} ({fix})"
+            f"{source}: no completion can match the reference answers of {_counted(rows, unequal)}, more than "
+            f"{MAX_UNEQUAL:.0%}; the first is {quoted(rows[unequal[0]].answer)}; put final answers into "
+            f"\\boxed{{}} ({fix})"
         )
 
 
@@ -248,13 +249,13 @@ def _benchmark(
         if known is None:  # the answers of a known benchmark are what they are
             _check_unequal(rows, unequal, source, fix.format("answer_column"))
         logging.warning(
-            "%s: nothing can equal the answers of %s; mend them, or each counts as wrong",
+            "%s: no completion can match the reference answers of %s; fix them, or every completion is graded wrong",
             *(source, _counted(rows, unequal)),
         )
     _, others = overlap.repeated([row.question for row in rows], [row.answer for row in rows])
     if others:
         logging.warning(
-            "%s: questions stand there before with another answer: %s; each counts as a problem of its own",
+            "%s: these questions appear earlier with a different answer: %s; each counts as a separate problem",
             *(source, _counted(rows, others)),
         )
     return rows

@@ -96,7 +96,7 @@ def _read_folder(folder: Path, source: str, split: str) -> Table:
         files = [file for file in files if split in splits[file]]
         if not files:
             raise InputError(
-                f"{source}: has files of {', '.join(sorted(named))}, and none of the split {split!r}; set "
+                f"{source}: has files of {', '.join(sorted(named))}, but none of the split {split!r}; set "
                 "config.data.split, or give one file"
             )
     kinds = sorted({ending(file) for file in files})
@@ -111,9 +111,7 @@ def _read_saved(folder: Path, source: str, split: str) -> Table:
         splits = sorted(file.parent.name for file in folder.glob(f"*/{SAVED[1]}"))
         if split not in splits:
             has = f"splits {', '.join(splits)}" if splits else "no split"
-            raise InputError(
-                f"{source}: was saved with {has}, and has none of the name {split!r}; set config.data.split"
-            )
+            raise InputError(f"{source}: was saved with {has}, and has none named {split!r}; set config.data.split")
         folder /= split
     fix = "give a local folder that save_to_disk wrote, or a file in JSON Lines"
     return _read_datasets(source, fix, lambda datasets: datasets.load_from_disk(str(folder)))
@@ -181,7 +179,7 @@ def _read_jsonl(file: Path, source: str) -> Table:
                 mended += [str(number)] * (text != columns)
                 columns = text
             table.append((number, columns))
-    _warn_of_broken(source, "line", broken, len(table), "give one object a line")
+    _warn_of_broken(source, "line", broken, len(table), "give one object per line")
     if mended:
         what = "hold surrogates or bytes that are not characters, now U+FFFD: line"
         absl_logging.warning(

@@ -130,8 +130,8 @@ class ChatTemplate:
         theirs = self._tokenizer.apply_chat_template(messages, **options)["input_ids"]
         if list(theirs) != self.ids(PROBE).tolist():
             raise InputError(
-                "config.model.path: its tokenizer encodes the text of its chat template in another way than "
-                "apply_chat_template does; give the directory a tokenizer.json that agrees with it"
+                "config.model.path: its tokenizer encodes the text of its chat template differently from "
+                "apply_chat_template; give the directory a tokenizer.json that agrees with it"
             )
 
     def _messages(self, words: str) -> list[dict[str, str]]:

@@ -36,13 +36,13 @@ def launcher() -> str | None:
     Also returns None, with a warning, if the metadata server of a TPU machine does not answer, or JAX cannot be asked.
     """
     if MISSING:
-        logging.warning("runs alone: JAX %s cannot be asked for a cluster (%s)", jax.__version__, MISSING)
+        logging.warning("running as a single process: JAX %s cannot detect a cluster (%s)", jax.__version__, MISSING)
         return None
     try:
         here = next((kind for kind in _LAUNCHERS if kind.is_env_present()), None)
         return None if here is None or here.get_process_count() == 1 else here.__name__
     except Exception as error:  # what requests raises, and others
-        logging.warning("runs alone: it could not be asked whether this machine is part of a pod: %s", error)
+        logging.warning("running as a single process: cannot find out whether this machine is part of a pod: %s", error)
         return None
 
 

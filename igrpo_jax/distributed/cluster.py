@@ -159,7 +159,7 @@ def _meet(settings: ClusterConfig, address: Mapping[str, Any]) -> bool:
 def _not_met(seconds: float, given: Mapping[str, Any]) -> NoReturn:
     who = f"process {given['process_id']} of {given['num_processes']}" if "process_id" in given else "this process"
     say(
-        f"{who}: not all processes have come to {abort.coordinator_address()} within config.cluster.start_timeout = "
+        f"{who}: not all processes have reached {abort.coordinator_address()} within config.cluster.start_timeout = "
         f"{seconds:g} s; start all of them at about the same time, with an address of process 0 that every machine can "
         "reach"
     )

@@ -75,7 +75,7 @@ class Peers:
         """Tells the others why this process ends. Does not return where another process is the reason."""
         reason = f"{type(error).__name__}: {one_line(error)[:500]}".removesuffix(": ")
         if may_follow(error):
-            say(f"{reason}; looking whether another process has ended")
+            say(f"{reason}; checking whether another process has ended")
             if self._over.wait(1.5 * self._silence):
                 self._threads[-1].join()  # `_listen` ends this process
         self._failing.set()
@@ -139,7 +139,7 @@ class Peers:
             for process, (name, _, heard) in self._heard.items():
                 silent = self._clock - heard
                 if process != self._process and silent > self._silence:
-                    text = f"{name} has not been heard of for {silent:.0f} s; {self._was_in(process)}"
+                    text = f"{name} has not been heard from for {silent:.0f} s; {self._was_in(process)}"
                     if process == 0:  # nothing reaches the others without it
                         self._end(text, LOST)
                     self._publish(process, text, LOST)

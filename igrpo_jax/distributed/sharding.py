@@ -99,7 +99,7 @@ def _arranged(sizes: list[int], devices: list) -> np.ndarray:
     slices = [list(grid[numbers == number]) for number in np.unique(numbers)]
     if data % len(slices) and devices[0].platform == "tpu":
         raise InputError(
-            f"config.mesh.data = {data}: must be a multiple of the {len(slices)} slices, since each holds complete "
+            f"config.mesh.data = {data}: must be a multiple of the {len(slices)} slices, because each holds complete "
             f"replicas of the weights; set mesh.data to {len(slices)} and mesh.fsdp to -1"
         )
     if data % len(slices):

@@ -127,4 +127,4 @@ def _report(slow: _Phase, waited: float) -> None:
     try:
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
     except (AttributeError, OSError, ValueError):  # stderr is not a file, as in a notebook
-        logging.error("watchdog: no stacks, since stderr is not a file here")
+        logging.error("watchdog: no stacks, because stderr is not a file here")

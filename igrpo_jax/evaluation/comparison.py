@@ -66,7 +66,7 @@ def compare(first: Path, second: Path) -> str:
     benchmarks, settings = _common(first, second), [_settings(folder) for folder in (first, second)]
     lines = [*_differences([first, second], settings, benchmarks), ""]
     lines += [
-        "Single-shot pass@1 in percent, problems in pairs. The interval is a bootstrap over problems, and exact where "
+        "Single-shot pass@1 in percent, paired by problem. The interval is a bootstrap over problems, and exact where "
         "all problems changed alike; p is that of an exact sign test of better against worse.",
         "",
         "| benchmark | problems | A | B | B - A | 95 % interval | better, worse | p |",
@@ -107,7 +107,7 @@ def _differences(
             rows.append((f"{name}: {title}", *(str(read(*pair)) for pair in (both, both[::-1]))))
     rows = [row for row in rows if row[1] != row[2]]
     if rows:
-        lines += ["", "They differ in more than the model, so B - A is not of the model alone:", ""]
+        lines += ["", "They differ in more than the model, so B - A is not due to the model alone:", ""]
         lines += ["| | A | B |", "|---|---|---|"]
         return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     if len(known) == 2:

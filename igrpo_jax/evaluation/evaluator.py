@@ -240,9 +240,12 @@ class Evaluator:
 def _changed(name: str, row: dict[str, Any], prompt: Prompt) -> str:
     """Returns how a problem of the benchmark `name` differs from that of a row that an earlier evaluation wrote."""
     if row["prompt"] != prompt.question:
-        return f"its {name}.jsonl answers other questions than {name} has now (the first is in row {row['prompt_id']})"
+        return (
+            f"its {name}.jsonl answers different questions from those that {name} has now (the first is in row "
+            f"{row['prompt_id']})"
+        )
     return (
-        f"its {name}.jsonl was graded by other reference answers than {name} has now (the first is in row {prompt.id}: "
+        f"its {name}.jsonl was graded against different reference answers (the first is in row {prompt.id}: "
         f"{quoted(row['answer'])} there, {quoted(prompt.answer)} now)"
     )
 

@@ -239,7 +239,7 @@ def check(folder: Path, settings: dict[str, Any]) -> None:
             if differing:
                 changed = ", ".join(_difference(name, old, settings) for name in differing)
                 raise InputError(
-                    f"--workdir {folder}: holds an evaluation of another kind ({changed}); give another --workdir, "
+                    f"--workdir {folder}: holds an evaluation with other settings ({changed}); give another --workdir, "
                     "or the old values"
                 )
         elif foreign := sorted(present - {LOCK}):
@@ -249,9 +249,10 @@ def check(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _difference(name: str, old: dict[str, Any], settings: dict[str, Any]) -> str:
-    """Returns what has changed in a setting, and says it in words where the two values alone would tell nothing."""
+    """Returns what has changed in a setting, and says it in words if the two values alone would say nothing."""
     if name == "data":
-        return f"data: the prompts or answers of {settings['data.train'] or 'the built-in task'} are not those of then"
+        source = settings["data.train"] or "the built-in task"
+        return f"data: the prompts or answers of {source} differ from those of the earlier evaluation"
     changed = f"{name}: {old.get(name)!r} -> {settings[name]!r}"
     if name == "weights_written" and ":" in str(old.get(name)) and ":" not in settings[name]:
         changed += (

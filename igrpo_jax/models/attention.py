@@ -154,9 +154,9 @@ def choose(requested: str, mesh: jax.sharding.Mesh, dtype: str, head_dim: int) -
     platform = mesh.devices.flat[0].platform
     cannot = {}
     if platform != "tpu":
-        cannot["splash"] = f"is for TPUs, the mesh is of {platform} devices"
+        cannot["splash"] = f"is for TPUs, but the mesh has {platform} devices"
     if platform != "gpu":
-        cannot["cudnn"] = f"is for GPUs, the mesh is of {platform} devices"
+        cannot["cudnn"] = f"is for GPUs, but the mesh has {platform} devices"
     elif not cudnn.runs_on(mesh.devices.flat[0]):
         cannot["cudnn"] = "needs NVIDIA's GPUs, from Ampere on (compute capability 8.0)"
     elif dtype != "bfloat16":

@@ -242,4 +242,4 @@ def _only(raw: dict, source: str, **supported: object) -> None:
 def refuse(ok: bool, source: str, name: str, value: object, supported: str) -> None:
     """Raises InputError unless `ok`."""
     if not ok:
-        raise InputError(f"{source}: {name} = {value!r} is not supported; supported is {supported}")
+        raise InputError(f"{source}: {name} = {value!r} is not supported; use {supported}")

@@ -57,7 +57,7 @@ def _refuse_adapter(path: str) -> None:
         base = read_json(path, file).get("base_model_name_or_path")
         raise path_error(
             path,
-            f"is a LoRA adapter (of {base!r}) and no whole model; write one with `python -m igrpo_jax.export --workdir "
+            f"is a LoRA adapter (of {base!r}), not a whole model; write one with `python -m igrpo_jax.export --workdir "
             "RUN --out DIR`, without --adapter, or with peft's merge_and_unload, and give that DIR",
         )
 

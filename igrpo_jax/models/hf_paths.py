@@ -45,7 +45,7 @@ def _download(name: str) -> Path:
     except Exception as error:  # its errors have no common base: HTTP, validation, offline, file system
         reason = f"{type(error).__name__}: {first_line(error)}"
         fix = "give a local directory with config.json, the safetensors files and the tokenizer"
-        raise path_error(name, f"no such directory, and the hub did not give it ({reason}); {fix}") from error
+        raise path_error(name, f"no such directory, and the hub did not provide it ({reason}); {fix}") from error
 
 
 def read_json(path: str, file: Path) -> dict:

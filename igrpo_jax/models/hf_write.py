@@ -85,7 +85,7 @@ def _naming_refusals(out: Path) -> Iterator[None]:
 def check_free(out: Path) -> None:
     """Raises InputError where `out` is a file or holds anything."""
     if addresses.names(out) or (not is_remote(out) and out.exists() and not out.is_dir()):
-        raise _out_error(out, "is there already", "give a new folder")
+        raise _out_error(out, "already exists", "give a new folder")
     check_place(out)
 
 

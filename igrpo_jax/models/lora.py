@@ -64,8 +64,8 @@ def adapted(settings: LoraConfig, shapes: Shapes) -> list[str]:
     for target in settings.targets:
         if target != ALL and target not in names:
             raise InputError(
-                f"config.model.lora.targets = {settings.targets!r}: {target!r} matches no weight of the model; there "
-                f"are {', '.join(names)}, and {ALL} for all of them"
+                f"config.model.lora.targets = {settings.targets!r}: {target!r} matches no weight of the model; give "
+                f"some of {', '.join(names)}, or {ALL} for all of them"
             )
     return [path for path, name in linear.items() if name in settings.targets or ALL in settings.targets]
 

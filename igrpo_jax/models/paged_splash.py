@@ -46,8 +46,8 @@ def splash_paged_attention(
     sequences, of_sequence = ragged.table.shape
     if -(-sequences // 8) * 8 * -(-of_sequence // 128) * 128 * 4 > TABLE_BYTES:
         raise InputError(
-            f"config.rollout.page_size = {pages.shape[1]}: a TPU cannot hold the numbers of {of_sequence:,} pages for "
-            f"each of {sequences:,} slots; raise it, or lower config.rollout.slots"
+            f"config.rollout.page_size = {pages.shape[1]}: a TPU cannot hold the page numbers of {of_sequence:,} pages "
+            f"for each of {sequences:,} slots; raise it, or lower config.rollout.slots"
         )
     kernel = _emulated_kernel() if interpret else library.ragged_paged_attention
     mixed = kernel(

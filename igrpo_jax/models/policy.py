@@ -232,4 +232,6 @@ def _check_equal(out: Path, written: np.ndarray, reread: np.ndarray) -> None:
         raise RunError(f"{out}: not written: the policy's logits are not finite; export an earlier --step")
     gap, scale = float(np.abs(written - reread).max()), float(np.abs(written).max())
     if not gap <= 1e-3 * scale:
-        raise RunError(f"{out}: not written: read back, its logits are {gap:g} away (of {scale:g}); is the disk sound?")
+        raise RunError(
+            f"{out}: not written: read back, its logits are off by {gap:g} (of {scale:g}); is the disk faulty?"
+        )

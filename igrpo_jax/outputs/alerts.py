@@ -125,7 +125,7 @@ class RewardLimit(NamedTuple):
 
 REWARD_LIMITS = (
     RewardLimit("no value", _silent, "{} gave None for every completion"),
-    RewardLimit("constant reward", _constant, f"{{}} gave one value only for {MANY} steps"),
+    RewardLimit("constant reward", _constant, f"{{}} gave the same value in all {MANY} steps"),
 )
 WATCHED = (
     "reward",

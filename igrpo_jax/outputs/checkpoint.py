@@ -192,7 +192,7 @@ class Checkpointer:
                 ):  # the other processes may have read theirs
                     raise RunError(
                         f"{self._path / str(step)}: can't be read ({failed[step]}); move it away, and the same command "
-                        "resumes from the checkpoint before"
+                        "resumes from the previous checkpoint"
                     ) from error
         else:
             raise RunError(f"{self._path}: no checkpoint can be read; step {steps[0]}: {failed[steps[0]]}")
@@ -284,4 +284,4 @@ class Checkpointer:
         steps = [step for step in saved if step != failed]
         if not steps:
             return "; no step was saved before"
-        return f"; make it possible and run the same command again, which resumes from step {max(steps)}"
+        return f"; fix this and run the same command again, which resumes from step {max(steps)}"

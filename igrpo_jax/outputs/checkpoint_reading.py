@@ -29,7 +29,7 @@ def saved_step(workdir: Path, step: int | None = None) -> int:
         with _reader(path) as manager:
             steps = sorted(manager.all_steps())
     if not steps or step not in (None, *steps):
-        fix = f"those there are: {', '.join(map(str, steps))}" if steps else "wait for the first one (of step 0)"
+        fix = f"it has steps {', '.join(map(str, steps))}" if steps else "wait for the first one (of step 0)"
         lacks = (
             f"{workdir}: holds no checkpoint" if step is None else f"--step {step}: {workdir} holds no checkpoint of it"
         )

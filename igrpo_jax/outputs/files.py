@@ -25,7 +25,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except failures() as error:
         raise RunError(
-            f"{path}: cannot be written ({reason(error)}); make it possible and run the same command again"
+            f"{path}: cannot be written ({reason(error)}); fix this and run the same command again"
         ) from error
 
 

@@ -94,7 +94,7 @@ def _check_own(name: str, where: str, config: Config, files: set[str]) -> None:
     """Raises InputError if these files of a repository are not an export of a run like that of `config`."""
     if not files:
         return
-    fix = "give a name of your own that is free, or delete the repository"
+    fix = "give an unused name of your own, or delete the repository"
     if MARKER not in files:
         raise InputError(
             f"{where} {name}: the repository exists and holds other files, such as {one_line(min(files))[:80]!r}; {fix}"
@@ -118,7 +118,7 @@ def _telling(name: str, where: str, kept: str = "") -> Iterator[None]:
     try:
         yield
     except hub_errors.HFValidationError as error:
-        raise InputError(f"{where} {name}: no name of a repository ({_plain(error)}); give owner/name") from error
+        raise InputError(f"{where} {name}: not the name of a repository ({_plain(error)}); give owner/name") from error
     except hub_errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403):

@@ -81,7 +81,7 @@ def check(settings: LogConfig) -> None:
             if module is None or module.origin is None:  # a folder of that name in a workdir is not a package
                 raise InputError(
                     f"config.log.trackers = {settings.trackers!r}: {name} is not installed; "
-                    f'pip install "igrpo-jax[{name}]", or leave it out'
+                    f'pip install "igrpo-jax[{name}]", or remove it from log.trackers'
                 )
 
 
@@ -124,7 +124,8 @@ def _started(name: str, settings: LogConfig) -> Open:
         except Exception as error:  # whatever the user's class raises
             cause = one_line(f"{type(error).__name__}: {error}")
             raise InputError(
-                f"config.log.trackers = {settings.trackers!r}: {name} cannot start ({cause}); mend it, or leave it out"
+                f"config.log.trackers = {settings.trackers!r}: {name} cannot start ({cause}); fix it, or remove it "
+                "from log.trackers"
             ) from error
 
     return start

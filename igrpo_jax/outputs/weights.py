@@ -52,9 +52,9 @@ def _check_first(policy: Policy, workdir: Path) -> None:
     recorded = cluster.from_first(lambda: json.loads(read_bytes(file)) if file.name in names(file.parent) else {})
     if recorded.get("fingerprint", policy.fingerprint) != policy.fingerprint:  # runs of older versions have no record
         raise InputError(
-            f"config.model.path = {policy.path!r}: its weights are not those that the run in {workdir} began with, "
-            "which it needs again (for LoRA, or algorithm.beta); bring them back, of a hub id the revision of then, or "
-            "start a new run with another --workdir"
+            f"config.model.path = {policy.path!r}: the weights differ from those that the run in {workdir} started "
+            "with, which LoRA and algorithm.beta need; restore them (for a hub id: the same revision) or use another "
+            "--workdir"
         )
 
 

@@ -57,8 +57,8 @@ def check_workdir(workdir: Path, config: Config) -> None:
     """Raises InputError where `workdir` cannot hold the run of `config`, as `prepare_workdir` does; writes nothing."""
     if is_mirrored(workdir) and jax.process_count() > 1:
         raise InputError(
-            f"--workdir {workdir}: checkpoints come there from the disk of one machine, and each of the "
-            f"{jax.process_count()} processes would have its part of them on its own; give gs://BUCKET/NAME, or a "
+            f"--workdir {workdir}: checkpoints get there from the disk of one machine, but each of the "
+            f"{jax.process_count()} processes would have its part of them on its own disk; give gs://BUCKET/NAME, or a "
             "folder that all machines see"
         )
     with _naming_refusals(workdir):
@@ -162,7 +162,7 @@ def _check_finished(workdir: Path) -> None:
     if is_remote(workdir) and has_samples(workdir) and not finished(workdir / "checkpoints"):
         raise InputError(
             f"--workdir {workdir}: none of its checkpoints holds {COMMITTED}, the last file of a save in a bucket; "
-            "those of a run that was copied from a folder may lack it: go on in a folder, or begin a new run"
+            "those of a run that was copied from a folder may lack it: resume it in a folder, or start a new run"
         )
 
 
@@ -174,9 +174,7 @@ def _changed_settings(path: Path, settings: dict[str, Any]) -> list[str]:
         old["data"]["template_date"] = old["data"]["template_date"] or settings["data"]["template_date"]
         return differences(old, settings)
     except (ValueError, AttributeError, TypeError):
-        raise InputError(
-            f"--workdir {path.parent}: config.json is not readable as a run's; give another folder"
-        ) from None
+        raise InputError(f"--workdir {path.parent}: config.json is not that of a run; give another folder") from None
 
 
 def _open_lock(workdir: Path) -> FileIO:
@@ -223,7 +221,7 @@ def _naming_refusals(workdir: Path) -> Iterator[None]:
 
 def _under_way(workdir: Path, holder: str) -> InputError:
     return InputError(
-        f"--workdir {workdir}: a run is under way there ({holder}); wait for its end, or give another folder"
+        f"--workdir {workdir}: a run is under way there ({holder}); wait until it ends, or give another folder"
     )
 
 

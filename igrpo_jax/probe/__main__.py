@@ -33,7 +33,7 @@ USAGE = (
 FOLDER = "probe"
 FLAGS = {
     "data": "problems: a file, a folder, a known name or a hub id; default: those of --config or of the run",
-    "problems": "problems that are answered, of those that the run would read first; default: 64",
+    "problems": "number of problems to answer, the first that the run would read; default: 64",
     "answers": "plain answers to each problem; default: N + G, the least",
     "gradients": "problems whose gradients are compared; default: 32, and 0 for none",
     "workdir": f"folder to write the answers, the gradients and the conclusion to; default: {FOLDER}",
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     model = values["model"]
     is_run = (path_of(f"--model {model}", model) / "checkpoints").is_dir()
     if not (values["data"] or values["config"] or is_run):
-        raise InputError("--data: missing; give the problems to train on, a file or what config.data.train may be")
+        raise InputError("--data: missing; give the problems to train on, a file or what config.data.train accepts")
     if values["data"]:
         config = replace(config, data=replace(config.data, train=values["data"]))
     numbers = {name: parsing.number(name, values[name]) for name in ("problems", "answers", "gradients", "step")}

@@ -16,7 +16,7 @@ from igrpo_jax.report import pages
 def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_multi_string(
-        "workdir", None, "folder of a run; give it several times to draw runs over each other", flag_values=values
+        "workdir", None, "folder of a run; give it several times to plot runs together", flag_values=values
     )
     flags.DEFINE_string("out", None, "folder to write; default: report in the first --workdir", flag_values=values)
     parsing.read_flags(argv, values, __doc__, "--workdir=DIR")

@@ -204,7 +204,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "nonfinite",
             "Skipped optimizer steps",
             "in the run so far",
-            "Optimizer steps that changed nothing, since their loss or gradient was not finite.",
+            "Optimizer steps that changed nothing, because their loss or gradient was not finite.",
             (Line("skipped", "bad", ("nonfinite_steps",)),),
         ),
     ),

@@ -265,10 +265,8 @@ def _warn_of_hidden(rewards: Sequence[CustomReward], batches: Sequence[Sequence[
     columns |= {reward.answer_column for reward in rewards}
     for name in (*functions.ALWAYS, *functions.ON_REQUEST):
         if rewards and name in columns:
-            text = (
-                "custom rewards: they do not get the column %s of the data, which is the name of another argument of "
-            )
-            logging.warning(text + "theirs; rename the column where they need it", name)
+            text = "custom rewards do not get the data's column %s, because another of their arguments has this name; "
+            logging.warning(text + "rename the column if they need it", name)
 
 
 # What Python says where a function treats a text as chat messages, and chat messages as a text.

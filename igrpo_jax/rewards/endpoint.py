@@ -41,7 +41,7 @@ def connect(settings: JudgeConfig) -> tuple[Any, str]:
     key = os.environ.get(settings.api_key_env, "").strip()
     is_named = settings.api_key_env != JudgeConfig.api_key_env  # a name of the user's own says that there is a key
     if not key and (is_named or not url):
-        none = "leave it out where the server" if url else "set config.rewards.judge.base_url to a server that"
+        none = "leave it out if the server" if url else "set config.rewards.judge.base_url to a server that"
         raise InputError(
             f"config.rewards.judge.api_key_env = {settings.api_key_env!r}: no such environment variable; export the "
             f"key in it, or {none} asks for none"

@@ -80,7 +80,7 @@ def load(path: str, setting: str = "custom") -> Callable:
     """
     if path.startswith("__main__:") and not getattr(sys.modules["__main__"], "__file__", None):
         where = f"config.rewards.{setting} = {path!r}"
-        raise InputError(f"{where}: the verifier's processes can't import what no file holds; {IN_A_FILE}")
+        raise InputError(f"{where}: the verifier's processes can't import what is in no file; {IN_A_FILE}")
     return objects.load(path, f"config.rewards.{setting} = {path!r}")
 
 

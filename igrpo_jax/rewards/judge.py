@@ -139,7 +139,9 @@ class Judge:
         upload.start()
         upload.join(UPLOAD_TIMEOUT)
         if upload.is_alive():
-            logging.warning("judge: the latest verdicts may be lost: their upload takes over %g s", UPLOAD_TIMEOUT)
+            logging.warning(
+                "judge: the latest verdicts may be lost: uploading them takes more than %g s", UPLOAD_TIMEOUT
+            )
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:

@@ -58,7 +58,7 @@ def parse_score(reply: str) -> float:
 
     def unique(pairs: list[tuple]) -> dict:
         if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("a key occurs twice")
         return dict(pairs)
 
     text = reply.strip()

@@ -167,7 +167,7 @@ class Verifier:
         def settle(done: Future) -> None:
             outcome = done.result()
             if outcome.status != "ok" and not self._is_closed:
-                logging.warning("answers are compared by their text alone: %s: %s", outcome.status, outcome.detail)
+                logging.warning("answers are compared only by their text: %s: %s", outcome.status, outcome.detail)
             texts = list(dict.fromkeys(answers))
             by_text = [-1 if answer is None else texts.index(answer) for answer in answers]
             result.set_result(outcome.value if outcome.status == "ok" else by_text)

@@ -29,7 +29,7 @@ def check(config: "Config") -> None:
 def _sources(config: "Config") -> Iterator[tuple[str, str]]:
     """Yields what is wrong with the length of the run, its model and its problems."""
     if config.steps == 0 and not config.epochs > 0:
-        yield "epochs", "must be above 0 where steps = 0"
+        yield "epochs", "must be above 0 if steps = 0"
     if config.model.lora.rank and not config.model.lora.targets:
         yield "model.lora.targets", "name at least one weight to adapt"
     if config.data.arithmetic.max_terms < config.data.arithmetic.min_terms:
@@ -61,7 +61,7 @@ def _rewards(config: "Config") -> Iterator[tuple[str, str]]:
         fix = "with rewards.format, rewards.judge.weight, rewards.custom and rewards.functions also unused there is no "
         yield "rewards.accuracy", fix + "reward"
     if rewards.overlong and not 1 <= rewards.overlong_cache <= longest:
-        fix = f"must be between 1 and rollout.max_completion_length = {longest} where rewards.overlong is used"
+        fix = f"must be between 1 and rollout.max_completion_length = {longest} if rewards.overlong is used"
         yield "rewards.overlong_cache", fix
     if rewards.judge.weight and not rewards.judge.model:
         yield "rewards.judge.model", "name the model of the endpoint"
@@ -71,7 +71,7 @@ def _rewards(config: "Config") -> Iterator[tuple[str, str]]:
         ("draft_metric", config.algorithm.draft_metric),
     ):
         if wanted not in (None, *metrics):
-            yield f"algorithm.{field_name}", f"no reward in use; give one of {', '.join(metrics)}"
+            yield f"algorithm.{field_name}", f"not a reward in use; give one of {', '.join(metrics)}"
 
 
 def _custom_rewards(rewards: "RewardsConfig") -> Iterator[tuple[str, str]]:
@@ -128,17 +128,17 @@ def _draft_when(algorithm: "AlgorithmConfig") -> Iterator[tuple[str, str]]:
         return
     path = "algorithm.draft_when"
     if not algorithm.train_drafts:
-        yield path, "prompts with a right draft teach by their drafts alone; set algorithm.train_drafts to True"
+        yield path, "prompts with a right draft teach only through their drafts; set algorithm.train_drafts to True"
     if algorithm.num_generations % algorithm.num_drafts:
-        fix = f"the {algorithm.num_generations} completions that a solved prompt saves are drafts of further prompts"
+        fix = f"the {algorithm.num_generations} completions that a solved prompt saves are drafts of additional prompts"
         yield path, f"{fix}; set algorithm.num_generations to a multiple of algorithm.num_drafts"
     if algorithm.max_redraws:
-        yield path, "has a rule of its own for further prompts; set algorithm.max_redraws to 0"
+        yield path, "has its own rule for additional prompts; set algorithm.max_redraws to 0"
     if algorithm.draft_dropout:
         yield path, "a prompt without drafts is neither solved nor unsolved; set algorithm.draft_dropout to 0"
     if algorithm.draft_selection == "refined":
         fix = "a position has G completions for refinements, not G for each draft"
-        yield path, f"{fix}; set algorithm.draft_selection to another than refined"
+        yield path, f"{fix}; set algorithm.draft_selection to something other than refined"
     if algorithm.alternate:
         yield path, "the steps without drafts have no solved prompts; set algorithm.alternate to False"
 
@@ -161,7 +161,7 @@ def _credit(config: "Config") -> Iterator[tuple[str, str]]:
     if algorithm.group == "prompt" and not algorithm.train_drafts:
         yield "algorithm.group", "drafts share the baseline of the refinements; set algorithm.train_drafts to True"
     if algorithm.group == "prompt" and algorithm.max_redraws:
-        yield "algorithm.group", "dynamic sampling looks at the refinements alone; set algorithm.max_redraws to 0"
+        yield "algorithm.group", "dynamic sampling looks only at the refinements; set algorithm.max_redraws to 0"
     if algorithm.improvement_bonus and algorithm.group == "stage":
         fix = "all refinements of a prompt have improved on one draft, so their baseline takes the bonus away again"
         yield "algorithm.improvement_bonus", f'{fix}; set algorithm.group to "prompt"'
@@ -194,7 +194,7 @@ def _verifications(config: "Config") -> Iterator[tuple[str, str]]:
         ("algorithm.group", ("stage",), "rewards of solutions and of verdicts on them have no common baseline"),
         ("algorithm.refine_credit", ("context",), "a verdict is not an answer to the plain prompt"),
         ("algorithm.repeat_penalty", (0,), "a verdict does not repeat the answer of its solution"),
-        ("algorithm.max_redraws", (0,), "dynamic sampling looks at Stage 2 alone"),
+        ("algorithm.max_redraws", (0,), "dynamic sampling looks only at Stage 2"),
         ("rewards.judge.weight", (0,), "a judge would take a verdict for an answer to the problem"),
         ("evaluation.rounds", (0,), "the policy learns to give verdicts on drafts, not to refine them"),
         ("sft.draft_fraction", (0,), "the solution of a problem is not a verdict on its draft"),

@@ -257,13 +257,13 @@ def _check_data(task: Task, workdir: Path, fingerprint: str) -> None:
     date, day = config.data.template_date, ""
     if date:
         day = (
-            f" (the chat template writes the date, here config.data.template_date = {date!r}; where the run began on "
-            f"another day, give that one and put it into {workdir}/config.json)"
+            f" (the chat template writes the date, here config.data.template_date = {date!r}; if the run began on "
+            f"another day, give that day and put it into {workdir}/config.json)"
         )
     raise InputError(
-        f"config.data.train = {config.data.train!r}: its prompts or answers are not those that the run in "
-        f"{workdir} began with{day}; bring {origin(config)}, the tokenizer, its chat template and the version "
-        "of igrpo_jax back, or start a new run with another --workdir"
+        f"config.data.train = {config.data.train!r}: its prompts or answers differ from those that the run in "
+        f"{workdir} started with{day}; restore {origin(config)}, the tokenizer, its chat template and the version "
+        "of igrpo_jax, or start a new run with another --workdir"
     )
 
 

@@ -78,7 +78,7 @@ def _stages(config: Config) -> list[tuple[str, str]]:
     if algorithm.draft_selection == "refined":
         refinements += " of the drafts that are kept, and as many of every other draft"
     if algorithm.draft_when == "unsolved":
-        drafts, refinements = f"{drafts}, and those of further prompts", f"at most {refinements}"
+        drafts, refinements = f"{drafts}, and those of additional prompts", f"at most {refinements}"
     if algorithm.second_stage == "verify":
         verifications = f"at most {refinements}, of prompts with right and wrong solutions, trained"
         return [("solutions per step", f"{drafts}, trained"), ("verifications per step", verifications)]
@@ -98,7 +98,7 @@ def sampling_layout(engine: Engine) -> str:
     if engine.sizes.parts > 1:
         text += f"; {engine.sizes.parts} devices have the same key and value heads, each for {engine.shard_slots} slots"
     if len(engine.team.processes) > 1:
-        text += f"; {len(engine.team.processes)} processes sample in lockstep, since a group has devices of several"
+        text += f"; {len(engine.team.processes)} processes sample in lockstep, because a group has devices of several"
     chip = CHIPS.get(engine.mesh.devices.flat[0].device_kind)
     if chip is None:
         return text

@@ -89,5 +89,5 @@ def check_finite(
         raise RunError(
             f"steps {step - in_a_row + 1} to {step}: loss or gradient was not finite, "
             f"config.learner.max_nonfinite_steps = {in_a_row} times in a row (batches in {kept.parent}); "
-            "lower optimizer.learning_rate in a new run, or see whether the model's own weights are sound"
+            "lower optimizer.learning_rate in a new run, or check the model's own weights"
         )

@@ -17,10 +17,13 @@ def check_not_past_end(config: Config, total_steps: int, workdir: Path, resumed_
     """
     if resumed_after <= total_steps:
         return
-    asked = f"config.steps = {config.steps}" if config.steps else f"config.epochs = {config.epochs:g}"
+    if config.steps:
+        asked, fix = f"config.steps = {config.steps}", f"set config.steps to at least {resumed_after}"
+    else:
+        asked, fix = f"config.epochs = {config.epochs:g}", "raise config.epochs"
     raise InputError(
-        f"{asked}: ends after step {total_steps}, and the run in {workdir} has come to step {resumed_after}; ask for "
-        "at least as many steps, or start a new run with another --workdir"
+        f"{asked}: ends after step {total_steps}, but the run in {workdir} has already reached step {resumed_after}; "
+        f"{fix}, or start a new run with another --workdir"
     )
 
 
@@ -28,7 +31,8 @@ def tell_lost_rows(rows: int, expected: int, step: int, console: Console) -> Non
     """Prints a message if metrics.jsonl has fewer rows up to `step` than were written."""
     if rows < expected:
         console.message(
-            f"metrics.jsonl has {rows} rows up to step {step}, {expected} were written: rows were lost, and stay so"
+            f"metrics.jsonl has {rows} rows up to step {step}, {expected} were written: the missing rows cannot be "
+            "recovered"
         )
 
 
@@ -47,6 +51,6 @@ def new_schedule(config: Config, before: int, now: int, resumed_after: int) -> s
     old, new = (make_schedule(config.optimizer, steps * per_step) for steps in (before, now))
     was, becomes = float(old(resumed_after * per_step - 1)), float(new(resumed_after * per_step))
     return (
-        f"{now} steps in place of {before}: the learning rate rises and falls as in a run of {now} steps from now on; "
+        f"{now} steps instead of {before}: the learning rate rises and falls as in a run of {now} steps from now on; "
         f"it was {was:.3g} at the end of step {resumed_after}, and is {becomes:.3g} in step {resumed_after + 1}"
     )

@@ -103,8 +103,8 @@ class Run:
         """Names the programs that were compiled after the first step, the first one of each kind."""
         if new := self.progress.first_of_their_kind(compiled):
             self.console.message(
-                f"step {step}: compiled {'; '.join(new)}: shapes not met before. Later ones of the kind are only "
-                "counted, in perf/recompiles"
+                f"step {step}: compiled {'; '.join(new)}: new shapes; further recompilations of these programs are "
+                "only counted, in perf/recompiles"
             )
 
     def shows_samples(self, step: int) -> bool:

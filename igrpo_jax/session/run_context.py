@@ -53,14 +53,14 @@ def _saved(workdir: Path) -> str:
         if not is_remote(workdir):
             steps = [int(name) for name in names(workdir / "checkpoints") if name.isdecimal()]
             if not steps:
-                return f"no step is saved in {workdir}; started again, the run begins anew"
+                return f"no step is saved in {workdir}; the same command starts from the beginning"
             return saved_at(max(steps), workdir)
-    return f"started again, the run resumes from what is saved in {workdir}, if something is"
+    return f"the same command resumes from what is saved in {workdir}, if anything is"
 
 
 def saved_at(step: int, workdir: Path) -> str:
     """Returns what a run that ends early says where `step` is its last saved one."""
-    return f"step {step} is saved in {workdir}; started again, the run resumes from there"
+    return f"step {step} is saved in {workdir}; the same command resumes from there"
 
 
 def preempted_after(step: int, total_steps: int, workdir: Path) -> Preempted:

@@ -260,8 +260,8 @@ def _claim(workdir: Path, task: SupervisedTask) -> Claim:
     claim = prepare_workdir(workdir, task.config)
     if claim.resumes and kind.name in present and json.loads(read_bytes(kind))["examples"] != task.fingerprint:
         raise InputError(
-            f"config.data.train = {task.config.data.train!r}: its examples are not those that the start in {workdir} "
-            f"began with; bring back {origin(task.config)} and the tokenizer, or give another --workdir"
+            f"config.data.train = {task.config.data.train!r}: its examples differ from those that the start in "
+            f"{workdir} began with; restore {origin(task.config)} and the tokenizer, or give another --workdir"
         )
     write_atomically(kind, json.dumps({"examples": task.fingerprint}) + "\n")
     return claim

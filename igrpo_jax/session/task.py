@@ -191,12 +191,12 @@ def checked_budget(config: Config) -> list[tuple[str, str]]:
         return []
     if (asked - budget) / asked > rewards.max_error_fraction:
         raise InputError(
-            f"config.rewards.judge.budget = {budget}: a step asks for up to {asked} verdicts, and the run stops where "
+            f"config.rewards.judge.budget = {budget}: a step asks for up to {asked} verdicts, and the run stops if "
             f"more than config.rewards.max_error_fraction = {rewards.max_error_fraction:g} of them are missing; set it "
-            f"to 0 for no limit, to at least {asked - math.floor(asked * rewards.max_error_fraction)} ({asked} and "
-            "some for retries let all have one), or raise that fraction"
+            f"to 0 for no limit, to at least {asked - math.floor(asked * rewards.max_error_fraction)} ({asked}, "
+            "plus some for retries, gives all of them one), or raise that fraction"
         )
-    return [("judge", f"{budget} requests for up to {asked} completions of a step, of which the others get no verdict")]
+    return [("judge", f"{budget} requests per step for up to {asked} completions; the rest get no verdict")]
 
 
 def _reply(answer: str, opening: str) -> str:
@@ -205,7 +205,7 @@ def _reply(answer: str, opening: str) -> str:
 
 
 def check_prompts_per_step(config: Config, count: int, skipped: int) -> None:
-    """Raises InputError where a step needs more prompts than there are: it would hold some of them several times.
+    """Raises InputError where a step needs more prompts than there are: it would hold some of them more than once.
 
     Args:
         skipped: how many were left out, since they are longer than config.data.max_prompt_length.
@@ -218,7 +218,7 @@ def check_prompts_per_step(config: Config, count: int, skipped: int) -> None:
         left, fix = f" left of {count + skipped} ({limit} leaves out {skipped})", f"raise that limit, or {fix}"
     raise InputError(
         f"config.prompts_per_step = {config.prompts_per_step}: there {'is' if count == 1 else 'are'} {count} training "
-        f"problem{'s' * (count > 1)}{left}, so a step would hold some of them several times; set it to {count} or "
+        f"problem{'s' * (count > 1)}{left}, so a step would hold some of them more than once; set it to {count} or "
         f"less, or {fix}"
     )
 
@@ -229,8 +229,8 @@ def check_profiler(settings: LogConfig) -> None:
         return
     if importlib.util.find_spec("libtpu"):
         raise InputError(
-            f"config.log.profile_steps = {settings.profile_steps}: libtpu is installed and there is no TPU, where "
-            "JAX's profiler crashes; export JAX_PLATFORMS=cpu, or cuda, or profile no step"
+            f"config.log.profile_steps = {settings.profile_steps}: libtpu is installed but there is no TPU, and "
+            "JAX's profiler crashes then; export JAX_PLATFORMS=cpu, or cuda, or profile no step"
         )
 
 
@@ -258,7 +258,7 @@ def check_context(config: Config, context: int, max_context: int) -> None:
     tokens = max_context + config.rollout.max_completion_length
     if tokens > context:
         raise InputError(
-            f"config.rollout.max_completion_length: prompt, draft and completion may reach {tokens} tokens, the "
+            f"config.rollout.max_completion_length: prompt, draft and completion may reach {tokens} tokens, but the "
             f"model's context is {context}; lower rollout.max_completion_length, data.max_prompt_length or "
             "refine.max_draft_length"
         )

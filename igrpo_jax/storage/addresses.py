@@ -88,7 +88,7 @@ def path_of(source: str, address: str | Path) -> Path:
         except FileNotFoundError as error:
             if not _has_bucket(path, error):
                 bucket = name.partition("/")[0]
-                fix = f"correct the name, or make it: {_MADE[scheme].format(bucket)}"
+                fix = f"correct the name, or create it: {_MADE[scheme].format(bucket)}"
                 raise InputError(f"{source}: there is no bucket {scheme}://{bucket}; {fix}") from error
     return path
 

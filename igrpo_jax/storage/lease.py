@@ -76,11 +76,12 @@ class Lease:
                 self._look()
             except failures() as error:
                 raise RunError(
-                    f"{self._path}: cannot be read ({reason(error)}); make it possible and run the same command again"
+                    f"{self._path}: cannot be read ({reason(error)}); fix this and run the same command again"
                 ) from error
         if self._is_lost:
             raise RunError(
-                f"{self._path}: another run took this folder while this one was cut off from it; it is the other's now"
+                f"{self._path}: another run took this folder while this one was cut off from it; the folder now "
+                "belongs to that run"
             )
 
     def release(self) -> None:
@@ -135,7 +136,10 @@ def make_free(path: Path) -> None:
     if before is None:
         return
     if not _is_dead(before):
-        logging.warning("%s: %s has this lock; seeing for up to %.0f s if it is renewed", path, _who(before), EXPIRES)
+        logging.warning(
+            "%s: %s has this lock; waiting up to %.0f s to see whether it is still being renewed",
+            *(path, _who(before), EXPIRES),
+        )
         deadline = time.monotonic() + EXPIRES
         while time.monotonic() < deadline:
             time.sleep(min(1.0, EXPIRES / 10))

@@ -97,7 +97,7 @@ def test_folders_of_save_to_disk(tmp_path):
     read = lambda name, split: [columns for _, columns in readers.read(str(tmp_path / name), "F", split=split)]
     assert read("one", "train") == read("splits", "train") == sums(3)
     assert read("splits", "test") == sums(3)[2:]
-    assert "F: was saved with splits test, train, and has none of the name 'dev'" in error_of(read, "splits", "dev")
+    assert "F: was saved with splits test, train, and has none named 'dev'" in error_of(read, "splits", "dev")
     for file in (tmp_path / "one").glob("*.arrow"):  # as the copy of one in a bucket
         file.unlink()
     assert "F: can't be loaded (" in error_of(read, "one", "train")
@@ -175,7 +175,7 @@ def test_a_bad_line_is_named(tmp_path, line, said):
     """More than half of such lines are an error; test_users_data.py has files with fewer of them."""
     (tmp_path / "x.jsonl").write_bytes(b'{"prompt": "x", "answer": "1"}\n' + (line + b"\n") * 2)
     message = error_of(load, str(tmp_path / "x.jsonl"), "prompt", "answer")
-    assert said in message and "one of 2 broken lines of 3; give one object a line" in message
+    assert said in message and "one of 2 broken lines of 3; give one object per line" in message
 
 
 GOOD_CSV = b"prompt,answer\na,1\nb,2\n"
@@ -252,7 +252,7 @@ def test_blank_cells_are_counted_and_their_rows_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "cell", "reason"),
     [
-        ("prompt", [{"role": role, "content": "x"} for role in ("user", "assistant", "user")], "messages of the roles"),
+        ("prompt", [{"role": role, "content": "x"} for role in ("user", "assistant", "user")], "messages with"),
         ("prompt", 5, "not text"),
         ("prompt", ["a"], "not text"),
         ("answer", {"value": 1}, "not text"),
@@ -369,7 +369,7 @@ def test_of_a_folder_whose_files_are_named_after_splits_one_is_read(tmp_path):
     assert [row.answer for row in load(tmp_path)] == ["1", "2", "3", "4"]
     assert [row.answer for row in load(tmp_path, split="test")] == ["5", "6"]
     message = error_of(lambda: load(tmp_path, split="dev"))
-    assert "has files of test, train, and none of the split 'dev'; set config.data.split" in message
+    assert "has files of test, train, but none of the split 'dev'; set config.data.split" in message
 
 
 def test_presets_and_hub_ids_ask_the_hub_for_the_right_thing(monkeypatch):
@@ -484,7 +484,7 @@ def test_a_question_with_another_answer_is_another_problem(tmp_path, caplog):
         ]
     assert len(problems.benchmark_rows("mine", EvaluationConfig(data_dir=str(tmp_path)))) == 5
     (warning,) = caplog.records
-    assert "questions stand there before with another answer: 1 of 5: row 2; each counts" in warning.getMessage()
+    assert "a different answer: 1 of 5: row 2; each counts" in warning.getMessage()
 
 
 @pytest.mark.skipif("IGRPO_DATA" not in os.environ, reason="IGRPO_DATA names no folder of the real problems")

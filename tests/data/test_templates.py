@@ -155,7 +155,7 @@ def test_the_prompt_of_transformers_is_compared_at_the_start():
     raw = chat_templates.byte_tokenizer(None).backend_tokenizer
     tokenizer = Other(tokenizer_object=raw, eos_token="</s>")
     tokenizer.chat_template = chat_templates.QWEN_2_5
-    assert "in another way than apply_chat_template does" in error_of(lambda: opened(tokenizer))
+    assert "differently from apply_chat_template" in error_of(lambda: opened(tokenizer))
 
 
 def joining_tokenizer():

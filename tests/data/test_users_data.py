@@ -146,14 +146,14 @@ def test_answers_that_nothing_can_equal_are_counted_and_named(tmp_path):
     rows[4]["answer"], rows[11]["answer"] = PROSE, "\\frac{1}{2"
     train = DataConfig(train=write(tmp_path / "x.jsonl", rows))
     training = problems.training_set(Config(data=train), {})
-    assert ("answers that nothing can equal", "2 of 20: rows 5, 12, kept") in training.notes
+    assert ("answers that no completion can match", "2 of 20: rows 5, 12, kept") in training.notes
     cleaned = problems.training_set(Config(data=DataConfig(train=train.train, clean=True)), {})
-    assert ("answers that nothing can equal", "2 of 20: rows 5, 12, left out") in cleaned.notes
+    assert ("answers that no completion can match", "2 of 20: rows 5, 12, left out") in cleaned.notes
     assert len(cleaned.rows) == 18
     rows[7]["answer"] = "x" * 2000
     write(tmp_path / "x.jsonl", rows)
     message = error_of(problems.training_set, Config(data=train), {})
-    assert "nothing can equal the answers of 3 of 20: rows 5, 8, 12, more than 10%" in message
+    assert "answers of 3 of 20: rows 5, 8, 12, more than 10%" in message
     assert "We let x be the rate." in message and "config.data.answer_column" in message
     judged = RewardsConfig(accuracy=0.0)  # a judge or a function of the user's may read prose
     assert len(problems.training_set(Config(data=train, rewards=judged), {}).rows) == 20
@@ -164,11 +164,11 @@ def test_answers_of_a_benchmark_that_nothing_can_equal_are_named(tmp_path, caplo
     write(tmp_path / "mine.jsonl", rows)
     settings = EvaluationConfig(data_dir=str(tmp_path))
     assert len(problems.benchmark_rows("mine", settings)) == 10
-    assert "nothing can equal the answers of 1 of 10: row 1; mend them" in caplog.records[0].getMessage()
+    assert "no completion can match the reference answers of 1 of 10: row 1; fix them" in caplog.records[0].getMessage()
     rows[3]["answer"] = PROSE
     write(tmp_path / "mine.jsonl", rows)
     message = error_of(problems.benchmark_rows, "mine", settings)
-    assert "mine.jsonl: nothing can equal the answers of 2 of 10: rows 1, 4, more than 10%" in message
+    assert "mine.jsonl: no completion can match the reference answers of 2 of 10: rows 1, 4, more than 10%" in message
     assert "We let x be the rate." in message and "config.evaluation.answer_column names another" in message
 
 
@@ -319,8 +319,8 @@ def test_texts_that_are_no_chats(tmp_path, text):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"messages": [USER, REPLY, USER, REPLY]}, "messages of the roles user, assistant, user, assistant"),
-        ({"messages": [USER, REPLY], "answer": [REPLY, USER]}, "messages without a reply of the assistant"),
+        ({"messages": [USER, REPLY, USER, REPLY]}, "messages with the roles user, assistant, user, assistant"),
+        ({"messages": [USER, REPLY], "answer": [REPLY, USER]}, "messages without a reply from the assistant"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"}, "content is not text"),
         ({"messages": [{"role": "user"}], "answer": "1"}, "content is not text"),
         ({"messages": [USER]}, "has no column 'answer'"),
@@ -340,7 +340,7 @@ def test_a_chat_of_several_turns_costs_that_row(tmp_path, caplog):
         ("5", "S\n\nQ", "5"),
     ]
     (record,) = caplog.records
-    said = "2 of 5 rows have no readable 'messages' (messages of the roles user, assistant, user, assistant"
+    said = "2 of 5 rows have no readable 'messages' (messages with the roles user, assistant, user, assistant"
     assert said in record.getMessage() and record.getMessage().endswith("rows 1, 3; left out")
     rows[0]["messages"] = [USER]  # it has no reply, and the others tell where the answers are
     assert [row.id for row in load(tmp_path, rows)] == ["2", "4", "5"]

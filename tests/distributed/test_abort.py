@@ -29,7 +29,7 @@ def test_a_jax_without_it_runs_one_process_and_refuses_several(monkeypatch, capl
     monkeypatch.setattr(abort, "MISSING", "no attribute 'clusters'")
     with cluster.joined(ClusterConfig(), {}):
         assert cluster.gather(b"x") == [b"x"]
-    assert re.search(r"runs alone: JAX [\d.]+ cannot be asked for a cluster \(no attribute 'clusters'\)", caplog.text)
+    assert re.search(r"single process: JAX [\d.]+ cannot detect a cluster \(no attribute 'clusters'\)", caplog.text)
     address = {"coordinator_address": "localhost:1", "num_processes": 2, "process_id": 0}
     with pytest.raises(RunError, match=r"JAX [\d.]+ lacks .*'clusters'.*pip install 'jax>=0\.10\.2,<0\.13'"):
         cluster._meet(ClusterConfig(), address)

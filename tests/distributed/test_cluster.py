@@ -63,7 +63,7 @@ def test_a_metadata_server_that_does_not_answer_is_no_pod(monkeypatch, caplog):
 
     monkeypatch.setattr(abort.clusters.GceTpuCluster, "is_env_present", fails)
     assert cluster._detected() is None
-    assert "runs alone: it could not be asked whether this machine is part of a pod: no route" in caplog.text
+    assert "cannot find out whether this machine is part of a pod: no route" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -416,4 +416,4 @@ def test_a_killed_process_is_named_by_the_others(failures, name, victim):
 @pytest.mark.slow
 def test_a_process_that_waits_in_vain_says_so(failures):
     ((code, said),) = failures["alone"]
-    assert code == 1 and "process 0 of 2: not all processes have come to localhost:" in said
+    assert code == 1 and "process 0 of 2: not all processes have reached localhost:" in said

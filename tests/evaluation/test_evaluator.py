@@ -404,12 +404,11 @@ def test_rows_of_other_problems_or_without_tokens_are_refused(evaluator, params,
     evaluator().run(params, tmp_path)
     other = {"small": [replace(row, question=row.question + "+1") for row in ROWS["small"]]}
     first, said = ROWS["small"][0], rf"^--workdir {re.escape(str(tmp_path))}: its small\.jsonl "
-    with pytest.raises(InputError, match=rf"{said}answers other questions .* \(the first is in row {first.id}\)"):
+    with pytest.raises(InputError, match=rf"{said}answers different questions .* \(the first is in row {first.id}\)"):
         evaluator(rows=other).run(params, tmp_path)
     other = {"small": [replace(row, answer="x" * 99) for row in ROWS["small"]]}
-    words = (
-        rf"was graded by other reference answers .* row {first.id}: '{first.answer}' there, '{'x' * 60}\.\.\.' now\)"
-    )
+    values = rf"row {first.id}: '{first.answer}' there, '{'x' * 60}\.\.\.' now"
+    words = rf"was graded against different reference answers .* {values}\)"
     with pytest.raises(InputError, match=f"{said}{words}; give another --workdir, or the old small"):
         evaluator(rows=other).run(params, tmp_path)
     with pytest.raises(InputError, match=r"config\.evaluation\.rounds = 1: .*written without rounds"):

@@ -69,11 +69,11 @@ def test_what_follows_failed_drafts_is_dropped_with_them(tmp_path):
 def test_a_folder_is_of_one_kind_of_evaluation(tmp_path):
     results.claim(tmp_path / "out", {"model": "a", "seed": 0})
     results.claim(tmp_path / "out", {"model": "a", "seed": 0})
-    with pytest.raises(InputError, match="holds an evaluation of another kind \\(model: 'a' -> 'b'\\)"):
+    with pytest.raises(InputError, match="holds an evaluation with other settings \\(model: 'a' -> 'b'\\)"):
         results.claim(tmp_path / "out", {"model": "b", "seed": 0})
     probed = {"data.train": "x.jsonl", "data": "1615ed05"}
     results.claim(tmp_path / "probe", probed)
-    with pytest.raises(InputError, match=r"\(data: the prompts or answers of x\.jsonl are not those of then\); give"):
+    with pytest.raises(InputError, match=r"\(data: the prompts or answers of x\.jsonl differ from .*\); give"):
         results.claim(tmp_path / "probe", probed | {"data": "782810f8"})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("x")
@@ -104,7 +104,7 @@ def test_an_evaluation_keeps_the_day_and_the_variables_of_its_template(tmp_path)
     results.claim(tmp_path / "out", settings)
     assert results.recorded_date(tmp_path / "out") == "2026-11-26"
     for name, value in (("template_date", "2026-11-27"), ("template_kwargs", {"x": 1}), ("system_prompt", "Hi")):
-        with pytest.raises(InputError, match=rf"another kind \({name}: .* -> .*\); give another --workdir, or the old"):
+        with pytest.raises(InputError, match=rf"other settings \({name}: .* -> .*\); give another --workdir, or the old"):
             results.claim(tmp_path / "out", settings | {name: value})
 
 

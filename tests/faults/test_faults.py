@@ -142,7 +142,7 @@ def test_an_error_in_a_rollout_loses_its_step_alone(whole, longer, tmp_path):
     workdir = copy_of(whole, tmp_path / "run")
     done = ended_in_step_7('raise MemoryError("no memory is left")', tmp_path, workdir)
     assert done.returncode == 1, done.stderr
-    told = f"step 6 is saved in {workdir}; started again, the run resumes from there"
+    told = f"step 6 is saved in {workdir}; the same command resumes from there"
     assert f"MemoryError: no memory is left\n{told}\n" in done.stderr
     check_that_step_7_alone_is_lost(tmp_path, workdir, longer)
 
@@ -218,7 +218,7 @@ def test_a_full_or_unwritable_disk_ends_the_run_and_keeps_the_last_checkpoint(wh
         (path / "others").write_bytes(bytes(room - used(workdir / "checkpoints" / "5") // 2))
         done = faulty("", tmp_path, workdir, "steps=7")
         assert done.returncode == 1, done.stderr
-        assert "a checkpoint takes " in done.stderr and "MiB are free; make it possible and run" in done.stderr
+        assert "a checkpoint takes " in done.stderr and "MiB are free; fix this and run" in done.stderr
         assert "resumes from step 5" in done.stderr
         fill = f"""
 report = Run.report
@@ -236,7 +236,7 @@ Run.report = full
         tensorboard = "log.trackers=('tensorboard',)"  # its own writer would wait for ever
         done = faulty(fill, tmp_path, workdir, "steps=7", tensorboard)
         assert done.returncode == 1, done.stderr
-        assert "cannot be written (No space left on device); make it possible" in done.stderr
+        assert "cannot be written (No space left on device); fix this" in done.stderr
         assert "Traceback" not in done.stderr
         subprocess.run(["mount", "-o", "remount,ro", path], check=True)
         done = faulty("", tmp_path, workdir, "steps=7")

@@ -100,9 +100,9 @@ def test_the_choice(platform, requested, dtype, head_dim, expected, caplog):
 @pytest.mark.parametrize(
     "platform, requested, dtype, head_dim, message",
     [
-        ("cpu", "splash", "float32", 64, "config.learner.attention = splash: is for TPUs, the mesh is of cpu devices"),
+        ("cpu", "splash", "float32", 64, "config.learner.attention = splash: is for TPUs, but the mesh has cpu"),
         ("gpu", "splash", "bfloat16", 64, "config.learner.attention = splash: is for TPUs"),
-        ("tpu", "cudnn", "bfloat16", 64, "config.learner.attention = cudnn: is for GPUs, the mesh is of tpu devices"),
+        ("tpu", "cudnn", "bfloat16", 64, "config.learner.attention = cudnn: is for GPUs, but the mesh has tpu devices"),
         ("gpu", "cudnn", "float32", 64, "needs config.model.dtype = bfloat16, which is float32; set it to auto"),
         ("gpu gfx942", "cudnn", "bfloat16", 64, "needs NVIDIA's GPUs, from Ampere on (compute capability 8.0); set it"),
         ("gpu", "cudnn", "bfloat16", 12, "needs a head_dim that is a multiple of 8 up to 128, the model's is 12"),

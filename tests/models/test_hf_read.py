@@ -186,7 +186,7 @@ def test_nemotron_h_of_older_and_newer_files(nemotron):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"hybrid_override_pattern": "ME*"}, "kind of layer = 'E' is not supported; supported is M (Mamba-2), *"),
+        ({"hybrid_override_pattern": "ME*"}, "kind of layer = 'E' is not supported; use M (Mamba-2), *"),
         ({"layers_block_type": ["mamba", "moe", "attention"]}, "kind of layer = 'moe'"),
         ({"mlp_hidden_act": "silu"}, "mlp_hidden_act = 'silu'"),
         ({"use_conv_bias": False}, "use_conv_bias = False"),
@@ -237,7 +237,7 @@ def test_both_spellings_of_llama3_scaling_are_read(copy):
     assert "has no 'original_max_position_embeddings'" in load_error(copy)
     for key in ("rope_type", "type"):  # the older name of the same
         edit_json(copy / "config.json", rope_scaling={key: "yarn", "factor": 4.0})
-        assert "rope type = 'yarn' is not supported; supported is default or llama3" in load_error(copy)
+        assert "rope type = 'yarn' is not supported; use default or llama3" in load_error(copy)
 
 
 @pytest.mark.parametrize(

@@ -225,9 +225,9 @@ def test_a_folder_that_can_not_be_used(original, tmp_path):
     opened = open_policy(original)
     params = opened.load(one_device(), 0)
     message = error_of(opened.save, original, params)
-    assert message == f"{original}: is there already; give a new folder"
+    assert message == f"{original}: already exists; give a new folder"
     (tmp_path / "file").write_text("")
-    assert "is there already" in error_of(opened.save, tmp_path / "file", params)
+    assert "already exists" in error_of(opened.save, tmp_path / "file", params)
     message = error_of(opened.save, tmp_path / "file" / "out", params)
     assert "can't be written (Not a directory)" in message
     (tmp_path / "out").mkdir()

@@ -82,7 +82,7 @@ def test_a_target_that_matches_nothing(tiny, target):
         lora.shapes(config.LoraConfig(rank=3, targets=("v_proj", target)), decoder.shapes(tiny[0]))
     message = str(caught.value)
     assert message.startswith("config.model.lora.targets = ('v_proj', ") and "\n" not in message
-    assert f"{target!r} matches no weight of the model; there are down_proj, gate_proj, k_proj, o_proj" in message
+    assert f"{target!r} matches no weight of the model; give some of down_proj, gate_proj, k_proj, o_proj" in message
 
 
 @pytest.mark.parametrize("changes", [{"rank": -1}, {"alpha": 0.0}, {"targets": ()}])

@@ -110,7 +110,7 @@ def test_a_reward_that_is_constant_over_many_steps_is_an_alert():
     """A mean of equal values may be rounded. A reward with one value in each step, and others in others, is fine."""
     same, rounded = of_rewards(short=(0.1, 0.0)), of_rewards(short=(0.1 + 1e-17, 0.0))
     assert names(same, [rounded] * 18) == []
-    assert alerting.alerts(same, [rounded] * 19) == ["constant reward: short gave one value only for 20 steps"]
+    assert alerting.alerts(same, [rounded] * 19) == ["constant reward: short gave the same value in all 20 steps"]
     assert names(same, [*[same] * 18, of_rewards(short=(0.2, 0.0))]) == []
     assert names(of_rewards(short=(0.1, 0.01)), [same] * 19) == []
     assert names(same, [*[same] * 18, of_rewards(short=(None, None))]) == []

@@ -197,7 +197,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
                 store.save(step, at, {}, scores=scores[step])
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
     assert checkpoint_reading.saved_step(tmp_path) == 5 and checkpoint_reading.saved_step(tmp_path, 2) == 2
-    with pytest.raises(InputError, match="holds no checkpoint of it; those there are: 2, 4, 5"):
+    with pytest.raises(InputError, match="holds no checkpoint of it; it has steps 2, 4, 5"):
         checkpoint_reading.saved_step(tmp_path, 3)
     with pytest.raises(InputError, match="is not the folder of a run"):
         checkpoint_reading.saved_step(tmp_path / "none")

@@ -84,7 +84,7 @@ def test_the_bucket_has_what_the_folder_has_and_each_is_fetched_where_it_is_not(
 
 def test_a_reader_fetches_the_step_that_it_reads(folder, s3_bucket, fetched):
     saved(folder, 1, 2)
-    with pytest.raises(InputError, match="holds no checkpoint of it; those there are: 1, 2"):
+    with pytest.raises(InputError, match="holds no checkpoint of it; it has steps 1, 2"):
         checkpoint_reading.saved_step(folder, 3)
     assert checkpoint_reading.saved_step(folder) == 2 and fetched == []
     params = checkpoint_reading.read_params(folder, 1, abstract()["params"])

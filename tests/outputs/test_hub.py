@@ -82,7 +82,7 @@ def test_an_export_is_put_into_a_private_repository_and_later_replaced(server, f
 def test_what_is_in_the_repository_is_never_replaced_by_another_thing(server, folder, tmp_path):
     push(folder, tmp_path)
     other = dataclasses.replace(CONFIG, model=ModelConfig(path=CONFIG.model.path))
-    with pytest.raises(InputError, match=r"--push org/name: .*another run \(model.lora.rank: 8 -> 0\); give a name"):
+    with pytest.raises(InputError, match=r"--push org/name: .*another run \(model.lora.rank: 8 -> 0\); give an unused name"):
         push(folder, tmp_path, other)
     server.repositories["org/mine"] = {"private": True, "files": {"notes.txt": b"x", ".gitattributes": b""}}
     with pytest.raises(
@@ -118,7 +118,7 @@ def test_without_a_token_or_a_network_nothing_is_asked(server, monkeypatch):
     server.refused = {"repos/create": 500}
     with pytest.raises(RunError, match=r"the hub can't be reached \(HfHubHTTPError: .*; run the same command again"):
         hub.open_repository("org/name", "--push", CONFIG)
-    with pytest.raises(InputError, match=r"config.checkpoint.push = a b/c: no name of a repository"):
+    with pytest.raises(InputError, match=r"config.checkpoint.push = a b/c: not the name of a repository"):
         hub.open_repository("a b/c", hub.SETTING, CONFIG)
     monkeypatch.delenv("HF_TOKEN")
     asked = len(server.requests)

@@ -115,7 +115,7 @@ def test_foreign_files_and_what_is_no_config_are_refused(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["notes.txt", "thesis"]  # no lock either
     for text in ("{", "[1]", '"x"', "\udcff"):
         (tmp_path / "config.json").write_text(text, errors="surrogateescape")
-        refused(tmp_path, configured(), r"config.json is not readable")
+        refused(tmp_path, configured(), r"config.json is not that of a run")
 
 
 def test_a_file_or_an_unwritable_folder_is_refused_and_nothing_is_left(tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatc
     assert {name: (out / name).read_text() for name in names} == written
     printed = call()
     assert "answers ..." not in printed  # all is there
-    assert "holds an evaluation of another kind (seed: 0 -> 1" in call("--config.seed=1", code=2)
+    assert "holds an evaluation with other settings (seed: 0 -> 1" in call("--config.seed=1", code=2)
     # In a bucket it goes on too.
     bucket.put(out)
     for name in (removed, "probe.json"):
@@ -184,7 +184,7 @@ def test_answers_with_other_rewards_are_another_probe(settings, changed, named, 
     """Red if a resume mixes old rewards with new ones; how the judge is asked is another matter."""
     holds(tmp_path, **settings)
     holds(tmp_path, **settings, rewards__workers=1, rewards__judge__timeout=1.0, rewards__judge__concurrency=1)
-    with pytest.raises(InputError, match=rf"holds an evaluation of another kind \({re.escape(named)}\)"):
+    with pytest.raises(InputError, match=rf"holds an evaluation with other settings \({re.escape(named)}\)"):
         holds(tmp_path, **settings | changed)
 
 

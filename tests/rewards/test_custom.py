@@ -551,5 +551,5 @@ def test_columns_with_the_name_of_an_argument_are_warned_about(caplog):
     assert not caplog.records
     reward = CustomReward("a:b", answer_column="log_extra")
     custom_calls._warn_of_hidden([reward], [[candidate]])
-    said = [record.getMessage().partition(" of the data")[0] for record in caplog.records]
-    assert said == [f"custom rewards: they do not get the column {name}" for name in ("prompts", "log_extra")]
+    said = [record.getMessage().partition(",")[0] for record in caplog.records]
+    assert said == [f"custom rewards do not get the data's column {name}" for name in ("prompts", "log_extra")]

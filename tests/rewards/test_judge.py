@@ -608,7 +608,7 @@ def test_close_waits_for_the_upload_of_the_verdicts(make, monkeypatch, caplog, p
     monkeypatch.setattr(judge_module, "UPLOAD_TIMEOUT", patience)
     monkeypatch.setattr(verdicts.Verdicts, "close", slow)
     make().close()
-    assert bool(closed) == waits == ("may be lost: their upload takes over 0.1 s" not in caplog.text)
+    assert bool(closed) == waits == ("may be lost: uploading them takes more than 0.1 s" not in caplog.text)
 
 
 def test_a_future_cannot_be_cancelled(endpoint, make):
@@ -675,13 +675,13 @@ def judged(endpoint, cache="", budget=0, **rewards):
 
 def test_a_budget_that_would_stop_the_run_is_refused(endpoint):
     refusal = (
-        "config.rewards.judge.budget = 7: a step asks for up to 16 verdicts, and the run stops where more than "
+        "config.rewards.judge.budget = 7: a step asks for up to 16 verdicts, and the run stops if more than "
         "config.rewards.max_error_fraction = 0.5 of them are missing; set it to 0 for no limit, to at least 8 "
     )
     with pytest.raises(InputError, match=re.escape(refusal)):
         task.open_task(judged(endpoint, budget=7))
     assert not endpoint.requests
-    fewer = ("judge", "{} requests for up to 16 completions of a step, of which the others get no verdict")
+    fewer = ("judge", "{} requests per step for up to 16 completions; the rest get no verdict")
     for budget, fraction in ((8, 0.5), (15, 0.5), (1, 1.0)):
         notes = task.open_task(judged(endpoint, budget=budget, max_error_fraction=fraction)).notes
         assert notes[-1] == (fewer[0], fewer[1].format(budget))

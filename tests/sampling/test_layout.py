@@ -243,5 +243,5 @@ def test_what_the_table_of_a_run_says_of_the_layout():
     assert overview.sampling_layout(engine) == "2 groups of 4 devices (rollout.mesh.tensor), 4 slots each"
     engine.team = teams.Team(processes=(0, 1))
     assert overview.sampling_layout(engine).endswith(
-        "; 2 processes sample in lockstep, since a group has devices of several"
+        "; 2 processes sample in lockstep, because a group has devices of several"
     )

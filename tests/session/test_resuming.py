@@ -11,6 +11,6 @@ def test_another_number_of_steps_changes_the_learning_rate_and_says_so():
     tree.optimizer.min_lr_ratio = 0.0
     settings = config.freeze(tree)
     told = resuming.new_schedule(settings, 50, 100, 50)
-    assert told.startswith("100 steps in place of 50: the learning rate rises and falls as in a run of 100 steps")
+    assert told.startswith("100 steps instead of 50: the learning rate rises and falls as in a run of 100 steps")
     assert told.endswith("it was 9.87e-07 at the end of step 50, and is 0.0005 in step 51")
     assert not resuming.new_schedule(settings, 100, 100, 50) and not resuming.new_schedule(settings, 50, 100, 0)

@@ -170,7 +170,7 @@ def test_a_lock_that_cannot_be_seen_is_an_error_of_the_run(lock, bucket, monkeyp
     lease.acquire()
     bucket.fault(status=403, path="lock")
     time.sleep(leases.EXPIRES / 2)
-    with pytest.raises(RunError, match=r"\.lock: cannot be read \(Forbidden: .*; make it possible"):
+    with pytest.raises(RunError, match=r"\.lock: cannot be read \(Forbidden: .*; fix this"):
         lease.check()
     bucket.fault()
     lease.check()

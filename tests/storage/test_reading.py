@@ -169,7 +169,9 @@ def test_an_address_that_was_just_typed_is_asked_for_once(bucket, monkeypatch):
 
 
 def test_a_bucket_that_does_not_exist_is_said_to_be_missing(bucket):
-    fix = "there is no bucket gs://nobucket; correct the name, or make it: gcloud storage buckets create gs://nobucket"
+    fix = (
+        "there is no bucket gs://nobucket; correct the name, or create it: gcloud storage buckets create gs://nobucket"
+    )
     for address in ("gs://nobucket/runs/x", "gs://nobucket"):
         assert error_of(addresses.path_of, SOURCE, address) == f"{SOURCE}: {fix}"
     assert str(addresses.path_of(SOURCE, "gs://bucket/")) == "gs://bucket"

@@ -73,7 +73,7 @@ def test_a_folder_belongs_to_one_run(folder, bucket):
 
 def test_several_processes_need_a_bucket_that_orbax_writes_to(s3_bucket, monkeypatch):
     monkeypatch.setattr(workdirs.jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match=r"--workdir s3://.*: checkpoints come there from the disk of one machine, "):
+    with pytest.raises(InputError, match=r"--workdir s3://.*: checkpoints get there from the disk of one machine, "):
         workdirs.check_workdir(path_of("", s3_bucket.address), configured())
     assert s3_bucket.names() == []
 
@@ -106,7 +106,7 @@ print(sum(hits))
 
 def test_one_run_at_a_time(folder):
     workdirs.prepare_workdir(folder, configured())
-    refusal = r"--workdir gs://bucket/.*: a run is under way there \(process \d+ on .*\); wait for its end"
+    refusal = r"--workdir gs://bucket/.*: a run is under way there \(process \d+ on .*\); wait until it ends"
     with workdirs.locked(folder) as check:
         check()
         with pytest.raises(InputError, match=refusal), workdirs.locked(folder):

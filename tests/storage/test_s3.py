@@ -52,7 +52,7 @@ def test_what_lies_in_a_bucket_of_s3(folder, monkeypatch):
 
 
 def test_a_bucket_of_s3_that_does_not_exist_is_said_to_be_missing(folder):
-    fix = "there is no bucket s3://nobucket; correct the name, or make it: aws s3 mb s3://nobucket"
+    fix = "there is no bucket s3://nobucket; correct the name, or create it: aws s3 mb s3://nobucket"
     for address in ("s3://nobucket/runs/x", "s3://nobucket"):
         assert error_of(path_of, "--model X", address) == f"--model X: {fix}"
 
