@@ -423,7 +423,7 @@ def test_the_plan_fits_the_models_context(policy):
     assert (plan.max_context, plan.max_completion, plan.notes) == (longest, LENGTH, [])
     cut = planning.make_plan(c, ROWS, renderer, longest + 3)
     assert (cut.max_completion, cut.length) == (LENGTH, longest + 3)
-    assert f"context of {longest + 3} tokens, at 3 tokens after the longest prompt, not at {LENGTH}" in cut.notes[0]
+    assert f"context of {longest + 3} tokens, 3 tokens after the longest prompt, not at {LENGTH}" in cut.notes[0]
     assert [cut.limit(prompt.tokens) for prompt in cut.prompts["small"]] == [7, 5, 8, 3, 7]
     with pytest.raises(InputError, match=f"problem row 3 of small has {longest} tokens, and the model's context"):
         planning.make_plan(c, ROWS, renderer, longest)

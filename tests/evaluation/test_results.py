@@ -104,7 +104,9 @@ def test_an_evaluation_keeps_the_day_and_the_variables_of_its_template(tmp_path)
     results.claim(tmp_path / "out", settings)
     assert results.recorded_date(tmp_path / "out") == "2026-11-26"
     for name, value in (("template_date", "2026-11-27"), ("template_kwargs", {"x": 1}), ("system_prompt", "Hi")):
-        with pytest.raises(InputError, match=rf"other settings \({name}: .* -> .*\); give another --workdir, or the old"):
+        with pytest.raises(
+            InputError, match=rf"other settings \({name}: .* -> .*\); give another --workdir, or the old"
+        ):
             results.claim(tmp_path / "out", settings | {name: value})
 
 

@@ -82,7 +82,9 @@ def test_an_export_is_put_into_a_private_repository_and_later_replaced(server, f
 def test_what_is_in_the_repository_is_never_replaced_by_another_thing(server, folder, tmp_path):
     push(folder, tmp_path)
     other = dataclasses.replace(CONFIG, model=ModelConfig(path=CONFIG.model.path))
-    with pytest.raises(InputError, match=r"--push org/name: .*another run \(model.lora.rank: 8 -> 0\); give an unused name"):
+    with pytest.raises(
+        InputError, match=r"--push org/name: .*another run \(model.lora.rank: 8 -> 0\); give an unused name"
+    ):
         push(folder, tmp_path, other)
     server.repositories["org/mine"] = {"private": True, "files": {"notes.txt": b"x", ".gitattributes": b""}}
     with pytest.raises(
