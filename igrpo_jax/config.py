@@ -1,8 +1,8 @@
 """Every setting of a run, declared once: its name, type, default, what values it may have, and its meaning.
 
 In this order: the sections, each before the section that holds it and the whole `Config` last; what may change on
-resume; and how a configuration is made and checked. A rule about one field stands beside its type, those between fields
-are in `schema.constraints`. The comment above a field is its meaning in docs/configuration.md, which `python
+resume; and how a configuration is made and checked. A rule about one field stands next to its type, those between
+fields are in `schema.constraints`. The comment above a field is its meaning in docs/configuration.md, which `python
 docs/configuration.py` writes.
 
 `default()` gives the `ml_collections.ConfigDict` that a file in `configs/` edits and the command line overrides;
@@ -64,7 +64,7 @@ class BuiltinModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters. They alone are trained; the model's own weights stay as they are, in `model.dtype`."""
+    """Low-rank adapters. Only they are trained; the model's own weights stay as they are, in `model.dtype`."""
 
     # Rank of the change that an adapter makes to a weight; 0 trains all weights, without adapters.
     rank: Annotated[int, AtLeast(0)] = 0
@@ -129,7 +129,7 @@ class DataConfig:
     # for the built-in task that data.task names.
     train: Annotated[str, Otherwise("write the rows to a .jsonl file and give its path")] = ""
     # Built-in task where data.train is empty: "arithmetic", or "lookups", where it is easier to repair a draft than to
-    # solve alone.
+    # solve without one.
     task: Annotated[str, Choice("arithmetic", "lookups")] = "arithmetic"
     # Subset of a hub id, which the hub also calls its "configuration"; empty for the default subset.
     subset: str = ""
@@ -141,7 +141,7 @@ class DataConfig:
     # Column of the answer, in which a dot reaches into nested columns; empty finds it by name: answer, solution,
     # ground_truth, output, reward_model.ground_truth; and without these it is the last reply of a chat.
     answer_column: str = ""
-    # Whether to leave out problems without an answer or with one that nothing can equal, repeated problems, and
+    # Whether to leave out problems without an answer or with one that no completion can match, repeated problems, and
     # problems that evaluation asks too.
     clean: bool = False
     # Longest question with its chat template, in tokens; problems with longer ones are skipped and counted.
@@ -241,11 +241,11 @@ class AlgorithmConfig:
     # Whether the drafts of a prompt are drawn one after another, until one has the largest possible reward. This
     # departs from the paper.
     draft_early_stop: bool = False
-    # Whether drafts are trained on too, as groups of their own on the plain prompt, in the same update. This departs
+    # Whether drafts are trained on too, as separate groups on the plain prompt, in the same update. This departs
     # from the paper.
     train_drafts: bool = False
     # Which prompts are refined: "always" all of them, "unsolved" those without a right draft. The completions that this
-    # saves are drafts of further prompts, and a step samples as many completions as with "always". Departs from the
+    # saves are drafts of additional prompts, and a step samples as many completions as with "always". Departs from the
     # paper.
     draft_when: Annotated[str, Choice("always", "unsolved")] = "always"
     # Fraction of a prompt's drafts that must be right for it to count as solved where draft_when = "unsolved"; at 0 one
@@ -276,7 +276,7 @@ class AlgorithmConfig:
     # all wrong (DAPO's dynamic sampling), for each of prompts_per_step; 0 for none. Above 0, such a prompt that could
     # not be replaced has no advantage.
     max_redraws: Annotated[int, AtLeast(0)] = 0
-    # What dynamic sampling compares in place of right and wrong: the name of a reward in use, such as "accuracy",
+    # What dynamic sampling compares instead of right and wrong: the name of a reward in use, such as "accuracy",
     # "format" or your function's, or "reward" for the weighted sum. None for "accuracy", or for "reward" where
     # rewards.accuracy = 0.
     filter_groups_metric: str | None = None
@@ -367,7 +367,8 @@ class RolloutConfig:
     # Number of completions that are decoded at once.
     slots: Annotated[int, AtLeast(1)] = 64
     # Number of pages of the cache on each shard of the batch; 0 for as many as all slots can need, or as the memory of
-    # the device leaves. Where they run out, the completions that began last are drawn anew later, with the same tokens.
+    # the device leaves. Where they run out, the completions that began last are drawn again later, with the same
+    # tokens.
     pages: Annotated[int, AtLeast(0)] = 0
     # Number of tokens that a page of the cache holds; 0 for 16 on CPU and 64 elsewhere.
     page_size: Annotated[int, AtLeast(0)] = 0
@@ -401,7 +402,7 @@ class JudgeConfig:
             secret=True,  # what is not a name is likely the key
         ),
     ] = "OPENAI_API_KEY"
-    # What the judge is told to look at; the form of the reply that it must give is added.
+    # What the judge is asked to look at; the form of the reply that it must give is added.
     instruction: str = (
         "Grade the answer to a mathematics problem. 1 means that the final answer is right and the reasoning is sound, "
         "0 that the answer is wrong or missing; give partial credit in between for reasoning that comes near."
@@ -414,7 +415,7 @@ class JudgeConfig:
     max_tokens: Annotated[int, AtLeast(1)] = 1024
     # Longest time that one request to the judge may take, in seconds.
     timeout: Seconds = 60.0
-    # Number of further attempts of a request to the judge, with back-off, after a time-out, a rate limit or a broken
+    # Number of additional attempts of a request to the judge, with back-off, after a time-out, a rate limit or a broken
     # connection.
     max_retries: Annotated[int, AtLeast(0)] = 4
     # Number of requests to the judge that are in flight at once.
@@ -424,13 +425,13 @@ class JudgeConfig:
     # limit.
     budget: Annotated[int, AtLeast(0)] = 0
     # File of the judge's verdicts, shared by the runs of a machine that name it, or by way of a bucket; empty for
-    # WORKDIR/judge.sqlite. Of several processes, each but the first has a file of its own beside it, NAME.process-N.
+    # WORKDIR/judge.sqlite. Of several processes, each but the first has its own file next to it, NAME.process-N.
     cache: str = ""
 
 
 @dataclass(frozen=True)
 class RewardsConfig:
-    """What a completion earns: a weighted sum of rewards, computed by processes beside the run."""
+    """What a completion earns: a weighted sum of rewards, computed by separate processes."""
 
     # Weight of the accuracy reward.
     accuracy: Annotated[float, AtLeast(0)] = 1.0
@@ -446,7 +447,7 @@ class RewardsConfig:
     # Weight of rewards.custom. At 0 it is computed and logged, does not count in the reward, and may
     # still be named by settings such as algorithm.draft_metric.
     custom_weight: float = 1.0
-    # Several rewards of your own, in place of rewards.custom; each has the name of its function.
+    # Several rewards of your own, instead of rewards.custom; each has the name of its function.
     functions: Annotated[
         tuple[str, ...], Each(Matches(r"[\w.]+:\w+", "written as module:function", otherwise=IN_A_FILE), once=True)
     ] = ()
@@ -507,7 +508,7 @@ class LearnerConfig:
     # and leaves its batch in WORKDIR/nonfinite.
     max_nonfinite_steps: Annotated[int, AtLeast(1)] = 5
     # What the backward pass recomputes: logits and of each sublayer all ("full"), or all but matrix products ("dots"),
-    # or logits alone ("logits"), or nothing ("none"); "auto" is the least of them that fits into memory by the
+    # or only logits ("logits"), or nothing ("none"); "auto" is the least of them that fits into memory by the
     # compiler's count, but at least logits on a CPU.
     remat: Annotated[str, Choice("auto", "full", "dots", "logits", "none")] = "auto"
     # Kernel of attention: "cudnn" is for GPUs and "splash" for TPUs; "auto" chooses by device and dtype.
@@ -612,7 +613,7 @@ class EvaluationConfig:
     # Number of completions per problem; None for 64 on AIME and other contests of 30 problems, 8 on the others that are
     # known by name, and 1 on mmlu_pro and on files of your own. The paper's are 64 and 8.
     samples: Annotated[int | None, AtLeast(1)] = None
-    # Number of draft -> refine rounds that are evaluated beside the single shot.
+    # Number of draft -> refine rounds that are evaluated in addition to the single shot.
     rounds: Annotated[int, AtLeast(0)] = 0
     # Number of samples among which a round chooses its draft: the first ones of the round before, or of the single
     # shot.

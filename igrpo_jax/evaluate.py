@@ -74,7 +74,7 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
     Raises:
         InputError: `config` is not that of `model`, names no benchmark, or something in it is wrong, such as settings
             of a built-in task with which it asks problems that a run was trained on; `out` holds another evaluation.
-        Preempted: SIGTERM came, and the answers so far are in `out`.
+        Preempted: SIGTERM arrived, and the answers so far are in `out`.
     """
 
     from igrpo_jax.data import builtin, problems

@@ -9,7 +9,7 @@ DTYPE is bfloat16 or float32. Where it is not given, it is bfloat16, unless roun
 what LoRA has changed. At the end a line says by how much the logits differ from those of the trained policy.
 
 It runs on the CPU, so that it does not disturb a training that uses the accelerator. It needs memory for the policy in
-model.dtype and two copies in DTYPE, since it reads back what it has written and compares the three.
+model.dtype and two copies in DTYPE, because it reads back what it has written and compares the three.
 """
 
 import tempfile
@@ -65,7 +65,7 @@ def export(
 
     Args:
         out: a folder that is new or empty; None, with `push`, for one that is removed at the end.
-        adapter: write LoRA's adapters alone, in float32.
+        adapter: write only LoRA's adapters, in float32.
         dtype: one of DTYPES; None for `export_dtype` of the policy.
         push: repository of the hub that `out` is put into, with a model card; None for none.
         private: whether that is made private, if it is new.

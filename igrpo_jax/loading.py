@@ -36,7 +36,7 @@ def load_config(
     """Returns the checked configuration of a config file, with `overrides`.
 
     Args:
-        source: the path of a config file, `igrpo_jax.config.default()` with values of its own, or what this function
+        source: the path of a config file, `igrpo_jax.config.default()` with its own values, or what this function
             returned before. Without it the configuration is that of the run in `model`, or the default one.
         overrides: values by the dotted names of their fields, such as {"algorithm.num_drafts": 4}.
         model: what is to be evaluated or asked: the folder of a run or a Hugging Face directory, also in a bucket, or
@@ -175,7 +175,7 @@ def _tree_of_file(file: str) -> ml_collections.ConfigDict:
 
 
 def _no_config_file(path: Path) -> str:
-    """Returns what a path is that is none of a config file, and what to give; "" where it may be one.
+    """Returns what a path is that is not a config file, and what to give; "" where it may be one.
 
     A file with another ending is not run as Python, whatever it holds.
     """

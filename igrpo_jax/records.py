@@ -91,7 +91,7 @@ class Completion:
 class Group:
     """A prompt with its N drafts, the draft that was kept, and the G refinements with one advantage baseline.
 
-    Drafts are not among the `completions`: these are the refinements alone, also where drafts are trained on. With
+    Drafts are not among the `completions`: these are only the refinements, also where drafts are trained on. With
     algorithm.second_stage = "verify" drafts are solutions, and the completions are verifications of the kept one.
     """
 
@@ -115,7 +115,7 @@ class Group:
 
     @property
     def of_drafts(self) -> "Group":
-        """The drafts as a group of their own: they are its completions, and the plain prompt is its context.
+        """The drafts as a separate group: they are its completions, and the plain prompt is its context.
 
         algorithm.train_drafts trains on it.
         """

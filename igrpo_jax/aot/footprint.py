@@ -199,7 +199,7 @@ class Footprint:
         steps = (-(-completions // rows) if is_longest else completions / rows) * length
         costs, prefill = programs.costs, programs.prefill
         read = context + length / 2
-        # `collectives` counts the decode loop once, since its length is not known: `received` is that of one token.
+        # `collectives` counts the decode loop once, because its length is not known: `received` is that of one token.
         token, bound = self.least(costs.decode(rows, read), self.received(programs.decode))
         token = max(
             token, costs.decode_seconds(self.chip, rows, read)
@@ -239,7 +239,7 @@ class Footprint:
 
 
 def describe(config: ModelConfig) -> DecoderConfig:
-    """Returns the model of config.model, from its config.json alone.
+    """Returns the model of config.model, from nothing but its config.json.
 
     Raises:
         InputError: it is neither a directory nor one of the public models whose shape is known.

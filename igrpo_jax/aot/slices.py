@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Chips per host, by layout, where they are not 2 x 2: slices of v5e and v6e that have one host.
 HOSTS = {"1x1": (1, 1, 1), "2x4": (2, 4, 1)}
 # None of the chips is in this machine. Without these variables libtpu would look for them, ask the cloud about the
-# machine (any answer will do), and keep other processes from compiling meanwhile.
+# machine (any answer will do), and keep other processes from compiling in the meantime.
 QUIET = {
     **{"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-16"},
     **{"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},

@@ -98,7 +98,7 @@ def _not_raised(unraisable: Any) -> None:
 
 
 def _exit(code: int) -> NoReturn:
-    """Ends the process. One of several ends at once, since JAX's exit handlers would wait for the others in vain."""
+    """Ends the process. One of several ends at once, because JAX's exit handlers would wait for the others in vain."""
     _stdout_failure()
     jax = sys.modules.get("jax")
     if jax and jax.distributed.is_initialized():

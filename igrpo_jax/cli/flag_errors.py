@@ -1,4 +1,4 @@
-"""What an error says of a flag that is wrong, and of an argument that is none."""
+"""What an error says of a flag that is wrong, and of an argument that is not a flag."""
 
 import difflib
 import re
@@ -28,7 +28,7 @@ def flag_error(error: Exception, values: flags.FlagValues) -> str:
 
 
 def _unknown_flag(name: str, known: list[str]) -> str:
-    """Returns the error for a flag that is none of `known`: the setting that has this name, or the nearest flag."""
+    """Returns the error for a flag that is not in `known`: the setting that has this name, or the nearest flag."""
     settings = field_paths(Config) if "config" in known else []
     named = name.replace("-", "_")
     if "workdir" in known and (named == "out" or (named == "model" and not settings)):

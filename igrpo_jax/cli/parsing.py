@@ -45,7 +45,7 @@ def parse_config(argv: list[str], usage: str, flag_help: dict[str, str]) -> tupl
 
     Args:
         usage: shown by --help.
-        flag_help: further flags, and what each is for.
+        flag_help: more flags, and what each is for.
 
     Raises:
         InputError: as `parse`.
@@ -91,7 +91,7 @@ def parse_model(argv: list[str], usage: str, flag_help: dict[str, str]) -> tuple
 
     Args:
         usage: shown by --help.
-        flag_help: further flags, and what each is for; those of SHORT set their fields.
+        flag_help: more flags, and what each is for; those of SHORT set their fields.
 
     Raises:
         InputError: as `parse`; --model is a run whose config.json can't be used, or without a checkpoint.

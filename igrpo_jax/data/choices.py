@@ -1,9 +1,9 @@
 """Multiple-choice questions as problems: the choices stand below the question, and the answer is a letter.
 
-Where a data set gives the right choice in a column of its own, the choices are sorted by a hash of the question and the
+Where a data set gives the right choice in a separate column, the choices are sorted by a hash of the question and the
 choice. So their order depends on neither the order of the rows nor the seed, and every evaluation asks the same prompt.
 In files of a user's own, a column that lists choices is found by its name. Where the right one is certain, the question
-shows them too; else the file is refused, since nobody can be right about choices that are not shown.
+shows them too; else the file is refused, because nobody can be right about choices that are not shown.
 Not here: which benchmarks have choices (`catalog`), and grading (`rewards/mathematics/grader`, as for all answers).
 """
 
@@ -78,7 +78,7 @@ def _listed(question: str, choices: list[str]) -> str:
 
 
 class _Asked(NamedTuple):
-    """A question of a user's own file with the choices in a column beside it."""
+    """A question of a user's own file with the choices in a column next to it."""
 
     question: str  # "" where there is none
     options: list[str]  # empty where the cell is not a list of choices

@@ -65,7 +65,7 @@ def choose(table: Table, prompt: str, answer: str, source: str, fix: str = FIX) 
 
 
 def choose_prompt(table: Table, prompt: str, source: str, fix: str = FIX) -> str:
-    """Returns the column of the questions alone, as `choose` finds it."""
+    """Returns only the column of the questions, as `choose` finds it."""
     return _column(_names(table), prompt, PROMPTS, source, fix.format("prompt_column"))
 
 

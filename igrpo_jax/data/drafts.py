@@ -2,7 +2,7 @@
 
 These are the drafts and, without a draft stage, the completions in the samples of a run, and the single-shot answers of
 `igrpo_jax.evaluate` and `igrpo_jax.probe`. Their rows say whether an answer is right. Answers are matched to problems
-by the text of the question, since the same number means another problem in another file. Not here: drafts in a column
+by the text of the question, because the same number means another problem in another file. Not here: drafts in a column
 (`solutions`).
 """
 

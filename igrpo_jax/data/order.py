@@ -1,7 +1,7 @@
 """The order in which a run reads its problems, a pure function of the seed.
 
 Epoch e is the permutation of (seed, e), and rollout s reads the problems s*P .. s*P + P-1 of the concatenated epochs,
-where P is the number of prompts per step. So the step alone determines the position in the data, and a resumed run
+where P is the number of prompts per step. So only the step determines the position in the data, and a resumed run
 continues without replaying anything. Redraws (algorithm.max_redraws) do not move the position: each step has a separate
 order for them, and the problems that they use still have their turn.
 """

@@ -1,10 +1,10 @@
 """Problems to train on and to evaluate on.
 
 Rows keep their id and columns. Every row is checked before a run starts: a blank or missing cell is an error that names
-the rows, and a row with a cell that can't be read is left out and named. Answers that nothing can equal are counted and
-named, and more than MAX_UNEQUAL of them are an error, in a benchmark of one's own too. Problems that repeat, or that
-evaluation uses too, are counted. `data.clean` leaves all of these out. Questions that repeat with another answer are
-problems of their own, and named.
+the rows, and a row with a cell that can't be read is left out and named. Answers that no completion can match are
+counted and named, and more than MAX_UNEQUAL of them are an error, also in the user's own benchmark. Problems that
+repeat, or that evaluation uses too, are counted. `data.clean` leaves all of these out. Questions that repeat with
+another answer are separate problems, and named.
 
 Not here: the order in which a run reads them (`order`), grading, the wording of prompts, and the tokenizer; `fit`
 receives a function that encodes a question. `readers` reads files, `columns` finds columns, and `catalog` lists the
@@ -28,7 +28,7 @@ from igrpo_jax.data.readers import Table
 from igrpo_jax.errors import InputError, quoted
 from igrpo_jax.rewards.mathematics import grader
 
-MAX_UNEQUAL = 0.1  # largest share of reference answers that nothing can equal
+MAX_UNEQUAL = 0.1  # largest share of reference answers that no completion can match
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def cleaned(config: Config, rows: list[Row], held_out: dict[str, list[Row]]) -> 
         held_out: as for `training_set`.
 
     Raises:
-        InputError: nothing can equal too many of the answers; no row is kept.
+        InputError: no completion can match too many of the answers; no row is kept.
     """
     questions = [row.question for row in rows]
     repeats, others = overlap.repeated(questions, [row.answer for row in rows])
@@ -104,7 +104,7 @@ def cleaned(config: Config, rows: list[Row], held_out: dict[str, list[Row]]) -> 
 
 
 def unequal_rows(rows: Sequence[Row]) -> list[int]:
-    """Returns the positions of the rows whose answer nothing can equal, such as prose or a formula that is cut off.
+    """Returns the positions of the rows whose answer no completion can match, such as prose or a formula cut off.
 
     100,000 rows take a few seconds.
     """

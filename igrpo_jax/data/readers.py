@@ -208,7 +208,7 @@ def few(names: Sequence[object]) -> str:
 
 
 def _without_surrogates(value: Any) -> Any:
-    """Returns a value of JSON with U+FFFD in place of lone surrogates, which no tokenizer takes."""
+    """Returns a value of JSON with U+FFFD instead of lone surrogates, which no tokenizer takes."""
     if isinstance(value, str):
         return _SURROGATE.sub("\ufffd", value)
     if isinstance(value, list):
@@ -222,8 +222,8 @@ def _read_csv(file: Path, source: str) -> Table:
     """Returns the rows with cells as text. `datasets` would turn the answer 025 into the number 25 and lose NA.
 
     Raises:
-        InputError: more than MAX_BROKEN of the rows are broken; the header is not valid CSV, has semicolons or tabs in
-            place of commas, or names a column twice; or a quote that is never closed swallows the last rows.
+        InputError: more than MAX_BROKEN of the rows are broken; the header is not valid CSV, has semicolons or tabs
+            instead of commas, or names a column twice; or a quote that is never closed swallows the last rows.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     table: Table = []

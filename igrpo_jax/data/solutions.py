@@ -55,7 +55,8 @@ def load_solutions(config: Config, opening: str = "") -> tuple[list[Solution], l
     notes = [("columns", f"{mapping}, solution from {name!r}"), *unanswered]
     if len(found) < len(rows):
         notes.append(("problems without a solution", f"{len(rows) - len(found):,} of {len(rows):,}, left out"))
-    if config.data.clean:  # a solution is not a reward, so answers that nothing can equal are not errors otherwise
+    # A solution is not a reward, so answers that no completion can match are not errors otherwise.
+    if config.data.clean:
         kept, cleaned = problems.cleaned(config, [each.row for each in found], problems.evaluation_rows(config))
         indices = {row.index for row in kept}
         found, notes = [each for each in found if each.row.index in indices], notes + cleaned

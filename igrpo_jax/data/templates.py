@@ -2,7 +2,7 @@
 
     frame = open_frame(tokenizer, config.data)
     q = frame.ids(words)                                          # as apply_chat_template gives them
-    left, right = frame.ids_before(start), frame.ids_after(end)   # beside a draft between `start` and `end`
+    left, right = frame.ids_before(start), frame.ids_after(end)   # around a draft between `start` and `end`
 
 The text of a chat template is always encoded in one piece. In pieces, the tokenizers of Llama 2 and its relatives would
 put a space before each piece, and others would split the text at a seam into tokens that the model has not seen there.
@@ -24,7 +24,7 @@ from igrpo_jax.rewards.format import TAGS
 from igrpo_jax.schema.fields import refusal
 
 SENTINEL = "[[ here go the words of the user ]]"
-STAND_IN = "0"  # encoded in place of a draft; tokenizers rarely join a digit with what stands beside it
+STAND_IN = "0"  # encoded instead of a draft; tokenizers rarely join a digit with what stands next to it
 PROBE = "How much is 12 + 34?"
 
 
@@ -33,7 +33,7 @@ class Frame(Protocol):
 
     before: str
     after: str  # with the beginning of the reply
-    marks: np.ndarray  # ids of tokens that may mark turns, beside the special tokens that transformers lists
+    marks: np.ndarray  # ids of tokens that may mark turns, in addition to the special tokens that transformers lists
 
     def ids(self, words: str) -> np.ndarray:
         """Returns the prompt with these words of the user: [L] int32."""
@@ -206,8 +206,8 @@ class ChatTemplate:
     def _encode_apart(self, text: str, after: str) -> np.ndarray:
         """Returns what `_encode` does for words that contain special tokens, which stay text here.
 
-        The words are encoded with the template's text around them, up to the nearest added token on each side, since a
-        tokenizer encodes the text between two added tokens independently.
+        The words are encoded with the template's text around them, up to the nearest added token on each side, because
+        a tokenizer encodes the text between two added tokens independently.
         """
         if not (text.startswith(self.before) and text.endswith(after)):
             raise InputError(

@@ -4,9 +4,9 @@
 2. `client`, `coordinator_address`: the key-value store of jax.distributed, through which processes say that they live.
 3. `delay_abort`: six seconds between JAX's decision to abort and the end of the process, in which it can say why.
 
-Where JAX lacks the names of 1 and 2 (`MISSING`), a process without --coordinator runs alone, with a warning, and one
-with it ends with a RunError that names the versions which have them. Where C's library cannot be loaded, 3 does
-nothing, and JAX's own message is the last one.
+Where JAX lacks the names of 1 and 2 (`MISSING`), a process without --coordinator runs as a single process, with a
+warning, and one with it ends with a RunError that names the versions which have them. Where C's library cannot be
+loaded, 3 does nothing, and JAX's own message is the last one.
 """
 
 import ctypes

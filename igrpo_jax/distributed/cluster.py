@@ -78,7 +78,7 @@ def share(value: Any) -> list[Any]:
 
 
 def from_first(decide: Callable[[], Value]) -> Value:
-    """Runs `decide` on process 0 alone, and returns its result on every process; JSON must be able to hold it."""
+    """Runs `decide` only on process 0, and returns its result on every process; JSON must be able to hold it."""
     value = decide() if jax.process_index() == 0 else None
     return value if jax.process_count() == 1 else json.loads(gather(json.dumps(value).encode())[0])
 
@@ -206,7 +206,7 @@ def _gpus_of_the_task() -> list[int] | None:
 def joined(settings: ClusterConfig, address: Mapping[str, Any]) -> Iterator[None]:
     """Runs the block as one of the processes that `address` names, or that were detected.
 
-    After an error the process has to end by os._exit, since JAX's exit handlers wait for the others.
+    After an error the process has to end by os._exit, because JAX's exit handlers wait for the others.
 
     Args:
         address: coordinator_address, num_processes and process_id of jax.distributed.initialize; empty = detect them.

@@ -6,7 +6,8 @@
   dispatch needs. The host has little else to do.
 - **One process on the CPU**: those that the first dispatch needs in threads, while weights are read; the others when
   they are first called. A training run compiles what is left in its first step. Before that, threads would take the
-  cores that the programs themselves need. But a warm start has no use for all cores, so all are compiled meanwhile.
+  cores that the programs themselves need. But a warm start has no use for all cores, so all are compiled in the
+  meantime.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ def compiling(
 
     Args:
         first: those of `own` that the first dispatch needs, the slowest to compile first.
-        own: programs on the devices of this process alone.
+        own: programs only on the devices of this process.
         joint: returns the programs on the devices of all processes; it may compile some to find out which. None
             where there are none.
         phase: a context that shows a phase, given its name and number of parts; yields a function of the number done.
@@ -98,7 +99,7 @@ def compiling_ahead(
     needs the program. The end of the block waits for what is being compiled, and leaves out the rest.
 
     Args:
-        more: returns further programs, and is called by one of the threads.
+        more: returns more programs, and is called by one of the threads.
         then: is called by one of the threads once all are compiled.
     """
     left, lock = len(program_shapes) + 1, threading.Lock()

@@ -168,7 +168,7 @@ def showing_waits(show: ShowWait) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """Yields a list that gets the name of every program that XLA compiles, or loads from disk, meanwhile.
+    """Yields a list that gets the name of every program that XLA compiles, or loads from disk, while the block runs.
 
     Programs of threads that called `leave_uncounted` are left out, because nobody waits for them. The name is the title
     of a `Program`, kind first, or the name of any other function.

@@ -2,7 +2,7 @@
 
 The devices of the run, in the order of its mesh, are divided into groups of `tensor` neighbours. The devices of a group
 hold one copy of the weights together, and run every program at the same time. Where the devices of each group belong to
-one process, each process is a team of its own, and samples without regard to the others. Where a group spans processes,
+one process, each process is its own team, and samples without regard to the others. Where a group spans processes,
 these form a team, which samples in lockstep. The first process of a team leads: it decides what is run, and tells the
 others before it runs it. Teams know nothing of each other.
 """

@@ -85,7 +85,7 @@ def current() -> str:
 
 @contextlib.contextmanager
 def watching(budgets: WatchdogConfig) -> Iterator[None]:
-    """Looks at the phases from a thread of its own while the block runs.
+    """Looks at the phases from a separate thread while the block runs.
 
     Args:
         budgets: seconds without progress that each phase may take; 0 means no limit.

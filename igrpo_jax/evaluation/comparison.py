@@ -28,7 +28,7 @@ class Problem:
 
 
 # By id, question, reference answer and how many problems with the same stood before. The answer is None unless problems
-# of one id and question differ in it: a reference answer may be mended between two evaluations of a problem.
+# of one id and question differ in it: a reference answer may be corrected between two evaluations of a problem.
 Problems = dict[tuple[str, str, Any, int], Problem]
 
 

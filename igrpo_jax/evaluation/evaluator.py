@@ -10,7 +10,7 @@ the policy was trained with drafts. Only accuracy counts, whatever the rewards o
 The numbers of the drafts chosen so far, one per round, identify a prompt; () is the plain one. Where vote and oracle
 choose the same draft, they use the same samples.
 
-The randomness of a sample is derived from (seed, benchmark, round, problem, sample) alone, neither from the training
+The randomness of a sample is derived only from (seed, benchmark, round, problem, sample), neither from the training
 step nor from what was sampled before a restart. So two evaluations of the same weights give the same numbers, also
 where one was killed and resumed, and a difference between two evaluations comes from the weights. This holds in
 float32; in bfloat16 the other samples of a batch may decide a near tie.
@@ -162,7 +162,7 @@ class Evaluator:
             number: of the round, 0 for the single shot.
 
         Raises:
-            Preempted: a process was told to leave; then all leave here.
+            Preempted: a process received SIGTERM; then all leave here.
         """
         count, settings = samples_per_problem(self._config, name), self._config.evaluation
         present = [[rows.get((each.prompt.index, each.drafts, i)) for i in range(count)] for each in asked]

@@ -131,7 +131,7 @@ def _engine(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan)
     """Returns a sampler with hardly more slots than there are samples."""
     memory = cluster.from_first(device_bytes)  # processes of a team need as many pages
     if memory is not None and (config.model.lora.rank or not shares_weights(mesh, config.rollout.mesh.tensor)):
-        # The loaded weights stay on the devices beside the sampler's copy.
+        # The loaded weights stay on the devices next to the sampler's copy.
         memory -= tree_bytes(sharding.abstract_params(mesh, decoder.shapes(policy.model), config.model.dtype))
     samples = sum(len(prompts) * samples_per_problem(config, name) for name, prompts in plan.prompts.items())
     return open_engine(

@@ -37,7 +37,7 @@ class Plan:
     def limit(self, tokens: np.ndarray) -> int:
         """Returns the most tokens of a completion of this prompt [L]: up to the model's context.
 
-        It does not depend on the other prompts, so that a sample depends on its own prompt alone.
+        It does not depend on the other prompts, so that a sample depends only on its own prompt.
         """
         return min(self.max_new_tokens, self.context - len(tokens))
 

@@ -172,7 +172,7 @@ def recorded_date(folder: Path) -> str | None:
 
 
 def settings(config: Config, max_completion_length: int) -> dict[str, Any]:
-    """Returns what evaluation.json records beside the model: the settings that decide which answers it gives.
+    """Returns what evaluation.json records besides the model: the settings that decide which answers it gives.
 
     Args:
         config: with the day of the chat template.
@@ -204,7 +204,7 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
 def held(folder: Path, settings: dict[str, Any]) -> Iterator[Callable[[], None]]:
     """Makes `folder` that of an evaluation with these settings, and keeps others out of it inside the `with` block.
 
-    Yields a function that raises RunError if another process has taken the folder meanwhile; see `locked`.
+    Yields a function that raises RunError if another process has taken the folder in the meantime; see `locked`.
 
     Raises:
         InputError: as `claim`; another evaluation is at work there.

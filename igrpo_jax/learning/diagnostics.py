@@ -61,5 +61,5 @@ def reliance(learner: Learner, params: decoder.Params, groups: Sequence[Group]) 
 
 
 def _alone(context: np.ndarray, completion: Completion) -> Unit:
-    """Returns one completion as a unit of its own, without an advantage."""
+    """Returns one completion as a separate unit, without an advantage."""
     return Unit(context, (completion,), np.zeros(1, np.float32))

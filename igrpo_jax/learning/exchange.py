@@ -32,7 +32,7 @@ class StepPosition(NamedTuple):
     def random_index(self, prompts: int) -> int:
         """Returns the integer that randomness is derived from, in a step of `prompts` prompts.
 
-        It is not the data set's row, since a short epoch may bring one row twice in a step.
+        It is not the data set's row, because a short epoch may bring one row twice in a step.
         """
         return self.redraw * prompts + self.index
 

@@ -11,7 +11,7 @@ them. Their entropy in the metrics is the one that the sampler measured.
 
 With algorithm.train_drafts the drafts of a prompt are also trained on as a group, after the plain prompt, with their
 own baseline (or one shared with the refinements, see `credit`). They are rows of the same optimizer steps, split evenly
-over the minibatches, and weigh the same as refinements. Metrics under TRL's names still describe the refinements alone,
+over the minibatches, and weigh the same as refinements. Metrics under TRL's names still describe only the refinements,
 or with algorithm.second_stage = "verify" the drafts, which are then the answers; loss and gradient norm cover all rows.
 
 An optimizer step whose loss or gradient is not finite changes nothing and is counted.

@@ -1,6 +1,6 @@
 """The few shapes of micro-batches that a run has: how many tokens each shard of the batch runs at once.
 
-They follow from the configuration and the longest texts alone, so that their programs can be compiled before the first
+They follow only from the configuration and the longest texts, so that their programs can be compiled before the first
 update. A step's tokens fill micro-batches of the full size, and the remainder goes into smaller ones.
 """
 

@@ -33,7 +33,7 @@ class Objective:
     epsilon: float = 0.2
     epsilon_high: float = 0.2
     scale_rewards: str = "group"
-    by_row: bool = False  # all tokens of a row have one ratio; clipped rows are counted in place of tokens, as in TRL
+    by_row: bool = False  # all tokens of a row have one ratio; clipped rows are counted instead of tokens, as in TRL
 
 
 def _sequence_mean(lengths: np.ndarray, max_completion: int) -> np.ndarray:
@@ -59,7 +59,7 @@ def _sequence_log_ratio(difference: jax.Array, mask: jax.Array, row: jax.Array) 
     """Returns the mean over the tokens of a row, the same at each of them (2507.18071)."""
 
     def of_axis(difference, mask, row):
-        rows = 2 * row.shape[0] + 1  # no axis has more segments, since only prefixes may be empty; 0 is padding
+        rows = 2 * row.shape[0] + 1  # no axis has more segments, because only prefixes may be empty; 0 is padding
         total = jax.ops.segment_sum(jnp.where(mask, difference, 0.0), row, rows)
         return (total / jnp.maximum(jax.ops.segment_sum(mask.astype(jnp.float32), row, rows), 1))[row]
 

@@ -71,7 +71,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _dimensions(path: str) -> optax.contrib.MuonDimensionNumbers | None:
-    """Returns which axes of a parameter are the inputs and the outputs of a matrix; None where it is none."""
+    """Returns which axes of a parameter are the inputs and the outputs of a matrix; None if it is not a matrix."""
     inputs = sharding.matrix_inputs(path)
     if inputs is None:
         return None

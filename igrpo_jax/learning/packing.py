@@ -7,9 +7,9 @@
    contexts, each once. `micro_shapes` says how few lengths of this axis there are.
 4. The micro-batches are the first choice of `micro_shapes` that holds all units. Units are placed from the longest to
    the shortest, each where the most space is left, so that shards have equal work. If some find no place, all are
-   placed anew where the least space is left (best fit).
+   placed again where the least space is left (best fit).
 
-All of this is done on the host, with numpy alone.
+All of this is done on the host, with numpy only.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,7 @@ class Unit:
     context: np.ndarray  # [L] int32
     completions: tuple[Completion, ...]  # G
     advantage: np.ndarray  # [G] float32
-    shaped: bool = False  # the tokens enter the loss as p / (p + credit_gamma), since another context sampled them
+    shaped: bool = False  # the tokens enter the loss as p / (p + credit_gamma), because another context sampled them
     weight: np.ndarray | None = None  # [G] float32, weight of every token of a completion; set per optimizer step
     entropy_weight: np.ndarray | None = None  # [G] float32, weight of every token's entropy; set per optimizer step
     old: list[np.ndarray] | None = None  # log pi_old, [T_i] float32 each; None until rescored

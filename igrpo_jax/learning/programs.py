@@ -199,7 +199,7 @@ class LearnerPrograms:
 
     @property
     def waiting_bytes(self) -> WaitingBytes:
-        """For each program, the bytes on each device that training keeps there beside the program's arguments."""
+        """For each program, the bytes on each device that training keeps there besides the program's arguments."""
         params, moments = tree_bytes(self.state.params), tree_bytes(self.state.opt_state)
         scores_reference = self._objective.beta > 0
         reference = params if scores_reference and not self._config.learner.offload_reference else 0

@@ -1,7 +1,7 @@
-"""What each prompt of a step does next, once a score has come: further drafts, refinements, or a fresh prompt.
+"""What each prompt of a step does next, once a score has come: more drafts, refinements, or a fresh prompt.
 
 Departures from the paper, off by default: a draft other than the best is kept (`algorithm.draft_selection`), the best
-by one reward alone (`algorithm.draft_metric`), or none (`algorithm.draft_dropout`); drafting stops at the first draft,
+by a single reward (`algorithm.draft_metric`), or none (`algorithm.draft_dropout`); drafting stops at the first draft,
 in the order of their numbers, with the largest possible reward (`algorithm.draft_early_stop`); and DAPO's dynamic
 sampling (2503.14476): where all completions of a prompt are right, or all are wrong (`filtering` has the metric), a
 fresh prompt takes its position, at most `algorithm.max_redraws` times. DAPO draws whole batches and keeps the groups
@@ -18,7 +18,7 @@ has no drafts, and the step after it drafts the same prompts (ThinkTwice, 2604.0
 algorithm.solved_fraction. Each position of the step has a budget of N + G completions, as in the paper. Its first
 prompt has N drafts. If it is unsolved, G refinements follow. If it is solved, the other G completions are drafts of
 fresh prompts, which take the position one after another. Fresh prompts are not refined, because after their N drafts
-fewer than G completions are left. The budget is used up exactly, since N divides G. So a step samples P (N + G)
+fewer than G completions are left. The budget is used up exactly, because N divides G. So a step samples P (N + G)
 completions whatever is solved, and no position waits for another.
 
 With algorithm.second_stage = "verify" the drafts are solutions, and Stage 2 asks the policy whether one of them is
@@ -188,7 +188,7 @@ class StageRunner:
             self._draft(progress, 1 if algorithm.draft_early_stop else self._num_drafts)
 
     def _draft(self, progress: PromptProgress, samples: int) -> None:
-        """Queues further drafts of a prompt."""
+        """Queues more drafts of a prompt."""
         scored = functools.partial(self._draft_scored, progress)
         self._submit(progress, "draft", progress.prompt.tokens, samples, len(progress.drafts), scored)
 

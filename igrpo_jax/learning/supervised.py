@@ -7,7 +7,7 @@ reinforcement learning. The cross-entropy itself is the learner's metric of the 
 sampler, with sampler log-probs of 0.
 
 If its problem has drafts, an example shows one with the probability config.sft.draft_fraction. Whether it does, and
-which draft it shows, follows from (seed, step) alone.
+which draft it shows, follows only from (seed, step).
 """
 
 from collections.abc import Mapping, Sequence

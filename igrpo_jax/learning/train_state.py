@@ -17,10 +17,10 @@ Trained = tuple[decoder.Params, optax.OptState]
 class TrainState(NamedTuple):
     """All that training carries from step to step, on the mesh."""
 
-    params: decoder.Params  # float32 master weights, with LoRA its adapters alone
+    params: decoder.Params  # float32 master weights, with LoRA only its adapters
     opt_state: optax.OptState
     step: jax.Array  # [] int32, optimizer steps tried, skipped ones included
-    skipped: jax.Array  # [] int32, optimizer steps that changed nothing, since loss or gradient was not finite
+    skipped: jax.Array  # [] int32, optimizer steps that changed nothing, because loss or gradient was not finite
 
 
 def apply(

@@ -117,7 +117,7 @@ def from_hf(raw: dict, source: str) -> DecoderConfig:
 
 
 def _refuse_quantized(raw: dict, source: str) -> None:
-    """Raises InputError for weights of 4 or 8 bits, whose scales lie in tensors of their own."""
+    """Raises InputError for weights of 4 or 8 bits, whose scales lie in separate tensors."""
     quantized = raw.get("quantization_config") or {}
     method = quantized.get("quant_method", "unknown")
     refuse(not quantized, source, "quantization_config of method", method, "weights in bfloat16, float16 or float32")
@@ -182,7 +182,7 @@ def _rope_scaling(rope: dict, source: str) -> RopeScaling | None:
     return RopeScaling(float(rope["factor"]), float(low), float(high), context)
 
 
-# Newer versions of Nemotron-H's config.json have a list of names in place of the pattern.
+# Newer versions of Nemotron-H's config.json have a list of names instead of the pattern.
 _LETTERS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-"}
 
 

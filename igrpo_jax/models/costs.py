@@ -72,7 +72,7 @@ class ModelCosts:
         return Cost(flops / self.tensor, moved / self.tensor)
 
     def logits(self, positions: float, chunks: float = 1.0) -> Cost:
-        """Returns the cost of one product with the head, whose weight each chunk reads anew; logits are written and
+        """Returns the cost of one product with the head, whose weight each chunk reads again; logits are written and
         read in float32."""
         moved = self.item_bytes * self.head_weights * chunks + 8 * self.cfg.vocab_size * positions
         return Cost(2 * self.head_weights * positions / self.tensor, moved / self.tensor)
@@ -210,7 +210,7 @@ def _pairs(prefix: int, lengths: Sequence[int]) -> float:
 
 
 def _newton_schulz(path: str, shape: tuple[int, ...]) -> int:
-    """Returns the FLOPs of the five steps with which Muon orthogonalizes a matrix; 0 for what is none."""
+    """Returns the FLOPs of the five steps with which Muon orthogonalizes a matrix; 0 for what is not a matrix."""
     inputs = sharding.matrix_inputs(path)
     if inputs is None:
         return 0

@@ -89,7 +89,7 @@ def read_ranges_gradient(
     """Returns the gradients of q, k and v behind `read_ranges`.
 
     `stats` and `out` may be those of a softmax over more keys than these: the gradients are then this part's share of
-    the whole one's, because the probabilities and the term that a softmax subtracts follow from these two alone
+    the whole one's, because the probabilities and the term that a softmax subtracts follow from only these two
     (Dao, FlashAttention-2, arXiv 2307.08691, algorithm 2).
     """
     none = jnp.zeros(0, q.dtype)

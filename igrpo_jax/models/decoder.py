@@ -258,7 +258,7 @@ def barrier_options(platform: str) -> dict[str, str]:
 
     XLA's CPU compiler removes barriers before it fuses and orders operations. Then all recomputations of jax.checkpoint
     run at the start, so that six attention sublayers of 4 x 512 tokens need 488 MB instead of 104 MB, as without
-    remat; and sines and cosines are computed anew in each sublayer. The compilers of the other platforms keep barriers
+    remat; and sines and cosines are computed again in each sublayer. The compilers of the other platforms keep barriers
     by default. The sampler's programs do without this option, with which those of Mamba-2 do not compile in jax 0.12.
     """
     return {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else {}

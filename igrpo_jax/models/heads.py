@@ -5,8 +5,8 @@ times, and the G query heads that read it are dealt to the copies. Where R does 
 up the last copy; the output projection reads nothing from these. The result is that of the model itself: nothing is
 approximated.
 
-Where every copy lies on a device of its own, and the TPU's kernel reads pages, the devices with copies of one head
-split the sequences instead of holding each of them R times: the keys of a sequence lie on one of them alone, in one of
+Where every copy lies on its own device, and the TPU's kernel reads pages, the devices with copies of one head
+split the sequences instead of holding each of them R times: the keys of a sequence lie on only one of them, in one of
 R parts, and this one attends for the query heads of all R (`paged`). That takes two exchanges per sublayer.
 
 Legend: D model, N query heads, K key and value heads, G query heads of each (N = K G), R copies, H head dim.

@@ -110,7 +110,7 @@ def _load(
     params, bytes_read = {}, 0
     for own, shape in shapes.items():
         entry, tensor = entries[own], stored[entries[own].name]
-        # Pages of an open file count as this process's memory once they are read, so each tensor opens the file anew.
+        # Pages of an open file count as this process's memory once they are read, so each tensor opens the file again.
         with opened(path, tensor.file) as file:
             read = functools.partial(entry.read, file.get_slice(tensor.name), shape, dtype=dtype)
             params[own] = _read_once(read, shape, sharding.param_sharding(mesh, own))

@@ -94,8 +94,8 @@ class Family:
     """The table of a model family."""
 
     sublayers: int  # letters of the pattern per numbered layer of the files
-    entries: dict[str, Entry]  # by our path, with the letter of a block in place of its number
-    # Files may use the second prefix in place of the first. Exports use the first: NVIDIA's own code reads no other,
+    entries: dict[str, Entry]  # by our path, with the letter of a block instead of its number
+    # Files may use the second prefix instead of the first. Exports use the first: NVIDIA's own code reads no other,
     # and transformers reads both and writes the first.
     prefixes: tuple[str, str] | None = None
 

@@ -1,4 +1,4 @@
-"""Hugging Face directories, written: safetensors in shards with their index, the small files beside them.
+"""Hugging Face directories, written: safetensors in shards with their index, the small files next to them.
 
 `hf_tables` says which tensor holds which parameter and how both are laid out. Host memory needs to hold one file. A
 directory is written under a temporary name and gets its own name once it is complete. One in a bucket is written on
@@ -46,7 +46,7 @@ TOKENIZER = (
 def new_folder(out: Path) -> Iterator[Path]:
     """Yields a temporary folder, which becomes `out` when the block succeeds and is removed when it fails.
 
-    It lies beside `out`, or on the local disk where `out` is in a bucket. Replaces an empty folder `out`.
+    It lies next to `out`, or on the local disk where `out` is in a bucket. Replaces an empty folder `out`.
 
     Raises:
         InputError: `out` exists and is not empty, or can't be written.
@@ -150,7 +150,7 @@ def model_bytes(cfg: DecoderConfig, dtype: str) -> int:
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Writes `value` as JSON, on the first process alone."""
+    """Writes `value` as JSON, only on the first process."""
     if jax.process_index() == 0:
         file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
@@ -158,7 +158,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 def copy_tokenizer(path: str, folder: Path, template: str = "") -> None:
     """Copies the tokenizer's files and the chat template of the directory or hub id `path`, byte for byte.
 
-    A `template` is written in place of the model's own: transformers reads chat_template.jinja first.
+    A `template` is written instead of the model's own: transformers reads chat_template.jinja first.
     """
     for pattern in TOKENIZER:
         for file in hf_paths.resolve(path).glob(pattern):

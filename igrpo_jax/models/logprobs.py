@@ -267,7 +267,7 @@ def packed_logprobs(
         count: [] int32, the tokens of completions on the shard with the most of them.
         dtype: dtype of the computation.
         temperature, chunk, entropy_gradient: as for `token_logprobs`.
-        remat: what the backward pass computes anew: logits alone ("logits"), nothing ("none"), or logits and what
+        remat: what the backward pass computes again: only logits ("logits"), nothing ("none"), or logits and what
             `decoder.apply` says.
 
     Returns:

@@ -35,7 +35,7 @@ ALL = "all-linear"  # peft's name for every weight but embedding and head
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Adapted:
-    """A weight and its change, in place of their sum."""
+    """A weight and its change, instead of their sum."""
 
     weight: jax.Array  # [inputs..., outputs...]
     a: jax.Array  # [inputs..., R] float32
@@ -127,7 +127,7 @@ def detach(params: dict) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
 
 
 def merge(tree):
-    """Returns `tree` with the sum in place of every Adapted."""
+    """Returns `tree` with every Adapted replaced by its sum."""
     return jax.tree.map(lambda x: x.merged() if _is_adapted(x) else x, tree, is_leaf=_is_adapted)
 
 

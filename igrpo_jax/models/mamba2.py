@@ -1,6 +1,6 @@
 """Mamba-2 (Dao and Gu, arXiv 2405.21060) as in Nemotron-H: a mixer with a state of fixed size per head.
 
-1. Projections of each token give z (the gate), x, B, C and dt. Each projection is a parameter of its own, so that heads
+1. Projections of each token give z (the gate), x, B, C and dt. Each projection is a separate parameter, so that heads
    shard over `tensor`.
 2. x, B and C pass through a short causal convolution, per channel, and SiLU.
 3. With dt = softplus(dt + bias), clipped, and A = -exp(a_log), the state of a head follows

@@ -50,7 +50,7 @@ class Comparison:
 class Policy:
     """The shape, tokenizer and EOS ids of a policy. It holds no weights, but loads and saves them.
 
-    The weights travel beside it as `params`, in a TrainState or in a sampler.
+    The weights travel next to it as `params`, in a TrainState or in a sampler.
     """
 
     path: str  # empty = the built-in model
@@ -209,7 +209,7 @@ def fit_to_mesh(config: Config, model: DecoderConfig, mesh: jax.sharding.Mesh) -
 def _probe(model: DecoderConfig, params: decoder.Params) -> np.ndarray:
     """Returns the logits [B, PROBE, V] float32 of a few tokens from all over the vocabulary.
 
-    They are computed in float32, so that two of them differ by the weights alone.
+    They are computed in float32, so that two of them differ only by the weights.
     """
     model = replace(model, attention="xla")  # the other implementations need longer rows
     mesh = jax.tree.leaves(params)[0].sharding.mesh

@@ -33,7 +33,7 @@ def with_angles(cfg: DecoderConfig, positions: jax.Array) -> Positions:
         frequency *= unscaled + (1 - unscaled) / scaling.factor
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency
     # Without the barrier, where `decoder.barrier_options` keeps it, XLA's CPU compiler computes sines and cosines
-    # anew for every head of every sublayer.
+    # again for every head of every sublayer.
     return Positions(positions, *jax.lax.optimization_barrier((jnp.sin(angle), jnp.cos(angle))))
 
 

@@ -2,7 +2,7 @@
 
 No kernel of cuDNN takes the two ranges that a completion reads, its prefix and itself, as one. So each part has a
 softmax of its own, and both are merged by their log-sum-exps. The gradient is written by hand: the kernel for it takes
-the merged log-sum-exp and output in place of its own, which makes the gradients of both parts exact.
+the merged log-sum-exp and output instead of its own, which makes the gradients of both parts exact.
 
 Legend: F tokens of the axis of one shard, M ranges, N heads, K kv heads, H head dim.
 """

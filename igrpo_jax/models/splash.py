@@ -7,7 +7,7 @@ On a packed axis a completion reads two intervals of keys: its own and that of i
 from one number of each query, and compares another number of each query with one of each key. So the keys are
 [axis | axis]: a query reads tokens of its own segment from the first copy, where its number holds the two ends of an
 interval, and tokens of its prefix from the second copy, where the compared numbers alone decide. The kernel could read
-masks of single blocks from memory instead, 4 bytes for each pair of tokens and anew for each head.
+masks of single blocks from memory instead, 4 bytes for each pair of tokens and again for each head.
 
 Legend: S shards of the batch, F tokens of the axis, N heads, K kv heads, H head dim, M pieces of the second copy.
 """

@@ -1,4 +1,4 @@
-"""Which blocks of keys a flash kernel on a packed axis visits, as arrays on the device, since each batch has others.
+"""Which blocks of keys a flash kernel on a packed axis visits, as arrays on the device, because each batch has others.
 
 The kernel reads the keys of the axis twice: each query reads its own segment from the first copy of the axis, and its
 prefix from the second one (`splash` says why). The kernel's loops have a fixed length, and a turn that visits nothing
@@ -6,8 +6,8 @@ still runs 300 to 500 instructions, where one that visits a block runs 1,700 to 
 tokens). So there are two sets of lengths. The shorter one is enough for most axes, and has a fifth to two fifths of the
 turns.
 
-The second copy is made of pieces. A block of it that many blocks of queries visit, since completions share prefixes, is
-repeated, each time for some of them. The lists of the gradients of keys are short by that.
+The second copy is made of pieces. A block of it that many blocks of queries visit, because completions share prefixes,
+is repeated, each time for some of them. The lists of the gradients of keys are short by that.
 
 Legend: F tokens of the axis, I blocks of queries, J blocks of keys, M pieces, V visits.
 """

@@ -1,6 +1,6 @@
 """Windows: contiguous copies of the keys and values of each row, for attention that cannot read pages in place.
 
-During a dispatch the windows do not change. The keys and values of its new tokens are stored beside them: those of its
+During a dispatch the windows do not change. The keys and values of its new tokens are stored next to them: those of its
 decode step t at index t, whatever the row's position, so that a step writes at one index for all rows. Windows that are
 kept for the next dispatch have several blocks of positions, and a step reads only those that the longest row needs.
 After a dispatch `write_back` writes its keys and values to the pages, and `extend` adds them to windows that are kept.

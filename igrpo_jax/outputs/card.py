@@ -44,7 +44,7 @@ def model_card(config: Config, workdir: Path, step: int, name: str, adapter: boo
 
     Args:
         name: that of the repository, "owner/name".
-        adapter: whether the repository holds LoRA's adapters alone.
+        adapter: whether the repository holds only LoRA's adapters.
     """
     measured = {at: _measured(workdir, at) for at in dict.fromkeys((0, step))}
     data = huggingface_hub.ModelCardData(

@@ -141,7 +141,7 @@ class Console:
         self._show()
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
-        """Prints the single-shot scores of `step` beside the best so far."""
+        """Prints the single-shot scores of `step` next to the best so far."""
         self._evaluations[step] = scores
         for line in lines.evaluation_lines(self._evaluations):
             self.message(line)
@@ -215,8 +215,8 @@ class Console:
     def waiting(self, program: str) -> Iterator[None]:
         """Shows that the run waits for `program`, whose title begins with its kind, to be compiled.
 
-        On a terminal a bar says so meanwhile. Elsewhere a line is printed after NOTICED seconds, but only once for each
-        kind.
+        On a terminal a bar says so in the meantime. Elsewhere a line is printed after NOTICED seconds, but only once
+        for each kind.
         """
         title, kind = f"compiling {program}", program.partition(" ")[0]
         if self._is_live:

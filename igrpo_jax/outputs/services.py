@@ -158,7 +158,7 @@ class MLflow:
 
 
 def _step(row: Row) -> int:
-    """Returns the step of a row; rows of the warm start have a count of their own."""
+    """Returns the step of a row; rows of the warm start have their own count."""
     return int(row.get("warm_start/step") or row["step"] or 0)
 
 

@@ -1,4 +1,4 @@
-"""Trackers, which take a run's rows beside `metrics.jsonl`: those that config.log.trackers names.
+"""Trackers, which take a run's rows in addition to `metrics.jsonl`: those that config.log.trackers names.
 
 Process 0 opens a tracker for a workdir and hands it each row as it is written. A tracker of the user's own is a class
 like those of `TRACKERS`, named as "module:Class". Rows that a resumed run writes again keep their numbers.

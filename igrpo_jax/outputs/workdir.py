@@ -262,8 +262,8 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
 def recorded_date(workdir: Path) -> str | None:
     """Returns the day that the chat template of the run in `workdir` takes for today, None where the run begins now.
 
-    A run that has neither a checkpoint nor samples begins anew, as one in an empty folder does. The day is "" for a run
-    whose template does not ask for it, and for one of a version that did not record it.
+    A run that has neither a checkpoint nor samples starts again, as one in an empty folder does. The day is "" for a
+    run whose template does not ask for it, and for one of a version that did not record it.
     """
     if not _has_results(workdir):
         return None

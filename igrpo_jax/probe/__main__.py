@@ -39,7 +39,7 @@ FLAGS = {
     "workdir": f"folder to write the answers, the gradients and the conclusion to; default: {FOLDER}",
     "step": "step of the checkpoint that answers, where --model is a run; default: the newest",
 }
-# Settings that decide which answers and gradients there are, beside the model's name.
+# Settings that decide which answers and gradients there are, in addition to the model's name.
 DECIDING = (
     *("seed", "model.dtype", "model.lora.rank", "model.lora.alpha", "model.lora.targets"),
     *("data.train", "data.instruction", "data.system_prompt", "data.template_kwargs", "data.max_prompt_length"),

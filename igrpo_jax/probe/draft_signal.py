@@ -15,7 +15,8 @@ The gradient of a group is (1/G) sum_i A_i S_i, where S_i = grad log pi(o_i | co
 Advantages sum to 0, so with D = E[S | right] - E[S | wrong] the gradient's mean is D E[(1/G) sum_i A_i R_i]. Given the
 rewards, a score varies by sigma^2 = E|S - E[S | R]|^2 around its mean, and so the gradient's noise is
 sigma^2 E[(1/G^2) sum_i A_i^2]. (The rewards' own part of the noise is left out: it is of the order of |D|^2, which is
-small beside sigma^2.) Advantages are those of `objectives.group_advantages`, but for its delta of 1e-4, neglected here.
+small compared with sigma^2.) Advantages are those of `objectives.group_advantages`, but for its delta of 1e-4,
+neglected here.
 """
 
 import math

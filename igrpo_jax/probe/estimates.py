@@ -56,7 +56,7 @@ class Estimate(NamedTuple):
         return Estimate(self.value * factor, self.low * factor, self.high * factor)
 
     def without_noise(self) -> "Estimate":
-        """Returns the estimate with 0 in place of what rounding left of it."""
+        """Returns the estimate with 0 instead of what rounding left of it."""
         return Estimate(*(0.0 if abs(x) < ROUNDED else x for x in self))
 
 

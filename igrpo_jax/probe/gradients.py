@@ -177,7 +177,7 @@ def reliance_units(problem: Answered) -> dict[str, tuple[Unit, Unit]]:
 def learner_config(config: Config) -> Config:
     """Returns the settings of a learner that computes the gradient of one problem, at the policy that sampled it.
 
-    It is the gradient of the objective alone, without the terms and the departures from the paper that are off by
+    It is the gradient of only the objective, without the terms and the departures from the paper that are off by
     default, except algorithm.refine_credit, whose units are marked.
     """
     base = AlgorithmConfig()
@@ -192,7 +192,7 @@ def learner_config(config: Config) -> Config:
 def of_kinds(problem: Answered, objective: objectives.ResolvedObjective, longest: int) -> dict[str, list[Unit]]:
     """Returns the units of each kind of gradient, with advantages and weights; none where all rewards are equal.
 
-    The weights of tokens are those of a step that has this group alone, so that the mean over problems is that of a
+    The weights of tokens are those of a step that has only this group, so that the mean over problems is that of a
     large step; where the objective counts tokens over the step (dapo), groups count the same here.
 
     Args:

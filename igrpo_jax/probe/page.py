@@ -106,7 +106,7 @@ def write(
     conclusion: Conclusion,
     answered: Sequence[Answered],
 ) -> dict[str, Any]:
-    """Writes probe.json, and probe.html beside its style.css; returns what probe.json holds.
+    """Writes probe.json, and probe.html next to its style.css; returns what probe.json holds.
 
     Args:
         head: what probe.json begins with; its values stand under the title of the page too. `gradients` is the number

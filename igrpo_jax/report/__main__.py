@@ -1,8 +1,8 @@
 """`python -m igrpo_jax.report --workdir DIR [--workdir OTHER ...] [--out DIR/report]`: writes a run's curves and
 samples as pages that open without a server.
 
-It also works on a run that is under way or has crashed; the same command writes the report anew. Several runs are drawn
-over each other. It needs matplotlib (pip install "igrpo-jax[report]"), and neither needs nor touches an accelerator.
+It also works on a run that is under way or has crashed; the same command writes the report again. Several runs are
+plotted together. It needs matplotlib (pip install "igrpo-jax[report]"), and neither needs nor touches an accelerator.
 """
 
 from absl import flags

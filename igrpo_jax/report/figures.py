@@ -62,7 +62,7 @@ WIDTH, HEIGHT, DPI = (
 SMALL = 9.5  # size in points of all text but the title
 ROW = 0.08  # height of a row of the legend, as a fraction of the height of the figure
 LABEL = 60  # characters that fit side by side in a row of the legend
-GAP = 5  # characters that the line beside a legend entry takes
+GAP = 5  # characters that the line next to a legend entry takes
 
 
 def write(runs: Sequence[RecordedRun], folder: Path) -> dict[str, list[Panel]]:

@@ -111,7 +111,7 @@ def _claim(out: Path, recorded: Sequence[RecordedRun]) -> None:
 
 
 def _with_counts(run: RecordedRun, written: samples.Written) -> RecordedRun:
-    """Returns the run with the counts of its samples as further metrics, in fractions of a step's prompts."""
+    """Returns the run with the counts of its samples as additional metrics, in fractions of a step's prompts."""
     counts = {step: count for step, count in written.counts.items() if count.prompts}
     metrics = {}
     for kind in ("right", "wrong", "mixed"):

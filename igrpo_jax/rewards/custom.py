@@ -64,7 +64,7 @@ class Batch:
     def __init__(self, size: int):
         self.size = size
         self._lock = threading.Lock()
-        self._closed = False  # no further completion is expected
+        self._closed = False  # no more completions are expected
         self._rows: list[_Row] = []
 
     def add(self, row: _Row) -> list[_Row]:
@@ -226,7 +226,7 @@ class CustomCalls:
 def rehearse(
     rewards: Sequence[CustomReward], batches: Sequence[Sequence[Candidate]], timeout: float
 ) -> list[list[list[float]]]:
-    """Calls every function with every batch in a worker of its own, as a run does.
+    """Calls every function with every batch in its own worker, as a run does.
 
     Args:
         timeout: seconds that a function may take for each completion of a batch.

@@ -114,7 +114,7 @@ def run(source: Path, target: Path, workers: int, timeout: float) -> None:
 def _written(target: Path) -> Iterator[TextIO]:
     """Opens a temporary file that replaces `target`, or the file it links to, when the block ends without an error.
 
-    A pipe or a device is written to directly, since it cannot be replaced. So is /dev/stdout where it stands for a
+    A pipe or a device is written to directly, because it cannot be replaced. So is /dev/stdout where it stands for a
     file: the shell has opened that, and may write more.
     """
     if target.exists() and (not target.is_file() or target.is_relative_to("/dev")):

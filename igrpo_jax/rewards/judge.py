@@ -40,7 +40,7 @@ from igrpo_jax.rewards.endpoint import Failure, connect, failure_of
 from igrpo_jax.rewards.judge_messages import parse_score, render
 from igrpo_jax.rewards.verdicts import Verdicts
 
-BACKOFF = 1.0  # seconds before the second attempt; doubles for each further one, plus up to half of it at random
+BACKOFF = 1.0  # seconds before the second attempt; doubles for each later one, plus up to half of it at random
 MAX_WAIT = 60.0  # seconds; a server that asks for a longer wait is not asked again
 UPLOAD_TIMEOUT = 60.0  # seconds that `close` waits for a bucket, and the other processes of a run with it
 CLOSE_TIMEOUT = 5.0  # seconds that `close` waits for the thread; only a stuck name lookup takes longer than a moment
@@ -235,7 +235,7 @@ class Judge:
 
 
 def rehearse(settings: JudgeConfig, question: str, answer: str, completion: str) -> float:
-    """Asks the judge about one completion before a run starts, with one further attempt. Returns its score.
+    """Asks the judge about one completion before a run starts, with one more attempt. Returns its score.
 
     Raises:
         InputError: as `Judge`.

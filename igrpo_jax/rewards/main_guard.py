@@ -41,7 +41,7 @@ def _is_guarded(main: ModuleType) -> bool:
         return True
     try:
         statements = ast.parse(Path(main.__file__).read_bytes()).body
-    except (OSError, SyntaxError, ValueError):  # it was changed, or is none of Python's
+    except (OSError, SyntaxError, ValueError):  # it was changed, or is not a Python file
         return True
     here = [part for part in statements if part.lineno <= frame.f_lineno <= part.end_lineno]
     return any(isinstance(node, ast.Name) and node.id == "__name__" for part in here for node in ast.walk(part))

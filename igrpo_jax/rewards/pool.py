@@ -162,7 +162,7 @@ class Pool:
         task.add_done_callback(lambda done: self._receive(pool, number, item, done))
 
     def _receive(self, pool: pebble.ProcessPool, number: int, item: _Item, task: Future) -> None:
-        """Answers an item or sends it again. pebble calls this in a thread of its own when an item ends in any way."""
+        """Answers an item or sends it again. pebble calls this in its own thread when an item ends in any way."""
         with self._lock:
             if pool is not self._pool:
                 return  # the item was sent again

@@ -20,7 +20,7 @@ from igrpo_jax.rewards.mathematics import grader
 
 @dataclass(frozen=True)
 class Rules:
-    """The rewards that a worker computes from one completion alone, and their weights in the sum."""
+    """The rewards that a worker computes from a single completion, and their weights in the sum."""
 
     weights: dict[str, float]  # of the rewards in use, by name; without the judge and custom rewards
     max_completion: int = 0  # the most tokens that a completion may have, for the over-long penalty

@@ -1,8 +1,9 @@
 """The file of a judge's verdicts: scores by key in SQLite, shared by the runs of a machine, or by way of a bucket.
 
-SQLite cannot lock a file across machines, so each process of a run has a file of its own. It needs a disk: a file in a
-bucket is copied to one when it is opened, and now and then uploaded together with what others have uploaded meanwhile.
-So runs that go on at the same time do not see each other's verdicts, but keep them, unless they upload at one moment.
+SQLite cannot lock a file across machines, so each process of a run has its own file. It needs a disk: a file in a
+bucket is copied to one when it is opened, and now and then uploaded together with what others have uploaded in the
+meantime. So runs that go on at the same time do not see each other's verdicts, but keep them, unless they upload at
+one moment.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ def named(settings: JudgeConfig) -> Path | None:
 
 
 def of_process(path: Path, process: int) -> Path:
-    """Returns the file of a process of a run: `path` of the first, and one beside it of each other."""
+    """Returns the file of a process of a run: `path` of the first, and one next to it of each other."""
     return path.with_name(f"{path.stem}.process-{process}{path.suffix}") if process else path
 
 

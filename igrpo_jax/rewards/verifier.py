@@ -86,7 +86,7 @@ class Verifier:
         answer_column: the column of the data set under whose name custom rewards receive the reference answer.
         cache: the file of the judge's verdicts, used where config.rewards.judge.cache is empty.
         max_steps: number of updates of the run, for custom rewards that ask.
-        process: number of this process of a run, each of which has a file of verdicts of its own.
+        process: number of this process of a run, each of which has its own file of verdicts.
 
     Raises:
         InputError: a custom reward that cannot be imported; a judge that cannot be asked.
@@ -150,7 +150,7 @@ class Verifier:
         return _combined(graded, judged, self._with_judge)
 
     def check_answer(self, candidate: Candidate, batch: Batch | None = None) -> Future[Score]:
-        """Returns a future of the accuracy alone, whatever the rewards of training are. Evaluation counts this.
+        """Returns a future of the accuracy only, whatever the rewards of training are. Evaluation counts this.
 
         It is 0 where the grading failed, so that every answer counts.
         `batch` is not read; with it this method is a `Grade` (`sampling.scoring`).
@@ -160,7 +160,7 @@ class Verifier:
     def classes(self, answers: Sequence[str | None]) -> Future[list[int]]:
         """Returns a future of `grader.classes` of the answers to one problem.
 
-        Where that takes too long, answers are compared by their text alone.
+        Where that takes too long, answers are compared only by their text.
         """
         result: Future[list[int]] = Future()
 

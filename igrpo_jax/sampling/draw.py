@@ -4,7 +4,7 @@
    this runs only when one of them is on. Ties at the threshold are kept.
 2. The token is the inverse of the cumulative distribution at one uniform number per row: summed by blocks of the
    vocabulary, then searched inside one block. The log-prob needs these sums too, so that no pass over the vocabulary
-   is made for the token alone. A Gumbel draw takes twenty times as long on a CPU.
+   is made for only this token. A Gumbel draw takes twenty times as long on a CPU.
 
 Where the vocabulary is split over the mesh axis `tensor`, each device works on its part of the logits. Two small
 exchanges are enough without filters: the sums of all parts, which say in which part the token lies, and then the token.

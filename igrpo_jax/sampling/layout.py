@@ -129,7 +129,8 @@ def _split(path: str, shape: tuple[int, ...]) -> list[int]:
 
 
 def pages_in(memory: float, costs: ModelCosts, states: int, page_size: int) -> int:
-    """Returns how many pages MEMORY_FRACTION of `memory` holds beside the weights and `states` states of Mamba-2.
+    """Returns how many pages MEMORY_FRACTION of `memory` holds in addition to the weights and `states` states of
+    Mamba-2.
 
     The number is not positive where these alone do not fit. Without attention pages have no bytes, and 2**31 fit.
     """

@@ -1,6 +1,6 @@
 """What the leader of a team tells the other processes: each program that it runs, with what the host gives it.
 
-The leader alone has the queue, the verifier's answers and every decision. The others run what they are told in the same
+Only the leader has the queue, the verifier's answers and every decision. The others run what they are told in the same
 order and look at no result, so nothing that differs between hosts, such as when a score arrives, makes them diverge.
 """
 

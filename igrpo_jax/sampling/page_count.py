@@ -30,7 +30,7 @@ def estimated_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> in
 
 
 def counted_pages(programs: SamplerPrograms, memory: float) -> int:
-    """Returns how many pages fit in `chips.FILL_FRACTION` of `memory` beside everything that the compiler counts.
+    """Returns how many pages fit in `chips.FILL_FRACTION` of `memory` besides everything that the compiler counts.
 
     For the count, variants of `programs` with the fewest pages are compiled. The rest of the memory also holds the code
     of the update.

@@ -19,7 +19,7 @@ class Request:
     limit: int | np.ndarray  # most tokens of a completion, for all samples or [samples] for each
     stage: str = ""  # as in Completion; Usage.overlap counts the decode steps in which several stages run
     first: int = 0  # number of the first sample
-    # Whether its scores may bring further requests; a dispatch then waits a little for them.
+    # Whether its scores may bring more requests; a dispatch then waits a little for them.
     may_follow_up: bool = False
     # Where the samples are scored (see `scoring`): the problem, and the callback that gets each scored completion.
     prompt: Prompt | None = None

@@ -46,7 +46,8 @@ class _Harvest:
 
 
 class _WeightTimer:
-    """Waits in a thread until weights are ready, so that programs that need them can be sent to the device meanwhile.
+    """Waits in a thread until weights are ready, so that programs that need them can be sent to the device in the
+    meantime.
 
     Args:
         began: by `time.perf_counter`, when the weights were asked for.
@@ -96,7 +97,7 @@ class Scheduler:
         self._dispatched = 0
 
     def start(self, params: decoder.Params, sampling: Sampling) -> None:
-        """Begins a rollout or an evaluation with these master weights. `usage` starts anew.
+        """Begins a rollout or an evaluation with these master weights. `usage` starts from zero.
 
         The weights are cast and gathered once here; `finish` frees them and the cache, before the update.
         """
@@ -268,7 +269,7 @@ class Scheduler:
         return 1
 
     def _make_room(self, ahead: int) -> None:
-        """Gives each slot the pages for `ahead` further tokens; samples preempted for that go back to the queue."""
+        """Gives each slot the pages for `ahead` more tokens; samples preempted for that go back to the queue."""
         for shard in self.shards:
             for waiting in shard.make_room(ahead):
                 self._put_back(waiting)

@@ -3,7 +3,7 @@
 1. The caller submits requests that carry their problem (`prompt`) and a callback (`scored`) to the scheduler.
 2. `sample_and_score` runs the scheduler, and gives each sample to the verifier as soon as it is drawn, together with
    the `Batch` of its request, whose completions a custom reward sees all at once.
-3. Once a score is there, the callback of its request gets the completion with it, and may submit further requests.
+3. Once a score is there, the callback of its request gets the completion with it, and may submit more requests.
 
 The verifier works while the device samples. Where much of what the next dispatch might draw depends on scores that have
 just been asked for, the dispatch waits a little: a decode step of few rows takes nearly as long as one of many. Scores
@@ -51,7 +51,8 @@ def _stage_key(seed: int, step: jax.Array, stage: jax.Array) -> jax.Array:
 
 
 def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: "Renderer") -> float:
-    """Runs until every queued request, and every request that a callback submits meanwhile, is sampled and scored.
+    """Runs until every queued request, and every request that a callback submits in the meantime, is sampled and
+    scored.
 
     A process that does not lead its team has no requests: it follows the leader until the leader is done. Only the
     leader reacts to SIGTERM, and then stops the whole team.
@@ -61,7 +62,7 @@ def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: "Renderer") -
         grade: called with a candidate and the batch of its request; returns at once; its future never raises.
 
     Returns:
-        Seconds in which the host waited for the verifier alone.
+        Seconds in which the host waited only for the verifier.
 
     Raises:
         Preempted: the machine is about to be taken away.
@@ -93,7 +94,7 @@ def sample_and_score(scheduler: Scheduler, grade: Grade, renderer: "Renderer") -
 def _submit_gradings(
     samples: list[Sample], grade: Grade, renderer: "Renderer", batches: dict[Request, Batch], grading: _Grading
 ) -> list[Future[Score]]:
-    """Has samples graded, and adds them to `grading`; returns the scores that may bring further requests."""
+    """Has samples graded, and adds them to `grading`; returns the scores that may bring more requests."""
     awaited = []
     for sample in samples:
         completion, candidate = _completed(sample, renderer)

@@ -96,12 +96,12 @@ def decode_shapes(sizes: Sizes, costs: ModelCosts, platform: str, reads_pages: b
 
 
 def _row_counts(slots: int) -> list[int]:
-    """Returns numbers of rows for a CPU: all slots, and below from 8 on multiples of 8, since 12 take as long as 16."""
+    """Returns numbers of rows for a CPU: all slots, and below from 8 on multiples of 8: 12 take as long as 16."""
     return sorted({rows for rows in (1, 2, 4, 8, *length_buckets(slots, 16)) if rows < slots} | {slots})
 
 
 def chunk_sizes(sizes: Sizes, platform: str) -> tuple[int, ...]:
-    """Returns numbers of tokens of a chunk, multiples of BLOCK: one, or on a CPU some, since padding costs there."""
+    """Returns numbers of tokens of a chunk, multiples of BLOCK: one, or on a CPU some, because padding costs there."""
     longest = min(sizes.prefill_chunk, sizes.parts * sizes.lanes * sizes.max_context)
     largest = -(-longest // BLOCK) * BLOCK
     smaller = itertools.takewhile(lambda size: size < largest, (BLOCK << 2 * i for i in range(16)))
@@ -129,13 +129,13 @@ def next_chunks(chunks: Sequence[int], costs: ModelCosts, platform: str) -> list
 def _work(costs: ModelCosts, platform: str) -> Callable[[Cost], float]:
     """Returns a function from the cost of a call to its approximate time, in bytes of memory traffic."""
     if platform != "cpu":
-        return lambda cost: cost.bytes  # sampling waits for memory alone
+        return lambda cost: cost.bytes  # sampling waits only for memory
     sublayers = len(costs.cfg.pattern) * CPU_SUBLAYER
     return lambda cost: cost.bytes + cost.flops / CPU_BALANCE + sublayers
 
 
 def _hardly_more(work: np.ndarray) -> np.ndarray:
-    """Returns the work that each decode step may do in place of its own, to save a program."""
+    """Returns the work that each decode step may do instead of its own, to save a program."""
     return work * (1 + EXTRA_WORK_FRACTION) + EXTRA_WORK_BYTES
 
 

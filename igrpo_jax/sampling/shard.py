@@ -3,7 +3,7 @@
 Where attention splits sequences, a shard has several parts (`Sizes.parts`), and one of them is what "shard" means here.
 
 A prompt takes a lane and all its pages, is prefilled piece by piece, and stays until its last sample has a slot. A
-sample shares the full pages of its prompt, has its own copy of the partly filled page, and takes further pages before
+sample shares the full pages of its prompt, has its own copy of the partly filled page, and takes more pages before
 each dispatch. When pages run out, the most recently started work is preempted and restarted later: first prompts of
 which no sample runs, then samples. The oldest sample can always continue, because the pool holds the longest sequence.
 
@@ -161,7 +161,7 @@ class Shard:
         return starts
 
     def make_room(self, ahead: int) -> Iterator[QueuedSamples]:
-        """Gives each running sample the pages for `ahead` further tokens, oldest sample first.
+        """Gives each running sample the pages for `ahead` more tokens, oldest sample first.
 
         Yields the samples that were preempted to make room.
         """

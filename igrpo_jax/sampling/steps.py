@@ -11,7 +11,7 @@ without communication with the others, under `shard_map`; the compiler splits he
 `draw` splits what it does with logits.
 
 The key of a token is fold_in(fold_in(fold_in(stage key, prompt), sample), position in the completion). A sample
-therefore does not depend on its slot, its pages, its neighbours, or the schedule, and one that is begun anew draws the
+therefore does not depend on its slot, its pages, its neighbours, or the schedule, and one that is begun again draws the
 same tokens.
 
 For the letters of shapes see `state`.

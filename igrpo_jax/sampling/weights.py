@@ -3,8 +3,8 @@
 On CPUs the copy has its weights by outputs (`models.products`).
 
 The weights are copied part by part, where a part is a sublayer or a parameter outside the sublayers: in one program for
-all weights the compiler would exchange many at once, and hold gigabytes beside the result. Parts with the same shapes
-share a program. A matrix that is larger than every matrix of the sublayers is copied in pieces (`row_sync`).
+all weights the compiler would exchange many at once, and hold gigabytes in addition to the result. Parts with the same
+shapes share a program. A matrix that is larger than every matrix of the sublayers is copied in pieces (`row_sync`).
 """
 
 import collections

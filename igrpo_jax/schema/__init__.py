@@ -1,4 +1,4 @@
-"""How a configuration is declared and checked: frozen dataclasses whose fields have rules beside their types.
+"""How a configuration is declared and checked: frozen dataclasses whose fields have rules next to their types.
 
     seed: Annotated[int, AtLeast(0)] = 0
     max_draft_length: Annotated[int | None, AtLeast(1)] = None

@@ -38,7 +38,7 @@ class Setting(NamedTuple):
 
     @property
     def is_section(self) -> bool:
-        """Whether the field is a dataclass with fields of its own."""
+        """Whether the field is a dataclass with its own fields."""
         return dataclasses.is_dataclass(self.hint)
 
     @property

@@ -1,4 +1,4 @@
-"""Rules for the value of a field, which stand beside its type."""
+"""Rules for the value of a field, which stand next to its type."""
 
 import datetime
 import re
@@ -16,7 +16,7 @@ class Rule(NamedTuple):
     otherwise: str = ""  # what to do where the value is an object of another type than the field's
 
 
-# Rules are named like types, because they stand beside them. `text` replaces the text derived from the bound.
+# Rules are named like types, because they stand next to them. `text` replaces the text derived from the bound.
 
 
 def AtLeast(low: float, text: str = "", also: float | None = None) -> Rule:

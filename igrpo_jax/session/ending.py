@@ -28,7 +28,7 @@ def write_finished(workdir: Path, config: Config, step: int, metrics_rows: int, 
 
 
 def remove_finished(workdir: Path) -> None:
-    """Removes what `write_finished` wrote, since the run continues."""
+    """Removes what `write_finished` wrote, because the run continues."""
     if jax.process_index() == 0:
         (workdir / FILE).unlink(missing_ok=True)
 

@@ -66,7 +66,7 @@ def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.
     Raises:
         InputError: something in `config` or what it names is wrong, or `workdir` holds another run.
         RunError: no checkpoint can be read; a full disk.
-        Preempted: SIGTERM came meanwhile.
+        Preempted: SIGTERM arrived during this call.
     """
     refuse_supervised(workdir)
     if config.checkpoint.export or config.checkpoint.push:
@@ -153,7 +153,7 @@ def _start(task: Task, workdir: Path, console: Console, stack: contextlib.ExitSt
 def _claim(
     workdir: Path, config: Config, stack: contextlib.ExitStack, console: Console
 ) -> tuple[bool, Callable[[], None]]:
-    """Claims `workdir` for this run alone.
+    """Claims `workdir` for this run only.
 
     Prints a message if it replaces a run with other settings that ended before its first checkpoint.
 
@@ -222,7 +222,7 @@ def _resumed(parts: _Parts, checkpointer: Checkpointer, latest: int, stack: cont
     progress = Progress.from_meta(meta, int(state.skipped))
     # Rows and samples of steps after the checkpoint are dropped here, because those steps are run again.
     writer = stack.enter_context(Writer(workdir, task.config, step, NULLABLE))
-    # An evaluation after the checkpoint was saved is in the rows alone.
+    # An evaluation after the checkpoint was saved is only in the rows.
     progress.recall(cluster.from_first(lambda: writer.scores))
     resuming.tell_lost_rows(writer.rows, meta["metrics_rows"], step, console)
     before = meta.get("total_steps", task.total_steps)

@@ -17,7 +17,7 @@ class Progress:
     """What a run has seen so far; `meta` and `from_meta` carry it through a checkpoint."""
 
     scores: dict[int, dict[str, float]] = field(default_factory=dict)  # metrics of evaluations, by step
-    skipped_optimizer_steps: int = 0  # all so far; they changed nothing, since loss or gradient was not finite
+    skipped_optimizer_steps: int = 0  # all so far; they changed nothing, because loss or gradient was not finite
     skipped_in_a_row: int = 0  # steps in a row, up to the last one, that skipped an optimizer step
     named_programs: set[str] = field(default_factory=set)  # kinds of compiled programs that a warning has named
     evaluating: dict[str, Any] | None = None  # what the evaluation that is under way asks, with its step

@@ -123,7 +123,7 @@ class Run:
         that no such record claims are deleted: they may come from other weights, of a step that was run again.
 
         Raises:
-            Preempted: SIGTERM came meanwhile.
+            Preempted: SIGTERM arrived during this call.
             VerifierError: more gradings failed than config.rewards.max_error_fraction allows; the other answers are
                 kept as on a preemption.
         """
@@ -194,7 +194,7 @@ class Run:
     def _save_after(self, error: Exception, step: int, state: TrainState) -> None:
         """Saves the state after `step`, after which `error` ends the run, and adds a note on it to `error`.
 
-        An update that fails may have donated the state. Of several processes one alone may have the error, and a save
+        An update that fails may have donated the state. Of several processes only one may have the error, and a save
         takes all of them. In both cases nothing is saved.
         """
         if jax.process_count() > 1 or any(array.is_deleted() for array in jax.tree.leaves(state)):

@@ -1,4 +1,4 @@
-"""A supervised start as a run of its own: examples, steps, rows of metrics, checkpoints, and a resume from them.
+"""A supervised start as a separate run: examples, steps, rows of metrics, checkpoints, and a resume from them.
 
 It imitates the solutions of config.data.train with the settings of a run: `model`, `optimizer`, `learner`, `mesh`,
 `steps` or `epochs`, `prompts_per_step` examples a step, `checkpoint` and `log`. Its folder is exported and evaluated
@@ -94,7 +94,7 @@ def train_supervised(config: Config, workdir: str | Path) -> None:
     Raises:
         InputError: something in `config` or what it names is wrong, or `workdir` holds another run.
         RunError: the run cannot go on: a full disk, or steps that are not finite.
-        Preempted: SIGTERM came, and what can be resumed is saved.
+        Preempted: SIGTERM arrived, and what can be resumed is saved.
     """
     with run_context(config, workdir) as (path, console, stack):
         task = open_supervised(config, cluster.from_first(functools.partial(recorded_date, path)))
@@ -218,7 +218,7 @@ def _step(
     """Makes one step on the examples that (seed, step) choose, and writes its row.
 
     Raises:
-        RunError: config.learner.max_nonfinite_steps steps in a row changed nothing, since loss or gradient was not
+        RunError: config.learner.max_nonfinite_steps steps in a row changed nothing, because loss or gradient was not
             finite.
     """
     config, began = task.config, time.perf_counter()

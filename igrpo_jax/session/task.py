@@ -54,7 +54,7 @@ class Task:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def step_prompts(self, step: int, redraw: int = 0) -> list[Prompt]:
-        """Returns the prompts of `step` (from 1), or of its redraw 1, 2, …; they depend on these and the seed alone."""
+        """Returns the prompts of `step` (from 1), or of its redraw 1, 2, …; they depend only on these and the seed."""
         config, count = self.config, len(self.prompts)
         batch = config.algorithm.batches_until(step) - 1
         if redraw:
@@ -208,7 +208,7 @@ def check_prompts_per_step(config: Config, count: int, skipped: int) -> None:
     """Raises InputError where a step needs more prompts than there are: it would hold some of them more than once.
 
     Args:
-        skipped: how many were left out, since they are longer than config.data.max_prompt_length.
+        skipped: how many were left out, because they are longer than config.data.max_prompt_length.
     """
     if config.prompts_per_step <= count:
         return

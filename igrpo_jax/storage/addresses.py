@@ -3,7 +3,7 @@
 A path in a bucket is an `etils.epath.Path`, which has the methods of `pathlib.Path` and asks fsspec, and through it
 gcsfs or s3fs, for what is there. Orbax and JAX's compilation cache use epath too, and it comes with them, as fsspec
 comes with datasets. So checkpoints, compiled programs and our own files go through one library with one set of
-credentials, and a user installs gcsfs or s3fs alone. universal-pathlib would be a second such library; `gsutil` and
+credentials, and a user installs only gcsfs or s3fs. universal-pathlib would be a second such library; `gsutil` and
 mounts need commands outside of Python.
 
 Objects have no rename and cannot be appended to, and an upload that ends replaces an object at once: a reader sees the

@@ -1,6 +1,6 @@
 """A lock in a bucket, where no system frees it when a process ends: an object that its holder renews.
 
-It is created on the condition that there is none (GCS: ifGenerationMatch=0, S3: If-None-Match), and written anew every
+It is created on the condition that there is none (GCS: ifGenerationMatch=0, S3: If-None-Match), and written again every
 RENEWED seconds with another number, on the condition that it is what its holder wrote last (GCS: ifGenerationMatch, S3:
 If-Match). A process that finds the lock taken watches it: if it does not change for EXPIRES seconds, its holder is
 gone. No two clocks are compared. The end of a holder on the same machine is seen at once, from its process number. A
@@ -67,7 +67,7 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises RunError where another holder has taken the lock meanwhile, or where this cannot be determined.
+        """Raises RunError where another holder has taken the lock in the meantime, or where this cannot be determined.
 
         The bucket is read only if the last renewal is so long ago that another may soon take the lock, or has done so.
         """
@@ -154,8 +154,8 @@ def make_free(path: Path) -> None:
 def _remove(path: Path, holder: dict[str, Any] | None) -> None:
     """Removes the lock if it is what `holder` wrote; with None, a lock file that no holder wrote.
 
-    In gs:// it is removed only if it has not been replaced meanwhile. In s3:// a lock that another has just taken may
-    be removed; of the two, the one that writes last then has the lock, and the other sees this after SETTLED.
+    In gs:// it is removed only if it has not been replaced in the meantime. In s3:// a lock that another has just taken
+    may be removed; of the two, the one that writes last then has the lock, and the other sees this after SETTLED.
     """
     with contextlib.suppress(FileNotFoundError, FileExistsError):
         version = _version(path)

@@ -36,7 +36,7 @@ def apart(path: Path) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Returns the contents of a file: those of one version, even if it is replaced meanwhile."""
+    """Returns the contents of a file: those of one version, even if it is replaced in the meantime."""
     return patiently(path, filesystem(path).cat_file, str(path)) if is_remote(path) else path.read_bytes()
 
 
@@ -163,6 +163,6 @@ def _bar(title: str, total: int) -> Any:
 
     class Bytes(TqdmCallback):
         def set_size(self, size: int) -> None:
-            """Does nothing, since the size is that of all files together."""
+            """Does nothing, because the size is that of all files together."""
 
     return Bytes(size=total, tqdm_kwargs={"desc": title, "unit": "B", "unit_scale": True})

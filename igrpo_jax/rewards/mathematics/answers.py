@@ -94,7 +94,7 @@ _INTEGERS = "\\in \\mathbb {Z}"
 
 
 def _renamed(tokens: list[Token], parameter: str) -> list[Token]:
-    """Returns tokens with k in place of the parameter, such as the n of `n \\in \\mathbb{Z}`, that is any integer."""
+    """Returns tokens with k instead of the parameter, such as the n of `n \\in \\mathbb{Z}`, that is any integer."""
     if len(parameter) != 1 or any("k" in token.text for token in tokens if token.kind == "letters"):
         return tokens
     return [t._replace(text=t.text.replace(parameter, "k")) if t.kind == "letters" else t for t in tokens]

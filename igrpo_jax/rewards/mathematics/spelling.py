@@ -39,7 +39,7 @@ def _position(character: str) -> str:
 
 
 def _ascii(source: str) -> str:
-    """Returns the text with LaTeX in place of Unicode's mathematical characters."""
+    """Returns the text with LaTeX instead of Unicode's mathematical characters."""
     pieces = []
     for position, run in itertools.groupby(source.translate(_UNICODE), _position):
         plain = unicodedata.normalize("NFKC", "".join(run))
