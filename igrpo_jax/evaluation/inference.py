@@ -56,7 +56,7 @@ def open_evaluation(
 
     Args:
         config: its `model` fits `model` (see `cli.parsing.parse_model`).
-        step: of a run's checkpoint, None = the newest.
+        step: step of a run's checkpoint, None = the newest.
         rows: problems by benchmark.
         recorded_date: the day that a resumed evaluation has recorded for its chat template; None = a new evaluation.
 

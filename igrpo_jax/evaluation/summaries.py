@@ -31,7 +31,7 @@ class Summaries:
         self._known_classes: dict[tuple[str | None, ...], list[int]] = {}
 
     def chosen(self, prompts: Sequence[Prompt], rows: Rows, chain: str, number: int) -> list[tuple[int, ...]]:
-        """Returns for each problem the drafts that lead to its prompt of round `number`, in the chain of this name."""
+        """Returns, for each problem, the drafts that lead to its prompt of round `number` in the chain of this name."""
         paths: list[tuple[int, ...]] = [()] * len(prompts)
         for _ in range(number):
             drafts = [

@@ -19,7 +19,7 @@ def passes(groups: Sequence[Group], metric: str) -> np.ndarray:
     """Returns whether the completions of each group differ in `metric`, [P] bool.
 
     Args:
-        groups: of any size; drafts are not looked at.
+        groups: groups of any size; drafts are ignored.
         metric: name of a reward, or "reward" for the weighted sum. Completions without a verdict are not compared.
     """
     values = [np.array([[value(completion, metric) for completion in group.completions]]) for group in groups]

@@ -113,9 +113,9 @@ class Learner:
 
         Args:
             groups: the groups of a step, in the order of the prompts.
-            advantages: of the refinements of each group, [G] float32.
+            advantages: advantages of the refinements of each group, [G] float32.
             step: the step of the run; with the seed it decides which units share a minibatch.
-            draft_advantages: of the drafts of each group, [N] float32, where they are trained on.
+            draft_advantages: advantages of the drafts of each group, [N] float32, if drafts are trained on.
 
         Returns:
             the new state, and the metrics of the update by TRL's names.

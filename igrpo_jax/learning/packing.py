@@ -113,7 +113,7 @@ class MicroBatch:
         return self.size * len(self.shards)
 
     def places(self) -> Iterator[tuple[int, int, Unit, int]]:
-        """Yields for each completion (shard, start of its segment, unit, number within the unit)."""
+        """Yields (shard, start of its segment, unit, number within the unit) for each completion."""
         for shard, pieces in enumerate(self.shards):
             starts = segments.starts([piece.family for piece in pieces])
             for piece, (_, of_completions) in zip(pieces, starts, strict=True):
@@ -147,7 +147,7 @@ class Packer:
         With algorithm.refine_credit = "plain" their context is the plain prompt, whatever they were sampled with.
 
         Args:
-            advantages: of the completions of each group, [G] float32.
+            advantages: advantages of the completions of each group, [G] float32.
         """
         units, size = [], self.shapes.completions_per_unit
         for group, advantage in zip(groups, advantages, strict=True):

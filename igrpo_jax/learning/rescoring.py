@@ -18,7 +18,7 @@ def rescore_units(
     batches: Sequence[MicroBatch],
     units: Sequence[Unit],
 ) -> list[list[np.ndarray]]:
-    """Returns for each unit the log-probs [T_i] float32 of each of its completions under `params`, in nats.
+    """Returns, for each unit, the log-probs [T_i] float32 of each of its completions under `params`, in nats.
 
     Args:
         frozen: what LoRA adapts.

@@ -28,7 +28,7 @@ def optimizer_step_metrics(
     Another stage that is trained on is measured as `draft/kl` and `draft/clip_ratio`, or `verify/kl` and so on.
 
     Args:
-        sums: by stage, of the rows that were trained on.
+        sums: sums over the rows that were trained on, by stage.
         units: all units of the optimizer step; stages without one have no metrics.
         idle: those without a gradient, for which nothing was computed.
     """
@@ -77,7 +77,7 @@ def sampler_mismatches(units: Sequence[Unit], logprobs: Sequence[list[np.ndarray
     """Returns |log-prob - the sampler's log-prob| [T_i] of every completion of `units`.
 
     Args:
-        logprobs: of each unit, the log-probs of its completions, as `rescore_units` returns them.
+        logprobs: log-probs of the completions of each unit, as `rescore_units` returns them.
     """
     return [
         np.abs(logprob - completion.logprobs)

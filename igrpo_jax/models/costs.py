@@ -186,7 +186,7 @@ class TrainingCosts:
         out; for Muon five steps of Newton and Schulz with each matrix, divided over the devices.
 
         Args:
-            moment_bytes: of the optimizer's state on this device.
+            moment_bytes: bytes of the optimizer's state on this device.
         """
         return Cost(15 * self._trained + self._orthogonalized, 3 * 4 * self._trained + 2 * moment_bytes)
 

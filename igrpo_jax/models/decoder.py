@@ -79,7 +79,7 @@ def _run_sublayers(blocks, x, places, entries, segments, remat) -> tuple[jax.Arr
         blocks: the sublayers, as Blocks.
         x: [B, T, D].
         places: the positions with their angles.
-        entries: of the cache, one for each sublayer, or None where it reads none.
+        entries: entries of the cache, one for each sublayer, or None where it reads none.
         segments: which all sublayers share where the rows are packed axes, or None.
         remat: as for `apply`.
     """
@@ -211,13 +211,13 @@ def apply(
     """Runs the decoder up to its final norm.
 
     Args:
-        params: by path an array, or a weight with its LoRA change (`lora.Adapted`).
+        params: arrays, or weights with their LoRA changes (`lora.Adapted`), by path.
         tokens, positions: [B, T] int32. Without `cache`, position t of a row is t: rows start at their first token.
             Positions may come with their angles.
         cache: an entry for each sublayer: for attention a Windowed (T = 1) or a Paged, for Mamba-2 the states of the
             rows (T = 1) or Lanes. With Segments instead, the rows are packed axes. With neither, rows begin with their
             first token.
-        remat: what the backward pass recomputes of each sublayer: all ("full"), all but products with weights ("dots"),
+        remat: what the backward pass recomputes in each sublayer: all ("full"), all but products with weights ("dots"),
             or nothing ("none").
 
     Returns:

@@ -49,7 +49,7 @@ class Entry:
 
         Args:
             tensor: a tensor of the file that is sliced lazily; a piece of its rows is read at a time.
-            shape: of our whole parameter.
+            shape: shape of our whole parameter.
         """
         parts = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
         result = np.empty([len(part) for part in parts], np.dtype(dtype))

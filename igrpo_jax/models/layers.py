@@ -76,7 +76,7 @@ class Attention(nnx.Module):
 
         Args:
             x: [B, T, D].
-            positions: of its tokens.
+            positions: positions of its tokens.
         """
         q = product("BTD,DNH->BTNH", x, self.q_proj)
         k = product("BTD,DKH->BTKH", x, self.k_proj)

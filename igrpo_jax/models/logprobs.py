@@ -260,10 +260,10 @@ def packed_logprobs(
     its state predicts the first token of the completion. So a segment has as many tokens as its completion.
 
     Args:
-        params: float32 master weights, or weights of any dtype of which some have a LoRA change.
+        params: float32 master weights, or weights of any dtype, some of them with a LoRA change.
         tokens: [S, F] int32.
         targets: [S, F] int32, the token of a completion that each token predicts; read at the first `count`.
-        segments: of the tokens.
+        segments: segments of the tokens.
         count: [] int32, the tokens of completions on the shard with the most of them.
         dtype: dtype of the computation.
         temperature, chunk, entropy_gradient: as for `token_logprobs`.

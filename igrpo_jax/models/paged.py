@@ -38,7 +38,7 @@ def page_layout(attention: str, head_dim: int, kv_heads: int) -> PageLayout | No
     On TPUs several narrow heads share one row of the kernel's HEAD_DIM: a query is zero at the features of other heads.
 
     Args:
-        attention: of DecoderConfig.
+        attention: `attention` of DecoderConfig.
         head_dim: H.
         kv_heads: K of one device, which is that of the model over the size of the mesh axis `tensor`.
     """

@@ -76,7 +76,7 @@ def _widened(grouped: jax.Array) -> jax.Array:
 
 
 def _narrowed(mixed: jax.Array, grouped: jax.Array) -> jax.Array:
-    """Returns of results [F, N, width of a row] what is of each query's own head, in the shape of `grouped`."""
+    """Returns the part of each query's own head in results [F, N, width of a row], in the shape of `grouped`."""
     together = grouped.shape[2]
     mixed = mixed.reshape(*grouped.shape[:4], together, -1)
     return jnp.stack([mixed[:, :, head, :, head] for head in range(together)], axis=2)

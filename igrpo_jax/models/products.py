@@ -40,7 +40,7 @@ def output_major(path: str, weight: jax.Array) -> jax.Array | OutputMajor:
 
 
 def as_trained(path: str, weight: jax.Array | OutputMajor) -> jax.Array:
-    """Returns the weight at `path` [inputs..., outputs...], of which `output_major` has been given."""
+    """Returns the weight at `path` [inputs..., outputs...] that `output_major` got."""
     if not isinstance(weight, OutputMajor):
         return weight
     outputs = weight.stored.ndim - sharding.input_axes(path)
@@ -69,9 +69,9 @@ def product(subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
     """Returns the product of activations with a weight.
 
     Args:
-        subscripts: of an einsum of `x` and the weight [inputs..., outputs...], such as "BTD,DF->BTF". The axes of the
-            result are those of `x` that are not inputs, and then the outputs.
-        weight: of which the value is an array, or an OutputMajor.
+        subscripts: subscripts of an einsum of `x` and the weight [inputs..., outputs...], such as "BTD,DF->BTF". The
+            axes of the result are those of `x` that are not inputs, and then the outputs.
+        weight: parameter whose value is an array, or an OutputMajor.
     """
     value = weight.get_value()
     if not isinstance(value, OutputMajor):

@@ -55,7 +55,7 @@ def write(pages: jax.Array, k: jax.Array, v: jax.Array, ragged: Ragged) -> jax.A
     Padding is dropped, and so is a token whose page is P or more or beyond its table.
 
     Args:
-        pages: of any layout.
+        pages: pages of any layout.
         k, v: [F, K, H], cast to the dtype of `pages`.
     """
     size = pages.shape[-3]

@@ -63,7 +63,7 @@ def _attend(kernels: ModuleType, q: jax.Array, k: jax.Array, v: jax.Array, spans
     Args:
         q: [1, F, N, H].
         k, v: [1, F, K, H].
-        spans: of [1, M] ranges.
+        spans: spans of [1, M] ranges.
 
     Returns:
         [1, F, N, H], 0 at padding.
@@ -111,7 +111,7 @@ def _parts(spans: Spans) -> tuple[tuple[Ranges, Ranges, cudnn.kernels.MaskType],
 
 
 def _places(ranges: Ranges, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns of each token of one axis the number of its range, its place there, and whether it has one: [F] each."""
+    """Returns for each token: its range, its offset in it, and whether it lies in one; three arrays [F]."""
     start, length = ranges.start[0, :-1], ranges.length[0]
     token = jnp.arange(size, dtype=jnp.int32)
     ends = jnp.where(length < 0, size, start + length)

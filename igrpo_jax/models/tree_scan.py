@@ -37,7 +37,7 @@ class Links(NamedTuple):
 
 
 def tree_scan(body: Body, weights: Tree, empty: Tree, inputs: Tree, chain: Chain) -> jax.Array:
-    """Runs `body` on every chunk of a packed axis, and returns what it gives for each token, [S, F, ...].
+    """Runs `body` on every chunk of a packed axis, and returns its result for each token, [S, F, ...].
 
     Args:
         body: takes the weights, the state before a chunk, the inputs of its tokens ([C, ...], with zeros past the last
@@ -145,10 +145,10 @@ def _with(states: Tree, place: jax.Array, new: Tree) -> Tree:
 
 
 def tokens_of(tree: Tree, start: jax.Array, count: jax.Array, chunk: int) -> Tree:
-    """Returns of each array [F, ...] the tokens of one chunk, [C, ...], with zeros past the last one.
+    """Returns the tokens of one chunk from each array [F, ...], as [C, ...], with zeros past the last one.
 
     Args:
-        start, count: [] int32, the first token of the chunk, and its tokens.
+        start, count: [] int32, the first token of the chunk, and how many it has.
         chunk: C, at most F.
     """
 

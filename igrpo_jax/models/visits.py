@@ -72,10 +72,10 @@ def fit(needed: Visits, given: Lengths) -> jax.Array:
 
 
 def divide(prefix: jax.Array, given: Lengths) -> tuple[jax.Array, jax.Array]:
-    """Returns of which block of keys each piece is, [M] int32, and the pieces that are visited, [I, M] bool.
+    """Returns the block of keys that each piece belongs to, [M] int32, and which pieces are visited, [I, M] bool.
 
     Args:
-        prefix: [I, J] bool, of visits that fit `given`.
+        prefix: [I, J] bool, visits that fit `given`.
     """
     pieces = -(-prefix.sum(axis=0) // given.queries)
     ends = jnp.cumsum(pieces)

@@ -104,8 +104,8 @@ class Checkpointer:
         `step` is the newest step that is saved.
 
         Args:
-            scores: of steps so far, saved or not, by which the best checkpoint is chosen. An earlier step may have got
-                its score after it was saved.
+            scores: scores of steps so far, saved or not, by which the best checkpoint is chosen. An earlier step may
+                have got its score after it was saved.
             before: called before a save is started; writes the rows that the checkpoint relies on to the disk or the
                 bucket.
 

@@ -187,7 +187,7 @@ class Console:
         Args:
             total: what the phase counts to; None where it does not count.
             done: what it counts from.
-            unit: of what it counts, such as MiB; then the lines at its start and end say how much it is.
+            unit: unit of what it counts, such as MiB; then the lines at its start and end say how much it is.
 
         Yields:
             `update(done, note="")`, which the phase calls as it counts.

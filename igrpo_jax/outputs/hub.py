@@ -68,7 +68,7 @@ def upload(repository: Repository, folder: Path, config: Config, workdir: Path, 
 
     Args:
         workdir: the run's, whose own evaluations the card reports.
-        step: of the checkpoint that was exported.
+        step: step of the checkpoint that was exported.
         place: where the export stays: `folder`, or the path in a bucket that it is a copy of; None if it is removed.
 
     Raises:

@@ -104,7 +104,7 @@ class Writer:
         Trackers get the first group that has completions.
 
         Args:
-            advantages: of the completions of each group, [G] float32.
+            advantages: advantages of the completions of each group, [G] float32.
 
         Raises:
             RunError: the file cannot be written.
@@ -127,7 +127,7 @@ class Writer:
         (null where they are not finite).
 
         Args:
-            advantages: of the completions of each group, [G] float32.
+            advantages: advantages of the completions of each group, [G] float32.
 
         Raises:
             RunError: the file cannot be written.

@@ -35,7 +35,7 @@ NAMED = 5  # ids of problems that are left out, in a message
 
 @dataclass(frozen=True)
 class ProbeTask:
-    """What is measured, of which model."""
+    """What is measured, and on which model."""
 
     task: Task
     run: Path | None  # folder of the run whose model this is; None for other models

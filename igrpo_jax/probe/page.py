@@ -91,7 +91,7 @@ class Row(NamedTuple):
 
 
 def table(figures: Mapping[str, Estimate]) -> dict[str, list[tuple[str, str]]]:
-    """Returns by section the meaning of each figure and the figure with its interval."""
+    """Returns the meaning of each figure and the figure with its interval, by section."""
     return {
         section: [(meaning, shown(figures[name])) for name, meaning in names.items() if name in figures]
         for section, names in FIGURES.items()

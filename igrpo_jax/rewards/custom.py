@@ -105,7 +105,7 @@ class CustomCalls:
             again alone has the error of its batch, whose counts are those that the function will see.
 
     Attributes:
-        repeated: in a rehearsal, the failures of batches that were called again one by one, by the function.
+        repeated: failures of batches that were called again one by one in a rehearsal, by function.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class CustomCalls:
         """Answers completions that were called one by one. If only some failed, the others are called together before.
 
         Args:
-            outcomes: of the single calls.
+            outcomes: outcomes of the single calls.
         """
         sound = [place for place, outcome in enumerate(outcomes) if outcome.status == "ok"]
         if not 1 < len(sound) < len(rows) or self._closed:

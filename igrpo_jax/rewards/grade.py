@@ -81,7 +81,7 @@ def _row(line: bytes) -> Row:
     try:
         gold = golds.gold_text(columns["gold"])
     except TypeError:
-        what = "must be a string, a number, or a list of these of which any is right"
+        what = "must be a string, a number, or a list of these, any of which is right"
         return Row(columns, _BLANK, f'"gold" = {columns["gold"]!r}: {what}')
     if not isinstance(columns["prediction"], str):
         return Row(columns, _BLANK, f'"prediction" = {columns["prediction"]!r}: must be a string')

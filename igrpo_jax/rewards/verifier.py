@@ -137,8 +137,8 @@ class Verifier:
         """Returns a future of the Score. Does not block; the future never raises: see Score.status.
 
         Args:
-            batch: of the candidate's request; None makes a batch of one. Only custom rewards read it: where there is
-                one, no future of the batch is done before all its completions were submitted.
+            batch: batch of the candidate's request; None makes a batch of one. Only custom rewards read it: where there
+                is one, no future of the batch is done before all its completions were submitted.
         """
         graded = self._grade(candidate, self._rules)
         if self._custom:

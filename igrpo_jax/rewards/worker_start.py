@@ -92,7 +92,7 @@ def begin(memory_bytes: int, preload: tuple[str, ...], environment: dict[str, st
     """Prepares a new worker, before it asks for an item.
 
     Args:
-        environment: of the parent, which may have changed since the server was started.
+        environment: environment of the parent, which may have changed since the server was started.
     """
     os.environ.clear()
     os.environ.update(environment | BLANK)

@@ -75,7 +75,7 @@ def _draw_in_parts(axis: str | None, logits: jax.Array, keys: jax.Array, tempera
     """Computes `draw` from the logits of one device.
 
     Args:
-        axis: of the mesh, over which the vocabulary is split; None where it is not.
+        axis: axis of the mesh over which the vocabulary is split; None if it is not.
     """
     scale = jnp.where(temperature > 0, temperature, 1.0)
     blocks = _blocks(logits, -jnp.inf)

@@ -223,8 +223,8 @@ class Engine:
         """Draws up to K tokens in each of the given slots.
 
         Args:
-            slots: of each shard those to decode.
-            tables: of each shard the pages of all its slots, [B, pages].
+            slots: slots to decode, per shard.
+            tables: pages of all slots, [B, pages] per shard.
             furthest: the largest number of positions that a slot may have after the dispatch.
             min_active: a shard with fewer active slots than this stops early. The parts of a group stop by their sum,
                 and with `tensor` > 1 all shards stop together, when each has too few.

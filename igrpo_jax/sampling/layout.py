@@ -42,7 +42,7 @@ def choose_tensor(
     size fits, and on devices whose figures are not known, such as CPUs, the size is that of `mesh`.
 
     Args:
-        mesh: of the training.
+        mesh: mesh of the training.
         slots: completions decoded at once, over all devices.
         length: most tokens of a prompt and its completion.
         lanes: prompts that a group prefills at once.

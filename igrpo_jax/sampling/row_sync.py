@@ -35,12 +35,12 @@ class RowSync:
     from each block, so that all devices take part in it, and none holds a larger share of it than of the whole matrix.
 
     Args:
-        path: of the parameter.
-        shape: of the matrix.
-        mesh: of the training.
+        path: path of the parameter.
+        shape: shape of the matrix.
+        mesh: mesh of the training.
         copy: sharding and mesh of the copy; its devices are those of `mesh`, in the same order.
-        dtype: of the copy.
-        pieces: how many there are.
+        dtype: dtype of the copy.
+        pieces: number of pieces.
     """
 
     def __init__(

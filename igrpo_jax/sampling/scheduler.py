@@ -50,7 +50,7 @@ class _WeightTimer:
     meantime.
 
     Args:
-        began: by `time.perf_counter`, when the weights were asked for.
+        began: time when the weights were requested, by `time.perf_counter`.
     """
 
     def __init__(self, weights: decoder.Params, began: float):
@@ -323,7 +323,7 @@ class Scheduler:
 
 
 def _pieces(group: Sequence[Shard], size: int) -> Iterator[list[PromptChunk]]:
-    """Yields of each part of a group the next tokens to prefill of its prompts, up to `size` of all parts together."""
+    """Yields, for each part, the next prompt tokens to prefill, up to `size` for all parts of a group together."""
     for shard in group:
         pieces = shard.pieces(size)
         size -= sum(len(piece.tokens) for piece in pieces)

@@ -34,9 +34,9 @@ class WeightSync:
 
     Args:
         cfg: the model that is trained.
-        mesh: of the training.
-        sampler_mesh: of the copy, with the same devices in the same order; those of its axis `tensor` share one copy.
-        dtype: of the copy.
+        mesh: mesh of the training.
+        sampler_mesh: mesh of the copy, with the same devices in the same order; those of its axis `tensor` share one
+        copy. dtype: dtype of the copy.
     """
 
     def __init__(self, cfg: DecoderConfig, mesh: jax.sharding.Mesh, sampler_mesh: jax.sharding.Mesh, dtype: str):
@@ -158,7 +158,7 @@ class WeightSync:
 
 
 def _lacking(shape: tuple[int, ...], before: NamedSharding, after: NamedSharding) -> np.ndarray:
-    """Returns for each device [devices] how many values of an array it needs `after` and does not hold `before`."""
+    """Returns, for each device, how many values of an array it needs `after` and does not hold `before`: [devices]."""
     held, needed = (x.devices_indices_map(shape) for x in (before, after))
     bounds = lambda index: np.array([part.indices(size)[:2] for part, size in zip(index, shape, strict=True)])
     counts = []
