@@ -11,7 +11,7 @@ penalty, no clip, and the sum over the tokens of a completion in the place of th
 
 What differs: the wording of the critique and of the refinement prompt, which are ours; of refinements that are all
 wrong the first one is kept; the constant that the sum over tokens is divided by (that of Dr. GRPO); and the critique,
-which is the verdict alone. The authors' critique with the reference answer, and one that the model writes itself, are
+which is only the verdict. The authors' critique with the reference answer, and one that the model writes itself, are
 not available. The problems are MATH's train split. A prompt samples 14 completions, so compare with GRPO at equal
 samples. Where right answers are rare, set algorithm.entropy_coef to 0: in our study (docs/study.md) the bonus alone
 then moved the policy, and nothing was learnt.
@@ -46,7 +46,7 @@ def get_config():
         "give a complete and correct answer of your own.\n\n<draft>\n{draft}\n</draft>"
     )
 
-    config.rewards.format = 0.0  # which refinement is kept depends on its answer alone
+    config.rewards.format = 0.0  # which refinement is kept depends only on its answer
     config.rollout.max_completion_length = 6144
     config.rollout.temperature = 1.0
     config.learner.minibatches = 2

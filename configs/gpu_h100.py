@@ -7,7 +7,7 @@ This is `python -m igrpo_jax.main` as one process, with the environment that doc
 
 Memory by arithmetic, not measured on a GPU: weights, gradient and both moments take 122 GB over all GPUs, the sampler's
 bfloat16 copy takes 15 GB on each GPU, and each of a GPU's 8 slots takes at most 0.52 GB of pages and as much again
-while it decodes. At its start a run prints what it needs, by its compiler's count, beside what a card has.
+while it decodes. At its start a run prints what it needs, by its compiler's count, next to what a card has.
 """
 
 from igrpo_jax.config import default

@@ -11,7 +11,7 @@ at most as many verifications come nearest.
 
 What differs: solutions are those of the same step, not of a buffer that is refreshed every 60 steps; the dynamic
 reward, of which an update of this kind leaves only that prompts with solutions all alike are not verified
-(docs/igrpo.md); the wording, which puts the solution into the user's turn and asks for 1 or 0 in place of Yes or No;
+(docs/igrpo.md); the wording, which puts the solution into the user's turn and asks for 1 or 0 instead of Yes or No;
 solutions of more than 1,280 tokens, of which the prompt shows the end, where the paper leaves the problem out; the
 rewards of -0.5 for code and for verdicts without reasons, which only this model needed; the schedule of the learning
 rate. The problems are MATH's train split, of all levels. Verdicts that weigh answers when the trained model is used are

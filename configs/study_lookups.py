@@ -6,11 +6,11 @@
 A decoder with 0.2 M parameters imitates a teacher that is wrong at every second of 12 look-ups. The teacher is right
 once in 4,096 times, although at each look-up the right digit is by far the most likely one. With a draft it looks up
 again where it disagrees with it, and is right eleven times as often. A model as good as the teacher gives three right
-answers in 100 steps of 16 prompts with 8 completions, if nothing is learnt meanwhile.
+answers in 100 steps of 16 prompts with 8 completions, if nothing is learnt in the meantime.
 
 How dense right answers are follows from warm_start.error_rate, which draft_error_rate is set to as well: at 0.3 there
 are 177 in such a run, at 0.5 three, at 0.55 fewer than one. With warm_start.refinements=independent the model learns
-to ignore drafts, which is the control. The reward is the accuracy alone: 1 only if all look-ups are right.
+to ignore drafts, which is the control. The reward is only the accuracy: 1 only if all look-ups are right.
 """
 
 from igrpo_jax.config import default

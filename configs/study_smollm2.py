@@ -4,7 +4,7 @@
 
 DATA_DIR holds gsm8k_train.jsonl (id, prompt, answer, solution). The study first asks the model the problems with the
 shortest solutions and trains on those that it solves sometimes, because the others give no gradient. Only right answers
-are rewarded, since a model of this size hardly ever writes the tags of the format reward.
+are rewarded, because a model of this size hardly ever writes the tags of the format reward.
 
 A GPU allows more steps and problems, such as --steps 100 --screen 2000 --jobs 1 --config.model.dtype=bfloat16
 --config.prompts_per_step=32 --config.rollout.slots=256.

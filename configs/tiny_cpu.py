@@ -8,7 +8,7 @@ nearly always right, and its samples are right about half the time. Two-stage RL
 as in the paper) removes the noise, and the single-shot pass@1 on held-out problems (plain prompt, temperature 1) rises.
 
 Expected: pass@1 about 0.5 before and 0.95 after 240 steps (seed 0: 0.57 and 0.96 on one machine, 0.60 and 0.98 on
-another, since the result of the warm start depends on rounding). With optimizer.learning_rate = 0 pass@1 stays where
+another, because the result of the warm start depends on rounding). With optimizer.learning_rate = 0 pass@1 stays where
 it was. Shorter runs with other seeds: 0.50 -> 0.85 (seed 1, 180 steps) and 0.54 -> 0.88 (seed 2, 160 steps, learning
 rate 1e-4). At a learning rate of 3e-4 the policy commits to wrong answers before it has sampled enough right ones:
 pass@1 fell with seeds 1 and 2.

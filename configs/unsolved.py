@@ -1,4 +1,4 @@
-"""Refinement of unsolved prompts alone (`draft_when = unsolved`), for DeepSeek-R1-Distill-Qwen-1.5B on MATH.
+"""Refinement of only the unsolved prompts (`draft_when = unsolved`), for DeepSeek-R1-Distill-Qwen-1.5B on MATH.
 
     python -m igrpo_jax.main --config configs/unsolved.py --workdir runs/unsolved
 
@@ -7,7 +7,7 @@ times, and the refinements are trained on too. Where one is right nothing is ref
 of a further prompt, so that a step samples what it would sample with the paper's settings.
 
 In our study (docs/study.md, part two) this gained where the samples of a whole run of GRPO would hold about three right
-answers or fewer, and lost about a point where they would hold about 170. It was run on small models alone.
+answers or fewer, and lost about a point where they would hold about 170. It was run only on small models.
 
 Other settings are those of configs/r1_distill_qwen_1_5b.py.
 """

@@ -107,7 +107,7 @@ def generate(
 
     Returns:
         A list for each question, of its answers in their order. An answer has its `text`, the `extracted` final answer
-        (None where it states none), `token_count`, `finished`, `sample_id`, and the numbers of the `drafts` behind it.
+        (None if it states none), `token_count`, `finished`, `sample_id`, and the numbers of the `drafts` behind it.
 
     Raises:
         InputError: `config` is not that of `model`, or something in it is wrong.

@@ -68,7 +68,7 @@ def load_config(
 
 
 def _check_source(source: Any) -> None:
-    """Raises InputError where `source` is nothing that `load_config` takes."""
+    """Raises InputError if `source` is not something that `load_config` takes."""
     if isinstance(source, (str, Path, ml_collections.ConfigDict, Config, type(None))):
         return
     fix = "give its path, or igrpo_jax.config.default() with values of your own"
@@ -92,20 +92,20 @@ def _checked_overrides(overrides: Any) -> dict[str, Any]:
 
 
 def check_config(config: Any) -> None:
-    """Raises InputError where `config` is not what `load_config` returns, but a file or what a file returns."""
+    """Raises InputError if `config` is not what `load_config` returns, but a file or what a file returns."""
     if not isinstance(config, Config):
         given = shown(config)
         raise InputError(f"config = {given}: is not a checked configuration; give what load_config(...) returns")
 
 
 def config_of_run(model: str | Path) -> Config | None:
-    """Returns the configuration of the run whose folder `model` is; None where it is not the folder of a run."""
+    """Returns the configuration of the run whose folder `model` is; None if it is not the folder of a run."""
     folder = path_of(f"--model {model}", model)
     return freeze(_tree_of_run(folder)) if (folder / "checkpoints").is_dir() else None
 
 
 def check_model(config: Config, model: str | Path) -> None:
-    """Raises InputError where `config` does not describe `model`, as that of `load_config(..., model=model)` does."""
+    """Raises InputError if `config` does not describe `model`, as that of `load_config(..., model=model)` does."""
     check_config(config)
     path, own = str(model), config_of_run(model)
     fits = replace(own.model, dtype=config.model.dtype) == config.model if own else config.model.path == path
@@ -175,7 +175,7 @@ def _tree_of_file(file: str) -> ml_collections.ConfigDict:
 
 
 def _no_config_file(path: Path) -> str:
-    """Returns what a path is that is not a config file, and what to give; "" where it may be one.
+    """Returns what a path is that is not a config file, and what to give; "" if it may be one.
 
     A file with another ending is not run as Python, whatever it holds.
     """

@@ -16,9 +16,9 @@ import numpy as np
 class Score:
     """The result of grading one completion. Every completion gets a score, but not every score holds a verdict."""
 
-    reward: float  # weighted sum of `rewards`; NaN where there is no verdict (see STATUSES)
-    rewards: dict[str, float]  # by reward function: "accuracy", "format", …; unweighted; NaN where it does not apply
-    extracted: str | None  # the final answer as found in the text, None where there is none
+    reward: float  # weighted sum of `rewards`; NaN if there is no verdict (see STATUSES)
+    rewards: dict[str, float]  # by reward function: "accuracy", "format", …; unweighted; NaN if it does not apply
+    extracted: str | None  # the final answer as found in the text, None if there is none
     status: str  # see STATUSES
     seconds: float = 0.0  # wall time in the worker; a call that several completions share is divided equally
     detail: str = ""  # why a grading failed

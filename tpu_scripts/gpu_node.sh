@@ -19,4 +19,4 @@ fi
 (($#)) || die "give the arguments of igrpo_jax.main, such as --config configs/gpu_h100.py"
 gpu_environment
 [[ ! ${SWITCH[dry-run]} ]] || { run python -m igrpo_jax.main "$@" && exit; }
-exec python -m igrpo_jax.main "$@" # in place of this shell, so that signals reach it
+exec python -m igrpo_jax.main "$@" # instead of this shell, so that signals reach it

@@ -2,7 +2,7 @@
 # The commands that the other scripts run on each worker, in its home folder. Do not run it by hand.
 #
 #   on_worker.sh setup SHARED      installs the environment, and mounts the shared folder as `shared`; a bucket is not
-#                                  mounted, since igrpo_jax reads and writes it itself
+#                                  mounted, because igrpo_jax reads and writes it itself
 #   on_worker.sh start RUN ARGS... starts `run` in a tmux session RUN, once the last session of that name is over
 #   on_worker.sh run RUN ARGS...   runs the trainer; keeps its output and its exit code in logs/RUN
 #   on_worker.sh status RUN        prints its exit code, "running", or "absent"
@@ -22,7 +22,7 @@ setup() {
   esac
 }
 
-# mount_shared HOST:/EXPORT. What is mounted already stays, since a run may be using it.
+# mount_shared HOST:/EXPORT. What is mounted already stays, because a run may be using it.
 mount_shared() {
   local mounted
   mkdir -p shared
@@ -79,8 +79,9 @@ run() {
   echo "$status" >"logs/$name/exit_code"
 }
 
-# read_environment exports the NAME=value lines of the file `environment`. A value is taken as it stands, since a secret
-# may hold what a shell would expand. A line that is none is told by its number, since it may be a part of a secret.
+# read_environment exports the NAME=value lines of the file `environment`. A value is taken as it stands, because a
+# secret may hold what a shell would expand. Another line is named by its number, because it may be a part of a
+# secret.
 read_environment() {
   local number=0 value
   local blank='^[[:space:]]*(#.*)?$' entry='^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$'

@@ -22,7 +22,7 @@ class Progress:
         self._write, self._every = write, every
         self._tasks: dict[str, float] = {}  # what is under way, with the time at which it began
         self._compiled = 0  # programs that are compiled
-        self._total = 0  # programs to compile; 0 where that is not known yet
+        self._total = 0  # programs to compile; 0 if that is not known yet
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._began = time.monotonic()

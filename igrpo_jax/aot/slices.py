@@ -93,7 +93,7 @@ def alone(mesh: "jax.sharding.Mesh") -> "jax.sharding.Mesh":
 
 
 def _described(name: str, **settings: Any) -> "list[jax.Device]":
-    """Returns the devices that libtpu describes. Raises InputError where it is missing or refuses."""
+    """Returns the devices that libtpu describes. Raises InputError if it is missing or refuses."""
     os.environ.update(QUIET)
     try:
         import libtpu  # noqa: F401

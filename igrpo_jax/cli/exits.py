@@ -37,7 +37,7 @@ def run(command: Callable[[list[str]], None]) -> None:
             print(__version__)
         else:
             command(sys.argv)
-        if sys.stdout:  # None where the command was started with a stdout that is closed
+        if sys.stdout:  # None if the command was started with a stdout that is closed
             sys.stdout.flush()
     except BrokenPipeError:
         _drop_stdout()
@@ -70,7 +70,7 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _stdout_failure(text: str = "") -> str:
-    """Writes `text` and what stdout still holds; returns why this fails, and drops it then, or "" where it does not."""
+    """Writes `text` and what stdout still holds; returns why this fails, and drops it then, or "" if it does not."""
     try:
         print(text, end="", flush=True)
     except OSError as error:

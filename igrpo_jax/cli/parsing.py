@@ -127,7 +127,7 @@ def read_flags(argv: list[str], values: flags.FlagValues, text: str, example: st
 
 
 def number(flag: str, value: str | None, least: int = 0) -> int | None:
-    """Returns the value of a flag as an integer, None where it is not given.
+    """Returns the value of a flag as an integer, None if it is not given.
 
     Raises:
         InputError: it is not an integer, or below `least`.
@@ -178,7 +178,7 @@ def _parse(argv: list[str], usage: str, flag_help: dict[str, str]) -> tuple[dict
 
 
 def _refuse_empty(given: Mapping[str, Any]) -> None:
-    """Raises InputError where a flag has an empty value, for which a default would be taken in silence."""
+    """Raises InputError if a flag has an empty value, for which a default would be taken in silence."""
     for name, value in given.items():
         if value == "" or (isinstance(value, list) and "" in value):
             raise InputError(f'--{name} "": is empty (an unset shell variable?); give it a value')

@@ -43,7 +43,7 @@ class Task(NamedTuple):
     """A built-in task."""
 
     problems: Callable[[Config], tuple[Sequence[Problem], Sequence[Problem]]]  # to train and to test on
-    # Returns (the draft in the prompt, the completion) of an example; the draft is None where none is wanted.
+    # Returns (the draft in the prompt, the completion) of an example; the draft is None if none is wanted.
     example: Callable[[Config, Any, bool, np.random.Generator], tuple[str | None, str]]
 
 

@@ -80,8 +80,8 @@ def _listed(question: str, choices: list[str]) -> str:
 class _Asked(NamedTuple):
     """A question of a user's own file with the choices in a column next to it."""
 
-    question: str  # "" where there is none
-    options: list[str]  # empty where the cell is not a list of choices
+    question: str  # "" if there is none
+    options: list[str]  # empty if the cell is not a list of choices
     letters: list[str]  # of the choices that may be the right one
     number: int | None  # the answer, where it is a number that is not a choice's text
 

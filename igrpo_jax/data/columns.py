@@ -70,7 +70,7 @@ def choose_prompt(table: Table, prompt: str, source: str, fix: str = FIX) -> str
 
 
 def cell(columns: dict[str, Any], name: str) -> Any:
-    """Returns the value of a column, None where the row lacks it.
+    """Returns the value of a column, None if the row lacks it.
 
     A dot reaches into a nested column. Where names have a plus between them, the texts that are not blank are joined by
     blank lines.
@@ -88,7 +88,7 @@ def cell(columns: dict[str, Any], name: str) -> Any:
 
 
 def question(value: Any) -> str | None:
-    """Returns the text of a question, None where it is blank.
+    """Returns the text of a question, None if it is blank.
 
     A question is a string, or one user message that a system message may precede and a reply may follow.
 
@@ -106,7 +106,7 @@ def question(value: Any) -> str | None:
 
 
 def answer(value: Any) -> str | None:
-    """Returns the reference answer, None where it is blank.
+    """Returns the reference answer, None if it is blank.
 
     For a worked solution this is its final answer, for a number its text (27.0 is 27), for messages that of the last
     reply, and for a list the text of `golds.any_of`.

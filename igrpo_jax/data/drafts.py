@@ -21,7 +21,7 @@ class Draft:
     """An answer to a problem."""
 
     text: str
-    is_right: bool | None  # None where this is not known
+    is_right: bool | None  # None if this is not known
 
 
 def answers_of(address: str, source: str) -> dict[str, tuple[Draft, ...]]:

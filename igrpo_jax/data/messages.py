@@ -20,7 +20,7 @@ class Message:
 
 
 def parse(value: Any) -> list[Message] | None:
-    """Returns the messages in a cell, None where it holds anything else.
+    """Returns the messages in a cell, None if it holds anything else.
 
     Raises:
         TypeError: a message whose content is not text.
@@ -60,7 +60,7 @@ def reply(turns: list[Message]) -> str:
 
 
 def _printed(text: str) -> Any:
-    """Returns the list or dict that was printed into a text by JSON or Python, None where it is not such a text."""
+    """Returns the list or dict that was printed into a text by JSON or Python, None if it is not such a text."""
     if not text.lstrip().startswith(("[{", '{"', "{'")):
         return None
     for read in (json.loads, ast.literal_eval):  # literal_eval builds literals and calls nothing

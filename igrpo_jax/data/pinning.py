@@ -26,7 +26,7 @@ GIVEN = ("messages", "add_generation_prompt", "strftime_now")
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the text of the tokenizer's chat template, "" where it has none.
+    """Returns the text of the tokenizer's chat template, "" if it has none.
 
     Raises:
         InputError: it has several, and none of them is the default one.
@@ -46,7 +46,7 @@ def dated(data: DataConfig, tokenizer: PreTrainedTokenizerBase, recorded: str | 
     """Returns `data` with the day in template_date, where the chat template asks for it.
 
     Args:
-        recorded: the day that was recorded when the run or the evaluation began, "" where none was; None at its first
+        recorded: the day that was recorded when the run or the evaluation began, "" if none was; None at its first
             start, which takes today.
 
     Raises:

@@ -115,7 +115,7 @@ def unequal_rows(rows: Sequence[Row]) -> list[int]:
 
 
 def _check_unequal(rows: Sequence[Row], unequal: Sequence[int], source: str, fix: str) -> None:
-    """Raises InputError where more than MAX_UNEQUAL of the rows are `unequal`."""
+    """Raises InputError if more than MAX_UNEQUAL of the rows are `unequal`."""
     if len(unequal) > MAX_UNEQUAL * len(rows):
         raise InputError(
             f"{source}: no completion can match the reference answers of {_counted(rows, unequal)}, more than "

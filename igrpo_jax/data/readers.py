@@ -260,7 +260,7 @@ def _read_csv(file: Path, source: str) -> Table:
 
 
 def _header_problem(names: list[str]) -> str:
-    """Returns what is wrong with the names of the columns of CSV, "" where nothing is."""
+    """Returns what is wrong with the names of the columns of CSV, "" if nothing is."""
     if len(names) == 1 and re.search("[;\t]", names[0]):
         return f"has one cell, {names[0]!r}, without a comma"
     twice = next((name for name in names if name.strip() and names.count(name) > 1), "")

@@ -113,7 +113,7 @@ class ChatTemplate:
         self._check_ids()
 
     def _check_system_turn(self, system_prompt: str) -> None:
-        """Raises InputError where the template has no place for the words of a system turn."""
+        """Raises InputError if the template has no place for the words of a system turn."""
         messages = [{"role": "system", "content": SENTINEL}, {"role": "user", "content": PROBE}]
         try:
             shown = self._apply(messages).count(SENTINEL)
@@ -124,7 +124,7 @@ class ChatTemplate:
             raise refusal("data.system_prompt", system_prompt, fix)
 
     def _check_ids(self) -> None:
-        """Raises InputError where transformers gives other ids for a prompt than `ids` does."""
+        """Raises InputError if transformers gives other ids for a prompt than `ids` does."""
         messages = self._messages(PROBE)
         options = {"chat_template": self._template, "add_generation_prompt": True, "return_dict": True}
         theirs = self._tokenizer.apply_chat_template(messages, **options)["input_ids"]

@@ -47,7 +47,7 @@ def launcher() -> str | None:
 
 
 def check_supported() -> None:
-    """Raises RunError where JAX lacks what several processes need."""
+    """Raises RunError if JAX lacks what several processes need."""
     if MISSING:
         raise RunError(
             f"JAX {jax.__version__} lacks what several processes need ({MISSING}); pip install '{SUPPORTED}', or start "
@@ -85,7 +85,7 @@ def restore_abort(handler: int | None) -> None:
 
 
 def _c_library() -> ctypes.CDLL | None:
-    """Returns C's library, with `signal` declared; None where it cannot be loaded."""
+    """Returns C's library, with `signal` declared; None if it cannot be loaded."""
     try:
         library = ctypes.CDLL(None)
         library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)

@@ -65,7 +65,7 @@ def usable_bytes(device: "jax.Device") -> float:
 
 
 def of(device_kind: str) -> Chip:
-    """Returns the figures of a kind of device. Raises InputError where they are not known."""
+    """Returns the figures of a kind of device. Raises InputError if they are not known."""
     if device_kind not in CHIPS:
         known = ", ".join(chip.name for chip in CHIPS.values())
         raise InputError(

@@ -142,12 +142,12 @@ class Program:
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes on each device while the largest shape compiled so far runs; 0 where none is compiled."""
+        """Bytes on each device while the largest shape compiled so far runs; 0 if none is compiled."""
         return max(map(program_bytes, self._done), default=0)
 
     @property
     def code_bytes(self) -> int:
-        """Bytes on each device of the machine code of the largest shape compiled so far; 0 where none is compiled."""
+        """Bytes on each device of the machine code of the largest shape compiled so far; 0 if none is compiled."""
         return max((program.memory_analysis().generated_code_size_in_bytes for program in self._done), default=0)
 
     @property

@@ -152,7 +152,7 @@ def _cell(settings: Mapping[str, Any], name: str) -> str:
 
 
 def _settings(folder: Path) -> dict[str, Any] | None:
-    """Returns what evaluation.json records, None where there is none, as in the folders that a run writes."""
+    """Returns what evaluation.json records, None if there is none, as in the folders that a run writes."""
     try:
         settings = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

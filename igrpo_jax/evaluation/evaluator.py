@@ -222,7 +222,7 @@ class Evaluator:
             self._scheduler.finish()
 
     def _check(self, name: str, rows: Rows, out: Path | None) -> None:
-        """Raises InputError where `rows`, which `out` holds, are of other problems, or lack what the rounds need."""
+        """Raises InputError if `rows`, which `out` holds, are of other problems, or lack what the rounds need."""
         known = {prompt.index: prompt for prompt in self.plan.prompts[name]}
         for row in rows.values():
             prompt = known.get(row["index"])

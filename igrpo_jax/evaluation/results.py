@@ -39,7 +39,7 @@ class Rows:
 
     Args:
         folder: None keeps them in memory only.
-        process: number of this process, None where there is only one.
+        process: number of this process, None if there is only one.
     """
 
     def __init__(self, folder: Path | None, name: str, process: int | None = None):
@@ -153,7 +153,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _text(path: Path) -> str:
-    """Returns the text of a file, "" where there is none."""
+    """Returns the text of a file, "" if there is none."""
     try:
         return read_bytes(path).decode("utf-8", "replace")
     except FileNotFoundError:
@@ -163,7 +163,7 @@ def _text(path: Path) -> str:
 def recorded_date(folder: Path) -> str | None:
     """Returns the day that the chat template of the evaluation in `folder` takes for today, None without evaluation.
 
-    It is "" where the template does not ask for the day, and for an evaluation of a version that did not record it.
+    It is "" if the template does not ask for the day, and for an evaluation of a version that did not record it.
     """
     try:
         return json.loads(read_bytes(folder / "evaluation.json")).get("template_date", "")
@@ -194,7 +194,7 @@ def settings(config: Config, max_completion_length: int) -> dict[str, Any]:
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes `folder`, and writes its evaluation.json. Raises RunError where that fails."""
+    """Makes `folder`, and writes its evaluation.json. Raises RunError if that fails."""
     with writing(folder):
         make_folder(folder)
     write_atomically(folder / "evaluation.json", json.dumps(settings, indent=2) + "\n")
@@ -227,7 +227,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def check(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises InputError where `folder` cannot become that of an evaluation with these settings; writes nothing."""
+    """Raises InputError if `folder` cannot become that of an evaluation with these settings; writes nothing."""
     path = folder / "evaluation.json"
     with _naming_refusals(folder):
         present = names(folder)

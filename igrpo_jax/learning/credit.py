@@ -25,7 +25,7 @@ from igrpo_jax.records import Group, same_answer
 
 
 class Advantages(NamedTuple):
-    """What the samples of each group are trained with, one array for each group; empty where it has no such samples."""
+    """What the samples of each group are trained with, one array for each group; empty if it has no such samples."""
 
     refinements: list[np.ndarray]  # [G] float32
     drafts: list[np.ndarray]  # [N] float32; no array at all where drafts are not trained on
@@ -55,7 +55,7 @@ def trained_rewards(groups: Sequence[Group], config: Config) -> np.ndarray:
 
 
 def reward_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]:
-    """Returns `refine/reward_change`, the mean of what is added to the rewards of refinements; {} where nothing is."""
+    """Returns `refine/reward_change`, the mean of what is added to the rewards of refinements; {} if nothing is."""
     algorithm, refined = config.algorithm, [group for group in groups if group.completions]
     if not refined or not (algorithm.improvement_bonus or algorithm.repeat_penalty):
         return {}
@@ -64,7 +64,7 @@ def reward_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]:
 
 
 def reward_changes(groups: Sequence[Group], algorithm: AlgorithmConfig) -> np.ndarray:
-    """Returns what is added to the rewards of refinements, [P, G] float32; 0 where no draft was shown."""
+    """Returns what is added to the rewards of refinements, [P, G] float32; 0 if no draft was shown."""
     changes = np.zeros((len(groups), len(groups[0].completions)), np.float32)
     for change, group in zip(changes, groups, strict=True):
         if group.kept is None:

@@ -145,7 +145,7 @@ def group_advantages(rewards: np.ndarray, scale: str, baseline: str = "mean") ->
     """Returns group-relative advantages.
 
     Args:
-        rewards: [P, G] float32; NaN where there is no verdict.
+        rewards: [P, G] float32; NaN if there is no verdict.
         scale: divide by the std (ddof = 1) of each "group", of the whole "batch", or by nothing ("none").
         baseline: subtract the "mean" of the group, or "leave_one_out": the mean of its other completions, unbiased
             where the scale is "none" (RLOO, 2402.14740). What comes out is G / (G - 1) times as large.

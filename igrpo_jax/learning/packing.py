@@ -126,7 +126,7 @@ class Packer:
 
     Args:
         chunk: tokens of a chunk of Mamba-2; None = the model has no such sublayer.
-        width: query features of a sublayer on one device, where attention reads spans; None where it does not.
+        width: query features of a sublayer on one device, where attention reads spans; None if it does not.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class Packer:
         return Space(size, chunks, segments.most_segments(size, self._width) if self._width else 0)
 
     def _places(self, needs: Sequence[Space], sizes: Sequence[int], choose: Callable) -> list[int] | None:
-        """Returns on which of the axes of these `sizes` each piece lies; None where a piece finds no place.
+        """Returns on which of the axes of these `sizes` each piece lies; None if a piece finds no place.
 
         Args:
             needs: what each piece takes.

@@ -62,7 +62,7 @@ _SELECT: dict[str, Callable[[np.ndarray, np.random.Generator], int]] = {
 def select_draft(
     drafts: Sequence[Completion], selection: str, rng: np.random.Generator, metric: str = "reward"
 ) -> int | None:
-    """Returns the index of the draft that q' shows, by algorithm.draft_selection; None where no draft has a verdict.
+    """Returns the index of the draft that q' shows, by algorithm.draft_selection; None if no draft has a verdict.
 
     Args:
         metric: what is compared (algorithm.draft_metric); a draft that lacks this reward has no verdict.

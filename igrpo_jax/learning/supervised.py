@@ -27,7 +27,7 @@ class ExampleDraft(NamedTuple):
     """A draft that a prompt may show."""
 
     tokens: np.ndarray  # [T] int32
-    is_right: bool | None  # None where this is not known
+    is_right: bool | None  # None if this is not known
 
 
 @dataclass(frozen=True)

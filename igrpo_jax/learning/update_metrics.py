@@ -54,7 +54,7 @@ def _stage_metrics(sums: MicroBatchSums, idle: Sequence[Unit]) -> dict[str, floa
 
     Idle rows count as well, with a KL and a clip ratio of 0. As in TRL, only tokens with weight count, but for
     `perf/idle_frac`: with algorithm.mask_truncated_completions none of a row that was cut. How far the sampler is from
-    the policy is NaN where no row was trained on.
+    the policy is NaN if no row was trained on.
     """
     idle_tokens = sum(len(completion.tokens) for unit in idle for completion in unit.completions)
     with_weight = [

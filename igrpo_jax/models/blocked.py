@@ -27,7 +27,7 @@ class Reading(NamedTuple):
     position: jax.Array  # [F] int32
     key_segment: jax.Array  # [E] int32
     key_position: jax.Array  # [E] int32
-    blocks: jax.Array  # [I, J], 0 where no query of block i reads a key of block j
+    blocks: jax.Array  # [I, J], 0 if no query of block i reads a key of block j
 
 
 def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, reading: Reading) -> jax.Array:

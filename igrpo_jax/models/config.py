@@ -233,7 +233,7 @@ def _number(value: float | str | dict) -> float | str:
 
 
 def _only(raw: dict, source: str, **supported: object) -> None:
-    """Raises InputError where a key of `raw` is set to another value than the one that is supported."""
+    """Raises InputError if a key of `raw` is set to another value than the one that is supported."""
     for name, value in supported.items():
         given = raw.get(name, value)
         refuse(given == value or (not given and not value), source, name, given, str(value).lower())

@@ -79,7 +79,7 @@ def _run_sublayers(blocks, x, places, entries, segments, remat) -> tuple[jax.Arr
         blocks: the sublayers, as Blocks.
         x: [B, T, D].
         places: the positions with their angles.
-        entries: entries of the cache, one for each sublayer, or None where it reads none.
+        entries: entries of the cache, one for each sublayer, or None if it reads none.
         segments: which all sublayers share where the rows are packed axes, or None.
         remat: as for `apply`.
     """
@@ -222,7 +222,7 @@ def apply(
 
     Returns:
         Hidden states [B, T, D] in the dtype of `params`, and the new cache with one entry per sublayer:
-        `Windowed.added`, the pool of a Paged, or the Mamba-2 states, each with the new tokens; None where no entry was
+        `Windowed.added`, the pool of a Paged, or the Mamba-2 states, each with the new tokens; None if no entry was
         given.
     """
     graph, state = _split(cfg)

@@ -51,7 +51,7 @@ def config_json(path: str) -> dict:
 
 
 def _refuse_adapter(path: str) -> None:
-    """Raises InputError where the directory or hub id `path` holds LoRA's adapters without the model they change."""
+    """Raises InputError if the directory or hub id `path` holds LoRA's adapters without the model they change."""
     file = resolve(path) / "adapter_config.json"
     if file.is_file():
         base = read_json(path, file).get("base_model_name_or_path")

@@ -83,20 +83,20 @@ def _naming_refusals(out: Path) -> Iterator[None]:
 
 
 def check_free(out: Path) -> None:
-    """Raises InputError where `out` is a file or holds anything."""
+    """Raises InputError if `out` is a file or holds anything."""
     if addresses.names(out) or (not is_remote(out) and out.exists() and not out.is_dir()):
         raise _out_error(out, "already exists", "give a new folder")
     check_place(out)
 
 
 def try_out(out: Path) -> None:
-    """Raises InputError where no folder can be made at `out`. Leaves nothing behind."""
+    """Raises InputError if no folder can be made at `out`. Leaves nothing behind."""
     with _naming_refusals(out):
         writing.try_out(out)
 
 
 def check_place(out: Path) -> None:
-    """Raises InputError where several processes would write into a bucket: all must read back what one has written."""
+    """Raises InputError if several processes would write into a bucket: all must read back what one has written."""
     if is_remote(out) and jax.process_count() > 1:
         fix = "export afterwards: python -m igrpo_jax.export --workdir DIR --out DIR"
         raise _out_error(out, "several processes can't export into a bucket", fix)

@@ -72,7 +72,7 @@ class Mamba2(nnx.Module):
         self.cfg = cfg
 
     def __call__(self, x: jax.Array, positions: Positions, entry: MambaState | Lanes | Segments | None):
-        """Returns the output [B, T, D], and what the states of `entry` become; None where it has no states.
+        """Returns the output [B, T, D], and what the states of `entry` become; None if it has no states.
 
         Args:
             x: [B, T, D].
@@ -194,7 +194,7 @@ def _mixed(
         weights: those of MIXED, float32.
         before: the states that the rows continue.
         inputs: x [B, T, N, H], B and C [B, T, G, Z], before the convolution.
-        dt: [B, T, N] float32; 0 where the position is padding.
+        dt: [B, T, N] float32; 0 if the position is padding.
         length: [B] int32, real tokens of each row; None = all.
         chunk: positions that are computed at once.
     """
@@ -244,7 +244,7 @@ def scan(x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, 
 
     Args:
         x: [B, T, N, H] float32.
-        dt: [B, T, N] float32, not negative; 0 where the position is padding.
+        dt: [B, T, N] float32, not negative; 0 if the position is padding.
         a: [N] float32, negative.
         b, c: [B, T, G, Z] float32; head n belongs to group n // (N / G).
         state: [B, N, H, Z] float32, before the first position.

@@ -176,7 +176,7 @@ def open_model(config: Config, recorded_date: str | None = None) -> tuple[Config
     """Returns the policy of config.model and the renderer of its prompts, which know their day; reads no weights.
 
     Args:
-        recorded_date: the day that the run or the evaluation recorded when it began; None where it begins now.
+        recorded_date: the day that the run or the evaluation recorded when it began; None if it begins now.
 
     Returns:
         `config` with the day in data.template_date where the chat template asks for it, policy and renderer.
@@ -227,7 +227,7 @@ def _probe(model: DecoderConfig, params: decoder.Params) -> np.ndarray:
 
 
 def _check_equal(out: Path, written: np.ndarray, reread: np.ndarray) -> None:
-    """Raises RunError where the logits that were read back differ from those written, or are not finite."""
+    """Raises RunError if the logits that were read back differ from those written, or are not finite."""
     if not np.isfinite(written).all():
         raise RunError(f"{out}: not written: the policy's logits are not finite; export an earlier --step")
     gap, scale = float(np.abs(written - reread).max()), float(np.abs(written).max())

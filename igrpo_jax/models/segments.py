@@ -42,7 +42,7 @@ class Ranges(NamedTuple):
     """Parts of an axis that follow one another, perhaps with gaps."""
 
     start: np.ndarray  # [S, M + 1] int32, the first token of each, then the end of the last one; -1 from there on
-    length: np.ndarray  # [S, M] int32, tokens of each; -1 where there is none
+    length: np.ndarray  # [S, M] int32, tokens of each; -1 if there is none
 
 
 class Spans(NamedTuple):
@@ -60,7 +60,7 @@ class Segments(NamedTuple):
     parent: np.ndarray  # [S, F] int32, the prefix that the segment continues; that of a prefix is itself
     position: np.ndarray  # [S, F] int32, of each token in its text, the prefix included
     blocks: np.ndarray  # [S, I, J] int8, what queries of block i read of the keys of block j: NOTHING, SOME or ALL
-    chain: Chain | None  # None where the model has no Mamba-2 sublayer
+    chain: Chain | None  # None if the model has no Mamba-2 sublayer
     spans: Spans | None = None  # None where attention does not read them
 
 

@@ -51,7 +51,7 @@ def packed_cudnn_attention(
 
 
 def width(cfg: DecoderConfig, tensor: int) -> int | None:
-    """Returns the query features of a sublayer on one device, where attention reads spans; None where it does not."""
+    """Returns the query features of a sublayer on one device, where attention reads spans; None if it does not."""
     reads = cfg.attention == "cudnn" and cudnn.takes_ranges(jax.devices()[0])
     return cfg.num_heads * cfg.head_dim // tensor if reads else None
 

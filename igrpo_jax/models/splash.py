@@ -68,7 +68,7 @@ def packed_splash_attention(
         interpret: emulates the kernel, slowly, on any platform.
 
     Returns:
-        [S, F, N, H] in q's dtype, zeros at padding. All of it is NaN where the order of the segments is another one and
+        [S, F, N, H] in q's dtype, zeros at padding. All of it is NaN if the order of the segments is another one and
         needs more visits of blocks than there is space for.
 
     Raises:

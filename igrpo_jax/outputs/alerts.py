@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Row = Mapping[str, float | None]  # metrics of a step by name; None where a value is not finite
+Row = Mapping[str, float | None]  # metrics of a step by name; None if a value is not finite
 
 RECENT = 5  # steps
 MANY = 20  # steps after which a constant reward raises an alert
 
 
 def _mean(rows: Sequence[Row], *names: str) -> float | None:
-    """Returns the mean over rows of the sum of `names`; None where no row has all of them."""
+    """Returns the mean over rows of the sum of `names`; None if no row has all of them."""
     sums = [sum(row[name] for name in names) for row in rows if all(row.get(name) is not None for name in names)]
     return float(np.mean(sums)) if sums else None
 
@@ -149,7 +149,7 @@ def alerts(metrics: Mapping[str, Any], history: Sequence[Row] = ()) -> list[str]
     """Returns the alerts at a step as "name: message", in the order of LIMITS and then of REWARD_LIMITS.
 
     Args:
-        metrics: the step's numbers by name, None where one is not finite. Only names that `is_watched` are read, and
+        metrics: the step's numbers by name, None if one is not finite. Only names that `is_watched` are read, and
             any of them may be missing.
         history: the metrics of the steps before it, the oldest first.
     """

@@ -132,7 +132,7 @@ def _results(measured: dict[int, dict[str, Any]], step: int) -> str:
 
 
 def _measured(workdir: Path, step: int) -> dict[str, Any]:
-    """Returns the summaries of the evaluation that the run made after `step`, by benchmark; {} where it made none."""
+    """Returns the summaries of the evaluation that the run made after `step`, by benchmark; {} if it made none."""
     path = workdir / "evaluations" / f"step_{step:06d}" / "summary.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
@@ -188,7 +188,7 @@ def _hub_id(path: str) -> str | None:
 
 
 def _dataset(config: Config) -> str | None:
-    """Returns the hub id of the training set, None where it is not a data set of the hub."""
+    """Returns the hub id of the training set, None if it is not a data set of the hub."""
     train = config.data.train
     return TRAINING_SETS[train].id if train in TRAINING_SETS and not Path(train).exists() else _hub_id(train)
 

@@ -39,7 +39,7 @@ _LONGEST_SAVE = 6 * 3600
 
 
 def best_of(scores: Mapping[int, float], steps: Iterable[int]) -> int | None:
-    """Returns which of `steps` has the highest score, the latest of equals; None where none has a score."""
+    """Returns which of `steps` has the highest score, the latest of equals; None if none has a score."""
     return max((step for step in steps if step in scores), key=lambda step: (scores[step], step), default=None)
 
 
@@ -143,7 +143,7 @@ class Checkpointer:
         return is_started
 
     def _check_space(self, need: int) -> None:
-        """Raises RunError where the disk has less than `need` bytes. A bucket does not say what it has."""
+        """Raises RunError if the disk has less than `need` bytes. A bucket does not say what it has."""
         if is_remote(self._folder):
             return
         free = shutil.disk_usage(self._folder).free
@@ -154,7 +154,7 @@ class Checkpointer:
             )
 
     def latest_step(self) -> int | None:
-        """Returns the newest step, which may still be being written; None where there is none."""
+        """Returns the newest step, which may still be being written; None if there is none."""
         return self._manager.latest_step()
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:

@@ -55,7 +55,7 @@ def fingerprint(tree: Any) -> tuple[dict[str, int], list[str]]:
 
 
 def check(tree: Any, expected: dict[str, int], prefix: str = "") -> None:
-    """Raises Damaged where an array of `tree` has another checksum than it was saved with.
+    """Raises Damaged if an array of `tree` has another checksum than it was saved with.
 
     Args:
         expected: checksums by path, as `fingerprint` returned them.

@@ -185,7 +185,7 @@ class Console:
         its start, and one at each quarter of a phase that counts and takes longer than SILENT seconds.
 
         Args:
-            total: what the phase counts to; None where it does not count.
+            total: what the phase counts to; None if it does not count.
             done: what it counts from.
             unit: unit of what it counts, such as MiB; then the lines at its start and end say how much it is.
 

@@ -59,6 +59,6 @@ def rows_text(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def number(value: Any) -> float | None:
-    """Returns a Python, numpy or jax scalar as a Python float, None where it is not finite, as JSON needs it."""
+    """Returns a Python, numpy or jax scalar as a Python float, None if it is not finite, as JSON needs it."""
     value = float(np.asarray(value).astype(np.float64).reshape(()))
     return value if math.isfinite(value) else None

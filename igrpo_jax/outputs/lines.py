@@ -54,7 +54,7 @@ def step_line(step: int, total: int, row: Row, left: float | None) -> str:
     """Returns the line of a step: the solve rate stands first, the seconds of the step and the time left stand last.
 
     Args:
-        left: seconds to the end of the run; None where they are not known.
+        left: seconds to the end of the run; None if they are not known.
     """
     parts = [f"step {step:>{len(str(total))}}/{total}", values_text(row, STEP)]
     if row.get("perf/step_time") is not None:

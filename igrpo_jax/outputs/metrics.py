@@ -93,13 +93,13 @@ def _completion_metrics(groups: Sequence[Group], config: Config) -> dict[str, An
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
-    """Returns the mean of the values that are not NaN; NaN where there is none."""
+    """Returns the mean of the values that are not NaN; NaN if there is none."""
     known = [value for value in values if not math.isnan(value)]
     return float(np.mean(known)) if known else math.nan
 
 
 def _std(values: Sequence[float]) -> float:
-    """Returns the standard deviation (ddof = 1) of the values that are not NaN; NaN where there are fewer than two."""
+    """Returns the standard deviation (ddof = 1) of the values that are not NaN; NaN if there are fewer than two."""
     known = [value for value in values if not math.isnan(value)]
     if len(known) < 2:
         return math.nan
@@ -107,7 +107,7 @@ def _std(values: Sequence[float]) -> float:
 
 
 def _best(rewards: Sequence[float]) -> float:
-    """Returns the highest reward that is not NaN; NaN where there is none."""
+    """Returns the highest reward that is not NaN; NaN if there is none."""
     return max((reward for reward in rewards if not math.isnan(reward)), default=math.nan)
 
 

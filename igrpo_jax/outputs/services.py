@@ -123,7 +123,7 @@ class MLflow:
         _keep_id(self._folder, self._id)
 
     def _resumed(self, run_id: str) -> str:
-        """Returns the id of the run to resume, "" where there is none."""
+        """Returns the id of the run to resume, "" if there is none."""
         if not self._rows:
             return ""
         self._client.update_run(run_id, status="RUNNING")

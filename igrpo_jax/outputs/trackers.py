@@ -33,7 +33,7 @@ class Tracker(Protocol):
     """
 
     def write(self, number: int, row: Row) -> None:
-        """Takes row `number` of metrics.jsonl, counted from 0: "step" and metrics, None where one is not finite."""
+        """Takes row `number` of metrics.jsonl, counted from 0: "step" and metrics, None if one is not finite."""
 
     def sample(self, step: int, blocks: Sequence[tuple[str, str]]) -> None:
         """Takes titles and texts of a question, its kept draft and its first refinement, as the console prints them."""
@@ -72,7 +72,7 @@ class Guarded:
 
 
 def check(settings: LogConfig) -> None:
-    """Raises InputError where a tracker of config.log.trackers is not installed, or can't be imported."""
+    """Raises InputError if a tracker of config.log.trackers is not installed, or can't be imported."""
     for name in settings.trackers:
         if name not in TRACKERS:
             _own(settings, name)
@@ -89,7 +89,7 @@ def open_trackers(workdir: Path, config: Config, resume_step: int | None) -> lis
     """Opens the trackers of config.log.trackers.
 
     Args:
-        resume_step: the step from which the run resumes; None where it starts from nothing.
+        resume_step: the step from which the run resumes; None if it starts from the beginning.
 
     Raises:
         InputError: one cannot start.

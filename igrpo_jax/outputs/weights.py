@@ -47,7 +47,7 @@ def record_first(policy: Policy, workdir: Path) -> None:
 
 
 def _check_first(policy: Policy, workdir: Path) -> None:
-    """Raises InputError where the files of the policy hold other weights than those that the run began with."""
+    """Raises InputError if the files of the policy hold other weights than those that the run began with."""
     file = workdir / FIRST
     recorded = cluster.from_first(lambda: json.loads(read_bytes(file)) if file.name in names(file.parent) else {})
     if recorded.get("fingerprint", policy.fingerprint) != policy.fingerprint:  # runs of older versions have no record

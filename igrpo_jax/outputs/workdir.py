@@ -54,7 +54,7 @@ class Claim(NamedTuple):
 
 
 def check_workdir(workdir: Path, config: Config) -> None:
-    """Raises InputError where `workdir` cannot hold the run of `config`, as `prepare_workdir` does; writes nothing."""
+    """Raises InputError if `workdir` cannot hold the run of `config`, as `prepare_workdir` does; writes nothing."""
     if is_mirrored(workdir) and jax.process_count() > 1:
         raise InputError(
             f"--workdir {workdir}: checkpoints get there from the disk of one machine, but each of the "
@@ -123,7 +123,7 @@ def _examine(workdir: Path, settings: dict[str, Any]) -> tuple[bool, list[str]]:
 
 
 def check_settings(workdir: Path, config: Config) -> None:
-    """Raises InputError where the run in `workdir` has settings that `config` does not have."""
+    """Raises InputError if the run in `workdir` has settings that `config` does not have."""
     if changed := _changed_settings(workdir / "config.json", to_dict(config)):
         raise _other_settings(workdir, changed)
 
@@ -260,7 +260,7 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
 
 
 def recorded_date(workdir: Path) -> str | None:
-    """Returns the day that the chat template of the run in `workdir` takes for today, None where the run begins now.
+    """Returns the day that the chat template of the run in `workdir` takes for today, None if the run begins now.
 
     A run that has neither a checkpoint nor samples starts again, as one in an empty folder does. The day is "" for a
     run whose template does not ask for it, and for one of a version that did not record it.

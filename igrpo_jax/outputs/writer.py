@@ -28,7 +28,7 @@ class Writer:
     """Writes `metrics.jsonl`, `samples/` and the files of trackers under `workdir`; only process 0 writes.
 
     Args:
-        resume_step: the step of the checkpoint that was restored; None where the run starts from nothing. Rows and
+        resume_step: the step of the checkpoint that was restored; None if the run starts from the beginning. Rows and
             sample files of later steps are dropped, because the resumed run writes them again. With None, all that an
             earlier start left is dropped. A line that a kill cut short is dropped as well.
         nullable: metrics that may be without a value, and are then written as null without a warning.

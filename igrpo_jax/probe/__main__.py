@@ -105,7 +105,7 @@ def probe(
         answers: plain answers to each; None for N + G.
         gradients: the number of problems whose gradients are compared, at most.
         step: the step of the checkpoint, where `model` is a run; None for the newest.
-        command: the command line that makes it again, for the record; None where there is none.
+        command: the command line that makes it again, for the record; None if there is none.
 
     Returns:
         What `workdir`/probe.json holds.
@@ -181,7 +181,7 @@ def planned(config: Config) -> Config:
 
 
 def checked(config: Config, answers: int | None, problems: int) -> int:
-    """Returns K, the plain answers to each problem. Raises InputError where there are too few answers or problems."""
+    """Returns K, the plain answers to each problem. Raises InputError if there are too few answers or problems."""
     least = config.algorithm.num_drafts + config.algorithm.num_generations
     if answers is not None and answers < least:
         raise InputError(f"--answers {answers}: must be at least N + G = {least}, the completions of a group of GRPO")

@@ -65,7 +65,7 @@ class Answered:
 
     @property
     def lacks(self) -> str:
-        """What it lacks to be counted; "" where it lacks nothing."""
+        """What it lacks to be counted; "" if it lacks nothing."""
         every = [*self.plain, *(completion for part in self.refined for completion in part.completions)]
         if any(np.isnan(completion.score.reward) for completion in every):
             return "a verdict on an answer"
@@ -257,7 +257,7 @@ def counts(answered: Sequence[Answered], drafts: int) -> Counts:
 
 
 def texts(answered: Sequence[Answered], draft_limit: int) -> dict[str, np.ndarray]:
-    """Returns measures of the texts of each problem, [P] each; NaN where a problem has no such text.
+    """Returns measures of the texts of each problem, [P] each; NaN if a problem has no such text.
 
     Mean lengths in tokens (length_plain, length_refined), the fraction that was cut (cut_plain, cut_refined), copy (as
     refine/copy_ratio), same_answer (as refine/same_answer), same_right and same_wrong (the same after right and after

@@ -79,7 +79,7 @@ class Conclusion:
 
     @property
     def tone(self) -> str:
-        """The class of the answer on a page: "good", "bad" or "" where it cannot tell or is no promise."""
+        """The class of the answer on a page: "good", "bad" or "" if it cannot tell or is no promise."""
         return {MORE: "good"}.get(self.answer, "bad" if self.more_signal is False else "")
 
 

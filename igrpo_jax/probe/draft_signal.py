@@ -215,7 +215,7 @@ def repair_range(
     scale: str = "group",
     transfer: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the least and the largest w, [...] each, with which `snr_ratio` is at least 1; NaN where there is none.
+    """Returns the least and the largest w, [...] each, with which `snr_ratio` is at least 1; NaN if there is none.
 
     It tests 4,001 values of w: the squares of evenly spaced numbers, so that they are denser near 0. success and
     after_right have the shape [...].

@@ -40,7 +40,7 @@ NONE = -1  # a count of refinements of a draft that was not shown
 
 
 class Estimate(NamedTuple):
-    """A figure with its 95 % interval; all NaN where it could not be measured."""
+    """A figure with its 95 % interval; all NaN if it could not be measured."""
 
     value: float
     low: float
@@ -187,7 +187,7 @@ def _figures(mean: dict[str, np.ndarray], counts: Counts, scale: str) -> dict[st
 
 
 def _over(part: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Returns part / total, NaN where the total is 0."""
+    """Returns part / total, NaN if the total is 0."""
     part, total = np.asarray(part, float), np.asarray(total, float)
     return np.divide(part, total, out=np.full(total.shape, np.nan), where=total > ROUNDED)
 

@@ -55,7 +55,7 @@ FOLDER = "gradients"
 class Measured(NamedTuple):
     """What is kept of a problem."""
 
-    sketches: dict[str, np.ndarray]  # by kind, [WIDTH] float32; 0 where the problem has no such gradient
+    sketches: dict[str, np.ndarray]  # by kind, [WIDTH] float32; 0 if the problem has no such gradient
     reliance: dict[str, np.ndarray]  # log pi(o|q') - log pi(o|q) of right refinements, by their draft, one of DRAFTS
 
 
@@ -137,7 +137,7 @@ class Gradients:
         return Measured(sketches, reliance)
 
     def _sketch(self, units: Sequence[Unit]) -> np.ndarray:
-        """Returns the sketch of the gradient of `units`, 0 where there are none."""
+        """Returns the sketch of the gradient of `units`, 0 if there are none."""
         if not units:
             return np.zeros(WIDTH, np.float32)
         programs, packer = self._learner.programs, self._learner.packer
@@ -215,7 +215,7 @@ def _unit(
     factor: float = 1.0,
     is_credit: bool = False,
 ) -> Unit | None:
-    """Returns a group as a unit, None where it has no gradient.
+    """Returns a group as a unit, None if it has no gradient.
 
     Args:
         factor: what its advantages are multiplied by.

@@ -83,7 +83,7 @@ def write(runs: Sequence[RecordedRun], folder: Path) -> dict[str, list[Panel]]:
 
 
 def require() -> None:
-    """Raises InputError where matplotlib is missing."""
+    """Raises InputError if matplotlib is missing."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:

@@ -128,7 +128,7 @@ def _shown(run: RecordedRun, written: samples.Written, trained: str) -> Shown:
 
 
 def _compared(shown: Sequence[Shown]) -> dict[str, list[summary.Change | None]]:
-    """Returns by name the change of every run, None where a run lacks it; empty where there is only one run."""
+    """Returns by name the change of every run, None if a run lacks it; empty if there is only one run."""
     if len(shown) == 1:
         return {}
     by_run = [{change.name: change for change in run.summary.changes} for run in shown]

@@ -25,7 +25,7 @@ class Line:
         return (*self.metrics, *self.less, *(self.band or ()))
 
     def of(self, run: RecordedRun) -> Curve:
-        """Returns the values of the line in a run, empty where the run lacks a metric."""
+        """Returns the values of the line in a run, empty if the run lacks a metric."""
         return run.curve(*self.metrics, less=self.less)
 
 

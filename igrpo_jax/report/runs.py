@@ -38,7 +38,7 @@ class RecordedRun:
 
     name: str  # name of the folder, made unique where several runs are shown
     folder: Path
-    config: dict[str, Any]  # the contents of config.json; empty where there is none
+    config: dict[str, Any]  # the contents of config.json; empty if there is none
     steps: list[int]  # steps of training that have a row, rising
     metrics: dict[str, dict[int, float]]  # values by name, then by step; a null in the file is absent here
     nulls: dict[str, list[int]]  # by name the steps at which the metric was not finite
@@ -48,7 +48,7 @@ class RecordedRun:
     def curve(self, *names: str, less: Sequence[str] = ()) -> Curve:
         """Returns the sum of the metrics `names` minus the metrics `less`, at the steps that have them all.
 
-        The curve is empty where the run lacks one of the metrics.
+        The curve is empty if the run lacks one of the metrics.
         """
         plus, minus = ([self.metrics.get(name, {}) for name in wanted] for wanted in (names, less))
         steps = sorted(set(plus[0]).intersection(*plus[1:], *minus))
@@ -56,7 +56,7 @@ class RecordedRun:
         return Curve(np.array(steps, int), np.array(values, float))
 
     def setting(self, path: str) -> Any:
-        """Returns a field of config.json by its dotted name, None where it is missing."""
+        """Returns a field of config.json by its dotted name, None if it is missing."""
         value: Any = self.config
         for name in path.split("."):
             value = value.get(name) if isinstance(value, dict) else None
@@ -161,7 +161,7 @@ def whole_rows(path: Path) -> Iterator[dict[str, Any] | None]:
 
 
 def number(value: Any) -> float | None:
-    """Returns a value of a row as a finite float, None where it is anything else."""
+    """Returns a value of a row as a finite float, None if it is anything else."""
     try:
         known = float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:

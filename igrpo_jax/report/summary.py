@@ -39,7 +39,7 @@ class Change:
     first: str
     last: str
     difference: str
-    tone: str  # "good", "bad", or "" where neither direction is better
+    tone: str  # "good", "bad", or "" if neither direction is better
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _compared(run: RecordedRun, name: str, first: int, last: int, pair: comparis
 
 
 def _paired(folder: Path, first: int, last: int) -> dict[str, comparison.Paired]:
-    """Returns the paired comparison by benchmark; empty where the rows of an evaluation are missing or torn."""
+    """Returns the paired comparison by benchmark; empty if the rows of an evaluation are missing or torn."""
     try:
         return comparison.paired(*(folder / f"step_{step:06d}" for step in (first, last)))
     except (InputError, KeyError, TypeError, OSError):

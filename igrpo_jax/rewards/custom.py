@@ -45,7 +45,7 @@ _REPEATED = "custom reward %s failed on a batch of %d completions, so it is call
 class Graded(NamedTuple):
     """What one function gave for one completion."""
 
-    value: float  # NaN where it was None
+    value: float  # NaN if it was None
     logged: dict[str, list[float]]  # of the call, the same for all its completions
     extra: dict[str, Any]  # of this completion
 
@@ -232,7 +232,7 @@ def rehearse(
         timeout: seconds that a function may take for each completion of a batch.
 
     Returns:
-        The values by function, batch and completion; NaN where a function gave None.
+        The values by function, batch and completion; NaN if a function gave None.
 
     Raises:
         InputError: a function failed, took too long, or returned something that is not a number.

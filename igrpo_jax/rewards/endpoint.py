@@ -70,7 +70,7 @@ def failure_of(error: Exception, timeout: float) -> Failure:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Returns the seconds that the server asks to wait, given as a number or a date; 0 where it does not say."""
+    """Returns the seconds that the server asks to wait, given as a number or a date; 0 if it does not say."""
     value = headers.get("retry-after", "")
     try:
         seconds = float(value)

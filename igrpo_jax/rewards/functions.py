@@ -66,7 +66,7 @@ class TrainerState(NamedTuple):
 class Reply(NamedTuple):
     """The result of one call."""
 
-    values: list[float | str]  # by completion: NaN where the function gave None, or a text that says what is wrong
+    values: list[float | str]  # by completion: NaN if the function gave None, or a text that says what is wrong
     logged: dict[str, list[float]]  # what was given to `log_metric`, by name
     extra: list[dict[str, Any]]  # what was given to `log_extra`, by completion and then by column
 

@@ -38,7 +38,7 @@ _BLANK = Candidate("", "")
 class Row:
     """A line of the input."""
 
-    columns: dict[str, Any]  # as in the file, {} where they cannot be read
+    columns: dict[str, Any]  # as in the file, {} if they cannot be read
     candidate: Candidate  # blank where there is a fault
     fault: str = ""  # why the row cannot be graded
 

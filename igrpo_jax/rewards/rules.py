@@ -62,7 +62,7 @@ def score(candidate: Candidate, rules: Rules) -> Score:
 
 
 def total(partial: Score, weights: dict[str, float]) -> Score:
-    """Returns `partial` with its reward: the weighted sum of what was not skipped, or NaN where all was skipped.
+    """Returns `partial` with its reward: the weighted sum of what was not skipped, or NaN if all was skipped.
 
     A reward of weight 0, which only a custom one can have, does not count: it alone is not a verdict.
     """

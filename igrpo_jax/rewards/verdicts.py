@@ -27,7 +27,7 @@ TABLE = "CREATE TABLE IF NOT EXISTS {}.verdicts (key TEXT PRIMARY KEY, score REA
 
 
 def named(settings: JudgeConfig) -> Path | None:
-    """Returns the path of the file in config.rewards.judge.cache; None where a run has its own."""
+    """Returns the path of the file in config.rewards.judge.cache; None if a run has its own."""
     cache = settings.cache
     return path_of(f"config.rewards.judge.cache = {cache!r}", cache) if cache else None
 
@@ -38,7 +38,7 @@ def of_process(path: Path, process: int) -> Path:
 
 
 def check(path: Path) -> None:
-    """Raises InputError where `path` cannot be used as a file of verdicts. Makes none where there is none."""
+    """Raises InputError if `path` cannot be used as a file of verdicts. Makes none where there is none."""
     if path.exists():
         Verdicts(path).close()
         return
@@ -133,7 +133,7 @@ class Verdicts:
                 time.sleep(0.01)
 
     def get(self, key: str) -> float | None:
-        """Returns the score of a key, None where there is none."""
+        """Returns the score of a key, None if there is none."""
         try:
             row = self._connection.execute("SELECT score FROM verdicts WHERE key = ?", (key,)).fetchone()
         except sqlite3.Error as error:

@@ -302,7 +302,7 @@ class Engine:
 
 
 def _check_pages(sizes: Sizes) -> None:
-    """Raises InputError where the longest sequence does not fit in the pages next to its prompt's last page."""
+    """Raises InputError if the longest sequence does not fit in the pages next to its prompt's last page."""
     if sizes.pages < sizes.least_pages:
         need = f"{sizes.least_pages} page{'s' * (sizes.least_pages != 1)} of {sizes.page_size}"
         raise InputError(

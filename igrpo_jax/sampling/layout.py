@@ -110,7 +110,7 @@ def shares_weights(mesh: jax.sharding.Mesh, tensor: int | None) -> bool:
     """Returns whether weights on `mesh` are sure to lie as the sampler takes them, so that it needs no copy.
 
     Args:
-        tensor: config.rollout.mesh.tensor, None where it is chosen.
+        tensor: config.rollout.mesh.tensor, None if it is chosen.
     """
     as_given = mesh.size == 1 or tensor == mesh.shape["tensor"]
     return mesh.shape["fsdp"] == 1 and as_given and not uses_output_major(mesh)

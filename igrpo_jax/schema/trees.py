@@ -53,7 +53,7 @@ class Tree(ml_collections.ConfigDict):
             raise
 
     def place(self, path: str) -> Place | None:
-        """Returns where the field with a dotted name was set, None where it has its default."""
+        """Returns where the field with a dotted name was set, None if it has its default."""
         section, _, rest = path.partition(".")
         inner = self._fields.get(section)
         return (inner.place(rest) if rest and isinstance(inner, Tree) else None) or self._places.get(section)
@@ -135,7 +135,7 @@ def _of_python(value: Any) -> Any:
 
 
 def _rewritten(setting: Setting, value: Any) -> str:
-    """Returns how a value of the wrong type is probably meant, as the end of an error; empty where that is unclear."""
+    """Returns how a value of the wrong type is probably meant, as the end of an error; empty if that is unclear."""
     wanted = setting.value_type
     if wanted is tuple and type(value) is setting.entry_type:
         return f"; write {(value,)!r}"

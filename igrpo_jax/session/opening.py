@@ -250,7 +250,7 @@ def _record_resume(workdir: Path, config: Config) -> None:
 
 
 def _check_data(task: Task, workdir: Path, fingerprint: str) -> None:
-    """Raises InputError where the training set is not the one that the run began with."""
+    """Raises InputError if the training set is not the one that the run began with."""
     if fingerprint == task.fingerprint:
         return
     config = task.config

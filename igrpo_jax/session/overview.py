@@ -154,7 +154,7 @@ def after(
     Args:
         progress: its scores are the metrics of the run's evaluations.
         best_metric: config.checkpoint.best_metric.
-        resumed_after: the step whose state the run began with, 0 where it was not resumed.
+        resumed_after: the step whose state the run began with, 0 if it was not resumed.
         total: the number of steps of the run.
     """
     rows: list[tuple[str, object]] = [

@@ -162,7 +162,7 @@ class Run:
         self.checkpointer.save(step, state, meta, force=force, scores=scores, before=self.writer.sync)
 
     def stop_if_preempted(self) -> None:
-        """Raises Preempted where any process has had a notice, so that all leave after the same step."""
+        """Raises Preempted if any process has had a notice, so that all leave after the same step."""
         if cluster.any_of(preemption.noted()):
             raise Preempted
 
@@ -248,7 +248,7 @@ def throughput(metrics: Mapping[str, float], devices: Sequence[jax.Device]) -> d
 
 
 def utilization(metrics: Mapping[str, float], devices: Sequence[jax.Device]) -> dict[str, float]:
-    """Returns `perf/mfu`, the fraction of the devices' published peak that an update uses; {} where none is known."""
+    """Returns `perf/mfu`, the fraction of the devices' published peak that an update uses; {} if none is known."""
     chip = chips.CHIPS.get(devices[0].device_kind)
     if chip is None:
         return {}

@@ -80,7 +80,7 @@ class SupervisedTask:
 
 
 def refuse_supervised(workdir: Path) -> None:
-    """Raises InputError where `workdir` is the folder of a supervised start."""
+    """Raises InputError if `workdir` is the folder of a supervised start."""
     if SUPERVISED in names(workdir):
         raise InputError(
             f"--workdir {workdir}: holds a supervised start; export it, and train the export (model.path) in another "
@@ -241,7 +241,7 @@ def _step(
 
 
 def _check(workdir: Path, config: Config) -> None:
-    """Raises InputError where `workdir` holds another run, or a run of reinforcement learning; writes nothing."""
+    """Raises InputError if `workdir` holds another run, or a run of reinforcement learning; writes nothing."""
     present = names(workdir)
     # A start that was killed before it wrote this file has neither checkpoints nor samples.
     if SUPERVISED not in present and present & {"checkpoints", "samples"}:

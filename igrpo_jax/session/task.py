@@ -205,7 +205,7 @@ def _reply(answer: str, opening: str) -> str:
 
 
 def check_prompts_per_step(config: Config, count: int, skipped: int) -> None:
-    """Raises InputError where a step needs more prompts than there are: it would hold some of them more than once.
+    """Raises InputError if a step needs more prompts than there are: it would hold some of them more than once.
 
     Args:
         skipped: how many were left out, because they are longer than config.data.max_prompt_length.
@@ -224,7 +224,7 @@ def check_prompts_per_step(config: Config, count: int, skipped: int) -> None:
 
 
 def check_profiler(settings: LogConfig) -> None:
-    """Raises InputError where JAX's profiler would end the process: it uses libtpu's, which crashes without a TPU."""
+    """Raises InputError if JAX's profiler would end the process: it uses libtpu's, which crashes without a TPU."""
     if not settings.profile_steps or jax.config.jax_platforms or jax.default_backend() == "tpu":
         return
     if importlib.util.find_spec("libtpu"):
@@ -235,7 +235,7 @@ def check_profiler(settings: LogConfig) -> None:
 
 
 def check_profiled(settings: LogConfig, steps: int) -> None:
-    """Raises InputError where a step is to be profiled that comes after the last one, `steps`."""
+    """Raises InputError if a step is to be profiled that comes after the last one, `steps`."""
     if settings.profile_steps and max(settings.profile_steps) > steps:
         raise InputError(
             f"config.log.profile_steps = {settings.profile_steps}: the run ends after step {steps}; name steps from 1 "
@@ -254,7 +254,7 @@ def check_best_metric(config: Config, plan: planning.Plan) -> None:
 
 
 def check_context(config: Config, context: int, max_context: int) -> None:
-    """Raises InputError where the longest q or q' (`max_context` tokens) and a completion exceed `context` tokens."""
+    """Raises InputError if the longest q or q' (`max_context` tokens) and a completion exceed `context` tokens."""
     tokens = max_context + config.rollout.max_completion_length
     if tokens > context:
         raise InputError(

@@ -67,7 +67,7 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises RunError where another holder has taken the lock in the meantime, or where this cannot be determined.
+        """Raises RunError if another holder has taken the lock in the meantime, or if this cannot be determined.
 
         The bucket is read only if the last renewal is so long ago that another may soon take the lock, or has done so.
         """
@@ -164,7 +164,7 @@ def _remove(path: Path, holder: dict[str, Any] | None) -> None:
 
 
 def _version(path: Path) -> str | None:
-    """Returns the generation (GCS) or the entity tag (S3) of the object at `path`, None where there is none."""
+    """Returns the generation (GCS) or the entity tag (S3) of the object at `path`, None if there is none."""
     try:
         info = patiently(path, filesystem(path).info, str(path))
     except FileNotFoundError:

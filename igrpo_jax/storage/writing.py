@@ -130,7 +130,7 @@ def upload_folder(folder: Path, target: Path, last: tuple[str, ...] = ()) -> Non
 
 
 def try_out(path: Path) -> None:
-    """Raises OSError where nothing can be made at `path` on a disk. Leaves nothing behind."""
+    """Raises OSError if nothing can be made at `path` on a disk. Leaves nothing behind."""
     if is_remote(path):
         return
     tried = resolved(path).with_name(f".{path.name}.tried")

@@ -125,14 +125,14 @@ E = Value.symbol("e")
 
 
 def same(a: Value, b: Value) -> bool | None:
-    """Returns whether the values are equal, None where that cannot be decided here."""
+    """Returns whether the values are equal, None if that cannot be decided here."""
     if _times(a.numerator, b.denominator) == _times(b.numerator, a.denominator):
         return True
     return _same_numbers(a, b) if a.opaque or b.opaque else False
 
 
 def proportional(a: Value, b: Value) -> Fraction | None:
-    """Returns a rational c ≠ 0 with a = c·b, None where none is found. With opaque symbols there may be one."""
+    """Returns a rational c ≠ 0 with a = c·b, None if none is found. With opaque symbols there may be one."""
     left, right = _times(a.numerator, b.denominator), _times(b.numerator, a.denominator)
     if not left or left.keys() != right.keys():
         return None
@@ -227,7 +227,7 @@ def _inverse(single: Polynomial) -> Polynomial:
 
 
 def approximate(value: Value) -> complex | None:
-    """Returns a value without free symbols in floating point, None where that fails."""
+    """Returns a value without free symbols in floating point, None if that fails."""
     constant = value.constant()
     try:
         number = complex(_evaluated(value, 0)[0] if constant is None else constant)
@@ -237,7 +237,7 @@ def approximate(value: Value) -> complex | None:
 
 
 def _same_numbers(a: Value, b: Value) -> bool | None:
-    """Returns whether the numbers of two values are equal, None where that is not certain.
+    """Returns whether the numbers of two values are equal, None if that is not certain.
 
     Values with free symbols or with a `log` of unknown base are never certain to be equal. They are different if they
     differ at both of two points.

@@ -103,7 +103,7 @@ _LONGEST_JOIN = 80  # characters between two boxes
 
 
 def extract(text: str) -> str | None:
-    """Returns the final answer stated in `text`, or None where it states none.
+    """Returns the final answer stated in `text`, or None if it states none.
 
     Searches, in this order, for the last `<answer>…</answer>`, the last balanced `\\boxed{…}`, GSM8K's `#### …`, and
     "the answer is …" / "Answer: …". Where something follows `</think>`, only that is read. Boxes joined by
@@ -162,7 +162,7 @@ def _boxes(text: str) -> list[_Box]:
 
 
 def after_hashes(text: str) -> str | None:
-    """Returns what stands after the last `####` that is GSM8K's marker, None where there is none.
+    """Returns what stands after the last `####` that is GSM8K's marker, None if there is none.
 
     It is a marker before a number or a formula alone, and before anything short at the end of the text. `#### Step 2`
     and `#### Final Answer` are headings of Markdown.

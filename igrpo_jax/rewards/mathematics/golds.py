@@ -37,7 +37,7 @@ _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 def gold_text(value: Any, read: Callable[[str], str | None] = str.strip) -> str | None:
-    """Returns a reference answer as the text that the grader takes, None where it is blank.
+    """Returns a reference answer as the text that the grader takes, None if it is blank.
 
     A number becomes its digits (27.0 is 27, 1e-07 is 0.0000001). Of a list any item is right, and its text is that of
     `any_of`. A list in a list is refused: it may be one answer, such as a matrix, or more alternatives.

@@ -105,7 +105,7 @@ def _is_right_for_itself(answer: str) -> bool:
 
 
 def classes(predictions: Collection[str | None]) -> list[int]:
-    """Returns the class of each answer to one problem, from 0; -1 where there is no answer.
+    """Returns the class of each answer to one problem, from 0; -1 if there is no answer.
 
     Equivalent answers have the same number. An answer joins the first class whose first member it is equivalent to. May
     be slow, like `equivalent`.

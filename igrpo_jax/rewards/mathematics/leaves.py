@@ -109,7 +109,7 @@ def with_symbol(tokens: list[Token]) -> Node | None:
 
 
 def symbols(node: Node) -> set[str] | None:
-    """Returns the symbols of an expression, None where the node is not an expression with a value."""
+    """Returns the symbols of an expression, None if the node is not an expression with a value."""
     return node.value.symbols() if isinstance(node, Leaf) and node.value is not None else None
 
 
@@ -120,7 +120,7 @@ def agree(a: Leaf, b: Leaf) -> bool:
 
 
 def difference(left: list[Token], right: list[Token]) -> Value | None:
-    """Returns left side minus right side, None where one of them cannot be read. Raises NoValue."""
+    """Returns left side minus right side, None if one of them cannot be read. Raises NoValue."""
     try:
         return _side(left) - _side(right)
     except Unreadable:

@@ -10,7 +10,7 @@ _REPEATING = frozenset(("overline", "bar", "dot", "dots"))
 
 
 def bare_number(cursor: Cursor) -> Value | None:
-    """Reads one number token without braces, as in x^10, whatever follows it. Returns None where there is none."""
+    """Reads one number token without braces, as in x^10, whatever follows it. Returns None if there is none."""
     if cursor.kind() != "number":
         return None
     return Value.number(_decimal(cursor.next()))

@@ -85,7 +85,7 @@ def region_of(node: Node) -> Region | None:
 
 
 def united(text: str, nodes: list[Node]) -> Region | None:
-    """Returns the union of sets of real numbers in one symbol, None where a node is not such a set."""
+    """Returns the union of sets of real numbers in one symbol, None if a node is not such a set."""
     regions = [region_of(node) for node in nodes]
     if not all(regions) or len({region.name for region in regions} - {""}) > 1:
         return None

@@ -185,7 +185,7 @@ def _command(source: str, at: int) -> tuple[str, str, int]:
 
 
 def _closing(source: str, opened: int) -> int | None:
-    """Returns where the brace that opens at `opened` closes, None where it does not."""
+    """Returns where the brace that opens at `opened` closes, None if it does not."""
     depth = 0
     for brace in _UNESCAPED.finditer(source, opened):
         depth += 1 if brace[0] == "{" else -1

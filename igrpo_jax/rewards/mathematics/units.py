@@ -117,7 +117,7 @@ def is_remark(text: str) -> bool:
 
 
 def read(text: str, is_single: bool = False) -> Unit | None:
-    """Returns the unit that the words after a number name, None where they may change the number or name nothing.
+    """Returns the unit that the words after a number name, None if they may change the number or name nothing.
 
     With `is_single` (after 1, a fraction or a percentage) the noun may be in the singular: "of the cake".
     """
