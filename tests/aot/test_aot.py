@@ -283,10 +283,10 @@ def test_between_slices_goes_the_gradient_alone():
     [
         (["--topology", "v9:2x2"], "--topology v9:2x2: "),
         (["--topology", "v5e:3x5"], "--topology v5e:3x5: "),
-        (["--slices", "2"], "--slices 2: of what?"),
+        (["--slices", "2"], "--slices 2: needs --topology"),
         (["--slices", "0"], "--slices 0: must be a whole number, 1 or more"),
         (["--slices=-1"], "--slices -1: must be a whole number, 1 or more"),
-        (["--topology="], '--topology "": is empty, .*; give it a value'),
+        (["--topology="], '--topology "": is empty .*; give it a value'),
         (["--topology", "v5e:1000x1000"], "--topology v5e:1000x1000: a slice of v5e has at most 256 chips; give a"),
         (["--topology", "v5p:2x2"], "--topology v5p:2x2: a slice of v5p has 3 dimensions; give one such as v5p:2x2x2"),
         (["--topology", "v5e:2x2", "--slices", "2"], "config.mesh.data = 1: must be a multiple of the 2 slices"),
