@@ -32,7 +32,7 @@ def use_disk_cache(folder: str) -> None:
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     elif jax.distributed.is_initialized() and jax.default_backend() == "gpu" and not is_shared(path):
         # JAX writes programs on process 0 only. It would read them, while XLA's compilers of the others waited for it,
-        # since those of GPUs try out kernels together.
+        # because those of GPUs try out kernels together.
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()
         logging.warning(

@@ -86,7 +86,7 @@ def checkpoint_of(model: str, step: int | None) -> tuple[Path | None, int | None
     if run is None:
         return None, None
     newest = saved_step(run, step)
-    return run, cluster.from_first(lambda: newest)  # a run that goes on may have saved another one meanwhile
+    return run, cluster.from_first(lambda: newest)  # a run that goes on may have saved another since
 
 
 def identity(model: str, run: Path | None, step: int | None) -> tuple[str, str]:
